@@ -1,0 +1,1 @@
+"""Words and bounds that every floor above shares: errors, ids, limits, settings."""

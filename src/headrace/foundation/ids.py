@@ -1,0 +1,58 @@
+"""Ids: short, sortable by time, and never reused.
+
+An id is a prefix that names its kind and 26 lower-case base-32 characters: 48 bits of milliseconds and 80 random
+bits, so ids of one kind sort by creation and two processes never need to agree on one. A run needs no id of its
+own: it is `(batch_id, index)`, written `run_<batch's characters>_<index>`.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Final
+
+from headrace.foundation.errors import InvalidInput
+
+_ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+_BODY: Final = re.compile(r"[0-9a-hjkmnp-tv-z]{26}\Z")
+_INDEX: Final = re.compile(r"0|[1-9][0-9]{0,17}\Z")
+INDEX_MAX: Final = 10**18 - 1
+
+
+def new_batch_id(now_us: int) -> str:
+    """A fresh batch id; `now_us` is microseconds since 1970, UTC."""
+    return f"batch_{_body(now_us)}"
+
+
+def new_session_id(now_us: int) -> str:
+    """A fresh session id; a process that starts anew takes a new one, so none is ever reused."""
+    return f"session_{_body(now_us)}"
+
+
+def run_id(batch_id: str, index: int) -> str:
+    """The name of one run outside the store."""
+    return f"run_{batch_id.removeprefix('batch_')}_{index}"
+
+
+def parse_run_id(text: str) -> tuple[str, int]:
+    """`(batch_id, index)` of a run id. Raises `InvalidInput` for anything that `run_id` would not write."""
+    kind, _, rest = text.partition("_")
+    body, _, index = rest.partition("_")
+    if kind != "run" or not _BODY.match(body) or not _INDEX.fullmatch(index):
+        raise InvalidInput(
+            f"{text!r} is not a run id", hint="a run id looks like run_<26 characters>_<index>"
+        )
+    return f"batch_{body}", int(index)
+
+
+def check_batch_id(text: str) -> str:
+    """`text` when it has the form of a batch id, else `InvalidInput`."""
+    kind, _, body = text.partition("_")
+    if kind != "batch" or not _BODY.match(body):
+        raise InvalidInput(f"{text!r} is not a batch id", hint="a batch id looks like batch_<26 characters>")
+    return text
+
+
+def _body(now_us: int) -> str:
+    number = (((now_us // 1_000) & (2**48 - 1)) << 80) | secrets.randbits(80)
+    return "".join(_ALPHABET[(number >> shift) & 31] for shift in range(125, -5, -5))

@@ -1,0 +1,133 @@
+"""A bound on everything, in one place.
+
+Each limit has a name that ends in its unit, a default, the least and the most it may be set to, and a sentence.
+The settings page and `headrace config show` are made from `TABLE`; relations between limits are asserted when a
+`Limits` is made, so a process with impossible bounds never starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Final, NamedTuple, Self
+
+from headrace.foundation.errors import InvalidSetting
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+SECOND_MS: Final = 1_000
+MINUTE_MS: Final = 60 * SECOND_MS
+HOUR_MS: Final = 60 * MINUTE_MS
+DAY_MS: Final = 24 * HOUR_MS
+
+
+class Limit(NamedTuple):
+    """One bound: `least <= value <= most`, in `unit`."""
+
+    name: str
+    unit: str
+    default: int
+    least: int
+    most: int
+    meaning: str
+
+
+TABLE: Final[Mapping[str, Limit]] = {
+    limit.name: limit
+    for limit in (
+        Limit("chunk_runs_max", "runs", 256, 1, 4_096, "Runs stored, claimed and settled as one row."),
+        Limit("chunk_bytes_max", "bytes", MIB, 4 * KIB, 16 * MIB, "Inline payload of one chunk."),
+        Limit("item_bytes_max", "bytes", 3 * MIB, KIB, 256 * MIB, "One line of a batch, before decoding."),
+        Limit("inline_bytes_max", "bytes", 512 * KIB, 64, 16 * MIB, "Payloads and results of this size or over go to the object store."),
+        Limit("batch_runs_max", "runs", 10_000_000, 1, 1_000_000_000, "Runs in one batch."),
+        Limit("ingest_concurrency", "items", 10, 1, 10_000, "Items in flight to the object store while a batch streams in."),
+        Limit("flush_size", "updates", 500, 1, 100_000, "Updates at which a flush does not wait for its interval."),
+        Limit("flush_interval_ms", "ms", 100, 1, HOUR_MS, "Longest an update waits for others before it is flushed."),
+        Limit("heartbeat_ms", "ms", 5_000, 10, HOUR_MS, "Between two signs of life of a process."),
+        Limit("session_timeout_ms", "ms", 15_000, 30, DAY_MS, "Silence after which a process counts as dead."),
+        Limit("crashes_max", "crashes", 3, 1, 1_000, "Times a run may kill its worker, alone, before it fails."),
+        Limit("seal_timeout_ms", "ms", 30 * MINUTE_MS, SECOND_MS, 365 * DAY_MS, "Since the last accepted item, before an unsealed batch is abandoned."),
+        Limit("orphan_grace_ms", "ms", HOUR_MS, 0, 365 * DAY_MS, "Age at which an object that no row names is removed."),
+        Limit("retention_ms", "ms", 7 * DAY_MS, 0, 3_650 * DAY_MS, "How long a finished batch is kept."),
+        Limit("shutdown_grace_s", "s", 30, 0, 86_400, "How long a stopping worker waits for what it started."),
+        Limit("poll_interval_ms", "ms", 1_000, 5, HOUR_MS, "Longest a waiting process goes without looking at the store."),
+        Limit("upkeep_interval_ms", "ms", 5_000, 10, HOUR_MS, "Between two rounds of upkeep."),
+        Limit("name_chars_max", "characters", 200, 1, 1_000, "Names of tasks, queues, keys and tags."),
+        Limit("tags_max", "tags", 10, 0, 100, "Tags on one run."),
+        Limit("headers_bytes_max", "bytes", 16 * KIB, 0, MIB, "Headers of one run, encoded."),
+        Limit("error_chars_max", "characters", 8_000, 100, MIB, "An error's message and traceback, each, as kept."),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The bounds one process works with. Units are in the names; `TABLE` says what each means.
+
+    Raises `InvalidSetting` by name when a value is not an integer within its bounds, or when two contradict
+    each other.
+    """
+
+    chunk_runs_max: int = TABLE["chunk_runs_max"].default
+    chunk_bytes_max: int = TABLE["chunk_bytes_max"].default
+    item_bytes_max: int = TABLE["item_bytes_max"].default
+    inline_bytes_max: int = TABLE["inline_bytes_max"].default
+    batch_runs_max: int = TABLE["batch_runs_max"].default
+    ingest_concurrency: int = TABLE["ingest_concurrency"].default
+    flush_size: int = TABLE["flush_size"].default
+    flush_interval_ms: int = TABLE["flush_interval_ms"].default
+    heartbeat_ms: int = TABLE["heartbeat_ms"].default
+    session_timeout_ms: int = TABLE["session_timeout_ms"].default
+    crashes_max: int = TABLE["crashes_max"].default
+    seal_timeout_ms: int = TABLE["seal_timeout_ms"].default
+    orphan_grace_ms: int = TABLE["orphan_grace_ms"].default
+    retention_ms: int = TABLE["retention_ms"].default
+    shutdown_grace_s: int = TABLE["shutdown_grace_s"].default
+    poll_interval_ms: int = TABLE["poll_interval_ms"].default
+    upkeep_interval_ms: int = TABLE["upkeep_interval_ms"].default
+    name_chars_max: int = TABLE["name_chars_max"].default
+    tags_max: int = TABLE["tags_max"].default
+    headers_bytes_max: int = TABLE["headers_bytes_max"].default
+    error_chars_max: int = TABLE["error_chars_max"].default
+
+    def __post_init__(self) -> None:
+        for name, limit in TABLE.items():
+            check(limit, getattr(self, name))
+        if self.inline_bytes_max > self.chunk_bytes_max:
+            raise InvalidSetting(
+                f"inline_bytes_max ({self.inline_bytes_max}) is more than a chunk holds, chunk_bytes_max "
+                f"({self.chunk_bytes_max})",
+                hint="lower inline_bytes_max or raise chunk_bytes_max",
+            )
+        if self.session_timeout_ms < 2 * self.heartbeat_ms:
+            raise InvalidSetting(
+                f"session_timeout_ms ({self.session_timeout_ms}) is under two heartbeats "
+                f"({self.heartbeat_ms} ms each): one late heartbeat would end a live process",
+                hint="set session_timeout_ms to three times heartbeat_ms",
+            )
+
+    def replaced(self, **changes: int) -> Self:
+        """The same limits with some of them changed and all checked again."""
+        current: dict[str, int] = {field.name: getattr(self, field.name) for field in fields(self)}
+        unknown = changes.keys() - current.keys()
+        if unknown:
+            raise InvalidSetting(
+                f"no limit is called {', '.join(sorted(unknown))}", hint="see `headrace config show`"
+            )
+        return type(self)(**(current | changes))
+
+
+def check(limit: Limit, value: object) -> int:
+    """`value` when it is an integer within the limit's bounds, else `InvalidSetting` that names it."""
+    if not isinstance(value, int) or isinstance(value, bool) or not limit.least <= value <= limit.most:
+        raise InvalidSetting(
+            f"{limit.name} must be a whole number from {limit.least} to {limit.most} ({limit.unit}), not {value!r}",
+            hint=limit.meaning,
+        )
+    return value
+
+
+assert set(TABLE) == {field.name for field in fields(Limits)}, (
+    "a limit is in the table and in Limits, or in neither"
+)
+DEFAULT: Final = Limits()

@@ -1,0 +1,1 @@
+"""The seam between deciding and keeping: the `Store` protocol and the houses that implement it."""

@@ -1,0 +1,303 @@
+"""Effective settings, each with the place it came from.
+
+Flags win over the environment, the environment over `headrace.toml`, the file over defaults. Every value is
+checked wherever it stands, also one that another overrides: a setting that can't be right is never silently
+passed over. An unknown name is refused with the name that was probably meant.
+
+Rule 1: secrets do not leave through `shown`, `repr` or an error.
+Rule 2: nothing here knows which stores exist; a store URL is only checked for its form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+from headrace.foundation.errors import InvalidSetting
+from headrace.foundation.limits import MIB, TABLE, Limit, Limits, check
+
+FILE_NAME: Final = "headrace.toml"
+FILE_BYTES_MAX: Final = MIB
+TEXT_CHARS_MAX: Final = 4_096
+PREFIX: Final = "HEADRACE_"
+CONFIG_VARIABLE: Final = f"{PREFIX}CONFIG"
+TEST_PREFIX: Final = f"{PREFIX}TEST_"
+HIDDEN: Final = "***"
+
+LATER_VARIABLES: Final = frozenset({"HEADRACE_API_KEY", "HEADRACE_GRPC_SECRET", "HEADRACE_LISTEN"})
+"""Names that a later version reads: set for a whole fleet, they must not stop an older process."""
+
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://")
+_INTEGER: Final = re.compile(r"[+-]?[0-9]{1,20}")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+# Greedy up to the last @: a password that holds one itself is hidden whole.
+_URL_PASSWORD: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^:@/?#]*):.*@")
+_QUERY_SECRET: Final = re.compile(r"(?i)([?&][^=&#]*(?:pass|secret|key|token|credential)[^=&#]*=)[^&#]*")
+_SECRET_NAME: Final = re.compile(r"(?i)(?:^|_)(?:secret|key|password|token)$")
+
+
+class Option(NamedTuple):
+    """One setting that is not a limit; `checked` returns the value to use or raises `InvalidSetting`."""
+
+    name: str
+    default: str | int | None
+    form: str
+    meaning: str
+    checked: Callable[[object], str | int]
+
+
+class Shown(NamedTuple):
+    """One line of `headrace config show`."""
+
+    name: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What one process works with. `sources` says where each setting, limits included, came from."""
+
+    store: str = field(repr=False)
+    objects: str | None = field(repr=False)
+    environment: str
+    log_format: Literal["console", "json"]
+    log_level: str
+    concurrency: int
+    processes: int
+    limits: Limits
+    sources: Mapping[str, str]
+
+    def value(self, name: str) -> str | int | None:
+        """The value of a setting or limit by its name."""
+        found: str | int | None = getattr(self.limits if name in TABLE else self, name)
+        return found
+
+    def shown(self) -> list[Shown]:
+        """Every setting in the order of the settings page, with secrets hidden."""
+        return [
+            Shown(name, "" if value is None else hidden(name, str(value)), source)
+            for name, source in self.sources.items()
+            for value in (self.value(name),)
+        ]
+
+
+def load(flags: Mapping[str, object | None], environ: Mapping[str, str], directory: Path) -> Settings:
+    """The effective settings of a process started in `directory`.
+
+    `flags` are by setting name (`flush_size`, not `--flush-size`); `None` means the flag was not given.
+    Raises `InvalidSetting` that names the setting, where it stood, and its bounds.
+    """
+    found: dict[str, tuple[str | int, str]] = {}
+    for layer in (_from_file(environ, directory), _from_environment(environ), _from_flags(flags)):
+        for name, value, source in layer:
+            found[name] = (_checked(name, value, source), source)
+    numbers: dict[str, int] = {}
+    texts: dict[str, str] = {}
+    for name in NAMES:
+        effective = found[name][0] if name in found else _default(name)
+        if isinstance(effective, int):
+            numbers[name] = effective
+        elif effective is not None:
+            texts[name] = effective
+    return Settings(
+        store=texts["store"],
+        objects=texts.get("objects"),
+        environment=texts["environment"],
+        log_format="json" if texts["log_format"] == "json" else "console",
+        log_level=texts["log_level"],
+        concurrency=numbers["concurrency"],
+        processes=numbers["processes"],
+        limits=Limits(**{name: numbers[name] for name in TABLE}),
+        sources={name: found[name][1] if name in found else "default" for name in NAMES},
+    )
+
+
+def hidden(name: str, value: str) -> str:
+    """`value` as it may be shown: nothing of a secret, and no password or key inside a URL."""
+    if _SECRET_NAME.search(name):
+        return HIDDEN
+    return _QUERY_SECRET.sub(rf"\1{HIDDEN}", _URL_PASSWORD.sub(rf"\1:{HIDDEN}@", value))
+
+
+def _from_flags(flags: Mapping[str, object | None]) -> Iterator[tuple[str, object, str]]:
+    for name, value in flags.items():
+        source = f"flag --{name.replace('_', '-')}"
+        if name not in NAMES:
+            raise _unknown(source, name, NAMES, lambda meant: f"--{meant.replace('_', '-')}")
+        if value is not None:
+            yield name, _read(name, value), source
+
+
+def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:
+    for variable in sorted(environ):
+        if not variable.startswith(PREFIX) or variable == CONFIG_VARIABLE or variable in LATER_VARIABLES:
+            continue
+        if variable.startswith(TEST_PREFIX):
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        source = f"environment {variable}"
+        if name not in NAMES or variable != variable.upper():
+            raise _unknown(
+                source, name, (*NAMES, "config"), lambda meant: f"{PREFIX}{meant.upper()}", "unset it"
+            )
+        yield name, _read(name, environ[variable]), source
+
+
+def _from_file(environ: Mapping[str, str], directory: Path) -> Iterator[tuple[str, object, str]]:
+    named = environ.get(CONFIG_VARIABLE)
+    if named == "":
+        raise InvalidSetting(f"{CONFIG_VARIABLE} is empty", hint="unset it, or set it to the path of a file")
+    path, source = directory / (named or FILE_NAME), named or FILE_NAME
+    if named is None and not path.exists():
+        return
+    for name, value in _parsed(path, source).items():
+        if name == "limits":
+            if not isinstance(value, dict):
+                raise InvalidSetting(
+                    f"{source}: limits must be a table, not {value!r}", hint="write [limits]"
+                )
+            for limit_name, limit_value in value.items():
+                if limit_name not in TABLE:
+                    raise _unknown(f"{source} [limits]", limit_name, TABLE, str)
+                yield limit_name, limit_value, source
+        elif name in TABLE:
+            raise InvalidSetting(f"{source}: {name} is a limit", hint=f"write it under [limits] in {source}")
+        elif name not in OPTIONS:
+            raise _unknown(source, name, (*OPTIONS, "limits"), str)
+        else:
+            yield name, value, source
+
+
+def _parsed(path: Path, source: str) -> dict[str, object]:
+    import tomllib  # only here: most starts have no file, and a start is counted in milliseconds
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise InvalidSetting(
+            f"{source} can't be read: {error.strerror or error}",
+            hint=f"make it a readable file, or unset {CONFIG_VARIABLE}",
+        ) from error
+    if len(data) > FILE_BYTES_MAX:
+        raise InvalidSetting(f"{source} is larger than {FILE_BYTES_MAX} bytes", hint="is it the right file?")
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InvalidSetting(
+            f"{source} is not UTF-8 at byte {error.start}", hint="save it as UTF-8"
+        ) from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InvalidSetting(f"{source} is not TOML: {error}", hint='write lines like store = "…"') from error
+
+
+def _read(name: str, value: object) -> object:
+    """What a flag or variable says: text that is a whole number becomes one where a number is wanted."""
+    if name in NUMBERS and isinstance(value, str) and _INTEGER.fullmatch(value):
+        return int(value)
+    return value
+
+
+def _checked(name: str, value: object, source: str) -> str | int:
+    try:
+        return check(TABLE[name], value) if name in TABLE else OPTIONS[name].checked(value)
+    except InvalidSetting as error:
+        raise InvalidSetting(f"{source}: {error.message}", hint=error.hint) from None
+
+
+def _default(name: str) -> str | int | None:
+    return TABLE[name].default if name in TABLE else OPTIONS[name].default
+
+
+def _unknown(
+    source: str, name: str, known: Iterable[str], spelled: Callable[[str], str], remedy: str = "remove it"
+) -> InvalidSetting:
+    import difflib  # only here: most starts make no mistake
+
+    meant = difflib.get_close_matches(name.lower().replace("-", "_"), list(known), n=1, cutoff=0.6)
+    hint = f"did you mean {spelled(meant[0])}?" if meant else f"{remedy}, or see `headrace config show`"
+    return InvalidSetting(f"{source}: no setting is called {name}", hint=hint)
+
+
+def _text(name: str, value: object, form: str) -> str:
+    if (
+        not isinstance(value, str)
+        or not value.strip()
+        or len(value) > TEXT_CHARS_MAX
+        or _CONTROL.search(value)
+    ):
+        said = repr(hidden(name, value[:80])) if isinstance(value, str) else repr(value)
+        raise InvalidSetting(f"{name} must be {form}, not {said}")
+    return value
+
+
+def _url(value: object) -> str:
+    text = _text("store", value, "a URL")
+    if not _URL.match(text):
+        # The text is not repeated: what is no URL can't be searched for a password with any certainty.
+        raise InvalidSetting("store must be a URL", hint="a file is sqlite:///its/path.db")
+    return text
+
+
+def _objects(value: object) -> str:
+    return _text("objects", value, "a URL or a directory")
+
+
+def _environment(value: object) -> str:
+    text = _text("environment", value, "a name")
+    if len(text) > ENVIRONMENT_CHARS_MAX:
+        raise InvalidSetting(
+            f"environment must be at most {ENVIRONMENT_CHARS_MAX} characters, not {len(text)}"
+        )
+    return text
+
+
+def _number(limit: Limit) -> Option:
+    return Option(
+        name=limit.name,
+        default=limit.default,
+        form=f"{limit.least:,} to {limit.most:,} {limit.unit}",
+        meaning=limit.meaning,
+        checked=lambda value: check(limit, value),
+    )
+
+
+def _choice(name: str, default: str, choices: tuple[str, ...], meaning: str) -> Option:
+    def checked(value: object) -> str:
+        if not isinstance(value, str) or value.lower() not in choices:
+            raise InvalidSetting(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        return value.lower()
+
+    return Option(name, default, ", ".join(choices), meaning, checked)
+
+
+ENVIRONMENT_CHARS_MAX: Final = 200
+LOG_FORMATS: Final = ("console", "json")
+LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
+
+OPTIONS: Final[Mapping[str, Option]] = {
+    option.name: option
+    for option in (
+        Option("store", "sqlite:///headrace.db", "a URL", "Where batches are kept.", _url),
+        Option(
+            "objects",
+            None,
+            "a URL or a directory",
+            "Where payloads of inline_bytes_max or over are kept; unset, beside the store.",
+            _objects,
+        ),
+        Option("environment", "default", "a name", "The tenant that everything belongs to.", _environment),
+        _choice("log_format", "console", LOG_FORMATS, "How log lines are written."),
+        _choice("log_level", "info", LOG_LEVELS, "The least serious line that is written."),
+        _number(Limit("concurrency", "runs", 100, 1, 100_000, "Runs of one worker under way at once.")),
+        _number(Limit("processes", "processes", 0, 0, 1_024, "Processes for CPU-bound tasks; 0 is none.")),
+    )
+}
+NAMES: Final = (*OPTIONS, *TABLE)
+NUMBERS: Final = frozenset(TABLE) | {
+    name for name, option in OPTIONS.items() if isinstance(option.default, int)
+}

@@ -1,0 +1,65 @@
+"""The settings page is made from the tables of the code.
+
+`python tests/foundation/test_settings_page.py` writes it anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from headrace.foundation.limits import TABLE
+from headrace.foundation.settings import OPTIONS, PREFIX
+
+PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
+
+HEAD = """\
+# Settings
+
+Flags win over environment variables, those over `headrace.toml`, the file over the defaults. The file is
+looked for in the current directory; `HEADRACE_CONFIG` names another. `headrace config show` prints what is in
+force and where each value came from, with secrets hidden. An unknown name or a value out of bounds is refused
+before anything starts.
+
+```toml
+store = "sqlite:///headrace.db"
+concurrency = 100
+
+[limits]
+flush_size = 500
+```
+"""
+
+
+def page() -> str:
+    """The whole page, as it must stand in `docs/settings.md`."""
+    lines = [HEAD, "## General\n", "| name | variable | default | values | |", "|---|---|---|---|---|"]
+    lines += [
+        row(option.name, f"`{option.default}`" if option.default is not None else "unset", option.form)
+        + f" {option.meaning} |"
+        for option in OPTIONS.values()
+    ]
+    lines += [
+        "\n## Limits (`[limits]` in the file)\n",
+        "| name | variable | default | least | most | unit | |",
+        "|---|---|--:|--:|--:|---|---|",
+    ]
+    lines += [
+        row(limit.name, f"{limit.default:,}", f"{limit.least:,}", f"{limit.most:,}", limit.unit)
+        + f" {limit.meaning} |"
+        for limit in TABLE.values()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def row(name: str, *cells: str) -> str:
+    """The start of a table's row: the name, its variable and some cells."""
+    return " | ".join([f"| `{name}`", f"`{PREFIX}{name.upper()}`", *cells]) + " |"
+
+
+def test_the_settings_page_says_what_the_code_says() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `python tests/foundation/test_settings_page.py`"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Measurements: scenarios of Headrace beside the floors they stand on."""

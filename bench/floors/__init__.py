@@ -1,0 +1,1 @@
+"""What the machine can do without Headrace; nothing here imports it."""

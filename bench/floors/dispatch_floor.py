@@ -1,8 +1,8 @@
 """The floor under `sleep100ms`: the same coroutines on the same number of runners, and nothing else.
 
 Nothing of headrace is imported. A fixed set of long-lived tasks pulls indexes from one iterator and awaits
-a sleep: no task a run, no queue, no store. The limit is concurrency / 0.1 s; what is missing to it is the cost
-of the loop.
+a sleep: no task a run, no queue, no store. The limit is concurrency / 0.1 s; what is missing to it is the
+cost of the loop.
 """
 
 from __future__ import annotations

@@ -1,0 +1,313 @@
+"""The NDJSON machine: bytes in, items out, one a line, in order.
+
+Rule 1: a bad line fails alone. It becomes a marker at its own place (`Oversized`, `Unreadable`), never an
+exception, so one line can't take its batch with it.
+Rule 2: memory is bounded by one line. A line over the limit is dropped as it arrives; 512 bytes of it stay.
+Rule 3: how the input was cut into pieces changes nothing, neither the items nor the order of the work.
+
+A line ends at 0x0A and nowhere else. Its size is its raw bytes before that, judged before anything is
+decoded. Then the first line loses its byte order mark and each line the white space around it, 0x0D too. What
+is blank by then is no item, yet it counts as a line. Lines are numbered from 1, items from 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from typing import Final, TypeAlias
+
+import msgspec
+
+from headrace.foundation.errors import IllegalTransition, InvalidInput
+from headrace.foundation.ids import INDEX_MAX
+
+PREFIX_BYTES: Final = 512
+"""What is kept of a line over the limit: enough to find an index and a task near its beginning."""
+
+NO_INDEX: Final = -1
+UNKNOWN_TASK: Final = "unknown"
+
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_INDEX: Final = re.compile(rb"0|[1-9][0-9]{0,17}")
+_TOKEN: Final = re.compile(
+    rb"""[ \t\r\n]*+ (?P<token> "(?:[^"\\]|\\.)*+" | [{}\[\]:,] | [^ \t\r\n"{}\[\]:,]++ )""",
+    re.VERBOSE | re.DOTALL,
+)
+_LONE_HIGH_SURROGATE: Final = re.compile(
+    rb"(?<!\\)(?:\\\\)*+\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+)
+
+assert INDEX_MAX == 10**18 - 1, "the pattern of an index repeats that it has at most 18 digits"
+
+
+class Oversized(msgspec.Struct, frozen=True):
+    """A line of more bytes than an item may have.
+
+    `index` and `task` are what the line itself says, where its first 512 bytes tell; else its position among
+    the items and "unknown".
+    """
+
+    index: int
+    task: str
+    actual_bytes: int
+    max_bytes: int
+    line: int
+
+
+class Unreadable(msgspec.Struct, frozen=True):
+    """A line that is not UTF-8 or not JSON; `index` is its position among the items, `reason` names it."""
+
+    index: int
+    line: int
+    reason: str
+
+
+Item: TypeAlias = bytes | Oversized | Unreadable
+
+
+class NdjsonMachine:
+    """Cuts a stream of bytes into items, whatever pieces it comes in.
+
+    `validate=False` leaves UTF-8 and JSON to whoever decodes the items next; sizes are judged all the same. A
+    stream that is taken up in the middle names where: the bytes, items and lines before it.
+
+    Linear: each byte is looked at and copied a fixed number of times, whatever the pieces. An unfinished line
+    waits in one bytearray rather than in a list of its pieces: 3 MiB that trickle in by twos would be 60 MiB
+    of small objects.
+    """
+
+    def __init__(
+        self,
+        *,
+        item_bytes_max: int,
+        validate: bool = True,
+        bytes_before: int = 0,
+        items_before: int = 0,
+        lines_before: int = 0,
+    ) -> None:
+        if item_bytes_max < 1 or min(bytes_before, items_before, lines_before) < 0:
+            raise InvalidInput(
+                "an NDJSON machine needs a limit of at least one byte and a start that is not negative",
+                item_bytes_max=item_bytes_max,
+                bytes_before=bytes_before,
+                items_before=items_before,
+                lines_before=lines_before,
+            )
+        self._item_bytes_max = item_bytes_max
+        self._validate = validate
+        self._decoder = msgspec.json.Decoder(msgspec.Raw)
+        self._held = bytearray()  # the unfinished line, or the prefix of one that is over the limit
+        self._held_bytes = 0  # how long the unfinished line is so far, dropped bytes included
+        self._line_start = bytes_before
+        self._resume_at = bytes_before
+        self._items_count = items_before
+        self._lines_count = lines_before
+        self._ends: list[int] = []
+        self._closed = False
+
+    @property
+    def line_no(self) -> int:
+        """The number of the last line that ended, so 0 before the first."""
+        return self._lines_count
+
+    @property
+    def items_count(self) -> int:
+        """Items handed out so far, markers included: the position of the next one."""
+        return self._items_count
+
+    @property
+    def consumed_bytes(self) -> int:
+        """The offset after the last item's line: a reader that resumes there misses and repeats nothing."""
+        return self._resume_at
+
+    @property
+    def last_ends(self) -> list[int]:
+        """For each item handed out last, the offset after its line: where to resume once it is durable."""
+        return self._ends
+
+    def feed(self, data: bytes) -> list[Item]:
+        """The items whose lines end in `data`."""
+        if self._closed:
+            raise IllegalTransition(
+                "bytes after the end of a stream",
+                hint="start a new machine for a new stream",
+                line=self._lines_count,
+            )
+        self._ends = []
+        items: list[Item] = []
+        lines = data.split(b"\n")
+        unfinished = lines.pop()
+        if lines:
+            # A line begun in earlier pieces, and the first of all, are judged alone; the rest goes in bulk.
+            skipped_bytes = 0
+            if self._held_bytes or not self._line_start:
+                first = lines.pop(0)
+                skipped_bytes = len(first) + 1
+                self._hold(first)
+                self._finish_held(newline_bytes=1, items=items)
+            if lines:
+                self._take_lines(lines, memoryview(data)[skipped_bytes : len(data) - len(unfinished)], items)
+        if unfinished:
+            self._hold(unfinished)
+        return items
+
+    def close(self) -> list[Item]:
+        """The item of a last line without a newline, if there is one. Closing twice is harmless."""
+        self._ends = []
+        items: list[Item] = []
+        if self._held_bytes:
+            self._finish_held(newline_bytes=0, items=items)
+        self._closed = True
+        return items
+
+    def _hold(self, piece: bytes) -> None:
+        """Keeps a piece of the unfinished line; once that is over the limit, its first bytes only."""
+        over_before = self._held_bytes > self._item_bytes_max
+        self._held_bytes += len(piece)
+        if over_before:
+            return
+        if self._held_bytes <= self._item_bytes_max:
+            self._held += piece
+            return
+        self._held += piece[:PREFIX_BYTES]
+        self._held = self._held[:PREFIX_BYTES]
+
+    def _finish_held(self, *, newline_bytes: int, items: list[Item]) -> None:
+        line = bytes(self._held)
+        actual_bytes = self._held_bytes
+        self._held = bytearray()
+        self._held_bytes = 0
+        self._take_line(line, actual_bytes, newline_bytes, items)
+
+    def _take_lines(self, lines: list[bytes], block: memoryview, items: list[Item]) -> None:
+        """Many whole lines at once; `block` is where they lie, newlines included.
+
+        The common case, in which every line is good, is decided with a few calls for all of them: a loop that
+        calls a method a line costs four times as much. When anything is wrong, each line is judged alone.
+        """
+        stripped = list(map(bytes.strip, lines))
+        is_small = len(block) <= self._item_bytes_max or max(map(len, lines)) <= self._item_bytes_max
+        if not is_small or (self._validate and not self._are_readable(stripped, block)):
+            for line in lines:
+                self._take_line(line, len(line), 1, items)
+            return
+        handed_before = len(items)
+        end = self._line_start
+        ends = self._ends
+        for line, item in zip(lines, stripped, strict=True):
+            end += len(line) + 1
+            if item:
+                items.append(item)
+                ends.append(end)
+        self._items_count += len(items) - handed_before
+        self._lines_count += len(lines)
+        self._line_start = end
+        if ends:
+            self._resume_at = ends[-1]
+
+    def _are_readable(self, stripped: list[bytes], block: memoryview) -> bool:
+        """Whether every line is UTF-8, and JSON or blank. No character holds a newline: one look will do."""
+        try:
+            str(block, "utf-8")
+            deque(map(self._decoder.decode, filter(None, stripped)), maxlen=0)
+        except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
+            return False
+        return True
+
+    def _take_line(self, line: bytes, actual_bytes: int, newline_bytes: int, items: list[Item]) -> None:
+        """One line, judged alone. Of a line over the limit, `line` may be the first bytes only."""
+        if not self._line_start:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+        self._lines_count += 1
+        self._line_start += actual_bytes + newline_bytes
+        item = self._judged(line, actual_bytes)
+        if item:
+            items.append(item)
+            self._ends.append(self._line_start)
+            self._resume_at = self._line_start
+            self._items_count += 1
+
+    def _judged(self, line: bytes, actual_bytes: int) -> Item | None:
+        """The item or marker that a line is, or `None` for a blank one."""
+        if actual_bytes > self._item_bytes_max:
+            index, task = extract_index_and_task(line[:PREFIX_BYTES])
+            if index == NO_INDEX:
+                index = self._items_count
+            return Oversized(index, task, actual_bytes, self._item_bytes_max, self._lines_count)
+        item = line.strip()
+        if not item:
+            return None
+        fault = self._fault(item) if self._validate else None
+        if fault is None:
+            return item
+        kind, detail = fault
+        return Unreadable(
+            self._items_count, self._lines_count, f"Invalid {kind} at line {self._lines_count}: {detail}"
+        )
+
+    def _fault(self, item: bytes) -> tuple[str, str] | None:
+        """What is wrong with an item: the form it breaks, and how. Its bytes are counted from 0."""
+        try:
+            if not item.isascii():
+                item.decode()
+            self._decoder.decode(item)
+        except UnicodeDecodeError as error:
+            return "UTF-8", f"{error.reason} (byte {error.start})"
+        except RecursionError:
+            return "JSON", "it is nested too deeply"
+        except msgspec.DecodeError as error:
+            return "JSON", _plain_reason(str(error), item)
+        return None
+
+
+def extract_index_and_task(prefix: bytes) -> tuple[int, str]:
+    """Index and task of an item of which only the beginning is known; -1 and "unknown" where it doesn't tell.
+
+    Only keys of the outermost object count, in any order; as in decoding, the last of two equal keys wins. A
+    value that the prefix cuts off is not told: the 12 of a cut 1234 would be another item's index. Nor is an
+    index that is no index: negative, a fraction, or of more digits than any index has.
+    """
+    index, task = NO_INDEX, UNKNOWN_TASK
+    depth = 0
+    key = ""
+    is_key_next = False
+    position = 0
+    while found := _TOKEN.match(prefix, position):
+        position = found.end()
+        token = found["token"]
+        if depth == 0 and token != b"{":
+            break
+        if token in b"{}[]:,":
+            depth += (token in b"{[") - (token in b"}]")
+            is_key_next = token in b"{,"
+        elif depth == 1 and is_key_next:
+            key = _decoded_text(token)
+            is_key_next = False
+        elif depth == 1 and key == "index":
+            is_whole = position < len(prefix) and _INDEX.fullmatch(token)
+            index = int(token) if is_whole else NO_INDEX
+        elif depth == 1 and key == "task":
+            task = _decoded_text(token) or UNKNOWN_TASK
+    return index, task
+
+
+def _decoded_text(token: bytes) -> str:
+    """The string that a JSON token is, or an empty one if it is none."""
+    try:
+        return msgspec.json.decode(token, type=str)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return ""
+
+
+def _plain_reason(reason: str, item: bytes) -> str:
+    """The decoder's reason in plain words.
+
+    msgspec 0.22 calls an escape of half a surrogate pair truncated input, or the unexpected end of an escape,
+    because it looks for the other half where the string may have ended.
+    """
+    is_about_the_end = "truncated" in reason or "hex escape" in reason
+    if is_about_the_end and _LONE_HIGH_SURROGATE.search(item):
+        return "an escape holds half a surrogate pair"
+    if "truncated" in reason:
+        return "the line ends before its value does"
+    return reason.removeprefix("JSON is malformed: ")

@@ -1,0 +1,72 @@
+"""The floors of the house: a room imports only from below, and the contracts that say so bite."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[1]
+LINT: Final = (
+    "from importlinter.cli import lint_imports as lint; raise SystemExit(lint(no_cache=True, no_logo=True))"
+)
+
+FLOORS: Final = "A room imports only from floors below it"
+CORE: Final = "The core is deaf, blind and timeless"
+STORES: Final = "Only compose knows a concrete store"
+
+
+def linted(house: Path) -> subprocess.CompletedProcess[str]:
+    """What import-linter says of the copy of the package in `house`."""
+    return subprocess.run(
+        [sys.executable, "-c", LINT],
+        cwd=house,
+        env={"PYTHONPATH": str(house), "PYTHONUTF8": "1", "COLUMNS": "200"},
+        capture_output=True,
+        check=False,
+        encoding="utf-8",
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A copy of the package and its contracts, to break."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "src" / "headrace", tmp_path / "headrace", ignore=ignored)
+    return tmp_path
+
+
+def test_every_room_stands_on_its_floor(house: Path) -> None:
+    done = linted(house)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"{contract} KEPT" in done.stdout for contract in (FLOORS, CORE, STORES)), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("room", "code", "contract"),
+    [
+        ("foundation", "import headrace.core", FLOORS),
+        ("core", "from headrace import store", FLOORS),
+        ("store", "import headrace.runtime", FLOORS),
+        ("runtime", "def late() -> None:\n    import headrace.compose", FLOORS),
+        ("runtime", "import headrace.app", FLOORS),
+        ("core", "import asyncio", CORE),
+        ("core", "from time import monotonic", CORE),
+        ("core", "import sqlite3", CORE),
+        ("runtime", "import headrace.store.sqlite", STORES),
+        ("cli", "from headrace.store import memory", STORES),
+    ],
+)
+def test_a_forbidden_import_is_caught(house: Path, room: str, code: str, contract: str) -> None:
+    (house / "headrace" / room / "intruder.py").write_text(code + "\n", encoding="utf-8")
+    done = linted(house)
+    assert done.returncode != 0
+    assert f"{contract} BROKEN" in done.stdout, done.stdout + done.stderr
+    assert "intruder" in done.stdout

@@ -1,0 +1,67 @@
+"""The README keeps its word: CI runs its two commands, its Python is Python, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[1]
+README: Final = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_gives_two_commands_of_one_line() -> None:
+    commands = blocks("sh")
+    assert len(commands) == 2
+    assert all(command.count("\n") == 1 for command in commands)
+    assert "headrace demo" in commands[0]
+    assert "pytest" in commands[1]
+
+
+def test_ci_runs_the_readme_s_two_commands_and_no_others() -> None:
+    bash = shutil.which("bash")
+    assert bash, "CI is a bash script"
+    printed = subprocess.run(
+        [bash, str(ROOT / ".ci" / "run"), "--print-commands"],
+        capture_output=True,
+        check=True,
+        encoding="utf-8",
+        stdin=subprocess.DEVNULL,
+        timeout=30,
+    )
+    assert printed.stdout == "".join(blocks("sh"))
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.findall(r'^suite "README: \w+" \d+ "(.*)"$', script, re.MULTILINE) == ["$first", "$second"]
+    assert "headrace demo" not in script
+    assert "pytest -q" not in script
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_the_readme_s_python_compiles(number: int) -> None:
+    compile(blocks("python")[number], f"README.md, Python block {number}", "exec")
+
+
+def test_the_readme_shows_python() -> None:
+    assert blocks("python")
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_make_help_lists_at_most_eight_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z]+):", makefile, re.MULTILINE)
+    assert 0 < len(targets) <= 8
+    assert targets == re.findall(r"^([a-z]+): +## \S", makefile, re.MULTILINE), "each says what it is for"

@@ -1,0 +1,254 @@
+"""The set of received indexes of a batch, as ranges.
+
+What comes in order is one range however long it is, so adding to its end costs nothing. What comes in any
+order is merged a sorted batch at a time, in one pass over the ranges that the batch spans.
+
+The ranges are half-open and lie in one flat array of bounds, `[start, stop, start, stop, …]`, strictly
+increasing. So the number of bounds at or before an index is odd just when the index is in the set, and ranges
+that touch are one.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, chain, islice, pairwise
+from typing import Final, Self
+
+from headrace.foundation.errors import InvalidInput
+from headrace.foundation.ids import INDEX_MAX
+
+_FORM: Final = 1
+"""The first byte of an encoded set, so that another form may follow without a guess."""
+
+_BOUND_MAX: Final = INDEX_MAX + 1
+_SHIFT_MAX: Final = 56
+assert _BOUND_MAX < 2 ** (_SHIFT_MAX + 7), "nine groups of seven bits hold any bound, and so does a signed 64"
+
+
+class IndexSet:
+    """Indexes from 0 to `INDEX_MAX`, each in it or not.
+
+    Raises `InvalidInput`, and changes nothing, for what is no index.
+    """
+
+    __slots__ = ("_bounds", "_count")
+
+    def __init__(self, indexes: Iterable[int] = ()) -> None:
+        self._bounds: array[int] = array("q")
+        self._count = 0
+        self.add(indexes)
+
+    @classmethod
+    def from_ranges(cls, ranges: Iterable[tuple[int, int]]) -> Self:
+        """The union of half-open ranges in any order."""
+        received = cls()
+        for start, stop in ranges:
+            received.add_range(start, stop)
+        return received
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, index: int) -> bool:
+        return bisect_right(self._bounds, index) % 2 == 1
+
+    def __iter__(self) -> Iterator[int]:
+        return chain.from_iterable(range(start, stop) for start, stop in self.ranges())
+
+    def __eq__(self, other: object) -> bool:
+        return self._bounds == other._bounds if isinstance(other, IndexSet) else NotImplemented
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{start}..{stop}" for start, stop in islice(self.ranges(), 5))
+        return f"<IndexSet of {self._count} in {self.ranges_count} ranges: {shown}>"
+
+    @property
+    def ranges_count(self) -> int:
+        """How many ranges it takes: what memory and bytes grow with."""
+        return len(self._bounds) // 2
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """The half-open ranges, ascending; no two touch."""
+        bounds = iter(self._bounds)
+        return zip(bounds, bounds, strict=True)
+
+    def add_range(self, start: int, stop: int) -> int:
+        """Adds `start` to `stop - 1`; answers how many of them are new."""
+        if not 0 <= start <= stop <= _BOUND_MAX:
+            raise InvalidInput(
+                f"{start}..{stop} is not a range of indexes", hint=f"indexes go from 0 to {INDEX_MAX}"
+            )
+        return self._merge(array("q", (start, stop))) if start < stop else 0
+
+    def add(self, indexes: Iterable[int]) -> int:
+        """Adds indexes, in any order and repeated or not; answers how many of them are new."""
+        distinct = set(indexes)
+        if not distinct:
+            return 0
+        least, most = min(distinct), max(distinct)
+        if least < 0 or most > INDEX_MAX:
+            raise InvalidInput(
+                f"{least if least < 0 else most} is not an index", hint=f"indexes go from 0 to {INDEX_MAX}"
+            )
+        if most - least + 1 == len(distinct):
+            return self._merge(array("q", (least, most + 1)))
+        return self._merge(_bounds_of(sorted(distinct)))
+
+    def update(self, other: IndexSet) -> int:
+        """Adds all of another set; answers how many are new."""
+        return self._merge(other._bounds) if other._bounds else 0
+
+    def union(self, other: IndexSet) -> IndexSet:
+        """A third set, of what is in either."""
+        both = IndexSet()
+        both._bounds, both._count = self._bounds[:], self._count
+        both.update(other)
+        return both
+
+    def difference(self, indexes: Iterable[int]) -> list[int]:
+        """Those of `indexes` that are not in the set, in the order given, repeats included."""
+        given = list(indexes)
+        shared = self._shared_verdict(given)
+        if shared is not None:
+            return [] if shared else given
+        bounds = self._bounds
+        return [index for index in given if bisect_right(bounds, index) % 2 == 0]
+
+    def overlap(self, indexes: Iterable[int]) -> list[int]:
+        """Those of `indexes` that are in the set, in the order given, repeats included."""
+        given = list(indexes)
+        shared = self._shared_verdict(given)
+        if shared is not None:
+            return given if shared else []
+        bounds = self._bounds
+        return [index for index in given if bisect_right(bounds, index) % 2 == 1]
+
+    def missing(self, expected_count: int, ranges_max: int) -> list[tuple[int, int]]:
+        """The first `ranges_max` half-open ranges below `expected_count` that are not in the set.
+
+        Costs what it answers with, not what the set holds.
+        """
+        if expected_count < 0 or ranges_max < 0:
+            raise InvalidInput(
+                "a count can't be negative", expected_count=expected_count, ranges_max=ranges_max
+            )
+        gaps: list[tuple[int, int]] = []
+        position = 0
+        for start, stop in self.ranges():
+            if len(gaps) >= ranges_max or start >= expected_count:
+                break
+            if start > position:
+                gaps.append((position, start))
+            position = stop
+        if position < expected_count and len(gaps) < ranges_max:
+            gaps.append((position, expected_count))
+        return gaps
+
+    def to_bytes(self) -> bytes:
+        """The set as one byte that names the form, then each bound's distance from the one before.
+
+        Distances are varints: seven bits a byte, the lowest first, the top bit set while more follow.
+        """
+        encoded = bytearray((_FORM,))
+        for before, bound in zip(chain((0,), self._bounds), self._bounds, strict=False):
+            distance = bound - before
+            while distance > 127:
+                encoded.append(distance & 127 | 128)
+                distance >>= 7
+            encoded.append(distance)
+        return bytes(encoded)
+
+    @classmethod
+    def from_bytes(cls, encoded: bytes) -> Self:
+        """The set that `to_bytes` wrote; `InvalidInput` for anything it would not write.
+
+        Memory is at most eight bytes for one of `encoded`.
+        """
+        if not encoded or encoded[0] != _FORM:
+            raise _not_a_set("it does not begin with a known form")
+        distances = _varints(memoryview(encoded)[1:])
+        if len(distances) % 2:
+            raise _not_a_set("a range has no end")
+        if 0 in distances[1:]:
+            raise _not_a_set("ranges are empty or touch")
+        if sum(distances) > _BOUND_MAX:
+            raise _not_a_set("an index is too large")
+        decoded = cls()
+        decoded._bounds = array("q", accumulate(distances))
+        decoded._count = sum(distances[1::2])
+        return decoded
+
+    def _shared_verdict(self, given: list[int]) -> bool | None:
+        """Whether all of `given` are in the set, where one look tells because no bound lies between them."""
+        if not given:
+            return True
+        place = bisect_right(self._bounds, min(given))
+        return place % 2 == 1 if place == bisect_right(self._bounds, max(given)) else None
+
+    def _merge(self, added: array[int]) -> int:
+        """Adds ranges, given as bounds; answers how many indexes are new.
+
+        One pass over the bounds between the first and the last of `added`; whole stretches of bounds that it
+        leaves alone are copied at once. Nothing of the set changes until all is decided.
+        """
+        bounds = self._bounds
+        first = bisect_left(bounds, added[0])
+        last = bisect_right(bounds, added[-1])
+        merged: array[int] = array("q")
+        place = first
+        gained = 0
+        starts_and_stops = iter(added)
+        for start, stop in zip(starts_and_stops, starts_and_stops, strict=True):
+            here = bisect_left(bounds, start, place, last)
+            if here > place:
+                merged.extend(bounds[place:here])
+            if here % 2 == 0:  # start lies in a gap and begins a range; else it continues one
+                merged.append(start)
+                gained -= start
+            place = here
+            while place < last and bounds[place] <= stop:  # bounds within [start, stop] vanish
+                gained += bounds[place] if place % 2 == 0 else -bounds[place]
+                place += 1
+            if place % 2 == 0:
+                merged.append(stop)
+                gained += stop
+        merged.extend(bounds[place:last])
+        bounds[first:last] = merged
+        self._count += gained
+        return gained
+
+
+def _bounds_of(ascending: list[int]) -> array[int]:
+    """The bounds of the ranges that distinct ascending indexes make."""
+    bounds = array("q", (ascending[0],))
+    for before, index in pairwise(ascending):
+        if index - before > 1:
+            bounds.append(before + 1)
+            bounds.append(index)
+    bounds.append(ascending[-1] + 1)
+    return bounds
+
+
+def _varints(encoded: memoryview) -> list[int]:
+    values: list[int] = []
+    value = shift = 0
+    for byte in encoded:
+        value |= (byte & 127) << shift
+        if byte > 127:
+            shift += 7
+            if shift > _SHIFT_MAX:
+                raise _not_a_set("a number is too long")
+        else:
+            if shift and not byte:
+                raise _not_a_set("a number is longer than it needs to be")
+            values.append(value)
+            value = shift = 0
+    if shift:
+        raise _not_a_set("it ends within a number")
+    return values
+
+
+def _not_a_set(reason: str) -> InvalidInput:
+    return InvalidInput(f"these bytes are not a set of indexes: {reason}")

@@ -1,0 +1,193 @@
+"""What a stream of new runs becomes: chunks, each a block of inputs and the spans over it.
+
+A block is written once and never changed. The coalescer is a machine: `add` runs, `take` the chunks that closed
+(by count or by bytes), `flush` what is left when nothing is in flight (natural batching: no timer adds latency
+to a lone item).
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Final
+
+import msgspec
+
+from headrace.core.pack import JSON, pack, unpack_some
+from headrace.core.span import Key, decode_places, encode_places
+
+EMPTY: Final = b""
+
+
+class Extra(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What only some runs have, and only those pay for.
+
+    `failure`: an encoded failure; the run is born failed (an oversized or unreadable item). `object_key` and
+    `object_bytes`: the payload is a reference to that object.
+    """
+
+    idempotency_key: str = ""
+    idempotency_expires_us: int = 0
+    tags: tuple[str, ...] = ()
+    headers: dict[str, str] = {}
+    failure: bytes = EMPTY
+    object_key: str = ""
+    object_bytes: int = 0
+
+
+class Chunk(msgspec.Struct, kw_only=True):
+    """A block with its spans, not yet stored.
+
+    `gaps` is None when the indexes are consecutive, else 32-bit distances from `first_index`. `spans` maps each
+    key to the positions of its runs, or to None when all runs have that key. `extras` is by position.
+    """
+
+    first_index: int
+    last_index: int
+    runs_count: int
+    gaps: bytes | None
+    items: bytes
+    spans: dict[Key, bytes | None]
+    extras: dict[int, Extra]
+
+    def index_at(self, position: int) -> int:
+        """The batch index of the run at a block position."""
+        return self.first_index + (position if self.gaps is None else array("I", self.gaps)[position])
+
+
+class Coalescer:
+    """Runs in, chunks out. Owned by one task; never waits.
+
+    A chunk closes at `runs_max` runs, before it would exceed `bytes_max` of payload, and where indexes jump
+    further than 32 bits reach. `open_bytes` is what is held.
+    """
+
+    def __init__(self, *, runs_max: int, bytes_max: int) -> None:
+        self.runs_max = runs_max
+        self.bytes_max = bytes_max
+        self.open_bytes = 0
+        self._closed: list[Chunk] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._indexes: list[int] = []
+        self._payloads: list[bytes] = []
+        self._kinds: bytearray | None = None
+        self._keys: list[Key] = []
+        self._extras: dict[int, Extra] = {}
+        self.open_bytes = 0
+
+    @property
+    def open_count(self) -> int:
+        """Runs in the chunk that has not closed yet."""
+        return len(self._payloads)
+
+    def add(self, index: int, payload: bytes, key: Key, *, kind: int = JSON, extra: Extra | None = None) -> None:
+        """Take one run. Indexes may come in any order; each at most once."""
+        size = len(payload)
+        if self._payloads and self.open_bytes + size > self.bytes_max:
+            self._close()
+        position = len(self._payloads)
+        self._indexes.append(index)
+        self._payloads.append(payload)
+        self._keys.append(key)
+        if kind != JSON or self._kinds is not None:
+            if self._kinds is None:
+                self._kinds = bytearray(position)
+            self._kinds.append(kind)
+        if extra is not None:
+            self._extras[position] = extra
+        self.open_bytes += size
+        if position + 1 >= self.runs_max:
+            self._close()
+
+    def take(self) -> list[Chunk]:
+        """The chunks that have closed, oldest first."""
+        closed, self._closed = self._closed, []
+        return closed
+
+    def flush(self) -> list[Chunk]:
+        """Everything, the open chunk too."""
+        if self._payloads:
+            self._close()
+        return self.take()
+
+    def _close(self) -> None:
+        indexes, payloads = self._indexes, self._payloads
+        first, last = indexes[0], indexes[-1]
+        in_order = last - first + 1 == len(indexes) and all(map(int.__eq__, indexes, range(first, last + 1)))
+        if in_order:
+            gaps = None
+        else:
+            first, last = min(indexes), max(indexes)
+            if last - first >= 1 << 32 or sorted(indexes) != indexes:
+                self._close_sorted()
+                return
+            gaps = array("I", [index - first for index in indexes]).tobytes()
+        self._closed.append(
+            Chunk(
+                first_index=first,
+                last_index=last,
+                runs_count=len(indexes),
+                gaps=gaps,
+                items=pack(payloads, None if self._kinds is None else bytes(self._kinds)),
+                spans=_spans(self._keys),
+                extras=self._extras,
+            )
+        )
+        self._begin()
+
+    def _close_sorted(self) -> None:
+        """Re-feed a chunk that came out of order, sorted, cutting where 32 bits don't reach."""
+        kinds = self._kinds or bytearray(len(self._payloads))
+        runs = sorted(
+            zip(self._indexes, self._payloads, self._keys, kinds, range(len(kinds)), strict=True),
+            key=lambda known: known[0],
+        )
+        extras = self._extras
+        self._begin()
+        for index, payload, key, kind, position in runs:
+            if self._indexes and index - self._indexes[0] >= 1 << 32:
+                self._close()
+            self.add(index, payload, key, kind=kind, extra=extras.get(position))
+        if self._payloads:
+            self._close()
+
+
+def _spans(keys: list[Key]) -> dict[Key, bytes | None]:
+    first = keys[0]
+    if keys.count(first) == len(keys):
+        return {first: None}
+    positions: dict[Key, list[int]] = {}
+    for position, key in enumerate(keys):
+        positions.setdefault(key, []).append(position)
+    return {key: encode_places(found) for key, found in positions.items()}
+
+
+def narrowed(chunk: Chunk, keep: list[int]) -> Chunk | None:
+    """The chunk with only the runs at the positions `keep`, ascending; None when that is none of them.
+
+    What a store does when some indexes of a chunk are durable already: the others go in alone.
+    """
+    if len(keep) == chunk.runs_count:
+        return chunk
+    if not keep:
+        return None
+    payloads, kinds = unpack_some(chunk.items, keep)
+    indexes = [chunk.index_at(position) for position in keep]
+    now_at = {old: new for new, old in enumerate(keep)}
+    spans: dict[Key, bytes | None] = {}
+    for key, positions in chunk.spans.items():
+        if positions is None:
+            spans[key] = None
+        elif kept := [now_at[position] for position in decode_places(positions) if position in now_at]:
+            spans[key] = encode_places(kept)
+    first, last = indexes[0], indexes[-1]
+    return Chunk(
+        first_index=first,
+        last_index=last,
+        runs_count=len(keep),
+        gaps=None if last - first + 1 == len(keep) else array("I", [index - first for index in indexes]).tobytes(),
+        items=pack(payloads, kinds),
+        spans=spans,
+        extras={now_at[position]: extra for position, extra in chunk.extras.items() if position in now_at},
+    )

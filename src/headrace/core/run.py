@@ -1,0 +1,89 @@
+"""The life of a run: one table.
+
+Rule 1: a state is one byte, so the states of hundreds of runs are one small value that the database rewrites at
+once and that a person can read in a shell: `cccwwwf`.
+Rule 2: every change of state is a pair in `TRANSITIONS`. A pair that is not listed is an error and changes nothing.
+The diagram in ARCHITECTURE.md is drawn from the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from headrace.foundation.errors import IllegalTransition
+
+WAITING: Final = ord("w")
+STARTED: Final = ord("s")
+COMPLETED: Final = ord("c")
+FAILED: Final = ord("f")
+CANCELLED: Final = ord("x")
+EXPIRED: Final = ord("e")
+MOVED: Final = ord("m")
+
+NAMES: Final[dict[int, str]] = {
+    WAITING: "waiting",
+    STARTED: "started",
+    COMPLETED: "completed",
+    FAILED: "failed",
+    CANCELLED: "cancelled",
+    EXPIRED: "expired",
+    MOVED: "moved",
+}
+BY_NAME: Final[dict[str, int]] = {name: state for state, name in NAMES.items()}
+
+UNSETTLED: Final = bytes((WAITING, STARTED))
+FINAL: Final = bytes((COMPLETED, FAILED, CANCELLED, EXPIRED))
+
+TRANSITIONS: Final[dict[tuple[int, int], str]] = {
+    (WAITING, STARTED): "handed out, recorded first (at-most-once)",
+    (WAITING, COMPLETED): "settled",
+    (WAITING, FAILED): "settled, or refused at ingest",
+    (WAITING, CANCELLED): "cancelled",
+    (WAITING, EXPIRED): "not started in time",
+    (WAITING, MOVED): "split off",
+    (STARTED, WAITING): "released before it ran",
+    (STARTED, COMPLETED): "settled",
+    (STARTED, FAILED): "settled, or lost with its worker",
+    (STARTED, CANCELLED): "cancelled",
+    (STARTED, MOVED): "split off",
+    (FAILED, MOVED): "redriven",
+    (CANCELLED, MOVED): "redriven",
+    (EXPIRED, MOVED): "redriven",
+}
+
+
+def check_transition(old: int, new: int) -> None:
+    """Raise `IllegalTransition` unless the table lists the pair."""
+    if (old, new) not in TRANSITIONS:
+        raise IllegalTransition(
+            f"a {NAMES.get(old, old)} run can't become {NAMES.get(new, new)}",
+            hint="the table in headrace.core.run lists what can",
+        )
+
+
+def changed(states: bytes, changes: Iterable[tuple[int, int]]) -> bytes:
+    """`states` after `(place, new state)` changes, each checked against the table; all or none."""
+    after = bytearray(states)
+    for place, new in changes:
+        check_transition(after[place], new)
+        after[place] = new
+    return bytes(after)
+
+
+def unsettled_count(states: bytes) -> int:
+    """How many of these runs have no final outcome and live here."""
+    return states.count(WAITING) + states.count(STARTED)
+
+
+def places_of(states: bytes, *wanted: int) -> list[int]:
+    """The places whose state is one of `wanted`, ascending."""
+    return [place for place, state in enumerate(states) if state in wanted]
+
+
+def diagram() -> str:
+    """The table as a Mermaid state diagram."""
+    lines = ["stateDiagram-v2", "    [*] --> waiting"]
+    lines += [f"    {NAMES[old]} --> {NAMES[new]}: {why}" for (old, new), why in TRANSITIONS.items()]
+    lines += [f"    {NAMES[state]} --> [*]" for state in FINAL]
+    return "\n".join(lines)

@@ -1,0 +1,476 @@
+"""What is claimed, fenced and split.
+
+A span is runs of one block that share task, queue, priority, attempt and due time; it holds their states, a byte
+each, and no payload, so claiming or settling hundreds of runs rewrites one small row.
+
+Rule 1: everything exceptional is a *split* (small claims, retries, suspects of a crash): some runs move to a new
+span over the same block, their old bytes say `moved`, no payload is copied.
+Rule 2: a decision here takes spans and returns spans; who keeps them, and in which transaction, is the store's.
+
+A *place* counts runs inside a span, a *position* inside a block, an *index* inside a batch.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final, NamedTuple
+
+import msgspec
+
+from headrace.core import failure, run
+from headrace.core.order import returned_order_no
+from headrace.core.pack import pack, unpack
+from headrace.core.retry import quantised_due_us
+from headrace.foundation.errors import IllegalTransition
+
+WAITING: Final = "waiting"
+DELAYED: Final = "delayed"
+LEASED: Final = "leased"
+DONE: Final = "done"
+
+RETRY: Final = ord("r")
+"""A settlement's code for: failed, with attempts left; it becomes a `moved` byte and a run in a new span."""
+
+SETTLED: Final = "settled"
+RECORDED: Final = "recorded"
+LOST: Final = "lost"
+
+
+class Key(NamedTuple):
+    """What the runs of one span have in common from the start. `due_us` and `expires_us`: 0 is now and never."""
+
+    task: str
+    queue: str = "default"
+    priority: int = 0
+    due_us: int = 0
+    expires_us: int = 0
+    at_most_once: bool = False
+
+
+class Span(msgspec.Struct, kw_only=True):
+    """One row of the span table. `positions` is None while the span covers its whole block from the first run."""
+
+    id: int = 0
+    block_id: int
+    batch_id: str
+    environment: str
+    queue: str
+    task: str
+    priority: int = 0
+    due_us: int = 0
+    expires_us: int = 0
+    at_most_once: bool = False
+    order_no: int = 0
+    first_index: int = 0
+    attempt: int = 1
+    crashes_count: int = 0
+    crashes_alone_count: int = 0
+    positions: bytes | None = None
+    states: bytes
+    unsettled_count: int
+    state: str = WAITING
+    session_id: str = ""
+    claim_no: int = 0
+    token: int = 0
+
+
+class Settlement(msgspec.Struct, kw_only=True):
+    """Outcomes of some runs of a leased span, as a worker reports them.
+
+    `places` is None when all runs of the span are told of, in order, else 16-bit numbers; `codes` has a byte a
+    run (`c`, `f`, `x`, `e` or `r`), `results` packs a result or failure for each, `dues_us` has one moment for
+    each `r`, in order. `part_no` counts this lease's settlements, so a repeat is known as one.
+    """
+
+    span_id: int
+    token: int
+    part_no: int
+    places: bytes | None
+    codes: bytes
+    results: bytes
+    dues_us: tuple[int, ...] = ()
+    object_keys: tuple[str, ...] = ()
+
+
+class Part(msgspec.Struct, kw_only=True):
+    """One row of the part table: outcomes as recorded, never changed. Positions are the block's."""
+
+    block_id: int
+    span_id: int
+    token: int
+    part_no: int
+    positions: bytes | None
+    codes: bytes
+    results: bytes
+    settled_us: int
+
+
+class Counts(NamedTuple):
+    """How many runs of a batch came to each end, or by how much that changed."""
+
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    expired: int = 0
+
+    @property
+    def settled(self) -> int:
+        """Runs with an outcome."""
+        return self.completed + self.failed + self.cancelled + self.expired
+
+    def plus(self, other: Counts) -> Counts:
+        """The sum, field by field."""
+        return Counts(
+            self.completed + other.completed,
+            self.failed + other.failed,
+            self.cancelled + other.cancelled,
+            self.expired + other.expired,
+        )
+
+
+class Policy(NamedTuple):
+    """What the batch says of runs that would come back.
+
+    `stopped`: the batch was cancelled or abandoned, so what would run again is cancelled instead.
+    `cancelled`: positions of single runs that someone asked to cancel while they were leased.
+    """
+
+    stopped: bool = False
+    cancelled: frozenset[int] = frozenset()
+    crashes_max: int = 3
+
+
+class Verdict(NamedTuple):
+    """A decision about one span: what became of the call, the span after it, what is new, and what it counts."""
+
+    word: str
+    span: Span | None = None
+    spans: tuple[Span, ...] = ()
+    part: Part | None = None
+    counts: Counts = Counts()
+
+
+def positions_of(span: Span) -> Sequence[int]:
+    """The block positions of this span's places, in order."""
+    return range(len(span.states)) if span.positions is None else decode_places(span.positions)
+
+
+def encode_places(places: Iterable[int]) -> bytes:
+    """Places or positions as 16-bit little-endian numbers (a chunk holds at most 4,096 runs)."""
+    return array("H", places).tobytes()
+
+
+def decode_places(data: bytes) -> Sequence[int]:
+    """What `encode_places` wrote."""
+    return array("H", data)
+
+
+def unsettled_places(span: Span) -> list[int]:
+    """The places whose runs live here and have no outcome."""
+    return run.places_of(span.states, run.WAITING, run.STARTED)
+
+
+def split(span: Span, places: Sequence[int], **changes: object) -> tuple[Span, Span]:
+    """`(kept, taken)`: the runs at `places` moved to a new, unstored span that differs by `changes`.
+
+    The one primitive behind small claims, retries and the hunt for poison. Both keep to the same block.
+    """
+    positions = positions_of(span)
+    kept = msgspec.structs.replace(span, states=run.changed(span.states, ((place, run.MOVED) for place in places)))
+    kept.unsettled_count = run.unsettled_count(kept.states)
+    states = bytes((run.WAITING,)) * len(places)
+    taken = msgspec.structs.replace(
+        span,
+        id=0,
+        positions=encode_places(positions[place] for place in places),
+        states=states,
+        unsettled_count=len(places),
+        state=WAITING,
+        session_id="",
+        claim_no=0,
+        token=0,
+    )
+    for name, value in changes.items():
+        setattr(taken, name, value)
+    if not kept.unsettled_count:
+        kept = _done(kept)
+    return kept, taken
+
+
+def take_first(span: Span, runs_count: int) -> tuple[Span, Span]:
+    """A small claim: the first `runs_count` unsettled runs leave, the rest stays claimable."""
+    return split(span, unsettled_places(span)[:runs_count])
+
+
+def settle(
+    span: Span | None, settlement: Settlement, *, recorded: bool, policy: Policy, clock: int, now_us: int
+) -> Verdict:
+    """Record outcomes under a lease: a repeat answers `recorded`, a stale token `lost`; neither changes anything.
+
+    `clock` is the queue's (for what is due at once). Raises `IllegalTransition` when the settlement tells of a
+    run that already has an outcome in this span.
+    """
+    if recorded:
+        return Verdict(RECORDED)
+    if span is None or span.state != LEASED or span.token != settlement.token:
+        return Verdict(LOST)
+    codes = settlement.codes
+    everything = settlement.places is None
+    places: Sequence[int] = range(len(span.states)) if settlement.places is None else decode_places(settlement.places)
+    if len(places) != len(codes) or (len(places) and max(places) >= len(span.states)):
+        raise IllegalTransition(
+            f"a settlement of {len(codes)} outcomes names {len(places)} of {len(span.states)} runs",
+            span_id=span.id,
+        )
+    positions = positions_of(span)
+    if RETRY in codes:
+        codes, returning = _returning(settlement, places, positions, policy, now_us)
+    else:
+        returning = {}
+    after = msgspec.structs.replace(span)
+    if everything and not span.states.strip(run.UNSETTLED) and not codes.strip(run.FINAL):
+        after.states = codes  # the usual case: a whole span at once, every pair known to be in the table
+    else:
+        after.states = run.changed(span.states, zip(places, codes, strict=True))
+    after.unsettled_count = run.unsettled_count(after.states)
+    fresh = tuple(
+        _moved(span, [positions[place] for place in moved], due_us=due_us, now_us=now_us, clock=clock)
+        for due_us, moved in sorted(returning.items())
+    )
+    if not after.unsettled_count:
+        after = _done(after)
+    part = Part(
+        block_id=span.block_id,
+        span_id=span.id,
+        token=span.token,
+        part_no=settlement.part_no,
+        positions=None if everything and span.positions is None else encode_places(positions[p] for p in places),
+        codes=codes,
+        results=settlement.results,
+        settled_us=now_us,
+    )
+    return Verdict(SETTLED, after, fresh, part, counts_of(codes))
+
+
+def _returning(
+    settlement: Settlement, places: Sequence[int], positions: Sequence[int], policy: Policy, now_us: int
+) -> tuple[bytes, dict[int, list[int]]]:
+    """Turn each `r` into `moved` with its due time, or into `cancelled` where nothing may run again."""
+    codes = bytearray(settlement.codes)
+    returning: dict[int, list[int]] = {}
+    dues = iter(settlement.dues_us)
+    for number, code in enumerate(codes):
+        if code != RETRY:
+            continue
+        due_us = quantised_due_us(next(dues, now_us), now_us)
+        if policy.stopped or positions[places[number]] in policy.cancelled:
+            codes[number] = run.CANCELLED
+        else:
+            codes[number] = run.MOVED
+            returning.setdefault(due_us, []).append(places[number])
+    return bytes(codes), returning
+
+
+def _moved(span: Span, positions: list[int], *, due_us: int, now_us: int, clock: int) -> Span:
+    """The span of the next attempt."""
+    return msgspec.structs.replace(
+        span,
+        id=0,
+        positions=encode_places(positions),
+        states=bytes((run.WAITING,)) * len(positions),
+        unsettled_count=len(positions),
+        state=DELAYED if due_us > now_us else WAITING,
+        due_us=due_us,
+        order_no=returned_order_no(clock=clock),
+        attempt=span.attempt + 1,
+        session_id="",
+        claim_no=0,
+        token=0,
+    )
+
+
+def release(
+    span: Span | None,
+    token: int,
+    *,
+    suspects: Collection[int],
+    evidence: str,
+    policy: Policy,
+    clock: int,
+    now_us: int,
+) -> Verdict:
+    """Give a lease back: what had not started comes back as it was; what a dead worker had started is suspect.
+
+    `suspects`: places that had started and not ended when the worker died; empty for a release in good order.
+    A crash is charged to suspects only. From its second crash on a group of suspects is bisected, so a run that
+    kills its worker is soon alone; after `policy.crashes_max` crashes alone it fails with `evidence`. An
+    at-most-once run that was handed out fails at once: it may have run.
+    """
+    if span is None or span.state != LEASED or span.token != token:
+        return Verdict(LOST)
+    unsettled = unsettled_places(span)
+    guilty = [place for place in unsettled if place in suspects]
+    back = msgspec.structs.replace(
+        span,
+        states=bytes(run.WAITING if state == run.STARTED else state for state in span.states),
+        state=WAITING,
+        session_id="",
+        claim_no=0,
+        order_no=returned_order_no(clock=clock),
+    )
+    spans: list[Span] = []
+    part: Part | None = None
+    counts = Counts()
+    if guilty and span.at_most_once:
+        error = failure.lost_once(attempts=span.attempt, evidence=evidence)
+        back, part, counts = _failed(back, guilty, error, now_us)
+    elif guilty:
+        groups = _suspect_groups(back, guilty)
+        alone = len(guilty) == 1
+        if alone and span.crashes_alone_count + 1 >= policy.crashes_max:
+            error = failure.crashed(crashes=span.crashes_count + 1, attempts=span.attempt, evidence=evidence)
+            back, part, counts = _failed(back, guilty, error, now_us)
+        elif len(groups) == 1 and len(guilty) == len(unsettled):
+            back.crashes_count += 1
+            back.crashes_alone_count += alone
+        else:
+            for group in groups:
+                back, taken = split(
+                    back,
+                    group,
+                    crashes_count=span.crashes_count + 1,
+                    crashes_alone_count=span.crashes_alone_count + alone,
+                )
+                spans.append(taken)
+    return _unless_stopped(back, spans, part, counts, policy)
+
+
+def _suspect_groups(span: Span, guilty: list[int]) -> list[list[int]]:
+    if span.crashes_count == 0 or len(guilty) == 1:
+        return [guilty]
+    half = (len(guilty) + 1) // 2
+    return [guilty[:half], guilty[half:]]
+
+
+def _failed(span: Span, places: list[int], error: failure.Failure, now_us: int) -> tuple[Span, Part, Counts]:
+    positions = positions_of(span)
+    after = msgspec.structs.replace(span, states=run.changed(span.states, ((place, run.FAILED) for place in places)))
+    after.unsettled_count = run.unsettled_count(after.states)
+    if not after.unsettled_count:
+        after = _done(after)
+    part = Part(
+        block_id=span.block_id,
+        span_id=span.id,
+        token=span.token,
+        part_no=RECOVERY_PART_NO,
+        positions=encode_places(positions[place] for place in places),
+        codes=bytes((run.FAILED,)) * len(places),
+        results=pack([error.encode()] * len(places)),
+        settled_us=now_us,
+    )
+    return after, part, Counts(failed=len(places))
+
+
+RECOVERY_PART_NO: Final = -1
+"""The part that ends a lease from outside; a worker's own parts count from 0."""
+
+
+def _unless_stopped(back: Span, spans: list[Span], part: Part | None, counts: Counts, policy: Policy) -> Verdict:
+    """What may not run again is cancelled where it stands."""
+    if policy.stopped or policy.cancelled:
+        ended: list[Span] = []
+        for span in (back, *spans):
+            wanted = None if policy.stopped else policy.cancelled
+            after, more = cancel(span, wanted)
+            ended.append(after)
+            counts = counts.plus(more)
+        back, spans = ended[0], ended[1:]
+    return Verdict(SETTLED, back, tuple(spans), part, counts)
+
+
+def cancel(span: Span, positions: Collection[int] | None = None) -> tuple[Span, Counts]:
+    """End runs that wait: all of the span's, or those at the given block positions."""
+    return _end(span, run.CANCELLED, positions)
+
+
+def expire(span: Span) -> tuple[Span, Counts]:
+    """End all runs of a span that did not start before its `expires_us`."""
+    return _end(span, run.EXPIRED, None)
+
+
+def _end(span: Span, state: int, positions: Collection[int] | None) -> tuple[Span, Counts]:
+    own = positions_of(span)
+    places = [place for place in unsettled_places(span) if positions is None or own[place] in positions]
+    if not places:
+        return span, Counts()
+    after = msgspec.structs.replace(span, states=run.changed(span.states, ((place, state) for place in places)))
+    after.unsettled_count = run.unsettled_count(after.states)
+    if not after.unsettled_count:
+        after = _done(after)
+    return after, counts_of(bytes((state,)) * len(places))
+
+
+def redrive(span: Span, positions: Collection[int] | None, *, clock: int) -> tuple[Span, Span | None, Counts]:
+    """Run failed runs again from their first attempt: `(span after, new span or None, change of the counts)`.
+
+    Without `positions`, the failed runs of the span; with them, the runs named that ended in anything but success.
+    """
+    own = positions_of(span)
+    if positions is None:
+        places = run.places_of(span.states, run.FAILED)
+    else:
+        ended = run.places_of(span.states, run.FAILED, run.CANCELLED, run.EXPIRED)
+        places = [place for place in ended if own[place] in positions]
+    if not places:
+        return span, None, Counts()
+    gone = counts_of(bytes(span.states[place] for place in places))
+    kept, taken = split(
+        span,
+        places,
+        attempt=1,
+        crashes_count=0,
+        crashes_alone_count=0,
+        due_us=0,
+        expires_us=0,
+        order_no=returned_order_no(clock=clock),
+    )
+    return kept, taken, Counts(-gone.completed, -gone.failed, -gone.cancelled, -gone.expired)
+
+
+def started(span: Span) -> Span:
+    """An at-most-once span as it is recorded before hand-out: every waiting run counts as started."""
+    return msgspec.structs.replace(span, states=span.states.replace(bytes((run.WAITING,)), bytes((run.STARTED,))))
+
+
+def leased(span: Span, *, session_id: str, claim_no: int) -> Span:
+    """The span under a new lease; the token is the fence that the lease before it can't pass."""
+    after = started(span) if span.at_most_once else msgspec.structs.replace(span)
+    after.state, after.session_id, after.claim_no, after.token = LEASED, session_id, claim_no, span.token + 1
+    return after
+
+
+def promoted(span: Span, *, clock: int) -> Span:
+    """A delayed span whose time has come."""
+    return msgspec.structs.replace(span, state=WAITING, order_no=returned_order_no(clock=clock))
+
+
+def counts_of(codes: bytes) -> Counts:
+    """How many runs these codes end, by how they end."""
+    return Counts(
+        codes.count(run.COMPLETED),
+        codes.count(run.FAILED),
+        codes.count(run.CANCELLED),
+        codes.count(run.EXPIRED),
+    )
+
+
+def results_of(part: Part) -> list[tuple[int, int, bytes, int]]:
+    """`(position, code, result, kind)` of each outcome in a part."""
+    results, kinds = unpack(part.results)
+    positions = range(len(results)) if part.positions is None else decode_places(part.positions)
+    return list(zip(positions, part.codes, results, kinds or bytes(len(results)), strict=True))
+
+
+def _done(span: Span) -> Span:
+    return msgspec.structs.replace(span, state=DONE, session_id="", claim_no=0)

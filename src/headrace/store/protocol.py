@@ -1,0 +1,326 @@
+"""The seam: what the rest of Headrace asks of a store, in about twenty verbs.
+
+Every verb is one transaction: it happens whole or not at all, and its answer comes after the commit. Time is an
+argument (`now_us`, microseconds UTC); no store looks at a clock. Verbs answer with what really happened, so that
+repeating one after a lost answer is always safe. Errors: `ClientFault` changed nothing and will not work again;
+`StoreUnavailable` changed nothing and may work later; `SessionEnded` means start a new session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from headrace.core.batch import Batch, Ledger
+from headrace.core.block import Chunk, Extra
+from headrace.core.span import Settlement
+
+
+class NewBatch(msgspec.Struct, kw_only=True):
+    """A batch to create. With a `key`, the same key answers the same batch in its environment."""
+
+    id: str
+    environment: str = "default"
+    key: str | None = None
+    kind: str = "batch"
+    task: str = ""
+    expected_count: int | None = None
+    metadata: dict[str, object] = {}
+    session_id: str = ""
+    seal_timeout_ms: int = 0
+
+
+class Appended(msgspec.Struct, kw_only=True):
+    """What an append did: how many runs are new, how many were durable before, and what did not fit.
+
+    `conflicts`: indexes sent again with other content; the first content stands. `existing`: runs whose
+    idempotency key already names a run, by index: `(batch_id, index)` of that run.
+    """
+
+    accepted_count: int
+    duplicates_count: int
+    conflicts: list[int] = []
+    existing: dict[int, tuple[str, int]] = {}
+
+
+class Session(msgspec.Struct, kw_only=True):
+    """A live process. `kind` is worker, producer or cli; `host` and `pid` are for people."""
+
+    id: str
+    kind: str
+    host: str
+    pid: int
+    started_us: int
+    heartbeat_us: int = 0
+    ended_us: int = 0
+
+
+class Claim(msgspec.Struct, kw_only=True):
+    """A wish for work: at most `runs_max` runs of these tasks, best first.
+
+    `claim_no` counts this session's claims: repeated after a lost answer it returns the same spans. `queues` is
+    None for all queues.
+    """
+
+    session_id: str
+    claim_no: int
+    environment: str
+    tasks: Sequence[str]
+    queues: Sequence[str] | None
+    runs_max: int
+
+
+class Lease(msgspec.Struct, kw_only=True):
+    """One claimed span with the inputs of its runs: run it, then settle or release it under `token`.
+
+    `places` are the span's runs to run, `positions` where they are in the block, `indexes` in the batch, all in
+    the same order as `payloads`; `kinds` is None when all payloads are JSON. `extras` is by place.
+    """
+
+    span_id: int
+    token: int
+    batch_id: str
+    task: str
+    queue: str
+    attempt: int
+    crashes_count: int
+    at_most_once: bool
+    due_us: int
+    expires_us: int
+    whole: bool
+    places: Sequence[int]
+    indexes: Sequence[int]
+    payloads: list[bytes]
+    kinds: bytes | None
+    extras: Mapping[int, Extra]
+    runs_count: int
+
+
+class Held(NamedTuple):
+    """A lease as the store knows it, for a session to compare with its own memory."""
+
+    span_id: int
+    token: int
+    claim_no: int
+
+
+class Heartbeat(msgspec.Struct, kw_only=True):
+    """The answer to a sign of life. `stopped` and `cancelled` tell which leased work nobody wants any more."""
+
+    leases: list[Held]
+    stopped: list[str]
+    cancelled: list[tuple[str, int]]
+
+
+class Release(msgspec.Struct, kw_only=True):
+    """A lease given back. `suspects`: places that had started in a worker that died; empty in good order."""
+
+    span_id: int
+    token: int
+    suspects: tuple[int, ...] = ()
+    evidence: str = ""
+
+
+class Suspects(msgspec.Struct, kw_only=True):
+    """What a dead session left: `places` by (span id, token), or None when nothing of it is known."""
+
+    places: dict[tuple[int, int], tuple[int, ...]] | None
+    evidence: str
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """How one run stands. `result` is a result, a failure or empty; `kind` as in `headrace.core.pack`."""
+
+    index: int
+    state: int
+    result: bytes
+    kind: int
+
+
+class RunView(msgspec.Struct, kw_only=True):
+    """All that is known of one run, for people."""
+
+    batch_id: str
+    index: int
+    environment: str
+    task: str
+    queue: str
+    priority: int
+    state: str
+    attempt: int
+    crashes_count: int
+    due_us: int
+    expires_us: int
+    payload: bytes
+    kind: int
+    headers: dict[str, str]
+    tags: list[str]
+    idempotency_key: str
+    result: bytes
+    result_kind: int
+    attempts: list[dict[str, object]]
+
+
+class QueueView(msgspec.Struct, kw_only=True):
+    """One queue as it stands: runs that wait, are delayed or leased, and the age of the oldest that waits."""
+
+    name: str
+    environment: str
+    paused: bool
+    waiting_count: int
+    delayed_count: int
+    leased_count: int
+    oldest_us: int
+
+
+class Verification(msgspec.Struct, kw_only=True):
+    """The ledger of one batch counted from its chunks, and every difference from its counters."""
+
+    batch_id: str
+    ledger: Ledger
+    differences: list[str]
+
+
+class Swept(msgspec.Struct, kw_only=True):
+    """What one bounded round of upkeep moved on."""
+
+    expired_count: int = 0
+    abandoned: list[str] = []
+    cancelled_count: int = 0
+    more: bool = False
+
+
+class Pruned(msgspec.Struct, kw_only=True):
+    """Batches deleted (with their objects still to delete), and whether more are due."""
+
+    batches: list[tuple[str, str]]
+    more: bool
+
+
+class Store(Protocol):
+    """Where batches live. Two kinds of houses: `MemoryStore` is the specification, the others keep their word."""
+
+    async def open(self) -> None:
+        """Connect, and bring an empty database to the current schema. Raises `StoreBroken` on a newer one."""
+
+    async def close(self) -> None:
+        """Finish what was asked for and let go; a second close does nothing."""
+
+    async def check(self) -> dict[str, object]:
+        """A round trip and the settings that durability hangs on, by name."""
+
+    # batches
+    async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[Batch, bool]:
+        """Open a batch, or answer the one its key names: `(batch, created)`."""
+
+    async def append(
+        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None
+    ) -> Appended:
+        """Make runs durable, each index once. `cursor` is kept with them: where their source stood after them.
+
+        Takes a re-stream of anything, alone or beside another stream of the batch, and adds nothing twice.
+        Raises `Conflict` on a cancelled or abandoned batch, `InvalidInput` for an index outside it.
+        """
+
+    async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:
+        """Close the batch; completes it when its runs have all ended. Raises `Conflict` while any is missing."""
+
+    async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> Batch:
+        """Move to `cancelled` or `abandoned`: what waits is cancelled, what is leased may still end."""
+
+    async def cancel_runs(self, batch_id: str, indexes: Sequence[int], *, now_us: int) -> int:
+        """Cancel single runs: those that wait at once, those leased when their worker hears of it."""
+
+    async def redrive(self, batch_id: str, indexes: Sequence[int] | None) -> int:
+        """Run again what failed (all of it), or what ended badly at `indexes`; answers how many."""
+
+    # sessions
+    async def start_session(self, session: Session, *, now_us: int) -> None:
+        """Make a process known."""
+
+    async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
+        """A sign of life. Raises `SessionEnded` when others took the session for dead."""
+
+    async def end_session(self, session_id: str, *, now_us: int) -> None:
+        """Leave in good order: leases go back as they were, its stream is sealed. Repeating does nothing."""
+
+    async def sessions(self) -> list[Session]:
+        """The sessions that have not ended."""
+
+    async def recover(
+        self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int
+    ) -> int:
+        """End a session that fell silent before `silent_since_us`, once, and give its leases back.
+
+        Answers how many spans came back; 0 when it lives, or when another was first.
+        """
+
+    # work
+    async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
+        """Lease spans to a live session. Raises `SessionEnded`."""
+
+    async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
+        """Record outcomes: `settled`, `recorded` (a repeat) or `lost` (a stale token) for each, in order."""
+
+    async def release(self, releases: Sequence[Release], *, crashes_max: int, now_us: int) -> list[str]:
+        """Give leases back before their runs ended: `settled` or `lost` for each."""
+
+    # reading
+    async def batch(self, batch_id: str) -> tuple[Batch, Ledger]:
+        """One batch and its ledger. Raises `NotFound`."""
+
+    async def find_batch(self, environment: str, key: str) -> Batch | None:
+        """The batch that a key names."""
+
+    async def batches(
+        self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
+    ) -> list[tuple[Batch, Ledger]]:
+        """Batches, newest first; `before_id` continues a list."""
+
+    async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
+        """Half-open ranges of announced indexes that are not durable yet."""
+
+    async def outcomes(self, batch_id: str, from_index: int, runs_max: int) -> list[Outcome]:
+        """Consecutive final outcomes from `from_index` on, in index order; it stops at the first run not final.
+
+        A run without an index between two others (only streams have gaps) is passed over.
+        """
+
+    async def run(self, batch_id: str, index: int) -> RunView:
+        """One run. Raises `NotFound`."""
+
+    async def runs(
+        self,
+        environment: str,
+        *,
+        batch_id: str = "",
+        state: str = "",
+        task: str = "",
+        tag: str = "",
+        limit: int = 50,
+    ) -> list[RunView]:
+        """Runs that match, newest batch first and by index inside it, without payloads and attempts."""
+
+    async def queues(self, environment: str) -> list[QueueView]:
+        """The queues that were ever used or paused."""
+
+    async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
+        """Stop or go on handing out a queue's runs."""
+
+    async def verify(self, batch_id: str) -> Verification:
+        """Count a batch from its chunks and compare with its counters, results and received set."""
+
+    # upkeep
+    async def sweep(self, *, now_us: int, rows_max: int) -> Swept:
+        """Expire, abandon and cancel what is due, at most about `rows_max` spans."""
+
+    async def prune(self, finished_before_us: int, *, batches_max: int, rows_max: int) -> Pruned:
+        """Delete batches that finished before then, whole, in bounded steps."""
+
+    async def unnamed(self, keys: Sequence[str]) -> list[str]:
+        """Those of these object keys that no row names."""
+
+    async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
+        """When the next delayed span becomes claimable; None when none is delayed."""

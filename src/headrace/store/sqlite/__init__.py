@@ -1,0 +1,5 @@
+"""A store in one SQLite file: no set-up, one machine, every commit on disk before it is answered."""
+
+from headrace.store.sqlite.store import SqliteStore
+
+__all__ = ["SqliteStore"]

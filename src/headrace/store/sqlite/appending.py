@@ -1,0 +1,520 @@
+"""How a batch fills and closes: create, append, seal, stop, redrive. Each function is one transaction's work."""
+
+from __future__ import annotations
+
+import sqlite3
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from headrace.core import batch as batches
+from headrace.core import run
+from headrace.core.batch import Batch
+from headrace.core.block import Chunk, Extra, narrowed
+from headrace.core.index_set import IndexSet
+from headrace.core.order import first_order_no
+from headrace.core.pack import pack, unpack_some
+from headrace.core.span import (
+    DELAYED,
+    DONE,
+    WAITING,
+    Counts,
+    Key,
+    Part,
+    Span,
+    cancel,
+    decode_places,
+    encode_places,
+    positions_of,
+)
+from headrace.core.span import redrive as redrive_span
+from headrace.foundation.errors import Conflict, InvalidInput, NotFound
+from headrace.store.protocol import Appended, NewBatch
+from headrace.store.sqlite.rows import (
+    Blob,
+    add_parts,
+    add_spans,
+    as_json,
+    execute,
+    put_batch,
+    put_spans,
+    take_ids,
+    to_batch,
+    to_span,
+)
+
+SWEEP_SPANS_MAX = 1_000
+_extras_encoder = msgspec.msgpack.Encoder()
+_extras_decoder = msgspec.msgpack.Decoder(dict[int, Extra])
+
+
+def decode_extras(data: bytes | None) -> dict[int, Extra]:
+    """What only some runs of a block have, by position."""
+    return {} if data is None else _extras_decoder.decode(data)
+
+
+def find(connection: sqlite3.Connection, batch_id: str) -> Batch:
+    """The batch, or `NotFound`."""
+    row = execute(connection, "batch", id=batch_id).fetchone()
+    if row is None:
+        raise NotFound("there is no such batch", hint="`headrace batch list` shows those there are", batch_id=batch_id)
+    return to_batch(row)
+
+
+def received_of(connection: sqlite3.Connection, batch_id: str) -> IndexSet:
+    """The set of indexes a batch has received."""
+    (data,) = execute(connection, "received", id=batch_id).fetchone()
+    return IndexSet.from_bytes(data) if data else IndexSet()
+
+
+def create(connection: sqlite3.Connection, new: NewBatch, now_us: int) -> tuple[Batch, bool]:
+    """A new batch, or the one its key names."""
+    if new.key is not None:
+        row = execute(connection, "batch_by_key", environment=new.environment, key=new.key).fetchone()
+        if row is not None:
+            return to_batch(row), False
+    if execute(connection, "batch", id=new.id).fetchone() is not None:
+        return find(connection, new.id), False
+    execute(
+        connection,
+        "insert_batch",
+        id=new.id,
+        environment=new.environment,
+        key=new.key,
+        kind=new.kind,
+        task=new.task,
+        state=batches.OPEN,
+        expected_count=new.expected_count,
+        metadata=as_json(new.metadata),
+        session_id=new.session_id,
+        created_us=now_us,
+        seal_timeout_ms=new.seal_timeout_ms,
+    )
+    return find(connection, new.id), True
+
+
+class _Fresh(NamedTuple):
+    """What of an append is new."""
+
+    chunks: list[Chunk]
+    duplicates_count: int
+    conflicts: list[int]
+    existing: dict[int, tuple[str, int]]
+
+
+def append(
+    connection: sqlite3.Connection,
+    batch_id: str,
+    chunks: Sequence[Chunk],
+    cursor: bytes | None,
+    runs_max: int,
+    now_us: int,
+) -> Appended:
+    """Make the runs of `chunks` durable that are not yet, and keep `cursor` with them."""
+    batch = find(connection, batch_id)
+    for chunk in chunks:
+        batches.check_append(batch, first_index=chunk.first_index, last_index=chunk.last_index, runs_max=runs_max)
+    received = received_of(connection, batch_id)
+    fresh = _fresh(connection, batch, received, chunks, now_us)
+    accepted_count = sum(chunk.runs_count for chunk in fresh.chunks)
+    failed_count = 0
+    if fresh.chunks:
+        _keep_lanes(connection, batch, fresh.chunks)
+        failed_count = _insert(connection, batch, fresh.chunks, now_us)
+        for chunk in fresh.chunks:
+            if chunk.gaps is None:
+                received.add_range(chunk.first_index, chunk.last_index + 1)
+            else:
+                received.add(chunk.first_index + gap for gap in array("I", chunk.gaps))
+        width = max(chunk.last_index - chunk.first_index + 1 for chunk in fresh.chunks)
+        execute(connection, "update_received", id=batch_id, received=received.to_bytes(), block_width=width)
+    after = batches.appended(
+        batch, accepted_count=accepted_count, failed_count=failed_count, cursor=cursor, now_us=now_us
+    )
+    put_batch(connection, after)
+    return Appended(
+        accepted_count=accepted_count,
+        duplicates_count=fresh.duplicates_count,
+        conflicts=fresh.conflicts,
+        existing=fresh.existing,
+    )
+
+
+def _fresh(
+    connection: sqlite3.Connection, batch: Batch, received: IndexSet, chunks: Sequence[Chunk], now_us: int
+) -> _Fresh:
+    fresh = _Fresh([], 0, [], {})
+    duplicates_count = 0
+    seen = IndexSet()
+    for chunk in chunks:
+        keep, repeated = _new_positions(chunk, received, seen)
+        if repeated:
+            duplicates_count += len(repeated)
+            fresh.conflicts.extend(_conflicts(connection, batch, chunk, repeated))
+        if any(extra.idempotency_key for extra in chunk.extras.values()):
+            keep = _without_known_keys(connection, batch, chunk, keep, fresh.existing, now_us)
+        kept = narrowed(chunk, keep)
+        if kept is not None:
+            fresh.chunks.append(kept)
+            seen.add(kept.index_at(position) for position in range(kept.runs_count))
+    return fresh._replace(duplicates_count=duplicates_count)
+
+
+def _new_positions(chunk: Chunk, received: IndexSet, seen: IndexSet) -> tuple[list[int], list[int]]:
+    everything = list(range(chunk.runs_count))
+    if not received.overlaps_range(chunk.first_index, chunk.last_index + 1) and not seen.overlaps_range(
+        chunk.first_index, chunk.last_index + 1
+    ):
+        return everything, []
+    keep: list[int] = []
+    repeated: list[int] = []
+    for position in everything:
+        index = chunk.index_at(position)
+        (repeated if index in received or index in seen else keep).append(position)
+    return keep, repeated
+
+
+def _conflicts(connection: sqlite3.Connection, batch: Batch, chunk: Chunk, repeated: list[int]) -> list[int]:
+    """Indexes among the repeated ones whose stored content differs from what was sent now."""
+    sent, sent_kinds = unpack_some(chunk.items, repeated)
+    differing = []
+    for number, position in enumerate(repeated):
+        index = chunk.index_at(position)
+        stored = payload_at(connection, batch.id, index)
+        if stored is not None and stored != (sent[number], sent_kinds[number] if sent_kinds else 0):
+            differing.append(index)
+    return differing
+
+
+def payload_at(connection: sqlite3.Connection, batch_id: str, index: int) -> tuple[bytes, int] | None:
+    """The stored input of one run and its kind."""
+    found = locate(connection, batch_id, index)
+    if found is None:
+        return None
+    block_id, position = found
+    items = execute(connection, "blocks", ids=as_json([block_id])).fetchone()[4]
+    payloads, kinds = unpack_some(items, [position])
+    return payloads[0], kinds[0] if kinds else 0
+
+
+def locate(connection: sqlite3.Connection, batch_id: str, index: int) -> tuple[int, int] | None:
+    """`(block id, position)` of a run, or None when no such index was received."""
+    row = execute(connection, "batch", id=batch_id).fetchone()
+    if row is None:
+        return None
+    width = row[21]
+    blocks = execute(
+        connection,
+        "blocks_from",
+        batch_id=batch_id,
+        after_index=index - width,
+        before_index=index + 1,
+        rows_max=-1,
+    )
+    for block_id, first_index, last_index, runs_count, gaps in blocks.fetchall():
+        if not first_index <= index <= last_index:
+            continue
+        if gaps is None:
+            return block_id, index - first_index
+        places = array("I", gaps)
+        if index - first_index in places:
+            return block_id, places.index(index - first_index)
+        assert runs_count == len(places)
+    return None
+
+
+def _without_known_keys(
+    connection: sqlite3.Connection,
+    batch: Batch,
+    chunk: Chunk,
+    keep: list[int],
+    existing: dict[int, tuple[str, int]],
+    now_us: int,
+) -> list[int]:
+    """Drop runs whose idempotency key already names a run, and remember which run that is."""
+    tasks = {position: key.task for key, positions in chunk.spans.items() for position in _positions(chunk, positions)}
+    wanted = [
+        (tasks[position], chunk.extras[position].idempotency_key)
+        for position in keep
+        if position in chunk.extras and chunk.extras[position].idempotency_key
+    ]
+    known = {
+        (task, key): (batch_id, index)
+        for task, key, batch_id, index in execute(
+            connection, "known_keys", environment=batch.environment, rows=as_json(wanted), now_us=now_us
+        )
+    }
+    kept = []
+    for position in keep:
+        extra = chunk.extras.get(position)
+        index = chunk.index_at(position)
+        if extra is None or not extra.idempotency_key:
+            kept.append(position)
+            continue
+        name = (tasks[position], extra.idempotency_key)
+        if name in known:
+            existing[index] = known[name]
+        else:
+            known[name] = (batch.id, index)
+            kept.append(position)
+    return kept
+
+
+def _positions(chunk: Chunk, positions: bytes | None) -> Sequence[int]:
+    return range(chunk.runs_count) if positions is None else decode_places(positions)
+
+
+def _keep_lanes(connection: sqlite3.Connection, batch: Batch, chunks: Sequence[Chunk]) -> None:
+    """Make queues and lanes known, and note the clock each queue shows when the batch first meets it."""
+    lanes = sorted({(key.queue, key.task) for chunk in chunks for key in chunk.spans})
+    new_queues = {queue for queue, _ in lanes} - batch.order_bases.keys()
+    for queue in sorted(new_queues):
+        execute(connection, "know_queue", environment=batch.environment, name=queue)
+    execute(connection, "know_lanes", environment=batch.environment, rows=as_json(lanes))
+    if new_queues:
+        batch.order_bases = batch.order_bases | clocks(connection, batch.environment, new_queues)
+
+
+def clocks(connection: sqlite3.Connection, environment: str, queues: set[str]) -> dict[str, int]:
+    """The clocks of some queues; a queue nobody knows stands at 0."""
+    rows = execute(connection, "clocks", environment=environment, names=as_json(sorted(queues)))
+    found = dict(rows.fetchall())
+    return {queue: found.get(queue, 0) for queue in queues}
+
+
+def _insert(connection: sqlite3.Connection, batch: Batch, chunks: Sequence[Chunk], now_us: int) -> int:
+    """Insert blocks, their spans, and rows for what only some runs have; answers how many were born failed."""
+    now_clocks = clocks(connection, batch.environment, {key.queue for chunk in chunks for key in chunk.spans})
+    spans: list[Span] = []
+    parts: list[tuple[Span, list[int], list[bytes]]] = []
+    first_block_id, _ = take_ids(connection, blocks_count=len(chunks))
+    blob, rows = Blob(), []
+    for block_id, chunk in enumerate(chunks, first_block_id):
+        rows.append(
+            (
+                block_id,
+                chunk.first_index,
+                chunk.last_index,
+                chunk.runs_count,
+                *blob.put(chunk.gaps),
+                *blob.put(_extras_encoder.encode(chunk.extras) if chunk.extras else None),
+                *blob.put(chunk.items),
+            )
+        )
+        failures = {position: extra.failure for position, extra in chunk.extras.items() if extra.failure}
+        for key, positions in chunk.spans.items():
+            clock = now_clocks[key.queue]
+            alive, dead = _new_spans(batch, block_id, chunk, key, positions, failures, clock, now_us)
+            spans += [span for span in (alive, dead) if span is not None]
+            if dead is not None:
+                places = list(positions_of(dead))
+                parts.append((dead, places, [failures[position] for position in places]))
+    execute(connection, "insert_blocks", batch_id=batch.id, rows=as_json(rows), blob=blob.bytes())
+    _, first_span_id = take_ids(connection, spans_count=len(spans))
+    add_spans(connection, spans, first_id=first_span_id)
+    add_parts(connection, [_birth_part(span, places, failures, now_us) for span, places, failures in parts])
+    _insert_extras(connection, batch, chunks)
+    return sum(len(places) for _, places, _ in parts)
+
+
+def _new_spans(
+    batch: Batch,
+    block_id: int,
+    chunk: Chunk,
+    key: Key,
+    positions: bytes | None,
+    failures: dict[int, bytes],
+    clock: int,
+    now_us: int,
+) -> tuple[Span | None, Span | None]:
+    """The span of the runs that can run, and the one of those that were born failed."""
+    every = _positions(chunk, positions)
+    good = [position for position in every if position not in failures] if failures else every
+    bad = [position for position in every if position in failures] if failures else []
+
+    def span(own: Sequence[int], state: int, *, whole: bool) -> Span | None:
+        if not own:
+            return None
+        delayed = key.due_us > now_us
+        return Span(
+            block_id=block_id,
+            batch_id=batch.id,
+            environment=batch.environment,
+            queue=key.queue,
+            task=key.task,
+            priority=key.priority,
+            due_us=key.due_us,
+            expires_us=key.expires_us,
+            at_most_once=key.at_most_once,
+            order_no=first_order_no(clock=clock, base=batch.order_bases[key.queue], index=chunk.index_at(own[0])),
+            first_index=chunk.first_index,
+            positions=None if whole else encode_places(own),
+            states=bytes((state,)) * len(own),
+            unsettled_count=len(own) if state == run.WAITING else 0,
+            state=DONE if state != run.WAITING else DELAYED if delayed else WAITING,
+        )
+
+    return span(good, run.WAITING, whole=positions is None and not bad), span(bad, run.FAILED, whole=False)
+
+
+def _birth_part(span: Span, positions: list[int], failures: list[bytes], now_us: int) -> Part:
+    return Part(
+        block_id=span.block_id,
+        span_id=span.id,
+        token=0,
+        part_no=0,
+        positions=encode_places(positions),
+        codes=bytes((run.FAILED,)) * len(positions),
+        results=pack(failures),
+        settled_us=now_us,
+    )
+
+
+def _insert_extras(connection: sqlite3.Connection, batch: Batch, chunks: Sequence[Chunk]) -> None:
+    keys, tags, objects = [], [], []
+    for chunk in chunks:
+        if not chunk.extras:
+            continue
+        tasks = {at: key.task for key, positions in chunk.spans.items() for at in _positions(chunk, positions)}
+        for position, extra in chunk.extras.items():
+            index = chunk.index_at(position)
+            if extra.idempotency_key:
+                keys.append((tasks[position], extra.idempotency_key, index, extra.idempotency_expires_us))
+            tags += [(tag, index) for tag in extra.tags]
+            if extra.object_key:
+                objects.append((extra.object_key, batch.id))
+    if keys:
+        execute(connection, "insert_keys", environment=batch.environment, batch_id=batch.id, rows=as_json(keys))
+    if tags:
+        execute(connection, "insert_tags", environment=batch.environment, batch_id=batch.id, rows=as_json(tags))
+    if objects:
+        execute(connection, "insert_objects", rows=as_json(objects))
+
+
+def seal(connection: sqlite3.Connection, batch_id: str, expected_count: int | None, now_us: int) -> Batch:
+    """Close a batch; the decision that completes it is in the same transaction."""
+    batch = find(connection, batch_id)
+    after = batches.sealed(batch, received_of(connection, batch_id), expected_count=expected_count, now_us=now_us)
+    put_batch(connection, after)
+    return after
+
+
+def stop(connection: sqlite3.Connection, batch_id: str, state: str, now_us: int) -> Batch:
+    """Cancel or abandon a batch: a first bounded sweep now; claims and upkeep sweep the rest as they meet it."""
+    batch = find(connection, batch_id)
+    after = batches.stopped(batch, state, now_us)
+    put_batch(connection, after)
+    if after.is_stopped and not after.is_finished:
+        sweep_stopped(connection, batch_id, SWEEP_SPANS_MAX, now_us)
+    return find(connection, batch_id)
+
+
+def sweep_stopped(connection: sqlite3.Connection, batch_id: str, spans_max: int, now_us: int) -> int:
+    """Cancel what waits in a stopped batch, at most `spans_max` spans; answers how many runs."""
+    rows = execute(connection, "unsettled_spans_of_batch", batch_id=batch_id, rows_max=spans_max).fetchall()
+    return end_spans(connection, [cancel(to_span(row)) for row in rows], now_us)
+
+
+def end_spans(connection: sqlite3.Connection, ended: Sequence[tuple[Span, Counts]], now_us: int) -> int:
+    """Keep spans some of whose runs ended without a worker, and count them in their batches."""
+    put_spans(connection, [span for span, _ in ended])
+    changes: dict[str, Counts] = {}
+    for span, counts in ended:
+        changes[span.batch_id] = changes.get(span.batch_id, Counts()).plus(counts)
+    count_in(connection, changes, now_us)
+    return sum(counts.settled for counts in changes.values())
+
+
+def count_in(connection: sqlite3.Connection, changes: dict[str, Counts], now_us: int) -> None:
+    """Add outcomes to their batches' counters; completes a batch in the same transaction."""
+    rows = execute(connection, "batches_by_id", ids=as_json(sorted(changes))).fetchall()
+    for row in rows:
+        batch = to_batch(row)
+        if any(changes[batch.id]):
+            put_batch(connection, batches.settled(batch, changes[batch.id], now_us))
+
+
+def cancel_runs(connection: sqlite3.Connection, batch_id: str, indexes: Sequence[int], now_us: int) -> int:
+    """Cancel single runs: those that wait now, those leased when their worker hears of it."""
+    find(connection, batch_id)
+    by_block = _by_block(connection, batch_id, indexes)
+    ended, leased = [], []
+    for block_id, positions in by_block.items():
+        for span in spans_of_block(connection, block_id):
+            live = {own for own, state in zip(positions_of(span), span.states, strict=True) if state in run.UNSETTLED}
+            if wanted := live & positions.keys():
+                if span.state in (WAITING, DELAYED):
+                    ended.append(cancel(span, wanted))
+                else:
+                    leased += [positions[position] for position in wanted]
+    if leased:
+        execute(connection, "ask_to_cancel", batch_id=batch_id, indexes=as_json(sorted(leased)))
+    return end_spans(connection, ended, now_us) + len(leased)
+
+
+def _by_block(connection: sqlite3.Connection, batch_id: str, indexes: Sequence[int]) -> dict[int, dict[int, int]]:
+    """`{block id: {position: index}}`; an index nobody received is `NotFound`."""
+    found: dict[int, dict[int, int]] = {}
+    for index in indexes:
+        place = locate(connection, batch_id, index)
+        if place is None:
+            raise NotFound("the batch has no such run", batch_id=batch_id, index=index)
+        found.setdefault(place[0], {})[place[1]] = index
+    return found
+
+
+def spans_of_block(connection: sqlite3.Connection, block_id: int) -> list[Span]:
+    """All spans over one block."""
+    return [to_span(row) for row in execute(connection, "spans_of_block", block_id=block_id).fetchall()]
+
+
+def redrive(connection: sqlite3.Connection, batch_id: str, indexes: Sequence[int] | None) -> int:
+    """Send failed runs round again; a completed batch is sealed once more until they end."""
+    batch = find(connection, batch_id)
+    if batch.is_stopped:
+        raise Conflict(f"the batch is {batch.state}; its runs can't run again", batch_id=batch_id)
+    wanted: list[tuple[Span, set[int] | None]]
+    if indexes is None:
+        wanted = [(span, None) for span in _failed_spans(connection, batch_id)]
+    else:
+        if len(indexes) > SWEEP_SPANS_MAX:
+            raise InvalidInput(f"at most {SWEEP_SPANS_MAX} runs can be redriven by index at once")
+        by_block = _by_block(connection, batch_id, indexes)
+        wanted = [
+            (span, set(positions))
+            for block, positions in by_block.items()
+            for span in spans_of_block(connection, block)
+        ]
+    now_clocks = clocks(connection, batch.environment, {span.queue for span, _ in wanted})
+    kept, fresh, change = [], [], Counts()
+    for span, positions in wanted:
+        after, taken, gone = redrive_span(span, positions, clock=now_clocks[span.queue])
+        if taken is not None:
+            kept.append(after)
+            fresh.append(taken)
+            change = change.plus(gone)
+    if fresh:
+        put_spans(connection, kept)
+        add_spans(connection, fresh, first_id=take_ids(connection, spans_count=len(fresh))[1])
+        put_batch(connection, batches.redriven(find(connection, batch_id), change))
+    return -change.settled
+
+
+def _failed_spans(connection: sqlite3.Connection, batch_id: str) -> list[Span]:
+    found: list[Span] = []
+    after_id = 0
+    while True:
+        rows = execute(
+            connection,
+            "spans_with_state",
+            batch_id=batch_id,
+            state=bytes((run.FAILED,)),
+            after_id=after_id,
+            rows_max=SWEEP_SPANS_MAX,
+        ).fetchall()
+        found += [to_span(row) for row in rows]
+        if len(rows) < SWEEP_SPANS_MAX:
+            return found
+        after_id = found[-1].id

@@ -1,0 +1,159 @@
+-- The three tables of the engine (block, span, part), what they belong to, and what only some runs pay for.
+-- Numbers are integers, moments are microseconds UTC, 0 means "not yet" or "never". States of spans and batches
+-- are words; states of runs are one byte each (see headrace.core.run).
+
+-- Ids are handed out here, not by rowid, so that a deleted span's id never comes again and no fence can be passed
+-- by a stranger; one row, changed in the same transaction as what it numbers.
+CREATE TABLE sequence (
+    only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
+    next_block_id INTEGER NOT NULL,
+    next_span_id INTEGER NOT NULL
+);
+INSERT INTO sequence VALUES (1, 1, 1);
+
+CREATE TABLE batch (
+    id TEXT PRIMARY KEY,
+    environment TEXT NOT NULL,
+    key TEXT,
+    kind TEXT NOT NULL,
+    task TEXT NOT NULL,
+    state TEXT NOT NULL,
+    expected_count INTEGER,
+    received_count INTEGER NOT NULL,
+    completed_count INTEGER NOT NULL,
+    failed_count INTEGER NOT NULL,
+    cancelled_count INTEGER NOT NULL,
+    expired_count INTEGER NOT NULL,
+    order_bases TEXT NOT NULL,
+    cursor BLOB NOT NULL,
+    metadata TEXT NOT NULL,
+    session_id TEXT NOT NULL,
+    created_us INTEGER NOT NULL,
+    appended_us INTEGER NOT NULL,
+    sealed_us INTEGER NOT NULL,
+    finished_us INTEGER NOT NULL,
+    seal_timeout_ms INTEGER NOT NULL,
+    block_width INTEGER NOT NULL,
+    received BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX batch_by_key ON batch (environment, key) WHERE key IS NOT NULL;
+CREATE INDEX batch_listed ON batch (environment, id DESC);
+CREATE INDEX batch_unfinished ON batch (state) WHERE finished_us = 0 AND state IN ('open', 'cancelled', 'abandoned');
+CREATE INDEX batch_finished ON batch (finished_us) WHERE finished_us > 0;
+CREATE INDEX batch_of_session ON batch (session_id) WHERE session_id <> '';
+
+CREATE TABLE block (
+    id INTEGER PRIMARY KEY,
+    batch_id TEXT NOT NULL,
+    first_index INTEGER NOT NULL,
+    last_index INTEGER NOT NULL,
+    runs_count INTEGER NOT NULL,
+    gaps BLOB,
+    extras BLOB,
+    items BLOB NOT NULL
+);
+CREATE INDEX block_by_index ON block (batch_id, first_index);
+
+CREATE TABLE span (
+    id INTEGER PRIMARY KEY,
+    block_id INTEGER NOT NULL,
+    batch_id TEXT NOT NULL,
+    environment TEXT NOT NULL,
+    queue TEXT NOT NULL,
+    task TEXT NOT NULL,
+    priority INTEGER NOT NULL,
+    due_us INTEGER NOT NULL,
+    expires_us INTEGER NOT NULL,
+    at_most_once INTEGER NOT NULL,
+    order_no INTEGER NOT NULL,
+    first_index INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    crashes_count INTEGER NOT NULL,
+    crashes_alone_count INTEGER NOT NULL,
+    positions BLOB,
+    states BLOB NOT NULL,
+    unsettled_count INTEGER NOT NULL,
+    state TEXT NOT NULL,
+    session_id TEXT NOT NULL,
+    claim_no INTEGER NOT NULL,
+    token INTEGER NOT NULL
+);
+CREATE INDEX span_claimable ON span (environment, queue, task, priority DESC, order_no, batch_id, first_index, id)
+    WHERE state = 'waiting';
+CREATE INDEX span_delayed ON span (due_us) WHERE state = 'delayed';
+CREATE INDEX span_leased ON span (session_id, claim_no) WHERE state = 'leased';
+CREATE INDEX span_expiring ON span (expires_us) WHERE expires_us > 0 AND state IN ('waiting', 'delayed');
+CREATE INDEX span_unsettled ON span (batch_id, state) WHERE state <> 'done';
+CREATE INDEX span_of_block ON span (block_id);
+
+CREATE TABLE part (
+    id INTEGER PRIMARY KEY,
+    block_id INTEGER NOT NULL,
+    span_id INTEGER NOT NULL,
+    token INTEGER NOT NULL,
+    part_no INTEGER NOT NULL,
+    positions BLOB,
+    codes BLOB NOT NULL,
+    results BLOB NOT NULL,
+    settled_us INTEGER NOT NULL
+);
+CREATE UNIQUE INDEX part_once ON part (block_id, span_id, token, part_no);
+
+-- A lane is a (queue, task) pair that was ever used: claims walk lanes, so one lane's backlog never slows another.
+CREATE TABLE lane (
+    environment TEXT NOT NULL,
+    queue TEXT NOT NULL,
+    task TEXT NOT NULL,
+    PRIMARY KEY (environment, queue, task)
+) WITHOUT ROWID;
+
+CREATE TABLE queue (
+    environment TEXT NOT NULL,
+    name TEXT NOT NULL,
+    clock INTEGER NOT NULL,
+    paused INTEGER NOT NULL,
+    PRIMARY KEY (environment, name)
+) WITHOUT ROWID;
+
+CREATE TABLE session (
+    id TEXT PRIMARY KEY,
+    kind TEXT NOT NULL,
+    host TEXT NOT NULL,
+    pid INTEGER NOT NULL,
+    started_us INTEGER NOT NULL,
+    heartbeat_us INTEGER NOT NULL,
+    ended_us INTEGER NOT NULL
+) WITHOUT ROWID;
+
+-- From here on: a row only for the runs that use it.
+CREATE TABLE idempotency (
+    environment TEXT NOT NULL,
+    task TEXT NOT NULL,
+    key TEXT NOT NULL,
+    batch_id TEXT NOT NULL,
+    run_index INTEGER NOT NULL,
+    expires_us INTEGER NOT NULL,
+    PRIMARY KEY (environment, task, key)
+) WITHOUT ROWID;
+CREATE INDEX idempotency_of_batch ON idempotency (batch_id);
+
+CREATE TABLE tag (
+    environment TEXT NOT NULL,
+    tag TEXT NOT NULL,
+    batch_id TEXT NOT NULL,
+    run_index INTEGER NOT NULL,
+    PRIMARY KEY (environment, tag, batch_id, run_index)
+) WITHOUT ROWID;
+CREATE INDEX tag_of_batch ON tag (batch_id);
+
+CREATE TABLE object (
+    key TEXT PRIMARY KEY,
+    batch_id TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX object_of_batch ON object (batch_id);
+
+CREATE TABLE cancellation (
+    batch_id TEXT NOT NULL,
+    run_index INTEGER NOT NULL,
+    PRIMARY KEY (batch_id, run_index)
+) WITHOUT ROWID;

@@ -1,0 +1,381 @@
+"""What people and results readers ask for: nothing here writes, and it runs beside the writer."""
+
+from __future__ import annotations
+
+import sqlite3
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from headrace.core import run as runs_core
+from headrace.core.batch import STREAM, Batch, Ledger, ledger
+from headrace.core.block import Extra
+from headrace.core.failure import decode as decode_failure
+from headrace.core.index_set import IndexSet
+from headrace.core.pack import unpack_some
+from headrace.core.span import DELAYED, LEASED, Span, positions_of, results_of
+from headrace.foundation.errors import NotFound
+from headrace.store.protocol import Outcome, QueueView, RunView, Session, Verification
+from headrace.store.sqlite.appending import decode_extras, find, locate, received_of, spans_of_block
+from headrace.store.sqlite.rows import as_json, execute, to_batch, to_part, to_span
+
+BLOCKS_MAX: Final = 512
+VERIFY_BLOCKS: Final = 256
+
+
+def with_ledger(connection: sqlite3.Connection, batch: Batch) -> tuple[Batch, Ledger]:
+    """A batch and where its runs are."""
+    (leased_count,) = execute(connection, "leased_count", batch_id=batch.id).fetchone()
+    return batch, ledger(batch, leased_count=leased_count)
+
+
+def list_batches(
+    connection: sqlite3.Connection, environment: str, states: Sequence[str] | None, before_id: str, limit: int
+) -> list[tuple[Batch, Ledger]]:
+    """Batches of an environment, newest first."""
+    rows = execute(
+        connection,
+        "list_batches",
+        environment=environment,
+        states=None if states is None else as_json(list(states)),
+        before_id=before_id,
+        rows_max=limit,
+    ).fetchall()
+    return [with_ledger(connection, to_batch(row)) for row in rows]
+
+
+def missing(connection: sqlite3.Connection, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
+    """Announced indexes that are not durable yet."""
+    batch = find(connection, batch_id)
+    received = received_of(connection, batch_id)
+    expected = received.end if batch.expected_count is None else batch.expected_count
+    return received.missing(expected, ranges_max)
+
+
+def outcomes(connection: sqlite3.Connection, batch_id: str, from_index: int, runs_max: int) -> list[Outcome]:
+    """Consecutive final outcomes from `from_index` on."""
+    row = execute(connection, "batch", id=batch_id).fetchone()
+    if row is None:
+        find(connection, batch_id)
+    batch, width = to_batch(row), row[21]
+    blocks = execute(
+        connection,
+        "blocks_from",
+        batch_id=batch_id,
+        after_index=from_index - width,
+        before_index=from_index + max(runs_max, width) + 1,
+        rows_max=BLOCKS_MAX,
+    ).fetchall()
+    indexes = {
+        block_id: _indexes(first_index, runs_count, gaps) for block_id, first_index, _, runs_count, gaps in blocks
+    }
+    reach = blocks[-1][1] if len(blocks) == BLOCKS_MAX else None
+    states = _states(connection, indexes)
+    final: list[tuple[int, int, int, int]] = []
+    expected_index = from_index
+    for index, block_id, position in _in_order(indexes, from_index):
+        state = states[block_id][position]
+        skipped = index != expected_index and batch.kind != STREAM
+        if skipped or state not in runs_core.FINAL or len(final) >= runs_max or (reach is not None and index >= reach):
+            break
+        final.append((index, block_id, position, state))
+        expected_index = index + 1
+    results = _results(connection, sorted({block_id for _, block_id, _, _ in final}))
+    nothing = (b"", 0)
+    return [
+        Outcome(index=index, state=state, result=found[0], kind=found[1])
+        for index, block_id, position, state in final
+        for found in (results.get((block_id, position), nothing) if state in _WITH_RESULT else nothing,)
+    ]
+
+
+_WITH_RESULT: Final = bytes((runs_core.COMPLETED, runs_core.FAILED))
+
+
+def _indexes(first_index: int, runs_count: int, gaps: bytes | None) -> Sequence[int]:
+    if gaps is None:
+        return range(first_index, first_index + runs_count)
+    return [first_index + gap for gap in array("I", gaps)]
+
+
+def _in_order(indexes: dict[int, Sequence[int]], from_index: int) -> Iterator[tuple[int, int, int]]:
+    """`(index, block id, position)` by index, from `from_index` on. Blocks rarely overlap, so that is a walk."""
+    last = -1
+    overlapping = False
+    for own in indexes.values():
+        overlapping = overlapping or own[0] <= last
+        last = max(last, own[-1])
+    walk = (
+        (index, block_id, position)
+        for block_id, own in indexes.items()
+        for position, index in enumerate(own)
+        if index >= from_index
+    )
+    return iter(sorted(walk)) if overlapping else walk
+
+
+def _states(connection: sqlite3.Connection, indexes: dict[int, Sequence[int]]) -> dict[int, bytearray]:
+    """The state of each position of some blocks, from the spans in which they live."""
+    states = {block_id: bytearray((runs_core.MOVED,)) * len(own) for block_id, own in indexes.items()}
+    for block_id, positions, own in execute(connection, "states_of_blocks", ids=as_json(list(states))):
+        if positions is None:
+            whole = states[block_id]
+            if runs_core.MOVED not in own:
+                states[block_id] = bytearray(own)
+                continue
+            places: Sequence[int] = range(len(whole))
+        else:
+            places = array("H", positions)
+        for position, state in zip(places, own, strict=True):
+            if state != runs_core.MOVED:
+                states[block_id][position] = state
+    return states
+
+
+def _results(connection: sqlite3.Connection, block_ids: Sequence[int]) -> dict[tuple[int, int], tuple[bytes, int]]:
+    """The last recorded result of each position of some blocks."""
+    found: dict[tuple[int, int], tuple[bytes, int]] = {}
+    for row in execute(connection, "parts_of_blocks", ids=as_json(block_ids)):
+        part = to_part(row)
+        for position, code, result, kind in results_of(part):
+            if code in _WITH_RESULT:
+                found[part.block_id, position] = (result, kind)
+    return found
+
+
+def run(connection: sqlite3.Connection, batch_id: str, index: int) -> RunView:
+    """One run with its input, its result and its attempts."""
+    batch = find(connection, batch_id)
+    place = locate(connection, batch_id, index)
+    if place is None:
+        raise NotFound("the batch has no such run", batch_id=batch_id, index=index)
+    block_id, position = place
+    _, _, _, extras, items = execute(connection, "blocks", ids=as_json([block_id])).fetchone()
+    payloads, kinds = unpack_some(items, [position])
+    extra = decode_extras(extras).get(position, Extra())
+    span, state = _home(spans_of_block(connection, block_id), position)
+    attempts: list[dict[str, object]] = []
+    result, result_kind = b"", 0
+    for row in execute(connection, "parts_of_blocks", ids=as_json([block_id])):
+        part = to_part(row)
+        for at, code, data, kind in results_of(part):
+            if at != position:
+                continue
+            attempts.append(_attempt(code, data, part.settled_us))
+            if code in _WITH_RESULT and state in _WITH_RESULT:
+                result, result_kind = data, kind
+    view = _view(span, index, state)
+    view.environment = batch.environment
+    view.payload, view.kind = payloads[0], kinds[0] if kinds else 0
+    view.headers, view.tags, view.idempotency_key = extra.headers, list(extra.tags), extra.idempotency_key
+    view.result, view.result_kind, view.attempts = result, result_kind, attempts
+    return view
+
+
+def _attempt(code: int, data: bytes, settled_us: int) -> dict[str, object]:
+    ended = "retried" if code == runs_core.MOVED else runs_core.NAMES[code]
+    told: dict[str, object] = {"ended": ended, "settled_us": settled_us}
+    if code != runs_core.COMPLETED and data:
+        error = decode_failure(data)
+        told |= {"type": error.type, "message": error.message}
+        if error.trace:
+            told["trace"] = error.trace
+    return told
+
+
+def _home(spans: Sequence[Span], position: int) -> tuple[Span, int]:
+    """The one span in which a run's state lives."""
+    for span in spans:
+        for own, state in zip(positions_of(span), span.states, strict=True):
+            if own == position and state != runs_core.MOVED:
+                return span, state
+    raise NotFound("the run's state is nowhere", hint="run `headrace verify`", position=position)
+
+
+def _view(span: Span, index: int, state: int) -> RunView:
+    name = runs_core.NAMES[state]
+    if state == runs_core.WAITING and span.state in (LEASED, DELAYED):
+        name = span.state
+    return RunView(
+        batch_id=span.batch_id,
+        index=index,
+        environment=span.environment,
+        task=span.task,
+        queue=span.queue,
+        priority=span.priority,
+        state=name,
+        attempt=span.attempt,
+        crashes_count=span.crashes_count,
+        due_us=span.due_us,
+        expires_us=span.expires_us,
+        payload=b"",
+        kind=0,
+        headers={},
+        tags=[],
+        idempotency_key="",
+        result=b"",
+        result_kind=0,
+        attempts=[],
+    )
+
+
+def list_runs(
+    connection: sqlite3.Connection,
+    environment: str,
+    batch_id: str,
+    state: str,
+    task: str,
+    tag: str,
+    limit: int,
+) -> list[RunView]:
+    """Runs that match, newest batch first, by index inside a batch."""
+    if tag:
+        tagged = execute(connection, "tagged_runs", environment=environment, tag=tag, rows_max=limit).fetchall()
+        views = [run(connection, *name) for name in tagged if batch_id in ("", name[0])]
+        return [view for view in views if state in ("", view.state) and task in ("", view.task)]
+    byte = runs_core.BY_NAME["waiting" if state in (LEASED, DELAYED) else state] if state else None
+    found: list[RunView] = []
+    rows = execute(
+        connection,
+        "list_spans",
+        environment=environment,
+        batch_id=batch_id,
+        task=task,
+        state=None if byte is None else bytes((byte,)),
+    )
+    block_id = 0
+    pending: list[RunView] = []  # a block's runs may live in several spans: gather them, then order by index
+    for row in rows:
+        span, first_index, gaps = to_span(row), row[22], row[23]
+        if span.block_id != block_id:
+            found += sorted(pending, key=lambda view: view.index)
+            block_id, pending = span.block_id, []
+            if len(found) >= limit:
+                break
+        places = array("I", gaps) if gaps is not None else None
+        for position, own in zip(positions_of(span), span.states, strict=True):
+            if own == runs_core.MOVED or (byte is not None and own != byte):
+                continue
+            view = _view(span, first_index + (position if places is None else places[position]), own)
+            if not state or view.state == state:
+                pending.append(view)
+    rows.close()
+    return (found + sorted(pending, key=lambda view: view.index))[:limit]
+
+
+def queues(connection: sqlite3.Connection, environment: str) -> list[QueueView]:
+    """Queues with what stands in them."""
+    return [
+        QueueView(
+            name=name,
+            environment=environment,
+            paused=bool(paused),
+            waiting_count=waiting,
+            delayed_count=delayed,
+            leased_count=leased,
+            oldest_us=oldest,
+        )
+        for name, paused, waiting, delayed, leased, oldest in execute(
+            connection, "list_queues", environment=environment
+        )
+    ]
+
+
+def sessions(connection: sqlite3.Connection) -> list[Session]:
+    """The sessions that have not ended."""
+    return [
+        Session(id=row[0], kind=row[1], host=row[2], pid=row[3], started_us=row[4], heartbeat_us=row[5])
+        for row in execute(connection, "sessions")
+    ]
+
+
+def verify(connection: sqlite3.Connection, batch_id: str) -> Verification:
+    """Count a batch from its blocks, spans and parts, inside one read transaction."""
+    connection.execute("BEGIN")
+    try:
+        return _verify(connection, batch_id)
+    finally:
+        connection.execute("COMMIT")
+
+
+def _verify(connection: sqlite3.Connection, batch_id: str) -> Verification:
+    batch = find(connection, batch_id)
+    received = received_of(connection, batch_id)
+    counted = dict.fromkeys((*runs_core.NAMES, ord("l")), 0)
+    seen = IndexSet()
+    differences: list[str] = []
+    after_id = 0
+    while True:
+        blocks = execute(
+            connection, "blocks_of_batch", batch_id=batch_id, after_id=after_id, rows_max=VERIFY_BLOCKS
+        ).fetchall()
+        if not blocks:
+            break
+        after_id = blocks[-1][0]
+        for block_id, first_index, runs_count, gaps, _ in blocks:
+            own = _indexes(first_index, runs_count, gaps)
+            if any(index in seen for index in own):
+                differences.append(f"block {block_id} holds an index that another block holds too")
+            seen.add(own)
+        _count_blocks(connection, [(row[0], row[2]) for row in blocks], counted, differences)
+    if seen != received:
+        differences.append(f"the received set names {len(received)} indexes, the blocks hold {len(seen)}")
+    expected = batch.received_count if batch.expected_count is None else batch.expected_count
+    told = Ledger(
+        expected=expected,
+        missing=expected - len(seen),
+        waiting=counted[runs_core.WAITING] + counted[runs_core.STARTED],
+        leased=counted[ord("l")],
+        completed=counted[runs_core.COMPLETED],
+        failed=counted[runs_core.FAILED],
+        cancelled=counted[runs_core.CANCELLED],
+        expired=counted[runs_core.EXPIRED],
+    )
+    _, kept = with_ledger(connection, batch)
+    differences += [
+        f"{name}: the counters say {getattr(kept, name)}, the chunks {getattr(told, name)}"
+        for name in Ledger._fields
+        if getattr(kept, name) != getattr(told, name)
+    ]
+    if not told.balances:
+        differences.append(f"expected {told.expected} runs, found {sum(told[1:])}")
+    if batch.is_finished and told.waiting + told.leased:
+        differences.append(f"the batch is {batch.state}, yet {told.waiting + told.leased} of its runs are not final")
+    if batch.state != "open" and not batch.is_finished and not told.waiting + told.leased:
+        differences.append(f"every run is final, yet the batch has not ended ({batch.state})")
+    return Verification(batch_id=batch_id, ledger=told, differences=differences)
+
+
+def _count_blocks(
+    connection: sqlite3.Connection,
+    blocks: Sequence[tuple[int, int]],
+    counted: dict[int, int],
+    differences: list[str],
+) -> None:
+    ids = [block_id for block_id, _ in blocks]
+    homes: dict[int, list[Span]] = {block_id: [] for block_id in ids}
+    for row in execute(connection, "spans_of_blocks", ids=as_json(ids)):
+        span = to_span(row)
+        homes[span.block_id].append(span)
+    recorded = _results(connection, ids)
+    for block_id, runs_count in blocks:
+        living = [0] * runs_count
+        for span in homes[block_id]:
+            if span.unsettled_count != runs_core.unsettled_count(span.states):
+                differences.append(f"span {span.id} counts {span.unsettled_count} unsettled runs wrongly")
+            leased_byte = ord("l") if span.state == LEASED else 0
+            for position, state in zip(positions_of(span), span.states, strict=True):
+                if state == runs_core.MOVED:
+                    continue
+                living[position] += 1
+                counted[leased_byte if leased_byte and state in runs_core.UNSETTLED else state] += 1
+                if state in _WITH_RESULT and (block_id, position) not in recorded:
+                    differences.append(f"position {position} of block {block_id} ended without a recorded outcome")
+        if any(count != 1 for count in living):
+            differences.append(f"block {block_id} has runs that live in no span or in two")
+
+
+def next_due_us(connection: sqlite3.Connection, environment: str, tasks: Sequence[str]) -> int | None:
+    """When the next delayed span of some tasks becomes claimable."""
+    (due_us,) = execute(connection, "next_due", environment=environment, tasks=as_json(list(tasks))).fetchone()
+    return None if due_us is None else int(due_us)

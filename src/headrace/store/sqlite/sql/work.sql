@@ -1,0 +1,97 @@
+-- live_session: whether a session is known and has not ended
+SELECT 1 FROM session WHERE id = :id AND ended_us = 0;
+
+-- claimed_before: the spans of a claim that is asked for again
+SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
+    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
+    claim_no, token
+FROM span WHERE state = 'leased' AND session_id = :session_id AND claim_no = :claim_no ORDER BY id;
+
+-- due_spans: delayed spans whose time has come, with their queue's clock
+SELECT span.id, queue.clock
+FROM span JOIN queue ON queue.environment = span.environment AND queue.name = span.queue
+WHERE span.state = 'delayed' AND span.due_us <= :now_us ORDER BY span.due_us LIMIT :rows_max;
+
+-- promote_spans: delayed spans join the line at the clock of this moment
+UPDATE span SET state = 'waiting', order_no = fresh.order_no
+FROM (SELECT json_extract(value, '$[0]') AS id, json_extract(value, '$[1]') AS order_no FROM json_each(:rows)) AS fresh
+WHERE span.id = fresh.id AND span.state = 'delayed';
+
+-- open_lanes: the lanes of the wanted tasks and queues that are not paused
+SELECT lane.queue, lane.task
+FROM lane JOIN queue ON queue.environment = lane.environment AND queue.name = lane.queue
+WHERE lane.environment = :environment AND queue.paused = 0
+    AND lane.task IN (SELECT value FROM json_each(:tasks))
+    AND (:queues IS NULL OR lane.queue IN (SELECT value FROM json_each(:queues)));
+
+-- claim_candidates: the best waiting spans of one lane, in claim order
+SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
+    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
+    claim_no, token
+FROM span
+WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task
+ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max;
+
+-- batch_states: the states of some batches
+SELECT id, state FROM batch WHERE id IN (SELECT value FROM json_each(:ids));
+
+-- blocks: the inputs of some blocks
+SELECT id, first_index, gaps, extras, items FROM block WHERE id IN (SELECT value FROM json_each(:ids));
+
+-- spans: some spans by id
+SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
+    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
+    claim_no, token
+FROM span WHERE id IN (SELECT value FROM json_each(:ids));
+
+-- recorded_part: whether a settlement was recorded before
+SELECT 1 FROM part WHERE block_id = :block_id AND span_id = :span_id AND token = :token AND part_no = :part_no;
+
+-- spans_of_session: what a session has leased
+SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
+    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
+    claim_no, token
+FROM span WHERE state = 'leased' AND session_id = :session_id ORDER BY id;
+
+-- leases_of_session: what a session has leased, for it to compare with its memory
+SELECT id, token, claim_no, batch_id FROM span WHERE state = 'leased' AND session_id = :session_id;
+
+-- stopped_batches: those of some batches of which nothing may start
+SELECT id FROM batch WHERE id IN (SELECT value FROM json_each(:ids)) AND state IN ('cancelled', 'abandoned');
+
+-- cancellations: the single runs of some batches that someone asked to cancel
+SELECT batch_id, run_index FROM cancellation WHERE batch_id IN (SELECT value FROM json_each(:ids)) LIMIT :rows_max;
+
+-- clocks: the clocks of an environment's queues
+SELECT name, clock FROM queue WHERE environment = :environment AND name IN (SELECT value FROM json_each(:names));
+
+-- unsettled_spans_of_batch: spans of a batch in one state, bounded
+SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
+    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
+    claim_no, token
+FROM span WHERE batch_id = :batch_id AND state IN ('waiting', 'delayed') LIMIT :rows_max;
+
+-- expired_spans: spans that did not start in time, bounded
+SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
+    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
+    claim_no, token
+FROM span WHERE expires_us > 0 AND state IN ('waiting', 'delayed') AND expires_us <= :now_us LIMIT :rows_max;
+
+-- leases_without_session: leased spans whose session ended or is gone
+SELECT span.id, span.token FROM span
+WHERE span.state = 'leased' AND NOT EXISTS (SELECT 1 FROM session WHERE id = span.session_id AND ended_us = 0)
+LIMIT :rows_max;
+
+-- spans_of_block: all spans over one block
+SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
+    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
+    claim_no, token
+FROM span WHERE block_id = :block_id ORDER BY id;
+
+-- spans_with_state: spans of a batch of which some run ended in a state
+SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
+    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
+    claim_no, token
+FROM span
+WHERE block_id IN (SELECT id FROM block WHERE batch_id = :batch_id) AND instr(states, :state) > 0
+    AND id > :after_id ORDER BY id LIMIT :rows_max;

@@ -1,0 +1,155 @@
+-- take_ids: reserve ids for new blocks and spans; answers the first of each
+UPDATE sequence SET next_block_id = next_block_id + :blocks_count, next_span_id = next_span_id + :spans_count
+WHERE only_row = 1
+RETURNING next_block_id - :blocks_count, next_span_id - :spans_count;
+
+-- insert_batch: a new batch
+INSERT INTO batch (id, environment, key, kind, task, state, expected_count, received_count, completed_count,
+    failed_count, cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us,
+    sealed_us, finished_us, seal_timeout_ms, block_width, received)
+VALUES (:id, :environment, :key, :kind, :task, :state, :expected_count, 0, 0, 0, 0, 0, '{}', x'', :metadata,
+    :session_id, :created_us, 0, 0, 0, :seal_timeout_ms, 0, x'');
+
+-- update_batch: a batch after a decision; its identity never changes
+UPDATE batch SET state = :state, expected_count = :expected_count, received_count = :received_count,
+    completed_count = :completed_count, failed_count = :failed_count, cancelled_count = :cancelled_count,
+    expired_count = :expired_count, order_bases = :order_bases, cursor = :cursor, appended_us = :appended_us,
+    sealed_us = :sealed_us, finished_us = :finished_us
+WHERE id = :id;
+
+-- update_received: the set of received indexes after an append, and the widest block
+UPDATE batch SET received = :received, block_width = max(block_width, :block_width) WHERE id = :id;
+
+-- insert_blocks: new blocks from rows and one blob that holds all their bytes end to end
+INSERT INTO block (id, batch_id, first_index, last_index, runs_count, gaps, extras, items)
+SELECT json_extract(value, '$[0]'), :batch_id, json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+    json_extract(value, '$[3]'),
+    iif(json_extract(value, '$[5]') < 0, NULL, substr(:blob, json_extract(value, '$[4]'), json_extract(value, '$[5]'))),
+    iif(json_extract(value, '$[7]') < 0, NULL, substr(:blob, json_extract(value, '$[6]'), json_extract(value, '$[7]'))),
+    substr(:blob, json_extract(value, '$[8]'), json_extract(value, '$[9]'))
+FROM json_each(:rows);
+
+-- insert_spans: new spans from rows and one blob
+INSERT INTO span (id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once,
+    order_no, first_index, attempt, crashes_count, crashes_alone_count, unsettled_count, state, session_id, claim_no,
+    token, positions, states)
+SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+    json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'),
+    json_extract(value, '$[6]'), json_extract(value, '$[7]'), json_extract(value, '$[8]'),
+    json_extract(value, '$[9]'), json_extract(value, '$[10]'), json_extract(value, '$[11]'),
+    json_extract(value, '$[12]'), json_extract(value, '$[13]'), json_extract(value, '$[14]'),
+    json_extract(value, '$[15]'), json_extract(value, '$[16]'), json_extract(value, '$[17]'),
+    json_extract(value, '$[18]'), json_extract(value, '$[19]'),
+    iif(json_extract(value, '$[21]') < 0, NULL,
+        substr(:blob, json_extract(value, '$[20]'), json_extract(value, '$[21]'))),
+    substr(:blob, json_extract(value, '$[22]'), json_extract(value, '$[23]'))
+FROM json_each(:rows);
+
+-- update_spans: spans after a decision; what a span is about never changes, only how it stands
+UPDATE span SET order_no = fresh.order_no, crashes_count = fresh.crashes_count,
+    crashes_alone_count = fresh.crashes_alone_count, unsettled_count = fresh.unsettled_count, state = fresh.state,
+    session_id = fresh.session_id, claim_no = fresh.claim_no, token = fresh.token,
+    states = substr(:blob, fresh.states_start, fresh.states_bytes)
+FROM (
+    SELECT json_extract(value, '$[0]') AS id, json_extract(value, '$[1]') AS order_no,
+        json_extract(value, '$[2]') AS crashes_count, json_extract(value, '$[3]') AS crashes_alone_count,
+        json_extract(value, '$[4]') AS unsettled_count, json_extract(value, '$[5]') AS state,
+        json_extract(value, '$[6]') AS session_id, json_extract(value, '$[7]') AS claim_no,
+        json_extract(value, '$[8]') AS token, json_extract(value, '$[9]') AS states_start,
+        json_extract(value, '$[10]') AS states_bytes
+    FROM json_each(:rows)
+) AS fresh
+WHERE span.id = fresh.id;
+
+-- insert_parts: recorded outcomes from rows and one blob
+INSERT INTO part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
+SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+    json_extract(value, '$[3]'), json_extract(value, '$[4]'),
+    iif(json_extract(value, '$[6]') < 0, NULL, substr(:blob, json_extract(value, '$[5]'), json_extract(value, '$[6]'))),
+    substr(:blob, json_extract(value, '$[7]'), json_extract(value, '$[8]')),
+    substr(:blob, json_extract(value, '$[9]'), json_extract(value, '$[10]'))
+FROM json_each(:rows);
+
+-- know_lanes: make the lanes and queues of an append known
+INSERT OR IGNORE INTO lane (environment, queue, task)
+SELECT :environment, json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(:rows);
+
+-- know_queue: make a queue known, with its clock at the beginning
+INSERT OR IGNORE INTO queue (environment, name, clock, paused) VALUES (:environment, :name, 0, 0);
+
+-- pause_queue: stop or go on handing out a queue's runs
+UPDATE queue SET paused = :paused WHERE environment = :environment AND name = :name;
+
+-- advance_clock: a queue's clock follows the highest order number claimed in it
+UPDATE queue SET clock = max(clock, :order_no) WHERE environment = :environment AND name = :name;
+
+-- insert_keys: idempotency keys of new runs; an expired key is taken over
+INSERT INTO idempotency (environment, task, key, batch_id, run_index, expires_us)
+SELECT :environment, json_extract(value, '$[0]'), json_extract(value, '$[1]'), :batch_id, json_extract(value, '$[2]'),
+    json_extract(value, '$[3]')
+FROM json_each(:rows)
+WHERE true
+ON CONFLICT (environment, task, key) DO UPDATE
+SET batch_id = excluded.batch_id, run_index = excluded.run_index, expires_us = excluded.expires_us;
+
+-- insert_tags: tags of new runs
+INSERT OR IGNORE INTO tag (environment, tag, batch_id, run_index)
+SELECT :environment, json_extract(value, '$[0]'), :batch_id, json_extract(value, '$[1]') FROM json_each(:rows);
+
+-- insert_objects: objects that rows of a batch name from now on
+INSERT OR IGNORE INTO object (key, batch_id)
+SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(:rows);
+
+-- lease_spans: whole spans under a new lease
+UPDATE span SET state = 'leased', session_id = :session_id, claim_no = :claim_no, token = token + 1
+WHERE id IN (SELECT value FROM json_each(:ids));
+
+-- insert_session: a process becomes known
+INSERT INTO session (id, kind, host, pid, started_us, heartbeat_us, ended_us)
+VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0);
+
+-- beat: a live session's sign of life
+UPDATE session SET heartbeat_us = max(heartbeat_us, :now_us) WHERE id = :id AND ended_us = 0;
+
+-- end_session: a session ends once, for whoever says so first
+UPDATE session SET ended_us = :now_us WHERE id = :id AND ended_us = 0;
+
+-- end_silent_session: a session that fell silent ends once, for whoever sees it first
+UPDATE session SET ended_us = :now_us WHERE id = :id AND ended_us = 0 AND heartbeat_us <= :silent_since_us;
+
+-- ask_to_cancel: runs that are leased are cancelled when their worker hears of it
+INSERT OR IGNORE INTO cancellation (batch_id, run_index)
+SELECT :batch_id, value FROM json_each(:indexes);
+
+-- delete_parts: a bounded step of deleting a batch
+DELETE FROM part WHERE id IN (
+    SELECT part.id FROM part JOIN block ON block.id = part.block_id WHERE block.batch_id = :batch_id LIMIT :rows_max);
+
+-- delete_spans: a bounded step of deleting a batch
+DELETE FROM span WHERE id IN (
+    SELECT span.id FROM block JOIN span ON span.block_id = block.id WHERE block.batch_id = :batch_id LIMIT :rows_max);
+
+-- delete_blocks: a bounded step of deleting a batch
+DELETE FROM block WHERE id IN (SELECT id FROM block WHERE batch_id = :batch_id LIMIT :rows_max);
+
+-- delete_keys: a bounded step of deleting a batch
+DELETE FROM idempotency WHERE (environment, task, key) IN (
+    SELECT environment, task, key FROM idempotency WHERE batch_id = :batch_id LIMIT :rows_max);
+
+-- delete_tags: a bounded step of deleting a batch
+DELETE FROM tag WHERE (environment, tag, batch_id, run_index) IN (
+    SELECT environment, tag, batch_id, run_index FROM tag WHERE batch_id = :batch_id LIMIT :rows_max);
+
+-- delete_objects: a bounded step of deleting a batch; the objects themselves become orphans
+DELETE FROM object WHERE key IN (SELECT key FROM object WHERE batch_id = :batch_id LIMIT :rows_max);
+
+-- delete_cancellations: a bounded step of deleting a batch
+DELETE FROM cancellation WHERE batch_id = :batch_id;
+
+-- delete_batch: the last step of deleting a batch
+DELETE FROM batch WHERE id = :batch_id;
+
+-- delete_sessions: sessions that ended long ago and own no stream any more
+DELETE FROM session WHERE ended_us > 0 AND ended_us < :before_us
+AND NOT EXISTS (SELECT 1 FROM span WHERE span.session_id = session.id AND span.state = 'leased')
+AND NOT EXISTS (SELECT 1 FROM batch WHERE batch.session_id = session.id AND batch.finished_us = 0);

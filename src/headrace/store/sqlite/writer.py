@@ -1,0 +1,184 @@
+"""One thread that writes, with group commit: what waits joins the next transaction.
+
+A file has one writer at a time anyway; giving it one thread turns a hundred callers into one fsync. Rule R12 of the
+design: nothing is acknowledged before the outer COMMIT, and when anything in a group goes wrong the group is
+rolled back and each request is replayed alone, so one failure fails alone. (A full disk ends the whole
+transaction, savepoints or not, which is why the group has none.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from headrace.foundation.errors import HeadraceError, StoreBroken, StoreUnavailable
+
+GROUP_MAX: Final = 128
+"""Requests in one transaction; more wait for the next."""
+
+Work = Callable[[sqlite3.Connection], Any]
+
+
+class _Request:
+    __slots__ = ("answer", "done", "error", "future", "loop", "work")
+
+    def __init__(self, work: Work, loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any]) -> None:
+        self.work = work
+        self.loop = loop
+        self.future = future
+        self.answer: Any = None
+        self.error: BaseException | None = None
+        self.done = False
+
+
+class Writer:
+    """Runs requests against one connection, in order, in its own thread, from any event loop."""
+
+    def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
+        self._connect = connect
+        self._waiting: deque[_Request] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        self.groups_count = 0
+        self.requests_count = 0
+
+    def start(self) -> None:
+        """Open the connection in its thread. Safe to call twice."""
+        if self._thread is None:
+            self._closing = False
+            self._thread = threading.Thread(target=self._run, name="headrace-sqlite-writer", daemon=True)
+            self._thread.start()
+
+    async def run(self, work: Work) -> Any:
+        """Run `work` in a transaction and answer after its commit.
+
+        `work` may run more than once (a replay) and must touch nothing but the connection. A cancelled caller
+        does not undo what is in flight: verbs are safe to repeat.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        with self._wake:
+            if self._closing or self._thread is None:
+                raise StoreUnavailable("the store is closed")
+            self._waiting.append(_Request(work, loop, future))
+            self._wake.notify()
+        return await future
+
+    def close(self) -> None:
+        """Finish what waits, then end the thread. Blocks; a second close does nothing."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        connection: sqlite3.Connection | None = None
+        while group := self._next_group():
+            try:
+                if connection is None:
+                    connection = self._connect()
+                self._commit(connection, group)
+            except sqlite3.Error as error:
+                _fail(group, as_fault(error))
+            except HeadraceError as error:
+                _fail(group, error)
+            _deliver(group)
+        if connection is not None:
+            connection.close()
+
+    def _next_group(self) -> list[_Request]:
+        with self._wake:
+            while not self._waiting and not self._closing:
+                self._wake.wait()
+            return [self._waiting.popleft() for _ in range(min(len(self._waiting), GROUP_MAX))]
+
+    def _commit(self, connection: sqlite3.Connection, group: list[_Request]) -> None:
+        self.groups_count += 1
+        self.requests_count += len(group)
+        try:
+            _transact(connection, group)
+        except Exception as error:  # noqa: BLE001 - whatever went wrong is answered to the request that caused it
+            if connection.in_transaction:
+                connection.rollback()
+            if len(group) == 1:
+                group[0].error = as_fault(error) if isinstance(error, sqlite3.Error) else error
+                return
+            for request in group:
+                request.error = None
+                self._commit(connection, [request])
+
+
+def _transact(connection: sqlite3.Connection, group: list[_Request]) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    for request in group:
+        changes_before = connection.total_changes
+        try:
+            request.answer = request.work(connection)
+        except HeadraceError as error:
+            if connection.total_changes != changes_before or not connection.in_transaction:
+                raise
+            request.error = error  # refused before it wrote anything: the rest of the group need not care
+    connection.execute("COMMIT")
+
+
+def _fail(group: list[_Request], error: BaseException) -> None:
+    for request in group:
+        request.error = error
+
+
+def _deliver(group: list[_Request]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Request]] = {}
+    for request in group:
+        by_loop.setdefault(request.loop, []).append(request)
+    for loop, requests in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_resolve, requests)
+        except RuntimeError:  # the loop that asked is closed: nobody is left to tell
+            continue
+
+
+def _resolve(requests: list[_Request]) -> None:
+    for request in requests:
+        if request.future.done():
+            continue
+        if request.error is not None:
+            request.future.set_exception(request.error)
+        else:
+            request.future.set_result(request.answer)
+
+
+def as_fault(error: sqlite3.Error) -> HeadraceError:
+    """What an SQLite error means for the caller: try again later, or call a person."""
+    text = str(error)
+    name = getattr(error, "sqlite_errorname", "")
+    fault: HeadraceError
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or "malformed" in text or "not a database" in text:
+        fault = StoreBroken(
+            f"the database file is damaged or is not an SQLite database: {text}",
+            hint="restore it from a backup, or name another file with --store",
+        )
+    elif name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        fault = StoreUnavailable(
+            f"another process holds the database locked: {text}",
+            hint="end that process, or wait and try again",
+        )
+    elif name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+        fault = StoreUnavailable(
+            f"the disk did not take the write: {text}", hint="free disk space; nothing acknowledged was lost"
+        )
+    elif name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")):
+        fault = StoreUnavailable(
+            f"the database file can't be opened for writing: {text}",
+            hint="check that its directory exists and is writable",
+        )
+    else:
+        fault = StoreBroken(f"the store met an error it does not know: {type(error).__name__}: {text}")
+    fault.__cause__ = error
+    return fault

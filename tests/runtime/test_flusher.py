@@ -114,9 +114,7 @@ async def test_updates_that_trickle_in_for_ever_cannot_put_a_flush_off(
     assert len(sink.flushes) == 20
 
 
-async def test_what_a_full_flush_leaves_behind_keeps_its_interval(
-    new: New, clock: ManualClock, sink: Sink
-) -> None:
+async def test_what_a_full_flush_leaves_behind_keeps_its_interval(new: New, clock: ManualClock, sink: Sink) -> None:
     flusher = new()
     fill(flusher, range(3))
     await clock.advance_async(0.05)
@@ -370,9 +368,7 @@ async def test_a_flush_that_was_cancelled_is_not_counted_and_is_tried_again(
     assert sink.flushes == [("a",)]
 
 
-async def test_a_flusher_whose_task_is_cancelled_keeps_what_it_had(
-    new: New, clock: ManualClock, sink: Sink
-) -> None:
+async def test_a_flusher_whose_task_is_cancelled_keeps_what_it_had(new: New, clock: ManualClock, sink: Sink) -> None:
     flusher = new(size=2, buffer_max=3, interval_ms=None)
     sink.gate.clear()
     fill(flusher, range(3))
@@ -404,9 +400,7 @@ async def test_closing_writes_everything_at_once_without_waiting_for_the_interva
     assert flusher.unflushed == ()
 
 
-async def test_closing_does_not_wait_for_the_rest_of_a_back_off(
-    new: New, clock: ManualClock, sink: Sink
-) -> None:
+async def test_closing_does_not_wait_for_the_rest_of_a_back_off(new: New, clock: ManualClock, sink: Sink) -> None:
     flusher = new(interval_ms=None, backoff_initial_ms=60_000, backoff_max_ms=60_000)
     sink.errors = [OSError("down")]
     fill(flusher, ["a"])
@@ -433,9 +427,7 @@ async def test_a_store_that_still_fails_at_the_end_is_not_tried_without_pause(
     assert sink.landed == ["a"]
 
 
-async def test_who_waits_for_room_when_it_closes_is_still_let_in(
-    new: New, clock: ManualClock, sink: Sink
-) -> None:
+async def test_who_waits_for_room_when_it_closes_is_still_let_in(new: New, clock: ManualClock, sink: Sink) -> None:
     flusher = new(size=2, buffer_max=2)
     sink.gate.clear()
     fill(flusher, [0, 1])
@@ -495,9 +487,7 @@ async def test_closing_survives_being_first_being_last_and_being_told_twice(new:
     assert sink.landed == ["a"]
 
 
-async def test_closing_gives_up_after_its_grace_and_says_what_stayed(
-    new: New, clock: ManualClock, sink: Sink
-) -> None:
+async def test_closing_gives_up_after_its_grace_and_says_what_stayed(new: New, clock: ManualClock, sink: Sink) -> None:
     flusher = new(size=2, buffer_max=3)
     sink.errors = [OSError("down")] * 1_000
     fill(flusher, [0, 1, 2])
@@ -517,9 +507,7 @@ async def test_closing_gives_up_after_its_grace_and_says_what_stayed(
         await flusher.close()
 
 
-async def test_a_flush_that_hangs_does_not_outlive_the_grace(
-    new: New, clock: ManualClock, sink: Sink
-) -> None:
+async def test_a_flush_that_hangs_does_not_outlive_the_grace(new: New, clock: ManualClock, sink: Sink) -> None:
     flusher = new(interval_ms=None)
     sink.gate.clear()
     fill(flusher, ["hangs"])
@@ -531,9 +519,7 @@ async def test_a_flush_that_hangs_does_not_outlive_the_grace(
     assert flusher.unflushed == ("hangs",)
 
 
-async def test_a_close_that_is_cancelled_leaves_the_drain_running(
-    new: New, clock: ManualClock, sink: Sink
-) -> None:
+async def test_a_close_that_is_cancelled_leaves_the_drain_running(new: New, clock: ManualClock, sink: Sink) -> None:
     flusher = new()
     sink.gate.clear()
     fill(flusher, ["a"])

@@ -180,9 +180,7 @@ class ManualClock:
 
     def _target_us(self, seconds: float) -> int:
         if seconds < 0:
-            raise InvalidInput(
-                f"a clock can't go back by {-seconds} s", hint="advance by zero seconds or more"
-            )
+            raise InvalidInput(f"a clock can't go back by {-seconds} s", hint="advance by zero seconds or more")
         return self._now_us + round(seconds * SECOND_US)
 
     def _wake_next(self) -> None:

@@ -102,9 +102,7 @@ class Flusher(Generic[T]):
         self._clock = clock
         self._on_refused = on_refused
         self._size = check(TABLE["flush_size"], size)
-        self._interval_us = (
-            None if interval_ms is None else check(TABLE["flush_interval_ms"], interval_ms) * 1_000
-        )
+        self._interval_us = None if interval_ms is None else check(TABLE["flush_interval_ms"], interval_ms) * 1_000
         self._buffer_max = check(_BUFFER_MAX, 2 * size if buffer_max is None else buffer_max)
         self._backoff_initial_ms = check(_BACKOFF_INITIAL, backoff_initial_ms)
         self._backoff_max_ms = check(_BACKOFF_MAX, backoff_max_ms)
@@ -116,9 +114,7 @@ class Flusher(Generic[T]):
 
         self._waiting: deque[T] = deque()
         self._oldest_us = 0  # the oldest waiting update came no earlier than this
-        self._parts: deque[tuple[T, ...]] = (
-            deque()
-        )  # the flush in flight, in halves once something was refused
+        self._parts: deque[tuple[T, ...]] = deque()  # the flush in flight, in halves once something was refused
         self._held_count = 0  # places taken by `_parts` and by senders let in that have not run yet
         self._granted_count = 0
         self._senders: deque[asyncio.Future[None]] = deque()
@@ -215,7 +211,8 @@ class Flusher(Generic[T]):
     def _let_in(self) -> None:
         """Give the room there is to those who wait for it, in the order they came.
 
-        A place that was given is held, so while anyone waits there is no room, and `put_nowait` can't overtake.
+        A place that was given is held, so while anyone waits there is no room, and `put_nowait` can't
+        overtake.
         """
         room = self._buffer_max - len(self._waiting) - self._held_count
         while room > 0 and self._senders:

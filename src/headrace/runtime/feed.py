@@ -1,0 +1,467 @@
+"""Feeding a stream of NDJSON into a batch, durably, and going on where it stopped.
+
+Rule 1: what is durable and how far the input was read are one transaction. Each append carries a `Position`, whose
+digest covers exactly the bytes before it, so a feed that was killed goes on without a guess, and an input that
+changed meanwhile is known as one that did.
+Rule 2: a position lies at the end of a line, and never ahead of what is durable. What was fed twice because of that
+is known by its index and adds nothing.
+Rule 3: one append is in flight at a time; what is read meanwhile shares the next. What waits is bounded, and so is
+the time for which the loop is held: items go through in slices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from typing import Final, NamedTuple, Self, TypeVar
+
+import msgspec
+
+from headrace.core.batch import Batch
+from headrace.core.block import Chunk, Coalescer, Extra
+from headrace.core.failure import Failure
+from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
+from headrace.core.pack import REFERENCE
+from headrace.core.span import Key
+from headrace.foundation.errors import ClientFault, Conflict, EngineFault, InvalidInput
+from headrace.foundation.limits import MIB, Limits
+from headrace.runtime.clock import Clock
+from headrace.runtime.ingest import ingest
+from headrace.store.payloads import PayloadStore, Reference, payload_key
+from headrace.store.protocol import Store
+
+WAITING_BYTES_MAX: Final = 8 * MIB
+WAITING_CHUNKS_MAX: Final = 64
+SLICE_LINES_MAX: Final = 4_096
+"""Lines handled without letting go of the loop: some milliseconds."""
+
+LINGER_S: Final = 0.002
+"""How long a chunk that isn't full waits for the source right after a commit; a lone item waits for nothing."""
+
+DIGEST_BYTES: Final = 32
+RETRY_DELAYS_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+_BORN_FAILED: Final = b"{}"
+
+T = TypeVar("T")
+
+
+_NAMES: Final = {"bytes_count": "bytes", "items_count": "items", "lines_count": "lines", "is_open": "open"}
+
+
+class Position(msgspec.Struct, frozen=True, kw_only=True, rename=_NAMES):
+    """A place in an input, after a whole line.
+
+    `digest` is of all bytes before it. `is_open` says that the last line had no newline yet when it was read, so
+    whatever comes next but white space would change that line.
+    """
+
+    bytes_count: int = 0
+    items_count: int = 0
+    lines_count: int = 0
+    digest: bytes = b""
+    is_open: bool = False
+
+    def encode(self) -> bytes:
+        """As a batch keeps it."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, cursor: bytes) -> Self:
+        """The position that `encode` wrote; the beginning for a batch that keeps none."""
+        return msgspec.msgpack.decode(cursor, type=cls) if cursor else cls()
+
+
+BEGINNING: Final = Position()
+
+
+class SealedElsewhere(Conflict):
+    """Another feed sealed the batch at an earlier end of the same input: start again from its cursor."""
+
+
+class _Group(NamedTuple):
+    """Items that follow each other: any number of small ones, or one that is to be offloaded."""
+
+    items: list[Item]
+    mark: Position | None
+    extra: Extra | None = None
+
+
+class Feed:
+    """One pass over an input, from `start` to its end, into one batch or several that follow each other.
+
+    `pieces` are the input's bytes from its very first on, cut anywhere. Those before `start` are only hashed and
+    compared. `position` is where the input was last known to be durable.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncIterable[bytes] | Iterable[bytes],
+        *,
+        store: Store,
+        payloads: PayloadStore,
+        clock: Clock,
+        limits: Limits,
+        environment: str,
+        key: Key,
+        start: Position = BEGINNING,
+    ) -> None:
+        self.position = start
+        self._pieces = pieces
+        self._store = store
+        self._payloads = payloads
+        self._clock = clock
+        self._limits = limits
+        self._environment = environment
+        self._key = key
+        self._batch_id = ""
+        self._start = start
+        self._next_item = start.items_count
+        self._full_at: int | None = None
+        self._groups: AsyncGenerator[_Group, None] | None = None
+        self._pending: _Group | None = None
+
+    async def fill(self, batch: Batch, *, base_index: int = 0) -> bool:
+        """Append to `batch` until the input ends, and seal it: True. False: the batch was sealed already, and more
+        of the input is left for the next one.
+
+        `base_index` is the item of the input that is the batch's run 0. Raises `InvalidInput` for an input that
+        changed, `SealedElsewhere` when another feed was faster.
+        """
+        self._batch_id = batch.id
+        self._full_at = None if batch.expected_count is None else base_index + batch.expected_count
+        appender = _Appender(self._store, self._clock, self._limits, batch, start=self.position)
+        add, key = appender.coalescer.add, self._key
+        try:
+            while (group := await self._next_group()) is not None:
+                if self._next_item == self._full_at and group.items:
+                    self._pending = group
+                    break
+                index = self._next_item - base_index
+                if group.extra is not None:
+                    (payload,) = group.items
+                    assert isinstance(payload, bytes)
+                    add(index, payload, key, kind=REFERENCE, extra=group.extra)
+                else:
+                    for item in group.items:
+                        if type(item) is bytes:
+                            add(index, item, key)
+                        else:
+                            add(index, _BORN_FAILED, key, extra=_born_failed(item))
+                        index += 1
+                self._next_item += len(group.items)
+                await appender.push(self._next_item, group.mark)
+            await appender.finish()
+        finally:
+            self.position = appender.position
+            await appender.stop()
+        if group is not None:
+            return False
+        if self._full_at is not None and self._next_item < self._full_at:
+            raise changed(f"it ends after {self._next_item:,} items, and had {self._full_at:,}")
+        if self._full_at is None:
+            await self._seal(batch, self._next_item - base_index)
+        return True
+
+    async def close(self) -> None:
+        """Stop what still reads. A feed that is left early must be closed."""
+        if self._groups is not None:
+            await self._groups.aclose()
+
+    async def _seal(self, batch: Batch, count: int) -> None:
+        try:
+            await _patiently(lambda: self._store.seal(batch.id, count, now_us=self._clock.now_us()), self._clock)
+        except Conflict as error:
+            after, _ = await self._store.batch(batch.id)
+            if after.is_stopped:
+                raise
+            raise SealedElsewhere(
+                "the batch was sealed by another feed meanwhile", hint="start again", batch_id=batch.id
+            ) from error
+
+    async def _next_group(self) -> _Group | None:
+        if self._pending is not None:
+            group, self._pending = self._pending, None
+            return group
+        if self._groups is None:
+            self._groups = ingest(self._cut(), self._offloaded, concurrency=self._limits.ingest_concurrency)
+        return await anext(self._groups, None)
+
+    # -- reading
+
+    async def _cut(self) -> AsyncIterator[_Group]:
+        """The input from `start` on, in groups; the last group of each slice says where the input then stands."""
+        reader = _Reader(self._pieces)
+        try:
+            at_bytes = await reader.skip(self._start)
+            machine = NdjsonMachine(
+                item_bytes_max=self._limits.item_bytes_max,
+                bytes_before=at_bytes,
+                items_before=self._start.items_count,
+                lines_before=self._start.lines_count,
+            )
+            while (piece := await reader.next()) is not None:
+                for portion in self._portions(piece, machine):
+                    items = machine.feed(portion)
+                    cut = portion.rfind(b"\n") + 1
+                    reader.digest.update(memoryview(portion)[:cut])
+                    mark = self._mark(machine, at_bytes + cut, reader.digest.digest()) if cut else None
+                    reader.digest.update(memoryview(portion)[cut:])
+                    at_bytes += len(portion)
+                    for group in self._grouped(items, mark):
+                        yield group
+                    await asyncio.sleep(0)
+            if items := machine.close():
+                mark = self._mark(machine, at_bytes, reader.digest.digest(), is_open=True)
+                for group in self._grouped(items, mark):
+                    yield group
+        finally:
+            await reader.close()
+
+    def _mark(self, machine: NdjsonMachine, at_bytes: int, digest: bytes, *, is_open: bool = False) -> Position:
+        return Position(
+            bytes_count=at_bytes,
+            items_count=machine.items_count,
+            lines_count=machine.line_no,
+            digest=digest,
+            is_open=is_open,
+        )
+
+    def _portions(self, piece: bytes, machine: NdjsonMachine) -> Iterator[bytes]:
+        """`piece` in slices of some thousand lines; line by line just before the batch is full, to stop there."""
+        at = 0
+        lines_count = piece.count(b"\n")
+        while self._full_at is not None and 0 < self._full_at - machine.items_count <= lines_count:
+            end = piece.find(b"\n", at) + 1
+            if not end:
+                break
+            yield piece[at:end]
+            at, lines_count = end, lines_count - 1
+        slice_bytes = max(1, (len(piece) - at) * SLICE_LINES_MAX // max(lines_count, SLICE_LINES_MAX))
+        for start in range(at, len(piece), slice_bytes):
+            yield piece[start : start + slice_bytes]
+
+    def _grouped(self, items: list[Item], mark: Position | None) -> Iterator[_Group]:
+        """Items cut where one is to be offloaded. The usual case is decided in a few calls for all of them."""
+        large_bytes = self._limits.inline_bytes_max
+        sizes = [len(item) for item in items if type(item) is bytes]
+        if max(sizes, default=0) < large_bytes:
+            if items or mark is not None:
+                yield _Group(items, mark)
+            return
+        small: list[Item] = []
+        for item in items:
+            if type(item) is bytes and len(item) >= large_bytes:
+                if small:
+                    yield _Group(small, None)
+                yield _Group([item], None)
+                small = []
+            else:
+                small.append(item)
+        yield _Group(small, mark)
+
+    def _offloaded(self, group: _Group) -> _Group | Awaitable[_Group]:
+        first = group.items[0] if len(group.items) == 1 else None
+        if type(first) is bytes and len(first) >= self._limits.inline_bytes_max:
+            return self._offload(first, group.mark)
+        return group
+
+    async def _offload(self, payload: bytes, mark: Position | None) -> _Group:
+        """Write one large payload to the object store before the row that will name it."""
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(payload).hexdigest())
+        key = payload_key(self._environment, self._batch_id, digest)
+        await _patiently(lambda: self._payloads.put(key, payload), self._clock)
+        reference = Reference(key=key, bytes_count=len(payload))
+        return _Group([reference.encode()], mark, Extra(object_key=key, object_bytes=len(payload)))
+
+
+class _Reader:
+    """Pieces from either kind of iterable, hashed, with what comes before the start checked and passed over."""
+
+    def __init__(self, pieces: AsyncIterable[bytes] | Iterable[bytes]) -> None:
+        self._async = aiter(pieces) if isinstance(pieces, AsyncIterable) else None
+        self._plain = None if isinstance(pieces, AsyncIterable) else iter(pieces)
+        self._rest = b""
+        self.digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+
+    async def next(self) -> bytes | None:
+        if self._rest:
+            piece, self._rest = self._rest, b""
+            return piece
+        if self._async is not None:
+            return await anext(self._async, None)
+        assert self._plain is not None
+        return next(self._plain, None)
+
+    async def skip(self, start: Position) -> int:
+        """Hash what lies before `start` and compare; answers how many bytes were passed over."""
+        left = start.bytes_count
+        while left:
+            piece = await self.next()
+            if piece is None:
+                raise changed(f"it has fewer than the {start.bytes_count:,} bytes that were read before")
+            piece, self._rest = piece[:left], piece[left:]
+            self.digest.update(piece)
+            left -= len(piece)
+            await asyncio.sleep(0)
+        if start.bytes_count and self.digest.digest() != start.digest:
+            raise changed(f"its first {start.bytes_count:,} bytes are not those that were read before")
+        return start.bytes_count + (await self._end_line(start) if start.is_open else 0)
+
+    async def _end_line(self, start: Position) -> int:
+        """Pass over the end of a line that had none: only white space may have come to it."""
+        passed_bytes = 0
+        while (piece := await self.next()) is not None:
+            line, newline, rest = piece.partition(b"\n")
+            if line.strip():
+                raise changed(f"its line {start.lines_count}, then the last and without a newline, goes on")
+            self.digest.update(line + newline)
+            passed_bytes += len(line) + len(newline)
+            if newline:
+                self._rest = rest
+                break
+        return passed_bytes
+
+    async def close(self) -> None:
+        close = getattr(self._async, "aclose", None) or getattr(self._plain, "close", None)
+        if close is not None:
+            result = close()
+            if isinstance(result, Awaitable):
+                await result
+
+
+class _Appender:
+    """Runs in, appends out: one in flight, the next one filling."""
+
+    def __init__(self, store: Store, clock: Clock, limits: Limits, batch: Batch, *, start: Position) -> None:
+        self.coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
+        self.position = start
+        self._store = store
+        self._clock = clock
+        self._batch = batch
+        self._next_item = start.items_count
+        self._marks: deque[Position] = deque()
+        self._waiting: list[Chunk] = []
+        self._waiting_bytes = 0
+        self._is_ending = False
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="feed append")
+        self._task.add_done_callback(lambda _: self._room.set())
+
+    async def push(self, next_item: int, mark: Position | None) -> None:
+        """Tell of runs just added; waits while too much is waiting."""
+        self._next_item = next_item
+        if mark is not None:
+            self._marks.append(mark)
+        self._collect(self.coalescer.take())
+        if self._waiting or self.coalescer.open_count:
+            self._wake.set()
+        while self._waiting_bytes > WAITING_BYTES_MAX or len(self._waiting) > WAITING_CHUNKS_MAX:
+            self._room.clear()
+            self._check()
+            await self._room.wait()
+        self._check()
+
+    async def finish(self) -> None:
+        """Append everything, the last position too."""
+        self._is_ending = True
+        self._wake.set()
+        await self._task
+
+    async def stop(self) -> None:
+        """End the task, whatever it was doing; an append in flight may still land, which is safe to repeat."""
+        self._task.cancel()
+        await asyncio.wait((self._task,))
+        if not self._task.cancelled():
+            self._task.exception()  # seen: it was raised to whoever pushed, or the feed failed before
+
+    def _check(self) -> None:
+        if self._task.done():
+            self._task.result()
+
+    def _collect(self, chunks: list[Chunk]) -> None:
+        self._waiting += chunks
+        self._waiting_bytes += sum(len(chunk.items) for chunk in chunks)
+
+    async def _run(self) -> None:
+        is_fresh = False  # a commit has just ended: the source was busy meanwhile and may be about to go on
+        while True:
+            if not self._waiting and not self._is_ending:
+                self._wake.clear()
+                if not self.coalescer.open_count:
+                    is_fresh = False
+                    await self._wake.wait()
+                    continue
+                if is_fresh and await self._clock.wait_for(self._wake, LINGER_S):
+                    is_fresh = False
+                    continue
+            if not self._waiting or self._is_ending:
+                self._collect(self.coalescer.flush())
+            await self._append()
+            is_fresh = True
+            if self._is_ending and not self._waiting and not self.coalescer.open_count:
+                return
+
+    async def _append(self) -> None:
+        chunks, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        durable_items = self._next_item - self.coalescer.open_count
+        position = self.position
+        while self._marks and self._marks[0].items_count <= durable_items:
+            position = self._marks.popleft()
+        self._room.set()
+        if not chunks and position.bytes_count == self.position.bytes_count:
+            return
+        cursor = position.encode() if position.bytes_count > self.position.bytes_count else None
+        try:
+            appended = await _patiently(
+                lambda: self._store.append(self._batch.id, chunks, now_us=self._clock.now_us(), cursor=cursor),
+                self._clock,
+            )
+        except ClientFault as error:
+            raise await self._verdict(error) from error
+        if appended.conflicts:
+            raise changed(f"run {appended.conflicts[0]:,} was made from another line", batch_id=self._batch.id)
+        self.position = position
+
+    async def _verdict(self, error: ClientFault) -> ClientFault:
+        """The same error, or that somebody sealed the batch while this feed went on past its end."""
+        batch, _ = await self._store.batch(self._batch.id)
+        if batch.expected_count != self._batch.expected_count and not batch.is_stopped:
+            return SealedElsewhere(
+                "the batch was sealed by another feed meanwhile", hint="start again", batch_id=batch.id
+            )
+        return error
+
+
+async def _patiently(attempt: Callable[[], Awaitable[T]], clock: Clock) -> T:
+    """Try again for a few seconds while the store or the disk does not answer; every verb is safe to repeat."""
+    for delay_s in RETRY_DELAYS_S:
+        try:
+            return await attempt()
+        except EngineFault as error:
+            if not error.retryable:
+                raise
+        await clock.sleep(delay_s)
+    return await attempt()
+
+
+def _born_failed(marker: Oversized | Unreadable | bytes) -> Extra:
+    """What a line that is no item becomes: a run that failed before it could run."""
+    assert not isinstance(marker, bytes)
+    if isinstance(marker, Oversized):
+        failure = Failure(
+            type="PAYLOAD_TOO_LARGE",
+            message=f"Line {marker.line} has {marker.actual_bytes:,} bytes, more than the {marker.max_bytes:,} "
+            "of item_bytes_max",
+        )
+    else:
+        kind = "InvalidUTF8" if marker.reason.startswith("Invalid UTF-8") else "InvalidJSON"
+        failure = Failure(type=kind, message=marker.reason)
+    return Extra(failure=failure.encode())
+
+
+def changed(how: str, **ids: object) -> InvalidInput:
+    """The input is not the one that was fed before."""
+    return InvalidInput(f"the input changed since it was read: {how}", hint="--fresh starts over", **ids)

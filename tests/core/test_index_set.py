@@ -60,6 +60,16 @@ def test_difference_and_overlap_keep_the_order_given(held: list[int], asked: lis
     assert all((index in received) == (index in set(held)) for index in asked)
 
 
+@given(batches, st.integers(0, 70), st.integers(0, 70))
+def test_a_range_overlaps_when_one_of_its_indexes_is_held(held: list[int], start: int, stop: int) -> None:
+    assert IndexSet(held).overlaps_range(start, stop) == any(start <= index < stop for index in held)
+
+
+@given(batches)
+def test_the_end_is_one_past_the_highest(held: list[int]) -> None:
+    assert IndexSet(held).end == max(held, default=-1) + 1
+
+
 @given(batches, st.integers(0, 80), st.integers(0, 10))
 def test_missing_names_the_first_gaps(held: list[int], expected_count: int, ranges_max: int) -> None:
     absent = set(range(expected_count)) - set(held)

@@ -69,6 +69,11 @@ class IndexSet:
         """How many ranges it takes: what memory and bytes grow with."""
         return len(self._bounds) // 2
 
+    @property
+    def end(self) -> int:
+        """One past the highest index; 0 when there is none."""
+        return self._bounds[-1] if self._bounds else 0
+
     def ranges(self) -> Iterator[tuple[int, int]]:
         """The half-open ranges, ascending; no two touch."""
         bounds = iter(self._bounds)
@@ -77,9 +82,7 @@ class IndexSet:
     def add_range(self, start: int, stop: int) -> int:
         """Adds `start` to `stop - 1`; answers how many of them are new."""
         if not 0 <= start <= stop <= _BOUND_MAX:
-            raise InvalidInput(
-                f"{start}..{stop} is not a range of indexes", hint=f"indexes go from 0 to {INDEX_MAX}"
-            )
+            raise InvalidInput(f"{start}..{stop} is not a range of indexes", hint=f"indexes go from 0 to {INDEX_MAX}")
         return self._merge(array("q", (start, stop))) if start < stop else 0
 
     def add(self, indexes: Iterable[int]) -> int:
@@ -125,15 +128,20 @@ class IndexSet:
         bounds = self._bounds
         return [index for index in given if bisect_right(bounds, index) % 2 == 1]
 
+    def overlaps_range(self, start: int, stop: int) -> bool:
+        """Whether any index from `start` to `stop - 1` is in the set. Costs two looks, however long the range."""
+        if start >= stop:
+            return False
+        place = bisect_right(self._bounds, start)
+        return place % 2 == 1 or place != bisect_left(self._bounds, stop)
+
     def missing(self, expected_count: int, ranges_max: int) -> list[tuple[int, int]]:
         """The first `ranges_max` half-open ranges below `expected_count` that are not in the set.
 
         Costs what it answers with, not what the set holds.
         """
         if expected_count < 0 or ranges_max < 0:
-            raise InvalidInput(
-                "a count can't be negative", expected_count=expected_count, ranges_max=ranges_max
-            )
+            raise InvalidInput("a count can't be negative", expected_count=expected_count, ranges_max=ranges_max)
         gaps: list[tuple[int, int]] = []
         position = 0
         for start, stop in self.ranges():

@@ -107,6 +107,15 @@ def ledger(batch: Batch, *, leased_count: int) -> Ledger:
     )
 
 
+def check_created(*, expected_count: int | None, runs_max: int) -> None:
+    """Raise unless a batch of this size may be created; None is open-ended."""
+    if expected_count is not None and not 0 <= expected_count <= runs_max:
+        raise InvalidInput(
+            f"a batch holds from 0 to {runs_max} runs, not {expected_count}",
+            hint="raise batch_runs_max, or make several batches",
+        )
+
+
 def check_append(batch: Batch, *, first_index: int, last_index: int, runs_max: int) -> None:
     """Raise unless runs from `first_index` to `last_index` may be offered to this batch.
 
@@ -119,7 +128,7 @@ def check_append(batch: Batch, *, first_index: int, last_index: int, runs_max: i
             hint="create a new batch",
             batch_id=batch.id,
         )
-    bound = runs_max if batch.expected_count is None else batch.expected_count
+    bound = runs_max if batch.expected_count is None or batch.kind == STREAM else batch.expected_count
     if first_index < 0 or last_index >= bound:
         raise InvalidInput(
             f"index {first_index if first_index < 0 else last_index} is outside the batch, which holds {bound} runs",
@@ -130,7 +139,7 @@ def check_append(batch: Batch, *, first_index: int, last_index: int, runs_max: i
 
 def appended(batch: Batch, *, accepted_count: int, failed_count: int, cursor: bytes | None, now_us: int) -> Batch:
     """The batch after `accepted_count` new runs became durable, `failed_count` of them unreadable at birth."""
-    if accepted_count and batch.state not in (OPEN, SEALED):
+    if accepted_count and batch.state != OPEN:
         raise Conflict(f"the batch is {batch.state}; it takes no more items", batch_id=batch.id)
     after = msgspec.structs.replace(
         batch,
@@ -180,6 +189,8 @@ def settled(batch: Batch, counts: Counts, now_us: int) -> Batch:
 
 def stopped(batch: Batch, state: str, now_us: int) -> Batch:
     """The batch cancelled by a person or abandoned past its seal deadline; finished batches stay as they are."""
+    if state not in (CANCELLED, ABANDONED):
+        raise InvalidInput(f"a batch is stopped as {CANCELLED} or {ABANDONED}, not as {state!r}", batch_id=batch.id)
     if batch.is_finished or batch.is_stopped:
         return batch
     return advanced(msgspec.structs.replace(batch, state=state), now_us)

@@ -14,6 +14,7 @@ import msgspec
 
 from headrace.core.pack import JSON, pack, unpack_some
 from headrace.core.span import Key, decode_places, encode_places
+from headrace.foundation.errors import InvalidInput
 
 EMPTY: Final = b""
 
@@ -161,6 +162,31 @@ def _spans(keys: list[Key]) -> dict[Key, bytes | None]:
     for position, key in enumerate(keys):
         positions.setdefault(key, []).append(position)
     return {key: encode_places(found) for key, found in positions.items()}
+
+
+def check_names(chunk: Chunk) -> None:
+    """Raise unless every database can keep the names in a chunk: text that is UTF-8, without a NUL.
+
+    SQLite's JSON cuts a string at a NUL, which would make two idempotency keys one; Postgres takes none at all.
+    """
+    for key in chunk.spans:
+        _check_name(key.task)
+        _check_name(key.queue)
+    for extra in chunk.extras.values():
+        _check_name(extra.idempotency_key)
+        _check_name(extra.object_key)
+        for tag in extra.tags:
+            _check_name(tag)
+
+
+def _check_name(name: str) -> None:
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput(f"{name!r} is not text that can be stored: {error.reason}") from error
+    if "\0" in name:
+        raise InvalidInput(f"{name!r} holds a NUL character", hint="name it without")
 
 
 def narrowed(chunk: Chunk, keep: list[int]) -> Chunk | None:

@@ -46,6 +46,7 @@ TRANSITIONS: Final[dict[tuple[int, int], str]] = {
     (STARTED, COMPLETED): "settled",
     (STARTED, FAILED): "settled, or lost with its worker",
     (STARTED, CANCELLED): "cancelled",
+    (STARTED, EXPIRED): "handed out too late to run",
     (STARTED, MOVED): "split off",
     (FAILED, MOVED): "redriven",
     (CANCELLED, MOVED): "redriven",

@@ -20,7 +20,7 @@ import msgspec
 
 from headrace.core import failure, run
 from headrace.core.order import returned_order_no
-from headrace.core.pack import pack, unpack
+from headrace.core.pack import count, pack, unpack
 from headrace.core.retry import quantised_due_us
 from headrace.foundation.errors import IllegalTransition
 
@@ -31,6 +31,8 @@ DONE: Final = "done"
 
 RETRY: Final = ord("r")
 """A settlement's code for: failed, with attempts left; it becomes a `moved` byte and a run in a new span."""
+
+_REPORTED: Final = run.FINAL + bytes((RETRY,))
 
 SETTLED: Final = "settled"
 RECORDED: Final = "recorded"
@@ -221,6 +223,12 @@ def settle(
     if len(places) != len(codes) or (len(places) and max(places) >= len(span.states)):
         raise IllegalTransition(
             f"a settlement of {len(codes)} outcomes names {len(places)} of {len(span.states)} runs",
+            span_id=span.id,
+        )
+    if codes.strip(_REPORTED) or count(settlement.results) != len(codes):
+        raise IllegalTransition(
+            f"a settlement tells of {len(codes)} outcomes, {codes!r}, with {count(settlement.results)} results",
+            hint="a run ends as c, f, x, e or r, and each has a result, empty or not",
             span_id=span.id,
         )
     positions = positions_of(span)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -12,10 +12,10 @@ import msgspec
 from headrace.core import batch as batches
 from headrace.core import run
 from headrace.core.batch import Batch
-from headrace.core.block import Chunk, Extra, narrowed
+from headrace.core.block import Chunk, Extra, check_names, narrowed
 from headrace.core.index_set import IndexSet
 from headrace.core.order import first_order_no
-from headrace.core.pack import pack, unpack_some
+from headrace.core.pack import count, pack, unpack_some
 from headrace.core.span import (
     DELAYED,
     DONE,
@@ -115,6 +115,7 @@ def append(
     """Make the runs of `chunks` durable that are not yet, and keep `cursor` with them."""
     batch = find(connection, batch_id)
     for chunk in chunks:
+        check_names(chunk)
         batches.check_append(batch, first_index=chunk.first_index, last_index=chunk.last_index, runs_max=runs_max)
     received = received_of(connection, batch_id)
     fresh = _fresh(connection, batch, received, chunks, now_us)
@@ -148,13 +149,14 @@ def _fresh(
     fresh = _Fresh([], 0, [], {})
     duplicates_count = 0
     seen = IndexSet()
+    known: dict[tuple[str, str], tuple[str, int]] = {}
     for chunk in chunks:
         keep, repeated = _new_positions(chunk, received, seen)
         if repeated:
             duplicates_count += len(repeated)
-            fresh.conflicts.extend(_conflicts(connection, batch, chunk, repeated))
+            fresh.conflicts.extend(_conflicts(connection, batch, chunk, repeated, fresh.chunks))
         if any(extra.idempotency_key for extra in chunk.extras.values()):
-            keep = _without_known_keys(connection, batch, chunk, keep, fresh.existing, now_us)
+            keep = _without_known_keys(connection, batch, chunk, keep, known, fresh.existing, now_us)
         kept = narrowed(chunk, keep)
         if kept is not None:
             fresh.chunks.append(kept)
@@ -176,27 +178,58 @@ def _new_positions(chunk: Chunk, received: IndexSet, seen: IndexSet) -> tuple[li
     return keep, repeated
 
 
-def _conflicts(connection: sqlite3.Connection, batch: Batch, chunk: Chunk, repeated: list[int]) -> list[int]:
-    """Indexes among the repeated ones whose stored content differs from what was sent now."""
+def _conflicts(
+    connection: sqlite3.Connection, batch: Batch, chunk: Chunk, repeated: list[int], earlier: Sequence[Chunk]
+) -> list[int]:
+    """Indexes among the repeated ones whose content, stored or `earlier` in this append, differs from this.
+
+    A block that is sent again as it was, the usual case, is compared as one value.
+    """
+    own = indexes_of(chunk.first_index, chunk.runs_count, chunk.gaps)
     sent, sent_kinds = unpack_some(chunk.items, repeated)
-    differing = []
-    for number, position in enumerate(repeated):
-        index = chunk.index_at(position)
-        stored = payload_at(connection, batch.id, index)
-        if stored is not None and stored != (sent[number], sent_kinds[number] if sent_kinds else 0):
-            differing.append(index)
-    return differing
+    wanted = {
+        own[position]: (sent[number], sent_kinds[number] if sent_kinds else 0)
+        for number, position in enumerate(repeated)
+    }
+    differing: set[int] = set()
+    for first_index, gaps, items in _contents(connection, batch.id, chunk, earlier):
+        if (first_index, gaps, items) == (chunk.first_index, chunk.gaps, chunk.items):
+            continue
+        indexes = indexes_of(first_index, count(items), gaps)
+        positions = [position for position, index in enumerate(indexes) if index in wanted]
+        stored, kinds = unpack_some(items, positions)
+        differing.update(
+            indexes[position]
+            for number, position in enumerate(positions)
+            if wanted[indexes[position]] != (stored[number], kinds[number] if kinds else 0)
+        )
+    return [index for index in wanted if index in differing]
 
 
-def payload_at(connection: sqlite3.Connection, batch_id: str, index: int) -> tuple[bytes, int] | None:
-    """The stored input of one run and its kind."""
-    found = locate(connection, batch_id, index)
-    if found is None:
-        return None
-    block_id, position = found
-    items = execute(connection, "blocks", ids=as_json([block_id])).fetchone()[4]
-    payloads, kinds = unpack_some(items, [position])
-    return payloads[0], kinds[0] if kinds else 0
+def _contents(
+    connection: sqlite3.Connection, batch_id: str, chunk: Chunk, earlier: Sequence[Chunk]
+) -> Iterator[tuple[int, bytes | None, bytes]]:
+    """`(first index, gaps, items)` of what may hold indexes of a chunk, one at a time."""
+    for other in earlier:
+        yield other.first_index, other.gaps, other.items
+    width = execute(connection, "batch", id=batch_id).fetchone()[21]
+    near = execute(
+        connection,
+        "blocks_from",
+        batch_id=batch_id,
+        from_index=chunk.first_index,
+        after_index=chunk.first_index - width,
+        before_index=chunk.last_index + 1,
+    ).fetchall()
+    for _, first_index, gaps, _, items in execute(connection, "blocks", ids=as_json([row[0] for row in near])):
+        yield first_index, gaps, items
+
+
+def indexes_of(first_index: int, runs_count: int, gaps: bytes | None) -> Sequence[int]:
+    """The batch index of each position of a block."""
+    if gaps is None:
+        return range(first_index, first_index + runs_count)
+    return [first_index + gap for gap in array("I", gaps)]
 
 
 def locate(connection: sqlite3.Connection, batch_id: str, index: int) -> tuple[int, int] | None:
@@ -209,9 +242,9 @@ def locate(connection: sqlite3.Connection, batch_id: str, index: int) -> tuple[i
         connection,
         "blocks_from",
         batch_id=batch_id,
+        from_index=index,
         after_index=index - width,
         before_index=index + 1,
-        rows_max=-1,
     )
     for block_id, first_index, last_index, runs_count, gaps in blocks.fetchall():
         if not first_index <= index <= last_index:
@@ -230,17 +263,18 @@ def _without_known_keys(
     batch: Batch,
     chunk: Chunk,
     keep: list[int],
+    known: dict[tuple[str, str], tuple[str, int]],
     existing: dict[int, tuple[str, int]],
     now_us: int,
 ) -> list[int]:
-    """Drop runs whose idempotency key already names a run, and remember which run that is."""
+    """Drop runs whose key already names a run, in the store or in `known`, and remember which run that is."""
     tasks = {position: key.task for key, positions in chunk.spans.items() for position in _positions(chunk, positions)}
     wanted = [
         (tasks[position], chunk.extras[position].idempotency_key)
         for position in keep
         if position in chunk.extras and chunk.extras[position].idempotency_key
     ]
-    known = {
+    known |= {
         (task, key): (batch_id, index)
         for task, key, batch_id, index in execute(
             connection, "known_keys", environment=batch.environment, rows=as_json(wanted), now_us=now_us
@@ -411,10 +445,10 @@ def stop(connection: sqlite3.Connection, batch_id: str, state: str, now_us: int)
     return find(connection, batch_id)
 
 
-def sweep_stopped(connection: sqlite3.Connection, batch_id: str, spans_max: int, now_us: int) -> int:
-    """Cancel what waits in a stopped batch, at most `spans_max` spans; answers how many runs."""
+def sweep_stopped(connection: sqlite3.Connection, batch_id: str, spans_max: int, now_us: int) -> tuple[int, int]:
+    """Cancel what waits in a stopped batch, at most `spans_max` spans; answers how many spans and runs."""
     rows = execute(connection, "unsettled_spans_of_batch", batch_id=batch_id, rows_max=spans_max).fetchall()
-    return end_spans(connection, [cancel(to_span(row)) for row in rows], now_us)
+    return len(rows), end_spans(connection, [cancel(to_span(row)) for row in rows], now_us)
 
 
 def end_spans(connection: sqlite3.Connection, ended: Sequence[tuple[Span, Counts]], now_us: int) -> int:
@@ -498,8 +532,19 @@ def redrive(connection: sqlite3.Connection, batch_id: str, indexes: Sequence[int
     if fresh:
         put_spans(connection, kept)
         add_spans(connection, fresh, first_id=take_ids(connection, spans_count=len(fresh))[1])
-        put_batch(connection, batches.redriven(find(connection, batch_id), change))
+        execute(connection, "forget_cancellations", batch_id=batch_id, indexes=as_json(_indexes(connection, fresh)))
+        put_batch(connection, batches.redriven(batch, change))
     return -change.settled
+
+
+def _indexes(connection: sqlite3.Connection, spans: Sequence[Span]) -> list[int]:
+    """The batch indexes of the runs of some spans."""
+    ids = as_json(sorted({span.block_id for span in spans}))
+    shapes = {
+        block_id: indexes_of(first_index, runs_count, gaps)
+        for block_id, first_index, runs_count, gaps in execute(connection, "shapes_of_blocks", ids=ids)
+    }
+    return [shapes[span.block_id][position] for span in spans for position in positions_of(span)]
 
 
 def _failed_spans(connection: sqlite3.Connection, batch_id: str) -> list[Span]:

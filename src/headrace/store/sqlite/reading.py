@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 from array import array
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from typing import Final
 
 from headrace.core import run as runs_core
@@ -14,13 +16,14 @@ from headrace.core.failure import decode as decode_failure
 from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack_some
 from headrace.core.span import DELAYED, LEASED, Span, positions_of, results_of
-from headrace.foundation.errors import NotFound
+from headrace.foundation.errors import InvalidInput, NotFound
+from headrace.foundation.ids import INDEX_MAX
 from headrace.store.protocol import Outcome, QueueView, RunView, Session, Verification
-from headrace.store.sqlite.appending import decode_extras, find, locate, received_of, spans_of_block
+from headrace.store.sqlite.appending import decode_extras, find, indexes_of, locate, received_of, spans_of_block
 from headrace.store.sqlite.rows import as_json, execute, to_batch, to_part, to_span
 
-BLOCKS_MAX: Final = 512
 VERIFY_BLOCKS: Final = 256
+STATES_SHOWN: Final = (*runs_core.BY_NAME, LEASED, DELAYED)
 
 
 def with_ledger(connection: sqlite3.Connection, batch: Batch) -> tuple[Batch, Ledger]:
@@ -62,21 +65,19 @@ def outcomes(connection: sqlite3.Connection, batch_id: str, from_index: int, run
         connection,
         "blocks_from",
         batch_id=batch_id,
+        from_index=from_index,
         after_index=from_index - width,
-        before_index=from_index + max(runs_max, width) + 1,
-        rows_max=BLOCKS_MAX,
-    ).fetchall()
-    indexes = {
-        block_id: _indexes(first_index, runs_count, gaps) for block_id, first_index, _, runs_count, gaps in blocks
-    }
-    reach = blocks[-1][1] if len(blocks) == BLOCKS_MAX else None
-    states = _states(connection, indexes)
+        before_index=INDEX_MAX + 1 if batch.kind == STREAM else from_index + runs_max,
+    )
+    with closing(blocks):
+        nearest, sizes = _nearest(blocks, from_index, runs_max)
+    states = _states(connection, sizes)
     final: list[tuple[int, int, int, int]] = []
     expected_index = from_index
-    for index, block_id, position in _in_order(indexes, from_index):
+    for index, block_id, position in nearest:
         state = states[block_id][position]
-        skipped = index != expected_index and batch.kind != STREAM
-        if skipped or state not in runs_core.FINAL or len(final) >= runs_max or (reach is not None and index >= reach):
+        is_gap = index != expected_index and batch.kind != STREAM
+        if is_gap or state not in runs_core.FINAL:
             break
         final.append((index, block_id, position, state))
         expected_index = index + 1
@@ -92,31 +93,32 @@ def outcomes(connection: sqlite3.Connection, batch_id: str, from_index: int, run
 _WITH_RESULT: Final = bytes((runs_core.COMPLETED, runs_core.FAILED))
 
 
-def _indexes(first_index: int, runs_count: int, gaps: bytes | None) -> Sequence[int]:
-    if gaps is None:
-        return range(first_index, first_index + runs_count)
-    return [first_index + gap for gap in array("I", gaps)]
+def _nearest(
+    blocks: Iterable[tuple[int, int, int, int, bytes | None]], from_index: int, runs_max: int
+) -> tuple[list[tuple[int, int, int]], dict[int, int]]:
+    """The first `runs_max` runs from an index on, as `(index, block id, position)`, and their blocks' sizes.
+
+    Blocks come by first index and rarely overlap, so that is a walk; where they do, what is held stays bounded.
+    """
+    found: list[tuple[int, int, int]] = []
+    sizes: dict[int, int] = {}
+    for block_id, first_index, _, runs_count, gaps in blocks:
+        if len(found) >= runs_max and first_index > found[-1][0]:
+            break
+        own = indexes_of(first_index, runs_count, gaps)
+        start = bisect_left(own, from_index)
+        last = found[-1][0] if found else -1
+        found += [(own[at], block_id, at) for at in range(start, min(runs_count, start + runs_max))]
+        if own[start] <= last:
+            found.sort()
+        del found[runs_max:]
+        sizes[block_id] = runs_count
+    return found, {block_id: sizes[block_id] for _, block_id, _ in found}
 
 
-def _in_order(indexes: dict[int, Sequence[int]], from_index: int) -> Iterator[tuple[int, int, int]]:
-    """`(index, block id, position)` by index, from `from_index` on. Blocks rarely overlap, so that is a walk."""
-    last = -1
-    overlapping = False
-    for own in indexes.values():
-        overlapping = overlapping or own[0] <= last
-        last = max(last, own[-1])
-    walk = (
-        (index, block_id, position)
-        for block_id, own in indexes.items()
-        for position, index in enumerate(own)
-        if index >= from_index
-    )
-    return iter(sorted(walk)) if overlapping else walk
-
-
-def _states(connection: sqlite3.Connection, indexes: dict[int, Sequence[int]]) -> dict[int, bytearray]:
+def _states(connection: sqlite3.Connection, sizes: dict[int, int]) -> dict[int, bytearray]:
     """The state of each position of some blocks, from the spans in which they live."""
-    states = {block_id: bytearray((runs_core.MOVED,)) * len(own) for block_id, own in indexes.items()}
+    states = {block_id: bytearray((runs_core.MOVED,)) * runs_count for block_id, runs_count in sizes.items()}
     for block_id, positions, own in execute(connection, "states_of_blocks", ids=as_json(list(states))):
         if positions is None:
             whole = states[block_id]
@@ -229,10 +231,10 @@ def list_runs(
     limit: int,
 ) -> list[RunView]:
     """Runs that match, newest batch first, by index inside a batch."""
+    if state and state not in STATES_SHOWN:
+        raise InvalidInput(f"{state!r} is not a state of a run", hint=f"one of {', '.join(STATES_SHOWN)}")
     if tag:
-        tagged = execute(connection, "tagged_runs", environment=environment, tag=tag, rows_max=limit).fetchall()
-        views = [run(connection, *name) for name in tagged if batch_id in ("", name[0])]
-        return [view for view in views if state in ("", view.state) and task in ("", view.task)]
+        return _tagged_runs(connection, environment, batch_id, state, task, tag, limit)
     byte = runs_core.BY_NAME["waiting" if state in (LEASED, DELAYED) else state] if state else None
     found: list[RunView] = []
     rows = execute(
@@ -243,13 +245,16 @@ def list_runs(
         task=task,
         state=None if byte is None else bytes((byte,)),
     )
-    block_id = 0
-    pending: list[RunView] = []  # a block's runs may live in several spans: gather them, then order by index
+    block_id, newest = 0, ""
+    pending: list[RunView] = []  # a block's runs live in several spans, and blocks may overlap: put in order here
     for row in rows:
         span, first_index, gaps = to_span(row), row[22], row[23]
         if span.block_id != block_id:
-            found += sorted(pending, key=lambda view: view.index)
-            block_id, pending = span.block_id, []
+            reach = first_index if span.batch_id == newest else INDEX_MAX + 1
+            pending.sort(key=lambda view: view.index)
+            found += [view for view in pending if view.index < reach]
+            pending = [view for view in pending if view.index >= reach]
+            block_id, newest = span.block_id, span.batch_id
             if len(found) >= limit:
                 break
         places = array("I", gaps) if gaps is not None else None
@@ -261,6 +266,21 @@ def list_runs(
                 pending.append(view)
     rows.close()
     return (found + sorted(pending, key=lambda view: view.index))[:limit]
+
+
+def _tagged_runs(
+    connection: sqlite3.Connection, environment: str, batch_id: str, state: str, task: str, tag: str, limit: int
+) -> list[RunView]:
+    found: list[RunView] = []
+    for name, index in execute(connection, "tagged_runs", environment=environment, tag=tag, batch_id=batch_id):
+        place = locate(connection, name, index)
+        if place is None or len(found) >= limit:
+            break
+        span, own = _home(spans_of_block(connection, place[0]), place[1])
+        view = _view(span, index, own)
+        if state in ("", view.state) and task in ("", view.task):
+            found.append(view)
+    return found
 
 
 def queues(connection: sqlite3.Connection, environment: str) -> list[QueueView]:
@@ -312,8 +332,8 @@ def _verify(connection: sqlite3.Connection, batch_id: str) -> Verification:
         if not blocks:
             break
         after_id = blocks[-1][0]
-        for block_id, first_index, runs_count, gaps, _ in blocks:
-            own = _indexes(first_index, runs_count, gaps)
+        for block_id, first_index, runs_count, gaps in blocks:
+            own = indexes_of(first_index, runs_count, gaps)
             if any(index in seen for index in own):
                 differences.append(f"block {block_id} holds an index that another block holds too")
             seen.add(own)

@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from headrace.core.batch import Batch, Ledger
+from headrace.core.batch import Batch, Ledger, check_created
 from headrace.core.block import Chunk
 from headrace.core.pack import unpack, unpack_some
 from headrace.core.span import Settlement, Span, decode_places, unsettled_places
-from headrace.foundation.errors import StoreBroken, StoreUnavailable
+from headrace.foundation.errors import InvalidInput, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.store.protocol import (
     Appended,
@@ -146,6 +146,7 @@ class SqliteStore:
 
     async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[Batch, bool]:
         """Open a batch, or answer the one its key names."""
+        check_created(expected_count=new.expected_count, runs_max=self._limits.batch_runs_max)
         answer: tuple[Batch, bool] = await self._write(lambda c: appending.create(c, new, now_us))
         return answer
 
@@ -210,6 +211,8 @@ class SqliteStore:
 
     async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
         """Lease spans to a live session; inputs are unpacked here, outside the transaction."""
+        if claim.runs_max < 1:
+            raise InvalidInput(f"a claim is for one run or more, not for {claim.runs_max}")
         taken: working.Taken = await self._write(lambda c: working.claim(c, claim, now_us))
         return [_lease(span, *taken.blocks[span.block_id]) for span in taken.spans]
 
@@ -358,7 +361,7 @@ def _lease(span: Span, first_index: int, gaps: bytes | None, extras: bytes | Non
         places=places,
         indexes=indexes,
         payloads=payloads,
-        kinds=kinds,
+        kinds=kinds if kinds is not None and any(kinds) else None,
         extras=by_place,
         runs_count=len(span.states),
     )

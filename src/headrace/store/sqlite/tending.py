@@ -8,10 +8,10 @@ from typing import Final
 
 from headrace.core import batch as batches
 from headrace.core.span import expire
-from headrace.store.protocol import Pruned, Release, Swept
+from headrace.store.protocol import Pruned, Suspects, Swept
 from headrace.store.sqlite.appending import end_spans, stop, sweep_stopped
 from headrace.store.sqlite.rows import as_json, execute, to_batch, to_span
-from headrace.store.sqlite.working import release
+from headrace.store.sqlite.working import give_back
 
 _BY_STEPS: Final = (
     "delete_parts",
@@ -21,6 +21,7 @@ _BY_STEPS: Final = (
     "delete_tags",
     "delete_objects",
 )
+_UNKNOWN: Final = Suspects(places=None, evidence="its session is gone")
 
 
 def sweep(connection: sqlite3.Connection, rows_max: int, crashes_max: int, now_us: int) -> Swept:
@@ -33,16 +34,19 @@ def sweep(connection: sqlite3.Connection, rows_max: int, crashes_max: int, now_u
     for batch in overdue:
         stop(connection, batch.id, batches.ABANDONED, now_us)
     stopping = [row[0] for row in execute(connection, "stopping_batches").fetchall()]
-    cancelled_count = sum(sweep_stopped(connection, batch_id, rows_max, now_us) for batch_id in stopping[:rows_max])
+    left, cancelled_count = rows_max, 0
+    for batch_id in stopping:
+        spans_count, runs_count = sweep_stopped(connection, batch_id, left, now_us)
+        left -= spans_count
+        cancelled_count += runs_count
     lost = execute(connection, "leases_without_session", rows_max=rows_max).fetchall()
     if lost:
-        given = [Release(span_id=span_id, token=token) for span_id, token in lost]
-        release(connection, given, crashes_max, now_us)
+        give_back(connection, [to_span(row) for row in lost], _UNKNOWN, crashes_max, now_us)
     return Swept(
         expired_count=expired_count,
         abandoned=[batch.id for batch in overdue],
         cancelled_count=cancelled_count,
-        more=max(len(expired), len(overdue), len(lost)) >= rows_max,
+        more=max(len(expired), len(overdue), rows_max - left, len(lost)) >= rows_max,
     )
 
 

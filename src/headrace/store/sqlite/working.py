@@ -14,6 +14,7 @@ from headrace.core import batch as batches
 from headrace.core.order import returned_order_no
 from headrace.core.span import (
     LOST,
+    RETRY,
     Counts,
     Part,
     Policy,
@@ -66,6 +67,13 @@ def start_session(connection: sqlite3.Connection, session: Session, now_us: int)
         started_us=session.started_us,
         heartbeat_us=now_us,
     )
+    _require_live(connection, session.id)
+
+
+def _require_live(connection: sqlite3.Connection, session_id: str) -> None:
+    """Rule R3: an ended session can't come back, under its old id least of all."""
+    if execute(connection, "live_session", id=session_id).fetchone() is None:
+        raise SessionEnded("the session has ended", hint="start a new one", session_id=session_id)
 
 
 def heartbeat(connection: sqlite3.Connection, session_id: str, now_us: int) -> Heartbeat:
@@ -86,7 +94,7 @@ def heartbeat(connection: sqlite3.Connection, session_id: str, now_us: int) -> H
 def end_session(connection: sqlite3.Connection, session_id: str, now_us: int) -> None:
     """Leave in good order: leases go back as they were and the session's stream is sealed."""
     execute(connection, "end_session", id=session_id, now_us=now_us)
-    _give_back(connection, session_id, Suspects(places={}, evidence=""), 1, now_us)
+    give_back(connection, _held(connection, session_id), Suspects(places={}, evidence=""), 1, now_us)
     _seal_streams(connection, session_id, now_us)
 
 
@@ -102,15 +110,15 @@ def recover(
     ended = execute(connection, "end_silent_session", id=session_id, silent_since_us=silent_since_us, now_us=now_us)
     if not ended.rowcount:
         return 0
-    count = _give_back(connection, session_id, suspects, crashes_max, now_us)
+    count = give_back(connection, _held(connection, session_id), suspects, crashes_max, now_us)
     _seal_streams(connection, session_id, now_us)
     return count
 
 
-def _give_back(
-    connection: sqlite3.Connection, session_id: str, suspects: Suspects, crashes_max: int, now_us: int
+def give_back(
+    connection: sqlite3.Connection, spans: Sequence[Span], suspects: Suspects, crashes_max: int, now_us: int
 ) -> int:
-    spans = [to_span(row) for row in execute(connection, "spans_of_session", session_id=session_id).fetchall()]
+    """Free leases that their session can't free itself; answers how many."""
     releases = []
     for span in spans:
         if suspects.places is None:
@@ -120,6 +128,10 @@ def _give_back(
         releases.append(Release(span_id=span.id, token=span.token, suspects=places, evidence=suspects.evidence))
     _release_all(connection, {span.id: span for span in spans}, releases, crashes_max, now_us)
     return len(spans)
+
+
+def _held(connection: sqlite3.Connection, session_id: str) -> list[Span]:
+    return [to_span(row) for row in execute(connection, "spans_of_session", session_id=session_id).fetchall()]
 
 
 def _seal_streams(connection: sqlite3.Connection, session_id: str, now_us: int) -> None:
@@ -133,8 +145,7 @@ def _seal_streams(connection: sqlite3.Connection, session_id: str, now_us: int) 
 
 def claim(connection: sqlite3.Connection, wish: Claim, now_us: int) -> Taken:
     """Lease the best spans to a live session; a claim asked for again answers the same spans (rule R1)."""
-    if execute(connection, "live_session", id=wish.session_id).fetchone() is None:
-        raise SessionEnded("the session has ended", hint="start a new one", session_id=wish.session_id)
+    _require_live(connection, wish.session_id)
     rows = execute(connection, "claimed_before", session_id=wish.session_id, claim_no=wish.claim_no).fetchall()
     if rows:
         spans = [to_span(row) for row in rows]
@@ -182,6 +193,7 @@ def _candidates(
             environment=wish.environment,
             queue=queue,
             task=task,
+            now_us=now_us,
             rows_max=min(wish.runs_max, CANDIDATES_MAX),
         )
         for queue, task in lanes
@@ -195,8 +207,6 @@ def _candidates(
     wanted = wish.runs_max
     for row in rows:
         span = to_span(row)
-        if span.expires_us and span.expires_us <= now_us:
-            continue
         found.append(span)
         wanted -= span.unsettled_count
         if wanted <= 0:
@@ -248,8 +258,8 @@ def settle(connection: sqlite3.Connection, settlements: Sequence[Settlement], no
         span = gathered.spans.get(settlement.span_id, spans.get(settlement.span_id))
         again = (settlement.span_id, settlement.token, settlement.part_no) in gathered.part_names
         recorded = again or (span is not None and _is_recorded(connection, span, settlement))
-        policy = policies.of(span) if span is not None and settlement.dues_us else Policy()
-        clock = policies.clock(span) if span is not None and settlement.dues_us else 0
+        policy = policies.of(span) if span is not None and RETRY in settlement.codes else Policy()
+        clock = policies.clock(span) if span is not None and RETRY in settlement.codes else 0
         gathered.add(settle_span(span, settlement, recorded=recorded, policy=policy, clock=clock, now_us=now_us))
     objects = [
         (key, spans[settlement.span_id].batch_id)

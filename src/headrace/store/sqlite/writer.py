@@ -87,7 +87,7 @@ class Writer:
                 self._commit(connection, group)
             except sqlite3.Error as error:
                 _fail(group, as_fault(error))
-            except HeadraceError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, those who wait are told, and the thread lives
                 _fail(group, error)
             _deliver(group)
         if connection is not None:
@@ -103,6 +103,11 @@ class Writer:
         self.groups_count += 1
         self.requests_count += len(group)
         try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:  # another process holds the file: each in turn would wait as long again
+            _fail(group, as_fault(error))
+            return
+        try:
             _transact(connection, group)
         except Exception as error:  # noqa: BLE001 - whatever went wrong is answered to the request that caused it
             if connection.in_transaction:
@@ -116,7 +121,6 @@ class Writer:
 
 
 def _transact(connection: sqlite3.Connection, group: list[_Request]) -> None:
-    connection.execute("BEGIN IMMEDIATE")
     for request in group:
         changes_before = connection.total_changes
         try:

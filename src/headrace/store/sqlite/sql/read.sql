@@ -53,7 +53,11 @@ SELECT coalesce(sum(unsettled_count), 0) FROM span WHERE batch_id = :batch_id AN
 -- blocks_from: the blocks that may hold an index or those after it, by first index
 SELECT id, first_index, last_index, runs_count, gaps FROM block
 WHERE batch_id = :batch_id AND first_index > :after_index AND first_index < :before_index
-ORDER BY first_index, id LIMIT :rows_max;
+    AND last_index >= :from_index
+ORDER BY first_index, id;
+
+-- shapes_of_blocks: which indexes some blocks hold
+SELECT id, first_index, runs_count, gaps FROM block WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- states_of_blocks: how the runs of some blocks stand
 SELECT block_id, positions, states FROM span WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
@@ -95,8 +99,9 @@ WHERE batch.environment = :environment AND (:batch_id = '' OR batch.id = :batch_
 ORDER BY batch.id DESC, block.first_index, span.id;
 
 -- tagged_runs: the runs that carry a tag
-SELECT batch_id, run_index FROM tag WHERE environment = :environment AND tag = :tag
-ORDER BY batch_id DESC, run_index LIMIT :rows_max;
+SELECT batch_id, run_index FROM tag
+WHERE environment = :environment AND tag = :tag AND (:batch_id = '' OR batch_id = :batch_id)
+ORDER BY batch_id DESC, run_index;
 
 -- named_objects: which of some object keys a row names
 SELECT key FROM object WHERE key IN (SELECT value FROM json_each(:keys));
@@ -106,7 +111,7 @@ SELECT min(due_us) FROM span WHERE state = 'delayed' AND environment = :environm
     AND task IN (SELECT value FROM json_each(:tasks));
 
 -- blocks_of_batch: the shape of a batch's blocks, for counting it anew
-SELECT id, first_index, runs_count, gaps, items FROM block WHERE batch_id = :batch_id AND id > :after_id ORDER BY id LIMIT :rows_max;
+SELECT id, first_index, runs_count, gaps FROM block WHERE batch_id = :batch_id AND id > :after_id ORDER BY id LIMIT :rows_max;
 
 -- spans_of_blocks: all spans over some blocks
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,

@@ -30,10 +30,8 @@ SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expir
     claim_no, token
 FROM span
 WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task
+    AND (expires_us = 0 OR expires_us > :now_us)
 ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max;
-
--- batch_states: the states of some batches
-SELECT id, state FROM batch WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- blocks: the inputs of some blocks
 SELECT id, first_index, gaps, extras, items FROM block WHERE id IN (SELECT value FROM json_each(:ids));
@@ -78,8 +76,11 @@ SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expir
 FROM span WHERE expires_us > 0 AND state IN ('waiting', 'delayed') AND expires_us <= :now_us LIMIT :rows_max;
 
 -- leases_without_session: leased spans whose session ended or is gone
-SELECT span.id, span.token FROM span
-WHERE span.state = 'leased' AND NOT EXISTS (SELECT 1 FROM session WHERE id = span.session_id AND ended_us = 0)
+SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
+    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
+    claim_no, token
+FROM span
+WHERE span.state = 'leased' AND NOT EXISTS (SELECT 1 FROM session WHERE session.id = span.session_id AND session.ended_us = 0)
 LIMIT :rows_max;
 
 -- spans_of_block: all spans over one block

@@ -104,8 +104,8 @@ SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(:
 UPDATE span SET state = 'leased', session_id = :session_id, claim_no = :claim_no, token = token + 1
 WHERE id IN (SELECT value FROM json_each(:ids));
 
--- insert_session: a process becomes known
-INSERT INTO session (id, kind, host, pid, started_us, heartbeat_us, ended_us)
+-- insert_session: a process becomes known, once
+INSERT OR IGNORE INTO session (id, kind, host, pid, started_us, heartbeat_us, ended_us)
 VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0);
 
 -- beat: a live session's sign of life
@@ -120,6 +120,9 @@ UPDATE session SET ended_us = :now_us WHERE id = :id AND ended_us = 0 AND heartb
 -- ask_to_cancel: runs that are leased are cancelled when their worker hears of it
 INSERT OR IGNORE INTO cancellation (batch_id, run_index)
 SELECT :batch_id, value FROM json_each(:indexes);
+
+-- forget_cancellations: runs that are sent round again are wanted again
+DELETE FROM cancellation WHERE batch_id = :batch_id AND run_index IN (SELECT value FROM json_each(:indexes));
 
 -- delete_parts: a bounded step of deleting a batch
 DELETE FROM part WHERE id IN (

@@ -1,8 +1,9 @@
 """`SqliteStore`: the verbs of the seam on one file.
 
 WAL and `synchronous=FULL`: a commit that was answered survives a power cut. One thread writes (group commit), a
-few read beside it. The standard library's driver was chosen over apsw although apsw lets go of the interpreter less often: two
-SQLite libraries on one file in one process lose each other's locks, and users open the file with the standard one.
+few read beside it. The standard library's driver was chosen over apsw although apsw lets go of the interpreter
+less often: two SQLite libraries on one file in one process lose each other's locks, and users open the file with
+the standard one.
 """
 
 from __future__ import annotations
@@ -384,12 +385,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
         return
     connection.execute("BEGIN IMMEDIATE")
     try:
-        version = _version(connection)
-        if version > newest:
-            raise StoreBroken(
-                f"the database has schema version {version}, this Headrace knows up to {newest}",
-                hint="upgrade Headrace, or name another file with --store",
-            )
+        version = _known_version(connection, newest)
         for number, script in scripts[version:]:
             for statement in _statements(script):
                 connection.execute(statement)
@@ -403,6 +399,16 @@ def _migrate(connection: sqlite3.Connection) -> None:
 
 def _version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _known_version(connection: sqlite3.Connection, newest: int) -> int:
+    version = _version(connection)
+    if version > newest:
+        raise StoreBroken(
+            f"the database has schema version {version}, this Headrace knows up to {newest}",
+            hint="upgrade Headrace, or name another file with --store",
+        )
+    return version
 
 
 def _statements(script: str) -> list[str]:

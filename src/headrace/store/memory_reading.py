@@ -1,0 +1,407 @@
+"""The tables of `MemoryStore` and what is read from them; nothing here changes a table."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, field, fields
+from typing import Final, NamedTuple, Self
+
+from headrace.core import batch as batches
+from headrace.core import run as runs_core
+from headrace.core import span as spans
+from headrace.core.batch import Batch, Ledger
+from headrace.core.block import Chunk, Extra
+from headrace.core.failure import decode as decode_failure
+from headrace.core.index_set import IndexSet
+from headrace.core.pack import unpack
+from headrace.core.span import Part, Span, positions_of, results_of, unsettled_places
+from headrace.foundation.errors import InvalidInput, NotFound
+from headrace.store.protocol import Lease, Outcome, QueueView, RunView, Session, Verification
+
+WITH_RESULT: Final = bytes((runs_core.COMPLETED, runs_core.FAILED))
+STATES_SHOWN: Final = (*runs_core.BY_NAME, spans.LEASED, spans.DELAYED)
+NOTHING: Final = (b"", 0)
+
+
+class Block(NamedTuple):
+    """The immutable inputs of some runs of one batch."""
+
+    id: int
+    batch_id: str
+    chunk: Chunk
+
+
+class Queue(NamedTuple):
+    """A queue's clock (the highest order number claimed in it), and whether it hands out runs."""
+
+    clock: int = 0
+    paused: bool = False
+
+
+class Known(NamedTuple):
+    """The run that an idempotency key names."""
+
+    batch_id: str
+    run_index: int
+    expires_us: int
+
+
+@dataclass
+class Tables:
+    """All that the store knows. Values are replaced, never changed in place, so a shallow copy is a snapshot."""
+
+    batches: dict[str, Batch] = field(default_factory=dict)
+    received: dict[str, IndexSet] = field(default_factory=dict)
+    blocks: dict[int, Block] = field(default_factory=dict)
+    spans: dict[int, Span] = field(default_factory=dict)
+    parts: dict[tuple[int, int, int], Part] = field(default_factory=dict)
+    sessions: dict[str, Session] = field(default_factory=dict)
+    queues: dict[tuple[str, str], Queue] = field(default_factory=dict)
+    keys: dict[tuple[str, str, str], Known] = field(default_factory=dict)
+    tags: set[tuple[str, str, str, int]] = field(default_factory=set)
+    objects: dict[str, str] = field(default_factory=dict)
+    cancellations: set[tuple[str, int]] = field(default_factory=set)
+    next_block_id: int = 1
+    next_span_id: int = 1
+
+    def copied(self) -> Self:
+        """Tables of their own with the same values."""
+        return type(self)(**{one.name: copy(getattr(self, one.name)) for one in fields(self)})
+
+    def add_block(self, batch_id: str, chunk: Chunk) -> int:
+        """Keep a chunk's inputs under a fresh id."""
+        block = Block(self.next_block_id, batch_id, chunk)
+        self.next_block_id += 1
+        self.blocks[block.id] = block
+        return block.id
+
+    def add_part(self, part: Part) -> None:
+        """Keep outcomes; no part is ever recorded twice."""
+        name = (part.span_id, part.token, part.part_no)
+        assert name not in self.parts, name
+        self.parts[name] = part
+
+    def forget(self, batch_id: str) -> None:
+        """Delete a batch and everything of it."""
+        gone = {block.id for block in self.blocks.values() if block.batch_id == batch_id}
+        del self.batches[batch_id], self.received[batch_id]
+        self.blocks = {name: block for name, block in self.blocks.items() if name not in gone}
+        self.spans = {name: span for name, span in self.spans.items() if span.block_id not in gone}
+        self.parts = {name: part for name, part in self.parts.items() if part.block_id not in gone}
+        self.keys = {name: known for name, known in self.keys.items() if known.batch_id != batch_id}
+        self.tags = {row for row in self.tags if row[2] != batch_id}
+        self.objects = {key: owner for key, owner in self.objects.items() if owner != batch_id}
+        self.cancellations = {row for row in self.cancellations if row[0] != batch_id}
+
+
+def find(tables: Tables, batch_id: str) -> Batch:
+    """The batch, or `NotFound`."""
+    if batch_id not in tables.batches:
+        raise NotFound("there is no such batch", hint="`headrace batch list` shows those there are", batch_id=batch_id)
+    return tables.batches[batch_id]
+
+
+def named(tables: Tables, environment: str, key: str) -> Batch | None:
+    """The batch that a key names."""
+    for batch in tables.batches.values():
+        if batch.environment == environment and batch.key == key:
+            return batch
+    return None
+
+
+def indexes_of(chunk: Chunk) -> Sequence[int]:
+    """The batch index of each position."""
+    if chunk.gaps is None:
+        return range(chunk.first_index, chunk.first_index + chunk.runs_count)
+    return [chunk.first_index + gap for gap in array("I", chunk.gaps)]
+
+
+def indexes_of_span(tables: Tables, span: Span) -> list[int]:
+    """The batch index of each place."""
+    own = indexes_of(tables.blocks[span.block_id].chunk)
+    return [own[position] for position in positions_of(span)]
+
+
+def locate(tables: Tables, batch: Batch, index: int) -> tuple[int, int]:
+    """`(block id, position)` of a run, or `NotFound`."""
+    for block in tables.blocks.values():
+        if block.batch_id == batch.id and block.chunk.first_index <= index <= block.chunk.last_index:
+            own = indexes_of(block.chunk)
+            if index in own:
+                return block.id, own.index(index)
+    raise NotFound("the batch has no such run", batch_id=batch.id, index=index)
+
+
+def payload(tables: Tables, batch: Batch, index: int) -> tuple[bytes, int]:
+    """The stored input of one run and its kind."""
+    block_id, position = locate(tables, batch, index)
+    payloads, kinds = unpack(tables.blocks[block_id].chunk.items)
+    return payloads[position], kinds[position] if kinds else 0
+
+
+def spans_of_block(tables: Tables, block_id: int) -> list[Span]:
+    """All spans over one block."""
+    return [span for span in tables.spans.values() if span.block_id == block_id]
+
+
+def spans_of_batch(tables: Tables, batch_id: str) -> list[Span]:
+    """All spans of a batch."""
+    return [span for span in tables.spans.values() if span.batch_id == batch_id]
+
+
+def spans_of_session(tables: Tables, session_id: str) -> list[Span]:
+    """What a session has leased."""
+    return [span for span in tables.spans.values() if span.state == spans.LEASED and span.session_id == session_id]
+
+
+def waiting(tables: Tables) -> list[Span]:
+    """Spans that nobody has leased and that still hold work, delayed ones too."""
+    return [span for span in tables.spans.values() if span.state in (spans.WAITING, spans.DELAYED)]
+
+
+def lease(tables: Tables, span: Span) -> Lease:
+    """What a worker needs of a claimed span."""
+    chunk = tables.blocks[span.block_id].chunk
+    places = unsettled_places(span)
+    positions = [positions_of(span)[place] for place in places]
+    indexes, (payloads, kinds) = indexes_of(chunk), unpack(chunk.items)
+    own_kinds = bytes(kinds[position] for position in positions) if kinds else b""
+    return Lease(
+        span_id=span.id,
+        token=span.token,
+        batch_id=span.batch_id,
+        task=span.task,
+        queue=span.queue,
+        attempt=span.attempt,
+        crashes_count=span.crashes_count,
+        at_most_once=span.at_most_once,
+        due_us=span.due_us,
+        expires_us=span.expires_us,
+        whole=span.positions is None and len(places) == len(span.states),
+        places=places,
+        indexes=[indexes[position] for position in positions],
+        payloads=[payloads[position] for position in positions],
+        kinds=own_kinds if any(own_kinds) else None,
+        extras={
+            place: chunk.extras[position]
+            for place, position in zip(places, positions, strict=True)
+            if position in chunk.extras
+        },
+        runs_count=len(span.states),
+    )
+
+
+def with_ledger(tables: Tables, batch: Batch) -> tuple[Batch, Ledger]:
+    """A batch and where its runs are."""
+    leased = [span for span in spans_of_batch(tables, batch.id) if span.state == spans.LEASED]
+    return batch, batches.ledger(batch, leased_count=sum(span.unsettled_count for span in leased))
+
+
+class _Home(NamedTuple):
+    """Where one run lives."""
+
+    run_index: int
+    block_id: int
+    position: int
+    span: Span
+    state: int
+
+
+def _homes(tables: Tables, batch_id: str) -> list[_Home]:
+    """Every run of a batch, by index, in the span in which its state lives."""
+    own = {block.id: indexes_of(block.chunk) for block in tables.blocks.values() if block.batch_id == batch_id}
+    found = [
+        _Home(own[span.block_id][position], span.block_id, position, span, state)
+        for span in spans_of_batch(tables, batch_id)
+        for position, state in zip(positions_of(span), span.states, strict=True)
+        if state != runs_core.MOVED
+    ]
+    return sorted(found, key=lambda home: home.run_index)
+
+
+def _results(tables: Tables, batch_id: str) -> dict[tuple[int, int], tuple[bytes, int]]:
+    """The last recorded result of each `(block id, position)` of a batch."""
+    return {
+        (part.block_id, position): (result, kind)
+        for part in tables.parts.values()
+        if tables.blocks[part.block_id].batch_id == batch_id
+        for position, code, result, kind in results_of(part)
+        if code in WITH_RESULT
+    }
+
+
+def outcomes(tables: Tables, batch_id: str, from_index: int, runs_max: int) -> list[Outcome]:
+    """Consecutive final outcomes from `from_index` on; gaps are passed over in a stream only."""
+    batch = find(tables, batch_id)
+    results = _results(tables, batch_id)
+    told: list[Outcome] = []
+    expected = from_index
+    for index, block_id, position, _, state in _homes(tables, batch_id):
+        if index < from_index:
+            continue
+        is_gap = index != expected and batch.kind != batches.STREAM
+        if is_gap or state not in runs_core.FINAL or len(told) == runs_max:
+            break
+        result, kind = results.get((block_id, position), NOTHING) if state in WITH_RESULT else NOTHING
+        told.append(Outcome(index=index, state=state, result=result, kind=kind))
+        expected = index + 1
+    return told
+
+
+def run(tables: Tables, batch_id: str, index: int) -> RunView:
+    """One run with its input, its result and its attempts."""
+    batch = find(tables, batch_id)
+    block_id, position = locate(tables, batch, index)
+    (home,) = (home for home in _homes(tables, batch_id) if home.run_index == index)
+    extra = tables.blocks[block_id].chunk.extras.get(position, Extra())
+    view = _view(home)
+    view.payload, view.kind = payload(tables, batch, index)
+    view.headers, view.tags, view.idempotency_key = extra.headers, list(extra.tags), extra.idempotency_key
+    if home.state in WITH_RESULT:
+        view.result, view.result_kind = _results(tables, batch_id).get((block_id, position), NOTHING)
+    view.attempts = [
+        _attempt(code, data, part.settled_us)
+        for part in tables.parts.values()
+        if part.block_id == block_id
+        for at, code, data, _ in results_of(part)
+        if at == position
+    ]
+    return view
+
+
+def _view(home: _Home) -> RunView:
+    span = home.span
+    name = runs_core.NAMES[home.state]
+    if home.state == runs_core.WAITING and span.state in (spans.LEASED, spans.DELAYED):
+        name = span.state
+    return RunView(
+        batch_id=span.batch_id,
+        index=home.run_index,
+        environment=span.environment,
+        task=span.task,
+        queue=span.queue,
+        priority=span.priority,
+        state=name,
+        attempt=span.attempt,
+        crashes_count=span.crashes_count,
+        due_us=span.due_us,
+        expires_us=span.expires_us,
+        payload=b"",
+        kind=0,
+        headers={},
+        tags=[],
+        idempotency_key="",
+        result=b"",
+        result_kind=0,
+        attempts=[],
+    )
+
+
+def _attempt(code: int, data: bytes, settled_us: int) -> dict[str, object]:
+    ended = "retried" if code == runs_core.MOVED else runs_core.NAMES[code]
+    told: dict[str, object] = {"ended": ended, "settled_us": settled_us}
+    if code != runs_core.COMPLETED and data:
+        error = decode_failure(data)
+        told |= {"type": error.type, "message": error.message}
+        if error.trace:
+            told["trace"] = error.trace
+    return told
+
+
+def runs(tables: Tables, environment: str, batch_id: str, state: str, task: str, tag: str, limit: int) -> list[RunView]:
+    """Runs that match, newest batch first, by index inside a batch, without payloads and attempts."""
+    if state and state not in STATES_SHOWN:
+        raise InvalidInput(f"{state!r} is not a state of a run", hint=f"one of {', '.join(STATES_SHOWN)}")
+    views = (
+        _view(home)
+        for name in sorted(tables.batches, reverse=True)
+        if batch_id in ("", name) and tables.batches[name].environment == environment
+        for home in _homes(tables, name)
+        if not tag or (environment, tag, name, home.run_index) in tables.tags
+    )
+    return [view for view in views if state in ("", view.state) and task in ("", view.task)][:limit]
+
+
+def queues(tables: Tables, environment: str) -> list[QueueView]:
+    """Queues with what stands in them."""
+    return [_queue(tables, environment, name) for owner, name in sorted(tables.queues) if owner == environment]
+
+
+def _queue(tables: Tables, environment: str, name: str) -> QueueView:
+    counts: Counter[str] = Counter()
+    oldest_us = []
+    for span in tables.spans.values():
+        if (span.environment, span.queue) == (environment, name):
+            counts[span.state] += span.unsettled_count
+            if span.state == spans.WAITING:
+                oldest_us.append(tables.batches[span.batch_id].created_us)
+    return QueueView(
+        name=name,
+        environment=environment,
+        paused=tables.queues[environment, name].paused,
+        waiting_count=counts[spans.WAITING],
+        delayed_count=counts[spans.DELAYED],
+        leased_count=counts[spans.LEASED],
+        oldest_us=min(oldest_us, default=0),
+    )
+
+
+def verify(tables: Tables, batch_id: str) -> Verification:
+    """Count a batch from its blocks, spans and parts, and compare with its counters."""
+    batch, received = find(tables, batch_id), tables.received[batch_id]
+    stored = [
+        (block.id, position, index)
+        for block in tables.blocks.values()
+        if block.batch_id == batch_id
+        for position, index in enumerate(indexes_of(block.chunk))
+    ]
+    told = _counted(tables, batch, len(stored))
+    _, kept = with_ledger(tables, batch)
+    differences = [
+        f"{name}: the counters say {getattr(kept, name)}, the chunks {getattr(told, name)}"
+        for name in Ledger._fields
+        if getattr(kept, name) != getattr(told, name)
+    ]
+    if received != IndexSet(index for _, _, index in stored) or len(received) != len(stored):
+        differences.append(f"the received set names {len(received)} indexes, the blocks hold {len(stored)}")
+    differences += _unhomed(tables, batch_id, stored)
+    is_done = not told.waiting + told.leased
+    if not told.balances:
+        differences.append(f"expected {told.expected} runs, found {sum(told[1:])}")
+    if batch.is_finished and not is_done:
+        differences.append(f"the batch is {batch.state}, yet some of its runs are not final")
+    if batch.state != batches.OPEN and not batch.is_finished and is_done:
+        differences.append(f"every run is final, yet the batch has not ended ({batch.state})")
+    return Verification(batch_id=batch_id, ledger=told, differences=differences)
+
+
+def _counted(tables: Tables, batch: Batch, stored_count: int) -> Ledger:
+    counts = Counter(
+        "leased" if home.span.state == spans.LEASED and home.state in runs_core.UNSETTLED else _word(home.state)
+        for home in _homes(tables, batch.id)
+    )
+    expected = batch.received_count if batch.expected_count is None else batch.expected_count
+    words = ("waiting", "leased", "completed", "failed", "cancelled", "expired")
+    return Ledger(expected, expected - stored_count, *(counts[word] for word in words))
+
+
+def _word(state: int) -> str:
+    return runs_core.NAMES[runs_core.WAITING if state in runs_core.UNSETTLED else state]
+
+
+def _unhomed(tables: Tables, batch_id: str, stored: list[tuple[int, int, int]]) -> Iterator[str]:
+    """Runs that live nowhere or twice, spans that count wrongly, outcomes that nobody recorded."""
+    lives = Counter((home.block_id, home.position) for home in _homes(tables, batch_id))
+    results = _results(tables, batch_id)
+    for block_id, position, _ in stored:
+        if lives[block_id, position] != 1:
+            yield f"position {position} of block {block_id} lives in {lives[block_id, position]} spans"
+    for span in spans_of_batch(tables, batch_id):
+        if span.unsettled_count != runs_core.unsettled_count(span.states):
+            yield f"span {span.id} counts {span.unsettled_count} unsettled runs wrongly"
+    for home in _homes(tables, batch_id):
+        if home.state in WITH_RESULT and (home.block_id, home.position) not in results:
+            yield f"position {home.position} of block {home.block_id} ended without a recorded outcome"

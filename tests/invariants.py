@@ -1,0 +1,90 @@
+"""What is true of every store after every verb, spoken once.
+
+Tests of stores, simulations and journeys ask here; each answer is a list of sentences, empty when all is well.
+"""
+
+from __future__ import annotations
+
+from headrace.core.batch import COMPLETED, LISTED, OPEN, SEALED, Batch, Ledger
+from headrace.core.run import FINAL, NAMES
+from headrace.store.protocol import Outcome, Store
+
+ALL = 1_000_000
+FINAL_NAMES = {NAMES[state] for state in FINAL}
+
+
+async def faults(store: Store, environment: str = "default") -> list[str]:
+    """Everything that is wrong with an environment, as far as its verbs can tell."""
+    found = []
+    for batch, ledger in await store.batches(environment, limit=ALL):
+        found += [f"{batch.id}: {fault}" for fault in await batch_faults(store, batch, ledger)]
+    return found
+
+
+async def batch_faults(store: Store, batch: Batch, ledger: Ledger) -> list[str]:
+    """The ledger law, completion, and counters, chunks, runs and outcomes that tell one story."""
+    found = []
+    if not ledger.balances or min(ledger) < 0:
+        found.append(f"the ledger does not balance: {ledger}")
+    verification = await store.verify(batch.id)
+    found += verification.differences
+    if verification.ledger != ledger:
+        found.append(f"the chunks tell {verification.ledger}, the counters {ledger}")
+    found += completion_faults(batch, ledger)
+    runs = await store.runs(batch.environment, batch_id=batch.id, limit=ALL)
+    if [run.index for run in runs] != sorted({run.index for run in runs}):
+        found.append("runs are listed twice or out of order")
+    states = [run.state for run in runs]
+    counted = {name: states.count(name) for name in FINAL_NAMES}
+    if any(counted[name] != getattr(ledger, name) for name in FINAL_NAMES):
+        found.append(f"the runs tell {counted}, the ledger {ledger}")
+    told = await store.outcomes(batch.id, 0, ALL)
+    wanted: list[tuple[int, str]] = []
+    for run in runs:
+        if run.state not in FINAL_NAMES or (batch.kind == LISTED and run.index != len(wanted)):
+            break
+        wanted.append((run.index, run.state))
+    if [(outcome.index, NAMES[outcome.state]) for outcome in told] != wanted:
+        found.append(f"outcomes begin with {told[:3]} of {len(told)}, the runs with {wanted[:3]} of {len(wanted)}")
+    return found
+
+
+def completion_faults(batch: Batch, ledger: Ledger) -> list[str]:
+    """A batch is finished just when nothing is unsettled and nothing more can come."""
+    unsettled_count = ledger.waiting + ledger.leased
+    found = []
+    if batch.is_finished and (unsettled_count or batch.state in (OPEN, SEALED)):
+        found.append(f"finished while {batch.state} with {unsettled_count} runs to go")
+    if not batch.is_finished and not unsettled_count and batch.state != OPEN:
+        found.append(f"nothing is left to do, yet it is {batch.state} and not finished")
+    if batch.state == COMPLETED and ledger.missing:
+        found.append(f"completed with {ledger.missing} runs missing")
+    return found
+
+
+class Record:
+    """What was seen to be final, so that a change is seen too. Only `redrive` may take an outcome back."""
+
+    def __init__(self) -> None:
+        self._final: dict[tuple[str, int], tuple[int, bytes]] = {}
+
+    def note(self, batch_id: str, outcomes: list[Outcome]) -> list[str]:
+        """Compare with what was seen before, and remember."""
+        found = []
+        for outcome in outcomes:
+            name, now = (batch_id, outcome.index), (outcome.state, outcome.result)
+            if self._final.setdefault(name, now) != now:
+                found.append(f"run {name} was {self._final[name]} and is {now}")
+        return found
+
+    def forget(self, batch_id: str, index: int) -> None:
+        """A person sent this run round again."""
+        self._final.pop((batch_id, index), None)
+
+    def lost(self, batch_id: str, final_indexes: set[int]) -> list[str]:
+        """Runs that were final and are not any more."""
+        return [
+            f"run {index} was final and is not"
+            for owner, index in self._final
+            if owner == batch_id and index not in final_indexes
+        ]

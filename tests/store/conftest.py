@@ -1,0 +1,39 @@
+"""Every store, one at a time, open around a coroutine test that then ends with the invariants."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.foundation.limits import DEFAULT
+from tests.store.world import FACTORIES, World
+
+
+@pytest.fixture(params=list(FACTORIES))
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
+    """A world around each store there is."""
+    return World(FACTORIES[request.param](tmp_path, DEFAULT))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run `async def` tests on a loop of their own, inside the worlds they ask for."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    wanted = inspect.signature(pyfuncitem.obj).parameters
+    asyncio.run(_within(pyfuncitem.obj, {name: pyfuncitem.funcargs[name] for name in wanted}))
+    return True
+
+
+async def _within(test: Callable[..., Coroutine[Any, Any, None]], arguments: dict[str, Any]) -> None:
+    async with AsyncExitStack() as stack:
+        for argument in arguments.values():
+            if isinstance(argument, World):
+                await stack.enter_async_context(argument)
+        await test(**arguments)

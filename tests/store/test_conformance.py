@@ -1,0 +1,727 @@
+"""What every store promises, in the verbs of the seam: how batches fill, how runs are handed out and taken back.
+
+The same tests run on every store. A promise or rule of the design stands in the name of its test. What is read,
+tidied and counted is in `test_conformance_reading.py`. Each test ends with all invariants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+
+import pytest
+
+from headrace.core.block import Extra
+from headrace.core.pack import JSON, TEXT
+from headrace.core.span import Key, Settlement
+from headrace.foundation.errors import (
+    ClientFault,
+    Conflict,
+    IllegalTransition,
+    InvalidInput,
+    NotFound,
+    SessionEnded,
+    StoreUnavailable,
+)
+from headrace.foundation.ids import new_batch_id
+from headrace.store.memory import MemoryStore
+from headrace.store.protocol import NewBatch, Session, Store, Suspects
+from headrace.store.sqlite import SqliteStore
+from tests.store.world import BOOM, NOBODY, SECOND_US, UNKNOWN, World, chunks_of, indexes_of, settlement_of
+
+HOUSES: list[type[Store]] = [MemoryStore, SqliteStore]  # mypy checks here that each is a Store
+
+
+# -- 1 and 2: accepted means durable, exactly once into the batch
+
+
+async def test_accepted_runs_are_there(world: World) -> None:
+    batch_id = await world.batch(3)
+    appended = await world.append(batch_id, range(3), cursor=b"line 3")
+    batch, ledger = await world.store.batch(batch_id)
+    assert (appended.accepted_count, appended.duplicates_count) == (3, 0)
+    assert (batch.state, batch.received_count, batch.cursor) == ("open", 3, b"line 3")
+    assert (ledger.expected, ledger.missing, ledger.waiting) == (3, 0, 3)
+
+
+async def test_a_restream_adds_nothing_twice(world: World) -> None:
+    batch_id = await world.batch(600)
+    await world.append(batch_id, range(600), cursor=b"end")
+    again = await world.append(batch_id, range(600))
+    assert (again.accepted_count, again.duplicates_count, again.conflicts) == (0, 600, [])
+    batch, ledger = await world.store.batch(batch_id)
+    assert (batch.received_count, ledger.waiting, batch.cursor) == (600, 600, b"end")
+
+
+async def test_a_restream_of_a_sealed_batch_adds_nothing(world: World) -> None:
+    batch_id = await world.filled(5)
+    assert (await world.append(batch_id, range(5))).duplicates_count == 5
+
+
+async def test_a_partial_overlap_adds_what_is_new(world: World) -> None:
+    batch_id = await world.batch(1_000)
+    await world.append(batch_id, range(100, 300))
+    appended = await world.append(batch_id, range(400), runs_max=150)
+    assert (appended.accepted_count, appended.duplicates_count, appended.conflicts) == (200, 200, [])
+    assert await world.store.missing(batch_id, 5) == [(400, 1_000)]
+    assert [run.index for run in await world.store.runs("default", batch_id=batch_id, limit=900)] == list(range(400))
+
+
+async def test_random_order_and_gaps_are_received_once(world: World) -> None:
+    batch_id = await world.batch(500)
+    shuffled = list(range(500))
+    random.Random(7).shuffle(shuffled)
+    await world.append(batch_id, shuffled[:200], runs_max=40)
+    assert sum(stop - start for start, stop in await world.store.missing(batch_id, 500)) == 300
+    await world.append(batch_id, shuffled[100:], runs_max=70)
+    assert await world.store.missing(batch_id, 5) == []
+    await world.store.seal(batch_id, 500, now_us=world.now_us)
+    assert sorted(await world.run_all(await world.session())) == list(range(500))
+    assert [outcome.result for outcome in await world.outcomes(batch_id)] == [b"%d" % index for index in range(500)]
+
+
+async def test_an_index_sent_again_with_other_content_is_a_conflict_and_the_first_stands(world: World) -> None:
+    batch_id = await world.batch(300)
+    await world.append(batch_id, range(300))
+    again = await world.append(batch_id, range(250, 300), payload=lambda index: b"[%d]" % (index if index % 10 else 0))
+    assert again.conflicts == [250, 260, 270, 280, 290]
+    assert (await world.store.run(batch_id, 250)).payload == b"[250]"
+
+
+async def test_other_content_is_told_over_blocks_of_any_shape(world: World) -> None:
+    batch_id = await world.batch(100)
+    await world.append(batch_id, range(0, 100, 2), runs_max=20)
+    await world.append(batch_id, range(1, 100, 2), runs_max=30)
+    again = await world.append(
+        batch_id, range(100), payload=lambda index: b"x" if index in (3, 64) else b"[%d]" % index
+    )
+    assert (again.duplicates_count, again.conflicts) == (100, [3, 64])
+    other_kind = await world.append(batch_id, [5], kind=TEXT)
+    assert other_kind.conflicts == [5]
+
+
+async def test_an_index_twice_in_one_append_is_one_run(world: World) -> None:
+    batch_id = await world.batch(10)
+    chunks = chunks_of([0, 1, 2]) + chunks_of([2, 3], payload=lambda _: b"other")
+    appended = await world.store.append(batch_id, chunks, now_us=world.now_us)
+    assert (appended.accepted_count, appended.duplicates_count, appended.conflicts) == (4, 1, [2])
+    assert (await world.store.run(batch_id, 2)).payload == b"[2]"
+
+
+async def test_two_concurrent_streams_of_one_batch_add_each_run_once(world: World) -> None:
+    batch_id = await world.batch(400)
+    starts = [*range(0, 400, 25), *range(0, 400, 40)]
+    random.Random(3).shuffle(starts)
+    appended = await asyncio.gather(*(world.append(batch_id, range(start, min(start + 50, 400))) for start in starts))
+    assert sum(one.accepted_count for one in appended) == 400
+    assert not any(one.conflicts for one in appended)
+    assert (await world.store.seal(batch_id, None, now_us=world.now_us)).state == "sealed"
+
+
+async def test_a_failed_append_changes_nothing(world: World) -> None:
+    batch_id = await world.batch(10)
+    with pytest.raises(InvalidInput, match="outside the batch"):
+        await world.store.append(batch_id, chunks_of([0, 1]) + chunks_of([10]), now_us=world.now_us)
+    batch, _ = await world.store.batch(batch_id)
+    assert (batch.received_count, await world.store.missing(batch_id, 5)) == (0, [(0, 10)])
+
+
+async def test_a_batch_key_names_one_batch_in_its_environment(world: World) -> None:
+    first = await world.batch(key="nightly")
+    assert await world.batch(key="nightly") == first
+    elsewhere = await world.batch(key="nightly", environment="staging")
+    assert elsewhere != first
+    assert (found := await world.store.find_batch("default", "nightly")) is not None
+    assert found.id == first
+    assert await world.store.find_batch("default", "weekly") is None
+
+
+async def test_creating_a_batch_again_answers_the_first(world: World) -> None:
+    new = NewBatch(id=new_batch_id(world.now_us), expected_count=5, metadata={"who": ["é", None, 1.5]})
+    created = await world.store.create_batch(new, now_us=world.now_us)
+    again = await world.store.create_batch(new, now_us=world.later(1))
+    assert (created[1], again[1], again[0]) == (True, False, created[0])
+    assert again[0].metadata == {"who": ["é", None, 1.5]}
+
+
+# -- 10: bad input gets a clear error and changes nothing
+
+
+async def test_an_unreadable_item_fails_at_its_own_index_and_the_others_run(world: World) -> None:
+    batch_id = await world.batch(4)
+    await world.append(batch_id, range(4), extras={1: Extra(failure=BOOM), 3: Extra(failure=BOOM)})
+    await world.store.seal(batch_id, None, now_us=world.now_us)
+    assert await world.states(batch_id) == ["waiting", "failed", "waiting", "failed"]
+    assert await world.run_all(await world.session()) == [0, 2]
+    assert [outcome.result for outcome in await world.outcomes(batch_id)] == [b"0", BOOM, b"2", BOOM]
+
+
+async def test_a_batch_of_unreadable_items_completes_with_its_seal(world: World) -> None:
+    batch_id = await world.batch(2)
+    await world.append(batch_id, range(2), extras={0: Extra(failure=BOOM), 1: Extra(failure=BOOM)})
+    assert (await world.store.seal(batch_id, None, now_us=world.now_us)).state == "completed"
+
+
+@pytest.mark.parametrize("count", [-1, 10_000_001])
+async def test_a_batch_of_an_impossible_size_is_refused(world: World, count: int) -> None:
+    with pytest.raises(InvalidInput, match="holds from 0 to"):
+        await world.batch(count)
+
+
+async def test_an_open_ended_batch_is_bounded_too(world: World) -> None:
+    batch_id = await world.batch()
+    with pytest.raises(InvalidInput, match="outside the batch"):
+        await world.append(batch_id, [10_000_000])
+
+
+async def test_what_does_not_exist_is_not_found(world: World) -> None:
+    nothing, batch_id = new_batch_id(0), await world.filled(1)
+    for asked in (
+        world.store.batch(nothing),
+        world.append(nothing, [0]),
+        world.store.seal(nothing, None, now_us=1),
+        world.store.stop_batch(nothing, "cancelled", now_us=1),
+        world.store.cancel_runs(nothing, [0], now_us=1),
+        world.store.cancel_runs(batch_id, [1], now_us=1),
+        world.store.redrive(nothing, None),
+        world.store.redrive(batch_id, [1]),
+        world.store.missing(nothing, 1),
+        world.store.outcomes(nothing, 0, 1),
+        world.store.run(batch_id, 1),
+        world.store.run(nothing, 0),
+        world.store.verify(nothing),
+    ):
+        with pytest.raises(NotFound):
+            await asked
+
+
+async def test_a_settlement_that_can_not_be_changes_nothing(world: World) -> None:
+    batch_id, session_id = await world.filled(3), await world.session()
+    (lease,) = await world.claim(session_id)
+    for bad in (
+        settlement_of(lease, "cmc", part_no=1),
+        settlement_of(lease, "wss", part_no=1),
+        settlement_of(lease, "cc", places=[1, 3], part_no=1),
+        settlement_of(lease, "cc", places=[1, 1], part_no=1),
+        settlement_of(lease, "rr", places=[1, 1], part_no=1),
+        settlement_of(lease, "cc", places=[1, 2], results=[b"1"], part_no=1),
+        Settlement(span_id=lease.span_id, token=lease.token, part_no=1, places=None, codes=b"cc", results=b""),
+    ):
+        with pytest.raises(IllegalTransition):
+            await world.store.settle([settlement_of(lease, places=[0]), bad], now_us=world.now_us)
+    assert await world.states(batch_id) == ["leased"] * 3
+    assert await world.settle(lease) == "settled"
+
+
+async def test_a_run_that_has_an_outcome_gets_no_other(world: World) -> None:
+    batch_id, session_id = await world.filled(2), await world.session()
+    (lease,) = await world.claim(session_id)
+    await world.settle(lease, "f", places=[0])
+    with pytest.raises(IllegalTransition):
+        await world.settle(lease, "c", places=[0], part_no=1)
+    assert await world.states(batch_id) == ["failed", "leased"]
+
+
+async def test_odd_words_are_refused(world: World) -> None:
+    batch_id, session_id = await world.filled(1), await world.session()
+    with pytest.raises(InvalidInput, match="stopped as"):
+        await world.store.stop_batch(batch_id, "completed", now_us=world.now_us)
+    with pytest.raises(InvalidInput, match="not a state"):
+        await world.store.runs("default", state="running")
+    for runs_max in (0, -3):
+        with pytest.raises(ClientFault):
+            await world.claim(session_id, runs_max)
+
+
+async def test_payloads_of_any_bytes_and_kinds_come_back(world: World) -> None:
+    hostile = [b"", b"\x00", b"\xff\x00\x80" * 50, "é\u2028".encode(), b"x" * 70_000, b"'; DROP TABLE span; --"]
+    batch_id = await world.batch(len(hostile))
+    await world.append(batch_id, range(3), payload=hostile.__getitem__, kind=TEXT)
+    await world.append(batch_id, range(3, 6), payload=hostile.__getitem__, kind=JSON)
+    first, second = await world.claim(await world.session())
+    assert (first.payloads, first.kinds, second.payloads, second.kinds) == (
+        hostile[:3],
+        bytes([TEXT] * 3),
+        hostile[3:],
+        None,
+    )
+    await world.settle(first, results=hostile[:3])
+    await world.settle(second, results=hostile[3:])
+    await world.store.seal(batch_id, None, now_us=world.now_us)
+    assert [outcome.result for outcome in await world.outcomes(batch_id)] == hostile
+
+
+async def test_names_of_any_text_come_back(world: World) -> None:
+    odd = "a\tb'\"\\u0000%_é😀"
+    batch_id = await world.batch(1, task=odd, key=odd)
+    await world.append(batch_id, [0], key=Key(odd, queue=odd), extras={0: Extra(tags=(odd,), idempotency_key=odd)})
+    assert (await world.store.runs("default", tag=odd))[0].task == odd
+    (lease,) = await world.claim(await world.session(), tasks=[odd], queues=[odd])
+    assert (lease.task, lease.queue, lease.extras[0].tags) == (odd, odd, (odd,))
+
+
+@pytest.mark.parametrize("bad", ["a\0b", "\ud800"])
+async def test_a_name_that_no_database_can_keep_is_refused(world: World, bad: str) -> None:
+    batch_id = await world.batch(1)
+    for more in (
+        {"key": Key(bad)},
+        {"key": Key("task", queue=bad)},
+        {"extras": {0: Extra(tags=(bad,))}},
+        {"extras": {0: Extra(idempotency_key=bad)}},
+    ):
+        with pytest.raises(InvalidInput):
+            await world.append(batch_id, [0], **more)
+
+
+# -- 4: a batch completes exactly once
+
+
+async def test_a_batch_that_finishes_before_its_seal_is_completed_by_the_seal(world: World) -> None:
+    batch_id = await world.batch()
+    await world.append(batch_id, range(300))
+    await world.run_all(await world.session())
+    batch, ledger = await world.store.batch(batch_id)
+    assert (batch.state, batch.is_finished, ledger.completed) == ("open", False, 300)
+    sealed = await world.store.seal(batch_id, 300, now_us=world.later(1))
+    assert (sealed.state, sealed.finished_us) == ("completed", world.now_us)
+    again = await world.store.seal(batch_id, 300, now_us=world.later(1))
+    assert again == sealed
+
+
+async def test_the_last_outcome_completes_a_sealed_batch(world: World) -> None:
+    batch_id, session_id = await world.filled(2), await world.session()
+    (lease,) = await world.claim(session_id)
+    await world.settle(lease, places=[0])
+    assert (await world.store.batch(batch_id))[0].state == "sealed"
+    await world.settle(lease, "f", places=[1], part_no=1)
+    assert (await world.store.batch(batch_id))[0].state == "completed"
+
+
+async def test_a_seal_says_what_is_missing_and_changes_nothing(world: World) -> None:
+    batch_id = await world.batch(10)
+    await world.append(batch_id, [0, 1, 5])
+    with pytest.raises(Conflict, match=r"missing: 2\.\.4, 6\.\.9"):
+        await world.store.seal(batch_id, None, now_us=world.now_us)
+    with pytest.raises(Conflict, match="not 3"):
+        await world.store.seal(batch_id, 3, now_us=world.now_us)
+    assert (await world.store.batch(batch_id))[0].state == "open"
+
+
+async def test_an_open_ended_batch_is_sealed_at_what_it_has(world: World) -> None:
+    batch_id = await world.batch()
+    await world.append(batch_id, range(3))
+    with pytest.raises(Conflict):
+        await world.store.seal(batch_id, 4, now_us=world.now_us)
+    assert (await world.store.seal(batch_id, None, now_us=world.now_us)).expected_count == 3
+    with pytest.raises(InvalidInput):
+        await world.append(batch_id, [3])
+
+
+async def test_an_empty_batch_completes_with_its_seal(world: World) -> None:
+    assert (await world.store.seal(await world.batch(), None, now_us=world.now_us)).state == "completed"
+    assert (await world.store.seal(await world.batch(0), 0, now_us=world.now_us)).state == "completed"
+
+
+# -- 3: at least once to run, at most once to record (rules R1, R2, R3, R5)
+
+
+async def test_r1_a_claim_repeated_after_a_lost_answer_returns_the_same_spans(world: World) -> None:
+    await world.filled(700)
+    session_id = await world.session()
+    first = await world.claim(session_id, 300, claim_no=1)
+    again = await world.claim(session_id, 300, claim_no=1)
+    assert again == first
+    assert indexes_of(first) == list(range(300))
+    assert indexes_of(await world.claim(session_id, 300, claim_no=2)) == list(range(300, 600))
+
+
+async def test_r1_a_heartbeat_tells_what_the_store_thinks_is_leased(world: World) -> None:
+    await world.filled(600)
+    session_id = await world.session()
+    held = await world.claim(session_id, 600, claim_no=9)
+    await world.settle(held[0])
+    beat = await world.store.heartbeat(session_id, now_us=world.later(1))
+    assert sorted(beat.leases) == sorted((lease.span_id, lease.token, 9) for lease in held[1:])
+    assert (beat.stopped, beat.cancelled) == ([], [])
+
+
+async def test_r2_a_settlement_repeated_answers_recorded_and_a_stale_token_lost(world: World) -> None:
+    batch_id, session_id = await world.filled(2), await world.session()
+    (lease,) = await world.claim(session_id)
+    assert await world.settle(lease, "f", places=[0]) == "settled"
+    assert await world.settle(lease, "f", places=[0]) == "recorded"
+    assert await world.release(lease) == "settled"
+    assert await world.release(lease) == "lost"
+    assert await world.settle(lease, "c", places=[1], part_no=1) == "lost"
+    (newer,) = await world.claim(session_id)
+    assert (newer.span_id, newer.places, newer.token > lease.token) == (lease.span_id, [1], True)
+    assert await world.settle(lease, "f", places=[1], part_no=1) == "lost"
+    assert await world.settle(lease, "f", places=[0]) == "recorded", "what was recorded stays so"
+    assert await world.settle(newer) == "settled"
+    assert await world.settle(newer) == "recorded"
+    assert await world.states(batch_id) == ["failed", "completed"]
+
+
+async def test_r2_one_call_settles_many_and_tells_each(world: World) -> None:
+    await world.filled(700)
+    session_id = await world.session()
+    first, second, third = await world.claim(session_id)
+    await world.settle(first)
+    await world.release(second)
+    parts = [settlement_of(third, places=[0, 1]), settlement_of(third, places=[0, 1])]
+    words = await world.store.settle(
+        [settlement_of(first), settlement_of(second), *parts, settlement_of(third, places=[2], part_no=1)],
+        now_us=world.now_us,
+    )
+    assert words == ["recorded", "lost", "settled", "recorded", "settled"]
+
+
+async def test_a_lost_lease_settles_nothing(world: World) -> None:
+    batch_id, dead, heir = await world.filled(3), await world.session(), await world.session()
+    (lease,) = await world.claim(dead)
+    world.later(60)
+    assert await world.recover(dead, NOBODY) == 1
+    assert await world.settle(lease) == "lost"
+    assert await world.settle(lease, object_keys=["result"]) == "lost"
+    assert await world.store.unnamed(["result"]) == ["result"]
+    assert await world.states(batch_id) == ["waiting"] * 3
+    assert await world.run_all(heir) == [0, 1, 2]
+
+
+async def test_r3_a_claim_needs_a_live_session(world: World) -> None:
+    await world.filled(1)
+    with pytest.raises(SessionEnded):
+        await world.claim("session_nobody")
+    session_id = await world.session()
+    await world.store.end_session(session_id, now_us=world.now_us)
+    await world.store.end_session(session_id, now_us=world.now_us)
+    with pytest.raises(SessionEnded):
+        await world.claim(session_id)
+    with pytest.raises(SessionEnded):
+        await world.store.heartbeat(session_id, now_us=world.now_us)
+
+
+async def test_r3_recover_ends_the_session_first_and_once(world: World) -> None:
+    await world.filled(600)
+    dead = await world.session()
+    await world.claim(dead)
+    alive = await world.store.recover(
+        dead, UNKNOWN, silent_since_us=world.now_us - 1, crashes_max=3, now_us=world.later(1)
+    )
+    assert alive == 0
+    assert await world.recover(dead) == 3
+    assert await world.recover(dead) == 0
+    with pytest.raises(SessionEnded):
+        await world.claim(dead)
+    assert await world.store.sessions() == []
+    assert await world.recover("session_nobody") == 0
+
+
+async def test_r3_a_heartbeat_keeps_a_session_alive(world: World) -> None:
+    session_id = await world.session()
+    before_us = world.now_us
+    await world.store.heartbeat(session_id, now_us=world.later(1))
+    assert (await world.store.sessions())[0].heartbeat_us == world.now_us
+    assert await world.store.recover(
+        session_id, UNKNOWN, silent_since_us=before_us, crashes_max=3, now_us=world.later(1)
+    ) == 0
+    await world.store.heartbeat(session_id, now_us=before_us)
+    assert (await world.store.sessions())[0].heartbeat_us > before_us, "a late sign of life takes nothing back"
+
+
+async def test_r3_session_ids_are_never_reused(world: World) -> None:
+    session = Session(id="session_one", kind="cli", host="h", pid=2, started_us=5)
+    await world.store.start_session(session, now_us=world.now_us)
+    await world.store.start_session(session, now_us=world.now_us)  # after a lost answer
+    assert [known.id for known in await world.store.sessions()] == ["session_one"]
+    await world.store.end_session(session.id, now_us=world.now_us)
+    with pytest.raises(SessionEnded):
+        await world.store.start_session(session, now_us=world.later(1))
+    assert await world.store.sessions() == []
+
+
+async def test_a_session_that_ends_in_good_order_gives_its_leases_back(world: World) -> None:
+    batch_id, session_id = await world.filled(300), await world.session()
+    leases = await world.claim(session_id)
+    await world.settle(leases[0], "cc", places=[0, 1])
+    await world.store.end_session(session_id, now_us=world.now_us)
+    heir = await world.session()
+    again = await world.claim(heir)
+    assert indexes_of(again) == list(range(2, 300))
+    assert {(lease.crashes_count, lease.attempt) for lease in again} == {(0, 1)}
+    assert (await world.store.batch(batch_id))[1].leased == 298
+
+
+async def test_r5_an_at_most_once_run_that_was_handed_out_never_runs_again(world: World) -> None:
+    batch_id = await world.filled(3, key=Key("task", at_most_once=True))
+    dead, heir = await world.session(), await world.session()
+    (lease,) = await world.claim(dead, 2)
+    assert (lease.at_most_once, indexes_of([lease])) == (True, [0, 1])
+    assert await world.states(batch_id) == ["started", "started", "waiting"], "durable in the claim"
+    assert await world.claim(dead, 2, claim_no=1) == [lease]
+    assert await world.recover(dead) == 1
+    assert indexes_of(await world.claim(heir)) == [2]
+    outcomes = await world.outcomes(batch_id)
+    assert [json.loads(outcome.result)["type"] for outcome in outcomes] == ["WorkerLost"] * 2
+
+
+async def test_r5_an_at_most_once_run_known_not_to_have_started_comes_back(world: World) -> None:
+    batch_id = await world.filled(2, key=Key("task", at_most_once=True))
+    session_id = await world.session()
+    (lease,) = await world.claim(session_id)
+    assert await world.release(lease, suspects=[1]) == "settled"
+    assert await world.states(batch_id) == ["waiting", "failed"]
+    (again,) = await world.claim(session_id)
+    assert await world.settle(again, "e") == "settled"
+    assert await world.states(batch_id) == ["expired", "failed"]
+
+
+# -- 6 and R9: order is virtual time
+
+
+async def test_order_inside_a_batch_is_by_index_though_chunks_arrived_reversed(world: World) -> None:
+    batch_id = await world.batch(1_000)
+    for start in reversed(range(0, 1_000, 100)):
+        await world.append(batch_id, range(start, start + 100))
+    assert await world.run_all(await world.session(), runs_max=150) == list(range(1_000))
+
+
+async def test_a_small_batch_is_not_stuck_behind_a_big_one(world: World) -> None:
+    big, session_id = await world.filled(5_000), await world.session()
+    await world.claim(session_id, 256)
+    small = await world.filled(10)
+    leases = await world.claim(session_id, 600)
+    assert small in [lease.batch_id for lease in leases]
+    assert big in [lease.batch_id for lease in leases]
+
+
+async def test_batches_that_run_together_share_evenly(world: World) -> None:
+    ids = [await world.filled(1_000, runs_max=50) for _ in range(3)]
+    session_id = await world.session()
+    leases = await world.claim(session_id, 600)
+    shares = {batch_id: sum(len(lease.places) for lease in leases if lease.batch_id == batch_id) for batch_id in ids}
+    assert set(shares.values()) == {200}
+
+
+async def test_priority_comes_first(world: World) -> None:
+    batch_id = await world.batch(4)
+    await world.append(batch_id, range(4), key=lambda index: Key("task", priority=index))
+    assert indexes_of(await world.claim(await world.session())) == [3, 2, 1, 0]
+
+
+async def test_r9_claims_merge_lanes_of_queues_and_tasks(world: World) -> None:
+    batch_id = await world.batch(8)
+    lanes = [("a", "red"), ("b", "red"), ("a", "blue"), ("b", "blue")]
+    await world.append(batch_id, range(8), key=lambda index: Key(*lanes[index % 4]), runs_max=1)
+    session_id = await world.session()
+    red = await world.claim(session_id, tasks=["a", "b"], queues=["red"])
+    assert indexes_of(red) == [0, 1, 4, 5]
+    for lease in red:
+        await world.release(lease)
+    assert indexes_of(await world.claim(session_id, 1, tasks=["b"], queues=["red"])) == [1]
+    assert await world.claim(session_id, tasks=["c"]) == []
+    assert sorted(indexes_of(await world.claim(session_id, tasks=["a", "b"]))) == [0, 2, 3, 4, 5, 6, 7]
+
+
+async def test_r9_a_claim_that_meets_a_cancelled_batch_sweeps_it(world: World) -> None:
+    big = await world.batch(1_500)
+    await world.append(big, range(1_500), runs_max=1)
+    after = await world.filled(3)
+    await world.store.stop_batch(big, "cancelled", now_us=world.now_us)
+    assert (await world.store.batch(big))[1].waiting == 500, "the first sweep is bounded"
+    leases = await world.claim(await world.session(), 600)
+    assert {lease.batch_id for lease in leases} == {after}
+    assert (await world.store.batch(big))[0].is_finished
+
+
+async def test_r14_a_claim_does_not_touch_the_batch_row(world: World) -> None:
+    batch_id, session_id = await world.filled(300), await world.session()
+    before, _ = await world.store.batch(batch_id)
+    await world.claim(session_id, 100)
+    after, ledger = await world.store.batch(batch_id)
+    assert after == before
+    assert (ledger.leased, ledger.waiting) == (100, 200), "leased is derived from spans"
+
+
+async def test_a_small_claim_leaves_the_rest_claimable(world: World) -> None:
+    batch_id, session_id = await world.filled(256), await world.session()
+    (small,) = await world.claim(session_id, 8)
+    assert (indexes_of([small]), small.whole, small.runs_count) == (list(range(8)), False, 8)
+    assert indexes_of(await world.claim(session_id)) == list(range(8, 256))
+    await world.settle(small, "f")
+    assert await world.states(batch_id) == ["failed"] * 8 + ["leased"] * 248
+
+
+async def test_a_released_span_goes_to_the_head_of_the_line(world: World) -> None:
+    await world.filled(1_000)
+    session_id = await world.session()
+    first, second = await world.claim(session_id, 512)
+    await world.settle(second)
+    await world.release(first)
+    assert indexes_of(await world.claim(session_id, 256)) == list(range(256))
+
+
+async def test_environments_do_not_meet(world: World) -> None:
+    batch_id = await world.batch(1, environment="staging")
+    await world.append(batch_id, [0])
+    session_id = await world.session()
+    assert await world.claim(session_id) == []
+    assert await world.store.runs("default") == []
+    assert await world.store.queues("default") == []
+    assert indexes_of(await world.claim(session_id, environment="staging")) == [0]
+
+
+async def test_a_paused_queue_hands_out_nothing(world: World) -> None:
+    await world.store.pause_queue("default", "slow", paused=True)
+    batch_id = await world.batch(2)
+    await world.append(batch_id, range(2), key=lambda index: Key("task", queue=["slow", "fast"][index]))
+    session_id = await world.session()
+    assert indexes_of(await world.claim(session_id)) == [1]
+    await world.store.pause_queue("default", "slow", paused=False)
+    assert indexes_of(await world.claim(session_id)) == [0]
+
+
+# -- retries, delays, expiry
+
+
+async def test_a_retry_waits_for_its_time_and_then_heads_the_line(world: World) -> None:
+    batch_id, session_id = await world.filled(600, runs_max=200), await world.session()
+    (lease,) = await world.claim(session_id, 200)
+    codes = "r" * 3 + "c" * 197
+    await world.settle(lease, codes, dues_us=[world.now_us + 10 * SECOND_US] * 3)
+    assert (await world.states(batch_id))[:4] == ["delayed"] * 3 + ["completed"]
+    due_us = await world.store.next_due_us("default", ["task"])
+    assert due_us is not None
+    assert 10 * SECOND_US <= due_us - world.now_us <= 10.5 * SECOND_US
+    assert indexes_of(await world.claim(session_id, 100)) == list(range(200, 300))
+    world.now_us = due_us
+    again, *_ = await world.claim(session_id, 100)
+    assert (again.indexes, again.attempt) == ([0, 1, 2], 2), "those due together wait in one span"
+    assert await world.store.next_due_us("default", ["task"]) is None
+    await world.settle(again)
+    assert (await world.store.run(batch_id, 0)).attempts[0]["ended"] == "retried"
+
+
+async def test_a_retry_that_is_due_at_once_is_claimable_at_once(world: World) -> None:
+    await world.filled(2)
+    session_id = await world.session()
+    (lease,) = await world.claim(session_id)
+    await world.settle(lease, "rc", dues_us=[world.now_us])
+    (again,) = await world.claim(session_id)
+    assert (again.indexes, again.attempt) == ([0], 2)
+
+
+async def test_retries_of_many_moments_share_few_spans(world: World) -> None:
+    await world.filled(200)
+    session_id = await world.session()
+    (lease,) = await world.claim(session_id)
+    dues = [world.now_us + 100 * SECOND_US + 1_000 * number for number in range(200)]
+    await world.settle(lease, "r", dues_us=dues)
+    world.later(110)
+    assert len(await world.claim(session_id)) == 1
+
+
+async def test_a_delayed_run_waits_and_an_expired_one_never_starts(world: World) -> None:
+    batch_id = await world.batch(3)
+    soon, late = world.now_us + 5 * SECOND_US, world.now_us + 9 * SECOND_US
+    keys = [Key("task"), Key("task", due_us=soon), Key("task", expires_us=soon)]
+    await world.append(batch_id, range(3), key=keys.__getitem__)
+    session_id = await world.session()
+    world.now_us = late
+    leases = await world.claim(session_id, 2)
+    assert indexes_of(leases) == [0, 1], "an expired span at the head of the line hides nobody"
+    swept = await world.store.sweep(now_us=world.now_us, rows_max=100)
+    assert swept.expired_count == 1
+    assert (await world.states(batch_id))[2] == "expired"
+
+
+# -- cancellation
+
+
+async def test_a_cancelled_batch_ends_when_its_last_lease_has_ended(world: World) -> None:
+    batch_id, session_id = await world.filled(600), await world.session()
+    (lease,) = await world.claim(session_id, 256)
+    cancelled = await world.store.stop_batch(batch_id, "cancelled", now_us=world.now_us)
+    assert (cancelled.state, cancelled.is_finished) == ("cancelled", False)
+    assert (await world.store.heartbeat(session_id, now_us=world.now_us)).stopped == [batch_id]
+    assert await world.settle(lease, "c" * 100 + "r" * 100 + "x" * 56) == "settled"
+    batch, ledger = await world.store.batch(batch_id)
+    assert (batch.is_finished, ledger.completed, ledger.cancelled) == (True, 100, 500)
+    assert (await world.store.stop_batch(batch_id, "abandoned", now_us=world.now_us)).state == "cancelled"
+    with pytest.raises(Conflict):
+        await world.append(batch_id, [0])
+    with pytest.raises(Conflict):
+        await world.store.redrive(batch_id, None)
+    with pytest.raises(Conflict):
+        await world.store.seal(batch_id, None, now_us=world.now_us)
+
+
+async def test_a_lease_of_a_cancelled_batch_that_is_given_back_ends_it(world: World) -> None:
+    batch_id, session_id = await world.filled(10), await world.session()
+    (lease,) = await world.claim(session_id)
+    await world.store.stop_batch(batch_id, "cancelled", now_us=world.now_us)
+    await world.release(lease, suspects=[0, 1])
+    assert (await world.store.batch(batch_id))[0].is_finished
+    assert await world.states(batch_id) == ["cancelled"] * 10
+
+
+async def test_a_batch_that_has_ended_stays_as_it_is(world: World) -> None:
+    batch_id = await world.filled(1)
+    await world.run_all(await world.session())
+    assert (await world.store.stop_batch(batch_id, "cancelled", now_us=world.now_us)).state == "completed"
+
+
+async def test_an_open_batch_is_cancelled_with_what_it_has(world: World) -> None:
+    batch_id = await world.batch(10)
+    await world.append(batch_id, range(4))
+    assert (await world.store.stop_batch(batch_id, "cancelled", now_us=world.now_us)).is_finished
+    ledger = (await world.store.batch(batch_id))[1]
+    assert (ledger.cancelled, ledger.missing) == (4, 6)
+
+
+async def test_single_runs_are_cancelled_at_once_or_when_their_worker_hears_of_it(world: World) -> None:
+    batch_id = await world.batch(7)
+    await world.append(batch_id, range(7), key=lambda index: Key("task", due_us=(index == 6) * (world.now_us + 9)))
+    session_id = await world.session()
+    (lease,) = await world.claim(session_id, 4)
+    assert await world.store.cancel_runs(batch_id, [1, 2, 5, 6], now_us=world.now_us) == 4
+    assert await world.states(batch_id) == ["leased"] * 4 + ["waiting", "cancelled", "cancelled"]
+    beat = await world.store.heartbeat(session_id, now_us=world.now_us)
+    assert sorted(beat.cancelled) == [(batch_id, 1), (batch_id, 2)]
+    await world.settle(lease, "xr", places=[1, 2], dues_us=[world.now_us])
+    await world.release(lease)
+    assert await world.states(batch_id) == [
+        "waiting",
+        "cancelled",
+        "cancelled",
+        "waiting",
+        "waiting",
+        "cancelled",
+        "cancelled",
+    ]
+    assert await world.store.cancel_runs(batch_id, [1], now_us=world.now_us) == 0
+
+
+async def test_a_run_asked_to_cancel_is_cancelled_when_its_lease_is_given_back(world: World) -> None:
+    batch_id, session_id = await world.filled(3), await world.session()
+    (lease,) = await world.claim(session_id)
+    await world.store.cancel_runs(batch_id, [0, 2], now_us=world.now_us)
+    await world.release(lease, suspects=[0, 1])
+    assert await world.states(batch_id) == ["cancelled", "waiting", "cancelled"]
+
+
+async def test_a_closed_store_says_so(world: World) -> None:
+    await world.store.close()
+    await world.store.close()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await world.batch()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await world.store.sessions()
+    await world.store.open()
+    assert await world.store.check()
+
+
+def test_the_suspects_of_a_session_may_be_unknown() -> None:
+    assert UNKNOWN.places is None
+    assert Suspects(places={}, evidence="").places == {}

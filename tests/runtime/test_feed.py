@@ -20,6 +20,8 @@ from headrace.foundation.errors import Conflict, InvalidInput, StoreUnavailable
 from headrace.foundation.ids import new_batch_id
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import SystemClock
+from headrace.runtime.doorbell import Doorbell
+from headrace.runtime.engine import Engine
 from headrace.runtime.feed import BEGINNING, WAITING_CHUNKS_MAX, Feed, Position, SealedElsewhere
 from headrace.store.payloads import PayloadStore, Reference, open_payloads
 from headrace.store.protocol import Appended, NewBatch
@@ -37,6 +39,16 @@ class Bench:
         self.store = WatchedStore(path / "feed.db", limits)
         self.payloads: PayloadStore = open_payloads("memory://")
         self.clock = SystemClock()
+        self.engine = Engine(
+            store=self.store,
+            payloads=self.payloads,
+            clock=self.clock,
+            limits=limits,
+            environment="default",
+            live_directory=None,
+            beats_beside=False,
+            doorbell=Doorbell(),
+        )
 
     async def __aenter__(self) -> Self:
         await self.store.open()
@@ -50,16 +62,7 @@ class Bench:
         return (await self.store.create_batch(new, now_us=self.clock.now_us()))[0]
 
     def feed(self, pieces: AsyncIterator[bytes] | Iterator[bytes], start: Position = BEGINNING) -> Feed:
-        return Feed(
-            pieces,
-            store=self.store,
-            payloads=self.payloads,
-            clock=self.clock,
-            limits=self.limits,
-            environment="default",
-            key=Key("task"),
-            start=start,
-        )
+        return Feed(pieces, engine=self.engine, key=Key("task"), start=start)
 
     async def paced(self, data: bytes, size: int) -> AsyncIterator[bytes]:
         """Pieces that come only when what came before was appended, so that every position is kept."""

@@ -26,11 +26,10 @@ from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
 from headrace.core.pack import REFERENCE
 from headrace.core.span import Key
 from headrace.foundation.errors import ClientFault, Conflict, EngineFault, InvalidInput
-from headrace.foundation.limits import MIB, Limits
+from headrace.foundation.limits import MIB
 from headrace.runtime.clock import Clock
+from headrace.runtime.engine import Engine
 from headrace.runtime.ingest import ingest
-from headrace.store.payloads import PayloadStore, Reference, payload_key
-from headrace.store.protocol import Store
 
 WAITING_BYTES_MAX: Final = 8 * MIB
 WAITING_CHUNKS_MAX: Final = 64
@@ -99,21 +98,14 @@ class Feed:
         self,
         pieces: AsyncIterable[bytes] | Iterable[bytes],
         *,
-        store: Store,
-        payloads: PayloadStore,
-        clock: Clock,
-        limits: Limits,
-        environment: str,
+        engine: Engine,
         key: Key,
         start: Position = BEGINNING,
     ) -> None:
         self.position = start
         self._pieces = pieces
-        self._store = store
-        self._payloads = payloads
-        self._clock = clock
-        self._limits = limits
-        self._environment = environment
+        self._engine = engine
+        self._limits = engine.limits
         self._key = key
         self._batch_id = ""
         self._start = start
@@ -131,7 +123,7 @@ class Feed:
         """
         self._batch_id = batch.id
         self._full_at = None if batch.expected_count is None else base_index + batch.expected_count
-        appender = _Appender(self._store, self._clock, self._limits, batch, start=self.position)
+        appender = _Appender(self._engine, batch, start=self.position)
         add, key = appender.coalescer.add, self._key
         try:
             while (group := await self._next_group()) is not None:
@@ -170,10 +162,11 @@ class Feed:
             await self._groups.aclose()
 
     async def _seal(self, batch: Batch, count: int) -> None:
+        store, clock = self._engine.store, self._engine.clock
         try:
-            await _patiently(lambda: self._store.seal(batch.id, count, now_us=self._clock.now_us()), self._clock)
+            await _patiently(lambda: store.seal(batch.id, count, now_us=clock.now_us()), clock)
         except Conflict as error:
-            after, _ = await self._store.batch(batch.id)
+            after, _ = await store.batch(batch.id)
             if after.is_stopped:
                 raise
             raise SealedElsewhere(
@@ -269,11 +262,9 @@ class Feed:
 
     async def _offload(self, payload: bytes, mark: Position | None) -> _Group:
         """Write one large payload to the object store before the row that will name it."""
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(payload).hexdigest())
-        key = payload_key(self._environment, self._batch_id, digest)
-        await _patiently(lambda: self._payloads.put(key, payload), self._clock)
-        reference = Reference(key=key, bytes_count=len(payload))
-        return _Group([reference.encode()], mark, Extra(object_key=key, object_bytes=len(payload)))
+        engine = self._engine
+        reference, key = await _patiently(lambda: engine.offloaded(self._batch_id, payload), engine.clock)
+        return _Group([reference], mark, Extra(object_key=key, object_bytes=len(payload)))
 
 
 class _Reader:
@@ -334,11 +325,13 @@ class _Reader:
 class _Appender:
     """Runs in, appends out: one in flight, the next one filling."""
 
-    def __init__(self, store: Store, clock: Clock, limits: Limits, batch: Batch, *, start: Position) -> None:
+    def __init__(self, engine: Engine, batch: Batch, *, start: Position) -> None:
+        limits = engine.limits
         self.coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
         self.position = start
-        self._store = store
-        self._clock = clock
+        self._store = engine.store
+        self._clock = engine.clock
+        self._doorbell = engine.doorbell
         self._batch = batch
         self._next_item = start.items_count
         self._marks: deque[Position] = deque()
@@ -424,6 +417,7 @@ class _Appender:
         if appended.conflicts:
             raise changed(f"run {appended.conflicts[0]:,} was made from another line", batch_id=self._batch.id)
         self.position = position
+        self._doorbell.ring()
 
     async def _verdict(self, error: ClientFault) -> ClientFault:
         """The same error, or that somebody sealed the batch while this feed went on past its end."""

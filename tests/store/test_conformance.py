@@ -423,9 +423,10 @@ async def test_r3_a_heartbeat_keeps_a_session_alive(world: World) -> None:
     before_us = world.now_us
     await world.store.heartbeat(session_id, now_us=world.later(1))
     assert (await world.store.sessions())[0].heartbeat_us == world.now_us
-    assert await world.store.recover(
-        session_id, UNKNOWN, silent_since_us=before_us, crashes_max=3, now_us=world.later(1)
-    ) == 0
+    assert (
+        await world.store.recover(session_id, UNKNOWN, silent_since_us=before_us, crashes_max=3, now_us=world.later(1))
+        == 0
+    )
     await world.store.heartbeat(session_id, now_us=before_us)
     assert (await world.store.sessions())[0].heartbeat_us > before_us, "a late sign of life takes nothing back"
 

@@ -1,0 +1,293 @@
+"""How the tables of `MemoryStore` change: one function a step, each over tables that only its verb sees yet."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Final
+
+import msgspec
+
+from headrace.core import batch as batches
+from headrace.core import span as spans
+from headrace.core.batch import Batch
+from headrace.core.block import Chunk
+from headrace.core.index_set import IndexSet
+from headrace.core.order import clock_after, first_order_no, returned_order_no
+from headrace.core.pack import pack, unpack
+from headrace.core.run import FAILED, WAITING
+from headrace.core.span import Counts, Key, Part, Policy, Span, Verdict, encode_places, positions_of
+from headrace.foundation.errors import SessionEnded
+from headrace.store import memory_reading as reading
+from headrace.store.memory_reading import Known, Queue, Tables
+from headrace.store.protocol import Appended, Claim, Release, Session, Suspects
+
+SWEEP_SPANS_MAX: Final = 1_000
+
+
+def new_positions(tables: Tables, batch: Batch, chunk: Chunk, answer: Appended, now_us: int) -> list[int]:
+    """The positions whose runs are new; what is not is told in `answer`. Indexes and keys are taken at once."""
+    received = tables.received[batch.id] = tables.received[batch.id].union(IndexSet())
+    tasks = {at: key.task for key, positions in chunk.spans.items() for at in _covered(chunk, positions)}
+    payloads, kinds = unpack(chunk.items)
+    keep = []
+    for position, index in enumerate(reading.indexes_of(chunk)):
+        extra = chunk.extras.get(position)
+        if index in received:
+            answer.duplicates_count += 1
+            if reading.payload(tables, batch, index) != (payloads[position], kinds[position] if kinds else 0):
+                answer.conflicts.append(index)
+            continue
+        if extra is not None and extra.idempotency_key:
+            name = (batch.environment, tasks[position], extra.idempotency_key)
+            known = tables.keys.get(name)
+            if known is not None and not 0 < known.expires_us <= now_us:
+                answer.existing[index] = (known.batch_id, known.run_index)
+                continue
+            tables.keys[name] = Known(batch.id, index, extra.idempotency_expires_us)
+        received.add_range(index, index + 1)
+        keep.append(position)
+    return keep
+
+
+def _covered(chunk: Chunk, positions: bytes | None) -> Sequence[int]:
+    return range(chunk.runs_count) if positions is None else spans.decode_places(positions)
+
+
+def with_lanes(tables: Tables, batch: Batch, chunk: Chunk) -> Batch:
+    """Make queues known, and note the clock each shows when the batch first meets it."""
+    bases = dict(batch.order_bases)
+    for key in chunk.spans:
+        queue = tables.queues.setdefault((batch.environment, key.queue), Queue())
+        bases.setdefault(key.queue, queue.clock)
+    return msgspec.structs.replace(batch, order_bases=bases)
+
+
+def insert(tables: Tables, batch: Batch, chunk: Chunk, now_us: int) -> int:
+    """Keep a block, its spans and what only some runs have; answers how many runs were born failed."""
+    block_id = tables.add_block(batch.id, chunk)
+    failures = {position: extra.failure for position, extra in chunk.extras.items() if extra.failure}
+    for key, positions in chunk.spans.items():
+        own = _covered(chunk, positions)
+        good = [position for position in own if position not in failures]
+        bad = [position for position in own if position in failures]
+        if good:
+            state = spans.DELAYED if key.due_us > now_us else spans.WAITING
+            span = _new_span(tables, batch, block_id, chunk, key, good, WAITING, state)
+            add_span(tables, msgspec.structs.replace(span, positions=None) if len(good) == chunk.runs_count else span)
+        if bad:
+            dead = _new_span(tables, batch, block_id, chunk, key, bad, FAILED, spans.DONE)
+            add_span(tables, dead)
+            tables.add_part(
+                Part(
+                    block_id=block_id,
+                    span_id=dead.id,
+                    token=0,
+                    part_no=0,
+                    positions=dead.positions,
+                    codes=dead.states,
+                    results=pack([failures[position] for position in bad]),
+                    settled_us=now_us,
+                )
+            )
+    for position, extra in chunk.extras.items():
+        index = chunk.index_at(position)
+        tables.tags |= {(batch.environment, tag, batch.id, index) for tag in extra.tags}
+        if extra.object_key:
+            tables.objects.setdefault(extra.object_key, batch.id)
+    return len(failures)
+
+
+def _new_span(
+    tables: Tables, batch: Batch, block_id: int, chunk: Chunk, key: Key, own: list[int], state: int, stands: str
+) -> Span:
+    clock = tables.queues[batch.environment, key.queue].clock
+    return Span(
+        **key._asdict(),
+        block_id=block_id,
+        batch_id=batch.id,
+        environment=batch.environment,
+        order_no=first_order_no(clock=clock, base=batch.order_bases[key.queue], index=chunk.index_at(own[0])),
+        first_index=chunk.first_index,
+        positions=encode_places(own),
+        states=bytes((state,)) * len(own),
+        unsettled_count=len(own) if state == WAITING else 0,
+        state=stands,
+    )
+
+
+def add_span(tables: Tables, span: Span) -> None:
+    """Keep a new span under a fresh id."""
+    span.id = tables.next_span_id
+    tables.next_span_id += 1
+    tables.spans[span.id] = span
+
+
+def homes(span: Span) -> Iterator[tuple[int, int]]:
+    """`(position, state)` of each run of a span."""
+    return zip(positions_of(span), span.states, strict=True)
+
+
+def by_block(tables: Tables, batch: Batch, indexes: Collection[int]) -> dict[int, dict[int, int]]:
+    """`{block id: {position: index}}`; an index nobody received is `NotFound`."""
+    found: dict[int, dict[int, int]] = {}
+    for index in indexes:
+        block_id, position = reading.locate(tables, batch, index)
+        found.setdefault(block_id, {})[position] = index
+    return found
+
+
+def clock(tables: Tables, span: Span) -> int:
+    """The clock of a span's queue."""
+    return tables.queues[span.environment, span.queue].clock
+
+
+def policy(tables: Tables, span: Span, crashes_max: int = 1) -> Policy:
+    """What the batch says of runs of a span that would come back."""
+    indexes = reading.indexes_of(tables.blocks[span.block_id].chunk)
+    return Policy(
+        stopped=tables.batches[span.batch_id].is_stopped,
+        cancelled=frozenset(
+            position for position, index in enumerate(indexes) if (span.batch_id, index) in tables.cancellations
+        ),
+        crashes_max=crashes_max,
+    )
+
+
+def count_in(tables: Tables, batch_id: str, counts: Counts, now_us: int) -> None:
+    """Add outcomes to a batch's counters; completes it when they were the last."""
+    if any(counts):
+        tables.batches[batch_id] = batches.settled(tables.batches[batch_id], counts, now_us)
+
+
+def apply(tables: Tables, verdict: Verdict, now_us: int) -> None:
+    """Keep what was decided about one lease."""
+    if verdict.span is None:
+        return
+    tables.spans[verdict.span.id] = verdict.span
+    for span in verdict.spans:
+        add_span(tables, span)
+    if verdict.part is not None:
+        tables.add_part(verdict.part)
+    count_in(tables, verdict.span.batch_id, verdict.counts, now_us)
+
+
+def stop(tables: Tables, batch_id: str, state: str, now_us: int) -> None:
+    """Cancel or abandon a batch; a bounded part of what waits ends at once."""
+    after = batches.stopped(reading.find(tables, batch_id), state, now_us)
+    tables.batches[batch_id] = after
+    if after.is_stopped and not after.is_finished:
+        sweep_stopped(tables, batch_id, SWEEP_SPANS_MAX, now_us)
+
+
+def sweep_stopped(tables: Tables, batch_id: str, spans_max: int, now_us: int) -> tuple[int, int]:
+    """Cancel what waits in a stopped batch; answers how many spans and how many runs."""
+    found = [span for span in reading.waiting(tables) if span.batch_id == batch_id][:spans_max]
+    change = Counts()
+    for span in found:
+        tables.spans[span.id], counts = spans.cancel(span)
+        change = change.plus(counts)
+    count_in(tables, batch_id, change, now_us)
+    return len(found), change.settled
+
+
+def is_overdue(batch: Batch, now_us: int) -> bool:
+    """Whether a batch is past its seal deadline."""
+    due_us = batches.seal_due_us(batch)
+    return due_us is not None and due_us <= now_us
+
+
+def live(tables: Tables, session_id: str) -> Session:
+    """The session, or `SessionEnded`."""
+    session = tables.sessions.get(session_id)
+    if session is None or session.ended_us:
+        raise ended(session_id)
+    return session
+
+
+def ended(session_id: str) -> SessionEnded:
+    """What is said to an ended session."""
+    return SessionEnded("the session has ended", hint="start a new one", session_id=session_id)
+
+
+def end(tables: Tables, session: Session, suspects: Suspects, crashes_max: int, now_us: int) -> int:
+    """End a session, then give its leases back and seal its streams; answers how many leases there were."""
+    tables.sessions[session.id] = msgspec.structs.replace(session, ended_us=now_us)
+    held = reading.spans_of_session(tables, session.id)
+    for span in held:
+        release(tables, given_back(span, suspects), crashes_max, now_us)
+    for batch in list(tables.batches.values()):
+        if batch.session_id == session.id and batch.state == batches.OPEN:
+            closed = msgspec.structs.replace(
+                batch, state=batches.SEALED, expected_count=batch.received_count, sealed_us=now_us
+            )
+            tables.batches[batch.id] = batches.advanced(closed, now_us)
+    return len(held)
+
+
+def given_back(span: Span, suspects: Suspects) -> Release:
+    """The release of a lease whose session can not release it."""
+    if suspects.places is None:
+        places = tuple(spans.unsettled_places(span))
+    else:
+        places = suspects.places.get((span.id, span.token), ())
+    return Release(span_id=span.id, token=span.token, suspects=places, evidence=suspects.evidence)
+
+
+def release(tables: Tables, given: Release, crashes_max: int, now_us: int) -> str:
+    """Give one lease back; answers `settled` or `lost`."""
+    span = tables.spans.get(given.span_id)
+    verdict = spans.release(
+        span,
+        given.token,
+        suspects=frozenset(given.suspects),
+        evidence=given.evidence,
+        policy=Policy() if span is None else policy(tables, span, crashes_max),
+        clock=0 if span is None else clock(tables, span),
+        now_us=now_us,
+    )
+    apply(tables, verdict, now_us)
+    return verdict.word
+
+
+def promote(tables: Tables, now_us: int) -> None:
+    """Delayed spans whose time has come join the line where it stands now."""
+    for span in reading.waiting(tables):
+        if span.state == spans.DELAYED and span.due_us <= now_us:
+            tables.spans[span.id] = msgspec.structs.replace(
+                span, state=spans.WAITING, order_no=returned_order_no(clock=clock(tables, span))
+            )
+
+
+def take(tables: Tables, claim: Claim, now_us: int) -> list[Span]:
+    """Put the best spans under a lease; the last is split when it holds more runs than are wanted."""
+    line = [
+        span
+        for span in reading.waiting(tables)
+        if span.state == spans.WAITING
+        and span.environment == claim.environment
+        and span.task in claim.tasks
+        and (claim.queues is None or span.queue in claim.queues)
+        and not tables.queues[span.environment, span.queue].paused
+        and not 0 < span.expires_us <= now_us
+    ]
+    line.sort(key=lambda span: (-span.priority, span.order_no, span.batch_id, span.first_index, span.id))
+    taken: list[Span] = []
+    wanted = claim.runs_max
+    for span in line:
+        if tables.batches[span.batch_id].is_stopped:
+            sweep_stopped(tables, span.batch_id, SWEEP_SPANS_MAX, now_us)
+            continue
+        if span.unsettled_count > wanted:
+            tables.spans[span.id], part = spans.take_first(span, wanted)
+            add_span(tables, part)
+            span = part
+        under = spans.leased(span, session_id=claim.session_id, claim_no=claim.claim_no)
+        tables.spans[span.id] = under
+        taken.append(under)
+        queue = tables.queues[span.environment, span.queue]
+        clock = clock_after(clock=queue.clock, claimed_order_no=span.order_no)
+        tables.queues[span.environment, span.queue] = queue._replace(clock=clock)
+        wanted -= under.unsettled_count
+        if not wanted:
+            break
+    return taken

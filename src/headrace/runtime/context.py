@@ -1,0 +1,65 @@
+"""What a run may ask about itself: an optional argument of a task."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+
+from headrace.foundation.ids import run_id
+
+LOG: Any = structlog.get_logger("headrace.run")
+
+
+class Context:
+    """One attempt of one run. A task that has a parameter annotated `Context` gets it.
+
+    `index` counts in the batch from 0, `attempt` from 1. `deadline_us`: when the attempt times out, microseconds
+    UTC, or None. `headers`: as given at enqueue.
+    """
+
+    __slots__ = ("_cancelled", "_log", "attempt", "batch_id", "deadline_us", "headers", "index", "queue", "task")
+
+    def __init__(
+        self,
+        *,
+        batch_id: str,
+        index: int,
+        attempt: int,
+        task: str,
+        queue: str,
+        deadline_us: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.batch_id = batch_id
+        self.index = index
+        self.attempt = attempt
+        self.task = task
+        self.queue = queue
+        self.deadline_us = deadline_us
+        self.headers: Mapping[str, str] = headers or {}
+        self._cancelled = threading.Event()
+        self._log: Any = None
+
+    @property
+    def run_id(self) -> str:
+        """The run's name outside, the same on every attempt: fit for an idempotency key of a call it makes."""
+        return run_id(self.batch_id, self.index)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody wants the outcome any more (cancelled, or past its deadline); long loops look at it."""
+        return self._cancelled.is_set()
+
+    @property
+    def log(self) -> Any:
+        """A structured logger with batch, index and attempt bound."""
+        if self._log is None:
+            self._log = LOG.bind(batch=self.batch_id, index=self.index, attempt=self.attempt, task=self.task)
+        return self._log
+
+    def cancel(self) -> None:
+        """Tell the run that nobody waits for it; called by the worker, from any thread."""
+        self._cancelled.set()

@@ -1,0 +1,25 @@
+"""What is kept of an exception: its class, its words, and the task's own frames."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Final
+
+_OWN: Final = str(Path(__file__).parent)
+FRAMES_MAX: Final = 20
+
+
+def describe(error: BaseException, *, chars_max: int) -> tuple[str, str, str]:
+    """`(type, message, trace)`, each at most `chars_max` characters; an exception that can't speak is said so."""
+    kind = type(error).__qualname__
+    try:
+        message = str(error)
+    except Exception as broken:  # noqa: BLE001 - a broken __str__ must not break the worker
+        message = f"<{kind}.__str__ raised {type(broken).__qualname__}>"
+    return kind, message[:chars_max], _trace(error)[-chars_max:]
+
+
+def _trace(error: BaseException) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OWN)]
+    return "".join(traceback.format_list(frames[-FRAMES_MAX:]))

@@ -1,0 +1,165 @@
+"""Evidence that outlives a process: which runs it had begun when it died.
+
+A file mapped into memory and locked for as long as its process lives. Writing a mark is one byte store, no system
+call; the kernel keeps the page when the process is killed and gives up the lock. So whoever finds the file can
+tell, at once and without waiting for a timeout, that its owner is dead (the lock is free) and which runs were in
+flight (begun, not ended): only those are suspects of having killed it. After a power cut the file may be stale,
+which costs nothing: a fence decides what is recorded, marks only decide who is suspected.
+
+Layout, native byte order: a head (magic, slots, runs a slot), then slots of span id, token, count, one byte a run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+from pathlib import Path
+from typing import Final
+
+from headrace.foundation.errors import StoreUnavailable
+from headrace.runtime.work import BEGUN
+
+MAGIC: Final = b"HRMARK01"
+HEAD: Final = struct.Struct("=8sIIQ")
+SLOT: Final = struct.Struct("=QQII")
+SLOTS: Final = 4_096
+PLACES_MAX: Final = 4_096
+ALL_PLACES: Final = tuple(range(PLACES_MAX))
+"""What is suspected of a span too long to be marked run by run."""
+
+_DEADLINE: Final = struct.Struct("=Q")
+_DEADLINE_AT: Final = HEAD.size - _DEADLINE.size
+
+Suspected = dict[tuple[int, int], tuple[int, ...]]
+
+
+class Marks:
+    """The marks of one process. Owned by one thread; `close` removes the file."""
+
+    def __init__(self, path: Path, *, slot_runs: int) -> None:
+        self.path = path
+        self._slot_runs = slot_runs
+        self._slot_bytes = SLOT.size + slot_runs
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.truncate(HEAD.size + SLOTS * self._slot_bytes)
+            self._map = mmap.mmap(self._file.fileno(), 0)
+        except OSError as error:
+            raise StoreUnavailable(
+                f"the file of live marks can't be made: {error}", hint="check that the database's directory is writable"
+            ) from error
+        HEAD.pack_into(self._map, 0, MAGIC, SLOTS, slot_runs, 0)
+        self._view = memoryview(self._map)
+        self._free = list(range(SLOTS - 1, -1, -1))
+
+    @property
+    def free_count(self) -> int:
+        """Spans that can still be marked."""
+        return len(self._free)
+
+    def take(self, span_id: int, token: int, count: int) -> tuple[int, memoryview | bytearray]:
+        """A slot for one lease, and its marks by place. A span longer than a slot is marked as a whole."""
+        if not self._free:
+            return -1, bytearray(count)
+        slot = self._free.pop()
+        start = HEAD.size + slot * self._slot_bytes
+        fits = count <= self._slot_runs
+        body = start + SLOT.size
+        if fits:
+            self._view[body : body + count] = bytes(count)
+        SLOT.pack_into(self._map, start, span_id, token, count if fits else 0, 1)
+        return slot, self._view[body : body + count] if fits else bytearray(count)
+
+    def free(self, slot: int) -> None:
+        """The lease has ended."""
+        if slot >= 0:
+            SLOT.pack_into(self._map, HEAD.size + slot * self._slot_bytes, 0, 0, 0, 0)
+            self._free.append(slot)
+
+    def set_deadline(self, deadline_us: int) -> None:
+        """When the run under way must have ended, by the machine's monotonic clock; 0 for never."""
+        _DEADLINE.pack_into(self._map, _DEADLINE_AT, deadline_us)
+
+    def close(self) -> None:
+        """Nothing is in flight any more: unlock and remove the file."""
+        self.path.unlink(missing_ok=True)
+        self._view.release()
+        try:
+            self._map.close()
+        except BufferError:  # a run that outlived its worker still holds its marks; the map goes with it
+            pass
+        self._file.close()
+
+
+def read(path: Path) -> Suspected:
+    """The places that were in flight, by (span id, token). An unreadable file suspects nobody."""
+    try:
+        data = path.read_bytes()
+        magic, slots, slot_runs, _ = HEAD.unpack_from(data)
+    except (OSError, struct.error):
+        return {}
+    if magic != MAGIC:
+        return {}
+    found: Suspected = {}
+    for slot in range(slots):
+        start = HEAD.size + slot * (SLOT.size + slot_runs)
+        if start + SLOT.size > len(data):
+            break
+        span_id, token, count, used = SLOT.unpack_from(data, start)
+        if not used:
+            continue
+        body = data[start + SLOT.size : start + SLOT.size + count]
+        places = tuple(place for place, mark in enumerate(body) if mark == BEGUN) if count else ALL_PLACES
+        if places:
+            found[span_id, token] = (*found.get((span_id, token), ()), *places)
+    return found
+
+
+def read_deadline(path: Path) -> int:
+    """What `set_deadline` said last; 0 when nothing is under way."""
+    try:
+        with path.open("rb") as file:
+            return int(HEAD.unpack(file.read(HEAD.size))[3])
+    except (OSError, struct.error):
+        return 0
+
+
+def is_dead(path: Path) -> bool | None:
+    """Whether the owner of a file of marks has died; None when there is no such file."""
+    try:
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return False
+            return True
+    except FileNotFoundError:
+        return None
+
+
+def remove(paths: list[Path]) -> None:
+    """Delete the files of a session that was recovered."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def of_session(directory: Path, session_id: str) -> list[Path]:
+    """The files of one session: its own first, then those of its child processes."""
+    own = directory / session_id
+    return [own, *sorted(directory.glob(f"{session_id}.*"))]
+
+
+def merged(paths: list[Path]) -> Suspected:
+    """The suspects of a session and its children, as one."""
+    found: Suspected = {}
+    for path in paths:
+        for name, places in read(path).items():
+            found[name] = tuple(sorted({*found.get(name, ()), *places}))
+    return found
+
+
+assert os.name == "posix", "Headrace runs on POSIX systems"

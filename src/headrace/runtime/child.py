@@ -1,0 +1,271 @@
+"""A child process of a worker: runs slices of leases, and knows no store.
+
+Started as `python -m headrace.runtime.child FD`. It dies with its parent: when the socket ends, so does the process,
+whatever its runs are doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from headrace.core.block import Extra
+from headrace.foundation.errors import HeadraceError, InvalidSetting
+from headrace.foundation.limits import Limits
+from headrace.runtime.clock import SystemClock
+from headrace.runtime.doorbell import Doorbell
+from headrace.runtime.engine import Engine
+from headrace.runtime.executor import Executor, Hooks
+from headrace.runtime.frames import (
+    HEADER,
+    Begin,
+    Broken,
+    Ended,
+    FromChild,
+    Interrupt,
+    Ready,
+    Slice,
+    Stop,
+    framed,
+    to_child,
+)
+from headrace.runtime.marks import Marks
+from headrace.runtime.registry import Registry, TaskSpec
+from headrace.runtime.work import Work
+from headrace.store.payloads import open_payloads
+from headrace.store.protocol import Lease
+
+DIRTY_S = 0.02
+
+
+def load_task(name: str, module_name: str, file: str, attribute: str) -> TaskSpec:
+    """Find a task again in this process. Raises `InvalidSetting` when it can't be found by name."""
+    if "<locals>" in attribute or "<lambda>" in attribute:
+        raise InvalidSetting(
+            f"task {name} is made inside a function, where a child process can't find it",
+            hint="define it at the top of a module",
+        )
+    module = None
+    if module_name not in ("__main__", "__mp_main__"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name != module_name.partition(".")[0] and error.name != module_name:
+                raise
+    if module is None:
+        module = _from_file(name, file)
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    spec = getattr(found, "spec", None)
+    return spec if isinstance(spec, TaskSpec) else TaskSpec(name, found)
+
+
+def _from_file(name: str, file: str) -> Any:
+    loaded = "headrace_tasks_" + Path(file).stem
+    if loaded in sys.modules:
+        return sys.modules[loaded]
+    spec = importlib.util.spec_from_file_location(loaded, file)
+    if spec is None or spec.loader is None:
+        raise InvalidSetting(f"task {name} can't be found in {file or 'a module without a file'}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[loaded] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class _Child:
+    """The life of one child: slices in, outcomes out."""
+
+    def __init__(self, begin: Begin, wire: socket.socket) -> None:
+        self._wire = wire
+        self._lock = threading.Lock()
+        self._limits = Limits(**begin.limits)
+        registry = Registry()
+        for task in begin.tasks:
+            registry.add(load_task(*task))
+        self._marks = Marks(Path(begin.marks_path), slot_runs=self._limits.chunk_runs_max)
+        self._slices: dict[int, int] = {}
+        self._works: dict[int, Work] = {}
+        self._told: dict[int, bytearray] = {}
+        self._dirty: set[int] = set()
+        self._loop = asyncio.get_running_loop()
+        self._over = asyncio.Event()
+        clock = SystemClock()
+        engine = Engine(
+            store=None,  # type: ignore[arg-type]  # a child settles nothing; only the payload half is used
+            payloads=open_payloads(begin.payloads_url),
+            clock=clock,
+            limits=self._limits,
+            environment=begin.environment,
+            live_directory=None,
+            beats_beside=False,
+            doorbell=Doorbell(),
+        )
+        self.executor = Executor(
+            registry,
+            concurrency=begin.concurrency,
+            clock=clock,
+            offload=engine,
+            limits=self._limits,
+            hooks=Hooks(over=self._work_over, dirty=self._work_dirty),
+            inline_sync=begin.inline_sync,
+            deadline=self._marks.set_deadline if begin.inline_sync else None,
+        )
+
+    def send(self, message: FromChild) -> None:
+        with self._lock:
+            self._wire.sendall(framed(message))
+
+    def take(self, slice_: Slice) -> None:
+        slot, marks = self._marks.take(slice_.span_id, slice_.token, slice_.runs_count)
+        lease = Lease(
+            span_id=slice_.span_id,
+            token=slice_.token,
+            batch_id=slice_.batch_id,
+            task=slice_.task,
+            queue=slice_.queue,
+            attempt=slice_.attempt,
+            crashes_count=slice_.crashes_count,
+            at_most_once=slice_.at_most_once,
+            due_us=0,
+            expires_us=slice_.expires_us,
+            whole=False,
+            places=slice_.places,
+            indexes=slice_.indexes,
+            payloads=slice_.payloads,
+            kinds=slice_.kinds,
+            extras={place: Extra(headers=headers) for place, headers in slice_.headers.items()},
+            runs_count=slice_.runs_count,
+        )
+        work = Work(lease, marks, slot)
+        self._slices[id(work)] = slice_.id
+        self._works[slice_.id] = work
+        self._told[slice_.id] = bytearray(work.count)
+        self.executor.submit(work)
+
+    def interrupt(self, message: Interrupt) -> None:
+        work = self._works.get(message.id)
+        numbers = set(message.numbers)
+        self.executor.interrupt(lambda running, number: running is work and number in numbers, "cancelled")
+
+    async def stop(self, grace_s: float) -> None:
+        await self.executor.stop(grace_s=grace_s)
+        for slice_id in list(self._works):
+            self._tell(slice_id, over=True)
+        self._marks.close()
+        self._over.set()
+
+    async def wait(self) -> None:
+        await self._over.wait()
+
+    def _work_over(self, work: Work) -> None:
+        slice_id = self._slices.pop(id(work))
+        self._dirty.discard(slice_id)
+        self._tell(slice_id, over=True)
+        self._marks.free(work.slot)
+
+    def _work_dirty(self, work: Work) -> None:
+        work.dirty_since_us = 1
+        if not self._dirty:
+            self._loop.call_later(DIRTY_S, self._tell_dirty)
+        self._dirty.add(self._slices[id(work)])
+
+    def _tell_dirty(self) -> None:
+        dirty, self._dirty = self._dirty, set()
+        for slice_id in dirty:
+            self._tell(slice_id, over=False)
+
+    def _tell(self, slice_id: int, *, over: bool) -> None:
+        work, told = self._works[slice_id], self._told[slice_id]
+        runs = []
+        for number, (code, known) in enumerate(zip(work.codes, told, strict=True)):
+            if code and not known:
+                told[number] = 1
+                runs.append(work.outcome(number))
+        work.dirty_since_us = 0
+        if over:
+            del self._works[slice_id], self._told[slice_id]
+        if runs or over:
+            self.send(Ended(slice_id, runs, over))
+
+
+def main() -> None:
+    """Run until the socket ends or the parent says stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, _timed_out)
+    wire = socket.socket(fileno=int(sys.argv[1]))
+    sys.setswitchinterval(0.0005)
+    asyncio.run(_serve(wire))
+    os._exit(0)  # threads that never end must not keep a stopped child alive
+
+
+def _timed_out(_signal: int, _frame: FrameType | None) -> None:
+    raise TimeoutError("timed out")
+
+
+async def _serve(wire: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    begin = _receive(wire)
+    if not isinstance(begin, Begin):
+        return
+    sys.path[:] = begin.paths
+    try:
+        child = _Child(begin, wire)
+    except Exception as error:  # noqa: BLE001 - a module that can't be imported may raise anything
+        reason = str(error) if isinstance(error, HeadraceError) else f"{type(error).__name__}: {error}"
+        wire.sendall(framed(Broken(reason)))
+        return
+    child.send(Ready())
+    threading.Thread(target=_listen, args=(wire, loop, child), daemon=True).start()
+    await child.wait()
+
+
+def _listen(wire: socket.socket, loop: asyncio.AbstractEventLoop, child: _Child) -> None:
+    """Frames from the parent, in their own thread: a run that blocks the loop must not hide that the parent died."""
+    while True:
+        message = _receive(wire)
+        if message is None:
+            os._exit(1)  # the parent is gone, and with it everyone who wants these outcomes
+        match message:
+            case Slice():
+                loop.call_soon_threadsafe(child.take, message)
+            case Interrupt():
+                loop.call_soon_threadsafe(child.interrupt, message)
+            case Stop():
+                asyncio.run_coroutine_threadsafe(child.stop(message.grace_s), loop)
+
+
+def _receive(wire: socket.socket) -> Begin | Slice | Interrupt | Stop | None:
+    head = _exactly(wire, HEADER.size)
+    if head is None:
+        return None
+    body = _exactly(wire, HEADER.unpack(head)[0])
+    return None if body is None else to_child.decode(body)
+
+
+def _exactly(wire: socket.socket, count: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < count:
+        try:
+            piece = wire.recv(min(count - len(data), 1 << 20))
+        except OSError:
+            return None
+        if not piece:
+            return None
+        data += piece
+    return bytes(data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What a worker and its child processes say to each other: length-prefixed MessagePack over a socket pair."""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import msgspec
+
+HEADER: Final = struct.Struct("<I")
+FRAME_BYTES_MAX: Final = 1 << 30
+
+
+class Begin(msgspec.Struct, tag="begin"):
+    """The first frame to a child: where its tasks are and how it runs them."""
+
+    tasks: list[tuple[str, str, str, str]]
+    paths: list[str]
+    concurrency: int
+    inline_sync: bool
+    payloads_url: str
+    environment: str
+    marks_path: str
+    limits: dict[str, int]
+
+
+class Slice(msgspec.Struct, tag="slice"):
+    """Some runs of one lease, for one child."""
+
+    id: int
+    span_id: int
+    token: int
+    batch_id: str
+    task: str
+    queue: str
+    attempt: int
+    crashes_count: int
+    at_most_once: bool
+    expires_us: int
+    runs_count: int
+    places: list[int]
+    indexes: list[int]
+    payloads: list[bytes]
+    kinds: bytes | None
+    headers: dict[int, dict[str, str]]
+
+
+class Interrupt(msgspec.Struct, tag="interrupt"):
+    """End these runs of a slice: nobody wants them."""
+
+    id: int
+    numbers: list[int]
+
+
+class Stop(msgspec.Struct, tag="stop"):
+    """Begin nothing more; end what is under way within `grace_s`, tell of it, and leave."""
+
+    grace_s: float
+
+
+class Ended(msgspec.Struct, tag="ended"):
+    """Runs of a slice that ended: `(number in the slice, code, result, kind, due_us, object_key)` each."""
+
+    id: int
+    runs: list[tuple[int, int, bytes, int, int, str]]
+    over: bool
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """The child has its tasks and waits for work."""
+
+
+class Broken(msgspec.Struct, tag="broken"):
+    """The child can't have its tasks."""
+
+    reason: str
+
+
+ToChild = Begin | Slice | Interrupt | Stop
+FromChild = Ended | Ready | Broken
+
+_encode: Final = msgspec.msgpack.Encoder().encode
+to_child: Final = msgspec.msgpack.Decoder(ToChild)
+from_child: Final = msgspec.msgpack.Decoder(FromChild)
+
+
+def framed(message: ToChild | FromChild) -> bytes:
+    """A message as it goes over the socket."""
+    body = _encode(message)
+    return HEADER.pack(len(body)) + body

@@ -1,0 +1,57 @@
+"""What the loops share: one store, one object store, one clock, one set of bounds."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from headrace.core.pack import CONTENT_TYPES, JSON, KINDS
+from headrace.foundation.errors import ObjectMissing
+from headrace.foundation.limits import Limits
+from headrace.runtime.clock import Clock
+from headrace.runtime.doorbell import Doorbell
+from headrace.store.payloads import PayloadStore, Reference, payload_key
+from headrace.store.protocol import Store
+
+
+@dataclass(slots=True, kw_only=True)
+class Engine:
+    """Made by `headrace.compose`; closed by whoever opened it.
+
+    `live_directory`: where the marks of live processes lie, None when the store is not shared between processes.
+    `beats_beside`: whether heartbeats may come from another thread. `doorbell` rings when work was appended,
+    `recorded` when outcomes were.
+    """
+
+    store: Store
+    payloads: PayloadStore
+    clock: Clock
+    limits: Limits
+    environment: str
+    live_directory: Path | None
+    beats_beside: bool
+    doorbell: Doorbell
+    recorded: Doorbell = field(default_factory=Doorbell)
+
+    async def close(self) -> None:
+        """Let go of the store."""
+        await self.store.close()
+
+    async def offloaded(self, batch_id: str, payload: bytes, kind: int = JSON) -> tuple[bytes, str]:
+        """Put a large payload or result where objects live, before any row names it: `(reference, key)`."""
+        key = payload_key(self.environment, batch_id, hashlib.sha256(payload).hexdigest())
+        await self.payloads.put(key, payload)
+        return Reference(key, len(payload), CONTENT_TYPES[kind]).encode(), key
+
+    async def fetch(self, reference: bytes) -> tuple[bytes, int]:
+        """What a reference refers to, and its kind. Raises `ObjectMissing` when it is gone or not what it was."""
+        named = Reference.decode(reference)
+        kind = KINDS.get(named.content_type)
+        if kind is None:
+            raise ObjectMissing(f"nothing decodes {named.content_type!r}", key=named.key)
+        return await self.payloads.get(named.key), kind
+
+    async def put_result(self, batch_id: str, result: bytes) -> tuple[bytes, str]:
+        """Store a result over the inline limit."""
+        return await self.offloaded(batch_id, result)

@@ -1,0 +1,339 @@
+"""Claim, run, settle, for as long as it is wanted.
+
+Three loops that meet only in bounded places: one claims when the executor runs low, the runners run, one hands
+outcomes to the broker's flusher, which writes them while the next runs execute.
+
+Rule R19: claims start small and double towards 100 ms of measured work, so a slow task never hoards runs that others
+could start, and a fast one claims thousands at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any, Final, NamedTuple, Protocol
+
+import structlog
+
+from headrace.core import run
+from headrace.core.failure import lost_once
+from headrace.foundation.errors import HeadraceError, SessionEnded
+from headrace.runtime.broker import Broker
+from headrace.runtime.engine import Engine
+from headrace.runtime.executor import Executor, Hooks
+from headrace.runtime.processes import Crew
+from headrace.runtime.registry import Registry
+from headrace.runtime.upkeep import Upkeep
+from headrace.runtime.work import Work
+from headrace.store.protocol import Heartbeat, Release
+
+LOG: Any = structlog.get_logger("headrace.worker")
+AHEAD_S: Final = 0.1
+RATE_WINDOW_S: Final = 0.05
+RUNS_MAX: Final = 65_536
+
+
+class Runs(Protocol):
+    """What runs claimed work: this process's executor, or a crew of child processes."""
+
+    unbegun_count: int
+    in_flight_count: int
+    ended_count: int
+    concurrency: int
+
+    def submit(self, work: Work) -> None: ...
+    def take_unbegun(self) -> list[Work]: ...
+    async def stop(self, *, grace_s: float) -> None: ...
+
+
+class Stats(NamedTuple):
+    """What a worker has done since it started, in runs."""
+
+    completed: int
+    failed: int
+    retried: int
+    in_flight: int
+
+
+class Worker:
+    """Runs the tasks of a registry until `stop`. Start it once; stopping twice does nothing more.
+
+    `processes`: 0 runs everything here but tasks with `pool="process"`, which get a process a core; more sends
+    every task to that many child processes.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: Registry,
+        *,
+        concurrency: int,
+        processes: int = 0,
+        tasks: Sequence[str] | None = None,
+        queues: Sequence[str] | None = None,
+        kind: str = "worker",
+    ) -> None:
+        self.engine = engine
+        self.broker = Broker(engine, kind=kind)
+        self.upkeep = Upkeep(engine, self.broker)
+        self._registry = registry
+        self._tasks = list(tasks) if tasks is not None else registry.names
+        self._queues = queues
+        hooks = Hooks(over=self._over, dirty=self._dirty)
+        self._here = Executor(
+            registry,
+            concurrency=concurrency,
+            clock=engine.clock,
+            offload=engine,
+            limits=engine.limits,
+            hooks=hooks,
+        )
+        self._apart = {name for name in self._tasks if processes or registry.get(name).pool == "process"}
+        self._crew: Crew | None = None
+        if self._apart:
+            self._crew = Crew(engine, registry, self.broker, processes=processes, concurrency=concurrency, hooks=hooks)
+        self._outbox: deque[Work] = deque()
+        self._dirty_works: dict[int, Work] = {}
+        self._news = asyncio.Event()
+        self._hungry = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._loops: list[asyncio.Task[None]] = []
+        self._counts = {run.COMPLETED: 0, run.FAILED: 0, ord("r"): 0}
+        self._is_stopped = False
+        self._session_ended = False
+        self.broker.on_unwanted = self._unwanted
+        self.broker.on_ended = self._session_lost
+
+    @property
+    def stats(self) -> Stats:
+        """What was done so far."""
+        in_flight = self._here.in_flight_count + (self._crew.in_flight_count if self._crew is not None else 0)
+        return Stats(self._counts[run.COMPLETED], self._counts[run.FAILED], self._counts[ord("r")], in_flight)
+
+    async def start(self) -> None:
+        """Become known, free what dead processes of this machine held, and begin to work."""
+        await self.broker.start()
+        try:
+            await self.broker.recover()
+            if self._crew is not None:
+                await self._crew.start()
+        except BaseException:
+            await self.broker.stop(deadline_s=0)
+            raise
+        groups: list[tuple[Runs, list[str]]] = [
+            (self._here, [name for name in self._tasks if name not in self._apart]),
+        ]
+        if self._crew is not None:
+            groups.append((self._crew, sorted(self._apart)))
+        for runs, names in groups:
+            if names:
+                self._loops.append(asyncio.create_task(self._claim_loop(runs, names), name="headrace-claims"))
+        self._loops.append(asyncio.create_task(self._settle_loop(), name="headrace-settlements"))
+        self._loops.append(asyncio.create_task(self.upkeep.run(), name="headrace-upkeep"))
+
+    async def stop(self, *, now: bool = False) -> None:
+        """End in good order: begin nothing, let what is under way end within the grace, settle, release, leave.
+
+        `now`: interrupt what is under way at once.
+        """
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        self._stopping.set()
+        self._hungry.set()
+        claims = [loop for loop in self._loops if loop.get_name() != "headrace-settlements"]
+        for loop in claims:
+            loop.cancel()
+        await asyncio.gather(*claims, return_exceptions=True)
+        grace_s = 0 if now else self.engine.limits.shutdown_grace_s
+        stops = [self._here.stop(grace_s=grace_s)]
+        if self._crew is not None:
+            stops.append(self._crew.stop(grace_s=grace_s))
+        await asyncio.gather(*stops)
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        await self._hand_over_everything()
+        await self.broker.stop(deadline_s=self.engine.limits.shutdown_grace_s)
+
+    async def _hand_over_everything(self) -> None:
+        """Outcomes of all leases, then the leases themselves."""
+        for work in self.broker.held:
+            settlement = work.take_settlement()
+            if settlement is not None:
+                await self.broker.put(settlement)
+            if not work.is_over:
+                await self.broker.put(self._release_of(work))
+            self.broker.forget(work)
+
+    # -- claiming
+
+    async def _claim_loop(self, runs: Runs, names: list[str]) -> None:
+        pace = _Pace(runs, chunk_runs=self.engine.limits.chunk_runs_max)
+        while not self._stopping.is_set():
+            wanted = pace.wanted()
+            if not wanted:
+                self._hungry.clear()
+                if not pace.wanted():
+                    await self.engine.clock.wait_for(self._hungry, AHEAD_S)
+                continue
+            try:
+                works = await self.broker.claim(names, self._queues, wanted)
+            except SessionEnded:
+                await self._start_anew()
+                continue
+            except HeadraceError as error:
+                LOG.error("claiming failed", error=str(error))
+                await self.engine.clock.sleep(1)
+                continue
+            pace.claimed(sum(work.count for work in works))
+            for work in works:
+                runs.submit(work)
+            if not works:
+                await self.engine.doorbell.wait(self.engine.clock, await self._idle_s(names))
+
+    async def _idle_s(self, names: list[str]) -> float:
+        """How long to sleep without news: a poll interval, or until the next delayed run is due."""
+        poll_s = self.engine.limits.poll_interval_ms / 1_000
+        try:
+            due_us = await self.engine.store.next_due_us(self.engine.environment, names)
+        except HeadraceError:
+            return poll_s
+        if due_us is None:
+            return poll_s
+        return min(poll_s, max(0.001, (due_us - self.engine.clock.now_us()) / 1_000_000))
+
+    async def _start_anew(self) -> None:
+        """The session was ended by others: what is under way is theirs too; begin again as somebody new."""
+        if not self._session_ended:
+            self._session_lost()
+        self._session_ended = False
+        await self.broker.patiently(self.broker.restart)
+
+    def _session_lost(self) -> None:
+        self._session_ended = True
+        self._outbox.clear()
+        self._dirty_works.clear()
+        self._here.take_unbegun()
+        self._here.interrupt(lambda _work, _number: True, "stopped")
+        if self._crew is not None:
+            self._crew.take_unbegun()
+        self._hungry.set()
+        self.engine.doorbell.ring()
+
+    # -- settling
+
+    def _over(self, work: Work) -> None:
+        """The executor is done with a lease."""
+        self._dirty_works.pop(id(work), None)
+        self._outbox.append(work)
+        self._news.set()
+        self._hungry.set()
+
+    def _dirty(self, work: Work) -> None:
+        """A lease has its first outcome that was not handed over."""
+        work.dirty_since_us = self.engine.clock.now_us()
+        self._dirty_works[id(work)] = work
+        if len(self._dirty_works) == 1:
+            self._news.set()
+
+    async def _settle_loop(self) -> None:
+        """Whole leases at once; outcomes of long ones every flush interval."""
+        interval_us = self.engine.limits.flush_interval_ms * 1_000
+        while True:
+            while self._outbox:
+                await self._hand_over(self._outbox.popleft())
+            now_us = self.engine.clock.now_us()
+            due = [work for work in self._dirty_works.values() if work.dirty_since_us + interval_us <= now_us]
+            for work in due:
+                del self._dirty_works[id(work)]
+                await self._hand_over_part(work)
+            self._hungry.set()
+            if self._outbox:
+                continue
+            self._news.clear()
+            oldest = min((work.dirty_since_us for work in self._dirty_works.values()), default=None)
+            timeout_s = None if oldest is None else max(0.0, (oldest + interval_us - now_us) / 1_000_000)
+            await self.engine.clock.wait_for(self._news, timeout_s)
+
+    async def _hand_over(self, work: Work) -> None:
+        self._count(work)
+        settlement = work.take_settlement()
+        if settlement is not None:
+            await self.broker.put(settlement)
+        if not work.is_over:
+            await self.broker.put(self._release_of(work))
+        self.broker.forget(work)
+
+    async def _hand_over_part(self, work: Work) -> None:
+        settlement = work.take_settlement()
+        if settlement is not None:
+            await self.broker.put(settlement)
+
+    def _release_of(self, work: Work) -> Release:
+        lease = work.lease
+        if lease.at_most_once:  # what was handed out and did not end may have run: the store fails it, unrun goes back
+            begun = [work.places[n] for n in range(work.count) if work.marks[work.places[n]] == 1]
+            evidence = work.evidence or lost_once(attempts=lease.attempt, evidence="the worker stopped").message
+            return Release(span_id=lease.span_id, token=lease.token, suspects=tuple(begun), evidence=evidence)
+        return Release(span_id=lease.span_id, token=lease.token, suspects=tuple(work.suspects), evidence=work.evidence)
+
+    def _count(self, work: Work) -> None:
+        for code in self._counts:
+            self._counts[code] += work.codes.count(code)
+
+    def _unwanted(self, reply: Heartbeat) -> None:
+        """Stop running what was cancelled."""
+        if not reply.stopped and not reply.cancelled:
+            return
+        stopped, single = set(reply.stopped), set(reply.cancelled)
+
+        def wanted(work: Work, number: int) -> bool:
+            lease = work.lease
+            return lease.batch_id in stopped or (lease.batch_id, lease.indexes[number]) in single
+
+        self._here.interrupt(wanted, "cancelled")
+        if self._crew is not None:
+            self._crew.interrupt(wanted, "cancelled")
+
+
+class _Pace:
+    """How many runs to ask for: what is free now, and as much ahead as 100 ms of measured work."""
+
+    def __init__(self, runs: Runs, *, chunk_runs: int) -> None:
+        self._runs = runs
+        self._chunk_runs = chunk_runs
+        self._ahead = 0
+        self._rate = 0.0
+        self._since_s = perf_counter()
+        self._ended_then = runs.ended_count
+
+    def wanted(self) -> int:
+        """Runs to claim now; 0 while enough wait."""
+        self._measure()
+        runs = self._runs
+        free = max(0, runs.concurrency - runs.in_flight_count)
+        if runs.unbegun_count > (free + self._ahead) // 2 or (not free and runs.unbegun_count >= max(self._ahead, 1)):
+            return 0
+        wanted = free + self._ahead - runs.unbegun_count
+        if wanted <= 0:
+            return 0
+        if self._ahead >= self._chunk_runs:  # a fast task takes whole chunks: no splits
+            wanted = -(-wanted // self._chunk_runs) * self._chunk_runs
+        return min(wanted, RUNS_MAX)
+
+    def claimed(self, runs_count: int) -> None:
+        """A claim was answered: look further ahead, at most twice as far as before."""
+        if runs_count:
+            target = int(self._rate * AHEAD_S)
+            self._ahead = min(target, max(2 * self._ahead, self._runs.concurrency // 4 + 1))
+
+    def _measure(self) -> None:
+        now_s = perf_counter()
+        elapsed_s = now_s - self._since_s
+        if elapsed_s >= RATE_WINDOW_S:
+            rate = (self._runs.ended_count - self._ended_then) / elapsed_s
+            self._rate = rate if rate > self._rate else (self._rate + rate) / 2
+            self._since_s, self._ended_then = now_s, self._runs.ended_count

@@ -2,4 +2,52 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headrace.app import Headrace, Task
+    from headrace.core.retry import Retry, RetryAfter
+    from headrace.foundation.errors import HeadraceError
+    from headrace.handles import Batch, Outcome, Run, RunFailed, Summary, WaitTimedOut
+    from headrace.runtime.context import Context
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Context",
+    "Headrace",
+    "HeadraceError",
+    "Outcome",
+    "Retry",
+    "RetryAfter",
+    "Run",
+    "RunFailed",
+    "Summary",
+    "Task",
+    "WaitTimedOut",
+]
+
+_HOMES = {
+    "Batch": "headrace.handles",
+    "Context": "headrace.runtime.context",
+    "Headrace": "headrace.app",
+    "HeadraceError": "headrace.foundation.errors",
+    "Outcome": "headrace.handles",
+    "Retry": "headrace.core.retry",
+    "RetryAfter": "headrace.core.retry",
+    "Run": "headrace.handles",
+    "RunFailed": "headrace.handles",
+    "Summary": "headrace.handles",
+    "Task": "headrace.app",
+    "WaitTimedOut": "headrace.handles",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load public names when they are first used, so that `headrace --version` needs none of them."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'headrace' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

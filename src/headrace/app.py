@@ -1,0 +1,382 @@
+"""The public face: an app, its tasks, and handles on what they were asked to do.
+
+app = Headrace("library")
+
+@app.task(retry=Retry(attempts=5), timeout_s=30)
+async def outline(path: str, source: str) -> Outline: ...
+
+async with app.worker():
+    batch = await outline.map(items())
+    async for outcome in batch.results():
+        ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
+
+from headrace.compose import open_engine
+from headrace.core.retry import NO_RETRY, Retry
+from headrace.foundation.errors import InvalidSetting
+from headrace.foundation.ids import parse_run_id
+from headrace.foundation.settings import Settings, load
+from headrace.handles import Batch, Run
+from headrace.runtime.engine import Engine
+from headrace.runtime.producer import Options, Producer
+from headrace.runtime.registry import Pool, Registry, TaskSpec
+from headrace.runtime.worker import Worker
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class Task(Generic[P, R]):
+    """A registered function: call it as it is, enqueue one run of it, or map it over a stream of items."""
+
+    def __init__(self, app: Headrace, spec: TaskSpec) -> None:
+        self.app = app
+        self.spec = spec
+        self.__name__ = spec.name
+        self.__doc__ = spec.function.__doc__
+
+    @property
+    def name(self) -> str:
+        """What the store, the wire and people call it."""
+        return self.spec.name
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Call the function itself, here and now, without Headrace."""
+        return self.spec.function(*args, **kwargs)
+
+    async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
+        """Ask for one run. Durable when it returns; many at once share a commit.
+
+        Raises `InvalidInput` when the arguments don't fit the task.
+        """
+        return await self._enqueue(Options(), args, kwargs)
+
+    def options(
+        self,
+        *,
+        delay: float = 0,
+        priority: int | None = None,
+        queue: str | None = None,
+        idempotency_key: str = "",
+        idempotency_ttl: float = 0,
+        expires: float = 0,
+        tags: Sequence[str] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> TaskCall[P, R]:
+        """The same task with options for the calls made through it.
+
+        `delay`, `expires` and `idempotency_ttl` are seconds; 0 is now, never and for ever. `priority`: larger goes
+        first. A run whose `idempotency_key` already names a run of this task is that run.
+        """
+        return TaskCall(
+            self,
+            Options(
+                delay_s=delay,
+                expires_s=expires,
+                priority=priority,
+                queue=queue,
+                idempotency_key=idempotency_key,
+                idempotency_ttl_s=idempotency_ttl,
+                tags=tuple(tags),
+                headers=dict(headers or {}),
+            ),
+        )
+
+    async def map(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        *,
+        key: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+    ) -> Batch[R]:
+        """One run for each item, streamed and never held whole; durable and sealed when it returns.
+
+        A task of one parameter takes an item whole; of several, a mapping as keyword arguments or a list as
+        positional ones. An item that doesn't fit becomes a failed run at its own index. With a `key` the same key
+        answers the same batch: mapping again adds what is missing and nothing twice.
+        """
+        return await self._map(Options(), items, key, metadata)
+
+    async def _enqueue(self, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run[R]:
+        payload = self.spec.codec.encode(args, kwargs)
+        producer = await self.app.producer()
+        batch_id, index = await producer.enqueue(self.spec, payload, options)
+        return Run(producer.engine, batch_id, index)
+
+    async def _map(
+        self,
+        options: Options,
+        items: Iterable[Any] | AsyncIterable[Any],
+        key: str | None,
+        metadata: Mapping[str, object] | None,
+    ) -> Batch[R]:
+        producer = await self.app.producer()
+        batch_id = await producer.map(self.spec, items, options, key=key, metadata=dict(metadata or {}))
+        return Batch(producer.engine, batch_id)
+
+
+class TaskCall(Generic[P, R]):
+    """A task with options; made by `Task.options`."""
+
+    def __init__(self, task: Task[P, R], options: Options) -> None:
+        self._task = task
+        self._options = options
+
+    async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
+        """Ask for one run with these options."""
+        return await self._task._enqueue(self._options, args, kwargs)  # noqa: SLF001 - one class in two halves
+
+    async def map(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        *,
+        key: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+    ) -> Batch[R]:
+        """One run for each item, all with these options."""
+        return await self._task._map(self._options, items, key, metadata)  # noqa: SLF001 - one class in two halves
+
+
+class Headrace:
+    """An app: tasks by name, and the store they live in.
+
+    `store`, `objects`, `environment` and any limit by its name (`flush_size=…`) override what the environment
+    (`HEADRACE_STORE`, …) and `headrace.toml` say. Nothing is opened before it is needed; use the app as an async
+    context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        name: str = "app",
+        *,
+        store: str | None = None,
+        objects: str | None = None,
+        environment: str | None = None,
+        **settings: int,
+    ) -> None:
+        self.name = name
+        self.registry = Registry()
+        self._flags: dict[str, object | None] = {
+            "store": store,
+            "objects": objects,
+            "environment": environment,
+            **settings,
+        }
+        self._settings: Settings | None = None
+        self._engine: Engine | None = None
+        self._producer: Producer | None = None
+        self._opening: asyncio.Lock | None = None
+        self._background: _Background | None = None
+
+    # -- tasks
+
+    @overload
+    def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
+    @overload
+    def task(
+        self,
+        *,
+        name: str | None = None,
+        retry: Retry = NO_RETRY,
+        timeout_s: float | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        pool: Pool = "auto",
+        at_most_once: bool = False,
+    ) -> _Decorator: ...
+    def task(self, *functions: Any, **options: Any) -> Any:
+        """Register a function. Async ones run on the loop, plain ones in threads or (`pool="process"`) in processes.
+
+        `name` (default: the function's own), `retry` (default: none), `timeout_s` an attempt may take, `queue` and
+        `priority` unless a call says otherwise, `at_most_once` for what must rather be lost than run twice.
+        """
+
+        def register(function: Callable[..., Any]) -> Task[Any, Any]:
+            name = options.pop("name", None) or function.__name__
+            spec = TaskSpec(name=name, function=function, **options)
+            self.registry.add(spec)
+            return Task(self, spec)
+
+        return register(*functions) if functions else register
+
+    # -- life
+
+    def use(self, settings: Settings) -> None:
+        """Work with these settings, whatever the app was made with. Before anything is opened."""
+        if self._engine is not None:
+            raise InvalidSetting("the app is open already; settings come before")
+        self._settings = settings
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        if self._settings is None:
+            self._settings = load(self._flags, os.environ, Path.cwd())
+        return self._settings
+
+    async def open(self) -> Engine:
+        """Open the store, once; everything else does it when needed."""
+        if self._opening is None:
+            self._opening = asyncio.Lock()
+        async with self._opening:
+            if self._engine is None:
+                self._engine = await open_engine(self.settings)
+            return self._engine
+
+    def use_engine(self, engine: Engine) -> None:
+        """Work on an engine that somebody else opened (the testing mode)."""
+        self._engine = engine
+
+    async def producer(self) -> Producer:
+        """What enqueues and maps for this process."""
+        engine = await self.open()
+        if self._producer is None:
+            self._producer = Producer(engine)
+        return self._producer
+
+    async def close(self) -> None:
+        """Write what is still to be written and let go of the store. Closing twice does nothing."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await producer.close()
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.close()
+        self._opening = None
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @asynccontextmanager
+    async def worker(
+        self,
+        *,
+        tasks: Sequence[str] | None = None,
+        queues: Sequence[str] | None = None,
+        concurrency: int | None = None,
+        processes: int | None = None,
+    ) -> AsyncGenerator[Worker, None]:
+        """Run this app's tasks in this process while the block lasts; leaving it ends in good order."""
+        engine = await self.open()
+        settings = self.settings
+        worker = Worker(
+            engine,
+            self.registry,
+            tasks=tasks,
+            queues=queues,
+            concurrency=settings.concurrency if concurrency is None else concurrency,
+            processes=settings.processes if processes is None else processes,
+        )
+        await worker.start()
+        try:
+            yield worker
+        finally:
+            await worker.stop()
+
+    # -- what was asked for
+
+    async def batch(self, batch_id: str) -> Batch[Any]:
+        """A handle on a batch by its id. Raises `NotFound`."""
+        engine = await self.open()
+        await engine.store.batch(batch_id)
+        return Batch(engine, batch_id)
+
+    async def run(self, run_id: str) -> Run[Any]:
+        """A handle on a run by its id. Raises `NotFound`."""
+        engine = await self.open()
+        batch_id, index = parse_run_id(run_id)
+        await engine.store.run(batch_id, index)
+        return Run(engine, batch_id, index)
+
+    # -- for scripts
+
+    def run_sync(self, awaitable: Awaitable[T]) -> T:
+        """Await something from code that is not async: `app.run_sync(outline.map(items))`.
+
+        One loop in one background thread serves every call of the app, so handles and workers keep working between
+        calls. Not from inside a running event loop.
+        """
+        if self._background is None:
+            self._background = _Background()
+        return self._background.run(awaitable)
+
+    def iter_sync(self, iterator: AsyncIterator[T]) -> Iterable[T]:
+        """Iterate over something async from code that is not."""
+        while True:
+            try:
+                yield self.run_sync(anext(iterator))
+            except StopAsyncIteration:
+                return
+
+    def close_sync(self) -> None:
+        """`close`, and the end of the background loop."""
+        if self._background is not None:
+            self._background.run(self.close())
+            self._background.stop()
+            self._background = None
+
+
+class _Decorator:
+    """The type of `app.task(...)` with options."""
+
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
+    def __call__(self, function: Callable[..., Any], /) -> Any:
+        raise NotImplementedError
+
+
+class _Background:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="headrace-loop", daemon=True)
+        self._thread.start()
+
+    def run(self, awaitable: Awaitable[T]) -> T:
+        async def wrapped() -> T:
+            return await awaitable
+
+        return asyncio.run_coroutine_threadsafe(wrapped(), self._loop).result()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def task_of(found: object) -> Task[Any, Any] | None:
+    """`found` when it is a task."""
+    return found if isinstance(found, Task) else None

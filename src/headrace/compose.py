@@ -1,0 +1,85 @@
+"""The only room that knows which store, which object store and which clock a process has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from headrace.foundation.errors import InvalidSetting, StoreUnavailable
+from headrace.foundation.limits import Limits
+from headrace.foundation.settings import Settings
+from headrace.runtime.clock import Clock, SystemClock
+from headrace.runtime.doorbell import Doorbell
+from headrace.runtime.engine import Engine
+from headrace.store.payloads import open_payloads
+from headrace.store.protocol import Store
+
+SQLITE: Final = "sqlite"
+MEMORY: Final = "memory"
+
+
+async def open_engine(settings: Settings) -> Engine:
+    """Open the store, the object store and the clock that the settings name; an empty database is made ready.
+
+    Raises `InvalidSetting` for a URL nobody knows, `StoreUnavailable` and `StoreBroken` as the store does.
+    """
+    url = urlsplit(settings.store)
+    if url.scheme == MEMORY:
+        return await memory_engine(settings.limits, SystemClock(), environment=settings.environment)
+    if url.scheme != SQLITE:
+        raise InvalidSetting(
+            f"no store is known for {url.scheme or settings.store!r}:",
+            hint="write sqlite:///relative.db, sqlite:////absolute.db or memory:",
+        )
+    path = sqlite_path(settings.store)
+    if not path.parent.is_dir():
+        raise StoreUnavailable(f"the directory {path.parent} of the database does not exist", hint="make it first")
+    from headrace.store.sqlite import SqliteStore
+
+    store = SqliteStore(path, settings.limits)
+    await store.open()
+    try:
+        objects = settings.objects or str(path.with_name(path.name + ".objects").resolve())
+        payloads = open_payloads(objects)
+    except BaseException:
+        await store.close()
+        raise
+    return Engine(
+        store=store,
+        payloads=payloads,
+        clock=SystemClock(),
+        limits=settings.limits,
+        environment=settings.environment,
+        live_directory=path.with_name(path.name + ".live"),
+        beats_beside=True,
+        doorbell=Doorbell(),
+    )
+
+
+async def memory_engine(limits: Limits, clock: Clock, *, environment: str = "default") -> Engine:
+    """An engine that forgets: for tests, and for trying things out."""
+    from headrace.store.memory import MemoryStore
+
+    store: Store = MemoryStore(limits)
+    await store.open()
+    return Engine(
+        store=store,
+        payloads=open_payloads("memory://"),
+        clock=clock,
+        limits=limits,
+        environment=environment,
+        live_directory=None,
+        beats_beside=False,
+        doorbell=Doorbell(),
+    )
+
+
+def sqlite_path(url: str) -> Path:
+    """The file that `sqlite:///relative`, `sqlite:////absolute` names. Raises `InvalidSetting`."""
+    parts = urlsplit(url)
+    if parts.netloc or not parts.path.strip("/") or parts.query or parts.fragment:
+        raise InvalidSetting(
+            f"{url!r} does not name a file", hint="write sqlite:///relative.db or sqlite:////absolute.db"
+        )
+    return Path(unquote(parts.path)[1:])

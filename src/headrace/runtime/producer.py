@@ -1,0 +1,315 @@
+"""How calls become durable runs: single enqueues share commits, maps stream.
+
+Single enqueues of a process belong to one open-ended batch (kind `stream`) of its session; recovering the session
+seals it at what was received. What is enqueued while a commit is in flight shares the next (natural batching).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, Iterable, Sequence
+from contextlib import aclosing, suppress
+from typing import Any, NamedTuple
+
+import msgspec
+
+from headrace.core.batch import CANCELLED, STREAM
+from headrace.core.block import Chunk, Coalescer, Extra
+from headrace.core.failure import Failure
+from headrace.core.pack import JSON, REFERENCE
+from headrace.core.span import Key
+from headrace.foundation.errors import HeadraceError, InvalidInput
+from headrace.foundation.ids import new_batch_id
+from headrace.foundation.limits import DAY_MS
+from headrace.runtime.broker import Broker
+from headrace.runtime.engine import Engine
+from headrace.runtime.flusher import Flusher
+from headrace.runtime.ingest import ingest
+from headrace.runtime.registry import TaskSpec, check_name, check_priority
+from headrace.store.protocol import NewBatch
+
+SECONDS_MAX = 3_650 * DAY_MS // 1_000
+STREAM_RUNS_MAX = 1_000_000
+"""After this many single enqueues a producer goes on in a new stream, so that old ones end and can be pruned."""
+
+
+class Options(NamedTuple):
+    """What a call may ask for beside its arguments. Durations are seconds; 0 is now, never, for ever."""
+
+    delay_s: float = 0
+    expires_s: float = 0
+    priority: int | None = None
+    queue: str | None = None
+    idempotency_key: str = ""
+    idempotency_ttl_s: float = 0
+    tags: tuple[str, ...] = ()
+    headers: dict[str, str] = {}
+
+
+class _Enqueue(NamedTuple):
+    index: int
+    payload: bytes
+    kind: int
+    key: Key
+    extra: Extra | None
+    answer: asyncio.Future[tuple[str, int]]
+
+
+class Producer:
+    """Appends for one process. Owned by one event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._broker: Broker | None = None
+        self._stream_id = ""
+        self._next_index = 0
+        self._starting = asyncio.Lock()
+        self._flusher: Flusher[_Enqueue] | None = None
+
+    async def enqueue(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[str, int]:
+        """Make one run durable; answers `(batch_id, index)`, of an older run when its idempotency key names one."""
+        key, extra = self._key(spec, options), self._extra(options)
+        async with self._starting:
+            await self._ensure_stream()
+            index, self._next_index = self._next_index, self._next_index + 1
+            stream_id = self._stream_id
+        payload, kind, extra = await self._settled_payload(stream_id, payload, extra)
+        answer: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
+        assert self._flusher is not None
+        await self._flusher.put(_Enqueue(index, payload, kind, key, extra, answer))
+        return await answer
+
+    async def _ensure_stream(self) -> None:
+        if self._broker is None:
+            self._broker = Broker(self.engine, kind="producer")
+            self._broker.on_ended = self._session_lost
+            await self._broker.start()
+        if not self._broker.session_id:
+            await self._broker.restart()
+        if not self._stream_id or self._next_index >= STREAM_RUNS_MAX:
+            await self._end_stream()
+            clock = self.engine.clock
+            new = NewBatch(
+                id=new_batch_id(clock.now_us()),
+                environment=self.engine.environment,
+                kind=STREAM,
+                session_id=self._broker.session_id,
+            )
+            await self.engine.store.create_batch(new, now_us=clock.now_us())
+            self._stream_id, self._next_index = new.id, 0
+            self._flusher = Flusher(
+                _Appending(self.engine, new.id).flush,
+                name="enqueues",
+                clock=clock,
+                on_refused=_refuse,
+                size=self.engine.limits.flush_size,
+            )
+
+    def _session_lost(self) -> None:
+        """Others took this process for dead and sealed its stream; the next enqueue begins a new one."""
+        self._stream_id = ""
+        if self._broker is not None:
+            self._broker.session_id = ""
+
+    async def _end_stream(self) -> None:
+        if self._flusher is not None:
+            await self._flusher.close()
+            self._flusher = None
+        if self._stream_id:
+            await self.engine.store.seal(self._stream_id, None, now_us=self.engine.clock.now_us())
+            self._stream_id = ""
+
+    async def map(
+        self,
+        spec: TaskSpec,
+        items: Iterable[Any] | AsyncIterable[Any],
+        options: Options,
+        *,
+        key: str | None,
+        metadata: dict[str, object],
+    ) -> str:
+        """Stream items into a batch and seal it; answers the batch's id."""
+        if key is not None:
+            check_name("key", key)
+        if options.idempotency_key:
+            raise InvalidInput("an idempotency key names one run, not a batch", hint="give map a key=… instead")
+        clock, limits = self.engine.clock, self.engine.limits
+        span_key, shared = self._key(spec, options), self._extra(options)
+        new = NewBatch(
+            id=new_batch_id(clock.now_us()),
+            environment=self.engine.environment,
+            key=key,
+            task=spec.name,
+            metadata=metadata,
+        )
+        batch, _ = await self.engine.store.create_batch(new, now_us=clock.now_us())
+        stream = _Stream(self.engine, batch.id)
+
+        def step(item: Any) -> Any:
+            payload, failure = _encoded(spec, item)
+            if failure is not None:
+                return payload, JSON, Extra(failure=failure)
+            if len(payload) < limits.inline_bytes_max:
+                return payload, JSON, shared
+            return self._settled_payload(batch.id, payload, shared)
+
+        index = 0
+        try:
+            async with aclosing(ingest(items, step, concurrency=limits.ingest_concurrency)) as steps:
+                async for payload, kind, extra in steps:
+                    await stream.add(index, payload, span_key, kind, extra)
+                    index += 1
+            await stream.close()
+        except BaseException:
+            await stream.abandon()
+            if key is None:  # nobody could ever go on with it
+                await self.engine.store.stop_batch(batch.id, CANCELLED, now_us=clock.now_us())
+            raise
+        await self.engine.store.seal(batch.id, index, now_us=clock.now_us())
+        self.engine.recorded.ring()
+        return batch.id
+
+    async def close(self) -> None:
+        """Write what waits, seal the stream, and leave."""
+        async with self._starting:
+            if self._broker is not None:
+                await self._end_stream()
+                await self._broker.stop()
+                self._broker = None
+
+    # -- one run
+
+    def _key(self, spec: TaskSpec, options: Options) -> Key:
+        now_us = self.engine.clock.now_us()
+        return Key(
+            task=spec.name,
+            queue=spec.queue if options.queue is None else check_name("queue", options.queue),
+            priority=spec.priority if options.priority is None else check_priority(options.priority),
+            due_us=_moment_us("delay", options.delay_s, now_us),
+            expires_us=_moment_us("expires", options.expires_s, now_us),
+            at_most_once=spec.at_most_once,
+        )
+
+    def _extra(self, options: Options) -> Extra | None:
+        if not options.idempotency_key and not options.tags and not options.headers:
+            return None
+        limits = self.engine.limits
+        if options.idempotency_key:
+            check_name("idempotency key", options.idempotency_key)
+        if len(options.tags) > limits.tags_max:
+            raise InvalidInput(f"a run has at most {limits.tags_max} tags, not {len(options.tags)}")
+        for tag in options.tags:
+            check_name("tag", tag)
+        _check_headers(options.headers, limits.headers_bytes_max)
+        expires_us = _moment_us("idempotency_ttl", options.idempotency_ttl_s, self.engine.clock.now_us())
+        return Extra(
+            idempotency_key=options.idempotency_key,
+            idempotency_expires_us=expires_us,
+            tags=options.tags,
+            headers=options.headers,
+        )
+
+    async def _settled_payload(
+        self, batch_id: str, payload: bytes, extra: Extra | None
+    ) -> tuple[bytes, int, Extra | None]:
+        """The payload as its row holds it: itself, or a reference once the object is durable."""
+        if len(payload) < self.engine.limits.inline_bytes_max:
+            return payload, JSON, extra
+        reference, object_key = await self.engine.offloaded(batch_id, payload)
+        named = msgspec.structs.replace(extra or Extra(), object_key=object_key, object_bytes=len(payload))
+        return reference, REFERENCE, named
+
+
+class _Appending:
+    """Flushes single enqueues into their stream."""
+
+    def __init__(self, engine: Engine, batch_id: str) -> None:
+        self._engine = engine
+        self._batch_id = batch_id
+
+    async def flush(self, enqueues: Sequence[_Enqueue]) -> None:
+        """One append for all of them; each is answered after the commit."""
+        limits = self._engine.limits
+        coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
+        for one in sorted(enqueues, key=lambda enqueue: enqueue.index):
+            coalescer.add(one.index, one.payload, one.key, kind=one.kind, extra=one.extra)
+        appended = await self._engine.store.append(
+            self._batch_id, coalescer.flush(), now_us=self._engine.clock.now_us()
+        )
+        for one in enqueues:
+            if not one.answer.done():
+                one.answer.set_result(appended.existing.get(one.index, (self._batch_id, one.index)))
+        self._engine.doorbell.ring()
+
+
+def _refuse(enqueue: _Enqueue, error: HeadraceError) -> None:
+    if not enqueue.answer.done():
+        enqueue.answer.set_exception(error)
+
+
+class _Stream:
+    """Chunks of one batch on their way: one append in flight while the next fills."""
+
+    def __init__(self, engine: Engine, batch_id: str) -> None:
+        limits = engine.limits
+        self._engine = engine
+        self._batch_id = batch_id
+        self._coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
+        self._flusher: Flusher[Chunk] = Flusher(
+            self._append, name="map", clock=engine.clock, on_refused=self._refused, size=32
+        )
+        self._error: HeadraceError | None = None
+
+    async def add(self, index: int, payload: bytes, key: Key, kind: int, extra: Extra | None) -> None:
+        self._coalescer.add(index, payload, key, kind=kind, extra=extra)
+        for chunk in self._coalescer.take():
+            await self._put(chunk)
+
+    async def _put(self, chunk: Chunk) -> None:
+        if self._error is not None:
+            raise self._error
+        await self._flusher.put(chunk)
+
+    async def _append(self, chunks: Sequence[Chunk]) -> None:
+        await self._engine.store.append(self._batch_id, chunks, now_us=self._engine.clock.now_us())
+        self._engine.doorbell.ring()
+
+    def _refused(self, _chunk: Chunk, error: HeadraceError) -> None:
+        self._error = self._error or error
+
+    async def abandon(self) -> None:
+        """Write what was taken in, and leave it at that: the error that ended the stream goes first."""
+        with suppress(HeadraceError):
+            await self.close()
+
+    async def close(self) -> None:
+        for chunk in self._coalescer.flush():
+            await self._put(chunk)
+        await self._flusher.close()
+        if self._error is not None:
+            raise self._error
+
+
+def _encoded(spec: TaskSpec, item: Any) -> tuple[bytes, bytes | None]:
+    try:
+        return spec.codec.encode_value(item), None
+    except InvalidInput as error:
+        return b"{}", Failure(type="InvalidPayload", message=error.message).encode()
+
+
+def _moment_us(what: str, seconds: float, now_us: int) -> int:
+    if not 0 <= seconds <= SECONDS_MAX:
+        raise InvalidInput(f"{what} is from 0 to {SECONDS_MAX} seconds, not {seconds!r}")
+    return now_us + int(seconds * 1_000_000) if seconds else 0
+
+
+def _check_headers(headers: dict[str, str], bytes_max: int) -> None:
+    for name, value in headers.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise InvalidInput(f"headers are strings by name, not {name!r}: {value!r}")
+    try:
+        size = len(msgspec.json.encode(headers))
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"headers are not valid text: {error}") from None
+    if size > bytes_max:
+        raise InvalidInput(f"the headers of a run have at most {bytes_max} bytes, not {size}")

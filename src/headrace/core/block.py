@@ -8,6 +8,8 @@ to a lone item).
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
+from itertools import repeat
 from typing import Final
 
 import msgspec
@@ -100,6 +102,27 @@ class Coalescer:
         self.open_bytes += size
         if position + 1 >= self.runs_max:
             self._close()
+
+    def extend(self, first_index: int, payloads: Sequence[bytes], key: Key) -> None:
+        """Take many runs of one key with consecutive indexes and JSON payloads: `add` in a few calls for all."""
+        start = 0
+        while start < len(payloads):
+            piece = payloads[start : start + self.runs_max - len(self._payloads)]
+            size = sum(map(len, piece))
+            index = first_index + start
+            start += len(piece)
+            if self.open_bytes + size > self.bytes_max:
+                for number, payload in enumerate(piece, index):
+                    self.add(number, payload, key)
+                continue
+            self._indexes += range(index, index + len(piece))
+            self._payloads += piece
+            self._keys += repeat(key, len(piece))
+            if self._kinds is not None:
+                self._kinds += bytes(len(piece))
+            self.open_bytes += size
+            if len(self._payloads) >= self.runs_max:
+                self._close()
 
     def take(self) -> list[Chunk]:
         """The chunks that have closed, oldest first."""

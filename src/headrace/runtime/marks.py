@@ -15,6 +15,7 @@ import fcntl
 import mmap
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -88,10 +89,8 @@ class Marks:
         """Nothing is in flight any more: unlock and remove the file."""
         self.path.unlink(missing_ok=True)
         self._view.release()
-        try:
+        with suppress(BufferError):  # a run that outlived its worker still holds its marks; the map goes with it
             self._map.close()
-        except BufferError:  # a run that outlived its worker still holds its marks; the map goes with it
-            pass
         self._file.close()
 
 

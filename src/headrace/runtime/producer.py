@@ -7,9 +7,10 @@ seals it at what was received. What is enqueued while a commit is in flight shar
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import aclosing, suppress
-from typing import Any, NamedTuple
+from time import perf_counter
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -28,8 +29,10 @@ from headrace.runtime.ingest import ingest
 from headrace.runtime.registry import TaskSpec, check_name, check_priority
 from headrace.store.protocol import NewBatch
 
-SECONDS_MAX = 3_650 * DAY_MS // 1_000
-STREAM_RUNS_MAX = 1_000_000
+GROUP_ITEMS: Final = 256
+GROUP_S: Final = 0.001
+SECONDS_MAX: Final = 3_650 * DAY_MS // 1_000
+STREAM_RUNS_MAX: Final = 1_000_000
 """After this many single enqueues a producer goes on in a new stream, so that old ones end and can be pruned."""
 
 
@@ -43,7 +46,7 @@ class Options(NamedTuple):
     idempotency_key: str = ""
     idempotency_ttl_s: float = 0
     tags: tuple[str, ...] = ()
-    headers: dict[str, str] = {}
+    headers: dict[str, str] = {}  # noqa: RUF012 - never changed
 
 
 class _Enqueue(NamedTuple):
@@ -144,21 +147,19 @@ class Producer:
         )
         batch, _ = await self.engine.store.create_batch(new, now_us=clock.now_us())
         stream = _Stream(self.engine, batch.id)
+        codec = spec.codec
 
-        def step(item: Any) -> Any:
-            payload, failure = _encoded(spec, item)
-            if failure is not None:
-                return payload, JSON, Extra(failure=failure)
-            if len(payload) < limits.inline_bytes_max:
-                return payload, JSON, shared
-            return self._settled_payload(batch.id, payload, shared)
+        def step(group: list[Any]) -> _Encoded | Awaitable[_Encoded]:
+            payloads = codec.encode_values(group)
+            if payloads is None or shared is not None or max(map(len, payloads)) >= limits.inline_bytes_max:
+                return self._encode_each(spec, batch.id, group, shared)
+            return _Encoded(payloads, None)
 
         index = 0
         try:
-            async with aclosing(ingest(items, step, concurrency=limits.ingest_concurrency)) as steps:
-                async for payload, kind, extra in steps:
-                    await stream.add(index, payload, span_key, kind, extra)
-                    index += 1
+            async with aclosing(ingest(_grouped(items), step, concurrency=limits.ingest_concurrency)) as steps:
+                async for encoded in steps:
+                    index = await stream.add(index, encoded, span_key)
             await stream.close()
         except BaseException:
             await stream.abandon()
@@ -168,6 +169,20 @@ class Producer:
         await self.engine.store.seal(batch.id, index, now_us=clock.now_us())
         self.engine.recorded.ring()
         return batch.id
+
+    async def _encode_each(self, spec: TaskSpec, batch_id: str, group: list[Any], shared: Extra | None) -> _Encoded:
+        """The items of a group one by one: some don't fit, are large, or carry options."""
+        payloads: list[bytes] = []
+        extras: list[tuple[int, Extra | None]] = []
+        for item in group:
+            payload, failure = _encoded(spec, item)
+            if failure is not None:
+                kind, extra = JSON, Extra(failure=failure)
+            else:
+                payload, kind, extra = await self._settled_payload(batch_id, payload, shared)
+            payloads.append(payload)
+            extras.append((kind, extra))
+        return _Encoded(payloads, extras)
 
     async def close(self) -> None:
         """Write what waits, seal the stream, and leave."""
@@ -247,6 +262,38 @@ def _refuse(enqueue: _Enqueue, error: HeadraceError) -> None:
         enqueue.answer.set_exception(error)
 
 
+class _Encoded(NamedTuple):
+    """A group of items as payloads; `extras` has `(kind, extra)` for each, or is None for plain JSON."""
+
+    payloads: list[bytes]
+    extras: list[tuple[int, Extra | None]] | None
+
+
+def _grouped(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[list[Any]]:
+    return _groups_of_async(items) if isinstance(items, AsyncIterable) else _groups_of(items)
+
+
+async def _groups_of_async(items: AsyncIterable[Any]) -> AsyncIterator[list[Any]]:
+    async for item in items:
+        yield [item]
+
+
+async def _groups_of(items: Iterable[Any]) -> AsyncIterator[list[Any]]:
+    """Items in groups: as many as come within a millisecond, so that a slow source is not waited for."""
+    iterator = iter(items)
+    while True:
+        until = perf_counter() + GROUP_S
+        group: list[Any] = []
+        for item in iterator:
+            group.append(item)
+            if len(group) >= GROUP_ITEMS or perf_counter() > until:
+                break
+        if not group:
+            return
+        yield group
+        await asyncio.sleep(0)
+
+
 class _Stream:
     """Chunks of one batch on their way: one append in flight while the next fills."""
 
@@ -260,10 +307,16 @@ class _Stream:
         )
         self._error: HeadraceError | None = None
 
-    async def add(self, index: int, payload: bytes, key: Key, kind: int, extra: Extra | None) -> None:
-        self._coalescer.add(index, payload, key, kind=kind, extra=extra)
+    async def add(self, index: int, encoded: _Encoded, key: Key) -> int:
+        """Take a group in; answers the index after it."""
+        if encoded.extras is None:
+            self._coalescer.extend(index, encoded.payloads, key)
+        else:
+            for number, (payload, (kind, extra)) in enumerate(zip(encoded.payloads, encoded.extras, strict=True)):
+                self._coalescer.add(index + number, payload, key, kind=kind, extra=extra)
         for chunk in self._coalescer.take():
             await self._put(chunk)
+        return index + len(encoded.payloads)
 
     async def _put(self, chunk: Chunk) -> None:
         if self._error is not None:

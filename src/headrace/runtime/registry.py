@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal, get_args
@@ -139,6 +139,8 @@ class Codec:
             self._has_default = default is not inspect.Parameter.empty
             self._whole = msgspec.json.Decoder(annotation)
             self.decode_one = self._whole.decode
+            self._checks_nothing = annotation in (Any, object)
+            self._many: msgspec.json.Decoder[Any] | None = msgspec.json.Decoder(list[annotation])
         else:
             self._only = None
             fields: list[Any] = [
@@ -151,6 +153,8 @@ class Codec:
             self._by_place_type = msgspec.defstruct(
                 "Arguments", sorted(fields, key=len), array_like=True, forbid_unknown_fields=True
             )
+            self._checks_nothing = False
+            self._many = msgspec.json.Decoder(list[self._by_name_type]) if fields else None  # type: ignore[name-defined]  # made here
             self._by_name = msgspec.json.Decoder(self._by_name_type)
             self._by_place = msgspec.json.Decoder(self._by_place_type)
 
@@ -192,7 +196,7 @@ class Codec:
 
     def _checked(self, value: Any) -> bytes:
         try:
-            payload = msgspec.json.encode(value)
+            payload = _encode_json(value)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidInput(
                 f"the arguments of task {self.name} can't be written as JSON: {error}",
@@ -205,6 +209,19 @@ class Codec:
                 f"the arguments don't fit task {self.name}: {error}", hint=f"it takes {self._signature}"
             ) from None
         return payload
+
+    def encode_values(self, values: Sequence[Any]) -> list[bytes] | None:
+        """Many items as JSON, checked in one go; None when any of them is refused, so that each can be asked alone."""
+        try:
+            payloads = [_encode_json(value) for value in values]
+            if self._checks_nothing:
+                return payloads
+            if self._many is None or any(payload[:1] == b"[" for payload in payloads if self._only is None):
+                return [self._checked(value) for value in values]
+            self._many.decode(b"[" + b",".join(payloads) + b"]")
+        except (TypeError, ValueError, RecursionError, InvalidInput):
+            return None
+        return payloads
 
     def decode(self, payload: bytes, kind: int) -> Arguments:
         """The call that a payload describes. Raises `PayloadRefused`, naming the path of the field."""
@@ -270,6 +287,9 @@ class Codec:
         return (), {name: own for name, _, _ in self.parameters if (own := getattr(found, name)) is not msgspec.UNSET}
 
 
+_encode_json: Final = msgspec.json.Encoder().encode
+
+
 class _Call(msgspec.Struct):
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -299,7 +319,7 @@ def _revive_one(value: Any, kinds: Any) -> Any:
     try:
         match kind:
             case "Date":
-                return datetime.fromisoformat(value.replace("Z", "+00:00"))
+                return datetime.fromisoformat(value)
             case "bigint":
                 return int(value)
             case "number":

@@ -1,4 +1,4 @@
-"""What must happen though nobody asks for it. Each duty is a short function in a listed order, done in bounded steps."""
+"""What must happen though nobody asks for it: each duty a short function in a listed order, done in bounded steps."""
 
 from __future__ import annotations
 

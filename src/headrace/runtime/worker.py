@@ -74,6 +74,7 @@ class Worker:
         tasks: Sequence[str] | None = None,
         queues: Sequence[str] | None = None,
         kind: str = "worker",
+        inline_sync: bool = False,
     ) -> None:
         self.engine = engine
         self.broker = Broker(engine, kind=kind)
@@ -89,8 +90,13 @@ class Worker:
             offload=engine,
             limits=engine.limits,
             hooks=hooks,
+            inline_sync=inline_sync,
         )
-        self._apart = {name for name in self._tasks if processes or registry.get(name).pool == "process"}
+        self._apart = (
+            set()
+            if inline_sync
+            else {name for name in self._tasks if processes or registry.get(name).pool == "process"}
+        )
         self._crew: Crew | None = None
         if self._apart:
             self._crew = Crew(engine, registry, self.broker, processes=processes, concurrency=concurrency, hooks=hooks)

@@ -1,0 +1,88 @@
+"""Testing code that uses Headrace: a store in memory, runs drained inline, time moved by hand.
+
+    async def test_outlines_are_made() -> None:
+        async with testing(app) as world:
+            batch = await outline.map(["a.py", "b.py"])
+            await world.drain()
+            assert [outcome.output async for outcome in batch.results()] == [...]
+
+Nothing waits for wall time: a run delayed by an hour runs when `world.advance(3600)` was called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from headrace.app import Headrace
+from headrace.compose import memory_engine
+from headrace.foundation.limits import Limits
+from headrace.runtime.clock import ManualClock, SystemClock
+from headrace.runtime.engine import Engine
+from headrace.runtime.worker import Worker
+
+PATIENCE_S: Final = 10
+"""Seconds that `drain` lets a run wait for a thread, a file or a socket before it says that the run hangs."""
+TURN_S: Final = 0.02
+
+
+class World:
+    """One app on a store in memory and a clock that only moves when told."""
+
+    def __init__(self, app: Headrace, engine: Engine, clock: ManualClock) -> None:
+        self.app = app
+        self.engine = engine
+        self.clock = clock
+
+    async def drain(self) -> int:
+        """Run everything that is due now, and what that makes due; answers how many runs ended.
+
+        Raises `AssertionError` when a run waits for something that does not come by itself (a longer sleep:
+        `advance`).
+        """
+        before = await self._unsettled()
+        worker = Worker(self.engine, self.app.registry, concurrency=100, kind="testing", inline_sync=True)
+        await worker.start()
+        try:
+            for _ in range(int(PATIENCE_S / TURN_S)):
+                await self.clock.settle()
+                if not await self._due():
+                    break
+                await self.engine.recorded.wait(SystemClock(), TURN_S)
+            else:
+                raise AssertionError("runs are under way that do not end: do they wait for time? world.advance(…)")
+        finally:
+            await worker.stop(now=True)
+        return before - await self._unsettled()
+
+    async def advance(self, seconds: float) -> None:
+        """Move time on; what becomes due runs at the next `drain`."""
+        self.clock.advance(seconds)
+        await self.clock.settle()
+
+    async def _due(self) -> int:
+        """Runs that wait and are due, or are being run."""
+        queues = await self.engine.store.queues(self.engine.environment)
+        return sum(queue.waiting_count + queue.leased_count for queue in queues if not queue.paused)
+
+    async def _unsettled(self) -> int:
+        queues = await self.engine.store.queues(self.engine.environment)
+        return sum(queue.waiting_count + queue.leased_count + queue.delayed_count for queue in queues)
+
+
+@asynccontextmanager
+async def testing(app: Headrace, **limits: int) -> AsyncGenerator[World, None]:
+    """Put `app` on a fresh store in memory while the block lasts; `limits` by name, as in `Headrace(...)`."""
+    clock = ManualClock()
+    engine = await memory_engine(Limits(**limits), clock)
+    app.use_engine(engine)
+    try:
+        yield World(app, engine, clock)
+    finally:
+        await app.close()
+
+
+def fails_with(outcome: Any) -> str:
+    """The class name of the error an outcome failed with, or an empty string."""
+    return outcome.failure.type if outcome.failure is not None else ""

@@ -32,7 +32,9 @@ from headrace.store.protocol import Heartbeat, Release
 LOG: Any = structlog.get_logger("headrace.worker")
 AHEAD_S: Final = 0.1
 RATE_WINDOW_S: Final = 0.05
-RUNS_MAX: Final = 65_536
+RATE_WINDOW_MIN_S: Final = 0.002
+CLAIM_RUNS: Final = 8_192
+"""Runs in one claim at most: many claims of some milliseconds keep runners busy better than few long ones."""
 
 
 class Runs(Protocol):
@@ -321,14 +323,16 @@ class _Pace:
         self._measure()
         runs = self._runs
         free = max(0, runs.concurrency - runs.in_flight_count)
-        if runs.unbegun_count > (free + self._ahead) // 2 or (not free and runs.unbegun_count >= max(self._ahead, 1)):
+        target = free + self._ahead
+        low = max(target // 2, target - CLAIM_RUNS)
+        if runs.unbegun_count > low or (not free and runs.unbegun_count >= max(self._ahead, 1)):
             return 0
-        wanted = free + self._ahead - runs.unbegun_count
+        wanted = target - runs.unbegun_count
         if wanted <= 0:
             return 0
         if self._ahead >= self._chunk_runs:  # a fast task takes whole chunks: no splits
             wanted = -(-wanted // self._chunk_runs) * self._chunk_runs
-        return min(wanted, RUNS_MAX)
+        return min(wanted, CLAIM_RUNS)
 
     def claimed(self, runs_count: int) -> None:
         """A claim was answered: look further ahead, at most twice as far as before."""
@@ -339,7 +343,8 @@ class _Pace:
     def _measure(self) -> None:
         now_s = perf_counter()
         elapsed_s = now_s - self._since_s
-        if elapsed_s >= RATE_WINDOW_S:
-            rate = (self._runs.ended_count - self._ended_then) / elapsed_s
+        ended_count = self._runs.ended_count - self._ended_then
+        if elapsed_s >= RATE_WINDOW_S or (elapsed_s >= RATE_WINDOW_MIN_S and ended_count > self._runs.concurrency):
+            rate = ended_count / elapsed_s
             self._rate = rate if rate > self._rate else (self._rate + rate) / 2
             self._since_s, self._ended_then = now_s, self._runs.ended_count

@@ -30,7 +30,7 @@ from headrace.core.span import (
     positions_of,
 )
 from headrace.core.span import redrive as redrive_span
-from headrace.foundation.errors import Conflict, InvalidInput, NotFound
+from headrace.foundation.errors import Conflict, InvalidInput, NotFound, StoreBroken
 from headrace.store.protocol import Appended, NewBatch
 from headrace.store.sqlite.rows import (
     Blob,
@@ -66,7 +66,10 @@ def find(connection: sqlite3.Connection, batch_id: str) -> Batch:
 def received_of(connection: sqlite3.Connection, batch_id: str) -> IndexSet:
     """The set of indexes a batch has received."""
     (data,) = execute(connection, "received", id=batch_id).fetchone()
-    return IndexSet.from_bytes(data) if data else IndexSet()
+    try:
+        return IndexSet.from_bytes(data) if data else IndexSet()
+    except InvalidInput as error:
+        raise StoreBroken("the set of received indexes can't be read", batch_id=batch_id) from error
 
 
 def create(connection: sqlite3.Connection, new: NewBatch, now_us: int) -> tuple[Batch, bool]:
@@ -125,10 +128,7 @@ def append(
         _keep_lanes(connection, batch, fresh.chunks)
         failed_count = _insert(connection, batch, fresh.chunks, now_us)
         for chunk in fresh.chunks:
-            if chunk.gaps is None:
-                received.add_range(chunk.first_index, chunk.last_index + 1)
-            else:
-                received.add(chunk.first_index + gap for gap in array("I", chunk.gaps))
+            _note(received, chunk)
         width = max(chunk.last_index - chunk.first_index + 1 for chunk in fresh.chunks)
         execute(connection, "update_received", id=batch_id, received=received.to_bytes(), block_width=width)
     after = batches.appended(
@@ -150,18 +150,28 @@ def _fresh(
     duplicates_count = 0
     seen = IndexSet()
     known: dict[tuple[str, str], tuple[str, int]] = {}
+    repeats: list[tuple[Chunk, list[int]]] = []
     for chunk in chunks:
         keep, repeated = _new_positions(chunk, received, seen)
         if repeated:
             duplicates_count += len(repeated)
-            fresh.conflicts.extend(_conflicts(connection, batch, chunk, repeated, fresh.chunks))
+            repeats.append((chunk, repeated))
         if any(extra.idempotency_key for extra in chunk.extras.values()):
             keep = _without_known_keys(connection, batch, chunk, keep, known, fresh.existing, now_us)
         kept = narrowed(chunk, keep)
         if kept is not None:
             fresh.chunks.append(kept)
-            seen.add(kept.index_at(position) for position in range(kept.runs_count))
-    return fresh._replace(duplicates_count=duplicates_count)
+            _note(seen, kept)
+    conflicts = _conflicts(connection, batch.id, repeats, fresh.chunks) if repeats else []
+    return fresh._replace(duplicates_count=duplicates_count, conflicts=conflicts)
+
+
+def _note(indexes: IndexSet, chunk: Chunk) -> None:
+    """Add a chunk's indexes to a set."""
+    if chunk.gaps is None:
+        indexes.add_range(chunk.first_index, chunk.last_index + 1)
+    else:
+        indexes.add(chunk.first_index + gap for gap in array("I", chunk.gaps))
 
 
 def _new_positions(chunk: Chunk, received: IndexSet, seen: IndexSet) -> tuple[list[int], list[int]]:
@@ -179,49 +189,55 @@ def _new_positions(chunk: Chunk, received: IndexSet, seen: IndexSet) -> tuple[li
 
 
 def _conflicts(
-    connection: sqlite3.Connection, batch: Batch, chunk: Chunk, repeated: list[int], earlier: Sequence[Chunk]
+    connection: sqlite3.Connection, batch_id: str, repeats: Sequence[tuple[Chunk, list[int]]], kept: Sequence[Chunk]
 ) -> list[int]:
-    """Indexes among the repeated ones whose content, stored or `earlier` in this append, differs from this.
+    """Indexes among the repeated ones whose content differs from what is stored, or from `kept` in this append.
 
     A block that is sent again as it was, the usual case, is compared as one value.
     """
-    own = indexes_of(chunk.first_index, chunk.runs_count, chunk.gaps)
-    sent, sent_kinds = unpack_some(chunk.items, repeated)
-    wanted = {
-        own[position]: (sent[number], sent_kinds[number] if sent_kinds else 0)
-        for number, position in enumerate(repeated)
-    }
-    differing: set[int] = set()
-    for first_index, gaps, items in _contents(connection, batch.id, chunk, earlier):
-        if (first_index, gaps, items) == (chunk.first_index, chunk.gaps, chunk.items):
+    sent = [(index, content) for chunk, positions in repeats for index, content in _contents_at(chunk, positions)]
+    wanted = {index for index, _ in sent}
+    as_sent = {(chunk.first_index, chunk.gaps): chunk.items for chunk, _ in repeats}
+    stored: dict[int, tuple[bytes, int]] = {}
+    for first_index, gaps, items in _contents(connection, batch_id, repeats, kept):
+        own = indexes_of(first_index, count(items), gaps)
+        if as_sent.get((first_index, gaps)) == items and len(sent) == len(wanted):
+            wanted.difference_update(own)
             continue
-        indexes = indexes_of(first_index, count(items), gaps)
-        positions = [position for position, index in enumerate(indexes) if index in wanted]
-        stored, kinds = unpack_some(items, positions)
-        differing.update(
-            indexes[position]
-            for number, position in enumerate(positions)
-            if wanted[indexes[position]] != (stored[number], kinds[number] if kinds else 0)
-        )
-    return [index for index in wanted if index in differing]
+        positions = [position for position, index in enumerate(own) if index in wanted]
+        payloads, kinds = unpack_some(items, positions)
+        for number, position in enumerate(positions):
+            stored[own[position]] = (payloads[number], kinds[number] if kinds else 0)
+    return [index for index, content in sent if index in stored and stored[index] != content]
+
+
+def _contents_at(chunk: Chunk, positions: list[int]) -> Iterator[tuple[int, tuple[bytes, int]]]:
+    """`(index, (payload, kind))` of some runs of a chunk."""
+    own = indexes_of(chunk.first_index, chunk.runs_count, chunk.gaps)
+    payloads, kinds = unpack_some(chunk.items, positions)
+    for number, position in enumerate(positions):
+        yield own[position], (payloads[number], kinds[number] if kinds else 0)
 
 
 def _contents(
-    connection: sqlite3.Connection, batch_id: str, chunk: Chunk, earlier: Sequence[Chunk]
+    connection: sqlite3.Connection, batch_id: str, repeats: Sequence[tuple[Chunk, list[int]]], kept: Sequence[Chunk]
 ) -> Iterator[tuple[int, bytes | None, bytes]]:
-    """`(first index, gaps, items)` of what may hold indexes of a chunk, one at a time."""
-    for other in earlier:
+    """`(first index, gaps, items)` of all that may hold repeated indexes, one at a time."""
+    for other in kept:
         yield other.first_index, other.gaps, other.items
     width = execute(connection, "batch", id=batch_id).fetchone()[21]
-    near = execute(
+    first_index = min(chunk.first_index for chunk, _ in repeats)
+    rows = execute(
         connection,
         "blocks_from",
         batch_id=batch_id,
-        from_index=chunk.first_index,
-        after_index=chunk.first_index - width,
-        before_index=chunk.last_index + 1,
+        from_index=first_index,
+        after_index=first_index - width,
+        before_index=max(chunk.last_index for chunk, _ in repeats) + 1,
     ).fetchall()
-    for _, first_index, gaps, _, items in execute(connection, "blocks", ids=as_json([row[0] for row in near])):
+    met = IndexSet.from_ranges((chunk.first_index, chunk.last_index + 1) for chunk, _ in repeats)
+    near = [row[0] for row in rows if met.overlaps_range(row[1], row[2] + 1)]
+    for _, first_index, gaps, _, items in execute(connection, "blocks", ids=as_json(near)):
         yield first_index, gaps, items
 
 

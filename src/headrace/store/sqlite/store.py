@@ -345,8 +345,10 @@ def _lease(span: Span, first_index: int, gaps: bytes | None, extras: bytes | Non
     else:
         distances = array("I", gaps)
         indexes = [first_index + distances[at] for at in positions]
-    by_position = appending.decode_extras(extras)
-    by_place = {place: by_position[at] for place, at in zip(places, positions, strict=True) if at in by_position}
+    by_place = {}
+    if extras is not None:
+        by_position = appending.decode_extras(extras)
+        by_place = {place: by_position[at] for place, at in zip(places, positions, strict=True) if at in by_position}
     return Lease(
         span_id=span.id,
         token=span.token,

@@ -35,11 +35,12 @@ ORDER BY id DESC LIMIT :rows_max;
 SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
     cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
     finished_us, seal_timeout_ms, block_width
-FROM batch WHERE state = 'open' AND finished_us = 0 AND seal_timeout_ms > 0
+FROM batch WHERE state = 'open' AND finished_us = 0 AND state IN ('open', 'cancelled', 'abandoned') AND seal_timeout_ms > 0
     AND max(created_us, appended_us) + seal_timeout_ms * 1000 <= :now_us LIMIT :rows_max;
 
 -- stopping_batches: cancelled and abandoned batches that have not ended
-SELECT id FROM batch WHERE state IN ('cancelled', 'abandoned') AND finished_us = 0;
+SELECT id FROM batch WHERE state IN ('cancelled', 'abandoned') AND finished_us = 0
+    AND state IN ('open', 'cancelled', 'abandoned');
 
 -- finished_batches: batches that ended before a moment
 SELECT id, environment FROM batch WHERE finished_us > 0 AND finished_us <= :before_us ORDER BY finished_us LIMIT :rows_max;
@@ -48,7 +49,8 @@ SELECT id, environment FROM batch WHERE finished_us > 0 AND finished_us <= :befo
 SELECT received FROM batch WHERE id = :id;
 
 -- leased_count: how many runs of a batch are leased
-SELECT coalesce(sum(unsettled_count), 0) FROM span WHERE batch_id = :batch_id AND state = 'leased';
+SELECT coalesce(sum(unsettled_count), 0) FROM span
+WHERE batch_id = :batch_id AND state = 'leased' AND state <> 'done';
 
 -- blocks_from: the blocks that may hold an index or those after it, by first index
 SELECT id, first_index, last_index, runs_count, gaps FROM block
@@ -72,7 +74,7 @@ SELECT id, kind, host, pid, started_us, heartbeat_us, ended_us FROM session WHER
 -- known_keys: the runs that some idempotency keys name and that have not expired
 SELECT idempotency.task, idempotency.key, idempotency.batch_id, idempotency.run_index
 FROM json_each(:rows) AS wanted
-JOIN idempotency ON idempotency.environment = :environment
+CROSS JOIN idempotency ON idempotency.environment = :environment
     AND idempotency.task = json_extract(wanted.value, '$[0]') AND idempotency.key = json_extract(wanted.value, '$[1]')
 WHERE idempotency.expires_us = 0 OR idempotency.expires_us > :now_us;
 

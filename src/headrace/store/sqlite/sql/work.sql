@@ -67,7 +67,7 @@ SELECT name, clock FROM queue WHERE environment = :environment AND name IN (SELE
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
     claim_no, token
-FROM span WHERE batch_id = :batch_id AND state IN ('waiting', 'delayed') LIMIT :rows_max;
+FROM span WHERE batch_id = :batch_id AND state IN ('waiting', 'delayed') AND state <> 'done' LIMIT :rows_max;
 
 -- expired_spans: spans that did not start in time, bounded
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,

@@ -1,9 +1,9 @@
-"""The floor under `append` and `drain` on SQLite: the same shape of work, without the framework.
+"""The floor under `append` and `drain` on SQLite: the same statements, without the framework.
 
-Nothing of headrace is imported. Blocks, spans and parts are three tables, a chunk holds 256 runs, an item is
-100 bytes of JSON, every commit is durable (WAL, `synchronous=FULL`). One thread, a straight line, no error
-paths: what Headrace adds to this is its own cost. Content hashes, sessions and limits are left out on
-purpose; they are part of what the ratio measures.
+Nothing of headrace is imported. The schema, the SQL text, the chunk size (256 runs), the encoding of a chunk and the
+number of chunks a transaction are the product's; every commit is durable (WAL, `synchronous=FULL`). One thread, a
+straight line, no loop, no limits, no error paths and no decisions: what is fetched to decide something is fetched
+and not looked at. What Headrace adds to this is its own cost.
 
 A floor can be made slow, and then flatters what stands on it. So `check_floor` compares the floors with the
 figures of a prototype, measured on a machine whose row-a-job insert rate is known, scaled by this machine's.
@@ -12,19 +12,20 @@ figures of a prototype, measured on a machine whose row-a-job insert rate is kno
 from __future__ import annotations
 
 import contextvars
+import re
 import sqlite3
 import tempfile
 import time
-from array import array
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 CHUNK_RUNS: Final = 256
-CHUNKS_A_COMMIT: Final = 16
+CHUNKS_A_COMMIT: Final = 32
 ITEM_BYTES: Final = 100
 PAD: Final = "x" * 79
 
@@ -35,30 +36,23 @@ PEER_DRAIN_RUNS_S: Final = 340_000
 """The upper ends of what the prototype of this shape reached there: 240-420 k and 250-340 k."""
 FLOOR_RATIO_MIN: Final = 0.5
 
-SCHEMA: Final = """
-CREATE TABLE batch (
-    id INTEGER PRIMARY KEY, received_count INTEGER NOT NULL, completed_count INTEGER NOT NULL
-) STRICT;
-CREATE TABLE block (
-    id INTEGER PRIMARY KEY, batch_id INTEGER NOT NULL, first_index INTEGER NOT NULL,
-    runs_count INTEGER NOT NULL, offsets BLOB NOT NULL, items BLOB NOT NULL
-) STRICT;
-CREATE TABLE span (
-    id INTEGER PRIMARY KEY, block_id INTEGER NOT NULL, batch_id INTEGER NOT NULL, order_no INTEGER NOT NULL,
-    state INTEGER NOT NULL, token INTEGER NOT NULL, unsettled_count INTEGER NOT NULL, states BLOB NOT NULL
-) STRICT;
-CREATE INDEX span_claimable ON span (order_no) WHERE state = 0;
-CREATE TABLE part (
-    span_id INTEGER NOT NULL, token INTEGER NOT NULL, offsets BLOB NOT NULL, results BLOB NOT NULL,
-    PRIMARY KEY (span_id, token)
-) STRICT, WITHOUT ROWID;
-INSERT INTO batch VALUES (1, 0, 0);
-"""
+STORE: Final = Path(__file__).parents[2] / "src" / "headrace" / "store" / "sqlite"
 
-CLAIM: Final = """
-UPDATE span SET state = 1, token = token + 1
-WHERE id IN (SELECT id FROM span WHERE state = 0 ORDER BY order_no LIMIT ?) RETURNING id, block_id, token
-"""
+
+def _statements() -> dict[str, str]:
+    """The product's statements by name, read as text."""
+    found: dict[str, str] = {}
+    for file in sorted((STORE / "sql").glob("*.sql")):
+        pieces = re.split(r"^-- ([a-z_0-9]+): .+$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        found.update(zip(pieces[1::2], pieces[2::2], strict=True))
+    return found
+
+
+SQL: Final = _statements()
+SCHEMA: Final = "".join(file.read_text(encoding="utf-8") for file in sorted((STORE / "migrations").glob("*.sql")))
+BATCH: Final = "batch_00000000000000000000000000"
+SESSION: Final = "session_00000000000000000000000000"
+LANE: Final = {"environment": "default", "queue": "default", "task": "nothing"}
 
 
 class Item(msgspec.Struct):
@@ -127,70 +121,127 @@ def _database(directory: Path | None) -> Iterator[sqlite3.Connection]:
             yield db
 
 
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _update_batch(db: sqlite3.Connection, *, received: int, completed: int) -> None:
+    db.execute(
+        SQL["update_batch"],
+        {
+            "id": BATCH, "state": "open", "expected_count": None, "received_count": received,
+            "completed_count": completed,
+            "failed_count": 0, "cancelled_count": 0, "expired_count": 0, "order_bases": '{"default":0}', "cursor": b"",
+            "appended_us": received, "sealed_us": 0, "finished_us": 0,
+        },
+    )  # fmt: skip
+
+
 def _append(db: sqlite3.Connection, items_count: int) -> None:
     encode = msgspec.json.Encoder().encode
-    chunks_waiting = 0
-    for first in range(0, items_count, CHUNK_RUNS):
-        encoded = [encode(Item(n, PAD)) for n in range(first, min(first + CHUNK_RUNS, items_count))]
-        runs_count = len(encoded)
-        if not chunks_waiting:
-            db.execute("BEGIN IMMEDIATE")
-        cursor = db.execute(
-            "INSERT INTO block (batch_id, first_index, runs_count, offsets, items) VALUES (1, ?, ?, ?, ?)",
-            (first, runs_count, _offsets(encoded), b"".join(encoded)),
-        )
-        db.execute(
-            "INSERT INTO span (block_id, batch_id, order_no, state, token, unsettled_count, states) "
-            "VALUES (?, 1, ?, 0, 0, ?, ?)",
-            (cursor.lastrowid, first, runs_count, bytes(runs_count)),
-        )
-        db.execute("UPDATE batch SET received_count = received_count + ? WHERE id = 1", (runs_count,))
-        chunks_waiting += 1
-        if chunks_waiting == CHUNKS_A_COMMIT:
-            db.execute("COMMIT")
-            chunks_waiting = 0
-    if chunks_waiting:
+    new = {
+        "id": BATCH, "environment": "default", "key": None, "kind": "batch", "task": "nothing", "state": "open",
+        "expected_count": None, "metadata": "{}", "session_id": "", "created_us": 0, "seal_timeout_ms": 0,
+    }  # fmt: skip
+    db.execute(SQL["insert_batch"], new)
+    step = CHUNK_RUNS * CHUNKS_A_COMMIT
+    for first in range(0, items_count, step):
+        chunks = []
+        for start in range(first, min(first + step, items_count), CHUNK_RUNS):
+            encoded = [encode(Item(n, PAD)) for n in range(start, min(start + CHUNK_RUNS, items_count))]
+            chunks.append((start, len(encoded), _pack(encoded)))
+        db.execute("BEGIN IMMEDIATE")
+        db.execute(SQL["batch"], {"id": BATCH}).fetchone()
+        db.execute(SQL["received"], {"id": BATCH}).fetchone()
+        db.execute(SQL["know_queue"], {"environment": "default", "name": "default"})
+        db.execute(SQL["know_lanes"], {"environment": "default", "rows": '[["default","nothing"]]'})
+        db.execute(SQL["clocks"], {"environment": "default", "names": '["default"]'}).fetchall()
+        ids = {"blocks_count": len(chunks), "spans_count": len(chunks)}
+        block_id, span_id = db.execute(SQL["take_ids"], ids).fetchone()
+        _insert_chunks(db, chunks, block_id, span_id)
+        last = first + sum(count for _, count, _ in chunks)
+        db.execute(SQL["update_received"], {"id": BATCH, "received": b"", "block_width": CHUNK_RUNS})
+        _update_batch(db, received=last, completed=0)
         db.execute("COMMIT")
+
+
+def _insert_chunks(db: sqlite3.Connection, chunks: list[tuple[int, int, bytes]], block_id: int, span_id: int) -> None:
+    blocks, spans, items_at, states_at = [], [], 1, 1
+    for number, (start, count, items) in enumerate(chunks):
+        blocks.append((block_id + number, start, start + count - 1, count, 0, -1, 0, -1, items_at, len(items)))
+        spans.append(
+            (
+                span_id + number, block_id + number, BATCH, "default", "default", "nothing", 0, 0, 0, 0, start, start,
+                1,
+                0, 0, count, "waiting", "", 0, 0, 0, -1, states_at, count,
+            )
+        )  # fmt: skip
+        items_at += len(items)
+        states_at += count
+    blob = b"".join(items for _, _, items in chunks)
+    db.execute(SQL["insert_blocks"], {"batch_id": BATCH, "rows": _json(blocks), "blob": blob})
+    db.execute(SQL["insert_spans"], {"rows": _json(spans), "blob": b"w" * (states_at - 1)})
 
 
 def _drain(db: sqlite3.Connection) -> int:
-    settled_count = 0
+    session = {"id": SESSION, "kind": "floor", "host": "", "pid": 0, "started_us": 0, "heartbeat_us": 0}
+    db.execute(SQL["insert_session"], session)
+    settled_count, claim_no = 0, 0
     while True:
-        spans = db.execute(CLAIM, (CHUNKS_A_COMMIT,)).fetchall()
+        claim_no += 1
+        spans, blocks = _claim(db, claim_no)
         if not spans:
             return settled_count
-        results = [_run(db, block_id) for _, block_id, _ in spans]
-        db.execute("BEGIN IMMEDIATE")
-        for (span_id, _, token), encoded in zip(spans, results, strict=True):
-            runs_count = len(encoded)
-            db.execute(
-                "INSERT INTO part (span_id, token, offsets, results) VALUES (?, ?, ?, ?)",
-                (span_id, token, _offsets(encoded), b"".join(encoded)),
-            )
-            db.execute(
-                "UPDATE span SET state = 2, unsettled_count = 0, states = ? WHERE id = ? AND token = ?",
-                (b"\x02" * runs_count, span_id, token),
-            )
-            settled_count += runs_count
-        db.execute(
-            "UPDATE batch SET completed_count = completed_count + ? WHERE id = 1",
-            (sum(map(len, results)),),
-        )
-        db.execute("COMMIT")
+        results = [_run(blocks[span[1]]) for span in spans]
+        _settle(db, spans, results, settled_count)
+        settled_count += sum(map(len, results))
 
 
-def _run(db: sqlite3.Connection, block_id: int) -> list[bytes]:
+def _claim(db: sqlite3.Connection, claim_no: int) -> tuple[list[tuple[int, int, int]], dict[int, bytes]]:
+    """`(span id, block id, token)` of the next spans, and their blocks' items."""
+    tasks = {"environment": "default", "tasks": '["nothing"]', "queues": None}
+    db.execute("BEGIN IMMEDIATE")
+    db.execute(SQL["live_session"], {"id": SESSION}).fetchone()
+    db.execute(SQL["claimed_before"], {"session_id": SESSION, "claim_no": claim_no}).fetchall()
+    db.execute(SQL["due_spans"], {"now_us": 1, "rows_max": 1_000}).fetchall()
+    db.execute(SQL["open_lanes"], tasks).fetchall()
+    rows = db.execute(SQL["claim_candidates"], LANE | {"now_us": 1, "rows_max": CHUNKS_A_COMMIT}).fetchall()
+    db.execute(SQL["stopped_batches"], {"ids": _json([BATCH])}).fetchall()
+    ids = _json([row[0] for row in rows])
+    db.execute(SQL["lease_spans"], {"session_id": SESSION, "claim_no": claim_no, "ids": ids})
+    if rows:
+        db.execute(SQL["advance_clock"], {"environment": "default", "name": "default", "order_no": rows[-1][10]})
+    found = db.execute(SQL["blocks"], {"ids": _json([row[1] for row in rows])}).fetchall()
+    db.execute("COMMIT")
+    return [(row[0], row[1], row[-1] + 1) for row in rows], {row[0]: row[4] for row in found}
+
+
+def _settle(db: sqlite3.Connection, spans: list[tuple[int, int, int]], results: list[list[bytes]], before: int) -> None:
+    updates, parts, states_at, parts_at = [], [], 1, 1
+    pieces = []
+    for (span_id, block_id, token), encoded in zip(spans, results, strict=True):
+        count, packed = len(encoded), _pack(encoded)
+        updates.append((span_id, 0, 0, 0, 0, "done", "", 0, token, states_at, count))
+        parts.append((block_id, span_id, token, 0, 1, 0, -1, parts_at, count, parts_at + count, len(packed)))
+        pieces += [b"c" * count, packed]
+        states_at += count
+        parts_at += count + len(packed)
+    db.execute("BEGIN IMMEDIATE")
+    db.execute(SQL["spans"], {"ids": _json([span[0] for span in spans])}).fetchall()
+    db.execute(SQL["update_spans"], {"rows": _json(updates), "blob": b"c" * (states_at - 1)})
+    db.execute(SQL["insert_parts"], {"rows": _json(parts), "blob": b"".join(pieces)})
+    db.execute(SQL["batches_by_id"], {"ids": _json([BATCH])}).fetchall()
+    _update_batch(db, received=1, completed=before + states_at - 1)
+    db.execute("COMMIT")
+
+
+def _run(items: bytes) -> list[bytes]:
     """Decode, call and encode every run of one block, each in a context of its own."""
     decode = msgspec.json.Decoder(Item).decode
     encode = msgspec.json.Encoder().encode
-    raw_offsets, items = db.execute("SELECT offsets, items FROM block WHERE id = ?", (block_id,)).fetchone()
-    offsets = array("I", raw_offsets)
-    view = memoryview(items)
     encoded: list[bytes] = []
-    start = 0
-    for end in offsets:
-        coroutine = _nothing(decode(view[start:end]))
-        start = end
+    for item in _unpack(items):
+        coroutine = _nothing(decode(item))
         try:
             contextvars.copy_context().run(coroutine.send, None)
         except StopIteration as done:
@@ -198,18 +249,18 @@ def _run(db: sqlite3.Connection, block_id: int) -> list[bytes]:
     return encoded
 
 
-def _offsets(encoded: list[bytes]) -> bytes:
-    """Where each item ends in the joined bytes."""
-    offsets = array("I")
-    end = 0
-    for item in encoded:
-        end += len(item)
-        offsets.append(end)
-    return offsets.tobytes()
+def _pack(strings: list[bytes]) -> bytes:
+    """Lengths of one byte, then the strings, as the product packs short ones."""
+    return b"".join((b"\x01", len(strings).to_bytes(4, "little"), bytes(map(len, strings)), *strings))
 
 
-async def _nothing(item: Item) -> int:
-    return item.n
+def _unpack(packed: bytes) -> list[bytes]:
+    count = int.from_bytes(packed[1:5], "little")
+    return [packed[start:end] for start, end in pairwise(accumulate(packed[5 : 5 + count], initial=5 + count))]
+
+
+async def _nothing(_item: Item) -> None:
+    return None
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from headrace.foundation.errors import (
 )
 from headrace.foundation.ids import new_batch_id
 from headrace.store.memory import MemoryStore
-from headrace.store.protocol import NewBatch, Session, Store, Suspects
+from headrace.store.protocol import NewBatch, Session, Store
 from headrace.store.sqlite import SqliteStore
 from tests.store.world import BOOM, NOBODY, SECOND_US, UNKNOWN, World, chunks_of, indexes_of, settlement_of
 
@@ -336,6 +336,16 @@ async def test_r1_a_claim_repeated_after_a_lost_answer_returns_the_same_spans(wo
     assert indexes_of(await world.claim(session_id, 300, claim_no=2)) == list(range(300, 600))
 
 
+async def test_r1_a_claim_repeated_is_in_the_same_order(world: World) -> None:
+    batch_id = await world.batch(6)
+    await world.append(batch_id, [4, 5])
+    await world.append(batch_id, [0, 1, 2, 3])
+    session_id = await world.session()
+    first = await world.claim(session_id, 5, claim_no=1)
+    assert indexes_of(first) == [0, 1, 2, 3, 4]
+    assert await world.claim(session_id, 5, claim_no=1) == first
+
+
 async def test_r1_a_heartbeat_tells_what_the_store_thinks_is_leased(world: World) -> None:
     await world.filled(600)
     session_id = await world.session()
@@ -357,6 +367,7 @@ async def test_r2_a_settlement_repeated_answers_recorded_and_a_stale_token_lost(
     (newer,) = await world.claim(session_id)
     assert (newer.span_id, newer.places, newer.token > lease.token) == (lease.span_id, [1], True)
     assert await world.settle(lease, "f", places=[1], part_no=1) == "lost"
+    assert await world.release(lease) == "lost", "nor does it take the newer lease away"
     assert await world.settle(lease, "f", places=[0]) == "recorded", "what was recorded stays so"
     assert await world.settle(newer) == "settled"
     assert await world.settle(newer) == "recorded"
@@ -721,8 +732,3 @@ async def test_a_closed_store_says_so(world: World) -> None:
         await world.store.sessions()
     await world.store.open()
     assert await world.store.check()
-
-
-def test_the_suspects_of_a_session_may_be_unknown() -> None:
-    assert UNKNOWN.places is None
-    assert Suspects(places={}, evidence="").places == {}

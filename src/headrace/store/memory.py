@@ -231,7 +231,7 @@ class MemoryStore:
         with self._changing() as tables:
             writing.live(tables, claim.session_id)
             held = reading.spans_of_session(tables, claim.session_id)
-            taken = [span for span in held if span.claim_no == claim.claim_no]
+            taken = [span for span in sorted(held, key=reading.place_in_line) if span.claim_no == claim.claim_no]
             if not taken:
                 writing.promote(tables, now_us)
                 taken = writing.take(tables, claim, now_us)

@@ -162,6 +162,11 @@ def waiting(tables: Tables) -> list[Span]:
     return [span for span in tables.spans.values() if span.state in (spans.WAITING, spans.DELAYED)]
 
 
+def place_in_line(span: Span) -> tuple[int, int, str, int, int]:
+    """Who comes first: by priority, then by virtual time, then by batch and index."""
+    return -span.priority, span.order_no, span.batch_id, span.first_index, span.id
+
+
 def lease(tables: Tables, span: Span) -> Lease:
     """What a worker needs of a claimed span."""
     chunk = tables.blocks[span.block_id].chunk

@@ -270,7 +270,7 @@ def take(tables: Tables, claim: Claim, now_us: int) -> list[Span]:
         and not tables.queues[span.environment, span.queue].paused
         and not 0 < span.expires_us <= now_us
     ]
-    line.sort(key=lambda span: (-span.priority, span.order_no, span.batch_id, span.first_index, span.id))
+    line.sort(key=reading.place_in_line)
     taken: list[Span] = []
     wanted = claim.runs_max
     for span in line:

@@ -1,11 +1,12 @@
 -- live_session: whether a session is known and has not ended
 SELECT 1 FROM session WHERE id = :id AND ended_us = 0;
 
--- claimed_before: the spans of a claim that is asked for again
+-- claimed_before: the spans of a claim that is asked for again, in claim order
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
     claim_no, token
-FROM span WHERE state = 'leased' AND session_id = :session_id AND claim_no = :claim_no ORDER BY id;
+FROM span WHERE state = 'leased' AND session_id = :session_id AND claim_no = :claim_no
+ORDER BY priority DESC, order_no, batch_id, first_index, id;
 
 -- due_spans: delayed spans whose time has come, with their queue's clock
 SELECT span.id, queue.clock

@@ -1,0 +1,406 @@
+"""What only the SQLite house can get wrong: groups, disks, locks, files, indexes, bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.core.pack import pack
+from headrace.core.span import Part
+from headrace.foundation.errors import HeadraceError, NotFound, StoreBroken, StoreUnavailable
+from headrace.foundation.limits import DEFAULT
+from headrace.store.sqlite import SqliteStore
+from headrace.store.sqlite.rows import SQL, add_parts
+from headrace.store.statements import migrations
+from tests.store.world import World, indexes_of, settlement_of
+
+PACKAGE = "headrace.store.sqlite"
+
+
+@asynccontextmanager
+async def opened(path: Path, *, busy_timeout_ms: int = 200) -> AsyncIterator[World]:
+    """A world around one file, with all invariants at its end."""
+    async with World(SqliteStore(path, DEFAULT, busy_timeout_ms=busy_timeout_ms)) as world:
+        yield world
+
+
+def house(world: World) -> SqliteStore:
+    """The store as what it is."""
+    assert isinstance(world.store, SqliteStore)
+    return world.store
+
+
+async def held_up(world: World, work: Callable[[], Any]) -> None:
+    """Run `work` while the writer is busy, so that what it asks for is one group."""
+    loop = asyncio.get_running_loop()
+    entered, go_on = asyncio.Event(), threading.Event()
+
+    def hold(_: sqlite3.Connection) -> None:
+        loop.call_soon_threadsafe(entered.set)
+        go_on.wait()
+
+    busy = asyncio.ensure_future(house(world)._write(hold))
+    await entered.wait()
+    try:
+        work()
+        await asyncio.sleep(0)
+    finally:
+        go_on.set()
+    await busy
+
+
+# -- 1: accepted means durable
+
+
+async def test_what_was_answered_is_in_the_file(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as world:
+        batch_id = await world.filled(300)
+        (lease, _) = await world.claim(await world.session())
+        await world.settle(lease)
+        checked = await world.store.check()
+        assert (checked["journal_mode"], checked["synchronous"]) == ("wal", "full")
+    async with opened(tmp_path / "db") as again:
+        _, ledger = await again.store.batch(batch_id)
+        assert (ledger.completed, ledger.leased) == (256, 44)
+        assert len(await again.outcomes(batch_id)) == 256
+
+
+async def test_an_answer_comes_after_the_commit(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as world:
+        batch_id = await world.batch()
+        statements: list[str] = []
+        await traced(world, statements.append)
+        await world.append(batch_id, range(3))
+        assert statements[-1] == "COMMIT"
+        assert statements.count("BEGIN IMMEDIATE") == 1
+        with closing(sqlite3.connect(tmp_path / "db")) as beside:
+            assert beside.execute("SELECT received_count FROM batch").fetchone() == (3,)
+
+
+async def traced(world: World, callback: Callable[[str], object] | None) -> None:
+    """Let the writer's connection tell each statement it runs; a statement run for a trigger or a row is none."""
+
+    def told(statement: str) -> None:
+        if callback is not None and not statement.startswith("--"):
+            callback(statement)
+
+    await house(world)._write(lambda c: c.set_trace_callback(told))
+
+
+# -- R12: group commit
+
+
+async def test_r12_requests_that_wait_share_one_commit(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as world:
+        batch_id = await world.batch()
+        groups_before = house(world)._writer.groups_count
+        appends: list[asyncio.Future[Any]] = []
+
+        def work() -> None:
+            appends.extend(asyncio.ensure_future(world.append(batch_id, [index])) for index in range(50))
+
+        await held_up(world, work)
+        assert sum(one.accepted_count for one in await asyncio.gather(*appends)) == 50
+        assert house(world)._writer.groups_count - groups_before == 2, "one that held it up, one for all"
+
+
+async def test_r12_a_failing_request_in_a_group_fails_alone(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as world:
+        batch_id = await world.batch()
+        asked: list[asyncio.Future[Any]] = []
+
+        def late_refusal(connection: sqlite3.Connection) -> None:
+            connection.execute("UPDATE batch SET task = 'half done'")
+            raise NotFound("refused after it wrote")
+
+        def broken(connection: sqlite3.Connection) -> None:
+            connection.execute("UPDATE batch SET task = 'half done'")
+            connection.execute("SELECT * FROM nowhere")
+
+        def bug(connection: sqlite3.Connection) -> None:
+            connection.execute("UPDATE batch SET task = 'half done'")
+            raise ZeroDivisionError
+
+        def work() -> None:
+            for index in range(5):
+                asked.append(asyncio.ensure_future(world.append(batch_id, [index])))
+                asked.append(asyncio.ensure_future(world.store.batch("batch_of_nobody")))
+                asked.append(asyncio.ensure_future(world.append("batch_of_nobody", [0])))
+            asked.extend(asyncio.ensure_future(house(world)._write(one)) for one in (late_refusal, broken, bug))
+            asked.append(asyncio.ensure_future(world.append(batch_id, [5])))
+
+        await held_up(world, work)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        failures = [type(answer) for answer in answers if isinstance(answer, BaseException)]
+        assert failures == [NotFound] * 11 + [StoreBroken, ZeroDivisionError]
+        batch, _ = await world.store.batch(batch_id)
+        assert (batch.received_count, batch.task) == (6, "")
+
+
+async def test_r12_a_full_disk_fails_each_that_does_not_fit_and_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as world:
+        batch_id = await world.batch()
+        await world.append(batch_id, range(10))
+        used = (await house(world)._write(lambda c: c.execute("PRAGMA page_count").fetchone()))[0]
+        await house(world)._write(lambda c: c.execute(f"PRAGMA max_page_count = {used + 12}").fetchone())
+        asked: list[asyncio.Future[Any]] = []
+
+        def work() -> None:
+            for index in range(10, 20):
+                size = 200_000 if index % 2 else 10
+                asked.append(
+                    asyncio.ensure_future(world.append(batch_id, [index], payload=lambda _, size=size: b"x" * size))
+                )
+
+        await held_up(world, work)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        full = [answer for answer in answers if isinstance(answer, StoreUnavailable)]
+        assert len(full) == 5
+        assert all("disk" in str(one) and one.retryable for one in full)
+        batch, _ = await world.store.batch(batch_id)
+        assert batch.received_count == 15
+        await world.check()
+        await house(world)._write(lambda c: c.execute("PRAGMA max_page_count = 1000000").fetchone())
+        again = await world.append(batch_id, [11], payload=lambda _: b"x" * 200_000)
+        assert again.accepted_count == 1, "the same call works when there is room"
+
+
+async def test_a_caller_that_went_away_harms_nobody(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as world:
+        batch_id = await world.batch()
+        asked: list[asyncio.Future[Any]] = []
+
+        def work() -> None:
+            asked.extend(asyncio.ensure_future(world.append(batch_id, [index])) for index in range(2))
+
+        await held_up(world, work)
+        asked[0].cancel()
+        assert (await asked[1]).accepted_count == 1
+        assert (await world.append(batch_id, [0, 1])).duplicates_count == 2
+
+
+# -- R13: bulk writes
+
+
+@pytest.mark.parametrize("verb", ["append", "settle", "retry", "restream", "claim", "release"])
+async def test_r13_the_number_of_statements_does_not_grow_with_the_spans(tmp_path: Path, verb: str) -> None:
+    counts = []
+    for spans_count in (4, 40):
+        async with opened(tmp_path / f"{spans_count}.db") as world:
+            counts.append(await statements_of(world, verb, spans_count))
+    assert counts[1] == counts[0]
+    assert counts[0] < 25
+
+
+async def statements_of(world: World, verb: str, spans_count: int) -> int:
+    """How many statements one verb over so many spans runs on the writer's connection."""
+    batch_id, session_id = await world.batch(), await world.session()
+    runs_count = spans_count * 8
+    statements: list[str] = []
+    if verb != "append":
+        await world.append(batch_id, range(runs_count), runs_max=8)
+    leases = await world.claim(session_id) if verb in ("settle", "retry", "release") else []
+    await traced(world, statements.append)
+    if verb in ("append", "restream"):
+        await world.append(batch_id, range(runs_count), runs_max=8)
+    elif verb == "claim":
+        assert len(await world.claim(session_id)) == spans_count
+    elif verb == "release":
+        await world.store.end_session(session_id, now_us=world.now_us)
+    else:
+        codes = "r" if verb == "retry" else "c"
+        settlements = [settlement_of(lease, codes, dues_us=[world.now_us] * (codes == "r") * 8) for lease in leases]
+        words = await world.store.settle(settlements, now_us=world.now_us)
+        assert words == ["settled"] * spans_count
+    await traced(world, None)
+    return len(statements)
+
+
+async def test_r13_a_bulk_write_keeps_any_bytes(tmp_path: Path) -> None:
+    chance = random.Random(11)
+    pieces = [b"", b"\x00", b"\x00\x00x\x00", "é".encode(), b"\xff" * 300, b"'\"\\u0000"]
+    pieces += [chance.randbytes(chance.randrange(400)) for _ in range(60)]
+    async with opened(tmp_path / "db") as world:
+
+        def work(connection: sqlite3.Connection) -> list[tuple[bytes | None, bytes, bytes]]:
+            parts = [
+                Part(
+                    block_id=10**9,
+                    span_id=number,
+                    token=1,
+                    part_no=0,
+                    positions=None if number % 3 == 0 else piece,
+                    codes=piece[::-1],
+                    results=pack([piece]),
+                    settled_us=2**53,
+                )
+                for number, piece in enumerate(pieces)
+            ]
+            add_parts(connection, parts)
+            found = connection.execute("SELECT positions, codes, results FROM part ORDER BY span_id").fetchall()
+            connection.execute("DELETE FROM part")
+            return found
+
+        kept = await house(world)._write(work)
+    assert kept == [
+        (None if number % 3 == 0 else piece, piece[::-1], pack([piece])) for number, piece in enumerate(pieces)
+    ]
+
+
+# -- files and other processes
+
+
+async def test_a_file_locked_by_another_process_fails_the_call_and_works_later(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db", busy_timeout_ms=20) as world:
+        batch_id = await world.batch()
+        with closing(sqlite3.connect(tmp_path / "db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            answers = await asyncio.gather(
+                *(world.append(batch_id, [index]) for index in range(5)), return_exceptions=True
+            )
+            assert [type(answer) for answer in answers] == [StoreUnavailable] * 5
+            assert "another process" in str(answers[0])
+            assert (await world.store.batch(batch_id))[0].received_count == 0, "reading goes on"
+            other.execute("ROLLBACK")
+        assert (await world.append(batch_id, range(5))).accepted_count == 5
+
+
+async def test_two_stores_on_one_file_see_each_other_s_commits(tmp_path: Path) -> None:
+    async with (
+        opened(tmp_path / "db", busy_timeout_ms=5_000) as one,
+        opened(tmp_path / "db", busy_timeout_ms=5_000) as two,
+    ):
+        batch_id = await one.batch(200)
+        appended = await asyncio.gather(*(world.append(batch_id, range(200)) for world in (one, two, one, two)))
+        assert sum(answer.accepted_count for answer in appended) == 200
+        here, there = await one.session(), await two.session()
+        claimed = await asyncio.gather(one.claim(here, 100), two.claim(there, 100))
+        assert sorted(indexes_of([*claimed[0], *claimed[1]])) == list(range(200))
+
+
+@pytest.mark.parametrize("content", [b"not a database at all" * 100, b"SQLite format 3\x00" + b"\x00\xff" * 3_000])
+async def test_a_corrupt_file_is_said_to_be_one(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "db").write_bytes(content)
+    with pytest.raises(StoreBroken, match="damaged"):
+        async with opened(tmp_path / "db"):
+            pass
+    assert (tmp_path / "db").read_bytes() == content
+
+
+async def test_a_file_damaged_under_way_is_said_to_be_so(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as world:
+        await world.filled(5_000)
+    with (tmp_path / "db").open("r+b") as file:
+        file.seek(4_096)
+        file.write(b"\xa5" * 40_960)
+    with pytest.raises(HeadraceError) as refused:
+        async with opened(tmp_path / "db") as world:
+            await world.batch()
+    assert isinstance(refused.value, StoreBroken)
+
+
+async def test_a_newer_schema_is_not_touched(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db"):
+        pass
+    with closing(sqlite3.connect(tmp_path / "db")) as connection:
+        connection.execute("PRAGMA user_version = 999")
+    with pytest.raises(StoreBroken, match="999") as refused:
+        async with opened(tmp_path / "db"):
+            pass
+    assert "upgrade" in refused.value.hint
+
+
+async def test_a_directory_that_takes_no_files_is_said_to_be_one(tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o555)
+    if os.access(folder, os.W_OK):
+        folder = Path("/proc")  # whoever may write anywhere still can't write there
+    for path in (folder / "db", tmp_path / "missing" / "db", tmp_path):
+        with pytest.raises(StoreUnavailable, match="can't be opened"):
+            async with opened(path):
+                pass
+
+
+async def test_a_path_that_no_system_takes_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="null"):
+        async with opened(Path(f"{tmp_path}/a\0b")):
+            pass
+
+
+def schema(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
+    """Every table and index as it was written."""
+    return connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name").fetchall()
+
+
+async def test_a_fresh_schema_is_the_migrated_one(tmp_path: Path) -> None:
+    async with opened(tmp_path / "fresh"):
+        pass
+    scripts = migrations(PACKAGE)
+    with closing(sqlite3.connect(tmp_path / "old")) as connection:
+        connection.executescript(scripts[0][1])
+        connection.execute("PRAGMA user_version = 1")
+    async with opened(tmp_path / "old") as world:
+        await world.filled(3)
+    with closing(sqlite3.connect(tmp_path / "fresh")) as fresh, closing(sqlite3.connect(tmp_path / "old")) as old:
+        assert schema(fresh) == schema(old)
+        versions = [connection.execute("PRAGMA user_version").fetchone()[0] for connection in (fresh, old)]
+        assert versions == [scripts[-1][0]] * 2
+
+
+# -- plans of hot statements
+
+PLANS = {
+    "claim_candidates": ["SEARCH span USING INDEX span_claimable (environment=? AND queue=? AND task=?)"],
+    "due_spans": ["SEARCH span USING INDEX span_delayed (due_us<?)", "SEARCH queue USING PRIMARY KEY"],
+    "claimed_before": ["SEARCH span USING INDEX span_leased (session_id=? AND claim_no=?)"],
+    "spans_of_session": ["SEARCH span USING INDEX span_leased (session_id=?)"],
+    "leases_of_session": ["SEARCH span USING INDEX span_leased (session_id=?)"],
+    "spans": ["SEARCH span USING INTEGER PRIMARY KEY (rowid=?)"],
+    "recorded_part": ["USING COVERING INDEX part_once (block_id=? AND span_id=? AND token=? AND part_no=?)"],
+    "blocks_from": ["SEARCH block USING INDEX block_by_index (batch_id=? AND first_index>? AND first_index<?)"],
+    "blocks": ["SEARCH block USING INTEGER PRIMARY KEY (rowid=?)"],
+    "states_of_blocks": ["SEARCH span USING INDEX span_of_block (block_id=?)"],
+    "parts_of_blocks": ["SEARCH part USING INDEX part_once (block_id=?)"],
+    "expired_spans": ["SEARCH span USING INDEX span_expiring (expires_us>? AND expires_us<?)"],
+    "unsettled_spans_of_batch": ["SEARCH span USING INDEX span_unsettled (batch_id=? AND state=?)"],
+    "leased_count": ["SEARCH span USING INDEX span_unsettled (batch_id=? AND state=?)"],
+    "update_spans": ["SEARCH span USING INTEGER PRIMARY KEY (rowid=?)"],
+    "lease_spans": ["SEARCH span USING INTEGER PRIMARY KEY (rowid=?)"],
+    "promote_spans": ["SEARCH span USING INTEGER PRIMARY KEY (rowid=?)"],
+    "stopping_batches": ["SEARCH batch USING INDEX batch_unfinished (state=?)"],
+    "streams_of_session": ["SEARCH batch USING INDEX batch_of_session (session_id=?)"],
+    "next_due": ["span_delayed"],
+    "list_queues": ["span USING INDEX span_"],
+    "open_batches": ["SEARCH batch USING INDEX batch_unfinished (state=?)"],
+    "finished_batches": ["SEARCH batch USING INDEX batch_finished (finished_us>? AND finished_us<?)"],
+    "batch_by_key": ["SEARCH batch USING INDEX batch_by_key (environment=? AND key=?)"],
+    "list_batches": ["batch_listed (environment=?)"],
+    "known_keys": ["SEARCH idempotency USING PRIMARY KEY (environment=? AND task=? AND key=?)"],
+    "leases_without_session": ["span_leased"],
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+async def test_a_hot_statement_is_answered_from_its_index(tmp_path: Path, name: str) -> None:
+    async with opened(tmp_path / "db") as world:
+        sql = SQL[name]
+        words = set(re.findall(r":([a-z_]+)", sql))
+        values = {word: "[]" if word in ("ids", "rows", "names") else b"" if word == "blob" else 1 for word in words}
+        rows = await house(world)._write(lambda c: c.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall())
+    plan = "\n".join(row[3] for row in rows)
+    for step in PLANS[name]:
+        assert step in plan, plan
+    for table in ("span", "block", "part", "batch"):
+        assert f"SCAN {table}\n" not in plan + "\n", plan
+    if name in ("claim_candidates", "blocks_from", "finished_batches", "list_batches"):
+        assert "TEMP B-TREE" not in plan, plan

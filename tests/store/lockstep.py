@@ -1,0 +1,75 @@
+"""Two stores driven by the same commands, whose answers must be the same.
+
+Ids of spans are each store's own, so they are matched when a claim hands them out and translated from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from headrace.core.span import Settlement
+from headrace.foundation.errors import HeadraceError
+from headrace.store.protocol import Heartbeat, Lease, Release, Store, Suspects
+
+
+class LockStep:
+    """A `Store` by behaviour: every verb goes to both, the first one's answer is returned."""
+
+    def __init__(self, first: Store, second: Store) -> None:
+        self._first = first
+        self._second = second
+        self._ids: dict[int, int] = {}
+
+    def __getattr__(self, verb: str) -> Any:
+        async def both(*arguments: Any, **more: Any) -> Any:
+            mine = await answer_of(self._first, verb, arguments, more)
+            theirs = await answer_of(self._second, verb, [self._translated(one) for one in arguments], more)
+            if isinstance(mine, list) and isinstance(theirs, list):
+                for here, there in zip(mine, theirs, strict=False):
+                    if isinstance(here, Lease) and isinstance(there, Lease):
+                        self._ids[here.span_id] = there.span_id
+            assert self._plain(mine, self._ids) == self._plain(theirs, None), (verb, arguments, more)
+            if isinstance(mine, HeadraceError):
+                raise mine
+            return mine
+
+        return both
+
+    def _translated(self, argument: Any) -> Any:
+        if isinstance(argument, Settlement | Release):
+            return msgspec.structs.replace(argument, span_id=self._ids[argument.span_id])
+        if isinstance(argument, Suspects) and argument.places is not None:
+            places = {(self._ids[span_id], token): own for (span_id, token), own in argument.places.items()}
+            return Suspects(places=places, evidence=argument.evidence)
+        if isinstance(argument, list):
+            return [self._translated(one) for one in argument]
+        return argument
+
+    def _plain(self, answer: Any, ids: Mapping[int, int] | None) -> Any:
+        """An answer as plain values; `ids` translates ids of the first store."""
+        if isinstance(answer, HeadraceError):
+            return type(answer).__name__
+        if isinstance(answer, Heartbeat):
+            held = [(ids[lease.span_id] if ids else lease.span_id, *lease[1:]) for lease in answer.leases]
+            return sorted(held), sorted(answer.stopped), sorted(answer.cancelled)
+        if isinstance(answer, msgspec.Struct):
+            named = {name: self._plain(value, ids) for name, value in msgspec.structs.asdict(answer).items()}
+            if ids is not None and "span_id" in named:
+                named["span_id"] = ids[named["span_id"]]
+            return named
+        if isinstance(answer, Mapping):
+            return {name: self._plain(value, ids) for name, value in answer.items()}
+        if isinstance(answer, Sequence) and not isinstance(answer, str | bytes):
+            return [self._plain(one, ids) for one in answer]
+        return answer
+
+
+async def answer_of(store: Store, verb: str, arguments: Sequence[Any], more: Mapping[str, Any]) -> Any:
+    """What a verb answers; what it refuses is an answer too."""
+    try:
+        return await getattr(store, verb)(*arguments, **more)
+    except HeadraceError as error:
+        return error

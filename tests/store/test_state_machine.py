@@ -1,0 +1,442 @@
+"""Any order of verbs, from any number of workers, alive or dead: the invariants hold after every step.
+
+The machine keeps what a client may rely on: which runs were acknowledged, which leases are held and which are
+stale, and which outcome was recorded for which run. It runs on each store alone, and on both in lock-step with
+every answer compared. A failure prints the steps as a program; put them in a test of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from headrace.core.batch import COMPLETED, LISTED, STREAM
+from headrace.core.run import NAMES
+from headrace.core.span import Key, Settlement
+from headrace.foundation.errors import Conflict, InvalidInput, SessionEnded
+from headrace.foundation.ids import new_batch_id, new_session_id
+from headrace.foundation.limits import DEFAULT
+from headrace.store.memory import MemoryStore
+from headrace.store.protocol import Claim, Lease, NewBatch, Release, Session, Store, Suspects
+from headrace.store.sqlite import SqliteStore
+from tests import invariants
+from tests.store.lockstep import LockStep
+from tests.store.world import SECOND_US, START_US, chunks_of, settlement_of
+
+Answer = TypeVar("Answer")
+INDEXES_MAX = 14
+TASKS = ("task", "other")
+numbers = st.integers(0, 1_000)
+few_indexes = st.lists(st.integers(0, INDEXES_MAX - 1), min_size=1, max_size=5, unique=True)
+keys = st.builds(
+    Key,
+    st.sampled_from(TASKS),
+    queue=st.sampled_from(["default", "side"]),
+    priority=st.sampled_from([0, 0, 0, 5]),
+    due_us=st.sampled_from([0, 0, 0, START_US + 30 * SECOND_US]),
+    expires_us=st.sampled_from([0, 0, 0, START_US + 60 * SECOND_US]),
+    at_most_once=st.sampled_from([False, False, True]),
+)
+
+
+class Held:
+    """A lease as its worker knows it."""
+
+    def __init__(self, session_id: str, lease: Lease) -> None:
+        self.session_id = session_id
+        self.lease = lease
+        self.open_places = list(lease.places)
+        self.part_no = 0
+        self.is_stale = False
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Clients, workers and upkeep that know only what the store answered them."""
+
+    def open_store(self, folder: Path) -> Store:
+        """The store under test."""
+        raise NotImplementedError
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.folder = Path(tempfile.mkdtemp(prefix="headrace-"))
+        self.store = self.open_store(self.folder)
+        self.wait(self.store.open())
+        self.now_us = START_US
+        self.batches: dict[str, str] = {}
+        self.acknowledged: dict[str, set[int]] = {}
+        self.live: list[str] = []
+        self.ended: list[str] = []
+        self.held: list[Held] = []
+        self.past: list[Settlement] = []
+        self.outcomes: dict[tuple[str, int], str] = {}
+        self.record = invariants.Record()
+        self.claims_count = 0
+
+    def teardown(self) -> None:
+        """Leave nothing behind."""
+        self.wait(self.store.close())
+        self.loop.close()
+        shutil.rmtree(self.folder)
+
+    def wait(self, verb: Coroutine[Any, Any, Answer]) -> Answer:
+        """Run one verb to its end."""
+        return self.loop.run_until_complete(verb)
+
+    def batch_at(self, number: int) -> str:
+        """One of the batches."""
+        return list(self.batches)[number % len(self.batches)]
+
+    # -- clients
+
+    @rule(
+        expected=st.none() | st.integers(0, INDEXES_MAX),
+        kind=st.sampled_from([LISTED, LISTED, STREAM]),
+        owned=st.booleans(),
+    )
+    def create(self, expected: int | None, kind: str, owned: bool) -> None:
+        """A new batch; a stream may belong to a session."""
+        self.now_us += 1_000
+        owner = self.live[-1] if owned and kind == STREAM and self.live else ""
+        wanted = None if kind == STREAM else expected
+        seal_timeout_ms = 40_000 if owned else 0
+        new = NewBatch(
+            id=new_batch_id(self.now_us),
+            kind=kind,
+            expected_count=wanted,
+            session_id=owner,
+            seal_timeout_ms=seal_timeout_ms,
+        )
+        batch, created = self.wait(self.store.create_batch(new, now_us=self.now_us))
+        assert created
+        self.batches[batch.id] = kind
+        self.acknowledged[batch.id] = set()
+
+    @precondition(lambda self: self.batches)
+    @rule(
+        number=numbers,
+        start=st.integers(0, INDEXES_MAX - 1),
+        count=st.integers(1, 8),
+        key=keys,
+        runs_max=st.integers(1, 5),
+    )
+    def append(self, number: int, start: int, count: int, key: Key, runs_max: int) -> None:
+        """Some runs, new or sent before, in order."""
+        self.offer(self.batch_at(number), list(range(start, min(start + count, INDEXES_MAX))), key, runs_max)
+
+    @precondition(lambda self: self.batches)
+    @rule(number=numbers, indexes=few_indexes, key=keys)
+    def append_in_any_order(self, number: int, indexes: list[int], key: Key) -> None:
+        """Some runs with gaps between them."""
+        self.offer(self.batch_at(number), indexes, key, 3)
+
+    def offer(self, batch_id: str, indexes: list[int], key: Key, runs_max: int) -> None:
+        """Append, and hold the store to its answer."""
+        known = self.acknowledged[batch_id]
+        chunks = chunks_of(indexes, key=key, runs_max=runs_max)
+        try:
+            appended = self.wait(self.store.append(batch_id, chunks, now_us=self.now_us))
+        except (Conflict, InvalidInput):
+            return
+        assert appended.accepted_count == len(set(indexes) - known)
+        assert appended.duplicates_count == len(set(indexes) & known)
+        assert appended.conflicts == []
+        known |= set(indexes)
+
+    @precondition(lambda self: self.batches)
+    @rule(number=numbers, again=st.booleans())
+    def seal(self, number: int, again: bool) -> None:
+        """Seal at what was announced or sent."""
+        batch_id = self.batch_at(number)
+        for _ in range(1 + again):
+            try:
+                batch = self.wait(self.store.seal(batch_id, None, now_us=self.now_us))
+            except Conflict:
+                return
+            assert batch.expected_count == len(self.acknowledged[batch_id])
+
+    @precondition(lambda self: self.batches)
+    @rule(number=numbers, state=st.sampled_from(["cancelled", "abandoned"]))
+    def stop(self, number: int, state: str) -> None:
+        """Cancel or abandon a batch."""
+        self.wait(self.store.stop_batch(self.batch_at(number), state, now_us=self.now_us))
+
+    @precondition(lambda self: self.batches)
+    @rule(number=numbers, indexes=few_indexes)
+    def cancel_runs(self, number: int, indexes: list[int]) -> None:
+        """Cancel single runs."""
+        batch_id = self.batch_at(number)
+        there = [index for index in indexes if index in self.acknowledged[batch_id]]
+        self.wait(self.store.cancel_runs(batch_id, there, now_us=self.now_us))
+
+    @precondition(lambda self: self.batches)
+    @rule(number=numbers, indexes=st.none() | few_indexes)
+    def redrive(self, number: int, indexes: list[int] | None) -> None:
+        """Send what ended badly round again: the one thing that may take an outcome back."""
+        batch_id = self.batch_at(number)
+        there = None if indexes is None else [index for index in indexes if index in self.acknowledged[batch_id]]
+        before = self.states(batch_id)
+        try:
+            count = self.wait(self.store.redrive(batch_id, there))
+        except Conflict:
+            return
+        bad = {"failed"} if there is None else {"failed", "cancelled", "expired"}
+        again = [index for index, state in before.items() if state in bad and (there is None or index in there)]
+        assert count == len(again)
+        for index in again:
+            self.outcomes.pop((batch_id, index), None)
+            self.record.forget(batch_id, index)
+
+    # -- workers
+
+    @rule()
+    def start_session(self) -> None:
+        """A new worker."""
+        session_id = new_session_id(self.now_us)
+        session = Session(id=session_id, kind="worker", host="h", pid=1, started_us=self.now_us)
+        for _ in range(2):
+            self.wait(self.store.start_session(session, now_us=self.now_us))
+        self.live.append(session_id)
+
+    @precondition(lambda self: self.live)
+    @rule(number=numbers, runs_max=st.sampled_from([1, 2, 3, 5, 50]), answer_lost=st.booleans())
+    def claim(self, number: int, runs_max: int, answer_lost: bool) -> None:
+        """A claim, and the same again when its answer was lost."""
+        session_id = self.live[number % len(self.live)]
+        self.claims_count += 1
+        wish = Claim(
+            session_id=session_id,
+            claim_no=self.claims_count,
+            environment="default",
+            tasks=TASKS[: 1 + number % 2],
+            queues=None,
+            runs_max=runs_max,
+        )
+        leases = self.wait(self.store.claim(wish, now_us=self.now_us))
+        if answer_lost:
+            assert self.wait(self.store.claim(wish, now_us=self.now_us)) == leases
+        assert sum(len(lease.places) for lease in leases) <= runs_max
+        for lease in leases:
+            for index in lease.indexes:
+                assert index in self.acknowledged[lease.batch_id]
+                assert (lease.batch_id, index) not in self.outcomes, "handed out after its outcome was recorded"
+            self.held.append(Held(session_id, lease))
+
+    @precondition(lambda self: self.held)
+    @rule(
+        number=numbers,
+        codes=st.lists(st.sampled_from("ccccfxer"), min_size=1, max_size=6),
+        delay=st.sampled_from([0, 0, 20]),
+        answer_lost=st.booleans(),
+    )
+    def settle(self, number: int, codes: list[str], delay: int, answer_lost: bool) -> None:
+        """Outcomes of some or all of a lease's open runs, under a token that may be stale."""
+        held = self.held[number % len(self.held)]
+        places = held.open_places[: len(codes)]
+        if not places:
+            return
+        told = "".join(codes[: len(places)])
+        settlement = settlement_of(
+            held.lease,
+            told,
+            places=places,
+            part_no=held.part_no,
+            dues_us=[self.now_us + delay * SECOND_US] * told.count("r"),
+        )
+        before = {batch_id: self.states(batch_id) for batch_id in self.batches}
+        (word,) = self.wait(self.store.settle([settlement], now_us=self.now_us))
+        if held.is_stale:
+            assert word == "lost"
+            assert before == {batch_id: self.states(batch_id) for batch_id in self.batches}, (
+                "a stale token changes nothing"
+            )
+            return
+        assert word == "settled"
+        self.past.append(settlement)
+        held.part_no += 1
+        held.open_places = held.open_places[len(places) :]
+        held.is_stale = not held.open_places
+        index_at = dict(zip(held.lease.places, held.lease.indexes, strict=True))
+        for place, code in zip(places, told, strict=True):
+            if code != "r":
+                self.outcomes[held.lease.batch_id, index_at[place]] = NAMES[ord(code)]
+        if answer_lost:
+            assert self.wait(self.store.settle([settlement], now_us=self.now_us)) == ["recorded"]
+
+    @precondition(lambda self: self.past)
+    @rule(number=numbers)
+    def settle_again_much_later(self, number: int) -> None:
+        """A settlement that was recorded long ago is told so, whatever happened since."""
+        settlement = self.past[number % len(self.past)]
+        assert self.wait(self.store.settle([settlement], now_us=self.now_us)) == ["recorded"]
+
+    @precondition(lambda self: self.held)
+    @rule(number=numbers, guilty=st.integers(0, 3), crashes_max=st.integers(1, 3))
+    def release(self, number: int, guilty: int, crashes_max: int) -> None:
+        """A lease given back, with or without suspects."""
+        held = self.held[number % len(self.held)]
+        given = Release(
+            span_id=held.lease.span_id,
+            token=held.lease.token,
+            suspects=tuple(held.open_places[:guilty]),
+            evidence="killed",
+        )
+        words = self.wait(self.store.release([given], crashes_max=crashes_max, now_us=self.now_us))
+        assert words == ["lost" if held.is_stale else "settled"]
+        held.is_stale = True
+
+    @precondition(lambda self: self.live)
+    @rule(number=numbers, known=st.booleans(), guilty=st.integers(0, 2))
+    def recover(self, number: int, known: bool, guilty: int) -> None:
+        """A worker died; who was its heir finds out, once."""
+        session_id = self.live.pop(number % len(self.live))
+        own = [held for held in self.held if held.session_id == session_id and not held.is_stale]
+        places = {(held.lease.span_id, held.lease.token): tuple(held.open_places[:guilty]) for held in own}
+        suspects = Suspects(places=places if known else None, evidence="signal 9")
+        for count in (len(own), 0):
+            assert count == self.wait(
+                self.store.recover(session_id, suspects, silent_since_us=self.now_us, crashes_max=2, now_us=self.now_us)
+            )
+        self.leave(session_id)
+
+    @precondition(lambda self: self.live)
+    @rule(number=numbers)
+    def end_session(self, number: int) -> None:
+        """A worker leaves in good order."""
+        session_id = self.live.pop(number % len(self.live))
+        self.wait(self.store.end_session(session_id, now_us=self.now_us))
+        self.leave(session_id)
+
+    def leave(self, session_id: str) -> None:
+        """What a session held is stale from now on."""
+        self.ended.append(session_id)
+        for held in self.held:
+            held.is_stale |= held.session_id == session_id
+
+    @precondition(lambda self: self.ended)
+    @rule(number=numbers)
+    def a_thawed_session_is_told_that_it_ended(self, number: int) -> None:
+        """After SIGSTOP: its sign of life and its claim are refused. (Its settlements are in `settle`.)"""
+        session_id = self.ended[number % len(self.ended)]
+        wish = Claim(session_id=session_id, claim_no=1, environment="default", tasks=TASKS, queues=None, runs_max=9)
+        for verb in (
+            self.store.heartbeat(session_id, now_us=self.now_us),
+            self.store.claim(wish, now_us=self.now_us),
+        ):
+            try:
+                self.wait(cast("Coroutine[Any, Any, object]", verb))
+            except SessionEnded:
+                continue
+            raise AssertionError("an ended session lives")
+
+    @precondition(lambda self: self.live)
+    @rule(number=numbers)
+    def heartbeat(self, number: int) -> None:
+        """The store's leases of a session are those that it knows of."""
+        session_id = self.live[number % len(self.live)]
+        beat = self.wait(self.store.heartbeat(session_id, now_us=self.now_us))
+        mine = {
+            (held.lease.span_id, held.lease.token)
+            for held in self.held
+            if held.session_id == session_id and not held.is_stale
+        }
+        assert {(lease.span_id, lease.token) for lease in beat.leases} == mine
+
+    # -- upkeep, time, and the end of a process
+
+    @rule(seconds=st.sampled_from([1, 10, 30]))
+    def later(self, seconds: int) -> None:
+        """Time passes."""
+        self.now_us += seconds * SECOND_US
+
+    @rule()
+    def sweep(self) -> None:
+        """Upkeep's round."""
+        self.wait(self.store.sweep(now_us=self.now_us, rows_max=100))
+
+    @rule()
+    def crash(self) -> None:
+        """The store's process ends and another takes its place; what was answered is there."""
+        self.wait(self.store.close())
+        self.wait(self.store.open())
+
+    # -- after every step
+
+    def states(self, batch_id: str) -> dict[int, str]:
+        """The state of each run by index."""
+        return {run.index: run.state for run in self.wait(self.store.runs("default", batch_id=batch_id, limit=999))}
+
+    @invariant()
+    def all_is_well(self) -> None:
+        """The ledger law, verify, completion, one story from all readers."""
+        assert self.wait(invariants.faults(self.store)) == []
+
+    @invariant()
+    def what_was_acknowledged_is_there_and_what_was_recorded_stands(self) -> None:
+        """Accepted runs exist once; a recorded outcome is what the store tells, and no final one changes."""
+        for batch_id, indexes in self.acknowledged.items():
+            states = self.states(batch_id)
+            assert set(states) == indexes
+            final = {index for index, state in states.items() if state in invariants.FINAL_NAMES}
+            for (owner, index), state in self.outcomes.items():
+                assert owner != batch_id or states[index] == state, (owner, index)
+            told = self.wait(self.store.outcomes(batch_id, 0, 999))
+            assert self.record.note(batch_id, told) == []
+            assert self.record.lost(batch_id, final) == []
+            batch, _ = self.wait(self.store.batch(batch_id))
+            if batch.state == COMPLETED:
+                assert len(final) == batch.expected_count
+
+
+class MemoryMachine(StoreMachine):
+    """The specification alone."""
+
+    def open_store(self, folder: Path) -> Store:
+        return MemoryStore(DEFAULT)
+
+
+class SqliteMachine(StoreMachine):
+    """The file alone."""
+
+    def open_store(self, folder: Path) -> Store:
+        return SqliteStore(folder / "headrace.db", DEFAULT)
+
+
+class LockStepMachine(StoreMachine):
+    """Both, with every answer compared."""
+
+    def open_store(self, folder: Path) -> Store:
+        return cast("Store", LockStep(MemoryStore(DEFAULT), SqliteStore(folder / "headrace.db", DEFAULT)))
+
+
+EFFORT = int(os.environ.get("HEADRACE_TEST_EFFORT", "1"))
+"""How many times the usual number of programs is tried; the usual takes about twenty seconds."""
+
+
+def profile(programs_max: int, steps_max: int) -> settings:
+    """How long a machine is driven."""
+    return settings(
+        max_examples=programs_max * EFFORT,
+        stateful_step_count=steps_max,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+
+
+TestMemory = MemoryMachine.TestCase
+TestMemory.settings = profile(120, 60)
+TestSqlite = SqliteMachine.TestCase
+TestSqlite.settings = profile(15, 40)
+TestLockStep = LockStepMachine.TestCase
+TestLockStep.settings = profile(45, 50)

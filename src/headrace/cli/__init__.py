@@ -1,0 +1,17 @@
+"""The commands a person types. Nothing heavy is imported before it is needed: a start is counted in milliseconds."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """The `headrace` command."""
+    if sys.argv[1:] in (["--version"], ["-V"]):
+        from headrace import __version__
+
+        sys.stdout.write(f"headrace {__version__}\n")
+        return
+    from headrace.cli.main import run
+
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,177 @@
+"""Which batch a `headrace map` works on: found again by the same command, continued when its input grew.
+
+An identity (task, input, --batch-key) names *generations*, of which `--fresh` begins the next one; a generation is a
+chain of batches: the first, and one for each time the input had grown after its batch was sealed. Run 0 of a later
+one is the item `base_index` of the input, and it begins at `start`, the place where the one before it ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from headrace.core.batch import CANCELLED, Batch
+from headrace.core.span import Key
+from headrace.foundation.errors import Conflict
+from headrace.foundation.ids import new_batch_id
+from headrace.runtime.engine import Engine
+from headrace.runtime.feed import BEGINNING, Position
+from headrace.store.protocol import NewBatch
+
+PAGE_BATCHES: Final = 200
+
+
+class Source(NamedTuple):
+    """What makes two commands the same map. `key` is empty where nothing was said."""
+
+    task: str
+    path: str
+    key: str
+
+    @property
+    def identity(self) -> str:
+        """Short and stable; the batches' metadata says in words what it stands for."""
+        return hashlib.sha256(msgspec.json.encode([self.task, self.path, self.key])).hexdigest()[:24]
+
+
+@dataclass(slots=True)
+class Part:
+    """One batch of a chain."""
+
+    batch: Batch
+    base_index: int
+    start: Position
+
+    @property
+    def position(self) -> Position:
+        """How far the input is known to be durable."""
+        return Position.decode(self.batch.cursor) if self.batch.cursor else self.start
+
+
+@dataclass(slots=True)
+class Chain:
+    """The batches of one generation, in the order of the input. `is_new`: this command made it."""
+
+    engine: Engine
+    source: Source
+    is_resumable: bool
+    generation: int = 1
+    parts: list[Part] = field(default_factory=list)
+    is_new: bool = False
+
+    @property
+    def last(self) -> Part:
+        """The batch that takes what comes next."""
+        return self.parts[-1]
+
+    @property
+    def is_finished(self) -> bool:
+        """No run in it will change any more, though the input may have grown."""
+        return all(part.batch.is_finished for part in self.parts)
+
+    async def refresh(self) -> None:
+        """See each batch as it stands now."""
+        for part in self.parts:
+            part.batch, _ = await self.engine.store.batch(part.batch.id)
+
+    async def extend(self, start: Position) -> Part:
+        """The batch for what comes after `start`: made here, or by another command that was faster."""
+        part = await self._open(len(self.parts) + 1, start)
+        self.parts.append(part)
+        return part
+
+    async def catch_up(self) -> None:
+        """Learn of what another command did: seals, and batches that continue."""
+        await self.refresh()
+        while self.is_resumable:
+            found = await self.engine.store.find_batch(self.engine.environment, self._key(len(self.parts) + 1))
+            if found is None:
+                return
+            self.parts.append(part_of(found))
+
+    def _key(self, number: int) -> str:
+        base = f"map:{self.source.identity}:{self.generation}"
+        return base if number == 1 else f"{base}#{number}"
+
+    async def _open(self, number: int, start: Position) -> Part:
+        now_us = self.engine.clock.now_us()
+        metadata: dict[str, object] = {
+            "map": self.source.identity,
+            "input": self.source.path,
+            "batch_key": self.source.key,
+            "generation": self.generation,
+            "part": number,
+            "base_index": start.items_count,
+            "start": start.encode().hex(),
+        }
+        new = NewBatch(
+            id=new_batch_id(now_us),
+            environment=self.engine.environment,
+            key=self._key(number) if self.is_resumable else None,
+            task=self.source.task,
+            metadata=metadata,
+            # What nobody can take up again must not stay open for ever; the feed shows that it lives.
+            seal_timeout_ms=0 if self.is_resumable else self.engine.limits.seal_timeout_ms,
+        )
+        batch, _ = await self.engine.store.create_batch(new, now_us=now_us)
+        return part_of(batch)
+
+
+def part_of(batch: Batch) -> Part:
+    """A batch of a chain, from what its metadata says."""
+    metadata: dict[str, Any] = batch.metadata
+    return Part(batch, int(metadata["base_index"]), Position.decode(bytes.fromhex(metadata["start"])))
+
+
+async def open_chain(engine: Engine, source: Source, *, fresh: bool, is_resumable: bool) -> Chain:
+    """The newest generation of this map, or the first of a new one. `fresh` cancels what there is and starts over."""
+    chain = Chain(engine, source, is_resumable)
+    newest = await _newest(engine, source) if is_resumable else None
+    if newest is not None:
+        chain.generation = int(str(newest.metadata["generation"]))
+        await _load(chain)
+        is_whole = len(chain.parts) >= int(str(newest.metadata["part"]))
+        if fresh or not is_whole:  # retention took the beginning: what is left can't be the whole result
+            for batch in {part.batch.id: part.batch for part in (*chain.parts, part_of(newest))}.values():
+                if not batch.is_finished:
+                    await engine.store.stop_batch(batch.id, CANCELLED, now_us=engine.clock.now_us())
+            chain = Chain(engine, source, is_resumable, chain.generation + 1)
+    if not chain.parts:
+        chain.is_new = True
+        await chain.extend(BEGINNING)
+    for part in chain.parts:
+        if part.batch.is_stopped:
+            raise Conflict(
+                f"the batch of this map was {part.batch.state}", hint="--fresh starts over", batch_id=part.batch.id
+            )
+    return chain
+
+
+async def _load(chain: Chain) -> None:
+    while True:
+        number = len(chain.parts) + 1
+        found = await chain.engine.store.find_batch(chain.engine.environment, chain._key(number))  # noqa: SLF001
+        if found is None:
+            return
+        chain.parts.append(part_of(found))
+
+
+async def _newest(engine: Engine, source: Source) -> Batch | None:
+    """The newest batch of this identity: batches are listed newest first, and retention takes the oldest."""
+    before_id = ""
+    while True:
+        page = await engine.store.batches(engine.environment, before_id=before_id, limit=PAGE_BATCHES)
+        for batch, _ in page:
+            if batch.metadata.get("map") == source.identity:
+                return batch
+        if len(page) < PAGE_BATCHES:
+            return None
+        before_id = page[-1][0].id
+
+
+def key_of(spec: Any) -> Key:
+    """What the runs of a map have in common: what their task says."""
+    return Key(spec.name, spec.queue, spec.priority, 0, 0, spec.at_most_once)

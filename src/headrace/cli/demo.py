@@ -1,0 +1,114 @@
+"""`headrace demo`: the main job on real input, with nothing to prepare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from headrace.cli.opening import JsonOption, StoreOption, opened, run_async, settings_of
+from headrace.cli.printing import counted, duration, note, say, say_json, size
+
+if TYPE_CHECKING:
+    from headrace.cli.mapping import Summary
+    from headrace.demo import Digest, Items
+    from headrace.foundation.settings import Settings
+    from headrace.store.protocol import Verification
+
+FAILED_SHOWN: Final = 5
+OUT_OF_BALANCE: Final = 4
+INTERRUPTED: Final = 130
+
+
+def command(
+    directory: Annotated[
+        Path | None, typer.Option("--dir", metavar="DIRECTORY", help="Where to work. Default: a temporary directory.")
+    ] = None,
+    store: StoreOption = None,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Outline every module of this machine's own Python standard library, durably, in processes."""
+    import tempfile
+
+    from headrace.cli.mapping import Mapping
+    from headrace.demo import INLINE_BYTES_MAX, digest, paths_of, write_items
+    from headrace.foundation.errors import InvalidInput
+
+    try:
+        place = Path(tempfile.mkdtemp(prefix="headrace-demo-")) if directory is None else directory.absolute()
+        place.mkdir(parents=True, exist_ok=True)
+        items = write_items(place / "modules.ndjson")
+    except OSError as error:
+        raise InvalidInput(f"the demo can't write there: {error}", hint="name a directory with --dir") from error
+    settings = settings_of(store=store or f"sqlite:///{place / 'headrace.db'}", inline_bytes_max=INLINE_BYTES_MAX)
+    if not json:
+        note(
+            f"{counted(items.modules_count, 'module')} of the standard library, {size(items.bytes_count)}; "
+            f"{items.large_count:,} of them are large and travel through the object store"
+        )
+    output = place / "outlines.ndjson"
+    mapping = Mapping.prepare(
+        settings,
+        target="headrace.examples.stdlib:outline",
+        input_name=str(items.path),
+        output_name=str(output),
+        batch_key="",
+        fresh=False,
+        shows_progress=not no_progress,
+    )
+    with mapping:
+        summary = run_async(mapping.run())
+    if summary.exit_code == INTERRUPTED:
+        note(f"interrupted; to go on where it was: headrace demo --dir {place}")
+        raise typer.Exit(INTERRUPTED)
+    verifications = run_async(_verified(settings, summary.batches))
+    with output.open("rb") as results:
+        found = digest(results, paths_of(items.path))
+    is_balanced = all(not verification.differences and verification.ledger.balances for verification in verifications)
+    if json:
+        say_json({"summary": summary, "digest": found._asdict(), "balances": is_balanced, "directory": str(place)})
+    else:
+        _tell(items, summary, found, place, is_balanced=is_balanced)
+    if not is_balanced:
+        raise typer.Exit(OUT_OF_BALANCE)
+
+
+async def _verified(settings: Settings, batch_ids: list[str]) -> list[Verification]:
+    async with opened(settings) as engine:
+        return [await engine.store.verify(batch_id) for batch_id in batch_ids]
+
+
+def _tell(items: Items, summary: Summary, found: Digest, place: Path, *, is_balanced: bool) -> None:
+    say("")
+    say(f"  {counted(found.modules, 'module')}, {found.lines:,} lines")
+    say(f"  {counted(found.functions, 'function')} in {found.classes:,} classes and beside them")
+    say("")
+    width = max((len(path) for path, _ in found.largest), default=0)
+    for heading, (path, count) in zip(("largest", *[""] * len(found.largest)), found.largest, strict=False):
+        say(f"  {heading:<9}{path:<{width}}  {count:>7,} lines")
+    say("")
+    say(f"  {'names':<9}" + ", ".join(f"{name} ({count})" for name, count in found.commonest))
+    say("")
+    if found.failed:
+        say(f"  {len(found.failed)} could not be outlined, each for its own reason:")
+        for path, why in found.failed[:FAILED_SHOWN]:
+            say(f"    {path}: {why if len(why) <= 90 else why[:89] + '…'}")
+        if len(found.failed) > FAILED_SHOWN:
+            say(f"    and {len(found.failed) - FAILED_SHOWN} more: they are in the results, at their own places")
+        say("")
+    ran_count = summary.completed + summary.failed - summary.done_before
+    if ran_count:
+        say(
+            f"  {counted(ran_count, 'run')} in {duration(summary.seconds)}, {summary.runs_per_s:,.0f} runs/s; "
+            f"every item was durable before it ran"
+        )
+    else:
+        say(f"  all {counted(items.modules_count, 'run')} were done by an earlier start; none ran again")
+    say(
+        f"  the ledger {'balances' if is_balanced else 'DOES NOT BALANCE'}: {summary.completed:,} completed, "
+        f"{summary.failed:,} failed, {summary.runs:,} in all"
+    )
+    say(f"  results: {place / 'outlines.ndjson'}")
+    say(f"  look around: headrace batch list --store {summary.store}")

@@ -1,0 +1,180 @@
+"""What `headrace map` reads: a file, plain or compressed, or a stream, as pieces of bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import os
+import stat
+import sys
+import zlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing
+from pathlib import Path
+from typing import BinaryIO, Final, Protocol
+
+from headrace.foundation.errors import InvalidInput
+
+PIECE_BYTES: Final = 256 * 1024
+ZSTD_STEP_BYTES: Final = 2 * 1024
+"""Compressed bytes taken at once: even the most repetitive archive then unfolds by some tens of MiB at most."""
+
+STDIN: Final = "-"
+
+
+class _Source(Protocol):
+    """Bytes, at most about so many, and none at the end."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def close(self) -> None: ...
+
+
+class Input:
+    """One INPUT. `identity` is what its batch is known by; a stream has none of its own, and can't be read again.
+
+    `size_bytes` and `read_bytes` are of the file as it lies there, compressed or not.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Raises `InvalidInput` for what can't be read, before anything else happens."""
+        self.name = name
+        self.read_bytes = 0
+        self.is_stream = name == STDIN
+        self.size_bytes: int | None = None
+        self.path = None if self.is_stream else Path(name).expanduser().absolute()
+        if self.path is not None:
+            try:
+                status = self.path.stat()
+                if stat.S_ISDIR(status.st_mode):
+                    raise IsADirectoryError(21, "Is a directory")
+                if not stat.S_ISREG(status.st_mode):
+                    self.is_stream = True
+                else:
+                    self.size_bytes = status.st_size
+                    self.path.open("rb").close()
+            except OSError as error:
+                raise InvalidInput(
+                    f"{name} can't be read: {error.strerror or error}",
+                    hint="INPUT is a file of one JSON value a line, or - for standard input",
+                ) from error
+
+    @property
+    def identity(self) -> str:
+        """The absolute path; a stream is only what it is called."""
+        return STDIN if self.is_stream or self.path is None else str(self.path)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The bytes from the very first on. Raises `InvalidInput` where an archive breaks off."""
+        if self.path is None:
+            if sys.stdin is None or sys.stdin.closed:
+                return
+            descriptor = sys.stdin.fileno()
+            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            async for piece in _from_file(descriptor) if is_file else _from_stream(descriptor):
+                yield piece
+            return
+        if self.is_stream:
+            descriptor = await asyncio.to_thread(os.open, self.path, os.O_RDONLY)
+            try:
+                async for piece in _from_stream(descriptor):
+                    yield piece
+            finally:
+                os.close(descriptor)
+            return
+        with self.path.open("rb") as file, closing(self._unpacked(file)) as source:
+            while piece := await asyncio.to_thread(self._read, source, file):
+                yield piece
+
+    def _read(self, source: _Source, file: BinaryIO) -> bytes:
+        try:
+            piece = source.read(PIECE_BYTES)
+        except (EOFError, OSError, zlib.error, _Truncated, ValueError) as error:
+            if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+                raise InvalidInput(f"{self.name} can't be read any further: {error.strerror or error}") from error
+            raise self._broken(error) from error
+        self.read_bytes = file.tell()
+        return piece
+
+    def _unpacked(self, file: BinaryIO) -> _Source:
+        suffix = self.path.suffix.lower() if self.path is not None else ""
+        if suffix == ".gz":
+            return gzip.GzipFile(fileobj=file)
+        if suffix == ".zst":
+            return _Zstandard(file)
+        return file
+
+    def _broken(self, error: Exception) -> InvalidInput:
+        how = "it ends in the middle" if isinstance(error, EOFError | _Truncated) else str(error)
+        return InvalidInput(
+            f"{self.name} is not a whole archive: {how}",
+            hint="what was read before that place is kept; repair the file and run the same command again",
+        )
+
+
+class _Truncated(Exception):
+    """An archive that ends inside a frame."""
+
+
+class _Zstandard:
+    """Frames of Zstandard, one after the other, with an error where the last one is cut off.
+
+    The library's own stream reader takes a cut frame for the end.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        import zstandard
+
+        self._file = file
+        self._new: Callable[[], zstandard.ZstdDecompressionObj] = zstandard.ZstdDecompressor(
+            max_window_size=1 << 31
+        ).decompressobj
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._fault = zstandard.ZstdError
+        self._rest = b""
+
+    def read(self, size: int, /) -> bytes:
+        pieces: list[bytes] = []
+        count = 0
+        while count < size:
+            data = self._rest or self._file.read(ZSTD_STEP_BYTES)
+            self._rest = b""
+            if not data:
+                if self._frame is not None:
+                    raise _Truncated
+                break
+            if self._frame is None:
+                self._frame = self._new()
+            try:
+                piece = self._frame.decompress(data)
+            except self._fault as error:
+                raise ValueError(str(error)) from error
+            if self._frame.eof:
+                self._rest = self._frame.unused_data
+                self._frame = None
+            pieces.append(piece)
+            count += len(piece)
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        self._frame = None
+
+
+async def _from_file(descriptor: int) -> AsyncIterator[bytes]:
+    while piece := await asyncio.to_thread(os.read, descriptor, PIECE_BYTES):
+        yield piece
+
+
+async def _from_stream(descriptor: int) -> AsyncIterator[bytes]:
+    """A pipe or terminal: waited for by the loop, since a thread that reads could not be stopped."""
+    loop = asyncio.get_running_loop()
+    while True:
+        readable = asyncio.Event()
+        loop.add_reader(descriptor, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(descriptor)
+        piece = os.read(descriptor, PIECE_BYTES)
+        if not piece:
+            return
+        yield piece

@@ -1,0 +1,84 @@
+"""One place where commands meet, and where every error becomes one clear message and an exit code.
+
+Exit codes: 0 all is well, 1 the machine room failed, 2 the caller must change something, 3 some runs of a map failed,
+4 a ledger does not balance, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated, Final
+
+import typer
+
+from headrace.cli import batch, config, demo, doctor, map, migrate, prune, queue, verify  # noqa: A004 - a command's name
+from headrace.cli import run as run_commands
+from headrace.cli.printing import error_lines, note
+from headrace.foundation.errors import HeadraceError
+
+INTERRUPTED: Final = 130
+BROKEN_PIPE: Final = 141
+"""What a shell says of a process that wrote to a pipe nobody reads: 128 and the signal's number."""
+
+app = typer.Typer(
+    name="headrace",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Durable batches: stream a million items in, run every one, know when it is done.",
+)
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", "-V", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Durable batches: stream a million items in, run every one, know when it is done."""
+    if version:
+        from headrace import __version__
+
+        typer.echo(f"headrace {__version__}")
+        raise typer.Exit
+
+
+app.command("map")(map.command)
+app.add_typer(batch.app, name="batch")
+app.add_typer(run_commands.app, name="run")
+app.add_typer(queue.app, name="queue")
+app.command("verify")(verify.command)
+app.command("prune")(prune.command)
+app.command("migrate")(migrate.command)
+app.command("doctor")(doctor.command)
+app.add_typer(config.app, name="config")
+app.command("demo")(demo.command)
+# `bench` is registered here, beside the others.
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; answers its exit code."""
+    try:
+        app(args=arguments, prog_name="headrace")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except HeadraceError as error:
+        if os.environ.get("HEADRACE_LOG_LEVEL", "").lower() == "debug":
+            traceback.print_exc()
+        note(error_lines(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        note("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        silence_stdout()
+        return BROKEN_PIPE
+    return 0
+
+
+def silence_stdout() -> None:
+    """Nobody reads standard output any more: let the interpreter's last flush go nowhere."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return

@@ -1,0 +1,397 @@
+"""One `headrace map`, from its arguments to its summary.
+
+Four things go on at once: the feed makes items durable, a worker runs them, the writer writes what has become final
+in order, and the display shows it. Each may be killed at any moment; the store knows how far all of them were.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Coroutine
+from time import monotonic
+from types import TracebackType
+from typing import Any, Final, Self
+
+import msgspec
+
+from headrace.app import Headrace, Task, task_of
+from headrace.cli.chain import Chain, Part, Source, key_of, open_chain
+from headrace.cli.input import Input
+from headrace.cli.opening import shown_store
+from headrace.cli.output import FileOutput, Output, lines_of, open_output
+from headrace.cli.printing import counted, duration, note, say_json
+from headrace.cli.progress import Standing, display
+from headrace.core.batch import CANCELLED, Ledger
+from headrace.foundation.errors import InvalidInput
+from headrace.foundation.settings import Settings
+from headrace.runtime.engine import Engine
+from headrace.runtime.feed import Feed, SealedElsewhere
+from headrace.runtime.loading import load_target
+
+PAGE_RUNS: Final = 4_096
+LINGER_S: Final = 0.05
+"""Between two looks at a store whose results come in slower than they are written."""
+
+LOOK_S: Final = 0.25
+SHOW_S: Final = 0.25
+INTERRUPTED: Final = 130
+RUNS_FAILED: Final = 3
+
+
+class Summary(msgspec.Struct, kw_only=True):
+    """What a map came to. `batches` has more than one id when the input had grown after an earlier start."""
+
+    state: str
+    task: str
+    input: str
+    output: str
+    store: str
+    batches: list[str]
+    runs: int
+    completed: int
+    failed: int
+    cancelled: int
+    expired: int
+    resumed: bool
+    done_before: int
+    seconds: float
+    runs_per_s: float
+
+    @property
+    def bad(self) -> int:
+        """Runs that came to another end than a result."""
+        return self.failed + self.cancelled + self.expired
+
+    @property
+    def exit_code(self) -> int:
+        """What the command ends with."""
+        if self.state == "interrupted":
+            return INTERRUPTED
+        return RUNS_FAILED if self.bad else 0
+
+
+class Mapping:
+    """A map that was asked for, with everything opened that could be refused."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        task: Task[Any, Any],
+        source: Input,
+        output: Output,
+        *,
+        batch_key: str,
+        fresh: bool,
+        shows_progress: bool,
+        command: str = "",
+    ) -> None:
+        self.settings = settings
+        self.task = task
+        self.input = source
+        self.output = output
+        self.batch_key = batch_key
+        self.fresh = fresh
+        self.shows_progress = shows_progress
+        self.command = command or shlex.join(["headrace", *sys.argv[1:]])
+        self.chain: Chain | None = None
+        self._is_fed = False
+        self._stops_count = 0
+        self._stop = asyncio.Event()
+        self._done_before = 0
+
+    @classmethod
+    def prepare(
+        cls,
+        settings: Settings,
+        *,
+        target: str,
+        input_name: str,
+        output_name: str | None,
+        batch_key: str,
+        fresh: bool,
+        shows_progress: bool,
+    ) -> Self:
+        """Check all that can be checked before anything runs. Raises `InvalidInput`."""
+        loaded = load_target(target)
+        task = task_of(loaded.handle)
+        if task is None:
+            task = Headrace("map").task(loaded.function)
+        task.app.use(settings)
+        source = Input(input_name)
+        if len(batch_key) > settings.limits.name_chars_max or (batch_key and not batch_key.isprintable()):
+            raise InvalidInput(
+                f"--batch-key is 1 to {settings.limits.name_chars_max} printable characters, not {batch_key[:50]!r}"
+            )
+        output = open_output(output_name, input_path=source.path)
+        return cls(settings, task, source, output, batch_key=batch_key, fresh=fresh, shows_progress=shows_progress)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.output.close()
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether the same command finds this batch again."""
+        return bool(self.batch_key) or not self.input.is_stream
+
+    # -- the course of it
+
+    async def run(self) -> Summary:
+        """Feed, run, write and show, until all is done or somebody stops it."""
+        if self.input.is_stream:
+            note(
+                f"reading {'standard input' if self.input.path is None else self.input.name}, "
+                + ("resumable by its --batch-key" if self.batch_key else "which resumes only with --batch-key KEY")
+            )
+        started_s = monotonic()
+        async with self.task.app as app:
+            engine = await app.open()
+            source = Source(self.task.name, self.input.identity, self.batch_key)
+            self.chain = chain = await open_chain(engine, source, fresh=self.fresh, is_resumable=self.is_resumable)
+            self._done_before = (await self._ledger(engine)).settled
+            with _Signals(self._stopped):
+                is_whole = await self._all_at_once(engine, chain)
+            await self._leave(engine, chain, is_whole=is_whole)
+            return await self._summary(engine, is_whole=is_whole, seconds=monotonic() - started_s)
+
+    async def _all_at_once(self, engine: Engine, chain: Chain) -> bool:
+        """True when every result was written, False when it was stopped before."""
+        needed = asyncio.Event()
+        if not chain.is_finished:
+            needed.set()
+        tasks = {
+            "feed": self._start(self._feed(engine, chain, needed)),
+            "work": self._start(self._work(engine, needed)),
+            "write": self._start(self._write(engine, chain)),
+            "show": self._start(self._show(engine)),
+            "stop": self._start(self._stop.wait()),
+        }
+        try:
+            running = set(tasks.values())
+            while not tasks["write"].done() and not tasks["stop"].done():
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for ended in done:
+                    ended.result()
+        finally:
+            for name in ("feed", "show", "stop", "write", "work"):
+                tasks[name].cancel()
+                await asyncio.wait((tasks[name],))
+        for ended in tasks.values():
+            if not ended.cancelled() and ended.exception() is not None:
+                ended.result()
+        return not tasks["write"].cancelled()
+
+    @staticmethod
+    def _start(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        return asyncio.get_running_loop().create_task(coroutine)
+
+    async def _feed(self, engine: Engine, chain: Chain, needed: asyncio.Event) -> None:
+        """Make the input durable, in the last batch of the chain and in such as continue it."""
+        while True:
+            part = chain.last
+            feed = Feed(self.input.pieces(), engine=engine, key=key_of(self.task.spec), start=part.position)
+            try:
+                while not await feed.fill(part.batch, base_index=part.base_index):
+                    part = await chain.extend(feed.position)
+                    needed.set()
+                break
+            except SealedElsewhere:
+                if self.input.is_stream:
+                    raise
+                await chain.catch_up()
+            finally:
+                await feed.close()
+        await chain.catch_up()
+        self._is_fed = True
+        engine.recorded.ring()
+
+    async def _work(self, engine: Engine, needed: asyncio.Event) -> None:
+        """Run what is there to run; a map that was finished before needs no worker."""
+        await needed.wait()
+        async with self.task.app.worker(tasks=[self.task.name]):
+            await engine.clock.wait_for(asyncio.Event(), None)
+
+    async def _write(self, engine: Engine, chain: Chain) -> None:
+        """Results in the order of the input, as they become final."""
+        number = 0
+        while True:
+            await self._write_part(engine, chain.parts[number])
+            while number + 1 == len(chain.parts) and not self._is_fed:
+                await engine.recorded.wait(engine.clock, LOOK_S)
+            number += 1
+            if number == len(chain.parts):
+                break
+        await self.output.finish()
+
+    async def _write_part(self, engine: Engine, part: Part) -> None:
+        index = 0
+        while True:
+            outcomes = await engine.store.outcomes(part.batch.id, index, PAGE_RUNS)
+            async for lines in lines_of(engine, outcomes, part.base_index):
+                await self.output.put(lines)
+            index += len(outcomes)
+            if len(outcomes) == PAGE_RUNS:
+                continue
+            batch, _ = await engine.store.batch(part.batch.id)
+            if batch.expected_count is not None and index >= batch.expected_count:
+                part.batch = batch
+                return
+            if batch.is_stopped and batch.is_finished and not outcomes:
+                part.batch = batch
+                return
+            if outcomes:
+                await engine.clock.sleep(LINGER_S)
+            else:
+                await engine.recorded.wait(engine.clock, LOOK_S)
+
+    async def _show(self, engine: Engine) -> None:
+        shown = display(is_wanted=self.shows_progress, label=self.task.name)
+        alive_s = monotonic()
+        try:
+            while True:
+                ledger = await self._ledger(engine)
+                shown.update(self._standing(ledger))
+                if not self.is_resumable and monotonic() - alive_s > engine.limits.seal_timeout_ms / 4_000:
+                    await self._keep_open(engine)
+                    alive_s = monotonic()
+                await engine.clock.sleep(SHOW_S)
+        finally:
+            shown.close()
+
+    async def _keep_open(self, engine: Engine) -> None:
+        """Show that a batch is still fed though its stream says nothing; else it would count as abandoned."""
+        assert self.chain is not None
+        if not self._is_fed:
+            await engine.store.append(self.chain.last.batch.id, [], now_us=engine.clock.now_us())
+
+    def _standing(self, ledger: Totals) -> Standing:
+        if self._is_fed:
+            return Standing(ledger.settled, ledger.bad, ledger.received)
+        if self.input.size_bytes and self.input.read_bytes:
+            total = ledger.received * self.input.size_bytes // min(self.input.read_bytes, self.input.size_bytes)
+            return Standing(ledger.settled, ledger.bad, max(total, ledger.received), is_estimate=True)
+        return Standing(ledger.settled, ledger.bad, None)
+
+    # -- the end of it
+
+    def _stopped(self) -> None:
+        """A signal came."""
+        self._stops_count += 1
+        if self._stops_count == 1:
+            note("stopping: what is under way may end, what has not begun is left for later (again: stop now)")
+            self._stop.set()
+        else:
+            note(f"stopped. {self._hint()}")
+            os._exit(INTERRUPTED)  # the store knows how far everything was
+
+    async def _leave(self, engine: Engine, chain: Chain, *, is_whole: bool) -> None:
+        """A batch that nobody can find again must not wait for ever."""
+        if not is_whole and not self.is_resumable:
+            for part in chain.parts:
+                await engine.store.stop_batch(part.batch.id, CANCELLED, now_us=engine.clock.now_us())
+
+    def _hint(self) -> str:
+        if not self.is_resumable:
+            return "Its input can't be read again: with --batch-key KEY the next one can go on where it was."
+        command = self.command.replace(" --fresh", "")
+        return f"To go on where it was: {command}"
+
+    async def _ledger(self, engine: Engine) -> Totals:
+        assert self.chain is not None
+        return Totals([(await engine.store.batch(part.batch.id))[1] for part in self.chain.parts])
+
+    async def _summary(self, engine: Engine, *, is_whole: bool, seconds: float) -> Summary:
+        assert self.chain is not None
+        totals = await self._ledger(engine)
+        return Summary(
+            state="completed" if is_whole else "interrupted",
+            task=self.task.name,
+            input=self.input.name,
+            output=self.output.name,
+            store=shown_store(self.settings),
+            batches=[part.batch.id for part in self.chain.parts],
+            runs=totals.received,
+            completed=totals.completed,
+            failed=totals.failed,
+            cancelled=totals.cancelled,
+            expired=totals.expired,
+            resumed=not self.chain.is_new,
+            done_before=self._done_before,
+            seconds=round(seconds, 3),
+            runs_per_s=round((totals.settled - self._done_before) / seconds, 1) if seconds else 0.0,
+        )
+
+    def report(self, summary: Summary, *, as_json: bool) -> None:
+        """Say what was done; results have standard output for themselves when they go there."""
+        if as_json:
+            if isinstance(self.output, FileOutput):
+                say_json(summary)
+            else:
+                note(msgspec.json.encode(summary).decode())
+        else:
+            note(self._words(summary))
+        if summary.state == "interrupted":
+            note(f"interrupted. {self._hint()}")
+
+    def _words(self, summary: Summary) -> str:
+        ends = [f"{summary.completed:,} completed"]
+        ends += [
+            f"{count:,} {name}"
+            for name, count in (
+                ("failed", summary.failed),
+                ("cancelled", summary.cancelled),
+                ("expired", summary.expired),
+            )
+            if count
+        ]
+        before = f", {summary.done_before:,} of them before this start" if summary.done_before else ""
+        words = (
+            f"{counted(summary.runs, 'run')}: {', '.join(ends)}{before}; {duration(summary.seconds)}, "
+            f"{summary.runs_per_s:,.0f} runs/s; results in {summary.output}"
+        )
+        if summary.failed:
+            words += f"\nfailed runs: headrace run list --state failed --batch {summary.batches[-1]}"
+        return words
+
+
+class Totals:
+    """The ledgers of a chain, added up."""
+
+    def __init__(self, ledgers: list[Ledger]) -> None:
+        self.completed = sum(ledger.completed for ledger in ledgers)
+        self.failed = sum(ledger.failed for ledger in ledgers)
+        self.cancelled = sum(ledger.cancelled for ledger in ledgers)
+        self.expired = sum(ledger.expired for ledger in ledgers)
+        self.bad = self.failed + self.cancelled + self.expired
+        self.settled = self.completed + self.bad
+        self.received = sum(ledger.expected - ledger.missing for ledger in ledgers)
+
+
+class _Signals:
+    """SIGINT and SIGTERM as calls on the loop, while the block lasts."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._loop = asyncio.get_running_loop()
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._loop.add_signal_handler(number, self._call)
+            except (NotImplementedError, RuntimeError, ValueError):  # not the main thread: nobody sends it signals
+                return
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._loop.remove_signal_handler(number)
+            except (NotImplementedError, RuntimeError, ValueError):
+                return

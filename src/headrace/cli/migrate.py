@@ -1,0 +1,21 @@
+"""`headrace migrate`: bring a database to the schema of this version."""
+
+from __future__ import annotations
+
+from headrace.cli.opening import JsonOption, StoreOption, opened, run_async, settings_of, shown_store
+from headrace.cli.printing import say, say_json
+
+
+def command(store: StoreOption = None, json: JsonOption = False) -> None:
+    """Make an empty database ready, or bring an older one to this version. Opening a store does the same."""
+    settings = settings_of(store=store)
+
+    async def migrate() -> dict[str, object]:
+        async with opened(settings) as engine:
+            return await engine.store.check()
+
+    found = run_async(migrate())
+    if json:
+        say_json(found)
+    else:
+        say(f"{shown_store(settings)} is at version {found.get('schema_version', '-')} of the schema")

@@ -1,0 +1,119 @@
+"""From flags to an open engine, and to a loop that runs a command."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar
+from urllib.parse import urlsplit
+
+import typer
+
+from headrace.foundation.errors import InvalidInput, NotFound
+from headrace.foundation.settings import Settings, hidden, load
+
+if TYPE_CHECKING:
+    from headrace.core.batch import Batch
+    from headrace.runtime.engine import Engine
+
+T = TypeVar("T")
+
+SWITCH_INTERVAL_S: Final = 0.0005
+"""How long a busy thread keeps the interpreter: the SQLite writer waits for it at each of its steps."""
+
+LOG_LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+
+StoreOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--store", metavar="URL", help="Where batches are kept. Default: HEADRACE_STORE, else sqlite:///headrace.db."
+    ),
+]
+JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
+
+
+def settings_of(**flags: object | None) -> Settings:
+    """The effective settings, with logs set up as they say."""
+    settings = load(flags, os.environ, Path.cwd())
+    _log_to_stderr(settings)
+    return settings
+
+
+def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a command on a loop of its own, the fastest there is."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    try:
+        from uvloop import new_event_loop as loop_factory
+    except ImportError:  # not on this platform: the standard loop serves
+        loop_factory = None
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(coroutine)
+
+
+@asynccontextmanager
+async def opened(settings: Settings, *, must_exist: bool = False) -> AsyncIterator[Engine]:
+    """The engine that the settings name. `must_exist`: a command that only looks makes no empty database."""
+    from headrace.compose import open_engine, sqlite_path
+
+    if must_exist and urlsplit(settings.store).scheme == "sqlite":
+        path = sqlite_path(settings.store)
+        if not path.exists():
+            raise NotFound(
+                f"there is no database at {path}",
+                hint="--store names another; `headrace map` and `headrace migrate` make one",
+            )
+    engine = await open_engine(settings)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def find_batch(engine: Engine, text: str) -> Batch:
+    """A batch by its id or its key. Raises `NotFound`."""
+    from headrace.foundation.ids import check_batch_id
+
+    try:
+        batch_id = check_batch_id(text)
+    except InvalidInput:
+        found = await engine.store.find_batch(engine.environment, text)
+        if found is None:
+            raise NotFound(
+                f"no batch has the id or key {text!r}", hint="`headrace batch list` shows those there are"
+            ) from None
+        return found
+    batch, _ = await engine.store.batch(batch_id)
+    return batch
+
+
+def shown_store(settings: Settings) -> str:
+    """The store's URL as it may be shown."""
+    return hidden("store", settings.store)
+
+
+def _log_to_stderr(settings: Settings) -> None:
+    """Logs are lines on standard error, so that standard output holds results and nothing else."""
+    import structlog
+
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(LOG_LEVELS[settings.log_level]),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        cache_logger_on_first_use=False,
+    )

@@ -1,0 +1,245 @@
+"""What `headrace map` writes: a line for each run, in index order, whole lines only.
+
+Rule 1: a file is never shorter than right. What stands in it already is compared with what belongs there, and
+kept as far as it is the same.
+Rule 2: every line has one place, and bytes go to their place. So two commands that write one file write the same
+bytes to the same places.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+
+from headrace.core import pack, run
+from headrace.core.failure import decode
+from headrace.foundation.errors import EngineFault, InvalidInput
+from headrace.foundation.limits import MIB
+from headrace.runtime.engine import Engine
+from headrace.store.protocol import Outcome
+
+BLOCK_BYTES_MAX: Final = 4 * MIB
+_TAIL_BYTES: Final = 64 * 1024
+_ENDED: Final = {
+    run.CANCELLED: ("Cancelled", "the run was cancelled before it ended"),
+    run.EXPIRED: ("Expired", "the run was not started in time"),
+}
+
+
+class OutputFailed(EngineFault):
+    """A result could not be written where it belongs."""
+
+    code = "OUTPUT_FAILED"
+
+
+class Output(Protocol):
+    """Where lines go."""
+
+    name: str
+
+    async def put(self, lines: bytes) -> None:
+        """Take the next whole lines."""
+
+    async def finish(self) -> None:
+        """No line follows."""
+
+    def close(self) -> None:
+        """Let go, finished or not."""
+
+
+def open_output(name: str | None, *, input_path: Path | None) -> Output:
+    """Where results go. Raises `InvalidInput`, before anything runs, for what can't be written."""
+    if name is None or name == "-":
+        return StreamOutput("standard output", None)
+    path = Path(name).expanduser()
+    if input_path is not None and path.exists() and input_path.exists() and path.samefile(input_path):
+        raise InvalidInput(
+            f"{name} is the input: writing results there would destroy it", hint="name another file with -o"
+        )
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        try:
+            descriptor = os.open(path, os.O_WRONLY)  # a pipe or a device
+        except OSError as error:
+            raise InvalidInput(
+                f"{name} can't be written: {error.strerror or error}",
+                hint="check that its directory exists and that this user may write there",
+            ) from error
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return FileOutput(name, descriptor)
+    return StreamOutput(name, descriptor)
+
+
+class StreamOutput:
+    """A pipe, a terminal or a device: lines go out once, in order."""
+
+    def __init__(self, name: str, descriptor: int | None) -> None:
+        self.name = name
+        self._descriptor = descriptor
+
+    async def put(self, lines: bytes) -> None:
+        """Take the next whole lines."""
+        try:
+            await asyncio.to_thread(self._write, lines)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _failed(self.name, error) from error
+
+    def _write(self, lines: bytes) -> None:
+        if self._descriptor is None:
+            sys.stdout.buffer.write(lines)
+            sys.stdout.buffer.flush()
+            return
+        view = memoryview(lines)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+
+    async def finish(self) -> None:
+        """No line follows."""
+
+    def close(self) -> None:
+        """Let go of what was opened."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class FileOutput:
+    """A file that may hold results of an earlier start: right ones are kept, others replaced."""
+
+    def __init__(self, name: str, descriptor: int) -> None:
+        self.name = name
+        self.kept_bytes = 0
+        self._descriptor = descriptor
+        self._offset = 0
+        self._cut_torn_line()
+        self._is_comparing = os.fstat(descriptor).st_size > 0
+
+    async def put(self, lines: bytes) -> None:
+        """Take the next whole lines."""
+        try:
+            await asyncio.to_thread(self._put, lines)
+        except OSError as error:
+            raise _failed(self.name, error) from error
+
+    async def finish(self) -> None:
+        """No line follows: what stands behind the last one goes, and all of it is on the disk."""
+        try:
+            if self._is_comparing:
+                os.ftruncate(self._descriptor, self._offset)
+            await asyncio.to_thread(os.fsync, self._descriptor)
+        except OSError as error:
+            raise _failed(self.name, error) from error
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _put(self, lines: bytes) -> None:
+        if self._is_comparing:
+            there = _read_at(self._descriptor, len(lines), self._offset)
+            if there == lines:
+                self._offset += len(lines)
+                self.kept_bytes = self._offset
+                return
+            self._is_comparing = False
+            same_bytes = _same_lines(there, lines)
+            self._offset += same_bytes
+            self.kept_bytes = self._offset
+            if not lines.startswith(there):
+                os.ftruncate(self._descriptor, self._offset)
+            lines = lines[same_bytes:]
+        view = memoryview(lines)
+        while view:
+            written = os.pwrite(self._descriptor, view, self._offset)
+            self._offset += written
+            view = view[written:]
+
+    def _cut_torn_line(self) -> None:
+        """A process that was killed may have left half a line."""
+        end = os.fstat(self._descriptor).st_size
+        while end > 0:
+            start = max(0, end - _TAIL_BYTES)
+            newline = _read_at(self._descriptor, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end != os.fstat(self._descriptor).st_size:
+            os.ftruncate(self._descriptor, end)
+
+
+async def lines_of(engine: Engine, outcomes: Sequence[Outcome], base_index: int) -> AsyncIterator[bytes]:
+    """Outcomes as whole lines, some megabytes at a time; large results are fetched as they are needed."""
+    lines: list[bytes] = []
+    count_bytes = 0
+    for outcome in outcomes:
+        if outcome.state == run.COMPLETED and outcome.kind == pack.JSON:
+            line = b'{"index":%d,"ok":true,"output":%b}\n' % (base_index + outcome.index, outcome.result or b"null")
+        else:
+            line = await _other_line(engine, outcome, base_index + outcome.index)
+        lines.append(line)
+        count_bytes += len(line)
+        if count_bytes >= BLOCK_BYTES_MAX:
+            yield b"".join(lines)
+            lines, count_bytes = [], 0
+    if lines:
+        yield b"".join(lines)
+
+
+async def _other_line(engine: Engine, outcome: Outcome, index: int) -> bytes:
+    if outcome.state == run.COMPLETED:
+        result, kind = outcome.result, outcome.kind
+        if kind == pack.REFERENCE:
+            result, kind = await engine.fetch(result)
+        if kind == pack.TEXT:
+            result = msgspec.json.encode(result.decode("utf-8", "replace"))
+        elif kind == pack.MSGPACK:
+            result = msgspec.json.encode(msgspec.msgpack.decode(result))
+        if b"\n" in result:
+            result = msgspec.json.format(result, indent=-1)
+        return b'{"index":%d,"ok":true,"output":%b}\n' % (index, result or b"null")
+    if outcome.state == run.FAILED:
+        failure = decode(outcome.result)
+        error: dict[str, object] = {"type": failure.type, "message": failure.message, "attempts": failure.attempts}
+    else:
+        kind_name, message = _ENDED[outcome.state]
+        error = {"type": kind_name, "message": message, "attempts": 0}
+    return b'{"index":%d,"ok":false,"error":%b}\n' % (index, msgspec.json.encode(error))
+
+
+def _same_lines(there: bytes, lines: bytes) -> int:
+    """How many bytes of whole lines the two have in common at their beginning."""
+    same_bytes = 0
+    for mine, theirs in zip(lines.splitlines(keepends=True), there.splitlines(keepends=True), strict=False):
+        if mine != theirs:
+            break
+        same_bytes += len(mine)
+    return same_bytes
+
+
+def _read_at(descriptor: int, size: int, offset: int) -> bytes:
+    pieces: list[bytes] = []
+    while size and (piece := os.pread(descriptor, size, offset)):
+        pieces.append(piece)
+        size -= len(piece)
+        offset += len(piece)
+    return b"".join(pieces)
+
+
+def _failed(name: str, error: OSError) -> OutputFailed:
+    return OutputFailed(
+        f"{name} can't be written: {error.strerror or error}",
+        hint="every result is kept in the store: make room, and run the same command again",
+    )

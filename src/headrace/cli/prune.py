@@ -1,0 +1,38 @@
+"""`headrace prune`: delete what is past its retention, now."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from headrace.cli.opening import JsonOption, StoreOption, opened, run_async, settings_of
+from headrace.cli.printing import counted, duration, say, say_json
+
+
+def command(
+    store: StoreOption = None,
+    retention_ms: Annotated[
+        int | None, typer.Option(metavar="MS", help="How long finished batches are kept; 0 keeps none.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Delete batches that finished longer ago than the retention, and objects that nothing names."""
+    from headrace.runtime.upkeep import Upkeep
+
+    settings = settings_of(store=store, retention_ms=retention_ms)
+
+    async def delete() -> tuple[int, int]:
+        async with opened(settings, must_exist=True) as engine:
+            upkeep = Upkeep(engine, None)
+            return await upkeep.prune(), await upkeep.remove_orphans()
+
+    batches_count, objects_count = run_async(delete())
+    if json:
+        say_json({"batches": batches_count, "objects": objects_count})
+    else:
+        age = duration(settings.limits.retention_ms / 1_000)
+        say(
+            f"{counted(batches_count, 'batch')} that finished more than {age} ago and "
+            f"{counted(objects_count, 'object')} that nothing names: deleted"
+        )

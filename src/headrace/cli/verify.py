@@ -1,0 +1,78 @@
+"""`headrace verify`: count the ledger anew, from the chunks and not from the counters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from headrace.cli.opening import JsonOption, StoreOption, find_batch, opened, run_async, settings_of
+from headrace.cli.printing import counted, say, say_json
+
+if TYPE_CHECKING:
+    from headrace.runtime.engine import Engine
+    from headrace.store.protocol import Verification
+
+OUT_OF_BALANCE: Final = 4
+PAGE_BATCHES: Final = 200
+
+
+def command(
+    batch: Annotated[str, typer.Argument(metavar="[BATCH]", help="A batch id or key; without one, all batches.")] = "",
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Count every run again and compare. Exit codes: 0 the ledger balances, 4 it does not."""
+    settings = settings_of(store=store)
+
+    async def count() -> list[Verification]:
+        async with opened(settings, must_exist=True) as engine:
+            if batch:
+                return [await engine.store.verify((await find_batch(engine, batch)).id)]
+            return await verify_all(engine)
+
+    found = run_async(count())
+    wrong = [verification for verification in found if differences_of(verification)]
+    if json:
+        say_json(
+            {
+                "balances": not wrong,
+                "batches": [
+                    {
+                        "batch": verification.batch_id,
+                        "balances": not differences_of(verification),
+                        "ledger": verification.ledger._asdict(),
+                        "differences": differences_of(verification),
+                    }
+                    for verification in found
+                ],
+            }
+        )
+    else:
+        for verification in wrong:
+            say(f"{verification.batch_id} does not balance:")
+            for difference in differences_of(verification):
+                say(f"  {difference}")
+        runs_count = sum(verification.ledger.expected for verification in found)
+        verdict = f"{len(wrong):,} of them do not balance" if wrong else "the ledger balances"
+        say(f"{counted(len(found), 'batch')}, {counted(runs_count, 'run')}: {verdict}")
+    if wrong:
+        raise typer.Exit(OUT_OF_BALANCE)
+
+
+async def verify_all(engine: Engine) -> list[Verification]:
+    """Every batch of the environment."""
+    found: list[Verification] = []
+    before_id = ""
+    while True:
+        page = await engine.store.batches(engine.environment, before_id=before_id, limit=PAGE_BATCHES)
+        found += [await engine.store.verify(batch.id) for batch, _ in page]
+        if len(page) < PAGE_BATCHES:
+            return found
+        before_id = page[-1][0].id
+
+
+def differences_of(verification: Verification) -> list[str]:
+    """What is wrong with a batch, the law of the ledger included."""
+    law = [] if verification.ledger.balances else [f"the ledger breaks its law: {verification.ledger._asdict()}"]
+    return [*verification.differences, *law]

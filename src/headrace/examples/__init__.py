@@ -1,0 +1,1 @@
+"""Examples that ship with the package, so that `headrace demo` needs nothing else."""

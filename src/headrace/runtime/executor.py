@@ -33,7 +33,8 @@ from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.context import Context
 from headrace.runtime.failures import describe
-from headrace.runtime.registry import PayloadRefused, Registry, TaskSpec
+from headrace.runtime.registry import Registry, TaskSpec
+from headrace.runtime.superjson import PayloadRefused
 from headrace.runtime.work import BEGUN, ENDED, Plan, Work
 
 SLICE_S: Final = 0.002

@@ -11,11 +11,11 @@ application/msgpack      `{args, kwargs}`
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -24,16 +24,13 @@ from headrace.core.retry import NO_RETRY, Retry
 from headrace.foundation.errors import InvalidInput, InvalidSetting, NotFound
 from headrace.foundation.limits import DEFAULT
 from headrace.runtime.context import Context
+from headrace.runtime.superjson import PayloadRefused, revived
 
 Pool = Literal["auto", "loop", "thread", "process"]
 
 TIMEOUT_S_MAX: Final = 365 * 86_400.0
 PRIORITY_MAX: Final = 1_000_000
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class PayloadRefused(Exception):
-    """An input does not fit its task; another attempt would fail the same way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +61,10 @@ class TaskSpec:
         check_name("task", self.name)
         check_name("queue", self.queue)
         check_priority(self.priority)
-        if self.timeout_s is not None and not 0 < self.timeout_s <= TIMEOUT_S_MAX:
+        _check_function(self.name, self.function)
+        if not isinstance(self.retry, Retry):
+            raise InvalidSetting(f"retry takes a Retry, not {self.retry!r}", hint="write Retry(attempts=3)")
+        if not _is_timeout(self.timeout_s):
             raise InvalidSetting(f"timeout_s must be over 0 and at most {TIMEOUT_S_MAX:.0f}, not {self.timeout_s!r}")
         if self.pool not in get_args(Pool):
             raise InvalidSetting(f"pool must be one of {', '.join(get_args(Pool))}, not {self.pool!r}", task=self.name)
@@ -117,6 +117,26 @@ class Registry:
         return sorted(self._specs)
 
 
+class _Parameter(NamedTuple):
+    """One parameter of a task that payloads fill."""
+
+    name: str
+    annotation: Any
+    default: Any
+    kind: Any
+
+    @property
+    def has_default(self) -> bool:
+        return self.default is not inspect.Parameter.empty
+
+    @property
+    def field(self) -> Any:
+        """As a field of a struct; left out where there is a default, so that the function's own holds."""
+        if not self.has_default:
+            return (self.name, self.annotation)
+        return (self.name, typing.Union[self.annotation, msgspec.UnsetType], msgspec.UNSET)  # noqa: UP007 - any hint
+
+
 class Codec:
     """Turns calls into payloads and payloads into calls, by a function's signature and annotations."""
 
@@ -125,49 +145,53 @@ class Codec:
         self.context_name = ""
         self.decode_one: Callable[[bytes], Any] | None = None
         self.parameters = self._parameters(function)
-        self._signature = inspect.Signature(
-            [
-                parameter
-                for parameter in inspect.signature(function).parameters.values()
-                if parameter.name != self.context_name
-            ]
-        )
-        if len(self.parameters) == 1:
-            ((only, annotation, default),) = self.parameters
-            self._only: str | None = only
-            self._whole_type: Any = annotation
-            self._has_default = default is not inspect.Parameter.empty
-            self._whole = msgspec.json.Decoder(annotation)
-            self.decode_one = self._whole.decode
-            self._checks_nothing = annotation in (Any, object)
-            self._many: msgspec.json.Decoder[Any] | None = msgspec.json.Decoder(list[annotation])
-        else:
-            self._only = None
-            fields: list[Any] = [
-                (name, annotation)
-                if default is inspect.Parameter.empty
-                else (name, annotation | msgspec.UnsetType, msgspec.UNSET)
-                for name, annotation, default in self.parameters
-            ]
-            self._by_name_type = msgspec.defstruct("Arguments", fields, forbid_unknown_fields=True, kw_only=True)
-            self._by_place_type = msgspec.defstruct(
-                "Arguments", sorted(fields, key=len), array_like=True, forbid_unknown_fields=True
-            )
-            self._checks_nothing = False
-            self._many = msgspec.json.Decoder(list[self._by_name_type]) if fields else None  # type: ignore[name-defined]  # made here
-            self._by_name = msgspec.json.Decoder(self._by_name_type)
-            self._by_place = msgspec.json.Decoder(self._by_place_type)
+        self._by_place_only = [one for one in self.parameters if one.kind == inspect.Parameter.POSITIONAL_ONLY]
+        known = inspect.signature(function).parameters.values()
+        self._signature = inspect.Signature([one for one in known if one.name != self.context_name])
+        self._only = self.parameters[0] if len(self.parameters) == 1 else None
+        self._checks_nothing = False
+        self._many: msgspec.json.Decoder[Any] | None = None
+        try:
+            self._prepare()
+        except (TypeError, RuntimeError) as error:
+            raise InvalidSetting(f"no payload can hold the arguments of task {name}: {error}") from error
 
-    def _parameters(self, function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    def _prepare(self) -> None:
+        if self._only is not None:
+            annotation = self._only.annotation
+            self._whole = msgspec.json.Decoder(annotation)
+            if self._only.kind != inspect.Parameter.KEYWORD_ONLY:
+                self.decode_one = self._whole.decode
+            self._checks_nothing = annotation in (Any, object)
+            self._many = msgspec.json.Decoder(list[annotation])  # type: ignore[valid-type]  # known only when it runs
+            return
+        placed = [one for one in self.parameters if one.kind != inspect.Parameter.KEYWORD_ONLY]
+        fields = [one.field for one in self.parameters]
+        self._by_name_type = msgspec.defstruct("Arguments", fields, forbid_unknown_fields=True, kw_only=True)
+        self._by_place_type = msgspec.defstruct(
+            "Arguments", [one.field for one in placed], array_like=True, forbid_unknown_fields=True
+        )
+        self._needs_names = [one.name for one in self.parameters if one not in placed and not one.has_default]
+        if self.parameters:
+            self._many = msgspec.json.Decoder(list[self._by_name_type])  # type: ignore[name-defined]  # made here
+        self._by_name = msgspec.json.Decoder(self._by_name_type)
+        self._by_place = msgspec.json.Decoder(self._by_place_type)
+
+    def _parameters(self, function: Callable[..., Any]) -> list[_Parameter]:
         try:
             hints = typing.get_type_hints(function, include_extras=True)
+            parameters = inspect.signature(function).parameters.values()
         except Exception as error:
             raise InvalidSetting(
                 f"the annotations of task {self.name} can't be resolved: {error}", hint="import the names they use"
             ) from error
         found = []
-        for parameter in inspect.signature(function).parameters.values():
-            if hints.get(parameter.name) is Context:
+        for parameter in parameters:
+            if _is_context(hints.get(parameter.name)):
+                if self.context_name or parameter.kind == parameter.POSITIONAL_ONLY:
+                    raise InvalidSetting(
+                        f"task {self.name} takes its Context by name, and once", hint="write context: Context"
+                    )
                 self.context_name = parameter.name
                 continue
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -175,8 +199,11 @@ class Codec:
                     f"task {self.name} takes *{parameter.name}, which no payload can describe",
                     hint="name its parameters",
                 )
-            found.append((parameter.name, hints.get(parameter.name, Any), parameter.default))
+            annotation = hints.get(parameter.name, Any)
+            found.append(_Parameter(parameter.name, annotation, parameter.default, parameter.kind))
         return found
+
+    # -- calls to payloads
 
     def encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
         """A call as JSON, checked by decoding it as the worker will. Raises `InvalidInput`, naming the field."""
@@ -186,9 +213,11 @@ class Codec:
             raise InvalidInput(
                 f"task {self.name} can't be called so: {error}", hint=f"it takes {self._signature}"
             ) from None
-        if self._only is not None and self._only in bound.arguments:
-            return self.encode_value(bound.arguments[self._only])
-        return self._checked(bound.arguments)
+        if self._only is None:
+            return self._checked(bound.arguments)
+        if self._only.name not in bound.arguments:
+            return b""  # the one payload that is no value: the function's own default holds
+        return self.encode_value(bound.arguments[self._only.name])
 
     def encode_value(self, value: Any) -> bytes:
         """An item of a batch as JSON: the value whole, or an object or array of arguments."""
@@ -197,9 +226,9 @@ class Codec:
     def _checked(self, value: Any) -> bytes:
         try:
             payload = _encode_json(value)
-        except (TypeError, ValueError, RecursionError) as error:
+        except Exception as error:  # noqa: BLE001 - a value's own code may raise anything
             raise InvalidInput(
-                f"the arguments of task {self.name} can't be written as JSON: {error}",
+                f"the arguments of task {self.name} can't be written as JSON: {said(error)}",
                 hint="use plain values, dataclasses, msgspec structs, dates, UUIDs, enums or bytes",
             ) from None
         try:
@@ -219,72 +248,94 @@ class Codec:
             if self._many is None or any(payload[:1] == b"[" for payload in payloads if self._only is None):
                 return [self._checked(value) for value in values]
             self._many.decode(b"[" + b",".join(payloads) + b"]")
-        except (TypeError, ValueError, RecursionError, InvalidInput):
+        except Exception:  # noqa: BLE001 - the one that is refused will say why
             return None
         return payloads
+
+    # -- payloads to calls
 
     def decode(self, payload: bytes, kind: int) -> Arguments:
         """The call that a payload describes. Raises `PayloadRefused`, naming the path of the field."""
         try:
             if kind == pack.JSON:
-                if self._only is not None:
-                    return self._one(payload)
-                return self._several(payload)
+                return self._from_json(payload)
             return self._other(payload, kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise PayloadRefused(str(error)) from None
+        except PayloadRefused:
+            raise
         except RecursionError:
             raise PayloadRefused("the payload is nested too deeply") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise PayloadRefused(str(error)) from None
+        except Exception as error:
+            raise PayloadRefused(f"a type of the task refuses it: {said(error)}") from error
 
-    def _one(self, payload: bytes) -> Arguments:
-        if not payload and self._has_default:
-            return (), {}
-        return (self._whole.decode(payload),), {}
-
-    def _several(self, payload: bytes) -> Arguments:
+    def _from_json(self, payload: bytes) -> Arguments:
+        if self._only is not None:
+            if not payload and self._only.has_default:
+                return (), {}
+            return self._placed({self._only.name: self._whole.decode(payload)})
         first = payload.lstrip()[:1]
+        if not self.parameters:
+            return self.from_value(msgspec.json.decode(payload) if payload else None)
         if first == b"[":
-            found = self._by_place.decode(payload)
-        elif first == b"{" or self.parameters:
-            found = self._by_name.decode(payload)
-        else:
-            return (), {}  # a task without parameters is called by anything that holds none, `null` too
-        return (), {
-            name: value for name, _, _ in self.parameters if (value := getattr(found, name)) is not msgspec.UNSET
-        }
+            return self._filled(self._by_place.decode(payload), by_place=True)
+        return self._filled(self._by_name.decode(payload))
 
     def _other(self, payload: bytes, kind: int) -> Arguments:
         if kind == pack.TEXT:
             return self.from_value(payload.decode("utf-8"))
         if kind == pack.SUPER_JSON:
-            return self.from_value(_revived(msgspec.json.decode(payload)))
+            return self.from_value(revived(msgspec.json.decode(payload)))
         if kind == pack.MSGPACK:
             call = msgspec.msgpack.decode(payload, type=_Call)
-            if call.args and call.kwargs:
-                names = [name for name, _, _ in self.parameters]
-                if len(call.args) > len(names):
-                    raise PayloadRefused(f"{len(call.args)} positional arguments for {len(names)} parameters")
-                return self.from_value(dict(zip(names, call.args, strict=False)) | call.kwargs, whole=False)
-            if self._only is not None and len(call.args) == 1:
-                return self.from_value(call.args[0])
-            return self.from_value(call.kwargs or list(call.args), whole=False)
+            return self._from_named(self._named(call.args, call.kwargs))
         raise PayloadRefused(f"no payload has the kind {kind}")
 
-    def from_value(self, value: Any, *, whole: bool = True) -> Arguments:
-        """The call that a decoded value describes."""
-        if self._only is not None:
-            if not whole and isinstance(value, dict):
-                if value.keys() - {self._only}:
-                    raise PayloadRefused(f"unknown arguments {', '.join(sorted(value.keys() - {self._only}))}")
-                if self._only not in value and self._has_default:
-                    return (), {}
-                value = value.get(self._only)
-            return (msgspec.convert(value, self._whole_type),), {}
-        if not self.parameters and value in (None, {}, []):
+    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Positional and keyword arguments as keyword arguments."""
+        names = [one.name for one in self.parameters if one.kind != inspect.Parameter.KEYWORD_ONLY]
+        if len(args) > len(names):
+            raise PayloadRefused(f"{len(args)} positional arguments for {len(names)} parameters")
+        named = dict(zip(names, args, strict=False))
+        if twice := named.keys() & kwargs.keys():
+            raise PayloadRefused(f"{', '.join(sorted(twice))} is given by place and by name")
+        return {**named, **kwargs}
+
+    def _from_named(self, named: dict[str, Any]) -> Arguments:
+        only = self._only
+        if only is None:
+            return self.from_value(named)
+        if unknown := named.keys() - {only.name}:
+            raise PayloadRefused(f"unknown arguments {', '.join(sorted(unknown))}")
+        if only.name in named:
+            return self.from_value(named[only.name])
+        if only.has_default:
             return (), {}
-        kind = self._by_place_type if isinstance(value, list | tuple) else self._by_name_type
-        found = msgspec.convert(value, kind)
-        return (), {name: own for name, _, _ in self.parameters if (own := getattr(found, name)) is not msgspec.UNSET}
+        raise PayloadRefused(f"the argument {only.name} is missing")
+
+    def from_value(self, value: Any) -> Arguments:
+        """The call that a decoded value describes: the one argument, or an object or array of several."""
+        if self._only is not None:
+            return self._placed({self._only.name: msgspec.convert(value, self._only.annotation)})
+        if not self.parameters:
+            if value not in (None, {}, []):
+                raise PayloadRefused(f"task {self.name} takes no arguments")
+            return (), {}
+        if isinstance(value, list | tuple):
+            return self._filled(msgspec.convert(value, self._by_place_type), by_place=True)
+        return self._filled(msgspec.convert(value, self._by_name_type))
+
+    def _filled(self, found: Any, *, by_place: bool = False) -> Arguments:
+        if by_place and self._needs_names:
+            raise PayloadRefused(f"{', '.join(self._needs_names)} can only be given by name: send an object")
+        values = ((one.name, getattr(found, one.name, msgspec.UNSET)) for one in self.parameters)
+        return self._placed({name: value for name, value in values if value is not msgspec.UNSET})
+
+    def _placed(self, values: dict[str, Any]) -> Arguments:
+        """What a function takes by place only goes there; all else goes by name."""
+        if not self._by_place_only:
+            return (), values
+        return tuple(values.pop(one.name, one.default) for one in self._by_place_only), values
 
 
 _encode_json: Final = msgspec.json.Encoder().encode
@@ -295,44 +346,35 @@ class _Call(msgspec.Struct):
     kwargs: dict[str, Any] = {}
 
 
-def _revived(value: Any) -> Any:
-    """The `json` part of a super+json document, its top-level-path `meta` types applied where Python has them."""
-    if not isinstance(value, dict) or "json" not in value:
-        raise PayloadRefused("a super+json payload is an object with `json` and `meta`")
-    meta = value.get("meta") or {}
-    types = meta.get("values") if isinstance(meta, dict) else None
-    if isinstance(types, list):
-        return _revive_one(value["json"], types)
-    root = value["json"]
-    for path, kinds in (types or {}).items():
-        keys = [key.replace("\\.", ".") for key in path.replace("\\.", "\0").split(".")]
-        holder = root
-        for key in keys[:-1]:
-            holder = holder[int(key)] if isinstance(holder, list) else holder[key.replace("\0", ".")]
-        last: Any = int(keys[-1]) if isinstance(holder, list) else keys[-1].replace("\0", ".")
-        holder[last] = _revive_one(holder[last], kinds)
-    return root
-
-
-def _revive_one(value: Any, kinds: Any) -> Any:
-    kind = kinds[0] if isinstance(kinds, list) and kinds else kinds
+def said(error: BaseException) -> str:
+    """An error in one line, whatever its class does with its words."""
+    kind = type(error).__qualname__
     try:
-        match kind:
-            case "Date":
-                return datetime.fromisoformat(value)
-            case "bigint":
-                return int(value)
-            case "number":
-                return float({"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}[value])
-            case "set":
-                return list(value)
-            case "map":
-                return dict(value)
-            case "undefined":
-                return None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise PayloadRefused(f"{value!r} is not a {kind}") from error
-    return value
+        return f"{kind}: {error}"
+    except Exception:  # noqa: BLE001 - an error that can't speak must not become another
+        return kind
+
+
+def _is_context(hint: Any) -> bool:
+    """`Context`, or `Context | None`."""
+    return hint is Context or (
+        typing.get_origin(hint) in (typing.Union, types.UnionType) and Context in typing.get_args(hint)
+    )
+
+
+def _is_timeout(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= TIMEOUT_S_MAX
+
+
+def _check_function(name: str, function: Any) -> None:
+    if not inspect.isroutine(function):
+        raise InvalidSetting(f"task {name} is made of {function!r}, which is no function", hint="write a def")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise InvalidSetting(
+            f"task {name} is a generator, and a run has one result", hint="return a list, or map over its items"
+        )
 
 
 def check_name(what: str, name: object) -> str:

@@ -85,7 +85,7 @@ async def examine(settings: Settings) -> list[Finding]:
             for name, check in checks:
                 findings.append(await _made(name, check))
     except HeadraceError as error:
-        is_version = isinstance(error, StoreBroken) and "newer" in error.message
+        is_version = isinstance(error, StoreBroken) and "schema version" in error.message
         findings.append(Finding("version" if is_version else "store", ok=False, said=error.message, hint=error.hint))
         if directory is not None and directory.is_dir():
             findings.append(await _made("disk", lambda: disk(directory)))

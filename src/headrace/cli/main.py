@@ -7,7 +7,6 @@ Exit codes: 0 all is well, 1 the machine room failed, 2 the caller must change s
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from typing import Annotated, Final
 
@@ -15,7 +14,7 @@ import typer
 
 from headrace.cli import batch, config, demo, doctor, map, migrate, prune, queue, verify  # noqa: A004 - a command's name
 from headrace.cli import run as run_commands
-from headrace.cli.printing import error_lines, note
+from headrace.cli.printing import error_lines, note, silence_stdout
 from headrace.foundation.errors import HeadraceError
 
 INTERRUPTED: Final = 130
@@ -74,11 +73,3 @@ def run(arguments: list[str]) -> int:
         silence_stdout()
         return BROKEN_PIPE
     return 0
-
-
-def silence_stdout() -> None:
-    """Nobody reads standard output any more: let the interpreter's last flush go nowhere."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):
-        return

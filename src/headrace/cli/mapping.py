@@ -164,13 +164,13 @@ class Mapping:
 
     async def _all_at_once(self, engine: Engine, chain: Chain) -> bool:
         """True when every result was written, False when it was stopped before."""
-        needed = asyncio.Event()
+        needed, over = asyncio.Event(), asyncio.Event()
         if not chain.is_finished:
             needed.set()
         tasks = {
             "feed": self._start(self._feed(engine, chain, needed)),
-            "work": self._start(self._work(engine, needed)),
-            "write": self._start(self._write(engine, chain)),
+            "work": self._start(self._work(needed, over)),
+            "write": self._start(self._write_while_read(engine, chain)),
             "show": self._start(self._show(engine)),
             "stop": self._start(self._stop.wait()),
         }
@@ -181,9 +181,12 @@ class Mapping:
                 for ended in done:
                     ended.result()
         finally:
-            for name in ("feed", "show", "stop", "write", "work"):
+            for name in ("feed", "show", "stop", "write"):
                 tasks[name].cancel()
                 await asyncio.wait((tasks[name],))
+            over.set()
+            needed.set()
+            await asyncio.wait((tasks["work"],))
         for ended in tasks.values():
             if not ended.cancelled() and ended.exception() is not None:
                 ended.result()
@@ -213,11 +216,12 @@ class Mapping:
         self._is_fed = True
         engine.recorded.ring()
 
-    async def _work(self, engine: Engine, needed: asyncio.Event) -> None:
-        """Run what is there to run; a map that was finished before needs no worker."""
+    async def _work(self, needed: asyncio.Event, over: asyncio.Event) -> None:
+        """Run what is there to run until it is `over`; a map that was finished before needs no worker."""
         await needed.wait()
-        async with self.task.app.worker(tasks=[self.task.name]):
-            await engine.clock.wait_for(asyncio.Event(), None)
+        if not over.is_set():
+            async with self.task.app.worker(tasks=[self.task.name]):
+                await over.wait()
 
     async def _write(self, engine: Engine, chain: Chain) -> None:
         """Results in the order of the input, as they become final."""
@@ -230,6 +234,15 @@ class Mapping:
             if number == len(chain.parts):
                 break
         await self.output.finish()
+
+    async def _write_while_read(self, engine: Engine, chain: Chain) -> None:
+        """`_write`; a reader that went away is somebody who said stop."""
+        try:
+            await self._write(engine, chain)
+        except BrokenPipeError:
+            note(f"nobody reads {self.output.name} any more")
+            self._stop.set()
+            await engine.clock.wait_for(asyncio.Event(), None)
 
     async def _write_part(self, engine: Engine, part: Part) -> None:
         index = 0

@@ -18,6 +18,7 @@ from typing import Final, Protocol
 
 import msgspec
 
+from headrace.cli.printing import silence_stdout
 from headrace.core import pack, run
 from headrace.core.failure import decode
 from headrace.foundation.errors import EngineFault, InvalidInput
@@ -96,8 +97,12 @@ class StreamOutput:
 
     def _write(self, lines: bytes) -> None:
         if self._descriptor is None:
-            sys.stdout.buffer.write(lines)
-            sys.stdout.buffer.flush()
+            try:
+                sys.stdout.buffer.write(lines)
+                sys.stdout.buffer.flush()
+            except BrokenPipeError:
+                silence_stdout()
+                raise
             return
         view = memoryview(lines)
         while view:

@@ -1,0 +1,119 @@
+"""A directory with tasks and items, and commands run in this process as the shell would run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import structlog
+
+from headrace.cli.main import run
+
+TASKS = """
+import os
+
+from headrace.app import Headrace
+
+app = Headrace("tests")
+
+
+@app.task
+async def double(item):
+    return 2 * item["n"]
+
+
+@app.task(name="sums")
+async def add(a: int, b: int = 10) -> int:
+    return a + b
+
+
+@app.task
+async def picky(item):
+    if item["n"] % 5 == 3:
+        raise ValueError(f"no {item['n']}")
+    return item["n"]
+
+
+@app.task
+async def echo(item):
+    return item
+
+
+@app.task
+async def large(item):
+    return "x" * item["n"]
+
+
+@app.task(queue="slow")
+async def queued(item):
+    return item
+
+
+def plain(item):
+    return [item]
+"""
+
+
+class Ran(NamedTuple):
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object on standard output."""
+        return json.loads(self.out)
+
+
+class Shell:
+    """A working directory in which commands are run."""
+
+    def __init__(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.place = place
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> Ran:
+        self._capsys.readouterr()
+        code = run(list(arguments))
+        out, err = self._capsys.readouterr()
+        return Ran(code, out, err)
+
+    def write(self, name: str, data: str | bytes) -> Path:
+        path = self.place / name
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return path
+
+    def items(self, count: int, name: str = "in.ndjson") -> Path:
+        return self.write(name, "".join(f'{{"n":{n}}}\n' for n in range(count)))
+
+    def lines(self, name: str = "out.ndjson") -> list[Any]:
+        return [json.loads(line) for line in (self.place / name).read_text().splitlines()]
+
+    def map(self, *arguments: str, task: str = "double", input_: str = "in.ndjson") -> Ran:
+        return self("map", f"tasks.py:{task}", input_, "-o", "out.ndjson", *arguments)
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
+    """A fresh directory with `tasks.py`; nothing of a test's modules, settings or logs outlives it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in os.environ if name.startswith("HEADRACE_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "tasks.py").write_text(TASKS)
+    known = set(sys.modules)
+    interval = sys.getswitchinterval()
+    yield Shell(tmp_path, capsys)
+    sys.setswitchinterval(interval)
+    structlog.reset_defaults()
+    for name in set(sys.modules) - known:
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if file.startswith(str(tmp_path)):
+            del sys.modules[name]

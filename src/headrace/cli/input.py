@@ -23,10 +23,14 @@ STDIN: Final = "-"
 
 
 class _Source(Protocol):
-    """Bytes, at most about so many, and none at the end."""
+    """Where pieces are read from."""
 
-    def read(self, size: int, /) -> bytes: ...
-    def close(self) -> None: ...
+    def read(self, size: int, /) -> bytes:
+        """At most about so many bytes, and none at the end."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
 
 
 class Input:

@@ -30,16 +30,22 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def root(
-    version: Annotated[bool, typer.Option("--version", "-V", help="Show the version and exit.", is_eager=True)] = False,
-) -> None:
-    """Durable batches: stream a million items in, run every one, know when it is done."""
-    if version:
+def tell_version(is_asked: bool) -> None:
+    """Show the version and leave, whatever else was typed."""
+    if is_asked:
         from headrace import __version__
 
         typer.echo(f"headrace {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Show the version and exit.", is_eager=True, callback=tell_version)
+    ] = False,
+) -> None:
+    """Durable batches: stream a million items in, run every one, know when it is done."""
 
 
 app.command("map")(map.command)

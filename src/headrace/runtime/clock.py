@@ -12,12 +12,21 @@ import heapq
 import math
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
 
 from headrace.foundation.errors import InvalidInput
 
 SECOND_US: Final = 1_000_000
 _SETTLE_TURNS_MAX: Final = 1_000_000
+
+
+class Timer(Protocol):
+    """A call that is to come."""
+
+    def cancel(self) -> object:
+        """Leave it; without effect once it was made."""
+        ...
 
 
 class Clock(Protocol):
@@ -36,6 +45,10 @@ class Clock(Protocol):
 
         The one primitive of every loop that works on a signal or after a while, whichever comes first.
         """
+        ...
+
+    def call_later(self, seconds: float, call: Callable[[], object]) -> Timer:
+        """Call `call` on the running loop when `seconds` have passed: a timeout without a task."""
         ...
 
 
@@ -87,6 +100,9 @@ class SystemClock:
         except TimeoutError:
             return event.is_set()
         return True
+
+    def call_later(self, seconds: float, call: Callable[[], object]) -> Timer:
+        return asyncio.get_running_loop().call_later(max(0.0, seconds), call)
 
 
 class ManualClock:
@@ -170,6 +186,11 @@ class ManualClock:
             alarm.cancel()
             signal.cancel()
         return event.is_set()
+
+    def call_later(self, seconds: float, call: Callable[[], object]) -> Timer:
+        alarm = self._alarm(seconds)
+        alarm.add_done_callback(lambda done: None if done.cancelled() else call())
+        return alarm
 
     def _alarm(self, seconds: float) -> asyncio.Future[None]:
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()

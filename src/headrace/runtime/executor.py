@@ -14,15 +14,16 @@ import asyncio
 import random
 import signal
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context as Variables
 from contextvars import copy_context
+from functools import partial
 from time import monotonic, perf_counter
-from types import coroutine
 from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
+import structlog
 
 from headrace.core import pack, run
 from headrace.core.failure import Failure
@@ -33,11 +34,18 @@ from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.context import Context
 from headrace.runtime.failures import describe
-from headrace.runtime.registry import Registry, TaskSpec
+from headrace.runtime.registry import Arguments, Registry, TaskSpec, said
+from headrace.runtime.stepping import CANCELLED, STOPPED, TIMEOUT, Runner, driven, outcome_of, shielded
 from headrace.runtime.superjson import PayloadRefused
 from headrace.runtime.work import BEGUN, ENDED, Plan, Work
 
+LOG: Any = structlog.get_logger("headrace.executor")
 SLICE_S: Final = 0.002
+LOOKS_MAX: Final = 16
+"""Runs between two looks at the clock once a burst has shown that its runs are short."""
+INSIST_S: Final = 5.0
+STOP_S: Final = 1.0
+BACKOFF_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 SUSPECT_CRASHES: Final = 2
 
 
@@ -63,29 +71,7 @@ async def _never(_value: Any) -> None:
 
 
 GENERAL: Final = Plan(_never, bytes)
-PayloadErrors: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 BURST_RUNS: Final = 4_096
-
-
-class _Runner:
-    """One runner coroutine and what it is busy with."""
-
-    __slots__ = ("context", "number", "reason", "task", "work")
-
-    def __init__(self) -> None:
-        self.task: asyncio.Task[None] | None = None
-        self.work: Work | None = None
-        self.number = 0
-        self.reason = ""
-        self.context: Context | None = None
-
-    def interrupt(self, reason: str) -> None:
-        """Make the run that is under way end: `timeout`, `cancelled` or `stopped`."""
-        if self.task is not None and self.work is not None and not self.reason:
-            self.reason = reason
-            if self.context is not None:
-                self.context.cancel()
-            self.task.cancel()
 
 
 class Executor:
@@ -122,9 +108,10 @@ class Executor:
         self._ready: deque[Work] = deque()
         self._suspects: deque[Work] = deque()
         self._alone: Work | None = None
-        self._runners: list[_Runner] = []
+        self._runners: list[Runner] = []
         self._idle: list[asyncio.Future[None]] = []
         self._is_stopping = False
+        self._canary: asyncio.Task[bool] | None = None
         self._quiet = asyncio.Event()
         self._variables = copy_context()
         self._threads: ThreadPoolExecutor | None = None
@@ -135,6 +122,8 @@ class Executor:
 
     def submit(self, work: Work) -> None:
         """Queue a lease's runs; they begin as runners get to them."""
+        if self._canary is None:
+            self._canary = asyncio.create_task(asyncio.Event().wait(), name="headrace-canary")
         self.unbegun_count += work.unbegun_count
         if work.lease.crashes_count >= SUSPECT_CRASHES:
             self._suspects.append(work)
@@ -149,17 +138,41 @@ class Executor:
         ]
         self._ready.clear()
         self._suspects.clear()
+        self._alone = None
         self.unbegun_count = 0
         return left
 
     def interrupt(self, wanted: Callable[[Work, int], bool], reason: str) -> None:
-        """Interrupt the runs under way that `wanted(work, number)` names."""
+        """Interrupt the runs under way that `wanted(work, number)` names; cancelled ones that wait won't begin."""
         for runner in self._runners:
             if runner.work is not None and wanted(runner.work, runner.number):
-                runner.interrupt(reason)
+                self._interrupt(runner, reason)
+        if reason != CANCELLED:
+            return
+        for work in (*self._ready, *self._suspects, self._alone):
+            if work is not None and (named := {n for n in range(work.cursor, work.count) if wanted(work, n)}):
+                work.unwanted |= named
+                work.plan = GENERAL
+
+    def _interrupt(self, runner: Runner, reason: str) -> None:
+        """Interrupt, and insist now and then: a run may swallow it and go on."""
+        if runner.interrupt(reason):
+            self._insist_later(runner)
+
+    def _insist_later(self, runner: Runner) -> None:
+        def again() -> None:
+            runner.insist()
+            self._insist_later(runner)
+
+        if runner.timer is not None:
+            runner.timer.cancel()
+        runner.timer = self._clock.call_later(INSIST_S, again)
 
     async def stop(self, *, grace_s: float) -> None:
-        """Begin nothing more; wait `grace_s` for what is under way, then interrupt it. Twice does nothing."""
+        """Begin nothing more; wait `grace_s` for what is under way, then interrupt it.
+
+        Called again while the first call waits, it cuts that grace short. A run that doesn't hear is left behind.
+        """
         self._is_stopping = True
         for future in self._idle:
             if not future.done():
@@ -169,13 +182,14 @@ class Executor:
             self._quiet.clear()
             if grace_s > 0:
                 await self._clock.wait_for(self._quiet, grace_s)
-            if self.in_flight_count:
-                self.interrupt(lambda _work, _number: True, "stopped")
-                await asyncio.wait([r.task for r in self._runners if r.task is not None], timeout=1)
-        for runner in self._runners:
-            if runner.task is not None and not runner.task.done():
-                runner.task.cancel()
-        await asyncio.gather(*[r.task for r in self._runners if r.task is not None], return_exceptions=True)
+            self.interrupt(lambda _work, _number: True, STOPPED)
+        if tasks := [runner.task for runner in self._runners if runner.task is not None]:
+            await asyncio.wait(tasks, timeout=STOP_S)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=STOP_S)
+        if self._canary is not None:
+            self._canary.cancel()
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -188,9 +202,16 @@ class Executor:
                 future.set_result(None)
                 return
         if len(self._runners) < self.concurrency and not self._is_stopping:
-            runner = _Runner()
+            runner = Runner()
             self._runners.append(runner)
             runner.task = asyncio.create_task(self._run(runner), name=f"headrace-runner-{len(self._runners)}")
+            runner.task.add_done_callback(lambda _: self._gone(runner))
+
+    def _gone(self, runner: Runner) -> None:
+        """A runner ended without a stop (a `GeneratorExit` closes all who await it): another takes its place."""
+        if not self._is_ending:
+            self._runners.remove(runner)
+            self._wake_one()
 
     def _next_work(self) -> Work | None:
         """The work whose next run may begin, or None."""
@@ -207,20 +228,32 @@ class Executor:
 
     def _next_alone(self) -> Work | None:
         alone = self._alone
-        if alone is not None:
-            if alone.cursor < alone.count:
-                return alone
-            if not alone.is_over:
-                return None
-            self._alone = None
+        if alone is not None and alone.cursor < alone.count:
+            return alone
         if self.in_flight_count:
             return None
-        if self._suspects:
-            self._alone = self._suspects.popleft()
-            return self._alone
-        return self._next_work()
+        self._alone = self._suspects.popleft() if self._suspects else None
+        return self._alone if self._alone is not None else self._next_work()
 
-    async def _run(self, runner: _Runner) -> None:
+    @property
+    def _is_ending(self) -> bool:
+        """Stopped, or the loop ends under us: then every task is cancelled at once, the canary too."""
+        canary = self._canary
+        return self._is_stopping or canary is None or canary.cancelling() > 0 or canary.done()
+
+    async def _run(self, runner: Runner) -> None:
+        """A runner survives whatever its runs do, but not the end of the executor."""
+        while not self._is_stopping:
+            try:
+                await self._take_runs(runner)
+            except asyncio.CancelledError:
+                if self._is_ending:
+                    raise
+                runner.calm()
+            except Exception:
+                LOG.exception("a runner met an error that is not its run's")
+
+    async def _take_runs(self, runner: Runner) -> None:
         began = perf_counter()
         while not self._is_stopping:
             work = self._next_work()
@@ -230,11 +263,10 @@ class Executor:
                 await future
                 began = perf_counter()
                 continue
-            if work.plan is None:
-                work.plan = self._plan(work)
-            if work.plan is not GENERAL:
-                if (rest := self._burst(work, runner)) is None:
-                    await asyncio.sleep(0)
+            plan = work.plan or self._plan(work)
+            if plan is not GENERAL:
+                if (rest := self._burst(work, plan, runner)) is None:
+                    await self._turn(runner)
                     continue
                 number = work.cursor - 1
             else:
@@ -246,32 +278,48 @@ class Executor:
                 runner.work, runner.number = work, number
                 if self.unbegun_count:
                     self._wake_one()
-                await self._finish(runner, rest)
-                runner.work, runner.context, runner.reason = None, None, ""
+                try:
+                    await self._finish(runner, rest)
+                finally:
+                    runner.rest()
+                    self._ended(work)
                 began = perf_counter()
-            self._ended(work)
-            if perf_counter() - began > SLICE_S:
-                await asyncio.sleep(0)
+            else:
+                self._ended(work)
+            if runner.is_disturbed or perf_counter() - began > SLICE_S:
+                await self._turn(runner)
                 began = perf_counter()
 
-    async def _finish(self, runner: _Runner, rest: Awaitable[None]) -> None:
+    async def _turn(self, runner: Runner) -> None:
+        """Give the loop a turn, and let a cancellation that a run left behind hit nobody."""
+        try:
+            runner.calm()
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            if self._is_ending:
+                raise
+            runner.calm()
+
+    async def _finish(self, runner: Runner, rest: Awaitable[None]) -> None:
         """Await the rest of a run; an interruption ends the run, not the runner."""
         work, number = runner.work, runner.number
         assert work is not None
         try:
             await rest
-        except asyncio.CancelledError:
-            if not runner.reason:
-                work.give_back(number)
-                self._ended(work)
+        except BaseException as error:
+            if runner.reason:
+                self._interrupted(work, number, runner.reason)
+            elif isinstance(error, asyncio.CancelledError) and self._is_ending:
+                self._interrupted(work, number, STOPPED)
                 raise
-            self._interrupted(work, number, runner.reason)
-        if runner.reason and runner.task is not None:
-            runner.task.uncancel()
+            else:
+                self._fail(work, number, self.registry.get(work.lease.task), error)
 
     def _ended(self, work: Work) -> None:
         self.in_flight_count -= 1
         self.ended_count += 1
+        if self._deadline is not None:
+            self._deadline(0)
         self._report(work)
         if not self.in_flight_count:
             self._quiet.set()
@@ -283,70 +331,71 @@ class Executor:
     def _plan(self, work: Work) -> Plan:
         """How the runs of this lease are called: the straight way, or `GENERAL` for whatever needs a closer look."""
         lease = work.lease
+        work.plan = GENERAL
         if lease.kinds is not None or lease.expires_us or lease.at_most_once or lease.task not in self.registry:
             return GENERAL
         spec = self.registry.get(lease.task)
         decode = spec.codec.decode_one
         if decode is None or not spec.is_async or spec.codec.context_name:
             return GENERAL
-        return Plan(spec.function, decode)
+        if self._deadline is not None and spec.timeout_s is not None:
+            return GENERAL
+        work.plan = Plan(spec.function, decode)
+        return work.plan
 
-    def _burst(self, work: Work, runner: _Runner) -> Awaitable[None] | None:
+    def _burst(self, work: Work, plan: Plan, runner: Runner) -> Awaitable[None] | None:
         """Run the next runs of `work` one after the other, for 2 ms at most, until one of them waits.
 
         None: the slice is over or the lease's runs have all begun. Else what is left to await of the last one
         begun. This is the hot path: nothing per run but what the run itself needs (rule R15).
         """
-        function, decode = work.plan
+        function, decode = plan
         encode, inline_max = self._encode, self._inline_bytes_max
         places, marks, payloads = work.places, work.marks, work.lease.payloads
         copy_variables = self._variables.copy
         first = number = work.cursor
         stop = min(work.count, first + BURST_RUNS)
         rest: Awaitable[None] | None = None
-        until = perf_counter() + SLICE_S
+        until, look_at, step = perf_counter() + SLICE_S, number + 1, 1
         while number < stop:
             place = places[number]
             marks[place] = BEGUN
             try:
+                argument = decode(payloads[number])
+            except Exception:  # noqa: BLE001 - decoded again, the slow way, it says why
+                rest = self._call(work, number, runner, payloads[number], pack.JSON)
+                number += 1
+                break
+            try:
                 variables = copy_variables()
-                coro = function(decode(payloads[number]))
+                coro = function(argument)
                 waits_for = variables.run(coro.send, None)
             except StopIteration as done:
                 try:
                     result = encode(done.value)
-                except (TypeError, ValueError, RecursionError):
+                except Exception:  # noqa: BLE001 - encoded again, the slow way, it says why
                     result = b""
                 if result and len(result) < inline_max:
                     work.codes[number] = run.COMPLETED
                     work.results[number] = result
                     marks[place] = ENDED
                     number += 1
-                    if number & 15 == 0 and perf_counter() > until:
-                        break
+                    if number >= look_at:
+                        if perf_counter() > until:
+                            break
+                        step = min(2 * step, LOOKS_MAX)
+                        look_at = number + step
                     continue
                 rest = self._complete(work, number, done.value)
-            except PayloadErrors as error:
-                rest = self._unusual(work, number, runner, error)
             except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
                 self._fail(work, number, self.registry.get(work.lease.task), error)
             else:
                 spec = self.registry.get(work.lease.task)
-                rest = self._waiting(work, number, runner, spec, _driven(coro, variables, waits_for))
+                rest = self._waiting(work, number, runner, spec, driven(coro, variables, waits_for))
             number += 1
             break
         self._account(work, number - first, rest is not None)
         return rest
-
-    def _unusual(self, work: Work, number: int, runner: _Runner, error: BaseException) -> Awaitable[None] | None:
-        """Was it the payload or the task that raised? Decode it again, the slow way, to tell."""
-        spec = self.registry.get(work.lease.task)
-        try:
-            spec.codec.decode(work.lease.payloads[number], pack.JSON)
-        except PayloadRefused:
-            return self._call(work, number, runner, work.lease.payloads[number], pack.JSON)
-        self._fail(work, number, spec, error)
-        return None
 
     def _account(self, work: Work, begun_count: int, is_last_waiting: bool) -> None:
         """Count a burst: all of it began, all of it but perhaps the last has ended."""
@@ -367,10 +416,13 @@ class Executor:
 
     # -- one run
 
-    def _begin(self, work: Work, number: int, runner: _Runner) -> Awaitable[None] | None:
+    def _begin(self, work: Work, number: int, runner: Runner) -> Awaitable[None] | None:
         """Start a run. None when it has ended already, else what is left to await."""
         lease = work.lease
-        kind = lease.kinds[number] if lease.kinds is not None else 0
+        kind = lease.kinds[number] if lease.kinds is not None else pack.JSON
+        if number in work.unwanted:
+            work.end(number, run.CANCELLED, b"")
+            return None
         if lease.expires_us and lease.expires_us <= self._clock.now_us():
             work.end(number, run.EXPIRED, b"")
             return None
@@ -378,29 +430,31 @@ class Executor:
             return self._fetched(work, number, runner)
         return self._call(work, number, runner, lease.payloads[number], kind)
 
-    def _call(self, work: Work, number: int, runner: _Runner, payload: bytes, kind: int) -> Awaitable[None] | None:
+    def _call(self, work: Work, number: int, runner: Runner, payload: bytes, kind: int) -> Awaitable[None] | None:
         try:
             spec = self.registry.get(work.lease.task)
-            args, kwargs = spec.codec.decode(payload, kind)
+            arguments = spec.codec.decode(payload, kind)
         except (PayloadRefused, HeadraceError) as error:
             self._refuse(work, number, "InvalidPayload", str(error))
             return None
         if spec.codec.context_name:
-            runner.context = kwargs[spec.codec.context_name] = self._context(work, number, spec)
+            runner.context = arguments[1][spec.codec.context_name] = self._context(work, number, spec)
         variables = self._variables.copy()
+        if self._deadline is not None and spec.timeout_s is not None:
+            self._deadline(int((monotonic() + spec.timeout_s) * 1_000_000))
         if not spec.is_async:
             if self._inline_sync:
-                return self._inline(work, number, spec, variables, args, kwargs)
-            return self._threaded(work, number, runner, spec, variables, args, kwargs)
+                return self._inline(work, number, spec, variables, arguments)
+            return self._threaded(work, number, runner, spec, variables, arguments)
         try:
-            coro = variables.run(spec.function, *args, **kwargs)
+            coro = variables.run(spec.function, *arguments[0], **arguments[1])
             waits_for = variables.run(coro.send, None)
         except StopIteration as stop:
             return self._complete(work, number, stop.value)
         except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
             self._fail(work, number, spec, error)
             return None
-        return self._waiting(work, number, runner, spec, _driven(coro, variables, waits_for))
+        return self._waiting(work, number, runner, spec, driven(coro, variables, waits_for))
 
     def _context(self, work: Work, number: int, spec: TaskSpec) -> Context:
         lease = work.lease
@@ -417,18 +471,17 @@ class Executor:
         )
 
     async def _waiting(
-        self, work: Work, number: int, runner: _Runner, spec: TaskSpec, rest: Coroutine[Any, Any, Any]
+        self, work: Work, number: int, runner: Runner, spec: TaskSpec, rest: Coroutine[Any, Any, Any]
     ) -> None:
         """A run that waits: arm its timeout, drive it to its end, and tell an interruption from a failure."""
-        loop = asyncio.get_running_loop()
-        timer = None if spec.timeout_s is None else loop.call_later(spec.timeout_s, runner.interrupt, "timeout")
+        timer = None
+        if spec.timeout_s is not None:
+            timer = self._clock.call_later(spec.timeout_s, partial(self._interrupt, runner, TIMEOUT))
         try:
             value = await rest
-        except asyncio.CancelledError as error:
-            if runner.reason or self._is_stopping:
+        except BaseException as error:
+            if runner.reason or (isinstance(error, asyncio.CancelledError) and self._is_ending):
                 raise
-            self._fail(work, number, spec, error)  # the task cancelled itself
-        except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
             self._fail(work, number, spec, error)
         else:
             offloading = self._complete(work, number, value)
@@ -440,9 +493,11 @@ class Executor:
 
     def _interrupted(self, work: Work, number: int, reason: str) -> None:
         spec = self.registry.get(work.lease.task)
-        if reason == "timeout":
+        if work.codes[number]:
+            return  # it had come to its end already
+        if reason == TIMEOUT:
             self._fail(work, number, spec, TimeoutError(f"timed out after {spec.timeout_s:g} s"))
-        elif reason == "cancelled":
+        elif reason == CANCELLED:
             work.end(number, run.CANCELLED, b"")
         elif work.lease.at_most_once:
             self._refuse(work, number, "WorkerStopped", "the worker stopped while this at-most-once run was under way")
@@ -450,68 +505,64 @@ class Executor:
             work.give_back(number)
 
     async def _threaded(
-        self,
-        work: Work,
-        number: int,
-        runner: _Runner,
-        spec: TaskSpec,
-        variables: Variables,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, work: Work, number: int, runner: Runner, spec: TaskSpec, variables: Variables, arguments: Arguments
     ) -> None:
         """A plain function runs in a thread. It can't be interrupted there: past its timeout its outcome is dropped."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="headrace-run")
         future = asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: variables.run(_shielded, spec.function, args, kwargs)
+            self._threads, partial(variables.run, shielded, spec.function, *arguments)
         )
-        await self._waiting(work, number, runner, spec, _outcome(future))
+        await self._waiting(work, number, runner, spec, outcome_of(future))
 
     def _inline(
-        self,
-        work: Work,
-        number: int,
-        spec: TaskSpec,
-        variables: Variables,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, work: Work, number: int, spec: TaskSpec, variables: Variables, arguments: Arguments
     ) -> Awaitable[None] | None:
-        timeout_s = spec.timeout_s
-        if timeout_s is not None and self._deadline is not None:
-            self._deadline(int((monotonic() + timeout_s) * 1_000_000))
-            signal.setitimer(signal.ITIMER_REAL, timeout_s)  # raises TimeoutError in the run
+        timed = spec.timeout_s is not None and self._deadline is not None
         try:
             try:
-                value = variables.run(spec.function, *args, **kwargs)
+                if timed:
+                    signal.setitimer(signal.ITIMER_REAL, spec.timeout_s or 0)  # raises TimeoutError in the run
+                value = variables.run(spec.function, *arguments[0], **arguments[1])
             finally:
-                if timeout_s is not None and self._deadline is not None:
+                if timed:
                     signal.setitimer(signal.ITIMER_REAL, 0)
-                    self._deadline(0)
         except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
             self._fail(work, number, spec, error)
             return None
         return self._complete(work, number, value)
 
-    async def _fetched(self, work: Work, number: int, runner: _Runner) -> None:
+    async def _fetched(self, work: Work, number: int, runner: Runner) -> None:
         try:
-            payload, kind = await self._offload.fetch(work.lease.payloads[number])
+            payload, kind = await self._patiently(partial(self._offload.fetch, work.lease.payloads[number]))
         except HeadraceError as error:
-            if error.retryable:
-                self._fail(work, number, self.registry.get(work.lease.task), error)
-            else:
-                self._refuse(work, number, error.code, error.message)
+            self._refuse(work, number, error.code, error.message)
             return
         rest = self._call(work, number, runner, payload, kind)
         if rest is not None:
             await rest
+
+    async def _patiently(self, call: Callable[[], Awaitable[tuple[Any, Any]]]) -> tuple[Any, Any]:
+        """Ask the object store until it answers: that it is away is no fault of the run, which keeps its place."""
+        tries = 0
+        while True:
+            try:
+                return await call()
+            except HeadraceError as error:
+                if not error.retryable:
+                    raise
+                wait_s = BACKOFF_S[min(tries, len(BACKOFF_S) - 1)]
+                LOG.warning("the object store did not answer; trying again", error=error.message, wait_s=wait_s)
+            tries += 1
+            await self._clock.sleep(wait_s)
 
     # -- how it ended
 
     def _complete(self, work: Work, number: int, value: Any) -> Awaitable[None] | None:
         try:
             result = self._encode(value)
-        except (TypeError, ValueError, RecursionError) as error:
-            self._refuse(work, number, "InvalidResult", f"the result can't be written as JSON: {error}")
+        except Exception as error:  # noqa: BLE001 - a result's own code may raise anything
+            self._refuse(work, number, "InvalidResult", f"the result can't be written as JSON: {said(error)}")
             return None
         if len(result) >= self._inline_bytes_max:
             return self._store_result(work, number, result)
@@ -520,9 +571,10 @@ class Executor:
 
     async def _store_result(self, work: Work, number: int, result: bytes) -> None:
         try:
-            reference, key = await self._offload.put_result(work.lease.batch_id, result)
+            put = partial(self._offload.put_result, work.lease.batch_id, result)
+            reference, key = await self._patiently(put)
         except HeadraceError as error:
-            self._fail(work, number, self.registry.get(work.lease.task), error)
+            self._refuse(work, number, error.code, error.message)
             return
         work.end(number, run.COMPLETED, reference, kind=pack.REFERENCE, object_key=key)
 
@@ -544,32 +596,3 @@ class Executor:
             work.end(number, run.FAILED, failure.encode())
         else:
             work.end(number, RETRY, failure.encode(), due_us=due_us)
-
-
-@coroutine
-def _driven(coro: Coroutine[Any, Any, Any], variables: Variables, waits_for: Any) -> Generator[Any, Any, Any]:
-    """Go on with a coroutine that has begun, each step inside its own context."""
-    step: Callable[[Any], Any]
-    while True:
-        try:
-            sent = yield waits_for
-        except BaseException as error:  # noqa: BLE001 - thrown on into the run, whose answer it is
-            step, value = coro.throw, error
-        else:
-            step, value = coro.send, sent
-        try:
-            waits_for = variables.run(step, value)
-        except StopIteration as stop:
-            return stop.value
-
-
-def _shielded(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A `StopIteration` can't pass through a future; as an error of the task it can."""
-    try:
-        return function(*args, **kwargs)
-    except StopIteration as error:
-        raise RuntimeError("the task raised StopIteration") from error
-
-
-async def _outcome(future: asyncio.Future[Any]) -> Any:
-    return await asyncio.shield(future)

@@ -15,7 +15,7 @@ def describe(error: BaseException, *, chars_max: int) -> tuple[str, str, str]:
     kind = type(error).__qualname__
     try:
         message = str(error)
-    except Exception as broken:  # noqa: BLE001 - a broken __str__ must not break the worker
+    except BaseException as broken:  # noqa: BLE001 - a broken __str__ must not break the worker
         message = f"<{kind}.__str__ raised {type(broken).__qualname__}>"
     return kind, message[:chars_max], _trace(error)[-chars_max:]
 

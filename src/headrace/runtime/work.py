@@ -26,11 +26,15 @@ class Plan(NamedTuple):
 
 
 class Work:
-    """One leased span. `number` counts its runs from 0 in the order of `lease.payloads`."""
+    """One leased span. `number` counts its runs from 0 in the order of `lease.payloads`.
+
+    An at-most-once run that began stays marked so until its outcome is durable: a crash before that leaves it open
+    whether it ran, and then it must not run again. `unwanted`: numbers that were cancelled before they began.
+    """
 
     __slots__ = (
-        "codes", "count", "cursor", "dirty_since_us", "dues", "ended_count", "evidence", "kinds", "lease",
-        "marks", "object_keys", "part_no", "places", "plan", "results", "sent", "slot", "suspects",
+        "codes", "count", "cursor", "dirty_since_us", "dues", "ended_count", "ended_mark", "evidence", "kinds", "lease",
+        "marks", "object_keys", "part_no", "places", "plan", "results", "sent", "slot", "suspects", "unwanted",
     )  # fmt: skip
 
     def __init__(self, lease: Lease, marks: memoryview | bytearray | None = None, slot: int = -1) -> None:
@@ -50,7 +54,9 @@ class Work:
         self.slot = slot
         self.plan: Plan | None = None
         self.marks: memoryview | bytearray = marks if marks is not None else bytearray(lease.runs_count)
+        self.ended_mark = BEGUN if lease.at_most_once else ENDED
         self.suspects: list[int] = []
+        self.unwanted: set[int] = set()
         self.evidence = ""
 
     def begin(self) -> int:
@@ -61,8 +67,17 @@ class Work:
         return number
 
     def give_back(self, number: int) -> None:
-        """A run was interrupted by its worker's own stop: it counts as never begun and goes back with the lease."""
-        self.marks[self.places[number]] = NOT_BEGUN
+        """A run was interrupted by its worker's own stop: it counts as never begun and goes back with the lease.
+
+        Not so an at-most-once run, which may have done its work.
+        """
+        if not self.lease.at_most_once:
+            self.marks[self.places[number]] = NOT_BEGUN
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing of it is under way: each run has ended or was not begun."""
+        return self.ended_count == self.cursor
 
     @property
     def unbegun_count(self) -> int:
@@ -78,7 +93,7 @@ class Work:
         self, number: int, code: int, result: bytes, *, kind: int = 0, due_us: int = 0, object_key: str = ""
     ) -> None:
         """One run came to `code` with `result` (a result or an encoded failure)."""
-        self.marks[self.places[number]] = ENDED
+        self.marks[self.places[number]] = self.ended_mark
         self.codes[number] = code
         self.results[number] = result
         self.ended_count += 1

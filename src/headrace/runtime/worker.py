@@ -45,9 +45,14 @@ class Runs(Protocol):
     ended_count: int
     concurrency: int
 
-    def submit(self, work: Work) -> None: ...
-    def take_unbegun(self) -> list[Work]: ...
-    async def stop(self, *, grace_s: float) -> None: ...
+    def submit(self, work: Work) -> None:
+        """Queue a lease's runs."""
+
+    def take_unbegun(self) -> list[Work]:
+        """All work with runs that have not begun, which will not begin any more."""
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Begin nothing more; end what is under way within `grace_s`."""
 
 
 class Stats(NamedTuple):

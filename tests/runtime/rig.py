@@ -1,0 +1,150 @@
+"""An executor under test: leases made by hand, a clock that stands, an object store that is a dict."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from headrace.core import pack, run
+from headrace.core.failure import Failure, decode
+from headrace.core.span import RETRY
+from headrace.foundation.errors import ObjectMissing
+from headrace.foundation.limits import Limits
+from headrace.runtime.clock import ManualClock
+from headrace.runtime.executor import Executor, Hooks
+from headrace.runtime.registry import Registry, TaskSpec
+from headrace.runtime.work import Work
+from headrace.store.protocol import Lease
+
+NAMES = {**run.NAMES, RETRY: "retry", 0: "open"}
+
+
+class Objects:
+    """Where large payloads live; `faults` are raised one a request before any is answered."""
+
+    def __init__(self) -> None:
+        self.kept: dict[bytes, tuple[bytes, int]] = {}
+        self.faults: list[Exception] = []
+        self.requests_count = 0
+
+    async def fetch(self, reference: bytes) -> tuple[bytes, int]:
+        self._request()
+        if reference not in self.kept:
+            raise ObjectMissing("the payload is not in the object store")
+        return self.kept[reference]
+
+    async def put_result(self, batch_id: str, result: bytes) -> tuple[bytes, str]:
+        self._request()
+        key = hashlib.sha256(result).hexdigest()
+        self.kept[key.encode()] = (result, pack.JSON)
+        return key.encode(), f"{batch_id}/{key}"
+
+    def _request(self) -> None:
+        self.requests_count += 1
+        if self.faults:
+            raise self.faults.pop(0)
+
+
+class Rig:
+    """An executor with one task, `task`, and what became of its runs."""
+
+    def __init__(
+        self, function: Callable[..., Any], *, concurrency: int = 8, limits: Limits | None = None, **options: Any
+    ):
+        self.inline = options.pop("inline", False)
+        self.deadlines: list[int] = []
+        self.clock = ManualClock()
+        self.objects = Objects()
+        self.registry = Registry()
+        self.registry.add(TaskSpec("task", function, **options))
+        self.over: list[Work] = []
+        self.dirty: list[Work] = []
+        self.executor = Executor(
+            self.registry,
+            concurrency=concurrency,
+            clock=self.clock,
+            offload=self.objects,
+            limits=limits or Limits(),
+            hooks=Hooks(over=self._over, dirty=self._dirty),
+            inline_sync=self.inline,
+            deadline=self.deadlines.append if self.inline else None,
+        )
+        self._tokens = 0
+        self._news = asyncio.Event()
+
+    def _over(self, work: Work) -> None:
+        self.over.append(work)
+        self._news.set()
+
+    def _dirty(self, work: Work) -> None:
+        work.dirty_since_us = self.clock.now_us()
+        self.dirty.append(work)
+
+    def work(self, payloads: Sequence[bytes], *, kinds: bytes | None = None, **more: Any) -> Work:
+        """A lease over runs with these payloads, not yet submitted."""
+        self._tokens += 1
+        known: dict[str, Any] = {
+            "attempt": 1, "crashes_count": 0, "at_most_once": False, "expires_us": 0, "extras": {}, "task": "task"
+        }  # fmt: skip
+        lease = Lease(
+            span_id=self._tokens,
+            token=1,
+            batch_id="batch_0",
+            queue="default",
+            due_us=0,
+            whole=True,
+            places=range(len(payloads)),
+            indexes=range(len(payloads)),
+            payloads=list(payloads),
+            kinds=kinds,
+            runs_count=len(payloads),
+            **(known | more),
+        )
+        return Work(lease)
+
+    def submit(self, *payloads: bytes, **more: Any) -> Work:
+        """Hand a lease to the executor."""
+        work = self.work(payloads, **more)
+        self.executor.submit(work)
+        return work
+
+    async def until_over(self, *works: Work) -> None:
+        """Until the executor is done with these leases; for runs that need threads as well."""
+        while any(work not in self.over for work in works):
+            self._news.clear()
+            await self._news.wait()
+
+    async def ran(self, *payloads: bytes, **more: Any) -> Work:
+        """A lease run to its end."""
+        work = self.submit(*payloads, **more)
+        await self.until_over(work)
+        return work
+
+
+@asynccontextmanager
+async def rig(function: Callable[..., Any], **options: Any):  # type: ignore[no-untyped-def]  # the decorator's own
+    """A rig that is stopped at the end, whatever the test left running."""
+    made = Rig(function, **options)
+    try:
+        yield made
+    finally:
+        await made.executor.stop(grace_s=0)
+
+
+def numbers(count: int) -> list[bytes]:
+    """The payloads 0, 1, 2, …"""
+    return [b"%d" % number for number in range(count)]
+
+
+def states(work: Work) -> list[str]:
+    """How each run ended, in words."""
+    return [NAMES[code] for code in work.codes]
+
+
+def failure(work: Work, number: int = 0) -> Failure:
+    """Why a run failed."""
+    assert work.codes[number] in (run.FAILED, RETRY), states(work)
+    return decode(work.results[number])

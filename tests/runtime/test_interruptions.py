@@ -1,0 +1,293 @@
+"""Runs that are interrupted: timeouts, cancellations, a worker that stops."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+
+import pytest
+
+from headrace.core.retry import Retry
+from headrace.runtime import executor as room
+from headrace.runtime.context import Context
+from headrace.runtime.work import BEGUN, NOT_BEGUN
+from tests.runtime.rig import failure, numbers, rig, states
+
+SECOND_US = 1_000_000
+
+
+async def double(item: int) -> int:
+    return item * 2
+
+
+async def test_r17_a_timeout_is_armed_only_when_a_run_first_waits() -> None:
+    gate = asyncio.Event()
+
+    async def sometimes(item: int) -> None:
+        if item:
+            await gate.wait()
+
+    async with rig(sometimes, timeout_s=5) as made:
+        await made.ran(*[b"0"] * 50)
+        assert made.clock.sleepers_count == 0
+        work = made.submit(b"0", b"1", b"0")
+        await made.clock.settle()
+        assert made.clock.sleepers_count == 1
+        gate.set()
+        await made.until_over(work)
+        assert made.clock.sleepers_count == 0
+
+
+async def test_a_run_that_waits_too_long_times_out() -> None:
+    cleaned: list[int] = []
+
+    async def waits(item: int) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cleaned.append(item)
+
+    async with rig(waits, timeout_s=5, retry=Retry(attempts=2, delay_s=0)) as made:
+        work = made.submit(b"0")
+        await made.clock.advance_async(4.9)
+        assert states(work) == ["open"]
+        await made.clock.advance_async(0.1)
+        assert states(work) == ["retry"]
+        assert (failure(work).type, failure(work).message) == ("TimeoutError", "timed out after 5 s")
+        assert cleaned == [0]
+        last = made.submit(b"1", attempt=2)
+        await made.clock.advance_async(5)
+        assert states(last) == ["failed"]
+
+
+async def test_a_run_that_swallows_its_interruption_and_returns_has_returned() -> None:
+    async def swallows(item: int) -> str:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return "so far"
+        return "never"
+
+    async with rig(swallows, timeout_s=5) as made:
+        work = made.submit(b"0")
+        await made.clock.advance_async(5)
+        assert (states(work), work.results) == (["completed"], [b'"so far"'])
+
+
+async def test_a_run_that_swallows_and_goes_on_is_told_again() -> None:
+    told = 0
+
+    async def stubborn(item: int) -> None:
+        nonlocal told
+        while told < 3:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                told += 1
+        raise RuntimeError("at last")
+
+    async with rig(stubborn, timeout_s=5) as made:
+        work = made.submit(b"0")
+        await made.clock.advance_async(5)
+        assert (told, states(work)) == (1, ["open"])
+        await made.clock.advance_async(2 * room.INSIST_S)
+        assert (told, states(work)) == (3, ["failed"])
+        assert failure(work).type == "TimeoutError"
+
+
+async def test_a_threaded_run_past_its_timeout_is_told_and_its_outcome_dropped() -> None:
+    release, ended, seen = threading.Event(), threading.Event(), []
+
+    def blocks(item: int, context: Context) -> str:
+        release.wait()
+        seen.append(context.cancelled)
+        ended.set()
+        return "too late"
+
+    async with rig(blocks, timeout_s=5) as made:
+        work = made.submit(b"0")
+        await made.clock.advance_async(5)
+        assert states(work) == ["failed"]
+        assert failure(work).type == "TimeoutError"
+        release.set()
+        await asyncio.to_thread(ended.wait)
+        assert seen == [True]
+        assert work.results[0].startswith(b'{"type":"TimeoutError"')
+
+
+async def test_an_inline_run_past_its_timeout_is_interrupted_by_the_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    armed: list[float] = []
+    monkeypatch.setattr(signal, "setitimer", lambda _which, seconds: armed.append(seconds))
+
+    def slow(item: int) -> None:
+        assert armed[-1] == 5
+        raise TimeoutError("timed out")  # what the handler of the alarm raises in it
+
+    async with rig(slow, timeout_s=5, inline=True) as made:
+        work = await made.ran(b"0")
+        assert failure(work).type == "TimeoutError"
+        assert armed == [5, 0]
+        assert made.deadlines[0] > 0
+        assert made.deadlines[-1] == 0
+
+
+async def test_a_cancelled_run_hears_of_it_and_others_go_on() -> None:
+    contexts: dict[int, Context] = {}
+
+    async def waits(item: int, context: Context) -> None:
+        contexts[item] = context
+        await asyncio.Event().wait()
+
+    async with rig(waits) as made:
+        work = made.submit(*numbers(3))
+        await made.clock.settle()
+        made.executor.interrupt(lambda _work, number: number == 1, "cancelled")
+        await made.clock.settle()
+        assert states(work) == ["open", "cancelled", "open"]
+        assert [contexts[item].cancelled for item in range(3)] == [False, True, False]
+
+
+async def test_what_was_cancelled_before_it_began_does_not_begin() -> None:
+    begun: list[int] = []
+    gate = asyncio.Event()
+
+    async def waits(item: int) -> None:
+        begun.append(item)
+        await gate.wait()
+
+    async with rig(waits, concurrency=2) as made:
+        work = made.submit(*numbers(6))
+        await made.clock.settle()
+        made.executor.interrupt(lambda _work, number: number in (1, 3, 4), "cancelled")
+        gate.set()
+        await made.until_over(work)
+        assert begun == [0, 1, 2, 5]
+        assert states(work) == ["completed", "cancelled", "completed", "cancelled", "cancelled", "completed"]
+
+
+# -- stopping
+
+
+async def test_a_stop_lets_what_is_under_way_end_and_begins_nothing() -> None:
+    gate, begun = asyncio.Event(), []
+
+    async def waits(item: int) -> None:
+        begun.append(item)
+        await gate.wait()
+
+    async with rig(waits, concurrency=2) as made:
+        work = made.submit(*numbers(5))
+        await made.clock.settle()
+        stopping = asyncio.create_task(made.executor.stop(grace_s=30))
+        await made.clock.settle()
+        assert not stopping.done()
+        gate.set()
+        await stopping
+        assert (begun, states(work)) == ([0, 1], ["completed"] * 2 + ["open"] * 3)
+        assert made.clock.now_us() == 1_700_000_000 * SECOND_US
+
+
+async def test_past_the_grace_runs_are_interrupted_and_given_back_uncharged() -> None:
+    cleaned: list[int] = []
+
+    async def waits(item: int) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cleaned.append(item)
+            if item:
+                raise OSError("while cleaning up")
+
+    async with rig(waits) as made:
+        work = made.submit(*numbers(2))
+        await made.clock.settle()
+        assert set(work.marks) == {BEGUN}
+        stopping = asyncio.create_task(made.executor.stop(grace_s=30))
+        await made.clock.advance_async(30)
+        await stopping
+        assert (cleaned, states(work), set(work.marks)) == ([0, 1], ["open"] * 2, {NOT_BEGUN})
+
+
+async def test_a_second_stop_cuts_the_grace_short() -> None:
+    async def waits(item: int) -> None:
+        await asyncio.Event().wait()
+
+    async with rig(waits) as made:
+        work = made.submit(b"0")
+        await made.clock.settle()
+        first = asyncio.create_task(made.executor.stop(grace_s=30))
+        await made.clock.settle()
+        await made.executor.stop(grace_s=0)
+        await first
+        assert states(work) == ["open"]
+
+
+async def test_a_stop_leaves_a_run_behind_that_does_not_hear() -> None:
+    released = asyncio.Event()
+
+    async def deaf(item: int) -> None:
+        while not released.is_set():
+            try:
+                await released.wait()
+            except asyncio.CancelledError:
+                continue
+
+    async with rig(deaf) as made:
+        work = made.submit(b"0")
+        await made.clock.settle()
+        await made.executor.stop(grace_s=0)
+        assert states(work) == ["open"]
+        released.set()
+        await made.clock.settle()
+
+
+async def test_an_at_most_once_run_that_was_interrupted_is_never_given_back() -> None:
+    async def waits(item: int) -> None:
+        await asyncio.Event().wait()
+
+    async with rig(waits) as made:
+        work = made.submit(*numbers(2), at_most_once=True)
+        await made.clock.settle()
+        await made.executor.stop(grace_s=0)
+        assert states(work) == ["failed"] * 2
+        assert failure(work).type == "WorkerStopped"
+        assert set(work.marks) == {BEGUN}
+
+
+async def test_an_at_most_once_run_that_ended_stays_marked_until_its_outcome_is_durable() -> None:
+    async with rig(double) as made:
+        work = await made.ran(*numbers(2), at_most_once=True)
+        assert states(work) == ["completed"] * 2
+        assert set(work.marks) == {BEGUN}
+
+
+async def test_an_at_most_once_run_is_not_retried() -> None:
+    async def fails(item: int) -> None:
+        raise ValueError
+
+    async with rig(fails, retry=Retry(attempts=5)) as made:
+        assert states(await made.ran(b"0", at_most_once=True)) == ["failed"]
+
+
+async def test_outcomes_are_told_of_while_the_rest_runs() -> None:
+    gate = asyncio.Event()
+
+    async def last_waits(item: int) -> int:
+        if item == 2:
+            await gate.wait()
+        return item
+
+    async with rig(last_waits) as made:
+        work = made.submit(*numbers(4))
+        await made.clock.settle()
+        assert made.dirty == [work]
+        part = work.take_settlement()
+        assert part is not None
+        assert (part.part_no, part.codes) == (0, b"ccc")
+        assert work.take_settlement() is None
+        gate.set()
+        await made.until_over(work)
+        rest = work.take_settlement()
+        assert rest is not None
+        assert (rest.part_no, rest.codes) == (1, b"c")

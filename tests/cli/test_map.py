@@ -98,6 +98,17 @@ def test_an_input_that_grew_is_gone_on_with(shell: Shell) -> None:
     assert (again.code, again.json["done_before"]) == (0, 60)
 
 
+def test_an_input_of_more_items_than_a_batch_holds_is_several_batches(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_BATCH_RUNS_MAX", "300")
+    shell.items(1_000)
+    ran = shell.map("--json")
+    assert (ran.code, ran.json["runs"], len(ran.json["batches"])) == (0, 1_000, 4)
+    assert [line["index"] for line in shell.lines()] == list(range(1_000))
+    assert shell.map("--json").json["done_before"] == 1_000
+
+
 def test_an_input_that_changed_is_refused_until_it_is_fresh(shell: Shell) -> None:
     shell.items(30)
     shell.map()

@@ -328,6 +328,22 @@ async def test_a_full_batch_is_left_at_its_last_item_even_from_an_earlier_positi
         assert await bench.inputs("one#2") == lines(25, 30).splitlines()
 
 
+@pytest.mark.parametrize("size", [1, 64, 100_000])
+async def test_an_input_of_more_items_than_a_batch_holds_fills_several(tmp_path: Path, size: int) -> None:
+    async with Bench(tmp_path, LIMITS.replaced(batch_runs_max=10)) as bench:
+        data = lines(30) + b"\n\n" + lines(5, 30)
+        feed = bench.feed(pieces_of(data, size))
+        counts = []
+        is_over = False
+        while not is_over:
+            base_index = feed.position.items_count
+            is_over = await feed.fill(await bench.batch(f"part {base_index}"), base_index=base_index)
+            counts.append((await bench.batch(f"part {base_index}")).expected_count)
+        assert counts == [10, 10, 10, 5]
+        assert await bench.inputs("part 20") == lines(10, 20).splitlines()
+        assert await bench.inputs("part 30") == lines(5, 30).splitlines()
+
+
 async def test_a_last_line_that_went_on_is_a_change(tmp_path: Path) -> None:
     async with Bench(tmp_path) as bench:
         assert await bench.fed(b"1\n2")

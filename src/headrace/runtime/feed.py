@@ -110,24 +110,26 @@ class Feed:
         self._batch_id = ""
         self._start = start
         self._next_item = start.items_count
-        self._full_at: int | None = None
+        self._cut_at = 0
         self._groups: AsyncGenerator[_Group, None] | None = None
         self._pending: _Group | None = None
 
     async def fill(self, batch: Batch, *, base_index: int = 0) -> bool:
-        """Append to `batch` until the input ends, and seal it: True. False: the batch was sealed already, and more
-        of the input is left for the next one.
+        """Append to `batch` until the input ends, and seal it: True. False: the batch is full (it was sealed already,
+        or holds `batch_runs_max`), and more of the input is left for the next one.
 
         `base_index` is the item of the input that is the batch's run 0. Raises `InvalidInput` for an input that
         changed, `SealedElsewhere` when another feed was faster.
         """
         self._batch_id = batch.id
-        self._full_at = None if batch.expected_count is None else base_index + batch.expected_count
+        is_sealed = batch.expected_count is not None
+        full_at = base_index + (batch.expected_count or 0 if is_sealed else self._limits.batch_runs_max)
+        self._cut_at = self._cut_at or full_at
         appender = _Appender(self._engine, batch, start=self.position)
         add, key = appender.coalescer.add, self._key
         try:
             while (group := await self._next_group()) is not None:
-                if self._next_item == self._full_at and group.items:
+                if group.items and self._next_item + len(group.items) > full_at:
                     self._pending = group
                     break
                 index = self._next_item - base_index
@@ -148,13 +150,13 @@ class Feed:
         finally:
             self.position = appender.position
             await appender.stop()
-        if group is not None:
-            return False
-        if self._full_at is not None and self._next_item < self._full_at:
-            raise changed(f"it ends after {self._next_item:,} items, and had {self._full_at:,}")
-        if self._full_at is None:
+        if group is not None and self._next_item < full_at:
+            raise _sealed_elsewhere(batch)  # a batch that continues was sealed at another place than was cut for
+        if is_sealed and self._next_item < full_at:
+            raise changed(f"it ends after {self._next_item:,} items, and had {full_at:,}")
+        if not is_sealed:
             await self._seal(batch, self._next_item - base_index)
-        return True
+        return group is None
 
     async def close(self) -> None:
         """Stop what still reads. A feed that is left early must be closed."""
@@ -169,9 +171,7 @@ class Feed:
             after, _ = await store.batch(batch.id)
             if after.is_stopped:
                 raise
-            raise SealedElsewhere(
-                "the batch was sealed by another feed meanwhile", hint="start again", batch_id=batch.id
-            ) from error
+            raise _sealed_elsewhere(batch) from error
 
     async def _next_group(self) -> _Group | None:
         if self._pending is not None:
@@ -222,15 +222,15 @@ class Feed:
         )
 
     def _portions(self, piece: bytes, machine: NdjsonMachine) -> Iterator[bytes]:
-        """`piece` in slices of some thousand lines; line by line just before the batch is full, to stop there."""
+        """`piece` in slices of some thousand lines; line by line where a batch is full in it, to cut just there."""
         at = 0
         lines_count = piece.count(b"\n")
-        while self._full_at is not None and 0 < self._full_at - machine.items_count <= lines_count:
-            end = piece.find(b"\n", at) + 1
-            if not end:
-                break
+        while lines_count and self._cut_at - machine.items_count <= lines_count:
+            end = piece.index(b"\n", at) + 1
             yield piece[at:end]
             at, lines_count = end, lines_count - 1
+            if machine.items_count == self._cut_at:
+                self._cut_at += self._limits.batch_runs_max
         slice_bytes = max(1, (len(piece) - at) * SLICE_LINES_MAX // max(lines_count, SLICE_LINES_MAX))
         for start in range(at, len(piece), slice_bytes):
             yield piece[start : start + slice_bytes]
@@ -423,9 +423,7 @@ class _Appender:
         """The same error, or that somebody sealed the batch while this feed went on past its end."""
         batch, _ = await self._store.batch(self._batch.id)
         if batch.expected_count != self._batch.expected_count and not batch.is_stopped:
-            return SealedElsewhere(
-                "the batch was sealed by another feed meanwhile", hint="start again", batch_id=batch.id
-            )
+            return _sealed_elsewhere(batch)
         return error
 
 
@@ -454,6 +452,10 @@ def _born_failed(marker: Oversized | Unreadable | bytes) -> Extra:
         kind = "InvalidUTF8" if marker.reason.startswith("Invalid UTF-8") else "InvalidJSON"
         failure = Failure(type=kind, message=marker.reason)
     return Extra(failure=failure.encode())
+
+
+def _sealed_elsewhere(batch: Batch) -> SealedElsewhere:
+    return SealedElsewhere("the batch was sealed by another feed meanwhile", hint="start again", batch_id=batch.id)
 
 
 def changed(how: str, **ids: object) -> InvalidInput:

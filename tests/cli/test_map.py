@@ -397,6 +397,29 @@ def test_two_maps_of_one_batch_at_once_both_end_right(shell: Shell) -> None:
     assert shell("verify").code == 0
 
 
+def test_two_maps_of_an_input_that_grows_all_the_while_both_end_right(shell: Shell) -> None:
+    """Each of them may seal a batch that the other still feeds, or find the next one made already."""
+    command = [sys.executable, "-m", "headrace", "map", "tasks.py:double", "in.ndjson"]
+    count = 0
+    running: list[subprocess.Popen[bytes]] = []
+    for number in range(8):
+        count += 2_000
+        shell.items(count, "longer").replace("in.ndjson")  # whole, so that nobody ever reads half a line
+        running.append(
+            subprocess.Popen([*command, "-o", f"{number % 2}.ndjson"], cwd=shell.place, stderr=subprocess.PIPE)
+        )
+        if len(running) == 3:
+            first = running.pop(0)
+            _, err = first.communicate(timeout=60)
+            assert first.returncode == 0, err.decode()
+    for process in running:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err.decode()
+    assert shell.map("--json").json["completed"] == count
+    assert [line["output"] for line in shell.lines()] == [2 * n for n in range(count)]
+    assert shell("verify").code == 0
+
+
 # -- the task, the store, the rest
 
 

@@ -15,9 +15,9 @@ STATEMENTS = [(package, statement) for package in PACKAGES for statement in stat
 
 
 def code_of(package: str) -> str:
-    """All Python of a package."""
-    folder = Path(str(files(package)))
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py")))
+    """All Python of a package, and of the scripts that name its statements."""
+    folders = [Path(str(files(package))), Path(str(files("headrace.store.verbs")))]
+    return "\n".join(path.read_text(encoding="utf-8") for folder in folders for path in sorted(folder.glob("*.py")))
 
 
 @pytest.mark.parametrize(("package", "statement"), STATEMENTS, ids=lambda value: getattr(value, "name", ""))
@@ -30,7 +30,7 @@ def test_a_statement_is_used_and_says_what_it_means(package: str, statement: Sta
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_statement_that_the_code_names_exists(package: str) -> None:
-    named = set(re.findall(r'execute\(\s*[\w.]+,\s*"([a-z_]+)"', code_of(package)))
+    named = set(re.findall(r'fetch(?:_one|_first)?\(\s*"([a-z_]+)"', code_of(package)))
     assert named
     assert named <= statements(package).keys()
 

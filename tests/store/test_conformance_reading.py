@@ -372,7 +372,7 @@ async def lose_session(world: World, session_id: str) -> None:
     if isinstance(world.store, MemoryStore):
         del world.store._tables.sessions[session_id]
     elif isinstance(world.store, SqliteStore):
-        await world.store._write(methodcaller("execute", "DELETE FROM session WHERE id = ?", (session_id,)))
+        await world.store._writer.run(methodcaller("execute", "DELETE FROM session WHERE id = ?", (session_id,)))
     else:
         pytest.skip("this store has no session to lose")
 
@@ -456,6 +456,6 @@ async def plant(world: World, batch_id: str) -> None:
             "UPDATE batch SET received = x'010001'",
             "DELETE FROM part",
         ):
-            await world.store._write(methodcaller("execute", statement))
+            await world.store._writer.run(methodcaller("execute", statement))
     else:
         raise StoreUnavailable("say here how to tamper with this store")

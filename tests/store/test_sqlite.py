@@ -20,7 +20,8 @@ from headrace.core.span import Part
 from headrace.foundation.errors import HeadraceError, NotFound, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
 from headrace.store.sqlite import SqliteStore
-from headrace.store.sqlite.rows import SQL, add_parts
+from headrace.store.sqlite.store import SQL, run_script
+from headrace.store.verbs.rows import add_parts
 from headrace.store.statements import migrations
 from tests.store.world import World, indexes_of, settlement_of
 
@@ -49,7 +50,7 @@ async def held_up(world: World, work: Callable[[], Any]) -> None:
         loop.call_soon_threadsafe(entered.set)
         go_on.wait()
 
-    busy = asyncio.ensure_future(house(world)._write(hold))
+    busy = asyncio.ensure_future(house(world)._writer.run(hold))
     await entered.wait()
     try:
         work()
@@ -94,7 +95,7 @@ async def traced(world: World, callback: Callable[[str], object] | None) -> None
         if callback is not None and not statement.startswith("--"):
             callback(statement)
 
-    await house(world)._write(lambda c: c.set_trace_callback(told))
+    await house(world)._writer.run(lambda c: c.set_trace_callback(told))
 
 
 # -- R12: group commit
@@ -136,7 +137,7 @@ async def test_r12_a_failing_request_in_a_group_fails_alone(tmp_path: Path) -> N
                 asked.append(asyncio.ensure_future(world.append(batch_id, [index])))
                 asked.append(asyncio.ensure_future(world.store.batch("batch_of_nobody")))
                 asked.append(asyncio.ensure_future(world.append("batch_of_nobody", [0])))
-            asked.extend(asyncio.ensure_future(house(world)._write(one)) for one in (late_refusal, broken, bug))
+            asked.extend(asyncio.ensure_future(house(world)._writer.run(one)) for one in (late_refusal, broken, bug))
             asked.append(asyncio.ensure_future(world.append(batch_id, [5])))
 
         await held_up(world, work)
@@ -151,8 +152,8 @@ async def test_r12_a_full_disk_fails_each_that_does_not_fit_and_loses_nothing_ac
     async with opened(tmp_path / "db") as world:
         batch_id = await world.batch()
         await world.append(batch_id, range(10))
-        used = (await house(world)._write(lambda c: c.execute("PRAGMA page_count").fetchone()))[0]
-        await house(world)._write(lambda c: c.execute(f"PRAGMA max_page_count = {used + 12}").fetchone())
+        used = (await house(world)._writer.run(lambda c: c.execute("PRAGMA page_count").fetchone()))[0]
+        await house(world)._writer.run(lambda c: c.execute(f"PRAGMA max_page_count = {used + 12}").fetchone())
         asked: list[asyncio.Future[Any]] = []
 
         def work() -> None:
@@ -170,7 +171,7 @@ async def test_r12_a_full_disk_fails_each_that_does_not_fit_and_loses_nothing_ac
         batch, _ = await world.store.batch(batch_id)
         assert batch.received_count == 15
         await world.check()
-        await house(world)._write(lambda c: c.execute("PRAGMA max_page_count = 1000000").fetchone())
+        await house(world)._writer.run(lambda c: c.execute("PRAGMA max_page_count = 1000000").fetchone())
         again = await world.append(batch_id, [11], payload=lambda _: b"x" * 200_000)
         assert again.accepted_count == 1, "the same call works when there is room"
 
@@ -246,12 +247,12 @@ async def test_r13_a_bulk_write_keeps_any_bytes(tmp_path: Path) -> None:
                 )
                 for number, piece in enumerate(pieces)
             ]
-            add_parts(connection, parts)
+            run_script(connection, add_parts(parts))
             found = connection.execute("SELECT positions, codes, results FROM part ORDER BY span_id").fetchall()
             connection.execute("DELETE FROM part")
             return found
 
-        kept = await house(world)._write(work)
+        kept = await house(world)._writer.run(work)
     assert kept == [
         (None if number % 3 == 0 else piece, piece[::-1], pack([piece])) for number, piece in enumerate(pieces)
     ]
@@ -363,9 +364,9 @@ PLANS = {
     "claim_candidates": ["SEARCH span USING INDEX span_claimable (environment=? AND queue=? AND task=?)"],
     "due_spans": ["SEARCH span USING INDEX span_delayed (due_us<?)", "SEARCH queue USING PRIMARY KEY"],
     "claimed_before": ["SEARCH span USING INDEX span_leased (session_id=? AND claim_no=?)"],
-    "spans_of_session": ["SEARCH span USING INDEX span_leased (session_id=?)"],
+    "lock_spans_of_session": ["SEARCH span USING INDEX span_leased (session_id=?)"],
     "leases_of_session": ["SEARCH span USING INDEX span_leased (session_id=?)"],
-    "spans": ["SEARCH span USING INTEGER PRIMARY KEY (rowid=?)"],
+    "lock_spans": ["SEARCH span USING INTEGER PRIMARY KEY (rowid=?)"],
     "recorded_part": ["USING COVERING INDEX part_once (block_id=? AND span_id=? AND token=? AND part_no=?)"],
     "blocks_from": ["SEARCH block USING INDEX block_by_index (batch_id=? AND first_index>? AND first_index<?)"],
     "blocks": ["SEARCH block USING INTEGER PRIMARY KEY (rowid=?)"],
@@ -378,7 +379,7 @@ PLANS = {
     "lease_spans": ["SEARCH span USING INTEGER PRIMARY KEY (rowid=?)"],
     "promote_spans": ["SEARCH span USING INTEGER PRIMARY KEY (rowid=?)"],
     "stopping_batches": ["SEARCH batch USING INDEX batch_unfinished (state=?)"],
-    "streams_of_session": ["SEARCH batch USING INDEX batch_of_session (session_id=?)"],
+    "lock_streams_of_session": ["SEARCH batch USING INDEX batch_of_session (session_id=?)"],
     "next_due": ["span_delayed"],
     "list_queues": ["span USING INDEX span_"],
     "open_batches": ["SEARCH batch USING INDEX batch_unfinished (state=?)"],
@@ -396,7 +397,7 @@ async def test_a_hot_statement_is_answered_from_its_index(tmp_path: Path, name: 
         sql = SQL[name]
         words = set(re.findall(r":([a-z_]+)", sql))
         values = {word: "[]" if word in ("ids", "rows", "names") else b"" if word == "blob" else 1 for word in words}
-        rows = await house(world)._write(lambda c: c.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall())
+        rows = await house(world)._writer.run(lambda c: c.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall())
     plan = "\n".join(row[3] for row in rows)
     for step in PLANS[name]:
         assert step in plan, plan

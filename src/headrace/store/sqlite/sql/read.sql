@@ -4,7 +4,13 @@ SELECT id, environment, key, kind, task, state, expected_count, received_count, 
     finished_us, seal_timeout_ms, block_width
 FROM batch WHERE id = :id;
 
--- batches_by_id: some batches by id
+-- lock_batch: one batch that this transaction is about to change
+SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
+    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
+    finished_us, seal_timeout_ms, block_width
+FROM batch WHERE id = :id;
+
+-- lock_batches: some batches that this transaction is about to change, in one order
 SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
     cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
     finished_us, seal_timeout_ms, block_width
@@ -16,7 +22,7 @@ SELECT id, environment, key, kind, task, state, expected_count, received_count, 
     finished_us, seal_timeout_ms, block_width
 FROM batch WHERE environment = :environment AND key = :key;
 
--- streams_of_session: unfinished streams that a session owns
+-- lock_streams_of_session: unfinished streams that a session owns, about to be changed
 SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
     cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
     finished_us, seal_timeout_ms, block_width
@@ -56,7 +62,7 @@ WHERE batch_id = :batch_id AND state = 'leased' AND state <> 'done';
 SELECT id, first_index, last_index, runs_count, gaps FROM block
 WHERE batch_id = :batch_id AND first_index > :after_index AND first_index < :before_index
     AND last_index >= :from_index
-ORDER BY first_index, id;
+ORDER BY first_index, id LIMIT :rows_max;
 
 -- shapes_of_blocks: which indexes some blocks hold
 SELECT id, first_index, runs_count, gaps FROM block WHERE id IN (SELECT value FROM json_each(:ids));
@@ -98,12 +104,13 @@ SELECT span.id, span.block_id, span.batch_id, span.environment, span.queue, span
 FROM batch CROSS JOIN block ON block.batch_id = batch.id CROSS JOIN span ON span.block_id = block.id
 WHERE batch.environment = :environment AND (:batch_id = '' OR batch.id = :batch_id)
     AND (:task = '' OR span.task = :task) AND (:state IS NULL OR instr(span.states, :state) > 0)
-ORDER BY batch.id DESC, block.first_index, span.id;
+    AND (:span_state = '' OR span.state = :span_state)
+ORDER BY batch.id DESC, block.first_index, span.id LIMIT :rows_max;
 
 -- tagged_runs: the runs that carry a tag
 SELECT batch_id, run_index FROM tag
 WHERE environment = :environment AND tag = :tag AND (:batch_id = '' OR batch_id = :batch_id)
-ORDER BY batch_id DESC, run_index;
+ORDER BY batch_id DESC, run_index LIMIT :rows_max;
 
 -- named_objects: which of some object keys a row names
 SELECT key FROM object WHERE key IN (SELECT value FROM json_each(:keys));

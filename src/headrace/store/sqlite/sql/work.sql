@@ -37,7 +37,7 @@ ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max;
 -- blocks: the inputs of some blocks
 SELECT id, first_index, gaps, extras, items FROM block WHERE id IN (SELECT value FROM json_each(:ids));
 
--- spans: some spans by id
+-- lock_spans: some spans that this transaction is about to change, in one order
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
     claim_no, token
@@ -46,7 +46,7 @@ FROM span WHERE id IN (SELECT value FROM json_each(:ids));
 -- recorded_part: whether a settlement was recorded before
 SELECT 1 FROM part WHERE block_id = :block_id AND span_id = :span_id AND token = :token AND part_no = :part_no;
 
--- spans_of_session: what a session has leased
+-- lock_spans_of_session: what a session has leased, about to be changed
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
     claim_no, token
@@ -85,6 +85,12 @@ WHERE span.state = 'leased' AND NOT EXISTS (SELECT 1 FROM session WHERE session.
 LIMIT :rows_max;
 
 -- spans_of_block: all spans over one block
+SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
+    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
+    claim_no, token
+FROM span WHERE block_id = :block_id ORDER BY id;
+
+-- lock_spans_of_block: all spans over one block, about to be changed
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
     claim_no, token

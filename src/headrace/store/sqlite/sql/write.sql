@@ -109,13 +109,16 @@ INSERT OR IGNORE INTO session (id, kind, host, pid, started_us, heartbeat_us, en
 VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0);
 
 -- beat: a live session's sign of life
-UPDATE session SET heartbeat_us = max(heartbeat_us, :now_us) WHERE id = :id AND ended_us = 0;
+UPDATE session SET heartbeat_us = max(heartbeat_us, :now_us) WHERE id = :id AND ended_us = 0
+RETURNING 1;
 
 -- end_session: a session ends once, for whoever says so first
-UPDATE session SET ended_us = :now_us WHERE id = :id AND ended_us = 0;
+UPDATE session SET ended_us = :now_us WHERE id = :id AND ended_us = 0
+RETURNING 1;
 
 -- end_silent_session: a session that fell silent ends once, for whoever sees it first
-UPDATE session SET ended_us = :now_us WHERE id = :id AND ended_us = 0 AND heartbeat_us <= :silent_since_us;
+UPDATE session SET ended_us = :now_us WHERE id = :id AND ended_us = 0 AND heartbeat_us <= :silent_since_us
+RETURNING 1;
 
 -- ask_to_cancel: runs that are leased are cancelled when their worker hears of it
 INSERT OR IGNORE INTO cancellation (batch_id, run_index)
@@ -126,25 +129,31 @@ DELETE FROM cancellation WHERE batch_id = :batch_id AND run_index IN (SELECT val
 
 -- delete_parts: a bounded step of deleting a batch
 DELETE FROM part WHERE id IN (
-    SELECT part.id FROM part JOIN block ON block.id = part.block_id WHERE block.batch_id = :batch_id LIMIT :rows_max);
+    SELECT part.id FROM part JOIN block ON block.id = part.block_id WHERE block.batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;
 
 -- delete_spans: a bounded step of deleting a batch
 DELETE FROM span WHERE id IN (
-    SELECT span.id FROM block JOIN span ON span.block_id = block.id WHERE block.batch_id = :batch_id LIMIT :rows_max);
+    SELECT span.id FROM block JOIN span ON span.block_id = block.id WHERE block.batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;
 
 -- delete_blocks: a bounded step of deleting a batch
-DELETE FROM block WHERE id IN (SELECT id FROM block WHERE batch_id = :batch_id LIMIT :rows_max);
+DELETE FROM block WHERE id IN (SELECT id FROM block WHERE batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;
 
 -- delete_keys: a bounded step of deleting a batch
 DELETE FROM idempotency WHERE (environment, task, key) IN (
-    SELECT environment, task, key FROM idempotency WHERE batch_id = :batch_id LIMIT :rows_max);
+    SELECT environment, task, key FROM idempotency WHERE batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;
 
 -- delete_tags: a bounded step of deleting a batch
 DELETE FROM tag WHERE (environment, tag, batch_id, run_index) IN (
-    SELECT environment, tag, batch_id, run_index FROM tag WHERE batch_id = :batch_id LIMIT :rows_max);
+    SELECT environment, tag, batch_id, run_index FROM tag WHERE batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;
 
--- delete_objects: a bounded step of deleting a batch; the objects themselves become orphans
-DELETE FROM object WHERE key IN (SELECT key FROM object WHERE batch_id = :batch_id LIMIT :rows_max);
+-- delete_objects: a bounded step of deleting a batch, whose objects become orphans
+DELETE FROM object WHERE key IN (SELECT key FROM object WHERE batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;
 
 -- delete_cancellations: a bounded step of deleting a batch
 DELETE FROM cancellation WHERE batch_id = :batch_id;

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -32,20 +31,22 @@ from headrace.core.span import (
 from headrace.core.span import redrive as redrive_span
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound, StoreBroken
 from headrace.store.protocol import Appended, NewBatch
-from headrace.store.sqlite.rows import (
+from headrace.store.verbs.rows import (
     Blob,
     add_parts,
     add_spans,
     as_json,
-    execute,
     put_batch,
     put_spans,
     take_ids,
     to_batch,
     to_span,
 )
+from headrace.store.verbs.script import Script, fetch, fetch_first, fetch_one
 
-SWEEP_SPANS_MAX = 1_000
+SWEEP_SPANS_MAX: Final = 1_000
+BLOCKS_MAX: Final = 1_000_000
+"""Blocks that may hold one index: few, unless a batch came in random order."""
 _extras_encoder = msgspec.msgpack.Encoder()
 _extras_decoder = msgspec.msgpack.Decoder(dict[int, Extra])
 
@@ -55,33 +56,47 @@ def decode_extras(data: bytes | None) -> dict[int, Extra]:
     return {} if data is None else _extras_decoder.decode(data)
 
 
-def find(connection: sqlite3.Connection, batch_id: str) -> Batch:
+def find(batch_id: str) -> Script[Batch]:
     """The batch, or `NotFound`."""
-    row = execute(connection, "batch", id=batch_id).fetchone()
+    batch, _ = yield from find_with_width(batch_id)
+    return batch
+
+
+def find_with_width(batch_id: str) -> Script[tuple[Batch, int]]:
+    """The batch and the distance that the indexes of its widest block span, or `NotFound`."""
+    return _known((yield from fetch_one("batch", id=batch_id)), batch_id)
+
+
+def lock(batch_id: str) -> Script[Batch]:
+    """The batch, not to be changed by others before this transaction ends. After the spans it locks (rule R8)."""
+    batch, _ = _known((yield from fetch_one("lock_batch", id=batch_id)), batch_id)
+    return batch
+
+
+def _known(row: tuple[Any, ...] | None, batch_id: str) -> tuple[Batch, int]:
     if row is None:
         raise NotFound("there is no such batch", hint="`headrace batch list` shows those there are", batch_id=batch_id)
-    return to_batch(row)
+    return to_batch(row), int(row[21])
 
 
-def received_of(connection: sqlite3.Connection, batch_id: str) -> IndexSet:
+def received_of(batch_id: str) -> Script[IndexSet]:
     """The set of indexes a batch has received."""
-    (data,) = execute(connection, "received", id=batch_id).fetchone()
+    (data,) = yield from fetch_first("received", id=batch_id)
     try:
         return IndexSet.from_bytes(data) if data else IndexSet()
     except InvalidInput as error:
         raise StoreBroken("the set of received indexes can't be read", batch_id=batch_id) from error
 
 
-def create(connection: sqlite3.Connection, new: NewBatch, now_us: int) -> tuple[Batch, bool]:
+def create(new: NewBatch, now_us: int) -> Script[tuple[Batch, bool]]:
     """A new batch, or the one its key names."""
     if new.key is not None:
-        row = execute(connection, "batch_by_key", environment=new.environment, key=new.key).fetchone()
+        row = yield from fetch_one("batch_by_key", environment=new.environment, key=new.key)
         if row is not None:
             return to_batch(row), False
-    if execute(connection, "batch", id=new.id).fetchone() is not None:
-        return find(connection, new.id), False
-    execute(
-        connection,
+    if (yield from fetch_one("batch", id=new.id)) is not None:
+        return (yield from find(new.id)), False
+    yield from fetch(
         "insert_batch",
         id=new.id,
         environment=new.environment,
@@ -95,7 +110,7 @@ def create(connection: sqlite3.Connection, new: NewBatch, now_us: int) -> tuple[
         created_us=now_us,
         seal_timeout_ms=new.seal_timeout_ms,
     )
-    return find(connection, new.id), True
+    return (yield from find(new.id)), True
 
 
 class _Fresh(NamedTuple):
@@ -108,33 +123,32 @@ class _Fresh(NamedTuple):
 
 
 def append(
-    connection: sqlite3.Connection,
     batch_id: str,
     chunks: Sequence[Chunk],
     cursor: bytes | None,
     runs_max: int,
     now_us: int,
-) -> Appended:
+) -> Script[Appended]:
     """Make the runs of `chunks` durable that are not yet, and keep `cursor` with them."""
-    batch = find(connection, batch_id)
+    batch = yield from lock(batch_id)
     for chunk in chunks:
         check_names(chunk)
         batches.check_append(batch, first_index=chunk.first_index, last_index=chunk.last_index, runs_max=runs_max)
-    received = received_of(connection, batch_id)
-    fresh = _fresh(connection, batch, received, chunks, now_us)
+    received = yield from received_of(batch_id)
+    fresh = yield from _fresh(batch, received, chunks, now_us)
     accepted_count = sum(chunk.runs_count for chunk in fresh.chunks)
     failed_count = 0
     if fresh.chunks:
-        _keep_lanes(connection, batch, fresh.chunks)
-        failed_count = _insert(connection, batch, fresh.chunks, now_us)
+        yield from _keep_lanes(batch, fresh.chunks)
+        failed_count = yield from _insert(batch, fresh.chunks, now_us)
         for chunk in fresh.chunks:
             _note(received, chunk)
         width = max(chunk.last_index - chunk.first_index + 1 for chunk in fresh.chunks)
-        execute(connection, "update_received", id=batch_id, received=received.to_bytes(), block_width=width)
+        yield from fetch("update_received", id=batch_id, received=received.to_bytes(), block_width=width)
     after = batches.appended(
         batch, accepted_count=accepted_count, failed_count=failed_count, cursor=cursor, now_us=now_us
     )
-    put_batch(connection, after)
+    yield from put_batch(after)
     return Appended(
         accepted_count=accepted_count,
         duplicates_count=fresh.duplicates_count,
@@ -143,9 +157,7 @@ def append(
     )
 
 
-def _fresh(
-    connection: sqlite3.Connection, batch: Batch, received: IndexSet, chunks: Sequence[Chunk], now_us: int
-) -> _Fresh:
+def _fresh(batch: Batch, received: IndexSet, chunks: Sequence[Chunk], now_us: int) -> Script[_Fresh]:
     fresh = _Fresh([], 0, [], {})
     duplicates_count = 0
     seen = IndexSet()
@@ -157,12 +169,12 @@ def _fresh(
             duplicates_count += len(repeated)
             repeats.append((chunk, repeated))
         if any(extra.idempotency_key for extra in chunk.extras.values()):
-            keep = _without_known_keys(connection, batch, chunk, keep, known, fresh.existing, now_us)
+            keep = yield from _without_known_keys(batch, chunk, keep, known, fresh.existing, now_us)
         kept = narrowed(chunk, keep)
         if kept is not None:
             fresh.chunks.append(kept)
             _note(seen, kept)
-    conflicts = _conflicts(connection, batch.id, repeats, fresh.chunks) if repeats else []
+    conflicts = (yield from _conflicts(batch.id, repeats, fresh.chunks)) if repeats else []
     return fresh._replace(duplicates_count=duplicates_count, conflicts=conflicts)
 
 
@@ -188,9 +200,7 @@ def _new_positions(chunk: Chunk, received: IndexSet, seen: IndexSet) -> tuple[li
     return keep, repeated
 
 
-def _conflicts(
-    connection: sqlite3.Connection, batch_id: str, repeats: Sequence[tuple[Chunk, list[int]]], kept: Sequence[Chunk]
-) -> list[int]:
+def _conflicts(batch_id: str, repeats: Sequence[tuple[Chunk, list[int]]], kept: Sequence[Chunk]) -> Script[list[int]]:
     """Indexes among the repeated ones whose content differs from what is stored, or from `kept` in this append.
 
     A block that is sent again as it was, the usual case, is compared as one value.
@@ -199,7 +209,7 @@ def _conflicts(
     wanted = {index for index, _ in sent}
     as_sent = {(chunk.first_index, chunk.gaps): chunk.items for chunk, _ in repeats}
     stored: dict[int, tuple[bytes, int]] = {}
-    for first_index, gaps, items in _contents(connection, batch_id, repeats, kept):
+    for first_index, gaps, items in (yield from _contents(batch_id, repeats, kept)):
         own = indexes_of(first_index, count(items), gaps)
         if as_sent.get((first_index, gaps)) == items and len(sent) == len(wanted):
             wanted.difference_update(own)
@@ -220,25 +230,24 @@ def _contents_at(chunk: Chunk, positions: list[int]) -> Iterator[tuple[int, tupl
 
 
 def _contents(
-    connection: sqlite3.Connection, batch_id: str, repeats: Sequence[tuple[Chunk, list[int]]], kept: Sequence[Chunk]
-) -> Iterator[tuple[int, bytes | None, bytes]]:
-    """`(first index, gaps, items)` of all that may hold repeated indexes, one at a time."""
-    for other in kept:
-        yield other.first_index, other.gaps, other.items
-    width = execute(connection, "batch", id=batch_id).fetchone()[21]
+    batch_id: str, repeats: Sequence[tuple[Chunk, list[int]]], kept: Sequence[Chunk]
+) -> Script[list[tuple[int, bytes | None, bytes]]]:
+    """`(first index, gaps, items)` of all that may hold repeated indexes."""
+    found = [(other.first_index, other.gaps, other.items) for other in kept]
+    _, width = yield from find_with_width(batch_id)
     first_index = min(chunk.first_index for chunk, _ in repeats)
-    rows = execute(
-        connection,
+    rows = yield from fetch(
         "blocks_from",
         batch_id=batch_id,
         from_index=first_index,
         after_index=first_index - width,
         before_index=max(chunk.last_index for chunk, _ in repeats) + 1,
-    ).fetchall()
+        rows_max=BLOCKS_MAX,
+    )
     met = IndexSet.from_ranges((chunk.first_index, chunk.last_index + 1) for chunk, _ in repeats)
     near = [row[0] for row in rows if met.overlaps_range(row[1], row[2] + 1)]
-    for _, first_index, gaps, _, items in execute(connection, "blocks", ids=as_json(near)):
-        yield first_index, gaps, items
+    blocks = yield from fetch("blocks", ids=as_json(near))
+    return found + [(first_index, gaps, items) for _, first_index, gaps, _, items in blocks]
 
 
 def indexes_of(first_index: int, runs_count: int, gaps: bytes | None) -> Sequence[int]:
@@ -248,21 +257,21 @@ def indexes_of(first_index: int, runs_count: int, gaps: bytes | None) -> Sequenc
     return [first_index + gap for gap in array("I", gaps)]
 
 
-def locate(connection: sqlite3.Connection, batch_id: str, index: int) -> tuple[int, int] | None:
+def locate(batch_id: str, index: int) -> Script[tuple[int, int] | None]:
     """`(block id, position)` of a run, or None when no such index was received."""
-    row = execute(connection, "batch", id=batch_id).fetchone()
+    row = yield from fetch_one("batch", id=batch_id)
     if row is None:
         return None
     width = row[21]
-    blocks = execute(
-        connection,
+    blocks = yield from fetch(
         "blocks_from",
         batch_id=batch_id,
         from_index=index,
         after_index=index - width,
         before_index=index + 1,
+        rows_max=BLOCKS_MAX,
     )
-    for block_id, first_index, last_index, runs_count, gaps in blocks.fetchall():
+    for block_id, first_index, last_index, runs_count, gaps in blocks:
         if not first_index <= index <= last_index:
             continue
         if gaps is None:
@@ -275,14 +284,13 @@ def locate(connection: sqlite3.Connection, batch_id: str, index: int) -> tuple[i
 
 
 def _without_known_keys(
-    connection: sqlite3.Connection,
     batch: Batch,
     chunk: Chunk,
     keep: list[int],
     known: dict[tuple[str, str], tuple[str, int]],
     existing: dict[int, tuple[str, int]],
     now_us: int,
-) -> list[int]:
+) -> Script[list[int]]:
     """Drop runs whose key already names a run, in the store or in `known`, and remember which run that is."""
     tasks = {position: key.task for key, positions in chunk.spans.items() for position in _positions(chunk, positions)}
     wanted = [
@@ -292,8 +300,8 @@ def _without_known_keys(
     ]
     known |= {
         (task, key): (batch_id, index)
-        for task, key, batch_id, index in execute(
-            connection, "known_keys", environment=batch.environment, rows=as_json(wanted), now_us=now_us
+        for task, key, batch_id, index in (
+            yield from fetch("known_keys", environment=batch.environment, rows=as_json(wanted), now_us=now_us)
         )
     }
     kept = []
@@ -316,30 +324,30 @@ def _positions(chunk: Chunk, positions: bytes | None) -> Sequence[int]:
     return range(chunk.runs_count) if positions is None else decode_places(positions)
 
 
-def _keep_lanes(connection: sqlite3.Connection, batch: Batch, chunks: Sequence[Chunk]) -> None:
+def _keep_lanes(batch: Batch, chunks: Sequence[Chunk]) -> Script[None]:
     """Make queues and lanes known, and note the clock each queue shows when the batch first meets it."""
     lanes = sorted({(key.queue, key.task) for chunk in chunks for key in chunk.spans})
     new_queues = {queue for queue, _ in lanes} - batch.order_bases.keys()
     for queue in sorted(new_queues):
-        execute(connection, "know_queue", environment=batch.environment, name=queue)
-    execute(connection, "know_lanes", environment=batch.environment, rows=as_json(lanes))
+        yield from fetch("know_queue", environment=batch.environment, name=queue)
+    yield from fetch("know_lanes", environment=batch.environment, rows=as_json(lanes))
     if new_queues:
-        batch.order_bases = batch.order_bases | clocks(connection, batch.environment, new_queues)
+        batch.order_bases = batch.order_bases | (yield from clocks(batch.environment, new_queues))
 
 
-def clocks(connection: sqlite3.Connection, environment: str, queues: set[str]) -> dict[str, int]:
+def clocks(environment: str, queues: set[str]) -> Script[dict[str, int]]:
     """The clocks of some queues; a queue nobody knows stands at 0."""
-    rows = execute(connection, "clocks", environment=environment, names=as_json(sorted(queues)))
-    found = dict(rows.fetchall())
+    rows = yield from fetch("clocks", environment=environment, names=as_json(sorted(queues)))
+    found = {name: int(clock) for name, clock in rows}
     return {queue: found.get(queue, 0) for queue in queues}
 
 
-def _insert(connection: sqlite3.Connection, batch: Batch, chunks: Sequence[Chunk], now_us: int) -> int:
+def _insert(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[int]:
     """Insert blocks, their spans, and rows for what only some runs have; answers how many were born failed."""
-    now_clocks = clocks(connection, batch.environment, {key.queue for chunk in chunks for key in chunk.spans})
+    now_clocks = yield from clocks(batch.environment, {key.queue for chunk in chunks for key in chunk.spans})
     spans: list[Span] = []
     parts: list[tuple[Span, list[int], list[bytes]]] = []
-    first_block_id, _ = take_ids(connection, blocks_count=len(chunks))
+    first_block_id, _ = yield from take_ids(blocks_count=len(chunks))
     blob, rows = Blob(), []
     for block_id, chunk in enumerate(chunks, first_block_id):
         rows.append(
@@ -361,11 +369,11 @@ def _insert(connection: sqlite3.Connection, batch: Batch, chunks: Sequence[Chunk
             if dead is not None:
                 places = list(positions_of(dead))
                 parts.append((dead, places, [failures[position] for position in places]))
-    execute(connection, "insert_blocks", batch_id=batch.id, rows=as_json(rows), blob=blob.bytes())
-    _, first_span_id = take_ids(connection, spans_count=len(spans))
-    add_spans(connection, spans, first_id=first_span_id)
-    add_parts(connection, [_birth_part(span, places, failures, now_us) for span, places, failures in parts])
-    _insert_extras(connection, batch, chunks)
+    yield from fetch("insert_blocks", batch_id=batch.id, rows=as_json(rows), blob=blob.bytes())
+    _, first_span_id = yield from take_ids(spans_count=len(spans))
+    yield from add_spans(spans, first_id=first_span_id)
+    yield from add_parts([_birth_part(span, places, failures, now_us) for span, places, failures in parts])
+    yield from _insert_extras(batch, chunks)
     return sum(len(places) for _, places, _ in parts)
 
 
@@ -422,7 +430,7 @@ def _birth_part(span: Span, positions: list[int], failures: list[bytes], now_us:
     )
 
 
-def _insert_extras(connection: sqlite3.Connection, batch: Batch, chunks: Sequence[Chunk]) -> None:
+def _insert_extras(batch: Batch, chunks: Sequence[Chunk]) -> Script[None]:
     keys, tags, objects = [], [], []
     for chunk in chunks:
         if not chunk.extras:
@@ -436,63 +444,65 @@ def _insert_extras(connection: sqlite3.Connection, batch: Batch, chunks: Sequenc
             if extra.object_key:
                 objects.append((extra.object_key, batch.id))
     if keys:
-        execute(connection, "insert_keys", environment=batch.environment, batch_id=batch.id, rows=as_json(keys))
+        yield from fetch("insert_keys", environment=batch.environment, batch_id=batch.id, rows=as_json(keys))
     if tags:
-        execute(connection, "insert_tags", environment=batch.environment, batch_id=batch.id, rows=as_json(tags))
+        yield from fetch("insert_tags", environment=batch.environment, batch_id=batch.id, rows=as_json(tags))
     if objects:
-        execute(connection, "insert_objects", rows=as_json(objects))
+        yield from fetch("insert_objects", rows=as_json(objects))
 
 
-def seal(connection: sqlite3.Connection, batch_id: str, expected_count: int | None, now_us: int) -> Batch:
+def seal(batch_id: str, expected_count: int | None, now_us: int) -> Script[Batch]:
     """Close a batch; the decision that completes it is in the same transaction."""
-    batch = find(connection, batch_id)
-    after = batches.sealed(batch, received_of(connection, batch_id), expected_count=expected_count, now_us=now_us)
-    put_batch(connection, after)
+    batch = yield from lock(batch_id)
+    after = batches.sealed(batch, (yield from received_of(batch_id)), expected_count=expected_count, now_us=now_us)
+    yield from put_batch(after)
     return after
 
 
-def stop(connection: sqlite3.Connection, batch_id: str, state: str, now_us: int) -> Batch:
+def stop(batch_id: str, state: str, now_us: int) -> Script[Batch]:
     """Cancel or abandon a batch: a first bounded sweep now; claims and upkeep sweep the rest as they meet it."""
-    batch = find(connection, batch_id)
+    yield from find(batch_id)
+    rows = yield from fetch("unsettled_spans_of_batch", batch_id=batch_id, rows_max=SWEEP_SPANS_MAX)
+    batch = yield from lock(batch_id)
     after = batches.stopped(batch, state, now_us)
-    put_batch(connection, after)
+    yield from put_batch(after)
     if after.is_stopped and not after.is_finished:
-        sweep_stopped(connection, batch_id, SWEEP_SPANS_MAX, now_us)
-    return find(connection, batch_id)
+        yield from end_spans([cancel(to_span(row)) for row in rows], now_us)
+    return (yield from find(batch_id))
 
 
-def sweep_stopped(connection: sqlite3.Connection, batch_id: str, spans_max: int, now_us: int) -> tuple[int, int]:
+def sweep_stopped(batch_id: str, spans_max: int, now_us: int) -> Script[tuple[int, int]]:
     """Cancel what waits in a stopped batch, at most `spans_max` spans; answers how many spans and runs."""
-    rows = execute(connection, "unsettled_spans_of_batch", batch_id=batch_id, rows_max=spans_max).fetchall()
-    return len(rows), end_spans(connection, [cancel(to_span(row)) for row in rows], now_us)
+    rows = yield from fetch("unsettled_spans_of_batch", batch_id=batch_id, rows_max=spans_max)
+    return len(rows), (yield from end_spans([cancel(to_span(row)) for row in rows], now_us))
 
 
-def end_spans(connection: sqlite3.Connection, ended: Sequence[tuple[Span, Counts]], now_us: int) -> int:
+def end_spans(ended: Sequence[tuple[Span, Counts]], now_us: int) -> Script[int]:
     """Keep spans some of whose runs ended without a worker, and count them in their batches."""
-    put_spans(connection, [span for span, _ in ended])
+    yield from put_spans([span for span, _ in ended])
     changes: dict[str, Counts] = {}
     for span, counts in ended:
         changes[span.batch_id] = changes.get(span.batch_id, Counts()).plus(counts)
-    count_in(connection, changes, now_us)
+    yield from count_in(changes, now_us)
     return sum(counts.settled for counts in changes.values())
 
 
-def count_in(connection: sqlite3.Connection, changes: dict[str, Counts], now_us: int) -> None:
+def count_in(changes: dict[str, Counts], now_us: int) -> Script[None]:
     """Add outcomes to their batches' counters; completes a batch in the same transaction."""
-    rows = execute(connection, "batches_by_id", ids=as_json(sorted(changes))).fetchall()
+    rows = yield from fetch("lock_batches", ids=as_json(sorted(changes)))
     for row in rows:
         batch = to_batch(row)
         if any(changes[batch.id]):
-            put_batch(connection, batches.settled(batch, changes[batch.id], now_us))
+            yield from put_batch(batches.settled(batch, changes[batch.id], now_us))
 
 
-def cancel_runs(connection: sqlite3.Connection, batch_id: str, indexes: Sequence[int], now_us: int) -> int:
+def cancel_runs(batch_id: str, indexes: Sequence[int], now_us: int) -> Script[int]:
     """Cancel single runs: those that wait now, those leased when their worker hears of it."""
-    find(connection, batch_id)
-    by_block = _by_block(connection, batch_id, indexes)
+    yield from find(batch_id)
+    by_block = yield from _by_block(batch_id, indexes)
     ended, leased = [], []
     for block_id, positions in by_block.items():
-        for span in spans_of_block(connection, block_id):
+        for span in (yield from lock_spans_of_block(block_id)):
             live = {own for own, state in zip(positions_of(span), span.states, strict=True) if state in run.UNSETTLED}
             if wanted := live & positions.keys():
                 if span.state in (WAITING, DELAYED):
@@ -500,44 +510,48 @@ def cancel_runs(connection: sqlite3.Connection, batch_id: str, indexes: Sequence
                 else:
                     leased += [positions[position] for position in wanted]
     if leased:
-        execute(connection, "ask_to_cancel", batch_id=batch_id, indexes=as_json(sorted(leased)))
-    return end_spans(connection, ended, now_us) + len(leased)
+        yield from fetch("ask_to_cancel", batch_id=batch_id, indexes=as_json(sorted(leased)))
+    return (yield from end_spans(ended, now_us)) + len(leased)
 
 
-def _by_block(connection: sqlite3.Connection, batch_id: str, indexes: Sequence[int]) -> dict[int, dict[int, int]]:
+def _by_block(batch_id: str, indexes: Sequence[int]) -> Script[dict[int, dict[int, int]]]:
     """`{block id: {position: index}}`; an index nobody received is `NotFound`."""
     found: dict[int, dict[int, int]] = {}
     for index in indexes:
-        place = locate(connection, batch_id, index)
+        place = yield from locate(batch_id, index)
         if place is None:
             raise NotFound("the batch has no such run", batch_id=batch_id, index=index)
         found.setdefault(place[0], {})[place[1]] = index
     return found
 
 
-def spans_of_block(connection: sqlite3.Connection, block_id: int) -> list[Span]:
+def spans_of_block(block_id: int) -> Script[list[Span]]:
     """All spans over one block."""
-    return [to_span(row) for row in execute(connection, "spans_of_block", block_id=block_id).fetchall()]
+    return [to_span(row) for row in (yield from fetch("spans_of_block", block_id=block_id))]
 
 
-def redrive(connection: sqlite3.Connection, batch_id: str, indexes: Sequence[int] | None) -> int:
+def lock_spans_of_block(block_id: int) -> Script[list[Span]]:
+    """All spans over one block, not to be changed by others before this transaction ends."""
+    return [to_span(row) for row in (yield from fetch("lock_spans_of_block", block_id=block_id))]
+
+
+def redrive(batch_id: str, indexes: Sequence[int] | None) -> Script[int]:
     """Send failed runs round again; a completed batch is sealed once more until they end."""
-    batch = find(connection, batch_id)
+    batch = yield from find(batch_id)
     if batch.is_stopped:
         raise Conflict(f"the batch is {batch.state}; its runs can't run again", batch_id=batch_id)
     wanted: list[tuple[Span, set[int] | None]]
     if indexes is None:
-        wanted = [(span, None) for span in _failed_spans(connection, batch_id)]
+        wanted = [(span, None) for span in (yield from _failed_spans(batch_id))]
     else:
         if len(indexes) > SWEEP_SPANS_MAX:
             raise InvalidInput(f"at most {SWEEP_SPANS_MAX} runs can be redriven by index at once")
-        by_block = _by_block(connection, batch_id, indexes)
-        wanted = [
-            (span, set(positions))
-            for block, positions in by_block.items()
-            for span in spans_of_block(connection, block)
-        ]
-    now_clocks = clocks(connection, batch.environment, {span.queue for span, _ in wanted})
+        by_block = yield from _by_block(batch_id, indexes)
+        wanted = []
+        for block_id, named in by_block.items():
+            spans = yield from lock_spans_of_block(block_id)
+            wanted += [(span, set(named)) for span in spans]
+    now_clocks = yield from clocks(batch.environment, {span.queue for span, _ in wanted})
     kept, fresh, change = [], [], Counts()
     for span, positions in wanted:
         after, taken, gone = redrive_span(span, positions, clock=now_clocks[span.queue])
@@ -546,35 +560,34 @@ def redrive(connection: sqlite3.Connection, batch_id: str, indexes: Sequence[int
             fresh.append(taken)
             change = change.plus(gone)
     if fresh:
-        put_spans(connection, kept)
-        add_spans(connection, fresh, first_id=take_ids(connection, spans_count=len(fresh))[1])
-        execute(connection, "forget_cancellations", batch_id=batch_id, indexes=as_json(_indexes(connection, fresh)))
-        put_batch(connection, batches.redriven(batch, change))
+        yield from put_spans(kept)
+        yield from add_spans(fresh, first_id=(yield from take_ids(spans_count=len(fresh)))[1])
+        yield from fetch("forget_cancellations", batch_id=batch_id, indexes=as_json((yield from _indexes(fresh))))
+        yield from put_batch(batches.redriven((yield from lock(batch_id)), change))
     return -change.settled
 
 
-def _indexes(connection: sqlite3.Connection, spans: Sequence[Span]) -> list[int]:
+def _indexes(spans: Sequence[Span]) -> Script[list[int]]:
     """The batch indexes of the runs of some spans."""
     ids = as_json(sorted({span.block_id for span in spans}))
     shapes = {
         block_id: indexes_of(first_index, runs_count, gaps)
-        for block_id, first_index, runs_count, gaps in execute(connection, "shapes_of_blocks", ids=ids)
+        for block_id, first_index, runs_count, gaps in (yield from fetch("shapes_of_blocks", ids=ids))
     }
     return [shapes[span.block_id][position] for span in spans for position in positions_of(span)]
 
 
-def _failed_spans(connection: sqlite3.Connection, batch_id: str) -> list[Span]:
+def _failed_spans(batch_id: str) -> Script[list[Span]]:
     found: list[Span] = []
     after_id = 0
     while True:
-        rows = execute(
-            connection,
+        rows = yield from fetch(
             "spans_with_state",
             batch_id=batch_id,
             state=bytes((run.FAILED,)),
             after_id=after_id,
             rows_max=SWEEP_SPANS_MAX,
-        ).fetchall()
+        )
         found += [to_span(row) for row in rows]
         if len(rows) < SWEEP_SPANS_MAX:
             return found

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
-import sqlite3
 from collections.abc import Sequence
-from contextlib import closing
 from typing import Final, NamedTuple
 
 import msgspec
@@ -29,22 +26,23 @@ from headrace.core.span import release as release_span
 from headrace.core.span import settle as settle_span
 from headrace.foundation.errors import SessionEnded
 from headrace.store.protocol import Claim, Heartbeat, Held, Release, Session, Suspects
-from headrace.store.sqlite.appending import clocks, count_in, locate, sweep_stopped
-from headrace.store.sqlite.rows import (
+from headrace.store.verbs.appending import clocks, count_in, locate, sweep_stopped
+from headrace.store.verbs.rows import (
     add_parts,
     add_spans,
     as_json,
-    execute,
     put_batch,
     put_spans,
     take_ids,
     to_batch,
     to_span,
 )
+from headrace.store.verbs.script import Script, fetch, fetch_one
 
 PROMOTE_MAX: Final = 1_000
 SWEEPS_MAX: Final = 4
 CANDIDATES_MAX: Final = 1_000
+USUAL_RUNS: Final = 256
 CANCELLATIONS_MAX: Final = 10_000
 
 
@@ -55,10 +53,9 @@ class Taken(NamedTuple):
     blocks: dict[int, tuple[int, bytes | None, bytes | None, bytes]]
 
 
-def start_session(connection: sqlite3.Connection, session: Session, now_us: int) -> None:
+def start_session(session: Session, now_us: int) -> Script[None]:
     """Make a process known."""
-    execute(
-        connection,
+    yield from fetch(
         "insert_session",
         id=session.id,
         kind=session.kind,
@@ -67,57 +64,54 @@ def start_session(connection: sqlite3.Connection, session: Session, now_us: int)
         started_us=session.started_us,
         heartbeat_us=now_us,
     )
-    _require_live(connection, session.id)
+    yield from _require_live(session.id)
 
 
-def _require_live(connection: sqlite3.Connection, session_id: str) -> None:
+def _require_live(session_id: str) -> Script[None]:
     """Rule R3: an ended session can't come back, under its old id least of all."""
-    if execute(connection, "live_session", id=session_id).fetchone() is None:
+    if (yield from fetch_one("live_session", id=session_id)) is None:
         raise SessionEnded("the session has ended", hint="start a new one", session_id=session_id)
 
 
-def heartbeat(connection: sqlite3.Connection, session_id: str, now_us: int) -> Heartbeat:
+def heartbeat(session_id: str, now_us: int) -> Script[Heartbeat]:
     """A sign of life, answered with what the store thinks this session holds (rule R1)."""
-    if not execute(connection, "beat", id=session_id, now_us=now_us).rowcount:
+    if not (yield from fetch("beat", id=session_id, now_us=now_us)):
         raise SessionEnded("the session was taken for dead and ended", hint="start a new one", session_id=session_id)
-    rows = execute(connection, "leases_of_session", session_id=session_id).fetchall()
+    rows = yield from fetch("leases_of_session", session_id=session_id)
     ids = as_json(sorted({row[3] for row in rows}))
     return Heartbeat(
         leases=[Held(*row[:3]) for row in rows],
-        stopped=[row[0] for row in execute(connection, "stopped_batches", ids=ids)],
+        stopped=[row[0] for row in (yield from fetch("stopped_batches", ids=ids))],
         cancelled=[
-            (row[0], row[1]) for row in execute(connection, "cancellations", ids=ids, rows_max=CANCELLATIONS_MAX)
+            (row[0], row[1]) for row in (yield from fetch("cancellations", ids=ids, rows_max=CANCELLATIONS_MAX))
         ],
     )
 
 
-def end_session(connection: sqlite3.Connection, session_id: str, now_us: int) -> None:
+def end_session(session_id: str, now_us: int) -> Script[None]:
     """Leave in good order: leases go back as they were and the session's stream is sealed."""
-    execute(connection, "end_session", id=session_id, now_us=now_us)
-    give_back(connection, _held(connection, session_id), Suspects(places={}, evidence=""), 1, now_us)
-    _seal_streams(connection, session_id, now_us)
+    yield from fetch("end_session", id=session_id, now_us=now_us)
+    yield from give_back((yield from _held(session_id)), Suspects(places={}, evidence=""), 1, now_us)
+    yield from _seal_streams(session_id, now_us)
 
 
 def recover(
-    connection: sqlite3.Connection,
     session_id: str,
     suspects: Suspects,
     silent_since_us: int,
     crashes_max: int,
     now_us: int,
-) -> int:
+) -> Script[int]:
     """End a silent session, once (rule R3: it is ended before anything of it is touched), and free its leases."""
-    ended = execute(connection, "end_silent_session", id=session_id, silent_since_us=silent_since_us, now_us=now_us)
-    if not ended.rowcount:
+    ended = yield from fetch("end_silent_session", id=session_id, silent_since_us=silent_since_us, now_us=now_us)
+    if not ended:
         return 0
-    count = give_back(connection, _held(connection, session_id), suspects, crashes_max, now_us)
-    _seal_streams(connection, session_id, now_us)
+    count = yield from give_back((yield from _held(session_id)), suspects, crashes_max, now_us)
+    yield from _seal_streams(session_id, now_us)
     return count
 
 
-def give_back(
-    connection: sqlite3.Connection, spans: Sequence[Span], suspects: Suspects, crashes_max: int, now_us: int
-) -> int:
+def give_back(spans: Sequence[Span], suspects: Suspects, crashes_max: int, now_us: int) -> Script[int]:
     """Free leases that their session can't free itself; answers how many."""
     releases = []
     for span in spans:
@@ -126,102 +120,101 @@ def give_back(
         else:
             places = suspects.places.get((span.id, span.token), ())
         releases.append(Release(span_id=span.id, token=span.token, suspects=places, evidence=suspects.evidence))
-    _release_all(connection, {span.id: span for span in spans}, releases, crashes_max, now_us)
+    yield from _release_all({span.id: span for span in spans}, releases, crashes_max, now_us)
     return len(spans)
 
 
-def _held(connection: sqlite3.Connection, session_id: str) -> list[Span]:
-    return [to_span(row) for row in execute(connection, "spans_of_session", session_id=session_id).fetchall()]
+def _held(session_id: str) -> Script[list[Span]]:
+    return [to_span(row) for row in (yield from fetch("lock_spans_of_session", session_id=session_id))]
 
 
-def _seal_streams(connection: sqlite3.Connection, session_id: str, now_us: int) -> None:
-    for row in execute(connection, "streams_of_session", session_id=session_id).fetchall():
+def _seal_streams(session_id: str, now_us: int) -> Script[None]:
+    for row in (yield from fetch("lock_streams_of_session", session_id=session_id)):
         batch = to_batch(row)
         after = msgspec.structs.replace(
             batch, state=batches.SEALED, expected_count=batch.received_count, sealed_us=now_us
         )
-        put_batch(connection, batches.advanced(after, now_us))
+        yield from put_batch(batches.advanced(after, now_us))
 
 
-def claim(connection: sqlite3.Connection, wish: Claim, now_us: int) -> Taken:
+def claim(wish: Claim, now_us: int) -> Script[Taken]:
     """Lease the best spans to a live session; a claim asked for again answers the same spans (rule R1)."""
-    _require_live(connection, wish.session_id)
-    rows = execute(connection, "claimed_before", session_id=wish.session_id, claim_no=wish.claim_no).fetchall()
+    yield from _require_live(wish.session_id)
+    rows = yield from fetch("claimed_before", session_id=wish.session_id, claim_no=wish.claim_no)
     if rows:
         spans = [to_span(row) for row in rows]
     else:
-        promote(connection, now_us)
-        spans = _take(connection, wish, now_us)
-    blocks = execute(connection, "blocks", ids=as_json([span.block_id for span in spans])).fetchall() if spans else []
+        yield from promote(now_us)
+        spans = yield from _take(wish, now_us)
+    blocks = (yield from fetch("blocks", ids=as_json([span.block_id for span in spans]))) if spans else []
     return Taken(spans, {row[0]: row[1:] for row in blocks})
 
 
-def promote(connection: sqlite3.Connection, now_us: int) -> None:
+def promote(now_us: int) -> Script[None]:
     """Delayed spans whose time has come join the line where it stands now."""
-    due = execute(connection, "due_spans", now_us=now_us, rows_max=PROMOTE_MAX).fetchall()
+    due = yield from fetch("due_spans", now_us=now_us, rows_max=PROMOTE_MAX)
     if due:
         rows = [(span_id, returned_order_no(clock=clock)) for span_id, clock in due]
-        execute(connection, "promote_spans", rows=as_json(rows))
+        yield from fetch("promote_spans", rows=as_json(rows))
 
 
-def _take(connection: sqlite3.Connection, wish: Claim, now_us: int) -> list[Span]:
-    lanes = execute(
-        connection,
+def _take(wish: Claim, now_us: int) -> Script[list[Span]]:
+    lanes = yield from fetch(
         "open_lanes",
         environment=wish.environment,
         tasks=as_json(list(wish.tasks)),
         queues=None if wish.queues is None else as_json(list(wish.queues)),
-    ).fetchall()
+    )
     for _ in range(SWEEPS_MAX):
-        spans = _candidates(connection, wish, lanes, now_us)
-        stopped = _stopped(connection, spans)
+        spans = yield from _candidates(wish, lanes, now_us)
+        stopped = yield from _stopped(spans)
         if not stopped:
-            return _lease(connection, spans, wish)
+            return (yield from _lease(spans, wish))
         for batch_id in stopped:  # rule R9: a claim that meets a cancelled batch sweeps its spans, bounded
-            sweep_stopped(connection, batch_id, CANDIDATES_MAX, now_us)
+            yield from sweep_stopped(batch_id, CANDIDATES_MAX, now_us)
     return []
 
 
-def _candidates(
-    connection: sqlite3.Connection, wish: Claim, lanes: Sequence[tuple[str, str]], now_us: int
-) -> list[Span]:
+def _candidates(wish: Claim, lanes: Sequence[tuple[str, str]], now_us: int) -> Script[list[Span]]:
     """The best spans over all lanes, each lane read from its own end of the index, until they hold enough runs."""
-    cursors = [
-        execute(
-            connection,
+    best: list[Span] = []
+    for queue, task in lanes:
+        best += yield from _best_of_lane(wish, queue, task, now_us)
+    if len(lanes) > 1:
+        best.sort(key=lambda span: (-span.priority, span.order_no, span.batch_id, span.first_index, span.id))
+    wanted = wish.runs_max
+    for number, span in enumerate(best):
+        wanted -= span.unsettled_count
+        if wanted <= 0:
+            return best[: number + 1]
+    return best
+
+
+def _best_of_lane(wish: Claim, queue: str, task: str, now_us: int) -> Script[list[Span]]:
+    """The first spans of a lane: as many as whole chunks would need, and more while those hold too few runs."""
+    rows_max = wish.runs_max // USUAL_RUNS + 8
+    while True:
+        rows = yield from fetch(
             "claim_candidates",
             environment=wish.environment,
             queue=queue,
             task=task,
             now_us=now_us,
-            rows_max=min(wish.runs_max, CANDIDATES_MAX),
+            rows_max=min(rows_max, CANDIDATES_MAX),
         )
-        for queue, task in lanes
-    ]
-    rows = (
-        cursors[0]
-        if len(cursors) == 1
-        else heapq.merge(*cursors, key=lambda row: (-row[6], row[10], row[2], row[11], row[0]))
-    )
-    found: list[Span] = []
-    wanted = wish.runs_max
-    for row in rows:
-        span = to_span(row)
-        found.append(span)
-        wanted -= span.unsettled_count
-        if wanted <= 0:
-            break
-    for cursor in cursors:
-        cursor.close()
-    return found
+        spans = [to_span(row) for row in rows]
+        enough = sum(span.unsettled_count for span in spans) >= wish.runs_max
+        if enough or len(rows) < rows_max or rows_max >= CANDIDATES_MAX:
+            return spans
+        rows_max *= 4
 
 
-def _stopped(connection: sqlite3.Connection, spans: Sequence[Span]) -> list[str]:
+def _stopped(spans: Sequence[Span]) -> Script[list[str]]:
     ids = as_json(sorted({span.batch_id for span in spans}))
-    return [row[0] for row in execute(connection, "stopped_batches", ids=ids).fetchall()] if spans else []
+    return [row[0] for row in (yield from fetch("stopped_batches", ids=ids))] if spans else []
 
 
-def _lease(connection: sqlite3.Connection, found: list[Span], wish: Claim) -> list[Span]:
+def _lease(found: list[Span], wish: Claim) -> Script[list[Span]]:
     """Put the found spans under a lease; the last one is split when it holds more runs than are wanted."""
     if not found:
         return []
@@ -235,31 +228,37 @@ def _lease(connection: sqlite3.Connection, found: list[Span], wish: Claim) -> li
     taken = [leased(span, session_id=wish.session_id, claim_no=wish.claim_no) for span in spans]
     changed = [kept] if kept is not None else []
     changed += [span for span in taken if span.at_most_once and span.id]  # rule R5: `started` is durable first
-    put_spans(connection, changed)
+    yield from put_spans(changed)
     plain = [span.id for span in taken if span.id and not span.at_most_once]
-    execute(connection, "lease_spans", session_id=wish.session_id, claim_no=wish.claim_no, ids=as_json(plain))
+    yield from fetch("lease_spans", session_id=wish.session_id, claim_no=wish.claim_no, ids=as_json(plain))
     fresh = [span for span in taken if not span.id]
     if fresh:
-        add_spans(connection, fresh, first_id=take_ids(connection, spans_count=len(fresh))[1])
+        yield from add_spans(fresh, first_id=(yield from take_ids(spans_count=len(fresh)))[1])
     highest: dict[str, int] = {}
     for span in taken:
         highest[span.queue] = max(highest.get(span.queue, 0), span.order_no)
     for queue, order_no in highest.items():
-        execute(connection, "advance_clock", environment=wish.environment, name=queue, order_no=order_no)
+        yield from fetch("advance_clock", environment=wish.environment, name=queue, order_no=order_no)
     return taken
 
 
-def settle(connection: sqlite3.Connection, settlements: Sequence[Settlement], now_us: int) -> list[str]:
+def pause_queue(environment: str, name: str, *, paused: bool) -> Script[None]:
+    """Stop or go on handing out a queue's runs."""
+    yield from fetch("know_queue", environment=environment, name=name)
+    yield from fetch("pause_queue", environment=environment, name=name, paused=int(paused))
+
+
+def settle(settlements: Sequence[Settlement], now_us: int) -> Script[list[str]]:
     """Record outcomes of many leases; counters and completion are in the same transaction."""
-    spans = _spans_by_id(connection, [settlement.span_id for settlement in settlements])
-    policies = _Policies(connection, list(spans.values()))
+    spans = yield from _spans_by_id([settlement.span_id for settlement in settlements])
+    policies = _Policies(list(spans.values()))
     gathered = _Gathered()
     for settlement in settlements:
         span = gathered.spans.get(settlement.span_id, spans.get(settlement.span_id))
         again = (settlement.span_id, settlement.token, settlement.part_no) in gathered.part_names
-        recorded = again or (span is not None and _is_recorded(connection, span, settlement))
-        policy = policies.of(span) if span is not None and RETRY in settlement.codes else Policy()
-        clock = policies.clock(span) if span is not None and RETRY in settlement.codes else 0
+        recorded = again or (span is not None and (yield from _is_recorded(span, settlement)))
+        policy = (yield from policies.of(span)) if span is not None and RETRY in settlement.codes else Policy()
+        clock = (yield from policies.clock(span)) if span is not None and RETRY in settlement.codes else 0
         gathered.add(settle_span(span, settlement, recorded=recorded, policy=policy, clock=clock, now_us=now_us))
     objects = [
         (key, spans[settlement.span_id].batch_id)
@@ -268,47 +267,43 @@ def settle(connection: sqlite3.Connection, settlements: Sequence[Settlement], no
         if word != LOST
     ]
     if objects:
-        execute(connection, "insert_objects", rows=as_json(objects))
-    gathered.write(connection, now_us)
+        yield from fetch("insert_objects", rows=as_json(objects))
+    yield from gathered.write(now_us)
     return gathered.words
 
 
-def _spans_by_id(connection: sqlite3.Connection, ids: Sequence[int]) -> dict[int, Span]:
-    rows = execute(connection, "spans", ids=as_json(sorted(set(ids)))).fetchall()
+def _spans_by_id(ids: Sequence[int]) -> Script[dict[int, Span]]:
+    rows = yield from fetch("lock_spans", ids=as_json(sorted(set(ids))))
     return {row[0]: to_span(row) for row in rows}
 
 
-def _is_recorded(connection: sqlite3.Connection, span: Span, settlement: Settlement) -> bool:
+def _is_recorded(span: Span, settlement: Settlement) -> Script[bool]:
     """Rule R2. The usual case, a first part under a fresh lease, is told from the states alone."""
     if span.token == settlement.token and settlement.part_no == 0 and span.unsettled_count == len(span.states):
         return False
-    with closing(
-        execute(
-            connection,
-            "recorded_part",
-            block_id=span.block_id,
-            span_id=span.id,
-            token=settlement.token,
-            part_no=settlement.part_no,
-        )
-    ) as cursor:
-        return cursor.fetchone() is not None
+    part = yield from fetch_one(
+        "recorded_part",
+        block_id=span.block_id,
+        span_id=span.id,
+        token=settlement.token,
+        part_no=settlement.part_no,
+    )
+    return part is not None
 
 
-def release(connection: sqlite3.Connection, releases: Sequence[Release], crashes_max: int, now_us: int) -> list[str]:
+def release(releases: Sequence[Release], crashes_max: int, now_us: int) -> Script[list[str]]:
     """Give leases back before their runs ended."""
-    spans = _spans_by_id(connection, [given.span_id for given in releases])
-    return _release_all(connection, spans, releases, crashes_max, now_us)
+    spans = yield from _spans_by_id([given.span_id for given in releases])
+    return (yield from _release_all(spans, releases, crashes_max, now_us))
 
 
 def _release_all(
-    connection: sqlite3.Connection,
     spans: dict[int, Span],
     releases: Sequence[Release],
     crashes_max: int,
     now_us: int,
-) -> list[str]:
-    policies = _Policies(connection, list(spans.values()), crashes_max=crashes_max)
+) -> Script[list[str]]:
+    policies = _Policies(list(spans.values()), crashes_max=crashes_max)
     gathered = _Gathered()
     for given in releases:
         span = gathered.spans.get(given.span_id, spans.get(given.span_id))
@@ -317,12 +312,12 @@ def _release_all(
             given.token,
             suspects=frozenset(given.suspects),
             evidence=given.evidence,
-            policy=policies.of(span) if span is not None else Policy(),
-            clock=policies.clock(span) if span is not None else 0,
+            policy=(yield from policies.of(span)) if span is not None else Policy(),
+            clock=(yield from policies.clock(span)) if span is not None else 0,
             now_us=now_us,
         )
         gathered.add(verdict)
-    gathered.write(connection, now_us)
+    yield from gathered.write(now_us)
     return gathered.words
 
 
@@ -350,28 +345,27 @@ class _Gathered:
             self.part_names.add((part.span_id, part.token, part.part_no))
         self._counts[span.batch_id] = self._counts.get(span.batch_id, Counts()).plus(verdict.counts)
 
-    def write(self, connection: sqlite3.Connection, now_us: int) -> None:
-        put_spans(connection, self.spans.values())
+    def write(self, now_us: int) -> Script[None]:
+        yield from put_spans(self.spans.values())
         if self._fresh:
-            add_spans(connection, self._fresh, first_id=take_ids(connection, spans_count=len(self._fresh))[1])
-        add_parts(connection, self._parts)
+            yield from add_spans(self._fresh, first_id=(yield from take_ids(spans_count=len(self._fresh)))[1])
+        yield from add_parts(self._parts)
         if self._counts:
-            count_in(connection, self._counts, now_us)
+            yield from count_in(self._counts, now_us)
 
 
 class _Policies:
     """What batches say of runs that would come back, and the clocks of their queues; read once, when first asked."""
 
-    def __init__(self, connection: sqlite3.Connection, spans: Sequence[Span], *, crashes_max: int = 1) -> None:
-        self._connection = connection
+    def __init__(self, spans: Sequence[Span], *, crashes_max: int = 1) -> None:
         self._spans = spans
         self._crashes_max = crashes_max
         self._stopped: set[str] | None = None
         self._cancelled: dict[int, set[int]] = {}
         self._clocks: dict[tuple[str, str], int] = {}
 
-    def of(self, span: Span) -> Policy:
-        self._read()
+    def of(self, span: Span) -> Script[Policy]:
+        yield from self._read()
         assert self._stopped is not None
         return Policy(
             stopped=span.batch_id in self._stopped,
@@ -379,22 +373,22 @@ class _Policies:
             crashes_max=self._crashes_max,
         )
 
-    def clock(self, span: Span) -> int:
-        self._read()
+    def clock(self, span: Span) -> Script[int]:
+        yield from self._read()
         return self._clocks[span.environment, span.queue]
 
-    def _read(self) -> None:
+    def _read(self) -> Script[None]:
         if self._stopped is not None:
             return
         ids = as_json(sorted({span.batch_id for span in self._spans}))
-        self._stopped = {row[0] for row in execute(self._connection, "stopped_batches", ids=ids).fetchall()}
-        asked = execute(self._connection, "cancellations", ids=ids, rows_max=CANCELLATIONS_MAX).fetchall()
+        self._stopped = {row[0] for row in (yield from fetch("stopped_batches", ids=ids))}
+        asked = yield from fetch("cancellations", ids=ids, rows_max=CANCELLATIONS_MAX)
         for batch_id, index in asked:
-            if place := locate(self._connection, batch_id, index):
+            if place := (yield from locate(batch_id, index)):
                 self._cancelled.setdefault(place[0], set()).add(place[1])
         environments: dict[str, set[str]] = {}
         for span in self._spans:
             environments.setdefault(span.environment, set()).add(span.queue)
         for environment, queues in environments.items():
-            for queue, clock in clocks(self._connection, environment, queues).items():
+            for queue, clock in (yield from clocks(environment, queues)).items():
                 self._clocks[environment, queue] = clock

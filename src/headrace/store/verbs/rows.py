@@ -6,7 +6,6 @@ Bulk writes are one statement with two parameters, rows as JSON and one blob tha
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -14,9 +13,7 @@ import msgspec
 
 from headrace.core.batch import Batch
 from headrace.core.span import Counts, Part, Span
-from headrace.store.statements import statements
-
-SQL: Final = {name: statement.sql for name, statement in statements("headrace.store.sqlite").items()}
+from headrace.store.verbs.script import Script, fetch, fetch_first
 
 SPAN_COLUMNS: Final = (
     "id", "block_id", "batch_id", "environment", "queue", "task", "priority", "due_us", "expires_us", "at_most_once",
@@ -47,11 +44,6 @@ class Blob:
     def bytes(self) -> bytes:
         """All of it, end to end."""
         return b"".join(self._pieces)
-
-
-def execute(connection: sqlite3.Connection, name: str, /, **values: Any) -> sqlite3.Cursor:
-    """Run a named statement."""
-    return connection.execute(SQL[name], values)
 
 
 def as_json(value: object) -> str:
@@ -104,10 +96,9 @@ def to_part(row: Sequence[Any]) -> Part:
     )
 
 
-def put_batch(connection: sqlite3.Connection, batch: Batch) -> None:
+def put_batch(batch: Batch) -> Script[None]:
     """Write a batch after a decision."""
-    execute(
-        connection,
+    yield from fetch(
         "update_batch",
         id=batch.id,
         state=batch.state,
@@ -125,7 +116,7 @@ def put_batch(connection: sqlite3.Connection, batch: Batch) -> None:
     )
 
 
-def add_spans(connection: sqlite3.Connection, spans: Sequence[Span], *, first_id: int) -> None:
+def add_spans(spans: Sequence[Span], *, first_id: int) -> Script[None]:
     """Insert new spans, numbering them from `first_id` in their order."""
     if not spans:
         return
@@ -140,10 +131,10 @@ def add_spans(connection: sqlite3.Connection, spans: Sequence[Span], *, first_id
                 span.claim_no, span.token, *blob.put(span.positions), *blob.put(span.states),
             )
         )  # fmt: skip
-    execute(connection, "insert_spans", rows=as_json(rows), blob=blob.bytes())
+    yield from fetch("insert_spans", rows=as_json(rows), blob=blob.bytes())
 
 
-def put_spans(connection: sqlite3.Connection, spans: Iterable[Span]) -> None:
+def put_spans(spans: Iterable[Span]) -> Script[None]:
     """Write spans after a decision."""
     blob = Blob()
     rows = [
@@ -154,10 +145,10 @@ def put_spans(connection: sqlite3.Connection, spans: Iterable[Span]) -> None:
         for span in spans
     ]  # fmt: skip
     if rows:
-        execute(connection, "update_spans", rows=as_json(rows), blob=blob.bytes())
+        yield from fetch("update_spans", rows=as_json(rows), blob=blob.bytes())
 
 
-def add_parts(connection: sqlite3.Connection, parts: Iterable[Part]) -> None:
+def add_parts(parts: Iterable[Part]) -> Script[None]:
     """Insert recorded outcomes."""
     blob = Blob()
     rows = [
@@ -168,12 +159,10 @@ def add_parts(connection: sqlite3.Connection, parts: Iterable[Part]) -> None:
         for part in parts
     ]  # fmt: skip
     if rows:
-        execute(connection, "insert_parts", rows=as_json(rows), blob=blob.bytes())
+        yield from fetch("insert_parts", rows=as_json(rows), blob=blob.bytes())
 
 
-def take_ids(connection: sqlite3.Connection, *, blocks_count: int = 0, spans_count: int = 0) -> tuple[int, int]:
+def take_ids(*, blocks_count: int = 0, spans_count: int = 0) -> Script[tuple[int, int]]:
     """Reserve ids: the first of the blocks' and the first of the spans'."""
-    first_block, first_span = execute(
-        connection, "take_ids", blocks_count=blocks_count, spans_count=spans_count
-    ).fetchone()
+    first_block, first_span = yield from fetch_first("take_ids", blocks_count=blocks_count, spans_count=spans_count)
     return int(first_block), int(first_span)

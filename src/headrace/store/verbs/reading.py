@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from typing import Final
 
 from headrace.core import run as runs_core
@@ -15,63 +13,84 @@ from headrace.core.block import Extra
 from headrace.core.failure import decode as decode_failure
 from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack_some
-from headrace.core.span import DELAYED, LEASED, Span, positions_of, results_of
+from headrace.core.span import DELAYED, LEASED, WAITING, Span, positions_of, results_of
 from headrace.foundation.errors import InvalidInput, NotFound
 from headrace.foundation.ids import INDEX_MAX
 from headrace.store.protocol import Outcome, QueueView, RunView, Session, Verification
-from headrace.store.sqlite.appending import decode_extras, find, indexes_of, locate, received_of, spans_of_block
-from headrace.store.sqlite.rows import as_json, execute, to_batch, to_part, to_span
+from headrace.store.verbs.appending import (
+    decode_extras,
+    find,
+    find_with_width,
+    indexes_of,
+    locate,
+    received_of,
+    spans_of_block,
+)
+from headrace.store.verbs.rows import as_json, to_batch, to_part, to_span
+from headrace.store.verbs.script import Script, fetch, fetch_first, fetch_one
 
 VERIFY_BLOCKS: Final = 256
+SPANS_A_BLOCK: Final = 256
+TAGGED_MAX: Final = 10_000
 STATES_SHOWN: Final = (*runs_core.BY_NAME, LEASED, DELAYED)
 
 
-def with_ledger(connection: sqlite3.Connection, batch: Batch) -> tuple[Batch, Ledger]:
+def with_ledger(batch: Batch) -> Script[tuple[Batch, Ledger]]:
     """A batch and where its runs are."""
-    (leased_count,) = execute(connection, "leased_count", batch_id=batch.id).fetchone()
+    (leased_count,) = yield from fetch_first("leased_count", batch_id=batch.id)
     return batch, ledger(batch, leased_count=leased_count)
 
 
+def found(batch_id: str) -> Script[tuple[Batch, Ledger]]:
+    """One batch and where its runs are, or `NotFound`."""
+    return (yield from with_ledger((yield from find(batch_id))))
+
+
+def found_by_key(environment: str, key: str) -> Script[Batch | None]:
+    """The batch that a key names."""
+    row = yield from fetch_one("batch_by_key", environment=environment, key=key)
+    return None if row is None else to_batch(row)
+
+
 def list_batches(
-    connection: sqlite3.Connection, environment: str, states: Sequence[str] | None, before_id: str, limit: int
-) -> list[tuple[Batch, Ledger]]:
+    environment: str, states: Sequence[str] | None, before_id: str, limit: int
+) -> Script[list[tuple[Batch, Ledger]]]:
     """Batches of an environment, newest first."""
-    rows = execute(
-        connection,
+    rows = yield from fetch(
         "list_batches",
         environment=environment,
         states=None if states is None else as_json(list(states)),
         before_id=before_id,
         rows_max=limit,
-    ).fetchall()
-    return [with_ledger(connection, to_batch(row)) for row in rows]
+    )
+    listed: list[tuple[Batch, Ledger]] = []
+    for row in rows:
+        listed += [(yield from with_ledger(to_batch(row)))]
+    return listed
 
 
-def missing(connection: sqlite3.Connection, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
+def missing(batch_id: str, ranges_max: int) -> Script[list[tuple[int, int]]]:
     """Announced indexes that are not durable yet."""
-    batch = find(connection, batch_id)
-    received = received_of(connection, batch_id)
+    batch = yield from find(batch_id)
+    received = yield from received_of(batch_id)
     expected = received.end if batch.expected_count is None else batch.expected_count
     return received.missing(expected, ranges_max)
 
 
-def outcomes(connection: sqlite3.Connection, batch_id: str, from_index: int, runs_max: int) -> list[Outcome]:
+def outcomes(batch_id: str, from_index: int, runs_max: int) -> Script[list[Outcome]]:
     """Consecutive final outcomes from `from_index` on."""
-    row = execute(connection, "batch", id=batch_id).fetchone()
-    if row is None:
-        find(connection, batch_id)
-    batch, width = to_batch(row), row[21]
-    blocks = execute(
-        connection,
+    batch, width = yield from find_with_width(batch_id)
+    blocks_max = width + runs_max  # as many could begin before the first run that is asked for, and with each after it
+    blocks = yield from fetch(
         "blocks_from",
         batch_id=batch_id,
         from_index=from_index,
         after_index=from_index - width,
         before_index=INDEX_MAX + 1 if batch.kind == STREAM else from_index + runs_max,
+        rows_max=blocks_max + 1,
     )
-    with closing(blocks):
-        nearest, sizes = _nearest(blocks, from_index, runs_max)
-    states = _states(connection, sizes)
+    nearest, sizes = _nearest(blocks, from_index, runs_max, blocks_max)
+    states = yield from _states(sizes)
     final: list[tuple[int, int, int, int]] = []
     expected_index = from_index
     for index, block_id, position in nearest:
@@ -81,7 +100,7 @@ def outcomes(connection: sqlite3.Connection, batch_id: str, from_index: int, run
             break
         final.append((index, block_id, position, state))
         expected_index = index + 1
-    results = _results(connection, sorted({block_id for _, block_id, _, _ in final}))
+    results = yield from _results(sorted({block_id for _, block_id, _, _ in final}))
     nothing = (b"", 0)
     return [
         Outcome(index=index, state=state, result=found[0], kind=found[1])
@@ -94,7 +113,7 @@ _WITH_RESULT: Final = bytes((runs_core.COMPLETED, runs_core.FAILED))
 
 
 def _nearest(
-    blocks: Iterable[tuple[int, int, int, int, bytes | None]], from_index: int, runs_max: int
+    blocks: Sequence[tuple[int, int, int, int, bytes | None]], from_index: int, runs_max: int, blocks_max: int
 ) -> tuple[list[tuple[int, int, int]], dict[int, int]]:
     """The first `runs_max` runs from an index on, as `(index, block id, position)`, and their blocks' sizes.
 
@@ -113,13 +132,16 @@ def _nearest(
             found.sort()
         del found[runs_max:]
         sizes[block_id] = runs_count
+    if len(blocks) > blocks_max:  # the list was cut: what comes after it may hold indexes between those further on
+        reach = blocks[-1][1]
+        found = [place for place in found if place[0] <= reach]
     return found, {block_id: sizes[block_id] for _, block_id, _ in found}
 
 
-def _states(connection: sqlite3.Connection, sizes: dict[int, int]) -> dict[int, bytearray]:
+def _states(sizes: dict[int, int]) -> Script[dict[int, bytearray]]:
     """The state of each position of some blocks, from the spans in which they live."""
     states = {block_id: bytearray((runs_core.MOVED,)) * runs_count for block_id, runs_count in sizes.items()}
-    for block_id, positions, own in execute(connection, "states_of_blocks", ids=as_json(list(states))):
+    for block_id, positions, own in (yield from fetch("states_of_blocks", ids=as_json(list(states)))):
         if positions is None:
             whole = states[block_id]
             if runs_core.MOVED not in own:
@@ -134,10 +156,10 @@ def _states(connection: sqlite3.Connection, sizes: dict[int, int]) -> dict[int, 
     return states
 
 
-def _results(connection: sqlite3.Connection, block_ids: Sequence[int]) -> dict[tuple[int, int], tuple[bytes, int]]:
+def _results(block_ids: Sequence[int]) -> Script[dict[tuple[int, int], tuple[bytes, int]]]:
     """The last recorded result of each position of some blocks."""
     found: dict[tuple[int, int], tuple[bytes, int]] = {}
-    for row in execute(connection, "parts_of_blocks", ids=as_json(block_ids)):
+    for row in (yield from fetch("parts_of_blocks", ids=as_json(block_ids))):
         part = to_part(row)
         for position, code, result, kind in results_of(part):
             if code in _WITH_RESULT:
@@ -145,20 +167,20 @@ def _results(connection: sqlite3.Connection, block_ids: Sequence[int]) -> dict[t
     return found
 
 
-def run(connection: sqlite3.Connection, batch_id: str, index: int) -> RunView:
+def run(batch_id: str, index: int) -> Script[RunView]:
     """One run with its input, its result and its attempts."""
-    batch = find(connection, batch_id)
-    place = locate(connection, batch_id, index)
+    batch = yield from find(batch_id)
+    place = yield from locate(batch_id, index)
     if place is None:
         raise NotFound("the batch has no such run", batch_id=batch_id, index=index)
     block_id, position = place
-    _, _, _, extras, items = execute(connection, "blocks", ids=as_json([block_id])).fetchone()
+    _, _, _, extras, items = yield from fetch_first("blocks", ids=as_json([block_id]))
     payloads, kinds = unpack_some(items, [position])
     extra = decode_extras(extras).get(position, Extra())
-    span, state = _home(spans_of_block(connection, block_id), position)
+    span, state = _home((yield from spans_of_block(block_id)), position)
     attempts: list[dict[str, object]] = []
     result, result_kind = b"", 0
-    for row in execute(connection, "parts_of_blocks", ids=as_json([block_id])):
+    for row in (yield from fetch("parts_of_blocks", ids=as_json([block_id]))):
         part = to_part(row)
         for at, code, data, kind in results_of(part):
             if at != position:
@@ -222,28 +244,28 @@ def _view(span: Span, index: int, state: int) -> RunView:
 
 
 def list_runs(
-    connection: sqlite3.Connection,
     environment: str,
     batch_id: str,
     state: str,
     task: str,
     tag: str,
     limit: int,
-) -> list[RunView]:
+) -> Script[list[RunView]]:
     """Runs that match, newest batch first, by index inside a batch."""
     if state and state not in STATES_SHOWN:
         raise InvalidInput(f"{state!r} is not a state of a run", hint=f"one of {', '.join(STATES_SHOWN)}")
     if tag:
-        return _tagged_runs(connection, environment, batch_id, state, task, tag, limit)
+        return (yield from _tagged_runs(environment, batch_id, state, task, tag, limit))
     byte = runs_core.BY_NAME["waiting" if state in (LEASED, DELAYED) else state] if state else None
     found: list[RunView] = []
-    rows = execute(
-        connection,
+    rows = yield from fetch(
         "list_spans",
         environment=environment,
         batch_id=batch_id,
         task=task,
         state=None if byte is None else bytes((byte,)),
+        span_state=state if state in (WAITING, LEASED, DELAYED) else "",
+        rows_max=limit + SPANS_A_BLOCK,
     )
     block_id, newest = 0, ""
     pending: list[RunView] = []  # a block's runs live in several spans, and blocks may overlap: put in order here
@@ -264,26 +286,25 @@ def list_runs(
             view = _view(span, first_index + (position if places is None else places[position]), own)
             if not state or view.state == state:
                 pending.append(view)
-    rows.close()
     return (found + sorted(pending, key=lambda view: view.index))[:limit]
 
 
-def _tagged_runs(
-    connection: sqlite3.Connection, environment: str, batch_id: str, state: str, task: str, tag: str, limit: int
-) -> list[RunView]:
+def _tagged_runs(environment: str, batch_id: str, state: str, task: str, tag: str, limit: int) -> Script[list[RunView]]:
     found: list[RunView] = []
-    for name, index in execute(connection, "tagged_runs", environment=environment, tag=tag, batch_id=batch_id):
-        place = locate(connection, name, index)
+    for name, index in (
+        yield from fetch("tagged_runs", environment=environment, tag=tag, batch_id=batch_id, rows_max=TAGGED_MAX)
+    ):
+        place = yield from locate(name, index)
         if place is None or len(found) >= limit:
             break
-        span, own = _home(spans_of_block(connection, place[0]), place[1])
+        span, own = _home((yield from spans_of_block(place[0])), place[1])
         view = _view(span, index, own)
         if state in ("", view.state) and task in ("", view.task):
             found.append(view)
     return found
 
 
-def queues(connection: sqlite3.Connection, environment: str) -> list[QueueView]:
+def queues(environment: str) -> Script[list[QueueView]]:
     """Queues with what stands in them."""
     return [
         QueueView(
@@ -295,40 +316,28 @@ def queues(connection: sqlite3.Connection, environment: str) -> list[QueueView]:
             leased_count=leased,
             oldest_us=oldest,
         )
-        for name, paused, waiting, delayed, leased, oldest in execute(
-            connection, "list_queues", environment=environment
-        )
+        for name, paused, waiting, delayed, leased, oldest in (yield from fetch("list_queues", environment=environment))
     ]
 
 
-def sessions(connection: sqlite3.Connection) -> list[Session]:
+def sessions() -> Script[list[Session]]:
     """The sessions that have not ended."""
     return [
         Session(id=row[0], kind=row[1], host=row[2], pid=row[3], started_us=row[4], heartbeat_us=row[5])
-        for row in execute(connection, "sessions")
+        for row in (yield from fetch("sessions"))
     ]
 
 
-def verify(connection: sqlite3.Connection, batch_id: str) -> Verification:
-    """Count a batch from its blocks, spans and parts, inside one read transaction."""
-    connection.execute("BEGIN")
-    try:
-        return _verify(connection, batch_id)
-    finally:
-        connection.execute("COMMIT")
-
-
-def _verify(connection: sqlite3.Connection, batch_id: str) -> Verification:
-    batch = find(connection, batch_id)
-    received = received_of(connection, batch_id)
+def verify(batch_id: str) -> Script[Verification]:
+    """Count a batch from its blocks, spans and parts. The driver gives it one snapshot to look at."""
+    batch = yield from find(batch_id)
+    received = yield from received_of(batch_id)
     counted = dict.fromkeys((*runs_core.NAMES, ord("l")), 0)
     seen = IndexSet()
     differences: list[str] = []
     after_id = 0
     while True:
-        blocks = execute(
-            connection, "blocks_of_batch", batch_id=batch_id, after_id=after_id, rows_max=VERIFY_BLOCKS
-        ).fetchall()
+        blocks = yield from fetch("blocks_of_batch", batch_id=batch_id, after_id=after_id, rows_max=VERIFY_BLOCKS)
         if not blocks:
             break
         after_id = blocks[-1][0]
@@ -337,7 +346,7 @@ def _verify(connection: sqlite3.Connection, batch_id: str) -> Verification:
             if any(index in seen for index in own):
                 differences.append(f"block {block_id} holds an index that another block holds too")
             seen.add(own)
-        _count_blocks(connection, [(row[0], row[2]) for row in blocks], counted, differences)
+        yield from _count_blocks([(row[0], row[2]) for row in blocks], counted, differences)
     if seen != received:
         differences.append(f"the received set names {len(received)} indexes, the blocks hold {len(seen)}")
     expected = batch.received_count if batch.expected_count is None else batch.expected_count
@@ -351,7 +360,7 @@ def _verify(connection: sqlite3.Connection, batch_id: str) -> Verification:
         cancelled=counted[runs_core.CANCELLED],
         expired=counted[runs_core.EXPIRED],
     )
-    _, kept = with_ledger(connection, batch)
+    _, kept = yield from with_ledger(batch)
     differences += [
         f"{name}: the counters say {getattr(kept, name)}, the chunks {getattr(told, name)}"
         for name in Ledger._fields
@@ -367,17 +376,16 @@ def _verify(connection: sqlite3.Connection, batch_id: str) -> Verification:
 
 
 def _count_blocks(
-    connection: sqlite3.Connection,
     blocks: Sequence[tuple[int, int]],
     counted: dict[int, int],
     differences: list[str],
-) -> None:
+) -> Script[None]:
     ids = [block_id for block_id, _ in blocks]
     homes: dict[int, list[Span]] = {block_id: [] for block_id in ids}
-    for row in execute(connection, "spans_of_blocks", ids=as_json(ids)):
+    for row in (yield from fetch("spans_of_blocks", ids=as_json(ids))):
         span = to_span(row)
         homes[span.block_id].append(span)
-    recorded = _results(connection, ids)
+    recorded = yield from _results(ids)
     for block_id, runs_count in blocks:
         living = [0] * runs_count
         for span in homes[block_id]:
@@ -395,7 +403,7 @@ def _count_blocks(
             differences.append(f"block {block_id} has runs that live in no span or in two")
 
 
-def next_due_us(connection: sqlite3.Connection, environment: str, tasks: Sequence[str]) -> int | None:
+def next_due_us(environment: str, tasks: Sequence[str]) -> Script[int | None]:
     """When the next delayed span of some tasks becomes claimable."""
-    (due_us,) = execute(connection, "next_due", environment=environment, tasks=as_json(list(tasks))).fetchone()
+    (due_us,) = yield from fetch_first("next_due", environment=environment, tasks=as_json(list(tasks)))
     return None if due_us is None else int(due_us)

@@ -1,0 +1,36 @@
+"""How a script asks: `rows = yield from fetch("lock_spans", ids=…)`."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+T = TypeVar("T")
+
+
+class Ask(NamedTuple):
+    """A named statement and its values by name."""
+
+    name: str
+    values: dict[str, Any]
+
+
+Rows: TypeAlias = list[tuple[Any, ...]]
+Script: TypeAlias = Generator[Ask, Rows, T]
+
+
+def fetch(name: str, /, **values: Any) -> Script[Rows]:
+    """All rows of a statement; a changing one answers a row for each row it changed, where it says RETURNING."""
+    return (yield Ask(name, values))
+
+
+def fetch_one(name: str, /, **values: Any) -> Script[tuple[Any, ...] | None]:
+    """The first row, or None."""
+    rows = yield Ask(name, values)
+    return rows[0] if rows else None
+
+
+def fetch_first(name: str, /, **values: Any) -> Script[tuple[Any, ...]]:
+    """The row of a statement that always has one."""
+    rows = yield Ask(name, values)
+    return rows[0]

@@ -1,0 +1,237 @@
+"""The verbs of the seam over scripts: what is left to a database is how a script is run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from headrace.core.batch import Batch, Ledger, check_created
+from headrace.core.block import Chunk
+from headrace.core.pack import unpack, unpack_some
+from headrace.core.span import Settlement, Span, decode_places, unsettled_places
+from headrace.foundation.errors import InvalidInput
+from headrace.foundation.limits import Limits
+from headrace.store.protocol import (
+    Appended,
+    Claim,
+    Heartbeat,
+    Lease,
+    NewBatch,
+    Outcome,
+    Pruned,
+    QueueView,
+    Release,
+    RunView,
+    Session,
+    Suspects,
+    Swept,
+    Verification,
+)
+from headrace.store.verbs import appending, reading, tending, working
+from headrace.store.verbs.script import Script
+
+T = TypeVar("T")
+
+
+class ScriptedStore(ABC):
+    """A store whose verbs are scripts. A house says how to run one that writes and one that only reads."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+
+    @abstractmethod
+    async def _write(self, script: Callable[[], Script[T]]) -> T:
+        """Run a script in one transaction and answer after its commit. It may be made and run more than once."""
+
+    @abstractmethod
+    async def _read(self, script: Callable[[], Script[T]]) -> T:
+        """Run a script that changes nothing against one snapshot."""
+
+    # -- batches
+
+    async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[Batch, bool]:
+        """Open a batch, or answer the one its key names."""
+        check_created(expected_count=new.expected_count, runs_max=self._limits.batch_runs_max)
+        return await self._write(lambda: appending.create(new, now_us))
+
+    async def append(
+        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None
+    ) -> Appended:
+        """Make runs durable, each index once."""
+        runs_max = self._limits.batch_runs_max
+        return await self._write(lambda: appending.append(batch_id, chunks, cursor, runs_max, now_us))
+
+    async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:
+        """Close the batch; completes it when its runs have all ended."""
+        return await self._write(lambda: appending.seal(batch_id, expected_count, now_us))
+
+    async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> Batch:
+        """Move to `cancelled` or `abandoned`."""
+        return await self._write(lambda: appending.stop(batch_id, state, now_us))
+
+    async def cancel_runs(self, batch_id: str, indexes: Sequence[int], *, now_us: int) -> int:
+        """Cancel single runs."""
+        return await self._write(lambda: appending.cancel_runs(batch_id, indexes, now_us))
+
+    async def redrive(self, batch_id: str, indexes: Sequence[int] | None) -> int:
+        """Run again what failed."""
+        return await self._write(lambda: appending.redrive(batch_id, indexes))
+
+    # -- sessions
+
+    async def start_session(self, session: Session, *, now_us: int) -> None:
+        """Make a process known."""
+        await self._write(lambda: working.start_session(session, now_us))
+
+    async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
+        """A sign of life."""
+        return await self._write(lambda: working.heartbeat(session_id, now_us))
+
+    async def end_session(self, session_id: str, *, now_us: int) -> None:
+        """Leave in good order."""
+        await self._write(lambda: working.end_session(session_id, now_us))
+
+    async def sessions(self) -> list[Session]:
+        """The sessions that have not ended."""
+        return await self._read(reading.sessions)
+
+    async def recover(
+        self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int
+    ) -> int:
+        """End a silent session, once, and give its leases back."""
+        return await self._write(lambda: working.recover(session_id, suspects, silent_since_us, crashes_max, now_us))
+
+    # -- work
+
+    async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
+        """Lease spans to a live session; inputs are unpacked here, outside the transaction."""
+        if claim.runs_max < 1:
+            raise InvalidInput(f"a claim is for one run or more, not for {claim.runs_max}")
+        taken = await self._write(lambda: working.claim(claim, now_us))
+        return [lease_of(span, *taken.blocks[span.block_id]) for span in taken.spans]
+
+    async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
+        """Record outcomes."""
+        return await self._write(lambda: working.settle(settlements, now_us))
+
+    async def release(self, releases: Sequence[Release], *, crashes_max: int, now_us: int) -> list[str]:
+        """Give leases back before their runs ended."""
+        return await self._write(lambda: working.release(releases, crashes_max, now_us))
+
+    # -- reading
+
+    async def batch(self, batch_id: str) -> tuple[Batch, Ledger]:
+        """One batch and its ledger."""
+        return await self._read(lambda: reading.found(batch_id))
+
+    async def find_batch(self, environment: str, key: str) -> Batch | None:
+        """The batch that a key names."""
+        return await self._read(lambda: reading.found_by_key(environment, key))
+
+    async def batches(
+        self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
+    ) -> list[tuple[Batch, Ledger]]:
+        """Batches, newest first."""
+        return await self._read(lambda: reading.list_batches(environment, states, before_id, limit))
+
+    async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
+        """Ranges of announced indexes that are not durable yet."""
+        return await self._read(lambda: reading.missing(batch_id, ranges_max))
+
+    async def outcomes(self, batch_id: str, from_index: int, runs_max: int) -> list[Outcome]:
+        """Consecutive final outcomes, in index order."""
+        return await self._read(lambda: reading.outcomes(batch_id, from_index, runs_max))
+
+    async def run(self, batch_id: str, index: int) -> RunView:
+        """One run."""
+        return await self._read(lambda: reading.run(batch_id, index))
+
+    async def runs(
+        self,
+        environment: str,
+        *,
+        batch_id: str = "",
+        state: str = "",
+        task: str = "",
+        tag: str = "",
+        limit: int = 50,
+    ) -> list[RunView]:
+        """Runs that match."""
+        return await self._read(lambda: reading.list_runs(environment, batch_id, state, task, tag, limit))
+
+    async def queues(self, environment: str) -> list[QueueView]:
+        """The queues that were ever used or paused."""
+        return await self._read(lambda: reading.queues(environment))
+
+    async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
+        """Stop or go on handing out a queue's runs."""
+        await self._write(lambda: working.pause_queue(environment, name, paused=paused))
+
+    async def verify(self, batch_id: str) -> Verification:
+        """Count a batch from its chunks."""
+        return await self._read(lambda: reading.verify(batch_id))
+
+    # -- upkeep
+
+    async def sweep(self, *, now_us: int, rows_max: int) -> Swept:
+        """Expire, abandon and cancel what is due."""
+        crashes_max = self._limits.crashes_max
+        return await self._write(lambda: tending.sweep(rows_max, crashes_max, now_us))
+
+    async def prune(self, finished_before_us: int, *, batches_max: int, rows_max: int) -> Pruned:
+        """Delete batches that finished before then."""
+        return await self._write(lambda: tending.prune(finished_before_us, batches_max, rows_max))
+
+    async def unnamed(self, keys: Sequence[str]) -> list[str]:
+        """Those of these object keys that no row names."""
+        return await self._read(lambda: tending.unnamed(keys))
+
+    async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
+        """When the next delayed span becomes claimable."""
+        return await self._read(lambda: reading.next_due_us(environment, tasks))
+
+
+def lease_of(span: Span, first_index: int, gaps: bytes | None, extras: bytes | None, items: bytes) -> Lease:
+    """What a worker needs of a claimed span."""
+    whole = span.positions is None and span.unsettled_count == len(span.states)
+    if whole:
+        places: Sequence[int] = range(len(span.states))
+        positions: Sequence[int] = places
+        payloads, kinds = unpack(items)
+    else:
+        places = unsettled_places(span)
+        own = range(len(span.states)) if span.positions is None else decode_places(span.positions)
+        positions = [own[place] for place in places]
+        payloads, kinds = unpack_some(items, positions)
+    if gaps is None:
+        indexes: Sequence[int] = (
+            range(first_index, first_index + len(places)) if whole else [first_index + at for at in positions]
+        )
+    else:
+        distances = array("I", gaps)
+        indexes = [first_index + distances[at] for at in positions]
+    by_place = {}
+    if extras is not None:
+        by_position = appending.decode_extras(extras)
+        by_place = {place: by_position[at] for place, at in zip(places, positions, strict=True) if at in by_position}
+    return Lease(
+        span_id=span.id,
+        token=span.token,
+        batch_id=span.batch_id,
+        task=span.task,
+        queue=span.queue,
+        attempt=span.attempt,
+        crashes_count=span.crashes_count,
+        at_most_once=span.at_most_once,
+        due_us=span.due_us,
+        expires_us=span.expires_us,
+        whole=whole,
+        places=places,
+        indexes=indexes,
+        payloads=payloads,
+        kinds=kinds if kinds is not None and any(kinds) else None,
+        extras=by_place,
+        runs_count=len(span.states),
+    )

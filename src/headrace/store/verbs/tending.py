@@ -1,0 +1,69 @@
+"""Upkeep's transactions: what is overdue moves on, what is old goes, each in bounded steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from headrace.core import batch as batches
+from headrace.core.span import expire
+from headrace.store.protocol import Pruned, Suspects, Swept
+from headrace.store.verbs.appending import end_spans, stop, sweep_stopped
+from headrace.store.verbs.rows import as_json, to_batch, to_span
+from headrace.store.verbs.script import Script, fetch
+from headrace.store.verbs.working import give_back
+
+_BY_STEPS: Final = (
+    "delete_parts",
+    "delete_spans",
+    "delete_blocks",
+    "delete_keys",
+    "delete_tags",
+    "delete_objects",
+)
+_UNKNOWN: Final = Suspects(places=None, evidence="its session is gone")
+
+
+def sweep(rows_max: int, crashes_max: int, now_us: int) -> Script[Swept]:
+    """One bounded round over everything that has a deadline and no live owner."""
+    expired = yield from fetch("expired_spans", now_us=now_us, rows_max=rows_max)
+    expired_count = yield from end_spans([expire(to_span(row)) for row in expired], now_us)
+    overdue = [to_batch(row) for row in (yield from fetch("open_batches", now_us=now_us, rows_max=rows_max))]
+    for batch in overdue:
+        yield from stop(batch.id, batches.ABANDONED, now_us)
+    stopping = [row[0] for row in (yield from fetch("stopping_batches"))]
+    left, cancelled_count = rows_max, 0
+    for batch_id in stopping:
+        spans_count, runs_count = yield from sweep_stopped(batch_id, left, now_us)
+        left -= spans_count
+        cancelled_count += runs_count
+    lost = yield from fetch("leases_without_session", rows_max=rows_max)
+    if lost:
+        yield from give_back([to_span(row) for row in lost], _UNKNOWN, crashes_max, now_us)
+    return Swept(
+        expired_count=expired_count,
+        abandoned=[batch.id for batch in overdue],
+        cancelled_count=cancelled_count,
+        more=max(len(expired), len(overdue), rows_max - left, len(lost)) >= rows_max,
+    )
+
+
+def prune(before_us: int, batches_max: int, rows_max: int) -> Script[Pruned]:
+    """Delete finished batches, children before parents, at most about `rows_max` rows of each table."""
+    finished = yield from fetch("finished_batches", before_us=before_us, rows_max=batches_max + 1)
+    gone: list[tuple[str, str]] = []
+    for batch_id, environment in finished[:batches_max]:
+        for name in _BY_STEPS:
+            if len((yield from fetch(name, batch_id=batch_id, rows_max=rows_max))) >= rows_max:
+                return Pruned(batches=gone, more=True)
+        yield from fetch("delete_cancellations", batch_id=batch_id)
+        yield from fetch("delete_batch", batch_id=batch_id)
+        gone.append((environment, batch_id))
+    yield from fetch("delete_sessions", before_us=before_us)
+    return Pruned(batches=gone, more=len(finished) > batches_max)
+
+
+def unnamed(keys: Sequence[str]) -> Script[list[str]]:
+    """Object keys that no row names."""
+    named = {row[0] for row in (yield from fetch("named_objects", keys=as_json(list(keys))))}
+    return [key for key in keys if key not in named]

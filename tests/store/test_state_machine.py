@@ -15,9 +15,10 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from headrace.core.batch import COMPLETED, LISTED, STREAM
 from headrace.core.run import NAMES
@@ -31,6 +32,8 @@ from headrace.store.sqlite import SqliteStore
 from tests import invariants
 from tests.store.lockstep import LockStep
 from tests.store.world import SECOND_US, START_US, chunks_of, settlement_of
+
+pytestmark = pytest.mark.timeout(600)  # a failure is made small before it is told, which takes its time
 
 Answer = TypeVar("Answer")
 INDEXES_MAX = 14
@@ -96,6 +99,14 @@ class StoreMachine(RuleBasedStateMachine):
     def batch_at(self, number: int) -> str:
         """One of the batches."""
         return list(self.batches)[number % len(self.batches)]
+
+    @initialize(runs_max=st.integers(1, 6))
+    def begin(self, runs_max: int) -> None:
+        """A program begins with work and with two who could do it, so that few steps are spent on nothing."""
+        self.start_session()
+        self.start_session()
+        self.create(None, LISTED, owned=False)
+        self.offer(self.batch_at(0), list(range(6)), Key("task"), runs_max)
 
     # -- clients
 
@@ -230,6 +241,9 @@ class StoreMachine(RuleBasedStateMachine):
             for index in lease.indexes:
                 assert index in self.acknowledged[lease.batch_id]
                 assert (lease.batch_id, index) not in self.outcomes, "handed out after its outcome was recorded"
+            states = self.states(lease.batch_id)
+            handed_out = "started" if lease.at_most_once else "leased"
+            assert {states[index] for index in lease.indexes} == {handed_out}, "durable before it is handed out"
             self.held.append(Held(session_id, lease))
 
     @precondition(lambda self: self.held)
@@ -241,7 +255,7 @@ class StoreMachine(RuleBasedStateMachine):
     )
     def settle(self, number: int, codes: list[str], delay: int, answer_lost: bool) -> None:
         """Outcomes of some or all of a lease's open runs, under a token that may be stale."""
-        held = self.held[number % len(self.held)]
+        held = self.held[-1 - number % len(self.held)]
         places = held.open_places[: len(codes)]
         if not places:
             return
@@ -273,6 +287,31 @@ class StoreMachine(RuleBasedStateMachine):
         if answer_lost:
             assert self.wait(self.store.settle([settlement], now_us=self.now_us)) == ["recorded"]
 
+    def overtaken(self) -> list[Held]:
+        """Stale leases whose spans somebody else holds now."""
+        now = {held.lease.span_id for held in self.held if not held.is_stale}
+        return [held for held in self.held if held.is_stale and held.open_places and held.lease.span_id in now]
+
+    @precondition(lambda self: self.overtaken())
+    @rule(number=numbers, code=st.sampled_from("cfrx"), gives_back=st.booleans())
+    def a_late_worker_tells_of_a_lease_that_is_another_s(self, number: int, code: str, gives_back: bool) -> None:
+        """An old token changes nothing, though the span is leased and its runs are open."""
+        late = self.overtaken()
+        held = late[number % len(late)]
+        if gives_back:
+            given = Release(span_id=held.lease.span_id, token=held.lease.token, suspects=tuple(held.open_places))
+            assert self.wait(self.store.release([given], crashes_max=1, now_us=self.now_us)) == ["lost"]
+        else:
+            told = settlement_of(held.lease, code, places=held.open_places, part_no=held.part_no + 7)
+            assert self.wait(self.store.settle([told], now_us=self.now_us)) == ["lost"]
+
+    @precondition(lambda self: self.held and self.live)
+    @rule(number=numbers)
+    def hand_over(self, number: int) -> None:
+        """A lease is given back and what waits is claimed at once."""
+        self.release(number, guilty=0, crashes_max=3)
+        self.claim(number, 50, answer_lost=False)
+
     @precondition(lambda self: self.past)
     @rule(number=numbers)
     def settle_again_much_later(self, number: int) -> None:
@@ -284,7 +323,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(number=numbers, guilty=st.integers(0, 3), crashes_max=st.integers(1, 3))
     def release(self, number: int, guilty: int, crashes_max: int) -> None:
         """A lease given back, with or without suspects."""
-        held = self.held[number % len(self.held)]
+        held = self.held[-1 - number % len(self.held)]
         given = Release(
             span_id=held.lease.span_id,
             token=held.lease.token,
@@ -342,9 +381,15 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(number=numbers)
     def heartbeat(self, number: int) -> None:
-        """The store's leases of a session are those that it knows of."""
+        """The store's leases of a session are those that it knows of; nobody recovers one that just spoke."""
         session_id = self.live[number % len(self.live)]
         beat = self.wait(self.store.heartbeat(session_id, now_us=self.now_us))
+        suspects = Suspects(places=None, evidence="a slow judge")
+        recovered = self.store.recover(
+            session_id, suspects, silent_since_us=self.now_us - 1, crashes_max=1, now_us=self.now_us
+        )
+        assert self.wait(recovered) == 0
+        assert self.wait(self.store.heartbeat(session_id, now_us=self.now_us)) == beat
         mine = {
             (held.lease.span_id, held.lease.token)
             for held in self.held
@@ -394,6 +439,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.record.note(batch_id, told) == []
             assert self.record.lost(batch_id, final) == []
             batch, _ = self.wait(self.store.batch(batch_id))
+            if batch.is_stopped:
+                assert not {"waiting", "delayed"} & set(states.values()), "nothing of it may start any more"
             if batch.state == COMPLETED:
                 assert len(final) == batch.expected_count
 

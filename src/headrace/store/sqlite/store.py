@@ -87,7 +87,6 @@ class SqliteStore(ScriptedStore):
         connection = sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, timeout=self._busy_timeout_ms / 1_000
         )
-        connection.execute("PRAGMA cache_size = -32768")
         return connection
 
     async def _write(self, script: Callable[[], Script[T]]) -> T:

@@ -84,6 +84,7 @@ class Run(Generic[R]):
         """What the task returned, once it has. Raises `RunFailed` for another end, `WaitTimedOut`."""
         waiting = _Waiting(self._engine, timeout_s)
         while True:
+            waiting.look()
             view = await self.view()
             if run.BY_NAME.get(view.state, run.WAITING) in run.FINAL:
                 break
@@ -127,6 +128,7 @@ class Batch(Generic[R]):
         """Until every run has ended. Raises `WaitTimedOut`."""
         waiting = _Waiting(self._engine, timeout_s)
         while True:
+            waiting.look()
             batch, ledger = await self._engine.store.batch(self.id)
             if batch.is_finished:
                 return Summary(self.id, batch.state, ledger)
@@ -140,9 +142,8 @@ class Batch(Generic[R]):
         next_index = from_index
         waiting = _Waiting(self._engine, timeout_s)
         while True:
-            batch, _ = await self._engine.store.batch(
-                self.id
-            )  # before the outcomes: a batch finished here has them all
+            waiting.look()
+            batch, _ = await self._engine.store.batch(self.id)  # before the outcomes: a finished one has them all
             recorded = await self._engine.store.outcomes(self.id, next_index, RESULTS_PAGE)
             for one in recorded:
                 yield await self._outcome(one)
@@ -180,6 +181,11 @@ class _Waiting:
     def __init__(self, engine: Engine, timeout_s: float | None) -> None:
         self._engine = engine
         self._deadline_us = None if timeout_s is None else engine.clock.now_us() + int(timeout_s * 1_000_000)
+        self._rings_count = 0
+
+    def look(self) -> None:
+        """Before the store is asked: what rings from here on is news."""
+        self._rings_count = self._engine.recorded.rings_count
 
     async def turn(self, still: str) -> None:
         engine = self._engine
@@ -189,7 +195,7 @@ class _Waiting:
             if left_s <= 0:
                 raise WaitTimedOut(still, hint="is a worker running? `headrace queue list` shows what waits")
             wait_s = min(wait_s, left_s)
-        await engine.recorded.wait(engine.clock, wait_s)
+        await engine.recorded.wait(engine.clock, wait_s, since=self._rings_count)
 
 
 async def _value(engine: Engine, result: bytes, kind: int) -> Any:

@@ -12,7 +12,8 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
 
 import structlog
 
@@ -20,21 +21,32 @@ from headrace.core.span import LOST, Settlement
 from headrace.foundation.errors import EngineFault, HeadraceError, SessionEnded
 from headrace.foundation.ids import new_session_id
 from headrace.runtime.engine import Engine
-from headrace.runtime.flusher import Flusher
-from headrace.runtime.marks import Marks, is_dead, merged, of_session, remove
+from headrace.runtime.flusher import Flusher, FlusherClosed
+from headrace.runtime.marks import SLOTS, Marks, is_dead, merged, of_session, remove
 from headrace.runtime.work import Work
-from headrace.store.protocol import Claim, Heartbeat, Release, Session, Suspects
+from headrace.store.protocol import Claim, Heartbeat, Lease, Release, Session, Suspects
 
 LOG: Any = structlog.get_logger("headrace.broker")
 BACKOFF_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+STUCK_TIMEOUTS: Final = 20
+"""Session timeouts after which a process counts as gone though it lives: stopped by a signal, or hung for good."""
 
 Update = Settlement | Release
+
+
+class _Leaving(NamedTuple):
+    """A lease whose last update is on its way; its marks are evidence until that is durable."""
+
+    marks: Marks | None
+    slot: int
+    last: Update
 
 
 class Broker:
     """Owned by one event loop. `start`, then claim and settle, then `stop`; each may be called twice."""
 
-    def __init__(self, engine: Engine, *, kind: str) -> None:
+    def __init__(self, engine: Engine, *, kind: str, slots: int = SLOTS) -> None:
+        """`slots`: leases it can hold at a time."""
         self.engine = engine
         self.kind = kind
         self.session_id = ""
@@ -44,8 +56,10 @@ class Broker:
         self.on_ended: Callable[[], None] = lambda: None
         self.on_recorded: Callable[[int], None] = lambda _runs_count: None
         self._claim_no = 0
-        self._answered_claim_no = 0
+        self._slots = slots
+        self._claiming: dict[int, int] = {}
         self._held: dict[tuple[int, int], Work] = {}
+        self._leaving: dict[tuple[int, int], _Leaving] = {}
         self._flusher: Flusher[Update] | None = None
         self._beating: threading.Thread | asyncio.Task[None] | None = None
         self._stop_beating = threading.Event()
@@ -56,7 +70,11 @@ class Broker:
         """Make this process known and keep it so."""
         if self.session_id:
             return
-        await self._begin_session()
+        try:
+            await self._begin_session()
+        except BaseException:
+            self._close_marks()
+            raise
         limits = self.engine.limits
         self._flusher = Flusher(
             self._flush, name="settlements", clock=self.engine.clock, on_refused=self._refused, size=limits.flush_size
@@ -75,7 +93,8 @@ class Broker:
         clock = self.engine.clock
         session_id = new_session_id(clock.now_us())
         if self.engine.live_directory is not None:
-            self.marks = Marks(self.engine.live_directory / session_id, slot_runs=self.engine.limits.chunk_runs_max)
+            path, runs_max = self.engine.live_directory / session_id, self.engine.limits.chunk_runs_max
+            self.marks = Marks(path, slot_runs=runs_max, slots=self._slots)
         session = Session(
             id=session_id, kind=self.kind, host=socket.gethostname(), pid=os.getpid(), started_us=clock.now_us()
         )
@@ -83,25 +102,47 @@ class Broker:
         self.session_id = session_id
 
     async def stop(self, *, deadline_s: float | None = None) -> None:
-        """Write what is still to be written, give leases back, and leave."""
+        """Write what is still to be written, give leases back, and leave.
+
+        Raises `UpdatesUnflushed` or the store's error when that can't be done; then the marks stay as evidence, and
+        others recover the session at once.
+        """
         if not self.session_id:
             return
-        if self._flusher is not None:
-            await self._flusher.close(deadline_s=deadline_s)
+        try:
+            if self._flusher is not None:
+                await self._flusher.close(deadline_s=deadline_s)
+            await self.engine.store.end_session(self.session_id, now_us=self.engine.clock.now_us())
+        except BaseException:
+            self._close_marks(keep=True)
+            raise
+        finally:
             self._flusher = None
+            self.session_id = ""
+            self._drop_leases()
+            await self._end_beating()
+            self._close_marks()
+
+    async def _end_beating(self) -> None:
         self._stop_beating.set()
-        if isinstance(self._beating, threading.Thread):
-            await asyncio.to_thread(self._beating.join)
-        elif self._beating is not None:
-            self._beating.cancel()
-            await asyncio.gather(self._beating, return_exceptions=True)
-        self._beating = None
-        session_id, self.session_id = self.session_id, ""
-        await self.engine.store.end_session(session_id, now_us=self.engine.clock.now_us())
+        beating, self._beating = self._beating, None
+        if isinstance(beating, threading.Thread):
+            await asyncio.to_thread(beating.join)
+        elif beating is not None:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+    def _close_marks(self, *, keep: bool = False) -> None:
+        marks, self.marks = self.marks, None
+        if marks is not None:
+            marks.close(keep=keep)
+
+    def _drop_leases(self) -> None:
+        """What was held is nobody's here any more; its slots went with the file of marks."""
+        for work in self._held.values():
+            work.slot = -1
         self._held.clear()
-        if self.marks is not None:
-            self.marks.close()
-            self.marks = None
+        self._leaving.clear()
 
     def _beat_in_thread(self, loop: asyncio.AbstractEventLoop) -> None:
         async def beat() -> None:
@@ -132,40 +173,51 @@ class Broker:
         except HeadraceError as error:
             LOG.warning("heartbeat failed", error=str(error), session=session_id)
         else:
-            tell(self._reconcile, reply)
+            tell(self._reconcile, session_id, reply)
 
-    def _reconcile(self, reply: Heartbeat) -> None:
-        """Rule R1: leases that the store knows and this process does not go back."""
+    def _reconcile(self, session_id: str, reply: Heartbeat) -> None:
+        """Rule R1: leases that the store knows and this process does not go back.
+
+        A claim whose answer is still to come, and a lease whose last update is on its way, are known.
+        """
+        if session_id != self.session_id:
+            return
         stray = [
             Release(span_id=held.span_id, token=held.token)
             for held in reply.leases
-            if (held.span_id, held.token) not in self._held and held.claim_no <= self._answered_claim_no
+            if (held.span_id, held.token) not in self._held
+            and (held.span_id, held.token) not in self._leaving
+            and held.claim_no not in self._claiming
+            and held.claim_no <= self._claim_no
         ]
         if stray and self._flusher is not None:
             LOG.warning("leases nobody here holds go back", count=len(stray))
-            for release in stray:
-                self._flusher.put_nowait(release)
+            with suppress(FlusherClosed):  # then the session ends, and they go back with it
+                for release in stray:
+                    self._flusher.put_nowait(release)
         self.on_unwanted(reply)
 
     def _thawed(self, session_id: str) -> None:
         """Rule R3: others took this process for dead; what it holds is theirs."""
         if session_id == self.session_id:
             LOG.warning("the session was ended by others; its leases are dropped", session=session_id)
-            self._held.clear()
+            self._drop_leases()
             self.on_ended()
 
     async def restart(self) -> None:
         """Start anew after the session was ended by others."""
-        old, self.marks = self.marks, None
-        if old is not None:
-            old.close()
-        self._claim_no = self._answered_claim_no = 0
+        self._drop_leases()
+        self._close_marks()
+        self._claim_no = 0
         await self._begin_session()
 
     # -- work
 
     async def claim(self, tasks: Sequence[str], queues: Sequence[str] | None, runs_max: int) -> list[Work]:
         """Lease runs. Repeats the same claim until the store answers; raises `SessionEnded` and client faults."""
+        runs_max = min(runs_max, self.room)
+        if runs_max < 1:
+            return []
         self._claim_no += 1
         wish = Claim(
             session_id=self.session_id,
@@ -175,16 +227,27 @@ class Broker:
             queues=queues,
             runs_max=runs_max,
         )
-        leases = await self.patiently(lambda: self.engine.store.claim(wish, now_us=self.engine.clock.now_us()))
-        self._answered_claim_no = wish.claim_no
-        works = []
-        for lease in leases:
-            slot, marks = -1, None
-            if self.marks is not None:
-                slot, marks = self.marks.take(lease.span_id, lease.token, lease.runs_count)
-            work = self._held[lease.span_id, lease.token] = Work(lease, marks, slot)
-            works.append(work)
-        return works
+        self._claiming[wish.claim_no] = runs_max
+        try:
+            leases = await self.patiently(lambda: self.engine.store.claim(wish, now_us=self.engine.clock.now_us()))
+            if wish.session_id != self.session_id:
+                raise SessionEnded("the session ended while it claimed", session_id=wish.session_id)
+            return [self._hold(lease) for lease in leases]
+        finally:
+            self._claiming.pop(wish.claim_no, None)
+
+    def _hold(self, lease: Lease) -> Work:
+        slot, marks = -1, None
+        if self.marks is not None:
+            slot, marks = self.marks.take(lease.span_id, lease.token, lease.runs_count)
+        work = self._held[lease.span_id, lease.token] = Work(lease, marks, slot)
+        return work
+
+    @property
+    def room(self) -> int:
+        """Runs that may be claimed: each might be a lease of its own, and each lease needs a slot for its marks."""
+        free = self._slots - len(self._held) - len(self._leaving) if self.marks is None else self.marks.free_count
+        return free - sum(self._claiming.values())
 
     @property
     def held(self) -> list[Work]:
@@ -196,11 +259,29 @@ class Broker:
         if self._flusher is not None:
             await self._flusher.put(update)
 
-    def forget(self, work: Work) -> None:
-        """The lease has ended: all its outcomes, or its release, are handed over."""
-        self._held.pop((work.lease.span_id, work.lease.token), None)
-        if self.marks is not None:
-            self.marks.free(work.slot)
+    async def end_lease(self, work: Work, updates: Sequence[Update]) -> None:
+        """The lease has ended: hand over its last outcomes and, where runs are left, its release."""
+        name = (work.lease.span_id, work.lease.token)
+        if self._held.pop(name, None) is work:
+            self._leave(name, work, updates)
+        for update in updates:
+            await self.put(update)
+
+    def _leave(self, name: tuple[int, int], work: Work, updates: Sequence[Update]) -> None:
+        slot, work.slot = work.slot, -1
+        if updates:
+            self._leaving[name] = _Leaving(self.marks, slot, updates[-1])
+        elif self.marks is not None and slot >= 0:
+            self.marks.free(slot)
+
+    def _has_left(self, update: Update) -> None:
+        """An update is durable, or refused for good."""
+        name = (update.span_id, update.token)
+        leaving = self._leaving.get(name)
+        if leaving is not None and leaving.last is update:
+            del self._leaving[name]
+            if leaving.marks is not None and leaving.marks is self.marks and leaving.slot >= 0:
+                leaving.marks.free(leaving.slot)
 
     async def _flush(self, updates: Sequence[Update]) -> None:
         """Write outcomes, then releases: a release never overtakes the outcomes of its own lease."""
@@ -216,6 +297,8 @@ class Broker:
             crashes_max = self.engine.limits.crashes_max
             await store.release(releases, crashes_max=crashes_max, now_us=clock.now_us())
             self.engine.doorbell.ring()
+        for update in updates:
+            self._has_left(update)
 
     def _tell_lost(self, settlements: Sequence[Settlement], words: Sequence[str]) -> None:
         for settlement, word in zip(settlements, words, strict=True):
@@ -227,6 +310,7 @@ class Broker:
 
     def _refused(self, update: Update, error: HeadraceError) -> None:
         LOG.error("the store refuses an update for good", span=update.span_id, error=str(error))
+        self._has_left(update)  # the next heartbeat finds the lease with nobody, and it goes back
 
     async def patiently(self, call: Callable[[], Any]) -> Any:
         """Call until the store answers, with growing waits; what can't be retried is raised."""
@@ -244,34 +328,37 @@ class Broker:
 
     async def recover(self) -> int:
         """End sessions that died and give their leases back: at once on this machine, by timeout elsewhere."""
-        engine = self.engine
         spans_count = 0
-        for session in await engine.store.sessions():
-            if session.id == self.session_id:
-                continue
-            now_us = engine.clock.now_us()
-            files = of_session(engine.live_directory, session.id) if engine.live_directory is not None else []
-            dead = is_dead(files[0]) if files else None
-            if dead is False:
-                continue
-            if dead:
-                silent_since_us = now_us
-                suspects = Suspects(places=merged(files), evidence=f"process {session.pid} on {session.host} died")
-            else:
-                silent_since_us = now_us - engine.limits.session_timeout_ms * 1_000
-                evidence = f"process {session.pid} on {session.host} fell silent"
-                suspects = Suspects(places=None, evidence=evidence)
-            count = await engine.store.recover(
-                session.id,
-                suspects,
-                silent_since_us=max(silent_since_us, session.heartbeat_us if dead else silent_since_us),
-                crashes_max=engine.limits.crashes_max,
-                now_us=now_us,
-            )
-            if dead:
-                remove(files)
-            if count:
-                LOG.info("recovered the leases of a dead session", session=session.id, spans=count)
-                engine.doorbell.ring()
-            spans_count += count
+        for session in await self.engine.store.sessions():
+            if session.id != self.session_id:
+                spans_count += await self._recover(session)
         return spans_count
+
+    async def _recover(self, session: Session) -> int:
+        engine = self.engine
+        now_us, timeout_us = engine.clock.now_us(), engine.limits.session_timeout_ms * 1_000
+        files = of_session(engine.live_directory, session.id) if engine.live_directory is not None else []
+        dead = is_dead(files[0]) if files else None
+        who = f"process {session.pid} on {session.host}"
+        if dead:
+            silent_since_us = max(now_us, session.heartbeat_us)
+            suspects = Suspects(places=merged(files), evidence=f"{who} died")
+        elif dead is False:  # it lives; a run that blocks all of it for long is no death, but nothing waits for ever
+            silent_since_us = now_us - STUCK_TIMEOUTS * timeout_us
+            suspects = Suspects(places=merged(files), evidence=f"{who} hung")
+        else:
+            silent_since_us = now_us - timeout_us
+            suspects = Suspects(places=None, evidence=f"{who} fell silent")
+        count = await engine.store.recover(
+            session.id,
+            suspects,
+            silent_since_us=silent_since_us,
+            crashes_max=engine.limits.crashes_max,
+            now_us=now_us,
+        )
+        if dead:
+            remove(files)
+        if count:
+            LOG.info("recovered the leases of a dead session", session=session.id, spans=count)
+            engine.doorbell.ring()
+        return count

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,6 +46,7 @@ from headrace.store.payloads import open_payloads
 from headrace.store.protocol import Lease
 
 DIRTY_S = 0.02
+PR_SET_PDEATHSIG = 1
 
 
 def load_task(name: str, module_name: str, file: str, attribute: str) -> TaskSpec:
@@ -66,8 +68,13 @@ def load_task(name: str, module_name: str, file: str, attribute: str) -> TaskSpe
     found: Any = module
     for part in attribute.split("."):
         found = getattr(found, part)
-    spec = getattr(found, "spec", None)
-    return spec if isinstance(spec, TaskSpec) else TaskSpec(name, found)
+    for candidate in (found, *vars(module).values()):  # the name may be the bare function's, and the task beside it
+        spec = getattr(candidate, "spec", None)
+        if isinstance(spec, TaskSpec) and spec.name == name:
+            return spec
+    if isinstance(getattr(found, "spec", None), TaskSpec):
+        found = found.spec.function
+    return TaskSpec(name, found)
 
 
 def _from_file(name: str, file: str) -> Any:
@@ -92,7 +99,13 @@ class _Child:
         self._limits = Limits(**begin.limits)
         registry = Registry()
         for task in begin.tasks:
-            registry.add(load_task(*task))
+            spec = load_task(*task)
+            if spec.options != begin.options[spec.name]:
+                raise InvalidSetting(
+                    f"a child process finds task {spec.name} with other options than its parent",
+                    hint="decorate it with @app.task where it is defined",
+                )
+            registry.add(spec)
         self._marks = Marks(Path(begin.marks_path), slot_runs=self._limits.chunk_runs_max)
         self._slices: dict[int, int] = {}
         self._works: dict[int, Work] = {}
@@ -206,8 +219,20 @@ def main() -> None:
     signal.signal(signal.SIGALRM, _timed_out)
     wire = socket.socket(fileno=int(sys.argv[1]))
     sys.setswitchinterval(0.0005)
+    _die_with_parent()
     asyncio.run(_serve(wire))
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
     os._exit(0)  # threads that never end must not keep a stopped child alive
+
+
+def _die_with_parent() -> None:
+    """A run that holds the interpreter can't hear that the parent died; where the kernel can be asked, it kills."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _timed_out(_signal: int, _frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ class Begin(msgspec.Struct, tag="begin"):
     """The first frame to a child: where its tasks are and how it runs them."""
 
     tasks: list[tuple[str, str, str, str]]
+    options: dict[str, str]
     paths: list[str]
     concurrency: int
     inline_sync: bool

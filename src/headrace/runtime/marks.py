@@ -6,6 +6,8 @@ tell, at once and without waiting for a timeout, that its owner is dead (the loc
 flight (begun, not ended): only those are suspects of having killed it. After a power cut the file may be stale,
 which costs nothing: a fence decides what is recorded, marks only decide who is suspected.
 
+The room on disk is taken when the file is made: a mark that finds the disk full would kill its process.
+
 Layout, native byte order: a head (magic, slots, runs a slot), then slots of span id, token, count, one byte a run.
 """
 
@@ -26,6 +28,7 @@ MAGIC: Final = b"HRMARK01"
 HEAD: Final = struct.Struct("=8sIIQ")
 SLOT: Final = struct.Struct("=QQII")
 SLOTS: Final = 4_096
+"""Leases of one process at a time."""
 PLACES_MAX: Final = 4_096
 ALL_PLACES: Final = tuple(range(PLACES_MAX))
 """What is suspected of a span too long to be marked run by run."""
@@ -39,23 +42,31 @@ Suspected = dict[tuple[int, int], tuple[int, ...]]
 class Marks:
     """The marks of one process. Owned by one thread; `close` removes the file."""
 
-    def __init__(self, path: Path, *, slot_runs: int) -> None:
+    def __init__(self, path: Path, *, slot_runs: int, slots: int = SLOTS) -> None:
         self.path = path
         self._slot_runs = slot_runs
         self._slot_bytes = SLOT.size + slot_runs
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file.truncate(HEAD.size + SLOTS * self._slot_bytes)
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
+            try:
+                fcntl.flock(
+                    self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # before a byte of it changes: it may be another's
+                self._file.truncate(0)
+                os.posix_fallocate(self._file.fileno(), 0, HEAD.size + slots * self._slot_bytes)
+            except OSError:
+                self._file.close()
+                raise
             self._map = mmap.mmap(self._file.fileno(), 0)
         except OSError as error:
             raise StoreUnavailable(
-                f"the file of live marks can't be made: {error}", hint="check that the database's directory is writable"
+                f"the file of live marks can't be made: {error}",
+                hint="check that the database's directory is writable and has room",
             ) from error
-        HEAD.pack_into(self._map, 0, MAGIC, SLOTS, slot_runs, 0)
+        HEAD.pack_into(self._map, 0, MAGIC, slots, slot_runs, 0)
         self._view = memoryview(self._map)
-        self._free = list(range(SLOTS - 1, -1, -1))
+        self._free = list(range(slots - 1, -1, -1))
 
     @property
     def free_count(self) -> int:
@@ -63,9 +74,10 @@ class Marks:
         return len(self._free)
 
     def take(self, span_id: int, token: int, count: int) -> tuple[int, memoryview | bytearray]:
-        """A slot for one lease, and its marks by place. A span longer than a slot is marked as a whole."""
-        if not self._free:
-            return -1, bytearray(count)
+        """A slot for one lease, and its marks by place. A span longer than a slot is marked as a whole.
+
+        Whoever claims keeps to `free_count`: a lease without a slot would leave no evidence.
+        """
         slot = self._free.pop()
         start = HEAD.size + slot * self._slot_bytes
         fits = count <= self._slot_runs
@@ -77,17 +89,18 @@ class Marks:
 
     def free(self, slot: int) -> None:
         """The lease has ended."""
-        if slot >= 0:
-            SLOT.pack_into(self._map, HEAD.size + slot * self._slot_bytes, 0, 0, 0, 0)
-            self._free.append(slot)
+        SLOT.pack_into(self._map, HEAD.size + slot * self._slot_bytes, 0, 0, 0, 0)
+        self._free.append(slot)
 
     def set_deadline(self, deadline_us: int) -> None:
         """When the run under way must have ended, by the machine's monotonic clock; 0 for never."""
         _DEADLINE.pack_into(self._map, _DEADLINE_AT, deadline_us)
 
-    def close(self) -> None:
-        """Nothing is in flight any more: unlock and remove the file."""
-        self.path.unlink(missing_ok=True)
+    def close(self, *, keep: bool = False) -> None:
+        """Nothing is in flight any more: unlock and remove the file. `keep`: leave it as evidence for others."""
+        if not keep:
+            self.path.unlink(missing_ok=True)
+        fcntl.flock(self._file, fcntl.LOCK_UN)  # the map has a handle of its own, and runs may hold the map
         self._view.release()
         with suppress(BufferError):  # a run that outlived its worker still holds its marks; the map goes with it
             self._map.close()
@@ -97,10 +110,14 @@ class Marks:
 def read(path: Path) -> Suspected:
     """The places that were in flight, by (span id, token). An unreadable file suspects nobody."""
     try:
-        data = path.read_bytes()
-        magic, slots, slot_runs, _ = HEAD.unpack_from(data)
-    except (OSError, struct.error):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _suspected(data)
+    except (OSError, ValueError, struct.error):  # ValueError: an empty file can't be mapped
         return {}
+
+
+def _suspected(data: mmap.mmap) -> Suspected:
+    magic, slots, slot_runs, _ = HEAD.unpack_from(data)
     if magic != MAGIC:
         return {}
     found: Suspected = {}

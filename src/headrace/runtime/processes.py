@@ -14,7 +14,8 @@ import socket
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
@@ -26,14 +27,15 @@ from headrace.core import run
 from headrace.core.failure import Failure
 from headrace.core.retry import retry_at_us
 from headrace.core.span import RETRY
-from headrace.foundation.errors import InvalidSetting
+from headrace.foundation.errors import HeadraceError, InvalidSetting
 from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
 from headrace.runtime.executor import SUSPECT_CRASHES, Hooks
 from headrace.runtime.frames import HEADER, Begin, Broken, Ended, Interrupt, Ready, Slice, Stop, framed, from_child
-from headrace.runtime.marks import read, read_deadline, remove
+from headrace.runtime.marks import SLOTS, read, read_deadline, remove
 from headrace.runtime.registry import Registry
-from headrace.runtime.work import Work
+from headrace.runtime.stepping import CANCELLED
+from headrace.runtime.work import BEGUN, NOT_BEGUN, Work
 
 LOG: Any = structlog.get_logger("headrace.processes")
 SLICE_S: Final = 0.05
@@ -66,7 +68,6 @@ class _Child:
         self.ended_count = 0
         self.is_ready = False
         self.is_alone = False
-        self.overdue = False
         self.since_s = monotonic()
         self.rate = 0.0
 
@@ -83,17 +84,25 @@ class Crew:
     """Child processes and the work that waits for them. Same face as `Executor`."""
 
     def __init__(
-        self, engine: Engine, registry: Registry, broker: Broker, *, processes: int, concurrency: int, hooks: Hooks
+        self,
+        engine: Engine,
+        registry: Registry,
+        broker: Broker,
+        *,
+        names: list[str],
+        processes: int,
+        concurrency: int,
+        hooks: Hooks,
     ) -> None:
+        """`names`: the tasks that run here; `processes`: how many children, 0 for one a core."""
         self._engine = engine
         self._registry = registry
         self._broker = broker
         self._hooks = hooks
         self._count = processes or os.cpu_count() or 1
-        specs = [registry.get(name) for name in registry.names]
-        self._alone_each = all(spec.pool == "process" for spec in specs if processes or spec.pool == "process")
+        self._names = names
+        self._alone_each = all(registry.get(name).pool == "process" for name in names)
         self._per_child = 1 if self._alone_each else -(-concurrency // self._count)
-        self._names = [spec.name for spec in specs if processes or spec.pool == "process"]
         self.concurrency = self._per_child * self._count
         self.unbegun_count = 0
         self.in_flight_count = 0
@@ -101,9 +110,10 @@ class Crew:
         self._children = [_Child(number) for number in range(self._count)]
         self._ready: deque[Work] = deque()
         self._suspects: deque[Work] = deque()
-        self._open_parts: dict[int, int] = {}
-        self._broken: set[int] = set()
+        self._open_parts: dict[Work, int] = {}
+        self._broken: set[Work] = set()
         self._next_slice_id = 1
+        self._launches_count = 0
         self._is_stopping = False
         self._keepers: list[asyncio.Task[None]] = []
         self._empty = asyncio.Event()
@@ -113,7 +123,16 @@ class Crew:
         """Start every child; raises `InvalidSetting` when they can't have their tasks."""
         if self._engine.live_directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="headrace-")
-        await asyncio.gather(*(self._launch(child) for child in self._children))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for child in self._children:
+                    group.create_task(self._launch(child))
+        except BaseExceptionGroup as errors:
+            await self._end_children()
+            raise errors.exceptions[0] from None
+        except BaseException:
+            await self._end_children()
+            raise
         self._keepers = [asyncio.create_task(self._keep(child)) for child in self._children]
         self._keepers.append(asyncio.create_task(self._watch_deadlines()))
 
@@ -134,13 +153,42 @@ class Crew:
         return left
 
     def interrupt(self, wanted: Callable[[Work, int], bool], reason: str) -> None:
-        """Interrupt runs that `wanted(work, number)` names; only those that wait can hear it."""
-        del reason
+        """Interrupt runs that `wanted(work, number)` names; those nobody was given end here when all of them are named.
+
+        In a child only those that wait, or did not begin, can hear it.
+        """
+        if reason == CANCELLED:
+            for work in (*self._ready, *self._suspects):
+                self._cancel_unbegun(work, wanted)
         for child in self._children:
             for slice_id, part in child.parts.items():
                 numbers = [at for at, number in enumerate(part.numbers) if wanted(part.work, number)]
                 if numbers:
                     self._send(child, Interrupt(slice_id, numbers))
+
+    def _cancel_unbegun(self, work: Work, wanted: Callable[[Work, int], bool]) -> None:
+        rest = range(work.cursor, work.count)
+        if not rest or not all(wanted(work, number) for number in rest):
+            return
+        self.unbegun_count -= len(rest)
+        for number in rest:
+            work.end(number, run.CANCELLED, b"")
+        work.cursor = work.count
+        if not self._open_parts.get(work):
+            self._hooks.over(work)
+
+    def rename_marks(self) -> None:
+        """The session has a new id: evidence of children is found by it. A child whose evidence is gone is replaced."""
+        for child in self._children:
+            path = child.marks_path.with_name(self._marks_name(child))
+            try:
+                child.marks_path = child.marks_path.rename(path)
+            except OSError:
+                self._kill(child)
+
+    def _marks_name(self, child: _Child) -> str:
+        self._launches_count += 1
+        return f"{self._broker.session_id}.{child.number}-{self._launches_count}"
 
     async def stop(self, *, grace_s: float) -> None:
         """Begin nothing more, let children end what is under way within `grace_s`, then end them."""
@@ -158,6 +206,17 @@ class Crew:
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
+        await self._end_children()
+
+    async def _end_children(self) -> None:
+        for child in self._children:
+            child.is_ready = False
+            self._kill(child)
+            if child.writer is not None:
+                child.writer.close()
+            if child.process is not None:
+                await child.process.wait()
+            remove([child.marks_path] if child.marks_path.name else [])
         if self._directory is not None:
             self._directory.cleanup()
 
@@ -181,7 +240,7 @@ class Crew:
                 self._ready.popleft()
             child.measure()
             room = self._per_child + int(child.rate * SLICE_S) - child.outstanding_count
-            if not self._ready or room <= 0:
+            if not self._ready or room <= 0 or len(child.parts) >= SLOTS:
                 return
             self._give(child, self._ready[0], room)
 
@@ -196,7 +255,10 @@ class Crew:
         child.outstanding_count += len(numbers)
         self.unbegun_count -= len(numbers)
         self.in_flight_count += len(numbers)
-        self._open_parts[id(work)] = self._open_parts.get(id(work), 0) + 1
+        self._open_parts[work] = self._open_parts.get(work, 0) + 1
+        if lease.at_most_once:  # handed out may be begun, for whoever finds only this process's marks
+            for place in places:
+                work.marks[place] = BEGUN
         self._send(
             child,
             Slice(
@@ -243,22 +305,27 @@ class Crew:
         self.in_flight_count -= runs_count
         self.ended_count += runs_count
 
-    def _close_part(self, child: _Child, slice_id: int) -> None:
-        """A child is done with a slice; its work is over when no other child has one and none can begin."""
+    def _close_part(self, child: _Child, slice_id: int, suspects: Collection[int] = ()) -> None:
+        """A child is done with a slice; its work is over when no other child has one and none can begin.
+
+        `suspects`: places the child had begun and not ended when it died; the others without an outcome never began.
+        """
         part = child.parts.pop(slice_id)
         work = part.work
-        returned = sum(1 for number in part.numbers if not work.codes[number])
-        child.outstanding_count -= returned
-        self.in_flight_count -= returned
+        returned = [number for number in part.numbers if not work.codes[number]]
+        for number in returned:
+            if work.places[number] not in suspects:
+                work.marks[work.places[number]] = NOT_BEGUN
+        child.outstanding_count -= len(returned)
+        self.in_flight_count -= len(returned)
         child.is_alone = False
-        self._open_parts[id(work)] -= 1
-        if self._open_parts[id(work)]:
+        self._open_parts[work] -= 1
+        if self._open_parts[work]:
             return
-        if work.is_over or id(work) in self._broken:
-            del self._open_parts[id(work)]
-            if id(work) in self._broken:
-                self._broken.discard(id(work))
-                self._withdraw(work)
+        del self._open_parts[work]
+        if work.is_over or work in self._broken or self._is_stopping:
+            self._broken.discard(work)
+            self._withdraw(work)
             self._hooks.over(work)
         elif work.ended_count and not work.dirty_since_us:
             self._hooks.dirty(work)
@@ -274,16 +341,17 @@ class Crew:
     async def _launch(self, child: _Child) -> None:
         ours, theirs = socket.socketpair()
         directory = self._engine.live_directory or Path(self._directory.name if self._directory else "")
-        child.marks_path = directory / f"{self._broker.session_id}.{child.number}-{self._next_slice_id}"
+        child.marks_path = directory / self._marks_name(child)
         with theirs:
             child.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "headrace.runtime.child", str(theirs.fileno()), pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.DEVNULL, start_new_session=True,  # a Ctrl-C is for the parent alone
             )  # fmt: skip
         reader, child.writer = await asyncio.open_connection(sock=ours)
         targets = [(name, self._registry.get(name).target) for name in self._names]
         begin = Begin(
             tasks=[(name, target.module, target.file, target.attribute) for name, target in targets],
+            options={name: self._registry.get(name).options for name in self._names},
             paths=sys.path,
             concurrency=self._per_child,
             inline_sync=self._alone_each,
@@ -294,13 +362,19 @@ class Crew:
         )
         child.writer.write(framed(begin))
         child.reader = reader
-        answer = await asyncio.wait_for(_next_message(reader), START_TIMEOUT_S)
-        if isinstance(answer, Broken) or answer is None:
-            self._kill(child)
-            reason = answer.reason if isinstance(answer, Broken) else "it ended while it started"
+        answer: Ended | Ready | Broken | None = None
+        reason = "it ended while it started"
+        try:
+            answer = await asyncio.wait_for(_next_message(reader), START_TIMEOUT_S)
+        except TimeoutError:
+            reason = f"it did not start within {START_TIMEOUT_S:.0f} s"
+        finally:
+            if not isinstance(answer, Ready):
+                self._kill(child)
+        if not isinstance(answer, Ready):
+            reason = answer.reason if isinstance(answer, Broken) else reason
             raise InvalidSetting(f"a child process can't run these tasks: {reason}", hint="import the module by hand")
-        assert isinstance(answer, Ready)
-        child.is_ready, child.is_alone, child.overdue = True, False, False
+        child.is_ready, child.is_alone = True, False
 
     async def _keep(self, child: _Child) -> None:
         """Read a child's answers; when it dies, say what it had begun, and start another in its place."""
@@ -316,7 +390,7 @@ class Crew:
                 failures_count += 1
                 try:
                     await self._launch(child)
-                except (InvalidSetting, OSError, TimeoutError) as error:
+                except (HeadraceError, OSError) as error:
                     LOG.error("a child process could not be started", error=str(error))
                 else:
                     break
@@ -329,9 +403,11 @@ class Crew:
         child.is_ready = False
         if child.writer is not None:
             child.writer.close()
-        code = await child.process.wait()
-        evidence = _how(code, child.process.pid)
-        begun = read(child.marks_path)
+        self._kill(child)  # what closed its end of the wire is of no more use
+        evidence = _how(await child.process.wait(), child.process.pid)
+        has_evidence = child.marks_path.exists()
+        begun, deadline_us = read(child.marks_path), read_deadline(child.marks_path)
+        is_overdue = bool(deadline_us) and monotonic() * 1_000_000 > deadline_us
         remove([child.marks_path])
         if child.parts:
             LOG.warning("a child process died", evidence=evidence, slices=len(child.parts))
@@ -339,7 +415,9 @@ class Crew:
             work = part.work
             own = {work.places[number]: number for number in part.numbers if not work.codes[number]}
             suspects = [place for place in begun.get((work.lease.span_id, work.lease.token), ()) if place in own]
-            if child.overdue:
+            if not has_evidence and work.lease.at_most_once:
+                suspects = list(own)
+            if is_overdue:
                 for place in suspects:
                     self._time_out(work, own[place])
                 self._account(child, len(suspects))
@@ -347,8 +425,8 @@ class Crew:
                 work.suspects += suspects
                 work.evidence = evidence
             if not work.is_over:
-                self._broken.add(id(work))
-            self._close_part(child, slice_id)
+                self._broken.add(work)
+            self._close_part(child, slice_id, suspects)
 
     def _time_out(self, work: Work, number: int) -> None:
         """A run that did not hear its timeout: its process was killed, which is no crash of the run's making."""
@@ -368,24 +446,27 @@ class Crew:
             for child in self._children:
                 deadline_us = read_deadline(child.marks_path) if child.parts else 0
                 if deadline_us and monotonic() * 1_000_000 > deadline_us + KILL_AFTER_S * 1_000_000:
-                    child.overdue = True
                     self._kill(child)
 
     @staticmethod
     def _kill(child: _Child) -> None:
         if child.process is not None and child.process.returncode is None:
-            child.process.kill()
+            with suppress(ProcessLookupError):  # it was faster
+                child.process.kill()
 
 
 async def _next_message(reader: asyncio.StreamReader) -> Ended | Ready | Broken | None:
     try:
         (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-        return from_child.decode(await reader.readexactly(size))
+        message: Ended | Ready | Broken = from_child.decode(await reader.readexactly(size))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
+    return message
 
 
 def _how(code: int, pid: int) -> str:
     if code < 0:
-        return f"process {pid} was ended by {signal.Signals(-code).name}"
+        known = signal.Signals.__members__.values()
+        name = next((one.name for one in known if one == -code), f"signal {-code}")
+        return f"process {pid} was ended by {name}"
     return f"process {pid} ended by itself with exit code {code}"

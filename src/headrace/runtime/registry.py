@@ -10,7 +10,9 @@ application/msgpack      `{args, kwargs}`
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -83,8 +85,19 @@ class TaskSpec:
     @property
     def target(self) -> Target:
         """Where another process finds this task."""
-        module = inspect.getmodule(self.function)
-        return Target(self.function.__module__, getattr(module, "__file__", "") or "", self.function.__qualname__)
+        module = sys.modules.get(self.function.__module__)
+        spec = getattr(module, "__spec__", None) if self.function.__module__ == "__main__" else None
+        name = spec.name if spec is not None else self.function.__module__  # `python -m package.module`
+        return Target(name, getattr(module, "__file__", "") or "", self.function.__qualname__)
+
+    @property
+    def options(self) -> str:
+        """What another process must find with the task, in words that two processes write the same way."""
+        classes = [[one.__qualname__ for one in found] for found in (self.retry.retry_on, self.retry.give_up_on)]
+        retry = dataclasses.replace(self.retry, retry_on=(), give_up_on=())
+        return (
+            f"timeout_s={self.timeout_s}, at_most_once={self.at_most_once}, {retry}, on={classes[0]}, not={classes[1]}"
+        )
 
 
 class Registry:

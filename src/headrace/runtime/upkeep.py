@@ -47,6 +47,8 @@ class Upkeep:
                 await duty()
             except HeadraceError as error:
                 LOG.warning("upkeep could not do a duty", duty=name, error=str(error))
+            except Exception:
+                LOG.exception("upkeep broke in a duty", duty=name)
         self._rounds_count += 1
 
     async def recover(self) -> None:

@@ -12,24 +12,27 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from time import perf_counter
 from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 
 from headrace.core import run
-from headrace.core.failure import lost_once
 from headrace.foundation.errors import HeadraceError, SessionEnded
-from headrace.runtime.broker import Broker
+from headrace.runtime.broker import Broker, Update
 from headrace.runtime.engine import Engine
 from headrace.runtime.executor import Executor, Hooks
+from headrace.runtime.marks import SLOTS
 from headrace.runtime.processes import Crew
 from headrace.runtime.registry import Registry
+from headrace.runtime.stepping import CANCELLED, STOPPED
 from headrace.runtime.upkeep import Upkeep
-from headrace.runtime.work import Work
+from headrace.runtime.work import BEGUN, Work
 from headrace.store.protocol import Heartbeat, Release
 
 LOG: Any = structlog.get_logger("headrace.worker")
+SETTLEMENTS: Final = "headrace-settlements"
 AHEAD_S: Final = 0.1
 RATE_WINDOW_S: Final = 0.05
 RATE_WINDOW_MIN_S: Final = 0.002
@@ -84,7 +87,7 @@ class Worker:
         inline_sync: bool = False,
     ) -> None:
         self.engine = engine
-        self.broker = Broker(engine, kind=kind)
+        self.broker = Broker(engine, kind=kind, slots=max(SLOTS, 2 * concurrency))
         self.upkeep = Upkeep(engine, self.broker)
         self._registry = registry
         self._tasks = list(tasks) if tasks is not None else registry.names
@@ -106,7 +109,15 @@ class Worker:
         )
         self._crew: Crew | None = None
         if self._apart:
-            self._crew = Crew(engine, registry, self.broker, processes=processes, concurrency=concurrency, hooks=hooks)
+            self._crew = Crew(
+                engine,
+                registry,
+                self.broker,
+                names=sorted(self._apart),
+                processes=processes,
+                concurrency=concurrency,
+                hooks=hooks,
+            )
         self._outbox: deque[Work] = deque()
         self._dirty_works: dict[int, Work] = {}
         self._news = asyncio.Event()
@@ -114,8 +125,9 @@ class Worker:
         self._stopping = asyncio.Event()
         self._loops: list[asyncio.Task[None]] = []
         self._counts = {run.COMPLETED: 0, run.FAILED: 0, ord("r"): 0}
-        self._is_stopped = False
-        self._session_ended = False
+        self._is_draining = False
+        self._ending: asyncio.Task[None] | None = None
+        self._renewing = asyncio.Lock()
         self.broker.on_unwanted = self._unwanted
         self.broker.on_ended = self._session_lost
 
@@ -133,7 +145,8 @@ class Worker:
             if self._crew is not None:
                 await self._crew.start()
         except BaseException:
-            await self.broker.stop(deadline_s=0)
+            with suppress(HeadraceError):  # the first error says why
+                await self.broker.stop(deadline_s=0)
             raise
         groups: list[tuple[Runs, list[str]]] = [
             (self._here, [name for name in self._tasks if name not in self._apart]),
@@ -143,69 +156,80 @@ class Worker:
         for runs, names in groups:
             if names:
                 self._loops.append(asyncio.create_task(self._claim_loop(runs, names), name="headrace-claims"))
-        self._loops.append(asyncio.create_task(self._settle_loop(), name="headrace-settlements"))
+        self._loops.append(asyncio.create_task(self._settle_loop(), name=SETTLEMENTS))
         self._loops.append(asyncio.create_task(self.upkeep.run(), name="headrace-upkeep"))
 
     async def stop(self, *, now: bool = False) -> None:
         """End in good order: begin nothing, let what is under way end within the grace, settle, release, leave.
 
-        `now`: interrupt what is under way at once.
+        `now`: interrupt what is under way at once, also when an earlier call still waits for it. Raises
+        `UpdatesUnflushed` when the store took no more outcomes within the grace: those runs will run again.
         """
-        if self._is_stopped:
-            return
-        self._is_stopped = True
+        if self._ending is None:
+            grace_s = 0 if now else self.engine.limits.shutdown_grace_s
+            self._ending = asyncio.create_task(self._end(grace_s), name="headrace-stop")
+        elif now:
+            await asyncio.gather(*(runs.stop(grace_s=0) for runs in self._groups))
+        await asyncio.shield(self._ending)
+
+    @property
+    def _groups(self) -> list[Executor | Crew]:
+        return [self._here] if self._crew is None else [self._here, self._crew]
+
+    async def _end(self, grace_s: float) -> None:
         self._stopping.set()
         self._hungry.set()
-        claims = [loop for loop in self._loops if loop.get_name() != "headrace-settlements"]
+        claims = [loop for loop in self._loops if loop.get_name() != SETTLEMENTS]
         for loop in claims:
             loop.cancel()
         await asyncio.gather(*claims, return_exceptions=True)
-        grace_s = 0 if now else self.engine.limits.shutdown_grace_s
-        stops = [self._here.stop(grace_s=grace_s)]
-        if self._crew is not None:
-            stops.append(self._crew.stop(grace_s=grace_s))
-        await asyncio.gather(*stops)
-        for loop in self._loops:
-            loop.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
-        await self._hand_over_everything()
+        for runs in self._groups:  # what nobody has begun is free for others at once, not after the grace
+            for work in runs.take_unbegun():
+                if work.is_idle:
+                    self._over(work)
+        await asyncio.gather(*(runs.stop(grace_s=grace_s) for runs in self._groups))
+        self._is_draining = True
+        self._news.set()
+        drained = asyncio.Event()
+        draining = asyncio.create_task(self._drain())
+        draining.add_done_callback(lambda _: drained.set())
+        if not await self.engine.clock.wait_for(drained, self.engine.limits.shutdown_grace_s):
+            draining.cancel()  # the store takes nothing; the broker says so
+        await asyncio.gather(draining, return_exceptions=True)
         await self.broker.stop(deadline_s=self.engine.limits.shutdown_grace_s)
 
-    async def _hand_over_everything(self) -> None:
+    async def _drain(self) -> None:
         """Outcomes of all leases, then the leases themselves."""
+        await asyncio.gather(*self._loops, return_exceptions=True)
         for work in self.broker.held:
-            settlement = work.take_settlement()
-            if settlement is not None:
-                await self.broker.put(settlement)
-            if not work.is_over:
-                await self.broker.put(self._release_of(work))
-            self.broker.forget(work)
+            await self._hand_over(work)
 
     # -- claiming
 
     async def _claim_loop(self, runs: Runs, names: list[str]) -> None:
         pace = _Pace(runs, chunk_runs=self.engine.limits.chunk_runs_max)
         while not self._stopping.is_set():
-            wanted = pace.wanted()
-            if not wanted:
+            wanted = min(pace.wanted(), self.broker.room)
+            if wanted < 1:
                 self._hungry.clear()
-                if not pace.wanted():
+                if not pace.wanted() or self.broker.room < 1:
                     await self.engine.clock.wait_for(self._hungry, AHEAD_S)
                 continue
+            rings_count, session_id = self.engine.doorbell.rings_count, self.broker.session_id
             try:
                 works = await self.broker.claim(names, self._queues, wanted)
             except SessionEnded:
-                await self._start_anew()
+                await self._start_anew(session_id)
                 continue
-            except HeadraceError as error:
-                LOG.error("claiming failed", error=str(error))
+            except Exception as error:
+                LOG.error("claiming failed", error=str(error), exc_info=not isinstance(error, HeadraceError))
                 await self.engine.clock.sleep(1)
                 continue
             pace.claimed(sum(work.count for work in works))
             for work in works:
                 runs.submit(work)
             if not works:
-                await self.engine.doorbell.wait(self.engine.clock, await self._idle_s(names))
+                await self.engine.doorbell.wait(self.engine.clock, await self._idle_s(names), since=rings_count)
 
     async def _idle_s(self, names: list[str]) -> float:
         """How long to sleep without news: a poll interval, or until the next delayed run is due."""
@@ -218,19 +242,20 @@ class Worker:
             return poll_s
         return min(poll_s, max(0.001, (due_us - self.engine.clock.now_us()) / 1_000_000))
 
-    async def _start_anew(self) -> None:
+    async def _start_anew(self, session_id: str) -> None:
         """The session was ended by others: what is under way is theirs too; begin again as somebody new."""
-        if not self._session_ended:
-            self._session_lost()
-        self._session_ended = False
-        await self.broker.patiently(self.broker.restart)
+        async with self._renewing:
+            if self.broker.session_id == session_id:  # else the other loop that claims was first
+                self._session_lost()
+                await self.broker.patiently(self.broker.restart)
+                if self._crew is not None:
+                    self._crew.rename_marks()
 
     def _session_lost(self) -> None:
-        self._session_ended = True
         self._outbox.clear()
         self._dirty_works.clear()
         self._here.take_unbegun()
-        self._here.interrupt(lambda _work, _number: True, "stopped")
+        self._here.interrupt(lambda _work, _number: True, STOPPED)
         if self._crew is not None:
             self._crew.take_unbegun()
         self._hungry.set()
@@ -261,41 +286,43 @@ class Worker:
             now_us = self.engine.clock.now_us()
             due = [work for work in self._dirty_works.values() if work.dirty_since_us + interval_us <= now_us]
             for work in due:
-                del self._dirty_works[id(work)]
-                await self._hand_over_part(work)
+                self._dirty_works.pop(id(work), None)
+                await self._put_all(self._outcomes_of(work))
             self._hungry.set()
             if self._outbox:
                 continue
+            if self._is_draining:
+                return
             self._news.clear()
             oldest = min((work.dirty_since_us for work in self._dirty_works.values()), default=None)
             timeout_s = None if oldest is None else max(0.0, (oldest + interval_us - now_us) / 1_000_000)
             await self.engine.clock.wait_for(self._news, timeout_s)
 
     async def _hand_over(self, work: Work) -> None:
-        self._count(work)
-        settlement = work.take_settlement()
-        if settlement is not None:
-            await self.broker.put(settlement)
+        updates: list[Update] = self._outcomes_of(work)
         if not work.is_over:
-            await self.broker.put(self._release_of(work))
-        self.broker.forget(work)
+            updates.append(self._release_of(work))
+        await self.broker.end_lease(work, updates)
 
-    async def _hand_over_part(self, work: Work) -> None:
+    async def _put_all(self, updates: Sequence[Update]) -> None:
+        for update in updates:
+            await self.broker.put(update)
+
+    def _outcomes_of(self, work: Work) -> list[Update]:
         settlement = work.take_settlement()
-        if settlement is not None:
-            await self.broker.put(settlement)
+        if settlement is None:
+            return []
+        for code in self._counts:
+            self._counts[code] += settlement.codes.count(code)
+        return [settlement]
 
     def _release_of(self, work: Work) -> Release:
         lease = work.lease
-        if lease.at_most_once:  # what was handed out and did not end may have run: the store fails it, unrun goes back
-            begun = [work.places[n] for n in range(work.count) if work.marks[work.places[n]] == 1]
-            evidence = work.evidence or lost_once(attempts=lease.attempt, evidence="the worker stopped").message
+        if lease.at_most_once:  # what began and did not end may have done its work: the store fails it
+            begun = [work.places[n] for n in range(work.count) if work.marks[work.places[n]] == BEGUN]
+            evidence = work.evidence or "the worker stopped"
             return Release(span_id=lease.span_id, token=lease.token, suspects=tuple(begun), evidence=evidence)
         return Release(span_id=lease.span_id, token=lease.token, suspects=tuple(work.suspects), evidence=work.evidence)
-
-    def _count(self, work: Work) -> None:
-        for code in self._counts:
-            self._counts[code] += work.codes.count(code)
 
     def _unwanted(self, reply: Heartbeat) -> None:
         """Stop running what was cancelled."""
@@ -307,9 +334,9 @@ class Worker:
             lease = work.lease
             return lease.batch_id in stopped or (lease.batch_id, lease.indexes[number]) in single
 
-        self._here.interrupt(wanted, "cancelled")
+        self._here.interrupt(wanted, CANCELLED)
         if self._crew is not None:
-            self._crew.interrupt(wanted, "cancelled")
+            self._crew.interrupt(wanted, CANCELLED)
 
 
 class _Pace:

@@ -1,0 +1,130 @@
+"""Evidence that outlives its process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headrace.foundation.errors import StoreUnavailable
+from headrace.runtime.marks import ALL_PLACES, Marks, is_dead, merged, of_session, read, read_deadline, remove
+from headrace.runtime.work import BEGUN, ENDED, NOT_BEGUN
+
+WRITER = """
+import sys
+from pathlib import Path
+from headrace.runtime.marks import Marks
+marks = Marks(Path(sys.argv[1]), slot_runs=8)
+_, body = marks.take(7, 3, 5)
+body[0], body[1], body[4] = 2, 1, 1
+marks.set_deadline(99)
+print("marked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_marks_tell_what_had_begun_and_not_ended(tmp_path: Path) -> None:
+    marks = Marks(tmp_path / "own", slot_runs=8)
+    _, first = marks.take(1, 10, 4)
+    _, second = marks.take(2, 20, 8)
+    first[0], first[2], first[3] = BEGUN, ENDED, BEGUN
+    assert read(marks.path) == {(1, 10): (0, 3)}
+    second[7] = BEGUN
+    assert read(marks.path) == {(1, 10): (0, 3), (2, 20): (7,)}
+    first[0] = first[3] = NOT_BEGUN
+    assert read(marks.path) == {(2, 20): (7,)}
+    marks.close()
+    assert not marks.path.exists()
+
+
+def test_a_slot_is_used_again_and_starts_clean(tmp_path: Path) -> None:
+    marks = Marks(tmp_path / "own", slot_runs=8, slots=2)
+    slot, body = marks.take(1, 1, 8)
+    body[5] = BEGUN
+    assert marks.free_count == 1
+    marks.free(slot)
+    assert (marks.free_count, read(marks.path)) == (2, {})
+    again, body = marks.take(2, 2, 8)
+    assert again == slot
+    assert bytes(body) == bytes(8)
+    assert read(marks.path) == {}
+    marks.close()
+
+
+def test_a_span_too_long_for_a_slot_is_suspect_as_a_whole(tmp_path: Path) -> None:
+    marks = Marks(tmp_path / "own", slot_runs=8)
+    slot, body = marks.take(1, 1, 9)
+    assert len(body) == 9
+    assert read(marks.path) == {(1, 1): ALL_PLACES}
+    marks.free(slot)
+    assert read(marks.path) == {}
+    marks.close()
+
+
+def test_two_slots_of_one_lease_are_one_suspicion(tmp_path: Path) -> None:
+    marks = Marks(tmp_path / "own", slot_runs=8)
+    for place in (1, 4):
+        _, body = marks.take(1, 1, 8)
+        body[place] = BEGUN
+    assert read(marks.path) == {(1, 1): (1, 4)}
+    marks.close()
+
+
+def test_locked_is_alive_and_unlocked_is_dead(tmp_path: Path) -> None:
+    marks = Marks(tmp_path / "own", slot_runs=8)
+    assert is_dead(marks.path) is False
+    with pytest.raises(StoreUnavailable):
+        Marks(marks.path, slot_runs=8)
+    _, body = marks.take(1, 1, 1)
+    body[0] = BEGUN
+    marks.close(keep=True)  # though a run still holds its part of the map
+    assert is_dead(marks.path) is True
+    assert read(marks.path) == {(1, 1): (0,)}
+    remove([marks.path])
+    assert is_dead(marks.path) is None
+
+
+def test_evidence_survives_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "live" / "session_1"
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as it:
+        assert it.stdout is not None
+        assert it.stdout.readline() == b"marked\n"
+        assert is_dead(path) is False
+        it.send_signal(signal.SIGKILL)
+        it.wait()
+    assert is_dead(path) is True
+    assert read(path) == {(7, 3): (1, 4)}
+    assert read_deadline(path) == 99
+
+
+@pytest.mark.parametrize("content", [b"", b"HR", b"x" * 100, b"HRMARK01" + b"\xff" * 16, b"HRMARK01" + b"\0" * 60])
+def test_an_unreadable_file_suspects_nobody(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "own"
+    path.write_bytes(content)
+    assert read(path) == {}
+    assert read(tmp_path / "none") == {}
+    assert read_deadline(tmp_path / "none") == 0
+
+
+def test_children_are_merged_into_their_session(tmp_path: Path) -> None:
+    made = []
+    for name, place in (("session_a", 0), ("session_a.0-1", 2), ("session_a.1-2", 5), ("session_ab", 7)):
+        marks = Marks(tmp_path / name, slot_runs=8)
+        _, body = marks.take(1, 1, 8)
+        body[place] = BEGUN
+        made.append(marks)
+    assert merged(of_session(tmp_path, "session_a")) == {(1, 1): (0, 2, 5)}
+    for marks in made:
+        marks.close()
+    assert merged(of_session(tmp_path, "session_a")) == {}
+
+
+def test_a_directory_that_can_not_be_written_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreUnavailable, match="can't be made"):
+        Marks(tmp_path / "file" / "own", slot_runs=8)

@@ -1,0 +1,515 @@
+"""Claim, run, settle: a worker from end to end, on each store."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.core.retry import Retry
+from headrace.foundation.errors import StoreUnavailable
+from headrace.runtime import worker as room
+from headrace.runtime.clock import ManualClock
+from headrace.runtime.context import Context
+from headrace.runtime.flusher import UpdatesUnflushed
+from headrace.runtime.worker import Worker
+from headrace.store.protocol import Suspects
+from tests.runtime.engines import Faulty, app_on, on_each_store, opened
+
+pytestmark = on_each_store
+
+
+async def outputs(batch: Any) -> list[Any]:
+    return [outcome.output if outcome.ok else outcome.failure.type async for outcome in batch.results()]
+
+
+async def states(app: Any, batch: Any) -> list[str]:
+    engine = await app.open()
+    return [view.state for view in await engine.store.runs("default", batch_id=batch.id, limit=10_000)]
+
+
+async def test_a_batch_runs_to_its_end_and_its_results_come_in_order(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task
+        async def double(item: int) -> int:
+            if item % 3 == 0:
+                await asyncio.sleep(0)
+            return item * 2
+
+        @app.task
+        def shout(word: str, times: int = 1) -> str:
+            return word.upper() * times
+
+        async with app.worker() as worker:
+            numbers = await double.map(range(1_000))
+            words = await shout.map([{"word": "a", "times": 2}, ["b"], {"word": "c"}])
+            assert await outputs(numbers) == [2 * item for item in range(1_000)]
+            assert await outputs(words) == ["AA", "B", "C"]
+            summary = await numbers.wait()
+            assert (summary.state, summary.ledger.completed, summary.is_finished) == ("completed", 1_000, True)
+        assert worker.stats == (1_003, 0, 0, 0)
+        assert await engine.store.sessions() == []
+
+
+async def test_bad_items_fail_alone_and_failures_are_kept(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task
+        async def halve(item: int) -> int:
+            if item % 2:
+                raise ValueError(f"{item} is odd")
+            return item // 2
+
+        batch = await halve.map([0, "x", 3, 4, "\ud800"])
+        async with app.worker() as worker:
+            assert await outputs(batch) == [0, "InvalidPayload", "ValueError", 2, "InvalidPayload"]
+            run = await halve.enqueue(7)
+            with pytest.raises(Exception, match="ValueError: 7 is odd"):
+                await run.result()
+        assert worker.stats[:2] == (2, 2)
+
+
+async def test_results_are_read_while_the_batch_runs(kind: str, tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    async with opened(kind, tmp_path, flush_interval_ms=1) as engine, app_on(engine) as app:
+
+        @app.task
+        async def last_waits(item: int) -> int:
+            if item == 9:
+                await gate.wait()
+            return item
+
+        async with app.worker():
+            batch = await last_waits.map(range(10))
+            seen = []
+            async for outcome in batch.results():
+                seen.append(outcome.index)
+                if outcome.index == 8:
+                    gate.set()  # only now: nine outcomes of one lease came before its tenth
+            assert seen == list(range(10))
+
+
+async def test_several_workers_share_a_batch_and_nothing_runs_twice(kind: str, tmp_path: Path) -> None:
+    ran: list[int] = []
+    async with opened(kind, tmp_path, poll_interval_ms=5) as engine, app_on(engine) as app:
+
+        @app.task
+        async def notes(item: int) -> None:
+            ran.append(item)
+            await asyncio.sleep(0)
+
+        async with app.worker(concurrency=3), app.worker(concurrency=5):
+            batch = await notes.map(range(500))
+            await batch.wait()
+        assert sorted(ran) == list(range(500))
+
+
+async def test_options_of_a_call_are_kept_to(kind: str, tmp_path: Path) -> None:
+    order: list[int] = []
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task(queue="usual", priority=5)
+        async def notes(item: int, context: Context | None = None) -> None:
+            order.append(item)
+            assert context is not None
+            assert context.headers.get("n") == str(item)
+            assert context.queue == ("other" if item == 3 else "usual")
+
+        runs = []
+        for item, priority in ((1, 1), (2, None), (3, 9), (4, 5)):
+            queue = "other" if item == 3 else None
+            call = notes.options(priority=priority, headers={"n": str(item)}, queue=queue, tags=["t", f"t{item}"])
+            runs.append(await call.enqueue(item))
+        async with app.worker(concurrency=1):
+            for run in runs:
+                await run.result()
+        assert order == [3, 2, 4, 1]
+        tagged = await engine.store.runs("default", tag="t2")
+        assert [view.index for view in tagged] == [runs[1].index]
+
+
+async def test_a_worker_takes_only_its_tasks_and_queues(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task
+        async def mine(item: int) -> int:
+            return item
+
+        @app.task
+        async def other(item: int) -> int:
+            return item
+
+        batches = [await mine.map([1]), await other.map([2]), await mine.options(queue="slow").map([3])]
+        async with app.worker(tasks=["mine"], queues=["default"]):
+            await batches[0].wait()
+        assert [(await batch.summary()).ledger.completed for batch in batches] == [1, 0, 0]
+        async with app.worker():
+            for batch in batches:
+                await batch.wait()
+
+
+async def test_a_paused_queue_hands_nothing_out(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path, poll_interval_ms=5) as engine, app_on(engine) as app:
+
+        @app.task
+        async def task(item: int) -> int:
+            return item
+
+        await engine.store.pause_queue("default", "paused", paused=True)
+        held, free = await task.options(queue="paused").map([1]), await task.map([2])
+        async with app.worker():
+            await free.wait()
+            assert await states(app, held) == ["waiting"]
+            await engine.store.pause_queue("default", "paused", paused=False)
+            await held.wait()
+
+
+async def test_a_failed_attempt_is_tried_again(kind: str, tmp_path: Path) -> None:
+    attempts: dict[int, list[int]] = {}
+    async with opened(kind, tmp_path, poll_interval_ms=5) as engine, app_on(engine) as app:
+
+        @app.task(retry=Retry(attempts=3, delay_s=0))
+        async def flaky(item: int, context: Context) -> int:
+            attempts.setdefault(item, []).append(context.attempt)
+            if context.attempt <= item:
+                raise ValueError("not yet")
+            return item
+
+        batch = await flaky.map(range(5))
+        async with app.worker() as worker:
+            assert await outputs(batch) == [0, 1, 2, "ValueError", "ValueError"]
+        assert attempts == {0: [1], 1: [1, 2], 2: [1, 2, 3], 3: [1, 2, 3], 4: [1, 2, 3]}
+        assert worker.stats[:3] == (3, 2, 7)
+        view = await engine.store.run(batch.id, 3)
+        assert (view.state, view.attempt, len(view.attempts)) == ("failed", 3, 3)
+
+
+async def test_large_payloads_and_results_pass_through_the_object_store(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path, inline_bytes_max=1_000) as engine, app_on(engine) as app:
+
+        @app.task
+        async def echo(item: str) -> str:
+            return item
+
+        items = ["x" * size for size in (10, 2_000, 997, 998, 3_000_000)]
+        async with app.worker():
+            batch = await echo.map(items)
+            assert await outputs(batch) == items
+            assert await (await echo.enqueue("y" * 5_000)).result() == "y" * 5_000
+        kept = [stored async for stored in engine.payloads.list()]
+        assert len(kept) == 4
+        assert await engine.store.unnamed([stored.key for stored in kept]) == []
+
+
+async def test_a_run_whose_payload_is_gone_fails_with_a_reason(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path, inline_bytes_max=1_000) as engine, app_on(engine) as app:
+
+        @app.task
+        async def size(item: str) -> int:
+            return len(item)
+
+        batch = await size.map(["x" * 2_000, "short"])
+        await engine.payloads.delete([stored.key async for stored in engine.payloads.list()])
+        async with app.worker():
+            found = [outcome async for outcome in batch.results()]
+        assert [outcome.ok for outcome in found] == [False, True]
+        assert found[0].failure is not None
+        assert found[0].failure.type == "OBJECT_MISSING"
+
+
+async def test_a_cancelled_batch_stops_what_runs_and_starts_no_more(kind: str, tmp_path: Path) -> None:
+    begun: list[int] = []
+    heard: list[int] = []
+    all_begun = asyncio.Event()
+    async with opened(kind, tmp_path, heartbeat_ms=10, session_timeout_ms=60_000) as engine, app_on(engine) as app:
+
+        @app.task
+        async def waits(item: int, context: Context) -> None:
+            begun.append(item)
+            if len(begun) == 4:
+                all_begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                assert context.cancelled
+                heard.append(item)
+
+        batch = await waits.map(range(20))
+        async with app.worker(concurrency=4):
+            await all_begun.wait()
+            await batch.cancel()
+            summary = await batch.wait()
+        assert sorted(heard) == sorted(begun)
+        assert len(begun) == 4
+        assert (summary.state, summary.ledger.cancelled) == ("cancelled", 20)
+
+
+async def test_a_cancelled_run_stops_and_its_batch_goes_on(kind: str, tmp_path: Path) -> None:
+    gate, begun = asyncio.Event(), asyncio.Event()
+    async with opened(kind, tmp_path, heartbeat_ms=10, session_timeout_ms=60_000) as engine, app_on(engine) as app:
+
+        @app.task
+        async def waits(item: int) -> int:
+            begun.set()
+            await (asyncio.Event() if item == 1 else gate).wait()
+            return item
+
+        batch = await waits.map(range(3))
+        async with app.worker():
+            await begun.wait()
+            run = await app.run(f"run_{batch.id.removeprefix('batch_')}_1")
+            assert await run.cancel()
+            with pytest.raises(Exception, match="cancelled"):
+                await run.result()
+            gate.set()
+            summary = await batch.wait()
+        assert (summary.ledger.completed, summary.ledger.cancelled) == (2, 1)
+        assert not await run.cancel()
+
+
+# -- stopping
+
+
+async def test_a_graceful_stop_gives_back_what_had_not_begun_and_settles_the_rest(kind: str, tmp_path: Path) -> None:
+    gate, begun = asyncio.Event(), asyncio.Event()
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task
+        async def waits(item: int) -> int:
+            begun.set()
+            await gate.wait()
+            return item
+
+        batch = await waits.map(range(100))
+        worker = Worker(engine, app.registry, concurrency=3)
+        await worker.start()
+        await begun.wait()
+        stopping = asyncio.create_task(worker.stop())
+        gate.set()
+        await stopping
+        found = await states(app, batch)
+        assert (found.count("completed"), found.count("waiting")) == (3, 97)
+        views = [await engine.store.run(batch.id, index) for index in range(100)]
+        assert {(view.attempt, view.crashes_count) for view in views} == {(1, 0)}
+        assert await engine.store.sessions() == []
+        await worker.stop()
+
+
+async def test_a_second_stop_interrupts_and_gives_back_uncharged(kind: str, tmp_path: Path) -> None:
+    begun = asyncio.Event()
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task
+        async def waits(item: int) -> int:
+            begun.set()
+            await asyncio.Event().wait()
+            return item
+
+        batch = await waits.map(range(3))
+        worker = Worker(engine, app.registry, concurrency=2)
+        await worker.start()
+        await begun.wait()
+        first = asyncio.create_task(worker.stop())
+        await asyncio.sleep(0)
+        await worker.stop(now=True)
+        await first
+        assert await states(app, batch) == ["waiting"] * 3
+        views = [await engine.store.run(batch.id, index) for index in range(3)]
+        assert {(view.attempt, view.crashes_count) for view in views} == {(1, 0)}
+
+
+async def test_a_stop_during_a_claim_gives_the_claim_back(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task
+        async def task(item: int) -> int:
+            return item
+
+        batch = await task.map(range(10))
+        store = Faulty(engine.store)
+        store.after["claim"] = [StoreUnavailable("the answer is lost")] * 100
+        worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
+        claimed = asyncio.Event()
+        store.watch["claim"] = claimed.set
+        await worker.start()
+        await claimed.wait()
+        await worker.stop()
+        assert await states(app, batch) == ["waiting"] * 10
+
+
+async def test_a_stop_while_the_store_is_away_says_what_stayed(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path, shutdown_grace_s=0) as engine, app_on(engine) as app:
+
+        @app.task
+        async def task(item: int) -> int:
+            return item
+
+        batch = await task.map(range(10))
+        store = Faulty(engine.store)
+        store.before["settle"] = [StoreUnavailable("away")] * 1_000
+        worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
+        await worker.start()
+        while "settle" not in store.calls:
+            await asyncio.sleep(0)
+        with pytest.raises(UpdatesUnflushed):
+            await worker.stop()
+        sessions = [session for session in await engine.store.sessions() if session.kind == "worker"]
+        now_us = engine.clock.now_us()
+        for session in sessions:
+            nobody = Suspects(places={}, evidence="")
+            await engine.store.recover(session.id, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
+        async with app.worker():
+            assert await outputs(batch) == list(range(10))
+
+
+async def test_an_at_most_once_run_never_runs_twice(kind: str, tmp_path: Path) -> None:
+    ran: list[int] = []
+    begun = asyncio.Event()
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task(at_most_once=True, retry=Retry(attempts=3, delay_s=0))
+        async def once(item: int) -> int:
+            ran.append(item)
+            if item == 1:
+                raise ValueError("no second try")
+            if item == 2:
+                begun.set()
+                await asyncio.Event().wait()
+            return item
+
+        batch = await once.map(range(4))
+        worker = Worker(engine, app.registry, concurrency=1)
+        await worker.start()
+        await begun.wait()
+        await worker.stop(now=True)
+        assert ran == [0, 1, 2]
+        async with app.worker():
+            assert await outputs(batch) == [0, "ValueError", "WorkerStopped", 3]
+        assert ran == [0, 1, 2, 3]
+
+
+# -- sessions and faults
+
+
+async def test_r3_a_worker_whose_session_was_ended_goes_on_under_a_new_one(kind: str, tmp_path: Path) -> None:
+    begun: list[int] = []
+    first_begun, gate = asyncio.Event(), asyncio.Event()
+    async with opened(kind, tmp_path, heartbeat_ms=10, session_timeout_ms=60_000) as engine, app_on(engine) as app:
+
+        @app.task
+        async def waits(item: int) -> int:
+            begun.append(item)
+            first_begun.set()
+            await gate.wait()
+            return item
+
+        async with app.worker(concurrency=2) as worker:
+            batch = await waits.map(range(6))
+            await first_begun.wait()
+            old = worker.broker.session_id
+            nobody, now_us = Suspects(places={}, evidence=""), engine.clock.now_us() + 1_000_000
+            await engine.store.recover(old, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
+            gate.set()
+            assert await outputs(batch) == list(range(6))
+            assert worker.broker.session_id != old
+        assert len({view.attempt for view in [await engine.store.run(batch.id, index) for index in range(6)]}) == 1
+
+
+async def test_a_worker_outlives_a_store_that_is_away(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path, poll_interval_ms=5) as engine, app_on(engine) as app:
+
+        @app.task
+        async def task(item: int) -> int:
+            return item
+
+        store = Faulty(engine.store)
+        away = StoreUnavailable("away")
+        for verb in ("claim", "settle", "release", "heartbeat", "next_due_us", "sweep"):
+            store.before[verb] = [away, away]
+            store.after[verb] = [away]
+        worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
+        await worker.start()
+        batch = await task.map(range(100))
+        assert await outputs(batch) == list(range(100))
+        await worker.stop()
+
+
+async def test_a_claim_loop_outlives_an_error_nobody_foresaw(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened(kind, tmp_path, clock=clock) as engine, app_on(engine) as app:
+
+        @app.task
+        async def task(item: int) -> int:
+            return item
+
+        store = Faulty(engine.store)
+        store.before["claim"] = [RuntimeError("odd")]
+        worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
+        await worker.start()
+        batch = await task.map(range(3))
+        while not (await batch.summary()).is_finished:
+            await clock.advance_async(1)
+        await worker.stop()
+
+
+async def test_a_worker_on_a_store_that_is_away_does_not_start(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+        store = Faulty(engine.store)
+        store.before["sessions"] = [StoreUnavailable("away")]
+        worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
+        with pytest.raises(StoreUnavailable):
+            await worker.start()
+        assert await engine.store.sessions() == []
+        await worker.stop()
+
+
+async def test_threads_of_plain_functions_run_side_by_side(kind: str, tmp_path: Path) -> None:
+    together = threading.Barrier(4, timeout=60)
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task
+        def meets(item: int) -> int:
+            together.wait()
+            return item
+
+        async with app.worker(concurrency=4):
+            assert await outputs(await meets.map(range(8))) == list(range(8))
+
+
+# -- pace
+
+
+def test_r19_claims_start_small_and_double(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(room, "perf_counter", lambda: now_s)
+
+    class Runs:
+        concurrency, unbegun_count, in_flight_count, ended_count = 100, 0, 0, 0
+
+    runs: Any = Runs()
+    pace = room._Pace(runs, chunk_runs=256)
+    claims = []
+    for _ in range(14):
+        wanted = pace.wanted()
+        claims.append(wanted)
+        pace.claimed(wanted)
+        now_s += 0.06
+        runs.ended_count += 60_000  # a million a second: 100,000 in 100 ms, far more than a claim ever holds
+    assert claims[0] == 100
+    assert all(before <= after <= 2 * before + 512 for before, after in pairwise(claims)), claims
+    assert claims[-1] == room.CLAIM_RUNS
+    assert [claim for claim in claims if claim > 1_000 and claim % 256] == []
+
+    slow = room._Pace(runs, chunk_runs=256)  # ten runs a second: nothing is claimed ahead
+    for _ in range(10):
+        wanted = slow.wanted()
+        slow.claimed(wanted)
+        assert wanted <= runs.concurrency + 1
+        now_s += 10
+        runs.ended_count += 100

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections import Counter
 
 import pytest
 
@@ -732,3 +733,16 @@ async def test_a_closed_store_says_so(world: World) -> None:
         await world.store.sessions()
     await world.store.open()
     assert await world.store.check()
+
+
+async def test_a_queue_that_was_never_used_does_not_starve_one_that_was(world: World) -> None:
+    old = await world.batch()
+    await world.append(old, range(3_000), key=lambda _: Key("task", queue="old"))
+    session_id = await world.session()
+    taken = await world.claim(session_id, 1_000)
+    assert indexes_of(taken) == list(range(1_000))
+    new = await world.batch()
+    await world.append(new, range(2_000), key=lambda _: Key("task", queue="new"))
+    shared = await world.claim(session_id, 1_024)
+    counts = Counter(lease.queue for lease in shared for _ in lease.places)
+    assert abs(counts["old"] - counts["new"]) <= 256, "within a chunk, both have the same share"

@@ -54,11 +54,11 @@ def _covered(chunk: Chunk, positions: bytes | None) -> Sequence[int]:
 
 
 def with_lanes(tables: Tables, batch: Batch, chunk: Chunk) -> Batch:
-    """Make queues known, and note the clock each shows when the batch first meets it."""
+    """Make queues known, and note what time it is when the batch first meets each."""
     bases = dict(batch.order_bases)
     for key in chunk.spans:
-        queue = tables.queues.setdefault((batch.environment, key.queue), Queue())
-        bases.setdefault(key.queue, queue.clock)
+        tables.queues.setdefault((batch.environment, key.queue), Queue())
+        bases.setdefault(key.queue, environment_clock(tables, batch.environment))
     return msgspec.structs.replace(batch, order_bases=bases)
 
 
@@ -100,7 +100,7 @@ def insert(tables: Tables, batch: Batch, chunk: Chunk, now_us: int) -> int:
 def _new_span(
     tables: Tables, batch: Batch, block_id: int, chunk: Chunk, key: Key, own: list[int], state: int, stands: str
 ) -> Span:
-    clock = tables.queues[batch.environment, key.queue].clock
+    clock = environment_clock(tables, batch.environment)
     return Span(
         **key._asdict(),
         block_id=block_id,
@@ -134,6 +134,11 @@ def by_block(tables: Tables, batch: Batch, indexes: Collection[int]) -> dict[int
         block_id, position = reading.locate(tables, batch, index)
         found.setdefault(block_id, {})[position] = index
     return found
+
+
+def environment_clock(tables: Tables, environment: str) -> int:
+    """The furthest clock of an environment's queues: what time it is for new runs."""
+    return max((queue.clock for (own, _), queue in tables.queues.items() if own == environment), default=0)
 
 
 def clock(tables: Tables, span: Span) -> int:

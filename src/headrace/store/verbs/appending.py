@@ -325,14 +325,15 @@ def _positions(chunk: Chunk, positions: bytes | None) -> Sequence[int]:
 
 
 def _keep_lanes(batch: Batch, chunks: Sequence[Chunk]) -> Script[None]:
-    """Make queues and lanes known, and note the clock each queue shows when the batch first meets it."""
+    """Make queues and lanes known, and note what time it is when the batch first meets each queue."""
     lanes = sorted({(key.queue, key.task) for chunk in chunks for key in chunk.spans})
     new_queues = {queue for queue, _ in lanes} - batch.order_bases.keys()
     for queue in sorted(new_queues):
         yield from fetch("know_queue", environment=batch.environment, name=queue)
     yield from fetch("know_lanes", environment=batch.environment, rows=as_json(lanes))
     if new_queues:
-        batch.order_bases = batch.order_bases | (yield from clocks(batch.environment, new_queues))
+        (clock,) = yield from fetch_first("environment_clock", environment=batch.environment)
+        batch.order_bases = batch.order_bases | dict.fromkeys(new_queues, int(clock))
 
 
 def clocks(environment: str, queues: set[str]) -> Script[dict[str, int]]:
@@ -344,7 +345,7 @@ def clocks(environment: str, queues: set[str]) -> Script[dict[str, int]]:
 
 def _insert(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[int]:
     """Insert blocks, their spans, and rows for what only some runs have; answers how many were born failed."""
-    now_clocks = yield from clocks(batch.environment, {key.queue for chunk in chunks for key in chunk.spans})
+    (clock,) = yield from fetch_first("environment_clock", environment=batch.environment)
     spans: list[Span] = []
     parts: list[tuple[Span, list[int], list[bytes]]] = []
     first_block_id, _ = yield from take_ids(blocks_count=len(chunks))
@@ -363,7 +364,6 @@ def _insert(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[int]:
         )
         failures = {position: extra.failure for position, extra in chunk.extras.items() if extra.failure}
         for key, positions in chunk.spans.items():
-            clock = now_clocks[key.queue]
             alive, dead = _new_spans(batch, block_id, chunk, key, positions, failures, clock, now_us)
             spans += [span for span in (alive, dead) if span is not None]
             if dead is not None:

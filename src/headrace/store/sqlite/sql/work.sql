@@ -64,6 +64,9 @@ SELECT batch_id, run_index FROM cancellation WHERE batch_id IN (SELECT value FRO
 -- clocks: the clocks of an environment's queues
 SELECT name, clock FROM queue WHERE environment = :environment AND name IN (SELECT value FROM json_each(:names));
 
+-- environment_clock: the furthest clock of an environment's queues: what time it is for new runs
+SELECT coalesce(max(clock), 0) FROM queue WHERE environment = :environment;
+
 -- unsettled_spans_of_batch: spans of a batch in one state, bounded
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,

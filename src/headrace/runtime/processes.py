@@ -28,6 +28,7 @@ from headrace.core.failure import Failure
 from headrace.core.retry import retry_at_us
 from headrace.core.span import RETRY
 from headrace.foundation.errors import HeadraceError, InvalidSetting
+from headrace.foundation.limits import TABLE
 from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
 from headrace.runtime.executor import SUSPECT_CRASHES, Hooks
@@ -358,7 +359,7 @@ class Crew:
             payloads_url=self._engine.payloads.url,
             environment=self._engine.environment,
             marks_path=str(child.marks_path),
-            limits=asdict(self._engine.limits),
+            limits=self._limits_of_child(),
         )
         child.writer.write(framed(begin))
         child.reader = reader
@@ -375,6 +376,14 @@ class Crew:
             reason = answer.reason if isinstance(answer, Broken) else reason
             raise InvalidSetting(f"a child process can't run these tasks: {reason}", hint="import the module by hand")
         child.is_ready, child.is_alone = True, False
+
+    def _limits_of_child(self) -> dict[str, int]:
+        """Objects in this process's memory are out of a child's reach: there, results stay inline."""
+        limits = asdict(self._engine.limits)
+        if self._engine.payloads.url.startswith("memory:"):
+            most = TABLE["inline_bytes_max"].most
+            limits |= {"inline_bytes_max": most, "chunk_bytes_max": most}
+        return limits
 
     async def _keep(self, child: _Child) -> None:
         """Read a child's answers; when it dies, say what it had begun, and start another in its place."""

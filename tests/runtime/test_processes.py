@@ -1,0 +1,302 @@
+"""Child processes: what they run, and what is left of it when they die."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.app import Headrace
+from headrace.foundation.errors import InvalidSetting
+from headrace.foundation.limits import DEFAULT
+from headrace.runtime.clock import SystemClock
+from headrace.runtime.engine import Engine
+from headrace.runtime.registry import TaskSpec
+from headrace.runtime.worker import Worker
+from tests.runtime import crew_tasks
+from tests.runtime.engines import on_each_store, opened
+
+ROOT = Path(__file__).parents[2]
+
+
+@asynccontextmanager
+async def crew(engine: Engine, **options: Any):  # type: ignore[no-untyped-def]  # the decorator's own
+    """The app of `crew_tasks` on an engine, with a worker that is stopped at once in the end."""
+    app = crew_tasks.app
+    app.use_engine(engine)
+    known: dict[str, Any] = {"processes": 0, "concurrency": 4, "tasks": options.pop("tasks", None)}
+    worker = Worker(engine, app.registry, **(known | options))
+    await worker.start()
+    try:
+        yield worker
+    finally:
+        await worker.stop(now=True)
+        if app._producer is not None:
+            await app._producer.close()
+        app._producer = app._engine = None
+
+
+async def outputs(batch: Any) -> list[Any]:
+    return [outcome.output if outcome.ok else outcome.failure.type async for outcome in batch.results()]
+
+
+async def until_noted(path: Path, count: int) -> list[str]:
+    """Until a file has that many lines."""
+    clock = SystemClock()
+    while not path.exists() or path.read_text().count("\n") < count:
+        await clock.sleep(0.005)
+    return path.read_text().splitlines()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@on_each_store
+async def test_runs_are_spread_over_children_and_come_back_in_order(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path, inline_bytes_max=100_000) as engine, crew(engine):
+        assert await outputs(await crew_tasks.double.map(range(2_000))) == [2 * item for item in range(2_000)]
+        assert await outputs(await crew_tasks.async_double.map(range(300))) == [2 * item for item in range(300)]
+        pids = set(await outputs(await crew_tasks.pid.map(range(500))))
+        assert os.getpid() not in pids
+        assert await outputs(await crew_tasks.raises.map(range(5))) == [
+            0,
+            "SystemExit",
+            "KeyboardInterrupt",
+            "ValueError",
+            4,
+        ]
+        assert await outputs(await crew_tasks.renamed.map([0, 1])) == ["ValueError", 1]
+
+
+async def test_a_result_of_3_mb_comes_back_by_the_object_store(tmp_path: Path) -> None:
+    async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=["large"]):
+        (found,) = await outputs(await crew_tasks.large.map([3_000_000]))
+        assert len(found) == 3_000_000
+        assert await outputs(await crew_tasks.large.map([DEFAULT.inline_bytes_max - 3])) == [
+            "x" * (DEFAULT.inline_bytes_max - 3)
+        ]
+        assert len([stored async for stored in engine.payloads.list()]) == 1
+
+
+async def test_every_task_may_run_in_children(tmp_path: Path) -> None:
+    async with (
+        opened("sqlite", tmp_path) as engine,
+        crew(engine, processes=2, tasks=["in_a_thread_of_a_child", "renamed", "double"]),
+    ):
+        found = await outputs(await crew_tasks.in_a_thread_of_a_child.map(range(20)))
+        assert {attempt for _, attempt in found} == {2}
+        assert os.getpid() not in {pid for pid, _ in found}
+        batch = await crew_tasks.renamed.map([0, 1, 2])
+        assert await outputs(batch) == ["ValueError", 1, 2]
+        assert (await engine.store.run(batch.id, 0)).attempt == 3
+
+
+async def test_a_crash_charges_only_what_had_begun(tmp_path: Path) -> None:
+    side = tmp_path / "side"
+    async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=["killed_once", "double"], processes=1):
+        run = await crew_tasks.killed_once.enqueue(str(side))
+        others = await crew_tasks.double.map(range(256))
+        assert await outputs(others) == [2 * item for item in range(256)]
+        assert await run.result() == 1
+        view = await run.view()
+        assert (view.attempt, view.crashes_count) == (1, 1)
+        assert {(await engine.store.run(others.id, index)).crashes_count for index in range(256)} == {0}
+
+
+async def test_the_one_run_that_kills_is_found_and_the_others_complete(tmp_path: Path) -> None:
+    side = tmp_path / "side"
+    async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=["noted"], processes=2):
+        batch = await crew_tasks.noted.map([{"path": str(side), "item": item, "poison": 100} for item in range(256)])
+        found = await outputs(batch)
+        assert found == [item if item != 100 else "WorkerCrashed" for item in range(256)]
+        views = [await engine.store.run(batch.id, index) for index in range(256)]
+        assert {view.attempt for view in views} == {1}
+        ran = Counter(int(line) for line in side.read_text().split())
+        assert ran[100] == DEFAULT.crashes_max
+        for view in views:
+            if view.index != 100:
+                assert view.crashes_count <= 2
+                assert ran[view.index] <= 1 + DEFAULT.crashes_max * 2
+        (failed,) = [outcome async for outcome in batch.results() if not outcome.ok]
+        assert failed.failure is not None
+        assert "exit code 7" in failed.failure.message
+        assert failed.failure.crashes == DEFAULT.crashes_max
+
+
+async def test_an_at_most_once_run_that_kills_its_process_fails_and_no_other_runs_twice(tmp_path: Path) -> None:
+    side = tmp_path / "side"
+    async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=["noted_once"], processes=2):
+        items = [{"path": str(side), "item": item, "poison": 10} for item in range(40)]
+        found = await outputs(await crew_tasks.noted_once.map(items))
+        ran = Counter(int(line) for line in side.read_text().split())
+        assert set(ran.values()) == {1}
+        assert found[10] == "WorkerLost"
+        assert {one for one in found if isinstance(one, str)} == {"WorkerLost"}
+
+
+@pytest.mark.parametrize("task", ["stuck_in_c", "stuck_in_python", "stuck_in_a_coroutine"])
+async def test_a_run_that_does_not_hear_its_timeout_is_ended(task: str, tmp_path: Path) -> None:
+    async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=[task]):
+        batch = await getattr(crew_tasks, task).map([0, 1, 0])
+        assert await outputs(batch) == [0, "TimeoutError", 0]
+        views = [await engine.store.run(batch.id, index) for index in range(3)]
+        assert [(view.attempt, view.crashes_count) for view in views] == [(1, 0)] * 3
+
+
+@on_each_store
+async def test_a_cancelled_batch_stops_in_children(kind: str, tmp_path: Path) -> None:
+    side = tmp_path / "side"
+    async with (
+        opened(kind, tmp_path, heartbeat_ms=10, session_timeout_ms=60_000) as engine,
+        crew(engine, tasks=["waits"]),
+    ):
+        batch = await crew_tasks.waits.map([{"path": str(side), "item": item} for item in range(50)])
+        await until_noted(side, 1)
+        await batch.cancel()
+        summary = await batch.wait()
+        assert summary.ledger.cancelled == 50
+    lines = side.read_text().splitlines()
+    began = {line.split()[1] for line in lines if line.startswith("began")}
+    assert {line for line in lines if line.startswith("heard")} == {f"heard {item} True" for item in began}
+
+
+async def test_a_stop_interrupts_children_and_gives_back_uncharged(tmp_path: Path) -> None:
+    side = tmp_path / "side"
+    async with opened("sqlite", tmp_path) as engine:
+        async with crew(engine, tasks=["blocks", "waits"]):
+            batches = [
+                await task.map([{"path": str(side), "item": 1}]) for task in (crew_tasks.blocks, crew_tasks.waits)
+            ]
+            lines = await until_noted(side, 2)
+        for batch in batches:
+            view = await engine.store.run(batch.id, 0)
+            assert (view.state, view.attempt, view.crashes_count) == ("waiting", 1, 0)
+        (pid,) = [int(line.split()[1]) for line in lines if not line.startswith("began")]
+        assert not is_alive(pid)
+        assert list(tmp_path.glob("headrace.db.live/*")) == []
+
+
+async def test_a_task_that_a_child_can_not_find_is_refused_at_the_start(tmp_path: Path) -> None:
+    def local(item: int) -> int:
+        return item
+
+    app = Headrace("lost")
+    app.registry.add(TaskSpec("local", local, pool="process"))
+    async with opened("sqlite", tmp_path) as engine:
+        worker = Worker(engine, app.registry, concurrency=2)
+        with pytest.raises(InvalidSetting, match="made inside a function"):
+            await worker.start()
+        assert await engine.store.sessions() == []
+        assert list(tmp_path.glob("headrace.db.live/*")) == []
+
+
+async def test_a_task_with_other_options_in_the_child_is_refused_at_the_start(tmp_path: Path) -> None:
+    app = Headrace("other")
+    app.registry.add(TaskSpec("late", crew_tasks._plain, pool="process", timeout_s=5))
+    async with opened("sqlite", tmp_path) as engine:
+        with pytest.raises(InvalidSetting, match="other options"):
+            await Worker(engine, app.registry, concurrency=2).start()
+
+
+# -- scripts: real processes from the outside
+
+SCRIPT = """
+import asyncio, os, signal, sys
+from headrace import Headrace
+
+app = Headrace("script", store="sqlite:///headrace.db", poll_interval_ms=50)
+
+@app.task(pool="process")
+def work(item: int) -> int:
+    with open("side", "a") as file:
+        file.write(f"{item} {os.getpid()}\\n")
+    if MODE == "pause":
+        signal.pause()
+    return item * 2
+
+MODE = os.environ.get("MODE", "")
+
+async def main() -> None:
+    async with app.worker(concurrency=2):
+        batch = await work.map(range(4), key="once")
+        print("mapped", flush=True)
+        print([outcome.output async for outcome in batch.results()], flush=True)
+    await app.close()
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def started(folder: Path, mode: str = "", *, code: str = SCRIPT, module: bool = False) -> subprocess.Popen[str]:
+    (folder / "script.py").write_text(textwrap.dedent(code))
+    how = ["-m", "script"] if module else ["script.py"]
+    return subprocess.Popen(
+        [sys.executable, *how],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "MODE": mode},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("module", [False, True])
+async def test_tasks_of_a_script_run_in_children(module: bool, tmp_path: Path) -> None:
+    with started(tmp_path, module=module) as script:
+        out, _ = await asyncio.to_thread(script.communicate)
+    assert out == "mapped\n[0, 2, 4, 6]\n"
+    assert script.returncode == 0
+
+
+async def test_children_of_a_killed_parent_die_and_the_next_worker_goes_on_at_once(tmp_path: Path) -> None:
+    side = tmp_path / "side"
+    with started(tmp_path, "pause") as first:
+        lines = await until_noted(side, 2)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        if first.stdout is not None:
+            first.stdout.close()
+    children = {int(line.split()[1]) for line in lines}
+    clock = SystemClock()
+    while any(is_alive(pid) for pid in children):
+        await clock.sleep(0.005)
+    with started(tmp_path) as second:
+        out, _ = await asyncio.to_thread(second.communicate)
+    assert out.endswith("[0, 2, 4, 6]\n")
+    begun = {int(line.split()[0]) for line in lines}
+    async with opened("sqlite", tmp_path) as engine:
+        ((batch, _),) = [found for found in await engine.store.batches("default") if found[0].key == "once"]
+        views = [await engine.store.run(batch.id, index) for index in range(4)]
+        assert {view.index for view in views if view.crashes_count} == begun
+        assert {view.attempt for view in views} == {1}
+
+
+async def test_a_ctrl_c_to_the_group_is_heard_by_the_parent_only(tmp_path: Path) -> None:
+    with started(tmp_path, "pause") as script:
+        lines = await until_noted(tmp_path / "side", 2)
+        pids = {int(line.split()[1]) for line in lines}
+        os.killpg(script.pid, signal.SIGINT)
+        assert script.stdout is not None
+        assert all(os.getpgid(pid) != script.pid and is_alive(pid) for pid in pids)
+        script.kill()
+        script.communicate()
+
+
+async def test_results_of_children_stay_inline_when_objects_live_in_memory(tmp_path: Path) -> None:
+    async with opened("memory", tmp_path) as engine, crew(engine, tasks=["large"]):
+        (found,) = await outputs(await crew_tasks.large.map([3_000_000]))
+        assert len(found) == 3_000_000

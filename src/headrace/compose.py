@@ -17,6 +17,7 @@ from headrace.store.protocol import Store
 
 SQLITE: Final = "sqlite"
 MEMORY: Final = "memory"
+POSTGRES: Final = ("postgresql", "postgres")
 
 
 async def open_engine(settings: Settings) -> Engine:
@@ -27,10 +28,12 @@ async def open_engine(settings: Settings) -> Engine:
     url = urlsplit(settings.store)
     if url.scheme == MEMORY:
         return await memory_engine(settings.limits, SystemClock(), environment=settings.environment)
+    if url.scheme in POSTGRES:
+        return await _postgres_engine(settings)
     if url.scheme != SQLITE:
         raise InvalidSetting(
             f"no store is known for {url.scheme or settings.store!r}:",
-            hint="write sqlite:///relative.db, sqlite:////absolute.db or memory:",
+            hint="write sqlite:///relative.db, sqlite:////absolute.db, postgresql://user@host/database or memory:",
         )
     path = sqlite_path(settings.store)
     if not path.parent.is_dir():
@@ -52,6 +55,28 @@ async def open_engine(settings: Settings) -> Engine:
         limits=settings.limits,
         environment=settings.environment,
         live_directory=path.with_name(path.name + ".live"),
+        beats_beside=True,
+        doorbell=Doorbell(),
+    )
+
+
+async def _postgres_engine(settings: Settings) -> Engine:
+    try:
+        from headrace.store.postgres import PostgresStore
+    except ModuleNotFoundError as error:
+        raise InvalidSetting(
+            f"a {settings.store.partition(':')[0]} store needs {error.name}", hint="pip install 'headrace[postgres]'"
+        ) from None
+    payloads = open_payloads(settings.objects or "headrace.objects")
+    store = PostgresStore(settings.store, settings.limits)
+    await store.open()
+    return Engine(
+        store=store,
+        payloads=payloads,
+        clock=SystemClock(),
+        limits=settings.limits,
+        environment=settings.environment,
+        live_directory=None,
         beats_beside=True,
         doorbell=Doorbell(),
     )

@@ -27,11 +27,12 @@ from headrace.foundation.errors import (
 )
 from headrace.foundation.ids import new_batch_id
 from headrace.store.memory import MemoryStore
+from headrace.store.postgres import PostgresStore
 from headrace.store.protocol import NewBatch, Session, Store
 from headrace.store.sqlite import SqliteStore
 from tests.store.world import BOOM, NOBODY, SECOND_US, UNKNOWN, World, chunks_of, indexes_of, settlement_of
 
-HOUSES: list[type[Store]] = [MemoryStore, SqliteStore]  # mypy checks here that each is a Store
+HOUSES: list[type[Store]] = [MemoryStore, SqliteStore, PostgresStore]  # mypy checks here that each is a Store
 
 
 # -- 1 and 2: accepted means durable, exactly once into the batch

@@ -5,6 +5,7 @@ Nothing here knows a concrete store: every word ends in verbs of the seam.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from headrace.core.span import Key, Settlement, encode_places
 from headrace.foundation.ids import new_batch_id, new_session_id
 from headrace.foundation.limits import DEFAULT, Limits
 from headrace.store.memory import MemoryStore
+from headrace.store.postgres import PostgresStore
 from headrace.store.protocol import (
     Appended,
     Claim,
@@ -29,6 +31,7 @@ from headrace.store.protocol import (
 )
 from headrace.store.sqlite import SqliteStore
 from tests import invariants
+from tests.postgres import server
 
 SECOND_US = 1_000_000
 START_US = 1_700_000_000 * SECOND_US
@@ -37,9 +40,16 @@ PLAIN = Key("task")
 UNKNOWN = Suspects(places=None, evidence="killed by signal 9")
 NOBODY = Suspects(places={}, evidence="")
 
+
+def fresh_schema(folder: Path) -> str:
+    """The URL of a schema that no other test has."""
+    return f"{server().dsn}?schema=test_{hashlib.sha256(str(folder).encode()).hexdigest()[:24]}"
+
+
 FACTORIES: Mapping[str, Callable[[Path, Limits], Store]] = {
     "memory": lambda _, limits: MemoryStore(limits),
     "sqlite": lambda folder, limits: SqliteStore(folder / "headrace.db", limits),
+    "postgres": lambda folder, limits: PostgresStore(fresh_schema(folder), limits),
 }
 
 

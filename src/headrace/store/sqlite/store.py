@@ -84,10 +84,9 @@ class SqliteStore(ScriptedStore):
         return connection
 
     def _plain(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
+        return sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, timeout=self._busy_timeout_ms / 1_000
         )
-        return connection
 
     async def _write(self, script: Callable[[], Script[T]]) -> T:
         answer: T = await self._writer.run(lambda connection: run_script(connection, script()))

@@ -42,7 +42,7 @@ from headrace.store.verbs.rows import (
     to_batch,
     to_span,
 )
-from headrace.store.verbs.script import Script, fetch, fetch_first, fetch_one
+from headrace.store.verbs.script import Overtaken, Script, fetch, fetch_first, fetch_one
 
 SWEEP_SPANS_MAX: Final = 1_000
 BLOCKS_MAX: Final = 1_000_000
@@ -96,7 +96,7 @@ def create(new: NewBatch, now_us: int) -> Script[tuple[Batch, bool]]:
             return to_batch(row), False
     if (yield from fetch_one("batch", id=new.id)) is not None:
         return (yield from find(new.id)), False
-    yield from fetch(
+    made = yield from fetch(
         "insert_batch",
         id=new.id,
         environment=new.environment,
@@ -110,6 +110,8 @@ def create(new: NewBatch, now_us: int) -> Script[tuple[Batch, bool]]:
         created_us=now_us,
         seal_timeout_ms=new.seal_timeout_ms,
     )
+    if not made:
+        raise Overtaken
     return (yield from find(new.id)), True
 
 
@@ -373,7 +375,7 @@ def _insert(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[int]:
     _, first_span_id = yield from take_ids(spans_count=len(spans))
     yield from add_spans(spans, first_id=first_span_id)
     yield from add_parts([_birth_part(span, places, failures, now_us) for span, places, failures in parts])
-    yield from _insert_extras(batch, chunks)
+    yield from _insert_extras(batch, chunks, now_us)
     return sum(len(places) for _, places, _ in parts)
 
 
@@ -430,7 +432,7 @@ def _birth_part(span: Span, positions: list[int], failures: list[bytes], now_us:
     )
 
 
-def _insert_extras(batch: Batch, chunks: Sequence[Chunk]) -> Script[None]:
+def _insert_extras(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[None]:
     keys, tags, objects = [], [], []
     for chunk in chunks:
         if not chunk.extras:
@@ -444,7 +446,11 @@ def _insert_extras(batch: Batch, chunks: Sequence[Chunk]) -> Script[None]:
             if extra.object_key:
                 objects.append((extra.object_key, batch.id))
     if keys:
-        yield from fetch("insert_keys", environment=batch.environment, batch_id=batch.id, rows=as_json(keys))
+        kept = yield from fetch(
+            "insert_keys", environment=batch.environment, batch_id=batch.id, rows=as_json(keys), now_us=now_us
+        )
+        if len(kept) < len(keys):
+            raise Overtaken
     if tags:
         yield from fetch("insert_tags", environment=batch.environment, batch_id=batch.id, rows=as_json(tags))
     if objects:

@@ -8,6 +8,10 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 T = TypeVar("T")
 
 
+class Overtaken(Exception):
+    """Another transaction changed what this one had looked at: undo it and run the script again."""
+
+
 class Ask(NamedTuple):
     """A named statement and its values by name."""
 

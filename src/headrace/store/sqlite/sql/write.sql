@@ -8,7 +8,8 @@ INSERT INTO batch (id, environment, key, kind, task, state, expected_count, rece
     failed_count, cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us,
     sealed_us, finished_us, seal_timeout_ms, block_width, received)
 VALUES (:id, :environment, :key, :kind, :task, :state, :expected_count, 0, 0, 0, 0, 0, '{}', x'', :metadata,
-    :session_id, :created_us, 0, 0, 0, :seal_timeout_ms, 0, x'');
+    :session_id, :created_us, 0, 0, 0, :seal_timeout_ms, 0, x'')
+ON CONFLICT DO NOTHING RETURNING 1;
 
 -- update_batch: a batch after a decision; its identity never changes
 UPDATE batch SET state = :state, expected_count = :expected_count, received_count = :received_count,
@@ -90,7 +91,9 @@ SELECT :environment, json_extract(value, '$[0]'), json_extract(value, '$[1]'), :
 FROM json_each(:rows)
 WHERE true
 ON CONFLICT (environment, task, key) DO UPDATE
-SET batch_id = excluded.batch_id, run_index = excluded.run_index, expires_us = excluded.expires_us;
+SET batch_id = excluded.batch_id, run_index = excluded.run_index, expires_us = excluded.expires_us
+WHERE idempotency.expires_us > 0 AND idempotency.expires_us <= :now_us
+RETURNING 1;
 
 -- insert_tags: tags of new runs
 INSERT OR IGNORE INTO tag (environment, tag, batch_id, run_index)

@@ -1,0 +1,5 @@
+"""A store on PostgreSQL: many machines, and the engine that users already run, replicate and back up."""
+
+from headrace.store.postgres.store import PostgresStore
+
+__all__ = ["PostgresStore"]

@@ -1,0 +1,176 @@
+-- The three tables of the engine (block, span, part), what they belong to, and what only some runs pay for.
+-- Numbers are integers, moments are microseconds UTC, 0 means "not yet" or "never". States of spans and batches
+-- are words; states of runs are one byte each (see headrace.core.run).
+
+CREATE SCHEMA IF NOT EXISTS {schema};
+
+-- Every table name is written with its schema: nothing hangs on the connection, so a pooler may hand out another
+-- one after each transaction.
+
+-- Ids come in ranges: a process takes 65,536 of them at once and numbers its rows itself.
+CREATE SEQUENCE {schema}.block_ids INCREMENT BY 65536;
+CREATE SEQUENCE {schema}.span_ids INCREMENT BY 65536;
+
+CREATE TABLE {schema}.version (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    number bigint NOT NULL
+);
+INSERT INTO {schema}.version (number) VALUES (0);
+
+CREATE TABLE {schema}.batch (
+    id text COLLATE "C" PRIMARY KEY,
+    environment text COLLATE "C" NOT NULL,
+    key text COLLATE "C",
+    kind text COLLATE "C" NOT NULL,
+    task text COLLATE "C" NOT NULL,
+    state text COLLATE "C" NOT NULL,
+    expected_count bigint,
+    received_count bigint NOT NULL,
+    completed_count bigint NOT NULL,
+    failed_count bigint NOT NULL,
+    cancelled_count bigint NOT NULL,
+    expired_count bigint NOT NULL,
+    order_bases text COLLATE "C" NOT NULL,
+    cursor bytea NOT NULL,
+    metadata text COLLATE "C" NOT NULL,
+    session_id text COLLATE "C" NOT NULL,
+    created_us bigint NOT NULL,
+    appended_us bigint NOT NULL,
+    sealed_us bigint NOT NULL,
+    finished_us bigint NOT NULL,
+    seal_timeout_ms bigint NOT NULL,
+    block_width bigint NOT NULL,
+    received bytea NOT NULL
+);
+CREATE UNIQUE INDEX batch_by_key ON {schema}.batch (environment, key) WHERE key IS NOT NULL;
+CREATE INDEX batch_listed ON {schema}.batch (environment, id DESC);
+CREATE INDEX batch_unfinished ON {schema}.batch (state) WHERE finished_us = 0 AND state IN ('open', 'cancelled', 'abandoned');
+CREATE INDEX batch_finished ON {schema}.batch (finished_us) WHERE finished_us > 0;
+CREATE INDEX batch_of_session ON {schema}.batch (session_id) WHERE session_id <> '';
+
+CREATE TABLE {schema}.block (
+    id bigint PRIMARY KEY,
+    batch_id text COLLATE "C" NOT NULL,
+    first_index bigint NOT NULL,
+    last_index bigint NOT NULL,
+    runs_count bigint NOT NULL,
+    gaps bytea,
+    extras bytea,
+    items bytea NOT NULL
+);
+CREATE INDEX block_by_index ON {schema}.block (batch_id, first_index);
+
+CREATE TABLE {schema}.span (
+    id bigint PRIMARY KEY,
+    block_id bigint NOT NULL,
+    batch_id text COLLATE "C" NOT NULL,
+    environment text COLLATE "C" NOT NULL,
+    queue text COLLATE "C" NOT NULL,
+    task text COLLATE "C" NOT NULL,
+    priority bigint NOT NULL,
+    due_us bigint NOT NULL,
+    expires_us bigint NOT NULL,
+    at_most_once bigint NOT NULL,
+    order_no bigint NOT NULL,
+    first_index bigint NOT NULL,
+    attempt bigint NOT NULL,
+    crashes_count bigint NOT NULL,
+    crashes_alone_count bigint NOT NULL,
+    positions bytea,
+    states bytea NOT NULL,
+    unsettled_count bigint NOT NULL,
+    state text COLLATE "C" NOT NULL,
+    session_id text COLLATE "C" NOT NULL,
+    claim_no bigint NOT NULL,
+    token bigint NOT NULL
+);
+CREATE INDEX span_claimable ON {schema}.span (environment, queue, task, priority DESC, order_no, batch_id, first_index, id)
+    WHERE state = 'waiting';
+CREATE INDEX span_delayed ON {schema}.span (due_us) WHERE state = 'delayed';
+CREATE INDEX span_leased ON {schema}.span (session_id, claim_no) WHERE state = 'leased';
+CREATE INDEX span_expiring ON {schema}.span (expires_us) WHERE expires_us > 0 AND state IN ('waiting', 'delayed');
+CREATE INDEX span_unsettled ON {schema}.span (batch_id, state) WHERE state <> 'done';
+CREATE INDEX span_of_block ON {schema}.span (block_id);
+
+CREATE TABLE {schema}.part (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    block_id bigint NOT NULL,
+    span_id bigint NOT NULL,
+    token bigint NOT NULL,
+    part_no bigint NOT NULL,
+    positions bytea,
+    codes bytea NOT NULL,
+    results bytea NOT NULL,
+    settled_us bigint NOT NULL
+);
+CREATE UNIQUE INDEX part_once ON {schema}.part (block_id, span_id, token, part_no);
+
+-- A lane is a (queue, task) pair that was ever used: claims walk lanes, so one lane's backlog never slows another.
+CREATE TABLE {schema}.lane (
+    environment text COLLATE "C" NOT NULL,
+    queue text COLLATE "C" NOT NULL,
+    task text COLLATE "C" NOT NULL,
+    PRIMARY KEY (environment, queue, task)
+);
+
+CREATE TABLE {schema}.queue (
+    environment text COLLATE "C" NOT NULL,
+    name text COLLATE "C" NOT NULL,
+    clock bigint NOT NULL,
+    paused bigint NOT NULL,
+    PRIMARY KEY (environment, name)
+);
+
+CREATE TABLE {schema}.session (
+    id text COLLATE "C" PRIMARY KEY,
+    kind text COLLATE "C" NOT NULL,
+    host text COLLATE "C" NOT NULL,
+    pid bigint NOT NULL,
+    started_us bigint NOT NULL,
+    heartbeat_us bigint NOT NULL,
+    ended_us bigint NOT NULL
+);
+
+-- From here on: a row only for the runs that use it.
+CREATE TABLE {schema}.idempotency (
+    environment text COLLATE "C" NOT NULL,
+    task text COLLATE "C" NOT NULL,
+    key text COLLATE "C" NOT NULL,
+    batch_id text COLLATE "C" NOT NULL,
+    run_index bigint NOT NULL,
+    expires_us bigint NOT NULL,
+    PRIMARY KEY (environment, task, key)
+);
+CREATE INDEX idempotency_of_batch ON {schema}.idempotency (batch_id);
+
+CREATE TABLE {schema}.tag (
+    environment text COLLATE "C" NOT NULL,
+    tag text COLLATE "C" NOT NULL,
+    batch_id text COLLATE "C" NOT NULL,
+    run_index bigint NOT NULL,
+    PRIMARY KEY (environment, tag, batch_id, run_index)
+);
+CREATE INDEX tag_of_batch ON {schema}.tag (batch_id);
+
+CREATE TABLE {schema}.object (
+    key text COLLATE "C" PRIMARY KEY,
+    batch_id text COLLATE "C" NOT NULL
+);
+CREATE INDEX object_of_batch ON {schema}.object (batch_id);
+
+CREATE TABLE {schema}.cancellation (
+    batch_id text COLLATE "C" NOT NULL,
+    run_index bigint NOT NULL,
+    PRIMARY KEY (batch_id, run_index)
+);
+
+-- Blocks and parts are written once, so they need no room to grow and no compression that costs more than it saves.
+ALTER TABLE {schema}.block ALTER COLUMN items SET STORAGE EXTERNAL;
+ALTER TABLE {schema}.part ALTER COLUMN results SET STORAGE EXTERNAL;
+-- A span is rewritten two or three times in its life; a batch and a queue for ever: room in the page keeps those
+-- updates inside it (HOT), and an eager vacuum keeps the claim's index short.
+ALTER TABLE {schema}.span SET (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
+    autovacuum_vacuum_cost_delay = 0);
+ALTER TABLE {schema}.batch SET (fillfactor = 20, autovacuum_vacuum_scale_factor = 0.02);
+ALTER TABLE {schema}.queue SET (fillfactor = 20, autovacuum_vacuum_scale_factor = 0.02);
+ALTER TABLE {schema}.session SET (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02);

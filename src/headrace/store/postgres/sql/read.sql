@@ -1,0 +1,132 @@
+-- batch: one batch by id
+SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
+    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
+    finished_us, seal_timeout_ms, block_width
+FROM {schema}.batch WHERE id = :id;
+
+-- lock_batch: one batch that this transaction is about to change
+SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
+    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
+    finished_us, seal_timeout_ms, block_width
+FROM {schema}.batch WHERE id = :id
+FOR UPDATE;
+
+-- lock_batches: some batches that this transaction is about to change, in one order
+SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
+    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
+    finished_us, seal_timeout_ms, block_width
+FROM {schema}.batch WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)))
+ORDER BY id FOR UPDATE;
+
+-- batch_by_key: the batch that a key names
+SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
+    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
+    finished_us, seal_timeout_ms, block_width
+FROM {schema}.batch WHERE environment = :environment AND key = :key;
+
+-- lock_streams_of_session: unfinished streams that a session owns, about to be changed
+SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
+    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
+    finished_us, seal_timeout_ms, block_width
+FROM {schema}.batch WHERE session_id = :session_id AND session_id <> '' AND state = 'open'
+ORDER BY id FOR UPDATE;
+
+-- list_batches: batches of an environment, newest first
+SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
+    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
+    finished_us, seal_timeout_ms, block_width
+FROM {schema}.batch
+WHERE environment = :environment AND (:before_id::text = '' OR id < :before_id)
+    AND (:states::jsonb IS NULL OR state = ANY (ARRAY(SELECT jsonb_array_elements_text(:states::jsonb))))
+ORDER BY id DESC LIMIT :rows_max;
+
+-- open_batches: batches that take items, for their seal deadline
+SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
+    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
+    finished_us, seal_timeout_ms, block_width
+FROM {schema}.batch WHERE state = 'open' AND finished_us = 0 AND state IN ('open', 'cancelled', 'abandoned') AND seal_timeout_ms > 0
+    AND greatest(created_us, appended_us) + seal_timeout_ms * 1000 <= :now_us LIMIT :rows_max;
+
+-- stopping_batches: cancelled and abandoned batches that have not ended
+SELECT id FROM {schema}.batch WHERE state IN ('cancelled', 'abandoned') AND finished_us = 0
+    AND state IN ('open', 'cancelled', 'abandoned');
+
+-- finished_batches: batches that ended before a moment
+SELECT id, environment FROM {schema}.batch WHERE finished_us > 0 AND finished_us <= :before_us ORDER BY finished_us LIMIT :rows_max;
+
+-- received: the set of indexes a batch has received
+SELECT received FROM {schema}.batch WHERE id = :id;
+
+-- leased_count: how many runs of a batch are leased
+SELECT coalesce(sum(unsettled_count), 0)::bigint FROM {schema}.span
+WHERE batch_id = :batch_id AND state = 'leased';
+
+-- blocks_from: the blocks that may hold an index or those after it, by first index
+SELECT id, first_index, last_index, runs_count, gaps FROM {schema}.block
+WHERE batch_id = :batch_id AND first_index > :after_index AND first_index < :before_index
+    AND last_index >= :from_index
+ORDER BY first_index, id LIMIT :rows_max;
+
+-- shapes_of_blocks: which indexes some blocks hold
+SELECT id, first_index, runs_count, gaps FROM {schema}.block WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint));
+
+-- states_of_blocks: how the runs of some blocks stand
+SELECT block_id, positions, states FROM {schema}.span WHERE block_id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint)) ORDER BY id;
+
+-- parts_of_blocks: the recorded outcomes of some blocks, oldest first
+SELECT block_id, span_id, token, part_no, positions, codes, results, settled_us FROM {schema}.part
+WHERE block_id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint)) ORDER BY id;
+
+-- sessions: the sessions that have not ended
+SELECT id, kind, host, pid, started_us, heartbeat_us, ended_us FROM {schema}.session WHERE ended_us = 0 ORDER BY id;
+
+-- known_keys: the runs that some idempotency keys name and that have not expired
+SELECT idempotency.task, idempotency.key, idempotency.batch_id, idempotency.run_index
+FROM jsonb_array_elements(:rows::jsonb) AS wanted (value)
+JOIN {schema}.idempotency ON idempotency.environment = :environment
+    AND idempotency.task = wanted.value->>0 AND idempotency.key = wanted.value->>1
+WHERE idempotency.expires_us = 0 OR idempotency.expires_us > :now_us;
+
+-- list_queues: queues with what stands in them, from unsettled spans only
+SELECT queue.name, queue.paused,
+    coalesce(sum(CASE WHEN span.state = 'waiting' THEN span.unsettled_count END), 0)::bigint,
+    coalesce(sum(CASE WHEN span.state = 'delayed' THEN span.unsettled_count END), 0)::bigint,
+    coalesce(sum(CASE WHEN span.state = 'leased' THEN span.unsettled_count END), 0)::bigint,
+    coalesce(min(CASE WHEN span.state = 'waiting' THEN batch.created_us END), 0)
+FROM {schema}.queue
+LEFT JOIN {schema}.span ON span.state <> 'done' AND span.environment = queue.environment AND span.queue = queue.name
+LEFT JOIN {schema}.batch ON batch.id = span.batch_id
+WHERE queue.environment = :environment
+GROUP BY queue.name, queue.paused ORDER BY queue.name;
+
+-- list_spans: spans that may hold runs a person asks for, newest batch first
+SELECT span.id, span.block_id, span.batch_id, span.environment, span.queue, span.task, span.priority, span.due_us,
+    span.expires_us, span.at_most_once, span.order_no, span.first_index, span.attempt, span.crashes_count,
+    span.crashes_alone_count, span.positions, span.states, span.unsettled_count, span.state, span.session_id,
+    span.claim_no, span.token, block.first_index, block.gaps
+FROM {schema}.batch JOIN {schema}.block ON block.batch_id = batch.id JOIN {schema}.span ON span.block_id = block.id
+WHERE batch.environment = :environment AND (:batch_id::text = '' OR batch.id = :batch_id)
+    AND (:task::text = '' OR span.task = :task) AND (:state::bytea IS NULL OR position(:state::bytea IN span.states) > 0)
+    AND (:span_state::text = '' OR span.state = :span_state)
+ORDER BY batch.id DESC, block.first_index, span.id LIMIT :rows_max;
+
+-- tagged_runs: the runs that carry a tag
+SELECT batch_id, run_index FROM {schema}.tag
+WHERE environment = :environment AND tag = :tag AND (:batch_id::text = '' OR batch_id = :batch_id)
+ORDER BY batch_id DESC, run_index LIMIT :rows_max;
+
+-- named_objects: which of some object keys a row names
+SELECT key FROM {schema}.object WHERE key = ANY (ARRAY(SELECT jsonb_array_elements_text(:keys::jsonb)));
+
+-- next_due: when the next delayed span of some tasks becomes claimable
+SELECT min(due_us) FROM {schema}.span WHERE state = 'delayed' AND environment = :environment
+    AND task = ANY (ARRAY(SELECT jsonb_array_elements_text(:tasks::jsonb)));
+
+-- blocks_of_batch: the shape of a batch's blocks, for counting it anew
+SELECT id, first_index, runs_count, gaps FROM {schema}.block WHERE batch_id = :batch_id AND id > :after_id ORDER BY id LIMIT :rows_max;
+
+-- spans_of_blocks: all spans over some blocks
+SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
+    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
+    claim_no, token
+FROM {schema}.span WHERE block_id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint)) ORDER BY id;

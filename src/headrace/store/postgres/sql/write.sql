@@ -1,0 +1,155 @@
+-- insert_batch: a new batch
+INSERT INTO {schema}.batch (id, environment, key, kind, task, state, expected_count, received_count, completed_count,
+    failed_count, cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us,
+    sealed_us, finished_us, seal_timeout_ms, block_width, received)
+VALUES (:id, :environment, :key, :kind, :task, :state, :expected_count, 0, 0, 0, 0, 0, '{}', ''::bytea, :metadata,
+    :session_id, :created_us, 0, 0, 0, :seal_timeout_ms, 0, ''::bytea)
+ON CONFLICT DO NOTHING RETURNING 1;
+
+-- update_batch: a batch after a decision; its identity never changes
+UPDATE {schema}.batch SET state = :state, expected_count = :expected_count, received_count = :received_count,
+    completed_count = :completed_count, failed_count = :failed_count, cancelled_count = :cancelled_count,
+    expired_count = :expired_count, order_bases = :order_bases, cursor = :cursor, appended_us = :appended_us,
+    sealed_us = :sealed_us, finished_us = :finished_us
+WHERE id = :id;
+
+-- update_received: the set of received indexes after an append, and the widest block
+UPDATE {schema}.batch SET received = :received, block_width = greatest(block_width, :block_width) WHERE id = :id;
+
+-- insert_blocks: new blocks from rows and one blob that holds all their bytes end to end
+INSERT INTO {schema}.block (id, batch_id, first_index, last_index, runs_count, gaps, extras, items)
+SELECT (value->>0)::bigint, :batch_id, (value->>1)::bigint, (value->>2)::bigint, (value->>3)::bigint,
+    CASE WHEN (value->>5)::int >= 0 THEN substring(:blob::bytea FROM (value->>4)::int FOR (value->>5)::int) END,
+    CASE WHEN (value->>7)::int >= 0 THEN substring(:blob::bytea FROM (value->>6)::int FOR (value->>7)::int) END,
+    substring(:blob::bytea FROM (value->>8)::int FOR (value->>9)::int)
+FROM jsonb_array_elements(:rows::jsonb) AS given (value);
+
+-- insert_spans: new spans from rows and one blob
+INSERT INTO {schema}.span (id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once,
+    order_no, first_index, attempt, crashes_count, crashes_alone_count, unsettled_count, state, session_id, claim_no,
+    token, positions, states)
+SELECT (value->>0)::bigint, (value->>1)::bigint, value->>2, value->>3, value->>4, value->>5,
+    (value->>6)::bigint, (value->>7)::bigint, (value->>8)::bigint, (value->>9)::bigint, (value->>10)::bigint, (value->>11)::bigint,
+    (value->>12)::bigint, (value->>13)::bigint, (value->>14)::bigint, (value->>15)::bigint, value->>16, value->>17,
+    (value->>18)::bigint, (value->>19)::bigint,
+    CASE WHEN (value->>21)::int >= 0 THEN substring(:blob::bytea FROM (value->>20)::int FOR (value->>21)::int) END,
+    substring(:blob::bytea FROM (value->>22)::int FOR (value->>23)::int)
+FROM jsonb_array_elements(:rows::jsonb) AS given (value);
+
+-- update_spans: spans after a decision; what a span is about never changes, only how it stands
+UPDATE {schema}.span SET order_no = (value->>1)::bigint, crashes_count = (value->>2)::bigint,
+    crashes_alone_count = (value->>3)::bigint, unsettled_count = (value->>4)::bigint, state = value->>5,
+    session_id = value->>6, claim_no = (value->>7)::bigint, token = (value->>8)::bigint,
+    states = substring(:blob::bytea FROM (value->>9)::int FOR (value->>10)::int)
+FROM jsonb_array_elements(:rows::jsonb) AS given (value)
+WHERE span.id = (value->>0)::bigint;
+
+-- insert_parts: recorded outcomes from rows and one blob
+INSERT INTO {schema}.part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
+SELECT (value->>0)::bigint, (value->>1)::bigint, (value->>2)::bigint, (value->>3)::bigint, (value->>4)::bigint,
+    CASE WHEN (value->>6)::int >= 0 THEN substring(:blob::bytea FROM (value->>5)::int FOR (value->>6)::int) END,
+    substring(:blob::bytea FROM (value->>7)::int FOR (value->>8)::int),
+    substring(:blob::bytea FROM (value->>9)::int FOR (value->>10)::int)
+FROM jsonb_array_elements(:rows::jsonb) AS given (value);
+
+-- know_lanes: make the lanes and queues of an append known
+INSERT INTO {schema}.lane (environment, queue, task)
+SELECT :environment, value->>0, value->>1 FROM jsonb_array_elements(:rows::jsonb) AS given (value)
+ON CONFLICT DO NOTHING;
+
+-- know_queue: make a queue known, with its clock at the beginning
+INSERT INTO {schema}.queue (environment, name, clock, paused) VALUES (:environment, :name, 0, 0)
+ON CONFLICT DO NOTHING;
+
+-- pause_queue: stop or go on handing out a queue's runs
+UPDATE {schema}.queue SET paused = :paused WHERE environment = :environment AND name = :name;
+
+-- advance_clock: a queue's clock follows the highest order number claimed in it
+UPDATE {schema}.queue SET clock = greatest(clock, :order_no) WHERE environment = :environment AND name = :name;
+
+-- insert_keys: idempotency keys of new runs; an expired key is taken over
+INSERT INTO {schema}.idempotency (environment, task, key, batch_id, run_index, expires_us)
+SELECT :environment, value->>0, value->>1, :batch_id, (value->>2)::bigint, (value->>3)::bigint
+FROM jsonb_array_elements(:rows::jsonb) AS given (value)
+ON CONFLICT (environment, task, key) DO UPDATE
+SET batch_id = excluded.batch_id, run_index = excluded.run_index, expires_us = excluded.expires_us
+WHERE idempotency.expires_us > 0 AND idempotency.expires_us <= :now_us
+RETURNING 1;
+
+-- insert_tags: tags of new runs
+INSERT INTO {schema}.tag (environment, tag, batch_id, run_index)
+SELECT :environment, value->>0, :batch_id, (value->>1)::bigint FROM jsonb_array_elements(:rows::jsonb) AS given (value)
+ON CONFLICT DO NOTHING;
+
+-- insert_objects: objects that rows of a batch name from now on
+INSERT INTO {schema}.object (key, batch_id)
+SELECT value->>0, value->>1 FROM jsonb_array_elements(:rows::jsonb) AS given (value)
+ON CONFLICT DO NOTHING;
+
+-- lease_spans: whole spans under a new lease
+UPDATE {schema}.span SET state = 'leased', session_id = :session_id, claim_no = :claim_no, token = token + 1
+WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint));
+
+-- insert_session: a process becomes known, once
+INSERT INTO {schema}.session (id, kind, host, pid, started_us, heartbeat_us, ended_us)
+VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0)
+ON CONFLICT DO NOTHING;
+
+-- beat: a live session's sign of life
+UPDATE {schema}.session SET heartbeat_us = greatest(heartbeat_us, :now_us) WHERE id = :id AND ended_us = 0
+RETURNING 1;
+
+-- end_session: a session ends once, for whoever says so first
+UPDATE {schema}.session SET ended_us = :now_us WHERE id = :id AND ended_us = 0
+RETURNING 1;
+
+-- end_silent_session: a session that fell silent ends once, for whoever sees it first
+UPDATE {schema}.session SET ended_us = :now_us WHERE id = :id AND ended_us = 0 AND heartbeat_us <= :silent_since_us
+RETURNING 1;
+
+-- ask_to_cancel: runs that are leased are cancelled when their worker hears of it
+INSERT INTO {schema}.cancellation (batch_id, run_index)
+SELECT :batch_id, value::bigint FROM jsonb_array_elements_text(:indexes::jsonb) AS given (value)
+ON CONFLICT DO NOTHING;
+
+-- forget_cancellations: runs that are sent round again are wanted again
+DELETE FROM {schema}.cancellation WHERE batch_id = :batch_id AND run_index = ANY (ARRAY(SELECT jsonb_array_elements_text(:indexes::jsonb)::bigint));
+
+-- delete_parts: a bounded step of deleting a batch
+DELETE FROM {schema}.part WHERE id IN (
+    SELECT part.id FROM {schema}.part JOIN {schema}.block ON block.id = part.block_id WHERE block.batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;
+
+-- delete_spans: a bounded step of deleting a batch
+DELETE FROM {schema}.span WHERE id IN (
+    SELECT span.id FROM {schema}.block JOIN {schema}.span ON span.block_id = block.id WHERE block.batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;
+
+-- delete_blocks: a bounded step of deleting a batch
+DELETE FROM {schema}.block WHERE id IN (SELECT id FROM {schema}.block WHERE batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;
+
+-- delete_keys: a bounded step of deleting a batch
+DELETE FROM {schema}.idempotency WHERE (environment, task, key) IN (
+    SELECT environment, task, key FROM {schema}.idempotency WHERE batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;
+
+-- delete_tags: a bounded step of deleting a batch
+DELETE FROM {schema}.tag WHERE (environment, tag, batch_id, run_index) IN (
+    SELECT environment, tag, batch_id, run_index FROM {schema}.tag WHERE batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;
+
+-- delete_objects: a bounded step of deleting a batch, whose objects become orphans
+DELETE FROM {schema}.object WHERE key IN (SELECT key FROM {schema}.object WHERE batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;
+
+-- delete_cancellations: a bounded step of deleting a batch
+DELETE FROM {schema}.cancellation WHERE batch_id = :batch_id;
+
+-- delete_batch: the last step of deleting a batch
+DELETE FROM {schema}.batch WHERE id = :batch_id;
+
+-- delete_sessions: sessions that ended long ago and own no stream any more
+DELETE FROM {schema}.session WHERE ended_us > 0 AND ended_us < :before_us
+AND NOT EXISTS (SELECT 1 FROM {schema}.span WHERE span.session_id = session.id AND span.state = 'leased')
+AND NOT EXISTS (SELECT 1 FROM {schema}.batch WHERE batch.session_id = session.id AND batch.finished_us = 0);

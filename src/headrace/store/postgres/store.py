@@ -1,0 +1,262 @@
+"""`PostgresStore`: the verbs of the seam on a PostgreSQL database.
+
+A script runs in one transaction, READ COMMITTED, with the rows it changes locked in one order (spans by id, then
+batches by id), so two transactions never wait for each other in a circle. Nothing hangs on a connection: table names
+carry their schema, and ids are numbered by the process from ranges it takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import asyncpg
+
+from headrace.foundation.errors import HeadraceError, InvalidSetting, StoreBroken, StoreUnavailable
+from headrace.foundation.limits import Limits
+from headrace.store.statements import migrations, statements
+from headrace.store.verbs.script import Ask, Overtaken, Rows, Script
+from headrace.store.verbs.store import ScriptedStore
+
+T = TypeVar("T")
+
+CONNECTIONS: Final = 8
+ID_RANGE: Final = 65_536
+TRIES: Final = 5
+OLDEST_POSTGRES: Final = (14,)
+MIGRATION_LOCK: Final = 0x68656164726163
+IDLE_IN_TRANSACTION_MS: Final = 10_000
+COMMAND_TIMEOUT_S: Final = 60
+_SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,62}\Z")
+_NAME: Final = re.compile(r"(?<![:\w]):([a-z_]+)")
+
+
+class PostgresStore(ScriptedStore):
+    """Batches in one schema of a PostgreSQL database. `url` is a DSN that may name it: `?schema=headrace`."""
+
+    def __init__(self, url: str, limits: Limits) -> None:
+        super().__init__(limits)
+        self._dsn, self._schema = _parts(url)
+        self._sql = compiled(self._schema)
+        self._pools: dict[asyncio.AbstractEventLoop, asyncpg.Pool[Any]] = {}
+        self._block_ids, self._span_ids = _Range(), _Range()
+        self._is_open = False
+
+    async def open(self) -> None:
+        """Connect, and bring the schema to the current version."""
+        self._is_open = True
+        try:
+            async with (await self._pool()).acquire() as connection:
+                await self._migrate(connection)
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, HeadraceError | asyncio.CancelledError):
+                raise
+            raise as_fault(error) from error
+
+    async def close(self) -> None:
+        """Close every connection; a second close does nothing."""
+        self._is_open = False
+        here = asyncio.get_running_loop()
+        for loop, pool in list(self._pools.items()):
+            del self._pools[loop]
+            if loop is here:
+                await pool.close()
+            else:  # the loop of another thread, which has ended or is about to
+                pool.terminate()
+
+    async def check(self) -> dict[str, object]:
+        """A round trip, and the settings that durability hangs on."""
+        async with (await self._pool()).acquire() as connection:
+            ((server, fsync, synchronous_commit),) = await self._fetch(connection, "durability")
+            ((version,),) = await self._fetch(connection, "version")
+        return {
+            "store": "postgres",
+            "schema": self._schema,
+            "server_version": server,
+            "schema_version": version,
+            "fsync": fsync,
+            "synchronous_commit": synchronous_commit,
+        }
+
+    async def _migrate(self, connection: Any) -> None:
+        """Bring the schema to the newest version this code knows, one process at a time."""
+        if connection.get_server_version() < OLDEST_POSTGRES:
+            raise StoreBroken("the server is older than PostgreSQL 14", hint="upgrade it")
+        scripts = migrations("headrace.store.postgres")
+        newest = scripts[-1][0]
+        if await self._version(connection) == newest:
+            return
+        async with connection.transaction():
+            await self._fetch(connection, "migration_lock", lock=MIGRATION_LOCK)
+            version = await self._version(connection)
+            if version > newest:
+                raise StoreBroken(
+                    f"the database has schema version {version}, this Headrace knows up to {newest}",
+                    hint="upgrade Headrace, or name another schema",
+                )
+            for number, script in scripts[version:]:
+                await connection.execute(script.replace("{schema}", f'"{self._schema}"'))
+                await self._fetch(connection, "set_version", number=number)
+
+    async def _version(self, connection: Any) -> int:
+        ((table,),) = await self._fetch(connection, "version_table")
+        if table is None:
+            return 0
+        ((number,),) = await self._fetch(connection, "version")
+        return int(number)
+
+    # -- running scripts
+
+    async def _write(self, script: Callable[[], Script[T]]) -> T:
+        """In one transaction; what the server undid to keep transactions apart is done again."""
+        for tries_left in range(TRIES - 1, -1, -1):
+            try:
+                async with (await self._pool()).acquire() as connection, connection.transaction():
+                    return await self._run(connection, script())
+            except (Overtaken, asyncpg.SerializationError, asyncpg.DeadlockDetectedError) as error:
+                if not tries_left:
+                    raise as_fault(error) from error
+                await asyncio.sleep(0)
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+                raise as_fault(error) from error
+        raise AssertionError
+
+    async def _read(self, script: Callable[[], Script[T]]) -> T:
+        try:
+            async with (
+                (await self._pool()).acquire() as connection,
+                connection.transaction(isolation="repeatable_read", readonly=True),
+            ):
+                return await self._run(connection, script())
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            raise as_fault(error) from error
+
+    async def _run(self, connection: Any, script: Script[T]) -> T:
+        try:
+            ask = next(script)
+            while True:
+                ask = script.send(await self._answer(connection, ask))
+        except StopIteration as done:
+            answer: T = done.value
+            return answer
+
+    async def _answer(self, connection: Any, ask: Ask) -> Rows:
+        if ask.name == "take_ids":
+            first_block = await self._take(connection, self._block_ids, "next_block_ids", ask.values["blocks_count"])
+            first_span = await self._take(connection, self._span_ids, "next_span_ids", ask.values["spans_count"])
+            return [(first_block, first_span)]
+        return await self._fetch(connection, ask.name, **ask.values)
+
+    async def _fetch(self, connection: Any, name: str, /, **values: Any) -> Rows:
+        sql, names = self._sql[name]
+        return [tuple(row) for row in await connection.fetch(sql, *(values[name] for name in names))]
+
+    async def _take(self, connection: Any, own: _Range, name: str, count: int) -> int:
+        """The first of `count` consecutive ids; a fresh range is fetched when the one at hand is too short."""
+        if own.left < count:
+            ((first,),) = await self._fetch(connection, name)
+            own.start(first)
+        return own.take(count)
+
+    async def _pool(self) -> asyncpg.Pool[Any]:
+        """The connections of the loop that asks: a connection belongs to the loop it was made on."""
+        if not self._is_open:
+            raise StoreUnavailable("the store is closed")
+        loop = asyncio.get_running_loop()
+        pool = self._pools.get(loop)
+        if pool is None:
+            pool = self._pools[loop] = asyncpg.create_pool(
+                self._dsn,
+                min_size=0,
+                max_size=CONNECTIONS,
+                command_timeout=COMMAND_TIMEOUT_S,
+                server_settings={
+                    "application_name": "headrace",
+                    "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
+                },
+            )
+        await pool
+        return pool
+
+
+class _Range:
+    """Ids of one range that are still free."""
+
+    __slots__ = ("_next", "left")
+
+    def __init__(self) -> None:
+        self._next = 0
+        self.left = 0
+
+    def start(self, first: int) -> None:
+        self._next, self.left = first, ID_RANGE
+
+    def take(self, count: int) -> int:
+        first = self._next
+        self._next += count
+        self.left -= count
+        return first
+
+
+def compiled(schema: str) -> dict[str, tuple[str, list[str]]]:
+    """Each statement with its schema filled in and its values numbered: `(sql, names in that order)`."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for statement in statements("headrace.store.postgres").values():
+        names: list[str] = []
+
+        def number(match: re.Match[str], names: list[str] = names) -> str:
+            if match[1] not in names:
+                names.append(match[1])
+            return f"${names.index(match[1]) + 1}"
+
+        sql = statement.sql.replace("{schema}", f'"{schema}"')
+        found[statement.name] = (_NAME.sub(number, sql), names)
+    return found
+
+
+def _parts(url: str) -> tuple[str, str]:
+    """The DSN without Headrace's own parameters, and the schema. Raises `InvalidSetting`."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    schema = query.pop("schema", "headrace")
+    if not _SCHEMA.match(schema):
+        raise InvalidSetting(
+            f"{schema!r} can't name a schema", hint="lower-case letters, digits and underscores, at most 63"
+        )
+    return urlunsplit(parts._replace(query=urlencode(query))), schema
+
+
+def as_fault(error: BaseException) -> HeadraceError:
+    """What a driver's error means for the caller: try again later, or call a person."""
+    text = str(error) or type(error).__name__
+    fault: HeadraceError
+    if isinstance(error, asyncpg.InvalidAuthorizationSpecificationError | asyncpg.InvalidPasswordError):
+        fault = StoreBroken(f"the database does not let this user in: {text}", hint="check user and password")
+    elif isinstance(error, asyncpg.InvalidCatalogNameError):
+        fault = StoreBroken(f"there is no such database: {text}", hint="create it, or name another")
+    elif isinstance(error, asyncpg.InsufficientPrivilegeError):
+        fault = StoreBroken(
+            f"the user may not do this: {text}", hint="grant it CREATE on the database, or make it owner of the schema"
+        )
+    elif isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
+        fault = StoreBroken(f"the schema is not Headrace's: {text}", hint="run `headrace migrate`")
+    elif isinstance(error, asyncpg.TooManyConnectionsError):
+        fault = StoreUnavailable(
+            f"the server has no connection left: {text}", hint="raise max_connections, or use a pooler"
+        )
+    elif isinstance(error, asyncpg.DiskFullError):
+        fault = StoreUnavailable(
+            f"the server's disk is full: {text}", hint="free disk space; nothing acknowledged was lost"
+        )
+    elif isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+        fault = StoreUnavailable(f"the server only answers reads: {text}", hint="name the primary, not a replica")
+    elif isinstance(error, asyncpg.DataError | asyncpg.IntegrityConstraintViolationError | asyncpg.SyntaxOrAccessError):
+        fault = StoreBroken(f"the store met an error it does not know: {type(error).__name__}: {text}")
+    else:
+        fault = StoreUnavailable(f"the database did not answer: {text}", hint="it is tried again; is the server up?")
+    fault.__cause__ = error
+    return fault

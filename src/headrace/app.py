@@ -14,6 +14,7 @@ async with app.worker():
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import threading
 from collections.abc import (
@@ -24,17 +25,18 @@ from collections.abc import (
     Callable,
     Coroutine,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
 
 from headrace.compose import open_engine
 from headrace.core.retry import NO_RETRY, Retry
-from headrace.foundation.errors import InvalidSetting
+from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.ids import parse_run_id
 from headrace.foundation.settings import Settings, load
 from headrace.handles import Batch, Run
@@ -188,6 +190,8 @@ class Headrace:
         self._engine: Engine | None = None
         self._producer: Producer | None = None
         self._opening: asyncio.Lock | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_lent = False
         self._background: _Background | None = None
 
     # -- tasks
@@ -216,8 +220,8 @@ class Headrace:
         """
 
         def register(function: Callable[..., Any]) -> Task[Any, Any]:
-            name = options.pop("name", None) or function.__name__
-            spec = TaskSpec(name=name, function=function, **options)
+            known = {"name": getattr(function, "__name__", "?"), **options}
+            spec = TaskSpec(**(known | {"name": options.get("name") or known["name"], "function": function}))
             self.registry.add(spec)
             return Task(self, spec)
 
@@ -239,17 +243,34 @@ class Headrace:
         return self._settings
 
     async def open(self) -> Engine:
-        """Open the store, once; everything else does it when needed."""
-        if self._opening is None:
-            self._opening = asyncio.Lock()
+        """Open the store, once; everything else does it when needed. An app works on one event loop at a time."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            await self._move_to(loop)
+        assert self._opening is not None
         async with self._opening:
             if self._engine is None:
                 self._engine = await open_engine(self.settings)
             return self._engine
 
+    async def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin on this loop; what was open on one that has closed (`asyncio.run` twice, no `close`) is left behind."""
+        if self._loop is not None and not self._loop.is_closed() and self._engine is not None:
+            raise InvalidSetting(
+                "the app is open on another event loop",
+                hint="make one Headrace for each loop, or call app.run_sync(…) from other threads",
+            )
+        self._loop, self._opening = loop, asyncio.Lock()
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            producer.abandon()
+        if not self._is_lent and self._engine is not None:
+            engine, self._engine = self._engine, None
+            await engine.close()
+
     def use_engine(self, engine: Engine) -> None:
         """Work on an engine that somebody else opened (the testing mode)."""
-        self._engine = engine
+        self._engine, self._is_lent = engine, True
 
     async def producer(self) -> Producer:
         """What enqueues and maps for this process."""
@@ -261,12 +282,14 @@ class Headrace:
     async def close(self) -> None:
         """Write what is still to be written and let go of the store. Closing twice does nothing."""
         producer, self._producer = self._producer, None
-        if producer is not None:
-            await producer.close()
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await engine.close()
-        self._opening = None
+        try:
+            if producer is not None:
+                await producer.close()
+        finally:
+            engine, self._engine, self._is_lent = self._engine, None, False
+            self._loop = self._opening = None
+            if engine is not None:
+                await engine.close()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -326,24 +349,51 @@ class Headrace:
         One loop in one background thread serves every call of the app, so handles and workers keep working between
         calls. Not from inside a running event loop.
         """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            pass
+        else:
+            if inspect.iscoroutine(awaitable):
+                awaitable.close()
+            raise InvalidInput("run_sync would block the event loop that runs here", hint="await it instead")
         if self._background is None:
             self._background = _Background()
         return self._background.run(awaitable)
 
     def iter_sync(self, iterator: AsyncIterator[T]) -> Iterable[T]:
         """Iterate over something async from code that is not."""
-        while True:
-            try:
-                yield self.run_sync(anext(iterator))
-            except StopAsyncIteration:
-                return
+        try:
+            while True:
+                try:
+                    item = self.run_sync(anext(iterator))
+                except StopAsyncIteration:
+                    return
+                yield item
+        finally:
+            if isinstance(iterator, AsyncGenerator):
+                self.run_sync(iterator.aclose())
+
+    @contextmanager
+    def within_sync(self, context: AbstractAsyncContextManager[T]) -> Iterator[T]:
+        """Enter something async from code that is not: `with app.within_sync(app.worker()): …`."""
+        entered = self.run_sync(context.__aenter__())
+        try:
+            yield entered
+        except BaseException as error:
+            if not self.run_sync(context.__aexit__(type(error), error, error.__traceback__)):
+                raise
+        else:
+            self.run_sync(context.__aexit__(None, None, None))
 
     def close_sync(self) -> None:
         """`close`, and the end of the background loop."""
-        if self._background is not None:
-            self._background.run(self.close())
-            self._background.stop()
-            self._background = None
+        background, self._background = self._background, None
+        if background is not None:
+            try:
+                background.run(self.close())
+            finally:
+                background.stop()
 
 
 class _Decorator:
@@ -369,9 +419,23 @@ class _Background:
         async def wrapped() -> T:
             return await awaitable
 
-        return asyncio.run_coroutine_threadsafe(wrapped(), self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(wrapped(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # a Ctrl-C here ends it there
+            raise
 
     def stop(self) -> None:
+        async def end() -> None:
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in rest:
+                task.cancel()
+            await asyncio.gather(*rest, return_exceptions=True)
+            await self._loop.shutdown_asyncgens()
+            await self._loop.shutdown_default_executor()
+
+        self.run(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

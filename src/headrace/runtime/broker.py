@@ -123,6 +123,13 @@ class Broker:
             await self._end_beating()
             self._close_marks()
 
+    def abandon(self) -> None:
+        """The event loop is gone, and nothing can be awaited on it: leave the evidence to whoever recovers this."""
+        self._stop_beating.set()
+        self._beating, self._flusher, self.session_id = None, None, ""
+        self._drop_leases()
+        self._close_marks(keep=True)
+
     async def _end_beating(self) -> None:
         self._stop_beating.set()
         beating, self._beating = self._beating, None

@@ -7,10 +7,10 @@ seals it at what was received. What is enqueued while a commit is in flight shar
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from time import perf_counter
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 
@@ -19,12 +19,12 @@ from headrace.core.block import Chunk, Coalescer, Extra
 from headrace.core.failure import Failure
 from headrace.core.pack import JSON, REFERENCE
 from headrace.core.span import Key
-from headrace.foundation.errors import HeadraceError, InvalidInput
+from headrace.foundation.errors import Conflict, HeadraceError, InvalidInput, SessionEnded, StoreUnavailable
 from headrace.foundation.ids import new_batch_id
 from headrace.foundation.limits import DAY_MS
 from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
-from headrace.runtime.flusher import Flusher
+from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
 from headrace.runtime.ingest import ingest
 from headrace.runtime.registry import TaskSpec, check_name, check_priority
 from headrace.store.protocol import NewBatch
@@ -32,6 +32,7 @@ from headrace.store.protocol import NewBatch
 GROUP_ITEMS: Final = 256
 GROUP_S: Final = 0.001
 SECONDS_MAX: Final = 3_650 * DAY_MS // 1_000
+STREAMS_TRIED: Final = 5
 STREAM_RUNS_MAX: Final = 1_000_000
 """After this many single enqueues a producer goes on in a new stream, so that old ones end and can be pruned."""
 
@@ -50,7 +51,7 @@ class Options(NamedTuple):
 
 
 class _Enqueue(NamedTuple):
-    index: int
+    run_index: int
     payload: bytes
     kind: int
     key: Key
@@ -72,41 +73,59 @@ class Producer:
     async def enqueue(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[str, int]:
         """Make one run durable; answers `(batch_id, index)`, of an older run when its idempotency key names one."""
         key, extra = self._key(spec, options), self._extra(options)
-        async with self._starting:
-            await self._ensure_stream()
-            index, self._next_index = self._next_index, self._next_index + 1
-            stream_id = self._stream_id
-        payload, kind, extra = await self._settled_payload(stream_id, payload, extra)
-        answer: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
-        assert self._flusher is not None
-        await self._flusher.put(_Enqueue(index, payload, kind, key, extra, answer))
-        return await answer
+        for _ in range(STREAMS_TRIED):
+            async with self._starting:
+                flusher = await self._ensure_stream()
+                stream_id, index = self._stream_id, self._next_index
+                self._next_index += 1
+            settled, kind, extra_there = await self._settled_payload(stream_id, payload, extra)
+            answer: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
+            try:
+                await flusher.put(_Enqueue(index, settled, kind, key, extra_there, answer))
+                return await answer
+            except (FlusherClosed, Conflict):  # the stream ended before this run was in it: into the next
+                await self._leave_stream(stream_id)
+        raise StoreUnavailable("streams end faster than they begin", hint="are batches being cancelled?")
 
-    async def _ensure_stream(self) -> None:
+    async def _leave_stream(self, stream_id: str) -> None:
+        """Somebody ended the stream: this process's session with it, when it was taken for dead."""
+        async with self._starting:
+            if self._stream_id != stream_id or self._broker is None:
+                return
+            self._stream_id = ""
+            try:
+                await self.engine.store.heartbeat(self._broker.session_id, now_us=self.engine.clock.now_us())
+            except SessionEnded:
+                self._session_lost()
+
+    async def _ensure_stream(self) -> Flusher[_Enqueue]:
         if self._broker is None:
-            self._broker = Broker(self.engine, kind="producer")
-            self._broker.on_ended = self._session_lost
-            await self._broker.start()
+            broker = Broker(self.engine, kind="producer")
+            broker.on_ended = self._session_lost
+            await broker.start()
+            self._broker = broker
         if not self._broker.session_id:
             await self._broker.restart()
-        if not self._stream_id or self._next_index >= STREAM_RUNS_MAX:
-            await self._end_stream()
-            clock = self.engine.clock
-            new = NewBatch(
-                id=new_batch_id(clock.now_us()),
-                environment=self.engine.environment,
-                kind=STREAM,
-                session_id=self._broker.session_id,
-            )
-            await self.engine.store.create_batch(new, now_us=clock.now_us())
-            self._stream_id, self._next_index = new.id, 0
-            self._flusher = Flusher(
-                _Appending(self.engine, new.id).flush,
-                name="enqueues",
-                clock=clock,
-                on_refused=_refuse,
-                size=self.engine.limits.flush_size,
-            )
+        if self._flusher is not None and self._stream_id and self._next_index < STREAM_RUNS_MAX:
+            return self._flusher
+        await self._end_stream()
+        clock = self.engine.clock
+        new = NewBatch(
+            id=new_batch_id(clock.now_us()),
+            environment=self.engine.environment,
+            kind=STREAM,
+            session_id=self._broker.session_id,
+        )
+        await self.engine.store.create_batch(new, now_us=clock.now_us())
+        self._stream_id, self._next_index = new.id, 0
+        self._flusher = Flusher(
+            _Appending(self.engine, new.id).flush,
+            name="enqueues",
+            clock=clock,
+            on_refused=_refuse,
+            size=self.engine.limits.flush_size,
+        )
+        return self._flusher
 
     def _session_lost(self) -> None:
         """Others took this process for dead and sealed its stream; the next enqueue begins a new one."""
@@ -114,13 +133,19 @@ class Producer:
         if self._broker is not None:
             self._broker.session_id = ""
 
-    async def _end_stream(self) -> None:
-        if self._flusher is not None:
-            await self._flusher.close()
-            self._flusher = None
-        if self._stream_id:
-            await self.engine.store.seal(self._stream_id, None, now_us=self.engine.clock.now_us())
-            self._stream_id = ""
+    async def _end_stream(self, *, deadline_s: float | None = None) -> None:
+        flusher, self._flusher = self._flusher, None
+        stream_id, self._stream_id = self._stream_id, ""
+        if flusher is not None:
+            try:
+                await flusher.close(deadline_s=deadline_s)
+            except UpdatesUnflushed as error:
+                for enqueue in flusher.unflushed:
+                    _refuse(enqueue, StoreUnavailable("the app closed before the store took this run"))
+                raise error from None
+        if stream_id:
+            with suppress(Conflict):  # it was cancelled meanwhile
+                await self.engine.store.seal(stream_id, None, now_us=self.engine.clock.now_us())
 
     async def map(
         self,
@@ -176,8 +201,9 @@ class Producer:
         extras: list[tuple[int, Extra | None]] = []
         for item in group:
             payload, failure = _encoded(spec, item)
+            kind, extra = JSON, shared
             if failure is not None:
-                kind, extra = JSON, Extra(failure=failure)
+                extra = Extra(failure=failure)
             else:
                 payload, kind, extra = await self._settled_payload(batch_id, payload, shared)
             payloads.append(payload)
@@ -185,12 +211,20 @@ class Producer:
         return _Encoded(payloads, extras)
 
     async def close(self) -> None:
-        """Write what waits, seal the stream, and leave."""
+        """Write what waits, seal the stream, and leave. Raises `UpdatesUnflushed` when the store takes nothing."""
+        grace_s = self.engine.limits.shutdown_grace_s
         async with self._starting:
-            if self._broker is not None:
-                await self._end_stream()
-                await self._broker.stop()
-                self._broker = None
+            broker, self._broker = self._broker, None
+            if broker is not None:
+                try:
+                    await self._end_stream(deadline_s=grace_s)
+                finally:
+                    await broker.stop(deadline_s=grace_s)
+
+    def abandon(self) -> None:
+        """The event loop of this producer is gone: let others seal its stream."""
+        if self._broker is not None:
+            self._broker.abandon()
 
     # -- one run
 
@@ -215,7 +249,7 @@ class Producer:
             raise InvalidInput(f"a run has at most {limits.tags_max} tags, not {len(options.tags)}")
         for tag in options.tags:
             check_name("tag", tag)
-        _check_headers(options.headers, limits.headers_bytes_max)
+        _check_headers(cast("Mapping[object, object]", options.headers), limits.headers_bytes_max)
         expires_us = _moment_us("idempotency_ttl", options.idempotency_ttl_s, self.engine.clock.now_us())
         return Extra(
             idempotency_key=options.idempotency_key,
@@ -246,14 +280,14 @@ class _Appending:
         """One append for all of them; each is answered after the commit."""
         limits = self._engine.limits
         coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
-        for one in sorted(enqueues, key=lambda enqueue: enqueue.index):
-            coalescer.add(one.index, one.payload, one.key, kind=one.kind, extra=one.extra)
+        for one in sorted(enqueues, key=lambda enqueue: enqueue.run_index):
+            coalescer.add(one.run_index, one.payload, one.key, kind=one.kind, extra=one.extra)
         appended = await self._engine.store.append(
             self._batch_id, coalescer.flush(), now_us=self._engine.clock.now_us()
         )
         for one in enqueues:
             if not one.answer.done():
-                one.answer.set_result(appended.existing.get(one.index, (self._batch_id, one.index)))
+                one.answer.set_result(appended.existing.get(one.run_index, (self._batch_id, one.run_index)))
         self._engine.doorbell.ring()
 
 
@@ -356,7 +390,7 @@ def _moment_us(what: str, seconds: float, now_us: int) -> int:
     return now_us + int(seconds * 1_000_000) if seconds else 0
 
 
-def _check_headers(headers: dict[str, str], bytes_max: int) -> None:
+def _check_headers(headers: Mapping[object, object], bytes_max: int) -> None:
     for name, value in headers.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise InvalidInput(f"headers are strings by name, not {name!r}: {value!r}")

@@ -1,0 +1,167 @@
+"""What must happen though nobody asks for it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from headrace.core.block import Coalescer
+from headrace.core.span import Key
+from headrace.foundation.errors import NotFound, StoreUnavailable
+from headrace.foundation.ids import new_batch_id
+from headrace.runtime.broker import Broker
+from headrace.runtime.clock import ManualClock
+from headrace.runtime.engine import Engine
+from headrace.runtime.upkeep import Upkeep
+from headrace.store.protocol import Claim, NewBatch, Session
+from tests.runtime.engines import Faulty, app_on, on_each_store, opened
+
+DAY_S = 86_400
+
+
+async def filled(
+    engine: Engine, count: int, *, sealed: bool = True, seal_timeout_ms: int = 0, expires_us: int = 0
+) -> str:
+    now_us = engine.clock.now_us()
+    new = NewBatch(id=new_batch_id(now_us), seal_timeout_ms=seal_timeout_ms)
+    batch, _ = await engine.store.create_batch(new, now_us=now_us)
+    coalescer = Coalescer(runs_max=256, bytes_max=1 << 20)
+    for index in range(count):
+        coalescer.add(index, b"0", Key("task", expires_us=expires_us))
+    await engine.store.append(batch.id, coalescer.flush(), now_us=now_us)
+    if sealed:
+        await engine.store.seal(batch.id, count, now_us=now_us)
+    return batch.id
+
+
+@on_each_store
+async def test_runs_that_did_not_start_in_time_expire(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened(kind, tmp_path, clock=clock) as engine:
+        batch_id = await filled(engine, 10, expires_us=clock.now_us() + 60_000_000)
+        upkeep = Upkeep(engine, None)
+        await upkeep.round()
+        assert (await engine.store.batch(batch_id))[1].waiting == 10
+        clock.advance(60)
+        rings_count = engine.recorded.rings_count
+        await upkeep.round()
+        batch, ledger = await engine.store.batch(batch_id)
+        assert (batch.state, ledger.expired) == ("completed", 10)
+        assert engine.recorded.rings_count > rings_count
+
+
+@on_each_store
+async def test_a_batch_that_was_not_sealed_in_time_is_abandoned(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened(kind, tmp_path, clock=clock) as engine:
+        batch_id = await filled(engine, 10, sealed=False, seal_timeout_ms=60_000)
+        upkeep = Upkeep(engine, None)
+        clock.advance(59)
+        await upkeep.round()
+        assert (await engine.store.batch(batch_id))[0].state == "open"
+        clock.advance(1)
+        await upkeep.round()
+        batch, ledger = await engine.store.batch(batch_id)
+        assert (batch.state, ledger.cancelled) == ("abandoned", 10)
+
+
+@on_each_store
+async def test_finished_batches_go_after_their_retention_with_their_objects(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened(kind, tmp_path, clock=clock, inline_bytes_max=100) as engine, app_on(engine) as app:
+
+        @app.task
+        async def echo(item: str) -> str:
+            return item
+
+        async with app.worker():
+            batches = [await echo.map(["x" * 1_000, "y"]) for _ in range(15)]
+            for batch in batches:
+                await batch.wait()
+        kept = await echo.map(["z" * 1_000])
+        upkeep = Upkeep(engine, None)
+        clock.advance(7 * DAY_S - 1)
+        assert await upkeep.prune() == 0
+        clock.advance(1)
+        assert await upkeep.prune() == 15
+        with pytest.raises(NotFound):
+            await batches[0].summary()
+        objects = [stored.key async for stored in engine.payloads.list()]
+        assert len(objects) == 1
+        assert kept.id in objects[0]
+        assert await upkeep.prune(finished_before_us=clock.now_us()) == 0
+
+
+async def test_orphans_are_removed_after_the_grace_and_named_objects_kept(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened("sqlite", tmp_path, clock=clock, inline_bytes_max=100) as engine, app_on(engine) as app:
+
+        @app.task
+        async def echo(item: str) -> str:
+            return item
+
+        batch = await echo.map(["x" * 1_000])
+        (named,) = [stored.key async for stored in engine.payloads.list()]
+        _, orphan = await engine.offloaded(batch.id, b"y" * 1_000)
+        _, young = await engine.offloaded(batch.id, b"z" * 1_000)
+        grace_s = engine.limits.orphan_grace_ms // 1_000
+        for key, age_s in ((named, grace_s + 1), (orphan, grace_s + 1), (young, grace_s - 1)):
+            moment_s = clock.now_us() / 1_000_000 - age_s
+            os.utime(tmp_path / "headrace.db.objects" / key, (moment_s, moment_s))
+        upkeep = Upkeep(engine, None)
+        assert await upkeep.remove_orphans() == 1
+        assert {stored.key async for stored in engine.payloads.list()} == {named, young}
+
+
+@on_each_store
+async def test_a_lease_whose_session_lapsed_goes_back(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened(kind, tmp_path, clock=clock) as engine:
+        batch_id = await filled(engine, 10)
+        await engine.store.start_session(
+            Session(id="session_gone", kind="worker", host="far", pid=1, started_us=0), now_us=clock.now_us()
+        )
+        wish = Claim(
+            session_id="session_gone", claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=10
+        )
+        await engine.store.claim(wish, now_us=clock.now_us())
+        broker = Broker(engine, kind="worker")
+        upkeep = Upkeep(engine, broker)
+        await upkeep.round()
+        assert (await engine.store.batch(batch_id))[1].leased == 10
+        clock.advance(engine.limits.session_timeout_ms / 1_000)
+        await upkeep.round()
+        assert (await engine.store.batch(batch_id))[1].waiting == 10
+
+
+async def test_a_duty_that_fails_keeps_no_other_from_its_own(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened("sqlite", tmp_path, clock=clock) as engine:
+        store = Faulty(engine.store)
+        store.before = {"sessions": [StoreUnavailable("away")], "sweep": [RuntimeError("odd")]}
+        here = dataclasses.replace(engine, store=store)
+        upkeep = Upkeep(here, Broker(here, kind="worker"))
+        await upkeep.round()
+        duties = ("sessions", "sweep", "prune")
+        assert tuple(call for call in store.calls if call in duties) == duties
+
+
+async def test_rounds_come_at_their_interval_until_they_are_cancelled(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened("memory", tmp_path, clock=clock, upkeep_interval_ms=5_000) as engine:
+        store = Faulty(engine.store)
+        upkeep = Upkeep(dataclasses.replace(engine, store=store), None)
+        running = asyncio.create_task(upkeep.run())
+        await clock.advance_async(4.9)
+        assert "sweep" not in store.calls
+        for rounds_count in (1, 2, 3):
+            await clock.advance_async(0.1 if rounds_count == 1 else 5)
+            while not clock.sleepers_count:  # a round lists objects, which takes a thread's time
+                await asyncio.sleep(0)
+            assert store.calls.count("sweep") == rounds_count
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

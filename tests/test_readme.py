@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -14,9 +16,12 @@ ROOT: Final = Path(__file__).parents[1]
 README: Final = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
+TESTING: Final = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, page: str = README) -> list[str]:
     """The fenced blocks of one language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 def test_the_readme_gives_two_commands_of_one_line() -> None:
@@ -45,13 +50,29 @@ def test_ci_runs_the_readme_s_two_commands_and_no_others() -> None:
     assert "pytest -q" not in script
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_the_readme_s_python_compiles(number: int) -> None:
-    compile(blocks("python")[number], f"README.md, Python block {number}", "exec")
+@pytest.mark.parametrize(("page", "number"), [("README", 0), ("README", 1), ("testing", 0)])
+def test_the_python_that_is_shown_runs(page: str, number: int, tmp_path: Path) -> None:
+    code = blocks("python", README if page == "README" else TESTING)[number]
+    script = tmp_path / "shown.py"
+    script.write_text(code, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)],
+        capture_output=True,
+        check=False,
+        cwd=tmp_path,
+        encoding="utf-8",
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    if (page, number) == ("README", 0):
+        assert done.stdout.splitlines() == [f"{n} {n}" for n in range(1_000)]
 
 
-def test_the_readme_shows_python() -> None:
-    assert blocks("python")
+def test_every_block_of_python_that_is_shown_is_run() -> None:
+    assert (len(blocks("python")), len(blocks("python", TESTING))) == (2, 1)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

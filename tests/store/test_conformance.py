@@ -736,6 +736,18 @@ async def test_a_closed_store_says_so(world: World) -> None:
     assert await world.store.check()
 
 
+async def test_a_run_without_a_readable_input_is_not_redriven(world: World) -> None:
+    batch_id = await world.batch(4)
+    await world.append(batch_id, range(4), extras={1: Extra(failure=BOOM)})
+    await world.store.seal(batch_id, None, now_us=world.now_us)
+    (lease,) = await world.claim(await world.session())
+    await world.settle(lease, "f")
+    assert await world.states(batch_id) == ["failed"] * 4
+    assert await world.store.redrive(batch_id, [1]) == 0, "there is nothing to run"
+    assert await world.store.redrive(batch_id, None) == 3
+    assert await world.states(batch_id) == ["waiting", "failed", "waiting", "waiting"]
+
+
 async def test_a_queue_that_was_never_used_does_not_starve_one_that_was(world: World) -> None:
     old = await world.batch()
     await world.append(old, range(3_000), key=lambda _: Key("task", queue="old"))

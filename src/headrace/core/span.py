@@ -419,10 +419,13 @@ def _end(span: Span, state: int, positions: Collection[int] | None) -> tuple[Spa
     return after, counts_of(bytes((state,)) * len(places))
 
 
-def redrive(span: Span, positions: Collection[int] | None, *, clock: int) -> tuple[Span, Span | None, Counts]:
+def redrive(
+    span: Span, positions: Collection[int] | None, *, clock: int, unrunnable: Collection[int] = ()
+) -> tuple[Span, Span | None, Counts]:
     """Run failed runs again from their first attempt: `(span after, new span or None, change of the counts)`.
 
     Without `positions`, the failed runs of the span; with them, the runs named that ended in anything but success.
+    Runs at `unrunnable` positions were born failed: there is no input that could be run.
     """
     own = positions_of(span)
     if positions is None:
@@ -430,6 +433,7 @@ def redrive(span: Span, positions: Collection[int] | None, *, clock: int) -> tup
     else:
         ended = run.places_of(span.states, run.FAILED, run.CANCELLED, run.EXPIRED)
         places = [place for place in ended if own[place] in positions]
+    places = [place for place in places if own[place] not in unrunnable]
     if not places:
         return span, None, Counts()
     gone = counts_of(bytes(span.states[place] for place in places))

@@ -165,7 +165,13 @@ class MemoryStore:
             change = Counts()
             for span in reading.spans_of_batch(tables, batch_id):
                 positions = None if wanted is None else wanted.get(span.block_id, {})
-                after, again, gone = spans.redrive(span, positions, clock=writing.clock(tables, span))
+                extras = tables.blocks[span.block_id].chunk.extras
+                after, again, gone = spans.redrive(
+                    span,
+                    positions,
+                    clock=writing.clock(tables, span),
+                    unrunnable={position for position, extra in extras.items() if extra.failure},
+                )
                 if again is not None:
                     tables.spans[span.id] = after
                     writing.add_span(tables, again)

@@ -558,9 +558,12 @@ def redrive(batch_id: str, indexes: Sequence[int] | None) -> Script[int]:
             spans = yield from lock_spans_of_block(block_id)
             wanted += [(span, set(named)) for span in spans]
     now_clocks = yield from clocks(batch.environment, {span.queue for span, _ in wanted})
+    unrunnable = yield from _born_failed(sorted({span.block_id for span, _ in wanted}))
     kept, fresh, change = [], [], Counts()
     for span, positions in wanted:
-        after, taken, gone = redrive_span(span, positions, clock=now_clocks[span.queue])
+        after, taken, gone = redrive_span(
+            span, positions, clock=now_clocks[span.queue], unrunnable=unrunnable.get(span.block_id, ())
+        )
         if taken is not None:
             kept.append(after)
             fresh.append(taken)
@@ -571,6 +574,15 @@ def redrive(batch_id: str, indexes: Sequence[int] | None) -> Script[int]:
         yield from fetch("forget_cancellations", batch_id=batch_id, indexes=as_json((yield from _indexes(fresh))))
         yield from put_batch(batches.redriven((yield from lock(batch_id)), change))
     return -change.settled
+
+
+def _born_failed(block_ids: Sequence[int]) -> Script[dict[int, set[int]]]:
+    """The positions of some blocks whose items were unreadable, by block id."""
+    rows = yield from fetch("extras_of_blocks", ids=as_json(block_ids))
+    return {
+        block_id: {position for position, extra in decode_extras(extras).items() if extra.failure}
+        for block_id, extras in rows
+    }
 
 
 def _indexes(spans: Sequence[Span]) -> Script[list[int]]:

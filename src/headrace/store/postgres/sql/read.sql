@@ -70,6 +70,10 @@ ORDER BY first_index, id LIMIT :rows_max;
 -- shapes_of_blocks: which indexes some blocks hold
 SELECT id, first_index, runs_count, gaps FROM {schema}.block WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint));
 
+-- extras_of_blocks: what only some runs of some blocks have
+SELECT id, extras FROM {schema}.block
+WHERE extras IS NOT NULL AND id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint));
+
 -- states_of_blocks: how the runs of some blocks stand
 SELECT block_id, positions, states FROM {schema}.span WHERE block_id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint)) ORDER BY id;
 

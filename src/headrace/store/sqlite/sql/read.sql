@@ -67,6 +67,9 @@ ORDER BY first_index, id LIMIT :rows_max;
 -- shapes_of_blocks: which indexes some blocks hold
 SELECT id, first_index, runs_count, gaps FROM block WHERE id IN (SELECT value FROM json_each(:ids));
 
+-- extras_of_blocks: what only some runs of some blocks have
+SELECT id, extras FROM block WHERE extras IS NOT NULL AND id IN (SELECT value FROM json_each(:ids));
+
 -- states_of_blocks: how the runs of some blocks stand
 SELECT block_id, positions, states FROM span WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
 

@@ -84,9 +84,7 @@ HOSTILE: Final[Mapping[str, HostileLine]] = {
     "nesting of 100,000": HostileLine(b"[" * 100_000 + b"]" * 100_000, "unreadable"),
     "objects nested 20,000 deep": HostileLine(b'{"a":' * 20_000 + b"1" + b"}" * 20_000, "unreadable"),
     "just the limit": HostileLine(_padded(b'{"index":0,"p":"', b'"}', ITEM_BYTES_MAX), "ok"),
-    "one byte over the limit": HostileLine(
-        _padded(b'{"index":0,"p":"', b'"}', ITEM_BYTES_MAX + 1), "oversized"
-    ),
+    "one byte over the limit": HostileLine(_padded(b'{"index":0,"p":"', b'"}', ITEM_BYTES_MAX + 1), "oversized"),
     "over the limit by its carriage return": HostileLine(
         _padded(b'{"index":0,"p":"', b'"}\r', ITEM_BYTES_MAX + 1), "oversized"
     ),

@@ -11,9 +11,7 @@ from typing import Final
 import pytest
 
 ROOT: Final = Path(__file__).parents[1]
-LINT: Final = (
-    "from importlinter.cli import lint_imports as lint; raise SystemExit(lint(no_cache=True, no_logo=True))"
-)
+LINT: Final = "from importlinter.cli import lint_imports as lint; raise SystemExit(lint(no_cache=True, no_logo=True))"
 
 FLOORS: Final = "A room imports only from floors below it"
 CORE: Final = "The core is deaf, blind and timeless"

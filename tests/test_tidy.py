@@ -222,15 +222,11 @@ FINE: Final = (
 def kept_files() -> list[Path]:
     """What is in the repository; without git, what would be, so that nothing is skipped."""
     if shutil.which("git") and (ROOT / ".git").exists():
-        listed = subprocess.run(
-            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False, encoding="utf-8"
-        )
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False, encoding="utf-8")
         if listed.returncode == 0:
             return [Path(name) for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
     tops = [ROOT / name for name in ("src", "tests", "bench", "examples", "docs", ".ci")]
-    found = [
-        path for top in tops for path in top.rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    ]
+    found = [path for top in tops for path in top.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     found += [path for path in ROOT.iterdir() if path.suffix in {".md", ".toml"} or path.name == "Makefile"]
     return [path.relative_to(ROOT) for path in found]
 
@@ -244,9 +240,7 @@ def parsed(path: Path, text: str) -> File:
     return File(path, text, ast.parse(text))
 
 
-@pytest.mark.parametrize(
-    "faults", dict.fromkeys(rule.faults for rule in RULES), ids=lambda rule: rule.__name__
-)
+@pytest.mark.parametrize("faults", dict.fromkeys(rule.faults for rule in RULES), ids=lambda rule: rule.__name__)
 def test_the_code_keeps_the_rule(faults: Callable[[File], Faults]) -> None:
     holds_in = next(rule.holds_in for rule in RULES if rule.faults is faults)
     files = [parsed(path, (ROOT / path).read_text(encoding="utf-8")) for path in PYTHON if holds_in(path)]

@@ -21,11 +21,7 @@ def items_of(*pieces: bytes, item_bytes_max: int = 1_000, validate: bool = True)
 
 
 def values_of(*pieces: bytes, item_bytes_max: int = 1_000) -> list[Any]:
-    return [
-        json.loads(item)
-        for item in items_of(*pieces, item_bytes_max=item_bytes_max)
-        if isinstance(item, bytes)
-    ]
+    return [json.loads(item) for item in items_of(*pieces, item_bytes_max=item_bytes_max) if isinstance(item, bytes)]
 
 
 def is_good(item: Item) -> bool:
@@ -103,9 +99,7 @@ class TestTheReferencesBehaviours:
         assert (marker.index, marker.line) == (1, 2)
 
     def test_31_an_index_that_can_not_be_read_is_the_position(self) -> None:
-        _, marker = items_of(
-            b'{"index":0}\n{"task":"big","payload":"' + b"x" * 100 + b'"}\n', item_bytes_max=60
-        )
+        _, marker = items_of(b'{"index":0}\n{"task":"big","payload":"' + b"x" * 100 + b'"}\n', item_bytes_max=60)
         assert isinstance(marker, Oversized)
         assert (marker.index, marker.task) == (1, "big")
 
@@ -165,9 +159,7 @@ class TestTheReferencesBehaviours:
         assert extract_index_and_task(prefix) == (99, "other-task")
 
     def test_44_nested_keys_do_not_count(self) -> None:
-        prefix = (
-            b'{"payload":{"index":1,"task":"in"},"index":5,"a":[{"index":2}],"task":"outer","b":{"task":"x"'
-        )
+        prefix = b'{"payload":{"index":1,"task":"in"},"index":5,"a":[{"index":2}],"task":"outer","b":{"task":"x"'
         assert extract_index_and_task(prefix) == (5, "outer")
 
 
@@ -308,9 +300,7 @@ class TestTheIndexOfALineOverTheLimit:
 class TestTheCutChangesNothing:
     @given(
         st.lists(
-            st.sampled_from(
-                [b"1", b"\n", b'{"index":3}\n', b" ", b"\r\n", b"\xff", b"\xc3\xa9", b'"', b"xyz" * 9]
-            ),
+            st.sampled_from([b"1", b"\n", b'{"index":3}\n', b" ", b"\r\n", b"\xff", b"\xc3\xa9", b'"', b"xyz" * 9]),
             max_size=30,
         ),
         st.data(),
@@ -323,11 +313,7 @@ class TestTheCutChangesNothing:
         pieces = [stream[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
         assert traced([stream]) == traced(pieces) == traced(single_bytes(stream))
 
-    @given(
-        st.lists(
-            st.sampled_from([b"1\n", b"\n", b"22 \r\n", b"oops\n", b"x" * 30 + b"\n"]), min_size=1, max_size=9
-        )
-    )
+    @given(st.lists(st.sampled_from([b"1\n", b"\n", b"22 \r\n", b"oops\n", b"x" * 30 + b"\n"]), min_size=1, max_size=9))
     def test_a_reader_that_resumes_after_any_item_gets_exactly_the_rest(self, lines: list[bytes]) -> None:
         stream = b"".join(lines)
         machine = NdjsonMachine(item_bytes_max=20)

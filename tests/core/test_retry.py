@@ -83,9 +83,7 @@ def test_no_attempt_number_overflows(backoff: Backoff, delay_s: float, factor: f
 
 
 @given(st.floats(0, 1), st.floats(0, 1, exclude_max=True), st.integers(1, 60))
-def test_jitter_takes_off_at_most_its_fraction_and_adds_nothing(
-    jitter: float, chance: float, attempt: int
-) -> None:
+def test_jitter_takes_off_at_most_its_fraction_and_adds_nothing(jitter: float, chance: float, attempt: int) -> None:
     policy = Retry(attempts=100, jitter=jitter, delay_max_s=500)
     (whole_s,) = delays_s(policy, [attempt])
     due_us = retry_at_us(policy, attempt=attempt, error=ValueError(), now_us=NOW_US, random=lambda: chance)
@@ -117,10 +115,7 @@ def test_only_errors_to_retry_on_are_retried() -> None:
 
 def test_by_default_an_interrupt_is_not_retried() -> None:
     assert (
-        retry_at_us(
-            Retry(attempts=5), attempt=1, error=KeyboardInterrupt(), now_us=NOW_US, random=never_called
-        )
-        is None
+        retry_at_us(Retry(attempts=5), attempt=1, error=KeyboardInterrupt(), now_us=NOW_US, random=never_called) is None
     )
 
 
@@ -135,15 +130,11 @@ def test_a_task_that_asks_is_retried_just_then_whatever_the_policy_says() -> Non
 
 
 def test_a_task_that_asks_is_never_retried_too_early() -> None:
-    due_us = retry_at_us(
-        Retry(attempts=2), attempt=1, error=RetryAfter(1e-9), now_us=NOW_US, random=never_called
-    )
+    due_us = retry_at_us(Retry(attempts=2), attempt=1, error=RetryAfter(1e-9), now_us=NOW_US, random=never_called)
     assert due_us == NOW_US + 1
 
 
-@pytest.mark.parametrize(
-    "seconds", [-1, -0.001, math.nan, math.inf, -math.inf, DELAY_S_MAX + 1, 10**400, True, "5"]
-)
+@pytest.mark.parametrize("seconds", [-1, -0.001, math.nan, math.inf, -math.inf, DELAY_S_MAX + 1, 10**400, True, "5"])
 def test_retry_after_refuses_what_is_no_delay(seconds: Any) -> None:
     with pytest.raises(InvalidInput, match="0 to 31536000 seconds"):
         RetryAfter(seconds)
@@ -166,17 +157,11 @@ def test_attempts_are_counted_from_one() -> None:
     [
         *(("attempts", value) for value in (0, -1, 1.5, True, None, "3", ATTEMPTS_MAX + 1)),
         *(("backoff", value) for value in ("fibonacci", "", None)),
-        *(
-            ("delay_s", value)
-            for value in (-1, math.nan, math.inf, "1", True, None, DELAY_S_MAX + 1, 10**400)
-        ),
+        *(("delay_s", value) for value in (-1, math.nan, math.inf, "1", True, None, DELAY_S_MAX + 1, 10**400)),
         *(("factor", value) for value in (0.99, 0, -2, math.nan, math.inf, 1_001)),
         *(("delay_max_s", value) for value in (-1, math.nan, math.inf, DELAY_S_MAX + 1)),
         *(("jitter", value) for value in (-0.1, 1.1, math.nan, math.inf, True)),
-        *(
-            ("retry_on", value)
-            for value in (ValueError, [ValueError], (ValueError(),), ("ValueError",), (int,))
-        ),
+        *(("retry_on", value) for value in (ValueError, [ValueError], (ValueError(),), ("ValueError",), (int,))),
         *(("give_up_on", value) for value in (ValueError, (3,), None)),
     ],
 )

@@ -8,9 +8,7 @@ from headrace.foundation import errors
 from headrace.foundation.errors import ClientFault, EngineFault, HeadraceError
 
 RAISED = [
-    kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, ClientFault | EngineFault)
+    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ClientFault | EngineFault)
 ]
 
 

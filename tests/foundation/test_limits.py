@@ -27,9 +27,7 @@ def test_a_limit_takes_its_ends_and_nothing_beyond(name: str) -> None:
     assert check(limit, limit.least) == limit.least
     assert check(limit, limit.most) == limit.most
     for value in (limit.least - 1, limit.most + 1, "ten", "1", 1.5, float(limit.default), None, True, ""):
-        with pytest.raises(
-            InvalidSetting, match=rf"^{name} must be a whole number from {limit.least} to"
-        ) as caught:
+        with pytest.raises(InvalidSetting, match=rf"^{name} must be a whole number from {limit.least} to") as caught:
             check(limit, value)
         assert repr(value) in caught.value.message
         assert caught.value.hint == limit.meaning

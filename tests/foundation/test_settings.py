@@ -83,9 +83,7 @@ def test_a_number_out_of_form_or_bounds_is_refused_by_name_with_bounds(tmp_path:
         assert "flush_size must be a whole number from 1 to 100000 (updates)" in error.message
         assert repr(value) in error.message or repr(int(value)) in error.message
         assert error.exit_code == 2
-    assert (
-        "environment HEADRACE_FLUSH_SIZE" in refused(tmp_path, environ={"HEADRACE_FLUSH_SIZE": value}).message
-    )
+    assert "environment HEADRACE_FLUSH_SIZE" in refused(tmp_path, environ={"HEADRACE_FLUSH_SIZE": value}).message
 
 
 @pytest.mark.parametrize("text", ['"500"', "1.5", "-1", "0", "true", "[1]", "1979-05-27"])
@@ -170,9 +168,7 @@ def test_a_wrong_file_is_refused_with_a_hint(tmp_path: Path, text: str, said: st
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    assert (
-        "nowhere.toml can't be read" in refused(tmp_path, environ={"HEADRACE_CONFIG": "nowhere.toml"}).message
-    )
+    assert "nowhere.toml can't be read" in refused(tmp_path, environ={"HEADRACE_CONFIG": "nowhere.toml"}).message
     assert "HEADRACE_CONFIG is empty" in refused(tmp_path, environ={"HEADRACE_CONFIG": ""}).message
     (tmp_path / "headrace.toml").write_bytes(b'store = "\xff"')
     assert "not UTF-8 at byte 9" in refused(tmp_path).message

@@ -44,8 +44,7 @@ def page() -> str:
         "|---|---|--:|--:|--:|---|---|",
     ]
     lines += [
-        row(limit.name, f"{limit.default:,}", f"{limit.least:,}", f"{limit.most:,}", limit.unit)
-        + f" {limit.meaning} |"
+        row(limit.name, f"{limit.default:,}", f"{limit.least:,}", f"{limit.most:,}", limit.unit) + f" {limit.meaning} |"
         for limit in TABLE.values()
     ]
     return "\n".join(lines) + "\n"

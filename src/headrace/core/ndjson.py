@@ -241,9 +241,7 @@ class NdjsonMachine:
         if fault is None:
             return item
         kind, detail = fault
-        return Unreadable(
-            self._items_count, self._lines_count, f"Invalid {kind} at line {self._lines_count}: {detail}"
-        )
+        return Unreadable(self._items_count, self._lines_count, f"Invalid {kind} at line {self._lines_count}: {detail}")
 
     def _fault(self, item: bytes) -> tuple[str, str] | None:
         """What is wrong with an item: the form it breaks, and how. Its bytes are counted from 0."""

@@ -82,9 +82,7 @@ class Retry:
                 hint="attempts counts the first one too: 1 is no retry",
             )
         if self.backoff not in get_args(Backoff):
-            raise InvalidSetting(
-                f"backoff must be one of {', '.join(get_args(Backoff))}, not {self.backoff!r}"
-            )
+            raise InvalidSetting(f"backoff must be one of {', '.join(get_args(Backoff))}, not {self.backoff!r}")
         for name, least, most in (
             ("delay_s", 0.0, DELAY_S_MAX),
             ("factor", 1.0, FACTOR_MAX),

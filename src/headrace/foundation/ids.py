@@ -39,9 +39,7 @@ def parse_run_id(text: str) -> tuple[str, int]:
     kind, _, rest = text.partition("_")
     body, _, index = rest.partition("_")
     if kind != "run" or not _BODY.match(body) or not _INDEX.fullmatch(index):
-        raise InvalidInput(
-            f"{text!r} is not a run id", hint="a run id looks like run_<26 characters>_<index>"
-        )
+        raise InvalidInput(f"{text!r} is not a run id", hint="a run id looks like run_<26 characters>_<index>")
     return f"batch_{body}", int(index)
 
 

@@ -111,9 +111,7 @@ class Limits:
         current: dict[str, int] = {field.name: getattr(self, field.name) for field in fields(self)}
         unknown = changes.keys() - current.keys()
         if unknown:
-            raise InvalidSetting(
-                f"no limit is called {', '.join(sorted(unknown))}", hint="see `headrace config show`"
-            )
+            raise InvalidSetting(f"no limit is called {', '.join(sorted(unknown))}", hint="see `headrace config show`")
         return type(self)(**(current | changes))
 
 
@@ -127,7 +125,5 @@ def check(limit: Limit, value: object) -> int:
     return value
 
 
-assert set(TABLE) == {field.name for field in fields(Limits)}, (
-    "a limit is in the table and in Limits, or in neither"
-)
+assert set(TABLE) == {field.name for field in fields(Limits)}, "a limit is in the table and in Limits, or in neither"
 DEFAULT: Final = Limits()

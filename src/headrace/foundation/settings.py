@@ -141,9 +141,7 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, object,
         name = variable.removeprefix(PREFIX).lower()
         source = f"environment {variable}"
         if name not in NAMES or variable != variable.upper():
-            raise _unknown(
-                source, name, (*NAMES, "config"), lambda meant: f"{PREFIX}{meant.upper()}", "unset it"
-            )
+            raise _unknown(source, name, (*NAMES, "config"), lambda meant: f"{PREFIX}{meant.upper()}", "unset it")
         yield name, _read(name, environ[variable]), source
 
 
@@ -157,9 +155,7 @@ def _from_file(environ: Mapping[str, str], directory: Path) -> Iterator[tuple[st
     for name, value in _parsed(path, source).items():
         if name == "limits":
             if not isinstance(value, dict):
-                raise InvalidSetting(
-                    f"{source}: limits must be a table, not {value!r}", hint="write [limits]"
-                )
+                raise InvalidSetting(f"{source}: limits must be a table, not {value!r}", hint="write [limits]")
             for limit_name, limit_value in value.items():
                 if limit_name not in TABLE:
                     raise _unknown(f"{source} [limits]", limit_name, TABLE, str)
@@ -188,9 +184,7 @@ def _parsed(path: Path, source: str) -> dict[str, object]:
     try:
         return tomllib.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise InvalidSetting(
-            f"{source} is not UTF-8 at byte {error.start}", hint="save it as UTF-8"
-        ) from error
+        raise InvalidSetting(f"{source} is not UTF-8 at byte {error.start}", hint="save it as UTF-8") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidSetting(f"{source} is not TOML: {error}", hint='write lines like store = "…"') from error
 
@@ -224,12 +218,7 @@ def _unknown(
 
 
 def _text(name: str, value: object, form: str) -> str:
-    if (
-        not isinstance(value, str)
-        or not value.strip()
-        or len(value) > TEXT_CHARS_MAX
-        or _CONTROL.search(value)
-    ):
+    if not isinstance(value, str) or not value.strip() or len(value) > TEXT_CHARS_MAX or _CONTROL.search(value):
         said = repr(hidden(name, value[:80])) if isinstance(value, str) else repr(value)
         raise InvalidSetting(f"{name} must be {form}, not {said}")
     return value
@@ -250,9 +239,7 @@ def _objects(value: object) -> str:
 def _environment(value: object) -> str:
     text = _text("environment", value, "a name")
     if len(text) > ENVIRONMENT_CHARS_MAX:
-        raise InvalidSetting(
-            f"environment must be at most {ENVIRONMENT_CHARS_MAX} characters, not {len(text)}"
-        )
+        raise InvalidSetting(f"environment must be at most {ENVIRONMENT_CHARS_MAX} characters, not {len(text)}")
     return text
 
 
@@ -298,6 +285,4 @@ OPTIONS: Final[Mapping[str, Option]] = {
     )
 }
 NAMES: Final = (*OPTIONS, *TABLE)
-NUMBERS: Final = frozenset(TABLE) | {
-    name for name, option in OPTIONS.items() if isinstance(option.default, int)
-}
+NUMBERS: Final = frozenset(TABLE) | {name for name, option in OPTIONS.items() if isinstance(option.default, int)}

@@ -405,3 +405,10 @@ async def test_a_hot_statement_is_answered_from_its_index(tmp_path: Path, name: 
         assert f"SCAN {table}\n" not in plan + "\n", plan
     if name in ("claim_candidates", "blocks_from", "finished_batches", "list_batches"):
         assert "TEMP B-TREE" not in plan, plan
+
+
+async def test_processes_that_make_the_same_file_at_once_all_get_it(tmp_path: Path) -> None:
+    for round_no in range(20):
+        stores = [SqliteStore(tmp_path / f"{round_no}.db", DEFAULT) for _ in range(4)]
+        await asyncio.gather(*(store.open() for store in stores))
+        await asyncio.gather(*(store.close() for store in stores))

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 from typing import Final, TypeVar
 
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
@@ -28,6 +29,7 @@ T = TypeVar("T")
 SQL: Final = {name: statement.sql for name, statement in statements("headrace.store.sqlite").items()}
 READERS: Final = 2
 BUSY_TIMEOUT_MS: Final = 10_000
+WAL_RETRY_S: Final = 0.01
 OLDEST_SQLITE: Final = (3, 35, 0)
 _SYNCHRONOUS: Final = {0: "off", 1: "normal", 2: "full", 3: "extra"}
 
@@ -41,6 +43,7 @@ class SqliteStore(ScriptedStore):
         self._busy_timeout_ms = busy_timeout_ms
         self._writer = Writer(self._connect)
         self._local = threading.local()
+        self._closing = threading.Event()
         self._readers: ThreadPoolExecutor | None = None
         self._reading: list[sqlite3.Connection] = []
 
@@ -53,6 +56,7 @@ class SqliteStore(ScriptedStore):
                 f"SQLite {sqlite3.sqlite_version} is too old, {'.'.join(map(str, OLDEST_SQLITE))} is needed",
                 hint="use a Python with a newer SQLite",
             )
+        self._closing.clear()
         self._writer.start()
         self._readers = self._readers or ThreadPoolExecutor(READERS, thread_name_prefix="headrace-sqlite-reader")
         try:
@@ -63,6 +67,7 @@ class SqliteStore(ScriptedStore):
 
     async def close(self) -> None:
         """Finish what was asked for and close every connection."""
+        self._closing.set()
         await asyncio.to_thread(self._writer.close)
         if self._readers is not None:
             readers, self._readers = self._readers, None
@@ -74,7 +79,7 @@ class SqliteStore(ScriptedStore):
     def _connect(self) -> sqlite3.Connection:
         connection = self._plain()
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            self._enter_wal(connection)
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA wal_autocheckpoint = 4000")
             _migrate(connection)
@@ -82,6 +87,21 @@ class SqliteStore(ScriptedStore):
             connection.close()
             raise
         return connection
+
+    def _enter_wal(self, connection: sqlite3.Connection) -> None:
+        """Write-ahead logging, once for the file. The one lock that SQLite does not wait for: two processes that make
+        the same file at the same moment both switch it over, so here is the waiting.
+        """
+        deadline = monotonic() + self._busy_timeout_ms / 1_000
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorname != "SQLITE_BUSY" or monotonic() > deadline:
+                    raise
+                self._closing.wait(WAL_RETRY_S)
+            else:
+                return
 
     def _plain(self) -> sqlite3.Connection:
         return sqlite3.connect(

@@ -145,9 +145,9 @@ async def test_r1_a_heartbeat_leaves_leases_alone_whose_outcomes_are_on_their_wa
         while desk.broker._flusher is None or desk.broker._flusher.last_error is None:
             await asyncio.sleep(0)
         await desk.beat()
-        assert "release" not in desk.store.calls
         await desk.clock.advance_async(1)
         await desk.settled()
+        assert "release" not in desk.store.calls
         assert await desk.states(batch_id) == ["completed"] * 10
 
 
@@ -256,6 +256,29 @@ async def test_a_lease_is_evidence_until_its_last_update_is_durable(tmp_path: Pa
         assert read(marks.path) == {(work.lease.span_id, work.lease.token): (0, 1, 2)}
         await desk.clock.advance_async(1)
         await desk.settled()
+        assert read(marks.path) == {}
+
+
+async def test_an_earlier_part_that_became_durable_ends_no_evidence(tmp_path: Path) -> None:
+    async with desk_on(tmp_path) as desk:
+        await desk.batch(3, at_most_once=True)
+        (work,) = await desk.claim()
+        marks = desk.broker.marks
+        assert marks is not None
+        seen: list[Any] = []
+        desk.store.watch["settle"] = lambda: seen.append(read(marks.path))
+        desk.store.before["settle"] = [AWAY]
+        work.end(work.begin(), run.COMPLETED, b"0")
+        part = work.take_settlement()
+        assert part is not None
+        await desk.broker.put(part)
+        while desk.broker._flusher is None or desk.broker._flusher.last_error is None:
+            await asyncio.sleep(0)
+        await desk.end(work)  # waits behind the first part, which is tried again alone
+        await desk.clock.advance_async(1)
+        await desk.settled()
+        name = (work.lease.span_id, work.lease.token)
+        assert seen == [{name: (0, 1, 2)}, {name: (0, 1, 2)}]
         assert read(marks.path) == {}
 
 

@@ -334,6 +334,22 @@ async def test_suspects_that_were_withdrawn_hold_nobody_up() -> None:
         assert states(await made.ran(b"2")) == ["completed"]
 
 
+async def test_of_suspects_that_were_withdrawn_no_more_begin() -> None:
+    begun: list[int] = []
+
+    async def waits(item: int) -> None:
+        begun.append(item)
+        await asyncio.Event().wait()
+
+    async with rig(waits, concurrency=1) as made:
+        made.submit(*numbers(3), crashes_count=2)
+        await made.clock.settle()
+        made.executor.take_unbegun()
+        made.executor.interrupt(lambda *_: True, "stopped")
+        await made.clock.settle()
+        assert begun == [0]
+
+
 # -- the loop and what user code does to it
 
 

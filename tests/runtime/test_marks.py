@@ -40,6 +40,14 @@ def test_marks_tell_what_had_begun_and_not_ended(tmp_path: Path) -> None:
     assert not marks.path.exists()
 
 
+def test_the_room_of_a_file_is_taken_before_anything_is_marked(tmp_path: Path) -> None:
+    """A store into a mapped hole of a full disk would end the process by a bus error."""
+    marks = Marks(tmp_path / "own", slot_runs=256)
+    found = marks.path.stat()
+    assert found.st_blocks * 512 >= found.st_size > 256 * marks.free_count
+    marks.close()
+
+
 def test_a_slot_is_used_again_and_starts_clean(tmp_path: Path) -> None:
     marks = Marks(tmp_path / "own", slot_runs=8, slots=2)
     slot, body = marks.take(1, 1, 8)

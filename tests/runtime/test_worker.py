@@ -301,6 +301,33 @@ async def test_a_graceful_stop_gives_back_what_had_not_begun_and_settles_the_res
         await worker.stop()
 
 
+async def test_what_nobody_began_is_free_for_others_before_the_grace_is_over(kind: str, tmp_path: Path) -> None:
+    gate, begun = asyncio.Event(), asyncio.Event()
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task
+        async def waits(item: int) -> int:
+            begun.set()
+            await gate.wait()
+            return item
+
+        first = await waits.map([1])
+        worker = Worker(engine, app.registry, concurrency=1)
+        await worker.start()
+        await begun.wait()
+        second = await waits.map(range(5))
+        for work in await worker.broker.claim(["waits"], None, 5):
+            worker._here.submit(work)
+        assert (await second.summary()).ledger.leased == 5
+        stopping = asyncio.create_task(worker.stop())
+        while (await second.summary()).ledger.leased:
+            await asyncio.sleep(0)
+        assert not stopping.done()
+        gate.set()
+        await stopping
+        assert (await states(app, first), await states(app, second)) == (["completed"], ["waiting"] * 5)
+
+
 async def test_a_second_stop_interrupts_and_gives_back_uncharged(kind: str, tmp_path: Path) -> None:
     begun = asyncio.Event()
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
@@ -419,6 +446,25 @@ async def test_r3_a_worker_whose_session_was_ended_goes_on_under_a_new_one(kind:
             assert await outputs(batch) == list(range(6))
             assert worker.broker.session_id != old
         assert len({view.attempt for view in [await engine.store.run(batch.id, index) for index in range(6)]}) == 1
+
+
+async def test_two_loops_that_meet_an_ended_session_make_one_new_one(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task
+        async def task(item: int) -> int:
+            return item
+
+        store = Faulty(engine.store)
+        worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
+        await worker.start()
+        old = worker.broker.session_id
+        await engine.store.end_session(old, now_us=engine.clock.now_us())
+        await asyncio.gather(worker._start_anew(old), worker._start_anew(old), worker._start_anew(old))
+        assert store.calls.count("start_session") == 2
+        assert [session.id for session in await engine.store.sessions()] == [worker.broker.session_id]
+        assert await outputs(await task.map(range(5))) == list(range(5))
+        await worker.stop()
 
 
 async def test_a_worker_outlives_a_store_that_is_away(kind: str, tmp_path: Path) -> None:

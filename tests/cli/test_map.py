@@ -488,7 +488,7 @@ def test_a_database_in_a_directory_that_is_not_there_is_refused(shell: Shell) ->
     assert "nowhere" in ran.err
 
 
-@pytest.mark.parametrize("store", ["postgresql://x/y", "sqlite://", "what", "sqlite:///"])
+@pytest.mark.parametrize("store", ["mysql://x/y", "sqlite://", "what", "sqlite:///"])
 def test_a_store_nobody_knows_is_refused(shell: Shell, store: str) -> None:
     shell.items(3)
     assert shell.map("--store", store).code == 2

@@ -17,7 +17,7 @@ from headrace.core.span import DELAYED, LEASED, WAITING, Span, positions_of, res
 from headrace.foundation.errors import InvalidInput, NotFound
 from headrace.foundation.ids import INDEX_MAX
 from headrace.store.protocol import Outcome, QueueView, RunView, Session, Verification
-from headrace.store.verbs.appending import (
+from headrace.store.verbs.finding import (
     decode_extras,
     find,
     find_with_width,

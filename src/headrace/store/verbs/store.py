@@ -29,7 +29,7 @@ from headrace.store.protocol import (
     Swept,
     Verification,
 )
-from headrace.store.verbs import appending, reading, tending, working
+from headrace.store.verbs import appending, finding, interventions, reading, tending, working
 from headrace.store.verbs.script import Script
 
 T = TypeVar("T")
@@ -69,15 +69,15 @@ class ScriptedStore(ABC):
 
     async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> Batch:
         """Move to `cancelled` or `abandoned`."""
-        return await self._write(lambda: appending.stop(batch_id, state, now_us))
+        return await self._write(lambda: interventions.stop(batch_id, state, now_us))
 
     async def cancel_runs(self, batch_id: str, indexes: Sequence[int], *, now_us: int) -> int:
         """Cancel single runs."""
-        return await self._write(lambda: appending.cancel_runs(batch_id, indexes, now_us))
+        return await self._write(lambda: interventions.cancel_runs(batch_id, indexes, now_us))
 
     async def redrive(self, batch_id: str, indexes: Sequence[int] | None) -> int:
         """Run again what failed."""
-        return await self._write(lambda: appending.redrive(batch_id, indexes))
+        return await self._write(lambda: interventions.redrive(batch_id, indexes))
 
     # -- sessions
 
@@ -214,7 +214,7 @@ def lease_of(span: Span, first_index: int, gaps: bytes | None, extras: bytes | N
         indexes = [first_index + distances[at] for at in positions]
     by_place = {}
     if extras is not None:
-        by_position = appending.decode_extras(extras)
+        by_position = finding.decode_extras(extras)
         by_place = {place: by_position[at] for place, at in zip(places, positions, strict=True) if at in by_position}
     return Lease(
         span_id=span.id,

@@ -8,7 +8,7 @@ from typing import Final
 from headrace.core import batch as batches
 from headrace.core.span import expire
 from headrace.store.protocol import Pruned, Suspects, Swept
-from headrace.store.verbs.appending import end_spans, stop, sweep_stopped
+from headrace.store.verbs.interventions import end_spans, stop, sweep_stopped
 from headrace.store.verbs.rows import as_json, to_batch, to_span
 from headrace.store.verbs.script import Script, fetch
 from headrace.store.verbs.working import give_back

@@ -26,7 +26,8 @@ from headrace.core.span import release as release_span
 from headrace.core.span import settle as settle_span
 from headrace.foundation.errors import SessionEnded
 from headrace.store.protocol import Claim, Heartbeat, Held, Release, Session, Suspects
-from headrace.store.verbs.appending import clocks, count_in, locate, sweep_stopped
+from headrace.store.verbs.finding import clocks, locate
+from headrace.store.verbs.interventions import count_in, sweep_stopped
 from headrace.store.verbs.rows import (
     add_parts,
     add_spans,

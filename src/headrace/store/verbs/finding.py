@@ -1,0 +1,108 @@
+"""Where things are: batches, runs and their spans, by id, key or index."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from headrace.core.batch import Batch
+from headrace.core.block import Extra
+from headrace.core.index_set import IndexSet
+from headrace.core.span import Span
+from headrace.foundation.errors import InvalidInput, NotFound, StoreBroken
+from headrace.store.verbs.rows import as_json, to_batch, to_span
+from headrace.store.verbs.script import Script, fetch, fetch_first, fetch_one
+
+BLOCKS_MAX: Final = 1_000_000
+"""Blocks that may hold one index: few, unless a batch came in random order."""
+_extras_decoder = msgspec.msgpack.Decoder(dict[int, Extra])
+
+
+def decode_extras(data: bytes | None) -> dict[int, Extra]:
+    """What only some runs of a block have, by position."""
+    return {} if data is None else _extras_decoder.decode(data)
+
+
+def find(batch_id: str) -> Script[Batch]:
+    """The batch, or `NotFound`."""
+    batch, _ = yield from find_with_width(batch_id)
+    return batch
+
+
+def find_with_width(batch_id: str) -> Script[tuple[Batch, int]]:
+    """The batch and the distance that the indexes of its widest block span, or `NotFound`."""
+    return _known((yield from fetch_one("batch", id=batch_id)), batch_id)
+
+
+def lock(batch_id: str) -> Script[Batch]:
+    """The batch, not to be changed by others before this transaction ends. After the spans it locks (rule R8)."""
+    batch, _ = _known((yield from fetch_one("lock_batch", id=batch_id)), batch_id)
+    return batch
+
+
+def _known(row: tuple[Any, ...] | None, batch_id: str) -> tuple[Batch, int]:
+    if row is None:
+        raise NotFound("there is no such batch", hint="`headrace batch list` shows those there are", batch_id=batch_id)
+    return to_batch(row), int(row[21])
+
+
+def received_of(batch_id: str) -> Script[IndexSet]:
+    """The set of indexes a batch has received."""
+    (data,) = yield from fetch_first("received", id=batch_id)
+    try:
+        return IndexSet.from_bytes(data) if data else IndexSet()
+    except InvalidInput as error:
+        raise StoreBroken("the set of received indexes can't be read", batch_id=batch_id) from error
+
+
+def locate(batch_id: str, index: int) -> Script[tuple[int, int] | None]:
+    """`(block id, position)` of a run, or None when no such index was received."""
+    row = yield from fetch_one("batch", id=batch_id)
+    if row is None:
+        return None
+    width = row[21]
+    blocks = yield from fetch(
+        "blocks_from",
+        batch_id=batch_id,
+        from_index=index,
+        after_index=index - width,
+        before_index=index + 1,
+        rows_max=BLOCKS_MAX,
+    )
+    for block_id, first_index, last_index, runs_count, gaps in blocks:
+        if not first_index <= index <= last_index:
+            continue
+        if gaps is None:
+            return block_id, index - first_index
+        places = array("I", gaps)
+        if index - first_index in places:
+            return block_id, places.index(index - first_index)
+        assert runs_count == len(places)
+    return None
+
+
+def indexes_of(first_index: int, runs_count: int, gaps: bytes | None) -> Sequence[int]:
+    """The batch index of each position of a block."""
+    if gaps is None:
+        return range(first_index, first_index + runs_count)
+    return [first_index + gap for gap in array("I", gaps)]
+
+
+def spans_of_block(block_id: int) -> Script[list[Span]]:
+    """All spans over one block."""
+    return [to_span(row) for row in (yield from fetch("spans_of_block", block_id=block_id))]
+
+
+def lock_spans_of_block(block_id: int) -> Script[list[Span]]:
+    """All spans over one block, not to be changed by others before this transaction ends."""
+    return [to_span(row) for row in (yield from fetch("lock_spans_of_block", block_id=block_id))]
+
+
+def clocks(environment: str, queues: set[str]) -> Script[dict[str, int]]:
+    """The clocks of some queues; a queue nobody knows stands at 0."""
+    rows = yield from fetch("clocks", environment=environment, names=as_json(sorted(queues)))
+    found = {name: int(clock) for name, clock in rows}
+    return {queue: found.get(queue, 0) for queue in queues}

@@ -1,0 +1,155 @@
+"""What a person asks of a batch that runs: stop it, cancel runs of it, send failed ones round again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from headrace.core import batch as batches
+from headrace.core import run
+from headrace.core.batch import Batch
+from headrace.core.span import DELAYED, WAITING, Counts, Span, cancel, positions_of
+from headrace.core.span import redrive as redrive_span
+from headrace.foundation.errors import Conflict, InvalidInput, NotFound
+from headrace.store.verbs.finding import clocks, decode_extras, find, indexes_of, locate, lock, lock_spans_of_block
+from headrace.store.verbs.rows import add_spans, as_json, put_batch, put_spans, take_ids, to_batch, to_span
+from headrace.store.verbs.script import Script, fetch
+
+SWEEP_SPANS_MAX: Final = 1_000
+
+
+def stop(batch_id: str, state: str, now_us: int) -> Script[Batch]:
+    """Cancel or abandon a batch: a first bounded sweep now; claims and upkeep sweep the rest as they meet it."""
+    yield from find(batch_id)
+    rows = yield from fetch("unsettled_spans_of_batch", batch_id=batch_id, rows_max=SWEEP_SPANS_MAX)
+    batch = yield from lock(batch_id)
+    after = batches.stopped(batch, state, now_us)
+    yield from put_batch(after)
+    if after.is_stopped and not after.is_finished:
+        yield from end_spans([cancel(to_span(row)) for row in rows], now_us)
+    return (yield from find(batch_id))
+
+
+def sweep_stopped(batch_id: str, spans_max: int, now_us: int) -> Script[tuple[int, int]]:
+    """Cancel what waits in a stopped batch, at most `spans_max` spans; answers how many spans and runs."""
+    rows = yield from fetch("unsettled_spans_of_batch", batch_id=batch_id, rows_max=spans_max)
+    return len(rows), (yield from end_spans([cancel(to_span(row)) for row in rows], now_us))
+
+
+def end_spans(ended: Sequence[tuple[Span, Counts]], now_us: int) -> Script[int]:
+    """Keep spans some of whose runs ended without a worker, and count them in their batches."""
+    yield from put_spans([span for span, _ in ended])
+    changes: dict[str, Counts] = {}
+    for span, counts in ended:
+        changes[span.batch_id] = changes.get(span.batch_id, Counts()).plus(counts)
+    yield from count_in(changes, now_us)
+    return sum(counts.settled for counts in changes.values())
+
+
+def count_in(changes: dict[str, Counts], now_us: int) -> Script[None]:
+    """Add outcomes to their batches' counters; completes a batch in the same transaction."""
+    rows = yield from fetch("lock_batches", ids=as_json(sorted(changes)))
+    for row in rows:
+        batch = to_batch(row)
+        if any(changes[batch.id]):
+            yield from put_batch(batches.settled(batch, changes[batch.id], now_us))
+
+
+def cancel_runs(batch_id: str, indexes: Sequence[int], now_us: int) -> Script[int]:
+    """Cancel single runs: those that wait now, those leased when their worker hears of it."""
+    yield from find(batch_id)
+    by_block = yield from _by_block(batch_id, indexes)
+    ended, leased = [], []
+    for block_id, positions in by_block.items():
+        for span in (yield from lock_spans_of_block(block_id)):
+            live = {own for own, state in zip(positions_of(span), span.states, strict=True) if state in run.UNSETTLED}
+            if wanted := live & positions.keys():
+                if span.state in (WAITING, DELAYED):
+                    ended.append(cancel(span, wanted))
+                else:
+                    leased += [positions[position] for position in wanted]
+    if leased:
+        yield from fetch("ask_to_cancel", batch_id=batch_id, indexes=as_json(sorted(leased)))
+    return (yield from end_spans(ended, now_us)) + len(leased)
+
+
+def _by_block(batch_id: str, indexes: Sequence[int]) -> Script[dict[int, dict[int, int]]]:
+    """`{block id: {position: index}}`; an index nobody received is `NotFound`."""
+    found: dict[int, dict[int, int]] = {}
+    for index in indexes:
+        place = yield from locate(batch_id, index)
+        if place is None:
+            raise NotFound("the batch has no such run", batch_id=batch_id, index=index)
+        found.setdefault(place[0], {})[place[1]] = index
+    return found
+
+
+def redrive(batch_id: str, indexes: Sequence[int] | None) -> Script[int]:
+    """Send failed runs round again; a completed batch is sealed once more until they end."""
+    batch = yield from find(batch_id)
+    if batch.is_stopped:
+        raise Conflict(f"the batch is {batch.state}; its runs can't run again", batch_id=batch_id)
+    wanted: list[tuple[Span, set[int] | None]]
+    if indexes is None:
+        wanted = [(span, None) for span in (yield from _failed_spans(batch_id))]
+    else:
+        if len(indexes) > SWEEP_SPANS_MAX:
+            raise InvalidInput(f"at most {SWEEP_SPANS_MAX} runs can be redriven by index at once")
+        by_block = yield from _by_block(batch_id, indexes)
+        wanted = []
+        for block_id, named in by_block.items():
+            spans = yield from lock_spans_of_block(block_id)
+            wanted += [(span, set(named)) for span in spans]
+    now_clocks = yield from clocks(batch.environment, {span.queue for span, _ in wanted})
+    unrunnable = yield from _born_failed(sorted({span.block_id for span, _ in wanted}))
+    kept, fresh, change = [], [], Counts()
+    for span, positions in wanted:
+        after, taken, gone = redrive_span(
+            span, positions, clock=now_clocks[span.queue], unrunnable=unrunnable.get(span.block_id, ())
+        )
+        if taken is not None:
+            kept.append(after)
+            fresh.append(taken)
+            change = change.plus(gone)
+    if fresh:
+        yield from put_spans(kept)
+        yield from add_spans(fresh, first_id=(yield from take_ids(spans_count=len(fresh)))[1])
+        yield from fetch("forget_cancellations", batch_id=batch_id, indexes=as_json((yield from _indexes(fresh))))
+        yield from put_batch(batches.redriven((yield from lock(batch_id)), change))
+    return -change.settled
+
+
+def _born_failed(block_ids: Sequence[int]) -> Script[dict[int, set[int]]]:
+    """The positions of some blocks whose items were unreadable, by block id."""
+    rows = yield from fetch("extras_of_blocks", ids=as_json(block_ids))
+    return {
+        block_id: {position for position, extra in decode_extras(extras).items() if extra.failure}
+        for block_id, extras in rows
+    }
+
+
+def _indexes(spans: Sequence[Span]) -> Script[list[int]]:
+    """The batch indexes of the runs of some spans."""
+    ids = as_json(sorted({span.block_id for span in spans}))
+    shapes = {
+        block_id: indexes_of(first_index, runs_count, gaps)
+        for block_id, first_index, runs_count, gaps in (yield from fetch("shapes_of_blocks", ids=ids))
+    }
+    return [shapes[span.block_id][position] for span in spans for position in positions_of(span)]
+
+
+def _failed_spans(batch_id: str) -> Script[list[Span]]:
+    found: list[Span] = []
+    after_id = 0
+    while True:
+        rows = yield from fetch(
+            "spans_with_state",
+            batch_id=batch_id,
+            state=bytes((run.FAILED,)),
+            after_id=after_id,
+            rows_max=SWEEP_SPANS_MAX,
+        )
+        found += [to_span(row) for row in rows]
+        if len(rows) < SWEEP_SPANS_MAX:
+            return found
+        after_id = found[-1].id

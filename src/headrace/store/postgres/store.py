@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
-from headrace.foundation.errors import HeadraceError, InvalidSetting, StoreBroken, StoreUnavailable
+from headrace.core.span import SETTLED, Settlement
+from headrace.foundation.errors import HeadraceError, InvalidInput, InvalidSetting, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
+from headrace.store.postgres import hot
+from headrace.store.protocol import Claim, Lease
 from headrace.store.statements import migrations, statements
+from headrace.store.verbs import working
 from headrace.store.verbs.script import Ask, Overtaken, Rows, Script
 from headrace.store.verbs.store import ScriptedStore
+from headrace.store.verbs.working import CANDIDATES_MAX, USUAL_RUNS
 
 T = TypeVar("T")
 
@@ -43,6 +49,7 @@ class PostgresStore(ScriptedStore):
         self._sql = compiled(self._schema)
         self._pools: dict[asyncio.AbstractEventLoop, asyncpg.Pool[Any]] = {}
         self._block_ids, self._span_ids = _Range(), _Range()
+        self._runs_a_span = USUAL_RUNS
         self._is_open = False
 
     async def open(self) -> None:
@@ -109,14 +116,66 @@ class PostgresStore(ScriptedStore):
         ((number,),) = await self._fetch(connection, "version")
         return int(number)
 
+    # -- hot verbs, one statement each (rule R7); the scripts do what is not usual, and say what is meant
+
+    async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
+        """Record outcomes: of whole spans in one statement, by the script when any of them is anything else."""
+        values = hot.whole(settlements)
+        if values is not None:
+            ((count,),) = await self._alone("settle_whole", **values, now_us=now_us)
+            if count:
+                return [SETTLED] * count
+        return await super().settle(settlements, now_us=now_us)
+
+    async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
+        """Lease spans in one statement, which says when it takes the script."""
+        if claim.runs_max < 1:
+            return await super().claim(claim, now_us=now_us)
+        rows_max, due_us = hot.rows_wanted(claim.runs_max, self._runs_a_span), now_us
+        while True:
+            values = hot.wish(claim, rows_max=rows_max, due_us=due_us, now_us=now_us)
+            rows = await self._claim_whole(values)
+            word = rows[0][0]
+            if word == hot.SHORT:
+                rows_max = min(rows_max * 4, CANDIDATES_MAX)
+            elif word == hot.DUE:
+                await self._write(lambda: working.promote(now_us))
+                due_us = hot.NEVER
+            elif word in hot.ANSWERED:
+                leases, runs_a_span = hot.leases_of(rows)
+                self._runs_a_span = runs_a_span or self._runs_a_span
+                return leases
+            else:
+                return await super().claim(claim, now_us=now_us)
+
+    async def _claim_whole(self, values: dict[str, Any]) -> Rows:
+        async def work(connection: Any) -> Rows:
+            span_id = await self._take(connection, self._span_ids, "next_span_ids", 1)
+            return await self._fetch(connection, "claim_whole", **values, span_id=span_id)
+
+        return await self._tried(work)
+
     # -- running scripts
 
     async def _write(self, script: Callable[[], Script[T]]) -> T:
-        """In one transaction; what the server undid to keep transactions apart is done again."""
+        """In one transaction."""
+
+        async def work(connection: Any) -> T:
+            async with connection.transaction():
+                return await self._run(connection, script())
+
+        return await self._tried(work)
+
+    async def _alone(self, name: str, /, **values: Any) -> Rows:
+        """One statement that the server commits by itself (rule R7)."""
+        return await self._tried(lambda connection: self._fetch(connection, name, **values))
+
+    async def _tried(self, work: Callable[[Any], Awaitable[T]]) -> T:
+        """What the server undid to keep transactions apart is done again."""
         for tries_left in range(TRIES - 1, -1, -1):
             try:
-                async with (await self._pool()).acquire() as connection, connection.transaction():
-                    return await self._run(connection, script())
+                async with (await self._pool()).acquire() as connection:
+                    return await work(connection)
             except (Overtaken, asyncpg.SerializationError, asyncpg.DeadlockDetectedError) as error:
                 if not tries_left:
                     raise as_fault(error) from error
@@ -157,10 +216,12 @@ class PostgresStore(ScriptedStore):
 
     async def _take(self, connection: Any, own: _Range, name: str, count: int) -> int:
         """The first of `count` consecutive ids; a fresh range is fetched when the one at hand is too short."""
-        if own.left < count:
-            ((first,),) = await self._fetch(connection, name)
-            own.start(first)
-        return own.take(count)
+        if count > ID_RANGE:
+            raise InvalidInput(f"one transaction makes at most {ID_RANGE} new rows of a kind, not {count}")
+        while (first := own.take(count)) is None:
+            ((start,),) = await self._fetch(connection, name)
+            own.start(start)
+        return first
 
     async def _pool(self) -> asyncpg.Pool[Any]:
         """The connections of the loop that asks: a connection belongs to the loop it was made on."""
@@ -174,6 +235,7 @@ class PostgresStore(ScriptedStore):
                 min_size=0,
                 max_size=CONNECTIONS,
                 command_timeout=COMMAND_TIMEOUT_S,
+                reset=_keep,
                 server_settings={
                     "application_name": "headrace",
                     "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
@@ -184,22 +246,33 @@ class PostgresStore(ScriptedStore):
 
 
 class _Range:
-    """Ids of one range that are still free."""
+    """Ids of one range that are still free; the loops of several threads may share it."""
 
-    __slots__ = ("_next", "left")
+    __slots__ = ("_left", "_lock", "_next")
 
     def __init__(self) -> None:
         self._next = 0
-        self.left = 0
+        self._left = 0
+        self._lock = threading.Lock()
 
     def start(self, first: int) -> None:
-        self._next, self.left = first, ID_RANGE
+        """Go on in a new range."""
+        with self._lock:
+            self._next, self._left = first, ID_RANGE
 
-    def take(self, count: int) -> int:
-        first = self._next
-        self._next += count
-        self.left -= count
-        return first
+    def take(self, count: int) -> int | None:
+        """The first of `count` consecutive ids, or None when the range holds fewer."""
+        with self._lock:
+            if self._left < count:
+                return None
+            first = self._next
+            self._next += count
+            self._left -= count
+            return first
+
+
+async def _keep(_connection: object) -> None:
+    """Nothing hangs on a connection, so nothing is reset: that would be a round trip for each verb."""
 
 
 def compiled(schema: str) -> dict[str, tuple[str, list[str]]]:

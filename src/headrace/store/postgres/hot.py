@@ -1,0 +1,70 @@
+"""What the hot statements are given, and what their rows mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from headrace.core import run
+from headrace.core.pack import count
+from headrace.core.span import Settlement, counts_of, encode_places
+from headrace.store.protocol import Claim, Lease
+from headrace.store.verbs.rows import Blob, as_json, to_span
+from headrace.store.verbs.script import Rows
+from headrace.store.verbs.store import lease_of
+from headrace.store.verbs.working import CANDIDATES_MAX
+
+SHORT: Final = "short"
+"""More rows of some lane are needed to make up the wanted runs."""
+DUE: Final = "due"
+"""Delayed spans join the line first."""
+ANSWERED: Final = ("claimed", "again")
+NEVER: Final = -1
+PLACES: Final = encode_places(range(4_096))
+"""The places of a whole span; a shorter one's are its beginning."""
+SPARE_ROWS: Final = 2
+_BLOCK_AT: Final = 23
+
+
+def whole(settlements: Sequence[Settlement]) -> dict[str, Any] | None:
+    """The values of `settle_whole`, or None when a settlement is not the first and last of its span."""
+    blob, rows, objects = Blob(), [], []
+    for told in settlements:
+        codes = told.codes
+        everything = told.places is None or told.places == PLACES[: 2 * len(codes)]
+        if told.part_no or not codes or not everything or codes.strip(run.FINAL) or count(told.results) != len(codes):
+            return None
+        codes_at, _ = blob.put(codes)
+        rows.append((told.span_id, told.token, len(codes), codes_at, *blob.put(told.results), *counts_of(codes)))
+        objects += [(told.span_id, key) for key in told.object_keys]
+    if not rows or len({row[0] for row in rows}) < len(rows):
+        return None
+    return {"rows": as_json(rows), "blob": blob.bytes(), "objects": as_json(objects)}
+
+
+def rows_wanted(runs_max: int, runs_a_span: int) -> int:
+    """How many spans of a lane to look at: those that would do if they were as large as the last ones."""
+    return min(runs_max // runs_a_span + SPARE_ROWS, CANDIDATES_MAX)
+
+
+def wish(claim: Claim, *, rows_max: int, due_us: int, now_us: int) -> dict[str, Any]:
+    """The values of `claim_whole`."""
+    return {
+        "session_id": claim.session_id,
+        "claim_no": claim.claim_no,
+        "environment": claim.environment,
+        "tasks": as_json(list(claim.tasks)),
+        "queues": None if claim.queues is None else as_json(list(claim.queues)),
+        "runs_max": claim.runs_max,
+        "rows_max": rows_max,
+        "due_us": due_us,
+        "now_us": now_us,
+        "places": PLACES,
+    }
+
+
+def leases_of(rows: Rows) -> tuple[list[Lease], int]:
+    """The leases, and how many runs those hold that were not split, on average (0 when there is none)."""
+    leases = [lease_of(to_span(row[1:_BLOCK_AT]), *row[_BLOCK_AT:]) for row in rows if row[1] is not None]
+    sizes = [len(lease.places) for lease in leases[:-1]]
+    return leases, max(sum(sizes) // len(sizes), 1) if sizes else 0

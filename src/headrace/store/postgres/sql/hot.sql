@@ -1,0 +1,166 @@
+-- settle_whole: outcomes of whole leased spans, their counters and completion, all of them or none
+WITH given AS MATERIALIZED (
+    SELECT (value->>0)::bigint AS id, (value->>1)::bigint AS token, (value->>2)::int AS runs_count,
+        (value->>3)::int AS codes_at, (value->>4)::int AS results_at, (value->>5)::int AS results_length,
+        (value->>6)::bigint AS completed, (value->>7)::bigint AS failed, (value->>8)::bigint AS cancelled,
+        (value->>9)::bigint AS expired
+    FROM jsonb_array_elements(:rows::jsonb) AS rows (value)
+),
+locked AS MATERIALIZED (
+    SELECT id, token, state, unsettled_count, octet_length(states) AS runs_count FROM {schema}.span
+    WHERE id = ANY (ARRAY(SELECT id FROM given)) ORDER BY id FOR UPDATE
+),
+fenced AS MATERIALIZED (
+    SELECT given.* FROM given JOIN locked ON locked.id = given.id AND locked.token = given.token
+        AND locked.runs_count = given.runs_count AND locked.unsettled_count = given.runs_count
+    WHERE locked.state = 'leased'
+),
+-- Rule R4: what is written and counted comes from the rows as they were locked, never from the snapshot before.
+ended AS (
+    UPDATE {schema}.span SET state = 'done', session_id = '', claim_no = 0, unsettled_count = 0,
+        states = substring(:blob::bytea FROM fenced.codes_at FOR fenced.runs_count)
+    FROM fenced
+    WHERE span.id = fenced.id AND span.id = ANY (ARRAY(SELECT id FROM given))
+        AND (SELECT count(*) FROM fenced) = (SELECT count(*) FROM given)
+    RETURNING span.id, span.block_id, span.batch_id, span.positions, fenced.token, fenced.runs_count, fenced.codes_at,
+        fenced.results_at, fenced.results_length, fenced.completed, fenced.failed, fenced.cancelled, fenced.expired
+),
+counts AS MATERIALIZED (
+    SELECT batch_id, sum(completed)::bigint AS completed, sum(failed)::bigint AS failed,
+        sum(cancelled)::bigint AS cancelled, sum(expired)::bigint AS expired, sum(runs_count)::bigint AS settled
+    FROM ended GROUP BY batch_id
+),
+locked_batches AS MATERIALIZED (
+    SELECT id FROM {schema}.batch WHERE id = ANY (ARRAY(SELECT batch_id FROM counts)) ORDER BY id FOR UPDATE
+),
+counted AS (
+    UPDATE {schema}.batch SET completed_count = completed_count + counts.completed,
+        failed_count = failed_count + counts.failed, cancelled_count = cancelled_count + counts.cancelled,
+        expired_count = expired_count + counts.expired,
+        state = CASE WHEN finished_us = 0 AND state = 'sealed' AND received_count = counts.settled + completed_count
+            + failed_count + cancelled_count + expired_count THEN 'completed' ELSE state END,
+        finished_us = CASE WHEN finished_us = 0 AND state <> 'open' AND received_count = counts.settled
+            + completed_count + failed_count + cancelled_count + expired_count THEN :now_us::bigint ELSE finished_us END
+    FROM locked_batches JOIN counts ON counts.batch_id = locked_batches.id
+    WHERE batch.id = locked_batches.id AND batch.id = ANY (ARRAY(SELECT batch_id FROM counts))
+),
+recorded AS (
+    INSERT INTO {schema}.part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
+    SELECT block_id, id, token, 0, :now_us::bigint, positions, substring(:blob::bytea FROM codes_at FOR runs_count),
+        substring(:blob::bytea FROM results_at FOR results_length)
+    FROM ended
+),
+named AS (
+    INSERT INTO {schema}.object (key, batch_id)
+    SELECT value->>1, ended.batch_id
+    FROM jsonb_array_elements(:objects::jsonb) AS objects (value) JOIN ended ON ended.id = (value->>0)::bigint
+    ORDER BY 1
+    ON CONFLICT DO NOTHING
+)
+SELECT count(*) FROM ended;
+
+-- claim_whole: the best spans of some lanes under a new lease of a live session, with their inputs, or why it can't
+WITH session AS MATERIALIZED (
+    SELECT id FROM {schema}.session WHERE id = :session_id AND ended_us = 0 FOR KEY SHARE
+),
+-- Rule R1: a claim that is asked for again answers the same spans.
+before AS MATERIALIZED (
+    SELECT span.* FROM session JOIN {schema}.span ON span.session_id = session.id
+    WHERE span.state = 'leased' AND span.session_id = :session_id AND span.claim_no = :claim_no
+),
+due AS MATERIALIZED (
+    SELECT 1 FROM {schema}.span WHERE state = 'delayed' AND due_us <= :due_us::bigint LIMIT 1
+),
+-- Rule R9: each lane is read from its own end of the index.
+lanes AS MATERIALIZED (
+    SELECT lane.queue, lane.task
+    FROM {schema}.lane JOIN {schema}.queue ON queue.environment = lane.environment AND queue.name = lane.queue
+    WHERE lane.environment = :environment AND queue.paused = 0
+        AND lane.task = ANY (ARRAY(SELECT jsonb_array_elements_text(:tasks::jsonb)))
+        AND (:queues::jsonb IS NULL OR lane.queue = ANY (ARRAY(SELECT jsonb_array_elements_text(:queues::jsonb))))
+        AND EXISTS (SELECT 1 FROM session) AND NOT EXISTS (SELECT 1 FROM before) AND NOT EXISTS (SELECT 1 FROM due)
+),
+found AS MATERIALIZED (
+    SELECT best.* FROM lanes CROSS JOIN LATERAL (
+        SELECT id, batch_id, queue, task, priority, order_no, first_index, unsettled_count, at_most_once, states
+        FROM {schema}.span
+        WHERE state = 'waiting' AND environment = :environment AND queue = lanes.queue AND task = lanes.task
+            AND (expires_us = 0 OR expires_us > :now_us::bigint)
+        ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max::bigint
+        FOR UPDATE SKIP LOCKED
+    ) AS best
+),
+ranked AS MATERIALIZED (
+    SELECT found.*, sum(unsettled_count) OVER (
+        ORDER BY priority DESC, order_no, batch_id, first_index, id ROWS UNBOUNDED PRECEDING)::bigint AS reached
+    FROM found
+),
+chosen AS MATERIALIZED (
+    SELECT id, batch_id, queue, order_no, at_most_once, unsettled_count - greatest(reached - :runs_max::bigint, 0) AS taken_count,
+        reached > :runs_max::bigint AS is_split, position('w'::bytea IN states) AS waiting_at,
+        position('w'::bytea IN states) + unsettled_count = octet_length(states) + 1 AS is_tail
+    FROM ranked WHERE reached - unsettled_count < :runs_max::bigint
+),
+verdict AS MATERIALIZED (
+    SELECT CASE
+        WHEN NOT EXISTS (SELECT 1 FROM session) THEN 'ended'
+        WHEN EXISTS (SELECT 1 FROM before) THEN 'again'
+        WHEN EXISTS (SELECT 1 FROM due) THEN 'due'
+        WHEN EXISTS (SELECT 1 FROM chosen WHERE at_most_once <> 0 OR is_split AND NOT is_tail) THEN 'special'
+        WHEN EXISTS (SELECT 1 FROM {schema}.batch WHERE id = ANY (ARRAY(SELECT batch_id FROM chosen))
+            AND state IN ('cancelled', 'abandoned')) THEN 'stopped'
+        WHEN :rows_max::bigint < 1000 AND (SELECT coalesce(max(reached), 0) FROM ranked) < :runs_max::bigint
+            AND EXISTS (SELECT 1 FROM found GROUP BY queue, task HAVING count(*) >= :rows_max::bigint) THEN 'short'
+        ELSE 'claimed' END AS word
+),
+leased AS (
+    UPDATE {schema}.span SET state = 'leased', session_id = :session_id, claim_no = :claim_no, token = span.token + 1
+    FROM chosen
+    WHERE span.id = chosen.id AND span.id = ANY (ARRAY(SELECT id FROM chosen WHERE NOT is_split))
+        AND (SELECT word FROM verdict) = 'claimed'
+    RETURNING span.*
+),
+-- A small claim: the first waiting runs leave their span, the rest stays claimable.
+kept AS (
+    UPDATE {schema}.span SET unsettled_count = span.unsettled_count - chosen.taken_count,
+        states = overlay(span.states PLACING convert_to(repeat('m', chosen.taken_count::int), 'UTF8') FROM chosen.waiting_at)
+    FROM chosen
+    WHERE span.id = chosen.id AND span.id = ANY (ARRAY(SELECT id FROM chosen WHERE is_split))
+        AND (SELECT word FROM verdict) = 'claimed'
+    RETURNING span.*, chosen.taken_count, chosen.waiting_at
+),
+taken AS (
+    INSERT INTO {schema}.span (id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us,
+        at_most_once, order_no, first_index, attempt, crashes_count, crashes_alone_count, positions, states,
+        unsettled_count, state, session_id, claim_no, token)
+    SELECT :span_id::bigint, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
+        first_index, attempt, crashes_count, crashes_alone_count,
+        substring(coalesce(positions, :places::bytea) FROM 2 * waiting_at - 1 FOR 2 * taken_count::int),
+        convert_to(repeat('w', taken_count::int), 'UTF8'), taken_count, 'leased', :session_id, :claim_no, 1
+    FROM kept
+    RETURNING span.*
+),
+-- The clock follows what was claimed; a claimer that finds it held by another leaves it to the next.
+reached_clocks AS MATERIALIZED (
+    SELECT queue, max(order_no) AS order_no FROM chosen WHERE (SELECT word FROM verdict) = 'claimed' GROUP BY queue
+),
+free_queues AS MATERIALIZED (
+    SELECT name, clock FROM {schema}.queue
+    WHERE environment = :environment AND name = ANY (ARRAY(SELECT queue FROM reached_clocks))
+    FOR NO KEY UPDATE SKIP LOCKED
+),
+advanced AS (
+    UPDATE {schema}.queue SET clock = reached_clocks.order_no
+    FROM reached_clocks JOIN free_queues ON free_queues.name = reached_clocks.queue
+    WHERE queue.environment = :environment AND queue.name = free_queues.name
+        AND free_queues.clock < reached_clocks.order_no
+),
+held AS (
+    SELECT * FROM before UNION ALL SELECT * FROM leased UNION ALL SELECT * FROM taken
+)
+SELECT verdict.word, held.id, held.block_id, held.batch_id, held.environment, held.queue, held.task, held.priority,
+    held.due_us, held.expires_us, held.at_most_once, held.order_no, held.first_index, held.attempt, held.crashes_count,
+    held.crashes_alone_count, held.positions, held.states, held.unsettled_count, held.state, held.session_id,
+    held.claim_no, held.token, block.first_index, block.gaps, block.extras, block.items
+FROM verdict LEFT JOIN (held JOIN {schema}.block ON block.id = held.block_id) ON true
+ORDER BY held.priority DESC, held.order_no, held.batch_id, held.first_index, held.id;

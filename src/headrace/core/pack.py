@@ -80,6 +80,8 @@ def _layout(packed: bytes) -> tuple[list[int], bytes | None]:
     strings_count = count(packed)
     lengths = array(_TYPECODES[width])
     start = _HEAD + strings_count * width
+    if start > len(packed):
+        raise StoreBroken("a stored block or part ends before its lengths")
     lengths.frombytes(packed[_HEAD:start])
     if _SWAPPED:
         lengths.byteswap()

@@ -151,11 +151,11 @@ def _append(db: sqlite3.Connection, items_count: int) -> None:
             encoded = [encode(Item(n, PAD)) for n in range(start, min(start + CHUNK_RUNS, items_count))]
             chunks.append((start, len(encoded), _pack(encoded)))
         db.execute("BEGIN IMMEDIATE")
-        db.execute(SQL["batch"], {"id": BATCH}).fetchone()
+        db.execute(SQL["lock_batch"], {"id": BATCH}).fetchone()
         db.execute(SQL["received"], {"id": BATCH}).fetchone()
         db.execute(SQL["know_queue"], {"environment": "default", "name": "default"})
         db.execute(SQL["know_lanes"], {"environment": "default", "rows": '[["default","nothing"]]'})
-        db.execute(SQL["clocks"], {"environment": "default", "names": '["default"]'}).fetchall()
+        db.execute(SQL["environment_clock"], {"environment": "default"}).fetchall()
         ids = {"blocks_count": len(chunks), "spans_count": len(chunks)}
         block_id, span_id = db.execute(SQL["take_ids"], ids).fetchone()
         _insert_chunks(db, chunks, block_id, span_id)
@@ -227,10 +227,10 @@ def _settle(db: sqlite3.Connection, spans: list[tuple[int, int, int]], results: 
         states_at += count
         parts_at += count + len(packed)
     db.execute("BEGIN IMMEDIATE")
-    db.execute(SQL["spans"], {"ids": _json([span[0] for span in spans])}).fetchall()
+    db.execute(SQL["lock_spans"], {"ids": _json([span[0] for span in spans])}).fetchall()
     db.execute(SQL["update_spans"], {"rows": _json(updates), "blob": b"c" * (states_at - 1)})
     db.execute(SQL["insert_parts"], {"rows": _json(parts), "blob": b"".join(pieces)})
-    db.execute(SQL["batches_by_id"], {"ids": _json([BATCH])}).fetchall()
+    db.execute(SQL["lock_batches"], {"ids": _json([BATCH])}).fetchall()
     _update_batch(db, received=1, completed=before + states_at - 1)
     db.execute("COMMIT")
 

@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from headrace.core.retry import Retry, RetryAfter
     from headrace.foundation.errors import HeadraceError
     from headrace.handles import Batch, Outcome, Run, RunFailed, Summary, WaitTimedOut
-    from headrace.runtime.context import Context
+    from headrace.runtime.context import DETACHED, Context
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DETACHED",
     "Batch",
     "Context",
     "Headrace",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DETACHED": "headrace.runtime.context",
     "Batch": "headrace.handles",
     "Context": "headrace.runtime.context",
     "Headrace": "headrace.app",

@@ -1,7 +1,7 @@
 """Testing code that uses Headrace: a store in memory, runs drained inline, time moved by hand.
 
     async def test_outlines_are_made() -> None:
-        async with testing(app) as world:
+        async with in_memory(app) as world:
             batch = await outline.map(["a.py", "b.py"])
             await world.drain()
             assert [outcome.output async for outcome in batch.results()] == [...]
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Final
 
 from headrace.app import Headrace
 from headrace.compose import memory_engine
@@ -72,7 +72,7 @@ class World:
 
 
 @asynccontextmanager
-async def testing(app: Headrace, **limits: int) -> AsyncGenerator[World, None]:
+async def in_memory(app: Headrace, **limits: int) -> AsyncGenerator[World, None]:
     """Put `app` on a fresh store in memory while the block lasts; `limits` by name, as in `Headrace(...)`."""
     clock = ManualClock()
     engine = await memory_engine(Limits(**limits), clock)
@@ -81,8 +81,3 @@ async def testing(app: Headrace, **limits: int) -> AsyncGenerator[World, None]:
         yield World(app, engine, clock)
     finally:
         await app.close()
-
-
-def fails_with(outcome: Any) -> str:
-    """The class name of the error an outcome failed with, or an empty string."""
-    return outcome.failure.type if outcome.failure is not None else ""

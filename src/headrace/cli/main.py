@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from headrace.cli import batch, config, demo, doctor, map, migrate, prune, queue, verify  # noqa: A004 - a command's name
+from headrace.cli import batch, bench, config, demo, doctor, map, migrate, prune, queue, verify  # noqa: A004 - a command's name
 from headrace.cli import run as run_commands
 from headrace.cli.printing import error_lines, note, silence_stdout
 from headrace.foundation.errors import HeadraceError
@@ -58,7 +58,7 @@ app.command("migrate")(migrate.command)
 app.command("doctor")(doctor.command)
 app.add_typer(config.app, name="config")
 app.command("demo")(demo.command)
-# `bench` is registered here, beside the others.
+app.command("bench")(bench.command)
 
 
 def run(arguments: list[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -15,6 +15,9 @@ LOG: Any = structlog.get_logger("headrace.run")
 
 class Context:
     """One attempt of one run. A task that has a parameter annotated `Context` gets it.
+
+    Give the parameter the default `DETACHED` and the task can also be called without Headrace, and type checkers know
+    that nobody has to pass it: `async def send(to: str, context: Context = DETACHED)`.
 
     `index` counts in the batch from 0, `attempt` from 1. `deadline_us`: when the attempt times out, microseconds
     UTC, or None. `headers`: as given at enqueue.
@@ -63,3 +66,7 @@ class Context:
     def cancel(self) -> None:
         """Tell the run that nobody waits for it; called by the worker, from any thread."""
         self._cancelled.set()
+
+
+DETACHED: Final = Context(batch_id=f"batch_{'0' * 26}", index=0, attempt=1, task="", queue="")
+"""The context of a call that is not a run."""

@@ -38,7 +38,7 @@ from headrace.store.verbs.rows import (
     to_batch,
     to_span,
 )
-from headrace.store.verbs.script import Script, fetch, fetch_one
+from headrace.store.verbs.script import Overtaken, Script, fetch, fetch_one
 
 PROMOTE_MAX: Final = 1_000
 SWEEPS_MAX: Final = 4
@@ -92,7 +92,8 @@ def heartbeat(session_id: str, now_us: int) -> Script[Heartbeat]:
 def end_session(session_id: str, now_us: int) -> Script[None]:
     """Leave in good order: leases go back as they were and the session's stream is sealed."""
     yield from fetch("end_session", id=session_id, now_us=now_us)
-    yield from give_back((yield from _held(session_id)), Suspects(places={}, evidence=""), 1, now_us)
+    spans = yield from _held(session_id)
+    yield from give_back(spans, Suspects(places={}, evidence=""), 1, now_us)
     yield from _seal_streams(session_id, now_us)
 
 
@@ -107,7 +108,8 @@ def recover(
     ended = yield from fetch("end_silent_session", id=session_id, silent_since_us=silent_since_us, now_us=now_us)
     if not ended:
         return 0
-    count = yield from give_back((yield from _held(session_id)), suspects, crashes_max, now_us)
+    spans = yield from _held(session_id)
+    count = yield from give_back(spans, suspects, crashes_max, now_us)
     yield from _seal_streams(session_id, now_us)
     return count
 
@@ -126,12 +128,17 @@ def give_back(spans: Sequence[Span], suspects: Suspects, crashes_max: int, now_u
 
 
 def _held(session_id: str) -> Script[list[Span]]:
-    return [to_span(row) for row in (yield from fetch("lock_spans_of_session", session_id=session_id))]
+    """What an ended session has leased, locked, and then all batches that this will change (rule R8)."""
+    rows = yield from fetch("lock_spans_of_session", session_id=session_id)
+    yield from fetch("lock_streams_of_session", session_id=session_id)
+    return [to_span(row) for row in rows]
 
 
 def _seal_streams(session_id: str, now_us: int) -> Script[None]:
     for row in (yield from fetch("lock_streams_of_session", session_id=session_id)):
         batch = to_batch(row)
+        if batch.session_id != session_id or batch.state != batches.OPEN:
+            continue  # a batch of its leases, locked with the streams
         after = msgspec.structs.replace(
             batch, state=batches.SEALED, expected_count=batch.received_count, sealed_us=now_us
         )
@@ -166,11 +173,17 @@ def _take(wish: Claim, now_us: int) -> Script[list[Span]]:
         tasks=as_json(list(wish.tasks)),
         queues=None if wish.queues is None else as_json(list(wish.queues)),
     )
+    locked: set[str] = set()
     for _ in range(SWEEPS_MAX):
         spans = yield from _candidates(wish, lanes, now_us)
         stopped = yield from _stopped(spans)
         if not stopped:
             return (yield from _lease(spans, wish))
+        if not locked:  # rule R8: once for all rounds, in one order
+            locked = {row[0] for row in (yield from fetch("stopping_batches"))}
+            yield from fetch("lock_batches", ids=as_json(sorted(locked)))
+        if not locked.issuperset(stopped):
+            raise Overtaken
         for batch_id in stopped:  # rule R9: a claim that meets a cancelled batch sweeps its spans, bounded
             yield from sweep_stopped(batch_id, CANDIDATES_MAX, now_us)
     return []
@@ -238,7 +251,7 @@ def _lease(found: list[Span], wish: Claim) -> Script[list[Span]]:
     highest: dict[str, int] = {}
     for span in taken:
         highest[span.queue] = max(highest.get(span.queue, 0), span.order_no)
-    for queue, order_no in highest.items():
+    for queue, order_no in sorted(highest.items()):
         yield from fetch("advance_clock", environment=wish.environment, name=queue, order_no=order_no)
     return taken
 
@@ -267,9 +280,9 @@ def settle(settlements: Sequence[Settlement], now_us: int) -> Script[list[str]]:
         for key in settlement.object_keys
         if word != LOST
     ]
-    if objects:
-        yield from fetch("insert_objects", rows=as_json(objects))
     yield from gathered.write(now_us)
+    if objects:  # after the batches, as an append does it (rule R8)
+        yield from fetch("insert_objects", rows=as_json(objects))
     return gathered.words
 
 

@@ -140,7 +140,7 @@ taken AS (
     FROM kept
     RETURNING span.*
 ),
--- The clock follows what was claimed; a claimer that finds it held by another leaves it to the next.
+-- The clock follows what was claimed. A claimer that finds it held by another leaves it to the next.
 reached_clocks AS MATERIALIZED (
     SELECT queue, max(order_no) AS order_no FROM chosen WHERE (SELECT word FROM verdict) = 'claimed' GROUP BY queue
 ),

@@ -24,11 +24,12 @@ SELECT id, environment, key, kind, task, state, expected_count, received_count, 
     finished_us, seal_timeout_ms, block_width
 FROM {schema}.batch WHERE environment = :environment AND key = :key;
 
--- lock_streams_of_session: unfinished streams that a session owns, about to be changed
+-- lock_streams_of_session: streams that a session owns and batches of which it has leases, about to be changed
 SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
     cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
     finished_us, seal_timeout_ms, block_width
 FROM {schema}.batch WHERE session_id = :session_id AND session_id <> '' AND state = 'open'
+    OR id = ANY (ARRAY(SELECT batch_id FROM {schema}.span WHERE span.state = 'leased' AND span.session_id = :session_id))
 ORDER BY id FOR UPDATE;
 
 -- list_batches: batches of an environment, newest first

@@ -70,7 +70,7 @@ UPDATE {schema}.queue SET clock = greatest(clock, :order_no) WHERE environment =
 -- insert_keys: idempotency keys of new runs; an expired key is taken over
 INSERT INTO {schema}.idempotency (environment, task, key, batch_id, run_index, expires_us)
 SELECT :environment, value->>0, value->>1, :batch_id, (value->>2)::bigint, (value->>3)::bigint
-FROM jsonb_array_elements(:rows::jsonb) AS given (value)
+FROM jsonb_array_elements(:rows::jsonb) AS given (value) ORDER BY value->>0, value->>1
 ON CONFLICT (environment, task, key) DO UPDATE
 SET batch_id = excluded.batch_id, run_index = excluded.run_index, expires_us = excluded.expires_us
 WHERE idempotency.expires_us > 0 AND idempotency.expires_us <= :now_us
@@ -79,11 +79,12 @@ RETURNING 1;
 -- insert_tags: tags of new runs
 INSERT INTO {schema}.tag (environment, tag, batch_id, run_index)
 SELECT :environment, value->>0, :batch_id, (value->>1)::bigint FROM jsonb_array_elements(:rows::jsonb) AS given (value)
+ORDER BY 2, 4
 ON CONFLICT DO NOTHING;
 
 -- insert_objects: objects that rows of a batch name from now on
 INSERT INTO {schema}.object (key, batch_id)
-SELECT value->>0, value->>1 FROM jsonb_array_elements(:rows::jsonb) AS given (value)
+SELECT value->>0, value->>1 FROM jsonb_array_elements(:rows::jsonb) AS given (value) ORDER BY 1
 ON CONFLICT DO NOTHING;
 
 -- lease_spans: whole spans under a new lease
@@ -99,12 +100,18 @@ ON CONFLICT DO NOTHING;
 UPDATE {schema}.session SET heartbeat_us = greatest(heartbeat_us, :now_us) WHERE id = :id AND ended_us = 0
 RETURNING 1;
 
--- end_session: a session ends once, for whoever says so first
-UPDATE {schema}.session SET ended_us = :now_us WHERE id = :id AND ended_us = 0
+-- end_session: a session ends once, for whoever says so first, after the claims that found it alive (rule R3)
+WITH live AS MATERIALIZED (
+    SELECT id FROM {schema}.session WHERE id = :id AND ended_us = 0 FOR UPDATE
+)
+UPDATE {schema}.session SET ended_us = :now_us FROM live WHERE session.id = live.id
 RETURNING 1;
 
--- end_silent_session: a session that fell silent ends once, for whoever sees it first
-UPDATE {schema}.session SET ended_us = :now_us WHERE id = :id AND ended_us = 0 AND heartbeat_us <= :silent_since_us
+-- end_silent_session: a session that fell silent ends once, for whoever sees it first, after claims that found it alive
+WITH silent AS MATERIALIZED (
+    SELECT id FROM {schema}.session WHERE id = :id AND ended_us = 0 AND heartbeat_us <= :silent_since_us FOR UPDATE
+)
+UPDATE {schema}.session SET ended_us = :now_us FROM silent WHERE session.id = silent.id
 RETURNING 1;
 
 -- ask_to_cancel: runs that are leased are cancelled when their worker hears of it

@@ -1,0 +1,110 @@
+"""The testing mode: a store in memory, runs drained inline, time moved by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from headrace import DETACHED, Context, Headrace, Retry
+from headrace.testing import in_memory
+
+
+async def test_nothing_runs_before_it_is_drained() -> None:
+    app, ran = Headrace("app"), []
+
+    @app.task
+    async def note(item: int) -> None:
+        ran.append(item)
+
+    async with in_memory(app) as world:
+        await note.map(range(3))
+        assert ran == []
+        assert await world.drain() == 3
+        assert ran == [0, 1, 2]
+
+
+async def test_time_passes_when_the_test_says_so() -> None:
+    app = Headrace("app")
+
+    @app.task(retry=Retry(attempts=2, delay_s=100, jitter=0))
+    async def second_time_lucky(context: Context = DETACHED) -> int:
+        if context.attempt == 1:
+            raise ConnectionError
+        return context.attempt
+
+    async with in_memory(app) as world:
+        run = await second_time_lucky.options(delay=3_600).enqueue()
+        assert await world.drain() == 0
+        await world.advance(3_600)
+        assert await world.drain() == 0, "it failed, and is delayed again"
+        await world.advance(110)
+        assert await world.drain() == 1
+        assert await run.result() == 2
+
+
+async def test_plain_functions_run_in_the_test_s_own_thread() -> None:
+    app = Headrace("app")
+
+    @app.task
+    def where(_item: int) -> int:
+        return threading.get_ident()
+
+    @app.task(pool="process")
+    def where_too(_item: int) -> int:
+        return threading.get_ident()
+
+    async with in_memory(app) as world:
+        runs = [await where.enqueue(1), await where_too.enqueue(1)]
+        await world.drain()
+        assert [await run.result() for run in runs] == [threading.get_ident()] * 2
+
+
+async def test_what_runs_enqueue_is_drained_too() -> None:
+    app = Headrace("app")
+
+    @app.task
+    async def countdown(left: int) -> int:
+        if left:
+            await countdown.enqueue(left - 1)
+        return left
+
+    async with in_memory(app) as world:
+        await countdown.enqueue(5)
+        assert await world.drain() == 1, "one was there before"
+        batches = await world.engine.store.batches("default")
+        assert sum(ledger.completed for _, ledger in batches) == 6
+
+
+async def test_a_run_that_waits_for_a_thread_is_waited_for() -> None:
+    app = Headrace("app")
+    released = threading.Event()
+
+    @app.task
+    async def threaded(_item: int) -> bool:
+        threading.Timer(0.05, released.set).start()
+        return await asyncio.to_thread(released.wait, 5)
+
+    async with in_memory(app) as world:
+        run = await threaded.enqueue(1)
+        await world.drain()
+        assert await run.result() is True
+
+
+async def test_limits_are_set_by_name_and_the_app_is_free_afterwards() -> None:
+    app = Headrace("app")
+
+    @app.task
+    async def one(_item: int) -> int:
+        return 1
+
+    for chunk_runs_max in (1, 2):
+        async with in_memory(app, chunk_runs_max=chunk_runs_max) as world:
+            assert world.engine.limits.chunk_runs_max == chunk_runs_max
+            batch = await one.map(range(5))
+            await world.drain()
+            assert (await batch.summary()).ledger.completed == 5
+    with pytest.raises(TypeError):
+        async with in_memory(app, no_such_limit=1):
+            pass

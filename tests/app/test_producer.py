@@ -48,12 +48,18 @@ async def test_an_enqueued_run_is_durable_when_its_call_returns(kind: str, tmp_p
 
 
 async def test_many_enqueues_at_once_share_few_commits(kind: str, tmp_path: Path) -> None:
-    async with opened(kind, tmp_path) as engine:
+    clock = ManualClock()
+    async with opened(kind, tmp_path, clock=clock) as engine:
         store = Faulty(engine.store)
+        store.before["append"] = [StoreUnavailable("away")]  # so that all of them wait for one commit
         async with app_on(dataclasses.replace(engine, store=store)) as app:
             task = with_task(app)
-            runs = await asyncio.gather(*(task.enqueue(item) for item in range(1_000)))
-            assert store.calls.count("append") <= 10
+            calls = [asyncio.create_task(task.enqueue(item)) for item in range(1_000)]
+            while app._producer is None or app._producer._flusher is None or app._producer._flusher.depth < 1_000:
+                await asyncio.sleep(0)
+            await clock.advance_async(1)
+            runs = await asyncio.gather(*calls)
+            assert store.calls.count("append") <= 5
             assert sorted(run.index for run in runs) == list(range(1_000))
             assert len({run.batch_id for run in runs}) == 1
             async with app.worker():

@@ -412,7 +412,10 @@ class Crew:
         child.is_ready = False
         if child.writer is not None:
             child.writer.close()
-        self._kill(child)  # what closed its end of the wire is of no more use
+        try:  # killing what is dying already would reap it here, and nobody would know how it died
+            await asyncio.wait_for(child.process.wait(), KILL_AFTER_S)
+        except TimeoutError:
+            self._kill(child)  # it closed its end of the wire, and is of no more use
         evidence = _how(await child.process.wait(), child.process.pid)
         has_evidence = child.marks_path.exists()
         begun, deadline_us = read(child.marks_path), read_deadline(child.marks_path)

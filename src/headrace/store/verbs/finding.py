@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -14,7 +14,7 @@ from headrace.core.index_set import IndexSet
 from headrace.core.span import Span
 from headrace.foundation.errors import InvalidInput, NotFound, StoreBroken
 from headrace.store.verbs.rows import as_json, to_batch, to_span
-from headrace.store.verbs.script import Script, fetch, fetch_first, fetch_one
+from headrace.store.verbs.script import Overtaken, Script, fetch, fetch_first, fetch_one
 
 BLOCKS_MAX: Final = 1_000_000
 """Blocks that may hold one index: few, unless a batch came in random order."""
@@ -96,9 +96,23 @@ def spans_of_block(block_id: int) -> Script[list[Span]]:
     return [to_span(row) for row in (yield from fetch("spans_of_block", block_id=block_id))]
 
 
-def lock_spans_of_block(block_id: int) -> Script[list[Span]]:
-    """All spans over one block, not to be changed by others before this transaction ends."""
-    return [to_span(row) for row in (yield from fetch("lock_spans_of_block", block_id=block_id))]
+def lock_spans_of_blocks(block_ids: Iterable[int]) -> Script[dict[int, list[Span]]]:
+    """All spans over some blocks, by block, not to be changed by others before this transaction ends.
+
+    They are locked in one order (rule R8), and looked at again: who held one may have split it meanwhile.
+    """
+    ids = sorted(block_ids)
+    if len(ids) == 1:
+        rows = yield from fetch("lock_spans_of_block", block_id=ids[0])
+    else:
+        known = sorted(row[0] for row in (yield from fetch("spans_of_blocks", ids=as_json(ids))))
+        rows = yield from fetch("lock_spans", ids=as_json(known))
+    if {row[0] for row in rows} != {row[0] for row in (yield from fetch("spans_of_blocks", ids=as_json(ids)))}:
+        raise Overtaken
+    found: dict[int, list[Span]] = {block_id: [] for block_id in ids}
+    for span in map(to_span, rows):
+        found[span.block_id].append(span)
+    return found
 
 
 def clocks(environment: str, queues: set[str]) -> Script[dict[str, int]]:

@@ -11,7 +11,7 @@ from headrace.core.batch import Batch
 from headrace.core.span import DELAYED, WAITING, Counts, Span, cancel, positions_of
 from headrace.core.span import redrive as redrive_span
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound
-from headrace.store.verbs.finding import clocks, decode_extras, find, indexes_of, locate, lock, lock_spans_of_block
+from headrace.store.verbs.finding import clocks, decode_extras, find, indexes_of, locate, lock, lock_spans_of_blocks
 from headrace.store.verbs.rows import add_spans, as_json, put_batch, put_spans, take_ids, to_batch, to_span
 from headrace.store.verbs.script import Script, fetch
 
@@ -60,8 +60,9 @@ def cancel_runs(batch_id: str, indexes: Sequence[int], now_us: int) -> Script[in
     yield from find(batch_id)
     by_block = yield from _by_block(batch_id, indexes)
     ended, leased = [], []
+    spans_by_block = yield from lock_spans_of_blocks(by_block)
     for block_id, positions in by_block.items():
-        for span in (yield from lock_spans_of_block(block_id)):
+        for span in spans_by_block[block_id]:
             live = {own for own, state in zip(positions_of(span), span.states, strict=True) if state in run.UNSETTLED}
             if wanted := live & positions.keys():
                 if span.state in (WAITING, DELAYED):
@@ -96,10 +97,8 @@ def redrive(batch_id: str, indexes: Sequence[int] | None) -> Script[int]:
         if len(indexes) > SWEEP_SPANS_MAX:
             raise InvalidInput(f"at most {SWEEP_SPANS_MAX} runs can be redriven by index at once")
         by_block = yield from _by_block(batch_id, indexes)
-        wanted = []
-        for block_id, named in by_block.items():
-            spans = yield from lock_spans_of_block(block_id)
-            wanted += [(span, set(named)) for span in spans]
+        spans_by_block = yield from lock_spans_of_blocks(by_block)
+        wanted = [(span, set(named)) for block_id, named in by_block.items() for span in spans_by_block[block_id]]
     now_clocks = yield from clocks(batch.environment, {span.queue for span, _ in wanted})
     unrunnable = yield from _born_failed(sorted({span.block_id for span, _ in wanted}))
     kept, fresh, change = [], [], Counts()

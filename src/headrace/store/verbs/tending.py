@@ -25,21 +25,29 @@ _UNKNOWN: Final = Suspects(places=None, evidence="its session is gone")
 
 
 def sweep(rows_max: int, crashes_max: int, now_us: int) -> Script[Swept]:
-    """One bounded round over everything that has a deadline and no live owner."""
-    expired = yield from fetch("expired_spans", now_us=now_us, rows_max=rows_max)
-    expired_count = yield from end_spans([expire(to_span(row)) for row in expired], now_us)
-    overdue = [to_batch(row) for row in (yield from fetch("open_batches", now_us=now_us, rows_max=rows_max))]
+    """One bounded round over everything that has a deadline and no live owner.
+
+    Spans that others hold are passed over, and all batches are locked at once, in one order, before any is changed
+    (rule R8); whether one is overdue is read from the locked row (rule R4), so one that was just sealed stays sealed.
+    """
+    expired = [to_span(row) for row in (yield from fetch("expired_spans", now_us=now_us, rows_max=rows_max))]
+    lost = [to_span(row) for row in (yield from fetch("leases_without_session", rows_max=rows_max))]
+    ids = {row[0] for row in (yield from fetch("open_batches", now_us=now_us, rows_max=rows_max))}
+    ids |= {row[0] for row in (yield from fetch("stopping_batches"))}
+    ids |= {span.batch_id for span in expired + lost}
+    locked = [to_batch(row) for row in (yield from fetch("lock_batches", ids=as_json(sorted(ids))))] if ids else []
+    expired_count = yield from end_spans([expire(span) for span in expired], now_us)
+    overdue = [batch for batch in locked if (due_us := batches.seal_due_us(batch)) is not None and due_us <= now_us]
     for batch in overdue:
         yield from stop(batch.id, batches.ABANDONED, now_us)
-    stopping = [row[0] for row in (yield from fetch("stopping_batches"))]
+    stopping = [row[0] for row in (yield from fetch("stopping_batches")) if row[0] in ids]
     left, cancelled_count = rows_max, 0
     for batch_id in stopping:
         spans_count, runs_count = yield from sweep_stopped(batch_id, left, now_us)
         left -= spans_count
         cancelled_count += runs_count
-    lost = yield from fetch("leases_without_session", rows_max=rows_max)
     if lost:
-        yield from give_back([to_span(row) for row in lost], _UNKNOWN, crashes_max, now_us)
+        yield from give_back(lost, _UNKNOWN, crashes_max, now_us)
     return Swept(
         expired_count=expired_count,
         abandoned=[batch.id for batch in overdue],

@@ -14,15 +14,13 @@ from headrace.core import run as runs_core
 from headrace.core import span as spans
 from headrace.core.batch import Batch, Ledger
 from headrace.core.block import Chunk, Extra
-from headrace.core.failure import decode as decode_failure
 from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack
-from headrace.core.span import Part, Span, positions_of, results_of, unsettled_places
-from headrace.foundation.errors import InvalidInput, NotFound
+from headrace.core.span import Part, Span, positions_of, results_of
+from headrace.foundation.errors import NotFound
 from headrace.store.protocol import Lease, Outcome, QueueView, RunView, Session, Verification
+from headrace.store.views import WITH_RESULT, attempt_of, check_state, lease_of, view_of
 
-WITH_RESULT: Final = bytes((runs_core.COMPLETED, runs_core.FAILED))
-STATES_SHOWN: Final = (*runs_core.BY_NAME, spans.LEASED, spans.DELAYED)
 NOTHING: Final = (b"", 0)
 
 
@@ -167,38 +165,6 @@ def place_in_line(span: Span) -> tuple[int, int, str, int, int]:
     return -span.priority, span.order_no, span.batch_id, span.first_index, span.id
 
 
-def lease(tables: Tables, span: Span) -> Lease:
-    """What a worker needs of a claimed span."""
-    chunk = tables.blocks[span.block_id].chunk
-    places = unsettled_places(span)
-    positions = [positions_of(span)[place] for place in places]
-    indexes, (payloads, kinds) = indexes_of(chunk), unpack(chunk.items)
-    own_kinds = bytes(kinds[position] for position in positions) if kinds else b""
-    return Lease(
-        span_id=span.id,
-        token=span.token,
-        batch_id=span.batch_id,
-        task=span.task,
-        queue=span.queue,
-        attempt=span.attempt,
-        crashes_count=span.crashes_count,
-        at_most_once=span.at_most_once,
-        due_us=span.due_us,
-        expires_us=span.expires_us,
-        whole=span.positions is None and len(places) == len(span.states),
-        places=places,
-        indexes=[indexes[position] for position in positions],
-        payloads=[payloads[position] for position in positions],
-        kinds=own_kinds if any(own_kinds) else None,
-        extras={
-            place: chunk.extras[position]
-            for place, position in zip(places, positions, strict=True)
-            if position in chunk.extras
-        },
-        runs_count=len(span.states),
-    )
-
-
 def with_ledger(tables: Tables, batch: Batch) -> tuple[Batch, Ledger]:
     """A batch and where its runs are."""
     leased = [span for span in spans_of_batch(tables, batch.id) if span.state == spans.LEASED]
@@ -256,19 +222,25 @@ def outcomes(tables: Tables, batch_id: str, from_index: int, runs_max: int) -> l
     return told
 
 
+def lease(tables: Tables, span: Span) -> Lease:
+    """What a worker needs of a claimed span."""
+    chunk = tables.blocks[span.block_id].chunk
+    return lease_of(span, chunk.first_index, chunk.gaps, chunk.extras, chunk.items)
+
+
 def run(tables: Tables, batch_id: str, index: int) -> RunView:
     """One run with its input, its result and its attempts."""
     batch = find(tables, batch_id)
     block_id, position = locate(tables, batch, index)
     (home,) = (home for home in _homes(tables, batch_id) if home.run_index == index)
     extra = tables.blocks[block_id].chunk.extras.get(position, Extra())
-    view = _view(home)
+    view = view_of(home.span, home.run_index, home.state)
     view.payload, view.kind = payload(tables, batch, index)
     view.headers, view.tags, view.idempotency_key = extra.headers, list(extra.tags), extra.idempotency_key
     if home.state in WITH_RESULT:
         view.result, view.result_kind = _results(tables, batch_id).get((block_id, position), NOTHING)
     view.attempts = [
-        _attempt(code, data, part.settled_us)
+        attempt_of(code, data, part.settled_us)
         for part in tables.parts.values()
         if part.block_id == block_id
         for at, code, data, _ in results_of(part)
@@ -277,51 +249,11 @@ def run(tables: Tables, batch_id: str, index: int) -> RunView:
     return view
 
 
-def _view(home: _Home) -> RunView:
-    span = home.span
-    name = runs_core.NAMES[home.state]
-    if home.state == runs_core.WAITING and span.state in (spans.LEASED, spans.DELAYED):
-        name = span.state
-    return RunView(
-        batch_id=span.batch_id,
-        index=home.run_index,
-        environment=span.environment,
-        task=span.task,
-        queue=span.queue,
-        priority=span.priority,
-        state=name,
-        attempt=span.attempt,
-        crashes_count=span.crashes_count,
-        due_us=span.due_us,
-        expires_us=span.expires_us,
-        payload=b"",
-        kind=0,
-        headers={},
-        tags=[],
-        idempotency_key="",
-        result=b"",
-        result_kind=0,
-        attempts=[],
-    )
-
-
-def _attempt(code: int, data: bytes, settled_us: int) -> dict[str, object]:
-    ended = "retried" if code == runs_core.MOVED else runs_core.NAMES[code]
-    told: dict[str, object] = {"ended": ended, "settled_us": settled_us}
-    if code != runs_core.COMPLETED and data:
-        error = decode_failure(data)
-        told |= {"type": error.type, "message": error.message}
-        if error.trace:
-            told["trace"] = error.trace
-    return told
-
-
 def runs(tables: Tables, environment: str, batch_id: str, state: str, task: str, tag: str, limit: int) -> list[RunView]:
     """Runs that match, newest batch first, by index inside a batch, without payloads and attempts."""
-    if state and state not in STATES_SHOWN:
-        raise InvalidInput(f"{state!r} is not a state of a run", hint=f"one of {', '.join(STATES_SHOWN)}")
+    check_state(state)
     views = (
-        _view(home)
+        view_of(home.span, home.run_index, home.state)
         for name in sorted(tables.batches, reverse=True)
         if batch_id in ("", name) and tables.batches[name].environment == environment
         for home in _homes(tables, name)

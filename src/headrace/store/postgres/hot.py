@@ -11,7 +11,7 @@ from headrace.core.span import Settlement, counts_of, encode_places
 from headrace.store.protocol import Claim, Lease
 from headrace.store.verbs.rows import Blob, as_json, to_span
 from headrace.store.verbs.script import Rows
-from headrace.store.verbs.store import lease_of
+from headrace.store.verbs.store import lease_of_row
 from headrace.store.verbs.working import CANDIDATES_MAX
 
 SHORT: Final = "short"
@@ -65,6 +65,6 @@ def wish(claim: Claim, *, rows_max: int, due_us: int, now_us: int) -> dict[str, 
 
 def leases_of(rows: Rows) -> tuple[list[Lease], int]:
     """The leases, and how many runs those hold that were not split, on average (0 when there is none)."""
-    leases = [lease_of(to_span(row[1:_BLOCK_AT]), *row[_BLOCK_AT:]) for row in rows if row[1] is not None]
+    leases = [lease_of_row(to_span(row[1:_BLOCK_AT]), *row[_BLOCK_AT:]) for row in rows if row[1] is not None]
     sizes = [len(lease.places) for lease in leases[:-1]]
     return leases, max(sum(sizes) // len(sizes), 1) if sizes else 0

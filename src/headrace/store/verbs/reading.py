@@ -10,11 +10,10 @@ from typing import Final
 from headrace.core import run as runs_core
 from headrace.core.batch import STREAM, Batch, Ledger, ledger
 from headrace.core.block import Extra
-from headrace.core.failure import decode as decode_failure
 from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack_some
 from headrace.core.span import DELAYED, LEASED, WAITING, Span, positions_of, results_of
-from headrace.foundation.errors import InvalidInput, NotFound
+from headrace.foundation.errors import NotFound
 from headrace.foundation.ids import INDEX_MAX
 from headrace.store.protocol import Outcome, QueueView, RunView, Session, Verification
 from headrace.store.verbs.finding import (
@@ -28,11 +27,11 @@ from headrace.store.verbs.finding import (
 )
 from headrace.store.verbs.rows import as_json, to_batch, to_part, to_span
 from headrace.store.verbs.script import Script, fetch, fetch_first, fetch_one
+from headrace.store.views import WITH_RESULT, attempt_of, check_state, view_of
 
 VERIFY_BLOCKS: Final = 256
 SPANS_A_BLOCK: Final = 256
 TAGGED_MAX: Final = 10_000
-STATES_SHOWN: Final = (*runs_core.BY_NAME, LEASED, DELAYED)
 
 
 def with_ledger(batch: Batch) -> Script[tuple[Batch, Ledger]]:
@@ -105,11 +104,8 @@ def outcomes(batch_id: str, from_index: int, runs_max: int) -> Script[list[Outco
     return [
         Outcome(index=index, state=state, result=found[0], kind=found[1])
         for index, block_id, position, state in final
-        for found in (results.get((block_id, position), nothing) if state in _WITH_RESULT else nothing,)
+        for found in (results.get((block_id, position), nothing) if state in WITH_RESULT else nothing,)
     ]
-
-
-_WITH_RESULT: Final = bytes((runs_core.COMPLETED, runs_core.FAILED))
 
 
 def _nearest(
@@ -162,7 +158,7 @@ def _results(block_ids: Sequence[int]) -> Script[dict[tuple[int, int], tuple[byt
     for row in (yield from fetch("parts_of_blocks", ids=as_json(block_ids))):
         part = to_part(row)
         for position, code, result, kind in results_of(part):
-            if code in _WITH_RESULT:
+            if code in WITH_RESULT:
                 found[part.block_id, position] = (result, kind)
     return found
 
@@ -185,26 +181,15 @@ def run(batch_id: str, index: int) -> Script[RunView]:
         for at, code, data, kind in results_of(part):
             if at != position:
                 continue
-            attempts.append(_attempt(code, data, part.settled_us))
-            if code in _WITH_RESULT and state in _WITH_RESULT:
+            attempts.append(attempt_of(code, data, part.settled_us))
+            if code in WITH_RESULT and state in WITH_RESULT:
                 result, result_kind = data, kind
-    view = _view(span, index, state)
+    view = view_of(span, index, state)
     view.environment = batch.environment
     view.payload, view.kind = payloads[0], kinds[0] if kinds else 0
     view.headers, view.tags, view.idempotency_key = extra.headers, list(extra.tags), extra.idempotency_key
     view.result, view.result_kind, view.attempts = result, result_kind, attempts
     return view
-
-
-def _attempt(code: int, data: bytes, settled_us: int) -> dict[str, object]:
-    ended = "retried" if code == runs_core.MOVED else runs_core.NAMES[code]
-    told: dict[str, object] = {"ended": ended, "settled_us": settled_us}
-    if code != runs_core.COMPLETED and data:
-        error = decode_failure(data)
-        told |= {"type": error.type, "message": error.message}
-        if error.trace:
-            told["trace"] = error.trace
-    return told
 
 
 def _home(spans: Sequence[Span], position: int) -> tuple[Span, int]:
@@ -216,33 +201,6 @@ def _home(spans: Sequence[Span], position: int) -> tuple[Span, int]:
     raise NotFound("the run's state is nowhere", hint="run `headrace verify`", position=position)
 
 
-def _view(span: Span, index: int, state: int) -> RunView:
-    name = runs_core.NAMES[state]
-    if state == runs_core.WAITING and span.state in (LEASED, DELAYED):
-        name = span.state
-    return RunView(
-        batch_id=span.batch_id,
-        index=index,
-        environment=span.environment,
-        task=span.task,
-        queue=span.queue,
-        priority=span.priority,
-        state=name,
-        attempt=span.attempt,
-        crashes_count=span.crashes_count,
-        due_us=span.due_us,
-        expires_us=span.expires_us,
-        payload=b"",
-        kind=0,
-        headers={},
-        tags=[],
-        idempotency_key="",
-        result=b"",
-        result_kind=0,
-        attempts=[],
-    )
-
-
 def list_runs(
     environment: str,
     batch_id: str,
@@ -252,8 +210,7 @@ def list_runs(
     limit: int,
 ) -> Script[list[RunView]]:
     """Runs that match, newest batch first, by index inside a batch."""
-    if state and state not in STATES_SHOWN:
-        raise InvalidInput(f"{state!r} is not a state of a run", hint=f"one of {', '.join(STATES_SHOWN)}")
+    check_state(state)
     if tag:
         return (yield from _tagged_runs(environment, batch_id, state, task, tag, limit))
     byte = runs_core.BY_NAME["waiting" if state in (LEASED, DELAYED) else state] if state else None
@@ -283,7 +240,7 @@ def list_runs(
         for position, own in zip(positions_of(span), span.states, strict=True):
             if own == runs_core.MOVED or (byte is not None and own != byte):
                 continue
-            view = _view(span, first_index + (position if places is None else places[position]), own)
+            view = view_of(span, first_index + (position if places is None else places[position]), own)
             if not state or view.state == state:
                 pending.append(view)
     return (found + sorted(pending, key=lambda view: view.index))[:limit]
@@ -298,7 +255,7 @@ def _tagged_runs(environment: str, batch_id: str, state: str, task: str, tag: st
         if place is None or len(found) >= limit:
             break
         span, own = _home((yield from spans_of_block(place[0])), place[1])
-        view = _view(span, index, own)
+        view = view_of(span, index, own)
         if state in ("", view.state) and task in ("", view.task):
             found.append(view)
     return found
@@ -397,7 +354,7 @@ def _count_blocks(
                     continue
                 living[position] += 1
                 counted[leased_byte if leased_byte and state in runs_core.UNSETTLED else state] += 1
-                if state in _WITH_RESULT and (block_id, position) not in recorded:
+                if state in WITH_RESULT and (block_id, position) not in recorded:
                     differences.append(f"position {position} of block {block_id} ended without a recorded outcome")
         if any(count != 1 for count in living):
             differences.append(f"block {block_id} has runs that live in no span or in two")

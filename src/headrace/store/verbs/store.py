@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from headrace.core.batch import Batch, Ledger, check_created
 from headrace.core.block import Chunk
-from headrace.core.pack import unpack, unpack_some
-from headrace.core.span import Settlement, Span, decode_places, unsettled_places
+from headrace.core.span import Settlement, Span
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import Limits
 from headrace.store.protocol import (
@@ -31,6 +29,7 @@ from headrace.store.protocol import (
 )
 from headrace.store.verbs import appending, finding, interventions, reading, tending, working
 from headrace.store.verbs.script import Script
+from headrace.store.views import lease_of
 
 T = TypeVar("T")
 
@@ -110,7 +109,7 @@ class ScriptedStore(ABC):
         if claim.runs_max < 1:
             raise InvalidInput(f"a claim is for one run or more, not for {claim.runs_max}")
         taken = await self._write(lambda: working.claim(claim, now_us))
-        return [lease_of(span, *taken.blocks[span.block_id]) for span in taken.spans]
+        return [lease_of_row(span, *taken.blocks[span.block_id]) for span in taken.spans]
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
         """Record outcomes."""
@@ -193,45 +192,6 @@ class ScriptedStore(ABC):
         return await self._read(lambda: reading.next_due_us(environment, tasks))
 
 
-def lease_of(span: Span, first_index: int, gaps: bytes | None, extras: bytes | None, items: bytes) -> Lease:
-    """What a worker needs of a claimed span."""
-    whole = span.positions is None and span.unsettled_count == len(span.states)
-    if whole:
-        places: Sequence[int] = range(len(span.states))
-        positions: Sequence[int] = places
-        payloads, kinds = unpack(items)
-    else:
-        places = unsettled_places(span)
-        own = range(len(span.states)) if span.positions is None else decode_places(span.positions)
-        positions = [own[place] for place in places]
-        payloads, kinds = unpack_some(items, positions)
-    if gaps is None:
-        indexes: Sequence[int] = (
-            range(first_index, first_index + len(places)) if whole else [first_index + at for at in positions]
-        )
-    else:
-        distances = array("I", gaps)
-        indexes = [first_index + distances[at] for at in positions]
-    by_place = {}
-    if extras is not None:
-        by_position = finding.decode_extras(extras)
-        by_place = {place: by_position[at] for place, at in zip(places, positions, strict=True) if at in by_position}
-    return Lease(
-        span_id=span.id,
-        token=span.token,
-        batch_id=span.batch_id,
-        task=span.task,
-        queue=span.queue,
-        attempt=span.attempt,
-        crashes_count=span.crashes_count,
-        at_most_once=span.at_most_once,
-        due_us=span.due_us,
-        expires_us=span.expires_us,
-        whole=whole,
-        places=places,
-        indexes=indexes,
-        payloads=payloads,
-        kinds=kinds if kinds is not None and any(kinds) else None,
-        extras=by_place,
-        runs_count=len(span.states),
-    )
+def lease_of_row(span: Span, first_index: int, gaps: bytes | None, extras: bytes | None, items: bytes) -> Lease:
+    """What a worker needs of a claimed span, from its block's row."""
+    return lease_of(span, first_index, gaps, finding.decode_extras(extras), items)

@@ -1,0 +1,110 @@
+"""What a store shows of what it keeps, the same in every house: a run to a person, a lease to a worker."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from headrace.core import run
+from headrace.core.block import Extra
+from headrace.core.failure import decode
+from headrace.core.pack import unpack, unpack_some
+from headrace.core.span import DELAYED, LEASED, Span, positions_of, unsettled_places
+from headrace.foundation.errors import InvalidInput
+from headrace.store.protocol import Lease, RunView
+
+WITH_RESULT: Final = bytes((run.COMPLETED, run.FAILED))
+"""The states that a recorded outcome has a result for."""
+
+STATES_SHOWN: Final = (*run.BY_NAME, LEASED, DELAYED)
+
+
+def check_state(state: str) -> str:
+    """`state` when a run can be shown in it, or nothing. Raises `InvalidInput`."""
+    if state and state not in STATES_SHOWN:
+        raise InvalidInput(f"{state!r} is not a state of a run", hint=f"one of {', '.join(STATES_SHOWN)}")
+    return state
+
+
+def view_of(span: Span, index: int, state: int) -> RunView:
+    """One run without its payload and attempts. A waiting run is shown as what its span is: leased or delayed."""
+    name = run.NAMES[state]
+    if state == run.WAITING and span.state in (LEASED, DELAYED):
+        name = span.state
+    return RunView(
+        batch_id=span.batch_id,
+        index=index,
+        environment=span.environment,
+        task=span.task,
+        queue=span.queue,
+        priority=span.priority,
+        state=name,
+        attempt=span.attempt,
+        crashes_count=span.crashes_count,
+        due_us=span.due_us,
+        expires_us=span.expires_us,
+        payload=b"",
+        kind=0,
+        headers={},
+        tags=[],
+        idempotency_key="",
+        result=b"",
+        result_kind=0,
+        attempts=[],
+    )
+
+
+def attempt_of(code: int, data: bytes, settled_us: int) -> dict[str, object]:
+    """One recorded attempt: how it ended, when, and why if it failed."""
+    ended = "retried" if code == run.MOVED else run.NAMES[code]
+    told: dict[str, object] = {"ended": ended, "settled_us": settled_us}
+    if code != run.COMPLETED and data:
+        error = decode(data)
+        told |= {"type": error.type, "message": error.message}
+        if error.trace:
+            told["trace"] = error.trace
+    return told
+
+
+def lease_of(span: Span, first_index: int, gaps: bytes | None, extras: Mapping[int, Extra], items: bytes) -> Lease:
+    """What a worker needs of a claimed span; the rest is its block's, `extras` by position."""
+    whole = span.positions is None and span.unsettled_count == len(span.states)
+    if whole:
+        places: Sequence[int] = range(len(span.states))
+        positions: Sequence[int] = places
+        payloads, kinds = unpack(items)
+    else:
+        places = unsettled_places(span)
+        own = positions_of(span)
+        positions = [own[place] for place in places]
+        payloads, kinds = unpack_some(items, positions)
+    if gaps is not None:
+        distances = array("I", gaps)
+        indexes: Sequence[int] = [first_index + distances[position] for position in positions]
+    elif whole:
+        indexes = range(first_index, first_index + len(places))
+    else:
+        indexes = [first_index + position for position in positions]
+    by_place = {}
+    if extras:
+        by_place = {place: extras[at] for place, at in zip(places, positions, strict=True) if at in extras}
+    return Lease(
+        span_id=span.id,
+        token=span.token,
+        batch_id=span.batch_id,
+        task=span.task,
+        queue=span.queue,
+        attempt=span.attempt,
+        crashes_count=span.crashes_count,
+        at_most_once=span.at_most_once,
+        due_us=span.due_us,
+        expires_us=span.expires_us,
+        whole=whole,
+        places=places,
+        indexes=indexes,
+        payloads=payloads,
+        kinds=kinds if kinds is not None and any(kinds) else None,
+        extras=by_place,
+        runs_count=len(span.states),
+    )

@@ -39,7 +39,7 @@ from headrace.core.retry import NO_RETRY, Retry
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.ids import parse_run_id
 from headrace.foundation.settings import Settings, load
-from headrace.handles import Batch, Run
+from headrace.handles import PLAIN, Batch, ResultOf, Run
 from headrace.runtime.engine import Engine
 from headrace.runtime.producer import Options, Producer
 from headrace.runtime.registry import Pool, Registry, TaskSpec
@@ -125,7 +125,7 @@ class Task(Generic[P, R]):
         payload = self.spec.codec.encode(args, kwargs)
         producer = await self.app.producer()
         batch_id, index = await producer.enqueue(self.spec, payload, options)
-        return Run(producer.engine, batch_id, index)
+        return Run(producer.engine, batch_id, index, self.spec.codec.result_of)
 
     async def _map(
         self,
@@ -136,7 +136,7 @@ class Task(Generic[P, R]):
     ) -> Batch[R]:
         producer = await self.app.producer()
         batch_id = await producer.map(self.spec, items, options, key=key, metadata=dict(metadata or {}))
-        return Batch(producer.engine, batch_id)
+        return Batch(producer.engine, batch_id, self.spec.codec.result_of)
 
 
 class TaskCall(Generic[P, R]):
@@ -331,15 +331,18 @@ class Headrace:
     async def batch(self, batch_id: str) -> Batch[Any]:
         """A handle on a batch by its id. Raises `NotFound`."""
         engine = await self.open()
-        await engine.store.batch(batch_id)
-        return Batch(engine, batch_id)
+        batch, _ = await engine.store.batch(batch_id)
+        return Batch(engine, batch_id, self._result_of(batch.task))
 
     async def run(self, run_id: str) -> Run[Any]:
         """A handle on a run by its id. Raises `NotFound`."""
         engine = await self.open()
         batch_id, index = parse_run_id(run_id)
-        await engine.store.run(batch_id, index)
-        return Run(engine, batch_id, index)
+        view = await engine.store.run(batch_id, index)
+        return Run(engine, batch_id, index, self._result_of(view.task))
+
+    def _result_of(self, task: str) -> ResultOf:
+        return self.registry.get(task).codec.result_of if task in self.registry else PLAIN
 
     # -- for scripts
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -19,6 +19,8 @@ from headrace.store.protocol import RunView
 
 R = TypeVar("R")
 RESULTS_PAGE: Final = 2_048
+ResultOf = Callable[[bytes], Any]
+PLAIN: Final[ResultOf] = msgspec.json.Decoder().decode
 
 
 class RunFailed(HeadraceError):
@@ -63,8 +65,9 @@ class Summary(NamedTuple):
 class Run(Generic[R]):
     """One run. `id` is the same on every attempt."""
 
-    def __init__(self, engine: Engine, batch_id: str, index: int) -> None:
+    def __init__(self, engine: Engine, batch_id: str, index: int, result_of: ResultOf = PLAIN) -> None:
         self._engine = engine
+        self._result_of = result_of
         self.batch_id = batch_id
         self.index = index
 
@@ -93,7 +96,8 @@ class Run(Generic[R]):
             failure = decode(view.result) if view.result else None
             reason = f"{failure.type}: {failure.message}" if failure is not None else f"it was {view.state}"
             raise RunFailed(reason, failure=failure, run=self.id)
-        return await _value(self._engine, view.result, view.result_kind)  # type: ignore[no-any-return]  # wire to R
+        value: R = await _value(self._engine, view.result, view.result_kind, self._result_of)
+        return value
 
     async def cancel(self) -> bool:
         """Ask that it does not run, or stops; True when it had not ended."""
@@ -112,8 +116,9 @@ class Run(Generic[R]):
 class Batch(Generic[R]):
     """A batch of runs."""
 
-    def __init__(self, engine: Engine, batch_id: str) -> None:
+    def __init__(self, engine: Engine, batch_id: str, result_of: ResultOf = PLAIN) -> None:
         self._engine = engine
+        self._result_of = result_of
         self.id = batch_id
 
     def __repr__(self) -> str:
@@ -171,7 +176,8 @@ class Batch(Generic[R]):
     async def _outcome(self, one: Recorded) -> Outcome[R]:
         name = run.NAMES[one.state]
         if one.state == run.COMPLETED:
-            return Outcome(one.index, True, name, await _value(self._engine, one.result, one.kind), None)
+            value = await _value(self._engine, one.result, one.kind, self._result_of)
+            return Outcome(one.index, True, name, value, None)
         return Outcome(one.index, False, name, None, decode(one.result) if one.result else None)
 
 
@@ -198,9 +204,9 @@ class _Waiting:
         await engine.recorded.wait(engine.clock, wait_s, since=self._rings_count)
 
 
-async def _value(engine: Engine, result: bytes, kind: int) -> Any:
+async def _value(engine: Engine, result: bytes, kind: int, result_of: ResultOf) -> Any:
     if kind == pack.REFERENCE:
         result, kind = await engine.fetch(result)
     if kind == pack.TEXT:
         return result.decode()
-    return msgspec.json.decode(result)
+    return result_of(result)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from headrace import Headrace
@@ -192,3 +194,34 @@ def test_an_app_goes_on_after_a_loop_that_ended_without_closing_it(tmp_path: Pat
         await app.close()
 
     asyncio.run(rest())
+
+
+class Point(msgspec.Struct):
+    """What a task may return."""
+
+    x: int
+    seen: datetime
+
+
+async def test_a_result_comes_back_as_what_the_task_is_annotated_to_return(tmp_path: Path) -> None:
+    app = Headrace("app", store=f"sqlite:///{tmp_path}/typed.db")
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+
+    @app.task
+    async def point(x: int) -> Point:
+        return Point(x, moment)
+
+    @app.task
+    async def changed(_x: int) -> int:
+        older: Any = "not an integer"  # what another version of the task left
+        return older  # type: ignore[no-any-return]
+
+    async with app, app.worker():
+        run = await point.enqueue(1)
+        assert await run.result() == Point(1, moment)
+        batch = await point.map([2, 3])
+        await batch.wait()
+        found = await app.batch(batch.id)
+        assert [outcome.output async for outcome in found.results()] == [Point(2, moment), Point(3, moment)]
+        assert await (await app.run(run.id)).result() == Point(1, moment)
+        assert str(await (await changed.enqueue(1)).result()) == "not an integer"

@@ -75,14 +75,14 @@ class Ran(NamedTuple):
 class Shell:
     """A working directory in which commands are run."""
 
-    def __init__(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def __init__(self, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
         self.place = place
-        self._capsys = capsys
+        self._capfd = capfd
 
     def __call__(self, *arguments: str) -> Ran:
-        self._capsys.readouterr()
+        self._capfd.readouterr()
         code = run(list(arguments))
-        out, err = self._capsys.readouterr()
+        out, err = self._capfd.readouterr()
         return Ran(code, out, err)
 
     def write(self, name: str, data: str | bytes) -> Path:
@@ -101,7 +101,7 @@ class Shell:
 
 
 @pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Shell]:
     """A fresh directory with `tasks.py`; nothing of a test's modules, settings or logs outlives it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -110,7 +110,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     (tmp_path / "tasks.py").write_text(TASKS)
     known = set(sys.modules)
     interval = sys.getswitchinterval()
-    yield Shell(tmp_path, capsys)
+    yield Shell(tmp_path, capfd)
     sys.setswitchinterval(interval)
     structlog.reset_defaults()
     for name in set(sys.modules) - known:

@@ -526,3 +526,22 @@ def test_a_zstandard_stream_that_was_written_in_blocks_is_read(shell: Shell) -> 
                 writer.flush()
     shell.write("in.ndjson.zst", packed.getvalue())
     assert shell.map("--json", input_="in.ndjson.zst").json["runs"] == 1_000
+
+
+@pytest.mark.parametrize("pool", ["auto", "process"])
+def test_what_a_task_prints_does_not_mix_into_the_results(shell: Shell, pool: str) -> None:
+    (shell.place / "noisy.py").write_text(
+        f"""
+from headrace import Headrace
+app = Headrace("noisy")
+@app.task(pool={pool!r})
+def loud(item: int) -> int:
+    print("this is not a result", flush=True)
+    return item
+""",
+        encoding="utf-8",
+    )
+    (shell.place / "in.ndjson").write_text("1\n2\n", encoding="utf-8")
+    ran = shell("map", "noisy.py:loud", "in.ndjson")
+    assert ran.out == '{"index":0,"ok":true,"output":1}\n{"index":1,"ok":true,"output":2}\n'
+    assert ran.err.count("this is not a result") == 2

@@ -193,7 +193,7 @@ def test_the_pace_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     now_s = 0.0
     monkeypatch.setattr(progress, "monotonic", lambda: now_s)
@@ -201,7 +201,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(
     for second in range(25):
         now_s = float(second)
         lines.update(Standing(second * 10, 0, 1_000))
-    assert capsys.readouterr().err.splitlines() == [
+    assert capfd.readouterr().err.splitlines() == [
         "double: 100 of 1,000 done, 10/s, 0 failed, 90.0 s left",
         "double: 200 of 1,000 done, 10/s, 0 failed, 80.0 s left",
     ]

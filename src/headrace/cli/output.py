@@ -18,7 +18,6 @@ from typing import Final, Protocol
 
 import msgspec
 
-from headrace.cli.printing import silence_stdout
 from headrace.core import pack, run
 from headrace.core.failure import decode
 from headrace.foundation.errors import EngineFault, InvalidInput
@@ -58,7 +57,7 @@ class Output(Protocol):
 def open_output(name: str | None, *, input_path: Path | None) -> Output:
     """Where results go. Raises `InvalidInput`, before anything runs, for what can't be written."""
     if name is None or name == "-":
-        return StreamOutput("standard output", None)
+        return StandardOutput()
     path = Path(name).expanduser()
     if input_path is not None and path.exists() and input_path.exists() and path.samefile(input_path):
         raise InvalidInput(
@@ -79,10 +78,14 @@ def open_output(name: str | None, *, input_path: Path | None) -> Output:
     return StreamOutput(name, descriptor)
 
 
+STDOUT: Final = 1
+STDERR: Final = 2
+
+
 class StreamOutput:
     """A pipe, a terminal or a device: lines go out once, in order."""
 
-    def __init__(self, name: str, descriptor: int | None) -> None:
+    def __init__(self, name: str, descriptor: int) -> None:
         self.name = name
         self._descriptor = descriptor
 
@@ -96,14 +99,6 @@ class StreamOutput:
             raise _failed(self.name, error) from error
 
     def _write(self, lines: bytes) -> None:
-        if self._descriptor is None:
-            try:
-                sys.stdout.buffer.write(lines)
-                sys.stdout.buffer.flush()
-            except BrokenPipeError:
-                silence_stdout()
-                raise
-            return
         view = memoryview(lines)
         while view:
             view = view[os.write(self._descriptor, view) :]
@@ -113,9 +108,26 @@ class StreamOutput:
 
     def close(self) -> None:
         """Let go of what was opened."""
-        if self._descriptor is not None:
+        if self._descriptor >= 0:
             os.close(self._descriptor)
-            self._descriptor = None
+            self._descriptor = -1
+
+
+class StandardOutput(StreamOutput):
+    """Standard output, for results alone: what tasks and their child processes print goes to standard error."""
+
+    def __init__(self) -> None:
+        sys.stdout.flush()
+        super().__init__("standard output", os.dup(STDOUT))
+        os.dup2(STDERR, STDOUT)
+        self._stdout, sys.stdout = sys.stdout, sys.stderr
+
+    def close(self) -> None:
+        """Give standard output back."""
+        if self._descriptor >= 0:
+            sys.stdout = self._stdout
+            os.dup2(self._descriptor, STDOUT)
+        super().close()
 
 
 class FileOutput:

@@ -130,6 +130,27 @@ class Registry:
         return sorted(self._specs)
 
 
+def _result_decoder(annotation: Any) -> Callable[[bytes], Any]:
+    """What turns a stored result into what the task is annotated to return.
+
+    A result that does not fit (an older version of the task wrote it), or an annotation that nothing decodes, comes
+    as plain JSON values.
+    """
+    plain = msgspec.json.Decoder().decode
+    try:
+        typed = msgspec.json.Decoder(annotation).decode
+    except (TypeError, RuntimeError):
+        return plain
+
+    def result_of(result: bytes) -> Any:
+        try:
+            return typed(result)
+        except msgspec.ValidationError:
+            return plain(result)
+
+    return plain if annotation in (Any, object, None, type(None)) else result_of
+
+
 class _Parameter(NamedTuple):
     """One parameter of a task that payloads fill."""
 
@@ -198,6 +219,7 @@ class Codec:
             raise InvalidSetting(
                 f"the annotations of task {self.name} can't be resolved: {error}", hint="import the names they use"
             ) from error
+        self.result_of = _result_decoder(hints.get("return", Any))
         found = []
         for parameter in parameters:
             if _is_context(hints.get(parameter.name)):
@@ -216,7 +238,7 @@ class Codec:
             found.append(_Parameter(parameter.name, annotation, parameter.default, parameter.kind))
         return found
 
-    # -- calls to payloads
+    # -- calls to payloads, results to values
 
     def encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
         """A call as JSON, checked by decoding it as the worker will. Raises `InvalidInput`, naming the field."""

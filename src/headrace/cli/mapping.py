@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Coroutine
 from time import monotonic
@@ -25,6 +24,7 @@ from headrace.cli.opening import shown_store
 from headrace.cli.output import FileOutput, Output, lines_of, open_output
 from headrace.cli.printing import counted, duration, note, say_json
 from headrace.cli.progress import Standing, display
+from headrace.cli.signals import Signals
 from headrace.core.batch import CANCELLED, Ledger
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.settings import Settings
@@ -157,7 +157,7 @@ class Mapping:
             source = Source(self.task.name, self.input.identity, self.batch_key)
             self.chain = chain = await open_chain(engine, source, fresh=self.fresh, is_resumable=self.is_resumable)
             self._done_before = (await self._ledger(engine)).settled
-            with _Signals(self._stopped):
+            with Signals(self._stopped):
                 is_whole = await self._all_at_once(engine, chain)
             await self._leave(engine, chain, is_whole=is_whole)
             return await self._summary(engine, is_whole=is_whole, seconds=monotonic() - started_s)
@@ -386,25 +386,3 @@ class Totals:
         self.bad = self.failed + self.cancelled + self.expired
         self.settled = self.completed + self.bad
         self.received = sum(ledger.expected - ledger.missing for ledger in ledgers)
-
-
-class _Signals:
-    """SIGINT and SIGTERM as calls on the loop, while the block lasts."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-        self._loop = asyncio.get_running_loop()
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._loop.add_signal_handler(number, self._call)
-            except (NotImplementedError, RuntimeError, ValueError):  # not the main thread: nobody sends it signals
-                return
-
-    def __exit__(self, *_: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._loop.remove_signal_handler(number)
-            except (NotImplementedError, RuntimeError, ValueError):
-                return

@@ -16,9 +16,10 @@ from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 from headrace.foundation.errors import InvalidInput
-from headrace.runtime.registry import TaskSpec
+from headrace.runtime.registry import Registry, TaskSpec
 
 _FORM: Final = "write MODULE:TASK or path/to/file.py:TASK"
+_APP_FORM: Final = "write MODULE:APP or path/to/file.py:APP"
 
 
 class Loaded(NamedTuple):
@@ -29,17 +30,8 @@ class Loaded(NamedTuple):
 
 
 def load_target(target: str) -> Loaded:
-    """Import what `target` names. Raises `InvalidInput` that says what is missing, or what broke on import."""
-    place, colon, attribute = target.rpartition(":")
-    if not colon or not place or not attribute:
-        raise InvalidInput(f"{target!r} does not name a task", hint=_FORM)
-    is_file = place.endswith(".py") or "/" in place or os.sep in place
-    module = _from_file(place) if is_file else _from_name(place)
-    found: Any = module
-    for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if found is None:
-        raise InvalidInput(f"{place} has no {attribute!r}", hint=_hint(module))
+    """Import the task that `target` names. Raises `InvalidInput` that says what is missing, or what broke on import."""
+    found = _found(target, "a task", _FORM)
     if isinstance(getattr(found, "spec", None), TaskSpec):
         return Loaded(found, found.spec.function)
     if isinstance(found, type) or not callable(found):
@@ -47,6 +39,28 @@ def load_target(target: str) -> Loaded:
             f"{target} is not a task but {_kind_of(found)}", hint="name a function, with or without @app.task"
         )
     return Loaded(None, found)
+
+
+def load_app(target: str) -> Any:
+    """Import the app that `target` names. Raises `InvalidInput`."""
+    found = _found(target, "an app", _APP_FORM)
+    if not isinstance(getattr(found, "registry", None), Registry):
+        raise InvalidInput(f"{target} is not an app but {_kind_of(found)}", hint="name a Headrace(…) of the module")
+    return found
+
+
+def _found(target: str, what: str, form: str) -> Any:
+    place, colon, attribute = target.rpartition(":")
+    if not colon or not place or not attribute:
+        raise InvalidInput(f"{target!r} does not name {what}", hint=form)
+    is_file = place.endswith(".py") or "/" in place or os.sep in place
+    module = _from_file(place) if is_file else _from_name(place)
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        raise InvalidInput(f"{place} has no {attribute!r}", hint=_hint(module))
+    return found
 
 
 def tasks_of(module: ModuleType) -> list[str]:

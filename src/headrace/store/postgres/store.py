@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -34,7 +35,13 @@ ID_RANGE: Final = 65_536
 TRIES: Final = 5
 OLDEST_POSTGRES: Final = (14,)
 MIGRATION_LOCK: Final = 0x68656164726163
-IDLE_IN_TRANSACTION_MS: Final = 10_000
+SERVER_SETTINGS: Final = {
+    "application_name": "headrace",
+    "idle_in_transaction_session_timeout": "10000",
+    # A plan made while the tables were small is kept: it must not be one that reads them whole when they are large.
+    "enable_seqscan": "off",
+    "jit": "off",
+}
 COMMAND_TIMEOUT_S: Final = 60
 _SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,62}\Z")
 _NAME: Final = re.compile(r"(?<![:\w]):([a-z_]+)")
@@ -47,7 +54,7 @@ class PostgresStore(ScriptedStore):
         super().__init__(limits)
         self._dsn, self._schema = _parts(url)
         self._sql = compiled(self._schema)
-        self._pools: dict[asyncio.AbstractEventLoop, asyncpg.Pool[Any]] = {}
+        self._pools: dict[asyncio.AbstractEventLoop, tuple[asyncpg.Pool[Any], AsyncGenerator[None, None]]] = {}
         self._block_ids, self._span_ids = _Range(), _Range()
         self._runs_a_span = USUAL_RUNS
         self._is_open = False
@@ -68,12 +75,14 @@ class PostgresStore(ScriptedStore):
         """Close every connection; a second close does nothing."""
         self._is_open = False
         here = asyncio.get_running_loop()
-        for loop, pool in list(self._pools.items()):
-            del self._pools[loop]
+        for loop, (pool, end) in list(self._pools.items()):
+            self._pools.pop(loop, None)
             if loop is here:
                 await pool.close()
-            else:  # the loop of another thread, which has ended or is about to
-                pool.terminate()
+                await end.aclose()
+            else:
+                with suppress(RuntimeError):  # it ended this moment, and its connections with it
+                    loop.call_soon_threadsafe(pool.terminate)
 
     async def check(self) -> dict[str, object]:
         """A round trip, and the settings that durability hangs on."""
@@ -110,8 +119,7 @@ class PostgresStore(ScriptedStore):
                 await self._fetch(connection, "set_version", number=number)
 
     async def _version(self, connection: Any) -> int:
-        ((table,),) = await self._fetch(connection, "version_table")
-        if table is None:
+        if not await self._fetch(connection, "version_table", schema=self._schema):
             return 0
         ((number,),) = await self._fetch(connection, "version")
         return int(number)
@@ -228,21 +236,30 @@ class PostgresStore(ScriptedStore):
         if not self._is_open:
             raise StoreUnavailable("the store is closed")
         loop = asyncio.get_running_loop()
-        pool = self._pools.get(loop)
-        if pool is None:
-            pool = self._pools[loop] = asyncpg.create_pool(
+        if loop not in self._pools:
+            pool = asyncpg.create_pool(
                 self._dsn,
                 min_size=0,
                 max_size=CONNECTIONS,
                 command_timeout=COMMAND_TIMEOUT_S,
                 reset=_keep,
-                server_settings={
-                    "application_name": "headrace",
-                    "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
-                },
+                server_settings=SERVER_SETTINGS,
             )
+            end = self._ended_with(loop, pool)
+            self._pools[loop] = pool, end
+            await anext(end)
+        pool, _ = self._pools[loop]
         await pool
         return pool
+
+    async def _ended_with(self, loop: asyncio.AbstractEventLoop, pool: asyncpg.Pool[Any]) -> AsyncGenerator[None, None]:
+        """A loop closes its generators before it ends: the only notice there is that its connections end too."""
+        try:
+            yield
+        finally:
+            if self._pools.get(loop, (None,))[0] is pool:
+                del self._pools[loop]
+            pool.terminate()
 
 
 class _Range:
@@ -293,7 +310,13 @@ def compiled(schema: str) -> dict[str, tuple[str, list[str]]]:
 
 def _parts(url: str) -> tuple[str, str]:
     """The DSN without Headrace's own parameters, and the schema. Raises `InvalidSetting`."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # a port that is no number is found out by asking
+    except ValueError as error:
+        raise InvalidSetting(
+            f"this can't be the URL of a database: {error}", hint="postgresql://user:password@host:port/database"
+        ) from error
     query = dict(parse_qsl(parts.query))
     schema = query.pop("schema", "headrace")
     if not _SCHEMA.match(schema):

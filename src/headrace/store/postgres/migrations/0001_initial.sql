@@ -2,7 +2,12 @@
 -- Numbers are integers, moments are microseconds UTC, 0 means "not yet" or "never". States of spans and batches
 -- are words; states of runs are one byte each (see headrace.core.run).
 
-CREATE SCHEMA IF NOT EXISTS {schema};
+-- Only where it is missing: to say IF NOT EXISTS takes rights on the database that a schema's owner need not have.
+DO $$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE '"' || nspname || '"' = '{schema}') THEN
+        CREATE SCHEMA {schema};
+    END IF;
+END $$;
 
 -- Every table name is written with its schema: nothing hangs on the connection, so a pooler may hand out another
 -- one after each transaction.

@@ -1,8 +1,9 @@
 -- migration_lock: one process at a time changes the schema; freed with the transaction
 SELECT pg_advisory_xact_lock(:lock);
 
--- version_table: the name of the table that holds the schema's version, or nothing when there is none yet
-SELECT to_regclass('{schema}.version')::text;
+-- version_table: whether there is a table that holds the schema's version, from the catalog: names are cached, and stale
+SELECT 1 FROM pg_catalog.pg_class AS class JOIN pg_catalog.pg_namespace AS space ON space.oid = class.relnamespace
+WHERE space.nspname = :schema AND class.relname = 'version';
 
 -- version: the number of the newest migration that was applied
 SELECT number FROM {schema}.version;

@@ -104,11 +104,12 @@ class Producer:
             broker.on_ended = self._session_lost
             await broker.start()
             self._broker = broker
-        if not self._broker.session_id:
-            await self._broker.restart()
-        if self._flusher is not None and self._stream_id and self._next_index < STREAM_RUNS_MAX:
+        is_ours = self._stream_id and self._broker.session_id
+        if self._flusher is not None and is_ours and self._next_index < STREAM_RUNS_MAX:
             return self._flusher
         await self._end_stream()
+        if not self._broker.session_id:  # asked last: it may have been lost while the old stream ended
+            await self._broker.restart()
         clock = self.engine.clock
         new = NewBatch(
             id=new_batch_id(clock.now_us()),

@@ -21,7 +21,7 @@ from headrace.core.span import LOST, Settlement
 from headrace.foundation.errors import EngineFault, HeadraceError, SessionEnded
 from headrace.foundation.ids import new_session_id
 from headrace.runtime.engine import Engine
-from headrace.runtime.flusher import Flusher, FlusherClosed
+from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
 from headrace.runtime.marks import SLOTS, Marks, is_dead, merged, of_session, remove
 from headrace.runtime.work import Work
 from headrace.store.protocol import Claim, Heartbeat, Lease, Release, Session, Suspects
@@ -40,6 +40,12 @@ class _Leaving(NamedTuple):
     marks: Marks | None
     slot: int
     last: Update
+    began_once: bool
+
+
+def _began_once(work: Work) -> bool:
+    """Whether an at-most-once run of it began; its mark stays until its outcome is durable."""
+    return work.lease.at_most_once and any(work.marks)
 
 
 class Broker:
@@ -112,6 +118,7 @@ class Broker:
         try:
             if self._flusher is not None:
                 await self._flusher.close(deadline_s=deadline_s)
+            self._check_once()
             await self.engine.store.end_session(self.session_id, now_us=self.engine.clock.now_us())
         except BaseException:
             self._close_marks(keep=True)
@@ -122,6 +129,18 @@ class Broker:
             self._drop_leases()
             await self._end_beating()
             self._close_marks()
+
+    def _check_once(self) -> None:
+        """Leases that go back with the session count as never begun, which is not so here: leave them to recovery."""
+        count = sum(map(_began_once, self._held.values()))
+        count += sum(leaving.began_once for leaving in self._leaving.values())
+        if count:
+            raise UpdatesUnflushed(
+                f"{count} leases of at-most-once runs that began were not settled in time",
+                (),
+                hint="these runs fail once the session is recovered, since they may have done their work",
+                session=self.session_id,
+            )
 
     def abandon(self) -> None:
         """The event loop is gone, and nothing can be awaited on it: leave the evidence to whoever recovers this."""
@@ -277,7 +296,7 @@ class Broker:
     def _leave(self, name: tuple[int, int], work: Work, updates: Sequence[Update]) -> None:
         slot, work.slot = work.slot, -1
         if updates:
-            self._leaving[name] = _Leaving(self.marks, slot, updates[-1])
+            self._leaving[name] = _Leaving(self.marks, slot, updates[-1], _began_once(work))
         elif self.marks is not None and slot >= 0:
             self.marks.free(slot)
 

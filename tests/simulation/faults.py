@@ -26,6 +26,11 @@ VERBS: Final = (
     "outcomes", "run", "runs", "queues", "pause_queue", "verify", "sweep", "prune", "unnamed", "next_due_us",
 )  # fmt: skip
 STAGES: Final = ("asked", "done", "answered")
+READS: Final = frozenset({
+    "batch", "find_batch", "batches", "missing", "outcomes", "run", "runs", "queues", "verify", "unnamed",
+})  # fmt: skip
+"""What no simulated process asks for: it changes nothing, and who dies of it has died at an await."""
+
 POINTS: Final = tuple(f"{verb}.{stage}" for verb in VERBS for stage in STAGES)
 
 

@@ -42,6 +42,7 @@ from tests.simulation.watch import Watch, done_at_once
 
 CALM_S_MAX: Final = 900.0
 LOOK_EVERY_S: Final = 1.0
+DOOMS_AT_POINT: Final = 8
 
 
 class Violation(AssertionError):
@@ -49,10 +50,15 @@ class Violation(AssertionError):
 
 
 class Simulation:
-    """Everything follows from `seed`. `run` raises `Violation`; `lines` tell what happened."""
+    """Everything follows from `seed`. `run` raises `Violation`; `lines` tell what happened.
 
-    def __init__(self, seed: int) -> None:
+    `point`: a fault point at which the first processes die that come to it, whatever else the seed brings.
+    """
+
+    def __init__(self, seed: int, *, point: str = "") -> None:
         self.seed = seed
+        self._point = point
+        self._dooms_at_point = DOOMS_AT_POINT if point else 0
         self.random = Random(seed)
         self.loop = SimulatedLoop(Random(self._bits()), shuffle=self.random.choice((0.0, 0.2, 1.0)))
         self.store = MemoryStore(LIMITS)
@@ -191,7 +197,7 @@ class Simulation:
             self._spawn_worker(f"worker-{number}")
         for number in range(len(self._wishes)):
             self._spawn_producer(number)
-        self._spawn(ConsoleProcess(self, "console", doom=Doom(), dies_at_step=0, offset_s=0))
+        self._spawn(ConsoleProcess(self, "console", doom=Doom(self._point, 1), dies_at_step=0, offset_s=0))
         until_s = self.loop.time() + self.storm_s
         while self.loop.time() < until_s:
             await asyncio.sleep(self.random.expovariate(0.7))
@@ -274,6 +280,9 @@ class Simulation:
                 fate["doom"] = Doom(random.choice(POINTS), random.choice((1, 1, 2, 5)))
             else:
                 fate["dies_at_step"] = int(2 ** random.uniform(0, 11))
+        if self._dooms_at_point and self.is_stormy:
+            self._dooms_at_point -= 1
+            fate |= {"doom": Doom(self._point, 1), "dies_at_step": 0}
         return fate
 
     def _spawn(self, process: SimulatedProcess) -> None:
@@ -406,13 +415,13 @@ def _seeded(simulation: Simulation) -> Iterator[None]:
         structlog.configure(**before)
 
 
-def simulate(seed: int) -> Simulation:
+def simulate(seed: int, *, point: str = "") -> Simulation:
     """Run one seed to its end; a failure says how to see it again."""
-    simulation = Simulation(seed)
+    simulation = Simulation(seed, point=point)
     try:
         simulation.run()
     except (Violation, Stuck) as error:
-        error.add_note(f"seed {seed}: HEADRACE_TEST_SEED={seed} replays it")
+        error.add_note(f"seed {seed}: HEADRACE_TEST_SEED={seed} replays it{f' at {point}' if point else ''}")
         raise
     finally:
         simulation.loop.close()

@@ -25,16 +25,17 @@ from headrace.store import memory_writing as writing
 from headrace.store.memory import MemoryStore
 from headrace.store.memory_reading import Tables
 from headrace.store.protocol import Appended, Session
-from tests.simulation.faults import POINTS, STAGES, VERBS
+from tests.simulation.faults import POINTS, READS, STAGES, VERBS
 from tests.simulation.loop import Stuck
 from tests.simulation.simulation import Simulation, Violation, simulate
 
 ROOT: Final = Path(__file__).parents[2]
-CI_COUNT: Final = 150
+CI_COUNT: Final = 120
 FOUND: Final = (1097, 4227)
 """Seeds that found a bug: a stream without an owner, an at-most-once run given back after it began."""
 
 SEEDS_TO_A_FAILURE_MAX: Final = 60
+SEEDS_TO_A_POINT_MAX: Final = 20
 
 
 def seeds() -> list[int]:
@@ -103,6 +104,14 @@ def test_every_verb_of_the_store_has_its_fault_points() -> None:
     verbs = {name for name, value in vars(MemoryStore).items() if callable(value) and not name.startswith("_")}
     assert set(VERBS) == verbs - {"open", "close", "check"}
     assert len(POINTS) == len(VERBS) * len(STAGES) == len(set(POINTS))
+
+
+@pytest.mark.parametrize("point", [point for point in POINTS if point.partition(".")[0] not in READS])
+def test_a_process_may_die_at_any_fault_point(point: str) -> None:
+    for seed in range(SEEDS_TO_A_POINT_MAX):
+        if point in simulate(seed, point=point).deaths:
+            return
+    pytest.fail(f"in {SEEDS_TO_A_POINT_MAX} seeds nobody came to {point}")
 
 
 # -- a simulation that can't fail shows nothing

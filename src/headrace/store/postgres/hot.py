@@ -26,20 +26,24 @@ SPARE_ROWS: Final = 2
 _BLOCK_AT: Final = 23
 
 
-def whole(settlements: Sequence[Settlement]) -> dict[str, Any] | None:
-    """The values of `settle_whole`, or None when a settlement is not the first and last of its span."""
+def ranges(settlements: Sequence[Settlement]) -> dict[str, Any] | None:
+    """The values of `settle_ranges`, or None when a settlement is not of consecutive runs that all ended for good."""
     blob, rows, objects = Blob(), [], []
     for told in settlements:
         codes = told.codes
-        everything = told.places is None or told.places == PLACES[: 2 * len(codes)]
-        if told.part_no or not codes or not everything or codes.strip(run.FINAL) or count(told.results) != len(codes):
+        place = 0 if told.places is None else int.from_bytes(told.places[:2], "little")
+        in_order = told.places is None or told.places == PLACES[2 * place : 2 * (place + len(codes))]
+        if not codes or not in_order or codes.strip(run.FINAL) or count(told.results) != len(codes):
             return None
+        where = told.part_no, place, int(told.places is None)
         codes_at, _ = blob.put(codes)
-        rows.append((told.span_id, told.token, len(codes), codes_at, *blob.put(told.results), *counts_of(codes)))
+        rows.append(
+            (told.span_id, told.token, len(codes), *where, codes_at, *blob.put(told.results), *counts_of(codes))
+        )
         objects += [(told.span_id, key) for key in told.object_keys]
     if not rows or len({row[0] for row in rows}) < len(rows):
         return None
-    return {"rows": as_json(rows), "blob": blob.bytes(), "objects": as_json(objects)}
+    return {"rows": as_json(rows), "blob": blob.bytes(), "objects": as_json(objects), "places": PLACES}
 
 
 def rows_wanted(runs_max: int, runs_a_span: int) -> int:

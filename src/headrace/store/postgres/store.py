@@ -127,10 +127,10 @@ class PostgresStore(ScriptedStore):
     # -- hot verbs, one statement each (rule R7); the scripts do what is not usual, and say what is meant
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
-        """Record outcomes: of whole spans in one statement, by the script when any of them is anything else."""
-        values = hot.whole(settlements)
+        """Record outcomes: of consecutive runs in one statement, by the script when any of them is anything else."""
+        values = hot.ranges(settlements)
         if values is not None:
-            ((count,),) = await self._alone("settle_whole", **values, now_us=now_us)
+            ((count,),) = await self._alone("settle_ranges", **values, now_us=now_us)
             if count:
                 return [SETTLED] * count
         return await super().settle(settlements, now_us=now_us)

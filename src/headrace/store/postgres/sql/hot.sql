@@ -1,29 +1,38 @@
--- settle_whole: outcomes of whole leased spans, their counters and completion, all of them or none
+-- settle_ranges: outcomes of consecutive runs of leased spans, their counters and completion, all of them or none
 WITH given AS MATERIALIZED (
     SELECT (value->>0)::bigint AS id, (value->>1)::bigint AS token, (value->>2)::int AS runs_count,
-        (value->>3)::int AS codes_at, (value->>4)::int AS results_at, (value->>5)::int AS results_length,
-        (value->>6)::bigint AS completed, (value->>7)::bigint AS failed, (value->>8)::bigint AS cancelled,
-        (value->>9)::bigint AS expired
+        (value->>3)::int AS part_no, (value->>4)::int AS place, (value->>5)::int AS is_whole,
+        (value->>6)::int AS codes_at, (value->>7)::int AS results_at, (value->>8)::int AS results_length,
+        (value->>9)::bigint AS completed, (value->>10)::bigint AS failed, (value->>11)::bigint AS cancelled,
+        (value->>12)::bigint AS expired
     FROM jsonb_array_elements(:rows::jsonb) AS rows (value)
 ),
 locked AS MATERIALIZED (
-    SELECT id, token, state, unsettled_count, octet_length(states) AS runs_count FROM {schema}.span
+    SELECT id, token, state, states FROM {schema}.span
     WHERE id = ANY (ARRAY(SELECT id FROM given)) ORDER BY id FOR UPDATE
 ),
+-- Rule R2: a repeat finds its runs settled, and is left to the script with all that came with it.
 fenced AS MATERIALIZED (
     SELECT given.* FROM given JOIN locked ON locked.id = given.id AND locked.token = given.token
-        AND locked.runs_count = given.runs_count AND locked.unsettled_count = given.runs_count
-    WHERE locked.state = 'leased'
+    WHERE locked.state = 'leased' AND place + runs_count <= octet_length(states)
+        AND (is_whole = 0 OR runs_count = octet_length(states))
+        AND btrim(substring(states FROM place + 1 FOR runs_count), 'ws'::bytea) = ''::bytea
 ),
 -- Rule R4: what is written and counted comes from the rows as they were locked, never from the snapshot before.
 ended AS (
-    UPDATE {schema}.span SET state = 'done', session_id = '', claim_no = 0, unsettled_count = 0,
-        states = substring(:blob::bytea FROM fenced.codes_at FOR fenced.runs_count)
+    UPDATE {schema}.span SET unsettled_count = unsettled_count - fenced.runs_count,
+        state = CASE unsettled_count WHEN fenced.runs_count THEN 'done' ELSE state END,
+        session_id = CASE unsettled_count WHEN fenced.runs_count THEN '' ELSE session_id END,
+        claim_no = CASE unsettled_count WHEN fenced.runs_count THEN 0 ELSE claim_no END,
+        states = overlay(states PLACING substring(:blob::bytea FROM fenced.codes_at FOR fenced.runs_count)
+            FROM fenced.place + 1)
     FROM fenced
     WHERE span.id = fenced.id AND span.id = ANY (ARRAY(SELECT id FROM given))
         AND (SELECT count(*) FROM fenced) = (SELECT count(*) FROM given)
-    RETURNING span.id, span.block_id, span.batch_id, span.positions, fenced.token, fenced.runs_count, fenced.codes_at,
-        fenced.results_at, fenced.results_length, fenced.completed, fenced.failed, fenced.cancelled, fenced.expired
+    RETURNING span.id, span.block_id, span.batch_id, fenced.token, fenced.part_no, fenced.runs_count, fenced.codes_at,
+        fenced.results_at, fenced.results_length, fenced.completed, fenced.failed, fenced.cancelled, fenced.expired,
+        CASE fenced.is_whole WHEN 1 THEN span.positions ELSE substring(
+            coalesce(span.positions, :places::bytea) FROM 2 * fenced.place + 1 FOR 2 * fenced.runs_count) END AS positions
 ),
 counts AS MATERIALIZED (
     SELECT batch_id, sum(completed)::bigint AS completed, sum(failed)::bigint AS failed,
@@ -46,7 +55,7 @@ counted AS (
 ),
 recorded AS (
     INSERT INTO {schema}.part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
-    SELECT block_id, id, token, 0, :now_us::bigint, positions, substring(:blob::bytea FROM codes_at FOR runs_count),
+    SELECT block_id, id, token, part_no, :now_us::bigint, positions, substring(:blob::bytea FROM codes_at FOR runs_count),
         substring(:blob::bytea FROM results_at FOR results_length)
     FROM ended
 ),

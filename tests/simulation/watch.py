@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from headrace.core import run
-from headrace.core.batch import OPEN, Batch
+from headrace.core.batch import Batch
 from headrace.core.block import Chunk
 from headrace.core.pack import REFERENCE, unpack
 from headrace.core.span import LEASED, SETTLED, Settlement, Span, positions_of
@@ -45,7 +45,6 @@ class Watch:
         self._by_name: dict[tuple[str, int], Home] = {}
         self._finished: dict[str, int] = {}
         self._tokens: dict[int, int] = {}
-        self._late_streams: set[str] = set()
         self.requests_count = 0
 
     # -- after each request
@@ -78,7 +77,7 @@ class Watch:
     def _created(self, batch: Batch) -> None:
         session = self.store._tables.sessions.get(batch.session_id)
         if session is not None and session.ended_us:
-            self._late_streams.add(batch.id)
+            self._fault(f"{batch.id} was created for a session that had ended")
 
     def _settled(self, settlements: Sequence[Settlement], words: list[str]) -> None:
         for settlement, word in zip(settlements, words, strict=True):
@@ -158,20 +157,10 @@ class Watch:
         left = [
             f"batch {batch.id} ({batch.kind}) is {batch.state} with {batch.unsettled_count} runs to go"
             for batch in self.batches()
-            if not batch.is_finished and not self._is_late_stream(batch)
+            if not batch.is_finished
         ]
         left += [f"span {span.id} is leased to {span.session_id}" for span in self.leased()]
         return left
-
-    def _is_late_stream(self, batch: Batch) -> bool:
-        """A known gap: a stream whose creation reached the store after its session had ended has nobody to seal it.
-
-        Its runs are not lost, and all of them end; only the stream stays open. Once the store refuses such a
-        creation (as `claim` does), this exception can go.
-        """
-        session = self.store._tables.sessions.get(batch.session_id)
-        is_late = batch.id in self._late_streams and session is not None and bool(session.ended_us)
-        return is_late and batch.state == OPEN and not batch.unsettled_count
 
     def leased(self) -> list[Span]:
         """Spans under a lease."""

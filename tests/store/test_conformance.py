@@ -736,6 +736,40 @@ async def test_a_closed_store_says_so(world: World) -> None:
     assert await world.store.check()
 
 
+async def test_r3_an_ended_session_can_own_no_new_batch(world: World) -> None:
+    session_id = await world.session()
+    stream = await world.batch(kind="stream", session_id=session_id)
+    await world.store.end_session(session_id, now_us=world.now_us)
+    with pytest.raises(SessionEnded):
+        await world.batch(kind="stream", session_id=session_id)
+    with pytest.raises(SessionEnded):
+        await world.batch(session_id="session_of_nobody")
+    found, created = await world.store.create_batch(
+        NewBatch(id=stream, kind="stream", session_id=session_id), now_us=world.now_us
+    )
+    assert (found.id, created) == (stream, False), "a creation whose answer was lost may be asked for again"
+
+
+async def test_a_batch_ends_with_the_session_that_fed_it(world: World) -> None:
+    session_id = await world.session()
+    stream = await world.batch(kind="stream", session_id=session_id)
+    fed = await world.batch(session_id=session_id)
+    for batch_id in (stream, fed):
+        await world.append(batch_id, range(3))
+    (lease, *_) = await world.claim(await world.session(), 2)
+    world.later(60)
+    assert (
+        await world.store.recover(session_id, NOBODY, silent_since_us=world.now_us, crashes_max=3, now_us=world.now_us)
+        == 0
+    )
+    assert [(await world.store.batch(batch_id))[0].state for batch_id in (stream, fed)] == ["sealed", "abandoned"]
+    await world.settle(lease)
+    await world.store.sweep(now_us=world.now_us, rows_max=100)
+    assert await world.states(fed) == ["cancelled"] * 3, "nobody else could send the rest"
+    assert (await world.store.batch(fed))[0].is_finished
+    assert "cancelled" not in await world.states(stream), "all of it was asked for"
+
+
 async def test_a_run_without_a_readable_input_is_not_redriven(world: World) -> None:
     batch_id = await world.batch(4)
     await world.append(batch_id, range(4), extras={1: Extra(failure=BOOM)})

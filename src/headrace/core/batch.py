@@ -196,6 +196,21 @@ def stopped(batch: Batch, state: str, now_us: int) -> Batch:
     return advanced(msgspec.structs.replace(batch, state=state), now_us)
 
 
+def left(batch: Batch, now_us: int) -> Batch:
+    """An open batch after the session that owned it ended, in good order or not.
+
+    A stream is sealed at what it received: all of that was asked for. A batch whose items were still coming is
+    abandoned: nobody else can send the rest.
+    """
+    if batch.state != OPEN:
+        return batch
+    if batch.kind != STREAM:
+        return stopped(batch, ABANDONED, now_us)
+    return advanced(
+        msgspec.structs.replace(batch, state=SEALED, expected_count=batch.received_count, sealed_us=now_us), now_us
+    )
+
+
 def redriven(batch: Batch, counts: Counts) -> Batch:
     """A batch some of whose ended runs were sent round again: sealed once more until they end."""
     state = SEALED if batch.state == COMPLETED else batch.state

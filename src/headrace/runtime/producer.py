@@ -99,34 +99,43 @@ class Producer:
                 self._session_lost()
 
     async def _ensure_stream(self) -> Flusher[_Enqueue]:
+        is_ours = self._stream_id and self._broker is not None and self._broker.session_id
+        if self._flusher is not None and is_ours and self._next_index < STREAM_RUNS_MAX:
+            return self._flusher
+        await self._end_stream()
+        self._stream_id, self._next_index = await self._create_owned(kind=STREAM), 0
+        self._flusher = Flusher(
+            _Appending(self.engine, self._stream_id).flush,
+            name="enqueues",
+            clock=self.engine.clock,
+            on_refused=_refuse,
+            size=self.engine.limits.flush_size,
+        )
+        return self._flusher
+
+    async def _create_owned(self, **more: Any) -> str:
+        """A batch that ends with this process's session, whatever happens to the process; answers its id."""
         if self._broker is None:
             broker = Broker(self.engine, kind="producer")
             broker.on_ended = self._session_lost
             await broker.start()
             self._broker = broker
-        is_ours = self._stream_id and self._broker.session_id
-        if self._flusher is not None and is_ours and self._next_index < STREAM_RUNS_MAX:
-            return self._flusher
-        await self._end_stream()
-        if not self._broker.session_id:  # asked last: it may have been lost while the old stream ended
-            await self._broker.restart()
         clock = self.engine.clock
-        new = NewBatch(
-            id=new_batch_id(clock.now_us()),
-            environment=self.engine.environment,
-            kind=STREAM,
-            session_id=self._broker.session_id,
-        )
-        await self.engine.store.create_batch(new, now_us=clock.now_us())
-        self._stream_id, self._next_index = new.id, 0
-        self._flusher = Flusher(
-            _Appending(self.engine, new.id).flush,
-            name="enqueues",
-            clock=clock,
-            on_refused=_refuse,
-            size=self.engine.limits.flush_size,
-        )
-        return self._flusher
+        while True:
+            if not self._broker.session_id:
+                await self._broker.restart()
+            new = NewBatch(
+                id=new_batch_id(clock.now_us()),
+                environment=self.engine.environment,
+                session_id=self._broker.session_id,
+                **more,
+            )
+            try:
+                await self.engine.store.create_batch(new, now_us=clock.now_us())
+            except SessionEnded:
+                self._session_lost()
+            else:
+                return new.id
 
     def _session_lost(self) -> None:
         """Others took this process for dead and sealed its stream; the next enqueue begins a new one."""
@@ -164,21 +173,14 @@ class Producer:
             raise InvalidInput("an idempotency key names one run, not a batch", hint="give map a key=… instead")
         clock, limits = self.engine.clock, self.engine.limits
         span_key, shared = self._key(spec, options), self._extra(options)
-        new = NewBatch(
-            id=new_batch_id(clock.now_us()),
-            environment=self.engine.environment,
-            key=key,
-            task=spec.name,
-            metadata=metadata,
-        )
-        batch, _ = await self.engine.store.create_batch(new, now_us=clock.now_us())
-        stream = _Stream(self.engine, batch.id)
+        batch_id = await self._create_mapped(spec.name, key, metadata)
+        stream = _Stream(self.engine, batch_id)
         codec = spec.codec
 
         def step(group: list[Any]) -> _Encoded | Awaitable[_Encoded]:
             payloads = codec.encode_values(group)
             if payloads is None or shared is not None or max(map(len, payloads)) >= limits.inline_bytes_max:
-                return self._encode_each(spec, batch.id, group, shared)
+                return self._encode_each(spec, batch_id, group, shared)
             return _Encoded(payloads, None)
 
         index = 0
@@ -190,10 +192,22 @@ class Producer:
         except BaseException:
             await stream.abandon()
             if key is None:  # nobody could ever go on with it
-                await self.engine.store.stop_batch(batch.id, CANCELLED, now_us=clock.now_us())
+                await self.engine.store.stop_batch(batch_id, CANCELLED, now_us=clock.now_us())
             raise
-        await self.engine.store.seal(batch.id, index, now_us=clock.now_us())
+        await self.engine.store.seal(batch_id, index, now_us=clock.now_us())
         self.engine.recorded.ring()
+        return batch_id
+
+    async def _create_mapped(self, task: str, key: str | None, metadata: dict[str, object]) -> str:
+        """The batch of a map: one that its key finds again, or one that nobody else could go on with."""
+        if key is None:
+            async with self._starting:
+                return await self._create_owned(task=task, metadata=metadata)
+        now_us = self.engine.clock.now_us()
+        new = NewBatch(
+            id=new_batch_id(now_us), environment=self.engine.environment, key=key, task=task, metadata=metadata
+        )
+        batch, _ = await self.engine.store.create_batch(new, now_us=now_us)
         return batch.id
 
     async def _encode_each(self, spec: TaskSpec, batch_id: str, group: list[Any], shared: Extra | None) -> _Encoded:

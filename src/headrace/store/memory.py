@@ -86,6 +86,8 @@ class MemoryStore:
                 return known, False
             if new.id in tables.batches:
                 return tables.batches[new.id], False
+            if new.session_id:
+                writing.live(tables, new.session_id)
             batch = Batch(**msgspec.structs.asdict(new), created_us=now_us)
             tables.batches[new.id] = batch
             tables.received[new.id] = IndexSet()

@@ -215,17 +215,14 @@ def ended(session_id: str) -> SessionEnded:
 
 
 def end(tables: Tables, session: Session, suspects: Suspects, crashes_max: int, now_us: int) -> int:
-    """End a session, then give its leases back and seal its streams; answers how many leases there were."""
+    """End a session, then give its leases back and leave its batches; answers how many leases there were."""
     tables.sessions[session.id] = msgspec.structs.replace(session, ended_us=now_us)
     held = reading.spans_of_session(tables, session.id)
     for span in held:
         release(tables, given_back(span, suspects), crashes_max, now_us)
     for batch in list(tables.batches.values()):
-        if batch.session_id == session.id and batch.state == batches.OPEN:
-            closed = msgspec.structs.replace(
-                batch, state=batches.SEALED, expected_count=batch.received_count, sealed_us=now_us
-            )
-            tables.batches[batch.id] = batches.advanced(closed, now_us)
+        if batch.session_id == session.id:
+            tables.batches[batch.id] = batches.left(batch, now_us)
     return len(held)
 
 

@@ -17,7 +17,7 @@ from headrace.core.order import first_order_no
 from headrace.core.pack import count, pack, unpack_some
 from headrace.core.span import DELAYED, DONE, WAITING, Key, Part, Span, decode_places, encode_places, positions_of
 from headrace.store.protocol import Appended, NewBatch
-from headrace.store.verbs.finding import BLOCKS_MAX, find, find_with_width, indexes_of, lock, received_of
+from headrace.store.verbs.finding import BLOCKS_MAX, find, find_with_width, indexes_of, lock, received_of, require_live
 from headrace.store.verbs.rows import Blob, add_parts, add_spans, as_json, put_batch, take_ids, to_batch
 from headrace.store.verbs.script import Overtaken, Script, fetch, fetch_first, fetch_one
 
@@ -32,6 +32,8 @@ def create(new: NewBatch, now_us: int) -> Script[tuple[Batch, bool]]:
             return to_batch(row), False
     if (yield from fetch_one("batch", id=new.id)) is not None:
         return (yield from find(new.id)), False
+    if new.session_id:
+        yield from require_live(new.session_id)
     made = yield from fetch(
         "insert_batch",
         id=new.id,

@@ -12,7 +12,7 @@ from headrace.core.batch import Batch
 from headrace.core.block import Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.span import Span
-from headrace.foundation.errors import InvalidInput, NotFound, StoreBroken
+from headrace.foundation.errors import InvalidInput, NotFound, SessionEnded, StoreBroken
 from headrace.store.verbs.rows import as_json, to_batch, to_span
 from headrace.store.verbs.script import Overtaken, Script, fetch, fetch_first, fetch_one
 
@@ -47,6 +47,12 @@ def _known(row: tuple[Any, ...] | None, batch_id: str) -> tuple[Batch, int]:
     if row is None:
         raise NotFound("there is no such batch", hint="`headrace batch list` shows those there are", batch_id=batch_id)
     return to_batch(row), int(row[21])
+
+
+def require_live(session_id: str) -> Script[None]:
+    """Rule R3: an ended session can't come back, under its old id least of all. Raises `SessionEnded`."""
+    if (yield from fetch_one("live_session", id=session_id)) is None:
+        raise SessionEnded("the session has ended", hint="start a new one", session_id=session_id)
 
 
 def received_of(batch_id: str) -> Script[IndexSet]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-import msgspec
-
 from headrace.core import batch as batches
 from headrace.core.order import returned_order_no
 from headrace.core.span import (
@@ -26,7 +24,7 @@ from headrace.core.span import release as release_span
 from headrace.core.span import settle as settle_span
 from headrace.foundation.errors import SessionEnded
 from headrace.store.protocol import Claim, Heartbeat, Held, Release, Session, Suspects
-from headrace.store.verbs.finding import clocks, locate
+from headrace.store.verbs.finding import clocks, locate, require_live
 from headrace.store.verbs.interventions import count_in, sweep_stopped
 from headrace.store.verbs.rows import (
     add_parts,
@@ -65,13 +63,7 @@ def start_session(session: Session, now_us: int) -> Script[None]:
         started_us=session.started_us,
         heartbeat_us=now_us,
     )
-    yield from _require_live(session.id)
-
-
-def _require_live(session_id: str) -> Script[None]:
-    """Rule R3: an ended session can't come back, under its old id least of all."""
-    if (yield from fetch_one("live_session", id=session_id)) is None:
-        raise SessionEnded("the session has ended", hint="start a new one", session_id=session_id)
+    yield from require_live(session.id)
 
 
 def heartbeat(session_id: str, now_us: int) -> Script[Heartbeat]:
@@ -94,7 +86,7 @@ def end_session(session_id: str, now_us: int) -> Script[None]:
     yield from fetch("end_session", id=session_id, now_us=now_us)
     spans = yield from _held(session_id)
     yield from give_back(spans, Suspects(places={}, evidence=""), 1, now_us)
-    yield from _seal_streams(session_id, now_us)
+    yield from _leave_batches(session_id, now_us)
 
 
 def recover(
@@ -110,7 +102,7 @@ def recover(
         return 0
     spans = yield from _held(session_id)
     count = yield from give_back(spans, suspects, crashes_max, now_us)
-    yield from _seal_streams(session_id, now_us)
+    yield from _leave_batches(session_id, now_us)
     return count
 
 
@@ -134,20 +126,16 @@ def _held(session_id: str) -> Script[list[Span]]:
     return [to_span(row) for row in rows]
 
 
-def _seal_streams(session_id: str, now_us: int) -> Script[None]:
+def _leave_batches(session_id: str, now_us: int) -> Script[None]:
     for row in (yield from fetch("lock_streams_of_session", session_id=session_id)):
         batch = to_batch(row)
-        if batch.session_id != session_id or batch.state != batches.OPEN:
-            continue  # a batch of its leases, locked with the streams
-        after = msgspec.structs.replace(
-            batch, state=batches.SEALED, expected_count=batch.received_count, sealed_us=now_us
-        )
-        yield from put_batch(batches.advanced(after, now_us))
+        if batch.session_id == session_id and batch.state == batches.OPEN:  # else a batch of its leases, locked too
+            yield from put_batch(batches.left(batch, now_us))
 
 
 def claim(wish: Claim, now_us: int) -> Script[Taken]:
     """Lease the best spans to a live session; a claim asked for again answers the same spans (rule R1)."""
-    yield from _require_live(wish.session_id)
+    yield from require_live(wish.session_id)
     rows = yield from fetch("claimed_before", session_id=wish.session_id, claim_no=wish.claim_no)
     if rows:
         spans = [to_span(row) for row in rows]

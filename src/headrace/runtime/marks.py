@@ -27,7 +27,7 @@ from headrace.runtime.work import BEGUN
 MAGIC: Final = b"HRMARK01"
 HEAD: Final = struct.Struct("=8sIIQ")
 SLOT: Final = struct.Struct("=QQII")
-SLOTS: Final = 4_096
+SLOTS: Final = 16_384
 """Leases of one process at a time."""
 PLACES_MAX: Final = 4_096
 ALL_PLACES: Final = tuple(range(PLACES_MAX))

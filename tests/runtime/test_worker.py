@@ -54,7 +54,7 @@ async def test_a_batch_runs_to_its_end_and_its_results_come_in_order(kind: str, 
             summary = await numbers.wait()
             assert (summary.state, summary.ledger.completed, summary.is_finished) == ("completed", 1_000, True)
         assert worker.stats == (1_003, 0, 0, 0)
-        assert await engine.store.sessions() == []
+        assert not [one for one in await engine.store.sessions() if one.kind == "worker"]
 
 
 async def test_bad_items_fail_alone_and_failures_are_kept(kind: str, tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ async def test_a_graceful_stop_gives_back_what_had_not_begun_and_settles_the_res
         assert (found.count("completed"), found.count("waiting")) == (3, 97)
         views = [await engine.store.run(batch.id, index) for index in range(100)]
         assert {(view.attempt, view.crashes_count) for view in views} == {(1, 0)}
-        assert await engine.store.sessions() == []
+        assert not [one for one in await engine.store.sessions() if one.kind == "worker"]
         await worker.stop()
 
 
@@ -511,7 +511,7 @@ async def test_a_worker_on_a_store_that_is_away_does_not_start(kind: str, tmp_pa
         worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
         with pytest.raises(StoreUnavailable):
             await worker.start()
-        assert await engine.store.sessions() == []
+        assert not [one for one in await engine.store.sessions() if one.kind == "worker"]
         await worker.stop()
 
 

@@ -13,24 +13,20 @@ client for the server.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import re
 import sys
 import time
 from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import asyncpg
 import msgspec
 
-CHUNK_RUNS: Final = 256
-CHUNKS_A_COMMIT: Final = 32
-ITEM_BYTES: Final = 100
-PAD: Final = "x" * 79
+from bench.floors.work import CHUNK_RUNS, CHUNKS_A_COMMIT, ITEM_BYTES, PAD, Item, pack, run
+
 PLACES: Final = array("H", range(4_096)).tobytes()
 
 STORE: Final = Path(__file__).parents[2] / "src" / "headrace" / "store" / "postgres"
@@ -58,13 +54,6 @@ MIGRATIONS: Final = [
     file.read_text(encoding="utf-8").replace("{schema}", f'"{SCHEMA}"')
     for file in sorted((STORE / "migrations").glob("*.sql"))
 ]
-
-
-class Item(msgspec.Struct):
-    """One input: 100 bytes as JSON."""
-
-    n: int
-    pad: str
 
 
 async def raw_insert_rate(dsn: str, rows_count: int = 100_000) -> float:
@@ -137,7 +126,7 @@ async def _append(db: Any, items_count: int) -> None:
         chunks = []
         for start in range(first, min(first + step, items_count), CHUNK_RUNS):
             encoded = [encode(Item(n, PAD)) for n in range(start, min(start + CHUNK_RUNS, items_count))]
-            chunks.append((start, len(encoded), _pack(encoded)))
+            chunks.append((start, len(encoded), pack(encoded)))
         async with db.transaction():
             await _fetch(db, "lock_batch", id=BATCH)
             await _fetch(db, "received", id=BATCH)
@@ -208,7 +197,7 @@ async def _drain(db: Any) -> int:
             places=PLACES,
             span_id=0,
         )
-        leases = [(row[1], row[22], _run(row[26])) for row in rows if row[1] is not None]
+        leases = [(row[1], row[22], run(row[26])) for row in rows if row[1] is not None]
         if not leases:
             return settled_count
         settled_count += await _settle(db, leases)
@@ -217,7 +206,7 @@ async def _drain(db: Any) -> int:
 async def _settle(db: Any, leases: list[tuple[int, int, list[bytes]]]) -> int:
     rows, pieces, at, runs_count = [], [], 1, 0
     for span_id, token, encoded in leases:
-        count, packed = len(encoded), _pack(encoded)
+        count, packed = len(encoded), pack(encoded)
         rows.append((span_id, token, count, 0, 0, 1, at, at + count, len(packed), count, 0, 0, 0))
         pieces += [b"c" * count, packed]
         at += count + len(packed)
@@ -227,34 +216,6 @@ async def _settle(db: Any, leases: list[tuple[int, int, list[bytes]]]) -> int:
     )
     assert spans_count == len(leases)
     return runs_count
-
-
-def _run(items: bytes) -> list[bytes]:
-    """Decode, call and encode every run of one block, each in a context of its own."""
-    decode = msgspec.json.Decoder(Item).decode
-    encode = msgspec.json.Encoder().encode
-    encoded: list[bytes] = []
-    for item in _unpack(items):
-        coroutine = _nothing(decode(item))
-        try:
-            contextvars.copy_context().run(coroutine.send, None)
-        except StopIteration as done:
-            encoded.append(encode(done.value))
-    return encoded
-
-
-def _pack(strings: list[bytes]) -> bytes:
-    """Lengths of one byte, then the strings, as the product packs short ones."""
-    return b"".join((b"\x01", len(strings).to_bytes(4, "little"), bytes(map(len, strings)), *strings))
-
-
-def _unpack(packed: bytes) -> list[bytes]:
-    count = int.from_bytes(packed[1:5], "little")
-    return [packed[start:end] for start, end in pairwise(accumulate(packed[5 : 5 + count], initial=5 + count))]
-
-
-async def _nothing(_item: Item) -> None:
-    return None
 
 
 async def main(dsn: str) -> None:

@@ -11,23 +11,18 @@ figures of a prototype, measured on a machine whose row-a-job insert rate is kno
 
 from __future__ import annotations
 
-import contextvars
 import re
 import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-CHUNK_RUNS: Final = 256
-CHUNKS_A_COMMIT: Final = 32
-ITEM_BYTES: Final = 100
-PAD: Final = "x" * 79
+from bench.floors.work import CHUNK_RUNS, CHUNKS_A_COMMIT, ITEM_BYTES, PAD, Item, pack, run
 
 PEER_RAW_ROWS_S: Final = 255_000
 """Row-a-job inserts a second, sqlite3 FULL, of the machine the peers were measured on."""
@@ -53,13 +48,6 @@ SCHEMA: Final = "".join(file.read_text(encoding="utf-8") for file in sorted((STO
 BATCH: Final = "batch_00000000000000000000000000"
 SESSION: Final = "session_00000000000000000000000000"
 LANE: Final = {"environment": "default", "queue": "default", "task": "nothing"}
-
-
-class Item(msgspec.Struct):
-    """One input: 100 bytes as JSON."""
-
-    n: int
-    pad: str
 
 
 def raw_insert_rate(rows_count: int = 100_000, directory: Path | None = None) -> float:
@@ -149,7 +137,7 @@ def _append(db: sqlite3.Connection, items_count: int) -> None:
         chunks = []
         for start in range(first, min(first + step, items_count), CHUNK_RUNS):
             encoded = [encode(Item(n, PAD)) for n in range(start, min(start + CHUNK_RUNS, items_count))]
-            chunks.append((start, len(encoded), _pack(encoded)))
+            chunks.append((start, len(encoded), pack(encoded)))
         db.execute("BEGIN IMMEDIATE")
         db.execute(SQL["lock_batch"], {"id": BATCH}).fetchone()
         db.execute(SQL["received"], {"id": BATCH}).fetchone()
@@ -192,7 +180,7 @@ def _drain(db: sqlite3.Connection) -> int:
         spans, blocks = _claim(db, claim_no)
         if not spans:
             return settled_count
-        results = [_run(blocks[span[1]]) for span in spans]
+        results = [run(blocks[span[1]]) for span in spans]
         _settle(db, spans, results, settled_count)
         settled_count += sum(map(len, results))
 
@@ -220,7 +208,7 @@ def _settle(db: sqlite3.Connection, spans: list[tuple[int, int, int]], results: 
     updates, parts, states_at, parts_at = [], [], 1, 1
     pieces = []
     for (span_id, block_id, token), encoded in zip(spans, results, strict=True):
-        count, packed = len(encoded), _pack(encoded)
+        count, packed = len(encoded), pack(encoded)
         updates.append((span_id, 0, 0, 0, 0, "done", "", 0, token, states_at, count))
         parts.append((block_id, span_id, token, 0, 1, 0, -1, parts_at, count, parts_at + count, len(packed)))
         pieces += [b"c" * count, packed]
@@ -233,34 +221,6 @@ def _settle(db: sqlite3.Connection, spans: list[tuple[int, int, int]], results: 
     db.execute(SQL["lock_batches"], {"ids": _json([BATCH])}).fetchall()
     _update_batch(db, received=1, completed=before + states_at - 1)
     db.execute("COMMIT")
-
-
-def _run(items: bytes) -> list[bytes]:
-    """Decode, call and encode every run of one block, each in a context of its own."""
-    decode = msgspec.json.Decoder(Item).decode
-    encode = msgspec.json.Encoder().encode
-    encoded: list[bytes] = []
-    for item in _unpack(items):
-        coroutine = _nothing(decode(item))
-        try:
-            contextvars.copy_context().run(coroutine.send, None)
-        except StopIteration as done:
-            encoded.append(encode(done.value))
-    return encoded
-
-
-def _pack(strings: list[bytes]) -> bytes:
-    """Lengths of one byte, then the strings, as the product packs short ones."""
-    return b"".join((b"\x01", len(strings).to_bytes(4, "little"), bytes(map(len, strings)), *strings))
-
-
-def _unpack(packed: bytes) -> list[bytes]:
-    count = int.from_bytes(packed[1:5], "little")
-    return [packed[start:end] for start, end in pairwise(accumulate(packed[5 : 5 + count], initial=5 + count))]
-
-
-async def _nothing(_item: Item) -> None:
-    return None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Coroutine tests run on a loop of their own; nothing here sleeps."""
+"""Coroutine tests run on a loop of their own; nothing here sleeps, and no property has a time to keep."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import asyncio
 import inspect
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("house", settings(), deadline=None, print_blob=True)
+settings.load_profile("house")
 
 
 @pytest.hookimpl(tryfirst=True)

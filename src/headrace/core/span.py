@@ -462,11 +462,6 @@ def leased(span: Span, *, session_id: str, claim_no: int) -> Span:
     return after
 
 
-def promoted(span: Span, *, clock: int) -> Span:
-    """A delayed span whose time has come."""
-    return msgspec.structs.replace(span, state=WAITING, order_no=returned_order_no(clock=clock))
-
-
 def counts_of(codes: bytes) -> Counts:
     """How many runs these codes end, by how they end."""
     return Counts(

@@ -18,16 +18,16 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 from headrace.core.span import LOST, Settlement
-from headrace.foundation.errors import EngineFault, HeadraceError, SessionEnded
+from headrace.foundation.errors import HeadraceError, SessionEnded
 from headrace.foundation.ids import new_session_id
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
 from headrace.runtime.marks import SLOTS, Marks, is_dead, merged, of_session, remove
+from headrace.runtime.patience import patiently
 from headrace.runtime.work import Work
 from headrace.store.protocol import Claim, Heartbeat, Lease, Release, Session, Suspects
 
 LOG: Any = structlog.get_logger("headrace.broker")
-BACKOFF_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 STUCK_TIMEOUTS: Final = 20
 """Session timeouts after which a process counts as gone though it lives: stopped by a signal, or hung for good."""
 
@@ -255,7 +255,11 @@ class Broker:
         )
         self._claiming[wish.claim_no] = runs_max
         try:
-            leases = await self.patiently(lambda: self.engine.store.claim(wish, now_us=self.engine.clock.now_us()))
+            leases = await patiently(
+                lambda: self.engine.store.claim(wish, now_us=self.engine.clock.now_us()),
+                self.engine.clock,
+                what="the store",
+            )
             if wish.session_id != self.session_id:
                 raise SessionEnded("the session ended while it claimed", session_id=wish.session_id)
             return [self._hold(lease) for lease in leases]
@@ -337,20 +341,6 @@ class Broker:
     def _refused(self, update: Update, error: HeadraceError) -> None:
         LOG.error("the store refuses an update for good", span=update.span_id, error=str(error))
         self._has_left(update)  # the next heartbeat finds the lease with nobody, and it goes back
-
-    async def patiently(self, call: Callable[[], Any]) -> Any:
-        """Call until the store answers, with growing waits; what can't be retried is raised."""
-        tries = 0
-        while True:
-            try:
-                return await call()
-            except EngineFault as error:
-                if not error.retryable:
-                    raise
-                wait_s = BACKOFF_S[min(tries, len(BACKOFF_S) - 1)]
-                tries += 1
-                LOG.warning("the store did not answer; trying again", error=error.message, wait_s=wait_s)
-                await self.engine.clock.sleep(wait_s)
 
     async def recover(self) -> int:
         """End sessions that died and give their leases back: at once on this machine, by timeout elsewhere."""

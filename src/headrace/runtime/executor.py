@@ -34,6 +34,7 @@ from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.context import Context
 from headrace.runtime.failures import describe
+from headrace.runtime.patience import patiently
 from headrace.runtime.registry import Arguments, Registry, TaskSpec, said
 from headrace.runtime.stepping import CANCELLED, STOPPED, TIMEOUT, Runner, driven, outcome_of, shielded
 from headrace.runtime.superjson import PayloadRefused
@@ -45,7 +46,6 @@ LOOKS_MAX: Final = 16
 """Runs between two looks at the clock once a burst has shown that its runs are short."""
 INSIST_S: Final = 5.0
 STOP_S: Final = 1.0
-BACKOFF_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 SUSPECT_CRASHES: Final = 2
 
 
@@ -534,7 +534,7 @@ class Executor:
 
     async def _fetched(self, work: Work, number: int, runner: Runner) -> None:
         try:
-            payload, kind = await self._patiently(partial(self._offload.fetch, work.lease.payloads[number]))
+            payload, kind = await self._ask_objects(partial(self._offload.fetch, work.lease.payloads[number]))
         except HeadraceError as error:
             self._refuse(work, number, error.code, error.message)
             return
@@ -542,19 +542,9 @@ class Executor:
         if rest is not None:
             await rest
 
-    async def _patiently(self, call: Callable[[], Awaitable[tuple[Any, Any]]]) -> tuple[Any, Any]:
+    async def _ask_objects(self, call: Callable[[], Awaitable[tuple[Any, Any]]]) -> tuple[Any, Any]:
         """Ask the object store until it answers: that it is away is no fault of the run, which keeps its place."""
-        tries = 0
-        while True:
-            try:
-                return await call()
-            except HeadraceError as error:
-                if not error.retryable:
-                    raise
-                wait_s = BACKOFF_S[min(tries, len(BACKOFF_S) - 1)]
-                LOG.warning("the object store did not answer; trying again", error=error.message, wait_s=wait_s)
-            tries += 1
-            await self._clock.sleep(wait_s)
+        return await patiently(call, self._clock, what="the object store")
 
     # -- how it ended
 
@@ -572,7 +562,7 @@ class Executor:
     async def _store_result(self, work: Work, number: int, result: bytes) -> None:
         try:
             put = partial(self._offload.put_result, work.lease.batch_id, result)
-            reference, key = await self._patiently(put)
+            reference, key = await self._ask_objects(put)
         except HeadraceError as error:
             self._refuse(work, number, error.code, error.message)
             return

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Iterable, Iterator
 from typing import Final, NamedTuple, Self, TypeVar
 
 import msgspec
@@ -25,11 +25,11 @@ from headrace.core.failure import Failure
 from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
 from headrace.core.pack import REFERENCE
 from headrace.core.span import Key
-from headrace.foundation.errors import ClientFault, Conflict, EngineFault, InvalidInput
+from headrace.foundation.errors import ClientFault, Conflict, InvalidInput
 from headrace.foundation.limits import MIB
-from headrace.runtime.clock import Clock
 from headrace.runtime.engine import Engine
 from headrace.runtime.ingest import ingest
+from headrace.runtime.patience import patiently
 
 WAITING_BYTES_MAX: Final = 8 * MIB
 WAITING_CHUNKS_MAX: Final = 64
@@ -40,7 +40,8 @@ LINGER_S: Final = 0.002
 """How long a chunk that isn't full waits for the source right after a commit; a lone item waits for nothing."""
 
 DIGEST_BYTES: Final = 32
-RETRY_DELAYS_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+WAITS_MAX: Final = 6
+"""About four seconds; whoever feeds is told then."""
 _BORN_FAILED: Final = b"{}"
 
 T = TypeVar("T")
@@ -166,7 +167,9 @@ class Feed:
     async def _seal(self, batch: Batch, count: int) -> None:
         store, clock = self._engine.store, self._engine.clock
         try:
-            await _patiently(lambda: store.seal(batch.id, count, now_us=clock.now_us()), clock)
+            await patiently(
+                lambda: store.seal(batch.id, count, now_us=clock.now_us()), clock, what="the store", waits_max=WAITS_MAX
+            )
         except Conflict as error:
             after, _ = await store.batch(batch.id)
             if after.is_stopped:
@@ -263,7 +266,12 @@ class Feed:
     async def _offload(self, payload: bytes, mark: Position | None) -> _Group:
         """Write one large payload to the object store before the row that will name it."""
         engine = self._engine
-        reference, key = await _patiently(lambda: engine.offloaded(self._batch_id, payload), engine.clock)
+        reference, key = await patiently(
+            lambda: engine.offloaded(self._batch_id, payload),
+            engine.clock,
+            what="the object store",
+            waits_max=WAITS_MAX,
+        )
         return _Group([reference], mark, Extra(object_key=key, object_bytes=len(payload)))
 
 
@@ -408,9 +416,11 @@ class _Appender:
             return
         cursor = position.encode() if position.bytes_count > self.position.bytes_count else None
         try:
-            appended = await _patiently(
+            appended = await patiently(
                 lambda: self._store.append(self._batch.id, chunks, now_us=self._clock.now_us(), cursor=cursor),
                 self._clock,
+                what="the store",
+                waits_max=WAITS_MAX,
             )
         except ClientFault as error:
             raise await self._verdict(error) from error
@@ -425,18 +435,6 @@ class _Appender:
         if batch.expected_count != self._batch.expected_count and not batch.is_stopped:
             return _sealed_elsewhere(batch)
         return error
-
-
-async def _patiently(attempt: Callable[[], Awaitable[T]], clock: Clock) -> T:
-    """Try again for a few seconds while the store or the disk does not answer; every verb is safe to repeat."""
-    for delay_s in RETRY_DELAYS_S:
-        try:
-            return await attempt()
-        except EngineFault as error:
-            if not error.retryable:
-                raise
-        await clock.sleep(delay_s)
-    return await attempt()
 
 
 def _born_failed(marker: Oversized | Unreadable | bytes) -> Extra:

@@ -8,7 +8,6 @@ from typing import Final
 import msgspec
 
 HEADER: Final = struct.Struct("<I")
-FRAME_BYTES_MAX: Final = 1 << 30
 
 
 class Begin(msgspec.Struct, tag="begin"):

@@ -117,7 +117,6 @@ class Crew:
         self._launches_count = 0
         self._is_stopping = False
         self._keepers: list[asyncio.Task[None]] = []
-        self._empty = asyncio.Event()
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> None:

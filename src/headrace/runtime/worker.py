@@ -24,6 +24,7 @@ from headrace.runtime.broker import Broker, Update
 from headrace.runtime.engine import Engine
 from headrace.runtime.executor import Executor, Hooks
 from headrace.runtime.marks import SLOTS
+from headrace.runtime.patience import patiently
 from headrace.runtime.processes import Crew
 from headrace.runtime.registry import Registry
 from headrace.runtime.stepping import CANCELLED, STOPPED
@@ -247,7 +248,7 @@ class Worker:
         async with self._renewing:
             if self.broker.session_id == session_id:  # else the other loop that claims was first
                 self._session_lost()
-                await self.broker.patiently(self.broker.restart)
+                await patiently(self.broker.restart, self.engine.clock, what="the store")
                 if self._crew is not None:
                     self._crew.rename_marks()
 

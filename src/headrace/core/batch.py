@@ -137,14 +137,14 @@ def check_append(batch: Batch, *, first_index: int, last_index: int, runs_max: i
         )
 
 
-def appended(batch: Batch, *, accepted_count: int, failed_count: int, cursor: bytes | None, now_us: int) -> Batch:
-    """The batch after `accepted_count` new runs became durable, `failed_count` of them unreadable at birth."""
+def appended(batch: Batch, *, accepted_count: int, born: Counts, cursor: bytes | None, now_us: int) -> Batch:
+    """The batch after `accepted_count` new runs became durable, `born` of them at their end at birth."""
     if accepted_count and batch.state != OPEN:
         raise Conflict(f"the batch is {batch.state}; it takes no more items", batch_id=batch.id)
     after = msgspec.structs.replace(
         batch,
         received_count=batch.received_count + accepted_count,
-        counts=batch.counts.plus(Counts(failed=failed_count)),
+        counts=batch.counts.plus(born),
         appended_us=now_us,
         cursor=batch.cursor if cursor is None else cursor,
     )

@@ -8,13 +8,14 @@ to a lone item).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import repeat
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
-from headrace.core.pack import JSON, pack, unpack_some
+from headrace.core.pack import JSON, LINK, pack, unpack_some
+from headrace.core.run import COMPLETED, FAILED
 from headrace.core.span import Key, decode_places, encode_places
 from headrace.foundation.errors import InvalidInput
 
@@ -24,8 +25,10 @@ EMPTY: Final = b""
 class Extra(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What only some runs have, and only those pay for.
 
-    `failure`: an encoded failure; the run is born failed (an oversized or unreadable item). `object_key` and
-    `object_bytes`: the payload is a reference to that object.
+    `failure`: an encoded failure; the run is born failed (an oversized or unreadable item). `link`: the id of the run
+    that its idempotency key named already; it is born completed, and has that run's outcome. `object_key` and
+    `object_bytes`: the payload is a reference to that object. `attempts_max` and `timeout_ms`: instead of the task's
+    own, 0 for those. `kept`: options that are echoed and mean nothing here, as JSON.
     """
 
     idempotency_key: str = ""
@@ -33,6 +36,10 @@ class Extra(msgspec.Struct, kw_only=True, omit_defaults=True):
     tags: tuple[str, ...] = ()
     headers: dict[str, str] = {}
     failure: bytes = EMPTY
+    link: str = ""
+    attempts_max: int = 0
+    timeout_ms: int = 0
+    kept: bytes = EMPTY
     object_key: str = ""
     object_bytes: int = 0
 
@@ -185,6 +192,35 @@ def _spans(keys: list[Key]) -> dict[Key, bytes | None]:
     for position, key in enumerate(keys):
         positions.setdefault(key, []).append(position)
     return {key: encode_places(found) for key, found in positions.items()}
+
+
+class Born(NamedTuple):
+    """How a run ends that has nothing to run."""
+
+    state: int
+    result: bytes
+    kind: int
+
+
+def born(chunk: Chunk) -> dict[int, Born]:
+    """By position, the runs that end as they begin: unreadable, or linked to another run."""
+    found = {}
+    for position, extra in chunk.extras.items():
+        if extra.failure:
+            found[position] = Born(FAILED, extra.failure, JSON)
+        elif extra.link:
+            found[position] = Born(COMPLETED, extra.link.encode(), LINK)
+    return found
+
+
+def linked(chunk: Chunk, links: Mapping[int, str]) -> Chunk:
+    """The chunk with the runs at some positions linked to others: `links` is the id of a run by position."""
+    extras = dict(chunk.extras)
+    for position, run_id in links.items():
+        extras[position] = msgspec.structs.replace(
+            extras[position], link=run_id, idempotency_key="", idempotency_expires_us=0
+        )
+    return msgspec.structs.replace(chunk, extras=extras)
 
 
 def check_names(chunk: Chunk) -> None:

@@ -26,6 +26,8 @@ SUPER_JSON: Final = 1
 TEXT: Final = 2
 REFERENCE: Final = 3
 MSGPACK: Final = 4
+LINK: Final = 5
+"""The id of another run, whose outcome this one has: only a result is ever one."""
 
 CONTENT_TYPES: Final[dict[int, str]] = {
     JSON: "application/json",

@@ -35,9 +35,12 @@ BY_NAME: Final[dict[str, int]] = {name: state for state, name in NAMES.items()}
 UNSETTLED: Final = bytes((WAITING, STARTED))
 FINAL: Final = bytes((COMPLETED, FAILED, CANCELLED, EXPIRED))
 
+ENDED_BADLY: Final = bytes((FAILED, CANCELLED, EXPIRED))
+"""Ends that a person may want to try again; what an idempotency key named is then named no more."""
+
 TRANSITIONS: Final[dict[tuple[int, int], str]] = {
     (WAITING, STARTED): "handed out, recorded first (at-most-once)",
-    (WAITING, COMPLETED): "settled",
+    (WAITING, COMPLETED): "settled, or linked to another run at ingest",
     (WAITING, FAILED): "settled, or refused at ingest",
     (WAITING, CANCELLED): "cancelled",
     (WAITING, EXPIRED): "not started in time",

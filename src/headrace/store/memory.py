@@ -13,19 +13,22 @@ from contextlib import contextmanager
 
 import msgspec
 
+from headrace.core import admission
 from headrace.core import batch as batches
 from headrace.core import span as spans
+from headrace.core.admission import Bucket, Spent
 from headrace.core.batch import Batch, Ledger
-from headrace.core.block import Chunk, check_names, narrowed
+from headrace.core.block import Chunk, check_names
 from headrace.core.index_set import IndexSet
 from headrace.core.run import UNSETTLED
 from headrace.core.span import Counts, Policy, Settlement
-from headrace.foundation.errors import Conflict, InvalidInput, StoreUnavailable
+from headrace.foundation.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.store import memory_reading as reading
 from headrace.store import memory_writing as writing
 from headrace.store.memory_reading import Queue, Tables
 from headrace.store.protocol import (
+    ApiKey,
     Appended,
     Claim,
     Heartbeat,
@@ -108,17 +111,17 @@ class MemoryStore:
                     last_index=chunk.last_index,
                     runs_max=self._limits.batch_runs_max,
                 )
-            failed_count = 0
+            born = Counts()
             for chunk in chunks:
-                fresh = narrowed(chunk, writing.new_positions(tables, batch, chunk, answer, now_us))
+                fresh = writing.fresh_part(tables, batch, chunk, answer, now_us)
                 if fresh is not None:
                     batch = writing.with_lanes(tables, batch, fresh)
-                    failed_count += writing.insert(tables, batch, fresh, now_us)
+                    born = born.plus(writing.insert(tables, batch, fresh, now_us))
                     answer.accepted_count += fresh.runs_count
             tables.batches[batch_id] = batches.appended(
                 batch,
                 accepted_count=answer.accepted_count,
-                failed_count=failed_count,
+                born=born,
                 cursor=cursor,
                 now_us=now_us,
             )
@@ -319,10 +322,11 @@ class MemoryStore:
         state: str = "",
         task: str = "",
         tag: str = "",
+        after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunView]:
         """Runs that match, newest batch first and by index inside it."""
-        return reading.runs(self._now(), environment, batch_id, state, task, tag, limit)
+        return reading.runs(self._now(), environment, batch_id, state, task, tag, after, limit)
 
     async def queues(self, environment: str) -> list[QueueView]:
         """The queues that were ever used or paused."""
@@ -385,6 +389,7 @@ class MemoryStore:
             for session in list(tables.sessions.values()):
                 if 0 < session.ended_us < finished_before_us and session.id not in owners:
                     del tables.sessions[session.id]
+            tables.buckets = {name: at for name, at in tables.buckets.items() if at >= finished_before_us}
         gone = [(environment, batch_id) for _, batch_id, environment in due[:batches_max]]
         return Pruned(batches=gone, more=len(due) > batches_max)
 
@@ -403,3 +408,44 @@ class MemoryStore:
             ),
             default=None,
         )
+
+    # who may come in
+
+    async def add_key(self, key: ApiKey, *, now_us: int) -> None:
+        """Let a key in from now on."""
+        with self._changing() as tables:
+            if key.id in tables.api_keys or any(key.digest == other.digest for other in tables.api_keys.values()):
+                raise Conflict("there is such a key already", key_id=key.id)
+            tables.api_keys[key.id] = msgspec.structs.replace(key, created_us=now_us, revoked_us=0)
+
+    async def find_key(self, digest: str) -> ApiKey | None:
+        """The key of this digest."""
+        return next((key for key in self._now().api_keys.values() if key.digest == digest), None)
+
+    async def keys(self, environment: str) -> list[ApiKey]:
+        """The keys of an environment, oldest first."""
+        known = self._now().api_keys
+        return [known[name] for name in sorted(known) if known[name].environment == environment]
+
+    async def revoke_key(self, environment: str, key_id: str, *, now_us: int) -> bool:
+        """Let a key in no more."""
+        with self._changing() as tables:
+            key = tables.api_keys.get(key_id)
+            if key is None or key.environment != environment:
+                raise NotFound("there is no such key", hint="`headrace key list` shows those there are", key_id=key_id)
+            if not key.revoked_us:
+                tables.api_keys[key_id] = msgspec.structs.replace(key, revoked_us=now_us)
+        return not key.revoked_us
+
+    async def signing_key(self, environment: str, offered: bytes) -> bytes:
+        """The first that was offered stays."""
+        with self._changing() as tables:
+            return tables.signing_keys.setdefault(environment, offered)
+
+    async def spend(self, environment: str, name: str, bucket: Bucket, cost: int, *, now_us: int) -> Spent:
+        """Take tokens from a bucket, or nothing."""
+        with self._changing() as tables:
+            spent = admission.spend(bucket, cost, full_us=tables.buckets.get((environment, name), 0), now_us=now_us)
+            if spent.is_granted:
+                tables.buckets[environment, name] = spent.full_us
+        return spent

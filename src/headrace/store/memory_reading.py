@@ -18,7 +18,7 @@ from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack
 from headrace.core.span import Part, Span, positions_of, results_of
 from headrace.foundation.errors import NotFound
-from headrace.store.protocol import Lease, Outcome, QueueView, RunView, Session, Verification
+from headrace.store.protocol import ApiKey, Lease, Outcome, QueueView, RunView, Session, Verification
 from headrace.store.views import WITH_RESULT, attempt_of, check_state, lease_of, view_of
 
 NOTHING: Final = (b"", 0)
@@ -62,6 +62,9 @@ class Tables:
     tags: set[tuple[str, str, str, int]] = field(default_factory=set)
     objects: dict[str, str] = field(default_factory=dict)
     cancellations: set[tuple[str, int]] = field(default_factory=set)
+    api_keys: dict[str, ApiKey] = field(default_factory=dict)
+    signing_keys: dict[str, bytes] = field(default_factory=dict)
+    buckets: dict[tuple[str, str], int] = field(default_factory=dict)
     next_block_id: int = 1
     next_span_id: int = 1
 
@@ -181,7 +184,7 @@ class _Home(NamedTuple):
     state: int
 
 
-def _homes(tables: Tables, batch_id: str) -> list[_Home]:
+def homes_of(tables: Tables, batch_id: str) -> list[_Home]:
     """Every run of a batch, by index, in the span in which its state lives."""
     own = {block.id: indexes_of(block.chunk) for block in tables.blocks.values() if block.batch_id == batch_id}
     found = [
@@ -210,7 +213,7 @@ def outcomes(tables: Tables, batch_id: str, from_index: int, runs_max: int) -> l
     results = _results(tables, batch_id)
     told: list[Outcome] = []
     expected = from_index
-    for index, block_id, position, _, state in _homes(tables, batch_id):
+    for index, block_id, position, _, state in homes_of(tables, batch_id):
         if index < from_index:
             continue
         is_gap = index != expected and batch.kind != batches.STREAM
@@ -232,7 +235,7 @@ def run(tables: Tables, batch_id: str, index: int) -> RunView:
     """One run with its input, its result and its attempts."""
     batch = find(tables, batch_id)
     block_id, position = locate(tables, batch, index)
-    (home,) = (home for home in _homes(tables, batch_id) if home.run_index == index)
+    (home,) = (home for home in homes_of(tables, batch_id) if home.run_index == index)
     extra = tables.blocks[block_id].chunk.extras.get(position, Extra())
     view = view_of(home.span, home.run_index, home.state)
     view.payload, view.kind = payload(tables, batch, index)
@@ -249,14 +252,25 @@ def run(tables: Tables, batch_id: str, index: int) -> RunView:
     return view
 
 
-def runs(tables: Tables, environment: str, batch_id: str, state: str, task: str, tag: str, limit: int) -> list[RunView]:
+def runs(
+    tables: Tables,
+    environment: str,
+    batch_id: str,
+    state: str,
+    task: str,
+    tag: str,
+    after: tuple[str, int] | None,
+    limit: int,
+) -> list[RunView]:
     """Runs that match, newest batch first, by index inside a batch, without payloads and attempts."""
     check_state(state)
     views = (
         view_of(home.span, home.run_index, home.state)
         for name in sorted(tables.batches, reverse=True)
         if batch_id in ("", name) and tables.batches[name].environment == environment
-        for home in _homes(tables, name)
+        if after is None or name <= after[0]
+        for home in homes_of(tables, name)
+        if after is None or name < after[0] or home.run_index > after[1]
         if not tag or (environment, tag, name, home.run_index) in tables.tags
     )
     return [view for view in views if state in ("", view.state) and task in ("", view.task)][:limit]
@@ -318,7 +332,7 @@ def verify(tables: Tables, batch_id: str) -> Verification:
 def _counted(tables: Tables, batch: Batch, stored_count: int) -> Ledger:
     counts = Counter(
         "leased" if home.span.state == spans.LEASED and home.state in runs_core.UNSETTLED else _word(home.state)
-        for home in _homes(tables, batch.id)
+        for home in homes_of(tables, batch.id)
     )
     expected = batch.received_count if batch.expected_count is None else batch.expected_count
     words = ("waiting", "leased", "completed", "failed", "cancelled", "expired")
@@ -331,7 +345,7 @@ def _word(state: int) -> str:
 
 def _unhomed(tables: Tables, batch_id: str, stored: list[tuple[int, int, int]]) -> Iterator[str]:
     """Runs that live nowhere or twice, spans that count wrongly, outcomes that nobody recorded."""
-    lives = Counter((home.block_id, home.position) for home in _homes(tables, batch_id))
+    lives = Counter((home.block_id, home.position) for home in homes_of(tables, batch_id))
     results = _results(tables, batch_id)
     for block_id, position, _ in stored:
         if lives[block_id, position] != 1:
@@ -339,6 +353,6 @@ def _unhomed(tables: Tables, batch_id: str, stored: list[tuple[int, int, int]]) 
     for span in spans_of_batch(tables, batch_id):
         if span.unsettled_count != runs_core.unsettled_count(span.states):
             yield f"span {span.id} counts {span.unsettled_count} unsettled runs wrongly"
-    for home in _homes(tables, batch_id):
+    for home in homes_of(tables, batch_id):
         if home.state in WITH_RESULT and (home.block_id, home.position) not in results:
             yield f"position {home.position} of block {home.block_id} ended without a recorded outcome"

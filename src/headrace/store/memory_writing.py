@@ -10,26 +10,32 @@ import msgspec
 from headrace.core import batch as batches
 from headrace.core import span as spans
 from headrace.core.batch import Batch
-from headrace.core.block import Chunk
+from headrace.core.block import Chunk, born, linked, narrowed
 from headrace.core.index_set import IndexSet
 from headrace.core.order import clock_after, first_order_no, returned_order_no
-from headrace.core.pack import pack, unpack
-from headrace.core.run import FAILED, WAITING
-from headrace.core.span import Counts, Key, Part, Policy, Span, Verdict, encode_places, positions_of
+from headrace.core.pack import unpack
+from headrace.core.run import COMPLETED, ENDED_BADLY, WAITING
+from headrace.core.span import Counts, Key, Policy, Span, Verdict, encode_places, positions_of
 from headrace.foundation.errors import SessionEnded
+from headrace.foundation.ids import run_id
 from headrace.store import memory_reading as reading
 from headrace.store.memory_reading import Known, Queue, Tables
 from headrace.store.protocol import Appended, Claim, Release, Session, Suspects
+from headrace.store.views import birth_part
 
 SWEEP_SPANS_MAX: Final = 1_000
 
 
-def new_positions(tables: Tables, batch: Batch, chunk: Chunk, answer: Appended, now_us: int) -> list[int]:
-    """The positions whose runs are new; what is not is told in `answer`. Indexes and keys are taken at once."""
+def fresh_part(tables: Tables, batch: Batch, chunk: Chunk, answer: Appended, now_us: int) -> Chunk | None:
+    """The runs that are new, as a chunk; what is not is told in `answer`. Indexes and keys are taken at once.
+
+    A run whose key already names a run is linked to it, and in a stream left out.
+    """
     received = tables.received[batch.id] = tables.received[batch.id].union(IndexSet())
     tasks = {at: key.task for key, positions in chunk.spans.items() for at in _covered(chunk, positions)}
     payloads, kinds = unpack(chunk.items)
     keep = []
+    links: dict[int, str] = {}
     for position, index in enumerate(reading.indexes_of(chunk)):
         extra = chunk.extras.get(position)
         if index in received:
@@ -40,13 +46,26 @@ def new_positions(tables: Tables, batch: Batch, chunk: Chunk, answer: Appended, 
         if extra is not None and extra.idempotency_key:
             name = (batch.environment, tasks[position], extra.idempotency_key)
             known = tables.keys.get(name)
-            if known is not None and not 0 < known.expires_us <= now_us:
+            if known is not None and not _is_free(tables, known, now_us):
                 answer.existing[index] = (known.batch_id, known.run_index)
-                continue
-            tables.keys[name] = Known(batch.id, index, extra.idempotency_expires_us)
+                if batch.kind == batches.STREAM:
+                    continue
+                links[position] = run_id(known.batch_id, known.run_index)
+            else:
+                tables.keys[name] = Known(batch.id, index, extra.idempotency_expires_us)
         received.add_range(index, index + 1)
         keep.append(position)
-    return keep
+    return narrowed(linked(chunk, links), keep)
+
+
+def _is_free(tables: Tables, known: Known, now_us: int) -> bool:
+    """Whether a key names nothing any more: it expired, or its run ended badly."""
+    if 0 < known.expires_us <= now_us:
+        return True
+    return any(
+        home.run_index == known.run_index and home.state in ENDED_BADLY
+        for home in reading.homes_of(tables, known.batch_id)
+    )
 
 
 def _covered(chunk: Chunk, positions: bytes | None) -> Sequence[int]:
@@ -62,39 +81,32 @@ def with_lanes(tables: Tables, batch: Batch, chunk: Chunk) -> Batch:
     return msgspec.structs.replace(batch, order_bases=bases)
 
 
-def insert(tables: Tables, batch: Batch, chunk: Chunk, now_us: int) -> int:
-    """Keep a block, its spans and what only some runs have; answers how many runs were born failed."""
+def insert(tables: Tables, batch: Batch, chunk: Chunk, now_us: int) -> Counts:
+    """Keep a block, its spans and what only some runs have; answers the runs that ended at birth."""
     block_id = tables.add_block(batch.id, chunk)
-    failures = {position: extra.failure for position, extra in chunk.extras.items() if extra.failure}
+    at_birth = born(chunk)
+    ended = Counts()
     for key, positions in chunk.spans.items():
-        own = _covered(chunk, positions)
-        good = [position for position in own if position not in failures]
-        bad = [position for position in own if position in failures]
-        if good:
-            state = spans.DELAYED if key.due_us > now_us else spans.WAITING
-            span = _new_span(tables, batch, block_id, chunk, key, good, WAITING, state)
-            add_span(tables, msgspec.structs.replace(span, positions=None) if len(good) == chunk.runs_count else span)
-        if bad:
-            dead = _new_span(tables, batch, block_id, chunk, key, bad, FAILED, spans.DONE)
-            add_span(tables, dead)
-            tables.add_part(
-                Part(
-                    block_id=block_id,
-                    span_id=dead.id,
-                    token=0,
-                    part_no=0,
-                    positions=dead.positions,
-                    codes=dead.states,
-                    results=pack([failures[position] for position in bad]),
-                    settled_us=now_us,
-                )
+        by_state: dict[int, list[int]] = {}
+        for position in _covered(chunk, positions):
+            by_state.setdefault(at_birth[position].state if position in at_birth else WAITING, []).append(position)
+        for state, own in by_state.items():
+            stands = spans.DELAYED if key.due_us > now_us else spans.WAITING
+            span = _new_span(
+                tables, batch, block_id, chunk, key, own, state, stands if state == WAITING else spans.DONE
             )
+            if state == WAITING and len(own) == chunk.runs_count:
+                span = msgspec.structs.replace(span, positions=None)
+            add_span(tables, span)
+            if state != WAITING:
+                tables.add_part(birth_part(span, at_birth, now_us))
+                ended = ended.plus(Counts(completed=len(own)) if state == COMPLETED else Counts(failed=len(own)))
     for position, extra in chunk.extras.items():
         index = chunk.index_at(position)
         tables.tags |= {(batch.environment, tag, batch.id, index) for tag in extra.tags}
         if extra.object_key:
             tables.objects.setdefault(extra.object_key, batch.id)
-    return len(failures)
+    return ended
 
 
 def _new_span(

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from headrace.core.admission import Bucket, Spent
 from headrace.core.batch import Batch, Ledger
 from headrace.core.block import Chunk, Extra
 from headrace.core.span import Settlement
@@ -199,6 +200,18 @@ class Pruned(msgspec.Struct, kw_only=True):
     more: bool
 
 
+class ApiKey(msgspec.Struct, kw_only=True):
+    """A key of an environment: what it may do, and never the key itself. `digest` is the SHA-256 of the key."""
+
+    id: str
+    environment: str
+    digest: str
+    scopes: tuple[str, ...]
+    name: str = ""
+    created_us: int = 0
+    revoked_us: int = 0
+
+
 class Store(Protocol):
     """Where batches live. Two kinds of houses: `MemoryStore` is the specification, the others keep their word."""
 
@@ -299,9 +312,13 @@ class Store(Protocol):
         state: str = "",
         task: str = "",
         tag: str = "",
+        after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunView]:
-        """Runs that match, newest batch first and by index inside it, without payloads and attempts."""
+        """Runs that match, newest batch first and by index inside it, without payloads and attempts.
+
+        `after`, the batch and index of a run, continues a list behind it.
+        """
 
     async def queues(self, environment: str) -> list[QueueView]:
         """The queues that were ever used or paused."""
@@ -324,3 +341,22 @@ class Store(Protocol):
 
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
         """When the next delayed span becomes claimable; None when none is delayed."""
+
+    # who may come in
+    async def add_key(self, key: ApiKey, *, now_us: int) -> None:
+        """Let a key in from now on. Raises `Conflict` when its id or digest is taken."""
+
+    async def find_key(self, digest: str) -> ApiKey | None:
+        """The key of this digest, also one that was revoked."""
+
+    async def keys(self, environment: str) -> list[ApiKey]:
+        """The keys of an environment, oldest first, revoked ones too."""
+
+    async def revoke_key(self, environment: str, key_id: str, *, now_us: int) -> bool:
+        """Let a key in no more; True when that changed anything. Raises `NotFound`."""
+
+    async def signing_key(self, environment: str, offered: bytes) -> bytes:
+        """What an environment signs its tokens with: `offered` for the first who asks, and the same for all others."""
+
+    async def spend(self, environment: str, name: str, bucket: Bucket, cost: int, *, now_us: int) -> Spent:
+        """Take tokens from a bucket of an environment, or nothing."""

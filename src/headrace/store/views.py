@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from headrace.core import run
-from headrace.core.block import Extra
+from headrace.core.block import Born, Extra
 from headrace.core.failure import decode
-from headrace.core.pack import unpack, unpack_some
-from headrace.core.span import DELAYED, LEASED, Span, positions_of, unsettled_places
+from headrace.core.pack import pack, unpack, unpack_some
+from headrace.core.span import DELAYED, LEASED, Part, Span, positions_of, unsettled_places
 from headrace.foundation.errors import InvalidInput
 from headrace.store.protocol import Lease, RunView
 
@@ -52,6 +52,21 @@ def view_of(span: Span, index: int, state: int) -> RunView:
         result=b"",
         result_kind=0,
         attempts=[],
+    )
+
+
+def birth_part(span: Span, at_birth: Mapping[int, Born], now_us: int) -> Part:
+    """What is recorded of the runs of a span that ended at birth."""
+    ends = [at_birth[position] for position in positions_of(span)]
+    return Part(
+        block_id=span.block_id,
+        span_id=span.id,
+        token=0,
+        part_no=0,
+        positions=span.positions,
+        codes=span.states,
+        results=pack([end.result for end in ends], bytes(end.kind for end in ends)),
+        settled_us=now_us,
     )
 
 

@@ -10,16 +10,39 @@ import msgspec
 
 from headrace.core import batch as batches
 from headrace.core import run
-from headrace.core.batch import Batch
-from headrace.core.block import Chunk, check_names, narrowed
+from headrace.core.batch import STREAM, Batch
+from headrace.core.block import Born, Chunk, born, check_names, linked, narrowed
 from headrace.core.index_set import IndexSet
 from headrace.core.order import first_order_no
-from headrace.core.pack import count, pack, unpack_some
-from headrace.core.span import DELAYED, DONE, WAITING, Key, Part, Span, decode_places, encode_places, positions_of
+from headrace.core.pack import count, unpack_some
+from headrace.core.run import ENDED_BADLY
+from headrace.core.span import (
+    DELAYED,
+    DONE,
+    WAITING,
+    Counts,
+    Key,
+    Span,
+    decode_places,
+    encode_places,
+    positions_of,
+)
+from headrace.foundation.ids import run_id
 from headrace.store.protocol import Appended, NewBatch
-from headrace.store.verbs.finding import BLOCKS_MAX, find, find_with_width, indexes_of, lock, received_of, require_live
+from headrace.store.verbs.finding import (
+    BLOCKS_MAX,
+    find,
+    find_with_width,
+    indexes_of,
+    locate,
+    lock,
+    received_of,
+    require_live,
+    spans_of_block,
+)
 from headrace.store.verbs.rows import Blob, add_parts, add_spans, as_json, put_batch, take_ids, to_batch
 from headrace.store.verbs.script import Overtaken, Script, fetch, fetch_first, fetch_one
+from headrace.store.views import birth_part
 
 _extras_encoder = msgspec.msgpack.Encoder()
 
@@ -77,17 +100,15 @@ def append(
     received = yield from received_of(batch_id)
     fresh = yield from _fresh(batch, received, chunks, now_us)
     accepted_count = sum(chunk.runs_count for chunk in fresh.chunks)
-    failed_count = 0
+    born_counts = Counts()
     if fresh.chunks:
         yield from _keep_lanes(batch, fresh.chunks)
-        failed_count = yield from _insert(batch, fresh.chunks, now_us)
+        born_counts = yield from _insert(batch, fresh.chunks, now_us)
         for chunk in fresh.chunks:
             _note(received, chunk)
         width = max(chunk.last_index - chunk.first_index + 1 for chunk in fresh.chunks)
         yield from fetch("update_received", id=batch_id, received=received.to_bytes(), block_width=width)
-    after = batches.appended(
-        batch, accepted_count=accepted_count, failed_count=failed_count, cursor=cursor, now_us=now_us
-    )
+    after = batches.appended(batch, accepted_count=accepted_count, born=born_counts, cursor=cursor, now_us=now_us)
     yield from put_batch(after)
     return Appended(
         accepted_count=accepted_count,
@@ -108,9 +129,10 @@ def _fresh(batch: Batch, received: IndexSet, chunks: Sequence[Chunk], now_us: in
         if repeated:
             duplicates_count += len(repeated)
             repeats.append((chunk, repeated))
+        own = chunk
         if any(extra.idempotency_key for extra in chunk.extras.values()):
-            keep = yield from _without_known_keys(batch, chunk, keep, known, fresh.existing, now_us)
-        kept = narrowed(chunk, keep)
+            keep, own = yield from _known_keys(batch, chunk, keep, known, fresh.existing, now_us)
+        kept = narrowed(own, keep)
         if kept is not None:
             fresh.chunks.append(kept)
             _note(seen, kept)
@@ -190,41 +212,56 @@ def _contents(
     return found + [(first_index, gaps, items) for _, first_index, gaps, _, items in blocks]
 
 
-def _without_known_keys(
+def _known_keys(
     batch: Batch,
     chunk: Chunk,
     keep: list[int],
     known: dict[tuple[str, str], tuple[str, int]],
     existing: dict[int, tuple[str, int]],
     now_us: int,
-) -> Script[list[int]]:
-    """Drop runs whose key already names a run, in the store or in `known`, and remember which run that is."""
+) -> Script[tuple[list[int], Chunk]]:
+    """Runs whose key already names a run, in the store or in `known`: linked to it, or in a stream left out.
+
+    Answers the positions to keep, of which chunk, and remembers which run each key names. A key whose run ended
+    badly is free again.
+    """
     tasks = {position: key.task for key, positions in chunk.spans.items() for position in _positions(chunk, positions)}
-    wanted = [
-        (tasks[position], chunk.extras[position].idempotency_key)
+    named = [
+        (position, (tasks[position], chunk.extras[position].idempotency_key))
         for position in keep
         if position in chunk.extras and chunk.extras[position].idempotency_key
     ]
-    known |= {
-        (task, key): (batch_id, index)
-        for task, key, batch_id, index in (
-            yield from fetch("known_keys", environment=batch.environment, rows=as_json(wanted), now_us=now_us)
-        )
-    }
-    kept = []
-    for position in keep:
-        extra = chunk.extras.get(position)
-        index = chunk.index_at(position)
-        if extra is None or not extra.idempotency_key:
-            kept.append(position)
-            continue
-        name = (tasks[position], extra.idempotency_key)
-        if name in known:
-            existing[index] = known[name]
+    wanted = sorted({name for _, name in named} - known.keys())
+    rows = yield from fetch("known_keys", environment=batch.environment, rows=as_json(wanted), now_us=now_us)
+    free: list[tuple[str, str]] = []
+    for task, key, batch_id, index in rows:
+        if (yield from _ended_badly(batch_id, index)):
+            free.append((task, key))
         else:
-            known[name] = (batch.id, index)
-            kept.append(position)
-    return kept
+            known[task, key] = batch_id, index
+    if free:
+        yield from fetch("free_keys", environment=batch.environment, rows=as_json(free))
+    links: dict[int, str] = {}
+    for position, name in named:
+        if name in known:
+            existing[chunk.index_at(position)] = known[name]
+            links[position] = run_id(*known[name])
+        else:
+            known[name] = (batch.id, chunk.index_at(position))
+    if batch.kind == STREAM:
+        return [position for position in keep if position not in links], chunk
+    return keep, linked(chunk, links)
+
+
+def _ended_badly(batch_id: str, index: int) -> Script[bool]:
+    place = yield from locate(batch_id, index)
+    if place is None:
+        return True
+    for span in (yield from spans_of_block(place[0])):
+        for position, state in zip(positions_of(span), span.states, strict=True):
+            if position == place[1] and state in ENDED_BADLY:
+                return True
+    return False
 
 
 def _positions(chunk: Chunk, positions: bytes | None) -> Sequence[int]:
@@ -243,11 +280,11 @@ def _keep_lanes(batch: Batch, chunks: Sequence[Chunk]) -> Script[None]:
         batch.order_bases = batch.order_bases | dict.fromkeys(new_queues, int(clock))
 
 
-def _insert(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[int]:
-    """Insert blocks, their spans, and rows for what only some runs have; answers how many were born failed."""
+def _insert(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[Counts]:
+    """Insert blocks, their spans, and rows for what only some runs have; answers the runs that ended at birth."""
     (clock,) = yield from fetch_first("environment_clock", environment=batch.environment)
     spans: list[Span] = []
-    parts: list[tuple[Span, list[int], list[bytes]]] = []
+    ended: list[tuple[Span, dict[int, Born]]] = []
     first_block_id, _ = yield from take_ids(blocks_count=len(chunks))
     blob, rows = Blob(), []
     for block_id, chunk in enumerate(chunks, first_block_id):
@@ -262,19 +299,19 @@ def _insert(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[int]:
                 *blob.put(chunk.items),
             )
         )
-        failures = {position: extra.failure for position, extra in chunk.extras.items() if extra.failure}
+        at_birth = born(chunk)
         for key, positions in chunk.spans.items():
-            alive, dead = _new_spans(batch, block_id, chunk, key, positions, failures, clock, now_us)
-            spans += [span for span in (alive, dead) if span is not None]
-            if dead is not None:
-                places = list(positions_of(dead))
-                parts.append((dead, places, [failures[position] for position in places]))
+            for span in _new_spans(batch, block_id, chunk, key, positions, at_birth, clock, now_us):
+                spans.append(span)
+                if span.state == DONE:
+                    ended.append((span, at_birth))
     yield from fetch("insert_blocks", batch_id=batch.id, rows=as_json(rows), blob=blob.bytes())
     _, first_span_id = yield from take_ids(spans_count=len(spans))
     yield from add_spans(spans, first_id=first_span_id)
-    yield from add_parts([_birth_part(span, places, failures, now_us) for span, places, failures in parts])
+    yield from add_parts([birth_part(span, at_birth, now_us) for span, at_birth in ended])
     yield from _insert_extras(batch, chunks, now_us)
-    return sum(len(places) for _, places, _ in parts)
+    states = b"".join(span.states for span, _ in ended)
+    return Counts(completed=states.count(run.COMPLETED), failed=states.count(run.FAILED))
 
 
 def _new_spans(
@@ -283,20 +320,22 @@ def _new_spans(
     chunk: Chunk,
     key: Key,
     positions: bytes | None,
-    failures: dict[int, bytes],
+    at_birth: dict[int, Born],
     clock: int,
     now_us: int,
-) -> tuple[Span | None, Span | None]:
-    """The span of the runs that can run, and the one of those that were born failed."""
+) -> Iterator[Span]:
+    """The span of the runs that can run, and those of the runs that ended at birth, a state each."""
     every = _positions(chunk, positions)
-    good = [position for position in every if position not in failures] if failures else every
-    bad = [position for position in every if position in failures] if failures else []
-
-    def span(own: Sequence[int], state: int, *, whole: bool) -> Span | None:
-        if not own:
-            return None
-        delayed = key.due_us > now_us
-        return Span(
+    by_state: dict[int, Sequence[int]] = {run.WAITING: every}
+    if at_birth:
+        found: dict[int, list[int]] = {}
+        for position in every:
+            found.setdefault(at_birth[position].state if position in at_birth else run.WAITING, []).append(position)
+        by_state = dict(found)
+    for state, own in by_state.items():
+        stands = DONE if state != run.WAITING else DELAYED if key.due_us > now_us else WAITING
+        is_whole = positions is None and len(own) == chunk.runs_count and stands != DONE
+        yield Span(
             block_id=block_id,
             batch_id=batch.id,
             environment=batch.environment,
@@ -308,26 +347,11 @@ def _new_spans(
             at_most_once=key.at_most_once,
             order_no=first_order_no(clock=clock, base=batch.order_bases[key.queue], index=chunk.index_at(own[0])),
             first_index=chunk.first_index,
-            positions=None if whole else encode_places(own),
+            positions=None if is_whole else encode_places(own),
             states=bytes((state,)) * len(own),
-            unsettled_count=len(own) if state == run.WAITING else 0,
-            state=DONE if state != run.WAITING else DELAYED if delayed else WAITING,
+            unsettled_count=0 if stands == DONE else len(own),
+            state=stands,
         )
-
-    return span(good, run.WAITING, whole=positions is None and not bad), span(bad, run.FAILED, whole=False)
-
-
-def _birth_part(span: Span, positions: list[int], failures: list[bytes], now_us: int) -> Part:
-    return Part(
-        block_id=span.block_id,
-        span_id=span.id,
-        token=0,
-        part_no=0,
-        positions=encode_places(positions),
-        codes=bytes((run.FAILED,)) * len(positions),
-        results=pack(failures),
-        settled_us=now_us,
-    )
 
 
 def _insert_extras(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[None]:

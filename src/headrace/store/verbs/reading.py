@@ -32,6 +32,7 @@ from headrace.store.views import WITH_RESULT, attempt_of, check_state, view_of
 VERIFY_BLOCKS: Final = 256
 SPANS_A_BLOCK: Final = 256
 TAGGED_MAX: Final = 10_000
+NOWHERE: Final = ("", -1)
 
 
 def with_ledger(batch: Batch) -> Script[tuple[Batch, Ledger]]:
@@ -207,12 +208,14 @@ def list_runs(
     state: str,
     task: str,
     tag: str,
+    after: tuple[str, int] | None,
     limit: int,
 ) -> Script[list[RunView]]:
     """Runs that match, newest batch first, by index inside a batch."""
     check_state(state)
     if tag:
-        return (yield from _tagged_runs(environment, batch_id, state, task, tag, limit))
+        return (yield from _tagged_runs(environment, batch_id, state, task, tag, after, limit))
+    after_batch, after_index = after or NOWHERE
     byte = runs_core.BY_NAME["waiting" if state in (LEASED, DELAYED) else state] if state else None
     found: list[RunView] = []
     rows = yield from fetch(
@@ -222,6 +225,8 @@ def list_runs(
         task=task,
         state=None if byte is None else bytes((byte,)),
         span_state=state if state in (WAITING, LEASED, DELAYED) else "",
+        after_batch=after_batch,
+        after_index=after_index,
         rows_max=limit + SPANS_A_BLOCK,
     )
     block_id, newest = 0, ""
@@ -241,15 +246,27 @@ def list_runs(
             if own == runs_core.MOVED or (byte is not None and own != byte):
                 continue
             view = view_of(span, first_index + (position if places is None else places[position]), own)
-            if not state or view.state == state:
+            is_behind = span.batch_id != after_batch or view.index > after_index
+            if is_behind and (not state or view.state == state):
                 pending.append(view)
     return (found + sorted(pending, key=lambda view: view.index))[:limit]
 
 
-def _tagged_runs(environment: str, batch_id: str, state: str, task: str, tag: str, limit: int) -> Script[list[RunView]]:
+def _tagged_runs(
+    environment: str, batch_id: str, state: str, task: str, tag: str, after: tuple[str, int] | None, limit: int
+) -> Script[list[RunView]]:
     found: list[RunView] = []
+    after_batch, after_index = after or NOWHERE
     for name, index in (
-        yield from fetch("tagged_runs", environment=environment, tag=tag, batch_id=batch_id, rows_max=TAGGED_MAX)
+        yield from fetch(
+            "tagged_runs",
+            environment=environment,
+            tag=tag,
+            batch_id=batch_id,
+            after_batch=after_batch,
+            after_index=after_index,
+            rows_max=TAGGED_MAX,
+        )
     ):
         place = yield from locate(name, index)
         if place is None or len(found) >= limit:

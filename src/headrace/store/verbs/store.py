@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from headrace.core.admission import Bucket, Spent
 from headrace.core.batch import Batch, Ledger, check_created
 from headrace.core.block import Chunk
 from headrace.core.span import Settlement, Span
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import Limits
 from headrace.store.protocol import (
+    ApiKey,
     Appended,
     Claim,
     Heartbeat,
@@ -27,7 +29,7 @@ from headrace.store.protocol import (
     Swept,
     Verification,
 )
-from headrace.store.verbs import appending, finding, interventions, reading, tending, working
+from headrace.store.verbs import admitting, appending, finding, interventions, reading, tending, working
 from headrace.store.verbs.script import Script
 from headrace.store.views import lease_of
 
@@ -155,10 +157,11 @@ class ScriptedStore(ABC):
         state: str = "",
         task: str = "",
         tag: str = "",
+        after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunView]:
         """Runs that match."""
-        return await self._read(lambda: reading.list_runs(environment, batch_id, state, task, tag, limit))
+        return await self._read(lambda: reading.list_runs(environment, batch_id, state, task, tag, after, limit))
 
     async def queues(self, environment: str) -> list[QueueView]:
         """The queues that were ever used or paused."""
@@ -190,6 +193,32 @@ class ScriptedStore(ABC):
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
         """When the next delayed span becomes claimable."""
         return await self._read(lambda: reading.next_due_us(environment, tasks))
+
+    # -- who may come in
+
+    async def add_key(self, key: ApiKey, *, now_us: int) -> None:
+        """Let a key in from now on."""
+        await self._write(lambda: admitting.add_key(key, now_us))
+
+    async def find_key(self, digest: str) -> ApiKey | None:
+        """The key of this digest."""
+        return await self._read(lambda: admitting.find_key(digest))
+
+    async def keys(self, environment: str) -> list[ApiKey]:
+        """The keys of an environment."""
+        return await self._read(lambda: admitting.keys(environment))
+
+    async def revoke_key(self, environment: str, key_id: str, *, now_us: int) -> bool:
+        """Let a key in no more."""
+        return await self._write(lambda: admitting.revoke_key(environment, key_id, now_us))
+
+    async def signing_key(self, environment: str, offered: bytes) -> bytes:
+        """What an environment signs its tokens with."""
+        return await self._write(lambda: admitting.signing_key(environment, offered))
+
+    async def spend(self, environment: str, name: str, bucket: Bucket, cost: int, *, now_us: int) -> Spent:
+        """Take tokens from a bucket, or nothing."""
+        return await self._write(lambda: admitting.spend(environment, name, bucket, cost, now_us))
 
 
 def lease_of_row(span: Span, first_index: int, gaps: bytes | None, extras: bytes | None, items: bytes) -> Lease:

@@ -68,6 +68,7 @@ def prune(before_us: int, batches_max: int, rows_max: int) -> Script[Pruned]:
         yield from fetch("delete_batch", batch_id=batch_id)
         gone.append((environment, batch_id))
     yield from fetch("delete_sessions", before_us=before_us)
+    yield from fetch("delete_buckets", before_us=before_us)
     return Pruned(batches=gone, more=len(finished) > batches_max)
 
 

@@ -169,6 +169,31 @@ CREATE TABLE {schema}.cancellation (
     PRIMARY KEY (batch_id, run_index)
 );
 
+-- Who may come in over the network. A key itself is never kept, only its digest. A bucket is the moment at which it
+-- is full again; without a row it is.
+CREATE TABLE {schema}.api_key (
+    id text COLLATE "C" PRIMARY KEY,
+    environment text COLLATE "C" NOT NULL,
+    digest text COLLATE "C" NOT NULL UNIQUE,
+    scopes text COLLATE "C" NOT NULL,
+    name text COLLATE "C" NOT NULL,
+    created_us bigint NOT NULL,
+    revoked_us bigint NOT NULL
+);
+CREATE INDEX api_key_listed ON {schema}.api_key (environment, id);
+
+CREATE TABLE {schema}.signing_key (
+    environment text COLLATE "C" PRIMARY KEY,
+    value bytea NOT NULL
+);
+
+CREATE TABLE {schema}.bucket (
+    environment text COLLATE "C" NOT NULL,
+    name text COLLATE "C" NOT NULL,
+    full_us bigint NOT NULL,
+    PRIMARY KEY (environment, name)
+);
+
 -- Blocks and parts are written once, so they need no room to grow and no compression that costs more than it saves.
 ALTER TABLE {schema}.block ALTER COLUMN items SET STORAGE EXTERNAL;
 ALTER TABLE {schema}.part ALTER COLUMN results SET STORAGE EXTERNAL;

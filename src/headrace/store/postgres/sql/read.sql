@@ -113,11 +113,13 @@ FROM {schema}.batch JOIN {schema}.block ON block.batch_id = batch.id JOIN {schem
 WHERE batch.environment = :environment AND (:batch_id::text = '' OR batch.id = :batch_id)
     AND (:task::text = '' OR span.task = :task) AND (:state::bytea IS NULL OR position(:state::bytea IN span.states) > 0)
     AND (:span_state::text = '' OR span.state = :span_state)
+    AND (:after_batch::text = '' OR batch.id < :after_batch OR batch.id = :after_batch AND block.last_index > :after_index)
 ORDER BY batch.id DESC, block.first_index, span.id LIMIT :rows_max;
 
 -- tagged_runs: the runs that carry a tag
 SELECT batch_id, run_index FROM {schema}.tag
 WHERE environment = :environment AND tag = :tag AND (:batch_id::text = '' OR batch_id = :batch_id)
+    AND (:after_batch::text = '' OR batch_id < :after_batch OR batch_id = :after_batch AND run_index > :after_index)
 ORDER BY batch_id DESC, run_index LIMIT :rows_max;
 
 -- named_objects: which of some object keys a row names

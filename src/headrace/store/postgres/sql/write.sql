@@ -76,6 +76,10 @@ SET batch_id = excluded.batch_id, run_index = excluded.run_index, expires_us = e
 WHERE idempotency.expires_us > 0 AND idempotency.expires_us <= :now_us
 RETURNING 1;
 
+-- free_keys: idempotency keys whose runs ended badly name nothing any more
+DELETE FROM {schema}.idempotency USING jsonb_array_elements(:rows::jsonb) AS given (value)
+WHERE environment = :environment AND task = value->>0 AND key = value->>1;
+
 -- insert_tags: tags of new runs
 INSERT INTO {schema}.tag (environment, tag, batch_id, run_index)
 SELECT :environment, value->>0, :batch_id, (value->>1)::bigint FROM jsonb_array_elements(:rows::jsonb) AS given (value)

@@ -157,3 +157,28 @@ CREATE TABLE cancellation (
     run_index INTEGER NOT NULL,
     PRIMARY KEY (batch_id, run_index)
 ) WITHOUT ROWID;
+
+-- Who may come in over the network. A key itself is never kept, only its digest. A bucket is the moment at which it
+-- is full again; without a row it is.
+CREATE TABLE api_key (
+    id TEXT PRIMARY KEY,
+    environment TEXT NOT NULL,
+    digest TEXT NOT NULL UNIQUE,
+    scopes TEXT NOT NULL,
+    name TEXT NOT NULL,
+    created_us INTEGER NOT NULL,
+    revoked_us INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX api_key_listed ON api_key (environment, id);
+
+CREATE TABLE signing_key (
+    environment TEXT PRIMARY KEY,
+    value BLOB NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE bucket (
+    environment TEXT NOT NULL,
+    name TEXT NOT NULL,
+    full_us INTEGER NOT NULL,
+    PRIMARY KEY (environment, name)
+) WITHOUT ROWID;

@@ -108,11 +108,13 @@ FROM batch CROSS JOIN block ON block.batch_id = batch.id CROSS JOIN span ON span
 WHERE batch.environment = :environment AND (:batch_id = '' OR batch.id = :batch_id)
     AND (:task = '' OR span.task = :task) AND (:state IS NULL OR instr(span.states, :state) > 0)
     AND (:span_state = '' OR span.state = :span_state)
+    AND (:after_batch = '' OR batch.id < :after_batch OR batch.id = :after_batch AND block.last_index > :after_index)
 ORDER BY batch.id DESC, block.first_index, span.id LIMIT :rows_max;
 
 -- tagged_runs: the runs that carry a tag
 SELECT batch_id, run_index FROM tag
 WHERE environment = :environment AND tag = :tag AND (:batch_id = '' OR batch_id = :batch_id)
+    AND (:after_batch = '' OR batch_id < :after_batch OR batch_id = :after_batch AND run_index > :after_index)
 ORDER BY batch_id DESC, run_index LIMIT :rows_max;
 
 -- named_objects: which of some object keys a row names

@@ -95,6 +95,10 @@ SET batch_id = excluded.batch_id, run_index = excluded.run_index, expires_us = e
 WHERE idempotency.expires_us > 0 AND idempotency.expires_us <= :now_us
 RETURNING 1;
 
+-- free_keys: idempotency keys whose runs ended badly name nothing any more
+DELETE FROM idempotency WHERE environment = :environment
+    AND (task, key) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(:rows));
+
 -- insert_tags: tags of new runs
 INSERT OR IGNORE INTO tag (environment, tag, batch_id, run_index)
 SELECT :environment, json_extract(value, '$[0]'), :batch_id, json_extract(value, '$[1]') FROM json_each(:rows);

@@ -1,0 +1,42 @@
+"""Who may come in now: token buckets, as one number each.
+
+A bucket is the moment at which it will be full again. Taking tokens moves that moment on by their price in time, and
+what it would owe beyond its capacity is refused, so nothing has to be refilled by anyone, and a bucket whose moment
+has passed is full and need not be kept (the generic cell rate algorithm, ITU-T I.371, seen from the bucket's side).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from headrace.foundation.errors import InvalidInput
+
+
+class Bucket(NamedTuple):
+    """At most `capacity` tokens; a spent one is back `refill_us` after the one spent before it."""
+
+    capacity: int
+    refill_us: int
+
+
+class Spent(NamedTuple):
+    """The answer to a wish for tokens. `wait_us`: until it could be granted; `full_us`: when the bucket is full."""
+
+    is_granted: bool
+    remaining: int
+    wait_us: int
+    full_us: int
+
+
+def spend(bucket: Bucket, cost: int, *, full_us: int, now_us: int) -> Spent:
+    """Take `cost` tokens, or nothing. A wish for more than the bucket ever holds is granted by a full one."""
+    if cost < 0 or bucket.capacity < 1 or bucket.refill_us < 1:
+        raise InvalidInput("a bucket holds at least one token, and nobody takes less than none", cost=cost)
+    owed_us = max(0, full_us - now_us)
+    span_us = bucket.capacity * bucket.refill_us
+    price_us = min(cost, bucket.capacity) * bucket.refill_us
+    late_us = owed_us + price_us - span_us
+    if late_us > 0:
+        return Spent(False, (span_us - owed_us) // bucket.refill_us, late_us, now_us + owed_us)
+    owed_us += price_us
+    return Spent(True, (span_us - owed_us) // bucket.refill_us, 0, now_us + owed_us)

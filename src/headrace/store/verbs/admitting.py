@@ -1,0 +1,79 @@
+"""Who may come in: API keys, what tokens are signed with, token buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from headrace.core import admission
+from headrace.core.admission import Bucket, Spent
+from headrace.foundation.errors import Conflict, NotFound
+from headrace.store.protocol import ApiKey
+from headrace.store.verbs.rows import as_json
+from headrace.store.verbs.script import Script, fetch, fetch_first, fetch_one
+
+
+def add_key(key: ApiKey, now_us: int) -> Script[None]:
+    """A new key."""
+    added = yield from fetch(
+        "insert_api_key",
+        id=key.id,
+        environment=key.environment,
+        digest=key.digest,
+        scopes=as_json(list(key.scopes)),
+        name=key.name,
+        created_us=now_us,
+    )
+    if not added:
+        raise Conflict("there is such a key already", key_id=key.id)
+
+
+def find_key(digest: str) -> Script[ApiKey | None]:
+    """The key of a digest."""
+    row = yield from fetch_one("api_key_by_digest", digest=digest)
+    return None if row is None else _to_key(row)
+
+
+def keys(environment: str) -> Script[list[ApiKey]]:
+    """All keys of an environment."""
+    return [_to_key(row) for row in (yield from fetch("api_keys", environment=environment))]
+
+
+def revoke_key(environment: str, key_id: str, now_us: int) -> Script[bool]:
+    """End a key, once."""
+    if (yield from fetch("revoke_api_key", environment=environment, id=key_id, now_us=now_us)):
+        return True
+    if all(key.id != key_id for key in (yield from keys(environment))):
+        raise NotFound("there is no such key", hint="`headrace key list` shows those there are", key_id=key_id)
+    return False
+
+
+def signing_key(environment: str, offered: bytes) -> Script[bytes]:
+    """The first that was offered stays."""
+    yield from fetch("offer_signing_key", environment=environment, value=offered)
+    (value,) = yield from fetch_first("signing_key", environment=environment)
+    return bytes(value)
+
+
+def spend(environment: str, name: str, bucket: Bucket, cost: int, now_us: int) -> Script[Spent]:
+    """Decide under the bucket's lock."""
+    yield from fetch("know_bucket", environment=environment, name=name)
+    (full_us,) = yield from fetch_first("lock_bucket", environment=environment, name=name)
+    spent = admission.spend(bucket, cost, full_us=int(full_us), now_us=now_us)
+    if spent.is_granted:
+        yield from fetch("put_bucket", environment=environment, name=name, full_us=spent.full_us)
+    return spent
+
+
+def _to_key(row: Sequence[Any]) -> ApiKey:
+    return ApiKey(
+        id=row[0],
+        environment=row[1],
+        digest=row[2],
+        scopes=msgspec.json.decode(row[3], type=tuple[str, ...]),
+        name=row[4],
+        created_us=row[5],
+        revoked_us=row[6],
+    )

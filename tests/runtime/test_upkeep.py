@@ -13,7 +13,6 @@ from headrace.core.block import Coalescer
 from headrace.core.span import Key
 from headrace.foundation.errors import NotFound, StoreUnavailable
 from headrace.foundation.ids import new_batch_id
-from headrace.runtime.broker import Broker
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.upkeep import Upkeep
@@ -43,12 +42,12 @@ async def test_runs_that_did_not_start_in_time_expire(kind: str, tmp_path: Path)
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock) as engine:
         batch_id = await filled(engine, 10, expires_us=clock.now_us() + 60_000_000)
-        upkeep = Upkeep(engine, None)
-        await upkeep.round()
+        upkeep = Upkeep(engine)
+        await upkeep.sweep()
         assert (await engine.store.batch(batch_id))[1].waiting == 10
         clock.advance(60)
         rings_count = engine.recorded.rings_count
-        await upkeep.round()
+        await upkeep.sweep()
         batch, ledger = await engine.store.batch(batch_id)
         assert (batch.state, ledger.expired) == ("completed", 10)
         assert engine.recorded.rings_count > rings_count
@@ -59,12 +58,12 @@ async def test_a_batch_that_was_not_sealed_in_time_is_abandoned(kind: str, tmp_p
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock) as engine:
         batch_id = await filled(engine, 10, sealed=False, seal_timeout_ms=60_000)
-        upkeep = Upkeep(engine, None)
+        upkeep = Upkeep(engine)
         clock.advance(59)
-        await upkeep.round()
+        await upkeep.sweep()
         assert (await engine.store.batch(batch_id))[0].state == "open"
         clock.advance(1)
-        await upkeep.round()
+        await upkeep.sweep()
         batch, ledger = await engine.store.batch(batch_id)
         assert (batch.state, ledger.cancelled) == ("abandoned", 10)
 
@@ -83,7 +82,7 @@ async def test_finished_batches_go_after_their_retention_with_their_objects(kind
             for batch in batches:
                 await batch.wait()
         kept = await echo.map(["z" * 1_000])
-        upkeep = Upkeep(engine, None)
+        upkeep = Upkeep(engine)
         clock.advance(7 * DAY_S - 1)
         assert await upkeep.prune() == 0
         clock.advance(1)
@@ -112,7 +111,7 @@ async def test_orphans_are_removed_after_the_grace_and_named_objects_kept(tmp_pa
         for key, age_s in ((named, grace_s + 1), (orphan, grace_s + 1), (young, grace_s - 1)):
             moment_s = clock.now_us() / 1_000_000 - age_s
             os.utime(tmp_path / "headrace.db.objects" / key, (moment_s, moment_s))
-        upkeep = Upkeep(engine, None)
+        upkeep = Upkeep(engine)
         assert await upkeep.remove_orphans() == 1
         assert {stored.key async for stored in engine.payloads.list()} == {named, young}
 
@@ -129,8 +128,7 @@ async def test_a_lease_whose_session_lapsed_goes_back(kind: str, tmp_path: Path)
             session_id="session_gone", claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=10
         )
         await engine.store.claim(wish, now_us=clock.now_us())
-        broker = Broker(engine, kind="worker")
-        upkeep = Upkeep(engine, broker)
+        upkeep = Upkeep(engine)
         await upkeep.round()
         assert (await engine.store.batch(batch_id))[1].leased == 10
         clock.advance(engine.limits.session_timeout_ms / 1_000)
@@ -144,24 +142,109 @@ async def test_a_duty_that_fails_keeps_no_other_from_its_own(tmp_path: Path) -> 
         store = Faulty(engine.store)
         store.before = {"sessions": [StoreUnavailable("away")], "sweep": [RuntimeError("odd")]}
         here = dataclasses.replace(engine, store=store)
-        upkeep = Upkeep(here, Broker(here, kind="worker"))
+        upkeep = Upkeep(here)
         await upkeep.round()
         duties = ("sessions", "sweep", "prune")
         assert tuple(call for call in store.calls if call in duties) == duties
+        failed = {name: stats.failed_count for name, stats in upkeep.stats.items()}
+        assert failed == {"recover_here": 0, "recover_silent": 1, "sweep": 1, "prune": 0, "remove_orphans": 0}
+
+
+@on_each_store
+async def test_a_duty_is_done_by_one_at_a_time_and_once_an_interval(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened(kind, tmp_path, clock=clock, upkeep_interval_ms=5_000) as engine:
+        several = [Upkeep(engine) for _ in range(3)]
+
+        def done() -> list[dict[str, int]]:
+            return [{name: stats.done_count for name, stats in one.stats.items()} for one in several]
+
+        await asyncio.gather(*(one.round() for one in several))
+        for name in ("recover_silent", "sweep", "prune", "remove_orphans"):
+            assert sorted(counts[name] for counts in done()) == [0, 0, 1], name
+        assert [counts["recover_here"] for counts in done()] == [1, 1, 1], "each machine looks after its own dead"
+        clock.advance(4.9)
+        await several[0].round()
+        assert sum(counts["sweep"] for counts in done()) == 1
+        clock.advance(0.1)
+        for one in several:
+            await one.round()
+        assert sum(counts["sweep"] for counts in done()) == 2
+        assert sum(counts["remove_orphans"] for counts in done()) == 1, "that one is due more seldom"
+
+
+async def test_who_dies_over_a_duty_loses_it_at_the_deadline(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened("sqlite", tmp_path, clock=clock, upkeep_interval_ms=5_000) as engine:
+        assert await engine.store.take_duty("sweep", "dead", free_us=clock.now_us() + 60_000_000, now_us=clock.now_us())
+        upkeep = Upkeep(engine)
+        clock.advance(59.999)
+        await upkeep.round()
+        assert upkeep.stats["sweep"].done_count == 0
+        clock.advance(0.001)
+        await upkeep.round()
+        assert upkeep.stats["sweep"].done_count == 1
+        await engine.store.end_duty("sweep", "dead", free_us=0)
+        assert (await engine.store.duties())["sweep"] > clock.now_us(), "it is not the dead one's any more"
+
+
+async def test_a_duty_that_hangs_is_given_up_at_its_deadline(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened("memory", tmp_path, clock=clock) as engine:
+        never = asyncio.Event()
+
+        async def hang(**_: object) -> None:
+            await never.wait()
+
+        store = Faulty(engine.store)
+        upkeep = Upkeep(dataclasses.replace(engine, store=store))
+        store.sweep = hang  # type: ignore[attr-defined]  # shadows the verb
+        round_ = asyncio.create_task(upkeep.round())
+        await clock.advance_async(60)
+        while not round_.done():  # the next duty lists objects, which takes a thread's time
+            await asyncio.sleep(0)
+        assert upkeep.stats["sweep"].failed_count == 1
+        assert upkeep.stats["remove_orphans"].done_count == 1, "the others are done all the same"
+
+
+async def test_a_session_that_lapses_between_two_rounds_is_recovered_when_it_lapses(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened("memory", tmp_path, clock=clock, upkeep_interval_ms=5_000) as engine:
+        await _without_objects(engine)
+        batch_id = await filled(engine, 10)
+        far = Session(id="session_far", kind="worker", host="far", pid=1, started_us=0)
+        await engine.store.start_session(far, now_us=clock.now_us())
+        wish = Claim(session_id=far.id, claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=10)
+        await engine.store.claim(wish, now_us=clock.now_us())
+        clock.advance(2.5)
+        await engine.store.heartbeat(far.id, now_us=clock.now_us())
+        running = asyncio.create_task(Upkeep(engine).run())
+        assert engine.limits.session_timeout_ms == 15_000
+        await clock.advance_async(14.999)
+        assert (await engine.store.batch(batch_id))[1].leased == 10
+        await clock.advance_async(0.001)
+        assert (await engine.store.batch(batch_id))[1].waiting == 10, "not up to an interval later"
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_rounds_come_at_their_interval_until_they_are_cancelled(tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened("memory", tmp_path, clock=clock, upkeep_interval_ms=5_000) as engine:
+        await _without_objects(engine)
         store = Faulty(engine.store)
-        upkeep = Upkeep(dataclasses.replace(engine, store=store), None)
+        upkeep = Upkeep(dataclasses.replace(engine, store=store))
         running = asyncio.create_task(upkeep.run())
         await clock.advance_async(4.9)
         assert "sweep" not in store.calls
         for rounds_count in (1, 2, 3):
             await clock.advance_async(0.1 if rounds_count == 1 else 5)
-            while not clock.sleepers_count:  # a round lists objects, which takes a thread's time
-                await asyncio.sleep(0)
             assert store.calls.count("sweep") == rounds_count
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+async def _without_objects(engine: Engine) -> None:
+    """Listing objects takes a thread's time, which a test's clock does not wait for: that duty is another's."""
+    far_us = engine.clock.now_us() + DAY_S * 1_000_000
+    assert await engine.store.take_duty("remove_orphans", "another", free_us=far_us, now_us=engine.clock.now_us())

@@ -24,6 +24,7 @@ VERBS: Final = (
     "create_batch", "append", "seal", "stop_batch", "cancel_runs", "redrive", "start_session", "heartbeat",
     "end_session", "sessions", "recover", "claim", "settle", "release", "batch", "find_batch", "batches", "missing",
     "outcomes", "run", "runs", "queues", "pause_queue", "verify", "sweep", "prune", "unnamed", "next_due_us",
+    "duties", "take_duty", "end_duty",
 )  # fmt: skip
 STAGES: Final = ("asked", "done", "answered")
 READS: Final = frozenset({

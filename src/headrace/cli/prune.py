@@ -24,7 +24,7 @@ def command(
 
     async def delete() -> tuple[int, int]:
         async with opened(settings, must_exist=True) as engine:
-            upkeep = Upkeep(engine, None)
+            upkeep = Upkeep(engine)
             return await upkeep.prune(), await upkeep.remove_orphans()
 
     batches_count, objects_count = run_async(delete())

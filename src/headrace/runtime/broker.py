@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -22,15 +22,13 @@ from headrace.foundation.errors import HeadraceError, SessionEnded
 from headrace.foundation.ids import new_session_id
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
-from headrace.runtime.marks import SLOTS, Marks, is_dead, merged, of_session, remove
+from headrace.runtime.marks import SLOTS, Marks
 from headrace.runtime.patience import patiently
+from headrace.runtime.recovery import recover_here, recover_silent
 from headrace.runtime.work import Work
-from headrace.store.protocol import Claim, Heartbeat, Lease, Release, Session, Suspects
+from headrace.store.protocol import Claim, Heartbeat, Lease, Release, Session
 
 LOG: Any = structlog.get_logger("headrace.broker")
-STUCK_TIMEOUTS: Final = 20
-"""Session timeouts after which a process counts as gone though it lives: stopped by a signal, or hung for good."""
-
 Update = Settlement | Release
 
 
@@ -199,6 +197,8 @@ class Broker:
         except HeadraceError as error:
             LOG.warning("heartbeat failed", error=str(error), session=session_id)
         else:
+            if reply.database_us:
+                self.engine.clock.anchor(reply.database_us)
             tell(self._reconcile, session_id, reply)
 
     def _reconcile(self, session_id: str, reply: Heartbeat) -> None:
@@ -344,37 +344,5 @@ class Broker:
 
     async def recover(self) -> int:
         """End sessions that died and give their leases back: at once on this machine, by timeout elsewhere."""
-        spans_count = 0
-        for session in await self.engine.store.sessions():
-            if session.id != self.session_id:
-                spans_count += await self._recover(session)
-        return spans_count
-
-    async def _recover(self, session: Session) -> int:
-        engine = self.engine
-        now_us, timeout_us = engine.clock.now_us(), engine.limits.session_timeout_ms * 1_000
-        files = of_session(engine.live_directory, session.id) if engine.live_directory is not None else []
-        dead = is_dead(files[0]) if files else None
-        who = f"process {session.pid} on {session.host}"
-        if dead:
-            silent_since_us = max(now_us, session.heartbeat_us)
-            suspects = Suspects(places=merged(files), evidence=f"{who} died")
-        elif dead is False:  # it lives; a run that blocks all of it for long is no death, but nothing waits for ever
-            silent_since_us = now_us - STUCK_TIMEOUTS * timeout_us
-            suspects = Suspects(places=merged(files), evidence=f"{who} hung")
-        else:
-            silent_since_us = now_us - timeout_us
-            suspects = Suspects(places=None, evidence=f"{who} fell silent")
-        count = await engine.store.recover(
-            session.id,
-            suspects,
-            silent_since_us=silent_since_us,
-            crashes_max=engine.limits.crashes_max,
-            now_us=now_us,
-        )
-        if dead:
-            remove(files)
-        if count:
-            LOG.info("recovered the leases of a dead session", session=session.id, spans=count)
-            engine.doorbell.ring()
-        return count
+        here = await recover_here(self.engine, self.session_id)
+        return here + (await recover_silent(self.engine, self.session_id)).spans_count

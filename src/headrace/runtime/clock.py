@@ -51,6 +51,10 @@ class Clock(Protocol):
         """Call `call` on the running loop when `seconds` have passed: a timeout without a task."""
         ...
 
+    def anchor(self, database_now_us: int) -> None:
+        """Go on from the database's time; a clock that nobody but its holder moves stays as it is."""
+        ...
+
 
 class _Anchor(NamedTuple):
     wall_us: int
@@ -191,6 +195,9 @@ class ManualClock:
         alarm = self._alarm(seconds)
         alarm.add_done_callback(lambda done: None if done.cancelled() else call())
         return alarm
+
+    def anchor(self, database_now_us: int) -> None:
+        """The test holds this clock, and nobody else."""
 
     def _alarm(self, seconds: float) -> asyncio.Future[None]:
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()

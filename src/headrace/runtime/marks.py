@@ -157,6 +157,16 @@ def is_dead(path: Path) -> bool | None:
         return None
 
 
+def dead_sessions(directory: Path) -> list[str]:
+    """The sessions that left marks in a directory and whose process has died."""
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    own = (name for name in names if "." not in name)
+    return [name for name in own if is_dead(directory / name)]
+
+
 def remove(paths: list[Path]) -> None:
     """Delete the files of a session that was recovered."""
     for path in paths:

@@ -1,72 +1,180 @@
-"""What must happen though nobody asks for it: each duty a short function in a listed order, done in bounded steps."""
+"""What must happen though nobody asks for it: each duty a short function in a listed order, done in bounded steps.
+
+Every process with a broker does upkeep, and the store hands each duty to one of them at a time: whoever takes a due
+duty has it until its deadline, and when it is done it is due again an interval later, for whoever looks first. No
+leader is elected; a process that dies over a duty loses it at the deadline. Only what hangs on the machine (whose
+process died here) is everybody's own.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from time import perf_counter
+from typing import Any, Final, NamedTuple
 
+import msgspec
 import structlog
 
 from headrace.foundation.errors import HeadraceError
-from headrace.foundation.limits import SECOND_MS
-from headrace.runtime.broker import Broker
+from headrace.foundation.ids import new_session_id
+from headrace.foundation.limits import MINUTE_MS, SECOND_MS
 from headrace.runtime.engine import Engine
+from headrace.runtime.recovery import recover_here, recover_silent
 
 LOG: Any = structlog.get_logger("headrace.upkeep")
 ROWS_MAX: Final = 1_000
 BATCHES_MAX: Final = 10
 ORPHAN_PAGE: Final = 500
-ORPHANS_EVERY: Final = 60
-"""Rounds between two looks at the object store, which is slower to list than a table."""
+ORPHANS_EVERY_MS: Final = 5 * MINUTE_MS
+"""Between two looks at the object store, which is slower to list than a table."""
+
+PAUSE_MIN_S: Final = 0.01
+
+
+class Stats(msgspec.Struct):
+    """What became of one duty in this process. `moved_count`: rows, batches or objects that it moved on."""
+
+    done_count: int = 0
+    failed_count: int = 0
+    moved_count: int = 0
+    seconds: float = 0.0
+
+
+class Duty(NamedTuple):
+    """One thing that must be done. `work` answers how much it moved, and when it is due again (0: at its interval).
+
+    `deadline_ms` after it was begun it is given up, and free for others. `is_shared`: one process does it for all.
+    """
+
+    name: str
+    work: Callable[[], Awaitable[tuple[int, int]]]
+    deadline_ms: int
+    interval_ms: int
+    is_shared: bool = True
 
 
 class Upkeep:
-    """Runs every duty once a round; a duty that fails is logged and does not keep the others from theirs."""
+    """Does every duty that is due; one that fails is logged and keeps no other from its own."""
 
-    def __init__(self, engine: Engine, broker: Broker | None) -> None:
+    def __init__(self, engine: Engine, session_id: Callable[[], str] = str) -> None:
+        """`session_id` answers the session of this process, which is not looked at for signs of life; "" is none."""
         self._engine = engine
-        self._broker = broker
-        self._rounds_count = 0
-        self.duties: list[tuple[str, Callable[[], Awaitable[object]]]] = [
-            ("recover", self.recover),
-            ("sweep", self.sweep),
-            ("prune", self.prune),
-            ("remove_orphans", self._remove_orphans_now_and_then),
-        ]
+        self._session_id = session_id
+        self._holder = new_session_id(engine.clock.now_us())
+        self._next_us = 0
+        interval_ms = engine.limits.upkeep_interval_ms
+        self.duties = (
+            Duty("recover_here", self._recover_here, 30 * SECOND_MS, interval_ms, is_shared=False),
+            Duty("recover_silent", self._recover_silent, 30 * SECOND_MS, interval_ms),
+            Duty("sweep", self._sweep, MINUTE_MS, interval_ms),
+            Duty("prune", self._prune, 5 * MINUTE_MS, interval_ms),
+            Duty("remove_orphans", self._remove_orphans, 60 * MINUTE_MS, max(interval_ms, ORPHANS_EVERY_MS)),
+        )
+        self.stats = {duty.name: Stats() for duty in self.duties}
 
     async def run(self) -> None:
-        """Rounds until cancelled."""
+        """Rounds until cancelled: one an interval, and one when a duty is due before that."""
+        clock, interval_ms = self._engine.clock, self._engine.limits.upkeep_interval_ms
+        self._next_us = clock.now_us() + interval_ms * 1_000
         while True:
-            await self._engine.clock.sleep(self._engine.limits.upkeep_interval_ms / SECOND_MS)
+            await clock.sleep(max(PAUSE_MIN_S, (self._next_us - clock.now_us()) / 1_000_000))
             await self.round()
 
     async def round(self) -> None:
-        """Every duty once."""
-        for name, duty in self.duties:
-            try:
-                await duty()
-            except HeadraceError as error:
-                LOG.warning("upkeep could not do a duty", duty=name, error=str(error))
-            except Exception:
-                LOG.exception("upkeep broke in a duty", duty=name)
-        self._rounds_count += 1
-
-    async def recover(self) -> None:
-        """Leases of sessions that died go back."""
-        if self._broker is not None:
-            await self._broker.recover()
-
-    async def sweep(self) -> None:
-        """Runs not started in time expire, batches past their seal deadline are abandoned, cancelled ones end."""
+        """Every duty that is due and that nobody else does, once."""
         engine = self._engine
+        self._next_us = engine.clock.now_us() + engine.limits.upkeep_interval_ms * 1_000
+        try:
+            free_us = await engine.store.duties()
+        except HeadraceError as error:
+            LOG.warning("upkeep could not look at its duties", error=str(error))
+            return
+        for duty in self.duties:
+            if not duty.is_shared:
+                await self._done(duty)
+            elif await self._is_taken(duty, free_us.get(duty.name, 0)):
+                await self._free(duty, await self._done(duty))
+
+    async def _is_taken(self, duty: Duty, free_us: int) -> bool:
+        """Whether the duty is due and this process's from now on."""
+        now_us = self._engine.clock.now_us()
+        if free_us > now_us:
+            self._next_us = min(self._next_us, free_us)
+            return False
+        try:
+            return await self._engine.store.take_duty(
+                duty.name, self._holder, free_us=now_us + duty.deadline_ms * 1_000, now_us=now_us
+            )
+        except HeadraceError as error:
+            LOG.warning("upkeep could not take a duty", duty=duty.name, error=str(error))
+            return False
+
+    async def _free(self, duty: Duty, due_us: int) -> None:
+        self._next_us = min(self._next_us, due_us)
+        try:
+            await self._engine.store.end_duty(duty.name, self._holder, free_us=due_us)
+        except HeadraceError as error:  # it is free again at its deadline
+            LOG.warning("upkeep could not hand a duty back", duty=duty.name, error=str(error))
+
+    async def _done(self, duty: Duty) -> int:
+        """Do a duty within its deadline; answers when it is due again."""
+        clock, stats, began = self._engine.clock, self.stats[duty.name], perf_counter()
+        due_us = 0
+        over = asyncio.Event()
+        working = asyncio.ensure_future(duty.work())
+        working.add_done_callback(lambda _: over.set())
+        try:
+            if not await clock.wait_for(over, duty.deadline_ms / SECOND_MS):
+                raise TimeoutError(f"not done within {duty.deadline_ms} ms")
+            moved_count, due_us = working.result()
+            stats.done_count += 1
+            stats.moved_count += moved_count
+        except (HeadraceError, TimeoutError) as error:
+            stats.failed_count += 1
+            LOG.warning("upkeep could not do a duty", duty=duty.name, error=str(error))
+        except Exception:
+            stats.failed_count += 1
+            LOG.exception("upkeep broke in a duty", duty=duty.name)
+        finally:
+            if not working.done():
+                working.cancel()
+                await asyncio.gather(working, return_exceptions=True)
+            stats.seconds += perf_counter() - began
+        usual_us = clock.now_us() + duty.interval_ms * 1_000
+        return min(usual_us, due_us) if due_us else usual_us
+
+    # -- the duties
+
+    async def _recover_here(self) -> tuple[int, int]:
+        """Leases of processes that died on this machine go back, at once."""
+        return await recover_here(self._engine, self._session_id()), 0
+
+    async def _recover_silent(self) -> tuple[int, int]:
+        """Leases of processes that fell silent go back; due again when the next one may count as silent."""
+        return await recover_silent(self._engine, self._session_id())
+
+    async def _sweep(self) -> tuple[int, int]:
+        return await self.sweep(), 0
+
+    async def _prune(self) -> tuple[int, int]:
+        return await self.prune(), 0
+
+    async def _remove_orphans(self) -> tuple[int, int]:
+        return await self.remove_orphans(), 0
+
+    async def sweep(self) -> int:
+        """Runs not started in time expire, batches past their seal deadline are abandoned, cancelled ones end."""
+        engine, moved_count = self._engine, 0
         while True:
             swept = await engine.store.sweep(now_us=engine.clock.now_us(), rows_max=ROWS_MAX)
             if swept.abandoned:
                 LOG.warning("batches were not sealed in time and are abandoned", batches=swept.abandoned)
             if swept.expired_count or swept.cancelled_count:
                 engine.recorded.ring()
+            moved_count += swept.expired_count + swept.cancelled_count + len(swept.abandoned)
             if not swept.more:
-                return
+                return moved_count
 
     async def prune(self, finished_before_us: int | None = None) -> int:
         """Batches past their retention go, whole, with their objects; answers how many."""
@@ -82,10 +190,6 @@ class Upkeep:
             count += len(pruned.batches)
             if not pruned.more:
                 return count
-
-    async def _remove_orphans_now_and_then(self) -> None:
-        if self._rounds_count % ORPHANS_EVERY == 0:
-            await self.remove_orphans()
 
     async def remove_orphans(self) -> int:
         """Objects older than the grace that no row names (their append never came) go; answers how many."""

@@ -89,7 +89,7 @@ class Worker:
     ) -> None:
         self.engine = engine
         self.broker = Broker(engine, kind=kind, slots=max(SLOTS, 2 * concurrency))
-        self.upkeep = Upkeep(engine, self.broker)
+        self.upkeep = Upkeep(engine, lambda: self.broker.session_id)
         self._registry = registry
         self._tasks = list(tasks) if tasks is not None else registry.names
         self._queues = queues

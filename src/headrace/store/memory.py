@@ -398,6 +398,24 @@ class MemoryStore:
         named = self._now().objects
         return [key for key in keys if key not in named]
 
+    async def duties(self) -> dict[str, int]:
+        """When each duty is free."""
+        return {name: free_us for name, (_, free_us) in self._now().duties.items()}
+
+    async def take_duty(self, name: str, holder: str, *, free_us: int, now_us: int) -> bool:
+        """Take a duty that nobody does now."""
+        with self._changing() as tables:
+            is_free = tables.duties.get(name, ("", 0))[1] <= now_us
+            if is_free:
+                tables.duties[name] = (holder, free_us)
+        return is_free
+
+    async def end_duty(self, name: str, holder: str, *, free_us: int) -> None:
+        """A duty is done, by whoever still holds it."""
+        with self._changing() as tables:
+            if tables.duties.get(name, ("", 0))[0] == holder:
+                tables.duties[name] = (holder, free_us)
+
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
         """When the next delayed span becomes claimable."""
         return min(

@@ -65,6 +65,7 @@ class Tables:
     api_keys: dict[str, ApiKey] = field(default_factory=dict)
     signing_keys: dict[str, bytes] = field(default_factory=dict)
     buckets: dict[tuple[str, str], int] = field(default_factory=dict)
+    duties: dict[str, tuple[str, int]] = field(default_factory=dict)
     next_block_id: int = 1
     next_span_id: int = 1
 

@@ -108,11 +108,15 @@ class Held(NamedTuple):
 
 
 class Heartbeat(msgspec.Struct, kw_only=True):
-    """The answer to a sign of life. `stopped` and `cancelled` tell which leased work nobody wants any more."""
+    """The answer to a sign of life. `stopped` and `cancelled` tell which leased work nobody wants any more.
+
+    `database_us`: the time of the machine that the database runs on; 0 when that is this one.
+    """
 
     leases: list[Held]
     stopped: list[str]
     cancelled: list[tuple[str, int]]
+    database_us: int = 0
 
 
 class Release(msgspec.Struct, kw_only=True):
@@ -330,6 +334,15 @@ class Store(Protocol):
         """Count a batch from its chunks and compare with its counters, results and received set."""
 
     # upkeep
+    async def duties(self) -> dict[str, int]:
+        """When each duty of upkeep is free to be taken, of those that ever were."""
+
+    async def take_duty(self, name: str, holder: str, *, free_us: int, now_us: int) -> bool:
+        """Take a duty that nobody does now: it is the holder's until `free_us`. False when another was first."""
+
+    async def end_duty(self, name: str, holder: str, *, free_us: int) -> None:
+        """The holder has done a duty, which is due again at `free_us`. Nothing when it is another's by now."""
+
     async def sweep(self, *, now_us: int, rows_max: int) -> Swept:
         """Expire, abandon and cancel what is due, at most about `rows_max` spans."""
 

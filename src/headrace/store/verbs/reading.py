@@ -302,6 +302,11 @@ def sessions() -> Script[list[Session]]:
     ]
 
 
+def duties() -> Script[dict[str, int]]:
+    """When each duty of upkeep is free to be taken."""
+    return {name: int(free_us) for name, free_us in (yield from fetch("duties"))}
+
+
 def verify(batch_id: str) -> Script[Verification]:
     """Count a batch from its blocks, spans and parts. The driver gives it one snapshot to look at."""
     batch = yield from find(batch_id)

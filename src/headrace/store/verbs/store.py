@@ -177,6 +177,18 @@ class ScriptedStore(ABC):
 
     # -- upkeep
 
+    async def duties(self) -> dict[str, int]:
+        """When each duty is free."""
+        return await self._read(reading.duties)
+
+    async def take_duty(self, name: str, holder: str, *, free_us: int, now_us: int) -> bool:
+        """Take a duty that nobody does now."""
+        return await self._write(lambda: tending.take_duty(name, holder, free_us, now_us))
+
+    async def end_duty(self, name: str, holder: str, *, free_us: int) -> None:
+        """A duty is done."""
+        await self._write(lambda: tending.end_duty(name, holder, free_us))
+
     async def sweep(self, *, now_us: int, rows_max: int) -> Swept:
         """Expire, abandon and cancel what is due."""
         crashes_max = self._limits.crashes_max

@@ -24,6 +24,16 @@ _BY_STEPS: Final = (
 _UNKNOWN: Final = Suspects(places=None, evidence="its session is gone")
 
 
+def take_duty(name: str, holder: str, free_us: int, now_us: int) -> Script[bool]:
+    """Take a duty that nobody does now."""
+    return bool((yield from fetch("take_duty", name=name, holder=holder, free_us=free_us, now_us=now_us)))
+
+
+def end_duty(name: str, holder: str, free_us: int) -> Script[None]:
+    """A duty is done, by whoever still holds it."""
+    yield from fetch("end_duty", name=name, holder=holder, free_us=free_us)
+
+
 def sweep(rows_max: int, crashes_max: int, now_us: int) -> Script[Swept]:
     """One bounded round over everything that has a deadline and no live owner.
 

@@ -68,7 +68,8 @@ def start_session(session: Session, now_us: int) -> Script[None]:
 
 def heartbeat(session_id: str, now_us: int) -> Script[Heartbeat]:
     """A sign of life, answered with what the store thinks this session holds (rule R1)."""
-    if not (yield from fetch("beat", id=session_id, now_us=now_us)):
+    beat = yield from fetch_one("beat", id=session_id, now_us=now_us)
+    if beat is None:
         raise SessionEnded("the session was taken for dead and ended", hint="start a new one", session_id=session_id)
     rows = yield from fetch("leases_of_session", session_id=session_id)
     ids = as_json(sorted({row[3] for row in rows}))
@@ -78,6 +79,7 @@ def heartbeat(session_id: str, now_us: int) -> Script[Heartbeat]:
         cancelled=[
             (row[0], row[1]) for row in (yield from fetch("cancellations", ids=ids, rows_max=CANCELLATIONS_MAX))
         ],
+        database_us=beat[0],
     )
 
 

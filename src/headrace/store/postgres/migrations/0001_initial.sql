@@ -136,6 +136,13 @@ CREATE TABLE {schema}.session (
     ended_us bigint NOT NULL
 );
 
+-- A duty of upkeep is one process's at a time, until it is free.
+CREATE TABLE {schema}.duty (
+    name text COLLATE "C" PRIMARY KEY,
+    holder text COLLATE "C" NOT NULL,
+    free_us bigint NOT NULL
+);
+
 -- From here on: a row only for the runs that use it.
 CREATE TABLE {schema}.idempotency (
     environment text COLLATE "C" NOT NULL,

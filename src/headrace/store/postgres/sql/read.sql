@@ -85,6 +85,12 @@ WHERE block_id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigin
 -- sessions: the sessions that have not ended
 SELECT id, kind, host, pid, started_us, heartbeat_us, ended_us FROM {schema}.session WHERE ended_us = 0 ORDER BY id;
 
+-- duties: when each duty of upkeep is free to be taken
+SELECT name, free_us FROM {schema}.duty;
+
+-- clock: the time of the database's machine, which all hosts follow
+SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;
+
 -- known_keys: the runs that some idempotency keys name and that have not expired
 SELECT idempotency.task, idempotency.key, idempotency.batch_id, idempotency.run_index
 FROM jsonb_array_elements(:rows::jsonb) AS wanted (value)

@@ -100,9 +100,17 @@ INSERT INTO {schema}.session (id, kind, host, pid, started_us, heartbeat_us, end
 VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0)
 ON CONFLICT DO NOTHING;
 
--- beat: a live session's sign of life
+-- beat: a live session's sign of life, answered with the time of the database's machine, which all hosts follow
 UPDATE {schema}.session SET heartbeat_us = greatest(heartbeat_us, :now_us) WHERE id = :id AND ended_us = 0
+RETURNING (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;
+
+-- take_duty: a duty that nobody does now is the holder's until it is free again
+INSERT INTO {schema}.duty (name, holder, free_us) VALUES (:name, :holder, :free_us)
+ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, free_us = excluded.free_us WHERE duty.free_us <= :now_us
 RETURNING 1;
+
+-- end_duty: a duty is done, and due again when it is free
+UPDATE {schema}.duty SET free_us = :free_us WHERE name = :name AND holder = :holder;
 
 -- end_session: a session ends once, for whoever says so first, after the claims that found it alive (rule R3)
 WITH live AS MATERIALIZED (

@@ -125,6 +125,13 @@ CREATE TABLE session (
     ended_us INTEGER NOT NULL
 ) WITHOUT ROWID;
 
+-- A duty of upkeep is one process's at a time, until it is free.
+CREATE TABLE duty (
+    name TEXT PRIMARY KEY,
+    holder TEXT NOT NULL,
+    free_us INTEGER NOT NULL
+) WITHOUT ROWID;
+
 -- From here on: a row only for the runs that use it.
 CREATE TABLE idempotency (
     environment TEXT NOT NULL,

@@ -80,6 +80,9 @@ WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
 -- sessions: the sessions that have not ended
 SELECT id, kind, host, pid, started_us, heartbeat_us, ended_us FROM session WHERE ended_us = 0 ORDER BY id;
 
+-- duties: when each duty of upkeep is free to be taken
+SELECT name, free_us FROM duty;
+
 -- known_keys: the runs that some idempotency keys name and that have not expired
 SELECT idempotency.task, idempotency.key, idempotency.batch_id, idempotency.run_index
 FROM json_each(:rows) AS wanted

@@ -117,7 +117,15 @@ VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0);
 
 -- beat: a live session's sign of life
 UPDATE session SET heartbeat_us = max(heartbeat_us, :now_us) WHERE id = :id AND ended_us = 0
+RETURNING 0;
+
+-- take_duty: a duty that nobody does now is the holder's until it is free again
+INSERT INTO duty (name, holder, free_us) VALUES (:name, :holder, :free_us)
+ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, free_us = excluded.free_us WHERE duty.free_us <= :now_us
 RETURNING 1;
+
+-- end_duty: a duty is done, and due again when it is free
+UPDATE duty SET free_us = :free_us WHERE name = :name AND holder = :holder;
 
 -- end_session: a session ends once, for whoever says so first
 UPDATE session SET ended_us = :now_us WHERE id = :id AND ended_us = 0

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import stat
+import tempfile
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -70,16 +74,40 @@ async def _postgres_engine(settings: Settings) -> Engine:
     payloads = open_payloads(settings.objects or "headrace.objects")
     store = PostgresStore(settings.store, settings.limits)
     await store.open()
+    try:
+        clock = SystemClock(await store.clock_us())  # hosts may disagree by minutes; each heartbeat anchors it again
+    except BaseException:
+        await store.close()
+        raise
     return Engine(
         store=store,
         payloads=payloads,
-        clock=SystemClock(),
+        clock=clock,
         limits=settings.limits,
         environment=settings.environment,
-        live_directory=None,
+        live_directory=_machine_directory(store.identity),
         beats_beside=True,
         doorbell=Doorbell(),
     )
+
+
+def _machine_directory(identity: str) -> Path | None:
+    """Where the processes of one user on this machine keep their marks for a store that is elsewhere.
+
+    None when there is no directory that nobody else can write to: then death is seen by silence only, and of a dead
+    process all runs are suspect.
+    """
+    place = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"headrace-{os.getuid()}"
+    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    try:
+        place.mkdir(mode=0o700, exist_ok=True)
+        found = place.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            return None
+        (place / name).mkdir(exist_ok=True)
+    except OSError:
+        return None
+    return place / name
 
 
 async def memory_engine(limits: Limits, clock: Clock, *, environment: str = "default") -> Engine:

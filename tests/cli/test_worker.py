@@ -6,15 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from tests.cli.conftest import Shell
+from tests.store.world import fresh_schema
 
 APP = """
-import os, threading
+import asyncio, os, threading
 from headrace import Headrace
 
 app = Headrace("tests")
@@ -25,6 +26,23 @@ async def double(n: int) -> int:
 
 @app.task(queue="other")
 async def elsewhere(n: int) -> int:
+    return n
+
+@app.task
+async def gathered(n: int, wanted: int) -> int:
+    # ends when as many processes as are wanted have begun one of these
+    os.makedirs("pids", exist_ok=True)
+    open(f"pids/{os.getpid()}", "w").close()
+    while len(os.listdir("pids")) < wanted:
+        await asyncio.sleep(0.02)
+    return os.getpid()
+
+@app.task
+async def held(n: int) -> int:
+    # says that it began, and waits until it may end
+    open(f"begun-{n}-{os.getpid()}", "w").close()
+    while not os.path.exists("open"):
+        await asyncio.sleep(0.02)
     return n
 
 @app.task
@@ -48,10 +66,10 @@ def worker(shell: Shell, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     try:
         assert process.stderr is not None
         said = next(line for line in process.stderr if "recovered" not in line)
-        assert said.startswith("working on sqlite:///headrace.db")
+        assert said.startswith(("working on", "keeping"))
         yield process
     finally:
-        process.kill()
+        process.kill()  # a supervisor's workers end by themselves when it is gone
         process.communicate()
 
 
@@ -59,6 +77,7 @@ def enqueue(shell: Shell, call: str) -> str:
     """Ask for a run in a process of its own, and what came of it if that is awaited there."""
     code = (
         "import asyncio; from app import *\n"
+        "async def _all(batch):\n    return ' '.join([str(outcome.output) async for outcome in batch.results()])\n"
         f"async def main():\n    async with app:\n        print({call})\n"
         "asyncio.run(main())\n"
     )
@@ -112,3 +131,51 @@ def test_what_is_no_app_is_refused(shell: Shell, target: str, said: str) -> None
     ran = shell("worker", target)
     assert ran.code == 2
     assert said in ran.err
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def stored(request: pytest.FixtureRequest, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> Shell:
+    """A shell whose commands all work on one store."""
+    url = "sqlite:///headrace.db" if request.param == "sqlite" else fresh_schema(shell.place)
+    monkeypatch.setenv("HEADRACE_STORE", url)
+    monkeypatch.setenv("HEADRACE_SHUTDOWN_GRACE_S", "2")
+    return shell
+
+
+def test_four_workers_all_have_work_from_one_chunk_of_slow_runs(stored: Shell) -> None:
+    with worker(stored, "--processes", "4", "--concurrency", "4") as process:
+        call = "await _all(await gathered.map([{'n': n, 'wanted': 4} for n in range(256)]))"
+        pids = enqueue(stored, call).split()
+        assert len(pids) == 256
+        assert len(set(pids)) == 4
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 0, told
+        ended = [line for line in told.splitlines() if line.endswith("completed, 0 failed")]
+        assert sum(int(line.split()[2]) for line in ended) == 256, told
+    assert stored("verify").code == 0
+
+
+def test_of_a_worker_that_is_killed_only_what_it_had_begun_is_suspect(stored: Shell) -> None:
+    with worker(stored, "--processes", "2", "--concurrency", "3"):
+        batch_id = enqueue(stored, "(await held.map(range(40))).id")
+        begun = _begun(stored, lambda found: len(found) >= 6 and len({pid for _, pid in found}) == 2)
+        victim = begun[0][1]
+        os.kill(int(victim), signal.SIGKILL)
+        suspects = {int(n) for n, pid in begun if pid == victim}
+        _begun(stored, lambda found: len({pid for _, pid in found}) == 3)  # another has taken its place
+        (stored.place / "open").touch()
+        assert enqueue(stored, f"(await (await app.batch('{batch_id}')).wait()).ledger.completed") == "40"
+    views = [stored("run", "show", f"run_{batch_id.removeprefix('batch_')}_{n}", "--json").json for n in range(40)]
+    assert {n for n, view in enumerate(views) if view["crashes"]} == suspects
+    assert stored("verify").code == 0
+
+
+def _begun(shell: Shell, enough: Callable[[list[tuple[str, str]]], bool]) -> list[tuple[str, str]]:
+    """`(n, pid)` of the runs that have begun, once they are enough."""
+    while True:
+        names = [path.name.split("-") for path in shell.place.glob("begun-*")]
+        found = sorted((n, pid) for _, n, pid in names)
+        if enough(found):
+            return found
+        os.sched_yield()

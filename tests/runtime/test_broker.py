@@ -22,8 +22,8 @@ from headrace.runtime.clock import ManualClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import UpdatesUnflushed
 from headrace.runtime.marks import Marks, is_dead, read
-from headrace.runtime.work import Work
 from headrace.runtime.recovery import STUCK_TIMEOUTS
+from headrace.runtime.work import Work
 from headrace.store.protocol import Claim, NewBatch, Release, Session, Suspects
 from tests import invariants
 from tests.runtime.engines import Faulty, engine_of

@@ -1,9 +1,10 @@
-"""`headrace worker`: run an app's tasks until somebody stops it."""
+"""`headrace worker`: run an app's tasks until somebody stops it, in this process or in several."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -16,20 +17,25 @@ if TYPE_CHECKING:
 
 TELL_S: Final = 10
 STOPPED_NOW: Final = 130
+LEAVE_S: Final = 10.0
+"""What a worker may need beyond its two graces, for runs and for outcomes, before its supervisor kills it."""
 
 
 def command(
     app: Annotated[str, typer.Argument(metavar="MODULE_OR_FILE:APP", help="The Headrace whose tasks are run.")],
     store: StoreOption = None,
-    concurrency: Annotated[int | None, typer.Option(metavar="N", help="Runs under way at once.")] = None,
+    concurrency: Annotated[int | None, typer.Option(metavar="N", help="Runs under way at once, a process.")] = None,
     processes: Annotated[
-        int | None, typer.Option(metavar="N", help="Child processes that run the tasks, for what needs more cores.")
+        int | None, typer.Option(metavar="N", help="Worker processes, kept alive by this one; 0: work in this one.")
     ] = None,
     queues: Annotated[str, typer.Option(metavar="A,B", help="Only these queues; all without it.")] = "",
+    number: Annotated[int, typer.Option(hidden=True)] = 0,
+    lifeline: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     """Run an app's tasks as they come, until SIGINT or SIGTERM: what is under way may end, the rest goes back.
 
-    A second signal stops now.
+    A second signal stops now. With --processes N there are N workers, each with a session of its own; one that dies
+    is replaced, and what it had begun is looked at as its runs are run again.
     """
     from headrace.cli.opening import run_async, settings_of
     from headrace.runtime.loading import load_app
@@ -37,32 +43,73 @@ def command(
     settings = settings_of(store=store, concurrency=concurrency, processes=processes)
     loaded = load_app(app)
     loaded.use(settings)
-    run_async(_work(loaded, settings, [queue for queue in queues.split(",") if queue] or None))
+    wanted = [queue for queue in queues.split(",") if queue] or None
+    if not settings.processes:
+        run_async(_work(loaded, settings, wanted, number, lifeline))
+        return
+    flags = [app, "--processes", "0", "--queues", queues]
+    flags += [] if store is None else ["--store", store]
+    flags += [] if concurrency is None else ["--concurrency", str(concurrency)]
+    code = run_async(_supervise(settings, flags))
+    if code:
+        raise typer.Exit(code)
 
 
-async def _work(app: Headrace, settings: Settings, queues: list[str] | None) -> None:
+async def _supervise(settings: Settings, flags: list[str]) -> int:
+    from headrace.cli.opening import shown_store
+    from headrace.cli.printing import note
+    from headrace.cli.signals import Signals
+    from headrace.runtime.supervisor import Supervisor
+
+    def child(number: int, lifeline: int) -> list[str]:
+        own = ["--number", str(number), "--lifeline", str(lifeline)]
+        return [sys.executable, "-m", "headrace", "worker", *flags, *own]
+
+    grace_s = 2 * settings.limits.shutdown_grace_s + LEAVE_S
+    supervisor = Supervisor(child, count=settings.processes, grace_s=grace_s, say=note)
+
+    def stopped() -> None:
+        note("stopping every worker" if supervisor.stops_count == 0 else "stopping every worker now")
+        supervisor.stop()
+
+    with Signals(stopped):
+        note(f"keeping {settings.processes} workers on {shown_store(settings)}")
+        code = await supervisor.run()
+    return STOPPED_NOW if supervisor.stops_count > 1 else code
+
+
+async def _work(app: Headrace, settings: Settings, queues: list[str] | None, number: int, lifeline: int) -> None:
     from headrace.cli.opening import shown_store
     from headrace.cli.printing import note
     from headrace.cli.signals import Signals
 
     stop = asyncio.Event()
+    who = f"worker {number}: " if number else ""
 
     def stopped() -> None:
         if stop.is_set():
-            note("stopped")
+            note(f"{who}stopped")
             os._exit(STOPPED_NOW)  # what was under way is recovered by whoever looks first
-        note("stopping: what is under way may end, what has not begun goes back (again: stop now)")
+        note(f"{who}stopping: what is under way may end, what has not begun goes back (again: stop now)")
         stop.set()
 
+    def orphaned() -> None:
+        asyncio.get_running_loop().remove_reader(lifeline)
+        if not stop.is_set():
+            note(f"{who}its supervisor is gone")
+            stopped()
+
     with Signals(stopped):
-        async with app, app.worker(queues=queues) as worker:
+        if lifeline >= 0:
+            asyncio.get_running_loop().add_reader(lifeline, orphaned)
+        async with app, app.worker(queues=queues, processes=0) as worker:
             tasks = ", ".join(app.registry.names) or "none"
-            note(f"working on {shown_store(settings)}, queues: {', '.join(queues or ['all'])}, tasks: {tasks}")
+            note(f"{who}working on {shown_store(settings)}, queues: {', '.join(queues or ['all'])}, tasks: {tasks}")
             told = worker.stats
             while not stop.is_set():
                 with_news = asyncio.wait_for(stop.wait(), TELL_S)
                 await asyncio.gather(with_news, return_exceptions=True)
                 if worker.stats != told:
                     told = worker.stats
-                    note(f"{told.completed:,} completed, {told.failed:,} failed, {told.in_flight:,} under way")
-        note(f"{worker.stats.completed:,} completed, {worker.stats.failed:,} failed")
+                    note(f"{who}{told.completed:,} completed, {told.failed:,} failed, {told.in_flight:,} under way")
+        note(f"{who}{worker.stats.completed:,} completed, {worker.stats.failed:,} failed")

@@ -281,7 +281,16 @@ OPTIONS: Final[Mapping[str, Option]] = {
         _choice("log_format", "console", LOG_FORMATS, "How log lines are written."),
         _choice("log_level", "info", LOG_LEVELS, "The least serious line that is written."),
         _number(Limit("concurrency", "runs", 100, 1, 100_000, "Runs of one worker under way at once.")),
-        _number(Limit("processes", "processes", 0, 0, 1_024, "Processes for CPU-bound tasks; 0 is none.")),
+        _number(
+            Limit(
+                "processes",
+                "processes",
+                0,
+                0,
+                1_024,
+                "Worker processes of a worker, child processes of a map; 0: this one.",
+            )
+        ),
     )
 }
 NAMES: Final = (*OPTIONS, *TABLE)

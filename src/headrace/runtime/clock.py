@@ -71,9 +71,11 @@ class SystemClock:
     goes back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start_us: int | None = None) -> None:
+        """`start_us`: what time the database says it is; without it, this machine's word is taken."""
         self._lock = threading.Lock()
-        self._anchor = _Anchor(time.time_ns() // 1_000, time.monotonic_ns(), 0)
+        wall_us = time.time_ns() // 1_000 if start_us is None else start_us
+        self._anchor = _Anchor(wall_us, time.monotonic_ns(), 0)
 
     def now_us(self) -> int:
         with self._lock:

@@ -160,11 +160,10 @@ def is_dead(path: Path) -> bool | None:
 def dead_sessions(directory: Path) -> list[str]:
     """The sessions that left marks in a directory and whose process has died."""
     try:
-        names = sorted(os.listdir(directory))
+        paths = sorted(directory.iterdir())
     except FileNotFoundError:
         return []
-    own = (name for name in names if "." not in name)
-    return [name for name in own if is_dead(directory / name)]
+    return [path.name for path in paths if "." not in path.name and is_dead(path)]
 
 
 def remove(paths: list[Path]) -> None:

@@ -84,6 +84,17 @@ class PostgresStore(ScriptedStore):
                 with suppress(RuntimeError):  # it ended this moment, and its connections with it
                     loop.call_soon_threadsafe(pool.terminate)
 
+    @property
+    def identity(self) -> str:
+        """Which database and schema this is, without who asks."""
+        parts = urlsplit(self._dsn)
+        return f"{parts.hostname}:{parts.port}{parts.path}/{self._schema}"
+
+    async def clock_us(self) -> int:
+        """The time of the database's machine, which all hosts follow."""
+        ((now_us,),) = await self._alone("clock")
+        return int(now_us)
+
     async def check(self) -> dict[str, object]:
         """A round trip, and the settings that durability hangs on."""
         async with (await self._pool()).acquire() as connection:

@@ -1,0 +1,87 @@
+"""Processes on hosts whose clocks disagree, on one PostgreSQL database."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from headrace.compose import open_engine
+from headrace.core.block import Coalescer
+from headrace.core.span import Key
+from headrace.foundation.ids import new_batch_id
+from headrace.foundation.settings import load
+from headrace.runtime import clock
+from headrace.runtime.broker import Broker
+from headrace.runtime.engine import Engine
+from headrace.store.protocol import NewBatch
+from tests import invariants
+from tests.store.world import fresh_schema
+
+MINUTE_US = 60_000_000
+
+
+async def engine_on(url: str, folder: Path, off_us: int, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine of a host whose clock is off."""
+
+    wrong = SimpleNamespace(time_ns=lambda: time.time_ns() + 1_000 * off_us, monotonic_ns=time.monotonic_ns)
+    monkeypatch.setattr(clock, "time", wrong)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder / str(off_us)))  # hosts do not see each other's processes
+    (folder / str(off_us)).mkdir()
+    settings = load({"store": url, "objects": str(folder / "objects"), "heartbeat_ms": 20}, {}, folder)
+    return await open_engine(settings)
+
+
+async def test_hosts_whose_clocks_are_minutes_apart_agree_on_who_lives_and_what_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = fresh_schema(tmp_path)
+    late = await engine_on(url, tmp_path, -10 * MINUTE_US, monkeypatch)
+    early = await engine_on(url, tmp_path, 10 * MINUTE_US, monkeypatch)
+    brokers = [Broker(late, kind="worker"), Broker(early, kind="worker")]
+    try:
+        for broker in brokers:
+            await broker.start()
+        assert abs(late.clock.now_us() - early.clock.now_us()) < MINUTE_US
+        now_us = late.clock.now_us()
+        batch, _ = await late.store.create_batch(NewBatch(id=new_batch_id(now_us)), now_us=now_us)
+        coalescer = Coalescer(runs_max=256, bytes_max=1 << 20)
+        for index in range(10):
+            coalescer.add(index, b"0", Key("task", due_us=now_us + 5 * MINUTE_US if index == 9 else 0))
+        await late.store.append(batch.id, coalescer.flush(), now_us=now_us)
+        await late.store.seal(batch.id, 10, now_us=now_us)
+        (work,) = await brokers[0].claim(["task"], None, 100)
+        assert await brokers[1].claim(["task"], None, 100) == [], "what is due in five minutes is not due here either"
+        assert work.count == 9
+        for broker in brokers:
+            assert await broker.recover() == 0, "a live session is not silent, whatever clock it began with"
+    finally:
+        for broker in brokers:
+            await broker.stop()
+        assert await invariants.faults(late.store, "default") == []
+        await late.close()
+        await early.close()
+
+
+async def test_every_heartbeat_brings_a_clock_that_was_moved_back_to_the_database_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await engine_on(fresh_schema(tmp_path), tmp_path, 0, monkeypatch)
+    broker = Broker(engine, kind="worker")
+    beaten = asyncio.Event()
+    broker.on_unwanted = lambda _: beaten.set()
+    await broker.start()
+    try:
+        true_us = engine.clock.now_us()
+        engine.clock.anchor(true_us - 30 * MINUTE_US)  # a suspended machine: its clock stood
+        engine.clock._anchor = engine.clock._anchor._replace(floor_us=0)  # type: ignore[attr-defined]
+        assert engine.clock.now_us() < true_us
+        beaten.clear()
+        await beaten.wait()
+        assert engine.clock.now_us() >= true_us
+    finally:
+        await broker.stop()
+        await engine.close()

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from headrace.core.admission import Bucket
+from headrace.core.admission import Bucket, Spent
 from headrace.core.block import Extra
 from headrace.core.pack import JSON, LINK
 from headrace.core.run import COMPLETED, FAILED
@@ -164,9 +164,10 @@ async def test_the_first_signing_key_that_is_offered_stays(world: World) -> None
 
 async def test_a_bucket_grants_what_it_holds_and_fills_again(world: World) -> None:
     bucket = Bucket(capacity=10, refill_us=SECOND_US)
-    spend = lambda cost, name="b", environment="default": world.store.spend(  # noqa: E731 - short words for long ones
-        environment, name, bucket, cost, now_us=world.now_us
-    )
+
+    async def spend(cost: int, name: str = "b", environment: str = "default") -> Spent:
+        return await world.store.spend(environment, name, bucket, cost, now_us=world.now_us)
+
     assert (await spend(4)).remaining == 6
     assert not (await spend(7)).is_granted
     refused = await spend(8)

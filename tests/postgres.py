@@ -36,7 +36,7 @@ class Server:
             os.chown(self._folder, self._owner.pw_uid, self._owner.pw_gid)
             self._programs = self._reachable(self._programs)
         self.data = self._folder / "data"
-        self.port = _free_port()
+        self.port = free_port()
         self._run("initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C")
         self.start()
         atexit.register(self.remove)
@@ -110,7 +110,7 @@ def _is_reachable(path: Path) -> bool:
     return all(folder.stat().st_mode & 0o001 for folder in (path, *path.parents) if folder.is_dir())
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port: int = taken.getsockname()[1]

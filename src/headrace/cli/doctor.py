@@ -160,8 +160,10 @@ async def disk(directory: Path | None) -> str:
 
 async def objects(engine: Engine) -> str:
     """One object written, read, listed and removed."""
+    from headrace.store.payloads import shown_url
+
     await engine.payloads.check()
-    return f"written, read, listed and removed one in {engine.payloads.url}"
+    return f"written, read, listed and removed one in {shown_url(engine.payloads.url)}"
 
 
 async def sessions(engine: Engine) -> str:

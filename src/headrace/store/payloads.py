@@ -17,10 +17,11 @@ import re
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Iterable, Sequence
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING, Final, NamedTuple
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import msgspec
 import obstore
@@ -29,6 +30,9 @@ from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 
 from headrace.foundation.errors import InvalidInput, InvalidSetting, ObjectMissing, StoreUnavailable
 from headrace.foundation.limits import MIB, TABLE, Limit, check
+
+if TYPE_CHECKING:
+    from obstore.store import BackoffConfig, ClientConfig, RetryConfig, S3Config
 
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9._-]+\Z")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}\Z")
@@ -40,6 +44,25 @@ _CONCURRENCY: Final = Limit(
     "payload_concurrency", "requests", 16, 1, 10_000, "Requests to the object store at the same time."
 )
 _OBJECT_BYTES_MAX: Final = TABLE["item_bytes_max"].most + MIB
+_REMOTE: Final = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
+_PARAMETERS: Final = {
+    limit.name: limit
+    for limit in (
+        Limit("retries", "requests", 8, 0, 100, "Times a failed request is tried again, with growing waits."),
+        Limit("retry_s", "s", 60, 1, 86_400, "Longest that one request is tried for, waits included."),
+        Limit("timeout_s", "s", 30, 1, 86_400, "Longest that one try of a request may take."),
+    )
+}
+"""What the URL of a remote store may say beside `endpoint` and `region`."""
+
+_NO_BUCKET: Final = "NoSuchBucket"
+_ANSWER: Final = re.compile(r"<Code>([^<]{1,100})</Code>\s*<Message>([^<]{1,300})</Message>")
+_CONNECT_S: Final = 5
+_BACKOFF: Final[BackoffConfig] = {
+    "init_backoff": timedelta(milliseconds=50),
+    "max_backoff": timedelta(seconds=5),
+    "base": 2,
+}
 
 
 class Reference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,12 +119,13 @@ def check_key(key: str) -> str:
 
 
 def open_payloads(url: str, *, concurrency: int = _CONCURRENCY.default) -> PayloadStore:
-    """The object store behind `url`: a directory, `file:///directory`, `memory://`, `s3://`, `gs://` or
+    """The object store behind `url`: a directory, `file:///directory`, `memory://`, `s3://bucket/prefix`, `gs://` or
     `az://`.
 
-    A directory is made when it is not there. Credentials, regions and endpoints of the others come from
-    their usual environment variables, retries of their requests are theirs. Raises `InvalidSetting` for a
-    url nobody understands and `StoreUnavailable` for a directory that can't be used.
+    A directory is made when it is not there, a bucket is not. Credentials come from the usual environment variables
+    (`AWS_ACCESS_KEY_ID`, …), and so do region and endpoint where the URL does not say `?endpoint=…&region=…`. Requests
+    to them are tried again with growing waits: `retries`, `retry_s` and `timeout_s` in the URL bound that. Raises
+    `InvalidSetting` for a url nobody understands and `StoreUnavailable` for a directory that can't be used.
     """
     check(_CONCURRENCY, concurrency)
     parts = urlsplit(url)
@@ -114,11 +138,44 @@ def open_payloads(url: str, *, concurrency: int = _CONCURRENCY.default) -> Paylo
         return PayloadStore(_open_directory(path), url=url, concurrency=concurrency)
     if parts.scheme == "memory":
         return PayloadStore(MemoryStore(), url=url, concurrency=concurrency)
-    if parts.scheme not in ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss"):
+    if parts.scheme not in _REMOTE:
         raise _bad_url(url, "payloads go to a directory, memory://, s3://, gs:// or az://")
+    return PayloadStore(_open_remote(url), url=url, concurrency=concurrency)
+
+
+def _open_remote(url: str) -> ObjectStore:
+    """A bucket with its bounds; nothing is asked of it yet."""
+    parts = urlsplit(url)
+    if not parts.netloc:
+        raise _bad_url(url, "name a bucket: s3://bucket/prefix")
+    said = dict(parse_qsl(parts.query, keep_blank_values=True))
+    config: S3Config = {}
+    if "endpoint" in said:
+        config["endpoint"] = said["endpoint"]
+    if "region" in said:
+        config["region"] = said["region"]
+    bounds = {name: limit.default for name, limit in _PARAMETERS.items()}
+    for name, value in said.items():
+        if name in config:
+            continue
+        if name not in bounds:
+            known = ", ".join(("endpoint", "region", *_PARAMETERS))
+            raise _bad_url(url, f"nothing is called {name} there; a URL may say {known}")
+        bounds[name] = check(_PARAMETERS[name], int(value) if value.isdigit() else value)
+    bare = urlunsplit(parts._replace(query="", fragment=""))
+    retries: RetryConfig = {
+        "max_retries": bounds["retries"],
+        "retry_timeout": timedelta(seconds=bounds["retry_s"]),
+        "backoff": _BACKOFF,
+    }
+    client: ClientConfig = {
+        "timeout": timedelta(seconds=bounds["timeout_s"]),
+        "connect_timeout": timedelta(seconds=min(_CONNECT_S, bounds["timeout_s"])),
+        "allow_http": said.get("endpoint", "").startswith("http://"),
+    }
     try:
-        return PayloadStore(from_url(url), url=url, concurrency=concurrency)
-    except (BaseError, ValueError, OSError) as error:
+        return from_url(bare, config=config, retry_config=retries, client_options=client)
+    except (BaseError, ValueError, TypeError, OSError) as error:
         raise _bad_url(url, _first_line(error)) from error
 
 
@@ -164,14 +221,14 @@ class PayloadStore:
                 "the payload is not in the object store",
                 hint="it was removed from outside, or this process looks at another object store than the writer",
                 key=key,
-                url=self.url,
+                url=shown_url(self.url),
             )
         if await _sha256(data) != key.rpartition("/")[2]:
             raise ObjectMissing(
                 f"the object holds other bytes than were written ({len(data)} of them)",
                 hint="it was damaged or replaced from outside; restore it, or send the item again",
                 key=key,
-                url=self.url,
+                url=shown_url(self.url),
             )
         return data
 
@@ -227,7 +284,7 @@ class PayloadStore:
             raise StoreUnavailable(
                 "the object store does not list what was just written",
                 hint="check that its credentials allow listing",
-                url=self.url,
+                url=shown_url(self.url),
             )
 
     async def _read(self, key: str) -> bytes | None:
@@ -235,10 +292,14 @@ class PayloadStore:
             found = await obstore.get_async(self._store, key)
             if found.meta["size"] > _OBJECT_BYTES_MAX:
                 raise ObjectMissing(
-                    f"the object is larger than any payload ({found.meta['size']} bytes)", key=key, url=self.url
+                    f"the object is larger than any payload ({found.meta['size']} bytes)",
+                    key=key,
+                    url=shown_url(self.url),
                 )
             return (await found.bytes_async()).to_bytes()
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if _NO_BUCKET in str(error):  # then nothing is known of any object in it
+                raise self._unavailable("read", error, key=key) from error
             return None
         except (BaseError, OSError) as error:
             raise self._unavailable("read", error, key=key) from error
@@ -293,7 +354,7 @@ class PayloadStore:
 
     def _unavailable(self, verb: str, error: Exception, **ids: object) -> StoreUnavailable:
         return StoreUnavailable(
-            f"the payload could not be {verb}: {_first_line(error)}", hint=_hint(error), url=self.url, **ids
+            f"the payload could not be {verb}: {_first_line(error)}", hint=_hint(error), url=shown_url(self.url), **ids
         )
 
 
@@ -345,14 +406,19 @@ def _bad_key(key: str, hint: str) -> InvalidInput:
 
 
 def _bad_url(url: str, hint: str) -> InvalidSetting:
-    return InvalidSetting(f"{_without_password(url)!r} is not an object store", hint=hint)
+    return InvalidSetting(f"{shown_url(url)!r} is not an object store", hint=hint)
 
 
-def _without_password(url: str) -> str:
+def shown_url(url: str) -> str:
+    """The URL as it may be shown."""
     return re.sub(r"//[^/@]*@", "//…@", url)
 
 
 def _first_line(error: Exception) -> str:
+    """What an error says, in one line: the server's own words where there are any."""
+    said = _ANSWER.search(str(error))
+    if said:
+        return f"the server says {said[1]}: {said[2]}"
     return str(error).partition("\n")[0] or type(error).__name__
 
 

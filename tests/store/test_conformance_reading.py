@@ -469,6 +469,6 @@ async def plant(world: World, batch_id: str) -> None:
 async def tampered(world: World, *statements: str) -> None:
     """Change a Postgres store behind its back."""
     assert isinstance(world.store, PostgresStore)
-    async with (await world.store._pool()).acquire() as connection:
+    async with (await world.store._pool()).borrowed() as connection:
         for statement in statements:
-            await connection.execute(statement.format(world.store._schema))
+            await connection.raw.execute(statement.format(world.store._schema))

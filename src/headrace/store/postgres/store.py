@@ -13,16 +13,17 @@ import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
-
-import asyncpg
 
 from headrace.core.span import SETTLED, Settlement
 from headrace.foundation.errors import HeadraceError, InvalidInput, InvalidSetting, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.store.postgres import hot
+from headrace.store.postgres.address import address
+from headrace.store.postgres.faults import ANOTHER_SESSION, DRIVER, SCHEMA_CHANGED, STALE, UNDONE, as_fault
+from headrace.store.postgres.migrating import Migrating
+from headrace.store.postgres.pool import BEGIN_READING, BEGIN_WRITING, Connection, Pool, Prepared, connect, prepared
 from headrace.store.protocol import Claim, Lease
-from headrace.store.statements import migrations, statements
+from headrace.store.statements import statements
 from headrace.store.verbs import working
 from headrace.store.verbs.script import Ask, Overtaken, Rows, Script
 from headrace.store.verbs.store import ScriptedStore
@@ -33,43 +34,53 @@ T = TypeVar("T")
 CONNECTIONS: Final = 8
 ID_RANGE: Final = 65_536
 TRIES: Final = 5
-OLDEST_POSTGRES: Final = (14,)
-MIGRATION_LOCK: Final = 0x68656164726163
-SERVER_SETTINGS: Final = {
-    "application_name": "headrace",
-    "idle_in_transaction_session_timeout": "10000",
-    # A plan made while the tables were small is kept: it must not be one that reads them whole when they are large.
-    "enable_seqscan": "off",
-    "jit": "off",
-}
-COMMAND_TIMEOUT_S: Final = 60
-_SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,62}\Z")
 _NAME: Final = re.compile(r"(?<![:\w]):([a-z_]+)")
 
 
 class PostgresStore(ScriptedStore):
-    """Batches in one schema of a PostgreSQL database. `url` is a DSN that may name it: `?schema=headrace`."""
+    """Batches in one schema of a PostgreSQL database.
 
-    def __init__(self, url: str, limits: Limits) -> None:
+    `url` is a DSN that may say more: `?schema=headrace&pooler=auto&read_only=false`. `direct_url` leads to the same
+    database past any pooler, for what needs a session of its own: migrations, and news by `LISTEN`.
+    """
+
+    def __init__(self, url: str, limits: Limits, *, direct_url: str | None = None) -> None:
         super().__init__(limits)
-        self._dsn, self._schema = _parts(url)
+        self.address = address(url)
+        self.direct_address = None if direct_url is None else address(direct_url)
+        self._schema = self.address.schema
         self._sql = compiled(self._schema)
-        self._pools: dict[asyncio.AbstractEventLoop, tuple[asyncpg.Pool[Any], AsyncGenerator[None, None]]] = {}
+        self._pools: dict[asyncio.AbstractEventLoop, tuple[Pool, AsyncGenerator[None, None]]] = {}
         self._block_ids, self._span_ids = _Range(), _Range()
         self._runs_a_span = USUAL_RUNS
         self._is_open = False
 
     async def open(self) -> None:
-        """Connect, and bring the schema to the current version."""
+        """Connect, and bring the schema to the current version; one that is only read must have it already."""
         self._is_open = True
         try:
-            async with (await self._pool()).acquire() as connection:
-                await self._migrate(connection)
+            if self.address.is_read_only:
+                async with (await self._pool()).borrowed() as connection:
+                    await Migrating(self._sql, self._schema).check(connection)
+            else:
+                await self._migrate()
         except BaseException as error:
             await self.close()
             if isinstance(error, HeadraceError | asyncio.CancelledError):
                 raise
             raise as_fault(error) from error
+
+    async def _migrate(self) -> None:
+        migrating = Migrating(self._sql, self._schema)
+        if self.direct_address is None:
+            async with (await self._pool()).borrowed() as connection:
+                await migrating.run(connection)
+            return
+        connection = await connect(self.direct_address)
+        try:
+            await migrating.run(connection)
+        finally:
+            connection.raw.terminate()
 
     async def close(self) -> None:
         """Close every connection; a second close does nothing."""
@@ -97,43 +108,22 @@ class PostgresStore(ScriptedStore):
 
     async def check(self) -> dict[str, object]:
         """A round trip, and the settings that durability hangs on."""
-        async with (await self._pool()).acquire() as connection:
-            ((server, fsync, synchronous_commit),) = await self._fetch(connection, "durability")
+
+        async def work(connection: Connection) -> dict[str, object]:
+            ((server, fsync, synchronous_commit, is_standby),) = await self._fetch(connection, "durability")
             ((version,),) = await self._fetch(connection, "version")
-        return {
-            "store": "postgres",
-            "schema": self._schema,
-            "server_version": server,
-            "schema_version": version,
-            "fsync": fsync,
-            "synchronous_commit": synchronous_commit,
-        }
+            return {
+                "store": "postgres",
+                "schema": self._schema,
+                "server_version": server,
+                "schema_version": version,
+                "fsync": fsync,
+                "synchronous_commit": synchronous_commit,
+                "standby": is_standby,
+                "pooled": connection.is_pooled,
+            }
 
-    async def _migrate(self, connection: Any) -> None:
-        """Bring the schema to the newest version this code knows, one process at a time."""
-        if connection.get_server_version() < OLDEST_POSTGRES:
-            raise StoreBroken("the server is older than PostgreSQL 14", hint="upgrade it")
-        scripts = migrations("headrace.store.postgres")
-        newest = scripts[-1][0]
-        if await self._version(connection) == newest:
-            return
-        async with connection.transaction():
-            await self._fetch(connection, "migration_lock", lock=MIGRATION_LOCK)
-            version = await self._version(connection)
-            if version > newest:
-                raise StoreBroken(
-                    f"the database has schema version {version}, this Headrace knows up to {newest}",
-                    hint="upgrade Headrace, or name another schema",
-                )
-            for number, script in scripts[version:]:
-                await connection.execute(script.replace("{schema}", f'"{self._schema}"'))
-                await self._fetch(connection, "set_version", number=number)
-
-    async def _version(self, connection: Any) -> int:
-        if not await self._fetch(connection, "version_table", schema=self._schema):
-            return 0
-        ((number,),) = await self._fetch(connection, "version")
-        return int(number)
+        return await self._tried(work)
 
     # -- hot verbs, one statement each (rule R7); the scripts do what is not usual, and say what is meant
 
@@ -168,52 +158,87 @@ class PostgresStore(ScriptedStore):
                 return await super().claim(claim, now_us=now_us)
 
     async def _claim_whole(self, values: dict[str, Any]) -> Rows:
-        async def work(connection: Any) -> Rows:
+        async def work(connection: Connection) -> Rows:
             span_id = await self._take(connection, self._span_ids, "next_span_ids", 1)
             return await self._fetch(connection, "claim_whole", **values, span_id=span_id)
 
-        return await self._tried(work)
+        return await self._changed(work)
 
     # -- running scripts
 
     async def _write(self, script: Callable[[], Script[T]]) -> T:
         """In one transaction."""
 
-        async def work(connection: Any) -> T:
-            async with connection.transaction():
-                return await self._run(connection, script())
+        async def work(connection: Connection) -> T:
+            await self._begin(connection, BEGIN_WRITING)
+            answer = await self._run(connection, script())
+            await self._commit(connection)
+            return answer
+
+        return await self._changed(work)
+
+    async def _read(self, script: Callable[[], Script[T]]) -> T:
+        """Against one snapshot."""
+
+        async def work(connection: Connection) -> T:
+            await self._begin(connection, BEGIN_READING)
+            answer = await self._run(connection, script())
+            await self._commit(connection)
+            return answer
 
         return await self._tried(work)
 
     async def _alone(self, name: str, /, **values: Any) -> Rows:
         """One statement that the server commits by itself (rule R7)."""
-        return await self._tried(lambda connection: self._fetch(connection, name, **values))
+        return await self._changed(lambda connection: self._fetch(connection, name, **values))
 
-    async def _tried(self, work: Callable[[Any], Awaitable[T]]) -> T:
-        """What the server undid to keep transactions apart is done again."""
+    async def _changed(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """`_tried`, for what changes something."""
+        if self.address.is_read_only:
+            raise InvalidSetting(
+                "this store was opened to be read only",
+                hint="leave read_only=true out of its URL, and name the primary",
+            )
+        return await self._tried(work)
+
+    async def _tried(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """What the server undid to keep transactions apart is done again; other errors are told as what they mean."""
         for tries_left in range(TRIES - 1, -1, -1):
+            pool = await self._pool()
             try:
-                async with (await self._pool()).acquire() as connection:
+                async with pool.borrowed() as connection:
                     return await work(connection)
-            except (Overtaken, asyncpg.SerializationError, asyncpg.DeadlockDetectedError) as error:
+            except (Overtaken, *UNDONE) as error:
                 if not tries_left:
                     raise as_fault(error) from error
                 await asyncio.sleep(0)
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            except ANOTHER_SESSION as error:  # nothing was done: a statement that isn't there does nothing
+                if not tries_left or self.address.pooler == "transaction":
+                    raise as_fault(error) from error
+                self.address = self.address._replace(pooler="transaction")
+                self._forget_pools()
+            except STALE as error:
+                if not tries_left:
+                    raise as_fault(error) from error
+                pool.forget()
+            except SCHEMA_CHANGED as error:
+                raise await self._told_of_version(pool, error) from error
+            except DRIVER as error:
                 raise as_fault(error) from error
         raise AssertionError
 
-    async def _read(self, script: Callable[[], Script[T]]) -> T:
+    async def _told_of_version(self, pool: Pool, error: BaseException) -> HeadraceError:
+        """A statement that doesn't fit the schema any more: was it migrated while this process ran?"""
         try:
-            async with (
-                (await self._pool()).acquire() as connection,
-                connection.transaction(isolation="repeatable_read", readonly=True),
-            ):
-                return await self._run(connection, script())
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-            raise as_fault(error) from error
+            async with pool.borrowed() as connection:
+                await Migrating(self._sql, self._schema).check(connection)
+        except StoreBroken as newer:
+            return newer
+        except (HeadraceError, *DRIVER):
+            pass
+        return as_fault(error)
 
-    async def _run(self, connection: Any, script: Script[T]) -> T:
+    async def _run(self, connection: Connection, script: Script[T]) -> T:
         try:
             ask = next(script)
             while True:
@@ -222,18 +247,25 @@ class PostgresStore(ScriptedStore):
             answer: T = done.value
             return answer
 
-    async def _answer(self, connection: Any, ask: Ask) -> Rows:
+    async def _answer(self, connection: Connection, ask: Ask) -> Rows:
         if ask.name == "take_ids":
             first_block = await self._take(connection, self._block_ids, "next_block_ids", ask.values["blocks_count"])
             first_span = await self._take(connection, self._span_ids, "next_span_ids", ask.values["spans_count"])
             return [(first_block, first_span)]
         return await self._fetch(connection, ask.name, **ask.values)
 
-    async def _fetch(self, connection: Any, name: str, /, **values: Any) -> Rows:
-        sql, names = self._sql[name]
-        return [tuple(row) for row in await connection.fetch(sql, *(values[name] for name in names))]
+    # -- what goes over the wire: every statement passes here by its name
 
-    async def _take(self, connection: Any, own: _Range, name: str, count: int) -> int:
+    async def _fetch(self, connection: Connection, name: str, /, **values: Any) -> Rows:
+        return await connection.fetch(self._sql[name], values)
+
+    async def _begin(self, connection: Connection, how: str) -> None:
+        await connection.begin(how)
+
+    async def _commit(self, connection: Connection) -> None:
+        await connection.commit()
+
+    async def _take(self, connection: Connection, own: _Range, name: str, count: int) -> int:
         """The first of `count` consecutive ids; a fresh range is fetched when the one at hand is too short."""
         if count > ID_RANGE:
             raise InvalidInput(f"one transaction makes at most {ID_RANGE} new rows of a kind, not {count}")
@@ -242,28 +274,28 @@ class PostgresStore(ScriptedStore):
             own.start(start)
         return first
 
-    async def _pool(self) -> asyncpg.Pool[Any]:
+    # -- connections
+
+    async def _pool(self) -> Pool:
         """The connections of the loop that asks: a connection belongs to the loop it was made on."""
         if not self._is_open:
             raise StoreUnavailable("the store is closed")
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
-            pool = asyncpg.create_pool(
-                self._dsn,
-                min_size=0,
-                max_size=CONNECTIONS,
-                command_timeout=COMMAND_TIMEOUT_S,
-                reset=_keep,
-                server_settings=SERVER_SETTINGS,
-            )
+            pool = Pool(self.address, CONNECTIONS)
             end = self._ended_with(loop, pool)
             self._pools[loop] = pool, end
             await anext(end)
         pool, _ = self._pools[loop]
-        await pool
         return pool
 
-    async def _ended_with(self, loop: asyncio.AbstractEventLoop, pool: asyncpg.Pool[Any]) -> AsyncGenerator[None, None]:
+    def _forget_pools(self) -> None:
+        """Connect anew: what is behind the connections is not what was thought."""
+        for loop, (pool, _) in list(self._pools.items()):
+            pool.address = self.address
+            loop.call_soon_threadsafe(pool.forget)
+
+    async def _ended_with(self, loop: asyncio.AbstractEventLoop, pool: Pool) -> AsyncGenerator[None, None]:
         """A loop closes its generators before it ends: the only notice there is that its connections end too."""
         try:
             yield
@@ -299,13 +331,9 @@ class _Range:
             return first
 
 
-async def _keep(_connection: object) -> None:
-    """Nothing hangs on a connection, so nothing is reset: that would be a round trip for each verb."""
-
-
-def compiled(schema: str) -> dict[str, tuple[str, list[str]]]:
-    """Each statement with its schema filled in and its values numbered: `(sql, names in that order)`."""
-    found: dict[str, tuple[str, list[str]]] = {}
+def compiled(schema: str) -> dict[str, Prepared]:
+    """Each statement with its schema filled in and its values numbered."""
+    found: dict[str, Prepared] = {}
     for statement in statements("headrace.store.postgres").values():
         names: list[str] = []
 
@@ -315,55 +343,5 @@ def compiled(schema: str) -> dict[str, tuple[str, list[str]]]:
             return f"${names.index(match[1]) + 1}"
 
         sql = statement.sql.replace("{schema}", f'"{schema}"')
-        found[statement.name] = (_NAME.sub(number, sql), names)
+        found[statement.name] = prepared(_NAME.sub(number, sql), names)
     return found
-
-
-def _parts(url: str) -> tuple[str, str]:
-    """The DSN without Headrace's own parameters, and the schema. Raises `InvalidSetting`."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # a port that is no number is found out by asking
-    except ValueError as error:
-        raise InvalidSetting(
-            f"this can't be the URL of a database: {error}", hint="postgresql://user:password@host:port/database"
-        ) from error
-    query = dict(parse_qsl(parts.query))
-    schema = query.pop("schema", "headrace")
-    if not _SCHEMA.match(schema):
-        raise InvalidSetting(
-            f"{schema!r} can't name a schema", hint="lower-case letters, digits and underscores, at most 63"
-        )
-    return urlunsplit(parts._replace(query=urlencode(query))), schema
-
-
-def as_fault(error: BaseException) -> HeadraceError:
-    """What a driver's error means for the caller: try again later, or call a person."""
-    text = str(error) or type(error).__name__
-    fault: HeadraceError
-    if isinstance(error, asyncpg.InvalidAuthorizationSpecificationError | asyncpg.InvalidPasswordError):
-        fault = StoreBroken(f"the database does not let this user in: {text}", hint="check user and password")
-    elif isinstance(error, asyncpg.InvalidCatalogNameError):
-        fault = StoreBroken(f"there is no such database: {text}", hint="create it, or name another")
-    elif isinstance(error, asyncpg.InsufficientPrivilegeError):
-        fault = StoreBroken(
-            f"the user may not do this: {text}", hint="grant it CREATE on the database, or make it owner of the schema"
-        )
-    elif isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
-        fault = StoreBroken(f"the schema is not Headrace's: {text}", hint="run `headrace migrate`")
-    elif isinstance(error, asyncpg.TooManyConnectionsError):
-        fault = StoreUnavailable(
-            f"the server has no connection left: {text}", hint="raise max_connections, or use a pooler"
-        )
-    elif isinstance(error, asyncpg.DiskFullError):
-        fault = StoreUnavailable(
-            f"the server's disk is full: {text}", hint="free disk space; nothing acknowledged was lost"
-        )
-    elif isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-        fault = StoreUnavailable(f"the server only answers reads: {text}", hint="name the primary, not a replica")
-    elif isinstance(error, asyncpg.DataError | asyncpg.IntegrityConstraintViolationError | asyncpg.SyntaxOrAccessError):
-        fault = StoreBroken(f"the store met an error it does not know: {type(error).__name__}: {text}")
-    else:
-        fault = StoreUnavailable(f"the database did not answer: {text}", hint="it is tried again; is the server up?")
-    fault.__cause__ = error
-    return fault

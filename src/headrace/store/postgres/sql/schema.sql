@@ -1,6 +1,9 @@
 -- migration_lock: one process at a time changes the schema; freed with the transaction
 SELECT pg_advisory_xact_lock(:lock);
 
+-- patience_of_migration: a migration takes as long as it takes, but stands in nobody's way while it waits for a table
+SELECT set_config('statement_timeout', '0', true), set_config('lock_timeout', :lock_timeout, true);
+
 -- version_table: whether there is a table that holds the schema's version, from the catalog: names are cached, and stale
 SELECT 1 FROM pg_catalog.pg_class AS class JOIN pg_catalog.pg_namespace AS space ON space.oid = class.relnamespace
 WHERE space.nspname = :schema AND class.relname = 'version';
@@ -12,7 +15,8 @@ SELECT number FROM {schema}.version;
 UPDATE {schema}.version SET number = :number;
 
 -- durability: the server, and the settings that durability hangs on
-SELECT current_setting('server_version'), current_setting('fsync'), current_setting('synchronous_commit');
+SELECT current_setting('server_version'), current_setting('fsync'), current_setting('synchronous_commit'),
+    pg_is_in_recovery();
 
 -- next_block_ids: the first of a range of ids for blocks
 SELECT nextval('{schema}.block_ids');

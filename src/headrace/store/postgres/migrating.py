@@ -1,0 +1,89 @@
+"""Bringing a schema to the version that this code knows, while older processes may be at work on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Final
+
+import asyncpg
+
+from headrace.foundation.errors import StoreBroken
+from headrace.store.postgres.pool import BEGIN_WRITING, Connection, Prepared
+from headrace.store.statements import migrations
+
+PACKAGE: Final = "headrace.store.postgres"
+OLDEST_POSTGRES: Final = (14,)
+LOCK: Final = 0x68656164726163
+TRIES: Final = 10
+AGAIN_S: Final = 0.2
+LOCK_TIMEOUT_MS: Final = "3000"
+MIGRATION_S: Final = 3_600
+
+
+class Migrating:
+    """One process at a time migrates a schema; the others wait for it, and find the work done."""
+
+    def __init__(self, statements: Mapping[str, Prepared], schema: str) -> None:
+        self._statements = statements
+        self._schema = schema
+        self._scripts = migrations(PACKAGE)
+        self._newest = self._scripts[-1][0]
+
+    async def run(self, connection: Connection) -> None:
+        """Apply what is missing, all of it or nothing.
+
+        A migration waits for the locks it needs for a moment only, since whatever comes after it has to wait too, and
+        then stands back and tries again.
+        """
+        if connection.raw.get_server_version() < OLDEST_POSTGRES:
+            raise StoreBroken("the server is older than PostgreSQL 14", hint="upgrade it")
+        if await self._version(connection) == self._newest:
+            return
+        for tries_left in range(TRIES - 1, -1, -1):
+            try:
+                await self._apply(connection)
+            except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
+                await connection.undo()
+                if not tries_left:
+                    raise
+                await asyncio.sleep(AGAIN_S)
+            else:
+                return
+
+    async def check(self, connection: Connection) -> None:
+        """Raise `StoreBroken` unless the schema has the version that this code knows."""
+        self._known(await self._version(connection), is_read_only=True)
+
+    async def _apply(self, connection: Connection) -> None:
+        await connection.begin(BEGIN_WRITING)
+        await self._fetch(connection, "patience_of_migration", lock_timeout="0")
+        await connection.fetch(self._statements["migration_lock"], {"lock": LOCK}, timeout_s=MIGRATION_S)
+        await self._fetch(connection, "patience_of_migration", lock_timeout=LOCK_TIMEOUT_MS)
+        version = await self._version(connection)
+        self._known(version, is_read_only=False)
+        for number, script in self._scripts[version:]:
+            await connection.raw.execute(script.replace("{schema}", f'"{self._schema}"'), timeout=MIGRATION_S)
+            await self._fetch(connection, "set_version", number=number)
+        await connection.commit()
+
+    def _known(self, version: int, *, is_read_only: bool) -> None:
+        if version > self._newest:
+            raise StoreBroken(
+                f"the database has schema version {version}, this Headrace knows up to {self._newest}",
+                hint="upgrade Headrace, or name another schema",
+            )
+        if is_read_only and version < self._newest:
+            raise StoreBroken(
+                f"the database has schema version {version}, this Headrace needs {self._newest}",
+                hint="run `headrace migrate` on the primary",
+            )
+
+    async def _version(self, connection: Connection) -> int:
+        if not await self._fetch(connection, "version_table", schema=self._schema):
+            return 0
+        ((number,),) = await self._fetch(connection, "version")
+        return int(number)
+
+    async def _fetch(self, connection: Connection, name: str, /, **values: Any) -> list[tuple[Any, ...]]:
+        return await connection.fetch(self._statements[name], values)

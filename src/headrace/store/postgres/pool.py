@@ -1,0 +1,211 @@
+"""Connections of one event loop: few, long-lived, and with nothing hanging on them that a pooler could mix up.
+
+A connection is a server session, or it leads to a pooler that may pick another session for each transaction. The
+server tells its process id twice, when a connection begins and when asked; a pooler keeps the true one to itself,
+which is how it is noticed. On a session of our own, statements are prepared once, and planned for tables that will
+grow. Behind a pooler each statement travels whole, in one message that the server commits by itself, and is planned
+for the tables as they are; settings come with each transaction. Either way the name of a prepared statement is made
+from its text, so that no mistake about what is behind a connection can run another statement than the one meant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final, NamedTuple
+
+import asyncpg
+
+from headrace.foundation.errors import StoreUnavailable
+from headrace.store.postgres.address import Address
+from headrace.store.verbs.script import Rows
+
+COMMAND_TIMEOUT_S: Final = 60
+CONNECT_TIMEOUT_S: Final = 15
+CLOSE_TIMEOUT_S: Final = 10
+IDLE_S: Final = 300
+PARAMETERS: Final = {"application_name": "headrace"}
+"""All that is said on connecting: stock poolers refuse what they don't know."""
+SETTINGS: Final = {
+    "idle_in_transaction_session_timeout": "10000",
+    # A plan made while the tables were small is kept: it must not be one that reads them whole when they are large.
+    "enable_seqscan": "off",
+    "jit": "off",
+}
+BEGIN_WRITING: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
+BEGIN_READING: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+_FOR_SESSION: Final = "; ".join(
+    [f"SET {name} = {value}" for name, value in SETTINGS.items()]
+    + ["SET default_transaction_isolation = 'read committed'"]
+)
+_FOR_TRANSACTION: Final = "".join(f"; SET LOCAL {name} = {value}" for name, value in SETTINGS.items())
+
+
+class Prepared(NamedTuple):
+    """A statement as it is sent: its values are numbered, `names` in that order."""
+
+    sql: str
+    names: list[str]
+    title: str
+
+
+def prepared(sql: str, names: list[str]) -> Prepared:
+    """A statement under a name that no other text has."""
+    return Prepared(sql, names, f"headrace_{hashlib.sha256(sql.encode()).hexdigest()[:32]}")
+
+
+class Connection:
+    """One connection. `is_pooled`: the session behind it may change with each transaction."""
+
+    __slots__ = ("_statements", "idle_since_s", "is_pooled", "raw")
+
+    def __init__(self, raw: Any, *, is_pooled: bool) -> None:
+        self.raw = raw
+        self.is_pooled = is_pooled
+        self.idle_since_s = 0.0
+        self._statements: dict[str, Any] = {}
+
+    async def fetch(self, statement: Prepared, values: Mapping[str, Any], *, timeout_s: float | None = None) -> Rows:
+        """All rows of a statement, within `COMMAND_TIMEOUT_S` or what is said."""
+        known = self._statements.get(statement.title)
+        if known is None:
+            title = None if self.is_pooled else statement.title
+            known = self._statements[statement.title] = await self.raw.prepare(statement.sql, name=title)
+        arguments = (values[name] for name in statement.names)
+        return [tuple(row) for row in await known.fetch(*arguments, timeout=timeout_s)]
+
+    async def begin(self, how: str) -> None:
+        """Begin a transaction."""
+        await self.raw.execute(how + _FOR_TRANSACTION if self.is_pooled else how)
+
+    async def commit(self) -> None:
+        """Commit it. A transaction that an error ended does not commit quietly: that is an error too."""
+        if await self.raw.execute("COMMIT") != "COMMIT":
+            raise StoreUnavailable("the transaction was rolled back by the server", hint="it is tried again")
+
+    async def undo(self) -> None:
+        """Leave whatever transaction there is; a connection that can't is ended."""
+        if self.raw.is_closed() or not self.raw.is_in_transaction():
+            return
+        try:
+            await self.raw.execute("ROLLBACK", timeout=CLOSE_TIMEOUT_S)
+        except BaseException as error:
+            self.raw.terminate()
+            if not isinstance(error, Exception):
+                raise
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether another verb may have it."""
+        return not self.raw.is_closed() and not self.raw.is_in_transaction()
+
+
+async def connect(address: Address) -> Connection:
+    """A new connection, and what is behind it."""
+    raw = await asyncpg.connect(
+        address.dsn,
+        timeout=CONNECT_TIMEOUT_S,
+        command_timeout=COMMAND_TIMEOUT_S,
+        statement_cache_size=0,
+        server_settings=PARAMETERS,
+    )
+    try:
+        is_pooled = address.pooler == "transaction"
+        if address.pooler == "auto":
+            is_pooled = await raw.fetchval("SELECT pg_backend_pid()") != raw.get_server_pid()
+        if not is_pooled:
+            await raw.execute(_FOR_SESSION)
+    except BaseException:
+        raw.terminate()
+        raise
+    return Connection(raw, is_pooled=is_pooled)
+
+
+class Pool:
+    """The connections of one loop, made when they are needed, the one used last first."""
+
+    def __init__(self, address: Address, size: int) -> None:
+        self.address = address
+        self._size = size
+        self._slots = asyncio.Semaphore(size)
+        self._idle: list[Connection] = []
+        self._open: set[Connection] = set()
+        self._is_closed = False
+
+    @asynccontextmanager
+    async def borrowed(self) -> AsyncIterator[Connection]:
+        """A connection for a block, which leaves no transaction on it."""
+        connection = await self._take()
+        try:
+            yield connection
+        except BaseException:
+            await connection.undo()
+            raise
+        finally:
+            self._give_back(connection)
+
+    async def _take(self) -> Connection:
+        await self._slots.acquire()
+        try:
+            self._check_open()
+            while self._idle:
+                connection = self._idle.pop()
+                if connection.is_usable:
+                    return connection
+                self._end(connection)
+            connection = await connect(self.address)
+        except BaseException:
+            self._slots.release()
+            raise
+        self._open.add(connection)
+        return connection
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreUnavailable("the store is closed")
+
+    def _give_back(self, connection: Connection) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if connection.is_usable and not self._is_closed:
+            connection.idle_since_s = now_s
+            self._idle.append(connection)
+        else:
+            self._end(connection)
+        while self._idle and self._idle[0].idle_since_s < now_s - IDLE_S:
+            self._end(self._idle.pop(0))
+        self._slots.release()
+
+    def _end(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        connection.raw.terminate()
+
+    def forget(self) -> None:
+        """The connections there are lead to something else than was thought: none is used again."""
+        for connection in self._idle:
+            self._end(connection)
+        self._idle.clear()
+
+    async def close(self) -> None:
+        """Wait for what is under way, for a while, and end every connection."""
+        self._is_closed = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                for _ in range(self._size):
+                    await self._slots.acquire()
+                while self._idle:
+                    connection = self._idle.pop()
+                    self._open.discard(connection)
+                    with suppress(Exception):
+                        await connection.raw.close(timeout=CLOSE_TIMEOUT_S)
+        self.terminate()
+        for _ in range(self._size):  # whoever still waits is told
+            self._slots.release()
+
+    def terminate(self) -> None:
+        """End every connection at once."""
+        self._is_closed = True
+        for connection in list(self._open):
+            self._end(connection)
+        self._idle.clear()

@@ -16,8 +16,8 @@ from headrace.foundation.settings import Settings
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.doorbell import Doorbell
 from headrace.runtime.engine import Engine
-from headrace.store.payloads import open_payloads
-from headrace.store.protocol import Store
+from headrace.store.payloads import PayloadStore, open_payloads
+from headrace.store.protocol import RECORDED, WORK, Notifier, Store
 
 SQLITE: Final = "sqlite"
 MEMORY: Final = "memory"
@@ -42,7 +42,7 @@ async def open_engine(settings: Settings) -> Engine:
     path = sqlite_path(settings.store)
     if not path.parent.is_dir():
         raise StoreUnavailable(f"the directory {path.parent} of the database does not exist", hint="make it first")
-    from headrace.store.sqlite import SqliteStore
+    from headrace.store.sqlite import SqliteStore, Watcher
 
     store = SqliteStore(path, settings.limits)
     await store.open()
@@ -52,42 +52,51 @@ async def open_engine(settings: Settings) -> Engine:
     except BaseException:
         await store.close()
         raise
-    return Engine(
-        store=store,
-        payloads=payloads,
-        clock=SystemClock(),
-        limits=settings.limits,
-        environment=settings.environment,
-        live_directory=path.with_name(path.name + ".live"),
-        beats_beside=True,
-        doorbell=Doorbell(),
+    return _shared_engine(
+        settings, store, payloads, SystemClock(), Watcher(path), live_directory=path.with_name(path.name + ".live")
     )
 
 
 async def _postgres_engine(settings: Settings) -> Engine:
     try:
-        from headrace.store.postgres import PostgresStore
+        from headrace.store.postgres import PostgresNotifier, PostgresStore
     except ModuleNotFoundError as error:
         raise InvalidSetting(
             f"a {settings.store.partition(':')[0]} store needs {error.name}", hint="pip install 'headrace[postgres]'"
         ) from None
     payloads = open_payloads(settings.objects or "headrace.objects")
-    store = PostgresStore(settings.store, settings.limits)
+    store = PostgresStore(settings.store, settings.limits, direct_url=settings.direct_dsn)
     await store.open()
     try:
         clock = SystemClock(await store.clock_us())  # hosts may disagree by minutes; each heartbeat anchors it again
     except BaseException:
         await store.close()
         raise
+    notifier = PostgresNotifier(store.direct_address or store.address, store.address.schema)
+    return _shared_engine(settings, store, payloads, clock, notifier, live_directory=_machine_directory(store.identity))
+
+
+def _shared_engine(
+    settings: Settings,
+    store: Store,
+    payloads: PayloadStore,
+    clock: SystemClock,
+    notifier: Notifier,
+    *,
+    live_directory: Path | None,
+) -> Engine:
+    """An engine on a store that other processes use too."""
     return Engine(
         store=store,
         payloads=payloads,
         clock=clock,
         limits=settings.limits,
         environment=settings.environment,
-        live_directory=_machine_directory(store.identity),
+        live_directory=live_directory,
         beats_beside=True,
-        doorbell=Doorbell(),
+        doorbell=Doorbell(notifier, WORK),
+        recorded=Doorbell(notifier, RECORDED),
+        notifier=notifier,
     )
 
 

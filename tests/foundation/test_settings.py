@@ -185,7 +185,9 @@ def test_an_unknown_flag_is_refused(tmp_path: Path) -> None:
 
 def test_secrets_are_not_shown(tmp_path: Path) -> None:
     store = "postgres://me:hunter2@host/db?sslpassword=hunter2&application_name=x"
-    settings = load({"store": store, "objects": "s3://bucket?secret_access_key=hunter2"}, {}, tmp_path)
+    direct = "postgres://me:hunter2@host:5433/db"
+    objects = "s3://bucket?secret_access_key=hunter2"
+    settings = load({"store": store, "direct_dsn": direct, "objects": objects}, {}, tmp_path)
     assert settings.store == store
     lines = settings.shown()
     assert [line.name for line in lines] == list(NAMES)
@@ -195,7 +197,8 @@ def test_secrets_are_not_shown(tmp_path: Path) -> None:
         "postgres://me:***@host/db?sslpassword=***&application_name=x",
         "flag --store",
     )
-    assert lines[2] == ("environment", "default", "default")
+    assert lines[1] == ("direct_dsn", "postgres://me:***@host:5433/db", "flag --direct-dsn")
+    assert lines[3] == ("environment", "default", "default")
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,7 @@ from headrace.foundation.errors import (
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.hot import PLACES
-from headrace.store.postgres.pool import SETTINGS, Connection
-from headrace.store.postgres.store import compiled
+from headrace.store.postgres.pool import SETTINGS, Connection, compiled
 from headrace.store.protocol import Lease, Release
 from headrace.store.statements import migrations
 from headrace.store.verbs.script import Rows

@@ -62,6 +62,7 @@ class Settings:
     """What one process works with. `sources` says where each setting, limits included, came from."""
 
     store: str = field(repr=False)
+    direct_dsn: str | None = field(repr=False)
     objects: str | None = field(repr=False)
     environment: str
     log_format: Literal["console", "json"]
@@ -105,6 +106,7 @@ def load(flags: Mapping[str, object | None], environ: Mapping[str, str], directo
             texts[name] = effective
     return Settings(
         store=texts["store"],
+        direct_dsn=texts.get("direct_dsn"),
         objects=texts.get("objects"),
         environment=texts["environment"],
         log_format="json" if texts["log_format"] == "json" else "console",
@@ -224,12 +226,15 @@ def _text(name: str, value: object, form: str) -> str:
     return value
 
 
-def _url(value: object) -> str:
-    text = _text("store", value, "a URL")
-    if not _URL.match(text):
-        # The text is not repeated: what is no URL can't be searched for a password with any certainty.
-        raise InvalidSetting("store must be a URL", hint="a file is sqlite:///its/path.db")
-    return text
+def _url(name: str, hint: str) -> Callable[[object], str]:
+    def checked(value: object) -> str:
+        text = _text(name, value, "a URL")
+        if not _URL.match(text):
+            # The text is not repeated: what is no URL can't be searched for a password with any certainty.
+            raise InvalidSetting(f"{name} must be a URL", hint=hint)
+        return text
+
+    return checked
 
 
 def _objects(value: object) -> str:
@@ -269,7 +274,20 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 OPTIONS: Final[Mapping[str, Option]] = {
     option.name: option
     for option in (
-        Option("store", "sqlite:///headrace.db", "a URL", "Where batches are kept.", _url),
+        Option(
+            "store",
+            "sqlite:///headrace.db",
+            "a URL",
+            "Where batches are kept.",
+            _url("store", "a file is sqlite:///its/path.db"),
+        ),
+        Option(
+            "direct_dsn",
+            None,
+            "a URL",
+            "The same database past its pooler, for migrations and for news; unset, `store` is used.",
+            _url("direct_dsn", "postgresql://user@host/database"),
+        ),
         Option(
             "objects",
             None,

@@ -1,24 +1,36 @@
-"""Best-effort news inside one process: work was appended, outcomes were recorded. Polling is the floor beneath it."""
+"""Best-effort news: work was appended, outcomes were recorded. Polling is the floor beneath it."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 
 from headrace.runtime.clock import Clock
+from headrace.store.protocol import Notifier
 
 
 class Doorbell:
-    """Wakes everyone who waits; nothing depends on a ring.
+    """Wakes everyone who waits, here and, with a notifier, in the other processes; nothing depends on a ring.
 
     Who looks at the store first and waits then takes `rings_count` before it looks: a ring in between is not missed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notifier: Notifier | None = None, news: str = "") -> None:
         self.rings_count = 0
         self._waiting: set[asyncio.Event] = set()
+        self._notifier = notifier
+        self._news = news
+        if notifier is not None:
+            notifier.listen(news, self.hear)
 
     def ring(self) -> None:
         """There is news. Costs nothing when nobody waits. On the loop of those who wait."""
+        self.hear()
+        if self._notifier is not None:
+            self._notifier.tell(self._news)
+
+    def hear(self) -> None:
+        """There is news that the other processes know of."""
         self.rings_count += 1
         for event in self._waiting:
             event.set()
@@ -30,6 +42,7 @@ class Doorbell:
         event = asyncio.Event()
         self._waiting.add(event)
         try:
-            return await clock.wait_for(event, timeout_s)
+            with nullcontext() if self._notifier is None else self._notifier.awaited():
+                return await clock.wait_for(event, timeout_s)
         finally:
             self._waiting.discard(event)

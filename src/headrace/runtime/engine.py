@@ -12,7 +12,7 @@ from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.doorbell import Doorbell
 from headrace.store.payloads import PayloadStore, Reference, payload_key
-from headrace.store.protocol import Store
+from headrace.store.protocol import Notifier, Store
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class Engine:
 
     `live_directory`: where the marks of live processes lie, None when the store is not shared between processes.
     `beats_beside`: whether heartbeats may come from another thread. `doorbell` rings when work was appended,
-    `recorded` when outcomes were.
+    `recorded` when outcomes were; `notifier` carries both to other processes.
     """
 
     store: Store
@@ -33,9 +33,12 @@ class Engine:
     beats_beside: bool
     doorbell: Doorbell
     recorded: Doorbell = field(default_factory=Doorbell)
+    notifier: Notifier | None = None
 
     async def close(self) -> None:
         """Let go of the store."""
+        if self.notifier is not None:
+            await self.notifier.close()
         await self.store.close()
 
     async def offloaded(self, batch_id: str, payload: bytes, kind: int = JSON) -> tuple[bytes, str]:

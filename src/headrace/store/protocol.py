@@ -8,8 +8,9 @@ repeating one after a lost answer is always safe. Errors: `ClientFault` changed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -17,6 +18,11 @@ from headrace.core.admission import Bucket, Spent
 from headrace.core.batch import Batch, Ledger
 from headrace.core.block import Chunk, Extra
 from headrace.core.span import Settlement
+
+WORK: Final = "work"
+"""News: work was appended, came due or came back."""
+RECORDED: Final = "recorded"
+"""News: outcomes were recorded, or a batch moved on without one."""
 
 
 class NewBatch(msgspec.Struct, kw_only=True):
@@ -373,3 +379,23 @@ class Store(Protocol):
 
     async def spend(self, environment: str, name: str, bucket: Bucket, cost: int, *, now_us: int) -> Spent:
         """Take tokens from a bucket of an environment, or nothing."""
+
+
+class Notifier(Protocol):
+    """News between the processes on one store, each a word: told after a commit, coalesced, waited for by nobody.
+
+    Best effort: any of it may be late, doubled or lost, so whoever waits looks at the store from time to time all the
+    same. Every method belongs to the event loop that waits; telling costs it nothing while news is on its way.
+    """
+
+    def listen(self, news: str, hear: Callable[[], None]) -> None:
+        """Call `hear` when another process told `news`, or may have."""
+
+    def tell(self, news: str) -> None:
+        """Let the others know, soon."""
+
+    def awaited(self) -> AbstractContextManager[object]:
+        """While the block lasts somebody here waits for news."""
+
+    async def close(self) -> None:
+        """Send what is still to be told, if that is quick, and let go; a second close does nothing."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, NamedTuple
@@ -20,8 +21,10 @@ import asyncpg
 
 from headrace.foundation.errors import StoreUnavailable
 from headrace.store.postgres.address import Address
+from headrace.store.statements import statements
 from headrace.store.verbs.script import Rows
 
+PACKAGE: Final = "headrace.store.postgres"
 COMMAND_TIMEOUT_S: Final = 60
 CONNECT_TIMEOUT_S: Final = 15
 CLOSE_TIMEOUT_S: Final = 10
@@ -36,6 +39,8 @@ SETTINGS: Final = {
 }
 BEGIN_WRITING: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
 BEGIN_READING: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+_NAME: Final = re.compile(r"(?<![:\w]):([a-z_]+)")
+_SESSION_BEHIND: Final = statements(PACKAGE)["session_behind"].sql
 _FOR_SESSION: Final = "; ".join(
     [f"SET {name} = {value}" for name, value in SETTINGS.items()]
     + ["SET default_transaction_isolation = 'read committed'"]
@@ -44,16 +49,29 @@ _FOR_TRANSACTION: Final = "".join(f"; SET LOCAL {name} = {value}" for name, valu
 
 
 class Prepared(NamedTuple):
-    """A statement as it is sent: its values are numbered, `names` in that order."""
+    """A statement as it is sent: its values are numbered, `names` in that order; no other text has its `title`."""
 
     sql: str
     names: list[str]
     title: str
 
 
-def prepared(sql: str, names: list[str]) -> Prepared:
-    """A statement under a name that no other text has."""
-    return Prepared(sql, names, f"headrace_{hashlib.sha256(sql.encode()).hexdigest()[:32]}")
+def compiled(schema: str) -> dict[str, Prepared]:
+    """Each statement with its schema filled in and its values numbered."""
+    found: dict[str, Prepared] = {}
+    for statement in statements(PACKAGE).values():
+        names: list[str] = []
+
+        def number(match: re.Match[str], names: list[str] = names) -> str:
+            if match[1] not in names:
+                names.append(match[1])
+            return f"${names.index(match[1]) + 1}"
+
+        sql = statement.sql.replace("{schema}", f'"{schema}"')
+        text = _NAME.sub(number, sql)
+        title = f"headrace_{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+        found[statement.name] = Prepared(text, names, title)
+    return found
 
 
 class Connection:
@@ -114,7 +132,7 @@ async def connect(address: Address) -> Connection:
     try:
         is_pooled = address.pooler == "transaction"
         if address.pooler == "auto":
-            is_pooled = await raw.fetchval("SELECT pg_backend_pid()") != raw.get_server_pid()
+            is_pooled = await raw.fetchval(_SESSION_BEHIND) != raw.get_server_pid()
         if not is_pooled:
             await raw.execute(_FOR_SESSION)
     except BaseException:

@@ -8,11 +8,11 @@ carry their schema, and ids are numbered by the process from ranges it takes.
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 from headrace.core.span import SETTLED, Settlement
 from headrace.foundation.errors import HeadraceError, InvalidInput, InvalidSetting, StoreBroken, StoreUnavailable
@@ -21,9 +21,8 @@ from headrace.store.postgres import hot
 from headrace.store.postgres.address import address
 from headrace.store.postgres.faults import ANOTHER_SESSION, DRIVER, SCHEMA_CHANGED, STALE, UNDONE, as_fault
 from headrace.store.postgres.migrating import Migrating
-from headrace.store.postgres.pool import BEGIN_READING, BEGIN_WRITING, Connection, Pool, Prepared, connect, prepared
+from headrace.store.postgres.pool import BEGIN_READING, BEGIN_WRITING, Connection, Pool, compiled, connect
 from headrace.store.protocol import Claim, Lease
-from headrace.store.statements import statements
 from headrace.store.verbs import working
 from headrace.store.verbs.script import Ask, Overtaken, Rows, Script
 from headrace.store.verbs.store import ScriptedStore
@@ -34,7 +33,6 @@ T = TypeVar("T")
 CONNECTIONS: Final = 8
 ID_RANGE: Final = 65_536
 TRIES: Final = 5
-_NAME: Final = re.compile(r"(?<![:\w]):([a-z_]+)")
 
 
 class PostgresStore(ScriptedStore):
@@ -98,12 +96,12 @@ class PostgresStore(ScriptedStore):
     @property
     def identity(self) -> str:
         """Which database and schema this is, without who asks."""
-        parts = urlsplit(self._dsn)
+        parts = urlsplit(self.address.dsn)
         return f"{parts.hostname}:{parts.port}{parts.path}/{self._schema}"
 
     async def clock_us(self) -> int:
         """The time of the database's machine, which all hosts follow."""
-        ((now_us,),) = await self._alone("clock")
+        ((now_us,),) = await self._tried(lambda connection: self._fetch(connection, "clock"))
         return int(now_us)
 
     async def check(self) -> dict[str, object]:
@@ -329,19 +327,3 @@ class _Range:
             self._next += count
             self._left -= count
             return first
-
-
-def compiled(schema: str) -> dict[str, Prepared]:
-    """Each statement with its schema filled in and its values numbered."""
-    found: dict[str, Prepared] = {}
-    for statement in statements("headrace.store.postgres").values():
-        names: list[str] = []
-
-        def number(match: re.Match[str], names: list[str] = names) -> str:
-            if match[1] not in names:
-                names.append(match[1])
-            return f"${names.index(match[1]) + 1}"
-
-        sql = statement.sql.replace("{schema}", f'"{schema}"')
-        found[statement.name] = prepared(_NAME.sub(number, sql), names)
-    return found

@@ -1,5 +1,6 @@
 """A store in one SQLite file: no set-up, one machine, every commit on disk before it is answered."""
 
 from headrace.store.sqlite.store import SqliteStore
+from headrace.store.sqlite.watcher import Watcher
 
-__all__ = ["SqliteStore"]
+__all__ = ["SqliteStore", "Watcher"]

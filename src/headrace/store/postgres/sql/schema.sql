@@ -23,3 +23,9 @@ SELECT nextval('{schema}.block_ids');
 
 -- next_span_ids: the first of a range of ids for spans
 SELECT nextval('{schema}.span_ids');
+
+-- session_behind: the session that answers; a pooler keeps from its clients which one that is
+SELECT pg_backend_pid();
+
+-- notify: news for whoever listens (rule R11), without a flush to disk: what a crash loses is found by polling
+SELECT set_config('synchronous_commit', 'off', true), pg_notify(:channel, :words);

@@ -68,10 +68,13 @@ def compiled(schema: str) -> dict[str, Prepared]:
             return f"${names.index(match[1]) + 1}"
 
         sql = statement.sql.replace("{schema}", f'"{schema}"')
-        text = _NAME.sub(number, sql)
-        title = f"headrace_{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-        found[statement.name] = Prepared(text, names, title)
+        found[statement.name] = prepared(_NAME.sub(number, sql), names)
     return found
+
+
+def prepared(sql: str, names: list[str]) -> Prepared:
+    """A statement whose values are numbered, in the order of `names`."""
+    return Prepared(sql, names, f"headrace_{hashlib.sha256(sql.encode()).hexdigest()[:32]}")
 
 
 class Connection:

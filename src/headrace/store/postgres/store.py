@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
@@ -21,7 +21,7 @@ from headrace.store.postgres import hot
 from headrace.store.postgres.address import address
 from headrace.store.postgres.faults import ANOTHER_SESSION, DRIVER, SCHEMA_CHANGED, STALE, UNDONE, as_fault
 from headrace.store.postgres.migrating import Migrating
-from headrace.store.postgres.pool import BEGIN_READING, BEGIN_WRITING, Connection, Pool, compiled, connect
+from headrace.store.postgres.pool import BEGIN_READING, BEGIN_WRITING, Connection, Pool, Prepared, compiled, connect
 from headrace.store.protocol import Claim, Lease
 from headrace.store.verbs import working
 from headrace.store.verbs.script import Ask, Overtaken, Rows, Script
@@ -52,6 +52,11 @@ class PostgresStore(ScriptedStore):
         self._block_ids, self._span_ids = _Range(), _Range()
         self._runs_a_span = USUAL_RUNS
         self._is_open = False
+
+    @property
+    def schema(self) -> str:
+        """Where all tables are."""
+        return self._schema
 
     async def open(self) -> None:
         """Connect, and bring the schema to the current version; one that is only read must have it already."""
@@ -185,6 +190,21 @@ class PostgresStore(ScriptedStore):
             return answer
 
         return await self._tried(work)
+
+    async def within(self, work: Callable[[Connection, Callable[[Script[Any]], Awaitable[Any]]], Awaitable[T]]) -> T:
+        """Work in one transaction on a connection of this loop: `work(connection, run)`, where `run` runs a script."""
+
+        async def whole(connection: Connection) -> T:
+            await self._begin(connection, BEGIN_WRITING)
+            answer = await work(connection, lambda script: self._run(connection, script))
+            await self._commit(connection)
+            return answer
+
+        return await self._changed(whole)
+
+    async def fetched(self, statement: Prepared, values: Mapping[str, Any]) -> Rows:
+        """The rows of one statement that only reads."""
+        return await self._tried(lambda connection: connection.fetch(statement, values))
 
     async def _alone(self, name: str, /, **values: Any) -> Rows:
         """One statement that the server commits by itself (rule R7)."""

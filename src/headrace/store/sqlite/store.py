@@ -41,7 +41,7 @@ class SqliteStore(ScriptedStore):
         super().__init__(limits)
         self.path = path
         self._busy_timeout_ms = busy_timeout_ms
-        self._writer = Writer(self._connect)
+        self._writer = Writer(self.connect)
         self._local = threading.local()
         self._closing = threading.Event()
         self._readers: ThreadPoolExecutor | None = None
@@ -76,7 +76,8 @@ class SqliteStore(ScriptedStore):
                 connection.close()
             self._reading.clear()
 
-    def _connect(self) -> sqlite3.Connection:
+    def connect(self) -> sqlite3.Connection:
+        """A new connection that writes, to a file of the current schema."""
         connection = self._plain()
         try:
             self._enter_wal(connection)

@@ -211,3 +211,39 @@ ALTER TABLE {schema}.span SET (fillfactor = 70, autovacuum_vacuum_scale_factor =
 ALTER TABLE {schema}.batch SET (fillfactor = 20, autovacuum_vacuum_scale_factor = 0.02);
 ALTER TABLE {schema}.queue SET (fillfactor = 20, autovacuum_vacuum_scale_factor = 0.02);
 ALTER TABLE {schema}.session SET (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02);
+
+-- An indexer stands at one checkpoint; its tables (named by the user's entities) are what the events up to it made them.
+CREATE TABLE {schema}.indexer (
+    environment text COLLATE "C" NOT NULL,
+    name text COLLATE "C" NOT NULL,
+    no bigint NOT NULL,
+    positions text COLLATE "C" NOT NULL,
+    token bigint NOT NULL,
+    beats bigint NOT NULL,
+    holder text COLLATE "C" NOT NULL,
+    floor_no bigint NOT NULL,
+    floor_positions text COLLATE "C" NOT NULL,
+    is_caught_up boolean NOT NULL,
+    moved_us bigint NOT NULL,
+    PRIMARY KEY (environment, name)
+);
+
+CREATE TABLE {schema}.indexer_table (
+    name text COLLATE "C" PRIMARY KEY,
+    environment text COLLATE "C" NOT NULL,
+    indexer text COLLATE "C" NOT NULL,
+    columns text COLLATE "C" NOT NULL,
+    has_history boolean NOT NULL
+);
+
+-- Only where history is kept. A position is a number or a text; the other column is 0 or empty.
+CREATE TABLE {schema}.checkpoint (
+    environment text COLLATE "C" NOT NULL,
+    indexer text COLLATE "C" NOT NULL,
+    no bigint NOT NULL,
+    source text COLLATE "C" NOT NULL,
+    number bigint NOT NULL,
+    text text COLLATE "C" NOT NULL,
+    PRIMARY KEY (environment, indexer, no)
+);
+CREATE INDEX checkpoint_by_position ON {schema}.checkpoint (environment, indexer, source, number, text);

@@ -189,3 +189,39 @@ CREATE TABLE bucket (
     full_us INTEGER NOT NULL,
     PRIMARY KEY (environment, name)
 ) WITHOUT ROWID;
+
+-- An indexer stands at one checkpoint; its tables (named by the user's entities) are what the events up to it made them.
+CREATE TABLE indexer (
+    environment TEXT NOT NULL,
+    name TEXT NOT NULL,
+    no INTEGER NOT NULL,
+    positions TEXT NOT NULL,
+    token INTEGER NOT NULL,
+    beats INTEGER NOT NULL,
+    holder TEXT NOT NULL,
+    floor_no INTEGER NOT NULL,
+    floor_positions TEXT NOT NULL,
+    is_caught_up INTEGER NOT NULL,
+    moved_us INTEGER NOT NULL,
+    PRIMARY KEY (environment, name)
+) WITHOUT ROWID;
+
+CREATE TABLE indexer_table (
+    name TEXT PRIMARY KEY,
+    environment TEXT NOT NULL,
+    indexer TEXT NOT NULL,
+    columns TEXT NOT NULL,
+    has_history INTEGER NOT NULL
+) WITHOUT ROWID;
+
+-- Only where history is kept. A position is a number or a text; the other column is 0 or empty.
+CREATE TABLE checkpoint (
+    environment TEXT NOT NULL,
+    indexer TEXT NOT NULL,
+    no INTEGER NOT NULL,
+    source TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    text TEXT NOT NULL,
+    PRIMARY KEY (environment, indexer, no)
+) WITHOUT ROWID;
+CREATE INDEX checkpoint_by_position ON checkpoint (environment, indexer, source, number, text);

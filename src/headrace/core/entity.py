@@ -1,0 +1,486 @@
+"""What an entity is: a frozen struct with an id that becomes a table with typed columns.
+
+Rule 1: a row that was staged is a row that every store can keep, and that comes back as it was. So what a database
+would change (a moment's zone, a decimal's exponent) is brought into its one form when the row is set, and what it
+can't keep (NUL, a number that is none) is refused there, beside the event that made it.
+Rule 2: rows are handed out as they are, without a copy. They are frozen, and of those with lists or other changeable
+values inside each reader gets its own.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+import types
+import typing
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, dataclass_transform
+from uuid import UUID
+
+import msgspec
+from msgspec.structs import astuple
+
+from headrace.foundation.errors import InvalidInput, InvalidSetting
+
+T = TypeVar("T")
+
+ID: Final = "id"
+INTEGER: Final = "integer"
+"""A whole number of any size."""
+BIGINT: Final = "bigint"
+"""A whole number that its annotation holds to 64 bits."""
+FLOAT: Final = "float"
+BOOL: Final = "bool"
+TEXT: Final = "text"
+BYTES: Final = "bytes"
+DECIMAL: Final = "decimal"
+MOMENT: Final = "moment"
+DATE: Final = "date"
+IDENTIFIER: Final = "uuid"
+JSON: Final = "json"
+
+ID_KINDS: Final = (TEXT, INTEGER, BIGINT, IDENTIFIER)
+INDEX_KINDS: Final = (TEXT, INTEGER, BIGINT, FLOAT, BOOL, DECIMAL, MOMENT, DATE, IDENTIFIER)
+KEY_BYTES_MAX: Final = 2_000
+"""Ids and indexed texts: an index of PostgreSQL takes no entry over a third of a page."""
+COLUMNS_MAX: Final = 200
+INT64: Final = range(-(2**63), 2**63)
+_LEAST, _MOST = INT64[0], INT64[-1]
+_PLAIN_KINDS: Final = (TEXT, INTEGER, BIGINT, BOOL, DATE, IDENTIFIER)
+DIGITS_MAX: Final = 1_000
+"""Digits of a whole number or decimal, before and after the point."""
+ROW_BYTES: Final = 250
+"""What a row costs in memory beside its texts: the struct, its entry in a dict, its numbers."""
+VALUE_BYTES: Final = 40
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,47}\Z")
+_SMALL: Final = 256
+"""Bytes of text that a usual row has."""
+_NUL: Final = b"\\u0000"
+
+
+class _Index:
+    def __repr__(self) -> str:
+        return "Indexed"
+
+
+INDEX: Final = _Index()
+Indexed: TypeAlias = Annotated[T, INDEX]
+"""A field that `where` may ask for: `country: Indexed[str] = ""`."""
+
+Int64: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""A whole number of 64 bits: `bigint` in PostgreSQL, where a plain `int` is `numeric`."""
+
+
+def snake_case(name: str) -> str:
+    """`DayTotal` is `day_total`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
+class _EntityMeta(msgspec.StructMeta):
+    """Takes `table=` beside what a struct takes."""
+
+    __table__: str
+
+    def __new__(
+        mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], *, table: str | None = None, **options: Any
+    ) -> Any:
+        made = super().__new__(mcls, name, bases, namespace, **options)
+        made.__table__ = snake_case(name) if table is None else table
+        return made
+
+
+class Entity(msgspec.Struct, metaclass=_EntityMeta, frozen=True, gc=False):
+    """A row of a table of its own: `class Account(Entity): id: str; balance: int = 0`.
+
+    The table is called by the class in snake case, or `class Account(Entity, table="accounts")`. Rows are frozen:
+    `msgspec.structs.replace(account, balance=1)` makes the next one.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init_subclass__(cls, *, table: str | None = None, kw_only: bool = False) -> None: ...
+
+
+class Column(NamedTuple):
+    """One column. `type` is what the annotation says, without None; `enum` the enumeration its values come from."""
+
+    name: str
+    kind: str
+    is_optional: bool
+    is_indexed: bool
+    type: Any
+    enum: type[enum.Enum] | None
+    default: Any
+
+    @property
+    def form(self) -> str:
+        """What the schema remembers of it."""
+        return f"{self.kind}{'?' if self.is_optional else ''}"
+
+
+class EntityType:
+    """An entity class as the machinery sees it. Raises `InvalidSetting` for one that can't be a table."""
+
+    def __init__(self, cls: type[Entity], *, row_bytes_max: int, name: str = "") -> None:
+        if not _is_entity(cls):
+            raise InvalidSetting(f"{cls!r} is no entity", hint="write class Account(Entity): id: str; …")
+        self.cls = cls
+        self.table = name or cls.__table__
+        if not _NAME.match(self.table):
+            raise InvalidSetting(
+                f"{self.table!r} can't name a table", hint="lower-case letters, digits and underscores, at most 48"
+            )
+        self.columns = _columns(cls)
+        self.names = tuple(column.name for column in self.columns)
+        self.row_bytes_max = row_bytes_max
+        self.is_changeable = any(column.kind == JSON for column in self.columns)
+        self.row_bytes = ROW_BYTES + VALUE_BYTES * len(self.columns)
+        """What a usual row takes in memory."""
+        self._is_plain = all(
+            column.kind in _PLAIN_KINDS and column.type in (*_SCALARS, Int64) for column in self.columns
+        )
+        self._id_at = self.names.index(ID)
+        self._known: dict[tuple[type, ...], tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self._decoders = {
+            column.name: msgspec.json.Decoder(column.type) for column in self.columns if column.kind == JSON
+        }
+
+    def __repr__(self) -> str:
+        return f"EntityType({self.cls.__name__})"
+
+    @property
+    def id_column(self) -> Column:
+        """The column that rows are known by."""
+        return self.columns[self._id_at]
+
+    def column(self, name: str) -> Column:
+        """A column by its name. Raises `InvalidInput`."""
+        if name not in self.names:
+            raise InvalidInput(
+                f"{self.cls.__name__} has no field {name!r}", hint=f"its fields are: {', '.join(self.names)}"
+            )
+        return self.columns[self.names.index(name)]
+
+    def checked(self, row: Any) -> tuple[Any, int]:
+        """The row as every store keeps it, and the bytes it takes beyond `row_bytes`. Raises `InvalidInput`."""
+        if type(row) is not self.cls:
+            raise self._fault(None, f"is wanted, not {_said(row)}", hint=_forgotten(row))
+        values = astuple(row)
+        if self._is_plain:
+            found = self._known.get(tuple(map(type, values)))
+            if found is not None:
+                texts, numbers = found
+                text = "".join([values[at] for at in texts])
+                if len(text) < _SMALL and "\0" not in text and text.isascii():
+                    for at in numbers:
+                        if not _LEAST <= values[at] <= _MOST:
+                            break
+                    else:
+                        return row, 0
+        return self._examined(row, values)
+
+    def checked_id(self, value: Any) -> Any:
+        """An id of the right type and size. Raises `InvalidInput`."""
+        checked, _ = self._value(self.id_column, value, value)
+        return checked
+
+    def checked_value(self, name: str, value: Any) -> Any:
+        """A value that a row could have in a column. Raises `InvalidInput`."""
+        checked, _ = self._value(self.column(name), value, None)
+        return checked
+
+    def extra_bytes(self, row: Any) -> int:
+        """Bytes that a row from the store takes beyond `row_bytes`."""
+        extra = sum(map(_size, astuple(row)))
+        return extra if extra >= _SMALL else 0
+
+    def copied(self, row: Any) -> Any:
+        """A row that its reader may do with what it likes."""
+        if row is None or not self.is_changeable:
+            return row
+        changes = {
+            name: decoder.decode(msgspec.json.encode(value))
+            for name, decoder in self._decoders.items()
+            if (value := getattr(row, name)) is not None
+        }
+        return msgspec.structs.replace(row, **changes)
+
+    def decoded(self, name: str, text: str | bytes) -> Any:
+        """A value of a JSON column."""
+        return self._decoders[name].decode(text)
+
+    def _examined(self, row: Any, values: tuple[Any, ...]) -> tuple[Any, int]:
+        changes: dict[str, Any] = {}
+        extra = 0
+        for column, value in zip(self.columns, values, strict=True):
+            checked, size = self._value(column, value, row.id)
+            extra += size
+            if checked is not value:
+                changes[column.name] = checked
+        if extra > self.row_bytes_max:
+            raise self._fault(
+                row.id, f"would take {extra:,} bytes, and a row at most {self.row_bytes_max:,}",
+                hint="keep what is large elsewhere, or raise index_row_bytes_max",
+            )  # fmt: skip
+        if changes:
+            row = msgspec.structs.replace(row, **changes)
+        elif self._is_plain:
+            kinds = [
+                column.kind if value is not None else "" for column, value in zip(self.columns, values, strict=True)
+            ]
+            texts = tuple(at for at, kind in enumerate(kinds) if kind == TEXT)
+            self._known[tuple(map(type, values))] = (
+                texts, tuple(at for at, kind in enumerate(kinds) if kind in (INTEGER, BIGINT))
+            )  # fmt: skip
+        return row, extra if extra >= _SMALL else 0
+
+    def _value(self, column: Column, value: Any, row_id: Any) -> tuple[Any, int]:
+        if value is None:
+            if column.is_optional:
+                return None, 0
+            raise self._fault(row_id, f"has no {column.name}", hint=f"annotate it as optional, or give a {column.kind}")
+        try:
+            checked, size = _CHECKS[column.kind](self, column, value)
+        except _Refused as refused:
+            raise self._fault(row_id, f"can't have {column.name} = {_said(value)}: {refused}") from None
+        if (column.name == ID or column.is_indexed) and size > KEY_BYTES_MAX:
+            raise self._fault(
+                row_id if column.name != ID else None,
+                f"has {size:,} bytes of {column.name}, and an id or indexed text at most {KEY_BYTES_MAX:,}",
+            )
+        return checked, size
+
+    def _fault(self, row_id: Any, what: str, *, hint: str = "") -> InvalidInput:
+        ids = {} if row_id is None else {"id": row_id if isinstance(row_id, int) else _short(row_id)}
+        return InvalidInput(f"{self.cls.__name__} {what}", hint=hint, entity=self.cls.__name__, **ids)
+
+
+def _is_entity(cls: object) -> bool:
+    return isinstance(cls, _EntityMeta) and cls is not Entity
+
+
+class _Refused(Exception):
+    """Why a value can't be kept."""
+
+
+def _check_enum(column: Column, value: Any) -> Any:
+    assert column.enum is not None
+    if type(value) is column.enum:
+        return value
+    raise _Refused(f"a {column.enum.__name__} is wanted")
+
+
+def _check_text(_: EntityType, column: Column, value: Any) -> tuple[Any, int]:
+    if column.enum is not None:
+        return _check_enum(column, value), 0
+    if type(value) is not str:
+        raise _Refused("a text is wanted")
+    if "\0" in value:
+        raise _Refused("it holds a NUL character, which no database keeps in a text")
+    try:
+        size = len(value) if value.isascii() else len(value.encode())
+    except UnicodeEncodeError as error:
+        raise _Refused(f"it is not text that can be stored: {error.reason}") from None
+    return value, size
+
+
+def _check_integer(_: EntityType, column: Column, value: Any) -> tuple[Any, int]:
+    if column.enum is not None:
+        return _check_enum(column, value), 0
+    if type(value) is not int:
+        raise _Refused("a whole number is wanted")
+    if column.kind == BIGINT:
+        if value not in INT64:
+            raise _Refused("it needs more than 64 bits")
+        try:
+            msgspec.convert(value, column.type)
+        except msgspec.ValidationError as error:
+            raise _Refused(str(error)) from None
+    bits = value.bit_length()
+    if bits > DIGITS_MAX * 3:
+        raise _Refused(f"it has more than about {DIGITS_MAX} digits")
+    return value, 0 if bits < 64 else bits // 8
+
+
+def _check_float(_: EntityType, column: Column, value: Any) -> tuple[Any, int]:
+    if type(value) is int and column.enum is None:
+        try:
+            value = float(value)
+        except OverflowError:
+            raise _Refused("it is larger than a float holds") from None
+    if type(value) is not float:
+        raise _Refused("a number is wanted")
+    if not math.isfinite(value):
+        raise _Refused("it is not a finite number, which can't be compared with others")
+    return (value or 0.0), 0
+
+
+def _check_bool(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
+    if type(value) is not bool:
+        raise _Refused("True or False is wanted")
+    return value, 0
+
+
+def _check_bytes(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
+    if type(value) is not bytes:
+        raise _Refused("bytes are wanted")
+    return value, len(value)
+
+
+def _check_decimal(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
+    if type(value) is int:
+        value = Decimal(value)
+    if type(value) is not Decimal:
+        raise _Refused("a Decimal is wanted")
+    if not value.is_finite():
+        raise _Refused("it is not a finite number")
+    sign, digits, exponent = value.as_tuple()
+    assert isinstance(exponent, int)
+    if len(digits) > DIGITS_MAX or abs(exponent) > DIGITS_MAX:
+        raise _Refused(f"it has more than {DIGITS_MAX} digits")
+    if exponent > 0:
+        value = Decimal((sign, digits + (0,) * exponent, 0))
+    if sign and not value:
+        value = abs(value)
+    return value, len(digits)
+
+
+def _check_moment(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
+    if type(value) is not datetime:
+        raise _Refused("a datetime is wanted")
+    if value.tzinfo is UTC:
+        return value, 0
+    if value.utcoffset() is None:
+        raise _Refused("it has no time zone: say datetime(…, tzinfo=UTC)")
+    try:
+        return value.astimezone(UTC), 0
+    except OverflowError:
+        raise _Refused("it is outside the years 1 to 9999 in UTC") from None
+
+
+def _check_date(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
+    if type(value) is not date:
+        raise _Refused("a date is wanted")
+    return value, 0
+
+
+def _check_uuid(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
+    if type(value) is not UUID:
+        raise _Refused("a UUID is wanted")
+    return value, 16
+
+
+def _check_json(entity: EntityType, column: Column, value: Any) -> tuple[Any, int]:
+    """A copy of its own, in the types that its annotation says."""
+    try:
+        text = msgspec.json.encode(value)
+        copy = entity.decoded(column.name, text)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise _Refused(str(error)) from None
+    if _NUL in text:
+        raise _Refused("it holds a NUL character, which no database keeps in a text")
+    return copy, len(text)
+
+
+_CHECKS: Final = {
+    TEXT: _check_text, INTEGER: _check_integer, BIGINT: _check_integer, FLOAT: _check_float, BOOL: _check_bool,
+    BYTES: _check_bytes, DECIMAL: _check_decimal, MOMENT: _check_moment, DATE: _check_date, IDENTIFIER: _check_uuid,
+    JSON: _check_json,
+}  # fmt: skip
+
+_SCALARS: Final[dict[Any, str]] = {
+    int: INTEGER, float: FLOAT, bool: BOOL, str: TEXT, bytes: BYTES, Decimal: DECIMAL, datetime: MOMENT, date: DATE,
+    UUID: IDENTIFIER,
+}  # fmt: skip
+
+
+def _columns(cls: type[Entity]) -> tuple[Column, ...]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    columns = []
+    for field in msgspec.structs.fields(cls):
+        default = field.default if field.default is not msgspec.NODEFAULT else msgspec.NODEFAULT
+        if field.default_factory is not msgspec.NODEFAULT:
+            default = field.default_factory()
+        columns.append(_column(cls, field.name, hints[field.name], default))
+    names = [column.name for column in columns]
+    if ID not in names:
+        raise InvalidSetting(f"{cls.__name__} has no id", hint="its first field is id: str, int or UUID")
+    if len(columns) > COLUMNS_MAX:
+        raise InvalidSetting(f"{cls.__name__} has {len(columns)} fields, and a table at most {COLUMNS_MAX} columns")
+    return tuple(columns)
+
+
+def _column(cls: type[Entity], name: str, hint: Any, default: Any) -> Column:
+    if not _NAME.match(name):
+        raise InvalidSetting(
+            f"{cls.__name__}.{name} can't name a column", hint="lower-case letters, digits and underscores, at most 48"
+        )
+    is_indexed, is_optional, metas = False, False, []
+    while True:
+        if typing.get_origin(hint) is Annotated:
+            hint, *marks = typing.get_args(hint)
+            is_indexed = is_indexed or any(mark is INDEX for mark in marks)
+            metas += [mark for mark in marks if isinstance(mark, msgspec.Meta)]
+        elif typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint):
+            rest = [own for own in typing.get_args(hint) if own is not type(None)]
+            is_optional, hint = True, rest[0] if len(rest) == 1 else typing.Union[tuple(rest)]  # noqa: UP007 - made of a list
+        else:
+            break
+    is_optional = is_optional or hint is Any
+    kind, own_enum = _kind(hint, metas)
+    if name == ID and (kind not in ID_KINDS or is_optional or own_enum):
+        raise InvalidSetting(f"{cls.__name__}.id can't be {hint}", hint="an id is a str, int or UUID")
+    if is_indexed and kind not in INDEX_KINDS:
+        raise InvalidSetting(
+            f"{cls.__name__}.{name} can't be indexed", hint=f"an index is over {', '.join(INDEX_KINDS)}"
+        )
+    annotated = hint
+    for meta in metas:
+        annotated = Annotated[annotated, meta]
+    return Column(name, kind, is_optional, is_indexed and name != ID, annotated, own_enum, default)
+
+
+def _kind(hint: Any, metas: list[msgspec.Meta]) -> tuple[str, type[enum.Enum] | None]:
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        values = [member.value for member in hint]
+        if all(type(value) is str for value in values):
+            return TEXT, hint
+        if all(type(value) is int and value in INT64 for value in values):
+            return BIGINT, hint
+        return JSON, None
+    if hint is int:
+        least = [meta.ge if meta.ge is not None else meta.gt for meta in metas]
+        most = [meta.le if meta.le is not None else meta.lt for meta in metas]
+        is_small = any(bound in INT64 for bound in least) and any(bound in INT64 for bound in most)
+        return (BIGINT if is_small else INTEGER), None
+    if typing.get_origin(hint) is Literal and all(type(value) is str for value in typing.get_args(hint)):
+        return TEXT, None
+    return _SCALARS.get(hint, JSON), None
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, list | tuple | dict | set | msgspec.Struct):
+        return 4 * len(msgspec.json.encode(value))
+    return 0
+
+
+def _forgotten(value: object) -> str:
+    return "was an await forgotten?" if hasattr(value, "__await__") else ""
+
+
+def _said(value: object) -> str:
+    return f"{_short(value)} ({type(value).__name__})"
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - an error's own words must not become another error
+        text = object.__repr__(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

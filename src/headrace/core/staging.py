@@ -1,0 +1,327 @@
+"""The staged store: rows as the handlers see them, while what they wrote is on its way into SQL.
+
+    begin(no) -> set / delete … -> cut() -> (the committer) -> committed()
+
+Rule 1: memory wins. A row that is here, as it is or as known to be absent, is the newest there is; what a SELECT says
+of it is older, whether the commit in flight has landed or not. So every uncommitted change is here, and only committed
+rows may leave.
+Rule 2: a row may leave only after every read that began before its commit has ended: that read's SELECT may have seen
+the database without it. While a read is under way nothing leaves.
+Rule 3: what one batch wrote is one dict a table, last change wins: the committer merges some of them with `update`.
+Superseded changes are kept only where history is.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from headrace.core.condition import Condition, Range, all_hold
+from headrace.core.entity import Entity, EntityType
+from headrace.foundation.errors import InvalidInput
+
+MISSING: Final = object()
+"""Nothing is known of this id; None is: it is known to be absent."""
+STEP_ROWS: Final = 4_096
+"""Rows looked at before it is asked again whether enough have left."""
+
+Rows: TypeAlias = dict[Any, Any]
+
+
+class Index:
+    """Which of the rows in memory have which value in one field. `complete`: values all of whose rows are here."""
+
+    __slots__ = ("_ordered", "by_value", "complete", "field")
+
+    def __init__(self, field: str, rows: Rows) -> None:
+        self.field = field
+        self.by_value: dict[Any, dict[Any, None]] = {}
+        self.complete: set[Any] = set()
+        self._ordered: list[Any] | None = None
+        for row_id, row in rows.items():
+            if row is not None:
+                self._add(row_id, getattr(row, field))
+
+    def move(self, row_id: Any, old: Any, new: Any) -> None:
+        """A row took the place of another one; either may be None."""
+        before = MISSING if old is None else getattr(old, self.field)
+        after = MISSING if new is None else getattr(new, self.field)
+        if before is after or (before == after and old is not None and new is not None):
+            return
+        if old is not None:
+            self._remove(row_id, before)
+        if new is not None:
+            self._add(row_id, after)
+
+    def forget(self, row_id: Any, row: Any) -> None:
+        """A row left memory: of its value no longer all rows are here."""
+        value = getattr(row, self.field)
+        self._remove(row_id, value)
+        self.complete.discard(value)
+
+    def ids(self, condition: Condition) -> Iterator[Any]:
+        """Ids of the rows in memory that fulfil a condition on this field."""
+        values = self._within(condition.range) if condition.range is not None else condition.values or ()
+        for value in values:
+            yield from self.by_value.get(value, ())
+
+    def _add(self, row_id: Any, value: Any) -> None:
+        ids = self.by_value.get(value)
+        if ids is None:
+            self.by_value[value] = {row_id: None}
+            if self._ordered is not None and value is not None:
+                insort(self._ordered, value)
+        else:
+            ids[row_id] = None
+
+    def _remove(self, row_id: Any, value: Any) -> None:
+        ids = self.by_value[value]
+        del ids[row_id]
+        if not ids:
+            del self.by_value[value]
+            if self._ordered is not None and value is not None:
+                del self._ordered[bisect_left(self._ordered, value)]
+
+    def _within(self, wanted: Range) -> Sequence[Any]:
+        if self._ordered is None:
+            self._ordered = sorted(value for value in self.by_value if value is not None)
+        first, end = 0, len(self._ordered)
+        if wanted.least is not None:
+            first = (bisect_right if wanted.is_above_least else bisect_left)(self._ordered, wanted.least)
+        if wanted.most is not None:
+            end = (bisect_left if wanted.is_below_most else bisect_right)(self._ordered, wanted.most)
+        return self._ordered[first:end]
+
+
+class Table:
+    """The rows of one entity type that are in memory. `rows` is the newest of each, None where it is known absent.
+
+    `is_read`: somebody has asked for rows of this type; of one that is only written nothing is kept past its commit.
+    """
+
+    __slots__ = ("changes", "delta", "entity", "extra", "extra_bytes", "indexes", "is_read", "pending", "rows")
+
+    def __init__(self, entity: EntityType) -> None:
+        self.entity = entity
+        self.rows: Rows = {}
+        self.delta: Rows = {}
+        self.changes: dict[tuple[Any, int], Any] = {}
+        self.pending: deque[Rows] = deque()
+        self.indexes: dict[str, Index] = {}
+        self.extra: dict[Any, int] = {}
+        self.extra_bytes = 0
+        self.is_read = False
+
+    @property
+    def bytes(self) -> int:
+        """About what is held, staged changes counted again."""
+        entries = len(self.rows) + len(self.delta) + 2 * len(self.changes) + sum(map(len, self.pending))
+        return entries * self.entity.row_bytes + 2 * self.extra_bytes
+
+    def put(self, row_id: Any, row: Any, extra: int) -> None:
+        """Take a row as the newest."""
+        rows = self.rows
+        if self.indexes:
+            old = rows.get(row_id)
+            for index in self.indexes.values():
+                index.move(row_id, old, row)
+        rows[row_id] = row
+        if extra or self.extra:
+            self._weigh(row_id, extra)
+
+    def index(self, field: str) -> Index:
+        """The index over a field, made when it is first asked for."""
+        index = self.indexes.get(field)
+        if index is None:
+            index = self.indexes[field] = Index(field, self.rows)
+        return index
+
+    def is_dirty(self, row_id: Any) -> bool:
+        """Whether a change of this row is not committed yet."""
+        return row_id in self.delta or any(row_id in delta for delta in self.pending)
+
+    def drop(self, row_ids: Iterable[Any]) -> None:
+        """Let rows leave memory."""
+        for row_id in row_ids:
+            row = self.rows.pop(row_id)
+            if self.extra:
+                self._weigh(row_id, 0)
+            if row is not None:
+                for index in self.indexes.values():
+                    index.forget(row_id, row)
+
+    def _weigh(self, row_id: Any, extra: int) -> None:
+        self.extra_bytes += extra - self.extra.pop(row_id, 0)
+        if extra:
+            self.extra[row_id] = extra
+
+
+class Staged(NamedTuple):
+    """What the handlers of some consecutive events wrote: `deltas` and `changes` by table, in the order of the types.
+
+    `changes` are the rows of history, `(id, checkpoint) -> row or None`; empty where none is kept.
+    """
+
+    deltas: list[Rows]
+    changes: list[dict[tuple[Any, int], Any]]
+
+    @property
+    def rows_count(self) -> int:
+        """Rows that a commit of this writes."""
+        return sum(map(len, self.deltas)) + sum(map(len, self.changes))
+
+
+def merged(parts: Sequence[Staged]) -> Staged:
+    """Consecutive batches as one: of each row the last change, of history all."""
+    if len(parts) == 1:
+        return parts[0]
+    deltas: list[Rows] = [{} for _ in parts[0].deltas]
+    changes: list[dict[tuple[Any, int], Any]] = [{} for _ in parts[0].changes]
+    for part in parts:
+        for own, delta in zip(deltas, part.deltas, strict=True):
+            own.update(delta)
+        for kept, changed in zip(changes, part.changes, strict=True):
+            kept.update(changed)
+    return Staged(deltas, changes)
+
+
+class Staging:
+    """All tables of one indexer. Owned by one event loop."""
+
+    def __init__(self, entities: Sequence[EntityType], *, keeps_history: Collection[str] = ()) -> None:
+        """`keeps_history`: names of the tables whose every change is kept."""
+        self.tables = [Table(entity) for entity in entities]
+        self.by_class: dict[type[Entity], Table] = {table.entity.cls: table for table in self.tables}
+        self._history = [table.entity.table in keeps_history for table in self.tables]
+        self._kept = {id(table) for table, keeps in zip(self.tables, self._history, strict=True) if keeps}
+        self._reads_count = 0
+        self._hand = 0
+
+    @property
+    def bytes(self) -> int:
+        """About how much memory everything here takes."""
+        return sum(table.bytes for table in self.tables)
+
+    @property
+    def pending_count(self) -> int:
+        """Batches that were cut and are not committed."""
+        return len(self.tables[0].pending) if self.tables else 0
+
+    # -- what handlers do
+
+    def set(self, table: Table, row: Any, no: int) -> None:
+        """The event of checkpoint `no` wrote a row. Raises `InvalidInput` for one that can't be kept."""
+        row, extra = table.entity.checked(row)
+        row_id = row.id
+        table.put(row_id, row, extra)
+        table.delta[row_id] = row
+        if self._kept and id(table) in self._kept:
+            table.changes[row_id, no] = row
+
+    def delete(self, table: Table, row_id: Any, no: int) -> None:
+        """The event of checkpoint `no` deleted a row, whether there was one or not."""
+        row_id = table.entity.checked_id(row_id)
+        table.put(row_id, None, 0)
+        table.delta[row_id] = None
+        if self._kept and id(table) in self._kept:
+            table.changes[row_id, no] = None
+
+    # -- what the store says
+
+    def begin_read(self) -> None:
+        """A SELECT begins; until `end_read` nothing leaves memory (rule 2)."""
+        self._reads_count += 1
+
+    def end_read(self) -> None:
+        """A SELECT and what is made of it has ended."""
+        self._reads_count -= 1
+
+    def adopt(self, table: Table, row_id: Any, row: Any) -> Any:
+        """A SELECT says how a row stands; answers how it stands really (rule 1)."""
+        known = table.rows.get(row_id, MISSING)
+        if known is not MISSING:
+            return known
+        table.put(row_id, row, 0 if row is None else table.entity.extra_bytes(row))
+        return row
+
+    def found(self, table: Table, conditions: Sequence[Condition], rows: Iterable[Any]) -> list[Any]:
+        """Those of a SELECT as memory has them, and those only memory has, that fulfil the conditions, by id."""
+        first = conditions[0]
+        index = table.index(first.field)
+        for row in rows:
+            self.adopt(table, row.id, row)
+        if len(conditions) == 1 and first.values is not None:
+            index.complete.update(first.values)
+        return self.staged(table, conditions)
+
+    def staged(self, table: Table, conditions: Sequence[Condition]) -> list[Any]:
+        """The rows in memory that fulfil the conditions, by id."""
+        known = table.rows
+        first, rest = conditions[0], conditions[1:]
+        ids = sorted(table.index(first.field).ids(first))
+        found = [known[row_id] for row_id in ids]
+        return [row for row in found if all_hold(rest, row)] if rest else found
+
+    # -- what becomes of it
+
+    def cut(self) -> Staged:
+        """Close the batch: what it wrote, for the committer."""
+        staged = Staged([table.delta for table in self.tables], [table.changes for table in self.tables])
+        for table in self.tables:
+            table.pending.append(table.delta)
+            table.delta, table.changes = {}, {}
+        return staged
+
+    def committed(self, batches_count: int) -> None:
+        """The oldest cut batches are durable; of types that nobody reads their rows leave at once."""
+        for table in self.tables:
+            landed = [table.pending.popleft() for _ in range(batches_count)]
+            if not table.is_read and not self._reads_count:
+                for delta in landed:
+                    table.drop([row_id for row_id in delta if row_id in table.rows and not table.is_dirty(row_id)])
+
+    def evict(self, bytes_max: int) -> bool:
+        """Let committed rows leave, oldest first, until no more than `bytes_max` are held; False when that can't be."""
+        if self._reads_count:
+            return self.bytes <= bytes_max
+        for _ in range(len(self.tables)):
+            table = self.tables[self._hand % len(self.tables)]
+            while self.bytes > bytes_max:
+                if not self._evict_some(table):
+                    break
+            else:
+                return True
+            self._hand += 1
+        return self.bytes <= bytes_max
+
+    def _evict_some(self, table: Table) -> bool:
+        """One step; False when this table has nothing more to give."""
+        for start in range(0, len(table.rows), STEP_ROWS):
+            some = list(islice(table.rows, start, start + STEP_ROWS))
+            clean = [row_id for row_id in some if not table.is_dirty(row_id)]
+            if clean:
+                table.drop(clean)
+                return True
+        return False
+
+    def clear(self) -> None:
+        """Forget everything: the database has been rolled back."""
+        for table in self.tables:
+            table.rows, table.delta, table.changes = {}, {}, {}
+            table.pending.clear()
+            table.indexes.clear()
+            table.extra.clear()
+            table.extra_bytes = 0
+
+
+def table_of(tables: dict[type[Entity], Table], kind: Any) -> Table:
+    """The table of a class. Raises `InvalidInput`."""
+    table = tables.get(kind)
+    if table is None:
+        known = ", ".join(sorted(cls.__name__ for cls in tables))
+        name = getattr(kind, "__name__", repr(kind))
+        raise InvalidInput(f"{name} is no entity of this indexer", hint=f"its entities are: {known}")
+    return table

@@ -1,0 +1,185 @@
+"""Between rows and what a driver binds or answers, a column at a time: the loops run inside map, join and zip."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date, datetime
+from decimal import Decimal
+from functools import partial
+from typing import Any, Final
+from uuid import UUID
+
+import msgspec
+from msgspec.structs import astuple
+
+from headrace.core import entity as kinds
+from headrace.core.entity import INT64, Column, EntityType
+
+_LEAST, _MOST = INT64[0], INT64[-1]
+_encode: Final = msgspec.json.Encoder().encode
+NULL: Final = "\\N"
+_ESCAPES: Final = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
+
+Encode = Callable[[Any], Any]
+
+
+def json_text(value: Any) -> str:
+    """A value of a JSON column as its text."""
+    return _encode(value).decode()
+
+
+def _small_or_text(value: int) -> int | str:
+    return value if _LEAST <= value <= _MOST else str(value)
+
+
+def _moment(value: datetime) -> str:
+    return value.isoformat(timespec="microseconds")
+
+
+def _plain_decimal(value: Decimal) -> str:
+    return format(value, "f")
+
+
+def _value_of(value: Any) -> Any:
+    return value.value
+
+
+_SQLITE: Final[dict[str, Encode]] = {
+    kinds.INTEGER: _small_or_text, kinds.DECIMAL: _plain_decimal, kinds.MOMENT: _moment, kinds.DATE: date.isoformat,
+    kinds.IDENTIFIER: str, kinds.JSON: json_text,
+}  # fmt: skip
+
+
+def sqlite_encoder(column: Column) -> Encode | None:
+    """What turns a value into one that SQLite binds; None where it is that already. None stays None."""
+    return _value_of if column.enum is not None else _SQLITE.get(column.kind)
+
+
+def sqlite_value(column: Column, value: Any) -> Any:
+    """One value as SQLite binds it."""
+    encode = sqlite_encoder(column)
+    return value if encode is None or value is None else encode(value)
+
+
+def sqlite_rows(entity: EntityType, rows: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows as SQLite binds them."""
+    encoders = [sqlite_encoder(column) for column in entity.columns]
+    if not any(encoders) or not rows:
+        return list(map(astuple, rows))
+    columns = list(zip(*map(astuple, rows), strict=True))
+    return list(
+        zip(
+            *(
+                values if encode is None else [None if own is None else encode(own) for own in values]
+                for encode, values in zip(encoders, columns, strict=True)
+            ),
+            strict=True,
+        )
+    )
+
+
+def _decoders(entity: EntityType, by_kind: dict[str, Callable[[Any], Any]]) -> list[tuple[int, Callable[[Any], Any]]]:
+    found: list[tuple[int, Callable[[Any], Any]]] = []
+    for at, column in enumerate(entity.columns):
+        if column.enum is not None:
+            found.append((at, column.enum))
+        elif column.kind == kinds.JSON:
+            found.append((at, partial(entity.decoded, column.name)))
+        elif column.kind in by_kind:
+            found.append((at, by_kind[column.kind]))
+    return found
+
+
+class RowReader:
+    """Makes rows of what a driver answers, columns in the order of the struct's fields."""
+
+    def __init__(self, entity: EntityType, *, is_postgres: bool) -> None:
+        self._decoders = _decoders(entity, _FROM_POSTGRES if is_postgres else _FROM_SQLITE)
+        self._cls = entity.cls
+        self._names = entity.names
+        self._id_at = entity.names.index(kinds.ID)
+        parameters = inspect.signature(entity.cls).parameters.values()
+        order = [own.name for own in parameters if own.kind is not inspect.Parameter.KEYWORD_ONLY]
+        self._is_by_place = order == list(entity.names)
+
+    def rows(self, found: Iterable[Sequence[Any]]) -> list[Any]:
+        """All of them."""
+        return [self.row(values) for values in found]
+
+    def history(self, found: Iterable[Sequence[Any]]) -> list[tuple[Any, int, Any]]:
+        """Changes: rows with their checkpoint and whether it was a deletion at the end."""
+        return [
+            (self._id(values[self._id_at]), values[-2], None) if values[-1]
+            else ((row := self.row(values[:-2])).id, values[-2], row)
+            for values in found
+        ]  # fmt: skip
+
+    def _id(self, value: Any) -> Any:
+        for at, decode in self._decoders:
+            if at == self._id_at:
+                return decode(value)
+        return value
+
+    def row(self, values: Sequence[Any]) -> Any:
+        """One row."""
+        if self._decoders:
+            own = list(values)
+            for at, decode in self._decoders:
+                if own[at] is not None:
+                    own[at] = decode(own[at])
+            values = own
+        if self._is_by_place:
+            return self._cls(*values)
+        return self._cls(**dict(zip(self._names, values, strict=True)))
+
+
+_FROM_SQLITE: Final[dict[str, Callable[[Any], Any]]] = {
+    kinds.INTEGER: int, kinds.BOOL: bool, kinds.DECIMAL: Decimal, kinds.MOMENT: datetime.fromisoformat,
+    kinds.DATE: date.fromisoformat, kinds.IDENTIFIER: UUID,
+}  # fmt: skip
+
+_FROM_POSTGRES: Final[dict[str, Callable[[Any], Any]]] = {
+    kinds.INTEGER: int, kinds.IDENTIFIER: lambda found: UUID(int=found.int),
+}  # fmt: skip
+
+
+# -- the text format of COPY
+
+
+def _bytes_text(value: bytes) -> str:
+    return f"\\\\x{value.hex()}"
+
+
+def _bool_text(value: bool) -> str:
+    return "t" if value else "f"
+
+
+_COPIED: Final[dict[str, Callable[[Any], str]]] = {
+    kinds.INTEGER: str, kinds.BIGINT: str, kinds.FLOAT: repr, kinds.BOOL: _bool_text, kinds.BYTES: _bytes_text,
+    kinds.DECIMAL: _plain_decimal, kinds.MOMENT: _moment, kinds.DATE: date.isoformat, kinds.IDENTIFIER: str,
+    kinds.JSON: json_text,
+}  # fmt: skip
+
+
+def copy_column(column: Column, values: Sequence[Any]) -> Iterable[str]:
+    """A column as COPY reads it, escaped."""
+    if column.enum is not None:
+        values = [None if own is None else own.value for own in values]
+    if None in values:
+        rest = iter(copy_column(column._replace(enum=None), [own for own in values if own is not None]))
+        return [NULL if own is None else next(rest) for own in values]
+    encode = _COPIED.get(column.kind)
+    texts: Sequence[str] = values if encode is None else list(map(encode, values))
+    if column.kind in (kinds.TEXT, kinds.JSON):
+        joined = "".join(texts)
+        if "\\" in joined or "\n" in joined or "\r" in joined or "\t" in joined:
+            return [text.translate(_ESCAPES) for text in texts]
+    return texts
+
+
+def copy_rows(entity: EntityType, rows: Sequence[Any], *more: Sequence[str]) -> bytes:
+    """Rows as COPY reads them, with more columns at the end."""
+    columns = zip(*map(astuple, rows), strict=True)
+    texts = [copy_column(column, values) for column, values in zip(entity.columns, columns, strict=True)]
+    return ("\n".join(map("\t".join, zip(*texts, *more, strict=True))) + "\n").encode()

@@ -1,0 +1,235 @@
+"""`MemoryEntities`: the tables of indexers as plain dicts, the specification that the other two are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from headrace.core.condition import Condition, all_hold
+from headrace.core.entity import EntityType
+from headrace.core.sequencer import Position
+from headrace.foundation.errors import Conflict, NotFound, StoreBroken
+from headrace.store.entities.protocol import Commit, Enqueued, HistoryGone, LeaseLost, Plan, Standing, Write
+from headrace.store.entities.schema import Kept, changes_of, check_names, tables_of
+from headrace.store.memory import MemoryStore
+from headrace.store.protocol import NewBatch
+
+
+class _Checkpoint(NamedTuple):
+    no: int
+    source: str
+    position: Position
+
+
+class MemoryEntities:
+    """Tables of indexers in this process, beside the batches of a `MemoryStore`, on its loop."""
+
+    works_beside = False
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self._standings: dict[tuple[str, str], Standing] = {}
+        self._kept: dict[str, Kept] = {}
+        self._rows: dict[str, dict[Any, Any]] = {}
+        self._history: dict[str, dict[tuple[Any, int], Any]] = {}
+        self._checkpoints: dict[tuple[str, str], list[_Checkpoint]] = {}
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+    async def prepare(self, plan: Plan) -> Standing:
+        """Make or extend the tables."""
+        check_names(plan.entities)
+        changes = changes_of(plan, self._kept, set(tables_of(self._kept)))
+        key = (plan.environment, plan.indexer)
+        standing = self._standings.setdefault(key, Standing(environment=plan.environment, name=plan.indexer))
+        log = self._checkpoints.setdefault(key, [])
+        if any(change.creates_history for change in changes):
+            log.clear()
+            standing.floor_no, standing.floor_positions = standing.no, standing.positions
+        for change in changes:
+            entity, keeps = change.entity, plan.keeps_history(change.entity)
+            rows = self._rows.setdefault(entity.table, {})
+            if change.drops_history or change.creates_history:
+                self._history.pop(entity.table, None)
+            past = self._history.setdefault(entity.table, {}) if keeps else {}
+            for kept in (rows, past):
+                for row_key, row in kept.items():
+                    kept[row_key] = row and entity.cls(**{name: getattr(row, name) for name in row.__struct_fields__})
+            columns = {column.name: column.form for column in entity.columns}
+            self._kept[entity.table] = Kept(plan.environment, plan.indexer, columns, keeps)
+        return msgspec.structs.replace(standing)
+
+    async def standings(self, environment: str) -> list[Standing]:
+        """Every indexer."""
+        return [msgspec.structs.replace(own) for key, own in sorted(self._standings.items()) if key[0] == environment]
+
+    async def take(self, seen: Standing, holder: str) -> int | None:
+        """Lease it."""
+        standing = self._find(seen.environment, seen.name)
+        if (standing.token, standing.beats) != (seen.token, seen.beats):
+            return None
+        standing.token += 1
+        standing.beats += 1
+        standing.holder = holder
+        return standing.token
+
+    async def beat(self, environment: str, name: str, token: int) -> bool:
+        """A sign of life."""
+        standing = self._find(environment, name)
+        standing.beats += standing.token == token
+        return standing.token == token
+
+    async def leave(self, environment: str, name: str, token: int) -> None:
+        """Give it back."""
+        standing = self._find(environment, name)
+        if standing.token == token:
+            standing.holder = ""
+            standing.beats += 1
+
+    async def commit(self, commit: Commit, *, now_us: int) -> None:
+        """Guard first; what could still refuse (the runs) before what can't."""
+        plan = commit.plan
+        standing = self._held(plan, commit.token)
+        if standing.no != commit.old_no:
+            if (standing.no, standing.positions) == (commit.no, commit.positions):
+                return
+            raise StoreBroken(f"the indexer stands at {standing.no}, where {commit.old_no} was left")
+        if commit.enqueued is not None:
+            await self._enqueue(plan, commit.enqueued, now_us)
+        standing.no, standing.positions = commit.no, dict(commit.positions)
+        standing.is_caught_up, standing.moved_us = commit.is_caught_up, now_us
+        standing.beats += 1
+        log = self._checkpoints[plan.environment, plan.indexer]
+        log += [_Checkpoint(*own) for own in commit.checkpoints]
+        for write in commit.writes:
+            self._write(write, keeps_history=plan.keeps_history(write.entity))
+        if commit.floor_no is not None:
+            self._prune(plan, standing, commit.floor_no)
+
+    async def _enqueue(self, plan: Plan, enqueued: Enqueued, now_us: int) -> None:
+        batch_id, chunks = enqueued
+        new = NewBatch(id=batch_id, environment=plan.environment, kind="stream", metadata={"indexer": plan.indexer})
+        await self._store.create_batch(new, now_us=now_us)
+        await self._store.append(batch_id, chunks, now_us=now_us)
+        await self._store.seal(batch_id, None, now_us=now_us)
+
+    def _write(self, write: Write, *, keeps_history: bool) -> None:
+        rows = self._rows[write.entity.table]
+        if keeps_history:
+            past = self._history[write.entity.table]
+            known = {row_id for row_id, _ in past}
+            for row_id in {row_id for row_id, _, _ in write.changes} - known:
+                if row_id in rows:
+                    past[row_id, 0] = rows[row_id]
+            past.update({(row_id, no): row for row_id, no, row in write.changes})
+        rows.update({row.id: row for row in write.rows})
+        for row_id in write.deleted:
+            rows.pop(row_id, None)
+
+    def _prune(self, plan: Plan, standing: Standing, floor_no: int) -> None:
+        standing.floor_positions = self._positions_at(standing, floor_no)
+        standing.floor_no = floor_no
+        log = self._checkpoints[plan.environment, plan.indexer]
+        log[:] = [own for own in log if own.no > floor_no]
+        for entity in plan.entities:
+            if plan.keeps_history(entity):
+                past = self._history[entity.table]
+                later = {row_id for row_id, no in past if no > floor_no}
+                newest: dict[Any, int] = {}
+                for row_id, no in past:
+                    if no <= floor_no:
+                        newest[row_id] = max(no, newest.get(row_id, no))
+                for row_id, no in list(past):
+                    if no <= floor_no and (no < newest[row_id] or row_id not in later):
+                        del past[row_id, no]
+
+    async def rollback(self, plan: Plan, token: int, *, old_no: int, source: str, to: Position | None) -> Standing:
+        """Go back."""
+        standing = self._held(plan, token)
+        if standing.no != old_no:
+            raise StoreBroken(f"the indexer stands at {standing.no}, where {old_no} was left", indexer=plan.indexer)
+        if not plan.history:
+            raise HistoryGone("nothing is kept of what a rollback would need", indexer=plan.indexer)
+        floor, last = standing.floor_positions.get(source), standing.positions.get(source)
+        if to is not None and last is not None and type(to) is not type(last):
+            raise Conflict(f"positions of {source} are like {last!r}, not like {to!r}", indexer=plan.indexer)
+        if floor is not None and (to is None or to < floor):  # type: ignore[operator]  # both are of one type, see above
+            raise HistoryGone(f"can't go back to {to!r}: history is kept back to {floor!r}", indexer=plan.indexer)
+        log = self._checkpoints[plan.environment, plan.indexer]
+        after = [own.no for own in log if own.source == source and (to is None or own.position > to)]  # type: ignore[operator]  # both are of one type, see above
+        no = min(after) - 1 if after else standing.no
+        standing.positions = self._positions_at(standing, no)
+        standing.no, standing.is_caught_up = no, False
+        log[:] = [own for own in log if own.no <= no]
+        for entity in plan.entities:
+            if plan.keeps_history(entity):
+                self._restore(entity, no)
+        return msgspec.structs.replace(standing)
+
+    def _restore(self, entity: EntityType, no: int) -> None:
+        rows, past = self._rows[entity.table], self._history[entity.table]
+        for row_id in {row_id for row_id, at in past if at > no}:
+            before = max((at for own, at in past if own == row_id and at <= no), default=None)
+            row = None if before is None else past[row_id, before]
+            rows.pop(row_id, None)
+            if row is not None:
+                rows[row_id] = row
+        for key in [key for key in past if key[1] > no]:
+            del past[key]
+
+    def _positions_at(self, standing: Standing, no: int) -> dict[str, Position]:
+        if no == standing.no:
+            return standing.positions
+        found = dict(standing.floor_positions)
+        for own in self._checkpoints[standing.environment, standing.name]:
+            if own.no <= no:
+                found[own.source] = own.position
+        return found
+
+    async def load(self, entity: EntityType, ids: Sequence[Any]) -> list[Any]:
+        """Rows by id."""
+        rows = self._rows[entity.table]
+        return [rows[row_id] for row_id in ids if row_id in rows]
+
+    async def find(self, entity: EntityType, conditions: Sequence[Condition]) -> list[Any]:
+        """Rows by condition."""
+        return [row for _, row in sorted(self._rows[entity.table].items()) if all_hold(conditions, row)]
+
+    async def history(self, entity: EntityType) -> list[tuple[Any, int, Any]]:
+        """All rows of history."""
+        past = self._history[entity.table]
+        return [(row_id, no, past[row_id, no]) for row_id, no in sorted(past)]
+
+    async def checkpoints(self, environment: str, name: str) -> list[tuple[int, str, Position]]:
+        """The events that are kept."""
+        return [(own.no, own.source, own.position) for own in self._checkpoints[environment, name]]
+
+    async def build_index(self, entity: EntityType, field: str) -> None:
+        """There are none."""
+
+    async def reset(self, environment: str, name: str) -> list[str]:
+        """Forget it."""
+        self._find(environment, name)
+        own = {
+            table: kept for table, kept in self._kept.items() if (kept.environment, kept.indexer) == (environment, name)
+        }
+        for table in own:
+            del self._kept[table], self._rows[table]
+            self._history.pop(table, None)
+        del self._standings[environment, name], self._checkpoints[environment, name]
+        return tables_of(own)
+
+    def _find(self, environment: str, name: str) -> Standing:
+        standing = self._standings.get((environment, name))
+        if standing is None:
+            raise NotFound(f"there is no indexer {name!r}", environment=environment)
+        return standing
+
+    def _held(self, plan: Plan, token: int) -> Standing:
+        standing = self._find(plan.environment, plan.indexer)
+        if standing.token != token:
+            raise LeaseLost(f"the indexer {plan.indexer!r} is worked on by {standing.holder}", indexer=plan.indexer)
+        return standing

@@ -1,0 +1,284 @@
+"""`PostgresEntities`: the tables of indexers in the schema where batches are.
+
+Rows go in by COPY. Those of a type of which no row was ever written twice go straight into their table; when one is
+there already after all, the piece is undone and merged, and so is every later one. All others go by COPY into a
+temporary table that empties itself at COMMIT, and from there in one statement into their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from io import BytesIO
+from typing import Any, Final, TypeVar
+
+import asyncpg
+
+from headrace.core.condition import Condition
+from headrace.core.entity import ID, JSON, Column, EntityType
+from headrace.core.sequencer import Position
+from headrace.store.entities.codecs import RowReader, copy_column, copy_rows, json_text
+from headrace.store.entities.protocol import Commit, Plan, Standing, Write
+from headrace.store.entities.schema import Change, changes_of, check_names, tables_of
+from headrace.store.entities.sql import CHECKPOINT, HISTORY_SUFFIX, IS_DELETED, Dialect
+from headrace.store.postgres.migrating import LOCK
+from headrace.store.postgres.pool import Connection, Prepared, prepared
+from headrace.store.postgres.store import PostgresStore
+from headrace.store.verbs import indexing
+from headrace.store.verbs.script import Script, fetch
+
+T = TypeVar("T")
+
+COPY_ROWS: Final = 50_000
+BULK_TIMEOUT_S: Final = 600
+
+
+class PostgresEntities:
+    """Tables of indexers in one schema; the connections are those of a `PostgresStore`."""
+
+    works_beside = True
+
+    def __init__(self, store: PostgresStore, runs_max: int) -> None:
+        self._store = store
+        self._runs_max = runs_max
+        self._dialect = Dialect("postgres", store.schema)
+        self._readers: dict[str, RowReader] = {}
+        self._prepared: dict[str, Prepared] = {}
+        self._rewritten: set[str] = set()
+
+    async def close(self) -> None:
+        """The store closes its own connections."""
+
+    async def _script(self, script: Callable[[], Script[T]]) -> T:
+        return await self._store.within(lambda _, run: run(script()))
+
+    async def _rows(self, sql: str, *values: Any) -> list[Any]:
+        known = self._prepared.get(sql)
+        if known is None:
+            known = self._prepared[sql] = prepared(sql, [str(number) for number in range(len(values))])
+        return await self._store.fetched(known, {str(number): value for number, value in enumerate(values)})
+
+    # -- tables
+
+    async def prepare(self, plan: Plan) -> Standing:
+        """Make or extend the tables, one process at a time."""
+        check_names(plan.entities)
+        return await self._store.within(lambda connection, run: self._prepare(connection, run, plan))
+
+    async def _prepare(
+        self, connection: Connection, run: Callable[[Script[Any]], Awaitable[Any]], plan: Plan
+    ) -> Standing:
+        await run(fetch("migration_lock", lock=LOCK))
+        standing: Standing = await run(indexing.found_or_made(plan.environment, plan.indexer))
+        kept = await run(indexing.kept_tables())
+        existing = {row[0] for row in await run(fetch("existing_tables", schema=self._store.schema))}
+        changes = changes_of(plan, kept, existing)
+        if any(change.creates_history for change in changes):
+            await run(indexing.start_history(plan, standing))
+        for change in changes:
+            await self._change(connection, plan, change)
+            await run(indexing.keep_table(plan, change.entity))
+        found: Standing = await run(indexing.find(plan.environment, plan.indexer))
+        return found
+
+    async def _change(self, connection: Connection, plan: Plan, change: Change) -> None:
+        entity, dialect = change.entity, self._dialect
+        if change.creates:
+            await connection.raw.execute(dialect.create(entity))
+        if change.drops_history:
+            await connection.raw.execute(dialect.drop(entity.table + HISTORY_SUFFIX))
+        tables = [entity.table, *([entity.table + HISTORY_SUFFIX] if plan.keeps_history(entity) else [])]
+        for table in tables[:1] if change.creates_history else tables:
+            for column in change.adds:
+                await connection.raw.execute(dialect.add_column(table, column))
+                if not column.is_optional or column.default is not None:
+                    await connection.raw.execute(
+                        dialect.fill_column(table, column), _bound(column, column.default), timeout=BULK_TIMEOUT_S
+                    )
+        if change.creates_history:
+            for sql in dialect.create_history(entity):
+                await connection.raw.execute(sql)
+        for column in entity.columns:
+            if column.is_indexed and not plan.defer_indexes:
+                await connection.raw.execute(dialect.create_index(entity, column), timeout=BULK_TIMEOUT_S)
+
+    async def build_index(self, entity: EntityType, field: str) -> None:
+        """Make the index over a field now."""
+        sql = self._dialect.create_index(entity, entity.column(field))
+        await self._store.within(lambda connection, _: connection.raw.execute(sql, timeout=BULK_TIMEOUT_S))
+
+    async def reset(self, environment: str, name: str) -> list[str]:
+        """Drop all tables of an indexer."""
+
+        async def work(connection: Connection, run: Callable[[Script[Any]], Awaitable[Any]]) -> list[str]:
+            tables = tables_of(await run(indexing.forget(environment, name)))
+            for table in tables:
+                await connection.raw.execute(self._dialect.drop(table))
+            return tables
+
+        return await self._store.within(work)
+
+    # -- the lease
+
+    async def standings(self, environment: str) -> list[Standing]:
+        """Every indexer."""
+        return await self._script(lambda: indexing.standings(environment))
+
+    async def take(self, seen: Standing, holder: str) -> int | None:
+        """Lease it."""
+        return await self._script(lambda: indexing.take(seen, holder))
+
+    async def beat(self, environment: str, name: str, token: int) -> bool:
+        """A sign of life."""
+        return await self._script(lambda: indexing.beat(environment, name, token))
+
+    async def leave(self, environment: str, name: str, token: int) -> None:
+        """Give it back."""
+        await self._script(lambda: indexing.leave(environment, name, token))
+
+    # -- commits
+
+    async def commit(self, commit: Commit, *, now_us: int) -> None:
+        """Guard, runs, rows, history, COMMIT."""
+
+        async def work(connection: Connection, run: Callable[[Script[Any]], Awaitable[Any]]) -> None:
+            if not await run(indexing.move(commit, now_us)):
+                return
+            await run(indexing.note(commit))
+            if commit.enqueued is not None:
+                batch_id, chunks = commit.enqueued
+                await run(indexing.enqueue(commit.plan, batch_id, chunks, self._runs_max, now_us))
+            for write in commit.writes:
+                if commit.plan.keeps_history(write.entity):
+                    await self._keep(connection, write)
+                await self._write(connection, write)
+            if commit.floor_no is not None:
+                await run(indexing.raise_floor(commit, commit.floor_no))
+                for entity in commit.plan.entities:
+                    if commit.plan.keeps_history(entity):
+                        await connection.raw.execute(
+                            self._dialect.prune(entity), commit.floor_no, timeout=BULK_TIMEOUT_S
+                        )
+
+        await self._store.within(work)
+
+    async def _write(self, connection: Connection, write: Write) -> None:
+        entity = write.entity
+        if write.rows and not await self._inserted(connection, write):
+            self._rewritten.add(entity.table)
+            await self._merge(connection, write)
+        if write.deleted:
+            self._rewritten.add(entity.table)
+            sql = self._dialect.delete(entity, len(write.deleted))
+            await connection.raw.execute(sql, list(write.deleted), timeout=BULK_TIMEOUT_S)
+
+    async def _inserted(self, connection: Connection, write: Write) -> bool:
+        """Whether all rows were new; nothing has happened when one was not."""
+        entity = write.entity
+        if entity.table in self._rewritten:
+            return False
+        await connection.raw.execute("SAVEPOINT before_copy")
+        try:
+            await self._copy(connection, entity, entity.table, write.rows, schema=self._store.schema)
+        except asyncpg.UniqueViolationError:
+            await connection.raw.execute("ROLLBACK TO SAVEPOINT before_copy")
+            return False
+        await connection.raw.execute("RELEASE SAVEPOINT before_copy")
+        return True
+
+    async def _merge(self, connection: Connection, write: Write) -> None:
+        entity, dialect = write.entity, self._dialect
+        name = dialect.incoming(entity)
+        await connection.raw.execute(dialect.create_incoming(entity))
+        await self._copy(connection, entity, name, write.rows)
+        await connection.raw.execute(dialect.upsert(entity, dialect.select_incoming(entity)), timeout=BULK_TIMEOUT_S)
+
+    async def _copy(
+        self, connection: Connection, entity: EntityType, table: str, rows: Sequence[Any], *, schema: str | None = None
+    ) -> None:
+        for start in range(0, len(rows), COPY_ROWS):
+            await connection.raw.copy_to_table(
+                table,
+                source=BytesIO(copy_rows(entity, rows[start : start + COPY_ROWS])),
+                columns=list(entity.names),
+                schema_name=schema,
+                timeout=BULK_TIMEOUT_S,
+            )
+
+    async def _keep(self, connection: Connection, write: Write) -> None:
+        """Changes into the history, with how the rows stood before the first of them."""
+        entity, dialect = write.entity, self._dialect
+        ids = list(dict.fromkeys(row_id for row_id, _, _ in write.changes))
+        await connection.raw.execute(dialect.anchor(entity, len(ids)), ids, timeout=BULK_TIMEOUT_S)
+        there = [(no, row) for _, no, row in write.changes if row is not None]
+        gone = [(row_id, no) for row_id, no, row in write.changes if row is None]
+        pieces = []
+        if there:
+            nos = [str(no) for no, _ in there]
+            pieces.append((list(entity.names), copy_rows(entity, [row for _, row in there], nos, ["f"] * len(there))))
+        if gone:
+            own_ids = copy_column(entity.id_column, [row_id for row_id, _ in gone])
+            lines = [f"{own}\t{no}\tt\n" for own, (_, no) in zip(own_ids, gone, strict=True)]
+            pieces.append(([ID], "".join(lines).encode()))
+        for names, data in pieces:
+            await connection.raw.copy_to_table(
+                entity.table + HISTORY_SUFFIX,
+                source=BytesIO(data),
+                columns=[*names, CHECKPOINT, IS_DELETED],
+                schema_name=self._store.schema,
+                timeout=BULK_TIMEOUT_S,
+            )
+
+    async def rollback(self, plan: Plan, token: int, *, old_no: int, source: str, to: Position | None) -> Standing:
+        """Go back."""
+
+        async def work(connection: Connection, run: Callable[[Script[Any]], Awaitable[Any]]) -> Standing:
+            standing: Standing = await run(indexing.go_back(plan, token, old_no, source, to))
+            for entity in plan.entities:
+                if plan.keeps_history(entity):
+                    for sql in self._dialect.restore(entity):
+                        await connection.raw.execute(sql, standing.no, timeout=BULK_TIMEOUT_S)
+            return standing
+
+        return await self._store.within(work)
+
+    # -- reading
+
+    def _reader(self, entity: EntityType) -> RowReader:
+        reader = self._readers.get(entity.table)
+        if reader is None:
+            reader = self._readers[entity.table] = RowReader(entity, is_postgres=True)
+        return reader
+
+    async def load(self, entity: EntityType, ids: Sequence[Any]) -> list[Any]:
+        """Rows by id."""
+        return self._reader(entity).rows(await self._rows(self._dialect.select_ids(entity, len(ids)), list(ids)))
+
+    async def find(self, entity: EntityType, conditions: Sequence[Condition]) -> list[Any]:
+        """Rows by condition."""
+        if not conditions:
+            return self._reader(entity).rows(await self._rows(self._dialect.select(entity)))
+        question = self._dialect.select_where(entity, conditions)
+        values = [
+            [_bound(column, own) for own in value] if isinstance(value, list) else _bound(column, value)
+            for column, value in question.values
+        ]
+        return self._reader(entity).rows(await self._rows(question.sql, *values))
+
+    async def history(self, entity: EntityType) -> list[tuple[Any, int, Any]]:
+        """All rows of history."""
+        return self._reader(entity).history(await self._rows(self._dialect.select_history(entity)))
+
+    async def checkpoints(self, environment: str, name: str) -> list[tuple[int, str, Position]]:
+        """The events that are kept."""
+        return await self._script(lambda: indexing.checkpoints(environment, name))
+
+
+def _bound(column: Column, value: Any) -> Any:
+    """One value as the driver binds it."""
+    if value is None:
+        return None
+    if column.enum is not None:
+        return value.value
+    if column.kind == JSON:
+        return json_text(value)
+    return value

@@ -1,0 +1,286 @@
+"""`SqliteEntities`: the tables of indexers in the file where batches are.
+
+It writes on a connection of its own, in whatever thread the committer lives: between it and the writer of batches
+stands SQLite's own lock, waited for as long as a busy file is. Many rows are one statement of many VALUES (rule R13):
+executing one a row would let a CPU-bound handler in between each two, and unlike JSON a bound value is exact.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Final, TypeVar
+
+from headrace.core.condition import Condition
+from headrace.core.entity import ID, INTEGER, EntityType
+from headrace.core.sequencer import Position
+from headrace.foundation.errors import StoreUnavailable
+from headrace.store.entities.codecs import RowReader, sqlite_rows, sqlite_value
+from headrace.store.entities.protocol import Commit, Plan, Standing, Write
+from headrace.store.entities.schema import Change, changes_of, check_names, tables_of
+from headrace.store.entities.sql import Dialect
+from headrace.store.sqlite.store import SqliteStore, run_script
+from headrace.store.sqlite.writer import as_fault
+from headrace.store.verbs import indexing
+from headrace.store.verbs.script import Rows, Script, fetch
+
+T = TypeVar("T")
+
+VALUES_MAX: Final = 32_766
+STATEMENT_ROWS: Final = (1_000, 100, 10, 1)
+"""Rows in one statement: few sizes, so that each is compiled once."""
+CACHE_KIB: Final = 32 * 1024
+
+
+class SqliteEntities:
+    """Tables of indexers in one SQLite file; shares the file, and nothing else, with `SqliteStore`."""
+
+    works_beside = True
+
+    def __init__(self, store: SqliteStore, runs_max: int) -> None:
+        self._store = store
+        self._runs_max = runs_max
+        self._dialect = Dialect("sqlite")
+        self._local = threading.local()
+        self._opened: list[sqlite3.Connection] = []
+        self._readers: dict[str, RowReader] = {}
+        self._is_open = True
+
+    # -- connections
+
+    def _connection(self) -> sqlite3.Connection:
+        """This thread's connection."""
+        if not self._is_open:
+            raise StoreUnavailable("the store is closed")
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._store.connect()
+            connection.execute(f"PRAGMA cache_size = -{CACHE_KIB:d}")
+            self._local.connection = connection
+            self._opened.append(connection)
+        return connection
+
+    async def close(self) -> None:
+        """Close every connection."""
+        self._is_open = False
+        for connection in self._opened:
+            connection.close()
+        self._opened.clear()
+
+    def _within(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """One transaction that writes."""
+        try:
+            connection = self._connection()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                answer = work(connection)
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # a full disk has ended it already (rule R12)
+                    connection.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise as_fault(error) from error
+        return answer
+
+    def _script(self, script: Script[T]) -> T:
+        return self._within(lambda connection: run_script(connection, script))
+
+    def _rows(self, sql: str, values: Sequence[Any] = ()) -> Rows:
+        try:
+            return self._connection().execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise as_fault(error) from error
+
+    # -- tables
+
+    async def prepare(self, plan: Plan) -> Standing:
+        """Make or extend the tables."""
+        check_names(plan.entities)
+        return self._within(lambda connection: self._prepare(connection, plan))
+
+    def _prepare(self, connection: sqlite3.Connection, plan: Plan) -> Standing:
+        standing = run_script(connection, indexing.found_or_made(plan.environment, plan.indexer))
+        kept = run_script(connection, indexing.kept_tables())
+        existing = {row[0] for row in run_script(connection, fetch("existing_tables"))}
+        changes = changes_of(plan, kept, existing)
+        if any(change.creates_history for change in changes):
+            run_script(connection, indexing.start_history(plan, standing))
+        for change in changes:
+            self._change(connection, plan, change)
+            run_script(connection, indexing.keep_table(plan, change.entity))
+        return run_script(connection, indexing.find(plan.environment, plan.indexer))
+
+    def _change(self, connection: sqlite3.Connection, plan: Plan, change: Change) -> None:
+        entity, dialect = change.entity, self._dialect
+        if change.creates:
+            connection.execute(dialect.create(entity))
+        if change.drops_history:
+            connection.execute(dialect.drop(f"{entity.table}_history"))
+        tables = [entity.table, *([f"{entity.table}_history"] if plan.keeps_history(entity) else [])]
+        for table in tables[:1] if change.creates_history else tables:
+            for column in change.adds:
+                connection.execute(dialect.add_column(table, column))
+                if not column.is_optional or column.default is not None:
+                    connection.execute(dialect.fill_column(table, column), (sqlite_value(column, column.default),))
+        if change.creates_history:
+            for sql in dialect.create_history(entity):
+                connection.execute(sql)
+        for column in entity.columns:
+            if column.is_indexed and not plan.defer_indexes:
+                connection.execute(dialect.create_index(entity, column))
+
+    async def build_index(self, entity: EntityType, field: str) -> None:
+        """Make the index over a field now."""
+        sql = self._dialect.create_index(entity, entity.column(field))
+        self._within(lambda connection: connection.execute(sql))
+
+    async def reset(self, environment: str, name: str) -> list[str]:
+        """Drop all tables of an indexer."""
+
+        def work(connection: sqlite3.Connection) -> list[str]:
+            tables = tables_of(run_script(connection, indexing.forget(environment, name)))
+            for table in tables:
+                connection.execute(self._dialect.drop(table))
+            return tables
+
+        return self._within(work)
+
+    # -- the lease
+
+    async def standings(self, environment: str) -> list[Standing]:
+        """Every indexer."""
+        return self._script(indexing.standings(environment))
+
+    async def take(self, seen: Standing, holder: str) -> int | None:
+        """Lease it."""
+        return self._script(indexing.take(seen, holder))
+
+    async def beat(self, environment: str, name: str, token: int) -> bool:
+        """A sign of life."""
+        return self._script(indexing.beat(environment, name, token))
+
+    async def leave(self, environment: str, name: str, token: int) -> None:
+        """Give it back."""
+        self._script(indexing.leave(environment, name, token))
+
+    # -- commits
+
+    async def commit(self, commit: Commit, *, now_us: int) -> None:
+        """Guard, runs, rows, history, COMMIT."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            if not run_script(connection, indexing.move(commit, now_us)):
+                return
+            run_script(connection, indexing.note(commit))
+            if commit.enqueued is not None:
+                batch_id, chunks = commit.enqueued
+                run_script(connection, indexing.enqueue(commit.plan, batch_id, chunks, self._runs_max, now_us))
+            for write in commit.writes:
+                self._write(connection, write, keeps_history=commit.plan.keeps_history(write.entity))
+            if commit.floor_no is not None:
+                run_script(connection, indexing.raise_floor(commit, commit.floor_no))
+                for entity in commit.plan.entities:
+                    if commit.plan.keeps_history(entity):
+                        connection.execute(self._dialect.prune(entity), (commit.floor_no,))
+
+        self._within(work)
+
+    def _write(self, connection: sqlite3.Connection, write: Write, *, keeps_history: bool) -> None:
+        entity, dialect = write.entity, self._dialect
+        if keeps_history:
+            self._keep(connection, write)
+        rows = sqlite_rows(entity, write.rows)
+        for piece in _pieces(rows, len(entity.columns)):
+            connection.execute(dialect.upsert(entity, _values(len(piece), len(entity.columns))), _flat(piece))
+        for ids in _pieces([(sqlite_value(entity.id_column, own),) for own in write.deleted], 1):
+            connection.execute(dialect.delete(entity, len(ids)), _flat(ids))
+
+    def _keep(self, connection: sqlite3.Connection, write: Write) -> None:
+        entity, dialect = write.entity, self._dialect
+        ids = [
+            (sqlite_value(entity.id_column, own),) for own in dict.fromkeys(row_id for row_id, _, _ in write.changes)
+        ]
+        for piece in _pieces(ids, 1):
+            connection.execute(dialect.anchor(entity, len(piece)), _flat(piece))
+        width = len(entity.columns) + 2
+        there = [(no, row) for _, no, row in write.changes if row is not None]
+        rows = sqlite_rows(entity, [row for _, row in there]) if there else []
+        kept = [(*row, no, 0) for row, (no, _) in zip(rows, there, strict=True)]
+        for row_id, no, row in write.changes:
+            if row is None:
+                own = sqlite_value(entity.id_column, row_id)
+                kept.append((*(own if name == ID else None for name in entity.names), no, 1))
+        for piece in _pieces(kept, width):
+            connection.execute(dialect.insert_history(entity, _values(len(piece), width)), _flat(piece))
+
+    async def rollback(self, plan: Plan, token: int, *, old_no: int, source: str, to: Position | None) -> Standing:
+        """Go back."""
+
+        def work(connection: sqlite3.Connection) -> Standing:
+            standing = run_script(connection, indexing.go_back(plan, token, old_no, source, to))
+            for entity in plan.entities:
+                if plan.keeps_history(entity):
+                    for sql in self._dialect.restore(entity):
+                        connection.execute(sql, (standing.no,))
+            return standing
+
+        return self._within(work)
+
+    # -- reading
+
+    def _reader(self, entity: EntityType) -> RowReader:
+        reader = self._readers.get(entity.table)
+        if reader is None:
+            reader = self._readers[entity.table] = RowReader(entity, is_postgres=False)
+        return reader
+
+    async def load(self, entity: EntityType, ids: Sequence[Any]) -> list[Any]:
+        """Rows by id."""
+        found: list[Any] = []
+        for piece in _pieces([(sqlite_value(entity.id_column, own),) for own in ids], 1):
+            found += self._rows(self._dialect.select_ids(entity, len(piece)), _flat(piece))
+        return self._reader(entity).rows(found)
+
+    async def find(self, entity: EntityType, conditions: Sequence[Condition]) -> list[Any]:
+        """Rows by condition."""
+        if conditions:
+            question = self._dialect.select_where(entity, conditions)
+            found = self._rows(question.sql, [sqlite_value(column, value) for column, value in question.values])
+        else:
+            found = self._rows(self._dialect.select(entity))
+        rows = self._reader(entity).rows(found)
+        if entity.id_column.kind == INTEGER:  # those over 64 bits are texts there, which sort elsewhere
+            rows.sort(key=lambda row: row.id)
+        return rows
+
+    async def history(self, entity: EntityType) -> list[tuple[Any, int, Any]]:
+        """All rows of history."""
+        rows = self._rows(self._dialect.select_history(entity))
+        return self._reader(entity).history(rows)
+
+    async def checkpoints(self, environment: str, name: str) -> list[tuple[int, str, Position]]:
+        """The events that are kept."""
+        return self._script(indexing.checkpoints(environment, name))
+
+
+def _pieces(rows: Sequence[tuple[Any, ...]], width: int) -> Iterator[Sequence[tuple[Any, ...]]]:
+    """Rows in the few sizes that statements are made for."""
+    start = 0
+    for size in STATEMENT_ROWS:
+        if size * width > VALUES_MAX:
+            continue
+        while len(rows) - start >= size:
+            yield rows[start : start + size]
+            start += size
+
+
+def _values(count: int, width: int) -> str:
+    row = f"({','.join('?' * width)})"
+    return f"VALUES {','.join([row] * count)}"
+
+
+def _flat(rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+    return list(chain.from_iterable(rows))

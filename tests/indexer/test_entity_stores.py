@@ -1,0 +1,521 @@
+"""What every house of entity tables must do, one suite over all of them."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import msgspec
+import pytest
+
+from headrace.core.condition import above, any_of, at_least, at_most, below, between, conditions_of
+from headrace.core.entity import Entity, EntityType, Indexed, Int64
+from headrace.core.sequencer import Position
+from headrace.foundation.errors import Conflict, InvalidInput, InvalidSetting, NotFound, StoreBroken
+from headrace.store.entities.protocol import Commit, HistoryGone, LeaseLost, Plan, SchemaChanged, Standing, Write
+from headrace.store.entities.sql import RESERVED, quoted
+from headrace.store.statements import migrations
+from tests.indexer.houses import HOUSES, House, opened
+
+BYTES_MAX = 1_000_000
+EVERY = pytest.mark.parametrize("name", list(HOUSES))
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Size(enum.IntEnum):
+    S = 1
+    L = 2
+
+
+class Inner(msgspec.Struct, frozen=True):
+    x: int
+    y: list[float] = []
+
+
+class Account(Entity):
+    id: str
+    balance: int = 0
+    country: Indexed[str] = ""
+
+
+class Wide(Entity):
+    id: int
+    huge: Indexed[int] = 0
+    small: Int64 = 0
+    ratio: Indexed[float] = 0.0
+    flag: Indexed[bool] = False
+    text: Indexed[str | None] = None
+    raw: bytes = b""
+    price: Indexed[Decimal] = Decimal(0)
+    at: Indexed[datetime | None] = None
+    day: Indexed[date | None] = None
+    key: Indexed[UUID | None] = None
+    colour: Indexed[Colour] = Colour.RED
+    size: Size = Size.S
+    names: list[str] = []
+    inner: Inner | None = None
+    anything: Any = None
+    pairs: dict[str, int] = {}
+
+
+class ByKey(Entity, kw_only=True, table="keyed"):
+    note: str = ""
+    id: UUID
+
+
+ACCOUNT = EntityType(Account, row_bytes_max=BYTES_MAX)
+WIDE = EntityType(Wide, row_bytes_max=BYTES_MAX)
+KEYED = EntityType(ByKey, row_bytes_max=BYTES_MAX)
+WIDES = [
+    Wide(1),
+    Wide(
+        2,
+        huge=10**40,
+        small=-(2**63),
+        ratio=0.1 + 0.2,
+        flag=True,
+        text="tab\tnew\nline \\N \\. é 漢 🙂 '\"",
+        raw=bytes(range(256)),
+        price=Decimal("-12345678901234567890.123456789"),
+        at=datetime(2026, 2, 3, 4, 5, 6, 789, tzinfo=UTC),
+        day=date(1, 1, 1),
+        key=UUID(int=5),
+        colour=Colour.BLUE,
+        size=Size.L,
+        names=["a\\b", "", "é\n"],
+        inner=Inner(3, [0.1, 1e300]),
+        anything={"z": 1, "a": [1.0, 2, None, True]},
+        pairs={"b": 2**70, "a": 1},
+    ),
+    Wide(3, huge=-(10**30), ratio=5e-324, text="", price=Decimal("1.00"), at=datetime(9999, 12, 31, tzinfo=UTC)),
+    Wide(4, huge=2**63 - 1, ratio=1.7976931348623157e308, text="\\N", price=Decimal("1.0")),
+    Wide(-5, huge=2**63, ratio=-2.5, text="z", price=Decimal("0.3"), day=date(9999, 12, 31)),
+]
+
+
+class Book:
+    """One indexer over a house: commits numbered by hand."""
+
+    def __init__(self, house: House, entities: Sequence[EntityType], *, history: bool = True) -> None:
+        self.house = house
+        self.plan = Plan("default", "book", tuple(entities), history)
+        self.token = 0
+        self.no = 0
+        self.positions: dict[str, Position] = {}
+
+    async def begin(self) -> Standing:
+        standing = await self.house.entities.prepare(self.plan)
+        token = await self.house.entities.take(standing, "tester")
+        assert token is not None
+        self.token, self.no, self.positions = token, standing.no, dict(standing.positions)
+        return standing
+
+    async def commit(self, changes: Sequence[dict[Any, Any]], *, entity: EntityType = ACCOUNT, **more: Any) -> None:
+        """One event for each dict of `id: row or None`."""
+        old_no, latest, history = self.no, {}, []
+        log = []
+        for change in changes:
+            self.no += 1
+            latest.update(change)
+            history += [(row_id, self.no, row) for row_id, row in change.items()]
+            log.append((self.no, "main", self.no * 10))
+            self.positions = {"main": self.no * 10}
+        rows = [row for row in latest.values() if row is not None]
+        write = Write(entity, rows, [own for own, row in latest.items() if row is None], history)
+        commit = Commit(
+            self.plan, self.token, old_no, self.no, self.positions, [write], log if self.plan.history else (), **more
+        )
+        self.last = commit
+        await self.house.entities.commit(commit, now_us=1)
+
+    async def rows(self, entity: EntityType = ACCOUNT) -> list[Any]:
+        return await self.house.entities.find(entity, ())
+
+    async def back(self, to: Position | None) -> Standing:
+        standing = await self.house.entities.rollback(self.plan, self.token, old_no=self.no, source="main", to=to)
+        self.no, self.positions = standing.no, dict(standing.positions)
+        return standing
+
+
+def account(name: str, balance: int = 0, country: str = "NZ") -> Account:
+    return Account(name, balance, country)
+
+
+@EVERY
+async def test_every_type_of_value_comes_back_as_it_was_set(name: str, tmp_path: Path) -> None:
+    async with opened(name, tmp_path) as house:
+        book = Book(house, [WIDE, KEYED])
+        await book.begin()
+        checked = {row.id: WIDE.checked(row)[0] for row in WIDES}
+        await book.commit([checked], entity=WIDE)
+        key = ByKey(id=UUID(int=7), note="by key")
+        await book.commit([{key.id: key}, {UUID(int=8): None}], entity=KEYED)
+        wanted = [checked[own] for own in sorted(checked)]
+        for found in (
+            await book.rows(WIDE),
+            sorted(await house.entities.load(WIDE, list(checked)), key=lambda row: row.id),
+        ):
+            assert list(map(repr, found)) == list(map(repr, wanted))
+            assert [type(own.key) for own in found] == [type(own.key) for own in wanted]
+        assert [row for _, _, row in await house.entities.history(WIDE)] == wanted
+        assert await book.rows(KEYED) == [key]
+        assert await house.entities.history(KEYED) == [(key.id, 2, key), (UUID(int=8), 3, None)]
+
+
+@EVERY
+async def test_where_finds_what_a_walk_over_all_rows_finds(name: str, tmp_path: Path) -> None:
+    async with opened(name, tmp_path) as house:
+        book = Book(house, [WIDE])
+        await book.begin()
+        rows = [WIDE.checked(row)[0] for row in WIDES]
+        await book.commit([{row.id: row for row in rows}], entity=WIDE)
+        questions: list[dict[str, Any]] = [
+            {"huge": 10**40}, {"huge": any_of(0, -(10**30), 2**63)}, {"huge": at_least(2**63)}, {"huge": below(0)},
+            {"huge": between(-(10**31), 5)}, {"ratio": 0.1 + 0.2}, {"ratio": above(0.1)}, {"flag": True}, {"text": None},
+            {"text": any_of(None, "\\N")}, {"text": at_most("a")}, {"price": Decimal("1.000")}, {"price": above(Decimal(1))},
+            {"price": between(Decimal("0.3"), Decimal(1))}, {"at": datetime(9999, 12, 31, tzinfo=UTC)},
+            {"at": below(datetime(9000, 1, 1, tzinfo=UTC))}, {"day": at_least(date(1, 1, 1))}, {"key": UUID(int=5)},
+            {"colour": Colour.BLUE}, {"colour": any_of(Colour.RED, Colour.BLUE), "flag": False}, {"flag": any_of()},
+        ]  # fmt: skip
+        for asked in questions:
+            conditions = conditions_of(WIDE, asked)
+            wanted = [row for row in sorted(rows, key=lambda row: row.id) if all(own.holds(row) for own in conditions)]
+            found = await house.entities.find(WIDE, conditions)
+            assert [row for row in found if all(own.holds(row) for own in conditions)] == wanted, asked
+
+
+@EVERY
+async def test_the_last_change_of_an_id_stands_and_history_keeps_each(name: str, tmp_path: Path) -> None:
+    async with opened(name, tmp_path) as house:
+        book = Book(house, [ACCOUNT])
+        await book.begin()
+        await book.commit([{"a": account("a", 1)}, {"a": account("a", 2), "b": account("b")}, {"b": None}])
+        await book.commit([{"a": account("a", 3)}, {"c": account("c"), "gone": None}])
+        assert await book.rows() == [account("a", 3), account("c")]
+        assert await house.entities.history(ACCOUNT) == [
+            ("a", 1, account("a", 1)), ("a", 2, account("a", 2)), ("a", 4, account("a", 3)), ("b", 2, account("b")),
+            ("b", 3, None), ("c", 5, account("c")), ("gone", 5, None),
+        ]  # fmt: skip
+
+
+@EVERY
+async def test_a_commit_lands_once_however_often_it_is_repeated(name: str, tmp_path: Path) -> None:
+    async with opened(name, tmp_path) as house:
+        book = Book(house, [ACCOUNT])
+        await book.begin()
+        await book.commit([{"a": account("a", 1)}])
+        await house.entities.commit(book.last, now_us=2)
+        await book.commit([{"a": account("a", 2)}])
+        with pytest.raises(StoreBroken):
+            await house.entities.commit(book.last._replace(no=9), now_us=3)
+        assert await book.rows() == [account("a", 2)]
+        assert len(await house.entities.history(ACCOUNT)) == 2
+
+
+@EVERY
+async def test_a_lease_that_another_took_commits_nothing(name: str, tmp_path: Path) -> None:
+    async with opened(name, tmp_path) as house:
+        old, new = Book(house, [ACCOUNT]), Book(house, [ACCOUNT])
+        await old.begin()
+        assert await house.entities.beat("default", "book", old.token)
+        seen = await house.entities.prepare(old.plan)
+        assert seen.holder == "tester"
+        assert await house.entities.beat("default", "book", old.token)
+        assert await house.entities.take(seen, "late") is None, "it lives: it has beaten since it was seen"
+        await new.begin()
+        assert not await house.entities.beat("default", "book", old.token)
+        with pytest.raises(LeaseLost):
+            await old.commit([{"a": account("a")}])
+        with pytest.raises(LeaseLost):
+            await old.back(None)
+        await house.entities.leave("default", "book", old.token)
+        (standing,) = await house.entities.standings("default")
+        assert (standing.holder, standing.no) == ("tester", 0)
+        await house.entities.leave("default", "book", new.token)
+        (standing,) = await house.entities.standings("default")
+        assert standing.holder == ""
+        assert await new.rows() == []
+
+
+@EVERY
+async def test_a_rollback_restores_what_stood_and_may_be_followed_by_another(name: str, tmp_path: Path) -> None:
+    async with opened(name, tmp_path) as house:
+        book = Book(house, [ACCOUNT])
+        await book.begin()
+        states: list[list[Any]] = [[]]
+        for event in (
+            {"a": account("a", 1)}, {"a": None, "b": account("b", 1)}, {"a": account("a", 3)}, {"c": account("c"), "b": None},
+            {"b": account("b", 5)}, {"c": None, "a": account("a", 6)},
+        ):  # fmt: skip
+            await book.commit([event])
+            states.append(await book.rows())
+        history = await house.entities.history(ACCOUNT)
+        for to, no in ((55, 5), (50, 5), (31, 3), (20, 2), (None, 0)):
+            standing = await book.back(to)
+            assert (standing.no, standing.positions) == (no, {"main": no * 10} if no else {})
+            assert await book.rows() == states[no]
+            assert await house.entities.history(ACCOUNT) == [own for own in history if own[1] <= no]
+            assert [own for own, _, _ in await house.entities.checkpoints("default", "book")] == list(range(1, no + 1))
+        await book.commit([{"a": account("a", 9)}])
+        assert await house.entities.history(ACCOUNT) == [("a", 1, account("a", 9))]
+
+
+@EVERY
+async def test_pruned_history_still_goes_back_to_its_floor_and_not_before(name: str, tmp_path: Path) -> None:
+    async with opened(name, tmp_path) as house:
+        book = Book(house, [ACCOUNT])
+        await book.begin()
+        for number in range(1, 9):
+            await book.commit([{"hot": account("hot", number), f"once{number}": account(f"once{number}")}])
+        await book.commit([{"once1": None, "hot": None}], floor_no=5)
+        kept = await house.entities.history(ACCOUNT)
+        assert [(own, no) for own, no, _ in kept if own == "hot"] == [
+            ("hot", 5),
+            ("hot", 6),
+            ("hot", 7),
+            ("hot", 8),
+            ("hot", 9),
+        ]
+        assert {own for own, no, _ in kept if no <= 5} == {"hot", "once1"}, (
+            "rows that no later change builds on need none"
+        )
+        await book.commit([{"once2": None}])
+        assert ("once2", 0, account("once2")) in await house.entities.history(ACCOUNT), "how it stood before is kept"
+        with pytest.raises(HistoryGone):
+            await book.back(40)
+        with pytest.raises(HistoryGone):
+            await book.back(None)
+        standing = await book.back(50)
+        assert (standing.no, standing.positions) == (5, {"main": 50})
+        names = [f"once{number}" for number in range(1, 6)]
+        assert await book.rows() == [account("hot", 5), *map(account, names)]
+
+
+@EVERY
+async def test_without_history_nothing_is_kept_and_nothing_goes_back(name: str, tmp_path: Path) -> None:
+    async with opened(name, tmp_path) as house:
+        book = Book(house, [ACCOUNT], history=False)
+        await book.begin()
+        await book.commit([{"a": account("a", 1)}, {"a": account("a", 2)}])
+        with pytest.raises(HistoryGone):
+            await book.back(10)
+        kept = Book(house, [ACCOUNT], history=True)
+        assert (await kept.begin()).floor_no == 2
+        await kept.commit([{"a": account("a", 3)}])
+        await kept.back(20)
+        assert await kept.rows() == [account("a", 2)]
+        with pytest.raises(HistoryGone):
+            await kept.back(10)
+
+
+def variant(**fields: Any) -> EntityType:
+    """`Account` as another version of the program has it: `name=(type, default)`."""
+    namespace: dict[str, Any] = {"__annotations__": {name: own[0] for name, own in fields.items()}}
+    namespace |= {name: own[1] for name, own in fields.items() if len(own) > 1}
+    make: Any = type(Entity)
+    return EntityType(make("Account", (Entity,), namespace), row_bytes_max=BYTES_MAX)
+
+
+@EVERY
+async def test_a_new_field_is_added_with_its_default_to_rows_and_history(name: str, tmp_path: Path) -> None:
+    later = variant(
+        id=(str,), balance=(int, 0), country=(Indexed[str], ""), tier=(Indexed[str], "free"), note=(str | None, None)
+    )
+    async with opened(name, tmp_path) as house:
+        first = Book(house, [ACCOUNT])
+        await first.begin()
+        await first.commit([{"a": account("a", 1)}])
+        book = Book(house, [later])
+        assert (await book.begin()).no == 1
+        old = later.cls("a", 1, "NZ", "free", None)
+        assert await book.rows(later) == [old]
+        assert await house.entities.find(later, conditions_of(later, {"tier": "free"})) == [old]
+        await book.commit([{"b": later.cls("b", tier="gold")}], entity=later)
+        await book.back(10)
+        assert [row for _, _, row in await house.entities.history(later)] == [old]
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("fields", "difference"),
+    [
+        ({"balance": (str, "")}, "balance was integer and is text"),
+        ({"balance": (int | None, None)}, "balance was integer and is an optional integer"),
+        ({"id": (int,)}, "id was text and is integer"),
+        ({"country": None}, "the field country (text) is gone"),
+        ({"needed": (str,)}, "needed is new and has no default"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+async def test_a_changed_type_is_refused_with_the_difference(
+    name: str, tmp_path: Path, fields: dict[str, Any], difference: str
+) -> None:
+    whole = {"id": (str,), "balance": (int, 0), "country": (Indexed[str], "")} | fields
+    ordered = sorted(((n, d) for n, d in whole.items() if d is not None), key=lambda own: len(own[1]))
+    later = variant(**dict(ordered))
+    async with opened(name, tmp_path) as house:
+        book = Book(house, [ACCOUNT])
+        await book.begin()
+        await book.commit([{"a": account("a", 1)}])
+        with pytest.raises(SchemaChanged, match=difference.replace("(", r"\(").replace(")", r"\)")):
+            await house.entities.prepare(Plan("default", "book", (later,), True))
+        await book.commit([{"a": account("a", 2)}])
+        assert await book.rows() == [account("a", 2)]
+
+
+@EVERY
+async def test_a_table_belongs_to_one_indexer_and_no_name_is_taken_twice(name: str, tmp_path: Path) -> None:
+    class Span(Entity):
+        id: str
+
+    class AccountHistory(Entity):
+        id: str
+
+    class Checked(Entity):
+        id: str
+        checkpoint: int = 0
+
+    async with opened(name, tmp_path) as house:
+        await house.entities.prepare(Plan("default", "book", (ACCOUNT,), True))
+        with pytest.raises(Conflict, match="belongs to the indexer 'book'"):
+            await house.entities.prepare(Plan("default", "other", (ACCOUNT,), True))
+        for more, words in (
+            (Span, "Headrace's own"),
+            (AccountHistory, "would share"),
+            (Checked, "a column of the history"),
+        ):
+            entity = EntityType(more, row_bytes_max=BYTES_MAX)
+            with pytest.raises(InvalidSetting, match=words):
+                await house.entities.prepare(Plan("default", "book", (ACCOUNT, entity), True))
+        assert await house.entities.reset("default", "book") == ["account", "account_history"]
+        with pytest.raises(NotFound):
+            await house.entities.reset("default", "book")
+        assert (await house.entities.prepare(Plan("default", "other", (ACCOUNT,), False))).no == 0
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgres"])
+async def test_a_table_that_somebody_else_made_is_left_alone(name: str, tmp_path: Path) -> None:
+    async with opened(name, tmp_path) as house:
+        if name == "sqlite":
+            house.entities._connection().execute("CREATE TABLE account (mine)")  # type: ignore[attr-defined]  # of the house
+        else:
+            schema = house.store.schema  # type: ignore[attr-defined]  # of the house
+            await house.store.within(lambda db, _: db.raw.execute(f'CREATE TABLE "{schema}".account (mine int)'))  # type: ignore[attr-defined]  # of the house
+        with pytest.raises(Conflict, match="no indexer made"):
+            await house.entities.prepare(Plan("default", "book", (ACCOUNT,), True))
+        assert await house.entities.standings("default") == []
+
+
+@pytest.mark.parametrize("package", ["headrace.store.sqlite", "headrace.store.postgres"])
+def test_no_entity_can_take_the_name_of_a_table_of_headrace_itself(package: str) -> None:
+    import re
+
+    scripts = "\n".join(script for _, script in migrations(package))
+    made = re.findall(r"CREATE (?:TABLE|SEQUENCE) (?:\{schema\}\.)?(\w+)", scripts)
+    assert set(made) <= RESERVED
+
+
+@pytest.mark.parametrize("name", ['a"b', "a b", "A", "", "é", "a;drop", "a" * 64, "1a"])
+def test_what_is_no_plain_name_never_gets_into_sql(name: str) -> None:
+    with pytest.raises(InvalidInput):
+        quoted(name)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (Account("a\0b"), "NUL"),
+        (Account("\ud800"), "not text that can be stored"),
+        (Account(3), "a text is wanted"),  # type: ignore[arg-type]  # that is the fault
+        (Account("a", True), "a whole number is wanted"),
+        (Account("a", 10**4_000), "digits"),
+        (Account("a", country=None), "has no country"),  # type: ignore[arg-type]  # that is the fault
+        (Account("x" * 2_001), "2,001 bytes of id"),
+        (Account("a", country="é" * 1_001), "2,002 bytes of country"),
+        ("a", "Account is wanted"),
+        (Wide(1), "Account is wanted"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_row_that_no_database_could_keep_is_refused_by_name(row: Any, words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        ACCOUNT.checked(row)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ratio": float("nan")}, "finite"), ({"ratio": float("inf")}, "finite"), ({"small": 2**63}, "64 bits"),
+        ({"price": Decimal("NaN")}, "finite"), ({"price": Decimal("1e2000")}, "digits"), ({"price": 1.5}, "Decimal"),
+        ({"at": datetime(2026, 1, 1)}, "time zone"),  # noqa: DTZ001 - that is the fault
+        ({"at": datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=2)))}, "years 1 to 9999"),
+        ({"day": datetime(2026, 1, 1, tzinfo=UTC)}, "a date is wanted"), ({"raw": "text"}, "bytes are wanted"),
+        ({"key": "text"}, "UUID"), ({"colour": "red"}, "Colour is wanted"), ({"names": [1]}, "Expected"),
+        ({"names": ["\0"]}, "NUL"), ({"inner": {"x": "y"}}, "Expected"), ({"anything": object()}, "Encoding"),
+        ({"flag": 1}, "True or False"), ({"anything": "x" * BYTES_MAX}, "a row at most"), ({"text": 5}, "a text is wanted"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_that_no_database_could_keep_is_refused_by_name(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        WIDE.checked(msgspec.structs.replace(Wide(1), **change))
+
+
+def test_a_value_is_brought_into_the_one_form_that_comes_back() -> None:
+    row, _ = WIDE.checked(
+        Wide(1, ratio=-0.0, price=Decimal("1e3"), at=datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=2))))
+    )
+    assert (str(row.ratio), str(row.price), row.at.isoformat()) == ("0.0", "1000", "2026-01-01T10:00:00+00:00")
+    names = ["a"]
+    row, _ = WIDE.checked(Wide(1, names=names))
+    names.append("b")
+    assert row.names == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({}, "asks for nothing"), ({"nope": 1}, "has no field"), ({"balance": 1}, "not indexed"), ({"id": "a"}, "get_many"),
+        ({"country": 3}, "a text is wanted"), ({"country": None}, "has no country"), ({"country": between(None, None)}, "no bound"),
+        ({"country": any_of(*map(str, range(10_001)))}, "at most 10000"), ({"country": below(3)}, "a text is wanted"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_question_that_can_t_be_answered_says_how_to_ask(wanted: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        conditions_of(ACCOUNT, wanted)
+
+
+def test_a_class_that_can_t_be_a_table_is_refused_by_name() -> None:
+    class NoId(Entity):
+        name: str
+
+    class FloatId(Entity):
+        id: float
+
+    class ListIndex(Entity):
+        id: str
+        names: Indexed[list[str]] = []
+
+    class Bad(Entity, table="drop table"):
+        id: str
+
+    for cls, words in (
+        (NoId, "has no id"),
+        (FloatId, "can't be"),
+        (ListIndex, "can't be indexed"),
+        (Bad, "can't name a table"),
+    ):
+        with pytest.raises(InvalidSetting, match=words):
+            EntityType(cls, row_bytes_max=BYTES_MAX)
+    with pytest.raises(InvalidSetting, match="is no entity"):
+        EntityType(Inner, row_bytes_max=BYTES_MAX)  # type: ignore[arg-type]  # that is the fault

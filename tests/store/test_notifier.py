@@ -124,10 +124,10 @@ class Deafened(PostgresNotifier):
     is_deaf = False
     begun_count = 0
 
-    async def _begin_listening(self, connection: Any) -> None:
+    async def _serve(self, connection: Any) -> None:
         self.is_deaf = False
-        await super()._begin_listening(connection)
         self.begun_count += 1
+        await super()._serve(connection)
 
     def _heard(self, connection: Any, pid: int, channel: str, words: str) -> None:
         if not self.is_deaf:

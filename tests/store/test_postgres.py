@@ -27,11 +27,11 @@ from headrace.foundation.errors import (
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.hot import PLACES
-from headrace.store.postgres.pool import SETTINGS, Connection, compiled
+from headrace.store.postgres.pool import SETTINGS, compiled
 from headrace.store.protocol import Lease, Release
 from headrace.store.statements import migrations
-from headrace.store.verbs.script import Rows
 from tests.postgres import Server, server
+from tests.store.backstage import beside, schema_of, statements_of, waiting_for_a_lock
 from tests.store.world import NOBODY, START_US, World, chunks_of, fresh_schema, indexes_of, settlement_of
 
 T = TypeVar("T")
@@ -70,57 +70,6 @@ def own() -> Iterator[Server]:
     started.start()
     yield started
     started.remove()
-
-
-def house(world: World) -> PostgresStore:
-    """The store of a world, as what it is."""
-    assert isinstance(world.store, PostgresStore)
-    return world.store
-
-
-@asynccontextmanager
-async def beside(dsn: str | None = None, **more: Any) -> AsyncIterator[Any]:
-    """A connection that is not the store's."""
-    connection = await asyncpg.connect(dsn or server().dsn, **more)
-    try:
-        yield connection
-    finally:
-        await connection.close()
-
-
-def schema_of(world: World) -> str:
-    """The schema's name."""
-    return house(world)._schema
-
-
-async def waiting_for_a_lock(world: World, watcher: Any) -> int:
-    """The backend of the store that waits for a lock, as soon as there is one."""
-    while True:
-        pid = await watcher.fetchval(
-            "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1",
-            f'%"{schema_of(world)}"%',
-        )
-        if pid is not None:
-            return int(pid)
-
-
-async def statements_of(world: World, work: Callable[[], Awaitable[T]]) -> tuple[T, list[str]]:
-    """What some work answers, and the names of the statements it sent, transactions included."""
-    sent: list[str] = []
-    store = house(world)
-
-    async def fetch(connection: Connection, name: str, /, **values: Any) -> Rows:
-        sent.append(name)
-        return await PostgresStore._fetch(store, connection, name, **values)
-
-    async def begin(connection: Connection, how: str) -> None:
-        sent.append("begin")
-        await PostgresStore._begin(store, connection, how)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(store, "_fetch", fetch)
-        patched.setattr(store, "_begin", begin)
-        return await work(), sent
 
 
 # -- R3, R4: what is decided is decided on locked rows

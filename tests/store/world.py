@@ -31,6 +31,7 @@ from headrace.store.protocol import (
 )
 from headrace.store.sqlite import SqliteStore
 from tests import invariants
+from tests.pooler import pooled_dsn
 from tests.postgres import server
 
 SECOND_US = 1_000_000
@@ -41,15 +42,21 @@ UNKNOWN = Suspects(places=None, evidence="killed by signal 9")
 NOBODY = Suspects(places={}, evidence="")
 
 
-def fresh_schema(folder: Path) -> str:
+def fresh_schema(folder: Path, dsn: str | None = None) -> str:
     """The URL of a schema that no other test has."""
-    return f"{server().dsn}?schema=test_{hashlib.sha256(str(folder).encode()).hexdigest()[:24]}"
+    return f"{dsn or server().dsn}?schema=test_{hashlib.sha256(str(folder).encode()).hexdigest()[:24]}"
+
+
+def pooled_store(folder: Path, limits: Limits) -> PostgresStore:
+    """A store behind a pooler that gives each transaction another session; migrations go past it."""
+    return PostgresStore(fresh_schema(folder, pooled_dsn()), limits, direct_url=fresh_schema(folder))
 
 
 FACTORIES: Mapping[str, Callable[[Path, Limits], Store]] = {
     "memory": lambda _, limits: MemoryStore(limits),
     "sqlite": lambda folder, limits: SqliteStore(folder / "headrace.db", limits),
     "postgres": lambda folder, limits: PostgresStore(fresh_schema(folder), limits),
+    "pooled": pooled_store,
 }
 
 

@@ -121,7 +121,14 @@ class PostgresNotifier:
         """Listen and tell until the connection ends."""
         connection.raw.add_termination_listener(lambda _: self._wake.set())
         if not connection.is_pooled:
-            await self._begin_listening(connection)
+            await connection.raw.add_listener(self._channel, self._heard)
+            self.is_listening = await self._hears_itself(connection)
+            if not self.is_listening:
+                LOG.info("news can't be heard through a pooler; polling goes on", hint="set HEADRACE_DIRECT_DSN")
+                self._address = self._address._replace(pooler="transaction")
+                return
+            for hear in self._hears.values():  # what was missed until now is news
+                hear()
         while not connection.raw.is_closed():
             self._wake.clear()
             words, wait_s = self._ready()
@@ -133,16 +140,6 @@ class PostgresNotifier:
             except TimeoutError:
                 if self.is_listening and not self._told and not await self._hears_itself(connection):
                     return
-
-    async def _begin_listening(self, connection: Connection) -> None:
-        """What was missed until now is news. A session that is not one of its own does not hear itself."""
-        await connection.raw.add_listener(self._channel, self._heard)
-        self.is_listening = await self._hears_itself(connection)
-        if not self.is_listening:
-            await connection.raw.remove_listener(self._channel, self._heard)
-            LOG.info("news can't be heard through a pooler; polling goes on", hint="set HEADRACE_DIRECT_DSN")
-        for hear in self._hears.values():
-            hear()
 
     async def _hears_itself(self, connection: Connection) -> bool:
         self._has_heard_itself = False

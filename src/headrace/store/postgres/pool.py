@@ -173,7 +173,7 @@ class Pool:
             self._check_open()
             while self._idle:
                 connection = self._idle.pop()
-                if connection.is_usable:
+                if self._is_of_use(connection):
                     return connection
                 self._end(connection)
             connection = await connect(self.address)
@@ -189,7 +189,7 @@ class Pool:
 
     def _give_back(self, connection: Connection) -> None:
         now_s = asyncio.get_running_loop().time()
-        if connection.is_usable and not self._is_closed:
+        if self._is_of_use(connection) and not self._is_closed:
             connection.idle_since_s = now_s
             self._idle.append(connection)
         else:
@@ -198,12 +198,16 @@ class Pool:
             self._end(self._idle.pop(0))
         self._slots.release()
 
+    def _is_of_use(self, connection: Connection) -> bool:
+        """Whether another verb may have it: not if it was made before a pooler was noticed."""
+        return connection.is_usable and (connection.is_pooled or self.address.pooler != "transaction")
+
     def _end(self, connection: Connection) -> None:
         self._open.discard(connection)
         connection.raw.terminate()
 
     def forget(self) -> None:
-        """The connections there are lead to something else than was thought: none is used again."""
+        """None of the connections there are is used again."""
         for connection in self._idle:
             self._end(connection)
         self._idle.clear()

@@ -222,7 +222,7 @@ class PostgresStore(ScriptedStore):
     async def _tried(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """What the server undid to keep transactions apart is done again; other errors are told as what they mean."""
         for tries_left in range(TRIES - 1, -1, -1):
-            pool = await self._pool()
+            pool, connection = await self._pool(), None
             try:
                 async with pool.borrowed() as connection:
                     return await work(connection)
@@ -231,10 +231,9 @@ class PostgresStore(ScriptedStore):
                     raise as_fault(error) from error
                 await asyncio.sleep(0)
             except ANOTHER_SESSION as error:  # nothing was done: a statement that isn't there does nothing
-                if not tries_left or self.address.pooler == "transaction":
+                if not tries_left or connection is None or connection.is_pooled:
                     raise as_fault(error) from error
-                self.address = self.address._replace(pooler="transaction")
-                self._forget_pools()
+                self._notice_pooler()
             except STALE as error:
                 if not tries_left:
                     raise as_fault(error) from error
@@ -307,11 +306,11 @@ class PostgresStore(ScriptedStore):
         pool, _ = self._pools[loop]
         return pool
 
-    def _forget_pools(self) -> None:
-        """Connect anew: what is behind the connections is not what was thought."""
-        for loop, (pool, _) in list(self._pools.items()):
+    def _notice_pooler(self) -> None:
+        """What is behind the connections is not what was thought: from now on each is one to a pooler."""
+        self.address = self.address._replace(pooler="transaction")
+        for pool, _ in list(self._pools.values()):
             pool.address = self.address
-            loop.call_soon_threadsafe(pool.forget)
 
     async def _ended_with(self, loop: asyncio.AbstractEventLoop, pool: Pool) -> AsyncGenerator[None, None]:
         """A loop closes its generators before it ends: the only notice there is that its connections end too."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -29,7 +28,6 @@ from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.hot import PLACES
 from headrace.store.postgres.pool import SETTINGS, compiled
 from headrace.store.protocol import Lease, Release
-from headrace.store.statements import migrations
 from tests.postgres import Server, server
 from tests.store.backstage import beside, schema_of, statements_of, waiting_for_a_lock
 from tests.store.world import NOBODY, START_US, World, chunks_of, fresh_schema, indexes_of, settlement_of
@@ -391,40 +389,7 @@ async def test_r9_a_claim_merges_lanes_by_priority_and_order(world: World) -> No
     assert sent[-1] == "claim_whole"
 
 
-# -- migrations
-
-
-async def test_many_processes_may_migrate_at_once(tmp_path: Path) -> None:
-    url = fresh_schema(tmp_path)
-    program = (
-        "import asyncio, sys\n"
-        "from headrace.foundation.limits import DEFAULT\n"
-        "from headrace.store.postgres import PostgresStore\n"
-        "async def main():\n"
-        "    store = PostgresStore(sys.argv[1], DEFAULT)\n"
-        "    await store.open()\n"
-        "    await store.close()\n"
-        "asyncio.run(main())\n"
-    )
-    processes = [
-        await asyncio.create_subprocess_exec(sys.executable, "-c", program, url, stderr=asyncio.subprocess.PIPE)
-        for _ in range(5)
-    ]
-    for process in processes:
-        _, said = await process.communicate()
-        assert process.returncode == 0, said.decode()
-    async with World(PostgresStore(url, DEFAULT)) as world:
-        assert (await world.store.check())["schema_version"] == migrations(PACKAGE)[-1][0]
-
-
-async def test_a_newer_schema_is_not_touched(world: World) -> None:
-    async with beside() as connection:
-        await connection.execute(f'UPDATE "{schema_of(world)}".version SET number = 999')
-        late = PostgresStore(f"{server().dsn}?schema={schema_of(world)}", DEFAULT)
-        with pytest.raises(StoreBroken, match="999") as refused:
-            await late.open()
-        assert "upgrade" in refused.value.hint
-        await late.close()
+# -- rights
 
 
 async def test_an_ordinary_user_keeps_to_its_own_schema(tmp_path: Path) -> None:

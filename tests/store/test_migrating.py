@@ -1,0 +1,154 @@
+"""Migrations of a Postgres schema while older processes are at work on it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from headrace.foundation.errors import StoreBroken, StoreUnavailable
+from headrace.foundation.limits import DEFAULT
+from headrace.store.postgres import PostgresStore, migrating
+from headrace.store.statements import migrations
+from tests.postgres import server
+from tests.store.backstage import beside, house, schema_of
+from tests.store.world import World, fresh_schema
+
+PACKAGE = "headrace.store.postgres"
+GENTLE = """
+ALTER TABLE {schema}.batch ADD COLUMN note text NOT NULL DEFAULT '';
+CREATE INDEX batch_noted ON {schema}.batch (note) WHERE note <> '';
+ALTER TABLE {schema}.span ADD COLUMN hint bigint NOT NULL DEFAULT 0;
+"""
+BREAKING = "ALTER TABLE {schema}.span RENAME COLUMN order_no TO position_no;"
+SLOW = "SELECT pg_sleep(0.3);"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """A world of an older version."""
+    return World(PostgresStore(fresh_schema(tmp_path), DEFAULT))
+
+
+Opening = Callable[[], Awaitable[PostgresStore]]
+
+
+@asynccontextmanager
+async def newer(world: World, script: str, **query: str) -> AsyncIterator[Opening]:
+    """A process of a version that has one migration more, opened when it is called."""
+    words = "".join(f"&{name}={value}" for name, value in query.items())
+    store = PostgresStore(f"{server().dsn}?schema={schema_of(world)}{words}", DEFAULT)
+    known = migrations(PACKAGE)
+
+    async def opened() -> PostgresStore:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(migrating, "migrations", lambda package: [*known, (len(known) + 1, script)])
+            opening = asyncio.create_task(store.open())
+            await asyncio.sleep(0)  # it has read which migrations there are
+        await opening
+        return store
+
+    try:
+        yield opened
+    finally:
+        await store.close()
+
+
+async def test_many_processes_may_migrate_at_once(tmp_path: Path) -> None:
+    url = fresh_schema(tmp_path)
+    program = (
+        "import asyncio, sys\n"
+        "from headrace.foundation.limits import DEFAULT\n"
+        "from headrace.store.postgres import PostgresStore\n"
+        "async def main():\n"
+        "    store = PostgresStore(sys.argv[1], DEFAULT)\n"
+        "    await store.open()\n"
+        "    await store.close()\n"
+        "asyncio.run(main())\n"
+    )
+    processes = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", program, url, stderr=asyncio.subprocess.PIPE)
+        for _ in range(5)
+    ]
+    for process in processes:
+        _, said = await process.communicate()
+        assert process.returncode == 0, said.decode()
+    async with World(PostgresStore(url, DEFAULT)) as world:
+        assert (await world.store.check())["schema_version"] == migrations(PACKAGE)[-1][0]
+
+
+async def test_a_newer_schema_is_not_touched(world: World) -> None:
+    async with beside() as connection:
+        await connection.execute(f'UPDATE "{schema_of(world)}".version SET number = 999')
+        late = PostgresStore(f"{server().dsn}?schema={schema_of(world)}", DEFAULT)
+        with pytest.raises(StoreBroken, match="999") as refused:
+            await late.open()
+        assert "upgrade" in refused.value.hint
+        await late.close()
+
+
+async def test_older_processes_work_on_while_a_newer_one_migrates(world: World) -> None:
+    batch_id = await world.filled(6_000, runs_max=20)
+
+    async def work() -> int:
+        return len(await world.run_all(await world.session(), runs_max=40))
+
+    working = [asyncio.create_task(work()) for _ in range(4)]
+    async with newer(world, GENTLE) as opened:
+        store = await opened()
+        assert (await store.check())["schema_version"] == migrations(PACKAGE)[-1][0] + 1
+        assert sum(await asyncio.gather(*working)) == 6_000
+        _, ledger = await world.store.batch(batch_id)
+        assert ledger.completed == 6_000
+        later = World(store)
+        await later.filled(100)
+        assert len(await world.run_all(await world.session())) == 100
+
+
+async def test_a_process_that_a_migration_overtook_says_so(world: World) -> None:
+    world.was_tampered_with = True
+    await world.filled(300)
+    session = await world.session()
+    async with newer(world, BREAKING) as opened:
+        await opened()
+        with pytest.raises(StoreBroken, match="has schema version") as overtaken:
+            await world.claim(session)
+        assert "upgrade Headrace" in overtaken.value.hint
+        assert not overtaken.value.retryable
+
+
+async def test_a_migration_that_has_to_wait_for_a_table_keeps_nobody_waiting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrating, "LOCK_TIMEOUT_MS", "30")
+    monkeypatch.setattr(migrating, "AGAIN_S", 0.01)
+    await world.filled(300)
+    async with newer(world, GENTLE) as opened, beside() as reader:
+        reading = reader.transaction()
+        await reading.start()
+        await reader.execute(f'LOCK TABLE "{schema_of(world)}".span IN ACCESS SHARE MODE')
+        with pytest.raises(StoreUnavailable, match="another transaction holds"):
+            await opened()
+        assert await world.run_all(await world.session()) == list(range(300))
+        await reading.rollback()
+        store = await opened()
+        assert (await store.check())["schema_version"] == migrations(PACKAGE)[-1][0] + 1
+
+
+async def test_statement_timeout_does_not_end_a_migration(world: World) -> None:
+    async with newer(world, SLOW, statement_timeout="100") as opened:
+        store = await opened()
+        assert (await store.check())["schema_version"] == migrations(PACKAGE)[-1][0] + 1
+
+
+async def test_a_migration_that_fails_leaves_nothing(world: World) -> None:
+    async with newer(world, GENTLE + "SELECT 1 / 0;") as opened:
+        with pytest.raises(StoreBroken, match="division by zero"):
+            await opened()
+    assert (await house(world).check())["schema_version"] == migrations(PACKAGE)[-1][0]
+    await world.filled(10)
+    assert len(await world.run_all(await world.session())) == 10

@@ -1,0 +1,91 @@
+"""A standby answers reads, refuses the rest in clear words, and takes over when it is promoted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from headrace.foundation.errors import InvalidSetting, StoreBroken, StoreUnavailable
+from headrace.foundation.limits import DEFAULT
+from headrace.store.postgres import PostgresNotifier, PostgresStore
+from headrace.store.postgres.address import address
+from headrace.store.protocol import NewBatch
+from tests.postgres import Server
+from tests.store.backstage import beside
+from tests.store.world import START_US, World, fresh_schema
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[Server, Server]]:
+    """A primary and its standby."""
+    primary = Server()
+    standby = Server(primary=primary)
+    yield primary, standby
+    standby.remove()
+    primary.remove()
+
+
+async def caught_up(primary: Server, standby: Server) -> None:
+    """Return when the standby has all that the primary has now."""
+    async with beside(primary.dsn) as there, beside(standby.dsn) as here:
+        position = await there.fetchval("SELECT pg_current_wal_flush_lsn()::text")
+        while not await here.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", position):
+            pass
+
+
+async def test_a_standby_answers_reads_refuses_the_rest_and_is_promoted(
+    pair: tuple[Server, Server], tmp_path: Path
+) -> None:
+    primary, standby = pair
+    async with World(PostgresStore(fresh_schema(tmp_path, primary.dsn), DEFAULT)) as world:
+        batch_id, session = await world.filled(600), await world.session()
+        first, *rest = await world.claim(session)
+        await world.settle(first)
+        await caught_up(primary, standby)
+
+        for word in ("", "&read_only=true"):
+            store = PostgresStore(fresh_schema(tmp_path, standby.dsn) + word, DEFAULT)
+            await store.open()
+            assert (await store.check())["standby"] is True
+            batch, ledger = await store.batch(batch_id)
+            assert (batch.state, ledger.completed, ledger.leased) == ("sealed", 256, 344)
+            assert [one.index for one in await store.outcomes(batch_id, 0, 10_000)] == list(range(256))
+            assert len(await store.runs("default", batch_id=batch_id, limit=1_000)) == 600
+            assert (await store.verify(batch_id)).differences == []
+            assert await store.queues("default")
+            assert await store.next_due_us("default", ["task"]) is None
+            assert [found.id for found in await store.sessions()] == [session]
+            kind = InvalidSetting if word else StoreUnavailable
+            with pytest.raises(kind, match="read") as refused:
+                await store.create_batch(NewBatch(id="b" * 32), now_us=START_US)
+            assert "primary" in refused.value.hint
+            with pytest.raises(kind, match="read"):
+                await store.heartbeat(session, now_us=START_US)
+            await store.close()
+
+        notifier = PostgresNotifier(address(standby.dsn), "any")
+        with notifier.awaited():
+            pass  # it can't listen there, and leaves it at polling
+        await notifier.close()
+
+        primary.stop("immediate")
+        with pytest.raises(StoreUnavailable):
+            await world.settle(rest[0])
+        standby.promote()
+        async with World(PostgresStore(fresh_schema(tmp_path, standby.dsn), DEFAULT)) as after:
+            for lease in rest:
+                assert await after.settle(lease) == "settled"
+            batch, ledger = await after.store.batch(batch_id)
+            assert (batch.state, ledger.completed) == ("completed", 600)
+        world.was_tampered_with = True  # its server is gone
+
+
+async def test_a_replica_of_another_version_says_what_to_do(tmp_path: Path) -> None:
+    store = PostgresStore(f"{fresh_schema(tmp_path)}&read_only=true", DEFAULT)
+    with pytest.raises(StoreBroken, match="schema version 0") as refused:
+        await store.open()
+    assert "headrace migrate" in refused.value.hint
+    with pytest.raises(InvalidSetting, match="read_only must be true or false"):
+        PostgresStore(f"{fresh_schema(tmp_path)}&read_only=yes", DEFAULT)

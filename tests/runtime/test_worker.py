@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 
 from headrace.core.retry import Retry
 from headrace.foundation.errors import StoreUnavailable
-from headrace.runtime import worker as room
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.context import Context
 from headrace.runtime.flusher import UpdatesUnflushed
@@ -301,6 +299,34 @@ async def test_a_graceful_stop_gives_back_what_had_not_begun_and_settles_the_res
         await worker.stop()
 
 
+async def test_r19_what_turned_slow_after_a_large_claim_is_run_by_who_is_idle(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as engine, app_on(engine) as slow, app_on(engine) as quick:
+        gate, began = asyncio.Event(), []
+
+        async def turns(item: int) -> int:
+            if item >= 20_000:
+                began.append(item)
+                await gate.wait()
+            return item
+
+        @quick.task(name="turns")
+        async def at_once(item: int) -> int:
+            return item
+
+        task = slow.task(turns)
+        batch = await task.map(range(24_000))
+        async with slow.worker(concurrency=4) as first:
+            while len(began) < 4:
+                await asyncio.sleep(0)
+            assert first._here.unbegun_count > 100, "it claimed ahead, as fast as it was"
+            async with quick.worker(concurrency=4):
+                while (await batch.summary()).ledger.completed < 23_996:
+                    await asyncio.sleep(0)
+            assert len(began) == 4, "all the others were run elsewhere"
+            gate.set()
+            assert (await batch.wait()).ledger.completed == 24_000
+
+
 async def test_what_nobody_began_is_free_for_others_before_the_grace_is_over(kind: str, tmp_path: Path) -> None:
     gate, begun = asyncio.Event(), asyncio.Event()
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
@@ -526,36 +552,3 @@ async def test_threads_of_plain_functions_run_side_by_side(kind: str, tmp_path: 
 
         async with app.worker(concurrency=4):
             assert await outputs(await meets.map(range(8))) == list(range(8))
-
-
-# -- pace
-
-
-def test_r19_claims_start_small_and_double(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = 0.0
-    monkeypatch.setattr(room, "perf_counter", lambda: now_s)
-
-    class Runs:
-        concurrency, unbegun_count, in_flight_count, ended_count = 100, 0, 0, 0
-
-    runs: Any = Runs()
-    pace = room._Pace(runs, chunk_runs=256)
-    claims = []
-    for _ in range(14):
-        wanted = pace.wanted()
-        claims.append(wanted)
-        pace.claimed(wanted)
-        now_s += 0.06
-        runs.ended_count += 60_000  # a million a second: 100,000 in 100 ms, far more than a claim ever holds
-    assert claims[0] == 100
-    assert all(before <= after <= 2 * before + 512 for before, after in pairwise(claims)), claims
-    assert claims[-1] == room.CLAIM_RUNS
-    assert [claim for claim in claims if claim > 1_000 and claim % 256] == []
-
-    slow = room._Pace(runs, chunk_runs=256)  # ten runs a second: nothing is claimed ahead
-    for _ in range(10):
-        wanted = slow.wanted()
-        slow.claimed(wanted)
-        assert wanted <= runs.concurrency + 1
-        now_s += 10
-        runs.ended_count += 100

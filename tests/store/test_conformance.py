@@ -28,7 +28,7 @@ from headrace.foundation.errors import (
 from headrace.foundation.ids import new_batch_id
 from headrace.store.memory import MemoryStore
 from headrace.store.postgres import PostgresStore
-from headrace.store.protocol import NewBatch, Session, Store
+from headrace.store.protocol import NewBatch, Release, Session, Store
 from headrace.store.sqlite import SqliteStore
 from tests.store.world import BOOM, NOBODY, SECOND_US, UNKNOWN, World, chunks_of, indexes_of, settlement_of
 
@@ -388,6 +388,35 @@ async def test_r2_one_call_settles_many_and_tells_each(world: World) -> None:
         now_us=world.now_us,
     )
     assert words == ["recorded", "lost", "settled", "recorded", "settled"]
+
+
+async def test_r19_part_of_a_lease_goes_back_and_the_rest_goes_on(world: World) -> None:
+    batch_id, slow, idle = await world.filled(10), await world.session(), await world.session()
+    (lease,) = await world.claim(slow)
+    some = Release(span_id=lease.span_id, token=lease.token, places=(4, 5, 6, 7, 8, 9))
+    assert await world.settle(lease, "c", places=[0]) == "settled"
+    for _ in range(2):  # its answer may get lost
+        assert await world.store.release([some], crashes_max=1, now_us=world.now_us) == ["settled"]
+    assert indexes_of(await world.claim(idle, 4)) == [4, 5, 6, 7]
+    assert await world.states(batch_id) == ["completed", *["leased"] * 7, "waiting", "waiting"]
+    view = await world.store.run(batch_id, 5)
+    assert (view.attempt, view.crashes_count) == (1, 0)
+    assert await world.settle(lease, "fcc", places=[1, 2, 3], part_no=1) == "settled"
+    assert await world.store.release([some], crashes_max=1, now_us=world.now_us) == ["lost"], "the lease has ended"
+    world.later(60)
+    assert await world.recover(idle, NOBODY) == 1
+    assert sorted(await world.run_all(slow)) == [4, 5, 6, 7, 8, 9]
+
+
+async def test_r19_what_goes_back_to_a_stopped_batch_is_cancelled(world: World) -> None:
+    batch_id, session_id = await world.filled(4), await world.session()
+    (lease,) = await world.claim(session_id)
+    await world.store.stop_batch(batch_id, "cancelled", now_us=world.now_us)
+    some = Release(span_id=lease.span_id, token=lease.token, places=(2, 3))
+    assert await world.store.release([some], crashes_max=1, now_us=world.now_us) == ["settled"]
+    assert await world.states(batch_id) == ["leased", "leased", "cancelled", "cancelled"]
+    assert await world.settle(lease, "cf", places=[0, 1]) == "settled"
+    assert await world.states(batch_id) == ["completed", "failed", "cancelled", "cancelled"]
 
 
 async def test_a_lost_lease_settles_nothing(world: World) -> None:

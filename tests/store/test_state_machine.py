@@ -305,6 +305,20 @@ class StoreMachine(RuleBasedStateMachine):
             told = settlement_of(held.lease, code, places=held.open_places, part_no=held.part_no + 7)
             assert self.wait(self.store.settle([told], now_us=self.now_us)) == ["lost"]
 
+    @precondition(lambda self: self.held)
+    @rule(number=numbers, kept=st.integers(0, 3), answer_lost=st.booleans())
+    def give_part_back(self, number: int, kept: int, answer_lost: bool) -> None:
+        """The last runs of a lease go back before they began; the lease goes on with the first."""
+        held = self.held[number % len(self.held)]
+        given = Release(span_id=held.lease.span_id, token=held.lease.token, places=tuple(held.open_places[kept:]))
+        for _ in range(1 + answer_lost):
+            words = self.wait(self.store.release([given], crashes_max=1, now_us=self.now_us))
+            if held.is_stale:
+                assert words == ["lost"]
+        if not held.is_stale:
+            del held.open_places[kept:]
+            held.is_stale = not held.open_places
+
     @precondition(lambda self: self.held and self.live)
     @rule(number=numbers)
     def hand_over(self, number: int) -> None:

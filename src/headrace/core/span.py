@@ -302,6 +302,7 @@ def release(
     span: Span | None,
     token: int,
     *,
+    places: Collection[int] | None = None,
     suspects: Collection[int],
     evidence: str,
     policy: Policy,
@@ -309,6 +310,8 @@ def release(
     now_us: int,
 ) -> Verdict:
     """Give a lease back: what had not started comes back as it was; what a dead worker had started is suspect.
+
+    With `places` only those runs come back, which nobody has begun, and the lease goes on with the others.
 
     `suspects`: places that had started and not ended when the worker died; empty for a release in good order.
     A crash is charged to suspects only. From its second crash on a group of suspects is bisected, so a run that
@@ -318,6 +321,8 @@ def release(
     if span is None or span.state != LEASED or span.token != token:
         return Verdict(LOST)
     unsettled = unsettled_places(span)
+    if places is not None:
+        return _given_back(span, [place for place in unsettled if place in places], policy, clock)
     guilty = [place for place in unsettled if place in suspects]
     back = msgspec.structs.replace(
         span,
@@ -352,6 +357,17 @@ def release(
                 )
                 spans.append(taken)
     return _unless_stopped(back, spans, part, counts, policy)
+
+
+def _given_back(span: Span, places: list[int], policy: Policy, clock: int) -> Verdict:
+    """Rule R19. A repeat finds the runs gone and changes nothing."""
+    if not places:
+        return Verdict(SETTLED, span)
+    kept, taken = split(span, places, order_no=returned_order_no(clock=clock))
+    counts = Counts()
+    if policy.stopped or policy.cancelled:
+        taken, counts = cancel(taken, None if policy.stopped else policy.cancelled)
+    return Verdict(SETTLED, kept, (taken,), None, counts)
 
 
 def _suspect_groups(span: Span, guilty: list[int]) -> list[list[int]]:

@@ -38,7 +38,7 @@ from headrace.runtime.patience import patiently
 from headrace.runtime.registry import Arguments, Registry, TaskSpec, said
 from headrace.runtime.stepping import CANCELLED, STOPPED, TIMEOUT, Runner, driven, outcome_of, shielded
 from headrace.runtime.superjson import PayloadRefused
-from headrace.runtime.work import BEGUN, ENDED, Plan, Work
+from headrace.runtime.work import BEGUN, ENDED, Plan, Retracted, Work, retract
 
 LOG: Any = structlog.get_logger("headrace.executor")
 SLICE_S: Final = 0.002
@@ -141,6 +141,12 @@ class Executor:
         self._alone = None
         self.unbegun_count = 0
         return left
+
+    def retract(self, runs_count: int) -> Retracted:
+        """Let go of runs that nobody has begun, at most `runs_count`, the last first."""
+        retracted = retract(self._ready, runs_count)
+        self.unbegun_count -= retracted.runs_count
+        return retracted
 
     def interrupt(self, wanted: Callable[[Work, int], bool], reason: str) -> None:
         """Interrupt the runs under way that `wanted(work, number)` names; cancelled ones that wait won't begin."""

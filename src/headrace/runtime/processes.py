@@ -36,7 +36,7 @@ from headrace.runtime.frames import HEADER, Begin, Broken, Ended, Interrupt, Rea
 from headrace.runtime.marks import SLOTS, read, read_deadline, remove
 from headrace.runtime.registry import Registry
 from headrace.runtime.stepping import CANCELLED
-from headrace.runtime.work import BEGUN, NOT_BEGUN, Work
+from headrace.runtime.work import BEGUN, NOT_BEGUN, Retracted, Work, retract
 
 LOG: Any = structlog.get_logger("headrace.processes")
 SLICE_S: Final = 0.05
@@ -151,6 +151,12 @@ class Crew:
         self._suspects.clear()
         self.unbegun_count = 0
         return left
+
+    def retract(self, runs_count: int) -> Retracted:
+        """Let go of runs that nobody has begun, at most `runs_count`, the last first."""
+        retracted = retract(self._ready, runs_count)
+        self.unbegun_count -= retracted.runs_count
+        return retracted
 
     def interrupt(self, wanted: Callable[[Work, int], bool], reason: str) -> None:
         """Interrupt runs that `wanted(work, number)` names; those nobody was given end here when all of them are named.

@@ -6,6 +6,7 @@ which runs had begun and not ended when a process died, so that only those are s
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, NamedTuple
 
@@ -74,6 +75,15 @@ class Work:
         if not self.lease.at_most_once:
             self.marks[self.places[number]] = NOT_BEGUN
 
+    def cut(self, runs_count: int) -> tuple[int, ...]:
+        """Let go of the last `runs_count` runs, which nobody has begun; answers their places."""
+        count = self.count - runs_count
+        assert count >= self.cursor
+        places = tuple(self.places[count:])
+        self.count, self.places = count, self.places[:count]
+        del self.codes[count:], self.results[count:], self.sent[count:]
+        return places
+
     @property
     def is_idle(self) -> bool:
         """Nothing of it is under way: each run has ended or was not begun."""
@@ -120,7 +130,8 @@ class Work:
         lease = self.lease
         if self.part_no == 0 and self.ended_count == self.count:
             codes, results = bytes(self.codes), self.results
-            places = None if lease.whole else encode_places(lease.places)
+            is_cut = self.count < len(lease.places)
+            places = None if lease.whole and not is_cut else encode_places(self.places)
             numbers: list[int] | range = range(self.count)
         else:
             numbers = [n for n, (code, sent) in enumerate(zip(self.codes, self.sent, strict=True)) if code and not sent]
@@ -128,7 +139,7 @@ class Work:
                 return None
             codes = bytes(self.codes[number] for number in numbers)
             results = [self.results[number] for number in numbers]
-            places = encode_places(lease.places[number] for number in numbers)
+            places = encode_places(self.places[number] for number in numbers)
             for number in numbers:
                 self.sent[number] = 1
                 self.results[number] = b""
@@ -148,3 +159,28 @@ class Work:
         self.part_no += 1
         self.dirty_since_us = 0
         return settlement
+
+
+class Retracted(NamedTuple):
+    """Runs that will not begin here any more: whole leases, and places of others."""
+
+    whole: list[Work]
+    parts: list[tuple[Work, tuple[int, ...]]]
+    runs_count: int
+
+
+def retract(ready: deque[Work], runs_count: int) -> Retracted:
+    """Take `runs_count` runs that nobody has begun out of the line, the last first; fewer when there are fewer."""
+    whole: list[Work] = []
+    parts: list[tuple[Work, tuple[int, ...]]] = []
+    left = runs_count
+    for work in reversed(list(ready)):
+        count = min(left, work.unbegun_count)
+        if not count:
+            break
+        if count == work.count:
+            whole.append(ready.pop())
+        else:
+            parts.append((work, work.cut(count)))
+        left -= count
+    return Retracted(whole, parts, runs_count - left)

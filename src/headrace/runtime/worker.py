@@ -2,9 +2,6 @@
 
 Three loops that meet only in bounded places: one claims when the executor runs low, the runners run, one hands
 outcomes to the broker's flusher, which writes them while the next runs execute.
-
-Rule R19: claims start small and double towards 100 ms of measured work, so a slow task never hoards runs that others
-could start, and a fast one claims thousands at a time.
 """
 
 from __future__ import annotations
@@ -13,8 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from time import perf_counter
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import structlog
 
@@ -24,6 +20,7 @@ from headrace.runtime.broker import Broker, Update
 from headrace.runtime.engine import Engine
 from headrace.runtime.executor import Executor, Hooks
 from headrace.runtime.marks import SLOTS
+from headrace.runtime.pace import AHEAD_S, Pace, Runs
 from headrace.runtime.patience import patiently
 from headrace.runtime.processes import Crew
 from headrace.runtime.registry import Registry
@@ -34,29 +31,6 @@ from headrace.store.protocol import Heartbeat, Release
 
 LOG: Any = structlog.get_logger("headrace.worker")
 SETTLEMENTS: Final = "headrace-settlements"
-AHEAD_S: Final = 0.1
-RATE_WINDOW_S: Final = 0.05
-RATE_WINDOW_MIN_S: Final = 0.002
-CLAIM_RUNS: Final = 8_192
-"""Runs in one claim at most: many claims of some milliseconds keep runners busy better than few long ones."""
-
-
-class Runs(Protocol):
-    """What runs claimed work: this process's executor, or a crew of child processes."""
-
-    unbegun_count: int
-    in_flight_count: int
-    ended_count: int
-    concurrency: int
-
-    def submit(self, work: Work) -> None:
-        """Queue a lease's runs."""
-
-    def take_unbegun(self) -> list[Work]:
-        """All work with runs that have not begun, which will not begin any more."""
-
-    async def stop(self, *, grace_s: float) -> None:
-        """Begin nothing more; end what is under way within `grace_s`."""
 
 
 class Stats(NamedTuple):
@@ -208,8 +182,10 @@ class Worker:
     # -- claiming
 
     async def _claim_loop(self, runs: Runs, names: list[str]) -> None:
-        pace = _Pace(runs, chunk_runs=self.engine.limits.chunk_runs_max)
+        pace = Pace(runs, chunk_runs=self.engine.limits.chunk_runs_max)
         while not self._stopping.is_set():
+            if excess := pace.excess():
+                await self._give_back(runs, excess)
             wanted = min(pace.wanted(), self.broker.room)
             if wanted < 1:
                 self._hungry.clear()
@@ -231,6 +207,17 @@ class Worker:
                 runs.submit(work)
             if not works:
                 await self.engine.doorbell.wait(self.engine.clock, await self._idle_s(names), since=rings_count)
+
+    async def _give_back(self, runs: Runs, runs_count: int) -> None:
+        """Rule R19: what can't begin here soon is for whoever can begin it at once."""
+        retracted = runs.retract(runs_count)
+        for work in retracted.whole:
+            self._over(work)
+        for work, places in retracted.parts:
+            lease = work.lease
+            await self.broker.put(Release(span_id=lease.span_id, token=lease.token, places=places))
+            if work.is_over:
+                self._over(work)
 
     async def _idle_s(self, names: list[str]) -> float:
         """How long to sleep without news: a poll interval, or until the next delayed run is due."""
@@ -338,46 +325,3 @@ class Worker:
         self._here.interrupt(wanted, CANCELLED)
         if self._crew is not None:
             self._crew.interrupt(wanted, CANCELLED)
-
-
-class _Pace:
-    """How many runs to ask for: what is free now, and as much ahead as 100 ms of measured work."""
-
-    def __init__(self, runs: Runs, *, chunk_runs: int) -> None:
-        self._runs = runs
-        self._chunk_runs = chunk_runs
-        self._ahead = 0
-        self._rate = 0.0
-        self._since_s = perf_counter()
-        self._ended_then = runs.ended_count
-
-    def wanted(self) -> int:
-        """Runs to claim now; 0 while enough wait."""
-        self._measure()
-        runs = self._runs
-        free = max(0, runs.concurrency - runs.in_flight_count)
-        target = free + self._ahead
-        low = max(target // 2, target - CLAIM_RUNS)
-        if runs.unbegun_count > low or (not free and runs.unbegun_count >= max(self._ahead, 1)):
-            return 0
-        wanted = target - runs.unbegun_count
-        if wanted <= 0:
-            return 0
-        if self._ahead >= self._chunk_runs:  # a fast task takes whole chunks: no splits
-            wanted = -(-wanted // self._chunk_runs) * self._chunk_runs
-        return min(wanted, CLAIM_RUNS)
-
-    def claimed(self, runs_count: int) -> None:
-        """A claim was answered: look further ahead, at most twice as far as before."""
-        if runs_count:
-            target = int(self._rate * AHEAD_S)
-            self._ahead = min(target, max(2 * self._ahead, self._runs.concurrency // 4 + 1))
-
-    def _measure(self) -> None:
-        now_s = perf_counter()
-        elapsed_s = now_s - self._since_s
-        ended_count = self._runs.ended_count - self._ended_then
-        if elapsed_s >= RATE_WINDOW_S or (elapsed_s >= RATE_WINDOW_MIN_S and ended_count > self._runs.concurrency):
-            rate = ended_count / elapsed_s
-            self._rate = rate if rate > self._rate else (self._rate + rate) / 2
-            self._since_s, self._ended_then = now_s, self._runs.ended_count

@@ -253,6 +253,7 @@ def release(tables: Tables, given: Release, crashes_max: int, now_us: int) -> st
     verdict = spans.release(
         span,
         given.token,
+        places=given.places,
         suspects=frozenset(given.suspects),
         evidence=given.evidence,
         policy=Policy() if span is None else policy(tables, span, crashes_max),

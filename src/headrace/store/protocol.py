@@ -126,10 +126,14 @@ class Heartbeat(msgspec.Struct, kw_only=True):
 
 
 class Release(msgspec.Struct, kw_only=True):
-    """A lease given back. `suspects`: places that had started in a worker that died; empty in good order."""
+    """A lease given back. `suspects`: places that had started in a worker that died; empty in good order.
+
+    With `places` only those runs go back, which nobody has begun, and the lease goes on with the others.
+    """
 
     span_id: int
     token: int
+    places: tuple[int, ...] | None = None
     suspects: tuple[int, ...] = ()
     evidence: str = ""
 

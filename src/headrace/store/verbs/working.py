@@ -314,6 +314,7 @@ def _release_all(
         verdict = release_span(
             span,
             given.token,
+            places=given.places,
             suspects=frozenset(given.suspects),
             evidence=given.evidence,
             policy=(yield from policies.of(span)) if span is not None else Policy(),

@@ -121,59 +121,56 @@ async def _append(db: Any, items_count: int) -> None:
     }  # fmt: skip
     await _fetch(db, "insert_batch", **new)
     await _fetch(db, "know_queue", environment="default", name="default")
+    await _fetch(db, "know_lanes", environment="default", rows='[["default","nothing"]]')
+    await db.execute(f'UPDATE "{SCHEMA}".batch SET order_bases = $1', '{"default":0}')
     step = CHUNK_RUNS * CHUNKS_A_COMMIT
     for first in range(0, items_count, step):
         chunks = []
         for start in range(first, min(first + step, items_count), CHUNK_RUNS):
             encoded = [encode(Item(n, PAD)) for n in range(start, min(start + CHUNK_RUNS, items_count))]
             chunks.append((start, len(encoded), pack(encoded)))
-        async with db.transaction():
-            await _fetch(db, "lock_batch", id=BATCH)
-            await _fetch(db, "received", id=BATCH)
-            await _fetch(db, "know_lanes", environment="default", rows='[["default","nothing"]]')
-            await _fetch(db, "environment_clock", environment="default")
-            await _insert_chunks(db, chunks)
-            last = first + sum(count for _, count, _ in chunks)
-            await _fetch(db, "update_received", id=BATCH, received=b"", block_width=CHUNK_RUNS)
-            await _update_batch(db, received_count=last)
+        await _append_chunks(db, chunks)
 
 
-async def _update_batch(db: Any, *, received_count: int) -> None:
-    await _fetch(
+async def _append_chunks(db: Any, chunks: list[tuple[int, int, bytes]]) -> None:
+    blocks, spans, at = [], [], 1
+    for number, (start, count, items) in enumerate(chunks):
+        blocks.append((number, start, count, at, len(items)))
+        spans.append((number, number, "default", "nothing", 0, 0, 0, 0, start, start, count, 0, -1))
+        at += len(items)
+    first, runs_count = chunks[0][0], sum(count for _, count, _ in chunks)
+    own = first // CHUNK_RUNS + 1
+    ((accepted_count,),) = await _fetch(
         db,
-        "update_batch",
-        id=BATCH,
-        state="open",
-        expected_count=None,
-        received_count=received_count,
-        completed_count=0,
-        failed_count=0,
-        cancelled_count=0,
-        expired_count=0,
-        order_bases='{"default":0}',
-        cursor=b"",
-        appended_us=received_count,
-        sealed_us=0,
-        finished_us=0,
+        "append_in_order",
+        batch_id=BATCH,
+        received_before=_received(first),
+        received=_received(first + runs_count),
+        last_index=first + runs_count - 1,
+        runs_max=10_000_000,
+        lanes='[["default","nothing"]]',
+        block_id=own,
+        span_id=own,
+        blocks=_json(blocks),
+        spans=_json(spans),
+        blob=b"".join(items for _, _, items in chunks),
+        runs_count=runs_count,
+        block_width=CHUNK_RUNS,
+        now_us=1,
+        cursor=None,
     )
+    assert accepted_count == runs_count
 
 
-async def _insert_chunks(db: Any, chunks: list[tuple[int, int, bytes]]) -> None:
-    blocks, spans, items_at, states_at = [], [], 1, 1
-    for start, count, items in chunks:
-        own = start // CHUNK_RUNS + 1
-        blocks.append((own, start, start + count - 1, count, 0, -1, 0, -1, items_at, len(items)))
-        spans.append(
-            (
-                own, own, BATCH, "default", "default", "nothing", 0, 0, 0, 0, start, start, 1, 0, 0, count, "waiting",
-                "", 0, 0, 0, -1, states_at, count,
-            )
-        )  # fmt: skip
-        items_at += len(items)
-        states_at += count
-    blob = b"".join(items for _, _, items in chunks)
-    await _fetch(db, "insert_blocks", batch_id=BATCH, rows=_json(blocks), blob=blob)
-    await _fetch(db, "insert_spans", rows=_json(spans), blob=b"w" * (states_at - 1))
+def _received(index: int) -> bytes:
+    """A set of indexes from 0 on, as the product writes it: its form, and two bounds as varints."""
+    encoded = bytearray((1, 0))
+    distance = index
+    while distance > 127:
+        encoded.append(distance & 127 | 128)
+        distance >>= 7
+    encoded.append(distance)
+    return bytes(encoded) if index else b""
 
 
 async def _drain(db: Any) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import asyncpg
 import pytest
 
-from headrace.core.span import Key, Settlement
+from headrace.core.span import Settlement
 from headrace.foundation.errors import (
     Conflict,
     HeadraceError,
@@ -25,12 +25,10 @@ from headrace.foundation.errors import (
 )
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
-from headrace.store.postgres.hot import PLACES
-from headrace.store.postgres.pool import SETTINGS, compiled
 from headrace.store.protocol import Lease, Release
 from tests.postgres import Server, server
-from tests.store.backstage import beside, schema_of, statements_of, waiting_for_a_lock
-from tests.store.world import NOBODY, START_US, World, chunks_of, fresh_schema, indexes_of, settlement_of
+from tests.store.backstage import beside, schema_of, waiting_for_a_lock
+from tests.store.world import NOBODY, START_US, World, chunks_of, fresh_schema, settlement_of
 
 T = TypeVar("T")
 PACKAGE = "headrace.store.postgres"
@@ -135,78 +133,6 @@ async def test_r4_a_batch_sealed_while_the_sweep_waits_for_it_is_not_abandoned(w
         assert (await sweeping).abandoned == []
 
 
-# -- R7: a hot verb is one statement
-
-
-async def test_r7_a_claim_and_a_settlement_are_one_statement_each(world: World) -> None:
-    await world.filled(256 * 20)
-    session = await world.session()
-    for lease in await world.claim(session, 256):  # connects, and takes a range of ids
-        await world.settle(lease)
-    leases, sent = await statements_of(world, lambda: world.claim(session, 256 * 8))
-    assert (len(leases), len(sent)) == (8, 1)
-    told = [settlement_of(lease, object_keys=[f"default/b/{lease.span_id:064x}"]) for lease in leases]
-    words, sent = await statements_of(world, lambda: world.store.settle(told, now_us=world.now_us))
-    assert (set(words), len(sent)) == ({"settled"}, 1)
-
-
-async def test_r7_parts_of_a_span_are_settled_in_one_statement_too(world: World) -> None:
-    batch_id, session = await world.filled(256), await world.session()
-    (lease,) = await world.claim(session)
-    parts = [list(range(100)), list(range(100, 256))]
-    for part_no, places in enumerate(parts):
-        word, sent = await statements_of(world, partial(world.settle, lease, places=places, part_no=part_no))
-        assert (word, len(sent)) == ("settled", 1)
-        assert await world.settle(lease, places=places, part_no=part_no) == "recorded"
-    assert [outcome.result for outcome in await world.outcomes(batch_id)] == [b"%d" % index for index in range(256)]
-
-
-async def test_r7_consecutive_runs_of_a_split_span_keep_their_positions(world: World) -> None:
-    batch_id, session = await world.filled(100), await world.session()
-    first, second, rest = [(await world.claim(session, runs_max))[0] for runs_max in (30, 40, 100)]
-    assert await world.settle(second, "cf" * 5, places=range(10), part_no=0) == "settled"
-    assert await world.settle(second, "x", places=range(10, 40), part_no=1) == "settled"
-    assert await world.settle(rest, "c") == await world.settle(first, "f") == "settled"
-    states = await world.states(batch_id)
-    assert states[:30] == ["failed"] * 30
-    assert states[30:40] == ["completed", "failed"] * 5
-    assert states[40:] == ["cancelled"] * 30 + ["completed"] * 30
-    assert await world.settle(rest, "c", places=[0, 1], part_no=7) == "lost"
-
-
-async def test_r7_small_claims_are_one_statement_each_too(world: World) -> None:
-    await world.filled(300)
-    session = await world.session()
-    order = indexes_of(await world.claim(session, 8))
-    while leases := (await statements_of(world, lambda: world.claim(session, 8)))[0]:
-        order += indexes_of(leases)
-    assert order == list(range(300))
-    await world.recover(session)
-    again = await world.session()
-    leases, sent = await statements_of(world, lambda: world.claim(again, 5))
-    assert (len(indexes_of(leases)), len(sent)) == (5, 1)
-
-
-async def test_r7_a_claim_of_single_runs_learns_how_many_rows_it_needs(world: World) -> None:
-    batch_id, session = await world.batch(), await world.session()
-    for index in range(200):
-        await world.append(batch_id, [index])
-    assert len(await world.claim(session, 60)) == 60
-    leases, sent = await statements_of(world, lambda: world.claim(session, 60))
-    assert (indexes_of(leases), len(sent)) == (list(range(60, 120)), 1)
-
-
-async def test_r7_a_settlement_with_a_stale_one_in_it_is_still_one_transaction(world: World) -> None:
-    batch_id, session = await world.filled(256 * 3), await world.session()
-    stale, *rest = await world.claim(session)
-    assert await world.release(stale) == "settled"
-    told = [settlement_of(lease) for lease in (rest[0], stale, rest[1])]
-    assert await world.store.settle(told, now_us=world.now_us) == ["settled", "lost", "settled"]
-    assert await world.store.settle(told, now_us=world.now_us) == ["recorded", "lost", "recorded"]
-    _, ledger = await world.store.batch(batch_id)
-    assert (ledger.completed, ledger.waiting) == (512, 256)
-
-
 # -- R8: one order
 
 
@@ -279,114 +205,6 @@ async def test_r8_no_two_transactions_wait_for_each_other(tmp_path: Path) -> Non
         await asyncio.gather(*(crowd.run(40) for crowd in crowds))
         await stores[1].close()
     assert [store.deadlocks_count for store in stores] == [0, 0]
-
-
-# -- R9: lanes, and plans over history
-
-HISTORY = """
-INSERT INTO {schema}.batch SELECT 'b' || g, 'default', NULL, 'batch', 'task', 'completed', 2560, 2560, 2560, 0, 0, 0,
-    '{{}}', '', '{{}}', '', 1, 1, 1, 1, 0, 256, '' FROM generate_series(1, 2000) AS g;
-INSERT INTO {schema}.block SELECT g, 'b' || (g / 10 + 1), (g % 10) * 256, (g % 10) * 256 + 255, 256, NULL, NULL, 'x'
-    FROM generate_series(1, 20000) AS g;
-INSERT INTO {schema}.span SELECT g, g, 'b' || (g / 10 + 1), 'default', 'default', 'task', 0, 0, 0, 0, g, (g % 10) * 256,
-    1, 0, 0, NULL, repeat(CASE WHEN g % 100 = 0 THEN 'w' ELSE 'c' END, 256)::bytea,
-    CASE WHEN g % 100 = 0 THEN 256 ELSE 0 END,
-    CASE WHEN g % 200 = 0 THEN 'waiting' WHEN g % 100 = 0 THEN 'leased' ELSE 'done' END, 's' || (g % 7), g, 1
-    FROM generate_series(1, 20000) AS g;
-INSERT INTO {schema}.part (block_id, span_id, token, part_no, codes, results, settled_us)
-    SELECT g, g, 1, 0, 'c', 'x', 1 FROM generate_series(1, 20000) AS g;
-INSERT INTO {schema}.lane VALUES ('default', 'default', 'task');
-INSERT INTO {schema}.queue VALUES ('default', 'default', 0, 0);
-INSERT INTO {schema}.session SELECT 's' || g, 'worker', '', 1, 0, 0, 0 FROM generate_series(0, 5000) AS g;
-ANALYZE {schema}.batch, {schema}.block, {schema}.span, {schema}.part, {schema}.session;
-"""
-VALUES: dict[str, Any] = {
-    "ids": "[4, 5, 6]",
-    "rows": "[[1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0]]",
-    "names": '["default"]',
-    "objects": "[]",
-    "tasks": '["task"]',
-    "queues": None,
-    "blob": b"c",
-    "places": PLACES,
-    "environment": "default",
-    "queue": "default",
-    "task": "task",
-    "session_id": "s1",
-    "batch_id": "b7",
-    "id": "b7",
-    "key": "key",
-}
-PLANS = {
-    "settle_ranges": ["span_pkey", "batch_"],
-    "claim_whole": ["span_claimable", "span_leased", "span_delayed", "block_pkey", "session_pkey"],
-    "claim_candidates": ["span_claimable"],
-    "claimed_before": ["span_leased"],
-    "due_spans": ["span_delayed"],
-    "lock_spans": ["span_pkey"],
-    "update_spans": ["span_pkey"],
-    "lock_spans_of_session": ["span_leased"],
-    "leases_of_session": ["span_leased"],
-    "recorded_part": ["part_once"],
-    "blocks": ["block_pkey"],
-    "blocks_from": ["block_by_index"],
-    "spans_of_blocks": ["span_of_block"],
-    "states_of_blocks": ["span_of_block"],
-    "parts_of_blocks": ["part_once"],
-    "unsettled_spans_of_batch": ["span_unsettled"],
-    "leased_count": ["span_unsettled"],
-    "expired_spans": ["span_expiring"],
-    "stopping_batches": ["batch_unfinished"],
-    "lock_batches": ["batch_"],
-    "lock_streams_of_session": ["batch_of_session", "span_leased"],
-}
-
-
-@asynccontextmanager
-async def with_history(world: World) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
-    """The plan of a statement over 20,000 chunks, most of them history, as a server without our settings makes it."""
-    schema = f'"{schema_of(world)}"'
-    world.was_tampered_with = True
-    async with beside() as connection:
-        await connection.execute(HISTORY.format(schema=schema))
-        yield lambda name: plan_of(connection, schema_of(world), name)
-
-
-async def plan_of(connection: Any, schema: str, name: str) -> str:
-    sql, words, _ = compiled(schema)[name]
-    ids = '["b4", "b5"]' if name == "lock_batches" else VALUES["ids"]
-    values = [(VALUES | {"ids": ids}).get(word, 1) for word in words]
-    return "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {sql}", *values))
-
-
-async def test_r9_hot_statements_are_answered_from_indexes_whatever_lies_behind_them(world: World) -> None:
-    async with with_history(world) as plan:
-        for name, indexes in PLANS.items():
-            text = await plan(name)
-            for index in indexes:
-                assert index in text, f"{name}\n{text}"
-            for table in ("span", "part", "block", "batch"):
-                assert f"Seq Scan on {table}" not in text, f"{name}\n{text}"
-
-
-async def test_r9_a_plan_made_for_empty_tables_is_the_same(world: World) -> None:
-    async with beside(server_settings=SETTINGS) as connection:
-        for name in ("claim_whole", "settle_ranges"):
-            assert "Seq Scan" not in await plan_of(connection, schema_of(world), name)
-
-
-async def test_r9_a_claim_merges_lanes_by_priority_and_order(world: World) -> None:
-    session = await world.session()
-    first, second = await world.batch(), await world.batch()
-    await world.append(first, range(40), runs_max=10, key=Key("task", queue="a"))
-    await world.append(second, range(40), runs_max=10, key=Key("other", queue="b"))
-    await world.append(second, [40, 41], key=Key("task", queue="b", priority=5))
-    (leases, sent) = await statements_of(world, lambda: world.claim(session, 40, tasks=("task", "other")))
-    assert [(lease.batch_id == second, lease.indexes[0]) for lease in leases] == [
-        (True, 40), (False, 0), (True, 0), (False, 10), (True, 10)
-    ]  # fmt: skip
-    assert len(indexes_of(leases)) == 40
-    assert sent[-1] == "claim_whole"
 
 
 # -- rights

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from headrace.core import run
+from headrace.core.block import Chunk, check_names
+from headrace.core.index_set import IndexSet
 from headrace.core.pack import count
-from headrace.core.span import Settlement, counts_of, encode_places
+from headrace.core.span import Settlement, counts_of, decode_places, encode_places
 from headrace.store.protocol import Claim, Lease
 from headrace.store.verbs.rows import Blob, as_json, to_span
 from headrace.store.verbs.script import Rows
@@ -44,6 +46,51 @@ def ranges(settlements: Sequence[Settlement]) -> dict[str, Any] | None:
     if not rows or len({row[0] for row in rows}) < len(rows):
         return None
     return {"rows": as_json(rows), "blob": blob.bytes(), "objects": as_json(objects), "places": PLACES}
+
+
+def in_order(chunks: Sequence[Chunk], cursor: bytes | None) -> dict[str, Any] | None:
+    """The values of `append_in_order`, or None when these are not consecutive runs without anything of their own."""
+    if not chunks:
+        return None
+    first_index = next_index = chunks[0].first_index
+    for chunk in chunks:
+        if chunk.gaps is not None or chunk.extras or chunk.first_index != next_index:
+            return None
+        check_names(chunk)
+        next_index += chunk.runs_count
+    if first_index < 0:
+        return None
+    blob, blocks = Blob(), []
+    spans: list[tuple[object, ...]] = []
+    for number, chunk in enumerate(chunks):
+        blocks.append((number, chunk.first_index, chunk.runs_count, *blob.put(chunk.items)))
+        for key, positions in chunk.spans.items():
+            places = range(chunk.runs_count) if positions is None else decode_places(positions)
+            spans.append(
+                (
+                    len(spans), number, key.queue, key.task, key.priority, key.due_us, key.expires_us,
+                    int(key.at_most_once), chunk.first_index + places[0], chunk.first_index, len(places),
+                    *blob.put(positions),
+                )
+            )  # fmt: skip
+    return {
+        "lanes": as_json(sorted({(key.queue, key.task) for chunk in chunks for key in chunk.spans})),
+        "blocks": as_json(blocks),
+        "spans": as_json(spans),
+        "blob": blob.bytes(),
+        "received_before": _received_up_to(first_index),
+        "received": _received_up_to(next_index),
+        "last_index": next_index - 1,
+        "runs_count": next_index - first_index,
+        "block_width": max(chunk.runs_count for chunk in chunks),
+        "cursor": cursor,
+        "blocks_count": len(blocks),
+        "spans_count": len(spans),
+    }
+
+
+def _received_up_to(index: int) -> bytes:
+    return IndexSet.from_ranges([(0, index)]).to_bytes() if index else b""
 
 
 def rows_wanted(runs_max: int, runs_a_span: int) -> int:

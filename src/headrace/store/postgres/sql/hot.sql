@@ -173,3 +173,50 @@ SELECT verdict.word, held.id, held.block_id, held.batch_id, held.environment, he
     held.claim_no, held.token, block.first_index, block.gaps, block.extras, block.items
 FROM verdict LEFT JOIN (held JOIN {schema}.block ON block.id = held.block_id) ON true
 ORDER BY held.priority DESC, held.order_no, held.batch_id, held.first_index, held.id;
+
+-- append_in_order: consecutive runs that follow all that a batch has received, with its cursor, or nothing
+WITH open_batch AS MATERIALIZED (
+    SELECT id, environment, order_bases::jsonb AS order_bases FROM {schema}.batch
+    WHERE id = :batch_id AND state = 'open' AND received = :received_before::bytea
+        AND :last_index::bigint < CASE WHEN expected_count IS NULL OR kind = 'stream' THEN :runs_max::bigint ELSE expected_count END
+    FOR UPDATE
+),
+-- A queue that the batch has not met, or a lane that nobody has used, is left to the script.
+lanes AS MATERIALIZED (
+    SELECT lane.queue, lane.task, (order_bases->>lane.queue)::bigint AS base
+    FROM open_batch CROSS JOIN jsonb_array_elements(:lanes::jsonb) AS given (value)
+    JOIN {schema}.lane ON lane.environment = open_batch.environment AND lane.queue = value->>0 AND lane.task = value->>1
+    WHERE order_bases->lane.queue IS NOT NULL
+),
+fit AS MATERIALIZED (
+    SELECT id, environment,
+        (SELECT coalesce(max(clock), 0) FROM {schema}.queue WHERE queue.environment = open_batch.environment) AS clock
+    FROM open_batch WHERE (SELECT count(*) FROM lanes) = jsonb_array_length(:lanes::jsonb)
+),
+blocks AS (
+    INSERT INTO {schema}.block (id, batch_id, first_index, last_index, runs_count, items)
+    SELECT :block_id::bigint + (value->>0)::bigint, fit.id, (value->>1)::bigint, (value->>1)::bigint + (value->>2)::bigint - 1,
+        (value->>2)::bigint, substring(:blob::bytea FROM (value->>3)::int FOR (value->>4)::int)
+    FROM fit CROSS JOIN jsonb_array_elements(:blocks::jsonb) AS given (value)
+    RETURNING runs_count
+),
+spans AS (
+    INSERT INTO {schema}.span (id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once,
+        order_no, first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state,
+        session_id, claim_no, token)
+    SELECT :span_id::bigint + (value->>0)::bigint, :block_id::bigint + (value->>1)::bigint, fit.id, fit.environment,
+        lanes.queue, lanes.task, (value->>4)::bigint, (value->>5)::bigint, (value->>6)::bigint, (value->>7)::bigint,
+        greatest(fit.clock, lanes.base + (value->>8)::bigint), (value->>9)::bigint, 1, 0, 0,
+        CASE WHEN (value->>12)::int >= 0 THEN substring(:blob::bytea FROM (value->>11)::int FOR (value->>12)::int) END,
+        convert_to(repeat('w', (value->>10)::int), 'UTF8'), (value->>10)::bigint,
+        CASE WHEN (value->>5)::bigint > :now_us::bigint THEN 'delayed' ELSE 'waiting' END, '', 0, 0
+    FROM fit CROSS JOIN jsonb_array_elements(:spans::jsonb) AS given (value)
+    JOIN lanes ON lanes.queue = value->>2 AND lanes.task = value->>3
+),
+counted AS (
+    UPDATE {schema}.batch SET received_count = received_count + :runs_count::bigint, received = :received::bytea,
+        block_width = greatest(block_width, :block_width::bigint), appended_us = :now_us::bigint,
+        cursor = coalesce(:cursor::bytea, cursor)
+    FROM fit WHERE batch.id = fit.id AND batch.id = :batch_id
+)
+SELECT coalesce(sum(runs_count), 0)::bigint FROM blocks;

@@ -1,0 +1,293 @@
+"""The hot verbs on PostgreSQL: one statement each (rule R7), answered from indexes whatever lies behind them (R9)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from headrace.core.block import Extra
+from headrace.core.span import Key
+from headrace.foundation.errors import Conflict
+from headrace.foundation.limits import DEFAULT
+from headrace.store.postgres import PostgresStore
+from headrace.store.postgres.hot import PLACES
+from headrace.store.postgres.pool import SETTINGS, compiled
+from tests.store.backstage import beside, house, schema_of, statements_of
+from tests.store.world import START_US, World, fresh_schema, indexes_of, settlement_of
+
+T = TypeVar("T")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """A world on a schema of its own."""
+    return World(PostgresStore(fresh_schema(tmp_path), DEFAULT))
+
+
+# -- R7: a hot verb is one statement
+
+
+async def test_r7_a_claim_and_a_settlement_are_one_statement_each(world: World) -> None:
+    await world.filled(256 * 20)
+    session = await world.session()
+    for lease in await world.claim(session, 256):  # connects, and takes a range of ids
+        await world.settle(lease)
+    leases, sent = await statements_of(world, lambda: world.claim(session, 256 * 8))
+    assert (len(leases), len(sent)) == (8, 1)
+    told = [settlement_of(lease, object_keys=[f"default/b/{lease.span_id:064x}"]) for lease in leases]
+    words, sent = await statements_of(world, lambda: world.store.settle(told, now_us=world.now_us))
+    assert (set(words), len(sent)) == ({"settled"}, 1)
+
+
+async def test_r7_parts_of_a_span_are_settled_in_one_statement_too(world: World) -> None:
+    batch_id, session = await world.filled(256), await world.session()
+    (lease,) = await world.claim(session)
+    parts = [list(range(100)), list(range(100, 256))]
+    for part_no, places in enumerate(parts):
+        word, sent = await statements_of(world, partial(world.settle, lease, places=places, part_no=part_no))
+        assert (word, len(sent)) == ("settled", 1)
+        assert await world.settle(lease, places=places, part_no=part_no) == "recorded"
+    assert [outcome.result for outcome in await world.outcomes(batch_id)] == [b"%d" % index for index in range(256)]
+
+
+async def test_r7_consecutive_runs_of_a_split_span_keep_their_positions(world: World) -> None:
+    batch_id, session = await world.filled(100), await world.session()
+    first, second, rest = [(await world.claim(session, runs_max))[0] for runs_max in (30, 40, 100)]
+    assert await world.settle(second, "cf" * 5, places=range(10), part_no=0) == "settled"
+    assert await world.settle(second, "x", places=range(10, 40), part_no=1) == "settled"
+    assert await world.settle(rest, "c") == await world.settle(first, "f") == "settled"
+    states = await world.states(batch_id)
+    assert states[:30] == ["failed"] * 30
+    assert states[30:40] == ["completed", "failed"] * 5
+    assert states[40:] == ["cancelled"] * 30 + ["completed"] * 30
+    assert await world.settle(rest, "c", places=[0, 1], part_no=7) == "lost"
+
+
+async def test_r7_small_claims_are_one_statement_each_too(world: World) -> None:
+    await world.filled(300)
+    session = await world.session()
+    order = indexes_of(await world.claim(session, 8))
+    while leases := (await statements_of(world, lambda: world.claim(session, 8)))[0]:
+        order += indexes_of(leases)
+    assert order == list(range(300))
+    await world.recover(session)
+    again = await world.session()
+    leases, sent = await statements_of(world, lambda: world.claim(again, 5))
+    assert (len(indexes_of(leases)), len(sent)) == (5, 1)
+
+
+async def test_r7_a_claim_of_single_runs_learns_how_many_rows_it_needs(world: World) -> None:
+    batch_id, session = await world.batch(), await world.session()
+    for index in range(200):
+        await world.append(batch_id, [index])
+    assert len(await world.claim(session, 60)) == 60
+    leases, sent = await statements_of(world, lambda: world.claim(session, 60))
+    assert (indexes_of(leases), len(sent)) == (list(range(60, 120)), 1)
+
+
+async def test_r7_a_settlement_with_a_stale_one_in_it_is_still_one_transaction(world: World) -> None:
+    batch_id, session = await world.filled(256 * 3), await world.session()
+    stale, *rest = await world.claim(session)
+    assert await world.release(stale) == "settled"
+    told = [settlement_of(lease) for lease in (rest[0], stale, rest[1])]
+    assert await world.store.settle(told, now_us=world.now_us) == ["settled", "lost", "settled"]
+    assert await world.store.settle(told, now_us=world.now_us) == ["recorded", "lost", "recorded"]
+    _, ledger = await world.store.batch(batch_id)
+    assert (ledger.completed, ledger.waiting) == (512, 256)
+
+
+async def test_r7_an_append_that_follows_is_one_statement(world: World) -> None:
+    batch_id = await world.batch(1_000)
+    await world.append(batch_id, range(10), runs_max=4)  # the queue is met, and ids are taken
+    appended, sent = await statements_of(world, lambda: world.append(batch_id, range(10, 300), b"cursor", runs_max=100))
+    assert (appended.accepted_count, appended.duplicates_count, sent) == (290, 0, ["append_in_order"])
+    batch, ledger = await world.store.batch(batch_id)
+    assert (batch.cursor, ledger.missing, ledger.waiting) == (b"cursor", 700, 300)
+    assert await world.run_all(await world.session()) == list(range(300))
+
+
+async def test_r7_what_does_not_follow_is_left_to_the_script(world: World) -> None:
+    batch_id = await world.batch(100)
+    assert (await world.append(batch_id, range(10))).accepted_count == 10
+    cases: list[tuple[dict[str, Any], list[int], int]] = [
+        ({}, list(range(5, 15)), 5),  # some of it was received
+        ({}, [20, 21], 2),  # a gap
+        ({}, list(range(15, 18)), 3),  # in the gap
+        ({"key": Key("new", queue="unmet")}, [18, 19], 2),  # fills the gap, in a queue of its own
+        ({"extras": {22: Extra(tags=("t",))}}, [22], 1),
+    ]
+    for more, indexes, count in cases:
+        appended, sent = await statements_of(world, partial(world.append, batch_id, indexes, **more))
+        assert appended.accepted_count == count
+        assert "begin" in sent
+    house(world)._out_of_order.hit(batch_id)
+    _, sent = await statements_of(world, lambda: world.append(batch_id, range(23, 30), key=Key("new", queue="unmet")))
+    assert sent == ["append_in_order"]
+    await world.store.stop_batch(batch_id, "cancelled", now_us=world.now_us)
+    with pytest.raises(Conflict):
+        await world.append(batch_id, range(30, 31))
+
+
+async def test_r7_a_batch_that_comes_in_no_order_is_not_asked_whether_it_does(world: World) -> None:
+    batch_id = await world.batch()
+    for index in (9, 7, 5):
+        _, sent = await statements_of(world, partial(world.append, batch_id, [index]))
+        assert "append_in_order" in sent
+    _, sent = await statements_of(world, lambda: world.append(batch_id, [3]))
+    assert "append_in_order" not in sent
+
+
+async def test_r7_one_statement_writes_what_the_script_writes(world: World) -> None:
+    keys = [Key("task"), Key("task", priority=3), Key("other", queue="b", expires_us=START_US * 2, at_most_once=True)]
+    keys.append(Key("task", due_us=START_US * 2))
+    batch_ids = [await world.batch() for _ in range(2)]
+    for batch_id in batch_ids:
+        await world.append(batch_id, range(4), key=lambda index: keys[index])
+    house(world)._out_of_order.miss(batch_ids[1])
+    house(world)._out_of_order._counts[batch_ids[1]] = 100
+    written = []
+    for batch_id in batch_ids:
+        _, sent = await statements_of(
+            world, partial(world.append, batch_id, range(4, 90), key=lambda index: keys[index % 4], runs_max=16)
+        )
+        assert (sent == ["append_in_order"]) == (batch_id == batch_ids[0])
+        async with beside() as connection:
+            rows = await connection.fetch(
+                f'SELECT span.*, block.* FROM "{schema_of(world)}".block JOIN "{schema_of(world)}".span '
+                "ON span.block_id = block.id WHERE block.batch_id = $1 ORDER BY block.first_index, span.id",
+                batch_id,
+            )
+            batch = await connection.fetchrow(f'SELECT * FROM "{schema_of(world)}".batch WHERE id = $1', batch_id)
+        own = {"id", "block_id", "batch_id", "created_us"}
+        written.append([{name: row[name] for name in set(row.keys()) - own} for row in (*rows, batch)])
+    assert written[0] == written[1]
+    assert len(written[0]) > 20
+
+
+async def test_r7_many_that_append_the_same_at_once_add_it_once(world: World) -> None:
+    batch_id = await world.batch()
+    await world.append(batch_id, range(10))
+    appended = await asyncio.gather(*(world.append(batch_id, range(10, 200), runs_max=50) for _ in range(6)))
+    assert sorted(one.accepted_count for one in appended) == [0] * 5 + [190]
+    assert sum(one.duplicates_count for one in appended) == 5 * 190
+
+
+# -- R9: lanes, and plans over history
+
+HISTORY = """
+INSERT INTO {schema}.batch SELECT 'b' || g, 'default', NULL, 'batch', 'task', 'completed', 2560, 2560, 2560, 0, 0, 0,
+    '{{}}', '', '{{}}', '', 1, 1, 1, 1, 0, 256, '' FROM generate_series(1, 2000) AS g;
+INSERT INTO {schema}.block SELECT g, 'b' || (g / 10 + 1), (g % 10) * 256, (g % 10) * 256 + 255, 256, NULL, NULL, 'x'
+    FROM generate_series(1, 20000) AS g;
+INSERT INTO {schema}.span SELECT g, g, 'b' || (g / 10 + 1), 'default', 'default', 'task', 0, 0, 0, 0, g, (g % 10) * 256,
+    1, 0, 0, NULL, repeat(CASE WHEN g % 100 = 0 THEN 'w' ELSE 'c' END, 256)::bytea,
+    CASE WHEN g % 100 = 0 THEN 256 ELSE 0 END,
+    CASE WHEN g % 200 = 0 THEN 'waiting' WHEN g % 100 = 0 THEN 'leased' ELSE 'done' END, 's' || (g % 7), g, 1
+    FROM generate_series(1, 20000) AS g;
+INSERT INTO {schema}.part (block_id, span_id, token, part_no, codes, results, settled_us)
+    SELECT g, g, 1, 0, 'c', 'x', 1 FROM generate_series(1, 20000) AS g;
+INSERT INTO {schema}.lane VALUES ('default', 'default', 'task');
+INSERT INTO {schema}.queue VALUES ('default', 'default', 0, 0);
+INSERT INTO {schema}.session SELECT 's' || g, 'worker', '', 1, 0, 0, 0 FROM generate_series(0, 5000) AS g;
+ANALYZE {schema}.batch, {schema}.block, {schema}.span, {schema}.part, {schema}.session;
+"""
+VALUES: dict[str, Any] = {
+    "ids": "[4, 5, 6]",
+    "rows": "[[1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0]]",
+    "names": '["default"]',
+    "objects": "[]",
+    "tasks": '["task"]',
+    "queues": None,
+    "blob": b"c",
+    "places": PLACES,
+    "lanes": '[["default", "task"]]',
+    "blocks": "[[0, 0, 1, 1, 1]]",
+    "spans": '[[0, 0, "default", "task", 0, 0, 0, 0, 0, 0, 1, 0, -1]]',
+    "received_before": b"",
+    "received": b"",
+    "cursor": None,
+    "environment": "default",
+    "queue": "default",
+    "task": "task",
+    "session_id": "s1",
+    "batch_id": "b7",
+    "id": "b7",
+    "key": "key",
+}
+PLANS = {
+    "settle_ranges": ["span_pkey", "batch_"],
+    "append_in_order": ["batch_", "lane_pkey", "queue_pkey"],
+    "claim_whole": ["span_claimable", "span_leased", "span_delayed", "block_pkey", "session_pkey"],
+    "claim_candidates": ["span_claimable"],
+    "claimed_before": ["span_leased"],
+    "due_spans": ["span_delayed"],
+    "lock_spans": ["span_pkey"],
+    "update_spans": ["span_pkey"],
+    "lock_spans_of_session": ["span_leased"],
+    "leases_of_session": ["span_leased"],
+    "recorded_part": ["part_once"],
+    "blocks": ["block_pkey"],
+    "blocks_from": ["block_by_index"],
+    "spans_of_blocks": ["span_of_block"],
+    "states_of_blocks": ["span_of_block"],
+    "parts_of_blocks": ["part_once"],
+    "unsettled_spans_of_batch": ["span_unsettled"],
+    "leased_count": ["span_unsettled"],
+    "expired_spans": ["span_expiring"],
+    "stopping_batches": ["batch_unfinished"],
+    "lock_batches": ["batch_"],
+    "lock_streams_of_session": ["batch_of_session", "span_leased"],
+}
+
+
+@asynccontextmanager
+async def with_history(world: World) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
+    """The plan of a statement over 20,000 chunks, most of them history, as a server without our settings makes it."""
+    schema = f'"{schema_of(world)}"'
+    world.was_tampered_with = True
+    async with beside() as connection:
+        await connection.execute(HISTORY.format(schema=schema))
+        yield lambda name: plan_of(connection, schema_of(world), name)
+
+
+async def plan_of(connection: Any, schema: str, name: str) -> str:
+    sql, words, _ = compiled(schema)[name]
+    ids = '["b4", "b5"]' if name == "lock_batches" else VALUES["ids"]
+    values = [(VALUES | {"ids": ids}).get(word, 1) for word in words]
+    return "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {sql}", *values))
+
+
+async def test_r9_hot_statements_are_answered_from_indexes_whatever_lies_behind_them(world: World) -> None:
+    async with with_history(world) as plan:
+        for name, indexes in PLANS.items():
+            text = await plan(name)
+            for index in indexes:
+                assert index in text, f"{name}\n{text}"
+            for table in ("span", "part", "block", "batch"):
+                assert f"Seq Scan on {table}" not in text, f"{name}\n{text}"
+
+
+async def test_r9_a_plan_made_for_empty_tables_is_the_same(world: World) -> None:
+    async with beside(server_settings=SETTINGS) as connection:
+        for name in ("claim_whole", "settle_ranges"):
+            assert "Seq Scan" not in await plan_of(connection, schema_of(world), name)
+
+
+async def test_r9_a_claim_merges_lanes_by_priority_and_order(world: World) -> None:
+    session = await world.session()
+    first, second = await world.batch(), await world.batch()
+    await world.append(first, range(40), runs_max=10, key=Key("task", queue="a"))
+    await world.append(second, range(40), runs_max=10, key=Key("other", queue="b"))
+    await world.append(second, [40, 41], key=Key("task", queue="b", priority=5))
+    (leases, sent) = await statements_of(world, lambda: world.claim(session, 40, tasks=("task", "other")))
+    assert [(lease.batch_id == second, lease.indexes[0]) for lease in leases] == [
+        (True, 40), (False, 0), (True, 0), (False, 10), (True, 10)
+    ]  # fmt: skip
+    assert len(indexes_of(leases)) == 40
+    assert sent[-1] == "claim_whole"

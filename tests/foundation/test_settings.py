@@ -144,7 +144,7 @@ def test_an_unknown_variable_is_refused_with_what_was_meant(tmp_path: Path, vari
 
 
 def test_variables_of_others_and_of_later_versions_pass(tmp_path: Path) -> None:
-    environ = {"PATH": "x", "headrace_x": "1", "HEADRACE_API_KEY": "k", "HEADRACE_TEST_SEED": "4"}
+    environ = {"PATH": "x", "headrace_x": "1", "HEADRACE_LISTEN": "k", "HEADRACE_TEST_SEED": "4"}
     assert set(load({}, environ, tmp_path).sources.values()) == {"default"}
 
 

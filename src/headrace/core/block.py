@@ -80,6 +80,7 @@ class Coalescer:
 
     def _begin(self) -> None:
         self._indexes: list[int] = []
+        self._highest = -1
         self._payloads: list[bytes] = []
         self._kinds: bytearray | None = None
         self._keys: list[Key] = []
@@ -98,6 +99,8 @@ class Coalescer:
             self._close()
         position = len(self._payloads)
         self._indexes.append(index)
+        if index > self._highest:
+            self._highest = index
         self._payloads.append(payload)
         self._keys.append(key)
         if kind != JSON or self._kinds is not None:
@@ -123,6 +126,7 @@ class Coalescer:
                     self.add(number, payload, key)
                 continue
             self._indexes += range(index, index + len(piece))
+            self._highest = max(self._highest, self._indexes[-1])
             self._payloads += piece
             self._keys += repeat(key, len(piece))
             if self._kinds is not None:
@@ -130,6 +134,14 @@ class Coalescer:
             self.open_bytes += size
             if len(self._payloads) >= self.runs_max:
                 self._close()
+
+    def holds(self, first_index: int, count: int) -> bool:
+        """Whether the open chunk has one of `count` consecutive indexes already."""
+        if first_index > self._highest:
+            return False
+        if count == 1:
+            return first_index in self._indexes
+        return any(first_index <= index < first_index + count for index in self._indexes)
 
     def take(self) -> list[Chunk]:
         """The chunks that have closed, oldest first."""

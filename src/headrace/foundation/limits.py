@@ -55,6 +55,17 @@ TABLE: Final[Mapping[str, Limit]] = {
         Limit("name_chars_max", "characters", 200, 1, 1_000, "Names of tasks, queues, keys and tags."),
         Limit("tags_max", "tags", 10, 0, 100, "Tags on one run."),
         Limit("headers_bytes_max", "bytes", 16 * KIB, 0, MIB, "Headers of one run, encoded."),
+        Limit("http_idle_s", "s", 60, 1, 86_400, "How long a server waits for a peer that sends nothing; one that it holds back itself is never cut."),
+        Limit("packet_bytes_max", "bytes", 16 * MIB, KIB, 256 * MIB, "One payload that a client uploads before it sends the item."),
+        Limit("expansion_max", "times", 200, 2, 1_000, "How much larger a compressed body may become."),
+        Limit("metadata_bytes_max", "bytes", 256 * KIB, 64, 16 * MIB, "Metadata of one run, encoded."),
+        Limit("streams_max", "streams", 256, 1, 100_000, "Streams of items that one server takes in at a time."),
+        Limit("connections_max", "connections", 4_096, 1, 1_000_000, "Connections that one server holds at a time."),
+        Limit("requests_per_minute_max", "requests", 0, 0, 100_000_000, "Requests that an environment may make for long; 0 is no limit."),
+        Limit("requests_burst_max", "requests", 750, 1, 100_000_000, "Requests that an environment may make at once, where they are limited."),
+        Limit("batch_runs_per_minute_max", "runs", 0, 0, 10_000_000_000, "Runs that an environment may announce for long; 0 is no limit."),
+        Limit("batch_runs_burst_max", "runs", 1_200, 1, 10_000_000_000, "Runs that an environment may announce at once, where they are limited."),
+        Limit("stream_grants_max", "requests", 10, 1, 1_000, "Streams of one batch that no request limit holds up."),
         Limit("error_chars_max", "characters", 8_000, 100, MIB, "An error's message and traceback, each, as kept."),
     )
 }  # fmt: skip
@@ -88,6 +99,17 @@ class Limits:
     name_chars_max: int = TABLE["name_chars_max"].default
     tags_max: int = TABLE["tags_max"].default
     headers_bytes_max: int = TABLE["headers_bytes_max"].default
+    http_idle_s: int = TABLE["http_idle_s"].default
+    packet_bytes_max: int = TABLE["packet_bytes_max"].default
+    expansion_max: int = TABLE["expansion_max"].default
+    metadata_bytes_max: int = TABLE["metadata_bytes_max"].default
+    streams_max: int = TABLE["streams_max"].default
+    connections_max: int = TABLE["connections_max"].default
+    requests_per_minute_max: int = TABLE["requests_per_minute_max"].default
+    requests_burst_max: int = TABLE["requests_burst_max"].default
+    batch_runs_per_minute_max: int = TABLE["batch_runs_per_minute_max"].default
+    batch_runs_burst_max: int = TABLE["batch_runs_burst_max"].default
+    stream_grants_max: int = TABLE["stream_grants_max"].default
     error_chars_max: int = TABLE["error_chars_max"].default
 
     def __post_init__(self) -> None:

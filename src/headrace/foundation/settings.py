@@ -27,7 +27,7 @@ CONFIG_VARIABLE: Final = f"{PREFIX}CONFIG"
 TEST_PREFIX: Final = f"{PREFIX}TEST_"
 HIDDEN: Final = "***"
 
-LATER_VARIABLES: Final = frozenset({"HEADRACE_API_KEY", "HEADRACE_GRPC_SECRET", "HEADRACE_LISTEN"})
+LATER_VARIABLES: Final = frozenset({"HEADRACE_GRPC_SECRET", "HEADRACE_LISTEN"})
 """Names that a later version reads: set for a whole fleet, they must not stop an older process."""
 
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -69,6 +69,9 @@ class Settings:
     log_level: str
     concurrency: int
     processes: int
+    host: str
+    port: int
+    api_key: str | None = field(repr=False)
     limits: Limits
     sources: Mapping[str, str]
 
@@ -113,6 +116,9 @@ def load(flags: Mapping[str, object | None], environ: Mapping[str, str], directo
         log_level=texts["log_level"],
         concurrency=numbers["concurrency"],
         processes=numbers["processes"],
+        host=texts["host"],
+        port=numbers["port"],
+        api_key=texts.get("api_key"),
         limits=Limits(**{name: numbers[name] for name in TABLE}),
         sources={name: found[name][1] if name in found else "default" for name in NAMES},
     )
@@ -241,6 +247,17 @@ def _objects(value: object) -> str:
     return _text("objects", value, "a URL or a directory")
 
 
+def _host(value: object) -> str:
+    return _text("host", value, "an address")
+
+
+def _api_key(value: object) -> str:
+    if not isinstance(value, str) or not KEY_CHARS_MIN <= len(value) <= TEXT_CHARS_MAX or not value.isprintable():
+        # What was given is not repeated: it may be a key with a slip in it.
+        raise InvalidSetting(f"api_key must have {KEY_CHARS_MIN} printable characters or more")
+    return value
+
+
 def _environment(value: object) -> str:
     text = _text("environment", value, "a name")
     if len(text) > ENVIRONMENT_CHARS_MAX:
@@ -268,6 +285,7 @@ def _choice(name: str, default: str, choices: tuple[str, ...], meaning: str) -> 
 
 
 ENVIRONMENT_CHARS_MAX: Final = 200
+KEY_CHARS_MIN: Final = 8
 LOG_FORMATS: Final = ("console", "json")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 
@@ -308,6 +326,16 @@ OPTIONS: Final[Mapping[str, Option]] = {
                 1_024,
                 "Worker processes of a worker, child processes of a map; 0: this one.",
             )
+        ),
+        Option("host", "127.0.0.1", "an address", "Where `headrace serve` listens.", _host),
+        _number(Limit("port", "port", 8_000, 0, 65_535, "The port that `headrace serve` listens on; 0 is any.")),
+        Option(
+            "api_key",
+            None,
+            "a secret",
+            "For a server, a key that may do all in its environment, beside those in the store; "
+            "for a client of one, the key it shows.",
+            _api_key,
         ),
     )
 }

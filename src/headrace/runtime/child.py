@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from headrace.core.block import Extra
 from headrace.foundation.errors import HeadraceError, InvalidSetting
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import SystemClock
@@ -157,7 +156,7 @@ class _Child:
             indexes=slice_.indexes,
             payloads=slice_.payloads,
             kinds=slice_.kinds,
-            extras={place: Extra(headers=headers) for place, headers in slice_.headers.items()},
+            extras=slice_.extras,
             runs_count=slice_.runs_count,
         )
         work = Work(lease, marks, slot)

@@ -319,7 +319,7 @@ class Executor:
                 self._interrupted(work, number, STOPPED)
                 raise
             else:
-                self._fail(work, number, self.registry.get(work.lease.task), error)
+                self._fail(work, number, self._spec(work, number), error)
 
     def _ended(self, work: Work) -> None:
         self.in_flight_count -= 1
@@ -345,6 +345,8 @@ class Executor:
         if decode is None or not spec.is_async or spec.codec.context_name:
             return GENERAL
         if self._deadline is not None and spec.timeout_s is not None:
+            return GENERAL
+        if any(extra.attempts_max or extra.timeout_ms for extra in lease.extras.values()):
             return GENERAL
         work.plan = Plan(spec.function, decode)
         return work.plan
@@ -394,7 +396,7 @@ class Executor:
                     continue
                 rest = self._complete(work, number, done.value)
             except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
-                self._fail(work, number, self.registry.get(work.lease.task), error)
+                self._fail(work, number, self._spec(work, number), error)
             else:
                 spec = self.registry.get(work.lease.task)
                 rest = self._waiting(work, number, runner, spec, driven(coro, variables, waits_for))
@@ -438,7 +440,7 @@ class Executor:
 
     def _call(self, work: Work, number: int, runner: Runner, payload: bytes, kind: int) -> Awaitable[None] | None:
         try:
-            spec = self.registry.get(work.lease.task)
+            spec = self._spec(work, number)
             arguments = spec.codec.decode(payload, kind)
         except (PayloadRefused, HeadraceError) as error:
             self._refuse(work, number, "InvalidPayload", str(error))
@@ -461,6 +463,9 @@ class Executor:
             self._fail(work, number, spec, error)
             return None
         return self._waiting(work, number, runner, spec, driven(coro, variables, waits_for))
+
+    def _spec(self, work: Work, number: int) -> TaskSpec:
+        return self.registry.get(work.lease.task).bounded(work.lease.extras.get(work.places[number]))
 
     def _context(self, work: Work, number: int, spec: TaskSpec) -> Context:
         lease = work.lease
@@ -498,7 +503,7 @@ class Executor:
                 timer.cancel()
 
     def _interrupted(self, work: Work, number: int, reason: str) -> None:
-        spec = self.registry.get(work.lease.task)
+        spec = self._spec(work, number)
         if work.codes[number]:
             return  # it had come to its end already
         if reason == TIMEOUT:

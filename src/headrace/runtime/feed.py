@@ -13,67 +13,29 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Iterable, Iterator
-from typing import Final, NamedTuple, Self, TypeVar
-
-import msgspec
+from typing import Final, NamedTuple, TypeVar
 
 from headrace.core.batch import Batch
-from headrace.core.block import Chunk, Coalescer, Extra
+from headrace.core.block import Extra
 from headrace.core.failure import Failure
 from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
 from headrace.core.pack import REFERENCE
 from headrace.core.span import Key
 from headrace.foundation.errors import ClientFault, Conflict, InvalidInput
-from headrace.foundation.limits import MIB
+from headrace.runtime.appender import BEGINNING, WAITS_MAX, Appender, Position
 from headrace.runtime.engine import Engine
 from headrace.runtime.ingest import ingest
 from headrace.runtime.patience import patiently
+from headrace.store.protocol import Appended
 
-WAITING_BYTES_MAX: Final = 8 * MIB
-WAITING_CHUNKS_MAX: Final = 64
 SLICE_LINES_MAX: Final = 4_096
 """Lines handled without letting go of the loop: some milliseconds."""
 
-LINGER_S: Final = 0.002
-"""How long a chunk that isn't full waits for the source right after a commit; a lone item waits for nothing."""
-
 DIGEST_BYTES: Final = 32
-WAITS_MAX: Final = 6
-"""About four seconds; whoever feeds is told then."""
 _BORN_FAILED: Final = b"{}"
 
 T = TypeVar("T")
-
-
-_NAMES: Final = {"bytes_count": "bytes", "items_count": "items", "lines_count": "lines", "is_open": "open"}
-
-
-class Position(msgspec.Struct, frozen=True, kw_only=True, rename=_NAMES):
-    """A place in an input, after a whole line.
-
-    `digest` is of all bytes before it. `is_open` says that the last line had no newline yet when it was read, so
-    whatever comes next but white space would change that line.
-    """
-
-    bytes_count: int = 0
-    items_count: int = 0
-    lines_count: int = 0
-    digest: bytes = b""
-    is_open: bool = False
-
-    def encode(self) -> bytes:
-        """As a batch keeps it."""
-        return msgspec.msgpack.encode(self)
-
-    @classmethod
-    def decode(cls, cursor: bytes) -> Self:
-        """The position that `encode` wrote; the beginning for a batch that keeps none."""
-        return msgspec.msgpack.decode(cursor, type=cls) if cursor else cls()
-
-
-BEGINNING: Final = Position()
 
 
 class SealedElsewhere(Conflict):
@@ -108,7 +70,7 @@ class Feed:
         self._engine = engine
         self._limits = engine.limits
         self._key = key
-        self._batch_id = ""
+        self._batch: Batch | None = None
         self._start = start
         self._next_item = start.items_count
         self._cut_at = 0
@@ -122,11 +84,17 @@ class Feed:
         `base_index` is the item of the input that is the batch's run 0. Raises `InvalidInput` for an input that
         changed, `SealedElsewhere` when another feed was faster.
         """
-        self._batch_id = batch.id
+        self._batch = batch
         is_sealed = batch.expected_count is not None
         full_at = base_index + (batch.expected_count or 0 if is_sealed else self._limits.batch_runs_max)
         self._cut_at = self._cut_at or full_at
-        appender = _Appender(self._engine, batch, start=self.position)
+        appender = Appender(
+            self._engine,
+            batch.id,
+            start=self.position,
+            on_appended=self._check_same,
+            on_refused=self._verdict,
+        )
         add, key = appender.coalescer.add, self._key
         try:
             while (group := await self._next_group()) is not None:
@@ -143,7 +111,7 @@ class Feed:
                         if type(item) is bytes:
                             add(index, item, key)
                         else:
-                            add(index, _BORN_FAILED, key, extra=_born_failed(item))
+                            add(index, _BORN_FAILED, key, extra=born_failed(item))
                         index += 1
                 self._next_item += len(group.items)
                 await appender.push(self._next_item, group.mark)
@@ -175,6 +143,19 @@ class Feed:
             if after.is_stopped:
                 raise
             raise _sealed_elsewhere(batch) from error
+
+    def _check_same(self, appended: Appended) -> None:
+        if appended.conflicts:
+            assert self._batch is not None
+            raise changed(f"run {appended.conflicts[0]:,} was made from another line", batch_id=self._batch.id)
+
+    async def _verdict(self, error: ClientFault) -> ClientFault:
+        """The same error, or that somebody sealed the batch while this feed went on past its end."""
+        assert self._batch is not None
+        batch, _ = await self._engine.store.batch(self._batch.id)
+        if batch.expected_count != self._batch.expected_count and not batch.is_stopped:
+            return _sealed_elsewhere(batch)
+        return error
 
     async def _next_group(self) -> _Group | None:
         if self._pending is not None:
@@ -265,9 +246,10 @@ class Feed:
 
     async def _offload(self, payload: bytes, mark: Position | None) -> _Group:
         """Write one large payload to the object store before the row that will name it."""
-        engine = self._engine
+        assert self._batch is not None
+        engine, batch_id = self._engine, self._batch.id
         reference, key = await patiently(
-            lambda: engine.offloaded(self._batch_id, payload),
+            lambda: engine.offloaded(batch_id, payload),
             engine.clock,
             what="the object store",
             waits_max=WAITS_MAX,
@@ -330,114 +312,7 @@ class _Reader:
                 await result
 
 
-class _Appender:
-    """Runs in, appends out: one in flight, the next one filling."""
-
-    def __init__(self, engine: Engine, batch: Batch, *, start: Position) -> None:
-        limits = engine.limits
-        self.coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
-        self.position = start
-        self._store = engine.store
-        self._clock = engine.clock
-        self._doorbell = engine.doorbell
-        self._batch = batch
-        self._next_item = start.items_count
-        self._marks: deque[Position] = deque()
-        self._waiting: list[Chunk] = []
-        self._waiting_bytes = 0
-        self._is_ending = False
-        self._wake = asyncio.Event()
-        self._room = asyncio.Event()
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="feed append")
-        self._task.add_done_callback(lambda _: self._room.set())
-
-    async def push(self, next_item: int, mark: Position | None) -> None:
-        """Tell of runs just added; waits while too much is waiting."""
-        self._next_item = next_item
-        if mark is not None:
-            self._marks.append(mark)
-        self._collect(self.coalescer.take())
-        if self._waiting or self.coalescer.open_count:
-            self._wake.set()
-        while self._waiting_bytes > WAITING_BYTES_MAX or len(self._waiting) > WAITING_CHUNKS_MAX:
-            self._room.clear()
-            self._check()
-            await self._room.wait()
-        self._check()
-
-    async def finish(self) -> None:
-        """Append everything, the last position too."""
-        self._is_ending = True
-        self._wake.set()
-        await self._task
-
-    async def stop(self) -> None:
-        """End the task, whatever it was doing; an append in flight may still land, which is safe to repeat."""
-        self._task.cancel()
-        await asyncio.wait((self._task,))
-        if not self._task.cancelled():
-            self._task.exception()  # seen: it was raised to whoever pushed, or the feed failed before
-
-    def _check(self) -> None:
-        if self._task.done():
-            self._task.result()
-
-    def _collect(self, chunks: list[Chunk]) -> None:
-        self._waiting += chunks
-        self._waiting_bytes += sum(len(chunk.items) for chunk in chunks)
-
-    async def _run(self) -> None:
-        is_fresh = False  # a commit has just ended: the source was busy meanwhile and may be about to go on
-        while True:
-            if not self._waiting and not self._is_ending:
-                self._wake.clear()
-                if not self.coalescer.open_count:
-                    is_fresh = False
-                    await self._wake.wait()
-                    continue
-                if is_fresh and await self._clock.wait_for(self._wake, LINGER_S):
-                    is_fresh = False
-                    continue
-            if not self._waiting or self._is_ending:
-                self._collect(self.coalescer.flush())
-            await self._append()
-            is_fresh = True
-            if self._is_ending and not self._waiting and not self.coalescer.open_count:
-                return
-
-    async def _append(self) -> None:
-        chunks, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        durable_items = self._next_item - self.coalescer.open_count
-        position = self.position
-        while self._marks and self._marks[0].items_count <= durable_items:
-            position = self._marks.popleft()
-        self._room.set()
-        if not chunks and position.bytes_count == self.position.bytes_count:
-            return
-        cursor = position.encode() if position.bytes_count > self.position.bytes_count else None
-        try:
-            appended = await patiently(
-                lambda: self._store.append(self._batch.id, chunks, now_us=self._clock.now_us(), cursor=cursor),
-                self._clock,
-                what="the store",
-                waits_max=WAITS_MAX,
-            )
-        except ClientFault as error:
-            raise await self._verdict(error) from error
-        if appended.conflicts:
-            raise changed(f"run {appended.conflicts[0]:,} was made from another line", batch_id=self._batch.id)
-        self.position = position
-        self._doorbell.ring()
-
-    async def _verdict(self, error: ClientFault) -> ClientFault:
-        """The same error, or that somebody sealed the batch while this feed went on past its end."""
-        batch, _ = await self._store.batch(self._batch.id)
-        if batch.expected_count != self._batch.expected_count and not batch.is_stopped:
-            return _sealed_elsewhere(batch)
-        return error
-
-
-def _born_failed(marker: Oversized | Unreadable | bytes) -> Extra:
+def born_failed(marker: Oversized | Unreadable | bytes) -> Extra:
     """What a line that is no item becomes: a run that failed before it could run."""
     assert not isinstance(marker, bytes)
     if isinstance(marker, Oversized):

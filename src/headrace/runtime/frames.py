@@ -7,6 +7,8 @@ from typing import Final
 
 import msgspec
 
+from headrace.core.block import Extra
+
 HEADER: Final = struct.Struct("<I")
 
 
@@ -42,7 +44,7 @@ class Slice(msgspec.Struct, tag="slice"):
     indexes: list[int]
     payloads: list[bytes]
     kinds: bytes | None
-    headers: dict[int, dict[str, str]]
+    extras: dict[int, Extra]
 
 
 class Interrupt(msgspec.Struct, tag="interrupt"):

@@ -283,7 +283,7 @@ class Crew:
                 indexes=[lease.indexes[number] for number in numbers],
                 payloads=[lease.payloads[number] for number in numbers],
                 kinds=None if lease.kinds is None else lease.kinds[first : work.cursor],
-                headers={place: lease.extras[place].headers for place in places if place in lease.extras},
+                extras={place: lease.extras[place] for place in places if place in lease.extras},
             ),
         )
 

@@ -72,16 +72,19 @@ class Producer:
 
     async def enqueue(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[str, int]:
         """Make one run durable; answers `(batch_id, index)`, of an older run when its idempotency key names one."""
-        key, extra = self._key(spec, options), self._extra(options)
+        return await self.put(self._key(spec, options), payload, JSON, self._extra(options))
+
+    async def put(self, key: Key, payload: bytes, kind: int, extra: Extra | None) -> tuple[str, int]:
+        """The same for a run that is ready to be stored, but for its payload's size."""
         for _ in range(STREAMS_TRIED):
             async with self._starting:
                 flusher = await self._ensure_stream()
                 stream_id, index = self._stream_id, self._next_index
                 self._next_index += 1
-            settled, kind, extra_there = await self._settled_payload(stream_id, payload, extra)
+            settled, kind_there, extra_there = await self._settled_payload(stream_id, payload, kind, extra)
             answer: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
             try:
-                await flusher.put(_Enqueue(index, settled, kind, key, extra_there, answer))
+                await flusher.put(_Enqueue(index, settled, kind_there, key, extra_there, answer))
                 return await answer
             except (FlusherClosed, Conflict):  # the stream ended before this run was in it: into the next
                 await self._leave_stream(stream_id)
@@ -220,7 +223,7 @@ class Producer:
             if failure is not None:
                 extra = Extra(failure=failure)
             else:
-                payload, kind, extra = await self._settled_payload(batch_id, payload, shared)
+                payload, kind, extra = await self._settled_payload(batch_id, payload, JSON, shared)
             payloads.append(payload)
             extras.append((kind, extra))
         return _Encoded(payloads, extras)
@@ -274,12 +277,12 @@ class Producer:
         )
 
     async def _settled_payload(
-        self, batch_id: str, payload: bytes, extra: Extra | None
+        self, batch_id: str, payload: bytes, kind: int, extra: Extra | None
     ) -> tuple[bytes, int, Extra | None]:
         """The payload as its row holds it: itself, or a reference once the object is durable."""
         if len(payload) < self.engine.limits.inline_bytes_max:
-            return payload, JSON, extra
-        reference, object_key = await self.engine.offloaded(batch_id, payload)
+            return payload, kind, extra
+        reference, object_key = await self.engine.offloaded(batch_id, payload, kind)
         named = msgspec.structs.replace(extra or Extra(), object_key=object_key, object_bytes=len(payload))
         return reference, REFERENCE, named
 

@@ -10,6 +10,7 @@ application/msgpack      `{args, kwargs}`
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import sys
@@ -22,6 +23,7 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 import msgspec
 
 from headrace.core import pack
+from headrace.core.block import Extra
 from headrace.core.retry import NO_RETRY, Retry
 from headrace.foundation.errors import InvalidInput, InvalidSetting, NotFound
 from headrace.foundation.limits import DEFAULT
@@ -81,6 +83,17 @@ class TaskSpec:
             raise InvalidSetting("pool='thread' is for plain functions", hint="leave pool out", task=self.name)
         object.__setattr__(self, "is_async", is_async)
         object.__setattr__(self, "codec", Codec(self.name, self.function))
+
+    def bounded(self, extra: Extra | None) -> TaskSpec:
+        """The task as one run asks for it: other attempts, another timeout, and all else as it is."""
+        if extra is None or not (extra.attempts_max or extra.timeout_ms):
+            return self
+        own = copy.copy(self)
+        if extra.attempts_max:
+            object.__setattr__(own, "retry", dataclasses.replace(self.retry, attempts=extra.attempts_max))
+        if extra.timeout_ms:
+            object.__setattr__(own, "timeout_s", extra.timeout_ms / 1_000)
+        return own
 
     @property
     def target(self) -> Target:

@@ -306,9 +306,9 @@ class MemoryStore:
         expected = received.end if batch.expected_count is None else batch.expected_count
         return received.missing(expected, ranges_max)
 
-    async def outcomes(self, batch_id: str, from_index: int, runs_max: int) -> list[Outcome]:
-        """Consecutive final outcomes from `from_index` on, in index order."""
-        return reading.outcomes(self._now(), batch_id, from_index, runs_max)
+    async def outcomes(self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> list[Outcome]:
+        """Final outcomes from `from_index` on, in index order."""
+        return reading.outcomes(self._now(), batch_id, from_index, runs_max, passing=passing)
 
     async def run(self, batch_id: str, index: int) -> RunView:
         """One run."""

@@ -208,8 +208,8 @@ def _results(tables: Tables, batch_id: str) -> dict[tuple[int, int], tuple[bytes
     }
 
 
-def outcomes(tables: Tables, batch_id: str, from_index: int, runs_max: int) -> list[Outcome]:
-    """Consecutive final outcomes from `from_index` on; gaps are passed over in a stream only."""
+def outcomes(tables: Tables, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> list[Outcome]:
+    """Final outcomes from `from_index` on; gaps are passed over in a stream only, or when told to."""
     batch = find(tables, batch_id)
     results = _results(tables, batch_id)
     told: list[Outcome] = []
@@ -218,7 +218,11 @@ def outcomes(tables: Tables, batch_id: str, from_index: int, runs_max: int) -> l
         if index < from_index:
             continue
         is_gap = index != expected and batch.kind != batches.STREAM
-        if is_gap or state not in runs_core.FINAL or len(told) == runs_max:
+        if passing and batch.kind != batches.STREAM and index >= from_index + runs_max:
+            break
+        if passing and state not in runs_core.FINAL:
+            continue
+        if (is_gap and not passing) or state not in runs_core.FINAL or len(told) == runs_max:
             break
         result, kind = results.get((block_id, position), NOTHING) if state in WITH_RESULT else NOTHING
         told.append(Outcome(index=index, state=state, result=result, kind=kind))
@@ -241,6 +245,7 @@ def run(tables: Tables, batch_id: str, index: int) -> RunView:
     view = view_of(home.span, home.run_index, home.state)
     view.payload, view.kind = payload(tables, batch, index)
     view.headers, view.tags, view.idempotency_key = extra.headers, list(extra.tags), extra.idempotency_key
+    view.kept = extra.kept
     if home.state in WITH_RESULT:
         view.result, view.result_kind = _results(tables, batch_id).get((block_id, position), NOTHING)
     view.attempts = [

@@ -189,6 +189,11 @@ class PayloadStore:
         self._requests = asyncio.Semaphore(check(_CONCURRENCY, concurrency))
         self._synced_directories: dict[Path, None] = {}
 
+    @property
+    def objects(self) -> ObjectStore:
+        """What lies beneath, for objects that are not payloads."""
+        return self._store
+
     async def put(self, key: str, data: bytes) -> None:
         """Store `data` durably under its `key`; storing it again changes nothing but its age.
 

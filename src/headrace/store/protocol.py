@@ -155,7 +155,7 @@ class Outcome(msgspec.Struct, kw_only=True):
 
 
 class RunView(msgspec.Struct, kw_only=True):
-    """All that is known of one run, for people."""
+    """All that is known of one run, for people. `kept`: options that are echoed, as JSON."""
 
     batch_id: str
     index: int
@@ -176,6 +176,7 @@ class RunView(msgspec.Struct, kw_only=True):
     result: bytes
     result_kind: int
     attempts: list[dict[str, object]]
+    kept: bytes = b""
 
 
 class QueueView(msgspec.Struct, kw_only=True):
@@ -309,10 +310,11 @@ class Store(Protocol):
     async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
         """Half-open ranges of announced indexes that are not durable yet."""
 
-    async def outcomes(self, batch_id: str, from_index: int, runs_max: int) -> list[Outcome]:
+    async def outcomes(self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> list[Outcome]:
         """Consecutive final outcomes from `from_index` on, in index order; it stops at the first run not final.
 
-        A run without an index between two others (only streams have gaps) is passed over.
+        An index without a run (only streams have gaps) is passed over. `passing`: so are runs that are not final; of a
+        batch it is then the `runs_max` indexes from the first on that are looked at.
         """
 
     async def run(self, batch_id: str, index: int) -> RunView:

@@ -77,8 +77,8 @@ def missing(batch_id: str, ranges_max: int) -> Script[list[tuple[int, int]]]:
     return received.missing(expected, ranges_max)
 
 
-def outcomes(batch_id: str, from_index: int, runs_max: int) -> Script[list[Outcome]]:
-    """Consecutive final outcomes from `from_index` on."""
+def outcomes(batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> Script[list[Outcome]]:
+    """Final outcomes from `from_index` on, consecutive ones unless `passing` over the others."""
     batch, width = yield from find_with_width(batch_id)
     blocks_max = width + runs_max  # as many could begin before the first run that is asked for, and with each after it
     blocks = yield from fetch(
@@ -96,7 +96,9 @@ def outcomes(batch_id: str, from_index: int, runs_max: int) -> Script[list[Outco
     for index, block_id, position in nearest:
         state = states[block_id][position]
         is_gap = index != expected_index and batch.kind != STREAM
-        if is_gap or state not in runs_core.FINAL:
+        if passing and state not in runs_core.FINAL:
+            continue
+        if (is_gap and not passing) or state not in runs_core.FINAL:
             break
         final.append((index, block_id, position, state))
         expected_index = index + 1
@@ -190,6 +192,7 @@ def run(batch_id: str, index: int) -> Script[RunView]:
     view.payload, view.kind = payloads[0], kinds[0] if kinds else 0
     view.headers, view.tags, view.idempotency_key = extra.headers, list(extra.tags), extra.idempotency_key
     view.result, view.result_kind, view.attempts = result, result_kind, attempts
+    view.kept = extra.kept
     return view
 
 

@@ -141,9 +141,9 @@ class ScriptedStore(ABC):
         """Ranges of announced indexes that are not durable yet."""
         return await self._read(lambda: reading.missing(batch_id, ranges_max))
 
-    async def outcomes(self, batch_id: str, from_index: int, runs_max: int) -> list[Outcome]:
-        """Consecutive final outcomes, in index order."""
-        return await self._read(lambda: reading.outcomes(batch_id, from_index, runs_max))
+    async def outcomes(self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> list[Outcome]:
+        """Final outcomes in index order, consecutive ones unless told to pass over the others."""
+        return await self._read(lambda: reading.outcomes(batch_id, from_index, runs_max, passing=passing))
 
     async def run(self, batch_id: str, index: int) -> RunView:
         """One run."""

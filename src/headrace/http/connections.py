@@ -1,0 +1,137 @@
+"""One connection's bounds: how large a head may be, how long it may take, and how long a peer may not read.
+
+uvicorn bounds none of them. Time runs only while the peer owes something: the rest of a head, or room for an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final, cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from headrace.foundation.limits import KIB
+
+HEAD_BYTES_MAX: Final = 64 * KIB
+_TOO_LARGE: Final = (431, "Request Header Fields Too Large", "the head of a request has at most 65,536 bytes")
+_TOO_SLOW: Final = (408, "Request Timeout", "the head of the request did not come in time")
+_INVALID: Final = (400, "Bad Request", "this is not HTTP/1.1")
+
+
+class HeadTooLarge(Exception):
+    """Ends the parsing of a head."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with those bounds."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A new peer owes a head."""
+        super().connection_made(cast("asyncio.Transport", transport))
+        self._idle_s = float(self.config.timeout_keep_alive)
+        self._head_bytes = 0
+        self._is_in_head = True
+        self._fault = _INVALID
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is owed any more."""
+        for timer in (self._head_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a head count as they come; those of a body are bounded by whoever reads it."""
+        if self._is_in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._is_in_head and self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+            self._refuse(_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        super().on_message_begin()
+        self._is_in_head = True
+        self._fields_bytes = 0
+        if self._head_timer is None:
+            self._expect_head()
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of the request's target."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A field of the head."""
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        self._is_in_head, self._head_bytes = False, 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        """The peer owes room for more of the answer."""
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self._idle_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It made room."""
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """What the parser refused; uvicorn calls this with its own words."""
+        del msg
+        self._refuse(self._fault)
+
+    def _count(self, size: int) -> None:
+        self._fields_bytes += size
+        if self._fields_bytes > HEAD_BYTES_MAX:
+            self._fault = _TOO_LARGE
+            raise HeadTooLarge
+
+    def _expect_head(self) -> None:
+        self._head_timer = self.loop.call_later(self._idle_s, self._too_slow)
+
+    def _too_slow(self) -> None:
+        self._head_timer = None
+        if not self.transport.is_closing():
+            if self._head_bytes:
+                self._refuse(_TOO_SLOW)
+            else:
+                self.transport.close()
+
+    def _refuse(self, fault: tuple[int, str, str]) -> None:
+        status, reason, detail = fault
+        body = f'{{"title":"{reason}","status":{status},"detail":"{detail}","error":"{detail}"}}'.encode()
+        head = (
+            f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/problem+json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+def settings_of(protocol: Any) -> dict[str, Any]:
+    """What uvicorn is told beside the app."""
+    return {
+        "http": protocol,
+        "ws": "none",
+        "lifespan": "on",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "date_header": True,
+        "proxy_headers": False,
+    }

@@ -1,0 +1,129 @@
+"""The app on a socket, from its first request to a stop in good order.
+
+uvicorn carries it (httptools, and uvloop where there is one): lighter than what else was measured, and its
+back-pressure holds. `bench/README.md` has the figures, and why a faster server was passed over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import structlog
+import uvicorn
+
+from headrace.foundation.errors import InvalidSetting
+from headrace.http.app import make_app
+from headrace.http.connections import BoundedProtocol, settings_of
+from headrace.http.service import Service
+
+LOG: Any = structlog.get_logger("headrace.http")
+BACKLOG: Final = 2_048
+CUT_S: Final = 10
+"""What is left for the answers of streams that were cut: their items are flushed first."""
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals are whoever's who runs the loop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take none."""
+        yield
+
+
+class Server:
+    """One app that listens. Started once; `stop` may be called twice."""
+
+    def __init__(self, service: Service, listener: socket.socket) -> None:
+        limits = service.limits
+        config = uvicorn.Config(
+            make_app(service),
+            timeout_keep_alive=limits.http_idle_s,
+            limit_concurrency=limits.connections_max,
+            timeout_graceful_shutdown=limits.shutdown_grace_s + CUT_S,
+            backlog=BACKLOG,
+            **settings_of(BoundedProtocol),
+        )
+        self.service = service
+        self._listener = listener
+        self._uvicorn = _Uvicorn(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens."""
+        host, port = self._listener.getsockname()[:2]
+        return str(host), int(port)
+
+    @property
+    def url(self) -> str:
+        """Where it listens, as a client writes it."""
+        host, port = self.address
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def start(self) -> None:
+        """Answer from now on."""
+        self._serving = asyncio.create_task(self._uvicorn.serve([self._listener]), name="headrace-http")
+        while not self._uvicorn.started:
+            if self._serving.done():
+                self._serving.result()
+            await asyncio.sleep(0)
+
+    async def stop(self) -> None:
+        """Take no new streams, let those under way end within the grace, tell the others to come again, and leave."""
+        if self._serving is None:
+            return
+        service = self.service
+        service.drain()
+        self._uvicorn.should_exit = True
+        waiting = asyncio.create_task(self._cut_late())
+        try:
+            await asyncio.shield(self._serving)
+        finally:
+            waiting.cancel()
+            self._serving = None
+
+    async def _cut_late(self) -> None:
+        service = self.service
+        await service.engine.clock.sleep(service.limits.shutdown_grace_s)
+        if service.streams_count:
+            LOG.warning(
+                "streams were cut by the stop; their clients send the rest again", streams=service.streams_count
+            )
+        service.cut()
+
+
+@asynccontextmanager
+async def serving(service: Service, host: str, port: int) -> AsyncGenerator[Server, None]:
+    """A server while the block lasts."""
+    server = Server(service, listener(host, port))
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises `InvalidSetting` when there is no such address, or it is taken."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+            found.listen(BACKLOG)
+            found.setblocking(False)
+        except BaseException:
+            found.close()
+            raise
+    except OSError as error:
+        raise InvalidSetting(
+            f"nothing can listen on {host}:{port}: {error.strerror or error}", hint="choose another --host or --port"
+        ) from error
+    return found

@@ -1,0 +1,189 @@
+"""What every endpoint shares: the engine, who is let in, how fast, and whether the house is closing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Final
+
+from starlette.requests import Request
+
+from headrace.core.admission import Bucket
+from headrace.core.batch import Batch, Ledger
+from headrace.core.span import Key
+from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound
+from headrace.foundation.ids import check_batch_id
+from headrace.http.auth import Doorkeeper, Principal
+from headrace.http.metrics import Metrics
+from headrace.http.problems import Busy, Throttled
+from headrace.runtime.engine import Engine
+from headrace.runtime.producer import Producer
+from headrace.runtime.registry import Registry
+from headrace.store.packets import Packets
+
+MINUTE_US: Final = 60_000_000
+LEFT: Final = "headrace.rate"
+"""Where a request keeps the rate headers of its answer."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One request: who asks, and the engine as their environment sees it."""
+
+    request: Request
+    principal: Principal
+    engine: Engine
+
+    @property
+    def environment(self) -> str:
+        """The tenant that asks."""
+        return self.principal.environment
+
+    async def own_batch(self, batch_id: str) -> tuple[Batch, Ledger]:
+        """A batch of this environment; that of another is not there. Raises `NotFound`."""
+        try:
+            batch, ledger = await self.engine.store.batch(check_batch_id(batch_id))
+        except InvalidInput:
+            raise NotFound("there is no such batch", batch_id=batch_id) from None
+        if batch.environment != self.environment:
+            raise NotFound("there is no such batch", batch_id=batch_id)
+        return batch, ledger
+
+
+class Service:
+    """One server's side of the engine. Owned by one event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        registry: Registry | None = None,
+        api_key: str | None = None,
+        is_open: bool = False,
+    ) -> None:
+        """`registry`: tasks whose queue and priority are known here. `is_open`: nobody has to show a key."""
+        self.engine = engine
+        self.limits = engine.limits
+        self.registry = registry
+        self.doorkeeper = Doorkeeper(engine, static_key=api_key, is_open=is_open)
+        self.packets = Packets(engine.payloads)
+        self.metrics = Metrics()
+        self.is_draining = False
+        self.draining = asyncio.Event()
+        self._deadlines: set[asyncio.Timeout] = set()
+        self._producers: dict[str, Producer] = {}
+
+    # -- who, and how fast
+
+    async def call(self, request: Request, scope: str, *, batch_id: str = "", is_free: bool = False) -> Call:
+        """Let a request in. Raises `Unauthorized`, `Forbidden`, `Throttled`. `is_free`: no request limit counts it."""
+        principal = await self.doorkeeper.admit(request.headers.get("authorization"))
+        principal.check(scope, batch_id)
+        if not is_free and scope != "work":
+            await self.spend_request(request, principal)
+        return Call(request, principal, replace(self.engine, environment=principal.environment))
+
+    async def spend_request(self, request: Request, principal: Principal) -> None:
+        """Count a request against its environment's limit. Raises `Throttled`."""
+        limits = self.limits
+        if limits.requests_per_minute_max:
+            bucket = Bucket(limits.requests_burst_max, max(1, MINUTE_US // limits.requests_per_minute_max))
+            await self._spend(request, principal.environment, "requests", bucket, 1)
+
+    async def spend_runs(self, request: Request, environment: str, count: int) -> None:
+        """Count announced runs against their environment's limit. Raises `Throttled`."""
+        limits = self.limits
+        if limits.batch_runs_per_minute_max:
+            bucket = Bucket(limits.batch_runs_burst_max, max(1, MINUTE_US // limits.batch_runs_per_minute_max))
+            await self._spend(request, environment, "runs", bucket, count)
+
+    async def _spend(self, request: Request, environment: str, name: str, bucket: Bucket, cost: int) -> None:
+        now_us = self.engine.clock.now_us()
+        spent = await self.engine.store.spend(environment, name, bucket, cost, now_us=now_us)
+        reset_ms = (now_us + spent.wait_us if spent.wait_us else spent.full_us) // 1_000
+        headers = {
+            "x-ratelimit-limit": str(bucket.capacity),
+            "x-ratelimit-remaining": str(spent.remaining),
+            "x-ratelimit-reset": str(reset_ms),
+        }
+        request.scope[LEFT] = headers
+        if not spent.is_granted:
+            seconds = max(1, -(-spent.wait_us // 1_000_000))
+            what = "Batch rate limit exceeded." if name == "runs" else "Rate limit exceeded."
+            raise Throttled(
+                f"{what} Retry in {seconds} seconds.",
+                headers=headers | {"retry-after": str(seconds)},
+                hint="wait, then send the same request again",
+                limit=bucket.capacity,
+                remaining=spent.remaining,
+                reset=reset_ms,
+                secondsUntilReset=seconds,
+            )
+
+    async def spend_grant(self, environment: str, batch: Batch) -> bool:
+        """Whether a stream of a batch that was let in may pass the request limit: some attempts may."""
+        bucket = Bucket(self.limits.stream_grants_max, self.limits.seal_timeout_ms * 1_000)
+        name = f"grant:{batch.id}"
+        now_us = self.engine.clock.now_us()
+        return (await self.engine.store.spend(environment, name, bucket, 1, now_us=now_us)).is_granted
+
+    # -- streams and life
+
+    @property
+    def streams_count(self) -> int:
+        """Streams that are taken in now."""
+        return len(self._deadlines)
+
+    @asynccontextmanager
+    async def stream(self) -> AsyncGenerator[None, None]:
+        """A place among the streams that are taken in. Raises `Busy`."""
+        if self.is_draining:
+            raise Busy("the server is stopping", hint="send it to another one, or again in a moment")
+        if self.streams_count >= self.limits.streams_max:
+            raise Busy("the server has its hands full", hint="send it again in a moment; streams_max is the bound")
+        self.metrics.streams.inc()
+        try:
+            async with asyncio.timeout(None) as deadline:
+                self._deadlines.add(deadline)
+                yield
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise Busy("the server is stopping", hint="send what is missing to another one, or in a moment") from None
+        finally:
+            self._deadlines.discard(deadline)
+            self.metrics.streams.dec()
+
+    def drain(self) -> None:
+        """Take no new streams, and end those that wait for news; what is under way may end."""
+        self.is_draining = True
+        self.draining.set()
+
+    def cut(self) -> None:
+        """End the streams under way: what they brought is flushed, and their senders are told to come again."""
+        now_s = asyncio.get_running_loop().time()
+        for deadline in self._deadlines:
+            deadline.reschedule(now_s)
+
+    async def close(self) -> None:
+        """Write what single enqueues left, and let go."""
+        producers, self._producers = self._producers, {}
+        for producer in producers.values():
+            with suppress(HeadraceError):
+                await producer.close()
+
+    def producer(self, call: Call) -> Producer:
+        """What enqueues single runs of an environment."""
+        producer = self._producers.get(call.environment)
+        if producer is None:
+            producer = self._producers[call.environment] = Producer(call.engine)
+        return producer
+
+    def defaults(self, task: str) -> Key:
+        """How runs of a task are kept unless an item says otherwise."""
+        if self.registry is None or task not in self.registry:
+            return Key(task)
+        spec = self.registry.get(task)
+        return Key(task, queue=spec.queue, priority=spec.priority, at_most_once=spec.at_most_once)

@@ -1,0 +1,177 @@
+"""Appending a stream of runs to a batch: one append in flight at a time, what is read meanwhile shares the next.
+
+What waits is bounded, and so is the time for which a chunk that isn't full waits for others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Final, Self
+
+import msgspec
+
+from headrace.core.block import Chunk, Coalescer
+from headrace.foundation.errors import ClientFault
+from headrace.foundation.limits import MIB
+from headrace.runtime.engine import Engine
+from headrace.runtime.patience import patiently
+from headrace.store.protocol import Appended
+
+WAITING_BYTES_MAX: Final = 8 * MIB
+WAITING_CHUNKS_MAX: Final = 64
+LINGER_S: Final = 0.002
+"""How long a chunk that isn't full waits for the source right after a commit; a lone item waits for nothing."""
+
+WAITS_MAX: Final = 6
+"""About four seconds; whoever feeds is told then."""
+
+_NAMES: Final = {"bytes_count": "bytes", "items_count": "items", "lines_count": "lines", "is_open": "open"}
+
+
+class Position(msgspec.Struct, frozen=True, kw_only=True, rename=_NAMES):
+    """A place in an input, after a whole line.
+
+    `digest` is of all bytes before it. `is_open` says that the last line had no newline yet when it was read, so
+    whatever comes next but white space would change that line.
+    """
+
+    bytes_count: int = 0
+    items_count: int = 0
+    lines_count: int = 0
+    digest: bytes = b""
+    is_open: bool = False
+
+    def encode(self) -> bytes:
+        """As a batch keeps it."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, cursor: bytes) -> Self:
+        """The position that `encode` wrote; the beginning for a batch that keeps none."""
+        return msgspec.msgpack.decode(cursor, type=cls) if cursor else cls()
+
+
+BEGINNING: Final = Position()
+
+
+class Appender:
+    """Runs in, appends out: one in flight, the next one filling. Owned by one task, which must `finish` or `stop`.
+
+    `on_appended` hears of each append, `on_refused` says what goes out instead of an error that is the caller's.
+    `waits_max`: how often the store is asked again before whoever pushes is told.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        batch_id: str,
+        *,
+        start: Position = BEGINNING,
+        on_appended: Callable[[Appended], None] = lambda _appended: None,
+        on_refused: Callable[[ClientFault], Awaitable[ClientFault]] | None = None,
+        waits_max: int = WAITS_MAX,
+    ) -> None:
+        limits = engine.limits
+        self.coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
+        self.position = start
+        self._store = engine.store
+        self._clock = engine.clock
+        self._doorbell = engine.doorbell
+        self._batch_id = batch_id
+        self._on_appended = on_appended
+        self._on_refused = on_refused
+        self._waits_max = waits_max
+        self._next_item = start.items_count
+        self._marks: deque[Position] = deque()
+        self._waiting: list[Chunk] = []
+        self._waiting_bytes = 0
+        self._is_ending = False
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="feed append")
+        self._task.add_done_callback(lambda _: self._room.set())
+
+    async def push(self, next_item: int, mark: Position | None) -> None:
+        """Tell of runs just added; waits while too much is waiting."""
+        self._next_item = next_item
+        if mark is not None:
+            self._marks.append(mark)
+        self._collect(self.coalescer.take())
+        if self._waiting or self.coalescer.open_count:
+            self._wake.set()
+        while self._waiting_bytes > WAITING_BYTES_MAX or len(self._waiting) > WAITING_CHUNKS_MAX:
+            self._room.clear()
+            self._check()
+            await self._room.wait()
+        self._check()
+
+    def cut(self) -> None:
+        """Close the open chunk: what comes next may hold an index of it again."""
+        self._collect(self.coalescer.flush())
+
+    async def finish(self) -> None:
+        """Append everything, the last position too."""
+        self._is_ending = True
+        self._wake.set()
+        await self._task
+
+    async def stop(self) -> None:
+        """End the task, whatever it was doing; an append in flight may still land, which is safe to repeat."""
+        self._task.cancel()
+        await asyncio.wait((self._task,))
+        if not self._task.cancelled():
+            self._task.exception()  # seen: it was raised to whoever pushed, or the feed failed before
+
+    def _check(self) -> None:
+        if self._task.done():
+            self._task.result()
+
+    def _collect(self, chunks: list[Chunk]) -> None:
+        self._waiting += chunks
+        self._waiting_bytes += sum(len(chunk.items) for chunk in chunks)
+
+    async def _run(self) -> None:
+        is_fresh = False  # a commit has just ended: the source was busy meanwhile and may be about to go on
+        while True:
+            if not self._waiting and not self._is_ending:
+                self._wake.clear()
+                if not self.coalescer.open_count:
+                    is_fresh = False
+                    await self._wake.wait()
+                    continue
+                if is_fresh and await self._clock.wait_for(self._wake, LINGER_S):
+                    is_fresh = False
+                    continue
+            if not self._waiting or self._is_ending:
+                self._collect(self.coalescer.flush())
+            await self._append()
+            is_fresh = True
+            if self._is_ending and not self._waiting and not self.coalescer.open_count:
+                return
+
+    async def _append(self) -> None:
+        chunks, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        durable_items = self._next_item - self.coalescer.open_count
+        position = self.position
+        while self._marks and self._marks[0].items_count <= durable_items:
+            position = self._marks.popleft()
+        self._room.set()
+        if not chunks and position.bytes_count == self.position.bytes_count:
+            return
+        cursor = position.encode() if position.bytes_count > self.position.bytes_count else None
+        try:
+            appended = await patiently(
+                lambda: self._store.append(self._batch_id, chunks, now_us=self._clock.now_us(), cursor=cursor),
+                self._clock,
+                what="the store",
+                waits_max=self._waits_max,
+            )
+        except ClientFault as error:
+            if self._on_refused is None:
+                raise
+            raise await self._on_refused(error) from error
+        self._on_appended(appended)
+        self.position = position
+        self._doorbell.ring()

@@ -1,0 +1,141 @@
+"""Payloads that a client uploads before it sends the item that names them.
+
+Rule 1: a packet is named by its client, inside its environment, so nothing is known of its bytes; when an item names
+it, the item takes them over as a payload of its own batch. A packet that nobody named for long is removed.
+Rule 2: where the object store can sign, a client talks to it alone; else it uploads through the server, and the object
+begins with a line that says what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any, Final
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import AzureStore, GCSStore, S3Store
+
+from headrace.core.pack import JSON, KINDS, MSGPACK, REFERENCE, SUPER_JSON, TEXT
+from headrace.foundation.errors import InvalidInput, ObjectMissing, StoreUnavailable
+from headrace.store.payloads import PayloadStore
+
+FOLDER: Final = "packets"
+PATH_CHARS_MAX: Final = 1_024
+SIGNED_S: Final = 300
+TYPE_BYTES_MAX: Final = 128
+
+
+def check_path(path: str) -> str:
+    """`path` when it names a packet and nothing else, by any decoding. Raises `InvalidInput`."""
+    segments = path.split("/")
+    if (
+        not path
+        or len(path) > PATH_CHARS_MAX
+        or not path.isascii()
+        or not path.isprintable()
+        or any(forbidden in path for forbidden in ("\\", "%", "?", "#", ":"))
+        or any(segment in ("", ".", "..") or segment.startswith("~") for segment in segments)
+    ):
+        raise InvalidInput(
+            "Invalid packet storage path", hint="segments of letters and digits, joined by slashes, as it was given"
+        )
+    return path
+
+
+class Packets:
+    """Packets of all environments, in the object store of their payloads."""
+
+    def __init__(self, payloads: PayloadStore) -> None:
+        self._store: Any = payloads.objects
+        self.can_sign = isinstance(self._store, S3Store | GCSStore | AzureStore)
+
+    def key(self, environment: str, path: str) -> str:
+        """Where a packet lies."""
+        segments = environment.encode().hex() if not environment.isalnum() else environment
+        return f"{FOLDER}/{segments}/{check_path(path)}"
+
+    async def signed_url(self, method: str, environment: str, path: str) -> str:
+        """A URL at the object store itself, good for five minutes."""
+        url: str = await obstore.sign_async(
+            self._store, "PUT" if method == "PUT" else "GET", self.key(environment, path), timedelta(seconds=SIGNED_S)
+        )
+        return url
+
+    async def put(
+        self, environment: str, path: str, content_type: str, pieces: AsyncIterator[bytes], *, bytes_max: int
+    ) -> None:
+        """Store a packet that comes through the server. Raises `InvalidInput` when it is too large."""
+
+        async def body() -> AsyncIterator[bytes]:
+            count = 0
+            yield content_type.encode("ascii", "replace")[:TYPE_BYTES_MAX].replace(b"\n", b" ") + b"\n"
+            async for piece in pieces:
+                count += len(piece)
+                if count > bytes_max:
+                    raise InvalidInput(f"a packet has at most {bytes_max} bytes", hint="packet_bytes_max is the bound")
+                yield piece
+
+        try:
+            await obstore.put_async(self._store, self.key(environment, path), body())
+        except (BaseError, OSError) as error:
+            raise _unavailable(error) from error
+
+    async def get(self, environment: str, path: str, *, bytes_max: int) -> tuple[bytes, str]:
+        """A packet and its content type. Raises `ObjectMissing`, `InvalidInput`, `StoreUnavailable`."""
+        try:
+            found = await obstore.get_async(self._store, self.key(environment, path))
+            if found.meta["size"] > bytes_max + TYPE_BYTES_MAX + 1:
+                raise InvalidInput(f"a packet has at most {bytes_max} bytes, not {found.meta['size']}")
+            data = (await found.bytes_async()).to_bytes()
+            content_type = str(found.attributes.get("Content-Type", "application/json"))
+        except FileNotFoundError:
+            raise ObjectMissing("no such packet was uploaded", hint="upload it, then send the item again") from None
+        except (BaseError, OSError) as error:
+            raise _unavailable(error) from error
+        if self.can_sign:
+            return data, content_type
+        head, _, data = data.partition(b"\n")
+        return data, head.decode("ascii")
+
+    async def fetched(self, environment: str, path: bytes, *, bytes_max: int) -> tuple[bytes, int]:
+        """A packet as the payload it is: its bytes and their kind."""
+        name = path.decode("utf-8", "replace")
+        data, content_type = await self.get(environment, name, bytes_max=bytes_max)
+        kind = KINDS.get(content_type.partition(";")[0].strip().lower(), JSON)
+        if kind in (REFERENCE, MSGPACK):
+            raise InvalidInput(f"a packet can't be {content_type}")
+        _check_readable(data, kind)
+        return data, kind
+
+    async def remove_old(self, before_us: int) -> int:
+        """Packets that nobody named since then go; answers how many."""
+        count = 0
+        try:
+            async for page in obstore.list(self._store, prefix=FOLDER):
+                old = [one["path"] for one in page if one["last_modified"].timestamp() * 1_000_000 < before_us]
+                for path in old:
+                    await obstore.delete_async(self._store, path)
+                count += len(old)
+        except FileNotFoundError:  # another process removes the same
+            return count
+        except (BaseError, OSError) as error:
+            raise _unavailable(error) from error
+        return count
+
+
+def _check_readable(data: bytes, kind: int) -> None:
+    import msgspec
+
+    try:
+        if kind == TEXT:
+            data.decode()
+        elif kind in (JSON, SUPER_JSON):
+            msgspec.json.decode(data, type=msgspec.Raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidInput(f"the packet is not what its content type says: {error}") from None
+
+
+def _unavailable(error: Exception) -> StoreUnavailable:
+    text = str(error).partition("\n")[0] or type(error).__name__
+    return StoreUnavailable(f"the object store did not answer: {text}", hint="is it reachable? `headrace doctor` says")

@@ -34,7 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
 
-from headrace.compose import open_engine
+from headrace.compose import joined, open_engine
 from headrace.core.retry import NO_RETRY, Retry
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.ids import parse_run_id
@@ -44,6 +44,8 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.producer import Options, Producer
 from headrace.runtime.registry import Pool, Registry, TaskSpec
 from headrace.runtime.worker import Worker
+from headrace.store.verbs.appending import enqueue
+from headrace.store.verbs.script import Script
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -121,6 +123,45 @@ class Task(Generic[P, R]):
         """
         return await self._map(Options(), items, key, metadata)
 
+    async def enqueue_in(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
+        """Ask for one run in the transaction that is open on `connection`: there once it commits, gone with it if not.
+
+        `connection` leads to the database of the app's store: asyncpg's, psycopg 3's, sqlite3's or aiosqlite's, or a
+        SQLAlchemy connection or session over any of these. One that is not async is used as it is, on this loop.
+        The first run ever of a task in a queue makes others that begin with the same wait for the commit. Raises
+        `InvalidInput` when no transaction is open, or the connection leads to the other kind of database.
+        """
+        return await self._enqueue_in(Options(), connection, args, kwargs)
+
+    def enqueue_in_sync(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
+        """`enqueue_in` for code that is not async, on a connection that is not."""
+        return self._enqueue_in_sync(Options(), connection, args, kwargs)
+
+    async def _enqueue_in(
+        self, options: Options, connection: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Run[R]:
+        script, run_of = await self._alone(options, args, kwargs)
+        return run_of(await joined(await self.app.open(), connection).run(script))
+
+    def _enqueue_in_sync(
+        self, options: Options, connection: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Run[R]:
+        script, run_of = self.app.run_sync(self._alone(options, args, kwargs))
+        return run_of(joined(self.app.run_sync(self.app.open()), connection).run_sync(script))
+
+    async def _alone(
+        self, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Callable[[], Script[tuple[str, int]]], Callable[[tuple[str, int]], Run[R]]]:
+        """What puts one run into a transaction, and what makes a handle of its answer."""
+        payload = self.spec.codec.encode(args, kwargs)
+        producer = await self.app.producer()
+        new, chunk = await producer.alone(self.spec, payload, options)
+        now_us = producer.engine.clock.now_us()
+        return (
+            lambda: enqueue(new, chunk, now_us),
+            lambda name: Run(producer.engine, *name, self.spec.codec.result_of),
+        )
+
     async def _enqueue(self, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run[R]:
         payload = self.spec.codec.encode(args, kwargs)
         producer = await self.app.producer()
@@ -149,6 +190,14 @@ class TaskCall(Generic[P, R]):
     async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """Ask for one run with these options."""
         return await self._task._enqueue(self._options, args, kwargs)  # noqa: SLF001 - one class in two halves
+
+    async def enqueue_in(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
+        """Ask for one run with these options, in the caller's own transaction."""
+        return await self._task._enqueue_in(self._options, connection, args, kwargs)  # noqa: SLF001 - as above
+
+    def enqueue_in_sync(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
+        """The same for code that is not async."""
+        return self._task._enqueue_in_sync(self._options, connection, args, kwargs)  # noqa: SLF001 - as above
 
     async def map(
         self,

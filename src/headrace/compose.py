@@ -7,15 +7,16 @@ import os
 import stat
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
-from headrace.foundation.errors import InvalidSetting, StoreUnavailable
+from headrace.foundation.errors import InvalidInput, InvalidSetting, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.foundation.settings import Settings
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.doorbell import Doorbell
 from headrace.runtime.engine import Engine
+from headrace.store.joining import Joined
 from headrace.store.payloads import PayloadStore, open_payloads
 from headrace.store.protocol import RECORDED, WORK, Notifier, Store
 
@@ -98,6 +99,21 @@ def _shared_engine(
         recorded=Doorbell(notifier, RECORDED),
         notifier=notifier,
     )
+
+
+def joined(engine: Engine, connection: Any) -> Joined:
+    """The engine's statements on a connection that somebody else owns, in the transaction open there.
+
+    Raises `InvalidInput` for a store that has no transactions to share.
+    """
+    join = getattr(engine.store, "joined", None)
+    if join is None:
+        raise InvalidInput(
+            f"{type(engine.store).__name__} has no transactions that a run could be put into",
+            hint="use a SQLite file or PostgreSQL, and a connection to it",
+        )
+    found: Joined = join(connection)
+    return found
 
 
 def _machine_directory(identity: str) -> Path | None:

@@ -29,6 +29,7 @@ STATES: Final = (OPEN, SEALED, COMPLETED, CANCELLED, ABANDONED)
 
 LISTED: Final = "batch"
 STREAM: Final = "stream"
+SINGLE: Final = "single"
 """Kinds: a `batch` is created, streamed and sealed; a `stream` holds the single enqueues of one session."""
 
 

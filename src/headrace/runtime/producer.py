@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 
-from headrace.core.batch import CANCELLED, STREAM
+from headrace.core.batch import CANCELLED, SINGLE, STREAM
 from headrace.core.block import Chunk, Coalescer, Extra
 from headrace.core.failure import Failure
 from headrace.core.pack import JSON, REFERENCE
@@ -159,6 +159,20 @@ class Producer:
         if stream_id:
             with suppress(Conflict):  # it was cancelled meanwhile
                 await self.engine.store.seal(stream_id, None, now_us=self.engine.clock.now_us())
+
+    async def alone(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[NewBatch, Chunk]:
+        """One run as a batch of its own, for somebody else's transaction; a large payload is put into an object first.
+
+        An object whose transaction never commits is removed as an orphan.
+        """
+        batch_id = new_batch_id(self.engine.clock.now_us())
+        key, extra = self._key(spec, options), self._extra(options)
+        settled, kind, extra = await self._settled_payload(batch_id, payload, JSON, extra)
+        coalescer = Coalescer(runs_max=1, bytes_max=self.engine.limits.chunk_bytes_max)
+        coalescer.add(0, settled, key, kind=kind, extra=extra)
+        (chunk,) = coalescer.flush()
+        new = NewBatch(id=batch_id, environment=self.engine.environment, kind=SINGLE, task=spec.name, expected_count=1)
+        return new, chunk
 
     async def map(
         self,

@@ -15,6 +15,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Final, NamedTuple
 
+_NAME: Final = re.compile(r"(?<![:\w]):([a-z_]+)")
 _HEAD: Final = re.compile(r"^-- ([a-z][a-z0-9_]*): (.+)$", re.MULTILINE)
 
 
@@ -24,6 +25,25 @@ class Statement(NamedTuple):
     name: str
     meaning: str
     sql: str
+
+
+class Numbered(NamedTuple):
+    """A statement whose values are written `$1`, `$2`, …, and their names in that order."""
+
+    sql: str
+    names: list[str]
+
+
+def numbered(sql: str) -> Numbered:
+    """A statement's values numbered, for drivers that know no names; `::` is a cast and not a value."""
+    names: list[str] = []
+
+    def number(match: re.Match[str]) -> str:
+        if match[1] not in names:
+            names.append(match[1])
+        return f"${names.index(match[1]) + 1}"
+
+    return Numbered(_NAME.sub(number, sql), names)
 
 
 @cache

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, NamedTuple
@@ -21,7 +20,7 @@ import asyncpg
 
 from headrace.foundation.errors import StoreUnavailable
 from headrace.store.postgres.address import Address
-from headrace.store.statements import statements
+from headrace.store.statements import numbered, statements
 from headrace.store.verbs.script import Rows
 
 PACKAGE: Final = "headrace.store.postgres"
@@ -39,7 +38,6 @@ SETTINGS: Final = {
 }
 BEGIN_WRITING: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
 BEGIN_READING: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
-_NAME: Final = re.compile(r"(?<![:\w]):([a-z_]+)")
 _SESSION_BEHIND: Final = statements(PACKAGE)["session_behind"].sql
 _FOR_SESSION: Final = "; ".join(
     [f"SET {name} = {value}" for name, value in SETTINGS.items()]
@@ -60,15 +58,8 @@ def compiled(schema: str) -> dict[str, Prepared]:
     """Each statement with its schema filled in and its values numbered."""
     found: dict[str, Prepared] = {}
     for statement in statements(PACKAGE).values():
-        names: list[str] = []
-
-        def number(match: re.Match[str], names: list[str] = names) -> str:
-            if match[1] not in names:
-                names.append(match[1])
-            return f"${names.index(match[1]) + 1}"
-
-        sql = statement.sql.replace("{schema}", f'"{schema}"')
-        found[statement.name] = prepared(_NAME.sub(number, sql), names)
+        sql, names = numbered(statement.sql.replace("{schema}", f'"{schema}"'))
+        found[statement.name] = prepared(sql, names)
     return found
 
 

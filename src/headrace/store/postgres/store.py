@@ -8,7 +8,6 @@ carry their schema, and ids are numbered by the process from ranges it takes.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, TypeVar
@@ -18,9 +17,12 @@ from headrace.core.block import Chunk
 from headrace.core.span import SETTLED, Settlement
 from headrace.foundation.errors import HeadraceError, InvalidInput, InvalidSetting, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
+from headrace.store.joining import Joined
 from headrace.store.postgres import hot
 from headrace.store.postgres.address import address
 from headrace.store.postgres.faults import ANOTHER_SESSION, DRIVER, SCHEMA_CHANGED, STALE, UNDONE, as_fault
+from headrace.store.postgres.ids import ID_RANGE, Range
+from headrace.store.postgres.joining import PostgresJoined
 from headrace.store.postgres.migrating import Migrating
 from headrace.store.postgres.pool import BEGIN_READING, BEGIN_WRITING, Connection, Pool, Prepared, compiled, connect
 from headrace.store.protocol import Appended, Claim, Lease
@@ -32,7 +34,6 @@ from headrace.store.verbs.working import CANDIDATES_MAX, USUAL_RUNS
 T = TypeVar("T")
 
 CONNECTIONS: Final = 8
-ID_RANGE: Final = 65_536
 TRIES: Final = 5
 OUT_OF_ORDER: Final = 1_024
 """Batches remembered for coming in another order than their indexes."""
@@ -54,7 +55,7 @@ class PostgresStore(ScriptedStore):
         self._schema = self.address.schema
         self._sql = compiled(self._schema)
         self._pools: dict[asyncio.AbstractEventLoop, tuple[Pool, AsyncGenerator[None, None]]] = {}
-        self._block_ids, self._span_ids = _Range(), _Range()
+        self._block_ids, self._span_ids = Range(), Range()
         self._runs_a_span = USUAL_RUNS
         self._out_of_order = _Misses(OUT_OF_ORDER)
         self._is_open = False
@@ -133,6 +134,10 @@ class PostgresStore(ScriptedStore):
             }
 
         return await self._tried(work)
+
+    def joined(self, connection: Any) -> Joined:
+        """This schema's statements on a connection that somebody else owns, in the transaction open there."""
+        return PostgresJoined(connection, self._sql, self._schema, block_ids=self._block_ids, span_ids=self._span_ids)
 
     # -- hot verbs, one statement each (rule R7); the scripts do what is not usual, and say what is meant
 
@@ -313,7 +318,7 @@ class PostgresStore(ScriptedStore):
     async def _commit(self, connection: Connection) -> None:
         await connection.commit()
 
-    async def _take(self, connection: Connection, own: _Range, name: str, count: int) -> int:
+    async def _take(self, connection: Connection, own: Range, name: str, count: int) -> int:
         """The first of `count` consecutive ids; a fresh range is fetched when the one at hand is too short."""
         if count > ID_RANGE:
             raise InvalidInput(f"one transaction makes at most {ID_RANGE} new rows of a kind, not {count}")
@@ -373,29 +378,3 @@ class _Misses:
         self._counts[name] = self._counts.pop(name, 0) + 1
         if len(self._counts) > self._names_max:
             del self._counts[next(iter(self._counts))]
-
-
-class _Range:
-    """Ids of one range that are still free; the loops of several threads may share it."""
-
-    __slots__ = ("_left", "_lock", "_next")
-
-    def __init__(self) -> None:
-        self._next = 0
-        self._left = 0
-        self._lock = threading.Lock()
-
-    def start(self, first: int) -> None:
-        """Go on in a new range."""
-        with self._lock:
-            self._next, self._left = first, ID_RANGE
-
-    def take(self, count: int) -> int | None:
-        """The first of `count` consecutive ids, or None when the range holds fewer."""
-        with self._lock:
-            if self._left < count:
-                return None
-            first = self._next
-            self._next += count
-            self._left -= count
-            return first

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
+from headrace.store.joining import Joined
 from headrace.store.sqlite.writer import Writer, as_fault
-from headrace.store.statements import migrations, statements
+from headrace.store.statements import migrations, numbered, statements
 from headrace.store.verbs.script import Rows, Script
 from headrace.store.verbs.store import ScriptedStore
 
@@ -132,6 +133,10 @@ class SqliteStore(ScriptedStore):
                 connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise as_fault(error) from error
+
+    def joined(self, connection: Any) -> Joined:
+        """This file's statements on a connection that somebody else owns, in the transaction open there."""
+        return Joined(connection, lambda name: numbered(SQL[name]), is_sqlite=True)
 
     async def check(self) -> dict[str, object]:
         """A round trip through the writer, and what durability hangs on."""

@@ -76,6 +76,20 @@ def create(new: NewBatch, now_us: int) -> Script[tuple[Batch, bool]]:
     return (yield from find(new.id)), True
 
 
+def enqueue(new: NewBatch, chunk: Chunk, now_us: int) -> Script[tuple[str, int]]:
+    """One run as a batch of its own, created, filled and sealed at once; an older run when its key names one."""
+    ((task, extra),) = [(key.task, chunk.extras.get(0)) for key in chunk.spans]
+    if extra is not None and extra.idempotency_key:
+        names = as_json([(task, extra.idempotency_key)])
+        known = yield from fetch_one("known_keys", environment=new.environment, rows=names, now_us=now_us)
+        if known is not None:
+            return str(known[2]), int(known[3])
+    yield from create(new, now_us)
+    yield from append(new.id, [chunk], None, 1, now_us)
+    yield from seal(new.id, 1, now_us)
+    return new.id, 0
+
+
 class _Fresh(NamedTuple):
     """What of an append is new."""
 

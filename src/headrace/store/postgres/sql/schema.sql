@@ -27,5 +27,8 @@ SELECT nextval('{schema}.span_ids');
 -- session_behind: the session that answers; a pooler keeps from its clients which one that is
 SELECT pg_backend_pid();
 
+-- tell: news that goes out with the commit of somebody else's transaction, which is left as durable as it is
+SELECT pg_notify(:channel, :words);
+
 -- notify: news for whoever listens (rule R11), without a flush to disk: what a crash loses is found by polling
 SELECT set_config('synchronous_commit', 'off', true), pg_notify(:channel, :words);

@@ -1,0 +1,45 @@
+"""Runs put into somebody else's PostgreSQL transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from headrace.store.joining import Joined, Steps
+from headrace.store.postgres.ids import Range
+from headrace.store.postgres.notifier import channel_of
+from headrace.store.postgres.pool import Prepared
+from headrace.store.protocol import WORK
+from headrace.store.verbs.script import Ask, Rows
+
+
+class PostgresJoined(Joined):
+    """Ids come from the ranges of this process; one that is fetched here stays, whatever becomes of the transaction.
+
+    Whoever listens is told with the caller's commit. That makes commits of such transactions wait for each other a
+    little (rule R11), which the engine's own never do: here nobody of Headrace's is there after the commit.
+    """
+
+    def __init__(
+        self, connection: Any, sql: Mapping[str, Prepared], schema: str, *, block_ids: Range, span_ids: Range
+    ) -> None:
+        super().__init__(connection, sql.__getitem__, is_sqlite=False)
+        self._ids = {"next_block_ids": block_ids, "next_span_ids": span_ids}
+        self._news = {"channel": channel_of(schema), "words": WORK}
+
+    def _rows(self, ask: Ask) -> Steps[Rows]:
+        if ask.name != "take_ids":
+            return (yield from super()._rows(ask))
+        first_block = yield from self._first("next_block_ids", ask.values["blocks_count"])
+        first_span = yield from self._first("next_span_ids", ask.values["spans_count"])
+        return [(first_block, first_span)]
+
+    def _first(self, name: str, count: int) -> Steps[int]:
+        own = self._ids[name]
+        while (first := own.take(count)) is None:
+            ((start,),) = yield from super()._rows(Ask(name, {}))
+            own.start(start)
+        return first
+
+    def _told(self) -> Steps[None]:
+        yield from super()._rows(Ask("tell", self._news))

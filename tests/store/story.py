@@ -1,0 +1,299 @@
+"""A story that uses every verb of a store, can be told again from its beginning after any crash, and ends the same.
+
+`ask` is how it speaks to the store: each verb is named before it is asked, so that a listener can do harm at a place,
+and what was answered is noted, since that is what has to be there after the harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from headrace.core.admission import Bucket
+from headrace.core.batch import CANCELLED, STREAM
+from headrace.core.block import Extra
+from headrace.core.failure import Failure
+from headrace.core.span import Key
+from headrace.foundation.errors import Conflict, HeadraceError, StoreUnavailable
+from headrace.foundation.ids import new_batch_id, new_session_id
+from headrace.store.protocol import ApiKey, Claim, Lease, NewBatch, Release, Session, Store, Suspects
+from tests import invariants
+from tests.store.world import SECOND_US, chunks_of, settlement_of
+
+MAIN_COUNT = 60
+BAD_ITEM = 35
+CANCELLED_ITEM = 55
+TRIES = 50
+REDRIVEN = "redriven"
+"""Noted before runs that failed are sent round again: their last outcome is no more what was acknowledged."""
+NAMES = {"c": "completed", "f": "failed"}
+
+
+class Told(NamedTuple):
+    """Something that was acknowledged: a run that was appended, or its last outcome."""
+
+    batch_id: str
+    run_index: int
+    state: str = ""
+
+
+class Story:
+    """One process's life in an environment of its own.
+
+    `harm(verb)` is called when an answer is back, before it is noted; `patience` between two tries.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        environment: str,
+        now_us: int,
+        *,
+        note: Callable[[Told], None] = lambda told: None,
+        harm: Callable[[str], None] = lambda verb: None,
+        completed: Iterable[tuple[str, int]] = (),
+        patience: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0),
+    ) -> None:
+        self.store = store
+        self.environment = environment
+        self.now_us = now_us
+        self.verb = ""
+        self.note = note
+        self.harm = harm
+        self.patience = patience
+        self.failures: list[HeadraceError] = []
+        self.completed = set(completed)
+        self._session = ""
+        self._claims_count = 0
+
+    async def ask(self, verb: str, *args: Any, **more: Any) -> Any:
+        """One verb, asked again while the store can't answer. What happened between two tries is not known here."""
+        self.now_us += 1_000
+        for tries_left in range(TRIES, -1, -1):
+            self.verb = verb
+            try:
+                answer = await getattr(self.store, verb)(*args, **more)
+            except StoreUnavailable as error:
+                self.failures.append(error)
+                if not tries_left:
+                    raise
+                await self.patience()
+            else:
+                self.harm(verb)
+                return answer
+        raise AssertionError
+
+    async def tell(self) -> None:
+        """The whole story."""
+        await self._arrive()
+        main = await self._produce()
+        await self._work(main)
+        await self._watch(main)
+        await self._intervene(main)
+        await self._keep_up()
+        await self._let_in()
+        await self.ask("end_session", self._session, now_us=self.now_us)
+
+    async def faults(self) -> list[str]:
+        """What is wrong in this environment; looked at without harm."""
+        self.verb = ""
+        return await invariants.faults(self.store, self.environment)
+
+    # -- chapters
+
+    async def _arrive(self) -> None:
+        """A new session; one that died, and one that falls silent now, are recovered."""
+        self._session = await self._start_session()
+        silent = await self._start_session()
+        await self._append(await self._batch("early", expected_count=4), range(4), runs_max=2)
+        await self._claim(2, session=silent)
+        for found in await self.ask("sessions"):
+            if found.id != self._session and found.host == self.environment:
+                self.now_us += 1
+                await self.ask(
+                    "recover",
+                    found.id,
+                    Suspects(places=None, evidence="killed"),
+                    silent_since_us=self.now_us,
+                    crashes_max=3,
+                    now_us=self.now_us,
+                )
+
+    async def _produce(self) -> str:
+        main = await self._batch("main", expected_count=MAIN_COUNT)
+        await self._append(main, range(10), runs_max=10)
+        await self._append(main, range(10, 30), runs_max=10, cursor=b"at 30")
+        extras = {
+            30: Extra(idempotency_key="once", tags=("red", "round"), headers={"a": "b"}),
+            31: Extra(object_key=f"{self.environment}/x/one", object_bytes=9),
+            38: Extra(idempotency_key="fails"),
+            BAD_ITEM: Extra(failure=Failure(type="Bad", message="no").encode()),
+        }
+        await self._append(main, range(30, 40), key=Key("task", queue="b", priority=1), extras=extras)
+        await self._append(main, range(25, 35))
+        await self._append(main, range(50, MAIN_COUNT), runs_max=5)
+        await self.ask("missing", main, 10)
+        await self._append(main, range(40, 50), key=Key("once", at_most_once=True))
+        await self.ask("seal", main, None, now_us=self.now_us)
+        stream = NewBatch(
+            id=new_batch_id(self.now_us), environment=self.environment, kind=STREAM, session_id=self._session
+        )
+        batch, _ = await self.ask("create_batch", stream, now_us=self.now_us)
+        await self._append(batch.id, [0])
+        await self._append(batch.id, [1, 2], key=Key("task", due_us=self.now_us + SECOND_US))
+        await self._append(batch.id, [3], extras={3: Extra(idempotency_key="once")})
+        return main
+
+    async def _work(self, main: str) -> None:
+        """Small claims, one of them asked twice, until nothing is left."""
+        await self.ask("heartbeat", self._session, now_us=self.now_us)
+        leases = await self._claim(3)
+        assert await self._claim(3, again=True) == leases
+        if leases:
+            parts = [leases[0].places[:1], leases[0].places[1:]]
+            for part_no, places in enumerate(parts):
+                if places:
+                    await self._settle(leases[0], places=places, part_no=part_no)
+        back = await self._claim(4)
+        if back:
+            given = [Release(span_id=one.span_id, token=one.token, suspects=tuple(one.places[:1])) for one in back]
+            await self.ask("release", given, crashes_max=3, now_us=self.now_us)
+        held = await self._claim(1_000)
+        if any(lease.batch_id == main and CANCELLED_ITEM in lease.indexes for lease in held):
+            await self.ask("cancel_runs", main, [CANCELLED_ITEM], now_us=self.now_us)
+        await self.ask("heartbeat", self._session, now_us=self.now_us)
+        await self._settle_all(held)
+        await self._drain()
+
+    async def _drain(self) -> None:
+        while True:
+            leases = await self._claim(17)
+            await self._settle_all(leases)
+            if not leases:
+                if await self.ask("next_due_us", self.environment, ["task", "once"]) is None:
+                    return
+                self.now_us += 5 * SECOND_US
+
+    async def _watch(self, main: str) -> None:
+        await self.ask("batch", main)
+        await self.ask("find_batch", self.environment, "main")
+        await self.ask("batches", self.environment, states=["sealed", "completed"])
+        await self.ask("outcomes", main, 0, 1_000)
+        await self.ask("run", main, 30)
+        await self.ask("runs", self.environment, batch_id=main, state="failed")
+        await self.ask("runs", self.environment, tag="red")
+        await self.ask("queues", self.environment)
+        await self.ask("verify", main)
+        await self.ask("unnamed", [f"{self.environment}/x/one", "nobody/x/two"])
+
+    async def _intervene(self, main: str) -> None:
+        await self._append(await self._batch("after"), [0], extras={0: Extra(idempotency_key="fails")})
+        doomed = await self._batch("doomed")
+        with suppress(Conflict):
+            await self._append(doomed, range(20), runs_max=5)
+        leases = await self._claim(5)
+        await self.ask("stop_batch", doomed, CANCELLED, now_us=self.now_us)
+        await self._settle_all(leases)
+        for paused in (True, False):
+            await self.ask("pause_queue", self.environment, "b", paused=paused)
+        self.note(Told(main, 0, REDRIVEN))
+        await self.ask("redrive", main, [3])
+        await self.ask("cancel_runs", main, [3], now_us=self.now_us)
+        await self.ask("redrive", main, None)
+        await self._drain()
+
+    async def _keep_up(self) -> None:
+        """What is overdue moves on, and what is old goes."""
+        brief, late = await self._batch("brief"), await self._batch("late", seal_timeout_ms=1_000)
+        for batch_id, key in ((brief, Key("nobody", expires_us=self.now_us + SECOND_US)), (late, Key("nobody"))):
+            with suppress(Conflict):
+                await self._append(batch_id, range(4), key=key)
+        with suppress(Conflict):
+            await self.ask("seal", brief, None, now_us=self.now_us)
+        self.now_us += 10 * SECOND_US
+        await self.ask("take_duty", self.environment, self._session, free_us=self.now_us, now_us=self.now_us)
+        await self.ask("sweep", now_us=self.now_us, rows_max=100)
+        await self.ask("duties")
+        await self.ask("end_duty", self.environment, self._session, free_us=self.now_us)
+        await self.ask("prune", self.now_us - 3_600 * SECOND_US, batches_max=100, rows_max=1_000)
+
+    async def _let_in(self) -> None:
+        """Who may come in: nothing to do with batches, and harmed all the same."""
+        name = self.environment
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        key = ApiKey(id=f"key_{name}", environment=name, digest=digest, scopes=("read",), created_us=self.now_us)
+        with suppress(Conflict):
+            await self.ask("add_key", key, now_us=self.now_us)
+        assert (await self.ask("find_key", digest)).id == key.id
+        assert len(await self.ask("keys", name)) == 1
+        await self.ask("revoke_key", name, key.id, now_us=self.now_us)
+        assert await self.ask("signing_key", name, b"first" * 8) == b"first" * 8
+        assert await self.ask("signing_key", name, b"other" * 8) == b"first" * 8
+        await self.ask("spend", name, "bucket", Bucket(capacity=10, refill_us=SECOND_US), 1, now_us=self.now_us)
+
+    # -- words
+
+    async def _start_session(self) -> str:
+        session = Session(
+            id=new_session_id(self.now_us), kind="worker", host=self.environment, pid=1, started_us=self.now_us
+        )
+        await self.ask("start_session", session, now_us=self.now_us)
+        return session.id
+
+    async def _batch(self, key: str, **more: Any) -> str:
+        new = NewBatch(id=new_batch_id(self.now_us), environment=self.environment, key=key, task="task", **more)
+        batch, _ = await self.ask("create_batch", new, now_us=self.now_us)
+        return str(batch.id)
+
+    async def _append(self, batch_id: str, indexes: Iterable[int], *, cursor: bytes | None = None, **more: Any) -> None:
+        named = list(indexes)
+        chunks = chunks_of(named, **more)
+        appended = await self.ask("append", batch_id, chunks, now_us=self.now_us, cursor=cursor)
+        for index in named:
+            if index not in appended.existing:
+                self.note(Told(batch_id, index))
+
+    async def _claim(self, runs_max: int, *, session: str = "", again: bool = False) -> list[Lease]:
+        self._claims_count += not again
+        wish = Claim(
+            session_id=session or self._session,
+            claim_no=self._claims_count,
+            environment=self.environment,
+            tasks=["task", "once"],
+            queues=None,
+            runs_max=runs_max,
+        )
+        leases: list[Lease] = await self.ask("claim", wish, now_us=self.now_us)
+        handed = {(lease.batch_id, index) for lease in leases for index in lease.indexes}
+        assert not handed & self.completed, "a run that was completed is handed out again"
+        return leases
+
+    async def _settle_all(self, leases: list[Lease]) -> None:
+        for lease in leases:
+            await self._settle(lease)
+
+    async def _settle(self, lease: Lease, **more: Any) -> None:
+        places = list(more.get("places", lease.places))
+        index_at = dict(zip(lease.places, lease.indexes, strict=True))
+        codes = "".join(_code(index_at[place], lease) for place in places)
+        dues = [self.now_us + SECOND_US for code in codes if code == "r"]
+        keys = [f"{self.environment}/x/{lease.span_id}"] if index_at[places[0]] % 4 == 0 else []
+        told = settlement_of(lease, codes, dues_us=dues, object_keys=keys, **more)
+        (word,) = await self.ask("settle", [told], now_us=self.now_us)
+        assert word in ("settled", "recorded"), word
+        for place, code in zip(places, codes, strict=True):
+            if code in NAMES:
+                self.note(Told(lease.batch_id, index_at[place], NAMES[code]))
+            if code == "c":
+                self.completed.add((lease.batch_id, index_at[place]))
+
+
+def _code(index: int, lease: Lease) -> str:
+    if index % 7 == 3:
+        return "f"
+    if index % 5 == 1 and lease.attempt == 1 and not lease.at_most_once:
+        return "r"
+    return "c"

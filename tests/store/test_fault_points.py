@@ -1,0 +1,297 @@
+"""Every named place of every verb: a process dies there, or its connection does, and nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from headrace.core.index_set import IndexSet
+from headrace.foundation.errors import StoreUnavailable
+from tests.postgres import Server, server
+from tests.store.harm import Harmed, harmed_store, harmed_story, read_log
+from tests.store.story import REDRIVEN, Told
+from tests.store.world import SECOND_US, START_US, fresh_schema
+from tests.wire import LATE, MODES, Wire
+
+ROOMS = ("hot", "read", "work", "write", "admit")
+"""The files whose statements the story must come to."""
+READS = {
+    "batch", "find_batch", "batches", "missing", "outcomes", "run", "runs", "queues", "verify", "unnamed", "sessions",
+    "duties", "next_due_us", "find_key", "keys",
+}  # fmt: skip
+"""Verbs that change nothing: who dies in one has died after the verb before it."""
+EVERYWHERE = "HEADRACE_TEST_EVERYWHERE"
+"""Set, a process is killed at each place on PostgreSQL too; else at each statement once, and at each verb's ends."""
+LIFE_US = 20 * SECOND_US
+STORY_US = 7_200 * SECOND_US
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A store that a process can be killed on."""
+    return fresh_schema(tmp_path) if request.param == "postgres" else f"sqlite:///{tmp_path}/story.db"
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[Harmed]:
+    """A store for a block."""
+    store = harmed_store(url)
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def places_of(url: str) -> list[str]:
+    """All places of the story, in the order it comes to them."""
+    places: list[str] = []
+    async with opened(url) as store:
+        for number in range(2):  # the second prunes what the first left
+            places = []
+            story = harmed_story(store, f"dry{number}", START_US + number * STORY_US, places.append)
+            await story.tell()
+            assert await story.faults() == []
+    return places
+
+
+async def broken_promises(store: Harmed, environment: str, told: list[Told]) -> list[str]:
+    """What was acknowledged and is not there."""
+    found: list[str] = []
+    is_redriven = any(one.state == REDRIVEN for one in told)
+    for batch_id in {one.batch_id for one in told if one.state != REDRIVEN}:
+        own = [one for one in told if one.batch_id == batch_id]
+        states = {run.index: run.state for run in await store.runs(environment, batch_id=batch_id, limit=1_000)}
+        received = IndexSet(states)
+        for one in own:
+            if one.state == REDRIVEN:
+                continue
+            if one.run_index not in received:
+                found.append(f"run {one.run_index} of {batch_id} was appended and is gone")
+            elif one.state == "completed" and states[one.run_index] != "completed":
+                found.append(f"run {one.run_index} of {batch_id} was completed and is {states[one.run_index]}")
+            elif one.state == "failed" and states[one.run_index] != "failed" and not is_redriven:
+                found.append(f"run {one.run_index} of {batch_id} was failed and is {states[one.run_index]}")
+    return found
+
+
+def deadly(places: list[str], url: str) -> list[str]:
+    """Where a process is killed."""
+    found = [place for place in places if place.partition(":")[0] not in READS]
+    if url.startswith("sqlite") or os.environ.get(EVERYWHERE):
+        return found
+    by_statement = {place.partition(":")[2]: place for place in reversed(found)}
+    ends = {place for place in found if place.endswith((":commit", ":answered"))}
+    return [place for place in found if place in ends or place in by_statement.values()]
+
+
+class Lives:
+    """Processes that live one after the other in one environment, each killed at a place of its own."""
+
+    def __init__(self, url: str, folder: Path, process: asyncio.subprocess.Process) -> None:
+        self._url = url
+        self._folder = folder
+        self._process = process
+        self._environments_count = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """From now on in a fresh environment."""
+        self._environments_count += 1
+        self.environment = f"lives{self._environments_count}"
+        self.now_us = START_US + (10 + self._environments_count) * STORY_US
+        self.log = self._folder / self.environment
+        self.log.touch()
+
+    @property
+    def told(self) -> list[Told]:
+        """What the lives so far were told."""
+        return list(read_log(self.log))
+
+    async def live(self, place: str) -> str:
+        """One more life; answers how it ended."""
+        self.now_us += LIFE_US
+        life = {
+            "url": self._url,
+            "environment": self.environment,
+            "now_us": self.now_us,
+            "place": place,
+            "log": str(self.log),
+            "completed": [(one.batch_id, one.run_index) for one in self.told if one.state == "completed"],
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(life).encode() + b"\n")
+        return (await self._process.stdout.readline()).decode().strip()
+
+
+@asynccontextmanager
+async def lives_on(url: str, folder: Path) -> AsyncIterator[Lives]:
+    """The process that forks them."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "tests.store.doomed"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        yield Lives(url, folder, process)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        await process.wait()
+
+
+async def test_a_process_killed_at_any_statement_of_any_verb_loses_and_doubles_nothing(
+    url: str, tmp_path: Path
+) -> None:
+    places = deadly(await places_of(url), url)
+    async with lives_on(url, tmp_path) as lives:
+        for place in places:
+            if await lives.live(place) == "told":  # in what earlier lives left, the story takes another way
+                lives.begin()
+                assert await lives.live(place) == "killed", place
+            async with opened(url) as store:
+                if place.endswith((":commit", ":answered")):  # what is out of balance stays so
+                    story = harmed_story(store, lives.environment, lives.now_us, lambda place: None)
+                    assert await story.faults() == [], place
+                assert await broken_promises(store, lives.environment, lives.told) == [], place
+        assert await lives.live("") == "told"
+        async with opened(url) as store:
+            assert await harmed_story(store, lives.environment, lives.now_us, lambda place: None).faults() == []
+            main = await store.find_batch(lives.environment, "main")
+            assert main is not None
+            assert main.state == "completed"
+
+
+async def test_the_story_comes_to_every_statement(url: str) -> None:
+    package = "headrace.store.postgres" if url.startswith("postgresql") else "headrace.store.sqlite"
+    met = {place.partition(":")[2] for place in await places_of(url)}
+    folder = files(package).joinpath("sql")
+    texts = [file.read_text() for file in folder.iterdir() if file.name.removesuffix(".sql") in ROOMS]
+    wanted = {name for text in texts for name in re.findall(r"^-- (\w+):", text, re.MULTILINE)}
+    beside = {"take_ids", "clock"}
+    assert wanted - met - beside == set(), "tests/store/story.py should use them, or they die untested"
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_connection_lost_at_any_statement_of_any_verb_is_an_error_that_repeating_mends(
+    mode: str, tmp_path: Path
+) -> None:
+    async with Wire(server().dsn) as wire:
+        url = fresh_schema(tmp_path, wire.dsn)
+        places = [place for place in await places_of(url) if not place.endswith(":answered")]
+        wire.harms_count = 0
+        async with opened(url) as store:
+            told: list[Told] = []
+            harmed: list[str] = []
+
+            def harm(place: str) -> None:
+                if not place.endswith(":answered"):
+                    harmed.append(place)
+                    wire.harm(mode)
+
+            story = harmed_story(store, "cut", START_US + 10 * STORY_US, harm, note=told.append)
+            await story.tell()
+            assert wire.harms_count == len(harmed) >= len(places) - 20
+            if mode == LATE:
+                assert story.failures == []
+            else:
+                assert len(story.failures) >= len(harmed) * 0.95
+                assert all("did not answer" in error.message and error.retryable for error in story.failures)
+            assert await story.faults() == []
+            assert await broken_promises(store, "cut", told) == []
+            batch = await store.find_batch("cut", "main")
+            assert batch is not None
+            assert batch.state == "completed"
+
+
+# -- errors that the server makes
+
+
+ERRORS: list[tuple[type[asyncpg.PostgresError], str, bool]] = [
+    (asyncpg.SerializationError, "", True),
+    (asyncpg.DeadlockDetectedError, "", True),
+    (asyncpg.AdminShutdownError, "going down", False),
+    (asyncpg.CannotConnectNowError, "coming up", False),
+    (asyncpg.DiskFullError, "disk is full", False),
+    (asyncpg.OutOfMemoryError, "no room", False),
+    (asyncpg.QueryCanceledError, "statement_timeout", False),
+    (asyncpg.LockNotAvailableError, "another transaction", False),
+]
+
+
+@pytest.mark.parametrize(("error", "said", "is_silent"), ERRORS, ids=lambda value: getattr(value, "__name__", ""))
+async def test_an_error_of_the_server_at_any_statement_undoes_the_verb(
+    error: type[asyncpg.PostgresError], said: str, is_silent: bool, tmp_path: Path
+) -> None:
+    async with opened(fresh_schema(tmp_path)) as store:
+        told: list[Told] = []
+
+        def harm(place: str) -> None:
+            if not place.endswith((":answered", ":begin")):
+                raise error(f"injected at {place}")
+
+        story = harmed_story(store, "errors", START_US, harm, note=told.append)
+        await story.tell()
+        if is_silent:  # done again at once, and nobody hears of it; one after the other it is too much
+            assert all("again and again" in str(failure) for failure in story.failures)
+        else:
+            assert len(story.failures) > 150
+            assert all(said in str(failure) for failure in story.failures)
+        assert all(isinstance(failure, StoreUnavailable) for failure in story.failures)
+        assert await story.faults() == []
+        assert await broken_promises(store, "errors", told) == []
+
+
+async def test_stories_told_at_once_end_well_though_the_server_is_pulled_out_twice(tmp_path: Path) -> None:
+    own = Server()
+    try:
+        async with opened(fresh_schema(tmp_path, own.dsn)) as store:
+            names = [f"many{number}" for number in range(4)]
+            told: dict[str, list[Told]] = {name: [] for name in names}
+            restarts = [asyncio.Event(), asyncio.Event()]
+            up = [asyncio.Event(), asyncio.Event()]
+            places_count = 0
+
+            def at(place: str) -> None:
+                nonlocal places_count
+                places_count += 1
+                for number, count in enumerate((200, 600)):
+                    if places_count == count:
+                        restarts[number].set()
+
+            async def restart() -> None:
+                for down, back in zip(restarts, up, strict=True):
+                    await down.wait()
+                    await asyncio.to_thread(own.stop, "immediate")
+                    await asyncio.to_thread(own.start)
+                    back.set()
+
+            async def until_up() -> None:
+                for down, back in zip(restarts, up, strict=True):
+                    if down.is_set():
+                        await back.wait()
+
+            stories = [
+                harmed_story(store, name, START_US, at, note=told[name].append, patience=until_up) for name in names
+            ]
+            restarting = asyncio.create_task(restart())
+            await asyncio.gather(*(story.tell() for story in stories), restarting)
+            assert sum(len(story.failures) for story in stories) >= 2
+            for story in stories:
+                assert await story.faults() == []
+                assert await broken_promises(store, story.environment, told[story.environment]) == []
+    finally:
+        own.remove()

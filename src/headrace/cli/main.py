@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from headrace.cli import batch, bench, config, demo, doctor, map, migrate, prune, queue, verify, worker  # noqa: A004 - a command's name
+from headrace.cli import batch, bench, config, demo, doctor, key, map, migrate, prune, queue, serve, verify, worker  # noqa: A004 - a command's name
 from headrace.cli import run as run_commands
 from headrace.cli.printing import error_lines, note, silence_stdout
 from headrace.foundation.errors import HeadraceError
@@ -50,6 +50,8 @@ def root(
 
 app.command("map")(map.command)
 app.command("worker")(worker.command)
+app.command("serve")(serve.command)
+app.add_typer(key.app, name="key")
 app.add_typer(batch.app, name="batch")
 app.add_typer(run_commands.app, name="run")
 app.add_typer(queue.app, name="queue")

@@ -99,9 +99,9 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(service: Service, host: str, port: int) -> AsyncGenerator[Server, None]:
-    """A server while the block lasts."""
-    server = Server(service, listener(host, port))
+async def serving(service: Service, host: str, port: int, *, is_shared: bool = False) -> AsyncGenerator[Server, None]:
+    """A server while the block lasts. `is_shared`: other processes listen on the same port."""
+    server = Server(service, listener(host, port, is_shared=is_shared))
     await server.start()
     try:
         yield server
@@ -109,13 +109,15 @@ async def serving(service: Service, host: str, port: int) -> AsyncGenerator[Serv
         await server.stop()
 
 
-def listener(host: str, port: int) -> socket.socket:
+def listener(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
     """A socket that listens. Raises `InvalidSetting` when there is no such address, or it is taken."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         found = socket.socket(family, socket.SOCK_STREAM)
         try:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if is_shared:
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             found.bind(address)
             found.listen(BACKLOG)
             found.setblocking(False)

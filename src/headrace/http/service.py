@@ -21,6 +21,7 @@ from headrace.http.problems import Busy, Throttled
 from headrace.runtime.engine import Engine
 from headrace.runtime.producer import Producer
 from headrace.runtime.registry import Registry
+from headrace.runtime.upkeep import Upkeep
 from headrace.store.packets import Packets
 
 MINUTE_US: Final = 60_000_000
@@ -155,6 +156,16 @@ class Service:
         finally:
             self._deadlines.discard(deadline)
             self.metrics.streams.dec()
+
+    @asynccontextmanager
+    async def upkeep(self) -> AsyncGenerator[None, None]:
+        """Upkeep while the block lasts, for a server without a worker, whose upkeep would do."""
+        rounds = asyncio.create_task(Upkeep(self.engine).run(), name="headrace-upkeep")
+        try:
+            yield
+        finally:
+            rounds.cancel()
+            await asyncio.gather(rounds, return_exceptions=True)
 
     def drain(self) -> None:
         """Take no new streams, and end those that wait for news; what is under way may end."""

@@ -1,0 +1,103 @@
+"""`headrace key`: who a server lets in."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from headrace.cli.opening import JsonOption, StoreOption, opened, run_async, settings_of
+from headrace.cli.printing import moment, note, say, say_json, table
+
+app = typer.Typer(no_args_is_help=True, help="Who a server lets in.")
+
+EnvironmentOption = Annotated[
+    str | None, typer.Option("--environment", metavar="NAME", help="The tenant the key belongs to. Default: default.")
+]
+
+
+@app.callback()
+def root() -> None:
+    """Who a server lets in."""
+
+
+@app.command("create")
+def create(
+    scopes: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B", help="What it may do: *, batches:write, batches:read, runs:write, runs:read, work."
+        ),
+    ] = "*",
+    name: Annotated[str, typer.Option(metavar="TEXT", help="What people call it.")] = "",
+    environment: EnvironmentOption = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a key, and show it: this once, since only its digest is kept."""
+    from headrace.foundation.errors import InvalidInput, InvalidSetting
+
+    try:
+        from headrace.http.auth import new_key
+    except ModuleNotFoundError as error:
+        raise InvalidSetting(f"keys need {error.name}", hint="pip install 'headrace[server]'") from None
+    if len(name) > 200 or not (name.isprintable() or not name):
+        raise InvalidInput("a key's name is at most 200 printable characters")
+    settings = settings_of(store=store, environment=environment)
+
+    async def made() -> tuple[str, str]:
+        async with opened(settings) as engine:
+            now_us = engine.clock.now_us()
+            wanted = tuple(dict.fromkeys(scope.strip() for scope in scopes.split(",") if scope.strip()))
+            secret, key = new_key(settings.environment, wanted, name, now_us)
+            await engine.store.add_key(key, now_us=now_us)
+            return secret, key.id
+
+    secret, key_id = run_async(made())
+    if json:
+        say_json({"id": key_id, "key": secret, "environment": settings.environment, "scopes": scopes.split(",")})
+    else:
+        say(secret)
+        note(f"{key_id} in environment {settings.environment}, for {scopes}; it is not shown again")
+
+
+@app.command("list")
+def index(environment: EnvironmentOption = None, store: StoreOption = None, json: JsonOption = False) -> None:
+    """The keys of an environment; never the keys themselves."""
+    settings = settings_of(store=store, environment=environment)
+
+    async def found() -> list[dict[str, object]]:
+        async with opened(settings, must_exist=True) as engine:
+            return [
+                {
+                    "id": key.id,
+                    "name": key.name,
+                    "scopes": ",".join(key.scopes),
+                    "created": moment(key.created_us),
+                    "revoked": moment(key.revoked_us),
+                }
+                for key in await engine.store.keys(settings.environment)
+            ]
+
+    keys = run_async(found())
+    if json:
+        say_json({"keys": keys})
+    else:
+        table(("id", "name", "scopes", "created", "revoked"), [list(key.values()) for key in keys])
+
+
+@app.command("revoke")
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="KEY_ID")],
+    environment: EnvironmentOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Let a key in no more; servers hear of it within two seconds."""
+    settings = settings_of(store=store, environment=environment)
+
+    async def revoked() -> bool:
+        async with opened(settings, must_exist=True) as engine:
+            now_us = engine.clock.now_us()
+            return await engine.store.revoke_key(settings.environment, key_id, now_us=now_us)
+
+    note(f"{key_id} is revoked" if run_async(revoked()) else f"{key_id} was revoked before")

@@ -23,6 +23,7 @@ from headrace.store.protocol import RECORDED, WORK, Notifier, Store
 SQLITE: Final = "sqlite"
 MEMORY: Final = "memory"
 POSTGRES: Final = ("postgresql", "postgres")
+SERVER: Final = ("http", "https")
 
 
 async def open_engine(settings: Settings) -> Engine:
@@ -35,10 +36,13 @@ async def open_engine(settings: Settings) -> Engine:
         return await memory_engine(settings.limits, SystemClock(), environment=settings.environment)
     if url.scheme in POSTGRES:
         return await _postgres_engine(settings)
+    if url.scheme in SERVER:
+        return await _remote_engine(settings)
     if url.scheme != SQLITE:
         raise InvalidSetting(
             f"no store is known for {url.scheme or settings.store!r}:",
-            hint="write sqlite:///relative.db, sqlite:////absolute.db, postgresql://user@host/database or memory:",
+            hint="write sqlite:///relative.db, sqlite:////absolute.db, postgresql://user@host/database, https://server "
+            "or memory:",
         )
     path = sqlite_path(settings.store)
     if not path.parent.is_dir():
@@ -133,6 +137,29 @@ def _machine_directory(identity: str) -> Path | None:
     except OSError:
         return None
     return place / name
+
+
+async def _remote_engine(settings: Settings) -> Engine:
+    """The engine of a server far away: its environment is the key's, its time the server's."""
+    from headrace.remote.connection import Connection
+    from headrace.remote.store import RemotePayloads, RemoteStore
+
+    connection = Connection(settings.store, settings.api_key)
+    store = RemoteStore(connection, settings.limits)
+    await store.open()
+    assert store.about is not None
+    clock = SystemClock()
+    clock.anchor(store.about.now_us)
+    return Engine(
+        store=store,
+        payloads=RemotePayloads(connection),
+        clock=clock,
+        limits=settings.limits,
+        environment=store.about.environment,
+        live_directory=None,
+        beats_beside=True,
+        doorbell=Doorbell(),
+    )
 
 
 async def memory_engine(limits: Limits, clock: Clock, *, environment: str = "default") -> Engine:

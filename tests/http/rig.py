@@ -216,6 +216,26 @@ class House:
         return count
 
 
+class During:
+    """A store in which something happens at a verb, once, before it is done."""
+
+    def __init__(self, store: Store, verb: str, happens: Any) -> None:
+        self._store, self._verb, self._happens = store, verb, happens
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(self._store, name)
+        if name != self._verb or self._happens is None:
+            return own
+
+        async def call(*arguments: Any, **more: Any) -> Any:
+            happens, self._happens = self._happens, None
+            if happens is not None:
+                await happens(self._store, arguments[0])
+            return await own(*arguments, **more)
+
+        return call
+
+
 def line(index: int, payload: Any = ..., task: str = "task", **options: Any) -> bytes:
     """An item as the field's client writes it."""
     item: dict[str, Any] = {"index": index, "task": task, "payload": {"i": index} if payload is ... else payload}

@@ -17,7 +17,7 @@ import pytest
 from headrace.core.batch import CANCELLED
 from headrace.store.payloads import PayloadStore, open_payloads
 from headrace.store.protocol import Store
-from tests.http.rig import LIMITS, House, house, line
+from tests.http.rig import LIMITS, During, House, house, line
 from tests.store.world import chunks_of
 
 SMALL = LIMITS.replaced(item_bytes_max=1_024)
@@ -52,26 +52,6 @@ async def taken(home: House, count: int, chunks: Iterable[bytes]) -> tuple[dict[
 
 def queued(*rows: tuple[int, Any]) -> list[Row]:
     return [(index, "task", "QUEUED", payload) for index, payload in rows]
-
-
-class During:
-    """A store in which something happens at a verb, once, before it is done."""
-
-    def __init__(self, store: Store, verb: str, happens: Any) -> None:
-        self._store, self._verb, self._happens = store, verb, happens
-
-    def __getattr__(self, name: str) -> Any:
-        own = getattr(self._store, name)
-        if name != self._verb or self._happens is None:
-            return own
-
-        async def call(*arguments: Any, **more: Any) -> Any:
-            happens, self._happens = self._happens, None
-            if happens is not None:
-                await happens(self._store, arguments[0])
-            return await own(*arguments, **more)
-
-        return call
 
 
 class Waves(PayloadStore):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from headrace.cli.opening import JsonOption, StoreOption
+from headrace.cli.opening import JsonOption, ServerOption, StoreOption
 
 
 def command(
@@ -18,6 +18,7 @@ def command(
         str | None, typer.Option("--output", "-o", metavar="OUTPUT", help="Default: standard output.")
     ] = None,
     store: StoreOption = None,
+    server: ServerOption = None,
     concurrency: Annotated[int | None, typer.Option(metavar="N", help="Runs under way at once.")] = None,
     processes: Annotated[
         int | None, typer.Option(metavar="N", help="Child processes that run the task, for what needs more cores.")
@@ -35,9 +36,9 @@ def command(
     Exit codes: 0 all ok, 3 some runs failed, 2 bad usage, 130 interrupted.
     """
     from headrace.cli.mapping import Mapping
-    from headrace.cli.opening import run_async, settings_of
+    from headrace.cli.opening import place_of, run_async, settings_of
 
-    settings = settings_of(store=store, concurrency=concurrency, processes=processes)
+    settings = settings_of(store=place_of(store, server), concurrency=concurrency, processes=processes)
     mapping = Mapping.prepare(
         settings,
         target=task,

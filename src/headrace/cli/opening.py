@@ -33,6 +33,10 @@ StoreOption: TypeAlias = Annotated[
         "--store", metavar="URL", help="Where batches are kept. Default: HEADRACE_STORE, else sqlite:///headrace.db."
     ),
 ]
+ServerOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--server", metavar="URL", help="A Headrace server instead of a store; HEADRACE_API_KEY is its key."),
+]
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
 
 
@@ -41,6 +45,15 @@ def settings_of(**flags: object | None) -> Settings:
     settings = load(flags, os.environ, Path.cwd())
     _log_to_stderr(settings)
     return settings
+
+
+def place_of(store: str | None, server: str | None) -> str | None:
+    """Where batches are, by the one of two flags that was given. Raises `InvalidInput`."""
+    if store is not None and server is not None:
+        raise InvalidInput("--store and --server name two places", hint="give one of them")
+    if server is not None and urlsplit(server).scheme not in ("http", "https"):
+        raise InvalidInput(f"{hidden('store', server)!r} is no server", hint="write https://host or http://host:port")
+    return store if server is None else server
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from headrace.cli.opening import StoreOption
+from headrace.cli.opening import ServerOption, StoreOption
 
 if TYPE_CHECKING:
     from headrace.app import Headrace
@@ -24,6 +24,7 @@ LEAVE_S: Final = 10.0
 def command(
     app: Annotated[str, typer.Argument(metavar="MODULE_OR_FILE:APP", help="The Headrace whose tasks are run.")],
     store: StoreOption = None,
+    server: ServerOption = None,
     concurrency: Annotated[int | None, typer.Option(metavar="N", help="Runs under way at once, a process.")] = None,
     processes: Annotated[
         int | None, typer.Option(metavar="N", help="Worker processes, kept alive by this one; 0: work in this one.")
@@ -37,9 +38,10 @@ def command(
     A second signal stops now. With --processes N there are N workers, each with a session of its own; one that dies
     is replaced, and what it had begun is looked at as its runs are run again.
     """
-    from headrace.cli.opening import run_async, settings_of
+    from headrace.cli.opening import place_of, run_async, settings_of
     from headrace.runtime.loading import load_app
 
+    store = place_of(store, server)
     settings = settings_of(store=store, concurrency=concurrency, processes=processes)
     loaded = load_app(app)
     loaded.use(settings)

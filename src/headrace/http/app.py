@@ -22,9 +22,11 @@ from headrace.http.batches import Batches
 from headrace.http.health import Health
 from headrace.http.ledgers import Ledgers
 from headrace.http.problems import of_error
+from headrace.http.remote_stores import RemoteStores
 from headrace.http.runs import Runs
 from headrace.http.service import LEFT, Service
 from headrace.http.uploads import Uploads
+from headrace.http.work import Work
 
 LOG: Any = structlog.get_logger("headrace.http")
 REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
@@ -43,6 +45,7 @@ class Path(NamedTuple):
 def paths_of(service: Service) -> list[Path]:
     """Every endpoint there is; routes, docs and tests are made from this list."""
     batches, runs, uploads = Batches(service), Runs(service), Uploads(service)
+    work, stores = Work(service), RemoteStores(service)
     ledgers, health = Ledgers(service), Health(service, lambda: paths_of(service))
     return [
         Path("POST", "/api/v3/batches", batches.create, "compatible"),
@@ -70,6 +73,17 @@ def paths_of(service: Service) -> list[Path]:
         Path("POST", "/v1/batches/{batch_id}/seal", ledgers.seal, "batches"),
         Path("POST", "/v1/batches/{batch_id}/cancel", ledgers.cancel, "batches"),
         Path("POST", "/v1/batches/{batch_id}/redrive", ledgers.redrive, "batches"),
+        Path("POST", "/v1/tasks/{task}/runs", work.enqueue, "runs"),
+        Path("POST", "/v1/sessions", work.start, "work"),
+        Path("POST", "/v1/sessions/{session_id}/heartbeat", work.beat, "work"),
+        Path("DELETE", "/v1/sessions/{session_id}", work.end, "work"),
+        Path("POST", "/v1/claims", work.claim, "work"),
+        Path("POST", "/v1/settlements", work.settle, "work"),
+        Path("POST", "/v1/releases", work.release, "work"),
+        Path("GET", "/v1/about", stores.about, "server"),
+        Path("POST", "/v1/store/{verb}", stores.ask),
+        Path("PUT", "/v1/objects/{key:path}", stores.put_object),
+        Path("GET", "/v1/objects/{key:path}", stores.get_object),
         Path("GET", "/healthz", health.alive, "server"),
         Path("GET", "/readyz", health.ready, "server"),
         Path("GET", "/metrics", health.metrics, "server"),

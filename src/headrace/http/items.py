@@ -23,7 +23,7 @@ from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import INDEX_MAX
 from headrace.foundation.limits import DAY_MS, Limits
 from headrace.runtime.intake import Bulk, Entry, Group, UnreadableItem
-from headrace.runtime.registry import PRIORITY_MAX, TIMEOUT_S_MAX
+from headrace.runtime.registry import PRIORITY_MAX, TIMEOUT_S_MAX, check_name
 
 Disposition = Literal["honoured", "kept", "refused"]
 
@@ -221,6 +221,10 @@ class ItemDecoder:
             raise InvalidItem(f"Invalid item: {_plain(error)}", hint="the docs list what an item may say") from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UnreadableItem(f"Invalid JSON: {error}") from None
+
+    def entry(self, task: str, payload: msgspec.Raw, options: Options | None) -> Entry:
+        """A run that is asked for by itself. Raises `InvalidInput`."""
+        return self._entry(Line(index=0, task=check_name("task", task), payload=payload, options=options))
 
     def _entry(self, line: Line) -> Entry:
         key = self.key_of(line.task)

@@ -125,6 +125,7 @@ def problem(request: Request, error: HeadraceError, headers: dict[str, str]) -> 
     }
     if error.hint:
         body["hint"] = error.hint
+    headers["x-should-retry"] = "true" if error.retryable else "false"
     return answer(
         body | {name: value for name, value in error.ids.items() if name not in body},
         error.status,

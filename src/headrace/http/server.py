@@ -53,12 +53,8 @@ class Server:
         self._listener = listener
         self._uvicorn = _Uvicorn(config)
         self._serving: asyncio.Task[None] | None = None
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Where it listens."""
-        host, port = self._listener.getsockname()[:2]
-        return str(host), int(port)
+        host, port = listener.getsockname()[:2]
+        self.address: tuple[str, int] = (str(host), int(port))
 
     @property
     def url(self) -> str:

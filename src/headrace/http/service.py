@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -83,6 +83,15 @@ class Service:
         principal = await self.doorkeeper.admit(request.headers.get("authorization"))
         principal.check(scope, batch_id)
         if not is_free and scope != "work":
+            await self.spend_request(request, principal)
+        return Call(request, principal, replace(self.engine, environment=principal.environment))
+
+    async def call_any(self, request: Request, scopes: Sequence[str], *, is_free: bool = False) -> Call:
+        """Let a request in that any of some scopes covers."""
+        principal = await self.doorkeeper.admit(request.headers.get("authorization"))
+        if not any(principal.may(scope) for scope in scopes):
+            principal.check(scopes[0])
+        if not is_free:
             await self.spend_request(request, principal)
         return Call(request, principal, replace(self.engine, environment=principal.environment))
 

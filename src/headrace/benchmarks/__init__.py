@@ -11,17 +11,22 @@ import platform
 import sqlite3
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Final, TypedDict
+from urllib.parse import urlsplit
 
 from headrace import __version__
+from headrace.benchmarks.places import OnDisk, OnServer, Place
 from headrace.benchmarks.scenarios import SCENARIOS, Scenario
+from headrace.compose import POSTGRES, SQLITE, sqlite_path
 from headrace.foundation.errors import InvalidInput
 
 REPOSITORY: Final = Path(__file__).parents[3]
 RUNS: Final = 5
 QUICK_RUNS: Final = 2
+CHECK_SIZE: Final = 100_000
 QUICK_SHARE: Final = 10
 
 
@@ -45,36 +50,52 @@ class Report(TypedDict):
     scenarios: list[Figure]
 
 
-def chosen(names: list[str]) -> list[Scenario]:
-    """The scenarios of these names, all when there are none. Raises `InvalidInput`."""
+def place_of(store: str | None) -> Place:
+    """Where to measure: the disk or the server that a store's URL names; without one, the disk of temporary files."""
+    scheme = "sqlite" if store is None else urlsplit(store).scheme
+    if scheme in POSTGRES:
+        assert store is not None
+        return OnServer(store)
+    if scheme != SQLITE:
+        raise InvalidInput(
+            "bench measures SQLite and PostgreSQL", hint="--store sqlite:///directory/any.db says on which disk"
+        )
+    return OnDisk(Path(tempfile.gettempdir()) if store is None else sqlite_path(store).parent)
+
+
+def chosen(names: list[str], kind: str = "sqlite") -> list[Scenario]:
+    """The scenarios of these names, all that fit the store when there are none. Raises `InvalidInput`."""
     unknown = [name for name in names if name not in SCENARIOS]
     if unknown:
         raise InvalidInput(f"no scenario is called {unknown[0]!r}", hint=f"there are: {', '.join(SCENARIOS)}")
-    return [SCENARIOS[name] for name in names or SCENARIOS]
+    unfit = [name for name in names if kind not in SCENARIOS[name].kinds]
+    if unfit:
+        raise InvalidInput(f"{unfit[0]} is not for {kind}", hint=f"it is for {', '.join(SCENARIOS[unfit[0]].kinds)}")
+    return [scenario for name, scenario in SCENARIOS.items() if (name in names if names else kind in scenario.kinds)]
 
 
-def measured(scenarios: list[Scenario], directory: Path, *, quick: bool) -> Iterator[Figure]:
+def measured(scenarios: list[Scenario], place: Place, *, quick: bool) -> Iterator[Figure]:
     """Figures as they come, each scenario and its floor in turns; `quick` measures a tenth, twice."""
-    floors = _floors()
-    if floors is not None and any(scenario.name in ("append", "drain") for scenario in scenarios):
-        floors["check"](directory)
+    floors = _floors(place)
+    if "check" in floors and any(scenario.name in ("append", "drain") for scenario in scenarios):
+        floors["check"](CHECK_SIZE)
     for scenario in scenarios:
         runs = 1 if scenario.is_slow else QUICK_RUNS if quick else RUNS
         size = scenario.size // (QUICK_SHARE if quick else 1)
         values: list[float] = []
         bases: list[float] = []
         for _ in range(runs):
-            value, own_base = scenario.measure(size, directory)
+            value, own_base = scenario.measure(size, place)
             values.append(value)
             if own_base is not None:
                 bases.append(own_base)
-            elif floors is not None and scenario.name in floors:
-                bases.append(floors[scenario.name](size, directory))
+            elif scenario.name in floors:
+                bases.append(floors[scenario.name](size))
         value = statistics.median(values)
         floor = statistics.median(bases) if bases else None
         yield Figure(
             name=scenario.name,
-            store="sqlite",
+            store=place.kind,
             unit=scenario.unit,
             value=round(value, 1),
             floor=None if floor is None else round(floor, 1),
@@ -106,24 +127,12 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _floors() -> dict[str, Callable[..., Any]] | None:
-    """The floors of the repository this package lies in, or None when it was installed without one."""
-    if not (REPOSITORY / "bench" / "floors" / "sqlite_floor.py").exists():
-        return None
+def _floors(place: Place) -> dict[str, Callable[[int], float]]:
+    """The floors of the repository this package lies in; none when it was installed without one."""
+    if not (REPOSITORY / "bench" / "floors").is_dir():
+        return {}
     sys.path.insert(0, str(REPOSITORY))
     try:
-        from bench.floors import dispatch_floor, sqlite_floor
+        return place.floors()
     finally:
         sys.path.remove(str(REPOSITORY))
-
-    def check(directory: Path) -> None:
-        raw = sqlite_floor.raw_insert_rate(directory=directory)
-        append, drain = sqlite_floor.append_floor(100_000, directory), sqlite_floor.drain_floor(100_000, directory)
-        sqlite_floor.check_floor(raw, append, drain)
-
-    return {
-        "append": sqlite_floor.append_floor,
-        "drain": sqlite_floor.drain_floor,
-        "sleep100ms": lambda size, _directory: dispatch_floor.sleep_floor(size),
-        "check": check,
-    }

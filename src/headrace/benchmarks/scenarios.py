@@ -1,67 +1,115 @@
-"""The scenarios, each a function from a size and a directory to a figure (and a base of its own, where it has one)."""
+"""The scenarios, each a function from a size and a place to a figure (and a base of its own, where it has one)."""
 
 from __future__ import annotations
 
-import asyncio
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, NamedTuple
 
-import uvloop
-
 from headrace.app import Task
+from headrace.benchmarks.places import OnServer, Place, run
 from headrace.benchmarks.tasks import app, nap, nothing
+from headrace.core.run import COMPLETED
 from headrace.foundation.errors import EngineFault
-from headrace.foundation.settings import load
+from headrace.handles import Batch
+from headrace.runtime.broker import Broker
+from headrace.runtime.engine import Engine
 
 PAD: Final = "x" * 79
 NAP_CONCURRENCY: Final = 1_000
 MIB: Final = 2**20
+LOOK_S: Final = 0.05
+ANYWHERE: Final = ("sqlite", "postgres")
+ON_SERVER: Final = ("postgres",)
+Measured = tuple[float, float | None]
 
 
 class Scenario(NamedTuple):
-    """What is measured, in which unit, over how many runs; `is_slow` is measured once."""
+    """What is measured, in which unit, over how many runs; `is_slow` is measured once; `kinds` of stores it is for."""
 
     name: str
     unit: str
     size: int
-    measure: Callable[[int, Path], tuple[float, float | None]]
+    measure: Callable[[int, Any], Measured]
+    kinds: tuple[str, ...] = ANYWHERE
     is_slow: bool = False
 
 
-def append(size: int, directory: Path) -> tuple[float, None]:
+def append(size: int, place: Place) -> Measured:
     """Items a second from Python objects to durable runs."""
 
     async def timed() -> float:
-        started = perf_counter()
-        await nothing.map(_items(size))
-        return size / (perf_counter() - started)
+        async with app:
+            started = perf_counter()
+            await nothing.map(_items(size))
+            return size / (perf_counter() - started)
 
-    with _fresh_store(directory):
-        return _run(_within_app(timed)), None
+    with place.fresh():
+        return run(timed()), None
 
 
-def drain(size: int, directory: Path) -> tuple[float, None]:
+def drain(size: int, place: Place) -> Measured:
     """Runs a second from claim to durable outcome, one process, tasks that do nothing."""
-    with _fresh_store(directory):
-        return _run(_within_app(lambda: _drained(nothing, size, concurrency=100))), None
+    with place.fresh():
+        return run(_drained(nothing, size, concurrency=100)), None
 
 
-def sleep100ms(size: int, directory: Path) -> tuple[float, None]:
+def sleep100ms(size: int, place: Place) -> Measured:
     """Runs a second of tasks that wait 100 ms, 1,000 at a time: the limit is 10,000."""
-    with _fresh_store(directory):
-        return _run(_within_app(lambda: _drained(nap, size, concurrency=NAP_CONCURRENCY))), None
+    with place.fresh():
+        return run(_drained(nap, size, concurrency=NAP_CONCURRENCY)), None
 
 
-def map_memory(size: int, directory: Path) -> tuple[float, float]:
+def drain4(size: int, place: Place) -> Measured:
+    """The same with four worker processes; the base is one worker process."""
+    return _by_processes(size, place, 4), _by_processes(size, place, 1)
+
+
+def snapshot(size: int, place: OnServer) -> Measured:
+    """`drain` while a reader holds a snapshot open throughout; the base is without."""
+
+    async def held() -> float:
+        connection = await place.connect()
+        try:
+            await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            await connection.fetchval("SELECT count(*) FROM pg_class")
+            return await _drained(nothing, size, concurrency=100)
+        finally:
+            await connection.close()
+
+    with place.fresh():
+        value = run(held())
+    return value, drain(size, place)[0]
+
+
+def dead_rows(size: int, place: OnServer) -> Measured:
+    """Row versions that `size` runs left behind, from append to outcome; the base is the bound, one per 50 runs."""
+    with place.fresh():
+        return run(_footprint(size, place, 0))[1], size / 50
+
+
+def wal(size: int, place: OnServer) -> Measured:
+    """Bytes of WAL a run of 100 bytes, from append to outcome; the base is the bound."""
+    with place.fresh():
+        return run(_footprint(size, place, 0))[0], 250
+
+
+def wal_small_claims(size: int, place: OnServer) -> Measured:
+    """The same when every claim is for 8 runs; the base is the bound."""
+    with place.fresh():
+        return run(_footprint(size, place, 8))[0], 800
+
+
+def map_memory(size: int, place: Place) -> Measured:
     """Peak memory in MiB of `headrace map` over `size` items; the base is the peak over a tenth of them."""
-    return _map_peak(size, directory), _map_peak(size // 10, directory)
+    return _map_peak(size, place), _map_peak(size // 10, place)
 
 
 SCENARIOS: Final = {
@@ -71,6 +119,11 @@ SCENARIOS: Final = {
         Scenario("drain", "runs/s", 500_000, drain),
         Scenario("sleep100ms", "runs/s", 50_000, sleep100ms),
         Scenario("map_memory", "MiB", 1_000_000, map_memory, is_slow=True),
+        Scenario("drain4", "runs/s", 1_000_000, drain4, ON_SERVER),
+        Scenario("snapshot", "runs/s", 500_000, snapshot, ON_SERVER),
+        Scenario("dead_rows", "rows", 1_000_000, dead_rows, ON_SERVER, is_slow=True),
+        Scenario("wal", "B/run", 1_000_000, wal, ON_SERVER, is_slow=True),
+        Scenario("wal_small_claims", "B/run", 100_000, wal_small_claims, ON_SERVER, is_slow=True),
     )
 }
 
@@ -80,42 +133,98 @@ def _items(size: int) -> Iterator[dict[str, object]]:
 
 
 async def _drained(task: Task[Any, Any], size: int, *, concurrency: int) -> float:
-    batch = await task.map(_items(size))
-    started = perf_counter()
-    async with app.worker(tasks=[task.name], concurrency=concurrency):
-        summary = await batch.wait()
-        elapsed_s = perf_counter() - started
+    async with app:
+        batch = await task.map(_items(size))
+        started = perf_counter()
+        async with app.worker(tasks=[task.name], concurrency=concurrency):
+            await _completed(batch, size)
+            return size / (perf_counter() - started)
+
+
+async def _completed(batch: Batch[Any], size: int) -> None:
+    summary = await batch.wait()
     if summary.ledger.completed != size:
         raise EngineFault(f"{summary.ledger.completed} of {size} runs completed")
-    return size / elapsed_s
 
 
-async def _within_app(work: Callable[[], Coroutine[Any, Any, float]]) -> float:
+async def _footprint(size: int, place: OnServer, claim_runs: int) -> tuple[float, int]:
+    """Bytes of WAL a run, and row versions left behind. `claim_runs`: so many a claim, instead of the usual many."""
     async with app:
-        return await work()
+        await app.open()
+        before = await place.footprint()
+        batch = await nothing.map(_items(size))
+        if claim_runs:
+            await _settled_by(claim_runs)
+        else:
+            async with app.worker(tasks=[nothing.name], concurrency=100):
+                await _completed(batch, size)
+    after = await place.footprint()
+    return (after.wal_bytes - before.wal_bytes) / size, after.dead_rows - before.dead_rows
 
 
-def _run(coroutine: Coroutine[Any, Any, float]) -> float:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(coroutine)
+async def _settled_by(claim_runs: int) -> None:
+    """Claim so many runs at a time and settle them, until there are none."""
+    broker = Broker(await app.open(), kind="worker")
+    await broker.start()
+    while works := await broker.claim([nothing.name], None, claim_runs):
+        for work in works:
+            for _ in range(work.count):
+                work.end(work.begin(), COMPLETED, b"null")
+            settlement = work.take_settlement()
+            assert settlement is not None
+            await broker.end_lease(work, [settlement])
+    await broker.stop()
+
+
+def _by_processes(size: int, place: Place, processes: int) -> float:
+    """Runs a second of worker processes that are there and idle when the work is let in."""
+
+    async def timed() -> float:
+        async with app:
+            engine = await app.open()
+            await engine.store.pause_queue("default", "default", paused=True)
+            batch = await nothing.map(_items(size))
+            await _met(engine, processes)
+            started = perf_counter()
+            await engine.store.pause_queue("default", "default", paused=False)
+            engine.doorbell.ring()
+            await _completed(batch, size)
+            return size / (perf_counter() - started)
+
+    with place.fresh() as url, _workers(url, processes):
+        return run(timed())
+
+
+async def _met(engine: Engine, workers_count: int) -> None:
+    """Return when so many workers are there."""
+    while len([one for one in await engine.store.sessions() if one.kind == "worker"]) < workers_count:
+        await engine.clock.sleep(LOOK_S)
 
 
 @contextmanager
-def _fresh_store(directory: Path) -> Iterator[None]:
-    with tempfile.TemporaryDirectory(dir=directory, prefix="bench-") as folder:
-        app.use(load({"store": f"sqlite:///{Path(folder).resolve()}/bench.db"}, os.environ, Path(folder)))
+def _workers(url: str, processes: int) -> Iterator[None]:
+    command = [sys.executable, "-m", "headrace", "worker", "headrace.benchmarks.tasks:app"]
+    command += ["--store", url, "--processes", str(processes), "--concurrency", "100"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # noqa: S603 - our own command
+    try:
         yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
+        process.wait()
 
 
-def _map_peak(size: int, directory: Path) -> float:
+def _map_peak(size: int, place: Place) -> float:
     """Run the command on its own and ask the kernel for the most memory it or a child of it ever held."""
-    with tempfile.TemporaryDirectory(dir=directory, prefix="bench-") as folder:
+    with place.fresh() as url, tempfile.TemporaryDirectory(prefix="bench-") as folder:
         source, target = Path(folder) / "items.ndjson", Path(folder) / "results.ndjson"
         with source.open("w") as file:
             for number in range(size):
                 file.write(f'{{"n":{number},"pad":"{PAD}"}}\n')
         command = [sys.executable, "-m", "headrace", "map", "headrace.benchmarks.tasks:nothing", str(source)]
-        command += ["-o", str(target), "--store", f"sqlite:///{Path(folder).resolve()}/map.db", "--no-progress"]
+        command += ["-o", str(target), "--store", url, "--no-progress"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)  # noqa: S603 - our own command
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headrace.cli.opening import SWITCH_INTERVAL_S, JsonOption, StoreOption
-from headrace.foundation.errors import InvalidInput
 
 if TYPE_CHECKING:
     from headrace.benchmarks import Figure
@@ -22,19 +19,19 @@ def command(
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work, measured twice.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure appending, running and memory, each beside the same work without Headrace."""
+    """Measure appending, running and memory, each beside the same work without Headrace.
+
+    --store says on which disk (sqlite:///directory/any.db) or server (postgresql://…), in a fresh file or schema.
+    """
     import msgspec
 
     from headrace import benchmarks
-    from headrace.compose import sqlite_path
 
-    if store is not None and not store.startswith("sqlite:"):
-        raise InvalidInput("bench measures SQLite", hint="--store sqlite:///directory/any.db says on which disk")
-    scenarios = benchmarks.chosen(names or [])
+    place = benchmarks.place_of(store)
+    scenarios = benchmarks.chosen(names or [], place.kind)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    directory = sqlite_path(store).parent if store is not None else Path(tempfile.gettempdir())
     figures = []
-    for figure in benchmarks.measured(scenarios, directory, quick=quick):
+    for figure in benchmarks.measured(scenarios, place, quick=quick):
         figures.append(figure)
         if not json:
             typer.echo(_line(figure))
@@ -44,7 +41,7 @@ def command(
 
 
 def _line(figure: Figure) -> str:
-    text = f"{figure['name']:12} {figure['value']:>12,.0f} {figure['unit']:8}"
+    text = f"{figure['name']:16} {figure['value']:>12,.0f} {figure['unit']:8}"
     if figure["floor"] is None:
         return f"{text} (no floor: it is in the repository, not in the package)"
     return f"{text} floor {figure['floor']:>12,.0f}   ratio {figure['ratio']:.2f}   median of {figure['runs']}"

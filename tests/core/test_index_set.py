@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -9,9 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.core import index_set
 from headrace.core.index_set import IndexSet
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import INDEX_MAX
+
+
+@pytest.fixture(autouse=True, scope="module", params=["ranges", "bits"])
+def _form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All of it again with sets that are bits from their first range on, where their indexes are not too far apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "bits":
+            patch.setattr(index_set, "RANGES_MAX", 0)
+            patch.setattr(index_set, "RANGE_BYTES", 200_000)
+        yield
+
 
 indexes = st.integers(0, 60) | st.integers(10**6, 10**6 + 20) | st.sampled_from([INDEX_MAX - 1, INDEX_MAX])
 batches = st.lists(indexes, max_size=40)
@@ -98,7 +111,7 @@ def test_sets_are_equal_when_their_indexes_are(left: list[int], right: list[int]
 
 @given(st.binary(max_size=30))
 def test_rubbish_is_refused_or_is_exactly_what_would_be_written(tail: bytes) -> None:
-    for encoded in (tail, b"\x01" + tail):
+    for encoded in (tail, b"\x01" + tail, b"\x02" + tail):
         try:
             decoded = IndexSet.from_bytes(encoded)
         except InvalidInput:
@@ -111,7 +124,10 @@ def test_rubbish_is_refused_or_is_exactly_what_would_be_written(tail: bytes) -> 
     ("encoded", "reason"),
     [
         (b"", "known form"),
-        (b"\x02", "known form"),
+        (b"\x03", "known form"),
+        (b"\x02", "of no index"),
+        (b"\x02\x05\x00", "of no index"),
+        (b"\x02\xff\x0f", "one range"),
         (b"\x01\x05", "a range has no end"),
         (b"\x01\x00\x00", "empty or touch"),
         (b"\x01\x00\x01\x00\x01", "empty or touch"),
@@ -147,12 +163,13 @@ def test_a_million_in_order_are_one_range_and_a_few_bytes() -> None:
     received = IndexSet()
     for start in range(0, 1_000_000, 1_000):
         received.add(range(start, start + 1_000))
-    assert received.ranges_count == 1
+    assert list(received.ranges()) == [(0, 1_000_000)]
     assert len(received) == 1_000_000
     assert len(received.to_bytes()) == 5
 
 
 def test_adding_at_the_end_does_not_touch_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_set, "RANGES_MAX", 10**6)
     received = IndexSet(range(0, 40_000, 2))
     bounds = CountedBounds(received._bounds)
     monkeypatch.setattr(received, "_bounds", bounds)
@@ -163,6 +180,7 @@ def test_adding_at_the_end_does_not_touch_what_is_there(monkeypatch: pytest.Monk
 
 
 def test_a_batch_all_over_the_set_is_merged_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_set, "RANGES_MAX", 10**6)
     received = IndexSet(range(0, 40_000, 2))
     bounds = CountedBounds(received._bounds)
     monkeypatch.setattr(received, "_bounds", bounds)
@@ -196,8 +214,35 @@ def test_a_shuffled_stream_ends_as_one_range() -> None:
     assert list(received.ranges()) == [(0, 100_000)]
 
 
+def test_a_random_stream_turns_into_bits_and_its_end_into_one_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_set, "RANGES_MAX", 4_096)
+    monkeypatch.setattr(index_set, "RANGE_BYTES", 3)
+    received, every = IndexSet(), 7_919
+    shuffled = [index * every % 200_000 for index in range(200_000)]
+    sizes = []
+    for start in range(0, len(shuffled), 10_000):
+        assert received.add(shuffled[start : start + 10_000]) == 10_000
+        received = IndexSet.from_bytes(received.to_bytes())
+        sizes.append(len(received.to_bytes()))
+    assert max(sizes) <= 25_001, "a bit an index at most"
+    assert received.to_bytes() == IndexSet.from_ranges([(0, 200_000)]).to_bytes()
+
+
+def test_an_index_far_away_makes_bits_ranges_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_set, "RANGES_MAX", 10)
+    monkeypatch.setattr(index_set, "RANGE_BYTES", 3)
+    received = IndexSet(range(0, 100, 2))
+    assert received.to_bytes()[0] == 2
+    assert received.add([INDEX_MAX, 1]) == 2
+    assert received.to_bytes()[0] == 1
+    assert list(received) == sorted([*range(0, 100, 2), 1, INDEX_MAX])
+    received = IndexSet(range(0, 100, 2))
+    assert received.add_range(10**17, 10**17 + 5) == 5
+    assert len(received.to_bytes()) < 300
+
+
 def test_the_words_of_a_set_fit_on_a_line() -> None:
-    assert repr(IndexSet([1, 2, 5])) == "<IndexSet of 3 in 2 ranges: 1..3, 5..6>"
+    assert repr(IndexSet([1, 2, 5])) == "<IndexSet of 3: 1..3, 5..6>"
 
 
 def assert_same(received: IndexSet, expected: set[int]) -> None:
@@ -209,5 +254,4 @@ def assert_same(received: IndexSet, expected: set[int]) -> None:
 def assert_well_formed(received: IndexSet) -> None:
     bounds = [bound for pair in received.ranges() for bound in pair]
     assert all(before < after for before, after in pairwise(bounds))
-    assert received.ranges_count * 2 == len(bounds)
     assert len(received) == sum(stop - start for start, stop in received.ranges())

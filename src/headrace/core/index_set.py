@@ -1,7 +1,8 @@
 """The set of received indexes of a batch, as ranges.
 
 What comes in order is one range however long it is, so adding to its end costs nothing. What comes in any
-order is merged a sorted batch at a time, in one pass over the ranges that the batch spans.
+order is merged a sorted batch at a time, in one pass over the ranges that the batch spans; when that has become so many
+ranges that a bit for each index takes less, the set is bits from then on (`headrace.core.bitmap`).
 
 The ranges are half-open and lie in one flat array of bounds, `[start, stop, start, stop, …]`, strictly
 increasing. So the number of bounds at or before an index is odd just when the index is in the set, and ranges
@@ -14,13 +15,25 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, chain, islice, pairwise
+from operator import eq
 from typing import Final, Self
 
+from headrace.core.bitmap import Bitmap
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import INDEX_MAX
 
-_FORM: Final = 1
-"""The first byte of an encoded set, so that another form may follow without a guess."""
+_RANGES: Final = 1
+_BITS: Final = 2
+"""The first byte of an encoded set says its form."""
+
+RANGES_MAX: Final = 4_096
+"""A set of fewer ranges is never turned into bits: merging them costs less than carrying the bits to and fro."""
+
+RANGE_BYTES: Final = 3
+"""About what a range takes when it is encoded."""
+
+STRETCH: Final = 4
+"""Bits grow at most so many times over by one call."""
 
 _BOUND_MAX: Final = INDEX_MAX + 1
 _SHIFT_MAX: Final = 56
@@ -33,11 +46,12 @@ class IndexSet:
     Raises `InvalidInput`, and changes nothing, for what is no index.
     """
 
-    __slots__ = ("_bounds", "_count")
+    __slots__ = ("_bits", "_bounds", "_count")
 
     def __init__(self, indexes: Iterable[int] = ()) -> None:
         self._bounds: array[int] = array("q")
         self._count = 0
+        self._bits: Bitmap | None = None
         self.add(indexes)
 
     @classmethod
@@ -49,33 +63,38 @@ class IndexSet:
         return received
 
     def __len__(self) -> int:
-        return self._count
+        return self._count if self._bits is None else self._bits.count
 
     def __contains__(self, index: int) -> bool:
+        if self._bits is not None:
+            return index in self._bits
         return bisect_right(self._bounds, index) % 2 == 1
 
     def __iter__(self) -> Iterator[int]:
         return chain.from_iterable(range(start, stop) for start, stop in self.ranges())
 
     def __eq__(self, other: object) -> bool:
-        return self._bounds == other._bounds if isinstance(other, IndexSet) else NotImplemented
+        if not isinstance(other, IndexSet):
+            return NotImplemented
+        if self._bits is None and other._bits is None:
+            return self._bounds == other._bounds
+        return len(self) == len(other) and self.end == other.end and all(map(eq, self.ranges(), other.ranges()))
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{start}..{stop}" for start, stop in islice(self.ranges(), 5))
-        return f"<IndexSet of {self._count} in {self.ranges_count} ranges: {shown}>"
-
-    @property
-    def ranges_count(self) -> int:
-        """How many ranges it takes: what memory and bytes grow with."""
-        return len(self._bounds) // 2
+        return f"<IndexSet of {len(self)}: {shown}>"
 
     @property
     def end(self) -> int:
         """One past the highest index; 0 when there is none."""
+        if self._bits is not None:
+            return self._bits.end
         return self._bounds[-1] if self._bounds else 0
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """The half-open ranges, ascending; no two touch."""
+        if self._bits is not None:
+            return self._bits.ranges()
         bounds = iter(self._bounds)
         return zip(bounds, bounds, strict=True)
 
@@ -83,6 +102,8 @@ class IndexSet:
         """Adds `start` to `stop - 1`; answers how many of them are new."""
         if not 0 <= start <= stop <= _BOUND_MAX:
             raise InvalidInput(f"{start}..{stop} is not a range of indexes", hint=f"indexes go from 0 to {INDEX_MAX}")
+        if (bits := self._bits_for(stop)) is not None:
+            return bits.add_range(start, stop)
         return self._merge(array("q", (start, stop))) if start < stop else 0
 
     def add(self, indexes: Iterable[int]) -> int:
@@ -95,24 +116,32 @@ class IndexSet:
             raise InvalidInput(
                 f"{least if least < 0 else most} is not an index", hint=f"indexes go from 0 to {INDEX_MAX}"
             )
+        if (bits := self._bits_for(most + 1)) is not None:
+            return bits.add(distinct, most)
         if most - least + 1 == len(distinct):
             return self._merge(array("q", (least, most + 1)))
         return self._merge(_bounds_of(sorted(distinct)))
 
     def update(self, other: IndexSet) -> int:
         """Adds all of another set; answers how many are new."""
-        return self._merge(other._bounds) if other._bounds else 0
+        if self._bits is None and other._bits is None:
+            return self._merge(other._bounds) if other._bounds else 0
+        return sum(self.add_range(start, stop) for start, stop in list(other.ranges()))
 
     def union(self, other: IndexSet) -> IndexSet:
         """A third set, of what is in either."""
         both = IndexSet()
         both._bounds, both._count = self._bounds[:], self._count
+        both._bits = None if self._bits is None else self._bits.copy()
         both.update(other)
         return both
 
     def difference(self, indexes: Iterable[int]) -> list[int]:
         """Those of `indexes` that are not in the set, in the order given, repeats included."""
         given = list(indexes)
+        if self._bits is not None:
+            held = self._bits
+            return [index for index in given if index not in held]
         shared = self._shared_verdict(given)
         if shared is not None:
             return [] if shared else given
@@ -122,6 +151,9 @@ class IndexSet:
     def overlap(self, indexes: Iterable[int]) -> list[int]:
         """Those of `indexes` that are in the set, in the order given, repeats included."""
         given = list(indexes)
+        if self._bits is not None:
+            held = self._bits
+            return [index for index in given if index in held]
         shared = self._shared_verdict(given)
         if shared is not None:
             return given if shared else []
@@ -130,6 +162,8 @@ class IndexSet:
 
     def overlaps_range(self, start: int, stop: int) -> bool:
         """Whether any index from `start` to `stop - 1` is in the set. Costs two looks, however long the range."""
+        if self._bits is not None:
+            return self._bits.overlaps_range(start, stop)
         if start >= stop:
             return False
         place = bisect_right(self._bounds, start)
@@ -155,11 +189,16 @@ class IndexSet:
         return gaps
 
     def to_bytes(self) -> bytes:
-        """The set as one byte that names the form, then each bound's distance from the one before.
+        """The set as one byte that names the form, then each bound's distance from the one before, or the bits.
 
-        Distances are varints: seven bits a byte, the lowest first, the top bit set while more follow.
+        Distances are varints: seven bits a byte, the lowest first, the top bit set while more follow. Bits that have no
+        gap left are one range again.
         """
-        encoded = bytearray((_FORM,))
+        if self._bits is not None:
+            if self._bits.count < self._bits.end:
+                return bytes((_BITS,)) + self._bits.to_bytes()
+            self._bounds, self._count, self._bits = array("q", (0, self._bits.end)), self._bits.count, None
+        encoded = bytearray((_RANGES,))
         for before, bound in zip(chain((0,), self._bounds), self._bounds, strict=False):
             distance = bound - before
             while distance > 127:
@@ -174,7 +213,9 @@ class IndexSet:
 
         Memory is at most eight bytes for one of `encoded`.
         """
-        if not encoded or encoded[0] != _FORM:
+        if encoded[:1] == bytes((_BITS,)):
+            return cls._of_bits(encoded[1:])
+        if not encoded or encoded[0] != _RANGES:
             raise _not_a_set("it does not begin with a known form")
         distances = _varints(memoryview(encoded)[1:])
         if len(distances) % 2:
@@ -187,6 +228,26 @@ class IndexSet:
         decoded._bounds = array("q", accumulate(distances))
         decoded._count = sum(distances[1::2])
         return decoded
+
+    @classmethod
+    def _of_bits(cls, bits: bytes) -> Self:
+        if not bits or not bits[-1]:
+            raise _not_a_set("its last bits are of no index")
+        decoded = cls()
+        decoded._bits = Bitmap(bits)
+        if decoded._bits.count == decoded._bits.end:
+            raise _not_a_set("bits without a gap are one range")
+        if decoded._bits.end > _BOUND_MAX:
+            raise _not_a_set("an index is too large")
+        return decoded
+
+    def _bits_for(self, stop: int) -> Bitmap | None:
+        """The bits, when the set is bits and stays so with indexes below `stop`; far ones make it ranges again."""
+        bits = self._bits
+        if bits is not None and stop > STRETCH * (bits.end + 8 * RANGES_MAX * RANGE_BYTES):
+            self._bounds, self._count = array("q", chain.from_iterable(bits.ranges())), bits.count
+            bits = self._bits = None
+        return bits
 
     def _shared_verdict(self, given: list[int]) -> bool | None:
         """Whether all of `given` are in the set, where one look tells because no bound lies between them."""
@@ -225,6 +286,10 @@ class IndexSet:
         merged.extend(bounds[place:last])
         bounds[first:last] = merged
         self._count += gained
+        ranges_count = len(bounds) // 2
+        if ranges_count > RANGES_MAX and bounds[-1] // 8 < ranges_count * RANGE_BYTES:
+            self._bits = Bitmap.of(self.ranges(), bounds[-1])
+            self._bounds, self._count = array("q"), 0
         return gained
 
 

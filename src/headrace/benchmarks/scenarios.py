@@ -9,23 +9,34 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, NamedTuple
 
+import msgspec
+
 from headrace.app import Task
 from headrace.benchmarks.places import OnServer, Place, run
 from headrace.benchmarks.tasks import app, nap, nothing
+from headrace.core.block import Coalescer
 from headrace.core.run import COMPLETED
+from headrace.core.span import Key
 from headrace.foundation.errors import EngineFault
+from headrace.foundation.ids import new_batch_id
 from headrace.handles import Batch
 from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
+from headrace.store.protocol import NewBatch, Release
 
 PAD: Final = "x" * 79
 NAP_CONCURRENCY: Final = 1_000
 MIB: Final = 2**20
 LOOK_S: Final = 0.05
+CLAIMS: Final = 1_000
+SORTED_ITEMS: Final = 16_384
+STRIDE: Final = 7_919_239
+"""A prime, so that its multiples modulo a size that it does not divide are every index once."""
 ANYWHERE: Final = ("sqlite", "postgres")
 ON_SERVER: Final = ("postgres",)
 Measured = tuple[float, float | None]
@@ -107,6 +118,36 @@ def wal_small_claims(size: int, place: OnServer) -> Measured:
         return run(_footprint(size, place, 8))[0], 800
 
 
+def large_batch(size: int, place: Place) -> Measured:
+    """Items a second of the last tenth of one batch; the base is its first tenth."""
+    return _growth(size, place).rates
+
+
+def large_batch_memory(size: int, place: Place) -> Measured:
+    """Memory in MiB of the process after the last item of one batch; the base is after its first tenth."""
+    return _growth(size, place).memory
+
+
+def shuffled_batch(size: int, place: Place) -> Measured:
+    """Items a second of the last tenth of one batch whose items come in random order; the base is its first tenth."""
+    with place.fresh():
+        return run(_shuffled(size))
+
+
+def claim_latency(size: int, place: Place) -> Measured:
+    """The 99th percentile in ms of claims of 8 runs with `size` waiting; the base is with a tenth of them."""
+
+    async def measured() -> Measured:
+        async with app:
+            await nothing.map(_items(size // 10))
+            base = await _claim_p99()
+            await nothing.map(_items(size - size // 10))
+            return await _claim_p99(), base
+
+    with place.fresh():
+        return run(measured())
+
+
 def map_memory(size: int, place: Place) -> Measured:
     """Peak memory in MiB of `headrace map` over `size` items; the base is the peak over a tenth of them."""
     return _map_peak(size, place), _map_peak(size // 10, place)
@@ -119,6 +160,10 @@ SCENARIOS: Final = {
         Scenario("drain", "runs/s", 500_000, drain),
         Scenario("sleep100ms", "runs/s", 50_000, sleep100ms),
         Scenario("map_memory", "MiB", 1_000_000, map_memory, is_slow=True),
+        Scenario("large_batch", "items/s", 10_000_000, large_batch, is_slow=True),
+        Scenario("large_batch_memory", "MiB", 10_000_000, large_batch_memory, is_slow=True),
+        Scenario("shuffled_batch", "items/s", 10_000_000, shuffled_batch, is_slow=True),
+        Scenario("claim_latency", "ms", 10_000_000, claim_latency, is_slow=True),
         Scenario("drain4", "runs/s", 1_000_000, drain4, ON_SERVER),
         Scenario("snapshot", "runs/s", 500_000, snapshot, ON_SERVER),
         Scenario("dead_rows", "rows", 1_000_000, dead_rows, ON_SERVER, is_slow=True),
@@ -160,6 +205,75 @@ async def _footprint(size: int, place: OnServer, claim_runs: int) -> tuple[float
                 await _completed(batch, size)
     after = await place.footprint()
     return (after.wal_bytes - before.wal_bytes) / size, after.dead_rows - before.dead_rows
+
+
+class _Growth(NamedTuple):
+    """What the last tenth of a batch looked like, and the first."""
+
+    rates: tuple[float, float]
+    memory: tuple[float, float]
+
+
+def _growth(size: int, place: Place) -> _Growth:
+    """One batch of `size` items, watched at each tenth."""
+    marks: list[tuple[float, float]] = []
+
+    def watched() -> Iterator[dict[str, object]]:
+        for number, item in enumerate(_items(size)):
+            if number % (size // 10) == 0:
+                marks.append((perf_counter(), _memory_mib()))
+            yield item
+
+    async def mapped() -> None:
+        async with app:
+            await nothing.map(watched())
+
+    with place.fresh():
+        run(mapped())
+    marks.append((perf_counter(), _memory_mib()))
+    seconds = [after[0] - before[0] for before, after in pairwise(marks)]
+    return _Growth((size / 10 / seconds[-1], size / 10 / seconds[0]), (marks[-1][1], marks[1][1]))
+
+
+def _memory_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / MIB
+
+
+async def _shuffled(size: int) -> Measured:
+    """Sorted by 16,384 at a time, as an ingest hands them over; each index comes once, in an order that looks random."""
+    async with app:
+        engine = await app.open()
+        now_us = engine.clock.now_us()
+        new = NewBatch(id=new_batch_id(now_us), expected_count=size)
+        batch, _ = await engine.store.create_batch(new, now_us=now_us)
+        payload, key = msgspec.json.encode({"n": 0, "pad": PAD}), Key(nothing.name)
+        seconds = [0.0, 0.0]
+        for first in range(0, size, SORTED_ITEMS):
+            coalescer = Coalescer(runs_max=engine.limits.chunk_runs_max, bytes_max=engine.limits.chunk_bytes_max)
+            for index in sorted(n * STRIDE % size for n in range(first, min(first + SORTED_ITEMS, size))):
+                coalescer.add(index, payload, key)
+            started = perf_counter()
+            await engine.store.append(batch.id, coalescer.flush(), now_us=engine.clock.now_us())
+            tenth = first * 10 // size
+            if tenth in (0, 9):
+                seconds[tenth // 9] += perf_counter() - started
+        await engine.store.seal(batch.id, size, now_us=engine.clock.now_us())
+    return size / 10 / seconds[1], size / 10 / seconds[0]
+
+
+async def _claim_p99() -> float:
+    broker = Broker(await app.open(), kind="worker")
+    await broker.start()
+    taken_s = []
+    for _ in range(CLAIMS):
+        started = perf_counter()
+        works = await broker.claim([nothing.name], None, 8)
+        taken_s.append(perf_counter() - started)
+        for work in works:
+            await broker.end_lease(work, [Release(span_id=work.lease.span_id, token=work.lease.token)])
+    await broker.stop()
+    return sorted(taken_s)[CLAIMS * 99 // 100] * 1_000
 
 
 async def _settled_by(claim_runs: int) -> None:

@@ -1,8 +1,8 @@
 """The set of received indexes of a batch, as ranges.
 
 What comes in order is one range however long it is, so adding to its end costs nothing. What comes in any
-order is merged a sorted batch at a time, in one pass over the ranges that the batch spans; when that has become so many
-ranges that a bit for each index takes less, the set is bits from then on (`headrace.core.bitmap`).
+order is merged a sorted batch at a time, in one pass over the ranges that the batch spans; when there are so many
+ranges that a bit for each index costs less, the set is bits from then on (`headrace.core.bitmap`).
 
 The ranges are half-open and lie in one flat array of bounds, `[start, stop, start, stop, …]`, strictly
 increasing. So the number of bounds at or before an index is odd just when the index is in the set, and ranges
@@ -29,8 +29,8 @@ _BITS: Final = 2
 RANGES_MAX: Final = 4_096
 """A set of fewer ranges is never turned into bits: merging them costs less than carrying the bits to and fro."""
 
-RANGE_BYTES: Final = 3
-"""About what a range takes when it is encoded."""
+RANGE_BYTES: Final = 64
+"""Bytes of bits that cost about as much time as one range does, read, merged and written."""
 
 STRETCH: Final = 4
 """Bits grow at most so many times over by one call."""

@@ -204,6 +204,9 @@ CREATE TABLE {schema}.bucket (
 -- Blocks and parts are written once, so they need no room to grow and no compression that costs more than it saves.
 ALTER TABLE {schema}.block ALTER COLUMN items SET STORAGE EXTERNAL;
 ALTER TABLE {schema}.part ALTER COLUMN results SET STORAGE EXTERNAL;
+-- What a batch that comes in random order has received is 1.25 MB of bits with each append: trying to make that smaller
+-- took longer than writing it.
+ALTER TABLE {schema}.batch ALTER COLUMN received SET STORAGE EXTERNAL;
 -- A span is rewritten two or three times in its life; a batch and a queue for ever: room in the page keeps those
 -- updates inside it (HOT), and an eager vacuum keeps the claim's index short.
 ALTER TABLE {schema}.span SET (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,

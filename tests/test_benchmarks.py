@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -11,7 +12,10 @@ import pytest
 from bench.floors import sqlite_floor
 
 from headrace import benchmarks
+from headrace.benchmarks.places import OnServer
+from headrace.benchmarks.scenarios import SCENARIOS
 from headrace.foundation.errors import InvalidInput
+from tests.postgres import server
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +40,20 @@ def test_the_command_prints_what_other_programs_read(tmp_path: Path) -> None:
 def test_an_unknown_scenario_is_refused_with_those_there_are() -> None:
     with pytest.raises(InvalidInput, match="no scenario is called 'speed'"):
         benchmarks.chosen(["speed"])
-    assert [scenario.name for scenario in benchmarks.chosen([])] == ["append", "drain", "sleep100ms", "map_memory"]
+    assert [one.name for one in benchmarks.chosen([])][:4] == ["append", "drain", "sleep100ms", "map_memory"]
+    with pytest.raises(InvalidInput, match="drain4 is not for sqlite"):
+        benchmarks.chosen(["drain4"])
+    assert {one.name for one in benchmarks.chosen([], "postgres")} > {"drain4", "snapshot", "dead_rows", "wal"}
+
+
+@pytest.mark.parametrize("name", ["large_batch", "shuffled_batch", "claim_latency", "snapshot", "dead_rows", "wal"])
+def test_a_scenario_measures_a_server_and_leaves_nothing_there(name: str) -> None:
+    place = benchmarks.place_of(server().dsn)
+    assert isinstance(place, OnServer)
+    value, base = SCENARIOS[name].measure(20_000, place)
+    assert value > 0
+    assert base is None or base > 0
+    assert asyncio.run(place._ask("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'bench%'")) == []
 
 
 def test_a_slow_floor_is_refused() -> None:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from headrace.core.retry import Retry, RetryAfter
     from headrace.foundation.errors import HeadraceError
     from headrace.handles import Batch, Outcome, Run, RunFailed, Summary, WaitTimedOut
+    from headrace.remote.client import Client
     from headrace.runtime.context import DETACHED, Context
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DETACHED",
     "Batch",
+    "Client",
     "Context",
     "Headrace",
     "HeadraceError",
@@ -32,6 +34,7 @@ __all__ = [
 _HOMES = {
     "DETACHED": "headrace.runtime.context",
     "Batch": "headrace.handles",
+    "Client": "headrace.remote.client",
     "Context": "headrace.runtime.context",
     "Headrace": "headrace.app",
     "HeadraceError": "headrace.foundation.errors",

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import threading
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -40,6 +39,7 @@ from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.ids import parse_run_id
 from headrace.foundation.settings import Settings, load
 from headrace.handles import PLAIN, Batch, ResultOf, Run
+from headrace.runtime.background import Background
 from headrace.runtime.engine import Engine
 from headrace.runtime.producer import Options, Producer
 from headrace.runtime.registry import Pool, Registry, TaskSpec
@@ -241,7 +241,7 @@ class Headrace:
         self._opening: asyncio.Lock | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_lent = False
-        self._background: _Background | None = None
+        self._background: Background | None = None
 
     # -- tasks
 
@@ -410,7 +410,7 @@ class Headrace:
                 awaitable.close()
             raise InvalidInput("run_sync would block the event loop that runs here", hint="await it instead")
         if self._background is None:
-            self._background = _Background()
+            self._background = Background()
         return self._background.run(awaitable)
 
     def iter_sync(self, iterator: AsyncIterator[T]) -> Iterable[T]:
@@ -457,40 +457,6 @@ class _Decorator:
     def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
     def __call__(self, function: Callable[..., Any], /) -> Any:
         raise NotImplementedError
-
-
-class _Background:
-    """An event loop in a daemon thread."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="headrace-loop", daemon=True)
-        self._thread.start()
-
-    def run(self, awaitable: Awaitable[T]) -> T:
-        async def wrapped() -> T:
-            return await awaitable
-
-        future = asyncio.run_coroutine_threadsafe(wrapped(), self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # a Ctrl-C here ends it there
-            raise
-
-    def stop(self) -> None:
-        async def end() -> None:
-            rest = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in rest:
-                task.cancel()
-            await asyncio.gather(*rest, return_exceptions=True)
-            await self._loop.shutdown_asyncgens()
-            await self._loop.shutdown_default_executor()
-
-        self.run(end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 def task_of(found: object) -> Task[Any, Any] | None:

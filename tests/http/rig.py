@@ -12,10 +12,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from unittest.mock import patch
 
 from headrace.core.span import Settlement
 from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import DEFAULT, Limits
+from headrace.http.app import make_app
 from headrace.http.server import Server, serving
 from headrace.http.service import Service
 from headrace.runtime.clock import SystemClock
@@ -236,6 +238,68 @@ class During:
         return call
 
 
+class Faults:
+    """Between the socket and the app: what goes wrong with the next requests to a path, in order.
+
+    A number is answered instead of the app; `lost`: the app does its work and nobody hears of it; `cut`: the body ends
+    in the middle, and so does the connection; a mapping is headers of a 429.
+    """
+
+    def __init__(self, path: str, *faults: Any) -> None:
+        self._path, self.left, self.seen = path, list(faults), 0
+        self.app: Any = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].endswith(self._path):
+            await self.app(scope, receive, send)
+            return
+        self.seen += 1
+        fault = self.left.pop(0) if self.left else None
+        if fault is None:
+            await self.app(scope, receive, send)
+            return
+        if fault in ("lost", "cut"):
+            await self.app(scope, self._cut(receive) if fault == "cut" else receive, self._swallow)
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
+            return
+        while (await receive()).get("more_body"):
+            pass
+        status, headers = (fault, {}) if isinstance(fault, int) else (429, fault)
+        own = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": own})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    @staticmethod
+    async def _swallow(_message: Any) -> None:
+        return
+
+    @staticmethod
+    def _cut(receive: Any) -> Any:
+        messages: list[Any] = [{"type": "http.disconnect"}, {}]
+
+        async def half() -> Any:
+            if len(messages) == 1:
+                return messages[0]
+            messages.pop()
+            message = await receive()
+            body = message.get("body", b"")
+            return {"type": "http.request", "body": body[: len(body) // 2], "more_body": True}
+
+        return half
+
+
+class Steps(SystemClock):
+    """A clock whose sleeps are noted and not slept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slept: list[float] = []
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        await asyncio.sleep(0)
+
+
 def line(index: int, payload: Any = ..., task: str = "task", **options: Any) -> bytes:
     """An item as the field's client writes it."""
     item: dict[str, Any] = {"index": index, "task": task, "payload": {"i": index} if payload is ... else payload}
@@ -254,6 +318,7 @@ async def house(
     is_open: bool = False,
     wrap: Any = lambda store: store,
     payloads: Any = None,
+    faults: Faults | None = None,
 ) -> AsyncGenerator[House, None]:
     """A server over a store of a kind; `wrap` may put something between the two."""
     store: Store = FACTORIES[kind](folder, limits)
@@ -271,6 +336,9 @@ async def house(
     service = Service(engine, registry=registry, api_key=KEY, is_open=is_open)
     try:
         async with AsyncExitStack() as stack:
+            if faults is not None:
+                faults.app = make_app(service)
+                stack.enter_context(patch("headrace.http.server.make_app", lambda _service: faults))
             server = await stack.enter_async_context(serving(service, "127.0.0.1", 0))
             yield House(engine, service, server, stack)
     finally:

@@ -184,7 +184,7 @@ class ItemDecoder:
         if key is None:
             self._may_run(task)
             if not task.isprintable():
-                raise InvalidInput("a task's name is printable characters")
+                raise InvalidItem("a task's name is printable characters")
             key = self._defaults(task)
             if len(self._keys) < 10_000:
                 self._keys[task] = key
@@ -261,10 +261,10 @@ class ItemDecoder:
 
     def _extra(self, options: Options) -> Extra | None:
         kept: dict[str, Any] = {name: value for name, own in _KEPT if (value := getattr(options, own)) is not UNSET}
-        key, expires_us = "", 0
+        key, expires_us, ttl_s = "", 0, key_ttl_s(options.idempotency_key_ttl)
         if options.idempotency_key is not None:
             key = kept_key(options.idempotency_key)
-            expires_us = self._now_us + key_ttl_s(options.idempotency_key_ttl) * 1_000_000
+            expires_us = self._now_us + ttl_s * 1_000_000
             if key != options.idempotency_key:
                 kept["idempotencyKey"] = options.idempotency_key
         if options.metadata is not UNSET and isinstance(options.metadata, msgspec.Raw):

@@ -30,10 +30,26 @@ CUT_S: Final = 10
 class _Uvicorn(uvicorn.Server):
     """Signals are whoever's who runs the loop."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._ending = asyncio.Event()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Take none."""
         yield
+
+    async def main_loop(self) -> None:
+        """Once a second, for the header that tells the date, until the end."""
+        while not self._ending.is_set():
+            await self.on_tick(0)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), 1.0)
+
+    def end(self) -> None:
+        """Answer no more."""
+        self.should_exit = True
+        self._ending.set()
 
 
 class Server:
@@ -76,7 +92,7 @@ class Server:
             return
         service = self.service
         service.drain()
-        self._uvicorn.should_exit = True
+        self._uvicorn.end()
         waiting = asyncio.create_task(self._cut_late())
         try:
             await asyncio.shield(self._serving)

@@ -31,7 +31,7 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Self, TypeVar, overload
 
 from headrace.compose import joined, open_engine
 from headrace.core.retry import NO_RETRY, Retry
@@ -46,6 +46,13 @@ from headrace.runtime.registry import Pool, Registry, TaskSpec
 from headrace.runtime.worker import Worker
 from headrace.store.verbs.appending import enqueue
 from headrace.store.verbs.script import Script
+
+if TYPE_CHECKING:
+    from headrace.core.entity import Entity
+    from headrace.indexer import Indexer
+    from headrace.runtime.handlers import Unknown
+    from headrace.runtime.indexer import Where
+    from headrace.runtime.sources.source import Source
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -162,6 +169,10 @@ class Task(Generic[P, R]):
             lambda name: Run(producer.engine, *name, self.spec.codec.result_of),
         )
 
+    def request(self, *args: P.args, **kwargs: P.kwargs) -> tuple[TaskSpec, Options, bytes]:
+        """One run as it would be asked for, for somebody who appends it in a transaction of their own."""
+        return self.spec, Options(), self.spec.codec.encode(args, kwargs)
+
     async def _enqueue(self, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run[R]:
         payload = self.spec.codec.encode(args, kwargs)
         producer = await self.app.producer()
@@ -198,6 +209,11 @@ class TaskCall(Generic[P, R]):
     def enqueue_in_sync(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
         """The same for code that is not async."""
         return self._task._enqueue_in_sync(self._options, connection, args, kwargs)  # noqa: SLF001 - as above
+
+    def request(self, *args: P.args, **kwargs: P.kwargs) -> tuple[TaskSpec, Options, bytes]:
+        """One run with these options as it would be asked for."""
+        spec, _, payload = self._task.request(*args, **kwargs)
+        return spec, self._options, payload
 
     async def map(
         self,
@@ -275,6 +291,41 @@ class Headrace:
             return Task(self, spec)
 
         return register(*functions) if functions else register
+
+    # -- indexers
+
+    def indexer(
+        self,
+        name: str,
+        *,
+        source: Source | Mapping[str, Source],
+        entities: Sequence[type[Entity]],
+        history: int | Literal["all"] = 0,
+        where: Where = "overlay",
+        defer_indexes: bool = False,
+        preload: bool = True,
+        unknown: Unknown = "refuse",
+    ) -> Indexer:
+        """An indexer: ordered events of `source` become rows of `entities` through handlers.
+
+        `source`: one, or several by name, merged by time. `history`: how many events can be taken back, "all" for
+        every one. `where="drain"` awaits the commits in flight before a SELECT. `defer_indexes`: indexes are built when
+        they are first asked for, or when the sources end. `preload=False` never runs handlers ahead. `unknown="skip"`
+        passes over kinds of events that have no handler.
+        """
+        from headrace.indexer import Indexer
+
+        return Indexer(
+            self,
+            name,
+            source=source,
+            entities=entities,
+            history=history,
+            where=where,
+            defer_indexes=defer_indexes,
+            preload=preload,
+            unknown=unknown,
+        )
 
     # -- life
 

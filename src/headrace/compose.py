@@ -16,6 +16,7 @@ from headrace.foundation.settings import Settings
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.doorbell import Doorbell
 from headrace.runtime.engine import Engine
+from headrace.store.entities.protocol import EntityStore
 from headrace.store.joining import Joined
 from headrace.store.payloads import PayloadStore, open_payloads
 from headrace.store.protocol import RECORDED, WORK, Notifier, Store
@@ -48,6 +49,7 @@ async def open_engine(settings: Settings) -> Engine:
     if not path.parent.is_dir():
         raise StoreUnavailable(f"the directory {path.parent} of the database does not exist", hint="make it first")
     from headrace.store.sqlite import SqliteStore, Watcher
+    from headrace.store.sqlite.entities import SqliteEntities
 
     store = SqliteStore(path, settings.limits)
     await store.open()
@@ -58,13 +60,20 @@ async def open_engine(settings: Settings) -> Engine:
         await store.close()
         raise
     return _shared_engine(
-        settings, store, payloads, SystemClock(), Watcher(path), live_directory=path.with_name(path.name + ".live")
+        settings,
+        store,
+        payloads,
+        SystemClock(),
+        Watcher(path),
+        SqliteEntities(store, settings.limits.batch_runs_max),
+        live_directory=path.with_name(path.name + ".live"),
     )
 
 
 async def _postgres_engine(settings: Settings) -> Engine:
     try:
         from headrace.store.postgres import PostgresNotifier, PostgresStore
+        from headrace.store.postgres.entities import PostgresEntities
     except ModuleNotFoundError as error:
         raise InvalidSetting(
             f"a {settings.store.partition(':')[0]} store needs {error.name}", hint="pip install 'headrace[postgres]'"
@@ -78,7 +87,9 @@ async def _postgres_engine(settings: Settings) -> Engine:
         await store.close()
         raise
     notifier = PostgresNotifier(store.direct_address or store.address, store.address.schema)
-    return _shared_engine(settings, store, payloads, clock, notifier, live_directory=_machine_directory(store.identity))
+    entities = PostgresEntities(store, settings.limits.batch_runs_max)
+    place = _machine_directory(store.identity)
+    return _shared_engine(settings, store, payloads, clock, notifier, entities, live_directory=place)
 
 
 def _shared_engine(
@@ -87,6 +98,7 @@ def _shared_engine(
     payloads: PayloadStore,
     clock: SystemClock,
     notifier: Notifier,
+    entities: EntityStore,
     *,
     live_directory: Path | None,
 ) -> Engine:
@@ -102,6 +114,7 @@ def _shared_engine(
         doorbell=Doorbell(notifier, WORK),
         recorded=Doorbell(notifier, RECORDED),
         notifier=notifier,
+        entities=entities,
     )
 
 
@@ -165,8 +178,9 @@ async def _remote_engine(settings: Settings) -> Engine:
 async def memory_engine(limits: Limits, clock: Clock, *, environment: str = "default") -> Engine:
     """An engine that forgets: for tests, and for trying things out."""
     from headrace.store.memory import MemoryStore
+    from headrace.store.memory_entities import MemoryEntities
 
-    store: Store = MemoryStore(limits)
+    store = MemoryStore(limits)
     await store.open()
     return Engine(
         store=store,
@@ -177,6 +191,7 @@ async def memory_engine(limits: Limits, clock: Clock, *, environment: str = "def
         live_directory=None,
         beats_beside=False,
         doorbell=Doorbell(),
+        entities=MemoryEntities(store),
     )
 
 

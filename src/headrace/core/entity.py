@@ -14,8 +14,10 @@ import math
 import re
 import types
 import typing
+from collections.abc import Callable
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, dataclass_transform
 from uuid import UUID
 
@@ -46,6 +48,7 @@ INDEX_KINDS: Final = (TEXT, INTEGER, BIGINT, FLOAT, BOOL, DECIMAL, MOMENT, DATE,
 KEY_BYTES_MAX: Final = 2_000
 """Ids and indexed texts: an index of PostgreSQL takes no entry over a third of a page."""
 COLUMNS_MAX: Final = 200
+SIGNATURES_MAX: Final = 256
 INT64: Final = range(-(2**63), 2**63)
 _LEAST, _MOST = INT64[0], INT64[-1]
 _PLAIN_KINDS: Final = (TEXT, INTEGER, BIGINT, BOOL, DATE, IDENTIFIER)
@@ -143,8 +146,10 @@ class EntityType:
         self._is_plain = all(
             column.kind in _PLAIN_KINDS and column.type in (*_SCALARS, Int64) for column in self.columns
         )
+        self.has_large = False
+        """Whether a whole number of more than 64 bits was ever set."""
         self._id_at = self.names.index(ID)
-        self._known: dict[tuple[type, ...], tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self._known: dict[tuple[type, ...], tuple[Callable[[Any], Any], tuple[int, ...]]] = {}
         self._decoders = {
             column.name: msgspec.json.Decoder(column.type) for column in self.columns if column.kind == JSON
         }
@@ -170,17 +175,16 @@ class EntityType:
         if type(row) is not self.cls:
             raise self._fault(None, f"is wanted, not {_said(row)}", hint=_forgotten(row))
         values = astuple(row)
-        if self._is_plain:
-            found = self._known.get(tuple(map(type, values)))
-            if found is not None:
-                texts, numbers = found
-                text = "".join([values[at] for at in texts])
-                if len(text) < _SMALL and "\0" not in text and text.isascii():
-                    for at in numbers:
-                        if not _LEAST <= values[at] <= _MOST:
-                            break
-                    else:
-                        return row, 0
+        seen = self._known.get(tuple(map(type, values)))
+        if seen is not None:  # values of these types were looked at before: what is left is their size, and NUL
+            texts, numbers = seen
+            text = "".join(texts(values))
+            if len(text) < _SMALL and "\0" not in text and text.isascii():
+                for at in numbers:
+                    if not _LEAST <= values[at] <= _MOST:
+                        break
+                else:
+                    return row, 0
         return self._examined(row, values)
 
     def checked_id(self, value: Any) -> Any:
@@ -228,14 +232,13 @@ class EntityType:
             )  # fmt: skip
         if changes:
             row = msgspec.structs.replace(row, **changes)
-        elif self._is_plain:
+        elif self._is_plain and len(self._known) < SIGNATURES_MAX:
             kinds = [
                 column.kind if value is not None else "" for column, value in zip(self.columns, values, strict=True)
             ]
-            texts = tuple(at for at, kind in enumerate(kinds) if kind == TEXT)
-            self._known[tuple(map(type, values))] = (
-                texts, tuple(at for at, kind in enumerate(kinds) if kind in (INTEGER, BIGINT))
-            )  # fmt: skip
+            texts = [at for at, kind in enumerate(kinds) if kind == TEXT]
+            numbers = tuple(at for at, kind in enumerate(kinds) if kind in (INTEGER, BIGINT))
+            self._known[tuple(map(type, values))] = _picker(texts), numbers
         return row, extra if extra >= _SMALL else 0
 
     def _value(self, column: Column, value: Any, row_id: Any) -> tuple[Any, int]:
@@ -257,6 +260,13 @@ class EntityType:
     def _fault(self, row_id: Any, what: str, *, hint: str = "") -> InvalidInput:
         ids = {} if row_id is None else {"id": row_id if isinstance(row_id, int) else _short(row_id)}
         return InvalidInput(f"{self.cls.__name__} {what}", hint=hint, entity=self.cls.__name__, **ids)
+
+
+def _picker(places: list[int]) -> Callable[[Any], Any]:
+    """What takes the values at some places out of a row, as something that can be joined."""
+    if len(places) == 1:
+        return itemgetter(places[0])  # a text is joined of its characters
+    return itemgetter(*places) if places else lambda _: ()
 
 
 def _is_entity(cls: object) -> bool:
@@ -288,7 +298,7 @@ def _check_text(_: EntityType, column: Column, value: Any) -> tuple[Any, int]:
     return value, size
 
 
-def _check_integer(_: EntityType, column: Column, value: Any) -> tuple[Any, int]:
+def _check_integer(entity: EntityType, column: Column, value: Any) -> tuple[Any, int]:
     if column.enum is not None:
         return _check_enum(column, value), 0
     if type(value) is not int:
@@ -303,7 +313,10 @@ def _check_integer(_: EntityType, column: Column, value: Any) -> tuple[Any, int]
     bits = value.bit_length()
     if bits > DIGITS_MAX * 3:
         raise _Refused(f"it has more than about {DIGITS_MAX} digits")
-    return value, 0 if bits < 64 else bits // 8
+    if bits < 64:
+        return value, 0
+    entity.has_large = True
+    return value, bits // 8
 
 
 def _check_float(_: EntityType, column: Column, value: Any) -> tuple[Any, int]:

@@ -63,6 +63,7 @@ class Sequencer:
         self._plain: deque[tuple[Sequence[Position], Sequence[Any], Sequence[int] | None]] = deque()
         self._open = set(range(len(names)))
         self.waiting_count = 0
+        self.last_taken: Position | None = None
 
     @property
     def is_over(self) -> bool:
@@ -93,11 +94,28 @@ class Sequencer:
         """A source has ended."""
         self._open.discard(source)
 
+    def rewind(self, source: int, to: Position | None) -> None:
+        """A source takes back what came after `to` and was not taken yet."""
+        if len(self._names) == 1:
+            kept: deque[tuple[Sequence[Position], Sequence[Any], Sequence[int] | None]] = deque()
+            for positions, events, times in self._plain:
+                count = sum(1 for own in positions if to is not None and not is_after(own, to))
+                if count:
+                    kept.append((positions[:count], events[:count], None if times is None else times[:count]))
+            self._plain = kept
+            self.waiting_count = sum(len(own[0]) for own in kept)
+        else:
+            own = [one for one in self._waiting[source] if to is not None and not is_after(one[1], to)]
+            self.waiting_count -= len(self._waiting[source]) - len(own)
+            self._waiting[source] = deque(own)
+        self._last[source] = to
+
     def take(self, count_max: int) -> Sequenced | None:
         """The next events, at most so many; None when nothing can be said yet."""
         found = self._take_plain(count_max) if len(self._names) == 1 else self._take_merged(count_max)
         if found is not None:
             self.waiting_count -= found.events_count
+            self.last_taken = found.positions[-1]
         return found
 
     def _take_plain(self, count_max: int) -> Sequenced | None:
@@ -160,7 +178,7 @@ class Sequencer:
         previous = before
         if not (isinstance(positions, range) and positions.step > 0 and (before is None or positions[0] > before)):  # type: ignore[operator]  # both are of one type, see above
             for position in positions:
-                if previous is not None and not position > previous:  # type: ignore[operator]  # both are of one type, see above
+                if previous is not None and not is_after(position, previous):
                     raise _disordered(name, position, previous)
                 previous = position
         for position in (positions[0], positions[-1]):
@@ -191,6 +209,15 @@ class Sequencer:
             last = time_us
         self._last_time[source] = last
         return arrived.times
+
+
+def is_after(one: Position, other: Position) -> bool:
+    """Whether a position comes after another one of its source. Raises `InvalidInput` when they are not of one type."""
+    if isinstance(one, int) and isinstance(other, int):
+        return one > other
+    if isinstance(one, str) and isinstance(other, str):
+        return one > other
+    raise InvalidInput(f"positions of this source are like {one!r}, not like {other!r}")
 
 
 def _disordered(name: str, position: Position, previous: Position) -> InvalidInput:

@@ -102,10 +102,17 @@ class Table:
     `is_read`: somebody has asked for rows of this type; of one that is only written nothing is kept past its commit.
     """
 
-    __slots__ = ("changes", "delta", "entity", "extra", "extra_bytes", "indexes", "is_read", "pending", "rows")
+    __slots__ = (
+        "changes", "checked", "delta", "entity", "extra", "extra_bytes", "indexes", "is_plain", "is_read",
+        "keeps_history", "pending", "rows",
+    )  # fmt: skip
 
-    def __init__(self, entity: EntityType) -> None:
+    def __init__(self, entity: EntityType, *, keeps_history: bool) -> None:
         self.entity = entity
+        self.checked = entity.checked
+        self.keeps_history = keeps_history
+        self.is_plain = not keeps_history
+        """Nothing but two dicts knows of a row that is set; see `Staging.set`."""
         self.rows: Rows = {}
         self.delta: Rows = {}
         self.changes: dict[tuple[Any, int], Any] = {}
@@ -136,6 +143,7 @@ class Table:
         """The index over a field, made when it is first asked for."""
         index = self.indexes.get(field)
         if index is None:
+            self.is_plain = False
             index = self.indexes[field] = Index(field, self.rows)
         return index
 
@@ -156,6 +164,7 @@ class Table:
     def _weigh(self, row_id: Any, extra: int) -> None:
         self.extra_bytes += extra - self.extra.pop(row_id, 0)
         if extra:
+            self.is_plain = False
             self.extra[row_id] = extra
 
 
@@ -193,10 +202,8 @@ class Staging:
 
     def __init__(self, entities: Sequence[EntityType], *, keeps_history: Collection[str] = ()) -> None:
         """`keeps_history`: names of the tables whose every change is kept."""
-        self.tables = [Table(entity) for entity in entities]
+        self.tables = [Table(entity, keeps_history=entity.table in keeps_history) for entity in entities]
         self.by_class: dict[type[Entity], Table] = {table.entity.cls: table for table in self.tables}
-        self._history = [table.entity.table in keeps_history for table in self.tables]
-        self._kept = {id(table) for table, keeps in zip(self.tables, self._history, strict=True) if keeps}
         self._reads_count = 0
         self._hand = 0
 
@@ -214,11 +221,14 @@ class Staging:
 
     def set(self, table: Table, row: Any, no: int) -> None:
         """The event of checkpoint `no` wrote a row. Raises `InvalidInput` for one that can't be kept."""
-        row, extra = table.entity.checked(row)
+        row, extra = table.checked(row)
         row_id = row.id
+        if table.is_plain and not extra:
+            table.rows[row_id] = table.delta[row_id] = row
+            return
         table.put(row_id, row, extra)
         table.delta[row_id] = row
-        if self._kept and id(table) in self._kept:
+        if table.keeps_history:
             table.changes[row_id, no] = row
 
     def delete(self, table: Table, row_id: Any, no: int) -> None:
@@ -226,7 +236,7 @@ class Staging:
         row_id = table.entity.checked_id(row_id)
         table.put(row_id, None, 0)
         table.delta[row_id] = None
-        if self._kept and id(table) in self._kept:
+        if table.keeps_history:
             table.changes[row_id, no] = None
 
     # -- what the store says

@@ -67,6 +67,15 @@ TABLE: Final[Mapping[str, Limit]] = {
         Limit("batch_runs_burst_max", "runs", 1_200, 1, 10_000_000_000, "Runs that an environment may announce at once, where they are limited."),
         Limit("stream_grants_max", "requests", 10, 1, 1_000, "Streams of one batch that no request limit holds up."),
         Limit("error_chars_max", "characters", 8_000, 100, MIB, "An error's message and traceback, each, as kept."),
+        Limit("index_batch_events_max", "events", 5_000, 1, 1_000_000, "Events whose handlers run before what they wrote is handed to the committer."),
+        Limit("index_depth_max", "batches", 8, 0, 1_000, "Batches of an indexer that may wait for their commit; 0 awaits each."),
+        Limit("index_memory_mib", "MiB", 256, 1, 1_000_000, "Rows that an indexer keeps in memory, staged ones included."),
+        Limit("index_row_bytes_max", "bytes", MIB, KIB, 256 * MIB, "Texts, bytes and JSON of one row of an indexer."),
+        Limit("index_enqueues_max", "runs", 1_000, 0, 100_000, "Runs that the handler of one event may enqueue."),
+        Limit("index_fetch_events_max", "events", 20_000, 1, 1_000_000, "Events of one source that wait for their handlers."),
+        Limit("index_retries_max", "tries", 12, 0, 1_000_000, "Times an indexer asks a store again that does not answer, before it stops."),
+        Limit("index_handler_timeout_s", "s", 300, 1, 86_400, "How long the handler of one event may wait for something."),
+        Limit("index_effects_max", "calls", 100, 1, 100_000, "Effects of an indexer under way at once."),
     )
 }  # fmt: skip
 
@@ -111,6 +120,15 @@ class Limits:
     batch_runs_burst_max: int = TABLE["batch_runs_burst_max"].default
     stream_grants_max: int = TABLE["stream_grants_max"].default
     error_chars_max: int = TABLE["error_chars_max"].default
+    index_batch_events_max: int = TABLE["index_batch_events_max"].default
+    index_depth_max: int = TABLE["index_depth_max"].default
+    index_memory_mib: int = TABLE["index_memory_mib"].default
+    index_row_bytes_max: int = TABLE["index_row_bytes_max"].default
+    index_enqueues_max: int = TABLE["index_enqueues_max"].default
+    index_fetch_events_max: int = TABLE["index_fetch_events_max"].default
+    index_retries_max: int = TABLE["index_retries_max"].default
+    index_handler_timeout_s: int = TABLE["index_handler_timeout_s"].default
+    index_effects_max: int = TABLE["index_effects_max"].default
 
     def __post_init__(self) -> None:
         for name, limit in TABLE.items():

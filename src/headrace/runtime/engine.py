@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from headrace.core.pack import CONTENT_TYPES, JSON, KINDS
-from headrace.foundation.errors import ObjectMissing
+from headrace.foundation.errors import InvalidSetting, ObjectMissing
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.doorbell import Doorbell
+from headrace.store.entities.protocol import EntityStore
 from headrace.store.payloads import PayloadStore, Reference, payload_key
 from headrace.store.protocol import Notifier, Store
 
@@ -21,7 +22,7 @@ class Engine:
 
     `live_directory`: where the marks of live processes lie, None when the store is not shared between processes.
     `beats_beside`: whether heartbeats may come from another thread. `doorbell` rings when work was appended,
-    `recorded` when outcomes were; `notifier` carries both to other processes.
+    `recorded` when outcomes were; `notifier` carries both to other processes. `entities` are the tables of indexers.
     """
 
     store: Store
@@ -34,11 +35,25 @@ class Engine:
     doorbell: Doorbell
     recorded: Doorbell = field(default_factory=Doorbell)
     notifier: Notifier | None = None
+    entities: EntityStore | None = None
+
+    @property
+    def tables(self) -> EntityStore:
+        """The tables of indexers."""
+        if self.entities is None:
+            raise InvalidSetting("this engine keeps no tables of indexers", hint="open it with headrace.compose")
+        return self.entities
+
+    def with_limits(self, limits: Limits) -> Engine:
+        """The same engine for somebody with other bounds; whoever opened it closes it."""
+        return replace(self, limits=limits)
 
     async def close(self) -> None:
         """Let go of the store."""
         if self.notifier is not None:
             await self.notifier.close()
+        if self.entities is not None:
+            await self.entities.close()
         await self.store.close()
 
     async def offloaded(self, batch_id: str, payload: bytes, kind: int = JSON) -> tuple[bytes, str]:

@@ -21,7 +21,7 @@ from headrace.core.pack import JSON, REFERENCE
 from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, HeadraceError, InvalidInput, SessionEnded, StoreUnavailable
 from headrace.foundation.ids import new_batch_id
-from headrace.foundation.limits import DAY_MS
+from headrace.foundation.limits import DAY_MS, Limits
 from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
@@ -72,7 +72,9 @@ class Producer:
 
     async def enqueue(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[str, int]:
         """Make one run durable; answers `(batch_id, index)`, of an older run when its idempotency key names one."""
-        return await self.put(self._key(spec, options), payload, JSON, self._extra(options))
+        now_us = self.engine.clock.now_us()
+        extra = extra_of(options, self.engine.limits, now_us)
+        return await self.put(key_of(spec, options, now_us), payload, JSON, extra)
 
     async def put(self, key: Key, payload: bytes, kind: int, extra: Extra | None) -> tuple[str, int]:
         """The same for a run that is ready to be stored, but for its payload's size."""
@@ -166,7 +168,8 @@ class Producer:
         An object whose transaction never commits is removed as an orphan.
         """
         batch_id = new_batch_id(self.engine.clock.now_us())
-        key, extra = self._key(spec, options), self._extra(options)
+        now_us = self.engine.clock.now_us()
+        key, extra = key_of(spec, options, now_us), extra_of(options, self.engine.limits, now_us)
         settled, kind, extra = await self._settled_payload(batch_id, payload, JSON, extra)
         coalescer = Coalescer(runs_max=1, bytes_max=self.engine.limits.chunk_bytes_max)
         coalescer.add(0, settled, key, kind=kind, extra=extra)
@@ -189,7 +192,8 @@ class Producer:
         if options.idempotency_key:
             raise InvalidInput("an idempotency key names one run, not a batch", hint="give map a key=… instead")
         clock, limits = self.engine.clock, self.engine.limits
-        span_key, shared = self._key(spec, options), self._extra(options)
+        now_us = clock.now_us()
+        span_key, shared = key_of(spec, options, now_us), extra_of(options, limits, now_us)
         batch_id = await self._create_mapped(spec.name, key, metadata)
         stream = _Stream(self.engine, batch_id)
         codec = spec.codec
@@ -260,36 +264,6 @@ class Producer:
 
     # -- one run
 
-    def _key(self, spec: TaskSpec, options: Options) -> Key:
-        now_us = self.engine.clock.now_us()
-        return Key(
-            task=spec.name,
-            queue=spec.queue if options.queue is None else check_name("queue", options.queue),
-            priority=spec.priority if options.priority is None else check_priority(options.priority),
-            due_us=_moment_us("delay", options.delay_s, now_us),
-            expires_us=_moment_us("expires", options.expires_s, now_us),
-            at_most_once=spec.at_most_once,
-        )
-
-    def _extra(self, options: Options) -> Extra | None:
-        if not options.idempotency_key and not options.tags and not options.headers:
-            return None
-        limits = self.engine.limits
-        if options.idempotency_key:
-            check_name("idempotency key", options.idempotency_key)
-        if len(options.tags) > limits.tags_max:
-            raise InvalidInput(f"a run has at most {limits.tags_max} tags, not {len(options.tags)}")
-        for tag in options.tags:
-            check_name("tag", tag)
-        _check_headers(cast("Mapping[object, object]", options.headers), limits.headers_bytes_max)
-        expires_us = _moment_us("idempotency_ttl", options.idempotency_ttl_s, self.engine.clock.now_us())
-        return Extra(
-            idempotency_key=options.idempotency_key,
-            idempotency_expires_us=expires_us,
-            tags=options.tags,
-            headers=options.headers,
-        )
-
     async def _settled_payload(
         self, batch_id: str, payload: bytes, kind: int, extra: Extra | None
     ) -> tuple[bytes, int, Extra | None]:
@@ -299,6 +273,37 @@ class Producer:
         reference, object_key = await self.engine.offloaded(batch_id, payload, kind)
         named = msgspec.structs.replace(extra or Extra(), object_key=object_key, object_bytes=len(payload))
         return reference, REFERENCE, named
+
+
+def key_of(spec: TaskSpec, options: Options, now_us: int) -> Key:
+    """What a run of a task is queued by."""
+    return Key(
+        task=spec.name,
+        queue=spec.queue if options.queue is None else check_name("queue", options.queue),
+        priority=spec.priority if options.priority is None else check_priority(options.priority),
+        due_us=_moment_us("delay", options.delay_s, now_us),
+        expires_us=_moment_us("expires", options.expires_s, now_us),
+        at_most_once=spec.at_most_once,
+    )
+
+
+def extra_of(options: Options, limits: Limits, now_us: int) -> Extra | None:
+    """What only some runs have; None for one that has none of it. Raises `InvalidInput`."""
+    if not options.idempotency_key and not options.tags and not options.headers:
+        return None
+    if options.idempotency_key:
+        check_name("idempotency key", options.idempotency_key)
+    if len(options.tags) > limits.tags_max:
+        raise InvalidInput(f"a run has at most {limits.tags_max} tags, not {len(options.tags)}")
+    for tag in options.tags:
+        check_name("tag", tag)
+    _check_headers(cast("Mapping[object, object]", options.headers), limits.headers_bytes_max)
+    return Extra(
+        idempotency_key=options.idempotency_key,
+        idempotency_expires_us=_moment_us("idempotency_ttl", options.idempotency_ttl_s, now_us),
+        tags=options.tags,
+        headers=options.headers,
+    )
 
 
 class _Appending:

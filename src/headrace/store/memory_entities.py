@@ -9,7 +9,7 @@ import msgspec
 
 from headrace.core.condition import Condition, all_hold
 from headrace.core.entity import EntityType
-from headrace.core.sequencer import Position
+from headrace.core.sequencer import Position, is_after
 from headrace.foundation.errors import Conflict, NotFound, StoreBroken
 from headrace.store.entities.protocol import Commit, Enqueued, HistoryGone, LeaseLost, Plan, Standing, Write
 from headrace.store.entities.schema import Kept, changes_of, check_names, tables_of
@@ -152,14 +152,16 @@ class MemoryEntities:
         if standing.no != old_no:
             raise StoreBroken(f"the indexer stands at {standing.no}, where {old_no} was left", indexer=plan.indexer)
         if not plan.history:
-            raise HistoryGone("nothing is kept of what a rollback would need", indexer=plan.indexer)
+            raise HistoryGone(
+                "nothing is kept of what a rollback would need", hint="keep it: history=…", indexer=plan.indexer
+            )
         floor, last = standing.floor_positions.get(source), standing.positions.get(source)
         if to is not None and last is not None and type(to) is not type(last):
             raise Conflict(f"positions of {source} are like {last!r}, not like {to!r}", indexer=plan.indexer)
-        if floor is not None and (to is None or to < floor):  # type: ignore[operator]  # both are of one type, see above
+        if floor is not None and (to is None or is_after(floor, to)):
             raise HistoryGone(f"can't go back to {to!r}: history is kept back to {floor!r}", indexer=plan.indexer)
         log = self._checkpoints[plan.environment, plan.indexer]
-        after = [own.no for own in log if own.source == source and (to is None or own.position > to)]  # type: ignore[operator]  # both are of one type, see above
+        after = [own.no for own in log if own.source == source and (to is None or is_after(own.position, to))]
         no = min(after) - 1 if after else standing.no
         standing.positions = self._positions_at(standing, no)
         standing.no, standing.is_caught_up = no, False
@@ -196,7 +198,11 @@ class MemoryEntities:
 
     async def find(self, entity: EntityType, conditions: Sequence[Condition]) -> list[Any]:
         """Rows by condition."""
-        return [row for _, row in sorted(self._rows[entity.table].items()) if all_hold(conditions, row)]
+        return [row for row in self.rows(entity) if all_hold(conditions, row)]
+
+    def rows(self, entity: EntityType) -> list[Any]:
+        """All rows, by id."""
+        return [row for _, row in sorted(self._rows[entity.table].items())]
 
     async def history(self, entity: EntityType) -> list[tuple[Any, int, Any]]:
         """All rows of history."""

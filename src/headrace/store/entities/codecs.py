@@ -64,10 +64,13 @@ def sqlite_value(column: Column, value: Any) -> Any:
 
 def sqlite_rows(entity: EntityType, rows: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Rows as SQLite binds them."""
+    found = list(map(astuple, rows))
     encoders = [sqlite_encoder(column) for column in entity.columns]
-    if not any(encoders) or not rows:
-        return list(map(astuple, rows))
-    columns = list(zip(*map(astuple, rows), strict=True))
+    if not entity.has_large:  # then whole numbers are bound as they are
+        encoders = [None if encode is _small_or_text else encode for encode in encoders]
+    if not found or not any(encoders):
+        return found
+    columns = zip(*found, strict=True)
     return list(
         zip(
             *(

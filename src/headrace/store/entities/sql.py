@@ -274,6 +274,19 @@ class Dialect:
         later = f"SELECT {key} FROM {past} WHERE {no} > {mark}"  # noqa: S608 - quoted
         newest = f"SELECT {key}, max({no}) FROM {past} WHERE {no} <= {mark} AND {key} IN ({later}) GROUP BY {key}"  # noqa: S608 - quoted
         columns = columns_of(entity)
+        if self.is_postgres:  # freshly filled tables have no statistics: nothing is left to be planned
+            each = f"SELECT DISTINCT {key} FROM {past} WHERE {no} > {mark}"  # noqa: S608 - quoted
+            before = f"SELECT * FROM {past} AS past WHERE past.{key} = later.{key} AND past.{no} <= {mark}"  # noqa: S608 - quoted
+            named = ", ".join(f"newest.{quoted(name)}" for name in entity.names)
+            return [
+                f"DELETE FROM {own} WHERE {key} = ANY(ARRAY({each}))",  # noqa: S608 - quoted
+                (
+                    f"INSERT INTO {own} ({columns}) SELECT {named} FROM ({each}) AS later "  # noqa: S608 - quoted
+                    f"CROSS JOIN LATERAL ({before} ORDER BY past.{no} DESC LIMIT 1) AS newest "
+                    f"WHERE NOT newest.{quoted(IS_DELETED)}"
+                ),
+                f"DELETE FROM {past} WHERE {no} > {mark}",  # noqa: S608 - quoted
+            ]
         return [
             f"DELETE FROM {own} WHERE {key} IN ({later})",  # noqa: S608 - quoted
             (

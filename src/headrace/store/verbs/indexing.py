@@ -12,7 +12,7 @@ import msgspec
 
 from headrace.core.block import Chunk
 from headrace.core.entity import EntityType
-from headrace.core.sequencer import Position
+from headrace.core.sequencer import Position, is_after
 from headrace.foundation.errors import Conflict, NotFound, StoreBroken
 from headrace.store.entities.protocol import Commit, HistoryGone, LeaseLost, Plan, Standing
 from headrace.store.entities.schema import Kept, form_of
@@ -233,7 +233,7 @@ def _no_at(standing: Standing, source: str, to: Position | None) -> Script[int]:
     if to is not None and last is not None and type(to) is not type(last):
         raise Conflict(f"positions of {source} are like {last!r}, not like {to!r}", indexer=standing.name)
     floor = standing.floor_positions.get(source)
-    if floor is not None and (to is None or to < floor):  # type: ignore[operator]  # both are of one type, see above
+    if floor is not None and (to is None or is_after(floor, to)):
         where = "before the first event" if to is None else f"to {to!r}"
         raise HistoryGone(
             f"can't go back {where}: history is kept back to {floor!r}",

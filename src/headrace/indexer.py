@@ -1,0 +1,224 @@
+"""Ordered events into SQL tables, through plain Python handlers.
+
+    class Account(Entity):
+        id: str
+        balance: int = 0
+
+    transfers = app.indexer("transfers", source=ndjson("transfers.ndjson"), entities=[Account])
+
+    @transfers.on("transfer")
+    async def on_transfer(event: Transfer, ctx: Context) -> None:
+        sender = await ctx.get_or_create(Account, event.sender)
+        ctx.set(msgspec.structs.replace(sender, balance=sender.balance - event.amount))
+
+`headrace index job.py:transfers` runs it. What handlers of one batch wrote is committed while those of the next
+compute.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
+
+from headrace.core.condition import above, any_of, at_least, at_most, below, between
+from headrace.core.entity import Entity, Indexed, Int64
+from headrace.core.sequencer import Arrived, Position, Rewind
+from headrace.foundation.errors import InvalidSetting
+from headrace.runtime.effects import Effect
+from headrace.runtime.engine import Engine
+from headrace.runtime.handlers import HandlerFailed, Handlers, Unknown
+from headrace.runtime.handling import At, Context
+from headrace.runtime.indexer import ALL, Definition, Indexing, Progress, Where
+from headrace.runtime.leasing import IndexerHeld
+from headrace.runtime.sources.source import Source
+from headrace.store.entities.protocol import HistoryGone, LeaseLost, SchemaChanged, Standing
+
+if TYPE_CHECKING:
+    from headrace.simulating import Simulation
+
+__all__ = [
+    "ALL",
+    "Arrived",
+    "At",
+    "Context",
+    "Entity",
+    "HandlerFailed",
+    "HistoryGone",
+    "Indexed",
+    "Indexer",
+    "IndexerHeld",
+    "Indexing",
+    "Int64",
+    "LeaseLost",
+    "Position",
+    "Progress",
+    "Rewind",
+    "SchemaChanged",
+    "Source",
+    "above",
+    "any_of",
+    "at_least",
+    "at_most",
+    "below",
+    "between",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,39}\Z")
+MAIN: Final = "main"
+
+
+class App(Protocol):
+    """What an indexer needs of its app."""
+
+    async def open(self) -> Engine:
+        """Open the store, once."""
+        ...
+
+
+class Indexer:
+    """An indexer of an app; made by `app.indexer(…)`."""
+
+    def __init__(
+        self,
+        app: App,
+        name: str,
+        *,
+        source: Source | Mapping[str, Source],
+        entities: Sequence[type[Entity]],
+        history: int | Literal["all"] = 0,
+        where: Where = "overlay",
+        defer_indexes: bool = False,
+        preload: bool = True,
+        unknown: Unknown = "refuse",
+    ) -> None:
+        if not _NAME.match(name):
+            raise InvalidSetting(
+                f"{name!r} can't name an indexer",
+                hint="lower-case letters, digits, - and _, at most 40, a letter first",
+            )
+        sources = source if isinstance(source, Mapping) else {MAIN: source}
+        for key, own in sources.items():
+            if not _NAME.match(key) or not hasattr(own, "arrivals"):
+                raise InvalidSetting(
+                    f"{own!r} is no source of events called {key!r}", hint="ndjson(path), stream(…), …"
+                )
+        if not sources:
+            raise InvalidSetting(f"the indexer {name!r} has no source", hint="source=ndjson(path)")
+        kept = ALL if history == "all" else history
+        if type(kept) is not int or kept < 0:
+            raise InvalidSetting(f"history is a number of events or 'all', not {history!r}", hint="history=100_000")
+        if where not in ("overlay", "drain"):
+            raise InvalidSetting(f"where is 'overlay' or 'drain', not {where!r}", hint='where="overlay"')
+        self.app = app
+        self.definition = Definition(
+            name=name,
+            sources=sources,
+            entities=tuple(entities),
+            handlers=Handlers(unknown=unknown),
+            history=kept,
+            where=where,
+            defer_indexes=defer_indexes,
+            preload=preload,
+        )
+
+    @property
+    def name(self) -> str:
+        """What the store and people call it."""
+        return self.definition.name
+
+    def on(self, kind: str) -> Callable[[F], F]:
+        """Register the handler of one kind of event: `async def on_transfer(event: Transfer, ctx: Context) -> None`."""
+
+        def register(function: F) -> F:
+            self.definition.handlers.add(kind, function)
+            return function
+
+        return register
+
+    def effect(
+        self, *, name: str | None = None, calls: int | None = None, per_s: float = 1.0, cache: bool = True
+    ) -> Callable[[Callable[..., Any]], Effect]:
+        """Register a call out of the indexer, for `ctx.effect(fn, key…)`: at most `calls` in `per_s` seconds.
+
+        Its answer is kept in the store under its arguments; with `cache=False` only for the batch that asked.
+        """
+
+        def register(function: Callable[..., Any]) -> Effect:
+            made = Effect(function, name=name or function.__name__, calls=calls, per_s=per_s, cache=cache)
+            if any(own.name == made.name for own in self.definition.effects):
+                raise InvalidSetting(f"there are two effects called {made.name!r}", hint="name=… tells them apart")
+            self.definition.effects.append(made)
+            return made
+
+        return register
+
+    # -- running
+
+    @asynccontextmanager
+    async def open(
+        self, *, wait: bool = True, on_waiting: Callable[[str], None] | None = None, **limits: int
+    ) -> AsyncGenerator[Indexing, None]:
+        """Take the lease and make the tables while the block lasts; leaving it commits what is staged.
+
+        `limits` by name (`index_depth_max=0`) override the app's. With `wait` a lease that another process holds is
+        waited for, else `IndexerHeld` is raised.
+        """
+        engine = await self.app.open()
+        if limits:
+            engine = engine.with_limits(engine.limits.replaced(**limits))
+        indexing = Indexing(self.definition, engine, engine.tables)
+        try:
+            await indexing.start(wait=wait, on_waiting=on_waiting)
+            yield indexing
+        finally:
+            await indexing.close()
+
+    async def run(self, *, until: Position | None = None, **limits: int) -> Progress:
+        """Index until the sources end or `until` was reached; all of it is durable when this returns."""
+        async with self.open(wait=True, on_waiting=None, **limits) as indexing:
+            return await indexing.run(until=until)
+
+    async def rollback(self, to: Position | None, *, source: str | None = None) -> Standing:
+        """Go back to after the last event at or before a position; None is before the first."""
+        async with self.open() as indexing:
+            return await indexing.rollback(to, source=source)
+
+    async def standing(self) -> Standing | None:
+        """Where it stands in the store; None before its first start."""
+        engine = await self.app.open()
+        for standing in await engine.tables.standings(engine.environment):
+            if standing.name == self.name:
+                return standing
+        return None
+
+    async def reset(self) -> list[str]:
+        """Drop its tables and forget where it stood; answers their names. Raises `NotFound`."""
+        engine = await self.app.open()
+        return await engine.tables.reset(engine.environment, self.name)
+
+    # -- testing
+
+    async def simulate(self, events: Iterable[Any], **limits: int) -> Simulation:
+        """Run events through the handlers over tables in memory, and answer what became of them.
+
+        Events are numbered from 1. Raises what a handler or a commit raised.
+        """
+        async with self.simulation(**limits) as simulation:
+            simulation.feed(*events)
+            await simulation.drain()
+            return simulation
+
+    @asynccontextmanager
+    async def simulation(self, **limits: int) -> AsyncGenerator[Simulation, None]:
+        """The same step by step: with events fed, commits held and failed, and going back, by the test's hand."""
+        from headrace.simulating import Simulation
+
+        simulation = await Simulation.made(self.definition, limits)
+        try:
+            yield simulation
+        finally:
+            await simulation.close()

@@ -1,0 +1,276 @@
+"""What a handler is given: one event's way to the staged rows, to effects, and to runs.
+
+A context belongs to one event. When the handler has ended it refuses everything: what comes later was not awaited, and
+would be written under an event that is not its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
+
+import structlog
+
+from headrace.core.block import Extra
+from headrace.core.condition import conditions_of
+from headrace.core.entity import Entity
+from headrace.core.sequencer import Position
+from headrace.core.span import Key
+from headrace.core.staging import MISSING, Staging, Table, table_of
+from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound
+from headrace.foundation.limits import Limits
+from headrace.runtime.clock import Clock
+from headrace.runtime.effects import Effects
+from headrace.runtime.lookups import Lookups
+from headrace.runtime.producer import Options, extra_of, key_of
+from headrace.runtime.registry import TaskSpec
+
+E = TypeVar("E", bound=Entity)
+
+LOG: Any = structlog.get_logger("headrace.indexer")
+
+
+_IDS: Final = (str, int)
+
+
+class At(NamedTuple):
+    """Where an event came from. `time_us` is None where its source has no times."""
+
+    source: str
+    position: Position
+    time_us: int | None
+    kind: str
+
+
+class Asked(NamedTuple):
+    """A run that a handler asked for, with the event that did; `ordinal` counts those of one event."""
+
+    source: str
+    position: Position
+    ordinal: int
+    key: Key
+    payload: bytes
+    extra: Extra | None
+
+
+class LateUse(HeadraceError):
+    """A context was used after its handler had ended."""
+
+    code = "LATE_USE"
+    status = 400
+    exit_code = 2
+
+
+class Shared:
+    """What the contexts of one running indexer have in common."""
+
+    __slots__ = ("asked", "clock", "effects", "fault", "indexer", "limits", "lookups", "set", "staging", "tables")
+
+    def __init__(
+        self, indexer: str, staging: Staging, lookups: Lookups, effects: Effects, clock: Clock, limits: Limits
+    ) -> None:
+        self.indexer = indexer
+        self.staging = staging
+        self.set = staging.set
+        self.tables = staging.by_class
+        self.lookups = lookups
+        self.effects = effects
+        self.clock = clock
+        self.limits = limits
+        self.asked: list[Asked] = []
+        self.fault: LateUse | None = None
+
+
+class Context:
+    """One event's way to everything. Reads see what every earlier event and this one wrote."""
+
+    __slots__ = ("_event", "_is_over", "_no", "_ordinal", "_shared", "is_preload", "position", "source", "time_us")
+
+    def __init__(
+        self,
+        shared: Shared,
+        no: int,
+        source: str,
+        position: Position,
+        time_us: int | None,
+        event: Any,
+        *,
+        is_preload: bool,
+    ) -> None:
+        self._shared = shared
+        self._no = no
+        self._event = event
+        self._is_over = False
+        self._ordinal = 0
+        self.source = source
+        self.position = position
+        self.time_us = time_us
+        self.is_preload = is_preload
+
+    @property
+    def event(self) -> At:
+        """Where the event came from."""
+        event = self._event
+        config = getattr(event, "__struct_config__", None)
+        tag = None if config is None else config.tag
+        kind = (
+            tag if isinstance(tag, str) else event.get("type", "") if isinstance(event, dict) else type(event).__name__
+        )
+        return At(self.source, self.position, self.time_us, str(kind))
+
+    @property
+    def log(self) -> Any:
+        """A logger that says which indexer and event; silent while only loading ahead."""
+        self._check("log")
+        if self.is_preload:
+            return _SILENT
+        return LOG.bind(indexer=self._shared.indexer, source=self.source, position=self.position)
+
+    # -- reading
+
+    async def get(self, kind: type[E], row_id: Any) -> E | None:
+        """The row of this id, or None."""
+        if self._is_over:
+            self._late("get")
+        table = self._shared.tables.get(kind) or table_of(self._shared.tables, kind)
+        table.is_read = True
+        try:
+            row: Any = table.rows.get(row_id, MISSING)
+        except TypeError:
+            row = MISSING
+        if row is MISSING:
+            row = await self._shared.lookups.get(table, table.entity.checked_id(row_id))
+        if table.entity.is_changeable:
+            row = table.entity.copied(row)
+        found: E | None = row
+        return found
+
+    async def require(self, kind: type[E], row_id: Any, message: str = "") -> E:
+        """The row of this id. Raises `NotFound`, with your own words if you give them."""
+        row = await self.get(kind, row_id)
+        if row is None:
+            raise NotFound(message or f"there is no {kind.__name__} {row_id!r}", entity=kind.__name__, id=row_id)
+        return row
+
+    async def get_or_create(self, kind: type[E], row_id: Any, **fields: Any) -> E:
+        """The row of this id; where there is none, a new one with these fields, which is set."""
+        table = self._shared.tables.get(kind)
+        if table is not None and not self._is_over and type(row_id) in _IDS and not table.entity.is_changeable:
+            known: E | None = table.rows.get(row_id)
+            if known is not None:
+                table.is_read = True
+                return known
+        row = await self.get(kind, row_id)
+        if row is None:
+            try:
+                row = kind(id=row_id, **fields)
+            except TypeError as error:
+                raise InvalidInput(f"{kind.__name__} can't be made of {', '.join(['id', *fields])}: {error}") from error
+            self.set(row)
+        return row
+
+    async def get_many(self, kind: type[E], row_ids: Sequence[Any]) -> list[E | None]:
+        """Rows by id, None for those there are not, in the order asked; one query at most."""
+        self._check("get_many")
+        table = table_of(self._shared.tables, kind)
+        table.is_read = True
+        ids = [table.entity.checked_id(row_id) for row_id in row_ids]
+        rows = await self._shared.lookups.get_many(table, ids)
+        return [table.entity.copied(row) for row in rows]
+
+    async def where(self, kind: type[E], **wanted: Any) -> list[E]:
+        """The rows that fulfil every condition, by id: `country="NZ"`, `any_of(…)`, `between(…)`, `at_least(…)`, …"""
+        self._check("where")
+        table = table_of(self._shared.tables, kind)
+        table.is_read = True
+        rows = await self._shared.lookups.where(table, conditions_of(table.entity, wanted))
+        return [table.entity.copied(row) for row in rows] if table.entity.is_changeable else rows
+
+    # -- writing
+
+    def set(self, row: Entity) -> None:
+        """Put a row, new or instead of the one of its id."""
+        if self._is_over:
+            self._late("set")
+        shared = self._shared
+        table = shared.tables.get(type(row)) or self._table_of_row(row)
+        if self.is_preload:
+            return
+        shared.set(table, row, self._no)
+
+    def delete(self, kind: type[Entity], row_id: Any) -> None:
+        """Delete the row of this id, whether there is one or not."""
+        self._check("delete")
+        table = table_of(self._shared.tables, kind)
+        if not self.is_preload:
+            self._shared.staging.delete(table, row_id, self._no)
+
+    def _table_of_row(self, row: object) -> Table:
+        if hasattr(row, "__await__"):
+            row.close() if hasattr(row, "close") else None
+            raise InvalidInput("set takes a row, and this is one still to be awaited", hint="write await before it")
+        return table_of(self._shared.tables, type(row))
+
+    # -- beyond the tables
+
+    async def effect(self, effect: Any, *args: Any) -> Any:
+        """What a registered call answers: asked once for its arguments, then remembered."""
+        self._check("effect")
+        return await self._shared.effects.call(effect, args, is_preload=self.is_preload)
+
+    def enqueue(self, task: Any, *args: Any, **kwargs: Any) -> None:
+        """Ask for a run of a task, or of `task.options(…)`: appended with the commit, so never lost or doubled."""
+        self._check("enqueue")
+        request: Callable[..., tuple[TaskSpec, Options, bytes]] | None = getattr(task, "request", None)
+        if request is None:
+            raise InvalidInput(f"{task!r} is no task", hint="@app.task makes one of a function")
+        spec, options, payload = request(*args, **kwargs)
+        if options.idempotency_key:
+            raise InvalidInput("what an event enqueues is known by its position", hint="leave the idempotency key out")
+        shared = self._shared
+        limits, now_us = shared.limits, shared.clock.now_us()
+        if self._ordinal >= limits.index_enqueues_max:
+            raise InvalidInput(
+                f"one event enqueues at most {limits.index_enqueues_max} runs", hint="raise index_enqueues_max",
+                position=self.position,
+            )  # fmt: skip
+        key, extra = key_of(spec, options, now_us), extra_of(options, limits, now_us)
+        if not self.is_preload:
+            shared.asked.append(Asked(self.source, self.position, self._ordinal, key, payload, extra))
+        self._ordinal += 1
+
+    # -- its end
+
+    def end(self) -> None:
+        """The handler has ended."""
+        self._is_over = True
+
+    def _check(self, what: str) -> None:
+        if self._is_over:
+            self._late(what)
+
+    def _late(self, what: str) -> None:
+        error = LateUse(
+            f"{what} was called after the handler of the event at {self.position!r} had ended",
+            hint="await everything that a handler starts",
+            indexer=self._shared.indexer,
+            source=self.source,
+            position=self.position,
+        )
+        if not self.is_preload:
+            self._shared.fault = self._shared.fault or error
+        raise error
+
+
+class _Silent:
+    """A logger that says nothing."""
+
+    def __getattr__(self, _: str) -> Callable[..., None]:
+        return _nothing
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return
+
+
+_SILENT: Final = _Silent()

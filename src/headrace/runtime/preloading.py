@@ -1,0 +1,69 @@
+"""Loading ahead: when the first handler of a batch asks for a row that is not in memory, the others say what they need.
+
+Their handlers run ahead, all at once, with contexts that write nothing; what they ask for joins the query that the
+first one waits for, so a batch costs a query a table and a turn, not one an event. While everything needed is in memory
+nothing runs ahead. What a handler raises there is not looked at: it says so again when its turn comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import suppress
+from types import coroutine
+from typing import Any
+
+from headrace.runtime.handling import Context
+
+
+class Preload:
+    """The handlers of one batch that run ahead."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._contexts: list[Context] = []
+
+    def begin(self, handler: Callable[[Any, Any], Any], event: Any, context: Context) -> None:
+        """Run a handler up to where it waits, and on from there when that has come."""
+        running: Coroutine[Any, Any, Any] = handler(event, context)
+        self._contexts.append(context)
+        try:
+            waits_for = running.send(None)
+        except StopIteration:
+            return
+        except Exception:  # noqa: BLE001 - told when its turn comes
+            return
+        task = asyncio.ensure_future(_rest(running, waits_for))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def end(self) -> None:
+        """The batch is over: nobody needs the rest."""
+        for context in self._contexts:
+            context.end()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def _rest(running: Coroutine[Any, Any, Any], waits_for: Any) -> None:
+    with suppress(Exception):
+        await _driven(running, waits_for)
+
+
+@coroutine
+def _driven(running: Coroutine[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, Any]:
+    """Go on with a coroutine that has begun."""
+    while True:
+        try:
+            sent = yield waits_for
+        except BaseException as error:  # noqa: BLE001 - thrown on into the handler
+            step: Callable[[Any], Any] = running.throw
+            value: Any = error
+        else:
+            step, value = running.send, sent
+        try:
+            waits_for = step(value)
+        except StopIteration as stop:
+            return stop.value

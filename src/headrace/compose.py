@@ -16,6 +16,7 @@ from headrace.foundation.settings import Settings
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.doorbell import Doorbell
 from headrace.runtime.engine import Engine
+from headrace.runtime.moving import Move
 from headrace.store.entities.protocol import EntityStore
 from headrace.store.joining import Joined
 from headrace.store.payloads import PayloadStore, open_payloads
@@ -131,6 +132,23 @@ def joined(engine: Engine, connection: Any) -> Joined:
         )
     found: Joined = join(connection)
     return found
+
+
+def mover(source: Engine, target: Engine) -> Move:
+    """What moves all of one store into another. Raises `InvalidInput` for any but SQLite into PostgreSQL."""
+    from headrace.store.sqlite import SqliteStore
+
+    if not isinstance(source.store, SqliteStore) or type(target.store).__name__ != "PostgresStore":
+        raise InvalidInput(
+            f"{type(source.store).__name__} can't be moved into {type(target.store).__name__}",
+            hint="headrace move sqlite:///its/file.db postgresql://user@host/database; between PostgreSQL servers use "
+            "pg_dump or replication, and a SQLite file is copied as a file",
+        )
+    from headrace.store.postgres import PostgresArrival, PostgresStore
+    from headrace.store.sqlite import SqliteDeparture
+
+    assert isinstance(target.store, PostgresStore)
+    return Move(source, target, departure=SqliteDeparture(source.store), arrival=PostgresArrival(target.store))
 
 
 def _machine_directory(identity: str) -> Path | None:

@@ -13,6 +13,7 @@ from typing import Annotated, Final
 import typer
 
 from headrace.cli import batch, bench, config, demo, doctor, key, map, migrate, prune, queue, serve, verify, worker  # noqa: A004 - a command's name
+from headrace.cli import move as move_command
 from headrace.cli import run as run_commands
 from headrace.cli.printing import error_lines, note, silence_stdout
 from headrace.foundation.errors import HeadraceError
@@ -58,6 +59,7 @@ app.add_typer(queue.app, name="queue")
 app.command("verify")(verify.command)
 app.command("prune")(prune.command)
 app.command("migrate")(migrate.command)
+app.command("move")(move_command.command)
 app.command("doctor")(doctor.command)
 app.add_typer(config.app, name="config")
 app.command("demo")(demo.command)

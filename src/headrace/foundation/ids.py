@@ -29,6 +29,11 @@ def new_session_id(now_us: int) -> str:
     return f"session_{_body(now_us)}"
 
 
+def new_move_id(now_us: int) -> str:
+    """A fresh id for one move of a store into another."""
+    return f"move_{_body(now_us)}"
+
+
 def run_id(batch_id: str, index: int) -> str:
     """The name of one run outside the store."""
     return f"run_{batch_id.removeprefix('batch_')}_{index}"

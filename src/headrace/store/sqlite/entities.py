@@ -21,7 +21,8 @@ from headrace.store.entities.codecs import RowReader, sqlite_rows, sqlite_value
 from headrace.store.entities.protocol import Commit, Plan, Standing, Write
 from headrace.store.entities.schema import Change, changes_of, check_names, tables_of
 from headrace.store.entities.sql import Dialect
-from headrace.store.sqlite.store import SqliteStore, run_script
+from headrace.store.sqlite.running import run_script
+from headrace.store.sqlite.store import SqliteStore
 from headrace.store.sqlite.writer import as_fault
 from headrace.store.verbs import indexing
 from headrace.store.verbs.script import Rows, Script, fetch

@@ -20,14 +20,14 @@ from typing import Any, Final, TypeVar
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.store.joining import Joined
+from headrace.store.sqlite.running import SQL, run_script, statements_of
 from headrace.store.sqlite.writer import Writer, as_fault
-from headrace.store.statements import migrations, numbered, statements
-from headrace.store.verbs.script import Rows, Script
+from headrace.store.statements import migrations, numbered
+from headrace.store.verbs.script import Script
 from headrace.store.verbs.store import ScriptedStore
 
 T = TypeVar("T")
 
-SQL: Final = {name: statement.sql for name, statement in statements("headrace.store.sqlite").items()}
 READERS: Final = 2
 BUSY_TIMEOUT_MS: Final = 10_000
 WAL_RETRY_S: Final = 0.01
@@ -138,6 +138,15 @@ class SqliteStore(ScriptedStore):
         """This file's statements on a connection that somebody else owns, in the transaction open there."""
         return Joined(connection, lambda name: numbered(SQL[name]), is_sqlite=True)
 
+    async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do something else than a verb in a transaction of the writer."""
+        answer: T = await self._writer.run(work)
+        return answer
+
+    async def read(self, script: Callable[[], Script[T]]) -> T:
+        """Run a script of another room that changes nothing."""
+        return await self._read(script)
+
     async def check(self) -> dict[str, object]:
         """A round trip through the writer, and what durability hangs on."""
 
@@ -155,19 +164,6 @@ class SqliteStore(ScriptedStore):
         return found
 
 
-def run_script(connection: sqlite3.Connection, script: Script[T]) -> T:
-    """Run a script step by step. An error of the database goes to the caller, not into the script."""
-    rows: Rows = []
-    try:
-        ask = next(script)
-        while True:
-            rows = connection.execute(SQL[ask.name], ask.values).fetchall()
-            ask = script.send(rows)
-    except StopIteration as done:
-        answer: T = done.value
-        return answer
-
-
 def _migrate(connection: sqlite3.Connection) -> None:
     """Bring the schema to the newest version this code knows; a newer one is not touched."""
     scripts = migrations("headrace.store.sqlite")
@@ -178,7 +174,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
     try:
         version = _known_version(connection, newest)
         for number, script in scripts[version:]:
-            for statement in _statements(script):
+            for statement in statements_of(script):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {number:d}")
         connection.execute("COMMIT")
@@ -200,13 +196,3 @@ def _known_version(connection: sqlite3.Connection, newest: int) -> int:
             hint="upgrade Headrace, or name another file with --store",
         )
     return version
-
-
-def _statements(script: str) -> list[str]:
-    found, pending = [], ""
-    for line in script.splitlines(keepends=True):
-        pending += line
-        if sqlite3.complete_statement(pending):
-            found.append(pending)
-            pending = ""
-    return found

@@ -182,6 +182,11 @@ def as_fault(error: sqlite3.Error) -> HeadraceError:
             f"the database file can't be opened for writing: {text}",
             hint="check that its directory exists and is writable",
         )
+    elif "headrace: fenced" in text:
+        fault = StoreBroken(
+            "this file was moved to another store, or is being moved, and takes no writes",
+            hint="`headrace move` says where to; `headrace move --undo` gives up a move that is not over",
+        )
     else:
         fault = StoreBroken(f"the store met an error it does not know: {type(error).__name__}: {text}")
     fault.__cause__ = error

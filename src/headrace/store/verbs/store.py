@@ -50,6 +50,10 @@ class ScriptedStore(ABC):
     async def _read(self, script: Callable[[], Script[T]]) -> T:
         """Run a script that changes nothing against one snapshot."""
 
+    async def perform(self, script: Callable[[], Script[T]]) -> T:
+        """Run a script of another room (a move's) in one transaction."""
+        return await self._write(script)
+
     # -- batches
 
     async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[Batch, bool]:

@@ -136,6 +136,12 @@ CREATE TABLE {schema}.session (
     ended_us bigint NOT NULL
 );
 
+-- How far a move of another store into this one has come: the last of its blocks that is here.
+CREATE TABLE {schema}.move (
+    id text COLLATE "C" PRIMARY KEY,
+    block_id bigint NOT NULL
+);
+
 -- A duty of upkeep is one process's at a time, until it is free.
 CREATE TABLE {schema}.duty (
     name text COLLATE "C" PRIMARY KEY,

@@ -125,6 +125,15 @@ CREATE TABLE session (
     ended_us INTEGER NOT NULL
 ) WITHOUT ROWID;
 
+-- The move that fenced this file, where there was one (see fence.sql).
+CREATE TABLE move (
+    only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
+    id TEXT NOT NULL,
+    target TEXT NOT NULL,
+    started_us INTEGER NOT NULL,
+    finished_us INTEGER NOT NULL
+);
+
 -- A duty of upkeep is one process's at a time, until it is free.
 CREATE TABLE duty (
     name TEXT PRIMARY KEY,

@@ -1,0 +1,89 @@
+"""`headrace move`: all of a SQLite file to PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headrace.cli.opening import JsonOption, opened, run_async
+from headrace.cli.printing import counted, note, say, say_json
+
+if TYPE_CHECKING:
+    from headrace.foundation.settings import Settings
+    from headrace.runtime.moving import Moved
+
+
+def command(
+    source: Annotated[str, typer.Argument(metavar="sqlite:///FILE", help="The store to move.")],
+    target: Annotated[str, typer.Argument(metavar="postgresql://…", help="The store that takes it in.")],
+    objects: Annotated[str | None, typer.Option(metavar="URL", help="The object store of the target.")] = None,
+    source_objects: Annotated[
+        str | None, typer.Option(metavar="URL", help="That of the source, unless beside it.")
+    ] = None,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Give up a move that is not over: the source takes writes again.")
+    ] = False,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show how far it has come.")] = True,
+    json: JsonOption = False,
+) -> None:
+    """Move batches, runs, outcomes and payloads to PostgreSQL, while nothing works on the file.
+
+    The file is closed to writers first and stays so. Killed at any moment, the same command goes on where it was. In
+    the end each batch is counted from its chunks on both sides. Nothing is deleted.
+    """
+    here = _settings(source, source_objects)
+    there = _settings(target, objects)
+    if undo:
+        run_async(_undone(here, there))
+        say(f"{source} takes writes again")
+        return
+    moved = run_async(_moved(here, there, shows_progress=progress and not json))
+    for key in moved.objects_missing:
+        note(f"warning: the payload {key} was gone already; its run will fail and say so")
+    if json:
+        say_json(moved)
+    else:
+        say(
+            f"{counted(moved.batches, 'batch')} with {counted(moved.runs, 'run')} copied"
+            f"{' by this start' if moved.resumed else ''}, {counted(moved.objects, 'object')}; both ledgers agree\n"
+            f"the file is closed to writers and may be deleted; from now on: --store {there_shown(there)}"
+        )
+
+
+def there_shown(settings: Settings) -> str:
+    """The target as it may be shown."""
+    from headrace.cli.opening import shown_store
+
+    return shown_store(settings)
+
+
+async def _moved(here: Settings, there: Settings, *, shows_progress: bool) -> Moved:
+    from headrace.cli.progress import Standing, display
+    from headrace.compose import mover
+
+    async with opened(here, must_exist=True) as source, opened(there) as target:
+        move = mover(source, target)
+        shown = display(is_wanted=shows_progress, label="moving")
+        try:
+            return await move.run(there_shown(there), lambda runs, total: shown.update(Standing(runs, 0, total)))
+        finally:
+            shown.close()
+
+
+async def _undone(here: Settings, there: Settings) -> None:
+    from headrace.compose import mover
+
+    async with opened(here, must_exist=True) as source, opened(there) as target:
+        await mover(source, target).undo()
+
+
+def _settings(store: str, objects: str | None) -> Settings:
+    """Settings for one side: its own store and objects, and nothing that a flag of the other says."""
+    from headrace.foundation.settings import load
+
+    sides = {name: value for name, value in os.environ.items() if name not in ("HEADRACE_STORE", "HEADRACE_OBJECTS")}
+    given = objects if objects is not None or store.startswith("sqlite") else os.environ.get("HEADRACE_OBJECTS")
+    return load({"store": store, "objects": given}, sides, Path.cwd())

@@ -1,0 +1,148 @@
+"""A PostgreSQL schema that another store moves into, page by page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from headrace.core.span import DELAYED, LEASED, WAITING
+from headrace.foundation.errors import Conflict
+from headrace.store.moving import MOVING, PAGE_ROWS, Belongings, Page
+from headrace.store.postgres.store import PostgresStore
+from headrace.store.verbs.rows import Blob, add_parts, add_spans, as_json, take_ids
+from headrace.store.verbs.script import Script, fetch, fetch_first, fetch_one
+
+
+class PostgresArrival:
+    """A schema as the side of a move that takes in (see `headrace.store.moving.Arrival`)."""
+
+    def __init__(self, store: PostgresStore) -> None:
+        self._perform = store.perform
+
+    async def moved_until(self, move_id: str) -> int:
+        """The last of the source's blocks that is here."""
+        return await self._perform(lambda: _moved_until(move_id))
+
+    async def check_keys(self, named: Sequence[tuple[str, str, str]]) -> None:
+        """Raise `Conflict` when keys of batches name other batches here."""
+        if named:
+            await self._perform(lambda: _check_keys(named))
+
+    async def take_in(self, move_id: str, after_id: int, came: Page) -> None:
+        """Keep a page, once."""
+        await self._perform(lambda: _take_in(move_id, after_id, came))
+
+    async def know(
+        self, environment: str, own: Sequence[tuple[str, int, bool]], lanes: Sequence[tuple[str, str]]
+    ) -> int:
+        """Make the queues of an environment known; answers what order numbers go up by."""
+        return await self._perform(lambda: _know(environment, own, lanes))
+
+    async def own(self, batch_id: str, environment: str, came: Belongings, *, now_us: int) -> None:
+        """Keep keys, tags and objects of a batch."""
+        await self._perform(lambda: _own(batch_id, environment, came, now_us))
+
+    async def let_in(self, batch: dict[str, Any], cancelled: Sequence[int], offset: int, *, now_us: int) -> None:
+        """Let a batch be seen and run, all of which is here."""
+        bases = {name: base + offset for name, base in msgspec.json.decode(batch["order_bases"]).items()}
+        row = batch | {"order_bases": as_json(bases)}
+        await self._perform(lambda: _let_in(row, cancelled, offset, now_us))
+
+    async def take_back(self, batch_ids: Sequence[str]) -> bool:
+        """Delete what came of batches that were not let in, a bounded step; False when nothing is left of them."""
+        return await self._perform(lambda: _take_back(batch_ids))
+
+    async def forget(self, move_id: str) -> None:
+        """Everything is here, or gone again."""
+        await self._perform(lambda: _forget(move_id))
+
+
+def _moved_until(move_id: str) -> Script[int]:
+    row = yield from fetch_one("moved_until", id=move_id)
+    return 0 if row is None else int(row[0])
+
+
+def _check_keys(named: Sequence[tuple[str, str, str]]) -> Script[None]:
+    taken = yield from fetch("taken_keys", rows=as_json(list(named)))
+    if taken:
+        keys = ", ".join(repr(row[1]) for row in taken[:5])
+        raise Conflict(
+            f"{len(taken)} keys of batches name other batches in the target: {keys}",
+            hint="move into another schema, or delete those batches there",
+        )
+
+
+def _take_in(move_id: str, after_id: int, came: Page) -> Script[None]:
+    if (yield from _moved_until(move_id)) != after_id:
+        return  # it is here already
+    first_block, first_span = yield from take_ids(blocks_count=len(came.blocks), spans_count=len(came.spans))
+    block_ids = {row[0]: first_block + number for number, row in enumerate(came.blocks)}
+    span_ids = {span.id: first_span + number for number, span in enumerate(came.spans)}
+    for batch_id in sorted({row[1] for row in came.blocks}):
+        blob, rows = Blob(), []
+        for old_id, _, first_index, last_index, runs_count, *columns in (b for b in came.blocks if b[1] == batch_id):
+            pieces = [place for column in columns for place in blob.put(column)]
+            rows.append((block_ids[old_id], first_index, last_index, runs_count, *pieces))
+        yield from fetch("insert_blocks", batch_id=batch_id, rows=as_json(rows), blob=blob.bytes())
+    for span in came.spans:
+        span.block_id = block_ids[span.block_id]
+        if span.state in (WAITING, DELAYED, LEASED):
+            span.state = MOVING
+    yield from add_spans(came.spans, first_id=first_span)
+    for part in came.parts:
+        part.block_id, part.span_id = block_ids[part.block_id], span_ids[part.span_id]
+    yield from add_parts(came.parts)
+    yield from fetch("move_until", id=move_id, block_id=came.blocks[-1][0])
+
+
+def _know(environment: str, own: Sequence[tuple[str, int, bool]], lanes: Sequence[tuple[str, str]]) -> Script[int]:
+    (clock,) = yield from fetch_first("environment_clock", environment=environment)
+    for name, own_clock, paused in own:
+        yield from fetch("know_queue", environment=environment, name=name)
+        if not clock:
+            yield from fetch("advance_clock", environment=environment, name=name, order_no=own_clock)
+        if paused:
+            yield from fetch("pause_queue", environment=environment, name=name, paused=1)
+    yield from fetch("know_lanes", environment=environment, rows=as_json(list(lanes)))
+    return int(clock) - max((own_clock for _, own_clock, _ in own), default=0) if clock else 0
+
+
+def _own(batch_id: str, environment: str, came: Belongings, now_us: int) -> Script[None]:
+    if came.keys:
+        yield from fetch(
+            "insert_keys", environment=environment, batch_id=batch_id, rows=as_json(came.keys), now_us=now_us
+        )
+    if came.tags:
+        yield from fetch("insert_tags", environment=environment, batch_id=batch_id, rows=as_json(came.tags))
+    if came.objects:
+        yield from fetch("insert_objects", rows=as_json(came.objects))
+
+
+def _let_in(row: dict[str, Any], cancelled: Sequence[int], offset: int, now_us: int) -> Script[None]:
+    if not (yield from fetch("insert_moved_batch", **row)):
+        return  # it was let in before
+    if cancelled:
+        yield from fetch("ask_to_cancel", batch_id=row["id"], indexes=as_json(list(cancelled)))
+    yield from fetch("free_moved_spans", batch_id=row["id"], offset=offset, now_us=now_us)
+
+
+def _take_back(batch_ids: Sequence[str]) -> Script[bool]:
+    for batch_id in batch_ids:
+        if (yield from fetch_one("batch", id=batch_id)) is not None:
+            raise Conflict(
+                "batches of this move run in the target already", hint="go on with the move", batch_id=batch_id
+            )
+    is_more = False
+    for batch_id in batch_ids:
+        for name in ("delete_parts", "delete_spans", "delete_blocks", "delete_keys", "delete_tags", "delete_objects"):
+            gone = yield from fetch(name, batch_id=batch_id, rows_max=PAGE_ROWS)
+            is_more = is_more or len(gone) >= PAGE_ROWS
+            if is_more:
+                break
+    return is_more
+
+
+def _forget(move_id: str) -> Script[None]:
+    yield from fetch("forget_move", id=move_id)

@@ -1,0 +1,29 @@
+-- moved_until: how far a move has come
+SELECT block_id FROM {schema}.move WHERE id = :id FOR UPDATE;
+
+-- move_until: what was copied in this transaction is copied once
+INSERT INTO {schema}.move (id, block_id) VALUES (:id, :block_id)
+ON CONFLICT (id) DO UPDATE SET block_id = excluded.block_id;
+
+-- forget_move: everything is here
+DELETE FROM {schema}.move WHERE id = :id;
+
+-- taken_keys: keys of batches that name other batches here
+SELECT environment, key FROM {schema}.batch
+WHERE (environment, key) IN (SELECT value->>0, value->>1 FROM jsonb_array_elements(:rows::jsonb) AS given (value))
+AND id NOT IN (SELECT value->>2 FROM jsonb_array_elements(:rows::jsonb) AS given (value));
+
+-- insert_moved_batch: a batch as it stood where it came from
+INSERT INTO {schema}.batch (id, environment, key, kind, task, state, expected_count, received_count, completed_count,
+    failed_count, cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us,
+    sealed_us, finished_us, seal_timeout_ms, block_width, received)
+VALUES (:id, :environment, :key, :kind, :task, :state, :expected_count, :received_count, :completed_count,
+    :failed_count, :cancelled_count, :expired_count, :order_bases, :cursor, :metadata, '', :created_us, :appended_us,
+    :sealed_us, :finished_us, :seal_timeout_ms, :block_width, :received)
+ON CONFLICT DO NOTHING RETURNING 1;
+
+-- free_moved_spans: spans that came with a batch stand as they stood, in the line of their queue as it is here
+UPDATE {schema}.span SET state = CASE WHEN due_us > :now_us THEN 'delayed' ELSE 'waiting' END,
+    order_no = greatest(order_no + :offset, queue.clock)
+FROM {schema}.queue
+WHERE span.batch_id = :batch_id AND span.state = 'moving' AND queue.environment = span.environment AND queue.name = span.queue;

@@ -1,0 +1,115 @@
+"""A SQLite file that moves elsewhere, page by page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from headrace.store.moving import PAGE_BLOCKS, PAGE_ROWS, Belongings, Page
+from headrace.store.sqlite import fencing
+from headrace.store.sqlite.store import SqliteStore
+from headrace.store.verbs.rows import as_json, to_part, to_span
+from headrace.store.verbs.script import Script, fetch, fetch_first
+
+T = TypeVar("T")
+
+BATCH_COLUMNS: Final = (
+    "id", "environment", "key", "kind", "task", "state", "expected_count", "received_count", "completed_count",
+    "failed_count", "cancelled_count", "expired_count", "order_bases", "cursor", "metadata", "session_id", "created_us",
+    "appended_us", "sealed_us", "finished_us", "seal_timeout_ms", "block_width", "received",
+)  # fmt: skip
+
+
+class SqliteDeparture:
+    """A file as the side of a move that is left (see `headrace.store.moving.Departure`)."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        self._store = store
+
+    async def fence(self, move_id: str, target: str, *, now_us: int) -> tuple[str, bool]:
+        """Take no writes any more: `(id of the move, whether it had begun before)`."""
+        return await self._store.change(lambda connection: fencing.fence(connection, move_id, target, now_us))
+
+    async def finish(self, *, now_us: int) -> None:
+        """Everything is elsewhere; the fence stays."""
+        await self._store.change(lambda connection: fencing.finish(connection, now_us))
+
+    async def unfence(self) -> str:
+        """Take writes again; answers the id of the move."""
+        return await self._store.change(fencing.unfence)
+
+    async def runs_count(self) -> int:
+        """How many runs there are to move."""
+        return await self._asked(_runs_count)
+
+    async def page(self, after_id: int) -> Page:
+        """The blocks after one, with their spans and parts."""
+        return await self._asked(lambda: _page(after_id))
+
+    async def batches(self, after_id: str) -> list[dict[str, Any]]:
+        """The batches after one, by column."""
+        return await self._asked(lambda: _batches(after_id))
+
+    async def belongings(self, batch_id: str, after: Belongings) -> Belongings:
+        """The keys, tags and objects of a batch that come after the last of those given."""
+        return await self._asked(lambda: _belongings(batch_id, after))
+
+    async def cancellations(self, batch_id: str) -> list[int]:
+        """The runs of a batch that somebody asked to cancel."""
+        return await self._asked(lambda: _cancellations(batch_id))
+
+    async def queues(self) -> list[tuple[str, str, int, bool]]:
+        """`(environment, name, clock, paused)` of every queue."""
+        return await self._asked(_queues)
+
+    async def lanes(self, environment: str) -> list[tuple[str, str]]:
+        """`(queue, task)` of every lane."""
+        return await self._asked(lambda: _lanes(environment))
+
+    async def _asked(self, script: Callable[[], Script[T]]) -> T:
+        return await self._store.read(script)
+
+
+def _page(after_id: int) -> Script[Page]:
+    blocks = yield from fetch("moving_blocks", after_id=after_id, rows_max=PAGE_BLOCKS)
+    ids = as_json([row[0] for row in blocks])
+    spans = [to_span(row) for row in (yield from fetch("spans_of_blocks", ids=ids))] if blocks else []
+    parts = [to_part(row) for row in (yield from fetch("parts_of_blocks", ids=ids))] if blocks else []
+    return Page(blocks, spans, parts)
+
+
+def _batches(after_id: str) -> Script[list[dict[str, Any]]]:
+    rows = yield from fetch("moving_batches", after_id=after_id, rows_max=PAGE_BLOCKS)
+    return [dict(zip(BATCH_COLUMNS, row, strict=True)) for row in rows]
+
+
+def _belongings(batch_id: str, after: Belongings) -> Script[Belongings]:
+    task, key = after.keys[-1][:2] if after.keys else ("", "")
+    tag, run_index = after.tags[-1] if after.tags else ("", -1)
+    object_key = after.objects[-1][0] if after.objects else ""
+    keys = yield from fetch("moving_keys", batch_id=batch_id, task=task, key=key, rows_max=PAGE_ROWS)
+    tags = yield from fetch("moving_tags", batch_id=batch_id, tag=tag, run_index=run_index, rows_max=PAGE_ROWS)
+    objects = yield from fetch("moving_objects", batch_id=batch_id, key=object_key, rows_max=PAGE_ROWS)
+    return Belongings(
+        [(row[0], row[1], row[2], row[3]) for row in keys],
+        [(row[0], row[1]) for row in tags],
+        [(row[0], row[1]) for row in objects],
+    )
+
+
+def _cancellations(batch_id: str) -> Script[list[int]]:
+    return [row[0] for row in (yield from fetch("moving_cancellations", batch_id=batch_id))]
+
+
+def _queues() -> Script[list[tuple[str, str, int, bool]]]:
+    rows = yield from fetch("moving_queues")
+    return [(row[0], row[1], int(row[2]), bool(row[3])) for row in rows]
+
+
+def _lanes(environment: str) -> Script[list[tuple[str, str]]]:
+    return [(row[0], row[1]) for row in (yield from fetch("moving_lanes", environment=environment))]
+
+
+def _runs_count() -> Script[int]:
+    (runs_count,) = yield from fetch_first("moving_total")
+    return int(runs_count)

@@ -1,0 +1,16 @@
+-- A file that is being moved takes no writes any more, whoever has it open: nothing could change that was copied already.
+-- Applied in one transaction with the look that nobody works on the file, and taken away by `unfence.sql`.
+
+CREATE TRIGGER fence_batch_insert BEFORE INSERT ON batch BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
+CREATE TRIGGER fence_batch_update BEFORE UPDATE ON batch BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
+CREATE TRIGGER fence_batch_delete BEFORE DELETE ON batch BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
+CREATE TRIGGER fence_block_insert BEFORE INSERT ON block BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
+CREATE TRIGGER fence_block_delete BEFORE DELETE ON block BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
+CREATE TRIGGER fence_span_insert BEFORE INSERT ON span BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
+CREATE TRIGGER fence_span_update BEFORE UPDATE ON span BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
+CREATE TRIGGER fence_span_delete BEFORE DELETE ON span BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
+CREATE TRIGGER fence_part_insert BEFORE INSERT ON part BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
+CREATE TRIGGER fence_part_delete BEFORE DELETE ON part BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
+CREATE TRIGGER fence_queue_update BEFORE UPDATE ON queue BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
+CREATE TRIGGER fence_session_insert BEFORE INSERT ON session BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
+CREATE TRIGGER fence_session_update BEFORE UPDATE ON session BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;

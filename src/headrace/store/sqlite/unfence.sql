@@ -1,0 +1,15 @@
+-- A file that was fenced takes writes again.
+
+DROP TRIGGER fence_batch_insert;
+DROP TRIGGER fence_batch_update;
+DROP TRIGGER fence_batch_delete;
+DROP TRIGGER fence_block_insert;
+DROP TRIGGER fence_block_delete;
+DROP TRIGGER fence_span_insert;
+DROP TRIGGER fence_span_update;
+DROP TRIGGER fence_span_delete;
+DROP TRIGGER fence_part_insert;
+DROP TRIGGER fence_part_delete;
+DROP TRIGGER fence_queue_update;
+DROP TRIGGER fence_session_insert;
+DROP TRIGGER fence_session_update;

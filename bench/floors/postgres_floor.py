@@ -189,6 +189,7 @@ async def _drain(db: Any) -> int:
             queues=None,
             runs_max=CHUNK_RUNS * CHUNKS_A_COMMIT,
             rows_max=CHUNKS_A_COMMIT + 2,
+            marks="{}",
             due_us=1,
             now_us=1,
             places=PLACES,

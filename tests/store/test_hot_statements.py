@@ -206,6 +206,7 @@ VALUES: dict[str, Any] = {
     "queues": None,
     "blob": b"c",
     "places": PLACES,
+    "marks": "{}",
     "lanes": '[["default", "task"]]',
     "blocks": "[[0, 0, 1, 1, 1]]",
     "spans": '[[0, 0, "default", "task", 0, 0, 0, 0, 0, 0, 1, 0, -1]]',
@@ -291,3 +292,66 @@ async def test_r9_a_claim_merges_lanes_by_priority_and_order(world: World) -> No
     ]  # fmt: skip
     assert len(indexes_of(leases)) == 40
     assert sent[-1] == "claim_whole"
+
+
+# -- R10: a claim begins where the last one left off
+
+
+def marks_of(world: World) -> list[tuple[int, int]]:
+    """Where the store would begin to look."""
+    return [mark for _, marks in house(world)._watermarks._marks.values() for mark in marks.values()]
+
+
+async def test_r10_what_stands_before_the_mark_is_found_each_poll_interval(world: World) -> None:
+    await world.filled(100, runs_max=5)
+    session = await world.session()
+    async with beside() as other:
+        held = other.transaction()
+        await held.start()
+        schema = schema_of(world)
+        await other.execute(f'SELECT 1 FROM "{schema}".span ORDER BY order_no LIMIT 1 FOR UPDATE')
+        assert indexes_of(await world.claim(session, 10)) == list(range(5, 15))
+        await held.rollback()
+    assert [order_no for _, order_no in marks_of(world)] == [10]
+    assert indexes_of(await world.claim(session, 10)) == list(range(15, 25))
+    world.later(DEFAULT.poll_interval_ms / 1_000)
+    assert indexes_of(await world.claim(session, 10)) == [*range(5), *range(25, 30)]
+
+
+async def test_r10_a_claim_that_does_not_find_enough_from_the_mark_looks_at_everything(world: World) -> None:
+    await world.filled(30, runs_max=5)
+    session = await world.session()
+    async with beside() as other:
+        held = other.transaction()
+        await held.start()
+        await other.execute(f'SELECT 1 FROM "{schema_of(world)}".span ORDER BY order_no LIMIT 1 FOR UPDATE')
+        assert indexes_of(await world.claim(session, 10)) == list(range(5, 15))
+        await held.rollback()
+    leases, sent = await statements_of(world, lambda: world.claim(session, 20))
+    assert sorted(indexes_of(leases)) == [*range(5), *range(15, 30)]
+    assert sent == ["claim_whole"] * 2
+    assert indexes_of(leases)[:5] == list(range(5))
+    assert await world.claim(session, 20) == []
+    assert marks_of(world) == []
+    _, sent = await statements_of(world, lambda: world.claim(session, 20))
+    assert sent == ["claim_whole"]
+
+
+async def test_r10_a_higher_priority_is_not_behind_the_mark(world: World) -> None:
+    batch_id = await world.batch()
+    await world.append(batch_id, range(100), runs_max=5)
+    session = await world.session()
+    assert indexes_of(await world.claim(session, 10)) == list(range(10))
+    await world.append(batch_id, range(100, 105), key=Key("task", priority=7))
+    assert indexes_of(await world.claim(session, 10)) == [*range(100, 105), *range(10, 15)]
+    assert marks_of(world) == [(0, 10)]
+    assert indexes_of(await world.claim(session, 10)) == list(range(15, 25))
+
+
+async def test_r10_a_claim_from_a_mark_goes_down_the_index_to_it(world: World) -> None:
+    async with with_history(world), beside() as connection:
+        sql, words, _ = compiled(schema_of(world))["claim_whole"]
+        values = [(VALUES | {"marks": '{"default": {"task": [0, 19000]}}'}).get(word, 1) for word in words]
+        plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {sql}", *values))
+    assert "(priority = lanes_1.priority) AND (order_no >= lanes_1.mark)" in plan, plan
+    assert "(priority > lanes" in plan, plan

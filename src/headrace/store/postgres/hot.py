@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from headrace.core import run
@@ -18,6 +18,8 @@ from headrace.store.verbs.working import CANDIDATES_MAX
 
 SHORT: Final = "short"
 """More rows of some lane are needed to make up the wanted runs."""
+BELOW: Final = "below"
+"""From the marks on there is not enough: everything is looked at."""
 DUE: Final = "due"
 """Delayed spans join the line first."""
 ANSWERED: Final = ("claimed", "again")
@@ -98,8 +100,13 @@ def rows_wanted(runs_max: int, runs_a_span: int) -> int:
     return min(runs_max // runs_a_span + SPARE_ROWS, CANDIDATES_MAX)
 
 
-def wish(claim: Claim, *, rows_max: int, due_us: int, now_us: int) -> dict[str, Any]:
-    """The values of `claim_whole`."""
+def wish(
+    claim: Claim, *, rows_max: int, due_us: int, now_us: int, marks: Mapping[tuple[str, str], tuple[int, int]]
+) -> dict[str, Any]:
+    """The values of `claim_whole`; `marks` by queue and task."""
+    by_queue: dict[str, dict[str, tuple[int, int]]] = {}
+    for (queue, task), mark in marks.items():
+        by_queue.setdefault(queue, {})[task] = mark
     return {
         "session_id": claim.session_id,
         "claim_no": claim.claim_no,
@@ -107,6 +114,7 @@ def wish(claim: Claim, *, rows_max: int, due_us: int, now_us: int) -> dict[str, 
         "tasks": as_json(list(claim.tasks)),
         "queues": None if claim.queues is None else as_json(list(claim.queues)),
         "runs_max": claim.runs_max,
+        "marks": as_json(by_queue),
         "rows_max": rows_max,
         "due_us": due_us,
         "now_us": now_us,

@@ -25,6 +25,7 @@ from headrace.store.postgres.ids import ID_RANGE, Range
 from headrace.store.postgres.joining import PostgresJoined
 from headrace.store.postgres.migrating import Migrating
 from headrace.store.postgres.pool import BEGIN_READING, BEGIN_WRITING, Connection, Pool, Prepared, compiled, connect
+from headrace.store.postgres.watermarks import Watermarks
 from headrace.store.protocol import Appended, Claim, Lease
 from headrace.store.verbs import working
 from headrace.store.verbs.script import Ask, Overtaken, Rows, Script
@@ -57,6 +58,7 @@ class PostgresStore(ScriptedStore):
         self._pools: dict[asyncio.AbstractEventLoop, tuple[Pool, AsyncGenerator[None, None]]] = {}
         self._block_ids, self._span_ids = Range(), Range()
         self._runs_a_span = USUAL_RUNS
+        self._watermarks = Watermarks(everything_each_us=limits.poll_interval_ms * 1_000)
         self._out_of_order = _Misses(OUT_OF_ORDER)
         self._is_open = False
 
@@ -180,18 +182,23 @@ class PostgresStore(ScriptedStore):
         if claim.runs_max < 1:
             return await super().claim(claim, now_us=now_us)
         rows_max, due_us = hot.rows_wanted(claim.runs_max, self._runs_a_span), now_us
+        marks = self._watermarks.of(claim, now_us)
         while True:
-            values = hot.wish(claim, rows_max=rows_max, due_us=due_us, now_us=now_us)
+            values = hot.wish(claim, rows_max=rows_max, due_us=due_us, now_us=now_us, marks=marks)
             rows = await self._claim_whole(values)
             word = rows[0][0]
             if word == hot.SHORT:
                 rows_max = min(rows_max * 4, CANDIDATES_MAX)
+            elif word == hot.BELOW:
+                marks = {}
             elif word == hot.DUE:
                 await self._write(lambda: working.promote(now_us))
                 due_us = hot.NEVER
             elif word in hot.ANSWERED:
                 leases, runs_a_span = hot.leases_of(rows)
                 self._runs_a_span = runs_a_span or self._runs_a_span
+                is_enough = sum(len(lease.places) for lease in leases) >= claim.runs_max
+                self._watermarks.claimed(claim, rows, is_enough=is_enough, was_everything=not marks, now_us=now_us)
                 return leases
             else:
                 return await super().claim(claim, now_us=now_us)

@@ -80,16 +80,17 @@ before AS MATERIALIZED (
 due AS MATERIALIZED (
     SELECT 1 FROM {schema}.span WHERE state = 'delayed' AND due_us <= :due_us::bigint LIMIT 1
 ),
--- Rule R9: each lane is read from its own end of the index.
+-- Rule R9: each lane is read from its own end of the index, or (R10) from where the last claim left off.
 lanes AS MATERIALIZED (
-    SELECT lane.queue, lane.task
+    SELECT lane.queue, lane.task, (:marks::jsonb->lane.queue->lane.task->>0)::bigint AS priority,
+        (:marks::jsonb->lane.queue->lane.task->>1)::bigint AS mark
     FROM {schema}.lane JOIN {schema}.queue ON queue.environment = lane.environment AND queue.name = lane.queue
     WHERE lane.environment = :environment AND queue.paused = 0
         AND lane.task = ANY (ARRAY(SELECT jsonb_array_elements_text(:tasks::jsonb)))
         AND (:queues::jsonb IS NULL OR lane.queue = ANY (ARRAY(SELECT jsonb_array_elements_text(:queues::jsonb))))
         AND EXISTS (SELECT 1 FROM session) AND NOT EXISTS (SELECT 1 FROM before) AND NOT EXISTS (SELECT 1 FROM due)
 ),
-found AS MATERIALIZED (
+found_from_the_end AS MATERIALIZED (
     SELECT best.* FROM lanes CROSS JOIN LATERAL (
         SELECT id, batch_id, queue, task, priority, order_no, first_index, unsettled_count, at_most_once, states
         FROM {schema}.span
@@ -97,7 +98,21 @@ found AS MATERIALIZED (
             AND (expires_us = 0 OR expires_us > :now_us::bigint)
         ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max::bigint
         FOR UPDATE SKIP LOCKED
-    ) AS best
+    ) AS best WHERE lanes.mark IS NULL
+),
+found_from_the_mark AS MATERIALIZED (
+    SELECT best.* FROM lanes CROSS JOIN LATERAL (
+        SELECT id, batch_id, queue, task, priority, order_no, first_index, unsettled_count, at_most_once, states
+        FROM {schema}.span
+        WHERE state = 'waiting' AND environment = :environment AND queue = lanes.queue AND task = lanes.task
+            AND priority = lanes.priority AND order_no >= lanes.mark
+            AND (expires_us = 0 OR expires_us > :now_us::bigint)
+        ORDER BY order_no, batch_id, first_index, id LIMIT :rows_max::bigint
+        FOR UPDATE SKIP LOCKED
+    ) AS best WHERE lanes.mark IS NOT NULL
+),
+found AS MATERIALIZED (
+    SELECT * FROM found_from_the_end UNION ALL SELECT * FROM found_from_the_mark
 ),
 ranked AS MATERIALIZED (
     SELECT found.*, sum(unsettled_count) OVER (
@@ -110,11 +125,19 @@ chosen AS MATERIALIZED (
         position('w'::bytea IN states) + unsettled_count = octet_length(states) + 1 AS is_tail
     FROM ranked WHERE reached - unsettled_count < :runs_max::bigint
 ),
+-- Of a higher priority than that of the mark only whether there is any.
+higher AS MATERIALIZED (
+    SELECT (SELECT true FROM {schema}.span WHERE state = 'waiting' AND environment = :environment AND queue = lanes.queue
+        AND task = lanes.task AND priority > lanes.priority LIMIT 1) AS waits
+    FROM lanes WHERE lanes.mark IS NOT NULL
+),
 verdict AS MATERIALIZED (
     SELECT CASE
         WHEN NOT EXISTS (SELECT 1 FROM session) THEN 'ended'
         WHEN EXISTS (SELECT 1 FROM before) THEN 'again'
         WHEN EXISTS (SELECT 1 FROM due) THEN 'due'
+        WHEN :marks::jsonb <> '{}' AND ((SELECT coalesce(max(reached), 0) FROM ranked) < :runs_max::bigint
+            OR EXISTS (SELECT 1 FROM higher WHERE waits)) THEN 'below'
         WHEN EXISTS (SELECT 1 FROM chosen WHERE at_most_once <> 0 OR is_split AND NOT is_tail) THEN 'special'
         WHEN EXISTS (SELECT 1 FROM {schema}.batch WHERE id = ANY (ARRAY(SELECT batch_id FROM chosen))
             AND state IN ('cancelled', 'abandoned')) THEN 'stopped'

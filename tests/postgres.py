@@ -59,18 +59,22 @@ class Server:
         """End it: `immediate` is what pulling the plug looks like to a client."""
         self._run("pg_ctl", "-D", str(self.data), "-m", mode, "-w", "stop")
 
+    def stop_if_running(self) -> None:
+        """End it, if it has not ended by itself."""
+        subprocess.run(
+            [str(self._programs / "pg_ctl"), "-D", str(self.data), "-m", "immediate", "-w", "stop"],
+            capture_output=True,
+            check=False,
+            **self._identity,
+        )
+
     def promote(self) -> None:
         """Make a standby a primary."""
         self._run("pg_ctl", "-D", str(self.data), "-w", "promote")
 
     def remove(self) -> None:
         """End it for good."""
-        subprocess.run(
-            [str(self._programs / "pg_ctl"), "-D", str(self.data), "-m", "immediate", "stop"],
-            capture_output=True,
-            check=False,
-            **self._identity,
-        )
+        self.stop_if_running()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property

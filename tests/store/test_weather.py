@@ -1,0 +1,106 @@
+"""What a server can do to a store: no connection left, no disk left, no server of the version that was thought of."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from headrace.foundation.errors import HeadraceError, StoreUnavailable
+from headrace.foundation.limits import DEFAULT
+from headrace.store.postgres import PostgresStore
+from tests.postgres import Server
+from tests.store.backstage import beside
+from tests.store.world import World, fresh_schema
+
+DISK_MIB = 96
+FILL = b"x" * 200_000
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk that is soon full."""
+    place = Path("/var/tmp") / f"headrace-disk-{tmp_path.name}-{os.getpid()}"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m,mode=755", "tmpfs", str(place)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        place.rmdir()
+        print(f"skipped: a small disk can't be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"a small disk can't be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+    place.rmdir()
+
+
+async def test_a_full_disk_is_told_and_nothing_that_was_acknowledged_is_lost(small_disk: Path, tmp_path: Path) -> None:
+    own = Server(place=small_disk)
+    own.stop("fast")
+    own.start(max_wal_size="32MB", min_wal_size="32MB", wal_recycle="off")
+    try:
+        async with World(PostgresStore(fresh_schema(tmp_path, own.dsn), DEFAULT)) as world:
+            batch_id = await world.batch()
+            acknowledged_count, failure = 0, None
+            while failure is None:
+                assert acknowledged_count < 10 * DISK_MIB, "the disk is never full"
+                try:
+                    await world.append(batch_id, [acknowledged_count], payload=lambda index: FILL)
+                    acknowledged_count += 1
+                except StoreUnavailable as error:
+                    failure = error
+            assert failure.retryable
+            assert "disk" in str(failure) or "is the server up" in str(failure), failure
+            # Without room for its log the server ends; with more room it is what it was.
+            subprocess.run(["mount", "-o", f"remount,size={3 * DISK_MIB}m", str(small_disk)], check=True)
+            await running(own)
+            batch, ledger = await world.store.batch(batch_id)
+            assert ledger.waiting == batch.received_count >= acknowledged_count
+            assert batch.received_count <= acknowledged_count + 1  # the last one may have been done, unanswered
+            await world.append(batch_id, range(acknowledged_count, acknowledged_count + 5))
+            await world.store.seal(batch_id, None, now_us=world.now_us)
+            assert len(await world.run_all(await world.session())) == acknowledged_count + 5
+            await world.check()
+    finally:
+        own.remove()
+
+
+async def running(own: Server) -> None:
+    """Return when the server answers; start it when it has ended."""
+    try:
+        async with beside(own.dsn) as connection:
+            await connection.fetchval("SELECT 1")
+    except Exception:  # noqa: BLE001 - whatever it is, it is not up
+        await asyncio.to_thread(own.stop_if_running)
+        await asyncio.to_thread(own.start)
+
+
+async def test_a_store_that_finds_no_connection_left_says_so_and_goes_on_when_there_is(tmp_path: Path) -> None:
+    own = Server()
+    own.stop("fast")
+    own.start(superuser_reserved_connections=0, reserved_connections=0, autovacuum="off", max_connections=6)
+    try:
+        async with World(PostgresStore(fresh_schema(tmp_path, own.dsn), DEFAULT)) as world:
+            batch_id = await world.batch()
+            async with AsyncExitStack() as others:
+                for _ in range(5):
+                    await others.enter_async_context(beside(own.dsn))
+                # The one connection it has serves one verb at a time; a second at the same time needs one more.
+                told = await asyncio.gather(
+                    *(world.append(batch_id, [index]) for index in range(4)), return_exceptions=True
+                )
+                failures = [error for error in told if isinstance(error, HeadraceError)]
+                assert failures
+                assert len(failures) < 4
+                assert all(isinstance(error, StoreUnavailable) and error.retryable for error in failures)
+                assert all("max_connections" in error.hint for error in failures)
+            for index in range(4):
+                await world.append(batch_id, [index])
+            _, ledger = await world.store.batch(batch_id)
+            assert ledger.waiting == 4
+    finally:
+        own.remove()

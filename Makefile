@@ -2,7 +2,7 @@
 BIN ?= .venv/bin
 COUNT ?= 20
 .DEFAULT_GOAL := help
-.PHONY: help setup check test journeys simulate bench clean
+.PHONY: help setup check test journeys chaos simulate bench
 
 help:      ## list what can be made
 	@sed -n 's/^\([a-z]*: *\)## /make \1/p' $(MAKEFILE_LIST)
@@ -14,10 +14,10 @@ test:      ## every test, journeys included
 	$(BIN)/pytest -q
 journeys:  ## real processes, killed COUNT times
 	HEADRACE_TEST_COUNT=$(COUNT) $(BIN)/pytest -q -m journey
+chaos:     ## workers, producer and database killed for MINUTES, or as SEED=n chose
+	HEADRACE_TEST_MINUTES=$(or $(MINUTES),5) $(if $(SEED),HEADRACE_TEST_SEED=$(SEED)) $(BIN)/pytest -q -s tests/journeys/test_chaos.py
 simulate:  ## COUNT worlds of simulated processes, or just SEED=n
 	HEADRACE_TEST_SEED=$(or $(SEED),0) HEADRACE_TEST_COUNT=$(if $(and $(SEED),$(filter file,$(origin COUNT))),1,$(COUNT)) \
 	$(BIN)/pytest -q -s tests/simulation -k test_nothing_is_lost
 bench:     ## the figures, beside their floors
 	$(BIN)/python -m bench.floors.sqlite_floor && $(BIN)/headrace bench
-clean:     ## remove what was made
-	rm -rf .venv .venv-test .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

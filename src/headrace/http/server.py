@@ -125,8 +125,8 @@ def listener(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
     """A socket that listens. Raises `InvalidSetting` when there is no such address, or it is taken."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        # The protocol by its number: asyncio turns Nagle's algorithm off for such sockets only, and with it on an answer
-        # waits for the client's late acknowledgement of its head, 40 ms each.
+        # The protocol by its number: asyncio turns Nagle's algorithm off for such sockets only, and with it on an
+        # answer waits for the client's late acknowledgement of its head, 40 ms each.
         found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

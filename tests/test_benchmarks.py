@@ -56,6 +56,12 @@ def test_a_scenario_measures_a_server_and_leaves_nothing_there(name: str) -> Non
     assert asyncio.run(place._ask("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'bench%'")) == []
 
 
+def test_the_time_from_enqueue_to_start_is_measured_across_processes(tmp_path: Path) -> None:
+    value, goal = SCENARIOS["start_latency"].measure(20, benchmarks.place_of(f"sqlite:///{tmp_path}/any.db"))
+    assert value > 0
+    assert goal == 5
+
+
 def test_a_slow_floor_is_refused() -> None:
     raw = sqlite_floor.PEER_RAW_ROWS_S
     sqlite_floor.check_floor(raw, sqlite_floor.PEER_APPEND_ITEMS_S, sqlite_floor.PEER_DRAIN_RUNS_S)

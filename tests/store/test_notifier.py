@@ -21,6 +21,7 @@ from headrace.store.postgres import PostgresNotifier, notifier
 from headrace.store.postgres.address import address
 from headrace.store.protocol import RECORDED, WORK
 from headrace.store.sqlite import Watcher
+from headrace.store.sqlite.watcher import LOOK_MAX_S
 from tests.postgres import server
 from tests.store.world import World, fresh_schema
 
@@ -251,7 +252,7 @@ async def test_r11_nobody_looks_at_a_file_while_nobody_waits(tmp_path: Path) -> 
         while watcher._looking is not None:  # the last look finds that nobody waits
             await asyncio.sleep(0)
         looks_count = watcher.looks_count
-        await asyncio.sleep(5 * 0.01)
+        await asyncio.sleep(2 * LOOK_MAX_S)
         assert watcher.looks_count == looks_count
         await watcher.close()
 

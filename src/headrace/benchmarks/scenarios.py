@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -18,7 +20,7 @@ import msgspec
 
 from headrace.app import Task
 from headrace.benchmarks.places import OnServer, Place, run
-from headrace.benchmarks.tasks import app, nap, nothing
+from headrace.benchmarks.tasks import app, nap, nothing, stamp
 from headrace.core.block import Coalescer
 from headrace.core.run import COMPLETED
 from headrace.core.span import Key
@@ -33,6 +35,7 @@ PAD: Final = "x" * 79
 NAP_CONCURRENCY: Final = 1_000
 MIB: Final = 2**20
 LOOK_S: Final = 0.05
+APART_S: Final = (0.01, 0.03)
 CLAIMS: Final = 1_000
 SORTED_ITEMS: Final = 16_384
 STRIDE: Final = 7_919_239
@@ -148,6 +151,16 @@ def claim_latency(size: int, place: Place) -> Measured:
         return run(measured())
 
 
+def start_latency(size: int, place: Place) -> Measured:
+    """The median in ms from the call of `enqueue` to the start of the run in another process; the goal is 5."""
+    return _started_after_ms(size, place)[size // 2], 5.0
+
+
+def start_latency_p99(size: int, place: Place) -> Measured:
+    """The 99th percentile of the same; the goal is 20."""
+    return _started_after_ms(size, place)[size * 99 // 100], 20.0
+
+
 def map_memory(size: int, place: Place) -> Measured:
     """Peak memory in MiB of `headrace map` over `size` items; the base is the peak over a tenth of them."""
     return _map_peak(size, place), _map_peak(size // 10, place)
@@ -164,6 +177,8 @@ SCENARIOS: Final = {
         Scenario("large_batch_memory", "MiB", 10_000_000, large_batch_memory, is_slow=True),
         Scenario("shuffled_batch", "items/s", 10_000_000, shuffled_batch, is_slow=True),
         Scenario("claim_latency", "ms", 10_000_000, claim_latency, is_slow=True),
+        Scenario("start_latency", "ms", 500, start_latency),
+        Scenario("start_latency_p99", "ms", 500, start_latency_p99),
         Scenario("drain4", "runs/s", 1_000_000, drain4, ON_SERVER),
         Scenario("snapshot", "runs/s", 500_000, snapshot, ON_SERVER),
         Scenario("dead_rows", "rows", 1_000_000, dead_rows, ON_SERVER, is_slow=True),
@@ -275,6 +290,24 @@ async def _claim_p99() -> float:
             await broker.end_lease(work, [Release(span_id=work.lease.span_id, token=work.lease.token)])
     await broker.stop()
     return sorted(taken_s)[CLAIMS * 99 // 100] * 1_000
+
+
+def _started_after_ms(size: int, place: Place) -> list[float]:
+    """Sorted, of runs that are enqueued one at a time while another process waits for them."""
+
+    async def measured() -> list[float]:
+        async with app:
+            engine = await app.open()
+            await _met(engine, 1)
+            await (await stamp.enqueue(time.monotonic_ns())).result()
+            runs = []
+            for _ in range(size):
+                await engine.clock.sleep(random.uniform(*APART_S))  # noqa: S311 - so that no two clocks keep step
+                runs.append(await stamp.enqueue(time.monotonic_ns()))
+            return sorted([await one.result() / 1_000_000 for one in runs])
+
+    with place.fresh() as url, _workers(url, 1):
+        return run(measured())
 
 
 async def _settled_by(claim_runs: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from headrace.app import Headrace
 
@@ -20,3 +21,9 @@ async def nothing(_item: object) -> None:
 async def nap(_item: object) -> None:
     """A run that waits 100 ms."""
     await asyncio.sleep(NAP_S)
+
+
+@app.task
+async def stamp(asked_ns: int) -> int:
+    """Nanoseconds since it was asked for, on the clock that all processes of a machine share."""
+    return time.monotonic_ns() - asked_ns

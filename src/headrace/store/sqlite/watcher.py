@@ -1,7 +1,8 @@
 """News between the processes on one file: SQLite counts the commits of others, and a look at the count is cheap.
 
-`PRAGMA data_version` reads a few bytes of shared memory, so whoever waits for news looks every few milliseconds; while
-nobody waits, nobody looks. A commit says nothing of what it changed: it is news of every kind.
+`PRAGMA data_version` reads a few bytes of shared memory, so whoever waits for news looks every few milliseconds, and
+less and less often the longer there is none; while nobody waits, nobody looks. A commit says nothing of what it
+changed: it is news of every kind.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-LOOK_S: Final = 0.01
+LOOK_S: Final = 0.005
+LOOK_MAX_S: Final = 0.05
+SLOWER: Final = 1.05
 
 
 class Watcher:
@@ -24,6 +27,7 @@ class Watcher:
         self._hears: list[Callable[[], None]] = []
         self._waiting_count = 0
         self._seen: int | None = None
+        self._next_look_s = LOOK_S
         self._connection: sqlite3.Connection | None = None
         self._looking: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
         self.looks_count = 0
@@ -51,8 +55,9 @@ class Watcher:
             if self._looking[0] is not loop:  # that loop ended while somebody waited on it
                 self._waiting_count = 1
             self._looking[1].cancel()
-        self._looking = loop, loop.call_later(LOOK_S, self._look_again)
         version = self._version()
+        self._next_look_s = LOOK_S if version != self._seen else min(self._next_look_s * SLOWER, LOOK_MAX_S)
+        self._looking = loop, loop.call_later(self._next_look_s, self._look_again)
         if version != self._seen:
             self._seen = version
             for hear in self._hears:

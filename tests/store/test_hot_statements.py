@@ -398,3 +398,28 @@ async def test_r10_a_claim_from_a_mark_goes_down_the_index_to_it(world: World) -
         plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {sql}", *values))
     assert "(priority = lanes_1.priority) AND (order_no >= lanes_1.mark)" in plan, plan
     assert "(priority > lanes" in plan, plan
+
+
+# -- R13, R14
+
+
+async def test_r13_the_statements_of_an_append_do_not_grow_with_its_chunks(world: World) -> None:
+    sizes = []
+    for number, runs_max in enumerate((500, 10)):
+        batch_id = await world.batch()
+        extras = {0: Extra(tags=("one",)), 7: Extra(tags=("two",))}
+        _, sent = await statements_of(
+            world, partial(world.append, batch_id, range(500), runs_max=runs_max, extras=extras)
+        )
+        sizes.append(len([name for name in sent if not name.startswith("next_")]))
+        assert number or sent
+    assert sizes[0] == sizes[1]
+
+
+async def test_r14_a_claim_leaves_the_row_of_its_batch_alone(world: World) -> None:
+    batch_id, session = await world.filled(300), await world.session()
+    async with beside() as connection:
+        row = f'SELECT xmin::text, xmax::text FROM "{schema_of(world)}".batch WHERE id = $1'
+        before = await connection.fetchrow(row, batch_id)
+        assert len(indexes_of(await world.claim(session, 5)) + indexes_of(await world.claim(session))) == 300
+        assert await connection.fetchrow(row, batch_id) == before

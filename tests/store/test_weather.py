@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
+from headrace.app import Headrace
 from headrace.foundation.errors import HeadraceError, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
+from headrace.foundation.settings import load
 from headrace.store.postgres import PostgresStore
+from headrace.store.postgres.address import address
+from tests import invariants
 from tests.postgres import Server
 from tests.store.backstage import beside
 from tests.store.world import World, fresh_schema
@@ -79,10 +83,47 @@ async def running(own: Server) -> None:
         await asyncio.to_thread(own.start)
 
 
+async def test_backends_terminated_in_a_stream_lose_and_double_nothing(tmp_path: Path) -> None:
+    url = fresh_schema(tmp_path)
+    schema = address(url).schema
+    app = Headrace("stream")
+    ran: list[int] = []
+
+    @app.task
+    async def note(number: int) -> int:
+        ran.append(number)
+        return number
+
+    app.use(load({"store": url, "objects": str(tmp_path / "objects")}, {}, tmp_path))
+    killed_count = 0
+
+    async def items() -> AsyncIterator[int]:
+        nonlocal killed_count
+        async with beside() as killer:
+            for number in range(20_000):
+                if number % 1_000 == 999:
+                    killed_count += await killer.fetchval(
+                        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE query LIKE $1 "
+                        "AND pid <> pg_backend_pid()",
+                        f'%"{schema}"%',
+                    )
+                yield number
+
+    async with app, app.worker():
+        batch = await note.map(items())
+        summary = await batch.wait(timeout_s=60)
+        assert summary.ledger.completed == 20_000
+        assert [outcome.output async for outcome in batch.results()] == list(range(20_000))
+        engine = await app.open()
+        assert await invariants.faults(engine.store) == []
+    assert killed_count >= 3
+    assert set(ran) == set(range(20_000))
+
+
 async def test_a_store_that_finds_no_connection_left_says_so_and_goes_on_when_there_is(tmp_path: Path) -> None:
     own = Server()
     own.stop("fast")
-    own.start(superuser_reserved_connections=0, reserved_connections=0, autovacuum="off", max_connections=6)
+    own.start(superuser_reserved_connections=0, autovacuum="off", max_connections=6)
     try:
         async with World(PostgresStore(fresh_schema(tmp_path, own.dsn), DEFAULT)) as world:
             batch_id = await world.batch()

@@ -152,6 +152,9 @@ class Pool:
         connection = await self._take()
         try:
             yield connection
+        except (asyncpg.InterfaceError, asyncpg.InternalClientError):
+            connection.raw.terminate()  # the driver lost its way in the protocol
+            raise
         except BaseException:
             await connection.undo()
             raise

@@ -24,13 +24,14 @@ VERBS: Final = (
     "create_batch", "append", "seal", "stop_batch", "cancel_runs", "redrive", "start_session", "heartbeat",
     "end_session", "sessions", "recover", "claim", "settle", "release", "batch", "find_batch", "batches", "missing",
     "outcomes", "run", "runs", "queues", "pause_queue", "verify", "sweep", "prune", "unnamed", "next_due_us",
-    "duties", "take_duty", "end_duty",
+    "duties", "take_duty", "end_duty", "add_key", "find_key", "keys", "revoke_key", "signing_key", "spend",
 )  # fmt: skip
 STAGES: Final = ("asked", "done", "answered")
 READS: Final = frozenset({
     "batch", "find_batch", "batches", "missing", "outcomes", "run", "runs", "queues", "verify", "unnamed",
+    "add_key", "find_key", "keys", "revoke_key", "signing_key", "spend",
 })  # fmt: skip
-"""What no simulated process asks for: it changes nothing, and who dies of it has died at an await."""
+"""What no simulated process asks for: it changes nothing, and who dies of it has died at an await; or a server's."""
 
 POINTS: Final = tuple(f"{verb}.{stage}" for verb in VERBS for stage in STAGES)
 
@@ -200,6 +201,11 @@ class SimulatedObjects:
         await self._way()
         for _ in ():
             yield _
+
+    async def delete_older(self, _folder: str, _before_us: int) -> int:
+        """Nothing: nobody uploads packets here."""
+        await self._way()
+        return 0
 
     async def delete(self, keys: Iterable[str]) -> None:
         """Let objects go."""

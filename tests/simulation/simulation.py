@@ -23,8 +23,8 @@ import structlog
 from headrace.foundation import ids
 from headrace.foundation.errors import Conflict
 from headrace.runtime import executor as executor_module
+from headrace.runtime import pace as pace_module
 from headrace.runtime import producer as producer_module
-from headrace.runtime import worker as worker_module
 from headrace.runtime.producer import Options
 from headrace.store.memory import MemoryStore
 from tests.simulation.faults import CALM, POINTS, Doom, Network, Weather
@@ -407,7 +407,7 @@ def _seeded(simulation: Simulation) -> Iterator[None]:
             patch.object(executor_module, "random", SimpleNamespace(Random=lambda: Random(dice.getrandbits(64)))),
             patch.object(executor_module, "perf_counter", clock),
             patch.object(executor_module, "monotonic", clock),
-            patch.object(worker_module, "perf_counter", clock),
+            patch.object(pace_module, "perf_counter", clock),
             patch.object(producer_module, "perf_counter", clock),
         ):
             yield

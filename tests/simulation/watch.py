@@ -96,12 +96,16 @@ class Watch:
                 if (block.batch_id, index) in self._by_name:
                     self._fault(f"run {block.batch_id}/{index} is stored twice")
                 self._by_name[block.batch_id, index] = home
+                extra = block.chunk.extras.get(position)
+                if extra is not None and extra.link:
+                    continue  # its key named a run already: it is received, and has that run's outcome
                 if not kinds or kinds[position] != REFERENCE:
                     self._know(int(payloads[position]), home)
 
     def _know(self, value: int, home: Home) -> None:
-        if value in self._home_of:
-            self._fault(f"item {value} became two runs: {self._names[self._home_of[value]]} and {self._names[home]}")
+        before = self._home_of.get(value)
+        if before is not None and self._states[before] not in run.ENDED_BADLY:  # else its key was free again
+            self._fault(f"item {value} became two runs: {self._names[before]} and {self._names[home]}")
         self._home_of[value] = home
 
     def _look_at_spans(self, *, is_redrive: bool) -> None:

@@ -21,7 +21,7 @@ from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import MINUTE_MS, SECOND_MS
 from headrace.runtime.engine import Engine
 from headrace.runtime.recovery import recover_here, recover_silent
-from headrace.store.packets import Packets
+from headrace.store.packets import FOLDER as PACKETS
 
 LOG: Any = structlog.get_logger("headrace.upkeep")
 ROWS_MAX: Final = 1_000
@@ -206,7 +206,7 @@ class Upkeep:
             if len(page) >= ORPHAN_PAGE:
                 removed_count += await self._remove_unnamed(page)
                 page = []
-        removed_count += await Packets(engine.payloads).remove_old(before_us)
+        removed_count += await engine.payloads.delete_older(PACKETS, before_us)
         return removed_count + await self._remove_unnamed(page)
 
     async def _remove_unnamed(self, keys: list[str]) -> int:

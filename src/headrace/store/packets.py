@@ -108,21 +108,6 @@ class Packets:
         _check_readable(data, kind)
         return data, kind
 
-    async def remove_old(self, before_us: int) -> int:
-        """Packets that nobody named since then go; answers how many."""
-        count = 0
-        try:
-            async for page in obstore.list(self._store, prefix=FOLDER):
-                old = [one["path"] for one in page if one["last_modified"].timestamp() * 1_000_000 < before_us]
-                for path in old:
-                    await obstore.delete_async(self._store, path)
-                count += len(old)
-        except FileNotFoundError:  # another process removes the same
-            return count
-        except (BaseError, OSError) as error:
-            raise _unavailable(error) from error
-        return count
-
 
 def _check_readable(data: bytes, kind: int) -> None:
     import msgspec

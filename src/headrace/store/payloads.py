@@ -260,6 +260,21 @@ class PayloadStore:
         except (BaseError, OSError) as error:
             raise self._unavailable("listed", error, prefix=prefix) from error
 
+    async def delete_older(self, folder: str, before_us: int) -> int:
+        """Remove what lies in a folder beside the payloads and was written before then; answers how many."""
+        _check_segments(folder)
+        count = 0
+        try:
+            async for page in obstore.list(self._store, prefix=folder, chunk_size=_PAGE_OBJECTS):
+                old = [one["path"] for one in page if one["last_modified"].timestamp() * 1_000_000 < before_us]
+                if old:
+                    async with self._requests:
+                        await self._delete_page(old)
+                count += len(old)
+        except (BaseError, OSError) as error:
+            raise self._unavailable("listed", error, folder=folder) from error
+        return count
+
     async def delete_batch(self, environment: str, batch_id: str) -> int:
         """Remove every payload of a batch, page by page, and say how many there were. May be repeated."""
         prefix = payload_key(environment, batch_id, "0" * 64).rpartition("/")[0]

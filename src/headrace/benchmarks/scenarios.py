@@ -20,7 +20,7 @@ import msgspec
 
 from headrace.app import Task
 from headrace.benchmarks.places import OnServer, Place, run
-from headrace.benchmarks.tasks import app, nap, nothing, stamp
+from headrace.benchmarks.tasks import app, held, nap, nothing, stamp
 from headrace.core.block import Coalescer
 from headrace.core.run import COMPLETED
 from headrace.core.span import Key
@@ -35,6 +35,7 @@ PAD: Final = "x" * 79
 NAP_CONCURRENCY: Final = 1_000
 MIB: Final = 2**20
 LOOK_S: Final = 0.05
+TIMEOUT_MS: Final = 5_000
 APART_S: Final = (0.01, 0.03)
 CLAIMS: Final = 1_000
 SORTED_ITEMS: Final = 16_384
@@ -161,6 +162,15 @@ def start_latency_p99(size: int, place: Place) -> Measured:
     return _started_after_ms(size, place)[size * 99 // 100], 20.0
 
 
+def recovery(size: int, place: Place) -> Measured:
+    """Seconds from the kill -9 of a worker until all it had begun has begun in another that can't see it die.
+
+    The base is the bound: the time after which a silent session counts as dead, and a second.
+    """
+    with place.fresh() as url, tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        return run(_recovered(size, url, Path(folder)))
+
+
 def map_memory(size: int, place: Place) -> Measured:
     """Peak memory in MiB of `headrace map` over `size` items; the base is the peak over a tenth of them."""
     return _map_peak(size, place), _map_peak(size // 10, place)
@@ -179,6 +189,7 @@ SCENARIOS: Final = {
         Scenario("claim_latency", "ms", 10_000_000, claim_latency, is_slow=True),
         Scenario("start_latency", "ms", 500, start_latency),
         Scenario("start_latency_p99", "ms", 500, start_latency_p99),
+        Scenario("recovery", "s", 100, recovery, ON_SERVER),
         Scenario("drain4", "runs/s", 1_000_000, drain4, ON_SERVER),
         Scenario("snapshot", "runs/s", 500_000, snapshot, ON_SERVER),
         Scenario("dead_rows", "rows", 1_000_000, dead_rows, ON_SERVER, is_slow=True),
@@ -341,6 +352,45 @@ def _by_processes(size: int, place: Place, processes: int) -> float:
 
     with place.fresh() as url, _workers(url, processes):
         return run(timed())
+
+
+async def _recovered(size: int, url: str, folder: Path) -> Measured:
+    """Two workers whose marks lie in places of their own, as on two machines."""
+    log = folder / "held.log"
+    log.touch()
+
+    def worker(name: str) -> subprocess.Popen[bytes]:
+        runtime = folder / name
+        runtime.mkdir()
+        times = {"HEADRACE_HEARTBEAT_MS": "1000", "HEADRACE_SESSION_TIMEOUT_MS": str(TIMEOUT_MS)}
+        command = [sys.executable, "-m", "headrace", "worker", "headrace.benchmarks.tasks:app"]
+        return subprocess.Popen(  # noqa: S603 - our own command
+            [*command, "--store", url, "--concurrency", str(2 * size)],
+            env={**os.environ, **times, "HELD_LOG": str(log), "XDG_RUNTIME_DIR": str(runtime)},
+            stderr=subprocess.DEVNULL,
+        )
+
+    async def begun(engine: Engine, pid: int) -> None:
+        while len({line for line in log.read_text(encoding="ascii").splitlines() if line.endswith(f" {pid}")}) < size:
+            await engine.clock.sleep(LOOK_S / 5)
+
+    workers: list[subprocess.Popen[bytes]] = []
+    async with app:
+        engine = await app.open()
+        try:
+            await held.map(range(size))
+            for name in ("first", "second"):
+                workers.append(worker(name))
+                await _met(engine, len(workers))
+                await begun(engine, workers[0].pid)
+            started = perf_counter()
+            workers[0].kill()
+            await begun(engine, workers[1].pid)
+            return perf_counter() - started, TIMEOUT_MS / 1_000 + 1
+        finally:
+            for process in workers:
+                process.kill()
+                process.wait()
 
 
 async def _met(engine: Engine, workers_count: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 
 from headrace.app import Headrace
@@ -27,3 +28,11 @@ async def nap(_item: object) -> None:
 async def stamp(asked_ns: int) -> int:
     """Nanoseconds since it was asked for, on the clock that all processes of a machine share."""
     return time.monotonic_ns() - asked_ns
+
+
+@app.task
+async def held(item: int) -> None:
+    """A run that writes down that it began, and where, and then waits to be killed with its process."""
+    with open(os.environ["HELD_LOG"], "a", encoding="ascii") as log:  # noqa: ASYNC230 - a line, and then it only waits
+        log.write(f"{item} {os.getpid()}\n")
+    await asyncio.Event().wait()

@@ -289,6 +289,23 @@ async def test_a_connection_killed_in_a_verb_is_an_error_and_the_next_verb_works
     assert await world.settle(lease) == "settled"
 
 
+async def test_a_verb_that_is_interrupted_leaves_no_transaction_to_the_next(world: World) -> None:
+    batch_id, session = await world.filled(2_000, runs_max=10), await world.session()
+    for turns in range(60):
+        verb = asyncio.create_task(world.store.stop_batch(await world.batch(), "cancelled", now_us=world.now_us))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        verb.cancel()
+        await asyncio.gather(verb, return_exceptions=True)
+        for lease in await world.claim(session, 20):
+            assert await world.settle(lease) == "settled"
+    async with beside() as other:
+        completed_count = await other.fetchval(
+            f'SELECT completed_count FROM "{schema_of(world)}".batch WHERE id = $1', batch_id
+        )
+    assert completed_count == 60 * 20
+
+
 async def test_a_server_that_ends_under_load_is_used_again_when_it_is_back(own: Server, tmp_path: Path) -> None:
     url = fresh_schema(tmp_path).replace(server().dsn, own.dsn)
     async with World(PostgresStore(url, DEFAULT)) as world:

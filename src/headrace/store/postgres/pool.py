@@ -152,11 +152,14 @@ class Pool:
         connection = await self._take()
         try:
             yield connection
-        except (asyncpg.InterfaceError, asyncpg.InternalClientError):
-            connection.raw.terminate()  # the driver lost its way in the protocol
+        except (asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError):
+            connection.raw.terminate()  # the driver lost its way in the protocol, or an answer is still to come
+            raise
+        except Exception:
+            await connection.undo()
             raise
         except BaseException:
-            await connection.undo()
+            connection.raw.terminate()  # interrupted: nobody knows whether a BEGIN that was sent is still to be done
             raise
         finally:
             self._give_back(connection)

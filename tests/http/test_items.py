@@ -216,3 +216,9 @@ async def test_a_linked_run_s_result_is_that_of_the_run_it_links_to(tmp_path: Pa
         await home.engine.store.cancel_runs(first, [0], now_us=home.engine.clock.now_us())
         lines = (await home.ask("GET", f"/v1/batches/{second}/results?wait=0")).body.splitlines()
         assert [b'"state":"cancelled"' in one for one in lines] == [False, True, False]
+
+
+def test_the_docs_have_the_table_of_options_as_it_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "http.md").read_text(encoding="utf-8")
+    rows = [f"| `{name}` | {fate.disposition} | {fate.meaning} |" for name, fate in OPTIONS.items()]
+    assert "\n".join(rows) in page

@@ -145,6 +145,7 @@ _REFUSED: Final = [(name, _FIELDS[name]) for name, fate in OPTIONS.items() if fa
 _decoder: Final = msgspec.json.Decoder(Line)
 _text: Final = msgspec.json.Decoder(str)
 _encode: Final = msgspec.json.Encoder().encode
+_MAY_BE_JSON: Final = frozenset(bytes((byte,)) for byte in b'{["-0123456789tfn\\ ')
 _DURATION: Final = re.compile(r"(?:(\d{1,9})(w|d|hr|h|m|s))+")
 _DURATION_PART: Final = re.compile(r"(\d{1,9})(w|d|hr|h|m|s)")
 _KEY_TTL: Final = re.compile(r"(\d{1,9})([smhd])")
@@ -349,6 +350,8 @@ def _payload(raw: msgspec.Raw | UnsetType, content_type: str | None) -> tuple[by
         if kind in (TEXT, REFERENCE):
             raise InvalidItem(f"a payload of type {content_type} is a string")
         return data, kind
+    if kind == JSON and data[1:2] not in _MAY_BE_JSON:
+        return data, JSON  # a string of words, as most are: it is not looked through for JSON
     text = _text.decode(data)
     inner = text.encode()
     if kind in (TEXT, REFERENCE):

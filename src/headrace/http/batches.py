@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from headrace.core import run
-from headrace.core.batch import COMPLETED, OPEN, SEALED, Batch
+from headrace.core.batch import COMPLETED, LISTED, OPEN, SEALED, Batch
 from headrace.core.failure import decode
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound
 from headrace.foundation.ids import new_batch_id, run_id
@@ -120,6 +120,7 @@ class Batches:
         if batch.state in (SEALED, COMPLETED):
             return _streamed(batch, Taken())
         _check_open(batch)
+        check_listed(batch)
         async with service.stream():
             taken = await take(service, call, request, batch)
         return _streamed(await sealed(call, batch), taken)
@@ -245,6 +246,12 @@ def _streamed(batch: Batch, taken: Taken) -> Response:
 def _check_open(batch: Batch) -> None:
     if batch.is_stopped:
         raise Unprocessable(f"Batch {batch.id} is not in PENDING status (current: ABORTED)", batch_id=batch.id)
+
+
+def check_listed(batch: Batch) -> None:
+    """Raise `Unprocessable` for a batch whose indexes its producer gives out."""
+    if batch.kind != LISTED:
+        raise Unprocessable(f"Batch {batch.id} holds single runs, and takes no items", batch_id=batch.id)
 
 
 def _has_body(request: Request) -> bool:

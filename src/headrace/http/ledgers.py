@@ -15,7 +15,7 @@ from headrace.core import pack, run
 from headrace.core.batch import CANCELLED, STATES
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import INDEX_MAX, check_batch_id, new_batch_id
-from headrace.http.batches import sealed, take
+from headrace.http.batches import check_listed, sealed, take
 from headrace.http.bodies import decoded, number
 from headrace.http.outputs import Outputs
 from headrace.http.problems import UnsupportedType, answer
@@ -116,6 +116,7 @@ class Ledgers:
         if "ndjson" not in request.headers.get("content-type", ""):
             raise UnsupportedType("items are application/x-ndjson", hint="set Content-Type")
         batch, _ = await call.own_batch(request.path_params["batch_id"])
+        check_listed(batch)
         if not await self._service.spend_grant(call.environment, batch):
             await self._service.spend_request(request, call.principal)
         async with self._service.stream():

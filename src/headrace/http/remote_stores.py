@@ -67,7 +67,8 @@ class RemoteStores:
         verb = VERBS.get(request.path_params["verb"])
         if verb is None:
             raise NotFound("no such verb")
-        call = await self._service.call_any(request, tuple(verb.scope.split("|")), is_free=True)
+        scopes = tuple(verb.scope.split("|"))
+        call = await self._service.call_any(request, scopes, is_free="work" in scopes or verb.name == "append")
         if CONTENT_TYPE not in request.headers.get("content-type", ""):
             raise UnsupportedType(f"a verb's message is {CONTENT_TYPE}")
         body = await whole(request, self._service.limits, bytes_max=BYTES_MAX)
@@ -92,6 +93,10 @@ class RemoteStores:
     async def _plain(self, call: Call, name: str, message: Any) -> Any:
         values = {field: getattr(message, field) for field in message.__struct_fields__}
         await self._within(call, name, values)
+        if name == "append":
+            await self._service.spend_runs(
+                call.request, call.environment, sum(one.runs_count for one in message.chunks)
+            )
         if name in ("create_batch", "append", "seal", "stop_batch", "cancel_runs", "start_session", "end_session"):
             values["now_us"] = call.engine.clock.now_us()
         answer = await getattr(call.engine.store, name)(**values)

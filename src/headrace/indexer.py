@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
 from headrace.core.condition import above, any_of, at_least, at_most, below, between
@@ -32,7 +33,11 @@ from headrace.runtime.handlers import HandlerFailed, Handlers, Unknown
 from headrace.runtime.handling import At, Context
 from headrace.runtime.indexer import ALL, Definition, Indexing, Progress, Where
 from headrace.runtime.leasing import IndexerHeld
+from headrace.runtime.sources.files import Csv, Ndjson
+from headrace.runtime.sources.nats import Nats
 from headrace.runtime.sources.source import Source
+from headrace.runtime.sources.streams import Results, Stream
+from headrace.runtime.sources.table import Table
 from headrace.store.entities.protocol import HistoryGone, LeaseLost, SchemaChanged, Standing
 
 if TYPE_CHECKING:
@@ -63,12 +68,13 @@ __all__ = [
     "at_most",
     "below",
     "between",
+    "csv",
+    "nats",
+    "ndjson",
+    "results",
+    "stream",
+    "table",
 ]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-_NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,39}\Z")
-MAIN: Final = "main"
 
 
 class App(Protocol):
@@ -77,6 +83,44 @@ class App(Protocol):
     async def open(self) -> Engine:
         """Open the store, once."""
         ...
+
+
+def ndjson(path: str | Path, *, time: str | None = None) -> Source:
+    """A file of one JSON object a line, also .gz or .zst. `time`: the field that several sources are merged by."""
+    return Ndjson(path, time)
+
+
+def csv(
+    path: str | Path, *, kind: str, event: type[Any] | None = None, time: str | None = None, delimiter: str = ","
+) -> Source:
+    """A file of rows under a head of names, also .gz or .zst: events of one kind, as `event` says, else as texts."""
+    return Csv(path, kind=kind, event=event, time=time, delimiter=delimiter)
+
+
+def stream(begin: Callable[[Position | None], Any]) -> Source:
+    """What `begin(after)` iterates over, plainly or async: `(position, event)`, with a time, or `Rewind(to)`."""
+    return Stream(begin)
+
+
+def table(dsn: str, name: str, *, key: str, kind: str, follow_s: float | None = None) -> Source:
+    """The rows of a PostgreSQL table in the order of a key that only grows; `follow_s`: ask again at its end."""
+    return Table(dsn, name, key=key, kind=kind, follow_s=follow_s)
+
+
+def nats(url: str, stream: str, *, subject: str = ">", follow: bool = True) -> Source:
+    """The messages of a NATS JetStream stream, each one JSON event (`pip install headrace[nats]`)."""
+    return Nats(url, stream, subject=subject, follow=follow)
+
+
+def results(app: App, batch: str) -> Source:
+    """The outcomes of a finished batch of the app, as events `{"type": "result", "index", "state", "output"}`."""
+    return Results(app.open, batch)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,39}\Z")
+MAIN: Final = "main"
 
 
 class Indexer:

@@ -8,17 +8,15 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
 from headrace.foundation.errors import InvalidInput
+from headrace.runtime.archives import Truncated, Zstandard
 
 PIECE_BYTES: Final = 256 * 1024
-ZSTD_STEP_BYTES: Final = 2 * 1024
-"""Compressed bytes taken at once: even the most repetitive archive then unfolds by some tens of MiB at most."""
-
 STDIN: Final = "-"
 
 
@@ -92,7 +90,7 @@ class Input:
     def _read(self, source: _Source, file: BinaryIO) -> bytes:
         try:
             piece = source.read(PIECE_BYTES)
-        except (EOFError, OSError, zlib.error, _Truncated, ValueError) as error:
+        except (EOFError, OSError, zlib.error, Truncated, ValueError) as error:
             if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
                 raise InvalidInput(f"{self.name} can't be read any further: {error.strerror or error}") from error
             raise self._broken(error) from error
@@ -104,63 +102,15 @@ class Input:
         if suffix == ".gz":
             return gzip.GzipFile(fileobj=file)
         if suffix == ".zst":
-            return _Zstandard(file)
+            return Zstandard(file)
         return file
 
     def _broken(self, error: Exception) -> InvalidInput:
-        how = "it ends in the middle" if isinstance(error, EOFError | _Truncated) else str(error)
+        how = "it ends in the middle" if isinstance(error, EOFError | Truncated) else str(error)
         return InvalidInput(
             f"{self.name} is not a whole archive: {how}",
             hint="what was read before that place is kept; repair the file and run the same command again",
         )
-
-
-class _Truncated(Exception):
-    """An archive that ends inside a frame."""
-
-
-class _Zstandard:
-    """Frames of Zstandard, one after the other, with an error where the last one is cut off.
-
-    The library's own stream reader takes a cut frame for the end.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard
-
-        self._file = file
-        self._new: Callable[[], zstandard.ZstdDecompressionObj] = zstandard.ZstdDecompressor(
-            max_window_size=1 << 31
-        ).decompressobj
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._fault = zstandard.ZstdError
-        self._rest = b""
-
-    def read(self, size: int, /) -> bytes:
-        pieces: list[bytes] = []
-        count = 0
-        while count < size:
-            data = self._rest or self._file.read(ZSTD_STEP_BYTES)
-            self._rest = b""
-            if not data:
-                if self._frame is not None:
-                    raise _Truncated
-                break
-            if self._frame is None:
-                self._frame = self._new()
-            try:
-                piece = self._frame.decompress(data)
-            except self._fault as error:
-                raise ValueError(str(error)) from error
-            if self._frame.eof:
-                self._rest = self._frame.unused_data
-                self._frame = None
-            pieces.append(piece)
-            count += len(piece)
-        return b"".join(pieces)
-
-    def close(self) -> None:
-        self._frame = None
 
 
 async def _from_file(descriptor: int) -> AsyncIterator[bytes]:

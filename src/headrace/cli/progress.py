@@ -20,6 +20,8 @@ class Standing(NamedTuple):
     failed: int
     total: int | None
     is_estimate: bool = False
+    note: str | None = None
+    """Said instead of how many failed."""
 
 
 class Display(Protocol):
@@ -118,7 +120,7 @@ def line_of(standing: Standing, rate: float) -> str:
     if standing.total is not None:
         parts = [f"{standing.done:,} of {'about ' if standing.is_estimate else ''}{standing.total:,} done"]
     parts.append(f"{rate:,.0f}/s" if rate >= 10 or not rate else f"{rate:.1f}/s")
-    parts.append(f"{standing.failed:,} failed")
+    parts.append(f"{standing.failed:,} failed" if standing.note is None else standing.note)
     if standing.total is not None and rate:
         parts.append(f"{duration(max(0, standing.total - standing.done) / rate)} left")
     return ", ".join(parts)

@@ -51,7 +51,7 @@ COLUMNS_MAX: Final = 200
 SIGNATURES_MAX: Final = 256
 INT64: Final = range(-(2**63), 2**63)
 _LEAST, _MOST = INT64[0], INT64[-1]
-_PLAIN_KINDS: Final = (TEXT, INTEGER, BIGINT, BOOL, DATE, IDENTIFIER)
+_PLAIN_KINDS: Final = (TEXT, INTEGER, BIGINT, FLOAT, BOOL, DATE, IDENTIFIER)
 DIGITS_MAX: Final = 1_000
 """Digits of a whole number or decimal, before and after the point."""
 ROW_BYTES: Final = 250
@@ -149,7 +149,7 @@ class EntityType:
         self.has_large = False
         """Whether a whole number of more than 64 bits was ever set."""
         self._id_at = self.names.index(ID)
-        self._known: dict[tuple[type, ...], tuple[Callable[[Any], Any], tuple[int, ...]]] = {}
+        self._known: dict[tuple[type, ...], tuple[Callable[[Any], Any], tuple[int, ...], tuple[int, ...]]] = {}
         self._decoders = {
             column.name: msgspec.json.Decoder(column.type) for column in self.columns if column.kind == JSON
         }
@@ -177,14 +177,19 @@ class EntityType:
         values = astuple(row)
         seen = self._known.get(tuple(map(type, values)))
         if seen is not None:  # values of these types were looked at before: what is left is their size, and NUL
-            texts, numbers = seen
+            texts, numbers, floats = seen
             text = "".join(texts(values))
             if len(text) < _SMALL and "\0" not in text and text.isascii():
                 for at in numbers:
                     if not _LEAST <= values[at] <= _MOST:
                         break
                 else:
-                    return row, 0
+                    for at in floats:
+                        value = values[at]
+                        if not value or not _LEAST <= value <= _MOST:  # -0.0, or no number, or merely large
+                            break
+                    else:
+                        return row, 0
         return self._examined(row, values)
 
     def checked_id(self, value: Any) -> Any:
@@ -238,7 +243,8 @@ class EntityType:
             ]
             texts = [at for at, kind in enumerate(kinds) if kind == TEXT]
             numbers = tuple(at for at, kind in enumerate(kinds) if kind in (INTEGER, BIGINT))
-            self._known[tuple(map(type, values))] = _picker(texts), numbers
+            floats = tuple(at for at, kind in enumerate(kinds) if kind == FLOAT)
+            self._known[tuple(map(type, values))] = _picker(texts), numbers, floats
         return row, extra if extra >= _SMALL else 0
 
     def _value(self, column: Column, value: Any, row_id: Any) -> tuple[Any, int]:

@@ -64,7 +64,19 @@ class LateUse(HeadraceError):
 class Shared:
     """What the contexts of one running indexer have in common."""
 
-    __slots__ = ("asked", "clock", "effects", "fault", "indexer", "limits", "lookups", "set", "staging", "tables")
+    __slots__ = (
+        "ahead",
+        "asked",
+        "clock",
+        "effects",
+        "fault",
+        "indexer",
+        "limits",
+        "lookups",
+        "set",
+        "staging",
+        "tables",
+    )
 
     def __init__(
         self, indexer: str, staging: Staging, lookups: Lookups, effects: Effects, clock: Clock, limits: Limits
@@ -78,6 +90,7 @@ class Shared:
         self.clock = clock
         self.limits = limits
         self.asked: list[Asked] = []
+        self.ahead: dict[Any, list[Any]] = {}
         self.fault: LateUse | None = None
 
 
@@ -183,7 +196,12 @@ class Context:
         self._check("where")
         table = table_of(self._shared.tables, kind)
         table.is_read = True
-        rows = await self._shared.lookups.where(table, conditions_of(table.entity, wanted))
+        conditions = conditions_of(table.entity, wanted)
+        rows: list[Any] | None = self._shared.ahead.get((kind, conditions)) if self.is_preload else None
+        if rows is None:
+            rows = await self._shared.lookups.where(table, conditions)
+            if self.is_preload:  # many that run ahead ask the same
+                self._shared.ahead[kind, conditions] = rows
         return [table.entity.copied(row) for row in rows] if table.entity.is_changeable else rows
 
     # -- writing

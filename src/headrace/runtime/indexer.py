@@ -375,6 +375,7 @@ class Indexing:
                 preload, self._preload = self._preload, None
                 await preload.end()
         self._effects.forget()
+        self._shared.ahead.clear()
         self.progress.events_count += self._at - first_at
         self.progress.compute_s += perf_counter() - started - (self.progress.commit_wait_s - waited_s)
         self._cut(old_no, first_at)

@@ -19,6 +19,7 @@ from headrace.foundation.errors import InvalidInput
 from headrace.runtime.registry import Registry, TaskSpec
 
 _FORM: Final = "write MODULE:TASK or path/to/file.py:TASK"
+_INDEXER_FORM: Final = "write MODULE:INDEXER or path/to/file.py:INDEXER"
 _APP_FORM: Final = "write MODULE:APP or path/to/file.py:APP"
 
 
@@ -46,6 +47,18 @@ def load_app(target: str) -> Any:
     found = _found(target, "an app", _APP_FORM)
     if not isinstance(getattr(found, "registry", None), Registry):
         raise InvalidInput(f"{target} is not an app but {_kind_of(found)}", hint="name a Headrace(…) of the module")
+    return found
+
+
+def load_indexer(target: str) -> Any:
+    """Import the indexer that `target` names. Raises `InvalidInput`."""
+    from headrace.runtime.indexer import Definition  # only here: child processes of workers need none of it
+
+    found = _found(target, "an indexer", _INDEXER_FORM)
+    if not isinstance(getattr(found, "definition", None), Definition):
+        raise InvalidInput(
+            f"{target} is not an indexer but {_kind_of(found)}", hint="name an app.indexer(…) of the module"
+        )
     return found
 
 

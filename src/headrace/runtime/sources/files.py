@@ -1,0 +1,225 @@
+"""Events from files: a JSON object or a row of CSV a line, also from .gz and .zst; the position is the line.
+
+The file must only grow at its end: what was read by line is not looked at again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import gzip
+import zlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Protocol
+
+import msgspec
+
+from headrace.core.sequencer import Arrived, Position
+from headrace.foundation.errors import InvalidInput
+from headrace.foundation.limits import MIB
+from headrace.runtime.archives import Truncated, Zstandard
+from headrace.runtime.sources.source import Arrival
+
+PIECE_BYTES: Final = MIB
+LINE_BYTES_MAX: Final = 16 * MIB
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+
+
+class _Reader(Protocol):
+    def read(self, size: int, /) -> bytes:
+        """At most about so many bytes, and none at the end."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class _File:
+    """A file of lines. Lines count from 1, blank ones too, but those are no events."""
+
+    def __init__(self, path: str | Path, time: str | None) -> None:
+        self.path = Path(path)
+        self._time = time
+        self._times = None if time is None else _Times(time)
+
+    async def head(self) -> Position | None:
+        """Nobody knows how many lines there are before they are read."""
+        return None
+
+    async def arrivals(self, after: Position | None) -> AsyncIterator[Arrival]:
+        """The events after a line, to the end of the file."""
+        if after is not None and not isinstance(after, int):
+            raise InvalidInput(f"a file's positions are line numbers, not {after!r}", path=str(self.path))
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise InvalidInput(f"{self.path} can't be read: {error.strerror or error}") from error
+        with file, closing(_unpacked(self.path, file)) as reader:
+            lines = self._lines(reader)
+            while (arrived := await asyncio.to_thread(next, self._arrived(lines, after or 0), None)) is not None:
+                yield arrived
+
+    def _arrived(self, lines: Iterator[tuple[int, list[bytes]]], after: int) -> Iterator[Arrived]:
+        for first, piece in lines:
+            start = max(0, after + 1 - first)
+            if start >= len(piece):
+                continue
+            numbers: Sequence[int] = range(first + start, first + len(piece))
+            own = piece[start:]
+            if not all(own):
+                numbers = [number for number, line in zip(numbers, own, strict=True) if line.strip()]
+                own = [line for line in own if line.strip()]
+            arrived = self._events(numbers, own)
+            if arrived.positions:
+                yield arrived
+
+    def _events(self, numbers: Sequence[int], lines: list[bytes]) -> Arrived:
+        times = (
+            None if self._times is None else [self._times.of(line, at) for line, at in zip(lines, numbers, strict=True)]
+        )
+        return Arrived(numbers, lines, times)
+
+    def _lines(self, reader: _Reader) -> Iterator[tuple[int, list[bytes]]]:
+        """`(number of the first, lines)`, a piece of the file at a time."""
+        rest, number = b"", 1
+        while True:
+            try:
+                piece = reader.read(PIECE_BYTES)
+            except (EOFError, OSError, zlib.error, Truncated, ValueError) as error:
+                how = "it ends in the middle" if isinstance(error, EOFError | Truncated) else str(error)
+                raise InvalidInput(f"{self.path} can't be read any further: {how}", line=number) from error
+            if number == 1 and not rest and piece.startswith(_BYTE_ORDER_MARK):
+                piece = piece[len(_BYTE_ORDER_MARK) :]
+            lines = (rest + piece).split(b"\n")
+            rest = lines.pop() if piece else b""
+            if not piece and lines and not lines[-1]:
+                lines.pop()
+            if len(rest) > LINE_BYTES_MAX:
+                raise InvalidInput(
+                    f"line {number + len(lines)} of {self.path} has more than {LINE_BYTES_MAX:,} bytes",
+                    hint="is it one event a line?",
+                )
+            if lines:
+                yield number, lines
+            number += len(lines)
+            if not piece:
+                return
+
+
+class Ndjson(_File):
+    """One JSON object a line. `time`: the field that several sources are merged by."""
+
+
+class Csv(_File):
+    """One row a line under a head of names, each an event of one kind, its cells texts or what its class says.
+
+    A cell holds no line break: the position is the line.
+    """
+
+    def __init__(self, path: str | Path, *, kind: str, event: Any, time: str | None, delimiter: str) -> None:
+        super().__init__(path, time)
+        self._kind = kind
+        self._event = event
+        self._delimiter = delimiter
+        self._names: list[str] = []
+
+    async def arrivals(self, after: Position | None) -> AsyncIterator[Arrival]:
+        """The rows after a line; the head is read again each time."""
+        self._names = []
+        async for arrived in super().arrivals(after):
+            yield arrived
+
+    def _lines(self, reader: _Reader) -> Iterator[tuple[int, list[bytes]]]:
+        for first, lines in super()._lines(reader):
+            if first == 1 and lines:
+                self._names = self._cells(lines[0], 1)
+                yield 2, lines[1:]
+            else:
+                yield first, lines
+
+    def _events(self, numbers: Sequence[int], lines: list[bytes]) -> Arrived:
+        events: list[Any] = []
+        for number, line in zip(numbers, lines, strict=True):
+            cells = self._cells(line, number)
+            if len(cells) != len(self._names):
+                raise InvalidInput(
+                    f"line {number} of {self.path} has {len(cells)} cells, its head {len(self._names)}", line=number
+                )
+            row: dict[str, Any] = dict(zip(self._names, cells, strict=True))
+            if self._event is None:
+                events.append({"type": self._kind, **row})
+                continue
+            try:
+                events.append(
+                    msgspec.convert({key: own for key, own in row.items() if own != ""}, self._event, strict=False)
+                )
+            except msgspec.ValidationError as error:
+                raise InvalidInput(
+                    f"line {number} of {self.path} is no {self._event.__name__}: {error}", line=number
+                ) from error
+        times = None
+        if self._time is not None:
+            at = self._names.index(self._time) if self._time in self._names else -1
+            cells_of = [self._cells(line, number) for line, number in zip(lines, numbers, strict=True)]
+            times = [
+                microseconds(cells[at] if at >= 0 else None, self._time, number)
+                for cells, number in zip(cells_of, numbers, strict=True)
+            ]
+        return Arrived(numbers, events, times)
+
+    def _cells(self, line: bytes, number: int) -> list[str]:
+        try:
+            (cells,) = csv.reader([line.decode().rstrip("\r")], delimiter=self._delimiter, strict=True)
+        except (UnicodeDecodeError, csv.Error, ValueError) as error:
+            raise InvalidInput(f"line {number} of {self.path} is not CSV: {error}", line=number) from error
+        return cells
+
+
+class _Times:
+    """Takes the moment out of a line."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        shape = msgspec.defstruct("_Timed", [("at", Any, msgspec.field(name=name, default=None))])
+        self._decode: Any = msgspec.json.Decoder(shape).decode
+
+    def of(self, line: bytes, number: int) -> int:
+        """Microseconds since 1970."""
+        try:
+            found = self._decode(line).at
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"the event at line {number} can't be read: {error}", line=number) from error
+        return microseconds(found, self._name, number)
+
+
+def microseconds(value: Any, name: str, position: object) -> int:
+    """A moment as microseconds since 1970: a whole number is that already, a text is a date and time with its zone."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if value.lstrip("-").isdecimal():
+            return int(value)
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            value = None
+    if isinstance(value, datetime) and value.utcoffset() is not None:
+        since = value - datetime(1970, 1, 1, tzinfo=UTC)
+        return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+    raise InvalidInput(
+        f"the event at {position!r} has no moment in {name!r}",
+        hint="a moment is microseconds since 1970, or a date and time with its zone",
+        position=position,
+    )
+
+
+def _unpacked(path: Path, file: BinaryIO) -> _Reader:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=file)
+    if suffix == ".zst":
+        return Zstandard(file)
+    return file

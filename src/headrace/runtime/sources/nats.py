@@ -1,0 +1,106 @@
+"""Events from a NATS JetStream stream, in the order of its sequence numbers, which are the positions.
+
+Nothing is acknowledged to the server: where the indexer stands is in its own database. So the stream needs no consumer
+of its own, and reading it again after a rollback is reading from a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+from headrace.core.sequencer import Arrived, Position
+from headrace.foundation.errors import InvalidInput, InvalidSetting, StoreUnavailable
+from headrace.runtime.sources.source import Arrival
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+PIECE_EVENTS: Final = 500
+WAIT_S: Final = 1.0
+CONNECT_S: Final = 5.0
+IDLE_S: Final = 30.0
+
+
+class Nats:
+    """Messages of a stream, each one JSON event. `subject` narrows it; with `follow` its end is waited at."""
+
+    def __init__(self, url: str, stream: str, *, subject: str, follow: bool) -> None:
+        self._url = url
+        self._stream = stream
+        self._subject = subject
+        self._follow = follow
+
+    async def head(self) -> Position | None:
+        """The stream's last number."""
+        client = await self._connected()
+        try:
+            found = await client.jetstream().stream_info(self._stream)
+        finally:
+            await client.close()
+        last: int = found.state.last_seq
+        return last
+
+    async def arrivals(self, after: Position | None) -> AsyncIterator[Arrival]:
+        """The messages after a number. Raises `InvalidInput` when the server has thrown some of them away."""
+        from nats.errors import Error
+        from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+
+        client = await self._connected()
+        try:
+            stream = client.jetstream()
+            state = (await stream.stream_info(self._stream)).state
+            first = 1 if after is None else int(after) + 1
+            if after is not None and state.first_seq > first:
+                raise InvalidInput(
+                    f"the stream {self._stream!r} begins at {state.first_seq}, and {first} was next",
+                    hint="the server keeps too little: raise its limits, or begin anew with `headrace index reset`",
+                )
+            config = ConsumerConfig(
+                deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+                opt_start_seq=max(first, 1),
+                ack_policy=AckPolicy.NONE,
+                inactive_threshold=IDLE_S,
+            )
+            subscription = await stream.pull_subscribe(self._subject, stream=self._stream, config=config)
+            async for arrived in self._pulled(stream, subscription, first - 1):
+                yield arrived
+        except Error as error:
+            raise StoreUnavailable(f"the stream {self._stream!r} can't be read: {error}") from error
+        finally:
+            with suppress(Exception):
+                await client.close()
+
+    async def _pulled(self, stream: Any, subscription: Any, seen: int) -> AsyncIterator[Arrival]:
+        from nats.errors import TimeoutError as Nothing
+
+        last = (await stream.stream_info(self._stream)).state.last_seq
+        while self._follow or seen < last:
+            try:
+                messages = await subscription.fetch(PIECE_EVENTS, timeout=WAIT_S)
+            except (TimeoutError, Nothing):
+                if not self._follow:
+                    return
+                continue
+            numbers = [message.metadata.sequence.stream for message in messages]
+            fresh = [(number, message.data) for number, message in zip(numbers, messages, strict=True) if number > seen]
+            if fresh:
+                seen = fresh[-1][0]
+                yield Arrived([number for number, _ in fresh], [data for _, data in fresh])
+
+    async def _connected(self) -> Client:
+        try:
+            import nats
+        except ModuleNotFoundError:
+            raise InvalidSetting("a NATS source needs nats-py", hint="pip install 'headrace[nats]'") from None
+        try:
+            return await nats.connect(
+                self._url, connect_timeout=int(CONNECT_S), max_reconnect_attempts=3, error_cb=_quiet
+            )
+        except Exception as error:
+            raise StoreUnavailable(f"the NATS server does not answer: {error}") from error
+
+
+async def _quiet(_: Exception) -> None:
+    """What goes wrong is raised where it matters."""

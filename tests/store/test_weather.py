@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from headrace.app import Headrace
+from headrace.cli.doctor import Unwell, durability
+from headrace.compose import open_engine
 from headrace.foundation.errors import HeadraceError, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
 from headrace.foundation.settings import load
@@ -145,3 +147,18 @@ async def test_a_store_that_finds_no_connection_left_says_so_and_goes_on_when_th
             assert ledger.waiting == 4
     finally:
         own.remove()
+
+
+async def test_the_doctor_says_what_an_acknowledgement_hangs_on(tmp_path: Path) -> None:
+    url = fresh_schema(tmp_path)
+    for word, is_well in (("", True), ("&synchronous_commit=off", False)):
+        engine = await open_engine(load({"store": url + word, "objects": str(tmp_path / "objects")}, {}, tmp_path))
+        try:
+            if is_well:
+                assert await durability(engine) == "fsync on, synchronous_commit on"
+            else:
+                with pytest.raises(Unwell, match="synchronous_commit is off") as unwell:
+                    await durability(engine)
+                assert "turn both on" in unwell.value.hint
+        finally:
+            await engine.close()

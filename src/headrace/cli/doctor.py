@@ -116,10 +116,16 @@ async def version(engine: Engine) -> str:
 async def durability(engine: Engine) -> str:
     """What an acknowledgement hangs on."""
     found = await engine.store.check()
+    if found.get("store") == "postgres":
+        fsync, commit = str(found.get("fsync")), str(found.get("synchronous_commit"))
+        if fsync != "on" or commit == "off":
+            raise Unwell(
+                f"fsync is {fsync}, synchronous_commit is {commit}: what was acknowledged may not survive a power cut",
+                "turn both on, on the server or for this user",
+            )
+        return f"fsync {fsync}, synchronous_commit {commit}"
     if found.get("store") != "sqlite":
-        return (
-            f"{found.get('store')}: nothing outlives the process" if found.get("store") == "memory" else "as set there"
-        )
+        return f"{found.get('store')}: nothing outlives the process"
     mode, synchronous = str(found.get("journal_mode")), str(found.get("synchronous"))
     if mode != "wal" or synchronous not in ("full", "extra"):
         raise Unwell(

@@ -99,7 +99,8 @@ class Task(Generic[P, R]):
         """The same task with options for the calls made through it.
 
         `delay`, `expires` and `idempotency_ttl` are seconds; 0 is now, never and for ever. `priority`: larger goes
-        first. A run whose `idempotency_key` already names a run of this task is that run.
+        first. A run whose `idempotency_key` already names a run of this task is that run, unless that failed, was
+        cancelled or expired: then it is a new one (never of a task that runs at most once).
         """
         return TaskCall(
             self,

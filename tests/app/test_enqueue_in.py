@@ -247,6 +247,19 @@ async def test_a_key_names_one_run_whoever_asks(shop: Shop) -> None:
         assert (view.queue, view.priority, view.batch_id) == ("express", 3, first.batch_id)
 
 
+async def test_a_key_whose_run_was_cancelled_names_a_new_run(shop: Shop) -> None:
+    async with shop.app:
+        call = shop.ship.options(idempotency_key="order-1")
+        async with shop.enter(shop.dsn) as (connection, _):
+            first = await call.enqueue_in(connection, 1)
+        await first.cancel()
+        async with shop.enter(shop.dsn) as (connection, _):
+            second = await call.enqueue_in(connection, 1)
+        assert second.id != first.id
+        async with shop.app.worker():
+            assert await second.result(timeout_s=30) == "1 0"
+
+
 async def test_a_large_payload_goes_to_the_object_store(shop: Shop) -> None:
     async with shop.app:
         async with shop.enter(shop.dsn) as (connection, _):

@@ -35,8 +35,9 @@ from tests.simulation.simulation import Simulation, Violation, simulate
 ROOT: Final = Path(__file__).parents[2]
 CI_COUNT: Final = 2_000 if os.environ.get("CI") else 120
 SEEDS_A_PIECE: Final = 25
-FOUND: Final = (1097, 4227)
-"""Seeds that found a bug: a stream without an owner, an at-most-once run given back after it began."""
+FOUND: Final = (1097, 4227, 1117)
+"""Seeds that found a bug: a stream without an owner, an at-most-once run given back after it began, and one that ran
+again because its key was free."""
 
 SEEDS_TO_A_FAILURE_MAX: Final = 400
 SEEDS_TO_A_POINT_MAX: Final = 20

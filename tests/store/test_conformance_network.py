@@ -92,6 +92,15 @@ async def test_a_key_whose_run_ended_badly_is_free_again(world: World, how: str)
     assert (await world.append(third, [0], extras={0: SAME})).existing == {0: (second, 0)}
 
 
+async def test_a_key_of_a_run_that_must_not_run_twice_stays_taken_however_it_ended(world: World) -> None:
+    once = Key("task", at_most_once=True)
+    first = await world.filled(1, key=once, extras={0: SAME})
+    (lease,) = await world.claim(await world.session())
+    await world.settle(lease, "f")
+    second = await world.batch(1)
+    assert (await world.append(second, [0], key=once, extras={0: SAME})).existing == {0: (first, 0)}
+
+
 async def test_two_batches_that_bring_one_key_at_once_make_one_run(world: World) -> None:
     ids = [await world.batch(1) for _ in range(4)]
     told = await asyncio.gather(*(world.append(batch_id, [0], extras={0: SAME}) for batch_id in ids))

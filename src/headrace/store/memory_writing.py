@@ -59,11 +59,11 @@ def fresh_part(tables: Tables, batch: Batch, chunk: Chunk, answer: Appended, now
 
 
 def _is_free(tables: Tables, known: Known, now_us: int) -> bool:
-    """Whether a key names nothing any more: it expired, or its run ended badly."""
+    """Whether a key names nothing any more: it expired, or its run ended badly and may run once more."""
     if 0 < known.expires_us <= now_us:
         return True
     return any(
-        home.run_index == known.run_index and home.state in ENDED_BADLY
+        home.run_index == known.run_index and home.state in ENDED_BADLY and not home.span.at_most_once
         for home in reading.homes_of(tables, known.batch_id)
     )
 

@@ -80,10 +80,10 @@ def enqueue(new: NewBatch, chunk: Chunk, now_us: int) -> Script[tuple[str, int]]
     """One run as a batch of its own, created, filled and sealed at once; an older run when its key names one."""
     ((task, extra),) = [(key.task, chunk.extras.get(0)) for key in chunk.spans]
     if extra is not None and extra.idempotency_key:
-        names = as_json([(task, extra.idempotency_key)])
-        known = yield from fetch_one("known_keys", environment=new.environment, rows=names, now_us=now_us)
-        if known is not None:
-            return str(known[2]), int(known[3])
+        name = task, extra.idempotency_key
+        known = yield from _named(new.environment, [name], now_us)
+        if name in known:
+            return known[name]
     yield from create(new, now_us)
     yield from append(new.id, [chunk], None, 1, now_us)
     yield from seal(new.id, 1, now_us)
@@ -237,7 +237,7 @@ def _known_keys(
     """Runs whose key already names a run, in the store or in `known`: linked to it, or in a stream left out.
 
     Answers the positions to keep, of which chunk, and remembers which run each key names. A key whose run ended
-    badly is free again.
+    badly is free again, unless that run must not run twice.
     """
     tasks = {position: key.task for key, positions in chunk.spans.items() for position in _positions(chunk, positions)}
     named = [
@@ -246,15 +246,7 @@ def _known_keys(
         if position in chunk.extras and chunk.extras[position].idempotency_key
     ]
     wanted = sorted({name for _, name in named} - known.keys())
-    rows = yield from fetch("known_keys", environment=batch.environment, rows=as_json(wanted), now_us=now_us)
-    free: list[tuple[str, str]] = []
-    for task, key, batch_id, index in rows:
-        if (yield from _ended_badly(batch_id, index)):
-            free.append((task, key))
-        else:
-            known[task, key] = batch_id, index
-    if free:
-        yield from fetch("free_keys", environment=batch.environment, rows=as_json(free))
+    known |= yield from _named(batch.environment, wanted, now_us)
     links: dict[int, str] = {}
     for position, name in named:
         if name in known:
@@ -267,14 +259,32 @@ def _known_keys(
     return keep, linked(chunk, links)
 
 
-def _ended_badly(batch_id: str, index: int) -> Script[bool]:
+def _named(
+    environment: str, wanted: Sequence[tuple[str, str]], now_us: int
+) -> Script[dict[tuple[str, str], tuple[str, int]]]:
+    """The runs that keys name, by `(task, key)`; keys that are free again are let go."""
+    rows = yield from fetch("known_keys", environment=environment, rows=as_json(list(wanted)), now_us=now_us)
+    found: dict[tuple[str, str], tuple[str, int]] = {}
+    free: list[tuple[str, str]] = []
+    for task, key, batch_id, index in rows:
+        if (yield from _is_free(batch_id, index)):
+            free.append((task, key))
+        else:
+            found[task, key] = batch_id, index
+    if free:
+        yield from fetch("free_keys", environment=environment, rows=as_json(free))
+    return found
+
+
+def _is_free(batch_id: str, index: int) -> Script[bool]:
+    """Whether the key of a run names nothing any more: it ended badly, and may run once more."""
     place = yield from locate(batch_id, index)
     if place is None:
         return True
     for span in (yield from spans_of_block(place[0])):
         for position, state in zip(positions_of(span), span.states, strict=True):
             if position == place[1] and state in ENDED_BADLY:
-                return True
+                return not span.at_most_once
     return False
 
 

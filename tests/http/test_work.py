@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from headrace.runtime.upkeep import Upkeep
 from tests.http.rig import NDJSON, House, house, line
 
 
@@ -217,6 +218,10 @@ async def test_the_document_names_every_endpoint_and_the_docs_page_needs_nothing
         assert "src=" not in page
         metrics = (await home.ask("GET", "/metrics", auth=False)).body.decode()
         assert 'route="/openapi.json"' in metrics
+        await Upkeep(home.engine).round()
+        metrics = (await home.ask("GET", "/metrics", auth=False)).body.decode()
+        for duty in ("recover_here", "recover_silent", "sweep", "prune", "remove_orphans"):
+            assert f'headrace_upkeep_duties_total{{duty="{duty}",outcome="done"}}' in metrics
         answer = await home.ask("GET", "/healthz", None, {"x-request-id": "mine-1"})
         assert answer.headers["x-request-id"] == "mine-1"
         other = await home.ask("GET", "/healthz", None, {"x-request-id": "no good\t"})

@@ -154,7 +154,7 @@ async def test_a_duty_that_fails_keeps_no_other_from_its_own(tmp_path: Path) -> 
 async def test_a_duty_is_done_by_one_at_a_time_and_once_an_interval(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock, upkeep_interval_ms=5_000) as engine:
-        several = [Upkeep(engine) for _ in range(3)]
+        several = [Upkeep(dataclasses.replace(engine, duties={})) for _ in range(3)]  # three processes
 
         def done() -> list[dict[str, int]]:
             return [{name: stats.done_count for name, stats in one.stats.items()} for one in several]

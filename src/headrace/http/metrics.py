@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from headrace.runtime.engine import DutyStats
 
 BUCKETS_S = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0)
+
+
+class _Duties(Collector):
+    """The duties of upkeep that this process did."""
+
+    def __init__(self, duties: Mapping[str, DutyStats]) -> None:
+        self._duties = duties
+
+    def collect(self) -> Iterator[Metric]:
+        """Read when somebody asks."""
+        rounds = CounterMetricFamily("headrace_upkeep_duties", "Duties of upkeep ended.", labels=("duty", "outcome"))
+        moved = CounterMetricFamily("headrace_upkeep_moved", "What a duty moved on.", labels=("duty",))
+        seconds = CounterMetricFamily("headrace_upkeep_seconds", "Time a duty took.", labels=("duty",))
+        for name, stats in self._duties.items():
+            rounds.add_metric((name, "done"), stats.done_count)
+            rounds.add_metric((name, "failed"), stats.failed_count)
+            moved.add_metric((name,), stats.moved_count)
+            seconds.add_metric((name,), stats.seconds)
+        yield from (rounds, moved, seconds)
 
 
 class Metrics:
     """The counters of one server, in a registry of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, duties: Mapping[str, DutyStats]) -> None:
         self.registry = registry = CollectorRegistry()
+        registry.register(_Duties(duties))
         self.requests = Counter(
             "headrace_http_requests", "Requests answered.", ("route", "method", "status"), registry=registry
         )

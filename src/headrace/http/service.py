@@ -70,7 +70,7 @@ class Service:
         self.registry = registry
         self.doorkeeper = Doorkeeper(engine, static_key=api_key, is_open=is_open)
         self.packets = Packets(engine.payloads)
-        self.metrics = Metrics()
+        self.metrics = Metrics(engine.duties)
         self.is_draining = False
         self.draining = asyncio.Event()
         self._deadlines: set[asyncio.Timeout] = set()

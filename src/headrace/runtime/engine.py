@@ -16,6 +16,16 @@ from headrace.store.payloads import PayloadStore, Reference, payload_key
 from headrace.store.protocol import Notifier, Store
 
 
+@dataclass(slots=True)
+class DutyStats:
+    """What became of one duty of upkeep in this process. `moved_count`: rows, batches or objects that it moved on."""
+
+    done_count: int = 0
+    failed_count: int = 0
+    moved_count: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(slots=True, kw_only=True)
 class Engine:
     """Made by `headrace.compose`; closed by whoever opened it.
@@ -23,6 +33,7 @@ class Engine:
     `live_directory`: where the marks of live processes lie, None when the store is not shared between processes.
     `beats_beside`: whether heartbeats may come from another thread. `doorbell` rings when work was appended,
     `recorded` when outcomes were; `notifier` carries both to other processes. `entities` are the tables of indexers.
+    `duties`: what this process did of upkeep.
     """
 
     store: Store
@@ -34,6 +45,7 @@ class Engine:
     beats_beside: bool
     doorbell: Doorbell
     recorded: Doorbell = field(default_factory=Doorbell)
+    duties: dict[str, DutyStats] = field(default_factory=dict)
     notifier: Notifier | None = None
     entities: EntityStore | None = None
 

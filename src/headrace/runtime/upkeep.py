@@ -13,13 +13,12 @@ from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Any, Final, NamedTuple
 
-import msgspec
 import structlog
 
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import MINUTE_MS, SECOND_MS
-from headrace.runtime.engine import Engine
+from headrace.runtime.engine import DutyStats, Engine
 from headrace.runtime.recovery import recover_here, recover_silent
 from headrace.store.packets import FOLDER as PACKETS
 
@@ -31,15 +30,6 @@ ORPHANS_EVERY_MS: Final = 5 * MINUTE_MS
 """Between two looks at the object store, which is slower to list than a table."""
 
 PAUSE_MIN_S: Final = 0.01
-
-
-class Stats(msgspec.Struct):
-    """What became of one duty in this process. `moved_count`: rows, batches or objects that it moved on."""
-
-    done_count: int = 0
-    failed_count: int = 0
-    moved_count: int = 0
-    seconds: float = 0.0
 
 
 class Duty(NamedTuple):
@@ -72,7 +62,9 @@ class Upkeep:
             Duty("prune", self._prune, 5 * MINUTE_MS, interval_ms),
             Duty("remove_orphans", self._remove_orphans, 60 * MINUTE_MS, max(interval_ms, ORPHANS_EVERY_MS)),
         )
-        self.stats = {duty.name: Stats() for duty in self.duties}
+        self.stats = engine.duties
+        for duty in self.duties:
+            self.stats.setdefault(duty.name, DutyStats())
 
     async def run(self) -> None:
         """Rounds until cancelled: one an interval, and one when a duty is due before that."""

@@ -26,8 +26,8 @@ from headrace.store.postgres.joining import PostgresJoined
 from headrace.store.postgres.migrating import Migrating
 from headrace.store.postgres.pool import BEGIN_READING, BEGIN_WRITING, Connection, Pool, Prepared, compiled, connect
 from headrace.store.postgres.watermarks import Watermarks
-from headrace.store.protocol import Appended, Claim, Lease
-from headrace.store.verbs import working
+from headrace.store.protocol import Appended, Claim, Lease, Session
+from headrace.store.verbs import reading, working
 from headrace.store.verbs.script import Ask, Overtaken, Rows, Script
 from headrace.store.verbs.store import ScriptedStore
 from headrace.store.verbs.working import CANDIDATES_MAX, USUAL_RUNS
@@ -209,6 +209,20 @@ class PostgresStore(ScriptedStore):
             return await self._fetch(connection, "claim_whole", **values, span_id=span_id)
 
         return await self._changed(work)
+
+    # -- what a process with nothing to do asks for: one statement, which needs no transaction to see one snapshot
+
+    async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
+        """When the next delayed span becomes claimable."""
+        return await self._tried(lambda connection: self._run(connection, reading.next_due_us(environment, tasks)))
+
+    async def sessions(self) -> list[Session]:
+        """The sessions that have not ended."""
+        return await self._tried(lambda connection: self._run(connection, reading.sessions()))
+
+    async def duties(self) -> dict[str, int]:
+        """When each duty of upkeep is free to be taken."""
+        return await self._tried(lambda connection: self._run(connection, reading.duties()))
 
     # -- running scripts
 

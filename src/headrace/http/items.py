@@ -145,7 +145,9 @@ _REFUSED: Final = [(name, _FIELDS[name]) for name, fate in OPTIONS.items() if fa
 _decoder: Final = msgspec.json.Decoder(Line)
 _text: Final = msgspec.json.Decoder(str)
 _encode: Final = msgspec.json.Encoder().encode
-_MAY_BE_JSON: Final = frozenset(bytes((byte,)) for byte in b'{["-0123456789tfn\\ ')
+_MAY_HOLD_JSON: Final = frozenset(b'"' + bytes((byte,)) for byte in b'{["-0123456789tfn\\ ')
+"""How a string begins that may be JSON once more."""
+
 _DURATION: Final = re.compile(r"(?:(\d{1,9})(w|d|hr|h|m|s))+")
 _DURATION_PART: Final = re.compile(r"(\d{1,9})(w|d|hr|h|m|s)")
 _KEY_TTL: Final = re.compile(r"(\d{1,9})([smhd])")
@@ -208,7 +210,7 @@ class ItemDecoder:
             lines = [line for _, line in numbered]
             if all(map(_is_plain, lines)):
                 payloads = [bytes(line.payload) for line in lines]  # type: ignore[arg-type]  # a plain line has one
-                if len(lines) > 1 and not any(payload[:1] == b'"' for payload in payloads):
+                if len(lines) > 1 and _MAY_HOLD_JSON.isdisjoint(payload[:2] for payload in payloads):
                     group.append(Bulk(lines[0].index, self.key_of(task), payloads))
                     continue
             group += map(self._entry, lines)
@@ -350,7 +352,7 @@ def _payload(raw: msgspec.Raw | UnsetType, content_type: str | None) -> tuple[by
         if kind in (TEXT, REFERENCE):
             raise InvalidItem(f"a payload of type {content_type} is a string")
         return data, kind
-    if kind == JSON and data[1:2] not in _MAY_BE_JSON:
+    if kind == JSON and data[:2] not in _MAY_HOLD_JSON:
         return data, JSON  # a string of words, as most are: it is not looked through for JSON
     text = _text.decode(data)
     inner = text.encode()

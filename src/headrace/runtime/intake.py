@@ -167,29 +167,39 @@ class Intake:
                 refused = UnreadableItem(item.reason, hint="send the lines that are left once it is mended")
                 break
         items.clear()  # a large line is held once, by its entry
-        small = self._decoder.many(lines) if lines else []
-        if small is not None and self._is_small(small):
-            entries += small
-        else:
-            lines.reverse()
-            while lines:
-                try:
-                    entry = self._decoder.one(lines.pop())
-                except HeadraceError as error:
-                    refused = error
-                    break
-                if not self._is_small((entry,)):
-                    if entries:
-                        yield entries
-                        entries = []
-                    yield (entry,)
-                    del entry
-                else:
+        try:
+            for entry in self._decoded(lines):
+                if self._is_small((entry,)):
                     entries.append(entry)
+                    continue
+                if entries:
+                    yield entries
+                    entries = []
+                yield (entry,)
+        except HeadraceError as error:
+            refused = error
         if entries:
             yield entries
         if refused is not None:
             raise refused
+
+    def _decoded(self, lines: list[bytes]) -> Iterator[Entry | Bulk]:
+        """Lines as entries, many at once where all of them are good; one that is to be offloaded by itself."""
+        group = self._decoder.many(lines) if lines else ()
+        if group is not None:
+            lines.clear()
+            for entry in group:
+                if isinstance(entry, Entry) or self._is_small((entry,)):
+                    yield entry
+                else:
+                    yield from (
+                        Entry(index, entry.key, payload)
+                        for index, payload in enumerate(entry.payloads, entry.first_index)
+                    )
+            return
+        lines.reverse()
+        while lines:
+            yield self._decoder.one(lines.pop())
 
     def _is_small(self, group: Group) -> bool:
         most = self._engine.limits.inline_bytes_max

@@ -306,16 +306,16 @@ def large() -> None:
 
 
 def memory() -> None:
-    """Peak memory above idle with items of 3 MiB and a slow object store, at concurrency 1, 10 and 50."""
+    """Peak memory above idle with items of 3 MiB and writes that take a second, at concurrency 1, 10 and 50."""
     size = 3 * MIB - 200
     print("| concurrency | peak above idle MiB | bound MiB |")
     print("|--:|--:|--:|")
     for concurrency in (1, 10, 50):
-        with server("sqlite", delay_s=0.05, ingest_concurrency=concurrency) as client:
+        with server("sqlite", delay_s=1.0, ingest_concurrency=concurrency) as client:
             client.stream(client.batch(1), items(1, b"1"))
             idle = client.rss()
             payload = b'"' + b"m" * size + b'"'
-            count = max(20, 4 * concurrency)
+            count = max(6, 3 * concurrency)
             with watched(client) as samples:
                 answer = client.stream(client.batch(count), items(count, payload))
             assert answer["sealed"], answer

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from headrace.remote.connection import Connection
+from headrace.remote.store import RemoteStore
 from headrace.runtime.upkeep import Upkeep
-from tests.http.rig import NDJSON, House, house, line
+from headrace.store.protocol import Claim
+from tests.http.rig import KEY, LIMITS, NDJSON, House, house, line
 
 
 @pytest.fixture(params=("sqlite", "postgres"))
@@ -58,6 +61,19 @@ async def test_a_worker_of_any_language_claims_runs_beats_and_settles(tmp_path: 
         assert (batch["completed"], batch["failed"], batch["waiting"]) == (1, 1, 2)
         assert (await home.ask("DELETE", f"/v1/sessions/{session}")).status == 204
         assert (await home.ask("POST", f"/v1/sessions/{session}/heartbeat")).json["code"] == "SESSION_ENDED"
+
+
+async def test_a_claim_that_waits_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.http.claiming.BEAT_S", 0.03)
+    async with house(tmp_path, "sqlite") as home:
+        session = await session_of(home)
+        body = {"session": session, "claim_no": 1, "tasks": ["task"], "wait_s": 0.3}
+        answer = await home.ask("POST", "/v1/claims", body)
+        assert (answer.body[:2], answer.json) == (b"  ", {"leases": []})
+        far = RemoteStore(Connection(home.server.url, KEY, attempts=1), LIMITS, wait_s=1)
+        await far.open()
+        wish = Claim(session_id=session, claim_no=2, environment="", tasks=["task"], queues=None, runs_max=1)
+        assert await far.claim(wish, now_us=0) == []
 
 
 async def test_a_lease_s_name_that_was_not_given_out_is_lost(tmp_path: Path) -> None:

@@ -156,6 +156,55 @@ async def test_several_servers_share_a_port_and_work_and_stop_together(tmp_path:
     assert code == 0
 
 
+async def run(place: Path, *arguments: str, **environ: str) -> tuple[int, str, str]:
+    """One command to its end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "headrace",
+        *arguments,
+        cwd=place,
+        env={**os.environ, **environ},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, error = await process.communicate()
+    return int(process.returncode or 0), out.decode(), error.decode()
+
+
+async def test_a_key_is_made_shown_once_used_for_a_map_and_revoked(tmp_path: Path) -> None:
+    (tmp_path / "double.py").write_text("def double(item):\n    return 2 * item\n")
+    (tmp_path / "in.ndjson").write_text("".join(f"{n}\n" for n in range(200)))
+    store = ("--store", "sqlite:///headrace.db")
+    code, out, _ = await run(tmp_path, "key", "create", "--scopes", "*", "--name", "ci", "--json", *store)
+    made = json.loads(out)
+    assert (code, made["key"].startswith("tr_headrace_")) == (0, True)
+    code, out, said = await run(tmp_path, "key", "create", "--scopes", "everything", *store)
+    assert (code, out, "no scope is called everything" in said) == (2, "", True)
+    _, out, _ = await run(tmp_path, "key", "list", "--json", *store)
+    assert [(key["id"], key["name"]) for key in json.loads(out)["keys"]] == [(made["id"], "ci")]
+    assert made["key"] not in out
+
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    server = Program(tmp_path, "serve", *store, "--port", str(port))
+    await server.start("serving")
+    try:
+        arguments = ("map", "double.py:double", "in.ndjson", "-o", "out.ndjson", "--server", url, "--no-progress")
+        code, _, said = await run(tmp_path, *arguments, HEADRACE_API_KEY=made["key"])
+        assert code == 0, said
+        lines = [json.loads(one) for one in (tmp_path / "out.ndjson").read_text().splitlines()]
+        assert [one["output"] for one in lines] == [2 * n for n in range(200)]
+        code, _, said = await run(tmp_path, *arguments, *store)
+        assert (code, "--store and --server" in said) == (2, True)
+        code, _, said = await run(tmp_path, "batch", "list", "--store", url, HEADRACE_API_KEY="not-a-key-of-it")
+        assert (code, "Invalid API Key" in said) == (2, True)
+        code, _, said = await run(tmp_path, "key", "revoke", made["id"], *store)
+        assert (code, "is revoked" in said) == (0, True)
+    finally:
+        await server.end(signal.SIGTERM)
+
+
 @pytest.mark.parametrize(
     ("arguments", "environ", "said"),
     [

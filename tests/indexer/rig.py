@@ -78,9 +78,11 @@ class Listed:
                     [own for own in done + waiting if after is None or is_after(own[0], after)]
                 ):
                     yield arrived
-                while self.waits and self.indexing._positions.get("main") != (done + waiting)[-1][0]:
+                told = [own for own in done + waiting if after is None or is_after(own[0], after)]
+                while self.waits and told and self.indexing._positions.get("main") != told[-1][0]:
                     await asyncio.sleep(0)
-                done, waiting, after = [], [], None
+                done = [own for own in done + waiting if entry.to is not None and not is_after(own[0], entry.to)]
+                waiting, after = [], entry.to
                 yield entry
                 self.rewound = rewinds
             else:

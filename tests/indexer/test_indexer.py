@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from headrace import Headrace
-from headrace.core.sequencer import Rewind
+from headrace.core.sequencer import Arrived, Rewind
 from headrace.foundation.errors import InvalidInput, InvalidSetting, NotFound, StoreBroken, StoreUnavailable
 from headrace.indexer import (
     Context,
@@ -1020,3 +1020,210 @@ async def test_a_run_that_crashes_at_every_commit_ends_where_a_quiet_one_does(na
         indexing = await own.run(Listed(pays(40)), index_batch_events_max=5, index_depth_max=2)
         assert await found(own, indexing) == balances(40)
         assert issubclass(Crash, Exception)
+
+
+# -- what the reference met on its way, and is not shown above
+
+
+async def test_an_answer_of_none_is_an_answer() -> None:
+    calls: list[int] = []
+    indexer = Headrace("tests").indexer("bank", source=Listed(), entities=[Account])
+
+    @indexer.effect()
+    async def nothing(n: int) -> None:
+        calls.append(n)
+
+    @indexer.on("pay")
+    async def on_pay(event: Pay, ctx: Context) -> None:
+        assert await ctx.effect(nothing, 1) is None
+        ctx.set(Account(event.to))
+
+    await indexer.simulate([Pay(f"a{n}") for n in range(6)], index_batch_events_max=2)
+    assert calls == [1]
+
+
+async def test_an_answer_that_no_longer_fits_is_asked_for_again(tmp_path: Path) -> None:
+    def numbered(kind: type[Any]) -> Any:
+        def made(app: Headrace, source: Any) -> Indexer:
+            indexer = app.indexer("bank", source=source, entities=[Account])
+
+            async def asked(n: int) -> Any:
+                return kind(n)
+
+            asked.__annotations__["return"] = kind
+            effect = indexer.effect()(asked)
+
+            @indexer.on("pay")
+            async def on_pay(event: Pay, ctx: Context) -> None:
+                ctx.set(Account(event.to, len(repr(await ctx.effect(effect, 5)))))
+
+            return indexer
+
+        return made
+
+    async with rig("sqlite", tmp_path, numbered(int)) as own:
+        await own.run(Listed([(1, Pay("number"))]))
+        own._make = numbered(str)
+        indexing = await own.run(Listed([(1, Pay("number")), (2, Pay("text"))]))
+        assert await found(own, indexing) == {"number": 1, "text": 3}
+
+
+async def test_a_rate_limit_survives_going_back() -> None:
+    clock = ManualClock()
+    indexer = Headrace("tests").indexer("bank", source=Listed(), entities=[Account], history="all")
+    calls: list[int] = []
+
+    @indexer.effect(calls=1, per_s=10, cache=False)
+    async def rate(n: int) -> int:
+        calls.append(clock.now_us())
+        return n
+
+    @indexer.on("pay")
+    async def on_pay(event: Pay, ctx: Context) -> None:
+        ctx.set(Account(event.to, await ctx.effect(rate, event.amount)))
+
+    from headrace.simulating import Simulation
+
+    simulation = await Simulation.made(indexer.definition, {}, clock)
+    simulation.feed(Pay("a", 1))
+    await simulation.drain()
+    await simulation.rewind(None)
+    simulation.feed(Pay("a", 2))
+    draining = asyncio.ensure_future(simulation.drain())
+    await clock.advance_async(9)
+    assert len(calls) == 1, "the window that the first call opened is still open"
+    await clock.advance_async(2)
+    await draining
+    assert calls[1] - calls[0] >= 10_000_000
+    await simulation.close()
+
+
+async def test_a_rewind_waits_for_the_batch_under_way(tmp_path: Path) -> None:
+    going, gate = asyncio.Event(), asyncio.Event()
+
+    def waiting(app: Headrace, source: Any) -> Indexer:
+        indexer = app.indexer("bank", source=source, entities=[Account], history="all")
+
+        @indexer.on("pay")
+        async def on_pay(event: Pay, ctx: Context) -> None:
+            if event.to == "slow":
+                going.set()
+                await gate.wait()
+            ctx.set(Account(event.to))
+
+        return indexer
+
+    class Turning(Listed):
+        async def arrivals(self, after: Any) -> Any:
+            yield Arrived([1, 2, 3], [Pay("a"), Pay("slow"), Pay("b")])
+            await going.wait()
+            yield Rewind(1)
+            yield Arrived([2], [Pay("c")])
+
+    async with rig("memory", tmp_path, waiting) as own, own.running(Turning()) as indexing:
+        running = asyncio.ensure_future(indexing.run())
+        await going.wait()
+        while indexing._fetching.turn is None:
+            await asyncio.sleep(0)
+        assert indexing.progress.events_count == 0, "the batch goes on, the turn waits"
+        gate.set()
+        await running
+        assert set(await found(own, indexing)) == {"a", "c"}
+
+
+@EVERY
+async def test_a_rewind_to_where_it_stands_changes_nothing(name: str, tmp_path: Path) -> None:
+    entries: list[Any] = [*pays(5), Rewind(5), Rewind(5), *pays(5, first=6)]
+    async with rig(name, tmp_path, bank) as own:
+        indexing = await own.run(Listed(entries))
+        assert await found(own, indexing) == balances(10)
+
+
+async def test_after_a_rewind_the_other_sources_are_read_on_from_where_they_stood(tmp_path: Path) -> None:
+    class Timed(Listed):
+        async def arrivals(self, after: Any) -> Any:
+            arrived: Any
+            async for arrived in super().arrivals(after):
+                yield (
+                    arrived
+                    if isinstance(arrived, Rewind)
+                    else arrived._replace(times=[n * 10 for n in arrived.positions])
+                )
+
+    turning = Timed(
+        [*[(n, Pay("t", n)) for n in range(1, 6)], Rewind(3), *[(n, Pay("again", n)) for n in range(4, 6)]], waits=False
+    )
+    steady = Timed([(n, Pay("s", n)) for n in range(1, 8)])
+
+    def both(app: Headrace, source: Any) -> Indexer:
+        indexer = app.indexer("bank", source={"steady": steady, "turning": turning}, entities=[Account], history="all")
+
+        @indexer.on("pay")
+        async def on_pay(event: Pay, ctx: Context) -> None:
+            account = await ctx.get_or_create(Account, event.to)
+            ctx.set(msgspec.structs.replace(account, balance=account.balance + event.amount))
+
+        return indexer
+
+    async with rig("memory", tmp_path, both) as own:
+        indexing = await own.run(None, index_batch_events_max=2)
+        assert await found(own, indexing) == {"s": 28, "t": 6, "again": 9}
+        assert steady.opened[0] is None
+        assert all(after is not None for after in steady.opened[1:])
+
+
+@EVERY
+async def test_a_row_deleted_in_flight_and_made_again_has_each_change_once(name: str, tmp_path: Path) -> None:
+    def making(app: Headrace, source: Any) -> Indexer:
+        indexer = app.indexer("bank", source=source, entities=[Account], history="all")
+
+        @indexer.on("pay")
+        async def on_pay(event: Pay, ctx: Context) -> None:
+            if event.amount:
+                ctx.set(Account(event.to, event.amount))
+            else:
+                ctx.delete(Account, event.to)
+
+        return indexer
+
+    async with rig(name, tmp_path, making) as own:
+        async with own.running(
+            Listed([(1, Pay("x", 1)), (2, Pay("x", 0)), (3, Pay("x", 3))]), index_batch_events_max=1
+        ) as indexing:
+            await indexing.run(until=1)
+            own.tables.gate = gate = asyncio.Event()
+            running = asyncio.ensure_future(indexing.run())
+            while indexing.progress.events_count < 3:
+                await asyncio.sleep(0)
+            own.tables.gate = None
+            _release(indexing, gate)
+            await running
+            history = await own.house.entities.history(indexing.plan.entities[0])
+            assert history == [("x", 1, Account("x", 1)), ("x", 2, None), ("x", 3, Account("x", 3))]
+
+
+async def test_a_second_run_beside_the_first_is_refused(tmp_path: Path) -> None:
+    async with rig("memory", tmp_path, bank) as own, own.running(Listed(pays(5))) as indexing:
+        running = asyncio.ensure_future(indexing.run())
+        await asyncio.sleep(0)
+        with pytest.raises(InvalidInput, match="is running already"):
+            await indexing.run()
+        assert (await running).committed_no == 5
+
+
+@EVERY
+async def test_a_source_without_events_is_caught_up_at_once(name: str, tmp_path: Path) -> None:
+    async with rig(name, tmp_path, bank) as own:
+        await own.run(Listed())
+        (standing,) = await own.house.entities.standings("default")
+        assert (standing.no, standing.positions, standing.is_caught_up) == (0, {}, True)
+
+
+@EVERY
+async def test_an_indexer_that_had_caught_up_goes_on_when_there_is_more(name: str, tmp_path: Path) -> None:
+    async with rig(name, tmp_path, bank) as own:
+        await own.run(Listed(pays(5)))
+        indexing = await own.run(Listed(pays(9)))
+        (standing,) = await own.house.entities.standings("default")
+        assert (standing.no, standing.is_caught_up) == (9, True)
+        assert await found(own, indexing) == balances(9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 TELL_S: Final = 0.5
 STOPPED_NOW: Final = 130
+GC_THRESHOLDS: Final = (100_000, 20, 100)
 
 
 class _Group(TyperGroup):
@@ -60,6 +62,9 @@ def run(
     settings = settings_of(store=store, index_depth_max=depth, index_batch_events_max=batch_size)
     loaded = load_indexer(indexer)
     loaded.app.use(settings)
+    # Rows live long and hold no cycles: looking through all of them again and again finds nothing.
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     run_async(_run(loaded, position_of(until), wait=not no_wait, shows=progress))
 
 

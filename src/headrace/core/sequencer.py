@@ -108,6 +108,7 @@ class Sequencer:
             own = [one for one in self._waiting[source] if to is not None and not is_after(one[1], to)]
             self.waiting_count -= len(self._waiting[source]) - len(own)
             self._waiting[source] = deque(own)
+            self._last_time[source] = own[-1][0] if own else None
         self._last[source] = to
 
     def take(self, count_max: int) -> Sequenced | None:

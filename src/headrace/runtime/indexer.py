@@ -169,6 +169,10 @@ class Indexing:
         """
         if self._failure is not None:
             raise self._failure
+        if self._running is not None:
+            raise InvalidInput(
+                f"the indexer {self.definition.name!r} is running already", hint="await the run there is"
+            )
         if until is not None and len(self._fetching.names) != 1:
             raise InvalidInput("until is a position of one source, and this indexer has several")
         self._is_stopping = False

@@ -1,0 +1,287 @@
+"""The indexer's figures, each beside its floor in one run.
+
+    python -m bench.indexer transfers overlap where [--store postgresql://user@host/database]
+    python -m bench.indexer memory [--events 10000000]
+
+`transfers`: 200,000 events over 20,000 accounts; `overlap`: wall beside compute and commit, over ratios of the two;
+`where`: cost of one as their number in a batch grows; `memory`: 10 M events with 5 M entities, fails over its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import uvloop
+from msgspec.structs import replace
+
+from bench.floors import transfers_floor
+from headrace import Headrace
+from headrace.foundation.settings import load
+from headrace.indexer import Arrived, Context, Entity, Indexed, Indexer, Position, Progress
+
+MIB: Final = 2**20
+RUNS: Final = 3
+MEMORY_MIB: Final = 256
+ALLOWED_MIB: Final = 150
+
+
+class Transfer(msgspec.Struct, tag_field="type", tag="transfer"):
+    """One event."""
+
+    sender: str
+    receiver: str
+    amount: int
+
+
+class Account(Entity):
+    """Read and written twice an event."""
+
+    id: str
+    balance: int = 0
+    country: Indexed[str] = ""
+
+
+class Moved(Entity):
+    """Inserted once an event."""
+
+    id: int
+    sender: str
+    receiver: str
+    amount: int
+
+
+class Lines:
+    """A source of JSON lines in memory."""
+
+    def __init__(self, lines: Sequence[Any]) -> None:
+        self._lines = lines
+
+    async def arrivals(self, after: Position | None) -> Any:
+        """All of them, in pieces."""
+        for start in range(int(after or 0), len(self._lines), 5_000):
+            piece = self._lines[start : start + 5_000]
+            yield Arrived(range(start + 1, start + len(piece) + 1), piece)
+
+    async def head(self) -> Position | None:
+        """How many there are."""
+        return len(self._lines)
+
+
+def transfers_of(app: Headrace, source: Any) -> Indexer:
+    """The reference's shape."""
+    indexer = app.indexer("transfers", source=source, entities=[Account, Moved])
+
+    @indexer.on("transfer")
+    async def on_transfer(event: Transfer, ctx: Context) -> None:
+        sender = await ctx.get_or_create(Account, event.sender)
+        ctx.set(replace(sender, balance=sender.balance - event.amount))
+        receiver = await ctx.get_or_create(Account, event.receiver)
+        ctx.set(replace(receiver, balance=receiver.balance + event.amount))
+        ctx.set(Moved(int(ctx.position), event.sender, event.receiver, event.amount))
+
+    return indexer
+
+
+def run(
+    make: Callable[[Headrace], Indexer], store: str, *, wait_s: float = 0.0, **limits: int
+) -> tuple[float, Progress]:
+    """Seconds of one run into a fresh place, and what it says of itself."""
+
+    async def main(url: str) -> tuple[float, Progress]:
+        app = Headrace("bench")
+        app.use(load({"store": url}, {}, Path()))
+        indexer = make(app)
+        engine = await app.open()
+        if wait_s:
+            engine.entities = Far(engine.entities, wait_s)
+        async with app, indexer.open(wait=True, on_waiting=None, **limits) as own:
+            started = time.perf_counter()
+            told = await own.run()
+            elapsed_s = time.perf_counter() - started
+        async with app:
+            await indexer.reset()
+        return elapsed_s, told
+
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+    sys.setswitchinterval(0.0005)
+    with tempfile.TemporaryDirectory() as folder, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main(store or f"sqlite:///{folder}/bench.db"))
+
+
+def transfers(store: str) -> None:
+    """Events a second of the reference's shape, beside the floor, taking turns."""
+    lines = transfers_floor.lines_of(200_000)
+    ours, floors, busy = [], [], []
+    for _ in range(RUNS):
+        with tempfile.TemporaryDirectory() as folder:
+            floor = (
+                transfers_floor.postgres_floor(lines, store)
+                if store
+                else transfers_floor.sqlite_floor(lines, Path(folder))
+            )
+        cpu_s = time.process_time()
+        elapsed_s, told = run(lambda app: transfers_of(app, Lines(lines)), store)
+        busy.append((time.process_time() - cpu_s) / len(lines) * 1e6)
+        ours.append(len(lines) / elapsed_s)
+        floors.append(floor)
+        print(f"  {ours[-1]:,.0f} events/s, floor {floor:,.0f}, {busy[-1]:.1f} us of CPU an event; {_said(told)}")
+    value, base = statistics.median(ours), statistics.median(floors)
+    print(f"transfers on {_name(store)}: {value:,.0f} events/s, floor {base:,.0f}, ratio {value / base:.2f}")
+
+
+def overlap(store: str) -> None:
+    """Wall beside the larger of compute and commit, where commits take a share of compute: a database far away.
+
+    A commit waits for as long as its events make it, so that merging commits wins nothing here, and less hangs on who
+    else uses the machine.
+    """
+    lines = transfers_floor.lines_of(100_000)
+    _, alone = run(lambda app: transfers_of(app, Lines(lines)), store, index_depth_max=0)
+    print(f"overlap on {_name(store)}: compute {alone.compute_s:.2f} s, commits {alone.commit_s:.2f} s without waiting")
+    print("  commit/compute  compute  commit  serial   wall  wall/max  faster  stalled on commit, fetch")
+    for ratio in (0.5, 1.0, 2.0):
+        wait_s = max(0.0, ratio * alone.compute_s - alone.commit_s) / len(lines)
+        serial_s, told = run(lambda app: transfers_of(app, Lines(lines)), store, wait_s=wait_s, index_depth_max=0)
+        wall_s, deep = run(lambda app: transfers_of(app, Lines(lines)), store, wait_s=wait_s)
+        most = max(deep.compute_s, deep.commit_s)
+        print(
+            f"  {told.commit_s / told.compute_s:14.2f} {deep.compute_s:8.2f} {deep.commit_s:7.2f} {serial_s:7.2f} "
+            f"{wall_s:6.2f} "
+            f"{wall_s / most:9.2f} {serial_s / wall_s:7.2f} {deep.commit_wait_s:10.2f} s, {deep.fetch_wait_s:.2f} s"
+        )
+
+
+class Far:
+    """Tables whose commits take longer by so many seconds an event."""
+
+    def __init__(self, tables: Any, wait_s: float) -> None:
+        self._tables = tables
+        self._wait_s = wait_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tables, name)
+
+    async def commit(self, commit: Any, *, now_us: int) -> None:
+        """Wait, and commit."""
+        await asyncio.sleep(self._wait_s * (commit.no - commit.old_no))
+        await self._tables.commit(commit, now_us=now_us)
+
+
+def where(store: str) -> None:
+    """One `where` an event, each for another value: its cost must not grow with their number in a batch."""
+    costs = []
+    for count in (2_500, 5_000, 10_000):
+        lines = [
+            b'{"type":"transfer","sender":"s%d","receiver":"c%d","amount":1}' % (n, n % count) for n in range(2 * count)
+        ]
+        elapsed_s, _ = run(partial(_asking, lines), store, index_batch_events_max=count)
+        costs.append(elapsed_s / len(lines) * 1e6)
+        print(f"  {count:,} distinct values a batch: {costs[-1]:.1f} us an event")
+    print(f"where on {_name(store)}: four times the values cost {costs[-1] / costs[0]:.2f} times as much each")
+
+
+def _asking(lines: Sequence[bytes], app: Headrace) -> Indexer:
+    indexer = app.indexer("asking", source=Lines(lines), entities=[Account])
+
+    @indexer.on("transfer")
+    async def on_transfer(event: Transfer, ctx: Context) -> None:
+        same = await ctx.where(Account, country=event.receiver)
+        ctx.set(Account(event.sender, len(same), event.receiver))
+
+    return indexer
+
+
+class Numbers:
+    """A source of events made as they are asked for: number n touches entity n // 2, both times soon after another."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self.marks: list[float] = []
+
+    async def arrivals(self, after: Position | None) -> Any:
+        """Events in pieces, with a mark at each million."""
+        for start in range(int(after or 0), self._count, 5_000):
+            if not start % 1_000_000:
+                self.marks.append(time.process_time())
+            yield Arrived(range(start + 1, start + 5_001), list(_numbered(start)))
+        self.marks.append(time.process_time())
+
+    async def head(self) -> Position | None:
+        """How many there will be."""
+        return self._count
+
+
+def _numbered(start: int) -> Iterator[Transfer]:
+    for number in range(start, start + 5_000):
+        yield Transfer(f"account{number // 2:08}", f"account{max(0, number // 2 - 50):08}", 1)
+
+
+def memory(store: str, events: int) -> int:
+    """Peak memory over many entities; answers 1 over the bound."""
+    source = Numbers(events)
+    elapsed_s, told = run(lambda app: _counting(app, source), store, index_memory_mib=MEMORY_MIB)
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    costs = [later - before for before, later in zip(source.marks, source.marks[1:], strict=False)]
+    print(f"memory on {_name(store)}: {events:,} events, {events // 2:,} entities in {elapsed_s:.0f} s; {_said(told)}")
+    print(f"  peak {peak_mib:.0f} MiB, allowed {MEMORY_MIB + ALLOWED_MIB} MiB")
+    each = ", ".join(f"{cost:.1f}" for cost in costs)
+    print(f"  CPU of each million: {each} s; last over first {costs[-1] / costs[0]:.2f}")
+    return int(peak_mib > MEMORY_MIB + ALLOWED_MIB)
+
+
+def _counting(app: Headrace, source: Numbers) -> Indexer:
+    indexer = app.indexer("counting", source=source, entities=[Account])
+
+    @indexer.on("transfer")
+    async def on_transfer(event: Transfer, ctx: Context) -> None:
+        account = await ctx.get_or_create(Account, event.sender)
+        ctx.set(replace(account, balance=account.balance + event.amount))
+        other = await ctx.get_or_create(Account, event.receiver)
+        ctx.set(replace(other, balance=other.balance - event.amount))
+
+    return indexer
+
+
+def _said(told: Progress) -> str:
+    return (
+        f"compute {told.compute_s:.2f} s, commit {told.commit_s:.2f} s in {told.commits_count}, stalled on commit "
+        f"{told.commit_wait_s:.2f} s, on fetch {told.fetch_wait_s:.2f} s"
+    )
+
+
+def _name(store: str) -> str:
+    return "PostgreSQL" if store else "SQLite"
+
+
+def main() -> int:
+    """What was asked for, one after the other."""
+    parser = argparse.ArgumentParser(prog="python -m bench.indexer")
+    parser.add_argument("scenarios", nargs="+", choices=["transfers", "overlap", "where", "memory"])
+    parser.add_argument("--store", default="", help="a PostgreSQL URL; a fresh SQLite file without")
+    parser.add_argument("--events", type=int, default=10_000_000, help="of the memory scenario")
+    asked = parser.parse_args()
+    failed = 0
+    for scenario in asked.scenarios:
+        if scenario == "memory":
+            failed |= memory(asked.store, asked.events)
+        else:
+            {"transfers": transfers, "overlap": overlap, "where": where}[scenario](asked.store)
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

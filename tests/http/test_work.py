@@ -159,13 +159,21 @@ async def test_runs_are_listed_filtered_and_paged(tmp_path: Path, kind: str) -> 
         assert await listed(f"filter[batch]={first}") == [f"{one}_{n}" for n in range(5)]
         assert await listed("filter[status]=COMPLETED") == [f"{one}_{n}" for n in range(5)]
         assert await listed("filter[status]=QUEUED,COMPLETED") == await listed("")
+        await home.stream(await home.create(2), [line(0, "x", idempotencyKey="f"), b" " * 10 + line(1)])
+        third = await home.filled(1)
+        await home.engine.store.cancel_runs(third, [0], now_us=home.engine.clock.now_us())
+        assert await listed("filter[status]=CANCELED") == [f"{third.removeprefix('batch_')}_0"]
+        await home.engine.store.stop_batch(second, "cancelled", now_us=home.engine.clock.now_us())
+        await home.work("f")
+        assert len(await listed("filter[status]=FAILED")) == 2
+        assert await listed("filter[status]=TIMED_OUT,CRASHED") == []
         assert await listed("filter[tag]=odd") == [f"{two}_{n}" for n in (1, 3, 5)]
         assert await listed("filter[queue]=q1,task/q2") == [f"{two}_{n}" for n in (1, 2, 4, 5)]
         assert await listed("filter[taskIdentifier]=nobody") == []
         now_ms = home.engine.clock.now_us() // 1_000
         assert await listed(f"filter[createdAt][from]={now_ms + 60_000}") == []
-        assert len(await listed(f"filter[createdAt][to]={now_ms + 60_000}")) == 11
-        assert len(await listed("filter[createdAt][period]=1h")) == 11
+        assert len(await listed(f"filter[createdAt][to]={now_ms + 60_000}")) == 14
+        assert len(await listed("filter[createdAt][period]=1h")) == 14
 
 
 async def test_an_open_ended_batch_is_streamed_sealed_and_read_in_pieces(tmp_path: Path, kind: str) -> None:

@@ -210,6 +210,7 @@ async def test_a_key_is_made_shown_once_used_for_a_map_and_revoked(tmp_path: Pat
     [
         (["--host", "0.0.0.0", "--no-auth"], {}, "--no-auth lets anybody in"),
         (["--port", "99999"], {}, "port must be a whole number"),
+        (["--store", "https://elsewhere.example"], {}, "a server keeps a store of its own"),
         (["--workers", "2", "--port", "0"], {}, "name it with --port"),
         (["--host", "not.an.address.invalid"], {}, "nothing can listen on"),
         ([], {"HEADRACE_INGEST_CONCURRENCY": "0"}, "HEADRACE_INGEST_CONCURRENCY"),

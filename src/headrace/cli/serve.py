@@ -8,6 +8,7 @@ import os
 import sys
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated, Final
+from urllib.parse import urlsplit
 
 import typer
 
@@ -73,6 +74,8 @@ def _check(settings: Settings, *, no_auth: bool, workers: int) -> None:
             f"--no-auth lets anybody in who can reach {settings.host}",
             hint="listen on 127.0.0.1, or make a key with `headrace key create`",
         )
+    if urlsplit(settings.store).scheme in ("http", "https"):
+        raise InvalidSetting("a server keeps a store of its own", hint="name a database with --store")
     if workers > 1 and not settings.port:
         raise InvalidSetting("several processes need one port to share", hint="name it with --port")
 

@@ -19,7 +19,7 @@ from headrace.http.items import seconds_of
 from headrace.http.outputs import Outputs
 from headrace.http.problems import answer
 from headrace.http.service import Call, Service
-from headrace.http.shapes import STATES_OF_STATUS, error_object, run_object, value_of
+from headrace.http.shapes import STATES_OF_STATUS, error_object, run_object, status_of, value_of
 from headrace.store.protocol import Outcome, RunView
 
 PAGE_MAX: Final = 100
@@ -27,6 +27,7 @@ PAGE: Final = 25
 SCANNED_PAGES_MAX: Final = 50
 """Pages of a listing that are looked through for what no index knows, before the caller goes on by cursor."""
 
+FAILURES: Final = {status for status, states in STATES_OF_STATUS.items() if "failed" in states}
 _UNSUPPORTED: Final = ("version", "bulkAction", "schedule", "machine", "region")
 
 
@@ -132,12 +133,19 @@ class Runs:
             for view in page:
                 if view.batch_id < wish.oldest_id:
                     return found
-                if not wish.queues or view.queue in wish.queues:
+                if (not wish.queues or view.queue in wish.queues) and await self._is_failed_so(call, wish, view):
                     found.append(view)
             if len(page) <= wish.size or len(found) > wish.size:
                 return found
             after = (page[-1].batch_id, page[-1].index)
         return found
+
+    async def _is_failed_so(self, call: Call, wish: _Wish, view: RunView) -> bool:
+        """Whether a failed run failed in a way that was asked for; its result says which."""
+        if view.state != "failed" or wish.failures in (set(), FAILURES):
+            return True
+        whole = await call.engine.store.run(view.batch_id, view.index)
+        return status_of(view.state, decode(whole.result) if whole.result else None) in wish.failures
 
     async def _found(self, request: Request, scope: str) -> tuple[Call, RunView, Batch]:
         """The run of the path, or the one that it links to, and its batch. Raises `NotFound`."""
@@ -187,10 +195,13 @@ class _Wish:
         self.tags = _words(query.get("filter[tag]"))
         self.queues = {name.removeprefix("task/") for name in _words(query.get("filter[queue]"))}
         self.states: list[str] = []
+        self.failures: set[str] = set()
         for status in _words(query.get("filter[status]")):
             if status not in STATES_OF_STATUS:
                 raise InvalidInput(f"{status!r} is not a status", hint=f"one of {', '.join(STATES_OF_STATUS)}")
             self.states += [state for state in STATES_OF_STATUS[status] if state not in self.states]
+            if status in FAILURES:
+                self.failures.add(status)
         self.oldest_id = ""
         now_us = _now_us(request)
         since_us = number(query.get("filter[createdAt][from]"), 0, "filter[createdAt][from]", 0, 10**15) * 1_000

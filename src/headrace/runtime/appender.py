@@ -60,7 +60,8 @@ class Appender:
     """Runs in, appends out: one in flight, the next one filling. Owned by one task, which must `finish` or `stop`.
 
     `on_appended` hears of each append, `on_refused` says what goes out instead of an error that is the caller's.
-    `waits_max`: how often the store is asked again before whoever pushes is told.
+    `waits_max`: how often the store is asked again before whoever pushes is told. `gather_s`: how long a chunk that
+    isn't full waits after a commit, where runs come in waves and each commit would hold a few of one.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Appender:
         on_appended: Callable[[Appended], None] = lambda _appended: None,
         on_refused: Callable[[ClientFault], Awaitable[ClientFault]] | None = None,
         waits_max: int = WAITS_MAX,
+        gather_s: float = 0.0,
     ) -> None:
         limits = engine.limits
         self.coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
@@ -88,6 +90,8 @@ class Appender:
         self._waiting: list[Chunk] = []
         self._waiting_bytes = 0
         self._is_ending = False
+        self._gather_s = gather_s
+        self._full = asyncio.Event()
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run(), name="feed append")
@@ -115,6 +119,7 @@ class Appender:
         """Append everything, the last position too."""
         self._is_ending = True
         self._wake.set()
+        self._full.set()
         await self._task
 
     async def stop(self) -> None:
@@ -130,6 +135,8 @@ class Appender:
 
     def _collect(self, chunks: list[Chunk]) -> None:
         self._waiting += chunks
+        if chunks:
+            self._full.set()
         self._waiting_bytes += sum(len(chunk.items) for chunk in chunks)
 
     async def _run(self) -> None:
@@ -141,7 +148,10 @@ class Appender:
                     is_fresh = False
                     await self._wake.wait()
                     continue
-                if is_fresh and await self._clock.wait_for(self._wake, LINGER_S):
+                if is_fresh and self._gather_s:
+                    self._full.clear()
+                    await self._clock.wait_for(self._full, self._gather_s)
+                elif is_fresh and await self._clock.wait_for(self._wake, LINGER_S):
                     is_fresh = False
                     continue
             if not self._waiting or self._is_ending:

@@ -37,6 +37,9 @@ SLICE_BYTES: Final = 128 * 1024
 WAITS_MAX: Final = 9
 """About nineteen seconds for a store that is away, then whoever sends is told to come again."""
 
+GATHER_S: Final = 0.01
+"""The waves of a concurrent map end some milliseconds apart: they share a commit."""
+
 _BORN_FAILED: Final = b"{}"
 
 
@@ -121,7 +124,9 @@ class Intake:
         `meter` hears of bytes as they are read.
         """
         limits = self._engine.limits
-        appender = Appender(self._engine, self._batch.id, on_appended=self.taken.add, waits_max=WAITS_MAX)
+        appender = Appender(
+            self._engine, self._batch.id, on_appended=self.taken.add, waits_max=WAITS_MAX, gather_s=GATHER_S
+        )
         groups = ingest(
             self._groups(pieces, meter), self._settled, concurrency=limits.ingest_concurrency, ordered=False
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +212,29 @@ async def test_a_claim_waits_at_the_server_until_work_comes(tmp_path: Path) -> N
         await home.filled(2)
         (lease,) = await claiming
         assert list(lease.indexes) == [0, 1]
+
+
+async def test_heartbeats_come_from_their_own_thread_also_over_a_server(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        app = app_of(home, heartbeat_ms=20, session_timeout_ms=10_000)
+        async with app, app.worker() as worker:
+            session_id = worker.broker.session_id
+            seen: set[int] = set()
+            while len(seen) < 4:
+                seen |= {one.heartbeat_us for one in await home.engine.store.sessions() if one.id == session_id}
+
+
+def test_without_the_extras_what_needs_them_says_what_to_install(tmp_path: Path) -> None:
+    blocked = "import sys; sys.modules |= dict.fromkeys(('starlette', 'jwt', 'uvicorn', 'pyqwest'))\n"
+    for arguments, extra in (
+        (["serve"], "headrace[server]"),
+        (["key", "create"], "headrace[server]"),
+        (["batch", "list", "--store", "https://far.example"], "headrace[client]"),
+    ):
+        code = f"{blocked}from headrace.cli import main\nsys.argv = {['headrace', *arguments]!r}\nsys.exit(main())"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert (done.returncode, extra in done.stderr) == (2, True), (arguments, done.stderr)
+    whole = f"{blocked}import headrace\nprint(headrace.Client, headrace.Headrace)"
+    assert subprocess.run([sys.executable, "-c", whole], check=False, capture_output=True, timeout=60).returncode == 0

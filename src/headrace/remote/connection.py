@@ -17,6 +17,9 @@ from headrace.store.wire import fault_of
 
 REQUEST_S: Final = 60.0
 CONNECT_S: Final = 10.0
+POOL_S: Final = 30.0
+"""How long an idle connection is kept: shorter than a server does, so that none is used that it just closed."""
+
 ATTEMPTS: Final = 5
 BASE_S: Final = 1.0
 MOST_S: Final = 30.0
@@ -79,7 +82,9 @@ class Connection:
         self.clock: Clock = clock or SystemClock()
         self.attempts = attempts
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
-        transport = pyqwest.HTTPTransport(connect_timeout=CONNECT_S, enable_cookie_store=False)
+        transport = pyqwest.HTTPTransport(
+            connect_timeout=CONNECT_S, pool_idle_timeout=POOL_S, enable_cookie_store=False
+        )
         self._client = pyqwest.Client(transport)
         self._faults = (OSError, pyqwest.RemoteProtocolError, pyqwest.ReadError, pyqwest.WriteError)
 

@@ -352,6 +352,11 @@ class Indexing:
         bytes_max = self._limits.index_memory_mib * MIB
         while self.staging.pending_count >= depth and not self._is_told_to_stop:
             await self._wait(self._landed, "commit_wait_s")
+        if (
+            self.staging.bytes > bytes_max
+        ):  # rows that were loaded ahead may leave: they are asked for again, fewer at once
+            self._ahead_at = 0
+            self._window = max(self._window // 4, WINDOW_LEAST)
         while self.staging.bytes > bytes_max and not self.staging.evict(bytes_max * 9 // 10):
             if not self.staging.pending_count or self._is_told_to_stop:
                 return  # one batch alone is more: nothing that could be waited for would help

@@ -36,6 +36,7 @@ RESERVED: Final = frozenset(
         "indexer",
         "indexer_table",
         "lane",
+        "move",
         "object",
         "part",
         "queue",

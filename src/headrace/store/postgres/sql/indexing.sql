@@ -68,11 +68,12 @@ SELECT min(no) FROM {schema}.checkpoint
 WHERE environment = :environment AND indexer = :indexer AND source = :source AND (number, text) > (:number, :text);
 
 -- last_checkpoints: the last event of each source up to a checkpoint
-SELECT source, number, text FROM {schema}.checkpoint
-WHERE environment = :environment AND indexer = :indexer AND no IN (
-    SELECT max(no) FROM {schema}.checkpoint
+WITH newest AS MATERIALIZED (
+    SELECT max(no) AS no FROM {schema}.checkpoint
     WHERE environment = :environment AND indexer = :indexer AND no <= :no GROUP BY source
-);
+)
+SELECT own.source, own.number, own.text FROM newest JOIN {schema}.checkpoint AS own
+    ON own.environment = :environment AND own.indexer = :indexer AND own.no = newest.no;
 
 -- delete_checkpoints: events after one checkpoint and up to another
 DELETE FROM {schema}.checkpoint

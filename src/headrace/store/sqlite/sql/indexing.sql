@@ -66,11 +66,12 @@ SELECT min(no) FROM checkpoint
 WHERE environment = :environment AND indexer = :indexer AND source = :source AND (number, text) > (:number, :text);
 
 -- last_checkpoints: the last event of each source up to a checkpoint
-SELECT source, number, text FROM checkpoint
-WHERE environment = :environment AND indexer = :indexer AND no IN (
-    SELECT max(no) FROM checkpoint
+WITH newest AS (
+    SELECT max(no) AS no FROM checkpoint
     WHERE environment = :environment AND indexer = :indexer AND no <= :no GROUP BY source
-);
+)
+SELECT own.source, own.number, own.text FROM newest JOIN checkpoint AS own
+    ON own.environment = :environment AND own.indexer = :indexer AND own.no = newest.no;
 
 -- delete_checkpoints: events after one checkpoint and up to another
 DELETE FROM checkpoint

@@ -18,8 +18,7 @@ from headrace.core import batch as batches
 from headrace.core import span as spans
 from headrace.core.admission import Bucket, Spent
 from headrace.core.batch import Batch, Ledger
-from headrace.core.block import Chunk, check_names
-from headrace.core.index_set import IndexSet
+from headrace.core.block import Chunk
 from headrace.core.run import UNSETTLED
 from headrace.core.span import Counts, Policy, Settlement
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
@@ -40,9 +39,12 @@ from headrace.store.protocol import (
     QueueView,
     Release,
     RunView,
+    Schedule,
     Session,
     Suspects,
     Swept,
+    Tick,
+    Ticked,
     Verification,
 )
 
@@ -91,50 +93,19 @@ class MemoryStore:
                 return tables.batches[new.id], False
             if new.session_id:
                 writing.live(tables, new.session_id)
-            batch = Batch(**msgspec.structs.asdict(new), created_us=now_us)
-            tables.batches[new.id] = batch
-            tables.received[new.id] = IndexSet()
-        return batch, True
+            return writing.create(tables, new, now_us), True
 
     async def append(
         self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None
     ) -> Appended:
         """Make runs durable, each index once."""
-        answer = Appended(accepted_count=0, duplicates_count=0, conflicts=[], existing={})
         with self._changing() as tables:
-            batch = reading.find(tables, batch_id)
-            for chunk in chunks:
-                check_names(chunk)
-                batches.check_append(
-                    batch,
-                    first_index=chunk.first_index,
-                    last_index=chunk.last_index,
-                    runs_max=self._limits.batch_runs_max,
-                )
-            born = Counts()
-            for chunk in chunks:
-                fresh = writing.fresh_part(tables, batch, chunk, answer, now_us)
-                if fresh is not None:
-                    batch = writing.with_lanes(tables, batch, fresh)
-                    born = born.plus(writing.insert(tables, batch, fresh, now_us))
-                    answer.accepted_count += fresh.runs_count
-            tables.batches[batch_id] = batches.appended(
-                batch,
-                accepted_count=answer.accepted_count,
-                born=born,
-                cursor=cursor,
-                now_us=now_us,
-            )
-        return answer
+            return writing.append(tables, batch_id, chunks, cursor, self._limits.batch_runs_max, now_us)
 
     async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:
         """Close the batch; completes it when its runs have all ended."""
         with self._changing() as tables:
-            batch = reading.find(tables, batch_id)
-            received = tables.received[batch_id]
-            after = batches.sealed(batch, received, expected_count=expected_count, now_us=now_us)
-            tables.batches[batch_id] = after
-        return after
+            return writing.seal(tables, batch_id, expected_count, now_us)
 
     async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> Batch:
         """Move to `cancelled` or `abandoned`; what waits is cancelled, a bounded part of it at once."""
@@ -426,6 +397,25 @@ class MemoryStore:
             ),
             default=None,
         )
+
+    # schedules
+
+    async def keep_schedules(
+        self, environment: str, app: str, schedules: Sequence[Schedule], *, now_us: int
+    ) -> list[Schedule]:
+        """Make the schedules of an app known, all there are; its others are gone."""
+        with self._changing() as tables:
+            return writing.keep_schedules(tables, environment, app, schedules, now_us)
+
+    async def tick(self, environment: str, tick: Tick, *, now_us: int) -> Ticked:
+        """Enqueue the runs of ticks, once."""
+        with self._changing() as tables:
+            return writing.tick(tables, environment, tick, now_us)
+
+    async def schedules(self, environment: str) -> list[Schedule]:
+        """The schedules that were ever known, by name."""
+        known = self._now().schedules
+        return [known[name] for name in sorted(known) if name[0] == environment]
 
     # who may come in
 

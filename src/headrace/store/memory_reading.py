@@ -18,7 +18,7 @@ from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack
 from headrace.core.span import Part, Span, positions_of, results_of
 from headrace.foundation.errors import NotFound
-from headrace.store.protocol import ApiKey, Lease, Outcome, QueueView, RunView, Session, Verification
+from headrace.store.protocol import ApiKey, Lease, Outcome, QueueView, RunView, Schedule, Session, Verification
 from headrace.store.views import WITH_RESULT, attempt_of, check_state, lease_of, view_of
 
 NOTHING: Final = (b"", 0)
@@ -66,6 +66,7 @@ class Tables:
     signing_keys: dict[str, bytes] = field(default_factory=dict)
     buckets: dict[tuple[str, str], int] = field(default_factory=dict)
     duties: dict[str, tuple[str, int]] = field(default_factory=dict)
+    schedules: dict[tuple[str, str], Schedule] = field(default_factory=dict)
     next_block_id: int = 1
     next_span_id: int = 1
 

@@ -10,20 +10,95 @@ import msgspec
 from headrace.core import batch as batches
 from headrace.core import span as spans
 from headrace.core.batch import Batch
-from headrace.core.block import Chunk, born, linked, narrowed
+from headrace.core.block import Chunk, born, check_names, linked, narrowed
 from headrace.core.index_set import IndexSet
 from headrace.core.order import clock_after, first_order_no, returned_order_no
 from headrace.core.pack import unpack
 from headrace.core.run import COMPLETED, ENDED_BADLY, WAITING
 from headrace.core.span import Counts, Key, Policy, Span, Verdict, encode_places, positions_of
-from headrace.foundation.errors import SessionEnded
+from headrace.foundation.errors import Conflict, SessionEnded
 from headrace.foundation.ids import run_id
 from headrace.store import memory_reading as reading
 from headrace.store.memory_reading import Known, Queue, Tables
-from headrace.store.protocol import Appended, Claim, Release, Session, Suspects
+from headrace.store.protocol import Appended, Claim, NewBatch, Release, Schedule, Session, Suspects, Tick, Ticked
 from headrace.store.views import birth_part
 
 SWEEP_SPANS_MAX: Final = 1_000
+
+
+def create(tables: Tables, new: NewBatch, now_us: int) -> Batch:
+    """A batch that is not there yet."""
+    batch = tables.batches[new.id] = Batch(**msgspec.structs.asdict(new), created_us=now_us)
+    tables.received[new.id] = IndexSet()
+    return batch
+
+
+def append(
+    tables: Tables, batch_id: str, chunks: Sequence[Chunk], cursor: bytes | None, runs_max: int, now_us: int
+) -> Appended:
+    """Make the runs of `chunks` durable that are not yet, and keep `cursor` with them."""
+    answer = Appended(accepted_count=0, duplicates_count=0, conflicts=[], existing={})
+    batch = reading.find(tables, batch_id)
+    for chunk in chunks:
+        check_names(chunk)
+        batches.check_append(batch, first_index=chunk.first_index, last_index=chunk.last_index, runs_max=runs_max)
+    born_counts = Counts()
+    for chunk in chunks:
+        fresh = fresh_part(tables, batch, chunk, answer, now_us)
+        if fresh is not None:
+            batch = with_lanes(tables, batch, fresh)
+            born_counts = born_counts.plus(insert(tables, batch, fresh, now_us))
+            answer.accepted_count += fresh.runs_count
+    tables.batches[batch_id] = batches.appended(
+        batch, accepted_count=answer.accepted_count, born=born_counts, cursor=cursor, now_us=now_us
+    )
+    return answer
+
+
+def seal(tables: Tables, batch_id: str, expected_count: int | None, now_us: int) -> Batch:
+    """Close a batch; completes it when its runs have all ended."""
+    batch, received = reading.find(tables, batch_id), tables.received[batch_id]
+    after = tables.batches[batch_id] = batches.sealed(batch, received, expected_count=expected_count, now_us=now_us)
+    return after
+
+
+def keep_schedules(tables: Tables, environment: str, app: str, own: Sequence[Schedule], now_us: int) -> list[Schedule]:
+    """All schedules of an app; one that is new, another by now, or back begins now."""
+    names = {one.name for one in own}
+    for (owner, name), known in tables.schedules.items():
+        if owner == environment and known.app == app and name not in names and not known.gone_us:
+            tables.schedules[owner, name] = msgspec.structs.replace(known, gone_us=now_us)
+    for one in own:
+        before = tables.schedules.get((environment, one.name))
+        last_us, ticked_us = now_us, 0
+        if before is not None:
+            ticked_us = before.ticked_us
+            is_same = not before.gone_us and (before.expression, before.zone) == (one.expression, one.zone)
+            last_us = before.last_us if is_same else max(before.last_us, now_us)
+        tables.schedules[environment, one.name] = msgspec.structs.replace(
+            one, environment=environment, app=app, last_us=last_us, ticked_us=ticked_us, gone_us=0
+        )
+    return [tables.schedules[environment, name] for name in sorted(names)]
+
+
+def tick(tables: Tables, environment: str, wanted: Tick, now_us: int) -> Ticked:
+    """The runs of ticks, by whoever moves the schedule on."""
+    known = tables.schedules.get((environment, wanted.name))
+    if known is None:
+        return Ticked(False, None)
+    stands = (known.expression, known.zone, known.last_us) == (wanted.expression, wanted.zone, wanted.last_us)
+    if not stands or wanted.until_us <= known.last_us:
+        return Ticked(False, known)
+    ticked_us = wanted.until_us if wanted.runs else known.ticked_us
+    after = msgspec.structs.replace(known, last_us=wanted.until_us, ticked_us=ticked_us, gone_us=0)
+    tables.schedules[environment, wanted.name] = after
+    for new, chunk in wanted.runs:
+        if new.id in tables.batches:
+            raise Conflict("a batch has this id already", batch_id=new.id)
+        create(tables, new, now_us)
+        append(tables, new.id, [chunk], None, 1, now_us)
+        seal(tables, new.id, 1, now_us)
+    return Ticked(True, after)
 
 
 def fresh_part(tables: Tables, batch: Batch, chunk: Chunk, answer: Appended, now_us: int) -> Chunk | None:

@@ -227,6 +227,42 @@ class ApiKey(msgspec.Struct, kw_only=True):
     revoked_us: int = 0
 
 
+class Schedule(msgspec.Struct, kw_only=True):
+    """What enqueues a run of a task at its ticks. `expression` and `zone` as in `headrace.core.schedule`.
+
+    `last_us`: up to where its ticks are dealt with, which only goes forward. `ticked_us`: the last tick that became a
+    run; 0 for none. `gone_us`: since when the code of `app` has no such schedule any more; 0 while it has.
+    """
+
+    environment: str
+    name: str
+    app: str
+    task: str
+    expression: str
+    zone: str
+    last_us: int = 0
+    ticked_us: int = 0
+    gone_us: int = 0
+
+
+class Tick(msgspec.Struct, kw_only=True):
+    """The ticks of a schedule after `last_us` up to `until_us`, as the runs they come to; none passes them over."""
+
+    name: str
+    expression: str
+    zone: str
+    last_us: int
+    until_us: int
+    runs: list[tuple[NewBatch, Chunk]]
+
+
+class Ticked(NamedTuple):
+    """Whether the runs of a tick were enqueued by this call, and the schedule as it stands after it."""
+
+    is_ours: bool
+    schedule: Schedule | None
+
+
 class Store(Protocol):
     """Where batches live. Two kinds of houses: `MemoryStore` is the specification, the others keep their word."""
 
@@ -366,6 +402,26 @@ class Store(Protocol):
 
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
         """When the next delayed span becomes claimable; None when none is delayed."""
+
+    # schedules
+    async def keep_schedules(
+        self, environment: str, app: str, schedules: Sequence[Schedule], *, now_us: int
+    ) -> list[Schedule]:
+        """Make the schedules of an app known, all there are: its others are gone. Answers them as they stand.
+
+        One that is new, has another expression or zone, or comes back, begins now; one that is known goes on where it
+        stands.
+        """
+
+    async def tick(self, environment: str, tick: Tick, *, now_us: int) -> Ticked:
+        """Enqueue the runs of ticks, in the transaction that moves the schedule on from `last_us`; else nothing.
+
+        Nothing happens when it stands elsewhere (another process was first, or this call is a repeat) or is another
+        schedule by now. Raises `Conflict` when a batch has the id of one of the runs already.
+        """
+
+    async def schedules(self, environment: str) -> list[Schedule]:
+        """The schedules that were ever known, by name; those that are gone too."""
 
     # who may come in
     async def add_key(self, key: ApiKey, *, now_us: int) -> None:

@@ -24,12 +24,24 @@ from headrace.store.protocol import (
     QueueView,
     Release,
     RunView,
+    Schedule,
     Session,
     Suspects,
     Swept,
+    Tick,
+    Ticked,
     Verification,
 )
-from headrace.store.verbs import admitting, appending, finding, interventions, reading, tending, working
+from headrace.store.verbs import (
+    admitting,
+    appending,
+    finding,
+    interventions,
+    reading,
+    tending,
+    ticking,
+    working,
+)
 from headrace.store.verbs.script import Script
 from headrace.store.views import lease_of
 
@@ -209,6 +221,22 @@ class ScriptedStore(ABC):
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
         """When the next delayed span becomes claimable."""
         return await self._read(lambda: reading.next_due_us(environment, tasks))
+
+    # -- schedules
+
+    async def keep_schedules(
+        self, environment: str, app: str, schedules: Sequence[Schedule], *, now_us: int
+    ) -> list[Schedule]:
+        """Make the schedules of an app known, all there are."""
+        return await self._write(lambda: ticking.keep(environment, app, schedules, now_us))
+
+    async def tick(self, environment: str, tick: Tick, *, now_us: int) -> Ticked:
+        """Enqueue the runs of ticks, once."""
+        return await self._write(lambda: ticking.tick(environment, tick, now_us))
+
+    async def schedules(self, environment: str) -> list[Schedule]:
+        """The schedules that were ever known."""
+        return await self._read(lambda: ticking.schedules(environment))
 
     # -- who may come in
 

@@ -149,6 +149,20 @@ CREATE TABLE {schema}.duty (
     free_us bigint NOT NULL
 );
 
+-- A schedule's ticks up to `last_us` are dealt with: whoever moves it on enqueues the run, in one transaction.
+CREATE TABLE {schema}.schedule (
+    environment text COLLATE "C" NOT NULL,
+    name text COLLATE "C" NOT NULL,
+    app text COLLATE "C" NOT NULL,
+    task text COLLATE "C" NOT NULL,
+    expression text COLLATE "C" NOT NULL,
+    zone text COLLATE "C" NOT NULL,
+    last_us bigint NOT NULL,
+    ticked_us bigint NOT NULL,
+    gone_us bigint NOT NULL,
+    PRIMARY KEY (environment, name)
+);
+
 -- From here on: a row only for the runs that use it.
 CREATE TABLE {schema}.idempotency (
     environment text COLLATE "C" NOT NULL,

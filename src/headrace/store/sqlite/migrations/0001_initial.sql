@@ -141,6 +141,20 @@ CREATE TABLE duty (
     free_us INTEGER NOT NULL
 ) WITHOUT ROWID;
 
+-- A schedule's ticks up to `last_us` are dealt with: whoever moves it on enqueues the run, in one transaction.
+CREATE TABLE schedule (
+    environment TEXT NOT NULL,
+    name TEXT NOT NULL,
+    app TEXT NOT NULL,
+    task TEXT NOT NULL,
+    expression TEXT NOT NULL,
+    zone TEXT NOT NULL,
+    last_us INTEGER NOT NULL,
+    ticked_us INTEGER NOT NULL,
+    gone_us INTEGER NOT NULL,
+    PRIMARY KEY (environment, name)
+) WITHOUT ROWID;
+
 -- From here on: a row only for the runs that use it.
 CREATE TABLE idempotency (
     environment TEXT NOT NULL,

@@ -1,0 +1,61 @@
+"""Schedules: which there are, and their ticks, each a run once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headrace.foundation.errors import Conflict
+from headrace.store.protocol import Schedule, Tick, Ticked
+from headrace.store.verbs.appending import enqueue
+from headrace.store.verbs.rows import as_json
+from headrace.store.verbs.script import Script, fetch, fetch_one
+
+_COLUMNS = Schedule.__struct_fields__
+
+
+def keep(environment: str, app: str, own: Sequence[Schedule], now_us: int) -> Script[list[Schedule]]:
+    """All schedules of an app, in one order, so that two processes that begin together don't wait for each other."""
+    for one in sorted(own, key=lambda schedule: schedule.name):
+        yield from fetch(
+            "keep_schedule",
+            environment=environment,
+            name=one.name,
+            app=app,
+            task=one.task,
+            expression=one.expression,
+            zone=one.zone,
+            now_us=now_us,
+        )
+    names = {one.name for one in own}
+    yield from fetch("leave_schedules", environment=environment, app=app, names=as_json(sorted(names)), now_us=now_us)
+    return [one for one in (yield from schedules(environment)) if one.name in names]
+
+
+def tick(environment: str, wanted: Tick, now_us: int) -> Script[Ticked]:
+    """The guard comes first: whoever moves the schedule on enqueues, in the same transaction."""
+    moved = yield from fetch(
+        "move_schedule",
+        environment=environment,
+        name=wanted.name,
+        expression=wanted.expression,
+        zone=wanted.zone,
+        last_us=wanted.last_us,
+        until_us=wanted.until_us,
+        runs_count=len(wanted.runs),
+    )
+    if moved:
+        for new, chunk in wanted.runs:
+            if (yield from fetch_one("batch", id=new.id)) is not None:
+                raise Conflict("a batch has this id already", batch_id=new.id)
+            yield from enqueue(new, chunk, now_us)
+    row = yield from fetch_one("schedule", environment=environment, name=wanted.name)
+    return Ticked(bool(moved), None if row is None else _to_schedule(row))
+
+
+def schedules(environment: str) -> Script[list[Schedule]]:
+    """Every schedule of an environment, by name."""
+    return [_to_schedule(row) for row in (yield from fetch("schedules", environment=environment))]
+
+
+def _to_schedule(row: Sequence[object]) -> Schedule:
+    return Schedule(**dict(zip(_COLUMNS, row, strict=True)))  # type: ignore[arg-type]  # columns in the fields' order

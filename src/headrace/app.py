@@ -49,6 +49,7 @@ from headrace.store.verbs.script import Script
 
 if TYPE_CHECKING:
     from headrace.core.entity import Entity
+    from headrace.core.schedule import CatchUp
     from headrace.indexer import Indexer
     from headrace.runtime.handlers import Unknown
     from headrace.runtime.indexer import Where
@@ -245,7 +246,7 @@ class Headrace:
         **settings: int,
     ) -> None:
         self.name = name
-        self.registry = Registry()
+        self.registry = Registry(name)
         self._flags: dict[str, object | None] = {
             "store": store,
             "objects": objects,
@@ -292,6 +293,60 @@ class Headrace:
             return Task(self, spec)
 
         return register(*functions) if functions else register
+
+    # -- schedules
+
+    @overload
+    def schedule(
+        self, cron: str, /, *, tz: str | None = None, name: str | None = None, catch_up: CatchUp = "once"
+    ) -> Callable[[Task[P, R]], Task[P, R]]: ...
+    @overload
+    def schedule(
+        self, *, every_s: float, name: str | None = None, catch_up: CatchUp = "once"
+    ) -> Callable[[Task[P, R]], Task[P, R]]: ...
+    @overload
+    def schedule(
+        self,
+        task: Task[P, R],
+        cron: str | None = None,
+        /,
+        *,
+        every_s: float | None = None,
+        tz: str | None = None,
+        name: str | None = None,
+        catch_up: CatchUp = "once",
+    ) -> Task[P, R]: ...
+    def schedule(
+        self,
+        *positional: Any,
+        every_s: float | None = None,
+        tz: str | None = None,
+        name: str | None = None,
+        catch_up: CatchUp = "once",
+    ) -> Any:
+        """Run a task by the clock: `@app.schedule("30 6 * * MON-FRI", tz="Europe/Berlin")` above `@app.task`.
+
+        `every_s` instead of a cron expression is an interval. Each tick is enqueued once, whatever the number of
+        workers. `catch_up` says what becomes of ticks that came while no worker ran: `once` runs the newest, `all` each
+        of them (the newest `schedule_ticks_max`), `skip` none. `name`: default the task's. A task of one datetime gets
+        the time of its tick, in that time zone; so does any as `Context.scheduled_us`.
+        """
+        from headrace.runtime.registry import check_name
+        from headrace.runtime.schedules import schedule_of
+
+        def register(task: Any, cron: str | None) -> Any:
+            if not isinstance(task, Task) or task.app is not self:
+                raise InvalidSetting(
+                    f"what is scheduled is a task of this app, not {task!r}",
+                    hint="write @app.schedule(…) above @app.task",
+                )
+            check_name("app", self.name)
+            self.registry.add_schedule(schedule_of(task.spec, cron, every_s, tz, name, catch_up))
+            return task
+
+        if positional and not isinstance(positional[0], str):
+            return register(positional[0], *positional[1:] or (None,))
+        return lambda task: register(task, *positional or (None,))
 
     # -- indexers
 
@@ -410,7 +465,10 @@ class Headrace:
         concurrency: int | None = None,
         processes: int | None = None,
     ) -> AsyncGenerator[Worker, None]:
-        """Run this app's tasks in this process while the block lasts; leaving it ends in good order."""
+        """Run this app's tasks in this process while the block lasts; leaving it ends in good order.
+
+        Its schedules tick as well, unless the worker is for some `tasks` only.
+        """
         engine = await self.open()
         settings = self.settings
         worker = Worker(
@@ -420,6 +478,7 @@ class Headrace:
             queues=queues,
             concurrency=settings.concurrency if concurrency is None else concurrency,
             processes=settings.processes if processes is None else processes,
+            schedules=tasks is None,
         )
         await worker.start()
         try:

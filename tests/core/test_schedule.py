@@ -186,7 +186,7 @@ REFUSED: list[Any] = [
 
 @pytest.mark.parametrize("expression", REFUSED)
 def test_what_is_no_cron_expression_is_refused_by_name(expression: Any) -> None:
-    with pytest.raises(InvalidSetting, match="cron expression|never comes"):
+    with pytest.raises(InvalidSetting, match=r"cron expression|never comes"):
         Cron(expression, "UTC", UTC)
 
 

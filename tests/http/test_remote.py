@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from headrace import Headrace, Task
@@ -16,7 +18,9 @@ from headrace.foundation.errors import ClientFault, Conflict, NotFound, SessionE
 from headrace.foundation.ids import new_batch_id
 from headrace.remote.connection import Connection
 from headrace.remote.store import RemoteStore
-from headrace.store.protocol import NewBatch, Store
+from headrace.runtime.clock import ManualClock
+from headrace.runtime.scheduler import Scheduler
+from headrace.store.protocol import NewBatch, Schedule, Store, Tick
 from headrace.store.wire import VERBS
 from tests.http.rig import KEY, LIMITS, During, House, house
 from tests.store.world import World, chunks_of, settlement_of
@@ -105,6 +109,72 @@ async def test_every_verb_with_a_message_is_one_of_the_seam_and_answers_like_the
             await remote.end_session(session_id, now_us=1)
             with pytest.raises(SessionEnded):
                 await remote.heartbeat(session_id, now_us=1)
+
+
+async def test_schedules_tick_over_the_network_once_and_in_the_key_s_own_environment(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        remotes = [remote_of(home), remote_of(home)]
+        app = app_of(home)
+
+        @app.task
+        async def echo() -> None: ...
+
+        app.schedule(echo, every_s=1, catch_up="all")
+        for remote in remotes:
+            await remote.open()
+        now_us = home.engine.clock.now_us()
+        engines = [replace(home.engine, store=remote, clock=ManualClock(now_us)) for remote in remotes]
+        schedulers = [Scheduler(replace(one, environment="elsewhere"), app.registry) for one in engines]
+        await asyncio.gather(*(one.round() for one in schedulers))
+        for one in engines:
+            one.clock.advance(5)  # type: ignore[attr-defined]  # a clock that a test holds
+        await asyncio.gather(*(one.round() for one in schedulers))
+        batches = [batch for batch, _ in await home.engine.store.batches("default")]
+        assert [(batch.kind, batch.task, batch.state) for batch in batches] == [("single", "echo", "sealed")] * 5
+        (known,) = await remotes[0].schedules("elsewhere")
+        assert (known.environment, known.ticked_us) == ("default", (now_us + 5_000_000) // 1_000_000 * 1_000_000)
+        assert await home.engine.store.schedules("elsewhere") == []
+
+
+async def test_a_client_can_t_tick_more_than_a_store_takes(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home, World(remote_of(home)) as world:
+        world.was_tampered_with = True  # its clock is not the server's
+        now_us = home.engine.clock.now_us()
+        hourly = Schedule(environment="", name="s", app="app", task="task", expression="0 * * * *", zone="UTC")
+        (known,) = await world.store.keep_schedules("", "app", [hourly], now_us=1)
+        bad = [
+            msgspec.structs.replace(hourly, expression="61 * * * *"),
+            msgspec.structs.replace(hourly, zone="Europe/Atlantis"),
+            msgspec.structs.replace(hourly, expression="every x s"),
+            msgspec.structs.replace(hourly, name=""),
+            msgspec.structs.replace(hourly, task="x" * 300),
+        ]
+        for schedule in bad:
+            with pytest.raises(ClientFault):
+                await world.store.keep_schedules("", "app", [schedule], now_us=1)
+        with pytest.raises(ClientFault, match="at most 1000 schedules"):
+            await world.store.keep_schedules("", "app", [hourly] * 1_001, now_us=1)
+        (two,) = chunks_of(range(2))
+        (one,) = chunks_of([0])
+        (keyed,) = chunks_of([0], extras={0: Extra(idempotency_key="k")})
+        new = NewBatch(id=new_batch_id(now_us), task="task")
+        fine = Tick(
+            name="s", expression="0 * * * *", zone="UTC", last_us=known.last_us, until_us=known.last_us + 1, runs=[]
+        )
+        for changed in (
+            {"runs": [(new, two)]},
+            {"runs": [(new, keyed)]},
+            {"runs": [(msgspec.structs.replace(new, id="batch_x"), one)]},
+            {"runs": [(new, one)] * 1_001},
+            {"until_us": now_us + 2 * 3_600_000_000},
+            {"until_us": known.last_us},
+            {"last_us": -1},
+        ):
+            with pytest.raises(ClientFault):
+                await world.store.tick("", msgspec.structs.replace(fine, **changed), now_us=1)
+        assert await home.engine.store.schedules("default") == [known]
+        told = await world.store.tick("", msgspec.structs.replace(fine, runs=[(new, one)]), now_us=1)
+        assert told.is_ours
 
 
 async def test_faults_of_the_store_come_as_what_they_are(tmp_path: Path) -> None:

@@ -105,9 +105,12 @@ class Every:
 
 
 def rule_of(expression: str, zone: str, place: tzinfo) -> Rule:
-    """The rule that a store knows by these names."""
+    """The rule that a store knows by these names. Raises `InvalidSetting`."""
     if expression.startswith(_EVERY):
-        return Every(float(expression.removeprefix(_EVERY).removesuffix(" s")))
+        try:
+            return Every(float(expression.removeprefix(_EVERY).removesuffix(" s")))
+        except ValueError:
+            raise InvalidSetting(f"{expression!r:.60} is no interval") from None
     return Cron(expression, zone, place)
 
 

@@ -52,6 +52,8 @@ TABLE: Final[Mapping[str, Limit]] = {
         Limit("shutdown_grace_s", "s", 30, 0, 86_400, "How long a stopping worker waits for what it started."),
         Limit("poll_interval_ms", "ms", 1_000, 5, HOUR_MS, "Longest a waiting process goes without looking at the store."),
         Limit("upkeep_interval_ms", "ms", 5_000, 10, HOUR_MS, "Between two rounds of upkeep."),
+        Limit("schedule_grace_ms", "ms", MINUTE_MS, SECOND_MS, DAY_MS, "How late a tick of a schedule may be before it counts as missed."),
+        Limit("schedule_ticks_max", "ticks", 100, 1, 1_000, "Ticks of one schedule enqueued at once, the newest; those before are passed over."),
         Limit("name_chars_max", "characters", 200, 1, 1_000, "Names of tasks, queues, keys and tags."),
         Limit("tags_max", "tags", 10, 0, 100, "Tags on one run."),
         Limit("headers_bytes_max", "bytes", 16 * KIB, 0, MIB, "Headers of one run, encoded."),
@@ -105,6 +107,8 @@ class Limits:
     shutdown_grace_s: int = TABLE["shutdown_grace_s"].default
     poll_interval_ms: int = TABLE["poll_interval_ms"].default
     upkeep_interval_ms: int = TABLE["upkeep_interval_ms"].default
+    schedule_grace_ms: int = TABLE["schedule_grace_ms"].default
+    schedule_ticks_max: int = TABLE["schedule_ticks_max"].default
     name_chars_max: int = TABLE["name_chars_max"].default
     tags_max: int = TABLE["tags_max"].default
     headers_bytes_max: int = TABLE["headers_bytes_max"].default

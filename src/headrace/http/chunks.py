@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from itertools import pairwise
 
 import msgspec
 
+from headrace.core.batch import SINGLE
 from headrace.core.block import Chunk, Extra
 from headrace.core.pack import KINDS, REFERENCE, count, unpack
 from headrace.core.span import decode_places
 from headrace.foundation.errors import InvalidInput, NotFound, StoreBroken
+from headrace.foundation.ids import check_batch_id
 from headrace.foundation.limits import TABLE, Limits
 from headrace.http.service import Call
-from headrace.runtime.registry import check_name, check_priority
+from headrace.runtime.registry import SCHEDULES_MAX, check_name, check_priority
+from headrace.runtime.schedules import rule_known_as
 from headrace.store.payloads import Reference, check_key
-from headrace.store.protocol import NewBatch
+from headrace.store.protocol import NewBatch, Schedule, Tick
 
 RUNS_MAX = TABLE["chunk_runs_max"].most
+AHEAD_US = 60 * 60 * 1_000_000
+"""How far a client's clock may be ahead of the server's."""
 
 
 def checked_batch(call: Call, limits: Limits, new: NewBatch) -> NewBatch:
@@ -54,6 +60,36 @@ def check_chunk(call: Call, limits: Limits, batch_id: str, chunk: Chunk) -> None
         raise InvalidInput("a chunk has extras of runs that it does not hold")
     for extra in chunk.extras.values():
         _check_extra(call, limits, batch_id, extra)
+
+
+def check_schedules(schedules: Sequence[Schedule]) -> None:
+    """Raise `InvalidInput` unless each is one that ticks, and they are as few as an app has."""
+    if len(schedules) > SCHEDULES_MAX:
+        raise InvalidInput(f"an app has at most {SCHEDULES_MAX} schedules, not {len(schedules)}")
+    for one in schedules:
+        check_name("schedule", one.name)
+        check_name("task", one.task)
+        rule_known_as(one)
+
+
+def checked_tick(call: Call, limits: Limits, tick: Tick) -> Tick:
+    """A tick whose runs are batches of one, in the environment that asks. Raises `InvalidInput`."""
+    if len(tick.runs) > TABLE["schedule_ticks_max"].most:
+        raise InvalidInput(f"a tick is at most {TABLE['schedule_ticks_max'].most} runs, not {len(tick.runs)}")
+    if not 0 <= tick.last_us < tick.until_us <= call.engine.clock.now_us() + AHEAD_US:
+        raise InvalidInput("a tick is of the past, and after the last one", schedule=tick.name[:200])
+    runs = []
+    for new, chunk in tick.runs:
+        check_batch_id(new.id)
+        check_name("task", new.task)
+        check_chunk(call, limits, new.id, chunk)
+        is_keyed = any(extra.idempotency_key for extra in chunk.extras.values())
+        if chunk.runs_count != 1 or len(chunk.spans) != 1 or is_keyed:
+            raise InvalidInput("the run of a tick is one run, and has no idempotency key")
+        runs.append(
+            (NewBatch(id=new.id, environment=call.environment, kind=SINGLE, task=new.task, expected_count=1), chunk)
+        )
+    return msgspec.structs.replace(tick, runs=runs)
 
 
 def check_own(call: Call, batch_id: str, key: str) -> str:

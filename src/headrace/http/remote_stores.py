@@ -18,11 +18,12 @@ from starlette.responses import Response, StreamingResponse
 from headrace.core.span import LOST
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound
 from headrace.http.bodies import number, whole
-from headrace.http.chunks import check_chunk, check_own, checked_batch
+from headrace.http.chunks import check_chunk, check_own, check_schedules, checked_batch, checked_tick
 from headrace.http.claiming import Claiming
 from headrace.http.problems import UnsupportedType
 from headrace.http.service import Call, Service
 from headrace.http.tickets import Tickets
+from headrace.runtime.registry import check_name
 from headrace.store.protocol import Lease
 from headrace.store.wire import (
     BEAT,
@@ -40,6 +41,21 @@ from headrace.store.wire import (
 
 LIST_MAX: Final = 10_000
 _SESSION: Final = re.compile(r"session_[0-9a-z]{26}\Z")
+_TIMED: Final = frozenset(
+    (
+        "create_batch",
+        "append",
+        "seal",
+        "stop_batch",
+        "cancel_runs",
+        "start_session",
+        "end_session",
+        "keep_schedules",
+        "tick",
+    )
+)
+"""Verbs that are told what time it is here."""
+
 _DECODERS: Final = {name: decoder(verb.request) for name, verb in VERBS.items()}
 
 
@@ -97,12 +113,14 @@ class RemoteStores:
             await self._service.spend_runs(
                 call.request, call.environment, sum(one.runs_count for one in message.chunks)
             )
-        if name in ("create_batch", "append", "seal", "stop_batch", "cancel_runs", "start_session", "end_session"):
+        if name == "tick":
+            await self._service.spend_runs(call.request, call.environment, len(message.tick.runs))
+        if name in _TIMED:
             values["now_us"] = call.engine.clock.now_us()
         answer = await getattr(call.engine.store, name)(**values)
         if name == "create_batch" and answer[0].environment != call.environment:
             raise Conflict("a batch has this id already", batch_id=answer[0].id)
-        if name in ("append", "redrive"):
+        if name in ("append", "redrive") or (name == "tick" and answer.is_ours):
             call.engine.doorbell.ring()
         elif name in ("seal", "stop_batch", "cancel_runs"):
             call.engine.recorded.ring()
@@ -110,7 +128,6 @@ class RemoteStores:
 
     async def _within(self, call: Call, name: str, values: dict[str, Any]) -> None:
         """Keep a verb to the environment that asks, and to what a store holds. Raises `NotFound`, `InvalidInput`."""
-        limits = self._service.limits
         if values.get("batch_id"):
             await call.own_batch(values["batch_id"])
         elif "batch_id" in values and name != "runs":
@@ -122,11 +139,21 @@ class RemoteStores:
         for field in ("limit", "runs_max", "ranges_max"):
             if field in values and not 0 < values[field] <= LIST_MAX:
                 raise InvalidInput(f"{field} is from 1 to {LIST_MAX}, not {values[field]}")
+        self._check_brought(call, name, values)
+
+    def _check_brought(self, call: Call, name: str, values: dict[str, Any]) -> None:
+        """What a verb brings along is whole, bounded, and this environment's. Raises `InvalidInput`."""
+        limits = self._service.limits
         if name == "create_batch":
             values["new"] = checked_batch(call, limits, values["new"])
         elif name == "append":
             for chunk in values["chunks"]:
                 check_chunk(call, limits, values["batch_id"], chunk)
+        elif name == "keep_schedules":
+            check_name("app", values["app"])
+            check_schedules(values["schedules"])
+        elif name == "tick":
+            values["tick"] = checked_tick(call, limits, values["tick"])
         elif name == "start_session":
             session = values["session"]
             check_session(session.id)

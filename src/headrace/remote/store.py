@@ -33,9 +33,12 @@ from headrace.store.protocol import (
     QueueView,
     Release,
     RunView,
+    Schedule,
     Session,
     Suspects,
     Swept,
+    Tick,
+    Ticked,
     Verification,
 )
 from headrace.store.wire import (
@@ -305,6 +308,27 @@ class RemoteStore:
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
         """When the next delayed span becomes claimable."""
         found: int | None = await self._ask("next_due_us", environment=environment, tasks=list(tasks))
+        return found
+
+    async def keep_schedules(
+        self, environment: str, app: str, schedules: Sequence[Schedule], *, now_us: int
+    ) -> list[Schedule]:
+        """Make the schedules of an app known."""
+        del now_us
+        found: list[Schedule] = await self._ask(
+            "keep_schedules", environment=environment, app=app, schedules=list(schedules)
+        )
+        return found
+
+    async def tick(self, environment: str, tick: Tick, *, now_us: int) -> Ticked:
+        """Enqueue the runs of ticks, once."""
+        del now_us
+        found: Ticked = await self._ask("tick", environment=environment, tick=tick)
+        return found
+
+    async def schedules(self, environment: str) -> list[Schedule]:
+        """The schedules that were ever known."""
+        found: list[Schedule] = await self._ask("schedules", environment=environment)
         return found
 
     # -- what belongs to whoever keeps the store

@@ -11,6 +11,11 @@ import structlog
 from headrace.foundation.ids import run_id
 
 LOG: Any = structlog.get_logger("headrace.run")
+SCHEDULE: Final = "headrace-schedule"
+SCHEDULED_US: Final = "headrace-scheduled-us"
+"""Headers of a scheduled run: the schedule's name, and the time of the tick."""
+
+_DIGITS_MAX: Final = 18
 
 
 class Context:
@@ -50,6 +55,12 @@ class Context:
     def run_id(self) -> str:
         """The run's name outside, the same on every attempt: fit for an idempotency key of a call it makes."""
         return run_id(self.batch_id, self.index)
+
+    @property
+    def scheduled_us(self) -> int | None:
+        """The time of the tick that a schedule enqueued this run for, microseconds UTC; None for any other run."""
+        told = self.headers.get(SCHEDULED_US, "")
+        return int(told) if told.isascii() and told.isdigit() and len(told) <= _DIGITS_MAX else None
 
     @property
     def cancelled(self) -> bool:

@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -30,10 +30,14 @@ from headrace.foundation.limits import DEFAULT
 from headrace.runtime.context import Context
 from headrace.runtime.superjson import PayloadRefused, revived
 
+if TYPE_CHECKING:
+    from headrace.runtime.schedules import ScheduleSpec
+
 Pool = Literal["auto", "loop", "thread", "process"]
 
 TIMEOUT_S_MAX: Final = 365 * 86_400.0
 PRIORITY_MAX: Final = 1_000_000
+SCHEDULES_MAX: Final = 1_000
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -114,16 +118,26 @@ class TaskSpec:
 
 
 class Registry:
-    """The tasks of one app, by name."""
+    """The tasks of one app, and its schedules, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, app: str = "app") -> None:
+        self.app = app
         self._specs: dict[str, TaskSpec] = {}
+        self.schedules: dict[str, ScheduleSpec] = {}
 
     def add(self, spec: TaskSpec) -> None:
         """Raises `InvalidSetting` when another task has the name."""
         if spec.name in self._specs:
             raise InvalidSetting(f"two tasks are called {spec.name}", hint="give one of them name='…'")
         self._specs[spec.name] = spec
+
+    def add_schedule(self, spec: ScheduleSpec) -> None:
+        """Raises `InvalidSetting` when another schedule has the name, or there are too many."""
+        if spec.name in self.schedules:
+            raise InvalidSetting(f"two schedules are called {spec.name}", hint="give one of them name='…'")
+        if len(self.schedules) >= SCHEDULES_MAX:
+            raise InvalidSetting(f"an app has at most {SCHEDULES_MAX} schedules", schedule=spec.name)
+        self.schedules[spec.name] = spec
 
     def get(self, name: str) -> TaskSpec:
         """Raises `NotFound`."""

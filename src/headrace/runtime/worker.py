@@ -24,6 +24,7 @@ from headrace.runtime.pace import AHEAD_S, Pace, Runs
 from headrace.runtime.patience import patiently
 from headrace.runtime.processes import Crew
 from headrace.runtime.registry import Registry
+from headrace.runtime.scheduler import Scheduler
 from headrace.runtime.stepping import CANCELLED, STOPPED
 from headrace.runtime.upkeep import Upkeep
 from headrace.runtime.work import BEGUN, Work
@@ -46,7 +47,7 @@ class Worker:
     """Runs the tasks of a registry until `stop`. Start it once; stopping twice does nothing more.
 
     `processes`: 0 runs everything here but tasks with `pool="process"`, which get a process a core; more sends
-    every task to that many child processes.
+    every task to that many child processes. `schedules`: also turn the ticks of the registry's schedules into runs.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class Worker:
         queues: Sequence[str] | None = None,
         kind: str = "worker",
         inline_sync: bool = False,
+        schedules: bool = False,
     ) -> None:
         self.engine = engine
         self.broker = Broker(engine, kind=kind, slots=max(SLOTS, 2 * concurrency))
         self.upkeep = Upkeep(engine, lambda: self.broker.session_id)
+        self._scheduler = Scheduler(engine, registry) if schedules and registry.schedules else None
         self._registry = registry
         self._tasks = list(tasks) if tasks is not None else registry.names
         self._queues = queues
@@ -133,6 +136,8 @@ class Worker:
                 self._loops.append(asyncio.create_task(self._claim_loop(runs, names), name="headrace-claims"))
         self._loops.append(asyncio.create_task(self._settle_loop(), name=SETTLEMENTS))
         self._loops.append(asyncio.create_task(self.upkeep.run(), name="headrace-upkeep"))
+        if self._scheduler is not None:
+            self._loops.append(asyncio.create_task(self._scheduler.run(), name="headrace-schedules"))
 
     async def stop(self, *, now: bool = False) -> None:
         """End in good order: begin nothing, let what is under way end within the grace, settle, release, leave.

@@ -116,6 +116,9 @@ VERBS: Final[Mapping[str, Verb]] = {
         _verb("settle", "work", request=Settle),
         _verb("release", "work", request=GiveBack),
         _verb("next_due_us", "work"),
+        _verb("keep_schedules", "work"),
+        _verb("tick", "work"),
+        _verb("schedules", "runs:read|work"),
     )
 }
 

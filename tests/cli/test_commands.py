@@ -75,6 +75,7 @@ COMMANDS = [
     ("run", "cancel"),
     ("run", "retry"),
     ("queue", "list"),
+    ("schedule", "list"),
     ("queue", "pause"),
     ("queue", "resume"),
     ("verify",),
@@ -103,7 +104,16 @@ def test_bad_usage_is_exit_2(shell: Shell, arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("batch", "list"), ("run", "list"), ("queue", "list"), ("verify",), ("prune",), ("queue", "pause", "q")]
+    "command",
+    [
+        ("batch", "list"),
+        ("run", "list"),
+        ("queue", "list"),
+        ("schedule", "list"),
+        ("verify",),
+        ("prune",),
+        ("queue", "pause", "q"),
+    ],
 )
 def test_looking_makes_no_database(shell: Shell, command: tuple[str, ...]) -> None:
     ran = shell(*command)

@@ -16,6 +16,7 @@ from headrace.cli import batch, bench, config, demo, doctor, key, map, migrate, 
 from headrace.cli import index as index_command
 from headrace.cli import move as move_command
 from headrace.cli import run as run_commands
+from headrace.cli import schedule as schedule_commands
 from headrace.cli.printing import error_lines, note, silence_stdout
 from headrace.foundation.errors import HeadraceError
 
@@ -57,6 +58,7 @@ app.add_typer(key.app, name="key")
 app.add_typer(batch.app, name="batch")
 app.add_typer(run_commands.app, name="run")
 app.add_typer(queue.app, name="queue")
+app.add_typer(schedule_commands.app, name="schedule")
 app.add_typer(index_command.app, name="index")
 app.command("verify")(verify.command)
 app.command("prune")(prune.command)

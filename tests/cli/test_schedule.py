@@ -1,0 +1,82 @@
+"""What runs by the clock, as a person sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+from headrace.app import Headrace
+from headrace.runtime.scheduler import Scheduler
+from tests.cli.conftest import Shell
+
+HOUR_US = 3_600_000_000
+
+
+def scheduled(*expressions: str) -> Headrace:
+    """An app with an hourly schedule, and others."""
+    app = Headrace("tests")
+
+    @app.schedule(every_s=3_600)
+    @app.task
+    async def hourly() -> None: ...
+
+    for expression in expressions:
+        app.schedule(hourly, expression, name=expression, tz="Europe/Berlin")
+    return app
+
+
+def make_known(app: Headrace) -> None:
+    """As a worker that starts does."""
+
+    async def known() -> None:
+        async with app:
+            await Scheduler(await app.open(), app.registry).round()
+
+    asyncio.run(known())
+
+
+def test_a_store_without_schedules_says_so(shell: Shell) -> None:
+    assert shell("migrate").code == 0
+    assert shell("schedule", "list").out == "no schedules\n"
+    assert shell("schedule", "list", "--json").json == {"schedules": []}
+
+
+def test_schedules_are_listed_with_their_next_and_last_tick_and_those_that_are_gone(shell: Shell) -> None:
+    make_known(scheduled("30 6 * * *"))
+    before_us = time.time_ns() // 1_000
+    make_known(scheduled())
+    gone, hourly = shell("schedule", "list", "--json").json["schedules"]
+    assert (gone["name"], gone["state"], gone["next_us"], gone["last_us"]) == ("30 6 * * *", "gone", None, None)
+    assert (gone["expression"], gone["zone"], gone["task"], gone["app"]) == (
+        "30 6 * * *",
+        "Europe/Berlin",
+        "hourly",
+        "tests",
+    )
+    assert gone["gone_us"] >= before_us - HOUR_US
+    assert (hourly["name"], hourly["expression"], hourly["state"]) == ("hourly", "every 3600 s", "on")
+    assert hourly["next_us"] % HOUR_US == 0
+    assert hourly["next_us"] > before_us - HOUR_US
+    shown = shell("schedule", "list").out
+    for word in ("every 3600 s", "Europe/Berlin", "gone", "next (UTC)"):
+        assert word in shown
+
+
+def test_a_schedule_that_no_worker_runs_is_overdue(shell: Shell, tmp_path: Path) -> None:
+    make_known(scheduled())
+    change_last_us(tmp_path / "headrace.db")
+    (hourly,) = shell("schedule", "list", "--json").json["schedules"]
+    assert (hourly["state"], hourly["last_us"]) == ("overdue", None)
+    make_known(scheduled())  # a worker comes, and catches up
+    (hourly,) = shell("schedule", "list", "--json").json["schedules"]
+    assert (hourly["state"], hourly["last_us"]) == ("on", hourly["next_us"] - HOUR_US)
+
+
+def change_last_us(path: Path) -> None:
+    """As if nobody had run for a day."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE schedule SET last_us = last_us - 24 * 3600000000")
+        connection.commit()

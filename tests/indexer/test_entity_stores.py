@@ -463,7 +463,7 @@ def test_a_row_that_no_database_could_keep_is_refused_by_name(row: Any, words: s
         ({"names": ["\0"]}, "NUL"), ({"inner": {"x": "y"}}, "Expected"), ({"anything": object()}, "Encoding"),
         ({"flag": 1}, "True or False"), ({"anything": "x" * BYTES_MAX}, "a row at most"), ({"text": 5}, "a text is wanted"),
     ],
-    ids=str,
+    ids=lambda value: str(value).partition(" at 0x")[0][:60],
 )  # fmt: skip
 def test_a_value_that_no_database_could_keep_is_refused_by_name(change: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
@@ -488,7 +488,7 @@ def test_a_value_is_brought_into_the_one_form_that_comes_back() -> None:
         ({"country": 3}, "a text is wanted"), ({"country": None}, "has no country"), ({"country": between(None, None)}, "no bound"),
         ({"country": any_of(*map(str, range(10_001)))}, "at most 10000"), ({"country": below(3)}, "a text is wanted"),
     ],
-    ids=str,
+    ids=lambda value: str(value).partition(" at 0x")[0][:60],
 )  # fmt: skip
 def test_a_question_that_can_t_be_answered_says_how_to_ask(wanted: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidInput, match=words):

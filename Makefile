@@ -1,6 +1,7 @@
 # What a contributor types; `make help` lists it all.
 BIN ?= .venv/bin
 COUNT ?= 20
+FAST := tests/core tests/foundation tests/runtime tests/test_tidy.py tests/test_floors.py tests/test_statements.py tests/test_readme.py
 .DEFAULT_GOAL := help
 .PHONY: help setup check test journeys chaos simulate bench
 
@@ -9,7 +10,7 @@ help:      ## list what can be made
 setup:     ## a virtual environment with everything for development
 	python3 -m venv .venv && $(BIN)/pip install --quiet -e '.[dev]'
 check:     ## format, lint, types, floors, fast tests: under a minute
-	$(BIN)/ruff format --check && $(BIN)/ruff check && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/pytest -q -m 'not journey'
+	$(BIN)/ruff format --check && $(BIN)/ruff check && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/pytest -q -m 'not journey' $(FAST)
 test:      ## every test, journeys included
 	$(BIN)/pytest -q
 journeys:  ## real processes, killed COUNT times

@@ -89,10 +89,14 @@ class S3:
         raise AssertionError(f"the S3 server did not start: {(self._folder / 'log').read_text()[-2000:]}")
 
 
-@cache
 def s3() -> S3:
-    """The one server of this test run, which this process's environment may use."""
-    os.environ.update(CREDENTIALS)
+    """The one server of this test run, which this process's environment may use from now on."""
+    os.environ.update(CREDENTIALS)  # each time: another test may have put them back
+    return _server()
+
+
+@cache
+def _server() -> S3:
     return S3()
 
 

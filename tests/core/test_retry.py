@@ -190,7 +190,9 @@ def test_a_quantised_time_is_never_early_and_hardly_late(now_us: int, delay_us: 
 @given(st.integers(1, 10**15), st.integers(0, 10**9))
 def test_a_quantised_time_stays_where_it_is_when_quantised_again(delay_us: int, waited_us: int) -> None:
     quantised = quantised_due_us(NOW_US + delay_us, NOW_US)
-    no_more_left_us = quantised - delay_us  # before that moment more is left than was asked for, on a coarser grid perhaps
+    no_more_left_us = (
+        quantised - delay_us
+    )  # before that moment more is left than was asked for, on a coarser grid perhaps
     later_us = min(no_more_left_us + waited_us, quantised)
     assert quantised_due_us(quantised, later_us) == quantised
 

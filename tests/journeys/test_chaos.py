@@ -202,6 +202,7 @@ async def _calm(story: Story) -> Any:
     try:
         while True:
             story.keep()
+            await story.watch()
             batch = await engine.store.find_batch("default", "chaos")
             if batch is not None and batch.is_finished and (story.place / "produced").exists():
                 singles = await engine.store.runs("default", task="single", state="waiting", limit=1)

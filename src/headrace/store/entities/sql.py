@@ -40,6 +40,7 @@ RESERVED: Final = frozenset(
         "object",
         "part",
         "queue",
+        "schedule",
         "sequence",
         "session",
         "signing_key",

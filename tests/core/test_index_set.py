@@ -78,6 +78,12 @@ def test_a_range_overlaps_when_one_of_its_indexes_is_held(held: list[int], start
     assert IndexSet(held).overlaps_range(start, stop) == any(start <= index < stop for index in held)
 
 
+def test_a_range_beyond_all_that_is_held_overlaps_nothing() -> None:
+    received = IndexSet([0, 3])
+    assert not received.overlaps_range(8, 9)
+    assert not received.overlaps_range(4, 100)
+
+
 @given(batches)
 def test_the_end_is_one_past_the_highest(held: list[int]) -> None:
     assert IndexSet(held).end == max(held, default=-1) + 1

@@ -79,7 +79,7 @@ class Bitmap:
 
     def overlaps_range(self, start: int, stop: int) -> bool:
         """Whether any index from `start` to `stop - 1` is in it."""
-        return start < stop and self.next_held(start) < stop
+        return start < stop and self.next_held(start) < min(stop, self.end)
 
     def next_held(self, index: int) -> int:
         """The first index from `index` on that is in it; `end` or more when there is none."""

@@ -10,13 +10,13 @@ help:      ## list what can be made
 setup:     ## a virtual environment with everything for development
 	python3 -m venv .venv && $(BIN)/pip install --quiet -e '.[dev]'
 check:     ## format, lint, types, floors, fast tests: under a minute
-	$(BIN)/ruff format --check && $(BIN)/ruff check && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/pytest -q -m 'not journey' $(FAST)
+	$(BIN)/ruff format --check && $(BIN)/ruff check && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/pytest -q $(FAST)
 test:      ## every test, journeys included
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -m 'journey or not journey'
 journeys:  ## real processes, killed COUNT times
 	HEADRACE_TEST_COUNT=$(COUNT) $(BIN)/pytest -q -m journey
 chaos:     ## workers, producer and database killed for MINUTES, or as SEED=n chose
-	HEADRACE_TEST_MINUTES=$(or $(MINUTES),5) $(if $(SEED),HEADRACE_TEST_SEED=$(SEED)) $(BIN)/pytest -q -s tests/journeys/test_chaos.py
+	HEADRACE_TEST_MINUTES=$(or $(MINUTES),5) $(if $(SEED),HEADRACE_TEST_SEED=$(SEED)) $(BIN)/pytest -q -s -m journey tests/journeys/test_chaos.py
 simulate:  ## COUNT worlds of simulated processes, or just SEED=n
 	HEADRACE_TEST_SEED=$(or $(SEED),0) HEADRACE_TEST_COUNT=$(if $(and $(SEED),$(filter file,$(origin COUNT))),1,$(COUNT)) \
 	$(BIN)/pytest -q -s tests/simulation -k test_nothing_is_lost

@@ -153,6 +153,7 @@ async def lives_on(url: str, folder: Path) -> AsyncIterator[Lives]:
         await process.wait()
 
 
+@pytest.mark.journey
 @pytest.mark.timeout(300)
 async def test_a_process_killed_at_any_statement_of_any_verb_loses_and_doubles_nothing(
     url: str, tmp_path: Path

@@ -27,11 +27,12 @@ from headrace.foundation.errors import Conflict, InvalidInput, SessionEnded
 from headrace.foundation.ids import new_batch_id, new_session_id
 from headrace.foundation.limits import DEFAULT
 from headrace.store.memory import MemoryStore
+from headrace.store.postgres import PostgresStore
 from headrace.store.protocol import Claim, Lease, NewBatch, Release, Session, Store, Suspects
 from headrace.store.sqlite import SqliteStore
 from tests import invariants
 from tests.store.lockstep import LockStep
-from tests.store.world import SECOND_US, START_US, chunks_of, settlement_of
+from tests.store.world import SECOND_US, START_US, chunks_of, fresh_schema, settlement_of
 
 pytestmark = pytest.mark.timeout(600)  # a failure is made small before it is told, which takes its time
 
@@ -480,6 +481,13 @@ class LockStepMachine(StoreMachine):
         return cast("Store", LockStep(MemoryStore(DEFAULT), SqliteStore(folder / "headrace.db", DEFAULT)))
 
 
+class PostgresMachine(StoreMachine):
+    """The server, beside the specification, with every answer compared."""
+
+    def open_store(self, folder: Path) -> Store:
+        return cast("Store", LockStep(MemoryStore(DEFAULT), PostgresStore(fresh_schema(folder), DEFAULT)))
+
+
 EFFORT = int(os.environ.get("HEADRACE_TEST_EFFORT", "1"))
 """How many times the usual number of programs is tried; the usual takes about twenty seconds."""
 
@@ -501,3 +509,5 @@ TestSqlite = SqliteMachine.TestCase
 TestSqlite.settings = profile(15, 40)
 TestLockStep = LockStepMachine.TestCase
 TestLockStep.settings = profile(45, 50)
+TestPostgres = PostgresMachine.TestCase
+TestPostgres.settings = profile(15, 40)

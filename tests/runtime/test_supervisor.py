@@ -14,10 +14,10 @@ from headrace.runtime.supervisor import Supervisor
 
 CHILD = """
 import os, signal, sys
-stopped = lambda *_: (print("stopped", sys.argv[1], file=out, flush=True), sys.exit(0))
-signal.signal(signal.SIGTERM, stopped)
-out = open(sys.argv[2], "w", buffering=1)
-print("began", sys.argv[1], os.getpid(), file=out, flush=True)
+out = os.open(sys.argv[2], os.O_WRONLY)
+tell = lambda *words: os.write(out, (" ".join(map(str, words)) + chr(10)).encode())  # a signal may come in the middle
+signal.signal(signal.SIGTERM, lambda *_: (tell("stopped", sys.argv[1]), os._exit(0)))
+tell("began", sys.argv[1], os.getpid())
 {body}
 """
 WAITS = "signal.pause()"
@@ -101,7 +101,7 @@ async def test_a_child_that_says_that_something_must_be_changed_ends_them_all(tm
 
 
 async def test_a_child_that_does_not_hear_is_killed_after_the_grace(tmp_path: Path) -> None:
-    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', 1, 1, file=out); signal.pause()"
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); tell('deaf', 1, 1); signal.pause()"
     async with staged(tmp_path, deaf, count=1, grace_s=0.05) as (stage, running):
         while (await stage.said())[0] != "deaf":
             pass
@@ -121,7 +121,7 @@ async def test_a_stop_while_a_child_is_being_replaced_starts_none(tmp_path: Path
 
 
 async def test_children_see_that_their_supervisor_is_gone(tmp_path: Path) -> None:
-    watch = "import select; select.select([{lifeline}], [], []); print('orphaned', 1, 1, file=out)"
+    watch = "import select; select.select([{lifeline}], [], []); tell('orphaned', 1, 1)"
     program = (
         "import asyncio, sys; from headrace.runtime.supervisor import Supervisor\n"
         f"child = {CHILD!r}.replace('{{body}}', {watch!r})\n"

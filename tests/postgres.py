@@ -74,6 +74,8 @@ class Server:
 
     def remove(self) -> None:
         """End it for good."""
+        if not self._folder.exists():
+            return  # it was ended before the tests were
         self.stop_if_running()
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from headrace.foundation.errors import HeadraceError, StoreBroken, StoreUnavailable
+from headrace.store.sqlite.fencing import FENCED
 
 GROUP_MAX: Final = 128
 """Requests in one transaction; more wait for the next."""
@@ -182,7 +183,7 @@ def as_fault(error: sqlite3.Error) -> HeadraceError:
             f"the database file can't be opened for writing: {text}",
             hint="check that its directory exists and is writable",
         )
-    elif "headrace: fenced" in text:
+    elif FENCED in text:
         fault = StoreBroken(
             "this file was moved to another store, or is being moved, and takes no writes",
             hint="`headrace move` says where to; `headrace move --undo` gives up a move that is not over",

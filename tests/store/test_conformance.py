@@ -567,6 +567,13 @@ async def test_r9_claims_merge_lanes_of_queues_and_tasks(world: World) -> None:
     assert sorted(indexes_of(await world.claim(session_id, tasks=["a", "b"]))) == [0, 2, 3, 4, 5, 6, 7]
 
 
+async def test_r9_many_small_spans_of_one_lane_are_not_passed_over_for_a_later_one_of_another(world: World) -> None:
+    batch_id = await world.batch()
+    await world.append(batch_id, range(6), runs_max=1)
+    await world.append(batch_id, [11], key=Key("task", queue="side"))
+    assert indexes_of(await world.claim(await world.session(), 3)) == [0, 1, 2]
+
+
 async def test_r9_a_claim_that_meets_a_cancelled_batch_sweeps_it(world: World) -> None:
     big = await world.batch(1_500)
     await world.append(big, range(1_500), runs_max=1)

@@ -141,8 +141,9 @@ verdict AS MATERIALIZED (
         WHEN EXISTS (SELECT 1 FROM chosen WHERE at_most_once <> 0 OR is_split AND NOT is_tail) THEN 'special'
         WHEN EXISTS (SELECT 1 FROM {schema}.batch WHERE id = ANY (ARRAY(SELECT batch_id FROM chosen))
             AND state IN ('cancelled', 'abandoned')) THEN 'stopped'
-        WHEN :rows_max::bigint < 1000 AND (SELECT coalesce(max(reached), 0) FROM ranked) < :runs_max::bigint
-            AND EXISTS (SELECT 1 FROM found GROUP BY queue, task HAVING count(*) >= :rows_max::bigint) THEN 'short'
+        -- Behind the last row that was looked at of a lane may wait a better one than what another lane offers.
+        WHEN :rows_max::bigint < 1000 AND EXISTS (SELECT 1 FROM ranked GROUP BY queue, task
+            HAVING count(*) >= :rows_max::bigint AND max(reached) < :runs_max::bigint) THEN 'short'
         ELSE 'claimed' END AS word
 ),
 leased AS (

@@ -10,9 +10,9 @@ help:      ## list what can be made
 setup:     ## a virtual environment with everything for development
 	python3 -m venv .venv && $(BIN)/pip install --quiet -e '.[dev]'
 check:     ## format, lint, types, floors, fast tests: under a minute
-	$(BIN)/ruff format --check && $(BIN)/ruff check && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/pytest -q $(FAST)
+	$(BIN)/ruff format --check && $(BIN)/ruff check && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/pytest -q -n 3 $(FAST)
 test:      ## every test, journeys included
-	$(BIN)/pytest -q -m 'journey or not journey'
+	$(BIN)/pytest -q -n 3 -m 'journey or not journey'
 journeys:  ## real processes, killed COUNT times
 	HEADRACE_TEST_COUNT=$(COUNT) $(BIN)/pytest -q -m journey
 chaos:     ## workers, producer and database killed for MINUTES, or as SEED=n chose

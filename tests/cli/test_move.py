@@ -18,12 +18,14 @@ import pytest
 from headrace import compose
 from headrace.app import Headrace
 from headrace.core.retry import Retry
+from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, HeadraceError, StoreBroken
 from headrace.foundation.settings import load
 from headrace.runtime.engine import Engine
+from headrace.store.protocol import DeadLetter
 from tests import invariants
 from tests.cli.conftest import Shell
-from tests.store.world import fresh_schema
+from tests.store.world import World, fresh_schema
 
 RUNS = 100_000
 
@@ -172,6 +174,8 @@ async def test_a_move_that_was_cut_goes_on_where_it_was(steps: int, tmp_path: Pa
         await _ended(app)
     source, target = await opened(source_url, tmp_path), await opened(target_url, tmp_path)
     try:
+        dead = await _died(source)
+        await source.store.keep_rules("default", "killswitch", b"[]")
         move = compose.mover(source, target)
         move.arrival = Cutting(move.arrival, steps)
         try:
@@ -187,9 +191,22 @@ async def test_a_move_that_was_cut_goes_on_where_it_was(steps: int, tmp_path: Pa
         (view,) = await target.store.runs("default", tag="red")
         assert (view.state, view.batch_id, view.index) == ("delayed", run.batch_id, run.index)
         assert await target.store.verify(ids[0]) == await source.store.verify(ids[0])
+        assert await target.store.dead_letters("default") == dead
+        assert await target.store.rules("default") == {"killswitch": b"[]"}
     finally:
         await source.close()
         await target.close()
+
+
+async def _died(engine: Engine) -> list[DeadLetter]:
+    """A dead letter in the store."""
+    world = World(engine.store)
+    session_id = await world.session()
+    await world.filled(1, key=Key("old", dead_letter=True))
+    (lease,) = await world.claim(session_id, tasks=["old"])
+    await world.settle(lease, "f")
+    await engine.store.end_session(session_id, now_us=world.now_us)
+    return await engine.store.dead_letters("default")
 
 
 async def test_a_move_that_is_given_up_leaves_both_as_they_were(tmp_path: Path) -> None:

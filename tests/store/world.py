@@ -177,6 +177,7 @@ class World:
         claim_no: int | None = None,
         tasks: Sequence[str] = ("task",),
         queues: Sequence[str] | None = None,
+        queue_prefix: str = "",
         environment: str = "default",
     ) -> list[Lease]:
         """Leases; without a `claim_no` a fresh claim."""
@@ -187,6 +188,7 @@ class World:
             environment=environment,
             tasks=tasks,
             queues=queues,
+            queue_prefix=queue_prefix,
             runs_max=runs_max,
         )
         return await self.store.claim(wish, now_us=self.now_us)

@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from headrace.core import failure, run
+from headrace.core.activation import LANE
 from headrace.core.order import returned_order_no
 from headrace.core.pack import count, pack, unpack
 from headrace.core.retry import quantised_due_us
@@ -32,7 +33,11 @@ DONE: Final = "done"
 RETRY: Final = ord("r")
 """A settlement's code for: failed, with attempts left; it becomes a `moved` byte and a run in a new span."""
 
-_REPORTED: Final = run.FINAL + bytes((RETRY,))
+OVERDUE: Final = ord("d")
+"""A settlement's code for: not heard of in time; it waits again in a new span, and no attempt is used up."""
+
+_RETURNING: Final = bytes((RETRY, OVERDUE))
+_REPORTED: Final = run.FINAL + _RETURNING
 
 SETTLED: Final = "settled"
 RECORDED: Final = "recorded"
@@ -40,7 +45,10 @@ LOST: Final = "lost"
 
 
 class Key(NamedTuple):
-    """What the runs of one span have in common from the start. `due_us` and `expires_us`: 0 is now and never."""
+    """What the runs of one span have in common from the start. `due_us` and `expires_us`: 0 is now and never.
+
+    `dead_letter`: what fails for good is kept for a person to look at, until it is redriven or purged.
+    """
 
     task: str
     queue: str = "default"
@@ -48,10 +56,14 @@ class Key(NamedTuple):
     due_us: int = 0
     expires_us: int = 0
     at_most_once: bool = False
+    dead_letter: bool = False
 
 
 class Span(msgspec.Struct, kw_only=True):
-    """One row of the span table. `positions` is None while the span covers its whole block from the first run."""
+    """One row of the span table. `positions` is None while the span covers its whole block from the first run.
+
+    `note` is what whoever held these runs last left for whoever holds them next.
+    """
 
     id: int = 0
     block_id: int
@@ -75,14 +87,18 @@ class Span(msgspec.Struct, kw_only=True):
     session_id: str = ""
     claim_no: int = 0
     token: int = 0
+    dead_letter: bool = False
+    note: str = ""
 
 
 class Settlement(msgspec.Struct, kw_only=True):
     """Outcomes of some runs of a leased span, as a worker reports them.
 
     `places` is None when all runs of the span are told of, in order, else 16-bit numbers; `codes` has a byte a
-    run (`c`, `f`, `x`, `e` or `r`), `results` packs a result or failure for each, `dues_us` has one moment for
-    each `r`, in order. `part_no` counts this lease's settlements, so a repeat is known as one.
+    run (`c`, `f`, `x`, `e`, `r` or `d`), `results` packs a result or failure for each, `dues_us` has one moment for
+    each `r`, in order, and `notes` one note for each `r` and `d`, or none at all. `part_no` counts this lease's
+    settlements, so a repeat is known as one. With `is_shared` others may settle runs of the lease too: what has an
+    outcome already keeps it, and the rest is recorded.
     """
 
     span_id: int
@@ -93,6 +109,8 @@ class Settlement(msgspec.Struct, kw_only=True):
     results: bytes
     dues_us: tuple[int, ...] = ()
     object_keys: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    is_shared: bool = False
 
 
 class Part(msgspec.Struct, kw_only=True):
@@ -228,14 +246,18 @@ def settle(
     if codes.strip(_REPORTED) or count(settlement.results) != len(codes):
         raise IllegalTransition(
             f"a settlement tells of {len(codes)} outcomes, {codes!r}, with {count(settlement.results)} results",
-            hint="a run ends as c, f, x, e or r, and each has a result, empty or not",
+            hint="a run ends as c, f, x, e, r or d, and each has a result, empty or not",
             span_id=span.id,
         )
+    if settlement.is_shared and any(span.states[place] not in run.UNSETTLED for place in places):
+        settlement = _unsettled_part(span, settlement, places)
+        if not settlement.codes:
+            return Verdict(SETTLED, span)
+        codes, places, everything = settlement.codes, decode_places(settlement.places or b""), False
     positions = positions_of(span)
-    if RETRY in codes:
+    returning: dict[_Return, list[int]] = {}
+    if RETRY in codes or OVERDUE in codes:
         codes, returning = _returning(settlement, places, positions, policy, now_us)
-    else:
-        returning = {}
     after = msgspec.structs.replace(span)
     if everything and not span.states.strip(run.UNSETTLED) and not codes.strip(run.FINAL):
         after.states = codes  # the usual case: a whole span at once, every pair known to be in the table
@@ -243,8 +265,8 @@ def settle(
         after.states = run.changed(span.states, zip(places, codes, strict=True))
     after.unsettled_count = run.unsettled_count(after.states)
     fresh = tuple(
-        _moved(span, [positions[place] for place in moved], due_us=due_us, now_us=now_us, clock=clock)
-        for due_us, moved in sorted(returning.items())
+        _moved(span, [positions[place] for place in moved], how, now_us=now_us, clock=clock)
+        for how, moved in sorted(returning.items())
     )
     if not after.unsettled_count:
         after = _done(after)
@@ -261,40 +283,77 @@ def settle(
     return Verdict(SETTLED, after, fresh, part, counts_of(codes))
 
 
+def _unsettled_part(span: Span, settlement: Settlement, places: Sequence[int]) -> Settlement:
+    """What a settlement tells of runs that have no outcome yet."""
+    dues, notes = iter(settlement.dues_us), iter(settlement.notes)
+    results, kinds = unpack(settlement.results)
+    codes, kept, kept_dues, kept_notes = bytearray(), [], [], []
+    for number, (place, code) in enumerate(zip(places, settlement.codes, strict=True)):
+        due_us = next(dues, 0) if code == RETRY else 0
+        note = next(notes, "") if code in _RETURNING else ""
+        if span.states[place] not in run.UNSETTLED:
+            continue
+        codes.append(code)
+        kept.append(number)
+        if code == RETRY:
+            kept_dues.append(due_us)
+        if code in _RETURNING:
+            kept_notes.append(note)
+    return msgspec.structs.replace(
+        settlement,
+        places=encode_places(places[number] for number in kept),
+        codes=bytes(codes),
+        results=pack([results[number] for number in kept], kinds and bytes(kinds[number] for number in kept)),
+        dues_us=tuple(kept_dues),
+        notes=tuple(kept_notes),
+    )
+
+
+class _Return(NamedTuple):
+    """How runs come back; those that do so alike share a span."""
+
+    due_us: int
+    attempts: int
+    note: str
+
+
 def _returning(
     settlement: Settlement, places: Sequence[int], positions: Sequence[int], policy: Policy, now_us: int
-) -> tuple[bytes, dict[int, list[int]]]:
-    """Turn each `r` into `moved` with its due time, or into `cancelled` where nothing may run again."""
+) -> tuple[bytes, dict[_Return, list[int]]]:
+    """Turn each `r` and `d` into `moved` with how it comes back, or into `cancelled` where nothing may run again."""
     codes = bytearray(settlement.codes)
-    returning: dict[int, list[int]] = {}
-    dues = iter(settlement.dues_us)
+    returning: dict[_Return, list[int]] = {}
+    dues, notes = iter(settlement.dues_us), iter(settlement.notes)
     for number, code in enumerate(codes):
-        if code != RETRY:
+        if code not in _RETURNING:
             continue
-        due_us = quantised_due_us(next(dues, now_us), now_us)
+        is_retry = code == RETRY
+        due_us = quantised_due_us(next(dues, now_us), now_us) if is_retry else 0
+        how = _Return(due_us, int(is_retry), next(notes, ""))
         if policy.stopped or positions[places[number]] in policy.cancelled:
             codes[number] = run.CANCELLED
         else:
             codes[number] = run.MOVED
-            returning.setdefault(due_us, []).append(places[number])
+            returning.setdefault(how, []).append(places[number])
     return bytes(codes), returning
 
 
-def _moved(span: Span, positions: list[int], *, due_us: int, now_us: int, clock: int) -> Span:
-    """The span of the next attempt."""
+def _moved(span: Span, positions: list[int], how: _Return, *, now_us: int, clock: int) -> Span:
+    """The span of the next attempt, or of this one once more."""
     return msgspec.structs.replace(
         span,
         id=0,
         positions=encode_places(positions),
         states=bytes((run.WAITING,)) * len(positions),
         unsettled_count=len(positions),
-        state=DELAYED if due_us > now_us else WAITING,
-        due_us=due_us,
+        state=DELAYED if how.due_us > now_us else WAITING,
+        due_us=how.due_us,
         order_no=returned_order_no(clock=clock),
-        attempt=span.attempt + 1,
+        attempt=span.attempt + how.attempts,
         session_id="",
         claim_no=0,
         token=0,
+        note=how.note,
     )
 
 
@@ -316,14 +375,15 @@ def release(
     `suspects`: places that had started and not ended when the worker died; empty for a release in good order.
     A crash is charged to suspects only. From its second crash on a group of suspects is bisected, so a run that
     kills its worker is soon alone; after `policy.crashes_max` crashes alone it fails with `evidence`. An
-    at-most-once run that was handed out fails at once: it may have run.
+    at-most-once run that was handed out fails at once: it may have run. An activation runs in another process than the
+    one that leases it: no death of that one is its doing.
     """
     if span is None or span.state != LEASED or span.token != token:
         return Verdict(LOST)
     unsettled = unsettled_places(span)
     if places is not None:
         return _given_back(span, [place for place in unsettled if place in places], policy, clock)
-    guilty = [place for place in unsettled if place in suspects]
+    guilty = [place for place in unsettled if place in suspects and (span.at_most_once or span.task != LANE)]
     back = msgspec.structs.replace(
         span,
         states=bytes(run.WAITING if state == run.STARTED else state for state in span.states),
@@ -462,6 +522,7 @@ def redrive(
         due_us=0,
         expires_us=0,
         order_no=returned_order_no(clock=clock),
+        note="",
     )
     return kept, taken, Counts(-gone.completed, -gone.failed, -gone.cancelled, -gone.expired)
 
@@ -493,6 +554,14 @@ def results_of(part: Part) -> list[tuple[int, int, bytes, int]]:
     results, kinds = unpack(part.results)
     positions = range(len(results)) if part.positions is None else decode_places(part.positions)
     return list(zip(positions, part.codes, results, kinds or bytes(len(results)), strict=True))
+
+
+def dead_positions(span: Span, part: Part) -> list[int]:
+    """The block positions of runs that a part ends as dead letters."""
+    if not span.dead_letter or run.FAILED not in part.codes:
+        return []
+    positions = range(len(part.codes)) if part.positions is None else decode_places(part.positions)
+    return [position for position, code in zip(positions, part.codes, strict=True) if code == run.FAILED]
 
 
 def _done(span: Span) -> Span:

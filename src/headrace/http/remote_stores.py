@@ -40,6 +40,7 @@ from headrace.store.wire import (
 )
 
 LIST_MAX: Final = 10_000
+RULES_BYTES_MAX: Final = 256 * 1024
 _SESSION: Final = re.compile(r"session_[0-9a-z]{26}\Z")
 _TIMED: Final = frozenset(
     (
@@ -139,6 +140,8 @@ class RemoteStores:
         for field in ("limit", "runs_max", "ranges_max"):
             if field in values and not 0 < values[field] <= LIST_MAX:
                 raise InvalidInput(f"{field} is from 1 to {LIST_MAX}, not {values[field]}")
+        if len(values.get("runs", ())) > LIST_MAX or len(values.get("value", b"")) > RULES_BYTES_MAX:
+            raise InvalidInput(f"at most {LIST_MAX} runs, and {RULES_BYTES_MAX} bytes of rules at once")
         self._check_brought(call, name, values)
 
     def _check_brought(self, call: Call, name: str, values: dict[str, Any]) -> None:

@@ -25,8 +25,10 @@ from headrace.store.protocol import (
     ApiKey,
     Appended,
     Claim,
+    DeadLetter,
     Heartbeat,
     Lease,
+    NamedLease,
     NewBatch,
     Outcome,
     Pruned,
@@ -300,6 +302,29 @@ class RemoteStore:
         """Stop or go on handing out a queue's runs."""
         await self._ask("pause_queue", environment=environment, name=name, paused=paused)
 
+    async def dead_letters(
+        self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
+    ) -> list[DeadLetter]:
+        """Dead letters, oldest first."""
+        found: list[DeadLetter] = await self._ask(
+            "dead_letters", environment=environment, queue=queue, before_us=before_us, after=after, limit=limit
+        )
+        return found
+
+    async def purge_dead(self, environment: str, runs: Sequence[tuple[str, int]]) -> int:
+        """Let dead letters be as other failed runs."""
+        found: int = await self._ask("purge_dead", environment=environment, runs=list(runs))
+        return found
+
+    async def rules(self, environment: str) -> dict[str, bytes]:
+        """What people decided, by name."""
+        found: dict[str, bytes] = await self._ask("rules", environment=environment)
+        return found
+
+    async def keep_rules(self, environment: str, name: str, value: bytes) -> None:
+        """Decide anew."""
+        await self._ask("keep_rules", environment=environment, name=name, value=value)
+
     async def verify(self, batch_id: str) -> Verification:
         """Count a batch from its chunks."""
         found: Verification = await self._ask("verify", batch_id=batch_id)
@@ -360,6 +385,11 @@ class RemoteStore:
         """The server knows."""
         del keys
         return []
+
+    async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
+        """Refused: a lease of the server's own is the server's to settle."""
+        del environment, task, keys
+        _refuse("look at leases by key")
 
     async def add_key(self, key: ApiKey, *, now_us: int) -> None:
         """Refused."""

@@ -113,6 +113,7 @@ class Move:
             own = [(name, clock, paused) for where, name, clock, paused in found if where == environment]
             lanes = await self.departure.lanes(environment)
             offsets[environment] = await self.arrival.know(environment, own, lanes)
+        await self.arrival.keep_rules(await self.departure.rules())
         return offsets
 
     async def _own(self, batch_id: str, environment: str) -> None:

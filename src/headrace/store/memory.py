@@ -30,9 +30,11 @@ from headrace.store.protocol import (
     ApiKey,
     Appended,
     Claim,
+    DeadLetter,
     Heartbeat,
     Held,
     Lease,
+    NamedLease,
     NewBatch,
     Outcome,
     Pruned,
@@ -151,7 +153,9 @@ class MemoryStore:
                 if again is not None:
                     tables.spans[span.id] = after
                     writing.add_span(tables, again)
-                    tables.cancellations -= {(batch_id, index) for index in reading.indexes_of_span(tables, again)}
+                    back = {(batch_id, index) for index in reading.indexes_of_span(tables, again)}
+                    tables.cancellations -= back
+                    tables.dead = {run: dead for run, dead in tables.dead.items() if run not in back}
                     change = change.plus(gone)
             if change.settled:
                 tables.batches[batch_id] = batches.redriven(batch, change)
@@ -309,6 +313,34 @@ class MemoryStore:
             queue = tables.queues.get((environment, name), Queue())
             tables.queues[environment, name] = queue._replace(paused=paused)
 
+    async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
+        """Where the runs that keys name are under way."""
+        return reading.named_leases(self._now(), environment, task, keys)
+
+    async def dead_letters(
+        self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
+    ) -> list[DeadLetter]:
+        """Dead letters, oldest first."""
+        return reading.dead_letters(self._now(), environment, queue, before_us, after)[:limit]
+
+    async def purge_dead(self, environment: str, runs: Sequence[tuple[str, int]]) -> int:
+        """Let dead letters be as other failed runs."""
+        with self._changing() as tables:
+            gone = [run for run in set(runs) if run in tables.dead and tables.dead[run][0] == environment]
+            for run in gone:
+                del tables.dead[run]
+        return len(gone)
+
+    async def rules(self, environment: str) -> dict[str, bytes]:
+        """What people decided, by name."""
+        known = self._now().rules
+        return {name: known[environment, name] for owner, name in sorted(known) if owner == environment}
+
+    async def keep_rules(self, environment: str, name: str, value: bytes) -> None:
+        """Decide anew."""
+        with self._changing() as tables:
+            tables.rules[environment, name] = value
+
     async def verify(self, batch_id: str) -> Verification:
         """Count a batch from its chunks and compare."""
         return reading.verify(self._now(), batch_id)
@@ -352,6 +384,7 @@ class MemoryStore:
                 (batch.finished_us, batch.id, batch.environment)
                 for batch in tables.batches.values()
                 if 0 < batch.finished_us <= finished_before_us
+                if all(batch.id != batch_id for batch_id, _ in tables.dead)
             )
             for _, batch_id, _ in due[:batches_max]:
                 tables.forget(batch_id)

@@ -18,8 +18,19 @@ from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack
 from headrace.core.span import Part, Span, positions_of, results_of
 from headrace.foundation.errors import NotFound
-from headrace.store.protocol import ApiKey, Lease, Outcome, QueueView, RunView, Schedule, Session, Verification
-from headrace.store.views import WITH_RESULT, attempt_of, check_state, lease_of, view_of
+from headrace.store.protocol import (
+    ApiKey,
+    DeadLetter,
+    Lease,
+    NamedLease,
+    Outcome,
+    QueueView,
+    RunView,
+    Schedule,
+    Session,
+    Verification,
+)
+from headrace.store.views import WITH_RESULT, attempt_of, check_state, lease_of, named_lease, view_of
 
 NOTHING: Final = (b"", 0)
 
@@ -67,6 +78,8 @@ class Tables:
     buckets: dict[tuple[str, str], int] = field(default_factory=dict)
     duties: dict[str, tuple[str, int]] = field(default_factory=dict)
     schedules: dict[tuple[str, str], Schedule] = field(default_factory=dict)
+    dead: dict[tuple[str, int], tuple[str, DeadLetter]] = field(default_factory=dict)
+    rules: dict[tuple[str, str], bytes] = field(default_factory=dict)
     next_block_id: int = 1
     next_span_id: int = 1
 
@@ -305,6 +318,40 @@ def _queue(tables: Tables, environment: str, name: str) -> QueueView:
         leased_count=counts[spans.LEASED],
         oldest_us=min(oldest_us, default=0),
     )
+
+
+def named_leases(tables: Tables, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
+    """Where the runs that keys name are under way."""
+    found = []
+    for key in sorted(set(keys)):
+        known = tables.keys.get((environment, task, key))
+        if known is None:
+            continue
+        block_id, position = locate(tables, tables.batches[known.batch_id], known.run_index)
+        for span in spans_of_block(tables, block_id):
+            found += [
+                named_lease(span, key, place)
+                for place, own in enumerate(positions_of(span))
+                if own == position and span.state == spans.LEASED and span.states[place] in runs_core.UNSETTLED
+            ]
+    return found
+
+
+def dead_letters(
+    tables: Tables, environment: str, queue: str, before_us: int, after: DeadLetter | None
+) -> list[DeadLetter]:
+    """Dead letters, oldest first."""
+    found = [
+        dead
+        for owner, dead in tables.dead.values()
+        if owner == environment and queue in ("", dead.queue) and (not before_us or dead.died_us < before_us)
+        if after is None or _age(dead) > _age(after)
+    ]
+    return sorted(found, key=_age)
+
+
+def _age(dead: DeadLetter) -> tuple[int, str, int]:
+    return dead.died_us, dead.batch_id, dead.index
 
 
 def verify(tables: Tables, batch_id: str) -> Verification:

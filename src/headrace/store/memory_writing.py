@@ -15,12 +15,23 @@ from headrace.core.index_set import IndexSet
 from headrace.core.order import clock_after, first_order_no, returned_order_no
 from headrace.core.pack import unpack
 from headrace.core.run import COMPLETED, ENDED_BADLY, WAITING
-from headrace.core.span import Counts, Key, Policy, Span, Verdict, encode_places, positions_of
+from headrace.core.span import Counts, Key, Part, Policy, Span, Verdict, encode_places, positions_of
 from headrace.foundation.errors import Conflict, SessionEnded
 from headrace.foundation.ids import run_id
 from headrace.store import memory_reading as reading
 from headrace.store.memory_reading import Known, Queue, Tables
-from headrace.store.protocol import Appended, Claim, NewBatch, Release, Schedule, Session, Suspects, Tick, Ticked
+from headrace.store.protocol import (
+    Appended,
+    Claim,
+    DeadLetter,
+    NewBatch,
+    Release,
+    Schedule,
+    Session,
+    Suspects,
+    Tick,
+    Ticked,
+)
 from headrace.store.views import birth_part
 
 SWEEP_SPANS_MAX: Final = 1_000
@@ -260,7 +271,18 @@ def apply(tables: Tables, verdict: Verdict, now_us: int) -> None:
         add_span(tables, span)
     if verdict.part is not None:
         tables.add_part(verdict.part)
+        bury(tables, verdict.span, verdict.part, now_us)
     count_in(tables, verdict.span.batch_id, verdict.counts, now_us)
+
+
+def bury(tables: Tables, span: Span, part: Part, now_us: int) -> None:
+    """Keep what a part ends as dead letters on the list of those."""
+    indexes = reading.indexes_of(tables.blocks[span.block_id].chunk)
+    for position in spans.dead_positions(span, part):
+        dead = DeadLetter(
+            batch_id=span.batch_id, index=indexes[position], queue=span.queue, task=span.task, died_us=now_us
+        )
+        tables.dead[span.batch_id, dead.index] = span.environment, dead
 
 
 def stop(tables: Tables, batch_id: str, state: str, now_us: int) -> None:
@@ -357,6 +379,7 @@ def take(tables: Tables, claim: Claim, now_us: int) -> list[Span]:
         and span.environment == claim.environment
         and span.task in claim.tasks
         and (claim.queues is None or span.queue in claim.queues)
+        and span.queue.startswith(claim.queue_prefix)
         and not tables.queues[span.environment, span.queue].paused
         and not 0 < span.expires_us <= now_us
     ]

@@ -37,9 +37,10 @@ class Belongings(NamedTuple):
     keys: list[tuple[str, str, int, int]]
     tags: list[tuple[str, int]]
     objects: list[tuple[str, str]]
+    dead: list[tuple[int, str, str, int]]
 
 
-NOTHING: Final = Belongings([], [], [])
+NOTHING: Final = Belongings([], [], [], [])
 
 
 class Departure(Protocol):
@@ -73,7 +74,7 @@ class Departure(Protocol):
         ...
 
     async def belongings(self, batch_id: str, after: Belongings) -> Belongings:
-        """The keys, tags and objects of a batch that come after the last of those given."""
+        """The keys, tags, objects and dead letters of a batch that come after the last of those given."""
         ...
 
     async def cancellations(self, batch_id: str) -> list[int]:
@@ -86,6 +87,10 @@ class Departure(Protocol):
 
     async def lanes(self, environment: str) -> list[tuple[str, str]]:
         """`(queue, task)` of every lane."""
+        ...
+
+    async def rules(self) -> list[tuple[str, str, bytes]]:
+        """`(environment, name, value)` of every rule."""
         ...
 
 
@@ -115,7 +120,7 @@ class Arrival(Protocol):
         ...
 
     async def own(self, batch_id: str, environment: str, came: Belongings, *, now_us: int) -> None:
-        """Keep keys, tags and objects of a batch; a key that names another run here goes on naming that."""
+        """Keep what belongs to a batch; a key that names another run here goes on naming that."""
         ...
 
     async def let_in(self, batch: dict[str, Any], cancelled: Sequence[int], offset: int, *, now_us: int) -> None:
@@ -127,6 +132,10 @@ class Arrival(Protocol):
 
         Raises `Conflict` when one of them was let in: its runs may have gone on here.
         """
+        ...
+
+    async def keep_rules(self, rules: Sequence[tuple[str, str, bytes]]) -> None:
+        """Keep rules that there are none of that name of here."""
         ...
 
     async def forget(self, move_id: str) -> None:

@@ -68,7 +68,7 @@ class Claim(msgspec.Struct, kw_only=True):
     """A wish for work: at most `runs_max` runs of these tasks, best first.
 
     `claim_no` counts this session's claims: repeated after a lost answer it returns the same spans. `queues` is
-    None for all queues.
+    None for all queues, or for all whose names begin with `queue_prefix`.
     """
 
     session_id: str
@@ -77,6 +77,7 @@ class Claim(msgspec.Struct, kw_only=True):
     tasks: Sequence[str]
     queues: Sequence[str] | None
     runs_max: int
+    queue_prefix: str = ""
 
 
 class Lease(msgspec.Struct, kw_only=True):
@@ -103,6 +104,8 @@ class Lease(msgspec.Struct, kw_only=True):
     kinds: bytes | None
     extras: Mapping[int, Extra]
     runs_count: int
+    note: str = ""
+    dead_letter: bool = False
 
 
 class Held(NamedTuple):
@@ -189,6 +192,28 @@ class QueueView(msgspec.Struct, kw_only=True):
     delayed_count: int
     leased_count: int
     oldest_us: int
+
+
+class NamedLease(msgspec.Struct, kw_only=True):
+    """Where a run is under way that an idempotency key names: its place in a leased span, and its last note."""
+
+    key: str
+    span_id: int
+    token: int
+    place: int
+    attempt: int
+    at_most_once: bool
+    note: str
+
+
+class DeadLetter(msgspec.Struct, kw_only=True):
+    """A run that failed for good and is kept for a person to look at. `died_us`: when it did."""
+
+    batch_id: str
+    index: int
+    queue: str
+    task: str
+    died_us: int
 
 
 class Verification(msgspec.Struct, kw_only=True):
@@ -377,6 +402,26 @@ class Store(Protocol):
 
     async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
         """Stop or go on handing out a queue's runs."""
+
+    async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
+        """Where the runs that these keys name are under way; those that are not are left out."""
+
+    async def dead_letters(
+        self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
+    ) -> list[DeadLetter]:
+        """The dead letters of an environment, oldest first; those that died before a moment, when one is given.
+
+        `after` continues a list. They are taken off it by `redrive` and by `purge_dead`.
+        """
+
+    async def purge_dead(self, environment: str, runs: Sequence[tuple[str, int]]) -> int:
+        """Let dead letters be as the other failed runs of their batches; answers how many were some."""
+
+    async def rules(self, environment: str) -> dict[str, bytes]:
+        """What people decided about an environment's work, by name: see `headrace.core.rules`."""
+
+    async def keep_rules(self, environment: str, name: str, value: bytes) -> None:
+        """Decide anew."""
 
     async def verify(self, batch_id: str) -> Verification:
         """Count a batch from its chunks and compare with its counters, results and received set."""

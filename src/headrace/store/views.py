@@ -12,7 +12,7 @@ from headrace.core.failure import decode
 from headrace.core.pack import pack, unpack, unpack_some
 from headrace.core.span import DELAYED, LEASED, Part, Span, positions_of, unsettled_places
 from headrace.foundation.errors import InvalidInput
-from headrace.store.protocol import Lease, RunView
+from headrace.store.protocol import Lease, NamedLease, RunView
 
 WITH_RESULT: Final = bytes((run.COMPLETED, run.FAILED))
 """The states that a recorded outcome has a result for."""
@@ -122,4 +122,19 @@ def lease_of(span: Span, first_index: int, gaps: bytes | None, extras: Mapping[i
         kinds=kinds if kinds is not None and any(kinds) else None,
         extras=by_place,
         runs_count=len(span.states),
+        note=span.note,
+        dead_letter=span.dead_letter,
+    )
+
+
+def named_lease(span: Span, key: str, place: int) -> NamedLease:
+    """A run of a leased span that a key names."""
+    return NamedLease(
+        key=key,
+        span_id=span.id,
+        token=span.token,
+        place=place,
+        attempt=span.attempt,
+        at_most_once=span.at_most_once,
+        note=span.note,
     )

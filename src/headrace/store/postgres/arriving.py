@@ -41,7 +41,7 @@ class PostgresArrival:
         return await self._perform(lambda: _know(environment, own, lanes))
 
     async def own(self, batch_id: str, environment: str, came: Belongings, *, now_us: int) -> None:
-        """Keep keys, tags and objects of a batch."""
+        """Keep what belongs to a batch."""
         await self._perform(lambda: _own(batch_id, environment, came, now_us))
 
     async def let_in(self, batch: dict[str, Any], cancelled: Sequence[int], offset: int, *, now_us: int) -> None:
@@ -53,6 +53,10 @@ class PostgresArrival:
     async def take_back(self, batch_ids: Sequence[str]) -> bool:
         """Delete what came of batches that were not let in, a bounded step; False when nothing is left of them."""
         return await self._perform(lambda: _take_back(batch_ids))
+
+    async def keep_rules(self, rules: Sequence[tuple[str, str, bytes]]) -> None:
+        """Keep rules that there are none of that name of here."""
+        await self._perform(lambda: _keep_rules(rules))
 
     async def forget(self, move_id: str) -> None:
         """Everything is here, or gone again."""
@@ -119,6 +123,16 @@ def _own(batch_id: str, environment: str, came: Belongings, now_us: int) -> Scri
     if came.objects:
         yield from fetch("insert_objects", rows=as_json(came.objects))
 
+    if came.dead:
+        rows = [(batch_id, index, environment, queue, task, died_us) for index, queue, task, died_us in came.dead]
+        yield from fetch("insert_moved_dead", rows=as_json(rows))
+
+
+def _keep_rules(rules: Sequence[tuple[str, str, bytes]]) -> Script[None]:
+    for environment, name, value in rules:
+        if name not in {row[0] for row in (yield from fetch("rules", environment=environment))}:
+            yield from fetch("keep_rules", environment=environment, name=name, value=value)
+
 
 def _let_in(row: dict[str, Any], cancelled: Sequence[int], offset: int, now_us: int) -> Script[None]:
     if not (yield from fetch("insert_moved_batch", **row)):
@@ -136,7 +150,15 @@ def _take_back(batch_ids: Sequence[str]) -> Script[bool]:
             )
     is_more = False
     for batch_id in batch_ids:
-        for name in ("delete_parts", "delete_spans", "delete_blocks", "delete_keys", "delete_tags", "delete_objects"):
+        for name in (
+            "delete_parts",
+            "delete_spans",
+            "delete_blocks",
+            "delete_keys",
+            "delete_tags",
+            "delete_objects",
+            "delete_dead",
+        ):
             gone = yield from fetch(name, batch_id=batch_id, rows_max=PAGE_ROWS)
             is_more = is_more or len(gone) >= PAGE_ROWS
             if is_more:

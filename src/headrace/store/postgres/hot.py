@@ -27,7 +27,7 @@ NEVER: Final = -1
 PLACES: Final = encode_places(range(4_096))
 """The places of a whole span; a shorter one's are its beginning."""
 SPARE_ROWS: Final = 2
-_BLOCK_AT: Final = 23
+_BLOCK_AT: Final = 25
 
 
 def ranges(settlements: Sequence[Settlement]) -> dict[str, Any] | None:
@@ -72,7 +72,7 @@ def in_order(chunks: Sequence[Chunk], cursor: bytes | None) -> dict[str, Any] | 
                 (
                     len(spans), number, key.queue, key.task, key.priority, key.due_us, key.expires_us,
                     int(key.at_most_once), chunk.first_index + places[0], chunk.first_index, len(places),
-                    *blob.put(positions),
+                    *blob.put(positions), int(key.dead_letter),
                 )
             )  # fmt: skip
     return {
@@ -113,6 +113,7 @@ def wish(
         "environment": claim.environment,
         "tasks": as_json(list(claim.tasks)),
         "queues": None if claim.queues is None else as_json(list(claim.queues)),
+        "queue_prefix": claim.queue_prefix,
         "runs_max": claim.runs_max,
         "marks": as_json(by_queue),
         "rows_max": rows_max,

@@ -19,7 +19,7 @@ WISHES_MAX: Final = 64
 _QUEUE_AT, _TASK_AT, _PRIORITY_AT, _ORDER_AT = 5, 6, 7, 11
 """Columns of `claim_whole`, whose first is the verdict."""
 
-Wish = tuple[str, str, tuple[str, ...], tuple[str, ...] | None]
+Wish = tuple[str, str, tuple[str, ...], tuple[str, ...] | None, str]
 Marks = dict[tuple[str, str], tuple[int, int]]
 """Priority and order number by queue and task."""
 
@@ -51,4 +51,4 @@ class Watermarks:
 
 def _wish(claim: Claim) -> Wish:
     queues = None if claim.queues is None else tuple(claim.queues)
-    return claim.session_id, claim.environment, tuple(claim.tasks), queues
+    return claim.session_id, claim.environment, tuple(claim.tasks), queues, claim.queue_prefix

@@ -51,7 +51,7 @@ class SqliteDeparture:
         return await self._asked(lambda: _batches(after_id))
 
     async def belongings(self, batch_id: str, after: Belongings) -> Belongings:
-        """The keys, tags and objects of a batch that come after the last of those given."""
+        """The keys, tags, objects and dead letters of a batch that come after the last of those given."""
         return await self._asked(lambda: _belongings(batch_id, after))
 
     async def cancellations(self, batch_id: str) -> list[int]:
@@ -65,6 +65,10 @@ class SqliteDeparture:
     async def lanes(self, environment: str) -> list[tuple[str, str]]:
         """`(queue, task)` of every lane."""
         return await self._asked(lambda: _lanes(environment))
+
+    async def rules(self) -> list[tuple[str, str, bytes]]:
+        """`(environment, name, value)` of every rule."""
+        return await self._asked(_rules)
 
     async def _asked(self, script: Callable[[], Script[T]]) -> T:
         return await self._store.read(script)
@@ -90,10 +94,13 @@ def _belongings(batch_id: str, after: Belongings) -> Script[Belongings]:
     keys = yield from fetch("moving_keys", batch_id=batch_id, task=task, key=key, rows_max=PAGE_ROWS)
     tags = yield from fetch("moving_tags", batch_id=batch_id, tag=tag, run_index=run_index, rows_max=PAGE_ROWS)
     objects = yield from fetch("moving_objects", batch_id=batch_id, key=object_key, rows_max=PAGE_ROWS)
+    dead_index = after.dead[-1][0] if after.dead else -1
+    dead = yield from fetch("moving_dead", batch_id=batch_id, run_index=dead_index, rows_max=PAGE_ROWS)
     return Belongings(
         [(row[0], row[1], row[2], row[3]) for row in keys],
         [(row[0], row[1]) for row in tags],
         [(row[0], row[1]) for row in objects],
+        [(row[0], row[1], row[2], row[3]) for row in dead],
     )
 
 
@@ -108,6 +115,10 @@ def _queues() -> Script[list[tuple[str, str, int, bool]]]:
 
 def _lanes(environment: str) -> Script[list[tuple[str, str]]]:
     return [(row[0], row[1]) for row in (yield from fetch("moving_lanes", environment=environment))]
+
+
+def _rules() -> Script[list[tuple[str, str, bytes]]]:
+    return [(row[0], row[1], bytes(row[2])) for row in (yield from fetch("moving_rules"))]
 
 
 def _runs_count() -> Script[int]:

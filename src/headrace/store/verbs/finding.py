@@ -97,6 +97,12 @@ def indexes_of(first_index: int, runs_count: int, gaps: bytes | None) -> Sequenc
     return [first_index + gap for gap in array("I", gaps)]
 
 
+def shapes_of(block_ids: Iterable[int]) -> Script[dict[int, Sequence[int]]]:
+    """The batch index of each position of some blocks, by block."""
+    rows = yield from fetch("shapes_of_blocks", ids=as_json(sorted(set(block_ids))))
+    return {row[0]: indexes_of(*row[1:]) for row in rows}
+
+
 def spans_of_block(block_id: int) -> Script[list[Span]]:
     """All spans over one block."""
     return [to_span(row) for row in (yield from fetch("spans_of_block", block_id=block_id))]

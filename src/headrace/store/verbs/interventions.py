@@ -11,7 +11,7 @@ from headrace.core.batch import Batch
 from headrace.core.span import DELAYED, WAITING, Counts, Span, cancel, positions_of
 from headrace.core.span import redrive as redrive_span
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound
-from headrace.store.verbs.finding import clocks, decode_extras, find, indexes_of, locate, lock, lock_spans_of_blocks
+from headrace.store.verbs.finding import clocks, decode_extras, find, locate, lock, lock_spans_of_blocks, shapes_of
 from headrace.store.verbs.rows import add_spans, as_json, put_batch, put_spans, take_ids, to_batch, to_span
 from headrace.store.verbs.script import Script, fetch
 
@@ -113,7 +113,9 @@ def redrive(batch_id: str, indexes: Sequence[int] | None) -> Script[int]:
     if fresh:
         yield from put_spans(kept)
         yield from add_spans(fresh, first_id=(yield from take_ids(spans_count=len(fresh)))[1])
-        yield from fetch("forget_cancellations", batch_id=batch_id, indexes=as_json((yield from _indexes(fresh))))
+        indexes_json = as_json((yield from indexes_of_spans(fresh)))
+        yield from fetch("forget_cancellations", batch_id=batch_id, indexes=indexes_json)
+        yield from fetch("forget_dead", batch_id=batch_id, indexes=indexes_json)
         yield from put_batch(batches.redriven((yield from lock(batch_id)), change))
     return -change.settled
 
@@ -127,13 +129,9 @@ def _born_failed(block_ids: Sequence[int]) -> Script[dict[int, set[int]]]:
     }
 
 
-def _indexes(spans: Sequence[Span]) -> Script[list[int]]:
+def indexes_of_spans(spans: Sequence[Span]) -> Script[list[int]]:
     """The batch indexes of the runs of some spans."""
-    ids = as_json(sorted({span.block_id for span in spans}))
-    shapes = {
-        block_id: indexes_of(first_index, runs_count, gaps)
-        for block_id, first_index, runs_count, gaps in (yield from fetch("shapes_of_blocks", ids=ids))
-    }
+    shapes = yield from shapes_of(span.block_id for span in spans)
     return [shapes[span.block_id][position] for span in spans for position in positions_of(span)]
 
 

@@ -18,7 +18,7 @@ from headrace.store.verbs.script import Script, fetch, fetch_first
 SPAN_COLUMNS: Final = (
     "id", "block_id", "batch_id", "environment", "queue", "task", "priority", "due_us", "expires_us", "at_most_once",
     "order_no", "first_index", "attempt", "crashes_count", "crashes_alone_count", "positions", "states",
-    "unsettled_count", "state", "session_id", "claim_no", "token",
+    "unsettled_count", "state", "session_id", "claim_no", "token", "dead_letter", "note",
 )  # fmt: skip
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -55,6 +55,7 @@ def to_span(row: Sequence[Any]) -> Span:
     """A span from a row in the order of `SPAN_COLUMNS` (more columns may follow)."""
     values = dict(zip(SPAN_COLUMNS, row, strict=False))
     values["at_most_once"] = bool(values["at_most_once"])
+    values["dead_letter"] = bool(values["dead_letter"])
     return Span(**values)
 
 
@@ -128,7 +129,8 @@ def add_spans(spans: Sequence[Span], *, first_id: int) -> Script[None]:
                 span.id, span.block_id, span.batch_id, span.environment, span.queue, span.task, span.priority,
                 span.due_us, span.expires_us, int(span.at_most_once), span.order_no, span.first_index, span.attempt,
                 span.crashes_count, span.crashes_alone_count, span.unsettled_count, span.state, span.session_id,
-                span.claim_no, span.token, *blob.put(span.positions), *blob.put(span.states),
+                span.claim_no, span.token, *blob.put(span.positions), *blob.put(span.states), int(span.dead_letter),
+                span.note,
             )
         )  # fmt: skip
     yield from fetch("insert_spans", rows=as_json(rows), blob=blob.bytes())

@@ -16,8 +16,10 @@ from headrace.store.protocol import (
     ApiKey,
     Appended,
     Claim,
+    DeadLetter,
     Heartbeat,
     Lease,
+    NamedLease,
     NewBatch,
     Outcome,
     Pruned,
@@ -35,6 +37,7 @@ from headrace.store.protocol import (
 from headrace.store.verbs import (
     admitting,
     appending,
+    burying,
     finding,
     interventions,
     reading,
@@ -186,6 +189,28 @@ class ScriptedStore(ABC):
     async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
         """Stop or go on handing out a queue's runs."""
         await self._write(lambda: working.pause_queue(environment, name, paused=paused))
+
+    async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
+        """Where the runs that keys name are under way."""
+        return await self._read(lambda: burying.named_leases(environment, task, keys))
+
+    async def dead_letters(
+        self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
+    ) -> list[DeadLetter]:
+        """Dead letters, oldest first."""
+        return await self._read(lambda: burying.dead_letters(environment, queue, before_us, after, limit))
+
+    async def purge_dead(self, environment: str, runs: Sequence[tuple[str, int]]) -> int:
+        """Let dead letters be as other failed runs."""
+        return await self._write(lambda: burying.purge_dead(environment, runs))
+
+    async def rules(self, environment: str) -> dict[str, bytes]:
+        """What people decided, by name."""
+        return await self._read(lambda: burying.rules(environment))
+
+    async def keep_rules(self, environment: str, name: str, value: bytes) -> None:
+        """Decide anew."""
+        await self._write(lambda: burying.keep_rules(environment, name, value))
 
     async def verify(self, batch_id: str) -> Verification:
         """Count a batch from its chunks."""

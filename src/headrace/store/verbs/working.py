@@ -9,6 +9,7 @@ from headrace.core import batch as batches
 from headrace.core.order import returned_order_no
 from headrace.core.span import (
     LOST,
+    OVERDUE,
     RETRY,
     Counts,
     Part,
@@ -16,6 +17,7 @@ from headrace.core.span import (
     Settlement,
     Span,
     Verdict,
+    dead_positions,
     leased,
     take_first,
     unsettled_places,
@@ -24,6 +26,7 @@ from headrace.core.span import release as release_span
 from headrace.core.span import settle as settle_span
 from headrace.foundation.errors import SessionEnded
 from headrace.store.protocol import Claim, Heartbeat, Held, Release, Session, Suspects
+from headrace.store.verbs.burying import add_dead
 from headrace.store.verbs.finding import clocks, locate, require_live
 from headrace.store.verbs.interventions import count_in, sweep_stopped
 from headrace.store.verbs.rows import (
@@ -162,6 +165,7 @@ def _take(wish: Claim, now_us: int) -> Script[list[Span]]:
         environment=wish.environment,
         tasks=as_json(list(wish.tasks)),
         queues=None if wish.queues is None else as_json(list(wish.queues)),
+        queue_prefix=wish.queue_prefix,
     )
     locked: set[str] = set()
     for _ in range(SWEEPS_MAX):
@@ -261,8 +265,9 @@ def settle(settlements: Sequence[Settlement], now_us: int) -> Script[list[str]]:
         span = gathered.spans.get(settlement.span_id, spans.get(settlement.span_id))
         again = (settlement.span_id, settlement.token, settlement.part_no) in gathered.part_names
         recorded = again or (span is not None and (yield from _is_recorded(span, settlement)))
-        policy = (yield from policies.of(span)) if span is not None and RETRY in settlement.codes else Policy()
-        clock = (yield from policies.clock(span)) if span is not None and RETRY in settlement.codes else 0
+        comes_back = RETRY in settlement.codes or OVERDUE in settlement.codes
+        policy = (yield from policies.of(span)) if span is not None and comes_back else Policy()
+        clock = (yield from policies.clock(span)) if span is not None and comes_back else 0
         gathered.add(settle_span(span, settlement, recorded=recorded, policy=policy, clock=clock, now_us=now_us))
     objects = [
         (key, spans[settlement.span_id].batch_id)
@@ -336,6 +341,7 @@ class _Gathered:
         self._fresh: list[Span] = []
         self._parts: list[Part] = []
         self._counts: dict[str, Counts] = {}
+        self._dead: list[tuple[Span, list[int]]] = []
 
     def add(self, verdict: Verdict) -> None:
         self.words.append(verdict.word)
@@ -348,6 +354,8 @@ class _Gathered:
             part = verdict.part
             self._parts.append(part)
             self.part_names.add((part.span_id, part.token, part.part_no))
+            if positions := dead_positions(span, part):
+                self._dead.append((span, positions))
         self._counts[span.batch_id] = self._counts.get(span.batch_id, Counts()).plus(verdict.counts)
 
     def write(self, now_us: int) -> Script[None]:
@@ -357,6 +365,8 @@ class _Gathered:
         yield from add_parts(self._parts)
         if self._counts:
             yield from count_in(self._counts, now_us)
+        if self._dead:  # after the batches, as objects are (rule R8)
+            yield from add_dead(self._dead, now_us)
 
 
 class _Policies:

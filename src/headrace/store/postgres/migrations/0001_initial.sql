@@ -87,7 +87,9 @@ CREATE TABLE {schema}.span (
     state text COLLATE "C" NOT NULL,
     session_id text COLLATE "C" NOT NULL,
     claim_no bigint NOT NULL,
-    token bigint NOT NULL
+    token bigint NOT NULL,
+    dead_letter bigint NOT NULL,
+    note text COLLATE "C" NOT NULL
 );
 CREATE INDEX span_claimable ON {schema}.span (environment, queue, task, priority DESC, order_no, batch_id, first_index, id)
     WHERE state = 'waiting';
@@ -194,6 +196,26 @@ CREATE TABLE {schema}.cancellation (
     batch_id text COLLATE "C" NOT NULL,
     run_index bigint NOT NULL,
     PRIMARY KEY (batch_id, run_index)
+);
+
+-- A run that failed for good and waits for a person; until it is redriven or purged its batch is kept.
+CREATE TABLE {schema}.dead_letter (
+    batch_id text COLLATE "C" NOT NULL,
+    run_index bigint NOT NULL,
+    environment text COLLATE "C" NOT NULL,
+    queue text COLLATE "C" NOT NULL,
+    task text COLLATE "C" NOT NULL,
+    died_us bigint NOT NULL,
+    PRIMARY KEY (batch_id, run_index)
+);
+CREATE INDEX dead_letter_listed ON {schema}.dead_letter (environment, died_us, batch_id, run_index);
+
+-- What people decided about an environment's work: what is dropped, what goes to another queue.
+CREATE TABLE {schema}.rule (
+    environment text COLLATE "C" NOT NULL,
+    name text COLLATE "C" NOT NULL,
+    value bytea NOT NULL,
+    PRIMARY KEY (environment, name)
 );
 
 -- Who may come in over the network. A key itself is never kept, only its digest. A bucket is the moment at which it

@@ -27,3 +27,14 @@ UPDATE {schema}.span SET state = CASE WHEN due_us > :now_us THEN 'delayed' ELSE 
     order_no = greatest(order_no + :offset, queue.clock)
 FROM {schema}.queue
 WHERE span.batch_id = :batch_id AND span.state = 'moving' AND queue.environment = span.environment AND queue.name = span.queue;
+
+-- insert_moved_dead: dead letters of a batch that died elsewhere
+INSERT INTO {schema}.dead_letter (batch_id, run_index, environment, queue, task, died_us)
+SELECT value->>0, (value->>1)::bigint, value->>2, value->>3, value->>4, (value->>5)::bigint
+FROM jsonb_array_elements(:rows::jsonb) AS given (value)
+ON CONFLICT DO NOTHING;
+
+-- delete_dead: a bounded step of taking a move back
+DELETE FROM {schema}.dead_letter WHERE (batch_id, run_index) IN (
+    SELECT batch_id, run_index FROM {schema}.dead_letter WHERE batch_id = :batch_id LIMIT :rows_max)
+RETURNING 1;

@@ -52,8 +52,10 @@ FROM {schema}.batch WHERE state = 'open' AND finished_us = 0 AND state IN ('open
 SELECT id FROM {schema}.batch WHERE state IN ('cancelled', 'abandoned') AND finished_us = 0
     AND state IN ('open', 'cancelled', 'abandoned');
 
--- finished_batches: batches that ended before a moment
-SELECT id, environment FROM {schema}.batch WHERE finished_us > 0 AND finished_us <= :before_us ORDER BY finished_us LIMIT :rows_max;
+-- finished_batches: batches that ended before a moment, and of which nobody has to look at anything
+SELECT id, environment FROM {schema}.batch WHERE finished_us > 0 AND finished_us <= :before_us
+    AND NOT EXISTS (SELECT 1 FROM {schema}.dead_letter WHERE dead_letter.batch_id = batch.id)
+ORDER BY finished_us LIMIT :rows_max;
 
 -- received: the set of indexes a batch has received
 SELECT received FROM {schema}.batch WHERE id = :id;
@@ -114,7 +116,7 @@ GROUP BY queue.name, queue.paused ORDER BY queue.name;
 SELECT span.id, span.block_id, span.batch_id, span.environment, span.queue, span.task, span.priority, span.due_us,
     span.expires_us, span.at_most_once, span.order_no, span.first_index, span.attempt, span.crashes_count,
     span.crashes_alone_count, span.positions, span.states, span.unsettled_count, span.state, span.session_id,
-    span.claim_no, span.token, block.first_index, block.gaps
+    span.claim_no, span.token, span.dead_letter, span.note, block.first_index, block.gaps
 FROM {schema}.batch JOIN {schema}.block ON block.batch_id = batch.id JOIN {schema}.span ON span.block_id = block.id
 WHERE batch.environment = :environment AND (:batch_id::text = '' OR batch.id = :batch_id)
     AND (:task::text = '' OR span.task = :task) AND (:state::bytea IS NULL OR position(:state::bytea IN span.states) > 0)
@@ -141,5 +143,5 @@ SELECT id, first_index, runs_count, gaps FROM {schema}.block WHERE batch_id = :b
 -- spans_of_blocks: all spans over some blocks
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token
+    claim_no, token, dead_letter, note
 FROM {schema}.span WHERE block_id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint)) ORDER BY id;

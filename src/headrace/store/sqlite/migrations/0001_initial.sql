@@ -76,7 +76,9 @@ CREATE TABLE span (
     state TEXT NOT NULL,
     session_id TEXT NOT NULL,
     claim_no INTEGER NOT NULL,
-    token INTEGER NOT NULL
+    token INTEGER NOT NULL,
+    dead_letter INTEGER NOT NULL,
+    note TEXT NOT NULL
 );
 CREATE INDEX span_claimable ON span (environment, queue, task, priority DESC, order_no, batch_id, first_index, id)
     WHERE state = 'waiting';
@@ -186,6 +188,26 @@ CREATE TABLE cancellation (
     batch_id TEXT NOT NULL,
     run_index INTEGER NOT NULL,
     PRIMARY KEY (batch_id, run_index)
+) WITHOUT ROWID;
+
+-- A run that failed for good and waits for a person; until it is redriven or purged its batch is kept.
+CREATE TABLE dead_letter (
+    batch_id TEXT NOT NULL,
+    run_index INTEGER NOT NULL,
+    environment TEXT NOT NULL,
+    queue TEXT NOT NULL,
+    task TEXT NOT NULL,
+    died_us INTEGER NOT NULL,
+    PRIMARY KEY (batch_id, run_index)
+) WITHOUT ROWID;
+CREATE INDEX dead_letter_listed ON dead_letter (environment, died_us, batch_id, run_index);
+
+-- What people decided about an environment's work: what is dropped, what goes to another queue.
+CREATE TABLE rule (
+    environment TEXT NOT NULL,
+    name TEXT NOT NULL,
+    value BLOB NOT NULL,
+    PRIMARY KEY (environment, name)
 ) WITHOUT ROWID;
 
 -- Who may come in over the network. A key itself is never kept, only its digest. A bucket is the moment at which it

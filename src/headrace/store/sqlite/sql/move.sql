@@ -37,6 +37,13 @@ SELECT key, batch_id FROM object WHERE batch_id = :batch_id AND key > :key ORDER
 -- moving_cancellations: the runs of a batch that somebody asked to cancel
 SELECT run_index FROM cancellation WHERE batch_id = :batch_id ORDER BY run_index;
 
+-- moving_dead: the next dead letters of a batch
+SELECT run_index, queue, task, died_us FROM dead_letter
+WHERE batch_id = :batch_id AND run_index > :run_index ORDER BY run_index LIMIT :rows_max;
+
+-- moving_rules: what people decided, everywhere
+SELECT environment, name, value FROM rule ORDER BY environment, name;
+
 -- moving_queues: every queue with its clock
 SELECT environment, name, clock, paused FROM queue ORDER BY environment, name;
 

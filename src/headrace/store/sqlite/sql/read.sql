@@ -48,8 +48,10 @@ FROM batch WHERE state = 'open' AND finished_us = 0 AND state IN ('open', 'cance
 SELECT id FROM batch WHERE state IN ('cancelled', 'abandoned') AND finished_us = 0
     AND state IN ('open', 'cancelled', 'abandoned');
 
--- finished_batches: batches that ended before a moment
-SELECT id, environment FROM batch WHERE finished_us > 0 AND finished_us <= :before_us ORDER BY finished_us LIMIT :rows_max;
+-- finished_batches: batches that ended before a moment, and of which nobody has to look at anything
+SELECT id, environment FROM batch WHERE finished_us > 0 AND finished_us <= :before_us
+    AND NOT EXISTS (SELECT 1 FROM dead_letter WHERE dead_letter.batch_id = batch.id)
+ORDER BY finished_us LIMIT :rows_max;
 
 -- received: the set of indexes a batch has received
 SELECT received FROM batch WHERE id = :id;
@@ -106,7 +108,7 @@ GROUP BY queue.name ORDER BY queue.name;
 SELECT span.id, span.block_id, span.batch_id, span.environment, span.queue, span.task, span.priority, span.due_us,
     span.expires_us, span.at_most_once, span.order_no, span.first_index, span.attempt, span.crashes_count,
     span.crashes_alone_count, span.positions, span.states, span.unsettled_count, span.state, span.session_id,
-    span.claim_no, span.token, block.first_index, block.gaps
+    span.claim_no, span.token, span.dead_letter, span.note, block.first_index, block.gaps
 FROM batch CROSS JOIN block ON block.batch_id = batch.id CROSS JOIN span ON span.block_id = block.id
 WHERE batch.environment = :environment AND (:batch_id = '' OR batch.id = :batch_id)
     AND (:task = '' OR span.task = :task) AND (:state IS NULL OR instr(span.states, :state) > 0)
@@ -133,5 +135,5 @@ SELECT id, first_index, runs_count, gaps FROM block WHERE batch_id = :batch_id A
 -- spans_of_blocks: all spans over some blocks
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token
+    claim_no, token, dead_letter, note
 FROM span WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;

@@ -1,0 +1,28 @@
+-- insert_dead: runs that failed for good and are kept for a person; who comes again died again
+INSERT INTO {schema}.dead_letter (batch_id, run_index, environment, queue, task, died_us)
+SELECT value->>0, (value->>1)::bigint, value->>2, value->>3, value->>4, :now_us::bigint
+FROM jsonb_array_elements(:rows::jsonb) AS given (value)
+ON CONFLICT (batch_id, run_index) DO UPDATE SET died_us = excluded.died_us;
+
+-- list_dead: dead letters, oldest first
+SELECT batch_id, run_index, queue, task, died_us FROM {schema}.dead_letter
+WHERE environment = :environment AND (:queue::text = '' OR queue = :queue)
+    AND (:before_us::bigint = 0 OR died_us < :before_us::bigint)
+    AND (died_us, batch_id, run_index) > (:after_us::bigint, :after_batch, :after_index::bigint)
+ORDER BY died_us, batch_id, run_index LIMIT :rows_max;
+
+-- forget_dead: runs of a batch that are to run again
+DELETE FROM {schema}.dead_letter WHERE batch_id = :batch_id
+    AND run_index = ANY (ARRAY(SELECT jsonb_array_elements_text(:indexes::jsonb)::bigint));
+
+-- purge_dead: dead letters that nobody has to look at any more
+DELETE FROM {schema}.dead_letter WHERE environment = :environment
+    AND (batch_id, run_index) IN (SELECT value->>0, (value->>1)::bigint FROM jsonb_array_elements(:rows::jsonb) AS given (value))
+RETURNING 1;
+
+-- rules: what people decided about an environment's work
+SELECT name, value FROM {schema}.rule WHERE environment = :environment ORDER BY name;
+
+-- keep_rules: what people decided anew
+INSERT INTO {schema}.rule (environment, name, value) VALUES (:environment, :name, :value)
+ON CONFLICT (environment, name) DO UPDATE SET value = excluded.value;

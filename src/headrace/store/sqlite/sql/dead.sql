@@ -1,0 +1,28 @@
+-- insert_dead: runs that failed for good and are kept for a person; who comes again died again
+INSERT INTO dead_letter (batch_id, run_index, environment, queue, task, died_us)
+SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+    json_extract(value, '$[3]'), json_extract(value, '$[4]'), :now_us
+FROM json_each(:rows)
+WHERE true
+ON CONFLICT (batch_id, run_index) DO UPDATE SET died_us = excluded.died_us;
+
+-- list_dead: dead letters, oldest first
+SELECT batch_id, run_index, queue, task, died_us FROM dead_letter
+WHERE environment = :environment AND (:queue = '' OR queue = :queue) AND (:before_us = 0 OR died_us < :before_us)
+    AND (died_us, batch_id, run_index) > (:after_us, :after_batch, :after_index)
+ORDER BY died_us, batch_id, run_index LIMIT :rows_max;
+
+-- forget_dead: runs of a batch that are to run again
+DELETE FROM dead_letter WHERE batch_id = :batch_id AND run_index IN (SELECT value FROM json_each(:indexes));
+
+-- purge_dead: dead letters that nobody has to look at any more
+DELETE FROM dead_letter WHERE environment = :environment
+    AND (batch_id, run_index) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(:rows))
+RETURNING 1;
+
+-- rules: what people decided about an environment's work
+SELECT name, value FROM rule WHERE environment = :environment ORDER BY name;
+
+-- keep_rules: what people decided anew
+INSERT INTO rule (environment, name, value) VALUES (:environment, :name, :value)
+ON CONFLICT (environment, name) DO UPDATE SET value = excluded.value;

@@ -1,0 +1,73 @@
+"""Runs that failed for good and wait for a person: they come onto a list, and go off it by redrive or purge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headrace.core.run import UNSETTLED
+from headrace.core.span import LEASED, Span, positions_of
+from headrace.store.protocol import DeadLetter, NamedLease
+from headrace.store.verbs.finding import locate, shapes_of, spans_of_block
+from headrace.store.verbs.rows import as_json
+from headrace.store.verbs.script import Script, fetch
+from headrace.store.views import named_lease
+
+
+def add_dead(found: Sequence[tuple[Span, Sequence[int]]], now_us: int) -> Script[None]:
+    """Runs at some block positions of some spans have failed for good."""
+    shapes = yield from shapes_of(span.block_id for span, _ in found)
+    rows = sorted(
+        (span.batch_id, shapes[span.block_id][position], span.environment, span.queue, span.task)
+        for span, positions in found
+        for position in positions
+    )
+    yield from fetch("insert_dead", rows=as_json(rows), now_us=now_us)
+
+
+def dead_letters(
+    environment: str, queue: str, before_us: int, after: DeadLetter | None, limit: int
+) -> Script[list[DeadLetter]]:
+    """Dead letters, oldest first."""
+    rows = yield from fetch(
+        "list_dead",
+        environment=environment,
+        queue=queue,
+        before_us=before_us,
+        after_us=-1 if after is None else after.died_us,
+        after_batch="" if after is None else after.batch_id,
+        after_index=-1 if after is None else after.index,
+        rows_max=limit,
+    )
+    return [DeadLetter(batch_id=row[0], index=row[1], queue=row[2], task=row[3], died_us=row[4]) for row in rows]
+
+
+def purge_dead(environment: str, runs: Sequence[tuple[str, int]]) -> Script[int]:
+    """Take runs off the list, whatever else becomes of them."""
+    return len((yield from fetch("purge_dead", environment=environment, rows=as_json(sorted(set(runs))))))
+
+
+def named_leases(environment: str, task: str, keys: Sequence[str]) -> Script[list[NamedLease]]:
+    """Where the runs that keys name are under way."""
+    names = as_json([(task, key) for key in sorted(set(keys))])
+    found = []
+    for _, key, batch_id, index in (yield from fetch("known_keys", environment=environment, rows=names, now_us=0)):
+        place = yield from locate(batch_id, index)
+        if place is None:
+            continue
+        for span in (yield from spans_of_block(place[0])):
+            found += [
+                named_lease(span, key, own)
+                for own, position in enumerate(positions_of(span))
+                if position == place[1] and span.state == LEASED and span.states[own] in UNSETTLED
+            ]
+    return found
+
+
+def rules(environment: str) -> Script[dict[str, bytes]]:
+    """What people decided, by name."""
+    return {row[0]: bytes(row[1]) for row in (yield from fetch("rules", environment=environment))}
+
+
+def keep_rules(environment: str, name: str, value: bytes) -> Script[None]:
+    """Decide anew."""
+    yield from fetch("keep_rules", environment=environment, name=name, value=value)

@@ -30,9 +30,9 @@ bounds = st.one_of(st.none(), st.integers(-4, 4))
 def filled(count: int, *, history: bool = False) -> Staging:
     """Rows 0 to `count`, cut and not committed."""
     staging = Staging([CELL], keeps_history=["cell"] if history else ())
-    staging.tables[0].is_read = True
+    staging.tables[0].begin_reading()
     for n in range(count):
-        staging.set(staging.tables[0], Cell(n, n), n + 1)
+        staging.tables[0].write(Cell(n, n), n + 1)
     staging.cut()
     return staging
 
@@ -56,10 +56,10 @@ def test_an_index_follows_every_change_of_its_rows(
             if plain.pop(row_id, None) is not None:
                 table.drop([row_id])
         elif step == "delete":
-            staging.delete(table, row_id, 1)
+            table.delete(row_id, 1)
             plain.pop(row_id, None)
         else:
-            staging.set(table, Cell(row_id, step), 1)
+            table.write(Cell(row_id, step), 1)
             plain[row_id] = Cell(row_id, step)
     asked = [{"value": any_of(*values)}]
     if least is not None or most is not None:
@@ -75,7 +75,7 @@ def test_what_is_not_committed_never_leaves_memory() -> None:
     table = staging.tables[0]
     assert not staging.evict(0)
     assert len(table.rows) == 100
-    staging.set(table, Cell(7, 70), 101)
+    table.write(Cell(7, 70), 101)
     staging.begin_read()
     staging.committed(1)
     assert not staging.evict(0), "a read that began before the commit may not have seen it"
@@ -101,11 +101,11 @@ def test_eviction_takes_the_oldest_committed_rows_and_no_more_than_it_must() -> 
 def test_bytes_grow_and_shrink_with_what_rows_hold() -> None:
     staging = Staging([CELL])
     table = staging.tables[0]
-    staging.set(table, Cell(1, 1), 1)
+    table.write(Cell(1, 1), 1)
     small = staging.bytes
-    staging.set(table, Cell(1, 1, "x" * 100_000), 2)
+    table.write(Cell(1, 1, "x" * 100_000), 2)
     assert staging.bytes >= small + 100_000
-    staging.set(table, Cell(1, 1), 3)
+    table.write(Cell(1, 1), 3)
     assert staging.bytes == small
     staging.clear()
     assert staging.bytes == 0
@@ -114,8 +114,8 @@ def test_bytes_grow_and_shrink_with_what_rows_hold() -> None:
 def test_what_a_select_says_never_replaces_what_memory_knows() -> None:
     staging = Staging([CELL])
     table = staging.tables[0]
-    staging.set(table, Cell(1, 5), 1)
-    staging.delete(table, 2, 1)
+    table.write(Cell(1, 5), 1)
+    table.delete(2, 1)
     conditions = conditions_of(CELL, {"value": any_of(1, 5)})
     found = staging.found(table, conditions, [Cell(1, 1), Cell(2, 1), Cell(3, 1)])
     assert found == [Cell(1, 5), Cell(3, 1)]
@@ -128,9 +128,9 @@ def test_a_row_set_twice_by_one_event_is_one_row_of_history() -> None:
     staging = Staging([CELL], keeps_history=["cell"])
     table = staging.tables[0]
     for no, value in ((1, 1), (1, 2), (2, 3)):
-        staging.set(table, Cell(1, value), no)
+        table.write(Cell(1, value), no)
     first = staging.cut()
-    staging.delete(table, 1, 3)
+    table.delete(1, 3)
     both = merged([first, staging.cut()])
     assert both.changes == [{(1, 1): Cell(1, 2), (1, 2): Cell(1, 3), (1, 3): None}]
     assert both.deltas == [{1: None}]
@@ -161,3 +161,28 @@ def test_sources_in_any_pieces_merge_into_the_one_order(data: st.DataObject) -> 
             is_open[source] = False
     assert got == wanted
     assert isinstance(msgspec.json.encode(got), bytes)
+
+
+def test_of_a_type_that_nobody_reads_only_what_is_not_committed_is_held_and_the_first_read_sees_it() -> None:
+    staging = Staging([CELL])
+    table = staging.tables[0]
+    table.write(Cell(1, 1), 1)
+    table.write(Cell(2, 2, "x" * 10_000), 1)
+    staging.cut()
+    table.write(Cell(2, 3), 2)
+    table.write(Cell(3, 3), 2)
+    table.delete(1, 2)
+    staging.cut()
+    staging.committed(1)
+    assert not table.rows, "nobody has asked for one"
+    table.write(Cell(4, 4), 3)
+    table.begin_reading()
+    assert table.rows == {1: None, 2: Cell(2, 3), 3: Cell(3, 3), 4: Cell(4, 4)}
+    staging.committed(1)
+    assert table.rows[3] == Cell(3, 3), "and from then on it stays as long as there is room"
+    unread = Staging([CELL])
+    unread.tables[0].write(Cell(1, 1, "x" * 10_000), 1)
+    unread.cut()
+    assert unread.bytes > 10_000
+    unread.committed(1)
+    assert unread.bytes == 0

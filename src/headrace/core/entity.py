@@ -14,10 +14,10 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from operator import itemgetter
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, dataclass_transform
 from uuid import UUID
 
@@ -48,10 +48,8 @@ INDEX_KINDS: Final = (TEXT, INTEGER, BIGINT, FLOAT, BOOL, DECIMAL, MOMENT, DATE,
 KEY_BYTES_MAX: Final = 2_000
 """Ids and indexed texts: an index of PostgreSQL takes no entry over a third of a page."""
 COLUMNS_MAX: Final = 200
-SIGNATURES_MAX: Final = 256
 INT64: Final = range(-(2**63), 2**63)
 _LEAST, _MOST = INT64[0], INT64[-1]
-_PLAIN_KINDS: Final = (TEXT, INTEGER, BIGINT, FLOAT, BOOL, DATE, IDENTIFIER)
 DIGITS_MAX: Final = 1_000
 """Digits of a whole number or decimal, before and after the point."""
 ROW_BYTES: Final = 250
@@ -143,13 +141,11 @@ class EntityType:
         self.is_changeable = any(column.kind == JSON for column in self.columns)
         self.row_bytes = ROW_BYTES + VALUE_BYTES * len(self.columns)
         """What a usual row takes in memory."""
-        self._is_plain = all(
-            column.kind in _PLAIN_KINDS and column.type in (*_SCALARS, Int64) for column in self.columns
-        )
+        self.is_usual = _usual(cls, self.columns)
+        """Whether a row can be kept as it is, at a glance; what it does not let through is examined."""
         self.has_large = False
         """Whether a whole number of more than 64 bits was ever set."""
         self._id_at = self.names.index(ID)
-        self._known: dict[tuple[type, ...], tuple[Callable[[Any], Any], tuple[int, ...], tuple[int, ...]]] = {}
         self._decoders = {
             column.name: msgspec.json.Decoder(column.type) for column in self.columns if column.kind == JSON
         }
@@ -172,25 +168,7 @@ class EntityType:
 
     def checked(self, row: Any) -> tuple[Any, int]:
         """The row as every store keeps it, and the bytes it takes beyond `row_bytes`. Raises `InvalidInput`."""
-        if type(row) is not self.cls:
-            raise self._fault(None, f"is wanted, not {_said(row)}", hint=_forgotten(row))
-        values = astuple(row)
-        seen = self._known.get(tuple(map(type, values)))
-        if seen is not None:  # values of these types were looked at before: what is left is their size, and NUL
-            texts, numbers, floats = seen
-            text = "".join(texts(values))
-            if len(text) < _SMALL and "\0" not in text and text.isascii():
-                for at in numbers:
-                    if not _LEAST <= values[at] <= _MOST:
-                        break
-                else:
-                    for at in floats:
-                        value = values[at]
-                        if not value or not _LEAST <= value <= _MOST:  # -0.0, or no number, or merely large
-                            break
-                    else:
-                        return row, 0
-        return self._examined(row, values)
+        return (row, 0) if self.is_usual(row) else self._examined(row)
 
     def checked_id(self, value: Any) -> Any:
         """An id of the right type and size. Raises `InvalidInput`."""
@@ -222,10 +200,13 @@ class EntityType:
         """A value of a JSON column."""
         return self._decoders[name].decode(text)
 
-    def _examined(self, row: Any, values: tuple[Any, ...]) -> tuple[Any, int]:
+    def _examined(self, row: Any) -> tuple[Any, int]:
+        cls: Any = self.cls
+        if type(row) is not cls:
+            raise self._fault(None, f"is wanted, not {_said(row)}", hint=_forgotten(row))
         changes: dict[str, Any] = {}
         extra = 0
-        for column, value in zip(self.columns, values, strict=True):
+        for column, value in zip(self.columns, astuple(row), strict=True):
             checked, size = self._value(column, value, row.id)
             extra += size
             if checked is not value:
@@ -237,14 +218,6 @@ class EntityType:
             )  # fmt: skip
         if changes:
             row = msgspec.structs.replace(row, **changes)
-        elif self._is_plain and len(self._known) < SIGNATURES_MAX:
-            kinds = [
-                column.kind if value is not None else "" for column, value in zip(self.columns, values, strict=True)
-            ]
-            texts = [at for at, kind in enumerate(kinds) if kind == TEXT]
-            numbers = tuple(at for at, kind in enumerate(kinds) if kind in (INTEGER, BIGINT))
-            floats = tuple(at for at, kind in enumerate(kinds) if kind == FLOAT)
-            self._known[tuple(map(type, values))] = _picker(texts), numbers, floats
         return row, extra if extra >= _SMALL else 0
 
     def _value(self, column: Column, value: Any, row_id: Any) -> tuple[Any, int]:
@@ -268,11 +241,93 @@ class EntityType:
         return InvalidInput(f"{self.cls.__name__} {what}", hint=hint, entity=self.cls.__name__, **ids)
 
 
-def _picker(places: list[int]) -> Callable[[Any], Any]:
-    """What takes the values at some places out of a row, as something that can be joined."""
-    if len(places) == 1:
-        return itemgetter(places[0])  # a text is joined of its characters
-    return itemgetter(*places) if places else lambda _: ()
+def _usual(cls: type[Entity], columns: Sequence[Column]) -> Callable[[Any], bool]:
+    """The glance for one type, made once: exact types, few bytes, plain characters, no number that needs a look.
+
+    Most rows are so, and every row that is set pays for this: what is required of texts and whole numbers stands in
+    loops of its own instead of behind a call a field.
+    """
+    texts_count = sum(column.kind in (TEXT, BYTES) and column.enum is None for column in columns)
+    identifiers_count = sum(column.kind == IDENTIFIER for column in columns)
+    share = (_SMALL - 1 - 16 * identifiers_count) // max(texts_count, 1)
+    texts: list[int] = []
+    numbers: list[int] = []
+    others: list[tuple[int, Callable[[Any], bool]]] = []
+    for at, column in enumerate(columns):
+        fits = _fitting(column, share)
+        if fits is None or share < 1:
+            return _never
+        if column.is_optional or column.enum is not None or column.type not in (str, int, Int64):
+            others.append((at, partial(_is_absent_or, fits) if column.is_optional else fits))
+        else:
+            (texts if column.kind == TEXT else numbers).append(at)
+
+    def is_usual(row: Any) -> bool:
+        if type(row) is not cls:
+            return False
+        values = astuple(row)
+        for at in texts:
+            text = values[at]
+            if type(text) is not str or len(text) > share or not text.isascii() or "\0" in text:
+                return False
+        for at in numbers:
+            number = values[at]
+            if type(number) is not int or not _LEAST <= number <= _MOST:
+                return False
+        for at, fits in others:  # noqa: SIM110 - a generator a row would cost more than the rest
+            if not fits(values[at]):
+                return False
+        return True
+
+    return is_usual
+
+
+def _fitting(column: Column, share: int) -> Callable[[Any], bool] | None:
+    """What a usual value of a column is like; None where each needs a look."""
+    if column.enum is not None:
+        return partial(_is_a, column.enum)
+    if column.type not in (*_SCALARS, Int64):  # narrowed by its annotation
+        return None
+    if column.kind in (BOOL, DATE, IDENTIFIER):
+        return partial(_is_a, column.type)
+    found: dict[str, Callable[[Any], bool]] = {
+        TEXT: partial(_is_small_text, share), BYTES: partial(_are_few_bytes, share), FLOAT: _is_usual_float,
+        INTEGER: _is_small_number, BIGINT: _is_small_number, MOMENT: _is_moment,
+    }  # fmt: skip
+    return found.get(column.kind)
+
+
+def _never(_: Any) -> bool:
+    return False
+
+
+def _is_absent_or(fits: Callable[[Any], bool], value: Any) -> bool:
+    return value is None or fits(value)
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    return type(value) is kind
+
+
+def _is_small_text(share: int, value: Any) -> bool:
+    return type(value) is str and len(value) <= share and value.isascii() and "\0" not in value
+
+
+def _are_few_bytes(share: int, value: Any) -> bool:
+    return type(value) is bytes and len(value) <= share
+
+
+def _is_small_number(value: Any) -> bool:
+    return type(value) is int and _LEAST <= value <= _MOST
+
+
+def _is_usual_float(value: Any) -> bool:
+    """Not 0.0, which may be -0.0; neither large nor no number."""
+    return type(value) is float and bool(value) and _LEAST <= value <= _MOST
+
+
+def _is_moment(value: Any) -> bool:
+    return type(value) is datetime and value.tzinfo is UTC
 
 
 def _is_entity(cls: object) -> bool:

@@ -1,6 +1,6 @@
 """The staged store: rows as the handlers see them, while what they wrote is on its way into SQL.
 
-    begin(no) -> set / delete … -> cut() -> (the committer) -> committed()
+    table.write / delete … -> cut() -> (the committer) -> committed()
 
 Rule 1: memory wins. A row that is here, as it is or as known to be absent, is the newest there is; what a SELECT says
 of it is older, whether the commit in flight has landed or not. So every uncommitted change is here, and only committed
@@ -99,20 +99,21 @@ class Index:
 class Table:
     """The rows of one entity type that are in memory. `rows` is the newest of each, None where it is known absent.
 
-    `is_read`: somebody has asked for rows of this type; of one that is only written nothing is kept past its commit.
+    `is_read`: somebody has asked for rows of this type. What is only written is not in `rows` but among the changes
+    alone, and nothing of it is kept past its commit.
     """
 
     __slots__ = (
-        "changes", "checked", "delta", "entity", "extra", "extra_bytes", "indexes", "is_plain", "is_read",
+        "changes", "delta", "entity", "extra", "extra_bytes", "indexes", "is_plain", "is_read", "is_usual",
         "keeps_history", "pending", "rows",
     )  # fmt: skip
 
     def __init__(self, entity: EntityType, *, keeps_history: bool) -> None:
         self.entity = entity
-        self.checked = entity.checked
+        self.is_usual = entity.is_usual
         self.keeps_history = keeps_history
         self.is_plain = not keeps_history
-        """Nothing but two dicts knows of a row that is set; see `Staging.set`."""
+        """Nothing but two dicts knows of a row that is set; see `write`."""
         self.rows: Rows = {}
         self.delta: Rows = {}
         self.changes: dict[tuple[Any, int], Any] = {}
@@ -127,6 +128,36 @@ class Table:
         """About what is held, staged changes counted again."""
         entries = len(self.rows) + len(self.delta) + 2 * len(self.changes) + sum(map(len, self.pending))
         return entries * self.entity.row_bytes + 2 * self.extra_bytes
+
+    def write(self, row: Any, no: int) -> None:
+        """The event of checkpoint `no` wrote a row. Raises `InvalidInput` for one that can't be kept."""
+        if self.is_plain and self.is_usual(row):
+            row_id = row.id
+            self.delta[row_id] = row
+            if self.is_read:
+                self.rows[row_id] = row
+            return
+        row, extra = self.entity.checked(row)
+        self._change(row.id, row, extra, no)
+
+    def delete(self, row_id: Any, no: int) -> None:
+        """The event of checkpoint `no` deleted a row, whether there was one or not."""
+        self._change(self.entity.checked_id(row_id), None, 0, no)
+
+    def _change(self, row_id: Any, row: Any, extra: int, no: int) -> None:
+        if self.is_read:
+            self.put(row_id, row, extra)
+        elif extra or self.extra:
+            self._weigh(row_id, extra)
+        self.delta[row_id] = row
+        if self.keeps_history:
+            self.changes[row_id, no] = row
+
+    def begin_reading(self) -> None:
+        """Somebody asks for rows: what was written and is not committed yet is the newest of them."""
+        self.is_read = True
+        for delta in (*self.pending, self.delta):
+            self.rows.update(delta)
 
     def put(self, row_id: Any, row: Any, extra: int) -> None:
         """Take a row as the newest."""
@@ -143,16 +174,30 @@ class Table:
         """The index over a field, made when it is first asked for."""
         index = self.indexes.get(field)
         if index is None:
+            if not self.is_read:
+                self.begin_reading()
             self.is_plain = False
             index = self.indexes[field] = Index(field, self.rows)
         return index
 
-    def is_dirty(self, row_id: Any) -> bool:
-        """Whether a change of this row is not committed yet."""
-        return row_id in self.delta or any(row_id in delta for delta in self.pending)
+    def clean(self, row_ids: Iterable[Any]) -> set[Any]:
+        """Those of which every change is committed."""
+        return set(row_ids).difference(self.delta, *self.pending)
+
+    def landed(self, batches_count: int) -> None:
+        """The oldest cut batches are durable; of a type that nobody reads nothing of them stays."""
+        landed = [self.pending.popleft() for _ in range(batches_count)]
+        if self.extra and not self.is_read:
+            for row_id in self.clean(row_id for delta in landed for row_id in delta):
+                self._weigh(row_id, 0)
 
     def drop(self, row_ids: Iterable[Any]) -> None:
         """Let rows leave memory."""
+        if not self.extra and not self.indexes:
+            rows = self.rows
+            for row_id in row_ids:
+                del rows[row_id]
+            return
         for row_id in row_ids:
             row = self.rows.pop(row_id)
             if self.extra:
@@ -217,28 +262,6 @@ class Staging:
         """Batches that were cut and are not committed."""
         return len(self.tables[0].pending) if self.tables else 0
 
-    # -- what handlers do
-
-    def set(self, table: Table, row: Any, no: int) -> None:
-        """The event of checkpoint `no` wrote a row. Raises `InvalidInput` for one that can't be kept."""
-        row, extra = table.checked(row)
-        row_id = row.id
-        if table.is_plain and not extra:
-            table.rows[row_id] = table.delta[row_id] = row
-            return
-        table.put(row_id, row, extra)
-        table.delta[row_id] = row
-        if table.keeps_history:
-            table.changes[row_id, no] = row
-
-    def delete(self, table: Table, row_id: Any, no: int) -> None:
-        """The event of checkpoint `no` deleted a row, whether there was one or not."""
-        row_id = table.entity.checked_id(row_id)
-        table.put(row_id, None, 0)
-        table.delta[row_id] = None
-        if table.keeps_history:
-            table.changes[row_id, no] = None
-
     # -- what the store says
 
     def begin_read(self) -> None:
@@ -251,6 +274,8 @@ class Staging:
 
     def adopt(self, table: Table, row_id: Any, row: Any) -> Any:
         """A SELECT says how a row stands; answers how it stands really (rule 1)."""
+        if not table.is_read:
+            table.begin_reading()
         known = table.rows.get(row_id, MISSING)
         if known is not MISSING:
             return known
@@ -286,12 +311,9 @@ class Staging:
         return staged
 
     def committed(self, batches_count: int) -> None:
-        """The oldest cut batches are durable; of types that nobody reads their rows leave at once."""
+        """The oldest cut batches are durable."""
         for table in self.tables:
-            landed = [table.pending.popleft() for _ in range(batches_count)]
-            if not table.is_read and not self._reads_count:
-                for delta in landed:
-                    table.drop([row_id for row_id in delta if row_id in table.rows and not table.is_dirty(row_id)])
+            table.landed(batches_count)
 
     def evict(self, bytes_max: int) -> bool:
         """Let committed rows leave, oldest first, until no more than `bytes_max` are held; False when that can't be."""
@@ -310,8 +332,7 @@ class Staging:
     def _evict_some(self, table: Table) -> bool:
         """One step; False when this table has nothing more to give."""
         for start in range(0, len(table.rows), STEP_ROWS):
-            some = list(islice(table.rows, start, start + STEP_ROWS))
-            clean = [row_id for row_id in some if not table.is_dirty(row_id)]
+            clean = table.clean(islice(table.rows, start, start + STEP_ROWS))
             if clean:
                 table.drop(clean)
                 return True
@@ -320,7 +341,8 @@ class Staging:
     def clear(self) -> None:
         """Forget everything: the database has been rolled back."""
         for table in self.tables:
-            table.rows, table.delta, table.changes = {}, {}, {}
+            table.rows.clear()
+            table.delta, table.changes = {}, {}
             table.pending.clear()
             table.indexes.clear()
             table.extra.clear()

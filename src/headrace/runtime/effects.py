@@ -104,9 +104,10 @@ class Effects:
         key = key_of(effect, args)
         text = self._remembered.get(key)
         if text is None and effect.cache and self._table is not None:
+            if not self._table.is_read:
+                self._table.begin_reading()
             row = self._table.rows.get(key, MISSING)
             if row is MISSING:
-                self._table.is_read = True
                 row = await self._lookups.get(self._table, key)
             text = None if row is None else row.result
         answer = _UNKNOWN if text is None else _decoded(effect, text)
@@ -121,7 +122,7 @@ class Effects:
         if effect.cache and not is_preload and self._table is not None:
             known = self._table.rows.get(key)
             if known is None or known.result != text:
-                self._staging.set(self._table, Answered(key, text), 0)
+                self._table.write(Answered(key, text), 0)
         return answer
 
     async def _made(self, effect: Effect, key: str, args: tuple[Any, ...]) -> str:

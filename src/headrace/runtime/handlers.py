@@ -57,7 +57,7 @@ class Handlers:
             raise InvalidSetting(f"unknown events are refused or skipped, not {unknown!r}", hint='unknown="skip"')
         self._unknown = unknown
         self.kinds: dict[str, Kind] = {}
-        self._by_type: dict[type, Handler] = {}
+        self.by_type: dict[type, Handler] = {}
         self._field = KIND_FIELD
         self._decode_union: Callable[[bytes], Any] | None = None
         self._decode_kind: Callable[[bytes], Any] | None = None
@@ -96,11 +96,11 @@ class Handlers:
                 )
             self._field = config.tag_field
         if isinstance(event_type, type) and event_type is not dict:
-            if event_type in self._by_type:
+            if event_type in self.by_type:
                 raise InvalidSetting(
                     f"two kinds of event are {event_type.__name__}", hint="give each a class of its own"
                 )
-            self._by_type[event_type] = function
+            self.by_type[event_type] = function
         self.kinds[name] = kind
         self._decode_union = self._decode_kind = None
 
@@ -129,20 +129,20 @@ class Handlers:
         return [self._decoded(*own) for own in zip(events, positions, named, strict=True)]
 
     def handler_of(self, event: Any) -> Handler | None:
-        """The handler that a decoded event goes to; None where unknown kinds are skipped."""
-        found = self._by_type.get(type(event))
+        """The handler that a decoded event goes to; None for None: where unknown kinds are skipped."""
+        found = self.by_type.get(type(event))
         if found is None and isinstance(event, dict):
             found = self.kinds[event[self._field]].handler
         return found
 
     def _decoded(self, event: Any, position: Position, source: str) -> Any:
         ids = {"source": source, "position": position}
-        if type(event) in self._by_type:
+        if type(event) in self.by_type:
             return event
         if isinstance(event, bytes | bytearray | memoryview):
             return self._decoded_bytes(bytes(event), ids)
         if not isinstance(event, dict):
-            known = ", ".join(sorted(kind.__name__ for kind in self._by_type)) or "dict"
+            known = ", ".join(sorted(kind.__name__ for kind in self.by_type)) or "dict"
             raise InvalidInput(
                 f"the event at {position!r} is {_shown(event)}, which no handler takes",
                 hint=f"an event is JSON, a dict, or one of: {known}",

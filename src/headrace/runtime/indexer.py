@@ -399,7 +399,7 @@ class Indexing:
     async def _handle(self, batch: Sequenced) -> None:
         shared, names, handlers = self._shared, self._fetching.names, self.definition.handlers
         positions, times, sources, events = batch.positions, batch.times, batch.sources, self._events
-        handler_of, name = handlers.handler_of, names[0]
+        handler_of, by_type, name = handlers.handler_of, handlers.by_type, names[0]
         bytes_max = self._limits.index_memory_mib * MIB
         turn_until = perf_counter() + TURN_S
         self._handling = True
@@ -408,12 +408,12 @@ class Indexing:
                 self._no += 1
                 self._at = at
                 event = events[at]
-                handler = None if event is None else handler_of(event)
+                handler = by_type.get(type(event)) or handler_of(event)
                 if handler is not None:
                     if sources is not None:
                         name = names[sources[at]]
                     time_us = None if times is None else times[at]
-                    context = Context(shared, self._no, name, positions[at], time_us, event, is_preload=False)
+                    context = Context(shared, self._no, name, positions[at], time_us, event)
                     try:
                         await handler(event, context)
                     except Exception as error:
@@ -421,7 +421,7 @@ class Indexing:
                             raise self._failure from None
                         raise self._failed(error, name, positions[at]) from error
                     finally:
-                        context.end()
+                        context.is_over = True
                 if not at % LOOK_EVENTS:
                     self._check()
                     if perf_counter() > turn_until:
@@ -558,7 +558,7 @@ class Indexing:
         self._ahead_at = min(first + self._window, len(self._events))
         for at in range(first, self._ahead_at):
             event = self._events[at]
-            handler = None if event is None else handler_of(event)
+            handler = handler_of(event)
             if handler is not None:
                 name = names[0] if batch.sources is None else names[batch.sources[at]]
                 time_us = None if batch.times is None else batch.times[at]

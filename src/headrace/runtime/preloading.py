@@ -40,7 +40,7 @@ class Preload:
     async def end(self) -> None:
         """The batch is over: nobody needs the rest."""
         for context in self._contexts:
-            context.end()
+            context.is_over = True
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:

@@ -18,7 +18,8 @@ README: Final = (ROOT / "README.md").read_text(encoding="utf-8")
 
 TESTING: Final = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
 INDEXER: Final = (ROOT / "docs" / "indexer.md").read_text(encoding="utf-8")
-PAGES: Final = {"README": README, "testing": TESTING, "indexer": INDEXER}
+ENDPOINTS: Final = (ROOT / "docs" / "endpoints.md").read_text(encoding="utf-8")
+PAGES: Final = {"README": README, "testing": TESTING, "indexer": INDEXER, "endpoints": ENDPOINTS}
 
 
 def blocks(language: str, page: str = README) -> list[str]:
@@ -52,12 +53,15 @@ def test_ci_runs_the_readme_s_two_commands_and_no_others() -> None:
     assert "pytest -q" not in script
 
 
-@pytest.mark.parametrize(("page", "number"), [("README", 0), ("README", 1), ("testing", 0), ("indexer", 0)])
+@pytest.mark.parametrize(
+    ("page", "number"), [("README", 0), ("README", 1), ("testing", 0), ("indexer", 0), ("endpoints", 0)]
+)
 def test_the_python_that_is_shown_runs(page: str, number: int, tmp_path: Path) -> None:
     code = blocks("python", PAGES[page])[number]
     script = tmp_path / "shown.py"
     script.write_text(code, encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
+    environment["RESIZE_SECRET"] = "a secret of the example's own"
     done = subprocess.run(
         [sys.executable, "-W", "error", str(script)],
         capture_output=True,
@@ -74,7 +78,7 @@ def test_the_python_that_is_shown_runs(page: str, number: int, tmp_path: Path) -
 
 
 def test_every_block_of_python_that_is_shown_is_run() -> None:
-    assert [len(blocks("python", page)) for page in PAGES.values()] == [2, 1, 1]
+    assert [len(blocks("python", page)) for page in PAGES.values()] == [2, 1, 1, 1]
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headrace.app import Headrace, Task
+    from headrace.app import Headrace
     from headrace.core.retry import Retry, RetryAfter
     from headrace.foundation.errors import HeadraceError
     from headrace.handles import Batch, Outcome, Run, RunFailed, Summary, WaitTimedOut
     from headrace.remote.client import Client
     from headrace.runtime.context import DETACHED, Context
+    from headrace.task import Task
 
 __version__ = "0.1.0"
 
@@ -44,7 +45,7 @@ _HOMES = {
     "Run": "headrace.handles",
     "RunFailed": "headrace.handles",
     "Summary": "headrace.handles",
-    "Task": "headrace.app",
+    "Task": "headrace.task",
     "WaitTimedOut": "headrace.handles",
 }
 

@@ -18,7 +18,6 @@ import inspect
 import os
 from collections.abc import (
     AsyncGenerator,
-    AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -29,11 +28,12 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
-from headrace.compose import joined, open_engine
+from headrace.compose import open_engine
 from headrace.core.retry import NO_RETRY, Retry
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.ids import parse_run_id
@@ -41,191 +41,19 @@ from headrace.foundation.settings import Settings, load
 from headrace.handles import PLAIN, Batch, ResultOf, Run
 from headrace.runtime.background import Background
 from headrace.runtime.engine import Engine
-from headrace.runtime.producer import Options, Producer
+from headrace.runtime.producer import Producer
 from headrace.runtime.registry import Pool, Registry, TaskSpec
 from headrace.runtime.worker import Worker
-from headrace.store.verbs.appending import enqueue
-from headrace.store.verbs.script import Script
+from headrace.task import Decorator, P, R, T, Task
 
 if TYPE_CHECKING:
     from headrace.core.entity import Entity
     from headrace.core.schedule import CatchUp
     from headrace.indexer import Indexer
+    from headrace.runtime.endpoints import Endpoint
     from headrace.runtime.handlers import Unknown
     from headrace.runtime.indexer import Where
     from headrace.runtime.sources.source import Source
-
-P = ParamSpec("P")
-R = TypeVar("R")
-T = TypeVar("T")
-
-
-class Task(Generic[P, R]):
-    """A registered function: call it as it is, enqueue one run of it, or map it over a stream of items."""
-
-    def __init__(self, app: Headrace, spec: TaskSpec) -> None:
-        self.app = app
-        self.spec = spec
-        self.__name__ = spec.name
-        self.__doc__ = spec.function.__doc__
-
-    @property
-    def name(self) -> str:
-        """What the store, the wire and people call it."""
-        return self.spec.name
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Call the function itself, here and now, without Headrace."""
-        return self.spec.function(*args, **kwargs)
-
-    async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """Ask for one run. Durable when it returns; many at once share a commit.
-
-        Raises `InvalidInput` when the arguments don't fit the task.
-        """
-        return await self._enqueue(Options(), args, kwargs)
-
-    def options(
-        self,
-        *,
-        delay: float = 0,
-        priority: int | None = None,
-        queue: str | None = None,
-        idempotency_key: str = "",
-        idempotency_ttl: float = 0,
-        expires: float = 0,
-        tags: Sequence[str] = (),
-        headers: Mapping[str, str] | None = None,
-    ) -> TaskCall[P, R]:
-        """The same task with options for the calls made through it.
-
-        `delay`, `expires` and `idempotency_ttl` are seconds; 0 is now, never and for ever. `priority`: larger goes
-        first. A run whose `idempotency_key` already names a run of this task is that run, unless that failed, was
-        cancelled or expired: then it is a new one (never of a task that runs at most once).
-        """
-        return TaskCall(
-            self,
-            Options(
-                delay_s=delay,
-                expires_s=expires,
-                priority=priority,
-                queue=queue,
-                idempotency_key=idempotency_key,
-                idempotency_ttl_s=idempotency_ttl,
-                tags=tuple(tags),
-                headers=dict(headers or {}),
-            ),
-        )
-
-    async def map(
-        self,
-        items: Iterable[Any] | AsyncIterable[Any],
-        *,
-        key: str | None = None,
-        metadata: Mapping[str, object] | None = None,
-    ) -> Batch[R]:
-        """One run for each item, streamed and never held whole; durable and sealed when it returns.
-
-        A task of one parameter takes an item whole; of several, a mapping as keyword arguments or a list as
-        positional ones. An item that doesn't fit becomes a failed run at its own index. With a `key` the same key
-        answers the same batch: mapping again adds what is missing and nothing twice.
-        """
-        return await self._map(Options(), items, key, metadata)
-
-    async def enqueue_in(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """Ask for one run in the transaction that is open on `connection`: there once it commits, gone with it if not.
-
-        `connection` leads to the database of the app's store: asyncpg's, psycopg 3's, sqlite3's or aiosqlite's, or a
-        SQLAlchemy connection or session over any of these. One that is not async is used as it is, on this loop.
-        The first run ever of a task in a queue makes others that begin with the same wait for the commit. Raises
-        `InvalidInput` when no transaction is open, or the connection leads to the other kind of database.
-        """
-        return await self._enqueue_in(Options(), connection, args, kwargs)
-
-    def enqueue_in_sync(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """`enqueue_in` for code that is not async, on a connection that is not."""
-        return self._enqueue_in_sync(Options(), connection, args, kwargs)
-
-    async def _enqueue_in(
-        self, options: Options, connection: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Run[R]:
-        script, run_of = await self._alone(options, args, kwargs)
-        return run_of(await joined(await self.app.open(), connection).run(script))
-
-    def _enqueue_in_sync(
-        self, options: Options, connection: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Run[R]:
-        script, run_of = self.app.run_sync(self._alone(options, args, kwargs))
-        return run_of(joined(self.app.run_sync(self.app.open()), connection).run_sync(script))
-
-    async def _alone(
-        self, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Callable[[], Script[tuple[str, int]]], Callable[[tuple[str, int]], Run[R]]]:
-        """What puts one run into a transaction, and what makes a handle of its answer."""
-        payload = self.spec.codec.encode(args, kwargs)
-        producer = await self.app.producer()
-        new, chunk = await producer.alone(self.spec, payload, options)
-        now_us = producer.engine.clock.now_us()
-        return (
-            lambda: enqueue(new, chunk, now_us),
-            lambda name: Run(producer.engine, *name, self.spec.codec.result_of),
-        )
-
-    def request(self, *args: P.args, **kwargs: P.kwargs) -> tuple[TaskSpec, Options, bytes]:
-        """One run as it would be asked for, for somebody who appends it in a transaction of their own."""
-        return self.spec, Options(), self.spec.codec.encode(args, kwargs)
-
-    async def _enqueue(self, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run[R]:
-        payload = self.spec.codec.encode(args, kwargs)
-        producer = await self.app.producer()
-        batch_id, index = await producer.enqueue(self.spec, payload, options)
-        return Run(producer.engine, batch_id, index, self.spec.codec.result_of)
-
-    async def _map(
-        self,
-        options: Options,
-        items: Iterable[Any] | AsyncIterable[Any],
-        key: str | None,
-        metadata: Mapping[str, object] | None,
-    ) -> Batch[R]:
-        producer = await self.app.producer()
-        batch_id = await producer.map(self.spec, items, options, key=key, metadata=dict(metadata or {}))
-        return Batch(producer.engine, batch_id, self.spec.codec.result_of)
-
-
-class TaskCall(Generic[P, R]):
-    """A task with options; made by `Task.options`."""
-
-    def __init__(self, task: Task[P, R], options: Options) -> None:
-        self._task = task
-        self._options = options
-
-    async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """Ask for one run with these options."""
-        return await self._task._enqueue(self._options, args, kwargs)  # noqa: SLF001 - one class in two halves
-
-    async def enqueue_in(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """Ask for one run with these options, in the caller's own transaction."""
-        return await self._task._enqueue_in(self._options, connection, args, kwargs)  # noqa: SLF001 - as above
-
-    def enqueue_in_sync(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """The same for code that is not async."""
-        return self._task._enqueue_in_sync(self._options, connection, args, kwargs)  # noqa: SLF001 - as above
-
-    def request(self, *args: P.args, **kwargs: P.kwargs) -> tuple[TaskSpec, Options, bytes]:
-        """One run with these options as it would be asked for."""
-        spec, _, payload = self._task.request(*args, **kwargs)
-        return spec, self._options, payload
-
-    async def map(
-        self,
-        items: Iterable[Any] | AsyncIterable[Any],
-        *,
-        key: str | None = None,
-        metadata: Mapping[str, object] | None = None,
-    ) -> Batch[R]:
-        """One run for each item, all with these options."""
-        return await self._task._map(self._options, items, key, metadata)  # noqa: SLF001 - one class in two halves
 
 
 class Headrace:
@@ -260,6 +88,7 @@ class Headrace:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_lent = False
         self._background: Background | None = None
+        self._endpoints: list[Endpoint] = []
 
     # -- tasks
 
@@ -278,7 +107,7 @@ class Headrace:
         priority: int = 0,
         pool: Pool = "auto",
         at_most_once: bool = False,
-    ) -> _Decorator: ...
+    ) -> Decorator: ...
     def task(self, *functions: Any, **options: Any) -> Any:
         """Register a function. Async ones run on the loop, plain ones in threads or (`pool="process"`) in processes.
 
@@ -293,6 +122,49 @@ class Headrace:
             return Task(self, spec)
 
         return register(*functions) if functions else register
+
+    def endpoint(
+        self,
+        name: str,
+        url: str,
+        *,
+        secret: str | Sequence[str],
+        headers: Mapping[str, str] | None = None,
+        allow: Sequence[str] = (),
+        ca_file: str | None = None,
+        retry: Retry | None = None,
+        timeout_s: float = 30.0,
+        queue: str = "default",
+        priority: int = 0,
+        at_most_once: bool = False,
+    ) -> Task[[Any], Any]:
+        """A task that lives behind a URL: each attempt POSTs the payload as JSON, signed with `secret`.
+
+        2xx is done, and a JSON or text body of at most 1 MiB is the result; 429, 503, other 5xx and no answer are
+        tried again (five times, unless `retry` says otherwise; `Retry-After` is heard); every other status fails.
+        `Idempotency-Key` is the run's id on every attempt. Only public addresses are reached, over https, and
+        networks that `allow` names (`["10.1.0.0/16"]`), over http as well. Several secrets sign side by side, so
+        that one can replace another. `ca_file`: who is trusted beside the system's own. Raises `InvalidSetting`.
+        """
+        from headrace.core.endpoint import EndpointRefused
+        from headrace.runtime.endpoints import RETRY, Endpoint
+
+        found = Endpoint(url, secret, headers=headers, allow=allow, ca_file=ca_file)
+        policy = RETRY if retry is None else retry
+        if isinstance(policy, Retry):
+            policy = replace(policy, give_up_on=(*policy.give_up_on, EndpointRefused))
+        spec = TaskSpec(
+            name=name,
+            function=found.deliver,
+            retry=policy,
+            timeout_s=timeout_s,
+            queue=queue,
+            priority=priority,
+            at_most_once=at_most_once,
+        )
+        self.registry.add(spec)
+        self._endpoints.append(found)
+        return Task(self, spec)
 
     # -- schedules
 
@@ -444,6 +316,8 @@ class Headrace:
         finally:
             engine, self._engine, self._is_lent = self._engine, None, False
             self._loop = self._opening = None
+            for endpoint in self._endpoints:
+                await endpoint.close()
             if engine is not None:
                 await engine.close()
 
@@ -557,19 +431,3 @@ class Headrace:
                 background.run(self.close())
             finally:
                 background.stop()
-
-
-class _Decorator:
-    """The type of `app.task(...)` with options."""
-
-    @overload
-    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
-    @overload
-    def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
-    def __call__(self, function: Callable[..., Any], /) -> Any:
-        raise NotImplementedError
-
-
-def task_of(found: object) -> Task[Any, Any] | None:
-    """`found` when it is a task."""
-    return found if isinstance(found, Task) else None

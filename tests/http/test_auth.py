@@ -149,7 +149,7 @@ async def test_forged_expired_and_foreign_tokens_are_refused(tmp_path: Path) -> 
             jwt.encode({**claims, "aud": "https://else"}, key, algorithm="HS256"),
             jwt.encode({name: claims[name] for name in claims if name != "exp"}, key, algorithm="HS256"),
             jwt.encode({**claims, "pub": False}, key, algorithm="HS256"),
-            jwt.encode(claims, None, algorithm="none"),
+            jwt.encode(claims, "", algorithm="none"),
             jwt.encode({**claims, "exp": 10**30}, key + b"x", algorithm="HS256"),
             good[:-2] + ("AA" if good[-2:] != "AA" else "BB"),
             good.rpartition(".")[0] + ".",

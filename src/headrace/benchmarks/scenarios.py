@@ -18,7 +18,6 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from headrace.app import Task
 from headrace.benchmarks.places import OnServer, Place, run
 from headrace.benchmarks.tasks import app, held, nap, nothing, stamp
 from headrace.core.block import Coalescer
@@ -30,6 +29,7 @@ from headrace.handles import Batch
 from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
 from headrace.store.protocol import NewBatch, Release
+from headrace.task import Task
 
 PAD: Final = "x" * 79
 NAP_CONCURRENCY: Final = 1_000

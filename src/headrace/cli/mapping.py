@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 import msgspec
 
-from headrace.app import Headrace, Task, task_of
+from headrace.app import Headrace
 from headrace.cli.chain import Chain, Part, Source, key_of, open_chain
 from headrace.cli.input import Input
 from headrace.cli.opening import shown_store
@@ -31,6 +31,7 @@ from headrace.foundation.settings import Settings
 from headrace.runtime.engine import Engine
 from headrace.runtime.feed import Feed, SealedElsewhere
 from headrace.runtime.loading import load_target
+from headrace.task import Task
 
 PAGE_RUNS: Final = 4_096
 LINGER_S: Final = 0.05
@@ -80,6 +81,7 @@ class Mapping:
     def __init__(
         self,
         settings: Settings,
+        app: Headrace,
         task: Task[Any, Any],
         source: Input,
         output: Output,
@@ -90,6 +92,7 @@ class Mapping:
         command: str = "",
     ) -> None:
         self.settings = settings
+        self.app = app
         self.task = task
         self.input = source
         self.output = output
@@ -117,17 +120,20 @@ class Mapping:
     ) -> Self:
         """Check all that can be checked before anything runs. Raises `InvalidInput`."""
         loaded = load_target(target)
-        task = task_of(loaded.handle)
-        if task is None:
-            task = Headrace("map").task(loaded.function)
-        task.app.use(settings)
+        task: Task[Any, Any]
+        if isinstance(loaded.handle, Task) and isinstance(loaded.handle.app, Headrace):
+            app, task = loaded.handle.app, loaded.handle
+        else:
+            app = Headrace("map")
+            task = app.task(loaded.function)
+        app.use(settings)
         source = Input(input_name)
         if len(batch_key) > settings.limits.name_chars_max or (batch_key and not batch_key.isprintable()):
             raise InvalidInput(
                 f"--batch-key is 1 to {settings.limits.name_chars_max} printable characters, not {batch_key[:50]!r}"
             )
         output = open_output(output_name, input_path=source.path)
-        return cls(settings, task, source, output, batch_key=batch_key, fresh=fresh, shows_progress=shows_progress)
+        return cls(settings, app, task, source, output, batch_key=batch_key, fresh=fresh, shows_progress=shows_progress)
 
     def __enter__(self) -> Self:
         return self
@@ -152,7 +158,7 @@ class Mapping:
                 + ("resumable by its --batch-key" if self.batch_key else "which resumes only with --batch-key KEY")
             )
         started_s = monotonic()
-        async with self.task.app as app:
+        async with self.app as app:
             engine = await app.open()
             source = Source(self.task.name, self.input.identity, self.batch_key)
             self.chain = chain = await open_chain(engine, source, fresh=self.fresh, is_resumable=self.is_resumable)
@@ -220,7 +226,7 @@ class Mapping:
         """Run what is there to run until it is `over`; a map that was finished before needs no worker."""
         await needed.wait()
         if not over.is_set():
-            async with self.task.app.worker(tasks=[self.task.name]):
+            async with self.app.worker(tasks=[self.task.name]):
                 await over.wait()
 
     async def _write(self, engine: Engine, chain: Chain) -> None:

@@ -69,6 +69,9 @@ TABLE: Final[Mapping[str, Limit]] = {
         Limit("batch_runs_burst_max", "runs", 1_200, 1, 10_000_000_000, "Runs that an environment may announce at once, where they are limited."),
         Limit("stream_grants_max", "requests", 10, 1, 1_000, "Streams of one batch that no request limit holds up."),
         Limit("error_chars_max", "characters", 8_000, 100, MIB, "An error's message and traceback, each, as kept."),
+        Limit("grpc_message_bytes_max", "bytes", 52 * MIB, KIB, 1_024 * MIB, "One message over gRPC, in or out, decompressed."),
+        Limit("grpc_calls_max", "calls", 256, 1, 65_536, "Calls of one gRPC connection under way at a time."),
+        Limit("grpc_buffer_bytes_max", "bytes", 256 * MIB, KIB, 65_536 * MIB, "Messages of all gRPC calls that one server holds at a time."),
         Limit("index_batch_events_max", "events", 5_000, 1, 1_000_000, "Events whose handlers run before what they wrote is handed to the committer."),
         Limit("index_depth_max", "batches", 8, 0, 1_000, "Batches of an indexer that may wait for their commit; 0 awaits each."),
         Limit("index_memory_mib", "MiB", 256, 1, 1_000_000, "Rows that an indexer keeps in memory, staged ones included."),
@@ -124,6 +127,9 @@ class Limits:
     batch_runs_burst_max: int = TABLE["batch_runs_burst_max"].default
     stream_grants_max: int = TABLE["stream_grants_max"].default
     error_chars_max: int = TABLE["error_chars_max"].default
+    grpc_message_bytes_max: int = TABLE["grpc_message_bytes_max"].default
+    grpc_calls_max: int = TABLE["grpc_calls_max"].default
+    grpc_buffer_bytes_max: int = TABLE["grpc_buffer_bytes_max"].default
     index_batch_events_max: int = TABLE["index_batch_events_max"].default
     index_depth_max: int = TABLE["index_depth_max"].default
     index_memory_mib: int = TABLE["index_memory_mib"].default
@@ -148,6 +154,13 @@ class Limits:
                 f"session_timeout_ms ({self.session_timeout_ms}) is under two heartbeats "
                 f"({self.heartbeat_ms} ms each): one late heartbeat would end a live process",
                 hint="set session_timeout_ms to three times heartbeat_ms",
+            )
+
+        if self.grpc_buffer_bytes_max < self.grpc_message_bytes_max:
+            raise InvalidSetting(
+                f"grpc_buffer_bytes_max ({self.grpc_buffer_bytes_max}) does not hold one message, "
+                f"grpc_message_bytes_max ({self.grpc_message_bytes_max})",
+                hint="raise grpc_buffer_bytes_max or lower grpc_message_bytes_max",
             )
 
     def replaced(self, **changes: int) -> Self:

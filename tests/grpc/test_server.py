@@ -1,0 +1,228 @@
+"""Peers that say nothing, read nothing, or send half: each is let go in its time, on a clock that the tests hold."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from headrace.foundation.limits import Limits
+from headrace.grpc import frames
+from headrace.grpc.frames import Fault, frame
+from headrace.grpc.headers import block, literal
+from headrace.grpc.messages import taskbroker_pb2 as wire
+from headrace.grpc.methods import Methods
+from headrace.grpc.server import PENDING_BYTES_MAX, Connection, GrpcServer
+from tests.grpc.rig import ECHO, WAIT, Echo, listening
+from tests.grpc.test_machine import GREETING, framed, parsed
+
+IDLE_S = 60
+NO_FIELDS: Mapping[str, str] = {}
+
+
+class Transport(asyncio.Transport):
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("10.0.0.1", 5)})
+        self.written = b""
+        self.end = ""
+
+    def write(self, data: Any) -> None:
+        """Written, and read by nobody."""
+        self.written += data
+
+    def is_closing(self) -> bool:
+        """Whether somebody ended it."""
+        return bool(self.end)
+
+    def close(self) -> None:
+        """In good order."""
+        self.end = self.end or "closed"
+
+    def abort(self) -> None:
+        """At once."""
+        self.end = "aborted"
+
+    def frames(self) -> list[tuple[int, int, int, bytes]]:
+        """The frames written since the last look."""
+        found, self.written = parsed(self.written), b""
+        return found
+
+
+class Peer:
+    """A connection without a socket, whose clock the test holds."""
+
+    def __init__(self, methods: Methods, **limits: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.now_s = 1_000.0
+        self.transport = Transport()
+        self.connection = Connection(GrpcServer(methods, limits=Limits(http_idle_s=IDLE_S, **limits)))
+        self.connection._loop = SimpleNamespace(  # type: ignore[assignment]  # as much of a loop as it uses
+            time=lambda: self.now_s,
+            call_later=lambda *_: SimpleNamespace(cancel=lambda: None),
+            call_soon=loop.call_soon,
+            create_task=loop.create_task,
+        )
+        self.connection._heard_s = self.connection._moved_s = self.now_s
+        self.connection.connection_made(self.transport)
+
+    async def says(self, *pieces: bytes) -> list[tuple[int, int, int, bytes]]:
+        """What comes back for some bytes."""
+        for piece in pieces:
+            self.connection.data_received(piece)
+            await asyncio.sleep(0)
+        return await self.hears()
+
+    async def hears(self) -> list[tuple[int, int, int, bytes]]:
+        """What was written meanwhile."""
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return self.transport.frames()
+
+    async def later(self, seconds: float) -> list[tuple[int, int, int, bytes]]:
+        """What comes when nothing is said for so long."""
+        self.now_s += seconds
+        self.connection._look()
+        return await self.hears()
+
+
+def call(path: str, stream_id: int, text: str = "hello", *, fields: Mapping[str, str] = NO_FIELDS) -> bytes:
+    """A call of a path."""
+    asked = {":method": "POST", ":scheme": "http", ":path": path, "content-type": "application/grpc", **fields}
+    message = framed(wire.PushTaskRequest(callback_url=text).SerializeToString())
+    data = b"".join(
+        frame(
+            frames.DATA,
+            frames.END_STREAM if start + 16_384 >= len(message) else 0,
+            stream_id,
+            message[start : start + 16_384],
+        )
+        for start in range(0, len(message), 16_384)
+    )
+    return frame(frames.HEADERS, frames.END_HEADERS, stream_id, block(asked)) + data
+
+
+async def test_a_silent_peer_is_asked_once_and_let_go() -> None:
+    peer = Peer(Echo().methods)
+    await peer.says(GREETING)
+    assert await peer.later(IDLE_S / 2) == []
+    assert [found[:2] for found in await peer.later(IDLE_S / 2)] == [(frames.PING, 0)]
+    assert await peer.later(IDLE_S / 2) == []
+    assert peer.transport.end == ""
+    await peer.later(IDLE_S / 2)
+    assert peer.transport.end == "aborted"
+
+
+async def test_a_peer_that_answers_pings_may_stay() -> None:
+    peer = Peer(Echo().methods)
+    await peer.says(GREETING)
+    for _ in range(10):
+        assert [found[0] for found in await peer.later(IDLE_S)] == [frames.PING]
+        assert await peer.says(frame(frames.PING, frames.ACK, 0, b"headrace")) == []
+    assert peer.transport.end == ""
+
+
+async def test_a_call_that_stays_half_is_reset_and_the_others_live() -> None:
+    echo = Echo()
+    peer = Peer(echo.methods)
+    half = b"".join(frame(*found) for found in parsed(call(ECHO, 1, "x" * 20_000))[:-1])
+    await peer.says(GREETING, half)
+    assert await peer.later(IDLE_S / 2) == []
+    assert (await peer.says(call(ECHO, 3)))[-1][:3] == (frames.HEADERS, 5, 3)
+    reset = (frames.RST_STREAM, 0, 1, frames.WORD.pack(Fault.CANCEL))
+    assert reset in await peer.later(IDLE_S / 2 + 1)
+    assert len(echo.calls) == 1
+
+
+async def test_a_peer_that_makes_no_room_for_its_answer_is_let_go() -> None:
+    peer = Peer(Echo().methods)
+    await peer.says(GREETING, call(ECHO, 1, "x" * 100_000))
+    await peer.later(IDLE_S / 2)
+    await peer.later(IDLE_S / 2)
+    await peer.says(frame(frames.PING, 0, 0, b"I live!!"))
+    assert peer.transport.end == ""
+    await peer.later(IDLE_S / 2)
+    assert peer.transport.end == "aborted"
+
+
+async def test_a_peer_that_makes_room_slowly_is_served() -> None:
+    peer = Peer(Echo().methods)
+    await peer.says(GREETING, call(ECHO, 1, "x" * 100_000))
+    for _ in range(12):
+        await peer.later(IDLE_S - 1)
+        await peer.says(frames.window_update(0, 4_000), frames.window_update(1, 4_000))
+    assert peer.transport.end == ""
+    assert peer.connection._machine.streams_count == 0
+
+
+async def test_no_answers_are_made_for_a_peer_that_reads_none() -> None:
+    echo = Echo()
+    peer = Peer(echo.methods)
+    size = 1_000_000
+    await peer.says(GREETING, *(call(ECHO, 2 * number + 1, "x" * size) for number in range(20)))
+    made = len(echo.calls)
+    assert made < 20, "answers without end wait for a peer that reads none"
+    assert PENDING_BYTES_MAX / size <= made <= 2 + PENDING_BYTES_MAX / size + 1
+    room = frames.window_update(0, 10**9)
+    await peer.says(frames.settings({frames.INITIAL_WINDOW_SIZE: 2**30}), room)
+    for _ in range(40):
+        await peer.hears()
+    assert len(echo.calls) == 20
+    assert peer.connection._server.budget.held_bytes == 0
+
+
+async def test_while_the_socket_is_full_calls_wait() -> None:
+    echo = Echo()
+    peer = Peer(echo.methods)
+    await peer.says(GREETING)
+    peer.connection.pause_writing()
+    assert await peer.says(call(ECHO, 1), call(ECHO, 3), frame(frames.RST_STREAM, 0, 3, bytes(4))) == []
+    assert echo.calls == []
+    peer.connection.resume_writing()
+    await peer.hears()
+    assert len(echo.calls) == 1
+    assert peer.connection._machine.streams_count == 0
+
+
+async def test_a_peer_that_breaks_the_protocol_hears_why_and_its_handlers_end() -> None:
+    echo = Echo()
+    peer = Peer(echo.methods)
+    await peer.says(GREETING, call(WAIT, 1))
+    assert echo.waiting == 1
+    said = await peer.says(frame(frames.DATA, 0, 1, b"x"))
+    assert [found[0] for found in said] == [frames.GOAWAY]
+    assert peer.transport.end == "closed"
+    assert echo.cancelled.is_set()
+
+
+async def test_a_timeout_that_is_none_is_refused() -> None:
+    peer = Peer(Echo().methods)
+    for number, text in enumerate(("", "1", "S", "-1S", "123456789S", "1x", "1.5S", "1S ")):
+        said = await peer.says(
+            GREETING if not number else b"", call(ECHO, 2 * number + 1, fields={"grpc-timeout": text})
+        )
+        assert literal("grpc-status", "3") in said[-1][3], text
+
+
+async def test_a_cut_ends_calls_and_says_come_again() -> None:
+    echo = Echo()
+    peer = Peer(echo.methods)
+    await peer.says(GREETING, call(WAIT, 1))
+    peer.connection.cut()
+    said = await peer.hears()
+    assert [found[0] for found in said] == [frames.GOAWAY, frames.HEADERS]
+    assert literal("grpc-status", "14") in said[1][3]
+    assert peer.transport.end == "closed"
+
+
+async def test_a_peer_that_goes_on_sending_after_its_end_is_cut_off() -> None:
+    """On a real socket: whatever is not HTTP/2 is answered once, and then the connection is gone."""
+    async with listening(Echo().methods) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        kinds = [found[0] for found in parsed(await reader.read())]
+        assert kinds == [frames.SETTINGS, frames.WINDOW_UPDATE, frames.GOAWAY]
+        writer.close()
+        assert not server.connections

@@ -1,7 +1,8 @@
 """A bounded, concurrent map over a stream that may never fit into memory.
 
-Rule 1: the source is pulled lazily. At most `concurrency` items are pulled and not yet handed on,
-whatever the source offers and however slow the consumer is.
+Rule 1: the source is pulled lazily, whatever it offers and however slow the consumer is. At most `concurrency` steps
+run. In order, what is finished and not yet handed on counts as running; else at most as many results wait beside them,
+so that a step ends and the next begins without a word from the consumer.
 Rule 2: the first error ends everything: what runs is cancelled, the source is closed, the error goes out
 as it is. So does a consumer that stops.
 """
@@ -65,7 +66,7 @@ def ingest(
     check(TABLE["ingest_concurrency"], concurrency)
     if concurrency == 1:
         return _one_by_one(source, step)
-    return _side_by_side(source, step, concurrency, ordered=ordered)
+    return _in_order(source, step, concurrency) if ordered else _as_they_finish(source, step, concurrency)
 
 
 async def _one_by_one(
@@ -82,14 +83,10 @@ async def _one_by_one(
     await stream.close(None)
 
 
-async def _side_by_side(
-    source: AsyncIterable[T] | Iterable[T],
-    step: Callable[[T], R | Awaitable[R]],
-    concurrency: int,
-    *,
-    ordered: bool,
+async def _in_order(
+    source: AsyncIterable[T] | Iterable[T], step: Callable[[T], R | Awaitable[R]], concurrency: int
 ) -> AsyncGenerator[R, None]:
-    window = _Window(_Stream(source), step, concurrency, ordered=ordered)
+    window = _Window(_Stream(source), step, concurrency)
     window.start()
     try:
         while (slot := await window.next_finished()) is not None:
@@ -99,6 +96,20 @@ async def _side_by_side(
         await window.stop(error)
         raise
     await window.stop(None)
+
+
+async def _as_they_finish(
+    source: AsyncIterable[T] | Iterable[T], step: Callable[[T], R | Awaitable[R]], concurrency: int
+) -> AsyncGenerator[R, None]:
+    crew = _Crew(_Stream(source), step, concurrency)
+    crew.start()
+    try:
+        while await crew.has_result():
+            yield crew.take()
+    except BaseException as error:
+        await crew.stop(error)
+        raise
+    await crew.stop(None)
 
 
 class _Stream(Generic[T]):
@@ -142,16 +153,101 @@ class _Slot:
         self.result: object = None
 
 
+class _Crew(Generic[T, R]):
+    """Runners that pull, step and hand on, each by itself: one that is done with a step begins the next at once.
+
+    There is one at first; as long as all of them wait for their steps there come as many again, up to `concurrency`.
+    """
+
+    def __init__(self, stream: _Stream[T], step: Callable[[T], R | Awaitable[R]], concurrency: int) -> None:
+        self._stream = stream
+        self._step = step
+        self._concurrency = concurrency
+        self._runners: set[asyncio.Task[None]] = set()
+        self._began_count = 0
+        self._stepping_count = 0
+        self._results: deque[R] = deque()
+        self._turn = asyncio.Lock()
+        self._is_exhausted = False
+        self._error: BaseException | None = None
+        self._news = asyncio.Event()
+        self._room = asyncio.Event()
+
+    def start(self) -> None:
+        self._grow(1)
+
+    async def has_result(self) -> bool:
+        """Wait for a result; False at the end. Raises the first error after what was finished before it."""
+        while not self._results:
+            if self._error is not None:
+                raise self._error
+            if not self._runners:
+                return False
+            self._news.clear()
+            await self._news.wait()
+        return True
+
+    def take(self) -> R:
+        """The result that finished first."""
+        self._room.set()
+        return self._results.popleft()
+
+    async def stop(self, error: BaseException | None) -> None:
+        """End every task this began, and wait for its end, before the source is closed."""
+        for runner in self._runners:
+            runner.cancel()
+        if self._runners:
+            await asyncio.wait(self._runners)
+        await self._stream.close(error)
+
+    def _grow(self, count: int) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(min(count, self._concurrency - self._began_count)):
+            self._began_count += 1
+            runner = loop.create_task(self._run(), name="ingest")
+            self._runners.add(runner)
+            runner.add_done_callback(self._note)
+
+    async def _run(self) -> None:
+        while True:
+            async with self._turn:  # a source is pulled by one at a time
+                while len(self._results) >= self._concurrency:
+                    self._room.clear()
+                    await self._room.wait()
+                item = _NOTHING if self._is_exhausted else await self._stream.pull()
+                if item is _NOTHING:
+                    self._is_exhausted = True
+                    return
+                result = self._step(cast("T", item))
+                del item
+            if isinstance(result, Awaitable):
+                self._stepping_count += 1
+                if self._stepping_count == self._began_count:
+                    self._grow(self._began_count)
+                result = await result
+                self._stepping_count -= 1
+            self._results.append(result)
+            self._news.set()
+
+    def _note(self, runner: asyncio.Task[None]) -> None:
+        """A runner has ended: nothing is left for it, or it failed; the first error stops the others."""
+        self._runners.discard(runner)
+        self._news.set()
+        error = asyncio.CancelledError() if runner.cancelled() else runner.exception()
+        if error is None or self._error is not None:
+            return
+        self._error = error
+        for other in self._runners:
+            other.cancel()
+
+
 class _Window(Generic[T, R]):
     """What is pulled and not yet handed on. One task pulls; steps that wait have a task each."""
 
-    def __init__(
-        self, stream: _Stream[T], step: Callable[[T], R | Awaitable[R]], concurrency: int, *, ordered: bool
-    ) -> None:
+    def __init__(self, stream: _Stream[T], step: Callable[[T], R | Awaitable[R]], concurrency: int) -> None:
         self._stream = stream
         self._step = step
         self._free = concurrency
-        self._ordered = ordered
         self._slots: deque[_Slot] = deque()
         self._running: set[asyncio.Future[R]] = set()
         self._puller: asyncio.Task[None] | None = None
@@ -206,8 +302,7 @@ class _Window(Generic[T, R]):
     def _begin(self, item: T) -> None:
         slot = _Slot()
         result = self._step(item)
-        if self._ordered:
-            self._slots.append(slot)
+        self._slots.append(slot)
         if not isinstance(result, Awaitable):
             self._finish(slot, result)
             return
@@ -218,8 +313,6 @@ class _Window(Generic[T, R]):
     def _finish(self, slot: _Slot, result: object) -> None:
         slot.result = result
         slot.is_finished = True
-        if not self._ordered:
-            self._slots.append(slot)
         self._news.set()
 
     def _note(self, slot: _Slot, done: asyncio.Future[R]) -> None:

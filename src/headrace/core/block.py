@@ -28,7 +28,8 @@ class Extra(msgspec.Struct, kw_only=True, omit_defaults=True):
     `failure`: an encoded failure; the run is born failed (an oversized or unreadable item). `link`: the id of the run
     that its idempotency key named already; it is born completed, and has that run's outcome. `object_key` and
     `object_bytes`: the payload is a reference to that object. `attempts_max` and `timeout_ms`: instead of the task's
-    own, 0 for those. `kept`: options that are echoed and mean nothing here, as JSON.
+    own, 0 for those. `kept`: options that are echoed and mean nothing here, as JSON. `name` and `retry_delay_ms`: what
+    an activation's task is called, and how long it rests between attempts.
     """
 
     idempotency_key: str = ""
@@ -42,6 +43,8 @@ class Extra(msgspec.Struct, kw_only=True, omit_defaults=True):
     kept: bytes = EMPTY
     object_key: str = ""
     object_bytes: int = 0
+    name: str = ""
+    retry_delay_ms: int = 0
 
 
 class Chunk(msgspec.Struct, kw_only=True):

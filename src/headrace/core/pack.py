@@ -26,6 +26,8 @@ SUPER_JSON: Final = 1
 TEXT: Final = 2
 REFERENCE: Final = 3
 MSGPACK: Final = 4
+ACTIVATION: Final = 6
+"""A `TaskActivation` as it came over the wire, in protobuf."""
 LINK: Final = 5
 """The id of another run, whose outcome this one has: only a result is ever one."""
 
@@ -35,6 +37,7 @@ CONTENT_TYPES: Final[dict[int, str]] = {
     TEXT: "text/plain",
     REFERENCE: "application/store",
     MSGPACK: "application/msgpack",
+    ACTIVATION: "application/x-protobuf",
 }
 KINDS: Final[dict[str, int]] = {name: kind for kind, name in CONTENT_TYPES.items()}
 

@@ -36,8 +36,8 @@ RETRY: Final = ord("r")
 OVERDUE: Final = ord("d")
 """A settlement's code for: not heard of in time; it waits again in a new span, and no attempt is used up."""
 
-_RETURNING: Final = bytes((RETRY, OVERDUE))
-_REPORTED: Final = run.FINAL + _RETURNING
+RETURNING: Final = bytes((RETRY, OVERDUE))
+_REPORTED: Final = run.FINAL + RETURNING
 
 SETTLED: Final = "settled"
 RECORDED: Final = "recorded"
@@ -290,14 +290,14 @@ def _unsettled_part(span: Span, settlement: Settlement, places: Sequence[int]) -
     codes, kept, kept_dues, kept_notes = bytearray(), [], [], []
     for number, (place, code) in enumerate(zip(places, settlement.codes, strict=True)):
         due_us = next(dues, 0) if code == RETRY else 0
-        note = next(notes, "") if code in _RETURNING else ""
+        note = next(notes, "") if code in RETURNING else ""
         if span.states[place] not in run.UNSETTLED:
             continue
         codes.append(code)
         kept.append(number)
         if code == RETRY:
             kept_dues.append(due_us)
-        if code in _RETURNING:
+        if code in RETURNING:
             kept_notes.append(note)
     return msgspec.structs.replace(
         settlement,
@@ -325,7 +325,7 @@ def _returning(
     returning: dict[_Return, list[int]] = {}
     dues, notes = iter(settlement.dues_us), iter(settlement.notes)
     for number, code in enumerate(codes):
-        if code not in _RETURNING:
+        if code not in RETURNING:
             continue
         is_retry = code == RETRY
         due_us = quantised_due_us(next(dues, now_us), now_us) if is_retry else 0

@@ -68,6 +68,12 @@ TABLE: Final[Mapping[str, Limit]] = {
         Limit("batch_runs_per_minute_max", "runs", 0, 0, 10_000_000_000, "Runs that an environment may announce for long; 0 is no limit."),
         Limit("batch_runs_burst_max", "runs", 1_200, 1, 10_000_000_000, "Runs that an environment may announce at once, where they are limited."),
         Limit("stream_grants_max", "requests", 10, 1, 1_000, "Streams of one batch that no request limit holds up."),
+        Limit("delivery_grace_ms", "ms", 3 * SECOND_MS, 0, HOUR_MS, "What a worker of an activation may be late by, beyond its processing deadline."),
+        Limit("delivery_attempts_max", "times", 5, 1, 1_000_000, "Times one attempt of an activation may be overdue before it fails."),
+        Limit("delivery_delay_max_s", "s", 3_600, 0, 31_536_000, "What an activation's own delay is cut to."),
+        Limit("delivery_recovery_ms", "ms", 15 * SECOND_MS, 0, DAY_MS, "Silence of a server after which the activations its workers have are handed out anew; not under session_timeout_ms."),
+        Limit("deliveries_max", "runs", 100_000, 1, 10_000_000, "Activations that one server's workers have at a time."),
+        Limit("activation_bytes_max", "bytes", 5_000_000, KIB, 52 * MIB, "One activation, as it comes over the wire."),
         Limit("error_chars_max", "characters", 8_000, 100, MIB, "An error's message and traceback, each, as kept."),
         Limit("grpc_message_bytes_max", "bytes", 52 * MIB, KIB, 1_024 * MIB, "One message over gRPC, in or out, decompressed."),
         Limit("grpc_calls_max", "calls", 256, 1, 65_536, "Calls of one gRPC connection under way at a time."),
@@ -126,6 +132,12 @@ class Limits:
     batch_runs_per_minute_max: int = TABLE["batch_runs_per_minute_max"].default
     batch_runs_burst_max: int = TABLE["batch_runs_burst_max"].default
     stream_grants_max: int = TABLE["stream_grants_max"].default
+    delivery_grace_ms: int = TABLE["delivery_grace_ms"].default
+    delivery_attempts_max: int = TABLE["delivery_attempts_max"].default
+    delivery_delay_max_s: int = TABLE["delivery_delay_max_s"].default
+    delivery_recovery_ms: int = TABLE["delivery_recovery_ms"].default
+    deliveries_max: int = TABLE["deliveries_max"].default
+    activation_bytes_max: int = TABLE["activation_bytes_max"].default
     error_chars_max: int = TABLE["error_chars_max"].default
     grpc_message_bytes_max: int = TABLE["grpc_message_bytes_max"].default
     grpc_calls_max: int = TABLE["grpc_calls_max"].default

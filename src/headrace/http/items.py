@@ -17,7 +17,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from headrace.core.block import Extra
-from headrace.core.pack import JSON, KINDS, MSGPACK, REFERENCE, SUPER_JSON, TEXT
+from headrace.core.pack import ACTIVATION, JSON, KINDS, MSGPACK, REFERENCE, SUPER_JSON, TEXT
 from headrace.core.span import Key
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import INDEX_MAX
@@ -333,6 +333,9 @@ def moment_us(what: str, text: str, now_us: int) -> int:
     return moved_us
 
 
+_NOT_OF_ITEMS: Final = (MSGPACK, ACTIVATION)
+
+
 def _is_plain(line: Line) -> bool:
     return line.options is None and line.payload is not UNSET
 
@@ -340,8 +343,8 @@ def _is_plain(line: Line) -> bool:
 def _payload(raw: msgspec.Raw | UnsetType, content_type: str | None) -> tuple[bytes, int]:
     """A payload as it is kept, and its kind. A string that holds JSON is that JSON, as the field's clients mean it."""
     kind = JSON if content_type is None else KINDS.get(content_type.partition(";")[0].strip().lower())
-    if kind is None or kind == MSGPACK:
-        named = ", ".join(name for name, own in KINDS.items() if own != MSGPACK)
+    if kind is None or kind in _NOT_OF_ITEMS:
+        named = ", ".join(name for name, own in KINDS.items() if own not in _NOT_OF_ITEMS)
         raise InvalidItem(f"nothing reads a payload of type {content_type!r}", hint=f"one of {named}")
     if isinstance(raw, UnsetType):
         if kind == REFERENCE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -165,12 +166,14 @@ def run_object(view: RunView, batch: Batch) -> dict[str, Any]:
 
 
 def value_of(data: bytes, kind: int) -> Any:
-    """A payload or output as JSON: text as a string, super+json reduced to its plain part."""
+    """A payload or output as JSON: text as a string, super+json reduced to its plain part, protobuf in base 64."""
     if kind == pack.TEXT:
         return data.decode("utf-8", "replace")
     if kind == pack.SUPER_JSON:
         document = msgspec.json.decode(data)
         return document.get("json") if isinstance(document, dict) else document
+    if kind == pack.ACTIVATION:
+        return base64.b64encode(data).decode()
     return msgspec.Raw(data) if data else None
 
 

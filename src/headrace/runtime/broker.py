@@ -140,6 +140,16 @@ class Broker:
                 session=self.session_id,
             )
 
+    async def leave(self, *, deadline_s: float | None = None) -> None:
+        """Write what is still to be written and go, with the leases left standing: others have their runs.
+
+        The session counts as silent from now on. Raises as `stop` does.
+        """
+        if self._flusher is not None:
+            await self._flusher.close(deadline_s=deadline_s)
+        await self._end_beating()
+        self.abandon()
+
     def abandon(self) -> None:
         """The event loop is gone, and nothing can be awaited on it: leave the evidence to whoever recovers this."""
         self._stop_beating.set()
@@ -239,7 +249,9 @@ class Broker:
 
     # -- work
 
-    async def claim(self, tasks: Sequence[str], queues: Sequence[str] | None, runs_max: int) -> list[Work]:
+    async def claim(
+        self, tasks: Sequence[str], queues: Sequence[str] | None, runs_max: int, *, queue_prefix: str = ""
+    ) -> list[Work]:
         """Lease runs. Repeats the same claim until the store answers; raises `SessionEnded` and client faults."""
         runs_max = min(runs_max, self.room)
         if runs_max < 1:
@@ -251,6 +263,7 @@ class Broker:
             environment=self.engine.environment,
             tasks=tasks,
             queues=queues,
+            queue_prefix=queue_prefix,
             runs_max=runs_max,
         )
         self._claiming[wish.claim_no] = runs_max
@@ -272,6 +285,15 @@ class Broker:
             slot, marks = self.marks.take(lease.span_id, lease.token, lease.runs_count)
         work = self._held[lease.span_id, lease.token] = Work(lease, marks, slot)
         return work
+
+    def lease(self, span_id: int, token: int) -> Work | None:
+        """A lease that this process holds."""
+        return self._held.get((span_id, token))
+
+    def forget(self, work: Work) -> None:
+        """A lease has ended, and all of its outcomes are durable."""
+        if self._held.pop((work.lease.span_id, work.lease.token), None) is work:
+            self._leave((work.lease.span_id, work.lease.token), work, ())
 
     @property
     def room(self) -> int:

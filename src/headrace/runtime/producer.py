@@ -56,7 +56,7 @@ class _Enqueue(NamedTuple):
     kind: int
     key: Key
     extra: Extra | None
-    answer: asyncio.Future[tuple[str, int]]
+    answer: asyncio.Future[tuple[str, int, bool]]
 
 
 class Producer:
@@ -78,13 +78,18 @@ class Producer:
 
     async def put(self, key: Key, payload: bytes, kind: int, extra: Extra | None) -> tuple[str, int]:
         """The same for a run that is ready to be stored, but for its payload's size."""
+        batch_id, index, _ = await self.put_new(key, payload, kind, extra)
+        return batch_id, index
+
+    async def put_new(self, key: Key, payload: bytes, kind: int, extra: Extra | None) -> tuple[str, int, bool]:
+        """The same, and whether the run is a new one."""
         for _ in range(STREAMS_TRIED):
             async with self._starting:
                 flusher = await self._ensure_stream()
                 stream_id, index = self._stream_id, self._next_index
                 self._next_index += 1
             settled, kind_there, extra_there = await self._settled_payload(stream_id, payload, kind, extra)
-            answer: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
+            answer: asyncio.Future[tuple[str, int, bool]] = asyncio.get_running_loop().create_future()
             try:
                 await flusher.put(_Enqueue(index, settled, kind_there, key, extra_there, answer))
                 return await answer
@@ -324,7 +329,8 @@ class _Appending:
         )
         for one in enqueues:
             if not one.answer.done():
-                one.answer.set_result(appended.existing.get(one.run_index, (self._batch_id, one.run_index)))
+                known = appended.existing.get(one.run_index)
+                one.answer.set_result((*known, False) if known else (self._batch_id, one.run_index, True))
         self._engine.doorbell.ring()
 
 

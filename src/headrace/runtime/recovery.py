@@ -21,6 +21,9 @@ LOG: Any = structlog.get_logger("headrace.recovery")
 STUCK_TIMEOUTS: Final = 20
 """Session timeouts after which a process counts as gone though it lives: stopped by a signal, or hung for good."""
 
+DISPATCHER: Final = "dispatcher"
+"""The kind of a session whose runs are with workers elsewhere: they go on when it dies, and may report to another."""
+
 EVER_US: Final = 2**62
 """A dead process is silent, whatever it said last."""
 
@@ -46,6 +49,8 @@ async def recover_here(engine: Engine, own_id: str) -> int:
     spans_count = 0
     for session_id in sorted(dead):
         files = of_session(engine.live_directory, session_id)
+        if session_id in known and _is_left(engine, known[session_id]):
+            continue
         if session_id in known:
             evidence = f"{_who(known[session_id])} died"
             suspects = Suspects(places=merged(files), evidence=evidence)
@@ -62,7 +67,7 @@ async def recover_silent(engine: Engine, own_id: str) -> Silence:
     for session in await engine.store.sessions():
         if session.id == own_id:
             continue
-        now_us, timeout_us = engine.clock.now_us(), engine.limits.session_timeout_ms * 1_000
+        now_us, timeout_us = engine.clock.now_us(), _timeout_us(engine, session)
         files = of_session(engine.live_directory, session.id) if engine.live_directory is not None else []
         lives_here = bool(files) and is_dead(files[0]) is not None
         if lives_here:  # a run that blocks all of it for long is no death, but nothing waits for ever
@@ -89,6 +94,19 @@ async def _recover(engine: Engine, session_id: str, suspects: Suspects, silent_s
         LOG.info("recovered the leases of a dead session", session=session_id, spans=count)
         engine.doorbell.ring()
     return count
+
+
+def _timeout_us(engine: Engine, session: Session) -> int:
+    """After how long of silence a session counts as gone."""
+    limits = engine.limits
+    if session.kind == DISPATCHER:
+        return max(limits.session_timeout_ms, limits.delivery_recovery_ms) * 1_000
+    return limits.session_timeout_ms * 1_000
+
+
+def _is_left(engine: Engine, session: Session) -> bool:
+    """Whether a dead session's leases are left to the reports of the workers that have its runs, for now."""
+    return session.kind == DISPATCHER and session.heartbeat_us > engine.clock.now_us() - _timeout_us(engine, session)
 
 
 def _who(session: Session) -> str:

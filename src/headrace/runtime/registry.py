@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 import msgspec
 
 from headrace.core import pack
+from headrace.core.activation import LANE
 from headrace.core.block import Extra
 from headrace.core.retry import NO_RETRY, Retry
 from headrace.foundation.errors import InvalidInput, InvalidSetting, NotFound
@@ -67,6 +68,8 @@ class TaskSpec:
 
     def __post_init__(self) -> None:
         check_name("task", self.name)
+        if self.name == LANE:
+            raise InvalidSetting(f"{LANE} is what activations are runs of", hint="call the task something else")
         check_name("queue", self.queue)
         check_priority(self.priority)
         _check_function(self.name, self.function)

@@ -330,7 +330,7 @@ def named_leases(tables: Tables, environment: str, task: str, keys: Sequence[str
         block_id, position = locate(tables, tables.batches[known.batch_id], known.run_index)
         for span in spans_of_block(tables, block_id):
             found += [
-                named_lease(span, key, place)
+                named_lease(span, key, place, tables.blocks[block_id].chunk.extras[position])
                 for place, own in enumerate(positions_of(span))
                 if own == position and span.state == spans.LEASED and span.states[place] in runs_core.UNSETTLED
             ]

@@ -204,6 +204,7 @@ class NamedLease(msgspec.Struct, kw_only=True):
     attempt: int
     at_most_once: bool
     note: str
+    extra: Extra
 
 
 class DeadLetter(msgspec.Struct, kw_only=True):

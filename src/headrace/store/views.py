@@ -127,7 +127,7 @@ def lease_of(span: Span, first_index: int, gaps: bytes | None, extras: Mapping[i
     )
 
 
-def named_lease(span: Span, key: str, place: int) -> NamedLease:
+def named_lease(span: Span, key: str, place: int, extra: Extra) -> NamedLease:
     """A run of a leased span that a key names."""
     return NamedLease(
         key=key,
@@ -137,4 +137,5 @@ def named_lease(span: Span, key: str, place: int) -> NamedLease:
         attempt=span.attempt,
         at_most_once=span.at_most_once,
         note=span.note,
+        extra=extra,
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from headrace.core.run import UNSETTLED
 from headrace.core.span import LEASED, Span, positions_of
 from headrace.store.protocol import DeadLetter, NamedLease
-from headrace.store.verbs.finding import locate, shapes_of, spans_of_block
+from headrace.store.verbs.finding import decode_extras, locate, shapes_of, spans_of_block
 from headrace.store.verbs.rows import as_json
 from headrace.store.verbs.script import Script, fetch
 from headrace.store.views import named_lease
@@ -54,9 +54,11 @@ def named_leases(environment: str, task: str, keys: Sequence[str]) -> Script[lis
         place = yield from locate(batch_id, index)
         if place is None:
             continue
+        ((_, extras),) = yield from fetch("extras_of_blocks", ids=as_json([place[0]]))
+        extra = decode_extras(extras)[place[1]]
         for span in (yield from spans_of_block(place[0])):
             found += [
-                named_lease(span, key, own)
+                named_lease(span, key, own, extra)
                 for own, position in enumerate(positions_of(span))
                 if position == place[1] and span.state == LEASED and span.states[own] in UNSETTLED
             ]

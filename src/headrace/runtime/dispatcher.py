@@ -1,0 +1,507 @@
+"""Activations between the store and workers that know ids only: leased by the span, handed out one by one.
+
+One claim leases hundreds of runs to this server's session, and each `fetch` takes one of them from memory; several
+servers share a database without seeing each other. What nobody asks for goes back, so that others get it. A run that
+its worker does not report on by its deadline waits again, and its attempt is no further for it; one that may run only
+once fails instead, and is recorded as started before it is handed out (rule R5).
+
+When this server dies its leases stand until its session counts as silent (`delivery_recovery_ms`), and until then what
+its workers report to another server, or to this one once it is back, is settled by id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import structlog
+
+from headrace.core.activation import LANE, Note
+from headrace.core.failure import Failure
+from headrace.core.pack import REFERENCE
+from headrace.core.run import CANCELLED, EXPIRED, FAILED
+from headrace.core.span import OVERDUE
+from headrace.foundation.errors import EngineFault, HeadraceError, ObjectMissing, SessionEnded, StoreUnavailable
+from headrace.runtime.broker import Broker
+from headrace.runtime.engine import Engine
+from headrace.runtime.flusher import Flusher, UpdatesUnflushed
+from headrace.runtime.handouts import Deadlines, Handout, Held, Line, Wish, is_activation
+from headrace.runtime.recovery import DISPATCHER
+from headrace.runtime.reports import Report, Reporting, Stray, Told, Update, Verdict, verdict_of
+from headrace.runtime.work import Work
+from headrace.store.protocol import Heartbeat, Release
+
+LOG: Any = structlog.get_logger("headrace.dispatcher")
+AHEAD_S: Final = 0.2
+"""What is leased ahead of those who ask: as much as they ask for in this time."""
+AHEAD_MIN: Final = 4
+AHEAD_MAX: Final = 2_048
+AHEAD_BYTES: Final = 64 * 1024 * 1024
+"""Payloads in line over which no more is leased than is asked for."""
+IDLE_S: Final = 1.0
+"""After this long in line a run goes back: somebody else may be asked for it."""
+EMPTY_S: Final = 0.1
+"""How long an answer of none is good while no news comes: a delayed run tells nobody that it is due."""
+TICK_S: Final = 0.25
+CLAIM_WAIT_S: Final = 5.0
+"""How long somebody who asks waits for a store that does not answer."""
+WISHES_MAX: Final = 1_024
+OVERDUE_MAX: Final = 1_000
+
+
+class _Pace:
+    """How much one wish is answered ahead of who asks, and when the store had nothing for it."""
+
+    def __init__(self) -> None:
+        self.ahead_count = AHEAD_MIN
+        self.claimed_us = 0
+        self.waiting_count = 0
+        self.claiming: asyncio.Task[None] | None = None
+        self.empty_rings = -1
+        self.empty_until_us = 0
+
+    def note(self, now_us: int) -> None:
+        """What was leased is used up: within `AHEAD_S` twice as much would have been right, long after it half."""
+        took_s = (now_us - self.claimed_us) / 1_000_000
+        if took_s < AHEAD_S:
+            self.ahead_count = min(self.ahead_count * 2, AHEAD_MAX)
+        elif took_s > 4 * AHEAD_S:
+            self.ahead_count = max(self.ahead_count // 2, AHEAD_MIN)
+        self.claimed_us = now_us
+
+
+class Dispatcher:
+    """Owned by one event loop. `start`, then fetch and report, then `stop`; each may be called twice."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        flush_interval_ms: int | None = None,
+        is_killed: Callable[[Handout], bool] = lambda _handout: False,
+    ) -> None:
+        """`flush_interval_ms`: how long a report may wait for others; None for natural batching.
+
+        `is_killed` says of which activations nothing may be done any more.
+        """
+        self.engine = engine
+        self.is_killed = is_killed
+        self.overdue_count = 0
+        self._broker = Broker(engine, kind=DISPATCHER)
+        self._broker.on_ended = self._session_ended
+        self._broker.on_unwanted = self._unwanted_now
+        self._reporting = Reporting(engine, landed=self._landed, is_stray=self._is_stray)
+        self._flush_interval_ms = flush_interval_ms
+        self._flusher: Flusher[Update] | None = None
+        self._line = Line()
+        self._out: dict[str, Handout] = {}
+        self._deadlines = Deadlines()
+        self._paces: dict[Wish, _Pace] = {}
+        self._claims_count = 0
+        self._ticking: asyncio.Task[None] | None = None
+        self._restarting = asyncio.Lock()
+        self._unwanted: frozenset[str] = frozenset()
+        self._is_ended = False
+        self._is_stopping = False
+
+    # -- life
+
+    async def start(self) -> None:
+        """Make this server known as one that hands out."""
+        if self._ticking is not None:
+            return
+        await self._broker.start()
+        limits = self.engine.limits
+        self._flusher = Flusher(
+            self._reporting.flush,
+            name="reports",
+            clock=self.engine.clock,
+            on_refused=self._refused,
+            size=limits.flush_size,
+            interval_ms=self._flush_interval_ms,
+            buffer_max=max(4 * limits.flush_size, 4_096),
+        )
+        self._ticking = asyncio.create_task(self._tick(), name="headrace-dispatcher")
+
+    async def stop(self) -> None:
+        """Hand out nothing more, write what was reported, give back what nobody has, and go.
+
+        What workers have stays leased until this session counts as silent: they report to another server. Raises
+        `UpdatesUnflushed` when the store took no reports within the grace.
+        """
+        ticking, self._ticking = self._ticking, None
+        if ticking is None:
+            return
+        self._is_stopping = True
+        grace_s = self.engine.limits.shutdown_grace_s
+        ticking.cancel()
+        await asyncio.gather(ticking, return_exceptions=True)
+        unflushed: UpdatesUnflushed | None = None
+        try:
+            if self._flusher is not None:
+                await self._flusher.close(deadline_s=grace_s)
+        except UpdatesUnflushed as error:
+            unflushed = error
+        await self._give_back(lambda _held: True)
+        if self._out or unflushed is not None:
+            await self._broker.leave(deadline_s=grace_s)
+        else:
+            await self._broker.stop(deadline_s=grace_s)
+        if unflushed is not None:
+            raise unflushed
+
+    @property
+    def out_count(self) -> int:
+        """Activations that workers have."""
+        return len(self._out)
+
+    @property
+    def line_count(self) -> int:
+        """Activations that are leased and that nobody has."""
+        return len(self._line)
+
+    @property
+    def reports_depth(self) -> int:
+        """Reports taken in and not yet written."""
+        return 0 if self._flusher is None else self._flusher.depth
+
+    @property
+    def flushes_count(self) -> int:
+        """Transactions that reports were written in."""
+        return 0 if self._flusher is None else self._flusher.flushes_count
+
+    @property
+    def late_count(self) -> int:
+        """Reports that came too late, twice, or of what nobody knows."""
+        return self._reporting.late_count
+
+    # -- handing out
+
+    async def fetch(self, wish: Wish) -> Handout | None:
+        """One activation that a wish covers, now in its asker's hands; None when none waits.
+
+        Raises `StoreUnavailable` when the store can't be asked.
+        """
+        handout = await self._next(wish)
+        if handout is not None:
+            self._begin(handout)
+        return handout
+
+    async def take(self, wish: Wish, count_max: int, *, lease_ms: int) -> list[Handout]:
+        """At most so many, on their way to workers: within `lease_ms` each is marked or given back, or goes back."""
+        found: list[Handout] = []
+        while len(found) < count_max:
+            handout = self._next_nowait(wish) if found else await self._next(wish)
+            if handout is None:
+                break
+            handout.is_claimed = True
+            self._deadlines.add(handout, self.engine.clock.now_us() + lease_ms * 1_000)
+            found.append(handout)
+        return found
+
+    def mark(self, names: Sequence[str]) -> int:
+        """These are with their workers, and their deadlines begin; answers how many were on their way."""
+        count = 0
+        for name in names:
+            handout = self._out.get(name)
+            if handout is not None and handout.is_claimed:
+                handout.is_claimed = False
+                self._begin(handout)
+                count += 1
+        return count
+
+    def put_back(self, names: Sequence[str]) -> int:
+        """These did not reach a worker: they are first in line again; answers how many were on their way."""
+        count = 0
+        for name in names:
+            handout = self._out.get(name)
+            if handout is not None and handout.is_claimed:
+                self._put_back(handout)
+                count += 1
+        return count
+
+    def _put_back(self, handout: Handout) -> None:
+        handout.is_claimed = False
+        self._deadlines.remove(handout)
+        del self._out[handout.name]
+        self._line.put_back(handout, self.engine.clock.now_us())
+
+    def _begin(self, handout: Handout) -> None:
+        wait_ms = handout.extra.timeout_ms + self.engine.limits.delivery_grace_ms
+        self._deadlines.add(handout, self.engine.clock.now_us() + wait_ms * 1_000)
+
+    async def _next(self, wish: Wish) -> Handout | None:
+        if not wish.is_answerable or self._ticking is None:
+            return None
+        while (handout := self._next_nowait(wish)) is None:
+            if not await self._refilled(wish):
+                return None
+        if handout.kind == REFERENCE and not await self._fetched(handout):
+            return await self._next(wish)
+        return handout
+
+    def _next_nowait(self, wish: Wish) -> Handout | None:
+        """The next in line that may run, in nobody's hands until its deadline is set; what may not run ends here."""
+        while not self._is_stopping and len(self._out) < self.engine.limits.deliveries_max:
+            now_us = self.engine.clock.now_us()
+            handout = self._line.take(wish, now_us)
+            if handout is None:
+                return None
+            if handout.number in handout.held.work.unwanted:  # it was settled by its id, from elsewhere
+                handout.is_ended = True
+                handout.held.open_count -= 1
+                self._end_if_over(handout.held)
+                continue
+            self._out[handout.name] = handout
+            expires_us = handout.held.work.lease.expires_us
+            if not is_activation(handout):
+                self.refuse(handout, "a run of the lane of activations has no id to go out under")
+            elif 0 < expires_us <= now_us:
+                self._end(handout, Verdict(EXPIRED, b"", 0, ""))
+            elif self.is_killed(handout):
+                self._end(handout, Verdict(CANCELLED, b"", 0, ""))
+            else:
+                return handout
+        return None
+
+    def refuse(self, handout: Handout, why: str) -> None:
+        """What was handed out can't be read by any worker: it fails."""
+        error = Failure(type="Unreadable", message=why, attempts=handout.attempt)
+        self._end(handout, Verdict(FAILED, error.encode(), 0, ""))
+
+    async def _fetched(self, handout: Handout) -> bool:
+        """Whether a large activation's object is there; without it there is nothing to hand out."""
+        try:
+            handout.payload, handout.kind = await self.engine.fetch(handout.payload)
+        except ObjectMissing as error:
+            self.refuse(handout, error.message)
+            return False
+        except BaseException:
+            self._put_back(handout)
+            raise
+        return True
+
+    # -- leasing
+
+    async def _refilled(self, wish: Wish) -> bool:
+        """Lease more for a wish, together with whoever else waits for it; False when the store has none."""
+        clock, pace = self.engine.clock, self._pace(wish)
+        rings_count = self.engine.doorbell.rings_count
+        if self._is_stopping or (pace.empty_rings == rings_count and clock.now_us() < pace.empty_until_us):
+            return False
+        if len(self._out) >= self.engine.limits.deliveries_max:
+            return False
+        pace.waiting_count += 1
+        try:
+            if pace.claiming is None:
+                pace.claiming = asyncio.create_task(self._claim(wish, pace), name="headrace-claim")
+            claiming, over = pace.claiming, asyncio.Event()
+            claiming.add_done_callback(lambda _: over.set())
+            if not await clock.wait_for(over, CLAIM_WAIT_S):
+                raise StoreUnavailable("the store does not answer", hint="ask again in a moment")
+            claiming.result()
+        finally:
+            pace.waiting_count -= 1
+        return pace.empty_until_us == 0
+
+    def _pace(self, wish: Wish) -> _Pace:
+        pace = self._paces.get(wish)
+        if pace is None:
+            if len(self._paces) >= WISHES_MAX:  # workers name few; whoever names more starts anew
+                self._paces = {known: one for known, one in self._paces.items() if one.claiming is not None}
+            pace = self._paces[wish] = _Pace()
+        return pace
+
+    async def _claim(self, wish: Wish, pace: _Pace) -> None:
+        rings_count, clock = self.engine.doorbell.rings_count, self.engine.clock
+        try:
+            await asyncio.sleep(0)  # whoever asks in this turn of the loop shares the claim
+            pace.note(clock.now_us())
+            ahead = 0 if self._line.bytes_count > AHEAD_BYTES else pace.ahead_count
+            runs_max = max(pace.waiting_count, ahead, 1)
+            works = await self._claimed(wish, runs_max)
+            for work in works:
+                self._claims_count += 1
+                self._line.add(Held(work, self._claims_count, clock.now_us()))
+            pace.empty_until_us = 0 if works else clock.now_us() + int(EMPTY_S * 1_000_000)
+            pace.empty_rings = rings_count
+        finally:
+            pace.claiming = None
+
+    async def _claimed(self, wish: Wish, runs_max: int) -> list[Work]:
+        await self._live()
+        try:
+            return await self._broker.claim([LANE], wish.queues, runs_max, queue_prefix=wish.prefix)
+        except SessionEnded:
+            self._session_ended()
+            await self._live()
+            return await self._broker.claim([LANE], wish.queues, runs_max, queue_prefix=wish.prefix)
+
+    async def _live(self) -> None:
+        """A session of this server's own, again when others took it for dead."""
+        if not self._is_ended:
+            return
+        async with self._restarting:
+            if self._is_ended:
+                await self._broker.restart()
+                self._is_ended = False
+
+    def _session_ended(self) -> None:
+        """Others took this server for dead: what was leased is theirs, and reports on it are looked for by id."""
+        self._is_ended = True
+        for handout in self._out.values():
+            handout.is_ended = True
+        self._out.clear()
+        self._line.clear()
+        self._deadlines.clear()
+
+    # -- taking reports
+
+    async def report(self, reports: Sequence[Report], *, is_awaited: bool = True) -> None:
+        """How attempts ended; answers after the commit that holds it, or, not awaited, once it is taken in.
+
+        A repeat, what came too late, and what nobody knows change nothing. Raises what the store refuses for good.
+        """
+        if self._flusher is None:
+            raise StoreUnavailable("this server takes no reports now", hint="report to another one, or in a moment")
+        loop = asyncio.get_running_loop()
+        answers = []
+        for one in reports:
+            answer = loop.create_future() if is_awaited else None
+            handout = self._out.pop(one.name, None)
+            if handout is None:
+                update: Update = Stray(one, answer)
+            else:
+                lease = handout.held.work.lease
+                verdict = verdict_of(
+                    one,
+                    attempt=lease.attempt,
+                    at_most_once=lease.at_most_once,
+                    note=handout.held.note,
+                    delay_ms=handout.extra.retry_delay_ms,
+                    now_us=self.engine.clock.now_us(),
+                )
+                update = self._told(handout, verdict, answer)
+            await self._put(update)
+            if answer is not None:
+                answers.append(answer)
+        for answer in answers:
+            await answer
+
+    async def _put(self, update: Update) -> None:
+        assert self._flusher is not None
+        try:
+            await self._flusher.put(update)
+        except BaseException:  # it was not taken in: whoever reports it again finds it as it was
+            if isinstance(update, Told) and update.handout is not None:
+                self._restore(update.handout)
+            raise
+
+    def _told(self, handout: Handout, verdict: Verdict, answer: asyncio.Future[None] | None) -> Told:
+        handout.is_ended = True
+        self._deadlines.remove(handout)
+        lease, held = handout.held.work.lease, handout.held
+        return Told(
+            lease.span_id, lease.token, held.next_part_no(), handout.place, *verdict, handout=handout, answer=answer
+        )
+
+    def _end(self, handout: Handout, verdict: Verdict) -> None:
+        """A run ends without a worker's word; when there is no room for that now, at the next tick."""
+        assert self._flusher is not None
+        update = self._told(handout, verdict, None)
+        if self._flusher.put_nowait(update):
+            self._out.pop(handout.name, None)
+        else:
+            handout.is_ended = False
+            self._deadlines.add(handout, self.engine.clock.now_us() + int(TICK_S * 1_000_000))
+
+    def _landed(self, told: Told) -> None:
+        handout = told.handout
+        if handout is None:
+            return
+        handout.held.open_count -= 1
+        self._end_if_over(handout.held)
+
+    def _refused(self, update: Update, error: HeadraceError) -> None:
+        """The store refuses a report for good: the run is as if nobody had reported on it."""
+        self._reporting.refused(update, error)
+        if isinstance(update, Told) and update.handout is not None:
+            self._restore(update.handout)
+
+    def _restore(self, handout: Handout) -> None:
+        """A run whose end was not taken in is in its worker's hands again, until its deadline."""
+        if self._broker.lease(handout.held.work.lease.span_id, handout.held.work.lease.token) is handout.held.work:
+            handout.is_ended = False
+            self._out[handout.name] = handout
+            self._deadlines.add(handout, handout.deadline_us)
+
+    def _end_if_over(self, held: Held) -> None:
+        if held.is_over and not held.is_left:
+            held.is_left = True
+            self._broker.forget(held.work)
+
+    def _is_stray(self, span_id: int, token: int, place: int) -> None:
+        """A run was settled by its id under a lease that may be this server's own, and in line."""
+        work = self._broker.lease(span_id, token)
+        if work is not None and place in work.places:
+            work.unwanted.add(list(work.places).index(place))
+
+    # -- what nobody asks for
+
+    async def _tick(self) -> None:
+        """Deadlines when they are due, and what is idle, until cancelled."""
+        clock = self.engine.clock
+        while True:
+            now_us = clock.now_us()
+            next_us = self._deadlines.next_us
+            wait_s = TICK_S if next_us is None else min(TICK_S, max(0.01, (next_us - now_us) / 1_000_000))
+            await clock.sleep(wait_s)
+            try:
+                await self.tick()
+            except EngineFault as error:
+                LOG.warning("the dispatcher could not do its duties", error=error.message)
+            except Exception:
+                LOG.exception("the dispatcher broke in its duties")
+
+    async def tick(self) -> None:
+        """One round: who is overdue, and what has been in line for long."""
+        now_us = self.engine.clock.now_us()
+        for handout in self._deadlines.overdue(now_us, OVERDUE_MAX):
+            if handout.is_claimed:
+                self._put_back(handout)
+            elif not handout.is_ended:
+                self.overdue_count += 1
+                self._end(handout, self._overdue(handout))
+        idle_us = now_us - int(IDLE_S * 1_000_000)
+        unwanted, self._unwanted = self._unwanted, frozenset()
+        await self._give_back(lambda held: held.since_us < idle_us or held.work.lease.batch_id in unwanted)
+
+    def _overdue(self, handout: Handout) -> Verdict:
+        """What a passed deadline makes of a run: it waits again, unless it may run once or was overdue too often."""
+        lease, note, attempt = handout.held.work.lease, handout.held.note, handout.attempt
+        overdue_count = note.overdue_count + 1
+        if lease.at_most_once:
+            message = "its worker did not report in time, and it may run only once"
+            return Verdict(FAILED, Failure(type="DeadlineExceeded", message=message, attempts=attempt).encode(), 0, "")
+        if overdue_count >= self.engine.limits.delivery_attempts_max:
+            message = f"no worker reported in time, {overdue_count} times"
+            error = Failure(type="DeliveryAttemptsExceeded", message=message, attempts=attempt)
+            return Verdict(FAILED, error.encode(), 0, "")
+        after = Note(overdue_count=overdue_count, attempts_max=note.attempts_max, delay_s=note.delay_s)
+        return Verdict(OVERDUE, b"", 0, after.encode())
+
+    def _unwanted_now(self, reply: Heartbeat) -> None:
+        """Of some batches there are runs that nobody wants any more: what is in line of them goes back, and ends."""
+        self._unwanted = frozenset(reply.stopped) | {batch_id for batch_id, _ in reply.cancelled}
+
+    async def _give_back(self, is_cut: Callable[[Held], bool]) -> None:
+        """Rule R19: what nobody has asked for goes back, for others to have."""
+        for held, places in self._line.cut(is_cut):
+            lease = held.work.lease
+            if held.is_over and not held.work.count and not held.is_left:
+                held.is_left = True
+                await self._broker.end_lease(held.work, [Release(span_id=lease.span_id, token=lease.token)])
+            else:
+                await self._broker.put(Release(span_id=lease.span_id, token=lease.token, places=places))
+                self._end_if_over(held)

@@ -1,0 +1,261 @@
+"""Leased activations in memory: those in line, by queue, and those in somebody's hands, by the id they went out under.
+
+Rule 1: nothing here waits or asks a store; what must be told to one is answered, and told by the dispatcher.
+Rule 2: of two queues that a wish covers the one goes first whose runs were claimed first, so the order between queues
+is the order of claims, and inside a queue it is the queue's own.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple, TypeVar
+
+from headrace.core.activation import LANE, SEPARATOR, Delivery, Note, note_of, queue_of, wire_id
+from headrace.core.block import Extra
+from headrace.core.pack import JSON
+from headrace.runtime.work import Work
+
+T = TypeVar("T")
+
+NO_EXTRA: Final = Extra()
+BUCKET_US: Final = 100_000
+
+
+class Wish(NamedTuple):
+    """Whose activations somebody asks for: of all applications, of one, or of some namespaces of one."""
+
+    application: str | None = None
+    namespaces: tuple[str, ...] | None = None
+
+    @property
+    def is_answerable(self) -> bool:
+        """A namespace alone names nothing: two applications may have one of that name."""
+        if self.application is None:
+            return self.namespaces is None
+        return SEPARATOR not in self.application
+
+    @property
+    def prefix(self) -> str:
+        """How the names of all queues begin that are asked for."""
+        return "" if self.application is None else f"{self.application}{SEPARATOR}"
+
+    @property
+    def queues(self) -> list[str] | None:
+        """The queues that are asked for; None for all that begin with the prefix."""
+        if self.namespaces is None or self.application is None:
+            return None
+        return [queue_of(self.application, namespace) for namespace in self.namespaces]
+
+
+class Held:
+    """A lease whose runs are handed out one by one. `claimed_no`: leases are counted as they come."""
+
+    __slots__ = ("bytes_count", "claimed_no", "is_left", "note", "open_count", "part_no", "since_us", "work")
+
+    def __init__(self, work: Work, claimed_no: int, now_us: int) -> None:
+        self.work = work
+        self.claimed_no = claimed_no
+        self.note: Note = note_of(work.lease.note)
+        self.open_count = 0
+        self.part_no = 0
+        self.since_us = now_us
+        self.bytes_count = sum(map(len, work.lease.payloads))
+        self.is_left = False
+
+    def next_part_no(self) -> int:
+        """Numbers the settlements of this lease."""
+        self.part_no += 1
+        return self.part_no - 1
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing of it is in line or in anybody's hands."""
+        return not self.open_count and not self.work.unbegun_count
+
+
+class Handout:
+    """One run in somebody's hands. `name` is the id it went out under; `is_claimed`: on its way to a worker still."""
+
+    __slots__ = ("deadline_us", "held", "is_claimed", "is_ended", "kind", "name", "number", "payload")
+
+    def __init__(self, held: Held, number: int, name: str) -> None:
+        lease = held.work.lease
+        self.held = held
+        self.number = number
+        self.name = name
+        self.payload = lease.payloads[number]
+        self.kind = JSON if lease.kinds is None else lease.kinds[number]
+        self.deadline_us = 0
+        self.is_claimed = False
+        self.is_ended = False
+
+    @property
+    def extra(self) -> Extra:
+        """What the activation was kept with."""
+        return extra_at(self.held.work, self.number)
+
+    @property
+    def place(self) -> int:
+        """Where it is in its lease."""
+        return self.held.work.lease.places[self.number]
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt this is, from 1."""
+        return self.held.work.lease.attempt
+
+
+def extra_at(work: Work, number: int) -> Extra:
+    """What a run of a lease was kept with; nothing for one that is no activation at all."""
+    return work.lease.extras.get(work.lease.places[number], NO_EXTRA)
+
+
+class Line:
+    """Leased runs that nobody has been given, by queue."""
+
+    def __init__(self) -> None:
+        self._by_queue: dict[str, deque[Held]] = {}
+        self._returned: dict[str, deque[Handout]] = {}
+        self.bytes_count = 0
+
+    def __len__(self) -> int:
+        """Runs in line."""
+        waiting = sum(held.work.unbegun_count for held in self.held())
+        return waiting + sum(map(len, self._returned.values()))
+
+    def held(self) -> Iterator[Held]:
+        """The leases that have runs in line."""
+        for line in self._by_queue.values():
+            yield from line
+
+    def add(self, held: Held) -> None:
+        """A lease has come."""
+        self._by_queue.setdefault(held.work.lease.queue, deque()).append(held)
+        self.bytes_count += held.bytes_count
+
+    def put_back(self, handout: Handout, now_us: int) -> None:
+        """A run did not reach the worker it was meant for: it goes first."""
+        handout.held.since_us = now_us
+        self._returned.setdefault(handout.held.work.lease.queue, deque()).appendleft(handout)
+
+    def take(self, wish: Wish, now_us: int) -> Handout | None:
+        """The next run that a wish covers, begun; None when there is none in memory."""
+        for queue, line in self._returned.items():
+            if line and _covers(wish, queue):
+                return line.popleft()
+        best: deque[Held] | None = None
+        for queue, waiting in self._by_queue.items():
+            if waiting and _covers(wish, queue) and (best is None or waiting[0].claimed_no < best[0].claimed_no):
+                best = waiting
+        return None if best is None else self._begin(best, now_us)
+
+    def _begin(self, line: deque[Held], now_us: int) -> Handout:
+        held = line[0]
+        work = held.work
+        number = work.begin()
+        held.open_count += 1
+        held.since_us = now_us
+        extra = extra_at(work, number)
+        delivery = Delivery(extra.idempotency_key, work.lease.attempt, held.note.overdue_count)
+        handout = Handout(held, number, wire_id(delivery))
+        work.lease.payloads[number] = b""
+        self.bytes_count -= len(handout.payload)
+        if not work.unbegun_count:
+            line.popleft()
+            if not line:
+                del self._by_queue[work.lease.queue]
+        return handout
+
+    def cut(self, is_cut: Callable[[Held], bool]) -> list[tuple[Held, tuple[int, ...]]]:
+        """Take what nobody has been given of some leases out of line; answers the places of their runs."""
+        found = []
+        for queue, line in list(self._by_queue.items()):
+            kept: deque[Held] = deque()
+            for held in line:
+                if not is_cut(held):
+                    kept.append(held)
+                    continue
+                work = held.work
+                self.bytes_count -= sum(map(len, work.lease.payloads[work.cursor : work.count]))
+                found.append((held, work.cut(work.unbegun_count)))
+            self._keep(self._by_queue, queue, kept)
+        for queue, returned in list(self._returned.items()):
+            for handout in returned:
+                if is_cut(handout.held):
+                    handout.held.open_count -= 1
+                    found.append((handout.held, (handout.place,)))
+            self._keep(self._returned, queue, deque(one for one in returned if not is_cut(one.held)))
+        return found
+
+    @staticmethod
+    def _keep(lines: dict[str, deque[T]], queue: str, line: deque[T]) -> None:
+        if line:
+            lines[queue] = line
+        else:
+            del lines[queue]
+
+    def clear(self) -> None:
+        """What is in line is others' now."""
+        self._by_queue.clear()
+        self._returned.clear()
+        self.bytes_count = 0
+
+
+def _covers(wish: Wish, queue: str) -> bool:
+    if not queue.startswith(wish.prefix):
+        return False
+    return wish.namespaces is None or queue.partition(SEPARATOR)[2] in wish.namespaces
+
+
+class Deadlines:
+    """Who must be heard of by when, in buckets of a tenth of a second, so that it holds nobody who was heard of."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, dict[Handout, None]] = {}
+        self._order: list[int] = []
+
+    def add(self, handout: Handout, deadline_us: int) -> None:
+        """From now on this is when."""
+        self.remove(handout)
+        handout.deadline_us = deadline_us
+        no = deadline_us // BUCKET_US
+        if no not in self._buckets:
+            self._buckets[no] = {}
+            heapq.heappush(self._order, no)
+        self._buckets[no][handout] = None
+
+    def remove(self, handout: Handout) -> None:
+        """It was heard of, or is nobody's any more."""
+        self._buckets.get(handout.deadline_us // BUCKET_US, {}).pop(handout, None)
+
+    @property
+    def next_us(self) -> int | None:
+        """The next moment at which somebody may be overdue."""
+        while self._order and not self._buckets[self._order[0]]:
+            del self._buckets[heapq.heappop(self._order)]
+        if not self._order:
+            return None
+        return min(handout.deadline_us for handout in self._buckets[self._order[0]])
+
+    def overdue(self, now_us: int, count_max: int) -> list[Handout]:
+        """Those who were not heard of in time, at most so many."""
+        found: list[Handout] = []
+        while len(found) < count_max and (next_us := self.next_us) is not None and next_us <= now_us:
+            bucket = self._buckets[self._order[0]]
+            late = [handout for handout in bucket if handout.deadline_us <= now_us][: count_max - len(found)]
+            for handout in late:
+                del bucket[handout]
+            found += late
+        return found
+
+    def clear(self) -> None:
+        """Nobody is waited for any more."""
+        self._buckets.clear()
+        self._order.clear()
+
+
+def is_activation(handout: Handout) -> bool:
+    """Whether a run of the lane can be handed out under a name: another door may have let anything in."""
+    return handout.held.work.lease.task == LANE and bool(handout.extra.idempotency_key)

@@ -113,7 +113,7 @@ class WatchedStore(SqliteStore):
         self.gate: asyncio.Event | None = None
 
     async def append(
-        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None
+        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None, seals: bool = False
     ) -> Appended:
         self.running += 1
         self.running_most = max(self.running_most, self.running)
@@ -125,7 +125,7 @@ class WatchedStore(SqliteStore):
                 raise error
             if self.gate is not None:
                 await self.gate.wait()
-            appended = await super().append(batch_id, chunks, now_us=now_us, cursor=cursor)
+            appended = await super().append(batch_id, chunks, now_us=now_us, cursor=cursor, seals=seals)
             self.accepted_count += appended.accepted_count
             if cursor is not None:
                 self.cursors.append(cursor)

@@ -300,6 +300,39 @@ async def test_the_last_outcome_completes_a_sealed_batch(world: World) -> None:
     assert (await world.store.batch(batch_id))[0].state == "completed"
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+async def test_the_last_append_closes_a_batch_that_it_makes_whole(world: World, in_order: bool) -> None:
+    batch_id = await world.batch(6)
+    parts = ([0, 1, 2], [3, 4, 5]) if in_order else ([0, 2, 4], [1, 3, 5])
+    first = await world.append(batch_id, parts[0], seals=True)
+    assert (first.accepted_count, first.sealed) == (3, None)
+    assert (await world.store.batch(batch_id))[0].state == "open"
+    last = await world.append(batch_id, parts[1], seals=True)
+    assert last.sealed is not None
+    assert (last.sealed.state, last.sealed.sealed_us) == ("sealed", world.now_us)
+    assert (await world.store.batch(batch_id))[0] == last.sealed
+    again = await world.append(batch_id, parts[1], seals=True)
+    assert (again.accepted_count, again.duplicates_count, again.sealed) == (0, 3, None)
+
+
+async def test_the_last_append_closes_nothing_that_announced_no_count_or_is_not_asked_to(world: World) -> None:
+    open_ended, whole = await world.batch(), await world.batch(2)
+    assert (await world.append(open_ended, [0, 1], seals=True)).sealed is None
+    assert (await world.append(whole, [0, 1])).sealed is None
+    assert {(await world.store.batch(batch_id))[0].state for batch_id in (open_ended, whole)} == {"open"}
+    assert (await world.append(whole, [0, 1], seals=True)).sealed is not None, "a repeat closes what the first left"
+
+
+async def test_a_batch_that_finished_before_its_last_append_closes_it_is_completed_by_it(world: World) -> None:
+    batch_id, session_id = await world.batch(3), await world.session()
+    await world.append(batch_id, [0, 1, 2])
+    for lease in await world.claim(session_id):
+        await world.settle(lease)
+    told = await world.append(batch_id, [2], seals=True)
+    assert told.sealed is not None
+    assert (told.sealed.state, told.sealed.finished_us) == ("completed", world.now_us)
+
+
 async def test_a_seal_says_what_is_missing_and_changes_nothing(world: World) -> None:
     batch_id = await world.batch(10)
     await world.append(batch_id, [0, 1, 5])

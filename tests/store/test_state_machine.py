@@ -141,10 +141,12 @@ class StoreMachine(RuleBasedStateMachine):
         count=st.integers(1, 8),
         key=keys,
         runs_max=st.integers(1, 5),
+        seals=st.booleans(),
     )
-    def append(self, number: int, start: int, count: int, key: Key, runs_max: int) -> None:
+    def append(self, number: int, start: int, count: int, key: Key, runs_max: int, seals: bool) -> None:
         """Some runs, new or sent before, in order."""
-        self.offer(self.batch_at(number), list(range(start, min(start + count, INDEXES_MAX))), key, runs_max)
+        indexes = list(range(start, min(start + count, INDEXES_MAX)))
+        self.offer(self.batch_at(number), indexes, key, runs_max, seals=seals)
 
     @precondition(lambda self: self.batches)
     @rule(number=numbers, indexes=few_indexes, key=keys)
@@ -152,18 +154,21 @@ class StoreMachine(RuleBasedStateMachine):
         """Some runs with gaps between them."""
         self.offer(self.batch_at(number), indexes, key, 3)
 
-    def offer(self, batch_id: str, indexes: list[int], key: Key, runs_max: int) -> None:
+    def offer(self, batch_id: str, indexes: list[int], key: Key, runs_max: int, *, seals: bool = False) -> None:
         """Append, and hold the store to its answer."""
         known = self.acknowledged[batch_id]
         chunks = chunks_of(indexes, key=key, runs_max=runs_max)
         try:
-            appended = self.wait(self.store.append(batch_id, chunks, now_us=self.now_us))
+            appended = self.wait(self.store.append(batch_id, chunks, now_us=self.now_us, seals=seals))
         except (Conflict, InvalidInput):
             return
         assert appended.accepted_count == len(set(indexes) - known)
         assert appended.duplicates_count == len(set(indexes) & known)
         assert appended.conflicts == []
         known |= set(indexes)
+        if appended.sealed is not None:
+            assert seals
+            assert appended.sealed.expected_count == len(known)
 
     @precondition(lambda self: self.batches)
     @rule(number=numbers, again=st.booleans())

@@ -150,10 +150,12 @@ class World:
         batch, _ = await self.store.create_batch(new, now_us=self.now_us)
         return batch.id
 
-    async def append(self, batch_id: str, indexes: Iterable[int], cursor: bytes | None = None, **more: Any) -> Appended:
+    async def append(
+        self, batch_id: str, indexes: Iterable[int], cursor: bytes | None = None, *, seals: bool = False, **more: Any
+    ) -> Appended:
         """Append runs; `more` as for `chunks_of`."""
         chunks = chunks_of(indexes, **more)
-        return await self.store.append(batch_id, chunks, now_us=self.now_us, cursor=cursor)
+        return await self.store.append(batch_id, chunks, now_us=self.now_us, cursor=cursor, seals=seals)
 
     async def filled(self, count: int, **more: Any) -> str:
         """A sealed batch of `count` runs."""

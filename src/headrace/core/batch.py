@@ -152,6 +152,11 @@ def appended(batch: Batch, *, accepted_count: int, born: Counts, cursor: bytes |
     return advanced(after, now_us)
 
 
+def is_whole(batch: Batch) -> bool:
+    """Whether an open batch has received all that it announced."""
+    return batch.state == OPEN and batch.received_count == batch.expected_count
+
+
 def sealed(batch: Batch, received: IndexSet, *, expected_count: int | None, now_us: int) -> Batch:
     """Close the batch at `expected_count` runs, or at what was announced, or at what was received.
 

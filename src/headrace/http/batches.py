@@ -123,7 +123,7 @@ class Batches:
         check_listed(batch)
         async with service.stream():
             taken = await take(service, call, request, batch)
-        return _streamed(await sealed(call, batch), taken)
+        return _streamed(await sealed(call, batch, taken), taken)
 
     async def retrieve(self, request: Request) -> Response:
         """`GET /api/v1/batches/{id}` and `/api/v2/…`."""
@@ -209,8 +209,11 @@ async def take(service: Service, call: Call, request: Request, batch: Batch) -> 
     return taken
 
 
-async def sealed(call: Call, batch: Batch) -> Batch:
+async def sealed(call: Call, batch: Batch, taken: Taken) -> Batch:
     """The batch sealed when nothing of it is missing, else as it stands. Raises `Unprocessable` when it was stopped."""
+    if taken.sealed is not None:
+        call.engine.recorded.ring()
+        return taken.sealed
     if batch.expected_count is None:
         return (await call.engine.store.batch(batch.id))[0]
     try:

@@ -121,7 +121,7 @@ class Ledgers:
             await self._service.spend_request(request, call.principal)
         async with self._service.stream():
             taken = await take(self._service, call, request, batch)
-        after = await sealed(call, batch)
+        after = await sealed(call, batch, taken)
         body = {
             "id": batch.id,
             "accepted": taken.accepted_count,

@@ -130,20 +130,26 @@ class RemoteStore:
         return found
 
     async def append(
-        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None
+        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None, seals: bool = False
     ) -> Appended:
         """Make runs durable, each index once; the cursor goes with the last of them."""
         del now_us
         told = Appended(accepted_count=0, duplicates_count=0, conflicts=[], existing={})
         parts = parts_of(chunks, [len(chunk.items) + 1_024 for chunk in chunks])
         for number, part in enumerate(parts, 1):
+            is_last = number == len(parts)
             own: Appended = await self._ask(
-                "append", batch_id=batch_id, chunks=part, cursor=cursor if number == len(parts) else None
+                "append",
+                batch_id=batch_id,
+                chunks=part,
+                cursor=cursor if is_last else None,
+                seals=seals and is_last,
             )
             told.accepted_count += own.accepted_count
             told.duplicates_count += own.duplicates_count
             told.conflicts += own.conflicts
             told.existing |= own.existing
+            told.sealed = own.sealed
         return told
 
     async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:

@@ -91,6 +91,7 @@ class Appender:
         self._waiting_bytes = 0
         self._is_ending = False
         self._gather_s = gather_s
+        self._seals = False
         self._full = asyncio.Event()
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
@@ -115,9 +116,9 @@ class Appender:
         """Close the open chunk: what comes next may hold an index of it again."""
         self._collect(self.coalescer.flush())
 
-    async def finish(self) -> None:
-        """Append everything, the last position too."""
-        self._is_ending = True
+    async def finish(self, *, seals: bool = False) -> None:
+        """Append everything, the last position too. `seals`: the last append closes a batch that it makes whole."""
+        self._is_ending, self._seals = True, seals
         self._wake.set()
         self._full.set()
         await self._task
@@ -173,7 +174,9 @@ class Appender:
         cursor = position.encode() if position.bytes_count > self.position.bytes_count else None
         try:
             appended = await patiently(
-                lambda: self._store.append(self._batch_id, chunks, now_us=self._clock.now_us(), cursor=cursor),
+                lambda: self._store.append(
+                    self._batch_id, chunks, now_us=self._clock.now_us(), cursor=cursor, seals=self._seals
+                ),
                 self._clock,
                 what="the store",
                 waits_max=self._waits_max,

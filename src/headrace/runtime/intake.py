@@ -95,17 +95,19 @@ class Decoder(Protocol):
 
 @dataclass(slots=True)
 class Taken:
-    """What a stream brought, as far as it is durable."""
+    """What a stream brought, as far as it is durable. `sealed`: the batch, when the last of it closed it."""
 
     accepted_count: int = 0
     duplicates_count: int = 0
     conflicts: list[int] = field(default_factory=list)
+    sealed: Batch | None = None
 
     def add(self, appended: Appended) -> None:
         """Count one append."""
         self.accepted_count += appended.accepted_count
         self.duplicates_count += appended.duplicates_count
         self.conflicts += appended.conflicts
+        self.sealed = appended.sealed or self.sealed
 
 
 class Intake:
@@ -119,9 +121,10 @@ class Intake:
         self._bound = engine.limits.batch_runs_max if batch.expected_count is None else batch.expected_count
 
     async def run(self, pieces: AsyncIterable[bytes], *, meter: Callable[[int], None] = lambda _count: None) -> Taken:
-        """Read to the end. Raises what the source raises, `UnreadableItem`, `InvalidInput`, `StoreUnavailable`.
+        """Read to the end; a batch that is whole then is closed with it.
 
-        `meter` hears of bytes as they are read.
+        `meter` hears of bytes as they are read. Raises what the source raises, `UnreadableItem`, `InvalidInput`,
+        `StoreUnavailable`.
         """
         limits = self._engine.limits
         appender = Appender(
@@ -137,7 +140,7 @@ class Intake:
                     for entry in group:
                         count += self._add(appender, entry)
                     await appender.push(count, None)
-            await appender.finish()
+            await appender.finish(seals=True)
         except BaseException:
             with suppress(HeadraceError):  # rule 2; the first error says why
                 await appender.finish()

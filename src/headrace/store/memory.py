@@ -98,11 +98,12 @@ class MemoryStore:
             return writing.create(tables, new, now_us), True
 
     async def append(
-        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None
+        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None, seals: bool = False
     ) -> Appended:
         """Make runs durable, each index once."""
         with self._changing() as tables:
-            return writing.append(tables, batch_id, chunks, cursor, self._limits.batch_runs_max, now_us)
+            runs_max = self._limits.batch_runs_max
+            return writing.append(tables, batch_id, chunks, cursor, runs_max, now_us, seals=seals)
 
     async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:
         """Close the batch; completes it when its runs have all ended."""

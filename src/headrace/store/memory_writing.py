@@ -45,9 +45,16 @@ def create(tables: Tables, new: NewBatch, now_us: int) -> Batch:
 
 
 def append(
-    tables: Tables, batch_id: str, chunks: Sequence[Chunk], cursor: bytes | None, runs_max: int, now_us: int
+    tables: Tables,
+    batch_id: str,
+    chunks: Sequence[Chunk],
+    cursor: bytes | None,
+    runs_max: int,
+    now_us: int,
+    *,
+    seals: bool = False,
 ) -> Appended:
-    """Make the runs of `chunks` durable that are not yet, and keep `cursor` with them."""
+    """Make the runs of `chunks` durable that are not yet, and keep `cursor` with them; close a batch that is whole."""
     answer = Appended(accepted_count=0, duplicates_count=0, conflicts=[], existing={})
     batch = reading.find(tables, batch_id)
     for chunk in chunks:
@@ -60,9 +67,11 @@ def append(
             batch = with_lanes(tables, batch, fresh)
             born_counts = born_counts.plus(insert(tables, batch, fresh, now_us))
             answer.accepted_count += fresh.runs_count
-    tables.batches[batch_id] = batches.appended(
+    after = tables.batches[batch_id] = batches.appended(
         batch, accepted_count=answer.accepted_count, born=born_counts, cursor=cursor, now_us=now_us
     )
+    if seals and batches.is_whole(after):
+        answer.sealed = seal(tables, batch_id, None, now_us)
     return answer
 
 

@@ -43,13 +43,15 @@ class Appended(msgspec.Struct, kw_only=True):
     """What an append did: how many runs are new, how many were durable before, and what did not fit.
 
     `conflicts`: indexes sent again with other content; the first content stands. `existing`: runs whose
-    idempotency key already names a run, by index: `(batch_id, index)` of that run.
+    idempotency key already names a run, by index: `(batch_id, index)` of that run. `sealed`: the batch, when this
+    append closed it.
     """
 
     accepted_count: int
     duplicates_count: int
     conflicts: list[int] = []
     existing: dict[int, tuple[str, int]] = {}
+    sealed: Batch | None = None
 
 
 class Session(msgspec.Struct, kw_only=True):
@@ -306,10 +308,11 @@ class Store(Protocol):
         """Open a batch, or answer the one its key names: `(batch, created)`."""
 
     async def append(
-        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None
+        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None, seals: bool = False
     ) -> Appended:
         """Make runs durable, each index once. `cursor` is kept with them: where their source stood after them.
 
+        `seals` closes the batch when all that it announced is there then, with the runs' own transaction if it can.
         Takes a re-stream of anything, alone or beside another stream of the batch, and adds nothing twice.
         Raises `Conflict` on a cancelled or abandoned batch, `InvalidInput` for an index outside it.
         """

@@ -27,7 +27,7 @@ from headrace.store.postgres.migrating import Migrating
 from headrace.store.postgres.pool import BEGIN_READING, BEGIN_WRITING, Connection, Pool, Prepared, compiled, connect
 from headrace.store.postgres.watermarks import Watermarks
 from headrace.store.protocol import Appended, Claim, Lease, Session
-from headrace.store.verbs import reading, working
+from headrace.store.verbs import appending, reading, working
 from headrace.store.verbs.script import Ask, Overtaken, Rows, Script
 from headrace.store.verbs.store import ScriptedStore
 from headrace.store.verbs.working import CANDIDATES_MAX, USUAL_RUNS
@@ -144,9 +144,12 @@ class PostgresStore(ScriptedStore):
     # -- hot verbs, one statement each (rule R7); the scripts do what is not usual, and say what is meant
 
     async def append(
-        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None
+        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None, seals: bool = False
     ) -> Appended:
-        """Make runs durable: in one statement what follows all that was received before, by the script the rest."""
+        """Make runs durable: in one statement what follows all that was received before, by the script the rest.
+
+        The statement does not seal: it would have to look for the end with each append of a large batch.
+        """
         runs_max = self._limits.batch_runs_max
         is_expected = self._out_of_order.of(batch_id) < MISSES_MAX
         values = hot.in_order(chunks, cursor) if is_expected else None
@@ -164,9 +167,10 @@ class PostgresStore(ScriptedStore):
             ((runs_count,),) = await self._changed(work)
             if runs_count:
                 self._out_of_order.hit(batch_id)
-                return Appended(accepted_count=runs_count, duplicates_count=0)
+                sealed = await self._write(lambda: appending.seal_whole(batch_id, now_us)) if seals else None
+                return Appended(accepted_count=runs_count, duplicates_count=0, sealed=sealed)
             self._out_of_order.miss(batch_id)
-        return await super().append(batch_id, chunks, now_us=now_us, cursor=cursor)
+        return await super().append(batch_id, chunks, now_us=now_us, cursor=cursor, seals=seals)
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
         """Record outcomes: of consecutive runs in one statement, by the script when any of them is anything else."""

@@ -105,8 +105,10 @@ def append(
     cursor: bytes | None,
     runs_max: int,
     now_us: int,
+    *,
+    seals: bool = False,
 ) -> Script[Appended]:
-    """Make the runs of `chunks` durable that are not yet, and keep `cursor` with them."""
+    """Make the runs of `chunks` durable that are not yet, and keep `cursor` with them; close a batch that is whole."""
     batch = yield from lock(batch_id)
     for chunk in chunks:
         check_names(chunk)
@@ -123,12 +125,16 @@ def append(
         width = max(chunk.last_index - chunk.first_index + 1 for chunk in fresh.chunks)
         yield from fetch("update_received", id=batch_id, received=received.to_bytes(), block_width=width)
     after = batches.appended(batch, accepted_count=accepted_count, born=born_counts, cursor=cursor, now_us=now_us)
+    is_last = seals and batches.is_whole(after)
+    if is_last:
+        after = batches.sealed(after, received, expected_count=None, now_us=now_us)
     yield from put_batch(after)
     return Appended(
         accepted_count=accepted_count,
         duplicates_count=fresh.duplicates_count,
         conflicts=fresh.conflicts,
         existing=fresh.existing,
+        sealed=after if is_last else None,
     )
 
 
@@ -402,6 +408,12 @@ def _insert_extras(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script
         yield from fetch("insert_tags", environment=batch.environment, batch_id=batch.id, rows=as_json(tags))
     if objects:
         yield from fetch("insert_objects", rows=as_json(objects))
+
+
+def seal_whole(batch_id: str, now_us: int) -> Script[Batch | None]:
+    """Close a batch that has received all that it announced, and no other."""
+    batch = yield from lock(batch_id)
+    return (yield from seal(batch_id, None, now_us)) if batches.is_whole(batch) else None
 
 
 def seal(batch_id: str, expected_count: int | None, now_us: int) -> Script[Batch]:

@@ -77,11 +77,11 @@ class ScriptedStore(ABC):
         return await self._write(lambda: appending.create(new, now_us))
 
     async def append(
-        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None
+        self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None, seals: bool = False
     ) -> Appended:
         """Make runs durable, each index once."""
         runs_max = self._limits.batch_runs_max
-        return await self._write(lambda: appending.append(batch_id, chunks, cursor, runs_max, now_us))
+        return await self._write(lambda: appending.append(batch_id, chunks, cursor, runs_max, now_us, seals=seals))
 
     async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:
         """Close the batch; completes it when its runs have all ended."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from headrace.foundation.settings import Settings
 
 TELL_S: Final = 10
-STOPPED_NOW: Final = 130
 LEAVE_S: Final = 10.0
 """What a worker may need beyond its two graces, for runs and for outcomes, before its supervisor kills it."""
 
@@ -59,51 +56,23 @@ def command(
 
 async def _supervise(settings: Settings, flags: list[str]) -> int:
     from headrace.cli.opening import shown_store
-    from headrace.cli.printing import note
-    from headrace.cli.signals import Signals
-    from headrace.runtime.supervisor import Supervisor
-
-    def child(number: int, lifeline: int) -> list[str]:
-        own = ["--number", str(number), "--lifeline", str(lifeline)]
-        return [sys.executable, "-m", "headrace", "worker", *flags, *own]
+    from headrace.cli.stopping import supervised
 
     grace_s = 2 * settings.limits.shutdown_grace_s + LEAVE_S
-    supervisor = Supervisor(child, count=settings.processes, grace_s=grace_s, say=note)
-
-    def stopped() -> None:
-        note("stopping every worker" if supervisor.stops_count == 0 else "stopping every worker now")
-        supervisor.stop()
-
-    with Signals(stopped):
-        note(f"keeping {settings.processes} workers on {shown_store(settings)}")
-        code = await supervisor.run()
-    return STOPPED_NOW if supervisor.stops_count > 1 else code
+    count = settings.processes
+    return await supervised(
+        ["worker", *flags], count=count, noun="worker", grace_s=grace_s, where=shown_store(settings)
+    )
 
 
 async def _work(app: Headrace, settings: Settings, queues: list[str] | None, number: int, lifeline: int) -> None:
     from headrace.cli.opening import shown_store
     from headrace.cli.printing import note
-    from headrace.cli.signals import Signals
+    from headrace.cli.stopping import stopping
 
-    stop = asyncio.Event()
     who = f"worker {number}: " if number else ""
-
-    def stopped() -> None:
-        if stop.is_set():
-            note(f"{who}stopped")
-            os._exit(STOPPED_NOW)  # what was under way is recovered by whoever looks first
-        note(f"{who}stopping: what is under way may end, what has not begun goes back (again: stop now)")
-        stop.set()
-
-    def orphaned() -> None:
-        asyncio.get_running_loop().remove_reader(lifeline)
-        if not stop.is_set():
-            note(f"{who}its supervisor is gone")
-            stopped()
-
-    with Signals(stopped):
-        if lifeline >= 0:
-            asyncio.get_running_loop().add_reader(lifeline, orphaned)
+    promise = "what is under way may end, what has not begun goes back"
+    with stopping(who, promise, lifeline=lifeline) as stop:
         async with app, app.worker(queues=queues, processes=0) as worker:
             tasks = ", ".join(app.registry.names) or "none"
             note(f"{who}working on {shown_store(settings)}, queues: {', '.join(queues or ['all'])}, tasks: {tasks}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from headrace.core.span import Settlement
 from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import DEFAULT, Limits
 from headrace.http.app import make_app
-from headrace.http.server import Server, serving
+from headrace.http.grpc_calls import answering
+from headrace.http.server import Server, Tls, serving
 from headrace.http.service import Service
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.doorbell import Doorbell
@@ -319,8 +320,11 @@ async def house(
     wrap: Any = lambda store: store,
     payloads: Any = None,
     faults: Faults | None = None,
+    secrets: Sequence[str] = (),
+    consumer: object | None = None,
+    tls: Tls | None = None,
 ) -> AsyncGenerator[House, None]:
-    """A server over a store of a kind; `wrap` may put something between the two."""
+    """A server over a store of a kind, with gRPC beside HTTP; `wrap` may put something between it and the store."""
     store: Store = FACTORIES[kind](folder, limits)
     await store.open()
     engine = Engine(
@@ -339,7 +343,8 @@ async def house(
             if faults is not None:
                 faults.app = make_app(service)
                 stack.enter_context(patch("headrace.http.server.make_app", lambda _service: faults))
-            server = await stack.enter_async_context(serving(service, "127.0.0.1", 0))
+            grpc = await stack.enter_async_context(answering(service, secrets=secrets, consumer=consumer))
+            server = await stack.enter_async_context(serving(service, "127.0.0.1", 0, grpc=grpc, tls=tls))
             yield House(engine, service, server, stack)
     finally:
         await store.close()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
-import os
 import sys
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Final
 from urllib.parse import urlsplit
 
@@ -17,8 +16,9 @@ from headrace.cli.opening import StoreOption
 if TYPE_CHECKING:
     from headrace.app import Headrace
     from headrace.foundation.settings import Settings
+    from headrace.grpc.server import GrpcServer
+    from headrace.http.service import Service
 
-STOPPED_NOW: Final = 130
 LEAVE_S: Final = 20.0
 """What a server may need beyond its graces for streams, runs and outcomes, before its supervisor kills it."""
 
@@ -34,17 +34,38 @@ def command(
     concurrency: Annotated[int | None, typer.Option(metavar="N", help="Runs under way at once, a process.")] = None,
     no_worker: Annotated[bool, typer.Option("--no-worker", help="Serve only; run no tasks here.")] = False,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Let in who shows no key; on loopback only.")] = False,
+    delivery: Annotated[
+        str | None,
+        typer.Option(
+            metavar="pull|push|both", help="How activations reach workers over gRPC. Default: pull, where that is safe."
+        ),
+    ] = None,
+    ack: Annotated[
+        str | None,
+        typer.Option(metavar="committed|received", help="When a report over gRPC is answered. Default: committed."),
+    ] = None,
+    tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="The certificate and its chain, PEM.")] = None,
+    tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="The key of that certificate, PEM.")] = None,
     number: Annotated[int, typer.Option(hidden=True)] = 0,
     lifeline: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
-    """Serve batches over HTTP until SIGINT or SIGTERM, and run an app's tasks in the same process.
+    """Serve batches over HTTP and gRPC until SIGINT or SIGTERM, and run an app's tasks in the same process.
 
     A stop takes no new streams, lets those under way end, and flushes everything. A second signal stops now.
     """
     from headrace.cli.opening import run_async, settings_of
     from headrace.runtime.loading import load_app
 
-    settings = settings_of(store=store, host=host, port=port, concurrency=concurrency)
+    settings = settings_of(
+        store=store,
+        host=host,
+        port=port,
+        concurrency=concurrency,
+        delivery=delivery,
+        ack=ack,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+    )
     _check(settings, no_auth=no_auth, workers=workers)
     if workers > 1 and not number:
         code = run_async(_supervise(settings, workers))
@@ -76,6 +97,18 @@ def _check(settings: Settings, *, no_auth: bool, workers: int) -> None:
         )
     if urlsplit(settings.store).scheme in ("http", "https"):
         raise InvalidSetting("a server keeps a store of its own", hint="name a database with --store")
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        missing = "tls_key" if settings.tls_key is None else "tls_cert"
+        raise InvalidSetting(f"a certificate goes with its key: {missing} is not set", hint="set both, or neither")
+    if settings.delivery is not None and not settings.grpc_secrets and not _is_loopback(settings.host):
+        raise InvalidSetting(
+            f"grpc_secrets is not set: anybody who can reach {settings.host} could take activations and report on them",
+            hint="set HEADRACE_GRPC_SECRETS, or listen on 127.0.0.1",
+        )
+    if settings.delivery in ("push", "both") and not settings.push:
+        raise InvalidSetting(
+            "push is not set: there is nobody to push to", hint="HEADRACE_PUSH=application=http://host:port"
+        )
     if workers > 1 and not settings.port:
         raise InvalidSetting("several processes need one port to share", hint="name it with --port")
 
@@ -90,24 +123,10 @@ def _is_loopback(host: str) -> bool:
 
 
 async def _supervise(settings: Settings, workers: int) -> int:
-    from headrace.cli.printing import note
-    from headrace.cli.signals import Signals
-    from headrace.runtime.supervisor import Supervisor
+    from headrace.cli.stopping import supervised
 
-    def child(number: int, lifeline: int) -> list[str]:
-        own = ["--number", str(number), "--lifeline", str(lifeline)]
-        return [sys.executable, "-m", "headrace", *sys.argv[1:], *own]
-
-    supervisor = Supervisor(child, count=workers, grace_s=2 * settings.limits.shutdown_grace_s + LEAVE_S, say=note)
-
-    def stopped() -> None:
-        note("stopping every server" if supervisor.stops_count == 0 else "stopping every server now")
-        supervisor.stop()
-
-    with Signals(stopped):
-        note(f"keeping {workers} servers on port {settings.port}")
-        code = await supervisor.run()
-    return STOPPED_NOW if supervisor.stops_count > 1 else code
+    grace_s = 2 * settings.limits.shutdown_grace_s + LEAVE_S
+    return await supervised(sys.argv[1:], count=workers, noun="server", grace_s=grace_s, where=f"port {settings.port}")
 
 
 async def _serve(
@@ -115,33 +134,18 @@ async def _serve(
 ) -> None:
     from headrace.cli.opening import opened, shown_store
     from headrace.cli.printing import note
-    from headrace.cli.signals import Signals
+    from headrace.cli.stopping import stopping
     from headrace.foundation.errors import InvalidSetting
 
     try:
-        from headrace.http.server import serving
+        from headrace.http.server import Tls, serving
         from headrace.http.service import Service
     except ModuleNotFoundError as error:
         raise InvalidSetting(f"serving needs {error.name}", hint="pip install 'headrace[server]'") from None
 
-    stop = asyncio.Event()
-
-    def stopped() -> None:
-        if stop.is_set():
-            note(f"{who}stopped")
-            os._exit(STOPPED_NOW)  # what was under way is recovered by whoever looks first
-        note(f"{who}stopping: streams under way may end, and so may runs (again: stop now)")
-        stop.set()
-
-    def orphaned() -> None:
-        asyncio.get_running_loop().remove_reader(lifeline)
-        if not stop.is_set():
-            stopped()
-
     async with AsyncExitStack() as stack:
-        stack.enter_context(Signals(stopped))
-        if lifeline >= 0:
-            asyncio.get_running_loop().add_reader(lifeline, orphaned)
+        promise = "streams under way may end, and so may runs"
+        stop = stack.enter_context(stopping(who, promise, lifeline=lifeline))
         if app is None:
             engine = await stack.enter_async_context(opened(settings))
         else:
@@ -157,9 +161,29 @@ async def _serve(
             await stack.enter_async_context(app.worker())
         else:
             await stack.enter_async_context(service.upkeep())
-        server = await stack.enter_async_context(serving(service, settings.host, settings.port, is_shared=bool(who)))
+        tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
+        grpc = await stack.enter_async_context(_grpc(service, settings))
+        server = await stack.enter_async_context(
+            serving(service, settings.host, settings.port, is_shared=bool(who), grpc=grpc, tls=tls)
+        )
         if not is_open and settings.api_key is None and not await engine.store.keys(settings.environment):
             note(f"{who}no key lets anybody in yet: `headrace key create` makes one")
         tasks = ", ".join(app.registry.names) if app is not None and works else "none"
         note(f"{who}serving {shown_store(settings)} on {server.url}, tasks run here: {tasks or 'none'}")
         await stop.wait()
+
+
+@asynccontextmanager
+async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServer | None]:
+    """What answers gRPC on the same port; None without the packages for it, when nobody asked for any."""
+    from headrace.foundation.errors import InvalidSetting
+
+    try:
+        from headrace.http.grpc_calls import answering
+    except ModuleNotFoundError as error:
+        if settings.delivery is not None or settings.grpc_secrets:
+            raise InvalidSetting(f"gRPC needs {error.name}", hint="pip install 'headrace[grpc]'") from None
+        yield None
+        return
+    async with answering(service, secrets=settings.grpc_secrets) as server:
+        yield server

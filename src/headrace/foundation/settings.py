@@ -14,10 +14,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from headrace.foundation.errors import InvalidSetting
 from headrace.foundation.limits import MIB, TABLE, Limit, Limits, check
+from headrace.foundation.targets import PushTarget, push_targets
 
 FILE_NAME: Final = "headrace.toml"
 FILE_BYTES_MAX: Final = MIB
@@ -27,16 +28,20 @@ CONFIG_VARIABLE: Final = f"{PREFIX}CONFIG"
 TEST_PREFIX: Final = f"{PREFIX}TEST_"
 HIDDEN: Final = "***"
 
-LATER_VARIABLES: Final = frozenset({"HEADRACE_GRPC_SECRET", "HEADRACE_LISTEN"})
+LATER_VARIABLES: Final = frozenset({"HEADRACE_LISTEN"})
 """Names that a later version reads: set for a whole fleet, they must not stop an older process."""
 
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://")
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,20}")
+_SECRETS_HINT: Final = 'write a,b or ["a","b"]; `openssl rand -hex 32` makes one'
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 # Greedy up to the last @: a password that holds one itself is hidden whole.
 _URL_PASSWORD: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^:@/?#]*):.*@")
 _QUERY_SECRET: Final = re.compile(r"(?i)([?&][^=&#]*(?:pass|secret|key|token|credential)[^=&#]*=)[^&#]*")
-_SECRET_NAME: Final = re.compile(r"(?i)(?:^|_)(?:secret|key|password|token)$")
+_SECRET_NAME: Final = re.compile(r"(?i)(?:^|_)(?:secrets?|key|password|token)$")
+
+
+D = TypeVar("D", bound=str)
 
 
 class Option(NamedTuple):
@@ -72,13 +77,26 @@ class Settings:
     host: str
     port: int
     api_key: str | None = field(repr=False)
+    tls_cert: str | None
+    tls_key: str | None
+    grpc_secrets: tuple[str, ...] = field(repr=False)
+    delivery: Literal["pull", "push", "both"] | None
+    ack: Literal["committed", "received"]
+    push: tuple[PushTarget, ...]
     limits: Limits
     sources: Mapping[str, str]
 
     def value(self, name: str) -> str | int | None:
         """The value of a setting or limit by its name."""
+        if name in ("grpc_secrets", "push"):
+            return ", ".join(self._words(name)) or None
         found: str | int | None = getattr(self.limits if name in TABLE else self, name)
         return found
+
+    def _words(self, name: str) -> list[str]:
+        if name == "grpc_secrets":
+            return list(self.grpc_secrets)
+        return [f"{one.application}=http{'s' if one.is_tls else ''}://{one.authority}" for one in self.push]
 
     def shown(self) -> list[Shown]:
         """Every setting in the order of the settings page, with secrets hidden."""
@@ -119,6 +137,12 @@ def load(flags: Mapping[str, object | None], environ: Mapping[str, str], directo
         host=texts["host"],
         port=numbers["port"],
         api_key=texts.get("api_key"),
+        tls_cert=texts.get("tls_cert"),
+        tls_key=texts.get("tls_key"),
+        grpc_secrets=secrets_of(texts["grpc_secrets"]) if "grpc_secrets" in texts else (),
+        delivery=_of_choice(texts.get("delivery"), DELIVERIES),
+        ack="received" if texts["ack"] == "received" else "committed",
+        push=push_targets(texts["push"]) if "push" in texts else (),
         limits=Limits(**{name: numbers[name] for name in TABLE}),
         sources={name: found[name][1] if name in found else "default" for name in NAMES},
     )
@@ -265,6 +289,56 @@ def _environment(value: object) -> str:
     return text
 
 
+def _path(name: str) -> Callable[[object], str]:
+    return lambda value: _text(name, value, "the path of a file")
+
+
+def _push(value: object) -> str:
+    text = _text("push", value, "applications with their endpoints")
+    push_targets(text)
+    return text
+
+
+def _grpc_secrets(value: object) -> str:
+    if isinstance(value, list):
+        from json import dumps  # only here and below: most starts have no secrets
+
+        value = dumps(value)
+    if not isinstance(value, str):
+        raise InvalidSetting("grpc_secrets must be a list of secrets", hint=_SECRETS_HINT)
+    secrets_of(value)
+    return value
+
+
+def secrets_of(text: str) -> tuple[str, ...]:
+    """The secrets of a text, which has commas between them or is a JSON list. Raises `InvalidSetting`.
+
+    No error repeats what was given: it may be a secret with a slip in it.
+    """
+    if text.lstrip().startswith("["):
+        from json import loads
+
+        try:
+            words = loads(text)
+        except (ValueError, RecursionError):
+            raise InvalidSetting("grpc_secrets is no JSON list", hint=_SECRETS_HINT) from None
+    else:
+        words = [word.strip() for word in text.split(",")]
+    if not words or len(words) > SECRETS_MAX:
+        raise InvalidSetting(f"grpc_secrets must be 1 to {SECRETS_MAX} secrets", hint=_SECRETS_HINT)
+    for number, word in enumerate(words, 1):
+        if (
+            not isinstance(word, str)
+            or not word.isprintable()
+            or not SECRET_BYTES_MIN <= len(word.encode()) <= TEXT_CHARS_MAX
+        ):
+            raise InvalidSetting(
+                f"secret {number} of grpc_secrets must have {SECRET_BYTES_MIN} to {TEXT_CHARS_MAX} printable bytes",
+                hint=_SECRETS_HINT,
+            )
+    return tuple(words)
+
+
 def _number(limit: Limit) -> Option:
     return Option(
         name=limit.name,
@@ -275,7 +349,11 @@ def _number(limit: Limit) -> Option:
     )
 
 
-def _choice(name: str, default: str, choices: tuple[str, ...], meaning: str) -> Option:
+def _of_choice(text: str | None, choices: tuple[D, ...]) -> D | None:
+    return next((choice for choice in choices if choice == text), None)
+
+
+def _choice(name: str, default: str | None, choices: tuple[str, ...], meaning: str) -> Option:
     def checked(value: object) -> str:
         if not isinstance(value, str) or value.lower() not in choices:
             raise InvalidSetting(f"{name} must be one of {', '.join(choices)}, not {value!r}")
@@ -284,6 +362,10 @@ def _choice(name: str, default: str, choices: tuple[str, ...], meaning: str) -> 
     return Option(name, default, ", ".join(choices), meaning, checked)
 
 
+DELIVERIES: Final[tuple[Literal["pull"], Literal["push"], Literal["both"]]] = ("pull", "push", "both")
+ACKS: Final = ("committed", "received")
+SECRETS_MAX: Final = 16
+SECRET_BYTES_MIN: Final = 12
 ENVIRONMENT_CHARS_MAX: Final = 200
 KEY_CHARS_MIN: Final = 8
 LOG_FORMATS: Final = ("console", "json")
@@ -336,6 +418,34 @@ OPTIONS: Final[Mapping[str, Option]] = {
             "For a server, a key that may do all in its environment, beside those in the store; "
             "for a client of one, the key it shows.",
             _api_key,
+        ),
+        Option("tls_cert", None, "a path", "The server's certificate and its chain, PEM.", _path("tls_cert")),
+        Option("tls_key", None, "a path", "The key of that certificate, PEM.", _path("tls_key")),
+        Option(
+            "grpc_secrets",
+            None,
+            "secrets with commas between them, or a JSON list",
+            "What calls of the task broker are signed with: any of them verifies, the first signs what is pushed.",
+            _grpc_secrets,
+        ),
+        _choice(
+            "delivery",
+            None,
+            DELIVERIES,
+            "How activations reach workers over gRPC; unset, pulled where that is safe: on loopback, or signed.",
+        ),
+        _choice(
+            "ack",
+            "committed",
+            ACKS,
+            "When a report over gRPC is answered: after the commit that holds it, or as it comes in.",
+        ),
+        Option(
+            "push",
+            None,
+            "application=http://host:port, …",
+            "Where activations are pushed to, by application; one may have several endpoints.",
+            _push,
         ),
     )
 }

@@ -7,7 +7,7 @@ from typing import Final
 
 from headrace.core.span import LOST, Settlement
 from headrace.foundation.errors import InvalidInput
-from headrace.http.service import Call, Service
+from headrace.http.service import Caller, Service
 from headrace.runtime.registry import check_name
 from headrace.store.protocol import Claim, Lease, Release
 
@@ -23,7 +23,7 @@ class Claiming:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def leases(self, call: Call, claim: Claim, wait_s: float) -> AsyncIterator[list[Lease] | None]:
+    async def leases(self, call: Caller, claim: Claim, wait_s: float) -> AsyncIterator[list[Lease] | None]:
         """Leases, after a None for each sign of life that is due while there are none; an empty list in the end."""
         wish = self._checked(call, claim)
         engine = call.engine
@@ -44,7 +44,7 @@ class Claiming:
                 beat_us = clock.now_us() + int(BEAT_S * 1_000_000)
                 yield None
 
-    def _checked(self, call: Call, claim: Claim) -> Claim:
+    def _checked(self, call: Caller, claim: Claim) -> Claim:
         if not 0 < claim.runs_max <= RUNS_MAX or not 0 <= claim.claim_no < 2**62:
             raise InvalidInput(f"a claim is for 1 to {RUNS_MAX} runs, and is numbered")
         if len(claim.tasks) > TASKS_MAX or (claim.queues is not None and len(claim.queues) > TASKS_MAX):
@@ -62,7 +62,7 @@ class Claiming:
             runs_max=claim.runs_max,
         )
 
-    async def settle(self, call: Call, settlements: Sequence[Settlement]) -> list[str]:
+    async def settle(self, call: Caller, settlements: Sequence[Settlement]) -> list[str]:
         """Record outcomes; the answer comes after the commit."""
         if not settlements:
             return []
@@ -72,7 +72,7 @@ class Claiming:
         call.engine.recorded.ring()
         return words
 
-    async def release(self, call: Call, releases: Sequence[Release]) -> list[str]:
+    async def release(self, call: Caller, releases: Sequence[Release]) -> list[str]:
         """Give leases back."""
         if not releases:
             return []

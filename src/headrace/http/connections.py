@@ -1,20 +1,26 @@
 """One connection's bounds: how large a head may be, how long it may take, and how long a peer may not read.
 
-uvicorn bounds none of them. Time runs only while the peer owes something: the rest of a head, or room for an answer.
+A peer that begins with HTTP/2's preface is handed on to whoever speaks that, with all that it said.
+uvicorn bounds none of those. Time runs only while the peer owes something: the rest of a head, or room for an answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from headrace.foundation.limits import KIB
+from headrace.grpc.frames import PREFACE, Fault, goaway, settings
 
 HEAD_BYTES_MAX: Final = 64 * KIB
 _TOO_LARGE: Final = (431, "Request Header Fields Too Large", "the head of a request has at most 65,536 bytes")
 _TOO_SLOW: Final = (408, "Request Timeout", "the head of the request did not come in time")
+Second = Callable[[set[Any]], asyncio.Protocol]
+"""Makes the protocol of a connection that speaks HTTP/2; it is given those that are told when the server stops."""
+
 _INVALID: Final = (400, "Bad Request", "this is not HTTP/1.1")
 
 
@@ -23,7 +29,12 @@ class HeadTooLarge(Exception):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with those bounds."""
+    """uvicorn's protocol with those bounds. Without a `second` HTTP/2 is a fault like another."""
+
+    def __init__(self, *arguments: Any, second: Second | None = None, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._second = second
+        self._opening: bytes | None = None if second is None else b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A new peer owes a head."""
@@ -38,18 +49,43 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is owed any more."""
+        self._no_timers()
+        super().connection_lost(exc)
+
+    def _no_timers(self) -> None:
         for timer in (self._head_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
-        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a head count as they come; those of a body are bounded by whoever reads it."""
+        if self._opening is not None:
+            data = self._opening + data
+            if PREFACE.startswith(data[: len(PREFACE)]):
+                self._opening = data
+                if len(data) >= len(PREFACE):
+                    self._hand_over(data)
+                return
+            self._opening = None
         if self._is_in_head:
             self._head_bytes += len(data)
         super().data_received(data)
         if self._is_in_head and self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
             self._refuse(_TOO_LARGE)
+
+    def _hand_over(self, data: bytes) -> None:
+        """The peer speaks HTTP/2: from here on another protocol has its connection."""
+        assert self._second is not None
+        self._no_timers()
+        self.connections.discard(self)
+        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+            self.transport.write(settings({}) + goaway(0, Fault.ENHANCE_YOUR_CALM, "too many connections"))
+            self.transport.close()
+            return
+        protocol = self._second(self.connections)
+        self.transport.set_protocol(protocol)
+        protocol.connection_made(self.transport)
+        protocol.data_received(data)
 
     def on_message_begin(self) -> None:
         """A head begins."""
@@ -123,7 +159,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def settings_of(protocol: Any) -> dict[str, Any]:
+def uvicorn_settings(protocol: Any) -> dict[str, Any]:
     """What uvicorn is told beside the app."""
     return {
         "http": protocol,

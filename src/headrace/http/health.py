@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from headrace.foundation.errors import HeadraceError
 from headrace.http.openapi import document, page
 from headrace.http.problems import answer
 from headrace.http.service import Service
-
-CHECK_S: Final = 2.0
 
 
 class Health:
@@ -30,14 +26,11 @@ class Health:
 
     async def ready(self, _request: Request) -> Response:
         """`GET /readyz`: 503 while the store is away, or the server stops."""
-        if self._service.is_draining:
+        why = await self._service.is_ready()
+        if why == "stopping":
             return answer({"status": "stopping"}, 503, {"retry-after": "5"})
-        try:
-            async with asyncio.timeout(CHECK_S):
-                await self._service.engine.store.check()
-        except (HeadraceError, TimeoutError) as error:
-            code = error.code if isinstance(error, HeadraceError) else "STORE_UNAVAILABLE"
-            return answer({"status": "the store is away", "code": code}, 503, {"retry-after": "5"})
+        if why:
+            return answer({"status": "the store is away", "code": why}, 503, {"retry-after": "5"})
         return answer({"status": "ready"})
 
     async def metrics(self, _request: Request) -> Response:

@@ -45,6 +45,10 @@ class Metrics:
         self.seconds = Histogram(
             "headrace_http_request_seconds", "Until the answer began.", ("route",), buckets=BUCKETS_S, registry=registry
         )
+        self.calls = Counter("headrace_grpc_calls", "gRPC calls answered.", ("path", "status"), registry=registry)
+        self.calls_seconds = Histogram(
+            "headrace_grpc_call_seconds", "Until the answer.", ("path",), buckets=BUCKETS_S, registry=registry
+        )
         self.streams = Gauge("headrace_ingest_streams", "Streams of items under way.", registry=registry)
         self.bytes = Counter("headrace_ingest_bytes", "Bytes of items read, unpacked.", registry=registry)
         self.items = Counter("headrace_ingest_items", "Items taken in.", ("what",), registry=registry)

@@ -9,22 +9,52 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import structlog
 import uvicorn
 
 from headrace.foundation.errors import InvalidSetting
 from headrace.http.app import make_app
-from headrace.http.connections import BoundedProtocol, settings_of
+from headrace.http.connections import BoundedProtocol, uvicorn_settings
 from headrace.http.service import Service
+
+if TYPE_CHECKING:
+    from headrace.grpc.server import GrpcServer
 
 LOG: Any = structlog.get_logger("headrace.http")
 BACKLOG: Final = 2_048
 CUT_S: Final = 10
 """What is left for the answers of streams that were cut: their items are flushed first."""
+
+
+PROTOCOLS: Final = ("http/1.1", "h2")
+"""By TLS's own negotiation, ours first: who speaks both (browsers, most clients) gets HTTP/1.1, where the API is;
+gRPC clients offer HTTP/2 and nothing else."""
+
+
+class Tls(NamedTuple):
+    """The files of a server's certificate and its key."""
+
+    certificate: str
+    key: str
+
+    def context(self) -> ssl.SSLContext:
+        """What connections are made with. Raises `InvalidSetting`."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise InvalidSetting(
+                f"tls_cert and tls_key are no certificate with its key: {error.strerror or error}",
+                hint="both are PEM files, the certificate with its chain",
+            ) from None
+        context.set_alpn_protocols(list(PROTOCOLS))
+        return context
 
 
 class _Uvicorn(uvicorn.Server):
@@ -55,17 +85,35 @@ class _Uvicorn(uvicorn.Server):
 class Server:
     """One app that listens. Started once; `stop` may be called twice."""
 
-    def __init__(self, service: Service, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        service: Service,
+        listener: socket.socket,
+        *,
+        grpc: GrpcServer | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`grpc` answers the calls of peers that speak HTTP/2 on the same port."""
         limits = service.limits
+        protocol: Any = BoundedProtocol
+        if grpc is not None:
+            from headrace.grpc.server import Connection
+
+            protocol = partial(BoundedProtocol, second=partial(Connection, grpc))
         config = uvicorn.Config(
             make_app(service),
             timeout_keep_alive=limits.http_idle_s,
             limit_concurrency=limits.connections_max,
             timeout_graceful_shutdown=limits.shutdown_grace_s + CUT_S,
             backlog=BACKLOG,
-            **settings_of(BoundedProtocol),
+            **uvicorn_settings(protocol),
         )
+        config.load()
+        if tls is not None:
+            config.ssl = tls
         self.service = service
+        self._grpc = grpc
+        self._scheme = "http" if tls is None else "https"
         self._listener = listener
         self._uvicorn = _Uvicorn(config)
         self._serving: asyncio.Task[None] | None = None
@@ -76,7 +124,7 @@ class Server:
     def url(self) -> str:
         """Where it listens, as a client writes it."""
         host, port = self.address
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return f"{self._scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def start(self) -> None:
         """Answer from now on."""
@@ -108,12 +156,23 @@ class Server:
                 "streams were cut by the stop; their clients send the rest again", streams=service.streams_count
             )
         service.cut()
+        if self._grpc is not None:
+            self._grpc.cut()
 
 
 @asynccontextmanager
-async def serving(service: Service, host: str, port: int, *, is_shared: bool = False) -> AsyncGenerator[Server, None]:
+async def serving(
+    service: Service,
+    host: str,
+    port: int,
+    *,
+    is_shared: bool = False,
+    grpc: GrpcServer | None = None,
+    tls: Tls | None = None,
+) -> AsyncGenerator[Server, None]:
     """A server while the block lasts. `is_shared`: other processes listen on the same port."""
-    server = Server(service, listener(host, port, is_shared=is_shared))
+    context = None if tls is None else tls.context()
+    server = Server(service, listener(host, port, is_shared=is_shared), grpc=grpc, tls=context)
     await server.start()
     try:
         yield server

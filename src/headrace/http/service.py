@@ -24,16 +24,16 @@ from headrace.runtime.registry import Registry
 from headrace.runtime.upkeep import Upkeep
 from headrace.store.packets import Packets
 
+CHECK_S: Final = 2.0
 MINUTE_US: Final = 60_000_000
 LEFT: Final = "headrace.rate"
 """Where a request keeps the rate headers of its answer."""
 
 
 @dataclass(slots=True)
-class Call:
-    """One request: who asks, and the engine as their environment sees it."""
+class Caller:
+    """Who asks, by whatever door, and the engine as their environment sees it."""
 
-    request: Request
     principal: Principal
     engine: Engine
 
@@ -41,6 +41,13 @@ class Call:
     def environment(self) -> str:
         """The tenant that asks."""
         return self.principal.environment
+
+
+@dataclass(slots=True)
+class Call(Caller):
+    """One request."""
+
+    request: Request
 
     async def own_batch(self, batch_id: str) -> tuple[Batch, Ledger]:
         """A batch of this environment; that of another is not there. Raises `NotFound`."""
@@ -84,7 +91,7 @@ class Service:
         principal.check(scope, batch_id)
         if not is_free and scope != "work":
             await self.spend_request(request, principal)
-        return Call(request, principal, replace(self.engine, environment=principal.environment))
+        return Call(principal, self._engine_of(principal), request)
 
     async def call_any(self, request: Request, scopes: Sequence[str], *, is_free: bool = False) -> Call:
         """Let a request in that any of some scopes covers."""
@@ -93,7 +100,32 @@ class Service:
             principal.check(scopes[0])
         if not is_free:
             await self.spend_request(request, principal)
-        return Call(request, principal, replace(self.engine, environment=principal.environment))
+        return Call(principal, self._engine_of(principal), request)
+
+    async def caller(self, authorization: str | None, scope: str) -> Caller:
+        """Let somebody in who made no request. Raises `Unauthorized`, `Forbidden`."""
+        principal = await self.doorkeeper.admit(authorization)
+        principal.check(scope)
+        return Caller(principal, self._engine_of(principal))
+
+    def signed(self, scope: str) -> Caller:
+        """Whoever knows a secret of the server, in the server's own environment."""
+        principal = Principal(self.engine.environment, frozenset((scope,)), "signed")
+        return Caller(principal, self.engine)
+
+    def _engine_of(self, principal: Principal) -> Engine:
+        return replace(self.engine, environment=principal.environment)
+
+    async def is_ready(self) -> str:
+        """Why the server can't work now; empty when it can."""
+        if self.is_draining:
+            return "stopping"
+        try:
+            async with asyncio.timeout(CHECK_S):
+                await self.engine.store.check()
+        except (HeadraceError, TimeoutError) as error:
+            return error.code if isinstance(error, HeadraceError) else "STORE_UNAVAILABLE"
+        return ""
 
     async def spend_request(self, request: Request, principal: Principal) -> None:
         """Count a request against its environment's limit. Raises `Throttled`."""

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 from typing import Final
 
-from headrace.http.service import Call, Service
+from headrace.http.service import Caller, Service
 
 TICKET_BYTES: Final = 16
 
@@ -17,7 +17,7 @@ class Tickets:
     def __init__(self, service: Service) -> None:
         self._doorkeeper = service.doorkeeper
 
-    async def key(self, call: Call) -> bytes:
+    async def key(self, call: Caller) -> bytes:
         """What this environment's tickets are signed with."""
         return await self._doorkeeper.signing_key(call.environment)
 

@@ -1,0 +1,52 @@
+"""What a server answers over gRPC, on its HTTP port: health, the broker, and the task broker's own service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Final
+
+from headrace.grpc.health import Health
+from headrace.grpc.messages import taskbroker_pb2 as wire
+from headrace.grpc.methods import methods_of
+from headrace.grpc.server import GrpcServer
+from headrace.grpc.signing import Secrets
+from headrace.grpc.status import Code
+from headrace.http.grpc_broker import SERVICE, Broker
+from headrace.http.service import Service
+
+CONSUMER: Final = wire.DESCRIPTOR.services_by_name["ConsumerService"]
+
+
+@asynccontextmanager
+async def answering(
+    service: Service, *, secrets: Sequence[str] = (), consumer: object | None = None
+) -> AsyncGenerator[GrpcServer, None]:
+    """A gRPC server for the connections of an HTTP server. `consumer` answers the workers that pull, if any may."""
+
+    def observe(path: str, code: Code, seconds: float) -> None:
+        service.metrics.calls.labels(path, code.name).inc()
+        service.metrics.calls_seconds.labels(path).observe(seconds)
+
+    methods = methods_of(SERVICE, Broker(service), is_open=True)
+    if consumer is not None:
+        methods |= methods_of(CONSUMER, consumer)
+    health = Health((SERVICE.full_name, CONSUMER.full_name) if consumer is not None else (SERVICE.full_name,))
+    server = GrpcServer(methods | health.methods, limits=service.limits, secrets=Secrets(secrets), observe=observe)
+    looking = asyncio.create_task(_look(service, health), name="headrace-grpc-health")
+    try:
+        yield server
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+
+
+async def _look(service: Service, health: Health) -> None:
+    """Say how things are, each second, until the server stops."""
+    while not service.is_draining:
+        health.tell(is_serving=not await service.is_ready())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(service.limits.poll_interval_ms / 1_000):
+                await service.draining.wait()
+    health.end()

@@ -1,0 +1,33 @@
+"""What `headrace serve` refuses before anything listens."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cli.conftest import Shell
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--delivery", "pull", "--host", "0.0.0.0"), "grpc_secrets is not set"),
+        (("--delivery", "push"), "push is not set"),
+        (("--delivery", "sideways"), "delivery must be one of"),
+        (("--ack", "never"), "ack must be one of"),
+        (("--tls-cert", "cert.pem"), "tls_key is not set"),
+        (("--tls-key", "key.pem"), "tls_cert is not set"),
+        (("--tls-cert", "tasks.py", "--tls-key", "tasks.py", "--port", "0"), "tls_cert and tls_key are no certificate"),
+        (("--no-auth", "--host", "0.0.0.0"), "--no-auth"),
+    ],
+)
+def test_what_can_t_be_served_is_refused_by_name(shell: Shell, flags: tuple[str, ...], said: str) -> None:
+    ran = shell("serve", *flags)
+    assert ran.code == 2
+    assert said in ran.err
+
+
+def test_secrets_let_a_server_be_reached_from_elsewhere(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_GRPC_SECRETS", "a secret of many bytes")
+    ran = shell("serve", "--delivery", "pull", "--host", "0.0.0.0", "--tls-cert", "no.pem", "--tls-key", "no.pem")
+    assert "grpc_secrets" not in ran.err
+    assert "tls_cert and tls_key are no certificate" in ran.err

@@ -57,17 +57,17 @@ def test_secrets_are_shown_nowhere(tmp_path: Path) -> None:
 
 
 def test_endpoints_are_read_in_order(tmp_path: Path) -> None:
-    text = "a=http://localhost:50052, b=https://workers.example,a=http://[::1]:7"
+    text = "a=http://localhost:50052, b=https://hands.example,a=http://[::1]:7"
     found = (
         PushTarget("a", "localhost", 50_052, is_tls=False),
-        PushTarget("b", "workers.example", 443, is_tls=True),
+        PushTarget("b", "hands.example", 443, is_tls=True),
         PushTarget("a", "::1", 7, is_tls=False),
     )
     assert push_targets(text) == found
     settings = load({}, {"HEADRACE_PUSH": text}, tmp_path)
     assert settings.push == found
     shown = {one.name: one.value for one in settings.shown()}
-    assert shown["push"] == "a=http://localhost:50052, b=https://workers.example:443, a=http://[::1]:7"
+    assert shown["push"] == "a=http://localhost:50052, b=https://hands.example:443, a=http://[::1]:7"
 
 
 @pytest.mark.parametrize(

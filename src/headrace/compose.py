@@ -18,7 +18,7 @@ from headrace.runtime.doorbell import Doorbell
 from headrace.runtime.engine import Engine
 from headrace.runtime.moving import Move
 from headrace.store.entities.protocol import EntityStore
-from headrace.store.joining import Joined
+from headrace.store.joining import Joined, Joining
 from headrace.store.payloads import PayloadStore, open_payloads
 from headrace.store.protocol import RECORDED, WORK, Notifier, Store
 
@@ -124,14 +124,13 @@ def joined(engine: Engine, connection: Any) -> Joined:
 
     Raises `InvalidInput` for a store that has no transactions to share.
     """
-    join = getattr(engine.store, "joined", None)
-    if join is None:
+    store = engine.store
+    if not isinstance(store, Joining):
         raise InvalidInput(
-            f"{type(engine.store).__name__} has no transactions that a run could be put into",
+            f"{type(store).__name__} has no transactions that a run could be put into",
             hint="use a SQLite file or PostgreSQL, and a connection to it",
         )
-    found: Joined = join(connection)
-    return found
+    return store.joined(connection)
 
 
 def mover(source: Engine, target: Engine) -> Move:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from inspect import isawaitable
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 from headrace.foundation.errors import InvalidInput, StoreUnavailable
 from headrace.store.verbs.script import Ask, Overtaken, Rows, Script
@@ -187,6 +187,15 @@ class Joined:
     @staticmethod
     def _refuse(_sql: str, _values: Sequence[Any]) -> Any:
         raise AssertionError
+
+
+@runtime_checkable
+class Joining(Protocol):
+    """A store whose verbs may be part of somebody else's transaction."""
+
+    def joined(self, connection: Any) -> Joined:
+        """Its statements on a connection that somebody else owns. Raises `InvalidInput` for one of another database."""
+        ...
 
 
 def _psycopg(connection: Any, sql: str, values: Sequence[Any]) -> Any:

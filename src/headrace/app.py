@@ -49,6 +49,7 @@ from headrace.task import Decorator, P, R, T, Task
 if TYPE_CHECKING:
     from headrace.core.entity import Entity
     from headrace.core.schedule import CatchUp
+    from headrace.grpc.intake import Taken
     from headrace.indexer import Indexer
     from headrace.runtime.endpoints import Endpoint
     from headrace.runtime.handlers import Unknown
@@ -306,6 +307,17 @@ class Headrace:
         if self._producer is None:
             self._producer = Producer(engine)
         return self._producer
+
+    async def activate(self, *messages: bytes) -> Taken:
+        """Make activations durable, each a `TaskActivation` in protobuf, once by its id: for the task broker's workers.
+
+        Those that can't be kept are told in the answer, and the others are in.
+        """
+        try:
+            from headrace.grpc.intake import ActivationIntake
+        except ModuleNotFoundError as error:
+            raise InvalidSetting(f"activations need {error.name}", hint="pip install 'headrace[grpc]'") from None
+        return await ActivationIntake(await self.open(), await self.producer()).take_all(messages)
 
     async def close(self) -> None:
         """Write what is still to be written and let go of the store. Closing twice does nothing."""

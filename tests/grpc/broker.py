@@ -61,6 +61,21 @@ def activation(number: int | str, **fields: Any) -> wire.TaskActivation:
     return wire.TaskActivation(**(known | fields))
 
 
+def varint(number: int) -> bytes:
+    """A length as it goes before a message."""
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*found, number))
+
+
+def stream(*messages: wire.TaskActivation | bytes) -> bytes:
+    """Messages as they are sent: each after its length."""
+    parts = [one if isinstance(one, bytes) else one.SerializeToString() for one in messages]
+    return b"".join(varint(len(part)) + part for part in parts)
+
+
 class Broker:
     """One server's side of the broker: what workers call, and what stands behind it."""
 

@@ -147,7 +147,8 @@ async def test_a_duty_that_fails_keeps_no_other_from_its_own(tmp_path: Path) -> 
         duties = ("sessions", "sweep", "prune")
         assert tuple(call for call in store.calls if call in duties) == duties
         failed = {name: stats.failed_count for name, stats in upkeep.stats.items()}
-        assert failed == {"recover_here": 0, "recover_silent": 1, "sweep": 1, "prune": 0, "remove_orphans": 0}
+        assert {name: count for name, count in failed.items() if count} == {"recover_silent": 1, "sweep": 1}
+        assert {"recover_here", "prune", "demote", "purge_dead", "remove_orphans"} < failed.keys()
 
 
 @on_each_store

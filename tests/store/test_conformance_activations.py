@@ -245,3 +245,29 @@ async def test_rules_are_kept_by_name_for_each_environment(world: World) -> None
     await world.store.keep_rules("default", "killswitch", b"[3]\x00")
     assert await world.store.rules("default") == {"demotions": b"{}", "killswitch": b"[3]\x00"}
     assert await world.store.rules("other") == {"killswitch": b"[2]"}
+
+
+# -- what waits elsewhere
+
+
+async def test_what_waits_in_a_lane_is_moved_to_another_queue_in_steps_and_nothing_else_is(world: World) -> None:
+    keys = [Key("task", queue="a"), Key("other", queue="a"), Key("task", queue="b")]
+    batch_id = await world.filled(9, key=lambda index: keys[index % 3], runs_max=1)
+    held = await world.claim(await world.session(), 1, queues=["a"])
+    assert await world.store.move_waiting("default", "task", "a", "c", spans_max=1) == 1
+    assert await world.store.move_waiting("default", "task", "a", "c", spans_max=5) == 1
+    assert await world.store.move_waiting("default", "task", "a", "c", spans_max=5) == 0
+    assert await world.store.move_waiting("elsewhere", "task", "b", "c", spans_max=5) == 0
+    moved = await world.claim(await world.session(), queues=["c"])
+    assert indexes_of([*held, *moved]) == [0, 3, 6]
+    for lease in (*held, *moved):
+        await world.settle(lease)
+    waiting = {view.name: view.waiting_count for view in await world.store.queues("default")}
+    assert waiting == {"a": 3, "b": 3, "c": 0}
+    assert (await world.store.batch(batch_id))[1].completed == 3
+
+
+async def test_a_store_says_how_much_room_it_takes_and_more_takes_more(world: World) -> None:
+    before = await world.store.size_bytes()
+    await world.filled(64, payload=lambda _: b"x" * 16_000, runs_max=32)
+    assert await world.store.size_bytes() >= before + 64 * 16_000

@@ -12,7 +12,24 @@ from typing import Annotated, Final
 
 import typer
 
-from headrace.cli import batch, bench, config, demo, doctor, key, map, migrate, prune, queue, serve, verify, worker  # noqa: A004 - a command's name
+from headrace.cli import activations as activation_commands
+from headrace.cli import (
+    batch,
+    bench,
+    config,
+    dead,
+    demo,
+    doctor,
+    key,
+    killswitch,
+    map,  # noqa: A004 - a command's name
+    migrate,
+    prune,
+    queue,
+    serve,
+    verify,
+    worker,
+)
 from headrace.cli import index as index_command
 from headrace.cli import move as move_command
 from headrace.cli import run as run_commands
@@ -58,6 +75,9 @@ app.add_typer(key.app, name="key")
 app.add_typer(batch.app, name="batch")
 app.add_typer(run_commands.app, name="run")
 app.add_typer(queue.app, name="queue")
+app.add_typer(activation_commands.app, name="activations")
+app.add_typer(dead.app, name="dead")
+app.add_typer(killswitch.app, name="killswitch")
 app.add_typer(schedule_commands.app, name="schedule")
 app.add_typer(index_command.app, name="index")
 app.command("verify")(verify.command)

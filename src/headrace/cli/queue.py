@@ -65,6 +65,53 @@ def resume(queue: QueueArgument, store: StoreOption = None, json: JsonOption = F
     _set(queue, store, paused=False, json=json)
 
 
+@app.command("demote")
+def demote(
+    queue: QueueArgument,
+    to: Annotated[str, typer.Option("--to", metavar="QUEUE", help="The queue that takes its place.")],
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Send a queue's activations to another queue: those that come in at once, those that wait by and by.
+
+    A queue of activations is called application:namespace.
+    """
+    from headrace.runtime.registry import check_name
+
+    check_name("queue", to)
+    _demote(queue, to, store, json=json)
+
+
+@app.command("restore")
+def restore(queue: QueueArgument, store: StoreOption = None, json: JsonOption = False) -> None:
+    """Let a demoted queue's activations stay where they belong; those that were moved stay where they are."""
+    _demote(queue, None, store, json=json)
+
+
+def _demote(queue: str, target: str | None, store: str | None, *, json: bool) -> None:
+    from headrace.core.rules import DEMOTIONS, demotions_encoded, rules_of
+    from headrace.runtime.registry import check_name
+
+    check_name("queue", queue)
+    settings = settings_of(store=store)
+
+    async def change() -> dict[str, str]:
+        async with opened(settings, must_exist=True) as engine:
+            before = rules_of(await engine.store.rules(engine.environment)).demotions
+            after = {name: to for name, to in before.items() if name != queue}
+            if target is not None:
+                after[queue] = target
+            value = demotions_encoded(after)
+            await engine.store.keep_rules(engine.environment, DEMOTIONS, value)
+            return after
+
+    demotions = run_async(change())
+    if json:
+        say_json({"demotions": demotions})
+    else:
+        say(f"{queue} goes to {target}" if target is not None else f"{queue} stays where it belongs")
+
+
 def _set(queue: str, store: str | None, *, paused: bool, json: bool) -> None:
     from headrace.runtime.registry import check_name
 

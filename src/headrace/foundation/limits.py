@@ -73,6 +73,15 @@ TABLE: Final[Mapping[str, Limit]] = {
         Limit("delivery_delay_max_s", "s", 3_600, 0, 31_536_000, "What an activation's own delay is cut to."),
         Limit("delivery_recovery_ms", "ms", 15 * SECOND_MS, 0, DAY_MS, "Silence of a server after which the activations its workers have are handed out anew; not under session_timeout_ms."),
         Limit("deliveries_max", "runs", 100_000, 1, 10_000_000, "Activations that one server's workers have at a time."),
+        Limit("queue_waiting_max", "runs", 0, 0, 10_000_000_000, "Activations that may wait in one queue; 0 is no limit."),
+        Limit("queue_delayed_max", "runs", 0, 0, 10_000_000_000, "Activations that may be delayed in one queue; 0 is no limit."),
+        Limit("queue_leased_max", "runs", 0, 0, 10_000_000_000, "Activations of one queue that servers may hold before no more come in; 0 is no limit."),
+        Limit("waiting_max", "runs", 0, 0, 10_000_000_000, "Runs that may wait in all queues while activations come in; 0 is no limit."),
+        Limit("delayed_max", "runs", 0, 0, 10_000_000_000, "Runs that may be delayed in all queues while activations come in; 0 is no limit."),
+        Limit("leased_max", "runs", 0, 0, 10_000_000_000, "Runs of all queues that may be held before no more activations come in; 0 is no limit."),
+        Limit("store_mib_max", "MiB", 0, 0, 1_000_000_000, "Size of the store before no more activations come in; 0 is no limit."),
+        Limit("ingest_wait_ms", "ms", 5_000, 0, HOUR_MS, "How long activations that find no room wait for it before their sender is told to come again."),
+        Limit("dead_letter_retention_ms", "ms", 30 * DAY_MS, 0, 3_650 * DAY_MS, "How long a dead letter is kept; 0 is for ever."),
         Limit("activation_bytes_max", "bytes", 5_000_000, KIB, 52 * MIB, "One activation, as it comes over the wire."),
         Limit("error_chars_max", "characters", 8_000, 100, MIB, "An error's message and traceback, each, as kept."),
         Limit("grpc_message_bytes_max", "bytes", 52 * MIB, KIB, 1_024 * MIB, "One message over gRPC, in or out, decompressed."),
@@ -137,6 +146,15 @@ class Limits:
     delivery_delay_max_s: int = TABLE["delivery_delay_max_s"].default
     delivery_recovery_ms: int = TABLE["delivery_recovery_ms"].default
     deliveries_max: int = TABLE["deliveries_max"].default
+    queue_waiting_max: int = TABLE["queue_waiting_max"].default
+    queue_delayed_max: int = TABLE["queue_delayed_max"].default
+    queue_leased_max: int = TABLE["queue_leased_max"].default
+    waiting_max: int = TABLE["waiting_max"].default
+    delayed_max: int = TABLE["delayed_max"].default
+    leased_max: int = TABLE["leased_max"].default
+    store_mib_max: int = TABLE["store_mib_max"].default
+    ingest_wait_ms: int = TABLE["ingest_wait_ms"].default
+    dead_letter_retention_ms: int = TABLE["dead_letter_retention_ms"].default
     activation_bytes_max: int = TABLE["activation_bytes_max"].default
     error_chars_max: int = TABLE["error_chars_max"].default
     grpc_message_bytes_max: int = TABLE["grpc_message_bytes_max"].default

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
+import msgspec
 from google.protobuf.message import DecodeError
 
 from headrace.core.activation import LANE, delivery_of, queue_of
 from headrace.core.block import Extra
 from headrace.core.retry import quantised_due_us
+from headrace.core.rules import Arguments, Rules
 from headrace.core.span import Key
 from headrace.foundation.errors import InvalidInput
-from headrace.foundation.limits import Limits
+from headrace.foundation.limits import MIB, Limits
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.runtime.handouts import Handout
 from headrace.runtime.registry import check_name
@@ -25,6 +27,8 @@ SECONDS_MAX: Final = 365 * 86_400
 """No deadline, expiry or rest is longer than a year."""
 
 UINT32_MAX: Final = 2**32 - 1
+UNPACKED_BYTES_MAX: Final = 64 * MIB
+ZSTD_WINDOW_BYTES: Final = 8 * MIB
 
 
 class Entry(NamedTuple):
@@ -91,6 +95,46 @@ def _expires_us(message: Any, received_us: int) -> int:
         return 0
     expires_us = received_us + min(message.expires, SECONDS_MAX) * SECOND_US
     return int(max(-(-expires_us // SECOND_US), 1) * SECOND_US)
+
+
+def arguments_of(data: bytes) -> Arguments | None:
+    """What an activation's task is called with; None where that can't be told, or would take more than 64 MiB."""
+    try:
+        message = wire.TaskActivation.FromString(data)
+        packed = message.parameters_bytes
+        if not packed:
+            called = msgspec.json.decode(message.parameters or b"{}", type=_Called)
+        else:
+            if message.headers.get("compression-type") == "zstd":
+                packed = _unpacked(packed)
+            called = msgspec.msgpack.decode(packed, type=_Called)
+    except (DecodeError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, InvalidInput):
+        return None
+    return called.args, called.kwargs
+
+
+class _Called(msgspec.Struct):
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+
+
+def _unpacked(data: bytes) -> bytes:
+    """zstd within a bound, whatever its head says. Raises `InvalidInput`."""
+    import zstandard
+
+    try:
+        with zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).stream_reader(data) as reader:
+            unpacked = reader.read(UNPACKED_BYTES_MAX + 1)
+    except zstandard.ZstdError as error:
+        raise InvalidInput(f"the parameters are not zstd: {error}") from None
+    if len(unpacked) > UNPACKED_BYTES_MAX:
+        raise InvalidInput(f"the parameters become more than {UNPACKED_BYTES_MAX} bytes")
+    return unpacked
+
+
+def is_killed(rules: Rules, name: str, data: bytes) -> bool:
+    """Whether rules drop an activation; its arguments are looked at only where one asks for that."""
+    return bool(rules.kills) and rules.is_killed(name, lambda: arguments_of(data))
 
 
 def message_of(handout: Handout, now_us: int) -> wire.TaskActivation:

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.foundation.errors import HeadraceError
+from headrace.http.activations import Activations
 from headrace.http.batches import Batches
 from headrace.http.health import Health
 from headrace.http.ledgers import Ledgers
@@ -46,6 +47,7 @@ def paths_of(service: Service) -> list[Path]:
     """Every endpoint there is; routes, docs and tests are made from this list."""
     batches, runs, uploads = Batches(service), Runs(service), Uploads(service)
     work, stores = Work(service), RemoteStores(service)
+    activations = Activations(service)
     ledgers, health = Ledgers(service), Health(service, lambda: paths_of(service))
     return [
         Path("POST", "/api/v3/batches", batches.create, "compatible"),
@@ -74,6 +76,7 @@ def paths_of(service: Service) -> list[Path]:
         Path("POST", "/v1/batches/{batch_id}/cancel", ledgers.cancel, "batches"),
         Path("POST", "/v1/batches/{batch_id}/redrive", ledgers.redrive, "batches"),
         Path("POST", "/v1/tasks/{task}/runs", work.enqueue, "runs"),
+        Path("POST", "/v1/activations", activations.stream, "runs"),
         Path("POST", "/v1/sessions", work.start, "work"),
         Path("POST", "/v1/sessions/{session_id}/heartbeat", work.beat, "work"),
         Path("DELETE", "/v1/sessions/{session_id}", work.end, "work"),

@@ -115,6 +115,9 @@ def _operation(one: Any, path: str) -> dict[str, Any]:
     body = _BODY.get((one.method, path))
     if path.endswith("/items"):
         described["requestBody"] = {"required": True, "content": {"application/x-ndjson": {"schema": _TEXT}}}
+    elif path == "/v1/activations":
+        kind = {"type": "string", "format": "binary"}
+        described["requestBody"] = {"required": True, "content": {"application/x-protobuf": {"schema": kind}}}
     elif body is not None:
         schema = {"$ref": f"#/components/schemas/{body}"}
         is_needed = body in ("CreateBatch", "NewBatch")

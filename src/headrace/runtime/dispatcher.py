@@ -20,6 +20,7 @@ import structlog
 from headrace.core.activation import LANE, Note
 from headrace.core.failure import Failure
 from headrace.core.pack import REFERENCE
+from headrace.core.rules import Rules
 from headrace.core.run import CANCELLED, EXPIRED, FAILED
 from headrace.core.span import OVERDUE
 from headrace.foundation.errors import EngineFault, HeadraceError, ObjectMissing, SessionEnded, StoreUnavailable
@@ -29,6 +30,7 @@ from headrace.runtime.flusher import Flusher, UpdatesUnflushed
 from headrace.runtime.handouts import Deadlines, Handout, Held, Line, Wish, is_activation
 from headrace.runtime.recovery import DISPATCHER
 from headrace.runtime.reports import Report, Reporting, Stray, Told, Update, Verdict, verdict_of
+from headrace.runtime.rules import RuleBook
 from headrace.runtime.work import Work
 from headrace.store.protocol import Heartbeat, Release
 
@@ -79,14 +81,15 @@ class Dispatcher:
         engine: Engine,
         *,
         flush_interval_ms: int | None = None,
-        is_killed: Callable[[Handout], bool] = lambda _handout: False,
+        is_killed: Callable[[Rules, str, bytes], bool] = lambda _rules, _name, _payload: False,
     ) -> None:
         """`flush_interval_ms`: how long a report may wait for others; None for natural batching.
 
-        `is_killed` says of which activations nothing may be done any more.
+        `is_killed` says which activations, by rules, task and payload, are dropped instead of handed out.
         """
         self.engine = engine
-        self.is_killed = is_killed
+        self._rules = RuleBook(engine)
+        self._is_killed = is_killed
         self.overdue_count = 0
         self._broker = Broker(engine, kind=DISPATCHER)
         self._broker.on_ended = self._session_ended
@@ -112,6 +115,7 @@ class Dispatcher:
         if self._ticking is not None:
             return
         await self._broker.start()
+        await self._rules.refresh()
         limits = self.engine.limits
         self._flusher = Flusher(
             self._reporting.flush,
@@ -259,7 +263,7 @@ class Dispatcher:
                 self.refuse(handout, "a run of the lane of activations has no id to go out under")
             elif 0 < expires_us <= now_us:
                 self._end(handout, Verdict(EXPIRED, b"", 0, ""))
-            elif self.is_killed(handout):
+            elif self._is_killed(self._rules.rules, handout.extra.name, handout.payload):
                 self._end(handout, Verdict(CANCELLED, b"", 0, ""))
             else:
                 return handout
@@ -466,6 +470,7 @@ class Dispatcher:
 
     async def tick(self) -> None:
         """One round: who is overdue, and what has been in line for long."""
+        await self._rules.refresh()
         now_us = self.engine.clock.now_us()
         for handout in self._deadlines.overdue(now_us, OVERDUE_MAX):
             if handout.is_claimed:

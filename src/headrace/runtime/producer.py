@@ -97,6 +97,10 @@ class Producer:
                 await self._leave_stream(stream_id)
         raise StoreUnavailable("streams end faster than they begin", hint="are batches being cancelled?")
 
+    async def put_all(self, runs: Sequence[tuple[Key, bytes, int, Extra | None]]) -> list[bool]:
+        """Many runs at once, in their order; answers of each whether it is new."""
+        return [is_new for _, _, is_new in await asyncio.gather(*(self.put_new(*run) for run in runs))]
+
     async def _leave_stream(self, stream_id: str) -> None:
         """Somebody ended the stream: this process's session with it, when it was taken for dead."""
         async with self._starting:

@@ -15,6 +15,8 @@ from typing import Any, Final, NamedTuple
 
 import structlog
 
+from headrace.core.activation import LANE
+from headrace.core.rules import rules_of
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import MINUTE_MS, SECOND_MS
@@ -60,6 +62,8 @@ class Upkeep:
             Duty("recover_silent", self._recover_silent, 30 * SECOND_MS, interval_ms),
             Duty("sweep", self._sweep, MINUTE_MS, interval_ms),
             Duty("prune", self._prune, 5 * MINUTE_MS, interval_ms),
+            Duty("demote", self._demote, MINUTE_MS, interval_ms),
+            Duty("purge_dead", self._purge_dead, MINUTE_MS, max(interval_ms, MINUTE_MS)),
             Duty("remove_orphans", self._remove_orphans, 60 * MINUTE_MS, max(interval_ms, ORPHANS_EVERY_MS)),
         )
         self.stats = engine.duties
@@ -155,6 +159,12 @@ class Upkeep:
     async def _prune(self) -> tuple[int, int]:
         return await self.prune(), 0
 
+    async def _demote(self) -> tuple[int, int]:
+        return await self.demote(), 0
+
+    async def _purge_dead(self) -> tuple[int, int]:
+        return await self.purge_dead(), 0
+
     async def _remove_orphans(self) -> tuple[int, int]:
         return await self.remove_orphans(), 0
 
@@ -185,6 +195,29 @@ class Upkeep:
             count += len(pruned.batches)
             if not pruned.more:
                 return count
+
+    async def demote(self) -> int:
+        """What waits in demoted queues waits in those that took their place; answers how many spans moved."""
+        engine, moved_count = self._engine, 0
+        for source, target in rules_of(await engine.store.rules(engine.environment)).demotions.items():
+            while True:
+                count = await engine.store.move_waiting(engine.environment, LANE, source, target, spans_max=ROWS_MAX)
+                moved_count += count
+                if count < ROWS_MAX:
+                    break
+        if moved_count:
+            engine.doorbell.ring()
+        return moved_count
+
+    async def purge_dead(self) -> int:
+        """Dead letters that nobody looked at for long go; answers how many."""
+        engine, count = self._engine, 0
+        if not engine.limits.dead_letter_retention_ms:
+            return 0
+        before_us = engine.clock.now_us() - engine.limits.dead_letter_retention_ms * 1_000
+        while page := await engine.store.dead_letters(engine.environment, before_us=before_us, limit=ROWS_MAX):
+            count += await engine.store.purge_dead(engine.environment, [(dead.batch_id, dead.index) for dead in page])
+        return count
 
     async def remove_orphans(self) -> int:
         """Objects older than the grace that no row names (their append never came) go; answers how many."""

@@ -342,6 +342,17 @@ class MemoryStore:
         with self._changing() as tables:
             tables.rules[environment, name] = value
 
+    async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
+        """Let what waits in one queue wait in another, a bounded step."""
+        with self._changing() as tables:
+            return writing.move_waiting(tables, environment, task, source, target, spans_max)
+
+    async def size_bytes(self) -> int:
+        """The inputs and outcomes that are kept."""
+        tables = self._now()
+        inputs = sum(len(block.chunk.items) for block in tables.blocks.values())
+        return inputs + sum(len(part.results) for part in tables.parts.values())
+
     async def verify(self, batch_id: str) -> Verification:
         """Count a batch from its chunks and compare."""
         return reading.verify(self._now(), batch_id)

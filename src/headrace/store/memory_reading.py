@@ -260,6 +260,7 @@ def run(tables: Tables, batch_id: str, index: int) -> RunView:
     view.payload, view.kind = payload(tables, batch, index)
     view.headers, view.tags, view.idempotency_key = extra.headers, list(extra.tags), extra.idempotency_key
     view.kept = extra.kept
+    view.name = extra.name
     if home.state in WITH_RESULT:
         view.result, view.result_kind = _results(tables, batch_id).get((block_id, position), NOTHING)
     view.attempts = [

@@ -379,6 +379,20 @@ def promote(tables: Tables, now_us: int) -> None:
             )
 
 
+def move_waiting(tables: Tables, environment: str, task: str, source: str, target: str, spans_max: int) -> int:
+    """Let what waits in one queue wait in another."""
+    found = [
+        span
+        for span in reading.waiting(tables)
+        if (span.state, span.environment, span.task, span.queue) == (spans.WAITING, environment, task, source)
+    ]
+    if found:
+        tables.queues.setdefault((environment, target), Queue())
+    for span in sorted(found, key=reading.place_in_line)[:spans_max]:
+        tables.spans[span.id] = msgspec.structs.replace(span, queue=target)
+    return min(len(found), spans_max)
+
+
 def take(tables: Tables, claim: Claim, now_us: int) -> list[Span]:
     """Put the best spans under a lease; the last is split when it holds more runs than are wanted."""
     line = [

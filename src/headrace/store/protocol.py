@@ -160,7 +160,10 @@ class Outcome(msgspec.Struct, kw_only=True):
 
 
 class RunView(msgspec.Struct, kw_only=True):
-    """All that is known of one run, for people. `kept`: options that are echoed, as JSON."""
+    """All that is known of one run, for people. `kept`: options that are echoed, as JSON.
+
+    `name`: what the task of an activation is called.
+    """
 
     batch_id: str
     index: int
@@ -182,6 +185,7 @@ class RunView(msgspec.Struct, kw_only=True):
     result_kind: int
     attempts: list[dict[str, object]]
     kept: bytes = b""
+    name: str = ""
 
 
 class QueueView(msgspec.Struct, kw_only=True):
@@ -426,6 +430,12 @@ class Store(Protocol):
 
     async def keep_rules(self, environment: str, name: str, value: bytes) -> None:
         """Decide anew."""
+
+    async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
+        """Let what waits of a task in one queue wait in another, a bounded step; answers how many spans moved."""
+
+    async def size_bytes(self) -> int:
+        """How much room the store takes where it is."""
 
     async def verify(self, batch_id: str) -> Verification:
         """Count a batch from its chunks and compare with its counters, results and received set."""

@@ -193,6 +193,7 @@ def run(batch_id: str, index: int) -> Script[RunView]:
     view.headers, view.tags, view.idempotency_key = extra.headers, list(extra.tags), extra.idempotency_key
     view.result, view.result_kind, view.attempts = result, result_kind, attempts
     view.kept = extra.kept
+    view.name = extra.name
     return view
 
 
@@ -389,3 +390,9 @@ def next_due_us(environment: str, tasks: Sequence[str]) -> Script[int | None]:
     """When the next delayed span of some tasks becomes claimable."""
     (due_us,) = yield from fetch_first("next_due", environment=environment, tasks=as_json(list(tasks)))
     return None if due_us is None else int(due_us)
+
+
+def size_bytes() -> Script[int]:
+    """How much room the database takes."""
+    (size,) = yield from fetch_first("size_bytes")
+    return int(size)

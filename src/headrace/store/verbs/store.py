@@ -212,6 +212,14 @@ class ScriptedStore(ABC):
         """Decide anew."""
         await self._write(lambda: burying.keep_rules(environment, name, value))
 
+    async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
+        """Let what waits in one queue wait in another, a bounded step."""
+        return await self._write(lambda: working.move_waiting(environment, task, source, target, spans_max))
+
+    async def size_bytes(self) -> int:
+        """How much room the database takes."""
+        return await self._read(reading.size_bytes)
+
     async def verify(self, batch_id: str) -> Verification:
         """Count a batch from its chunks."""
         return await self._read(lambda: reading.verify(batch_id))

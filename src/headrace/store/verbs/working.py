@@ -256,6 +256,16 @@ def pause_queue(environment: str, name: str, *, paused: bool) -> Script[None]:
     yield from fetch("pause_queue", environment=environment, name=name, paused=int(paused))
 
 
+def move_waiting(environment: str, task: str, source: str, target: str, spans_max: int) -> Script[int]:
+    """Let what waits in one queue wait in another; what is held by somebody stays for the next step."""
+    rows = yield from fetch("lock_waiting", environment=environment, task=task, queue=source, rows_max=spans_max)
+    if rows:
+        yield from fetch("know_queue", environment=environment, name=target)
+        yield from fetch("know_lanes", environment=environment, rows=as_json([(target, task)]))
+        yield from fetch("move_spans", ids=as_json([row[0] for row in rows]), queue=target)
+    return len(rows)
+
+
 def settle(settlements: Sequence[Settlement], now_us: int) -> Script[list[str]]:
     """Record outcomes of many leases; counters and completion are in the same transaction."""
     spans = yield from _spans_by_id([settlement.span_id for settlement in settlements])

@@ -26,3 +26,13 @@ SELECT name, value FROM {schema}.rule WHERE environment = :environment ORDER BY 
 -- keep_rules: what people decided anew
 INSERT INTO {schema}.rule (environment, name, value) VALUES (:environment, :name, :value)
 ON CONFLICT (environment, name) DO UPDATE SET value = excluded.value;
+
+-- lock_waiting: what waits in one lane, in claim order, about to be moved
+SELECT id FROM {schema}.span WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task
+ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max FOR UPDATE SKIP LOCKED;
+
+-- move_spans: spans that wait in another queue from now on
+UPDATE {schema}.span SET queue = :queue WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint)) AND state = 'waiting';
+
+-- size_bytes: how much room the database takes
+SELECT pg_database_size(current_database());

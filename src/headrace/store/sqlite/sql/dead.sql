@@ -26,3 +26,13 @@ SELECT name, value FROM rule WHERE environment = :environment ORDER BY name;
 -- keep_rules: what people decided anew
 INSERT INTO rule (environment, name, value) VALUES (:environment, :name, :value)
 ON CONFLICT (environment, name) DO UPDATE SET value = excluded.value;
+
+-- lock_waiting: what waits in one lane, in claim order, about to be moved
+SELECT id FROM span WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task
+ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max;
+
+-- move_spans: spans that wait in another queue from now on
+UPDATE span SET queue = :queue WHERE id IN (SELECT value FROM json_each(:ids)) AND state = 'waiting';
+
+-- size_bytes: how much room the database takes
+SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size();

@@ -1,0 +1,60 @@
+"""What is pushed: the dispatcher's activations as the push pool asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from headrace.core.activation import SEPARATOR
+from headrace.grpc.activations import message_of
+from headrace.grpc.delivery import Delivery
+from headrace.runtime.dispatcher import Dispatcher
+from headrace.runtime.handouts import Wish
+
+WAIT_S: Final = 1.0
+
+
+class DispatchedDeliveries:
+    """The activations of one dispatcher, on their way to workers that do not fetch (`headrace.grpc.delivery`)."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[Delivery]:
+        """Claim at most so many of an application, best first, waiting a little for some to come."""
+        dispatcher, engine = self._dispatcher, self._dispatcher.engine
+        rings_count = engine.doorbell.rings_count
+        taken = await dispatcher.take(Wish(application), count_max, lease_ms=lease_ms)
+        if not taken:
+            wait_s = min(WAIT_S, engine.limits.poll_interval_ms / 1_000)
+            await engine.doorbell.wait(engine.clock, wait_s, since=rings_count)
+            taken = await dispatcher.take(Wish(application), count_max, lease_ms=lease_ms)
+        found = []
+        for handout in taken:
+            try:
+                message = message_of(handout, engine.clock.now_us())
+            except DecodeError:
+                dispatcher.refuse(handout, "its bytes are no TaskActivation")
+                continue
+            found.append(Delivery(handout.name, application, message.SerializeToString()))
+        return found
+
+    async def mark(self, ids: Sequence[str]) -> None:
+        """These are with their workers, and their deadlines begin."""
+        self._dispatcher.mark(ids)
+
+    async def give_back(self, ids: Sequence[str]) -> None:
+        """These did not reach a worker."""
+        self._dispatcher.put_back(ids)
+
+    async def parked(self, applications: Sequence[str]) -> Mapping[str, int]:
+        """How many wait for applications that are none of these."""
+        engine = self._dispatcher.engine
+        found: dict[str, int] = {}
+        for view in await engine.store.queues(engine.environment):
+            application, separator, _ = view.name.partition(SEPARATOR)
+            if separator and application not in applications and view.waiting_count:
+                found[application] = found.get(application, 0) + view.waiting_count
+        return found

@@ -1,0 +1,118 @@
+"""How much may wait: past a bound ingest waits a little for room, then its sender is told when to come again.
+
+What stands in the queues is counted by the store, seldom: at most a twentieth of the time goes into counting. Between
+two counts a server adds what it lets in itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any, ClassVar, Final, NamedTuple
+
+from headrace.core.span import Key
+from headrace.foundation.errors import EngineFault
+from headrace.runtime.engine import Engine
+
+COUNT_EACH_S: Final = 0.25
+COUNTING_SHARE: Final = 20
+STEP_S: Final = 0.1
+RETRY_S: Final = 5
+"""When whoever found no room may come again."""
+
+STATES: Final = ("waiting", "delayed", "leased")
+
+
+class NoRoom(EngineFault):
+    """A bound on what may wait is reached; there is room again when workers have caught up."""
+
+    code: ClassVar[str] = "NO_ROOM"
+    status: ClassVar[int] = 429
+
+
+class _Counts(NamedTuple):
+    by_queue: dict[str, Counter[str]]
+    overall: Counter[str]
+    bytes_count: int
+
+
+class Pressure:
+    """The bounds of one environment, as one server sees them. Owned by one event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._counts = _Counts({}, Counter(), 0)
+        self._fresh_until_us = 0
+        limits = engine.limits
+        self._per_queue = {state: getattr(limits, f"queue_{state}_max") for state in STATES}
+        self._overall = {state: getattr(limits, f"{state}_max") for state in STATES}
+        self._bytes_max = limits.store_mib_max * 1024 * 1024
+        self.is_bounded = any((*self._per_queue.values(), *self._overall.values(), self._bytes_max))
+
+    async def admit(self, keys: Sequence[Key]) -> None:
+        """Let runs with these keys in, waiting for room for a while. Raises `NoRoom`."""
+        if not self.is_bounded or not keys:
+            return
+        clock = self._engine.clock
+        until_us = clock.now_us() + self._engine.limits.ingest_wait_ms * 1_000
+        while (reason := await self._reason(keys)) is not None:
+            left_s = (until_us - clock.now_us()) / 1_000_000
+            if left_s <= 0:
+                raise NoRoom(
+                    f"no room: {reason}", hint=f"send it again in {RETRY_S} s, or add workers", retry_after_s=RETRY_S
+                )
+            await clock.sleep(min(left_s, STEP_S))
+        for key in keys:
+            state = "delayed" if key.due_us > clock.now_us() else "waiting"
+            self._counts.by_queue.setdefault(key.queue, Counter())[state] += 1
+            self._counts.overall[state] += 1
+
+    async def _reason(self, keys: Sequence[Key]) -> str | None:
+        """Which bound these runs would exceed; None when there is room."""
+        counts = await self._fresh()
+        now_us = self._engine.clock.now_us()
+        if 0 < self._bytes_max <= counts.bytes_count:
+            return f"the store has {counts.bytes_count} bytes, and store_mib_max is {self._bytes_max >> 20}"
+        coming = Counter((key.queue, "delayed" if key.due_us > now_us else "waiting") for key in keys)
+        totals: Counter[str] = Counter()
+        for (queue, state), count in coming.items():
+            totals[state] += count
+            own = counts.by_queue.get(queue, Counter())
+            for bound in (state, "leased"):
+                most = self._per_queue[bound]
+                there = own[bound] + (count if bound == state else 0)
+                if most and (there > most if bound == state else there >= most):
+                    return f"{queue} has {own[bound]} {bound}, and queue_{bound}_max is {most}"
+        for state in STATES:
+            most = self._overall[state]
+            there = counts.overall[state] + totals[state]
+            if most and (there > most if state != "leased" else there >= most):
+                return f"{counts.overall[state]} are {state}, and {state}_max is {most}"
+        return None
+
+    async def _fresh(self) -> _Counts:
+        engine = self._engine
+        if engine.clock.now_us() < self._fresh_until_us:
+            return self._counts
+        began = perf_counter()
+        views = await engine.store.queues(engine.environment)
+        bytes_count = await engine.store.size_bytes() if self._bytes_max else 0
+        took_s = perf_counter() - began
+        by_queue = {
+            view.name: Counter(waiting=view.waiting_count, delayed=view.delayed_count, leased=view.leased_count)
+            for view in views
+        }
+        overall: Counter[str] = Counter()
+        for own in by_queue.values():
+            overall.update(own)
+        self._counts = _Counts(by_queue, overall, bytes_count)
+        age_s = max(COUNT_EACH_S, COUNTING_SHARE * took_s)
+        self._fresh_until_us = engine.clock.now_us() + int(age_s * 1_000_000)
+        return self._counts
+
+
+def retry_after_s(error: NoRoom) -> int:
+    """When its sender may come again."""
+    told: Any = error.ids.get("retry_after_s", RETRY_S)
+    return int(told)

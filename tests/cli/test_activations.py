@@ -1,0 +1,102 @@
+"""Activations at the shell: brought in from a file, looked at when they died, dropped, sent to other queues."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from tests.cli.conftest import Shell
+from tests.grpc.broker import DEADLETTER, FAILURE, Broker, activation, engine_on, stream
+
+
+async def fail_all(folder: Path, count: int) -> None:
+    """Activations whose worker reports that they failed."""
+    engine = await engine_on("sqlite", folder)
+    broker = Broker(engine)
+    await broker.dispatcher.start()
+    await broker.filled(count, retry={"on_attempts_exceeded": DEADLETTER})
+    await broker.drained(2, FAILURE)
+    await broker.dispatcher.stop()
+    await broker.producer.close()
+    await engine.close()
+
+
+def test_a_file_is_loaded_and_loaded_again(shell: Shell) -> None:
+    shell.write("some.bin", stream(*(activation(number) for number in range(30)), activation(30, taskname="")))
+    first = shell("activations", "load", "some.bin", "--json")
+    assert first.code == 3
+    assert {name: first.json[name] for name in ("accepted", "duplicates", "refused")} == {
+        "accepted": 30, "duplicates": 0, "refused": 1
+    }  # fmt: skip
+    assert first.json["refusals"][0]["number"] == 30
+    shell.write("some.bin", stream(*(activation(number) for number in range(31))))
+    again = shell("activations", "load", "some.bin")
+    assert (again.code, again.out) == (0, "1 activation, 30 known already\n")
+    (listed,) = shell("queue", "list", "--json").json["queues"]
+    assert (listed["name"], listed["waiting_count"]) == ("app:mail", 31)
+
+
+def test_a_file_that_is_none_or_is_broken_is_told(shell: Shell) -> None:
+    missing = shell("activations", "load", "none.bin")
+    assert (missing.code, "can't be read" in missing.err) == (2, True)
+    shell.write("broken.bin", b"\xff\xff\xff\xff\xff")
+    broken = shell("activations", "load", "broken.bin")
+    assert (broken.code, "no length" in broken.err) == (2, True)
+
+
+def test_dead_letters_are_listed_redriven_and_purged(shell: Shell) -> None:
+    asyncio.run(fail_all(shell.place, 5))
+    dead = shell("dead", "list", "--json").json["dead"]
+    assert [one["activation"] for one in dead] == [f"id_{number}" for number in range(5)]
+    assert {(one["task"], one["queue"], one["attempt"]) for one in dead} == {("send", "app:mail", 1)}
+    assert "send" in shell("dead", "list").out
+    assert shell("dead", "redrive", dead[0]["id"], "--json").json == {"redriven": 1}
+    assert shell("dead", "purge", dead[1]["id"], dead[2]["id"]).out == "2 dead letters purged\n"
+    unknown = shell("dead", "redrive", dead[0]["id"])
+    assert (unknown.code, "no dead letters" in unknown.err) == (2, True)
+    assert shell("dead", "redrive", "--all", "--queue", "app:none").out == "0 runs will be run again\n"
+    assert shell("dead", "redrive", "--all").out == "2 runs will be run again\n"
+    assert shell("dead", "list").out == "no dead letters\n"
+    (listed,) = shell("queue", "list", "--json").json["queues"]
+    assert listed["waiting_count"] == 3
+
+
+def test_which_dead_letters_are_meant_must_be_said(shell: Shell) -> None:
+    asyncio.run(fail_all(shell.place, 1))
+    for command in ("redrive", "purge"):
+        nothing = shell("dead", command)
+        assert (nothing.code, "which dead letters" in nothing.err) == (2, True)
+        both = shell("dead", command, "run_00000000000000000000000000_0", "--all")
+        assert both.code == 2
+
+
+def test_the_killswitch_is_set_looked_at_and_let_go(shell: Shell) -> None:
+    asyncio.run(fail_all(shell.place, 1))
+    assert shell("killswitch", "list").out == "nothing is dropped\n"
+    assert shell("killswitch", "add", "send").out == "send is dropped\n"
+    shell("killswitch", "add", "send")
+    shell("killswitch", "add", "other", "--arg", "0=17", "--kwarg", 'to="x"')
+    assert shell("killswitch", "list", "--json").json == {
+        "killswitch": [
+            {"task": "send", "args": {}, "kwargs": {}},
+            {"task": "other", "args": {"0": 17}, "kwargs": {"to": "x"}},
+        ]
+    }
+    shell.write("some.bin", stream(activation("new"), activation("more", taskname="fine")))
+    assert shell("activations", "load", "some.bin").out == "1 activation, 0 known already, 1 switched off\n"
+    assert shell("killswitch", "remove", "send").out == "send runs\n"
+    assert [one["task"] for one in shell("killswitch", "list", "--json").json["killswitch"]] == ["other"]
+    for wrong in ("to", "=1", "to=x"):
+        assert shell("killswitch", "add", "other", "--kwarg", wrong).code == 2
+    assert shell("killswitch", "add", "other", "--arg", "first=1").code == 2
+
+
+def test_a_queue_is_demoted_and_restored(shell: Shell) -> None:
+    asyncio.run(fail_all(shell.place, 1))
+    assert shell("queue", "demote", "app:mail", "--to", "app:slow").out == "app:mail goes to app:slow\n"
+    shell.write("some.bin", stream(activation("new")))
+    shell("activations", "load", "some.bin")
+    listed = {view["name"]: view["waiting_count"] for view in shell("queue", "list", "--json").json["queues"]}
+    assert listed == {"app:mail": 0, "app:slow": 1}
+    assert shell("queue", "demote", "app:mail", "--to", "app:mail").code == 2
+    assert shell("queue", "restore", "app:mail", "--json").json == {"demotions": {}}

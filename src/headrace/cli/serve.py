@@ -179,11 +179,21 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
     from headrace.foundation.errors import InvalidSetting
 
     try:
+        from headrace.grpc.taskbroker import dispatching
         from headrace.http.grpc_calls import answering
     except ModuleNotFoundError as error:
         if settings.delivery is not None or settings.grpc_secrets:
             raise InvalidSetting(f"gRPC needs {error.name}", hint="pip install 'headrace[grpc]'") from None
         yield None
         return
-    async with answering(service, secrets=settings.grpc_secrets) as server:
-        yield server
+    delivery = settings.delivery
+    if delivery is None and (settings.grpc_secrets or _is_loopback(settings.host)):
+        delivery = "pull"
+    async with AsyncExitStack() as stack:
+        consumer = None
+        if delivery is not None:
+            is_timed = settings.sources["flush_interval_ms"] != "default"
+            interval_ms = settings.limits.flush_interval_ms if is_timed else None
+            made = dispatching(service.engine, delivery=delivery, ack=settings.ack, flush_interval_ms=interval_ms)
+            consumer = (await stack.enter_async_context(made)).consumer
+        yield await stack.enter_async_context(answering(service, secrets=settings.grpc_secrets, consumer=consumer))

@@ -87,6 +87,8 @@ TABLE: Final[Mapping[str, Limit]] = {
         Limit("grpc_message_bytes_max", "bytes", 52 * MIB, KIB, 1_024 * MIB, "One message over gRPC, in or out, decompressed."),
         Limit("grpc_calls_max", "calls", 256, 1, 65_536, "Calls of one gRPC connection under way at a time."),
         Limit("grpc_buffer_bytes_max", "bytes", 256 * MIB, KIB, 65_536 * MIB, "Messages of all gRPC calls that one server holds at a time."),
+        Limit("push_concurrency", "calls", 32, 1, 65_536, "Activations on their way to one endpoint at a time."),
+        Limit("push_timeout_ms", "ms", 30_000, 100, HOUR_MS, "How long a worker may take to accept an activation."),
         Limit("index_batch_events_max", "events", 5_000, 1, 1_000_000, "Events whose handlers run before what they wrote is handed to the committer."),
         Limit("index_depth_max", "batches", 8, 0, 1_000, "Batches of an indexer that may wait for their commit; 0 awaits each."),
         Limit("index_memory_mib", "MiB", 256, 1, 1_000_000, "Rows that an indexer keeps in memory, staged ones included."),
@@ -160,6 +162,8 @@ class Limits:
     grpc_message_bytes_max: int = TABLE["grpc_message_bytes_max"].default
     grpc_calls_max: int = TABLE["grpc_calls_max"].default
     grpc_buffer_bytes_max: int = TABLE["grpc_buffer_bytes_max"].default
+    push_concurrency: int = TABLE["push_concurrency"].default
+    push_timeout_ms: int = TABLE["push_timeout_ms"].default
     index_batch_events_max: int = TABLE["index_batch_events_max"].default
     index_depth_max: int = TABLE["index_depth_max"].default
     index_memory_mib: int = TABLE["index_memory_mib"].default

@@ -7,11 +7,15 @@ from typing import NamedTuple, Protocol
 
 
 class Delivery(NamedTuple):
-    """One activation on its way to a worker. `activation` is the message as it goes over the wire."""
+    """One activation on its way to a worker. `activation` is the message as it goes over the wire.
+
+    `at_most_once`: it may not be given back once a worker may have begun it.
+    """
 
     id: str
     application: str
     activation: bytes
+    at_most_once: bool = False
 
 
 class Deliveries(Protocol):
@@ -21,7 +25,7 @@ class Deliveries(Protocol):
         """Claim at most so many activations of an application, best first.
 
         They are the caller's for `lease_ms`, by when it has marked them or given them back; what it did neither with is
-        claimable again then, its attempts unchanged. Waits up to a second or so for some to come; none is an answer.
+        claimable again then, its attempts unchanged. None is an answer.
         """
 
     async def mark(self, ids: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ STREAM_WINDOW: Final = 256 * 1024
 TAKE_BYTES: Final = 256 * 1024
 """About what one `take` hands out of messages that wait for room."""
 
+LAST_ID: Final = 2**31 - 1
 PATIENCE_MAX: Final = 2_000
 PAYING_BYTES: Final = 1_024
 """A frame of ours of this size pays for the window updates that it will bring."""
@@ -119,6 +120,11 @@ class Sender:
         """Calls under way, with those whose handlers have yet to end."""
         return len(self._streams) + len(self._lingering)
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether a client has used up nearly all numbers there are, and should begin a new connection."""
+        return self._next_id > LAST_ID - 2_000
+
     def answer(self, stream_id: int, message: bytes) -> None:
         """End a call with its message."""
         stream = self._streams.get(stream_id)
@@ -173,10 +179,8 @@ class Sender:
             self._forget(stream)
 
     def call(self, block: bytes, message: bytes) -> int:
-        """A client's call; answers its number. Raises `RuntimeError` when the numbers are used up."""
+        """A client's call; answers its number."""
         stream_id = self._next_id
-        if stream_id > frames.WINDOW_MAX:
-            raise RuntimeError("the connection has no numbers left")
         self._next_id += 2
         stream = self._streams[stream_id] = Stream(stream_id, self._stream_window)
         self._out.append(frames.frame(frames.HEADERS, frames.END_HEADERS, stream_id, block))

@@ -62,6 +62,12 @@ def sqlite_value(column: Column, value: Any) -> Any:
     return value if encode is None or value is None else encode(value)
 
 
+def sqlite_ids(entity: EntityType, ids: Iterable[Any]) -> list[tuple[Any]]:
+    """Ids as SQLite binds them, each as a row of one."""
+    encode = sqlite_encoder(entity.id_column)
+    return list(zip(ids if encode is None else map(encode, ids), strict=True))
+
+
 def sqlite_rows(entity: EntityType, rows: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Rows as SQLite binds them."""
     found = list(map(astuple, rows))

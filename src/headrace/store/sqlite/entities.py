@@ -17,7 +17,7 @@ from headrace.core.condition import Condition
 from headrace.core.entity import ID, INTEGER, EntityType
 from headrace.core.sequencer import Position
 from headrace.foundation.errors import StoreUnavailable
-from headrace.store.entities.codecs import RowReader, sqlite_rows, sqlite_value
+from headrace.store.entities.codecs import RowReader, sqlite_ids, sqlite_rows, sqlite_value
 from headrace.store.entities.protocol import Commit, Plan, Standing, Write
 from headrace.store.entities.schema import Change, changes_of, check_names, tables_of
 from headrace.store.entities.sql import Dialect
@@ -200,14 +200,12 @@ class SqliteEntities:
         rows = sqlite_rows(entity, write.rows)
         for piece in _pieces(rows, len(entity.columns)):
             connection.execute(dialect.upsert(entity, _values(len(piece), len(entity.columns))), _flat(piece))
-        for ids in _pieces([(sqlite_value(entity.id_column, own),) for own in write.deleted], 1):
+        for ids in _pieces(sqlite_ids(entity, write.deleted), 1):
             connection.execute(dialect.delete(entity, len(ids)), _flat(ids))
 
     def _keep(self, connection: sqlite3.Connection, write: Write) -> None:
         entity, dialect = write.entity, self._dialect
-        ids = [
-            (sqlite_value(entity.id_column, own),) for own in dict.fromkeys(row_id for row_id, _, _ in write.changes)
-        ]
+        ids = sqlite_ids(entity, dict.fromkeys(row_id for row_id, _, _ in write.changes))
         for piece in _pieces(ids, 1):
             connection.execute(dialect.anchor(entity, len(piece)), _flat(piece))
         width = len(entity.columns) + 2
@@ -245,7 +243,7 @@ class SqliteEntities:
     async def load(self, entity: EntityType, ids: Sequence[Any]) -> list[Any]:
         """Rows by id."""
         found: list[Any] = []
-        for piece in _pieces([(sqlite_value(entity.id_column, own),) for own in ids], 1):
+        for piece in _pieces(sqlite_ids(entity, ids), 1):
             found += self._rows(self._dialect.select_ids(entity, len(piece)), _flat(piece))
         return self._reader(entity).rows(found)
 

@@ -27,6 +27,7 @@ class House(NamedTuple):
     name: str
     store: Store
     entities: EntityStore
+    url: str = ""
 
 
 def _memory(_: Path) -> House:
@@ -35,13 +36,20 @@ def _memory(_: Path) -> House:
 
 
 def _sqlite(folder: Path) -> House:
-    store = SqliteStore(folder / "headrace.db", DEFAULT)
-    return House("sqlite", store, SqliteEntities(store, RUNS_MAX))
+    return house_at(f"sqlite:///{folder}/headrace.db")
 
 
 def _postgres(folder: Path) -> House:
-    store = PostgresStore(fresh_schema(folder), DEFAULT)
-    return House("postgres", store, PostgresEntities(store, RUNS_MAX))
+    return house_at(fresh_schema(folder))
+
+
+def house_at(url: str) -> House:
+    """The house of a URL, not opened."""
+    if url.startswith("postgresql:"):
+        store = PostgresStore(url, DEFAULT)
+        return House("postgres", store, PostgresEntities(store, RUNS_MAX), url)
+    own = SqliteStore(Path(url.removeprefix("sqlite:///")), DEFAULT)
+    return House("sqlite", own, SqliteEntities(own, RUNS_MAX), url)
 
 
 HOUSES: Mapping[str, Callable[[Path], Any]] = {"memory": _memory, "sqlite": _sqlite, "postgres": _postgres}
@@ -50,7 +58,13 @@ HOUSES: Mapping[str, Callable[[Path], Any]] = {"memory": _memory, "sqlite": _sql
 @asynccontextmanager
 async def opened(name: str, folder: Path) -> AsyncIterator[House]:
     """A house of that name in a folder, empty or as it was left there."""
-    house: House = HOUSES[name](folder)
+    async with opened_house(HOUSES[name](folder)) as house:
+        yield house
+
+
+@asynccontextmanager
+async def opened_house(house: House) -> AsyncIterator[House]:
+    """A house for a block."""
     await house.store.open()
     try:
         yield house

@@ -81,6 +81,17 @@ class _Known:
         return self._spec, Options(), self._spec.codec.encode(args, kwargs)
 
 
+def busy(count: int) -> list[tuple[int, Ops]]:
+    """Events of which each writes both tables and calls an effect, and every fourth deletes a row and enqueues a run."""
+    return [
+        (n, Ops([Op("add", n % 5, n), Op("note", n % 2, n, n), Op("effect", n % 3), *([] if n % 4 else _FOURTH)]))
+        for n in range(1, count + 1)
+    ]
+
+
+_FOURTH = [Op("delete", 4), Op("enqueue", 1)]
+
+
 async def _do(op: Op, ctx: Context, double: Any, task: Any) -> None:
     if op.do in ("add", "paint", "move"):
         cell = await ctx.get_or_create(Cell, op.a)

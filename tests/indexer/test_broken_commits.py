@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +12,17 @@ import asyncpg
 import pytest
 
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
-from headrace.store.postgres.pool import Connection
-from tests.indexer.programs import Op, Ops, make
-from tests.indexer.rig import Left, Listed, rig
+from tests.forks import forks_of
+from tests.indexer.doomed import BATCH, Deadly, pruned
+from tests.indexer.harm import ANSWERED, commits_told
+from tests.indexer.houses import opened
+from tests.indexer.programs import busy, make
+from tests.indexer.rig import Left, Listed, Rig, rig
 from tests.postgres import server
 
-LOG = [
-    (n, Ops([Op("add", n % 5, n), Op("note", n % 2, n, n), Op("effect", n % 3), Op("enqueue", n), *([Op("delete", 4)] if n % 7 == 0 else [])]))
-    for n in range(1, 41)
-]  # fmt: skip
-
-LONG: list[Any] = [(n, LOG[n % 40][1]) for n in range(1, 61)]
-
-
-class Breaking:
-    """A connection of SQLite whose statement number `at` fails, once."""
-
-    def __init__(self, connection: sqlite3.Connection, at: int) -> None:
-        self._connection = connection
-        self.left = at
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._connection, name)
-
-    def execute(self, sql: str, *values: Any) -> Any:
-        self.left -= 1
-        if self.left == 0 and sql != "ROLLBACK":
-            error = sqlite3.OperationalError("database or disk is full")
-            error.sqlite_errorname = "SQLITE_FULL"
-            raise error
-        return self._connection.execute(sql, *values)
+LOG = busy(4)
+LONG = busy(60)
+DEATHS = 220
 
 
 async def whole(log: list[Any]) -> Left:
@@ -48,101 +31,117 @@ async def whole(log: list[Any]) -> Left:
         return await plain.left(await plain.run(Listed(log)))
 
 
-async def test_a_full_disk_at_any_statement_of_a_commit_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    async with rig("sqlite", tmp_path, make) as own:
-        wanted = await whole(LOG)
-        entities: Any = own.house.entities
-        opened = type(entities)._connection
-        at = 1
-        while True:
-            await own.forget()
-            async with own.running(Listed(LOG[:20]), index_batch_events_max=20) as indexing:
-                await indexing.run()
-            before = await own.left(indexing)
-            breaking: list[Breaking] = []
-
-            def broken(self: Any, at: int = at, breaking: list[Breaking] = breaking) -> Any:
-                if breaking:
-                    return breaking[0]
-                breaking.append(Breaking(opened(self), at))
-                return breaking[0]
-
-            async with own.running(Listed(LOG), index_batch_events_max=20, index_retries_max=0) as indexing:
-                committer = indexing._committer
-                assert committer is not None
-                own.tables.gate = None
-                commit = own.house.entities.commit
-
-                async def once(own_commit: Any, *, now_us: int, broken: Any = broken, commit: Any = commit) -> None:
-                    entities._connection = broken.__get__(entities)
-                    try:
-                        await commit(own_commit, now_us=now_us)
-                    finally:
-                        del entities._connection
-
-                entities.commit = once
-                failed = False
-                try:
-                    await indexing.run()
-                except (StoreUnavailable, StoreBroken):
-                    failed = True
-                finally:
-                    del entities.commit
-            if not failed:
-                break
-            assert (await own.left(indexing))[:6] == before[:6], f"statement {at}"
-            assert await own.left(await own.run(Listed(LOG))) == wanted, f"statement {at}, tried again"
-            at += 1
-        assert at > 15, "every statement of a commit was broken once"
+async def checkpoints(folder: Path) -> dict[int, Left]:
+    """What a run that nothing disturbs has left at each of its checkpoints."""
+    straight: dict[int, Left] = {}
+    async with rig("memory", folder, pruned) as plain:
+        for count in range(BATCH, DEATHS + 1, BATCH):
+            indexing = await plain.run(Listed(busy(count)), index_batch_events_max=BATCH, index_depth_max=0)
+            straight[count] = await plain.left(indexing)
+    return straight
 
 
-async def test_a_connection_lost_at_any_statement_of_a_commit_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def full_sqlite() -> sqlite3.Error:
+    """What SQLite says on a full disk."""
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorname = "SQLITE_FULL"
+    return error
+
+
+def full_postgres() -> asyncpg.PostgresError:
+    """What PostgreSQL says."""
+    return asyncpg.DiskFullError("could not extend file: No space left on device")
+
+
+@pytest.mark.parametrize(("name", "full"), [("sqlite", full_sqlite), ("postgres", full_postgres)])
+async def test_a_full_disk_at_any_statement_of_a_commit_leaves_a_checkpoint_and_the_next_run_goes_on(
+    name: str, full: Callable[[], Exception], tmp_path: Path
 ) -> None:
-    countdown = [0]
+    straight = await checkpoints(tmp_path)
+    async with rig(name, tmp_path, pruned) as own:
+        for at in range(1, 100):
+            deadly = Deadly(at)
 
-    async def lose(connection: Any) -> None:
-        if countdown[0]:
-            countdown[0] -= 1
-            if not countdown[0]:
-                killer = await asyncpg.connect(server().dsn)
-                await execute(killer, f"SELECT pg_terminate_backend({connection.get_server_pid()}, 5000)")
-                await killer.close()
+            def fail(sql: str, _: Any, deadly: Deadly = deadly) -> None:
+                if deadly.is_here(sql) and sql != ANSWERED:
+                    raise full()
 
-    fetch, execute, copy = Connection.fetch, asyncpg.Connection.execute, asyncpg.Connection.copy_to_table
+            async with own.running(
+                Listed(busy(DEATHS)), index_batch_events_max=BATCH, index_depth_max=0, index_retries_max=0
+            ) as indexing:
+                with commits_told(own.house.entities, fail), suppress(StoreUnavailable, StoreBroken):
+                    await indexing.run()
+            left = await own.left(indexing)
+            assert left == straight[left.no], f"the disk was full at statement {at}"
+            if indexing._failure is None:
+                break  # the last one was its answer
+            assert "full" in str(indexing._failure)
+            assert left.no < DEATHS - 2 * BATCH, "the log is long enough for every statement"
+        assert 25 < at < 99, "every statement of a commit failed once"
+        assert await own.left(await own.run(Listed(busy(DEATHS)), index_batch_events_max=BATCH)) == straight[DEATHS]
 
-    async def fetched(self: Any, *own: Any, **more: Any) -> Any:
-        await lose(self.raw)
-        return await fetch(self, *own, **more)
 
-    async def executed(self: Any, *own: Any, **more: Any) -> Any:
-        await lose(self)
-        return await execute(self, *own, **more)
+async def test_a_disk_that_is_really_full_leaves_the_last_checkpoint_and_room_mends_it(tmp_path: Path) -> None:
+    async with rig("sqlite", tmp_path, make) as own:
+        await own.run(Listed(LOG))
+        pages = 0
 
-    async def copied(self: Any, *own: Any, **more: Any) -> Any:
-        await lose(self)
-        return await copy(self, *own, **more)
+        def fill(sql: str, connection: Any) -> None:
+            nonlocal pages
+            if sql.startswith("BEGIN"):
+                (pages,) = connection.execute("PRAGMA page_count").fetchone()
+                connection.execute(f"PRAGMA max_page_count = {pages:d}")
+
+        large = [(n, event) for n, event in busy(400) if n > 4]
+        async with own.running(Listed(large), index_depth_max=0, index_retries_max=0) as indexing:
+            with commits_told(own.house.entities, fill), pytest.raises(StoreUnavailable, match="full"):
+                await indexing.run()
+        assert pages
+        assert (await own.left(indexing)).no == 4
+    async with rig("sqlite", tmp_path, make) as own:  # the limit was the connection's
+        left = await own.left(await own.run(Listed(large)))
+    assert left == await whole(busy(400))
+
+
+async def test_a_connection_lost_at_any_statement_of_a_commit_is_tried_again(tmp_path: Path) -> None:
+    at, left, spared = 0, 0, 0
+
+    async def lose(sql: str, connection: Any) -> None:
+        """The n-th commit loses its connection before its n-th statement."""
+        nonlocal at, left, spared
+        if sql == ANSWERED:
+            spared = spared or (at if left > 0 else 0)
+            at = left = at + 1
+            return
+        left -= 1
+        if not left:
+            left = -1
+            killer = await asyncpg.connect(server().dsn)
+            await killer.fetchval("SELECT pg_terminate_backend($1, 5000)", connection.get_server_pid())
+            await killer.close()
 
     async with rig("postgres", tmp_path, make) as own:
         wanted = await whole(LONG)
-        monkeypatch.setattr(Connection, "fetch", fetched)
-        monkeypatch.setattr(asyncpg.Connection, "execute", executed)
-        monkeypatch.setattr(asyncpg.Connection, "copy_to_table", copied)
-        commit = own.house.entities.commit
-        tables: Any = own.house.entities
-        tried: set[int] = set()
-        spared: list[int] = []
-
-        async def losing(own_commit: Any, *, now_us: int) -> None:
-            """The commit of event n loses its connection before its statement n, the first time."""
-            countdown[0] = 0 if own_commit.no in tried else own_commit.no
-            tried.add(own_commit.no)
-            await commit(own_commit, now_us=now_us)
-            if countdown[0]:
-                spared.append(own_commit.no)
-            countdown[0] = 0
-
-        tables.commit = losing
-        indexing = await own.run(Listed(LONG), index_batch_events_max=1, index_depth_max=0)
+        with commits_told(own.house.entities, lose):
+            indexing = await own.run(Listed(LONG), index_batch_events_max=1, index_depth_max=0)
         assert await own.left(indexing) == wanted
-        assert min(spared) > 15, "a commit has more statements than that, and each was the first that failed in one"
+    assert spared > 15, "a commit has more statements than that, and each was the first that failed in one"
+
+
+@pytest.mark.journey
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["sqlite", "postgres"])
+async def test_a_process_killed_at_any_statement_of_a_commit_leaves_a_checkpoint_and_the_next_goes_on(
+    name: str, tmp_path: Path
+) -> None:
+    straight = await checkpoints(tmp_path)
+    async with opened(name, tmp_path) as house, forks_of("tests.indexer.doomed") as forks:
+        own = Rig(house, pruned)
+        for at in range(1, 100):
+            if await forks.live(url=house.url, count=DEATHS, at=at) == "told":
+                break
+            left = await own.left(own.indexing(Listed()))
+            assert left == straight[left.no], f"killed before statement {at}"
+            assert left.no < DEATHS - 2 * BATCH, "the log is long enough for every statement"
+        assert 25 < at < 99, "a commit has as many statements, and a process died before each"
+        assert await own.left(await own.run(Listed(busy(DEATHS)))) == straight[DEATHS]

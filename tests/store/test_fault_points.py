@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -17,6 +15,7 @@ import pytest
 
 from headrace.core.index_set import IndexSet
 from headrace.foundation.errors import StoreUnavailable
+from tests.forks import Forks, forks_of
 from tests.postgres import Server, server
 from tests.store.harm import Harmed, harmed_store, harmed_story, read_log
 from tests.store.story import REDRIVEN, Told
@@ -98,10 +97,10 @@ def deadly(places: list[str], url: str) -> list[str]:
 class Lives:
     """Processes that live one after the other in one environment, each killed at a place of its own."""
 
-    def __init__(self, url: str, folder: Path, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, url: str, folder: Path, forks: Forks) -> None:
         self._url = url
         self._folder = folder
-        self._process = process
+        self._forks = forks
         self._environments_count = 0
         self.begin()
 
@@ -121,36 +120,14 @@ class Lives:
     async def live(self, place: str) -> str:
         """One more life; answers how it ended."""
         self.now_us += LIFE_US
-        life = {
-            "url": self._url,
-            "environment": self.environment,
-            "now_us": self.now_us,
-            "place": place,
-            "log": str(self.log),
-            "completed": [(one.batch_id, one.run_index) for one in self.told if one.state == "completed"],
-        }
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(life).encode() + b"\n")
-        return (await self._process.stdout.readline()).decode().strip()
-
-
-@asynccontextmanager
-async def lives_on(url: str, folder: Path) -> AsyncIterator[Lives]:
-    """The process that forks them."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "tests.store.doomed"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
-    )
-    try:
-        yield Lives(url, folder, process)
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        await process.wait()
+        return await self._forks.live(
+            url=self._url,
+            environment=self.environment,
+            now_us=self.now_us,
+            place=place,
+            log=str(self.log),
+            completed=[(one.batch_id, one.run_index) for one in self.told if one.state == "completed"],
+        )
 
 
 @pytest.mark.journey
@@ -159,7 +136,8 @@ async def test_a_process_killed_at_any_statement_of_any_verb_loses_and_doubles_n
     url: str, tmp_path: Path
 ) -> None:
     places = deadly(await places_of(url), url)
-    async with lives_on(url, tmp_path) as lives:
+    async with forks_of("tests.store.doomed") as forks:
+        lives = Lives(url, tmp_path, forks)
         for place in places:
             if await lives.live(place) == "told":  # in what earlier lives left, the story takes another way
                 lives.begin()

@@ -208,7 +208,7 @@ def _spinning(lines: Sequence[bytes], spin: Spin, us: float, app: Headrace) -> I
 
 
 class Far:
-    """Tables whose commits take so many microseconds an event: what they take themselves, and the rest of it waiting."""
+    """Tables whose commits take so many microseconds an event: their own, and the rest of it waiting."""
 
     def __init__(self, tables: Any, us: float) -> None:
         self._tables = tables

@@ -327,12 +327,12 @@ def test_flags_win_over_the_environment_and_that_over_the_file(shell: Shell, mon
     assert shown()["flush_size"] == ("7", "headrace.toml")
     monkeypatch.setenv("HEADRACE_CONCURRENCY", "6")
     assert shown()["concurrency"] == ("6", "environment HEADRACE_CONCURRENCY")
-    flags = ("--concurrency", "8", "--store", "postgresql://ada:secret@host/db")
+    flags = ("--concurrency", "8", "--store", "postgresql://ada:swordfish@host/db")
     assert shown()["concurrency"] == ("8", "flag --concurrency")
     value, source = shown()["store"]
     assert source == "flag --store"
-    assert "secret" not in value
-    assert "secret" not in shell("config", "show", *flags).out
+    assert "swordfish" not in value
+    assert "swordfish" not in shell("config", "show", *flags).out
 
 
 def test_the_store_comes_from_where_config_says(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,8 +179,9 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
     from headrace.foundation.errors import InvalidSetting
 
     try:
+        from headrace.grpc.deliveries import DispatchedDeliveries
         from headrace.grpc.taskbroker import dispatching
-        from headrace.http.grpc_calls import answering
+        from headrace.http.grpc_calls import answering, pushing
     except ModuleNotFoundError as error:
         if settings.delivery is not None or settings.grpc_secrets:
             raise InvalidSetting(f"gRPC needs {error.name}", hint="pip install 'headrace[grpc]'") from None
@@ -195,5 +196,10 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
             is_timed = settings.sources["flush_interval_ms"] != "default"
             interval_ms = settings.limits.flush_interval_ms if is_timed else None
             made = dispatching(service.engine, delivery=delivery, ack=settings.ack, flush_interval_ms=interval_ms)
-            consumer = (await stack.enter_async_context(made)).consumer
+            broker = await stack.enter_async_context(made)
+            consumer = broker.consumer
+            if delivery != "pull":
+                deliveries = DispatchedDeliveries(broker.dispatcher)
+                secrets = settings.grpc_secrets
+                await stack.enter_async_context(pushing(service, deliveries, settings.push, secrets=secrets))
         yield await stack.enter_async_context(answering(service, secrets=settings.grpc_secrets, consumer=consumer))

@@ -38,7 +38,8 @@ class DispatchedDeliveries:
             except DecodeError:
                 dispatcher.refuse(handout, "its bytes are no TaskActivation")
                 continue
-            found.append(Delivery(handout.name, application, message.SerializeToString()))
+            at_most_once = handout.held.work.lease.at_most_once
+            found.append(Delivery(handout.name, application, message.SerializeToString(), at_most_once))
         return found
 
     async def mark(self, ids: Sequence[str]) -> None:

@@ -7,13 +7,17 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
+from headrace.foundation.targets import PushTarget
+from headrace.grpc.delivery import Deliveries
 from headrace.grpc.health import Health
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.methods import methods_of
+from headrace.grpc.push import Pusher
 from headrace.grpc.server import GrpcServer
 from headrace.grpc.signing import Secrets
 from headrace.grpc.status import Code
 from headrace.http.grpc_broker import SERVICE, Broker
+from headrace.http.metrics import Pushes
 from headrace.http.service import Service
 
 CONSUMER: Final = wire.DESCRIPTOR.services_by_name["ConsumerService"]
@@ -40,6 +44,36 @@ async def answering(
     finally:
         looking.cancel()
         await asyncio.gather(looking, return_exceptions=True)
+
+
+@asynccontextmanager
+async def pushing(
+    service: Service, deliveries: Deliveries, targets: Sequence[PushTarget], *, secrets: Sequence[str] = ()
+) -> AsyncGenerator[Pusher, None]:
+    """Push what waits to its workers while the block lasts, and until the server begins to stop."""
+    engine = service.engine
+    pusher = Pusher(
+        deliveries,
+        targets,
+        limits=service.limits,
+        clock=engine.clock,
+        doorbell=engine.doorbell,
+        secrets=Secrets(secrets),
+    )
+    service.metrics.registry.register(Pushes(pusher))
+
+    async def end_with_server() -> None:
+        await service.draining.wait()
+        await pusher.stop()
+
+    await pusher.start()
+    ending = asyncio.create_task(end_with_server(), name="headrace-push-end")
+    try:
+        yield pusher
+    finally:
+        await pusher.stop()
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
 
 
 async def _look(service: Service, health: Health) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from headrace.runtime.engine import DutyStats
+
+if TYPE_CHECKING:
+    from headrace.grpc.push import Pusher
 
 BUCKETS_S = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0)
 
@@ -31,6 +35,31 @@ class _Duties(Collector):
             moved.add_metric((name,), stats.moved_count)
             seconds.add_metric((name,), stats.seconds)
         yield from (rounds, moved, seconds)
+
+
+class Pushes(Collector):
+    """What a pusher does. Endpoints and applications are those of the settings, so they are few."""
+
+    def __init__(self, pusher: Pusher) -> None:
+        self._pusher = pusher
+
+    def collect(self) -> Iterator[Metric]:
+        """Read when somebody asks."""
+        labels = ("application", "endpoint")
+        pushed = CounterMetricFamily("headrace_pushes", "Activations offered to workers.", labels=(*labels, "outcome"))
+        under_way = GaugeMetricFamily("headrace_pushes_under_way", "On their way to workers.", labels=labels)
+        parked = GaugeMetricFamily(
+            "headrace_push_parked",
+            "Activations that wait for applications without an endpoint.",
+            self._pusher.parked_count,
+        )
+        for application, endpoints in self._pusher.endpoints.items():
+            for one in endpoints:
+                pushed.add_metric((application, one.name, "taken"), one.pushed_count)
+                pushed.add_metric((application, one.name, "busy"), one.busy_count)
+                pushed.add_metric((application, one.name, "failed"), one.failed_count)
+                under_way.add_metric((application, one.name), one.under_way)
+        yield from (pushed, under_way, parked)
 
 
 class Metrics:

@@ -48,6 +48,8 @@ SCHEMA: Final = "".join(file.read_text(encoding="utf-8") for file in sorted((STO
 BATCH: Final = "batch_00000000000000000000000000"
 SESSION: Final = "session_00000000000000000000000000"
 LANE: Final = {"environment": "default", "queue": "default", "task": "nothing"}
+TOKEN_AT: Final = 21
+"""Of a row of a claim."""
 
 
 def raw_insert_rate(rows_count: int = 100_000, directory: Path | None = None) -> float:
@@ -187,7 +189,7 @@ def _drain(db: sqlite3.Connection) -> int:
 
 def _claim(db: sqlite3.Connection, claim_no: int) -> tuple[list[tuple[int, int, int]], dict[int, bytes]]:
     """`(span id, block id, token)` of the next spans, and their blocks' items."""
-    tasks = {"environment": "default", "tasks": '["nothing"]', "queues": None}
+    tasks = {"environment": "default", "tasks": '["nothing"]', "queues": None, "queue_prefix": ""}
     db.execute("BEGIN IMMEDIATE")
     db.execute(SQL["live_session"], {"id": SESSION}).fetchone()
     db.execute(SQL["claimed_before"], {"session_id": SESSION, "claim_no": claim_no}).fetchall()
@@ -201,7 +203,7 @@ def _claim(db: sqlite3.Connection, claim_no: int) -> tuple[list[tuple[int, int, 
         db.execute(SQL["advance_clock"], {"environment": "default", "name": "default", "order_no": rows[-1][10]})
     found = db.execute(SQL["blocks"], {"ids": _json([row[1] for row in rows])}).fetchall()
     db.execute("COMMIT")
-    return [(row[0], row[1], row[-1] + 1) for row in rows], {row[0]: row[4] for row in found}
+    return [(row[0], row[1], row[TOKEN_AT] + 1) for row in rows], {row[0]: row[4] for row in found}
 
 
 def _settle(db: sqlite3.Connection, spans: list[tuple[int, int, int]], results: list[list[bytes]], before: int) -> None:

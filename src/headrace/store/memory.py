@@ -388,6 +388,11 @@ class MemoryStore:
             swept.more = max(len(late), len(overdue), rows_max - left, len(lost)) >= rows_max
         return swept
 
+    def forget(self, batch_id: str) -> None:
+        """Delete a batch that turned out to be nobody's; for the tables of indexers beside this store."""
+        with self._changing() as tables:
+            tables.forget(batch_id)
+
     async def prune(self, finished_before_us: int, *, batches_max: int, rows_max: int) -> Pruned:
         """Delete batches that finished before then, whole; memory has no need of steps."""
         del rows_max

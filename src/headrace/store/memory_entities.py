@@ -113,8 +113,11 @@ class MemoryEntities:
         batch_id, chunks = enqueued
         new = NewBatch(id=batch_id, environment=plan.environment, kind="stream", metadata={"indexer": plan.indexer})
         await self._store.create_batch(new, now_us=now_us)
-        await self._store.append(batch_id, chunks, now_us=now_us)
-        await self._store.seal(batch_id, None, now_us=now_us)
+        appended = await self._store.append(batch_id, chunks, now_us=now_us)
+        if appended.accepted_count:
+            await self._store.seal(batch_id, None, now_us=now_us)
+        else:
+            self._store.forget(batch_id)
 
     def _write(self, write: Write, *, keeps_history: bool) -> None:
         rows = self._rows[write.entity.table]

@@ -164,12 +164,16 @@ def note(commit: Commit) -> Script[None]:
 def enqueue(plan: Plan, batch_id: str, chunks: Sequence[Chunk], runs_max: int, now_us: int) -> Script[None]:
     """Runs as one whole batch: created, filled and sealed in this transaction.
 
-    A run whose key (position and ordinal) is known was enqueued before a rewind, and is that run.
+    A run whose key (position and ordinal) is known was enqueued before a rewind, and is that run. When all are, there
+    is no batch: nobody would know what an empty one is for.
     """
     new = NewBatch(id=batch_id, environment=plan.environment, kind="stream", metadata={"indexer": plan.indexer})
     yield from appending.create(new, now_us)
-    yield from appending.append(batch_id, chunks, None, runs_max, now_us)
-    yield from appending.seal(batch_id, None, now_us)
+    appended = yield from appending.append(batch_id, chunks, None, runs_max, now_us)
+    if appended.accepted_count:
+        yield from appending.seal(batch_id, None, now_us)
+    else:
+        yield from fetch("delete_batch", batch_id=batch_id)
 
 
 def raise_floor(commit: Commit, floor_no: int) -> Script[None]:

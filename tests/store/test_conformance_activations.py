@@ -9,7 +9,7 @@ from headrace.core.block import Extra
 from headrace.core.failure import decode
 from headrace.core.span import Key
 from headrace.store.protocol import DeadLetter, Lease
-from tests.store.world import BOOM, UNKNOWN, World, indexes_of, settlement_of
+from tests.store.world import BOOM, SECOND_US, UNKNOWN, World, indexes_of, settlement_of
 
 DEAD = Key("task", dead_letter=True)
 
@@ -271,3 +271,33 @@ async def test_a_store_says_how_much_room_it_takes_and_more_takes_more(world: Wo
     before = await world.store.size_bytes()
     await world.filled(64, payload=lambda _: b"x" * 16_000, runs_max=32)
     assert await world.store.size_bytes() >= before + 64 * 16_000
+
+
+async def test_how_long_the_oldest_waits_is_told_by_when_it_came_and_not_by_its_batch(world: World) -> None:
+    batch_id = await world.batch(kind="stream")
+    came_us = []
+    for index in range(3):
+        came_us.append(world.later(10))
+        due_us = world.now_us + 15 * SECOND_US if index == 2 else 0
+        await world.append(batch_id, [index], key=Key("task", due_us=due_us))
+
+    async def oldest_us() -> int:
+        (view,) = await world.store.queues("default")
+        return view.oldest_us
+
+    assert await oldest_us() == came_us[0]
+    (first,) = await world.claim(await world.session(), 1)
+    assert await oldest_us() == came_us[1]
+    world.later(1)
+    await world.settle(first, "r", dues_us=[0])
+    assert await oldest_us() == came_us[1]
+    (second,) = await world.claim(await world.session(), 1, claim_no=77)
+    again_us = world.now_us
+    assert await oldest_us() in (again_us, came_us[1]), "what came back waits since it came back"
+    world.later(20)
+    leases = await world.claim(await world.session())
+    assert await oldest_us() == 0
+    for lease in leases:
+        await world.release(lease)
+    assert await oldest_us() == min(came_us[2] + 15 * SECOND_US, again_us if second.attempt == 1 else came_us[1])
+    await world.release(second)

@@ -190,7 +190,7 @@ INSERT INTO {schema}.span SELECT g, g, 'b' || (g / 10 + 1), 'default', 'default'
     1, 0, 0, NULL, CASE WHEN g > {count} - 200 THEN 'www' ELSE 'ccc' END::bytea,
     CASE WHEN g > {count} - 200 THEN 3 ELSE 0 END,
     CASE WHEN g > {count} - 100 THEN 'waiting' WHEN g > {count} - 200 THEN 'leased' ELSE 'done' END,
-    's' || (g % 7), g, 1, 0, ''
+    's' || (g % 7), g, 1, 0, '', 1
     FROM generate_series(1, {count}) AS g;
 INSERT INTO {schema}.part (block_id, span_id, token, part_no, codes, results, settled_us)
     SELECT g, g, 1, 0, 'c', 'x', 1 FROM generate_series(1, {count}) AS g;

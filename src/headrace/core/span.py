@@ -62,7 +62,8 @@ class Key(NamedTuple):
 class Span(msgspec.Struct, kw_only=True):
     """One row of the span table. `positions` is None while the span covers its whole block from the first run.
 
-    `note` is what whoever held these runs last left for whoever holds them next.
+    `note` is what whoever held these runs last left for whoever holds them next. `since_us`: when they came, or came
+    back for another attempt.
     """
 
     id: int = 0
@@ -89,6 +90,7 @@ class Span(msgspec.Struct, kw_only=True):
     token: int = 0
     dead_letter: bool = False
     note: str = ""
+    since_us: int = 0
 
 
 class Settlement(msgspec.Struct, kw_only=True):
@@ -354,6 +356,7 @@ def _moved(span: Span, positions: list[int], how: _Return, *, now_us: int, clock
         claim_no=0,
         token=0,
         note=how.note,
+        since_us=now_us,
     )
 
 

@@ -309,7 +309,7 @@ def _queue(tables: Tables, environment: str, name: str) -> QueueView:
         if (span.environment, span.queue) == (environment, name):
             counts[span.state] += span.unsettled_count
             if span.state == spans.WAITING:
-                oldest_us.append(tables.batches[span.batch_id].created_us)
+                oldest_us.append(max(span.since_us, span.due_us))
     return QueueView(
         name=name,
         environment=environment,

@@ -190,6 +190,7 @@ def insert(tables: Tables, batch: Batch, chunk: Chunk, now_us: int) -> Counts:
             span = _new_span(
                 tables, batch, block_id, chunk, key, own, state, stands if state == WAITING else spans.DONE
             )
+            span.since_us = now_us
             if state == WAITING and len(own) == chunk.runs_count:
                 span = msgspec.structs.replace(span, positions=None)
             add_span(tables, span)

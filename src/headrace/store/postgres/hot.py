@@ -27,7 +27,7 @@ NEVER: Final = -1
 PLACES: Final = encode_places(range(4_096))
 """The places of a whole span; a shorter one's are its beginning."""
 SPARE_ROWS: Final = 2
-_BLOCK_AT: Final = 25
+_BLOCK_AT: Final = 26
 
 
 def ranges(settlements: Sequence[Settlement]) -> dict[str, Any] | None:

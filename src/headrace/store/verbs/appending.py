@@ -376,6 +376,7 @@ def _new_spans(
             expires_us=key.expires_us,
             at_most_once=key.at_most_once,
             dead_letter=key.dead_letter,
+            since_us=now_us,
             order_no=first_order_no(clock=clock, base=batch.order_bases[key.queue], index=chunk.index_at(own[0])),
             first_index=chunk.first_index,
             positions=None if is_whole else encode_places(own),

@@ -236,7 +236,7 @@ def list_runs(
     block_id, newest = 0, ""
     pending: list[RunView] = []  # a block's runs live in several spans, and blocks may overlap: put in order here
     for row in rows:
-        span, first_index, gaps = to_span(row), row[24], row[25]
+        span, first_index, gaps = to_span(row), row[25], row[26]
         if span.block_id != block_id:
             reach = first_index if span.batch_id == newest else INDEX_MAX + 1
             pending.sort(key=lambda view: view.index)

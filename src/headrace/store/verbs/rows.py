@@ -18,7 +18,7 @@ from headrace.store.verbs.script import Script, fetch, fetch_first
 SPAN_COLUMNS: Final = (
     "id", "block_id", "batch_id", "environment", "queue", "task", "priority", "due_us", "expires_us", "at_most_once",
     "order_no", "first_index", "attempt", "crashes_count", "crashes_alone_count", "positions", "states",
-    "unsettled_count", "state", "session_id", "claim_no", "token", "dead_letter", "note",
+    "unsettled_count", "state", "session_id", "claim_no", "token", "dead_letter", "note", "since_us",
 )  # fmt: skip
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -130,7 +130,7 @@ def add_spans(spans: Sequence[Span], *, first_id: int) -> Script[None]:
                 span.due_us, span.expires_us, int(span.at_most_once), span.order_no, span.first_index, span.attempt,
                 span.crashes_count, span.crashes_alone_count, span.unsettled_count, span.state, span.session_id,
                 span.claim_no, span.token, *blob.put(span.positions), *blob.put(span.states), int(span.dead_letter),
-                span.note,
+                span.note, span.since_us,
             )
         )  # fmt: skip
     yield from fetch("insert_spans", rows=as_json(rows), blob=blob.bytes())

@@ -89,7 +89,8 @@ CREATE TABLE {schema}.span (
     claim_no bigint NOT NULL,
     token bigint NOT NULL,
     dead_letter bigint NOT NULL,
-    note text COLLATE "C" NOT NULL
+    note text COLLATE "C" NOT NULL,
+    since_us bigint NOT NULL
 );
 CREATE INDEX span_claimable ON {schema}.span (environment, queue, task, priority DESC, order_no, batch_id, first_index, id)
     WHERE state = 'waiting';

@@ -167,12 +167,12 @@ kept AS (
 taken AS (
     INSERT INTO {schema}.span (id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us,
         at_most_once, order_no, first_index, attempt, crashes_count, crashes_alone_count, positions, states,
-        unsettled_count, state, session_id, claim_no, token, dead_letter, note)
+        unsettled_count, state, session_id, claim_no, token, dead_letter, note, since_us)
     SELECT :span_id::bigint, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
         first_index, attempt, crashes_count, crashes_alone_count,
         substring(coalesce(positions, :places::bytea) FROM 2 * waiting_at - 1 FOR 2 * taken_count::int),
         convert_to(repeat('w', taken_count::int), 'UTF8'), taken_count, 'leased', :session_id, :claim_no, 1,
-        dead_letter, note
+        dead_letter, note, since_us
     FROM kept
     RETURNING span.*
 ),
@@ -197,7 +197,7 @@ held AS (
 SELECT verdict.word, held.id, held.block_id, held.batch_id, held.environment, held.queue, held.task, held.priority,
     held.due_us, held.expires_us, held.at_most_once, held.order_no, held.first_index, held.attempt, held.crashes_count,
     held.crashes_alone_count, held.positions, held.states, held.unsettled_count, held.state, held.session_id,
-    held.claim_no, held.token, held.dead_letter, held.note, block.first_index, block.gaps, block.extras, block.items
+    held.claim_no, held.token, held.dead_letter, held.note, held.since_us, block.first_index, block.gaps, block.extras, block.items
 FROM verdict LEFT JOIN (held JOIN {schema}.block ON block.id = held.block_id) ON true
 ORDER BY held.priority DESC, held.order_no, held.batch_id, held.first_index, held.id;
 
@@ -230,14 +230,14 @@ blocks AS (
 spans AS (
     INSERT INTO {schema}.span (id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once,
         order_no, first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state,
-        session_id, claim_no, token, dead_letter, note)
+        session_id, claim_no, token, dead_letter, note, since_us)
     SELECT :span_id::bigint + (value->>0)::bigint, :block_id::bigint + (value->>1)::bigint, fit.id, fit.environment,
         lanes.queue, lanes.task, (value->>4)::bigint, (value->>5)::bigint, (value->>6)::bigint, (value->>7)::bigint,
         greatest(fit.clock, lanes.base + (value->>8)::bigint), (value->>9)::bigint, 1, 0, 0,
         CASE WHEN (value->>12)::int >= 0 THEN substring(:blob::bytea FROM (value->>11)::int FOR (value->>12)::int) END,
         convert_to(repeat('w', (value->>10)::int), 'UTF8'), (value->>10)::bigint,
         CASE WHEN (value->>5)::bigint > :now_us::bigint THEN 'delayed' ELSE 'waiting' END, '', 0, 0,
-        (value->>13)::bigint, ''
+        (value->>13)::bigint, '', :now_us::bigint
     FROM fit CROSS JOIN jsonb_array_elements(:spans::jsonb) AS given (value)
     JOIN lanes ON lanes.queue = value->>2 AND lanes.task = value->>3
 ),

@@ -105,10 +105,9 @@ SELECT queue.name, queue.paused,
     coalesce(sum(CASE WHEN span.state = 'waiting' THEN span.unsettled_count END), 0)::bigint,
     coalesce(sum(CASE WHEN span.state = 'delayed' THEN span.unsettled_count END), 0)::bigint,
     coalesce(sum(CASE WHEN span.state = 'leased' THEN span.unsettled_count END), 0)::bigint,
-    coalesce(min(CASE WHEN span.state = 'waiting' THEN batch.created_us END), 0)
+    coalesce(min(CASE WHEN span.state = 'waiting' THEN greatest(span.since_us, span.due_us) END), 0)
 FROM {schema}.queue
 LEFT JOIN {schema}.span ON span.state <> 'done' AND span.environment = queue.environment AND span.queue = queue.name
-LEFT JOIN {schema}.batch ON batch.id = span.batch_id
 WHERE queue.environment = :environment
 GROUP BY queue.name, queue.paused ORDER BY queue.name;
 
@@ -116,7 +115,7 @@ GROUP BY queue.name, queue.paused ORDER BY queue.name;
 SELECT span.id, span.block_id, span.batch_id, span.environment, span.queue, span.task, span.priority, span.due_us,
     span.expires_us, span.at_most_once, span.order_no, span.first_index, span.attempt, span.crashes_count,
     span.crashes_alone_count, span.positions, span.states, span.unsettled_count, span.state, span.session_id,
-    span.claim_no, span.token, span.dead_letter, span.note, block.first_index, block.gaps
+    span.claim_no, span.token, span.dead_letter, span.note, span.since_us, block.first_index, block.gaps
 FROM {schema}.batch JOIN {schema}.block ON block.batch_id = batch.id JOIN {schema}.span ON span.block_id = block.id
 WHERE batch.environment = :environment AND (:batch_id::text = '' OR batch.id = :batch_id)
     AND (:task::text = '' OR span.task = :task) AND (:state::bytea IS NULL OR position(:state::bytea IN span.states) > 0)
@@ -143,5 +142,5 @@ SELECT id, first_index, runs_count, gaps FROM {schema}.block WHERE batch_id = :b
 -- spans_of_blocks: all spans over some blocks
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note
+    claim_no, token, dead_letter, note, since_us
 FROM {schema}.span WHERE block_id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint)) ORDER BY id;

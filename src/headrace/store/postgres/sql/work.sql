@@ -5,7 +5,7 @@ FOR KEY SHARE;
 -- claimed_before: the spans of a claim that is asked for again, in claim order
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note
+    claim_no, token, dead_letter, note, since_us
 FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id AND claim_no = :claim_no
 ORDER BY priority DESC, order_no, batch_id, first_index, id;
 
@@ -31,7 +31,7 @@ WHERE lane.environment = :environment AND queue.paused = 0
 -- claim_candidates: the best waiting spans of one lane, in claim order
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note
+    claim_no, token, dead_letter, note, since_us
 FROM {schema}.span
 WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task
     AND (expires_us = 0 OR expires_us > :now_us)
@@ -44,7 +44,7 @@ SELECT id, first_index, gaps, extras, items FROM {schema}.block WHERE id = ANY (
 -- lock_spans: some spans that this transaction is about to change, in one order
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note
+    claim_no, token, dead_letter, note, since_us
 FROM {schema}.span WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint))
 ORDER BY id FOR UPDATE;
 
@@ -54,7 +54,7 @@ SELECT 1 FROM {schema}.part WHERE block_id = :block_id AND span_id = :span_id AN
 -- lock_spans_of_session: what a session has leased, about to be changed
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note
+    claim_no, token, dead_letter, note, since_us
 FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id ORDER BY id
 FOR UPDATE;
 
@@ -76,21 +76,21 @@ SELECT coalesce(max(clock), 0) FROM {schema}.queue WHERE environment = :environm
 -- unsettled_spans_of_batch: spans of a batch in one state, bounded
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note
+    claim_no, token, dead_letter, note, since_us
 FROM {schema}.span WHERE batch_id = :batch_id AND state IN ('waiting', 'delayed') LIMIT :rows_max
 FOR UPDATE SKIP LOCKED;
 
 -- expired_spans: spans that did not start in time, bounded
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note
+    claim_no, token, dead_letter, note, since_us
 FROM {schema}.span WHERE expires_us > 0 AND state IN ('waiting', 'delayed') AND expires_us <= :now_us LIMIT :rows_max
 FOR UPDATE SKIP LOCKED;
 
 -- leases_without_session: leased spans whose session ended or is gone
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note
+    claim_no, token, dead_letter, note, since_us
 FROM {schema}.span
 WHERE span.state = 'leased' AND NOT EXISTS (SELECT 1 FROM {schema}.session WHERE session.id = span.session_id AND session.ended_us = 0)
 LIMIT :rows_max
@@ -99,20 +99,20 @@ FOR UPDATE SKIP LOCKED;
 -- spans_of_block: all spans over one block
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note
+    claim_no, token, dead_letter, note, since_us
 FROM {schema}.span WHERE block_id = :block_id ORDER BY id;
 
 -- lock_spans_of_block: all spans over one block, about to be changed
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note
+    claim_no, token, dead_letter, note, since_us
 FROM {schema}.span WHERE block_id = :block_id ORDER BY id
 FOR UPDATE;
 
 -- spans_with_state: spans of a batch of which some run ended in a state
 SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note
+    claim_no, token, dead_letter, note, since_us
 FROM {schema}.span
 WHERE block_id IN (SELECT id FROM {schema}.block WHERE batch_id = :batch_id) AND position(:state::bytea IN states) > 0
     AND id > :after_id ORDER BY id LIMIT :rows_max

@@ -27,11 +27,11 @@ FROM jsonb_array_elements(:rows::jsonb) AS given (value);
 -- insert_spans: new spans from rows and one blob
 INSERT INTO {schema}.span (id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once,
     order_no, first_index, attempt, crashes_count, crashes_alone_count, unsettled_count, state, session_id, claim_no,
-    token, dead_letter, note, positions, states)
+    token, dead_letter, note, since_us, positions, states)
 SELECT (value->>0)::bigint, (value->>1)::bigint, value->>2, value->>3, value->>4, value->>5,
     (value->>6)::bigint, (value->>7)::bigint, (value->>8)::bigint, (value->>9)::bigint, (value->>10)::bigint, (value->>11)::bigint,
     (value->>12)::bigint, (value->>13)::bigint, (value->>14)::bigint, (value->>15)::bigint, value->>16, value->>17,
-    (value->>18)::bigint, (value->>19)::bigint, (value->>24)::bigint, value->>25,
+    (value->>18)::bigint, (value->>19)::bigint, (value->>24)::bigint, value->>25, (value->>26)::bigint,
     CASE WHEN (value->>21)::int >= 0 THEN substring(:blob::bytea FROM (value->>20)::int FOR (value->>21)::int) END,
     substring(:blob::bytea FROM (value->>22)::int FOR (value->>23)::int)
 FROM jsonb_array_elements(:rows::jsonb) AS given (value);

@@ -78,7 +78,8 @@ CREATE TABLE span (
     claim_no INTEGER NOT NULL,
     token INTEGER NOT NULL,
     dead_letter INTEGER NOT NULL,
-    note TEXT NOT NULL
+    note TEXT NOT NULL,
+    since_us INTEGER NOT NULL
 );
 CREATE INDEX span_claimable ON span (environment, queue, task, priority DESC, order_no, batch_id, first_index, id)
     WHERE state = 'waiting';

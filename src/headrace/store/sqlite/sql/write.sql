@@ -33,7 +33,7 @@ FROM json_each(:rows);
 -- insert_spans: new spans from rows and one blob
 INSERT INTO span (id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once,
     order_no, first_index, attempt, crashes_count, crashes_alone_count, unsettled_count, state, session_id, claim_no,
-    token, dead_letter, note, positions, states)
+    token, dead_letter, note, since_us, positions, states)
 SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
     json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'),
     json_extract(value, '$[6]'), json_extract(value, '$[7]'), json_extract(value, '$[8]'),
@@ -41,7 +41,7 @@ SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(va
     json_extract(value, '$[12]'), json_extract(value, '$[13]'), json_extract(value, '$[14]'),
     json_extract(value, '$[15]'), json_extract(value, '$[16]'), json_extract(value, '$[17]'),
     json_extract(value, '$[18]'), json_extract(value, '$[19]'), json_extract(value, '$[24]'),
-    json_extract(value, '$[25]'),
+    json_extract(value, '$[25]'), json_extract(value, '$[26]'),
     iif(json_extract(value, '$[21]') < 0, NULL,
         substr(:blob, json_extract(value, '$[20]'), json_extract(value, '$[21]'))),
     substr(:blob, json_extract(value, '$[22]'), json_extract(value, '$[23]'))

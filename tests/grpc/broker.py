@@ -24,6 +24,7 @@ from headrace.grpc.status import Code, GrpcError
 from headrace.runtime.clock import Clock, ManualClock
 from headrace.runtime.dispatcher import Dispatcher
 from headrace.runtime.engine import Engine
+from headrace.runtime.handouts import Wish
 from headrace.runtime.producer import Producer
 from headrace.runtime.reports import Report
 from headrace.store.protocol import RunView
@@ -144,6 +145,16 @@ class Broker:
                 task = await self.set(task.id, status, fetch={})
 
         await asyncio.gather(*(work() for _ in range(workers_count)))
+        return had
+
+    async def drained_by_push(self) -> list[str]:
+        """What is taken, marked and reported on until nothing is left."""
+        had: list[str] = []
+        while taken := await self.dispatcher.take(Wish(), 1_000, lease_ms=5_000):
+            names = [handout.name for handout in taken]
+            self.dispatcher.mark(names)
+            await self.set_batch(*((name, COMPLETE) for name in names))
+            had += names
         return had
 
     async def _first(self) -> wire.TaskActivation | None:

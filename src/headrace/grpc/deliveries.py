@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from google.protobuf.message import DecodeError
 
@@ -13,8 +12,6 @@ from headrace.grpc.delivery import Delivery
 from headrace.runtime.dispatcher import Dispatcher
 from headrace.runtime.handouts import Wish
 
-WAIT_S: Final = 1.0
-
 
 class DispatchedDeliveries:
     """The activations of one dispatcher, on their way to workers that do not fetch (`headrace.grpc.delivery`)."""
@@ -23,18 +20,13 @@ class DispatchedDeliveries:
         self._dispatcher = dispatcher
 
     async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[Delivery]:
-        """Claim at most so many of an application, best first, waiting a little for some to come."""
-        dispatcher, engine = self._dispatcher, self._dispatcher.engine
-        rings_count = engine.doorbell.rings_count
-        taken = await dispatcher.take(Wish(application), count_max, lease_ms=lease_ms)
-        if not taken:
-            wait_s = min(WAIT_S, engine.limits.poll_interval_ms / 1_000)
-            await engine.doorbell.wait(engine.clock, wait_s, since=rings_count)
-            taken = await dispatcher.take(Wish(application), count_max, lease_ms=lease_ms)
+        """Claim at most so many of an application, best first."""
+        dispatcher = self._dispatcher
+        now_us = dispatcher.engine.clock.now_us()
         found = []
-        for handout in taken:
+        for handout in await dispatcher.take(Wish(application), count_max, lease_ms=lease_ms):
             try:
-                message = message_of(handout, engine.clock.now_us())
+                message = message_of(handout, now_us)
             except DecodeError:
                 dispatcher.refuse(handout, "its bytes are no TaskActivation")
                 continue

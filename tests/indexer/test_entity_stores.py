@@ -18,7 +18,7 @@ from headrace.core.entity import Entity, EntityType, Indexed, Int64
 from headrace.core.sequencer import Position
 from headrace.foundation.errors import Conflict, InvalidInput, InvalidSetting, NotFound, StoreBroken
 from headrace.store.entities.protocol import Commit, HistoryGone, LeaseLost, Plan, SchemaChanged, Standing, Write
-from headrace.store.entities.sql import RESERVED, quoted
+from headrace.store.entities.sql import RESERVED, index_name, quoted
 from headrace.store.statements import migrations
 from tests.indexer.houses import HOUSES, House, opened
 
@@ -169,6 +169,33 @@ async def test_every_type_of_value_comes_back_as_it_was_set(name: str, tmp_path:
         assert [row for _, _, row in await house.entities.history(WIDE)] == wanted
         assert await book.rows(KEYED) == [key]
         assert await house.entities.history(KEYED) == [(key.id, 2, key), (UUID(int=8), 3, None)]
+
+
+@EVERY
+async def test_names_as_long_as_can_be_have_tables_histories_and_indexes_of_their_own(
+    name: str, tmp_path: Path
+) -> None:
+    class First(Entity, table="x" * 47 + "1"):
+        id: str
+        a_name_of_forty_eight_characters_that_is_alike_1: Indexed[str] = ""
+        a_name_of_forty_eight_characters_that_is_alike_2: Indexed[str] = ""
+
+    class Second(Entity, table="x" * 47 + "2"):
+        id: str
+
+    first, second = (EntityType(cls, row_bytes_max=BYTES_MAX) for cls in (First, Second))
+    async with opened(name, tmp_path) as house:
+        book = Book(house, [first, second])
+        await book.begin()
+        await book.commit([{"a": First("a", "x", "y")}], entity=first)
+        await book.commit([{"a": Second("a")}, {"b": Second("b")}], entity=second)
+        for asked in ({first.names[1]: "x"}, {first.names[2]: "y"}):
+            assert await house.entities.find(first, conditions_of(first, asked)) == [First("a", "x", "y")]
+        assert [no for _, no, _ in await house.entities.history(first)] == [1]
+        assert [no for _, no, _ in await house.entities.history(second)] == [2, 3]
+        if name != "memory":  # both indexes are there, under names that were cut and are not the same
+            named = {index_name(first, column) for column in first.columns if column.is_indexed}
+            assert len({own[:63] for own in named}) == 2
 
 
 @EVERY
@@ -509,11 +536,15 @@ def test_a_class_that_can_t_be_a_table_is_refused_by_name() -> None:
     class Bad(Entity, table="drop table"):
         id: str
 
+    class Long(Entity, table="x" * 49):
+        id: str
+
     for cls, words in (
         (NoId, "has no id"),
         (FloatId, "can't be"),
         (ListIndex, "can't be indexed"),
         (Bad, "can't name a table"),
+        (Long, "at most 48"),
     ):
         with pytest.raises(InvalidSetting, match=words):
             EntityType(cls, row_bytes_max=BYTES_MAX)

@@ -30,7 +30,7 @@ from tests.indexer.bank import (
     handled,
     pays,
 )
-from tests.indexer.rig import AFTER, BEFORE, Listed, Rig, Unsteady, rig
+from tests.indexer.rig import AFTER, BEFORE, Crash, Listed, Rig, Unsteady, rig
 
 # -- events that are not as they should be
 
@@ -121,6 +121,48 @@ def test_an_indexer_that_makes_no_sense_is_refused_when_it_is_made() -> None:
 # -- deferred indexes, several sources, what context tells
 
 
+async def is_built(own: Rig) -> bool:
+    """Whether the index over countries is there."""
+    entities: Any = own.house.entities
+    if own.house.name == "sqlite":
+        return bool(entities._rows("SELECT 1 FROM sqlite_master WHERE name = 'account_by_country'"))
+    asked = "SELECT 1 FROM pg_indexes WHERE indexname = 'account_by_country' AND schemaname = $1"
+    return bool(await entities._rows(asked, entities._store.schema))
+
+
+@DATABASES
+async def test_what_died_between_its_last_event_and_its_indexes_builds_them_at_the_next_start(
+    name: str, tmp_path: Path
+) -> None:
+    async with rig(name, tmp_path, lambda app, source: bank(app, source, defer_indexes=True)) as own:
+        entities: Any = own.house.entities
+        build, died = entities.build_index, []
+
+        async def dying(*_: Any) -> None:
+            died.append(True)
+            raise Crash
+
+        entities.build_index = dying
+        with pytest.raises(Crash):
+            async with own.running(Listed(pays(5))) as indexing:
+                await indexing.run()
+        (standing,) = await own.house.entities.standings("default")
+        assert (standing.no, standing.is_caught_up, await is_built(own)) == (5, False, False)
+        entities.build_index = build
+        await own.run(Listed(pays(5)))
+        (standing,) = await own.house.entities.standings("default")
+        assert (standing.no, standing.is_caught_up, await is_built(own)) == (5, True, True)
+        assert len(died) == 1
+        if name == "sqlite":  # and one that somebody dropped is made again
+            entities._within(lambda connection: connection.execute("DROP INDEX account_by_country"))
+        else:
+            drop = f'DROP INDEX "{entities._store.schema}".account_by_country'
+            await entities._store.within(lambda connection, _: connection.raw.execute(drop))
+        assert not await is_built(own)
+        await own.run(Listed(pays(5)))
+        assert await is_built(own)
+
+
 @DATABASES
 async def test_deferred_indexes_are_built_when_first_asked_for_or_at_the_end(name: str, tmp_path: Path) -> None:
     def asking(app: Headrace, source: Any) -> Indexer:
@@ -134,14 +176,6 @@ async def test_deferred_indexes_are_built_when_first_asked_for_or_at_the_end(nam
                 ctx.set(Account(event.to, 0, event.country))
 
         return indexer
-
-    async def is_built(own: Rig) -> bool:
-        entities: Any = own.house.entities
-        if name == "sqlite":
-            return bool(entities._rows("SELECT 1 FROM sqlite_master WHERE name = 'account_by_country'"))
-        schema = entities._store.schema
-        asked = "SELECT 1 FROM pg_indexes WHERE indexname = 'account_by_country' AND schemaname = $1"
-        return bool(await entities._rows(asked, schema))
 
     async with rig(name, tmp_path, asking) as own:
         async with own.running(Listed([(1, Pay("a")), (2, Pay("b")), (3, Pay("ask")), (4, Pay("c"))])) as indexing:

@@ -15,6 +15,8 @@ from headrace.indexer import (
     Entity,
     HandlerFailed,
     Indexer,
+    any_of,
+    at_least,
 )
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.handling import LateUse
@@ -269,12 +271,85 @@ async def test_running_ahead_writes_nothing_and_its_errors_are_not_looked_at() -
     }
 
 
+async def test_a_row_that_is_only_read_stays_in_memory_and_gets_no_history() -> None:
+    async def reading(event: Pay, ctx: Context) -> None:
+        await ctx.get(Account, "kept")
+        if event.amount:
+            ctx.set(Account(event.to, event.amount))
+
+    async with handled(reading, history="all").simulation(index_batch_events_max=1) as simulation:
+        simulation.feed(Pay("kept", 1), Pay("other", 1), Pay("kept", 0), Pay("other", 2))
+        await simulation.drain()
+        assert simulation.indexing._lookups.queries_count == 1, "before it was there, and never again"
+        assert [(row_id, no) for row_id, no, _ in await simulation.history(Account)] == [
+            ("kept", 1),
+            ("other", 2),
+            ("other", 4),
+        ]
+
+
+async def test_get_or_create_sets_what_it_makes_and_leaves_what_is_there() -> None:
+    async def making(event: Pay, ctx: Context) -> None:
+        first = await ctx.get_or_create(Account, event.to, balance=event.amount, country="NZ")
+        assert await ctx.get(Account, event.to) == first
+
+    async with handled(making).simulation() as simulation:
+        simulation.feed(Pay("a", 1), Pay("a", 2), Pay("b", 3))
+        await simulation.drain()
+        assert simulation.rows(Account) == [Account("a", 1, "NZ"), Account("b", 3, "NZ")]
+
+
+async def test_questions_of_one_field_at_once_are_one_query_and_ranges_each_their_own() -> None:
+    asked: list[Any] = []
+
+    async def handler(event: Pay, ctx: Context) -> None:
+        found = await asyncio.gather(
+            ctx.where(Account, country="NZ"),
+            ctx.where(Account, country=any_of("AU", "NZ")),
+            ctx.where(Account, country=any_of("FJ")),
+            ctx.where(Account, country=at_least("V")),
+            ctx.where(Account, country=at_least("W")),
+        )
+        assert [[row.id for row in rows] for rows in found] == [["n"], ["a", "n"], ["f"], ["v", "w"], ["w"]]
+        assert [row.id for row in await ctx.where(Account, country=any_of("NZ", "FJ"))] == ["f", "n"]
+        ctx.set(Account("n", 0, "FJ"))
+        ctx.set(Account("late", 0, "NZ"))
+        assert [row.id for row in await ctx.where(Account, country="NZ")] == ["late"]
+
+    stored = [
+        Account("a", 0, "AU"),
+        Account("f", 0, "FJ"),
+        Account("n", 0, "NZ"),
+        Account("v", 0, "VU"),
+        Account("w", 0, "WS"),
+    ]
+
+    async with handled(handler, preload=False).simulation() as simulation:
+
+        async def find(entity: Any, conditions: Any) -> Any:
+            (condition,) = conditions
+            asked.append(sorted(condition.values) if condition.values else condition.range.least)
+            return [row for row in stored if condition.holds(row)]
+
+        simulation._tables.find = find  # type: ignore[attr-defined]  # counts the queries
+        simulation.feed(Pay("x"))
+        await simulation.drain()
+    assert sorted(map(str, asked)) == ["V", "W", "['AU', 'FJ', 'NZ']"], "what is known is not asked for again"
+
+
 async def test_gets_of_one_handler_at_once_are_one_query() -> None:
     asked: list[Any] = []
 
     async def handler(event: Pay, ctx: Context) -> None:
         await asyncio.gather(*[ctx.get(Account, f"x{n}") for n in range(5)], ctx.get(Account, "x1"))
         assert await ctx.get_many(Account, ["x0", "y", "x0"]) == [None, None, None]
+        assert (await ctx.get(Account, "z1"), await ctx.get(Account, "z2")) == (None, None)
+        await asyncio.gather(ctx.get(Account, "now"), later(ctx))
+
+    async def later(ctx: Context) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await ctx.get(Account, "then")
 
     async with handled(handler, preload=False).simulation() as simulation:
 
@@ -285,7 +360,7 @@ async def test_gets_of_one_handler_at_once_are_one_query() -> None:
         simulation._tables.load = load  # type: ignore[attr-defined]  # counts the queries
         simulation.feed(Pay("a"))
         await simulation.drain()
-    assert asked == [["x0", "x1", "x2", "x3", "x4"], ["y"]]
+    assert asked == [["x0", "x1", "x2", "x3", "x4"], ["y"], ["z1"], ["z2"], ["now"], ["then"]]
 
 
 @EVERY

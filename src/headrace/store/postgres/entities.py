@@ -75,12 +75,12 @@ class PostgresEntities:
         if any(change.creates_history for change in changes):
             await run(indexing.start_history(plan, standing))
         for change in changes:
-            await self._change(connection, plan, change)
+            await self._change(connection, plan, change, has_indexes=standing.is_caught_up or not plan.defer_indexes)
             await run(indexing.keep_table(plan, change.entity))
         found: Standing = await run(indexing.find(plan.environment, plan.indexer))
         return found
 
-    async def _change(self, connection: Connection, plan: Plan, change: Change) -> None:
+    async def _change(self, connection: Connection, plan: Plan, change: Change, *, has_indexes: bool) -> None:
         entity, dialect = change.entity, self._dialect
         if change.creates:
             await connection.raw.execute(dialect.create(entity))
@@ -98,7 +98,7 @@ class PostgresEntities:
             for sql in dialect.create_history(entity):
                 await connection.raw.execute(sql)
         for column in entity.columns:
-            if column.is_indexed and not plan.defer_indexes:
+            if column.is_indexed and has_indexes:
                 await connection.raw.execute(dialect.create_index(entity, column), timeout=BULK_TIMEOUT_S)
 
     async def build_index(self, entity: EntityType, field: str) -> None:

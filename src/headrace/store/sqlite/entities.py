@@ -114,11 +114,11 @@ class SqliteEntities:
         if any(change.creates_history for change in changes):
             run_script(connection, indexing.start_history(plan, standing))
         for change in changes:
-            self._change(connection, plan, change)
+            self._change(connection, plan, change, has_indexes=standing.is_caught_up or not plan.defer_indexes)
             run_script(connection, indexing.keep_table(plan, change.entity))
         return run_script(connection, indexing.find(plan.environment, plan.indexer))
 
-    def _change(self, connection: sqlite3.Connection, plan: Plan, change: Change) -> None:
+    def _change(self, connection: sqlite3.Connection, plan: Plan, change: Change, *, has_indexes: bool) -> None:
         entity, dialect = change.entity, self._dialect
         if change.creates:
             connection.execute(dialect.create(entity))
@@ -134,7 +134,7 @@ class SqliteEntities:
             for sql in dialect.create_history(entity):
                 connection.execute(sql)
         for column in entity.columns:
-            if column.is_indexed and not plan.defer_indexes:
+            if column.is_indexed and has_indexes:
                 connection.execute(dialect.create_index(entity, column))
 
     async def build_index(self, entity: EntityType, field: str) -> None:

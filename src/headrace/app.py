@@ -42,7 +42,7 @@ from headrace.handles import PLAIN, Batch, ResultOf, Run
 from headrace.runtime.background import Background
 from headrace.runtime.engine import Engine
 from headrace.runtime.producer import Producer
-from headrace.runtime.registry import Pool, Registry, TaskSpec
+from headrace.runtime.registry import OnExhausted, Pool, Registry, TaskSpec
 from headrace.runtime.worker import Worker
 from headrace.task import Decorator, P, R, T, Task
 
@@ -108,12 +108,17 @@ class Headrace:
         priority: int = 0,
         pool: Pool = "auto",
         at_most_once: bool = False,
+        delay_s: float = 0,
+        expires_s: float = 0,
+        on_exhausted: OnExhausted = "discard",
     ) -> Decorator: ...
     def task(self, *functions: Any, **options: Any) -> Any:
         """Register a function. Async ones run on the loop, plain ones in threads or (`pool="process"`) in processes.
 
         `name` (default: the function's own), `retry` (default: none), `timeout_s` an attempt may take, `queue` and
-        `priority` unless a call says otherwise, `at_most_once` for what must rather be lost than run twice.
+        `priority` unless a call says otherwise, `at_most_once` for what must rather be lost than run twice. `delay_s`
+        and `expires_s` of each enqueue and map, unless that says otherwise. With `on_exhausted="dead_letter"` a run
+        that failed for good is kept on a list until somebody redrives or purges it.
         """
 
         def register(function: Callable[..., Any]) -> Task[Any, Any]:

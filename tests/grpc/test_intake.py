@@ -362,3 +362,18 @@ async def test_a_store_that_is_full_takes_no_more(kind: str, tmp_path: Path) -> 
         await own.add(*large[:3])
         with pytest.raises(NoRoom, match="store_mib_max"):
             await taken(own, stream(large[3]))
+
+
+# -- what is told
+
+
+async def test_metrics_tell_what_stands_in_the_fullest_queues_and_of_the_others_together(tmp_path: Path) -> None:
+    async with house(tmp_path, limits=LIMITS.replaced(metrics_queues_max=1)) as home:
+        some = [activation(number, namespace="full") for number in range(3)]
+        body = stream(*some, activation("x", namespace="a"), activation("y", namespace="b", delay=3_000))
+        await home.ask("POST", "/v1/activations", body, {"content-type": "application/x-protobuf"})
+        told = (await home.ask("GET", "/metrics", auth=False)).body.decode()
+        assert 'headrace_queue_runs{queue="app:full",state="waiting"} 3.0' in told
+        assert 'headrace_queue_runs{queue="(others)",state="waiting"} 1.0' in told
+        assert 'headrace_queue_oldest_seconds{queue="(others)"}' in told
+        assert "app:a" not in told

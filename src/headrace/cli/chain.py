@@ -174,4 +174,4 @@ async def _newest(engine: Engine, source: Source) -> Batch | None:
 
 def key_of(spec: Any) -> Key:
     """What the runs of a map have in common: what their task says."""
-    return Key(spec.name, spec.queue, spec.priority, 0, 0, spec.at_most_once)
+    return Key(spec.name, spec.queue, spec.priority, 0, 0, spec.at_most_once, spec.on_exhausted == "dead_letter")

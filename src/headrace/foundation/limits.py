@@ -73,6 +73,7 @@ TABLE: Final[Mapping[str, Limit]] = {
         Limit("delivery_delay_max_s", "s", 3_600, 0, 31_536_000, "What an activation's own delay is cut to."),
         Limit("delivery_recovery_ms", "ms", 15 * SECOND_MS, 0, DAY_MS, "Silence of a server after which the activations its workers have are handed out anew; not under session_timeout_ms."),
         Limit("deliveries_max", "runs", 100_000, 1, 10_000_000, "Activations that one server's workers have at a time."),
+        Limit("metrics_queues_max", "queues", 100, 0, 10_000, "Queues that /metrics tells of by name, those that hold the most; the others are told together."),
         Limit("queue_waiting_max", "runs", 0, 0, 10_000_000_000, "Activations that may wait in one queue; 0 is no limit."),
         Limit("queue_delayed_max", "runs", 0, 0, 10_000_000_000, "Activations that may be delayed in one queue; 0 is no limit."),
         Limit("queue_leased_max", "runs", 0, 0, 10_000_000_000, "Activations of one queue that servers may hold before no more come in; 0 is no limit."),
@@ -148,6 +149,7 @@ class Limits:
     delivery_delay_max_s: int = TABLE["delivery_delay_max_s"].default
     delivery_recovery_ms: int = TABLE["delivery_recovery_ms"].default
     deliveries_max: int = TABLE["deliveries_max"].default
+    metrics_queues_max: int = TABLE["metrics_queues_max"].default
     queue_waiting_max: int = TABLE["queue_waiting_max"].default
     queue_delayed_max: int = TABLE["queue_delayed_max"].default
     queue_leased_max: int = TABLE["queue_leased_max"].default

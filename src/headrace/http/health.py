@@ -35,6 +35,7 @@ class Health:
 
     async def metrics(self, _request: Request) -> Response:
         """`GET /metrics`: for Prometheus."""
+        await self._service.look_at_queues()
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def openapi(self, _request: Request) -> Response:

@@ -1,4 +1,7 @@
-"""What a server counts, for Prometheus. Labels have few values: never an id, a path or a name that a client chose."""
+"""What a server counts, for Prometheus.
+
+Labels have few values: never an id or a path, and of names that clients chose only the fullest queues'.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from headrace.http.depths import Depths
 from headrace.runtime.engine import DutyStats
 
 if TYPE_CHECKING:
@@ -68,6 +72,8 @@ class Metrics:
     def __init__(self, duties: Mapping[str, DutyStats]) -> None:
         self.registry = registry = CollectorRegistry()
         registry.register(_Duties(duties))
+        self.depths = Depths()
+        registry.register(self.depths)
         self.requests = Counter(
             "headrace_http_requests", "Requests answered.", ("route", "method", "status"), registry=registry
         )

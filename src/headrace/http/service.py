@@ -26,6 +26,8 @@ from headrace.store.packets import Packets
 
 CHECK_S: Final = 2.0
 MINUTE_US: Final = 60_000_000
+QUEUES_EACH_US: Final = 5_000_000
+QUEUES_S: Final = 2.0
 LEFT: Final = "headrace.rate"
 """Where a request keeps the rate headers of its answer."""
 
@@ -82,6 +84,7 @@ class Service:
         self.draining = asyncio.Event()
         self._deadlines: set[asyncio.Timeout] = set()
         self._producers: dict[str, Producer] = {}
+        self._queues_until_us = 0
 
     # -- who, and how fast
 
@@ -210,6 +213,20 @@ class Service:
             rounds.cancel()
             await asyncio.gather(rounds, return_exceptions=True)
 
+    async def look_at_queues(self) -> None:
+        """Let the metrics tell what stands in the queues, as of some seconds ago; without an answer nothing changes."""
+        engine = self.engine
+        now_us = engine.clock.now_us()
+        if now_us < self._queues_until_us:
+            return
+        self._queues_until_us = now_us + QUEUES_EACH_US
+        try:
+            async with asyncio.timeout(QUEUES_S):
+                views = await engine.store.queues(engine.environment)
+        except (HeadraceError, TimeoutError):
+            return
+        self.metrics.depths.tell(views, names_max=self.limits.metrics_queues_max, now_us=now_us)
+
     def drain(self) -> None:
         """Take no new streams, and end those that wait for news; what is under way may end."""
         self.is_draining = True
@@ -240,4 +257,10 @@ class Service:
         if self.registry is None or task not in self.registry:
             return Key(task)
         spec = self.registry.get(task)
-        return Key(task, queue=spec.queue, priority=spec.priority, at_most_once=spec.at_most_once)
+        return Key(
+            task,
+            queue=spec.queue,
+            priority=spec.priority,
+            at_most_once=spec.at_most_once,
+            dead_letter=spec.on_exhausted == "dead_letter",
+        )

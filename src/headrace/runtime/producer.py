@@ -21,17 +21,17 @@ from headrace.core.pack import JSON, REFERENCE
 from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, HeadraceError, InvalidInput, SessionEnded, StoreUnavailable
 from headrace.foundation.ids import new_batch_id
-from headrace.foundation.limits import DAY_MS, Limits
+from headrace.foundation.limits import Limits
 from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
 from headrace.runtime.ingest import ingest
-from headrace.runtime.registry import TaskSpec, check_name, check_priority
+from headrace.runtime.registry import SECONDS_MAX, TaskSpec, check_name, check_priority
+from headrace.runtime.tracing import trace_headers
 from headrace.store.protocol import NewBatch
 
 GROUP_ITEMS: Final = 256
 GROUP_S: Final = 0.001
-SECONDS_MAX: Final = 3_650 * DAY_MS // 1_000
 STREAMS_TRIED: Final = 5
 STREAM_RUNS_MAX: Final = 1_000_000
 """After this many single enqueues a producer goes on in a new stream, so that old ones end and can be pruned."""
@@ -73,7 +73,7 @@ class Producer:
     async def enqueue(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[str, int]:
         """Make one run durable; answers `(batch_id, index)`, of an older run when its idempotency key names one."""
         now_us = self.engine.clock.now_us()
-        extra = extra_of(options, self.engine.limits, now_us)
+        extra = extra_of(traced(options), self.engine.limits, now_us)
         return await self.put(key_of(spec, options, now_us), payload, JSON, extra)
 
     async def put(self, key: Key, payload: bytes, kind: int, extra: Extra | None) -> tuple[str, int]:
@@ -178,7 +178,7 @@ class Producer:
         """
         batch_id = new_batch_id(self.engine.clock.now_us())
         now_us = self.engine.clock.now_us()
-        key, extra = key_of(spec, options, now_us), extra_of(options, self.engine.limits, now_us)
+        key, extra = key_of(spec, options, now_us), extra_of(traced(options), self.engine.limits, now_us)
         settled, kind, extra = await self._settled_payload(batch_id, payload, JSON, extra)
         coalescer = Coalescer(runs_max=1, bytes_max=self.engine.limits.chunk_bytes_max)
         coalescer.add(0, settled, key, kind=kind, extra=extra)
@@ -290,10 +290,17 @@ def key_of(spec: TaskSpec, options: Options, now_us: int) -> Key:
         task=spec.name,
         queue=spec.queue if options.queue is None else check_name("queue", options.queue),
         priority=spec.priority if options.priority is None else check_priority(options.priority),
-        due_us=_moment_us("delay", options.delay_s, now_us),
-        expires_us=_moment_us("expires", options.expires_s, now_us),
+        due_us=_moment_us("delay", options.delay_s or spec.delay_s, now_us),
+        expires_us=_moment_us("expires", options.expires_s or spec.expires_s, now_us),
         at_most_once=spec.at_most_once,
+        dead_letter=spec.on_exhausted == "dead_letter",
     )
+
+
+def traced(options: Options) -> Options:
+    """The options of a call with the trace it belongs to, unless it names one. Not of a map: each run would pay."""
+    found = trace_headers()
+    return options._replace(headers={**found, **options.headers}) if found else options
 
 
 def extra_of(options: Options, limits: Limits, now_us: int) -> Extra | None:

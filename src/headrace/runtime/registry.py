@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 Pool = Literal["auto", "loop", "thread", "process"]
 
+OnExhausted = Literal["discard", "dead_letter"]
+"""What becomes of a run whose last attempt failed: a failed run and no more, or one that is kept for a person."""
+
+SECONDS_MAX: Final = 3_650 * 86_400
 TIMEOUT_S_MAX: Final = 365 * 86_400.0
 PRIORITY_MAX: Final = 1_000_000
 SCHEDULES_MAX: Final = 1_000
@@ -63,6 +67,9 @@ class TaskSpec:
     priority: int = 0
     pool: Pool = "auto"
     at_most_once: bool = False
+    delay_s: float = 0
+    expires_s: float = 0
+    on_exhausted: OnExhausted = "discard"
     codec: Codec = field(init=False)
     is_async: bool = field(init=False)
 
@@ -77,6 +84,16 @@ class TaskSpec:
             raise InvalidSetting(f"retry takes a Retry, not {self.retry!r}", hint="write Retry(attempts=3)")
         if not _is_timeout(self.timeout_s):
             raise InvalidSetting(f"timeout_s must be over 0 and at most {TIMEOUT_S_MAX:.0f}, not {self.timeout_s!r}")
+        for option in ("delay_s", "expires_s"):
+            if not _is_seconds(getattr(self, option)):
+                raise InvalidSetting(
+                    f"{option} must be from 0 to {SECONDS_MAX}, not {getattr(self, option)!r}", task=self.name
+                )
+        if self.on_exhausted not in get_args(OnExhausted):
+            raise InvalidSetting(
+                f"on_exhausted must be one of {', '.join(get_args(OnExhausted))}, not {self.on_exhausted!r}",
+                task=self.name,
+            )
         if self.pool not in get_args(Pool):
             raise InvalidSetting(f"pool must be one of {', '.join(get_args(Pool))}, not {self.pool!r}", task=self.name)
         is_async = inspect.iscoroutinefunction(self.function)
@@ -440,6 +457,10 @@ def _check_function(name: str, function: Any) -> None:
         raise InvalidSetting(
             f"task {name} is a generator, and a run has one result", hint="return a list, or map over its items"
         )
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= SECONDS_MAX
 
 
 def check_name(what: str, name: object) -> str:

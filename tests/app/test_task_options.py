@@ -1,0 +1,105 @@
+"""What a task says of all its runs, and a call of its own: delays, expiry, what becomes of failures, traces."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
+
+from headrace.core.retry import Retry
+from headrace.foundation.errors import InvalidSetting
+from headrace.handles import RunFailed
+from headrace.runtime.clock import ManualClock
+from headrace.runtime.context import DETACHED, Context
+from tests.runtime.engines import app_on, on_each_store, opened
+
+TRACE = SpanContext(0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331, is_remote=True, trace_flags=TraceFlags(1))
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@on_each_store
+async def test_a_task_s_delay_and_expiry_hold_unless_a_call_says_otherwise(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with opened(kind, tmp_path, clock=clock) as engine, app_on(engine) as app:
+
+        @app.task(delay_s=60, expires_s=600)
+        async def late(n: int) -> int:
+            return n
+
+        usual = await (await late.enqueue(1)).view()
+        own = await (await late.options(delay=5, expires=50).enqueue(2)).view()
+        assert (usual.due_us, usual.expires_us) == (clock.now_us() + 60_000_000, clock.now_us() + 600_000_000)
+        assert (own.due_us, own.expires_us) == (clock.now_us() + 5_000_000, clock.now_us() + 50_000_000)
+        mapped = await late.map([3])
+        assert (await engine.store.run(mapped.id, 0)).due_us == usual.due_us
+
+
+@on_each_store
+async def test_a_run_that_failed_for_good_is_a_dead_letter_where_its_task_says_so(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+        ran: list[str] = []
+
+        @app.task(on_exhausted="dead_letter", retry=Retry(attempts=2, delay_s=0, jitter=0))
+        async def kept(n: int) -> int:
+            ran.append("kept")
+            raise ValueError(n)
+
+        @app.task
+        async def plain(n: int) -> int:
+            raise ValueError(n)
+
+        runs = [await kept.enqueue(1), await plain.enqueue(2)]
+        async with app.worker():
+            for run in runs:
+                with pytest.raises(RunFailed):
+                    await run.result()
+        (dead,) = await engine.store.dead_letters("default")
+        assert (dead.task, dead.batch_id, dead.index) == ("kept", runs[0].batch_id, runs[0].index)
+        assert ran == ["kept", "kept"], "when its attempts were exhausted, and not before"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"on_exhausted": "bury"}, "on_exhausted must be one of discard, dead_letter"),
+        ({"delay_s": -1}, "delay_s must be from 0"),
+        ({"expires_s": 1e12}, "expires_s must be from 0"),
+        ({"expires_s": True}, "expires_s must be from 0"),
+        ({"name": "headrace.activation"}, "what activations are runs of"),
+    ],
+)
+async def test_an_option_that_can_not_be_is_refused_where_it_is_written(
+    options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    async with opened("memory", tmp_path) as engine, app_on(engine) as app:
+        with pytest.raises(InvalidSetting, match=said):
+            app.task(**options)(lambda: None)
+
+
+@on_each_store
+async def test_the_trace_of_a_call_reaches_the_context_of_its_run(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+        seen: dict[str, dict[str, str]] = {}
+
+        @app.task
+        async def traced(name: str, context: Context = DETACHED) -> None:
+            seen[name] = dict(context.headers)
+
+        with trace.use_span(NonRecordingSpan(TRACE)):
+            runs = [await traced.enqueue("traced"), await traced.options(headers={"traceparent": "x"}).enqueue("own")]
+        runs.append(await traced.options(headers={"h": "1"}).enqueue("plain"))
+        async with app.worker():
+            for run in runs:
+                await run.result()
+        assert seen == {"traced": {"traceparent": PARENT}, "own": {"traceparent": "x"}, "plain": {"h": "1"}}
+
+
+def test_opentelemetry_is_not_imported_for_it() -> None:
+    code = "import sys, headrace.app, headrace.runtime.tracing as t; assert t.trace_headers() == {}; "
+    code += "assert not any(name.startswith('opentelemetry') for name in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -26,14 +26,14 @@ VERBS: Final = (
     "outcomes", "run", "runs", "queues", "pause_queue", "verify", "sweep", "prune", "unnamed", "next_due_us",
     "duties", "take_duty", "end_duty", "add_key", "find_key", "keys", "revoke_key", "signing_key", "spend",
     "keep_schedules", "tick", "schedules", "named_leases", "dead_letters", "purge_dead", "rules", "keep_rules",
-    "move_waiting", "size_bytes",
+    "move_waiting", "size_bytes", "forget",
 )  # fmt: skip
 STAGES: Final = ("asked", "done", "answered")
 READS: Final = frozenset({
     "batch", "find_batch", "batches", "missing", "outcomes", "run", "runs", "queues", "verify", "unnamed",
     "add_key", "find_key", "keys", "revoke_key", "signing_key", "spend",
     "keep_schedules", "tick", "schedules", "named_leases", "dead_letters", "purge_dead", "rules", "keep_rules",
-    "move_waiting", "size_bytes",
+    "move_waiting", "size_bytes", "forget",
 })  # fmt: skip
 """What no simulated process asks for: it changes nothing, and who dies of it has died at an await; or a server's."""
 

@@ -76,25 +76,24 @@ class Held:
 
 
 class Handout:
-    """One run in somebody's hands. `name` is the id it went out under; `is_claimed`: on its way to a worker still."""
+    """One run in somebody's hands. `name` is the id it went out under; `is_claimed`: on its way to a worker still.
 
-    __slots__ = ("deadline_us", "held", "is_claimed", "is_ended", "kind", "name", "number", "payload")
+    `extra` is what the activation was kept with.
+    """
 
-    def __init__(self, held: Held, number: int, name: str) -> None:
+    __slots__ = ("deadline_us", "extra", "held", "is_claimed", "is_ended", "kind", "name", "number", "payload")
+
+    def __init__(self, held: Held, number: int, extra: Extra, name: str) -> None:
         lease = held.work.lease
         self.held = held
         self.number = number
+        self.extra = extra
         self.name = name
         self.payload = lease.payloads[number]
         self.kind = JSON if lease.kinds is None else lease.kinds[number]
         self.deadline_us = 0
         self.is_claimed = False
         self.is_ended = False
-
-    @property
-    def extra(self) -> Extra:
-        """What the activation was kept with."""
-        return extra_at(self.held.work, self.number)
 
     @property
     def place(self) -> int:
@@ -105,11 +104,6 @@ class Handout:
     def attempt(self) -> int:
         """Which attempt this is, from 1."""
         return self.held.work.lease.attempt
-
-
-def extra_at(work: Work, number: int) -> Extra:
-    """What a run of a lease was kept with; nothing for one that is no activation at all."""
-    return work.lease.extras.get(work.lease.places[number], NO_EXTRA)
 
 
 class Line:
@@ -157,9 +151,9 @@ class Line:
         number = work.begin()
         held.open_count += 1
         held.since_us = now_us
-        extra = extra_at(work, number)
+        extra = work.lease.extras.get(work.lease.places[number], NO_EXTRA)
         delivery = Delivery(extra.idempotency_key, work.lease.attempt, held.note.overdue_count)
-        handout = Handout(held, number, wire_id(delivery))
+        handout = Handout(held, number, extra, wire_id(delivery))
         work.lease.payloads[number] = b""
         self.bytes_count -= len(handout.payload)
         if not work.unbegun_count:

@@ -1,0 +1,518 @@
+"""The task broker over real gRPC on loopback, beside bare calls of the same bytes.
+
+`python -m bench.grpc [echo pull push many] [--store URL] [--tasks N]`: a server for each in another process, and a load
+generator that is nothing but a socket and frames. Every figure stands beside its base of the same run: `echo` beside a
+server that finds frames and answers fixed bytes (`bench.floors.echo_floor`), `pull` beside two bare calls of the same
+sizes on our own transport, `push` beside the same pushes and reports without a store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final
+
+ROUNDS: Final = 3
+IN_FLIGHT: Final = 64
+SECRET: Final = "a secret of many bytes"
+GET: Final = "/sentry_protos.taskbroker.v1.ConsumerService/GetTask"
+SET: Final = "/sentry_protos.taskbroker.v1.ConsumerService/SetTaskStatus"
+SET_MANY: Final = "/sentry_protos.taskbroker.v1.ConsumerService/SetBatchActivationStatus"
+REPORTED_AT_ONCE: Final = 32
+HEAD: Final = struct.Struct(">HBBBI")
+DONE: Final = b"grpc-status\x010"
+Next = Callable[[bytes], "tuple[bytes, bytes] | None"]
+
+
+def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
+    """A whole frame."""
+    return HEAD.pack(len(payload) >> 8, len(payload) & 255, kind, flags, stream_id) + payload
+
+
+def field(number: int, value: bytes) -> bytes:
+    """A field of bytes of a message."""
+    size, head = len(value), bytearray((number << 3 | 2,))
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    return bytes(head) + bytes((size,)) + value
+
+
+def headers(path: str) -> bytes:
+    """The block of a call: fields as they are, for no table."""
+    fields = {":path": path, ":authority": "x", "content-type": "application/grpc", "te": "trailers"}
+    text = ((name.encode(), value.encode()) for name, value in fields.items())
+    return b"\x83\x86" + b"".join(b"\0" + bytes((len(n),)) + n + bytes((len(v),)) + v for n, v in text)
+
+
+class Load:
+    """Calls over one connection, as cheap as Python makes them: chains, each call made of the answer before it."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        window = struct.pack(">I", 2**31 - 1 - 65_535)
+        self._socket.sendall(
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, struct.pack(">HI", 4, 2**30)) + frame(8, 0, 0, window)
+        )
+        self._next_id = 1
+        self._left = b""
+        self.errors_count = 0
+
+    def run(self, chains: Sequence[Next]) -> int:
+        """A chain is told an answer's message (b"" at first, and for an error) and says the next call; counts them."""
+        calls_count = 0
+        waiting: dict[int, Next] = {}
+        messages: dict[int, bytes] = {}
+        out: list[bytes] = []
+
+        def go(chain: Next, message: bytes) -> None:
+            call = chain(message)
+            if call is not None:
+                stream_id, self._next_id = self._next_id, self._next_id + 2
+                waiting[stream_id] = chain
+                body = b"\0" + struct.pack(">I", len(call[1])) + call[1]
+                out.append(frame(1, 4, stream_id, call[0]) + frame(0, 1, stream_id, body))
+
+        for chain in chains:
+            go(chain, b"")
+        while waiting:
+            if out:
+                self._socket.sendall(b"".join(out))
+                out.clear()
+            data = self._left + self._socket.recv(1 << 18)
+            place, end = 0, len(data)
+            while end - place >= 9:
+                high, low, kind, flags, stream_id = HEAD.unpack_from(data, place)
+                stop = place + 9 + (high << 8 | low)
+                if stop > end:
+                    break
+                if kind == 0:
+                    messages[stream_id] = data[place + 14 : stop]
+                elif kind == 4 and not flags & 1:
+                    out.append(frame(4, 1, 0, b""))
+                elif kind in (3, 7):
+                    raise SystemExit(f"the server gave up: {data[place:stop]!r}")
+                if flags & 1 and kind in (0, 1):
+                    calls_count += 1
+                    self.errors_count += DONE not in data[place + 9 : stop]
+                    go(waiting.pop(stream_id), messages.pop(stream_id, b""))
+                place = stop
+            self._left = data[place:]
+        return calls_count
+
+
+def repeated(path: str, message: bytes, count: int) -> list[Next]:
+    """Chains that make one call again and again, so many in all."""
+    block, left = headers(path), [count]
+
+    def chain(_message: bytes) -> tuple[bytes, bytes] | None:
+        left[0] -= 1
+        return (block, message) if left[0] >= 0 else None
+
+    return [chain] * IN_FLIGHT
+
+
+# -- servers
+
+
+@contextmanager
+def process(*arguments: str, said: str, **environ: str) -> Iterator[str]:
+    """A program of Python, and the group of the first line it says that matches."""
+    made = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environ},
+    )
+    try:
+        assert made.stdout is not None
+        while (found := re.search(said, line := made.stdout.readline())) is None:
+            assert line, f"{arguments} ended before it said {said}"
+        yield found[1]
+    finally:
+        made.send_signal(signal.SIGTERM)
+        assert made.stdout is not None
+        for line in made.stdout:
+            if os.environ.get("SHOW"):
+                sys.stderr.write(line)
+        made.wait()
+
+
+@contextmanager
+def served(store: str, *flags: str, **environ: str) -> Iterator[int]:
+    """`headrace serve` on an empty store."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = store or f"sqlite:///{folder}/bench.db"
+        environ = {"HEADRACE_STORE": place, "HEADRACE_OBJECTS": f"{folder}/objects", **environ}
+        command = ("-m", "headrace", "serve", "--port", "0", "--no-auth", *flags)
+        with process(*command, said=r"serving .* on http://127\.0\.0\.1:(\d+)", **environ) as port:
+            yield int(port)
+
+
+def fill(port: int, count: int, label: str) -> None:
+    """So many activations of about 200 bytes."""
+    arguments = field(13, b"\x82\xa4args\x91\xd9\x60" + b"x" * 96 + b"\xa6kwargs\x80")
+    fixed = field(2, b"bench") + field(3, b"bench.task") + arguments + field(12, b"app") + b"\x40\x0a"
+    with socket.create_connection(("127.0.0.1", port)) as peer:
+        lines = ("POST /v1/activations HTTP/1.1", "host: x", "connection: close", "transfer-encoding: chunked")
+        head = "\r\n".join((*lines, "content-type: application/x-protobuf", "", ""))
+        peer.sendall(head.encode())
+        for start in range(0, count, 1_000):
+            messages = (
+                field(1, b"%s-%d" % (label.encode(), n)) + fixed for n in range(start, min(start + 1_000, count))
+            )
+            data = b"".join(field(1, message)[1:] for message in messages)
+            peer.sendall(b"%x\r\n" % len(data) + data + b"\r\n")
+        peer.sendall(b"0\r\n\r\n")
+        answer = b""
+        while piece := peer.recv(65_536):
+            answer += piece
+    assert f'"accepted":{count}'.encode() in answer, answer
+
+
+def rates(measure: Callable[[], float]) -> float:
+    """The median of some measurements."""
+    return statistics.median(measure() for _ in range(ROUNDS))
+
+
+def timed(count: int, work: Callable[[], object]) -> float:
+    """So many of something a second."""
+    began = time.perf_counter()
+    work()
+    return count / (time.perf_counter() - began)
+
+
+# -- scenarios
+
+
+def echo(_options: argparse.Namespace) -> None:
+    """Bare calls: what the transport costs."""
+    message = field(2, b"x" * 197)
+    found = {}
+    own = ("-m", "bench.grpc", "serve-echo", "200")
+    for name, command in (("headrace", own), ("floor", ("-m", "bench.floors.echo_floor", "200"))):
+        with process(*command, said=r"^(\d+)$") as port:
+            found[name] = rates(partial(_echoes, int(port), message))
+    show("echo, 200 bytes both ways", found["headrace"], "calls/s", found["floor"], "fixed answers, nothing decoded")
+
+
+def _echoes(port: int, message: bytes) -> float:
+    load = Load(port)
+    rate = timed(40_000, lambda: load.run(repeated("/e/Echo", message, 40_000)))
+    assert not load.errors_count
+    return rate
+
+
+def pull(options: argparse.Namespace) -> None:
+    """One GetTask and one SetTaskStatus a task, no-op."""
+    get, put = headers(GET), headers(SET)
+    asked = field(2, b"app")
+    done: list[bytes] = []
+
+    def chain(message: bytes, is_asking: list[bool]) -> tuple[bytes, bytes] | None:
+        is_asking[0] = not is_asking[0]
+        if is_asking[0]:
+            return get, asked
+        if not message:
+            return None
+        name = id_of(message)
+        done.append(name)
+        return put, field(1, name) + b"\x10\x05"
+
+    def drain(port: int, label: str) -> float:
+        fill(port, options.tasks, label)
+        done.clear()
+        state = [[False] for _ in range(IN_FLIGHT)]
+        chains = [lambda message, own=own: chain(message, own) for own in state]
+        rate = timed(options.tasks, lambda: Load(port).run(chains))
+        assert len(set(done)) == options.tasks, (len(done), len(set(done)))
+        return rate
+
+    with served(options.store) as port:
+        rate = rates(lambda: drain(port, f"r{time.perf_counter_ns()}"))
+    with process("-m", "bench.grpc", "serve-echo", "230", said=r"^(\d+)$") as text:
+        bare = rates(lambda: timed(options.tasks, lambda: two_bare(int(text), options.tasks)))
+    show("pull and report, a call each", rate, "tasks/s", bare, "the same two calls, bare")
+
+
+def two_bare(port: int, tasks: int) -> None:
+    """As many calls of the same sizes, answered by nobody."""
+    Load(port).run(
+        repeated("/e/Fixed", field(2, b"app"), tasks) + repeated("/e/Empty", field(1, b"x" * 30) + b"\x10\x05", tasks)
+    )
+
+
+def id_of(message: bytes) -> bytes:
+    """The id of the activation in a `GetTaskResponse`: the first field of its first field."""
+    place = 1
+    while message[place] & 128:
+        place += 1
+    size = message[place + 2]
+    return message[place + 3 : place + 3 + size]
+
+
+def push(options: argparse.Namespace) -> None:
+    """Pushed to a worker that does nothing and reports in batches."""
+    found = {}
+    for name, store in (("headrace", options.store), ("transport alone", "none")):
+        command = [sys.executable, "-m", "bench.grpc", "serve-worker", str(options.tasks), store or "sqlite"]
+        found[name] = rates(partial(_pushed, command))
+    share = found["headrace"] / found["transport alone"]
+    show("push, reports in batches", found["headrace"], "tasks/s", found["transport alone"], "without a store")
+    print(f"    transport: {share:.0%} of the time of a task")
+
+
+def _pushed(command: Sequence[str]) -> float:
+    return float(subprocess.check_output(command))
+
+
+def many(options: argparse.Namespace) -> None:
+    """ClaimMany and SettleMany of no-op runs."""
+    with served(options.store, HEADRACE_GRPC_SECRETS=SECRET) as port:
+        rate = asyncio.run(_many(port, 10 * options.tasks))
+    show("ClaimMany and SettleMany", rate, "runs/s", 60_000, "the goal")
+
+
+async def _many(port: int, count: int) -> float:
+    from headrace.foundation.targets import PushTarget
+    from headrace.grpc.channel import Channel
+    from headrace.grpc.machine import Bounds
+    from headrace.grpc.messages import broker_pb2 as wire
+    from headrace.grpc.sender import Budget
+    from headrace.grpc.signing import Secrets
+
+    await asyncio.to_thread(_batch, port, count)
+    target = PushTarget("bench", "127.0.0.1", port, is_tls=False)
+    channel = Channel(target, Bounds(1 << 26, 100), Budget(1 << 28), secrets=Secrets((SECRET,)))
+
+    async def call(method: str, request: Any, answer: Any) -> Any:
+        found = await channel.call(f"/headrace.v1.Broker/{method}", request.SerializeToString(), timeout_s=60)
+        return answer.FromString(found)
+
+    session = (await call("StartSession", wire.StartSessionRequest(host="bench"), wire.StartSessionResponse)).session
+    numbers = iter(range(1, 1 << 30))
+    settled_count = 0
+
+    async def work() -> None:
+        nonlocal settled_count
+        while True:
+            wish = wire.ClaimManyRequest(session=session, claim_no=next(numbers), tasks=["task"], runs_max=2_048)
+            leases = (await call("ClaimMany", wish, wire.ClaimManyResponse)).leases
+            if not leases:
+                return
+            told = [wire.Settlement(lease=one.lease, places=one.places) for one in leases]
+            words = (await call("SettleMany", wire.SettleManyRequest(settlements=told), wire.SettleManyResponse)).words
+            assert not any(words)
+            settled_count += sum(len(one.places) for one in leases)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(3)))
+    seconds = time.perf_counter() - began
+    channel.close()
+    assert settled_count == count, settled_count
+    return count / seconds
+
+
+def _batch(port: int, count: int) -> None:
+    """A batch of so many runs of a task."""
+    import json
+
+    with socket.create_connection(("127.0.0.1", port)) as peer:
+        file = peer.makefile("rb")
+
+        def ask(path: str, body: bytes, kind: str) -> Any:
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
+            peer.sendall(head.encode() + body)
+            size = 0
+            while (line := file.readline().strip()) != b"":
+                if line.lower().startswith(b"content-length:"):
+                    size = int(line.split(b":")[1])
+            return json.loads(file.read(size))
+
+        batch = ask("/api/v3/batches", json.dumps({"runCount": count}).encode(), "application/json")["id"]
+        items = (b'{"index":%d,"task":"task","payload":{"text":"%s"}}\n' % (n, b"x" * 60) for n in range(count))
+        answer = ask(f"/api/v3/batches/{batch}/items", b"".join(items), "application/x-ndjson")
+        assert answer["sealed"], answer
+
+
+def show(what: str, rate: float, unit: str, base: float, beside: str) -> None:
+    """A line of the table."""
+    print(f"{what:32} {rate:>10,.0f} {unit:8} {base:>10,.0f} ({beside})   ratio {rate / base:.2f}", flush=True)
+
+
+# -- what runs in processes of its own
+
+
+async def serve_echo(size: int) -> None:
+    """Bare calls on our own transport: an echo, a fixed answer of some size, an empty one."""
+    from headrace.foundation.limits import Limits
+    from headrace.grpc.messages import taskbroker_pb2 as wire
+    from headrace.grpc.methods import Method
+    from headrace.grpc.server import Connection, GrpcServer
+
+    fixed, empty = wire.PushTaskRequest(callback_url="x" * (size - 3)), wire.PushTaskRequest()
+
+    async def same(message: Any, _call: Any) -> Any:
+        return message
+
+    async def answer(_message: Any, _call: Any) -> Any:
+        return fixed
+
+    async def nothing(_message: Any, _call: Any) -> Any:
+        return empty
+
+    asked = wire.PushTaskRequest
+    methods = {
+        "/e/Echo": Method(asked, same),
+        "/e/Fixed": Method(asked, answer),
+        "/e/Empty": Method(wire.SetTaskStatusRequest, nothing),
+    }
+    server = GrpcServer(methods, limits=Limits())
+    listener = await asyncio.get_running_loop().create_server(lambda: Connection(server), "127.0.0.1", 0)
+    print(listener.sockets[0].getsockname()[1], flush=True)
+    await listener.serve_forever()
+
+
+async def serve_worker(tasks: int, store: str) -> None:
+    """A worker that reports `REPORTED_AT_ONCE` at a time, and the server that pushes to it; says the rate."""
+    from headrace.foundation.limits import Limits
+    from headrace.foundation.targets import PushTarget
+    from headrace.grpc.channel import Channel
+    from headrace.grpc.machine import Bounds
+    from headrace.grpc.messages import taskbroker_pb2 as wire
+    from headrace.grpc.methods import methods_of
+    from headrace.grpc.sender import Budget
+    from headrace.grpc.server import Connection, GrpcServer
+
+    done: set[str] = set()
+    over = asyncio.Event()
+    began = [0.0]
+    waiting: list[wire.SetTaskStatusRequest] = []
+    reports: set[asyncio.Task[bytes]] = set()
+    channel: Channel
+
+    class Worker:
+        async def push_task(self, request: wire.PushTaskRequest, _call: Any) -> wire.PushTaskResponse:
+            began[0] = began[0] or time.perf_counter()
+            waiting.append(wire.SetTaskStatusRequest(id=request.task.id, status=wire.TASK_ACTIVATION_STATUS_COMPLETE))
+            done.add(request.task.id)
+            if len(waiting) >= REPORTED_AT_ONCE or len(done) == tasks:
+                reports.add(asyncio.create_task(report()))
+            return wire.PushTaskResponse()
+
+    async def report() -> bytes:
+        updates, waiting[:] = waiting[:], []
+        body = wire.SetBatchActivationStatusRequest(updates=updates).SerializeToString()
+        found = await channel.call(SET_MANY, body, timeout_s=60)
+        if len(done) == tasks and not waiting:
+            over.set()
+        return found
+
+    service = wire.DESCRIPTOR.services_by_name["WorkerService"]
+    server = GrpcServer(methods_of(service, Worker()), limits=Limits())
+    listener = await asyncio.get_running_loop().create_server(lambda: Connection(server), "127.0.0.1", 0)
+    own = listener.sockets[0].getsockname()[1]
+    environ = {"HEADRACE_PUSH": f"app=http://127.0.0.1:{own}", "HEADRACE_DELIVERY": "push"}
+    with (
+        process("-m", "bench.grpc", "serve-pusher", str(tasks), str(own), said=r"^(\d+)$")
+        if store == "none"
+        else served("" if store == "sqlite" else store, **environ)
+    ) as port:
+        target = PushTarget("app", "127.0.0.1", int(port), is_tls=False)
+        channel = Channel(target, Bounds(1 << 26, 100), Budget(1 << 28))
+        if store != "none":
+            await asyncio.to_thread(fill, int(port), tasks, "push")
+        await over.wait()
+        await asyncio.gather(*reports)
+        seconds = time.perf_counter() - began[0]
+        print(f"{tasks / seconds:.1f}", flush=True)
+        channel.close()
+
+
+async def serve_pusher(tasks: int, worker_port: int) -> None:
+    """The pusher over activations that lie in memory, and reports that nobody writes down."""
+    from headrace.foundation.limits import Limits
+    from headrace.foundation.targets import PushTarget
+    from headrace.grpc.delivery import Delivery
+    from headrace.grpc.messages import taskbroker_pb2 as wire
+    from headrace.grpc.methods import Method
+    from headrace.grpc.push import Pusher
+    from headrace.grpc.server import Connection, GrpcServer
+    from headrace.runtime.clock import SystemClock
+    from headrace.runtime.doorbell import Doorbell
+
+    class Shelf:
+        def __init__(self) -> None:
+            body = wire.TaskActivation(id="", application="app", taskname="bench.task", parameters_bytes=b"x" * 120)
+            rest = body.SerializeToString()
+            names = (f"push-{number}" for number in range(tasks))
+            self.left = [Delivery(name, "app", field(1, name.encode()) + rest) for name in names]
+
+        async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[Delivery]:  # noqa: ARG002
+            found, self.left = self.left[:count_max], self.left[count_max:]
+            return found
+
+        async def mark(self, _names: Sequence[str]) -> None:
+            return None
+
+        async def give_back(self, _names: Sequence[str]) -> None:
+            raise AssertionError("nothing is refused here")
+
+        async def parked(self, _applications: Sequence[str]) -> dict[str, int]:
+            return {}
+
+    async def told(_message: Any, _call: Any) -> Any:
+        return wire.SetBatchActivationStatusResponse()
+
+    server = GrpcServer({SET_MANY: Method(wire.SetBatchActivationStatusRequest, told)}, limits=Limits())
+    listener = await asyncio.get_running_loop().create_server(lambda: Connection(server), "127.0.0.1", 0)
+    print(listener.sockets[0].getsockname()[1], flush=True)
+    target = PushTarget("app", "127.0.0.1", worker_port, is_tls=False)
+    pusher = Pusher(Shelf(), [target], limits=Limits(), clock=SystemClock(), doorbell=Doorbell())
+    await pusher.start()
+    await listener.serve_forever()
+
+
+SCENARIOS: Final = {"echo": echo, "pull": pull, "push": push, "many": many}
+
+
+def main() -> None:
+    """What was asked for, in order."""
+    words = sys.argv[1:]
+    if words and words[0].startswith("serve-"):
+        import uvloop
+
+        sys.setswitchinterval(0.0005)
+        programs: dict[str, Callable[..., Any]] = {
+            "serve-echo": serve_echo,
+            "serve-worker": serve_worker,
+            "serve-pusher": serve_pusher,
+        }
+        uvloop.run(programs[words[0]](*(int(word) if word.isdigit() else word for word in words[1:])))
+        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scenarios", nargs="*", default=[*SCENARIOS])
+    parser.add_argument("--store", default="", help="an empty database; without it, a SQLite file")
+    parser.add_argument("--tasks", type=int, default=20_000)
+    options = parser.parse_args()
+    for name in options.scenarios:
+        SCENARIOS[name](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -108,7 +108,7 @@ class Load:
                     raise SystemExit(f"the server gave up: {data[place:stop]!r}")
                 if flags & 1 and kind in (0, 1):
                     calls_count += 1
-                    self.errors_count += DONE not in data[place + 9 : stop]
+                    self.errors_count += stream_id not in messages and DONE not in data[place + 9 : stop]
                     go(waiting.pop(stream_id), messages.pop(stream_id, b""))
                 place = stop
             self._left = data[place:]
@@ -205,15 +205,17 @@ def echo(_options: argparse.Namespace) -> None:
     message = field(2, b"x" * 197)
     found = {}
     own = ("-m", "bench.grpc", "serve-echo", "200")
-    for name, command in (("headrace", own), ("floor", ("-m", "bench.floors.echo_floor", "200"))):
+    floor = ("-m", "bench.floors.echo_floor", "200")
+    for name, command in (("headrace", own), ("floor", floor), ("grpcio", ("-m", "bench.grpc", "serve-grpcio"))):
         with process(*command, said=r"^(\d+)$") as port:
             found[name] = rates(partial(_echoes, int(port), message))
     show("echo, 200 bytes both ways", found["headrace"], "calls/s", found["floor"], "fixed answers, nothing decoded")
+    show("the same", found["headrace"], "calls/s", found["grpcio"], "grpcio's server on a loop")
 
 
 def _echoes(port: int, message: bytes) -> float:
     load = Load(port)
-    rate = timed(40_000, lambda: load.run(repeated("/e/Echo", message, 40_000)))
+    rate = timed(10_000, lambda: load.run(repeated("/e/Echo", message, 10_000)))
     assert not load.errors_count
     return rate
 
@@ -388,6 +390,23 @@ async def serve_echo(size: int) -> None:
     await listener.serve_forever()
 
 
+async def serve_grpcio() -> None:
+    """The same echo on grpcio's own server."""
+    import grpc.aio
+
+    import grpc
+
+    async def same(message: bytes, _context: Any) -> bytes:
+        return message
+
+    server = grpc.aio.server()
+    method = grpc.unary_unary_rpc_method_handler(same)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("e", {"Echo": method}),))
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    await server.wait_for_termination()
+
+
 async def serve_worker(tasks: int, store: str) -> None:
     """A worker that reports `REPORTED_AT_ONCE` at a time, and the server that pushes to it; says the rate."""
     from headrace.foundation.limits import Limits
@@ -415,10 +434,13 @@ async def serve_worker(tasks: int, store: str) -> None:
                 reports.add(asyncio.create_task(report()))
             return wire.PushTaskResponse()
 
+    at_once = asyncio.Semaphore(8)
+
     async def report() -> bytes:
         updates, waiting[:] = waiting[:], []
         body = wire.SetBatchActivationStatusRequest(updates=updates).SerializeToString()
-        found = await channel.call(SET_MANY, body, timeout_s=60)
+        async with at_once:
+            found = await channel.call(SET_MANY, body, timeout_s=60)
         if len(done) == tasks and not waiting:
             over.set()
         return found
@@ -500,6 +522,7 @@ def main() -> None:
         sys.setswitchinterval(0.0005)
         programs: dict[str, Callable[..., Any]] = {
             "serve-echo": serve_echo,
+            "serve-grpcio": serve_grpcio,
             "serve-worker": serve_worker,
             "serve-pusher": serve_pusher,
         }

@@ -293,7 +293,7 @@ async def test_an_error_that_a_proxy_gives_is_told_as_what_it_is() -> None:
         with pytest.raises(GrpcError) as told:
             await made.call(FAIL, asked().SerializeToString(), timeout_s=30)
         assert told.value.code is Code.NOT_FOUND
-        made._heads[ECHO] = made._head(ECHO).replace(b"application/grpc", b"application/json")
+        made._heads[ECHO, 30] = made._head(ECHO, 30).replace(b"application/grpc", b"application/json")
         with pytest.raises(GrpcError) as odd:
             await made.call(ECHO, b"", timeout_s=30)
         assert odd.value.code is Code.UNIMPLEMENTED

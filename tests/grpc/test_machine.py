@@ -468,6 +468,40 @@ def test_an_answer_waits_for_room_and_goes_out_as_it_is_made() -> None:
     assert (machine.pending_bytes, machine.streams_count) == (0, 0)
 
 
+SIGNED = literal("sentry-signature", "ab" * 32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "signature"),
+    [
+        (ASK + SIGNED, "ab" * 32),
+        (ASK + literal("sentry-signature", "cd" * 32) + SIGNED, "ab" * 32),
+        (ASK + literal("sentry-signature", "ab" * 32, is_secret=True), "ab" * 32),
+        (ASK + literal("sentry-signature", "a" * 63), "a" * 63),
+        (ASK + literal("sentry-signature", "a" * 63 + "-"), "a" * 63 + "-"),
+        (SIGNED + ASK, "none"),
+        (SIGNED, "none"),
+        (ASK + literal("x", "y" * 10 + SIGNED.decode("latin-1")), "broken"),
+        (ASK + b"\x40\x01x\x03abc" + SIGNED, "ab" * 32),
+        (ASK + b"\x20" + SIGNED, "broken"),
+    ],
+)
+def test_a_signature_is_read_wherever_it_stands(fields: bytes, signature: str) -> None:
+    for _ in range(2):
+        machine = greeted()
+        for stream_id in (1, 3):
+            body = frame(frames.DATA, frames.END_STREAM, stream_id, framed(b""))
+            events = machine.feed(headers(stream_id, fields) + body, now_us=0)
+            if signature in ("none", "broken"):
+                assert not any(isinstance(event, Request) and "sentry-signature" in event.headers for event in events)
+                assert machine.is_broken == (signature == "broken")
+            else:
+                (event,) = events
+                assert isinstance(event, Request)
+                assert event.headers["sentry-signature"] == signature
+                assert event.headers[":path"] == "/a/B"
+
+
 # -- both ends
 
 SIZES = st.lists(st.sampled_from([0, 1, 5_000, 16_384 - 5, 16_384, 70_000, 300_000]), min_size=1, max_size=6)

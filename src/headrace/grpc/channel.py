@@ -21,6 +21,7 @@ from headrace.grpc.status import Code, GrpcError
 
 CONNECT_S: Final = 5.0
 BACKOFF_S: Final = (0.0, 0.1, 0.3, 1.0, 3.0, 5.0)
+HEADS_MAX: Final = 64
 USER_AGENT: Final = "headrace"
 _OF_HTTP: Final = {
     "400": Code.INTERNAL,
@@ -191,7 +192,7 @@ class Channel:
         self._opening: asyncio.Task[Link] | None = None
         self._failures_count = 0
         self._rests_until_s = 0.0
-        self._heads: dict[str, bytes] = {}
+        self._heads: dict[tuple[str, float], bytes] = {}
 
     async def call(self, path: str, message: bytes, *, timeout_s: float) -> bytes:
         """Make a call; answers with the message. Raises `GrpcError`, `NotSent` when the peer did not look at it."""
@@ -200,10 +201,11 @@ class Channel:
             link = await self._linked()
         if link.room <= 0:
             raise NotSent(Code.RESOURCE_EXHAUSTED, "the peer takes no more calls at a time")
-        head = self._heads.get(path)
+        head = self._heads.get((path, timeout_s))
         if head is None:
-            head = self._heads[path] = self._head(path)
-        head += literal("grpc-timeout", f"{min(max(1, int(timeout_s * 1_000)), 99_999_999)}m")
+            if len(self._heads) >= HEADS_MAX:
+                self._heads.clear()
+            head = self._heads[path, timeout_s] = self._head(path, timeout_s)
         if self._secrets:
             head += literal(HEADER, self._secrets.sign(path, message), is_secret=True)
         return await link.call(head, message, timeout_s)
@@ -216,7 +218,7 @@ class Channel:
         if self._link is not None:
             self._link.close()
 
-    def _head(self, path: str) -> bytes:
+    def _head(self, path: str, timeout_s: float) -> bytes:
         return block(
             {
                 ":method": "POST",
@@ -226,6 +228,7 @@ class Channel:
                 "te": "trailers",
                 "content-type": CONTENT_TYPE,
                 "user-agent": USER_AGENT,
+                "grpc-timeout": f"{min(max(1, int(timeout_s * 1_000)), 99_999_999)}m",
             }
         )
 

@@ -18,6 +18,7 @@ from hpack.exceptions import HPACKError
 from hpack.table import HeaderTable
 
 from headrace.grpc.frames import Broken, Fault
+from headrace.grpc.signing import HEADER
 
 LIST_BYTES_MAX: Final = 16 * 1024
 """Of one header list, decoded; a name or value counts 32 bytes more than it has."""
@@ -27,6 +28,10 @@ BLOCK_BYTES_MAX: Final = 16 * 1024
 
 _SEEN_BLOCKS_MAX: Final = 64
 _SEEN_BYTES_MAX: Final = 1_024
+_SIGNATURE_CHARS: Final = 64
+_SIGNED: Final = bytes((len(HEADER),)) + HEADER.encode() + bytes((_SIGNATURE_CHARS,))
+_SIGNED_BYTES: Final = 1 + len(_SIGNED) + _SIGNATURE_CHARS
+_UNINDEXED: Final = b"\x00\x10"
 _RESIZE: Final = range(0x20, 0x40)
 _NAME: Final = re.compile(rb":?[!#$%&'*+\-.^_`|~0-9a-z]+\Z")
 _VALUE: Final = re.compile(rb"[^\x00\r\n]*\Z")
@@ -59,10 +64,20 @@ class HeaderReader:
         self._seen: dict[bytes, Headers | None] = {}
 
     def read(self, block: bytes) -> Headers | None:
-        """The headers of a block; None when they are none that a request or answer may have. Raises `Broken`."""
+        """The headers of a block; None when they are none that a request or answer may have. Raises `Broken`.
+
+        A signature is another for each message. Where it stands last and plainly, as clients send it, what is before it
+        is a block of its own, and mostly one that was seen: it ends where a field does, or can't be decoded at all (when
+        the end of a value looks like a signature, with a byte in it that no value may have).
+        """
         seen = self._seen
         if block in seen:
             return seen[block]
+        if block[-_SIGNED_BYTES + 1 : -_SIGNATURE_CHARS] == _SIGNED and block[-_SIGNED_BYTES] in _UNINDEXED:
+            signature = block[-_SIGNATURE_CHARS:]
+            if signature.isalnum():
+                others = self.read(block[:-_SIGNED_BYTES])
+                return None if others is None else {**others, HEADER: signature.decode("ascii")}
         before = self._table.changes_count
         try:
             fields: Iterable[tuple[bytes, bytes]] = self._decoder.decode(block, raw=True)

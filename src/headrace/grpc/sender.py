@@ -183,9 +183,18 @@ class Sender:
         stream_id = self._next_id
         self._next_id += 2
         stream = self._streams[stream_id] = Stream(stream_id, self._stream_window)
-        self._out.append(frames.frame(frames.HEADERS, frames.END_HEADERS, stream_id, block))
-        self._queue(stream, message)
-        stream.tail = b""
+        opening = frames.head(len(block), frames.HEADERS, frames.END_HEADERS, stream_id)
+        size = PREFIX_BYTES + len(message)
+        if self._queued or size > min(self._window, stream.window, self._frame_max):
+            self._out.append(opening + block)
+            self._queue(stream, message)
+            stream.tail = b""
+            return stream_id
+        self._window -= size
+        self.sent_bytes += size
+        stream.is_said = True
+        data = frames.head(size, frames.DATA, frames.END_STREAM, stream_id)
+        self._out.append(b"".join((opening, block, data, b"\x00", len(message).to_bytes(4, "big"), message)))
         return stream_id
 
     def reset(self, stream_id: int, fault: Fault) -> None:

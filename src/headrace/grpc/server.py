@@ -11,6 +11,7 @@ import re
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from functools import lru_cache
 from time import perf_counter
 from typing import Any, Final, cast
 
@@ -327,10 +328,16 @@ def _deadline_s(headers: Headers, arrived_s: float) -> float | None:
     text = headers.get("grpc-timeout")
     if text is None:
         return None
+    return arrived_s + _seconds(text)
+
+
+@lru_cache(256)
+def _seconds(text: str) -> float:
+    """What a `grpc-timeout` says. Raises `GrpcError`."""
     found = _TIMEOUT.fullmatch(text)
     if found is None:
         raise GrpcError(Code.INVALID_ARGUMENT, f"grpc-timeout is no timeout: {text[:100]}")
-    return arrived_s + int(found[1]) * _UNIT_US[found[2]] / 1e6
+    return int(found[1]) * _UNIT_US[found[2]] / 1e6
 
 
 def _decoded(method: Method, message: bytes) -> Message:

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
+from prometheus_client import Counter, Histogram
+
 from headrace.foundation.targets import PushTarget
 from headrace.grpc.delivery import Deliveries
 from headrace.grpc.health import Health
@@ -29,9 +31,15 @@ async def answering(
 ) -> AsyncGenerator[GrpcServer, None]:
     """A gRPC server for the connections of an HTTP server. `consumer` answers the workers that pull, if any may."""
 
+    counting: dict[tuple[str, Code], tuple[Counter, Histogram]] = {}
+
     def observe(path: str, code: Code, seconds: float) -> None:
-        service.metrics.calls.labels(path, code.name).inc()
-        service.metrics.calls_seconds.labels(path).observe(seconds)
+        found = counting.get((path, code))
+        if found is None:  # asked for once: there are few, and looking one up costs more than counting
+            found = (service.metrics.calls.labels(path, code.name), service.metrics.calls_seconds.labels(path))
+            counting[path, code] = found
+        found[0].inc()
+        found[1].observe(seconds)
 
     methods = methods_of(SERVICE, Broker(service), is_open=True)
     if consumer is not None:

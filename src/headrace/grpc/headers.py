@@ -67,7 +67,7 @@ class HeaderReader:
         """The headers of a block; None when they are none that a request or answer may have. Raises `Broken`.
 
         A signature is another for each message. Where it stands last and plainly, as clients send it, what is before it
-        is a block of its own, and mostly one that was seen: it ends where a field does, or can't be decoded at all (when
+        is a block of its own, and mostly one that was seen: it ends where a field does, or can't be decoded (when
         the end of a value looks like a signature, with a byte in it that no value may have).
         """
         seen = self._seen

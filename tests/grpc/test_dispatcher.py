@@ -44,7 +44,7 @@ async def types_of_failures(own: Broker) -> list[str]:
 
 
 @on_every_store
-async def test_a_worker_that_is_not_heard_of_in_time_loses_its_run_and_its_report_changes_nothing(
+async def test_r6_a_worker_that_is_not_heard_of_in_time_loses_its_run_and_its_report_changes_nothing(
     kind: str, tmp_path: Path
 ) -> None:
     clock = ManualClock()
@@ -342,7 +342,7 @@ async def test_a_server_that_stops_in_good_order_gives_back_what_nobody_has(kind
 
 
 @on_every_store
-async def test_what_workers_have_of_a_server_that_stopped_is_settled_by_another(kind: str, tmp_path: Path) -> None:
+async def test_r6_what_workers_have_of_a_server_that_stopped_is_settled_by_another(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         await own.add(activation(0), activation(1, retry={"at_most_once": True}), activation(2))
         other = Broker(own.engine)

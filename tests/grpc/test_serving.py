@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -378,6 +379,33 @@ async def test_one_certificate_is_for_both_protocols(tmp_path: Path) -> None:
         writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
         assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
         writer.close()
+
+
+@pytest.mark.timeout(20)
+async def test_a_stop_does_not_wait_for_peers_that_say_no_goodbye(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TLS ends by agreement, and the loop would wait half a minute for who has none."""
+    monkeypatch.setattr("headrace.grpc.parting.GOODBYE_S", 0.01)
+    context = ssl.create_default_context()
+    AUTHORITY.configure_trust(context)
+
+    def rude(port: int, protocol: str, said: bytes) -> ssl.SSLSocket:
+        context.set_alpn_protocols([protocol])
+        made = context.wrap_socket(socket.create_connection(("localhost", port)), server_hostname="localhost")
+        made.sendall(said)
+        assert made.recv(9)
+        return made
+
+    async with house(tmp_path, tls=tls_of(tmp_path)) as home:
+        port = home.server.address[1]
+        peers = [
+            await asyncio.to_thread(rude, port, "h2", GREETING),
+            await asyncio.to_thread(rude, port, "http/1.1", b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"),
+        ]
+        await home.server.stop()
+        for peer in peers:
+            peer.close()
 
 
 def tls_of(folder: Path) -> Tls:

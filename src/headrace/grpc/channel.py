@@ -15,6 +15,7 @@ from headrace.foundation.targets import PushTarget
 from headrace.grpc.frames import Fault
 from headrace.grpc.headers import block, from_percent, literal
 from headrace.grpc.machine import Answer, Away, Bounds, Broke, Machine, Reset
+from headrace.grpc.parting import part
 from headrace.grpc.sender import CONTENT_TYPE, Budget
 from headrace.grpc.signing import HEADER, Secrets
 from headrace.grpc.status import Code, GrpcError
@@ -164,7 +165,7 @@ class Link(asyncio.Protocol):
                 break
             self._transport.write(data)
         if self._machine.is_broken or (not self.is_open and not self._calls):
-            self._transport.close()
+            part(self._transport)
 
 
 class Channel:

@@ -24,6 +24,7 @@ from headrace.grpc.frames import Fault
 from headrace.grpc.headers import Headers
 from headrace.grpc.machine import Bounds, Broke, Machine, Request, Reset
 from headrace.grpc.methods import Call, Method, Methods
+from headrace.grpc.parting import part
 from headrace.grpc.sender import Budget
 from headrace.grpc.signing import HEADER, Secrets
 from headrace.grpc.status import Code, GrpcError, of_error
@@ -304,7 +305,7 @@ class Connection(asyncio.Protocol):
         while self._held and not self._is_full:
             self._begin(*self._held.popleft())
         if machine.is_broken or (machine.is_leaving and not machine.streams_count):
-            self._transport.close()
+            part(self._transport)
 
     def _look(self) -> None:
         """Twice in `idle_s`: whether the peer still lives, reads, and ends what it began."""

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from headrace.foundation.limits import KIB
 from headrace.grpc.frames import PREFACE, Fault, goaway, settings
+from headrace.grpc.parting import part
 
 HEAD_BYTES_MAX: Final = 64 * KIB
 _TOO_LARGE: Final = (431, "Request Header Fields Too Large", "the head of a request has at most 65,536 bytes")
@@ -112,6 +113,20 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """An answer is out; it may have been the last."""
+        super().on_response_complete()
+        self._part_if_closing()
+
+    def shutdown(self) -> None:
+        """Answer what is under way, and close; uvicorn calls this when the server stops."""
+        super().shutdown()
+        self._part_if_closing()
+
+    def _part_if_closing(self) -> None:
+        if self.transport.is_closing():
+            part(self.transport)
 
     def pause_writing(self) -> None:
         """The peer owes room for more of the answer."""

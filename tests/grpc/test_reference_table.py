@@ -26,7 +26,7 @@ def here(module: str, test: str) -> tuple[str, str]:
 
 STATUSES: Final = here("consumer", "set_task_status_invalid")
 OVERDUE: Final = here(
-    "dispatcher", "a_worker_that_is_not_heard_of_in_time_loses_its_run_and_its_report_changes_nothing"
+    "dispatcher", "r6_a_worker_that_is_not_heard_of_in_time_loses_its_run_and_its_report_changes_nothing"
 )
 TOO_OFTEN: Final = here("dispatcher", "a_run_that_was_overdue_too_often_fails_and_is_a_dead_letter_where_it_says_so")
 ONCE: Final = here("dispatcher", "a_run_that_may_run_once_fails_at_its_deadline")

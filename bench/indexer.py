@@ -156,7 +156,7 @@ def overlap(store: str) -> None:
 
     Each handler keeps the interpreter for as long, and each commit waits for as long (a database far away), as makes
     the larger of the two `UNIT_US` an event: what is measured is how well they hide each other, not what they cost.
-    A wait is made of what is left of its time when the commit itself is done, and follows what handlers took in the turn
+    A wait is what is left of its time when the commit itself is done, and follows what handlers took in the turn
     before. Of the turns whose ratio came near the one that is wanted the best is told.
     """
     lines = transfers_floor.lines_of(OVERLAP_EVENTS)

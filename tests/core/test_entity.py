@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from datetime import UTC, date, datetime, timedelta, timezone
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import msgspec
@@ -51,12 +51,22 @@ class Narrow(Entity):
     percent: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
 
 
+class Chosen(Entity):
+    id: int
+    side: Literal["buy", "sell"] = "buy"
+    code: Annotated[str, msgspec.Meta(pattern="^[a-z]+$", max_length=3)] | None = None
+    count: Annotated[int, msgspec.Meta(ge=0)] = 0
+    share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5
+    raw: Annotated[bytes, msgspec.Meta(max_length=2)] = b""
+    at: Annotated[datetime, msgspec.Meta(tz=True)] = datetime(2024, 1, 1, tzinfo=UTC)
+
+
 class Listed(Entity):
     id: int
     names: list[str] = msgspec.field(default_factory=list)
 
 
-PLAIN, NARROW, LISTED = (EntityType(cls, row_bytes_max=100_000) for cls in (Plain, Narrow, Listed))
+PLAIN, NARROW, CHOSEN, LISTED = (EntityType(cls, row_bytes_max=100_000) for cls in (Plain, Narrow, Chosen, Listed))
 
 values = st.one_of(
     st.none(),
@@ -106,7 +116,18 @@ def test_a_usual_row_passes_at_a_glance_and_one_that_needs_a_look_does_not() -> 
 
 
 @pytest.mark.parametrize(
-    ("entity", "row", "change"), [(NARROW, Narrow(1), {"percent": 101}), (LISTED, Listed(1), {"names": [1]})]
+    ("entity", "row", "change"),
+    [
+        (NARROW, Narrow(1), {"percent": 101}),
+        (LISTED, Listed(1), {"names": [1]}),
+        (CHOSEN, Chosen(1, code="abc", count=10**30), {"side": "hold"}),
+        (CHOSEN, Chosen(1), {"code": "abcd"}),
+        (CHOSEN, Chosen(1), {"code": "A"}),
+        (CHOSEN, Chosen(1), {"count": -1}),
+        (CHOSEN, Chosen(1), {"share": 1}),
+        (CHOSEN, Chosen(1), {"raw": b"abc"}),
+    ],
+    ids=str,
 )
 def test_a_type_that_is_more_than_its_fields_types_is_always_examined(
     entity: EntityType, row: Any, change: dict[str, Any]

@@ -118,6 +118,11 @@ class Column(NamedTuple):
     default: Any
 
     @property
+    def is_narrowed(self) -> bool:
+        """Whether its annotation takes less than its kind holds: a `Literal`, or the bounds of a `msgspec.Meta`."""
+        return self.enum is None and self.kind != JSON and self.type not in (*_SCALARS, Int64)
+
+    @property
     def form(self) -> str:
         """What the schema remembers of it."""
         return f"{self.kind}{'?' if self.is_optional else ''}"
@@ -146,6 +151,7 @@ class EntityType:
         self.has_large = False
         """Whether a whole number of more than 64 bits was ever set."""
         self._id_at = self.names.index(ID)
+        self._narrowed = {column.name for column in self.columns if column.is_narrowed}
         self._decoders = {
             column.name: msgspec.json.Decoder(column.type) for column in self.columns if column.kind == JSON
         }
@@ -227,6 +233,8 @@ class EntityType:
             raise self._fault(row_id, f"has no {column.name}", hint=f"annotate it as optional, or give a {column.kind}")
         try:
             checked, size = _CHECKS[column.kind](self, column, value)
+            if column.name in self._narrowed:
+                _check_narrowed(column, checked)
         except _Refused as refused:
             raise self._fault(row_id, f"can't have {column.name} = {_said(value)}: {refused}") from None
         if (column.name == ID or column.is_indexed) and size > KEY_BYTES_MAX:
@@ -286,7 +294,7 @@ def _fitting(column: Column, share: int) -> Callable[[Any], bool] | None:
     """What a usual value of a column is like; None where each needs a look."""
     if column.enum is not None:
         return partial(_is_a, column.enum)
-    if column.type not in (*_SCALARS, Int64):  # narrowed by its annotation
+    if column.is_narrowed:
         return None
     if column.kind in (BOOL, DATE, IDENTIFIER):
         return partial(_is_a, column.type)
@@ -345,6 +353,13 @@ def _check_enum(column: Column, value: Any) -> Any:
     raise _Refused(f"a {column.enum.__name__} is wanted")
 
 
+def _check_narrowed(column: Column, value: Any) -> None:
+    try:
+        msgspec.convert(value, column.type, builtin_types=_KEPT)
+    except msgspec.ValidationError as error:
+        raise _Refused(str(error)) from None
+
+
 def _check_text(_: EntityType, column: Column, value: Any) -> tuple[Any, int]:
     if column.enum is not None:
         return _check_enum(column, value), 0
@@ -364,13 +379,8 @@ def _check_integer(entity: EntityType, column: Column, value: Any) -> tuple[Any,
         return _check_enum(column, value), 0
     if type(value) is not int:
         raise _Refused("a whole number is wanted")
-    if column.kind == BIGINT:
-        if value not in INT64:
-            raise _Refused("it needs more than 64 bits")
-        try:
-            msgspec.convert(value, column.type)
-        except msgspec.ValidationError as error:
-            raise _Refused(str(error)) from None
+    if column.kind == BIGINT and value not in INT64:
+        raise _Refused("it needs more than 64 bits")
     bits = value.bit_length()
     if bits > DIGITS_MAX * 3:
         raise _Refused(f"it has more than about {DIGITS_MAX} digits")
@@ -466,6 +476,7 @@ _CHECKS: Final = {
     JSON: _check_json,
 }  # fmt: skip
 
+_KEPT: Final = (bytes, Decimal, datetime, date, UUID)
 _SCALARS: Final[dict[Any, str]] = {
     int: INTEGER, float: FLOAT, bool: BOOL, str: TEXT, bytes: BYTES, Decimal: DECIMAL, datetime: MOMENT, date: DATE,
     UUID: IDENTIFIER,
@@ -529,11 +540,15 @@ def _kind(hint: Any, metas: list[msgspec.Meta]) -> tuple[str, type[enum.Enum] | 
     if hint is int:
         least = [meta.ge if meta.ge is not None else meta.gt for meta in metas]
         most = [meta.le if meta.le is not None else meta.lt for meta in metas]
-        is_small = any(bound in INT64 for bound in least) and any(bound in INT64 for bound in most)
+        is_small = any(map(_is_near, least)) and any(map(_is_near, most))
         return (BIGINT if is_small else INTEGER), None
     if typing.get_origin(hint) is Literal and all(type(value) is str for value in typing.get_args(hint)):
         return TEXT, None
     return _SCALARS.get(hint, JSON), None
+
+
+def _is_near(bound: float | None) -> bool:
+    return bound is not None and _LEAST <= bound <= _MOST  # asking a range would count up to it, if it is no int
 
 
 def _size(value: Any) -> int:

@@ -227,7 +227,9 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(name: str, folder: Path, make: Callable[[Headrace, Any], Indexer]) -> AsyncIterator[Rig]:
+async def rig(
+    name: str, folder: Path, make: Callable[[Headrace, Any], Indexer], clock: Clock | None = None
+) -> AsyncIterator[Rig]:
     """A rig on a fresh house."""
     async with opened(name, folder) as house:
-        yield Rig(house, make)
+        yield Rig(house, make, clock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from headrace.indexer import (
     any_of,
     at_least,
 )
-from headrace.runtime.clock import ManualClock
+from headrace.runtime.clock import ManualClock, SystemClock
 from headrace.runtime.handling import LateUse
 from tests.indexer.bank import (
     EVERY,
@@ -62,6 +63,38 @@ async def test_a_handler_that_hangs_is_ended_by_its_bound() -> None:
     with pytest.raises(HandlerFailed, match="has not ended in 5 s"):
         await draining
     await simulation.close()
+
+
+async def test_a_handler_that_never_gives_the_loop_back_loses_the_lease_and_is_named(tmp_path: Path) -> None:
+    left = threading.Event()
+
+    def blocking(app: Headrace, source: Any) -> Indexer:
+        indexer = app.indexer("bank", source=source, entities=[Account])
+
+        @indexer.on("pay")
+        async def on_pay(event: Pay, ctx: Context) -> None:
+            if event.to == "stuck":
+                assert left.wait(60), "the lease is given back while the loop stands still"
+            ctx.set(Account(event.to))
+
+        return indexer
+
+    log = [(1, Pay("a")), (2, Pay("stuck")), (3, Pay("b"))]
+    async with rig("sqlite", tmp_path, blocking, SystemClock()) as own:
+        leave = own.house.entities.leave
+
+        async def leaving(*names: Any) -> None:
+            await leave(*names)
+            left.set()
+
+        own.tables.leave = leaving
+        with pytest.raises(HandlerFailed, match="event at 2 has not ended in 1 s"):
+            async with own.running(
+                Listed(log), index_batch_events_max=1, index_handler_timeout_s=1, heartbeat_ms=100
+            ) as indexing:
+                await indexing.run()
+        (standing,) = await own.house.entities.standings("default")
+        assert (standing.no, standing.holder) == (1, "")
 
 
 async def test_a_context_refuses_what_comes_after_its_handler_and_the_indexer_stops() -> None:

@@ -21,6 +21,7 @@ from time import perf_counter
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
+import structlog
 
 from headrace.core.block import Coalescer, Extra
 from headrace.core.entity import EntityType
@@ -36,6 +37,7 @@ from headrace.store.entities.protocol import Commit, Enqueued, EntityStore, Leas
 
 T = TypeVar("T")
 
+LOG: Any = structlog.get_logger("headrace.indexer")
 KEY_CHARS_MAX: Final = 200
 CLOSE_S: Final = 30
 
@@ -75,13 +77,17 @@ class Committer:
         *,
         on_landed: Callable[[Landed], None],
         on_failed: Callable[[BaseException], None],
+        stuck: Callable[[], BaseException | None],
     ) -> None:
+        """`stuck`: the error of a handler that keeps the owner's loop, asked for from the committer's own thread."""
         self._engine = engine
         self._store = store
         self._plan = plan
         self._token = token
         self._on_landed = on_landed
         self._on_failed = on_failed
+        self._stuck = stuck
+        self._unanswered_count = 0
         self._home = asyncio.get_running_loop()
         self._loop = self._home
         self._waiting: deque[Batch] = deque()
@@ -269,6 +275,9 @@ class Committer:
         clock, limits = self._engine.clock, self._engine.limits
         while True:
             await clock.sleep(limits.heartbeat_ms / 1_000)
+            if self._is_home_stuck():
+                self._cancel()
+                return
             with suppress(StoreUnavailable):
                 if not await self._store.beat(self._plan.environment, self._plan.indexer, self._token):
                     self._fail(
@@ -280,6 +289,26 @@ class Committer:
                     )
                     self._cancel()
                     return
+
+    def _is_home_stuck(self) -> bool:
+        """Whether a handler has kept the owner's loop for as long as one may wait: then nobody there can say so.
+
+        Counted in beats that the loop did not answer, so that a process that was stopped for a while is not blamed.
+        The lease is given back, and whoever takes it goes on from the last commit.
+        """
+        limits = self._engine.limits
+        timeout_ms = limits.index_handler_timeout_s * 1_000
+        stuck = self._stuck() if self._unanswered_count * limits.heartbeat_ms >= timeout_ms else None
+        if stuck is not None:
+            LOG.error("a handler keeps the loop", indexer=self._plan.indexer, error=str(stuck))
+            self._fail(stuck)
+            return True
+        self._unanswered_count += 1
+        self._tell(self._answer)
+        return False
+
+    def _answer(self) -> None:
+        self._unanswered_count = 0
 
 
 def write_of(entity: EntityType, delta: dict[Any, Any], changes: dict[tuple[Any, int], Any]) -> Write:

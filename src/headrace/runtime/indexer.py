@@ -156,8 +156,9 @@ class Indexing:
         standing, token = await lease(self._store, self.engine, standing, wait=wait, on_waiting=on_waiting)
         self._stand(standing)
         self._committer = Committer(
-            self.engine, self._store, self.plan, token, on_landed=self._on_landed, on_failed=self.fail
-        )
+            self.engine, self._store, self.plan, token,
+            on_landed=self._on_landed, on_failed=self.fail, stuck=self._stuck,
+        )  # fmt: skip
         self._token = token
         self._committer.start()
         return standing
@@ -571,16 +572,22 @@ class Indexing:
 
     def _watch_handlers(self) -> None:
         """End an indexer whose handler waits for ever: it is looked at, not timed, so that no event pays for it."""
-        timeout_s = self._limits.index_handler_timeout_s
-        if self._handling and self._watched_no == self._no and self._batch is not None:
-            self.fail(
-                HandlerFailed(
-                    f"the handler of the event at {self._batch.positions[self._at]!r} has not ended in {timeout_s} s",
-                    hint="what does it wait for? index_handler_timeout_s is its bound",
-                    indexer=self.definition.name,
-                    position=self._batch.positions[self._at],
-                )
-            )
+        stuck = self._stuck() if self._watched_no == self._no else None
+        if stuck is not None:
+            self.fail(stuck)
             return
         self._watched_no = self._no
-        self._watch = self.engine.clock.call_later(timeout_s, self._watch_handlers)
+        self._watch = self.engine.clock.call_later(self._limits.index_handler_timeout_s, self._watch_handlers)
+
+    def _stuck(self) -> HandlerFailed | None:
+        """What is to be said of the handler that runs now, when it has not ended in its time; None where none does."""
+        batch, at = self._batch, self._at
+        if not self._handling or batch is None:
+            return None
+        timeout_s, position = self._limits.index_handler_timeout_s, batch.positions[at]
+        return HandlerFailed(
+            f"the handler of the event at {position!r} has not ended in {timeout_s} s",
+            hint="what does it wait for? index_handler_timeout_s is its bound",
+            indexer=self.definition.name,
+            position=position,
+        )

@@ -25,7 +25,7 @@ from headrace.grpc.machine import (
     Request,
     Reset,
 )
-from headrace.grpc.sender import PATIENCE_MAX, Budget
+from headrace.grpc.sender import PATIENCE_MAX, STREAM_WINDOW, Budget
 from headrace.grpc.status import Code
 
 BOUNDS = Bounds(message_bytes_max=100_000, calls_max=8)
@@ -332,17 +332,49 @@ def _fields() -> dict[str, str]:
     return {":method": "POST", ":scheme": "http", ":path": "/a/B", "content-type": "application/grpc"}
 
 
-def test_more_data_than_a_window_ends_the_connection() -> None:
-    piece = frame(frames.DATA, 0, 1, b"x" * 16_384)
-    machine = greeted(Bounds(10**8, 8))
-    start = framed(b"x" * 10**7)[:5]
-    assert machine.feed(headers(1) + frame(frames.DATA, 0, 1, start) + piece * 8, now_us=0) == []
-    assert (frames.WINDOW_UPDATE, 0, 1) in [found[:3] for found in parsed(all_of(machine))]
-    for stream in machine._streams.values():
-        stream.credit = 16_383
-    event = machine.feed(piece, now_us=0)[-1]
-    assert isinstance(event, Broke)
-    assert event.fault is Fault.FLOW_CONTROL_ERROR
+def test_windows_are_opened_again_as_a_message_comes() -> None:
+    machine = greeted(Bounds(10**7, 8))
+    sent = {0: CONNECTION_WINDOW, 1: STREAM_WINDOW}
+    message = framed(b"x" * 3_000_000)
+    events = machine.feed(headers(1), now_us=0)
+    for start in range(0, len(message), 16_384):
+        piece = message[start : start + 16_384]
+        flags = frames.END_STREAM if start + 16_384 >= len(message) else 0
+        for window in sent:
+            sent[window] -= len(piece)
+            assert sent[window] >= 0, "a peer that keeps to its window waits for ever"
+        events += machine.feed(frame(frames.DATA, flags, 1, piece), now_us=0)
+        for kind, _, stream_id, payload in parsed(all_of(machine)):
+            assert kind == frames.WINDOW_UPDATE
+            sent[stream_id] += frames.WORD.unpack(payload)[0]
+    assert [event.message for event in events if isinstance(event, Request)] == [b"x" * 3_000_000]
+    assert sent[0] <= CONNECTION_WINDOW
+    assert sent[1] <= STREAM_WINDOW
+
+
+def test_a_block_means_what_its_peer_s_table_says_by_then() -> None:
+    machine = greeted()
+    newest = ASK + b"\xbe"
+    seen = []
+    for stream_id, fields in enumerate((ASK + b"\x40\x01x\x01a", newest, newest, ASK + b"\x40\x01x\x01b", newest)):
+        (event,) = machine.feed(
+            headers(2 * stream_id + 1, fields) + frame(frames.DATA, frames.END_STREAM, 2 * stream_id + 1, framed(b"")),
+            now_us=0,
+        )
+        assert isinstance(event, Request)
+        seen.append(event.headers["x"])
+    assert seen == ["a", "a", "a", "b", "b"]
+
+
+def test_a_call_ends_once() -> None:
+    machine = greeted()
+    machine.feed(frames.settings({frames.INITIAL_WINDOW_SIZE: 3}) + call(1), now_us=0)
+    machine.answer(1, b"abcdef")
+    machine.fail(1, Code.DEADLINE_EXCEEDED, "too late to say so")
+    machine.feed(frames.window_update(1, 100), now_us=0)
+    last = parsed(all_of(machine))[-1]
+    assert last[1] == frames.END_HEADERS | frames.END_STREAM
+    assert literal("grpc-status", "0") in last[3]
 
 
 # -- what is wrong with one call only

@@ -261,6 +261,13 @@ async def test_an_activation_that_is_refused_for_its_own_sake_lets_others_go_fir
     assert list(shelf.claimed) == ["id_0"], "its lease ends it"
 
 
+async def test_what_was_refused_and_then_taken_leaves_nothing_behind() -> None:
+    shelf, worker = Shelf(1), Worker(*[GrpcError(Code.INTERNAL, "not now")] * (pushes.STRIKES_MAX - 1))
+    async with pushing(shelf, worker) as pusher:
+        await shelf.until(lambda: shelf.marked == ["id_0"])
+        assert pusher._strikes == {}
+
+
 async def test_a_store_that_is_away_is_asked_again() -> None:
     shelf, worker = Shelf(3), Worker()
     shelf.fails = 3

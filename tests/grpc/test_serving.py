@@ -23,6 +23,7 @@ from headrace.grpc.messages import broker_pb2 as wire
 from headrace.grpc.messages import health_pb2 as health
 from headrace.grpc.messages import taskbroker_pb2 as taskbroker
 from headrace.grpc.signing import HEADER, Secrets
+from headrace.http.connections import BoundedProtocol
 from headrace.http.server import Tls
 from headrace.runtime.producer import Producer
 from tests.grpc.rig import AUTHORITY, certificate
@@ -193,9 +194,9 @@ BAD_SETTLEMENTS: list[dict[str, Any]] = [
 
 async def test_a_settlement_that_can_t_be_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     async with far(tmp_path) as (home, stub):
-        batch_id = await home.filled(2)
+        batch_id = await home.filled(3)
         (lease,) = await stub.claim(await stub.session())
-        good = wire.Settlement(lease=lease.lease, places=[1], part_no=7)
+        good = wire.Settlement(lease=lease.lease, places=[2], part_no=7)
         for told in BAD_SETTLEMENTS:
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await stub.settle(good, wire.Settlement(lease=lease.lease, **told))
@@ -333,6 +334,20 @@ async def test_the_preface_is_known_in_any_pieces(tmp_path: Path, cuts: tuple[in
             start = cut
         assert (await reader.readexactly(9))[3] == frames.SETTINGS
         writer.close()
+
+
+async def test_who_is_handed_over_owes_no_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[Any] = []
+    hand_over = BoundedProtocol._hand_over
+
+    def noted(self: BoundedProtocol, data: bytes) -> None:
+        handed.append(self)
+        hand_over(self, data)
+
+    monkeypatch.setattr(BoundedProtocol, "_hand_over", noted)
+    async with far(tmp_path) as (_, stub):
+        await stub.session()
+        assert handed[0]._head_timer.cancelled()
 
 
 async def test_what_only_begins_like_the_preface_is_a_request_like_another(tmp_path: Path) -> None:

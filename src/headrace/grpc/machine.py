@@ -194,8 +194,6 @@ class Machine(Sender):
     def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
         size = len(payload)
         self._credit -= size
-        if self._credit < 0:
-            raise Broken(Fault.FLOW_CONTROL_ERROR, "more than the connection's window")
         if self._credit <= CONNECTION_WINDOW // 2:
             self._out.append(frames.window_update(0, CONNECTION_WINDOW - self._credit))
             self._credit = CONNECTION_WINDOW
@@ -207,8 +205,6 @@ class Machine(Sender):
             self._spend(1)
             return
         stream.credit -= size
-        if stream.credit < 0:
-            raise Broken(Fault.FLOW_CONTROL_ERROR, "more than a stream's window")
         if flags & frames.PADDED:
             payload = frames.unpadded(payload, flags)
         if len(payload) < TINY_BYTES and not flags & frames.END_STREAM:

@@ -14,6 +14,7 @@ from headrace.runtime.clock import ManualClock
 from headrace.runtime.dispatcher import AHEAD_MAX
 from headrace.runtime.handouts import Wish
 from headrace.runtime.upkeep import Upkeep
+from headrace.store.protocol import Suspects
 from tests.grpc.broker import (
     COMPLETE,
     DEADLETTER,
@@ -28,6 +29,7 @@ from tests.grpc.broker import (
     on_every_store,
 )
 from tests.grpc.test_consumer import refused
+from tests.runtime.engines import Faulty
 
 ANY = Wish()
 
@@ -293,8 +295,6 @@ async def test_a_cancelled_batch_is_handed_out_no_more(tmp_path: Path) -> None:
 async def test_an_answer_of_none_costs_the_store_nothing_until_there_is_news(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
-        from tests.runtime.engines import Faulty
-
         counted = Faulty(own.engine.store)
         own.engine.store = counted
         for _ in range(50):
@@ -308,8 +308,6 @@ async def test_an_answer_of_none_costs_the_store_nothing_until_there_is_news(tmp
 
 
 async def test_a_store_that_does_not_answer_a_claim_is_waited_for_only_so_long(tmp_path: Path) -> None:
-    from tests.runtime.engines import Faulty
-
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         await own.filled(1)
@@ -387,8 +385,6 @@ async def test_a_server_that_was_taken_for_dead_goes_on_under_a_new_session(kind
         await own.filled(5)
         task = await own.get()
         engine = own.engine
-        from headrace.store.protocol import Suspects
-
         await engine.store.recover(
             own.dispatcher._broker.session_id,
             Suspects(places=None, evidence="thawed"),
@@ -466,3 +462,68 @@ async def test_what_was_taken_and_came_back_goes_back_to_the_store_when_the_serv
         await other.dispatcher.stop()
         own.engine.doorbell.ring()
         assert sorted(await own.drained(1)) == ["id_0", "id_1"]
+
+
+async def test_a_run_that_was_settled_by_its_id_while_it_was_in_line_here_is_not_handed_out(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker("memory", tmp_path, clock=clock) as own:
+        await own.filled(3)
+        other = Broker(own.engine)
+        await other.dispatcher.start()
+        names = [(await other.get()).id for _ in range(3)]
+        await other.dispatcher.stop()
+        clock.advance(16)
+        await own.engine.store.heartbeat(own.dispatcher._broker.session_id, now_us=clock.now_us())
+        await Upkeep(own.engine).round()
+        assert (await own.get()).id == names[0], "its server died, and it is handed out anew"
+        assert own.dispatcher.line_count == 2
+        await own.set(names[1], COMPLETE)  # by the worker that had it from the server that died
+        assert await own.drained(1) == [names[2]]
+        await own.set(names[0], COMPLETE)
+        assert await own.counts() == {"completed": 3}
+
+
+async def test_a_report_that_was_not_taken_in_may_be_made_again(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker("memory", tmp_path, clock=clock) as own:
+        names = await own.filled(4_200)
+        for _ in names:
+            await own.dispatcher.fetch(ANY)
+        faulty = Faulty(own.engine.store)
+        faulty.before["settle"] = [StoreUnavailable("away")] * 3
+        own.engine.store = faulty
+        waiting = [asyncio.create_task(own.set(name, COMPLETE)) for name in names]
+        await clock.settle()
+        assert own.dispatcher.reports_depth == 4_096, "no more are taken in while the store is away"
+        late = waiting[-1]
+        late.cancel()
+        await asyncio.gather(late, return_exceptions=True)
+        await clock.advance_async(10)
+        await asyncio.gather(*waiting[:-1])
+        assert await own.counts() == {"completed": 4_199, "processing": 1}
+        await own.set(names[-1], COMPLETE)
+        assert await own.counts() == {"completed": 4_200}
+
+
+async def test_who_was_heard_of_is_waited_for_no_more_and_held_by_nothing(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path) as own:
+        await own.filled(500)
+        await own.drained(5)
+        assert own.dispatcher._deadlines.next_us is None
+        assert not any(own.dispatcher._deadlines._buckets.values())
+        assert own.dispatcher._line.bytes_count == 0
+
+
+async def test_a_paused_queue_is_handed_out_no_more(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker("memory", tmp_path, clock=clock) as own:
+        await own.filled(20)
+        await own.get()
+        await own.engine.store.pause_queue("default", "app:mail", paused=True)
+        clock.advance(2)
+        await own.tick()  # what was leased ahead goes back
+        assert (await refused(own.get()))[0] == Code.NOT_FOUND
+        await own.engine.store.pause_queue("default", "app:mail", paused=False)
+        own.engine.doorbell.ring()
+        assert len(await own.drained(1)) == 19
+        await own.set("id_0", COMPLETE)

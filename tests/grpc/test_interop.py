@@ -126,6 +126,14 @@ async def test_an_error_keeps_its_code_and_its_words() -> None:
         assert (told.value.code(), told.value.details()) == (grpc.StatusCode.NOT_FOUND, words)
 
 
+async def test_the_longest_words_of_an_error_arrive_cut() -> None:
+    async with listening(Echo().methods) as (_, port), channel(port) as made:
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await unary(made, FAIL)(wire.PushTaskRequest(callback_url="😀" * 10_000))
+        assert told.value.code() is grpc.StatusCode.NOT_FOUND
+        assert told.value.details() == "😀" * 250
+
+
 async def test_a_crash_of_a_handler_is_internal_and_tells_nothing() -> None:
     async with listening(Echo().methods) as (_, port), channel(port) as made:
         with pytest.raises(grpc.aio.AioRpcError) as told:

@@ -251,7 +251,8 @@ async def test_health_tells_how_the_store_is_and_when_the_server_stops(tmp_path:
     def wrap(store: Any) -> Any:
         return Flaky(store)
 
-    async with house(tmp_path, wrap=wrap) as home, channel(home.server.address[1]) as made:
+    limits = LIMITS.replaced(upkeep_interval_ms=10)
+    async with house(tmp_path, wrap=wrap, limits=limits) as home, channel(home.server.address[1]) as made:
         store: Any = home.engine.store
         seen = watching(made)(health.HealthCheckRequest(service="headrace.v1.Broker"))
         statuses = aiter(seen)

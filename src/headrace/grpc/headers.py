@@ -26,6 +26,9 @@ LIST_BYTES_MAX: Final = 16 * 1024
 BLOCK_BYTES_MAX: Final = 16 * 1024
 """Of one header block as it is sent, in however many frames."""
 
+MESSAGE_BYTES_MAX: Final = 4 * 1024
+"""Of the words of a status, as they are carried: grpcio takes headers of 8 KiB."""
+
 _SEEN_BLOCKS_MAX: Final = 64
 _SEEN_BYTES_MAX: Final = 1_024
 _SIGNATURE_CHARS: Final = 64
@@ -132,8 +135,9 @@ def _length(size: int) -> bytes:
 
 
 def percent(message: str) -> str:
-    """A message as `grpc-message` carries it."""
-    return "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in message.encode("utf-8", "replace"))
+    """A message as `grpc-message` carries it; the beginning of one that many peers would find too long a header."""
+    carried = "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in message.encode("utf-8", "replace"))
+    return carried if len(carried) <= MESSAGE_BYTES_MAX else percent(message[: len(message) // 2])
 
 
 def from_percent(text: str) -> str:

@@ -28,6 +28,7 @@ from msgspec.structs import replace
 
 from bench.floors import transfers_floor
 from headrace import Headrace
+from headrace.cli.index import GC_THRESHOLDS
 from headrace.foundation.settings import load
 from headrace.indexer import Arrived, Context, Entity, Indexed, Indexer, Position, Progress
 
@@ -124,7 +125,7 @@ def run(
 
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
+    gc.set_threshold(*GC_THRESHOLDS)
     sys.setswitchinterval(0.0005)
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main(store or f"sqlite:///{folder}/bench.db"))

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 TELL_S: Final = 0.5
 STOPPED_NOW: Final = 130
-GC_THRESHOLDS: Final = (100_000, 20, 100)
+GC_THRESHOLDS: Final = (300_000, 20, 100)
+"""A batch whose rows are all read ahead has some 100,000 objects at once: they are not garbage."""
 
 
 class _Group(TyperGroup):

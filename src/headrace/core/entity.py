@@ -151,6 +151,7 @@ class EntityType:
         self.has_large = False
         """Whether a whole number of more than 64 bits was ever set."""
         self._id_at = self.names.index(ID)
+        self._is_usual_id = _fitting(self.id_column, _SMALL) or _never
         self._narrowed = {column.name for column in self.columns if column.is_narrowed}
         self._decoders = {
             column.name: msgspec.json.Decoder(column.type) for column in self.columns if column.kind == JSON
@@ -178,6 +179,8 @@ class EntityType:
 
     def checked_id(self, value: Any) -> Any:
         """An id of the right type and size. Raises `InvalidInput`."""
+        if self._is_usual_id(value):
+            return value
         checked, _ = self._value(self.id_column, value, value)
         return checked
 

@@ -45,9 +45,12 @@ class Lookups:
         self.queries_count = 0
         self.query_s = 0.0
 
-    async def get(self, table: Table, row_id: Any) -> Any:
+    def get(self, table: Table, row_id: Any) -> asyncio.Future[Any]:
         """A row that is not in memory, or None."""
-        return await self._asked(self._ids.setdefault(table, {}), row_id)
+        asked = self._ids.get(table)
+        if asked is None:
+            asked = self._ids[table] = {}
+        return self._asked(asked, row_id)
 
     async def get_many(self, table: Table, row_ids: Sequence[Any]) -> list[Any]:
         """Rows by id, None for those there are not, in the order asked."""
@@ -110,7 +113,11 @@ class Lookups:
         if self._failure is not None:
             answer.set_exception(self._failure)
             return answer
-        asked.setdefault(key, []).append(answer)
+        waiting = asked.get(key)
+        if waiting is None:
+            asked[key] = [answer]
+        else:
+            waiting.append(answer)
         if not self._is_scheduled:
             self._is_scheduled = True
             loop.call_soon(self._ask)

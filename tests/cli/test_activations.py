@@ -100,3 +100,12 @@ def test_a_queue_is_demoted_and_restored(shell: Shell) -> None:
     assert listed == {"app:mail": 0, "app:slow": 1}
     assert shell("queue", "demote", "app:mail", "--to", "app:mail").code == 2
     assert shell("queue", "restore", "app:mail", "--json").json == {"demotions": {}}
+
+
+def test_an_activation_is_shown_as_the_run_it_is(shell: Shell) -> None:
+    asyncio.run(fail_all(shell.place, 1))
+    (listed,) = shell("run", "list", "--json").json["runs"]
+    assert (listed["activation"], listed["state"], listed["idempotency_key"]) == ("send", "failed", "id_0")
+    shown = shell("run", "show", listed["run"], "--json").json
+    assert shown["activation"] == "send"
+    assert shell("run", "show", listed["run"]).code == 0

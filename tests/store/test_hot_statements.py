@@ -252,6 +252,8 @@ PLANS = {
     "unsettled_spans_of_batch": ["span_unsettled"],
     "leased_count": ["span_unsettled"],
     "expired_spans": ["span_expiring"],
+    "lock_waiting": ["span_claimable"],
+    "move_spans": ["span_pkey"],
     "stopping_batches": ["batch_unfinished"],
     "lock_batches": ["batch_"],
     "lock_streams_of_session": ["batch_of_session", "span_leased"],

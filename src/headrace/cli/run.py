@@ -183,6 +183,7 @@ def described(view: RunView) -> dict[str, Any]:
         "tags": view.tags,
         "idempotency_key": view.idempotency_key,
         "attempts": view.attempts,
+        **({"activation": view.name} if view.name else {}),
     } | ({"error": _value(view.result)} if view.state == "failed" else {})
 
 

@@ -84,9 +84,12 @@ class ConsumerService:
     async def _fetched(self, wish: Wish) -> wire.TaskActivation | None:
         while (handout := await self._dispatcher.fetch(wish)) is not None:
             try:
-                return message_of(handout, self._dispatcher.engine.clock.now_us())
+                message = message_of(handout, self._dispatcher.engine.clock.now_us())
             except DecodeError:
                 self._dispatcher.refuse(handout, "its bytes are no TaskActivation")
+                continue
+            handout.payload = b""  # its worker has it
+            return message
         return None
 
 

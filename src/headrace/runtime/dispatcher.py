@@ -211,6 +211,7 @@ class Dispatcher:
             handout = self._out.get(name)
             if handout is not None and handout.is_claimed:
                 handout.is_claimed = False
+                handout.payload = b""  # its worker has it
                 self._begin(handout)
                 count += 1
         return count
@@ -390,8 +391,9 @@ class Dispatcher:
             await self._put(update)
             if answer is not None:
                 answers.append(answer)
-        for answer in answers:
-            await answer
+        for error in await asyncio.gather(*answers, return_exceptions=True):
+            if error is not None:
+                raise error
 
     async def _put(self, update: Update) -> None:
         assert self._flusher is not None

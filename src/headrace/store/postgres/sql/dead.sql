@@ -31,8 +31,8 @@ ON CONFLICT (environment, name) DO UPDATE SET value = excluded.value;
 SELECT id FROM {schema}.span WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task
 ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max FOR UPDATE SKIP LOCKED;
 
--- move_spans: spans that wait in another queue from now on
-UPDATE {schema}.span SET queue = :queue WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint)) AND state = 'waiting';
+-- move_spans: spans, locked as waiting in this transaction, that wait in another queue from now on
+UPDATE {schema}.span SET queue = :queue WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint));
 
 -- size_bytes: how much room the database takes
 SELECT pg_database_size(current_database());

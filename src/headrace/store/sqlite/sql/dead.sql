@@ -31,8 +31,8 @@ ON CONFLICT (environment, name) DO UPDATE SET value = excluded.value;
 SELECT id FROM span WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task
 ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max;
 
--- move_spans: spans that wait in another queue from now on
-UPDATE span SET queue = :queue WHERE id IN (SELECT value FROM json_each(:ids)) AND state = 'waiting';
+-- move_spans: spans, locked as waiting in this transaction, that wait in another queue from now on
+UPDATE span SET queue = :queue WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- size_bytes: how much room the database takes
 SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size();

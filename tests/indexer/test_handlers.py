@@ -97,6 +97,35 @@ async def test_a_handler_that_never_gives_the_loop_back_loses_the_lease_and_is_n
         assert (standing.no, standing.holder) == (1, "")
 
 
+async def test_handlers_that_keep_the_loop_one_after_the_other_are_not_one_that_is_stuck(tmp_path: Path) -> None:
+    beats = threading.Semaphore(0)
+
+    def slow(app: Headrace, source: Any) -> Indexer:
+        indexer = app.indexer("bank", source=source, entities=[Account])
+
+        @indexer.on("pay")
+        async def on_pay(event: Pay, ctx: Context) -> None:
+            for _ in range(event.amount):
+                assert beats.acquire(timeout=60)
+            ctx.set(Account(event.to))
+
+        return indexer
+
+    async with rig("sqlite", tmp_path, slow, SystemClock()) as own:
+        beat = own.house.entities.beat
+
+        async def beating(*names: Any) -> bool:
+            beats.release()
+            return await beat(*names)
+
+        own.tables.beat = beating
+        log = [(n, Pay(f"a{n}", 40)) for n in range(1, 4)]  # 40 of 50 beats each
+        async with own.running(Listed(log), index_handler_timeout_s=1, heartbeat_ms=20) as indexing:
+            await indexing.run()
+        (standing,) = await own.house.entities.standings("default")
+        assert standing.no == 3
+
+
 async def test_a_context_refuses_what_comes_after_its_handler_and_the_indexer_stops() -> None:
     late: list[asyncio.Task[None]] = []
     refused: list[BaseException] = []

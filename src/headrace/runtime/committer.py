@@ -77,16 +77,22 @@ class Committer:
         *,
         on_landed: Callable[[Landed], None],
         on_failed: Callable[[BaseException], None],
+        busy: Callable[[], int | None],
         stuck: Callable[[], BaseException | None],
     ) -> None:
-        """`stuck`: the error of a handler that keeps the owner's loop, asked for from the committer's own thread."""
+        """`busy`: the number of the event whose handler runs; `stuck`: the error of one that keeps the owner's loop.
+
+        Both are asked for from the committer's own thread.
+        """
         self._engine = engine
         self._store = store
         self._plan = plan
         self._token = token
         self._on_landed = on_landed
         self._on_failed = on_failed
+        self._busy = busy
         self._stuck = stuck
+        self._busy_no: int | None = None
         self._unanswered_count = 0
         self._home = asyncio.get_running_loop()
         self._loop = self._home
@@ -291,14 +297,16 @@ class Committer:
                     return
 
     def _is_home_stuck(self) -> bool:
-        """Whether a handler has kept the owner's loop for as long as one may wait: then nobody there can say so.
+        """Whether one handler has kept the owner's loop for as long as it may wait: then nobody there can say so.
 
         Counted in beats that the loop did not answer, so that a process that was stopped for a while is not blamed.
         The lease is given back, and whoever takes it goes on from the last commit.
         """
-        limits = self._engine.limits
-        timeout_ms = limits.index_handler_timeout_s * 1_000
-        stuck = self._stuck() if self._unanswered_count * limits.heartbeat_ms >= timeout_ms else None
+        limits, busy_no = self._engine.limits, self._busy()
+        if busy_no != self._busy_no:
+            self._busy_no, self._unanswered_count = busy_no, 0
+        is_late = self._unanswered_count * limits.heartbeat_ms >= limits.index_handler_timeout_s * 1_000
+        stuck = self._stuck() if is_late else None
         if stuck is not None:
             LOG.error("a handler keeps the loop", indexer=self._plan.indexer, error=str(stuck))
             self._fail(stuck)

@@ -157,7 +157,8 @@ class Indexing:
         self._stand(standing)
         self._committer = Committer(
             self.engine, self._store, self.plan, token,
-            on_landed=self._on_landed, on_failed=self.fail, stuck=self._stuck,
+            on_landed=self._on_landed, on_failed=self.fail,
+            busy=lambda: self._no if self._handling else None, stuck=self._stuck,
         )  # fmt: skip
         self._token = token
         self._committer.start()

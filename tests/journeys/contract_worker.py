@@ -1,7 +1,8 @@
-"""A worker of the task broker that knows its contract and nothing else: `contract_worker.py TARGET SECRET LOG`.
+"""A worker of the task broker that knows its contract and nothing else: `contract_worker.py TARGET SECRET LOG [PORT]`.
 
-It pulls, writes down what it did before it reports, and signs every call. Its messages are written here from the
-contract's own field numbers. It goes on over a server that is away, as the field's client does.
+It pulls or, with a port, is pushed to there; it writes down what it did before it reports, signs every call, and takes
+none that is not signed. Its messages are written here from the contract's own field numbers. It goes on over a server
+that is away, as the field's client does.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import queue
 import sys
 import threading
+from concurrent import futures
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -49,6 +52,11 @@ def messages() -> dict[str, Any]:
         ("fetch_next_task", 3, "FetchNextTask"),
     )
     message("SetTaskStatusResponse", ("task", 1, "TaskActivation"))
+    message("SetBatchActivationStatusRequest", ("updates", 1, "SetTaskStatusRequest"))
+    file.message_type[-1].field[0].label = FIELD.LABEL_REPEATED
+    message("SetBatchActivationStatusResponse")
+    message("PushTaskRequest", ("task", 1, "TaskActivation"), ("callback_url", 2, text))
+    message("PushTaskResponse")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     names = [one.name for one in file.message_type]
@@ -85,10 +93,49 @@ class Client:
 rest = threading.Event().wait
 
 
-def main(target: str, secret: str, log: str) -> None:
-    client = Client(target, secret)
+class Pushed(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio ships no types
+    """The worker service: what is signed and finds room is taken, and done later."""
+
+    def __init__(self, secret: str, made: dict[str, Any]) -> None:
+        self._secret, self._made = secret.encode(), made
+        self.tasks: queue.Queue[Any] = queue.Queue(maxsize=32)
+
+    def service(self, details: Any) -> Any:
+        """One method there is."""
+        return grpc.unary_unary_rpc_method_handler(lambda data, context: self._push(details.method, data, context))
+
+    def _push(self, path: str, data: bytes, context: Any) -> bytes:
+        wanted = hmac.new(self._secret, path.encode() + b":" + data, hashlib.sha256).hexdigest()
+        if not hmac.compare_digest(dict(context.invocation_metadata()).get("sentry-signature", ""), wanted):
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "Authentication failed")
+        try:
+            self.tasks.put_nowait(self._made["PushTaskRequest"].FromString(data).task)
+        except queue.Full:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "worker busy")
+        return bytes(self._made["PushTaskResponse"]().SerializeToString())
+
+
+def be_pushed_to(client: Client, secret: str, file: int, port: int) -> None:
+    """Do what is pushed, and report on some at a time."""
     made = client.messages
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    pushed = Pushed(secret, made)
+    server = grpc.server(futures.ThreadPoolExecutor(8), options=(("grpc.so_reuseport", 0),))
+    server.add_generic_rpc_handlers((pushed,))
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    server.start()
+    while True:
+        tasks = [pushed.tasks.get()]
+        while len(tasks) < 16 and not pushed.tasks.empty():
+            tasks.append(pushed.tasks.get())
+        for task in tasks:
+            os.write(file, task.parameters_bytes + b"\n")
+        told = [made["SetTaskStatusRequest"](id=task.id, status=COMPLETE) for task in tasks]
+        client.call("SetBatchActivationStatus", made["SetBatchActivationStatusRequest"](updates=told))
+
+
+def pull(client: Client, file: int) -> None:
+    """Fetch, do, report and be answered with the next."""
+    made = client.messages
     task = None
     while True:
         if task is None:
@@ -102,6 +149,14 @@ def main(target: str, secret: str, log: str) -> None:
         told.fetch_next_task.application = "app"
         answer = client.call("SetTaskStatus", told)
         task = answer.task if answer is not None and answer.HasField("task") else None
+
+
+def main(target: str, secret: str, log: str, port: str = "") -> None:
+    client = Client(target, secret)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    if port:
+        be_pushed_to(client, secret, file, int(port))
+    pull(client, file)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tests.store.world import fresh_schema
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(240)]
 
-COUNTS: Final = {"sqlite": 10_000, "postgres": 4_000}
+STORIES: Final = {"pull": ("sqlite", 10_000), "pull on PostgreSQL": ("postgres", 4_000), "push": ("sqlite", 4_000)}
 ONCE_EACH: Final = 10
 WORKERS: Final = 3
 SECRET: Final = "a secret of many bytes"
@@ -41,10 +41,14 @@ HURRIED: Final = {
 class Cast:
     """The processes of the story."""
 
-    def __init__(self, place: Path, store: str) -> None:
+    def __init__(self, place: Path, store: str, *, is_pushed: bool) -> None:
         self._place = place
+        self._ports = [free_port() for _ in range(WORKERS)] if is_pushed else []
         self._port = free_port()
         self._env = {**os.environ, **HURRIED, "HEADRACE_STORE": store}
+        if is_pushed:
+            self._env["HEADRACE_DELIVERY"] = "push"
+            self._env["HEADRACE_PUSH"] = ",".join(f"app=http://127.0.0.1:{port}" for port in self._ports)
         self.log = place / "done.log"
         self.server: Any = None
         self.workers: list[Any] = []
@@ -60,8 +64,17 @@ class Cast:
 
     async def start_worker(self) -> None:
         """One more worker."""
-        command = (sys.executable, str(WORKER), f"127.0.0.1:{self._port}", SECRET, str(self.log))
-        self.workers.append(await asyncio.create_subprocess_exec(*command, cwd=self._place))
+        own = [str(self._ports.pop())] if self._ports else []
+        command = (sys.executable, str(WORKER), f"127.0.0.1:{self._port}", SECRET, str(self.log), *own)
+        worker: Any = await asyncio.create_subprocess_exec(*command, cwd=self._place)
+        self.workers.append((worker, own))
+
+    async def replace_worker(self, number: int) -> None:
+        """One dies, and another takes its place, where it was pushed to."""
+        worker, own = self.workers.pop(number)
+        await self.kill(worker)
+        self._ports += map(int, own)
+        await self.start_worker()
 
     async def load(self, data: bytes) -> None:
         """Activations, from a file."""
@@ -84,19 +97,19 @@ class Cast:
 
     async def end(self) -> None:
         """Whoever is left."""
-        for process in (*self.workers, self.server):
+        for process in (*(worker for worker, _ in self.workers), self.server):
             if process is not None:
                 await self.kill(process)
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+@pytest.mark.parametrize("name", STORIES)
 async def test_each_is_done_at_least_once_recorded_once_and_those_that_may_run_once_at_most_once(
-    kind: str, tmp_path: Path
+    name: str, tmp_path: Path
 ) -> None:
     dice = random.Random(11)
-    count = COUNTS[kind]
+    kind, count = STORIES[name]
     store = fresh_schema(tmp_path) if kind == "postgres" else f"sqlite:///{tmp_path / 'headrace.db'}"
-    cast = Cast(tmp_path, store)
+    cast = Cast(tmp_path, store, is_pushed=name == "push")
     messages = [
         activation(
             number,
@@ -133,9 +146,7 @@ async def disturb(cast: Cast, dice: random.Random, count: int) -> None:
             await cast.kill(cast.server)
             await cast.start_server()
         else:
-            worker = cast.workers.pop(dice.randrange(len(cast.workers)))
-            await cast.kill(worker)
-            await cast.start_worker()
+            await cast.replace_worker(dice.randrange(len(cast.workers)))
 
 
 async def until_settled(engine: Engine) -> None:
@@ -158,6 +169,9 @@ async def judge(engine: Engine, cast: Cast, count: int) -> None:
     assert len(views) == count, "each recorded once"
     states = Counter(view.state for view in views)
     assert states["completed"] + states["failed"] == count
-    assert states["failed"] <= len(once) - sum(done[number] for number in once) + 10 * WORKERS
+    views.sort(key=lambda view: (view.batch_id, view.index))
+    failed = [number for number, view in enumerate(views) if view.state == "failed"]
+    assert set(failed) <= set(once), "only what may run once fails for somebody's death"
+    assert len(failed) < len(once) // 2
     twice = sum(done[number] > 1 for number in often)
     assert twice < count // 10, f"{twice} were done more than once"

@@ -33,6 +33,7 @@ LOG: Any = structlog.get_logger("headrace.grpc")
 PENDING_BYTES_MAX: Final = 4 * 1024 * 1024
 """Answers that wait for room; over it a connection's calls wait before their handlers."""
 
+STOPPING: Final = "the server is stopping; ask another one, or again in a moment"
 _TIMEOUT: Final = re.compile(r"([0-9]{1,8})([HMSmun])")
 _UNIT_US: Final = {"H": 3_600e6, "M": 60e6, "S": 1e6, "m": 1e3, "u": 1.0, "n": 1e-3}
 _EXPANSION_BYTES_MIN: Final = 64 * 1024
@@ -233,7 +234,7 @@ class Connection(asyncio.Protocol):
             machine.fail(stream_id, code, known.message)
         except asyncio.CancelledError:
             code = Code.CANCELLED
-            machine.fail(stream_id, Code.UNAVAILABLE, "the server is stopping")  # unless it was answered already
+            machine.fail(stream_id, Code.UNAVAILABLE, STOPPING)  # unless it was answered already
             task = asyncio.current_task()
             if running.code is None and task is not None and not task.cancelling():
                 LOG.exception("a handler was cancelled from within", path=call.path)
@@ -284,9 +285,11 @@ class Connection(asyncio.Protocol):
         self._soon()
 
     def cut(self) -> None:
-        """End the calls under way."""
+        """End the calls under way, and those that wait before their handlers."""
         for running in self._running.values():
             self._stop(running)
+        while self._held:
+            self._machine.fail(self._held.popleft()[0].stream_id, Code.UNAVAILABLE, STOPPING)
         self.shutdown()
 
     def _soon(self) -> None:

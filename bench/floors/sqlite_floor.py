@@ -163,7 +163,7 @@ def _insert_chunks(db: sqlite3.Connection, chunks: list[tuple[int, int, bytes]],
             (
                 span_id + number, block_id + number, BATCH, "default", "default", "nothing", 0, 0, 0, 0, start, start,
                 1,
-                0, 0, count, "waiting", "", 0, 0, 0, -1, states_at, count, 0, "",
+                0, 0, count, "waiting", "", 0, 0, 0, -1, states_at, count, 0, "", 1,
             )
         )  # fmt: skip
         items_at += len(items)

@@ -117,7 +117,7 @@ def _operation(one: Any, path: str) -> dict[str, Any]:
         described["requestBody"] = {"required": True, "content": {"application/x-ndjson": {"schema": _TEXT}}}
     elif path == "/v1/activations":
         kind = {"type": "string", "format": "binary"}
-        described["requestBody"] = {"required": True, "content": {"application/x-protobuf": {"schema": kind}}}
+        described["requestBody"] = {"required": True, "content": {"application/octet-stream": {"schema": kind}}}
     elif body is not None:
         schema = {"$ref": f"#/components/schemas/{body}"}
         is_needed = body in ("CreateBatch", "NewBatch")

@@ -31,3 +31,12 @@ def test_secrets_let_a_server_be_reached_from_elsewhere(shell: Shell, monkeypatc
     ran = shell("serve", "--delivery", "pull", "--host", "0.0.0.0", "--tls-cert", "no.pem", "--tls-key", "no.pem")
     assert "grpc_secrets" not in ran.err
     assert "tls_cert and tls_key are no certificate" in ran.err
+
+
+def test_endpoints_that_nothing_is_pushed_to_are_told_of(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_PUSH", "app=http://localhost:50052")
+    store = "sqlite:///no/such/directory/x.db"
+    for flags, is_told in (((), True), (("--delivery", "pull"), True), (("--delivery", "both"), False)):
+        ran = shell("serve", *flags, "--port", "0", "--store", store)
+        assert ("nothing is pushed" in ran.err) is is_told, ran.err
+        assert ran.code != 0

@@ -143,6 +143,11 @@ async def _serve(
     except ModuleNotFoundError as error:
         raise InvalidSetting(f"serving needs {error.name}", hint="pip install 'headrace[server]'") from None
 
+    tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
+    if tls is not None:
+        tls.context()  # what is no certificate is refused before anything is opened
+    if settings.push and settings.delivery not in ("push", "both"):
+        note(f"{who}HEADRACE_PUSH names endpoints, and nothing is pushed: --delivery push or both does")
     async with AsyncExitStack() as stack:
         promise = "streams under way may end, and so may runs"
         stop = stack.enter_context(stopping(who, promise, lifeline=lifeline))
@@ -161,7 +166,6 @@ async def _serve(
             await stack.enter_async_context(app.worker())
         else:
             await stack.enter_async_context(service.upkeep())
-        tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
         grpc = await stack.enter_async_context(_grpc(service, settings))
         server = await stack.enter_async_context(
             serving(service, settings.host, settings.port, is_shared=bool(who), grpc=grpc, tls=tls)

@@ -23,9 +23,9 @@ EXAMPLES = 40
 STREAMS = 150
 
 
-@schemathesis.serializer("application/x-ndjson")
-def ndjson(_context: Any, value: Any) -> bytes:
-    """Lines as they are."""
+@schemathesis.serializer("application/x-ndjson", "application/x-protobuf")
+def as_it_is(_context: Any, value: Any) -> bytes:
+    """Lines, and messages."""
     return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else bytes(value)
 
 

@@ -178,7 +178,7 @@ async def append_into_nothing(store: MemoryStore, batch_id: str, chunks: Any, **
     [
         pytest.param(spans, "settle", settle_without_a_fence, 0, id="no fence"),
         pytest.param(writing, "end", end_without_an_end, 0, id="recovered but alive"),
-        pytest.param(Worker, "_session_lost", session_lost_without_care, 140, id="goes on after its end"),
+        pytest.param(Worker, "_session_lost", session_lost_without_care, 605, id="goes on after its end"),
         pytest.param(MemoryStore, "append", append_into_nothing, 0, id="acknowledged and lost"),
     ],
 )

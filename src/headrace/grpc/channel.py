@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
 from typing import Any, Final, NamedTuple, cast
 
 from headrace.foundation.targets import PushTarget
@@ -49,12 +48,11 @@ class Calling(NamedTuple):
 
 
 class Link(asyncio.Protocol):
-    """One connection. `on_free` is called as calls end; `is_open` until it takes no new ones."""
+    """One connection; `is_open` until it takes no new calls."""
 
-    def __init__(self, bounds: Bounds, budget: Budget, on_free: Callable[[], None]) -> None:
+    def __init__(self, bounds: Bounds, budget: Budget) -> None:
         self._machine = Machine(bounds, budget, is_client=True)
         self._loop = asyncio.get_running_loop()
-        self._on_free = on_free
         self._calls: dict[int, Calling] = {}
         self._heard_s = self._loop.time()
         self._is_paused = False
@@ -146,7 +144,6 @@ class Link(asyncio.Protocol):
                 call.answered.set_exception(error)
             else:
                 call.answered.set_result(message or b"")
-        self._on_free()
 
     def _fail_all(self, why: str) -> None:
         for stream_id in tuple(self._calls):
@@ -169,7 +166,7 @@ class Link(asyncio.Protocol):
 
 
 class Channel:
-    """An endpoint, whatever becomes of its connections. `on_free` is called as calls end."""
+    """An endpoint, whatever becomes of its connections."""
 
     def __init__(
         self,
@@ -179,11 +176,10 @@ class Channel:
         *,
         secrets: Secrets | None = None,
         tls: ssl.SSLContext | None = None,
-        on_free: Callable[[], None] = lambda: None,
     ) -> None:
         """`tls` is what a certificate is checked with; without it, as the system does."""
         self.target = target
-        self._bounds, self._budget, self._on_free = bounds, budget, on_free
+        self._bounds, self._budget = bounds, budget
         self._secrets = Secrets() if secrets is None else secrets
         self._tls: ssl.SSLContext | None = None
         if target.is_tls:
@@ -255,7 +251,7 @@ class Channel:
         try:
             async with asyncio.timeout(CONNECT_S):
                 made, link = await loop.create_connection(
-                    lambda: Link(self._bounds, self._budget, self._on_free), target.host, target.port, ssl=self._tls
+                    lambda: Link(self._bounds, self._budget), target.host, target.port, ssl=self._tls
                 )
         except (OSError, TimeoutError) as error:
             why = str(error) or "no answer"

@@ -127,7 +127,7 @@ class Pusher:
         budget = Budget(limits.grpc_buffer_bytes_max)
         self.endpoints: dict[str, list[Endpoint]] = {}
         for target in targets:
-            channel = Channel(target, bounds, budget, secrets=secrets, tls=tls, on_free=self._room.set)
+            channel = Channel(target, bounds, budget, secrets=secrets, tls=tls)
             self.endpoints.setdefault(target.application, []).append(Endpoint(channel, limits.push_concurrency))
         self._marks: Flusher[str] = Flusher(
             deliveries.mark, name="marks", clock=clock, on_refused=self._unmarked, size=limits.flush_size
@@ -221,7 +221,7 @@ class Pusher:
             await self._marks.put(delivery.id)
         finally:
             endpoint.under_way -= 1
-            self._room.set()
+            self._room.set()  # its line looks once all that ended together did
 
     def _has_struck_out(self, name: str) -> bool:
         """Whether an activation was refused for its own sake so often that others go first, until its lease ends."""

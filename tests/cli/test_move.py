@@ -10,22 +10,25 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 import pytest
 
 from headrace import compose
 from headrace.app import Headrace
+from headrace.core.block import Extra
 from headrace.core.retry import Retry
 from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, HeadraceError, StoreBroken
 from headrace.foundation.settings import load
 from headrace.runtime.engine import Engine
+from headrace.store.moving import NOTHING, Belongings
 from headrace.store.protocol import DeadLetter
+from headrace.store.sqlite import SqliteStore, departing
 from tests import invariants
 from tests.cli.conftest import Shell
-from tests.store.world import World, fresh_schema
+from tests.store.world import World, chunks_of, fresh_schema
 
 RUNS = 100_000
 
@@ -196,6 +199,31 @@ async def test_a_move_that_was_cut_goes_on_where_it_was(steps: int, tmp_path: Pa
     finally:
         await source.close()
         await target.close()
+
+
+async def test_lists_of_different_lengths_are_each_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch may have many tags and few keys: whichever list ends first must not begin again."""
+    monkeypatch.setattr(departing, "PAGE_ROWS", 2)
+    source = await opened(f"sqlite:///{tmp_path}/a.db", tmp_path)
+    try:
+        world = World(source.store)
+        extras = {
+            index: Extra(idempotency_key=f"key {index}" if index < 3 else "", tags=("red", "blue")[: 1 + index % 2])
+            for index in range(9)
+        }
+        batch_id = await world.batch(9)
+        await source.store.append(batch_id, chunks_of(range(9), extras=extras), now_us=world.now_us)
+        departure = departing.SqliteDeparture(cast("SqliteStore", source.store))
+        found: list[Belongings] = []
+        page: Belongings | None = None
+        while (page := await departure.belongings(batch_id, page)) != NOTHING:
+            found.append(page)
+            assert len(found) <= 7, "there is no end to it"
+        assert sorted(key for page in found for _, key, *_ in page.keys) == [f"key {index}" for index in range(3)]
+        tags = sorted(tag for page in found for tag in page.tags)
+        assert tags == sorted([("red", index) for index in range(9)] + [("blue", index) for index in range(1, 9, 2)])
+    finally:
+        await source.close()
 
 
 async def _died(engine: Engine) -> list[DeadLetter]:

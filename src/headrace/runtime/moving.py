@@ -17,7 +17,7 @@ from headrace.foundation.ids import new_move_id
 from headrace.runtime.engine import Engine
 from headrace.runtime.recovery import recover_here, recover_silent
 from headrace.runtime.upkeep import Upkeep
-from headrace.store.moving import NOTHING, Arrival, Departure
+from headrace.store.moving import NOTHING, Arrival, Belongings, Departure
 
 
 class Moved(msgspec.Struct, kw_only=True):
@@ -117,7 +117,7 @@ class Move:
         return offsets
 
     async def _own(self, batch_id: str, environment: str) -> None:
-        page = NOTHING
+        page: Belongings | None = None
         while (page := await self.departure.belongings(batch_id, page)) != NOTHING:
             for key, _ in page.objects:
                 await self._copy_object(key)

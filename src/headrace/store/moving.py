@@ -73,8 +73,8 @@ class Departure(Protocol):
         """The batches after one, by column."""
         ...
 
-    async def belongings(self, batch_id: str, after: Belongings) -> Belongings:
-        """The keys, tags, objects and dead letters of a batch that come after the last of those given."""
+    async def belongings(self, batch_id: str, after: Belongings | None) -> Belongings:
+        """The keys, tags, objects and dead letters of a batch that come after the last of those given, or the first."""
         ...
 
     async def cancellations(self, batch_id: str) -> list[int]:

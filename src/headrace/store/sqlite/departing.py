@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from headrace.store.moving import PAGE_BLOCKS, PAGE_ROWS, Belongings, Page
+from headrace.store.moving import NOTHING, PAGE_BLOCKS, PAGE_ROWS, Belongings, Page
 from headrace.store.sqlite import fencing
 from headrace.store.sqlite.store import SqliteStore
 from headrace.store.verbs.rows import as_json, to_part, to_span
@@ -50,8 +50,8 @@ class SqliteDeparture:
         """The batches after one, by column."""
         return await self._asked(lambda: _batches(after_id))
 
-    async def belongings(self, batch_id: str, after: Belongings) -> Belongings:
-        """The keys, tags, objects and dead letters of a batch that come after the last of those given."""
+    async def belongings(self, batch_id: str, after: Belongings | None) -> Belongings:
+        """The keys, tags, objects and dead letters of a batch that come after the last of those given, or the first."""
         return await self._asked(lambda: _belongings(batch_id, after))
 
     async def cancellations(self, batch_id: str) -> list[int]:
@@ -87,15 +87,23 @@ def _batches(after_id: str) -> Script[list[dict[str, Any]]]:
     return [dict(zip(BATCH_COLUMNS, row, strict=True)) for row in rows]
 
 
-def _belongings(batch_id: str, after: Belongings) -> Script[Belongings]:
-    task, key = after.keys[-1][:2] if after.keys else ("", "")
-    tag, run_index = after.tags[-1] if after.tags else ("", -1)
-    object_key = after.objects[-1][0] if after.objects else ""
-    keys = yield from fetch("moving_keys", batch_id=batch_id, task=task, key=key, rows_max=PAGE_ROWS)
-    tags = yield from fetch("moving_tags", batch_id=batch_id, tag=tag, run_index=run_index, rows_max=PAGE_ROWS)
-    objects = yield from fetch("moving_objects", batch_id=batch_id, key=object_key, rows_max=PAGE_ROWS)
-    dead_index = after.dead[-1][0] if after.dead else -1
-    dead = yield from fetch("moving_dead", batch_id=batch_id, run_index=dead_index, rows_max=PAGE_ROWS)
+def _belongings(batch_id: str, after: Belongings | None) -> Script[Belongings]:
+    """A list that has come to its end stays there, however many pages of the others are left."""
+    first = after is None
+    came = NOTHING if after is None else after
+    keys = tags = objects = dead = []
+    if first or came.keys:
+        task, key = came.keys[-1][:2] if came.keys else ("", "")
+        keys = yield from fetch("moving_keys", batch_id=batch_id, task=task, key=key, rows_max=PAGE_ROWS)
+    if first or came.tags:
+        tag, run_index = came.tags[-1] if came.tags else ("", -1)
+        tags = yield from fetch("moving_tags", batch_id=batch_id, tag=tag, run_index=run_index, rows_max=PAGE_ROWS)
+    if first or came.objects:
+        object_key = came.objects[-1][0] if came.objects else ""
+        objects = yield from fetch("moving_objects", batch_id=batch_id, key=object_key, rows_max=PAGE_ROWS)
+    if first or came.dead:
+        dead_index = came.dead[-1][0] if came.dead else -1
+        dead = yield from fetch("moving_dead", batch_id=batch_id, run_index=dead_index, rows_max=PAGE_ROWS)
     return Belongings(
         [(row[0], row[1], row[2], row[3]) for row in keys],
         [(row[0], row[1]) for row in tags],

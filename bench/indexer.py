@@ -34,8 +34,8 @@ from headrace.indexer import Arrived, Context, Entity, Indexed, Indexer, Positio
 
 MIB: Final = 2**20
 RUNS: Final = 3
-OVERLAP_EVENTS: Final = 100_000
-OVERLAP_TURNS: Final = 4
+OVERLAP_EVENTS: Final = 200_000
+OVERLAP_TURNS: Final = 3
 NEAR: Final = 0.15
 UNIT_US: Final = 40
 MEMORY_MIB: Final = 256

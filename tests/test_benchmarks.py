@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench.floors import sqlite_floor
+from bench.floors import postgres_floor, sqlite_floor
 
 from headrace import benchmarks
 from headrace.benchmarks.places import OnServer
@@ -74,6 +74,12 @@ def test_a_slow_floor_is_refused() -> None:
 def test_the_floors_do_the_product_s_work(tmp_path: Path) -> None:
     assert sqlite_floor.append_floor(1_000, tmp_path) > 0
     assert sqlite_floor.drain_floor(1_000, tmp_path) > 0, "it asserts that every run completed"
+
+
+async def test_the_floors_do_the_product_s_work_on_a_server() -> None:
+    dsn = server().dsn
+    assert await postgres_floor.append_floor(dsn, 1_000) > 0, "it asserts that every item was accepted"
+    assert await postgres_floor.drain_floor(dsn, 1_000) > 0, "and that every run completed"
 
 
 def test_the_floors_import_nothing_of_headrace() -> None:

@@ -136,7 +136,7 @@ async def _append_chunks(db: Any, chunks: list[tuple[int, int, bytes]]) -> None:
     blocks, spans, at = [], [], 1
     for number, (start, count, items) in enumerate(chunks):
         blocks.append((number, start, count, at, len(items)))
-        spans.append((number, number, "default", "nothing", 0, 0, 0, 0, start, start, count, 0, -1))
+        spans.append((number, number, "default", "nothing", 0, 0, 0, 0, start, start, count, 0, -1, 0))
         at += len(items)
     first, runs_count = chunks[0][0], sum(count for _, count, _ in chunks)
     own = first // CHUNK_RUNS + 1
@@ -187,6 +187,7 @@ async def _drain(db: Any) -> int:
             environment="default",
             tasks='["nothing"]',
             queues=None,
+            queue_prefix="",
             runs_max=CHUNK_RUNS * CHUNKS_A_COMMIT,
             rows_max=CHUNKS_A_COMMIT + 2,
             marks="{}",
@@ -195,7 +196,7 @@ async def _drain(db: Any) -> int:
             places=PLACES,
             span_id=0,
         )
-        leases = [(row[1], row[22], run(row[26])) for row in rows if row[1] is not None]
+        leases = [(row[1], row[22], run(row[29])) for row in rows if row[1] is not None]
         if not leases:
             return settled_count
         settled_count += await _settle(db, leases)

@@ -18,6 +18,7 @@ from headrace.grpc.parting import part
 from headrace.grpc.sender import CONTENT_TYPE, Budget
 from headrace.grpc.signing import HEADER, Secrets
 from headrace.grpc.status import Code, GrpcError
+from headrace.grpc.talking import Talking
 
 CONNECT_S: Final = 5.0
 BACKOFF_S: Final = (0.0, 0.1, 0.3, 1.0, 3.0, 5.0)
@@ -47,16 +48,13 @@ class Calling(NamedTuple):
     began_s: float
 
 
-class Link(asyncio.Protocol):
+class Link(Talking):
     """One connection; `is_open` until it takes no new calls."""
 
     def __init__(self, bounds: Bounds, budget: Budget) -> None:
-        self._machine = Machine(bounds, budget, is_client=True)
-        self._loop = asyncio.get_running_loop()
+        super().__init__(Machine(bounds, budget, is_client=True))
         self._calls: dict[int, Calling] = {}
         self._heard_s = self._loop.time()
-        self._is_paused = False
-        self._is_due = False
         self.is_open = False
 
     @property
@@ -93,15 +91,6 @@ class Link(asyncio.Protocol):
                 self.is_open = False
                 self._fail_all(f"the peer broke the protocol: {event.what}")
         self._soon()
-
-    def pause_writing(self) -> None:
-        """No room."""
-        self._is_paused = True
-
-    def resume_writing(self) -> None:
-        """Room again."""
-        self._is_paused = False
-        self._flush()
 
     async def call(self, head: bytes, message: bytes, timeout_s: float) -> bytes:
         """One call. Raises `GrpcError`."""
@@ -149,18 +138,8 @@ class Link(asyncio.Protocol):
         for stream_id in tuple(self._calls):
             self._ended(stream_id, None, GrpcError(Code.UNAVAILABLE, why))
 
-    def _soon(self) -> None:
-        if not self._is_due:
-            self._is_due = True
-            self._loop.call_soon(self._flush)
-
     def _flush(self) -> None:
-        self._is_due = False
-        while not self._is_paused and not self._transport.is_closing():
-            data = self._machine.take()
-            if not data:
-                break
-            self._transport.write(data)
+        super()._flush()
         if self._machine.is_broken or (not self.is_open and not self._calls):
             part(self._transport)
 

@@ -28,6 +28,7 @@ from headrace.grpc.parting import part
 from headrace.grpc.sender import Budget
 from headrace.grpc.signing import HEADER, Secrets
 from headrace.grpc.status import Code, GrpcError, of_error
+from headrace.grpc.talking import Talking
 
 LOG: Any = structlog.get_logger("headrace.grpc")
 PENDING_BYTES_MAX: Final = 4 * 1024 * 1024
@@ -79,20 +80,17 @@ class Running:
         self.timer: asyncio.TimerHandle | None = None
 
 
-class Connection(asyncio.Protocol):
+class Connection(Talking):
     """One peer. `siblings` is who is told to leave when the server stops, whatever protocol they speak."""
 
     def __init__(self, server: GrpcServer, siblings: set[Any] | None = None) -> None:
+        super().__init__(Machine(server.bounds, server.budget))
         self._server = server
         self._siblings: set[Any] = set() if siblings is None else siblings
-        self._loop = asyncio.get_running_loop()
-        self._machine = Machine(server.bounds, server.budget)
         self._idle_s = float(server.limits.http_idle_s)
         self._running: dict[int, Running] = {}
         self._held: deque[tuple[Request, float]] = deque()
         self._peer = ""
-        self._is_paused = False
-        self._is_due = False
         self._is_asked = False
         self._heard_s = self._moved_s = self._loop.time()
         self._sent_bytes = 0
@@ -143,15 +141,6 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """The peer says nothing more, and reads nothing either."""
-
-    def pause_writing(self) -> None:
-        """The peer owes room."""
-        self._is_paused = True
-
-    def resume_writing(self) -> None:
-        """It made room."""
-        self._is_paused = False
-        self._flush()
 
     # -- calls
 
@@ -292,19 +281,9 @@ class Connection(asyncio.Protocol):
             self._machine.fail(self._held.popleft()[0].stream_id, Code.UNAVAILABLE, STOPPING)
         self.shutdown()
 
-    def _soon(self) -> None:
-        if not self._is_due:
-            self._is_due = True
-            self._loop.call_soon(self._flush)
-
     def _flush(self) -> None:
-        self._is_due = False
+        super()._flush()
         machine = self._machine
-        while not self._is_paused and not self._transport.is_closing():
-            data = machine.take()
-            if not data:
-                break
-            self._transport.write(data)
         while self._held and not self._is_full:
             self._begin(*self._held.popleft())
         if machine.is_broken or (machine.is_leaving and not machine.streams_count):

@@ -380,7 +380,7 @@ async def test_more_connections_than_there_may_be_are_told_to_calm_down(tmp_path
 
 async def test_one_certificate_is_for_both_protocols(tmp_path: Path) -> None:
     made_tls = tls_of(tmp_path)
-    async with house(tmp_path, tls=made_tls) as home:
+    async with house(tmp_path, tls=made_tls.context()) as home:
         port = home.server.address[1]
         assert home.server.url == f"https://127.0.0.1:{port}"
         async with channel(port, is_tls=True) as made:
@@ -413,7 +413,7 @@ async def test_a_stop_does_not_wait_for_peers_that_say_no_goodbye(
         assert made.recv(9)
         return made
 
-    async with house(tmp_path, tls=tls_of(tmp_path)) as home:
+    async with house(tmp_path, tls=tls_of(tmp_path).context()) as home:
         port = home.server.address[1]
         peers = [
             await asyncio.to_thread(rude, port, "h2", GREETING),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import DEFAULT, Limits
 from headrace.http.app import make_app
 from headrace.http.grpc_calls import answering
-from headrace.http.server import Server, Tls, serving
+from headrace.http.server import Server, serving
 from headrace.http.service import Service
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.doorbell import Doorbell
@@ -322,7 +323,7 @@ async def house(
     faults: Faults | None = None,
     secrets: Sequence[str] = (),
     consumer: object | None = None,
-    tls: Tls | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncGenerator[House, None]:
     """A server over a store of a kind, with gRPC beside HTTP; `wrap` may put something between it and the store."""
     store: Store = FACTORIES[kind](folder, limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,6 @@ from headrace.cli.printing import say, say_json, table
 
 if TYPE_CHECKING:
     from headrace.core.rules import Kill
-    from headrace.runtime.engine import Engine
 
 app = typer.Typer(no_args_is_help=True, help="Drop the activations of a task, all of them or some.")
 
@@ -21,7 +21,7 @@ TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="The name of a
 @app.command("list")
 def list_(store: StoreOption = None, server: ServerOption = None, json: JsonOption = False) -> None:
     """What is dropped."""
-    kills = _changed(place_of(store, server), lambda _kills: None)
+    kills = _changed(place_of(store, server), lambda kills: kills)
     if json:
         say_json({"killswitch": [_shown(kill) for kill in kills]})
     elif not kills:
@@ -72,25 +72,21 @@ def _tell(kills: list[Kill], said: str, json: bool) -> None:
         say(said)
 
 
-def _changed(place: str | None, change: Any) -> list[Kill]:
-    """The killswitch after a change; None from it leaves all as it is."""
+def _changed(place: str | None, change: Callable[[list[Kill]], list[Kill]]) -> list[Kill]:
+    """The killswitch after a change."""
     from headrace.core.rules import KILLSWITCH, kills_encoded, rules_of
 
     settings = settings_of(store=place)
 
-    async def work(engine: Engine) -> list[Kill]:
-        kills = rules_of(await engine.store.rules(engine.environment)).kills
-        after: list[Kill] | None = change(kills)
-        if after is None or after == kills:
-            return kills
-        await engine.store.keep_rules(engine.environment, KILLSWITCH, kills_encoded(after))
-        return after
-
-    async def within() -> list[Kill]:
+    async def work() -> list[Kill]:
         async with opened(settings, must_exist=True) as engine:
-            return await work(engine)
+            kills = rules_of(await engine.store.rules(engine.environment)).kills
+            after = change(kills)
+            if after != kills:
+                await engine.store.keep_rules(engine.environment, KILLSWITCH, kills_encoded(after))
+            return after
 
-    return run_async(within())
+    return run_async(work())
 
 
 def _values(given: list[str] | None) -> dict[str, Any]:

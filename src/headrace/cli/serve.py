@@ -143,9 +143,9 @@ async def _serve(
     except ModuleNotFoundError as error:
         raise InvalidSetting(f"serving needs {error.name}", hint="pip install 'headrace[server]'") from None
 
-    tls = Tls(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
-    if tls is not None:
-        tls.context()  # what is no certificate is refused before anything is opened
+    tls = None
+    if settings.tls_cert and settings.tls_key:  # what is no certificate is refused before anything is opened
+        tls = Tls(settings.tls_cert, settings.tls_key).context()
     if settings.push and settings.delivery not in ("push", "both"):
         note(f"{who}HEADRACE_PUSH names endpoints, and nothing is pushed: --delivery push or both does")
     async with AsyncExitStack() as stack:

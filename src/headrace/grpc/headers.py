@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 from urllib.parse import unquote
 
 from hpack import Decoder
@@ -143,9 +143,3 @@ def percent(message: str) -> str:
 def from_percent(text: str) -> str:
     """What `grpc-message` carries; anything that can't be read stays as it is."""
     return unquote(text, errors="replace")
-
-
-def number_of(headers: Headers, name: str) -> int | None:
-    """A header that is a small whole number, or None."""
-    text: Any = headers.get(name, "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= 4 else None

@@ -111,11 +111,6 @@ class Sender:
         return out[0] if len(out) == 1 else b"".join(out)
 
     @property
-    def has_out(self) -> bool:
-        """Whether something waits to be written that needs no room."""
-        return bool(self._out)
-
-    @property
     def streams_count(self) -> int:
         """Calls under way, with those whose handlers have yet to end."""
         return len(self._streams) + len(self._lingering)

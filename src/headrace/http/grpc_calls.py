@@ -87,7 +87,7 @@ async def pushing(
 async def _look(service: Service, health: Health) -> None:
     """Say how things are, as often as upkeep looks, until the server stops."""
     while not service.is_draining:
-        health.tell(is_serving=not await service.is_ready())
+        health.tell(is_serving=not await service.why_not_ready())
         with suppress(TimeoutError):
             async with asyncio.timeout(service.limits.upkeep_interval_ms / 1_000):
                 await service.draining.wait()

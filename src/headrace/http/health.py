@@ -26,7 +26,7 @@ class Health:
 
     async def ready(self, _request: Request) -> Response:
         """`GET /readyz`: 503 while the store is away, or the server stops."""
-        why = await self._service.is_ready()
+        why = await self._service.why_not_ready()
         if why == "stopping":
             return answer({"status": "stopping"}, 503, {"retry-after": "5"})
         if why:

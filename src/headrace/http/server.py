@@ -168,11 +168,10 @@ async def serving(
     *,
     is_shared: bool = False,
     grpc: GrpcServer | None = None,
-    tls: Tls | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncGenerator[Server, None]:
     """A server while the block lasts. `is_shared`: other processes listen on the same port."""
-    context = None if tls is None else tls.context()
-    server = Server(service, listener(host, port, is_shared=is_shared), grpc=grpc, tls=context)
+    server = Server(service, listener(host, port, is_shared=is_shared), grpc=grpc, tls=tls)
     await server.start()
     try:
         yield server

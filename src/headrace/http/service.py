@@ -119,7 +119,7 @@ class Service:
     def _engine_of(self, principal: Principal) -> Engine:
         return replace(self.engine, environment=principal.environment)
 
-    async def is_ready(self) -> str:
+    async def why_not_ready(self) -> str:
         """Why the server can't work now; empty when it can."""
         if self.is_draining:
             return "stopping"
@@ -256,11 +256,4 @@ class Service:
         """How runs of a task are kept unless an item says otherwise."""
         if self.registry is None or task not in self.registry:
             return Key(task)
-        spec = self.registry.get(task)
-        return Key(
-            task,
-            queue=spec.queue,
-            priority=spec.priority,
-            at_most_once=spec.at_most_once,
-            dead_letter=spec.on_exhausted == "dead_letter",
-        )
+        return self.registry.get(task).key

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 from headrace.core.span import Key
 from headrace.foundation.errors import EngineFault
@@ -110,9 +110,3 @@ class Pressure:
         age_s = max(COUNT_EACH_S, COUNTING_SHARE * took_s)
         self._fresh_until_us = engine.clock.now_us() + int(age_s * 1_000_000)
         return self._counts
-
-
-def retry_after_s(error: NoRoom) -> int:
-    """When its sender may come again."""
-    told: Any = error.ids.get("retry_after_s", RETRY_S)
-    return int(told)

@@ -52,22 +52,18 @@ class Counted:
         return await self._store.settle(settlements, **more)
 
 
-async def filled(engine: Engine) -> None:
-    """What waits."""
+async def filled(engine: Engine, count: int, **fields: Any) -> None:
+    """What waits: so many activations, with these fields and an id each."""
     producer = Producer(engine)
     runs = []
-    for number in range(COUNT):
+    for number in range(count):
         message = wire.TaskActivation(
-            id=f"{number:032x}",
-            application="sentry",
-            namespace="benchmark",
-            taskname="t",
-            processing_deadline_duration=10,
+            id=f"{number:032x}", namespace="benchmark", taskname="t", processing_deadline_duration=10, **fields
         )
         data = message.SerializeToString()
         entry = entry_of(data, engine.limits, engine.clock.now_us())
         runs.append((entry.key, data, ACTIVATION, entry.extra))
-    for start in range(0, COUNT, 1_024):
+    for start in range(0, count, 1_024):
         await producer.put_all(runs[start : start + 1_024])
     await producer.close()
 
@@ -85,7 +81,7 @@ async def once(engine: Engine, way: str) -> tuple[float, float, float, float]:
     engine.store = counted
     limits = engine.limits.replaced(flush_size=1) if way == "a" else engine.limits
     dispatcher = Dispatcher(engine.with_limits(limits))
-    await filled(engine)
+    await filled(engine, COUNT, application="sentry")
     await dispatcher.start()
     names: list[str] = []
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from bench.activations import Counted
+from bench.activations import Counted, filled
 from bench.grpc import GET, SET, process
 
 WORKERS: Final = 500
@@ -45,34 +45,16 @@ class Told(Counted):
 async def serve(way: str, store: str, count: int) -> None:
     """The task broker over a store with so many activations."""
     from headrace.compose import open_engine
-    from headrace.core.pack import ACTIVATION
     from headrace.foundation.settings import load
-    from headrace.grpc.activations import entry_of
     from headrace.grpc.messages import taskbroker_pb2 as wire
     from headrace.grpc.methods import Method, methods_of
     from headrace.grpc.server import Connection, GrpcServer
     from headrace.grpc.taskbroker import dispatching
-    from headrace.runtime.producer import Producer
 
     with tempfile.TemporaryDirectory() as folder:
         place = store or f"sqlite:///{folder}/bench.db"
         engine = await open_engine(load({"store": place, "objects": f"{folder}/objects"}, {}, Path(folder)))
-        producer, runs = Producer(engine), []
-        for number in range(count):
-            message = wire.TaskActivation(
-                id=f"{time.time_ns()}-{number}",
-                application="app",
-                namespace="bench",
-                taskname="t",
-                processing_deadline_duration=10,
-                parameters_bytes=b"x" * 96,
-            )
-            data = message.SerializeToString()
-            entry = entry_of(data, engine.limits, engine.clock.now_us())
-            runs.append((entry.key, data, ACTIVATION, entry.extra))
-        for start in range(0, count, 1_024):
-            await producer.put_all(runs[start : start + 1_024])
-        await producer.close()
+        await filled(engine, count, application="app", parameters_bytes=b"x" * 96)
         told = Told(engine.store)
         engine.store = told
         limits = engine.limits.replaced(flush_size=1) if way == "a" else engine.limits

@@ -14,7 +14,6 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from headrace.core.batch import CANCELLED, Batch
-from headrace.core.span import Key
 from headrace.foundation.errors import Conflict
 from headrace.foundation.ids import new_batch_id
 from headrace.runtime.appender import BEGINNING, Position
@@ -170,8 +169,3 @@ async def _newest(engine: Engine, source: Source) -> Batch | None:
         if len(page) < PAGE_BATCHES:
             return None
         before_id = page[-1][0].id
-
-
-def key_of(spec: Any) -> Key:
-    """What the runs of a map have in common: what their task says."""
-    return Key(spec.name, spec.queue, spec.priority, 0, 0, spec.at_most_once, spec.on_exhausted == "dead_letter")

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from headrace.app import Headrace
-from headrace.cli.chain import Chain, Part, Source, key_of, open_chain
+from headrace.cli.chain import Chain, Part, Source, open_chain
 from headrace.cli.input import Input
 from headrace.cli.opening import shown_store
 from headrace.cli.output import FileOutput, Output, lines_of, open_output
@@ -206,7 +206,7 @@ class Mapping:
         """Make the input durable, in the last batch of the chain and in such as continue it."""
         while True:
             part = chain.last
-            feed = Feed(self.input.pieces(), engine=engine, key=key_of(self.task.spec), start=part.position)
+            feed = Feed(self.input.pieces(), engine=engine, key=self.task.spec.key, start=part.position)
             try:
                 while not await feed.fill(part.batch, base_index=part.base_index):
                     part = await chain.extend(feed.position)

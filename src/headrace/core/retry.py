@@ -25,7 +25,7 @@ STEPS_IN_DELAY_MIN: Final = 20
 """A due time moves by at most a twentieth, 5 %, of its delay."""
 
 
-def _is_number_within(value: object, least: float, most: float) -> bool:
+def is_number_within(value: object, least: float, most: float) -> bool:
     """False for what is no number, for NaN, since it compares with nothing, and for a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
@@ -37,7 +37,7 @@ class RetryAfter(Exception):
     """
 
     def __init__(self, seconds: float) -> None:
-        if not _is_number_within(seconds, 0, DELAY_S_MAX):
+        if not is_number_within(seconds, 0, DELAY_S_MAX):
             raise InvalidInput(
                 f"RetryAfter takes 0 to {DELAY_S_MAX:.0f} seconds, not {seconds!r}",
                 hint="a retry can be put off for at most 365 days",
@@ -90,7 +90,7 @@ class Retry:
             ("jitter", 0.0, 1.0),
         ):
             value = getattr(self, name)
-            if not _is_number_within(value, least, most):
+            if not is_number_within(value, least, most):
                 raise InvalidSetting(f"{name} must be a number from {least} to {most}, not {value!r}")
         if self.delay_s > self.delay_max_s:
             raise InvalidSetting(

@@ -13,16 +13,16 @@ from google.protobuf.message import DecodeError
 
 from headrace.core.activation import LANE, delivery_of, queue_of
 from headrace.core.block import Extra
-from headrace.core.retry import quantised_due_us
+from headrace.core.retry import SECOND_US, quantised_due_us
 from headrace.core.rules import Arguments, Rules
 from headrace.core.span import Key
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import MIB, Limits
 from headrace.grpc.messages import taskbroker_pb2 as wire
+from headrace.runtime.dispatcher import Dispatcher
 from headrace.runtime.handouts import Handout
 from headrace.runtime.registry import check_name
 
-SECOND_US: Final = 1_000_000
 SECONDS_MAX: Final = 365 * 86_400
 """No deadline, expiry or rest is longer than a year."""
 
@@ -34,9 +34,6 @@ ZSTD_WINDOW_BYTES: Final = 8 * MIB
 class Entry(NamedTuple):
     """An activation as the store keeps it, but for its bytes."""
 
-    id: str
-    application: str
-    namespace: str
     key: Key
     extra: Extra
 
@@ -80,7 +77,7 @@ def entry_of(data: bytes, limits: Limits, now_us: int) -> Entry:
         timeout_ms=min(message.processing_deadline_duration, SECONDS_MAX) * 1_000,
         retry_delay_ms=min(state.delay_on_retry, SECONDS_MAX) * 1_000,
     )
-    return Entry(message.id, message.application, message.namespace, key, extra)
+    return Entry(key, extra)
 
 
 def _due_us(received_us: int, delay_s: int, now_us: int) -> int:
@@ -135,6 +132,15 @@ def _unpacked(data: bytes) -> bytes:
 def is_killed(rules: Rules, name: str, data: bytes) -> bool:
     """Whether rules drop an activation; its arguments are looked at only where one asks for that."""
     return bool(rules.kills) and rules.is_killed(name, lambda: arguments_of(data))
+
+
+def told(dispatcher: Dispatcher, handout: Handout) -> wire.TaskActivation | None:
+    """An activation as its worker gets it; None for one whose bytes are none, which fails."""
+    try:
+        return message_of(handout, dispatcher.engine.clock.now_us())
+    except DecodeError:
+        dispatcher.refuse(handout, "its bytes are no TaskActivation")
+        return None
 
 
 def message_of(handout: Handout, now_us: int) -> wire.TaskActivation:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Final, Literal
 
 import structlog
-from google.protobuf.message import DecodeError
 
 from headrace.foundation.errors import EngineFault, HeadraceError
-from headrace.grpc.activations import message_of
+from headrace.grpc.activations import told
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.methods import Call
 from headrace.grpc.status import Code, GrpcError, of_error
@@ -83,13 +82,10 @@ class ConsumerService:
 
     async def _fetched(self, wish: Wish) -> wire.TaskActivation | None:
         while (handout := await self._dispatcher.fetch(wish)) is not None:
-            try:
-                message = message_of(handout, self._dispatcher.engine.clock.now_us())
-            except DecodeError:
-                self._dispatcher.refuse(handout, "its bytes are no TaskActivation")
-                continue
-            handout.payload = b""  # its worker has it
-            return message
+            message = told(self._dispatcher, handout)
+            if message is not None:
+                handout.payload = b""  # its worker has it
+                return message
         return None
 
 

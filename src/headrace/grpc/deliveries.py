@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from google.protobuf.message import DecodeError
-
 from headrace.core.activation import SEPARATOR
-from headrace.grpc.activations import message_of
+from headrace.grpc.activations import told
 from headrace.grpc.delivery import Delivery
 from headrace.runtime.dispatcher import Dispatcher
 from headrace.runtime.handouts import Wish
@@ -21,17 +19,12 @@ class DispatchedDeliveries:
 
     async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[Delivery]:
         """Claim at most so many of an application, best first."""
-        dispatcher = self._dispatcher
-        now_us = dispatcher.engine.clock.now_us()
         found = []
-        for handout in await dispatcher.take(Wish(application), count_max, lease_ms=lease_ms):
-            try:
-                message = message_of(handout, now_us)
-            except DecodeError:
-                dispatcher.refuse(handout, "its bytes are no TaskActivation")
-                continue
-            at_most_once = handout.held.work.lease.at_most_once
-            found.append(Delivery(handout.name, application, message.SerializeToString(), at_most_once))
+        for handout in await self._dispatcher.take(Wish(application), count_max, lease_ms=lease_ms):
+            message = told(self._dispatcher, handout)
+            if message is not None:
+                at_most_once = handout.held.work.lease.at_most_once
+                found.append(Delivery(handout.name, application, message.SerializeToString(), at_most_once))
         return found
 
     async def mark(self, ids: Sequence[str]) -> None:

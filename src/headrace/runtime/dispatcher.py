@@ -206,25 +206,23 @@ class Dispatcher:
 
     def mark(self, names: Sequence[str]) -> int:
         """These are with their workers, and their deadlines begin; answers how many were on their way."""
-        count = 0
-        for name in names:
-            handout = self._out.get(name)
-            if handout is not None and handout.is_claimed:
-                handout.is_claimed = False
-                handout.payload = b""  # its worker has it
-                self._begin(handout)
-                count += 1
-        return count
+        found = self._on_their_way(names)
+        for handout in found:
+            handout.is_claimed = False
+            handout.payload = b""  # its worker has it
+            self._begin(handout)
+        return len(found)
 
     def put_back(self, names: Sequence[str]) -> int:
         """These did not reach a worker: they are first in line again; answers how many were on their way."""
-        count = 0
-        for name in names:
-            handout = self._out.get(name)
-            if handout is not None and handout.is_claimed:
-                self._put_back(handout)
-                count += 1
-        return count
+        found = self._on_their_way(names)
+        for handout in found:
+            self._put_back(handout)
+        return len(found)
+
+    def _on_their_way(self, names: Sequence[str]) -> list[Handout]:
+        known = (self._out.get(name) for name in dict.fromkeys(names))
+        return [handout for handout in known if handout is not None and handout.is_claimed]
 
     def _put_back(self, handout: Handout) -> None:
         handout.is_claimed = False

@@ -31,6 +31,7 @@ from headrace.core.endpoint import (
 from headrace.core.retry import Retry
 from headrace.foundation.errors import InvalidSetting
 from headrace.foundation.limits import MIB
+from headrace.runtime import tracing
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.context import DETACHED, Context
 
@@ -42,9 +43,6 @@ HEADERS_MAX: Final = 50
 HEADER_CHARS_MAX: Final = 4_096
 RETRY: Final = Retry(attempts=5, delay_s=1.0, jitter=0.5)
 """An endpoint is tried five times unless its task says otherwise: networks fail, and the key makes it safe."""
-
-TRACE: Final = ("traceparent", "tracestate", "baggage")
-"""Headers of a run that go on to the endpoint; the others are the worker's own."""
 
 _OWN: Final = frozenset({
     "host", "content-length", "content-type", "transfer-encoding", "connection", "accept-encoding", "idempotency-key",
@@ -129,7 +127,8 @@ class Endpoint:
         name = context.run_id if context is not DETACHED else f"call_{secrets.token_hex(16)}"
         default = 443 if self.place.scheme == "https" else 80
         host = f"[{self.place.host}]" if ":" in self.place.host else self.place.host
-        told = ((name, context.headers[name]) for name in TRACE if name in context.headers)
+        # Of a run's headers the trace alone goes on; the others are the worker's own.
+        told = ((name, context.headers[name]) for name in tracing.NAMES if name in context.headers)
         return [
             ("host", host if self.place.port == default else f"{host}:{self.place.port}"),
             ("content-type", "application/json"),

@@ -286,14 +286,11 @@ class Producer:
 
 def key_of(spec: TaskSpec, options: Options, now_us: int) -> Key:
     """What a run of a task is queued by."""
-    return Key(
-        task=spec.name,
+    return spec.key._replace(
         queue=spec.queue if options.queue is None else check_name("queue", options.queue),
         priority=spec.priority if options.priority is None else check_priority(options.priority),
         due_us=_moment_us("delay", options.delay_s or spec.delay_s, now_us),
         expires_us=_moment_us("expires", options.expires_s or spec.expires_s, now_us),
-        at_most_once=spec.at_most_once,
-        dead_letter=spec.on_exhausted == "dead_letter",
     )
 
 

@@ -25,7 +25,8 @@ import msgspec
 from headrace.core import pack
 from headrace.core.activation import LANE
 from headrace.core.block import Extra
-from headrace.core.retry import NO_RETRY, Retry
+from headrace.core.retry import NO_RETRY, Retry, is_number_within
+from headrace.core.span import Key
 from headrace.foundation.errors import InvalidInput, InvalidSetting, NotFound
 from headrace.foundation.limits import DEFAULT
 from headrace.runtime.context import Context
@@ -82,10 +83,11 @@ class TaskSpec:
         _check_function(self.name, self.function)
         if not isinstance(self.retry, Retry):
             raise InvalidSetting(f"retry takes a Retry, not {self.retry!r}", hint="write Retry(attempts=3)")
-        if not _is_timeout(self.timeout_s):
+        timeout_s = self.timeout_s
+        if timeout_s is not None and (not timeout_s or not is_number_within(timeout_s, 0, TIMEOUT_S_MAX)):
             raise InvalidSetting(f"timeout_s must be over 0 and at most {TIMEOUT_S_MAX:.0f}, not {self.timeout_s!r}")
         for option in ("delay_s", "expires_s"):
-            if not _is_seconds(getattr(self, option)):
+            if not is_number_within(getattr(self, option), 0, SECONDS_MAX):
                 raise InvalidSetting(
                     f"{option} must be from 0 to {SECONDS_MAX}, not {getattr(self, option)!r}", task=self.name
                 )
@@ -107,6 +109,17 @@ class TaskSpec:
             raise InvalidSetting("pool='thread' is for plain functions", hint="leave pool out", task=self.name)
         object.__setattr__(self, "is_async", is_async)
         object.__setattr__(self, "codec", Codec(self.name, self.function))
+
+    @property
+    def key(self) -> Key:
+        """What its runs are queued by when nobody says more; `delay_s` and `expires_s` count from each call."""
+        return Key(
+            self.name,
+            queue=self.queue,
+            priority=self.priority,
+            at_most_once=self.at_most_once,
+            dead_letter=self.on_exhausted == "dead_letter",
+        )
 
     def bounded(self, extra: Extra | None) -> TaskSpec:
         """The task as one run asks for it: other attempts, another timeout, and all else as it is."""
@@ -444,12 +457,6 @@ def _is_context(hint: Any) -> bool:
     )
 
 
-def _is_timeout(value: object) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= TIMEOUT_S_MAX
-
-
 def _check_function(name: str, function: Any) -> None:
     if not inspect.isroutine(function):
         raise InvalidSetting(f"task {name} is made of {function!r}, which is no function", hint="write a def")
@@ -457,10 +464,6 @@ def _check_function(name: str, function: Any) -> None:
         raise InvalidSetting(
             f"task {name} is a generator, and a run has one result", hint="return a list, or map over its items"
         )
-
-
-def _is_seconds(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= SECONDS_MAX
 
 
 def check_name(what: str, name: object) -> str:

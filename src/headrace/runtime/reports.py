@@ -17,6 +17,7 @@ import structlog
 from headrace.core.activation import LANE, Delivery, Note, delivery_of, note_of
 from headrace.core.failure import Failure
 from headrace.core.pack import pack
+from headrace.core.retry import SECOND_US
 from headrace.core.run import COMPLETED, FAILED
 from headrace.core.span import LOST, RETRY, RETURNING, Settlement, encode_places
 from headrace.foundation.errors import HeadraceError
@@ -30,7 +31,6 @@ NOTHING: Final = b"null"
 STRAY_PART_NO: Final = 1 << 30
 """Where the numbers of settlements by id begin: a lease's holder numbers its own from 0."""
 
-SECOND_US: Final = 1_000_000
 DELAY_S_MAX: Final = 365 * 86_400
 
 

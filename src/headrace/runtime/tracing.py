@@ -6,7 +6,7 @@ import sys
 from typing import Final
 
 MODULE: Final = "opentelemetry.trace"
-NAMES: Final = frozenset(("traceparent", "tracestate", "baggage"))
+NAMES: Final = ("traceparent", "tracestate", "baggage")
 
 
 def trace_headers() -> dict[str, str]:

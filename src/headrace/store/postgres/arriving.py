@@ -13,6 +13,7 @@ from headrace.store.moving import MOVING, PAGE_ROWS, Belongings, Page
 from headrace.store.postgres.store import PostgresStore
 from headrace.store.verbs.rows import Blob, add_parts, add_spans, as_json, take_ids
 from headrace.store.verbs.script import Script, fetch, fetch_first, fetch_one
+from headrace.store.verbs.tending import BY_STEPS
 
 
 class PostgresArrival:
@@ -150,15 +151,7 @@ def _take_back(batch_ids: Sequence[str]) -> Script[bool]:
             )
     is_more = False
     for batch_id in batch_ids:
-        for name in (
-            "delete_parts",
-            "delete_spans",
-            "delete_blocks",
-            "delete_keys",
-            "delete_tags",
-            "delete_objects",
-            "delete_dead",
-        ):
+        for name in (*BY_STEPS, "delete_dead"):
             gone = yield from fetch(name, batch_id=batch_id, rows_max=PAGE_ROWS)
             is_more = is_more or len(gone) >= PAGE_ROWS
             if is_more:

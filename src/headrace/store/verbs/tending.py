@@ -13,7 +13,7 @@ from headrace.store.verbs.rows import as_json, to_batch, to_span
 from headrace.store.verbs.script import Script, fetch
 from headrace.store.verbs.working import give_back
 
-_BY_STEPS: Final = (
+BY_STEPS: Final = (
     "delete_parts",
     "delete_spans",
     "delete_blocks",
@@ -21,6 +21,8 @@ _BY_STEPS: Final = (
     "delete_tags",
     "delete_objects",
 )
+"""What deletes the rows of a batch, in this order, each a bounded step of them."""
+
 _UNKNOWN: Final = Suspects(places=None, evidence="its session is gone")
 
 
@@ -71,7 +73,7 @@ def prune(before_us: int, batches_max: int, rows_max: int) -> Script[Pruned]:
     finished = yield from fetch("finished_batches", before_us=before_us, rows_max=batches_max + 1)
     gone: list[tuple[str, str]] = []
     for batch_id, environment in finished[:batches_max]:
-        for name in _BY_STEPS:
+        for name in BY_STEPS:
             if len((yield from fetch(name, batch_id=batch_id, rows_max=rows_max))) >= rows_max:
                 return Pruned(batches=gone, more=True)
         yield from fetch("delete_cancellations", batch_id=batch_id)

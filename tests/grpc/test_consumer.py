@@ -10,9 +10,11 @@ import pytest
 
 from headrace.core.failure import decode
 from headrace.foundation.errors import InvalidInput, StoreUnavailable
+from headrace.grpc.deliveries import DispatchedDeliveries
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.status import Code, GrpcError
 from headrace.runtime.clock import ManualClock
+from headrace.runtime.handouts import Wish
 from tests.grpc.broker import (
     COMPLETE,
     DEADLETTER,
@@ -465,6 +467,31 @@ async def test_a_large_activation_goes_by_the_object_store(kind: str, tmp_path: 
         assert (await own.set("id_0", RETRY, fetch={})).id == "id_1"
         again = await own.get()
         assert (again.id, again.parameters_bytes) == ("id_0~2.0", large.parameters_bytes)
+
+
+@on_databases
+async def test_large_activations_are_pushed_by_the_object_store_too(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path, delivery="push", limits={"inline_bytes_max": 1_000}) as own:
+        sent = [activation(number, parameters_bytes=b"x" * 5_000 * number) for number in range(4)]
+        await own.add(*sent)
+        taken = await DispatchedDeliveries(own.dispatcher).take("app", 9, lease_ms=5_000)
+        assert [wire.TaskActivation.FromString(one.activation) for one in taken] == sent
+
+
+async def test_what_was_taken_goes_out_when_the_object_store_fails_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(_key: str) -> bytes:
+        raise StoreUnavailable("the object store is away")
+
+    async with broker("sqlite", tmp_path, delivery="push", limits={"inline_bytes_max": 1_000}) as own:
+        await own.add(activation(0), activation(1, parameters_bytes=b"x" * 5_000))
+        with monkeypatch.context() as patched:
+            patched.setattr(own.engine.payloads, "get", away)
+            assert [one.name for one in await own.dispatcher.take(Wish("app"), 9, lease_ms=5_000)] == ["id_0"]
+            with pytest.raises(StoreUnavailable):
+                await own.dispatcher.take(Wish("app"), 9, lease_ms=5_000)
+        assert [one.name for one in await own.dispatcher.take(Wish("app"), 9, lease_ms=5_000)] == ["id_1"]
 
 
 async def test_what_another_door_let_into_the_lane_fails_and_holds_up_nobody(tmp_path: Path) -> None:

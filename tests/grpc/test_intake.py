@@ -211,6 +211,21 @@ async def test_of_a_task_only_those_with_an_argument_are_dropped(tmp_path: Path)
         assert (found.accepted, found.dropped) == (4, 2)
 
 
+@on_databases
+async def test_of_those_in_the_object_store_too_only_those_with_an_argument_are_dropped(
+    kind: str, tmp_path: Path
+) -> None:
+    clock, filler = ManualClock(), b"x" * 2_000
+    async with broker(kind, tmp_path, clock=clock, is_killed=is_killed, limits={"inline_bytes_max": 1_000}) as own:
+        calls = [packed(7, filler), packed(8, filler), packed(7, filler), packed(8)]
+        await own.add(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls)))
+        await own.engine.store.keep_rules("default", KILLSWITCH, kills_encoded([Kill(name="send", args={"0": 7})]))
+        clock.advance(2)
+        await own.tick()
+        assert await own.drained(1) == ["id_1", "id_3"]
+        assert await own.counts() == {"completed": 2, "cancelled": 2}
+
+
 @pytest.mark.parametrize(
     ("one", "other", "is_equal"),
     [

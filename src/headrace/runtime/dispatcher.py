@@ -29,7 +29,7 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, UpdatesUnflushed
 from headrace.runtime.handouts import Deadlines, Handout, Held, Line, Wish, is_activation
 from headrace.runtime.recovery import DISPATCHER
-from headrace.runtime.reports import Report, Reporting, Stray, Told, Update, Verdict, verdict_of
+from headrace.runtime.reports import Answer, Report, Reporting, Stray, Told, Update, Verdict, verdict_of
 from headrace.runtime.rules import RuleBook
 from headrace.runtime.work import Work
 from headrace.store.protocol import Heartbeat, Release
@@ -196,7 +196,12 @@ class Dispatcher:
         """At most so many, on their way to workers: within `lease_ms` each is marked or given back, or goes back."""
         found: list[Handout] = []
         while len(found) < count_max:
-            handout = self._next_nowait(wish) if found else await self._next(wish)
+            try:
+                handout = await (self._next_in_line(wish) if found else self._next(wish))
+            except HeadraceError:
+                if not found:
+                    raise
+                break  # what was found goes out; who asks next hears of it
             if handout is None:
                 break
             handout.is_claimed = True
@@ -235,14 +240,20 @@ class Dispatcher:
         self._deadlines.add(handout, self.engine.clock.now_us() + wait_ms * 1_000)
 
     async def _next(self, wish: Wish) -> Handout | None:
+        """The next that a wish covers, leased for it when none is in line."""
         if not wish.is_answerable or self._ticking is None:
             return None
-        while (handout := self._next_nowait(wish)) is None:
+        while (handout := await self._next_in_line(wish)) is None:
             if not await self._refilled(wish):
                 return None
-        if handout.kind == REFERENCE and not await self._fetched(handout):
-            return await self._next(wish)
         return handout
+
+    async def _next_in_line(self, wish: Wish) -> Handout | None:
+        """The next in line with all of its bytes."""
+        while (handout := self._next_nowait(wish)) is not None:
+            if handout.kind != REFERENCE or await self._fetched(handout):
+                return handout
+        return None
 
     def _next_nowait(self, wish: Wish) -> Handout | None:
         """The next in line that may run, in nobody's hands until its deadline is set; what may not run ends here."""
@@ -262,11 +273,16 @@ class Dispatcher:
                 self.refuse(handout, "a run of the lane of activations has no id to go out under")
             elif 0 < expires_us <= now_us:
                 self._end(handout, Verdict(EXPIRED, b"", 0, ""))
-            elif self._is_killed(self._rules.rules, handout.extra.name, handout.payload):
-                self._end(handout, Verdict(CANCELLED, b"", 0, ""))
-            else:
+            elif not self._dropped(handout):
                 return handout
         return None
+
+    def _dropped(self, handout: Handout) -> bool:
+        """Whether a rule dropped it, which ends it."""
+        if not self._is_killed(self._rules.rules, handout.extra.name, handout.payload):
+            return False
+        self._end(handout, Verdict(CANCELLED, b"", 0, ""))
+        return True
 
     def refuse(self, handout: Handout, why: str) -> None:
         """What was handed out can't be read by any worker: it fails."""
@@ -274,7 +290,7 @@ class Dispatcher:
         self._end(handout, Verdict(FAILED, error.encode(), 0, ""))
 
     async def _fetched(self, handout: Handout) -> bool:
-        """Whether a large activation's object is there; without it there is nothing to hand out."""
+        """Whether a large activation may be handed out: its object is there, and no rule drops it for what is in it."""
         try:
             handout.payload, handout.kind = await self.engine.fetch(handout.payload)
         except ObjectMissing as error:
@@ -283,7 +299,7 @@ class Dispatcher:
         except BaseException:
             self._put_back(handout)
             raise
-        return True
+        return not self._dropped(handout)
 
     # -- leasing
 
@@ -368,41 +384,36 @@ class Dispatcher:
         """
         if self._flusher is None:
             raise StoreUnavailable("this server takes no reports now", hint="report to another one, or in a moment")
-        loop = asyncio.get_running_loop()
-        answers = []
+        answer = Answer(len(reports)) if is_awaited and reports else None
         for one in reports:
-            answer = loop.create_future() if is_awaited else None
-            handout = self._out.pop(one.name, None)
-            if handout is None:
-                update: Update = Stray(one, answer)
-            else:
-                lease = handout.held.work.lease
-                verdict = verdict_of(
-                    one,
-                    attempt=lease.attempt,
-                    at_most_once=lease.at_most_once,
-                    note=handout.held.note,
-                    delay_ms=handout.extra.retry_delay_ms,
-                    now_us=self.engine.clock.now_us(),
-                )
-                update = self._told(handout, verdict, answer)
-            await self._put(update)
-            if answer is not None:
-                answers.append(answer)
-        for error in await asyncio.gather(*answers, return_exceptions=True):
-            if error is not None:
-                raise error
+            update = self._taken(one, answer)
+            try:
+                if not self._flusher.put_nowait(update):
+                    await self._flusher.put(update)
+            except BaseException:  # it was not taken in: whoever reports it again finds it as it was
+                if isinstance(update, Told) and update.handout is not None:
+                    self._restore(update.handout)
+                raise
+        if answer is not None:
+            await answer.future
 
-    async def _put(self, update: Update) -> None:
-        assert self._flusher is not None
-        try:
-            await self._flusher.put(update)
-        except BaseException:  # it was not taken in: whoever reports it again finds it as it was
-            if isinstance(update, Told) and update.handout is not None:
-                self._restore(update.handout)
-            raise
+    def _taken(self, report: Report, answer: Answer | None) -> Update:
+        """What a report comes to, its run out of its worker's hands."""
+        handout = self._out.pop(report.name, None)
+        if handout is None:
+            return Stray(report, answer)
+        lease = handout.held.work.lease
+        verdict = verdict_of(
+            report,
+            attempt=lease.attempt,
+            at_most_once=lease.at_most_once,
+            note=handout.held.note,
+            delay_ms=handout.extra.retry_delay_ms,
+            now_us=self.engine.clock.now_us(),
+        )
+        return self._told(handout, verdict, answer)
 
-    def _told(self, handout: Handout, verdict: Verdict, answer: asyncio.Future[None] | None) -> Told:
+    def _told(self, handout: Handout, verdict: Verdict, answer: Answer | None) -> Told:
         handout.is_ended = True
         self._deadlines.remove(handout)
         lease, held = handout.held.work.lease, handout.held

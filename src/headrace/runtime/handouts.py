@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple, TypeVar
 
 from headrace.core.activation import LANE, SEPARATOR, Delivery, Note, note_of, queue_of, wire_id
@@ -52,10 +52,11 @@ class Wish(NamedTuple):
 class Held:
     """A lease whose runs are handed out one by one. `claimed_no`: leases are counted as they come."""
 
-    __slots__ = ("bytes_count", "claimed_no", "is_left", "note", "open_count", "part_no", "since_us", "work")
+    __slots__ = ("bytes_count", "claimed_no", "is_left", "note", "open_count", "part_no", "queue", "since_us", "work")
 
     def __init__(self, work: Work, claimed_no: int, now_us: int) -> None:
         self.work = work
+        self.queue = work.lease.queue
         self.claimed_no = claimed_no
         self.note: Note = note_of(work.lease.note)
         self.open_count = 0
@@ -107,46 +108,46 @@ class Handout:
 
 
 class Line:
-    """Leased runs that nobody has been given, by queue."""
+    """Leased runs that nobody has been given: of each application its leases, in the order they were claimed."""
 
     def __init__(self) -> None:
-        self._by_queue: dict[str, deque[Held]] = {}
+        self._leases: dict[str, deque[Held]] = {}
         self._returned: dict[str, deque[Handout]] = {}
         self.bytes_count = 0
 
     def __len__(self) -> int:
         """Runs in line."""
-        waiting = sum(held.work.unbegun_count for held in self.held())
+        waiting = sum(held.work.unbegun_count for line in self._leases.values() for held in line)
         return waiting + sum(map(len, self._returned.values()))
-
-    def held(self) -> Iterator[Held]:
-        """The leases that have runs in line."""
-        for line in self._by_queue.values():
-            yield from line
 
     def add(self, held: Held) -> None:
         """A lease has come."""
-        self._by_queue.setdefault(held.work.lease.queue, deque()).append(held)
+        self._leases.setdefault(_application_of(held.queue), deque()).append(held)
         self.bytes_count += held.bytes_count
 
     def put_back(self, handout: Handout, now_us: int) -> None:
         """A run did not reach the worker it was meant for: it goes first."""
         handout.held.since_us = now_us
-        self._returned.setdefault(handout.held.work.lease.queue, deque()).appendleft(handout)
+        self._returned.setdefault(_application_of(handout.held.queue), deque()).appendleft(handout)
 
     def take(self, wish: Wish, now_us: int) -> Handout | None:
         """The next run that a wish covers, begun; None when there is none in memory."""
-        for queue, line in self._returned.items():
-            if line and _covers(wish, queue):
-                return line.popleft()
-        best: deque[Held] | None = None
-        for queue, waiting in self._by_queue.items():
-            if waiting and _covers(wish, queue) and (best is None or waiting[0].claimed_no < best[0].claimed_no):
-                best = waiting
+        for returned in _of(self._returned, wish):
+            for handout in returned:
+                if _covers(wish, handout.held.queue):
+                    returned.remove(handout)
+                    self._keep(self._returned, _application_of(handout.held.queue), returned)
+                    return handout
+        best: Held | None = None
+        for line in _of(self._leases, wish):
+            for held in line:
+                if _covers(wish, held.queue):
+                    if best is None or held.claimed_no < best.claimed_no:
+                        best = held
+                    break
         return None if best is None else self._begin(best, now_us)
 
-    def _begin(self, line: deque[Held], now_us: int) -> Handout:
-        held = line[0]
+    def _begin(self, held: Held, now_us: int) -> Handout:
         work = held.work
         number = work.begin()
         held.open_count += 1
@@ -157,49 +158,58 @@ class Line:
         work.lease.payloads[number] = b""
         self.bytes_count -= len(handout.payload)
         if not work.unbegun_count:
-            line.popleft()
-            if not line:
-                del self._by_queue[work.lease.queue]
+            application = _application_of(held.queue)
+            line = self._leases[application]
+            line.remove(held)
+            self._keep(self._leases, application, line)
         return handout
 
     def cut(self, is_cut: Callable[[Held], bool]) -> list[tuple[Held, tuple[int, ...]]]:
         """Take what nobody has been given of some leases out of line; answers the places of their runs."""
         found = []
-        for queue, line in list(self._by_queue.items()):
-            kept: deque[Held] = deque()
-            for held in line:
-                if not is_cut(held):
-                    kept.append(held)
-                    continue
+        for application, line in list(self._leases.items()):
+            for held in [held for held in line if is_cut(held)]:
                 work = held.work
                 self.bytes_count -= sum(map(len, work.lease.payloads[work.cursor : work.count]))
                 found.append((held, work.cut(work.unbegun_count)))
-            self._keep(self._by_queue, queue, kept)
-        for queue, returned in list(self._returned.items()):
-            for handout in returned:
-                if is_cut(handout.held):
-                    handout.held.open_count -= 1
-                    found.append((handout.held, (handout.place,)))
-            self._keep(self._returned, queue, deque(one for one in returned if not is_cut(one.held)))
+                line.remove(held)
+            self._keep(self._leases, application, line)
+        for application, returned in list(self._returned.items()):
+            for handout in [handout for handout in returned if is_cut(handout.held)]:
+                handout.held.open_count -= 1
+                found.append((handout.held, (handout.place,)))
+                returned.remove(handout)
+            self._keep(self._returned, application, returned)
         return found
 
     @staticmethod
-    def _keep(lines: dict[str, deque[T]], queue: str, line: deque[T]) -> None:
-        if line:
-            lines[queue] = line
-        else:
-            del lines[queue]
+    def _keep(lines: dict[str, deque[T]], application: str, line: deque[T]) -> None:
+        """An application of which nothing is in line is not known here."""
+        if not line:
+            del lines[application]
 
     def clear(self) -> None:
         """What is in line is others' now."""
-        self._by_queue.clear()
+        self._leases.clear()
         self._returned.clear()
         self.bytes_count = 0
 
 
+def _application_of(queue: str) -> str:
+    """How the name of a queue begins, as `Wish.prefix` says it; of one without an application the whole name."""
+    return queue[: queue.find(SEPARATOR) + 1] or queue
+
+
+def _of(lines: dict[str, deque[T]], wish: Wish) -> Iterable[deque[T]]:
+    """The lines in which there may be something for a wish."""
+    if wish.application is None:
+        return lines.values()
+    line = lines.get(wish.prefix)
+    return () if line is None else (line,)
+
+
 def _covers(wish: Wish, queue: str) -> bool:
-    if not queue.startswith(wish.prefix):
-        return False
+    """Whether a wish covers a queue of its application."""
     return wish.namespaces is None or queue.partition(SEPARATOR)[2] in wish.namespaces
 
 

@@ -43,6 +43,31 @@ class Report(msgspec.Struct, frozen=True):
     delay_s: int | None = None
 
 
+class Answer:
+    """What somebody waits for: so many reports, all of them durable or one of them refused.
+
+    One future for all that were reported together: a batch of reports is waited for once.
+    """
+
+    __slots__ = ("_error", "_left_count", "future")
+
+    def __init__(self, reports_count: int) -> None:
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._left_count = reports_count
+        self._error: HeadraceError | None = None
+
+    def ended(self, error: HeadraceError | None = None) -> None:
+        """One of them is durable, or the store refuses it for good."""
+        self._error = self._error or error
+        self._left_count -= 1
+        if self._left_count or self.future.done():
+            return
+        if self._error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(self._error)
+
+
 class Told(NamedTuple):
     """One outcome under a lease, on its way."""
 
@@ -55,14 +80,14 @@ class Told(NamedTuple):
     due_us: int
     note: str
     handout: Handout | None
-    answer: asyncio.Future[None] | None
+    answer: Answer | None
 
 
 class Stray(NamedTuple):
     """A report of what is not in anybody's hands here."""
 
     report: Report
-    answer: asyncio.Future[None] | None
+    answer: Answer | None
 
 
 Update = Told | Stray
@@ -123,8 +148,8 @@ class Reporting:
         for one in found:
             self._is_stray(one.span_id, one.token, one.place)
         for update in updates:
-            if update.answer is not None and not update.answer.done():
-                update.answer.set_result(None)
+            if update.answer is not None:
+                update.answer.ended()
 
     def _count(self, settlements: Sequence[Settlement], words: Sequence[str]) -> None:
         for settlement, word in zip(settlements, words, strict=True):
@@ -163,8 +188,8 @@ class Reporting:
     def refused(update: Update, error: HeadraceError) -> None:
         """The store refuses an update for good."""
         LOG.error("the store refuses a report for good", error=str(error))
-        if update.answer is not None and not update.answer.done():
-            update.answer.set_exception(error)
+        if update.answer is not None:
+            update.answer.ended(error)
 
 
 def _merged(told: Sequence[Told]) -> list[Settlement]:

@@ -105,7 +105,7 @@ class Broker:
 
     async def get(self, **filters: Any) -> wire.TaskActivation:
         """GetTask."""
-        return (await self.service.get_task(wire.GetTaskRequest(**filters), CALL)).task
+        return wire.GetTaskResponse.FromString(await self.service.get_task(wire.GetTaskRequest(**filters), CALL)).task
 
     async def set(self, name: str, status: int, fetch: dict[str, Any] | None = None, **more: Any) -> Any:
         """SetTaskStatus; answers the next task, or None."""
@@ -114,7 +114,7 @@ class Broker:
             request.fetch_next_task.SetInParent()
             for field, value in fetch.items():
                 setattr(request.fetch_next_task, field, value)
-        answer = await self.service.set_task_status(request, CALL)
+        answer = wire.SetTaskStatusResponse.FromString(await self.service.set_task_status(request, CALL))
         return answer.task if answer.HasField("task") else None
 
     async def set_batch(self, *updates: tuple[str, int]) -> None:

@@ -15,6 +15,16 @@ LENGTH_BYTES_MAX: Final = 5
 """A varint of 32 bits."""
 
 
+def headed(message: bytes) -> bytes:
+    """A message after its length."""
+    left, length = len(message), bytearray()
+    while left > 0x7F:
+        length.append(left & 0x7F | 0x80)
+        left >>= 7
+    length.append(left)
+    return bytes(length) + message
+
+
 class Oversized(NamedTuple):
     """A message of more bytes than one may have."""
 

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from headrace.core.activation import LANE, delivery_of, queue_of
 from headrace.core.block import Extra
+from headrace.core.pack import ACTIVATION
 from headrace.core.retry import SECOND_US, quantised_due_us
 from headrace.core.rules import Arguments, Rules
 from headrace.core.span import Key
@@ -134,10 +135,15 @@ def is_killed(rules: Rules, name: str, data: bytes) -> bool:
     return bool(rules.kills) and rules.is_killed(name, lambda: arguments_of(data))
 
 
-def told(dispatcher: Dispatcher, handout: Handout) -> wire.TaskActivation | None:
-    """An activation as its worker gets it; None for one whose bytes are none, which fails."""
+def told(dispatcher: Dispatcher, handout: Handout) -> bytes | None:
+    """The message of an activation as its worker gets it; None for one whose bytes are none, which fails.
+
+    The first delivery of one that came in by our own door is what came in.
+    """
+    if handout.kind == ACTIVATION and handout.name == handout.extra.idempotency_key:
+        return handout.payload
     try:
-        return message_of(handout, dispatcher.engine.clock.now_us())
+        return message_of(handout, dispatcher.engine.clock.now_us()).SerializeToString()
     except DecodeError:
         dispatcher.refuse(handout, "its bytes are no TaskActivation")
         return None

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 import structlog
 
+from headrace.core.delimited import headed
 from headrace.foundation.errors import EngineFault, HeadraceError
 from headrace.grpc.activations import told
 from headrace.grpc.messages import taskbroker_pb2 as wire
@@ -29,6 +30,8 @@ STATES: Final = {
     wire.TASK_ACTIVATION_STATUS_COMPLETE: "completed",
 }
 _PREFIX: Final = "TASK_ACTIVATION_STATUS_"
+_TASK: Final = b"\x0a"
+"""How the first field of a message begins, which both answers have the activation in; its length follows."""
 
 
 class ConsumerService:
@@ -39,8 +42,8 @@ class ConsumerService:
         self._delivery = delivery
         self._is_awaited = ack == "committed"
 
-    async def get_task(self, request: wire.GetTaskRequest, call: Call) -> wire.GetTaskResponse:
-        """The next activation that the filters cover."""
+    async def get_task(self, request: wire.GetTaskRequest, call: Call) -> bytes:
+        """The next activation that the filters cover: the bytes of a `GetTaskResponse`."""
         del call
         if self._delivery == "push":
             raise GrpcError(Code.PERMISSION_DENIED, "Cannot call while broker is in PUSH mode")
@@ -50,21 +53,21 @@ class ConsumerService:
             raise _internal(error) from error
         if task is None:
             raise GrpcError(Code.NOT_FOUND, "No pending activations")
-        return wire.GetTaskResponse(task=task)
+        return _TASK + headed(task)
 
-    async def set_task_status(self, request: wire.SetTaskStatusRequest, call: Call) -> wire.SetTaskStatusResponse:
-        """How one attempt ended; answers with the next activation when it is asked for one."""
+    async def set_task_status(self, request: wire.SetTaskStatusRequest, call: Call) -> bytes:
+        """How one attempt ended: the bytes of a `SetTaskStatusResponse`, with the next activation where it is wanted."""
         del call
         report = _report(request)
         await self._report([report])
         if self._delivery == "push" or not request.HasField("fetch_next_task"):
-            return wire.SetTaskStatusResponse()
+            return b""
         try:
             task = await self._fetched(_wish(request.fetch_next_task))
         except HeadraceError as error:  # an error would make the worker report once more
             LOG.warning("a worker got no next activation with its answer", error=error.message)
             task = None
-        return wire.SetTaskStatusResponse(task=task)
+        return b"" if task is None else _TASK + headed(task)
 
     async def set_batch_activation_status(
         self, request: wire.SetBatchActivationStatusRequest, call: Call
@@ -80,7 +83,7 @@ class ConsumerService:
         except HeadraceError as error:
             raise _internal(error) from error
 
-    async def _fetched(self, wish: Wish) -> wire.TaskActivation | None:
+    async def _fetched(self, wish: Wish) -> bytes | None:
         while (handout := await self._dispatcher.fetch(wish)) is not None:
             message = told(self._dispatcher, handout)
             if message is not None:

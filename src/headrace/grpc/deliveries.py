@@ -24,7 +24,7 @@ class DispatchedDeliveries:
             message = told(self._dispatcher, handout)
             if message is not None:
                 at_most_once = handout.held.work.lease.at_most_once
-                found.append(Delivery(handout.name, application, message.SerializeToString(), at_most_once))
+                found.append(Delivery(handout.name, application, message, at_most_once))
         return found
 
     async def mark(self, ids: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """What a server answers: a mapping of paths to methods, made from a service's descriptor and the object that does it.
 
 A service is a class with one coroutine a method, named as the method is but in the words of Python (`GetTask` is
-`get_task`), which takes the request and the `Call` and answers with a message, or raises `GrpcError`.
+`get_task`), which takes the request and the `Call` and answers with a message, or its bytes, or raises `GrpcError`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Method(NamedTuple):
     """One path. `is_open`: nobody has to sign; `is_stream`: the handler is an async iterator of messages."""
 
     request: type[Message]
-    handler: Callable[[Any, Call], Awaitable[Message] | AsyncIterator[Message]]
+    handler: Callable[[Any, Call], Awaitable[Message | bytes] | AsyncIterator[Message]]
     is_open: bool = False
     is_stream: bool = False
 

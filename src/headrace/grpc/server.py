@@ -216,7 +216,7 @@ class Connection(Talking):
                 machine.fail(stream_id, Code.OK, "")
             else:
                 found = await answered  # type: ignore[misc]  # of a method that is no stream it is awaitable
-                machine.answer(stream_id, found.SerializeToString())
+                machine.answer(stream_id, found if isinstance(found, bytes) else found.SerializeToString())
         except (GrpcError, HeadraceError) as error:
             known = error if isinstance(error, GrpcError) else of_error(error)
             code = known.code

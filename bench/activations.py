@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from headrace.compose import open_engine
 from headrace.core.pack import ACTIVATION
+from headrace.foundation import interpreter
 from headrace.foundation.settings import load
 from headrace.grpc.activations import entry_of
 from headrace.grpc.messages import taskbroker_pb2 as wire
@@ -167,6 +168,7 @@ def main() -> None:
     """Measure what was named, or both."""
     import uvloop
 
+    interpreter.tune()
     for kind in sys.argv[1:] or ("sqlite", "postgres"):
         uvloop.run(measured(kind))
 

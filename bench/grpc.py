@@ -551,7 +551,9 @@ def main() -> None:
     if words and words[0].startswith("serve-"):
         import uvloop
 
-        sys.setswitchinterval(0.0005)
+        from headrace.foundation import interpreter
+
+        interpreter.tune()
         programs: dict[str, Callable[..., Any]] = {
             "serve-echo": serve_echo,
             "serve-grpcio": serve_grpcio,

@@ -33,6 +33,7 @@ def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: 
     import uvloop
     from tests.store.world import FACTORIES
 
+    from headrace.foundation import interpreter
     from headrace.foundation.limits import DEFAULT
     from headrace.http.server import serving
     from headrace.http.service import Service
@@ -42,7 +43,7 @@ def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: 
     from headrace.store.payloads import PayloadStore, open_payloads
     from headrace.store.protocol import Appended
 
-    sys.setswitchinterval(0.0005)
+    interpreter.tune()
 
     class Slow(PayloadStore):
         async def put(self, key: str, data: bytes) -> None:

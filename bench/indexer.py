@@ -14,7 +14,6 @@ import asyncio
 import gc
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from msgspec.structs import replace
 from bench.floors import transfers_floor
 from headrace import Headrace
 from headrace.cli.index import GC_THRESHOLDS
+from headrace.foundation import interpreter
 from headrace.foundation.settings import load
 from headrace.indexer import Arrived, Context, Entity, Indexed, Indexer, Position, Progress
 
@@ -124,9 +124,8 @@ def run(
         return elapsed_s, told
 
     gc.collect()
-    gc.freeze()
+    interpreter.tune()
     gc.set_threshold(*GC_THRESHOLDS)
-    sys.setswitchinterval(0.0005)
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main(store or f"sqlite:///{folder}/bench.db"))
 

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from bench.activations import Counted, filled
 from bench.grpc import GET, SET, process
+from headrace.foundation import interpreter
 
 WORKERS: Final = 500
 CHANNELS: Final = 8
@@ -47,7 +48,7 @@ async def serve(way: str, store: str, count: int) -> None:
     from headrace.compose import open_engine
     from headrace.foundation.settings import load
     from headrace.grpc.messages import taskbroker_pb2 as wire
-    from headrace.grpc.methods import Method, methods_of
+    from headrace.grpc.methods import Method
     from headrace.grpc.server import Connection, GrpcServer
     from headrace.grpc.taskbroker import dispatching
 
@@ -62,13 +63,12 @@ async def serve(way: str, store: str, count: int) -> None:
         async def counts(_message: Any, _call: Any) -> Any:
             return wire.PushTaskRequest(callback_url=f"{told.transactions / count} {told.rows / count}")
 
-        service = wire.DESCRIPTOR.services_by_name["ConsumerService"]
         async with dispatching(
             engine.with_limits(limits),
             ack="received" if way == "b" else "committed",
             flush_interval_ms=limits.flush_interval_ms if way == "b" else None,
         ) as broker:
-            methods = methods_of(service, broker.consumer) | {"/e/Counts": Method(wire.PushTaskRequest, counts)}
+            methods = broker.consumer.methods | {"/e/Counts": Method(wire.PushTaskRequest, counts)}
             server = GrpcServer(methods, limits=engine.limits)
             listener = await asyncio.get_running_loop().create_server(lambda: Connection(server), "127.0.0.1", 0)
             print(listener.sockets[0].getsockname()[1], flush=True)
@@ -123,6 +123,7 @@ def main() -> None:
     import uvloop
 
     words = sys.argv[1:]
+    interpreter.tune()
     if words[:1] == ["serve"]:
         uvloop.run(serve(words[1], words[2], int(words[3])))
         return

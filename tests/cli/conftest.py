@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -109,9 +110,11 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         monkeypatch.delenv(name)
     (tmp_path / "tasks.py").write_text(TASKS)
     known = set(sys.modules)
-    interval = sys.getswitchinterval()
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     yield Shell(tmp_path, capfd)
     sys.setswitchinterval(interval)
+    gc.set_threshold(*thresholds)
+    gc.unfreeze()
     structlog.reset_defaults()
     for name in set(sys.modules) - known:
         file = getattr(sys.modules[name], "__file__", None) or ""

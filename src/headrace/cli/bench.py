@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace.cli.opening import SWITCH_INTERVAL_S, JsonOption, StoreOption
+from headrace.cli.opening import JsonOption, StoreOption
+from headrace.foundation import interpreter
 
 if TYPE_CHECKING:
     from headrace.benchmarks import Figure
@@ -29,7 +29,7 @@ def command(
 
     place = benchmarks.place_of(store)
     scenarios = benchmarks.chosen(names or [], place.kind)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    interpreter.tune()
     figures = []
     for figure in benchmarks.measured(scenarios, place, quick=quick):
         figures.append(figure)

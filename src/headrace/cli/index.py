@@ -63,9 +63,6 @@ def run(
     settings = settings_of(store=store, index_depth_max=depth, index_batch_events_max=batch_size)
     loaded = load_indexer(indexer)
     loaded.app.use(settings)
-    # Rows live long and hold no cycles: looking through all of them again and again finds nothing.
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
     run_async(_run(loaded, position_of(until), wait=not no_wait, shows=progress))
 
 
@@ -73,6 +70,8 @@ async def _run(indexer: Indexer, until: Position | None, *, wait: bool, shows: b
     from headrace.cli.printing import note
     from headrace.cli.signals import Signals
 
+    # Rows live long and hold no cycles: looking through all of them again and again finds nothing.
+    gc.set_threshold(*GC_THRESHOLDS)
     owner: Any = indexer.app
     try:
         async with indexer.open(

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from headrace.foundation import interpreter
 from headrace.foundation.errors import InvalidInput, NotFound
 from headrace.foundation.settings import Settings, hidden, load
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SWITCH_INTERVAL_S: Final = 0.0005
-"""How long a busy thread keeps the interpreter: the SQLite writer waits for it at each of its steps."""
 
 LOG_LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
@@ -58,7 +57,7 @@ def place_of(store: str | None, server: str | None) -> str | None:
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a command on a loop of its own, the fastest there is."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    interpreter.tune()
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     try:
         from uvloop import new_event_loop as loop_factory

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from headrace.foundation import interpreter
 from headrace.foundation.errors import HeadraceError, InvalidSetting
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import SystemClock
@@ -217,7 +218,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, _timed_out)
     wire = socket.socket(fileno=int(sys.argv[1]))
-    sys.setswitchinterval(0.0005)
+    interpreter.tune()
     _die_with_parent()
     asyncio.run(_serve(wire))
     for stream in (sys.stdout, sys.stderr):

@@ -8,7 +8,8 @@ The diagram in ARCHITECTURE.md is drawn from the same table.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Final
 
 from headrace.foundation.errors import IllegalTransition
@@ -72,6 +73,23 @@ def changed(states: bytes, changes: Iterable[tuple[int, int]]) -> bytes:
     for place, new in changes:
         check_transition(after[place], new)
         after[place] = new
+    return bytes(after)
+
+
+def at(states: bytes, places: Sequence[int]) -> bytes:
+    """The states at some places."""
+    if len(places) < 2:
+        return bytes(states[place] for place in places)
+    return bytes(itemgetter(*places)(states))
+
+
+def ended(states: bytes, places: Sequence[int], codes: bytes) -> bytes:
+    """What `changed` answers where none of these places has an outcome and each is named once, without its look at
+    every pair.
+    """
+    after = bytearray(states)
+    for place, code in zip(places, codes, strict=True):
+        after[place] = code
     return bytes(after)
 
 

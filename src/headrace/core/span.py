@@ -251,18 +251,21 @@ def settle(
             hint="a run ends as c, f, x, e, r or d, and each has a result, empty or not",
             span_id=span.id,
         )
-    if settlement.is_shared and any(span.states[place] not in run.UNSETTLED for place in places):
+    before = span.states if everything else run.at(span.states, places)
+    if settlement.is_shared and before.strip(run.UNSETTLED):
         settlement = _unsettled_part(span, settlement, places)
         if not settlement.codes:
             return Verdict(SETTLED, span)
         codes, places, everything = settlement.codes, decode_places(settlement.places or b""), False
+        before = run.at(span.states, places)
     positions = positions_of(span)
     returning: dict[_Return, list[int]] = {}
     if RETRY in codes or OVERDUE in codes:
         codes, returning = _returning(settlement, places, positions, policy, now_us)
     after = msgspec.structs.replace(span)
-    if everything and not span.states.strip(run.UNSETTLED) and not codes.strip(run.FINAL):
-        after.states = codes  # the usual case: a whole span at once, every pair known to be in the table
+    is_once = everything or len(set(places)) == len(places)
+    if is_once and not before.strip(run.UNSETTLED) and not codes.strip(run.FINAL):  # the usual case: pairs in the table
+        after.states = codes if everything else run.ended(span.states, places, codes)
     else:
         after.states = run.changed(span.states, zip(places, codes, strict=True))
     after.unsettled_count = run.unsettled_count(after.states)
@@ -277,7 +280,7 @@ def settle(
         span_id=span.id,
         token=span.token,
         part_no=settlement.part_no,
-        positions=None if everything and span.positions is None else encode_places(positions[p] for p in places),
+        positions=settlement.places if span.positions is None else encode_places(positions[p] for p in places),
         codes=codes,
         results=settlement.results,
         settled_us=now_us,

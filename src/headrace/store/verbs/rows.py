@@ -150,6 +150,14 @@ def put_spans(spans: Iterable[Span]) -> Script[None]:
         yield from fetch("update_spans", rows=as_json(rows), blob=blob.bytes())
 
 
+def put_states(spans: Iterable[Span]) -> Script[None]:
+    """Write spans of which nothing changed but the states of their runs."""
+    blob = Blob()
+    rows = [(span.id, span.unsettled_count, *blob.put(span.states)) for span in spans]
+    if rows:
+        yield from fetch("update_states", rows=as_json(rows), blob=blob.bytes())
+
+
 def add_parts(parts: Iterable[Part]) -> Script[None]:
     """Insert recorded outcomes."""
     blob = Blob()

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from headrace.core import batch as batches
 from headrace.core.order import returned_order_no
 from headrace.core.span import (
+    LEASED,
     LOST,
     OVERDUE,
     RETRY,
@@ -35,6 +36,7 @@ from headrace.store.verbs.rows import (
     as_json,
     put_batch,
     put_spans,
+    put_states,
     take_ids,
     to_batch,
     to_span,
@@ -369,7 +371,9 @@ class _Gathered:
         self._counts[span.batch_id] = self._counts.get(span.batch_id, Counts()).plus(verdict.counts)
 
     def write(self, now_us: int) -> Script[None]:
-        yield from put_spans(self.spans.values())
+        spans = self.spans.values()
+        yield from put_states(span for span in spans if span.state == LEASED)  # still under the lease it was under
+        yield from put_spans(span for span in spans if span.state != LEASED)
         if self._fresh:
             yield from add_spans(self._fresh, first_id=(yield from take_ids(spans_count=len(self._fresh)))[1])
         yield from add_parts(self._parts)

@@ -13,6 +13,14 @@ UPDATE {schema}.batch SET state = :state, expected_count = :expected_count, rece
     sealed_us = :sealed_us, finished_us = :finished_us
 WHERE id = :id;
 
+-- count_outcomes: outcomes of a batch that they do not end
+UPDATE {schema}.batch SET completed_count = completed_count + :completed::bigint,
+    failed_count = failed_count + :failed::bigint, cancelled_count = cancelled_count + :cancelled::bigint,
+    expired_count = expired_count + :expired::bigint
+WHERE id = :id AND (finished_us > 0 OR state = 'open' OR received_count <> completed_count + failed_count
+    + cancelled_count + expired_count + :completed::bigint + :failed::bigint + :cancelled::bigint + :expired::bigint)
+RETURNING id;
+
 -- update_received: the set of received indexes after an append, and the widest block
 UPDATE {schema}.batch SET received = :received, block_width = greatest(block_width, :block_width) WHERE id = :id;
 
@@ -41,6 +49,12 @@ UPDATE {schema}.span SET order_no = (value->>1)::bigint, crashes_count = (value-
     crashes_alone_count = (value->>3)::bigint, unsettled_count = (value->>4)::bigint, state = value->>5,
     session_id = value->>6, claim_no = (value->>7)::bigint, token = (value->>8)::bigint,
     states = substring(:blob::bytea FROM (value->>9)::int FOR (value->>10)::int)
+FROM jsonb_array_elements(:rows::jsonb) AS given (value)
+WHERE span.id = (value->>0)::bigint;
+
+-- update_states: spans of which nothing but the states of their runs changed
+UPDATE {schema}.span SET unsettled_count = (value->>1)::bigint,
+    states = substring(:blob::bytea FROM (value->>2)::int FOR (value->>3)::int)
 FROM jsonb_array_elements(:rows::jsonb) AS given (value)
 WHERE span.id = (value->>0)::bigint;
 

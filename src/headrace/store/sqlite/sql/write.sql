@@ -18,6 +18,13 @@ UPDATE batch SET state = :state, expected_count = :expected_count, received_coun
     sealed_us = :sealed_us, finished_us = :finished_us
 WHERE id = :id;
 
+-- count_outcomes: outcomes of a batch that they do not end
+UPDATE batch SET completed_count = completed_count + :completed, failed_count = failed_count + :failed,
+    cancelled_count = cancelled_count + :cancelled, expired_count = expired_count + :expired
+WHERE id = :id AND (finished_us > 0 OR state = 'open' OR received_count <> completed_count + failed_count
+    + cancelled_count + expired_count + :completed + :failed + :cancelled + :expired)
+RETURNING id;
+
 -- update_received: the set of received indexes after an append, and the widest block
 UPDATE batch SET received = :received, block_width = max(block_width, :block_width) WHERE id = :id;
 
@@ -59,6 +66,15 @@ FROM (
         json_extract(value, '$[6]') AS session_id, json_extract(value, '$[7]') AS claim_no,
         json_extract(value, '$[8]') AS token, json_extract(value, '$[9]') AS states_start,
         json_extract(value, '$[10]') AS states_bytes
+    FROM json_each(:rows)
+) AS fresh
+WHERE span.id = fresh.id;
+
+-- update_states: spans of which nothing but the states of their runs changed, so that no index is written
+UPDATE span SET unsettled_count = fresh.unsettled_count, states = substr(:blob, fresh.states_start, fresh.states_bytes)
+FROM (
+    SELECT json_extract(value, '$[0]') AS id, json_extract(value, '$[1]') AS unsettled_count,
+        json_extract(value, '$[2]') AS states_start, json_extract(value, '$[3]') AS states_bytes
     FROM json_each(:rows)
 ) AS fresh
 WHERE span.id = fresh.id;

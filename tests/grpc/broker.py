@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.message import Message
 
 from headrace.compose import open_engine
 from headrace.core.activation import LANE
 from headrace.core.pack import ACTIVATION
+from headrace.foundation.errors import HeadraceError
 from headrace.foundation.settings import load
 from headrace.grpc.activations import entry_of
-from headrace.grpc.consumer import Ack, ConsumerService, DeliveryMode
+from headrace.grpc.consumer import Ack, ConsumerService, DeliveryMode, of_error
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.methods import Call
 from headrace.grpc.status import Code, GrpcError
@@ -77,6 +79,16 @@ def stream(*messages: wire.TaskActivation | bytes) -> bytes:
     return b"".join(varint(len(part)) + part for part in parts)
 
 
+async def called(method: Callable[[Any, Call], Any], request: Message) -> bytes:
+    """What a method of the service comes to, at once or later, as its caller is told."""
+    try:
+        found = method(request, CALL)
+        found = await found if isinstance(found, Awaitable) else found
+    except HeadraceError as error:
+        raise of_error(error) from error
+    return found or b""
+
+
 class Broker:
     """One server's side of the broker: what workers call, and what stands behind it."""
 
@@ -105,7 +117,8 @@ class Broker:
 
     async def get(self, **filters: Any) -> wire.TaskActivation:
         """GetTask."""
-        return wire.GetTaskResponse.FromString(await self.service.get_task(wire.GetTaskRequest(**filters), CALL)).task
+        answer = await called(self.service.get_task, wire.GetTaskRequest(**filters))
+        return wire.GetTaskResponse.FromString(answer).task
 
     async def set(self, name: str, status: int, fetch: dict[str, Any] | None = None, **more: Any) -> Any:
         """SetTaskStatus; answers the next task, or None."""
@@ -114,13 +127,13 @@ class Broker:
             request.fetch_next_task.SetInParent()
             for field, value in fetch.items():
                 setattr(request.fetch_next_task, field, value)
-        answer = wire.SetTaskStatusResponse.FromString(await self.service.set_task_status(request, CALL))
+        answer = wire.SetTaskStatusResponse.FromString(await called(self.service.set_task_status, request))
         return answer.task if answer.HasField("task") else None
 
     async def set_batch(self, *updates: tuple[str, int]) -> None:
         """SetBatchActivationStatus."""
         told = [wire.SetTaskStatusRequest(id=name, status=status) for name, status in updates]  # type: ignore[arg-type]  # any number
-        await self.service.set_batch_activation_status(wire.SetBatchActivationStatusRequest(updates=told), CALL)
+        await called(self.service.set_batch_activation_status, wire.SetBatchActivationStatusRequest(updates=told))
 
     async def runs(self) -> list[RunView]:
         """All activations there are, in the order they came."""

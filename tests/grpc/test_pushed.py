@@ -72,11 +72,10 @@ def pusher_of(made: Broker, *ports: int) -> Pusher:
 
 @on_databases
 async def test_each_activation_is_pushed_and_recorded_once(tmp_path: Path, kind: str) -> None:
-    consumer = wire.DESCRIPTOR.services_by_name["ConsumerService"]
     limits = {"poll_interval_ms": 20}
     async with (
         broker(kind, tmp_path, delivery="push", limits=limits) as made,
-        listening(methods_of(consumer, made.service)) as (_, port),
+        listening(made.service.methods) as (_, port),
     ):
         workers = [Worker(port), Worker(port)]
         async with (

@@ -19,9 +19,11 @@ from headrace.core.block import Extra
 from headrace.core.span import Key
 from headrace.foundation.errors import InvalidSetting
 from headrace.grpc import frames
+from headrace.grpc.consumer import SERVICE as CONSUMER
 from headrace.grpc.messages import broker_pb2 as wire
 from headrace.grpc.messages import health_pb2 as health
 from headrace.grpc.messages import taskbroker_pb2 as taskbroker
+from headrace.grpc.methods import methods_of
 from headrace.grpc.signing import HEADER, Secrets
 from headrace.http.connections import BoundedProtocol
 from headrace.http.server import Tls
@@ -310,7 +312,7 @@ class Consumer:
 async def test_a_consumer_answers_who_signs(tmp_path: Path) -> None:
     path = "/sentry_protos.taskbroker.v1.ConsumerService/GetTask"
     async with (
-        house(tmp_path, consumer=Consumer(), secrets=SECRETS) as home,
+        house(tmp_path, consumer=methods_of(CONSUMER, Consumer()), secrets=SECRETS) as home,
         channel(home.server.address[1]) as made,
     ):
         call = made.unary_unary(path, response_deserializer=taskbroker.GetTaskResponse.FromString)

@@ -18,6 +18,7 @@ from unittest.mock import patch
 from headrace.core.span import Settlement
 from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import DEFAULT, Limits
+from headrace.grpc.methods import Methods
 from headrace.http.app import make_app
 from headrace.http.grpc_calls import answering
 from headrace.http.server import Server, serving
@@ -322,7 +323,7 @@ async def house(
     payloads: Any = None,
     faults: Faults | None = None,
     secrets: Sequence[str] = (),
-    consumer: object | None = None,
+    consumer: Methods | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> AsyncGenerator[House, None]:
     """A server over a store of a kind, with gRPC beside HTTP; `wrap` may put something between it and the store."""

@@ -201,7 +201,7 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
             interval_ms = settings.limits.flush_interval_ms if is_timed else None
             made = dispatching(service.engine, delivery=delivery, ack=settings.ack, flush_interval_ms=interval_ms)
             broker = await stack.enter_async_context(made)
-            consumer = broker.consumer
+            consumer = broker.consumer.methods
             if delivery != "pull":
                 deliveries = DispatchedDeliveries(broker.dispatcher)
                 secrets = settings.grpc_secrets

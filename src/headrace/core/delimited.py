@@ -17,7 +17,10 @@ LENGTH_BYTES_MAX: Final = 5
 
 def headed(message: bytes) -> bytes:
     """A message after its length."""
-    left, length = len(message), bytearray()
+    left = len(message)
+    if left < 1 << 14:  # as nearly all are
+        return (bytes((left,)) if left < 0x80 else bytes((left & 0x7F | 0x80, left >> 7))) + message
+    length = bytearray()
     while left > 0x7F:
         length.append(left & 0x7F | 0x80)
         left >>= 7

@@ -140,7 +140,7 @@ def told(dispatcher: Dispatcher, handout: Handout) -> bytes | None:
 
     The first delivery of one that came in by our own door is what came in.
     """
-    if handout.kind == ACTIVATION and handout.name == handout.extra.idempotency_key:
+    if handout.kind == ACTIVATION and not handout.held.suffix:
         return handout.payload
     try:
         return message_of(handout, dispatcher.engine.clock.now_us()).SerializeToString()

@@ -6,24 +6,29 @@ gets its next activation with the answer, in either case.
 
 from __future__ import annotations
 
-from typing import Final, Literal
+import asyncio
+from collections.abc import Coroutine
+from functools import lru_cache
+from typing import Any, Final, Literal
 
 import structlog
 
 from headrace.core.delimited import headed
 from headrace.foundation.errors import EngineFault, HeadraceError
+from headrace.grpc import status
 from headrace.grpc.activations import told
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.methods import Call
-from headrace.grpc.status import Code, GrpcError, of_error
-from headrace.runtime.dispatcher import Dispatcher
-from headrace.runtime.handouts import Wish
+from headrace.grpc.methods import Call, Method, methods_of
+from headrace.grpc.status import Code, GrpcError
+from headrace.runtime.dispatcher import WISHES_MAX, Dispatcher
+from headrace.runtime.handouts import Handout, Wish
 from headrace.runtime.reports import Report
 
 LOG = structlog.get_logger("headrace.grpc")
 DeliveryMode = Literal["pull", "push", "both"]
 Ack = Literal["committed", "received"]
 
+SERVICE: Final = wire.DESCRIPTOR.services_by_name["ConsumerService"]
 STATES: Final = {
     wire.TASK_ACTIVATION_STATUS_FAILURE: "failed",
     wire.TASK_ACTIVATION_STATUS_RETRY: "retry",
@@ -42,61 +47,81 @@ class ConsumerService:
         self._delivery = delivery
         self._is_awaited = ack == "committed"
 
-    async def get_task(self, request: wire.GetTaskRequest, call: Call) -> bytes:
+    @property
+    def methods(self) -> dict[str, Method]:
+        """What it answers, by path."""
+        return methods_of(SERVICE, self, of_error=of_error)
+
+    def get_task(self, request: wire.GetTaskRequest, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
         """The next activation that the filters cover: the bytes of a `GetTaskResponse`."""
         del call
         if self._delivery == "push":
             raise GrpcError(Code.PERMISSION_DENIED, "Cannot call while broker is in PUSH mode")
-        try:
-            task = await self._fetched(_wish(request))
-        except HeadraceError as error:
-            raise _internal(error) from error
-        if task is None:
-            raise GrpcError(Code.NOT_FOUND, "No pending activations")
-        return _TASK + headed(task)
+        wish = _wish(request)
+        task = self._at_hand(wish)
+        return self._awaited(wish) if task is None else task
 
-    async def set_task_status(self, request: wire.SetTaskStatusRequest, call: Call) -> bytes:
-        """How one attempt ended: the bytes of a `SetTaskStatusResponse`, with the next activation where it is wanted."""
+    async def _awaited(self, wish: Wish) -> bytes:
+        while (handout := await self._dispatcher.fetch(wish)) is not None:
+            if (task := self._answer(handout)) is not None:
+                return task
+        raise GrpcError(Code.NOT_FOUND, "No pending activations")
+
+    def set_task_status(
+        self, request: wire.SetTaskStatusRequest, call: Call
+    ) -> asyncio.Future[None] | Coroutine[Any, Any, bytes] | None:
+        """How one attempt ended; answers with the next activation where it is wanted."""
         del call
-        report = _report(request)
-        await self._report([report])
+        written = self._dispatcher.report_nowait([_report(request)], is_awaited=self._is_awaited)
         if self._delivery == "push" or not request.HasField("fetch_next_task"):
-            return b""
+            return written
+        return self._next(_wish(request.fetch_next_task), written)
+
+    async def _next(self, wish: Wish, written: asyncio.Future[None] | None) -> bytes:
+        if written is not None:
+            await written
         try:
-            task = await self._fetched(_wish(request.fetch_next_task))
+            task = self._at_hand(wish)
+            return await self._awaited(wish) if task is None else task
+        except GrpcError:
+            return b""
         except HeadraceError as error:  # an error would make the worker report once more
             LOG.warning("a worker got no next activation with its answer", error=error.message)
-            task = None
-        return b"" if task is None else _TASK + headed(task)
+            return b""
 
-    async def set_batch_activation_status(
+    def set_batch_activation_status(
         self, request: wire.SetBatchActivationStatusRequest, call: Call
-    ) -> wire.SetBatchActivationStatusResponse:
+    ) -> asyncio.Future[None] | None:
         """How many attempts ended; nothing is recorded when one of them says what can't be."""
         del call
-        await self._report([_report(update) for update in request.updates])
-        return wire.SetBatchActivationStatusResponse()
+        reports = [_report(update) for update in request.updates]
+        return self._dispatcher.report_nowait(reports, is_awaited=self._is_awaited)
 
-    async def _report(self, reports: list[Report]) -> None:
-        try:
-            await self._dispatcher.report(reports, is_awaited=self._is_awaited)
-        except HeadraceError as error:
-            raise _internal(error) from error
-
-    async def _fetched(self, wish: Wish) -> bytes | None:
-        while (handout := await self._dispatcher.fetch(wish)) is not None:
-            message = told(self._dispatcher, handout)
-            if message is not None:
-                handout.payload = b""  # its worker has it
-                return message
+    def _at_hand(self, wish: Wish) -> bytes | None:
+        """The answer for a wish that needs no waiting."""
+        while (handout := self._dispatcher.fetch_nowait(wish)) is not None:
+            if (task := self._answer(handout)) is not None:
+                return task
         return None
+
+    def _answer(self, handout: Handout) -> bytes | None:
+        message = told(self._dispatcher, handout)
+        handout.payload = b""  # its worker has it
+        return None if message is None else _TASK + headed(message)
 
 
 def _wish(request: wire.GetTaskRequest | wire.FetchNextTask) -> Wish:
-    return Wish(
-        request.application if request.HasField("application") else None,
-        (request.namespace,) if request.HasField("namespace") else None,
+    application, namespace = request.application, request.namespace
+    return wish_of(
+        application if application or request.HasField("application") else None,
+        namespace if namespace or request.HasField("namespace") else None,
     )
+
+
+@lru_cache(WISHES_MAX)
+def wish_of(application: str | None, namespace: str | None) -> Wish:
+    """Workers wish for the same again and again."""
+    return Wish(application, None if namespace is None else (namespace,))
 
 
 def _report(request: wire.SetTaskStatusRequest) -> Report:
@@ -120,7 +145,7 @@ def _name(status: int) -> str:
     return str(status) if known is None else known.name.removeprefix(_PREFIX).capitalize()
 
 
-def _internal(error: HeadraceError) -> GrpcError:
+def of_error(error: HeadraceError) -> GrpcError:
     """What the machine room could not do is INTERNAL, as workers know it; they ask again all the same."""
-    found = of_error(error)
+    found = status.of_error(error)
     return GrpcError(Code.INTERNAL, found.message) if isinstance(error, EngineFault) else found

@@ -1,18 +1,24 @@
 """What a server answers: a mapping of paths to methods, made from a service's descriptor and the object that does it.
 
-A service is a class with one coroutine a method, named as the method is but in the words of Python (`GetTask` is
-`get_task`), which takes the request and the `Call` and answers with a message, or its bytes, or raises `GrpcError`.
+A service is a class with one method for each, named as it is but in the words of Python (`GetTask` is `get_task`). It
+takes the request and the `Call`, and answers with a message, its bytes, or None for an empty one; or it raises
+`GrpcError`. One that can't answer at once is a coroutine function, or returns a coroutine or a future: whoever answers
+at once costs no task, and whoever waits for nothing but a future costs none either.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, Final, NamedTuple
 
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+
+from headrace.foundation.errors import HeadraceError
+from headrace.grpc.status import GrpcError, of_error
 
 _WORD: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
@@ -42,19 +48,35 @@ class Call:
         self.deadline_us = deadline_us
 
 
+Answer = Message | bytes | None
+Later = Coroutine[Any, Any, Answer] | asyncio.Future[Any]
+Messages = AsyncIterator[Message]
+Handler = Callable[[Any, Call], Answer | Later | Messages]
+
+
 class Method(NamedTuple):
-    """One path. `is_open`: nobody has to sign; `is_stream`: the handler is an async iterator of messages."""
+    """One path. `is_open`: nobody has to sign; `is_stream`: the handler is an async iterator of messages.
+
+    `of_error`: an error of the engine as callers of this method know it.
+    """
 
     request: type[Message]
-    handler: Callable[[Any, Call], Awaitable[Message | bytes] | AsyncIterator[Message]]
+    handler: Handler
     is_open: bool = False
     is_stream: bool = False
+    of_error: Callable[[HeadraceError], GrpcError] = of_error
 
 
 Methods = Mapping[str, Method]
 
 
-def methods_of(service: ServiceDescriptor, implementation: object, *, is_open: bool = False) -> dict[str, Method]:
+def methods_of(
+    service: ServiceDescriptor,
+    implementation: object,
+    *,
+    is_open: bool = False,
+    of_error: Callable[[HeadraceError], GrpcError] = of_error,
+) -> dict[str, Method]:
     """The methods of a service by their paths. `is_open`: callers need no signature."""
     return {
         f"/{service.full_name}/{method.name}": Method(
@@ -62,6 +84,7 @@ def methods_of(service: ServiceDescriptor, implementation: object, *, is_open: b
             getattr(implementation, _WORD.sub("_", method.name).lower()),
             is_open,
             method.server_streaming,
+            of_error,
         )
         for method in service.methods
     }

@@ -1,7 +1,8 @@
 """gRPC on a socket: calls become handlers under way, and their answers go back.
 
-One task a call. What is answered while the loop goes round once is one write. A peer that doesn't read gets no more
-answers made for it: its calls wait, as many as it may have at a time, and after `idle_s` without room it is let go.
+A call whose handler answers at once is over when its bytes were read; any other is a task or a future until then. What
+is answered while the loop goes round once is one write. A peer that doesn't read gets no more answers made for it: its
+calls wait, as many as it may have at a time, and after `idle_s` without room it is let go.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import asyncio
 import re
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any, Final, cast
 
@@ -23,7 +24,7 @@ from headrace.foundation.limits import Limits
 from headrace.grpc.frames import Fault
 from headrace.grpc.headers import Headers
 from headrace.grpc.machine import Bounds, Broke, Machine, Request, Reset
-from headrace.grpc.methods import Call, Method, Methods
+from headrace.grpc.methods import Answer, Call, Method, Methods
 from headrace.grpc.parting import part
 from headrace.grpc.sender import Budget
 from headrace.grpc.signing import HEADER, Secrets
@@ -69,14 +70,15 @@ def _unobserved(_path: str, _code: Code, _seconds: float) -> None:
 class Running:
     """One call whose handler is under way."""
 
-    __slots__ = ("began_s", "code", "held_bytes", "path", "task", "timer")
+    __slots__ = ("began_s", "code", "future", "held_bytes", "is_stopped", "path", "timer")
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.held_bytes = 0
+        self.is_stopped = False
         self.began_s = perf_counter()
         self.code: Code | None = None
-        self.task: asyncio.Task[None] | None = None
+        self.future: asyncio.Future[Any] | None = None
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -152,16 +154,25 @@ class Connection(Talking):
         path = request.headers[":path"]
         method = self._server.methods.get(path)
         running = Running("none" if method is None else path)
+        stream_id = request.stream_id
         try:
             method, asked, call, deadline_s = self._read(method, request, running, arrived_s)
-        except GrpcError as error:
-            self._machine.fail(request.stream_id, error.code, error.message)
-            self._ended(request.stream_id, running, error.code)
+            answered = method.handler(asked, call)
+        except Exception as error:  # noqa: BLE001 - each is an answer
+            self._ended(stream_id, running, self._failed(stream_id, method, error))
             return
-        self._running[request.stream_id] = running
+        if answered is None or isinstance(answered, (bytes, Message)):
+            self._machine.answer(stream_id, _encoded(answered))
+            self._ended(stream_id, running, Code.OK)
+            return
+        self._running[stream_id] = running
         if deadline_s is not None:
-            running.timer = self._loop.call_at(deadline_s, self._expire, request.stream_id)
-        running.task = self._loop.create_task(self._run(request.stream_id, running, method, asked, call))
+            running.timer = self._loop.call_at(deadline_s, self._expire, stream_id)
+        if isinstance(answered, asyncio.Future):
+            running.future = answered
+            answered.add_done_callback(partial(self._on_done, stream_id, running, method))
+        else:
+            running.future = self._loop.create_task(self._run(stream_id, running, method, answered))
 
     def _read(
         self, method: Method | None, request: Request, running: Running, arrived_s: float
@@ -204,38 +215,53 @@ class Connection(Talking):
         budget.held_bytes += len(message)
         return message
 
-    async def _run(self, stream_id: int, running: Running, method: Method, asked: Message, call: Call) -> None:
-        machine = self._machine
+    async def _run(self, stream_id: int, running: Running, method: Method, answered: Any) -> None:
+        """See a call through whose handler is a coroutine, or an iterator of messages."""
         code = Code.OK
         try:
-            answered = method.handler(asked, call)
             if method.is_stream:
-                async for message in cast("AsyncIterator[Message]", answered):
-                    machine.say(stream_id, message.SerializeToString())
+                async for message in answered:
+                    self._machine.say(stream_id, message.SerializeToString())
                     self._soon()
-                machine.fail(stream_id, Code.OK, "")
+                self._machine.fail(stream_id, Code.OK, "")
             else:
-                found = await answered  # type: ignore[misc]  # of a method that is no stream it is awaitable
-                machine.answer(stream_id, found if isinstance(found, bytes) else found.SerializeToString())
-        except (GrpcError, HeadraceError) as error:
-            known = error if isinstance(error, GrpcError) else of_error(error)
-            code = known.code
-            machine.fail(stream_id, code, known.message)
+                self._machine.answer(stream_id, _encoded(await answered))
         except asyncio.CancelledError:
-            code = Code.CANCELLED
-            machine.fail(stream_id, Code.UNAVAILABLE, STOPPING)  # unless it was answered already
-            task = asyncio.current_task()
-            if running.code is None and task is not None and not task.cancelling():
-                LOG.exception("a handler was cancelled from within", path=call.path)
-        except Exception:
-            code = Code.INTERNAL
-            LOG.exception("a call met an error that is nobody's", path=call.path)
-            machine.fail(stream_id, code, "something went wrong; the server's log says more")
-        finally:
-            self._running.pop(stream_id, None)
-            self._ended(stream_id, running, code)
+            code = self._cancelled(stream_id, running)
+        except Exception as error:  # noqa: BLE001 - each is an answer
+            code = self._failed(stream_id, method, error)
+        self._ended(stream_id, running, code)
+
+    def _on_done(self, stream_id: int, running: Running, method: Method, future: asyncio.Future[Answer]) -> None:
+        """A call is over that waited for nothing but a future."""
+        code = Code.OK
+        if future.cancelled():
+            code = self._cancelled(stream_id, running)
+        elif (error := future.exception()) is not None:
+            code = self._failed(stream_id, method, error)
+        else:
+            self._machine.answer(stream_id, _encoded(future.result()))
+        self._ended(stream_id, running, code)
+
+    def _cancelled(self, stream_id: int, running: Running) -> Code:
+        """A call was given up, by its caller, by us, or by its own handler."""
+        self._machine.fail(stream_id, Code.UNAVAILABLE, STOPPING)  # unless it was answered already
+        if not running.is_stopped:
+            LOG.error("a handler was cancelled from within", path=running.path)
+        return Code.CANCELLED
+
+    def _failed(self, stream_id: int, method: Method | None, error: BaseException) -> Code:
+        """Tell a caller what went wrong; answers its code."""
+        if isinstance(error, HeadraceError):
+            error = of_error(error) if method is None else method.of_error(error)
+        if not isinstance(error, GrpcError):
+            LOG.error("a call met an error that is nobody's", exc_info=error)
+            error = GrpcError(Code.INTERNAL, "something went wrong; the server's log says more")
+        self._machine.fail(stream_id, error.code, error.message)
+        return error.code
 
     def _ended(self, stream_id: int, running: Running, code: Code) -> None:
+        self._running.pop(stream_id, None)
         if running.timer is not None:
             running.timer.cancel()
         self._server.budget.held_bytes -= running.held_bytes
@@ -263,8 +289,9 @@ class Connection(Talking):
 
     @staticmethod
     def _stop(running: Running) -> None:
-        if running.task is not None:
-            running.task.cancel()
+        running.is_stopped = True
+        if running.future is not None:
+            running.future.cancel()
 
     # -- the end, and what leads there
 
@@ -321,6 +348,12 @@ def _seconds(text: str) -> float:
     if found is None:
         raise GrpcError(Code.INVALID_ARGUMENT, f"grpc-timeout is no timeout: {text[:100]}")
     return int(found[1]) * _UNIT_US[found[2]] / 1e6
+
+
+def _encoded(answer: Answer) -> bytes:
+    if answer is None:
+        return b""
+    return answer if isinstance(answer, bytes) else answer.SerializeToString()
 
 
 def _decoded(method: Method, message: bytes) -> Message:

@@ -5,47 +5,32 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Final
-
-from prometheus_client import Counter, Histogram
 
 from headrace.foundation.targets import PushTarget
+from headrace.grpc.consumer import SERVICE as CONSUMER
 from headrace.grpc.delivery import Deliveries
 from headrace.grpc.health import Health
-from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.methods import methods_of
+from headrace.grpc.methods import Methods, methods_of
 from headrace.grpc.push import Pusher
 from headrace.grpc.server import GrpcServer
 from headrace.grpc.signing import Secrets
-from headrace.grpc.status import Code
 from headrace.http.grpc_broker import SERVICE, Broker
 from headrace.http.metrics import Pushes
 from headrace.http.service import Service
 
-CONSUMER: Final = wire.DESCRIPTOR.services_by_name["ConsumerService"]
-
 
 @asynccontextmanager
 async def answering(
-    service: Service, *, secrets: Sequence[str] = (), consumer: object | None = None
+    service: Service, *, secrets: Sequence[str] = (), consumer: Methods | None = None
 ) -> AsyncGenerator[GrpcServer, None]:
     """A gRPC server for the connections of an HTTP server. `consumer` answers the workers that pull, if any may."""
-
-    counting: dict[tuple[str, Code], tuple[Counter, Histogram]] = {}
-
-    def observe(path: str, code: Code, seconds: float) -> None:
-        found = counting.get((path, code))
-        if found is None:  # asked for once: there are few, and looking one up costs more than counting
-            found = (service.metrics.calls.labels(path, code.name), service.metrics.calls_seconds.labels(path))
-            counting[path, code] = found
-        found[0].inc()
-        found[1].observe(seconds)
-
     methods = methods_of(SERVICE, Broker(service), is_open=True)
     if consumer is not None:
-        methods |= methods_of(CONSUMER, consumer)
+        methods |= consumer
     health = Health((SERVICE.full_name, CONSUMER.full_name) if consumer is not None else (SERVICE.full_name,))
-    server = GrpcServer(methods | health.methods, limits=service.limits, secrets=Secrets(secrets), observe=observe)
+    server = GrpcServer(
+        methods | health.methods, limits=service.limits, secrets=Secrets(secrets), observe=service.metrics.calls.observe
+    )
     looking = asyncio.create_task(_look(service, health), name="headrace-grpc-health")
     try:
         yield server

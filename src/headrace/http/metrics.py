@@ -5,19 +5,23 @@ Labels have few values: never an id or a path, and of names that clients chose o
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from headrace.http.depths import Depths
 from headrace.runtime.engine import DutyStats
 
 if TYPE_CHECKING:
     from headrace.grpc.push import Pusher
+    from headrace.grpc.status import Code
 
 BUCKETS_S = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0)
 
@@ -66,6 +70,40 @@ class Pushes(Collector):
         yield from (pushed, under_way, parked)
 
 
+class Calls(Collector):
+    """gRPC calls answered, by path and status, and how long they took.
+
+    Counted from one loop by plain additions, where the library's own counters take two locks a call: a call may cost
+    no more than ten times that.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, Code], int] = {}
+        self._seconds: dict[str, float] = {}
+        self._buckets: dict[str, list[int]] = {}
+
+    def observe(self, path: str, code: Code, seconds: float) -> None:
+        """One was answered."""
+        key = path, code
+        self._counts[key] = self._counts.get(key, 0) + 1
+        buckets = self._buckets.get(path)
+        if buckets is None:
+            buckets = self._buckets[path] = [0] * (len(BUCKETS_S) + 1)
+        buckets[bisect_left(BUCKETS_S, seconds)] += 1
+        self._seconds[path] = self._seconds.get(path, 0.0) + seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """Read when somebody asks."""
+        calls = CounterMetricFamily("headrace_grpc_calls", "gRPC calls answered.", labels=("path", "status"))
+        for (path, code), count in list(self._counts.items()):
+            calls.add_metric((path, code.name), count)
+        took = HistogramMetricFamily("headrace_grpc_call_seconds", "Until the answer.", labels=("path",))
+        for path, buckets in list(self._buckets.items()):
+            names = (*map(floatToGoString, BUCKETS_S), "+Inf")
+            took.add_metric((path,), list(zip(names, accumulate(buckets), strict=True)), self._seconds[path])
+        yield from (calls, took)
+
+
 class Metrics:
     """The counters of one server, in a registry of their own."""
 
@@ -80,10 +118,8 @@ class Metrics:
         self.seconds = Histogram(
             "headrace_http_request_seconds", "Until the answer began.", ("route",), buckets=BUCKETS_S, registry=registry
         )
-        self.calls = Counter("headrace_grpc_calls", "gRPC calls answered.", ("path", "status"), registry=registry)
-        self.calls_seconds = Histogram(
-            "headrace_grpc_call_seconds", "Until the answer.", ("path",), buckets=BUCKETS_S, registry=registry
-        )
+        self.calls = Calls()
+        registry.register(self.calls)
         self.streams = Gauge("headrace_ingest_streams", "Streams of items under way.", registry=registry)
         self.bytes = Counter("headrace_ingest_bytes", "Bytes of items read, unpacked.", registry=registry)
         self.items = Counter("headrace_ingest_items", "Items taken in.", ("what",), registry=registry)

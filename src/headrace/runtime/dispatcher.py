@@ -26,10 +26,10 @@ from headrace.core.span import OVERDUE
 from headrace.foundation.errors import EngineFault, HeadraceError, ObjectMissing, SessionEnded, StoreUnavailable
 from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
-from headrace.runtime.flusher import Flusher, UpdatesUnflushed
+from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
 from headrace.runtime.handouts import Deadlines, Handout, Held, Line, Wish, is_activation
 from headrace.runtime.recovery import DISPATCHER
-from headrace.runtime.reports import Answer, Report, Reporting, Stray, Told, Update, Verdict, verdict_of
+from headrace.runtime.reports import DONE, Answer, Report, Reporting, Stray, Told, Update, Verdict, verdict_of
 from headrace.runtime.rules import RuleBook
 from headrace.runtime.work import Work
 from headrace.store.protocol import Heartbeat, Release
@@ -190,6 +190,17 @@ class Dispatcher:
         handout = await self._next(wish)
         if handout is not None:
             self._begin(handout)
+        return handout
+
+    def fetch_nowait(self, wish: Wish) -> Handout | None:
+        """What `fetch` answers if that is here already; None where it must be waited for, or there is none."""
+        handout = self._next_nowait(wish) if wish.is_answerable and self._ticking is not None else None
+        if handout is None:
+            return None
+        if handout.kind == REFERENCE:
+            self._put_back(handout)
+            return None
+        self._begin(handout)
         return handout
 
     async def take(self, wish: Wish, count_max: int, *, lease_ms: int) -> list[Handout]:
@@ -382,26 +393,53 @@ class Dispatcher:
 
         A repeat, what came too late, and what nobody knows change nothing. Raises what the store refuses for good.
         """
+        written = self.report_nowait(reports, is_awaited=is_awaited)
+        if written is not None:
+            await written
+
+    def report_nowait(self, reports: Sequence[Report], *, is_awaited: bool = True) -> asyncio.Future[None] | None:
+        """The same without a task of its caller's: what is to be waited for, or None when nothing is."""
         if self._flusher is None:
             raise StoreUnavailable("this server takes no reports now", hint="report to another one, or in a moment")
         answer = Answer(len(reports)) if is_awaited and reports else None
-        for one in reports:
+        for number, one in enumerate(reports):
             update = self._taken(one, answer)
             try:
-                if not self._flusher.put_nowait(update):
-                    await self._flusher.put(update)
-            except BaseException:  # it was not taken in: whoever reports it again finds it as it was
-                if isinstance(update, Told) and update.handout is not None:
-                    self._restore(update.handout)
+                is_in = self._flusher.put_nowait(update)
+            except FlusherClosed:
+                self._not_taken(update)
                 raise
+            if not is_in:
+                return asyncio.create_task(self._report_in_turn(update, reports[number + 1 :], answer))
+        return None if answer is None else answer.future
+
+    async def _report_in_turn(self, first: Update, reports: Sequence[Report], answer: Answer | None) -> None:
+        """What there was no room for, each when there is."""
+        assert self._flusher is not None
+        update = first
+        try:
+            await self._flusher.put(update)
+            for one in reports:
+                update = self._taken(one, answer)
+                await self._flusher.put(update)
+        except BaseException:
+            self._not_taken(update)
+            raise
         if answer is not None:
             await answer.future
+
+    def _not_taken(self, update: Update) -> None:
+        """A report was not taken in: whoever reports it again finds it as it was."""
+        if isinstance(update, Told) and update.handout is not None:
+            self._restore(update.handout)
 
     def _taken(self, report: Report, answer: Answer | None) -> Update:
         """What a report comes to, its run out of its worker's hands."""
         handout = self._out.pop(report.name, None)
         if handout is None:
             return Stray(report, answer)
+        if report.state == "completed":
+            return self._told(handout, DONE, answer)
         lease = handout.held.work.lease
         verdict = verdict_of(
             report,
@@ -441,8 +479,7 @@ class Dispatcher:
     def _refused(self, update: Update, error: HeadraceError) -> None:
         """The store refuses a report for good: the run is as if nobody had reported on it."""
         self._reporting.refused(update, error)
-        if isinstance(update, Told) and update.handout is not None:
-            self._restore(update.handout)
+        self._not_taken(update)
 
     def _restore(self, handout: Handout) -> None:
         """A run whose end was not taken in is in its worker's hands again, until its deadline."""

@@ -39,7 +39,7 @@ class Wish(NamedTuple):
     @property
     def prefix(self) -> str:
         """How the names of all queues begin that are asked for."""
-        return "" if self.application is None else f"{self.application}{SEPARATOR}"
+        return "" if self.application is None else self.application + SEPARATOR
 
     @property
     def queues(self) -> list[str] | None:
@@ -50,15 +50,30 @@ class Wish(NamedTuple):
 
 
 class Held:
-    """A lease whose runs are handed out one by one. `claimed_no`: leases are counted as they come."""
+    """A lease whose runs are handed out one by one. `claimed_no`: leases are counted as they come.
 
-    __slots__ = ("bytes_count", "claimed_no", "is_left", "note", "open_count", "part_no", "queue", "since_us", "work")
+    `suffix`: what the ids of its runs go out with; none for a first delivery.
+    """
+
+    __slots__ = (
+        "bytes_count",
+        "claimed_no",
+        "is_left",
+        "note",
+        "open_count",
+        "part_no",
+        "queue",
+        "since_us",
+        "suffix",
+        "work",
+    )
 
     def __init__(self, work: Work, claimed_no: int, now_us: int) -> None:
         self.work = work
         self.queue = work.lease.queue
         self.claimed_no = claimed_no
         self.note: Note = note_of(work.lease.note)
+        self.suffix = wire_id(Delivery("", work.lease.attempt, self.note.overdue_count))
         self.open_count = 0
         self.part_no = 0
         self.since_us = now_us
@@ -153,8 +168,7 @@ class Line:
         held.open_count += 1
         held.since_us = now_us
         extra = work.lease.extras.get(work.lease.places[number], NO_EXTRA)
-        delivery = Delivery(extra.idempotency_key, work.lease.attempt, held.note.overdue_count)
-        handout = Handout(held, number, extra, wire_id(delivery))
+        handout = Handout(held, number, extra, extra.idempotency_key + held.suffix)
         work.lease.payloads[number] = b""
         self.bytes_count -= len(handout.payload)
         if not work.unbegun_count:
@@ -222,7 +236,8 @@ class Deadlines:
 
     def add(self, handout: Handout, deadline_us: int) -> None:
         """From now on this is when."""
-        self.remove(handout)
+        if handout.deadline_us:
+            self.remove(handout)
         handout.deadline_us = deadline_us
         no = deadline_us // BUCKET_US
         if no not in self._buckets:

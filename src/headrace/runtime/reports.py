@@ -18,7 +18,7 @@ from headrace.core.activation import LANE, Delivery, Note, delivery_of, note_of
 from headrace.core.failure import Failure
 from headrace.core.pack import pack
 from headrace.core.retry import SECOND_US
-from headrace.core.run import COMPLETED, FAILED
+from headrace.core.run import COMPLETED, FAILED, FINAL
 from headrace.core.span import LOST, RETRY, RETURNING, Settlement, encode_places
 from headrace.foundation.errors import HeadraceError
 from headrace.runtime.engine import Engine
@@ -102,10 +102,13 @@ class Verdict(NamedTuple):
     note: str
 
 
+DONE: Final = Verdict(COMPLETED, NOTHING, 0, "")
+
+
 def verdict_of(report: Report, *, attempt: int, at_most_once: bool, note: Note, delay_ms: int, now_us: int) -> Verdict:
     """`delay_ms`: between attempts, as the activation itself says, unless a report said otherwise."""
     if report.state == "completed":
-        return Verdict(COMPLETED, NOTHING, 0, "")
+        return DONE
     if report.state == "failed" or at_most_once:
         message = "its worker reported that it failed"
         if report.state != "failed":
@@ -132,10 +135,15 @@ class Reporting:
 
     async def flush(self, updates: Sequence[Update]) -> None:
         """Write all of it, and answer those who wait."""
-        strays = [update for update in updates if isinstance(update, Stray)]
-        told = [update for update in updates if isinstance(update, Told)]
+        strays: list[Stray] = []
+        told: list[Told] = []
+        for update in updates:
+            if type(update) is Told:
+                told.append(update)
+            elif isinstance(update, Stray):
+                strays.append(update)
         found = await self._found(strays) if strays else []
-        settlements = _merged([*told, *found])
+        settlements = _merged([*told, *found] if found else told)
         if settlements:
             store, now_us = self._engine.store, self._engine.clock.now_us()
             words = await store.settle(settlements, now_us=now_us)
@@ -194,24 +202,28 @@ class Reporting:
 
 def _merged(told: Sequence[Told]) -> list[Settlement]:
     """One settlement a lease, numbered as the first of its outcomes, in the order of the lease's runs."""
-    by_lease: dict[tuple[int, int], list[Told]] = {}
+    by_lease: dict[tuple[int, int], dict[int, Told]] = {}
     for one in told:
-        by_lease.setdefault((one.span_id, one.token), []).append(one)
+        lease = one.span_id, one.token
+        own = by_lease.get(lease)
+        if own is None:
+            by_lease[lease] = {one.place: one}
+        else:
+            own.setdefault(one.place, one)
     settlements = []
     for (span_id, token), own in by_lease.items():
-        part_no = own[0].part_no
-        seen: dict[int, Told] = {}
-        for one in own:
-            seen.setdefault(one.place, one)
-        runs = [seen[place] for place in sorted(seen)]
-        returning = [one for one in runs if one.code in RETURNING]
+        part_no = next(iter(own.values())).part_no
+        places = sorted(own)
+        runs = [own[place] for place in places]
+        codes = bytes([one.code for one in runs])
+        returning = [one for one in runs if one.code in RETURNING] if codes.strip(FINAL) else ()
         settlements.append(
             Settlement(
                 span_id=span_id,
                 token=token,
                 part_no=part_no,
-                places=encode_places(one.place for one in runs),
-                codes=bytes(one.code for one in runs),
+                places=encode_places(places),
+                codes=codes,
                 results=pack([one.result for one in runs]),
                 dues_us=tuple(one.due_us for one in returning if one.code == RETRY),
                 notes=tuple(one.note for one in returning),

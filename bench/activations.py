@@ -56,10 +56,14 @@ class Counted:
 async def filled(engine: Engine, count: int, **fields: Any) -> None:
     """What waits: so many activations, with these fields and an id each."""
     producer = Producer(engine)
-    runs = []
+    began_us, runs = engine.clock.now_us(), []
     for number in range(count):
         message = wire.TaskActivation(
-            id=f"{number:032x}", namespace="benchmark", taskname="t", processing_deadline_duration=10, **fields
+            id=f"{began_us:016x}{number:016x}",
+            namespace="benchmark",
+            taskname="t",
+            processing_deadline_duration=10,
+            **fields,
         )
         data = message.SerializeToString()
         entry = entry_of(data, engine.limits, engine.clock.now_us())

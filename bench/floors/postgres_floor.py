@@ -206,12 +206,12 @@ async def _settle(db: Any, leases: list[tuple[int, int, list[bytes]]]) -> int:
     rows, pieces, at, runs_count = [], [], 1, 0
     for span_id, token, encoded in leases:
         count, packed = len(encoded), pack(encoded)
-        rows.append((span_id, token, count, 0, 0, 1, at, at + count, len(packed), count, 0, 0, 0))
+        rows.append((span_id, token, count, 0, 0, 1, at, at + count, len(packed), count, 0, 0, 0, 0, count))
         pieces += [b"c" * count, packed]
         at += count + len(packed)
         runs_count += count
     ((spans_count,),) = await _fetch(
-        db, "settle_ranges", rows=_json(rows), blob=b"".join(pieces), objects="[]", places=PLACES, now_us=1
+        db, "settle_ended", rows=_json(rows), blob=b"".join(pieces), objects="[]", places=PLACES, now_us=1
     )
     assert spans_count == len(leases)
     return runs_count

@@ -153,7 +153,7 @@ class Story:
         leases = await self._claim(3)
         assert await self._claim(3, again=True) == leases
         if leases:
-            parts = [leases[0].places[::2], leases[0].places[1::2]]
+            parts = [leases[0].places[::2][::-1], leases[0].places[1::2]]
             for part_no, places in enumerate(parts):
                 if places:
                     await self._settle(leases[0], places=places, part_no=part_no)

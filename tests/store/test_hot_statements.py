@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any, TypeVar
 
 import pytest
 
+from headrace.core import run
 from headrace.core.block import Extra
 from headrace.core.span import Key
-from headrace.foundation.errors import Conflict
+from headrace.foundation.errors import Conflict, IllegalTransition
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.hot import PLACES
@@ -68,6 +70,48 @@ async def test_r7_consecutive_runs_of_a_split_span_keep_their_positions(world: W
     assert states[30:40] == ["completed", "failed"] * 5
     assert states[40:] == ["cancelled"] * 30 + ["completed"] * 30
     assert await world.settle(rest, "c", places=[0, 1], part_no=7) == "lost"
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_r7_runs_that_end_in_no_order_are_settled_in_one_statement_each_time(world: World, seed: int) -> None:
+    dice = Random(seed)
+    batch_id, session = await world.filled(300), await world.session()
+    await world.claim(session, 37)  # what follows is split off, and has positions of its own
+    leases = await world.claim(session, 263)
+    wanted: dict[int, str] = {}
+    left = [(lease, place) for lease in leases for place in lease.places]
+    dice.shuffle(left)
+    for part_no, start in enumerate(range(0, len(left), 40)):
+        told = []
+        for lease in leases:
+            places = sorted(place for own, place in left[start : start + 40] if own is lease)
+            codes = "".join(dice.choice("cfxe") for _ in places)
+            if places:
+                told.append(settlement_of(lease, codes, places=places, part_no=part_no))
+                index_at = dict(zip(lease.places, lease.indexes, strict=True))
+                wanted |= {index_at[place]: run.NAMES[ord(code)] for place, code in zip(places, codes, strict=True)}
+        words, sent = await statements_of(world, partial(world.store.settle, told, now_us=world.now_us))
+        assert (set(words), sent) == ({"settled"}, ["settle_ended"])
+        assert set(await world.store.settle(told, now_us=world.now_us)) == {"recorded"}
+    states = await world.states(batch_id)
+    assert {index: states[index] for index in wanted} == wanted
+    found = await world.store.outcomes(batch_id, 0, 300, passing=True)
+    results = {outcome.index: outcome.result for outcome in found}
+    assert all(results[index] == b"%d" % index for index, state in wanted.items() if state == "completed")
+    batch, _ = await world.store.batch(batch_id)
+    assert batch.counts.settled == len(wanted) == 263
+
+
+async def test_r7_a_run_among_others_that_has_an_outcome_leaves_all_of_them_to_the_script(world: World) -> None:
+    batch_id, session = await world.filled(10), await world.session()
+    (lease,) = await world.claim(session)
+    assert await world.settle(lease, "f", places=[4], part_no=0) == "settled"
+    told = [settlement_of(lease, "c", places=[1, 4, 7], part_no=1)]
+    with pytest.raises(IllegalTransition):
+        await world.store.settle(told, now_us=world.now_us)
+    assert (await world.states(batch_id)).count("failed") == 1
+    assert await world.settle(lease, "c", places=[1, 7], part_no=1) == "settled"
+    assert [state for state in await world.states(batch_id) if state == "completed"] == ["completed"] * 2
 
 
 async def test_r7_small_claims_are_one_statement_each_too(world: World) -> None:
@@ -229,11 +273,14 @@ VALUES: dict[str, Any] = {
 PAGES_MAX = 400
 DONE: dict[str, Callable[[int], dict[str, Any]]] = {
     "claim_whole": lambda count: {"runs_max": 9, "rows_max": 5, "due_us": 1, "now_us": 1, "span_id": 10**9},
-    "settle_ranges": lambda count: {"rows": f"[[{count - 150}, 1, 3, 9, 0, 1, 1, 1, 1, 3, 0, 0, 0]]", "blob": b"ccc"},
+    "settle_ended": lambda count: {
+        "rows": f"[[{count - 150}, 1, 3, 9, 0, 1, 1, 1, 1, 3, 0, 0, 0, 0, 3]]",
+        "blob": b"ccc",
+    },
     "append_in_order": lambda count: {"batch_id": "new", "block_id": 10**9, "span_id": 10**9, "runs_max": 10**6},
 }
 PLANS = {
-    "settle_ranges": ["span_pkey", "batch_"],
+    "settle_ended": ["span_pkey", "batch_"],
     "append_in_order": ["batch_", "lane_pkey", "queue_pkey"],
     "claim_whole": ["span_claimable", "span_leased", "span_delayed", "block_pkey", "session_pkey"],
     "claim_candidates": ["span_claimable"],
@@ -241,6 +288,8 @@ PLANS = {
     "due_spans": ["span_delayed"],
     "lock_spans": ["span_pkey"],
     "update_spans": ["span_pkey"],
+    "update_states": ["span_pkey"],
+    "count_outcomes": ["batch_pkey"],
     "lock_spans_of_session": ["span_leased"],
     "leases_of_session": ["span_leased"],
     "recorded_part": ["part_once"],
@@ -322,7 +371,7 @@ async def pages_touched(world: World, name: str, values: dict[str, Any]) -> int:
 
 async def test_r9_a_plan_made_for_empty_tables_is_the_same(world: World) -> None:
     async with beside(server_settings=SETTINGS) as connection:
-        for name in ("claim_whole", "settle_ranges"):
+        for name in ("claim_whole", "settle_ended"):
             assert "Seq Scan" not in await plan_of(connection, schema_of(world), name)
 
 

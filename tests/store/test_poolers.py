@@ -42,7 +42,7 @@ async def test_r7_a_hot_verb_is_one_transaction_behind_a_pooler_too(world: World
     assert (len(leases), sent, pooler(forgets=True).transactions_count - before) == (8, ["claim_whole"], 1)
     told = [settlement_of(lease) for lease in leases]
     words, sent = await statements_of(world, lambda: world.store.settle(told, now_us=world.now_us))
-    assert (set(words), sent, pooler(forgets=True).transactions_count - before) == ({"settled"}, ["settle_ranges"], 2)
+    assert (set(words), sent, pooler(forgets=True).transactions_count - before) == ({"settled"}, ["settle_ended"], 2)
 
 
 async def test_many_at_once_share_the_sessions_and_mix_up_nothing(world: World) -> None:

@@ -454,10 +454,11 @@ class Dispatcher:
     def _told(self, handout: Handout, verdict: Verdict, answer: Answer | None) -> Told:
         handout.is_ended = True
         self._deadlines.remove(handout)
-        lease, held = handout.held.work.lease, handout.held
-        return Told(
-            lease.span_id, lease.token, held.next_part_no(), handout.place, *verdict, handout=handout, answer=answer
-        )
+        held = handout.held
+        lease = held.work.lease
+        code, result, due_us, note = verdict
+        part_no = held.next_part_no()
+        return Told(lease.span_id, lease.token, part_no, handout.place, code, result, due_us, note, handout, answer)
 
     def _end(self, handout: Handout, verdict: Verdict) -> None:
         """A run ends without a worker's word; when there is no room for that now, at the next tick."""
@@ -473,8 +474,10 @@ class Dispatcher:
         handout = told.handout
         if handout is None:
             return
-        handout.held.open_count -= 1
-        self._end_if_over(handout.held)
+        held = handout.held
+        held.open_count -= 1
+        if not held.open_count:
+            self._end_if_over(held)
 
     def _refused(self, update: Update, error: HeadraceError) -> None:
         """The store refuses a report for good: the run is as if nobody had reported on it."""

@@ -92,29 +92,26 @@ class Held:
 
 
 class Handout:
-    """One run in somebody's hands. `name` is the id it went out under; `is_claimed`: on its way to a worker still.
+    """One run in somebody's hands. `name` is the id it went out under, `place` where it is in its lease; `is_claimed`:
+    on its way to a worker still.
 
     `extra` is what the activation was kept with.
     """
 
-    __slots__ = ("deadline_us", "extra", "held", "is_claimed", "is_ended", "kind", "name", "number", "payload")
+    __slots__ = ("deadline_us", "extra", "held", "is_claimed", "is_ended", "kind", "name", "number", "payload", "place")
 
-    def __init__(self, held: Held, number: int, extra: Extra, name: str) -> None:
+    def __init__(self, held: Held, number: int, place: int, extra: Extra) -> None:
         lease = held.work.lease
         self.held = held
         self.number = number
+        self.place = place
         self.extra = extra
-        self.name = name
+        self.name = extra.idempotency_key + held.suffix
         self.payload = lease.payloads[number]
         self.kind = JSON if lease.kinds is None else lease.kinds[number]
         self.deadline_us = 0
         self.is_claimed = False
         self.is_ended = False
-
-    @property
-    def place(self) -> int:
-        """Where it is in its lease."""
-        return self.held.work.lease.places[self.number]
 
     @property
     def attempt(self) -> int:
@@ -167,8 +164,8 @@ class Line:
         number = work.begin()
         held.open_count += 1
         held.since_us = now_us
-        extra = work.lease.extras.get(work.lease.places[number], NO_EXTRA)
-        handout = Handout(held, number, extra, extra.idempotency_key + held.suffix)
+        place = work.lease.places[number]
+        handout = Handout(held, number, place, work.lease.extras.get(place, NO_EXTRA))
         work.lease.payloads[number] = b""
         self.bytes_count -= len(handout.payload)
         if not work.unbegun_count:

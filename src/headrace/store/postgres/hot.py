@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 from headrace.core import run
@@ -30,20 +31,31 @@ SPARE_ROWS: Final = 2
 _BLOCK_AT: Final = 26
 
 
-def ranges(settlements: Sequence[Settlement]) -> dict[str, Any] | None:
-    """The values of `settle_ranges`, or None when a settlement is not of consecutive runs that all ended for good."""
+def ended(settlements: Sequence[Settlement]) -> dict[str, Any] | None:
+    """The values of `settle_ended`, or None when a settlement is not of runs in order that all ended for good."""
     blob, rows, objects = Blob(), [], []
     for told in settlements:
         codes = told.codes
-        place = 0 if told.places is None else int.from_bytes(told.places[:2], "little")
-        in_order = told.places is None or told.places == PLACES[2 * place : 2 * (place + len(codes))]
-        if not codes or not in_order or codes.strip(run.FINAL) or count(told.results) != len(codes):
+        if not codes or codes.strip(run.FINAL) or count(told.results) != len(codes):
             return None
-        where = told.part_no, place, int(told.places is None)
+        place, mask = 0, b""
+        if told.places is not None:
+            if len(told.places) != 2 * len(codes):
+                return None
+            places = decode_places(told.places)
+            place = places[0]
+            if told.places != PLACES[2 * place : 2 * (place + len(codes))]:
+                if any(one >= other for one, other in pairwise(places)):
+                    return None
+                mask = run.ended(bytes(places[-1] - place + 1), [one - place for one in places], codes)
         codes_at, _ = blob.put(codes)
+        mask_at, width = blob.put(mask) if mask else (0, len(codes))
         rows.append(
-            (told.span_id, told.token, len(codes), *where, codes_at, *blob.put(told.results), *counts_of(codes))
-        )
+            (
+                told.span_id, told.token, len(codes), told.part_no, place, int(told.places is None), codes_at,
+                *blob.put(told.results), *counts_of(codes), mask_at, width,
+            )
+        )  # fmt: skip
         objects += [(told.span_id, key) for key in told.object_keys]
     if not rows or len({row[0] for row in rows}) < len(rows):
         return None

@@ -173,10 +173,10 @@ class PostgresStore(ScriptedStore):
         return await super().append(batch_id, chunks, now_us=now_us, cursor=cursor, seals=seals)
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
-        """Record outcomes: of consecutive runs in one statement, by the script when any of them is anything else."""
-        values = hot.ranges(settlements)
+        """Record outcomes: of runs that all ended for good in one statement, by the script when any of them did not."""
+        values = hot.ended(settlements)
         if values is not None:
-            ((count,),) = await self._alone("settle_ranges", **values, now_us=now_us)
+            ((count,),) = await self._alone("settle_ended", **values, now_us=now_us)
             if count:
                 return [SETTLED] * count
         return await super().settle(settlements, now_us=now_us)

@@ -1,23 +1,35 @@
--- settle_ranges: outcomes of consecutive runs of leased spans, their counters and completion, all of them or none
+-- settle_ended: outcomes of leased runs that ended for good, their counters and completion, all of them or none
 WITH given AS MATERIALIZED (
     SELECT (value->>0)::bigint AS id, (value->>1)::bigint AS token, (value->>2)::int AS runs_count,
         (value->>3)::int AS part_no, (value->>4)::int AS place, (value->>5)::int AS is_whole,
         (value->>6)::int AS codes_at, (value->>7)::int AS results_at, (value->>8)::int AS results_length,
         (value->>9)::bigint AS completed, (value->>10)::bigint AS failed, (value->>11)::bigint AS cancelled,
-        (value->>12)::bigint AS expired
+        (value->>12)::bigint AS expired, (value->>13)::int AS mask_at, (value->>14)::int AS width
     FROM jsonb_array_elements(:rows::jsonb) AS rows (value)
 ),
 locked AS MATERIALIZED (
-    SELECT id, token, state, states, dead_letter FROM {schema}.span
+    SELECT id, token, state, states, positions, dead_letter FROM {schema}.span
     WHERE id = ANY (ARRAY(SELECT id FROM given)) ORDER BY id FOR UPDATE
 ),
 -- Rule R2: a repeat finds its runs settled, and is left to the script with all that came with it.
+-- Of consecutive runs the states are one piece; of others a mask says which of the piece they are, by what they become.
 fenced AS MATERIALIZED (
-    SELECT given.* FROM given JOIN locked ON locked.id = given.id AND locked.token = given.token
-    WHERE locked.state = 'leased' AND place + runs_count <= octet_length(states)
+    SELECT given.*, picked.after, picked.positions
+    FROM given JOIN locked ON locked.id = given.id AND locked.token = given.token
+    CROSS JOIN LATERAL (
+        SELECT string_agg(substring(states FROM place + number + 1 FOR 1), ''::bytea ORDER BY number)
+                FILTER (WHERE get_byte(mask, number) > 0) AS before,
+            string_agg(CASE get_byte(mask, number) WHEN 0 THEN substring(states FROM place + number + 1 FOR 1)
+                ELSE substring(mask FROM number + 1 FOR 1) END, ''::bytea ORDER BY number) AS after,
+            string_agg(substring(coalesce(locked.positions, :places::bytea) FROM 2 * (place + number) + 1 FOR 2), ''::bytea
+                ORDER BY number) FILTER (WHERE get_byte(mask, number) > 0) AS positions
+        FROM substring(:blob::bytea FROM mask_at FOR width) AS mask, generate_series(0, width - 1) AS number
+        WHERE mask_at > 0
+    ) AS picked
+    WHERE locked.state = 'leased' AND place + width <= octet_length(states)
         AND (locked.dead_letter = 0 OR given.failed = 0)
         AND (is_whole = 0 OR runs_count = octet_length(states))
-        AND btrim(substring(states FROM place + 1 FOR runs_count), 'ws'::bytea) = ''::bytea
+        AND btrim(coalesce(picked.before, substring(states FROM place + 1 FOR runs_count)), 'ws'::bytea) = ''::bytea
 ),
 -- Rule R4: what is written and counted comes from the rows as they were locked, never from the snapshot before.
 ended AS (
@@ -25,15 +37,15 @@ ended AS (
         state = CASE unsettled_count WHEN fenced.runs_count THEN 'done' ELSE state END,
         session_id = CASE unsettled_count WHEN fenced.runs_count THEN '' ELSE session_id END,
         claim_no = CASE unsettled_count WHEN fenced.runs_count THEN 0 ELSE claim_no END,
-        states = overlay(states PLACING substring(:blob::bytea FROM fenced.codes_at FOR fenced.runs_count)
-            FROM fenced.place + 1)
+        states = overlay(states PLACING coalesce(fenced.after,
+            substring(:blob::bytea FROM fenced.codes_at FOR fenced.runs_count)) FROM fenced.place + 1)
     FROM fenced
     WHERE span.id = fenced.id AND span.id = ANY (ARRAY(SELECT id FROM given))
         AND (SELECT count(*) FROM fenced) = (SELECT count(*) FROM given)
     RETURNING span.id, span.block_id, span.batch_id, fenced.token, fenced.part_no, fenced.runs_count, fenced.codes_at,
         fenced.results_at, fenced.results_length, fenced.completed, fenced.failed, fenced.cancelled, fenced.expired,
-        CASE fenced.is_whole WHEN 1 THEN span.positions ELSE substring(
-            coalesce(span.positions, :places::bytea) FROM 2 * fenced.place + 1 FOR 2 * fenced.runs_count) END AS positions
+        CASE fenced.is_whole WHEN 1 THEN span.positions ELSE coalesce(fenced.positions, substring(
+            coalesce(span.positions, :places::bytea) FROM 2 * fenced.place + 1 FOR 2 * fenced.runs_count)) END AS positions
 ),
 counts AS MATERIALIZED (
     SELECT batch_id, sum(completed)::bigint AS completed, sum(failed)::bigint AS failed,

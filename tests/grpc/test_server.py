@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -195,6 +196,22 @@ async def test_a_peer_that_breaks_the_protocol_hears_why_and_its_handlers_end() 
     assert [found[0] for found in said] == [frames.GOAWAY]
     assert peer.transport.end == "closed"
     assert echo.cancelled.is_set()
+
+
+async def test_calls_that_are_given_up_in_the_read_that_brought_them_take_no_place(recwarn: Any) -> None:
+    echo = Echo()
+    peer = Peer(echo.methods, grpc_calls_max=10)
+    given_up = frame(frames.RST_STREAM, 0, 0, frames.WORD.pack(Fault.CANCEL))
+    await peer.says(GREETING)
+    for number in range(50):
+        stream_id = 2 * number + 1
+        await peer.says(call(WAIT, stream_id) + given_up[:5] + stream_id.to_bytes(4, "big") + given_up[9:])
+    assert echo.waiting == 0
+    assert (peer.connection._machine.streams_count, len(peer.connection._running)) == (0, 0)
+    said = await peer.says(call(ECHO, 101))
+    assert (frames.HEADERS, 101) in [found[:3:2] for found in said]
+    gc.collect()
+    assert not [str(one.message) for one in recwarn if "never awaited" in str(one.message)]
 
 
 async def test_a_timeout_that_is_none_is_refused() -> None:

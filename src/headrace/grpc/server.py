@@ -11,7 +11,7 @@ import asyncio
 import re
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any, Final, cast
@@ -70,7 +70,7 @@ def _unobserved(_path: str, _code: Code, _seconds: float) -> None:
 class Running:
     """One call whose handler is under way."""
 
-    __slots__ = ("began_s", "code", "future", "held_bytes", "is_stopped", "path", "timer")
+    __slots__ = ("answered", "began_s", "code", "future", "held_bytes", "is_stopped", "path", "timer")
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -78,6 +78,7 @@ class Running:
         self.is_stopped = False
         self.began_s = perf_counter()
         self.code: Code | None = None
+        self.answered: Any = None
         self.future: asyncio.Future[Any] | None = None
         self.timer: asyncio.TimerHandle | None = None
 
@@ -119,8 +120,7 @@ class Connection(Talking):
             self._timer.cancel()
         self._machine.close()
         self._held.clear()
-        for running in self._running.values():
-            self._stop(running)
+        self._stop_all()
 
     def data_received(self, data: bytes) -> None:
         """Frames of calls."""
@@ -137,8 +137,7 @@ class Connection(Talking):
             elif type(event) is Broke:
                 LOG.info("a gRPC peer broke the protocol", peer=self._peer, fault=event.fault.name, what=event.what)
                 self._held.clear()
-                for running in self._running.values():
-                    self._stop(running)
+                self._stop_all()
         self._soon()
 
     def eof_received(self) -> None:
@@ -172,7 +171,8 @@ class Connection(Talking):
             running.future = answered
             answered.add_done_callback(partial(self._on_done, stream_id, running, method))
         else:
-            running.future = self._loop.create_task(self._run(stream_id, running, method, answered))
+            running.answered = answered
+            running.future = self._loop.create_task(self._run(stream_id, running, method))
 
     def _read(
         self, method: Method | None, request: Request, running: Running, arrived_s: float
@@ -215,9 +215,9 @@ class Connection(Talking):
         budget.held_bytes += len(message)
         return message
 
-    async def _run(self, stream_id: int, running: Running, method: Method, answered: Any) -> None:
+    async def _run(self, stream_id: int, running: Running, method: Method) -> None:
         """See a call through whose handler is a coroutine, or an iterator of messages."""
-        code = Code.OK
+        code, answered = Code.OK, running.answered
         try:
             if method.is_stream:
                 async for message in answered:
@@ -274,7 +274,7 @@ class Connection(Talking):
         running = self._running[stream_id]
         running.code = Code.DEADLINE_EXCEEDED
         self._machine.abandon(stream_id, Code.DEADLINE_EXCEEDED, "the call took longer than its caller waits")
-        self._stop(running)
+        self._stop(stream_id, running)
         self._soon()
 
     def _give_up(self, stream_id: int) -> None:
@@ -282,16 +282,27 @@ class Connection(Talking):
         running = self._running.get(stream_id)
         if running is not None:
             running.code = Code.CANCELLED
-            self._stop(running)
+            self._stop(stream_id, running)
             return
         self._held = deque(pair for pair in self._held if pair[0].stream_id != stream_id)
         self._machine.done(stream_id)
 
-    @staticmethod
-    def _stop(running: Running) -> None:
+    def _stop_all(self) -> None:
+        for stream_id, running in self._running.items():
+            self._stop(stream_id, running)
+
+    def _stop(self, stream_id: int, running: Running) -> None:
         running.is_stopped = True
         if running.future is not None:
             running.future.cancel()
+            running.future.add_done_callback(partial(self._never_begun, stream_id, running))
+
+    def _never_begun(self, stream_id: int, running: Running, _future: asyncio.Future[Any]) -> None:
+        """A task that is cancelled before its first step takes none: then nobody has said yet that its call is over."""
+        if self._running.get(stream_id) is running:
+            if isinstance(running.answered, Coroutine):
+                running.answered.close()
+            self._ended(stream_id, running, self._cancelled(stream_id, running))
 
     # -- the end, and what leads there
 
@@ -302,8 +313,7 @@ class Connection(Talking):
 
     def cut(self) -> None:
         """End the calls under way, and those that wait before their handlers."""
-        for running in self._running.values():
-            self._stop(running)
+        self._stop_all()
         while self._held:
             self._machine.fail(self._held.popleft()[0].stream_id, Code.UNAVAILABLE, STOPPING)
         self.shutdown()

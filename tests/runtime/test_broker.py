@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -400,8 +401,6 @@ async def test_a_heartbeat_that_fails_is_tried_again_and_says_what_nobody_wants(
 
 
 async def test_r18_heartbeats_go_on_while_a_run_blocks_the_loop(tmp_path: Path) -> None:
-    import threading
-
     engine = await engine_of("sqlite", tmp_path, heartbeat_ms=10, session_timeout_ms=30)
     store = Faulty(engine.store)
     beats = threading.Semaphore(0)
@@ -412,6 +411,22 @@ async def test_r18_heartbeats_go_on_while_a_run_blocks_the_loop(tmp_path: Path) 
         assert beats.acquire(timeout=60)
     await broker.stop()
     await engine.close()
+
+
+def test_a_heartbeat_ends_with_the_loop_of_its_owner_though_the_store_is_closed_too(tmp_path: Path) -> None:
+    async def die() -> Broker:
+        engine = await engine_of("sqlite", tmp_path, heartbeat_ms=10)
+        broker = Broker(engine, kind="worker")
+        await broker.start()
+        await engine.close()
+        return broker  # nobody stops it
+
+    broker = asyncio.run(die())
+    beating = broker._beating
+    assert isinstance(beating, threading.Thread)
+    beating.join(timeout=60)
+    assert not beating.is_alive()
+    broker.abandon()
 
 
 async def test_starting_and_stopping_twice_does_nothing_more(tmp_path: Path) -> None:

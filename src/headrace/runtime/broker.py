@@ -205,11 +205,14 @@ class Broker:
         except SessionEnded:
             tell(self._thawed, session_id)
         except HeadraceError as error:
-            LOG.warning("heartbeat failed", error=str(error), session=session_id)
+            tell(self._missed, session_id, error)  # with its owner's loop a heartbeat ends, whatever the store says
         else:
             if reply.database_us:
                 self.engine.clock.anchor(reply.database_us)
             tell(self._reconcile, session_id, reply)
+
+    def _missed(self, session_id: str, error: HeadraceError) -> None:
+        LOG.warning("heartbeat failed", error=str(error), session=session_id)
 
     def _reconcile(self, session_id: str, reply: Heartbeat) -> None:
         """Rule R1: leases that the store knows and this process does not go back.

@@ -12,7 +12,7 @@ locked AS MATERIALIZED (
     WHERE id = ANY (ARRAY(SELECT id FROM given)) ORDER BY id FOR UPDATE
 ),
 -- Rule R2: a repeat finds its runs settled, and is left to the script with all that came with it.
--- Of consecutive runs the states are one piece; of others a mask says which of the piece they are, by what they become.
+-- The states of consecutive runs are one piece. Of others a mask says which of a piece they are, by what they become.
 fenced AS MATERIALIZED (
     SELECT given.*, picked.after, picked.positions
     FROM given JOIN locked ON locked.id = given.id AND locked.token = given.token

@@ -37,19 +37,21 @@ from tests.indexer.rig import AFTER, BEFORE, Crash, Listed, Unsteady, rig
 async def test_handlers_go_on_while_a_commit_is_frozen_and_stop_at_the_depth(name: str, tmp_path: Path) -> None:
     async with rig(name, tmp_path, bank) as own:
         own.tables.gate = gate = asyncio.Event()
-        async with own.running(Listed(pays(100)), index_depth_max=3, index_batch_events_max=10) as indexing:
+        async with own.running(Listed(pays(100)), index_depth_max=8, index_batch_events_max=10) as indexing:
             running = asyncio.ensure_future(indexing.run())
-            while indexing.staging.pending_count < 3:
+            while indexing.staging.pending_count < 8:
                 await asyncio.sleep(0)
             for _ in range(50):
                 await asyncio.sleep(0)
-            assert indexing.progress.events_count == 30, "three batches wait, and no more are begun"
+            assert indexing.progress.events_count == 80, "eight batches wait, and no more are begun"
             assert await found(own, indexing) == {}, "nothing of them is in SQL"
             release(indexing, gate)
             told = await running
             assert (told.events_count, told.committed_no) == (100, 100)
             assert await found(own, indexing) == balances(100)
-        assert len(own.tables.commits) < 10, "what waited went into one commit"
+        sizes = [commit.no - commit.old_no for commit in own.tables.commits]
+        assert len(sizes) < 10, "what waited went into commits together"
+        assert max(sizes) == 40, "but no more than half of what may wait: handlers go on under them"
 
 
 @EVERY

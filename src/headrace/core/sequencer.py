@@ -70,6 +70,11 @@ class Sequencer:
         """Every source has ended and everything was taken."""
         return not self._open and not self.waiting_count
 
+    @property
+    def left(self) -> int | None:
+        """How many events there are still, once every source has ended."""
+        return None if self._open else self.waiting_count
+
     def wants(self, source: int, count_max: int) -> bool:
         """Whether a source should go on: what waits of it is less than `count_max`."""
         if len(self._names) == 1:

@@ -4,9 +4,10 @@ Rule R18: handlers may keep their loop busy for seconds; the committer has its o
 commit and the lease's sign of life wait for nobody's Python. (A store in memory belongs to one loop: there it is a
 task.)
 
-Whatever waits when a commit begins goes into it, so a slow database gets fewer and larger transactions. An error that
-trying again can help is tried again, whole: the guard of the commit tells one that had landed after all. Any other ends
-the committer; nothing after it is written, and `on_failed` is called at once, also when nobody waits for a commit.
+What waits when a commit begins goes into it, up to half of what may wait: a slow database gets fewer and larger
+transactions, and handlers go on under each. An error that trying again can help is tried again, whole: the guard of the
+commit tells one that had landed after all. Any other ends the committer; nothing after it is written, and `on_failed`
+is called at once, also when nobody waits for a commit.
 """
 
 from __future__ import annotations
@@ -97,6 +98,9 @@ class Committer:
         self._home = asyncio.get_running_loop()
         self._loop = self._home
         self._waiting: deque[Batch] = deque()
+        # What one commit holds counts as waiting until it has landed: with all of it in one, handlers would stand still
+        # under that commit, and the committer after it.
+        self._merged_max = max(engine.limits.index_depth_max // 2, 1)
         self._wake = asyncio.Event()
         self._is_closing = False
         self._ended: asyncio.Future[None] = self._home.create_future()
@@ -213,7 +217,7 @@ class Committer:
                 if not self._waiting and not self._is_closing:
                     await self._wake.wait()
                 continue
-            batches = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            batches = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._merged_max))]
             async with self._one_at_a_time:
                 await self._commit(batches)
 

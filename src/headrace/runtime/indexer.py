@@ -17,6 +17,7 @@ import structlog
 
 from headrace.core.entity import Entity, EntityType
 from headrace.core.sequencer import Position, Sequenced, is_after
+from headrace.core.sizes import Sizes
 from headrace.core.staging import Staging, Table
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.limits import MIB, Limits
@@ -139,6 +140,7 @@ class Indexing:
         self._floor_no = 0
         self._is_caught_up = False
         self._positions: dict[str, Position] = {}
+        self._sizes = Sizes(self._limits.index_batch_events_max)
         self._batch: Sequenced | None = None
         self._events: list[Any] = []
         self._at = 0
@@ -285,6 +287,7 @@ class Indexing:
 
     async def _main(self, until: Position | None) -> None:
         self._batch, self._events = None, []
+        self._sizes = Sizes(self._limits.index_batch_events_max, is_even=not self._limits.index_depth_max)
         await self._fetching.start(self._positions)
         if self._watch is not None:
             self._watch.cancel()
@@ -321,9 +324,11 @@ class Indexing:
 
     def _take(self, until: Position | None) -> bool:
         self._news.clear()
-        taken = self._fetching.sequencer.take(self._limits.index_batch_events_max)
+        sequencer = self._fetching.sequencer
+        taken = sequencer.take(self._sizes.size(sequencer.left))
         if taken is None:
             return False
+        self._sizes.grow()
         self._fetching.took()
         if until is not None:
             count = sum(1 for own in taken.positions if not is_after(own, until))

@@ -178,7 +178,7 @@ async def test_a_move_that_was_cut_goes_on_where_it_was(steps: int, tmp_path: Pa
     source, target = await opened(source_url, tmp_path), await opened(target_url, tmp_path)
     try:
         dead = await _died(source)
-        await source.store.keep_rules("default", "killswitch", b"[]")
+        await source.store.keep_rules("default", "killswitch", b"[]", before=None)
         move = compose.mover(source, target)
         move.arrival = Cutting(move.arrival, steps)
         try:

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from headrace.app import Headrace
 from headrace.core.delimited import DelimitedDecoder, Oversized
 from headrace.core.rules import DEMOTIONS, KILLSWITCH, Kill, Rules, demotions_encoded, kills_encoded, rules_of
-from headrace.foundation.errors import InvalidInput, StoreBroken
+from headrace.foundation.errors import Conflict, InvalidInput, StoreBroken
 from headrace.grpc import activations as grpc_activations
 from headrace.grpc.activations import arguments_of, is_killed
 from headrace.grpc.intake import ActivationIntake, Taken
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.pressure import NoRoom
+from headrace.runtime.rules import decide
 from headrace.runtime.upkeep import Upkeep
 from tests.grpc.broker import COMPLETE, Broker, activation, broker, on_databases, on_every_store, stream, varint
 from tests.http.rig import LIMITS, house
@@ -190,22 +191,47 @@ async def test_a_task_that_is_switched_off_is_dropped_at_the_door_and_in_line(ki
     async with broker(kind, tmp_path, clock=clock, is_killed=is_killed) as own:
         messages = [activation(number, taskname="bad" if number % 2 else "good") for number in range(6)]
         assert (await taken(own, stream(*messages))).accepted == 6
-        await own.engine.store.keep_rules("default", KILLSWITCH, kills_encoded([Kill(name="bad")]))
+        await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
         clock.advance(2)
         await own.tick()
         assert sorted(await own.drained(1)) == ["id_0", "id_2", "id_4"]
         assert await own.counts() == {"completed": 3, "cancelled": 3}
         late = await taken(own, stream(activation(6, taskname="bad"), activation(7)))
         assert (late.accepted, late.dropped) == (1, 1)
-        await own.engine.store.keep_rules("default", KILLSWITCH, kills_encoded([]))
+        await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([]))
         clock.advance(2)
         assert (await taken(own, stream(activation(8, taskname="bad")))).accepted == 1
+
+
+@on_every_store
+async def test_what_several_decide_at_once_is_decided(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+
+        async def drop(name: str) -> None:
+            await decide(own.engine, KILLSWITCH, lambda rules: kills_encoded([*rules.kills, Kill(name=name)]))
+
+        names = [f"task-{number}" for number in range(8)]
+        await asyncio.gather(*map(drop, names))
+        kept = rules_of(await own.engine.store.rules("default"))
+        assert sorted(kill.name for kill in kept.kills) == names
+
+
+async def test_who_is_never_first_to_decide_hears_so(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path) as own:
+        store: Any = own.engine.store
+
+        def overtaken(rules: Rules) -> bytes:
+            store._tables.rules["default", KILLSWITCH] = kills_encoded([*rules.kills, Kill(name="other")])
+            return kills_encoded([*rules.kills, Kill(name="own")])
+
+        with pytest.raises(Conflict, match="all the time"):
+            await decide(own.engine, KILLSWITCH, overtaken)
 
 
 async def test_of_a_task_only_those_with_an_argument_are_dropped(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, is_killed=is_killed) as own:
         kill = Kill(name="send", args={"0": 7}, kwargs={"to": "x"})
-        await own.engine.store.keep_rules("default", KILLSWITCH, kills_encoded([kill]))
+        await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([kill]))
         calls = [packed(7), packed(True), packed(1, to="x"), packed("7", to="y"), b"\xc1", b""]
         found = await taken(own, stream(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls))))
         assert (found.accepted, found.dropped) == (4, 2)
@@ -219,7 +245,7 @@ async def test_of_those_in_the_object_store_too_only_those_with_an_argument_are_
     async with broker(kind, tmp_path, clock=clock, is_killed=is_killed, limits={"inline_bytes_max": 1_000}) as own:
         calls = [packed(7, filler), packed(8, filler), packed(7, filler), packed(8)]
         await own.add(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls)))
-        await own.engine.store.keep_rules("default", KILLSWITCH, kills_encoded([Kill(name="send", args={"0": 7})]))
+        await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="send", args={"0": 7})]))
         clock.advance(2)
         await own.tick()
         assert await own.drained(1) == ["id_1", "id_3"]
@@ -306,7 +332,7 @@ async def test_a_demoted_queue_s_activations_go_to_another_those_that_wait_too(k
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await taken(own, stream(*(activation(number) for number in range(4)), activation("x", namespace="other")))
-        await own.engine.store.keep_rules("default", DEMOTIONS, demotions_encoded({"app:mail": "app:slow"}))
+        await decide(own.engine, DEMOTIONS, lambda _: demotions_encoded({"app:mail": "app:slow"}))
         clock.advance(2)
         await taken(own, stream(activation(4)))
         assert await Upkeep(own.engine).demote() >= 1

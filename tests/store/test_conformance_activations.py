@@ -239,12 +239,20 @@ async def test_a_batch_is_kept_for_its_dead_letters_beyond_its_time(world: World
 
 async def test_rules_are_kept_by_name_for_each_environment(world: World) -> None:
     assert await world.store.rules("default") == {}
-    await world.store.keep_rules("default", "killswitch", b"[1]")
-    await world.store.keep_rules("default", "demotions", b"{}")
-    await world.store.keep_rules("other", "killswitch", b"[2]")
-    await world.store.keep_rules("default", "killswitch", b"[3]\x00")
+    assert await world.store.keep_rules("default", "killswitch", b"[1]", before=None)
+    assert await world.store.keep_rules("default", "demotions", b"{}", before=None)
+    assert await world.store.keep_rules("other", "killswitch", b"[2]", before=None)
+    assert await world.store.keep_rules("default", "killswitch", b"[3]\x00", before=b"[1]")
     assert await world.store.rules("default") == {"demotions": b"{}", "killswitch": b"[3]\x00"}
     assert await world.store.rules("other") == {"killswitch": b"[2]"}
+
+
+async def test_who_decides_on_top_of_what_is_no_longer_so_changes_nothing(world: World) -> None:
+    assert await world.store.keep_rules("default", "killswitch", b"[1]", before=None)
+    assert not await world.store.keep_rules("default", "killswitch", b"[2]", before=None)
+    assert not await world.store.keep_rules("default", "killswitch", b"[2]", before=b"[0]")
+    assert await world.store.keep_rules("default", "killswitch", b"[1]", before=b"[0]"), "a repeat, or the same"
+    assert await world.store.rules("default") == {"killswitch": b"[1]"}
 
 
 # -- what waits elsewhere

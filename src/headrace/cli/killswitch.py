@@ -74,17 +74,14 @@ def _tell(kills: list[Kill], said: str, json: bool) -> None:
 
 def _changed(place: str | None, change: Callable[[list[Kill]], list[Kill]]) -> list[Kill]:
     """The killswitch after a change."""
-    from headrace.core.rules import KILLSWITCH, kills_encoded, rules_of
+    from headrace.core.rules import KILLSWITCH, kills_encoded
+    from headrace.runtime.rules import decide
 
     settings = settings_of(store=place)
 
     async def work() -> list[Kill]:
         async with opened(settings, must_exist=True) as engine:
-            kills = rules_of(await engine.store.rules(engine.environment)).kills
-            after = change(kills)
-            if after != kills:
-                await engine.store.keep_rules(engine.environment, KILLSWITCH, kills_encoded(after))
-            return after
+            return (await decide(engine, KILLSWITCH, lambda rules: kills_encoded(change(rules.kills)))).kills
 
     return run_async(work())
 

@@ -89,21 +89,20 @@ def restore(queue: QueueArgument, store: StoreOption = None, json: JsonOption = 
 
 
 def _demote(queue: str, target: str | None, store: str | None, *, json: bool) -> None:
-    from headrace.core.rules import DEMOTIONS, demotions_encoded, rules_of
+    from headrace.core.rules import DEMOTIONS, Rules, demotions_encoded
     from headrace.runtime.registry import check_name
+    from headrace.runtime.rules import decide
 
     check_name("queue", queue)
     settings = settings_of(store=store)
 
+    def changed(rules: Rules) -> bytes:
+        after = {name: to for name, to in rules.demotions.items() if name != queue}
+        return demotions_encoded(after if target is None else after | {queue: target})
+
     async def change() -> dict[str, str]:
         async with opened(settings, must_exist=True) as engine:
-            before = rules_of(await engine.store.rules(engine.environment)).demotions
-            after = {name: to for name, to in before.items() if name != queue}
-            if target is not None:
-                after[queue] = target
-            value = demotions_encoded(after)
-            await engine.store.keep_rules(engine.environment, DEMOTIONS, value)
-            return after
+            return (await decide(engine, DEMOTIONS, changed)).demotions
 
     demotions = run_async(change())
     if json:

@@ -327,9 +327,10 @@ class RemoteStore:
         found: dict[str, bytes] = await self._ask("rules", environment=environment)
         return found
 
-    async def keep_rules(self, environment: str, name: str, value: bytes) -> None:
-        """Decide anew."""
-        await self._ask("keep_rules", environment=environment, name=name, value=value)
+    async def keep_rules(self, environment: str, name: str, value: bytes, *, before: bytes | None) -> bool:
+        """Decide anew, unless others did meanwhile."""
+        kept: bool = await self._ask("keep_rules", environment=environment, name=name, value=value, before=before)
+        return kept
 
     async def verify(self, batch_id: str) -> Verification:
         """Count a batch from its chunks."""

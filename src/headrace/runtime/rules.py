@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import structlog
 
 from headrace.core.rules import NO_RULES, Rules, rules_of
-from headrace.foundation.errors import HeadraceError
+from headrace.foundation.errors import Conflict, HeadraceError
 from headrace.runtime.engine import Engine
 
 LOG: Any = structlog.get_logger("headrace.rules")
+TRIES_MAX: Final = 20
+
+
+async def decide(engine: Engine, name: str, change: Callable[[Rules], bytes]) -> Rules:
+    """Change what is decided under a name, on top of what others decide at the same time; answers all rules after it.
+
+    Raises `Conflict` when others are faster again and again.
+    """
+    store, environment = engine.store, engine.environment
+    for _ in range(TRIES_MAX):
+        kept = await store.rules(environment)
+        value = change(rules_of(kept))
+        if await store.keep_rules(environment, name, value, before=kept.get(name)):
+            return rules_of(kept | {name: value})
+    raise Conflict(f"others change the {name} all the time", hint="try again in a moment")
 
 
 class RuleBook:

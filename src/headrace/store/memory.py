@@ -337,10 +337,13 @@ class MemoryStore:
         known = self._now().rules
         return {name: known[environment, name] for owner, name in sorted(known) if owner == environment}
 
-    async def keep_rules(self, environment: str, name: str, value: bytes) -> None:
-        """Decide anew."""
+    async def keep_rules(self, environment: str, name: str, value: bytes, *, before: bytes | None) -> bool:
+        """Decide anew, unless others did meanwhile."""
         with self._changing() as tables:
+            if tables.rules.get((environment, name)) not in (before, value):
+                return False
             tables.rules[environment, name] = value
+            return True
 
     async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
         """Let what waits in one queue wait in another, a bounded step."""

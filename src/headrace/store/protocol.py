@@ -428,8 +428,11 @@ class Store(Protocol):
     async def rules(self, environment: str) -> dict[str, bytes]:
         """What people decided about an environment's work, by name: see `headrace.core.rules`."""
 
-    async def keep_rules(self, environment: str, name: str, value: bytes) -> None:
-        """Decide anew."""
+    async def keep_rules(self, environment: str, name: str, value: bytes, *, before: bytes | None) -> bool:
+        """Decide anew; False, and nothing changes, when others did since `before` was read (None: there was nothing).
+
+        A repeat of what was decided is True.
+        """
 
     async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
         """Let what waits of a task in one queue wait in another, a bounded step; answers how many spans moved."""

@@ -131,8 +131,7 @@ def _own(batch_id: str, environment: str, came: Belongings, now_us: int) -> Scri
 
 def _keep_rules(rules: Sequence[tuple[str, str, bytes]]) -> Script[None]:
     for environment, name, value in rules:
-        if name not in {row[0] for row in (yield from fetch("rules", environment=environment))}:
-            yield from fetch("keep_rules", environment=environment, name=name, value=value)
+        yield from fetch("keep_rules", environment=environment, name=name, value=value, before=None)
 
 
 def _let_in(row: dict[str, Any], cancelled: Sequence[int], offset: int, now_us: int) -> Script[None]:

@@ -70,6 +70,7 @@ def rules(environment: str) -> Script[dict[str, bytes]]:
     return {row[0]: bytes(row[1]) for row in (yield from fetch("rules", environment=environment))}
 
 
-def keep_rules(environment: str, name: str, value: bytes) -> Script[None]:
-    """Decide anew."""
-    yield from fetch("keep_rules", environment=environment, name=name, value=value)
+def keep_rules(environment: str, name: str, value: bytes, before: bytes | None) -> Script[bool]:
+    """Decide anew, unless others did meanwhile."""
+    rows = yield from fetch("keep_rules", environment=environment, name=name, value=value, before=before)
+    return bool(rows)

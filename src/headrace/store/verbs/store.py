@@ -208,9 +208,9 @@ class ScriptedStore(ABC):
         """What people decided, by name."""
         return await self._read(lambda: burying.rules(environment))
 
-    async def keep_rules(self, environment: str, name: str, value: bytes) -> None:
+    async def keep_rules(self, environment: str, name: str, value: bytes, *, before: bytes | None) -> bool:
         """Decide anew."""
-        await self._write(lambda: burying.keep_rules(environment, name, value))
+        return await self._write(lambda: burying.keep_rules(environment, name, value, before))
 
     async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
         """Let what waits in one queue wait in another, a bounded step."""

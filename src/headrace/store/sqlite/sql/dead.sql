@@ -23,9 +23,11 @@ RETURNING 1;
 -- rules: what people decided about an environment's work
 SELECT name, value FROM rule WHERE environment = :environment ORDER BY name;
 
--- keep_rules: what people decided anew
+-- keep_rules: what people decided anew, unless others did meanwhile
 INSERT INTO rule (environment, name, value) VALUES (:environment, :name, :value)
-ON CONFLICT (environment, name) DO UPDATE SET value = excluded.value;
+ON CONFLICT (environment, name) DO UPDATE SET value = excluded.value
+WHERE rule.value = excluded.value OR rule.value = :before
+RETURNING name;
 
 -- lock_waiting: what waits in one lane, in claim order, about to be moved
 SELECT id FROM span WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task

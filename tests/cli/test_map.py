@@ -48,6 +48,29 @@ def test_results_go_to_standard_output_by_default(shell: Shell) -> None:
     assert [json.loads(line)["output"] for line in ran.out.splitlines()] == [0, 2, 4]
 
 
+def test_a_tasks_own_delay_and_expiry_hold_for_a_map_too(shell: Shell) -> None:
+    shell.write(
+        "late.py",
+        """
+from headrace import Headrace
+
+app = Headrace("late")
+
+
+@app.task(delay_s=0.2, expires_s=3600)
+async def late(item):
+    return item
+""",
+    )
+    shell.items(2)
+    assert shell("map", "late.py:late", "in.ndjson", "-o", "out.ndjson").code == 0
+    runs = shell("run", "list", "--json").json["runs"]
+    shown = [shell("run", "show", listed["run"], "--json").json for listed in runs]
+    assert [view["state"] for view in shown] == ["completed"] * 2
+    assert all(view["expires_us"] - view["due_us"] > 3_599 * 1_000_000 for view in shown)
+    assert all(view["due_us"] > 0 for view in shown)
+
+
 def test_the_summary_is_one_json_object(shell: Shell) -> None:
     shell.items(20)
     ran = shell.map("--json", task="picky")

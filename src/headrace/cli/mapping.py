@@ -31,6 +31,7 @@ from headrace.foundation.settings import Settings
 from headrace.runtime.engine import Engine
 from headrace.runtime.feed import Feed, SealedElsewhere
 from headrace.runtime.loading import load_target
+from headrace.runtime.producer import Options, key_of
 from headrace.task import Task
 
 PAGE_RUNS: Final = 4_096
@@ -206,7 +207,8 @@ class Mapping:
         """Make the input durable, in the last batch of the chain and in such as continue it."""
         while True:
             part = chain.last
-            feed = Feed(self.input.pieces(), engine=engine, key=self.task.spec.key, start=part.position)
+            key = key_of(self.task.spec, Options(), engine.clock.now_us())
+            feed = Feed(self.input.pieces(), engine=engine, key=key, start=part.position)
             try:
                 while not await feed.fill(part.batch, base_index=part.base_index):
                     part = await chain.extend(feed.position)

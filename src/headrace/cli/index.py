@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from headrace.runtime.indexer import Indexing, Progress
 
 TELL_S: Final = 0.5
-STOPPED_NOW: Final = 130
 GC_THRESHOLDS: Final = (300_000, 20, 100)
 """A batch whose rows are all read ahead has some 100,000 objects at once: they are not garbage."""
 
@@ -68,7 +66,7 @@ def run(
 
 async def _run(indexer: Indexer, until: Position | None, *, wait: bool, shows: bool) -> None:
     from headrace.cli.printing import note
-    from headrace.cli.signals import Signals
+    from headrace.cli.stopping import stopping
 
     # Rows live long and hold no cycles: looking through all of them again and again finds nothing.
     gc.set_threshold(*GC_THRESHOLDS)
@@ -77,27 +75,25 @@ async def _run(indexer: Indexer, until: Position | None, *, wait: bool, shows: b
         async with indexer.open(
             wait=wait, on_waiting=lambda who: note(f"waiting for {who}, which holds the indexer")
         ) as own:
-            is_stopping = False
-
-            def stopped() -> None:
-                nonlocal is_stopping
-                if is_stopping:
-                    note("stopped; the next start goes on from the last commit")
-                    os._exit(STOPPED_NOW)
-                is_stopping = True
-                note("stopping: what was handled is committed (again: stop now)")
-                own.stop()
-
-            with Signals(stopped):
-                telling = asyncio.ensure_future(_tell(indexer.name, own, shows=shows))
+            with stopping("", "what was handled is committed") as stop:
+                beside = [
+                    asyncio.ensure_future(_tell(indexer.name, own, shows=shows)),
+                    asyncio.ensure_future(_stop_when(stop, own)),
+                ]
                 try:
                     told = await own.run(until=until)
                 finally:
-                    telling.cancel()
-                    await asyncio.gather(telling, return_exceptions=True)
+                    for task in beside:
+                        task.cancel()
+                    await asyncio.gather(*beside, return_exceptions=True)
             note(summary(indexer.name, told))
     finally:
         await owner.close()
+
+
+async def _stop_when(stop: asyncio.Event, own: Indexing) -> None:
+    await stop.wait()
+    own.stop()
 
 
 async def _tell(name: str, own: Indexing, *, shows: bool) -> None:

@@ -237,14 +237,17 @@ class Deadlines:
             self.remove(handout)
         handout.deadline_us = deadline_us
         no = deadline_us // BUCKET_US
-        if no not in self._buckets:
-            self._buckets[no] = {}
+        bucket = self._buckets.get(no)
+        if bucket is None:
+            bucket = self._buckets[no] = {}
             heapq.heappush(self._order, no)
-        self._buckets[no][handout] = None
+        bucket[handout] = None
 
     def remove(self, handout: Handout) -> None:
         """It was heard of, or is nobody's any more."""
-        self._buckets.get(handout.deadline_us // BUCKET_US, {}).pop(handout, None)
+        bucket = self._buckets.get(handout.deadline_us // BUCKET_US)
+        if bucket is not None:
+            bucket.pop(handout, None)
 
     @property
     def next_us(self) -> int | None:

@@ -68,7 +68,7 @@ class Answer:
             self.future.set_exception(self._error)
 
 
-class Told(NamedTuple):
+class Told(msgspec.Struct, gc=False):
     """One outcome under a lease, on its way."""
 
     span_id: int
@@ -153,11 +153,13 @@ class Reporting:
                 self._engine.doorbell.ring()
         for one in told:
             self._landed(one)
+            if one.answer is not None:
+                one.answer.ended()
         for one in found:
             self._is_stray(one.span_id, one.token, one.place)
-        for update in updates:
-            if update.answer is not None:
-                update.answer.ended()
+        for stray in strays:
+            if stray.answer is not None:
+                stray.answer.ended()
 
     def _count(self, settlements: Sequence[Settlement], words: Sequence[str]) -> None:
         for settlement, word in zip(settlements, words, strict=True):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from headrace.app import Headrace
 from headrace.core.delimited import DelimitedDecoder, Oversized
 from headrace.core.rules import DEMOTIONS, KILLSWITCH, Kill, Rules, demotions_encoded, kills_encoded, rules_of
-from headrace.foundation.errors import Conflict, InvalidInput, StoreBroken
+from headrace.foundation.errors import Conflict, InvalidInput, StoreBroken, StoreUnavailable
 from headrace.grpc import activations as grpc_activations
 from headrace.grpc.activations import arguments_of, is_killed
 from headrace.grpc.intake import ActivationIntake, Taken
@@ -28,6 +28,7 @@ from headrace.runtime.rules import decide
 from headrace.runtime.upkeep import Upkeep
 from tests.grpc.broker import COMPLETE, Broker, activation, broker, on_databases, on_every_store, stream, varint
 from tests.http.rig import LIMITS, house
+from tests.runtime.engines import Faulty
 
 
 async def pieces_of(*pieces: bytes) -> AsyncIterator[bytes]:
@@ -214,6 +215,16 @@ async def test_what_several_decide_at_once_is_decided(kind: str, tmp_path: Path)
         await asyncio.gather(*map(drop, names))
         kept = rules_of(await own.engine.store.rules("default"))
         assert sorted(kill.name for kill in kept.kills) == names
+
+
+async def test_what_changes_no_rule_writes_none(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path) as own:
+        faulty = Faulty(own.engine.store)
+        faulty.before["keep_rules"] = [StoreUnavailable("nothing is to be written")]
+        own.engine.store = faulty
+        assert (await decide(own.engine, KILLSWITCH, lambda rules: kills_encoded(rules.kills))).kills == []
+        with pytest.raises(StoreUnavailable):
+            await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
 
 
 async def test_who_is_never_first_to_decide_hears_so(tmp_path: Path) -> None:

@@ -19,14 +19,15 @@ TRIES_MAX: Final = 20
 async def decide(engine: Engine, name: str, change: Callable[[Rules], bytes]) -> Rules:
     """Change what is decided under a name, on top of what others decide at the same time; answers all rules after it.
 
-    Raises `Conflict` when others are faster again and again.
+    What changes nothing writes nothing. Raises `Conflict` when others are faster again and again.
     """
     store, environment = engine.store, engine.environment
     for _ in range(TRIES_MAX):
         kept = await store.rules(environment)
         value = change(rules_of(kept))
-        if await store.keep_rules(environment, name, value, before=kept.get(name)):
-            return rules_of(kept | {name: value})
+        after = rules_of(kept | {name: value})
+        if after == rules_of(kept) or await store.keep_rules(environment, name, value, before=kept.get(name)):
+            return after
     raise Conflict(f"others change the {name} all the time", hint="try again in a moment")
 
 

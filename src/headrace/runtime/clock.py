@@ -78,10 +78,8 @@ class SystemClock:
         self._anchor = _Anchor(wall_us, time.monotonic_ns(), 0)
 
     def now_us(self) -> int:
-        with self._lock:  # written out, not called: it is asked some times for each run
-            wall_us, monotonic_ns, floor_us = self._anchor
-            now_us = wall_us + (time.monotonic_ns() - monotonic_ns) // 1_000
-            return max(floor_us, now_us)
+        with self._lock:
+            return self._now_us()
 
     def anchor(self, database_now_us: int) -> None:
         """Go on from the database's time. May be called from the heartbeat's own thread.
@@ -90,10 +88,11 @@ class SystemClock:
         lease, so it isn't corrected for.
         """
         with self._lock:
-            wall_us, monotonic_ns, floor_us = self._anchor
-            now_ns = time.monotonic_ns()
-            now_us = max(floor_us, wall_us + (now_ns - monotonic_ns) // 1_000)
-            self._anchor = _Anchor(database_now_us, now_ns, now_us)
+            self._anchor = _Anchor(database_now_us, time.monotonic_ns(), self._now_us())
+
+    def _now_us(self) -> int:
+        wall_us, monotonic_ns, floor_us = self._anchor
+        return max(floor_us, wall_us + (time.monotonic_ns() - monotonic_ns) // 1_000)
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(max(0.0, seconds))

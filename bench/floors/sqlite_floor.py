@@ -115,14 +115,13 @@ def _json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _update_batch(db: sqlite3.Connection, *, received: int, completed: int) -> None:
+def _update_batch(db: sqlite3.Connection, *, received: int) -> None:
     db.execute(
         SQL["update_batch"],
         {
             "id": BATCH, "state": "open", "expected_count": None, "received_count": received,
-            "completed_count": completed,
-            "failed_count": 0, "cancelled_count": 0, "expired_count": 0, "order_bases": '{"default":0}', "cursor": b"",
-            "appended_us": received, "sealed_us": 0, "finished_us": 0,
+            "completed_count": 0, "failed_count": 0, "cancelled_count": 0, "expired_count": 0,
+            "order_bases": '{"default":0}', "cursor": b"", "appended_us": received, "sealed_us": 0, "finished_us": 0,
         },
     )  # fmt: skip
 
@@ -151,7 +150,7 @@ def _append(db: sqlite3.Connection, items_count: int) -> None:
         _insert_chunks(db, chunks, block_id, span_id)
         last = first + sum(count for _, count, _ in chunks)
         db.execute(SQL["update_received"], {"id": BATCH, "received": b"", "block_width": CHUNK_RUNS})
-        _update_batch(db, received=last, completed=0)
+        _update_batch(db, received=last)
         db.execute("COMMIT")
 
 
@@ -183,7 +182,7 @@ def _drain(db: sqlite3.Connection) -> int:
         if not spans:
             return settled_count
         results = [run(blocks[span[1]]) for span in spans]
-        _settle(db, spans, results, settled_count)
+        _settle(db, spans, results)
         settled_count += sum(map(len, results))
 
 
@@ -206,7 +205,7 @@ def _claim(db: sqlite3.Connection, claim_no: int) -> tuple[list[tuple[int, int, 
     return [(row[0], row[1], row[TOKEN_AT] + 1) for row in rows], {row[0]: row[4] for row in found}
 
 
-def _settle(db: sqlite3.Connection, spans: list[tuple[int, int, int]], results: list[list[bytes]], before: int) -> None:
+def _settle(db: sqlite3.Connection, spans: list[tuple[int, int, int]], results: list[list[bytes]]) -> None:
     updates, parts, states_at, parts_at = [], [], 1, 1
     pieces = []
     for (span_id, block_id, token), encoded in zip(spans, results, strict=True):
@@ -220,8 +219,8 @@ def _settle(db: sqlite3.Connection, spans: list[tuple[int, int, int]], results: 
     db.execute(SQL["lock_spans"], {"ids": _json([span[0] for span in spans])}).fetchall()
     db.execute(SQL["update_spans"], {"rows": _json(updates), "blob": b"c" * (states_at - 1)})
     db.execute(SQL["insert_parts"], {"rows": _json(parts), "blob": b"".join(pieces)})
-    db.execute(SQL["lock_batches"], {"ids": _json([BATCH])}).fetchall()
-    _update_batch(db, received=1, completed=before + states_at - 1)
+    counts = {"completed": states_at - 1, "failed": 0, "cancelled": 0, "expired": 0}
+    db.execute(SQL["count_outcomes"], {"id": BATCH} | counts).fetchall()
     db.execute("COMMIT")
 
 

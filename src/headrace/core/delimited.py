@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from headrace.core import varint
 from headrace.foundation.errors import InvalidInput
 
 LENGTH_BYTES_MAX: Final = 5
@@ -17,14 +18,8 @@ LENGTH_BYTES_MAX: Final = 5
 
 def headed(message: bytes) -> bytes:
     """A message after its length."""
-    left = len(message)
-    if left < 1 << 14:  # as nearly all are
-        return (bytes((left,)) if left < 0x80 else bytes((left & 0x7F | 0x80, left >> 7))) + message
     length = bytearray()
-    while left > 0x7F:
-        length.append(left & 0x7F | 0x80)
-        left >>= 7
-    length.append(left)
+    varint.put(length, len(message))
     return bytes(length) + message
 
 

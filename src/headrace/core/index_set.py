@@ -18,6 +18,7 @@ from itertools import accumulate, chain, islice, pairwise
 from operator import eq
 from typing import Final, Self
 
+from headrace.core import varint
 from headrace.core.bitmap import Bitmap
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import INDEX_MAX
@@ -191,8 +192,7 @@ class IndexSet:
     def to_bytes(self) -> bytes:
         """The set as one byte that names the form, then each bound's distance from the one before, or the bits.
 
-        Distances are varints: seven bits a byte, the lowest first, the top bit set while more follow. Bits that have no
-        gap left are one range again.
+        Distances are varints. Bits that have no gap left are one range again.
         """
         if self._bits is not None:
             if self._bits.count < self._bits.end:
@@ -200,11 +200,7 @@ class IndexSet:
             self._bounds, self._count, self._bits = array("q", (0, self._bits.end)), self._bits.count, None
         encoded = bytearray((_RANGES,))
         for before, bound in zip(chain((0,), self._bounds), self._bounds, strict=False):
-            distance = bound - before
-            while distance > 127:
-                encoded.append(distance & 127 | 128)
-                distance >>= 7
-            encoded.append(distance)
+            varint.put(encoded, bound - before)
         return bytes(encoded)
 
     @classmethod

@@ -58,14 +58,15 @@ class ConsumerService:
         if self._delivery == "push":
             raise GrpcError(Code.PERMISSION_DENIED, "Cannot call while broker is in PUSH mode")
         wish = _wish(request)
-        task = self._at_hand(wish)
+        handout = self._dispatcher.fetch_nowait(wish)
+        task = None if handout is None else self._answer(handout)
         return self._awaited(wish) if task is None else task
 
     async def _awaited(self, wish: Wish) -> bytes:
-        while (handout := await self._dispatcher.fetch(wish)) is not None:
-            if (task := self._answer(handout)) is not None:
-                return task
-        raise GrpcError(Code.NOT_FOUND, "No pending activations")
+        task = await self._fetched(wish)
+        if task is None:
+            raise GrpcError(Code.NOT_FOUND, "No pending activations")
+        return task
 
     def set_task_status(
         self, request: wire.SetTaskStatusRequest, call: Call
@@ -81,10 +82,7 @@ class ConsumerService:
         if written is not None:
             await written
         try:
-            task = self._at_hand(wish)
-            return await self._awaited(wish) if task is None else task
-        except GrpcError:
-            return b""
+            return await self._fetched(wish) or b""
         except HeadraceError as error:  # an error would make the worker report once more
             LOG.warning("a worker got no next activation with its answer", error=error.message)
             return b""
@@ -97,9 +95,9 @@ class ConsumerService:
         reports = [_report(update) for update in request.updates]
         return self._dispatcher.report_nowait(reports, is_awaited=self._is_awaited)
 
-    def _at_hand(self, wish: Wish) -> bytes | None:
-        """The answer for a wish that needs no waiting."""
-        while (handout := self._dispatcher.fetch_nowait(wish)) is not None:
+    async def _fetched(self, wish: Wish) -> bytes | None:
+        """The answer for a wish; None when nothing waits."""
+        while (handout := await self._dispatcher.fetch(wish)) is not None:
             if (task := self._answer(handout)) is not None:
                 return task
         return None

@@ -29,7 +29,7 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
 from headrace.runtime.handouts import Deadlines, Handout, Held, Line, Wish, is_activation
 from headrace.runtime.recovery import DISPATCHER
-from headrace.runtime.reports import DONE, Answer, Report, Reporting, Stray, Told, Update, Verdict, verdict_of
+from headrace.runtime.reports import Answer, Report, Reporting, Stray, Told, Update, Verdict, verdict_of
 from headrace.runtime.rules import RuleBook
 from headrace.runtime.work import Work
 from headrace.store.protocol import Heartbeat, Release
@@ -438,8 +438,6 @@ class Dispatcher:
         handout = self._out.pop(report.name, None)
         if handout is None:
             return Stray(report, answer)
-        if report.state == "completed":
-            return self._told(handout, DONE, answer)
         lease = handout.held.work.lease
         verdict = verdict_of(
             report,
@@ -447,7 +445,7 @@ class Dispatcher:
             at_most_once=lease.at_most_once,
             note=handout.held.note,
             delay_ms=handout.extra.retry_delay_ms,
-            now_us=self.engine.clock.now_us(),
+            clock=self.engine.clock,
         )
         return self._told(handout, verdict, answer)
 
@@ -474,10 +472,8 @@ class Dispatcher:
         handout = told.handout
         if handout is None:
             return
-        held = handout.held
-        held.open_count -= 1
-        if not held.open_count:
-            self._end_if_over(held)
+        handout.held.open_count -= 1
+        self._end_if_over(handout.held)
 
     def _refused(self, update: Update, error: HeadraceError) -> None:
         """The store refuses a report for good: the run is as if nobody had reported on it."""

@@ -140,7 +140,6 @@ class Indexing:
         self._floor_no = 0
         self._is_caught_up = False
         self._positions: dict[str, Position] = {}
-        self._sizes = Sizes(self._limits.index_batch_events_max)
         self._batch: Sequenced | None = None
         self._events: list[Any] = []
         self._at = 0

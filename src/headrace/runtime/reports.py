@@ -18,9 +18,10 @@ from headrace.core.activation import LANE, Delivery, Note, delivery_of, note_of
 from headrace.core.failure import Failure
 from headrace.core.pack import pack
 from headrace.core.retry import SECOND_US
-from headrace.core.run import COMPLETED, FAILED, FINAL
+from headrace.core.run import COMPLETED, FAILED
 from headrace.core.span import LOST, RETRY, RETURNING, Settlement, encode_places
 from headrace.foundation.errors import HeadraceError
+from headrace.runtime.clock import Clock
 from headrace.runtime.engine import Engine
 from headrace.runtime.handouts import Handout
 
@@ -102,13 +103,10 @@ class Verdict(NamedTuple):
     note: str
 
 
-DONE: Final = Verdict(COMPLETED, NOTHING, 0, "")
-
-
-def verdict_of(report: Report, *, attempt: int, at_most_once: bool, note: Note, delay_ms: int, now_us: int) -> Verdict:
+def verdict_of(report: Report, *, attempt: int, at_most_once: bool, note: Note, delay_ms: int, clock: Clock) -> Verdict:
     """`delay_ms`: between attempts, as the activation itself says, unless a report said otherwise."""
     if report.state == "completed":
-        return DONE
+        return Verdict(COMPLETED, NOTHING, 0, "")
     if report.state == "failed" or at_most_once:
         message = "its worker reported that it failed"
         if report.state != "failed":
@@ -119,7 +117,7 @@ def verdict_of(report: Report, *, attempt: int, at_most_once: bool, note: Note, 
     wait_us = delay_ms * 1_000 if delay_s is None else min(delay_s, DELAY_S_MAX) * SECOND_US
     error = Failure(type="TaskFailed", message="its worker asked for a retry", attempts=attempt)
     after = Note(attempts_max=attempts_max, delay_s=delay_s)
-    return Verdict(RETRY, error.encode(), now_us + wait_us if wait_us else 0, after.encode())
+    return Verdict(RETRY, error.encode(), clock.now_us() + wait_us if wait_us else 0, after.encode())
 
 
 class Reporting:
@@ -135,15 +133,10 @@ class Reporting:
 
     async def flush(self, updates: Sequence[Update]) -> None:
         """Write all of it, and answer those who wait."""
-        strays: list[Stray] = []
-        told: list[Told] = []
-        for update in updates:
-            if type(update) is Told:
-                told.append(update)
-            elif isinstance(update, Stray):
-                strays.append(update)
+        strays = [update for update in updates if isinstance(update, Stray)]
+        told = [update for update in updates if isinstance(update, Told)]
         found = await self._found(strays) if strays else []
-        settlements = _merged([*told, *found] if found else told)
+        settlements = _merged([*told, *found])
         if settlements:
             store, now_us = self._engine.store, self._engine.clock.now_us()
             words = await store.settle(settlements, now_us=now_us)
@@ -186,7 +179,7 @@ class Reporting:
                 at_most_once=lease.at_most_once,
                 note=note,
                 delay_ms=lease.extra.retry_delay_ms,
-                now_us=engine.clock.now_us(),
+                clock=engine.clock,
             )
             part_no = STRAY_PART_NO + lease.place
             found.append(Told(lease.span_id, lease.token, part_no, lease.place, *verdict, handout=None, answer=None))
@@ -206,26 +199,20 @@ def _merged(told: Sequence[Told]) -> list[Settlement]:
     """One settlement a lease, numbered as the first of its outcomes, in the order of the lease's runs."""
     by_lease: dict[tuple[int, int], dict[int, Told]] = {}
     for one in told:
-        lease = one.span_id, one.token
-        own = by_lease.get(lease)
-        if own is None:
-            by_lease[lease] = {one.place: one}
-        else:
-            own.setdefault(one.place, one)
+        by_lease.setdefault((one.span_id, one.token), {}).setdefault(one.place, one)
     settlements = []
     for (span_id, token), own in by_lease.items():
         part_no = next(iter(own.values())).part_no
         places = sorted(own)
         runs = [own[place] for place in places]
-        codes = bytes([one.code for one in runs])
-        returning = [one for one in runs if one.code in RETURNING] if codes.strip(FINAL) else ()
+        returning = [one for one in runs if one.code in RETURNING]
         settlements.append(
             Settlement(
                 span_id=span_id,
                 token=token,
                 part_no=part_no,
                 places=encode_places(places),
-                codes=codes,
+                codes=bytes(one.code for one in runs),
                 results=pack([one.result for one in runs]),
                 dues_us=tuple(one.due_us for one in returning if one.code == RETRY),
                 notes=tuple(one.note for one in returning),

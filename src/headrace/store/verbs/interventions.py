@@ -48,15 +48,17 @@ def end_spans(ended: Sequence[tuple[Span, Counts]], now_us: int) -> Script[int]:
 
 def count_in(changes: dict[str, Counts], now_us: int) -> Script[None]:
     """Add outcomes to their batches' counters; completes a batch in the same transaction."""
+    changes = {batch_id: counts for batch_id, counts in changes.items() if any(counts)}
+    if not changes:
+        return
     if len(changes) == 1:  # of several the rows are locked in one order first (rule R8)
         ((batch_id, counts),) = changes.items()
-        if not any(counts) or (yield from fetch("count_outcomes", id=batch_id, **counts._asdict())):
+        if (yield from fetch("count_outcomes", id=batch_id, **counts._asdict())):
             return
     rows = yield from fetch("lock_batches", ids=as_json(sorted(changes)))
     for row in rows:
         batch = to_batch(row)
-        if any(changes[batch.id]):
-            yield from put_batch(batches.settled(batch, changes[batch.id], now_us))
+        yield from put_batch(batches.settled(batch, changes[batch.id], now_us))
 
 
 def cancel_runs(batch_id: str, indexes: Sequence[int], now_us: int) -> Script[int]:

@@ -1,6 +1,6 @@
 """What every store promises, in the verbs of the seam: poison, redrive, reading, upkeep, keys.
 
-The second half of the suite that begins in `test_conformance.py`.
+A part of the suite that begins in `test_conformance.py`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ DELETE FROM {schema}.dead_letter WHERE batch_id = :batch_id
     AND run_index = ANY (ARRAY(SELECT jsonb_array_elements_text(:indexes::jsonb)::bigint));
 
 -- purge_dead: dead letters that nobody has to look at any more
-DELETE FROM {schema}.dead_letter WHERE environment = :environment
+DELETE FROM {schema}.dead_letter
+WHERE concat(environment) = :environment -- no index of a whole environment's
+    AND batch_id = ANY (ARRAY(SELECT value->>0 FROM jsonb_array_elements(:rows::jsonb) AS given (value)))
     AND (batch_id, run_index) IN (SELECT value->>0, (value->>1)::bigint FROM jsonb_array_elements(:rows::jsonb) AS given (value))
 RETURNING 1;
 

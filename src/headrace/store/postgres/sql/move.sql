@@ -9,9 +9,11 @@ ON CONFLICT (id) DO UPDATE SET block_id = excluded.block_id;
 DELETE FROM {schema}.move WHERE id = :id;
 
 -- taken_keys: keys of batches that name other batches here
-SELECT environment, key FROM {schema}.batch
-WHERE (environment, key) IN (SELECT value->>0, value->>1 FROM jsonb_array_elements(:rows::jsonb) AS given (value))
-AND id NOT IN (SELECT value->>2 FROM jsonb_array_elements(:rows::jsonb) AS given (value));
+SELECT batch.environment, batch.key FROM jsonb_array_elements(:rows::jsonb) AS given (value)
+CROSS JOIN LATERAL (
+    SELECT id, environment, key FROM {schema}.batch WHERE environment = value->>0 AND key = value->>1 LIMIT 1
+) AS batch
+WHERE batch.id NOT IN (SELECT value->>2 FROM jsonb_array_elements(:rows::jsonb) AS given (value));
 
 -- insert_moved_batch: a batch as it stood where it came from
 INSERT INTO {schema}.batch (id, environment, key, kind, task, state, expected_count, received_count, completed_count,

@@ -96,8 +96,10 @@ SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;
 -- known_keys: the runs that some idempotency keys name and that have not expired
 SELECT idempotency.task, idempotency.key, idempotency.batch_id, idempotency.run_index
 FROM jsonb_array_elements(:rows::jsonb) AS wanted (value)
-JOIN {schema}.idempotency ON idempotency.environment = :environment
-    AND idempotency.task = wanted.value->>0 AND idempotency.key = wanted.value->>1
+CROSS JOIN LATERAL (
+    SELECT task, key, batch_id, run_index, expires_us FROM {schema}.idempotency
+    WHERE environment = :environment AND task = wanted.value->>0 AND key = wanted.value->>1 LIMIT 1
+) AS idempotency
 WHERE idempotency.expires_us = 0 OR idempotency.expires_us > :now_us;
 
 -- list_queues: queues with what stands in them, from unsettled spans only

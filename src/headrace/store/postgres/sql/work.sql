@@ -18,7 +18,8 @@ FOR UPDATE OF span SKIP LOCKED;
 -- promote_spans: delayed spans join the line at the clock of this moment
 UPDATE {schema}.span SET state = 'waiting', order_no = (value->>1)::bigint
 FROM jsonb_array_elements(:rows::jsonb) AS given (value)
-WHERE span.id = (value->>0)::bigint AND span.state = 'delayed';
+WHERE span.id = (value->>0)::bigint
+    AND span.id = ANY (ARRAY(SELECT (value->>0)::bigint FROM jsonb_array_elements(:rows::jsonb) AS given (value)));
 
 -- open_lanes: the lanes of the wanted tasks and queues that are not paused
 SELECT lane.queue, lane.task
@@ -114,6 +115,11 @@ SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expir
     first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
     claim_no, token, dead_letter, note, since_us
 FROM {schema}.span
-WHERE block_id IN (SELECT id FROM {schema}.block WHERE batch_id = :batch_id) AND position(:state::bytea IN states) > 0
-    AND id > :after_id ORDER BY id LIMIT :rows_max
-FOR UPDATE;
+WHERE id = ANY (ARRAY(
+        SELECT own.id FROM {schema}.block CROSS JOIN LATERAL (
+            SELECT id FROM {schema}.span
+            WHERE block_id = block.id AND position(:state::bytea IN states) > 0 AND id > :after_id OFFSET 0
+        ) AS own
+        WHERE block.batch_id = :batch_id ORDER BY own.id LIMIT :rows_max
+    )) AND position(:state::bytea IN states) > 0
+ORDER BY id FOR UPDATE;

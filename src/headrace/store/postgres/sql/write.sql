@@ -50,13 +50,15 @@ UPDATE {schema}.span SET order_no = (value->>1)::bigint, crashes_count = (value-
     session_id = value->>6, claim_no = (value->>7)::bigint, token = (value->>8)::bigint,
     states = substring(:blob::bytea FROM (value->>9)::int FOR (value->>10)::int)
 FROM jsonb_array_elements(:rows::jsonb) AS given (value)
-WHERE span.id = (value->>0)::bigint;
+WHERE span.id = (value->>0)::bigint
+    AND span.id = ANY (ARRAY(SELECT (value->>0)::bigint FROM jsonb_array_elements(:rows::jsonb) AS given (value)));
 
 -- update_states: spans of which nothing but the states of their runs changed
 UPDATE {schema}.span SET unsettled_count = (value->>1)::bigint,
     states = substring(:blob::bytea FROM (value->>2)::int FOR (value->>3)::int)
 FROM jsonb_array_elements(:rows::jsonb) AS given (value)
-WHERE span.id = (value->>0)::bigint;
+WHERE span.id = (value->>0)::bigint
+    AND span.id = ANY (ARRAY(SELECT (value->>0)::bigint FROM jsonb_array_elements(:rows::jsonb) AS given (value)));
 
 -- insert_parts: recorded outcomes from rows and one blob
 INSERT INTO {schema}.part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
@@ -92,7 +94,9 @@ RETURNING 1;
 
 -- free_keys: idempotency keys whose runs ended badly name nothing any more
 DELETE FROM {schema}.idempotency USING jsonb_array_elements(:rows::jsonb) AS given (value)
-WHERE environment = :environment AND task = value->>0 AND key = value->>1;
+WHERE environment = :environment AND task = value->>0 AND key = value->>1
+    AND task = ANY (ARRAY(SELECT value->>0 FROM jsonb_array_elements(:rows::jsonb) AS given (value)))
+    AND key = ANY (ARRAY(SELECT value->>1 FROM jsonb_array_elements(:rows::jsonb) AS given (value)));
 
 -- insert_tags: tags of new runs
 INSERT INTO {schema}.tag (environment, tag, batch_id, run_index)
@@ -184,5 +188,6 @@ DELETE FROM {schema}.batch WHERE id = :batch_id;
 
 -- delete_sessions: sessions that ended long ago and own no stream any more
 DELETE FROM {schema}.session WHERE ended_us > 0 AND ended_us < :before_us
-AND NOT EXISTS (SELECT 1 FROM {schema}.span WHERE span.session_id = session.id AND span.state = 'leased')
-AND NOT EXISTS (SELECT 1 FROM {schema}.batch WHERE batch.session_id = session.id AND batch.finished_us = 0);
+AND NOT EXISTS (SELECT 1 FROM {schema}.span WHERE span.session_id = session.id AND span.state = 'leased' LIMIT 1)
+AND (SELECT count(*) FROM {schema}.batch WHERE batch.session_id = session.id AND batch.session_id <> ''
+    AND batch.finished_us = 0) = 0;

@@ -1,0 +1,96 @@
+"""How PostgreSQL answers each statement while it knows next to nothing about the tables: the plan that it then keeps.
+
+A plan is made when a statement is first used, on tables that are all but empty, and kept until somebody analyses them.
+What it reads must not grow with what lies in them, so each table that grows is read by an index that names what is
+looked for, and not by all of an environment.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from headrace.foundation.limits import DEFAULT
+from headrace.store.postgres import PostgresStore
+from headrace.store.postgres.pool import SETTINGS, compiled
+from tests.store.backstage import beside, schema_of
+from tests.store.world import World, fresh_schema
+
+GROWING: Final = frozenset(
+    {
+        "batch",
+        "block",
+        "span",
+        "part",
+        "idempotency",
+        "tag",
+        "object",
+        "cancellation",
+        "dead_letter",
+        "session",
+        "checkpoint",
+    }
+)
+ALIVE: Final = "as many as are under way: an index of those alone"
+PAGED: Final = "read in order and from where the last page ended, no further than its limit"
+NOT_NAMED: Final = {
+    ("delete_sessions", "session_pkey"): "as many as there were processes in the last hour",
+    ("delete_sessions", "span_leased"): ALIVE,
+    ("leased_count", "span_leased"): ALIVE,
+    ("leases_without_session", "span_leased"): ALIVE,
+    ("list_batches", "batch_listed"): PAGED,
+    ("list_queues", "span_unsettled"): ALIVE,
+    ("list_spans", "batch_listed"): PAGED,
+    ("next_due", "span_delayed"): PAGED,
+    ("sessions", "session_pkey"): "as many as there were processes in the last hour",
+}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """A world on a schema of its own, with nothing in it."""
+    return World(PostgresStore(fresh_schema(tmp_path), DEFAULT))
+
+
+def scans(plan: dict[str, Any], table: str = "") -> Iterator[tuple[str, str, str]]:
+    """`(table, index, condition)` of each read of a table; no index where it is read as it lies."""
+    table = plan.get("Relation Name", table)
+    kind = plan["Node Type"]
+    if table in GROWING and ("Index Name" in plan or kind == "Seq Scan"):
+        yield table, plan.get("Index Name", ""), plan.get("Index Cond", "")
+    for part in plan.get("Plans", ()):
+        yield from scans(part, table if kind == "Bitmap Heap Scan" else "")
+
+
+async def first_columns(connection: Any, schema: str) -> dict[str, str]:
+    """Of each index the column that what is looked for is found by: the first that is not the environment."""
+    rows = await connection.fetch(
+        "SELECT relname, attname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
+        "JOIN pg_attribute ON attrelid = indexrelid WHERE relnamespace = $1::regnamespace AND attname <> 'environment' "
+        "ORDER BY relname, attnum DESC",
+        f'"{schema}"',
+    )
+    return {row["relname"]: row["attname"] for row in rows}
+
+
+async def test_no_statement_reads_all_of_a_table_that_grows(world: World) -> None:
+    await world.filled(10)
+    schema, found = schema_of(world), set()
+    async with beside(server_settings=SETTINGS | {"plan_cache_mode": "force_generic_plan"}) as connection:
+        columns = await first_columns(connection, schema)
+        for name, statement in compiled(schema).items():
+            if not re.match(r"\s*(WITH|SELECT|INSERT|UPDATE|DELETE)\b", statement.sql):
+                continue
+            await connection.execute(f"PREPARE asked AS {statement.sql}")
+            values = f"({', '.join(['NULL'] * len(statement.names))})" if statement.names else ""
+            ((answer,),) = await connection.fetch(f"EXPLAIN (FORMAT JSON) EXECUTE asked{values}")
+            await connection.execute("DEALLOCATE asked")
+            for table, index, condition in scans(json.loads(answer)[0]["Plan"]):
+                if not re.search(rf"\b{columns.get(index, '')}\b", condition) or not index:
+                    found.add((name, index or table))
+    assert found == set(NOT_NAMED)

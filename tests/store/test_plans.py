@@ -1,14 +1,15 @@
-"""How PostgreSQL answers each statement while it knows next to nothing about the tables: the plan that it then keeps.
+"""How a database answers each statement while it knows next to nothing about the tables.
 
-A plan is made when a statement is first used, on tables that are all but empty, and kept until somebody analyses them.
-What it reads must not grow with what lies in them, so each table that grows is read by an index that names what is
-looked for, and not by all of an environment.
+On PostgreSQL that is the plan it keeps: made when a statement is first used, on tables that are all but empty, and good
+until somebody analyses them. What it reads must not grow with what lies in them, so each table that grows is read by an
+index that names what is looked for, and not by all of an environment.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,8 @@ import pytest
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.pool import SETTINGS, compiled
+from headrace.store.sqlite import SqliteStore
+from headrace.store.statements import statements
 from tests.store.backstage import beside, schema_of
 from tests.store.world import World, fresh_schema
 
@@ -51,6 +54,19 @@ NOT_NAMED: Final = {
 }
 
 
+SCANNED: Final = {
+    ("delete_sessions", "SCAN session"),
+    ("leases_without_session", "SCAN span USING INDEX span_leased"),
+    ("list_batches", "SEARCH batch USING INDEX batch_listed (environment=?)"),
+    ("list_queues", "SCAN span USING INDEX span_unsettled LEFT-JOIN"),
+    ("list_spans", "SEARCH batch USING COVERING INDEX batch_listed (environment=?)"),
+    ("moving_blocks", "SEARCH block USING INTEGER PRIMARY KEY (rowid>?)"),
+    ("moving_total", "SCAN batch"),
+    ("sessions", "SCAN session"),
+}
+"""The same on SQLite, and what moves a whole file to another store."""
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     """A world on a schema of its own, with nothing in it."""
@@ -78,7 +94,7 @@ async def first_columns(connection: Any, schema: str) -> dict[str, str]:
     return {row["relname"]: row["attname"] for row in rows}
 
 
-async def test_no_statement_reads_all_of_a_table_that_grows(world: World) -> None:
+async def test_no_statement_reads_all_of_a_table_that_grows_on_postgres(world: World) -> None:
     await world.filled(10)
     schema, found = schema_of(world), set()
     async with beside(server_settings=SETTINGS | {"plan_cache_mode": "force_generic_plan"}) as connection:
@@ -94,3 +110,18 @@ async def test_no_statement_reads_all_of_a_table_that_grows(world: World) -> Non
                 if not re.search(rf"\b{columns.get(index, '')}\b", condition) or not index:
                     found.add((name, index or table))
     assert found == set(NOT_NAMED)
+
+
+async def test_no_statement_reads_all_of_a_table_that_grows_on_sqlite(tmp_path: Path) -> None:
+    async with World(SqliteStore(tmp_path / "db", DEFAULT)):
+        connection = sqlite3.connect(tmp_path / "db")
+        found = set()
+        for name, statement in statements("headrace.store.sqlite").items():
+            if re.match(r"\s*(WITH|SELECT|INSERT|UPDATE|DELETE)\b", statement.sql):
+                values = dict.fromkeys(re.findall(r":([a-z_]+)", statement.sql), "[]")
+                for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {statement.sql}", values):
+                    words = re.match(r"(SCAN|SEARCH) (\w+)( USING .*\((environment=\?|rowid>\?)\))?", step)
+                    if words and words[2] in GROWING and (words[1] == "SCAN" or words[3]):
+                        found.add((name, step))
+        connection.close()
+    assert found == SCANNED

@@ -16,7 +16,8 @@ ORDER BY died_us, batch_id, run_index LIMIT :rows_max;
 DELETE FROM dead_letter WHERE batch_id = :batch_id AND run_index IN (SELECT value FROM json_each(:indexes));
 
 -- purge_dead: dead letters that nobody has to look at any more
-DELETE FROM dead_letter WHERE environment = :environment
+-- The plus keeps it from the index that all of an environment's stand in.
+DELETE FROM dead_letter WHERE +environment = :environment
     AND (batch_id, run_index) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(:rows))
 RETURNING 1;
 

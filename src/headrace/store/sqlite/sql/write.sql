@@ -196,4 +196,5 @@ DELETE FROM batch WHERE id = :batch_id;
 -- delete_sessions: sessions that ended long ago and own no stream any more
 DELETE FROM session WHERE ended_us > 0 AND ended_us < :before_us
 AND NOT EXISTS (SELECT 1 FROM span WHERE span.session_id = session.id AND span.state = 'leased')
-AND NOT EXISTS (SELECT 1 FROM batch WHERE batch.session_id = session.id AND batch.finished_us = 0);
+AND NOT EXISTS (SELECT 1 FROM batch WHERE batch.session_id = session.id AND batch.session_id <> ''
+    AND batch.finished_us = 0);

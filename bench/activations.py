@@ -174,6 +174,8 @@ def main() -> None:
 
     interpreter.tune()
     for kind in sys.argv[1:] or ("sqlite", "postgres"):
+        if kind not in ("sqlite", "postgres"):
+            sys.exit(f"{kind}: sqlite or postgres")
         uvloop.run(measured(kind))
 
 

@@ -135,6 +135,16 @@ class Deafened(PostgresNotifier):
             super()._heard(connection, pid, channel, words)
 
 
+async def test_r11_news_that_came_in_just_before_its_connection_ended_is_news(tmp_path: Path) -> None:
+    async with ears(tmp_path, 1) as (ear,):
+        connection = await asyncpg.connect(server().dsn)
+        pid = connection.get_server_pid()
+        connection.terminate()  # the driver hands over what it took in with the next turn of the loop
+        await asyncio.sleep(0)
+        ear.notifier._heard(connection, pid, "", WORK)
+        assert ear.heard == [WORK]
+
+
 async def test_r11_a_quiet_listener_that_hears_nothing_any_more_connects_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

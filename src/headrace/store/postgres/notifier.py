@@ -51,6 +51,7 @@ class PostgresNotifier:
         self._wake = asyncio.Event()
         self._is_sent = asyncio.Event()
         self._has_heard_itself = False
+        self._own_pid = 0
         self.is_listening = False
 
     def listen(self, news: str, hear: Callable[[], None]) -> None:
@@ -121,6 +122,7 @@ class PostgresNotifier:
         """Listen and tell until the connection ends."""
         connection.raw.add_termination_listener(lambda _: self._wake.set())
         if not connection.is_pooled:
+            self._own_pid = connection.raw.get_server_pid()
             await connection.raw.add_listener(self._channel, self._heard)
             self.is_listening = await self._hears_itself(connection)
             if not self.is_listening:
@@ -164,8 +166,8 @@ class PostgresNotifier:
         if not self._told:
             self._is_sent.set()
 
-    def _heard(self, connection: Any, pid: int, _channel: str, words: str) -> None:
-        if pid == connection.get_server_pid():
+    def _heard(self, _connection: Any, pid: int, _channel: str, words: str) -> None:
+        if pid == self._own_pid:  # the connection may have ended since the driver took it in
             self._has_heard_itself = True
             return
         for word in words.split():

@@ -34,6 +34,8 @@ SETTINGS: Final = {
     "idle_in_transaction_session_timeout": "10000",
     # A plan made while the tables were small is kept: it must not be one that reads them whole when they are large.
     "enable_seqscan": "off",
+    # What a statement is asked for never changes how it is best answered, and to plan a large one takes milliseconds.
+    "plan_cache_mode": "force_generic_plan",
     "jit": "off",
 }
 BEGIN_WRITING: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"

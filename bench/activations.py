@@ -28,7 +28,7 @@ from headrace.runtime.dispatcher import Dispatcher
 from headrace.runtime.engine import Engine
 from headrace.runtime.handouts import Wish
 from headrace.runtime.producer import Producer
-from headrace.runtime.reports import Report
+from headrace.runtime.verdicts import Report
 
 COUNT: Final = 4_096
 WORKERS: Final = 64

@@ -28,7 +28,7 @@ from headrace.runtime.dispatcher import Dispatcher
 from headrace.runtime.engine import Engine
 from headrace.runtime.handouts import Wish
 from headrace.runtime.producer import Producer
-from headrace.runtime.reports import Report
+from headrace.runtime.verdicts import Report
 from headrace.store.protocol import RunView
 from tests import invariants
 from tests.runtime.engines import engine_of

@@ -17,8 +17,8 @@ import pytest
 from headrace.foundation.errors import StoreUnavailable
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.handouts import Wish
-from headrace.runtime.reports import Report
 from headrace.runtime.upkeep import Upkeep
+from headrace.runtime.verdicts import Report
 from tests import invariants
 from tests.grpc.broker import DEADLETTER, Broker, activation, engine_on
 from tests.runtime.engines import Faulty

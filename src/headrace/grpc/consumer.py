@@ -20,9 +20,10 @@ from headrace.grpc.activations import told
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.methods import Call, Method, methods_of
 from headrace.grpc.status import Code, GrpcError
-from headrace.runtime.dispatcher import WISHES_MAX, Dispatcher
+from headrace.runtime.dispatcher import Dispatcher
 from headrace.runtime.handouts import Handout, Wish
-from headrace.runtime.reports import Report
+from headrace.runtime.supply import WISHES_MAX
+from headrace.runtime.verdicts import Report
 
 LOG = structlog.get_logger("headrace.grpc")
 DeliveryMode = Literal["pull", "push", "both"]

@@ -17,60 +17,29 @@ from typing import Any, Final
 
 import structlog
 
-from headrace.core.activation import LANE, Note
+from headrace.core.activation import Note
 from headrace.core.failure import Failure
 from headrace.core.pack import REFERENCE
 from headrace.core.rules import Rules
 from headrace.core.run import CANCELLED, EXPIRED, FAILED
 from headrace.core.span import OVERDUE
-from headrace.foundation.errors import EngineFault, HeadraceError, ObjectMissing, SessionEnded, StoreUnavailable
+from headrace.foundation.errors import EngineFault, HeadraceError, ObjectMissing, StoreUnavailable
 from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
-from headrace.runtime.handouts import Deadlines, Handout, Held, Line, Wish, is_activation
+from headrace.runtime.handouts import Deadlines, Handout, Held, Line, Wish
 from headrace.runtime.recovery import DISPATCHER
-from headrace.runtime.reports import Answer, Report, Reporting, Stray, Told, Update, Verdict, verdict_of
+from headrace.runtime.reports import Reporting, Stray, Update
 from headrace.runtime.rules import RuleBook
-from headrace.runtime.work import Work
+from headrace.runtime.supply import Supply
+from headrace.runtime.verdicts import COMPLETE, Answer, Report, Verdict, setback_of
 from headrace.store.protocol import Heartbeat, Release
 
 LOG: Any = structlog.get_logger("headrace.dispatcher")
-AHEAD_S: Final = 0.2
-"""What is leased ahead of those who ask: as much as they ask for in this time."""
-AHEAD_MIN: Final = 4
-AHEAD_MAX: Final = 2_048
-AHEAD_BYTES: Final = 64 * 1024 * 1024
-"""Payloads in line over which no more is leased than is asked for."""
 IDLE_S: Final = 1.0
 """After this long in line a run goes back: somebody else may be asked for it."""
-EMPTY_S: Final = 0.1
-"""How long an answer of none is good while no news comes: a delayed run tells nobody that it is due."""
 TICK_S: Final = 0.25
-CLAIM_WAIT_S: Final = 5.0
-"""How long somebody who asks waits for a store that does not answer."""
-WISHES_MAX: Final = 1_024
 OVERDUE_MAX: Final = 1_000
-
-
-class _Pace:
-    """How much one wish is answered ahead of who asks, and when the store had nothing for it."""
-
-    def __init__(self) -> None:
-        self.ahead_count = AHEAD_MIN
-        self.claimed_us = 0
-        self.waiting_count = 0
-        self.claiming: asyncio.Task[None] | None = None
-        self.empty_rings = -1
-        self.empty_until_us = 0
-
-    def note(self, now_us: int) -> None:
-        """What was leased is used up: within `AHEAD_S` twice as much would have been right, long after it half."""
-        took_s = (now_us - self.claimed_us) / 1_000_000
-        if took_s < AHEAD_S:
-            self.ahead_count = min(self.ahead_count * 2, AHEAD_MAX)
-        elif took_s > 4 * AHEAD_S:
-            self.ahead_count = max(self.ahead_count // 2, AHEAD_MIN)
-        self.claimed_us = now_us
 
 
 class Dispatcher:
@@ -98,14 +67,11 @@ class Dispatcher:
         self._flush_interval_ms = flush_interval_ms
         self._flusher: Flusher[Update] | None = None
         self._line = Line()
+        self._supply = Supply(engine, self._broker, self._line, on_ended=self._session_ended)
         self._out: dict[str, Handout] = {}
         self._deadlines = Deadlines()
-        self._paces: dict[Wish, _Pace] = {}
-        self._claims_count = 0
         self._ticking: asyncio.Task[None] | None = None
-        self._restarting = asyncio.Lock()
         self._unwanted: frozenset[str] = frozenset()
-        self._is_ended = False
         self._is_stopping = False
 
     # -- life
@@ -147,6 +113,7 @@ class Dispatcher:
                 await self._flusher.close(deadline_s=grace_s)
         except UpdatesUnflushed as error:
             unflushed = error
+        await self._supply.close()
         await self._give_back(lambda _held: True)
         if self._out or unflushed is not None:
             await self._broker.leave(deadline_s=grace_s)
@@ -189,7 +156,7 @@ class Dispatcher:
         """
         handout = await self._next(wish)
         if handout is not None:
-            self._begin(handout)
+            self._begin(handout, self.engine.clock.now_us())
         return handout
 
     def fetch_nowait(self, wish: Wish) -> Handout | None:
@@ -200,7 +167,7 @@ class Dispatcher:
         if handout.kind == REFERENCE:
             self._put_back(handout)
             return None
-        self._begin(handout)
+        self._begin(handout, handout.held.since_us)  # it was taken this moment
         return handout
 
     async def take(self, wish: Wish, count_max: int, *, lease_ms: int) -> list[Handout]:
@@ -222,11 +189,11 @@ class Dispatcher:
 
     def mark(self, names: Sequence[str]) -> int:
         """These are with their workers, and their deadlines begin; answers how many were on their way."""
-        found = self._on_their_way(names)
+        found, now_us = self._on_their_way(names), self.engine.clock.now_us()
         for handout in found:
             handout.is_claimed = False
             handout.payload = b""  # its worker has it
-            self._begin(handout)
+            self._begin(handout, now_us)
         return len(found)
 
     def put_back(self, names: Sequence[str]) -> int:
@@ -246,16 +213,16 @@ class Dispatcher:
         del self._out[handout.name]
         self._line.put_back(handout, self.engine.clock.now_us())
 
-    def _begin(self, handout: Handout) -> None:
+    def _begin(self, handout: Handout, now_us: int) -> None:
         wait_ms = handout.extra.timeout_ms + self.engine.limits.delivery_grace_ms
-        self._deadlines.add(handout, self.engine.clock.now_us() + wait_ms * 1_000)
+        self._deadlines.add(handout, now_us + wait_ms * 1_000)
 
     async def _next(self, wish: Wish) -> Handout | None:
         """The next that a wish covers, leased for it when none is in line."""
         if not wish.is_answerable or self._ticking is None:
             return None
         while (handout := await self._next_in_line(wish)) is None:
-            if not await self._refilled(wish):
+            if self._is_full or not await self._supply.refilled(wish):
                 return None
         return handout
 
@@ -268,25 +235,32 @@ class Dispatcher:
 
     def _next_nowait(self, wish: Wish) -> Handout | None:
         """The next in line that may run, in nobody's hands until its deadline is set; what may not run ends here."""
-        while not self._is_stopping and len(self._out) < self.engine.limits.deliveries_max:
+        while not self._is_full:
             now_us = self.engine.clock.now_us()
             handout = self._line.take(wish, now_us)
             if handout is None:
                 return None
-            if handout.number in handout.held.work.unwanted:  # it was settled by its id, from elsewhere
+            held = handout.held
+            if held.pace.left_count == held.pace.half_count:
+                self._supply.half_used(held.pace)
+            if handout.number in held.work.unwanted:  # it was settled by its id, from elsewhere
                 handout.is_ended = True
-                handout.held.open_count -= 1
-                self._end_if_over(handout.held)
+                held.open_count -= 1
+                self._end_if_over(held)
                 continue
             self._out[handout.name] = handout
-            expires_us = handout.held.work.lease.expires_us
-            if not is_activation(handout):
+            if not handout.extra.idempotency_key:  # another door may have let anything into the lane
                 self.refuse(handout, "a run of the lane of activations has no id to go out under")
-            elif 0 < expires_us <= now_us:
+            elif 0 < held.work.lease.expires_us <= now_us:
                 self._end(handout, Verdict(EXPIRED, b"", 0, ""))
-            elif not self._dropped(handout):
+            elif not self._rules.rules.kills or not self._dropped(handout):
                 return handout
         return None
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether nothing more is handed out for now."""
+        return self._is_stopping or len(self._out) >= self.engine.limits.deliveries_max
 
     def _dropped(self, handout: Handout) -> bool:
         """Whether a rule dropped it, which ends it."""
@@ -312,74 +286,11 @@ class Dispatcher:
             raise
         return not self._dropped(handout)
 
-    # -- leasing
-
-    async def _refilled(self, wish: Wish) -> bool:
-        """Lease more for a wish, together with whoever else waits for it; False when the store has none."""
-        clock, pace = self.engine.clock, self._pace(wish)
-        rings_count = self.engine.doorbell.rings_count
-        if self._is_stopping or (pace.empty_rings == rings_count and clock.now_us() < pace.empty_until_us):
-            return False
-        if len(self._out) >= self.engine.limits.deliveries_max:
-            return False
-        pace.waiting_count += 1
-        try:
-            if pace.claiming is None:
-                pace.claiming = asyncio.create_task(self._claim(wish, pace), name="headrace-claim")
-            claiming, over = pace.claiming, asyncio.Event()
-            claiming.add_done_callback(lambda _: over.set())
-            if not await clock.wait_for(over, CLAIM_WAIT_S):
-                raise StoreUnavailable("the store does not answer", hint="ask again in a moment")
-            claiming.result()
-        finally:
-            pace.waiting_count -= 1
-        return pace.empty_until_us == 0
-
-    def _pace(self, wish: Wish) -> _Pace:
-        pace = self._paces.get(wish)
-        if pace is None:
-            if len(self._paces) >= WISHES_MAX:  # workers name few; whoever names more starts anew
-                self._paces = {known: one for known, one in self._paces.items() if one.claiming is not None}
-            pace = self._paces[wish] = _Pace()
-        return pace
-
-    async def _claim(self, wish: Wish, pace: _Pace) -> None:
-        rings_count, clock = self.engine.doorbell.rings_count, self.engine.clock
-        try:
-            await asyncio.sleep(0)  # whoever asks in this turn of the loop shares the claim
-            pace.note(clock.now_us())
-            ahead = 0 if self._line.bytes_count > AHEAD_BYTES else pace.ahead_count
-            runs_max = max(pace.waiting_count, ahead, 1)
-            works = await self._claimed(wish, runs_max)
-            for work in works:
-                self._claims_count += 1
-                self._line.add(Held(work, self._claims_count, clock.now_us()))
-            pace.empty_until_us = 0 if works else clock.now_us() + int(EMPTY_S * 1_000_000)
-            pace.empty_rings = rings_count
-        finally:
-            pace.claiming = None
-
-    async def _claimed(self, wish: Wish, runs_max: int) -> list[Work]:
-        await self._live()
-        try:
-            return await self._broker.claim([LANE], wish.queues, runs_max, queue_prefix=wish.prefix)
-        except SessionEnded:
-            self._session_ended()
-            await self._live()
-            return await self._broker.claim([LANE], wish.queues, runs_max, queue_prefix=wish.prefix)
-
-    async def _live(self) -> None:
-        """A session of this server's own, again when others took it for dead."""
-        if not self._is_ended:
-            return
-        async with self._restarting:
-            if self._is_ended:
-                await self._broker.restart()
-                self._is_ended = False
+    # -- the session
 
     def _session_ended(self) -> None:
         """Others took this server for dead: what was leased is theirs, and reports on it are looked for by id."""
-        self._is_ended = True
+        self._supply.session_ended()
         for handout in self._out.values():
             handout.is_ended = True
         self._out.clear()
@@ -430,50 +341,43 @@ class Dispatcher:
 
     def _not_taken(self, update: Update) -> None:
         """A report was not taken in: whoever reports it again finds it as it was."""
-        if isinstance(update, Told) and update.handout is not None:
-            self._restore(update.handout)
+        if isinstance(update, Handout):
+            self._restore(update)
 
     def _taken(self, report: Report, answer: Answer | None) -> Update:
         """What a report comes to, its run out of its worker's hands."""
         handout = self._out.pop(report.name, None)
         if handout is None:
             return Stray(report, answer)
-        lease = handout.held.work.lease
-        verdict = verdict_of(
-            report,
-            attempt=lease.attempt,
-            at_most_once=lease.at_most_once,
-            note=handout.held.note,
-            delay_ms=handout.extra.retry_delay_ms,
-            clock=self.engine.clock,
-        )
-        return self._told(handout, verdict, answer)
-
-    def _told(self, handout: Handout, verdict: Verdict, answer: Answer | None) -> Told:
-        handout.is_ended = True
+        verdict = COMPLETE
+        if report.state != "completed":
+            lease = handout.held.work.lease
+            verdict = setback_of(
+                report,
+                attempt=lease.attempt,
+                at_most_once=lease.at_most_once,
+                note=handout.held.note,
+                delay_ms=handout.extra.retry_delay_ms,
+                clock=self.engine.clock,
+            )
+        handout.end(verdict, answer)
         self._deadlines.remove(handout)
-        held = handout.held
-        lease = held.work.lease
-        code, result, due_us, note = verdict
-        part_no = held.next_part_no()
-        return Told(lease.span_id, lease.token, part_no, handout.place, code, result, due_us, note, handout, answer)
+        return handout
 
     def _end(self, handout: Handout, verdict: Verdict) -> None:
         """A run ends without a worker's word; when there is no room for that now, at the next tick."""
         assert self._flusher is not None
-        update = self._told(handout, verdict, None)
-        if self._flusher.put_nowait(update):
+        handout.end(verdict, None)
+        self._deadlines.remove(handout)
+        if self._flusher.put_nowait(handout):
             self._out.pop(handout.name, None)
         else:
             handout.is_ended = False
             self._deadlines.add(handout, self.engine.clock.now_us() + int(TICK_S * 1_000_000))
 
-    def _landed(self, told: Told) -> None:
-        handout = told.handout
-        if handout is None:
-            return
-        handout.held.open_count -= 1
-        self._end_if_over(handout.held)
+    def _landed(self, held: Held, runs_count: int) -> None:
+        held.open_count -= runs_count
+        self._end_if_over(held)
 
     def _refused(self, update: Update, error: HeadraceError) -> None:
         """The store refuses a report for good: the run is as if nobody had reported on it."""

@@ -7,41 +7,47 @@ is the order of claims, and inside a queue it is the queue's own.
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, TypeVar
 
-from headrace.core.activation import LANE, SEPARATOR, Delivery, Note, note_of, queue_of, wire_id
+from headrace.core.activation import SEPARATOR, Delivery, Note, note_of, queue_of, wire_id
 from headrace.core.block import Extra
 from headrace.core.pack import JSON
+from headrace.runtime.verdicts import COMPLETE, Answer, Verdict
 from headrace.runtime.work import Work
 
 T = TypeVar("T")
 
 NO_EXTRA: Final = Extra()
+NEVER: Final = -1
 BUCKET_US: Final = 100_000
 
 
-class Wish(NamedTuple):
+@dataclass(frozen=True)
+class Wish:
     """Whose activations somebody asks for: of all applications, of one, or of some namespaces of one."""
 
     application: str | None = None
     namespaces: tuple[str, ...] | None = None
 
-    @property
+    @cached_property
     def is_answerable(self) -> bool:
         """A namespace alone names nothing: two applications may have one of that name."""
         if self.application is None:
             return self.namespaces is None
         return SEPARATOR not in self.application
 
-    @property
+    @cached_property
     def prefix(self) -> str:
         """How the names of all queues begin that are asked for."""
         return "" if self.application is None else self.application + SEPARATOR
 
-    @property
+    @cached_property
     def queues(self) -> list[str] | None:
         """The queues that are asked for; None for all that begin with the prefix."""
         if self.namespaces is None or self.application is None:
@@ -49,10 +55,49 @@ class Wish(NamedTuple):
         return [queue_of(self.application, namespace) for namespace in self.namespaces]
 
 
+class Pace:
+    """How fast one wish is granted, and what of the leases that were claimed for it is in line.
+
+    `half_count`: when so many are left in line, it is time to claim more, `NEVER` to wait until somebody asks.
+    """
+
+    __slots__ = (
+        "ahead_count", "claimed_us", "claiming", "empty_rings", "empty_until_us", "half_count", "leased_count",
+        "left_count", "waiting_count", "wish",
+    )  # fmt: skip
+
+    def __init__(self, wish: Wish, ahead_count: int) -> None:
+        self.wish = wish
+        self.ahead_count = ahead_count
+        self.left_count = 0
+        self.leased_count = 0
+        self.half_count = NEVER
+        self.claimed_us = 0
+        self.waiting_count = 0
+        self.claiming: asyncio.Task[None] | None = None
+        self.empty_rings = -1
+        self.empty_until_us = 0
+
+    def leased(self, count: int, *, is_more: bool) -> None:
+        """So many were claimed; `is_more`: to be claimed when half of them is used up."""
+        self.left_count += count
+        self.leased_count = self.left_count
+        self.half_count = count // 2 if is_more else NEVER
+
+    def overlaps(self, wish: Wish) -> bool:
+        """Whether what is claimed for this wish may be what another one waits for."""
+        return None in (self.wish.application, wish.application) or self.wish.application == wish.application
+
+    def lasts_us(self, now_us: int) -> int:
+        """How long `ahead_count` runs last, as fast as they went since the last claim."""
+        used_count = max(self.leased_count - self.left_count, 1)
+        return (now_us - self.claimed_us) * self.ahead_count // used_count
+
+
 class Held:
     """A lease whose runs are handed out one by one. `claimed_no`: leases are counted as they come.
 
-    `suffix`: what the ids of its runs go out with; none for a first delivery.
+    `pace`: whose claim it was. `suffix`: what the ids of its runs go out with; none for a first delivery.
     """
 
     __slots__ = (
@@ -61,6 +106,7 @@ class Held:
         "is_left",
         "note",
         "open_count",
+        "pace",
         "part_no",
         "queue",
         "since_us",
@@ -68,8 +114,9 @@ class Held:
         "work",
     )
 
-    def __init__(self, work: Work, claimed_no: int, now_us: int) -> None:
+    def __init__(self, work: Work, claimed_no: int, now_us: int, pace: Pace) -> None:
         self.work = work
+        self.pace = pace
         self.queue = work.lease.queue
         self.claimed_no = claimed_no
         self.note: Note = note_of(work.lease.note)
@@ -79,11 +126,6 @@ class Held:
         self.since_us = now_us
         self.bytes_count = sum(map(len, work.lease.payloads))
         self.is_left = False
-
-    def next_part_no(self) -> int:
-        """Numbers the settlements of this lease."""
-        self.part_no += 1
-        return self.part_no - 1
 
     @property
     def is_over(self) -> bool:
@@ -95,10 +137,14 @@ class Handout:
     """One run in somebody's hands. `name` is the id it went out under, `place` where it is in its lease; `is_claimed`:
     on its way to a worker still.
 
-    `extra` is what the activation was kept with.
+    `extra` is what the activation was kept with. Once it is ended: `verdict`, what it came to, `part_no`, the number of
+    a settlement that begins with it, and `answer`, who waits for that.
     """
 
-    __slots__ = ("deadline_us", "extra", "held", "is_claimed", "is_ended", "kind", "name", "number", "payload", "place")
+    __slots__ = (
+        "answer", "deadline_us", "extra", "held", "is_claimed", "is_ended", "kind", "name", "number", "part_no",
+        "payload", "place", "verdict",
+    )  # fmt: skip
 
     def __init__(self, held: Held, number: int, place: int, extra: Extra) -> None:
         lease = held.work.lease
@@ -112,6 +158,17 @@ class Handout:
         self.deadline_us = 0
         self.is_claimed = False
         self.is_ended = False
+        self.verdict = COMPLETE
+        self.part_no = 0
+        self.answer: Answer | None = None
+
+    def end(self, verdict: Verdict, answer: Answer | None) -> None:
+        """Its end is on its way into the store."""
+        self.is_ended = True
+        self.verdict = verdict
+        self.answer = answer
+        self.part_no = self.held.part_no
+        self.held.part_no += 1
 
     @property
     def attempt(self) -> int:
@@ -144,24 +201,41 @@ class Line:
 
     def take(self, wish: Wish, now_us: int) -> Handout | None:
         """The next run that a wish covers, begun; None when there is none in memory."""
-        for returned in _of(self._returned, wish):
+        if self._returned and (handout := self._take_returned(wish)) is not None:
+            return handout
+        held = self._first(wish)
+        return None if held is None else self._begin(held, now_us)
+
+    def has(self, wish: Wish) -> bool:
+        """Whether there is a leased run in line that nobody has been given yet."""
+        return self._first(wish) is not None
+
+    def _take_returned(self, wish: Wish) -> Handout | None:
+        lines = list(self._returned.values())
+        if wish.application is not None:
+            lines = [self._returned.get(wish.prefix, deque())]
+        for returned in lines:
             for handout in returned:
-                if _covers(wish, handout.held.queue):
+                if wish.queues is None or handout.held.queue in wish.queues:
                     returned.remove(handout)
                     self._keep(self._returned, _application_of(handout.held.queue), returned)
                     return handout
-        best: Held | None = None
-        for line in _of(self._leases, wish):
-            for held in line:
-                if _covers(wish, held.queue):
-                    if best is None or held.claimed_no < best.claimed_no:
-                        best = held
-                    break
-        return None if best is None else self._begin(best, now_us)
+        return None
+
+    def _first(self, wish: Wish) -> Held | None:
+        """The lease that was claimed first of those which a wish covers."""
+        if wish.application is None:
+            return min((line[0] for line in self._leases.values()), key=lambda held: held.claimed_no, default=None)
+        queues = wish.queues
+        for held in self._leases.get(wish.prefix, ()):
+            if queues is None or held.queue in queues:
+                return held
+        return None
 
     def _begin(self, held: Held, now_us: int) -> Handout:
         work = held.work
         number = work.begin()
+        held.pace.left_count -= 1
         held.open_count += 1
         held.since_us = now_us
         place = work.lease.places[number]
@@ -182,6 +256,7 @@ class Line:
             for held in [held for held in line if is_cut(held)]:
                 work = held.work
                 self.bytes_count -= sum(map(len, work.lease.payloads[work.cursor : work.count]))
+                held.pace.left_count -= work.unbegun_count
                 found.append((held, work.cut(work.unbegun_count)))
                 line.remove(held)
             self._keep(self._leases, application, line)
@@ -201,6 +276,9 @@ class Line:
 
     def clear(self) -> None:
         """What is in line is others' now."""
+        for line in self._leases.values():
+            for held in line:
+                held.pace.left_count = 0
         self._leases.clear()
         self._returned.clear()
         self.bytes_count = 0
@@ -209,19 +287,6 @@ class Line:
 def _application_of(queue: str) -> str:
     """How the name of a queue begins, as `Wish.prefix` says it; of one without an application the whole name."""
     return queue[: queue.find(SEPARATOR) + 1] or queue
-
-
-def _of(lines: dict[str, deque[T]], wish: Wish) -> Iterable[deque[T]]:
-    """The lines in which there may be something for a wish."""
-    if wish.application is None:
-        return lines.values()
-    line = lines.get(wish.prefix)
-    return () if line is None else (line,)
-
-
-def _covers(wish: Wish, queue: str) -> bool:
-    """Whether a wish covers a queue of its application."""
-    return wish.namespaces is None or queue.partition(SEPARATOR)[2] in wish.namespaces
 
 
 class Deadlines:
@@ -273,8 +338,3 @@ class Deadlines:
         """Nobody is waited for any more."""
         self._buckets.clear()
         self._order.clear()
-
-
-def is_activation(handout: Handout) -> bool:
-    """Whether a run of the lane can be handed out under a name: another door may have let anything in."""
-    return handout.held.work.lease.task == LANE and bool(handout.extra.idempotency_key)

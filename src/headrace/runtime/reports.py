@@ -7,81 +7,25 @@ delivery that is under way. What names none is a repeat, or came too late, and c
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
-import msgspec
 import structlog
 
-from headrace.core.activation import LANE, Delivery, Note, delivery_of, note_of
-from headrace.core.failure import Failure
+from headrace.core.activation import LANE, Delivery, delivery_of, note_of
 from headrace.core.pack import pack
-from headrace.core.retry import SECOND_US
-from headrace.core.run import COMPLETED, FAILED
 from headrace.core.span import LOST, RETRY, RETURNING, Settlement, encode_places
 from headrace.foundation.errors import HeadraceError
-from headrace.runtime.clock import Clock
 from headrace.runtime.engine import Engine
-from headrace.runtime.handouts import Handout
+from headrace.runtime.handouts import Handout, Held
+from headrace.runtime.verdicts import COMPLETE, Answer, Report, Verdict, setback_of
+from headrace.store.protocol import Lease
 
 LOG: Any = structlog.get_logger("headrace.reports")
-NOTHING: Final = b"null"
-"""What an activation comes to: its worker reports no result."""
-
+_PLACE: Final = attrgetter("place")
 STRAY_PART_NO: Final = 1 << 30
 """Where the numbers of settlements by id begin: a lease's holder numbers its own from 0."""
-
-DELAY_S_MAX: Final = 365 * 86_400
-
-
-class Report(msgspec.Struct, frozen=True):
-    """How an attempt ended: `state` is completed, failed or retry. The rest is what a retry may change for the next."""
-
-    name: str
-    state: str
-    attempts_max: int | None = None
-    delay_s: int | None = None
-
-
-class Answer:
-    """What somebody waits for: so many reports, all of them durable or one of them refused.
-
-    One future for all that were reported together: a batch of reports is waited for once.
-    """
-
-    __slots__ = ("_error", "_left_count", "future")
-
-    def __init__(self, reports_count: int) -> None:
-        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._left_count = reports_count
-        self._error: HeadraceError | None = None
-
-    def ended(self, error: HeadraceError | None = None) -> None:
-        """One of them is durable, or the store refuses it for good."""
-        self._error = self._error or error
-        self._left_count -= 1
-        if self._left_count or self.future.done():
-            return
-        if self._error is None:
-            self.future.set_result(None)
-        else:
-            self.future.set_exception(self._error)
-
-
-class Told(msgspec.Struct, gc=False):
-    """One outcome under a lease, on its way."""
-
-    span_id: int
-    token: int
-    part_no: int
-    place: int
-    code: int
-    result: bytes
-    due_us: int
-    note: str
-    handout: Handout | None
-    answer: Answer | None
 
 
 class Stray(NamedTuple):
@@ -91,40 +35,28 @@ class Stray(NamedTuple):
     answer: Answer | None
 
 
-Update = Told | Stray
+class Found(NamedTuple):
+    """What a stray makes of a run, under the lease that it was found in."""
+
+    span_id: int
+    token: int
+    place: int
+    verdict: Verdict
 
 
-class Verdict(NamedTuple):
-    """What a report makes of a run."""
-
-    code: int
-    result: bytes
-    due_us: int
-    note: str
-
-
-def verdict_of(report: Report, *, attempt: int, at_most_once: bool, note: Note, delay_ms: int, clock: Clock) -> Verdict:
-    """`delay_ms`: between attempts, as the activation itself says, unless a report said otherwise."""
-    if report.state == "completed":
-        return Verdict(COMPLETED, NOTHING, 0, "")
-    if report.state == "failed" or at_most_once:
-        message = "its worker reported that it failed"
-        if report.state != "failed":
-            message = "its worker asked for a retry, and it may run only once"
-        return Verdict(FAILED, Failure(type="TaskFailed", message=message, attempts=attempt).encode(), 0, "")
-    attempts_max = note.attempts_max if report.attempts_max is None else report.attempts_max
-    delay_s = note.delay_s if report.delay_s is None else report.delay_s
-    wait_us = delay_ms * 1_000 if delay_s is None else min(delay_s, DELAY_S_MAX) * SECOND_US
-    error = Failure(type="TaskFailed", message="its worker asked for a retry", attempts=attempt)
-    after = Note(attempts_max=attempts_max, delay_s=delay_s)
-    return Verdict(RETRY, error.encode(), clock.now_us() + wait_us if wait_us else 0, after.encode())
+Update = Handout | Stray
+"""A run in somebody's hands here whose end was reported, or a report of another one."""
 
 
 class Reporting:
     """The flush of a `Flusher[Update]`: one transaction for what it is given, safe to repeat."""
 
-    def __init__(self, engine: Engine, *, landed: Callable[[Told], None], is_stray: Callable[[int, int, int], None]):
-        """`landed`: an outcome is durable. `is_stray`: a run was settled by id under `(span id, token, place)`."""
+    def __init__(
+        self, engine: Engine, *, landed: Callable[[Held, int], None], is_stray: Callable[[int, int, int], None]
+    ) -> None:
+        """`landed`: so many outcomes under a lease are durable. `is_stray`: a run was settled by id under
+        `(span id, token, place)`.
+        """
         self._engine = engine
         self._landed = landed
         self._is_stray = is_stray
@@ -133,10 +65,16 @@ class Reporting:
 
     async def flush(self, updates: Sequence[Update]) -> None:
         """Write all of it, and answer those who wait."""
-        strays = [update for update in updates if isinstance(update, Stray)]
-        told = [update for update in updates if isinstance(update, Told)]
+        by_lease: dict[Held, list[Handout]] = {}
+        strays = []
+        for update in updates:
+            if isinstance(update, Stray):
+                strays.append(update)
+            else:
+                by_lease.setdefault(update.held, []).append(update)
         found = await self._found(strays) if strays else []
-        settlements = _merged([*told, *found])
+        settlements = [_settlement(held.work.lease, runs[0].part_no, runs) for held, runs in by_lease.items()]
+        settlements += [_settlement(one, STRAY_PART_NO + one.place, [one]) for one in found]
         if settlements:
             store, now_us = self._engine.store, self._engine.clock.now_us()
             words = await store.settle(settlements, now_us=now_us)
@@ -144,15 +82,13 @@ class Reporting:
             self._engine.recorded.ring()
             if any(settlement.notes for settlement in settlements):
                 self._engine.doorbell.ring()
-        for one in told:
-            self._landed(one)
-            if one.answer is not None:
-                one.answer.ended()
+        for held, runs in by_lease.items():
+            self._landed(held, len(runs))
         for one in found:
             self._is_stray(one.span_id, one.token, one.place)
-        for stray in strays:
-            if stray.answer is not None:
-                stray.answer.ended()
+        for update in updates:
+            if update.answer is not None:
+                update.answer.ended()
 
     def _count(self, settlements: Sequence[Settlement], words: Sequence[str]) -> None:
         for settlement, word in zip(settlements, words, strict=True):
@@ -160,7 +96,7 @@ class Reporting:
                 self.late_count += len(settlement.codes)
                 LOG.info("reports came too late: the lease was lost", runs=len(settlement.codes))
 
-    async def _found(self, strays: Sequence[Stray]) -> list[Told]:
+    async def _found(self, strays: Sequence[Stray]) -> list[Found]:
         """The strays whose delivery is under way somewhere, under the lease that stands there."""
         engine = self._engine
         by_delivery: dict[Delivery, Stray] = {}
@@ -173,16 +109,17 @@ class Reporting:
             of_it = by_delivery.get(Delivery(lease.key, lease.attempt, note.overdue_count))
             if of_it is None:
                 continue
-            verdict = verdict_of(
-                of_it.report,
-                attempt=lease.attempt,
-                at_most_once=lease.at_most_once,
-                note=note,
-                delay_ms=lease.extra.retry_delay_ms,
-                clock=engine.clock,
-            )
-            part_no = STRAY_PART_NO + lease.place
-            found.append(Told(lease.span_id, lease.token, part_no, lease.place, *verdict, handout=None, answer=None))
+            verdict = COMPLETE
+            if of_it.report.state != "completed":
+                verdict = setback_of(
+                    of_it.report,
+                    attempt=lease.attempt,
+                    at_most_once=lease.at_most_once,
+                    note=note,
+                    delay_ms=lease.extra.retry_delay_ms,
+                    clock=engine.clock,
+                )
+            found.append(Found(lease.span_id, lease.token, lease.place, verdict))
         self.stray_count += len(found)
         self.late_count += len(strays) - len(found)
         return found
@@ -195,28 +132,19 @@ class Reporting:
             update.answer.ended(error)
 
 
-def _merged(told: Sequence[Told]) -> list[Settlement]:
-    """One settlement a lease, numbered as the first of its outcomes, in the order of the lease's runs."""
-    by_lease: dict[tuple[int, int], dict[int, Told]] = {}
-    for one in told:
-        by_lease.setdefault((one.span_id, one.token), {}).setdefault(one.place, one)
-    settlements = []
-    for (span_id, token), own in by_lease.items():
-        part_no = next(iter(own.values())).part_no
-        places = sorted(own)
-        runs = [own[place] for place in places]
-        returning = [one for one in runs if one.code in RETURNING]
-        settlements.append(
-            Settlement(
-                span_id=span_id,
-                token=token,
-                part_no=part_no,
-                places=encode_places(places),
-                codes=bytes(one.code for one in runs),
-                results=pack([one.result for one in runs]),
-                dues_us=tuple(one.due_us for one in returning if one.code == RETRY),
-                notes=tuple(one.note for one in returning),
-                is_shared=True,
-            )
-        )
-    return settlements
+def _settlement(lease: Lease | Found, part_no: int, runs: Sequence[Handout | Found]) -> Settlement:
+    """Of runs of one lease, in the order they have there."""
+    told = sorted(runs, key=_PLACE)
+    verdicts = [one.verdict for one in told]
+    returning = [verdict for verdict in verdicts if verdict.code in RETURNING]
+    return Settlement(
+        span_id=lease.span_id,
+        token=lease.token,
+        part_no=part_no,
+        places=encode_places(map(_PLACE, told)),
+        codes=bytes([verdict.code for verdict in verdicts]),
+        results=pack([verdict.result for verdict in verdicts]),
+        dues_us=tuple(verdict.due_us for verdict in returning if verdict.code == RETRY),
+        notes=tuple(verdict.note for verdict in returning),
+        is_shared=True,
+    )

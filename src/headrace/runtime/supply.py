@@ -1,0 +1,169 @@
+"""What is leased for those who ask for activations, ahead of them: as much as they ask for in a fifth of a second.
+
+While many are asked for, and briskly, the next claim is made when half of the last one is used up, so that handing out
+goes on under it. Who asks when there is nothing in line shares the claims that are under way. What the store had none
+of is not asked for again until there is news, or a moment has passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from headrace.core.activation import LANE
+from headrace.foundation.errors import SessionEnded, StoreUnavailable
+from headrace.runtime.broker import Broker
+from headrace.runtime.engine import Engine
+from headrace.runtime.handouts import Held, Line, Pace, Wish
+from headrace.runtime.work import Work
+
+AHEAD_US: Final = 200_000
+"""What is leased ahead of those who ask: as much as they ask for in this time."""
+LONG_US: Final = 4 * AHEAD_US
+AHEAD_MIN: Final = 4
+AHEAD_MAX: Final = 2_048
+MANY: Final = 64
+"""A claim that brought so many is followed by the next before somebody waits for it; who uses few leaves the rest to
+other servers.
+"""
+AHEAD_BYTES: Final = 64 * 1024 * 1024
+"""Payloads in line over which no more is leased than is asked for."""
+EMPTY_US: Final = 100_000
+"""How long an answer of none is good while no news comes: a delayed run tells nobody that it is due."""
+CLAIM_WAIT_S: Final = 5.0
+"""How long somebody who asks waits for a store that does not answer."""
+WISHES_MAX: Final = 1_024
+
+
+class Supply:
+    """Owned by one event loop, like its dispatcher. Fills `line`."""
+
+    def __init__(self, engine: Engine, broker: Broker, line: Line, *, on_ended: Callable[[], None]) -> None:
+        """`on_ended`: others took this server's session for dead."""
+        self._engine = engine
+        self._broker = broker
+        self._line = line
+        self._on_ended = on_ended
+        self._paces: dict[Wish, Pace] = {}
+        self._claims_count = 0
+        self._is_ended = False
+        self._is_closed = False
+        self._restarting = asyncio.Lock()
+
+    def session_ended(self) -> None:
+        """The next claim needs a session of its own."""
+        self._is_ended = True
+
+    async def close(self) -> None:
+        """Claim no more, and wait for the claims that are under way, as long as somebody who asks would."""
+        self._is_closed = True
+        with suppress(StoreUnavailable):
+            for claiming in [pace.claiming for pace in self._paces.values() if pace.claiming is not None]:
+                await self._over(claiming)
+
+    async def refilled(self, wish: Wish) -> bool:
+        """Lease more for a wish, together with whoever else waits for it; False when the store has none.
+
+        Raises `StoreUnavailable` when it does not answer.
+        """
+        if self._is_closed:
+            return False
+        pace = self._pace(wish)
+        if not self._is_known_empty(pace):
+            pace.waiting_count += 1
+            try:
+                claiming = pace.claiming or self._begin(pace)
+                await self._over(claiming)
+                claiming.result()
+            finally:
+                pace.waiting_count -= 1
+            if pace.empty_until_us == 0:
+                return True
+        others = [one.claiming for one in self._paces.values() if one.claiming is not None and one.overlaps(wish)]
+        for claiming in others:  # what the store had none of may be on its way here
+            await self._over(claiming)
+        return self._line.has(wish)
+
+    async def _over(self, claiming: asyncio.Task[None]) -> None:
+        over = asyncio.Event()
+        claiming.add_done_callback(lambda _: over.set())
+        if not await self._engine.clock.wait_for(over, CLAIM_WAIT_S):
+            raise StoreUnavailable("the store does not answer", hint="ask again in a moment")
+
+    def half_used(self, pace: Pace) -> None:
+        """Half of what was claimed for a wish is out: claim more under the other half, if that was brisk."""
+        is_full = self._line.bytes_count > AHEAD_BYTES
+        is_brisk = pace.lasts_us(self._engine.clock.now_us()) <= LONG_US
+        if is_brisk and pace.claiming is None and not (is_full or self._is_closed or self._is_known_empty(pace)):
+            self._begin(pace)
+
+    def _is_known_empty(self, pace: Pace) -> bool:
+        is_news = pace.empty_rings != self._engine.doorbell.rings_count
+        return not is_news and self._engine.clock.now_us() < pace.empty_until_us
+
+    def _pace(self, wish: Wish) -> Pace:
+        pace = self._paces.get(wish)
+        if pace is None:
+            if len(self._paces) >= WISHES_MAX:  # workers name few; whoever names more starts anew
+                self._paces = {known: one for known, one in self._paces.items() if one.claiming is not None}
+            pace = self._paces[wish] = Pace(wish, AHEAD_MIN)
+        return pace
+
+    def _begin(self, pace: Pace) -> asyncio.Task[None]:
+        pace.claiming = asyncio.create_task(self._claim(pace), name="headrace-claim")
+        pace.claiming.add_done_callback(_seen)
+        return pace.claiming
+
+    async def _claim(self, pace: Pace) -> None:
+        rings_count, clock = self._engine.doorbell.rings_count, self._engine.clock
+        try:
+            await asyncio.sleep(0)  # whoever asks in this turn of the loop shares the claim
+            self._adjust(pace, clock.now_us())
+            ahead = 0 if self._line.bytes_count > AHEAD_BYTES else pace.ahead_count
+            runs_max = max(pace.waiting_count, ahead, 1)
+            works = await self._claimed(pace.wish, runs_max)
+            for work in works:
+                self._claims_count += 1
+                self._line.add(Held(work, self._claims_count, clock.now_us(), pace))
+            count = sum(work.count for work in works)
+            pace.leased(count, is_more=count >= max(runs_max, MANY))
+            pace.empty_until_us = 0 if works else clock.now_us() + EMPTY_US
+            pace.empty_rings = rings_count
+        finally:
+            pace.claiming = None
+
+    @staticmethod
+    def _adjust(pace: Pace, now_us: int) -> None:
+        """What lasts less than `AHEAD_US` should have been twice as much, what lasts long half."""
+        lasts_us = pace.lasts_us(now_us)
+        if lasts_us < AHEAD_US:
+            pace.ahead_count = min(pace.ahead_count * 2, AHEAD_MAX)
+        elif lasts_us > LONG_US:
+            pace.ahead_count = max(pace.ahead_count // 2, AHEAD_MIN)
+        pace.claimed_us = now_us
+
+    async def _claimed(self, wish: Wish, runs_max: int) -> list[Work]:
+        await self._live()
+        try:
+            return await self._broker.claim([LANE], wish.queues, runs_max, queue_prefix=wish.prefix)
+        except SessionEnded:
+            self._on_ended()
+            await self._live()
+            return await self._broker.claim([LANE], wish.queues, runs_max, queue_prefix=wish.prefix)
+
+    async def _live(self) -> None:
+        """A session of this server's own, again when others took it for dead."""
+        if not self._is_ended:
+            return
+        async with self._restarting:
+            if self._is_ended:
+                await self._broker.restart()
+                self._is_ended = False
+
+
+def _seen(claiming: asyncio.Task[None]) -> None:
+    """Nobody need have waited for it: how a claim ended is told to who did, and to who asks next."""
+    if not claiming.cancelled():
+        claiming.exception()

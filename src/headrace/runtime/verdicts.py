@@ -1,0 +1,83 @@
+"""What a report makes of a run, and who waits until that is durable."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, NamedTuple
+
+import msgspec
+
+from headrace.core.activation import Note
+from headrace.core.failure import Failure
+from headrace.core.retry import SECOND_US
+from headrace.core.run import COMPLETED, FAILED
+from headrace.core.span import RETRY
+from headrace.foundation.errors import HeadraceError
+from headrace.runtime.clock import Clock
+
+DELAY_S_MAX: Final = 365 * 86_400
+
+
+class Report(msgspec.Struct, frozen=True):
+    """How an attempt ended: `state` is completed, failed or retry. The rest is what a retry may change for the next."""
+
+    name: str
+    state: str
+    attempts_max: int | None = None
+    delay_s: int | None = None
+
+
+class Answer:
+    """What somebody waits for: so many reports, all of them durable or one of them refused.
+
+    One future for all that were reported together: a batch of reports is waited for once.
+    """
+
+    __slots__ = ("_error", "_left_count", "future")
+
+    def __init__(self, reports_count: int) -> None:
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._left_count = reports_count
+        self._error: HeadraceError | None = None
+
+    def ended(self, error: HeadraceError | None = None) -> None:
+        """One of them is durable, or the store refuses it for good."""
+        self._error = self._error or error
+        self._left_count -= 1
+        if self._left_count or self.future.done():
+            return
+        if self._error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(self._error)
+
+
+class Verdict(NamedTuple):
+    """What a report makes of a run."""
+
+    code: int
+    result: bytes
+    due_us: int
+    note: str
+
+
+COMPLETE: Final = Verdict(COMPLETED, b"null", 0, "")
+"""What an activation comes to that is reported as completed: its worker reports no result."""
+
+
+def setback_of(report: Report, *, attempt: int, at_most_once: bool, note: Note, delay_ms: int, clock: Clock) -> Verdict:
+    """What a report of anything else makes of a run.
+
+    `delay_ms`: between attempts, as the activation itself says, unless a report said otherwise.
+    """
+    if report.state == "failed" or at_most_once:
+        message = "its worker reported that it failed"
+        if report.state != "failed":
+            message = "its worker asked for a retry, and it may run only once"
+        return Verdict(FAILED, Failure(type="TaskFailed", message=message, attempts=attempt).encode(), 0, "")
+    attempts_max = note.attempts_max if report.attempts_max is None else report.attempts_max
+    delay_s = note.delay_s if report.delay_s is None else report.delay_s
+    wait_us = delay_ms * 1_000 if delay_s is None else min(delay_s, DELAY_S_MAX) * SECOND_US
+    error = Failure(type="TaskFailed", message="its worker asked for a retry", attempts=attempt)
+    after = Note(attempts_max=attempts_max, delay_s=delay_s)
+    return Verdict(RETRY, error.encode(), clock.now_us() + wait_us if wait_us else 0, after.encode())

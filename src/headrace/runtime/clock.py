@@ -79,7 +79,9 @@ class SystemClock:
 
     def now_us(self) -> int:
         with self._lock:
-            return self._now_us()
+            wall_us, monotonic_ns, floor_us = self._anchor
+            now_us = wall_us + (time.monotonic_ns() - monotonic_ns) // 1_000
+        return max(floor_us, now_us)
 
     def anchor(self, database_now_us: int) -> None:
         """Go on from the database's time. May be called from the heartbeat's own thread.
@@ -88,11 +90,9 @@ class SystemClock:
         lease, so it isn't corrected for.
         """
         with self._lock:
-            self._anchor = _Anchor(database_now_us, time.monotonic_ns(), self._now_us())
-
-    def _now_us(self) -> int:
-        wall_us, monotonic_ns, floor_us = self._anchor
-        return max(floor_us, wall_us + (time.monotonic_ns() - monotonic_ns) // 1_000)
+            monotonic_ns, before = time.monotonic_ns(), self._anchor
+            now_us = before.wall_us + (monotonic_ns - before.monotonic_ns) // 1_000
+            self._anchor = _Anchor(database_now_us, monotonic_ns, max(now_us, before.floor_us))
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(max(0.0, seconds))

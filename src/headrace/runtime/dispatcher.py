@@ -154,8 +154,8 @@ class Dispatcher:
 
         Raises `StoreUnavailable` when the store can't be asked.
         """
-        handout = await self._next(wish)
-        if handout is not None:
+        handout = self.fetch_nowait(wish)
+        if handout is None and (handout := await self._next(wish)) is not None:
             self._begin(handout, self.engine.clock.now_us())
         return handout
 

@@ -18,6 +18,7 @@ from typing import Final, TypeVar
 from headrace.core.activation import SEPARATOR, Delivery, Note, note_of, queue_of, wire_id
 from headrace.core.block import Extra
 from headrace.core.pack import JSON
+from headrace.runtime.clock import Timer
 from headrace.runtime.verdicts import COMPLETE, Answer, Verdict
 from headrace.runtime.work import Work
 
@@ -58,12 +59,13 @@ class Wish:
 class Pace:
     """How fast one wish is granted, and what of the leases that were claimed for it is in line.
 
-    `half_count`: when so many are left in line, it is time to claim more, `NEVER` to wait until somebody asks.
+    `waiting`: who waits for the claim that is under way, and `silence`, when they have waited too long. `half_count`:
+    when so many are left in line, it is time to claim more, `NEVER` to wait until somebody asks.
     """
 
     __slots__ = (
-        "ahead_count", "claimed_us", "claiming", "empty_rings", "empty_until_us", "half_count", "leased_count",
-        "left_count", "waiting_count", "wish",
+        "ahead_count", "claimed_us", "empty_rings", "empty_until_us", "half_count", "is_claiming", "leased_count",
+        "left_count", "silence", "waiting", "wish",
     )  # fmt: skip
 
     def __init__(self, wish: Wish, ahead_count: int) -> None:
@@ -73,8 +75,9 @@ class Pace:
         self.leased_count = 0
         self.half_count = NEVER
         self.claimed_us = 0
-        self.waiting_count = 0
-        self.claiming: asyncio.Task[None] | None = None
+        self.is_claiming = False
+        self.waiting: list[asyncio.Future[None]] = []
+        self.silence: Timer | None = None
         self.empty_rings = -1
         self.empty_until_us = 0
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from headrace.core.activation import LANE
-from headrace.foundation.errors import SessionEnded, StoreUnavailable
+from headrace.foundation.errors import HeadraceError, SessionEnded, StoreUnavailable
 from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
 from headrace.runtime.handouts import Held, Line, Pace, Wish
@@ -48,6 +49,7 @@ class Supply:
         self._on_ended = on_ended
         self._paces: dict[Wish, Pace] = {}
         self._claims_count = 0
+        self._claiming: set[asyncio.Task[None]] = set()
         self._is_ended = False
         self._is_closed = False
         self._restarting = asyncio.Lock()
@@ -59,9 +61,9 @@ class Supply:
     async def close(self) -> None:
         """Claim no more, and wait for the claims that are under way, as long as somebody who asks would."""
         self._is_closed = True
-        with suppress(StoreUnavailable):
-            for claiming in [pace.claiming for pace in self._paces.values() if pace.claiming is not None]:
-                await self._over(claiming)
+        for pace in list(self._paces.values()):
+            with suppress(HeadraceError):
+                await self._claimed_for(pace)
 
     async def refilled(self, wish: Wish) -> bool:
         """Lease more for a wish, together with whoever else waits for it; False when the store has none.
@@ -72,31 +74,41 @@ class Supply:
             return False
         pace = self._pace(wish)
         if not self._is_known_empty(pace):
-            pace.waiting_count += 1
-            try:
-                claiming = pace.claiming or self._begin(pace)
-                await self._over(claiming)
-                claiming.result()
-            finally:
-                pace.waiting_count -= 1
+            if not pace.is_claiming:
+                self._begin(pace)
+            await self._claimed_for(pace)
             if pace.empty_until_us == 0:
                 return True
-        others = [one.claiming for one in self._paces.values() if one.claiming is not None and one.overlaps(wish)]
-        for claiming in others:  # what the store had none of may be on its way here
-            await self._over(claiming)
+        for other in [other for other in self._paces.values() if other.overlaps(wish)]:
+            with suppress(HeadraceError):  # what the store had none of may be on its way here
+                await self._claimed_for(other)
         return self._line.has(wish)
 
-    async def _over(self, claiming: asyncio.Task[None]) -> None:
-        over = asyncio.Event()
-        claiming.add_done_callback(lambda _: over.set())
-        if not await self._engine.clock.wait_for(over, CLAIM_WAIT_S):
-            raise StoreUnavailable("the store does not answer", hint="ask again in a moment")
+    async def _claimed_for(self, pace: Pace) -> None:
+        """Wait for the claim that is under way, if there is one, and raise what it raises."""
+        if not pace.is_claiming:
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not pace.waiting:
+            pace.silence = self._engine.clock.call_later(CLAIM_WAIT_S, lambda: self._answer(pace, _silent()))
+        pace.waiting.append(turn)
+        await turn
+
+    @staticmethod
+    def _answer(pace: Pace, error: BaseException | None) -> None:
+        """All who wait for a claim wait no longer."""
+        if pace.silence is not None:
+            pace.silence.cancel()
+        waiting, pace.waiting, pace.silence = pace.waiting, [], None
+        for turn in waiting:
+            if not turn.done():
+                turn.set_result(None) if error is None else turn.set_exception(error)
 
     def half_used(self, pace: Pace) -> None:
         """Half of what was claimed for a wish is out: claim more under the other half, if that was brisk."""
         is_full = self._line.bytes_count > AHEAD_BYTES
         is_brisk = pace.lasts_us(self._engine.clock.now_us()) <= LONG_US
-        if is_brisk and pace.claiming is None and not (is_full or self._is_closed or self._is_known_empty(pace)):
+        if is_brisk and not (pace.is_claiming or is_full or self._is_closed or self._is_known_empty(pace)):
             self._begin(pace)
 
     def _is_known_empty(self, pace: Pace) -> bool:
@@ -107,32 +119,36 @@ class Supply:
         pace = self._paces.get(wish)
         if pace is None:
             if len(self._paces) >= WISHES_MAX:  # workers name few; whoever names more starts anew
-                self._paces = {known: one for known, one in self._paces.items() if one.claiming is not None}
+                self._paces = {known: one for known, one in self._paces.items() if one.is_claiming}
             pace = self._paces[wish] = Pace(wish, AHEAD_MIN)
         return pace
 
-    def _begin(self, pace: Pace) -> asyncio.Task[None]:
-        pace.claiming = asyncio.create_task(self._claim(pace), name="headrace-claim")
-        pace.claiming.add_done_callback(_seen)
-        return pace.claiming
+    def _begin(self, pace: Pace) -> None:
+        pace.is_claiming = True
+        claiming = asyncio.create_task(self._claim(pace), name="headrace-claim")
+        self._claiming.add(claiming)
+        claiming.add_done_callback(partial(self._ended, pace))
+
+    def _ended(self, pace: Pace, claiming: asyncio.Task[None]) -> None:
+        """However a claim ended, who waits is told; who waits for nobody's answer need not hear of an error."""
+        self._claiming.discard(claiming)
+        pace.is_claiming = False
+        self._answer(pace, _silent() if claiming.cancelled() else claiming.exception())
 
     async def _claim(self, pace: Pace) -> None:
         rings_count, clock = self._engine.doorbell.rings_count, self._engine.clock
-        try:
-            await asyncio.sleep(0)  # whoever asks in this turn of the loop shares the claim
-            self._adjust(pace, clock.now_us())
-            ahead = 0 if self._line.bytes_count > AHEAD_BYTES else pace.ahead_count
-            runs_max = max(pace.waiting_count, ahead, 1)
-            works = await self._claimed(pace.wish, runs_max)
-            for work in works:
-                self._claims_count += 1
-                self._line.add(Held(work, self._claims_count, clock.now_us(), pace))
-            count = sum(work.count for work in works)
-            pace.leased(count, is_more=count >= max(runs_max, MANY))
-            pace.empty_until_us = 0 if works else clock.now_us() + EMPTY_US
-            pace.empty_rings = rings_count
-        finally:
-            pace.claiming = None
+        await asyncio.sleep(0)  # whoever asks in this turn of the loop shares the claim
+        self._adjust(pace, clock.now_us())
+        ahead = 0 if self._line.bytes_count > AHEAD_BYTES else pace.ahead_count
+        runs_max = max(len(pace.waiting), ahead, 1)
+        works = await self._claimed(pace.wish, runs_max)
+        for work in works:
+            self._claims_count += 1
+            self._line.add(Held(work, self._claims_count, clock.now_us(), pace))
+        count = sum(work.count for work in works)
+        pace.leased(count, is_more=count >= max(runs_max, MANY))
+        pace.empty_until_us = 0 if works else clock.now_us() + EMPTY_US
+        pace.empty_rings = rings_count
 
     @staticmethod
     def _adjust(pace: Pace, now_us: int) -> None:
@@ -163,7 +179,5 @@ class Supply:
                 self._is_ended = False
 
 
-def _seen(claiming: asyncio.Task[None]) -> None:
-    """Nobody need have waited for it: how a claim ended is told to who did, and to who asks next."""
-    if not claiming.cancelled():
-        claiming.exception()
+def _silent() -> StoreUnavailable:
+    return StoreUnavailable("the store does not answer", hint="ask again in a moment")

@@ -165,7 +165,12 @@ class Story:
         if any(lease.batch_id == main and CANCELLED_ITEM in lease.indexes for lease in held):
             await self.ask("cancel_runs", main, [CANCELLED_ITEM], now_us=self.now_us)
         await self.ask("heartbeat", self._session, now_us=self.now_us)
-        await self._settle_all(held)
+        whole = [lease for lease in held if len(lease.places) != 5]
+        for lease in held:
+            if lease not in whole:  # the first alone, and then the others
+                await self._settle(lease, places=lease.places[:1], part_no=0)
+                await self._settle(lease, places=lease.places[1:], part_no=1)
+        await self._settle_all(whole)
         await self._drain()
 
     async def _drain(self) -> None:

@@ -545,6 +545,12 @@ def leased(span: Span, *, session_id: str, claim_no: int) -> Span:
     return after
 
 
+def ends_all(settlement: Settlement) -> bool:
+    """Whether it tells of runs that all ended for good, each with a result."""
+    codes = settlement.codes
+    return bool(codes) and not codes.strip(run.FINAL) and count(settlement.results) == len(codes)
+
+
 def counts_of(codes: bytes) -> Counts:
     """How many runs these codes end, by how they end."""
     return Counts(

@@ -9,8 +9,7 @@ from typing import Any, Final
 from headrace.core import run
 from headrace.core.block import Chunk, check_names
 from headrace.core.index_set import IndexSet
-from headrace.core.pack import count
-from headrace.core.span import Settlement, counts_of, decode_places, encode_places
+from headrace.core.span import Settlement, counts_of, decode_places, encode_places, ends_all
 from headrace.store.protocol import Claim, Lease
 from headrace.store.verbs.rows import Blob, as_json, to_span
 from headrace.store.verbs.script import Rows
@@ -36,7 +35,7 @@ def ended(settlements: Sequence[Settlement]) -> dict[str, Any] | None:
     blob, rows, objects = Blob(), [], []
     for told in settlements:
         codes = told.codes
-        if not codes or codes.strip(run.FINAL) or count(told.results) != len(codes):
+        if not ends_all(told):
             return None
         place, mask = 0, b""
         if told.places is not None:

@@ -11,15 +11,17 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final, TypeVar
 
+from headrace.core.span import Settlement
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.store.joining import Joined
+from headrace.store.sqlite import hot
 from headrace.store.sqlite.running import SQL, run_script, statements_of
 from headrace.store.sqlite.writer import Writer, as_fault
 from headrace.store.statements import migrations, numbered
@@ -109,6 +111,12 @@ class SqliteStore(ScriptedStore):
         return sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, timeout=self._busy_timeout_ms / 1_000
         )
+
+    async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
+        """Record outcomes: of a few leases each where it stands, of many in as many statements as of one."""
+        if len(settlements) > hot.FEW:
+            return await super().settle(settlements, now_us=now_us)
+        return await self._write(lambda: hot.settle(settlements, now_us))
 
     async def _write(self, script: Callable[[], Script[T]]) -> T:
         answer: T = await self._writer.run(lambda connection: run_script(connection, script()))

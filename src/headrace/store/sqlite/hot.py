@@ -1,0 +1,76 @@
+"""Outcomes of runs that ended for good, a few leases at a time: each recorded where it stands.
+
+The task broker settles parts of a lease or two, again and again. The script for any number of leases takes as many
+statements for hundreds as for one (rule R13), with values in JSON and whole spans on their way to and fro, and that
+costs more than a few rows are worth. Here it is some statements a lease, so it is for `FEW` of them. What is not as
+usual is left to that script, which says what is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from headrace.core import run
+from headrace.core.span import SETTLED, Counts, Settlement, counts_of, decode_places, encode_places, ends_all
+from headrace.store.verbs import working
+from headrace.store.verbs.interventions import count_in
+from headrace.store.verbs.script import Script, fetch, fetch_one
+
+FEW: Final = 2
+
+
+def settle(settlements: Sequence[Settlement], now_us: int) -> Script[list[str]]:
+    """What each settlement came to, in order."""
+    counts: dict[str, Counts] = {}
+    words = []
+    for told in settlements:
+        batch_id = yield from _recorded(told, now_us)
+        if batch_id is None:
+            words += yield from working.settle([told], now_us)
+        else:
+            counts[batch_id] = counts.get(batch_id, Counts()).plus(counts_of(told.codes))
+            words.append(SETTLED)
+    yield from count_in(counts, now_us)
+    return words
+
+
+def _at(positions: bytes, places: Sequence[int]) -> list[int]:
+    own = decode_places(positions)
+    return [own[place] for place in places]
+
+
+def _recorded(told: Settlement, now_us: int) -> Script[str | None]:
+    """The batch whose counters are still to be changed, or None, and nothing changed."""
+    codes, places = told.codes, None if told.places is None else decode_places(told.places)
+    if told.object_keys or not ends_all(told):
+        return None
+    row = yield from fetch_one("ending_span", id=told.span_id, token=told.token, has_failures=int(run.FAILED in codes))
+    if row is None:
+        return None
+    block_id, batch_id, positions, states, unsettled_count = row
+    if places is None:
+        before, after = states, codes
+    elif len(set(places)) == len(codes) and max(places) < len(states):
+        before, after = run.at(states, places), run.ended(states, places, codes)
+        positions = told.places if positions is None else encode_places(_at(positions, places))
+    else:
+        return None
+    if len(after) != len(states) or before.strip(run.UNSETTLED):
+        return None
+    left_count = unsettled_count - len(codes)
+    yield from fetch(
+        "end_states" if left_count else "end_span", id=told.span_id, unsettled_count=left_count, states=after
+    )
+    yield from fetch(
+        "insert_part",
+        block_id=block_id,
+        span_id=told.span_id,
+        token=told.token,
+        part_no=told.part_no,
+        settled_us=now_us,
+        positions=positions,
+        codes=codes,
+        results=told.results,
+    )
+    return str(batch_id)

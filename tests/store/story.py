@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -153,10 +153,10 @@ class Story:
         leases = await self._claim(3)
         assert await self._claim(3, again=True) == leases
         if leases:
-            parts = [leases[0].places[::2][::-1], leases[0].places[1::2]]
-            for part_no, places in enumerate(parts):
-                if places:
-                    await self._settle(leases[0], places=places, part_no=part_no)
+            numbers = range(len(leases[0].places))
+            for part_no, own in enumerate([numbers[::2][::-1], numbers[1::2]]):
+                if own:
+                    await self._settle(leases[:1], own, part_no=part_no)
         back = await self._claim(4)
         if back:
             given = [Release(span_id=one.span_id, token=one.token, suspects=tuple(one.places[:1])) for one in back]
@@ -165,12 +165,13 @@ class Story:
         if any(lease.batch_id == main and CANCELLED_ITEM in lease.indexes for lease in held):
             await self.ask("cancel_runs", main, [CANCELLED_ITEM], now_us=self.now_us)
         await self.ask("heartbeat", self._session, now_us=self.now_us)
-        whole = [lease for lease in held if len(lease.places) != 5]
-        for lease in held:
-            if lease not in whole:  # the first alone, and then the others
-                await self._settle(lease, places=lease.places[:1], part_no=0)
-                await self._settle(lease, places=lease.places[1:], part_no=1)
-        await self._settle_all(whole)
+        fives = [lease for lease in held if len(lease.places) == 5]
+        for lease in fives:  # two that are no neighbours, the one between them, and the rest of two leases together
+            await self._settle([lease], [0, 2], part_no=0)
+            await self._settle([lease], [1], part_no=1)
+        for start in range(0, len(fives), 2):
+            await self._settle(fives[start : start + 2], [3, 4], part_no=2)
+        await self._settle_all([lease for lease in held if lease not in fives])
         await self._drain()
 
     async def _drain(self) -> None:
@@ -278,22 +279,26 @@ class Story:
 
     async def _settle_all(self, leases: list[Lease]) -> None:
         for lease in leases:
-            await self._settle(lease)
+            await self._settle([lease])
 
-    async def _settle(self, lease: Lease, **more: Any) -> None:
-        places = list(more.get("places", lease.places))
-        index_at = dict(zip(lease.places, lease.indexes, strict=True))
-        codes = "".join(_code(index_at[place], lease) for place in places)
-        dues = [self.now_us + SECOND_US for code in codes if code == "r"]
-        keys = [f"{self.environment}/x/{lease.span_id}"] if index_at[places[0]] % 4 == 0 else []
-        told = settlement_of(lease, codes, dues_us=dues, object_keys=keys, **more)
-        (word,) = await self.ask("settle", [told], now_us=self.now_us)
-        assert word in ("settled", "recorded"), word
-        for place, code in zip(places, codes, strict=True):
+    async def _settle(self, leases: list[Lease], numbers: Sequence[int] | None = None, part_no: int = 0) -> None:
+        """Some runs of each lease, by their numbers in it, or all of them; together."""
+        told, ends = [], []
+        for lease in leases:
+            own = range(len(lease.places)) if numbers is None else numbers
+            codes = "".join(_code(lease.indexes[number], lease) for number in own)
+            dues = [self.now_us + SECOND_US for code in codes if code == "r"]
+            keys = [f"{self.environment}/x/{lease.span_id}"] if lease.indexes[own[0]] % 4 == 0 else []
+            places = None if numbers is None else [lease.places[number] for number in own]
+            told.append(settlement_of(lease, codes, places=places, part_no=part_no, dues_us=dues, object_keys=keys))
+            ends += [(lease.batch_id, lease.indexes[number], code) for number, code in zip(own, codes, strict=True)]
+        words = await self.ask("settle", told, now_us=self.now_us)
+        assert set(words) <= {"settled", "recorded"}, words
+        for batch_id, index, code in ends:
             if code in NAMES:
-                self.note(Told(lease.batch_id, index_at[place], NAMES[code]))
+                self.note(Told(batch_id, index, NAMES[code]))
             if code == "c":
-                self.completed.add((lease.batch_id, index_at[place]))
+                self.completed.add((batch_id, index))
 
 
 def _code(index: int, lease: Lease) -> str:

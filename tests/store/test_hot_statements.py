@@ -15,7 +15,7 @@ import pytest
 
 from headrace.core import run
 from headrace.core.block import Extra
-from headrace.core.span import Key
+from headrace.core.span import Key, encode_places
 from headrace.foundation.errors import Conflict, IllegalTransition
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
@@ -100,6 +100,58 @@ async def test_r7_runs_that_end_in_no_order_are_settled_in_one_statement_each_ti
     assert all(results[index] == b"%d" % index for index, state in wanted.items() if state == "completed")
     batch, _ = await world.store.batch(batch_id)
     assert batch.counts.settled == len(wanted) == 263
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_r7_runs_of_one_lease_are_settled_in_one_statement_in_stretches_as_they_lie(
+    world: World, seed: int
+) -> None:
+    dice = Random(seed)
+    batch_id, session = await world.filled(60), await world.session()
+    if seed % 2:
+        await world.claim(session, 7)  # what follows is split off, and has positions of its own
+    (lease,) = await world.claim(session, 60)
+    index_at = dict(zip(lease.places, lease.indexes, strict=True))
+    wanted: dict[int, str] = {}
+    left, part_no = list(lease.places), 0
+    while left:
+        places = sorted(dice.sample(left, dice.randint(1, min(9, len(left)))))
+        if dice.random() < 0.3:  # neighbours
+            start = dice.randrange(len(left))
+            places = [place for number, place in enumerate(left[start : start + 9]) if place == left[start] + number]
+        left = [place for place in left if place not in places]
+        codes = "".join(dice.choice("cfxe") for _ in places)
+        told = [settlement_of(lease, codes, places=places, part_no=part_no)]
+        words, sent = await statements_of(world, partial(world.store.settle, told, now_us=world.now_us))
+        is_stretch = places[-1] - places[0] == len(places) - 1
+        assert (words, sent) == (["settled"], ["settle_stretch" if is_stretch else "settle_stretches"])
+        assert await world.store.settle(told, now_us=world.now_us) == ["recorded"]
+        wanted |= {index_at[place]: run.NAMES[ord(code)] for place, code in zip(places, codes, strict=True)}
+        states = await world.states(batch_id)
+        assert {index: states[index] for index in wanted} == wanted
+        part_no += 1
+    found = await world.store.outcomes(batch_id, 0, 60, passing=True)
+    results = {outcome.index: outcome.result for outcome in found}
+    assert all(results[index] == b"%d" % index for index, state in wanted.items() if state == "completed")
+    batch, _ = await world.store.batch(batch_id)
+    assert batch.counts.settled == len(wanted) == len(lease.places)
+
+
+async def test_r8_parts_of_one_lease_that_are_settled_at_once_are_all_recorded(world: World) -> None:
+    batch_id, session = await world.filled(256), await world.session()
+    (lease,) = await world.claim(session)
+    for places in [range(number, 256, 8) for number in range(4)]:  # scattered ones beside stretches
+        assert await world.settle(lease, places=places, part_no=places[0]) == "settled"
+    parts = [
+        settlement_of(lease, places=[*range(4 + 8 * number, 8 + 8 * number)], part_no=9 + number)
+        for number in range(31)
+    ]
+    parts += [settlement_of(lease, places=[252, 254], part_no=90), settlement_of(lease, places=[253, 255], part_no=91)]
+    words = await asyncio.gather(*(world.store.settle([part], now_us=world.now_us) for part in parts))
+    assert words == [["settled"]] * 33
+    assert await world.states(batch_id) == ["completed"] * 256
+    batch, _ = await world.store.batch(batch_id)
+    assert (batch.counts.completed, batch.state) == (256, "completed")
 
 
 async def test_r7_a_run_among_others_that_has_an_outcome_leaves_all_of_them_to_the_script(world: World) -> None:
@@ -269,18 +321,38 @@ VALUES: dict[str, Any] = {
     "batch_id": "b7",
     "id": "b7",
     "key": "key",
+    "codes": b"c",
+    "results": b"x",
+    "kept_from": [0, 1],
+    "kept_count": [0, 1],
+    "codes_from": [0, 1],
+    "codes_count": [1, 1],
 }
 PAGES_MAX = 400
+
+
+def _part(count: int) -> dict[str, Any]:
+    """Of a lease all runs, or the first and the last one."""
+    return {
+        "span_id": count - 150, "token": 1, "part_no": 9, "places": None, "codes": b"ccc", "results": b"x",
+        "runs_count": 3, "completed": 0, "failed": 0, "cancelled": 0, "expired": 0, "place": 0, "is_whole": 1, "end": 3,
+    }  # fmt: skip
+
+
 DONE: dict[str, Callable[[int], dict[str, Any]]] = {
     "claim_whole": lambda count: {"runs_max": 9, "rows_max": 5, "due_us": 1, "now_us": 1, "span_id": 10**9},
     "settle_ended": lambda count: {
         "rows": f"[[{count - 150}, 1, 3, 9, 0, 1, 1, 1, 1, 3, 0, 0, 0, 0, 3]]",
         "blob": b"ccc",
     },
+    "settle_stretch": lambda count: _part(count),
+    "settle_stretches": lambda count: _part(count) | {"places": encode_places([0, 2]), "codes": b"cc", "runs_count": 2},
     "append_in_order": lambda count: {"batch_id": "new", "block_id": 10**9, "span_id": 10**9, "runs_max": 10**6},
 }
 PLANS = {
     "settle_ended": ["span_pkey", "batch_"],
+    "settle_stretch": ["span_pkey", "batch_pkey"],
+    "settle_stretches": ["span_pkey", "batch_pkey"],
     "append_in_order": ["batch_", "lane_pkey", "queue_pkey"],
     "claim_whole": ["span_claimable", "span_leased", "span_delayed", "block_pkey", "session_pkey"],
     "claim_candidates": ["span_claimable"],

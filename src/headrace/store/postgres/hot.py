@@ -30,6 +30,45 @@ SPARE_ROWS: Final = 2
 _BLOCK_AT: Final = 26
 
 
+def lease_ended(told: Settlement) -> tuple[str, dict[str, Any]] | None:
+    """The statement for one lease and its values, or None when it is not of runs in order that all ended for good."""
+    codes = told.codes
+    if told.object_keys or not ends_all(told):
+        return None
+    places = range(len(codes)) if told.places is None else decode_places(told.places)
+    if len(places) != len(codes):
+        return None
+    values = {
+        "span_id": told.span_id,
+        "token": told.token,
+        "part_no": told.part_no,
+        "places": told.places,
+        "codes": codes,
+        "results": told.results,
+        "runs_count": len(codes),
+        **counts_of(codes)._asdict(),
+    }
+    place = places[0]
+    if told.places is None or told.places == PLACES[2 * place : 2 * (place + len(codes))]:
+        return "settle_stretch", values | {"place": place, "is_whole": int(told.places is None)}
+    kept_from, kept_count, codes_from, next_place = [], [], [], 0
+    for number, place in enumerate(places):
+        if place < next_place:
+            return None
+        if place > next_place or not number:
+            kept_from.append(next_place)
+            kept_count.append(place - next_place)
+            codes_from.append(number)
+        next_place = place + 1
+    return "settle_stretches", values | {
+        "kept_from": kept_from,
+        "kept_count": kept_count,
+        "codes_from": codes_from,
+        "codes_count": [end - start for start, end in pairwise([*codes_from, len(codes)])],
+        "end": next_place,
+    }
+
+
 def ended(settlements: Sequence[Settlement]) -> dict[str, Any] | None:
     """The values of `settle_ended`, or None when a settlement is not of runs in order that all ended for good."""
     blob, rows, objects = Blob(), [], []

@@ -1,3 +1,75 @@
+-- settle_stretch: outcomes of consecutive runs of one lease that ended for good, their counters and completion
+-- What a row holds is looked at as it is locked: span first, then batch (rule R8).
+WITH ended AS (
+    UPDATE {schema}.span SET unsettled_count = unsettled_count - :runs_count::bigint,
+        state = CASE unsettled_count WHEN :runs_count::bigint THEN 'done' ELSE state END,
+        session_id = CASE unsettled_count WHEN :runs_count::bigint THEN '' ELSE session_id END,
+        claim_no = CASE unsettled_count WHEN :runs_count::bigint THEN 0 ELSE claim_no END,
+        states = overlay(states PLACING :codes::bytea FROM :place::int + 1)
+    WHERE id = :span_id::bigint AND token = :token::bigint AND starts_with(state, 'leased') AND (dead_letter = 0 OR :failed::bigint = 0)
+        AND :place::int + :runs_count::int <= octet_length(states)
+        AND (:is_whole::int = 0 OR :runs_count::int = octet_length(states))
+        AND btrim(substring(states FROM :place::int + 1 FOR :runs_count::int), 'ws'::bytea) = ''::bytea
+    RETURNING block_id, batch_id, positions
+),
+counted AS (
+    UPDATE {schema}.batch SET completed_count = completed_count + :completed::bigint,
+        failed_count = failed_count + :failed::bigint, cancelled_count = cancelled_count + :cancelled::bigint,
+        expired_count = expired_count + :expired::bigint,
+        state = CASE WHEN finished_us = 0 AND state = 'sealed' AND received_count = :runs_count::bigint + completed_count
+            + failed_count + cancelled_count + expired_count THEN 'completed' ELSE state END,
+        finished_us = CASE WHEN finished_us = 0 AND state <> 'open' AND received_count = :runs_count::bigint
+            + completed_count + failed_count + cancelled_count + expired_count THEN :now_us::bigint ELSE finished_us END
+    WHERE id = (SELECT batch_id FROM ended)
+)
+INSERT INTO {schema}.part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
+SELECT block_id, :span_id::bigint, :token::bigint, :part_no::bigint, :now_us::bigint,
+    CASE WHEN :is_whole::int = 1 THEN positions
+        ELSE coalesce(substring(positions FROM 2 * :place::int + 1 FOR 2 * :runs_count::int), :places::bytea) END,
+    :codes::bytea, :results::bytea
+FROM ended RETURNING 1;
+
+-- settle_stretches: the same of runs that are not consecutive, each stretch of them after runs that stay as they are
+WITH ended AS (
+    UPDATE {schema}.span SET unsettled_count = unsettled_count - :runs_count::bigint,
+        state = CASE unsettled_count WHEN :runs_count::bigint THEN 'done' ELSE state END,
+        session_id = CASE unsettled_count WHEN :runs_count::bigint THEN '' ELSE session_id END,
+        claim_no = CASE unsettled_count WHEN :runs_count::bigint THEN 0 ELSE claim_no END,
+        states = (
+            SELECT string_agg(substring(states FROM kept_from + 1 FOR kept_count)
+                || substring(:codes::bytea FROM codes_from + 1 FOR codes_count), ''::bytea)
+            FROM (SELECT unnest(:kept_from::int[]) AS kept_from, unnest(:kept_count::int[]) AS kept_count,
+                unnest(:codes_from::int[]) AS codes_from, unnest(:codes_count::int[]) AS codes_count) AS stretches
+        ) || substring(states FROM :end::int + 1)
+    WHERE id = :span_id::bigint AND token = :token::bigint AND starts_with(state, 'leased') AND (dead_letter = 0 OR :failed::bigint = 0)
+        AND :end::int <= octet_length(states)
+        AND btrim((
+            SELECT string_agg(substring(states FROM kept_from + kept_count + 1 FOR codes_count), ''::bytea)
+            FROM (SELECT unnest(:kept_from::int[]) AS kept_from, unnest(:kept_count::int[]) AS kept_count,
+                unnest(:codes_count::int[]) AS codes_count) AS stretches
+        ), 'ws'::bytea) = ''::bytea
+    RETURNING block_id, batch_id, positions
+),
+counted AS (
+    UPDATE {schema}.batch SET completed_count = completed_count + :completed::bigint,
+        failed_count = failed_count + :failed::bigint, cancelled_count = cancelled_count + :cancelled::bigint,
+        expired_count = expired_count + :expired::bigint,
+        state = CASE WHEN finished_us = 0 AND state = 'sealed' AND received_count = :runs_count::bigint + completed_count
+            + failed_count + cancelled_count + expired_count THEN 'completed' ELSE state END,
+        finished_us = CASE WHEN finished_us = 0 AND state <> 'open' AND received_count = :runs_count::bigint
+            + completed_count + failed_count + cancelled_count + expired_count THEN :now_us::bigint ELSE finished_us END
+    WHERE id = (SELECT batch_id FROM ended)
+)
+INSERT INTO {schema}.part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
+SELECT block_id, :span_id::bigint, :token::bigint, :part_no::bigint, :now_us::bigint,
+    CASE WHEN positions IS NULL THEN :places::bytea ELSE (
+        SELECT string_agg(substring(positions FROM 2 * (kept_from + kept_count) + 1 FOR 2 * codes_count), ''::bytea)
+        FROM (SELECT unnest(:kept_from::int[]) AS kept_from, unnest(:kept_count::int[]) AS kept_count,
+            unnest(:codes_count::int[]) AS codes_count) AS stretches
+    ) END,
+    :codes::bytea, :results::bytea
+FROM ended RETURNING 1;
+
 -- settle_ended: outcomes of leased runs that ended for good, their counters and completion, all of them or none
 WITH given AS MATERIALIZED (
     SELECT (value->>0)::bigint AS id, (value->>1)::bigint AS token, (value->>2)::int AS runs_count,

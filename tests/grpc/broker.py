@@ -21,7 +21,7 @@ from headrace.foundation.settings import load
 from headrace.grpc.activations import entry_of
 from headrace.grpc.consumer import Ack, ConsumerService, DeliveryMode, of_error
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.methods import Call
+from headrace.grpc.methods import After, Call
 from headrace.grpc.status import Code, GrpcError
 from headrace.runtime.clock import Clock, ManualClock
 from headrace.runtime.dispatcher import Dispatcher
@@ -83,6 +83,9 @@ async def called(method: Callable[[Any, Call], Any], request: Message) -> bytes:
     """What a method of the service comes to, at once or later, as its caller is told."""
     try:
         found = method(request, CALL)
+        if isinstance(found, After):
+            await found.future
+            found = found.answer()
         found = await found if isinstance(found, Awaitable) else found
     except HeadraceError as error:
         raise of_error(error) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, Literal
 
 import structlog
@@ -18,7 +18,7 @@ from headrace.foundation.errors import EngineFault, HeadraceError
 from headrace.grpc import status
 from headrace.grpc.activations import told
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.methods import Call, Method, methods_of
+from headrace.grpc.methods import After, Call, Later, Method, methods_of
 from headrace.grpc.status import Code, GrpcError
 from headrace.runtime.dispatcher import Dispatcher
 from headrace.runtime.handouts import Handout, Wish
@@ -59,8 +59,7 @@ class ConsumerService:
         if self._delivery == "push":
             raise GrpcError(Code.PERMISSION_DENIED, "Cannot call while broker is in PUSH mode")
         wish = _wish(request)
-        handout = self._dispatcher.fetch_nowait(wish)
-        task = None if handout is None else self._answer(handout)
+        task = self._at_once(wish)
         return self._awaited(wish) if task is None else task
 
     async def _awaited(self, wish: Wish) -> bytes:
@@ -69,19 +68,20 @@ class ConsumerService:
             raise GrpcError(Code.NOT_FOUND, "No pending activations")
         return task
 
-    def set_task_status(
-        self, request: wire.SetTaskStatusRequest, call: Call
-    ) -> asyncio.Future[None] | Coroutine[Any, Any, bytes] | None:
+    def set_task_status(self, request: wire.SetTaskStatusRequest, call: Call) -> bytes | Later | None:
         """How one attempt ended; answers with the next activation where it is wanted."""
         del call
         written = self._dispatcher.report_nowait([_report(request)], is_awaited=self._is_awaited)
         if self._delivery == "push" or not request.HasField("fetch_next_task"):
             return written
-        return self._next(_wish(request.fetch_next_task), written)
+        following = partial(self._next, _wish(request.fetch_next_task))
+        return following() if written is None else After(written, following)
 
-    async def _next(self, wish: Wish, written: asyncio.Future[None] | None) -> bytes:
-        if written is not None:
-            await written
+    def _next(self, wish: Wish) -> bytes | Coroutine[Any, Any, bytes]:
+        task = self._at_once(wish)
+        return self._next_awaited(wish) if task is None else task
+
+    async def _next_awaited(self, wish: Wish) -> bytes:
         try:
             return await self._fetched(wish) or b""
         except HeadraceError as error:  # an error would make the worker report once more
@@ -95,6 +95,10 @@ class ConsumerService:
         del call
         reports = [_report(update) for update in request.updates]
         return self._dispatcher.report_nowait(reports, is_awaited=self._is_awaited)
+
+    def _at_once(self, wish: Wish) -> bytes | None:
+        handout = self._dispatcher.fetch_nowait(wish)
+        return None if handout is None else self._answer(handout)
 
     async def _fetched(self, wish: Wish) -> bytes | None:
         """The answer for a wish; None when nothing waits."""

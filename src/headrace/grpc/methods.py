@@ -2,8 +2,8 @@
 
 A service is a class with one method for each, named as it is but in the words of Python (`GetTask` is `get_task`). It
 takes the request and the `Call`, and answers with a message, its bytes, or None for an empty one; or it raises
-`GrpcError`. One that can't answer at once is a coroutine function, or returns a coroutine or a future: whoever answers
-at once costs no task, and whoever waits for nothing but a future costs none either.
+`GrpcError`. One that can't answer at once is a coroutine function, or returns a coroutine, a future or an `After`:
+whoever answers at once costs no task, and whoever waits for nothing but a future costs none either.
 """
 
 from __future__ import annotations
@@ -49,7 +49,17 @@ class Call:
 
 
 Answer = Message | bytes | None
-Later = Coroutine[Any, Any, Answer] | asyncio.Future[Any]
+Awaited = Coroutine[Any, Any, Answer]
+
+
+class After(NamedTuple):
+    """Once the future is done, what `answer` makes then: an answer, or what one is awaited from."""
+
+    future: asyncio.Future[Any]
+    answer: Callable[[], Answer | Awaited]
+
+
+Later = Awaited | asyncio.Future[Any] | After
 Messages = AsyncIterator[Message]
 Handler = Callable[[Any, Call], Answer | Later | Messages]
 

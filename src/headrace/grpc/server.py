@@ -24,7 +24,7 @@ from headrace.foundation.limits import Limits
 from headrace.grpc.frames import Fault
 from headrace.grpc.headers import Headers
 from headrace.grpc.machine import Bounds, Broke, Machine, Request, Reset
-from headrace.grpc.methods import Answer, Call, Method, Methods
+from headrace.grpc.methods import After, Answer, Awaited, Call, Method, Methods
 from headrace.grpc.parting import part
 from headrace.grpc.sender import Budget
 from headrace.grpc.signing import HEADER, Secrets
@@ -168,11 +168,12 @@ class Connection(Talking):
         if deadline_s is not None:
             running.timer = self._loop.call_at(deadline_s, self._expire, stream_id)
         if isinstance(answered, asyncio.Future):
-            running.future = answered
-            answered.add_done_callback(partial(self._on_done, stream_id, running, method))
+            answered = After(answered, answered.result)
+        if isinstance(answered, After):
+            running.future = answered.future
+            running.future.add_done_callback(partial(self._on_done, stream_id, running, method, answered.answer))
         else:
-            running.answered = answered
-            running.future = self._loop.create_task(self._run(stream_id, running, method))
+            self._run_on(stream_id, running, method, answered)
 
     def _read(
         self, method: Method | None, request: Request, running: Running, arrived_s: float
@@ -215,6 +216,10 @@ class Connection(Talking):
         budget.held_bytes += len(message)
         return message
 
+    def _run_on(self, stream_id: int, running: Running, method: Method, answered: Any) -> None:
+        running.answered = answered
+        running.future = self._loop.create_task(self._run(stream_id, running, method))
+
     async def _run(self, stream_id: int, running: Running, method: Method) -> None:
         """See a call through whose handler is a coroutine, or an iterator of messages."""
         code, answered = Code.OK, running.answered
@@ -232,15 +237,30 @@ class Connection(Talking):
             code = self._failed(stream_id, method, error)
         self._ended(stream_id, running, code)
 
-    def _on_done(self, stream_id: int, running: Running, method: Method, future: asyncio.Future[Answer]) -> None:
-        """A call is over that waited for nothing but a future."""
+    def _on_done(
+        self,
+        stream_id: int,
+        running: Running,
+        method: Method,
+        answer: Callable[[], Answer | Awaited],
+        future: asyncio.Future[Any],
+    ) -> None:
+        """What a call waited for is done: its answer is here, or awaited from now on."""
         code = Code.OK
-        if future.cancelled():
+        if future.cancelled() or running.is_stopped:
             code = self._cancelled(stream_id, running)
         elif (error := future.exception()) is not None:
             code = self._failed(stream_id, method, error)
         else:
-            self._machine.answer(stream_id, _encoded(future.result()))
+            try:
+                answered = answer()
+            except Exception as refusal:  # noqa: BLE001 - each is an answer
+                code = self._failed(stream_id, method, refusal)
+            else:
+                if isinstance(answered, Coroutine):
+                    self._run_on(stream_id, running, method, answered)
+                    return
+                self._machine.answer(stream_id, _encoded(answered))
         self._ended(stream_id, running, code)
 
     def _cancelled(self, stream_id: int, running: Running) -> Code:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
+
+from google.protobuf.message import Message
 
 from headrace.foundation.limits import Limits
 from headrace.grpc import frames
 from headrace.grpc.frames import Fault, frame
 from headrace.grpc.headers import block, literal
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.methods import Methods
+from headrace.grpc.methods import After, Call, Method, Methods
 from headrace.grpc.server import PENDING_BYTES_MAX, Connection, GrpcServer
+from headrace.grpc.status import Code, GrpcError
 from tests.grpc.rig import ECHO, WAIT, Echo, listening
 from tests.grpc.test_machine import GREETING, framed, parsed
 
@@ -212,6 +215,52 @@ async def test_calls_that_are_given_up_in_the_read_that_brought_them_take_no_pla
     assert (frames.HEADERS, 101) in [found[:3:2] for found in said]
     gc.collect()
     assert not [str(one.message) for one in recwarn if "never awaited" in str(one.message)]
+
+
+async def test_what_follows_a_future_is_made_when_it_is_done_and_not_for_a_call_that_was_given_up() -> None:
+    futures: list[asyncio.Future[None]] = []
+    made: list[int] = []
+
+    def handler(_message: Message, _call: Call) -> After:
+        number = len(futures)
+        futures.append(asyncio.get_running_loop().create_future())
+        return After(futures[-1], lambda: answers[number](number))
+
+    def at_once(number: int) -> bytes:
+        made.append(number)
+        return b""
+
+    async def later(number: int) -> bytes:
+        await asyncio.sleep(0)
+        return at_once(number)
+
+    def refused(number: int) -> bytes:
+        made.append(number)
+        raise GrpcError(Code.NOT_FOUND, "none of these")
+
+    answers: list[Callable[[int], Any]] = [at_once, later, refused, at_once, at_once, at_once]
+    peer = Peer({"/e/After": Method(wire.GetTaskRequest, handler)})
+    await peer.says(GREETING, *(call("/e/After", 2 * number + 1) for number in range(6)))
+    assert (len(futures), made) == (6, [])
+    for future in futures[:3]:
+        future.set_result(None)
+    said = await peer.hears()
+    said += await peer.hears()
+    ended = {found[2]: found[3] for found in said if found[0] == frames.HEADERS}
+    assert made == [0, 2, 1]
+    assert literal("grpc-status", "5") in ended[5]
+    assert literal("grpc-status", "0") in ended[1]
+    assert literal("grpc-status", "0") in ended[3]
+    given_up = frame(frames.RST_STREAM, 0, 7, frames.WORD.pack(Fault.CANCEL))
+    await peer.says(given_up)
+    assert futures[3].cancelled()
+    futures[4].set_result(None)  # and its caller gives up before anybody has looked
+    await peer.says(given_up[:5] + (9).to_bytes(4, "big") + given_up[9:])
+    futures[5].set_exception(GrpcError(Code.INTERNAL, "it broke"))
+    said = await peer.hears()
+    assert literal("grpc-status", "13") in said[-1][3]
+    assert made == [0, 2, 1]
+    assert (peer.connection._machine.streams_count, len(peer.connection._running)) == (0, 0)
 
 
 async def test_a_timeout_that_is_none_is_refused() -> None:

@@ -40,6 +40,8 @@ IDLE_S: Final = 1.0
 """After this long in line a run goes back: somebody else may be asked for it."""
 TICK_S: Final = 0.25
 OVERDUE_MAX: Final = 1_000
+ANSWERED_MAX: Final = 128
+"""Reports in one flush while those who report wait for it: of thousands at once some go on under others' commit."""
 
 
 class Dispatcher:
@@ -82,15 +84,15 @@ class Dispatcher:
             return
         await self._broker.start()
         await self._rules.refresh()
-        limits = self.engine.limits
+        size = self.engine.limits.flush_size
         self._flusher = Flusher(
             self._reporting.flush,
             name="reports",
             clock=self.engine.clock,
             on_refused=self._refused,
-            size=limits.flush_size,
+            size=size if self._flush_interval_ms is not None else min(size, ANSWERED_MAX),
             interval_ms=self._flush_interval_ms,
-            buffer_max=max(4 * limits.flush_size, 4_096),
+            buffer_max=max(4 * size, 4_096),
         )
         self._ticking = asyncio.create_task(self._tick(), name="headrace-dispatcher")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from headrace.foundation.errors import StoreBroken
+from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.handouts import Wish
-from headrace.runtime.supply import AHEAD_MAX, MANY
+from headrace.runtime.supply import AHEAD_MAX, CLAIM_WAIT_S, MANY
 from tests.grpc.broker import COMPLETE, Broker, broker
 
 ANY = Wish()
@@ -186,3 +186,24 @@ async def test_what_a_claim_brings_while_this_server_stops_goes_back(tmp_path: P
             await other.set(name, COMPLETE)
         assert len(await other.drained(4)) == 1_000 - out_count
         await other.dispatcher.stop()
+
+
+async def test_a_stop_waits_once_for_all_the_claims_that_are_not_answered(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker("memory", tmp_path, clock=clock) as own:
+        store = Slow(own)
+        store.is_open.clear()
+        asking = [asyncio.create_task(own.dispatcher.fetch(Wish(name))) for name in ("app", "other", "third")]
+        await settled()
+        assert len(store.asked) == 3
+        await clock.advance_async(CLAIM_WAIT_S)
+        for one in asking:
+            with pytest.raises(StoreUnavailable):
+                await one
+        stopping = asyncio.create_task(own.dispatcher.stop())
+        await settled()
+        assert not stopping.done()
+        await clock.advance_async(CLAIM_WAIT_S)
+        await settled()
+        assert stopping.done()
+        store.is_open.set()

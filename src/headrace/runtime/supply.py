@@ -61,9 +61,7 @@ class Supply:
     async def close(self) -> None:
         """Claim no more, and wait for the claims that are under way, as long as somebody who asks would."""
         self._is_closed = True
-        for pace in list(self._paces.values()):
-            with suppress(HeadraceError):
-                await self._claimed_for(pace)
+        await asyncio.gather(*map(self._claimed_for, self._paces.values()), return_exceptions=True)
 
     async def refilled(self, wish: Wish) -> bool:
         """Lease more for a wish, together with whoever else waits for it; False when the store has none.

@@ -11,7 +11,7 @@ import pytest
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.handouts import Wish
-from headrace.runtime.supply import AHEAD_MAX, CLAIM_WAIT_S, MANY
+from headrace.runtime.supply import AHEAD_MAX, AHEAD_MIN, CLAIM_WAIT_S, MANY
 from tests.grpc.broker import COMPLETE, Broker, broker
 
 ANY = Wish()
@@ -207,3 +207,13 @@ async def test_a_stop_waits_once_for_all_the_claims_that_are_not_answered(tmp_pa
         await settled()
         assert stopping.done()
         store.is_open.set()
+
+
+async def test_who_asks_an_empty_store_again_and_again_leases_no_more_ahead(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker("memory", tmp_path, clock=clock) as own:
+        store = Slow(own)
+        for _ in range(20):
+            assert await own.dispatcher.fetch(ANY) is None
+            clock.advance(0.15)
+        assert store.asked == [AHEAD_MIN] * 20

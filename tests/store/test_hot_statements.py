@@ -48,6 +48,16 @@ async def test_r7_a_claim_and_a_settlement_are_one_statement_each(world: World) 
     assert (set(words), len(sent)) == ({"settled"}, 1)
 
 
+async def test_r7_one_lease_with_results_in_the_object_store_is_settled_in_one_statement_too(world: World) -> None:
+    await world.filled(256 * 2)
+    session = await world.session()
+    first, second = await world.claim(session, 256 * 2)
+    await world.settle(first)  # connects
+    told = [settlement_of(second, object_keys=[f"default/b/{second.span_id:064x}"])]
+    words, sent = await statements_of(world, lambda: world.store.settle(told, now_us=world.now_us))
+    assert (words, sent) == (["settled"], ["settle_ended"])
+
+
 async def test_r7_parts_of_a_span_are_settled_in_one_statement_too(world: World) -> None:
     batch_id, session = await world.filled(256), await world.session()
     (lease,) = await world.claim(session)

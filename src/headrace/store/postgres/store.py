@@ -174,13 +174,11 @@ class PostgresStore(ScriptedStore):
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
         """Record outcomes: of runs that all ended for good in one statement, by the script when any of them did not."""
-        if len(settlements) == 1:
-            asked = hot.lease_ended(settlements[0])
-            if asked is not None and await self._alone(asked[0], **asked[1], now_us=now_us):
+        asked = hot.lease_ended(settlements[0]) if len(settlements) == 1 else None
+        if asked is not None:
+            if await self._alone(asked[0], **asked[1], now_us=now_us):
                 return [SETTLED]
-            return await super().settle(settlements, now_us=now_us)
-        values = hot.ended(settlements)
-        if values is not None:
+        elif (values := hot.ended(settlements)) is not None:
             ((count,),) = await self._alone("settle_ended", **values, now_us=now_us)
             if count:
                 return [SETTLED] * count

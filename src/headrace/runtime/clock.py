@@ -79,9 +79,7 @@ class SystemClock:
 
     def now_us(self) -> int:
         with self._lock:
-            wall_us, monotonic_ns, floor_us = self._anchor
-            now_us = wall_us + (time.monotonic_ns() - monotonic_ns) // 1_000
-        return max(floor_us, now_us)
+            return self._now_us()
 
     def anchor(self, database_now_us: int) -> None:
         """Go on from the database's time. May be called from the heartbeat's own thread.
@@ -90,9 +88,11 @@ class SystemClock:
         lease, so it isn't corrected for.
         """
         with self._lock:
-            monotonic_ns, before = time.monotonic_ns(), self._anchor
-            now_us = before.wall_us + (monotonic_ns - before.monotonic_ns) // 1_000
-            self._anchor = _Anchor(database_now_us, monotonic_ns, max(now_us, before.floor_us))
+            self._anchor = _Anchor(database_now_us, time.monotonic_ns(), self._now_us())
+
+    def _now_us(self) -> int:
+        wall_us, monotonic_ns, floor_us = self._anchor
+        return max(floor_us, wall_us + (time.monotonic_ns() - monotonic_ns) // 1_000)
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(max(0.0, seconds))

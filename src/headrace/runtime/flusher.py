@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from itertools import islice
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 
@@ -264,9 +263,7 @@ class Flusher(Generic[T]):
         """
         waiting = self._waiting
         count = min(self._size, len(waiting))
-        part = tuple(islice(waiting, count))
-        for _ in part:
-            waiting.popleft()
+        part = tuple(waiting.popleft() for _ in range(count))
         self._held_count += count
         self._parts.append(part)
 

@@ -30,7 +30,7 @@ from headrace import Headrace
 from headrace.cli.index import GC_THRESHOLDS
 from headrace.foundation import interpreter
 from headrace.foundation.settings import load
-from headrace.indexer import Arrived, Context, Entity, Indexed, Indexer, Position, Progress
+from headrace.indexer import Arrived, Entity, HandlerContext, Indexed, Indexer, Position, Progress
 
 MIB: Final = 2**20
 RUNS: Final = 3
@@ -91,7 +91,7 @@ def transfers_of(app: Headrace, source: Any, more: Callable[[], None] | None = N
     indexer = app.indexer("transfers", source=source, entities=[Account, Moved])
 
     @indexer.on("transfer")
-    async def on_transfer(event: Transfer, ctx: Context) -> None:
+    async def on_transfer(event: Transfer, ctx: HandlerContext) -> None:
         sender = await ctx.get_or_create(Account, event.sender)
         ctx.set(replace(sender, balance=sender.balance - event.amount))
         receiver = await ctx.get_or_create(Account, event.receiver)
@@ -265,7 +265,7 @@ def _asking(lines: Sequence[bytes], app: Headrace) -> Indexer:
     indexer = app.indexer("asking", source=Lines(lines), entities=[Account])
 
     @indexer.on("transfer")
-    async def on_transfer(event: Transfer, ctx: Context) -> None:
+    async def on_transfer(event: Transfer, ctx: HandlerContext) -> None:
         same = await ctx.where(Account, country=event.receiver)
         ctx.set(Account(event.sender, len(same), event.receiver))
 
@@ -340,7 +340,7 @@ def _counting(app: Headrace, source: Numbers) -> Indexer:
     indexer = app.indexer("counting", source=source, entities=[Account])
 
     @indexer.on("transfer")
-    async def on_transfer(event: Transfer, ctx: Context) -> None:
+    async def on_transfer(event: Transfer, ctx: HandlerContext) -> None:
         account = await ctx.get_or_create(Account, event.sender)
         ctx.set(replace(account, balance=account.balance + event.amount))
         other = await ctx.get_or_create(Account, event.receiver)

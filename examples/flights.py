@@ -21,7 +21,7 @@ import msgspec
 from msgspec.structs import replace
 
 from headrace import Headrace
-from headrace.indexer import Context, Entity, Indexed, Position, stream
+from headrace.indexer import Entity, HandlerContext, Indexed, Position, stream
 
 LATE_MINUTES = 15
 NOT_KNOWN = "NA"
@@ -137,7 +137,7 @@ flights = app.indexer("flights", source=stream(log), entities=[Airport, Carrier,
 
 
 @flights.on("flight")
-async def on_flight(flight: Flight, ctx: Context) -> None:
+async def on_flight(flight: Flight, ctx: HandlerContext) -> None:
     """One flight's part in all five tables."""
     cancelled = int(flight.departure_delay is None)
     await see_airports(flight, ctx, cancelled)
@@ -167,7 +167,7 @@ async def on_flight(flight: Flight, ctx: Context) -> None:
     await see_route(flight, ctx)
 
 
-async def see_airports(flight: Flight, ctx: Context, cancelled: int) -> None:
+async def see_airports(flight: Flight, ctx: HandlerContext, cancelled: int) -> None:
     """Where it left, and where it came down."""
     origin = await ctx.get_or_create(Airport, flight.origin)
     delay = flight.departure_delay
@@ -186,7 +186,7 @@ async def see_airports(flight: Flight, ctx: Context, cancelled: int) -> None:
         ctx.set(replace(target, arrivals=target.arrivals + 1))
 
 
-async def see_route(flight: Flight, ctx: Context) -> None:
+async def see_route(flight: Flight, ctx: HandlerContext) -> None:
     """How long it takes from one to the other."""
     route = await ctx.get_or_create(Route, f"{flight.origin}-{flight.destination}")
     if flight.air_time is None:

@@ -7,7 +7,7 @@
     transfers = app.indexer("transfers", source=ndjson("transfers.ndjson"), entities=[Account])
 
     @transfers.on("transfer")
-    async def on_transfer(event: Transfer, ctx: Context) -> None:
+    async def on_transfer(event: Transfer, ctx: HandlerContext) -> None:
         sender = await ctx.get_or_create(Account, event.sender)
         ctx.set(msgspec.structs.replace(sender, balance=sender.balance - event.amount))
 
@@ -30,7 +30,7 @@ from headrace.foundation.errors import InvalidSetting
 from headrace.runtime.effects import Effect
 from headrace.runtime.engine import Engine
 from headrace.runtime.handlers import HandlerFailed, Handlers, Unknown
-from headrace.runtime.handling import At, Context
+from headrace.runtime.handling import At, HandlerContext
 from headrace.runtime.indexer import ALL, Definition, Indexing, Progress, Where
 from headrace.runtime.leasing import IndexerHeld
 from headrace.runtime.sources.files import Csv, Ndjson
@@ -47,8 +47,8 @@ __all__ = [
     "ALL",
     "Arrived",
     "At",
-    "Context",
     "Entity",
+    "HandlerContext",
     "HandlerFailed",
     "HistoryGone",
     "Indexed",
@@ -175,7 +175,10 @@ class Indexer:
         return self.definition.name
 
     def on(self, kind: str) -> Callable[[F], F]:
-        """Register the handler of one kind of event: `async def on_transfer(event: Transfer, ctx: Context) -> None`."""
+        """Register the handler of one kind of event.
+
+        A handler is `async def on_transfer(event: Transfer, ctx: HandlerContext) -> None`.
+        """
 
         def register(function: F) -> F:
             self.definition.handlers.add(kind, function)

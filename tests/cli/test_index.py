@@ -15,7 +15,7 @@ import pytest
 JOB = """
 import msgspec
 from headrace import Headrace
-from headrace.indexer import Context, Entity, ndjson
+from headrace.indexer import HandlerContext, Entity, ndjson
 
 app = Headrace("bank")
 
@@ -30,7 +30,7 @@ class Account(Entity):
 bank = app.indexer("bank", source=ndjson("pays.ndjson"), entities=[Account], history="all")
 
 @bank.on("pay")
-async def on_pay(event: Pay, ctx: Context) -> None:
+async def on_pay(event: Pay, ctx: HandlerContext) -> None:
     account = await ctx.get_or_create(Account, event.to)
     ctx.set(Account(account.id, account.balance + event.amount))
 """

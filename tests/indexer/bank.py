@@ -10,8 +10,8 @@ import pytest
 
 from headrace import Headrace
 from headrace.indexer import (
-    Context,
     Entity,
+    HandlerContext,
     Indexed,
     Indexer,
 )
@@ -42,7 +42,7 @@ def bank(app: Headrace, source: Any, **options: Any) -> Indexer:
     indexer = app.indexer("bank", source=source, entities=[Account], **({"history": "all"} | options))
 
     @indexer.on("pay")
-    async def on_pay(event: Pay, ctx: Context) -> None:
+    async def on_pay(event: Pay, ctx: HandlerContext) -> None:
         account = await ctx.get_or_create(Account, event.to, country=event.country)
         ctx.set(msgspec.structs.replace(account, balance=account.balance + event.amount))
 

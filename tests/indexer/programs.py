@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from headrace import Headrace
-from headrace.indexer import Context, Entity, Indexed, Indexer, any_of, between
+from headrace.indexer import Entity, HandlerContext, Indexed, Indexer, any_of, between
 
 
 class Cell(Entity):
@@ -62,7 +62,7 @@ def make(app: Headrace, source: Any, **options: Any) -> Indexer:
         return n * 2
 
     @indexer.on("ops")
-    async def on_ops(event: Ops, ctx: Context) -> None:
+    async def on_ops(event: Ops, ctx: HandlerContext) -> None:
         for op in event.ops:
             for _ in range(event.turns):
                 await asyncio.sleep(0)
@@ -92,7 +92,7 @@ def busy(count: int) -> list[tuple[int, Ops]]:
 _FOURTH = [Op("delete", 4), Op("enqueue", 1)]
 
 
-async def _do(op: Op, ctx: Context, double: Any, task: Any) -> None:
+async def _do(op: Op, ctx: HandlerContext, double: Any, task: Any) -> None:
     if op.do in ("add", "paint", "move"):
         cell = await ctx.get_or_create(Cell, op.a)
         changes: dict[str, dict[str, Any]] = {

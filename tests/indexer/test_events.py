@@ -14,7 +14,7 @@ from headrace import Headrace
 from headrace.core.sequencer import Rewind
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.indexer import (
-    Context,
+    HandlerContext,
     HandlerFailed,
     Indexer,
     any_of,
@@ -51,7 +51,7 @@ from tests.indexer.rig import AFTER, BEFORE, Crash, Listed, Rig, Unsteady, rig
     ids=[str(number) for number in range(9)],
 )
 async def test_an_event_that_can_t_be_handled_is_named_by_its_position(events: list[Any], words: str) -> None:
-    async def handler(event: Pay, ctx: Context) -> None:
+    async def handler(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to))
 
     with pytest.raises(InvalidInput, match=words):
@@ -59,7 +59,7 @@ async def test_an_event_that_can_t_be_handled_is_named_by_its_position(events: l
 
 
 async def test_unknown_kinds_can_be_passed_over_and_still_count() -> None:
-    async def handler(event: Pay, ctx: Context) -> None:
+    async def handler(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to, int(ctx.position)))
 
     simulation = await handled(handler, unknown="skip").simulate(
@@ -95,9 +95,9 @@ async def test_a_source_that_breaks_says_which_it_was() -> None:
 def test_an_indexer_that_makes_no_sense_is_refused_when_it_is_made() -> None:
     app = Headrace("tests")
 
-    async def handler(event: Pay, ctx: Context) -> None: ...
+    async def handler(event: Pay, ctx: HandlerContext) -> None: ...
 
-    def plain(event: Pay, ctx: Context) -> None: ...
+    def plain(event: Pay, ctx: HandlerContext) -> None: ...
 
     async def alone(event: Pay) -> None: ...
 
@@ -169,7 +169,7 @@ async def test_deferred_indexes_are_built_when_first_asked_for_or_at_the_end(nam
         indexer = app.indexer("bank", source=source, entities=[Account], defer_indexes=True)
 
         @indexer.on("pay")
-        async def on_pay(event: Pay, ctx: Context) -> None:
+        async def on_pay(event: Pay, ctx: HandlerContext) -> None:
             if event.to == "ask":
                 ctx.set(Account("ask", len(await ctx.where(Account, country="NZ"))))
             else:
@@ -215,7 +215,7 @@ async def test_several_sources_merge_by_time_however_they_race(name: str, tmp_pa
         indexer = app.indexer("bank", source=sources, entities=[Account], history="all")
 
         @indexer.on("pay")
-        async def on_pay(event: Pay, ctx: Context) -> None:
+        async def on_pay(event: Pay, ctx: HandlerContext) -> None:
             account = await ctx.get_or_create(Account, event.to)
             ctx.set(msgspec.structs.replace(account, balance=account.balance * 10 + event.amount))
             if not ctx.is_preload:
@@ -252,7 +252,7 @@ async def test_several_sources_merge_by_time_however_they_race(name: str, tmp_pa
 
 
 async def test_any_of_and_ranges_overlay_what_is_staged() -> None:
-    async def handler(event: Pay, ctx: Context) -> None:
+    async def handler(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to, event.amount, event.country))
         ctx.delete(Account, "a1")
         found = await ctx.where(Account, country=any_of("NZ", "AU"))
@@ -280,7 +280,7 @@ async def test_runs_are_enqueued_with_the_commit_and_a_rewind_enqueues_nothing_t
         task: Any = asking.task  # type: ignore[attr-defined]  # kept by the first start
 
         @indexer.on("pay")
-        async def on_pay(event: Pay, ctx: Context) -> None:
+        async def on_pay(event: Pay, ctx: HandlerContext) -> None:
             ctx.set(Account(event.to, event.amount))
             ctx.enqueue(task, event.to, amount=event.amount)
             if event.amount % 2:
@@ -309,7 +309,7 @@ async def test_more_runs_than_one_event_may_enqueue_are_refused() -> None:
     async def notify(to: str) -> None: ...
 
     @indexer.on("pay")
-    async def on_pay(event: Pay, ctx: Context) -> None:
+    async def on_pay(event: Pay, ctx: HandlerContext) -> None:
         for _ in range(event.amount):
             ctx.enqueue(notify, event.to)
 
@@ -325,7 +325,7 @@ def _keyed(app: Headrace, task: Any) -> Indexer:
     indexer = app.indexer("keyed", source=Listed(), entities=[Account])
 
     @indexer.on("pay")
-    async def on_pay(event: Pay, ctx: Context) -> None:
+    async def on_pay(event: Pay, ctx: HandlerContext) -> None:
         ctx.enqueue(task.options(idempotency_key="mine"), event.to)
 
     return indexer

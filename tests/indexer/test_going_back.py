@@ -13,7 +13,7 @@ import pytest
 from headrace import Headrace
 from headrace.core.sequencer import Arrived, Rewind
 from headrace.indexer import (
-    Context,
+    HandlerContext,
     HistoryGone,
     Indexer,
 )
@@ -150,7 +150,7 @@ async def test_a_rate_limit_survives_going_back() -> None:
         return n
 
     @indexer.on("pay")
-    async def on_pay(event: Pay, ctx: Context) -> None:
+    async def on_pay(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to, await ctx.effect(rate, event.amount)))
 
     from headrace.simulating import Simulation
@@ -176,7 +176,7 @@ async def test_a_rewind_waits_for_the_batch_under_way(tmp_path: Path) -> None:
         indexer = app.indexer("bank", source=source, entities=[Account], history="all")
 
         @indexer.on("pay")
-        async def on_pay(event: Pay, ctx: Context) -> None:
+        async def on_pay(event: Pay, ctx: HandlerContext) -> None:
             if event.to == "slow":
                 going.set()
                 await gate.wait()
@@ -230,7 +230,7 @@ async def test_after_a_rewind_the_other_sources_are_read_on_from_where_they_stoo
         indexer = app.indexer("bank", source={"steady": steady, "turning": turning}, entities=[Account], history="all")
 
         @indexer.on("pay")
-        async def on_pay(event: Pay, ctx: Context) -> None:
+        async def on_pay(event: Pay, ctx: HandlerContext) -> None:
             account = await ctx.get_or_create(Account, event.to)
             ctx.set(msgspec.structs.replace(account, balance=account.balance + event.amount))
 
@@ -249,7 +249,7 @@ async def test_a_row_deleted_in_flight_and_made_again_has_each_change_once(name:
         indexer = app.indexer("bank", source=source, entities=[Account], history="all")
 
         @indexer.on("pay")
-        async def on_pay(event: Pay, ctx: Context) -> None:
+        async def on_pay(event: Pay, ctx: HandlerContext) -> None:
             if event.amount:
                 ctx.set(Account(event.to, event.amount))
             else:

@@ -12,8 +12,8 @@ import pytest
 from headrace import Headrace
 from headrace.foundation.errors import InvalidInput, NotFound, StoreBroken, StoreUnavailable
 from headrace.indexer import (
-    Context,
     Entity,
+    HandlerContext,
     HandlerFailed,
     Indexer,
     any_of,
@@ -37,7 +37,7 @@ from tests.indexer.rig import Listed, rig
 
 
 async def test_a_handler_that_raises_stops_the_indexer_and_says_where() -> None:
-    async def failing(event: Pay, ctx: Context) -> None:
+    async def failing(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to))
         if event.to == "bad":
             raise ValueError("no such account")
@@ -50,7 +50,7 @@ async def test_a_handler_that_raises_stops_the_indexer_and_says_where() -> None:
 
 
 async def test_a_handler_that_hangs_is_ended_by_its_bound() -> None:
-    async def hanging(event: Pay, ctx: Context) -> None:
+    async def hanging(event: Pay, ctx: HandlerContext) -> None:
         await asyncio.Event().wait()
 
     clock = ManualClock()
@@ -72,7 +72,7 @@ async def test_a_handler_that_never_gives_the_loop_back_loses_the_lease_and_is_n
         indexer = app.indexer("bank", source=source, entities=[Account])
 
         @indexer.on("pay")
-        async def on_pay(event: Pay, ctx: Context) -> None:
+        async def on_pay(event: Pay, ctx: HandlerContext) -> None:
             if event.to == "stuck":
                 assert left.wait(60), "the lease is given back while the loop stands still"
             ctx.set(Account(event.to))
@@ -104,7 +104,7 @@ async def test_handlers_that_keep_the_loop_one_after_the_other_are_not_one_that_
         indexer = app.indexer("bank", source=source, entities=[Account])
 
         @indexer.on("pay")
-        async def on_pay(event: Pay, ctx: Context) -> None:
+        async def on_pay(event: Pay, ctx: HandlerContext) -> None:
             for _ in range(event.amount):
                 assert beats.acquire(timeout=60)
             ctx.set(Account(event.to))
@@ -130,7 +130,7 @@ async def test_a_context_refuses_what_comes_after_its_handler_and_the_indexer_st
     late: list[asyncio.Task[None]] = []
     refused: list[BaseException] = []
 
-    async def forgetful(event: Pay, ctx: Context) -> None:
+    async def forgetful(event: Pay, ctx: HandlerContext) -> None:
         async def later() -> None:
             await asyncio.sleep(0)
             await asyncio.sleep(0)
@@ -155,7 +155,7 @@ async def test_a_context_refuses_what_comes_after_its_handler_and_the_indexer_st
 
 
 async def test_a_forgotten_await_is_named() -> None:
-    async def forgetful(event: Pay, ctx: Context) -> None:
+    async def forgetful(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(ctx.get(Account, event.to))  # type: ignore[arg-type]  # that is the fault
 
     with pytest.raises(HandlerFailed, match="still to be awaited"):
@@ -163,7 +163,7 @@ async def test_a_forgotten_await_is_named() -> None:
 
 
 async def test_what_a_handler_got_can_t_be_changed_under_the_others() -> None:
-    async def changing(event: Pay, ctx: Context) -> None:
+    async def changing(event: Pay, ctx: HandlerContext) -> None:
         account = await ctx.get_or_create(Account, event.to)
         account.balance = 5
 
@@ -191,7 +191,7 @@ async def test_what_a_handler_got_can_t_be_changed_under_the_others() -> None:
     ids=[str(number) for number in range(13)],
 )
 async def test_what_a_handler_asks_wrongly_is_answered_with_how_to_ask(do: Any, words: str) -> None:
-    async def asking(event: Pay, ctx: Context) -> None:
+    async def asking(event: Pay, ctx: HandlerContext) -> None:
         made = do(ctx)
         if made is not None:
             await made
@@ -201,7 +201,7 @@ async def test_what_a_handler_asks_wrongly_is_answered_with_how_to_ask(do: Any, 
 
 
 async def test_require_answers_what_is_there() -> None:
-    async def requiring(event: Pay, ctx: Context) -> None:
+    async def requiring(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to, 3))
         assert (await ctx.require(Account, event.to)).balance == 3
 
@@ -224,7 +224,7 @@ async def test_a_call_is_made_once_for_its_arguments_and_its_answer_outlives_the
             return n * 10
 
         @indexer.on("pay")
-        async def on_pay(event: Pay, ctx: Context) -> None:
+        async def on_pay(event: Pay, ctx: HandlerContext) -> None:
             ctx.set(Account(event.to, await ctx.effect(price, event.amount % 3)))
 
         return indexer
@@ -252,7 +252,7 @@ async def test_calls_keep_to_their_limit_and_an_error_reaches_only_its_caller() 
         return n
 
     @indexer.on("pay")
-    async def on_pay(event: Pay, ctx: Context) -> None:
+    async def on_pay(event: Pay, ctx: HandlerContext) -> None:
         try:
             ctx.set(Account(event.to, await ctx.effect(rate, event.amount)))
         except ConnectionError:
@@ -282,7 +282,7 @@ async def test_without_cache_a_call_is_made_again_in_each_batch() -> None:
         return len(calls)
 
     @indexer.on("pay")
-    async def on_pay(event: Pay, ctx: Context) -> None:
+    async def on_pay(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to, await ctx.effect(now, 1)))
 
     await indexer.simulate([Pay(f"a{n}") for n in range(6)], index_batch_events_max=3)
@@ -314,7 +314,7 @@ async def test_a_batch_of_unknown_rows_is_one_query_and_a_known_one_none() -> No
 async def test_running_ahead_writes_nothing_and_its_errors_are_not_looked_at() -> None:
     ahead: list[Any] = []
 
-    async def handler(event: Pay, ctx: Context) -> None:
+    async def handler(event: Pay, ctx: HandlerContext) -> None:
         account = await ctx.get(Account, event.to)
         for _ in range(0 if ctx.is_preload else 3):
             await asyncio.sleep(0)
@@ -334,7 +334,7 @@ async def test_running_ahead_writes_nothing_and_its_errors_are_not_looked_at() -
 
 
 async def test_a_row_that_is_only_read_stays_in_memory_and_gets_no_history() -> None:
-    async def reading(event: Pay, ctx: Context) -> None:
+    async def reading(event: Pay, ctx: HandlerContext) -> None:
         await ctx.get(Account, "kept")
         if event.amount:
             ctx.set(Account(event.to, event.amount))
@@ -351,7 +351,7 @@ async def test_a_row_that_is_only_read_stays_in_memory_and_gets_no_history() -> 
 
 
 async def test_get_or_create_sets_what_it_makes_and_leaves_what_is_there() -> None:
-    async def making(event: Pay, ctx: Context) -> None:
+    async def making(event: Pay, ctx: HandlerContext) -> None:
         first = await ctx.get_or_create(Account, event.to, balance=event.amount, country="NZ")
         assert await ctx.get(Account, event.to) == first
 
@@ -364,7 +364,7 @@ async def test_get_or_create_sets_what_it_makes_and_leaves_what_is_there() -> No
 async def test_questions_of_one_field_at_once_are_one_query_and_ranges_each_their_own() -> None:
     asked: list[Any] = []
 
-    async def handler(event: Pay, ctx: Context) -> None:
+    async def handler(event: Pay, ctx: HandlerContext) -> None:
         found = await asyncio.gather(
             ctx.where(Account, country="NZ"),
             ctx.where(Account, country=any_of("AU", "NZ")),
@@ -402,13 +402,13 @@ async def test_questions_of_one_field_at_once_are_one_query_and_ranges_each_thei
 async def test_gets_of_one_handler_at_once_are_one_query() -> None:
     asked: list[Any] = []
 
-    async def handler(event: Pay, ctx: Context) -> None:
+    async def handler(event: Pay, ctx: HandlerContext) -> None:
         await asyncio.gather(*[ctx.get(Account, f"x{n}") for n in range(5)], ctx.get(Account, "x1"))
         assert await ctx.get_many(Account, ["x0", "y", "x0"]) == [None, None, None]
         assert (await ctx.get(Account, "z1"), await ctx.get(Account, "z2")) == (None, None)
         await asyncio.gather(ctx.get(Account, "now"), later(ctx))
 
-    async def later(ctx: Context) -> None:
+    async def later(ctx: HandlerContext) -> None:
         for _ in range(5):
             await asyncio.sleep(0)
         await ctx.get(Account, "then")
@@ -431,7 +431,7 @@ async def test_where_with_ten_thousand_values_asks_for_them_together(name: str, 
         indexer = app.indexer("bank", source=source, entities=[Account])
 
         @indexer.on("pay")
-        async def on_pay(event: Pay, ctx: Context) -> None:
+        async def on_pay(event: Pay, ctx: HandlerContext) -> None:
             same = await ctx.where(Account, country=event.country)
             ctx.set(Account(event.to, len(same) + 1, event.country))
 
@@ -492,7 +492,7 @@ async def test_an_answer_of_none_is_an_answer() -> None:
         calls.append(n)
 
     @indexer.on("pay")
-    async def on_pay(event: Pay, ctx: Context) -> None:
+    async def on_pay(event: Pay, ctx: HandlerContext) -> None:
         assert await ctx.effect(nothing, 1) is None
         ctx.set(Account(event.to))
 
@@ -512,7 +512,7 @@ async def test_an_answer_that_no_longer_fits_is_asked_for_again(tmp_path: Path) 
             effect = indexer.effect()(asked)
 
             @indexer.on("pay")
-            async def on_pay(event: Pay, ctx: Context) -> None:
+            async def on_pay(event: Pay, ctx: HandlerContext) -> None:
                 ctx.set(Account(event.to, len(repr(await ctx.effect(effect, 5)))))
 
             return indexer

@@ -11,7 +11,7 @@ import pytest
 
 from headrace.foundation.errors import InvalidInput, StoreBroken
 from headrace.indexer import (
-    Context,
+    HandlerContext,
     IndexerHeld,
     LeaseLost,
 )
@@ -126,7 +126,7 @@ async def test_a_failed_commit_is_raised_while_the_source_is_idle() -> None:
 async def test_reads_that_wait_hear_of_a_failed_commit() -> None:
     heard: list[BaseException] = []
 
-    async def reading(event: Pay, ctx: Context) -> None:
+    async def reading(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to))
         if event.to == "reader":
             try:
@@ -212,7 +212,7 @@ async def test_a_rollback_larger_than_memory_restores_everything(name: str, tmp_
 
 
 async def test_types_that_are_only_written_leave_memory_with_their_commit() -> None:
-    async def writing(event: Pay, ctx: Context) -> None:
+    async def writing(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(f"{event.to}{ctx.position}"))
 
     async with handled(writing).simulation(index_batch_events_max=10) as simulation:

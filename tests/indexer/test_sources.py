@@ -20,7 +20,7 @@ import zstandard
 from headrace import Headrace
 from headrace.core.sequencer import Arrived, Position, Rewind, Sequencer
 from headrace.foundation.errors import Conflict, InvalidInput, StoreUnavailable
-from headrace.indexer import Context, Entity, csv, nats, ndjson, results, stream, table
+from headrace.indexer import Entity, HandlerContext, csv, nats, ndjson, results, stream, table
 from tests.postgres import server
 
 
@@ -189,7 +189,7 @@ async def test_a_batch_that_has_finished_is_a_source(tmp_path: Path) -> None:
         totals = app.indexer("totals", source=results(app, batch.id), entities=[Total])
 
         @totals.on("result")
-        async def on_result(event: dict[str, Any], ctx: Context) -> None:
+        async def on_result(event: dict[str, Any], ctx: HandlerContext) -> None:
             total = await ctx.get_or_create(Total, "all")
             ctx.set(Total("all", total.outcomes + 1, total.failed + (event["state"] == "failed")))
 

@@ -99,7 +99,7 @@ class Shared:
         self.fault: LateUse | None = None
 
 
-class Context(msgspec.Struct, eq=False):
+class HandlerContext(msgspec.Struct, eq=False):
     """One event's way to everything. Reads see what every earlier event and this one wrote.
 
     A struct, because one is made for each event: it costs a third of what a plain object does.
@@ -116,7 +116,7 @@ class Context(msgspec.Struct, eq=False):
     _ordinal: int = 0
 
     def __repr__(self) -> str:
-        return f"Context({self.source!r}, {self.position!r})"
+        return f"HandlerContext({self.source!r}, {self.position!r})"
 
     @property
     def event(self) -> At:

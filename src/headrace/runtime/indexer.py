@@ -27,7 +27,7 @@ from headrace.runtime.effects import Answered, Effect, Effects
 from headrace.runtime.engine import Engine
 from headrace.runtime.fetching import Fetching
 from headrace.runtime.handlers import HandlerFailed, Handlers
-from headrace.runtime.handling import Context, Shared
+from headrace.runtime.handling import HandlerContext, Shared
 from headrace.runtime.leasing import lease
 from headrace.runtime.lookups import Lookups
 from headrace.runtime.patience import patiently
@@ -419,7 +419,7 @@ class Indexing:
                     if sources is not None:
                         name = names[sources[at]]
                     time_us = None if times is None else times[at]
-                    context = Context(shared, self._no, name, positions[at], time_us, event)
+                    context = HandlerContext(shared, self._no, name, positions[at], time_us, event)
                     try:
                         await handler(event, context)
                     except Exception as error:
@@ -569,7 +569,7 @@ class Indexing:
                 name = names[0] if batch.sources is None else names[batch.sources[at]]
                 time_us = None if batch.times is None else batch.times[at]
                 no = self._no + at - self._at
-                context = Context(self._shared, no, name, batch.positions[at], time_us, event, is_preload=True)
+                context = HandlerContext(self._shared, no, name, batch.positions[at], time_us, event, is_preload=True)
                 self._preload.begin(handler, event, context)
         is_dense = (self._lookups.asked_count - before) * DENSE >= self._ahead_at - first
         most = self._limits.index_batch_events_max

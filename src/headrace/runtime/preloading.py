@@ -13,7 +13,7 @@ from contextlib import suppress
 from types import coroutine
 from typing import Any
 
-from headrace.runtime.handling import Context
+from headrace.runtime.handling import HandlerContext
 
 
 class Preload:
@@ -21,9 +21,9 @@ class Preload:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
-        self._contexts: list[Context] = []
+        self._contexts: list[HandlerContext] = []
 
-    def begin(self, handler: Callable[[Any, Any], Any], event: Any, context: Context) -> None:
+    def begin(self, handler: Callable[[Any, Any], Any], event: Any, context: HandlerContext) -> None:
         """Run a handler up to where it waits, and on from there when that has come."""
         running: Coroutine[Any, Any, Any] = handler(event, context)
         self._contexts.append(context)

@@ -18,7 +18,7 @@ from headrace.runtime.clock import ManualClock
 from headrace.runtime.flusher import UpdatesUnflushed
 from headrace.runtime.producer import Producer
 from headrace.store.protocol import Suspects
-from tests.runtime.engines import Faulty, app_on, on_each_store, opened
+from tests.support.engines import Faulty, app_on, on_each_store, opened
 
 pytestmark = on_each_store
 

@@ -16,7 +16,7 @@ from headrace.foundation.errors import InvalidSetting
 from headrace.handles import RunFailed
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.context import DETACHED, Context
-from tests.runtime.engines import app_on, on_each_store, opened
+from tests.support.engines import app_on, on_each_store, opened
 
 TRACE = SpanContext(0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331, is_remote=True, trace_flags=TraceFlags(1))
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

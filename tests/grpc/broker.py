@@ -31,8 +31,8 @@ from headrace.runtime.producer import Producer
 from headrace.runtime.verdicts import Report
 from headrace.store.protocol import RunView
 from tests import invariants
-from tests.runtime.engines import engine_of
 from tests.store.world import fresh_schema
+from tests.support.engines import engine_of
 
 DATABASES = ("sqlite", "postgres")
 EVERY = ("memory", *DATABASES)

@@ -27,7 +27,7 @@ from tests.grpc.broker import (
     on_databases,
     on_every_store,
 )
-from tests.runtime.engines import Faulty
+from tests.support.engines import Faulty
 
 EXPECTS = "Invalid status, expects 3 (Failure), 4 (Retry), or 5 (Complete), but got: "
 

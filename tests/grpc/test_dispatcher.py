@@ -29,7 +29,7 @@ from tests.grpc.broker import (
     on_every_store,
 )
 from tests.grpc.test_consumer import refused
-from tests.runtime.engines import Faulty
+from tests.support.engines import Faulty
 
 ANY = Wish()
 

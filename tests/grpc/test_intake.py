@@ -28,7 +28,7 @@ from headrace.runtime.rules import decide
 from headrace.runtime.upkeep import Upkeep
 from tests.grpc.broker import COMPLETE, Broker, activation, broker, on_databases, on_every_store, stream, varint
 from tests.http.rig import LIMITS, house
-from tests.runtime.engines import Faulty
+from tests.support.engines import Faulty
 
 
 async def pieces_of(*pieces: bytes) -> AsyncIterator[bytes]:

@@ -21,7 +21,7 @@ from headrace.runtime.upkeep import Upkeep
 from headrace.runtime.verdicts import Report
 from tests import invariants
 from tests.grpc.broker import DEADLETTER, Broker, activation, engine_on
-from tests.runtime.engines import Faulty
+from tests.support.engines import Faulty
 
 COUNT = 40
 STEPS = 250

@@ -27,7 +27,7 @@ from headrace.runtime.recovery import STUCK_TIMEOUTS
 from headrace.runtime.work import Work
 from headrace.store.protocol import Claim, NewBatch, Release, Session, Suspects
 from tests import invariants
-from tests.runtime.engines import Faulty, engine_of
+from tests.support.engines import Faulty, engine_of
 
 AWAY = StoreUnavailable("away")
 SECOND_US = 1_000_000

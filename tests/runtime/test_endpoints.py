@@ -25,7 +25,7 @@ from headrace.core.retry import Retry
 from headrace.foundation.errors import InvalidSetting
 from headrace.handles import Run, RunFailed
 from headrace.runtime.endpoints import ANSWER_BYTES_MAX, HEADERS_MAX, Endpoint
-from tests.runtime.engines import app_on, opened
+from tests.support.engines import app_on, opened
 
 SECRET = "whsec_" + base64.b64encode(b"k" * 32).decode()
 LOOPBACK = ["127.0.0.0/8", "::1/128"]

@@ -16,7 +16,7 @@ from headrace.foundation.limits import Limits
 from headrace.runtime import executor as room
 from headrace.runtime.context import Context
 from headrace.runtime.work import ENDED, NOT_BEGUN
-from tests.runtime.rig import Rig, failure, numbers, rig, states
+from tests.support.executor_rig import Rig, failure, numbers, rig, states
 
 SECOND_US = 1_000_000
 

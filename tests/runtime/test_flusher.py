@@ -10,7 +10,7 @@ import pytest
 from headrace.foundation.errors import ClientFault, HeadraceError, InvalidSetting, StoreUnavailable
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
-from tests.runtime.sink import Sink
+from tests.support.flush_target import Sink
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from headrace.core.retry import Retry
 from headrace.runtime import executor as room
 from headrace.runtime.context import Context
 from headrace.runtime.work import BEGUN, NOT_BEGUN
-from tests.runtime.rig import failure, numbers, rig, states
+from tests.support.executor_rig import failure, numbers, rig, states
 
 SECOND_US = 1_000_000
 

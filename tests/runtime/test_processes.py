@@ -22,16 +22,16 @@ from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.registry import TaskSpec
 from headrace.runtime.worker import Worker
-from tests.runtime import crew_tasks
-from tests.runtime.engines import on_each_store, opened
+from tests.support import pool_tasks
+from tests.support.engines import on_each_store, opened
 
 ROOT = Path(__file__).parents[2]
 
 
 @asynccontextmanager
 async def crew(engine: Engine, **options: Any):  # type: ignore[no-untyped-def]  # the decorator's own
-    """The app of `crew_tasks` on an engine, with a worker that is stopped at once in the end."""
-    app = crew_tasks.app
+    """The app of `pool_tasks` on an engine, with a worker that is stopped at once in the end."""
+    app = pool_tasks.app
     app.use_engine(engine)
     known: dict[str, Any] = {"processes": 0, "concurrency": 4, "tasks": options.pop("tasks", None)}
     worker = Worker(engine, app.registry, **(known | options))
@@ -67,25 +67,25 @@ def is_alive(pid: int) -> bool:
 @on_each_store
 async def test_runs_are_spread_over_children_and_come_back_in_order(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path, inline_bytes_max=100_000) as engine, crew(engine):
-        assert await outputs(await crew_tasks.double.map(range(2_000))) == [2 * item for item in range(2_000)]
-        assert await outputs(await crew_tasks.async_double.map(range(300))) == [2 * item for item in range(300)]
-        pids = set(await outputs(await crew_tasks.pid.map(range(500))))
+        assert await outputs(await pool_tasks.double.map(range(2_000))) == [2 * item for item in range(2_000)]
+        assert await outputs(await pool_tasks.async_double.map(range(300))) == [2 * item for item in range(300)]
+        pids = set(await outputs(await pool_tasks.pid.map(range(500))))
         assert os.getpid() not in pids
-        assert await outputs(await crew_tasks.raises.map(range(5))) == [
+        assert await outputs(await pool_tasks.raises.map(range(5))) == [
             0,
             "SystemExit",
             "KeyboardInterrupt",
             "ValueError",
             4,
         ]
-        assert await outputs(await crew_tasks.renamed.map([0, 1])) == ["ValueError", 1]
+        assert await outputs(await pool_tasks.renamed.map([0, 1])) == ["ValueError", 1]
 
 
 async def test_a_result_of_3_mb_comes_back_by_the_object_store(tmp_path: Path) -> None:
     async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=["large"]):
-        (found,) = await outputs(await crew_tasks.large.map([3_000_000]))
+        (found,) = await outputs(await pool_tasks.large.map([3_000_000]))
         assert len(found) == 3_000_000
-        assert await outputs(await crew_tasks.large.map([DEFAULT.inline_bytes_max - 3])) == [
+        assert await outputs(await pool_tasks.large.map([DEFAULT.inline_bytes_max - 3])) == [
             "x" * (DEFAULT.inline_bytes_max - 3)
         ]
         assert len([stored async for stored in engine.payloads.list()]) == 1
@@ -96,10 +96,10 @@ async def test_every_task_may_run_in_children(tmp_path: Path) -> None:
         opened("sqlite", tmp_path) as engine,
         crew(engine, processes=2, tasks=["in_a_thread_of_a_child", "renamed", "double"]),
     ):
-        found = await outputs(await crew_tasks.in_a_thread_of_a_child.map(range(20)))
+        found = await outputs(await pool_tasks.in_a_thread_of_a_child.map(range(20)))
         assert {attempt for _, attempt in found} == {2}
         assert os.getpid() not in {pid for pid, _ in found}
-        batch = await crew_tasks.renamed.map([0, 1, 2])
+        batch = await pool_tasks.renamed.map([0, 1, 2])
         assert await outputs(batch) == ["ValueError", 1, 2]
         assert (await engine.store.run(batch.id, 0)).attempt == 3
 
@@ -107,8 +107,8 @@ async def test_every_task_may_run_in_children(tmp_path: Path) -> None:
 async def test_a_crash_charges_only_what_had_begun(tmp_path: Path) -> None:
     side = tmp_path / "side"
     async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=["killed_once", "double"], processes=1):
-        run = await crew_tasks.killed_once.enqueue(str(side))
-        others = await crew_tasks.double.map(range(256))
+        run = await pool_tasks.killed_once.enqueue(str(side))
+        others = await pool_tasks.double.map(range(256))
         assert await outputs(others) == [2 * item for item in range(256)]
         assert await run.result() == 1
         view = await run.view()
@@ -119,7 +119,7 @@ async def test_a_crash_charges_only_what_had_begun(tmp_path: Path) -> None:
 async def test_the_one_run_that_kills_is_found_and_the_others_complete(tmp_path: Path) -> None:
     side = tmp_path / "side"
     async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=["noted"], processes=2):
-        batch = await crew_tasks.noted.map([{"path": str(side), "item": item, "poison": 100} for item in range(256)])
+        batch = await pool_tasks.noted.map([{"path": str(side), "item": item, "poison": 100} for item in range(256)])
         found = await outputs(batch)
         assert found == [item if item != 100 else "WorkerCrashed" for item in range(256)]
         views = [await engine.store.run(batch.id, index) for index in range(256)]
@@ -140,7 +140,7 @@ async def test_an_at_most_once_run_that_kills_its_process_fails_and_no_other_run
     side = tmp_path / "side"
     async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=["noted_once"], processes=2):
         items = [{"path": str(side), "item": item, "poison": 10} for item in range(40)]
-        found = await outputs(await crew_tasks.noted_once.map(items))
+        found = await outputs(await pool_tasks.noted_once.map(items))
         ran = Counter(int(line) for line in side.read_text().split())
         assert set(ran.values()) == {1}
         assert found[10] == "WorkerLost"
@@ -150,7 +150,7 @@ async def test_an_at_most_once_run_that_kills_its_process_fails_and_no_other_run
 @pytest.mark.parametrize("task", ["stuck_in_c", "stuck_in_python", "stuck_in_a_coroutine"])
 async def test_a_run_that_does_not_hear_its_timeout_is_ended(task: str, tmp_path: Path) -> None:
     async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=[task]):
-        batch = await getattr(crew_tasks, task).map([0, 1, 0])
+        batch = await getattr(pool_tasks, task).map([0, 1, 0])
         assert await outputs(batch) == [0, "TimeoutError", 0]
         views = [await engine.store.run(batch.id, index) for index in range(3)]
         assert [(view.attempt, view.crashes_count) for view in views] == [(1, 0)] * 3
@@ -163,7 +163,7 @@ async def test_a_cancelled_batch_stops_in_children(kind: str, tmp_path: Path) ->
         opened(kind, tmp_path, heartbeat_ms=10, session_timeout_ms=60_000) as engine,
         crew(engine, tasks=["waits"]),
     ):
-        batch = await crew_tasks.waits.map([{"path": str(side), "item": item} for item in range(50)])
+        batch = await pool_tasks.waits.map([{"path": str(side), "item": item} for item in range(50)])
         await until_noted(side, 1)
         await batch.cancel()
         summary = await batch.wait()
@@ -178,7 +178,7 @@ async def test_a_stop_interrupts_children_and_gives_back_uncharged(tmp_path: Pat
     async with opened("sqlite", tmp_path) as engine:
         async with crew(engine, tasks=["blocks", "waits"]):
             batches = [
-                await task.map([{"path": str(side), "item": 1}]) for task in (crew_tasks.blocks, crew_tasks.waits)
+                await task.map([{"path": str(side), "item": 1}]) for task in (pool_tasks.blocks, pool_tasks.waits)
             ]
             lines = await until_noted(side, 2)
         for batch in batches:
@@ -205,7 +205,7 @@ async def test_a_task_that_a_child_can_not_find_is_refused_at_the_start(tmp_path
 
 async def test_a_task_with_other_options_in_the_child_is_refused_at_the_start(tmp_path: Path) -> None:
     app = Headrace("other")
-    app.registry.add(TaskSpec("late", crew_tasks._plain, pool="process", timeout_s=5))
+    app.registry.add(TaskSpec("late", pool_tasks._plain, pool="process", timeout_s=5))
     async with opened("sqlite", tmp_path) as engine:
         with pytest.raises(InvalidSetting, match="other options"):
             await Worker(engine, app.registry, concurrency=2).start()
@@ -298,5 +298,5 @@ async def test_a_ctrl_c_to_the_group_is_heard_by_the_parent_only(tmp_path: Path)
 
 async def test_results_of_children_stay_inline_when_objects_live_in_memory(tmp_path: Path) -> None:
     async with opened("memory", tmp_path) as engine, crew(engine, tasks=["large"]):
-        (found,) = await outputs(await crew_tasks.large.map([3_000_000]))
+        (found,) = await outputs(await pool_tasks.large.map([3_000_000]))
         assert len(found) == 3_000_000

@@ -25,8 +25,8 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.registry import SCHEDULES_MAX, Registry
 from headrace.runtime.scheduler import Scheduler
 from tests import invariants
-from tests.runtime.engines import Faulty, app_on, opened
 from tests.store.world import FACTORIES
+from tests.support.engines import Faulty, app_on, opened
 
 SECOND_US = 1_000_000
 DAY_S = 86_400

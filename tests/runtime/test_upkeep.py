@@ -17,7 +17,7 @@ from headrace.runtime.clock import ManualClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.upkeep import Upkeep
 from headrace.store.protocol import Claim, NewBatch, Session
-from tests.runtime.engines import Faulty, app_on, on_each_store, opened
+from tests.support.engines import Faulty, app_on, on_each_store, opened
 
 DAY_S = 86_400
 

@@ -17,7 +17,7 @@ from headrace.runtime.context import Context
 from headrace.runtime.flusher import UpdatesUnflushed
 from headrace.runtime.worker import Worker
 from headrace.store.protocol import Suspects
-from tests.runtime.engines import Faulty, app_on, on_each_store, opened
+from tests.support.engines import Faulty, app_on, on_each_store, opened
 
 pytestmark = on_each_store
 

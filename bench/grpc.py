@@ -515,7 +515,7 @@ async def serve_pusher(tasks: int, worker_port: int) -> None:
     from headrace.grpc.push import Pusher
     from headrace.grpc.server import Connection, GrpcServer
     from headrace.runtime.clock import SystemClock
-    from headrace.runtime.doorbell import Doorbell
+    from headrace.runtime.wakeup import Doorbell
 
     class Shelf:
         def __init__(self) -> None:

@@ -38,8 +38,8 @@ def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: 
     from headrace.http.server import serving
     from headrace.http.service import Service
     from headrace.runtime.clock import SystemClock
-    from headrace.runtime.doorbell import Doorbell
     from headrace.runtime.engine import Engine
+    from headrace.runtime.wakeup import Doorbell
     from headrace.store.payloads import PayloadStore, open_payloads
     from headrace.store.protocol import Appended
 

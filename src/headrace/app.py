@@ -39,7 +39,7 @@ from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.ids import parse_run_id
 from headrace.foundation.settings import Settings, load
 from headrace.handles import PLAIN, Batch, ResultOf, Run
-from headrace.runtime.background import Background
+from headrace.runtime.background_loop import Background
 from headrace.runtime.engine import Engine
 from headrace.runtime.producer import Producer
 from headrace.runtime.registry import OnExhausted, Pool, Registry, TaskSpec

@@ -14,9 +14,9 @@ from headrace.foundation.errors import InvalidInput, InvalidSetting, StoreUnavai
 from headrace.foundation.limits import Limits
 from headrace.foundation.settings import Settings
 from headrace.runtime.clock import Clock, SystemClock
-from headrace.runtime.doorbell import Doorbell
 from headrace.runtime.engine import Engine
 from headrace.runtime.moving import Move
+from headrace.runtime.wakeup import Doorbell
 from headrace.store.entities.protocol import EntityStore
 from headrace.store.joining import Joined, Joining
 from headrace.store.payloads import PayloadStore, open_payloads

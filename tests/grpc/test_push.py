@@ -22,7 +22,7 @@ from headrace.grpc.push import BUSY_S, QUERY_MS, Endpoint, Pusher, lease_ms, req
 from headrace.grpc.signing import Secrets
 from headrace.grpc.status import Code, GrpcError
 from headrace.runtime.clock import SystemClock
-from headrace.runtime.doorbell import Doorbell
+from headrace.runtime.wakeup import Doorbell
 from tests.grpc.rig import WORKER, listening
 
 SECRETS = ("a secret of many bytes",)

@@ -24,9 +24,9 @@ from headrace.http.grpc_calls import answering
 from headrace.http.server import Server, serving
 from headrace.http.service import Service
 from headrace.runtime.clock import SystemClock
-from headrace.runtime.doorbell import Doorbell
 from headrace.runtime.engine import Engine
 from headrace.runtime.registry import Registry
+from headrace.runtime.wakeup import Doorbell
 from headrace.store.payloads import open_payloads
 from headrace.store.protocol import Claim, Lease, Session, Store
 from tests.store.world import FACTORIES, settlement_of

@@ -15,8 +15,8 @@ import pytest
 from headrace.compose import open_engine
 from headrace.foundation.settings import load
 from headrace.runtime.clock import SystemClock
-from headrace.runtime.doorbell import Doorbell
 from headrace.runtime.engine import Engine
+from headrace.runtime.wakeup import Doorbell
 from headrace.store.postgres import PostgresNotifier, notifier
 from headrace.store.postgres.address import address
 from headrace.store.protocol import RECORDED, WORK

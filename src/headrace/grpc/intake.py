@@ -16,8 +16,8 @@ from headrace.core.delimited import DelimitedDecoder, Oversized
 from headrace.core.pack import ACTIVATION
 from headrace.foundation.errors import InvalidInput
 from headrace.grpc.activations import Entry, entry_of, is_killed
+from headrace.runtime.concurrent_map import ingest
 from headrace.runtime.engine import Engine
-from headrace.runtime.ingest import ingest
 from headrace.runtime.pressure import Pressure
 from headrace.runtime.producer import Producer
 from headrace.runtime.rules import RuleBook

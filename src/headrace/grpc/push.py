@@ -25,8 +25,8 @@ from headrace.grpc.sender import Budget
 from headrace.grpc.signing import Secrets
 from headrace.grpc.status import Code, GrpcError
 from headrace.runtime.clock import SECOND_US, Clock
-from headrace.runtime.doorbell import Doorbell
 from headrace.runtime.flusher import Flusher, UpdatesUnflushed
+from headrace.runtime.wakeup import Doorbell
 
 LOG: Any = structlog.get_logger("headrace.push")
 PATH: Final = "/sentry_protos.taskbroker.v1.WorkerService/PushTask"

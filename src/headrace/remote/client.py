@@ -30,9 +30,9 @@ from headrace.core.index_set import IndexSet
 from headrace.foundation.errors import HeadraceError, InvalidInput, StoreUnavailable
 from headrace.foundation.limits import KIB, MIB
 from headrace.remote.connection import ATTEMPTS, Answer, Connection, backoff_s
-from headrace.runtime.background import Background
+from headrace.runtime.background_loop import Background
 from headrace.runtime.clock import Clock
-from headrace.runtime.ingest import ingest
+from headrace.runtime.concurrent_map import ingest
 from headrace.store.wire import fault_of
 
 T = TypeVar("T")

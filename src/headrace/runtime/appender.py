@@ -16,7 +16,7 @@ from headrace.core.block import Chunk, Coalescer
 from headrace.foundation.errors import ClientFault
 from headrace.foundation.limits import MIB
 from headrace.runtime.engine import Engine
-from headrace.runtime.patience import patiently
+from headrace.runtime.retrying import patiently
 from headrace.store.protocol import Appended
 
 WAITING_BYTES_MAX: Final = 8 * MIB

@@ -23,8 +23,8 @@ from headrace.foundation.ids import new_session_id
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
 from headrace.runtime.marks import SLOTS, Marks
-from headrace.runtime.patience import patiently
 from headrace.runtime.recovery import recover_here, recover_silent
+from headrace.runtime.retrying import patiently
 from headrace.runtime.work import Work
 from headrace.store.protocol import Claim, Heartbeat, Lease, Release, Session
 

@@ -23,7 +23,6 @@ from headrace.foundation import interpreter
 from headrace.foundation.errors import HeadraceError, InvalidSetting
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import SystemClock
-from headrace.runtime.doorbell import Doorbell
 from headrace.runtime.engine import Engine
 from headrace.runtime.executor import Executor, Hooks
 from headrace.runtime.frames import (
@@ -41,6 +40,7 @@ from headrace.runtime.frames import (
 )
 from headrace.runtime.marks import Marks
 from headrace.runtime.registry import Registry, TaskSpec
+from headrace.runtime.wakeup import Doorbell
 from headrace.runtime.work import Work
 from headrace.store.payloads import open_payloads
 from headrace.store.protocol import Lease

@@ -33,7 +33,7 @@ from headrace.foundation.errors import StoreUnavailable
 from headrace.foundation.ids import new_batch_id
 from headrace.runtime.engine import Engine
 from headrace.runtime.handling import Asked
-from headrace.runtime.patience import patiently
+from headrace.runtime.retrying import patiently
 from headrace.store.entities.protocol import Commit, Enqueued, EntityStore, LeaseLost, Plan, Write
 
 T = TypeVar("T")

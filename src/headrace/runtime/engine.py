@@ -10,7 +10,7 @@ from headrace.core.pack import CONTENT_TYPES, JSON, KINDS
 from headrace.foundation.errors import InvalidSetting, ObjectMissing
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
-from headrace.runtime.doorbell import Doorbell
+from headrace.runtime.wakeup import Doorbell
 from headrace.store.entities.protocol import EntityStore
 from headrace.store.payloads import PayloadStore, Reference, payload_key
 from headrace.store.protocol import Notifier, Store

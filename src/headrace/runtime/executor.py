@@ -34,8 +34,8 @@ from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.context import Context
 from headrace.runtime.failures import describe
-from headrace.runtime.patience import patiently
 from headrace.runtime.registry import Arguments, Registry, TaskSpec, said
+from headrace.runtime.retrying import patiently
 from headrace.runtime.stepping import CANCELLED, STOPPED, TIMEOUT, Runner, driven, outcome_of, shielded
 from headrace.runtime.superjson import PayloadRefused
 from headrace.runtime.work import BEGUN, ENDED, Plan, Retracted, Work, retract

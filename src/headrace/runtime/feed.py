@@ -24,9 +24,9 @@ from headrace.core.pack import REFERENCE
 from headrace.core.span import Key
 from headrace.foundation.errors import ClientFault, Conflict, InvalidInput
 from headrace.runtime.appender import BEGINNING, WAITS_MAX, Appender, Position
+from headrace.runtime.concurrent_map import ingest
 from headrace.runtime.engine import Engine
-from headrace.runtime.ingest import ingest
-from headrace.runtime.patience import patiently
+from headrace.runtime.retrying import patiently
 from headrace.store.protocol import Appended
 
 SLICE_LINES_MAX: Final = 4_096

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 from headrace.core.condition import Condition
 from headrace.core.staging import MISSING, Staging, Table
 from headrace.runtime.clock import Clock
-from headrace.runtime.patience import patiently
+from headrace.runtime.retrying import patiently
 from headrace.store.entities.protocol import EntityStore
 
 T = TypeVar("T")

@@ -23,9 +23,9 @@ from headrace.foundation.errors import Conflict, HeadraceError, InvalidInput, Se
 from headrace.foundation.ids import new_batch_id
 from headrace.foundation.limits import Limits
 from headrace.runtime.broker import Broker
+from headrace.runtime.concurrent_map import ingest
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
-from headrace.runtime.ingest import ingest
 from headrace.runtime.registry import SECONDS_MAX, TaskSpec, check_name, check_priority
 from headrace.runtime.tracing import trace_headers
 from headrace.store.protocol import NewBatch

@@ -10,7 +10,7 @@ import pytest
 
 from headrace.foundation.errors import InvalidSetting
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.ingest import ingest
+from headrace.runtime.concurrent_map import ingest
 
 
 class Source:

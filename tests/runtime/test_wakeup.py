@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.doorbell import Doorbell
+from headrace.runtime.wakeup import Doorbell
 
 
 async def test_a_ring_wakes_everyone_who_waits() -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from headrace.foundation.errors import HeadraceError
     from headrace.handles import Batch, Outcome, Run, RunFailed, Summary, WaitTimedOut
     from headrace.remote.client import Client
-    from headrace.runtime.context import DETACHED, Context
+    from headrace.runtime.tasks.context import DETACHED, Context
     from headrace.task import Task
 
 __version__ = "0.1.0"
@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DETACHED": "headrace.runtime.context",
+    "DETACHED": "headrace.runtime.tasks.context",
     "Batch": "headrace.handles",
     "Client": "headrace.remote.client",
-    "Context": "headrace.runtime.context",
+    "Context": "headrace.runtime.tasks.context",
     "Headrace": "headrace.app",
     "HeadraceError": "headrace.foundation.errors",
     "Outcome": "headrace.handles",

@@ -42,7 +42,7 @@ from headrace.handles import PLAIN, Batch, ResultOf, Run
 from headrace.runtime.background_loop import Background
 from headrace.runtime.engine import Engine
 from headrace.runtime.producer import Producer
-from headrace.runtime.registry import OnExhausted, Pool, Registry, TaskSpec
+from headrace.runtime.tasks.task_spec import OnExhausted, Pool, Registry, TaskSpec
 from headrace.runtime.worker import Worker
 from headrace.task import Decorator, P, R, T, Task
 
@@ -51,10 +51,10 @@ if TYPE_CHECKING:
     from headrace.core.schedule import CatchUp
     from headrace.grpc.intake import Taken
     from headrace.indexer import Indexer
-    from headrace.runtime.endpoints import Endpoint
     from headrace.runtime.handlers import Unknown
     from headrace.runtime.indexer import Where
     from headrace.runtime.sources.source import Source
+    from headrace.runtime.tasks.http_endpoint import Endpoint
 
 
 class Headrace:
@@ -153,7 +153,7 @@ class Headrace:
         that one can replace another. `ca_file`: who is trusted beside the system's own. Raises `InvalidSetting`.
         """
         from headrace.core.endpoint import EndpointRefused
-        from headrace.runtime.endpoints import RETRY, Endpoint
+        from headrace.runtime.tasks.http_endpoint import RETRY, Endpoint
 
         found = Endpoint(url, secret, headers=headers, allow=allow, ca_file=ca_file)
         policy = RETRY if retry is None else retry
@@ -209,8 +209,8 @@ class Headrace:
         of them (the newest `schedule_ticks_max`), `skip` none. `name`: default the task's. A task of one datetime gets
         the time of its tick, in that time zone; so does any as `Context.scheduled_us`.
         """
-        from headrace.runtime.registry import check_name
-        from headrace.runtime.schedules import schedule_of
+        from headrace.runtime.tasks.schedule_spec import schedule_of
+        from headrace.runtime.tasks.task_spec import check_name
 
         def register(task: Any, cron: str | None) -> Any:
             if not isinstance(task, Task) or task.app is not self:

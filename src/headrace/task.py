@@ -9,7 +9,7 @@ from headrace.compose import joined
 from headrace.handles import Batch, Run
 from headrace.runtime.engine import Engine
 from headrace.runtime.producer import Options, Producer
-from headrace.runtime.registry import TaskSpec
+from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.store.verbs.appending import enqueue
 from headrace.store.verbs.script import Script
 

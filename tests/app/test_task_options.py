@@ -15,7 +15,7 @@ from headrace.core.retry import Retry
 from headrace.foundation.errors import InvalidSetting
 from headrace.handles import RunFailed
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.context import DETACHED, Context
+from headrace.runtime.tasks.context import DETACHED, Context
 from tests.support.engines import app_on, on_each_store, opened
 
 TRACE = SpanContext(0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331, is_remote=True, trace_flags=TraceFlags(1))
@@ -100,6 +100,6 @@ async def test_the_trace_of_a_call_reaches_the_context_of_its_run(kind: str, tmp
 
 
 def test_opentelemetry_is_not_imported_for_it() -> None:
-    code = "import sys, headrace.app, headrace.runtime.tracing as t; assert t.trace_headers() == {}; "
+    code = "import sys, headrace.app, headrace.runtime.tasks.tracing as t; assert t.trace_headers() == {}; "
     code += "assert not any(name.startswith('opentelemetry') for name in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from headrace.runtime.registry import Registry, TaskSpec
+from headrace.runtime.tasks.task_spec import Registry, TaskSpec
 from headrace.runtime.worker import Worker
 from tests.http.rig import KEY, house
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.runtime.registry import Registry, TaskSpec
+from headrace.runtime.tasks.task_spec import Registry, TaskSpec
 from headrace.runtime.worker import Worker
 from tests.http.rig import AUTH, LIMITS, NDJSON, Peer, house, line
 

@@ -10,7 +10,7 @@ import pytest
 
 from headrace.core.retry import Retry
 from headrace.runtime import executor as room
-from headrace.runtime.context import Context
+from headrace.runtime.tasks.context import Context
 from headrace.runtime.work import BEGUN, NOT_BEGUN
 from tests.support.executor_rig import failure, numbers, rig, states
 

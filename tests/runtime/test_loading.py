@@ -10,7 +10,7 @@ import pytest
 
 from headrace.foundation.errors import InvalidInput
 from headrace.runtime.loading import load_target
-from headrace.runtime.registry import TaskSpec
+from headrace.runtime.tasks.task_spec import TaskSpec
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def clean_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 APP = """
-from headrace.runtime.registry import TaskSpec
+from headrace.runtime.tasks.task_spec import TaskSpec
 
 
 class Task:

@@ -20,7 +20,7 @@ from headrace.foundation.errors import InvalidSetting
 from headrace.foundation.limits import DEFAULT
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.registry import TaskSpec
+from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.worker import Worker
 from tests.support import pool_tasks
 from tests.support.engines import on_each_store, opened

@@ -20,10 +20,10 @@ from headrace.core.schedule import CatchUp
 from headrace.foundation.errors import HeadraceError, InvalidInput, InvalidSetting, StoreUnavailable
 from headrace.foundation.limits import DEFAULT, Limits
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.context import DETACHED, SCHEDULE, SCHEDULED_US, Context
 from headrace.runtime.engine import Engine
-from headrace.runtime.registry import SCHEDULES_MAX, Registry
 from headrace.runtime.scheduler import Scheduler
+from headrace.runtime.tasks.context import DETACHED, SCHEDULE, SCHEDULED_US, Context
+from headrace.runtime.tasks.task_spec import SCHEDULES_MAX, Registry
 from tests import invariants
 from tests.store.world import FACTORIES
 from tests.support.engines import Faulty, app_on, opened

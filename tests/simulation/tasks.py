@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from headrace.core.retry import Retry, RetryAfter
-from headrace.runtime.context import Context
-from headrace.runtime.registry import Registry, TaskSpec
+from headrace.runtime.tasks.context import Context
+from headrace.runtime.tasks.task_spec import Registry, TaskSpec
 
 QUEUES: Final = ("default", "side")
 WORK: Final = "work"

@@ -60,7 +60,7 @@ def list_(store: StoreOption = None, server: ServerOption = None, json: JsonOpti
 
 def _row(one: Schedule, late_us: int) -> dict[str, Any]:
     """A schedule as it is shown; `next_us` and `last_us` are None where there is no such tick."""
-    from headrace.runtime.schedules import rule_known_as
+    from headrace.runtime.tasks.schedule_spec import rule_known_as
 
     next_us = None if one.gone_us else rule_known_as(one).after(one.last_us)
     state = "gone" if one.gone_us else "overdue" if next_us is not None and next_us < late_us else "on"

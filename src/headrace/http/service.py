@@ -20,7 +20,7 @@ from headrace.http.metrics import Metrics
 from headrace.http.problems import Busy, Throttled
 from headrace.runtime.engine import Engine
 from headrace.runtime.producer import Producer
-from headrace.runtime.registry import Registry
+from headrace.runtime.tasks.task_spec import Registry
 from headrace.runtime.upkeep import Upkeep
 from headrace.store.packets import Packets
 

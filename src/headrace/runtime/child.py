@@ -39,7 +39,7 @@ from headrace.runtime.frames import (
     to_child,
 )
 from headrace.runtime.marks import Marks
-from headrace.runtime.registry import Registry, TaskSpec
+from headrace.runtime.tasks.task_spec import Registry, TaskSpec
 from headrace.runtime.wakeup import Doorbell
 from headrace.runtime.work import Work
 from headrace.store.payloads import open_payloads

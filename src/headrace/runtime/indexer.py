@@ -31,9 +31,9 @@ from headrace.runtime.handling import HandlerContext, Shared
 from headrace.runtime.leasing import lease
 from headrace.runtime.lookups import Lookups
 from headrace.runtime.preloading import Preload
-from headrace.runtime.registry import said
 from headrace.runtime.retrying import patiently
 from headrace.runtime.sources.source import Source
+from headrace.runtime.tasks.task_spec import said
 from headrace.store.entities.protocol import EFFECT_SUFFIX, EntityStore, Plan, Standing
 
 LOG: Any = structlog.get_logger("headrace.indexer")

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 from headrace.foundation.errors import InvalidInput
-from headrace.runtime.registry import Registry, TaskSpec
+from headrace.runtime.tasks.task_spec import Registry, TaskSpec
 
 _FORM: Final = "write MODULE:TASK or path/to/file.py:TASK"
 _INDEXER_FORM: Final = "write MODULE:INDEXER or path/to/file.py:INDEXER"

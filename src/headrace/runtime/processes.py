@@ -34,8 +34,8 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.executor import SUSPECT_CRASHES, Hooks
 from headrace.runtime.frames import HEADER, Begin, Broken, Ended, Interrupt, Ready, Slice, Stop, framed, from_child
 from headrace.runtime.marks import SLOTS, read, read_deadline, remove
-from headrace.runtime.registry import Registry
 from headrace.runtime.stepping import CANCELLED
+from headrace.runtime.tasks.task_spec import Registry
 from headrace.runtime.work import BEGUN, NOT_BEGUN, Retracted, Work, retract
 
 LOG: Any = structlog.get_logger("headrace.processes")

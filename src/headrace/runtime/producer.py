@@ -26,8 +26,8 @@ from headrace.runtime.broker import Broker
 from headrace.runtime.concurrent_map import ingest
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
-from headrace.runtime.registry import SECONDS_MAX, TaskSpec, check_name, check_priority
-from headrace.runtime.tracing import trace_headers
+from headrace.runtime.tasks.task_spec import SECONDS_MAX, TaskSpec, check_name, check_priority
+from headrace.runtime.tasks.tracing import trace_headers
 from headrace.store.protocol import NewBatch
 
 GROUP_ITEMS: Final = 256

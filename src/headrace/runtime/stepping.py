@@ -12,7 +12,7 @@ from types import coroutine
 from typing import Any
 
 from headrace.runtime.clock import Timer
-from headrace.runtime.context import Context
+from headrace.runtime.tasks.context import Context
 from headrace.runtime.work import Work
 
 TIMEOUT = "timeout"

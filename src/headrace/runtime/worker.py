@@ -22,10 +22,10 @@ from headrace.runtime.executor import Executor, Hooks
 from headrace.runtime.marks import SLOTS
 from headrace.runtime.pace import AHEAD_S, Pace, Runs
 from headrace.runtime.processes import Crew
-from headrace.runtime.registry import Registry
 from headrace.runtime.retrying import patiently
 from headrace.runtime.scheduler import Scheduler
 from headrace.runtime.stepping import CANCELLED, STOPPED
+from headrace.runtime.tasks.task_spec import Registry
 from headrace.runtime.upkeep import Upkeep
 from headrace.runtime.work import BEGUN, Work
 from headrace.store.protocol import Heartbeat, Release

@@ -29,11 +29,11 @@ from headrace.core.retry import NO_RETRY, Retry, is_number_within
 from headrace.core.span import Key
 from headrace.foundation.errors import InvalidInput, InvalidSetting, NotFound
 from headrace.foundation.limits import DEFAULT
-from headrace.runtime.context import Context
-from headrace.runtime.superjson import PayloadRefused, revived
+from headrace.runtime.tasks.context import Context
+from headrace.runtime.tasks.superjson import PayloadRefused, revived
 
 if TYPE_CHECKING:
-    from headrace.runtime.schedules import ScheduleSpec
+    from headrace.runtime.tasks.schedule_spec import ScheduleSpec
 
 Pool = Literal["auto", "loop", "thread", "process"]
 

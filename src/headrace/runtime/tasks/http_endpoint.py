@@ -31,9 +31,9 @@ from headrace.core.endpoint import (
 from headrace.core.retry import Retry
 from headrace.foundation.errors import InvalidSetting
 from headrace.foundation.limits import MIB
-from headrace.runtime import tracing
 from headrace.runtime.clock import Clock, SystemClock
-from headrace.runtime.context import DETACHED, Context
+from headrace.runtime.tasks import tracing
+from headrace.runtime.tasks.context import DETACHED, Context
 
 CONNECT_S: Final = 10.0
 IDLE_S: Final = 15.0

@@ -24,7 +24,7 @@ from headrace.core.failure import Failure
 from headrace.core.retry import Retry
 from headrace.foundation.errors import InvalidSetting
 from headrace.handles import Run, RunFailed
-from headrace.runtime.endpoints import ANSWER_BYTES_MAX, HEADERS_MAX, Endpoint
+from headrace.runtime.tasks.http_endpoint import ANSWER_BYTES_MAX, HEADERS_MAX, Endpoint
 from tests.support.engines import app_on, opened
 
 SECRET = "whsec_" + base64.b64encode(b"k" * 32).decode()

@@ -14,9 +14,9 @@ import pytest
 from headrace.core import pack
 from headrace.core.retry import Retry
 from headrace.foundation.errors import InvalidInput, InvalidSetting, NotFound
-from headrace.runtime.context import Context
-from headrace.runtime.registry import Codec, Registry, TaskSpec, check_name, check_priority
-from headrace.runtime.superjson import PayloadRefused
+from headrace.runtime.tasks.context import Context
+from headrace.runtime.tasks.superjson import PayloadRefused
+from headrace.runtime.tasks.task_spec import Codec, Registry, TaskSpec, check_name, check_priority
 
 
 class Point(msgspec.Struct):

@@ -1,0 +1,1 @@
+"""Tasks: their specifications, payload codecs, call options, contexts and schedules."""

@@ -15,8 +15,8 @@ from headrace.core.span import Key
 from headrace.foundation.ids import new_batch_id
 from headrace.foundation.settings import load
 from headrace.runtime import clock
-from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
+from headrace.runtime.sessions.session import Broker
 from headrace.store.protocol import NewBatch
 from tests import invariants
 from tests.store.world import fresh_schema

@@ -15,8 +15,8 @@ from headrace.foundation.errors import ObjectMissing
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.executor import Executor, Hooks
+from headrace.runtime.sessions.active_lease import Work
 from headrace.runtime.tasks.task_spec import Registry, TaskSpec
-from headrace.runtime.work import Work
 from headrace.store.protocol import Lease
 
 NAMES = {**run.NAMES, RETRY: "retry", 0: "open"}

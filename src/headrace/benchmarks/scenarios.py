@@ -26,8 +26,8 @@ from headrace.core.span import Key
 from headrace.foundation.errors import EngineFault
 from headrace.foundation.ids import new_batch_id
 from headrace.handles import Batch
-from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
+from headrace.runtime.sessions.session import Broker
 from headrace.store.protocol import NewBatch, Release
 from headrace.task import Task
 

@@ -38,10 +38,10 @@ from headrace.runtime.frames import (
     framed,
     to_child,
 )
-from headrace.runtime.marks import Marks
+from headrace.runtime.sessions.active_lease import Work
+from headrace.runtime.sessions.inflight_marks import Marks
 from headrace.runtime.tasks.task_spec import Registry, TaskSpec
 from headrace.runtime.wakeup import Doorbell
-from headrace.runtime.work import Work
 from headrace.store.payloads import open_payloads
 from headrace.store.protocol import Lease
 

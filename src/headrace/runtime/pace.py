@@ -10,7 +10,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Final, Protocol
 
-from headrace.runtime.work import Retracted, Work
+from headrace.runtime.sessions.active_lease import Retracted, Work
 
 AHEAD_S: Final = 0.1
 RATE_WINDOW_S: Final = 0.05

@@ -29,14 +29,14 @@ from headrace.core.retry import retry_at_us
 from headrace.core.span import RETRY
 from headrace.foundation.errors import HeadraceError, InvalidSetting
 from headrace.foundation.limits import TABLE
-from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
 from headrace.runtime.executor import SUSPECT_CRASHES, Hooks
 from headrace.runtime.frames import HEADER, Begin, Broken, Ended, Interrupt, Ready, Slice, Stop, framed, from_child
-from headrace.runtime.marks import SLOTS, read, read_deadline, remove
+from headrace.runtime.sessions.active_lease import BEGUN, NOT_BEGUN, Retracted, Work, retract
+from headrace.runtime.sessions.inflight_marks import SLOTS, read, read_deadline, remove
+from headrace.runtime.sessions.session import Broker
 from headrace.runtime.stepping import CANCELLED
 from headrace.runtime.tasks.task_spec import Registry
-from headrace.runtime.work import BEGUN, NOT_BEGUN, Retracted, Work, retract
 
 LOG: Any = structlog.get_logger("headrace.processes")
 SLICE_S: Final = 0.05

@@ -22,10 +22,10 @@ from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, HeadraceError, InvalidInput, SessionEnded, StoreUnavailable
 from headrace.foundation.ids import new_batch_id
 from headrace.foundation.limits import Limits
-from headrace.runtime.broker import Broker
 from headrace.runtime.concurrent_map import ingest
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
+from headrace.runtime.sessions.session import Broker
 from headrace.runtime.tasks.task_spec import SECONDS_MAX, TaskSpec, check_name, check_priority
 from headrace.runtime.tasks.tracing import trace_headers
 from headrace.store.protocol import NewBatch

@@ -12,8 +12,8 @@ from types import coroutine
 from typing import Any
 
 from headrace.runtime.clock import Timer
+from headrace.runtime.sessions.active_lease import Work
 from headrace.runtime.tasks.context import Context
-from headrace.runtime.work import Work
 
 TIMEOUT = "timeout"
 CANCELLED = "cancelled"

@@ -15,10 +15,10 @@ from typing import Final
 
 from headrace.core.activation import LANE
 from headrace.foundation.errors import HeadraceError, SessionEnded, StoreUnavailable
-from headrace.runtime.broker import Broker
 from headrace.runtime.engine import Engine
 from headrace.runtime.handouts import Held, Line, Pace, Wish
-from headrace.runtime.work import Work
+from headrace.runtime.sessions.active_lease import Work
+from headrace.runtime.sessions.session import Broker
 
 AHEAD_US: Final = 200_000
 """What is leased ahead of those who ask: as much as they ask for in this time."""

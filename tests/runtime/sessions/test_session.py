@@ -18,13 +18,13 @@ from headrace.core.pack import JSON
 from headrace.core.span import Key
 from headrace.foundation.errors import InvalidInput, SessionEnded, StoreUnavailable
 from headrace.foundation.ids import new_batch_id, new_session_id
-from headrace.runtime.broker import Broker
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import UpdatesUnflushed
-from headrace.runtime.marks import Marks, is_dead, read
-from headrace.runtime.recovery import STUCK_TIMEOUTS
-from headrace.runtime.work import Work
+from headrace.runtime.sessions.active_lease import Work
+from headrace.runtime.sessions.inflight_marks import Marks, is_dead, read
+from headrace.runtime.sessions.recovery import STUCK_TIMEOUTS
+from headrace.runtime.sessions.session import Broker
 from headrace.store.protocol import Claim, NewBatch, Release, Session, Suspects
 from tests import invariants
 from tests.support.engines import Faulty, engine_of

@@ -22,10 +22,10 @@ from headrace.foundation.errors import HeadraceError, SessionEnded
 from headrace.foundation.ids import new_session_id
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
-from headrace.runtime.marks import SLOTS, Marks
-from headrace.runtime.recovery import recover_here, recover_silent
 from headrace.runtime.retrying import patiently
-from headrace.runtime.work import Work
+from headrace.runtime.sessions.active_lease import Work
+from headrace.runtime.sessions.inflight_marks import SLOTS, Marks
+from headrace.runtime.sessions.recovery import recover_here, recover_silent
 from headrace.store.protocol import Claim, Heartbeat, Lease, Release, Session
 
 LOG: Any = structlog.get_logger("headrace.broker")

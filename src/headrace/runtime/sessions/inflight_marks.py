@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from headrace.foundation.errors import StoreUnavailable
-from headrace.runtime.work import BEGUN
+from headrace.runtime.sessions.active_lease import BEGUN
 
 MAGIC: Final = b"HRMARK01"
 HEAD: Final = struct.Struct("=8sIIQ")

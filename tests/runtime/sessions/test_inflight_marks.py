@@ -10,13 +10,22 @@ from pathlib import Path
 import pytest
 
 from headrace.foundation.errors import StoreUnavailable
-from headrace.runtime.marks import ALL_PLACES, Marks, is_dead, merged, of_session, read, read_deadline, remove
-from headrace.runtime.work import BEGUN, ENDED, NOT_BEGUN
+from headrace.runtime.sessions.active_lease import BEGUN, ENDED, NOT_BEGUN
+from headrace.runtime.sessions.inflight_marks import (
+    ALL_PLACES,
+    Marks,
+    is_dead,
+    merged,
+    of_session,
+    read,
+    read_deadline,
+    remove,
+)
 
 WRITER = """
 import sys
 from pathlib import Path
-from headrace.runtime.marks import Marks
+from headrace.runtime.sessions.inflight_marks import Marks
 marks = Marks(Path(sys.argv[1]), slot_runs=8)
 _, body = marks.take(7, 3, 5)
 body[0], body[1], body[4] = 2, 1, 1

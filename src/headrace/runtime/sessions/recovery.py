@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 from headrace.runtime.engine import Engine
-from headrace.runtime.marks import dead_sessions, is_dead, merged, of_session, remove
+from headrace.runtime.sessions.inflight_marks import dead_sessions, is_dead, merged, of_session, remove
 from headrace.store.protocol import Session, Suspects
 
 LOG: Any = structlog.get_logger("headrace.recovery")

@@ -27,7 +27,7 @@ from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.runtime.dispatcher import Dispatcher
 from headrace.runtime.engine import Engine
 from headrace.runtime.handouts import Wish
-from headrace.runtime.producer import Producer
+from headrace.runtime.producing.producer import Producer
 from headrace.runtime.verdicts import Report
 
 COUNT: Final = 4_096

@@ -41,7 +41,7 @@ from headrace.foundation.settings import Settings, load
 from headrace.handles import PLAIN, Batch, ResultOf, Run
 from headrace.runtime.background_loop import Background
 from headrace.runtime.engine import Engine
-from headrace.runtime.producer import Producer
+from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.task_spec import OnExhausted, Pool, Registry, TaskSpec
 from headrace.runtime.worker import Worker
 from headrace.task import Decorator, P, R, T, Task

@@ -13,10 +13,10 @@ import pytest
 from headrace import Headrace
 from headrace.foundation.errors import Conflict, InvalidInput, StoreUnavailable
 from headrace.handles import RunFailed, WaitTimedOut
-from headrace.runtime import producer as room
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.flusher import UpdatesUnflushed
-from headrace.runtime.producer import Producer
+from headrace.runtime.producing import producer as room
+from headrace.runtime.producing.producer import Producer
 from headrace.store.protocol import Suspects
 from tests.support.engines import Faulty, app_on, on_each_store, opened
 

@@ -27,7 +27,7 @@ from headrace.runtime.clock import Clock, ManualClock
 from headrace.runtime.dispatcher import Dispatcher
 from headrace.runtime.engine import Engine
 from headrace.runtime.handouts import Wish
-from headrace.runtime.producer import Producer
+from headrace.runtime.producing.producer import Producer
 from headrace.runtime.verdicts import Report
 from headrace.store.protocol import RunView
 from tests import invariants

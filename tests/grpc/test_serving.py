@@ -27,7 +27,7 @@ from headrace.grpc.methods import methods_of
 from headrace.grpc.signing import HEADER, Secrets
 from headrace.http.connections import BoundedProtocol
 from headrace.http.server import Tls
-from headrace.runtime.producer import Producer
+from headrace.runtime.producing.producer import Producer
 from tests.grpc.rig import AUTHORITY, certificate
 from tests.grpc.test_interop import channel
 from tests.grpc.test_machine import GREETING, parsed

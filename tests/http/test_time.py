@@ -79,7 +79,7 @@ async def test_a_store_that_is_away_and_comes_back_is_waited_for(tmp_path: Path)
 async def test_a_store_that_stays_away_is_said_so_with_a_time_to_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("headrace.runtime.intake.WAITS_MAX", 2)
+    monkeypatch.setattr("headrace.runtime.producing.indexed_feed.WAITS_MAX", 2)
 
     class Gone(During):
         def __getattr__(self, name: str) -> Any:

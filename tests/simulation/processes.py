@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from headrace.foundation.errors import ClientFault, HeadraceError
 from headrace.foundation.limits import Limits
 from headrace.runtime.engine import Engine
-from headrace.runtime.producer import Options, Producer
+from headrace.runtime.producing.producer import Options, Producer
 from headrace.runtime.wakeup import Doorbell
 from headrace.runtime.worker import Worker
 from headrace.store.payloads import PayloadStore

@@ -46,7 +46,7 @@ def load(
         from headrace.grpc.intake import ActivationIntake
     except ModuleNotFoundError as error:
         raise InvalidSetting(f"activations need {error.name}", hint="pip install 'headrace[grpc]'") from None
-    from headrace.runtime.producer import Producer
+    from headrace.runtime.producing.producer import Producer
 
     settings = settings_of(store=place_of(store, server))
     try:

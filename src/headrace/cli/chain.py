@@ -16,8 +16,8 @@ import msgspec
 from headrace.core.batch import CANCELLED, Batch
 from headrace.foundation.errors import Conflict
 from headrace.foundation.ids import new_batch_id
-from headrace.runtime.appender import BEGINNING, Position
 from headrace.runtime.engine import Engine
+from headrace.runtime.producing.batch_appender import BEGINNING, Position
 from headrace.store.protocol import NewBatch
 
 PAGE_BATCHES: Final = 200

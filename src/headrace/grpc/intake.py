@@ -19,7 +19,7 @@ from headrace.grpc.activations import Entry, entry_of, is_killed
 from headrace.runtime.concurrent_map import ingest
 from headrace.runtime.engine import Engine
 from headrace.runtime.pressure import Pressure
-from headrace.runtime.producer import Producer
+from headrace.runtime.producing.producer import Producer
 from headrace.runtime.rules import RuleBook
 
 GROUP_RUNS: Final = 256

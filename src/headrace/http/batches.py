@@ -21,7 +21,7 @@ from headrace.http.outputs import Outputs
 from headrace.http.problems import Forbidden, Unprocessable, UnsupportedType, answer
 from headrace.http.service import Call, Service
 from headrace.http.shapes import batch_object, error_object
-from headrace.runtime.intake import IndexOutside, Intake, Taken, UnreadableItem
+from headrace.runtime.producing.indexed_feed import IndexOutside, Intake, Taken, UnreadableItem
 from headrace.store.protocol import NewBatch
 
 RUNS_SHOWN_MAX: Final = 10_000

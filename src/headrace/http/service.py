@@ -19,7 +19,7 @@ from headrace.http.auth import Doorkeeper, Principal
 from headrace.http.metrics import Metrics
 from headrace.http.problems import Busy, Throttled
 from headrace.runtime.engine import Engine
-from headrace.runtime.producer import Producer
+from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.task_spec import Registry
 from headrace.runtime.upkeep import Upkeep
 from headrace.store.packets import Packets

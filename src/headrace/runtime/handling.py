@@ -24,7 +24,7 @@ from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.effects import Effects
 from headrace.runtime.lookups import Lookups
-from headrace.runtime.producer import Options, extra_of, key_of
+from headrace.runtime.producing.producer import Options, extra_of, key_of
 from headrace.runtime.tasks.task_spec import TaskSpec
 
 E = TypeVar("E", bound=Entity)

@@ -23,9 +23,9 @@ from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
 from headrace.core.pack import REFERENCE
 from headrace.core.span import Key
 from headrace.foundation.errors import ClientFault, Conflict, InvalidInput
-from headrace.runtime.appender import BEGINNING, WAITS_MAX, Appender, Position
 from headrace.runtime.concurrent_map import ingest
 from headrace.runtime.engine import Engine
+from headrace.runtime.producing.batch_appender import BEGINNING, WAITS_MAX, Appender, Position
 from headrace.runtime.retrying import patiently
 from headrace.store.protocol import Appended
 

@@ -24,10 +24,10 @@ from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
 from headrace.core.pack import JSON, REFERENCE
 from headrace.core.span import Key
 from headrace.foundation.errors import ClientFault, HeadraceError, InvalidInput, ObjectMissing
-from headrace.runtime.appender import Appender
 from headrace.runtime.concurrent_map import ingest
 from headrace.runtime.engine import Engine
-from headrace.runtime.feed import born_failed
+from headrace.runtime.producing.batch_appender import Appender
+from headrace.runtime.producing.sequential_feed import born_failed
 from headrace.runtime.retrying import patiently
 from headrace.store.protocol import Appended
 

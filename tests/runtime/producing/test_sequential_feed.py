@@ -19,10 +19,10 @@ from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, InvalidInput, StoreUnavailable
 from headrace.foundation.ids import new_batch_id
 from headrace.foundation.limits import Limits
-from headrace.runtime.appender import BEGINNING, WAITING_CHUNKS_MAX, Position
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.feed import Feed, SealedElsewhere
+from headrace.runtime.producing.batch_appender import BEGINNING, WAITING_CHUNKS_MAX, Position
+from headrace.runtime.producing.sequential_feed import Feed, SealedElsewhere
 from headrace.runtime.wakeup import Doorbell
 from headrace.store.payloads import PayloadStore, Reference, open_payloads
 from headrace.store.protocol import Appended, NewBatch

@@ -1,0 +1,1 @@
+"""Producing: from calls, iterables and NDJSON streams to durable runs."""

@@ -286,7 +286,7 @@ def test_no_file_names_a_machine_s_paths_or_a_registry() -> None:
         ("https://files.pythonhoste" + "d.org/x", True),
         ("src/wor" + "k/x", False),
         ("./roo" + "t/", False),
-        ("runtime/worker.py", False),
+        ("runtime/worker/worker.py", False),
         ("sqlite:///headrace.db", False),
     ],
 )

@@ -43,7 +43,7 @@ from headrace.runtime.background_loop import Background
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.task_spec import OnExhausted, Pool, Registry, TaskSpec
-from headrace.runtime.worker import Worker
+from headrace.runtime.worker.worker import Worker
 from headrace.task import Decorator, P, R, T, Task
 
 if TYPE_CHECKING:

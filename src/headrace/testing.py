@@ -20,7 +20,7 @@ from headrace.compose import memory_engine
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import ManualClock, SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.worker import Worker
+from headrace.runtime.worker.worker import Worker
 
 PATIENCE_S: Final = 10
 """Seconds that `drain` lets a run wait for a thread, a file or a socket before it says that the run hangs."""

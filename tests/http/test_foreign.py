@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from headrace.runtime.tasks.task_spec import Registry, TaskSpec
-from headrace.runtime.worker import Worker
+from headrace.runtime.worker.worker import Worker
 from tests.http.rig import KEY, house
 
 SCRIPT = Path(__file__).with_name("foreign_client.py")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from headrace.runtime.tasks.task_spec import Registry, TaskSpec
-from headrace.runtime.worker import Worker
+from headrace.runtime.worker.worker import Worker
 from tests.http.rig import AUTH, LIMITS, NDJSON, Peer, house, line
 
 ROUNDS = {"memory": 700, "sqlite": 200, "postgres": 100}

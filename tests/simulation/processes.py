@@ -13,7 +13,7 @@ from headrace.foundation.limits import Limits
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Options, Producer
 from headrace.runtime.wakeup import Doorbell
-from headrace.runtime.worker import Worker
+from headrace.runtime.worker.worker import Worker
 from headrace.store.payloads import PayloadStore
 from headrace.store.protocol import Store
 from tests.simulation.faults import Doom, SimulatedObjects, SimulatedStore

@@ -22,10 +22,10 @@ import structlog
 
 from headrace.foundation import ids
 from headrace.foundation.errors import Conflict
-from headrace.runtime import executor as executor_module
-from headrace.runtime import pace as pace_module
 from headrace.runtime.producing import producer as producer_module
 from headrace.runtime.producing.producer import Options
+from headrace.runtime.worker import claim_sizing as pace_module
+from headrace.runtime.worker import executor as executor_module
 from headrace.store.memory import MemoryStore
 from tests.simulation.faults import CALM, POINTS, Doom, Network, Weather
 from tests.simulation.loop import BURIED, DEAD, Process, SimulatedLoop, Stuck

@@ -23,7 +23,7 @@ import pytest
 
 from headrace.core import span as spans
 from headrace.core.span import Settlement, Span
-from headrace.runtime.worker import Worker
+from headrace.runtime.worker.worker import Worker
 from headrace.store import memory_writing as writing
 from headrace.store.memory import MemoryStore
 from headrace.store.memory_reading import Tables

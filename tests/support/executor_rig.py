@@ -14,9 +14,9 @@ from headrace.core.span import RETRY
 from headrace.foundation.errors import ObjectMissing
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.executor import Executor, Hooks
 from headrace.runtime.sessions.active_lease import Work
 from headrace.runtime.tasks.task_spec import Registry, TaskSpec
+from headrace.runtime.worker.executor import Executor, Hooks
 from headrace.store.protocol import Lease
 
 NAMES = {**run.NAMES, RETRY: "retry", 0: "open"}

@@ -49,7 +49,7 @@ async def supervised(flags: Sequence[str], *, count: int, noun: str, grace_s: fl
 
     Each is told its number, and a descriptor that ends when this process does.
     """
-    from headrace.runtime.supervisor import Supervisor
+    from headrace.runtime.worker.process_supervisor import Supervisor
 
     def child(number: int, lifeline: int) -> list[str]:
         return [sys.executable, "-m", "headrace", *flags, "--number", str(number), "--lifeline", str(lifeline)]

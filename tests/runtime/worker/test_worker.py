@@ -15,7 +15,7 @@ from headrace.foundation.errors import StoreUnavailable
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.flusher import UpdatesUnflushed
 from headrace.runtime.tasks.context import Context
-from headrace.runtime.worker import Worker
+from headrace.runtime.worker.worker import Worker
 from headrace.store.protocol import Suspects
 from tests.support.engines import Faulty, app_on, on_each_store, opened
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from headrace.runtime import pace as pace_room
-from headrace.runtime.pace import GIVE_BACK_S, Pace
+from headrace.runtime.worker import claim_sizing as pace_room
+from headrace.runtime.worker.claim_sizing import GIVE_BACK_S, Pace
 
 
 def test_r19_claims_start_small_and_double(monkeypatch: pytest.MonkeyPatch) -> None:

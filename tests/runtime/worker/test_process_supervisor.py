@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from headrace.runtime.supervisor import Supervisor
+from headrace.runtime.worker.process_supervisor import Supervisor
 
 CHILD = """
 import os, signal, sys
@@ -123,7 +123,7 @@ async def test_a_stop_while_a_child_is_being_replaced_starts_none(tmp_path: Path
 async def test_children_see_that_their_supervisor_is_gone(tmp_path: Path) -> None:
     watch = "import select; select.select([{lifeline}], [], []); tell('orphaned', 1, 1)"
     program = (
-        "import asyncio, sys; from headrace.runtime.supervisor import Supervisor\n"
+        "import asyncio, sys; from headrace.runtime.worker.process_supervisor import Supervisor\n"
         f"child = {CHILD!r}.replace('{{body}}', {watch!r})\n"
         "command = lambda n, fd: [sys.executable, '-c', child.replace('{lifeline}', str(fd)), str(n), sys.argv[1]]\n"
         "asyncio.run(Supervisor(command, count=1, grace_s=9, say=print).run())\n"

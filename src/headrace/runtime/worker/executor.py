@@ -34,11 +34,11 @@ from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.retrying import patiently
 from headrace.runtime.sessions.active_lease import BEGUN, ENDED, Plan, Retracted, Work, retract
-from headrace.runtime.stepping import CANCELLED, STOPPED, TIMEOUT, Runner, driven, outcome_of, shielded
 from headrace.runtime.tasks.context import Context
 from headrace.runtime.tasks.exception_info import describe
 from headrace.runtime.tasks.superjson import PayloadRefused
 from headrace.runtime.tasks.task_spec import Arguments, Registry, TaskSpec, said
+from headrace.runtime.worker.run_driver import CANCELLED, STOPPED, TIMEOUT, Runner, driven, outcome_of, shielded
 
 LOG: Any = structlog.get_logger("headrace.executor")
 SLICE_S: Final = 0.002

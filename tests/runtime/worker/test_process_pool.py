@@ -21,11 +21,11 @@ from headrace.foundation.limits import DEFAULT
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.tasks.task_spec import TaskSpec
-from headrace.runtime.worker import Worker
+from headrace.runtime.worker.worker import Worker
 from tests.support import pool_tasks
 from tests.support.engines import on_each_store, opened
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @asynccontextmanager

@@ -30,13 +30,24 @@ from headrace.core.span import RETRY
 from headrace.foundation.errors import HeadraceError, InvalidSetting
 from headrace.foundation.limits import TABLE
 from headrace.runtime.engine import Engine
-from headrace.runtime.executor import SUSPECT_CRASHES, Hooks
-from headrace.runtime.frames import HEADER, Begin, Broken, Ended, Interrupt, Ready, Slice, Stop, framed, from_child
 from headrace.runtime.sessions.active_lease import BEGUN, NOT_BEGUN, Retracted, Work, retract
 from headrace.runtime.sessions.inflight_marks import SLOTS, read, read_deadline, remove
 from headrace.runtime.sessions.session import Broker
-from headrace.runtime.stepping import CANCELLED
 from headrace.runtime.tasks.task_spec import Registry
+from headrace.runtime.worker.executor import SUSPECT_CRASHES, Hooks
+from headrace.runtime.worker.process_ipc import (
+    HEADER,
+    Begin,
+    Broken,
+    Ended,
+    Interrupt,
+    Ready,
+    Slice,
+    Stop,
+    framed,
+    from_child,
+)
+from headrace.runtime.worker.run_driver import CANCELLED
 
 LOG: Any = structlog.get_logger("headrace.processes")
 SLICE_S: Final = 0.05
@@ -350,9 +361,12 @@ class Crew:
         child.marks_path = directory / self._marks_name(child)
         with theirs:
             child.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "headrace.runtime.child", str(theirs.fileno()), pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL, start_new_session=True,  # a Ctrl-C is for the parent alone
-            )  # fmt: skip
+                sys.executable,
+                *("-m", "headrace.runtime.worker.process_child", str(theirs.fileno())),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C reaches only the parent
+            )
         reader, child.writer = await asyncio.open_connection(sock=ours)
         targets = [(name, self._registry.get(name).target) for name in self._names]
         begin = Begin(

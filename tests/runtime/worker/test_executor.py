@@ -13,9 +13,9 @@ from headrace.core import pack
 from headrace.core.retry import Retry, RetryAfter
 from headrace.foundation.errors import StoreUnavailable
 from headrace.foundation.limits import Limits
-from headrace.runtime import executor as room
 from headrace.runtime.sessions.active_lease import ENDED, NOT_BEGUN
 from headrace.runtime.tasks.context import Context
+from headrace.runtime.worker import executor as room
 from tests.support.executor_rig import Rig, failure, numbers, rig, states
 
 SECOND_US = 1_000_000

@@ -9,9 +9,9 @@ import threading
 import pytest
 
 from headrace.core.retry import Retry
-from headrace.runtime import executor as room
 from headrace.runtime.sessions.active_lease import BEGUN, NOT_BEGUN
 from headrace.runtime.tasks.context import Context
+from headrace.runtime.worker import executor as room
 from tests.support.executor_rig import failure, numbers, rig, states
 
 SECOND_US = 1_000_000

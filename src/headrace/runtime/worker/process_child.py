@@ -1,7 +1,7 @@
 """A child process of a worker: runs slices of leases, and knows no store.
 
-Started as `python -m headrace.runtime.child FD`. It dies with its parent: when the socket ends, so does the process,
-whatever its runs are doing.
+Started as `python -m headrace.runtime.worker.process_child FD`. The process ends with its parent: it exits when the
+socket is closed, even while runs execute.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ from headrace.foundation.errors import HeadraceError, InvalidSetting
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.executor import Executor, Hooks
-from headrace.runtime.frames import (
+from headrace.runtime.sessions.active_lease import Work
+from headrace.runtime.sessions.inflight_marks import Marks
+from headrace.runtime.tasks.task_spec import Registry, TaskSpec
+from headrace.runtime.wakeup import Doorbell
+from headrace.runtime.worker.executor import Executor, Hooks
+from headrace.runtime.worker.process_ipc import (
     HEADER,
     Begin,
     Broken,
@@ -38,10 +42,6 @@ from headrace.runtime.frames import (
     framed,
     to_child,
 )
-from headrace.runtime.sessions.active_lease import Work
-from headrace.runtime.sessions.inflight_marks import Marks
-from headrace.runtime.tasks.task_spec import Registry, TaskSpec
-from headrace.runtime.wakeup import Doorbell
 from headrace.store.payloads import open_payloads
 from headrace.store.protocol import Lease
 

@@ -1,0 +1,1 @@
+"""Worker: claims leases, executes their runs, and supervises processes."""

@@ -24,11 +24,11 @@ from headrace.foundation import interpreter
 from headrace.foundation.settings import load
 from headrace.grpc.activations import entry_of
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.runtime.dispatcher import Dispatcher
+from headrace.runtime.dispatch.dispatcher import Dispatcher
+from headrace.runtime.dispatch.lease_buffer import Wish
+from headrace.runtime.dispatch.report_outcome import Report
 from headrace.runtime.engine import Engine
-from headrace.runtime.handouts import Wish
 from headrace.runtime.producing.producer import Producer
-from headrace.runtime.verdicts import Report
 
 COUNT: Final = 4_096
 WORKERS: Final = 64

@@ -24,11 +24,11 @@ from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.methods import After, Call
 from headrace.grpc.status import Code, GrpcError
 from headrace.runtime.clock import Clock, ManualClock
-from headrace.runtime.dispatcher import Dispatcher
+from headrace.runtime.dispatch.dispatcher import Dispatcher
+from headrace.runtime.dispatch.lease_buffer import Wish
+from headrace.runtime.dispatch.report_outcome import Report
 from headrace.runtime.engine import Engine
-from headrace.runtime.handouts import Wish
 from headrace.runtime.producing.producer import Producer
-from headrace.runtime.verdicts import Report
 from headrace.store.protocol import RunView
 from tests import invariants
 from tests.store.world import fresh_schema

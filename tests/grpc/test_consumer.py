@@ -14,7 +14,7 @@ from headrace.grpc.deliveries import DispatchedDeliveries
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.status import Code, GrpcError
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.handouts import Wish
+from headrace.runtime.dispatch.lease_buffer import Wish
 from tests.grpc.broker import (
     COMPLETE,
     DEADLETTER,

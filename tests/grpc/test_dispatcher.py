@@ -11,8 +11,8 @@ from headrace.core.failure import decode
 from headrace.foundation.errors import StoreUnavailable
 from headrace.grpc.status import Code
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.handouts import Wish
-from headrace.runtime.supply import AHEAD_MAX
+from headrace.runtime.dispatch.lease_buffer import Wish
+from headrace.runtime.dispatch.prefetcher import AHEAD_MAX
 from headrace.runtime.upkeep import Upkeep
 from headrace.store.protocol import Suspects
 from tests.grpc.broker import (

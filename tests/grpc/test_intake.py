@@ -23,8 +23,8 @@ from headrace.grpc.activations import arguments_of, is_killed
 from headrace.grpc.intake import ActivationIntake, Taken
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.pressure import NoRoom
-from headrace.runtime.rules import decide
+from headrace.runtime.dispatch.backpressure import NoRoom
+from headrace.runtime.dispatch.rule_cache import decide
 from headrace.runtime.upkeep import Upkeep
 from tests.grpc.broker import COMPLETE, Broker, activation, broker, on_databases, on_every_store, stream, varint
 from tests.http.rig import LIMITS, house

@@ -10,8 +10,8 @@ import pytest
 
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.handouts import Wish
-from headrace.runtime.supply import AHEAD_MAX, AHEAD_MIN, CLAIM_WAIT_S, MANY
+from headrace.runtime.dispatch.lease_buffer import Wish
+from headrace.runtime.dispatch.prefetcher import AHEAD_MAX, AHEAD_MIN, CLAIM_WAIT_S, MANY
 from tests.grpc.broker import COMPLETE, Broker, broker
 
 ANY = Wish()

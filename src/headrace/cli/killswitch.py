@@ -75,7 +75,7 @@ def _tell(kills: list[Kill], said: str, json: bool) -> None:
 def _changed(place: str | None, change: Callable[[list[Kill]], list[Kill]]) -> list[Kill]:
     """The killswitch after a change."""
     from headrace.core.rules import KILLSWITCH, kills_encoded
-    from headrace.runtime.rules import decide
+    from headrace.runtime.dispatch.rule_cache import decide
 
     settings = settings_of(store=place)
 

@@ -90,7 +90,7 @@ def restore(queue: QueueArgument, store: StoreOption = None, json: JsonOption = 
 
 def _demote(queue: str, target: str | None, store: str | None, *, json: bool) -> None:
     from headrace.core.rules import DEMOTIONS, Rules, demotions_encoded
-    from headrace.runtime.rules import decide
+    from headrace.runtime.dispatch.rule_cache import decide
     from headrace.runtime.tasks.task_spec import check_name
 
     check_name("queue", queue)

@@ -20,8 +20,8 @@ from headrace.core.span import Key
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import MIB, Limits
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.runtime.dispatcher import Dispatcher
-from headrace.runtime.handouts import Handout
+from headrace.runtime.dispatch.dispatcher import Dispatcher
+from headrace.runtime.dispatch.lease_buffer import Handout
 from headrace.runtime.tasks.task_spec import check_name
 
 SECONDS_MAX: Final = 365 * 86_400

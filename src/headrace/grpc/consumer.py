@@ -20,10 +20,10 @@ from headrace.grpc.activations import told
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.methods import After, Call, Later, Method, methods_of
 from headrace.grpc.status import Code, GrpcError
-from headrace.runtime.dispatcher import Dispatcher
-from headrace.runtime.handouts import Handout, Wish
-from headrace.runtime.supply import WISHES_MAX
-from headrace.runtime.verdicts import Report
+from headrace.runtime.dispatch.dispatcher import Dispatcher
+from headrace.runtime.dispatch.lease_buffer import Handout, Wish
+from headrace.runtime.dispatch.prefetcher import WISHES_MAX
+from headrace.runtime.dispatch.report_outcome import Report
 
 LOG = structlog.get_logger("headrace.grpc")
 DeliveryMode = Literal["pull", "push", "both"]

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from headrace.core.activation import SEPARATOR
 from headrace.grpc.activations import told
 from headrace.grpc.delivery import Delivery
-from headrace.runtime.dispatcher import Dispatcher
-from headrace.runtime.handouts import Wish
+from headrace.runtime.dispatch.dispatcher import Dispatcher
+from headrace.runtime.dispatch.lease_buffer import Wish
 
 
 class DispatchedDeliveries:

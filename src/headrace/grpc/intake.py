@@ -17,10 +17,10 @@ from headrace.core.pack import ACTIVATION
 from headrace.foundation.errors import InvalidInput
 from headrace.grpc.activations import Entry, entry_of, is_killed
 from headrace.runtime.concurrent_map import ingest
+from headrace.runtime.dispatch.backpressure import Pressure
+from headrace.runtime.dispatch.rule_cache import RuleBook
 from headrace.runtime.engine import Engine
-from headrace.runtime.pressure import Pressure
 from headrace.runtime.producing.producer import Producer
-from headrace.runtime.rules import RuleBook
 
 GROUP_RUNS: Final = 256
 GROUP_BYTES: Final = 1024 * 1024

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from headrace.grpc.activations import is_killed
 from headrace.grpc.consumer import Ack, ConsumerService, DeliveryMode
-from headrace.runtime.dispatcher import Dispatcher
+from headrace.runtime.dispatch.dispatcher import Dispatcher
 from headrace.runtime.engine import Engine
 
 

@@ -24,15 +24,15 @@ from headrace.core.rules import Rules
 from headrace.core.run import CANCELLED, EXPIRED, FAILED
 from headrace.core.span import OVERDUE
 from headrace.foundation.errors import EngineFault, HeadraceError, ObjectMissing, StoreUnavailable
+from headrace.runtime.dispatch.lease_buffer import Deadlines, Handout, Held, Line, Wish
+from headrace.runtime.dispatch.prefetcher import Supply
+from headrace.runtime.dispatch.report_outcome import COMPLETE, Answer, Report, Verdict, setback_of
+from headrace.runtime.dispatch.report_writer import Reporting, Stray, Update
+from headrace.runtime.dispatch.rule_cache import RuleBook
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
-from headrace.runtime.handouts import Deadlines, Handout, Held, Line, Wish
-from headrace.runtime.reports import Reporting, Stray, Update
-from headrace.runtime.rules import RuleBook
 from headrace.runtime.sessions.recovery import DISPATCHER
 from headrace.runtime.sessions.session import Broker
-from headrace.runtime.supply import Supply
-from headrace.runtime.verdicts import COMPLETE, Answer, Report, Verdict, setback_of
 from headrace.store.protocol import Heartbeat, Release
 
 LOG: Any = structlog.get_logger("headrace.dispatcher")

@@ -19,8 +19,8 @@ from headrace.core.activation import SEPARATOR, Delivery, Note, note_of, queue_o
 from headrace.core.block import Extra
 from headrace.core.pack import JSON
 from headrace.runtime.clock import Timer
+from headrace.runtime.dispatch.report_outcome import COMPLETE, Answer, Verdict
 from headrace.runtime.sessions.active_lease import Work
-from headrace.runtime.verdicts import COMPLETE, Answer, Verdict
 
 T = TypeVar("T")
 

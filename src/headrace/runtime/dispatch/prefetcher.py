@@ -15,8 +15,8 @@ from typing import Final
 
 from headrace.core.activation import LANE
 from headrace.foundation.errors import HeadraceError, SessionEnded, StoreUnavailable
+from headrace.runtime.dispatch.lease_buffer import Held, Line, Pace, Wish
 from headrace.runtime.engine import Engine
-from headrace.runtime.handouts import Held, Line, Pace, Wish
 from headrace.runtime.sessions.active_lease import Work
 from headrace.runtime.sessions.session import Broker
 

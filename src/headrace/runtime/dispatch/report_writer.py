@@ -17,9 +17,9 @@ from headrace.core.activation import LANE, Delivery, delivery_of, note_of
 from headrace.core.pack import pack
 from headrace.core.span import LOST, RETRY, RETURNING, Settlement, encode_places
 from headrace.foundation.errors import HeadraceError
+from headrace.runtime.dispatch.lease_buffer import Handout, Held
+from headrace.runtime.dispatch.report_outcome import COMPLETE, Answer, Report, Verdict, setback_of
 from headrace.runtime.engine import Engine
-from headrace.runtime.handouts import Handout, Held
-from headrace.runtime.verdicts import COMPLETE, Answer, Report, Verdict, setback_of
 from headrace.store.protocol import Lease
 
 LOG: Any = structlog.get_logger("headrace.reports")

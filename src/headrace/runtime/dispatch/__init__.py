@@ -1,0 +1,1 @@
+"""Dispatch: deliver leased activations to remote workers and record their reports."""

@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from headrace.core.schedule import CatchUp
     from headrace.grpc.intake import Taken
     from headrace.indexer import Indexer
-    from headrace.runtime.handlers import Unknown
-    from headrace.runtime.indexer import Where
-    from headrace.runtime.sources.source import Source
+    from headrace.runtime.indexing.handler_registry import Unknown
+    from headrace.runtime.indexing.pipeline import Where
+    from headrace.runtime.indexing.sources.source import Source
     from headrace.runtime.tasks.http_endpoint import Endpoint
 
 

@@ -27,17 +27,17 @@ from headrace.core.condition import above, any_of, at_least, at_most, below, bet
 from headrace.core.entity import Entity, Indexed, Int64
 from headrace.core.sequencer import Arrived, Position, Rewind
 from headrace.foundation.errors import InvalidSetting
-from headrace.runtime.effects import Effect
 from headrace.runtime.engine import Engine
-from headrace.runtime.handlers import HandlerFailed, Handlers, Unknown
-from headrace.runtime.handling import At, HandlerContext
-from headrace.runtime.indexer import ALL, Definition, Indexing, Progress, Where
-from headrace.runtime.leasing import IndexerHeld
-from headrace.runtime.sources.files import Csv, Ndjson
-from headrace.runtime.sources.nats import Nats
-from headrace.runtime.sources.source import Source
-from headrace.runtime.sources.streams import Results, Stream
-from headrace.runtime.sources.table import Table
+from headrace.runtime.indexing.effects import Effect
+from headrace.runtime.indexing.handler_context import At, HandlerContext
+from headrace.runtime.indexing.handler_registry import HandlerFailed, Handlers, Unknown
+from headrace.runtime.indexing.indexer_lease import IndexerHeld
+from headrace.runtime.indexing.pipeline import ALL, Definition, Indexing, Progress, Where
+from headrace.runtime.indexing.sources.files import Csv, Ndjson
+from headrace.runtime.indexing.sources.nats import Nats
+from headrace.runtime.indexing.sources.source import Source
+from headrace.runtime.indexing.sources.streams import Results, Stream
+from headrace.runtime.indexing.sources.table import Table
 from headrace.store.entities.protocol import HistoryGone, LeaseLost, SchemaChanged, Standing
 
 if TYPE_CHECKING:

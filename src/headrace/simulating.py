@@ -28,8 +28,8 @@ from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.indexer import Definition, Indexing, Progress
-from headrace.runtime.sources.source import Arrival
+from headrace.runtime.indexing.pipeline import Definition, Indexing, Progress
+from headrace.runtime.indexing.sources.source import Arrival
 from headrace.store.entities.protocol import Commit, EntityStore, Standing
 
 E = TypeVar("E", bound=Entity)

@@ -18,8 +18,8 @@ from headrace.foundation.limits import DEFAULT
 from headrace.indexer import Indexer
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.indexer import Indexing
-from headrace.runtime.sources.source import Arrival
+from headrace.runtime.indexing.pipeline import Indexing
+from headrace.runtime.indexing.sources.source import Arrival
 from headrace.runtime.wakeup import Doorbell
 from headrace.store.entities.protocol import Commit, EntityStore
 from headrace.store.payloads import open_payloads

@@ -20,7 +20,7 @@ from headrace.indexer import (
     at_least,
 )
 from headrace.runtime.clock import ManualClock, SystemClock
-from headrace.runtime.handling import LateUse
+from headrace.runtime.indexing.handler_context import LateUse
 from tests.indexer.bank import (
     EVERY,
     FIVE,

@@ -15,7 +15,7 @@ from headrace.indexer import (
     IndexerHeld,
     LeaseLost,
 )
-from headrace.runtime.leasing import Holder
+from headrace.runtime.indexing.indexer_lease import Holder
 from tests.indexer.bank import (
     DATABASES,
     EVERY,

@@ -14,7 +14,7 @@ from headrace.cli.opening import JsonOption, StoreOption
 if TYPE_CHECKING:
     from headrace.core.sequencer import Position
     from headrace.indexer import Indexer
-    from headrace.runtime.indexer import Indexing, Progress
+    from headrace.runtime.indexing.pipeline import Indexing, Progress
 
 TELL_S: Final = 0.5
 GC_THRESHOLDS: Final = (300_000, 20, 100)
@@ -152,7 +152,7 @@ def status(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Show where every indexer stands."""
     from headrace.cli.opening import opened, run_async, settings_of
     from headrace.cli.printing import moment, say_json, table
-    from headrace.runtime.leasing import said
+    from headrace.runtime.indexing.indexer_lease import said
 
     settings = settings_of(store=store)
 

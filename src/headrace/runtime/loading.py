@@ -52,7 +52,7 @@ def load_app(target: str) -> Any:
 
 def load_indexer(target: str) -> Any:
     """Import the indexer that `target` names. Raises `InvalidInput`."""
-    from headrace.runtime.indexer import Definition  # only here: child processes of workers need none of it
+    from headrace.runtime.indexing.pipeline import Definition  # only here: child processes of workers need none of it
 
     found = _found(target, "an indexer", _INDEXER_FORM)
     if not isinstance(getattr(found, "definition", None), Definition):

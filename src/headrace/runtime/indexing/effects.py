@@ -18,7 +18,7 @@ from headrace.core.entity import Entity
 from headrace.core.staging import MISSING, Staging, Table
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.runtime.clock import SECOND_US, Clock
-from headrace.runtime.lookups import Lookups
+from headrace.runtime.indexing.read_coalescer import Lookups
 from headrace.runtime.tasks.task_spec import check_name
 
 KEY_CHARS: Final = 500

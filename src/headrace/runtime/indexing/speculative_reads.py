@@ -13,7 +13,7 @@ from contextlib import suppress
 from types import coroutine
 from typing import Any
 
-from headrace.runtime.handling import HandlerContext
+from headrace.runtime.indexing.handler_context import HandlerContext
 
 
 class Preload:

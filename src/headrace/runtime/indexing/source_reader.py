@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from headrace.core.sequencer import Arrived, Position, Rewind, Sequencer
 from headrace.foundation.errors import HeadraceError, InvalidInput
-from headrace.runtime.sources.source import Source
+from headrace.runtime.indexing.sources.source import Source
 
 
 class Turn(NamedTuple):

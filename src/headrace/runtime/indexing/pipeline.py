@@ -22,17 +22,17 @@ from headrace.core.staging import Staging, Table
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.limits import MIB, Limits
 from headrace.runtime.clock import Timer
-from headrace.runtime.committer import Batch, Committer, Landed
-from headrace.runtime.effects import Answered, Effect, Effects
 from headrace.runtime.engine import Engine
-from headrace.runtime.fetching import Fetching
-from headrace.runtime.handlers import HandlerFailed, Handlers
-from headrace.runtime.handling import HandlerContext, Shared
-from headrace.runtime.leasing import lease
-from headrace.runtime.lookups import Lookups
-from headrace.runtime.preloading import Preload
+from headrace.runtime.indexing.committer import Batch, Committer, Landed
+from headrace.runtime.indexing.effects import Answered, Effect, Effects
+from headrace.runtime.indexing.handler_context import HandlerContext, Shared
+from headrace.runtime.indexing.handler_registry import HandlerFailed, Handlers
+from headrace.runtime.indexing.indexer_lease import lease
+from headrace.runtime.indexing.read_coalescer import Lookups
+from headrace.runtime.indexing.source_reader import Fetching
+from headrace.runtime.indexing.sources.source import Source
+from headrace.runtime.indexing.speculative_reads import Preload
 from headrace.runtime.retrying import patiently
-from headrace.runtime.sources.source import Source
 from headrace.runtime.tasks.task_spec import said
 from headrace.store.entities.protocol import EFFECT_SUFFIX, EntityStore, Plan, Standing
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from headrace.core.sequencer import Arrived, Position
 from headrace.foundation.errors import InvalidInput, InvalidSetting, StoreUnavailable
-from headrace.runtime.sources.source import Arrival
+from headrace.runtime.indexing.sources.source import Arrival
 
 if TYPE_CHECKING:
     from nats.aio.client import Client

@@ -32,7 +32,7 @@ from headrace.core.staging import Staged, merged
 from headrace.foundation.errors import StoreUnavailable
 from headrace.foundation.ids import new_batch_id
 from headrace.runtime.engine import Engine
-from headrace.runtime.handling import Asked
+from headrace.runtime.indexing.handler_context import Asked
 from headrace.runtime.retrying import patiently
 from headrace.store.entities.protocol import Commit, Enqueued, EntityStore, LeaseLost, Plan, Write
 

@@ -22,8 +22,8 @@ from headrace.core.staging import MISSING, Rows, Staging, Table, table_of
 from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
-from headrace.runtime.effects import Effects
-from headrace.runtime.lookups import Lookups
+from headrace.runtime.indexing.effects import Effects
+from headrace.runtime.indexing.read_coalescer import Lookups
 from headrace.runtime.producing.producer import Options, extra_of, key_of
 from headrace.runtime.tasks.task_spec import TaskSpec
 

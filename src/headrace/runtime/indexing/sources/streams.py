@@ -13,7 +13,7 @@ from headrace.core.run import FINAL, NAMES
 from headrace.core.sequencer import Arrived, Position, Rewind
 from headrace.foundation.errors import Conflict, InvalidInput
 from headrace.runtime.engine import Engine
-from headrace.runtime.sources.source import Arrival
+from headrace.runtime.indexing.sources.source import Arrival
 
 PIECE_EVENTS: Final = 1_000
 

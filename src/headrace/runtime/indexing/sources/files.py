@@ -20,8 +20,8 @@ import msgspec
 from headrace.core.sequencer import Arrived, Position
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import MIB
-from headrace.runtime.archives import Truncated, Zstandard
-from headrace.runtime.sources.source import Arrival
+from headrace.runtime.indexing.compressed_files import Truncated, Zstandard
+from headrace.runtime.indexing.sources.source import Arrival
 
 PIECE_BYTES: Final = MIB
 LINE_BYTES_MAX: Final = 16 * MIB

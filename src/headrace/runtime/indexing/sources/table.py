@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from headrace.core.sequencer import Arrived, Position
 from headrace.foundation.errors import InvalidInput, StoreUnavailable
-from headrace.runtime.sources.source import Arrival
+from headrace.runtime.indexing.sources.source import Arrival
 
 PIECE_ROWS: Final = 5_000
 YOUNG_S: Final = 0.05

@@ -1,0 +1,1 @@
+"""Indexing: ordered events, handlers over a staged entity store, and the overlapped commit."""

@@ -15,7 +15,7 @@ from headrace.foundation.limits import Limits
 from headrace.foundation.settings import Settings
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.moving import Move
+from headrace.runtime.maintenance.store_copy import Move
 from headrace.runtime.wakeup import Doorbell
 from headrace.store.entities.protocol import EntityStore
 from headrace.store.joining import Joined, Joining

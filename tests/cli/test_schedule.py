@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 from headrace.app import Headrace
-from headrace.runtime.scheduler import Scheduler
+from headrace.runtime.maintenance.scheduler import Scheduler
 from tests.cli.conftest import Shell
 
 HOUR_US = 3_600_000_000

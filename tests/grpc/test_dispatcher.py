@@ -13,7 +13,7 @@ from headrace.grpc.status import Code
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.dispatch.lease_buffer import Wish
 from headrace.runtime.dispatch.prefetcher import AHEAD_MAX
-from headrace.runtime.upkeep import Upkeep
+from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.store.protocol import Suspects
 from tests.grpc.broker import (
     COMPLETE,

@@ -25,7 +25,7 @@ from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.dispatch.backpressure import NoRoom
 from headrace.runtime.dispatch.rule_cache import decide
-from headrace.runtime.upkeep import Upkeep
+from headrace.runtime.maintenance.upkeep import Upkeep
 from tests.grpc.broker import COMPLETE, Broker, activation, broker, on_databases, on_every_store, stream, varint
 from tests.http.rig import LIMITS, house
 from tests.support.engines import Faulty

@@ -14,7 +14,7 @@ from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.status import Code
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.dispatch.lease_buffer import Handout, Wish
-from headrace.runtime.upkeep import Upkeep
+from headrace.runtime.maintenance.upkeep import Upkeep
 from tests.grpc.broker import (
     COMPLETE,
     DEADLETTER,

@@ -19,7 +19,7 @@ from headrace.foundation.ids import new_batch_id
 from headrace.remote.connection import Connection
 from headrace.remote.store import RemoteStore
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.scheduler import Scheduler
+from headrace.runtime.maintenance.scheduler import Scheduler
 from headrace.store.protocol import NewBatch, Schedule, Store, Tick
 from headrace.store.wire import VERBS
 from tests.http.rig import KEY, LIMITS, During, House, house

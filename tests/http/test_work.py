@@ -10,7 +10,7 @@ import pytest
 
 from headrace.remote.connection import Connection
 from headrace.remote.store import RemoteStore
-from headrace.runtime.upkeep import Upkeep
+from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.store.protocol import Claim
 from tests.http.rig import KEY, LIMITS, NDJSON, House, house, line
 

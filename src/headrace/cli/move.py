@@ -13,7 +13,7 @@ from headrace.cli.printing import counted, note, say, say_json
 
 if TYPE_CHECKING:
     from headrace.foundation.settings import Settings
-    from headrace.runtime.moving import Moved
+    from headrace.runtime.maintenance.store_copy import Moved
 
 
 def command(

@@ -18,7 +18,7 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Delete batches that finished longer ago than the retention, and objects that nothing names."""
-    from headrace.runtime.upkeep import Upkeep
+    from headrace.runtime.maintenance.upkeep import Upkeep
 
     settings = settings_of(store=store, retention_ms=retention_ms)
 

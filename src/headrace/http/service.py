@@ -19,9 +19,9 @@ from headrace.http.auth import Doorkeeper, Principal
 from headrace.http.metrics import Metrics
 from headrace.http.problems import Busy, Throttled
 from headrace.runtime.engine import Engine
+from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.task_spec import Registry
-from headrace.runtime.upkeep import Upkeep
 from headrace.store.packets import Packets
 
 CHECK_S: Final = 2.0

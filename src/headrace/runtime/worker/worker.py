@@ -17,13 +17,13 @@ import structlog
 from headrace.core import run
 from headrace.foundation.errors import HeadraceError, SessionEnded
 from headrace.runtime.engine import Engine
+from headrace.runtime.maintenance.scheduler import Scheduler
+from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.runtime.retrying import patiently
-from headrace.runtime.scheduler import Scheduler
 from headrace.runtime.sessions.active_lease import BEGUN, Work
 from headrace.runtime.sessions.inflight_marks import SLOTS
 from headrace.runtime.sessions.session import Broker, Update
 from headrace.runtime.tasks.task_spec import Registry
-from headrace.runtime.upkeep import Upkeep
 from headrace.runtime.worker.claim_sizing import AHEAD_S, Pace, Runs
 from headrace.runtime.worker.executor import Executor, Hooks
 from headrace.runtime.worker.process_pool import Crew

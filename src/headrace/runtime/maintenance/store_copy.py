@@ -15,8 +15,8 @@ import msgspec
 from headrace.foundation.errors import ObjectMissing, StoreBroken
 from headrace.foundation.ids import new_move_id
 from headrace.runtime.engine import Engine
+from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.runtime.sessions.recovery import recover_here, recover_silent
-from headrace.runtime.upkeep import Upkeep
 from headrace.store.moving import NOTHING, Arrival, Belongings, Departure
 
 

@@ -15,7 +15,7 @@ from headrace.foundation.errors import NotFound, StoreUnavailable
 from headrace.foundation.ids import new_batch_id
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.upkeep import Upkeep
+from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.store.protocol import Claim, NewBatch, Session
 from tests.support.engines import Faulty, app_on, on_each_store, opened
 

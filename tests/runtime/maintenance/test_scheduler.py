@@ -21,7 +21,7 @@ from headrace.foundation.errors import HeadraceError, InvalidInput, InvalidSetti
 from headrace.foundation.limits import DEFAULT, Limits
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.scheduler import Scheduler
+from headrace.runtime.maintenance.scheduler import Scheduler
 from headrace.runtime.tasks.context import DETACHED, SCHEDULE, SCHEDULED_US, Context
 from headrace.runtime.tasks.task_spec import SCHEDULES_MAX, Registry
 from tests import invariants

@@ -1,0 +1,1 @@
+"""Maintenance: upkeep, the scheduler, and copying one store into another."""

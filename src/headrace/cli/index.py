@@ -56,7 +56,7 @@ def run(
 ) -> None:
     """Run an indexer until its sources end. SIGINT and SIGTERM commit what was handled; a second one stops now."""
     from headrace.cli.opening import run_async, settings_of
-    from headrace.runtime.loading import load_indexer
+    from headrace.cli.target_loader import load_indexer
 
     settings = settings_of(store=store, index_depth_max=depth, index_batch_events_max=batch_size)
     loaded = load_indexer(indexer)
@@ -201,7 +201,7 @@ def rollback(
     """Take the tables back to after an event. Needs history: `app.indexer(…, history=…)`."""
     from headrace.cli.opening import run_async, settings_of
     from headrace.cli.printing import note
-    from headrace.runtime.loading import load_indexer
+    from headrace.cli.target_loader import load_indexer
 
     settings = settings_of(store=store)
     loaded = load_indexer(indexer)

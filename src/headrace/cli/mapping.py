@@ -25,11 +25,11 @@ from headrace.cli.output import FileOutput, Output, lines_of, open_output
 from headrace.cli.printing import counted, duration, note, say_json
 from headrace.cli.progress import Standing, display
 from headrace.cli.signals import Signals
+from headrace.cli.target_loader import load_target
 from headrace.core.batch import CANCELLED, Ledger
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.settings import Settings
 from headrace.runtime.engine import Engine
-from headrace.runtime.loading import load_target
 from headrace.runtime.producing.producer import Options, key_of
 from headrace.runtime.producing.sequential_feed import Feed, SealedElsewhere
 from headrace.task import Task

@@ -54,7 +54,7 @@ def command(
     A stop takes no new streams, lets those under way end, and flushes everything. A second signal stops now.
     """
     from headrace.cli.opening import run_async, settings_of
-    from headrace.runtime.loading import load_app
+    from headrace.cli.target_loader import load_app
 
     settings = settings_of(
         store=store,

@@ -36,7 +36,7 @@ def command(
     is replaced, and what it had begun is looked at as its runs are run again.
     """
     from headrace.cli.opening import place_of, run_async, settings_of
-    from headrace.runtime.loading import load_app
+    from headrace.cli.target_loader import load_app
 
     store = place_of(store, server)
     settings = settings_of(store=store, concurrency=concurrency, processes=processes)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from headrace.cli.target_loader import load_target
 from headrace.foundation.errors import InvalidInput
-from headrace.runtime.loading import load_target
 from headrace.runtime.tasks.task_spec import TaskSpec
 
 

@@ -15,7 +15,7 @@ from headrace.foundation.errors import ClientFault, HeadraceError
 from headrace.foundation.ids import run_id
 from headrace.runtime.engine import Engine
 from headrace.store.protocol import Outcome as Recorded
-from headrace.store.protocol import RunView
+from headrace.store.protocol import RunRecord
 
 R = TypeVar("R")
 RESULTS_PAGE: Final = 2_048
@@ -79,7 +79,7 @@ class Run(Generic[R]):
         """The run's name outside."""
         return run_id(self.batch_id, self.index)
 
-    async def view(self) -> RunView:
+    async def view(self) -> RunRecord:
         """All that is known of it now."""
         return await self._engine.store.run(self.batch_id, self.index)
 

@@ -29,7 +29,7 @@ from headrace.runtime.dispatch.lease_buffer import Wish
 from headrace.runtime.dispatch.report_outcome import Report
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Producer
-from headrace.store.protocol import RunView
+from headrace.store.protocol import RunRecord
 from tests import invariants
 from tests.store.world import fresh_schema
 from tests.support.engines import engine_of
@@ -138,7 +138,7 @@ class Broker:
         told = [wire.SetTaskStatusRequest(id=name, status=status) for name, status in updates]  # type: ignore[arg-type]  # any number
         await called(self.service.set_batch_activation_status, wire.SetBatchActivationStatusRequest(updates=told))
 
-    async def runs(self) -> list[RunView]:
+    async def runs(self) -> list[RunRecord]:
         """All activations there are, in the order they came."""
         found = await self.engine.store.runs(self.engine.environment, task=LANE, limit=invariants.ALL)
         return sorted(found, key=lambda view: (view.batch_id, view.index))

@@ -10,7 +10,7 @@ from headrace.cli.opening import JsonOption, StoreOption, find_batch, opened, ru
 from headrace.cli.printing import moment, say, say_json, table
 
 if TYPE_CHECKING:
-    from headrace.store.protocol import RunView
+    from headrace.store.protocol import RunRecord
 
 app = typer.Typer(no_args_is_help=True, help="Look at single runs, cancel one, run one again.")
 
@@ -37,7 +37,7 @@ def list_(
         raise InvalidInput(f"no run is ever {state!r}", hint=f"a state is one of {', '.join(STATES)}")
     settings = settings_of(store=store)
 
-    async def look() -> list[RunView]:
+    async def look() -> list[RunRecord]:
         async with opened(settings, must_exist=True) as engine:
             batch_id = (await find_batch(engine, batch)).id if batch else ""
             views = await engine.store.runs(
@@ -82,7 +82,7 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
     settings = settings_of(store=store)
     batch_id, index = parse_run_id(run)
 
-    async def look() -> RunView:
+    async def look() -> RunRecord:
         async with opened(settings, must_exist=True) as engine:
             return await engine.store.run(batch_id, index)
 
@@ -120,7 +120,7 @@ def cancel(run: RunArgument, store: StoreOption = None, json: JsonOption = False
     settings = settings_of(store=store)
     batch_id, index = parse_run_id(run)
 
-    async def stop() -> tuple[int, RunView]:
+    async def stop() -> tuple[int, RunRecord]:
         async with opened(settings, must_exist=True) as engine:
             count = await engine.store.cancel_runs(batch_id, [index], now_us=engine.clock.now_us())
             return count, await engine.store.run(batch_id, index)
@@ -145,7 +145,7 @@ def retry(run: RunArgument, store: StoreOption = None, json: JsonOption = False)
     settings = settings_of(store=store)
     batch_id, index = parse_run_id(run)
 
-    async def again() -> RunView:
+    async def again() -> RunRecord:
         async with opened(settings, must_exist=True) as engine:
             before = await engine.store.run(batch_id, index)
             if not await engine.store.redrive(batch_id, [index]):
@@ -162,7 +162,7 @@ def retry(run: RunArgument, store: StoreOption = None, json: JsonOption = False)
         say(f"{run} will run again")
 
 
-def described(view: RunView) -> dict[str, Any]:
+def described(view: RunRecord) -> dict[str, Any]:
     """A run as JSON, without its payload."""
     from headrace.foundation.ids import run_id
 
@@ -187,7 +187,7 @@ def described(view: RunView) -> dict[str, Any]:
     } | ({"error": _value(view.result)} if view.state == "failed" else {})
 
 
-def _why(view: RunView) -> str:
+def _why(view: RunRecord) -> str:
     """A failed run's error, short."""
     value = _value(view.result) if view.state == "failed" else None
     if not isinstance(value, dict):

@@ -8,7 +8,7 @@ from headrace.core import pack, run
 from headrace.foundation.errors import NotFound
 from headrace.foundation.ids import parse_run_id
 from headrace.http.service import Call
-from headrace.store.protocol import Outcome, RunView
+from headrace.store.protocol import Outcome, RunRecord
 
 LINKS_MAX: Final = 16
 _GONE = b'{"type":"RunGone","message":"the run that has this idempotency key was pruned"}'
@@ -34,7 +34,7 @@ class Outputs:
             one = Outcome(index=one.index, state=state, result=view.result, kind=view.result_kind)
         return None
 
-    async def target(self, link: bytes) -> RunView | None:
+    async def target(self, link: bytes) -> RunRecord | None:
         """The run that a link names; None when it is gone, or not of this environment."""
         batch_id, index = parse_run_id(link.decode())
         try:

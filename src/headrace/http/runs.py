@@ -20,7 +20,7 @@ from headrace.http.outputs import Outputs
 from headrace.http.problems import answer
 from headrace.http.service import Call, Service
 from headrace.http.shapes import STATES_OF_STATUS, error_object, run_object, status_of, value_of
-from headrace.store.protocol import Outcome, RunView
+from headrace.store.protocol import Outcome, RunRecord
 
 PAGE_MAX: Final = 100
 PAGE: Final = 25
@@ -105,9 +105,9 @@ class Runs:
             pagination["previous"] = run_id(views[0].batch_id, views[0].index)
         return answer({"data": data, "pagination": pagination})
 
-    async def _page(self, call: Call, wish: _Wish) -> tuple[list[RunView], bool]:
+    async def _page(self, call: Call, wish: _Wish) -> tuple[list[RunRecord], bool]:
         """One page and whether there are more: each wanted state is asked for, and the answers are merged."""
-        found: list[RunView] = []
+        found: list[RunRecord] = []
         for state in wish.states or ("",):
             for task in wish.tasks or ("",):
                 for tag in wish.tags or ("",):
@@ -117,8 +117,8 @@ class Runs:
         ordered.sort(key=lambda view: view.batch_id, reverse=True)
         return ordered[: wish.size], len(ordered) > wish.size
 
-    async def _matching(self, call: Call, wish: _Wish, state: str, task: str, tag: str) -> list[RunView]:
-        found: list[RunView] = []
+    async def _matching(self, call: Call, wish: _Wish, state: str, task: str, tag: str) -> list[RunRecord]:
+        found: list[RunRecord] = []
         after = wish.after
         for _ in range(SCANNED_PAGES_MAX):
             page = await call.engine.store.runs(
@@ -140,14 +140,14 @@ class Runs:
             after = (page[-1].batch_id, page[-1].index)
         return found
 
-    async def _is_failed_so(self, call: Call, wish: _Wish, view: RunView) -> bool:
+    async def _is_failed_so(self, call: Call, wish: _Wish, view: RunRecord) -> bool:
         """Whether a failed run failed in a way that was asked for; its result says which."""
         if view.state != "failed" or wish.failures in (set(), FAILURES):
             return True
         whole = await call.engine.store.run(view.batch_id, view.index)
         return status_of(view.state, decode(whole.result) if whole.result else None) in wish.failures
 
-    async def _found(self, request: Request, scope: str) -> tuple[Call, RunView, Batch]:
+    async def _found(self, request: Request, scope: str) -> tuple[Call, RunRecord, Batch]:
         """The run of the path, or the one that it links to, and its batch. Raises `NotFound`."""
         name = request.path_params["run_id"]
         try:

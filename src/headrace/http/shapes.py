@@ -14,7 +14,7 @@ from headrace.core.batch import ABANDONED, CANCELLED, COMPLETED, OPEN, SEALED, B
 from headrace.core.failure import Failure, decode
 from headrace.core.span import DELAYED, LEASED
 from headrace.foundation.ids import run_id
-from headrace.store.protocol import Outcome, RunView
+from headrace.store.protocol import Outcome, RunRecord
 
 BATCH_STATUS: Final = {
     OPEN: "PENDING",
@@ -117,7 +117,7 @@ def error_object(failure: Failure | None, state: str) -> dict[str, Any]:
     return shown
 
 
-def run_object(view: RunView, batch: Batch) -> dict[str, Any]:
+def run_object(view: RunRecord, batch: Batch) -> dict[str, Any]:
     """One run as `GET /api/v3/runs/{id}` and `GET /api/v1/runs` have it, without payload and output."""
     failure = decode(view.result) if view.state == "failed" and view.result else None
     status = status_of(view.state, failure)

@@ -34,7 +34,7 @@ from headrace.store.protocol import (
     Pruned,
     QueueView,
     Release,
-    RunView,
+    RunRecord,
     Schedule,
     Session,
     Suspects,
@@ -270,9 +270,9 @@ class RemoteStore:
         )
         return found
 
-    async def run(self, batch_id: str, index: int) -> RunView:
+    async def run(self, batch_id: str, index: int) -> RunRecord:
         """One run."""
-        found: RunView = await self._ask("run", batch_id=batch_id, index=index)
+        found: RunRecord = await self._ask("run", batch_id=batch_id, index=index)
         return found
 
     async def runs(
@@ -285,9 +285,9 @@ class RemoteStore:
         tag: str = "",
         after: tuple[str, int] | None = None,
         limit: int = 50,
-    ) -> list[RunView]:
+    ) -> list[RunRecord]:
         """Runs that match."""
-        found: list[RunView] = await self._ask(
+        found: list[RunRecord] = await self._ask(
             "runs",
             environment=environment,
             batch_id=batch_id,

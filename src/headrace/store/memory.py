@@ -40,7 +40,7 @@ from headrace.store.protocol import (
     Pruned,
     QueueView,
     Release,
-    RunView,
+    RunRecord,
     Schedule,
     Session,
     Suspects,
@@ -286,7 +286,7 @@ class MemoryStore:
         """Final outcomes from `from_index` on, in index order."""
         return reading.outcomes(self._now(), batch_id, from_index, runs_max, passing=passing)
 
-    async def run(self, batch_id: str, index: int) -> RunView:
+    async def run(self, batch_id: str, index: int) -> RunRecord:
         """One run."""
         return reading.run(self._now(), batch_id, index)
 
@@ -300,7 +300,7 @@ class MemoryStore:
         tag: str = "",
         after: tuple[str, int] | None = None,
         limit: int = 50,
-    ) -> list[RunView]:
+    ) -> list[RunRecord]:
         """Runs that match, newest batch first and by index inside it."""
         return reading.runs(self._now(), environment, batch_id, state, task, tag, after, limit)
 

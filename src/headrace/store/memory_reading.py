@@ -25,7 +25,7 @@ from headrace.store.protocol import (
     NamedLease,
     Outcome,
     QueueView,
-    RunView,
+    RunRecord,
     Schedule,
     Session,
     Verification,
@@ -250,7 +250,7 @@ def lease(tables: Tables, span: Span) -> Lease:
     return lease_of(span, chunk.first_index, chunk.gaps, chunk.extras, chunk.items)
 
 
-def run(tables: Tables, batch_id: str, index: int) -> RunView:
+def run(tables: Tables, batch_id: str, index: int) -> RunRecord:
     """One run with its input, its result and its attempts."""
     batch = find(tables, batch_id)
     block_id, position = locate(tables, batch, index)
@@ -282,7 +282,7 @@ def runs(
     tag: str,
     after: tuple[str, int] | None,
     limit: int,
-) -> list[RunView]:
+) -> list[RunRecord]:
     """Runs that match, newest batch first, by index inside a batch, without payloads and attempts."""
     check_state(state)
     views = (

@@ -159,7 +159,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     kind: int
 
 
-class RunView(msgspec.Struct, kw_only=True):
+class RunRecord(msgspec.Struct, kw_only=True):
     """All that is known of one run, for people. `kept`: options that are echoed, as JSON.
 
     `name`: what the task of an activation is called.
@@ -386,7 +386,7 @@ class Store(Protocol):
         batch it is then the `runs_max` indexes from the first on that are looked at.
         """
 
-    async def run(self, batch_id: str, index: int) -> RunView:
+    async def run(self, batch_id: str, index: int) -> RunRecord:
         """One run. Raises `NotFound`."""
 
     async def runs(
@@ -399,7 +399,7 @@ class Store(Protocol):
         tag: str = "",
         after: tuple[str, int] | None = None,
         limit: int = 50,
-    ) -> list[RunView]:
+    ) -> list[RunRecord]:
         """Runs that match, newest batch first and by index inside it, without payloads and attempts.
 
         `after`, the batch and index of a run, continues a list behind it.

@@ -12,7 +12,7 @@ from headrace.core.failure import decode
 from headrace.core.pack import pack, unpack, unpack_some
 from headrace.core.span import DELAYED, LEASED, Part, Span, positions_of, unsettled_places
 from headrace.foundation.errors import InvalidInput
-from headrace.store.protocol import Lease, NamedLease, RunView
+from headrace.store.protocol import Lease, NamedLease, RunRecord
 
 WITH_RESULT: Final = bytes((run.COMPLETED, run.FAILED))
 """The states that a recorded outcome has a result for."""
@@ -27,12 +27,12 @@ def check_state(state: str) -> str:
     return state
 
 
-def view_of(span: Span, index: int, state: int) -> RunView:
+def view_of(span: Span, index: int, state: int) -> RunRecord:
     """One run without its payload and attempts. A waiting run is shown as what its span is: leased or delayed."""
     name = run.NAMES[state]
     if state == run.WAITING and span.state in (LEASED, DELAYED):
         name = span.state
-    return RunView(
+    return RunRecord(
         batch_id=span.batch_id,
         index=index,
         environment=span.environment,

@@ -15,7 +15,7 @@ from headrace.core.pack import unpack_some
 from headrace.core.span import DELAYED, LEASED, WAITING, Span, positions_of, results_of
 from headrace.foundation.errors import NotFound
 from headrace.foundation.ids import INDEX_MAX
-from headrace.store.protocol import Outcome, QueueView, RunView, Session, Verification
+from headrace.store.protocol import Outcome, QueueView, RunRecord, Session, Verification
 from headrace.store.verbs.finding import (
     decode_extras,
     find,
@@ -166,7 +166,7 @@ def _results(block_ids: Sequence[int]) -> Script[dict[tuple[int, int], tuple[byt
     return found
 
 
-def run(batch_id: str, index: int) -> Script[RunView]:
+def run(batch_id: str, index: int) -> Script[RunRecord]:
     """One run with its input, its result and its attempts."""
     batch = yield from find(batch_id)
     place = yield from locate(batch_id, index)
@@ -214,14 +214,14 @@ def list_runs(
     tag: str,
     after: tuple[str, int] | None,
     limit: int,
-) -> Script[list[RunView]]:
+) -> Script[list[RunRecord]]:
     """Runs that match, newest batch first, by index inside a batch."""
     check_state(state)
     if tag:
         return (yield from _tagged_runs(environment, batch_id, state, task, tag, after, limit))
     after_batch, after_index = after or NOWHERE
     byte = runs_core.BY_NAME["waiting" if state in (LEASED, DELAYED) else state] if state else None
-    found: list[RunView] = []
+    found: list[RunRecord] = []
     rows = yield from fetch(
         "list_spans",
         environment=environment,
@@ -234,7 +234,7 @@ def list_runs(
         rows_max=limit + SPANS_A_BLOCK,
     )
     block_id, newest = 0, ""
-    pending: list[RunView] = []  # a block's runs live in several spans, and blocks may overlap: put in order here
+    pending: list[RunRecord] = []  # a block's runs live in several spans, and blocks may overlap: put in order here
     for row in rows:
         span, first_index, gaps = to_span(row), row[25], row[26]
         if span.block_id != block_id:
@@ -258,8 +258,8 @@ def list_runs(
 
 def _tagged_runs(
     environment: str, batch_id: str, state: str, task: str, tag: str, after: tuple[str, int] | None, limit: int
-) -> Script[list[RunView]]:
-    found: list[RunView] = []
+) -> Script[list[RunRecord]]:
+    found: list[RunRecord] = []
     after_batch, after_index = after or NOWHERE
     for name, index in (
         yield from fetch(

@@ -25,7 +25,7 @@ from headrace.store.protocol import (
     Pruned,
     QueueView,
     Release,
-    RunView,
+    RunRecord,
     Schedule,
     Session,
     Suspects,
@@ -164,7 +164,7 @@ class ScriptedStore(ABC):
         """Final outcomes in index order, consecutive ones unless told to pass over the others."""
         return await self._read(lambda: reading.outcomes(batch_id, from_index, runs_max, passing=passing))
 
-    async def run(self, batch_id: str, index: int) -> RunView:
+    async def run(self, batch_id: str, index: int) -> RunRecord:
         """One run."""
         return await self._read(lambda: reading.run(batch_id, index))
 
@@ -178,7 +178,7 @@ class ScriptedStore(ABC):
         tag: str = "",
         after: tuple[str, int] | None = None,
         limit: int = 50,
-    ) -> list[RunView]:
+    ) -> list[RunRecord]:
         """Runs that match."""
         return await self._read(lambda: reading.list_runs(environment, batch_id, state, task, tag, after, limit))
 

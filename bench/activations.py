@@ -22,8 +22,8 @@ from headrace.compose import open_engine
 from headrace.core.pack import ACTIVATION
 from headrace.foundation import interpreter
 from headrace.foundation.settings import load
-from headrace.grpc.activations import entry_of
 from headrace.grpc.messages import taskbroker_pb2 as wire
+from headrace.grpc.taskbroker.activation_codec import entry_of
 from headrace.runtime.dispatch.dispatcher import Dispatcher
 from headrace.runtime.dispatch.lease_buffer import Wish
 from headrace.runtime.dispatch.report_outcome import Report

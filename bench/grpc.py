@@ -326,11 +326,11 @@ def many(options: argparse.Namespace) -> None:
 
 async def _many(server: Peer, count: int) -> Figure:
     from headrace.foundation.targets import PushTarget
-    from headrace.grpc.channel import Channel
-    from headrace.grpc.machine import Bounds
     from headrace.grpc.messages import broker_pb2 as wire
-    from headrace.grpc.sender import Budget
-    from headrace.grpc.signing import Secrets
+    from headrace.grpc.transport.client import Channel
+    from headrace.grpc.transport.connection import Bounds
+    from headrace.grpc.transport.sender import Budget
+    from headrace.grpc.transport.signing import Secrets
 
     port = server.port
     await asyncio.to_thread(_batch, port, count)
@@ -402,8 +402,8 @@ async def serve_echo(size: int) -> None:
     """Bare calls on our own transport: an echo, a fixed answer of some size, an empty one."""
     from headrace.foundation.limits import Limits
     from headrace.grpc.messages import taskbroker_pb2 as wire
-    from headrace.grpc.methods import Method
-    from headrace.grpc.server import Connection, GrpcServer
+    from headrace.grpc.transport.server import Connection, GrpcServer
+    from headrace.grpc.transport.service_methods import Method
 
     fixed, empty = wire.PushTaskRequest(callback_url="x" * (size - 3)), wire.PushTaskRequest()
 
@@ -449,12 +449,12 @@ async def serve_worker(tasks: int, store: str) -> None:
     """A worker that reports `REPORTED_AT_ONCE` at a time, and the server that pushes to it; says the rate."""
     from headrace.foundation.limits import Limits
     from headrace.foundation.targets import PushTarget
-    from headrace.grpc.channel import Channel
-    from headrace.grpc.machine import Bounds
     from headrace.grpc.messages import taskbroker_pb2 as wire
-    from headrace.grpc.methods import methods_of
-    from headrace.grpc.sender import Budget
-    from headrace.grpc.server import Connection, GrpcServer
+    from headrace.grpc.transport.client import Channel
+    from headrace.grpc.transport.connection import Bounds
+    from headrace.grpc.transport.sender import Budget
+    from headrace.grpc.transport.server import Connection, GrpcServer
+    from headrace.grpc.transport.service_methods import methods_of
 
     done: set[str] = set()
     over = asyncio.Event()
@@ -509,11 +509,11 @@ async def serve_pusher(tasks: int, worker_port: int) -> None:
     """The pusher over activations that lie in memory, and reports that nobody writes down."""
     from headrace.foundation.limits import Limits
     from headrace.foundation.targets import PushTarget
-    from headrace.grpc.delivery import Delivery
     from headrace.grpc.messages import taskbroker_pb2 as wire
-    from headrace.grpc.methods import Method
-    from headrace.grpc.push import Pusher
-    from headrace.grpc.server import Connection, GrpcServer
+    from headrace.grpc.taskbroker.delivery_protocol import Delivery
+    from headrace.grpc.taskbroker.pusher import Pusher
+    from headrace.grpc.transport.server import Connection, GrpcServer
+    from headrace.grpc.transport.service_methods import Method
     from headrace.runtime.clock import SystemClock
     from headrace.runtime.wakeup import Doorbell
 

@@ -51,9 +51,9 @@ async def serve(way: str, store: str, count: int) -> None:
     from headrace.compose import open_engine
     from headrace.foundation.settings import load
     from headrace.grpc.messages import taskbroker_pb2 as wire
-    from headrace.grpc.methods import Method
-    from headrace.grpc.server import Connection, GrpcServer
-    from headrace.grpc.taskbroker import dispatching
+    from headrace.grpc.taskbroker.broker import dispatching
+    from headrace.grpc.transport.server import Connection, GrpcServer
+    from headrace.grpc.transport.service_methods import Method
 
     with tempfile.TemporaryDirectory() as folder:
         place = store or f"sqlite:///{folder}/bench.db"
@@ -85,10 +85,10 @@ async def serve(way: str, store: str, count: int) -> None:
 async def drained(port: int, count: int) -> tuple[float, str]:
     """Tasks a second of all workers together, and what the server counted."""
     from headrace.foundation.targets import PushTarget
-    from headrace.grpc.channel import Channel
-    from headrace.grpc.machine import Bounds
     from headrace.grpc.messages import taskbroker_pb2 as wire
-    from headrace.grpc.sender import Budget
+    from headrace.grpc.transport.client import Channel
+    from headrace.grpc.transport.connection import Bounds
+    from headrace.grpc.transport.sender import Budget
 
     target = PushTarget("app", "127.0.0.1", port, is_tls=False)
     channels = [Channel(target, Bounds(1 << 26, 256), Budget(1 << 28)) for _ in range(CHANNELS)]

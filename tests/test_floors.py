@@ -16,6 +16,8 @@ LINT: Final = "from importlinter.cli import lint_imports as lint; raise SystemEx
 FLOORS: Final = "A room imports only from floors below it"
 CORE: Final = "The core is deaf, blind and timeless"
 STORES: Final = "Only compose knows a concrete store"
+GRPC: Final = "Inside grpc, the task broker builds on the transport"
+TRANSPORT: Final = "The gRPC transport knows nothing of Headrace but foundation"
 
 
 def linted(house: Path) -> subprocess.CompletedProcess[str]:
@@ -44,7 +46,7 @@ def house(tmp_path: Path) -> Path:
 def test_every_room_stands_on_its_floor(house: Path) -> None:
     done = linted(house)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert all(f"{contract} KEPT" in done.stdout for contract in (FLOORS, CORE, STORES)), done.stdout
+    assert all(f"{contract} KEPT" in done.stdout for contract in (FLOORS, CORE, STORES, GRPC, TRANSPORT)), done.stdout
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,10 @@ def test_every_room_stands_on_its_floor(house: Path) -> None:
         ("core", "import sqlite3", CORE),
         ("runtime", "import headrace.store.sqlite", STORES),
         ("cli", "from headrace.store import memory", STORES),
+        ("grpc/transport", "from headrace.grpc.taskbroker import pusher", GRPC),
+        ("grpc/messages", "from headrace.grpc.transport import status", GRPC),
+        ("grpc/transport", "import headrace.core.run", TRANSPORT),
+        ("grpc/transport", "from headrace.grpc.messages import taskbroker_pb2", TRANSPORT),
     ],
 )
 def test_a_forbidden_import_is_caught(house: Path, room: str, code: str, contract: str) -> None:

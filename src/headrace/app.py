@@ -49,7 +49,7 @@ from headrace.task import Decorator, P, R, T, Task
 if TYPE_CHECKING:
     from headrace.core.entity import Entity
     from headrace.core.schedule import CatchUp
-    from headrace.grpc.intake import Taken
+    from headrace.grpc.taskbroker.activation_intake import Taken
     from headrace.indexer import Indexer
     from headrace.runtime.indexing.handler_registry import Unknown
     from headrace.runtime.indexing.pipeline import Where
@@ -319,7 +319,7 @@ class Headrace:
         Those that can't be kept are told in the answer, and the others are in.
         """
         try:
-            from headrace.grpc.intake import ActivationIntake
+            from headrace.grpc.taskbroker.activation_intake import ActivationIntake
         except ModuleNotFoundError as error:
             raise InvalidSetting(f"activations need {error.name}", hint="pip install 'headrace[grpc]'") from None
         return await ActivationIntake(await self.open(), await self.producer()).take_all(messages)

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from tests.cli.conftest import Shell
-from tests.grpc.broker import DEADLETTER, FAILURE, Broker, activation, engine_on, stream
+from tests.support.broker import DEADLETTER, FAILURE, Broker, activation, engine_on, stream
 
 
 async def fail_all(folder: Path, count: int) -> None:

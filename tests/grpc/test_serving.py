@@ -18,20 +18,20 @@ from headrace.core import pack
 from headrace.core.block import Extra
 from headrace.core.span import Key
 from headrace.foundation.errors import InvalidSetting
-from headrace.grpc import frames
-from headrace.grpc.consumer import SERVICE as CONSUMER
 from headrace.grpc.messages import broker_pb2 as wire
 from headrace.grpc.messages import health_pb2 as health
 from headrace.grpc.messages import taskbroker_pb2 as taskbroker
-from headrace.grpc.methods import methods_of
-from headrace.grpc.signing import HEADER, Secrets
+from headrace.grpc.taskbroker.consumer_service import SERVICE as CONSUMER
+from headrace.grpc.transport import frames
+from headrace.grpc.transport.service_methods import methods_of
+from headrace.grpc.transport.signing import HEADER, Secrets
 from headrace.http.connections import BoundedProtocol
 from headrace.http.server import Tls
 from headrace.runtime.producing.producer import Producer
-from tests.grpc.rig import AUTHORITY, certificate
-from tests.grpc.test_interop import channel
-from tests.grpc.test_machine import GREETING, parsed
 from tests.http.rig import AUTH, LIMITS, House, house
+from tests.support.grpc_server import AUTHORITY, certificate
+from tests.support.grpcio_client import channel
+from tests.support.http2_frames import GREETING, parsed
 
 METADATA = tuple(AUTH.items())
 BROKER = wire.DESCRIPTOR.services_by_name["Broker"]
@@ -404,7 +404,7 @@ async def test_a_stop_does_not_wait_for_peers_that_say_no_goodbye(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TLS ends by agreement, and the loop would wait half a minute for who has none."""
-    monkeypatch.setattr("headrace.grpc.parting.GOODBYE_S", 0.01)
+    monkeypatch.setattr("headrace.grpc.transport.closing.GOODBYE_S", 0.01)
     context = ssl.create_default_context()
     AUTHORITY.configure_trust(context)
 

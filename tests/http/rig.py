@@ -18,7 +18,7 @@ from unittest.mock import patch
 from headrace.core.span import Settlement
 from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import DEFAULT, Limits
-from headrace.grpc.methods import Methods
+from headrace.grpc.transport.service_methods import Methods
 from headrace.http.app import make_app
 from headrace.http.grpc_calls import answering
 from headrace.http.server import Server, serving

@@ -20,9 +20,9 @@ import pytest
 
 import grpc
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from tests.grpc.broker import COMPLETE, activation, stream
-from tests.grpc.rig import AUTHORITY, certificate
-from tests.grpc.test_interop import credentials
+from tests.support.broker import COMPLETE, activation, stream
+from tests.support.grpc_server import AUTHORITY, certificate
+from tests.support.grpcio_client import credentials
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(120)]
 

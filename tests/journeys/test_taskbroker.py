@@ -16,9 +16,9 @@ import pytest
 from headrace.core.activation import LANE
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
-from tests.grpc.broker import activation, engine_on, stream
 from tests.journeys.test_serve import free_port
 from tests.store.world import fresh_schema
+from tests.support.broker import activation, engine_on, stream
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(240)]
 

@@ -14,7 +14,7 @@ from headrace.cli.opening import JsonOption, ServerOption, StoreOption, opened, 
 from headrace.cli.printing import counted, note, say, say_json
 
 if TYPE_CHECKING:
-    from headrace.grpc.intake import Taken
+    from headrace.grpc.taskbroker.activation_intake import Taken
 
 app = typer.Typer(no_args_is_help=True, help="Bring in what the task broker's workers are to do.")
 
@@ -43,7 +43,7 @@ def load(
     from headrace.foundation.errors import InvalidInput, InvalidSetting
 
     try:
-        from headrace.grpc.intake import ActivationIntake
+        from headrace.grpc.taskbroker.activation_intake import ActivationIntake
     except ModuleNotFoundError as error:
         raise InvalidSetting(f"activations need {error.name}", hint="pip install 'headrace[grpc]'") from None
     from headrace.runtime.producing.producer import Producer

@@ -16,7 +16,7 @@ from headrace.cli.opening import StoreOption
 if TYPE_CHECKING:
     from headrace.app import Headrace
     from headrace.foundation.settings import Settings
-    from headrace.grpc.server import GrpcServer
+    from headrace.grpc.transport.server import GrpcServer
     from headrace.http.service import Service
 
 LEAVE_S: Final = 20.0
@@ -183,8 +183,8 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
     from headrace.foundation.errors import InvalidSetting
 
     try:
-        from headrace.grpc.deliveries import DispatchedDeliveries
-        from headrace.grpc.taskbroker import dispatching
+        from headrace.grpc.taskbroker.broker import dispatching
+        from headrace.grpc.taskbroker.dispatcher_deliveries import DispatchedDeliveries
         from headrace.http.grpc_calls import answering, pushing
     except ModuleNotFoundError as error:
         if settings.delivery is not None or settings.grpc_secrets:

@@ -1,1 +1,1 @@
-"""The task broker's wire: gRPC over HTTP/2, on the HTTP port."""
+"""gRPC on the HTTP port: a general transport, and Sentry's task broker protocol on top of it."""

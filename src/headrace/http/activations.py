@@ -13,7 +13,7 @@ from headrace.http.problems import UnsupportedType, answer
 from headrace.http.service import Call, Service
 
 if TYPE_CHECKING:
-    from headrace.grpc.intake import ActivationIntake
+    from headrace.grpc.taskbroker.activation_intake import ActivationIntake
 
 CONTENT_TYPES: Final = ("application/x-protobuf", "application/protobuf", "application/octet-stream")
 
@@ -48,7 +48,7 @@ class Activations:
         intake = self._intakes.get(call.environment)
         if intake is None:
             try:
-                from headrace.grpc.intake import ActivationIntake
+                from headrace.grpc.taskbroker.activation_intake import ActivationIntake
             except ModuleNotFoundError as error:
                 raise InvalidSetting(f"activations need {error.name}", hint="pip install 'headrace[grpc]'") from None
             intake = self._intakes[call.environment] = ActivationIntake(call.engine, self._service.producer(call))

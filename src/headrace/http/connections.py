@@ -13,8 +13,8 @@ from typing import Any, Final, cast
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from headrace.foundation.limits import KIB
-from headrace.grpc.frames import PREFACE, Fault, goaway, settings
-from headrace.grpc.parting import part
+from headrace.grpc.transport.closing import part
+from headrace.grpc.transport.frames import PREFACE, Fault, goaway, settings
 
 HEAD_BYTES_MAX: Final = 64 * KIB
 _TOO_LARGE: Final = (431, "Request Header Fields Too Large", "the head of a request has at most 65,536 bytes")

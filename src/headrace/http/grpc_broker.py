@@ -17,7 +17,7 @@ from headrace.core.span import LOST, RECORDED, RETRY, SETTLED, Settlement, encod
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import new_session_id, run_id
 from headrace.grpc.messages import broker_pb2 as wire
-from headrace.grpc.methods import Call
+from headrace.grpc.transport.service_methods import Call
 from headrace.http.claiming import RUNS_MAX, Claiming
 from headrace.http.remote_stores import check_session
 from headrace.http.service import Caller, Service

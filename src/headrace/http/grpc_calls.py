@@ -7,13 +7,13 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from headrace.foundation.targets import PushTarget
-from headrace.grpc.consumer import SERVICE as CONSUMER
-from headrace.grpc.delivery import Deliveries
-from headrace.grpc.health import Health
-from headrace.grpc.methods import Methods, methods_of
-from headrace.grpc.push import Pusher
-from headrace.grpc.server import GrpcServer
-from headrace.grpc.signing import Secrets
+from headrace.grpc.taskbroker.consumer_service import SERVICE as CONSUMER
+from headrace.grpc.taskbroker.delivery_protocol import Deliveries
+from headrace.grpc.taskbroker.pusher import Pusher
+from headrace.grpc.transport.health import Health
+from headrace.grpc.transport.server import GrpcServer
+from headrace.grpc.transport.service_methods import Methods, methods_of
+from headrace.grpc.transport.signing import Secrets
 from headrace.http.grpc_broker import SERVICE, Broker
 from headrace.http.metrics import Pushes
 from headrace.http.service import Service

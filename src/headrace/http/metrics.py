@@ -20,8 +20,8 @@ from headrace.http.depths import Depths
 from headrace.runtime.engine import DutyStats
 
 if TYPE_CHECKING:
-    from headrace.grpc.push import Pusher
-    from headrace.grpc.status import Code
+    from headrace.grpc.taskbroker.pusher import Pusher
+    from headrace.grpc.transport.status import Code
 
 BUCKETS_S = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0)
 

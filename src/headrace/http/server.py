@@ -24,7 +24,7 @@ from headrace.http.connections import BoundedProtocol, uvicorn_settings
 from headrace.http.service import Service
 
 if TYPE_CHECKING:
-    from headrace.grpc.server import GrpcServer
+    from headrace.grpc.transport.server import GrpcServer
 
 LOG: Any = structlog.get_logger("headrace.http")
 BACKLOG: Final = 2_048
@@ -97,7 +97,7 @@ class Server:
         limits = service.limits
         protocol: Any = BoundedProtocol
         if grpc is not None:
-            from headrace.grpc.server import Connection
+            from headrace.grpc.transport.server import Connection
 
             protocol = partial(BoundedProtocol, second=partial(Connection, grpc))
         config = uvicorn.Config(

@@ -1,0 +1,1 @@
+"""Sentry's task broker protocol: activations in, deliveries to workers by pull and push, reports back."""

@@ -1,0 +1,431 @@
+"""Activations come in: by HTTP, from a file, from the library; and the rules and bounds they come under."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.app import Headrace
+from headrace.core.delimited import DelimitedDecoder, Oversized
+from headrace.core.rules import DEMOTIONS, KILLSWITCH, Kill, Rules, demotions_encoded, kills_encoded, rules_of
+from headrace.foundation.errors import Conflict, InvalidInput, StoreBroken, StoreUnavailable
+from headrace.grpc.messages import taskbroker_pb2 as wire
+from headrace.grpc.taskbroker import activation_codec as grpc_activations
+from headrace.grpc.taskbroker.activation_codec import arguments_of, is_killed
+from headrace.grpc.taskbroker.activation_intake import ActivationIntake, Taken
+from headrace.runtime.clock import ManualClock
+from headrace.runtime.dispatch.backpressure import NoRoom
+from headrace.runtime.dispatch.rule_cache import decide
+from headrace.runtime.maintenance.upkeep import Upkeep
+from tests.http.rig import LIMITS, house
+from tests.support.broker import COMPLETE, Broker, activation, broker, on_databases, on_every_store, stream, varint
+from tests.support.engines import Faulty
+
+
+async def pieces_of(*pieces: bytes) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
+async def taken(own: Broker, *pieces: bytes) -> Taken:
+    return await ActivationIntake(own.engine, own.producer).take(pieces_of(*pieces))
+
+
+# -- the stream
+
+
+@given(st.lists(st.binary(max_size=300), max_size=20), st.data())
+def test_how_a_stream_was_cut_changes_nothing(messages: list[bytes], data: st.DataObject) -> None:
+    whole = stream(*messages)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=10)))
+    decoder = DelimitedDecoder(200)
+    found: list[bytes | Oversized] = []
+    for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True):
+        found += decoder.feed(whole[start:end])
+    decoder.end()
+    assert found == [one if len(one) <= 200 else Oversized(len(one)) for one in messages]
+
+
+@given(st.binary(max_size=100))
+def test_bytes_of_any_kind_are_messages_or_an_error_that_says_so(data: bytes) -> None:
+    decoder = DelimitedDecoder(50)
+    hint = "none was needed"
+    try:
+        decoder.feed(data)
+        decoder.end()
+    except InvalidInput as error:
+        hint = error.hint
+    assert hint
+
+
+def test_a_message_over_the_limit_is_dropped_as_it_arrives() -> None:
+    decoder = DelimitedDecoder(10)
+    assert decoder.feed(varint(1_000_000)) == [Oversized(1_000_000)]
+    for _ in range(100):
+        assert decoder.feed(b"x" * 10_000) == []
+        assert len(decoder._buffer) == 0
+    assert decoder.feed(stream(b"next")) == [b"next"]
+
+
+def test_a_stream_that_ends_in_the_middle_or_has_no_length_says_where() -> None:
+    decoder = DelimitedDecoder(100)
+    decoder.feed(stream(b"one") + b"\x05ab")
+    with pytest.raises(InvalidInput, match="in the middle of message 1"):
+        decoder.end()
+    with pytest.raises(InvalidInput, match="message 0 has no length"):
+        DelimitedDecoder(100).feed(b"\xff\xff\xff\xff\xff")
+
+
+# -- taken in
+
+
+@on_every_store
+async def test_a_stream_is_kept_each_once_by_its_id_and_what_is_wrong_is_refused_alone(
+    kind: str, tmp_path: Path
+) -> None:
+    async with broker(kind, tmp_path, limits={"activation_bytes_max": 2_000}) as own:
+        messages: list[Any] = [activation(number) for number in range(600)]
+        messages[7] = activation(7, taskname="")
+        messages[8] = b"\xff\xff"
+        messages[9] = activation(9, parameters_bytes=b"x" * 3_000)
+        messages[10] = activation(3)
+        found = await taken(own, stream(*messages))
+        assert (found.accepted, found.duplicates, found.refused_count) == (596, 1, 3)
+        assert [(one.number, one.id) for one in found.refused] == [(7, ""), (8, ""), (9, "")]
+        assert "at most 2000 bytes" in found.refused[2].reason
+        again = await taken(own, stream(*messages))
+        assert (again.accepted, again.duplicates) == (0, 597)
+        had = await own.drained(4)
+        assert len(had) == len(set(had)) == 596
+
+
+async def test_two_streams_of_the_same_activations_at_once_keep_each_once(tmp_path: Path) -> None:
+    async with broker("sqlite", tmp_path) as own:
+        messages = [activation(number) for number in range(500)]
+        shuffled = random.Random(3).sample(messages, len(messages))
+        one, two = await asyncio.gather(taken(own, stream(*messages)), taken(own, stream(*shuffled)))
+        assert one.accepted + two.accepted == 500
+        assert len(await own.runs()) == 500
+
+
+async def test_of_many_refused_the_first_are_shown_and_all_counted(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path) as own:
+        found = await taken(own, stream(*(activation(number, taskname="") for number in range(250))))
+        assert (found.refused_count, len(found.refused)) == (250, 100)
+
+
+async def test_a_broken_stream_is_an_error_and_is_sent_again_whole(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path) as own:
+        whole = stream(*(activation(number) for number in range(300)))
+        with pytest.raises(InvalidInput, match="in the middle"):
+            await taken(own, whole[:-1])
+        found = await taken(own, whole)
+        assert found.accepted + found.duplicates == 300
+        assert len(await own.runs()) == 300
+
+
+# -- over HTTP
+
+
+async def test_activations_come_in_by_http(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        body = stream(*(activation(number) for number in range(20)), activation(0), activation(99, taskname=""))
+        headers = {"content-type": "application/x-protobuf"}
+        answer = await home.ask("POST", "/v1/activations", body, headers)
+        assert answer.status == 200
+        assert (answer.json["accepted"], answer.json["duplicates"], answer.json["refused_count"]) == (20, 1, 1)
+        assert answer.json["refused"][0]["number"] == 21
+        packed = zstandard.compress(body)
+        again = await home.ask("POST", "/v1/activations", packed, {**headers, "content-encoding": "zstd"})
+        assert (again.json["accepted"], again.json["duplicates"]) == (0, 21)
+
+
+async def test_http_says_what_is_wrong_with_activations(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        headers = {"content-type": "application/x-protobuf"}
+        assert (await home.ask("POST", "/v1/activations", b"", headers)).json["accepted"] == 0
+        assert (await home.ask("POST", "/v1/activations", b"{}", {"content-type": "text/plain"})).status == 415
+        assert (await home.ask("POST", "/v1/activations", b"\x05a", headers)).status == 400
+        assert (await home.ask("POST", "/v1/activations", b"", headers, auth=False)).status == 401
+        bomb = zstandard.compress(bytes(300 * 1024 * 1024))
+        answer = await home.ask("POST", "/v1/activations", bomb, {**headers, "content-encoding": "zstd"})
+        assert answer.status == 413
+
+
+async def test_where_there_is_no_room_http_says_when_to_come_again(tmp_path: Path) -> None:
+    async with house(tmp_path, limits=LIMITS.replaced(waiting_max=5, ingest_wait_ms=0)) as home:
+        headers = {"content-type": "application/x-protobuf"}
+        five = stream(*(activation(number) for number in range(5)))
+        assert (await home.ask("POST", "/v1/activations", five, headers)).status == 200
+        answer = await home.ask("POST", "/v1/activations", stream(activation(5)), headers)
+        assert (answer.status, answer.headers["retry-after"], answer.json["code"]) == (429, "5", "NO_ROOM")
+
+
+# -- from the library
+
+
+async def test_the_library_brings_activations_in(tmp_path: Path) -> None:
+    async with Headrace("test", store=f"sqlite:///{tmp_path}/a.db") as app:
+        found = await app.activate(*(activation(number).SerializeToString() for number in (1, 2, 1)), b"\xff")
+        assert (found.accepted, found.duplicates, found.refused_count) == (2, 1, 1)
+
+
+# -- the killswitch
+
+
+def packed(*args: Any, **kwargs: Any) -> bytes:
+    return msgspec.msgpack.encode({"args": args, "kwargs": kwargs})
+
+
+@on_databases
+async def test_a_task_that_is_switched_off_is_dropped_at_the_door_and_in_line(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock, is_killed=is_killed) as own:
+        messages = [activation(number, taskname="bad" if number % 2 else "good") for number in range(6)]
+        assert (await taken(own, stream(*messages))).accepted == 6
+        await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
+        clock.advance(2)
+        await own.tick()
+        assert sorted(await own.drained(1)) == ["id_0", "id_2", "id_4"]
+        assert await own.counts() == {"completed": 3, "cancelled": 3}
+        late = await taken(own, stream(activation(6, taskname="bad"), activation(7)))
+        assert (late.accepted, late.dropped) == (1, 1)
+        await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([]))
+        clock.advance(2)
+        assert (await taken(own, stream(activation(8, taskname="bad")))).accepted == 1
+
+
+@on_every_store
+async def test_what_several_decide_at_once_is_decided(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+
+        async def drop(name: str) -> None:
+            await decide(own.engine, KILLSWITCH, lambda rules: kills_encoded([*rules.kills, Kill(name=name)]))
+
+        names = [f"task-{number}" for number in range(8)]
+        await asyncio.gather(*map(drop, names))
+        kept = rules_of(await own.engine.store.rules("default"))
+        assert sorted(kill.name for kill in kept.kills) == names
+
+
+async def test_what_changes_no_rule_writes_none(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path) as own:
+        faulty = Faulty(own.engine.store)
+        faulty.before["keep_rules"] = [StoreUnavailable("nothing is to be written")]
+        own.engine.store = faulty
+        assert (await decide(own.engine, KILLSWITCH, lambda rules: kills_encoded(rules.kills))).kills == []
+        with pytest.raises(StoreUnavailable):
+            await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
+
+
+async def test_who_is_never_first_to_decide_hears_so(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path) as own:
+        store: Any = own.engine.store
+
+        def overtaken(rules: Rules) -> bytes:
+            store._tables.rules["default", KILLSWITCH] = kills_encoded([*rules.kills, Kill(name="other")])
+            return kills_encoded([*rules.kills, Kill(name="own")])
+
+        with pytest.raises(Conflict, match="all the time"):
+            await decide(own.engine, KILLSWITCH, overtaken)
+
+
+async def test_of_a_task_only_those_with_an_argument_are_dropped(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path, is_killed=is_killed) as own:
+        kill = Kill(name="send", args={"0": 7}, kwargs={"to": "x"})
+        await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([kill]))
+        calls = [packed(7), packed(True), packed(1, to="x"), packed("7", to="y"), b"\xc1", b""]
+        found = await taken(own, stream(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls))))
+        assert (found.accepted, found.dropped) == (4, 2)
+
+
+@on_databases
+async def test_of_those_in_the_object_store_too_only_those_with_an_argument_are_dropped(
+    kind: str, tmp_path: Path
+) -> None:
+    clock, filler = ManualClock(), b"x" * 2_000
+    async with broker(kind, tmp_path, clock=clock, is_killed=is_killed, limits={"inline_bytes_max": 1_000}) as own:
+        calls = [packed(7, filler), packed(8, filler), packed(7, filler), packed(8)]
+        await own.add(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls)))
+        await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="send", args={"0": 7})]))
+        clock.advance(2)
+        await own.tick()
+        assert await own.drained(1) == ["id_1", "id_3"]
+        assert await own.counts() == {"completed": 2, "cancelled": 2}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_equal"),
+    [
+        (1, 1, True), (1, True, False), (1, 1.0, False), ("1", 1, False), (None, None, True),
+        ([1, [2]], [1, [2]], True), ([1], [True], False), ({"a": [1]}, {"a": [1]}, True),
+        ({"a": 1}, {"a": 1.0}, False), ([], {}, False),
+    ],
+)  # fmt: skip
+def test_values_are_the_same_when_they_are_of_one_type_all_the_way_down(one: Any, other: Any, is_equal: bool) -> None:
+    rules = Rules(kills=[Kill(name="t", args={"0": one})])
+    assert rules.is_killed("t", lambda: ([other], {})) is is_equal
+
+
+def in_arguments(**fields: Any) -> bytes:
+    return activation(0, **fields).SerializeToString()
+
+
+def test_arguments_are_read_packed_in_either_way_and_from_the_old_field() -> None:
+    assert arguments_of(in_arguments(parameters_bytes=packed(1, a=2))) == ([1], {"a": 2})
+    squeezed = {"headers": {"compression-type": "zstd"}, "parameters_bytes": zstandard.compress(packed(3))}
+    assert arguments_of(in_arguments(**squeezed)) == ([3], {})
+    assert arguments_of(in_arguments(parameters_bytes=b"", parameters='{"args": [4]}')) == ([4], {})
+
+
+def bombs() -> dict[str, bytes]:
+    zstd = {"compression-type": "zstd"}
+    return {
+        "no msgpack": in_arguments(parameters_bytes=b"\xc1\xc1"),
+        "deep msgpack": in_arguments(parameters_bytes=b"\x81\xa4args" + b"\x91" * 200_000),
+        "a list that says it is long": in_arguments(parameters_bytes=b"\x81\xa4args\xdd\xff\xff\xff\xff"),
+        "zstd that grows": in_arguments(headers=zstd, parameters_bytes=zstandard.compress(bytes(70 * 1024 * 1024))),
+        "zstd that is none": in_arguments(headers=zstd, parameters_bytes=b"plain"),
+        "zstd with a wide window": in_arguments(
+            headers=zstd, parameters_bytes=b"\x28\xb5\x2f\xfd\xe0" + b"\xff" * 8 + b"\x01\x00\x00"
+        ),
+        "another shape": in_arguments(parameters_bytes=msgspec.msgpack.encode([1, 2])),
+        "no activation": b"\xff\xff",
+        "text that is none": in_arguments(parameters_bytes=b"\x81\xa4args\x91\xa2\xff\xff"),
+    }
+
+
+@pytest.mark.parametrize("name", bombs())
+def test_arguments_that_can_not_be_read_safely_drop_nothing(name: str) -> None:
+    assert arguments_of(bombs()[name]) is None
+    rules = Rules(kills=[Kill(name="send", args={"0": 1})])
+    assert not is_killed(rules, "send", bombs()[name])
+
+
+def test_parameters_may_become_so_large_and_no_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = packed("x" * 1_000)
+    data = in_arguments(headers={"compression-type": "zstd"}, parameters_bytes=zstandard.compress(call))
+    monkeypatch.setattr(grpc_activations, "UNPACKED_BYTES_MAX", len(call))
+    assert arguments_of(data) is not None
+    monkeypatch.setattr(grpc_activations, "UNPACKED_BYTES_MAX", len(call) - 1)
+    assert arguments_of(data) is None
+
+
+def test_rules_have_bounds_and_what_is_none_is_broken() -> None:
+    with pytest.raises(InvalidInput, match="at most 1000"):
+        kills_encoded([Kill(name=str(number)) for number in range(1_001)])
+    with pytest.raises(InvalidInput, match="20 arguments"):
+        kills_encoded([Kill(name="t", kwargs={str(number): 1 for number in range(21)})])
+    with pytest.raises(InvalidInput, match="by place"):
+        kills_encoded([Kill(name="t", args={"first": 1})])
+    with pytest.raises(InvalidInput, match="at most 1000"):
+        demotions_encoded({str(number): "x" for number in range(1_001)})
+    with pytest.raises(InvalidInput, match="another"):
+        demotions_encoded({"a": "a"})
+    with pytest.raises(StoreBroken):
+        rules_of({KILLSWITCH: b"{"})
+
+
+# -- demotion
+
+
+@on_every_store
+async def test_a_demoted_queue_s_activations_go_to_another_those_that_wait_too(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock) as own:
+        await taken(own, stream(*(activation(number) for number in range(4)), activation("x", namespace="other")))
+        await decide(own.engine, DEMOTIONS, lambda _: demotions_encoded({"app:mail": "app:slow"}))
+        clock.advance(2)
+        await taken(own, stream(activation(4)))
+        assert await Upkeep(own.engine).demote() >= 1
+        queues = {view.name: view.waiting_count for view in await own.engine.store.queues("default")}
+        assert queues == {"app:mail": 0, "app:other": 1, "app:slow": 5}
+        assert (await own.get(application="app", namespace="other")).id == "id_x"
+        found = [(await own.get(application="app", namespace="slow")).id for _ in range(5)]
+        assert sorted(found) == [f"id_{number}" for number in range(5)]
+        await own.set_batch(*((name, COMPLETE) for name in (*found, "id_x")))
+
+
+# -- bounds on what waits
+
+
+LIMITED: list[tuple[dict[str, int], Callable[[], Iterable[wire.TaskActivation]], str]] = [
+    ({"queue_waiting_max": 3}, lambda: (activation("n", namespace="mail"),), "queue_waiting_max"),
+    ({"queue_delayed_max": 1}, lambda: [activation(f"d{n}", delay=99) for n in range(2)], "queue_delayed_max"),
+    ({"waiting_max": 3}, lambda: (activation("n", namespace="elsewhere"),), "waiting_max"),
+    ({"delayed_max": 1}, lambda: [activation(f"d{n}", delay=99, namespace=str(n)) for n in range(2)], "delayed_max"),
+    ({"queue_leased_max": 1}, lambda: (activation("n"),), "queue_leased_max"),
+    ({"leased_max": 1}, lambda: (activation("n", namespace="elsewhere"),), "leased_max"),
+]
+
+
+@pytest.mark.parametrize(("limits", "more", "said"), LIMITED, ids=[said for _, _, said in LIMITED])
+async def test_past_a_bound_what_comes_waits_a_while_and_is_then_sent_away(
+    limits: dict[str, int], more: Callable[[], Iterable[wire.TaskActivation]], said: str, tmp_path: Path
+) -> None:
+    clock = ManualClock()
+    async with broker("memory", tmp_path, clock=clock, limits={**limits, "ingest_wait_ms": 2_000}) as own:
+        if "leased" in said:
+            await own.filled(1)
+            await own.get()
+        elif "waiting" in said:
+            await taken(own, stream(*(activation(number) for number in range(3))))
+        before = len(await own.runs())
+        sent = [activation_at(clock, message) for message in more()]
+        trying = asyncio.create_task(taken(own, stream(*sent)))
+        await clock.advance_async(1.5)
+        assert not trying.done(), "it waits"
+        await clock.advance_async(1)
+        with pytest.raises(NoRoom, match=said):
+            await trying
+        assert len(await own.runs()) == before
+
+
+def activation_at(clock: ManualClock, message: wire.TaskActivation) -> wire.TaskActivation:
+    message.received_at.FromMicroseconds(clock.now_us())
+    return message
+
+
+async def test_what_waits_for_room_goes_in_when_there_is_some(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker("memory", tmp_path, clock=clock, limits={"waiting_max": 3}) as own:
+        await taken(own, stream(*(activation(number) for number in range(3))))
+        trying = asyncio.create_task(taken(own, stream(activation(3))))
+        await clock.advance_async(1)
+        assert not trying.done()
+        await own.drained(1)
+        await clock.advance_async(1)
+        assert (await trying).accepted == 1
+
+
+@on_databases
+async def test_a_store_that_is_full_takes_no_more(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path, limits={"store_mib_max": 1, "ingest_wait_ms": 0}) as own:
+        large = [activation(number, parameters_bytes=b"x" * 400_000) for number in range(4)]
+        await own.add(*large[:3])
+        with pytest.raises(NoRoom, match="store_mib_max"):
+            await taken(own, stream(large[3]))
+
+
+# -- what is told
+
+
+async def test_metrics_tell_what_stands_in_the_fullest_queues_and_of_the_others_together(tmp_path: Path) -> None:
+    async with house(tmp_path, limits=LIMITS.replaced(metrics_queues_max=1)) as home:
+        some = [activation(number, namespace="full") for number in range(3)]
+        body = stream(*some, activation("x", namespace="a"), activation("y", namespace="b", delay=3_000))
+        await home.ask("POST", "/v1/activations", body, {"content-type": "application/x-protobuf"})
+        told = (await home.ask("GET", "/metrics", auth=False)).body.decode()
+        assert 'headrace_queue_runs{queue="app:full",state="waiting"} 3.0' in told
+        assert 'headrace_queue_runs{queue="(others)",state="waiting"} 1.0' in told
+        assert 'headrace_queue_oldest_seconds{queue="(others)"}' in told
+        assert "app:a" not in told

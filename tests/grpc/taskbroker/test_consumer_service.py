@@ -1,0 +1,526 @@
+"""What workers are told: the reference's own tests of its server, on both databases, and what ours promises beyond."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.core.failure import decode
+from headrace.foundation.errors import InvalidInput, StoreUnavailable
+from headrace.grpc.messages import taskbroker_pb2 as wire
+from headrace.grpc.taskbroker.dispatcher_deliveries import DispatchedDeliveries
+from headrace.grpc.transport.status import Code
+from headrace.runtime.clock import ManualClock
+from headrace.runtime.dispatch.lease_buffer import Wish
+from tests.support.broker import (
+    COMPLETE,
+    DEADLETTER,
+    FAILURE,
+    PENDING,
+    RETRY,
+    activation,
+    broker,
+    ids,
+    on_databases,
+    on_every_store,
+    refused,
+)
+from tests.support.engines import Faulty
+
+EXPECTS = "Invalid status, expects 3 (Failure), 4 (Retry), or 5 (Complete), but got: "
+
+
+# -- GetTask
+
+
+@on_databases
+async def test_get_task(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        assert await refused(own.get()) == (Code.NOT_FOUND, "No pending activations")
+
+
+@on_databases
+async def test_get_task_push_mode_returns_permission_denied(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path, delivery="push") as own:
+        await own.filled(1)
+        assert await refused(own.get()) == (Code.PERMISSION_DENIED, "Cannot call while broker is in PUSH mode")
+
+
+@on_databases
+async def test_get_task_success(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(1)
+        assert (await own.get()) == activation(0)
+        assert await own.counts() == {"processing": 1}
+
+
+@on_databases
+async def test_get_task_with_application_success(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.add(activation(0, application="hammers"), activation(1))
+        assert (await own.get(application="app")).id == "id_1"
+        assert (await refused(own.get(application="app")))[0] == Code.NOT_FOUND
+        assert (await own.get(application="hammers")).id == "id_0"
+
+
+@on_databases
+async def test_get_task_with_namespace_requires_application(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(1)
+        assert await refused(own.get(namespace="mail")) == (Code.NOT_FOUND, "No pending activations")
+        assert (await own.get(namespace="mail", application="app")).id == "id_0"
+
+
+@on_databases
+async def test_get_task_with_namespace_and_application_takes_only_theirs(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.add(activation(0, namespace="a"), activation(1, namespace="b"), activation(2, application="x"))
+        assert (await own.get(namespace="b", application="app")).id == "id_1"
+        assert (await refused(own.get(namespace="b", application="app")))[0] == Code.NOT_FOUND
+        assert (await own.get(application="app")).id == "id_0"
+
+
+async def test_an_application_is_no_beginning_of_another_and_no_separator_leads_into_one(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path) as own:
+        await own.add(activation(0, application="apple"), activation(1, namespace="b:c"))
+        for application in ("appl", "app:b", "app:", ":"):
+            assert (await refused(own.get(application=application)))[0] == Code.NOT_FOUND
+        assert (await own.get(application="app", namespace="b:c")).id == "id_1"
+
+
+async def test_an_activation_without_an_application_goes_to_who_asks_for_none_or_for_that(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path) as own:
+        message = activation(0)
+        message.ClearField("application")
+        await own.add(message, activation(1, application=""))
+        assert (await own.get()).id == "id_0"
+        assert (await own.get(application="")).id == "id_1"
+
+
+# -- SetTaskStatus
+
+
+@on_databases
+async def test_set_task_status(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        assert await own.set("nobody", COMPLETE) is None
+        assert await own.set("nobody", COMPLETE, fetch={}) is None
+        assert own.dispatcher.late_count == 2
+
+
+@on_databases
+async def test_set_task_status_invalid(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(1)
+        task = await own.get()
+        assert await refused(own.set(task.id, PENDING)) == (Code.INVALID_ARGUMENT, f"{EXPECTS}Pending")
+        assert await refused(own.set(task.id, 0)) == (Code.INVALID_ARGUMENT, f"{EXPECTS}Unspecified")
+        assert await refused(own.set(task.id, 2)) == (Code.INVALID_ARGUMENT, f"{EXPECTS}Processing")
+        assert await refused(own.set(task.id, 99)) == (Code.INVALID_ARGUMENT, f"{EXPECTS}99")
+        assert await own.counts() == {"processing": 1}
+
+
+@on_databases
+async def test_set_task_status_success(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(2)
+        assert (await own.get()).id == "id_0"
+        assert (await own.set("id_0", COMPLETE, fetch={})).id == "id_1"
+        assert await own.counts() == {"completed": 1, "processing": 1}
+        assert await own.set("id_1", FAILURE, fetch={}) is None
+        assert await own.counts() == {"completed": 1, "failed": 1}
+
+
+@on_databases
+async def test_set_task_status_with_application(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.add(activation(0), activation(1, application="hammers"), activation(2))
+        assert (await own.get(application="app")).id == "id_0"
+        assert (await own.set("id_0", COMPLETE, fetch={"application": "app"})).id == "id_2"
+
+
+@on_databases
+async def test_set_task_status_with_application_no_match(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(2)
+        await own.get()
+        assert await own.set("id_0", COMPLETE, fetch={"application": "none"}) is None
+
+
+@on_databases
+async def test_set_task_status_with_namespace_requires_application(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(2)
+        await own.get()
+        assert await own.set("id_0", COMPLETE, fetch={"namespace": "mail"}) is None
+        assert await own.counts() == {"completed": 1, "waiting": 1}
+
+
+async def test_in_push_mode_no_report_is_answered_with_a_task(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path, delivery="push") as own:
+        await own.filled(1)
+        assert await own.set("nobody", COMPLETE, fetch={}) is None
+
+
+@on_databases
+async def test_a_report_that_is_answered_is_durable(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(3)
+        for _ in range(3):
+            task = await own.get()
+            await own.set(task.id, COMPLETE)
+        assert await own.counts() == {"completed": 3}
+        assert own.dispatcher.out_count == 0
+
+
+async def test_a_report_is_answered_before_its_commit_only_where_that_was_asked_for(tmp_path: Path) -> None:
+    for ack in ("committed", "received"):
+        (tmp_path / ack).mkdir()
+        async with broker("memory", tmp_path / ack, ack=ack) as own:
+            await own.filled(2)
+            await own.get()
+            held = Held(own.engine.store)
+            own.engine.store = held
+            told = asyncio.create_task(own.set("id_0", COMPLETE, fetch={}))
+            await held.asked.wait()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert told.done() is (ack == "received")
+            held.let.set()
+            assert (await told).id == "id_1"
+            own.engine.store = held.store
+
+
+class Held:
+    """A store whose `settle` waits until it is let."""
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.asked, self.let = store, asyncio.Event(), asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    async def settle(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked.set()
+        await self.let.wait()
+        return await self.store.settle(*args, **kwargs)
+
+
+@on_databases
+async def test_reports_that_come_together_share_a_transaction(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(64)
+        tasks = [await own.get() for _ in range(64)]
+        before = own.dispatcher.flushes_count
+        await asyncio.gather(*(own.set(task.id, COMPLETE) for task in tasks))
+        assert own.dispatcher.flushes_count - before <= 2
+        assert await own.counts() == {"completed": 64}
+
+
+async def test_a_store_that_does_not_answer_is_internal_and_loses_no_report(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker("memory", tmp_path, clock=clock) as own:
+        await own.filled(2)
+        task = await own.get()
+        faulty = Faulty(own.engine.store)
+        faulty.before["settle"] = [StoreUnavailable("away")] * 3
+        faulty.after["settle"] = [StoreUnavailable("the answer was lost")]
+        own.engine.store = faulty
+        told = asyncio.create_task(own.set(task.id, COMPLETE))
+        await clock.advance_async(5)
+        await told
+        assert await own.counts() == {"completed": 1, "waiting": 1}
+        assert faulty.calls.count("settle") == 5
+
+
+# -- SetBatchActivationStatus
+
+
+@on_databases
+async def test_set_batch_activation_status_success(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(3)
+        for _ in range(3):
+            await own.get()
+        await own.set_batch(("id_0", COMPLETE), ("id_1", COMPLETE), ("id_2", FAILURE))
+        assert await own.counts() == {"completed": 2, "failed": 1}
+
+
+@on_databases
+async def test_set_batch_activation_status_empty(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.set_batch()
+
+
+@on_databases
+async def test_set_batch_activation_status_invalid_status(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(1)
+        await own.get()
+        assert await refused(own.set_batch(("id_0", COMPLETE), ("id_0", 99))) == (
+            Code.INVALID_ARGUMENT,
+            f"{EXPECTS}99",
+        )
+        assert await own.counts() == {"processing": 1}, "validated before anything is written"
+
+
+@on_databases
+async def test_set_batch_activation_status_retry(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(1)
+        await own.get()
+        await own.set_batch(("id_0", RETRY))
+        assert await own.counts() == {"waiting": 1}
+        task = await own.get()
+        assert (task.id, task.retry_state.attempts) == ("id_0~2.0", 1)
+
+
+@on_databases
+async def test_set_batch_activation_status_mixed(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(3)
+        for _ in range(3):
+            await own.get()
+        updates = (("id_0", COMPLETE), ("id_1", RETRY), ("id_2", FAILURE), ("unknown", COMPLETE))
+        await own.set_batch(*updates)
+        await own.set_batch(*updates)
+        assert await own.counts() == {"completed": 1, "failed": 1, "waiting": 1}
+
+
+# -- retries
+
+
+@on_databases
+async def test_a_retry_carries_new_attempts_and_a_delay_and_both_last(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock) as own:
+        await own.add(activation(0, retry={"attempts": 1, "max_attempts": 2}, delay=0, expires=900))
+        first = await own.get()
+        await own.set(first.id, RETRY, max_attempts=7, delay_on_retry=30)
+        assert (await refused(own.get()))[0] == Code.NOT_FOUND
+        clock.advance(33)
+        second = await own.get()
+        assert second.retry_state.max_attempts == 7
+        assert (second.retry_state.attempts, second.retry_state.delay_on_retry, second.delay) == (2, 30, 30)
+        assert second.parameters_bytes == first.parameters_bytes
+        assert second.received_at.ToMicroseconds() == clock.now_us()
+        await own.set(second.id, RETRY)
+        assert (await refused(own.get()))[0] == Code.NOT_FOUND, "the delay lasts"
+        clock.advance(33)
+        third = await own.get()
+        assert (third.retry_state.attempts, third.retry_state.max_attempts) == (3, 7)
+        await own.set(third.id, RETRY, delay_on_retry=0)
+        fourth = await own.get()
+        assert (fourth.retry_state.attempts, fourth.delay) == (4, 0)
+        assert len({first.id, second.id, third.id, fourth.id}) == 4
+
+
+@on_databases
+async def test_a_retry_without_a_delay_waits_at_once_and_one_of_its_own_policy_rests(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock) as own:
+        await own.add(activation(0, retry={"max_attempts": 3}), activation(1, retry={"delay_on_retry": 5}))
+        for _ in range(2):
+            await own.get()
+        await own.set_batch(("id_0", RETRY), ("id_1", RETRY))
+        assert (await own.get()).id == "id_0~2.0"
+        assert (await refused(own.get()))[0] == Code.NOT_FOUND
+        clock.advance(6)
+        task = await own.get()
+        assert (task.id, task.delay) == ("id_1~2.0", 5)
+
+
+async def test_an_activation_that_may_run_once_fails_where_its_worker_asks_for_a_retry(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path) as own:
+        await own.add(activation(0, retry={"at_most_once": True}))
+        await own.get()
+        await own.set("id_0", RETRY)
+        (view,) = await own.runs()
+        assert view.state == "failed"
+        view = await own.engine.store.run(view.batch_id, view.index)
+        assert "may run only once" in decode(view.result).message
+
+
+# -- reports that are late, doubled, or of somebody else's
+
+
+@on_every_store
+async def test_a_report_that_comes_twice_is_recorded_once(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(1)
+        await own.get()
+        await asyncio.gather(*(own.set("id_0", status) for status in (COMPLETE, COMPLETE, FAILURE)))
+        await own.set("id_0", FAILURE)
+        await own.set("id_0", RETRY)
+        assert await own.counts() == {"completed": 1}
+        assert own.dispatcher.late_count >= 3
+
+
+@on_every_store
+async def test_a_report_of_an_earlier_attempt_changes_nothing(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(1)
+        await own.get()
+        await own.set("id_0", RETRY)
+        second = await own.get()
+        await own.set("id_0", COMPLETE)
+        assert await own.counts() == {"processing": 1}
+        await own.set(second.id, RETRY)
+        third = await own.get()
+        assert third.id == "id_0~3.0"
+        for stale in ("id_0", "id_0~2.0", "id_0~3.1", "id_0~4.0"):
+            await own.set(stale, COMPLETE)
+        assert await own.counts() == {"processing": 1}
+        await own.set(third.id, FAILURE)
+        assert await own.counts() == {"failed": 1}
+
+
+@on_every_store
+async def test_a_report_to_another_server_is_settled_by_its_id(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(4)
+        names = [(await own.get()).id for _ in range(3)]
+        other = type(own)(own.engine)
+        await other.dispatcher.start()
+        await other.set(names[0], COMPLETE)
+        await other.set_batch((names[1], FAILURE), (names[2], RETRY), ("nobody", COMPLETE))
+        states = [view.state for view in await own.runs()]
+        assert states[:3] == ["completed", "failed", "waiting"]
+        await own.set(names[0], FAILURE)
+        await own.set_batch((names[1], COMPLETE), (names[2], COMPLETE))
+        again = await other.get()
+        assert again.id == "id_2~2.0"
+        await other.set(again.id, COMPLETE)
+        await other.dispatcher.stop()
+        assert [view.state for view in await own.runs()][:3] == ["completed", "failed", "completed"]
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (activation("", id=""), "1 to 200 printable"),
+        (activation("", id="x" * 201), "1 to 200 printable"),
+        (activation("", id="a\x00b"), "printable"),
+        (activation("", id="id~2.0"), "~attempt.times"),
+        (activation(0, taskname=""), "task"),
+        (activation(0, application="a:b"), "application"),
+        (activation(0, namespace="x" * 200), "queue"),
+        (activation(0, parameters_bytes=b"x" * 5_000_001), "at most 5000000 bytes"),
+    ],
+)
+async def test_an_activation_that_can_not_be_kept_is_refused_with_what_is_wrong(
+    message: wire.TaskActivation, said: str, tmp_path: Path
+) -> None:
+    async with broker("memory", tmp_path) as own:
+        with pytest.raises(InvalidInput, match=said):
+            await own.add(message)
+        assert await own.runs() == []
+
+
+async def test_bytes_that_are_no_activation_are_refused(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path) as own:
+        for data in (b"\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02a"):
+            with pytest.raises(InvalidInput, match="no TaskActivation"):
+                await own.add_bytes(data)
+
+
+async def test_an_id_that_was_taken_in_is_known_again(tmp_path: Path) -> None:
+    async with broker("memory", tmp_path) as own:
+        assert await own.add(activation(0), activation(0, taskname="other")) == [True, False]
+        assert await own.add(activation(0)) == [False]
+        assert len(await own.runs()) == 1
+
+
+@on_every_store
+async def test_times_beyond_every_clock_are_cut_to_what_there_is(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        most = 2**64 - 1
+        ever = activation(0, processing_deadline_duration=most, expires=most, retry={"delay_on_retry": most})
+        ever.received_at.FromSeconds(253_402_300_799)
+        never = activation(1, processing_deadline_duration=0, delay=0)
+        never.received_at.FromSeconds(-62_135_596_800)
+        await own.add(ever, never)
+        tasks = [await own.get(), await own.get()]
+        assert ids(tasks) == ["id_0", "id_1"]
+        await own.set("id_0", RETRY, delay_on_retry=most, max_attempts=2**32 - 1)
+        await own.set("id_1", FAILURE)
+        assert await own.counts() == {"delayed": 1, "failed": 1}
+
+
+@on_databases
+async def test_a_large_activation_goes_by_the_object_store(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path, limits={"inline_bytes_max": 1_000}) as own:
+        large = activation(0, parameters_bytes=b"x" * 5_000)
+        await own.add(large, activation(1))
+        assert await own.get() == large
+        assert (await own.set("id_0", RETRY, fetch={})).id == "id_1"
+        again = await own.get()
+        assert (again.id, again.parameters_bytes) == ("id_0~2.0", large.parameters_bytes)
+
+
+@on_databases
+async def test_large_activations_are_pushed_by_the_object_store_too(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path, delivery="push", limits={"inline_bytes_max": 1_000}) as own:
+        sent = [activation(number, parameters_bytes=b"x" * 5_000 * number) for number in range(4)]
+        await own.add(*sent)
+        taken = await DispatchedDeliveries(own.dispatcher).take("app", 9, lease_ms=5_000)
+        found = [wire.TaskActivation.FromString(one.activation) for one in taken]
+        assert sorted(found, key=lambda one: one.id) == sent, "they may come in as fast as each is offloaded"
+
+
+async def test_what_was_taken_goes_out_when_the_object_store_fails_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(_key: str) -> bytes:
+        raise StoreUnavailable("the object store is away")
+
+    async with broker("sqlite", tmp_path, delivery="push", limits={"inline_bytes_max": 1_000}) as own:
+        await own.add(activation(0), activation(1, parameters_bytes=b"x" * 5_000))
+        with monkeypatch.context() as patched:
+            patched.setattr(own.engine.payloads, "get", away)
+            assert [one.name for one in await own.dispatcher.take(Wish("app"), 9, lease_ms=5_000)] == ["id_0"]
+            with pytest.raises(StoreUnavailable):
+                await own.dispatcher.take(Wish("app"), 9, lease_ms=5_000)
+        assert [one.name for one in await own.dispatcher.take(Wish("app"), 9, lease_ms=5_000)] == ["id_1"]
+
+
+async def test_what_another_door_let_into_the_lane_fails_and_holds_up_nobody(tmp_path: Path) -> None:
+    from headrace.core.activation import LANE
+    from headrace.core.block import Extra
+    from headrace.core.span import Key
+
+    async with broker("memory", tmp_path) as own:
+        key = Key(LANE, queue="app:mail")
+        await own.producer.put(key, b"{}", 0, None)
+        await own.producer.put(key, b"\xff\xff", 0, Extra(idempotency_key="odd"))
+        await own.filled(1)
+        assert (await own.get()).id == "id_0"
+        await own.set("id_0", COMPLETE)
+        assert [view.state for view in await own.runs()] == ["failed", "failed", "completed"]
+
+
+# -- dead letters
+
+
+@on_databases
+async def test_a_failure_is_a_dead_letter_where_the_activation_says_so(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.add(activation(0, retry={"on_attempts_exceeded": DEADLETTER}), activation(1, retry={}), activation(2))
+        for _ in range(3):
+            await own.get()
+        await own.set_batch(*((f"id_{number}", FAILURE) for number in range(3)))
+        (dead,) = await own.engine.store.dead_letters("default")
+        view = await own.engine.store.run(dead.batch_id, dead.index)
+        assert wire.TaskActivation.FromString(view.payload).id == "id_0"
+        assert await own.engine.store.redrive(dead.batch_id, [dead.index]) == 1
+        own.engine.doorbell.ring()
+        again = await own.get()
+        assert again == activation(0, retry={"on_attempts_exceeded": DEADLETTER})
+        await own.set(again.id, COMPLETE)
+        assert await own.engine.store.dead_letters("default") == []

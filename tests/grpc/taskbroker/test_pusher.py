@@ -1,0 +1,345 @@
+"""Pushing: what reaches its worker is marked, what does not goes back at once, nobody is sent more than it takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from headrace.foundation.errors import StoreUnavailable
+from headrace.foundation.limits import Limits
+from headrace.foundation.targets import PushTarget
+from headrace.grpc.messages import taskbroker_pb2 as wire
+from headrace.grpc.taskbroker import pusher as pushes
+from headrace.grpc.taskbroker.delivery_protocol import Delivery
+from headrace.grpc.taskbroker.pusher import BUSY_S, QUERY_MS, Endpoint, Pusher, lease_ms, request_of
+from headrace.grpc.transport import client as channels
+from headrace.grpc.transport.service_methods import Call, methods_of
+from headrace.grpc.transport.signing import Secrets
+from headrace.grpc.transport.status import Code, GrpcError
+from headrace.runtime.clock import SystemClock
+from headrace.runtime.wakeup import Doorbell
+from tests.support.grpc_server import WORKER, listening
+
+SECRETS = ("a secret of many bytes",)
+
+
+class Shelf:
+    """The activations of a test: those that wait, are claimed, or are with their workers, and in what order."""
+
+    def __init__(self, count: int, application: str = "app", *, at_most_once: bool = False) -> None:
+        self.waiting = deque(
+            Delivery(f"id_{n}", application, activation(n).SerializeToString(), at_most_once) for n in range(count)
+        )
+        self.claimed: dict[str, Delivery] = {}
+        self.marked: list[str] = []
+        self.returned: Counter[str] = Counter()
+        self.taken_count = 0
+        self.leases_ms: set[int] = set()
+        self.strangers: dict[str, int] = {}
+        self.changed = asyncio.Event()
+        self.fails = 0
+
+    async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[Delivery]:
+        """The oldest of an application."""
+        if self.fails:
+            self.fails -= 1
+            raise StoreUnavailable("it is away")
+        self.leases_ms.add(lease_ms)
+        found = [one for one in self.waiting if one.application == application][:count_max]
+        for one in found:
+            self.waiting.remove(one)
+            self.claimed[one.id] = one
+        self.taken_count += len(found)
+        return found
+
+    async def mark(self, ids: Sequence[str]) -> None:
+        """With their workers."""
+        for name in ids:
+            self.claimed.pop(name)
+            self.marked.append(name)
+        self.changed.set()
+
+    async def give_back(self, ids: Sequence[str]) -> None:
+        """First in line again."""
+        for name in ids:
+            self.waiting.appendleft(self.claimed.pop(name))
+            self.returned[name] += 1
+        self.changed.set()
+
+    async def parked(self, applications: Sequence[str]) -> Mapping[str, int]:
+        """Of strangers."""
+        self.changed.set()
+        return {name: count for name, count in self.strangers.items() if name not in applications}
+
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        """Wait for a change that makes it so."""
+        while not is_so():
+            self.changed.clear()
+            await self.changed.wait()
+
+
+def activation(number: int) -> wire.TaskActivation:
+    """One of many."""
+    return wire.TaskActivation(id=f"id_{number}", application="app", taskname="task", parameters_bytes=b"x" * 100)
+
+
+class Worker:
+    """Takes what it is pushed, or answers with the next of `refusals`."""
+
+    def __init__(self, *refusals: Any) -> None:
+        self.refusals = deque(refusals)
+        self.always: Exception | None = None
+        self.got: list[str] = []
+        self.under_way = 0
+        self.most = 0
+        self.opened = asyncio.Event()
+        self.opened.set()
+
+    async def push_task(self, request: wire.PushTaskRequest, call: Call) -> wire.PushTaskResponse:
+        """One activation."""
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        try:
+            await self.opened.wait()
+            refusal = self.refusals.popleft() if self.refusals else self.always
+            if refusal is not None:
+                raise refusal
+            self.got.append(request.task.id)
+            return wire.PushTaskResponse()
+        finally:
+            self.under_way -= 1
+
+
+BUSY = GrpcError(Code.RESOURCE_EXHAUSTED, "worker busy")
+
+
+@asynccontextmanager
+async def pushing(
+    shelf: Shelf, *workers: Worker, secrets: Sequence[str] = (), shown: Sequence[str] = (), **limits: int
+) -> AsyncGenerator[Pusher, None]:
+    """Workers on sockets, and a pusher that sends them what is on the shelf."""
+    bounds = {"poll_interval_ms": 5, "upkeep_interval_ms": 10} | limits
+    async with AsyncExitStack() as stack:
+        targets = []
+        for worker in workers:
+            _, port = await stack.enter_async_context(listening(methods_of(WORKER, worker), secrets=secrets))
+            targets.append(PushTarget("app", "127.0.0.1", port, is_tls=False))
+        pusher = Pusher(
+            shelf,
+            targets,
+            limits=Limits(**bounds),
+            clock=SystemClock(),
+            doorbell=Doorbell(),
+            secrets=Secrets(shown or secrets),
+        )
+        await pusher.start()
+        await pusher.start()
+        try:
+            yield pusher
+        finally:
+            await pusher.stop()
+            await pusher.stop()
+
+
+@pytest.fixture(autouse=True)
+def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endpoint that failed is asked again at once."""
+    monkeypatch.setattr(channels, "BACKOFF_S", (0.0,))
+    monkeypatch.setattr(pushes, "BUSY_S", (0.0, 0.001))
+
+
+async def test_what_reaches_its_worker_is_marked_once() -> None:
+    shelf, worker = Shelf(500), Worker()
+    async with pushing(shelf, worker) as pusher:
+        await shelf.until(lambda: len(shelf.marked) == 500)
+        (endpoint,) = pusher.endpoints["app"]
+        assert (endpoint.pushed_count, endpoint.busy_count, endpoint.failed_count) == (500, 0, 0)
+    assert sorted(worker.got) == sorted(shelf.marked) == sorted(f"id_{n}" for n in range(500))
+    assert shelf.taken_count == 500
+    assert shelf.leases_ms == {lease_ms(Limits())}
+
+
+async def test_what_comes_later_is_pushed_too() -> None:
+    shelf, worker = Shelf(0), Worker()
+    async with pushing(shelf, worker):
+        shelf.waiting.append(Delivery("late", "app", activation(1).SerializeToString()))
+        await shelf.until(lambda: shelf.marked == ["late"])
+
+
+async def test_what_a_busy_worker_refuses_goes_back_at_once_and_is_pushed_again() -> None:
+    shelf, worker = Shelf(50), Worker(*[BUSY] * 7)
+    async with pushing(shelf, worker) as pusher:
+        await shelf.until(lambda: len(shelf.marked) == 50)
+        (endpoint,) = pusher.endpoints["app"]
+        assert endpoint.busy_count == 7
+    assert sorted(worker.got) == sorted(shelf.marked)
+    assert sum(shelf.returned.values()) == 7
+
+
+async def test_a_push_that_fails_marks_nothing() -> None:
+    shelf, worker = Shelf(5), Worker()
+    worker.always = GrpcError(Code.UNAVAILABLE, "no")
+    async with pushing(shelf, worker):
+        await shelf.until(lambda: sum(shelf.returned.values()) > 20)
+        assert shelf.marked == []
+    assert len(shelf.waiting) == 5
+    assert shelf.claimed == {}
+
+
+async def test_no_more_are_on_their_way_than_an_endpoint_takes_and_none_waits_claimed() -> None:
+    shelf, worker = Shelf(100), Worker()
+    worker.opened.clear()
+    async with pushing(shelf, worker, push_concurrency=4):
+        while worker.under_way < 4:
+            await asyncio.sleep(0)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert (shelf.taken_count, worker.most) == (4, 4)
+        worker.opened.set()
+        await shelf.until(lambda: len(shelf.marked) == 100)
+    assert worker.most == 4
+
+
+async def test_two_endpoints_of_an_application_share_its_activations() -> None:
+    shelf, one, two = Shelf(200), Worker(), Worker()
+    one.opened.clear()
+    async with pushing(shelf, one, two, push_concurrency=8):
+        await shelf.until(lambda: len(shelf.marked) == 192)
+        assert (len(one.got), len(two.got), one.under_way) == (0, 192, 8)
+        one.opened.set()
+        await shelf.until(lambda: len(shelf.marked) == 200)
+
+
+async def test_an_endpoint_that_is_gone_leaves_its_share_to_the_other() -> None:
+    shelf, worker = Shelf(100), Worker()
+    async with pushing(shelf, worker) as pusher:
+        (endpoint,) = pusher.endpoints["app"]
+        gone = PushTarget("app", "127.0.0.1", 1, is_tls=False)
+        channel = channels.Channel(gone, endpoint.channel._bounds, endpoint.channel._budget)
+        pusher.endpoints["app"].append(Endpoint(channel, 8))
+        await shelf.until(lambda: len(shelf.marked) == 100)
+    assert sorted(worker.got) == sorted(shelf.marked)
+
+
+async def test_pushes_are_signed_with_the_first_secret() -> None:
+    shelf, worker = Shelf(3), Worker()
+    async with pushing(shelf, worker, secrets=SECRETS, shown=(*SECRETS, "an older secret")):
+        await shelf.until(lambda: len(shelf.marked) == 3)
+    shelf, worker = Shelf(3), Worker()
+    async with pushing(shelf, worker, secrets=SECRETS, shown=("an older secret", *SECRETS)):
+        await shelf.until(lambda: sum(shelf.returned.values()) > 3)
+        assert (worker.got, shelf.marked) == ([], [])
+
+
+async def test_an_activation_that_may_run_once_and_may_have_begun_is_marked_and_not_given_back() -> None:
+    shelf = Shelf(1, at_most_once=True)
+    async with pushing(shelf, Worker(GrpcError(Code.INTERNAL, "half way"))):
+        await shelf.until(lambda: shelf.marked == ["id_0"])
+    assert shelf.returned == {}
+    shelf = Shelf(1, at_most_once=True)
+    async with pushing(shelf, Worker(BUSY)):
+        await shelf.until(lambda: shelf.marked == ["id_0"])
+    assert shelf.returned == {"id_0": 1}, "who is busy has not begun"
+
+
+async def test_an_activation_that_is_refused_for_its_own_sake_lets_others_go_first() -> None:
+    class Picky(Worker):
+        async def push_task(self, request: wire.PushTaskRequest, call: Call) -> wire.PushTaskResponse:
+            if request.task.id == "id_0":
+                raise GrpcError(Code.INVALID_ARGUMENT, "not this one")
+            return await super().push_task(request, call)
+
+    shelf, worker = Shelf(20), Picky()
+    async with pushing(shelf, worker, push_concurrency=1):
+        await shelf.until(lambda: len(shelf.marked) == 19)
+    assert shelf.returned == {"id_0": pushes.STRIKES_MAX - 1}
+    assert list(shelf.claimed) == ["id_0"], "its lease ends it"
+
+
+async def test_what_was_refused_and_then_taken_leaves_nothing_behind() -> None:
+    shelf, worker = Shelf(1), Worker(*[GrpcError(Code.INTERNAL, "not now")] * (pushes.STRIKES_MAX - 1))
+    async with pushing(shelf, worker) as pusher:
+        await shelf.until(lambda: shelf.marked == ["id_0"])
+        assert pusher._strikes == {}
+
+
+async def test_a_store_that_is_away_is_asked_again() -> None:
+    shelf, worker = Shelf(3), Worker()
+    shelf.fails = 3
+    async with pushing(shelf, worker):
+        await shelf.until(lambda: len(shelf.marked) == 3)
+    assert shelf.fails == 0
+
+
+async def test_applications_without_an_endpoint_are_counted_and_never_claimed() -> None:
+    shelf, worker = Shelf(3, "stranger"), Worker()
+    shelf.strangers = {"stranger": 3, "app": 7}
+    async with pushing(shelf, worker) as pusher:
+        await shelf.until(lambda: pusher.parked_count == 3)
+        assert shelf.taken_count == 0
+        shelf.strangers = {}
+        await shelf.until(lambda: pusher.parked_count == 0)
+
+
+async def test_a_stop_lets_what_is_on_its_way_arrive_and_writes_its_marks() -> None:
+    shelf, worker = Shelf(100), Worker()
+    worker.opened.clear()
+    async with pushing(shelf, worker, push_concurrency=4) as pusher:
+        while worker.under_way < 4:
+            await asyncio.sleep(0)
+        stopping = asyncio.create_task(pusher.stop())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        worker.opened.set()
+        await stopping
+        assert len(shelf.marked) == len(worker.got) == 4
+        assert len(shelf.waiting) == 96
+        assert shelf.claimed == {}
+
+
+async def test_a_stop_gives_back_what_does_not_arrive_in_time() -> None:
+    shelf, worker = Shelf(4), Worker()
+    worker.opened.clear()
+    async with pushing(shelf, worker, shutdown_grace_s=0) as pusher:
+        while worker.under_way < 4:
+            await asyncio.sleep(0)
+        await pusher.stop()
+        assert len(shelf.waiting) == 4
+        assert shelf.marked == []
+
+
+def test_an_endpoint_that_refuses_is_asked_less_and_earns_more_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pushes, "BUSY_S", BUSY_S)
+    channel: Any = channels.Channel.__new__(channels.Channel)
+    channel.target = PushTarget("app", "h", 1, is_tls=False)
+    endpoint = Endpoint(channel, 8)
+    assert endpoint.room(0) == 8
+    now_us = 0
+    for width, rest_s in ((4, 0.02), (2, 0.1), (1, 0.5), (1, 1.0), (1, 1.0)):
+        endpoint.refused(now_us, BUSY)
+        endpoint.refused(now_us, BUSY)
+        assert (endpoint.width, endpoint.room(now_us)) == (width, 0), "several at once count as one"
+        now_us += int(rest_s * 1e6) - 1
+        assert endpoint.room(now_us) == 0
+        now_us += 1
+        assert endpoint.room(now_us) == width
+    for _ in range(1 + 2 + 3 + 4 + 5 + 6 + 7):
+        endpoint.taken()
+    assert endpoint.width == 8
+    endpoint.under_way = 10
+    assert endpoint.room(now_us) == 0
+
+
+def test_a_lease_holds_as_long_as_the_worst_case() -> None:
+    assert lease_ms(Limits(push_timeout_ms=5_000)) == 5_000 + 2 * QUERY_MS
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 20_000, 3_000_000])
+def test_a_push_carries_the_activation_s_own_bytes(size: int) -> None:
+    message = wire.TaskActivation(id="x", parameters_bytes=b"y" * size)
+    assert wire.PushTaskRequest.FromString(request_of(message.SerializeToString())).task == message

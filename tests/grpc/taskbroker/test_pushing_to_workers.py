@@ -1,0 +1,153 @@
+"""Activations of real stores, pushed over real sockets to workers that report in batches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.foundation.targets import PushTarget
+from headrace.grpc.messages import taskbroker_pb2 as wire
+from headrace.grpc.taskbroker.delivery_protocol import Delivery
+from headrace.grpc.taskbroker.dispatcher_deliveries import DispatchedDeliveries
+from headrace.grpc.taskbroker.pusher import Pusher
+from headrace.grpc.transport.service_methods import Call, methods_of
+from headrace.grpc.transport.status import Code, GrpcError
+from headrace.http.grpc_calls import pushing
+from tests.http.rig import house
+from tests.support.broker import COMPLETE, Broker, broker, on_databases
+from tests.support.grpc_server import WORKER, listening
+from tests.support.grpcio_client import channel
+
+CONSUMER = "/sentry_protos.taskbroker.v1.ConsumerService/SetBatchActivationStatus"
+SIZE = 16
+
+
+class Worker:
+    """Queues what it is pushed, refuses when its queue is full, and reports in batches, as the field's does."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.queue: asyncio.Queue[str] = asyncio.Queue(SIZE)
+        self.had: list[str] = []
+
+    async def push_task(self, request: wire.PushTaskRequest, _call: Call) -> wire.PushTaskResponse:
+        """Into the queue, or busy."""
+        try:
+            self.queue.put_nowait(request.task.id)
+        except asyncio.QueueFull:
+            raise GrpcError(Code.RESOURCE_EXHAUSTED, "worker busy") from None
+        return wire.PushTaskResponse()
+
+    async def work(self) -> None:
+        """Do what is in the queue."""
+        async with channel(self._port) as made:
+            report = made.unary_unary(
+                CONSUMER, request_serializer=wire.SetBatchActivationStatusRequest.SerializeToString
+            )
+            while True:
+                names = [await self.queue.get()]
+                while len(names) < SIZE and not self.queue.empty():
+                    names.append(self.queue.get_nowait())
+                self.had += names
+                updates = [wire.SetTaskStatusRequest(id=name, status=COMPLETE) for name in names]
+                await report(wire.SetBatchActivationStatusRequest(updates=updates))
+
+
+def pusher_of(made: Broker, *ports: int) -> Pusher:
+    """A pusher of a broker's activations."""
+    targets = [PushTarget("app", "127.0.0.1", port, is_tls=False) for port in ports]
+    engine = made.engine
+    return Pusher(
+        DispatchedDeliveries(made.dispatcher),
+        targets,
+        limits=engine.limits,
+        clock=engine.clock,
+        doorbell=engine.doorbell,
+    )
+
+
+@on_databases
+async def test_each_activation_is_pushed_and_recorded_once(tmp_path: Path, kind: str) -> None:
+    limits = {"poll_interval_ms": 20}
+    async with (
+        broker(kind, tmp_path, delivery="push", limits=limits) as made,
+        listening(made.service.methods) as (_, port),
+    ):
+        workers = [Worker(port), Worker(port)]
+        async with (
+            listening(methods_of(WORKER, workers[0])) as (_, one),
+            listening(methods_of(WORKER, workers[1])) as (_, two),
+        ):
+            wanted = await made.filled(500)
+            pusher = pusher_of(made, one, two)
+            await pusher.start()
+            working = [asyncio.create_task(worker.work()) for worker in workers]
+            while (await made.counts()).get("completed") != 500:
+                await asyncio.sleep(0)
+            await pusher.stop()
+            for task in working:
+                task.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
+        had = workers[0].had + workers[1].had
+        assert Counter(had) == dict.fromkeys(wanted, 1)
+
+
+async def test_a_server_counts_its_pushes_and_stops_them_with_itself(tmp_path: Path) -> None:
+    worker = Worker(0)
+    async with (
+        house(tmp_path) as home,
+        listening(methods_of(WORKER, worker)) as (_, port),
+    ):
+        shelf: Any = Shelf()
+        async with pushing(home.service, shelf, [PushTarget("app", "127.0.0.1", port, is_tls=False)]) as pusher:
+            while pusher.endpoints["app"][0].pushed_count < 1 or not pusher.parked_count:
+                await asyncio.sleep(0)
+            text = (await home.ask("GET", "/metrics")).body.decode()
+            labels = f'application="app",endpoint="127.0.0.1:{port}"'
+            assert f'headrace_pushes_total{{{labels},outcome="taken"}} 1.0' in text
+            assert f"headrace_pushes_under_way{{{labels}}} 0.0" in text
+            assert "headrace_push_parked 4.0" in text
+            await home.server.stop()
+            assert shelf.marked == ["one"]
+
+
+class Shelf:
+    """One activation, and some that nobody takes."""
+
+    def __init__(self) -> None:
+        self.left = ["one"]
+        self.marked: list[str] = []
+
+    async def take(self, application: str, _count_max: int, *, lease_ms: int) -> list[Any]:
+        """It."""
+        found, self.left = self.left, []
+        return [Delivery(name, application, wire.TaskActivation(id=name).SerializeToString()) for name in found]
+
+    async def mark(self, ids: list[str]) -> None:
+        """With its worker."""
+        self.marked += ids
+
+    async def parked(self, _applications: Any) -> dict[str, int]:
+        """Of strangers."""
+        return {"stranger": 4}
+
+
+@pytest.mark.parametrize("at_most_once", [False, True])
+async def test_what_a_worker_refuses_waits_as_it_was(tmp_path: Path, at_most_once: bool) -> None:
+    async with broker("memory", tmp_path, delivery="push", limits={"poll_interval_ms": 5}) as made:
+        worker = Worker(0)
+        for _ in range(SIZE):
+            worker.queue.put_nowait("full")
+        async with listening(methods_of(WORKER, worker)) as (_, port):
+            await made.filled(3, retry={"at_most_once": at_most_once})
+            pusher = pusher_of(made, port)
+            await pusher.start()
+            while pusher.endpoints["app"][0].busy_count < 4:
+                await asyncio.sleep(0)
+            await pusher.stop()
+        assert made.dispatcher.out_count == 0
+        assert await made.counts() == {"waiting": 3}

@@ -1,0 +1,403 @@
+"""Behaviours of Sentry's taskbroker that no other test shows, on both databases.
+
+`taskbroker_behaviours.txt` lists all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.core.failure import decode
+from headrace.grpc.messages import taskbroker_pb2 as wire
+from headrace.grpc.taskbroker.dispatcher_deliveries import DispatchedDeliveries
+from headrace.grpc.transport.status import Code
+from headrace.runtime.clock import ManualClock
+from headrace.runtime.dispatch.lease_buffer import Handout, Wish
+from headrace.runtime.maintenance.upkeep import Upkeep
+from tests.support.broker import (
+    COMPLETE,
+    DEADLETTER,
+    DISCARD,
+    FAILURE,
+    RETRY,
+    Broker,
+    activation,
+    broker,
+    on_databases,
+    refused,
+)
+
+LEASE_MS = 5_000
+
+
+def received_now(clock: ManualClock, *messages: wire.TaskActivation) -> tuple[wire.TaskActivation, ...]:
+    for message in messages:
+        message.received_at.FromMicroseconds(clock.now_us())
+    return messages
+
+
+# -- the store
+
+
+async def test_opening_makes_the_file(tmp_path: Path) -> None:
+    assert not (tmp_path / "headrace.db").exists()
+    async with broker("sqlite", tmp_path):
+        assert (tmp_path / "headrace.db").exists()
+
+
+@on_databases
+async def test_two_activations_are_two_runs(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        assert await own.add(activation(0), activation(1)) == [True, True]
+        assert len(await own.runs()) == 2
+
+
+@on_databases
+async def test_depths_are_what_stands_in_the_states(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock) as own:
+        assert await own.engine.store.queues("default") == []
+        await own.add(*received_now(clock, *(activation(n, delay=60 * (n < 2)) for n in range(9))))
+        await own.get()
+        await own.set((await own.get()).id, FAILURE)
+        (view,) = await own.engine.store.queues("default")
+        assert (view.name, view.delayed_count) == ("app:mail", 2)
+        assert view.waiting_count + view.leased_count == 6
+        assert own.dispatcher.out_count == 1
+
+
+@on_databases
+async def test_the_oldest_goes_first_and_has_until_its_deadline_and_grace(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock) as own:
+        await own.add(activation("old"))
+        clock.advance(1)
+        await own.add(activation("new"))
+        handout = await own.dispatcher.fetch(Wish())
+        assert handout is not None
+        assert (handout.name, handout.deadline_us) == ("id_old", clock.now_us() + 13_000_000)
+        assert (await own.counts()) == {"processing": 1, "waiting": 1}
+
+
+@on_databases
+async def test_two_thousand_claims_at_once_get_two_thousand_ids(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        names = await own.filled(2_000)
+        found = await asyncio.gather(*(own.dispatcher.fetch(Wish("app")) for _ in range(2_000)))
+        assert sorted(one.name for one in found if one is not None) == sorted(names)
+
+
+@on_databases
+async def test_several_namespaces_at_once_in_the_order_they_came(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        for number, namespace in enumerate(("a", "b", "c")):
+            await own.add(activation(number, namespace=namespace))
+        taken = await own.dispatcher.take(Wish("app", ("a", "c")), 10, lease_ms=LEASE_MS)
+        assert [handout.name for handout in taken] == ["id_0", "id_2"]
+        assert all(handout.is_claimed for handout in taken)
+
+
+@on_databases
+@pytest.mark.parametrize(("count_max", "expected"), [(10_000, 50), (20, 20), (50, 50)])
+async def test_of_what_waits_as_many_are_claimed_as_are_asked_for(
+    kind: str, count_max: int, expected: int, tmp_path: Path
+) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(50)
+        taken: list[Handout] = []
+        while len(taken) < count_max and (
+            more := await own.dispatcher.take(Wish(), count_max - len(taken), lease_ms=LEASE_MS)
+        ):
+            taken += more
+        assert len(taken) == len({handout.name for handout in taken}) == expected
+        assert all(handout.is_claimed for handout in taken)
+
+
+@on_databases
+@pytest.mark.parametrize(
+    "retry", [{"on_attempts_exceeded": DISCARD}, {"on_attempts_exceeded": DEADLETTER}, {"attempts": 5}]
+)
+async def test_a_deadline_asks_no_retry_state(kind: str, retry: dict[str, Any], tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock) as own:
+        await own.add(activation(0, retry={"max_attempts": 1, **retry}))
+        await own.get()
+        clock.advance(14)
+        await own.tick()
+        assert await own.counts() == {"waiting": 1}
+        assert (await own.get()).retry_state.attempts == retry.get("attempts", 0)
+
+
+@on_databases
+@pytest.mark.parametrize("at_most_once", [False, True])
+async def test_a_claim_that_lapses_returns_its_run_with_its_counts_unchanged(
+    kind: str, at_most_once: bool, tmp_path: Path
+) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock) as own:
+        await own.add(activation(0, retry={"at_most_once": at_most_once}))
+        await own.dispatcher.take(Wish(), 1, lease_ms=LEASE_MS)
+        clock.advance(6)
+        await own.tick()
+        assert (await own.get()).id == "id_0"
+
+
+@on_databases
+async def test_what_has_ended_goes_with_its_batch_wherever_it_sits(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock) as own:
+        await own.filled(30)
+        for name in await own.drained(3):
+            assert name
+        await own.producer.close()
+        clock.advance(8 * 86_400)
+        assert await Upkeep(own.engine).prune() >= 1
+        assert await own.runs() == []
+        assert await own.add(activation(0)) == [True], "its id is free again"
+
+
+@on_databases
+async def test_the_age_of_the_oldest_that_waits(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock) as own:
+
+        async def oldest_s() -> float:
+            views = await own.engine.store.queues("default")
+            return max(((clock.now_us() - view.oldest_us) / 1_000_000 for view in views if view.oldest_us), default=0)
+
+        assert await oldest_s() == 0
+        await own.add(activation(0))
+        clock.advance(20)
+        await own.add(*received_now(clock, activation(1), activation(2, delay=30)))
+        assert await oldest_s() == 20
+        await own.set((await own.get()).id, COMPLETE)
+        await own.set((await own.get()).id, RETRY)
+        clock.advance(5)
+        assert await oldest_s() <= 5, "a retry waits since it came back"
+        await own.set((await own.get()).id, COMPLETE)
+        clock.advance(45)
+        assert (await own.get()).id == "id_2"
+        assert await oldest_s() == 0
+
+
+# -- the server
+
+
+@on_databases
+async def test_a_batched_report_is_taken_in_and_written_with_others(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path, ack="received", flush_interval_ms=60_000) as own:
+        await own.filled(3)
+        for number in range(3):
+            assert (await own.get()).id == f"id_{number}"
+        assert await own.set("id_0", COMPLETE, fetch={}) is None, "answered at once; nothing else waits"
+        await own.set("id_1", COMPLETE)
+        assert own.dispatcher.reports_depth == 2
+        states = [view.state for view in await own.runs()]
+        assert states == ["leased"] * 3
+        await own.dispatcher.stop()
+        assert [view.state for view in await own.runs()] == ["completed", "completed", "leased"], "a stop writes all"
+
+
+@on_databases
+async def test_a_report_to_a_server_that_has_stopped_is_internal(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(1)
+        await own.get()
+        await own.dispatcher.stop()
+        assert (await refused(own.set("id_0", COMPLETE)))[0] == Code.INTERNAL
+
+
+# -- push
+
+
+@on_databases
+async def test_what_is_pushed_is_marked_on_its_first_attempt_and_on_a_later_one(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path, delivery="push") as own:
+        deliveries = DispatchedDeliveries(own.dispatcher)
+        await own.filled(1)
+        for attempt, name in enumerate(("id_0", "id_0~2.0")):
+            (delivery,) = await deliveries.take("app", 5, lease_ms=LEASE_MS)
+            message = wire.TaskActivation.FromString(delivery.activation)
+            assert (delivery.id, message.id, message.retry_state.attempts) == (name, name, attempt)
+            await deliveries.mark([name])
+            await own.set(name, RETRY if not attempt else COMPLETE)
+        assert await own.counts() == {"completed": 1}
+
+
+@on_databases
+async def test_what_could_not_be_pushed_waits_again_and_is_marked_by_nobody(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path, delivery="push") as own:
+        deliveries = DispatchedDeliveries(own.dispatcher)
+        assert await deliveries.parked(["app"]) == {}
+        await own.add(activation(0), activation(1, application="nobody"))
+        (delivery,) = await deliveries.take("app", 5, lease_ms=LEASE_MS)
+        await deliveries.give_back([delivery.id])
+        await deliveries.mark([delivery.id])
+        assert await own.counts() == {"waiting": 2}
+        assert await deliveries.parked(["app"]) == {"nobody": 1}
+        (again,) = await deliveries.take("app", 5, lease_ms=LEASE_MS)
+        assert again.id == delivery.id
+
+
+# -- upkeep
+
+
+@on_databases
+async def test_a_pass_of_all_that_ends_without_a_worker_s_word(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock, limits={"delivery_attempts_max": 1}) as own:
+        await own.add(*(activation(n, retry={"on_attempts_exceeded": DISCARD}) for n in range(2)))
+        await own.add(*received_now(clock, *(activation(n, expires=20, namespace="x") for n in (2, 3))))
+        for _ in range(2):
+            await own.get(application="app", namespace="mail")
+        clock.advance(30)
+        await own.tick()
+        await Upkeep(own.engine).sweep()
+        assert await own.counts() == {"failed": 2, "expired": 2}
+        assert await own.engine.store.dead_letters("default") == [], "discarded"
+
+
+@on_databases
+async def test_a_delay_that_has_elapsed_lets_go_of_what_is_due_and_no_more(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock) as own:
+        await own.add(*received_now(clock, activation(0, delay=10), activation(1, delay=20)))
+        for name in ("id_0", "id_1"):
+            assert (await refused(own.get()))[0] == Code.NOT_FOUND
+            clock.advance(11)
+            task = await own.get()
+            assert task.id == name
+            await own.set(name, COMPLETE)
+
+
+# -- whole brokers, at the reference's sizes
+
+
+@on_databases
+async def test_ten_thousand_tasks_and_twenty_workers(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        names = await own.filled(10_000)
+        had = await own.drained(20)
+        assert sorted(had) == sorted(names), "fetched as many as there are, each once"
+        assert await own.counts() == {"completed": 10_000}
+
+
+@on_databases
+async def test_five_thousand_tasks_with_three_retries_each(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        await own.filled(5_000, retry={"max_attempts": 4})
+        attempts: dict[str, int] = {}
+
+        async def work() -> None:
+            task: Any = await own.get()
+            while task is not None:
+                name = task.id.partition("~")[0]
+                assert task.retry_state.attempts == attempts.get(name, 0)
+                attempts[name] = attempts.get(name, 0) + 1
+                task = await own.set(task.id, COMPLETE if attempts[name] == 4 else RETRY, fetch={})
+
+        await asyncio.gather(*(work() for _ in range(20)))
+        while (await own.counts()).get("waiting"):
+            await own.drained(1)
+        assert set(attempts.values()) == {4}
+        assert await own.counts() == {"completed": 5_000}
+
+
+@on_databases
+async def test_ten_thousand_failures_of_which_half_are_dead_letters(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path) as own:
+        choices = (DEADLETTER, DISCARD)
+        await own.add(*(activation(n, retry={"on_attempts_exceeded": choices[n % 2]}) for n in range(10_000)))
+        await own.drained(20, FAILURE)
+        dead = await own.engine.store.dead_letters("default", limit=10_000)
+        assert len(dead) == 5_000
+        assert await own.counts() == {"failed": 10_000}
+        view = await own.engine.store.run(dead[0].batch_id, dead[0].index)
+        assert decode(view.result).type == "TaskFailed"
+
+
+@on_databases
+async def test_ten_thousand_that_expire(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock) as own:
+        await own.add(*received_now(clock, *(activation(n, expires=10) for n in range(10_000))))
+        clock.advance(12)
+        await Upkeep(own.engine).sweep()
+        assert await own.counts() == {"expired": 10_000}
+        (view,) = await own.engine.store.queues("default")
+        assert (view.waiting_count, view.delayed_count, view.leased_count) == (0, 0, 0)
+
+
+@on_databases
+async def test_five_thousand_delayed_by_twenty_to_forty_seconds(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock) as own:
+        start_us = clock.now_us()
+        messages = [activation(n, delay=20 + n % 21, processing_deadline_duration=999) for n in range(5_000)]
+        await own.add(*received_now(clock, *messages))
+        early = []
+        while len(await own.runs()) and (await own.counts()).get("delayed"):
+            clock.advance(2)
+            waited_s = (clock.now_us() - start_us) / 1_000_000
+            for name in await own.drained(4):
+                number = int(name.removeprefix("id_"))
+                early += [name] if 20 + number % 21 > waited_s else []
+        assert early == []
+        assert await own.counts() == {"completed": 5_000}
+
+
+@on_databases
+async def test_a_pool_pushes_each_once_and_each_is_processing(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path, delivery="push") as own:
+        await own.filled(500)
+        pushed = await pushed_by(own, threads_count=4, accepts=True)
+        assert sorted(pushed) == sorted(f"id_{number}" for number in range(500))
+        assert await own.counts() == {"processing": 500}
+
+
+@on_databases
+async def test_of_workers_that_refuse_everything_nothing_is_lost(kind: str, tmp_path: Path) -> None:
+    async with broker(kind, tmp_path, delivery="push") as own:
+        await own.filled(200)
+        assert await pushed_by(own, threads_count=4, accepts=False) == []
+        counts = await own.counts()
+        assert counts == {"waiting": 200}
+        assert len(await own.drained_by_push()) == 200
+
+
+@on_databases
+async def test_of_a_worker_that_hangs_claims_lapse_and_nothing_is_lost(kind: str, tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with broker(kind, tmp_path, clock=clock, delivery="push") as own:
+        await own.filled(50)
+        taken = await own.dispatcher.take(Wish("app"), 50, lease_ms=LEASE_MS)
+        assert taken
+        clock.advance(6)
+        await own.tick()
+        assert own.dispatcher.out_count == 0
+        assert await own.counts() == {"waiting": 50}
+
+
+async def pushed_by(own: Broker, *, threads_count: int, accepts: bool) -> list[str]:
+    """What a pool pushes until nothing is left, or, where workers refuse, for some rounds."""
+    deliveries = DispatchedDeliveries(own.dispatcher)
+    pushed: list[str] = []
+
+    async def push() -> None:
+        for _ in range(20):
+            taken = await deliveries.take("app", 64, lease_ms=LEASE_MS) if accepts or len(pushed) < 1 else []
+            if not taken:
+                return
+            names = [delivery.id for delivery in taken]
+            if accepts:
+                pushed.extend(names)
+                await deliveries.mark(names)
+            else:
+                await deliveries.give_back(names)
+
+    await asyncio.gather(*(push() for _ in range(threads_count)))
+    return pushed

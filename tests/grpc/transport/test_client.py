@@ -1,0 +1,299 @@
+"""Our calling end against servers that are not ours, and against peers that are no servers at all."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc.aio
+import pytest
+
+import grpc
+from headrace.foundation.targets import PushTarget
+from headrace.grpc.transport import client as channels
+from headrace.grpc.transport.client import Channel, NotSent
+from headrace.grpc.transport.connection import Bounds
+from headrace.grpc.transport.frames import PREFACE, Fault, goaway, settings
+from headrace.grpc.transport.sender import Budget
+from headrace.grpc.transport.signing import HEADER, Secrets
+from headrace.grpc.transport.status import Code, GrpcError
+from tests.support.grpc_server import AUTHORITY, ECHO, FAIL, WAIT, Echo, certificate, listening
+from tests.support.grpcio_client import asked
+
+BOUNDS = Bounds(5_000_000, 100)
+SECRETS = ("a secret of many bytes",)
+PATH = "/a.Service/Method"
+Handler = Callable[[bytes, Any], Awaitable[bytes]]
+
+
+@asynccontextmanager
+async def foreign(handler: Handler, *, is_tls: bool = False, **options: int) -> AsyncGenerator[int, None]:
+    """grpcio's own server, with one method of bytes."""
+    server = grpc.aio.server(options=[(name.replace("__", "."), value) for name, value in options.items()])
+    method = grpc.unary_unary_rpc_method_handler(handler)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.Service", {"Method": method}),))
+    if is_tls:
+        pair = (certificate().private_key_pem.bytes(), certificate().cert_chain_pems[0].bytes())
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+    else:
+        port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield port
+    finally:
+        await server.stop(0)
+
+
+def trusting() -> ssl.SSLContext:
+    """Believes our certificate."""
+    context = ssl.create_default_context()
+    AUTHORITY.configure_trust(context)
+    return context
+
+
+@asynccontextmanager
+async def channel(port: int, *, is_tls: bool = False, **more: Any) -> AsyncGenerator[Channel, None]:
+    """A channel to a port here."""
+    budget = Budget(10**8)
+    target = PushTarget("app", "localhost" if is_tls else "127.0.0.1", port, is_tls)
+    made = Channel(target, BOUNDS, budget, tls=trusting() if is_tls else None, **more)
+    try:
+        yield made
+    finally:
+        made.close()
+        link = made._link
+        while link is not None and not link._transport.is_closing():
+            await asyncio.sleep(0)
+        assert budget.held_bytes == 0
+
+
+@pytest.fixture(autouse=True)
+def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endpoint that failed is asked again at once."""
+    monkeypatch.setattr(channels, "BACKOFF_S", (0.0,))
+
+
+async def echoed(message: bytes, _context: Any) -> bytes:
+    return message
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+async def test_many_calls_share_a_connection_and_none_gets_another_s_answer(is_tls: bool) -> None:
+    async with foreign(echoed, is_tls=is_tls) as port, channel(port, is_tls=is_tls) as made:
+        await made.call(PATH, b"first", timeout_s=30)
+        link = made._link
+        answers = await asyncio.gather(*(made.call(PATH, b"%d" % number, timeout_s=30) for number in range(90)))
+        assert answers == [b"%d" % number for number in range(90)]
+        assert made._link is link
+
+
+async def test_messages_larger_than_every_window_go_both_ways() -> None:
+    options: dict[str, Any] = {"grpc__max_receive_message_length": -1, "grpc__max_send_message_length": -1}
+    async with foreign(echoed, **options) as port, channel(port) as made:
+        messages = [bytes([number]) * 2_000_000 for number in range(4)]
+        assert await asyncio.gather(*(made.call(PATH, message, timeout_s=30) for message in messages)) == messages
+        with pytest.raises(GrpcError) as large:
+            await made.call(PATH, b"x" * (BOUNDS.message_bytes_max + 1), timeout_s=30)
+        assert large.value.code is Code.RESOURCE_EXHAUSTED
+
+
+async def test_what_goes_with_a_call_arrives() -> None:
+    seen: list[dict[str, Any]] = []
+    left: list[float] = []
+
+    async def noted(message: bytes, context: Any) -> bytes:
+        seen.append(dict(context.invocation_metadata()))
+        left.append(context.time_remaining())
+        return message
+
+    async with foreign(noted) as port, channel(port, secrets=Secrets(SECRETS)) as made:
+        await made.call(PATH, b"hello", timeout_s=100)
+    assert seen[0][HEADER] == Secrets(SECRETS).sign(PATH, b"hello")
+    assert seen[0]["user-agent"] == "headrace"
+    assert 0 < left[0] <= 100
+
+
+async def test_an_error_keeps_its_code_and_its_words() -> None:
+    async def refused(_message: bytes, context: Any) -> bytes:
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "50 % of “grüße”\nworker busy")
+        return b""
+
+    async with foreign(refused) as port, channel(port) as made:
+        with pytest.raises(GrpcError) as told:
+            await made.call(PATH, b"", timeout_s=30)
+        assert (told.value.code, told.value.message) == (Code.RESOURCE_EXHAUSTED, "50 % of “grüße”\nworker busy")
+        assert not isinstance(told.value, NotSent)
+        with pytest.raises(GrpcError) as unknown:
+            await made.call("/no/Such", b"", timeout_s=30)
+        assert unknown.value.code is Code.UNIMPLEMENTED
+
+
+async def test_a_call_that_takes_too_long_is_given_up_on_both_sides() -> None:
+    echo = Echo()
+    async with listening(echo.methods) as (_, port), channel(port) as made:
+        with pytest.raises(GrpcError) as late:
+            await made.call(WAIT, b"", timeout_s=0.05)
+        assert late.value.code is Code.DEADLINE_EXCEEDED
+        await echo.cancelled.wait()
+        message = asked().SerializeToString()
+        assert await made.call(ECHO, message, timeout_s=30) == message
+
+
+async def test_a_caller_who_leaves_ends_the_call() -> None:
+    echo = Echo()
+    async with listening(echo.methods) as (_, port), channel(port) as made:
+        calling = asyncio.create_task(made.call(WAIT, b"", timeout_s=30))
+        await echo.arrived.wait()
+        calling.cancel()
+        await echo.cancelled.wait()
+        assert made._link is not None
+        assert made._link._calls == {}
+
+
+async def test_more_calls_than_the_peer_takes_were_not_sent() -> None:
+    echo = Echo()
+    async with listening(echo.methods, grpc_calls_max=2) as (_, port), channel(port) as made:
+        await made.call(ECHO, b"", timeout_s=30)
+        waiting = [asyncio.create_task(made.call(WAIT, b"", timeout_s=30)) for _ in range(2)]
+        while echo.waiting < 2:
+            await asyncio.sleep(0)
+        with pytest.raises(NotSent) as full:
+            await made.call(ECHO, b"", timeout_s=30)
+        assert full.value.code is Code.RESOURCE_EXHAUSTED
+        echo.released.set()
+        await asyncio.gather(*waiting)
+        await made.call(ECHO, b"", timeout_s=30)
+
+
+async def test_a_peer_that_goes_away_is_called_anew_and_its_old_calls_end() -> None:
+    echo = Echo()
+    async with listening(echo.methods) as (server, port), channel(port) as made:
+        waiting = asyncio.create_task(made.call(WAIT, b"", timeout_s=30))
+        await echo.arrived.wait()
+        (connection,) = server.connections
+        connection.shutdown()
+        first = made._link
+        while first is None or first.is_open:
+            await asyncio.sleep(0)
+        assert await made.call(ECHO, b"", timeout_s=30) == b""
+        assert made._link is not first
+        echo.released.set()
+        assert await waiting == b""
+
+
+async def test_a_connection_that_breaks_fails_its_calls_and_the_next_one_works() -> None:
+    echo = Echo()
+    async with listening(echo.methods) as (server, port), channel(port) as made:
+        waiting = asyncio.create_task(made.call(WAIT, b"", timeout_s=30))
+        await echo.arrived.wait()
+        (connection,) = server.connections
+        connection._transport.abort()
+        with pytest.raises(GrpcError) as broken:
+            await waiting
+        assert broken.value.code is Code.UNAVAILABLE
+        assert not isinstance(broken.value, NotSent), "it may have been looked at"
+        assert await made.call(ECHO, b"", timeout_s=30) == b""
+
+
+async def test_who_is_not_there_was_not_sent_anything_and_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "BACKOFF_S", (0.0, 1_000.0))
+    async with listening(Echo().methods) as (_, port):
+        pass
+    async with channel(port) as made:
+        for text in ("is not there", "was not there a moment ago"):
+            with pytest.raises(NotSent, match=text) as gone:
+                await made.call(ECHO, b"", timeout_s=30)
+            assert gone.value.code is Code.UNAVAILABLE
+
+
+@asynccontextmanager
+async def peer(*said: bytes, ends: bool = False, **more: Any) -> AsyncGenerator[tuple[int, list[bytes]], None]:
+    """A socket that says something to everybody, and the heads of what it heard."""
+    heard: list[bytes] = []
+    meetings: list[Any] = []
+
+    async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        meetings.append(asyncio.current_task())
+        heard.append(await reader.read(24))
+        writer.writelines(said)
+        if not ends:
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(met, "127.0.0.1", 0, **more)
+    try:
+        yield server.sockets[0].getsockname()[1], heard
+    finally:
+        server.close()
+        await asyncio.gather(*meetings, return_exceptions=True)
+        await server.wait_closed()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"\0" * 100,
+        settings({}) + b"\xff" * 100,
+        settings({}) + goaway(0, Fault.ENHANCE_YOUR_CALM),
+        b"",
+    ],
+)
+async def test_a_peer_that_is_no_grpc_server_makes_a_call_fail(said: bytes) -> None:
+    async with peer(said, ends=not said) as (port, heard), channel(port) as made:
+        with pytest.raises(GrpcError) as failed:
+            await made.call(PATH, b"hello", timeout_s=30)
+        assert failed.value.code is Code.UNAVAILABLE
+        assert heard[0] == PREFACE
+
+
+async def test_a_peer_that_says_nothing_is_hung_up_on_after_a_call_s_time() -> None:
+    async with peer() as (port, heard), channel(port) as made:
+        for number in (1, 2):
+            with pytest.raises(GrpcError) as late:
+                await made.call(PATH, b"hello", timeout_s=0.01)
+            assert late.value.code is Code.DEADLINE_EXCEEDED
+            while len(heard) < number:
+                await asyncio.sleep(0)
+            link = made._link
+            while link is not None and link.is_open:
+                await asyncio.sleep(0)
+
+
+async def test_a_peer_that_does_not_choose_http_2_is_not_spoken_to() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate().configure_cert(context)
+    context.set_alpn_protocols(["http/1.1"])
+    async with peer(ssl=context) as (port, _), channel(port, is_tls=True) as made:
+        with pytest.raises(NotSent, match=r"HTTP/2|not there"):
+            await made.call(PATH, b"hello", timeout_s=30)
+
+
+async def test_a_certificate_that_nobody_knows_is_not_believed() -> None:
+    async with foreign(echoed, is_tls=True) as port:
+        made = Channel(PushTarget("app", "localhost", port, is_tls=True), BOUNDS, Budget(10**6))
+        with pytest.raises(NotSent, match=r"(?i)certificate"):
+            await made.call(PATH, b"hello", timeout_s=30)
+        made.close()
+
+
+async def test_a_closed_channel_calls_nobody() -> None:
+    async with listening(Echo().methods) as (_, port), channel(port) as made:
+        made.close()
+        with pytest.raises(NotSent):
+            await made.call(ECHO, b"", timeout_s=30)
+
+
+async def test_an_error_that_a_proxy_gives_is_told_as_what_it_is() -> None:
+    echo = Echo()
+    async with listening(echo.methods) as (_, port), channel(port) as made:
+        with pytest.raises(GrpcError) as told:
+            await made.call(FAIL, asked().SerializeToString(), timeout_s=30)
+        assert told.value.code is Code.NOT_FOUND
+        made._heads[ECHO, 30] = made._head(ECHO, 30).replace(b"application/grpc", b"application/json")
+        with pytest.raises(GrpcError) as odd:
+            await made.call(ECHO, b"", timeout_s=30)
+        assert odd.value.code is Code.UNIMPLEMENTED

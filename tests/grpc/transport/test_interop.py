@@ -1,0 +1,222 @@
+"""grpcio, which is not ours, calls our server: in the clear and over TLS, from threads and from a loop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+import pytest
+
+import grpc
+from headrace.grpc.messages import taskbroker_pb2 as wire
+from tests.support.grpc_server import COUNT, ECHO, FAIL, WAIT, Echo, listening
+from tests.support.grpcio_client import asked, channel, credentials, unary
+
+MIB = 1024 * 1024
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+async def test_a_client_on_a_loop_is_answered(is_tls: bool) -> None:
+    echo = Echo()
+    async with listening(echo.methods, is_tls=is_tls) as (_, port), channel(port, is_tls=is_tls) as made:
+        answers = await asyncio.gather(
+            *(unary(made, ECHO)(asked(str(n)), metadata=(("x-n", str(n)),)) for n in range(300))
+        )
+    assert [answer.task.id for answer in answers] == [str(n) for n in range(300)]
+    assert sorted(int(call.metadata["x-n"]) for call in echo.calls) == list(range(300))
+    assert all(call.deadline_us is None and call.peer.startswith("127.0.0.1:") for call in echo.calls)
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+async def test_a_client_of_threads_is_answered(is_tls: bool) -> None:
+    def call(port: int) -> list[str]:
+        if is_tls:
+            made = grpc.secure_channel(f"localhost:{port}", credentials())
+        else:
+            made = grpc.insecure_channel(f"127.0.0.1:{port}")
+        with made:
+            futures = [unary(made, ECHO).future(asked(str(n)), timeout=60) for n in range(100)]
+            return [future.result().task.id for future in futures]
+
+    echo = Echo()
+    async with listening(echo.methods, is_tls=is_tls) as (_, port):
+        assert await asyncio.to_thread(call, port) == [str(n) for n in range(100)]
+    assert all(call.deadline_us is not None for call in echo.calls)
+
+
+async def test_messages_larger_than_every_window_go_both_ways_at_once() -> None:
+    async with listening(Echo().methods) as (server, port), channel(port) as made:
+        texts = [letter * (3 * MIB) for letter in "abcd"]
+        answers = await asyncio.gather(*(unary(made, ECHO)(asked(text)) for text in texts))
+        assert [answer.task.id for answer in answers] == texts
+        assert server.budget.held_bytes == 0
+
+
+async def test_a_message_over_its_bound_is_refused_and_the_next_call_works() -> None:
+    async with listening(Echo().methods, grpc_message_bytes_max=MIB) as (server, port), channel(port) as made:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await unary(made, ECHO)(asked("x" * MIB))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "at most 1048576" in str(refused.value.details())
+        size = MIB - len(asked("x" * MIB).SerializeToString()) + MIB
+        assert len((await unary(made, ECHO)(asked("x" * size))).SerializeToString()) == MIB
+        assert server.budget.held_bytes == 0
+
+
+async def test_what_all_calls_hold_together_is_bounded() -> None:
+    echo = Echo()
+    limits: dict[str, Any] = {"grpc_message_bytes_max": MIB, "grpc_buffer_bytes_max": 2 * MIB}
+    async with listening(echo.methods, **limits) as (server, port), channel(port) as made:
+        one = asyncio.create_task(_call(made, WAIT))
+        await echo.arrived.wait()
+        echo.arrived.clear()
+        two = asyncio.create_task(_call(made, WAIT))
+        await echo.arrived.wait()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await unary(made, WAIT)(asked("x" * (MIB - 100)))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        echo.released.set()
+        await asyncio.gather(one, two)
+        assert server.budget.held_bytes == 0
+
+
+async def _call(made: Any, path: str) -> Any:
+    return await unary(made, path)(asked("x" * (MIB - 100)))
+
+
+async def test_an_error_keeps_its_code_and_its_words() -> None:
+    async with listening(Echo().methods) as (_, port), channel(port) as made:
+        words = "50 % of “grüße”\n\tare gone"
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await unary(made, FAIL)(wire.PushTaskRequest(callback_url=words))
+        assert (told.value.code(), told.value.details()) == (grpc.StatusCode.NOT_FOUND, words)
+
+
+async def test_the_longest_words_of_an_error_arrive_cut() -> None:
+    async with listening(Echo().methods) as (_, port), channel(port) as made:
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await unary(made, FAIL)(wire.PushTaskRequest(callback_url="😀" * 10_000))
+        assert told.value.code() is grpc.StatusCode.NOT_FOUND
+        assert told.value.details() == "😀" * 250
+
+
+async def test_a_crash_of_a_handler_is_internal_and_tells_nothing() -> None:
+    async with listening(Echo().methods) as (_, port), channel(port) as made:
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await unary(made, FAIL)(wire.PushTaskRequest(callback_url="crash"))
+        assert told.value.code() is grpc.StatusCode.INTERNAL
+        assert "ZeroDivision" not in str(told.value.details())
+
+
+async def test_a_method_that_nobody_has_is_unimplemented() -> None:
+    async with listening(Echo().methods) as (_, port), channel(port) as made:
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await unary(made, "/no/Such")(asked())
+        assert told.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_bytes_that_are_no_message_are_refused() -> None:
+    async with listening(Echo().methods) as (_, port), channel(port) as made:
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await made.unary_unary(ECHO)(b"\xff\xff\xff")
+        assert told.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_deadline_ends_the_call_and_its_handler() -> None:
+    echo = Echo()
+    async with listening(echo.methods) as (server, port), channel(port) as made:
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await unary(made, WAIT)(asked(), timeout=0.05)
+        assert told.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await echo.cancelled.wait()
+        assert (await unary(made, ECHO)(asked())).task.id == "hello"
+        assert server.budget.held_bytes == 0
+
+
+async def test_a_caller_who_leaves_ends_the_handler() -> None:
+    echo = Echo()
+    async with listening(echo.methods) as (_, port), channel(port) as made:
+        call = unary(made, WAIT)(asked())
+        waiting = asyncio.ensure_future(call)
+        await echo.arrived.wait()
+        call.cancel()
+        await echo.cancelled.wait()
+        assert echo.waiting == 0
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_connection_that_breaks_ends_its_handlers() -> None:
+    echo = Echo()
+    async with listening(echo.methods) as (_, port):
+        async with channel(port) as made:
+            waiting = asyncio.ensure_future(unary(made, WAIT)(asked()))
+            await echo.arrived.wait()
+        await echo.cancelled.wait()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_compressed_messages_are_read() -> None:
+    async with listening(Echo().methods) as (server, port), channel(port) as made:
+        text = "abc" * 10_000
+        answer = await unary(made, ECHO)(asked(text), compression=grpc.Compression.Gzip)
+        assert answer.task.id == text
+        assert server.budget.held_bytes == 0
+
+
+async def test_a_message_that_expands_too_much_is_refused() -> None:
+    async with listening(Echo().methods, grpc_message_bytes_max=MIB) as (server, port), channel(port) as made:
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await unary(made, ECHO)(asked("x" * (4 * MIB)), compression=grpc.Compression.Gzip)
+        assert told.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert server.budget.held_bytes == 0
+
+
+async def test_another_compression_is_unimplemented() -> None:
+    async with listening(Echo().methods) as (_, port), channel(port) as made:
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await unary(made, ECHO)(asked("x" * 1_000), compression=grpc.Compression.Deflate)
+        assert told.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_an_answer_may_be_a_stream() -> None:
+    async with listening(Echo().methods) as (_, port), channel(port) as made:
+        count = made.unary_stream(
+            COUNT,
+            request_serializer=wire.PushTaskRequest.SerializeToString,
+            response_deserializer=wire.PushTaskRequest.FromString,
+        )
+        assert [one.callback_url async for one in count(wire.PushTaskRequest(callback_url="abc"))] == ["a", "b", "c"]
+
+
+async def test_more_calls_than_a_connection_may_have_wait_for_their_turn() -> None:
+    async with listening(Echo().methods, grpc_calls_max=4) as (_, port), channel(port) as made:
+        answers = await asyncio.gather(*(unary(made, ECHO)(asked(str(n))) for n in range(200)))
+        assert [answer.task.id for answer in answers] == [str(n) for n in range(200)]
+
+
+async def test_a_stop_lets_calls_end_and_takes_no_new_ones() -> None:
+    echo = Echo()
+    async with listening(echo.methods) as (server, port), channel(port) as made:
+        waiting = asyncio.ensure_future(unary(made, WAIT)(asked()))
+        await echo.arrived.wait()
+        (connection,) = server.connections
+        connection.shutdown()
+        assert server.connections
+        echo.released.set()
+        assert (await waiting).task.id == "hello"
+        while connection in server.connections:
+            await asyncio.sleep(0)
+
+
+async def test_each_call_is_told_of_once() -> None:
+    told: list[tuple[str, str]] = []
+    async with (
+        listening(Echo().methods, observe=lambda path, code, _seconds: told.append((path, code.name))) as (_, port),
+        channel(port) as made,
+    ):
+        await unary(made, ECHO)(asked())
+        for path, text in ((FAIL, "x"), ("/no/Such", "")):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await unary(made, path)(wire.PushTaskRequest(callback_url=text))
+    assert told == [(ECHO, "OK"), (FAIL, "NOT_FOUND"), ("none", "UNIMPLEMENTED")]

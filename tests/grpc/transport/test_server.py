@@ -1,0 +1,298 @@
+"""Peers that say nothing, read nothing, or send half: each is let go in its time, on a clock that the tests hold."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from google.protobuf.message import Message
+
+from headrace.foundation.limits import Limits
+from headrace.grpc.messages import taskbroker_pb2 as wire
+from headrace.grpc.transport import frames
+from headrace.grpc.transport.frames import Fault, frame
+from headrace.grpc.transport.headers import block, literal
+from headrace.grpc.transport.server import PENDING_BYTES_MAX, Connection, GrpcServer
+from headrace.grpc.transport.service_methods import After, Call, Method, Methods
+from headrace.grpc.transport.status import Code, GrpcError
+from tests.support.grpc_server import ECHO, WAIT, Echo, listening
+from tests.support.http2_frames import GREETING, framed, parsed
+
+IDLE_S = 60
+NO_FIELDS: Mapping[str, str] = {}
+
+
+class Transport(asyncio.Transport):
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("10.0.0.1", 5)})
+        self.written = b""
+        self.end = ""
+
+    def write(self, data: Any) -> None:
+        """Written, and read by nobody."""
+        self.written += data
+
+    def is_closing(self) -> bool:
+        """Whether somebody ended it."""
+        return bool(self.end)
+
+    def close(self) -> None:
+        """In good order."""
+        self.end = self.end or "closed"
+
+    def abort(self) -> None:
+        """At once."""
+        self.end = "aborted"
+
+    def frames(self) -> list[tuple[int, int, int, bytes]]:
+        """The frames written since the last look."""
+        found, self.written = parsed(self.written), b""
+        return found
+
+
+class Peer:
+    """A connection without a socket, whose clock the test holds."""
+
+    def __init__(self, methods: Methods, **limits: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.now_s = 1_000.0
+        self.transport = Transport()
+        self.connection = Connection(GrpcServer(methods, limits=Limits(http_idle_s=IDLE_S, **limits)))
+        self.connection._loop = SimpleNamespace(  # type: ignore[assignment]  # as much of a loop as it uses
+            time=lambda: self.now_s,
+            call_later=lambda *_: SimpleNamespace(cancel=lambda: None),
+            call_soon=loop.call_soon,
+            create_task=loop.create_task,
+        )
+        self.connection._heard_s = self.connection._moved_s = self.now_s
+        self.connection.connection_made(self.transport)
+
+    async def says(self, *pieces: bytes) -> list[tuple[int, int, int, bytes]]:
+        """What comes back for some bytes."""
+        for piece in pieces:
+            self.connection.data_received(piece)
+            await asyncio.sleep(0)
+        return await self.hears()
+
+    async def hears(self) -> list[tuple[int, int, int, bytes]]:
+        """What was written meanwhile."""
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return self.transport.frames()
+
+    async def later(self, seconds: float) -> list[tuple[int, int, int, bytes]]:
+        """What comes when nothing is said for so long."""
+        self.now_s += seconds
+        self.connection._look()
+        return await self.hears()
+
+
+def call(path: str, stream_id: int, text: str = "hello", *, fields: Mapping[str, str] = NO_FIELDS) -> bytes:
+    """A call of a path."""
+    asked = {":method": "POST", ":scheme": "http", ":path": path, "content-type": "application/grpc", **fields}
+    message = framed(wire.PushTaskRequest(callback_url=text).SerializeToString())
+    data = b"".join(
+        frame(
+            frames.DATA,
+            frames.END_STREAM if start + 16_384 >= len(message) else 0,
+            stream_id,
+            message[start : start + 16_384],
+        )
+        for start in range(0, len(message), 16_384)
+    )
+    return frame(frames.HEADERS, frames.END_HEADERS, stream_id, block(asked)) + data
+
+
+async def test_a_silent_peer_is_asked_once_and_let_go() -> None:
+    peer = Peer(Echo().methods)
+    await peer.says(GREETING)
+    assert await peer.later(IDLE_S / 2) == []
+    assert [found[:2] for found in await peer.later(IDLE_S / 2)] == [(frames.PING, 0)]
+    assert await peer.later(IDLE_S / 2) == []
+    assert peer.transport.end == ""
+    await peer.later(IDLE_S / 2)
+    assert peer.transport.end == "aborted"
+
+
+async def test_a_peer_that_answers_pings_may_stay() -> None:
+    peer = Peer(Echo().methods)
+    await peer.says(GREETING)
+    for _ in range(10):
+        assert [found[0] for found in await peer.later(IDLE_S)] == [frames.PING]
+        assert await peer.says(frame(frames.PING, frames.ACK, 0, b"headrace")) == []
+    assert peer.transport.end == ""
+
+
+async def test_a_call_that_stays_half_is_reset_and_the_others_live() -> None:
+    echo = Echo()
+    peer = Peer(echo.methods)
+    half = b"".join(frame(*found) for found in parsed(call(ECHO, 1, "x" * 20_000))[:-1])
+    await peer.says(GREETING, half)
+    assert await peer.later(IDLE_S / 2) == []
+    assert (await peer.says(call(ECHO, 3)))[-1][:3] == (frames.HEADERS, 5, 3)
+    reset = (frames.RST_STREAM, 0, 1, frames.WORD.pack(Fault.CANCEL))
+    assert reset in await peer.later(IDLE_S / 2 + 1)
+    assert len(echo.calls) == 1
+
+
+async def test_a_peer_that_makes_no_room_for_its_answer_is_let_go() -> None:
+    peer = Peer(Echo().methods)
+    await peer.says(GREETING, call(ECHO, 1, "x" * 100_000))
+    await peer.later(IDLE_S / 2)
+    await peer.later(IDLE_S / 2)
+    await peer.says(frame(frames.PING, 0, 0, b"I live!!"))
+    assert peer.transport.end == ""
+    await peer.later(IDLE_S / 2)
+    assert peer.transport.end == "aborted"
+
+
+async def test_a_peer_that_makes_room_slowly_is_served() -> None:
+    peer = Peer(Echo().methods)
+    await peer.says(GREETING, call(ECHO, 1, "x" * 100_000))
+    for _ in range(12):
+        await peer.later(IDLE_S - 1)
+        await peer.says(frames.window_update(0, 4_000), frames.window_update(1, 4_000))
+    assert peer.transport.end == ""
+    assert peer.connection._machine.streams_count == 0
+
+
+async def test_no_answers_are_made_for_a_peer_that_reads_none() -> None:
+    echo = Echo()
+    peer = Peer(echo.methods)
+    size = 1_000_000
+    await peer.says(GREETING, *(call(ECHO, 2 * number + 1, "x" * size) for number in range(20)))
+    made = len(echo.calls)
+    assert made < 20, "answers without end wait for a peer that reads none"
+    assert PENDING_BYTES_MAX / size <= made <= 2 + PENDING_BYTES_MAX / size + 1
+    room = frames.window_update(0, 10**9)
+    await peer.says(frames.settings({frames.INITIAL_WINDOW_SIZE: 2**30}), room)
+    for _ in range(40):
+        await peer.hears()
+    assert len(echo.calls) == 20
+    assert peer.connection._server.budget.held_bytes == 0
+
+
+async def test_while_the_socket_is_full_calls_wait() -> None:
+    echo = Echo()
+    peer = Peer(echo.methods)
+    await peer.says(GREETING)
+    peer.connection.pause_writing()
+    assert await peer.says(call(ECHO, 1), call(ECHO, 3), frame(frames.RST_STREAM, 0, 3, bytes(4))) == []
+    assert echo.calls == []
+    peer.connection.resume_writing()
+    await peer.hears()
+    assert len(echo.calls) == 1
+    assert peer.connection._machine.streams_count == 0
+
+
+async def test_a_peer_that_breaks_the_protocol_hears_why_and_its_handlers_end() -> None:
+    echo = Echo()
+    peer = Peer(echo.methods)
+    await peer.says(GREETING, call(WAIT, 1))
+    assert echo.waiting == 1
+    said = await peer.says(frame(frames.DATA, 0, 1, b"x"))
+    assert [found[0] for found in said] == [frames.GOAWAY]
+    assert peer.transport.end == "closed"
+    assert echo.cancelled.is_set()
+
+
+async def test_calls_that_are_given_up_in_the_read_that_brought_them_take_no_place(recwarn: Any) -> None:
+    echo = Echo()
+    peer = Peer(echo.methods, grpc_calls_max=10)
+    given_up = frame(frames.RST_STREAM, 0, 0, frames.WORD.pack(Fault.CANCEL))
+    await peer.says(GREETING)
+    for number in range(50):
+        stream_id = 2 * number + 1
+        await peer.says(call(WAIT, stream_id) + given_up[:5] + stream_id.to_bytes(4, "big") + given_up[9:])
+    assert echo.waiting == 0
+    assert (peer.connection._machine.streams_count, len(peer.connection._running)) == (0, 0)
+    said = await peer.says(call(ECHO, 101))
+    assert (frames.HEADERS, 101) in [found[:3:2] for found in said]
+    gc.collect()
+    assert not [str(one.message) for one in recwarn if "never awaited" in str(one.message)]
+
+
+async def test_what_follows_a_future_is_made_when_it_is_done_and_not_for_a_call_that_was_given_up() -> None:
+    futures: list[asyncio.Future[None]] = []
+    made: list[int] = []
+
+    def handler(_message: Message, _call: Call) -> After:
+        number = len(futures)
+        futures.append(asyncio.get_running_loop().create_future())
+        return After(futures[-1], lambda: answers[number](number))
+
+    def at_once(number: int) -> bytes:
+        made.append(number)
+        return b""
+
+    async def later(number: int) -> bytes:
+        await asyncio.sleep(0)
+        return at_once(number)
+
+    def refused(number: int) -> bytes:
+        made.append(number)
+        raise GrpcError(Code.NOT_FOUND, "none of these")
+
+    answers: list[Callable[[int], Any]] = [at_once, later, refused, at_once, at_once, at_once]
+    peer = Peer({"/e/After": Method(wire.GetTaskRequest, handler)})
+    await peer.says(GREETING, *(call("/e/After", 2 * number + 1) for number in range(6)))
+    assert (len(futures), made) == (6, [])
+    for future in futures[:3]:
+        future.set_result(None)
+    said = await peer.hears()
+    said += await peer.hears()
+    ended = {found[2]: found[3] for found in said if found[0] == frames.HEADERS}
+    assert made == [0, 2, 1]
+    assert literal("grpc-status", "5") in ended[5]
+    assert literal("grpc-status", "0") in ended[1]
+    assert literal("grpc-status", "0") in ended[3]
+    given_up = frame(frames.RST_STREAM, 0, 7, frames.WORD.pack(Fault.CANCEL))
+    await peer.says(given_up)
+    assert futures[3].cancelled()
+    futures[4].set_result(None)  # and its caller gives up before anybody has looked
+    await peer.says(given_up[:5] + (9).to_bytes(4, "big") + given_up[9:])
+    futures[5].set_exception(GrpcError(Code.INTERNAL, "it broke"))
+    said = await peer.hears()
+    assert literal("grpc-status", "13") in said[-1][3]
+    assert made == [0, 2, 1]
+    assert (peer.connection._machine.streams_count, len(peer.connection._running)) == (0, 0)
+
+
+async def test_a_timeout_that_is_none_is_refused() -> None:
+    peer = Peer(Echo().methods)
+    for number, text in enumerate(("", "1", "S", "-1S", "123456789S", "1x", "1.5S", "1S ")):
+        said = await peer.says(
+            GREETING if not number else b"", call(ECHO, 2 * number + 1, fields={"grpc-timeout": text})
+        )
+        assert literal("grpc-status", "3") in said[-1][3], text
+
+
+async def test_a_cut_ends_calls_and_says_come_again() -> None:
+    echo = Echo()
+    peer = Peer(echo.methods)
+    await peer.says(GREETING, call(WAIT, 1))
+    peer.connection.pause_writing()
+    await peer.says(call(WAIT, 3))
+    assert echo.waiting == 1
+    peer.connection.cut()
+    peer.connection.resume_writing()
+    said = await peer.hears()
+    assert sorted(found[:3:2] for found in said) == [(frames.HEADERS, 1), (frames.HEADERS, 3), (frames.GOAWAY, 0)]
+    assert all(literal("grpc-status", "14") in found[3] for found in said if found[0] == frames.HEADERS)
+    assert peer.transport.end == "closed"
+
+
+async def test_a_peer_that_goes_on_sending_after_its_end_is_cut_off() -> None:
+    """On a real socket: whatever is not HTTP/2 is answered once, and then the connection is gone."""
+    async with listening(Echo().methods) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        kinds = [found[0] for found in parsed(await reader.read())]
+        assert kinds == [frames.SETTINGS, frames.WINDOW_UPDATE, frames.GOAWAY]
+        writer.close()
+        assert not server.connections

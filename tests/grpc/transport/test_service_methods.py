@@ -1,0 +1,77 @@
+"""A service becomes paths, and errors become codes."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+
+import pytest
+
+from headrace.foundation.errors import (
+    Conflict,
+    HeadraceError,
+    InvalidInput,
+    NotFound,
+    SessionEnded,
+    StoreBroken,
+    StoreUnavailable,
+)
+from headrace.grpc.messages import taskbroker_pb2 as wire
+from headrace.grpc.transport.service_methods import Call, methods_of
+from headrace.grpc.transport.status import MESSAGE_CHARS_MAX, Code, GrpcError, of_error
+
+CONSUMER = wire.DESCRIPTOR.services_by_name["ConsumerService"]
+
+
+class Consumer:
+    """Answers with what it was asked."""
+
+    async def get_task(self, request: wire.GetTaskRequest, call: Call) -> wire.GetTaskResponse:
+        return wire.GetTaskResponse(task=wire.TaskActivation(id=request.namespace, taskname=call.path))
+
+    async def set_task_status(self, request: wire.SetTaskStatusRequest, call: Call) -> wire.SetTaskStatusResponse:
+        raise GrpcError(Code.INVALID_ARGUMENT, request.id)
+
+    async def set_batch_activation_status(
+        self, request: wire.SetBatchActivationStatusRequest, call: Call
+    ) -> wire.SetBatchActivationStatusResponse:
+        return wire.SetBatchActivationStatusResponse()
+
+
+async def test_a_service_answers_under_the_paths_of_its_descriptor() -> None:
+    methods = methods_of(CONSUMER, Consumer())
+    path = "/sentry_protos.taskbroker.v1.ConsumerService/GetTask"
+    assert set(methods) == {path, path.replace("GetTask", "SetTaskStatus")} | {
+        path.replace("GetTask", "SetBatchActivationStatus")
+    }
+    method = methods[path]
+    assert not method.is_open
+    assert not method.is_stream
+    answer = method.handler(method.request(namespace="n"), Call(path))
+    assert isinstance(answer, Coroutine)
+    found = await answer
+    assert found == wire.GetTaskResponse(task=wire.TaskActivation(id="n", taskname=path))
+
+
+def test_a_service_without_one_of_its_methods_is_refused_when_it_is_made() -> None:
+    with pytest.raises(AttributeError, match="get_task"):
+        methods_of(CONSUMER, object())
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InvalidInput("x"), Code.INVALID_ARGUMENT),
+        (NotFound("x"), Code.NOT_FOUND),
+        (Conflict("x"), Code.FAILED_PRECONDITION),
+        (StoreUnavailable("x"), Code.UNAVAILABLE),
+        (StoreBroken("x"), Code.INTERNAL),
+        (SessionEnded("x"), Code.ABORTED),
+    ],
+)
+def test_an_error_of_the_engine_has_its_code(error: HeadraceError, code: Code) -> None:
+    assert of_error(error).code == code
+
+
+def test_an_error_says_what_a_person_can_do_within_a_bound() -> None:
+    assert of_error(InvalidInput("no such queue", hint="make one")).message == "no such queue; make one"
+    assert len(GrpcError(Code.INTERNAL, "x" * (MESSAGE_CHARS_MAX + 1)).message) == MESSAGE_CHARS_MAX

@@ -42,7 +42,8 @@ from headrace.handles import PLAIN, Batch, ResultOf, Run
 from headrace.runtime.background_loop import Background
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Producer
-from headrace.runtime.tasks.task_spec import OnExhausted, Pool, Registry, TaskSpec
+from headrace.runtime.tasks.task_registry import Registry
+from headrace.runtime.tasks.task_spec import OnExhausted, Pool, TaskSpec
 from headrace.runtime.worker.worker import Worker
 from headrace.task import Decorator, P, R, T, Task
 
@@ -209,8 +210,8 @@ class Headrace:
         of them (the newest `schedule_ticks_max`), `skip` none. `name`: default the task's. A task of one datetime gets
         the time of its tick, in that time zone; so does any as `Context.scheduled_us`.
         """
+        from headrace.runtime.tasks.bounds import check_name
         from headrace.runtime.tasks.schedule_spec import schedule_of
-        from headrace.runtime.tasks.task_spec import check_name
 
         def register(task: Any, cron: str | None) -> Any:
             if not isinstance(task, Task) or task.app is not self:

@@ -8,7 +8,8 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 from headrace.compose import joined
 from headrace.handles import Batch, Run
 from headrace.runtime.engine import Engine
-from headrace.runtime.producing.producer import Options, Producer
+from headrace.runtime.producing.producer import Producer
+from headrace.runtime.tasks.call_options import Options
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.store.verbs.appending import enqueue
 from headrace.store.verbs.script import Script

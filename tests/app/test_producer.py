@@ -17,6 +17,7 @@ from headrace.runtime.clock import ManualClock
 from headrace.runtime.flusher import UpdatesUnflushed
 from headrace.runtime.producing import producer as room
 from headrace.runtime.producing.producer import Producer
+from headrace.runtime.tasks.call_options import Options
 from headrace.store.protocol import Suspects
 from tests.support.engines import Faulty, app_on, on_each_store, opened
 
@@ -254,7 +255,7 @@ async def test_a_close_that_can_not_write_tells_those_who_wait(kind: str, tmp_pa
         app = Headrace("own")
         spec = with_task(app).spec
         store.before["append"] = [StoreUnavailable("away")] * 1_000
-        calling = asyncio.create_task(producer.enqueue(spec, b"1", room.Options()))
+        calling = asyncio.create_task(producer.enqueue(spec, b"1", Options()))
         while "append" not in store.calls:
             await asyncio.sleep(0)
         closing = asyncio.create_task(producer.close())

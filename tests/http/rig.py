@@ -25,7 +25,7 @@ from headrace.http.server import Server, serving
 from headrace.http.service import Service
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.tasks.task_spec import Registry
+from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.wakeup import Doorbell
 from headrace.store.payloads import open_payloads
 from headrace.store.protocol import Claim, Lease, Session, Store

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from headrace.runtime.tasks.task_spec import Registry, TaskSpec
+from headrace.runtime.tasks.task_registry import Registry
+from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.worker.worker import Worker
 from tests.http.rig import KEY, house
 

@@ -13,7 +13,8 @@ import pytest
 from headrace.core.retry import Retry
 from headrace.http.items import OPTIONS, Options
 from headrace.runtime.tasks.context import DETACHED, Context
-from headrace.runtime.tasks.task_spec import Registry, TaskSpec
+from headrace.runtime.tasks.task_registry import Registry
+from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.worker.worker import Worker
 from tests.http.rig import LIMITS, House, house, line
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from headrace.runtime.tasks.task_spec import Registry, TaskSpec
+from headrace.runtime.tasks.task_registry import Registry
+from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.worker.worker import Worker
 from tests.http.rig import AUTH, LIMITS, NDJSON, Peer, house, line
 

@@ -76,7 +76,7 @@ class _Known:
         self._spec = app.registry.get("job")
 
     def request(self, *args: Any, **kwargs: Any) -> Any:
-        from headrace.runtime.producing.producer import Options
+        from headrace.runtime.tasks.call_options import Options
 
         return self._spec, Options(), self._spec.codec.encode(args, kwargs)
 

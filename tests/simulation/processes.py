@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from headrace.foundation.errors import ClientFault, HeadraceError
 from headrace.foundation.limits import Limits
 from headrace.runtime.engine import Engine
-from headrace.runtime.producing.producer import Options, Producer
+from headrace.runtime.producing.producer import Producer
+from headrace.runtime.tasks.call_options import Options
 from headrace.runtime.wakeup import Doorbell
 from headrace.runtime.worker.worker import Worker
 from headrace.store.payloads import PayloadStore

@@ -23,7 +23,7 @@ import structlog
 from headrace.foundation import ids
 from headrace.foundation.errors import Conflict
 from headrace.runtime.producing import producer as producer_module
-from headrace.runtime.producing.producer import Options
+from headrace.runtime.tasks.call_options import Options
 from headrace.runtime.worker import claim_sizing as pace_module
 from headrace.runtime.worker import executor as executor_module
 from headrace.store.memory import MemoryStore

@@ -9,7 +9,8 @@ from typing import Final
 
 from headrace.core.retry import Retry, RetryAfter
 from headrace.runtime.tasks.context import Context
-from headrace.runtime.tasks.task_spec import Registry, TaskSpec
+from headrace.runtime.tasks.task_registry import Registry
+from headrace.runtime.tasks.task_spec import TaskSpec
 
 QUEUES: Final = ("default", "side")
 WORK: Final = "work"

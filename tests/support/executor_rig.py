@@ -15,7 +15,8 @@ from headrace.foundation.errors import ObjectMissing
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.sessions.active_lease import Work
-from headrace.runtime.tasks.task_spec import Registry, TaskSpec
+from headrace.runtime.tasks.task_registry import Registry
+from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.worker.executor import Executor, Hooks
 from headrace.store.protocol import Lease
 

@@ -48,7 +48,7 @@ def add(
     With arguments only those of which any one is just this value, of this type; others run.
     """
     from headrace.core.rules import Kill
-    from headrace.runtime.tasks.task_spec import check_name
+    from headrace.runtime.tasks.bounds import check_name
 
     check_name("task", task)
     kill = Kill(name=task, args=_values(arg), kwargs=_values(kwarg))

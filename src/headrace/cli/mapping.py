@@ -30,8 +30,8 @@ from headrace.core.batch import CANCELLED, Ledger
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.settings import Settings
 from headrace.runtime.engine import Engine
-from headrace.runtime.producing.producer import Options, key_of
 from headrace.runtime.producing.sequential_feed import Feed, SealedElsewhere
+from headrace.runtime.tasks.call_options import Options, key_of
 from headrace.task import Task
 
 PAGE_RUNS: Final = 4_096

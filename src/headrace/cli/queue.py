@@ -76,7 +76,7 @@ def demote(
 
     A queue of activations is called application:namespace.
     """
-    from headrace.runtime.tasks.task_spec import check_name
+    from headrace.runtime.tasks.bounds import check_name
 
     check_name("queue", to)
     _demote(queue, to, store, json=json)
@@ -91,7 +91,7 @@ def restore(queue: QueueArgument, store: StoreOption = None, json: JsonOption = 
 def _demote(queue: str, target: str | None, store: str | None, *, json: bool) -> None:
     from headrace.core.rules import DEMOTIONS, Rules, demotions_encoded
     from headrace.runtime.dispatch.rule_cache import decide
-    from headrace.runtime.tasks.task_spec import check_name
+    from headrace.runtime.tasks.bounds import check_name
 
     check_name("queue", queue)
     settings = settings_of(store=store)
@@ -112,7 +112,7 @@ def _demote(queue: str, target: str | None, store: str | None, *, json: bool) ->
 
 
 def _set(queue: str, store: str | None, *, paused: bool, json: bool) -> None:
-    from headrace.runtime.tasks.task_spec import check_name
+    from headrace.runtime.tasks.bounds import check_name
 
     check_name("queue", queue)
     settings = settings_of(store=store)

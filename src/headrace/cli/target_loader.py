@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 from headrace.foundation.errors import InvalidInput
-from headrace.runtime.tasks.task_spec import Registry, TaskSpec
+from headrace.runtime.tasks.task_registry import Registry
+from headrace.runtime.tasks.task_spec import TaskSpec
 
 _FORM: Final = "write MODULE:TASK or path/to/file.py:TASK"
 _INDEXER_FORM: Final = "write MODULE:INDEXER or path/to/file.py:INDEXER"

@@ -16,8 +16,8 @@ from headrace.foundation.errors import InvalidInput, NotFound, StoreBroken
 from headrace.foundation.ids import check_batch_id
 from headrace.foundation.limits import TABLE, Limits
 from headrace.http.service import Call
+from headrace.runtime.tasks.bounds import SCHEDULES_MAX, check_name, check_priority
 from headrace.runtime.tasks.schedule_spec import rule_known_as
-from headrace.runtime.tasks.task_spec import SCHEDULES_MAX, check_name, check_priority
 from headrace.store.payloads import Reference, check_key
 from headrace.store.protocol import NewBatch, Schedule, Tick
 

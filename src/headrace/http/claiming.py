@@ -8,7 +8,7 @@ from typing import Final
 from headrace.core.span import LOST, Settlement
 from headrace.foundation.errors import InvalidInput
 from headrace.http.service import Caller, Service
-from headrace.runtime.tasks.task_spec import check_name
+from headrace.runtime.tasks.bounds import check_name
 from headrace.store.protocol import Claim, Lease, Release
 
 RUNS_MAX: Final = 65_536

@@ -23,7 +23,7 @@ from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import INDEX_MAX
 from headrace.foundation.limits import DAY_MS, Limits
 from headrace.runtime.producing.indexed_feed import Bulk, Entry, Group, UnreadableItem
-from headrace.runtime.tasks.task_spec import PRIORITY_MAX, TIMEOUT_S_MAX, check_name
+from headrace.runtime.tasks.bounds import PRIORITY_MAX, TIMEOUT_S_MAX, check_name
 
 Disposition = Literal["honoured", "kept", "refused"]
 

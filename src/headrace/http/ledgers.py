@@ -22,7 +22,7 @@ from headrace.http.problems import UnsupportedType, answer
 from headrace.http.service import Call, Service
 from headrace.http.shapes import line_of, summary
 from headrace.runtime.engine import Engine
-from headrace.runtime.tasks.task_spec import check_name
+from headrace.runtime.tasks.bounds import check_name
 from headrace.store.protocol import NewBatch, Outcome
 
 PAGE_RUNS: Final = 4_096

@@ -23,7 +23,7 @@ from headrace.http.claiming import Claiming
 from headrace.http.problems import UnsupportedType
 from headrace.http.service import Call, Service
 from headrace.http.tickets import Tickets
-from headrace.runtime.tasks.task_spec import check_name
+from headrace.runtime.tasks.bounds import check_name
 from headrace.store.protocol import Lease
 from headrace.store.wire import (
     BEAT,

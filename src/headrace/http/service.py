@@ -21,7 +21,7 @@ from headrace.http.problems import Busy, Throttled
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.runtime.producing.producer import Producer
-from headrace.runtime.tasks.task_spec import Registry
+from headrace.runtime.tasks.task_registry import Registry
 from headrace.store.packets import Packets
 
 CHECK_S: Final = 2.0

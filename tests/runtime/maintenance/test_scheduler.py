@@ -22,8 +22,9 @@ from headrace.foundation.limits import DEFAULT, Limits
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.scheduler import Scheduler
+from headrace.runtime.tasks.bounds import SCHEDULES_MAX
 from headrace.runtime.tasks.context import DETACHED, SCHEDULE, SCHEDULED_US, Context
-from headrace.runtime.tasks.task_spec import SCHEDULES_MAX, Registry
+from headrace.runtime.tasks.task_registry import Registry
 from tests import invariants
 from tests.store.world import FACTORIES
 from tests.support.engines import Faulty, app_on, opened

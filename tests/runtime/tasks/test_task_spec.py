@@ -14,9 +14,12 @@ import pytest
 from headrace.core import pack
 from headrace.core.retry import Retry
 from headrace.foundation.errors import InvalidInput, InvalidSetting, NotFound
+from headrace.runtime.tasks.bounds import check_name, check_priority
 from headrace.runtime.tasks.context import Context
+from headrace.runtime.tasks.payload_codec import Codec
 from headrace.runtime.tasks.superjson import PayloadRefused
-from headrace.runtime.tasks.task_spec import Codec, Registry, TaskSpec, check_name, check_priority
+from headrace.runtime.tasks.task_registry import Registry
+from headrace.runtime.tasks.task_spec import TaskSpec
 
 
 class Point(msgspec.Struct):

@@ -22,7 +22,7 @@ from headrace.foundation.limits import MIB, Limits
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.runtime.dispatch.dispatcher import Dispatcher
 from headrace.runtime.dispatch.lease_buffer import Handout
-from headrace.runtime.tasks.task_spec import check_name
+from headrace.runtime.tasks.bounds import check_name
 
 SECONDS_MAX: Final = 365 * 86_400
 """No deadline, expiry or rest is longer than a year."""

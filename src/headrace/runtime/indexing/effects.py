@@ -19,7 +19,7 @@ from headrace.core.staging import MISSING, Staging, Table
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.runtime.clock import SECOND_US, Clock
 from headrace.runtime.indexing.read_coalescer import Lookups
-from headrace.runtime.tasks.task_spec import check_name
+from headrace.runtime.tasks.bounds import check_name
 
 KEY_CHARS: Final = 500
 RESULT_BYTES_MAX: Final = 1024 * 1024

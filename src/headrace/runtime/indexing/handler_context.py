@@ -24,7 +24,7 @@ from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.indexing.effects import Effects
 from headrace.runtime.indexing.read_coalescer import Lookups
-from headrace.runtime.producing.producer import Options, extra_of, key_of
+from headrace.runtime.tasks.call_options import Options, extra_of, key_of
 from headrace.runtime.tasks.task_spec import TaskSpec
 
 E = TypeVar("E", bound=Entity)

@@ -16,7 +16,7 @@ import msgspec
 
 from headrace.core.sequencer import Position
 from headrace.foundation.errors import ClientFault, InvalidInput, InvalidSetting
-from headrace.runtime.tasks.task_spec import check_name
+from headrace.runtime.tasks.bounds import check_name
 
 Handler: TypeAlias = Callable[[Any, Any], Awaitable[None]]
 Unknown: TypeAlias = Literal["refuse", "skip"]

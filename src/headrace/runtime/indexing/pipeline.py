@@ -33,7 +33,7 @@ from headrace.runtime.indexing.source_reader import Fetching
 from headrace.runtime.indexing.sources.source import Source
 from headrace.runtime.indexing.speculative_reads import Preload
 from headrace.runtime.retrying import patiently
-from headrace.runtime.tasks.task_spec import said
+from headrace.runtime.tasks.exception_info import said
 from headrace.store.entities.protocol import EFFECT_SUFFIX, EntityStore, Plan, Standing
 
 LOG: Any = structlog.get_logger("headrace.indexer")

@@ -17,7 +17,7 @@ from headrace.core.schedule import due
 from headrace.foundation.errors import HeadraceError
 from headrace.runtime.engine import Engine
 from headrace.runtime.tasks.schedule_spec import ScheduleSpec
-from headrace.runtime.tasks.task_spec import Registry
+from headrace.runtime.tasks.task_registry import Registry
 from headrace.store.protocol import Tick
 
 LOG: Any = structlog.get_logger("headrace.scheduler")

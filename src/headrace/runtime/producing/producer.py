@@ -7,10 +7,10 @@ seals it at what was received. What is enqueued while a commit is in flight shar
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from time import perf_counter
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -21,13 +21,13 @@ from headrace.core.pack import JSON, REFERENCE
 from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, HeadraceError, InvalidInput, SessionEnded, StoreUnavailable
 from headrace.foundation.ids import new_batch_id
-from headrace.foundation.limits import Limits
 from headrace.runtime.concurrent_map import ingest
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
 from headrace.runtime.sessions.session import Broker
-from headrace.runtime.tasks.task_spec import SECONDS_MAX, TaskSpec, check_name, check_priority
-from headrace.runtime.tasks.tracing import trace_headers
+from headrace.runtime.tasks.bounds import check_name
+from headrace.runtime.tasks.call_options import Options, extra_of, key_of, traced
+from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.store.protocol import NewBatch
 
 GROUP_ITEMS: Final = 256
@@ -35,19 +35,6 @@ GROUP_S: Final = 0.001
 STREAMS_TRIED: Final = 5
 STREAM_RUNS_MAX: Final = 1_000_000
 """After this many single enqueues a producer goes on in a new stream, so that old ones end and can be pruned."""
-
-
-class Options(NamedTuple):
-    """What a call may ask for beside its arguments. Durations are seconds; 0 is now, never, for ever."""
-
-    delay_s: float = 0
-    expires_s: float = 0
-    priority: int | None = None
-    queue: str | None = None
-    idempotency_key: str = ""
-    idempotency_ttl_s: float = 0
-    tags: tuple[str, ...] = ()
-    headers: dict[str, str] = {}  # noqa: RUF012 - never changed
 
 
 class _Enqueue(NamedTuple):
@@ -284,41 +271,6 @@ class Producer:
         return reference, REFERENCE, named
 
 
-def key_of(spec: TaskSpec, options: Options, now_us: int) -> Key:
-    """What a run of a task is queued by."""
-    return spec.key._replace(
-        queue=spec.queue if options.queue is None else check_name("queue", options.queue),
-        priority=spec.priority if options.priority is None else check_priority(options.priority),
-        due_us=_moment_us("delay", options.delay_s or spec.delay_s, now_us),
-        expires_us=_moment_us("expires", options.expires_s or spec.expires_s, now_us),
-    )
-
-
-def traced(options: Options) -> Options:
-    """The options of a call with the trace it belongs to, unless it names one. Not of a map: each run would pay."""
-    found = trace_headers()
-    return options._replace(headers={**found, **options.headers}) if found else options
-
-
-def extra_of(options: Options, limits: Limits, now_us: int) -> Extra | None:
-    """What only some runs have; None for one that has none of it. Raises `InvalidInput`."""
-    if not options.idempotency_key and not options.tags and not options.headers:
-        return None
-    if options.idempotency_key:
-        check_name("idempotency key", options.idempotency_key)
-    if len(options.tags) > limits.tags_max:
-        raise InvalidInput(f"a run has at most {limits.tags_max} tags, not {len(options.tags)}")
-    for tag in options.tags:
-        check_name("tag", tag)
-    _check_headers(cast("Mapping[object, object]", options.headers), limits.headers_bytes_max)
-    return Extra(
-        idempotency_key=options.idempotency_key,
-        idempotency_expires_us=_moment_us("idempotency_ttl", options.idempotency_ttl_s, now_us),
-        tags=options.tags,
-        headers=options.headers,
-    )
-
-
 class _Appending:
     """Flushes single enqueues into their stream."""
 
@@ -433,21 +385,3 @@ def _encoded(spec: TaskSpec, item: Any) -> tuple[bytes, bytes | None]:
         return spec.codec.encode_value(item), None
     except InvalidInput as error:
         return b"{}", Failure(type="InvalidPayload", message=error.message).encode()
-
-
-def _moment_us(what: str, seconds: float, now_us: int) -> int:
-    if not 0 <= seconds <= SECONDS_MAX:
-        raise InvalidInput(f"{what} is from 0 to {SECONDS_MAX} seconds, not {seconds!r}")
-    return now_us + int(seconds * 1_000_000) if seconds else 0
-
-
-def _check_headers(headers: Mapping[object, object], bytes_max: int) -> None:
-    for name, value in headers.items():
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise InvalidInput(f"headers are strings by name, not {name!r}: {value!r}")
-    try:
-        size = len(msgspec.json.encode(headers))
-    except UnicodeEncodeError as error:
-        raise InvalidInput(f"headers are not valid text: {error}") from None
-    if size > bytes_max:
-        raise InvalidInput(f"the headers of a run have at most {bytes_max} bytes, not {size}")

@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 from typing import Final
 
-_OWN: Final = str(Path(__file__).parent)
+_OWN: Final = str(Path(__file__).parents[1])
 FRAMES_MAX: Final = 20
 
 
@@ -23,3 +23,12 @@ def describe(error: BaseException, *, chars_max: int) -> tuple[str, str, str]:
 def _trace(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OWN)]
     return "".join(traceback.format_list(frames[-FRAMES_MAX:]))
+
+
+def said(error: BaseException) -> str:
+    """An error in one line, whatever its class does with its words."""
+    kind = type(error).__qualname__
+    try:
+        return f"{kind}: {error}"
+    except Exception:  # noqa: BLE001 - an error that can't speak must not become another
+        return kind

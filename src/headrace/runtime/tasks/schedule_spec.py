@@ -16,9 +16,10 @@ from headrace.core.schedule import FIRST_US, CatchUp, Cron, Every, Rule, moment_
 from headrace.foundation.errors import InvalidSetting
 from headrace.foundation.ids import new_batch_id
 from headrace.runtime.engine import Engine
-from headrace.runtime.producing.producer import Options, key_of
+from headrace.runtime.tasks.bounds import check_name
+from headrace.runtime.tasks.call_options import Options, key_of
 from headrace.runtime.tasks.context import SCHEDULE, SCHEDULED_US
-from headrace.runtime.tasks.task_spec import TaskSpec, check_name
+from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.store.protocol import NewBatch, Schedule
 
 UTC: Final = "UTC"

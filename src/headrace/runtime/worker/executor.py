@@ -1,11 +1,10 @@
-"""Runs leased work in this process.
+"""Executes the runs of leases in this process.
 
-Rule R15: a fixed set of long-lived runner coroutines takes runs from spans; a run that never waits costs no task,
-no future and no log line. Rule R16: each run steps inside its own `contextvars` context. Rule R17: a timeout is
-armed only when a run first waits. Rule R18: runners give the loop back every 2 ms.
+Rules R15 (runners are long-lived), R16 (each run has its own context), R17 (timeouts are armed at the first suspension)
+and R18 (the loop is yielded every 2 ms): a run that never waits costs no task, no future, no timer and no log line.
 
-Suspects (spans that shared two crashes or more) run by themselves: while one of them runs, nothing else does, so
-the next crash tells.
+Suspects (runs of a span that was leased during two crashes or more) execute one at a time, so that the next crash
+identifies the run that caused it.
 """
 
 from __future__ import annotations
@@ -35,9 +34,11 @@ from headrace.runtime.clock import Clock
 from headrace.runtime.retrying import patiently
 from headrace.runtime.sessions.active_lease import BEGUN, ENDED, Plan, Retracted, Work, retract
 from headrace.runtime.tasks.context import Context
-from headrace.runtime.tasks.exception_info import describe
+from headrace.runtime.tasks.exception_info import describe, said
+from headrace.runtime.tasks.payload_codec import Arguments
 from headrace.runtime.tasks.superjson import PayloadRefused
-from headrace.runtime.tasks.task_spec import Arguments, Registry, TaskSpec, said
+from headrace.runtime.tasks.task_registry import Registry
+from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.worker.run_driver import CANCELLED, STOPPED, TIMEOUT, Runner, driven, outcome_of, shielded
 
 LOG: Any = structlog.get_logger("headrace.executor")
@@ -554,7 +555,6 @@ class Executor:
             await rest
 
     async def _ask_objects(self, call: Callable[[], Awaitable[tuple[Any, Any]]]) -> tuple[Any, Any]:
-        """Ask the object store until it answers: that it is away is no fault of the run, which keeps its place."""
         return await patiently(call, self._clock, what="the object store")
 
     # -- how it ended

@@ -26,7 +26,8 @@ from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.sessions.active_lease import Work
 from headrace.runtime.sessions.inflight_marks import Marks
-from headrace.runtime.tasks.task_spec import Registry, TaskSpec
+from headrace.runtime.tasks.task_registry import Registry
+from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.wakeup import Doorbell
 from headrace.runtime.worker.executor import Executor, Hooks
 from headrace.runtime.worker.process_ipc import (

@@ -33,7 +33,7 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.sessions.active_lease import BEGUN, NOT_BEGUN, Retracted, Work, retract
 from headrace.runtime.sessions.inflight_marks import SLOTS, read, read_deadline, remove
 from headrace.runtime.sessions.session import Broker
-from headrace.runtime.tasks.task_spec import Registry
+from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.worker.executor import SUSPECT_CRASHES, Hooks
 from headrace.runtime.worker.process_ipc import (
     HEADER,

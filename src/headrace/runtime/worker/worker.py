@@ -23,7 +23,7 @@ from headrace.runtime.retrying import patiently
 from headrace.runtime.sessions.active_lease import BEGUN, Work
 from headrace.runtime.sessions.inflight_marks import SLOTS
 from headrace.runtime.sessions.session import Broker, Update
-from headrace.runtime.tasks.task_spec import Registry
+from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.worker.claim_sizing import AHEAD_S, Pace, Runs
 from headrace.runtime.worker.executor import Executor, Hooks
 from headrace.runtime.worker.process_pool import Crew

@@ -1,0 +1,82 @@
+"""Options of one call beside its arguments, and the key and extras that its run is stored with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, cast
+
+import msgspec
+
+from headrace.core.block import Extra
+from headrace.core.span import Key
+from headrace.foundation.errors import InvalidInput
+from headrace.foundation.limits import Limits
+from headrace.runtime.tasks.bounds import SECONDS_MAX, check_name, check_priority
+from headrace.runtime.tasks.task_spec import TaskSpec
+from headrace.runtime.tasks.tracing import trace_headers
+
+
+class Options(NamedTuple):
+    """What a call may ask for beside its arguments. Durations are seconds; 0 is now, never, for ever."""
+
+    delay_s: float = 0
+    expires_s: float = 0
+    priority: int | None = None
+    queue: str | None = None
+    idempotency_key: str = ""
+    idempotency_ttl_s: float = 0
+    tags: tuple[str, ...] = ()
+    headers: dict[str, str] = {}  # noqa: RUF012 - never changed
+
+
+def key_of(spec: TaskSpec, options: Options, now_us: int) -> Key:
+    """What a run of a task is queued by."""
+    return spec.key._replace(
+        queue=spec.queue if options.queue is None else check_name("queue", options.queue),
+        priority=spec.priority if options.priority is None else check_priority(options.priority),
+        due_us=_moment_us("delay", options.delay_s or spec.delay_s, now_us),
+        expires_us=_moment_us("expires", options.expires_s or spec.expires_s, now_us),
+    )
+
+
+def traced(options: Options) -> Options:
+    """The options of a call with the trace it belongs to, unless it names one. Not of a map: each run would pay."""
+    found = trace_headers()
+    return options._replace(headers={**found, **options.headers}) if found else options
+
+
+def extra_of(options: Options, limits: Limits, now_us: int) -> Extra | None:
+    """What only some runs have; None for one that has none of it. Raises `InvalidInput`."""
+    if not options.idempotency_key and not options.tags and not options.headers:
+        return None
+    if options.idempotency_key:
+        check_name("idempotency key", options.idempotency_key)
+    if len(options.tags) > limits.tags_max:
+        raise InvalidInput(f"a run has at most {limits.tags_max} tags, not {len(options.tags)}")
+    for tag in options.tags:
+        check_name("tag", tag)
+    _check_headers(cast("Mapping[object, object]", options.headers), limits.headers_bytes_max)
+    return Extra(
+        idempotency_key=options.idempotency_key,
+        idempotency_expires_us=_moment_us("idempotency_ttl", options.idempotency_ttl_s, now_us),
+        tags=options.tags,
+        headers=options.headers,
+    )
+
+
+def _moment_us(what: str, seconds: float, now_us: int) -> int:
+    if not 0 <= seconds <= SECONDS_MAX:
+        raise InvalidInput(f"{what} is from 0 to {SECONDS_MAX} seconds, not {seconds!r}")
+    return now_us + int(seconds * 1_000_000) if seconds else 0
+
+
+def _check_headers(headers: Mapping[object, object], bytes_max: int) -> None:
+    for name, value in headers.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise InvalidInput(f"headers are strings by name, not {name!r}: {value!r}")
+    try:
+        size = len(msgspec.json.encode(headers))
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"headers are not valid text: {error}") from None
+    if size > bytes_max:
+        raise InvalidInput(f"the headers of a run have at most {bytes_max} bytes, not {size}")

@@ -1,0 +1,285 @@
+"""Tasks by name, and the one table by which payloads decode, whatever door they came through.
+
+application/json         a task of one parameter takes the value whole; of several, an object as keyword
+                         arguments or an array as positional ones; a `Context` parameter does not count
+application/super+json   its `json` part, with its `meta` types where Python has them, then as JSON
+text/plain               a string
+application/store        a reference, fetched first (by the executor), then as what it refers to
+application/msgpack      `{args, kwargs}`
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from headrace.core import pack
+from headrace.foundation.errors import InvalidInput, InvalidSetting
+from headrace.runtime.tasks.context import Context
+from headrace.runtime.tasks.exception_info import said
+from headrace.runtime.tasks.superjson import PayloadRefused, revived
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _result_decoder(annotation: Any) -> Callable[[bytes], Any]:
+    """What turns a stored result into what the task is annotated to return.
+
+    A result that does not fit (an older version of the task wrote it), or an annotation that nothing decodes, comes
+    as plain JSON values.
+    """
+    plain = msgspec.json.Decoder().decode
+    try:
+        typed = msgspec.json.Decoder(annotation).decode
+    except (TypeError, RuntimeError):
+        return plain
+
+    def result_of(result: bytes) -> Any:
+        try:
+            return typed(result)
+        except msgspec.ValidationError:
+            return plain(result)
+
+    return plain if annotation in (Any, object, None, type(None)) else result_of
+
+
+class _Parameter(NamedTuple):
+    """One parameter of a task that payloads fill."""
+
+    name: str
+    annotation: Any
+    default: Any
+    kind: Any
+
+    @property
+    def has_default(self) -> bool:
+        return self.default is not inspect.Parameter.empty
+
+    @property
+    def field(self) -> Any:
+        """As a field of a struct; left out where there is a default, so that the function's own holds."""
+        if not self.has_default:
+            return (self.name, self.annotation)
+        return (self.name, typing.Union[self.annotation, msgspec.UnsetType], msgspec.UNSET)  # noqa: UP007 - any hint
+
+
+class Codec:
+    """Turns calls into payloads and payloads into calls, by a function's signature and annotations."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name
+        self.context_name = ""
+        self.decode_one: Callable[[bytes], Any] | None = None
+        self.parameters = self._parameters(function)
+        self._by_place_only = [one for one in self.parameters if one.kind == inspect.Parameter.POSITIONAL_ONLY]
+        known = inspect.signature(function).parameters.values()
+        self._signature = inspect.Signature([one for one in known if one.name != self.context_name])
+        self._only = self.parameters[0] if len(self.parameters) == 1 else None
+        self._checks_nothing = False
+        self._many: msgspec.json.Decoder[Any] | None = None
+        try:
+            self._prepare()
+        except (TypeError, RuntimeError) as error:
+            raise InvalidSetting(f"no payload can hold the arguments of task {name}: {error}") from error
+
+    def _prepare(self) -> None:
+        if self._only is not None:
+            annotation = self._only.annotation
+            self._whole = msgspec.json.Decoder(annotation)
+            if self._only.kind != inspect.Parameter.KEYWORD_ONLY:
+                self.decode_one = self._whole.decode
+            self._checks_nothing = annotation in (Any, object)
+            self._many = msgspec.json.Decoder(list[annotation])  # type: ignore[valid-type]  # known only when it runs
+            return
+        placed = [one for one in self.parameters if one.kind != inspect.Parameter.KEYWORD_ONLY]
+        fields = [one.field for one in self.parameters]
+        self._by_name_type = msgspec.defstruct("Arguments", fields, forbid_unknown_fields=True, kw_only=True)
+        self._by_place_type = msgspec.defstruct(
+            "Arguments", [one.field for one in placed], array_like=True, forbid_unknown_fields=True
+        )
+        self._needs_names = [one.name for one in self.parameters if one not in placed and not one.has_default]
+        if self.parameters:
+            self._many = msgspec.json.Decoder(list[self._by_name_type])  # type: ignore[name-defined]  # made here
+        self._by_name = msgspec.json.Decoder(self._by_name_type)
+        self._by_place = msgspec.json.Decoder(self._by_place_type)
+
+    def _parameters(self, function: Callable[..., Any]) -> list[_Parameter]:
+        try:
+            hints = typing.get_type_hints(function, include_extras=True)
+            parameters = inspect.signature(function).parameters.values()
+        except Exception as error:
+            raise InvalidSetting(
+                f"the annotations of task {self.name} can't be resolved: {error}", hint="import the names they use"
+            ) from error
+        self.result_of = _result_decoder(hints.get("return", Any))
+        found = []
+        for parameter in parameters:
+            if _is_context(hints.get(parameter.name)):
+                if self.context_name or parameter.kind == parameter.POSITIONAL_ONLY:
+                    raise InvalidSetting(
+                        f"task {self.name} takes its Context by name, and once", hint="write context: Context"
+                    )
+                self.context_name = parameter.name
+                continue
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise InvalidSetting(
+                    f"task {self.name} takes *{parameter.name}, which no payload can describe",
+                    hint="name its parameters",
+                )
+            annotation = hints.get(parameter.name, Any)
+            found.append(_Parameter(parameter.name, annotation, parameter.default, parameter.kind))
+        return found
+
+    # -- calls to payloads, results to values
+
+    def encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
+        """A call as JSON, checked by decoding it as the worker will. Raises `InvalidInput`, naming the field."""
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InvalidInput(
+                f"task {self.name} can't be called so: {error}", hint=f"it takes {self._signature}"
+            ) from None
+        if self._only is None:
+            return self._checked(bound.arguments)
+        if self._only.name not in bound.arguments:
+            return b""  # the one payload that is no value: the function's own default holds
+        return self.encode_value(bound.arguments[self._only.name])
+
+    def encode_value(self, value: Any) -> bytes:
+        """An item of a batch as JSON: the value whole, or an object or array of arguments."""
+        return self._checked(value)
+
+    def _checked(self, value: Any) -> bytes:
+        try:
+            payload = _encode_json(value)
+        except Exception as error:  # noqa: BLE001 - a value's own code may raise anything
+            raise InvalidInput(
+                f"the arguments of task {self.name} can't be written as JSON: {said(error)}",
+                hint="use plain values, dataclasses, msgspec structs, dates, UUIDs, enums or bytes",
+            ) from None
+        try:
+            self.decode(payload, pack.JSON)
+        except PayloadRefused as error:
+            raise InvalidInput(
+                f"the arguments don't fit task {self.name}: {error}", hint=f"it takes {self._signature}"
+            ) from None
+        return payload
+
+    def encode_values(self, values: Sequence[Any]) -> list[bytes] | None:
+        """Many items as JSON, checked in one go; None when any of them is refused, so that each can be asked alone."""
+        try:
+            payloads = [_encode_json(value) for value in values]
+            if self._checks_nothing:
+                return payloads
+            if self._many is None or any(payload[:1] == b"[" for payload in payloads if self._only is None):
+                return [self._checked(value) for value in values]
+            self._many.decode(b"[" + b",".join(payloads) + b"]")
+        except Exception:  # noqa: BLE001 - the one that is refused will say why
+            return None
+        return payloads
+
+    # -- payloads to calls
+
+    def decode(self, payload: bytes, kind: int) -> Arguments:
+        """The call that a payload describes. Raises `PayloadRefused`, naming the path of the field."""
+        try:
+            if kind == pack.JSON:
+                return self._from_json(payload)
+            return self._other(payload, kind)
+        except PayloadRefused:
+            raise
+        except RecursionError:
+            raise PayloadRefused("the payload is nested too deeply") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise PayloadRefused(str(error)) from None
+        except Exception as error:
+            raise PayloadRefused(f"a type of the task refuses it: {said(error)}") from error
+
+    def _from_json(self, payload: bytes) -> Arguments:
+        if self._only is not None:
+            if not payload and self._only.has_default:
+                return (), {}
+            return self._placed({self._only.name: self._whole.decode(payload)})
+        first = payload.lstrip()[:1]
+        if not self.parameters:
+            return self.from_value(msgspec.json.decode(payload) if payload else None)
+        if first == b"[":
+            return self._filled(self._by_place.decode(payload), by_place=True)
+        return self._filled(self._by_name.decode(payload))
+
+    def _other(self, payload: bytes, kind: int) -> Arguments:
+        if kind == pack.TEXT:
+            return self.from_value(payload.decode("utf-8"))
+        if kind == pack.SUPER_JSON:
+            return self.from_value(revived(msgspec.json.decode(payload)))
+        if kind == pack.MSGPACK:
+            call = msgspec.msgpack.decode(payload, type=_Call)
+            return self._from_named(self._named(call.args, call.kwargs))
+        raise PayloadRefused(f"no payload has the kind {kind}")
+
+    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Positional and keyword arguments as keyword arguments."""
+        names = [one.name for one in self.parameters if one.kind != inspect.Parameter.KEYWORD_ONLY]
+        if len(args) > len(names):
+            raise PayloadRefused(f"{len(args)} positional arguments for {len(names)} parameters")
+        named = dict(zip(names, args, strict=False))
+        if twice := named.keys() & kwargs.keys():
+            raise PayloadRefused(f"{', '.join(sorted(twice))} is given by place and by name")
+        return {**named, **kwargs}
+
+    def _from_named(self, named: dict[str, Any]) -> Arguments:
+        only = self._only
+        if only is None:
+            return self.from_value(named)
+        if unknown := named.keys() - {only.name}:
+            raise PayloadRefused(f"unknown arguments {', '.join(sorted(unknown))}")
+        if only.name in named:
+            return self.from_value(named[only.name])
+        if only.has_default:
+            return (), {}
+        raise PayloadRefused(f"the argument {only.name} is missing")
+
+    def from_value(self, value: Any) -> Arguments:
+        """The call that a decoded value describes: the one argument, or an object or array of several."""
+        if self._only is not None:
+            return self._placed({self._only.name: msgspec.convert(value, self._only.annotation)})
+        if not self.parameters:
+            if value not in (None, {}, []):
+                raise PayloadRefused(f"task {self.name} takes no arguments")
+            return (), {}
+        if isinstance(value, list | tuple):
+            return self._filled(msgspec.convert(value, self._by_place_type), by_place=True)
+        return self._filled(msgspec.convert(value, self._by_name_type))
+
+    def _filled(self, found: Any, *, by_place: bool = False) -> Arguments:
+        if by_place and self._needs_names:
+            raise PayloadRefused(f"{', '.join(self._needs_names)} can only be given by name: send an object")
+        values = ((one.name, getattr(found, one.name, msgspec.UNSET)) for one in self.parameters)
+        return self._placed({name: value for name, value in values if value is not msgspec.UNSET})
+
+    def _placed(self, values: dict[str, Any]) -> Arguments:
+        """What a function takes by place only goes there; all else goes by name."""
+        if not self._by_place_only:
+            return (), values
+        return tuple(values.pop(one.name, one.default) for one in self._by_place_only), values
+
+
+_encode_json: Final = msgspec.json.Encoder().encode
+
+
+class _Call(msgspec.Struct):
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+
+
+def _is_context(hint: Any) -> bool:
+    """`Context`, or `Context | None`."""
+    return hint is Context or (
+        typing.get_origin(hint) in (typing.Union, types.UnionType) and Context in typing.get_args(hint)
+    )

@@ -35,8 +35,8 @@ def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: 
 
     from headrace.foundation import interpreter
     from headrace.foundation.limits import DEFAULT
-    from headrace.http.server import serving
-    from headrace.http.service import Service
+    from headrace.http.requests.service import Service
+    from headrace.http.server.server import serving
     from headrace.runtime.clock import SystemClock
     from headrace.runtime.engine import Engine
     from headrace.runtime.wakeup import Doorbell

@@ -19,6 +19,7 @@ CORE: Final = "The core is deaf, blind and timeless"
 RUNTIME: Final = "Inside runtime, a package imports only from layers below it"
 STORES: Final = "Only compose knows a concrete store"
 GRPC: Final = "Inside grpc, the task broker builds on the transport"
+HTTP: Final = "Inside http, the server mounts APIs that share the handling of requests"
 TRANSPORT: Final = "The gRPC transport knows nothing of Headrace but foundation"
 CONTRACTS: Final = [
     contract["name"]
@@ -72,6 +73,9 @@ def test_every_room_stands_on_its_floor(house: Path) -> None:
         ("core", "import sqlite3", CORE),
         ("runtime", "import headrace.store.sqlite", STORES),
         ("cli", "from headrace.store import memory", STORES),
+        ("http/requests", "from headrace.http.v1 import batches", HTTP),
+        ("http/v1", "from headrace.http.trigger_api import batches", HTTP),
+        ("http/grpc_mount", "from headrace.http.server import app", HTTP),
         ("grpc/transport", "from headrace.grpc.taskbroker import pusher", GRPC),
         ("grpc/messages", "from headrace.grpc.transport import status", GRPC),
         ("grpc/transport", "import headrace.core.run", TRANSPORT),

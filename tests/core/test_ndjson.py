@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from headrace.core import ndjson
 from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable, extract_index_and_task
 from headrace.foundation.errors import IllegalTransition, InvalidInput
-from tests.hostile import HOSTILE, ITEM_BYTES_MAX, HostileLine
+from tests.support.hostile import HOSTILE, ITEM_BYTES_MAX, HostileLine
 
 
 def items_of(*pieces: bytes, item_bytes_max: int = 1_000, validate: bool = True) -> list[Item]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.http.rig import AUTH, KEY, NDJSON, Answer, Peer, line
+from tests.support.http_server import AUTH, KEY, NDJSON, Answer, Peer, line
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(120)]
 

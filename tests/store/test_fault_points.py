@@ -20,7 +20,7 @@ from tests.postgres import Server, server
 from tests.store.harm import Harmed, harmed_store, harmed_story, read_log
 from tests.store.story import REDRIVEN, Told
 from tests.store.world import SECOND_US, START_US, fresh_schema
-from tests.wire import LATE, MODES, Wire
+from tests.support.wire import LATE, MODES, Wire
 
 ROOMS = ("hot", "read", "work", "write", "admit")
 """The files whose statements the story must come to."""

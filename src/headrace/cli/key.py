@@ -38,7 +38,7 @@ def create(
     from headrace.foundation.errors import InvalidInput, InvalidSetting
 
     try:
-        from headrace.http.auth import new_key
+        from headrace.http.requests.auth import new_key
     except ModuleNotFoundError as error:
         raise InvalidSetting(f"keys need {error.name}", hint="pip install 'headrace[server]'") from None
     if len(name) > 200 or not (name.isprintable() or not name):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from headrace.app import Headrace
     from headrace.foundation.settings import Settings
     from headrace.grpc.transport.server import GrpcServer
-    from headrace.http.service import Service
+    from headrace.http.requests.service import Service
 
 LEAVE_S: Final = 20.0
 """What a server may need beyond its graces for streams, runs and outcomes, before its supervisor kills it."""
@@ -138,8 +138,8 @@ async def _serve(
     from headrace.foundation.errors import InvalidSetting
 
     try:
-        from headrace.http.server import Tls, serving
-        from headrace.http.service import Service
+        from headrace.http.requests.service import Service
+        from headrace.http.server.server import Tls, serving
     except ModuleNotFoundError as error:
         raise InvalidSetting(f"serving needs {error.name}", hint="pip install 'headrace[server]'") from None
 
@@ -185,7 +185,7 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
     try:
         from headrace.grpc.taskbroker.broker import dispatching
         from headrace.grpc.taskbroker.dispatcher_deliveries import DispatchedDeliveries
-        from headrace.http.grpc_calls import answering, pushing
+        from headrace.http.grpc_mount.mounting import answering, pushing
     except ModuleNotFoundError as error:
         if settings.delivery is not None or settings.grpc_secrets:
             raise InvalidSetting(f"gRPC needs {error.name}", hint="pip install 'headrace[grpc]'") from None

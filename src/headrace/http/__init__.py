@@ -1,1 +1,1 @@
-"""The engine on the network: batches streamed in, runs looked at, workers far away. Needs `headrace[server]`."""
+"""HTTP server: trigger.dev's API, the `/v1` API, and gRPC on the same port. Needs `headrace[server]`."""

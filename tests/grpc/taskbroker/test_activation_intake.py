@@ -26,9 +26,9 @@ from headrace.runtime.clock import ManualClock
 from headrace.runtime.dispatch.backpressure import NoRoom
 from headrace.runtime.dispatch.rule_cache import decide
 from headrace.runtime.maintenance.upkeep import Upkeep
-from tests.http.rig import LIMITS, house
 from tests.support.broker import COMPLETE, Broker, activation, broker, on_databases, on_every_store, stream, varint
 from tests.support.engines import Faulty
+from tests.support.http_server import LIMITS, house
 
 
 async def pieces_of(*pieces: bytes) -> AsyncIterator[bytes]:

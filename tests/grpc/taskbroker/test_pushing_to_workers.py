@@ -16,11 +16,11 @@ from headrace.grpc.taskbroker.dispatcher_deliveries import DispatchedDeliveries
 from headrace.grpc.taskbroker.pusher import Pusher
 from headrace.grpc.transport.service_methods import Call, methods_of
 from headrace.grpc.transport.status import Code, GrpcError
-from headrace.http.grpc_calls import pushing
-from tests.http.rig import house
+from headrace.http.grpc_mount.mounting import pushing
 from tests.support.broker import COMPLETE, Broker, broker, on_databases
 from tests.support.grpc_server import WORKER, listening
 from tests.support.grpcio_client import channel
+from tests.support.http_server import house
 
 CONSUMER = "/sentry_protos.taskbroker.v1.ConsumerService/SetBatchActivationStatus"
 SIZE = 16

@@ -27,7 +27,7 @@ from headrace.runtime.wakeup import Doorbell
 from headrace.store.payloads import PayloadStore, Reference, open_payloads
 from headrace.store.protocol import Appended, NewBatch
 from headrace.store.sqlite import SqliteStore
-from tests.hostile import HOSTILE, ITEM_BYTES_MAX
+from tests.support.hostile import HOSTILE, ITEM_BYTES_MAX
 
 LIMITS = Limits(chunk_runs_max=8, item_bytes_max=ITEM_BYTES_MAX, inline_bytes_max=4_096, chunk_bytes_max=64 * 1024)
 

@@ -1,0 +1,79 @@
+"""What a server answers over gRPC, on its HTTP port: health, the broker, and the task broker's own service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager, suppress
+
+from headrace.foundation.targets import PushTarget
+from headrace.grpc.taskbroker.consumer_service import SERVICE as CONSUMER
+from headrace.grpc.taskbroker.delivery_protocol import Deliveries
+from headrace.grpc.taskbroker.pusher import Pusher
+from headrace.grpc.transport.health import Health
+from headrace.grpc.transport.server import GrpcServer
+from headrace.grpc.transport.service_methods import Methods, methods_of
+from headrace.grpc.transport.signing import Secrets
+from headrace.http.grpc_mount.broker_service import SERVICE, Broker
+from headrace.http.requests.metrics import Pushes
+from headrace.http.requests.service import Service
+
+
+@asynccontextmanager
+async def answering(
+    service: Service, *, secrets: Sequence[str] = (), consumer: Methods | None = None
+) -> AsyncGenerator[GrpcServer, None]:
+    """A gRPC server for the connections of an HTTP server. `consumer` answers the workers that pull, if any may."""
+    methods = methods_of(SERVICE, Broker(service), is_open=True)
+    if consumer is not None:
+        methods |= consumer
+    health = Health((SERVICE.full_name, CONSUMER.full_name) if consumer is not None else (SERVICE.full_name,))
+    server = GrpcServer(
+        methods | health.methods, limits=service.limits, secrets=Secrets(secrets), observe=service.metrics.calls.observe
+    )
+    looking = asyncio.create_task(_look(service, health), name="headrace-grpc-health")
+    try:
+        yield server
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+
+
+@asynccontextmanager
+async def pushing(
+    service: Service, deliveries: Deliveries, targets: Sequence[PushTarget], *, secrets: Sequence[str] = ()
+) -> AsyncGenerator[Pusher, None]:
+    """Push what waits to its workers while the block lasts, and until the server begins to stop."""
+    engine = service.engine
+    pusher = Pusher(
+        deliveries,
+        targets,
+        limits=service.limits,
+        clock=engine.clock,
+        doorbell=engine.doorbell,
+        secrets=Secrets(secrets),
+    )
+    service.metrics.registry.register(Pushes(pusher))
+
+    async def end_with_server() -> None:
+        await service.draining.wait()
+        await pusher.stop()
+
+    await pusher.start()
+    ending = asyncio.create_task(end_with_server(), name="headrace-push-end")
+    try:
+        yield pusher
+    finally:
+        await pusher.stop()
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
+
+
+async def _look(service: Service, health: Health) -> None:
+    """Say how things are, as often as upkeep looks, until the server stops."""
+    while not service.is_draining:
+        health.tell(is_serving=not await service.why_not_ready())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(service.limits.upkeep_interval_ms / 1_000):
+                await service.draining.wait()
+    health.end()

@@ -1,0 +1,1 @@
+"""The API that trigger.dev's clients speak (`/api/v?/…`): batches, runs, uploads."""

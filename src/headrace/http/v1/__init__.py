@@ -1,0 +1,1 @@
+"""Headrace's own API (`/v1/…`): batches, activations, worker sessions, and the store for remote processes."""

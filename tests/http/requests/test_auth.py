@@ -1,0 +1,208 @@
+"""Who is let in, to what, and how fast."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+
+from headrace.foundation.errors import InvalidInput
+from headrace.http.requests import auth
+from headrace.http.requests.auth import new_key
+from tests.support.http_server import KEY, LIMITS, NDJSON, House, house, line
+
+BATCH = {"runCount": 1}
+
+
+def bearer(credential: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {credential}"}
+
+
+async def key_for(home: House, *scopes: str, environment: str = "default") -> dict[str, str]:
+    secret, kept = new_key(environment, scopes, "", home.engine.clock.now_us())
+    await home.engine.store.add_key(kept, now_us=1)
+    return bearer(secret)
+
+
+async def ask(home: House, method: str, path: str, headers: dict[str, str], body: Any = None) -> Any:
+    return await home.ask(method, path, body, headers, auth=False)
+
+
+async def test_no_header_a_bad_key_and_a_bad_scheme_are_told_apart_in_the_field_s_shapes(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        missing = await ask(home, "POST", "/api/v3/batches", {}, BATCH)
+        assert (missing.status, missing.headers["content-type"]) == (401, "application/problem+json")
+        assert set(missing.json) == {"title", "status", "type", "detail", "error"}
+        for header in ("Bearer nonsense", "Basic abc", "Bearer", "Bearer " + "x" * 10_000, "Bearer a.b.c"):
+            bad = await ask(home, "POST", "/api/v3/batches", {"authorization": header}, BATCH)
+            assert (bad.status, bad.json["error"]) == (401, "Invalid API Key"), header
+        problem = await ask(home, "GET", "/v1/batches", bearer("nonsense"))
+        assert (problem.status, problem.json["code"]) == (401, "UNAUTHORIZED")
+        assert KEY not in problem.body.decode()
+
+
+async def test_a_key_does_what_its_scopes_say_and_nothing_else(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        batch_id = await home.filled(1)
+        asked: dict[str, tuple[str, str, Any]] = {
+            "batches:write": ("POST", "/v1/batches", {}),
+            "batches:read": ("GET", f"/v1/batches/{batch_id}", None),
+            "runs:read": ("GET", "/api/v1/runs", None),
+            "runs:write": ("POST", f"/api/v2/runs/run_{batch_id.removeprefix('batch_')}_0/cancel", None),
+            "work": ("POST", "/v1/sessions", {}),
+        }
+        for own in asked:
+            headers = await key_for(home, own)
+            for scope, (method, path, body) in asked.items():
+                answer = await ask(home, method, path, headers, body)
+                assert (answer.status < 300) is (scope == own), (own, scope, answer)
+                if scope != own:
+                    assert answer.status == 403
+        forbidden = await ask(home, "POST", "/api/v3/batches", await key_for(home, "runs:read"), BATCH)
+        assert forbidden.json == {
+            "error": "Unauthorized",
+            "code": "unauthorized",
+            "param": "access_token",
+            "type": "authorization",
+        }
+
+
+@pytest.mark.parametrize("scopes", [(), ("everything",), ("batches:write", "")])
+def test_a_scope_nobody_knows_is_refused(scopes: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidInput):
+        new_key("default", scopes, "", 1)
+
+
+async def test_only_a_key_s_digest_is_kept_and_a_revoked_one_is_let_in_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "SEEN_S", 0)
+    async with house(tmp_path, "sqlite") as home:
+        secret, kept = new_key("default", ("*",), "ci", home.engine.clock.now_us())
+        await home.engine.store.add_key(kept, now_us=1)
+        assert secret.startswith("tr_")
+        assert (await ask(home, "GET", "/v1/batches", bearer(secret))).status == 200
+        await home.engine.store.revoke_key("default", kept.id, now_us=2)
+        assert (await ask(home, "GET", "/v1/batches", bearer(secret))).status == 401
+        files = b"".join(path.read_bytes() for path in tmp_path.glob("headrace.db*"))
+        assert secret.encode() not in files
+        assert kept.digest.encode() in files
+
+
+async def test_another_environment_s_batches_and_runs_are_not_there(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        batch_id = await home.filled(1)
+        headers = await key_for(home, "*", environment="elsewhere")
+        run_id = f"run_{batch_id.removeprefix('batch_')}_0"
+        for method, path in (
+            ("GET", f"/api/v2/batches/{batch_id}"),
+            ("GET", f"/api/v1/batches/{batch_id}/results"),
+            ("GET", f"/api/v3/runs/{run_id}"),
+            ("POST", f"/api/v2/runs/{run_id}/cancel"),
+            ("POST", f"/api/v1/runs/{run_id}/replay"),
+            ("GET", f"/v1/batches/{batch_id}"),
+            ("GET", f"/v1/batches/{batch_id}/missing"),
+            ("GET", f"/v1/batches/{batch_id}/results"),
+            ("GET", f"/v1/batches/{batch_id}/events"),
+            ("POST", f"/v1/batches/{batch_id}/seal"),
+            ("POST", f"/v1/batches/{batch_id}/cancel"),
+            ("POST", f"/v1/batches/{batch_id}/redrive"),
+        ):
+            assert (await ask(home, method, path, headers)).status == 404, path
+        streamed = await ask(home, "POST", f"/api/v3/batches/{batch_id}/items", {**headers, **NDJSON}, [line(0)])
+        assert (streamed.status, streamed.json["error"]) == (422, f"Batch {batch_id} not found")
+        assert (await ask(home, "GET", "/api/v1/runs", headers)).json["data"] == []
+        assert (await ask(home, "GET", "/v1/batches", headers)).json["batches"] == []
+
+
+async def test_a_batch_s_token_reads_that_batch_and_no_other(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        created = await home.ask("POST", "/api/v3/batches", BATCH)
+        batch_id, other = created.json["id"], await home.create(1)
+        token = bearer(created.headers["x-trigger-jwt"])
+        assert (await ask(home, "GET", f"/api/v2/batches/{batch_id}", token)).status == 200
+        assert (await ask(home, "GET", f"/api/v1/runs?filter[batch]={batch_id}", token)).status == 200
+        assert (await ask(home, "GET", f"/api/v2/batches/{other}", token)).status == 403
+        assert (await ask(home, "GET", "/api/v1/runs", token)).status == 403
+        path = f"/api/v3/batches/{batch_id}/items"
+        assert (await ask(home, "POST", path, {**token, **NDJSON}, [line(0)])).status == 403
+        browser = await home.ask("POST", "/api/v3/batches", BATCH, {"x-trigger-client": "browser"})
+        token = bearer(browser.headers["x-trigger-jwt"])
+        path = f"/api/v3/batches/{browser.json['id']}/items"
+        assert (await ask(home, "POST", path, {**token, **NDJSON}, [line(0)])).json["sealed"]
+
+
+async def test_forged_expired_and_foreign_tokens_are_refused(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        created = await home.ask("POST", "/api/v3/batches", BATCH)
+        batch_id, good = created.json["id"], created.headers["x-trigger-jwt"]
+        claims = jwt.decode(good, options={"verify_signature": False})
+        key = await home.service.doorkeeper.signing_key("default")
+        now_s = int(time.time())
+        bad = [
+            jwt.encode(claims, "another key that is long enough for it", algorithm="HS256"),
+            jwt.encode({**claims, "exp": now_s - 1}, key, algorithm="HS256"),
+            jwt.encode({**claims, "sub": "elsewhere"}, key, algorithm="HS256"),
+            jwt.encode({**claims, "aud": "https://else"}, key, algorithm="HS256"),
+            jwt.encode({name: claims[name] for name in claims if name != "exp"}, key, algorithm="HS256"),
+            jwt.encode({**claims, "pub": False}, key, algorithm="HS256"),
+            jwt.encode(claims, "", algorithm="none"),
+            jwt.encode({**claims, "exp": 10**30}, key + b"x", algorithm="HS256"),
+            good[:-2] + ("AA" if good[-2:] != "AA" else "BB"),
+            good.rpartition(".")[0] + ".",
+        ]
+        for token in bad:
+            assert (await ask(home, "GET", f"/api/v2/batches/{batch_id}", bearer(token))).status == 401, token
+        assert (await ask(home, "GET", f"/api/v2/batches/{batch_id}", bearer(good))).status == 200
+
+
+async def test_an_open_server_lets_anybody_in(tmp_path: Path) -> None:
+    async with house(tmp_path, is_open=True) as home:
+        assert (await ask(home, "POST", "/v1/batches", {}, {})).status == 201
+        assert (await ask(home, "POST", "/v1/batches", bearer("whatever"), {})).status == 201
+
+
+async def test_requests_are_limited_by_environment_with_the_field_s_headers(tmp_path: Path) -> None:
+    limits = LIMITS.replaced(requests_per_minute_max=1, requests_burst_max=3)
+    async with house(tmp_path, "sqlite", limits=limits) as home:
+        answers = [await home.ask("GET", "/api/v1/runs") for _ in range(4)]
+        assert [one.status for one in answers] == [200, 200, 200, 429]
+        assert [one.headers["x-ratelimit-remaining"] for one in answers] == ["2", "1", "0", "0"]
+        refused = answers[3]
+        assert refused.headers["x-ratelimit-limit"] == "3"
+        assert int(refused.headers["x-ratelimit-reset"]) > 1_600_000_000_000, "milliseconds, as the clients read it"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert set(refused.json) >= {"title", "status", "type", "detail", "reset", "limit", "remaining", "error"}
+        other = await key_for(home, "*", environment="elsewhere")
+        assert (await ask(home, "GET", "/api/v1/runs", other)).status == 200
+        worker = await key_for(home, "work")
+        for _ in range(5):
+            assert (await ask(home, "POST", "/v1/sessions", worker, {})).status == 201, "a worker is never held up"
+        assert (await ask(home, "GET", "/healthz", {})).status == 200
+
+
+async def test_announced_runs_are_limited_and_a_repeated_create_costs_nothing(tmp_path: Path) -> None:
+    limits = LIMITS.replaced(batch_runs_per_minute_max=60, batch_runs_burst_max=10)
+    async with house(tmp_path, "sqlite", limits=limits) as home:
+        for _ in range(3):
+            assert (await home.ask("POST", "/api/v3/batches", {"runCount": 8, "idempotencyKey": "k"})).status in (
+                200,
+                202,
+            )
+        refused = await home.ask("POST", "/api/v3/batches", {"runCount": 8})
+        assert refused.status == 429
+        assert "Batch rate limit exceeded" in refused.json["error"]
+        assert (await home.ask("POST", "/api/v3/batches", {"runCount": 2})).status == 202
+
+
+async def test_streams_of_a_batch_that_was_let_in_pass_the_limit_so_many_times(tmp_path: Path) -> None:
+    limits = LIMITS.replaced(requests_per_minute_max=1, requests_burst_max=1, stream_grants_max=3)
+    async with house(tmp_path, "sqlite", limits=limits) as home:
+        batch_id = await home.create(9)
+        told = [(await home.stream(batch_id, [line(index)])).status for index in range(4)]
+        assert told == [200, 200, 200, 429]
+        unknown = await home.stream("batch_00000000000000000000000000", [line(0)])
+        assert unknown.status == 429, "what was not let in has no grant"

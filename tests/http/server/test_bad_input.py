@@ -1,0 +1,327 @@
+"""Bad input over real sockets: a clear error, nothing changed, and never a 500."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from headrace.http.server.http1_protocol import HEAD_BYTES_MAX
+from tests.support.hostile import HOSTILE, ITEM_BYTES_MAX
+from tests.support.http_server import AUTH, LIMITS, NDJSON, Answer, House, Peer, house, line
+
+CREATE = "/api/v3/batches"
+SMALL = LIMITS.replaced(item_bytes_max=4_096, http_idle_s=2, expansion_max=20)
+
+
+async def untouched(home: House, batch_id: str, count: int) -> bool:
+    return await home.engine.store.missing(batch_id, 9) == [(0, count)]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile_lines_get_the_verdict_that_every_door_gives(tmp_path: Path, name: str) -> None:
+    sent, verdict = HOSTILE[name]
+    async with house(tmp_path, limits=LIMITS.replaced(item_bytes_max=ITEM_BYTES_MAX)) as home:
+        batch_id = await home.create(100)
+        answer = await home.stream(
+            batch_id, [sent[: len(sent) // 2] or b" ", sent[len(sent) // 2 :] + b"\n" + line(99)]
+        )
+        runs = await home.engine.store.runs("default", batch_id=batch_id, limit=9)
+        if verdict == "unreadable":
+            assert (answer.status, runs) == (400, []), answer
+            assert answer.json["error"].startswith(("Invalid JSON at line 1:", "Invalid UTF-8 at line 1:"))
+        elif verdict == "blank":
+            assert (answer.status, [view.index for view in runs]) == (200, [99])
+        elif verdict == "oversized":
+            assert answer.status in (200, 422), answer
+            assert [view.state for view in runs] == (["failed", "waiting"] if answer.status == 200 else [])
+        else:
+            assert answer.status in (200, 422), answer
+
+
+@pytest.mark.parametrize(
+    ("item", "status", "said"),
+    [
+        ({"index": -1, "task": "task"}, 422, "index"),
+        ({"index": 3, "task": "task"}, 422, "Item index 3 exceeds batch runCount 3"),
+        ({"index": 10**17, "task": "task"}, 422, "exceeds batch runCount"),
+        ({"index": 10**30, "task": "task"}, 422, "index"),
+        ({"index": 1e400, "task": "task"}, 400, "Invalid JSON"),
+        ({"index": "0", "task": "task"}, 422, "index"),
+        ({"index": 0.5, "task": "task"}, 422, "index"),
+        ({"index": None, "task": "task"}, 422, "index"),
+        ({"index": True, "task": "task"}, 422, "index"),
+        ({"task": "task"}, 422, "index"),
+        ({"index": 0}, 422, "task"),
+        ({"index": 0, "task": ""}, 422, "task"),
+        ({"index": 0, "task": 7}, 422, "task"),
+        ({"index": 0, "task": "t" * 201}, 422, "task"),
+        ({"index": 0, "task": "a\0b"}, 422, "task"),
+        ({"index": 0, "task": "task", "options": []}, 422, "options"),
+        ([0, "task"], 422, "object"),
+        ("task", 422, "object"),
+        (7, 422, "object"),
+    ],
+)
+async def test_an_item_that_is_none_is_refused_and_changes_nothing(
+    tmp_path: Path, item: Any, status: int, said: str
+) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        batch_id = await home.create(3)
+        answer = await home.stream(batch_id, [json.dumps(item).encode() + b"\n"])
+        assert answer.status == status, answer
+        assert said in answer.json["error"], answer
+        assert await untouched(home, batch_id, 3)
+
+
+async def test_fields_of_an_item_that_nobody_knows_are_passed_over(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        batch_id = await home.create(1)
+        assert (await home.stream(batch_id, [b'{"index":0,"task":"task","more":{"a":[1]}}\n'])).json["sealed"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"", 400, "empty"),
+        (b"   ", 400, "empty"),
+        (b"{", 400, "Invalid JSON"),
+        (b"\xff", 400, "Invalid JSON"),
+        (b"[" * 5_000, 400, "Invalid"),
+        (b"{}", 400, "runCount"),
+        (b'{"runCount":0}', 400, "runCount"),
+        (b'{"runCount":-3}', 400, "runCount"),
+        (b'{"runCount":1.5}', 400, "runCount"),
+        (b'{"runCount":"3"}', 400, "runCount"),
+        (b'{"runCount":10000001}', 400, "exceeds maximum allowed of 10000000"),
+        (b'{"runCount":1,"taskIdentifiers":[]}', 400, "taskIdentifiers"),
+        (b'{"runCount":1,"idempotencyKey":""}', 400, "idempotencyKey"),
+        (b'{"runCount":1,"idempotencyKey":"a\\u0000b"}', 400, "NUL"),
+        (b'{"runCount":1,"resumeParentOnCompletion":true}', 422, "not supported"),
+        (b" " * (128 * 1024 + 1), 413, "Request body too large"),
+    ],
+)
+async def test_a_create_that_can_not_be_is_refused(tmp_path: Path, body: bytes, status: int, said: str) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        answer = await home.ask("POST", CREATE, body)
+        assert (answer.status, said in answer.json["error"]) == (status, True), answer
+        chunked = await home.ask("POST", CREATE, [body])
+        assert chunked.status == status
+        assert await home.engine.store.batches("default") == []
+
+
+async def test_content_types_methods_and_paths_that_are_wrong(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        batch_id = await home.create(1)
+        items = f"{CREATE}/{batch_id}/items"
+        for content_type in ("application/json", "", "text/plain"):
+            answer = await home.ask("POST", items, b"{}", {"content-type": content_type})
+            assert answer.status == 415
+            assert answer.json["error"] == "Content-Type must be application/x-ndjson or application/ndjson"
+        assert (await home.ask("POST", items, b"", NDJSON)).json["error"] == "Request body is required"
+        got = await home.ask("GET", items)
+        assert (got.status, got.json["error"]) == (405, "Method not allowed. Use POST to stream batch items.")
+        assert "POST" in got.headers["allow"]
+        assert (await home.ask("GET", "/api/v9/nothing")).json == {"error": "Not found"}
+        problem = await home.ask("GET", "/v1/nothing")
+        assert (problem.status, problem.headers["content-type"]) == (404, "application/problem+json")
+        missing = await home.ask("GET", "/api/v2/batches/batch_00000000000000000000000000")
+        assert (missing.status, missing.json["error"], missing.headers["x-should-retry"]) == (404, "Not found", "true")
+        assert await untouched(home, batch_id, 1)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+async def test_a_compressed_body_is_unpacked_and_one_that_explodes_is_cut(tmp_path: Path, encoding: str) -> None:
+    def pack(data: bytes) -> bytes:
+        return gzip.compress(data) if encoding == "gzip" else zstandard.ZstdCompressor(level=19).compress(data)
+
+    async with house(tmp_path, "sqlite", limits=SMALL) as home:
+        batch_id = await home.create(200)
+        lines = b"".join(line(index) for index in range(200))
+        packed = pack(lines[: len(lines) // 2]) + pack(lines[len(lines) // 2 :])
+        answer = await home.stream(batch_id, [packed[:50], packed[50:]], **{"content-encoding": encoding})
+        assert (answer.status, answer.json["sealed"]) == (200, True), "two members or frames are one body"
+        bomb = pack(b" " * 40_000_000)
+        batch_id = await home.create(1)
+        answer = await home.stream(batch_id, [bomb], **{"content-encoding": encoding})
+        assert (answer.status, answer.headers["connection"]) == (413, "close")
+        assert "20 times" in answer.json["error"]
+        torn = await home.stream(batch_id, [pack(line(0))[:-5]], **{"content-encoding": encoding})
+        assert torn.status == 400
+        wrong = await home.stream(batch_id, [line(0)], **{"content-encoding": encoding})
+        assert (wrong.status, encoding in wrong.json["error"]) == (400, True)
+
+
+async def test_an_encoding_nobody_unpacks_is_refused(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        answer = await home.stream(await home.create(1), [zlib.compress(line(0))], **{"content-encoding": "deflate"})
+        assert (answer.status, "deflate" in answer.json["error"]) == (415, True)
+
+
+async def raw(home: House, data: bytes) -> Answer:
+    peer: Peer = await home.peer().connect()
+    await peer.send(data)
+    return await peer.answer()
+
+
+async def test_heads_that_are_no_http_or_too_large_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+    async with house(tmp_path) as home:
+        many = b"".join(b"h%d: %s\r\n" % (number, b"v" * 1_000) for number in range(100))
+        for head, status in (
+            (b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: " + b"v" * 100_000 + b"\r\n\r\n", 431),
+            (b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + many + b"\r\n", 431),
+            (b"GET /" + b"p" * (HEAD_BYTES_MAX + 1) + b" HTTP/1.1\r\nhost: x\r\n\r\n", 431),
+            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+            (b"GARBAGE\r\n\r\n", 400),
+            (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n", 400),
+            (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ncontent-length: 4\r\n\r\nabcd", 400),
+            (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -3\r\n\r\n", 400),
+        ):
+            answer = await raw(home, head)
+            assert answer.status == status, (head[:60], answer)
+            assert answer.json["status"] == status
+        assert (await raw(home, b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")).status == 200
+
+
+async def test_a_body_cut_in_mid_line_leaves_what_was_whole_and_the_rest_can_be_sent(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        batch_id = await home.create(4)
+        peer = await home.peer().connect()
+        await peer.head("POST", f"{CREATE}/{batch_id}/items", {**AUTH, **NDJSON, "transfer-encoding": "chunked"})
+        for index in range(2):
+            await peer.chunk(line(index))
+        await peer.chunk(line(2)[:9])
+        while await home.engine.store.missing(batch_id, 9) != [(2, 4)]:
+            await home.engine.clock.sleep(0)
+        await peer.close()
+        missing = (await home.ask("GET", f"/v1/batches/{batch_id}/missing")).json
+        assert (missing["received"], missing["ranges"]) == (2, [[2, 3]])
+        answer = (await home.stream(batch_id, [line(2), line(3)])).json
+        assert (answer["itemsAccepted"], answer["itemsDeduplicated"], answer["sealed"]) == (2, 0, True)
+
+
+async def test_a_length_that_lies_ends_in_an_error_and_keeps_what_was_whole(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite", limits=SMALL) as home:
+        batch_id = await home.create(2)
+        body = line(0)
+        peer = await home.peer().connect()
+        own = {**AUTH, **NDJSON, "content-length": str(len(body) + 500)}
+        await peer.head("POST", f"{CREATE}/{batch_id}/items", own)
+        await peer.send(body)
+        answer = await peer.answer()
+        assert (answer.status, answer.headers["connection"]) == (408, "close"), "longer than what came"
+        assert await home.engine.store.missing(batch_id, 9) == [(1, 2)]
+        peer = await home.peer().connect()
+        await peer.head("POST", f"{CREATE}/{batch_id}/items", {**own, "content-length": str(len(body))})
+        await peer.send(line(1) + b"GET /evil HTTP/1.1\r\n")
+        assert (await peer.answer()).json["sealed"], "what is beyond the length is another request"
+
+
+async def test_two_streams_of_one_batch_at_once_add_each_run_once(tmp_path: Path) -> None:
+    import asyncio
+
+    async with house(tmp_path, "postgres") as home:
+        batch_id = await home.create(600)
+        lines = [line(index) for index in range(600)]
+        told = await asyncio.gather(
+            home.stream(batch_id, lines),
+            home.stream(batch_id, lines[::-1]),
+            home.stream(batch_id, lines[300:] + lines[:300]),
+        )
+        assert [one.status for one in told] == [200] * 3
+        assert any(one.json["sealed"] for one in told)
+        assert await home.work() == 600
+        assert (await home.engine.store.verify(batch_id)).differences == []
+
+
+async def test_a_seal_in_mid_stream_is_refused_while_any_is_missing_and_then_holds(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        batch_id = (await home.ask("POST", "/v1/batches", {})).json["id"]
+        path = f"/v1/batches/{batch_id}"
+        assert (await home.ask("POST", f"{path}/items", [line(0), line(2)], NDJSON)).json["received"] == 2
+        refused = await home.ask("POST", f"{path}/seal", {"run_count": 3})
+        assert (refused.status, refused.json["code"]) == (409, "CONFLICT")
+        assert "1..1" in refused.json["detail"]
+        await home.ask("POST", f"{path}/items", [line(1)], NDJSON)
+        assert (await home.ask("POST", f"{path}/seal", {"run_count": 3})).json["state"] == "sealed"
+        assert (await home.ask("POST", f"{path}/seal")).json["state"] == "sealed"
+        late = await home.ask("POST", f"{path}/items", [line(3)], NDJSON)
+        assert (late.status, late.json["code"]) == (422, "UNPROCESSABLE")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "/", "..", "a/../b", "../secret", "a//b", "./a", "a/.", "a\\b", "%2e%2e/x", "a%2f..%2fb", "é", "~x/y", "a:b"],
+)
+async def test_tricks_in_the_path_of_a_packet_are_refused(tmp_path: Path, path: str) -> None:
+    from urllib.parse import quote
+
+    async with house(tmp_path) as home:
+        for version in ("v1", "v2"):
+            answer = await home.ask("PUT", f"/api/{version}/packets/{quote(path, safe='')}")
+            assert answer.status in (400, 404), answer
+        assert not (tmp_path / "objects" / "packets").exists()
+
+
+async def test_a_packet_s_url_is_good_for_what_it_was_signed_for_and_nothing_else(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite", limits=LIMITS.replaced(packet_bytes_max=2_048)) as home:
+        given = (await home.ask("PUT", "/api/v2/packets/trigger%2Fa%2Fpayload.json")).json
+        assert given["storagePath"] == "trigger/a/payload.json"
+        target = given["presignedUrl"].removeprefix(home.server.url)
+        wrong = [
+            target.replace("trigger/a", "trigger/b"),
+            target.replace(b"default".hex(), b"elsewhere".hex()),
+            target[:-1] + ("0" if target[-1] != "0" else "1"),
+            target.replace("until=", "until=9"),
+            target.partition("?")[0],
+        ]
+        for other in wrong:
+            assert (await home.ask("PUT", other, b"1", auth=False)).status in (400, 403), other
+        assert (await home.ask("GET", target, auth=False)).status == 403, "it was signed for another method"
+        assert (await home.ask("PUT", target, b"x" * 2_049, auth=False)).status == 400
+        kind = {"content-type": "application/super+json"}
+        assert (await home.ask("PUT", target, b'{"json":{"a":1}}', kind, auth=False)).status == 200
+        batch_id = await home.create(3)
+        items = [
+            line(0, "trigger/a/payload.json", payloadType="application/store"),
+            line(1, "trigger/gone.json", payloadType="application/store"),
+            line(2, "../../etc/passwd", payloadType="application/store"),
+        ]
+        assert (await home.stream(batch_id, items)).json["sealed"], "one that is not there fails alone"
+        runs = [
+            (await home.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_{index}")).json
+            for index in range(3)
+        ]
+        assert runs[0]["payload"] == {"a": 1}
+        assert [one["status"] for one in runs[1:]] == ["SYSTEM_FAILURE", "FAILED"]
+        read = (await home.ask("GET", "/api/v1/packets/trigger%2Fa%2Fpayload.json")).json["presignedUrl"]
+        shown = await home.ask("GET", read.removeprefix(home.server.url), auth=False)
+        assert (shown.body, shown.headers["content-type"]) == (b'{"json":{"a":1}}', "application/super+json")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "page[size]=0",
+        "page[size]=101",
+        "page[size]=many",
+        "page[after]=nonsense",
+        "page[before]=run_x",
+        "filter[status]=ODD",
+        "filter[batch]=nonsense",
+        "filter[createdAt][from]=-1",
+        "filter[createdAt][period]=ever",
+        "filter[machine]=micro",
+        "filter[tag]=" + ",".join("abcdefghijklmnopqrstuvwxyz"),
+    ],
+)
+async def test_a_list_of_runs_that_can_not_be_asked_for_is_refused_by_name(tmp_path: Path, query: str) -> None:
+    async with house(tmp_path) as home:
+        answer = await home.ask("GET", f"/api/v1/runs?{query}")
+        assert answer.status in (400, 422), answer
+        assert answer.json["error"]

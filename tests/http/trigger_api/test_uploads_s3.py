@@ -1,0 +1,59 @@
+"""Packets in a real S3: the client talks to it alone, by URLs that it signs."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from headrace.store.packets import FOLDER
+from headrace.store.payloads import open_payloads
+from tests.s3 import CREDENTIALS, s3
+from tests.support.http_server import LIMITS, house, line
+
+
+def put(url: str, data: bytes, kind: str) -> int:
+    request = urllib.request.Request(url, data=data, method="PUT", headers={"content-type": kind})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return int(answer.status)
+
+
+def get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        found: bytes = answer.read()
+        return found
+
+
+async def test_a_packet_goes_to_s3_and_comes_back_without_passing_through_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    payloads = open_payloads(s3().url("packets-test"))
+    limits = LIMITS.replaced(packet_bytes_max=300_000)
+    async with house(tmp_path, "sqlite", payloads=payloads, limits=limits) as home:
+        assert home.service.packets.can_sign
+        given = (await home.ask("PUT", "/api/v2/packets/trigger%2Fa%2Fpayload.json")).json
+        assert f":{s3().port}/" in given["presignedUrl"]
+        body = b'{"json":"' + b"p" * 200_000 + b'"}'
+        assert await asyncio.to_thread(put, given["presignedUrl"], body, "application/super+json") == 200
+        other = (await home.ask("PUT", "/api/v2/packets/huge.json")).json["presignedUrl"]
+        await asyncio.to_thread(put, other, b'"' + b"h" * 400_000 + b'"', "application/json")
+        with pytest.raises(urllib.error.HTTPError):  # signed for one name only
+            await asyncio.to_thread(put, given["presignedUrl"].replace("trigger/a", "trigger/b"), b"1", "text/plain")
+        batch_id = await home.create(2)
+        items = [
+            line(0, given["storagePath"], payloadType="application/store"),
+            line(1, "huge.json", payloadType="application/store"),
+        ]
+        assert (await home.stream(batch_id, items)).json["sealed"]
+        run = (await home.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_0")).json
+        assert run["payload"] == "p" * 200_000
+        late = (await home.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_1")).json
+        assert (late["isFailed"], "300000" in late["error"]["message"]) == (True, True)
+        read = (await home.ask("GET", "/api/v1/packets/trigger%2Fa%2Fpayload.json")).json["presignedUrl"]
+        assert await asyncio.to_thread(get, read) == body
+        assert await payloads.delete_older(FOLDER, 2**62) == 2

@@ -1,0 +1,191 @@
+"""The client over real sockets: it sends once what is sent often, and comes through whatever the network does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace import Client
+from headrace.foundation.errors import ClientFault, HeadraceError, StoreUnavailable
+from headrace.http.requests.auth import new_key
+from headrace.remote import client as module
+from headrace.remote.client import Progress
+from headrace.remote.connection import ATTEMPTS
+from tests.support.http_server import KEY, Faults, House, Steps, house
+
+ITEMS = "/items"
+
+
+def client_of(home: House, clock: Steps | None = None) -> Client:
+    return Client(home.server.url, KEY, clock=clock or Steps())
+
+
+async def held(home: House, batch_id: str) -> tuple[str, int, int]:
+    batch, ledger = await home.engine.store.batch(batch_id)
+    return batch.state, batch.received_count, ledger.missing
+
+
+async def test_items_of_an_iterator_are_sent_sealed_run_and_read(tmp_path: Path) -> None:
+    told: list[Progress] = []
+
+    async def source() -> AsyncIterator[dict[str, int]]:
+        for index in range(300):
+            yield {"n": index}
+
+    async with house(tmp_path, "sqlite") as home, client_of(home) as client:
+        sent = await client.send("task", source(), on_progress=told.append, options={"queue": {"name": "q"}})
+        assert sent.count == 300
+        assert told[-1][:2] == (sent.id, 300)
+        assert await home.work() == 300
+        lines = [line async for line in client.results(sent.id)]
+        assert [(line.index, line.ok, line.output) for line in lines] == [(n, True, n) for n in range(300)]
+        assert [line.index async for line in client.results(sent.id, from_index=298)] == [298, 299]
+
+
+async def test_the_source_is_read_as_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PORTION_ITEMS", 10)
+    ahead: list[int] = []
+    homes: list[House] = []
+
+    def source() -> Iterator[int]:
+        for index in range(100):
+            received = list(homes[0].engine.store._tables.batches.values())  # type: ignore[attr-defined]  # memory's own
+            ahead.append(index - received[0].received_count)
+            yield index
+
+    async with house(tmp_path, "memory") as home, client_of(home) as client:
+        homes.append(home)
+        assert (await client.send("task", source())).count == 100
+        assert max(ahead) <= 10 + module.UPLOADS + 1, "a portion and what is on its way to it"
+
+
+@pytest.mark.parametrize("fault", [408, 429, 500, 502, 503, "lost", "cut"])
+async def test_one_bad_answer_is_come_over_and_nothing_is_doubled(tmp_path: Path, fault: Any) -> None:
+    faults, clock = Faults(ITEMS, fault), Steps()
+    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home, clock) as client:
+        sent = await client.send("task", range(200))
+        assert await held(home, sent.id) == ("sealed", 200, 0)
+        assert faults.seen == (1 if fault == "lost" else 2), "what was durable is not sent again"
+        assert len(clock.slept) == 1
+
+
+async def test_it_gives_up_after_five_attempts_with_growing_waits(tmp_path: Path) -> None:
+    faults, clock = Faults(ITEMS, *[500] * 9), Steps()
+    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home, clock) as client:
+        with pytest.raises(HeadraceError):
+            await client.send("task", range(3))
+        assert faults.seen == ATTEMPTS == 5
+        assert len(clock.slept) == 4
+        for number, slept in enumerate(clock.slept):
+            assert 2**number <= slept <= 2 * 2**number
+
+
+async def test_no_answer_at_all_is_no_error_when_all_is_durable(tmp_path: Path) -> None:
+    faults = Faults(ITEMS, *["lost"] * 9)
+    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home) as client:
+        sent = await client.send("task", range(50))
+        assert await held(home, sent.id) == ("sealed", 50, 0)
+        assert faults.seen == 1
+    faults = Faults("/seal", *["lost"] * 9)
+    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home) as client:
+        sent = await client.send("task", range(50))
+        assert await held(home, sent.id) == ("sealed", 50, 0)
+
+
+async def test_what_can_not_be_helped_is_not_tried_again(tmp_path: Path) -> None:
+    faults, clock = Faults(ITEMS, 422), Steps()
+    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home, clock) as client:
+        with pytest.raises(ClientFault):
+            await client.send("task", range(3))
+        assert (faults.seen, clock.slept) == (1, [])
+
+
+async def test_the_server_says_how_long_to_wait(tmp_path: Path) -> None:
+    faults, clock = Faults(ITEMS, {"retry-after": "7"}), Steps()
+    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home, clock) as client:
+        await client.send("task", range(3))
+        assert clock.slept == [7.0]
+
+
+async def test_a_server_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    clock = Steps()
+    async with Client("http://127.0.0.1:9", KEY, clock=clock) as client:
+        with pytest.raises(StoreUnavailable):
+            await client.send("task", range(3))
+    assert len(clock.slept) == 4
+
+
+async def test_a_send_with_a_key_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PORTION_ITEMS", 10)
+
+    def broken() -> Iterator[int]:
+        yield from range(55)
+        raise OSError("the source went away")
+
+    faults = Faults(ITEMS)
+    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home) as client:
+        with pytest.raises(OSError, match="went away"):
+            await client.send("task", broken(), key="nightly")
+        first = faults.seen
+        sent = await client.send("task", range(100), key="nightly")
+        assert await held(home, sent.id) == ("sealed", 100, 0)
+        assert faults.seen - first <= 6, "what was durable was passed over"
+        again = await client.send("task", range(100), key="nightly")
+        assert (again.id, again.count) == (sent.id, 100)
+
+
+async def test_large_items_are_uploaded_first(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home, client_of(home) as client:
+        sent = await client.send("task", ["small", "x" * 200_000, "small again"])
+        runs = [(await client.run(f"run_{sent.id.removeprefix('batch_')}_{index}"))["payload"] for index in range(3)]
+        assert runs == ["small", "x" * 200_000, "small again"]
+
+
+async def test_results_go_on_after_the_connection_broke(tmp_path: Path) -> None:
+    faults = Faults("/results", "lost", None, "lost")
+    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home) as client:
+        sent = await client.send("task", range(20))
+        await home.work()
+        assert [line.index async for line in client.results(sent.id)] == list(range(20))
+        assert faults.seen == 2
+
+
+async def test_single_runs_batches_and_interventions(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home, client_of(home) as client:
+        run_id = await client.enqueue("task", {"a": 1}, idempotencyKey="one", tags=["t"])
+        assert await client.enqueue("task", {"a": 2}, idempotencyKey="one") == run_id
+        assert (await client.run(run_id))["payload"] == {"a": 1}
+        sent = await client.send("task", range(3))
+        assert await client.missing(sent.id) == []
+        await home.work("f")
+        assert (await client.batch(sent.id))["failed"] == 3
+        assert await client.redrive(sent.id, [0]) == 1
+        assert await client.redrive(sent.id) == 2
+        assert (await client.cancel(sent.id))["state"] == "cancelled"
+
+
+async def test_a_key_without_the_scope_is_told_which_it_takes(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        secret, kept = new_key("default", ("batches:read",), "", 1)
+        await home.engine.store.add_key(kept, now_us=1)
+        async with Client(home.server.url, secret, clock=Steps()) as client:
+            with pytest.raises(ClientFault, match="batches:write"):
+                await client.send("task", range(3))
+
+
+async def test_the_same_client_serves_code_that_is_not_async(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+
+        def work() -> list[Any]:
+            with Client(home.server.url, KEY).sync as client:
+                sent = client.send("task", range(5))
+                client.enqueue("task", 1)
+                asyncio.run_coroutine_threadsafe(home.work(), loop).result()
+                return [line.output for line in client.results(sent.id)]
+
+        loop = asyncio.get_running_loop()
+        assert await asyncio.to_thread(work) == [0, 1, 2, 3, 4]

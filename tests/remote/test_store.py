@@ -1,0 +1,310 @@
+"""A store that a server keeps: an app, a worker and a map work over it as they are."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from headrace import Headrace, Task
+from headrace.core.block import Extra
+from headrace.foundation.errors import ClientFault, Conflict, NotFound, SessionEnded, StoreUnavailable
+from headrace.foundation.ids import new_batch_id
+from headrace.remote.connection import Connection
+from headrace.remote.store import RemoteStore
+from headrace.runtime.clock import ManualClock
+from headrace.runtime.maintenance.scheduler import Scheduler
+from headrace.store.protocol import NewBatch, Schedule, Store, Tick
+from headrace.store.wire import VERBS
+from tests.store.world import World, chunks_of, settlement_of
+from tests.support.http_server import KEY, LIMITS, During, House, house
+
+SMALL = LIMITS.replaced(inline_bytes_max=256)
+
+
+def remote_of(home: House, key: str | None = KEY, *, wait_s: int = 0) -> RemoteStore:
+    return RemoteStore(Connection(home.server.url, key, attempts=1), LIMITS, wait_s=wait_s)
+
+
+def app_of(home: House, **more: Any) -> Headrace:
+    app = Headrace("far", store=home.server.url, inline_bytes_max=256, poll_interval_ms=20, **more)
+
+    @app.task
+    async def double(value: int) -> int:
+        return value * 2
+
+    @app.task
+    async def repeat(text: str) -> str:
+        return text * 2
+
+    @app.task
+    async def broken() -> None:
+        raise ValueError("no")
+
+    return app
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_API_KEY", KEY)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+async def test_an_app_enqueues_maps_works_and_reads_over_a_server(tmp_path: Path, kind: str) -> None:
+    async with house(tmp_path, kind, limits=SMALL) as home:
+        app = app_of(home)
+        tasks = {name: app.registry.get(name) for name in app.registry.names}
+        assert set(tasks) == {"double", "repeat", "broken"}
+        async with app, app.worker() as worker:
+            double: Task[..., Any] = Task(app, tasks["double"])
+            repeat: Task[..., Any] = Task(app, tasks["repeat"])
+            broken: Task[..., Any] = Task(app, tasks["broken"])
+            run = await double.enqueue(21)
+            assert await run.result(timeout_s=20) == 42
+            batch = await double.map(range(500))
+            outcomes = [outcome.output async for outcome in batch.results(timeout_s=20)]
+            assert outcomes == [2 * value for value in range(500)]
+            large = await repeat.enqueue("x" * 1_000)
+            assert await large.result(timeout_s=20) == "x" * 2_000, "payload and result went as objects"
+            failed = await broken.enqueue()
+            with pytest.raises(Exception, match="ValueError: no"):
+                await failed.result(timeout_s=20)
+            assert worker.stats.failed == 1
+
+
+async def test_every_verb_with_a_message_is_one_of_the_seam_and_answers_like_the_store(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        remote = remote_of(home)
+        assert set(VERBS) <= {name for name in dir(Store) if not name.startswith("_")}
+        async with World(remote) as world:
+            world.was_tampered_with = True  # its clock is not the server's
+            batch_id = await world.batch(4, key="k", metadata={"a": 1})
+            extras = {1: Extra(tags=("t",), headers={"h": "v"}, idempotency_key="i")}
+            assert (await world.append(batch_id, range(4), extras=extras)).accepted_count == 4
+            assert (await world.append(batch_id, [3, 1], payload=lambda _: b"9")).conflicts == [1, 3]
+            await world.store.seal(batch_id, 4, now_us=1)
+            session_id = await world.session()
+            (lease,) = await world.claim(session_id)
+            assert lease.extras[1].headers == {"h": "v"}
+            held = (await remote.heartbeat(session_id, now_us=1)).leases
+            assert [(one.span_id, one.token) for one in held] == [(lease.span_id, lease.token)]
+            assert await world.settle(lease, "cfcc") == "settled"
+            near = await home.engine.store.outcomes(batch_id, 0, 10)
+            assert await remote.outcomes(batch_id, 0, 10) == near
+            assert await remote.run(batch_id, 1) == await home.engine.store.run(batch_id, 1)
+            assert await remote.batch(batch_id) == await home.engine.store.batch(batch_id)
+            assert await remote.find_batch("other", "k") == (await remote.batch(batch_id))[0]
+            assert [view.index for view in await remote.runs("default", tag="t")] == [1]
+            assert (await remote.verify(batch_id)).differences == []
+            assert await remote.redrive(batch_id, None) == 1
+            assert [queue.name for queue in await remote.queues("default")] == ["default"]
+            assert (await remote.missing(batch_id, 10), await remote.next_due_us("default", ["task"])) == ([], None)
+            assert await remote.cancel_runs(batch_id, [1], now_us=1) == 1
+            await remote.end_session(session_id, now_us=1)
+            with pytest.raises(SessionEnded):
+                await remote.heartbeat(session_id, now_us=1)
+
+
+async def test_schedules_tick_over_the_network_once_and_in_the_key_s_own_environment(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        remotes = [remote_of(home), remote_of(home)]
+        app = app_of(home)
+
+        @app.task
+        async def echo() -> None: ...
+
+        app.schedule(echo, every_s=1, catch_up="all")
+        for remote in remotes:
+            await remote.open()
+        now_us = home.engine.clock.now_us()
+        engines = [replace(home.engine, store=remote, clock=ManualClock(now_us)) for remote in remotes]
+        schedulers = [Scheduler(replace(one, environment="elsewhere"), app.registry) for one in engines]
+        await asyncio.gather(*(one.round() for one in schedulers))
+        for one in engines:
+            one.clock.advance(5)  # type: ignore[attr-defined]  # a clock that a test holds
+        await asyncio.gather(*(one.round() for one in schedulers))
+        batches = [batch for batch, _ in await home.engine.store.batches("default")]
+        assert [(batch.kind, batch.task, batch.state) for batch in batches] == [("single", "echo", "sealed")] * 5
+        (known,) = await remotes[0].schedules("elsewhere")
+        assert (known.environment, known.ticked_us) == ("default", (now_us + 5_000_000) // 1_000_000 * 1_000_000)
+        assert await home.engine.store.schedules("elsewhere") == []
+
+
+async def test_a_client_can_t_tick_more_than_a_store_takes(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home, World(remote_of(home)) as world:
+        world.was_tampered_with = True  # its clock is not the server's
+        now_us = home.engine.clock.now_us()
+        hourly = Schedule(environment="", name="s", app="app", task="task", expression="0 * * * *", zone="UTC")
+        (known,) = await world.store.keep_schedules("", "app", [hourly], now_us=1)
+        bad = [
+            msgspec.structs.replace(hourly, expression="61 * * * *"),
+            msgspec.structs.replace(hourly, zone="Europe/Atlantis"),
+            msgspec.structs.replace(hourly, expression="every x s"),
+            msgspec.structs.replace(hourly, name=""),
+            msgspec.structs.replace(hourly, task="x" * 300),
+        ]
+        for schedule in bad:
+            with pytest.raises(ClientFault):
+                await world.store.keep_schedules("", "app", [schedule], now_us=1)
+        with pytest.raises(ClientFault, match="at most 1000 schedules"):
+            await world.store.keep_schedules("", "app", [hourly] * 1_001, now_us=1)
+        (two,) = chunks_of(range(2))
+        (one,) = chunks_of([0])
+        (keyed,) = chunks_of([0], extras={0: Extra(idempotency_key="k")})
+        new = NewBatch(id=new_batch_id(now_us), task="task")
+        fine = Tick(
+            name="s", expression="0 * * * *", zone="UTC", last_us=known.last_us, until_us=known.last_us + 1, runs=[]
+        )
+        for changed in (
+            {"runs": [(new, two)]},
+            {"runs": [(new, keyed)]},
+            {"runs": [(msgspec.structs.replace(new, id="batch_x"), one)]},
+            {"runs": [(new, one)] * 1_001},
+            {"until_us": now_us + 2 * 3_600_000_000},
+            {"until_us": known.last_us},
+            {"last_us": -1},
+        ):
+            with pytest.raises(ClientFault):
+                await world.store.tick("", msgspec.structs.replace(fine, **changed), now_us=1)
+        assert await home.engine.store.schedules("default") == [known]
+        told = await world.store.tick("", msgspec.structs.replace(fine, runs=[(new, one)]), now_us=1)
+        assert told.is_ours
+
+
+async def test_faults_of_the_store_come_as_what_they_are(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        async with World(remote_of(home)) as world:
+            world.was_tampered_with = True
+            batch_id = await world.batch(2)
+            with pytest.raises(Conflict, match="missing"):
+                await world.store.seal(batch_id, None, now_us=1)
+            with pytest.raises(ClientFault, match="outside"):
+                await world.append(batch_id, [7])
+            with pytest.raises(NotFound):
+                await world.store.batch("batch_00000000000000000000000000")
+        await home.server.stop()
+        closed = RemoteStore(Connection(home.server.url, KEY, attempts=1), LIMITS)
+        with pytest.raises(StoreUnavailable):
+            await closed.connection.once("GET", "/v1/about")
+
+
+async def test_a_lease_is_settled_by_nobody_who_was_not_given_it(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        batch_id = await home.filled(3)
+        async with World(remote_of(home)) as thief, World(remote_of(home)) as world:
+            thief.was_tampered_with = world.was_tampered_with = True
+            (lease,) = await world.claim(await world.session())
+            assert await thief.store.settle([settlement_of(lease)], now_us=1) == ["lost"]
+            assert await thief.release(lease) == "lost"
+            assert await world.settle(lease) == "settled"
+            assert (await home.engine.store.batch(batch_id))[0].state == "completed"
+
+
+async def test_a_chunk_that_no_coalescer_makes_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    import msgspec
+
+    def broken(**changes: Any) -> Any:
+        (chunk,) = chunks_of(range(3))
+        return msgspec.structs.replace(chunk, **changes)
+
+    bad = [
+        broken(items=b""),
+        broken(items=b"\x01\xff\xff\xff\xff"),
+        broken(runs_count=2),
+        broken(runs_count=0),
+        broken(first_index=-1),
+        broken(last_index=9),
+        broken(gaps=b"\0\0\0"),
+        broken(gaps=b"\1\0\0\0" * 3),
+        broken(spans={}),
+        broken(spans={next(iter(broken().spans)): b"\0\0\0\0"}),
+        broken(extras={9: Extra(tags=("x",))}),
+        broken(extras={0: Extra(link="run_00000000000000000000000000_0")}),
+        broken(extras={0: Extra(object_key=f"other/batch/{'0' * 64}")}),
+        broken(extras={0: Extra(tags=tuple("abcdefghijklmn"))}),
+    ]
+    async with house(tmp_path, "sqlite") as home, World(remote_of(home)) as world:
+        world.was_tampered_with = True
+        batch_id = await world.batch(3)
+        for chunk in bad:
+            with pytest.raises(ClientFault):
+                await world.store.append(batch_id, [chunk], now_us=1)
+        assert await world.store.missing(batch_id, 10) == [(0, 3)]
+
+
+async def test_another_environment_sees_nothing_of_it(tmp_path: Path) -> None:
+    from headrace.http.requests.auth import new_key
+
+    async with house(tmp_path, "sqlite") as home:
+        batch_id = await home.filled(1)
+        secret, kept = new_key("elsewhere", ("*",), "", 1)
+        await home.engine.store.add_key(kept, now_us=1)
+        async with World(remote_of(home, secret)) as other:
+            other.was_tampered_with = True
+            assert await other.claim(await other.session(), environment="default") == []
+            assert await other.store.batches("default") == []
+            for asked in (
+                other.store.batch(batch_id),
+                other.store.seal(batch_id, 1, now_us=1),
+                other.store.append(batch_id, chunks_of([0]), now_us=1),
+                other.store.outcomes(batch_id, 0, 1),
+                other.store.run(batch_id, 0),
+                other.store.redrive(batch_id, None),
+                other.store.stop_batch(batch_id, "cancelled", now_us=1),
+            ):
+                with pytest.raises(NotFound):
+                    await asked
+            with pytest.raises(Conflict):
+                await other.store.create_batch(NewBatch(id=batch_id, environment="default"), now_us=1)
+            own, _ = await other.store.create_batch(NewBatch(id=new_batch_id(1), environment="default"), now_us=1)
+            assert own.environment == "elsewhere"
+
+
+async def test_a_claim_waits_at_the_server_until_work_comes(tmp_path: Path) -> None:
+    asked = asyncio.Event()
+
+    async def note(_store: Store, _claim: object) -> None:
+        asked.set()
+
+    async with (
+        house(tmp_path, "sqlite", wrap=lambda store: During(store, "claim", note)) as home,
+        World(remote_of(home, wait_s=10)) as world,
+    ):
+        world.was_tampered_with = True
+        claiming = asyncio.create_task(world.claim(await world.session()))
+        await asked.wait()
+        await home.filled(2)
+        (lease,) = await claiming
+        assert list(lease.indexes) == [0, 1]
+
+
+async def test_heartbeats_come_from_their_own_thread_also_over_a_server(tmp_path: Path) -> None:
+    async with house(tmp_path, "sqlite") as home:
+        app = app_of(home, heartbeat_ms=20, session_timeout_ms=10_000)
+        async with app, app.worker() as worker:
+            session_id = worker.broker.session_id
+            seen: set[int] = set()
+            while len(seen) < 4:
+                seen |= {one.heartbeat_us for one in await home.engine.store.sessions() if one.id == session_id}
+
+
+def test_without_the_extras_what_needs_them_says_what_to_install(tmp_path: Path) -> None:
+    blocked = "import sys; sys.modules |= dict.fromkeys(('starlette', 'jwt', 'uvicorn', 'pyqwest'))\n"
+    for arguments, extra in (
+        (["serve"], "headrace[server]"),
+        (["key", "create"], "headrace[server]"),
+        (["batch", "list", "--store", "https://far.example"], "headrace[client]"),
+    ):
+        code = f"{blocked}from headrace.cli import main\nsys.argv = {['headrace', *arguments]!r}\nsys.exit(main())"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert (done.returncode, extra in done.stderr) == (2, True), (arguments, done.stderr)
+    whole = f"{blocked}import headrace\nprint(headrace.Client, headrace.Headrace)"
+    assert subprocess.run([sys.executable, "-c", whole], check=False, capture_output=True, timeout=60).returncode == 0

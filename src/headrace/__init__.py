@@ -6,54 +6,85 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headrace.app import Headrace
+    from headrace.core.failure import Failure
     from headrace.core.retry import Retry, RetryAfter
-    from headrace.foundation.errors import HeadraceError
-    from headrace.handles import Batch, Outcome, Run, RunFailed, Summary, WaitTimedOut
+    from headrace.foundation.errors import (
+        Conflict,
+        HeadraceError,
+        InvalidInput,
+        InvalidSetting,
+        NotFound,
+        StoreUnavailable,
+    )
+    from headrace.handles import Batch, Outcome, Run, RunFailed, WaitTimeout
     from headrace.remote.client import Client
     from headrace.runtime.tasks.context import DETACHED, Context
-    from headrace.task import Task
+    from headrace.task import AsyncTask, SyncTask, Task
+    from headrace.views import AttemptView, BatchView, RunError, RunView
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DETACHED",
+    "AsyncTask",
+    "AttemptView",
     "Batch",
+    "BatchView",
     "Client",
+    "Conflict",
     "Context",
+    "Failure",
     "Headrace",
     "HeadraceError",
+    "InvalidInput",
+    "InvalidSetting",
+    "NotFound",
     "Outcome",
     "Retry",
     "RetryAfter",
     "Run",
+    "RunError",
     "RunFailed",
-    "Summary",
+    "RunView",
+    "StoreUnavailable",
+    "SyncTask",
     "Task",
-    "WaitTimedOut",
+    "WaitTimeout",
 ]
 
-_HOMES = {
+_MODULES = {
     "DETACHED": "headrace.runtime.tasks.context",
+    "AsyncTask": "headrace.task",
+    "AttemptView": "headrace.views",
     "Batch": "headrace.handles",
+    "BatchView": "headrace.views",
     "Client": "headrace.remote.client",
+    "Conflict": "headrace.foundation.errors",
     "Context": "headrace.runtime.tasks.context",
+    "Failure": "headrace.core.failure",
     "Headrace": "headrace.app",
     "HeadraceError": "headrace.foundation.errors",
+    "InvalidInput": "headrace.foundation.errors",
+    "InvalidSetting": "headrace.foundation.errors",
+    "NotFound": "headrace.foundation.errors",
     "Outcome": "headrace.handles",
     "Retry": "headrace.core.retry",
     "RetryAfter": "headrace.core.retry",
     "Run": "headrace.handles",
+    "RunError": "headrace.views",
     "RunFailed": "headrace.handles",
-    "Summary": "headrace.handles",
+    "RunView": "headrace.views",
+    "StoreUnavailable": "headrace.foundation.errors",
+    "SyncTask": "headrace.task",
     "Task": "headrace.task",
-    "WaitTimedOut": "headrace.handles",
+    "WaitTimeout": "headrace.handles",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Load public names when they are first used, so that `headrace --version` needs none of them."""
-    if name not in _HOMES:
+    """Import a public name at its first use, so that `headrace --version` loads none of them."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'headrace' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""The public face: an app, its tasks, and handles on what they were asked to do.
+"""The public API: an app with its tasks, and handles on their runs and batches.
 
 app = Headrace("library")
 
@@ -14,6 +14,7 @@ async with app.worker():
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
 import os
 from collections.abc import (
@@ -22,22 +23,22 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
-    Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
 from headrace.compose import open_engine
+from headrace.core.batch import STATES as BATCH_STATES
 from headrace.core.retry import NO_RETRY, Retry
 from headrace.foundation.errors import InvalidInput, InvalidSetting
-from headrace.foundation.ids import parse_run_id
-from headrace.foundation.settings import Settings, load
+from headrace.foundation.ids import check_batch_id, parse_run_id
+from headrace.foundation.settings import Settings, check_overrides, load
+from headrace.foundation.suggestions import check_names
 from headrace.handles import PLAIN, Batch, ResultOf, Run
 from headrace.runtime.background_loop import Background
 from headrace.runtime.engine import Engine
@@ -45,7 +46,9 @@ from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import OnExhausted, Pool, TaskSpec
 from headrace.runtime.worker.worker import Worker
-from headrace.task import Decorator, P, R, T, Task
+from headrace.task import AsyncTask, Decorator, P, R, SyncTask, T, Task
+from headrace.twins import blocking, iterate, refuse_in_loop
+from headrace.views import BatchView, RunView, batch_view, listed_view
 
 if TYPE_CHECKING:
     from headrace.core.entity import Entity
@@ -57,13 +60,20 @@ if TYPE_CHECKING:
     from headrace.runtime.indexing.sources.source import Source
     from headrace.runtime.tasks.http_endpoint import Endpoint
 
+AnyTask = TypeVar("AnyTask", bound=Task[..., Any])
+TASK_OPTIONS: Final = tuple(
+    field.name for field in dataclasses.fields(TaskSpec) if field.init and field.name != "function"
+)
+
 
 class Headrace:
-    """An app: tasks by name, and the store they live in.
+    """An app: tasks by name, and the store of their runs.
 
-    `store`, `objects`, `environment` and any limit by its name (`flush_size=…`) override what the environment
-    (`HEADRACE_STORE`, …) and `headrace.toml` say. Nothing is opened before it is needed; use the app as an async
-    context manager, or call `close`.
+    `store`, `objects`, `environment` and any setting by its name (`flush_size=…`) override environment variables
+    (`HEADRACE_STORE`, …) and `headrace.toml`. The store is opened at the first use. Use the app as an async context
+    manager, or call `close`. Raises `InvalidSetting` for an unknown setting or a value out of its bounds.
+
+    Methods ending in `_sync` are the blocking forms of async methods, for code that is not async.
     """
 
     def __init__(
@@ -77,12 +87,13 @@ class Headrace:
     ) -> None:
         self.name = name
         self.registry = Registry(name)
-        self._flags: dict[str, object | None] = {
+        self._overrides: dict[str, object | None] = {
             "store": store,
             "objects": objects,
             "environment": environment,
             **settings,
         }
+        check_overrides("Headrace()", self._overrides)
         self._settings: Settings | None = None
         self._engine: Engine | None = None
         self._producer: Producer | None = None
@@ -95,9 +106,11 @@ class Headrace:
     # -- tasks
 
     @overload
-    def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    def task(  # type: ignore[overload-overlap]  # an async def is a function too: the first match counts
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> AsyncTask[P, R]: ...
     @overload
-    def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
+    def task(self, function: Callable[P, R], /) -> SyncTask[P, R]: ...
     @overload
     def task(
         self,
@@ -114,20 +127,38 @@ class Headrace:
         on_exhausted: OnExhausted = "discard",
     ) -> Decorator: ...
     def task(self, *functions: Any, **options: Any) -> Any:
-        """Register a function. Async ones run on the loop, plain ones in threads or (`pool="process"`) in processes.
+        """Register a function as a task: `@app.task` or `@app.task(retry=Retry(attempts=5), timeout_s=30)`.
 
-        `name` (default: the function's own), `retry` (default: none), `timeout_s` an attempt may take, `queue` and
-        `priority` unless a call says otherwise, `at_most_once` for what must rather be lost than run twice. `delay_s`
-        and `expires_s` of each enqueue and map, unless that says otherwise. With `on_exhausted="dead_letter"` a run
-        that failed for good is kept on a list until somebody redrives or purges it.
+        An `async def` runs on the worker's event loop, a plain function in a thread, or with `pool="process"` in a
+        child process.
+
+        - `name`: default the function's name. `retry`: default no retries.
+        - `timeout_s`: the longest time that an attempt may take.
+        - `queue`, `priority`, `delay_s`, `expires_s`: defaults of its runs; see `Task.options`.
+        - `at_most_once`: a run whose worker crashed fails and is not run again: prefer loss over duplicates.
+        - `on_exhausted="dead_letter"`: a run that failed for good is kept on the dead-letter list until it is redriven
+          or purged.
+
+        Raises `InvalidSetting`, naming the option.
         """
+        check_names("app.task()", options, TASK_OPTIONS, "option")
 
-        def register(function: Callable[..., Any]) -> Task[Any, Any]:
-            known = {"name": getattr(function, "__name__", "?"), **options}
-            spec = TaskSpec(**(known | {"name": options.get("name") or known["name"], "function": function}))
+        def register(function: Any) -> Task[Any, Any]:
+            if not callable(function):
+                raise InvalidSetting(
+                    f"app.task() expected a function, got {function!r}",
+                    hint="options have names: name='…', timeout_s=…",
+                )
+            named = {"name": getattr(function, "__name__", "?"), **options}
+            spec = TaskSpec(**(named | {"name": options.get("name") or named["name"], "function": function}))
             self.registry.add(spec)
-            return Task(self, spec)
+            return (AsyncTask if spec.is_async else SyncTask)(self, spec)
 
+        if len(functions) > 1 or (functions and options):
+            raise InvalidSetting(
+                f"app.task() expected one function or options by name, got {len(functions)} positional arguments",
+                hint="write @app.task(timeout_s=30) above the function",
+            )
         return register(*functions) if functions else register
 
     def endpoint(
@@ -144,25 +175,29 @@ class Headrace:
         queue: str = "default",
         priority: int = 0,
         at_most_once: bool = False,
-    ) -> Task[[Any], Any]:
-        """A task that lives behind a URL: each attempt POSTs the payload as JSON, signed with `secret`.
+    ) -> AsyncTask[[Any], Any]:
+        """Register an HTTPS endpoint as a task: each attempt POSTs the payload as JSON, signed with `secret`.
 
-        2xx is done, and a JSON or text body of at most 1 MiB is the result; 429, 503, other 5xx and no answer are
-        tried again (five times, unless `retry` says otherwise; `Retry-After` is heard); every other status fails.
-        `Idempotency-Key` is the run's id on every attempt. Only public addresses are reached, over https, and
-        networks that `allow` names (`["10.1.0.0/16"]`), over http as well. Several secrets sign side by side, so
-        that one can replace another. `ca_file`: who is trusted beside the system's own. Raises `InvalidSetting`.
+        - A 2xx status completes the run; a JSON or text body of at most 1 MiB is its result. 429, 5xx and a missing
+          answer are retried, five attempts by default; `Retry-After` is respected. Every other status fails the run.
+        - The `Idempotency-Key` header is the run's id, the same on every attempt.
+        - Only public addresses are reached, over https. `allow` names further networks (`["10.1.0.0/16"]`), which are
+          reached over http as well.
+        - Several secrets sign each request, so that one can replace another. `ca_file`: certificates to trust beside
+          the system's.
+
+        Raises `InvalidSetting`.
         """
         from headrace.core.endpoint import EndpointRefused
         from headrace.runtime.tasks.http_endpoint import RETRY, Endpoint
 
-        found = Endpoint(url, secret, headers=headers, allow=allow, ca_file=ca_file)
+        target = Endpoint(url, secret, headers=headers, allow=allow, ca_file=ca_file)
         policy = RETRY if retry is None else retry
         if isinstance(policy, Retry):
-            policy = replace(policy, give_up_on=(*policy.give_up_on, EndpointRefused))
+            policy = dataclasses.replace(policy, give_up_on=(*policy.give_up_on, EndpointRefused))
         spec = TaskSpec(
             name=name,
-            function=found.deliver,
+            function=target.deliver,
             retry=policy,
             timeout_s=timeout_s,
             queue=queue,
@@ -170,23 +205,23 @@ class Headrace:
             at_most_once=at_most_once,
         )
         self.registry.add(spec)
-        self._endpoints.append(found)
-        return Task(self, spec)
+        self._endpoints.append(target)
+        return AsyncTask(self, spec)
 
     # -- schedules
 
     @overload
     def schedule(
         self, cron: str, /, *, tz: str | None = None, name: str | None = None, catch_up: CatchUp = "once"
-    ) -> Callable[[Task[P, R]], Task[P, R]]: ...
+    ) -> Callable[[AnyTask], AnyTask]: ...
     @overload
     def schedule(
         self, *, every_s: float, name: str | None = None, catch_up: CatchUp = "once"
-    ) -> Callable[[Task[P, R]], Task[P, R]]: ...
+    ) -> Callable[[AnyTask], AnyTask]: ...
     @overload
     def schedule(
         self,
-        task: Task[P, R],
+        task: AnyTask,
         cron: str | None = None,
         /,
         *,
@@ -194,7 +229,7 @@ class Headrace:
         tz: str | None = None,
         name: str | None = None,
         catch_up: CatchUp = "once",
-    ) -> Task[P, R]: ...
+    ) -> AnyTask: ...
     def schedule(
         self,
         *positional: Any,
@@ -203,12 +238,15 @@ class Headrace:
         name: str | None = None,
         catch_up: CatchUp = "once",
     ) -> Any:
-        """Run a task by the clock: `@app.schedule("30 6 * * MON-FRI", tz="Europe/Berlin")` above `@app.task`.
+        """Run a task at set times: `@app.schedule("30 6 * * MON-FRI", tz="Europe/Berlin")` above `@app.task`.
 
-        `every_s` instead of a cron expression is an interval. Each tick is enqueued once, whatever the number of
-        workers. `catch_up` says what becomes of ticks that came while no worker ran: `once` runs the newest, `all` each
-        of them (the newest `schedule_ticks_max`), `skip` none. `name`: default the task's. A task of one datetime gets
-        the time of its tick, in that time zone; so does any as `Context.scheduled_us`.
+        - `every_s` instead of a cron expression is an interval in seconds.
+        - Each tick is enqueued once, whatever the number of workers. `catch_up` decides about ticks that were missed
+          while no worker ran: `once` runs the newest, `all` each of them (at most `schedule_ticks_max`), `skip` none.
+        - `name`: default the task's name.
+
+        A task of one datetime parameter gets the time of the tick in that time zone; every task can read it from
+        `Context.scheduled_us`. Raises `InvalidSetting`.
         """
         from headrace.runtime.tasks.bounds import check_name
         from headrace.runtime.tasks.schedule_spec import schedule_of
@@ -216,7 +254,7 @@ class Headrace:
         def register(task: Any, cron: str | None) -> Any:
             if not isinstance(task, Task) or task.app is not self:
                 raise InvalidSetting(
-                    f"what is scheduled is a task of this app, not {task!r}",
+                    f"app.schedule() expected a task of this app, got {task!r}",
                     hint="write @app.schedule(…) above @app.task",
                 )
             check_name("app", self.name)
@@ -241,12 +279,14 @@ class Headrace:
         preload: bool = True,
         unknown: Unknown = "refuse",
     ) -> Indexer:
-        """An indexer: ordered events of `source` become rows of `entities` through handlers.
+        """Make an indexer: handlers turn ordered events of `source` into rows of `entities`.
 
-        `source`: one, or several by name, merged by time. `history`: how many events can be taken back, "all" for
-        every one. `where="drain"` awaits the commits in flight before a SELECT. `defer_indexes`: indexes are built when
-        they are first asked for, or when the sources end. `preload=False` never runs handlers ahead. `unknown="skip"`
-        passes over kinds of events that have no handler.
+        - `source`: one source, or several by name, merged by time.
+        - `history`: how many of the newest events can be rolled back, or "all".
+        - `where="drain"` waits for commits in flight before each query; the default answers from staged rows too.
+        - `defer_indexes`: build SQL indexes at the first query that needs them, or when the sources end.
+        - `preload=False`: never run handlers ahead of their turn to collect their reads.
+        - `unknown="skip"`: skip kinds of events that have no handler, instead of stopping.
         """
         from headrace.indexer import Indexer
 
@@ -262,23 +302,23 @@ class Headrace:
             unknown=unknown,
         )
 
-    # -- life
+    # -- opening and closing
 
     def use(self, settings: Settings) -> None:
-        """Work with these settings, whatever the app was made with. Before anything is opened."""
+        """Replace the app's settings. Raises `InvalidSetting` when the app is open already."""
         if self._engine is not None:
-            raise InvalidSetting("the app is open already; settings come before")
+            raise InvalidSetting("the app is open already", hint="call use() before the first use of the app")
         self._settings = settings
 
     @property
     def settings(self) -> Settings:
-        """The settings in force."""
+        """The effective settings."""
         if self._settings is None:
-            self._settings = load(self._flags, os.environ, Path.cwd())
+            self._settings = load(self._overrides, os.environ, Path.cwd())
         return self._settings
 
     async def open(self) -> Engine:
-        """Open the store, once; everything else does it when needed. An app works on one event loop at a time."""
+        """Open the store, once; every other method does it when needed. An app works on one event loop at a time."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             await self._move_to(loop)
@@ -289,11 +329,16 @@ class Headrace:
             return self._engine
 
     async def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin on this loop; what was open on one that has closed (`asyncio.run` twice, no `close`) is left behind."""
+        """Continue on this loop, after `asyncio.run` ended another one without a `close`."""
         if self._loop is not None and not self._loop.is_closed() and self._engine is not None:
+            is_background = self._background is not None and self._loop is self._background.loop
             raise InvalidSetting(
-                "the app is open on another event loop",
-                hint="make one Headrace for each loop, or call app.run_sync(…) from other threads",
+                f"the app is open on {'its background loop' if is_background else 'another event loop'}, "
+                "and was used from this one",
+                hint="use the _sync methods for all calls, or call close_sync() first"
+                if is_background
+                else "make one Headrace(…) for each event loop, or pass the call to that loop with "
+                "asyncio.run_coroutine_threadsafe",
             )
         self._loop, self._opening = loop, asyncio.Lock()
         producer, self._producer = self._producer, None
@@ -304,29 +349,31 @@ class Headrace:
             await engine.close()
 
     def use_engine(self, engine: Engine) -> None:
-        """Work on an engine that somebody else opened (the testing mode)."""
+        """Use an engine that the caller opened and will close (the testing mode)."""
         self._engine, self._is_lent = engine, True
 
     async def producer(self) -> Producer:
-        """What enqueues and maps for this process."""
+        """Return the producer of this process, which enqueues and maps."""
         engine = await self.open()
         if self._producer is None:
             self._producer = Producer(engine)
         return self._producer
 
     async def activate(self, *messages: bytes) -> Taken:
-        """Make activations durable, each a `TaskActivation` in protobuf, once by its id: for the task broker's workers.
+        """Store activations for the task broker's workers, each a `TaskActivation` in protobuf, once by its id.
 
-        Those that can't be kept are told in the answer, and the others are in.
+        The answer lists those that were refused, with reasons; the others are stored.
         """
         try:
             from headrace.grpc.taskbroker.activation_intake import ActivationIntake
         except ModuleNotFoundError as error:
-            raise InvalidSetting(f"activations need {error.name}", hint="pip install 'headrace[grpc]'") from None
+            raise InvalidSetting(
+                f"activations require the package {error.name}", hint="pip install 'headrace[grpc]'"
+            ) from None
         return await ActivationIntake(await self.open(), await self.producer()).take_all(messages)
 
     async def close(self) -> None:
-        """Write what is still to be written and let go of the store. Closing twice does nothing."""
+        """Write pending runs and close the store. A second call does nothing."""
         producer, self._producer = self._producer, None
         try:
             if producer is not None:
@@ -357,9 +404,10 @@ class Headrace:
         concurrency: int | None = None,
         processes: int | None = None,
     ) -> AsyncGenerator[Worker, None]:
-        """Run this app's tasks in this process while the block lasts; leaving it ends in good order.
+        """Run this app's tasks in this process while the block lasts; at its end, running tasks may finish.
 
-        Its schedules tick as well, unless the worker is for some `tasks` only.
+        `tasks` and `queues` limit the worker to those; a worker with `tasks` does not run the app's schedules.
+        `concurrency` and `processes` override the settings.
         """
         engine = await self.open()
         settings = self.settings
@@ -378,60 +426,82 @@ class Headrace:
         finally:
             await worker.stop()
 
-    # -- what was asked for
+    # -- runs and batches
 
-    async def batch(self, batch_id: str) -> Batch[Any]:
-        """A handle on a batch by its id. Raises `NotFound`."""
+    async def get_batch(self, batch_id: str) -> Batch[Any]:
+        """Return a handle on a batch by its id. Raises `NotFound`."""
         engine = await self.open()
-        batch, _ = await engine.store.batch(batch_id)
-        return Batch(engine, batch_id, self._result_of(batch.task))
+        batch, _ = await engine.store.batch(check_batch_id(batch_id))
+        return Batch(engine, batch_id, self._result_of(batch.task), self.run_sync)
 
-    async def run(self, run_id: str) -> Run[Any]:
-        """A handle on a run by its id. Raises `NotFound`."""
+    async def get_run(self, run_id: str) -> Run[Any]:
+        """Return a handle on a run by its id. Raises `NotFound`."""
         engine = await self.open()
         batch_id, index = parse_run_id(run_id)
-        view = await engine.store.run(batch_id, index)
-        return Run(engine, batch_id, index, self._result_of(view.task))
+        record = await engine.store.run(batch_id, index)
+        return Run(engine, batch_id, index, self._result_of(record.task), self.run_sync)
+
+    async def batches(self, *, state: str | None = None, limit: int = 50) -> list[BatchView]:
+        """List batches, newest first. `state`: open, sealed, completed, cancelled or abandoned."""
+        if state is not None and state not in BATCH_STATES:
+            raise InvalidInput(f"unknown batch state {state!r}", hint=f"states: {', '.join(BATCH_STATES)}")
+        engine = await self.open()
+        states = None if state is None else [state]
+        return [batch_view(*row) for row in await engine.store.batches(engine.environment, states=states, limit=limit)]
+
+    async def runs(
+        self, *, batch: str = "", state: str = "", task: str = "", tag: str = "", limit: int = 50
+    ) -> list[RunView]:
+        """List runs, of the newest batch first and by index inside a batch; without inputs and outputs.
+
+        `batch` is a batch id. `state` is waiting, delayed, leased, completed, failed, cancelled or expired.
+        """
+        engine = await self.open()
+        records = await engine.store.runs(
+            engine.environment,
+            batch_id=check_batch_id(batch) if batch else "",
+            state=state,
+            task=task,
+            tag=tag,
+            limit=limit,
+        )
+        return [listed_view(record) for record in records]
+
+    get_batch_sync = blocking(get_batch)
+    get_run_sync = blocking(get_run)
+    batches_sync = blocking(batches)
+    runs_sync = blocking(runs)
 
     def _result_of(self, task: str) -> ResultOf:
         return self.registry.get(task).codec.result_of if task in self.registry else PLAIN
 
-    # -- for scripts
+    # -- for code that is not async
 
     def run_sync(self, awaitable: Awaitable[T]) -> T:
         """Await something from code that is not async: `app.run_sync(outline.map(items))`.
 
-        One loop in one background thread serves every call of the app, so handles and workers keep working between
-        calls. Not from inside a running event loop.
+        One event loop in one background thread serves every such call of the app, so handles and workers keep
+        working between calls. Raises `InvalidInput` inside a running event loop.
         """
         try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            pass
-        else:
+            refuse_in_loop("run_sync()", "await … instead of app.run_sync(…)")
+        except InvalidInput:
             if inspect.iscoroutine(awaitable):
                 awaitable.close()
-            raise InvalidInput("run_sync would block the event loop that runs here", hint="await it instead")
+            raise
         if self._background is None:
             self._background = Background()
         return self._background.run(awaitable)
 
-    def iter_sync(self, iterator: AsyncIterator[T]) -> Iterable[T]:
-        """Iterate over something async from code that is not."""
-        try:
-            while True:
-                try:
-                    item = self.run_sync(anext(iterator))
-                except StopAsyncIteration:
-                    return
-                yield item
-        finally:
-            if isinstance(iterator, AsyncGenerator):
-                self.run_sync(iterator.aclose())
+    _block_on = run_sync
+
+    def iter_sync(self, iterator: AsyncIterator[T]) -> Iterator[T]:
+        """Iterate over an async iterator from code that is not async."""
+        return iterate(self, iterator)
 
     @contextmanager
     def within_sync(self, context: AbstractAsyncContextManager[T]) -> Iterator[T]:
-        """Enter something async from code that is not: `with app.within_sync(app.worker()): …`."""
+        """Enter an async context manager from code that is not async: `with app.within_sync(app.worker()): …`."""
         entered = self.run_sync(context.__aenter__())
         try:
             yield entered
@@ -442,7 +512,7 @@ class Headrace:
             self.run_sync(context.__aexit__(None, None, None))
 
     def close_sync(self) -> None:
-        """`close`, and the end of the background loop."""
+        """Close the app and end its background event loop."""
         background, self._background = self._background, None
         if background is not None:
             try:

@@ -1,30 +1,33 @@
-"""Handles: a run or a batch that exists in the store, seen from the process that asked for it."""
+"""Handles on runs and batches that exist in the store."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
 from headrace.core import batch as batches
 from headrace.core import pack, run
-from headrace.core.batch import Ledger
 from headrace.core.failure import Failure, decode
 from headrace.foundation.errors import ClientFault, HeadraceError
 from headrace.foundation.ids import run_id
 from headrace.runtime.engine import Engine
-from headrace.store.protocol import Outcome as Recorded
-from headrace.store.protocol import RunRecord
+from headrace.store.protocol import Outcome as StoredOutcome
+from headrace.twins import blocking, blocking_iterator
+from headrace.views import BatchView, Content, RunView, batch_view, content, linked, run_view
 
 R = TypeVar("R")
+T = TypeVar("T")
 RESULTS_PAGE: Final = 2_048
 ResultOf = Callable[[bytes], Any]
 PLAIN: Final[ResultOf] = msgspec.json.Decoder().decode
+BlockOn = Callable[[Awaitable[Any]], Any]
 
 
 class RunFailed(HeadraceError):
-    """The run whose result was asked for came to another end. `failure` says why; None when it was cancelled."""
+    """The run ended without a result. `failure` says why it failed; None when it was cancelled or expired."""
 
     code = "RUN_FAILED"
 
@@ -33,14 +36,18 @@ class RunFailed(HeadraceError):
         self.failure = failure
 
 
-class WaitTimedOut(ClientFault):
-    """What was waited for did not happen in time; it may still."""
+class WaitTimeout(ClientFault, TimeoutError):
+    """`timeout_s` passed before a run or batch ended; it goes on, and can be waited for again."""
 
     code = "TIMEOUT"
+    retryable = True
 
 
 class Outcome(msgspec.Struct, Generic[R], frozen=True):
-    """How one run of a batch ended. `ok` tells `output` from `failure`; cancelled and expired runs have neither."""
+    """How one run of a batch ended.
+
+    When `ok` is true, `output` is its result, else `failure` says why. Cancelled and expired runs have neither.
+    """
 
     index: int
     ok: bool
@@ -49,25 +56,31 @@ class Outcome(msgspec.Struct, Generic[R], frozen=True):
     failure: Failure | None
 
 
-class Summary(NamedTuple):
-    """A batch in numbers."""
+class _Handle:
+    """What the handles of runs and batches share: the engine, and the app's way to block."""
 
-    batch_id: str
-    state: str
-    ledger: Ledger
-
-    @property
-    def is_finished(self) -> bool:
-        """No run of it will change any more."""
-        return self.state != batches.OPEN and not self.ledger.waiting and not self.ledger.leased
-
-
-class Run(Generic[R]):
-    """One run. `id` is the same on every attempt."""
-
-    def __init__(self, engine: Engine, batch_id: str, index: int, result_of: ResultOf = PLAIN) -> None:
+    def __init__(self, engine: Engine, result_of: ResultOf, block_on: BlockOn | None) -> None:
         self._engine = engine
         self._result_of = result_of
+        self._blocker = asyncio.run if block_on is None else block_on
+
+    def _block_on(self, awaitable: Awaitable[T]) -> T:
+        value: T = self._blocker(awaitable)  # type: ignore[arg-type]  # asyncio.run wants a coroutine, and gets one
+        return value
+
+
+class Run(_Handle, Generic[R]):
+    """One run. `id` is the same on every attempt."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        batch_id: str,
+        index: int,
+        result_of: ResultOf = PLAIN,
+        block_on: BlockOn | None = None,
+    ) -> None:
+        super().__init__(engine, result_of, block_on)
         self.batch_id = batch_id
         self.index = index
 
@@ -76,137 +89,162 @@ class Run(Generic[R]):
 
     @property
     def id(self) -> str:
-        """The run's name outside."""
+        """The run's id, as the command line and the HTTP API show it."""
         return run_id(self.batch_id, self.index)
 
-    async def view(self) -> RunRecord:
-        """All that is known of it now."""
-        return await self._engine.store.run(self.batch_id, self.index)
+    async def view(self) -> RunView:
+        """Return the run as it is now: state, times, input, output and attempts."""
+        return await run_view(self._engine, await self._engine.store.run(self.batch_id, self.index))
 
     async def result(self, *, timeout_s: float | None = None) -> R:
-        """What the task returned, once it has. Raises `RunFailed` for another end, `WaitTimedOut`."""
-        waiting = _Waiting(self._engine, timeout_s)
+        """Wait for the run and return what its task returned.
+
+        Raises `RunFailed` when the run failed, was cancelled or expired, and `WaitTimeout` after `timeout_s`.
+        """
+        waiting = _OutcomeWait(self._engine, timeout_s)
         while True:
-            waiting.look()
-            view = await self.view()
-            if run.BY_NAME.get(view.state, run.WAITING) in run.FINAL:
+            waiting.begin_check()
+            record = await linked(self._engine, await self._engine.store.run(self.batch_id, self.index))
+            if run.BY_NAME.get(record.state, run.WAITING) in run.FINAL:
                 break
-            await waiting.turn(f"run {self.id} has not ended ({view.state})")
-        if view.state != run.NAMES[run.COMPLETED]:
-            failure = decode(view.result) if view.result else None
-            reason = f"{failure.type}: {failure.message}" if failure is not None else f"it was {view.state}"
+            await waiting.wait(f"run {self.id} has not ended ({record.state})")
+        if record.state != run.NAMES[run.COMPLETED]:
+            failure = decode(record.result) if record.result else None
+            reason = f"{failure.type}: {failure.message}" if failure is not None else f"the run was {record.state}"
             raise RunFailed(reason, failure=failure, run=self.id)
-        value: R = await _value(self._engine, view.result, view.result_kind, self._result_of)
+        value: R = _value(await content(self._engine, record.result, record.result_kind), self._result_of)
         return value
 
     async def cancel(self) -> bool:
-        """Ask that it does not run, or stops; True when it had not ended."""
+        """Cancel the run, or ask its worker to stop it. Return False when it had ended already."""
         engine = self._engine
         count = await engine.store.cancel_runs(self.batch_id, [self.index], now_us=engine.clock.now_us())
         engine.recorded.ring()
         return count > 0
 
-    async def retry(self) -> bool:
-        """Run it again from its first attempt; True when it had ended badly."""
+    async def redrive(self) -> bool:
+        """Run it again from its first attempt. Return False unless it had failed, been cancelled or expired."""
         count = await self._engine.store.redrive(self.batch_id, [self.index])
         self._engine.doorbell.ring()
         return count > 0
 
+    view_sync = blocking(view)
+    result_sync = blocking(result)
+    cancel_sync = blocking(cancel)
+    redrive_sync = blocking(redrive)
 
-class Batch(Generic[R]):
+
+class Batch(_Handle, Generic[R]):
     """A batch of runs."""
 
-    def __init__(self, engine: Engine, batch_id: str, result_of: ResultOf = PLAIN) -> None:
-        self._engine = engine
-        self._result_of = result_of
+    def __init__(
+        self, engine: Engine, batch_id: str, result_of: ResultOf = PLAIN, block_on: BlockOn | None = None
+    ) -> None:
+        super().__init__(engine, result_of, block_on)
         self.id = batch_id
 
     def __repr__(self) -> str:
         return f"Batch({self.id!r})"
 
-    async def summary(self) -> Summary:
-        """Its state and its ledger now."""
-        batch, ledger = await self._engine.store.batch(self.id)
-        return Summary(self.id, batch.state, ledger)
+    async def view(self) -> BatchView:
+        """Return the batch as it is now: its state and the counts of its runs."""
+        return batch_view(*await self._engine.store.batch(self.id))
 
-    async def wait(self, *, timeout_s: float | None = None) -> Summary:
-        """Until every run has ended. Raises `WaitTimedOut`."""
-        waiting = _Waiting(self._engine, timeout_s)
+    async def wait(self, *, timeout_s: float | None = None) -> BatchView:
+        """Wait until every run has ended. Raises `WaitTimeout` after `timeout_s`."""
+        waiting = _OutcomeWait(self._engine, timeout_s)
         while True:
-            waiting.look()
+            waiting.begin_check()
             batch, ledger = await self._engine.store.batch(self.id)
             if batch.is_finished:
-                return Summary(self.id, batch.state, ledger)
-            await waiting.turn(f"batch {self.id} has not ended ({batch.unsettled_count} runs to go)")
+                return batch_view(batch, ledger)
+            await waiting.wait(f"batch {self.id} has not ended ({batch.unsettled_count} runs left)")
 
     async def results(self, *, from_index: int = 0, timeout_s: float | None = None) -> AsyncIterator[Outcome[R]]:
-        """Outcomes in index order, each as soon as it and all before it are final; ends with the batch.
+        """Iterate over the outcomes in index order while the batch runs.
 
-        `timeout_s` bounds the wait for each next outcome. Raises `WaitTimedOut`.
+        An outcome comes as soon as its run and all runs before it have ended. `timeout_s` bounds the wait for each
+        next outcome. Raises `WaitTimeout`.
         """
         next_index = from_index
-        waiting = _Waiting(self._engine, timeout_s)
+        waiting = _OutcomeWait(self._engine, timeout_s)
         while True:
-            waiting.look()
-            batch, _ = await self._engine.store.batch(self.id)  # before the outcomes: a finished one has them all
-            recorded = await self._engine.store.outcomes(self.id, next_index, RESULTS_PAGE)
-            for one in recorded:
-                yield await self._outcome(one)
-            if recorded:
-                next_index = recorded[-1].index + 1
-                waiting = _Waiting(self._engine, timeout_s)
-            elif batch.is_finished:
+            waiting.begin_check()
+            batch, _ = await self._engine.store.batch(self.id)  # before the outcomes: a finished batch has them all
+            page = await self._engine.store.outcomes(self.id, next_index, RESULTS_PAGE)
+            first_index = next_index
+            for stored in page:
+                outcome = await self._outcome(stored)
+                if outcome is None:
+                    break
+                yield outcome
+                next_index = stored.index + 1
+            if next_index > first_index:
+                waiting = _OutcomeWait(self._engine, timeout_s)
+            elif batch.is_finished and not page:
                 return
             else:
-                await waiting.turn(f"run {next_index} of batch {self.id} has not ended")
+                await waiting.wait(f"run {next_index} of batch {self.id} has not ended")
 
-    async def cancel(self) -> Summary:
-        """Start nothing more of it; what is under way is told."""
+    async def cancel(self) -> BatchView:
+        """Cancel every waiting run, and ask workers to stop the running ones."""
         engine = self._engine
         await engine.store.stop_batch(self.id, batches.CANCELLED, now_us=engine.clock.now_us())
         engine.recorded.ring()
-        return await self.summary()
+        return await self.view()
 
     async def redrive(self) -> int:
-        """Run again what failed; answers how many runs."""
+        """Run the failed runs again from their first attempt. Return how many there are."""
         count = await self._engine.store.redrive(self.id, None)
         self._engine.doorbell.ring()
         return count
 
-    async def _outcome(self, one: Recorded) -> Outcome[R]:
-        name = run.NAMES[one.state]
-        if one.state == run.COMPLETED:
-            value = await _value(self._engine, one.result, one.kind, self._result_of)
-            return Outcome(one.index, True, name, value, None)
-        return Outcome(one.index, False, name, None, decode(one.result) if one.result else None)
+    async def _outcome(self, stored: StoredOutcome) -> Outcome[R] | None:
+        """Return one outcome; None while it links to a run that has not ended."""
+        state, data, kind = stored.state, stored.result, stored.kind
+        if state == run.COMPLETED and kind == pack.LINK:
+            record = await linked(self._engine, await self._engine.store.run(self.id, stored.index))
+            state, data, kind = run.BY_NAME.get(record.state, run.WAITING), record.result, record.result_kind
+            if state not in run.FINAL:
+                return None
+        if state != run.COMPLETED:
+            return Outcome(stored.index, False, run.NAMES[state], None, decode(data) if data else None)
+        value = _value(await content(self._engine, data, kind), self._result_of)
+        return Outcome(stored.index, True, run.NAMES[state], value, None)
+
+    view_sync = blocking(view)
+    wait_sync = blocking(wait)
+    results_sync = blocking_iterator(results)
+    cancel_sync = blocking(cancel)
+    redrive_sync = blocking(redrive)
 
 
-class _Waiting:
-    """Waits for news of this process, or a poll interval for those of others, until a deadline."""
+class _OutcomeWait:
+    """Waits for a notification of outcomes, at most a poll interval at a time, until a deadline.
+
+    Outcomes of this process notify at once; those of other processes are seen after a poll interval at the latest.
+    """
 
     def __init__(self, engine: Engine, timeout_s: float | None) -> None:
         self._engine = engine
         self._deadline_us = None if timeout_s is None else engine.clock.now_us() + int(timeout_s * 1_000_000)
-        self._rings_count = 0
+        self._notifications_count = 0
 
-    def look(self) -> None:
-        """Before the store is asked: what rings from here on is news."""
-        self._rings_count = self._engine.recorded.rings_count
+    def begin_check(self) -> None:
+        """Note the notifications so far, before the store is read: a later one ends the next `wait` at once."""
+        self._notifications_count = self._engine.recorded.rings_count
 
-    async def turn(self, still: str) -> None:
+    async def wait(self, unmet: str) -> None:
+        """Wait for the next notification. Raises `WaitTimeout` with the text `unmet` at the deadline."""
         engine = self._engine
         wait_s = engine.limits.poll_interval_ms / 1_000
         if self._deadline_us is not None:
             left_s = (self._deadline_us - engine.clock.now_us()) / 1_000_000
             if left_s <= 0:
-                raise WaitTimedOut(still, hint="is a worker running? `headrace queue list` shows what waits")
+                raise WaitTimeout(unmet, hint="is a worker running? `headrace queue list` shows what waits")
             wait_s = min(wait_s, left_s)
-        await engine.recorded.wait(engine.clock, wait_s, since=self._rings_count)
+        await engine.recorded.wait(engine.clock, wait_s, since=self._notifications_count)
 
 
-async def _value(engine: Engine, result: bytes, kind: int, result_of: ResultOf) -> Any:
-    if kind == pack.REFERENCE:
-        result, kind = await engine.fetch(result)
-    if kind == pack.TEXT:
-        return result.decode()
-    return result_of(result)
+def _value(stored: Content, result_of: ResultOf) -> Any:
+    return stored.data.decode() if stored.kind == pack.TEXT else result_of(stored.data)

@@ -1,4 +1,4 @@
-"""A task as a user holds it: call it, enqueue one run of it, map it over a stream of items."""
+"""Tasks as users hold them: call one, enqueue one run of it, map it over a stream of items."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from headrace.runtime.tasks.call_options import Options
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.store.verbs.appending import enqueue
 from headrace.store.verbs.script import Script
+from headrace.twins import blocking, refuse_in_loop
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
 
-class App(Protocol):
-    """What a task asks of the app that it belongs to."""
+class TaskOwner(Protocol):
+    """What a task needs of the app that it belongs to."""
 
     async def open(self) -> Engine:
-        """The engine, opened when needed."""
+        """Return the engine, opened when needed."""
         ...
 
     async def producer(self) -> Producer:
-        """What enqueues and maps for this process."""
+        """Return the producer of this process."""
         ...
 
     def run_sync(self, awaitable: Awaitable[T]) -> T:
@@ -36,25 +37,32 @@ class App(Protocol):
 
 
 class Task(Generic[P, R]):
-    """A registered function: call it as it is, enqueue one run of it, or map it over a stream of items."""
+    """A registered function: call it directly, enqueue one run of it, or map it over a stream of items.
 
-    def __init__(self, app: App, spec: TaskSpec) -> None:
+    `P` are its parameters, `R` is what a run results in. `AsyncTask` and `SyncTask` say what a direct call returns.
+    """
+
+    def __init__(self, app: TaskOwner, spec: TaskSpec) -> None:
         self.app = app
         self.spec = spec
         self.__name__ = spec.name
         self.__doc__ = spec.function.__doc__
+        self.__wrapped__ = spec.function
+
+    def __repr__(self) -> str:
+        return f"<task {self.name}>"
 
     @property
     def name(self) -> str:
-        """What the store, the wire and people call it."""
+        """The task's name in the store, on the command line and over the network."""
         return self.spec.name
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Call the function itself, here and now, without Headrace."""
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Call the function itself, in this process and without Headrace."""
         return self.spec.function(*args, **kwargs)
 
-    async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """Ask for one run. Durable when it returns; many at once share a commit.
+    async def enqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
+        """Store one run; it is durable when this returns. Concurrent calls share a commit.
 
         Raises `InvalidInput` when the arguments don't fit the task.
         """
@@ -63,30 +71,34 @@ class Task(Generic[P, R]):
     def options(
         self,
         *,
-        delay: float = 0,
+        delay_s: float = 0,
         priority: int | None = None,
         queue: str | None = None,
         idempotency_key: str = "",
-        idempotency_ttl: float = 0,
-        expires: float = 0,
+        idempotency_ttl_s: float = 0,
+        expires_s: float = 0,
         tags: Sequence[str] = (),
         headers: Mapping[str, str] | None = None,
     ) -> TaskCall[P, R]:
-        """The same task with options for the calls made through it.
+        """Return the task with options for the calls made through it: `task.options(delay_s=60).enqueue(…)`.
 
-        `delay`, `expires` and `idempotency_ttl` are seconds; 0 is now, never and for ever. `priority`: larger goes
-        first. A run whose `idempotency_key` already names a run of this task is that run, unless that failed, was
-        cancelled or expired: then it is a new one (never of a task that runs at most once).
+        - `delay_s`: seconds until the run may start.
+        - `expires_s`: seconds in which it must start, else it expires; 0 is no limit.
+        - `priority`: runs with a larger number start first. `queue`: the queue instead of the task's own.
+        - `idempotency_key`: while a run of this task with that key exists, `enqueue` returns it instead of a new run.
+          A run that failed, was cancelled or expired is replaced (never of a task that runs at most once).
+        - `idempotency_ttl_s`: seconds for which the key is kept; 0 is as long as the run.
+        - `tags` and `headers`: stored with the run; a task reads its headers from its `Context`.
         """
         return TaskCall(
             self,
             Options(
-                delay_s=delay,
-                expires_s=expires,
+                delay_s=delay_s,
+                expires_s=expires_s,
                 priority=priority,
                 queue=queue,
                 idempotency_key=idempotency_key,
-                idempotency_ttl_s=idempotency_ttl,
+                idempotency_ttl_s=idempotency_ttl_s,
                 tags=tuple(tags),
                 headers=dict(headers or {}),
             ),
@@ -96,99 +108,125 @@ class Task(Generic[P, R]):
         self,
         items: Iterable[Any] | AsyncIterable[Any],
         *,
-        key: str | None = None,
+        batch_key: str | None = None,
         metadata: Mapping[str, object] | None = None,
     ) -> Batch[R]:
-        """One run for each item, streamed and never held whole; durable and sealed when it returns.
+        """Store one run for each item; the batch is durable and sealed when this returns.
 
-        A task of one parameter takes an item whole; of several, a mapping as keyword arguments or a list as
-        positional ones. An item that doesn't fit becomes a failed run at its own index. With a `key` the same key
-        answers the same batch: mapping again adds what is missing and nothing twice.
+        Items are streamed, the whole input is never in memory. A task of one parameter takes an item whole; of
+        several, a mapping as keyword arguments or a list as positional ones. An item that doesn't fit becomes a failed
+        run at its own index. With a `batch_key` the call can be repeated: it finds the batch of that key and adds the
+        items that are missing.
         """
-        return await self._map(Options(), items, key, metadata)
+        return await self._map(Options(), items, batch_key, metadata)
 
     async def enqueue_in(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """Ask for one run in the transaction that is open on `connection`: there once it commits, gone with it if not.
+        """Store one run in the transaction that is open on `connection`: it commits or rolls back with it.
 
-        `connection` leads to the database of the app's store: asyncpg's, psycopg 3's, sqlite3's or aiosqlite's, or a
-        SQLAlchemy connection or session over any of these. One that is not async is used as it is, on this loop.
-        The first run ever of a task in a queue makes others that begin with the same wait for the commit. Raises
-        `InvalidInput` when no transaction is open, or the connection leads to the other kind of database.
+        `connection` is a connection to the database of the app's store: asyncpg's, psycopg 3's, sqlite3's or
+        aiosqlite's, or a SQLAlchemy connection or session over any of these. One that is not async is used on this
+        event loop. The first run ever of a task in a queue makes concurrent first runs of the same wait for the
+        commit. Raises `InvalidInput` when no transaction is open, or the connection leads to another database.
         """
         return await self._enqueue_in(Options(), connection, args, kwargs)
 
     def enqueue_in_sync(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """`enqueue_in` for code that is not async, on a connection that is not."""
+        """`enqueue_in` for code that is not async, on a connection that is not; it is used in the calling thread."""
         return self._enqueue_in_sync(Options(), connection, args, kwargs)
+
+    enqueue_sync = blocking(enqueue)
+    map_sync = blocking(map)  # noqa: A003 - the method above
+
+    def _block_on(self, awaitable: Awaitable[T]) -> T:
+        return self.app.run_sync(awaitable)
 
     async def _enqueue_in(
         self, options: Options, connection: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Run[R]:
-        script, run_of = await self._alone(options, args, kwargs)
+        script, run_of = await self._single(options, args, kwargs)
         return run_of(await joined(await self.app.open(), connection).run(script))
 
     def _enqueue_in_sync(
         self, options: Options, connection: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Run[R]:
-        script, run_of = self.app.run_sync(self._alone(options, args, kwargs))
+        refuse_in_loop("enqueue_in_sync()", "await task.enqueue_in(connection, …), which takes such connections too")
+        script, run_of = self.app.run_sync(self._single(options, args, kwargs))
         return run_of(joined(self.app.run_sync(self.app.open()), connection).run_sync(script))
 
-    async def _alone(
+    async def _single(
         self, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Callable[[], Script[tuple[str, int]]], Callable[[tuple[str, int]], Run[R]]]:
-        """What puts one run into a transaction, and what makes a handle of its answer."""
+        """Return the script that stores one run in a transaction, and the maker of a handle from its answer."""
         payload = self.spec.codec.encode(args, kwargs)
         producer = await self.app.producer()
         new, chunk = await producer.alone(self.spec, payload, options)
         now_us = producer.engine.clock.now_us()
-        return (
-            lambda: enqueue(new, chunk, now_us),
-            lambda name: Run(producer.engine, *name, self.spec.codec.result_of),
-        )
+        return lambda: enqueue(new, chunk, now_us), lambda run: self._run(producer, run)
 
-    def request(self, *args: P.args, **kwargs: P.kwargs) -> tuple[TaskSpec, Options, bytes]:
-        """One run as it would be asked for, for somebody who appends it in a transaction of their own."""
+    def request(self, /, *args: P.args, **kwargs: P.kwargs) -> tuple[TaskSpec, Options, bytes]:
+        """Return one call as it is stored, for a caller that appends it in a transaction of its own."""
         return self.spec, Options(), self.spec.codec.encode(args, kwargs)
 
     async def _enqueue(self, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run[R]:
         payload = self.spec.codec.encode(args, kwargs)
         producer = await self.app.producer()
-        batch_id, index = await producer.enqueue(self.spec, payload, options)
-        return Run(producer.engine, batch_id, index, self.spec.codec.result_of)
+        return self._run(producer, await producer.enqueue(self.spec, payload, options))
 
     async def _map(
         self,
         options: Options,
         items: Iterable[Any] | AsyncIterable[Any],
-        key: str | None,
+        batch_key: str | None,
         metadata: Mapping[str, object] | None,
     ) -> Batch[R]:
         producer = await self.app.producer()
-        batch_id = await producer.map(self.spec, items, options, key=key, metadata=dict(metadata or {}))
-        return Batch(producer.engine, batch_id, self.spec.codec.result_of)
+        batch_id = await producer.map(self.spec, items, options, key=batch_key, metadata=dict(metadata or {}))
+        return Batch(producer.engine, batch_id, self.spec.codec.result_of, self.app.run_sync)
+
+    def _run(self, producer: Producer, run: tuple[str, int]) -> Run[R]:
+        batch_id, index = run
+        return Run(producer.engine, batch_id, index, self.spec.codec.result_of, self.app.run_sync)
+
+
+class AsyncTask(Task[P, R]):
+    """A task that is an `async def`: `await task(…)` calls the function itself."""
+
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+        """Call the function itself, in this process and without Headrace."""
+        coroutine: Coroutine[Any, Any, R] = self.spec.function(*args, **kwargs)
+        return coroutine
+
+
+class SyncTask(Task[P, R]):
+    """A task that is a plain function: `task(…)` calls the function itself."""
+
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function itself, in this process and without Headrace."""
+        value: R = self.spec.function(*args, **kwargs)
+        return value
 
 
 class TaskCall(Generic[P, R]):
-    """A task with options; made by `Task.options`."""
+    """A task with options for its calls; `Task.options` makes it."""
 
     def __init__(self, task: Task[P, R], options: Options) -> None:
         self._task = task
         self._options = options
 
-    async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """Ask for one run with these options."""
+    async def enqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
+        """Store one run with these options; see `Task.enqueue`."""
         return await self._task._enqueue(self._options, args, kwargs)  # noqa: SLF001 - one class in two halves
 
     async def enqueue_in(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """Ask for one run with these options, in the caller's own transaction."""
+        """Store one run with these options in the caller's transaction; see `Task.enqueue_in`."""
         return await self._task._enqueue_in(self._options, connection, args, kwargs)  # noqa: SLF001 - as above
 
     def enqueue_in_sync(self, connection: Any, /, *args: P.args, **kwargs: P.kwargs) -> Run[R]:
-        """The same for code that is not async."""
+        """Store one run with these options in the caller's transaction; see `Task.enqueue_in_sync`."""
         return self._task._enqueue_in_sync(self._options, connection, args, kwargs)  # noqa: SLF001 - as above
 
-    def request(self, *args: P.args, **kwargs: P.kwargs) -> tuple[TaskSpec, Options, bytes]:
-        """One run with these options as it would be asked for."""
+    def request(self, /, *args: P.args, **kwargs: P.kwargs) -> tuple[TaskSpec, Options, bytes]:
+        """Return one call with these options as it is stored."""
         spec, _, payload = self._task.request(*args, **kwargs)
         return spec, self._options, payload
 
@@ -196,19 +234,25 @@ class TaskCall(Generic[P, R]):
         self,
         items: Iterable[Any] | AsyncIterable[Any],
         *,
-        key: str | None = None,
+        batch_key: str | None = None,
         metadata: Mapping[str, object] | None = None,
     ) -> Batch[R]:
-        """One run for each item, all with these options."""
-        return await self._task._map(self._options, items, key, metadata)  # noqa: SLF001 - one class in two halves
+        """Store one run for each item, all with these options; see `Task.map`."""
+        return await self._task._map(self._options, items, batch_key, metadata)  # noqa: SLF001 - as above
+
+    enqueue_sync = blocking(enqueue)
+    map_sync = blocking(map)  # noqa: A003 - the method above
+
+    def _block_on(self, awaitable: Awaitable[T]) -> T:
+        return self._task.app.run_sync(awaitable)
 
 
-class Decorator:
-    """The type of `app.task(...)` with options."""
+class Decorator(Protocol):
+    """The type of `app.task(…)` with options: it makes a task of a function, async or not."""
 
     @overload
-    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    def __call__(  # type: ignore[overload-overlap]  # an async def is a function too: the first match counts
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> AsyncTask[P, R]: ...
     @overload
-    def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
-    def __call__(self, function: Callable[..., Any], /) -> Any:
-        raise NotImplementedError
+    def __call__(self, function: Callable[P, R], /) -> SyncTask[P, R]: ...

@@ -12,7 +12,7 @@ import pytest
 
 from headrace import Headrace
 from headrace.foundation.errors import Conflict, InvalidInput, StoreUnavailable
-from headrace.handles import RunFailed, WaitTimedOut
+from headrace.handles import RunFailed, WaitTimeout
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.flusher import UpdatesUnflushed
 from headrace.runtime.producing import producer as room
@@ -42,10 +42,10 @@ async def test_an_enqueued_run_is_durable_when_its_call_returns(kind: str, tmp_p
                 assert other.execute("SELECT count(*) FROM span").fetchone() == (1,)
             other.close()
         view = await run.view()
-        assert (view.state, view.payload, view.task, view.attempt) == ("waiting", b"5", "task", 1)
+        assert (view.state, view.input, view.task, view.attempt) == ("waiting", 5, "task", 1)
         async with app.worker():
             assert await run.result() == 5
-            assert await (await app.run(run.id)).result() == 5
+            assert await (await app.get_run(run.id)).result() == 5
 
 
 async def test_many_enqueues_at_once_share_few_commits(kind: str, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ async def test_an_idempotency_key_answers_the_older_run_until_it_expires(kind: s
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock) as engine, app_on(engine) as app, app_on(engine) as other:
         task = with_task(app)
-        keyed = task.options(idempotency_key="k", idempotency_ttl=60)
+        keyed = task.options(idempotency_key="k", idempotency_ttl_s=60)
         first = await keyed.enqueue(1)
         assert (await keyed.enqueue(2)).id == first.id
         assert (await with_task(other).options(idempotency_key="k").enqueue(3)).id == first.id
@@ -86,17 +86,17 @@ async def test_an_idempotency_key_answers_the_older_run_until_it_expires(kind: s
         clock.advance(60.001)
         second = await keyed.enqueue(4)
         assert second.id != first.id
-        assert (await second.view()).payload == b"4"
-        assert (await first.view()).payload == b"1"
+        assert (await second.view()).input == 4
+        assert (await first.view()).input == 1
 
 
 async def test_options_out_of_bounds_are_refused_at_the_call(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
         task = with_task(app)
         wrong: list[dict[str, Any]] = [
-            {"delay": -1},
-            {"delay": float("nan")},
-            {"expires": 1e12},
+            {"delay_s": -1},
+            {"delay_s": float("nan")},
+            {"expires_s": 1e12},
             {"priority": 1_000_001},
             {"queue": ""},
             {"queue": "a\0b"},
@@ -124,8 +124,8 @@ async def test_a_delayed_run_waits_for_its_time(kind: str, tmp_path: Path) -> No
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock) as engine, app_on(engine) as app:
         task = with_task(app)
-        later = await task.options(delay=3_600).enqueue(1)
-        expiring = await task.options(expires=60, delay=120).enqueue(2)
+        later = await task.options(delay_s=3_600).enqueue(1)
+        expiring = await task.options(expires_s=60, delay_s=120).enqueue(2)
         async with app.worker():
             now = await task.enqueue(3)
             await until(clock, now, "completed")
@@ -133,7 +133,7 @@ async def test_a_delayed_run_waits_for_its_time(kind: str, tmp_path: Path) -> No
             clock.advance(3_000)
             await until(clock, expiring, "expired")
             assert (await later.view()).state == "delayed"
-            with pytest.raises(RunFailed, match="it was expired"):
+            with pytest.raises(RunFailed, match="the run was expired"):
                 await expiring.result()
             clock.advance(600)
             await until(clock, later, "completed")
@@ -156,13 +156,13 @@ async def test_a_result_tells_failed_from_cancelled_and_waits_no_longer_than_tol
         while not (waiting.done() and also.done()):
             await clock.advance_async(1)
         for late in (waiting, also):
-            with pytest.raises(WaitTimedOut, match="has not ended"):
+            with pytest.raises(WaitTimeout, match="has not ended"):
                 await late
-        with pytest.raises(WaitTimedOut):
+        with pytest.raises(WaitTimeout):
             await anext(batch.results(timeout_s=0))
         cancelled = await task.enqueue(2)
         assert await cancelled.cancel()
-        with pytest.raises(RunFailed, match="it was cancelled") as caught:
+        with pytest.raises(RunFailed, match="the run was cancelled") as caught:
             await cancelled.result()
         assert caught.value.failure is None
         async with app.worker():
@@ -170,7 +170,7 @@ async def test_a_result_tells_failed_from_cancelled_and_waits_no_longer_than_tol
                 await run.result()
         assert caught.value.failure is not None
         assert caught.value.failure.attempts == 1
-        assert await run.retry()
+        assert await run.redrive()
         assert (await run.view()).state == "waiting"
 
 
@@ -295,15 +295,15 @@ async def test_a_map_again_under_its_key_adds_what_is_missing_and_nothing_twice(
             raise OSError("the source broke")
 
         with pytest.raises(OSError, match="the source broke"):
-            await task.map(broken(), key="k")
-        batch = await task.map(range(1_000), key="k", metadata={"a": 1})
-        again = await task.map(range(1_000), key="k")
+            await task.map(broken(), batch_key="k")
+        batch = await task.map(range(1_000), batch_key="k", metadata={"a": 1})
+        again = await task.map(range(1_000), batch_key="k")
         assert again.id == batch.id
         async with app.worker():
             assert [outcome.output async for outcome in batch.results()] == list(range(1_000))
         with pytest.raises((Conflict, InvalidInput)):
-            await task.map(range(1_001), key="k")
-        assert (await batch.summary()).ledger.expected == 1_000
+            await task.map(range(1_001), batch_key="k")
+        assert (await batch.view()).ledger.expected == 1_000
 
 
 async def test_a_map_whose_source_raises_is_cancelled_when_nobody_can_go_on_with_it(kind: str, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ async def test_a_batch_can_be_found_cancelled_and_redriven(kind: str, tmp_path: 
             assert await batch.redrive() == 2
             summary = await batch.wait()
         assert (summary.ledger.completed, summary.ledger.failed) == (1, 2)
-        found = await app.batch(batch.id)
+        found = await app.get_batch(batch.id)
         assert [outcome.state async for outcome in found.results(from_index=1)] == ["failed", "failed"]
         other = await task.map([1, 2])
         assert (await other.cancel()).ledger.cancelled == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from headrace.foundation.errors import InvalidSetting
 from headrace.handles import RunFailed
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.tasks.context import DETACHED, Context
+from headrace.views import moment_of
 from tests.support.engines import app_on, on_each_store, opened
 
 TRACE = SpanContext(0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331, is_remote=True, trace_flags=TraceFlags(1))
@@ -32,11 +34,13 @@ async def test_a_task_s_delay_and_expiry_hold_unless_a_call_says_otherwise(kind:
             return n
 
         usual = await (await late.enqueue(1)).view()
-        own = await (await late.options(delay=5, expires=50).enqueue(2)).view()
-        assert (usual.due_us, usual.expires_us) == (clock.now_us() + 60_000_000, clock.now_us() + 600_000_000)
-        assert (own.due_us, own.expires_us) == (clock.now_us() + 5_000_000, clock.now_us() + 50_000_000)
+        own = await (await late.options(delay_s=5, expires_s=50).enqueue(2)).view()
+        now = moment_of(clock.now_us())
+        assert (usual.due_at, usual.expires_at) == (now + timedelta(seconds=60), now + timedelta(seconds=600))
+        assert (own.due_at, own.expires_at) == (now + timedelta(seconds=5), now + timedelta(seconds=50))
         mapped = await late.map([3])
-        assert (await engine.store.run(mapped.id, 0)).due_us == usual.due_us
+        (view,) = await app.runs(batch=mapped.id)
+        assert view.due_at == usual.due_at
 
 
 @on_each_store

@@ -35,7 +35,7 @@ async def test_time_passes_when_the_test_says_so() -> None:
         return context.attempt
 
     async with in_memory(app) as world:
-        run = await second_time_lucky.options(delay=3_600).enqueue()
+        run = await second_time_lucky.options(delay_s=3_600).enqueue()
         assert await world.drain() == 0
         await world.advance(3_600)
         assert await world.drain() == 0, "it failed, and is delayed again"
@@ -104,7 +104,7 @@ async def test_limits_are_set_by_name_and_the_app_is_free_afterwards() -> None:
             assert world.engine.limits.chunk_runs_max == chunk_runs_max
             batch = await one.map(range(5))
             await world.drain()
-            assert (await batch.summary()).ledger.completed == 5
+            assert (await batch.view()).ledger.completed == 5
     with pytest.raises(TypeError):
         async with in_memory(app, no_such_limit=1):
             pass

@@ -31,7 +31,7 @@ def open_batch(shell: Shell, *, waiting: int = 5, queue: str = "default", delay_
         "import asyncio, sys; sys.path.insert(0, '.')\n"
         "from tasks import echo, app\n"
         "async def main():\n"
-        f"    batch = await echo.options(queue={queue!r}, delay={delay_s}).map(range({waiting}))\n"
+        f"    batch = await echo.options(queue={queue!r}, delay_s={delay_s}).map(range({waiting}))\n"
         "    print(batch.id)\n"
         "    await app.close()\n"
         "asyncio.run(main())\n"

@@ -57,7 +57,7 @@ async def half_finished(url: str, folder: Path, runs_count: int) -> str:
     """A batch of which about half has run, with its worker gone."""
     app, work, reached = app_on(url, folder, "source", stop_at=runs_count // 2)
     async with app:
-        batch = await work.map(range(runs_count), key="the-batch")
+        batch = await work.map(range(runs_count), batch_key="the-batch")
         async with app.worker(concurrency=50):
             await reached.wait()
     return str(batch.id)
@@ -67,7 +67,7 @@ async def finished(url: str, folder: Path, name: str, batch_id: str) -> list[Any
     """Run what is left, and all outcomes in order."""
     app, _, _ = app_on(url, folder, name)
     async with app, app.worker():
-        batch = await app.batch(batch_id)
+        batch = await app.get_batch(batch_id)
         await batch.wait()
         engine = await app.open()
         assert await invariants.faults(engine.store, "default") == []
@@ -172,8 +172,8 @@ async def test_a_move_that_was_cut_goes_on_where_it_was(steps: int, tmp_path: Pa
     source_url, target_url = f"sqlite:///{tmp_path}/a.db", fresh_schema(tmp_path)
     app, work, _ = app_on(source_url, tmp_path, "a")
     async with app:
-        ids = [(await work.map(range(20_000), key=f"key-{n}")).id for n in range(2)]
-        run = await work.options(idempotency_key="once", tags=["red"], delay=3_600).enqueue(5)
+        ids = [(await work.map(range(20_000), batch_key=f"key-{n}")).id for n in range(2)]
+        run = await work.options(idempotency_key="once", tags=["red"], delay_s=3_600).enqueue(5)
         await _ended(app)
     source, target = await opened(source_url, tmp_path), await opened(target_url, tmp_path)
     try:
@@ -279,7 +279,7 @@ def test_a_key_that_is_taken_in_the_target_stops_the_move_before_anything_is_cop
     async def filled(url: str, name: str) -> None:
         app, work, _ = app_on(url, shell.place, name)
         async with app:
-            await work.map(range(10), key="nightly")
+            await work.map(range(10), batch_key="nightly")
 
     asyncio.run(filled(source, "a"))
     asyncio.run(filled(target, "b"))

@@ -165,7 +165,7 @@ def test_of_a_worker_that_is_killed_only_what_it_had_begun_is_suspect(stored: Sh
         suspects = {int(n) for n, pid in begun if pid == victim}
         _begun(stored, lambda found: len({pid for _, pid in found}) == 3)  # another has taken its place
         (stored.place / "open").touch()
-        assert enqueue(stored, f"(await (await app.batch('{batch_id}')).wait()).ledger.completed") == "40"
+        assert enqueue(stored, f"(await (await app.get_batch('{batch_id}')).wait()).ledger.completed") == "40"
     views = [stored("run", "show", f"run_{batch_id.removeprefix('batch_')}_{n}", "--json").json for n in range(40)]
     assert {n for n, view in enumerate(views) if view["crashes"]} == suspects
     assert stored("verify").code == 0

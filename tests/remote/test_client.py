@@ -129,12 +129,12 @@ async def test_a_send_with_a_key_goes_on_where_it_was(tmp_path: Path, monkeypatc
     faults = Faults(ITEMS)
     async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home) as client:
         with pytest.raises(OSError, match="went away"):
-            await client.send("task", broken(), key="nightly")
+            await client.send("task", broken(), batch_key="nightly")
         first = faults.seen
-        sent = await client.send("task", range(100), key="nightly")
+        sent = await client.send("task", range(100), batch_key="nightly")
         assert await held(home, sent.id) == ("sealed", 100, 0)
         assert faults.seen - first <= 6, "what was durable was passed over"
-        again = await client.send("task", range(100), key="nightly")
+        again = await client.send("task", range(100), batch_key="nightly")
         assert (again.id, again.count) == (sent.id, 100)
 
 

@@ -18,6 +18,7 @@ from typing import Final, Literal, NamedTuple, TypeVar
 
 from headrace.foundation.errors import InvalidSetting
 from headrace.foundation.limits import MIB, TABLE, Limit, Limits, check
+from headrace.foundation.suggestions import check_names, near_name
 from headrace.foundation.targets import PushTarget, push_targets
 
 FILE_NAME: Final = "headrace.toml"
@@ -148,6 +149,14 @@ def load(flags: Mapping[str, object | None], environ: Mapping[str, str], directo
     )
 
 
+def check_overrides(call: str, overrides: Mapping[str, object | None]) -> None:
+    """Check settings given in code, by name. Raises `InvalidSetting` that names the call and the setting."""
+    check_names(call, overrides, NAMES, "setting")
+    for name, value in overrides.items():
+        if value is not None:
+            _checked(name, _read(name, value), call)
+
+
 def hidden(name: str, value: str) -> str:
     """`value` as it may be shown: nothing of a secret, and no password or key inside a URL."""
     if _SECRET_NAME.search(name):
@@ -242,10 +251,8 @@ def _default(name: str) -> str | int | None:
 def _unknown(
     source: str, name: str, known: Iterable[str], spelled: Callable[[str], str], remedy: str = "remove it"
 ) -> InvalidSetting:
-    import difflib  # only here: most starts make no mistake
-
-    meant = difflib.get_close_matches(name.lower().replace("-", "_"), list(known), n=1, cutoff=0.6)
-    hint = f"did you mean {spelled(meant[0])}?" if meant else f"{remedy}, or see `headrace config show`"
+    near = near_name(name, known)
+    hint = f"did you mean {spelled(near)}?" if near else f"{remedy}, or see `headrace config show`"
     return InvalidSetting(f"{source}: no setting is called {name}", hint=hint)
 
 

@@ -105,18 +105,19 @@ class Client:
         task: str,
         items: Iterable[Any] | AsyncIterable[Any],
         *,
-        key: str | None = None,
+        batch_key: str | None = None,
         options: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Sent:
-        """One run of `task` for each item, streamed and never held whole; durable and sealed when it returns.
+        """Store one run of `task` for each item; the batch is durable and sealed when this returns.
 
-        `options` are those of an item (`queue`, `priority`, `delay`, …), for all of them. With a `key` the same key
-        answers the same batch: sending again, from the beginning of the same items, adds what is missing. Raises what
-        the server said when trying again does not help.
+        Items are streamed, the whole input is never in memory. `options` are those of an item in the HTTP API (`queue`,
+        `priority`, `delay`, …), for all of them. With a `batch_key` the call can be repeated from the beginning of the
+        same items: it finds the batch of that key and adds what is missing. Raises the server's error when a retry
+        can't help.
         """
-        named = key or f"send:{token_hex(16)}"  # a create whose answer was lost is found again
+        named = batch_key or f"send:{token_hex(16)}"  # a create whose answer was lost is found again
         body = _encode({"key": named, "task": task, "metadata": dict(metadata or {})})
         created = await self.connection.ask("POST", "/v1/batches", body, _JSON)
         batch = created.json

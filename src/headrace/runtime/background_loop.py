@@ -14,8 +14,8 @@ class Background:
     """An event loop in a daemon thread."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="headrace-loop", daemon=True)
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="headrace-loop", daemon=True)
         self._thread.start()
 
     def run(self, awaitable: Awaitable[T]) -> T:
@@ -24,7 +24,7 @@ class Background:
         async def wrapped() -> T:
             return await awaitable
 
-        future = asyncio.run_coroutine_threadsafe(wrapped(), self._loop)
+        future = asyncio.run_coroutine_threadsafe(wrapped(), self.loop)
         try:
             return future.result()
         except BaseException:
@@ -39,10 +39,10 @@ class Background:
             for task in rest:
                 task.cancel()
             await asyncio.gather(*rest, return_exceptions=True)
-            await self._loop.shutdown_asyncgens()
-            await self._loop.shutdown_default_executor()
+            await self.loop.shutdown_asyncgens()
+            await self.loop.shutdown_default_executor()
 
         self.run(end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
-        self._loop.close()
+        self.loop.close()

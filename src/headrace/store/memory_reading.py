@@ -261,6 +261,7 @@ def run(tables: Tables, batch_id: str, index: int) -> RunRecord:
     view.headers, view.tags, view.idempotency_key = extra.headers, list(extra.tags), extra.idempotency_key
     view.kept = extra.kept
     view.name = extra.name
+    view.created_us = min(span.since_us for span in spans_of_block(tables, block_id))
     if home.state in WITH_RESULT:
         view.result, view.result_kind = _results(tables, batch_id).get((block_id, position), NOTHING)
     view.attempts = [

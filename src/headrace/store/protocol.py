@@ -160,9 +160,10 @@ class Outcome(msgspec.Struct, kw_only=True):
 
 
 class RunRecord(msgspec.Struct, kw_only=True):
-    """All that is known of one run, for people. `kept`: options that are echoed, as JSON.
+    """One run as the store has it. `kept`: options that are echoed, as JSON.
 
-    `name`: what the task of an activation is called.
+    `name`: the task name of an activation. `session_id`: the session that has leased the run. `created_us` and
+    `started_us` are 0 where the store does not know them.
     """
 
     batch_id: str
@@ -186,6 +187,9 @@ class RunRecord(msgspec.Struct, kw_only=True):
     attempts: list[dict[str, object]]
     kept: bytes = b""
     name: str = ""
+    created_us: int = 0
+    started_us: int = 0
+    session_id: str = ""
 
 
 class QueueView(msgspec.Struct, kw_only=True):

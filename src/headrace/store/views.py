@@ -52,6 +52,8 @@ def view_of(span: Span, index: int, state: int) -> RunRecord:
         result=b"",
         result_kind=0,
         attempts=[],
+        created_us=span.since_us if span.attempt == 1 else 0,
+        session_id=span.session_id,
     )
 
 

@@ -311,9 +311,10 @@ def refuse_arguments(app: Headrace) -> None:
 
 
 def refuse_order(app: Headrace) -> None:
-    @app.task
-    @app.schedule("* * * * *")  # type: ignore[arg-type]  # the wrong way round
     async def turned() -> None: ...
+
+    schedule: Any = app.schedule("* * * * *")
+    app.task(schedule(turned))  # in the wrong order
 
 
 def refuse_many(app: Headrace) -> None:
@@ -339,7 +340,7 @@ REFUSED: Sequence[tuple[Any, str]] = [
     (lambda app, task: app.schedule(task, every_s=5, name=""), "a schedule's name is"),
     (lambda app, task: app.schedule(task, every_s=5, name="x" * 201), "a schedule's name is"),
     (lambda app, task: Headrace("other").schedule(task, every_s=5), "a task of this app"),
-    (lambda app, task: app.schedule(5), "a task of this app, not 5"),
+    (lambda app, task: app.schedule(5), "a task of this app, got 5"),
     (lambda app, task: refuse_arguments(app), "task needs needs value, which no schedule can give"),
     (lambda app, task: refuse_order(app), "a task of this app"),
     (lambda app, task: refuse_many(app), f"at most {SCHEDULES_MAX} schedules"),

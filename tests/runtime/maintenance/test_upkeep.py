@@ -88,7 +88,7 @@ async def test_finished_batches_go_after_their_retention_with_their_objects(kind
         clock.advance(1)
         assert await upkeep.prune() == 15
         with pytest.raises(NotFound):
-            await batches[0].summary()
+            await batches[0].view()
         objects = [stored.key async for stored in engine.payloads.list()]
         assert len(objects) == 1
         assert kept.id in objects[0]

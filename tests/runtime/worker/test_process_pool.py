@@ -112,7 +112,7 @@ async def test_a_crash_charges_only_what_had_begun(tmp_path: Path) -> None:
         assert await outputs(others) == [2 * item for item in range(256)]
         assert await run.result() == 1
         view = await run.view()
-        assert (view.attempt, view.crashes_count) == (1, 1)
+        assert (view.attempt, view.crashes) == (1, 1)
         assert {(await engine.store.run(others.id, index)).crashes_count for index in range(256)} == {0}
 
 
@@ -231,7 +231,7 @@ MODE = os.environ.get("MODE", "")
 
 async def main() -> None:
     async with app.worker(concurrency=2):
-        batch = await work.map(range(4), key="once")
+        batch = await work.map(range(4), batch_key="once")
         print("mapped", flush=True)
         print([outcome.output async for outcome in batch.results()], flush=True)
     await app.close()

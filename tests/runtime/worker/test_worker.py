@@ -146,7 +146,7 @@ async def test_a_worker_takes_only_its_tasks_and_queues(kind: str, tmp_path: Pat
         batches = [await mine.map([1]), await other.map([2]), await mine.options(queue="slow").map([3])]
         async with app.worker(tasks=["mine"], queues=["default"]):
             await batches[0].wait()
-        assert [(await batch.summary()).ledger.completed for batch in batches] == [1, 0, 0]
+        assert [(await batch.view()).ledger.completed for batch in batches] == [1, 0, 0]
         async with app.worker():
             for batch in batches:
                 await batch.wait()
@@ -261,7 +261,7 @@ async def test_a_cancelled_run_stops_and_its_batch_goes_on(kind: str, tmp_path: 
         batch = await waits.map(range(3))
         async with app.worker():
             await begun.wait()
-            run = await app.run(f"run_{batch.id.removeprefix('batch_')}_1")
+            run = await app.get_run(f"run_{batch.id.removeprefix('batch_')}_1")
             assert await run.cancel()
             with pytest.raises(Exception, match="cancelled"):
                 await run.result()
@@ -320,7 +320,7 @@ async def test_r19_what_turned_slow_after_a_large_claim_is_run_by_who_is_idle(ki
                 await asyncio.sleep(0)
             assert first._here.unbegun_count > 100, "it claimed ahead, as fast as it was"
             async with quick.worker(concurrency=4):
-                while (await batch.summary()).ledger.completed < 23_996:
+                while (await batch.view()).ledger.completed < 23_996:
                     await asyncio.sleep(0)
             assert len(began) == 4, "all the others were run elsewhere"
             gate.set()
@@ -344,9 +344,9 @@ async def test_what_nobody_began_is_free_for_others_before_the_grace_is_over(kin
         second = await waits.map(range(5))
         for work in await worker.broker.claim(["waits"], None, 5):
             worker._here.submit(work)
-        assert (await second.summary()).ledger.leased == 5
+        assert (await second.view()).ledger.leased == 5
         stopping = asyncio.create_task(worker.stop())
-        while (await second.summary()).ledger.leased:
+        while (await second.view()).ledger.leased:
             await asyncio.sleep(0)
         assert not stopping.done()
         gate.set()
@@ -525,7 +525,7 @@ async def test_a_claim_loop_outlives_an_error_nobody_foresaw(kind: str, tmp_path
         worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
         await worker.start()
         batch = await task.map(range(3))
-        while not (await batch.summary()).is_finished:
+        while not (await batch.view()).is_finished:
             await clock.advance_async(1)
         await worker.stop()
 

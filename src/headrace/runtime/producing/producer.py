@@ -186,7 +186,9 @@ class Producer:
         if key is not None:
             check_name("key", key)
         if options.idempotency_key:
-            raise InvalidInput("an idempotency key names one run, not a batch", hint="give map a key=… instead")
+            raise InvalidInput(
+                "an idempotency key names one run, not a batch", hint="write map(…, batch_key=…) instead"
+            )
         clock, limits = self.engine.clock, self.engine.limits
         now_us = clock.now_us()
         span_key, shared = key_of(spec, options, now_us), extra_of(options, limits, now_us)

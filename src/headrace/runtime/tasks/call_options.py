@@ -34,8 +34,8 @@ def key_of(spec: TaskSpec, options: Options, now_us: int) -> Key:
     return spec.key._replace(
         queue=spec.queue if options.queue is None else check_name("queue", options.queue),
         priority=spec.priority if options.priority is None else check_priority(options.priority),
-        due_us=_moment_us("delay", options.delay_s or spec.delay_s, now_us),
-        expires_us=_moment_us("expires", options.expires_s or spec.expires_s, now_us),
+        due_us=_moment_us("delay_s", options.delay_s or spec.delay_s, now_us),
+        expires_us=_moment_us("expires_s", options.expires_s or spec.expires_s, now_us),
     )
 
 
@@ -58,7 +58,7 @@ def extra_of(options: Options, limits: Limits, now_us: int) -> Extra | None:
     _check_headers(cast("Mapping[object, object]", options.headers), limits.headers_bytes_max)
     return Extra(
         idempotency_key=options.idempotency_key,
-        idempotency_expires_us=_moment_us("idempotency_ttl", options.idempotency_ttl_s, now_us),
+        idempotency_expires_us=_moment_us("idempotency_ttl_s", options.idempotency_ttl_s, now_us),
         tags=options.tags,
         headers=options.headers,
     )

@@ -176,7 +176,8 @@ def run(batch_id: str, index: int) -> Script[RunRecord]:
     _, _, _, extras, items = yield from fetch_first("blocks", ids=as_json([block_id]))
     payloads, kinds = unpack_some(items, [position])
     extra = decode_extras(extras).get(position, Extra())
-    span, state = _home((yield from spans_of_block(block_id)), position)
+    spans = yield from spans_of_block(block_id)
+    span, state = _home(spans, position)
     attempts: list[dict[str, object]] = []
     result, result_kind = b"", 0
     for row in (yield from fetch("parts_of_blocks", ids=as_json([block_id]))):
@@ -194,6 +195,7 @@ def run(batch_id: str, index: int) -> Script[RunRecord]:
     view.result, view.result_kind, view.attempts = result, result_kind, attempts
     view.kept = extra.kept
     view.name = extra.name
+    view.created_us = min(span.since_us for span in spans)
     return view
 
 

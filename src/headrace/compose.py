@@ -194,8 +194,7 @@ async def _remote_engine(settings: Settings) -> Engine:
 
 async def memory_engine(limits: Limits, clock: Clock, *, environment: str = "default") -> Engine:
     """An engine that forgets: for tests, and for trying things out."""
-    from headrace.store.memory import MemoryStore
-    from headrace.store.memory_entities import MemoryEntities
+    from headrace.store.memory import MemoryEntities, MemoryStore
 
     store = MemoryStore(limits)
     await store.open()

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from headrace.foundation.limits import DEFAULT
 from headrace.store.entities.protocol import EntityStore
-from headrace.store.memory import MemoryStore
-from headrace.store.memory_entities import MemoryEntities
+from headrace.store.memory import MemoryEntities, MemoryStore
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.entities import PostgresEntities
 from headrace.store.protocol import Store

@@ -24,9 +24,8 @@ import pytest
 from headrace.core import span as spans
 from headrace.core.span import Settlement, Span
 from headrace.runtime.worker.worker import Worker
-from headrace.store import memory_writing as writing
-from headrace.store.memory import MemoryStore
-from headrace.store.memory_reading import Tables
+from headrace.store.memory import MemoryStore, writes
+from headrace.store.memory.reads import Tables
 from headrace.store.protocol import Appended, Session
 from tests.simulation.faults import POINTS, READS, STAGES, VERBS
 from tests.simulation.loop import Stuck
@@ -145,7 +144,7 @@ def test_a_process_may_die_at_any_fault_point(point: str) -> None:
 # -- a simulation that can't fail shows nothing
 
 
-settle_now, end_now, append_now = spans.settle, writing.end, MemoryStore.append
+settle_now, end_now, append_now = spans.settle, writes.end, MemoryStore.append
 
 
 def settle_without_a_fence(span: Span | None, settlement: Settlement, **more: Any) -> spans.Verdict:
@@ -177,7 +176,7 @@ async def append_into_nothing(store: MemoryStore, batch_id: str, chunks: Any, **
     ("owner", "name", "broken", "first"),
     [
         pytest.param(spans, "settle", settle_without_a_fence, 0, id="no fence"),
-        pytest.param(writing, "end", end_without_an_end, 0, id="recovered but alive"),
+        pytest.param(writes, "end", end_without_an_end, 0, id="recovered but alive"),
         pytest.param(Worker, "_session_lost", session_lost_without_care, 605, id="goes on after its end"),
         pytest.param(MemoryStore, "append", append_into_nothing, 0, id="acknowledged and lost"),
     ],

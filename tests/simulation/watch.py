@@ -16,7 +16,7 @@ from headrace.core.block import Chunk
 from headrace.core.pack import REFERENCE, unpack
 from headrace.core.span import LEASED, SETTLED, Settlement, Span, positions_of
 from headrace.store.memory import MemoryStore
-from headrace.store.memory_reading import indexes_of
+from headrace.store.memory.reads import indexes_of
 from headrace.store.protocol import Lease
 from tests import invariants
 from tests.invariants import Record

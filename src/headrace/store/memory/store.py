@@ -23,9 +23,8 @@ from headrace.core.run import UNSETTLED
 from headrace.core.span import Counts, Policy, Settlement
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
 from headrace.foundation.limits import Limits
-from headrace.store import memory_reading as reading
-from headrace.store import memory_writing as writing
-from headrace.store.memory_reading import Queue, Tables
+from headrace.store.memory import reads, writes
+from headrace.store.memory.reads import Queue, Tables
 from headrace.store.protocol import (
     ApiKey,
     Appended,
@@ -89,13 +88,13 @@ class MemoryStore:
         """Open a batch, or answer the one its key names."""
         batches.check_created(expected_count=new.expected_count, runs_max=self._limits.batch_runs_max)
         with self._changing() as tables:
-            if new.key is not None and (known := reading.named(tables, new.environment, new.key)):
+            if new.key is not None and (known := reads.named(tables, new.environment, new.key)):
                 return known, False
             if new.id in tables.batches:
                 return tables.batches[new.id], False
             if new.session_id:
-                writing.live(tables, new.session_id)
-            return writing.create(tables, new, now_us), True
+                writes.live(tables, new.session_id)
+            return writes.create(tables, new, now_us), True
 
     async def append(
         self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None, seals: bool = False
@@ -103,58 +102,58 @@ class MemoryStore:
         """Make runs durable, each index once."""
         with self._changing() as tables:
             runs_max = self._limits.batch_runs_max
-            return writing.append(tables, batch_id, chunks, cursor, runs_max, now_us, seals=seals)
+            return writes.append(tables, batch_id, chunks, cursor, runs_max, now_us, seals=seals)
 
     async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:
         """Close the batch; completes it when its runs have all ended."""
         with self._changing() as tables:
-            return writing.seal(tables, batch_id, expected_count, now_us)
+            return writes.seal(tables, batch_id, expected_count, now_us)
 
     async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> Batch:
         """Move to `cancelled` or `abandoned`; what waits is cancelled, a bounded part of it at once."""
         with self._changing() as tables:
-            writing.stop(tables, batch_id, state, now_us)
+            writes.stop(tables, batch_id, state, now_us)
         return self._tables.batches[batch_id]
 
     async def cancel_runs(self, batch_id: str, indexes: Sequence[int], *, now_us: int) -> int:
         """Cancel single runs: those that wait now, those leased when their worker hears of it."""
         with self._changing() as tables:
-            batch = reading.find(tables, batch_id)
+            batch = reads.find(tables, batch_id)
             asked = 0
             change = Counts()
-            for block_id, positions in writing.by_block(tables, batch, indexes).items():
-                for span in reading.spans_of_block(tables, block_id):
-                    live = [own for own, state in writing.homes(span) if state in UNSETTLED and own in positions]
+            for block_id, positions in writes.by_block(tables, batch, indexes).items():
+                for span in reads.spans_of_block(tables, block_id):
+                    live = [own for own, state in writes.homes(span) if state in UNSETTLED and own in positions]
                     if span.state == spans.LEASED:
                         tables.cancellations |= {(batch_id, positions[own]) for own in live}
                         asked += len(live)
                     elif live:
                         tables.spans[span.id], counts = spans.cancel(span, live)
                         change = change.plus(counts)
-            writing.count_in(tables, batch_id, change, now_us)
+            writes.count_in(tables, batch_id, change, now_us)
         return change.settled + asked
 
     async def redrive(self, batch_id: str, indexes: Sequence[int] | None) -> int:
         """Run again what failed (all of it), or what ended badly at `indexes`."""
         with self._changing() as tables:
-            batch = reading.find(tables, batch_id)
+            batch = reads.find(tables, batch_id)
             if batch.is_stopped:
                 raise Conflict(f"the batch is {batch.state}; its runs can't run again", batch_id=batch_id)
-            wanted = None if indexes is None else writing.by_block(tables, batch, indexes)
+            wanted = None if indexes is None else writes.by_block(tables, batch, indexes)
             change = Counts()
-            for span in reading.spans_of_batch(tables, batch_id):
+            for span in reads.spans_of_batch(tables, batch_id):
                 positions = None if wanted is None else wanted.get(span.block_id, {})
                 extras = tables.blocks[span.block_id].chunk.extras
                 after, again, gone = spans.redrive(
                     span,
                     positions,
-                    clock=writing.clock(tables, span),
+                    clock=writes.clock(tables, span),
                     unrunnable={position for position, extra in extras.items() if extra.failure},
                 )
                 if again is not None:
                     tables.spans[span.id] = after
-                    writing.add_span(tables, again)
-                    back = {(batch_id, index) for index in reading.indexes_of_span(tables, again)}
+                    writes.add_span(tables, again)
+                    back = {(batch_id, index) for index in reads.indexes_of_span(tables, again)}
                     tables.cancellations -= back
                     tables.dead = {run: dead for run, dead in tables.dead.items() if run not in back}
                     change = change.plus(gone)
@@ -169,17 +168,17 @@ class MemoryStore:
         with self._changing() as tables:
             known = tables.sessions.get(session.id)
             if known is not None and known.ended_us:
-                raise writing.ended(session.id)
+                raise writes.ended(session.id)
             if known is None:
                 tables.sessions[session.id] = msgspec.structs.replace(session, heartbeat_us=now_us, ended_us=0)
 
     async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
         """A sign of life, answered with what the store thinks this session holds."""
         with self._changing() as tables:
-            session = writing.live(tables, session_id)
+            session = writes.live(tables, session_id)
             seen_us = max(session.heartbeat_us, now_us)
             tables.sessions[session_id] = msgspec.structs.replace(session, heartbeat_us=seen_us)
-            held = reading.spans_of_session(tables, session_id)
+            held = reads.spans_of_session(tables, session_id)
             touched = {span.batch_id for span in held}
         return Heartbeat(
             leases=[Held(span.id, span.token, span.claim_no) for span in held],
@@ -192,7 +191,7 @@ class MemoryStore:
         with self._changing() as tables:
             session = tables.sessions.get(session_id)
             if session is not None and not session.ended_us:
-                writing.end(tables, session, Suspects(places={}, evidence=""), self._limits.crashes_max, now_us)
+                writes.end(tables, session, Suspects(places={}, evidence=""), self._limits.crashes_max, now_us)
 
     async def sessions(self) -> list[Session]:
         """The sessions that have not ended."""
@@ -207,7 +206,7 @@ class MemoryStore:
             session = tables.sessions.get(session_id)
             if session is None or session.ended_us or session.heartbeat_us > silent_since_us:
                 return 0
-            return writing.end(tables, session, suspects, crashes_max, now_us)
+            return writes.end(tables, session, suspects, crashes_max, now_us)
 
     # work
 
@@ -216,13 +215,13 @@ class MemoryStore:
         if claim.runs_max < 1:
             raise InvalidInput(f"a claim is for one run or more, not for {claim.runs_max}")
         with self._changing() as tables:
-            writing.live(tables, claim.session_id)
-            held = reading.spans_of_session(tables, claim.session_id)
-            taken = [span for span in sorted(held, key=reading.place_in_line) if span.claim_no == claim.claim_no]
+            writes.live(tables, claim.session_id)
+            held = reads.spans_of_session(tables, claim.session_id)
+            taken = [span for span in sorted(held, key=reads.place_in_line) if span.claim_no == claim.claim_no]
             if not taken:
-                writing.promote(tables, now_us)
-                taken = writing.take(tables, claim, now_us)
-        return [reading.lease(tables, span) for span in taken]
+                writes.promote(tables, now_us)
+                taken = writes.take(tables, claim, now_us)
+        return [reads.lease(tables, span) for span in taken]
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
         """Record outcomes: `settled`, `recorded` (a repeat) or `lost` (a stale token) for each, in order."""
@@ -234,11 +233,11 @@ class MemoryStore:
                     span,
                     settlement,
                     recorded=(settlement.span_id, settlement.token, settlement.part_no) in tables.parts,
-                    policy=Policy() if span is None else writing.policy(tables, span),
-                    clock=0 if span is None else writing.clock(tables, span),
+                    policy=Policy() if span is None else writes.policy(tables, span),
+                    clock=0 if span is None else writes.clock(tables, span),
                     now_us=now_us,
                 )
-                writing.apply(tables, verdict, now_us)
+                writes.apply(tables, verdict, now_us)
                 words.append(verdict.word)
                 if span is not None and verdict.word != spans.LOST:
                     for key in settlement.object_keys:
@@ -248,18 +247,18 @@ class MemoryStore:
     async def release(self, releases: Sequence[Release], *, crashes_max: int, now_us: int) -> list[str]:
         """Give leases back before their runs ended: `settled` or `lost` for each."""
         with self._changing() as tables:
-            return [writing.release(tables, given, crashes_max, now_us) for given in releases]
+            return [writes.release(tables, given, crashes_max, now_us) for given in releases]
 
     # reading
 
     async def batch(self, batch_id: str) -> tuple[Batch, Ledger]:
         """One batch and its ledger."""
         tables = self._now()
-        return reading.with_ledger(tables, reading.find(tables, batch_id))
+        return reads.with_ledger(tables, reads.find(tables, batch_id))
 
     async def find_batch(self, environment: str, key: str) -> Batch | None:
         """The batch that a key names."""
-        return reading.named(self._now(), environment, key)
+        return reads.named(self._now(), environment, key)
 
     async def batches(
         self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
@@ -273,22 +272,22 @@ class MemoryStore:
             and (states is None or batch.state in states)
             and (not before_id or batch_id < before_id)
         ]
-        return [reading.with_ledger(tables, batch) for batch in found[:limit]]
+        return [reads.with_ledger(tables, batch) for batch in found[:limit]]
 
     async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
         """Ranges of announced indexes that are not durable yet."""
         tables = self._now()
-        batch, received = reading.find(tables, batch_id), tables.received[batch_id]
+        batch, received = reads.find(tables, batch_id), tables.received[batch_id]
         expected = received.end if batch.expected_count is None else batch.expected_count
         return received.missing(expected, ranges_max)
 
     async def outcomes(self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> list[Outcome]:
         """Final outcomes from `from_index` on, in index order."""
-        return reading.outcomes(self._now(), batch_id, from_index, runs_max, passing=passing)
+        return reads.outcomes(self._now(), batch_id, from_index, runs_max, passing=passing)
 
     async def run(self, batch_id: str, index: int) -> RunRecord:
         """One run."""
-        return reading.run(self._now(), batch_id, index)
+        return reads.run(self._now(), batch_id, index)
 
     async def runs(
         self,
@@ -302,11 +301,11 @@ class MemoryStore:
         limit: int = 50,
     ) -> list[RunRecord]:
         """Runs that match, newest batch first and by index inside it."""
-        return reading.runs(self._now(), environment, batch_id, state, task, tag, after, limit)
+        return reads.runs(self._now(), environment, batch_id, state, task, tag, after, limit)
 
     async def queues(self, environment: str) -> list[QueueView]:
         """The queues that were ever used or paused."""
-        return reading.queues(self._now(), environment)
+        return reads.queues(self._now(), environment)
 
     async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
         """Stop or go on handing out a queue's runs."""
@@ -316,13 +315,13 @@ class MemoryStore:
 
     async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
         """Where the runs that keys name are under way."""
-        return reading.named_leases(self._now(), environment, task, keys)
+        return reads.named_leases(self._now(), environment, task, keys)
 
     async def dead_letters(
         self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
     ) -> list[DeadLetter]:
         """Dead letters, oldest first."""
-        return reading.dead_letters(self._now(), environment, queue, before_us, after)[:limit]
+        return reads.dead_letters(self._now(), environment, queue, before_us, after)[:limit]
 
     async def purge_dead(self, environment: str, runs: Sequence[tuple[str, int]]) -> int:
         """Let dead letters be as other failed runs."""
@@ -348,7 +347,7 @@ class MemoryStore:
     async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
         """Let what waits in one queue wait in another, a bounded step."""
         with self._changing() as tables:
-            return writing.move_waiting(tables, environment, task, source, target, spans_max)
+            return writes.move_waiting(tables, environment, task, source, target, spans_max)
 
     async def size_bytes(self) -> int:
         """The inputs and outcomes that are kept."""
@@ -358,7 +357,7 @@ class MemoryStore:
 
     async def verify(self, batch_id: str) -> Verification:
         """Count a batch from its chunks and compare."""
-        return reading.verify(self._now(), batch_id)
+        return reads.verify(self._now(), batch_id)
 
     # upkeep
 
@@ -366,19 +365,19 @@ class MemoryStore:
         """Expire, abandon and cancel what is due; give back what no live session holds."""
         swept = Swept()
         with self._changing() as tables:
-            late = [span for span in reading.waiting(tables) if 0 < span.expires_us <= now_us]
+            late = [span for span in reads.waiting(tables) if 0 < span.expires_us <= now_us]
             for span in late[:rows_max]:
                 tables.spans[span.id], counts = spans.expire(span)
                 swept.expired_count += counts.settled
-                writing.count_in(tables, span.batch_id, counts, now_us)
-            overdue = [batch for batch in tables.batches.values() if writing.is_overdue(batch, now_us)]
+                writes.count_in(tables, span.batch_id, counts, now_us)
+            overdue = [batch for batch in tables.batches.values() if writes.is_overdue(batch, now_us)]
             for batch in overdue[:rows_max]:
-                writing.stop(tables, batch.id, batches.ABANDONED, now_us)
+                writes.stop(tables, batch.id, batches.ABANDONED, now_us)
                 swept.abandoned.append(batch.id)
             stopping = [batch for batch in tables.batches.values() if batch.is_stopped and not batch.is_finished]
             left = rows_max
             for batch in stopping:
-                spans_count, runs_count = writing.sweep_stopped(tables, batch.id, left, now_us)
+                spans_count, runs_count = writes.sweep_stopped(tables, batch.id, left, now_us)
                 left -= spans_count
                 swept.cancelled_count += runs_count
             live = {session.id for session in tables.sessions.values() if not session.ended_us}
@@ -386,8 +385,8 @@ class MemoryStore:
                 span for span in tables.spans.values() if span.state == spans.LEASED and span.session_id not in live
             ]
             for span in lost[:rows_max]:
-                unknown = writing.given_back(span, Suspects(places=None, evidence="its session is gone"))
-                writing.release(tables, unknown, self._limits.crashes_max, now_us)
+                unknown = writes.given_back(span, Suspects(places=None, evidence="its session is gone"))
+                writes.release(tables, unknown, self._limits.crashes_max, now_us)
             swept.more = max(len(late), len(overdue), rows_max - left, len(lost)) >= rows_max
         return swept
 
@@ -445,7 +444,7 @@ class MemoryStore:
         return min(
             (
                 span.due_us
-                for span in reading.waiting(self._now())
+                for span in reads.waiting(self._now())
                 if span.state == spans.DELAYED and span.environment == environment and span.task in tasks
             ),
             default=None,
@@ -458,12 +457,12 @@ class MemoryStore:
     ) -> list[Schedule]:
         """Make the schedules of an app known, all there are; its others are gone."""
         with self._changing() as tables:
-            return writing.keep_schedules(tables, environment, app, schedules, now_us)
+            return writes.keep_schedules(tables, environment, app, schedules, now_us)
 
     async def tick(self, environment: str, tick: Tick, *, now_us: int) -> Ticked:
         """Enqueue the runs of ticks, once."""
         with self._changing() as tables:
-            return writing.tick(tables, environment, tick, now_us)
+            return writes.tick(tables, environment, tick, now_us)
 
     async def schedules(self, environment: str) -> list[Schedule]:
         """The schedules that were ever known, by name."""

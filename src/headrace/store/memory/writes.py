@@ -18,8 +18,8 @@ from headrace.core.run import COMPLETED, ENDED_BADLY, WAITING
 from headrace.core.span import Counts, Key, Part, Policy, Span, Verdict, encode_places, positions_of
 from headrace.foundation.errors import Conflict, SessionEnded
 from headrace.foundation.ids import run_id
-from headrace.store import memory_reading as reading
-from headrace.store.memory_reading import Known, Queue, Tables
+from headrace.store.memory import reads
+from headrace.store.memory.reads import Known, Queue, Tables
 from headrace.store.protocol import (
     Appended,
     Claim,
@@ -56,7 +56,7 @@ def append(
 ) -> Appended:
     """Make the runs of `chunks` durable that are not yet, and keep `cursor` with them; close a batch that is whole."""
     answer = Appended(accepted_count=0, duplicates_count=0, conflicts=[], existing={})
-    batch = reading.find(tables, batch_id)
+    batch = reads.find(tables, batch_id)
     for chunk in chunks:
         check_names(chunk)
         batches.check_append(batch, first_index=chunk.first_index, last_index=chunk.last_index, runs_max=runs_max)
@@ -77,7 +77,7 @@ def append(
 
 def seal(tables: Tables, batch_id: str, expected_count: int | None, now_us: int) -> Batch:
     """Close a batch; completes it when its runs have all ended."""
-    batch, received = reading.find(tables, batch_id), tables.received[batch_id]
+    batch, received = reads.find(tables, batch_id), tables.received[batch_id]
     after = tables.batches[batch_id] = batches.sealed(batch, received, expected_count=expected_count, now_us=now_us)
     return after
 
@@ -131,11 +131,11 @@ def fresh_part(tables: Tables, batch: Batch, chunk: Chunk, answer: Appended, now
     payloads, kinds = unpack(chunk.items)
     keep = []
     links: dict[int, str] = {}
-    for position, index in enumerate(reading.indexes_of(chunk)):
+    for position, index in enumerate(reads.indexes_of(chunk)):
         extra = chunk.extras.get(position)
         if index in received:
             answer.duplicates_count += 1
-            if reading.payload(tables, batch, index) != (payloads[position], kinds[position] if kinds else 0):
+            if reads.payload(tables, batch, index) != (payloads[position], kinds[position] if kinds else 0):
                 answer.conflicts.append(index)
             continue
         if extra is not None and extra.idempotency_key:
@@ -159,7 +159,7 @@ def _is_free(tables: Tables, known: Known, now_us: int) -> bool:
         return True
     return any(
         home.run_index == known.run_index and home.state in ENDED_BADLY and not home.span.at_most_once
-        for home in reading.homes_of(tables, known.batch_id)
+        for home in reads.homes_of(tables, known.batch_id)
     )
 
 
@@ -239,7 +239,7 @@ def by_block(tables: Tables, batch: Batch, indexes: Collection[int]) -> dict[int
     """`{block id: {position: index}}`; an index nobody received is `NotFound`."""
     found: dict[int, dict[int, int]] = {}
     for index in indexes:
-        block_id, position = reading.locate(tables, batch, index)
+        block_id, position = reads.locate(tables, batch, index)
         found.setdefault(block_id, {})[position] = index
     return found
 
@@ -256,7 +256,7 @@ def clock(tables: Tables, span: Span) -> int:
 
 def policy(tables: Tables, span: Span, crashes_max: int = 1) -> Policy:
     """What the batch says of runs of a span that would come back."""
-    indexes = reading.indexes_of(tables.blocks[span.block_id].chunk)
+    indexes = reads.indexes_of(tables.blocks[span.block_id].chunk)
     return Policy(
         stopped=tables.batches[span.batch_id].is_stopped,
         cancelled=frozenset(
@@ -287,7 +287,7 @@ def apply(tables: Tables, verdict: Verdict, now_us: int) -> None:
 
 def bury(tables: Tables, span: Span, part: Part, now_us: int) -> None:
     """Keep what a part ends as dead letters on the list of those."""
-    indexes = reading.indexes_of(tables.blocks[span.block_id].chunk)
+    indexes = reads.indexes_of(tables.blocks[span.block_id].chunk)
     for position in spans.dead_positions(span, part):
         dead = DeadLetter(
             batch_id=span.batch_id, index=indexes[position], queue=span.queue, task=span.task, died_us=now_us
@@ -297,7 +297,7 @@ def bury(tables: Tables, span: Span, part: Part, now_us: int) -> None:
 
 def stop(tables: Tables, batch_id: str, state: str, now_us: int) -> None:
     """Cancel or abandon a batch; a bounded part of what waits ends at once."""
-    after = batches.stopped(reading.find(tables, batch_id), state, now_us)
+    after = batches.stopped(reads.find(tables, batch_id), state, now_us)
     tables.batches[batch_id] = after
     if after.is_stopped and not after.is_finished:
         sweep_stopped(tables, batch_id, SWEEP_SPANS_MAX, now_us)
@@ -305,7 +305,7 @@ def stop(tables: Tables, batch_id: str, state: str, now_us: int) -> None:
 
 def sweep_stopped(tables: Tables, batch_id: str, spans_max: int, now_us: int) -> tuple[int, int]:
     """Cancel what waits in a stopped batch; answers how many spans and how many runs."""
-    found = [span for span in reading.waiting(tables) if span.batch_id == batch_id][:spans_max]
+    found = [span for span in reads.waiting(tables) if span.batch_id == batch_id][:spans_max]
     change = Counts()
     for span in found:
         tables.spans[span.id], counts = spans.cancel(span)
@@ -336,7 +336,7 @@ def ended(session_id: str) -> SessionEnded:
 def end(tables: Tables, session: Session, suspects: Suspects, crashes_max: int, now_us: int) -> int:
     """End a session, then give its leases back and leave its batches; answers how many leases there were."""
     tables.sessions[session.id] = msgspec.structs.replace(session, ended_us=now_us)
-    held = reading.spans_of_session(tables, session.id)
+    held = reads.spans_of_session(tables, session.id)
     for span in held:
         release(tables, given_back(span, suspects), crashes_max, now_us)
     for batch in list(tables.batches.values()):
@@ -373,7 +373,7 @@ def release(tables: Tables, given: Release, crashes_max: int, now_us: int) -> st
 
 def promote(tables: Tables, now_us: int) -> None:
     """Delayed spans whose time has come join the line where it stands now."""
-    for span in reading.waiting(tables):
+    for span in reads.waiting(tables):
         if span.state == spans.DELAYED and span.due_us <= now_us:
             tables.spans[span.id] = msgspec.structs.replace(
                 span, state=spans.WAITING, order_no=returned_order_no(clock=clock(tables, span))
@@ -384,12 +384,12 @@ def move_waiting(tables: Tables, environment: str, task: str, source: str, targe
     """Let what waits in one queue wait in another."""
     found = [
         span
-        for span in reading.waiting(tables)
+        for span in reads.waiting(tables)
         if (span.state, span.environment, span.task, span.queue) == (spans.WAITING, environment, task, source)
     ]
     if found:
         tables.queues.setdefault((environment, target), Queue())
-    for span in sorted(found, key=reading.place_in_line)[:spans_max]:
+    for span in sorted(found, key=reads.place_in_line)[:spans_max]:
         tables.spans[span.id] = msgspec.structs.replace(span, queue=target)
     return min(len(found), spans_max)
 
@@ -398,7 +398,7 @@ def take(tables: Tables, claim: Claim, now_us: int) -> list[Span]:
     """Put the best spans under a lease; the last is split when it holds more runs than are wanted."""
     line = [
         span
-        for span in reading.waiting(tables)
+        for span in reads.waiting(tables)
         if span.state == spans.WAITING
         and span.environment == claim.environment
         and span.task in claim.tasks
@@ -407,7 +407,7 @@ def take(tables: Tables, claim: Claim, now_us: int) -> list[Span]:
         and not tables.queues[span.environment, span.queue].paused
         and not 0 < span.expires_us <= now_us
     ]
-    line.sort(key=reading.place_in_line)
+    line.sort(key=reads.place_in_line)
     taken: list[Span] = []
     wanted = claim.runs_max
     for span in line:

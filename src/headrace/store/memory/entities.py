@@ -13,7 +13,7 @@ from headrace.core.sequencer import Position, is_after
 from headrace.foundation.errors import Conflict, NotFound, StoreBroken
 from headrace.store.entities.protocol import Commit, Enqueued, HistoryGone, LeaseLost, Plan, Standing, Write
 from headrace.store.entities.schema import Kept, changes_of, check_names, tables_of
-from headrace.store.memory import MemoryStore
+from headrace.store.memory.store import MemoryStore
 from headrace.store.protocol import NewBatch
 
 

@@ -17,7 +17,7 @@ STATEMENTS = [(package, statement) for package in PACKAGES for statement in stat
 
 def code_of(package: str) -> str:
     """All Python of a package, and of the scripts that name its statements."""
-    folders = [Path(str(files(package))), Path(str(files("headrace.store.verbs")))]
+    folders = [Path(str(files(package))), Path(str(files("headrace.store.transactions")))]
     return "\n".join(path.read_text(encoding="utf-8") for folder in folders for path in sorted(folder.glob("*.py")))
 
 

@@ -11,8 +11,8 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.call_options import Options
 from headrace.runtime.tasks.task_spec import TaskSpec
-from headrace.store.verbs.appending import enqueue
-from headrace.store.verbs.script import Script
+from headrace.store.transactions.append import enqueue
+from headrace.store.transactions.sql_script import Script
 from headrace.twins import blocking, refuse_in_loop
 
 P = ParamSpec("P")

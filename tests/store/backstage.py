@@ -11,7 +11,7 @@ import pytest
 
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.pool import Connection
-from headrace.store.verbs.script import Rows
+from headrace.store.transactions.sql_script import Rows
 from tests.postgres import server
 from tests.store.world import World
 

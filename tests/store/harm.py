@@ -14,7 +14,7 @@ from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.pool import Connection
 from headrace.store.sqlite import SqliteStore
-from headrace.store.verbs.script import Rows, Script
+from headrace.store.transactions.sql_script import Rows, Script
 from tests.store.story import Story, Told
 
 T = TypeVar("T")

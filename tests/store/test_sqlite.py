@@ -22,7 +22,7 @@ from headrace.foundation.limits import DEFAULT
 from headrace.store.sqlite import SqliteStore
 from headrace.store.sqlite.running import SQL, run_script
 from headrace.store.statements import migrations
-from headrace.store.verbs.rows import add_parts
+from headrace.store.transactions.row_mapping import add_parts
 from tests.store.world import World, indexes_of, settlement_of
 
 PACKAGE = "headrace.store.sqlite"

@@ -13,7 +13,7 @@ from inspect import isawaitable
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 from headrace.foundation.errors import InvalidInput, StoreUnavailable
-from headrace.store.verbs.script import Ask, Overtaken, Rows, Script
+from headrace.store.transactions.sql_script import Ask, Overtaken, Rows, Script
 
 T = TypeVar("T")
 Steps = Generator[Any, Any, T]

@@ -11,9 +11,9 @@ from headrace.core.span import DELAYED, LEASED, WAITING
 from headrace.foundation.errors import Conflict
 from headrace.store.moving import MOVING, PAGE_ROWS, Belongings, Page
 from headrace.store.postgres.store import PostgresStore
-from headrace.store.verbs.rows import Blob, add_parts, add_spans, as_json, take_ids
-from headrace.store.verbs.script import Script, fetch, fetch_first, fetch_one
-from headrace.store.verbs.tending import BY_STEPS
+from headrace.store.transactions.maintenance import BY_STEPS
+from headrace.store.transactions.row_mapping import Blob, add_parts, add_spans, as_json, take_ids
+from headrace.store.transactions.sql_script import Script, fetch, fetch_first, fetch_one
 
 
 class PostgresArrival:

@@ -23,8 +23,8 @@ from headrace.store.entities.sql import CHECKPOINT, HISTORY_SUFFIX, IS_DELETED, 
 from headrace.store.postgres.migrating import LOCK
 from headrace.store.postgres.pool import Connection, Prepared, prepared
 from headrace.store.postgres.store import PostgresStore
-from headrace.store.verbs import indexing
-from headrace.store.verbs.script import Script, fetch
+from headrace.store.transactions import indexer
+from headrace.store.transactions.sql_script import Script, fetch
 
 T = TypeVar("T")
 
@@ -68,16 +68,16 @@ class PostgresEntities:
         self, connection: Connection, run: Callable[[Script[Any]], Awaitable[Any]], plan: Plan
     ) -> Standing:
         await run(fetch("migration_lock", lock=LOCK))
-        standing: Standing = await run(indexing.found_or_made(plan.environment, plan.indexer))
-        kept = await run(indexing.kept_tables())
+        standing: Standing = await run(indexer.found_or_made(plan.environment, plan.indexer))
+        kept = await run(indexer.kept_tables())
         existing = {row[0] for row in await run(fetch("existing_tables", schema=self._store.schema))}
         changes = changes_of(plan, kept, existing)
         if any(change.creates_history for change in changes):
-            await run(indexing.start_history(plan, standing))
+            await run(indexer.start_history(plan, standing))
         for change in changes:
             await self._change(connection, plan, change, has_indexes=standing.is_caught_up or not plan.defer_indexes)
-            await run(indexing.keep_table(plan, change.entity))
-        found: Standing = await run(indexing.find(plan.environment, plan.indexer))
+            await run(indexer.keep_table(plan, change.entity))
+        found: Standing = await run(indexer.find(plan.environment, plan.indexer))
         return found
 
     async def _change(self, connection: Connection, plan: Plan, change: Change, *, has_indexes: bool) -> None:
@@ -110,7 +110,7 @@ class PostgresEntities:
         """Drop all tables of an indexer."""
 
         async def work(connection: Connection, run: Callable[[Script[Any]], Awaitable[Any]]) -> list[str]:
-            tables = tables_of(await run(indexing.forget(environment, name)))
+            tables = tables_of(await run(indexer.forget(environment, name)))
             for table in tables:
                 await connection.raw.execute(self._dialect.drop(table))
             return tables
@@ -121,19 +121,19 @@ class PostgresEntities:
 
     async def standings(self, environment: str) -> list[Standing]:
         """Every indexer."""
-        return await self._script(lambda: indexing.standings(environment))
+        return await self._script(lambda: indexer.standings(environment))
 
     async def take(self, seen: Standing, holder: str) -> int | None:
         """Lease it."""
-        return await self._script(lambda: indexing.take(seen, holder))
+        return await self._script(lambda: indexer.take(seen, holder))
 
     async def beat(self, environment: str, name: str, token: int) -> bool:
         """A sign of life."""
-        return await self._script(lambda: indexing.beat(environment, name, token))
+        return await self._script(lambda: indexer.beat(environment, name, token))
 
     async def leave(self, environment: str, name: str, token: int) -> None:
         """Give it back."""
-        await self._script(lambda: indexing.leave(environment, name, token))
+        await self._script(lambda: indexer.leave(environment, name, token))
 
     # -- commits
 
@@ -141,18 +141,18 @@ class PostgresEntities:
         """Guard, runs, rows, history, COMMIT."""
 
         async def work(connection: Connection, run: Callable[[Script[Any]], Awaitable[Any]]) -> None:
-            if not await run(indexing.move(commit, now_us)):
+            if not await run(indexer.move(commit, now_us)):
                 return
-            await run(indexing.note(commit))
+            await run(indexer.note(commit))
             if commit.enqueued is not None:
                 batch_id, chunks = commit.enqueued
-                await run(indexing.enqueue(commit.plan, batch_id, chunks, self._runs_max, now_us))
+                await run(indexer.enqueue(commit.plan, batch_id, chunks, self._runs_max, now_us))
             for write in commit.writes:
                 if commit.plan.keeps_history(write.entity):
                     await self._keep(connection, write)
                 await self._write(connection, write)
             if commit.floor_no is not None:
-                await run(indexing.raise_floor(commit, commit.floor_no))
+                await run(indexer.raise_floor(commit, commit.floor_no))
                 for entity in commit.plan.entities:
                     if commit.plan.keeps_history(entity):
                         await connection.raw.execute(
@@ -232,7 +232,7 @@ class PostgresEntities:
         """Go back."""
 
         async def work(connection: Connection, run: Callable[[Script[Any]], Awaitable[Any]]) -> Standing:
-            standing: Standing = await run(indexing.go_back(plan, token, old_no, source, to))
+            standing: Standing = await run(indexer.go_back(plan, token, old_no, source, to))
             for entity in plan.entities:
                 if plan.keeps_history(entity):
                     for sql in self._dialect.restore(entity):
@@ -270,7 +270,7 @@ class PostgresEntities:
 
     async def checkpoints(self, environment: str, name: str) -> list[tuple[int, str, Position]]:
         """The events that are kept."""
-        return await self._script(lambda: indexing.checkpoints(environment, name))
+        return await self._script(lambda: indexer.checkpoints(environment, name))
 
 
 def _bound(column: Column, value: Any) -> Any:

@@ -11,10 +11,10 @@ from headrace.core.block import Chunk, check_names
 from headrace.core.index_set import IndexSet
 from headrace.core.span import Settlement, counts_of, decode_places, encode_places, ends_all
 from headrace.store.protocol import Claim, Lease
-from headrace.store.verbs.rows import Blob, as_json, to_span
-from headrace.store.verbs.script import Rows
-from headrace.store.verbs.store import lease_of_row
-from headrace.store.verbs.working import CANDIDATES_MAX
+from headrace.store.transactions.leases import CANDIDATES_MAX
+from headrace.store.transactions.row_mapping import Blob, as_json, to_span
+from headrace.store.transactions.scripted_store import lease_of_row
+from headrace.store.transactions.sql_script import Rows
 
 SHORT: Final = "short"
 """More rows of some lane are needed to make up the wanted runs."""

@@ -10,7 +10,7 @@ from headrace.store.postgres.ids import Range
 from headrace.store.postgres.notifier import channel_of
 from headrace.store.postgres.pool import Prepared
 from headrace.store.protocol import WORK
-from headrace.store.verbs.script import Ask, Rows
+from headrace.store.transactions.sql_script import Ask, Rows
 
 
 class PostgresJoined(Joined):

@@ -21,7 +21,7 @@ import asyncpg
 from headrace.foundation.errors import StoreUnavailable
 from headrace.store.postgres.address import Address
 from headrace.store.statements import numbered, statements
-from headrace.store.verbs.script import Rows
+from headrace.store.transactions.sql_script import Rows
 
 PACKAGE: Final = "headrace.store.postgres"
 COMMAND_TIMEOUT_S: Final = 60

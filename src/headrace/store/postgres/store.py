@@ -27,10 +27,11 @@ from headrace.store.postgres.migrating import Migrating
 from headrace.store.postgres.pool import BEGIN_READING, BEGIN_WRITING, Connection, Pool, Prepared, compiled, connect
 from headrace.store.postgres.watermarks import Watermarks
 from headrace.store.protocol import Appended, Claim, Lease, Session
-from headrace.store.verbs import appending, reading, working
-from headrace.store.verbs.script import Ask, Overtaken, Rows, Script
-from headrace.store.verbs.store import ScriptedStore
-from headrace.store.verbs.working import CANDIDATES_MAX, USUAL_RUNS
+from headrace.store.transactions import append, queries
+from headrace.store.transactions import leases as lease_scripts
+from headrace.store.transactions.leases import CANDIDATES_MAX, USUAL_RUNS
+from headrace.store.transactions.scripted_store import ScriptedStore
+from headrace.store.transactions.sql_script import Ask, Overtaken, Rows, Script
 
 T = TypeVar("T")
 
@@ -167,7 +168,7 @@ class PostgresStore(ScriptedStore):
             ((runs_count,),) = await self._changed(work)
             if runs_count:
                 self._out_of_order.hit(batch_id)
-                sealed = await self._write(lambda: appending.seal_whole(batch_id, now_us)) if seals else None
+                sealed = await self._write(lambda: append.seal_whole(batch_id, now_us)) if seals else None
                 return Appended(accepted_count=runs_count, duplicates_count=0, sealed=sealed)
             self._out_of_order.miss(batch_id)
         return await super().append(batch_id, chunks, now_us=now_us, cursor=cursor, seals=seals)
@@ -199,7 +200,7 @@ class PostgresStore(ScriptedStore):
             elif word == hot.BELOW:
                 marks = {}
             elif word == hot.DUE:
-                await self._write(lambda: working.promote(now_us))
+                await self._write(lambda: lease_scripts.promote(now_us))
                 due_us = hot.NEVER
             elif word in hot.ANSWERED:
                 leases, runs_a_span = hot.leases_of(rows)
@@ -221,15 +222,15 @@ class PostgresStore(ScriptedStore):
 
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
         """When the next delayed span becomes claimable."""
-        return await self._tried(lambda connection: self._run(connection, reading.next_due_us(environment, tasks)))
+        return await self._tried(lambda connection: self._run(connection, queries.next_due_us(environment, tasks)))
 
     async def sessions(self) -> list[Session]:
         """The sessions that have not ended."""
-        return await self._tried(lambda connection: self._run(connection, reading.sessions()))
+        return await self._tried(lambda connection: self._run(connection, queries.sessions()))
 
     async def duties(self) -> dict[str, int]:
         """When each duty of upkeep is free to be taken."""
-        return await self._tried(lambda connection: self._run(connection, reading.duties()))
+        return await self._tried(lambda connection: self._run(connection, queries.duties()))
 
     # -- running scripts
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Final
 
 from headrace.store.protocol import Claim
-from headrace.store.verbs.script import Rows
+from headrace.store.transactions.sql_script import Rows
 
 WISHES_MAX: Final = 64
 _QUEUE_AT, _TASK_AT, _PRIORITY_AT, _ORDER_AT = 5, 6, 7, 11

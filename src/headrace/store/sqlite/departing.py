@@ -8,8 +8,8 @@ from typing import Any, Final, TypeVar
 from headrace.store.moving import NOTHING, PAGE_BLOCKS, PAGE_ROWS, Belongings, Page
 from headrace.store.sqlite import fencing
 from headrace.store.sqlite.store import SqliteStore
-from headrace.store.verbs.rows import as_json, to_part, to_span
-from headrace.store.verbs.script import Script, fetch, fetch_first
+from headrace.store.transactions.row_mapping import as_json, to_part, to_span
+from headrace.store.transactions.sql_script import Script, fetch, fetch_first
 
 T = TypeVar("T")
 

@@ -24,8 +24,8 @@ from headrace.store.entities.sql import Dialect
 from headrace.store.sqlite.running import run_script
 from headrace.store.sqlite.store import SqliteStore
 from headrace.store.sqlite.writer import as_fault
-from headrace.store.verbs import indexing
-from headrace.store.verbs.script import Rows, Script, fetch
+from headrace.store.transactions import indexer
+from headrace.store.transactions.sql_script import Rows, Script, fetch
 
 T = TypeVar("T")
 
@@ -107,16 +107,16 @@ class SqliteEntities:
         return self._within(lambda connection: self._prepare(connection, plan))
 
     def _prepare(self, connection: sqlite3.Connection, plan: Plan) -> Standing:
-        standing = run_script(connection, indexing.found_or_made(plan.environment, plan.indexer))
-        kept = run_script(connection, indexing.kept_tables())
+        standing = run_script(connection, indexer.found_or_made(plan.environment, plan.indexer))
+        kept = run_script(connection, indexer.kept_tables())
         existing = {row[0] for row in run_script(connection, fetch("existing_tables"))}
         changes = changes_of(plan, kept, existing)
         if any(change.creates_history for change in changes):
-            run_script(connection, indexing.start_history(plan, standing))
+            run_script(connection, indexer.start_history(plan, standing))
         for change in changes:
             self._change(connection, plan, change, has_indexes=standing.is_caught_up or not plan.defer_indexes)
-            run_script(connection, indexing.keep_table(plan, change.entity))
-        return run_script(connection, indexing.find(plan.environment, plan.indexer))
+            run_script(connection, indexer.keep_table(plan, change.entity))
+        return run_script(connection, indexer.find(plan.environment, plan.indexer))
 
     def _change(self, connection: sqlite3.Connection, plan: Plan, change: Change, *, has_indexes: bool) -> None:
         entity, dialect = change.entity, self._dialect
@@ -146,7 +146,7 @@ class SqliteEntities:
         """Drop all tables of an indexer."""
 
         def work(connection: sqlite3.Connection) -> list[str]:
-            tables = tables_of(run_script(connection, indexing.forget(environment, name)))
+            tables = tables_of(run_script(connection, indexer.forget(environment, name)))
             for table in tables:
                 connection.execute(self._dialect.drop(table))
             return tables
@@ -157,19 +157,19 @@ class SqliteEntities:
 
     async def standings(self, environment: str) -> list[Standing]:
         """Every indexer."""
-        return self._script(indexing.standings(environment))
+        return self._script(indexer.standings(environment))
 
     async def take(self, seen: Standing, holder: str) -> int | None:
         """Lease it."""
-        return self._script(indexing.take(seen, holder))
+        return self._script(indexer.take(seen, holder))
 
     async def beat(self, environment: str, name: str, token: int) -> bool:
         """A sign of life."""
-        return self._script(indexing.beat(environment, name, token))
+        return self._script(indexer.beat(environment, name, token))
 
     async def leave(self, environment: str, name: str, token: int) -> None:
         """Give it back."""
-        self._script(indexing.leave(environment, name, token))
+        self._script(indexer.leave(environment, name, token))
 
     # -- commits
 
@@ -177,16 +177,16 @@ class SqliteEntities:
         """Guard, runs, rows, history, COMMIT."""
 
         def work(connection: sqlite3.Connection) -> None:
-            if not run_script(connection, indexing.move(commit, now_us)):
+            if not run_script(connection, indexer.move(commit, now_us)):
                 return
-            run_script(connection, indexing.note(commit))
+            run_script(connection, indexer.note(commit))
             if commit.enqueued is not None:
                 batch_id, chunks = commit.enqueued
-                run_script(connection, indexing.enqueue(commit.plan, batch_id, chunks, self._runs_max, now_us))
+                run_script(connection, indexer.enqueue(commit.plan, batch_id, chunks, self._runs_max, now_us))
             for write in commit.writes:
                 self._write(connection, write, keeps_history=commit.plan.keeps_history(write.entity))
             if commit.floor_no is not None:
-                run_script(connection, indexing.raise_floor(commit, commit.floor_no))
+                run_script(connection, indexer.raise_floor(commit, commit.floor_no))
                 for entity in commit.plan.entities:
                     if commit.plan.keeps_history(entity):
                         connection.execute(self._dialect.prune(entity), (commit.floor_no,))
@@ -223,7 +223,7 @@ class SqliteEntities:
         """Go back."""
 
         def work(connection: sqlite3.Connection) -> Standing:
-            standing = run_script(connection, indexing.go_back(plan, token, old_no, source, to))
+            standing = run_script(connection, indexer.go_back(plan, token, old_no, source, to))
             for entity in plan.entities:
                 if plan.keeps_history(entity):
                     for sql in self._dialect.restore(entity):
@@ -266,7 +266,7 @@ class SqliteEntities:
 
     async def checkpoints(self, environment: str, name: str) -> list[tuple[int, str, Position]]:
         """The events that are kept."""
-        return self._script(indexing.checkpoints(environment, name))
+        return self._script(indexer.checkpoints(environment, name))
 
 
 def _pieces(rows: Sequence[tuple[Any, ...]], width: int) -> Iterator[Sequence[tuple[Any, ...]]]:

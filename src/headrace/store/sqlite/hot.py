@@ -13,9 +13,9 @@ from typing import Final
 
 from headrace.core import run
 from headrace.core.span import SETTLED, Counts, Settlement, counts_of, decode_places, encode_places, ends_all
-from headrace.store.verbs import working
-from headrace.store.verbs.interventions import count_in
-from headrace.store.verbs.script import Script, fetch, fetch_one
+from headrace.store.transactions import leases
+from headrace.store.transactions.cancel_redrive import count_in
+from headrace.store.transactions.sql_script import Script, fetch, fetch_one
 
 FEW: Final = 2
 
@@ -27,7 +27,7 @@ def settle(settlements: Sequence[Settlement], now_us: int) -> Script[list[str]]:
     for told in settlements:
         batch_id = yield from _recorded(told, now_us)
         if batch_id is None:
-            words += yield from working.settle([told], now_us)
+            words += yield from leases.settle([told], now_us)
         else:
             counts[batch_id] = counts.get(batch_id, Counts()).plus(counts_of(told.codes))
             words.append(SETTLED)

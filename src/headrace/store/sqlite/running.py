@@ -6,7 +6,7 @@ import sqlite3
 from typing import Final, TypeVar
 
 from headrace.store.statements import statements
-from headrace.store.verbs.script import Rows, Script
+from headrace.store.transactions.sql_script import Rows, Script
 
 T = TypeVar("T")
 

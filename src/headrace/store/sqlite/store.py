@@ -25,8 +25,8 @@ from headrace.store.sqlite import hot
 from headrace.store.sqlite.running import SQL, run_script, statements_of
 from headrace.store.sqlite.writer import Writer, as_fault
 from headrace.store.statements import migrations, numbered
-from headrace.store.verbs.script import Script
-from headrace.store.verbs.store import ScriptedStore
+from headrace.store.transactions.scripted_store import ScriptedStore
+from headrace.store.transactions.sql_script import Script
 
 T = TypeVar("T")
 

@@ -34,18 +34,19 @@ from headrace.store.protocol import (
     Ticked,
     Verification,
 )
-from headrace.store.verbs import (
-    admitting,
-    appending,
-    burying,
-    finding,
-    interventions,
-    reading,
-    tending,
-    ticking,
-    working,
+from headrace.store.transactions import (
+    api_keys,
+    append,
+    cancel_redrive,
+    dead_letters,
+    leases,
+    locate,
+    maintenance,
+    queries,
+    rules,
 )
-from headrace.store.verbs.script import Script
+from headrace.store.transactions import schedules as schedule_scripts
+from headrace.store.transactions.sql_script import Script
 from headrace.store.views import lease_of
 
 T = TypeVar("T")
@@ -74,54 +75,54 @@ class ScriptedStore(ABC):
     async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[Batch, bool]:
         """Open a batch, or answer the one its key names."""
         check_created(expected_count=new.expected_count, runs_max=self._limits.batch_runs_max)
-        return await self._write(lambda: appending.create(new, now_us))
+        return await self._write(lambda: append.create(new, now_us))
 
     async def append(
         self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None, seals: bool = False
     ) -> Appended:
         """Make runs durable, each index once."""
         runs_max = self._limits.batch_runs_max
-        return await self._write(lambda: appending.append(batch_id, chunks, cursor, runs_max, now_us, seals=seals))
+        return await self._write(lambda: append.append(batch_id, chunks, cursor, runs_max, now_us, seals=seals))
 
     async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:
         """Close the batch; completes it when its runs have all ended."""
-        return await self._write(lambda: appending.seal(batch_id, expected_count, now_us))
+        return await self._write(lambda: append.seal(batch_id, expected_count, now_us))
 
     async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> Batch:
         """Move to `cancelled` or `abandoned`."""
-        return await self._write(lambda: interventions.stop(batch_id, state, now_us))
+        return await self._write(lambda: cancel_redrive.stop(batch_id, state, now_us))
 
     async def cancel_runs(self, batch_id: str, indexes: Sequence[int], *, now_us: int) -> int:
         """Cancel single runs."""
-        return await self._write(lambda: interventions.cancel_runs(batch_id, indexes, now_us))
+        return await self._write(lambda: cancel_redrive.cancel_runs(batch_id, indexes, now_us))
 
     async def redrive(self, batch_id: str, indexes: Sequence[int] | None) -> int:
         """Run again what failed."""
-        return await self._write(lambda: interventions.redrive(batch_id, indexes))
+        return await self._write(lambda: cancel_redrive.redrive(batch_id, indexes))
 
     # -- sessions
 
     async def start_session(self, session: Session, *, now_us: int) -> None:
         """Make a process known."""
-        await self._write(lambda: working.start_session(session, now_us))
+        await self._write(lambda: leases.start_session(session, now_us))
 
     async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
         """A sign of life."""
-        return await self._write(lambda: working.heartbeat(session_id, now_us))
+        return await self._write(lambda: leases.heartbeat(session_id, now_us))
 
     async def end_session(self, session_id: str, *, now_us: int) -> None:
         """Leave in good order."""
-        await self._write(lambda: working.end_session(session_id, now_us))
+        await self._write(lambda: leases.end_session(session_id, now_us))
 
     async def sessions(self) -> list[Session]:
         """The sessions that have not ended."""
-        return await self._read(reading.sessions)
+        return await self._read(queries.sessions)
 
     async def recover(
         self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int
     ) -> int:
         """End a silent session, once, and give its leases back."""
-        return await self._write(lambda: working.recover(session_id, suspects, silent_since_us, crashes_max, now_us))
+        return await self._write(lambda: leases.recover(session_id, suspects, silent_since_us, crashes_max, now_us))
 
     # -- work
 
@@ -129,44 +130,44 @@ class ScriptedStore(ABC):
         """Lease spans to a live session; inputs are unpacked here, outside the transaction."""
         if claim.runs_max < 1:
             raise InvalidInput(f"a claim is for one run or more, not for {claim.runs_max}")
-        taken = await self._write(lambda: working.claim(claim, now_us))
+        taken = await self._write(lambda: leases.claim(claim, now_us))
         return [lease_of_row(span, *taken.blocks[span.block_id]) for span in taken.spans]
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
         """Record outcomes."""
-        return await self._write(lambda: working.settle(settlements, now_us))
+        return await self._write(lambda: leases.settle(settlements, now_us))
 
     async def release(self, releases: Sequence[Release], *, crashes_max: int, now_us: int) -> list[str]:
         """Give leases back before their runs ended."""
-        return await self._write(lambda: working.release(releases, crashes_max, now_us))
+        return await self._write(lambda: leases.release(releases, crashes_max, now_us))
 
     # -- reading
 
     async def batch(self, batch_id: str) -> tuple[Batch, Ledger]:
         """One batch and its ledger."""
-        return await self._read(lambda: reading.found(batch_id))
+        return await self._read(lambda: queries.found(batch_id))
 
     async def find_batch(self, environment: str, key: str) -> Batch | None:
         """The batch that a key names."""
-        return await self._read(lambda: reading.found_by_key(environment, key))
+        return await self._read(lambda: queries.found_by_key(environment, key))
 
     async def batches(
         self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
     ) -> list[tuple[Batch, Ledger]]:
         """Batches, newest first."""
-        return await self._read(lambda: reading.list_batches(environment, states, before_id, limit))
+        return await self._read(lambda: queries.list_batches(environment, states, before_id, limit))
 
     async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
         """Ranges of announced indexes that are not durable yet."""
-        return await self._read(lambda: reading.missing(batch_id, ranges_max))
+        return await self._read(lambda: queries.missing(batch_id, ranges_max))
 
     async def outcomes(self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> list[Outcome]:
         """Final outcomes in index order, consecutive ones unless told to pass over the others."""
-        return await self._read(lambda: reading.outcomes(batch_id, from_index, runs_max, passing=passing))
+        return await self._read(lambda: queries.outcomes(batch_id, from_index, runs_max, passing=passing))
 
     async def run(self, batch_id: str, index: int) -> RunRecord:
         """One run."""
-        return await self._read(lambda: reading.run(batch_id, index))
+        return await self._read(lambda: queries.run(batch_id, index))
 
     async def runs(
         self,
@@ -180,80 +181,80 @@ class ScriptedStore(ABC):
         limit: int = 50,
     ) -> list[RunRecord]:
         """Runs that match."""
-        return await self._read(lambda: reading.list_runs(environment, batch_id, state, task, tag, after, limit))
+        return await self._read(lambda: queries.list_runs(environment, batch_id, state, task, tag, after, limit))
 
     async def queues(self, environment: str) -> list[QueueView]:
         """The queues that were ever used or paused."""
-        return await self._read(lambda: reading.queues(environment))
+        return await self._read(lambda: queries.queues(environment))
 
     async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
         """Stop or go on handing out a queue's runs."""
-        await self._write(lambda: working.pause_queue(environment, name, paused=paused))
+        await self._write(lambda: leases.pause_queue(environment, name, paused=paused))
 
     async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
         """Where the runs that keys name are under way."""
-        return await self._read(lambda: burying.named_leases(environment, task, keys))
+        return await self._read(lambda: dead_letters.named_leases(environment, task, keys))
 
     async def dead_letters(
         self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
     ) -> list[DeadLetter]:
         """Dead letters, oldest first."""
-        return await self._read(lambda: burying.dead_letters(environment, queue, before_us, after, limit))
+        return await self._read(lambda: dead_letters.dead_letters(environment, queue, before_us, after, limit))
 
     async def purge_dead(self, environment: str, runs: Sequence[tuple[str, int]]) -> int:
         """Let dead letters be as other failed runs."""
-        return await self._write(lambda: burying.purge_dead(environment, runs))
+        return await self._write(lambda: dead_letters.purge_dead(environment, runs))
 
     async def rules(self, environment: str) -> dict[str, bytes]:
         """What people decided, by name."""
-        return await self._read(lambda: burying.rules(environment))
+        return await self._read(lambda: rules.rules(environment))
 
     async def keep_rules(self, environment: str, name: str, value: bytes, *, before: bytes | None) -> bool:
         """Decide anew."""
-        return await self._write(lambda: burying.keep_rules(environment, name, value, before))
+        return await self._write(lambda: rules.keep_rules(environment, name, value, before))
 
     async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
         """Let what waits in one queue wait in another, a bounded step."""
-        return await self._write(lambda: working.move_waiting(environment, task, source, target, spans_max))
+        return await self._write(lambda: leases.move_waiting(environment, task, source, target, spans_max))
 
     async def size_bytes(self) -> int:
         """How much room the database takes."""
-        return await self._read(reading.size_bytes)
+        return await self._read(queries.size_bytes)
 
     async def verify(self, batch_id: str) -> Verification:
         """Count a batch from its chunks."""
-        return await self._read(lambda: reading.verify(batch_id))
+        return await self._read(lambda: queries.verify(batch_id))
 
     # -- upkeep
 
     async def duties(self) -> dict[str, int]:
         """When each duty is free."""
-        return await self._read(reading.duties)
+        return await self._read(queries.duties)
 
     async def take_duty(self, name: str, holder: str, *, free_us: int, now_us: int) -> bool:
         """Take a duty that nobody does now."""
-        return await self._write(lambda: tending.take_duty(name, holder, free_us, now_us))
+        return await self._write(lambda: maintenance.take_duty(name, holder, free_us, now_us))
 
     async def end_duty(self, name: str, holder: str, *, free_us: int) -> None:
         """A duty is done."""
-        await self._write(lambda: tending.end_duty(name, holder, free_us))
+        await self._write(lambda: maintenance.end_duty(name, holder, free_us))
 
     async def sweep(self, *, now_us: int, rows_max: int) -> Swept:
         """Expire, abandon and cancel what is due."""
         crashes_max = self._limits.crashes_max
-        return await self._write(lambda: tending.sweep(rows_max, crashes_max, now_us))
+        return await self._write(lambda: maintenance.sweep(rows_max, crashes_max, now_us))
 
     async def prune(self, finished_before_us: int, *, batches_max: int, rows_max: int) -> Pruned:
         """Delete batches that finished before then."""
-        return await self._write(lambda: tending.prune(finished_before_us, batches_max, rows_max))
+        return await self._write(lambda: maintenance.prune(finished_before_us, batches_max, rows_max))
 
     async def unnamed(self, keys: Sequence[str]) -> list[str]:
         """Those of these object keys that no row names."""
-        return await self._read(lambda: tending.unnamed(keys))
+        return await self._read(lambda: maintenance.unnamed(keys))
 
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
         """When the next delayed span becomes claimable."""
-        return await self._read(lambda: reading.next_due_us(environment, tasks))
+        return await self._read(lambda: queries.next_due_us(environment, tasks))
 
     # -- schedules
 
@@ -261,43 +262,43 @@ class ScriptedStore(ABC):
         self, environment: str, app: str, schedules: Sequence[Schedule], *, now_us: int
     ) -> list[Schedule]:
         """Make the schedules of an app known, all there are."""
-        return await self._write(lambda: ticking.keep(environment, app, schedules, now_us))
+        return await self._write(lambda: schedule_scripts.keep(environment, app, schedules, now_us))
 
     async def tick(self, environment: str, tick: Tick, *, now_us: int) -> Ticked:
         """Enqueue the runs of ticks, once."""
-        return await self._write(lambda: ticking.tick(environment, tick, now_us))
+        return await self._write(lambda: schedule_scripts.tick(environment, tick, now_us))
 
     async def schedules(self, environment: str) -> list[Schedule]:
         """The schedules that were ever known."""
-        return await self._read(lambda: ticking.schedules(environment))
+        return await self._read(lambda: schedule_scripts.schedules(environment))
 
     # -- who may come in
 
     async def add_key(self, key: ApiKey, *, now_us: int) -> None:
         """Let a key in from now on."""
-        await self._write(lambda: admitting.add_key(key, now_us))
+        await self._write(lambda: api_keys.add_key(key, now_us))
 
     async def find_key(self, digest: str) -> ApiKey | None:
         """The key of this digest."""
-        return await self._read(lambda: admitting.find_key(digest))
+        return await self._read(lambda: api_keys.find_key(digest))
 
     async def keys(self, environment: str) -> list[ApiKey]:
         """The keys of an environment."""
-        return await self._read(lambda: admitting.keys(environment))
+        return await self._read(lambda: api_keys.keys(environment))
 
     async def revoke_key(self, environment: str, key_id: str, *, now_us: int) -> bool:
         """Let a key in no more."""
-        return await self._write(lambda: admitting.revoke_key(environment, key_id, now_us))
+        return await self._write(lambda: api_keys.revoke_key(environment, key_id, now_us))
 
     async def signing_key(self, environment: str, offered: bytes) -> bytes:
         """What an environment signs its tokens with."""
-        return await self._write(lambda: admitting.signing_key(environment, offered))
+        return await self._write(lambda: api_keys.signing_key(environment, offered))
 
     async def spend(self, environment: str, name: str, bucket: Bucket, cost: int, *, now_us: int) -> Spent:
         """Take tokens from a bucket, or nothing."""
-        return await self._write(lambda: admitting.spend(environment, name, bucket, cost, now_us))
+        return await self._write(lambda: api_keys.spend(environment, name, bucket, cost, now_us))
 
 
 def lease_of_row(span: Span, first_index: int, gaps: bytes | None, extras: bytes | None, items: bytes) -> Lease:
     """What a worker needs of a claimed span, from its block's row."""
-    return lease_of(span, first_index, gaps, finding.decode_extras(extras), items)
+    return lease_of(span, first_index, gaps, locate.decode_extras(extras), items)

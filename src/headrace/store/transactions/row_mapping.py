@@ -13,7 +13,7 @@ import msgspec
 
 from headrace.core.batch import Batch
 from headrace.core.span import Counts, Part, Span
-from headrace.store.verbs.script import Script, fetch, fetch_first
+from headrace.store.transactions.sql_script import Script, fetch, fetch_first
 
 SPAN_COLUMNS: Final = (
     "id", "block_id", "batch_id", "environment", "queue", "task", "priority", "due_us", "expires_us", "at_most_once",

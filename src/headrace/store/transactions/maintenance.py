@@ -8,10 +8,10 @@ from typing import Final
 from headrace.core import batch as batches
 from headrace.core.span import expire
 from headrace.store.protocol import Pruned, Suspects, Swept
-from headrace.store.verbs.interventions import end_spans, stop, sweep_stopped
-from headrace.store.verbs.rows import as_json, to_batch, to_span
-from headrace.store.verbs.script import Script, fetch
-from headrace.store.verbs.working import give_back
+from headrace.store.transactions.cancel_redrive import end_spans, stop, sweep_stopped
+from headrace.store.transactions.leases import give_back
+from headrace.store.transactions.row_mapping import as_json, to_batch, to_span
+from headrace.store.transactions.sql_script import Script, fetch
 
 BY_STEPS: Final = (
     "delete_parts",

@@ -27,10 +27,10 @@ from headrace.core.span import release as release_span
 from headrace.core.span import settle as settle_span
 from headrace.foundation.errors import SessionEnded
 from headrace.store.protocol import Claim, Heartbeat, Held, Release, Session, Suspects
-from headrace.store.verbs.burying import add_dead
-from headrace.store.verbs.finding import clocks, locate, require_live
-from headrace.store.verbs.interventions import count_in, sweep_stopped
-from headrace.store.verbs.rows import (
+from headrace.store.transactions.cancel_redrive import count_in, sweep_stopped
+from headrace.store.transactions.dead_letters import add_dead
+from headrace.store.transactions.locate import clocks, locate, require_live
+from headrace.store.transactions.row_mapping import (
     add_parts,
     add_spans,
     as_json,
@@ -41,7 +41,7 @@ from headrace.store.verbs.rows import (
     to_batch,
     to_span,
 )
-from headrace.store.verbs.script import Overtaken, Script, fetch, fetch_one
+from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_one
 
 PROMOTE_MAX: Final = 1_000
 SWEEPS_MAX: Final = 4

@@ -17,9 +17,9 @@ from headrace.foundation.errors import Conflict, NotFound, StoreBroken
 from headrace.store.entities.protocol import Commit, HistoryGone, LeaseLost, Plan, Standing
 from headrace.store.entities.schema import Kept, form_of
 from headrace.store.protocol import NewBatch
-from headrace.store.verbs import appending
-from headrace.store.verbs.rows import as_json
-from headrace.store.verbs.script import Script, fetch, fetch_one
+from headrace.store.transactions import append
+from headrace.store.transactions.row_mapping import as_json
+from headrace.store.transactions.sql_script import Script, fetch, fetch_one
 
 LOG_ROWS: Final = 5_000
 """Checkpoints in one statement."""
@@ -168,10 +168,10 @@ def enqueue(plan: Plan, batch_id: str, chunks: Sequence[Chunk], runs_max: int, n
     is no batch: nobody would know what an empty one is for.
     """
     new = NewBatch(id=batch_id, environment=plan.environment, kind="stream", metadata={"indexer": plan.indexer})
-    yield from appending.create(new, now_us)
-    appended = yield from appending.append(batch_id, chunks, None, runs_max, now_us)
+    yield from append.create(new, now_us)
+    appended = yield from append.append(batch_id, chunks, None, runs_max, now_us)
     if appended.accepted_count:
-        yield from appending.seal(batch_id, None, now_us)
+        yield from append.seal(batch_id, None, now_us)
     else:
         yield from fetch("delete_batch", batch_id=batch_id)
 

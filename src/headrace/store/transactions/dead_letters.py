@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from headrace.core.run import UNSETTLED
 from headrace.core.span import LEASED, Span, positions_of
 from headrace.store.protocol import DeadLetter, NamedLease
-from headrace.store.verbs.finding import decode_extras, locate, shapes_of, spans_of_block
-from headrace.store.verbs.rows import as_json
-from headrace.store.verbs.script import Script, fetch
+from headrace.store.transactions.locate import decode_extras, locate, shapes_of, spans_of_block
+from headrace.store.transactions.row_mapping import as_json
+from headrace.store.transactions.sql_script import Script, fetch
 from headrace.store.views import named_lease
 
 
@@ -63,14 +63,3 @@ def named_leases(environment: str, task: str, keys: Sequence[str]) -> Script[lis
                 if position == place[1] and span.state == LEASED and span.states[own] in UNSETTLED
             ]
     return found
-
-
-def rules(environment: str) -> Script[dict[str, bytes]]:
-    """What people decided, by name."""
-    return {row[0]: bytes(row[1]) for row in (yield from fetch("rules", environment=environment))}
-
-
-def keep_rules(environment: str, name: str, value: bytes, before: bytes | None) -> Script[bool]:
-    """Decide anew, unless others did meanwhile."""
-    rows = yield from fetch("keep_rules", environment=environment, name=name, value=value, before=before)
-    return bool(rows)

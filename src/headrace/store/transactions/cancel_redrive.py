@@ -11,9 +11,25 @@ from headrace.core.batch import Batch
 from headrace.core.span import DELAYED, WAITING, Counts, Span, cancel, positions_of
 from headrace.core.span import redrive as redrive_span
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound
-from headrace.store.verbs.finding import clocks, decode_extras, find, locate, lock, lock_spans_of_blocks, shapes_of
-from headrace.store.verbs.rows import add_spans, as_json, put_batch, put_spans, take_ids, to_batch, to_span
-from headrace.store.verbs.script import Script, fetch
+from headrace.store.transactions.locate import (
+    clocks,
+    decode_extras,
+    find,
+    locate,
+    lock,
+    lock_spans_of_blocks,
+    shapes_of,
+)
+from headrace.store.transactions.row_mapping import (
+    add_spans,
+    as_json,
+    put_batch,
+    put_spans,
+    take_ids,
+    to_batch,
+    to_span,
+)
+from headrace.store.transactions.sql_script import Script, fetch
 
 SWEEP_SPANS_MAX: Final = 1_000
 

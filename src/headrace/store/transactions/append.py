@@ -29,7 +29,7 @@ from headrace.core.span import (
 )
 from headrace.foundation.ids import run_id
 from headrace.store.protocol import Appended, NewBatch
-from headrace.store.verbs.finding import (
+from headrace.store.transactions.locate import (
     BLOCKS_MAX,
     find,
     find_with_width,
@@ -40,8 +40,8 @@ from headrace.store.verbs.finding import (
     require_live,
     spans_of_block,
 )
-from headrace.store.verbs.rows import Blob, add_parts, add_spans, as_json, put_batch, take_ids, to_batch
-from headrace.store.verbs.script import Overtaken, Script, fetch, fetch_first, fetch_one
+from headrace.store.transactions.row_mapping import Blob, add_parts, add_spans, as_json, put_batch, take_ids, to_batch
+from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_first, fetch_one
 from headrace.store.views import birth_part
 
 _extras_encoder = msgspec.msgpack.Encoder()

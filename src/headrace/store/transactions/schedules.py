@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from headrace.foundation.errors import Conflict
 from headrace.store.protocol import Schedule, Tick, Ticked
-from headrace.store.verbs.appending import enqueue
-from headrace.store.verbs.rows import as_json
-from headrace.store.verbs.script import Script, fetch, fetch_one
+from headrace.store.transactions.append import enqueue
+from headrace.store.transactions.row_mapping import as_json
+from headrace.store.transactions.sql_script import Script, fetch, fetch_one
 
 _COLUMNS = Schedule.__struct_fields__
 

@@ -11,8 +11,8 @@ from headrace.core import admission
 from headrace.core.admission import Bucket, Spent
 from headrace.foundation.errors import Conflict, NotFound
 from headrace.store.protocol import ApiKey
-from headrace.store.verbs.rows import as_json
-from headrace.store.verbs.script import Script, fetch, fetch_first, fetch_one
+from headrace.store.transactions.row_mapping import as_json
+from headrace.store.transactions.sql_script import Script, fetch, fetch_first, fetch_one
 
 
 def add_key(key: ApiKey, now_us: int) -> Script[None]:

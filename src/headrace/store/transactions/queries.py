@@ -15,8 +15,9 @@ from headrace.core.pack import unpack_some
 from headrace.core.span import DELAYED, LEASED, WAITING, Span, positions_of, results_of
 from headrace.foundation.errors import NotFound
 from headrace.foundation.ids import INDEX_MAX
+from headrace.store.projections import WITH_RESULT, attempt_of, check_state, view_of
 from headrace.store.protocol import Outcome, QueueView, RunRecord, Session, Verification
-from headrace.store.verbs.finding import (
+from headrace.store.transactions.locate import (
     decode_extras,
     find,
     find_with_width,
@@ -25,9 +26,8 @@ from headrace.store.verbs.finding import (
     received_of,
     spans_of_block,
 )
-from headrace.store.verbs.rows import as_json, to_batch, to_part, to_span
-from headrace.store.verbs.script import Script, fetch, fetch_first, fetch_one
-from headrace.store.views import WITH_RESULT, attempt_of, check_state, view_of
+from headrace.store.transactions.row_mapping import as_json, to_batch, to_part, to_span
+from headrace.store.transactions.sql_script import Script, fetch, fetch_first, fetch_one
 
 VERIFY_BLOCKS: Final = 256
 SPANS_A_BLOCK: Final = 256

@@ -13,8 +13,8 @@ from headrace.core.block import Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.span import Span
 from headrace.foundation.errors import InvalidInput, NotFound, SessionEnded, StoreBroken
-from headrace.store.verbs.rows import as_json, to_batch, to_span
-from headrace.store.verbs.script import Overtaken, Script, fetch, fetch_first, fetch_one
+from headrace.store.transactions.row_mapping import as_json, to_batch, to_span
+from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_first, fetch_one
 
 BLOCKS_MAX: Final = 1_000_000
 """Blocks that may hold one index: few, unless a batch came in random order."""

@@ -1,0 +1,16 @@
+"""Rules of an environment: decisions of its operators, each a named value."""
+
+from __future__ import annotations
+
+from headrace.store.transactions.sql_script import Script, fetch
+
+
+def rules(environment: str) -> Script[dict[str, bytes]]:
+    """What people decided, by name."""
+    return {row[0]: bytes(row[1]) for row in (yield from fetch("rules", environment=environment))}
+
+
+def keep_rules(environment: str, name: str, value: bytes, before: bytes | None) -> Script[bool]:
+    """Decide anew, unless others did meanwhile."""
+    rows = yield from fetch("keep_rules", environment=environment, name=name, value=value, before=before)
+    return bool(rows)

@@ -19,7 +19,7 @@ from headrace.core.span import Key, encode_places
 from headrace.foundation.errors import Conflict, IllegalTransition
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
-from headrace.store.postgres.hot import PLACES
+from headrace.store.postgres.fast_path import PLACES
 from headrace.store.postgres.pool import SETTINGS, compiled
 from tests.store.backstage import beside, house, schema_of, statements_of
 from tests.store.world import START_US, World, fresh_schema, indexes_of, settlement_of

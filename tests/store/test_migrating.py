@@ -12,7 +12,7 @@ import pytest
 
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
-from headrace.store.postgres import PostgresStore, migrating
+from headrace.store.postgres import PostgresStore, schema_migration
 from headrace.store.statements import migrations
 from tests.postgres import server
 from tests.store.backstage import beside, house, schema_of
@@ -46,7 +46,7 @@ async def newer(world: World, script: str, **query: str) -> AsyncIterator[Openin
 
     async def opened() -> PostgresStore:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(migrating, "migrations", lambda package: [*known, (len(known) + 1, script)])
+            patched.setattr(schema_migration, "migrations", lambda package: [*known, (len(known) + 1, script)])
             opening = asyncio.create_task(store.open())
             await asyncio.sleep(0)  # it has read which migrations there are
         await opening
@@ -124,8 +124,8 @@ async def test_a_process_that_a_migration_overtook_says_so(world: World) -> None
 async def test_a_migration_that_has_to_wait_for_a_table_keeps_nobody_waiting(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(migrating, "LOCK_TIMEOUT_MS", "30")
-    monkeypatch.setattr(migrating, "AGAIN_S", 0.01)
+    monkeypatch.setattr(schema_migration, "LOCK_TIMEOUT_MS", "30")
+    monkeypatch.setattr(schema_migration, "AGAIN_S", 0.01)
     await world.filled(300)
     async with newer(world, GENTLE) as opened, beside() as reader:
         reading = reader.transaction()

@@ -18,7 +18,7 @@ from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.wakeup import Doorbell
 from headrace.store.postgres import PostgresNotifier, notifier
-from headrace.store.postgres.address import address
+from headrace.store.postgres.dsn import address
 from headrace.store.protocol import RECORDED, WORK
 from headrace.store.sqlite import Watcher
 from headrace.store.sqlite.watcher import LOOK_MAX_S

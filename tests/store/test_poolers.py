@@ -10,7 +10,7 @@ import pytest
 from headrace.foundation.errors import InvalidSetting, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresNotifier, PostgresStore
-from headrace.store.postgres.address import address
+from headrace.store.postgres.dsn import address
 from headrace.store.protocol import WORK
 from tests.pooler import pooled_dsn, pooler
 from tests.postgres import server

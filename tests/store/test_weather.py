@@ -18,7 +18,7 @@ from headrace.foundation.errors import HeadraceError, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
 from headrace.foundation.settings import load
 from headrace.store.postgres import PostgresStore
-from headrace.store.postgres.address import address
+from headrace.store.postgres.dsn import address
 from tests import invariants
 from tests.postgres import Server
 from tests.store.backstage import beside

@@ -20,8 +20,8 @@ from headrace.store.entities.codecs import RowReader, copy_column, copy_rows, js
 from headrace.store.entities.protocol import Commit, Plan, Standing, Write
 from headrace.store.entities.schema import Change, changes_of, check_names, tables_of
 from headrace.store.entities.sql import CHECKPOINT, HISTORY_SUFFIX, IS_DELETED, Dialect
-from headrace.store.postgres.migrating import LOCK
 from headrace.store.postgres.pool import Connection, Prepared, prepared
+from headrace.store.postgres.schema_migration import LOCK
 from headrace.store.postgres.store import PostgresStore
 from headrace.store.transactions import indexer
 from headrace.store.transactions.sql_script import Script, fetch

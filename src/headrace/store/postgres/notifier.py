@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import structlog
 
-from headrace.store.postgres.address import Address
-from headrace.store.postgres.faults import DRIVER, as_fault
+from headrace.store.postgres.dsn import Address
+from headrace.store.postgres.errors import DRIVER, as_fault
 from headrace.store.postgres.pool import Connection, compiled, connect
 from headrace.store.protocol import WORK
 

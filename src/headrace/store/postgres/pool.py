@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import asyncpg
 
 from headrace.foundation.errors import StoreUnavailable
-from headrace.store.postgres.address import Address
+from headrace.store.postgres.dsn import Address
 from headrace.store.statements import numbered, statements
 from headrace.store.transactions.sql_script import Rows
 

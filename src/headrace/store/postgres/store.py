@@ -18,14 +18,14 @@ from headrace.core.span import SETTLED, Settlement
 from headrace.foundation.errors import HeadraceError, InvalidInput, InvalidSetting, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.store.joining import Joined
-from headrace.store.postgres import hot
-from headrace.store.postgres.address import address
-from headrace.store.postgres.faults import ANOTHER_SESSION, DRIVER, SCHEMA_CHANGED, STALE, UNDONE, as_fault
-from headrace.store.postgres.ids import ID_RANGE, Range
-from headrace.store.postgres.joining import PostgresJoined
-from headrace.store.postgres.migrating import Migrating
+from headrace.store.postgres import fast_path
+from headrace.store.postgres.caller_transaction import PostgresJoined
+from headrace.store.postgres.claim_cursors import Watermarks
+from headrace.store.postgres.dsn import address
+from headrace.store.postgres.errors import ANOTHER_SESSION, DRIVER, SCHEMA_CHANGED, STALE, UNDONE, as_fault
+from headrace.store.postgres.id_ranges import ID_RANGE, Range
 from headrace.store.postgres.pool import BEGIN_READING, BEGIN_WRITING, Connection, Pool, Prepared, compiled, connect
-from headrace.store.postgres.watermarks import Watermarks
+from headrace.store.postgres.schema_migration import Migrating
 from headrace.store.protocol import Appended, Claim, Lease, Session
 from headrace.store.transactions import append, queries
 from headrace.store.transactions import leases as lease_scripts
@@ -153,7 +153,7 @@ class PostgresStore(ScriptedStore):
         """
         runs_max = self._limits.batch_runs_max
         is_expected = self._out_of_order.of(batch_id) < MISSES_MAX
-        values = hot.in_order(chunks, cursor) if is_expected else None
+        values = fast_path.in_order(chunks, cursor) if is_expected else None
         if values is not None:
             blocks_count, spans_count = values.pop("blocks_count"), values.pop("spans_count")
 
@@ -175,11 +175,11 @@ class PostgresStore(ScriptedStore):
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
         """Record outcomes: of runs that all ended for good in one statement, by the script when any of them did not."""
-        asked = hot.lease_ended(settlements[0]) if len(settlements) == 1 else None
+        asked = fast_path.lease_ended(settlements[0]) if len(settlements) == 1 else None
         if asked is not None:
             if await self._alone(asked[0], **asked[1], now_us=now_us):
                 return [SETTLED]
-        elif (values := hot.ended(settlements)) is not None:
+        elif (values := fast_path.ended(settlements)) is not None:
             ((count,),) = await self._alone("settle_ended", **values, now_us=now_us)
             if count:
                 return [SETTLED] * count
@@ -189,21 +189,21 @@ class PostgresStore(ScriptedStore):
         """Lease spans in one statement, which says when it takes the script."""
         if claim.runs_max < 1:
             return await super().claim(claim, now_us=now_us)
-        rows_max, due_us = hot.rows_wanted(claim.runs_max, self._runs_a_span), now_us
+        rows_max, due_us = fast_path.rows_wanted(claim.runs_max, self._runs_a_span), now_us
         marks = self._watermarks.of(claim, now_us)
         while True:
-            values = hot.wish(claim, rows_max=rows_max, due_us=due_us, now_us=now_us, marks=marks)
+            values = fast_path.wish(claim, rows_max=rows_max, due_us=due_us, now_us=now_us, marks=marks)
             rows = await self._claim_whole(values)
             word = rows[0][0]
-            if word == hot.SHORT:
+            if word == fast_path.SHORT:
                 rows_max = min(rows_max * 4, CANDIDATES_MAX)
-            elif word == hot.BELOW:
+            elif word == fast_path.BELOW:
                 marks = {}
-            elif word == hot.DUE:
+            elif word == fast_path.DUE:
                 await self._write(lambda: lease_scripts.promote(now_us))
-                due_us = hot.NEVER
-            elif word in hot.ANSWERED:
-                leases, runs_a_span = hot.leases_of(rows)
+                due_us = fast_path.NEVER
+            elif word in fast_path.ANSWERED:
+                leases, runs_a_span = fast_path.leases_of(rows)
                 self._runs_a_span = runs_a_span or self._runs_a_span
                 is_enough = sum(len(lease.places) for lease in leases) >= claim.runs_max
                 self._watermarks.claimed(claim, rows, is_enough=is_enough, was_everything=not marks, now_us=now_us)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headrace.store.joining import Joined, Steps
-from headrace.store.postgres.ids import Range
+from headrace.store.postgres.id_ranges import Range
 from headrace.store.postgres.notifier import channel_of
 from headrace.store.postgres.pool import Prepared
 from headrace.store.protocol import WORK

@@ -25,7 +25,7 @@ from headrace.foundation.settings import load
 from headrace.runtime.engine import Engine
 from headrace.store.moving import NOTHING, Belongings
 from headrace.store.protocol import DeadLetter
-from headrace.store.sqlite import SqliteStore, departing
+from headrace.store.sqlite import SqliteStore, copy_source
 from tests import invariants
 from tests.cli.conftest import Shell
 from tests.store.world import World, chunks_of, fresh_schema
@@ -203,7 +203,7 @@ async def test_a_move_that_was_cut_goes_on_where_it_was(steps: int, tmp_path: Pa
 
 async def test_lists_of_different_lengths_are_each_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch may have many tags and few keys: whichever list ends first must not begin again."""
-    monkeypatch.setattr(departing, "PAGE_ROWS", 2)
+    monkeypatch.setattr(copy_source, "PAGE_ROWS", 2)
     source = await opened(f"sqlite:///{tmp_path}/a.db", tmp_path)
     try:
         world = World(source.store)
@@ -213,7 +213,7 @@ async def test_lists_of_different_lengths_are_each_read_once(tmp_path: Path, mon
         }
         batch_id = await world.batch(9)
         await source.store.append(batch_id, chunks_of(range(9), extras=extras), now_us=world.now_us)
-        departure = departing.SqliteDeparture(cast("SqliteStore", source.store))
+        departure = copy_source.SqliteDeparture(cast("SqliteStore", source.store))
         found: list[Belongings] = []
         page: Belongings | None = None
         while (page := await departure.belongings(batch_id, page)) != NOTHING:

@@ -21,7 +21,7 @@ from headrace.store.postgres import PostgresNotifier, notifier
 from headrace.store.postgres.dsn import address
 from headrace.store.protocol import RECORDED, WORK
 from headrace.store.sqlite import Watcher
-from headrace.store.sqlite.watcher import LOOK_MAX_S
+from headrace.store.sqlite.commit_watcher import LOOK_MAX_S
 from tests.postgres import server
 from tests.store.world import World, fresh_schema
 

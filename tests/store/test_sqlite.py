@@ -20,7 +20,7 @@ from headrace.core.span import Part
 from headrace.foundation.errors import HeadraceError, NotFound, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
 from headrace.store.sqlite import SqliteStore
-from headrace.store.sqlite.running import SQL, run_script
+from headrace.store.sqlite.script_runner import SQL, run_script
 from headrace.store.statements import migrations
 from headrace.store.transactions.row_mapping import add_parts
 from tests.store.world import World, indexes_of, settlement_of

@@ -21,7 +21,7 @@ from headrace.store.entities.codecs import RowReader, sqlite_ids, sqlite_rows, s
 from headrace.store.entities.protocol import Commit, Plan, Standing, Write
 from headrace.store.entities.schema import Change, changes_of, check_names, tables_of
 from headrace.store.entities.sql import Dialect
-from headrace.store.sqlite.running import run_script
+from headrace.store.sqlite.script_runner import run_script
 from headrace.store.sqlite.store import SqliteStore
 from headrace.store.sqlite.writer import as_fault
 from headrace.store.transactions import indexer

@@ -21,8 +21,8 @@ from headrace.core.span import Settlement
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.store.joining import Joined
-from headrace.store.sqlite import hot
-from headrace.store.sqlite.running import SQL, run_script, statements_of
+from headrace.store.sqlite import fast_path
+from headrace.store.sqlite.script_runner import SQL, run_script, statements_of
 from headrace.store.sqlite.writer import Writer, as_fault
 from headrace.store.statements import migrations, numbered
 from headrace.store.transactions.scripted_store import ScriptedStore
@@ -114,9 +114,9 @@ class SqliteStore(ScriptedStore):
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
         """Record outcomes: of a few leases each where it stands, of many in as many statements as of one."""
-        if len(settlements) > hot.FEW:
+        if len(settlements) > fast_path.FEW:
             return await super().settle(settlements, now_us=now_us)
-        return await self._write(lambda: hot.settle(settlements, now_us))
+        return await self._write(lambda: fast_path.settle(settlements, now_us))
 
     async def _write(self, script: Callable[[], Script[T]]) -> T:
         answer: T = await self._writer.run(lambda connection: run_script(connection, script()))

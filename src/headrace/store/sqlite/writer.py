@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from headrace.foundation.errors import HeadraceError, StoreBroken, StoreUnavailable
-from headrace.store.sqlite.fencing import FENCED
+from headrace.store.sqlite.write_fence import FENCED
 
 GROUP_MAX: Final = 128
 """Requests in one transaction; more wait for the next."""

@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Final
 
 from headrace.foundation.errors import Conflict
-from headrace.store.sqlite.running import SQL, statements_of
+from headrace.store.sqlite.script_runner import SQL, statements_of
 
 FENCED: Final = "headrace: fenced"
 """What the triggers say."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from headrace.store.moving import NOTHING, PAGE_BLOCKS, PAGE_ROWS, Belongings, Page
-from headrace.store.sqlite import fencing
+from headrace.store.sqlite import write_fence
 from headrace.store.sqlite.store import SqliteStore
 from headrace.store.transactions.row_mapping import as_json, to_part, to_span
 from headrace.store.transactions.sql_script import Script, fetch, fetch_first
@@ -28,15 +28,15 @@ class SqliteDeparture:
 
     async def fence(self, move_id: str, target: str, *, now_us: int) -> tuple[str, bool]:
         """Take no writes any more: `(id of the move, whether it had begun before)`."""
-        return await self._store.change(lambda connection: fencing.fence(connection, move_id, target, now_us))
+        return await self._store.change(lambda connection: write_fence.fence(connection, move_id, target, now_us))
 
     async def finish(self, *, now_us: int) -> None:
         """Everything is elsewhere; the fence stays."""
-        await self._store.change(lambda connection: fencing.finish(connection, now_us))
+        await self._store.change(lambda connection: write_fence.finish(connection, now_us))
 
     async def unfence(self) -> str:
         """Take writes again; answers the id of the move."""
-        return await self._store.change(fencing.unfence)
+        return await self._store.change(write_fence.unfence)
 
     async def runs_count(self) -> int:
         """How many runs there are to move."""

@@ -18,7 +18,6 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.store_copy import Move
 from headrace.runtime.wakeup import Doorbell
 from headrace.store.entities.protocol import EntityStore
-from headrace.store.joining import Joined, Joining
 from headrace.store.payloads import PayloadStore, open_payloads
 from headrace.store.protocol import RECORDED, WORK, Notifier, Store
 

@@ -23,9 +23,9 @@ from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, HeadraceError, StoreBroken
 from headrace.foundation.settings import load
 from headrace.runtime.engine import Engine
-from headrace.store.moving import NOTHING, Belongings
 from headrace.store.protocol import DeadLetter
 from headrace.store.sqlite import SqliteStore, copy_source
+from headrace.store.store_copy import NOTHING, Belongings
 from tests import invariants
 from tests.cli.conftest import Shell
 from tests.store.world import World, chunks_of, fresh_schema

@@ -21,9 +21,9 @@ from headrace.remote.store import RemoteStore
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.maintenance.scheduler import Scheduler
 from headrace.store.protocol import NewBatch, Schedule, Store, Tick
-from headrace.store.wire import VERBS
-from tests.store.world import World, chunks_of, settlement_of
+from headrace.store.rpc import VERBS
 from tests.support.http_server import KEY, LIMITS, During, House, house
+from tests.support.store_rig import World, chunks_of, settlement_of
 
 SMALL = LIMITS.replaced(inline_bytes_max=256)
 

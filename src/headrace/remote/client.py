@@ -33,7 +33,7 @@ from headrace.remote.connection import ATTEMPTS, Answer, Connection, backoff_s
 from headrace.runtime.background_loop import Background
 from headrace.runtime.clock import Clock
 from headrace.runtime.concurrent_map import ingest
-from headrace.store.wire import fault_of
+from headrace.store.rpc import fault_of
 
 T = TypeVar("T")
 

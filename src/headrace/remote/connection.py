@@ -13,7 +13,7 @@ import msgspec
 
 from headrace.foundation.errors import HeadraceError, InvalidSetting, StoreUnavailable
 from headrace.runtime.clock import Clock, SystemClock
-from headrace.store.wire import fault_of
+from headrace.store.rpc import fault_of
 
 REQUEST_S: Final = 60.0
 CONNECT_S: Final = 10.0

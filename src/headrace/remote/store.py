@@ -43,7 +43,7 @@ from headrace.store.protocol import (
     Ticked,
     Verification,
 )
-from headrace.store.wire import (
+from headrace.store.rpc import (
     BEAT,
     CONTENT_TYPE,
     VERBS,

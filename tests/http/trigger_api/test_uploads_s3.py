@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.store.packets import FOLDER
+from headrace.store.client_uploads import FOLDER
 from headrace.store.payloads import open_payloads
 from tests.s3 import CREDENTIALS, s3
 from tests.support.http_server import LIMITS, house, line

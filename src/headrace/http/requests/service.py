@@ -22,7 +22,7 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.task_registry import Registry
-from headrace.store.packets import Packets
+from headrace.store.client_uploads import Packets
 
 CHECK_S: Final = 2.0
 MINUTE_US: Final = 60_000_000

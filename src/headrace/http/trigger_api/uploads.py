@@ -14,7 +14,7 @@ from headrace.foundation.errors import InvalidInput, NotFound, ObjectMissing
 from headrace.http.requests.error_responses import Forbidden, answer
 from headrace.http.requests.request_body import pieces
 from headrace.http.requests.service import Call, Service
-from headrace.store.packets import SIGNED_S, check_path
+from headrace.store.client_uploads import SIGNED_S, check_path
 
 UPLOAD: Final = "/api/packets"
 

@@ -24,7 +24,7 @@ from headrace.http.requests.service import Call, Service
 from headrace.http.v1.chunk_validation import check_chunk, check_own, check_schedules, checked_batch, checked_tick
 from headrace.runtime.tasks.bounds import check_name
 from headrace.store.protocol import Lease
-from headrace.store.wire import (
+from headrace.store.rpc import (
     BEAT,
     BYTES_MAX,
     CONTENT_TYPE,

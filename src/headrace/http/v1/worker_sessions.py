@@ -28,7 +28,7 @@ from headrace.http.requests.request_body import decoded
 from headrace.http.requests.serializers import moment, value_of
 from headrace.http.requests.service import Call, Service
 from headrace.store.protocol import Claim, Lease, Release, Session
-from headrace.store.wire import BYTES_MAX
+from headrace.store.rpc import BYTES_MAX
 
 WAIT_S_MAX: Final = 30
 _Name = Annotated[str, Meta(min_length=1, max_length=200)]

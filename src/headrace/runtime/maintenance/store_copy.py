@@ -17,7 +17,7 @@ from headrace.foundation.ids import new_move_id
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.runtime.sessions.recovery import recover_here, recover_silent
-from headrace.store.moving import NOTHING, Arrival, Belongings, Departure
+from headrace.store.store_copy import NOTHING, Arrival, Belongings, Departure
 
 
 class Moved(msgspec.Struct, kw_only=True):

@@ -22,7 +22,7 @@ from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import MINUTE_MS, SECOND_MS
 from headrace.runtime.engine import DutyStats, Engine
 from headrace.runtime.sessions.recovery import recover_here, recover_silent
-from headrace.store.packets import FOLDER as PACKETS
+from headrace.store.client_uploads import FOLDER as PACKETS
 
 LOG: Any = structlog.get_logger("headrace.upkeep")
 ROWS_MAX: Final = 1_000

@@ -18,6 +18,7 @@ from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack
 from headrace.core.span import Part, Span, positions_of, results_of
 from headrace.foundation.errors import NotFound
+from headrace.store.projections import WITH_RESULT, attempt_of, check_state, lease_of, named_lease, view_of
 from headrace.store.protocol import (
     ApiKey,
     DeadLetter,
@@ -30,7 +31,6 @@ from headrace.store.protocol import (
     Session,
     Verification,
 )
-from headrace.store.views import WITH_RESULT, attempt_of, check_state, lease_of, named_lease, view_of
 
 NOTHING: Final = (b"", 0)
 

@@ -20,6 +20,7 @@ from headrace.foundation.errors import Conflict, SessionEnded
 from headrace.foundation.ids import run_id
 from headrace.store.memory import reads
 from headrace.store.memory.reads import Known, Queue, Tables
+from headrace.store.projections import birth_part
 from headrace.store.protocol import (
     Appended,
     Claim,
@@ -32,7 +33,6 @@ from headrace.store.protocol import (
     Tick,
     Ticked,
 )
-from headrace.store.views import birth_part
 
 SWEEP_SPANS_MAX: Final = 1_000
 

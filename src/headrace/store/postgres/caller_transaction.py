@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.store.joining import Joined, Steps
+from headrace.store.caller_transaction import Joined, Steps
 from headrace.store.postgres.id_ranges import Range
 from headrace.store.postgres.notifier import channel_of
 from headrace.store.postgres.pool import Prepared

@@ -9,15 +9,15 @@ import msgspec
 
 from headrace.core.span import DELAYED, LEASED, WAITING
 from headrace.foundation.errors import Conflict
-from headrace.store.moving import MOVING, PAGE_ROWS, Belongings, Page
 from headrace.store.postgres.store import PostgresStore
+from headrace.store.store_copy import MOVING, PAGE_ROWS, Belongings, Page
 from headrace.store.transactions.maintenance import BY_STEPS
 from headrace.store.transactions.row_mapping import Blob, add_parts, add_spans, as_json, take_ids
 from headrace.store.transactions.sql_script import Script, fetch, fetch_first, fetch_one
 
 
 class PostgresArrival:
-    """A schema as the side of a move that takes in (see `headrace.store.moving.Arrival`)."""
+    """A schema as the side of a move that takes in (see `headrace.store.store_copy.Arrival`)."""
 
     def __init__(self, store: PostgresStore) -> None:
         self._perform = store.perform

@@ -17,7 +17,7 @@ from headrace.core.block import Chunk
 from headrace.core.span import SETTLED, Settlement
 from headrace.foundation.errors import HeadraceError, InvalidInput, InvalidSetting, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
-from headrace.store.joining import Joined
+from headrace.store.caller_transaction import Joined
 from headrace.store.postgres import fast_path
 from headrace.store.postgres.caller_transaction import PostgresJoined
 from headrace.store.postgres.claim_cursors import Watermarks

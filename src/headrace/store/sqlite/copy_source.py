@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from headrace.store.moving import NOTHING, PAGE_BLOCKS, PAGE_ROWS, Belongings, Page
 from headrace.store.sqlite import write_fence
 from headrace.store.sqlite.store import SqliteStore
+from headrace.store.store_copy import NOTHING, PAGE_BLOCKS, PAGE_ROWS, Belongings, Page
 from headrace.store.transactions.row_mapping import as_json, to_part, to_span
 from headrace.store.transactions.sql_script import Script, fetch, fetch_first
 
@@ -21,7 +21,7 @@ BATCH_COLUMNS: Final = (
 
 
 class SqliteDeparture:
-    """A file as the side of a move that is left (see `headrace.store.moving.Departure`)."""
+    """A file as the side of a move that is left (see `headrace.store.store_copy.Departure`)."""
 
     def __init__(self, store: SqliteStore) -> None:
         self._store = store

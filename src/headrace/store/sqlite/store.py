@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from headrace.core.span import Settlement
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
-from headrace.store.joining import Joined
+from headrace.store.caller_transaction import Joined
 from headrace.store.sqlite import fast_path
 from headrace.store.sqlite.script_runner import SQL, run_script, statements_of
 from headrace.store.sqlite.writer import Writer, as_fault

@@ -28,6 +28,7 @@ from headrace.core.span import (
     positions_of,
 )
 from headrace.foundation.ids import run_id
+from headrace.store.projections import birth_part
 from headrace.store.protocol import Appended, NewBatch
 from headrace.store.transactions.locate import (
     BLOCKS_MAX,
@@ -42,7 +43,6 @@ from headrace.store.transactions.locate import (
 )
 from headrace.store.transactions.row_mapping import Blob, add_parts, add_spans, as_json, put_batch, take_ids, to_batch
 from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_first, fetch_one
-from headrace.store.views import birth_part
 
 _extras_encoder = msgspec.msgpack.Encoder()
 

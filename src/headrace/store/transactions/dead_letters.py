@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from headrace.core.run import UNSETTLED
 from headrace.core.span import LEASED, Span, positions_of
+from headrace.store.projections import named_lease
 from headrace.store.protocol import DeadLetter, NamedLease
 from headrace.store.transactions.locate import decode_extras, locate, shapes_of, spans_of_block
 from headrace.store.transactions.row_mapping import as_json
 from headrace.store.transactions.sql_script import Script, fetch
-from headrace.store.views import named_lease
 
 
 def add_dead(found: Sequence[tuple[Span, Sequence[int]]], now_us: int) -> Script[None]:

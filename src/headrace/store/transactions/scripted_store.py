@@ -12,6 +12,7 @@ from headrace.core.block import Chunk
 from headrace.core.span import Settlement, Span
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import Limits
+from headrace.store.projections import lease_of
 from headrace.store.protocol import (
     ApiKey,
     Appended,
@@ -47,7 +48,6 @@ from headrace.store.transactions import (
 )
 from headrace.store.transactions import schedules as schedule_scripts
 from headrace.store.transactions.sql_script import Script
-from headrace.store.views import lease_of
 
 T = TypeVar("T")
 

@@ -142,8 +142,8 @@ async def floor_postgres(dsn: str) -> float:
 
 async def measured(kind: str) -> None:
     """All ways on one kind of database."""
-    from tests.postgres import server
-    from tests.store.world import fresh_schema
+    from tests.support.postgres_server import server
+    from tests.support.store_rig import fresh_schema
 
     floors: list[float] = []
     found: dict[str, list[tuple[float, float, float, float]]] = {}

@@ -31,7 +31,7 @@ ROUNDS: Final = 5
 def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: bool) -> None:
     """A server process. `delay_s`: of each write to the object store; without `stores` items are parsed and dropped."""
     import uvloop
-    from tests.store.world import FACTORIES
+    from tests.support.store_rig import FACTORIES
 
     from headrace.foundation import interpreter
     from headrace.foundation.limits import DEFAULT
@@ -86,7 +86,7 @@ def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: 
 
 async def complete(engine: Any) -> int:
     """Settle every run that waits with a small result, straight at the store."""
-    from tests.store.world import settlement_of
+    from tests.support.store_rig import settlement_of
 
     from headrace.foundation.ids import new_session_id
     from headrace.store.protocol import Claim, Session

@@ -12,7 +12,7 @@ import asyncio
 import tempfile
 from time import perf_counter
 
-from tests.postgres import Server
+from tests.support.postgres_server import Server
 
 from headrace import Headrace
 from headrace.foundation.errors import HeadraceError

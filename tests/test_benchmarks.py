@@ -15,7 +15,7 @@ from headrace import benchmarks
 from headrace.benchmarks.places import OnServer
 from headrace.benchmarks.scenarios import SCENARIOS
 from headrace.foundation.errors import InvalidInput
-from tests.postgres import server
+from tests.support.postgres_server import server
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,9 +19,9 @@ from sqlalchemy.orm import Session
 
 from headrace.app import Headrace
 from headrace.foundation.errors import InvalidInput
-from tests import invariants
-from tests.postgres import server
-from tests.store.world import fresh_schema
+from tests.support import invariants
+from tests.support.postgres_server import server
+from tests.support.store_rig import fresh_schema
 
 TABLE = "CREATE TABLE IF NOT EXISTS orders (n bigint)"
 ORDER = "INSERT INTO orders (n) VALUES (1)"

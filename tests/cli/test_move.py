@@ -26,9 +26,9 @@ from headrace.runtime.engine import Engine
 from headrace.store.protocol import DeadLetter
 from headrace.store.sqlite import SqliteStore, copy_source
 from headrace.store.store_copy import NOTHING, Belongings
-from tests import invariants
 from tests.cli.conftest import Shell
-from tests.store.world import World, chunks_of, fresh_schema
+from tests.support import invariants
+from tests.support.store_rig import World, chunks_of, fresh_schema
 
 RUNS = 100_000
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.cli.conftest import Shell
-from tests.store.world import fresh_schema
+from tests.support.store_rig import fresh_schema
 
 APP = """
 import asyncio, os, threading

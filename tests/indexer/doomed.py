@@ -1,4 +1,4 @@
-"""Indexers that are killed by SIGKILL in the middle of a commit: `python -m tests.indexer.doomed`, see `tests.forks`.
+"""Indexers that are killed by SIGKILL in the middle of a commit: `python -m tests.indexer.doomed`, see `tests.support.fork_server`.
 
 A life is `{"url", "count", "at"}`: an indexer goes on with an event log of so many events. Its first commit is what the
 life before it did not bring to an end; in the second it dies just before statement `at`.
@@ -13,11 +13,11 @@ from typing import Any, Final
 
 from headrace import Headrace
 from headrace.indexer import Indexer
-from tests.forks import serve
 from tests.indexer.harm import ANSWERED, commits_told
 from tests.indexer.houses import house_at, opened_house
 from tests.indexer.programs import busy, make
 from tests.indexer.rig import Listed, Rig
+from tests.support.fork_server import serve
 
 BATCH: Final = 4
 

@@ -15,7 +15,7 @@ from headrace.store.postgres.entities import PostgresEntities
 from headrace.store.protocol import Store
 from headrace.store.sqlite import SqliteStore
 from headrace.store.sqlite.entities import SqliteEntities
-from tests.store.world import fresh_schema
+from tests.support.store_rig import fresh_schema
 
 RUNS_MAX = DEFAULT.batch_runs_max
 

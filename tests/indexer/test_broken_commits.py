@@ -12,13 +12,13 @@ import asyncpg
 import pytest
 
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
-from tests.forks import forks_of
 from tests.indexer.doomed import BATCH, Deadly, pruned
 from tests.indexer.harm import ANSWERED, commits_told
 from tests.indexer.houses import opened
 from tests.indexer.programs import busy, make
 from tests.indexer.rig import Left, Listed, Rig, rig
-from tests.postgres import server
+from tests.support.fork_server import forks_of
+from tests.support.postgres_server import server
 
 LOG = busy(4)
 LONG = busy(60)

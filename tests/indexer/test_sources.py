@@ -21,7 +21,7 @@ from headrace import Headrace
 from headrace.core.sequencer import Arrived, Position, Rewind, Sequencer
 from headrace.foundation.errors import Conflict, InvalidInput, StoreUnavailable
 from headrace.indexer import Entity, HandlerContext, csv, nats, ndjson, results, stream, table
-from tests.postgres import server
+from tests.support.postgres_server import server
 
 
 async def read(source: Any, after: Position | None = None) -> list[tuple[Position, Any]]:

@@ -26,8 +26,8 @@ from headrace import compose
 from headrace.core.run import COMPLETED, FAILED
 from headrace.foundation.ids import parse_run_id
 from headrace.foundation.settings import load
-from tests import invariants
-from tests.postgres import Server
+from tests.support import invariants
+from tests.support.postgres_server import Server
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(1_800)]
 

@@ -17,8 +17,8 @@ from headrace.core.activation import LANE
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
 from tests.journeys.test_serve import free_port
-from tests.store.world import fresh_schema
 from tests.support.broker import activation, engine_on, stream
+from tests.support.store_rig import fresh_schema
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(240)]
 

@@ -18,8 +18,8 @@ from headrace.runtime import clock
 from headrace.runtime.engine import Engine
 from headrace.runtime.sessions.session import Broker
 from headrace.store.protocol import NewBatch
-from tests import invariants
-from tests.store.world import fresh_schema
+from tests.support import invariants
+from tests.support.store_rig import fresh_schema
 
 MINUTE_US = 60_000_000
 

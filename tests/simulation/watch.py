@@ -1,7 +1,7 @@
 """Who watches: what must hold after every request that reached the store, and what processes may never do.
 
 The watch sees the store's tables from inside, cheaply, after each request: only spans that changed are looked at.
-Every so many requests it also asks `tests.invariants`, which goes through the verbs.
+Every so many requests it also asks `tests.support.invariants`, which goes through the verbs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from headrace.core.span import LEASED, SETTLED, Settlement, Span, positions_of
 from headrace.store.memory import MemoryStore
 from headrace.store.memory.reads import indexes_of
 from headrace.store.protocol import Lease
-from tests import invariants
-from tests.invariants import Record
+from tests.support import invariants
+from tests.support.invariants import Record
 
 FULL_EVERY: Final = 60
 """Requests between two looks with every invariant."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from headrace.foundation.limits import DEFAULT
-from tests.store.world import FACTORIES, World
+from tests.support.store_rig import FACTORIES, World
 
 
 @pytest.fixture(params=list(FACTORIES))

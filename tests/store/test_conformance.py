@@ -27,7 +27,7 @@ from headrace.store.memory import MemoryStore
 from headrace.store.postgres import PostgresStore
 from headrace.store.protocol import NewBatch, Store
 from headrace.store.sqlite import SqliteStore
-from tests.store.world import BOOM, World, chunks_of, settlement_of
+from tests.support.store_rig import BOOM, World, chunks_of, settlement_of
 
 HOUSES: list[type[Store]] = [MemoryStore, SqliteStore, PostgresStore]  # mypy checks here that each is a Store
 

@@ -9,7 +9,7 @@ from headrace.core.block import Extra
 from headrace.core.failure import decode
 from headrace.core.span import Key
 from headrace.store.protocol import DeadLetter, Lease
-from tests.store.world import BOOM, SECOND_US, UNKNOWN, World, indexes_of, settlement_of
+from tests.support.store_rig import BOOM, SECOND_US, UNKNOWN, World, indexes_of, settlement_of
 
 DEAD = Key("task", dead_letter=True)
 

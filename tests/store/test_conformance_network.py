@@ -14,7 +14,7 @@ from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, NotFound
 from headrace.foundation.ids import new_batch_id, run_id
 from headrace.store.protocol import ApiKey
-from tests.store.world import BOOM, SECOND_US, World
+from tests.support.store_rig import BOOM, SECOND_US, World
 
 SAME = Extra(idempotency_key="same")
 

@@ -10,7 +10,7 @@ from headrace.core.block import Chunk
 from headrace.foundation.errors import Conflict
 from headrace.foundation.ids import new_batch_id
 from headrace.store.protocol import NewBatch, Schedule, Tick
-from tests.store.world import SECOND_US, World, chunks_of
+from tests.support.store_rig import SECOND_US, World, chunks_of
 
 HOURLY = Schedule(environment="default", name="report", app="app", task="task", expression="0 * * * *", zone="UTC")
 

@@ -15,11 +15,11 @@ import pytest
 
 from headrace.core.index_set import IndexSet
 from headrace.foundation.errors import StoreUnavailable
-from tests.forks import Forks, forks_of
-from tests.postgres import Server, server
-from tests.store.harm import Harmed, harmed_store, harmed_story, read_log
-from tests.store.story import REDRIVEN, Told
-from tests.store.world import SECOND_US, START_US, fresh_schema
+from tests.support.failing_stores import Harmed, harmed_store, harmed_story, read_log
+from tests.support.fork_server import Forks, forks_of
+from tests.support.postgres_server import Server, server
+from tests.support.store_rig import SECOND_US, START_US, fresh_schema
+from tests.support.store_scenario import REDRIVEN, Told
 from tests.support.wire import LATE, MODES, Wire
 
 ROOMS = ("hot", "read", "work", "write", "admit")
@@ -136,7 +136,7 @@ async def test_a_process_killed_at_any_statement_of_any_verb_loses_and_doubles_n
     url: str, tmp_path: Path
 ) -> None:
     places = deadly(await places_of(url), url)
-    async with forks_of("tests.store.doomed") as forks:
+    async with forks_of("tests.support.killed_process") as forks:
         lives = Lives(url, tmp_path, forks)
         for place in places:
             if await lives.live(place) == "told":  # in what earlier lives left, the story takes another way
@@ -162,7 +162,7 @@ async def test_the_story_comes_to_every_statement(url: str) -> None:
     texts = [file.read_text() for file in folder.iterdir() if file.name.removesuffix(".sql") in ROOMS]
     wanted = {name for text in texts for name in re.findall(r"^-- (\w+):", text, re.MULTILINE)}
     beside = {"take_ids", "clock"}
-    assert wanted - met - beside == set(), "tests/store/story.py should use them, or they die untested"
+    assert wanted - met - beside == set(), "tests/support/store_scenario.py should use them, or they die untested"
 
 
 @pytest.mark.parametrize("mode", MODES)

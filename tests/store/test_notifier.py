@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
@@ -22,41 +22,12 @@ from headrace.store.postgres.dsn import address
 from headrace.store.protocol import RECORDED, WORK
 from headrace.store.sqlite import Watcher
 from headrace.store.sqlite.commit_watcher import LOOK_MAX_S
-from tests.postgres import server
-from tests.store.world import World, fresh_schema
+from tests.support.notification_listener import Ear
+from tests.support.postgres_server import server
+from tests.support.store_rig import World, fresh_schema
 
 LONG_S = 60.0
 """Longer than any test: who waits so long was woken by news."""
-
-
-class Ear:
-    """One process's notifier, and what it heard."""
-
-    def __init__(self, url: str, schema: str, own: PostgresNotifier | None = None) -> None:
-        self.notifier = own or PostgresNotifier(address(url), schema)
-        self.heard: list[str] = []
-        self.came = asyncio.Condition()
-        for news in (WORK, RECORDED):
-            self.notifier.listen(news, lambda news=news: self._hear(news))  # type: ignore[misc]  # bound to the loop's value
-
-    def _hear(self, news: str) -> None:
-        self.heard.append(news)
-        self._note = asyncio.create_task(self._notify())
-
-    async def _notify(self) -> None:
-        async with self.came:
-            self.came.notify_all()
-
-    async def until(self, is_so: Callable[[], bool]) -> None:
-        """Wait until something holds, looking after each piece of news."""
-        async with self.came:
-            await self.came.wait_for(is_so)
-
-    async def listening(self) -> None:
-        """Begin to listen, and forget what was missed until now."""
-        with self.notifier.awaited():
-            await self.until(lambda: self.notifier.is_listening)
-        self.heard.clear()
 
 
 @asynccontextmanager

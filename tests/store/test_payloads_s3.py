@@ -16,8 +16,8 @@ import pytest
 from headrace.app import Headrace
 from headrace.foundation.errors import InvalidSetting, ObjectMissing, StoreUnavailable
 from headrace.store.payloads import PayloadStore, open_payloads, payload_key
-from tests import invariants
-from tests.s3 import CREDENTIALS, Weather, s3, weather
+from tests.support import invariants
+from tests.support.s3_server import CREDENTIALS, Weather, s3, weather
 
 BATCH = "batch_0000000000000000000000000a"
 QUICK: dict[str, Any] = {"retries": 2, "retry_s": 5, "timeout_s": 1}

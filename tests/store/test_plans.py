@@ -21,8 +21,8 @@ from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.pool import SETTINGS, compiled
 from headrace.store.sqlite import SqliteStore
 from headrace.store.statements import statements
-from tests.store.backstage import beside, schema_of
-from tests.store.world import World, fresh_schema
+from tests.support.postgres_observer import beside, schema_of
+from tests.support.store_rig import World, fresh_schema
 
 GROWING: Final = frozenset(
     {

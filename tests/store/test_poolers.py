@@ -12,11 +12,11 @@ from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresNotifier, PostgresStore
 from headrace.store.postgres.dsn import address
 from headrace.store.protocol import WORK
-from tests.pooler import pooled_dsn, pooler
-from tests.postgres import server
-from tests.store.backstage import beside, schema_of, statements_of, waiting_for_a_lock
-from tests.store.test_notifier import Ear
-from tests.store.world import World, fresh_schema, indexes_of, pooled_store, settlement_of
+from tests.support.connection_pooler import pooled_dsn, pooler
+from tests.support.notification_listener import Ear
+from tests.support.postgres_observer import beside, schema_of, statements_of, waiting_for_a_lock
+from tests.support.postgres_server import server
+from tests.support.store_rig import World, fresh_schema, indexes_of, pooled_store, settlement_of
 
 
 @pytest.fixture

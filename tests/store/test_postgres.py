@@ -26,9 +26,9 @@ from headrace.foundation.errors import (
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
 from headrace.store.protocol import Lease, Release
-from tests.postgres import Server, server
-from tests.store.backstage import beside, schema_of, waiting_for_a_lock
-from tests.store.world import NOBODY, START_US, World, chunks_of, fresh_schema, settlement_of
+from tests.support.postgres_observer import beside, schema_of, waiting_for_a_lock
+from tests.support.postgres_server import Server, server
+from tests.support.store_rig import NOBODY, START_US, World, chunks_of, fresh_schema, settlement_of
 
 T = TypeVar("T")
 PACKAGE = "headrace.store.postgres"

@@ -12,9 +12,9 @@ from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresNotifier, PostgresStore
 from headrace.store.postgres.dsn import address
 from headrace.store.protocol import NewBatch
-from tests.postgres import Server
-from tests.store.backstage import beside
-from tests.store.world import START_US, World, fresh_schema
+from tests.support.postgres_observer import beside
+from tests.support.postgres_server import Server
+from tests.support.store_rig import START_US, World, fresh_schema
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from headrace.store.sqlite import SqliteStore
 from headrace.store.sqlite.script_runner import SQL, run_script
 from headrace.store.statements import migrations
 from headrace.store.transactions.row_mapping import add_parts
-from tests.store.world import World, indexes_of, settlement_of
+from tests.support.store_rig import World, indexes_of, settlement_of
 
 PACKAGE = "headrace.store.sqlite"
 

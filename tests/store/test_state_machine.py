@@ -30,9 +30,9 @@ from headrace.store.memory import MemoryStore
 from headrace.store.postgres import PostgresStore
 from headrace.store.protocol import Claim, Lease, NewBatch, Release, Session, Store, Suspects
 from headrace.store.sqlite import SqliteStore
-from tests import invariants
-from tests.store.lockstep import LockStep
-from tests.store.world import SECOND_US, START_US, chunks_of, fresh_schema, settlement_of
+from tests.support import invariants
+from tests.support.lockstep import LockStep
+from tests.support.store_rig import SECOND_US, START_US, chunks_of, fresh_schema, settlement_of
 
 pytestmark = pytest.mark.timeout(600)  # a failure is made small before it is told, which takes its time
 

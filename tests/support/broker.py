@@ -30,9 +30,9 @@ from headrace.runtime.dispatch.report_outcome import Report
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Producer
 from headrace.store.protocol import RunRecord
-from tests import invariants
-from tests.store.world import fresh_schema
+from tests.support import invariants
 from tests.support.engines import engine_of
+from tests.support.store_rig import fresh_schema
 
 DATABASES = ("sqlite", "postgres")
 EVERY = ("memory", *DATABASES)

@@ -16,7 +16,7 @@ from headrace.foundation.limits import Limits
 from headrace.foundation.settings import load
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
-from tests import invariants
+from tests.support import invariants
 
 KINDS = ("memory", "sqlite")
 on_each_store = pytest.mark.parametrize("kind", KINDS)

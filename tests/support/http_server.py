@@ -29,7 +29,7 @@ from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.wakeup import Doorbell
 from headrace.store.payloads import open_payloads
 from headrace.store.protocol import Claim, Lease, Session, Store
-from tests.store.world import FACTORIES, settlement_of
+from tests.support.store_rig import FACTORIES, settlement_of
 
 KEY = "tr_test_key_of_the_whole_environment"
 AUTH = {"authorization": f"Bearer {KEY}"}

@@ -19,7 +19,7 @@ from headrace.runtime.clock import ManualClock
 from headrace.runtime.dispatch.lease_buffer import Wish
 from headrace.runtime.dispatch.report_outcome import Report
 from headrace.runtime.maintenance.upkeep import Upkeep
-from tests import invariants
+from tests.support import invariants
 from tests.support.broker import DEADLETTER, Broker, activation, engine_on
 from tests.support.engines import Faulty
 

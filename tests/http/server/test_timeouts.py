@@ -153,7 +153,7 @@ async def fill(home: House, batch_id: str, result: bytes) -> None:
     """Complete every run of a batch with a large result."""
     from headrace.foundation.ids import new_session_id
     from headrace.store.protocol import Claim, Session
-    from tests.store.world import settlement_of
+    from tests.support.store_rig import settlement_of
 
     store, now_us = home.engine.store, home.engine.clock.now_us()
     session = new_session_id(now_us)

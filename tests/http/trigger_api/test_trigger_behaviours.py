@@ -17,8 +17,8 @@ import pytest
 from headrace.core.batch import CANCELLED
 from headrace.store.payloads import PayloadStore, open_payloads
 from headrace.store.protocol import Store
-from tests.store.world import chunks_of
 from tests.support.http_server import LIMITS, During, House, house, line
+from tests.support.store_rig import chunks_of
 
 SMALL = LIMITS.replaced(item_bytes_max=1_024)
 Row = tuple[int, str, str, Any]

@@ -11,8 +11,8 @@ import pytest
 
 from headrace.store.client_uploads import FOLDER
 from headrace.store.payloads import open_payloads
-from tests.s3 import CREDENTIALS, s3
 from tests.support.http_server import LIMITS, house, line
+from tests.support.s3_server import CREDENTIALS, s3
 
 
 def put(url: str, data: bytes, kind: str) -> int:

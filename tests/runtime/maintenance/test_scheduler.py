@@ -25,9 +25,9 @@ from headrace.runtime.maintenance.scheduler import Scheduler
 from headrace.runtime.tasks.bounds import SCHEDULES_MAX
 from headrace.runtime.tasks.context import DETACHED, SCHEDULE, SCHEDULED_US, Context
 from headrace.runtime.tasks.task_registry import Registry
-from tests import invariants
-from tests.store.world import FACTORIES
+from tests.support import invariants
 from tests.support.engines import Faulty, app_on, opened
+from tests.support.store_rig import FACTORIES
 
 SECOND_US = 1_000_000
 DAY_S = 86_400

@@ -26,7 +26,7 @@ from headrace.runtime.sessions.inflight_marks import Marks, is_dead, read
 from headrace.runtime.sessions.recovery import STUCK_TIMEOUTS
 from headrace.runtime.sessions.session import Broker
 from headrace.store.protocol import Claim, NewBatch, Release, Session, Suspects
-from tests import invariants
+from tests.support import invariants
 from tests.support.engines import Faulty, engine_of
 
 AWAY = StoreUnavailable("away")

@@ -34,7 +34,7 @@ def fence(connection: sqlite3.Connection, move_id: str, target: str, now_us: int
         who = ", ".join(f"{kind} {pid} on {host}" for _, kind, host, pid, *_ in live[:5])
         raise Conflict(f"{len(live)} processes work on this file: {who}", hint="stop them, then move")
     connection.execute(SQL["begin_move"], {"id": move_id, "target": target, "now_us": now_us})
-    _apply(connection, "fence.sql")
+    _apply(connection, "write_fence.sql")
     return move_id, False
 
 
@@ -51,7 +51,7 @@ def unfence(connection: sqlite3.Connection) -> str:
     if known[2]:
         raise Conflict(f"this file was moved to {known[1]}, where its runs may have gone on", hint="use it there")
     connection.execute(SQL["forget_move"])
-    _apply(connection, "unfence.sql")
+    _apply(connection, "write_unfence.sql")
     return known[0]
 
 

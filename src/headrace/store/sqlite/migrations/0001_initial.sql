@@ -128,7 +128,7 @@ CREATE TABLE session (
     ended_us INTEGER NOT NULL
 ) WITHOUT ROWID;
 
--- The move that fenced this file, where there was one (see fence.sql).
+-- The move that fenced this file, where there was one (see write_fence.sql).
 CREATE TABLE move (
     only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
     id TEXT NOT NULL,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from urllib.parse import urlsplit
 
-from tests.postgres import server
+from tests.support.postgres_server import server
 
 SSL_REQUEST, GSS_REQUEST, CANCEL_REQUEST = 80877103, 80877104, 80877102
 KNOWN_PARAMETERS = {

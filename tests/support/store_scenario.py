@@ -20,8 +20,8 @@ from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, HeadraceError, StoreUnavailable
 from headrace.foundation.ids import new_batch_id, new_session_id
 from headrace.store.protocol import ApiKey, Claim, Lease, NewBatch, Release, Session, Store, Suspects
-from tests import invariants
-from tests.store.world import SECOND_US, chunks_of, settlement_of
+from tests.support import invariants
+from tests.support.store_rig import SECOND_US, chunks_of, settlement_of
 
 MAIN_COUNT = 60
 BAD_ITEM = 35

@@ -56,7 +56,7 @@ async def forks_of(module: str) -> AsyncIterator[Forks]:
         *("-m", module),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     try:
         yield Forks(process)

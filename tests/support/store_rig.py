@@ -30,9 +30,9 @@ from headrace.store.protocol import (
     Suspects,
 )
 from headrace.store.sqlite import SqliteStore
-from tests import invariants
-from tests.pooler import pooled_dsn
-from tests.postgres import server
+from tests.support import invariants
+from tests.support.connection_pooler import pooled_dsn
+from tests.support.postgres_server import server
 
 SECOND_US = 1_000_000
 START_US = 1_700_000_000 * SECOND_US

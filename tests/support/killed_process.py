@@ -1,4 +1,4 @@
-"""Processes that tell a story and are killed by SIGKILL at a place of it: `python -m tests.store.doomed`.
+"""Processes that tell a story and are killed by SIGKILL at a place of it: `python -m tests.support.killed_process`.
 
 A life is `{"url", "environment", "now_us", "place", "log", "completed"}`; its answer is `told` when the story never
 came to that place. What a life was told goes to its log, a line each, before it goes on.
@@ -11,9 +11,9 @@ import os
 import signal
 from typing import Any
 
-from tests.forks import serve
-from tests.store.harm import harmed_store, harmed_story
-from tests.store.story import Told
+from tests.support.failing_stores import harmed_store, harmed_story
+from tests.support.fork_server import serve
+from tests.support.store_scenario import Told
 
 
 def live(life: dict[str, Any]) -> None:

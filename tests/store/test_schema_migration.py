@@ -14,9 +14,9 @@ from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore, schema_migration
 from headrace.store.statements import migrations
-from tests.postgres import server
-from tests.store.backstage import beside, house, schema_of
-from tests.store.world import World, fresh_schema
+from tests.support.postgres_observer import beside, house, schema_of
+from tests.support.postgres_server import server
+from tests.support.store_rig import World, fresh_schema
 
 PACKAGE = "headrace.store.postgres"
 GENTLE = """

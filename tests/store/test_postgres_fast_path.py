@@ -21,8 +21,8 @@ from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.fast_path import PLACES
 from headrace.store.postgres.pool import SETTINGS, compiled
-from tests.store.backstage import beside, house, schema_of, statements_of
-from tests.store.world import START_US, World, fresh_schema, indexes_of, settlement_of
+from tests.support.postgres_observer import beside, house, schema_of, statements_of
+from tests.support.store_rig import START_US, World, fresh_schema, indexes_of, settlement_of
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from headrace.store.memory import MemoryStore
 from headrace.store.postgres import PostgresStore
 from headrace.store.protocol import Lease, Suspects
 from headrace.store.sqlite import SqliteStore
-from tests.store.world import BOOM, NOBODY, SECOND_US, World, indexes_of
+from tests.support.store_rig import BOOM, NOBODY, SECOND_US, World, indexes_of
 
 POISON = 137
 

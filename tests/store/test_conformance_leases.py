@@ -18,7 +18,7 @@ from headrace.foundation.errors import (
     StoreUnavailable,
 )
 from headrace.store.protocol import NewBatch, Release, Session
-from tests.store.world import BOOM, NOBODY, SECOND_US, UNKNOWN, World, indexes_of, settlement_of
+from tests.support.store_rig import BOOM, NOBODY, SECOND_US, UNKNOWN, World, indexes_of, settlement_of
 
 # -- 3: at least once to run, at most once to record (rules R1, R2, R3, R5)
 

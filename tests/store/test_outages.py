@@ -19,10 +19,10 @@ from headrace.foundation.limits import DEFAULT
 from headrace.foundation.settings import load
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.dsn import address
-from tests import invariants
-from tests.postgres import Server
-from tests.store.backstage import beside
-from tests.store.world import World, fresh_schema
+from tests.support import invariants
+from tests.support.postgres_observer import beside
+from tests.support.postgres_server import Server
+from tests.support.store_rig import World, fresh_schema
 
 DISK_MIB = 96
 FILL = b"x" * 200_000

@@ -12,8 +12,8 @@ import pytest
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.pool import Connection
 from headrace.store.transactions.sql_script import Rows
-from tests.postgres import server
-from tests.store.world import World
+from tests.support.postgres_server import server
+from tests.support.store_rig import World
 
 T = TypeVar("T")
 

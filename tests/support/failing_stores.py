@@ -15,7 +15,7 @@ from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.pool import Connection
 from headrace.store.sqlite import SqliteStore
 from headrace.store.transactions.sql_script import Rows, Script
-from tests.store.story import Story, Told
+from tests.support.store_scenario import Story, Told
 
 T = TypeVar("T")
 At = Callable[[str], None]

@@ -18,6 +18,8 @@ FLOORS: Final = "A room imports only from floors below it"
 CORE: Final = "The core is deaf, blind and timeless"
 RUNTIME: Final = "Inside runtime, a package imports only from layers below it"
 STORES: Final = "Only compose knows a concrete store"
+IN_STORE: Final = "Inside store, a database store builds on transactions"
+NO_SQL: Final = "The memory store uses no SQL"
 GRPC: Final = "Inside grpc, the task broker builds on the transport"
 HTTP: Final = "Inside http, the server mounts APIs that share the handling of requests"
 TRANSPORT: Final = "The gRPC transport knows nothing of Headrace but foundation"
@@ -73,6 +75,15 @@ def test_every_room_stands_on_its_floor(house: Path) -> None:
         ("core", "import sqlite3", CORE),
         ("runtime", "import headrace.store.sqlite", STORES),
         ("cli", "from headrace.store import memory", STORES),
+        ("store/memory", "import headrace.store.sqlite", IN_STORE),
+        ("store/postgres", "from headrace.store.sqlite import writer", IN_STORE),
+        ("store/sqlite", "import headrace.store.postgres.pool", IN_STORE),
+        ("store/transactions", "import headrace.store.postgres", IN_STORE),
+        ("store/transactions", "from headrace.store import caller_transaction", IN_STORE),
+        ("store/entities", "import headrace.store.transactions.indexer", IN_STORE),
+        ("store", "import headrace.core", IN_STORE),
+        ("store/memory", "from headrace.store.transactions import append", NO_SQL),
+        ("store/memory", "import sqlite3", NO_SQL),
         ("http/requests", "from headrace.http.v1 import batches", HTTP),
         ("http/v1", "from headrace.http.trigger_api import batches", HTTP),
         ("http/grpc_mount", "from headrace.http.server import app", HTTP),

@@ -17,6 +17,7 @@ from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.store_copy import Move
 from headrace.runtime.wakeup import Doorbell
+from headrace.store.caller_transaction import Joined, Joining
 from headrace.store.entities.protocol import EntityStore
 from headrace.store.payloads import PayloadStore, open_payloads
 from headrace.store.protocol import RECORDED, WORK, Notifier, Store

@@ -121,7 +121,7 @@ TABLE: Final[dict[str, tuple[str, str] | str]] = {
     "test_pending_activation_max_lag_ignore_processing_attempts": AGE,
     "test_pending_activation_max_lag_account_for_delayed": AGE,
     "test_db_status_calls_ok": PROBES,
-    "test_migrations": ("tests.store.test_migrating", "test_older_processes_work_on_while_a_newer_one_migrates"),
+    "test_migrations": ("tests.store.test_schema_migration", "test_older_processes_work_on_while_a_newer_one_migrates"),
     "retry: until success": PATIENCE,
     "retry: exhaustion surfaces": here(
         "dispatching", "a_store_that_does_not_answer_a_claim_is_waited_for_only_so_long"

@@ -402,7 +402,7 @@ async def serve_echo(size: int) -> None:
     """Bare calls on our own transport: an echo, a fixed answer of some size, an empty one."""
     from headrace.foundation.limits import Limits
     from headrace.grpc.messages import taskbroker_pb2 as wire
-    from headrace.grpc.transport.server import Connection, GrpcServer
+    from headrace.grpc.transport.server import GrpcServer, ServerProtocol
     from headrace.grpc.transport.service_methods import Method
 
     fixed, empty = wire.PushTaskRequest(callback_url="x" * (size - 3)), wire.PushTaskRequest()
@@ -423,7 +423,7 @@ async def serve_echo(size: int) -> None:
         "/e/Empty": Method(wire.SetTaskStatusRequest, nothing),
     }
     server = GrpcServer(methods, limits=Limits())
-    listener = await asyncio.get_running_loop().create_server(lambda: Connection(server), "127.0.0.1", 0)
+    listener = await asyncio.get_running_loop().create_server(lambda: ServerProtocol(server), "127.0.0.1", 0)
     print(listener.sockets[0].getsockname()[1], flush=True)
     await listener.serve_forever()
 
@@ -453,7 +453,7 @@ async def serve_worker(tasks: int, store: str) -> None:
     from headrace.grpc.transport.client import Channel
     from headrace.grpc.transport.connection import Bounds
     from headrace.grpc.transport.sender import Budget
-    from headrace.grpc.transport.server import Connection, GrpcServer
+    from headrace.grpc.transport.server import GrpcServer, ServerProtocol
     from headrace.grpc.transport.service_methods import methods_of
 
     done: set[str] = set()
@@ -485,7 +485,7 @@ async def serve_worker(tasks: int, store: str) -> None:
 
     service = wire.DESCRIPTOR.services_by_name["WorkerService"]
     worker = GrpcServer(methods_of(service, Worker()), limits=Limits())
-    listener = await asyncio.get_running_loop().create_server(lambda: Connection(worker), "127.0.0.1", 0)
+    listener = await asyncio.get_running_loop().create_server(lambda: ServerProtocol(worker), "127.0.0.1", 0)
     own = listener.sockets[0].getsockname()[1]
     environ = {"HEADRACE_PUSH": f"app=http://127.0.0.1:{own}", "HEADRACE_DELIVERY": "push"}
     with (
@@ -512,7 +512,7 @@ async def serve_pusher(tasks: int, worker_port: int) -> None:
     from headrace.grpc.messages import taskbroker_pb2 as wire
     from headrace.grpc.taskbroker.delivery_protocol import Delivery
     from headrace.grpc.taskbroker.pusher import Pusher
-    from headrace.grpc.transport.server import Connection, GrpcServer
+    from headrace.grpc.transport.server import GrpcServer, ServerProtocol
     from headrace.grpc.transport.service_methods import Method
     from headrace.runtime.clock import SystemClock
     from headrace.runtime.wakeup import Doorbell
@@ -541,7 +541,7 @@ async def serve_pusher(tasks: int, worker_port: int) -> None:
         return wire.SetBatchActivationStatusResponse()
 
     server = GrpcServer({SET_MANY: Method(wire.SetBatchActivationStatusRequest, told)}, limits=Limits())
-    listener = await asyncio.get_running_loop().create_server(lambda: Connection(server), "127.0.0.1", 0)
+    listener = await asyncio.get_running_loop().create_server(lambda: ServerProtocol(server), "127.0.0.1", 0)
     print(listener.sockets[0].getsockname()[1], flush=True)
     target = PushTarget("app", "127.0.0.1", worker_port, is_tls=False)
     pusher = Pusher(Shelf(), [target], limits=Limits(), clock=SystemClock(), doorbell=Doorbell())

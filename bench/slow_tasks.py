@@ -52,7 +52,7 @@ async def serve(way: str, store: str, count: int) -> None:
     from headrace.foundation.settings import load
     from headrace.grpc.messages import taskbroker_pb2 as wire
     from headrace.grpc.taskbroker.broker import dispatching
-    from headrace.grpc.transport.server import Connection, GrpcServer
+    from headrace.grpc.transport.server import GrpcServer, ServerProtocol
     from headrace.grpc.transport.service_methods import Method
 
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,7 @@ async def serve(way: str, store: str, count: int) -> None:
         ) as broker:
             methods = broker.consumer.methods | {"/e/Counts": Method(wire.PushTaskRequest, counts)}
             server = GrpcServer(methods, limits=engine.limits)
-            listener = await asyncio.get_running_loop().create_server(lambda: Connection(server), "127.0.0.1", 0)
+            listener = await asyncio.get_running_loop().create_server(lambda: ServerProtocol(server), "127.0.0.1", 0)
             print(listener.sockets[0].getsockname()[1], flush=True)
             over = asyncio.Event()
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)

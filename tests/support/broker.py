@@ -20,8 +20,8 @@ from headrace.foundation.errors import HeadraceError
 from headrace.foundation.settings import load
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.taskbroker.activation_codec import entry_of
-from headrace.grpc.taskbroker.consumer_service import Ack, ConsumerService, DeliveryMode, of_error
-from headrace.grpc.transport.service_methods import After, Call
+from headrace.grpc.taskbroker.consumer_service import Ack, ConsumerService, DeliveryMode, to_grpc_error
+from headrace.grpc.transport.service_methods import CallContext, ResponseAfter
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.runtime.clock import Clock, ManualClock
 from headrace.runtime.dispatch.dispatcher import Dispatcher
@@ -45,7 +45,7 @@ RETRY = wire.TASK_ACTIVATION_STATUS_RETRY
 PENDING = wire.TASK_ACTIVATION_STATUS_PENDING
 DISCARD = wire.ON_ATTEMPTS_EXCEEDED_DISCARD
 DEADLETTER = wire.ON_ATTEMPTS_EXCEEDED_DEADLETTER
-CALL = Call("/test")
+CALL = CallContext("/test")
 
 
 def activation(number: int | str, **fields: Any) -> wire.TaskActivation:
@@ -79,16 +79,16 @@ def stream(*messages: wire.TaskActivation | bytes) -> bytes:
     return b"".join(varint(len(part)) + part for part in parts)
 
 
-async def called(method: Callable[[Any, Call], Any], request: Message) -> bytes:
+async def called(method: Callable[[Any, CallContext], Any], request: Message) -> bytes:
     """What a method of the service comes to, at once or later, as its caller is told."""
     try:
         found = method(request, CALL)
-        if isinstance(found, After):
+        if isinstance(found, ResponseAfter):
             await found.future
-            found = found.answer()
+            found = found.make_response()
         found = await found if isinstance(found, Awaitable) else found
     except HeadraceError as error:
-        raise of_error(error) from error
+        raise to_grpc_error(error) from error
     return found or b""
 
 

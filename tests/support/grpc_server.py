@@ -13,8 +13,8 @@ import trustme
 
 from headrace.foundation.limits import Limits
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.transport.server import Connection, GrpcServer
-from headrace.grpc.transport.service_methods import Call, Method, Methods
+from headrace.grpc.transport.server import GrpcServer, ServerProtocol
+from headrace.grpc.transport.service_methods import CallContext, Method, Methods
 from headrace.grpc.transport.signing import Secrets
 from headrace.grpc.transport.status import Code, GrpcError
 
@@ -31,7 +31,7 @@ class Echo:
     """Answers with what it is asked; `waiting` are the calls that wait for `released`."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[CallContext] = []
         self.waiting = 0
         self.arrived = asyncio.Event()
         self.released = asyncio.Event()
@@ -48,17 +48,17 @@ class Echo:
             FAIL: Method(asked, self.fail),
         }
 
-    async def echo(self, asked: wire.PushTaskRequest, call: Call) -> wire.PushTaskRequest:
+    async def echo(self, asked: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskRequest:
         """What was asked."""
         self.calls.append(call)
         return asked
 
-    async def count(self, asked: wire.PushTaskRequest, call: Call) -> AsyncIterator[wire.PushTaskRequest]:
+    async def count(self, asked: wire.PushTaskRequest, call: CallContext) -> AsyncIterator[wire.PushTaskRequest]:
         """What was asked, a letter at a time."""
         for letter in asked.callback_url:
             yield wire.PushTaskRequest(callback_url=letter)
 
-    async def wait(self, asked: wire.PushTaskRequest, call: Call) -> wire.PushTaskRequest:
+    async def wait(self, asked: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskRequest:
         """What was asked, once it is released."""
         self.waiting += 1
         self.arrived.set()
@@ -71,7 +71,7 @@ class Echo:
             self.waiting -= 1
         return asked
 
-    async def fail(self, asked: wire.PushTaskRequest, call: Call) -> wire.PushTaskRequest:
+    async def fail(self, asked: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskRequest:
         """The error that was asked for."""
         if asked.callback_url == "crash":
             raise ZeroDivisionError
@@ -91,7 +91,7 @@ async def listening(
     server = GrpcServer(methods, limits=Limits(**limits), secrets=Secrets(secrets), observe=observe)
     loop = asyncio.get_running_loop()
     listener = await loop.create_server(
-        lambda: Connection(server), "127.0.0.1", 0, ssl=tls_context() if is_tls else None
+        lambda: ServerProtocol(server), "127.0.0.1", 0, ssl=tls_context() if is_tls else None
     )
     try:
         yield server, listener.sockets[0].getsockname()[1]

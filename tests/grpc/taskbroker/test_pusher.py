@@ -18,7 +18,7 @@ from headrace.grpc.taskbroker import pusher as pushes
 from headrace.grpc.taskbroker.delivery_protocol import Delivery
 from headrace.grpc.taskbroker.pusher import BUSY_S, QUERY_MS, Endpoint, Pusher, lease_ms, request_of
 from headrace.grpc.transport import client as channels
-from headrace.grpc.transport.service_methods import Call, methods_of
+from headrace.grpc.transport.service_methods import CallContext, methods_of
 from headrace.grpc.transport.signing import Secrets
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.runtime.clock import SystemClock
@@ -100,7 +100,7 @@ class Worker:
         self.opened = asyncio.Event()
         self.opened.set()
 
-    async def push_task(self, request: wire.PushTaskRequest, call: Call) -> wire.PushTaskResponse:
+    async def push_task(self, request: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskResponse:
         """One activation."""
         self.under_way += 1
         self.most = max(self.most, self.under_way)
@@ -249,7 +249,7 @@ async def test_an_activation_that_may_run_once_and_may_have_begun_is_marked_and_
 
 async def test_an_activation_that_is_refused_for_its_own_sake_lets_others_go_first() -> None:
     class Picky(Worker):
-        async def push_task(self, request: wire.PushTaskRequest, call: Call) -> wire.PushTaskResponse:
+        async def push_task(self, request: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskResponse:
             if request.task.id == "id_0":
                 raise GrpcError(Code.INVALID_ARGUMENT, "not this one")
             return await super().push_task(request, call)

@@ -14,7 +14,7 @@ from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.taskbroker.delivery_protocol import Delivery
 from headrace.grpc.taskbroker.dispatcher_deliveries import DispatchedDeliveries
 from headrace.grpc.taskbroker.pusher import Pusher
-from headrace.grpc.transport.service_methods import Call, methods_of
+from headrace.grpc.transport.service_methods import CallContext, methods_of
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.http.grpc_mount.mounting import pushing
 from tests.support.broker import COMPLETE, Broker, broker, on_databases
@@ -34,7 +34,7 @@ class Worker:
         self.queue: asyncio.Queue[str] = asyncio.Queue(SIZE)
         self.had: list[str] = []
 
-    async def push_task(self, request: wire.PushTaskRequest, _call: Call) -> wire.PushTaskResponse:
+    async def push_task(self, request: wire.PushTaskRequest, _call: CallContext) -> wire.PushTaskResponse:
         """Into the queue, or busy."""
         try:
             self.queue.put_nowait(request.task.id)

@@ -14,9 +14,9 @@ import pytest
 import grpc
 from headrace.foundation.targets import PushTarget
 from headrace.grpc.transport import client as channels
-from headrace.grpc.transport.client import Channel, NotSent
+from headrace.grpc.transport.client import CallNotSent, Channel
 from headrace.grpc.transport.connection import Bounds
-from headrace.grpc.transport.frames import PREFACE, Fault, goaway, settings
+from headrace.grpc.transport.frames import PREFACE, ErrorCode, goaway, settings
 from headrace.grpc.transport.sender import Budget
 from headrace.grpc.transport.signing import HEADER, Secrets
 from headrace.grpc.transport.status import Code, GrpcError
@@ -64,8 +64,8 @@ async def channel(port: int, *, is_tls: bool = False, **more: Any) -> AsyncGener
         yield made
     finally:
         made.close()
-        link = made._link
-        while link is not None and not link._transport.is_closing():
+        protocol = made._protocol
+        while protocol is not None and not protocol._transport.is_closing():
             await asyncio.sleep(0)
         assert budget.held_bytes == 0
 
@@ -84,10 +84,10 @@ async def echoed(message: bytes, _context: Any) -> bytes:
 async def test_many_calls_share_a_connection_and_none_gets_another_s_answer(is_tls: bool) -> None:
     async with foreign(echoed, is_tls=is_tls) as port, channel(port, is_tls=is_tls) as made:
         await made.call(PATH, b"first", timeout_s=30)
-        link = made._link
+        protocol = made._protocol
         answers = await asyncio.gather(*(made.call(PATH, b"%d" % number, timeout_s=30) for number in range(90)))
         assert answers == [b"%d" % number for number in range(90)]
-        assert made._link is link
+        assert made._protocol is protocol
 
 
 async def test_messages_larger_than_every_window_go_both_ways() -> None:
@@ -125,7 +125,7 @@ async def test_an_error_keeps_its_code_and_its_words() -> None:
         with pytest.raises(GrpcError) as told:
             await made.call(PATH, b"", timeout_s=30)
         assert (told.value.code, told.value.message) == (Code.RESOURCE_EXHAUSTED, "50 % of “grüße”\nworker busy")
-        assert not isinstance(told.value, NotSent)
+        assert not isinstance(told.value, CallNotSent)
         with pytest.raises(GrpcError) as unknown:
             await made.call("/no/Such", b"", timeout_s=30)
         assert unknown.value.code is Code.UNIMPLEMENTED
@@ -149,8 +149,8 @@ async def test_a_caller_who_leaves_ends_the_call() -> None:
         await echo.arrived.wait()
         calling.cancel()
         await echo.cancelled.wait()
-        assert made._link is not None
-        assert made._link._calls == {}
+        assert made._protocol is not None
+        assert made._protocol._calls == {}
 
 
 async def test_more_calls_than_the_peer_takes_were_not_sent() -> None:
@@ -160,7 +160,7 @@ async def test_more_calls_than_the_peer_takes_were_not_sent() -> None:
         waiting = [asyncio.create_task(made.call(WAIT, b"", timeout_s=30)) for _ in range(2)]
         while echo.waiting < 2:
             await asyncio.sleep(0)
-        with pytest.raises(NotSent) as full:
+        with pytest.raises(CallNotSent) as full:
             await made.call(ECHO, b"", timeout_s=30)
         assert full.value.code is Code.RESOURCE_EXHAUSTED
         echo.released.set()
@@ -175,11 +175,11 @@ async def test_a_peer_that_goes_away_is_called_anew_and_its_old_calls_end() -> N
         await echo.arrived.wait()
         (connection,) = server.connections
         connection.shutdown()
-        first = made._link
+        first = made._protocol
         while first is None or first.is_open:
             await asyncio.sleep(0)
         assert await made.call(ECHO, b"", timeout_s=30) == b""
-        assert made._link is not first
+        assert made._protocol is not first
         echo.released.set()
         assert await waiting == b""
 
@@ -194,7 +194,7 @@ async def test_a_connection_that_breaks_fails_its_calls_and_the_next_one_works()
         with pytest.raises(GrpcError) as broken:
             await waiting
         assert broken.value.code is Code.UNAVAILABLE
-        assert not isinstance(broken.value, NotSent), "it may have been looked at"
+        assert not isinstance(broken.value, CallNotSent), "it may have been looked at"
         assert await made.call(ECHO, b"", timeout_s=30) == b""
 
 
@@ -203,8 +203,8 @@ async def test_who_is_not_there_was_not_sent_anything_and_rests(monkeypatch: pyt
     async with listening(Echo().methods) as (_, port):
         pass
     async with channel(port) as made:
-        for text in ("is not there", "was not there a moment ago"):
-            with pytest.raises(NotSent, match=text) as gone:
+        for text in ("can.t connect to", "is in backoff"):
+            with pytest.raises(CallNotSent, match=text) as gone:
                 await made.call(ECHO, b"", timeout_s=30)
             assert gone.value.code is Code.UNAVAILABLE
 
@@ -238,7 +238,7 @@ async def peer(*said: bytes, ends: bool = False, **more: Any) -> AsyncGenerator[
         b"HTTP/1.1 400 Bad Request\r\n\r\n",
         b"\0" * 100,
         settings({}) + b"\xff" * 100,
-        settings({}) + goaway(0, Fault.ENHANCE_YOUR_CALM),
+        settings({}) + goaway(0, ErrorCode.ENHANCE_YOUR_CALM),
         b"",
     ],
 )
@@ -258,8 +258,8 @@ async def test_a_peer_that_says_nothing_is_hung_up_on_after_a_call_s_time() -> N
             assert late.value.code is Code.DEADLINE_EXCEEDED
             while len(heard) < number:
                 await asyncio.sleep(0)
-            link = made._link
-            while link is not None and link.is_open:
+            protocol = made._protocol
+            while protocol is not None and protocol.is_open:
                 await asyncio.sleep(0)
 
 
@@ -268,14 +268,14 @@ async def test_a_peer_that_does_not_choose_http_2_is_not_spoken_to() -> None:
     certificate().configure_cert(context)
     context.set_alpn_protocols(["http/1.1"])
     async with peer(ssl=context) as (port, _), channel(port, is_tls=True) as made:
-        with pytest.raises(NotSent, match=r"HTTP/2|not there"):
+        with pytest.raises(CallNotSent, match=r"HTTP/2|not there"):
             await made.call(PATH, b"hello", timeout_s=30)
 
 
 async def test_a_certificate_that_nobody_knows_is_not_believed() -> None:
     async with foreign(echoed, is_tls=True) as port:
         made = Channel(PushTarget("app", "localhost", port, is_tls=True), BOUNDS, Budget(10**6))
-        with pytest.raises(NotSent, match=r"(?i)certificate"):
+        with pytest.raises(CallNotSent, match=r"(?i)certificate"):
             await made.call(PATH, b"hello", timeout_s=30)
         made.close()
 
@@ -283,7 +283,7 @@ async def test_a_certificate_that_nobody_knows_is_not_believed() -> None:
 async def test_a_closed_channel_calls_nobody() -> None:
     async with listening(Echo().methods) as (_, port), channel(port) as made:
         made.close()
-        with pytest.raises(NotSent):
+        with pytest.raises(CallNotSent):
             await made.call(ECHO, b"", timeout_s=30)
 
 

@@ -14,35 +14,42 @@ from headrace.grpc.transport import frames
 from headrace.grpc.transport.connection import (
     CONNECTION_WINDOW,
     CONTINUATIONS_MAX,
-    Answer,
-    Away,
     Bounds,
-    Broke,
+    ConnectionFailed,
     Event,
-    Machine,
-    Request,
-    Reset,
+    GoAwayReceived,
+    Http2Connection,
+    RequestReceived,
+    ResponseReceived,
+    StreamReset,
 )
-from headrace.grpc.transport.frames import PREFACE, Fault, frame
-from headrace.grpc.transport.headers import BLOCK_BYTES_MAX, LIST_BYTES_MAX, block, from_percent, literal, percent
-from headrace.grpc.transport.sender import PATIENCE_MAX, STREAM_WINDOW, Budget
+from headrace.grpc.transport.frames import PREFACE, ErrorCode, frame
+from headrace.grpc.transport.headers import (
+    BLOCK_BYTES_MAX,
+    LIST_BYTES_MAX,
+    decode_status_message,
+    encode_block,
+    encode_field,
+    encode_status_message,
+)
+from headrace.grpc.transport.sender import ALLOWANCE_MAX, STREAM_WINDOW, Budget
 from headrace.grpc.transport.status import Code
 from tests.support.http2_frames import GREETING, framed, parsed
 
 BOUNDS = Bounds(message_bytes_max=100_000, calls_max=8)
-ASK = block({":method": "POST", ":scheme": "http", ":path": "/a/B", "content-type": "application/grpc"})
+ASK = encode_block({":method": "POST", ":scheme": "http", ":path": "/a/B", "content-type": "application/grpc"})
 
 
-def server(bounds: Bounds = BOUNDS, budget: Budget | None = None) -> Machine:
+def server(bounds: Bounds = BOUNDS, budget: Budget | None = None) -> Http2Connection:
     """A server's end, before it heard anything."""
-    return Machine(bounds, budget or Budget(10**9))
+    return Http2Connection(bounds, budget or Budget(10**9))
 
 
-def greeted(bounds: Bounds = BOUNDS) -> Machine:
+def greeted(bounds: Bounds = BOUNDS) -> Http2Connection:
     """A server's end after the greetings, which are taken."""
     machine = server(bounds)
     assert machine.feed(GREETING, now_us=0) == []
-    machine.take()
+    machine.take_output()
     return machine
 
 
@@ -56,10 +63,10 @@ def call(stream_id: int, message: bytes = b"hello") -> bytes:
     return headers(stream_id) + frame(frames.DATA, frames.END_STREAM, stream_id, framed(message))
 
 
-def all_of(machine: Machine) -> bytes:
+def all_of(machine: Http2Connection) -> bytes:
     """Everything that a machine has to say for now."""
     found = b""
-    while piece := machine.take():
+    while piece := machine.take_output():
         found += piece
     return found
 
@@ -75,7 +82,7 @@ CALLS = GREETING + b"".join(
         frame(frames.DATA, frames.PADDED, 3, b"\x04" + framed(b"three")[:6] + b"\0\0\0\0"),
         frame(frames.DATA, frames.END_STREAM, 3, framed(b"three")[6:]),
         frame(frames.HEADERS, frames.END_HEADERS | frames.WITH_PRIORITY, 5, b"\0\0\0\0\x10" + ASK),
-        frame(frames.RST_STREAM, 0, 5, struct.pack(">I", Fault.CANCEL)),
+        frame(frames.RST_STREAM, 0, 5, struct.pack(">I", ErrorCode.CANCEL)),
         frame(99, 7, 0, b"nobody knows this kind"),
         frames.window_update(0, 70_000),
         frames.settings({frames.INITIAL_WINDOW_SIZE: 10, frames.HEADER_TABLE_SIZE: 0}),
@@ -94,10 +101,10 @@ def test_bytes_mean_the_same_however_they_are_cut(cuts: list[int]) -> None:
     for start, stop in pairwise(places):
         found += cut.feed(CALLS[start:stop], now_us=5)
     assert found == wanted
-    assert [event.stream_id for event in wanted if isinstance(event, Request)] == [1, 3, 7]
-    assert [event.message for event in wanted if isinstance(event, Request)] == [b"one", b"three", b""]
-    assert wanted[2] == Reset(5, Fault.CANCEL)
-    assert wanted[-1] == Away(0, 0)
+    assert [event.stream_id for event in wanted if isinstance(event, RequestReceived)] == [1, 3, 7]
+    assert [event.message for event in wanted if isinstance(event, RequestReceived)] == [b"one", b"three", b""]
+    assert wanted[2] == StreamReset(5, ErrorCode.CANCEL)
+    assert wanted[-1] == GoAwayReceived(0, 0)
     assert all_of(cut) == all_of(whole)
 
 
@@ -114,7 +121,7 @@ def test_bytes_one_by_one_mean_the_same() -> None:
 def test_garbage_is_answered_with_goaway_and_nothing_else(data: bytes) -> None:
     machine = server()
     (event,) = machine.feed(data, now_us=0)
-    assert isinstance(event, Broke)
+    assert isinstance(event, ConnectionFailed)
     said = [kind for kind, _, _, _ in parsed(all_of(machine))]
     assert said == [frames.SETTINGS, frames.WINDOW_UPDATE, frames.GOAWAY]
     assert machine.feed(data, now_us=0) == []
@@ -140,18 +147,18 @@ def any_frame() -> st.SearchStrategy[bytes]:
 @settings(max_examples=300)
 def test_no_frames_break_more_than_their_connection(pieces: list[bytes], is_client: bool) -> None:
     budget = Budget(1_000)
-    machine = Machine(BOUNDS, budget, is_client=is_client)
+    machine = Http2Connection(BOUNDS, budget, is_client=is_client)
     if is_client:
-        machine.call(ASK, b"hello")
-        machine.call(ASK, b"x" * 70_000)
+        machine.start_call(ASK, b"hello")
+        machine.start_call(ASK, b"x" * 70_000)
     machine.feed(frames.settings({}) if is_client else GREETING, now_us=0)
     for number, piece in enumerate(pieces):
         events = machine.feed(piece, now_us=number)
         for event in events:
-            if isinstance(event, Request):
-                machine.answer(event.stream_id, b"z" * (event.stream_id * 20_000))
-            if isinstance(event, Reset):
-                machine.done(event.stream_id)
+            if isinstance(event, RequestReceived):
+                machine.send_response(event.stream_id, b"z" * (event.stream_id * 20_000))
+            if isinstance(event, StreamReset):
+                machine.handler_ended(event.stream_id)
     said = all_of(machine)
     kinds = [kind for kind, _, _, _ in parsed(said.removeprefix(PREFACE))]
     assert (frames.GOAWAY in kinds) == machine.is_broken
@@ -163,76 +170,79 @@ def test_no_frames_break_more_than_their_connection(pieces: list[bytes], is_clie
 
 # -- what a peer must not do
 
-BROKEN: dict[str, tuple[bytes, Fault]] = {
-    "a frame over the bound": (frames.head(16_385, frames.DATA, 0, 1), Fault.FRAME_SIZE_ERROR),
-    "data of no stream": (frame(frames.DATA, 0, 1, b"x"), Fault.PROTOCOL_ERROR),
-    "data of stream 0": (frame(frames.DATA, 0, 0, b"x"), Fault.PROTOCOL_ERROR),
-    "headers of stream 0": (headers(0), Fault.PROTOCOL_ERROR),
-    "headers of a server's stream": (headers(2), Fault.PROTOCOL_ERROR),
-    "data after the end": (call(1) + frame(frames.DATA, 0, 1, b"x"), Fault.STREAM_CLOSED),
-    "headers after the end": (call(1) + headers(1), Fault.STREAM_CLOSED),
+BROKEN: dict[str, tuple[bytes, ErrorCode]] = {
+    "a frame over the bound": (frames.head(16_385, frames.DATA, 0, 1), ErrorCode.FRAME_SIZE_ERROR),
+    "data of no stream": (frame(frames.DATA, 0, 1, b"x"), ErrorCode.PROTOCOL_ERROR),
+    "data of stream 0": (frame(frames.DATA, 0, 0, b"x"), ErrorCode.PROTOCOL_ERROR),
+    "headers of stream 0": (headers(0), ErrorCode.PROTOCOL_ERROR),
+    "headers of a server's stream": (headers(2), ErrorCode.PROTOCOL_ERROR),
+    "data after the end": (call(1) + frame(frames.DATA, 0, 1, b"x"), ErrorCode.STREAM_CLOSED),
+    "headers after the end": (call(1) + headers(1), ErrorCode.STREAM_CLOSED),
     "a block that is cut by a ping": (
         headers(1, flags=0) + frame(frames.PING, 0, 0, b"12345678"),
-        Fault.PROTOCOL_ERROR,
+        ErrorCode.PROTOCOL_ERROR,
     ),
     "a block that goes on in another stream": (
         headers(1, flags=0) + frame(frames.CONTINUATION, 0, 3, b""),
-        Fault.PROTOCOL_ERROR,
+        ErrorCode.PROTOCOL_ERROR,
     ),
-    "a continuation of nothing": (frame(frames.CONTINUATION, 0, 1, b""), Fault.PROTOCOL_ERROR),
-    "a block that is no block": (headers(1, b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"), Fault.COMPRESSION_ERROR),
+    "a continuation of nothing": (frame(frames.CONTINUATION, 0, 1, b""), ErrorCode.PROTOCOL_ERROR),
+    "a block that is no block": (
+        headers(1, b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"),
+        ErrorCode.COMPRESSION_ERROR,
+    ),
     "a header list over its bound": (
-        headers(1, literal("a", "x" * 4_000) + b"\x40\x01a\x7f\xa1\x1e" + b"x" * 4_000 + b"\xbe" * 5),
-        Fault.COMPRESSION_ERROR,
+        headers(1, encode_field("a", "x" * 4_000) + b"\x40\x01a\x7f\xa1\x1e" + b"x" * 4_000 + b"\xbe" * 5),
+        ErrorCode.COMPRESSION_ERROR,
     ),
     "padding that is all there is": (
         frame(frames.HEADERS, frames.PADDED | frames.END_HEADERS, 1, b"\x05abc"),
-        Fault.PROTOCOL_ERROR,
+        ErrorCode.PROTOCOL_ERROR,
     ),
     "a priority that is cut": (
         frame(frames.HEADERS, frames.WITH_PRIORITY | frames.END_HEADERS, 1, b"abc"),
-        Fault.FRAME_SIZE_ERROR,
+        ErrorCode.FRAME_SIZE_ERROR,
     ),
-    "a priority of four bytes": (frame(frames.PRIORITY, 0, 1, b"abcd"), Fault.FRAME_SIZE_ERROR),
-    "a reset of three bytes": (call(1) + frame(frames.RST_STREAM, 0, 1, b"abc"), Fault.FRAME_SIZE_ERROR),
-    "a reset of no stream": (frame(frames.RST_STREAM, 0, 1, b"abcd"), Fault.PROTOCOL_ERROR),
-    "settings of a stream": (frame(frames.SETTINGS, 0, 1), Fault.PROTOCOL_ERROR),
-    "settings that are cut": (frame(frames.SETTINGS, 0, 0, b"abc"), Fault.FRAME_SIZE_ERROR),
-    "an acknowledgement that says more": (frame(frames.SETTINGS, frames.ACK, 0, b"abcdef"), Fault.FRAME_SIZE_ERROR),
-    "a window of 2^31": (frames.settings({frames.INITIAL_WINDOW_SIZE: 2**31}), Fault.FLOW_CONTROL_ERROR),
-    "a frame size under the least": (frames.settings({frames.MAX_FRAME_SIZE: 100}), Fault.PROTOCOL_ERROR),
-    "a frame size over the most": (frames.settings({frames.MAX_FRAME_SIZE: 1 << 24}), Fault.PROTOCOL_ERROR),
-    "push that is neither on nor off": (frames.settings({frames.ENABLE_PUSH: 2}), Fault.PROTOCOL_ERROR),
-    "a push": (frame(frames.PUSH_PROMISE, 0, 1, b"abcd"), Fault.PROTOCOL_ERROR),
-    "a ping of a stream": (frame(frames.PING, 0, 1, b"12345678"), Fault.PROTOCOL_ERROR),
-    "a ping of seven bytes": (frame(frames.PING, 0, 0, b"1234567"), Fault.FRAME_SIZE_ERROR),
-    "a window that opens by nothing": (frames.window_update(0, 0), Fault.PROTOCOL_ERROR),
-    "a window that overflows": (frames.window_update(0, 2**31 - 1), Fault.FLOW_CONTROL_ERROR),
-    "a stream's window that overflows": (call(1) + frames.window_update(1, 2**31 - 1), Fault.FLOW_CONTROL_ERROR),
+    "a priority of four bytes": (frame(frames.PRIORITY, 0, 1, b"abcd"), ErrorCode.FRAME_SIZE_ERROR),
+    "a reset of three bytes": (call(1) + frame(frames.RST_STREAM, 0, 1, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
+    "a reset of no stream": (frame(frames.RST_STREAM, 0, 1, b"abcd"), ErrorCode.PROTOCOL_ERROR),
+    "settings of a stream": (frame(frames.SETTINGS, 0, 1), ErrorCode.PROTOCOL_ERROR),
+    "settings that are cut": (frame(frames.SETTINGS, 0, 0, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
+    "an acknowledgement that says more": (frame(frames.SETTINGS, frames.ACK, 0, b"abcdef"), ErrorCode.FRAME_SIZE_ERROR),
+    "a window of 2^31": (frames.settings({frames.INITIAL_WINDOW_SIZE: 2**31}), ErrorCode.FLOW_CONTROL_ERROR),
+    "a frame size under the least": (frames.settings({frames.MAX_FRAME_SIZE: 100}), ErrorCode.PROTOCOL_ERROR),
+    "a frame size over the most": (frames.settings({frames.MAX_FRAME_SIZE: 1 << 24}), ErrorCode.PROTOCOL_ERROR),
+    "push that is neither on nor off": (frames.settings({frames.ENABLE_PUSH: 2}), ErrorCode.PROTOCOL_ERROR),
+    "a push": (frame(frames.PUSH_PROMISE, 0, 1, b"abcd"), ErrorCode.PROTOCOL_ERROR),
+    "a ping of a stream": (frame(frames.PING, 0, 1, b"12345678"), ErrorCode.PROTOCOL_ERROR),
+    "a ping of seven bytes": (frame(frames.PING, 0, 0, b"1234567"), ErrorCode.FRAME_SIZE_ERROR),
+    "a window that opens by nothing": (frames.window_update(0, 0), ErrorCode.PROTOCOL_ERROR),
+    "a window that overflows": (frames.window_update(0, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
+    "a stream's window that overflows": (call(1) + frames.window_update(1, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
     "a stream's window that settings overflow": (
         call(1) + frames.window_update(1, 2**31 - 1 - 65_535) + frames.settings({frames.INITIAL_WINDOW_SIZE: 65_536}),
-        Fault.FLOW_CONTROL_ERROR,
+        ErrorCode.FLOW_CONTROL_ERROR,
     ),
-    "a window of three bytes": (frame(frames.WINDOW_UPDATE, 0, 0, b"abc"), Fault.FRAME_SIZE_ERROR),
-    "a window of no stream": (frames.window_update(9, 1), Fault.PROTOCOL_ERROR),
-    "a goaway that is cut": (frame(frames.GOAWAY, 0, 0, b"abc"), Fault.PROTOCOL_ERROR),
+    "a window of three bytes": (frame(frames.WINDOW_UPDATE, 0, 0, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
+    "a window of no stream": (frames.window_update(9, 1), ErrorCode.PROTOCOL_ERROR),
+    "a goaway that is cut": (frame(frames.GOAWAY, 0, 0, b"abc"), ErrorCode.PROTOCOL_ERROR),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_protocol_ends_the_connection_and_says_how(name: str) -> None:
-    data, fault = BROKEN[name]
+    data, error_code = BROKEN[name]
     machine = greeted()
     event = machine.feed(data, now_us=0)[-1]
-    assert isinstance(event, Broke), event
-    assert event.fault is fault
+    assert isinstance(event, ConnectionFailed), event
+    assert event.error_code is error_code
     kind, _, _, payload = parsed(all_of(machine))[-1]
-    assert (kind, payload[4:8]) == (frames.GOAWAY, frames.WORD.pack(fault))
+    assert (kind, payload[4:8]) == (frames.GOAWAY, frames.WORD.pack(error_code))
 
 
 def test_a_peer_that_does_not_greet_is_not_listened_to() -> None:
     (event,) = server().feed(PREFACE + frame(frames.PING, 0, 0, b"12345678"), now_us=0)
-    assert isinstance(event, Broke)
+    assert isinstance(event, ConnectionFailed)
 
 
 FLOODS = {
@@ -249,23 +259,23 @@ FLOODS = {
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_flood_of_frames_that_carry_nothing_ends_the_connection(name: str) -> None:
     machine = greeted()
-    event = machine.feed(FLOODS[name] * (PATIENCE_MAX + 1), now_us=0)[-1]
-    assert isinstance(event, Broke), event
-    assert event.fault is Fault.ENHANCE_YOUR_CALM
+    event = machine.feed(FLOODS[name] * (ALLOWANCE_MAX + 1), now_us=0)[-1]
+    assert isinstance(event, ConnectionFailed), event
+    assert event.error_code is ErrorCode.ENHANCE_YOUR_CALM
 
 
 def test_the_same_frames_over_time_are_no_flood() -> None:
     machine = greeted()
     for second in range(200):
         assert machine.feed(FLOODS["pings"] * 50, now_us=second * 1_000_000) == []
-        machine.take()
+        machine.take_output()
 
 
 def test_empty_data_without_end_is_a_flood() -> None:
     machine = greeted()
-    event = machine.feed(headers(1) + frame(frames.DATA, 0, 1) * (PATIENCE_MAX + 1), now_us=0)[-1]
-    assert isinstance(event, Broke)
-    assert event.fault is Fault.ENHANCE_YOUR_CALM
+    event = machine.feed(headers(1) + frame(frames.DATA, 0, 1) * (ALLOWANCE_MAX + 1), now_us=0)[-1]
+    assert isinstance(event, ConnectionFailed)
+    assert event.error_code is ErrorCode.ENHANCE_YOUR_CALM
 
 
 def test_streams_that_are_opened_and_reset_at_once_are_a_flood_and_never_more_than_allowed() -> None:
@@ -273,7 +283,7 @@ def test_streams_that_are_opened_and_reset_at_once_are_a_flood_and_never_more_th
     for stream_id in range(1, 10_000, 2):
         events = machine.feed(call(stream_id) + frame(frames.RST_STREAM, 0, stream_id, bytes(4)), now_us=0)
         assert machine.streams_count <= BOUNDS.calls_max
-        if isinstance(events[-1] if events else None, Broke):
+        if isinstance(events[-1] if events else None, ConnectionFailed):
             break
     assert machine.is_broken
     assert stream_id < 2_000
@@ -284,8 +294,8 @@ def test_a_stream_that_was_reset_counts_until_its_handler_has_ended() -> None:
     assert len(machine.feed(call(1) + frame(frames.RST_STREAM, 0, 1, bytes(4)), now_us=0)) == 2
     assert machine.feed(call(3), now_us=0) == []
     assert parsed(all_of(machine))[-1][:3] == (frames.RST_STREAM, 0, 3)
-    machine.done(1)
-    assert [type(event) for event in machine.feed(call(5), now_us=0)] == [Request]
+    machine.handler_ended(1)
+    assert [type(event) for event in machine.feed(call(5), now_us=0)] == [RequestReceived]
 
 
 def test_a_header_block_in_crumbs_or_without_end_is_a_flood() -> None:
@@ -293,17 +303,17 @@ def test_a_header_block_in_crumbs_or_without_end_is_a_flood() -> None:
         machine = greeted()
         crumbs = frame(frames.CONTINUATION, 0, 1, crumb) * (CONTINUATIONS_MAX + 1)
         event = machine.feed(headers(1, b"", flags=0) + crumbs, now_us=0)[-1]
-        assert isinstance(event, Broke)
-        assert event.fault is Fault.ENHANCE_YOUR_CALM
+        assert isinstance(event, ConnectionFailed)
+        assert event.error_code is ErrorCode.ENHANCE_YOUR_CALM
 
 
 def test_headers_at_their_bound_are_read_and_one_past_it_are_not() -> None:
     base = sum(len(name) + len(value) + 32 for name, value in _fields().items())
     room = LIST_BYTES_MAX - base - 32 - len("a")
     assert room < BLOCK_BYTES_MAX
-    for size, kind in ((room, Request), (room + 1, Broke)):
+    for size, kind in ((room, RequestReceived), (room + 1, ConnectionFailed)):
         machine = greeted()
-        fields = ASK + literal("a", "x" * size)
+        fields = ASK + encode_field("a", "x" * size)
         pieces = headers(1, fields[:10_000], flags=0) + frame(
             frames.CONTINUATION, frames.END_HEADERS, 1, fields[10_000:]
         )
@@ -330,7 +340,7 @@ def test_windows_are_opened_again_as_a_message_comes() -> None:
         for kind, _, stream_id, payload in parsed(all_of(machine)):
             assert kind == frames.WINDOW_UPDATE
             sent[stream_id] += frames.WORD.unpack(payload)[0]
-    assert [event.message for event in events if isinstance(event, Request)] == [b"x" * 3_000_000]
+    assert [event.message for event in events if isinstance(event, RequestReceived)] == [b"x" * 3_000_000]
     assert sent[0] <= CONNECTION_WINDOW
     assert sent[1] <= STREAM_WINDOW
 
@@ -344,7 +354,7 @@ def test_a_block_means_what_its_peer_s_table_says_by_then() -> None:
             headers(2 * stream_id + 1, fields) + frame(frames.DATA, frames.END_STREAM, 2 * stream_id + 1, framed(b"")),
             now_us=0,
         )
-        assert isinstance(event, Request)
+        assert isinstance(event, RequestReceived)
         seen.append(event.headers["x"])
     assert seen == ["a", "a", "a", "b", "b"]
 
@@ -352,12 +362,12 @@ def test_a_block_means_what_its_peer_s_table_says_by_then() -> None:
 def test_a_call_ends_once() -> None:
     machine = greeted()
     machine.feed(frames.settings({frames.INITIAL_WINDOW_SIZE: 3}) + call(1), now_us=0)
-    machine.answer(1, b"abcdef")
-    machine.fail(1, Code.DEADLINE_EXCEEDED, "too late to say so")
+    machine.send_response(1, b"abcdef")
+    machine.end_call(1, Code.DEADLINE_EXCEEDED, "too late to say so")
     machine.feed(frames.window_update(1, 100), now_us=0)
     last = parsed(all_of(machine))[-1]
     assert last[1] == frames.END_HEADERS | frames.END_STREAM
-    assert literal("grpc-status", "0") in last[3]
+    assert encode_field("grpc-status", "0") in last[3]
 
 
 # -- what is wrong with one call only
@@ -373,31 +383,31 @@ def test_a_call_ends_once() -> None:
 )
 def test_what_is_no_grpc_is_told_so_and_the_connection_lives(fields: dict[str, str], status: str) -> None:
     machine = greeted()
-    assert machine.feed(headers(1, block(_fields() | fields)), now_us=0) == []
+    assert machine.feed(headers(1, encode_block(_fields() | fields)), now_us=0) == []
     said = parsed(all_of(machine))
     assert said[0][:3] == (frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, 1)
     assert status.encode() in said[0][3]
-    assert [type(event) for event in machine.feed(call(3), now_us=0)] == [Request]
+    assert [type(event) for event in machine.feed(call(3), now_us=0)] == [RequestReceived]
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         b"",
-        block({":method": "POST", ":scheme": "http"}),
-        ASK + literal("Upper", "x"),
-        ASK + literal(":path", "/again"),
-        ASK + literal("connection", "close"),
-        ASK + literal("x", "a\nb"),
-        ASK + literal(":status", "200"),
-        literal("x", "y") + ASK,
+        encode_block({":method": "POST", ":scheme": "http"}),
+        ASK + encode_field("Upper", "x"),
+        ASK + encode_field(":path", "/again"),
+        ASK + encode_field("connection", "close"),
+        ASK + encode_field("x", "a\nb"),
+        ASK + encode_field(":status", "200"),
+        encode_field("x", "y") + ASK,
     ],
 )
 def test_headers_that_no_request_may_have_reset_their_stream(fields: bytes) -> None:
     machine = greeted()
     assert machine.feed(headers(1, fields), now_us=0) == []
-    assert parsed(all_of(machine)) == [(frames.RST_STREAM, 0, 1, frames.WORD.pack(Fault.PROTOCOL_ERROR))]
-    assert [type(event) for event in machine.feed(call(3), now_us=0)] == [Request]
+    assert parsed(all_of(machine)) == [(frames.RST_STREAM, 0, 1, frames.WORD.pack(ErrorCode.PROTOCOL_ERROR))]
+    assert [type(event) for event in machine.feed(call(3), now_us=0)] == [RequestReceived]
 
 
 @pytest.mark.parametrize(
@@ -418,7 +428,7 @@ def test_a_call_without_one_whole_message_is_refused(body: bytes, code: Code) ->
     assert machine.feed(headers(1) + frame(frames.DATA, frames.END_STREAM, 1, body), now_us=0) == []
     kind, flags, _, payload = parsed(all_of(machine))[0]
     assert (kind, flags) == (frames.HEADERS, frames.END_HEADERS | frames.END_STREAM)
-    assert literal("grpc-status", str(int(code))) in payload
+    assert encode_field("grpc-status", str(int(code))) in payload
     assert machine.streams_count == 0
 
 
@@ -435,17 +445,17 @@ def test_data_that_was_on_its_way_when_its_call_was_refused_is_passed_over() -> 
 def test_calls_past_the_bound_are_refused_so_that_they_may_be_sent_again() -> None:
     machine = greeted(Bounds(1_000, 2))
     events = machine.feed(call(1) + call(3) + call(5), now_us=0)
-    assert [event.stream_id for event in events if isinstance(event, Request)] == [1, 3]
-    assert parsed(all_of(machine)) == [(frames.RST_STREAM, 0, 5, frames.WORD.pack(Fault.REFUSED_STREAM))]
+    assert [event.stream_id for event in events if isinstance(event, RequestReceived)] == [1, 3]
+    assert parsed(all_of(machine)) == [(frames.RST_STREAM, 0, 5, frames.WORD.pack(ErrorCode.REFUSED_STREAM))]
 
 
 def test_after_goaway_no_new_call_is_taken_and_old_ones_are_answered() -> None:
     machine = greeted()
     machine.feed(call(1), now_us=0)
-    machine.leave()
-    machine.leave()
+    machine.go_away()
+    machine.go_away()
     assert machine.feed(call(3), now_us=0) == []
-    machine.answer(1, b"done")
+    machine.send_response(1, b"done")
     said = parsed(all_of(machine))
     assert [found[0] for found in said] == [
         frames.GOAWAY,
@@ -460,17 +470,17 @@ def test_after_goaway_no_new_call_is_taken_and_old_ones_are_answered() -> None:
 def test_a_call_whose_message_stays_away_is_found() -> None:
     machine = greeted()
     machine.feed(headers(1) + call(3), now_us=1_000)
-    assert machine.stalled(1_000) == []
-    assert machine.stalled(1_001) == [1]
+    assert machine.stalled_calls(1_000) == []
+    assert machine.stalled_calls(1_001) == [1]
     machine.feed(frame(frames.DATA, 0, 1, b"\0"), now_us=2_000)
-    assert machine.stalled(1_001) == []
+    assert machine.stalled_calls(1_001) == []
 
 
 def test_an_answer_waits_for_room_and_goes_out_as_it_is_made() -> None:
     machine = greeted()
     machine.feed(frames.settings({frames.INITIAL_WINDOW_SIZE: 3}) + call(1), now_us=0)
-    machine.take()
-    machine.answer(1, b"abcdef")
+    machine.take_output()
+    machine.send_response(1, b"abcdef")
     assert [found[3] for found in parsed(all_of(machine))][1:] == [framed(b"abcdef")[:3]]
     assert machine.pending_bytes == 8
     machine.feed(frames.window_update(1, 7), now_us=0)
@@ -483,20 +493,20 @@ def test_an_answer_waits_for_room_and_goes_out_as_it_is_made() -> None:
     assert (machine.pending_bytes, machine.streams_count) == (0, 0)
 
 
-SIGNED = literal("sentry-signature", "ab" * 32)
+SIGNED = encode_field("sentry-signature", "ab" * 32)
 
 
 @pytest.mark.parametrize(
     ("fields", "signature"),
     [
         (ASK + SIGNED, "ab" * 32),
-        (ASK + literal("sentry-signature", "cd" * 32) + SIGNED, "ab" * 32),
-        (ASK + literal("sentry-signature", "ab" * 32, is_secret=True), "ab" * 32),
-        (ASK + literal("sentry-signature", "a" * 63), "a" * 63),
-        (ASK + literal("sentry-signature", "a" * 63 + "-"), "a" * 63 + "-"),
+        (ASK + encode_field("sentry-signature", "cd" * 32) + SIGNED, "ab" * 32),
+        (ASK + encode_field("sentry-signature", "ab" * 32, is_secret=True), "ab" * 32),
+        (ASK + encode_field("sentry-signature", "a" * 63), "a" * 63),
+        (ASK + encode_field("sentry-signature", "a" * 63 + "-"), "a" * 63 + "-"),
         (SIGNED + ASK, "none"),
         (SIGNED, "none"),
-        (ASK + literal("x", "y" * 10 + SIGNED.decode("latin-1")), "broken"),
+        (ASK + encode_field("x", "y" * 10 + SIGNED.decode("latin-1")), "broken"),
         (ASK + b"\x40\x01x\x03abc" + SIGNED, "ab" * 32),
         (ASK + b"\x20" + SIGNED, "broken"),
     ],
@@ -508,11 +518,13 @@ def test_a_signature_is_read_wherever_it_stands(fields: bytes, signature: str) -
             body = frame(frames.DATA, frames.END_STREAM, stream_id, framed(b""))
             events = machine.feed(headers(stream_id, fields) + body, now_us=0)
             if signature in ("none", "broken"):
-                assert not any(isinstance(event, Request) and "sentry-signature" in event.headers for event in events)
+                assert not any(
+                    isinstance(event, RequestReceived) and "sentry-signature" in event.headers for event in events
+                )
                 assert machine.is_broken == (signature == "broken")
             else:
                 (event,) = events
-                assert isinstance(event, Request)
+                assert isinstance(event, RequestReceived)
                 assert event.headers["sentry-signature"] == signature
                 assert event.headers[":path"] == "/a/B"
 
@@ -528,9 +540,9 @@ def test_two_ends_carry_every_message_whatever_pieces_arrive(
     asks: list[int], answers: list[int], chance: Random
 ) -> None:
     budget, bounds = Budget(10**8), Bounds(10**6, 100)
-    ends = client, other = Machine(bounds, budget, is_client=True), Machine(bounds, budget)
+    ends = client, other = Http2Connection(bounds, budget, is_client=True), Http2Connection(bounds, budget)
     wires: list[bytes] = [b"", b""]
-    sent = [client.call(ASK, bytes([number]) * size) for number, size in enumerate(asks)]
+    sent = [client.start_call(ASK, bytes([number]) * size) for number, size in enumerate(asks)]
     answered: dict[int, bytes | None] = {}
     heard: dict[int, bytes] = {}
     wanted: dict[int, bytes] = {}
@@ -540,11 +552,11 @@ def test_two_ends_carry_every_message_whatever_pieces_arrive(
             size = chance.choice((1, 9, 700, 40_000, 1_000_000))
             piece, wires[number] = wires[number][:size], wires[number][size:]
             for event in ends[1 - number].feed(piece, now_us=0):
-                if isinstance(event, Request):
+                if isinstance(event, RequestReceived):
                     heard[event.stream_id] = event.message
                     wanted[event.stream_id] = b"a" * answers[len(heard) % len(answers)]
-                    other.answer(event.stream_id, wanted[event.stream_id])
-                elif isinstance(event, Answer):
+                    other.send_response(event.stream_id, wanted[event.stream_id])
+                elif isinstance(event, ResponseReceived):
                     assert event.trailers["grpc-status"] == "0"
                     answered[event.stream_id] = event.message
                 else:
@@ -555,29 +567,29 @@ def test_two_ends_carry_every_message_whatever_pieces_arrive(
 
 
 def test_a_client_is_told_why_a_call_failed() -> None:
-    client, other = Machine(BOUNDS, Budget(10**6), is_client=True), server()
-    stream_id = client.call(ASK, b"hello")
+    client, other = Http2Connection(BOUNDS, Budget(10**6), is_client=True), server()
+    stream_id = client.start_call(ASK, b"hello")
     other.feed(all_of(client), now_us=0)
-    other.fail(stream_id, Code.NOT_FOUND, "50 % gone")
+    other.end_call(stream_id, Code.NOT_FOUND, "50 % gone")
     (event,) = client.feed(all_of(other), now_us=0)
-    assert isinstance(event, Answer)
+    assert isinstance(event, ResponseReceived)
     assert (event.message, event.trailers["grpc-status"]) == (None, "5")
-    assert from_percent(event.trailers["grpc-message"]) == "50 % gone"
+    assert decode_status_message(event.trailers["grpc-message"]) == "50 % gone"
 
 
 def test_a_client_gives_up_on_an_answer_over_its_bound() -> None:
-    client, other = Machine(Bounds(10, 1), Budget(10**6), is_client=True), server()
-    stream_id = client.call(ASK, b"hello")
+    client, other = Http2Connection(Bounds(10, 1), Budget(10**6), is_client=True), server()
+    stream_id = client.start_call(ASK, b"hello")
     other.feed(all_of(client), now_us=0)
-    other.answer(stream_id, b"x" * 11)
+    other.send_response(stream_id, b"x" * 11)
     events = client.feed(all_of(other), now_us=0)
-    assert [event.trailers["grpc-status"] for event in events if isinstance(event, Answer)] == ["8"]
+    assert [event.trailers["grpc-status"] for event in events if isinstance(event, ResponseReceived)] == ["8"]
     assert client.streams_count == 0
 
 
 @given(st.text(max_size=20))
 def test_words_of_a_status_come_back_as_they_were(text: str) -> None:
-    carried = percent(text)
+    carried = encode_status_message(text)
     assert carried.isascii()
     assert not any(character in carried for character in "\r\n\0")
-    assert from_percent(carried) == text.encode("utf-8", "replace").decode()
+    assert decode_status_message(carried) == text.encode("utf-8", "replace").decode()

@@ -13,10 +13,10 @@ from google.protobuf.message import Message
 from headrace.foundation.limits import Limits
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.transport import frames
-from headrace.grpc.transport.frames import Fault, frame
-from headrace.grpc.transport.headers import block, literal
-from headrace.grpc.transport.server import PENDING_BYTES_MAX, Connection, GrpcServer
-from headrace.grpc.transport.service_methods import After, Call, Method, Methods
+from headrace.grpc.transport.frames import ErrorCode, frame
+from headrace.grpc.transport.headers import encode_block, encode_field
+from headrace.grpc.transport.server import PENDING_BYTES_MAX, GrpcServer, ServerProtocol
+from headrace.grpc.transport.service_methods import CallContext, Method, Methods, ResponseAfter
 from headrace.grpc.transport.status import Code, GrpcError
 from tests.support.grpc_server import ECHO, WAIT, Echo, listening
 from tests.support.http2_frames import GREETING, framed, parsed
@@ -62,14 +62,14 @@ class Peer:
         loop = asyncio.get_running_loop()
         self.now_s = 1_000.0
         self.transport = Transport()
-        self.connection = Connection(GrpcServer(methods, limits=Limits(http_idle_s=IDLE_S, **limits)))
+        self.connection = ServerProtocol(GrpcServer(methods, limits=Limits(http_idle_s=IDLE_S, **limits)))
         self.connection._loop = SimpleNamespace(  # type: ignore[assignment]  # as much of a loop as it uses
             time=lambda: self.now_s,
             call_later=lambda *_: SimpleNamespace(cancel=lambda: None),
             call_soon=loop.call_soon,
             create_task=loop.create_task,
         )
-        self.connection._heard_s = self.connection._moved_s = self.now_s
+        self.connection._received_s = self.connection._progress_s = self.now_s
         self.connection.connection_made(self.transport)
 
     async def says(self, *pieces: bytes) -> list[tuple[int, int, int, bytes]]:
@@ -88,7 +88,7 @@ class Peer:
     async def later(self, seconds: float) -> list[tuple[int, int, int, bytes]]:
         """What comes when nothing is said for so long."""
         self.now_s += seconds
-        self.connection._look()
+        self.connection._check_idle()
         return await self.hears()
 
 
@@ -105,7 +105,7 @@ def call(path: str, stream_id: int, text: str = "hello", *, fields: Mapping[str,
         )
         for start in range(0, len(message), 16_384)
     )
-    return frame(frames.HEADERS, frames.END_HEADERS, stream_id, block(asked)) + data
+    return frame(frames.HEADERS, frames.END_HEADERS, stream_id, encode_block(asked)) + data
 
 
 async def test_a_silent_peer_is_asked_once_and_let_go() -> None:
@@ -135,7 +135,7 @@ async def test_a_call_that_stays_half_is_reset_and_the_others_live() -> None:
     await peer.says(GREETING, half)
     assert await peer.later(IDLE_S / 2) == []
     assert (await peer.says(call(ECHO, 3)))[-1][:3] == (frames.HEADERS, 5, 3)
-    reset = (frames.RST_STREAM, 0, 1, frames.WORD.pack(Fault.CANCEL))
+    reset = (frames.RST_STREAM, 0, 1, frames.WORD.pack(ErrorCode.CANCEL))
     assert reset in await peer.later(IDLE_S / 2 + 1)
     assert len(echo.calls) == 1
 
@@ -158,7 +158,7 @@ async def test_a_peer_that_makes_room_slowly_is_served() -> None:
         await peer.later(IDLE_S - 1)
         await peer.says(frames.window_update(0, 4_000), frames.window_update(1, 4_000))
     assert peer.transport.end == ""
-    assert peer.connection._machine.streams_count == 0
+    assert peer.connection._http2.streams_count == 0
 
 
 async def test_no_answers_are_made_for_a_peer_that_reads_none() -> None:
@@ -187,7 +187,7 @@ async def test_while_the_socket_is_full_calls_wait() -> None:
     peer.connection.resume_writing()
     await peer.hears()
     assert len(echo.calls) == 1
-    assert peer.connection._machine.streams_count == 0
+    assert peer.connection._http2.streams_count == 0
 
 
 async def test_a_peer_that_breaks_the_protocol_hears_why_and_its_handlers_end() -> None:
@@ -204,13 +204,13 @@ async def test_a_peer_that_breaks_the_protocol_hears_why_and_its_handlers_end() 
 async def test_calls_that_are_given_up_in_the_read_that_brought_them_take_no_place(recwarn: Any) -> None:
     echo = Echo()
     peer = Peer(echo.methods, grpc_calls_max=10)
-    given_up = frame(frames.RST_STREAM, 0, 0, frames.WORD.pack(Fault.CANCEL))
+    given_up = frame(frames.RST_STREAM, 0, 0, frames.WORD.pack(ErrorCode.CANCEL))
     await peer.says(GREETING)
     for number in range(50):
         stream_id = 2 * number + 1
         await peer.says(call(WAIT, stream_id) + given_up[:5] + stream_id.to_bytes(4, "big") + given_up[9:])
     assert echo.waiting == 0
-    assert (peer.connection._machine.streams_count, len(peer.connection._running)) == (0, 0)
+    assert (peer.connection._http2.streams_count, len(peer.connection._running)) == (0, 0)
     said = await peer.says(call(ECHO, 101))
     assert (frames.HEADERS, 101) in [found[:3:2] for found in said]
     gc.collect()
@@ -221,10 +221,10 @@ async def test_what_follows_a_future_is_made_when_it_is_done_and_not_for_a_call_
     futures: list[asyncio.Future[None]] = []
     made: list[int] = []
 
-    def handler(_message: Message, _call: Call) -> After:
+    def handler(_message: Message, _call: CallContext) -> ResponseAfter:
         number = len(futures)
         futures.append(asyncio.get_running_loop().create_future())
-        return After(futures[-1], lambda: answers[number](number))
+        return ResponseAfter(futures[-1], lambda: answers[number](number))
 
     def at_once(number: int) -> bytes:
         made.append(number)
@@ -248,19 +248,19 @@ async def test_what_follows_a_future_is_made_when_it_is_done_and_not_for_a_call_
     said += await peer.hears()
     ended = {found[2]: found[3] for found in said if found[0] == frames.HEADERS}
     assert made == [0, 2, 1]
-    assert literal("grpc-status", "5") in ended[5]
-    assert literal("grpc-status", "0") in ended[1]
-    assert literal("grpc-status", "0") in ended[3]
-    given_up = frame(frames.RST_STREAM, 0, 7, frames.WORD.pack(Fault.CANCEL))
+    assert encode_field("grpc-status", "5") in ended[5]
+    assert encode_field("grpc-status", "0") in ended[1]
+    assert encode_field("grpc-status", "0") in ended[3]
+    given_up = frame(frames.RST_STREAM, 0, 7, frames.WORD.pack(ErrorCode.CANCEL))
     await peer.says(given_up)
     assert futures[3].cancelled()
     futures[4].set_result(None)  # and its caller gives up before anybody has looked
     await peer.says(given_up[:5] + (9).to_bytes(4, "big") + given_up[9:])
     futures[5].set_exception(GrpcError(Code.INTERNAL, "it broke"))
     said = await peer.hears()
-    assert literal("grpc-status", "13") in said[-1][3]
+    assert encode_field("grpc-status", "13") in said[-1][3]
     assert made == [0, 2, 1]
-    assert (peer.connection._machine.streams_count, len(peer.connection._running)) == (0, 0)
+    assert (peer.connection._http2.streams_count, len(peer.connection._running)) == (0, 0)
 
 
 async def test_a_timeout_that_is_none_is_refused() -> None:
@@ -269,7 +269,7 @@ async def test_a_timeout_that_is_none_is_refused() -> None:
         said = await peer.says(
             GREETING if not number else b"", call(ECHO, 2 * number + 1, fields={"grpc-timeout": text})
         )
-        assert literal("grpc-status", "3") in said[-1][3], text
+        assert encode_field("grpc-status", "3") in said[-1][3], text
 
 
 async def test_a_cut_ends_calls_and_says_come_again() -> None:
@@ -283,7 +283,7 @@ async def test_a_cut_ends_calls_and_says_come_again() -> None:
     peer.connection.resume_writing()
     said = await peer.hears()
     assert sorted(found[:3:2] for found in said) == [(frames.HEADERS, 1), (frames.HEADERS, 3), (frames.GOAWAY, 0)]
-    assert all(literal("grpc-status", "14") in found[3] for found in said if found[0] == frames.HEADERS)
+    assert all(encode_field("grpc-status", "14") in found[3] for found in said if found[0] == frames.HEADERS)
     assert peer.transport.end == "closed"
 
 

@@ -16,8 +16,8 @@ from headrace.foundation.errors import (
     StoreUnavailable,
 )
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.transport.service_methods import Call, methods_of
-from headrace.grpc.transport.status import MESSAGE_CHARS_MAX, Code, GrpcError, of_error
+from headrace.grpc.transport.service_methods import CallContext, methods_of
+from headrace.grpc.transport.status import MESSAGE_CHARS_MAX, Code, GrpcError, to_grpc_error
 
 CONSUMER = wire.DESCRIPTOR.services_by_name["ConsumerService"]
 
@@ -25,14 +25,16 @@ CONSUMER = wire.DESCRIPTOR.services_by_name["ConsumerService"]
 class Consumer:
     """Answers with what it was asked."""
 
-    async def get_task(self, request: wire.GetTaskRequest, call: Call) -> wire.GetTaskResponse:
+    async def get_task(self, request: wire.GetTaskRequest, call: CallContext) -> wire.GetTaskResponse:
         return wire.GetTaskResponse(task=wire.TaskActivation(id=request.namespace, taskname=call.path))
 
-    async def set_task_status(self, request: wire.SetTaskStatusRequest, call: Call) -> wire.SetTaskStatusResponse:
+    async def set_task_status(
+        self, request: wire.SetTaskStatusRequest, call: CallContext
+    ) -> wire.SetTaskStatusResponse:
         raise GrpcError(Code.INVALID_ARGUMENT, request.id)
 
     async def set_batch_activation_status(
-        self, request: wire.SetBatchActivationStatusRequest, call: Call
+        self, request: wire.SetBatchActivationStatusRequest, call: CallContext
     ) -> wire.SetBatchActivationStatusResponse:
         return wire.SetBatchActivationStatusResponse()
 
@@ -46,7 +48,7 @@ async def test_a_service_answers_under_the_paths_of_its_descriptor() -> None:
     method = methods[path]
     assert not method.is_open
     assert not method.is_stream
-    answer = method.handler(method.request(namespace="n"), Call(path))
+    answer = method.handler(method.request(namespace="n"), CallContext(path))
     assert isinstance(answer, Coroutine)
     found = await answer
     assert found == wire.GetTaskResponse(task=wire.TaskActivation(id="n", taskname=path))
@@ -69,9 +71,9 @@ def test_a_service_without_one_of_its_methods_is_refused_when_it_is_made() -> No
     ],
 )
 def test_an_error_of_the_engine_has_its_code(error: HeadraceError, code: Code) -> None:
-    assert of_error(error).code == code
+    assert to_grpc_error(error).code == code
 
 
 def test_an_error_says_what_a_person_can_do_within_a_bound() -> None:
-    assert of_error(InvalidInput("no such queue", hint="make one")).message == "no such queue; make one"
+    assert to_grpc_error(InvalidInput("no such queue", hint="make one")).message == "no such queue; make one"
     assert len(GrpcError(Code.INTERNAL, "x" * (MESSAGE_CHARS_MAX + 1)).message) == MESSAGE_CHARS_MAX

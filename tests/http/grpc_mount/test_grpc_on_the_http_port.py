@@ -404,7 +404,7 @@ async def test_a_stop_does_not_wait_for_peers_that_say_no_goodbye(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TLS ends by agreement, and the loop would wait half a minute for who has none."""
-    monkeypatch.setattr("headrace.grpc.transport.closing.GOODBYE_S", 0.01)
+    monkeypatch.setattr("headrace.grpc.transport.closing.CLOSE_TIMEOUT_S", 0.01)
     context = ssl.create_default_context()
     AUTHORITY.configure_trust(context)
 

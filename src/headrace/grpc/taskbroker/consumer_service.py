@@ -18,7 +18,7 @@ from headrace.foundation.errors import EngineFault, HeadraceError
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.taskbroker.activation_codec import told
 from headrace.grpc.transport import status
-from headrace.grpc.transport.service_methods import After, Call, Later, Method, methods_of
+from headrace.grpc.transport.service_methods import CallContext, DeferredResponse, Method, ResponseAfter, methods_of
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.runtime.dispatch.dispatcher import Dispatcher
 from headrace.runtime.dispatch.lease_buffer import Handout, Wish
@@ -51,9 +51,9 @@ class ConsumerService:
     @property
     def methods(self) -> dict[str, Method]:
         """What it answers, by path."""
-        return methods_of(SERVICE, self, of_error=of_error)
+        return methods_of(SERVICE, self, to_grpc_error=to_grpc_error)
 
-    def get_task(self, request: wire.GetTaskRequest, call: Call) -> bytes | Coroutine[Any, Any, bytes]:
+    def get_task(self, request: wire.GetTaskRequest, call: CallContext) -> bytes | Coroutine[Any, Any, bytes]:
         """The next activation that the filters cover: the bytes of a `GetTaskResponse`."""
         del call
         if self._delivery == "push":
@@ -68,14 +68,14 @@ class ConsumerService:
             raise GrpcError(Code.NOT_FOUND, "No pending activations")
         return task
 
-    def set_task_status(self, request: wire.SetTaskStatusRequest, call: Call) -> bytes | Later | None:
+    def set_task_status(self, request: wire.SetTaskStatusRequest, call: CallContext) -> bytes | DeferredResponse | None:
         """How one attempt ended; answers with the next activation where it is wanted."""
         del call
         written = self._dispatcher.report_nowait([_report(request)], is_awaited=self._is_awaited)
         if self._delivery == "push" or not request.HasField("fetch_next_task"):
             return written
         following = partial(self._next, _wish(request.fetch_next_task))
-        return following() if written is None else After(written, following)
+        return following() if written is None else ResponseAfter(written, following)
 
     def _next(self, wish: Wish) -> bytes | Coroutine[Any, Any, bytes]:
         task = self._at_once(wish)
@@ -89,7 +89,7 @@ class ConsumerService:
             return b""
 
     def set_batch_activation_status(
-        self, request: wire.SetBatchActivationStatusRequest, call: Call
+        self, request: wire.SetBatchActivationStatusRequest, call: CallContext
     ) -> asyncio.Future[None] | None:
         """How many attempts ended; nothing is recorded when one of them says what can't be."""
         del call
@@ -148,7 +148,7 @@ def _name(status: int) -> str:
     return str(status) if known is None else known.name.removeprefix(_PREFIX).capitalize()
 
 
-def of_error(error: HeadraceError) -> GrpcError:
+def to_grpc_error(error: HeadraceError) -> GrpcError:
     """What the machine room could not do is INTERNAL, as workers know it; they ask again all the same."""
-    found = status.of_error(error)
+    found = status.to_grpc_error(error)
     return GrpcError(Code.INTERNAL, found.message) if isinstance(error, EngineFault) else found

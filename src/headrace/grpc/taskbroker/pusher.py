@@ -19,7 +19,7 @@ from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
 from headrace.foundation.targets import PushTarget
 from headrace.grpc.taskbroker.delivery_protocol import Deliveries, Delivery
-from headrace.grpc.transport.client import Channel, NotSent
+from headrace.grpc.transport.client import CallNotSent, Channel
 from headrace.grpc.transport.connection import Bounds
 from headrace.grpc.transport.sender import Budget
 from headrace.grpc.transport.signing import Secrets
@@ -211,7 +211,7 @@ class Pusher:
         except GrpcError as error:
             endpoint.refused(self._clock.now_us(), error)
             if error.code in _PASSING or not self._has_struck_out(delivery.id):
-                await self._undo(delivery, is_sure=isinstance(error, NotSent) or error.code in _REFUSALS)
+                await self._undo(delivery, is_sure=isinstance(error, CallNotSent) or error.code in _REFUSALS)
         except asyncio.CancelledError:
             await self._undo(delivery, is_sure=False)
             raise

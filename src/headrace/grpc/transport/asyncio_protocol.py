@@ -1,42 +1,44 @@
-"""What both ends of a connection have in common: what their machine has to say goes out, once a turn of the loop."""
+"""HTTP/2 on an asyncio transport, for both ends: output is written at most once per iteration of the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 
-from headrace.grpc.transport.connection import Machine
+from headrace.grpc.transport.connection import Http2Connection
 
 
-class Talking(asyncio.Protocol):
-    """A machine on a transport. While the peer makes no room nothing is taken from the machine."""
+class Http2Protocol(asyncio.Protocol):
+    """An HTTP/2 connection on an asyncio transport. While the transport is paused, no output is taken from the
+    connection.
+    """
 
     _transport: asyncio.Transport
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, machine: Http2Connection) -> None:
+        self._http2 = machine
         self._loop = asyncio.get_running_loop()
         self._is_paused = False
-        self._is_due = False
+        self._is_flush_scheduled = False
 
     def pause_writing(self) -> None:
-        """The peer owes room."""
+        """Stop writing: the transport's buffer is above its high-water mark."""
         self._is_paused = True
 
     def resume_writing(self) -> None:
-        """It made room."""
+        """Write again: the transport's buffer has drained."""
         self._is_paused = False
         self._flush()
 
-    def _soon(self) -> None:
-        """Write when this turn of the loop is over, together with whatever else there is to say by then."""
-        if not self._is_due:
-            self._is_due = True
+    def _schedule_flush(self) -> None:
+        """Write at the end of this iteration of the event loop, together with all output produced until then."""
+        if not self._is_flush_scheduled:
+            self._is_flush_scheduled = True
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        self._is_due = False
+        self._is_flush_scheduled = False
         while not self._is_paused and not self._transport.is_closing():
-            data = self._machine.take()
+            data = self._http2.take_output()
             if not data:
                 break
             self._transport.write(data)

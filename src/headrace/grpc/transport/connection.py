@@ -1,11 +1,12 @@
-"""One HTTP/2 connection that carries gRPC, as a machine: bytes in, calls out, and what is to be written back.
+"""One HTTP/2 connection that carries gRPC, as a state machine: bytes in, events out, and bytes to write back.
 
-Rule 1: no socket, no loop, no clock; `feed` never blocks and never raises, whatever it is fed.
-Rule 2: everything a peer can make grow has a bound here: headers, messages, streams, what is held for all connections
-together (`Budget`), and its patience: control frames, resets and tiny frames cost, time and finished calls pay back.
+Rule 1: no socket, no event loop, no clock. `feed` never blocks and never raises, whatever bytes it receives. Rule 2:
+everything a peer can make grow is bounded here: headers, messages, streams, the bytes held by all connections together
+(`Budget`), and an allowance for frames that carry no call. Control frames, resets and tiny frames spend it; time and
+completed calls refill it.
 
-It knows unary calls and answers of several messages, and both ends of them. A broken protocol ends the connection with
-GOAWAY; what is wrong with one stream ends that stream.
+Both ends, client and server, with unary calls and streaming responses. A protocol violation ends the connection with
+GOAWAY; an error of one stream ends that stream only.
 """
 
 from __future__ import annotations
@@ -13,44 +14,53 @@ from __future__ import annotations
 from typing import ClassVar, Final, NamedTuple
 
 from headrace.grpc.transport import frames
-from headrace.grpc.transport.frames import FRAME_BYTES, Broken, Fault
-from headrace.grpc.transport.headers import BLOCK_BYTES_MAX, LIST_BYTES_MAX, HeaderReader, Headers, literal, percent
+from headrace.grpc.transport.frames import FRAME_BYTES, ErrorCode, ProtocolError
+from headrace.grpc.transport.headers import (
+    BLOCK_BYTES_MAX,
+    LIST_BYTES_MAX,
+    HeaderReader,
+    Headers,
+    encode_field,
+    encode_status_message,
+)
 from headrace.grpc.transport.sender import (
+    ALLOWANCE_MAX,
     CONTENT_TYPE,
-    PATIENCE_MAX,
     PREFIX_BYTES,
     STREAM_WINDOW,
     TAKE_BYTES,
     Budget,
+    CallStream,
     Sender,
-    Stream,
 )
 from headrace.grpc.transport.status import Code
 
 CONNECTION_WINDOW: Final = 1024 * 1024
-"""What a peer may send on all its streams before it hears from us; opened again as the bytes come."""
+"""Bytes a peer may send on all streams before a WINDOW_UPDATE. The window reopens as bytes arrive."""
 
 CALLS_BEFORE_SETTINGS: Final = 100
-"""What a client allows itself until it heard the server's own bound."""
+"""Concurrent calls a client allows itself until the server's SETTINGS have arrived."""
 
-PATIENCE_PER_S: Final = 100
-PATIENCE_PER_CALL: Final = 10
+ALLOWANCE_PER_S: Final = 100
+ALLOWANCE_PER_CALL: Final = 10
 RESET_COST: Final = 4
 SETTINGS_COST: Final = 4
 CONTINUATIONS_MAX: Final = 32
 TINY_BYTES: Final = 64
-_NOT_GRPC: Final = literal(":status", "415") + literal("grpc-status", "12") + literal("accept", CONTENT_TYPE)
+_NOT_GRPC: Final = (
+    encode_field(":status", "415") + encode_field("grpc-status", "12") + encode_field("accept", CONTENT_TYPE)
+)
 
 
 class Bounds(NamedTuple):
-    """What one connection may ask of us. `calls_max`: streams at a time, with those whose handlers have yet to end."""
+    """Bounds of one connection. `calls_max`: concurrent streams, with those ended while their handlers still run."""
 
     message_bytes_max: int
     calls_max: int
 
 
-class Request(NamedTuple):
-    """A call came in whole."""
+class RequestReceived(NamedTuple):
+    """A complete call has arrived."""
 
     stream_id: int
     headers: Headers
@@ -58,8 +68,8 @@ class Request(NamedTuple):
     is_packed: bool
 
 
-class Answer(NamedTuple):
-    """A call of ours was answered. `message` is None where there was none; `trailers` have the status."""
+class ResponseReceived(NamedTuple):
+    """A call made here was answered. `message` is None for a response without one; the status is in `trailers`."""
 
     stream_id: int
     headers: Headers
@@ -68,48 +78,48 @@ class Answer(NamedTuple):
     is_packed: bool
 
 
-class Reset(NamedTuple):
-    """The peer gave a stream up."""
+class StreamReset(NamedTuple):
+    """The peer has reset a stream."""
 
     stream_id: int
-    fault: int
+    error_code: int
 
 
-class Away(NamedTuple):
-    """The peer takes no streams after `last_id`."""
+class GoAwayReceived(NamedTuple):
+    """The peer accepts no streams after `last_id`."""
 
     last_id: int
-    fault: int
+    error_code: int
 
 
-class Broke(NamedTuple):
-    """The connection is over: the peer broke the protocol, and GOAWAY tells it how."""
+class ConnectionFailed(NamedTuple):
+    """The peer broke the protocol. The connection is over, and GOAWAY carries the reason."""
 
-    fault: Fault
-    what: str
-
-
-Event = Request | Answer | Reset | Away | Broke
+    error_code: ErrorCode
+    reason: str
 
 
-class Machine(Sender):
-    """One end of a connection. `calls_max` of the peer is what it allows us."""
+Event = RequestReceived | ResponseReceived | StreamReset | GoAwayReceived | ConnectionFailed
+
+
+class Http2Connection(Sender):
+    """One end of a connection. `peer_calls_max` is the number of concurrent calls that the peer allows."""
 
     def __init__(self, bounds: Bounds, budget: Budget, *, is_client: bool = False) -> None:
         super().__init__(budget, is_client=is_client)
         self.bounds = bounds
         self.is_broken = False
-        self.is_told_away = False
-        self.heard_pings_count = 0
+        self.is_peer_leaving = False
+        self.pings_acknowledged_count = 0
         self.peer_calls_max = CALLS_BEFORE_SETTINGS
         self._reader = HeaderReader()
         self._events: list[Event] = []
-        self._left = b""
-        self._preface_left = b"" if is_client else frames.PREFACE
-        self._is_greeted = False
-        self._partial: tuple[int, int, bytearray] | None = None
-        self._partials_count = 0
-        self._credit = CONNECTION_WINDOW
+        self._unparsed = b""
+        self._preface_rest = b"" if is_client else frames.PREFACE
+        self._has_peer_settings = False
+        self._open_block: tuple[int, int, bytearray] | None = None
+        self._continuations_count = 0
+        self._receive_window = CONNECTION_WINDOW
         self._paid_us = 0
         self._now_us = 0
         if is_client:
@@ -128,96 +138,109 @@ class Machine(Sender):
         )
         self._out.append(frames.window_update(0, CONNECTION_WINDOW - frames.WINDOW_FIRST))
 
-    # -- bytes in
+    # -- receiving bytes
 
     def feed(self, data: bytes, *, now_us: int) -> list[Event]:
-        """What came of some bytes. After a `Broke` there is nothing more."""
+        """Process received bytes and return the events. After `ConnectionFailed` there are none."""
         events: list[Event] = []
         if self.is_broken:
             return events
         self._events = events
         self._now_us = now_us
-        paid = (now_us - self._paid_us) * PATIENCE_PER_S // 1_000_000
+        paid = (now_us - self._paid_us) * ALLOWANCE_PER_S // 1_000_000
         if paid > 0:
-            self._patience, self._paid_us = min(PATIENCE_MAX, self._patience + paid), now_us
+            self._allowance, self._paid_us = min(ALLOWANCE_MAX, self._allowance + paid), now_us
         try:
             self._parse(data)
-        except Broken as broken:
+        except ProtocolError as broken:
             self.close()
-            self._out.append(frames.goaway(self.last_id, broken.fault, broken.what))
-            events.append(Broke(broken.fault, broken.what))
+            self._out.append(frames.goaway(self.last_id, broken.error_code, broken.reason))
+            events.append(ConnectionFailed(broken.error_code, broken.reason))
         return events
 
     def _parse(self, data: bytes) -> None:
-        if self._left:
-            data = self._left + data
-        if self._preface_left:
-            data = self._greet(data)
+        if self._unparsed:
+            data = self._unparsed + data
+        if self._preface_rest:
+            data = self._read_preface(data)
         place, end = 0, len(data)
         unpack, on_frame = frames.HEAD.unpack_from, self._FRAMES
         while end - place >= frames.HEAD_BYTES:
             high, low, kind, flags, stream_id = unpack(data, place)
             length = high << 8 | low
             if length > FRAME_BYTES:
-                raise Broken(Fault.FRAME_SIZE_ERROR, f"a frame of {length} bytes; at most {FRAME_BYTES}")
+                raise ProtocolError(
+                    ErrorCode.FRAME_SIZE_ERROR, f"expected a frame of at most {FRAME_BYTES} bytes, got {length}"
+                )
             stop = place + frames.HEAD_BYTES + length
             if stop > end:
                 break
             payload = data[place + frames.HEAD_BYTES : stop]
             place = stop
-            if self._partial is not None and kind != frames.CONTINUATION:
-                raise Broken(Fault.PROTOCOL_ERROR, "a header block is cut by another frame")
-            if not self._is_greeted and (kind != frames.SETTINGS or flags & frames.ACK):
-                raise Broken(Fault.PROTOCOL_ERROR, "the first frame is SETTINGS")
+            if self._open_block is not None and kind != frames.CONTINUATION:
+                raise ProtocolError(
+                    ErrorCode.PROTOCOL_ERROR, f"expected CONTINUATION within a header block, got a frame of kind {kind}"
+                )
+            if not self._has_peer_settings and (kind != frames.SETTINGS or flags & frames.ACK):
+                raise ProtocolError(
+                    ErrorCode.PROTOCOL_ERROR,
+                    f"expected SETTINGS as the first frame, got a frame of kind {kind} with flags {flags:#x}",
+                )
             if kind < len(on_frame):
                 on_frame[kind](self, flags, stream_id & 0x7FFFFFFF, payload)
             else:
-                self._spend(1)
-        self._left = data[place:]
+                self._spend_allowance(1)
+        self._unparsed = data[place:]
 
-    def _greet(self, data: bytes) -> bytes:
-        wanted = self._preface_left
+    def _read_preface(self, data: bytes) -> bytes:
+        wanted = self._preface_rest
         got = data[: len(wanted)]
         if not wanted.startswith(got):
-            raise Broken(Fault.PROTOCOL_ERROR, "this is not HTTP/2")
-        self._preface_left = wanted[len(got) :]
-        self._left = b""
+            raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"expected the HTTP/2 connection preface, got {got[:24]!r}")
+        self._preface_rest = wanted[len(got) :]
+        self._unparsed = b""
         return data[len(got) :]
 
-    def _spend(self, cost: int) -> None:
-        self._patience -= cost
-        if self._patience < 0:
-            raise Broken(Fault.ENHANCE_YOUR_CALM, "too many frames that carry nothing")
+    def _spend_allowance(self, cost: int) -> None:
+        self._allowance -= cost
+        if self._allowance < 0:
+            raise ProtocolError(
+                ErrorCode.ENHANCE_YOUR_CALM,
+                "expected frames that carry calls, got too many control frames, resets or tiny frames",
+            )
 
     # -- frames of calls
 
     def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
         size = len(payload)
-        self._credit -= size
-        if self._credit <= CONNECTION_WINDOW // 2:
-            self._out.append(frames.window_update(0, CONNECTION_WINDOW - self._credit))
-            self._credit = CONNECTION_WINDOW
+        self._receive_window -= size
+        if self._receive_window <= CONNECTION_WINDOW // 2:
+            self._out.append(frames.window_update(0, CONNECTION_WINDOW - self._receive_window))
+            self._receive_window = CONNECTION_WINDOW
         stream = self._streams.get(stream_id)
-        if stream is None or stream.is_heard:
-            self._check_known(stream_id, "data")
+        if stream is None or stream.is_received:
+            self._check_opened(stream_id, "DATA")
             if stream is not None:
-                raise Broken(Fault.STREAM_CLOSED, "data after the end of a stream")
-            self._spend(1)
+                raise ProtocolError(
+                    ErrorCode.STREAM_CLOSED,
+                    f"expected no DATA after the end of stream {stream_id}, got a frame of {size} bytes",
+                )
+            self._spend_allowance(1)
             return
-        stream.credit -= size
+        stream.receive_window -= size
         if flags & frames.PADDED:
             payload = frames.unpadded(payload, flags)
         if len(payload) < TINY_BYTES and not flags & frames.END_STREAM:
-            self._spend(1)
-        if self._gather(stream, payload):
+            self._spend_allowance(1)
+        if self._add_to_message(stream, payload):
             if flags & frames.END_STREAM:
-                self._heard(stream)
-            elif stream.credit <= STREAM_WINDOW // 2:
-                self._out.append(frames.window_update(stream_id, STREAM_WINDOW - stream.credit))
-                stream.credit = STREAM_WINDOW
+                self._on_stream_received(stream)
+            elif stream.receive_window <= STREAM_WINDOW // 2:
+                self._out.append(frames.window_update(stream_id, STREAM_WINDOW - stream.receive_window))
+                stream.receive_window = STREAM_WINDOW
 
-    def _gather(self, stream: Stream, payload: bytes) -> bool:
-        """Add to a stream's message; False when the stream was ended for it."""
+    def _add_to_message(self, stream: CallStream, payload: bytes) -> bool:
+        """Add to a stream's message. Returns False if that ended the stream."""
         self._budget.held_bytes += len(payload)
         stream.fed_us = self._now_us
         if not stream.body:
@@ -228,51 +251,66 @@ class Machine(Sender):
             stream.body = bytearray(stream.body) + payload
         if self._budget.held_bytes > self._budget.bytes_max:
             return self._refuse(
-                stream, Code.RESOURCE_EXHAUSTED, "more messages than are held at a time; try again later"
+                stream,
+                Code.RESOURCE_EXHAUSTED,
+                f"all calls together hold more than {self._budget.bytes_max} bytes of messages; retry later",
             )
         held = len(stream.body)
         if stream.expected < 0 and held >= PREFIX_BYTES:
             stream.expected = int.from_bytes(stream.body[1:PREFIX_BYTES], "big")
             if stream.expected > self.bounds.message_bytes_max:
-                what = f"a message of {stream.expected} bytes; at most {self.bounds.message_bytes_max}"
-                return self._refuse(stream, Code.RESOURCE_EXHAUSTED, what)
+                reason = f"expected a message of at most {self.bounds.message_bytes_max} bytes, got {stream.expected}"
+                return self._refuse(stream, Code.RESOURCE_EXHAUSTED, reason)
         if stream.expected >= 0 and held > PREFIX_BYTES + stream.expected:
-            return self._refuse(stream, Code.UNIMPLEMENTED, "more than one message, or bytes after it")
+            return self._refuse(stream, Code.UNIMPLEMENTED, "expected a single message, got more bytes after it")
         return True
 
-    def _refuse(self, stream: Stream, code: Code, what: str) -> bool:
-        """End a stream from here: a server says why, a client's caller hears it."""
+    def _refuse(self, stream: CallStream, code: Code, reason: str) -> bool:
+        """End a stream from this side. A server sends the status; a client reports it to its caller."""
         if self.is_client:
-            trailers = {"grpc-status": str(int(code)), "grpc-message": percent(what)}
-            self._events.append(Answer(stream.id, stream.headers or {}, trailers, None, is_packed=False))
-            self.reset(stream.id, Fault.CANCEL)
+            trailers = {"grpc-status": str(int(code)), "grpc-message": encode_status_message(reason)}
+            self._events.append(ResponseReceived(stream.id, stream.headers or {}, trailers, None, is_packed=False))
+            self.reset_stream(stream.id, ErrorCode.CANCEL)
         else:
-            self.fail(stream.id, code, what)
+            self.end_call(stream.id, code, reason)
         return False
 
     def _on_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
         if not stream_id:
-            raise Broken(Fault.PROTOCOL_ERROR, "headers of no stream")
+            raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "expected HEADERS on a stream, got stream 0")
         block = frames.unpadded(payload, flags)
         if flags & frames.WITH_PRIORITY:
             if len(block) < 5:
-                raise Broken(Fault.FRAME_SIZE_ERROR, "headers without their priority")
+                raise ProtocolError(
+                    ErrorCode.FRAME_SIZE_ERROR,
+                    f"expected 5 bytes of priority at the start of HEADERS, got {len(block)}",
+                )
             block = block[5:]
         if flags & frames.END_HEADERS:
             self._on_block(flags, stream_id, block)
         else:
-            self._partial, self._partials_count = (flags, stream_id, bytearray(block)), 0
+            self._open_block, self._continuations_count = (flags, stream_id, bytearray(block)), 0
 
     def _on_continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
-        if self._partial is None or self._partial[1] != stream_id:
-            raise Broken(Fault.PROTOCOL_ERROR, "a header block goes on that had not begun")
-        first_flags, _, block = self._partial
+        if self._open_block is None or self._open_block[1] != stream_id:
+            raise ProtocolError(
+                ErrorCode.PROTOCOL_ERROR,
+                f"expected no CONTINUATION without an unfinished header block, got one on stream {stream_id}",
+            )
+        first_flags, _, block = self._open_block
         block += payload
-        self._partials_count += 1
-        if len(block) > BLOCK_BYTES_MAX or self._partials_count > CONTINUATIONS_MAX:
-            raise Broken(Fault.ENHANCE_YOUR_CALM, f"a header block of more than {BLOCK_BYTES_MAX} bytes, or in crumbs")
+        self._continuations_count += 1
+        if len(block) > BLOCK_BYTES_MAX or self._continuations_count > CONTINUATIONS_MAX:
+            raise ProtocolError(
+                ErrorCode.ENHANCE_YOUR_CALM,
+                (
+                    f"expected a header block of at most {BLOCK_BYTES_MAX} bytes in at most {CONTINUATIONS_MAX} "
+                    "CONTINUATION frames, "
+                    f"got {len(block)} bytes in {self._continuations_count}"
+                ),
+            )
         if flags & frames.END_HEADERS:
-            self._partial = None
+            self._open_block = None
             self._on_block(first_flags, stream_id, bytes(block))
 
     def _on_block(self, flags: int, stream_id: int, block: bytes) -> None:
@@ -280,128 +318,139 @@ class Machine(Sender):
         stream = self._streams.get(stream_id)
         if stream is None:
             if self.is_client:
-                self._check_known(stream_id, "headers")
-                self._spend(1)
+                self._check_opened(stream_id, "HEADERS")
+                self._spend_allowance(1)
                 return
-            stream = self._opened(stream_id, headers)
+            stream = self._open_stream(stream_id, headers)
             if stream is None:
                 return
-        elif stream.is_heard:
-            raise Broken(Fault.STREAM_CLOSED, "headers after the end of a stream")
+        elif stream.is_received:
+            raise ProtocolError(ErrorCode.STREAM_CLOSED, f"expected no HEADERS after the end of stream {stream_id}")
         elif not self._more_headers(stream, headers, is_end=bool(flags & frames.END_STREAM)):
             return
         if flags & frames.END_STREAM:
-            self._heard(stream)
+            self._on_stream_received(stream)
 
-    def _more_headers(self, stream: Stream, headers: Headers | None, *, is_end: bool) -> bool:
-        """An answer's headers, or what follows a message; False when the stream was ended for it."""
+    def _more_headers(self, stream: CallStream, headers: Headers | None, *, is_end: bool) -> bool:
+        """Process the headers of a response, or trailers. Returns False if that ended the stream."""
         if headers is None:
-            self._forfeit(stream, "an answer's headers can't be read")
+            self._end_violating_stream(stream, "the headers of the response are invalid")
             return False
         if self.is_client and stream.headers is None:
             if headers.get(":status", "").startswith("1"):
-                self._spend(1)
+                self._spend_allowance(1)
                 return False
             stream.headers = headers
             if is_end:
                 stream.trailers = headers
             return True
         if not is_end:
-            self._forfeit(stream, "trailers that don't end their stream")
+            self._end_violating_stream(stream, "expected trailers to end their stream")
             return False
         stream.trailers = headers
         return True
 
-    def _forfeit(self, stream: Stream, what: str) -> None:
-        """The peer broke the protocol on one stream."""
-        self._spend(RESET_COST)
+    def _end_violating_stream(self, stream: CallStream, reason: str) -> None:
+        """End a stream on which the peer broke the protocol."""
+        self._spend_allowance(RESET_COST)
         if self.is_client:
-            self._refuse(stream, Code.INTERNAL, what)
+            self._refuse(stream, Code.INTERNAL, reason)
         else:
-            self._events.append(Reset(stream.id, Fault.PROTOCOL_ERROR))
-            self._lingering.add(stream.id)
-            self.reset(stream.id, Fault.PROTOCOL_ERROR)
+            self._events.append(StreamReset(stream.id, ErrorCode.PROTOCOL_ERROR))
+            self._abandoned.add(stream.id)
+            self.reset_stream(stream.id, ErrorCode.PROTOCOL_ERROR)
 
-    def _opened(self, stream_id: int, headers: Headers | None) -> Stream | None:
+    def _open_stream(self, stream_id: int, headers: Headers | None) -> CallStream | None:
         if not stream_id & 1:
-            raise Broken(Fault.PROTOCOL_ERROR, "a stream with the number of a server's")
+            raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"expected an odd stream id from a client, got {stream_id}")
         if stream_id <= self.last_id:
-            self._spend(1)  # it may have been on its way when we ended the stream
+            self._spend_allowance(1)  # the peer may have sent it before it learned that the stream ended
             return None
         self.last_id = stream_id
         if headers is None or not {":method", ":path", ":scheme"} <= headers.keys() or ":status" in headers:
-            self._spend(RESET_COST)
-            self._out.append(frames.rst_stream(stream_id, Fault.PROTOCOL_ERROR))
+            self._spend_allowance(RESET_COST)
+            self._out.append(frames.rst_stream(stream_id, ErrorCode.PROTOCOL_ERROR))
             return None
-        if self.is_leaving or len(self._streams) + len(self._lingering) >= self.bounds.calls_max:
-            self._spend(1)
-            self._out.append(frames.rst_stream(stream_id, Fault.REFUSED_STREAM))
+        if self.is_leaving or len(self._streams) + len(self._abandoned) >= self.bounds.calls_max:
+            self._spend_allowance(1)
+            self._out.append(frames.rst_stream(stream_id, ErrorCode.REFUSED_STREAM))
             return None
-        stream = self._streams[stream_id] = Stream(stream_id, self._stream_window)
+        stream = self._streams[stream_id] = CallStream(stream_id, self._stream_window)
         stream.headers, stream.fed_us = headers, self._now_us
         if headers[":method"] != "POST" or not headers.get("content-type", "").startswith(CONTENT_TYPE):
-            self._spend(1)
+            self._spend_allowance(1)
             self._end(stream, _NOT_GRPC)
             return None
         return stream
 
-    def _heard(self, stream: Stream) -> None:
-        stream.is_heard = True
-        self._patience = min(PATIENCE_MAX, self._patience + PATIENCE_PER_CALL)
+    def _on_stream_received(self, stream: CallStream) -> None:
+        stream.is_received = True
+        self._allowance = min(ALLOWANCE_MAX, self._allowance + ALLOWANCE_PER_CALL)
         is_whole = stream.expected >= 0 and len(stream.body) == PREFIX_BYTES + stream.expected
         if self.is_client:
-            self._answered(stream, is_whole=is_whole)
+            self._on_response_received(stream, is_whole=is_whole)
         elif not is_whole:
-            self.fail(stream.id, Code.INTERNAL, "a call without a whole message")
+            self.end_call(stream.id, Code.INTERNAL, "expected one complete message, got less")
         elif stream.body[0] > 1:
-            self.fail(stream.id, Code.INTERNAL, "a message whose first byte is neither 0 nor 1")
+            self.end_call(
+                stream.id,
+                Code.INTERNAL,
+                f"expected a compressed flag of 0 or 1 before the message, got {stream.body[0]}",
+            )
         else:
             assert stream.headers is not None
             message = bytes(stream.body[PREFIX_BYTES:])
-            self._events.append(Request(stream.id, stream.headers, message, bool(stream.body[0])))
+            self._events.append(RequestReceived(stream.id, stream.headers, message, bool(stream.body[0])))
 
-    def _answered(self, stream: Stream, *, is_whole: bool) -> None:
+    def _on_response_received(self, stream: CallStream, *, is_whole: bool) -> None:
         if stream.headers is None or (stream.body and not is_whole):
-            self._refuse(stream, Code.INTERNAL, "an answer that ends in the middle")
+            self._refuse(stream, Code.INTERNAL, "the response ended in the middle of a message")
             return
         trailers = stream.trailers if stream.trailers is not None else {}
         message = bytes(stream.body[PREFIX_BYTES:]) if is_whole else None
-        self._events.append(Answer(stream.id, stream.headers, trailers, message, bool(stream.body[:1] == b"\x01")))
-        if not stream.is_said:
-            self._out.append(frames.rst_stream(stream.id, Fault.CANCEL))
-        self._forget(stream)
+        self._events.append(
+            ResponseReceived(stream.id, stream.headers, trailers, message, bool(stream.body[:1] == b"\x01"))
+        )
+        if not stream.is_sent:
+            self._out.append(frames.rst_stream(stream.id, ErrorCode.CANCEL))
+        self._remove_stream(stream)
 
     # -- frames of the connection
 
     def _on_priority(self, _flags: int, _stream_id: int, payload: bytes) -> None:
-        self._spend(1)
+        self._spend_allowance(1)
         if len(payload) != 5:
-            raise Broken(Fault.FRAME_SIZE_ERROR, "a priority has five bytes")
+            raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, f"expected 5 bytes in PRIORITY, got {len(payload)}")
 
     def _on_reset(self, _flags: int, stream_id: int, payload: bytes) -> None:
         if len(payload) != 4:
-            raise Broken(Fault.FRAME_SIZE_ERROR, "a reset has four bytes")
-        self._check_known(stream_id, "a reset")
-        self._spend(RESET_COST)
+            raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, f"expected 4 bytes in RST_STREAM, got {len(payload)}")
+        self._check_opened(stream_id, "RST_STREAM")
+        self._spend_allowance(RESET_COST)
         stream = self._streams.get(stream_id)
         if stream is None:
             return
-        if stream.is_heard and not self.is_client:
-            self._lingering.add(stream_id)  # its handler has yet to end, and counts until then
-        self._forget(stream)
-        self._events.append(Reset(stream_id, frames.WORD.unpack(payload)[0]))
+        if stream.is_received and not self.is_client:
+            self._abandoned.add(stream_id)  # its handler still runs, and counts as open until it ends
+        self._remove_stream(stream)
+        self._events.append(StreamReset(stream_id, frames.WORD.unpack(payload)[0]))
 
     def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
-        self._spend(SETTINGS_COST)
+        self._spend_allowance(SETTINGS_COST)
         if stream_id:
-            raise Broken(Fault.PROTOCOL_ERROR, "settings of a stream")
+            raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"expected SETTINGS on stream 0, got stream {stream_id}")
         if flags & frames.ACK:
             if payload:
-                raise Broken(Fault.FRAME_SIZE_ERROR, "an acknowledgement with settings")
+                raise ProtocolError(
+                    ErrorCode.FRAME_SIZE_ERROR, f"expected an empty SETTINGS acknowledgement, got {len(payload)} bytes"
+                )
             return
         if len(payload) % frames.SETTING.size:
-            raise Broken(Fault.FRAME_SIZE_ERROR, "settings that end in the middle of one")
-        self._is_greeted = True
+            raise ProtocolError(
+                ErrorCode.FRAME_SIZE_ERROR,
+                f"expected SETTINGS of {frames.SETTING.size} bytes each, got {len(payload)} bytes together",
+            )
+        self._has_peer_settings = True
         for name, value in frames.SETTING.iter_unpack(payload):
             self._set(name, value)
         self._out.append(frames.frame(frames.SETTINGS, frames.ACK, 0))
@@ -409,77 +458,98 @@ class Machine(Sender):
     def _set(self, name: int, value: int) -> None:
         if name == frames.INITIAL_WINDOW_SIZE:
             if value > frames.WINDOW_MAX:
-                raise Broken(Fault.FLOW_CONTROL_ERROR, "a window of more than 2^31-1 bytes")
+                raise ProtocolError(
+                    ErrorCode.FLOW_CONTROL_ERROR, f"expected an initial window of at most 2^31-1 bytes, got {value}"
+                )
             change, self._stream_window = value - self._stream_window, value
             for stream in self._streams.values():
                 stream.window += change
                 if stream.window > frames.WINDOW_MAX:
-                    raise Broken(Fault.FLOW_CONTROL_ERROR, "a window of more than 2^31-1 bytes")
+                    raise ProtocolError(
+                        ErrorCode.FLOW_CONTROL_ERROR,
+                        f"expected a window of at most 2^31-1 bytes, got {stream.window} on stream {stream.id}",
+                    )
         elif name == frames.MAX_FRAME_SIZE:
             if not FRAME_BYTES <= value < 1 << 24:
-                raise Broken(Fault.PROTOCOL_ERROR, "a frame size out of its bounds")
+                raise ProtocolError(
+                    ErrorCode.PROTOCOL_ERROR, f"expected a maximum frame size from {FRAME_BYTES} to 2^24-1, got {value}"
+                )
             self._frame_max = min(value, TAKE_BYTES)
         elif name == frames.ENABLE_PUSH:
             if value > 1 or (self.is_client and value):
-                raise Broken(Fault.PROTOCOL_ERROR, "push is on or off, and never a server's")
+                raise ProtocolError(
+                    ErrorCode.PROTOCOL_ERROR, f"expected ENABLE_PUSH of 0 or 1 (from a server: 0), got {value}"
+                )
         elif name == frames.MAX_CONCURRENT_STREAMS:
             self.peer_calls_max = value
 
     def _on_push(self, _flags: int, _stream_id: int, _payload: bytes) -> None:
-        raise Broken(Fault.PROTOCOL_ERROR, "nobody asked for a push")
+        raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "expected no PUSH_PROMISE: push is disabled")
 
     def _on_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
         if stream_id:
-            raise Broken(Fault.PROTOCOL_ERROR, "a ping of a stream")
+            raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"expected PING on stream 0, got stream {stream_id}")
         if len(payload) != 8:
-            raise Broken(Fault.FRAME_SIZE_ERROR, "a ping has eight bytes")
-        self._spend(1)
+            raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, f"expected 8 bytes in PING, got {len(payload)}")
+        self._spend_allowance(1)
         if flags & frames.ACK:
-            self.heard_pings_count += 1
+            self.pings_acknowledged_count += 1
         else:
             self._out.append(frames.frame(frames.PING, frames.ACK, 0, payload))
 
     def _on_goaway(self, _flags: int, stream_id: int, payload: bytes) -> None:
-        self._spend(SETTINGS_COST)
+        self._spend_allowance(SETTINGS_COST)
         if stream_id or len(payload) < 8:
-            raise Broken(Fault.PROTOCOL_ERROR, "no GOAWAY at all")
-        last_id, fault = (word for (word,) in frames.WORD.iter_unpack(payload[:8]))
-        self.is_told_away = True
-        self._events.append(Away(last_id & 0x7FFFFFFF, fault))
+            raise ProtocolError(
+                ErrorCode.PROTOCOL_ERROR,
+                f"expected GOAWAY of at least 8 bytes on stream 0, got {len(payload)} bytes on stream {stream_id}",
+            )
+        last_id, error_code = (word for (word,) in frames.WORD.iter_unpack(payload[:8]))
+        self.is_peer_leaving = True
+        self._events.append(GoAwayReceived(last_id & 0x7FFFFFFF, error_code))
 
     def _on_window(self, _flags: int, stream_id: int, payload: bytes) -> None:
         if len(payload) != 4:
-            raise Broken(Fault.FRAME_SIZE_ERROR, "a window update has four bytes")
-        self._spend(1)
+            raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, f"expected 4 bytes in WINDOW_UPDATE, got {len(payload)}")
+        self._spend_allowance(1)
         increment = frames.WORD.unpack(payload)[0] & 0x7FFFFFFF
         if not stream_id:
             self._window += increment
             if not increment or self._window > frames.WINDOW_MAX:
-                raise Broken(Fault.FLOW_CONTROL_ERROR if increment else Fault.PROTOCOL_ERROR, "a window out of bounds")
+                raise ProtocolError(
+                    ErrorCode.FLOW_CONTROL_ERROR if increment else ErrorCode.PROTOCOL_ERROR,
+                    f"expected a window of 1 to 2^31-1 bytes, got {self._window} after adding {increment}",
+                )
             return
-        self._check_known(stream_id, "a window")
+        self._check_opened(stream_id, "WINDOW_UPDATE")
         stream = self._streams.get(stream_id)
         if stream is not None:
             stream.window += increment
             if not increment or stream.window > frames.WINDOW_MAX:
-                raise Broken(Fault.FLOW_CONTROL_ERROR if increment else Fault.PROTOCOL_ERROR, "a window out of bounds")
+                raise ProtocolError(
+                    ErrorCode.FLOW_CONTROL_ERROR if increment else ErrorCode.PROTOCOL_ERROR,
+                    f"expected a window of 1 to 2^31-1 bytes, got {stream.window} on stream {stream_id}",
+                )
 
-    def _check_known(self, stream_id: int, what: str) -> None:
-        """Raises `Broken` for a stream that nobody has opened."""
+    def _check_opened(self, stream_id: int, received: str) -> None:
+        """Raise `ProtocolError` for a stream that was never opened."""
         newest = self._next_id - 2 if self.is_client else self.last_id
         if not stream_id & 1 or stream_id > newest:
-            raise Broken(Fault.PROTOCOL_ERROR, f"{what} of a stream that was never opened")
+            raise ProtocolError(
+                ErrorCode.PROTOCOL_ERROR,
+                f"expected {received} on an opened stream, got stream {stream_id}, which was never opened",
+            )
 
-    def stalled(self, before_us: int) -> list[int]:
-        """Calls whose message is not whole, and of which nothing came since then."""
-        return [stream.id for stream in self._streams.values() if not stream.is_heard and stream.fed_us < before_us]
+    def stalled_calls(self, before_us: int) -> list[int]:
+        """Return the ids of calls whose message is incomplete and that received nothing since `before_us`."""
+        return [stream.id for stream in self._streams.values() if not stream.is_received and stream.fed_us < before_us]
 
     def close(self) -> list[int]:
-        """The connection is gone: the numbers of the calls that it takes with it."""
+        """End the connection. Returns the ids of the calls that were open."""
         self.is_broken = True
         open_ids = list(self._streams)
         for stream in tuple(self._streams.values()):
-            self._forget(stream)
+            self._remove_stream(stream)
         return open_ids
 
     _FRAMES: ClassVar = (

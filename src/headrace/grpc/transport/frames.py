@@ -1,4 +1,4 @@
-"""Frames of HTTP/2 (RFC 9113) as bytes: their kinds, flags, errors and settings, and how each is written."""
+"""HTTP/2 frames (RFC 9113) as bytes: kinds, flags, error codes, settings, and functions that encode each frame."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ MAX_HEADER_LIST_SIZE: Final = 6
 
 HEAD_BYTES: Final = 9
 HEAD: Final = struct.Struct(">HBBBI")
-"""Of a frame: its length in two fields (16 bits and 8), kind, flags, stream."""
+"""Frame header: the length in two fields (16 bits and 8), kind, flags, stream id."""
 
 SETTING: Final = struct.Struct(">HI")
 WORD: Final = struct.Struct(">I")
 WINDOW_MAX: Final = 2**31 - 1
 WINDOW_FIRST: Final = 65_535
-"""What both sides may send before anybody said anything."""
+"""Initial flow-control window of both sides, until SETTINGS or WINDOW_UPDATE changes it."""
 
 FRAME_BYTES: Final = 16_384
-"""The largest frame we take, and the least that any peer takes."""
+"""Largest frame accepted here. Every peer accepts at least this much."""
 
 
-class Fault(IntEnum):
-    """Why a connection or stream ends, in HTTP/2's own codes."""
+class ErrorCode(IntEnum):
+    """HTTP/2 error codes, sent with RST_STREAM and GOAWAY."""
 
     NO_ERROR = 0
     PROTOCOL_ERROR = 1
@@ -65,49 +65,51 @@ class Fault(IntEnum):
     HTTP_1_1_REQUIRED = 13
 
 
-class Broken(Exception):
-    """The peer broke the protocol: the connection ends, and GOAWAY says why."""
+class ProtocolError(Exception):
+    """The peer broke the protocol. The connection ends, and GOAWAY carries the error code and the reason."""
 
-    def __init__(self, fault: Fault, what: str) -> None:
-        super().__init__(what)
-        self.fault = fault
-        self.what = what
+    def __init__(self, error_code: ErrorCode, reason: str) -> None:
+        super().__init__(reason)
+        self.error_code = error_code
+        self.reason = reason
 
 
 def head(length: int, kind: int, flags: int, stream_id: int) -> bytes:
-    """The first nine bytes of a frame."""
+    """Encode the nine bytes of a frame header."""
     return HEAD.pack(length >> 8, length & 0xFF, kind, flags, stream_id)
 
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
-    """A whole frame."""
+    """Encode a whole frame."""
     return head(len(payload), kind, flags, stream_id) + payload
 
 
 def settings(values: dict[int, int]) -> bytes:
-    """A SETTINGS frame."""
+    """Encode a SETTINGS frame."""
     return frame(SETTINGS, 0, 0, b"".join(SETTING.pack(name, value) for name, value in values.items()))
 
 
 def window_update(stream_id: int, increment: int) -> bytes:
-    """More may be sent, on a stream or (0) on the connection."""
+    """Encode a WINDOW_UPDATE frame for a stream, or for the connection (stream 0)."""
     return frame(WINDOW_UPDATE, 0, stream_id, WORD.pack(increment))
 
 
-def rst_stream(stream_id: int, fault: Fault) -> bytes:
-    """A stream ends here."""
-    return frame(RST_STREAM, 0, stream_id, WORD.pack(fault))
+def rst_stream(stream_id: int, error_code: ErrorCode) -> bytes:
+    """Encode a RST_STREAM frame."""
+    return frame(RST_STREAM, 0, stream_id, WORD.pack(error_code))
 
 
-def goaway(last_id: int, fault: Fault, what: str = "") -> bytes:
-    """No stream after `last_id` is looked at."""
-    return frame(GOAWAY, 0, 0, WORD.pack(last_id) + WORD.pack(fault) + what.encode()[:200])
+def goaway(last_id: int, error_code: ErrorCode, reason: str = "") -> bytes:
+    """Encode a GOAWAY frame: streams after `last_id` are not processed. `reason` is cut to 200 bytes."""
+    return frame(GOAWAY, 0, 0, WORD.pack(last_id) + WORD.pack(error_code) + reason.encode()[:200])
 
 
 def unpadded(payload: bytes, flags: int) -> bytes:
-    """A payload without its padding. Raises `Broken`."""
+    """Strip the padding of a payload. Raises `ProtocolError`."""
     if not flags & PADDED:
         return payload
     if not payload or payload[0] >= len(payload):
-        raise Broken(Fault.PROTOCOL_ERROR, "a frame is all padding")
+        raise ProtocolError(
+            ErrorCode.PROTOCOL_ERROR, "expected padding shorter than its frame, got a frame of nothing but padding"
+        )
     return payload[1 : len(payload) - payload[0]]

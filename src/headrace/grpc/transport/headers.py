@@ -1,9 +1,10 @@
-"""Header blocks: read by `hpack`, and written without state.
+"""Header blocks: decoded by `hpack`, encoded here without state.
 
-What we write names no entry of the dynamic table, so a block is the same bytes whatever went before, and those that
-every answer begins and ends with are made once. What a peer writes is decoded once and remembered while its dynamic
-table stays as it is: a client's calls differ in their messages and seldom in their headers, and decoding a block costs
-more than all the frames of a call.
+Blocks written here use no entry of the dynamic table. So a block has the same bytes whatever was sent before, and the
+blocks that begin and end every response are built once.
+
+Received blocks are cached while the peer's dynamic table does not change. The calls of one client differ in their
+messages and seldom in their headers, and decoding a block costs more than handling all the frames of a call.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from hpack import Decoder
 from hpack.exceptions import HPACKError
 from hpack.table import HeaderTable
 
-from headrace.grpc.transport.frames import Broken, Fault
+from headrace.grpc.transport.frames import ErrorCode, ProtocolError
 from headrace.grpc.transport.signing import HEADER
 
 LIST_BYTES_MAX: Final = 16 * 1024
-"""Of one header list, decoded; a name or value counts 32 bytes more than it has."""
+"""Largest decoded header list. Each field counts 32 bytes more than its name and value (RFC 9113, section 6.5.2)."""
 
 BLOCK_BYTES_MAX: Final = 16 * 1024
-"""Of one header block as it is sent, in however many frames."""
+"""Largest encoded header block, over all of its frames."""
 
 MESSAGE_BYTES_MAX: Final = 4 * 1024
-"""Of the words of a status, as they are carried: grpcio takes headers of 8 KiB."""
+"""Largest `grpc-message`, encoded: grpcio accepts headers of up to 8 KiB."""
 
 _SEEN_BLOCKS_MAX: Final = 64
 _SEEN_BYTES_MAX: Final = 1_024
@@ -38,28 +39,30 @@ _UNINDEXED: Final = b"\x00\x10"
 _RESIZE: Final = range(0x20, 0x40)
 _NAME: Final = re.compile(rb":?[!#$%&'*+\-.^_`|~0-9a-z]+\Z")
 _VALUE: Final = re.compile(rb"[^\x00\r\n]*\Z")
-_OF_HTTP_1: Final = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"))
-_PLAIN: Final = frozenset(range(0x20, 0x7F)) - {ord("%")}
+_HTTP_1_ONLY: Final = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"))
+_UNESCAPED: Final = frozenset(range(0x20, 0x7F)) - {ord("%")}
 
 Headers = Mapping[str, str]
-"""By name, pseudo-headers too (`:path`); of several of one name the last. Shared between calls: not to be changed."""
+"""Headers by name, pseudo-headers (`:path`) included. Of repeated names the last value wins. Shared between calls: do
+not modify.
+"""
 
 
 class _Table(HeaderTable):
-    """Counts what it is told, so that a block that changed nothing is known as one."""
+    """Dynamic table that counts its changes, so that a block that changed nothing can be cached."""
 
     def __init__(self) -> None:
         super().__init__()
         self.changes_count = 0
 
     def add(self, name: bytes, value: bytes) -> None:
-        """An entry of the dynamic table."""
+        """Add an entry and count the change."""
         self.changes_count += 1
         super().add(name, value)
 
 
 class HeaderReader:
-    """One peer's header blocks, in order."""
+    """Decoder of one peer's header blocks, in the order they were sent."""
 
     def __init__(self) -> None:
         self._decoder = Decoder(max_header_list_size=LIST_BYTES_MAX)
@@ -67,11 +70,12 @@ class HeaderReader:
         self._seen: dict[bytes, Headers | None] = {}
 
     def read(self, block: bytes) -> Headers | None:
-        """The headers of a block; None when they are none that a request or answer may have. Raises `Broken`.
+        """Decode a block. Returns None for headers that no request or response may have. Raises `ProtocolError`.
 
-        A signature is another for each message. Where it stands last and plainly, as clients send it, what is before it
-        is a block of its own, and mostly one that was seen: it ends where a field does, or can't be decoded (when
-        the end of a value looks like a signature, with a byte in it that no value may have).
+        The signature differs for every message. Where it is the last field and not indexed, as clients send it, the
+        rest of the block is decoded alone, since that part is usually cached. The cut is safe: either the rest ends at
+        a field boundary, or it fails to decode (a value whose end looks like a signature would hold a byte that no
+        value may have).
         """
         seen = self._seen
         if block in seen:
@@ -79,67 +83,74 @@ class HeaderReader:
         if block[-_SIGNED_BYTES + 1 : -_SIGNATURE_CHARS] == _SIGNED and block[-_SIGNED_BYTES] in _UNINDEXED:
             signature = block[-_SIGNATURE_CHARS:]
             if signature.isalnum():
-                others = self.read(block[:-_SIGNED_BYTES])
-                return None if others is None else {**others, HEADER: signature.decode("ascii")}
+                unsigned = self.read(block[:-_SIGNED_BYTES])
+                return None if unsigned is None else {**unsigned, HEADER: signature.decode("ascii")}
         before = self._table.changes_count
         try:
             fields: Iterable[tuple[bytes, bytes]] = self._decoder.decode(block, raw=True)
-            found = _checked(fields)
+            headers = _checked(fields)
         except (HPACKError, ValueError, IndexError) as error:
-            raise Broken(Fault.COMPRESSION_ERROR, f"a header block can't be read: {error}"[:200]) from None
+            raise ProtocolError(
+                ErrorCode.COMPRESSION_ERROR,
+                f"expected a valid HPACK header block, got one that can't be decoded: {error}"[:200][:200],
+            ) from None
         if self._table.changes_count != before or (block and block[0] in _RESIZE):
             seen.clear()
         elif len(block) <= _SEEN_BYTES_MAX:
             if len(seen) >= _SEEN_BLOCKS_MAX:
                 seen.clear()
-            seen[block] = found
-        return found
+            seen[block] = headers
+        return headers
 
 
 def _checked(fields: Iterable[tuple[bytes, bytes]]) -> Headers | None:
-    found: dict[str, str] = {}
+    headers: dict[str, str] = {}
     is_past_pseudo = False
     for name, value in fields:
-        if not _NAME.match(name) or not _VALUE.match(value) or name in _OF_HTTP_1:
+        if not _NAME.match(name) or not _VALUE.match(value) or name in _HTTP_1_ONLY:
             return None
         text = name.decode("ascii")
         if text[0] == ":":
-            if is_past_pseudo or text in found:
+            if is_past_pseudo or text in headers:
                 return None
         else:
             is_past_pseudo = True
-        found[text] = value.decode("latin-1")
-    return found
+        headers[text] = value.decode("latin-1")
+    return headers
 
 
-def literal(name: str, value: str, *, is_secret: bool = False) -> bytes:
-    """A field as it is, for no table. `is_secret`: nor for one of anybody who passes it on."""
+def encode_field(name: str, value: str, *, is_secret: bool = False) -> bytes:
+    """Encode a literal field without indexing. `is_secret`: never indexed, so no proxy may put it into its table
+    either.
+    """
     field = value.encode("latin-1", "replace")
     return b"".join((b"\x10" if is_secret else b"\x00", _length(len(name)), name.encode(), _length(len(field)), field))
 
 
-def block(fields: Mapping[str, str]) -> bytes:
-    """Fields as a block."""
-    return b"".join(literal(name, value) for name, value in fields.items())
+def encode_block(fields: Mapping[str, str]) -> bytes:
+    """Encode fields as a header block."""
+    return b"".join(encode_field(name, value) for name, value in fields.items())
 
 
 def _length(size: int) -> bytes:
     if size < 127:
         return bytes((size,))
-    found, size = bytearray((127,)), size - 127
+    headers, size = bytearray((127,)), size - 127
     while size >= 128:
-        found.append(size & 127 | 128)
+        headers.append(size & 127 | 128)
         size >>= 7
-    found.append(size)
-    return bytes(found)
+    headers.append(size)
+    return bytes(headers)
 
 
-def percent(message: str) -> str:
-    """A message as `grpc-message` carries it; the beginning of one that many peers would find too long a header."""
-    carried = "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in message.encode("utf-8", "replace"))
-    return carried if len(carried) <= MESSAGE_BYTES_MAX else percent(message[: len(message) // 2])
+def encode_status_message(message: str) -> str:
+    """Percent-encode a status message for `grpc-message`. One that would exceed `MESSAGE_BYTES_MAX` is cut."""
+    encoded = "".join(
+        chr(byte) if byte in _UNESCAPED else f"%{byte:02X}" for byte in message.encode("utf-8", "replace")
+    )
+    return encoded if len(encoded) <= MESSAGE_BYTES_MAX else encode_status_message(message[: len(message) // 2])
 
 
-def from_percent(text: str) -> str:
-    """What `grpc-message` carries; anything that can't be read stays as it is."""
+def decode_status_message(text: str) -> str:
+    """Decode a `grpc-message`; sequences that are not UTF-8 are replaced."""
     return unquote(text, errors="replace")

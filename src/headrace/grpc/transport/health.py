@@ -1,4 +1,4 @@
-"""The health service that gRPC clients and orchestrators know: `grpc.health.v1.Health`."""
+"""The standard gRPC health service, `grpc.health.v1.HealthService`."""
 
 from __future__ import annotations
 
@@ -6,61 +6,66 @@ import asyncio
 from collections.abc import AsyncIterator, Collection
 
 from headrace.grpc.messages import health_pb2 as wire
-from headrace.grpc.transport.service_methods import Call, Method, methods_of
+from headrace.grpc.transport.service_methods import CallContext, Method, methods_of
 from headrace.grpc.transport.status import Code, GrpcError
 
 SERVICE = wire.DESCRIPTOR.services_by_name["Health"]
 
 
-class Health:
-    """Whether this server and its services can work, as whoever looks after them says by `tell`.
+class HealthService:
+    """Health of the server and its services, as set by `set_serving`. Initially NOT_SERVING.
 
-    Until told otherwise they can't. One that ends says so to those who watch, and lets them go.
+    After `shut_down` every open watch receives NOT_SERVING and ends.
     """
 
     def __init__(self, services: Collection[str] = ()) -> None:
-        self._known = {"", SERVICE.full_name, *services}
+        self._service_names = {"", SERVICE.full_name, *services}
         self._is_serving = False
         self._is_over = False
-        self._news = asyncio.Event()
+        self._status_changed = asyncio.Event()
 
     @property
     def methods(self) -> dict[str, Method]:
-        """Its paths; nobody has to sign."""
+        """Method table of the service. No signature is required."""
         return methods_of(SERVICE, self, is_open=True)
 
-    def tell(self, *, is_serving: bool) -> None:
-        """How things are."""
+    def set_serving(self, *, is_serving: bool) -> None:
+        """Set the status of all services and notify the watches."""
         if is_serving != self._is_serving and not self._is_over:
             self._is_serving = is_serving
-            self._ring()
+            self._notify()
 
-    def end(self) -> None:
-        """Nothing is served from now on."""
+    def shut_down(self) -> None:
+        """Report NOT_SERVING from now on, and end the watches."""
         self._is_serving, self._is_over = False, True
-        self._ring()
+        self._notify()
 
-    def _ring(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+    def _notify(self) -> None:
+        status_changed, self._status_changed = self._status_changed, asyncio.Event()
+        status_changed.set()
 
     def _status(self, name: str) -> wire.HealthCheckResponse:
-        if name not in self._known:
+        if name not in self._service_names:
             return wire.HealthCheckResponse(status=wire.HealthCheckResponse.SERVICE_UNKNOWN)
         status = wire.HealthCheckResponse.SERVING if self._is_serving else wire.HealthCheckResponse.NOT_SERVING
         return wire.HealthCheckResponse(status=status)
 
-    async def check(self, request: wire.HealthCheckRequest, _call: Call) -> wire.HealthCheckResponse:
-        """How a service is."""
-        if request.service not in self._known:
-            raise GrpcError(Code.NOT_FOUND, f"there is no service {request.service[:200]}")
+    async def check(self, request: wire.HealthCheckRequest, _call: CallContext) -> wire.HealthCheckResponse:
+        """Return the status of a service."""
+        if request.service not in self._service_names:
+            raise GrpcError(
+                Code.NOT_FOUND,
+                f"expected one of {sorted(filter(None, self._service_names))}, got service {request.service[:200]!r}",
+            )
         return self._status(request.service)
 
-    async def watch(self, request: wire.HealthCheckRequest, _call: Call) -> AsyncIterator[wire.HealthCheckResponse]:
-        """How a service is, and each change."""
+    async def watch(
+        self, request: wire.HealthCheckRequest, _call: CallContext
+    ) -> AsyncIterator[wire.HealthCheckResponse]:
+        """Yield the status of a service, then each change."""
         while True:
-            news = self._news
+            status_changed = self._status_changed
             yield self._status(request.service)
             if self._is_over:
                 return
-            await news.wait()
+            await status_changed.wait()

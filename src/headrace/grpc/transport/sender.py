@@ -1,7 +1,7 @@
-"""What one end of a connection says: streams, their windows, and messages that wait for room.
+"""Sending half of an HTTP/2 connection: streams, their flow-control windows, and messages that wait for a window.
 
-A small answer is one piece of bytes, headers, message and status. A message that is larger than the peer's windows or a
-frame waits in its stream's queue, and goes out in turn with others as `take` is called and room is made.
+A small response is one write: headers, message and status. A message that exceeds the peer's windows or the frame size
+waits in its stream's queue. Queues are drained in turn, one frame a stream, by `take_output`.
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ from collections import deque
 from typing import Final
 
 from headrace.grpc.transport import frames
-from headrace.grpc.transport.frames import FRAME_BYTES, Fault
-from headrace.grpc.transport.headers import Headers, literal, percent
+from headrace.grpc.transport.frames import FRAME_BYTES, ErrorCode
+from headrace.grpc.transport.headers import Headers, encode_field, encode_status_message
 from headrace.grpc.transport.status import Code
 
 STREAM_WINDOW: Final = 256 * 1024
-"""What a peer may send on a stream before it hears from us; opened again as the bytes come."""
+"""Bytes a peer may send on one stream before a WINDOW_UPDATE. The window reopens as bytes arrive."""
 
 TAKE_BYTES: Final = 256 * 1024
-"""About what one `take` hands out of messages that wait for room."""
+"""Approximate bytes of queued messages that one `take_output` returns."""
 
 LAST_ID: Final = 2**31 - 1
-PATIENCE_MAX: Final = 2_000
+ALLOWANCE_MAX: Final = 2_000
 PAYING_BYTES: Final = 1_024
-"""A frame of ours of this size pays for the window updates that it will bring."""
+"""A DATA frame of at least this size pays for the WINDOW_UPDATE frames that it causes."""
 
 PREFIX_BYTES: Final = 5
-"""Before each message: whether it is compressed, and its length."""
+"""gRPC message prefix: a compressed flag and the length."""
 
 CONTENT_TYPE: Final = "application/grpc"
 ENCODINGS: Final = "identity,gzip"
-_ANSWER: Final = b"\x88" + literal("content-type", CONTENT_TYPE) + literal("grpc-accept-encoding", ENCODINGS)
-_DONE: Final = literal("grpc-status", "0")
+_ANSWER: Final = b"\x88" + encode_field("content-type", CONTENT_TYPE) + encode_field("grpc-accept-encoding", ENCODINGS)
+_DONE: Final = encode_field("grpc-status", "0")
 _ANSWER_HEAD: Final = len(_ANSWER).to_bytes(3, "big") + bytes((frames.HEADERS, frames.END_HEADERS))
 _DONE_HEAD: Final = len(_DONE).to_bytes(3, "big") + bytes((frames.HEADERS, frames.END_HEADERS | frames.END_STREAM))
 
 
 class Budget:
-    """Bytes of messages held by every connection of a process together."""
+    """Bytes of messages held by all connections of a process together."""
 
     __slots__ = ("bytes_max", "held_bytes")
 
@@ -46,21 +46,21 @@ class Budget:
         self.held_bytes = 0
 
 
-class Stream:
-    """One call on a connection. `is_heard`: the peer has said all; `is_said`: we have."""
+class CallStream:
+    """One call on a connection. `is_received`: the peer has sent everything; `is_sent`: this end has."""
 
     __slots__ = (
         "body",
-        "credit",
         "expected",
         "fed_us",
         "headers",
         "id",
         "is_begun",
-        "is_heard",
-        "is_said",
+        "is_received",
+        "is_sent",
+        "last_frames",
         "queue",
-        "tail",
+        "receive_window",
         "trailers",
         "window",
     )
@@ -72,17 +72,17 @@ class Stream:
         self.body: bytes | bytearray = b""
         self.expected = -1
         self.fed_us = 0
-        self.credit = STREAM_WINDOW
+        self.receive_window = STREAM_WINDOW
         self.window = window
         self.queue: deque[memoryview] = deque()
-        self.tail: bytes | None = None
+        self.last_frames: bytes | None = None
         self.is_begun = False
-        self.is_heard = False
-        self.is_said = False
+        self.is_received = False
+        self.is_sent = False
 
 
 class Sender:
-    """The saying half of a machine. `sent_bytes` counts what went out of messages, `pending_bytes` waits for room."""
+    """Sending half of a connection. `sent_bytes` counts message bytes sent; `pending_bytes` wait for a window."""
 
     def __init__(self, budget: Budget, *, is_client: bool) -> None:
         self.is_client = is_client
@@ -91,20 +91,20 @@ class Sender:
         self.pending_bytes = 0
         self.sent_bytes = 0
         self._budget = budget
-        self._streams: dict[int, Stream] = {}
-        self._lingering: set[int] = set()
-        self._queued: dict[int, Stream] = {}
+        self._streams: dict[int, CallStream] = {}
+        self._abandoned: set[int] = set()
+        self._queued: dict[int, CallStream] = {}
         self._window = frames.WINDOW_FIRST
         self._stream_window = frames.WINDOW_FIRST
         self._frame_max = FRAME_BYTES
-        self._patience = PATIENCE_MAX
+        self._allowance = ALLOWANCE_MAX
         self._next_id = 1
         self._out: list[bytes] = []
 
-    def take(self) -> bytes:
-        """What is to be written now; nothing when the peer has no room, or there is nothing to say."""
+    def take_output(self) -> bytes:
+        """Return the bytes to write now; empty if the peer's windows are full or nothing is queued."""
         if self._queued and self._window > 0:
-            self._pump()
+            self._send_queued()
         if not self._out:
             return b""
         out, self._out = self._out, []
@@ -112,33 +112,33 @@ class Sender:
 
     @property
     def streams_count(self) -> int:
-        """Calls under way, with those whose handlers have yet to end."""
-        return len(self._streams) + len(self._lingering)
+        """Count open calls, including those that were ended while their handlers still run."""
+        return len(self._streams) + len(self._abandoned)
 
     @property
-    def is_spent(self) -> bool:
-        """Whether a client has used up nearly all numbers there are, and should begin a new connection."""
+    def is_out_of_stream_ids(self) -> bool:
+        """True if a client has used nearly all stream ids and should open a new connection."""
         return self._next_id > LAST_ID - 2_000
 
-    def answer(self, stream_id: int, message: bytes) -> None:
-        """End a call with its message."""
+    def send_response(self, stream_id: int, message: bytes) -> None:
+        """End a call with its response message."""
         stream = self._streams.get(stream_id)
         if stream is None:
             return
         size = PREFIX_BYTES + len(message)
         if self._queued or stream.is_begun or size > min(self._window, stream.window, self._frame_max):
-            self.say(stream_id, message)
-            self.fail(stream_id, Code.OK, "")
+            self.send_message(stream_id, message)
+            self.end_call(stream_id, Code.OK, "")
             return
         self._window -= size
         self.sent_bytes += size
         word = stream_id.to_bytes(4, "big")
         parts = (_ANSWER_HEAD, word, _ANSWER, size.to_bytes(3, "big"), b"\x00\x00", word)
         self._out.append(b"".join((*parts, b"\x00", len(message).to_bytes(4, "big"), message, _DONE_HEAD, word, _DONE)))
-        self._forget(stream)
+        self._remove_stream(stream)
 
-    def say(self, stream_id: int, message: bytes) -> None:
-        """One message of an answer that may have several."""
+    def send_message(self, stream_id: int, message: bytes) -> None:
+        """Send one message of a streaming response."""
         stream = self._streams.get(stream_id)
         if stream is None:
             return
@@ -147,86 +147,88 @@ class Sender:
             self._out.append(frames.frame(frames.HEADERS, frames.END_HEADERS, stream_id, _ANSWER))
         self._queue(stream, message)
 
-    def fail(self, stream_id: int, code: Code, what: str) -> None:
-        """End a call with its status; OK ends one whose messages were said."""
+    def end_call(self, stream_id: int, code: Code, reason: str) -> None:
+        """End a call with a status. OK ends a streaming response."""
         stream = self._streams.get(stream_id)
         if stream is None:
             return
         if code is Code.OK:
             status = _DONE
         else:
-            status = literal("grpc-status", str(int(code))) + literal("grpc-message", percent(what))
+            status = encode_field("grpc-status", str(int(code))) + encode_field(
+                "grpc-message", encode_status_message(reason)
+            )
             if code is Code.UNIMPLEMENTED and not stream.is_begun:
-                status += literal("grpc-accept-encoding", ENCODINGS)
-        self._end(stream, status if stream.is_begun else b"\x88" + literal("content-type", CONTENT_TYPE) + status)
+                status += encode_field("grpc-accept-encoding", ENCODINGS)
+        self._end(stream, status if stream.is_begun else b"\x88" + encode_field("content-type", CONTENT_TYPE) + status)
 
-    def _end(self, stream: Stream, block: bytes) -> None:
-        """The last headers of an answer, behind what of it still waits."""
-        if stream.tail is not None:
+    def _end(self, stream: CallStream, block: bytes) -> None:
+        """Send the final headers of a response, after its queued messages."""
+        if stream.last_frames is not None:
             return
-        tail = frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream.id, block)
-        if not stream.is_heard:
-            tail += frames.rst_stream(stream.id, Fault.NO_ERROR)
+        last_frames = frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream.id, block)
+        if not stream.is_received:
+            last_frames += frames.rst_stream(stream.id, ErrorCode.NO_ERROR)
         if stream.queue:
-            stream.tail = tail
+            stream.last_frames = last_frames
         else:
-            self._out.append(tail)
-            self._forget(stream)
+            self._out.append(last_frames)
+            self._remove_stream(stream)
 
-    def call(self, block: bytes, message: bytes) -> int:
-        """A client's call; answers its number."""
+    def start_call(self, block: bytes, message: bytes) -> int:
+        """Start a call as a client. Returns its stream id."""
         stream_id = self._next_id
         self._next_id += 2
-        stream = self._streams[stream_id] = Stream(stream_id, self._stream_window)
+        stream = self._streams[stream_id] = CallStream(stream_id, self._stream_window)
         opening = frames.head(len(block), frames.HEADERS, frames.END_HEADERS, stream_id)
         size = PREFIX_BYTES + len(message)
         if self._queued or size > min(self._window, stream.window, self._frame_max):
             self._out.append(opening + block)
             self._queue(stream, message)
-            stream.tail = b""
+            stream.last_frames = b""
             return stream_id
         self._window -= size
         self.sent_bytes += size
-        stream.is_said = True
+        stream.is_sent = True
         data = frames.head(size, frames.DATA, frames.END_STREAM, stream_id)
         self._out.append(b"".join((opening, block, data, b"\x00", len(message).to_bytes(4, "big"), message)))
         return stream_id
 
-    def reset(self, stream_id: int, fault: Fault) -> None:
-        """Give a stream up."""
+    def reset_stream(self, stream_id: int, error_code: ErrorCode) -> None:
+        """Reset a stream."""
         stream = self._streams.get(stream_id)
         if stream is not None:
-            self._out.append(frames.rst_stream(stream_id, fault))
-            self._forget(stream)
+            self._out.append(frames.rst_stream(stream_id, error_code))
+            self._remove_stream(stream)
 
-    def abandon(self, stream_id: int, code: Code, what: str) -> None:
-        """End a call with its status though its handler has yet to end: it counts until `done`."""
-        self._lingering.add(stream_id)
-        self.fail(stream_id, code, what)
+    def abandon_call(self, stream_id: int, code: Code, reason: str) -> None:
+        """End a call with a status while its handler still runs. It counts as open until `handler_ended`."""
+        self._abandoned.add(stream_id)
+        self.end_call(stream_id, code, reason)
 
-    def done(self, stream_id: int) -> None:
-        """The handler of a stream that was given up has ended."""
-        self._lingering.discard(stream_id)
+    def handler_ended(self, stream_id: int) -> None:
+        """Stop counting a call that was abandoned: its handler has ended."""
+        self._abandoned.discard(stream_id)
 
     def ping(self) -> None:
-        """Ask the peer for a sign of life."""
+        """Send a PING, which the peer must acknowledge."""
         self._out.append(frames.frame(frames.PING, 0, 0, b"headrace"))
 
-    def leave(self) -> None:
-        """Take no new streams; those under way may end."""
+    def go_away(self) -> None:
+        """Accept no new streams; open ones may finish."""
         if not self.is_leaving:
             self.is_leaving = True
-            self._out.append(frames.goaway(self.last_id, Fault.NO_ERROR))
+            self._out.append(frames.goaway(self.last_id, ErrorCode.NO_ERROR))
 
-    def _queue(self, stream: Stream, message: bytes) -> None:
+    def _queue(self, stream: CallStream, message: bytes) -> None:
         framed = b"\x00" + len(message).to_bytes(4, "big") + message
         stream.queue.append(memoryview(framed))
         self.pending_bytes += len(framed)
         self._budget.held_bytes += len(framed)
         self._queued[stream.id] = stream
 
-    def _pump(self) -> None:
-        """Frames of the messages that wait, a frame a stream in turn, as far as there is room."""
+    def _send_queued(self) -> None:
+        """Send queued messages, one frame a stream in turn, as far as the windows allow."""
         left = TAKE_BYTES
         while left > 0:
             sent = 0
@@ -234,12 +236,12 @@ class Sender:
                 room = min(self._window, stream.window, self._frame_max)
                 if room <= 0:
                     continue
-                sent += self._pump_one(stream, room)
+                sent += self._send_queued_frame(stream, room)
             if not sent:
                 return
             left -= sent
 
-    def _pump_one(self, stream: Stream, room: int) -> int:
+    def _send_queued_frame(self, stream: CallStream, room: int) -> int:
         first = stream.queue[0]
         piece, rest = first[:room], first[room:]
         size = len(piece)
@@ -249,24 +251,24 @@ class Sender:
         self._budget.held_bytes -= size
         self.sent_bytes += size
         if size >= PAYING_BYTES:
-            self._patience = min(PATIENCE_MAX, self._patience + 2)
+            self._allowance = min(ALLOWANCE_MAX, self._allowance + 2)
         if rest:
             stream.queue[0] = rest
         else:
             stream.queue.popleft()
-        is_last = not stream.queue and stream.tail is not None
+        is_last = not stream.queue and stream.last_frames is not None
         flags = frames.END_STREAM if is_last and self.is_client else 0
         self._out.append(b"".join((frames.head(size, frames.DATA, flags, stream.id), piece)))
         if not stream.queue:
             del self._queued[stream.id]
             if is_last:
-                stream.is_said = True
+                stream.is_sent = True
                 if not self.is_client:
-                    self._out.append(stream.tail or b"")
-                    self._forget(stream)
+                    self._out.append(stream.last_frames or b"")
+                    self._remove_stream(stream)
         return size
 
-    def _forget(self, stream: Stream) -> None:
+    def _remove_stream(self, stream: CallStream) -> None:
         self._streams.pop(stream.id, None)
         self._queued.pop(stream.id, None)
         unsent = sum(map(len, stream.queue))

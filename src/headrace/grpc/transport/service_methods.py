@@ -1,9 +1,9 @@
-"""What a server answers: a mapping of paths to methods, made from a service's descriptor and the object that does it.
+"""Method tables: paths of a service, mapped to the methods of the object that implements it.
 
-A service is a class with one method for each, named as it is but in the words of Python (`GetTask` is `get_task`). It
-takes the request and the `Call`, and answers with a message, its bytes, or None for an empty one; or it raises
-`GrpcError`. One that can't answer at once is a coroutine function, or returns a coroutine, a future or an `After`:
-whoever answers at once costs no task, and whoever waits for nothing but a future costs none either.
+An implementation has one method for each method of the service, in snake case (`GetTask` is `get_task`). It receives
+the request and the `CallContext`. It returns a message, its bytes, or None for an empty message; or it raises
+`GrpcError`. A method that can't answer at once is a coroutine function, or it returns a coroutine, a future or a
+`ResponseAfter`. An immediate answer costs no asyncio task, and neither does a future.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from headrace.foundation.errors import HeadraceError
-from headrace.grpc.transport.status import GrpcError, of_error
+from headrace.grpc.transport.status import GrpcError, to_grpc_error
 
 _WORD: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
-class Call:
-    """One call as its handler sees it. `metadata` is by lower-case name; of several values it has the last.
+class CallContext:
+    """A call as its handler sees it. `metadata` is by lower-case name; of repeated names it has the last value.
 
-    `is_signed`: the message was signed with one of the server's secrets; the verdict is made from this very message and
-    travels with it. `deadline_us`: when its caller stops waiting, on the loop's clock; None when it waits for ever.
+    `is_signed`: this very message was signed with one of the server's secrets. `deadline_us`: when the caller stops
+    waiting, on the event loop's clock; None for no deadline.
     """
 
     __slots__ = ("deadline_us", "is_signed", "metadata", "path", "peer")
@@ -48,33 +48,34 @@ class Call:
         self.deadline_us = deadline_us
 
 
-Answer = Message | bytes | None
-Awaited = Coroutine[Any, Any, Answer]
+Response = Message | bytes | None
+ResponseCoroutine = Coroutine[Any, Any, Response]
 
 
-class After(NamedTuple):
-    """Once the future is done, what `answer` makes then: an answer, or what one is awaited from."""
+class ResponseAfter(NamedTuple):
+    """A response made by `make_response` once the future is done: a value, or a coroutine that returns one."""
 
     future: asyncio.Future[Any]
-    answer: Callable[[], Answer | Awaited]
+    make_response: Callable[[], Response | ResponseCoroutine]
 
 
-Later = Awaited | asyncio.Future[Any] | After
+DeferredResponse = ResponseCoroutine | asyncio.Future[Any] | ResponseAfter
 Messages = AsyncIterator[Message]
-Handler = Callable[[Any, Call], Answer | Later | Messages]
+Handler = Callable[[Any, CallContext], Response | DeferredResponse | Messages]
 
 
 class Method(NamedTuple):
-    """One path. `is_open`: nobody has to sign; `is_stream`: the handler is an async iterator of messages.
+    """One method of a service. `is_open`: no signature required; `is_stream`: the handler is an async iterator of
+    messages.
 
-    `of_error`: an error of the engine as callers of this method know it.
+    `to_grpc_error` converts Headrace errors to the statuses that callers of this method expect.
     """
 
     request: type[Message]
     handler: Handler
     is_open: bool = False
     is_stream: bool = False
-    of_error: Callable[[HeadraceError], GrpcError] = of_error
+    to_grpc_error: Callable[[HeadraceError], GrpcError] = to_grpc_error
 
 
 Methods = Mapping[str, Method]
@@ -85,16 +86,16 @@ def methods_of(
     implementation: object,
     *,
     is_open: bool = False,
-    of_error: Callable[[HeadraceError], GrpcError] = of_error,
+    to_grpc_error: Callable[[HeadraceError], GrpcError] = to_grpc_error,
 ) -> dict[str, Method]:
-    """The methods of a service by their paths. `is_open`: callers need no signature."""
+    """Build the method table of a service. `is_open`: callers need no signature."""
     return {
         f"/{service.full_name}/{method.name}": Method(
             GetMessageClass(method.input_type),
             getattr(implementation, _WORD.sub("_", method.name).lower()),
             is_open,
             method.server_streaming,
-            of_error,
+            to_grpc_error,
         )
         for method in service.methods
     }

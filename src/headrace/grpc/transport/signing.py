@@ -1,7 +1,7 @@
-"""Signatures of calls: `hex(HMAC-SHA256(secret, path + ":" + message))` in the header `sentry-signature`.
+"""Call signatures: `hex(HMAC-SHA256(secret, path + ":" + message))` in the header `sentry-signature`.
 
-The message is what its sender serialized, without gRPC's frame and before compression. Any of the secrets verifies, so
-that they can be changed one after the other; we sign with the first.
+The message is signed as its sender serialized it, without the gRPC prefix and before compression. Calls are signed with
+the first secret and verified with any of them, so that secrets can be rotated one after the other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _HEX_CHARS: Final = 64
 
 
 class Secrets:
-    """What calls are signed with; none at all signs nothing and verifies nothing."""
+    """Secrets for signing calls. Without any, nothing is signed and no signature is valid."""
 
     __slots__ = ("_keys",)
 
@@ -27,14 +27,14 @@ class Secrets:
         return bool(self._keys)
 
     def __repr__(self) -> str:
-        return f"Secrets({len(self._keys)} of them)"
+        return f"Secrets(<{len(self._keys)} keys>)"
 
     def sign(self, path: str, message: bytes) -> str:
-        """The signature of a call; empty when there is no secret."""
+        """Sign a call. Returns an empty string if there is no secret."""
         return _signature(self._keys[0], path, message) if self._keys else ""
 
     def verifies(self, path: str, message: bytes, signature: str) -> bool:
-        """Whether a call was signed with one of them; as slow for a wrong signature as for a right one."""
+        """True if the call was signed with one of the secrets. Takes equally long for wrong and right signatures."""
         if len(signature) != _HEX_CHARS:
             return False
         given = signature.encode("utf-8", "replace")
@@ -43,7 +43,7 @@ class Secrets:
 
 
 def _signature(key: bytes, path: str, message: bytes) -> str:
-    # The message may be large: it is hashed where it lies.
+    # Two updates instead of a concatenation: the message may be large and is not copied.
     digest = hmac.new(key, path.encode("utf-8", "replace") + b":", hashlib.sha256)
     digest.update(message)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""How a call ended, in gRPC's own codes."""
+"""gRPC status codes, and the conversion of Headrace errors to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MESSAGE_CHARS_MAX: Final = 1_000
 
 
 class Code(IntEnum):
-    """The codes of gRPC. OK is none of an error's."""
+    """gRPC status codes."""
 
     OK = 0
     CANCELLED = 1
@@ -44,7 +44,7 @@ _BY_STATUS: Final = {
 
 
 class GrpcError(Exception):
-    """What a handler raises to end its call otherwise than with a message."""
+    """Ends a call with a status other than OK. Raised by handlers and by the client."""
 
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
@@ -55,8 +55,8 @@ class GrpcError(Exception):
         return f"{self.code.name}: {self.message}"
 
 
-def of_error(error: HeadraceError) -> GrpcError:
-    """An error of the engine as gRPC says it, with what a person can do."""
+def to_grpc_error(error: HeadraceError) -> GrpcError:
+    """Convert a Headrace error to a gRPC status. The message includes the hint."""
     if isinstance(error, EngineFault):
         code = Code.UNAVAILABLE if error.retryable else Code.ABORTED if error.status == 409 else Code.INTERNAL
     else:

@@ -17,7 +17,7 @@ from headrace.core.span import LOST, RECORDED, RETRY, SETTLED, Settlement, encod
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import new_session_id, run_id
 from headrace.grpc.messages import broker_pb2 as wire
-from headrace.grpc.transport.service_methods import Call
+from headrace.grpc.transport.service_methods import CallContext
 from headrace.http.requests.lease_tokens import Tickets
 from headrace.http.requests.long_poll import RUNS_MAX, Claiming, check_session
 from headrace.http.requests.service import Caller, Service
@@ -45,12 +45,12 @@ class Broker:
         self._claiming = Claiming(service)
         self._tickets = Tickets(service)
 
-    async def _caller(self, call: Call) -> Caller:
+    async def _caller(self, call: CallContext) -> Caller:
         if call.is_signed:
             return self._service.signed("work")
         return await self._service.caller(call.metadata.get("authorization"), "work")
 
-    async def start_session(self, request: wire.StartSessionRequest, call: Call) -> wire.StartSessionResponse:
+    async def start_session(self, request: wire.StartSessionRequest, call: CallContext) -> wire.StartSessionResponse:
         """A worker becomes known, and beats from now on."""
         caller = await self._caller(call)
         now_us, limits = caller.engine.clock.now_us(), self._service.limits
@@ -66,7 +66,7 @@ class Broker:
             session=session.id, heartbeat_ms=limits.heartbeat_ms, session_timeout_ms=limits.session_timeout_ms
         )
 
-    async def heartbeat(self, request: wire.HeartbeatRequest, call: Call) -> wire.HeartbeatResponse:
+    async def heartbeat(self, request: wire.HeartbeatRequest, call: CallContext) -> wire.HeartbeatResponse:
         """A sign of life; answers what is leased, and what nobody wants any more."""
         caller = await self._caller(call)
         store, now_us = caller.engine.store, caller.engine.clock.now_us()
@@ -79,7 +79,7 @@ class Broker:
             cancelled=[run_id(batch_id, index) for batch_id, index in reply.cancelled],
         )
 
-    async def end_session(self, request: wire.EndSessionRequest, call: Call) -> wire.EndSessionResponse:
+    async def end_session(self, request: wire.EndSessionRequest, call: CallContext) -> wire.EndSessionResponse:
         """Leave in good order; leases go back."""
         caller = await self._caller(call)
         await caller.engine.store.end_session(check_session(request.session), now_us=caller.engine.clock.now_us())
@@ -88,7 +88,7 @@ class Broker:
 
     # -- claims
 
-    async def claim_many(self, request: wire.ClaimManyRequest, call: Call) -> wire.ClaimManyResponse:
+    async def claim_many(self, request: wire.ClaimManyRequest, call: CallContext) -> wire.ClaimManyResponse:
         """Lease runs, waiting for some when asked to."""
         caller = await self._caller(call)
         if not request.tasks:
@@ -143,7 +143,7 @@ class Broker:
 
     # -- settlements
 
-    async def settle_many(self, request: wire.SettleManyRequest, call: Call) -> wire.SettleManyResponse:
+    async def settle_many(self, request: wire.SettleManyRequest, call: CallContext) -> wire.SettleManyResponse:
         """Record outcomes; the answer comes after their commit."""
         caller = await self._caller(call)
         if len(request.settlements) > SETTLEMENTS_MAX:
@@ -217,7 +217,7 @@ class Broker:
             type=told.type[:CAUSE_CHARS_MAX] or "Error", message=told.message[:chars_max], trace=told.trace[:chars_max]
         ).encode()
 
-    async def release_many(self, request: wire.ReleaseManyRequest, call: Call) -> wire.ReleaseManyResponse:
+    async def release_many(self, request: wire.ReleaseManyRequest, call: CallContext) -> wire.ReleaseManyResponse:
         """Give leases back as they were."""
         caller = await self._caller(call)
         if len(request.leases) > SETTLEMENTS_MAX:

@@ -10,7 +10,7 @@ from headrace.foundation.targets import PushTarget
 from headrace.grpc.taskbroker.consumer_service import SERVICE as CONSUMER
 from headrace.grpc.taskbroker.delivery_protocol import Deliveries
 from headrace.grpc.taskbroker.pusher import Pusher
-from headrace.grpc.transport.health import Health
+from headrace.grpc.transport.health import HealthService
 from headrace.grpc.transport.server import GrpcServer
 from headrace.grpc.transport.service_methods import Methods, methods_of
 from headrace.grpc.transport.signing import Secrets
@@ -27,7 +27,7 @@ async def answering(
     methods = methods_of(SERVICE, Broker(service), is_open=True)
     if consumer is not None:
         methods |= consumer
-    health = Health((SERVICE.full_name, CONSUMER.full_name) if consumer is not None else (SERVICE.full_name,))
+    health = HealthService((SERVICE.full_name, CONSUMER.full_name) if consumer is not None else (SERVICE.full_name,))
     server = GrpcServer(
         methods | health.methods, limits=service.limits, secrets=Secrets(secrets), observe=service.metrics.calls.observe
     )
@@ -69,11 +69,11 @@ async def pushing(
         await asyncio.gather(ending, return_exceptions=True)
 
 
-async def _look(service: Service, health: Health) -> None:
+async def _look(service: Service, health: HealthService) -> None:
     """Say how things are, as often as upkeep looks, until the server stops."""
     while not service.is_draining:
-        health.tell(is_serving=not await service.why_not_ready())
+        health.set_serving(is_serving=not await service.why_not_ready())
         with suppress(TimeoutError):
             async with asyncio.timeout(service.limits.upkeep_interval_ms / 1_000):
                 await service.draining.wait()
-    health.end()
+    health.shut_down()

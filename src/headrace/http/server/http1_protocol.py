@@ -13,8 +13,8 @@ from typing import Any, Final, cast
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from headrace.foundation.limits import KIB
-from headrace.grpc.transport.closing import part
-from headrace.grpc.transport.frames import PREFACE, Fault, goaway, settings
+from headrace.grpc.transport.closing import close_gracefully
+from headrace.grpc.transport.frames import PREFACE, ErrorCode, goaway, settings
 
 HEAD_BYTES_MAX: Final = 64 * KIB
 _TOO_LARGE: Final = (431, "Request Header Fields Too Large", "the head of a request has at most 65,536 bytes")
@@ -80,7 +80,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._no_timers()
         self.connections.discard(self)
         if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
-            self.transport.write(settings({}) + goaway(0, Fault.ENHANCE_YOUR_CALM, "too many connections"))
+            self.transport.write(settings({}) + goaway(0, ErrorCode.ENHANCE_YOUR_CALM, "too many connections"))
             self.transport.close()
             return
         protocol = self._second(self.connections)
@@ -126,7 +126,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _part_if_closing(self) -> None:
         if self.transport.is_closing():
-            part(self.transport)
+            close_gracefully(self.transport)
 
     def pause_writing(self) -> None:
         """The peer owes room for more of the answer."""

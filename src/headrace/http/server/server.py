@@ -97,9 +97,9 @@ class Server:
         limits = service.limits
         protocol: Any = BoundedProtocol
         if grpc is not None:
-            from headrace.grpc.transport.server import Connection
+            from headrace.grpc.transport.server import ServerProtocol
 
-            protocol = partial(BoundedProtocol, second=partial(Connection, grpc))
+            protocol = partial(BoundedProtocol, second=partial(ServerProtocol, grpc))
         config = uvicorn.Config(
             make_app(service),
             timeout_keep_alive=limits.http_idle_s,

@@ -23,7 +23,7 @@ from headrace.core.pack import ACTIVATION
 from headrace.foundation import interpreter
 from headrace.foundation.settings import load
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.taskbroker.activation_codec import entry_of
+from headrace.grpc.taskbroker.activation_codec import decode_entry
 from headrace.runtime.dispatch.dispatcher import Dispatcher
 from headrace.runtime.dispatch.lease_buffer import Wish
 from headrace.runtime.dispatch.report_outcome import Report
@@ -66,7 +66,7 @@ async def filled(engine: Engine, count: int, **fields: Any) -> None:
             **fields,
         )
         data = message.SerializeToString()
-        entry = entry_of(data, engine.limits, engine.clock.now_us())
+        entry = decode_entry(data, engine.limits, engine.clock.now_us())
         runs.append((entry.key, data, ACTIVATION, entry.extra))
     for start in range(0, count, 1_024):
         await producer.put_all(runs[start : start + 1_024])

@@ -195,8 +195,8 @@ def fill(port: int, count: int, label: str) -> None:
     arguments = field(13, b"\x82\xa4args\x91\xd9\x60" + b"x" * 96 + b"\xa6kwargs\x80")
     fixed = field(2, b"bench") + field(3, b"bench.task") + arguments + field(12, b"app") + b"\x40\x0a"
     with socket.create_connection(("127.0.0.1", port)) as peer:
-        lines = ("POST /v1/activations HTTP/1.1", "host: x", "connection: close", "transfer-encoding: chunked")
-        head = "\r\n".join((*lines, "content-type: application/x-protobuf", "", ""))
+        loops = ("POST /v1/activations HTTP/1.1", "host: x", "connection: close", "transfer-encoding: chunked")
+        head = "\r\n".join((*loops, "content-type: application/x-protobuf", "", ""))
         peer.sendall(head.encode())
         for start in range(0, count, 1_000):
             messages = (
@@ -510,7 +510,7 @@ async def serve_pusher(tasks: int, worker_port: int) -> None:
     from headrace.foundation.limits import Limits
     from headrace.foundation.targets import PushTarget
     from headrace.grpc.messages import taskbroker_pb2 as wire
-    from headrace.grpc.taskbroker.delivery_protocol import Delivery
+    from headrace.grpc.taskbroker.delivery_protocol import PushDelivery
     from headrace.grpc.taskbroker.pusher import Pusher
     from headrace.grpc.transport.server import GrpcServer, ServerProtocol
     from headrace.grpc.transport.service_methods import Method
@@ -522,16 +522,16 @@ async def serve_pusher(tasks: int, worker_port: int) -> None:
             body = wire.TaskActivation(id="", application="app", taskname="bench.task", parameters_bytes=b"x" * 120)
             rest = body.SerializeToString()
             names = (f"push-{number}" for number in range(tasks))
-            self.left = [Delivery(name, "app", field(1, name.encode()) + rest) for name in names]
+            self.left = [PushDelivery(name, "app", field(1, name.encode()) + rest) for name in names]
 
-        async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[Delivery]:  # noqa: ARG002
+        async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[PushDelivery]:  # noqa: ARG002
             found, self.left = self.left[:count_max], self.left[count_max:]
             return found
 
         async def mark(self, _names: Sequence[str]) -> None:
             return None
 
-        async def give_back(self, _names: Sequence[str]) -> None:
+        async def release(self, _names: Sequence[str]) -> None:
             raise AssertionError("nothing is refused here")
 
         async def parked(self, _applications: Sequence[str]) -> dict[str, int]:

@@ -53,7 +53,7 @@ from headrace.views import BatchView, RunView, batch_view, listed_view
 if TYPE_CHECKING:
     from headrace.core.entity import Entity
     from headrace.core.schedule import CatchUp
-    from headrace.grpc.taskbroker.activation_intake import Taken
+    from headrace.grpc.taskbroker.activation_intake import IntakeResult
     from headrace.indexer import Indexer
     from headrace.runtime.indexing.handler_registry import Unknown
     from headrace.runtime.indexing.pipeline import Where
@@ -359,7 +359,7 @@ class Headrace:
             self._producer = Producer(engine)
         return self._producer
 
-    async def activate(self, *messages: bytes) -> Taken:
+    async def activate(self, *messages: bytes) -> IntakeResult:
         """Store activations for the task broker's workers, each a `TaskActivation` in protobuf, once by its id.
 
         The answer lists those that were refused, with reasons; the others are stored.

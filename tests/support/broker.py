@@ -19,7 +19,7 @@ from headrace.core.pack import ACTIVATION
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.settings import load
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.taskbroker.activation_codec import entry_of
+from headrace.grpc.taskbroker.activation_codec import decode_entry
 from headrace.grpc.taskbroker.consumer_service import Ack, ConsumerService, DeliveryMode, to_grpc_error
 from headrace.grpc.transport.service_methods import CallContext, ResponseAfter
 from headrace.grpc.transport.status import Code, GrpcError
@@ -108,7 +108,7 @@ class Broker:
     async def add_bytes(self, *found: bytes) -> list[bool]:
         """The same, of their bytes."""
         now_us = self.engine.clock.now_us()
-        entries = [(data, entry_of(data, self.engine.limits, now_us)) for data in found]
+        entries = [(data, decode_entry(data, self.engine.limits, now_us)) for data in found]
         puts = [self.producer.put_new(entry.key, data, ACTIVATION, entry.extra) for data, entry in entries]
         return [is_new for _, _, is_new in await asyncio.gather(*puts)]
 

@@ -14,7 +14,7 @@ from headrace.cli.opening import JsonOption, ServerOption, StoreOption, opened, 
 from headrace.cli.printing import counted, note, say, say_json
 
 if TYPE_CHECKING:
-    from headrace.grpc.taskbroker.activation_intake import Taken
+    from headrace.grpc.taskbroker.activation_intake import IntakeResult
 
 app = typer.Typer(no_args_is_help=True, help="Bring in what the task broker's workers are to do.")
 
@@ -54,7 +54,7 @@ def load(
     except OSError as error:
         raise InvalidInput(f"{file} can't be read: {error.strerror or error}", hint="name a file, or -") from None
 
-    async def loaded() -> Taken:
+    async def loaded() -> IntakeResult:
         async with opened(settings) as engine:
             producer = Producer(engine)
             try:

@@ -184,7 +184,7 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
 
     try:
         from headrace.grpc.taskbroker.broker import dispatching
-        from headrace.grpc.taskbroker.dispatcher_deliveries import DispatchedDeliveries
+        from headrace.grpc.taskbroker.dispatcher_deliveries import DispatcherDeliveries
         from headrace.http.grpc_mount.mounting import answering, pushing
     except ModuleNotFoundError as error:
         if settings.delivery is not None or settings.grpc_secrets:
@@ -203,7 +203,7 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
             broker = await stack.enter_async_context(made)
             consumer = broker.consumer.methods
             if delivery != "pull":
-                deliveries = DispatchedDeliveries(broker.dispatcher)
+                deliveries = DispatcherDeliveries(broker.dispatcher)
                 secrets = settings.grpc_secrets
                 await stack.enter_async_context(pushing(service, deliveries, settings.push, secrets=secrets))
         yield await stack.enter_async_context(answering(service, secrets=settings.grpc_secrets, consumer=consumer))

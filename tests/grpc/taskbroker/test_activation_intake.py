@@ -20,8 +20,8 @@ from headrace.core.rules import DEMOTIONS, KILLSWITCH, Kill, Rules, demotions_en
 from headrace.foundation.errors import Conflict, InvalidInput, StoreBroken, StoreUnavailable
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.taskbroker import activation_codec as grpc_activations
-from headrace.grpc.taskbroker.activation_codec import arguments_of, is_killed
-from headrace.grpc.taskbroker.activation_intake import ActivationIntake, Taken
+from headrace.grpc.taskbroker.activation_codec import decode_arguments, is_killed
+from headrace.grpc.taskbroker.activation_intake import ActivationIntake, IntakeResult
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.dispatch.backpressure import NoRoom
 from headrace.runtime.dispatch.rule_cache import decide
@@ -36,7 +36,7 @@ async def pieces_of(*pieces: bytes) -> AsyncIterator[bytes]:
         yield piece
 
 
-async def taken(own: Broker, *pieces: bytes) -> Taken:
+async def taken(own: Broker, *pieces: bytes) -> IntakeResult:
     return await ActivationIntake(own.engine, own.producer).take(pieces_of(*pieces))
 
 
@@ -281,10 +281,10 @@ def in_arguments(**fields: Any) -> bytes:
 
 
 def test_arguments_are_read_packed_in_either_way_and_from_the_old_field() -> None:
-    assert arguments_of(in_arguments(parameters_bytes=packed(1, a=2))) == ([1], {"a": 2})
+    assert decode_arguments(in_arguments(parameters_bytes=packed(1, a=2))) == ([1], {"a": 2})
     squeezed = {"headers": {"compression-type": "zstd"}, "parameters_bytes": zstandard.compress(packed(3))}
-    assert arguments_of(in_arguments(**squeezed)) == ([3], {})
-    assert arguments_of(in_arguments(parameters_bytes=b"", parameters='{"args": [4]}')) == ([4], {})
+    assert decode_arguments(in_arguments(**squeezed)) == ([3], {})
+    assert decode_arguments(in_arguments(parameters_bytes=b"", parameters='{"args": [4]}')) == ([4], {})
 
 
 def bombs() -> dict[str, bytes]:
@@ -306,7 +306,7 @@ def bombs() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", bombs())
 def test_arguments_that_can_not_be_read_safely_drop_nothing(name: str) -> None:
-    assert arguments_of(bombs()[name]) is None
+    assert decode_arguments(bombs()[name]) is None
     rules = Rules(kills=[Kill(name="send", args={"0": 1})])
     assert not is_killed(rules, "send", bombs()[name])
 
@@ -315,9 +315,9 @@ def test_parameters_may_become_so_large_and_no_larger(monkeypatch: pytest.Monkey
     call = packed("x" * 1_000)
     data = in_arguments(headers={"compression-type": "zstd"}, parameters_bytes=zstandard.compress(call))
     monkeypatch.setattr(grpc_activations, "UNPACKED_BYTES_MAX", len(call))
-    assert arguments_of(data) is not None
+    assert decode_arguments(data) is not None
     monkeypatch.setattr(grpc_activations, "UNPACKED_BYTES_MAX", len(call) - 1)
-    assert arguments_of(data) is None
+    assert decode_arguments(data) is None
 
 
 def test_rules_have_bounds_and_what_is_none_is_broken() -> None:

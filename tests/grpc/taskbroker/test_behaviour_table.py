@@ -223,8 +223,8 @@ TABLE: Final[dict[str, tuple[str, str] | str]] = {
 
 
 def test_every_name_of_the_reference_has_a_line_and_no_other() -> None:
-    lines = (HERE / "taskbroker_behaviours.txt").read_text(encoding="utf-8").splitlines()
-    names = [line for line in lines if line and not line.startswith("#")]
+    loops = (HERE / "taskbroker_behaviours.txt").read_text(encoding="utf-8").splitlines()
+    names = [line for line in loops if line and not line.startswith("#")]
     assert len(names) == len(set(names))
     assert [name for name in names if name not in TABLE] == []
     assert [name for name in TABLE if name not in names] == []

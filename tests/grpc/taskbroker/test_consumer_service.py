@@ -11,7 +11,7 @@ import pytest
 from headrace.core.failure import decode
 from headrace.foundation.errors import InvalidInput, StoreUnavailable
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.taskbroker.dispatcher_deliveries import DispatchedDeliveries
+from headrace.grpc.taskbroker.dispatcher_deliveries import DispatcherDeliveries
 from headrace.grpc.transport.status import Code
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.dispatch.lease_buffer import Wish
@@ -426,7 +426,7 @@ async def test_an_activation_that_can_not_be_kept_is_refused_with_what_is_wrong(
 async def test_bytes_that_are_no_activation_are_refused(tmp_path: Path) -> None:
     async with broker("memory", tmp_path) as own:
         for data in (b"\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02a"):
-            with pytest.raises(InvalidInput, match="no TaskActivation"):
+            with pytest.raises(InvalidInput, match="expected a TaskActivation"):
                 await own.add_bytes(data)
 
 
@@ -469,7 +469,7 @@ async def test_large_activations_are_pushed_by_the_object_store_too(kind: str, t
     async with broker(kind, tmp_path, delivery="push", limits={"inline_bytes_max": 1_000}) as own:
         sent = [activation(number, parameters_bytes=b"x" * 5_000 * number) for number in range(4)]
         await own.add(*sent)
-        taken = await DispatchedDeliveries(own.dispatcher).take("app", 9, lease_ms=5_000)
+        taken = await DispatcherDeliveries(own.dispatcher).take("app", 9, lease_ms=5_000)
         found = [wire.TaskActivation.FromString(one.activation) for one in taken]
         assert sorted(found, key=lambda one: one.id) == sent, "they may come in as fast as each is offloaded"
 

@@ -15,8 +15,9 @@ from headrace.foundation.limits import Limits
 from headrace.foundation.targets import PushTarget
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.taskbroker import pusher as pushes
-from headrace.grpc.taskbroker.delivery_protocol import Delivery
-from headrace.grpc.taskbroker.pusher import BUSY_S, QUERY_MS, Endpoint, Pusher, lease_ms, request_of
+from headrace.grpc.taskbroker.activation_codec import as_first_field
+from headrace.grpc.taskbroker.delivery_protocol import PushDelivery
+from headrace.grpc.taskbroker.pusher import BUSY_S, QUERY_MS, PushEndpoint, Pusher, lease_ms
 from headrace.grpc.transport import client as channels
 from headrace.grpc.transport.service_methods import CallContext, methods_of
 from headrace.grpc.transport.signing import Secrets
@@ -33,9 +34,9 @@ class Shelf:
 
     def __init__(self, count: int, application: str = "app", *, at_most_once: bool = False) -> None:
         self.waiting = deque(
-            Delivery(f"id_{n}", application, activation(n).SerializeToString(), at_most_once) for n in range(count)
+            PushDelivery(f"id_{n}", application, activation(n).SerializeToString(), at_most_once) for n in range(count)
         )
-        self.claimed: dict[str, Delivery] = {}
+        self.claimed: dict[str, PushDelivery] = {}
         self.marked: list[str] = []
         self.returned: Counter[str] = Counter()
         self.taken_count = 0
@@ -44,7 +45,7 @@ class Shelf:
         self.changed = asyncio.Event()
         self.fails = 0
 
-    async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[Delivery]:
+    async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[PushDelivery]:
         """The oldest of an application."""
         if self.fails:
             self.fails -= 1
@@ -64,7 +65,7 @@ class Shelf:
             self.marked.append(name)
         self.changed.set()
 
-    async def give_back(self, ids: Sequence[str]) -> None:
+    async def release(self, ids: Sequence[str]) -> None:
         """First in line again."""
         for name in ids:
             self.waiting.appendleft(self.claimed.pop(name))
@@ -95,15 +96,15 @@ class Worker:
         self.refusals = deque(refusals)
         self.always: Exception | None = None
         self.got: list[str] = []
-        self.under_way = 0
+        self.in_flight_count = 0
         self.most = 0
         self.opened = asyncio.Event()
         self.opened.set()
 
     async def push_task(self, request: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskResponse:
         """One activation."""
-        self.under_way += 1
-        self.most = max(self.most, self.under_way)
+        self.in_flight_count += 1
+        self.most = max(self.most, self.in_flight_count)
         try:
             await self.opened.wait()
             refusal = self.refusals.popleft() if self.refusals else self.always
@@ -112,7 +113,7 @@ class Worker:
             self.got.append(request.task.id)
             return wire.PushTaskResponse()
         finally:
-            self.under_way -= 1
+            self.in_flight_count -= 1
 
 
 BUSY = GrpcError(Code.RESOURCE_EXHAUSTED, "worker busy")
@@ -167,7 +168,7 @@ async def test_what_reaches_its_worker_is_marked_once() -> None:
 async def test_what_comes_later_is_pushed_too() -> None:
     shelf, worker = Shelf(0), Worker()
     async with pushing(shelf, worker):
-        shelf.waiting.append(Delivery("late", "app", activation(1).SerializeToString()))
+        shelf.waiting.append(PushDelivery("late", "app", activation(1).SerializeToString()))
         await shelf.until(lambda: shelf.marked == ["late"])
 
 
@@ -195,7 +196,7 @@ async def test_no_more_are_on_their_way_than_an_endpoint_takes_and_none_waits_cl
     shelf, worker = Shelf(100), Worker()
     worker.opened.clear()
     async with pushing(shelf, worker, push_concurrency=4):
-        while worker.under_way < 4:
+        while worker.in_flight_count < 4:
             await asyncio.sleep(0)
         for _ in range(100):
             await asyncio.sleep(0)
@@ -210,7 +211,7 @@ async def test_two_endpoints_of_an_application_share_its_activations() -> None:
     one.opened.clear()
     async with pushing(shelf, one, two, push_concurrency=8):
         await shelf.until(lambda: len(shelf.marked) == 192)
-        assert (len(one.got), len(two.got), one.under_way) == (0, 192, 8)
+        assert (len(one.got), len(two.got), one.in_flight_count) == (0, 192, 8)
         one.opened.set()
         await shelf.until(lambda: len(shelf.marked) == 200)
 
@@ -221,7 +222,7 @@ async def test_an_endpoint_that_is_gone_leaves_its_share_to_the_other() -> None:
         (endpoint,) = pusher.endpoints["app"]
         gone = PushTarget("app", "127.0.0.1", 1, is_tls=False)
         channel = channels.Channel(gone, endpoint.channel._bounds, endpoint.channel._budget)
-        pusher.endpoints["app"].append(Endpoint(channel, 8))
+        pusher.endpoints["app"].append(PushEndpoint(channel, 8))
         await shelf.until(lambda: len(shelf.marked) == 100)
     assert sorted(worker.got) == sorted(shelf.marked)
 
@@ -257,15 +258,15 @@ async def test_an_activation_that_is_refused_for_its_own_sake_lets_others_go_fir
     shelf, worker = Shelf(20), Picky()
     async with pushing(shelf, worker, push_concurrency=1):
         await shelf.until(lambda: len(shelf.marked) == 19)
-    assert shelf.returned == {"id_0": pushes.STRIKES_MAX - 1}
+    assert shelf.returned == {"id_0": pushes.REFUSALS_PER_ID_MAX - 1}
     assert list(shelf.claimed) == ["id_0"], "its lease ends it"
 
 
 async def test_what_was_refused_and_then_taken_leaves_nothing_behind() -> None:
-    shelf, worker = Shelf(1), Worker(*[GrpcError(Code.INTERNAL, "not now")] * (pushes.STRIKES_MAX - 1))
+    shelf, worker = Shelf(1), Worker(*[GrpcError(Code.INTERNAL, "not now")] * (pushes.REFUSALS_PER_ID_MAX - 1))
     async with pushing(shelf, worker) as pusher:
         await shelf.until(lambda: shelf.marked == ["id_0"])
-        assert pusher._strikes == {}
+        assert pusher._refusals_by_id == {}
 
 
 async def test_a_store_that_is_away_is_asked_again() -> None:
@@ -290,7 +291,7 @@ async def test_a_stop_lets_what_is_on_its_way_arrive_and_writes_its_marks() -> N
     shelf, worker = Shelf(100), Worker()
     worker.opened.clear()
     async with pushing(shelf, worker, push_concurrency=4) as pusher:
-        while worker.under_way < 4:
+        while worker.in_flight_count < 4:
             await asyncio.sleep(0)
         stopping = asyncio.create_task(pusher.stop())
         for _ in range(20):
@@ -306,7 +307,7 @@ async def test_a_stop_gives_back_what_does_not_arrive_in_time() -> None:
     shelf, worker = Shelf(4), Worker()
     worker.opened.clear()
     async with pushing(shelf, worker, shutdown_grace_s=0) as pusher:
-        while worker.under_way < 4:
+        while worker.in_flight_count < 4:
             await asyncio.sleep(0)
         await pusher.stop()
         assert len(shelf.waiting) == 4
@@ -317,22 +318,22 @@ def test_an_endpoint_that_refuses_is_asked_less_and_earns_more_again(monkeypatch
     monkeypatch.setattr(pushes, "BUSY_S", BUSY_S)
     channel: Any = channels.Channel.__new__(channels.Channel)
     channel.target = PushTarget("app", "h", 1, is_tls=False)
-    endpoint = Endpoint(channel, 8)
-    assert endpoint.room(0) == 8
+    endpoint = PushEndpoint(channel, 8)
+    assert endpoint.capacity(0) == 8
     now_us = 0
     for width, rest_s in ((4, 0.02), (2, 0.1), (1, 0.5), (1, 1.0), (1, 1.0)):
-        endpoint.refused(now_us, BUSY)
-        endpoint.refused(now_us, BUSY)
-        assert (endpoint.width, endpoint.room(now_us)) == (width, 0), "several at once count as one"
+        endpoint.on_refused(now_us, BUSY)
+        endpoint.on_refused(now_us, BUSY)
+        assert (endpoint.concurrency, endpoint.capacity(now_us)) == (width, 0), "several at once count as one"
         now_us += int(rest_s * 1e6) - 1
-        assert endpoint.room(now_us) == 0
+        assert endpoint.capacity(now_us) == 0
         now_us += 1
-        assert endpoint.room(now_us) == width
+        assert endpoint.capacity(now_us) == width
     for _ in range(1 + 2 + 3 + 4 + 5 + 6 + 7):
-        endpoint.taken()
-    assert endpoint.width == 8
-    endpoint.under_way = 10
-    assert endpoint.room(now_us) == 0
+        endpoint.on_accepted()
+    assert endpoint.concurrency == 8
+    endpoint.in_flight_count = 10
+    assert endpoint.capacity(now_us) == 0
 
 
 def test_a_lease_holds_as_long_as_the_worst_case() -> None:
@@ -342,4 +343,4 @@ def test_a_lease_holds_as_long_as_the_worst_case() -> None:
 @pytest.mark.parametrize("size", [0, 1, 100, 20_000, 3_000_000])
 def test_a_push_carries_the_activation_s_own_bytes(size: int) -> None:
     message = wire.TaskActivation(id="x", parameters_bytes=b"y" * size)
-    assert wire.PushTaskRequest.FromString(request_of(message.SerializeToString())).task == message
+    assert wire.PushTaskRequest.FromString(as_first_field(message.SerializeToString())).task == message

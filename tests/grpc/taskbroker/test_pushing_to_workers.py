@@ -11,8 +11,8 @@ import pytest
 
 from headrace.foundation.targets import PushTarget
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.taskbroker.delivery_protocol import Delivery
-from headrace.grpc.taskbroker.dispatcher_deliveries import DispatchedDeliveries
+from headrace.grpc.taskbroker.delivery_protocol import PushDelivery
+from headrace.grpc.taskbroker.dispatcher_deliveries import DispatcherDeliveries
 from headrace.grpc.taskbroker.pusher import Pusher
 from headrace.grpc.transport.service_methods import CallContext, methods_of
 from headrace.grpc.transport.status import Code, GrpcError
@@ -62,7 +62,7 @@ def pusher_of(made: Broker, *ports: int) -> Pusher:
     targets = [PushTarget("app", "127.0.0.1", port, is_tls=False) for port in ports]
     engine = made.engine
     return Pusher(
-        DispatchedDeliveries(made.dispatcher),
+        DispatcherDeliveries(made.dispatcher),
         targets,
         limits=engine.limits,
         clock=engine.clock,
@@ -125,7 +125,7 @@ class Shelf:
     async def take(self, application: str, _count_max: int, *, lease_ms: int) -> list[Any]:
         """It."""
         found, self.left = self.left, []
-        return [Delivery(name, application, wire.TaskActivation(id=name).SerializeToString()) for name in found]
+        return [PushDelivery(name, application, wire.TaskActivation(id=name).SerializeToString()) for name in found]
 
     async def mark(self, ids: list[str]) -> None:
         """With its worker."""

@@ -13,7 +13,7 @@ import pytest
 
 from headrace.core.failure import decode
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.taskbroker.dispatcher_deliveries import DispatchedDeliveries
+from headrace.grpc.taskbroker.dispatcher_deliveries import DispatcherDeliveries
 from headrace.grpc.transport.status import Code
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.dispatch.lease_buffer import Handout, Wish
@@ -217,7 +217,7 @@ async def test_a_report_to_a_server_that_has_stopped_is_internal(kind: str, tmp_
 @on_databases
 async def test_what_is_pushed_is_marked_on_its_first_attempt_and_on_a_later_one(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path, delivery="push") as own:
-        deliveries = DispatchedDeliveries(own.dispatcher)
+        deliveries = DispatcherDeliveries(own.dispatcher)
         await own.filled(1)
         for attempt, name in enumerate(("id_0", "id_0~2.0")):
             (delivery,) = await deliveries.take("app", 5, lease_ms=LEASE_MS)
@@ -231,11 +231,11 @@ async def test_what_is_pushed_is_marked_on_its_first_attempt_and_on_a_later_one(
 @on_databases
 async def test_what_could_not_be_pushed_waits_again_and_is_marked_by_nobody(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path, delivery="push") as own:
-        deliveries = DispatchedDeliveries(own.dispatcher)
+        deliveries = DispatcherDeliveries(own.dispatcher)
         assert await deliveries.parked(["app"]) == {}
         await own.add(activation(0), activation(1, application="nobody"))
         (delivery,) = await deliveries.take("app", 5, lease_ms=LEASE_MS)
-        await deliveries.give_back([delivery.id])
+        await deliveries.release([delivery.id])
         await deliveries.mark([delivery.id])
         assert await own.counts() == {"waiting": 2}
         assert await deliveries.parked(["app"]) == {"nobody": 1}
@@ -384,7 +384,7 @@ async def test_of_a_worker_that_hangs_claims_lapse_and_nothing_is_lost(kind: str
 
 async def pushed_by(own: Broker, *, threads_count: int, accepts: bool) -> list[str]:
     """What a pool pushes until nothing is left, or, where workers refuse, for some rounds."""
-    deliveries = DispatchedDeliveries(own.dispatcher)
+    deliveries = DispatcherDeliveries(own.dispatcher)
     pushed: list[str] = []
 
     async def push() -> None:
@@ -397,7 +397,7 @@ async def pushed_by(own: Broker, *, threads_count: int, accepts: bool) -> list[s
                 pushed.extend(names)
                 await deliveries.mark(names)
             else:
-                await deliveries.give_back(names)
+                await deliveries.release(names)
 
     await asyncio.gather(*(push() for _ in range(threads_count)))
     return pushed

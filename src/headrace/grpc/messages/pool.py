@@ -1,7 +1,7 @@
-"""Where the descriptors of the generated messages live: a pool of their own.
+"""Descriptor pool of the generated messages.
 
-The default pool is one for the whole process and takes each name once, so that a program which uses another package
-of the same messages (a client of the broker, the health service of grpcio) could not import Headrace.
+The default pool is shared by the whole process and accepts each name once. A program that also uses another package of
+the same messages (a client of the broker, grpcio's health service) could not import Headrace if it used that pool.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ POOL.AddSerializedFile(timestamp_pb2.DESCRIPTOR.serialized_pb)
 
 
 def built(names: dict[str, Any], serialized: bytes) -> None:
-    """Fill a module with the messages and enums of a file."""
+    """Add the messages and enums of a file to a module."""
     file = POOL.AddSerializedFile(serialized)
     names["DESCRIPTOR"] = file
     for name, message in file.message_types_by_name.items():

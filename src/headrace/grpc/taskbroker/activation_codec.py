@@ -1,7 +1,7 @@
-"""`TaskActivation` as it is taken in and as it is handed out.
+"""Conversion of `TaskActivation` messages: to what the store keeps beside their bytes, and to what a worker receives.
 
-Its bytes are kept as they came. What the engine must know of it stands beside them: the queue, when it is due and
-expires, how often it may run, how long its worker has.
+The bytes are stored unchanged. Beside them the store keeps what the engine needs: queue, due time, expiry, attempts and
+processing deadline.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from headrace.core.activation import LANE, delivery_of, queue_of
 from headrace.core.block import Extra
+from headrace.core.delimited import headed
 from headrace.core.pack import ACTIVATION
 from headrace.core.retry import SECOND_US, quantised_due_us
 from headrace.core.rules import Arguments, Rules
@@ -25,36 +26,39 @@ from headrace.runtime.dispatch.lease_buffer import Handout
 from headrace.runtime.tasks.bounds import check_name
 
 SECONDS_MAX: Final = 365 * 86_400
-"""No deadline, expiry or rest is longer than a year."""
+"""Upper bound of deadlines, expiries and retry delays: a year."""
+
+_FIRST_FIELD: Final = b"\x0a"
+"""Key of field 1 with a length. `TaskActivation` is field 1 of the messages that carry it."""
 
 UINT32_MAX: Final = 2**32 - 1
 UNPACKED_BYTES_MAX: Final = 64 * MIB
 ZSTD_WINDOW_BYTES: Final = 8 * MIB
 
 
-class Entry(NamedTuple):
-    """An activation as the store keeps it, but for its bytes."""
+class ActivationEntry(NamedTuple):
+    """What the store keeps beside the bytes of an activation."""
 
     key: Key
     extra: Extra
 
 
-def entry_of(data: bytes, limits: Limits, now_us: int) -> Entry:
-    """What is kept beside the bytes of an activation. Raises `InvalidInput` that says which field is wrong."""
+def decode_entry(data: bytes, limits: Limits, now_us: int) -> ActivationEntry:
+    """Decode what is stored beside an activation's bytes. Raises `InvalidInput`, which names the invalid field."""
     if len(data) > limits.activation_bytes_max:
         raise InvalidInput(
-            f"an activation has at most {limits.activation_bytes_max} bytes, not {len(data)}",
-            hint="activation_bytes_max is the limit",
+            f"expected an activation of at most {limits.activation_bytes_max} bytes, got {len(data)}",
+            hint="raise activation_bytes_max, or send less data",
         )
     try:
         message = wire.TaskActivation.FromString(data)
     except DecodeError:
-        raise InvalidInput("the message is no TaskActivation") from None
+        raise InvalidInput("expected a TaskActivation, got bytes that can't be decoded as one") from None
     check_name("activation", message.id)
     if delivery_of(message.id).id != message.id:
         raise InvalidInput(
-            "the id of an activation doesn't end as that of a later delivery does: ~attempt.times",
-            hint="send it under the id that it had at first",
+            f"expected an activation id without a delivery suffix (~attempt.times), got {message.id[:200]!r}",
+            hint="send the activation under its original id",
             id=message.id,
         )
     check_name("task", message.taskname)
@@ -78,81 +82,88 @@ def entry_of(data: bytes, limits: Limits, now_us: int) -> Entry:
         timeout_ms=min(message.processing_deadline_duration, SECONDS_MAX) * 1_000,
         retry_delay_ms=min(state.delay_on_retry, SECONDS_MAX) * 1_000,
     )
-    return Entry(key, extra)
+    return ActivationEntry(key, extra)
 
 
 def _due_us(received_us: int, delay_s: int, now_us: int) -> int:
-    """When it is due; 0 when that is now. Many share a moment, so that they wait in one row."""
+    """Compute the due time, 0 for now. Rounded, so that many activations share a due time and with it a row."""
     due_us = received_us + delay_s * SECOND_US
     return 0 if due_us <= now_us else quantised_due_us(due_us, now_us)
 
 
 def _expires_us(message: Any, received_us: int) -> int:
-    """When it expires, 0 for never: to the second, as its own words are, so that many wait in one row."""
+    """Compute the expiry, 0 for never. Rounded up to a second, the unit of the field, so that many share a row."""
     if not message.HasField("expires"):
         return 0
     expires_us = received_us + min(message.expires, SECONDS_MAX) * SECOND_US
     return int(max(-(-expires_us // SECOND_US), 1) * SECOND_US)
 
 
-def arguments_of(data: bytes) -> Arguments | None:
-    """What an activation's task is called with; None where that can't be told, or would take more than 64 MiB."""
+def decode_arguments(data: bytes) -> Arguments | None:
+    """Decode the arguments of an activation's task. Returns None if they can't be decoded or exceed 64 MiB
+    decompressed.
+    """
     try:
         message = wire.TaskActivation.FromString(data)
         packed = message.parameters_bytes
         if not packed:
-            called = msgspec.json.decode(message.parameters or b"{}", type=_Called)
+            parameters = msgspec.json.decode(message.parameters or b"{}", type=_Parameters)
         else:
             if message.headers.get("compression-type") == "zstd":
-                packed = _unpacked(packed)
-            called = msgspec.msgpack.decode(packed, type=_Called)
+                packed = _decompressed(packed)
+            parameters = msgspec.msgpack.decode(packed, type=_Parameters)
     except (DecodeError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, InvalidInput):
         return None
-    return called.args, called.kwargs
+    return parameters.args, parameters.kwargs
 
 
-class _Called(msgspec.Struct):
+def as_first_field(activation: bytes) -> bytes:
+    """Encode a message whose first field is an activation: `GetTaskResponse` or `PushTaskRequest`."""
+    return _FIRST_FIELD + headed(activation)
+
+
+class _Parameters(msgspec.Struct):
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
 
 
-def _unpacked(data: bytes) -> bytes:
-    """zstd within a bound, whatever its head says. Raises `InvalidInput`."""
+def _decompressed(data: bytes) -> bytes:
+    """Decompress zstd within a bound, whatever size its header announces. Raises `InvalidInput`."""
     import zstandard
 
     try:
         with zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).stream_reader(data) as reader:
-            unpacked = reader.read(UNPACKED_BYTES_MAX + 1)
+            decompressed = reader.read(UNPACKED_BYTES_MAX + 1)
     except zstandard.ZstdError as error:
-        raise InvalidInput(f"the parameters are not zstd: {error}") from None
-    if len(unpacked) > UNPACKED_BYTES_MAX:
-        raise InvalidInput(f"the parameters become more than {UNPACKED_BYTES_MAX} bytes")
-    return unpacked
+        raise InvalidInput(f"expected zstd-compressed parameters, got invalid data: {error}") from None
+    if len(decompressed) > UNPACKED_BYTES_MAX:
+        raise InvalidInput(f"expected parameters of at most {UNPACKED_BYTES_MAX} bytes decompressed, got more")
+    return decompressed
 
 
 def is_killed(rules: Rules, name: str, data: bytes) -> bool:
-    """Whether rules drop an activation; its arguments are looked at only where one asks for that."""
-    return bool(rules.kills) and rules.is_killed(name, lambda: arguments_of(data))
+    """True if a killswitch rule drops the activation. Its arguments are decoded only if a rule matches on arguments."""
+    return bool(rules.kills) and rules.is_killed(name, lambda: decode_arguments(data))
 
 
-def told(dispatcher: Dispatcher, handout: Handout) -> bytes | None:
-    """The message of an activation as its worker gets it; None for one whose bytes are none, which fails.
+def delivery_message(dispatcher: Dispatcher, handout: Handout) -> bytes | None:
+    """Encode the message that a worker receives. A run whose payload is no activation fails, and None is returned.
 
-    The first delivery of one that came in by our own door is what came in.
+    The first delivery of an activation that came in over this protocol is its original bytes.
     """
     if handout.kind == ACTIVATION and not handout.held.suffix:
         return handout.payload
     try:
-        return message_of(handout, dispatcher.engine.clock.now_us()).SerializeToString()
+        return build_delivery(handout, dispatcher.engine.clock.now_us()).SerializeToString()
     except DecodeError:
-        dispatcher.refuse(handout, "its bytes are no TaskActivation")
+        dispatcher.refuse(handout, "expected a TaskActivation as payload, got bytes that can't be decoded as one")
         return None
 
 
-def message_of(handout: Handout, now_us: int) -> wire.TaskActivation:
-    """An activation as its worker gets it: as it came the first time, with what has changed since from then on.
+def build_delivery(handout: Handout, now_us: int) -> wire.TaskActivation:
+    """Build the message that a worker receives: the original, updated with what later attempts changed.
 
-    Raises `DecodeError` for bytes that are none.
+    Raises `DecodeError` for a payload that is no activation.
     """
     message = wire.TaskActivation.FromString(handout.payload)
     message.id = handout.name

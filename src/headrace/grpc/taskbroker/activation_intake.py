@@ -1,7 +1,7 @@
-"""A stream of activations becomes durable: each once by its id, in groups that share commits, within bounds.
+"""Intake of activation streams: each activation is stored once by its id, in groups that share commits.
 
-One that can't be kept is refused alone, with its place and its reason; the rest goes in. A stream that was cut is sent
-again whole: what is there already is known by its id.
+An invalid activation is refused alone, with its number and the reason; the others are stored. After an interruption the
+client sends the whole stream again: activations that are stored already are recognised by their ids.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 from headrace.core.delimited import DelimitedDecoder, Oversized
 from headrace.core.pack import ACTIVATION
 from headrace.foundation.errors import InvalidInput
-from headrace.grpc.taskbroker.activation_codec import Entry, entry_of, is_killed
+from headrace.grpc.taskbroker.activation_codec import ActivationEntry, decode_entry, is_killed
 from headrace.runtime.concurrent_map import ingest
 from headrace.runtime.dispatch.backpressure import Pressure
 from headrace.runtime.dispatch.rule_cache import RuleBook
@@ -27,37 +27,37 @@ GROUP_BYTES: Final = 1024 * 1024
 REFUSED_SHOWN: Final = 100
 
 
-class Refused(msgspec.Struct):
-    """One that was not kept. `number` counts the stream's activations from 0."""
+class RefusedActivation(msgspec.Struct):
+    """An activation that was not stored. `number` is its position in the stream, from 0."""
 
     number: int
     id: str
     reason: str
 
 
-class Taken(msgspec.Struct):
-    """What became of a stream. `dropped`: their tasks are switched off. `refused` shows the first 100."""
+class IntakeResult(msgspec.Struct):
+    """Result of a stream. `dropped`: killswitch rules matched. `refused` holds the first 100 refusals."""
 
     accepted: int = 0
     duplicates: int = 0
     dropped: int = 0
     refused_count: int = 0
-    refused: list[Refused] = []
+    refused: list[RefusedActivation] = []
 
     def refuse(self, number: int, name: str, reason: str) -> None:
-        """Count one that can't be kept."""
+        """Count an activation that was not stored."""
         self.refused_count += 1
         if len(self.refused) < REFUSED_SHOWN:
-            self.refused.append(Refused(number, name, reason))
+            self.refused.append(RefusedActivation(number, name, reason))
 
 
-class _Kept(NamedTuple):
+class _ValidActivation(NamedTuple):
     data: bytes
-    entry: Entry
+    entry: ActivationEntry
 
 
 class ActivationIntake:
-    """Owned by one event loop; streams may be taken in at the same time."""
+    """Intake of one environment. Used by one event loop; streams may run concurrently."""
 
     def __init__(self, engine: Engine, producer: Producer) -> None:
         self._engine = engine
@@ -65,17 +65,17 @@ class ActivationIntake:
         self._rules = RuleBook(engine)
         self._pressure = Pressure(engine)
 
-    async def take(self, pieces: AsyncIterable[bytes]) -> Taken:
-        """Keep a stream of activations, each after its length as a varint.
+    async def take(self, pieces: AsyncIterable[bytes]) -> IntakeResult:
+        """Store a stream of activations, each preceded by its length as a varint.
 
-        Raises `NoRoom` when a bound on what may wait stays reached, `InvalidInput` where the stream itself is broken.
-        Some of what came before may be kept by then: it is known again when the stream is sent once more.
+        Raises `NoRoom` if the backlog stays full, and `InvalidInput` if the framing of the stream is broken.
+        Activations before the error may have been stored; they are recognised when the stream is sent again.
         """
         decoder = DelimitedDecoder(self._engine.limits.activation_bytes_max)
         return await self._taken(_grouped(_messages(decoder, pieces)))
 
-    async def take_all(self, messages: Iterable[bytes]) -> Taken:
-        """Keep some activations that are there already."""
+    async def take_all(self, messages: Iterable[bytes]) -> IntakeResult:
+        """Store activations that are in memory."""
 
         async def given() -> AsyncIterator[bytes | Oversized]:
             for message in messages:
@@ -83,28 +83,30 @@ class ActivationIntake:
 
         return await self._taken(_grouped(given()))
 
-    async def _taken(self, groups: AsyncIterator[list[tuple[int, bytes | Oversized]]]) -> Taken:
-        taken = Taken()
+    async def _taken(self, groups: AsyncIterator[list[tuple[int, bytes | Oversized]]]) -> IntakeResult:
+        taken = IntakeResult()
 
         async def step(group: list[tuple[int, bytes | Oversized]]) -> None:
-            await self._keep(group, taken)
+            await self._store(group, taken)
 
         async with aclosing(ingest(groups, step, concurrency=self._engine.limits.ingest_concurrency)) as steps:
             async for _ in steps:
                 pass
         return taken
 
-    async def _keep(self, group: list[tuple[int, bytes | Oversized]], taken: Taken) -> None:
+    async def _store(self, group: list[tuple[int, bytes | Oversized]], taken: IntakeResult) -> None:
         rules = await self._rules.refresh()
         now_us, limits = self._engine.clock.now_us(), self._engine.limits
-        kept: list[_Kept] = []
+        kept: list[_ValidActivation] = []
         for number, data in group:
             if isinstance(data, Oversized):
-                reason = f"an activation has at most {limits.activation_bytes_max} bytes, not {data.actual_bytes}"
+                reason = (
+                    f"expected an activation of at most {limits.activation_bytes_max} bytes, got {data.actual_bytes}"
+                )
                 taken.refuse(number, "", reason)
                 continue
             try:
-                entry = entry_of(data, limits, now_us)
+                entry = decode_entry(data, limits, now_us)
             except InvalidInput as error:
                 taken.refuse(number, str(error.ids.get("id", "")), error.message)
                 continue
@@ -112,7 +114,7 @@ class ActivationIntake:
                 taken.dropped += 1
                 continue
             key = entry.key._replace(queue=rules.queue_for(entry.key.queue))
-            kept.append(_Kept(data, entry._replace(key=key)))
+            kept.append(_ValidActivation(data, entry._replace(key=key)))
         await self._pressure.admit([one.entry.key for one in kept])
         runs = [(one.entry.key, one.data, ACTIVATION, one.entry.extra) for one in kept]
         for is_new in await self._producer.put_all(runs):
@@ -128,7 +130,7 @@ async def _messages(decoder: DelimitedDecoder, pieces: AsyncIterable[bytes]) -> 
 
 
 async def _grouped(messages: AsyncIterator[bytes | Oversized]) -> AsyncIterator[list[tuple[int, bytes | Oversized]]]:
-    """Messages with their numbers, as many as make a good step; what came before an error goes first."""
+    """Group messages, with their numbers, for one commit each. Messages before a framing error are still yielded."""
     group: list[tuple[int, bytes | Oversized]] = []
     number = held_bytes = 0
     broken: InvalidInput | None = None

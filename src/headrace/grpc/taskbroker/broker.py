@@ -1,4 +1,4 @@
-"""The task broker of one server: what hands out, and what answers its workers."""
+"""Task broker of one server: the dispatcher that leases activations, and the service that workers call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headrace.runtime.engine import Engine
 
 
 class TaskBroker(NamedTuple):
-    """`dispatcher` has the activations, `consumer` answers who pulls and reports."""
+    """`dispatcher` leases the activations; `consumer` answers workers that fetch and report."""
 
     dispatcher: Dispatcher
     consumer: ConsumerService
@@ -27,9 +27,9 @@ async def dispatching(
     ack: Ack = "committed",
     flush_interval_ms: int | None = None,
 ) -> AsyncGenerator[TaskBroker, None]:
-    """A task broker while the block lasts; its calls must have ended before it does.
+    """Run a task broker while the block lasts. All calls to it must have ended before the block does.
 
-    `flush_interval_ms`: how long a report may wait for others; None for natural batching.
+    `flush_interval_ms`: how long a report may wait for others to share its commit; None for natural batching.
     """
     dispatcher = Dispatcher(engine, flush_interval_ms=flush_interval_ms, is_killed=is_killed)
     await dispatcher.start()

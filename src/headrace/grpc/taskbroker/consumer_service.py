@@ -1,7 +1,7 @@
-"""`ConsumerService`: workers in any language fetch activations and report on them.
+"""`ConsumerService`: workers in any language fetch activations and report their outcomes.
 
-A report is answered after the commit that holds it, many reports sharing one; with `ack="received"` at once. A worker
-gets its next activation with the answer, in either case.
+A report is answered after its commit, which many reports share; with `ack="received"` it is answered at once. In both
+cases the answer may carry the worker's next activation.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from headrace.core.delimited import headed
 from headrace.foundation.errors import EngineFault, HeadraceError
 from headrace.grpc.messages import taskbroker_pb2 as wire
-from headrace.grpc.taskbroker.activation_codec import told
+from headrace.grpc.taskbroker.activation_codec import as_first_field, delivery_message
 from headrace.grpc.transport import status
 from headrace.grpc.transport.service_methods import CallContext, DeferredResponse, Method, ResponseAfter, methods_of
 from headrace.grpc.transport.status import Code, GrpcError
@@ -36,12 +35,10 @@ STATES: Final = {
     wire.TASK_ACTIVATION_STATUS_COMPLETE: "completed",
 }
 _PREFIX: Final = "TASK_ACTIVATION_STATUS_"
-_TASK: Final = b"\x0a"
-"""How the first field of a message begins, which both answers have the activation in; its length follows."""
 
 
 class ConsumerService:
-    """The methods of `sentry_protos.taskbroker.v1.ConsumerService`."""
+    """Implementation of `sentry_protos.taskbroker.v1.ConsumerService`."""
 
     def __init__(self, dispatcher: Dispatcher, *, delivery: DeliveryMode = "pull", ack: Ack = "committed") -> None:
         self._dispatcher = dispatcher
@@ -50,85 +47,85 @@ class ConsumerService:
 
     @property
     def methods(self) -> dict[str, Method]:
-        """What it answers, by path."""
+        """Method table of the service."""
         return methods_of(SERVICE, self, to_grpc_error=to_grpc_error)
 
     def get_task(self, request: wire.GetTaskRequest, call: CallContext) -> bytes | Coroutine[Any, Any, bytes]:
-        """The next activation that the filters cover: the bytes of a `GetTaskResponse`."""
+        """Return the next activation that matches the filters, as an encoded `GetTaskResponse`."""
         del call
         if self._delivery == "push":
             raise GrpcError(Code.PERMISSION_DENIED, "Cannot call while broker is in PUSH mode")
-        wish = _wish(request)
-        task = self._at_once(wish)
-        return self._awaited(wish) if task is None else task
+        wish = _claim_request_of(request)
+        task = self._take_buffered(wish)
+        return self._get_when_available(wish) if task is None else task
 
-    async def _awaited(self, wish: Wish) -> bytes:
-        task = await self._fetched(wish)
+    async def _get_when_available(self, wish: Wish) -> bytes:
+        task = await self._fetch(wish)
         if task is None:
             raise GrpcError(Code.NOT_FOUND, "No pending activations")
         return task
 
     def set_task_status(self, request: wire.SetTaskStatusRequest, call: CallContext) -> bytes | DeferredResponse | None:
-        """How one attempt ended; answers with the next activation where it is wanted."""
+        """Record the outcome of one attempt, and return the next activation if the worker requests one."""
         del call
         written = self._dispatcher.report_nowait([_report(request)], is_awaited=self._is_awaited)
         if self._delivery == "push" or not request.HasField("fetch_next_task"):
             return written
-        following = partial(self._next, _wish(request.fetch_next_task))
-        return following() if written is None else ResponseAfter(written, following)
+        get_next = partial(self._get_next, _claim_request_of(request.fetch_next_task))
+        return get_next() if written is None else ResponseAfter(written, get_next)
 
-    def _next(self, wish: Wish) -> bytes | Coroutine[Any, Any, bytes]:
-        task = self._at_once(wish)
-        return self._next_awaited(wish) if task is None else task
+    def _get_next(self, wish: Wish) -> bytes | Coroutine[Any, Any, bytes]:
+        task = self._take_buffered(wish)
+        return self._get_next_when_available(wish) if task is None else task
 
-    async def _next_awaited(self, wish: Wish) -> bytes:
+    async def _get_next_when_available(self, wish: Wish) -> bytes:
         try:
-            return await self._fetched(wish) or b""
-        except HeadraceError as error:  # an error would make the worker report once more
-            LOG.warning("a worker got no next activation with its answer", error=error.message)
+            return await self._fetch(wish) or b""
+        except HeadraceError as error:  # an error would make the worker report the same outcome again
+            LOG.warning("fetch.next_failed", error=error.message)
             return b""
 
     def set_batch_activation_status(
         self, request: wire.SetBatchActivationStatusRequest, call: CallContext
     ) -> asyncio.Future[None] | None:
-        """How many attempts ended; nothing is recorded when one of them says what can't be."""
+        """Record the outcomes of several attempts. If one of them is invalid, none is recorded."""
         del call
         reports = [_report(update) for update in request.updates]
         return self._dispatcher.report_nowait(reports, is_awaited=self._is_awaited)
 
-    def _at_once(self, wish: Wish) -> bytes | None:
+    def _take_buffered(self, wish: Wish) -> bytes | None:
         handout = self._dispatcher.fetch_nowait(wish)
-        return None if handout is None else self._answer(handout)
+        return None if handout is None else self._encode_response(handout)
 
-    async def _fetched(self, wish: Wish) -> bytes | None:
-        """The answer for a wish; None when nothing waits."""
+    async def _fetch(self, wish: Wish) -> bytes | None:
+        """Fetch and encode an activation; None if none is waiting."""
         while (handout := await self._dispatcher.fetch(wish)) is not None:
-            if (task := self._answer(handout)) is not None:
+            if (task := self._encode_response(handout)) is not None:
                 return task
         return None
 
-    def _answer(self, handout: Handout) -> bytes | None:
-        message = told(self._dispatcher, handout)
-        handout.payload = b""  # its worker has it
-        return None if message is None else _TASK + headed(message)
+    def _encode_response(self, handout: Handout) -> bytes | None:
+        message = delivery_message(self._dispatcher, handout)
+        handout.payload = b""  # the worker has it; free the memory
+        return None if message is None else as_first_field(message)
 
 
-def _wish(request: wire.GetTaskRequest | wire.FetchNextTask) -> Wish:
+def _claim_request_of(request: wire.GetTaskRequest | wire.FetchNextTask) -> Wish:
     application, namespace = request.application, request.namespace
-    return wish_of(
+    return claim_request_of(
         application if application or request.HasField("application") else None,
         namespace if namespace or request.HasField("namespace") else None,
     )
 
 
 @lru_cache(WISHES_MAX)
-def wish_of(application: str | None, namespace: str | None) -> Wish:
-    """Workers wish for the same again and again."""
+def claim_request_of(application: str | None, namespace: str | None) -> Wish:
+    """Return the claim request of a filter. Cached: workers use the same few filters again and again."""
     return Wish(application, None if namespace is None else (namespace,))
 
 
 def _report(request: wire.SetTaskStatusRequest) -> Report:
-    """Raises `GrpcError` for a status that concludes nothing."""
+    """Convert a status update. Raises `GrpcError` for a status that ends no attempt."""
     state = STATES.get(request.status)
     if state is None:
         raise GrpcError(
@@ -144,11 +141,11 @@ def _report(request: wire.SetTaskStatusRequest) -> Report:
 
 
 def _name(status: int) -> str:
-    known = wire.TaskActivationStatus.DESCRIPTOR.values_by_number.get(status)
-    return str(status) if known is None else known.name.removeprefix(_PREFIX).capitalize()
+    descriptor = wire.TaskActivationStatus.DESCRIPTOR.values_by_number.get(status)
+    return str(status) if descriptor is None else descriptor.name.removeprefix(_PREFIX).capitalize()
 
 
 def to_grpc_error(error: HeadraceError) -> GrpcError:
-    """What the machine room could not do is INTERNAL, as workers know it; they ask again all the same."""
-    found = status.to_grpc_error(error)
-    return GrpcError(Code.INTERNAL, found.message) if isinstance(error, EngineFault) else found
+    """Convert errors of the engine to INTERNAL, as clients of the task broker expect; they retry it all the same."""
+    grpc_error = status.to_grpc_error(error)
+    return GrpcError(Code.INTERNAL, grpc_error.message) if isinstance(error, EngineFault) else grpc_error

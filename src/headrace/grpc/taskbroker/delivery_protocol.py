@@ -1,4 +1,4 @@
-"""What pushing asks of whoever keeps the activations."""
+"""Interface between the pusher and the source of activations."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 
-class Delivery(NamedTuple):
-    """One activation on its way to a worker. `activation` is the message as it goes over the wire.
+class PushDelivery(NamedTuple):
+    """One activation to push. `activation` is the encoded message that the worker receives.
 
-    `at_most_once`: it may not be given back once a worker may have begun it.
+    `at_most_once`: the activation must not be released once a worker may have started it.
     """
 
     id: str
@@ -18,23 +18,24 @@ class Delivery(NamedTuple):
     at_most_once: bool = False
 
 
-class Deliveries(Protocol):
-    """The activations that wait to be pushed."""
+class DeliverySource(Protocol):
+    """Source of the activations to push."""
 
-    async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[Delivery]:
-        """Claim at most so many activations of an application, best first.
+    async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[PushDelivery]:
+        """Claim at most `count_max` activations of an application, best first. May return none.
 
-        They are the caller's for `lease_ms`, by when it has marked them or given them back; what it did neither with is
-        claimable again then, its attempts unchanged. None is an answer.
+        They belong to the caller for `lease_ms`. Until then it marks or releases each of them. An activation that was
+        neither marked nor released becomes claimable again after that, with its attempts unchanged.
         """
 
     async def mark(self, ids: Sequence[str]) -> None:
-        """These are with their workers: claimed becomes processing, whose deadline begins. One that has ended
-        meanwhile, or is another's by now, stays what it is.
+        """Mark activations as received by a worker: claimed becomes processing, and the processing deadline begins.
+
+        An activation that has ended, or that was leased again, is left unchanged.
         """
 
-    async def give_back(self, ids: Sequence[str]) -> None:
-        """These did not reach a worker: claimed becomes pending at once, attempts unchanged."""
+    async def release(self, ids: Sequence[str]) -> None:
+        """Release activations that did not reach a worker: claimed becomes pending, with attempts unchanged."""
 
     async def parked(self, applications: Sequence[str]) -> Mapping[str, int]:
-        """How many activations wait for applications that are none of these; nobody takes them until one is."""
+        """Count waiting activations of applications other than these. No endpoint would receive them."""

@@ -1,46 +1,46 @@
-"""What is pushed: the dispatcher's activations as the push pool asks for them."""
+"""Source of the activations to push: those of a dispatcher."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from headrace.core.activation import SEPARATOR
-from headrace.grpc.taskbroker.activation_codec import told
-from headrace.grpc.taskbroker.delivery_protocol import Delivery
+from headrace.grpc.taskbroker.activation_codec import delivery_message
+from headrace.grpc.taskbroker.delivery_protocol import PushDelivery
 from headrace.runtime.dispatch.dispatcher import Dispatcher
 from headrace.runtime.dispatch.lease_buffer import Wish
 
 
-class DispatchedDeliveries:
-    """Deliveries of one dispatcher: activations for workers that are pushed to (see `delivery_protocol`)."""
+class DispatcherDeliveries:
+    """Implementation of `delivery_protocol` by a dispatcher."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
 
-    async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[Delivery]:
-        """Claim at most so many of an application, best first."""
-        found = []
+    async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[PushDelivery]:
+        """Claim at most `count_max` activations of an application, best first."""
+        deliveries = []
         for handout in await self._dispatcher.take(Wish(application), count_max, lease_ms=lease_ms):
-            message = told(self._dispatcher, handout)
+            message = delivery_message(self._dispatcher, handout)
             if message is not None:
                 at_most_once = handout.held.work.lease.at_most_once
-                found.append(Delivery(handout.name, application, message, at_most_once))
-        return found
+                deliveries.append(PushDelivery(handout.name, application, message, at_most_once))
+        return deliveries
 
     async def mark(self, ids: Sequence[str]) -> None:
-        """These are with their workers, and their deadlines begin."""
+        """Mark activations as received by a worker; their processing deadlines begin."""
         self._dispatcher.mark(ids)
 
-    async def give_back(self, ids: Sequence[str]) -> None:
-        """These did not reach a worker."""
+    async def release(self, ids: Sequence[str]) -> None:
+        """Release activations that did not reach a worker."""
         self._dispatcher.put_back(ids)
 
     async def parked(self, applications: Sequence[str]) -> Mapping[str, int]:
-        """How many wait for applications that are none of these."""
+        """Count waiting activations of applications other than these."""
         engine = self._dispatcher.engine
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for view in await engine.store.queues(engine.environment):
             application, separator, _ = view.name.partition(SEPARATOR)
             if separator and application not in applications and view.waiting_count:
-                found[application] = found.get(application, 0) + view.waiting_count
-        return found
+                counts[application] = counts.get(application, 0) + view.waiting_count
+        return counts

@@ -1,9 +1,11 @@
-"""Activations pushed to workers: as many at a time as an endpoint takes, none lost that was not taken.
+"""Pusher: sends activations to worker endpoints, as many concurrently as an endpoint accepts.
 
-An application has a line, and the line its endpoints; activations are claimed when there is room for them, so that none
-waits in a queue of ours. What a worker refuses or does not answer goes back at once, and its endpoint rests: after
-RESOURCE_EXHAUSTED it is asked with half as many at a time, which grows again with each that it takes. Applications
-without an endpoint are never claimed; that there are some is counted and said.
+Each application has one loop, which claims activations only when one of its endpoints has capacity. So activations
+never wait in the pusher. An activation that a worker refuses or does not answer is released at once, and its endpoint
+backs off.
+
+After RESOURCE_EXHAUSTED the concurrency of an endpoint is halved; it grows again with the activations that it accepts.
+Activations of applications without an endpoint are never claimed. They are counted and logged.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import structlog
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
 from headrace.foundation.targets import PushTarget
-from headrace.grpc.taskbroker.delivery_protocol import Deliveries, Delivery
+from headrace.grpc.taskbroker.activation_codec import as_first_field
+from headrace.grpc.taskbroker.delivery_protocol import DeliverySource, PushDelivery
 from headrace.grpc.transport.client import CallNotSent, Channel
 from headrace.grpc.transport.connection import Bounds
 from headrace.grpc.transport.sender import Budget
@@ -31,82 +34,81 @@ from headrace.runtime.wakeup import Doorbell
 LOG: Any = structlog.get_logger("headrace.push")
 PATH: Final = "/sentry_protos.taskbroker.v1.WorkerService/PushTask"
 QUERY_MS: Final = 1_000
-"""What one transaction of marks is reckoned with."""
+"""Time allowed for one transaction of marks."""
 
 BUSY_S: Final = (0.0, 0.02, 0.1, 0.5, 1.0)
-"""How long an endpoint rests that refuses again and again."""
+"""Backoff of an endpoint after 1, 2, 3, ... refusals in a row."""
 
 PARKED_SHOWN_MAX: Final = 10
-STRIKES_MAX: Final = 3
-STRIKES_KEPT_MAX: Final = 10_000
+REFUSALS_PER_ID_MAX: Final = 3
+REFUSED_IDS_MAX: Final = 10_000
 
 
 def lease_ms(limits: Limits) -> int:
-    """How long a claim of ours must hold: until its mark is durable, at worst.
+    """Compute how long the lease of a pushed activation must last: until its mark is durable in the worst case.
 
         push_timeout_ms + 2 * QUERY_MS
 
-    The call may take all of its time, from the claim on: an activation is claimed only when there is a place for it at
-    an endpoint, so it waits in no queue. Its mark may have missed a flush by a moment, and then goes with the next:
-    two transactions (natural batching waits for no interval). When the store takes longer, the lease ends
-    early, and the activation runs twice at worst.
+    The call may use its whole timeout. It starts with the claim, since an activation is claimed only for a free place.
+    The mark may just miss a flush and wait for the next one: two transactions, as natural batching adds no interval. If
+    the store takes longer, the lease ends early, and the activation runs twice at worst.
     """
     return limits.push_timeout_ms + 2 * QUERY_MS
 
 
-class Endpoint:
-    """One worker's server, and how it takes what it is sent. Counts are since the start."""
+class PushEndpoint:
+    """One worker endpoint, its concurrency, and counts since the start."""
 
-    def __init__(self, channel: Channel, width_max: int) -> None:
+    def __init__(self, channel: Channel, concurrency_max: int) -> None:
         self.channel = channel
-        self.width = self._width_max = width_max
-        self.under_way = 0
+        self.concurrency = self._concurrency_max = concurrency_max
+        self.in_flight_count = 0
         self.pushed_count = 0
         self.busy_count = 0
         self.failed_count = 0
-        self._refusals = 0
-        self._grown = 0
-        self.rests_until_us = 0
+        self._refusals_count = 0
+        self._accepted_count = 0
+        self.backoff_until_us = 0
 
     @property
     def name(self) -> str:
-        """Where it is."""
+        """Host and port of the endpoint."""
         return self.channel.target.authority
 
-    def room(self, now_us: int) -> int:
-        """How many more it may be sent now."""
-        return 0 if now_us < self.rests_until_us else max(0, self.width - self.under_way)
+    def capacity(self, now_us: int) -> int:
+        """Number of activations that may be sent to it now."""
+        return 0 if now_us < self.backoff_until_us else max(0, self.concurrency - self.in_flight_count)
 
-    def taken(self) -> None:
-        """It took one: a round of as many as it is wide earns it one more at a time."""
+    def on_accepted(self) -> None:
+        """Count an accepted activation. After as many as it takes concurrently, its concurrency grows by one."""
         self.pushed_count += 1
-        if self._refusals:
-            LOG.info("an endpoint takes activations again", endpoint=self.name)
-        self._refusals = 0
-        self._grown += 1
-        if self._grown >= self.width and self.width < self._width_max:
-            self.width, self._grown = self.width + 1, 0
+        if self._refusals_count:
+            LOG.info("push.endpoint_recovered", endpoint=self.name)
+        self._refusals_count = 0
+        self._accepted_count += 1
+        if self._accepted_count >= self.concurrency and self.concurrency < self._concurrency_max:
+            self.concurrency, self._accepted_count = self.concurrency + 1, 0
 
-    def refused(self, now_us: int, error: GrpcError) -> None:
-        """It took none: half as many at a time, after a rest."""
+    def on_refused(self, now_us: int, error: GrpcError) -> None:
+        """Count a refusal: halve the concurrency and back off."""
         is_busy = error.code is Code.RESOURCE_EXHAUSTED
         self.busy_count += is_busy
         self.failed_count += not is_busy
-        if now_us < self.rests_until_us:  # one of several that were under way
+        if now_us < self.backoff_until_us:  # one of several calls in flight at the first refusal
             return
-        if not self._refusals:
-            LOG.warning("an endpoint took no activation", endpoint=self.name, code=error.code.name, error=error.message)
-        self._grown, self.width = 0, max(1, self.width // 2)
-        self._refusals = min(self._refusals + 1, len(BUSY_S) - 1)
-        self.rests_until_us = now_us + int(BUSY_S[self._refusals] * SECOND_US)
+        if not self._refusals_count:
+            LOG.warning("push.endpoint_refused", endpoint=self.name, code=error.code.name, error=error.message)
+        self._accepted_count, self.concurrency = 0, max(1, self.concurrency // 2)
+        self._refusals_count = min(self._refusals_count + 1, len(BUSY_S) - 1)
+        self.backoff_until_us = now_us + int(BUSY_S[self._refusals_count] * SECOND_US)
 
 
 class Pusher:
-    """Owned by one event loop. `start`, then `stop`; each may be called twice."""
+    """Used by one event loop. `start` and `stop` may be called more than once."""
 
     def __init__(
         self,
-        deliveries: Deliveries,
+        deliveries: DeliverySource,
         targets: Sequence[PushTarget],
         *,
         limits: Limits,
@@ -119,42 +121,42 @@ class Pusher:
         self._limits = limits
         self._clock = clock
         self._doorbell = doorbell
-        self._room = asyncio.Event()
+        self._has_capacity = asyncio.Event()
         self._stopped = asyncio.Event()
-        self._strikes: dict[str, int] = {}
+        self._refusals_by_id: dict[str, int] = {}
         self.parked_count = 0
         bounds = Bounds(limits.grpc_message_bytes_max, limits.push_concurrency)
         budget = Budget(limits.grpc_buffer_bytes_max)
-        self.endpoints: dict[str, list[Endpoint]] = {}
+        self.endpoints: dict[str, list[PushEndpoint]] = {}
         for target in targets:
             channel = Channel(target, bounds, budget, secrets=secrets, tls=tls)
-            self.endpoints.setdefault(target.application, []).append(Endpoint(channel, limits.push_concurrency))
+            self.endpoints.setdefault(target.application, []).append(PushEndpoint(channel, limits.push_concurrency))
         self._marks: Flusher[str] = Flusher(
-            deliveries.mark, name="marks", clock=clock, on_refused=self._unmarked, size=limits.flush_size
+            deliveries.mark, name="marks", clock=clock, on_refused=self._on_mark_refused, size=limits.flush_size
         )
-        self._lines: list[asyncio.Task[None]] = []
+        self._loops: list[asyncio.Task[None]] = []
         self._pushes: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Push from now on."""
-        if self._lines or self._stopped.is_set():
+        """Start pushing."""
+        if self._loops or self._stopped.is_set():
             return
         for application in self.endpoints:
-            line = asyncio.create_task(self._line(application), name=f"headrace-push-{application}")
-            self._lines.append(line)
-        self._lines.append(asyncio.create_task(self._look(), name="headrace-push-parked"))
+            loop = asyncio.create_task(self._push_application(application), name=f"headrace-push-{application}")
+            self._loops.append(loop)
+        self._loops.append(asyncio.create_task(self._watch_parked(), name="headrace-push-parked"))
 
     async def stop(self) -> None:
-        """Claim nothing more, let what is on its way arrive, write its marks, and hang up."""
+        """Stop claiming, let calls in flight finish, write their marks, and close the connections."""
         self._stopped.set()
-        self._room.set()
-        self._doorbell.hear()  # whoever waits for news looks up, and sees that it is over
-        lines, self._lines = self._lines, []
-        if lines:
-            await asyncio.wait(lines, timeout=self._limits.shutdown_grace_s)
-        for line in lines:
-            line.cancel()
-        await asyncio.gather(*lines, return_exceptions=True)
+        self._has_capacity.set()
+        self._doorbell.hear()  # wakes the loops that wait for notifications; they see that the pusher has stopped
+        loops, self._loops = self._loops, []
+        if loops:
+            await asyncio.wait(loops, timeout=self._limits.shutdown_grace_s)
+        for loop in loops:
+            loop.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
         if self._pushes:
             await asyncio.wait(self._pushes, timeout=self._limits.shutdown_grace_s)
         for push in tuple(self._pushes):
@@ -162,123 +164,117 @@ class Pusher:
         await asyncio.gather(*self._pushes, return_exceptions=True)
         try:
             await self._marks.close(deadline_s=self._limits.shutdown_grace_s)
-        except UpdatesUnflushed as error:  # their leases end, and they are handed out again
-            LOG.warning("the store did not take the last marks", marks=len(error.unflushed))
+        except UpdatesUnflushed as error:  # their leases end, and they are delivered again
+            LOG.warning("push.marks_lost", marks=len(error.unflushed))
         for endpoints in self.endpoints.values():
             for endpoint in endpoints:
                 endpoint.channel.close()
 
     # -- one application
 
-    async def _line(self, application: str) -> None:
+    async def _push_application(self, application: str) -> None:
         endpoints = self.endpoints[application]
         poll_s = self._limits.poll_interval_ms / 1_000
         while not self._stopped.is_set():
             rings_count = self._doorbell.rings_count
-            self._room.clear()
+            self._has_capacity.clear()
             now_us = self._clock.now_us()
-            room = sum(endpoint.room(now_us) for endpoint in endpoints)
-            if not room:
-                resting_us = [one.rests_until_us for one in endpoints if one.rests_until_us > now_us]
-                wait_s = (min(resting_us) - now_us) / SECOND_US if resting_us else None
-                await self._clock.wait_for(self._room, wait_s)
+            capacity = sum(endpoint.capacity(now_us) for endpoint in endpoints)
+            if not capacity:
+                backoffs_us = [
+                    endpoint.backoff_until_us for endpoint in endpoints if endpoint.backoff_until_us > now_us
+                ]
+                wait_s = (min(backoffs_us) - now_us) / SECOND_US if backoffs_us else None
+                await self._clock.wait_for(self._has_capacity, wait_s)
                 continue
             try:
-                found = await self._deliveries.take(application, room, lease_ms=lease_ms(self._limits))
+                deliveries = await self._deliveries.take(application, capacity, lease_ms=lease_ms(self._limits))
             except HeadraceError as error:
-                LOG.warning("nothing could be claimed to be pushed", application=application, error=error.message)
+                LOG.warning("push.claim_failed", application=application, error=error.message)
                 await self._clock.wait_for(self._stopped, poll_s)
                 continue
-            for delivery in found:
+            for delivery in deliveries:
                 self._send(endpoints, delivery)
-            if not found:
+            if not deliveries:
                 await self._doorbell.wait(self._clock, poll_s, since=rings_count)
 
-    def _send(self, endpoints: list[Endpoint], delivery: Delivery) -> None:
-        """On its way to whoever has the most room."""
+    def _send(self, endpoints: list[PushEndpoint], delivery: PushDelivery) -> None:
+        """Send an activation to the endpoint with the most capacity."""
         now_us = self._clock.now_us()
-        endpoint = max(endpoints, key=lambda one: one.room(now_us))
-        endpoint.under_way += 1
+        endpoint = max(endpoints, key=lambda candidate: candidate.capacity(now_us))
+        endpoint.in_flight_count += 1
         push = asyncio.create_task(self._push(endpoint, delivery))
         self._pushes.add(push)
         push.add_done_callback(self._pushes.discard)
 
-    async def _push(self, endpoint: Endpoint, delivery: Delivery) -> None:
+    async def _push(self, endpoint: PushEndpoint, delivery: PushDelivery) -> None:
         try:
             await endpoint.channel.call(
-                PATH, request_of(delivery.activation), timeout_s=self._limits.push_timeout_ms / 1_000
+                PATH, as_first_field(delivery.activation), timeout_s=self._limits.push_timeout_ms / 1_000
             )
         except GrpcError as error:
-            endpoint.refused(self._clock.now_us(), error)
-            if error.code in _PASSING or not self._has_struck_out(delivery.id):
-                await self._undo(delivery, is_sure=isinstance(error, CallNotSent) or error.code in _REFUSALS)
+            endpoint.on_refused(self._clock.now_us(), error)
+            if error.code in _NOT_ABOUT_ACTIVATION or not self._is_refused_too_often(delivery.id):
+                await self._release_or_mark(
+                    delivery, is_sure=isinstance(error, CallNotSent) or error.code in _NOT_STARTED
+                )
         except asyncio.CancelledError:
-            await self._undo(delivery, is_sure=False)
+            await self._release_or_mark(delivery, is_sure=False)
             raise
         else:
-            endpoint.taken()
-            self._strikes.pop(delivery.id, None)
+            endpoint.on_accepted()
+            self._refusals_by_id.pop(delivery.id, None)
             await self._marks.put(delivery.id)
         finally:
-            endpoint.under_way -= 1
-            self._room.set()  # its line looks once all that ended together did
+            endpoint.in_flight_count -= 1
+            self._has_capacity.set()  # the application's loop continues once all calls that end together have ended
 
-    def _has_struck_out(self, name: str) -> bool:
-        """Whether an activation was refused for its own sake so often that others go first, until its lease ends."""
-        if len(self._strikes) >= STRIKES_KEPT_MAX:
-            self._strikes.clear()
-        self._strikes[name] = self._strikes.get(name, 0) + 1
-        return self._strikes[name] >= STRIKES_MAX
+    def _is_refused_too_often(self, name: str) -> bool:
+        """True if workers refused this very activation so often that others go first, until its lease ends."""
+        if len(self._refusals_by_id) >= REFUSED_IDS_MAX:
+            self._refusals_by_id.clear()
+        self._refusals_by_id[name] = self._refusals_by_id.get(name, 0) + 1
+        return self._refusals_by_id[name] >= REFUSALS_PER_ID_MAX
 
-    async def _undo(self, delivery: Delivery, *, is_sure: bool) -> None:
-        """It goes back at once, unless it may have begun and may do so once only: then its deadline decides."""
+    async def _release_or_mark(self, delivery: PushDelivery, *, is_sure: bool) -> None:
+        """Release the activation, unless it may have started and must run at most once: then its deadline decides."""
         try:
             if delivery.at_most_once and not is_sure:
                 await self._marks.put(delivery.id)
             else:
-                await self._deliveries.give_back([delivery.id])
-        except HeadraceError as error:  # its lease ends
-            LOG.warning("a push could not be undone", id=delivery.id, error=error.message)
+                await self._deliveries.release([delivery.id])
+        except HeadraceError as error:  # its lease ends without it
+            LOG.warning("push.release_failed", id=delivery.id, error=error.message)
 
-    def _unmarked(self, name: str, error: HeadraceError) -> None:
-        LOG.warning("the store refused a mark", id=name, error=error.message)
+    def _on_mark_refused(self, name: str, error: HeadraceError) -> None:
+        LOG.warning("push.mark_refused", id=name, error=error.message)
 
-    # -- applications that nobody serves
+    # -- applications without an endpoint
 
-    async def _look(self) -> None:
-        """Say, as long as there are any, that activations wait for an application without an endpoint."""
-        told: frozenset[str] = frozenset()
+    async def _watch_parked(self) -> None:
+        """Log, as long as there are any, which applications have waiting activations and no endpoint."""
+        logged_applications: frozenset[str] = frozenset()
         while not self._stopped.is_set():
             try:
                 parked = await self._deliveries.parked(tuple(self.endpoints))
             except HeadraceError as error:
-                LOG.warning("parked activations could not be counted", error=error.message)
+                LOG.warning("push.parked_count_failed", error=error.message)
             else:
                 self.parked_count = sum(parked.values())
-                if parked and parked.keys() != told:
+                if parked and parked.keys() != logged_applications:
                     names = sorted(parked)[:PARKED_SHOWN_MAX]
-                    hint = "give them one in HEADRACE_PUSH, or let workers pull them"
-                    LOG.warning("activations wait for applications without an endpoint", applications=names, hint=hint)
-                told = frozenset(parked)
+                    hint = "add an endpoint to HEADRACE_PUSH, or let workers fetch them"
+                    LOG.warning("push.applications_without_endpoint", applications=names, hint=hint)
+                logged_applications = frozenset(parked)
             await self._clock.wait_for(self._stopped, self._limits.upkeep_interval_ms / 1_000)
 
 
-_PASSING: Final = frozenset(
+_NOT_ABOUT_ACTIVATION: Final = frozenset(
     (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.UNAUTHENTICATED, Code.CANCELLED)
 )
-"""What says nothing about the activation that was pushed."""
+"""Statuses that say nothing about the activation that was pushed."""
 
-_REFUSALS: Final = frozenset(
+_NOT_STARTED: Final = frozenset(
     (Code.RESOURCE_EXHAUSTED, Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.UNIMPLEMENTED, Code.INVALID_ARGUMENT)
 )
-"""A worker that answers so has not begun."""
-
-
-def request_of(activation: bytes) -> bytes:
-    """`PushTaskRequest` around an activation's bytes, as they are: its first field, a length, and they."""
-    size, head = len(activation), bytearray(b"\x0a")
-    while size > 0x7F:
-        head.append(size & 0x7F | 0x80)
-        size >>= 7
-    head.append(size)
-    return bytes(head) + activation
+"""Statuses after which the worker has certainly not started the activation."""

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 
 from headrace.foundation.targets import PushTarget
 from headrace.grpc.taskbroker.consumer_service import SERVICE as CONSUMER
-from headrace.grpc.taskbroker.delivery_protocol import Deliveries
+from headrace.grpc.taskbroker.delivery_protocol import DeliverySource
 from headrace.grpc.taskbroker.pusher import Pusher
 from headrace.grpc.transport.health import HealthService
 from headrace.grpc.transport.server import GrpcServer
@@ -31,7 +31,7 @@ async def answering(
     server = GrpcServer(
         methods | health.methods, limits=service.limits, secrets=Secrets(secrets), observe=service.metrics.calls.observe
     )
-    looking = asyncio.create_task(_look(service, health), name="headrace-grpc-health")
+    looking = asyncio.create_task(_watch_parked(service, health), name="headrace-grpc-health")
     try:
         yield server
     finally:
@@ -41,7 +41,7 @@ async def answering(
 
 @asynccontextmanager
 async def pushing(
-    service: Service, deliveries: Deliveries, targets: Sequence[PushTarget], *, secrets: Sequence[str] = ()
+    service: Service, deliveries: DeliverySource, targets: Sequence[PushTarget], *, secrets: Sequence[str] = ()
 ) -> AsyncGenerator[Pusher, None]:
     """Push what waits to its workers while the block lasts, and until the server begins to stop."""
     engine = service.engine
@@ -69,7 +69,7 @@ async def pushing(
         await asyncio.gather(ending, return_exceptions=True)
 
 
-async def _look(service: Service, health: HealthService) -> None:
+async def _watch_parked(service: Service, health: HealthService) -> None:
     """Say how things are, as often as upkeep looks, until the server stops."""
     while not service.is_draining:
         health.set_serving(is_serving=not await service.why_not_ready())

@@ -66,7 +66,7 @@ class Pushes(Collector):
                 pushed.add_metric((application, one.name, "taken"), one.pushed_count)
                 pushed.add_metric((application, one.name, "busy"), one.busy_count)
                 pushed.add_metric((application, one.name, "failed"), one.failed_count)
-                under_way.add_metric((application, one.name), one.under_way)
+                under_way.add_metric((application, one.name), one.in_flight_count)
         yield from (pushed, under_way, parked)
 
 

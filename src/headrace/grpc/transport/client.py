@@ -68,6 +68,7 @@ class ClientProtocol(Http2Protocol):
 
     @property
     def peer_calls_max(self) -> int:
+        """Number of concurrent calls that the peer allows."""
         return self._http2.peer_calls_max
 
     @property

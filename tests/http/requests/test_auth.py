@@ -79,7 +79,7 @@ def test_a_scope_nobody_knows_is_refused(scopes: tuple[str, ...]) -> None:
 async def test_only_a_key_s_digest_is_kept_and_a_revoked_one_is_let_in_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auth, "SEEN_S", 0)
+    monkeypatch.setattr(auth, "KEY_CACHE_S", 0)
     async with house(tmp_path, "sqlite") as home:
         secret, kept = new_key("default", ("*",), "ci", home.engine.clock.now_us())
         await home.engine.store.add_key(kept, now_us=1)
@@ -140,7 +140,7 @@ async def test_forged_expired_and_foreign_tokens_are_refused(tmp_path: Path) -> 
         created = await home.ask("POST", "/api/v3/batches", BATCH)
         batch_id, good = created.json["id"], created.headers["x-trigger-jwt"]
         claims = jwt.decode(good, options={"verify_signature": False})
-        key = await home.service.doorkeeper.signing_key("default")
+        key = await home.service.authenticator.signing_key("default")
         now_s = int(time.time())
         bad = [
             jwt.encode(claims, "another key that is long enough for it", algorithm="HS256"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from headrace.core.retry import Retry
-from headrace.http.requests.item_codec import OPTIONS, Options
+from headrace.http.requests.item_codec import OPTIONS, ItemOptions
 from headrace.runtime.tasks.context import DETACHED, Context
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
@@ -57,7 +57,7 @@ async def one_run(home: House, **options: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def test_the_table_names_every_option_once() -> None:
-    assert set(ANY) == set(OPTIONS) == set(Options.__struct_encode_fields__)
+    assert set(ANY) == set(OPTIONS) == set(ItemOptions.__struct_encode_fields__)
     assert {fate.disposition for fate in OPTIONS.values()} == {"honoured", "kept", "refused"}
 
 

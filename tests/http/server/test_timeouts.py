@@ -81,7 +81,7 @@ async def test_a_store_that_stays_away_is_said_so_with_a_time_to_come_again(
 ) -> None:
     monkeypatch.setattr("headrace.runtime.producing.indexed_feed.WAITS_MAX", 2)
 
-    class Gone(During):
+    class ClientGone(During):
         def __getattr__(self, name: str) -> Any:
             if name in ("append", "check"):
 
@@ -91,7 +91,7 @@ async def test_a_store_that_stays_away_is_said_so_with_a_time_to_come_again(
                 return refuse
             return super().__getattr__(name)
 
-    async with house(tmp_path, "sqlite", wrap=lambda store: Gone(store, "", None)) as home:
+    async with house(tmp_path, "sqlite", wrap=lambda store: ClientGone(store, "", None)) as home:
         answer = await home.stream(await home.create(1), [line(0)])
         assert (answer.status, answer.headers["retry-after"]) == (503, "5")
         ready = await home.ask("GET", "/readyz")

@@ -29,7 +29,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-async def status_of(home: House, batch_id: str) -> str:
+async def run_status(home: House, batch_id: str) -> str:
     return str((await home.ask("GET", f"/api/v2/batches/{batch_id}")).json["status"])
 
 
@@ -90,7 +90,7 @@ async def test_should_seal_batch_successfully_when_no_race_condition(tmp_path: P
         assert (answer.json["sealed"], answer.json["itemsAccepted"]) == (True, 0)
         batch, _ = await home.engine.store.batch(batch_id)
         assert (batch.state, batch.sealed_us > 0) == ("sealed", True)
-        assert await status_of(home, batch_id) == "PROCESSING"
+        assert await run_status(home, batch_id) == "PROCESSING"
 
 
 async def test_should_return_sealed_when_batch_is_already_sealed_and_processing(tmp_path: Path, kind: str) -> None:
@@ -141,7 +141,7 @@ async def test_a_batch_with_items_that_can_not_run_completes_and_answers_sealed_
         items = [line(0), line(1, "x" * 2_000)]
         assert (await home.stream(batch_id, items)).json["sealed"]
         await home.work()
-        assert await status_of(home, batch_id) == "COMPLETED"
+        assert await run_status(home, batch_id) == "COMPLETED"
         again = (await home.stream(batch_id, items)).json
         assert (again["sealed"], again["itemsAccepted"], again["itemsDeduplicated"]) == (True, 0, 0)
 
@@ -152,9 +152,9 @@ async def test_a_batch_whose_items_all_failed_before_the_seal_is_completed_by_th
     async with house(tmp_path, kind, limits=SMALL) as home:
         batch_id = await home.create(2)
         await home.stream(batch_id, [line(0, "x" * 2_000)])
-        assert await status_of(home, batch_id) == "PENDING"
+        assert await run_status(home, batch_id) == "PENDING"
         assert (await home.stream(batch_id, [line(1, "x" * 2_000)])).json["sealed"]
-        assert await status_of(home, batch_id) == "COMPLETED"
+        assert await run_status(home, batch_id) == "COMPLETED"
 
 
 async def test_should_return_sealed_when_concurrent_request_already_sealed_the_batch_during_seal_attempt(
@@ -166,7 +166,7 @@ async def test_should_return_sealed_when_concurrent_request_already_sealed_the_b
     async with house(tmp_path, kind, wrap=lambda store: During(store, "seal", other)) as home:
         batch_id = await home.create(2)
         assert (await home.stream(batch_id, [line(0), line(1)])).json["sealed"]
-        assert await status_of(home, batch_id) == "PROCESSING"
+        assert await run_status(home, batch_id) == "PROCESSING"
 
 
 async def test_a_batch_whose_runs_all_ended_before_the_seal_attempt_is_completed_by_it(
@@ -181,7 +181,7 @@ async def test_a_batch_whose_runs_all_ended_before_the_seal_attempt_is_completed
         homes.append(home)
         batch_id = await home.create(2)
         assert (await home.stream(batch_id, [line(0), line(1)])).json["sealed"]
-        assert await status_of(home, batch_id) == "COMPLETED"
+        assert await run_status(home, batch_id) == "COMPLETED"
 
 
 async def test_should_throw_error_when_race_condition_leaves_batch_in_unexpected_state(
@@ -201,17 +201,17 @@ async def test_should_return_not_sealed_when_item_count_does_not_match(tmp_path:
         batch_id = await home.create(3)
         answer = (await home.stream(batch_id, [line(0), line(1)])).json
         assert (answer["sealed"], answer["enqueuedCount"], answer["expectedCount"]) == (False, 2, 3)
-        assert await status_of(home, batch_id) == "PENDING"
+        assert await run_status(home, batch_id) == "PENDING"
 
 
 async def test_a_sealed_batch_is_never_pending_again(tmp_path: Path, kind: str) -> None:
     async with house(tmp_path, kind) as home:
         batch_id = await home.filled(3)
-        seen = [await status_of(home, batch_id)]
+        seen = [await run_status(home, batch_id)]
         for _ in range(2):
             await home.work()
             await home.stream(batch_id, [line(0)])
-            seen.append(await status_of(home, batch_id))
+            seen.append(await run_status(home, batch_id))
         assert seen == ["PROCESSING", "COMPLETED", "COMPLETED"]
 
 
@@ -229,9 +229,9 @@ async def test_a_retry_after_all_runs_ended_unsealed_seals_the_batch(tmp_path: P
         batch_id = await home.create(2)
         await home.engine.store.append(batch_id, chunks_of(range(2)), now_us=home.engine.clock.now_us())
         await home.work()
-        assert await status_of(home, batch_id) == "PENDING"
+        assert await run_status(home, batch_id) == "PENDING"
         assert (await home.stream(batch_id, [b"\n"])).json["sealed"]
-        assert await status_of(home, batch_id) == "COMPLETED"
+        assert await run_status(home, batch_id) == "COMPLETED"
 
 
 async def test_what_was_received_is_counted_however_fast_it_ran(tmp_path: Path, kind: str) -> None:
@@ -254,7 +254,7 @@ async def test_ingests_a_large_batch_with_bounded_concurrency_and_seals_it(tmp_p
         answer = (await home.stream(batch_id, [line(index) for index in range(100)])).json
         assert (answer["itemsAccepted"], answer["itemsDeduplicated"], answer["sealed"]) == (100, 0, True)
         batch, _ = await home.engine.store.batch(batch_id)
-        assert (batch.received_count, await status_of(home, batch_id)) == (100, "PROCESSING")
+        assert (batch.received_count, await run_status(home, batch_id)) == (100, "PROCESSING")
 
 
 @pytest.mark.parametrize("concurrency", [1, 3, 10])
@@ -502,7 +502,7 @@ async def test_aborts_an_unsealed_batch_past_its_deadline(tmp_path: Path, kind: 
         batch_id = await home.create(2)
         await home.stream(batch_id, [line(0)])
         assert await swept(home) == [batch_id]
-        assert await status_of(home, batch_id) == "ABORTED"
+        assert await run_status(home, batch_id) == "ABORTED"
         assert (await home.stream(batch_id, [line(1)])).status == 422
         assert [row[2] for row in await runs_of(home, batch_id)] == ["CANCELED"]
 
@@ -511,7 +511,7 @@ async def test_leaves_a_batch_alone_when_the_stream_sealed_it_first(tmp_path: Pa
     async with house(tmp_path, kind) as home:
         batch_id = await home.filled(1)
         assert await swept(home) == []
-        assert await status_of(home, batch_id) == "PROCESSING"
+        assert await run_status(home, batch_id) == "PROCESSING"
 
 
 async def test_is_idempotent_when_it_runs_twice(tmp_path: Path, kind: str) -> None:

@@ -64,7 +64,7 @@ async def test_a_worker_of_any_language_claims_runs_beats_and_settles(tmp_path: 
 
 
 async def test_a_claim_that_waits_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.http.requests.long_poll.BEAT_S", 0.03)
+    monkeypatch.setattr("headrace.http.requests.long_poll.KEEPALIVE_S", 0.03)
     async with house(tmp_path, "sqlite") as home:
         session = await session_of(home)
         body = {"session": session, "claim_no": 1, "tasks": ["task"], "wait_s": 0.3}

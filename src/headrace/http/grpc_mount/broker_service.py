@@ -18,8 +18,8 @@ from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import new_session_id, run_id
 from headrace.grpc.messages import broker_pb2 as wire
 from headrace.grpc.transport.service_methods import CallContext
-from headrace.http.requests.lease_tokens import Tickets
-from headrace.http.requests.long_poll import RUNS_MAX, Claiming, check_session
+from headrace.http.requests.lease_tokens import LeaseTokens
+from headrace.http.requests.long_poll import RUNS_MAX, RemoteWork, check_session
 from headrace.http.requests.service import Caller, Service
 from headrace.store.protocol import Claim, Lease, Release, Session
 
@@ -42,13 +42,13 @@ class Broker:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._claiming = Claiming(service)
-        self._tickets = Tickets(service)
+        self._remote_work = RemoteWork(service)
+        self._lease_tokens = LeaseTokens(service)
 
     async def _caller(self, call: CallContext) -> Caller:
         if call.is_signed:
-            return self._service.signed("work")
-        return await self._service.caller(call.metadata.get("authorization"), "work")
+            return self._service.signed_caller("work")
+        return await self._service.authorize_header(call.metadata.get("authorization"), "work")
 
     async def start_session(self, request: wire.StartSessionRequest, call: CallContext) -> wire.StartSessionResponse:
         """A worker becomes known, and beats from now on."""
@@ -71,9 +71,9 @@ class Broker:
         caller = await self._caller(call)
         store, now_us = caller.engine.store, caller.engine.clock.now_us()
         reply = await store.heartbeat(check_session(request.session), now_us=now_us)
-        key = await self._tickets.key(caller)
+        key = await self._lease_tokens.signing_key(caller)
         return wire.HeartbeatResponse(
-            leases=[self._tickets.name(key, held.span_id, held.token) for held in reply.leases],
+            leases=[self._lease_tokens.encode(key, held.span_id, held.token) for held in reply.leases],
             claim_nos=[held.claim_no for held in reply.leases],
             stopped=reply.stopped,
             cancelled=[run_id(batch_id, index) for batch_id, index in reply.cancelled],
@@ -104,9 +104,9 @@ class Broker:
             runs_max=request.runs_max,
         )
         leases: list[Lease] | None = None
-        async for found in self._claiming.leases(caller, claim, request.wait_ms / 1_000):
+        async for found in self._remote_work.claim(caller, claim, request.wait_ms / 1_000):
             leases = found
-        key = await self._tickets.key(caller)
+        key = await self._lease_tokens.signing_key(caller)
         return wire.ClaimManyResponse(leases=[await self._leased(caller, key, lease) for lease in leases or ()])
 
     async def _leased(self, caller: Caller, key: bytes, lease: Lease) -> wire.Lease:
@@ -114,7 +114,7 @@ class Broker:
         if kinds is not None and pack.REFERENCE in kinds:
             payloads, kinds = await self._fetched(caller, payloads, kinds)
         told = wire.Lease(
-            lease=self._tickets.name(key, lease.span_id, lease.token),
+            lease=self._lease_tokens.encode(key, lease.span_id, lease.token),
             batch_id=lease.batch_id,
             task=lease.task,
             queue=lease.queue,
@@ -148,12 +148,12 @@ class Broker:
         caller = await self._caller(call)
         if len(request.settlements) > SETTLEMENTS_MAX:
             raise InvalidInput(f"a call brings at most {SETTLEMENTS_MAX} settlements")
-        key = await self._tickets.key(caller)
+        key = await self._lease_tokens.signing_key(caller)
         now_us = caller.engine.clock.now_us()
-        named = [self._tickets.parsed(key, one.lease) for one in request.settlements]
+        named = [self._lease_tokens.decode(key, one.lease) for one in request.settlements]
         told = zip(request.settlements, named, strict=True)
         known = [self._settlement(one, lease, now_us) for one, lease in told if lease is not None]
-        words = iter(await self._claiming.settle(caller, known))
+        words = iter(await self._remote_work.settle(caller, known))
         return wire.SettleManyResponse(
             words=[_WORDS[LOST] if lease is None else _WORDS[next(words)] for lease in named]
         )
@@ -222,10 +222,10 @@ class Broker:
         caller = await self._caller(call)
         if len(request.leases) > SETTLEMENTS_MAX:
             raise InvalidInput(f"a call gives at most {SETTLEMENTS_MAX} leases back")
-        key = await self._tickets.key(caller)
-        named = [self._tickets.parsed(key, lease) for lease in request.leases]
+        key = await self._lease_tokens.signing_key(caller)
+        named = [self._lease_tokens.decode(key, lease) for lease in request.leases]
         known = [Release(span_id=one[0], token=one[1]) for one in named if one is not None]
-        words = iter(await self._claiming.release(caller, known))
+        words = iter(await self._remote_work.release(caller, known))
         return wire.ReleaseManyResponse(words=[_WORDS[LOST] if one is None else _WORDS[next(words)] for one in named])
 
 

@@ -15,7 +15,7 @@ from headrace.grpc.transport.server import GrpcServer
 from headrace.grpc.transport.service_methods import Methods, methods_of
 from headrace.grpc.transport.signing import Secrets
 from headrace.http.grpc_mount.broker_service import SERVICE, Broker
-from headrace.http.requests.metrics import Pushes
+from headrace.http.requests.metrics import PushMetrics
 from headrace.http.requests.service import Service
 
 
@@ -31,7 +31,7 @@ async def answering(
     server = GrpcServer(
         methods | health.methods, limits=service.limits, secrets=Secrets(secrets), observe=service.metrics.calls.observe
     )
-    looking = asyncio.create_task(_watch_parked(service, health), name="headrace-grpc-health")
+    looking = asyncio.create_task(_update_health(service, health), name="headrace-grpc-health")
     try:
         yield server
     finally:
@@ -53,7 +53,7 @@ async def pushing(
         doorbell=engine.doorbell,
         secrets=Secrets(secrets),
     )
-    service.metrics.registry.register(Pushes(pusher))
+    service.metrics.registry.register(PushMetrics(pusher))
 
     async def end_with_server() -> None:
         await service.draining.wait()
@@ -69,7 +69,7 @@ async def pushing(
         await asyncio.gather(ending, return_exceptions=True)
 
 
-async def _watch_parked(service: Service, health: HealthService) -> None:
+async def _update_health(service: Service, health: HealthService) -> None:
     """Say how things are, as often as upkeep looks, until the server stops."""
     while not service.is_draining:
         health.set_serving(is_serving=not await service.why_not_ready())

@@ -1,4 +1,4 @@
-"""Items of a request's body into a batch, for both APIs that stream them: trigger.dev's and `/v1`."""
+"""Ingestion of a request's items into a batch, shared by trigger.dev's API and `/v1`."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from headrace.core.batch import LISTED, Batch
 from headrace.foundation.errors import Conflict, InvalidInput
 from headrace.http.requests.error_responses import Forbidden, Unprocessable
 from headrace.http.requests.item_codec import ItemDecoder
-from headrace.http.requests.request_body import pieces
-from headrace.http.requests.service import Call, Service
+from headrace.http.requests.request_body import body_pieces
+from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.producing.indexed_feed import IndexOutside, Intake, Taken, UnreadableItem
 
 
-async def take(service: Service, call: Call, request: Request, batch: Batch) -> Taken:
-    """Read a body of items into a batch. Raises what reading and storing raise."""
+async def ingest_items(service: Service, call: RequestContext, request: Request, batch: Batch) -> Taken:
+    """Read the items of a request into a batch. Raises errors of reading and of storing."""
     engine = call.engine
     token_only = not call.principal.may("batches:write")
 
     def may_run(task: str) -> None:
         if token_only and batch.task and task != batch.task:
-            raise Forbidden(f"this token is for a batch of {batch.task}")
+            raise Forbidden(f"the token allows only the batch's task {batch.task!r}, not {task[:60]!r}")
 
     decoder = ItemDecoder(
-        defaults=service.defaults,
+        defaults=service.default_key,
         limits=service.limits,
         now_us=engine.clock.now_us(),
         may_run=may_run,
@@ -31,7 +31,7 @@ async def take(service: Service, call: Call, request: Request, batch: Batch) -> 
     )
     intake = Intake(engine, batch, decoder)
     try:
-        taken = await intake.run(pieces(request, service.limits), meter=service.metrics.bytes.inc)
+        taken = await intake.run(body_pieces(request, service.limits), meter=service.metrics.bytes.inc)
     except IndexOutside as error:
         raise Unprocessable(error.message, hint=error.hint, batch_id=batch.id) from None
     except UnreadableItem as error:
@@ -44,8 +44,11 @@ async def take(service: Service, call: Call, request: Request, batch: Batch) -> 
     return taken
 
 
-async def sealed(call: Call, batch: Batch, taken: Taken) -> Batch:
-    """The batch sealed when nothing of it is missing, else as it stands. Raises `Unprocessable` when it was stopped."""
+async def seal_if_complete(call: RequestContext, batch: Batch, taken: Taken) -> Batch:
+    """Seal a batch if none of its items is missing; otherwise return it unsealed.
+
+    Raises `Unprocessable` if the batch was cancelled or abandoned.
+    """
     if taken.sealed is not None:
         call.engine.recorded.ring()
         return taken.sealed
@@ -65,7 +68,7 @@ async def sealed(call: Call, batch: Batch, taken: Taken) -> Batch:
     return after
 
 
-def check_listed(batch: Batch) -> None:
-    """Raise `Unprocessable` for a batch whose indexes its producer gives out."""
+def check_accepts_items(batch: Batch) -> None:
+    """Raise `Unprocessable` for a batch whose indexes are assigned by a producer."""
     if batch.kind != LISTED:
-        raise Unprocessable(f"Batch {batch.id} holds single runs, and takes no items", batch_id=batch.id)
+        raise Unprocessable(f"Batch {batch.id} holds single runs and accepts no items", batch_id=batch.id)

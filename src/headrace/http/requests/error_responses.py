@@ -1,6 +1,7 @@
-"""What goes wrong, as responses: RFC 9457 problems on `/v1`, the field's own shapes on `/api`.
+"""Errors as HTTP responses: RFC 9457 problems on `/v1`, trigger.dev's formats on `/api`.
 
-Whose fault it was is the error's type; its status, its code and whether trying again helps come from there.
+The error's class determines status, code and whether a retry can help. The first line of its docstring is the title of
+the problem.
 """
 
 from __future__ import annotations
@@ -22,50 +23,50 @@ _encode: Final = msgspec.json.Encoder(enc_hook=str).encode
 
 
 class Unauthorized(ClientFault):
-    """Nobody knows who asks."""
+    """Authentication required."""
 
     code = "UNAUTHORIZED"
     status = 401
 
 
 class Forbidden(ClientFault):
-    """Who asks is known, and may not do this."""
+    """The credentials do not allow this operation."""
 
     code = "FORBIDDEN"
     status = 403
 
 
 class TooLarge(ClientFault):
-    """A body is over its bound."""
+    """The request body is too large."""
 
     code = "TOO_LARGE"
     status = 413
 
 
 class UnsupportedType(ClientFault):
-    """A body is not of a type that is taken here."""
+    """The content type or encoding of the request body is not supported."""
 
     code = "UNSUPPORTED_TYPE"
     status = 415
 
 
 class Unprocessable(InvalidInput):
-    """The request is well formed and asks for what can't be."""
+    """The request is well-formed but can't be carried out."""
 
     code = "UNPROCESSABLE"
     status = 422
 
 
-class Silent(ClientFault):
-    """The peer sent nothing for longer than it is waited for."""
+class IdleTimeout(ClientFault):
+    """The client sent nothing for too long."""
 
     code = "IDLE_TIMEOUT"
     status = 408
     retryable: ClassVar[bool] = True
 
 
-class Gone(ClientFault):
-    """The peer left in the middle of its request."""
+class ClientGone(ClientFault):
+    """The client disconnected before the end of its request."""
 
     code = "CLIENT_GONE"
     status = 408
@@ -73,7 +74,7 @@ class Gone(ClientFault):
 
 
 class Throttled(ClientFault):
-    """Too much was asked for in too short a time."""
+    """Rate limit exceeded."""
 
     code = "RATE_LIMITED"
     status = 429
@@ -85,35 +86,37 @@ class Throttled(ClientFault):
 
 
 class Busy(EngineFault):
-    """The server takes no more of this now: it stops, or has its hands full."""
+    """The server does not accept this request now: it is stopping or at a limit."""
 
     code = "BUSY"
 
 
-def answer(value: object, status: int = 200, headers: dict[str, str] | None = None, *, kind: str = "") -> Response:
-    """A JSON response."""
+def json_response(
+    value: object, status: int = 200, headers: dict[str, str] | None = None, *, kind: str = ""
+) -> Response:
+    """Build a JSON response."""
     return Response(_encode(value), status, headers, media_type=kind or "application/json")
 
 
-def of_error(request: Request, error: Exception) -> Response:
-    """The response that an error is, in the shape of the path it came from."""
+def error_response(request: Request, error: Exception) -> Response:
+    """Build the response for an error, in the format of the request's API."""
     if isinstance(error, HTTPException):
-        return _of_route(request, error)
+        return _route_error_response(request, error)
     if not isinstance(error, HeadraceError):
-        LOG.error("a request met an error that is nobody's", path=request.url.path, exc_info=error)
-        error = EngineFault("something went wrong", hint="the server's log says more")
+        LOG.error("http.request_failed", path=request.url.path, exc_info=error)
+        error = EngineFault("internal error", hint="see the server's log")
     headers = dict(error.headers) if isinstance(error, Throttled) else {}
     if isinstance(error, EngineFault) and error.retryable:
         headers["retry-after"] = str(RETRY_AFTER_S)
-    if isinstance(error, Silent | Gone | TooLarge):
-        headers["connection"] = "close"  # what is left of the body is not read
+    if isinstance(error, IdleTimeout | ClientGone | TooLarge):
+        headers["connection"] = "close"  # the rest of the body is not read
     if request.url.path.startswith("/api/"):
-        return _of_api(request, error, headers)
-    return problem(request, error, headers)
+        return _api_error_response(request, error, headers)
+    return problem_response(request, error, headers)
 
 
-def problem(request: Request, error: HeadraceError, headers: dict[str, str]) -> Response:
-    """An error as RFC 9457 has it, with what a person can do."""
+def problem_response(request: Request, error: HeadraceError, headers: dict[str, str]) -> Response:
+    """Build an RFC 9457 problem, with a hint for the reader."""
     body: dict[str, object] = {
         "type": f"https://headrace.dev/problems/{error.code.lower().replace('_', '-')}",
         "title": (type(error).__doc__ or error.code).partition("\n")[0],
@@ -126,7 +129,7 @@ def problem(request: Request, error: HeadraceError, headers: dict[str, str]) -> 
     if error.hint:
         body["hint"] = error.hint
     headers["x-should-retry"] = "true" if error.retryable else "false"
-    return answer(
+    return json_response(
         body | {name: value for name, value in error.ids.items() if name not in body},
         error.status,
         headers,
@@ -134,8 +137,8 @@ def problem(request: Request, error: HeadraceError, headers: dict[str, str]) -> 
     )
 
 
-def _of_api(request: Request, error: HeadraceError, headers: dict[str, str]) -> Response:
-    """The shapes that clients of the field know."""
+def _api_error_response(request: Request, error: HeadraceError, headers: dict[str, str]) -> Response:
+    """Build an error in the formats that trigger.dev's clients expect."""
     if isinstance(error, Unauthorized) and not request.headers.get("authorization"):
         body = {
             "title": "Authorization Error",
@@ -144,12 +147,12 @@ def _of_api(request: Request, error: HeadraceError, headers: dict[str, str]) -> 
             "detail": "No authorization header provided",
             "error": "No authorization header provided",
         }
-        return answer(body, 401, headers, kind=PROBLEM)
+        return json_response(body, 401, headers, kind=PROBLEM)
     if isinstance(error, Forbidden):
         body = {"error": "Unauthorized", "code": "unauthorized", "param": "access_token", "type": "authorization"}
-        return answer(body, 403, headers)
+        return json_response(body, 403, headers)
     if isinstance(error, Throttled) and error.ids.get("limit") is not None:
-        return answer(
+        return json_response(
             {
                 "title": "Rate Limit Exceeded",
                 "status": 429,
@@ -164,19 +167,19 @@ def _of_api(request: Request, error: HeadraceError, headers: dict[str, str]) -> 
         )
     if isinstance(error, NotFound):
         headers.setdefault("x-should-retry", "true" if request.method == "GET" else "false")
-    return answer({"error": error.message, "code": error.code}, error.status, headers)
+    return json_response({"error": error.message, "code": error.code}, error.status, headers)
 
 
-def _of_route(request: Request, error: HTTPException) -> Response:
+def _route_error_response(request: Request, error: HTTPException) -> Response:
     headers = dict(error.headers or {})
     if request.url.path.startswith("/api/"):
         said = "Method not allowed" if error.status_code == 405 else "Not found"
         if error.status_code == 405 and request.url.path.endswith("/items"):
             said = "Method not allowed. Use POST to stream batch items."
-        return answer({"error": said}, error.status_code, headers)
+        return json_response({"error": said}, error.status_code, headers)
     kind = type(
         "Route",
         (ClientFault,),
         {"status": error.status_code, "code": f"HTTP_{error.status_code}", "__doc__": error.detail},
     )
-    return problem(request, kind(error.detail, hint="see /openapi.json"), headers)
+    return problem_response(request, kind(error.detail, hint="GET /openapi.json lists the endpoints"), headers)

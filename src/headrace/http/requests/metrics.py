@@ -1,6 +1,6 @@
-"""What a server counts, for Prometheus.
+"""Prometheus metrics of a server.
 
-Labels have few values: never an id or a path, and of names that clients chose only the fullest queues'.
+Labels have few values: never an id or a path. Of queue names, which clients choose, only the fullest queues appear.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from headrace.http.requests.queue_metrics import Depths
+from headrace.http.requests.queue_metrics import QueueMetrics
 from headrace.runtime.engine import DutyStats
 
 if TYPE_CHECKING:
@@ -26,17 +26,19 @@ if TYPE_CHECKING:
 BUCKETS_S = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0)
 
 
-class _Duties(Collector):
-    """The duties of upkeep that this process did."""
+class _UpkeepMetrics(Collector):
+    """Upkeep duties that this process performed."""
 
     def __init__(self, duties: Mapping[str, DutyStats]) -> None:
         self._duties = duties
 
     def collect(self) -> Iterator[Metric]:
-        """Read when somebody asks."""
-        rounds = CounterMetricFamily("headrace_upkeep_duties", "Duties of upkeep ended.", labels=("duty", "outcome"))
-        moved = CounterMetricFamily("headrace_upkeep_moved", "What a duty moved on.", labels=("duty",))
-        seconds = CounterMetricFamily("headrace_upkeep_seconds", "Time a duty took.", labels=("duty",))
+        """Yield the metrics."""
+        rounds = CounterMetricFamily(
+            "headrace_upkeep_duties", "Upkeep duties performed, by outcome.", labels=("duty", "outcome")
+        )
+        moved = CounterMetricFamily("headrace_upkeep_moved", "Rows changed by an upkeep duty.", labels=("duty",))
+        seconds = CounterMetricFamily("headrace_upkeep_seconds", "Seconds spent on an upkeep duty.", labels=("duty",))
         for name, stats in self._duties.items():
             rounds.add_metric((name, "done"), stats.done_count)
             rounds.add_metric((name, "failed"), stats.failed_count)
@@ -45,36 +47,40 @@ class _Duties(Collector):
         yield from (rounds, moved, seconds)
 
 
-class Pushes(Collector):
-    """What a pusher does. Endpoints and applications are those of the settings, so they are few."""
+class PushMetrics(Collector):
+    """Metrics of a pusher. Endpoints and applications come from the settings, so they are few."""
 
     def __init__(self, pusher: Pusher) -> None:
         self._pusher = pusher
 
     def collect(self) -> Iterator[Metric]:
-        """Read when somebody asks."""
+        """Yield the metrics."""
         labels = ("application", "endpoint")
-        pushed = CounterMetricFamily("headrace_pushes", "Activations offered to workers.", labels=(*labels, "outcome"))
-        under_way = GaugeMetricFamily("headrace_pushes_under_way", "On their way to workers.", labels=labels)
+        pushed = CounterMetricFamily(
+            "headrace_pushes", "Activations sent to worker endpoints, by outcome.", labels=(*labels, "outcome")
+        )
+        in_flight = GaugeMetricFamily(
+            "headrace_pushes_under_way", "Activations sent to a worker endpoint and not yet answered.", labels=labels
+        )
         parked = GaugeMetricFamily(
             "headrace_push_parked",
-            "Activations that wait for applications without an endpoint.",
+            "Waiting activations of applications without an endpoint.",
             self._pusher.parked_count,
         )
         for application, endpoints in self._pusher.endpoints.items():
-            for one in endpoints:
-                pushed.add_metric((application, one.name, "taken"), one.pushed_count)
-                pushed.add_metric((application, one.name, "busy"), one.busy_count)
-                pushed.add_metric((application, one.name, "failed"), one.failed_count)
-                under_way.add_metric((application, one.name), one.in_flight_count)
-        yield from (pushed, under_way, parked)
+            for endpoint in endpoints:
+                pushed.add_metric((application, endpoint.name, "taken"), endpoint.pushed_count)
+                pushed.add_metric((application, endpoint.name, "busy"), endpoint.busy_count)
+                pushed.add_metric((application, endpoint.name, "failed"), endpoint.failed_count)
+                in_flight.add_metric((application, endpoint.name), endpoint.in_flight_count)
+        yield from (pushed, in_flight, parked)
 
 
-class Calls(Collector):
-    """gRPC calls answered, by path and status, and how long they took.
+class GrpcCallMetrics(Collector):
+    """gRPC calls by path and status, and their durations.
 
-    Counted from one loop by plain additions, where the library's own counters take two locks a call: a call may cost
-    no more than ten times that.
+    Counted by plain additions on one event loop: the counters of prometheus_client take two locks, ten times the time
+    that a whole call may cost.
     """
 
     def __init__(self) -> None:
@@ -83,7 +89,7 @@ class Calls(Collector):
         self._buckets: dict[str, list[int]] = {}
 
     def observe(self, path: str, code: Code, seconds: float) -> None:
-        """One was answered."""
+        """Count a finished call."""
         key = path, code
         self._counts[key] = self._counts.get(key, 0) + 1
         buckets = self._buckets.get(path)
@@ -93,11 +99,15 @@ class Calls(Collector):
         self._seconds[path] = self._seconds.get(path, 0.0) + seconds
 
     def collect(self) -> Iterator[Metric]:
-        """Read when somebody asks."""
-        calls = CounterMetricFamily("headrace_grpc_calls", "gRPC calls answered.", labels=("path", "status"))
+        """Yield the metrics."""
+        calls = CounterMetricFamily(
+            "headrace_grpc_calls", "gRPC calls finished, by path and status.", labels=("path", "status")
+        )
         for (path, code), count in list(self._counts.items()):
             calls.add_metric((path, code.name), count)
-        took = HistogramMetricFamily("headrace_grpc_call_seconds", "Until the answer.", labels=("path",))
+        took = HistogramMetricFamily(
+            "headrace_grpc_call_seconds", "Duration of gRPC calls in seconds.", labels=("path",)
+        )
         for path, buckets in list(self._buckets.items()):
             names = (*map(floatToGoString, BUCKETS_S), "+Inf")
             took.add_metric((path,), list(zip(names, accumulate(buckets), strict=True)), self._seconds[path])
@@ -105,28 +115,37 @@ class Calls(Collector):
 
 
 class Metrics:
-    """The counters of one server, in a registry of their own."""
+    """Metrics of one server, in a registry of its own."""
 
     def __init__(self, duties: Mapping[str, DutyStats]) -> None:
         self.registry = registry = CollectorRegistry()
-        registry.register(_Duties(duties))
-        self.depths = Depths()
-        registry.register(self.depths)
+        registry.register(_UpkeepMetrics(duties))
+        self.queues = QueueMetrics()
+        registry.register(self.queues)
         self.requests = Counter(
-            "headrace_http_requests", "Requests answered.", ("route", "method", "status"), registry=registry
+            "headrace_http_requests",
+            "HTTP requests, by route, method and status.",
+            ("route", "method", "status"),
+            registry=registry,
         )
         self.seconds = Histogram(
-            "headrace_http_request_seconds", "Until the answer began.", ("route",), buckets=BUCKETS_S, registry=registry
+            "headrace_http_request_seconds",
+            "Seconds until the response began, by route.",
+            ("route",),
+            buckets=BUCKETS_S,
+            registry=registry,
         )
-        self.calls = Calls()
+        self.calls = GrpcCallMetrics()
         registry.register(self.calls)
-        self.streams = Gauge("headrace_ingest_streams", "Streams of items under way.", registry=registry)
-        self.bytes = Counter("headrace_ingest_bytes", "Bytes of items read, unpacked.", registry=registry)
-        self.items = Counter("headrace_ingest_items", "Items taken in.", ("what",), registry=registry)
-        self.batches = Counter("headrace_batches_created", "Batches created.", registry=registry)
-        self.claimed = Counter("headrace_runs_claimed", "Runs handed to remote workers.", registry=registry)
+        self.streams = Gauge("headrace_ingest_streams", "Item streams in progress.", registry=registry)
+        self.bytes = Counter(
+            "headrace_ingest_bytes", "Bytes of items received, after decompression.", registry=registry
+        )
+        self.items = Counter("headrace_ingest_items", "Items received, by result.", ("what",), registry=registry)
+        self.batches = Counter("headrace_batches_created", "Batches created over HTTP.", registry=registry)
+        self.claimed = Counter("headrace_runs_claimed", "Runs leased to remote workers.", registry=registry)
         self.settled = Counter("headrace_runs_settled", "Runs settled by remote workers.", registry=registry)
 
     def text(self) -> bytes:
-        """As Prometheus reads it."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry)

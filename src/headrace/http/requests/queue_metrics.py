@@ -1,4 +1,4 @@
-"""What stands in the queues, for Prometheus: the fullest by name, and all others together."""
+"""Prometheus metrics of the queues: the fullest by name, and all others together."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from headrace.store.protocol import QueueView
 OTHERS: Final = "(others)"
 
 
-class Depth(NamedTuple):
-    """One queue, or several: runs by how they stand, and how long the oldest waits."""
+class QueueCounts(NamedTuple):
+    """Counts of one queue, or of several together: runs by state, and the age of the oldest waiting run."""
 
     queue: str
     waiting: int
@@ -24,16 +24,16 @@ class Depth(NamedTuple):
     oldest_s: float
 
 
-class Depths(Collector):
-    """Kept as the store told it last."""
+class QueueMetrics(Collector):
+    """Metrics of the queues, as last reported by the store."""
 
     def __init__(self) -> None:
-        self._rows: list[Depth] = []
+        self._rows: list[QueueCounts] = []
 
-    def tell(self, views: Sequence[QueueView], *, names_max: int, now_us: int) -> None:
-        """How the queues are now, at most so many of them by name."""
+    def update(self, views: Sequence[QueueView], *, names_max: int, now_us: int) -> None:
+        """Set the counts. At most `names_max` queues appear by name."""
         rows = [
-            Depth(
+            QueueCounts(
                 view.name,
                 view.waiting_count,
                 view.delayed_count,
@@ -46,13 +46,13 @@ class Depths(Collector):
         self._rows, rest = rows[:names_max], rows[names_max:]
         if rest:
             waiting, delayed, leased = (sum(column) for column in zip(*(row[1:4] for row in rest), strict=True))
-            self._rows.append(Depth(OTHERS, waiting, delayed, leased, max(row.oldest_s for row in rest)))
+            self._rows.append(QueueCounts(OTHERS, waiting, delayed, leased, max(row.oldest_s for row in rest)))
 
     def collect(self) -> Iterator[Metric]:
-        """Read when somebody asks."""
-        runs = GaugeMetricFamily("headrace_queue_runs", "Runs that stand in a queue.", labels=("queue", "state"))
+        """Yield the metrics."""
+        runs = GaugeMetricFamily("headrace_queue_runs", "Runs in a queue, by state.", labels=("queue", "state"))
         oldest = GaugeMetricFamily(
-            "headrace_queue_oldest_seconds", "How long the oldest run of a queue waits.", labels=("queue",)
+            "headrace_queue_oldest_seconds", "Seconds the oldest run of a queue has been waiting.", labels=("queue",)
         )
         for row in self._rows:
             runs.add_metric((row.queue, "waiting"), row.waiting)

@@ -1,7 +1,7 @@
-"""Reading a request's body: lazily, within bounds, and no longer than its sender goes on sending.
+"""Reading request bodies: streamed, bounded, with an idle timeout.
 
-Rule 1: time runs only while the server waits for the peer. A stream that is held back here, however long, is not cut.
-Rule 2: a compressed body may become `expansion_max` times as large and no larger, and never much at once.
+Rule 1: the timeout runs only while the server waits for the client. A stream that the server itself delays is never cut
+off. Rule 2: a compressed body may expand by a factor of `expansion_max`, and is decompressed in bounded pieces.
 """
 
 from __future__ import annotations
@@ -16,44 +16,50 @@ from starlette.requests import Request
 
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import KIB, MIB, Limits
-from headrace.http.requests.error_responses import Gone, Silent, TooLarge, UnsupportedType
+from headrace.http.requests.error_responses import ClientGone, IdleTimeout, TooLarge, UnsupportedType
 
 T = TypeVar("T")
 
 JSON_BYTES_MAX: Final = 128 * KIB
-FREE_BYTES: Final = MIB
-"""What a compressed body may become in any case."""
+EXPANSION_FREE_BYTES: Final = MIB
+"""Size up to which any compressed body may expand."""
 
 PIECE_BYTES: Final = 256 * KIB
 ZSTD_SLICE_BYTES: Final = 256
-"""A block of zstd is 4 bytes or more and becomes 128 KiB at most, so a slice becomes 8 MiB at most."""
+"""A zstd block has at least 4 bytes and expands to at most 128 KiB, so a slice expands to at most 8 MiB."""
 
 ZSTD_WINDOW_BYTES: Final = 8 * MIB
 
 
-async def pieces(request: Request, limits: Limits) -> AsyncIterator[bytes]:
-    """A body as it comes, unpacked. Raises `Silent`, `Gone`, `TooLarge`, `UnsupportedType`, `InvalidInput`."""
+async def body_pieces(request: Request, limits: Limits) -> AsyncIterator[bytes]:
+    """Yield the body as it arrives, decompressed.
+
+    Raises `IdleTimeout`, `ClientGone`, `TooLarge`, `UnsupportedType`, `InvalidInput`.
+    """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("identity", ""):
         async for piece in _received(request, limits.http_idle_s):
             yield piece
         return
     if encoding not in ("gzip", "x-gzip", "zstd"):
-        raise UnsupportedType(f"nothing here unpacks {encoding!r}", hint="send gzip, zstd, or as it is")
-    unpacker = _Zstd() if encoding == "zstd" else _Gzip()
-    came_bytes = went_bytes = 0
+        raise UnsupportedType(
+            f"expected a content-encoding of gzip, zstd or identity, got {encoding!r}",
+            hint="send the body with gzip, zstd or uncompressed",
+        )
+    decoder = _ZstdDecoder() if encoding == "zstd" else _GzipDecoder()
+    received_bytes = expanded_bytes = 0
     async for piece in _received(request, limits.http_idle_s):
-        came_bytes += len(piece)
-        for unpacked in unpacker.feed(piece):
-            went_bytes += len(unpacked)
-            if went_bytes > came_bytes * limits.expansion_max + FREE_BYTES:
+        received_bytes += len(piece)
+        for expanded in decoder.feed(piece):
+            expanded_bytes += len(expanded)
+            if expanded_bytes > received_bytes * limits.expansion_max + EXPANSION_FREE_BYTES:
                 raise TooLarge(
-                    f"the body becomes more than {limits.expansion_max} times as large as it was sent",
-                    hint="send it with less compression, or raise expansion_max",
+                    f"the body expands by more than a factor of {limits.expansion_max}",
+                    hint="compress it less, or raise expansion_max",
                 )
-            yield unpacked
-    if not unpacker.is_whole:
-        raise InvalidInput(f"the {encoding} body ends in the middle", hint="send it again")
+            yield expanded
+    if not decoder.is_whole:
+        raise InvalidInput(f"the {encoding} body ended before its end marker", hint="send it again")
 
 
 async def _received(request: Request, idle_s: int) -> AsyncIterator[bytes]:
@@ -63,33 +69,33 @@ async def _received(request: Request, idle_s: int) -> AsyncIterator[bytes]:
             async with asyncio.timeout(idle_s):
                 message = await receive()
         except TimeoutError:
-            raise Silent(
-                f"nothing came for {idle_s} s", hint="send again what is missing; http_idle_s is the limit"
+            raise IdleTimeout(
+                f"received nothing for {idle_s} s", hint="send the missing items again, or raise http_idle_s"
             ) from None
         if message["type"] == "http.disconnect":
-            raise Gone("the peer left before its body ended")
+            raise ClientGone("the client disconnected before the end of its body")
         if body := message.get("body"):
             yield body
         if not message.get("more_body"):
             return
 
 
-async def whole(request: Request, limits: Limits, *, bytes_max: int = JSON_BYTES_MAX) -> bytes:
-    """A small body. Raises `TooLarge` as soon as it is known to be, and what `pieces` raises."""
-    told = request.headers.get("content-length", "")
-    if told.isdigit() and int(told) > bytes_max:
-        raise TooLarge("Request body too large", hint=f"at most {bytes_max} bytes")
-    found = bytearray()
-    async for piece in pieces(request, limits):
-        found += piece
-        if len(found) > bytes_max:
-            raise TooLarge("Request body too large", hint=f"at most {bytes_max} bytes")
-    return bytes(found)
+async def read_body(request: Request, limits: Limits, *, bytes_max: int = JSON_BYTES_MAX) -> bytes:
+    """Read a small body. Raises `TooLarge` as early as possible, and what `body_pieces` raises."""
+    content_length = request.headers.get("content-length", "")
+    if content_length.isdigit() and int(content_length) > bytes_max:
+        raise TooLarge("Request body too large", hint=f"the limit is {bytes_max} bytes")
+    body = bytearray()
+    async for piece in body_pieces(request, limits):
+        body += piece
+        if len(body) > bytes_max:
+            raise TooLarge("Request body too large", hint=f"the limit is {bytes_max} bytes")
+    return bytes(body)
 
 
-async def decoded(request: Request, limits: Limits, kind: type[T], *, bytes_max: int = JSON_BYTES_MAX) -> T:
-    """A small JSON body as a struct. Raises `InvalidInput` with the path of what is wrong."""
-    data = await whole(request, limits, bytes_max=bytes_max)
+async def decode_body(request: Request, limits: Limits, kind: type[T], *, bytes_max: int = JSON_BYTES_MAX) -> T:
+    """Decode a small JSON body as a struct. Raises `InvalidInput` with the path of the invalid field."""
+    data = await read_body(request, limits, bytes_max=bytes_max)
     if not data.strip():
         raise InvalidInput("Request body is empty")
     try:
@@ -100,20 +106,20 @@ async def decoded(request: Request, limits: Limits, kind: type[T], *, bytes_max:
         raise InvalidInput("Invalid JSON") from None
 
 
-def number(text: str | None, default: int, name: str, least: int, most: int) -> int:
-    """A whole number of a query, within bounds. Raises `InvalidInput` that names it."""
+def parse_int(text: str | None, default: int, name: str, least: int, most: int) -> int:
+    """Parse an integer query parameter. Raises `InvalidInput`."""
     if not text:
         return default
     if not text.isascii() or not text.isdigit() or len(text) > 18 or not least <= int(text) <= most:
-        raise InvalidInput(f"{name} is a whole number from {least} to {most}, not {text[:40]!r}")
+        raise InvalidInput(f"expected {name} as a whole number from {least} to {most}, got {text[:40]!r}")
     return int(text)
 
 
-class _Gzip:
-    """Unpacks gzip, several members too, a bounded piece at a time."""
+class _GzipDecoder:
+    """Decompresses gzip, also several members, in bounded pieces."""
 
     def __init__(self) -> None:
-        self._unpack = zlib.decompressobj(31)
+        self._decompressor = zlib.decompressobj(31)
         self._is_begun = False
 
     @property
@@ -123,27 +129,27 @@ class _Gzip:
     def feed(self, data: bytes) -> Iterator[bytes]:
         while data:
             try:
-                unpacked = self._unpack.decompress(data, PIECE_BYTES)
+                expanded = self._decompressor.decompress(data, PIECE_BYTES)
             except zlib.error as error:
-                raise InvalidInput(f"the body is not gzip: {error}") from None
+                raise InvalidInput(f"expected a gzip body, got invalid data: {error}") from None
             self._is_begun = True
-            if unpacked:
-                yield unpacked
-            data = self._unpack.unconsumed_tail
-            if self._unpack.eof:
-                data = self._unpack.unused_data
-                self._unpack, self._is_begun = zlib.decompressobj(31), False
+            if expanded:
+                yield expanded
+            data = self._decompressor.unconsumed_tail
+            if self._decompressor.eof:
+                data = self._decompressor.unused_data
+                self._decompressor, self._is_begun = zlib.decompressobj(31), False
 
 
-class _Zstd:
-    """Unpacks zstd, several frames too, a bounded piece at a time."""
+class _ZstdDecoder:
+    """Decompresses zstd, also several frames, in bounded pieces."""
 
     def __init__(self) -> None:
         import zstandard
 
         self._error = zstandard.ZstdError
         self._fresh: Callable[[], Any] = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).decompressobj
-        self._unpack = self._fresh()
+        self._decompressor = self._fresh()
         self._is_begun = False
 
     @property
@@ -154,25 +160,25 @@ class _Zstd:
         held: list[bytes] = []
         held_bytes = 0
         for start in range(0, len(data), ZSTD_SLICE_BYTES):
-            for unpacked in self._slice(data[start : start + ZSTD_SLICE_BYTES]):
-                held.append(unpacked)
-                held_bytes += len(unpacked)
+            for expanded in self._decompress_slice(data[start : start + ZSTD_SLICE_BYTES]):
+                held.append(expanded)
+                held_bytes += len(expanded)
             if held_bytes >= PIECE_BYTES:
                 yield b"".join(held)
                 held, held_bytes = [], 0
         if held:
             yield b"".join(held)
 
-    def _slice(self, piece: bytes) -> Iterator[bytes]:
+    def _decompress_slice(self, piece: bytes) -> Iterator[bytes]:
         while piece:
             try:
-                unpacked: bytes = self._unpack.decompress(piece)
+                expanded: bytes = self._decompressor.decompress(piece)
             except self._error as error:
-                raise InvalidInput(f"the body is not zstd: {error}") from None
+                raise InvalidInput(f"expected a zstd body, got invalid data: {error}") from None
             self._is_begun = True
-            if unpacked:
-                yield unpacked
+            if expanded:
+                yield expanded
             piece = b""
-            if self._unpack.eof:
-                piece = self._unpack.unused_data
-                self._unpack, self._is_begun = self._fresh(), False
+            if self._decompressor.eof:
+                piece = self._decompressor.unused_data
+                self._decompressor, self._is_begun = self._fresh(), False

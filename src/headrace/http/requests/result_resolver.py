@@ -1,4 +1,4 @@
-"""What a recorded result stands for: itself, an object, or another run."""
+"""Resolution of recorded results, which may be stored inline, in the object store, or be a link to another run."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from typing import Final
 from headrace.core import pack, run
 from headrace.foundation.errors import NotFound
 from headrace.foundation.ids import parse_run_id
-from headrace.http.requests.service import Call
+from headrace.http.requests.service import RequestContext
 from headrace.store.protocol import Outcome, RunRecord
 
 LINKS_MAX: Final = 16
-_GONE = b'{"type":"RunGone","message":"the run that has this idempotency key was pruned"}'
+_GONE = b'{"type":"RunGone","message":"the run with this idempotency key was deleted by retention"}'
 
 
-class Outputs:
-    """Results of one environment, followed to where they are."""
+class ResultResolver:
+    """Resolves results of one environment."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: RequestContext) -> None:
         self._call = call
 
-    async def resolved(self, one: Outcome) -> Outcome | None:
-        """The outcome itself, or of the run that it links to; None while that has not ended."""
+    async def resolve(self, outcome: Outcome) -> Outcome | None:
+        """Return the outcome, or that of the run it links to; None if that run has not ended."""
         for _ in range(LINKS_MAX):
-            if one.state != run.COMPLETED or one.kind != pack.LINK:
-                return one
-            view = await self.target(one.result)
+            if outcome.state != run.COMPLETED or outcome.kind != pack.LINK:
+                return outcome
+            view = await self.linked_run(outcome.result)
             if view is None:
-                return Outcome(index=one.index, state=run.FAILED, result=_GONE, kind=pack.JSON)
+                return Outcome(index=outcome.index, state=run.FAILED, result=_GONE, kind=pack.JSON)
             state = run.BY_NAME.get(view.state, run.WAITING)
             if state not in run.FINAL:
                 return None
-            one = Outcome(index=one.index, state=state, result=view.result, kind=view.result_kind)
+            outcome = Outcome(index=outcome.index, state=state, result=view.result, kind=view.result_kind)
         return None
 
-    async def target(self, link: bytes) -> RunRecord | None:
-        """The run that a link names; None when it is gone, or not of this environment."""
+    async def linked_run(self, link: bytes) -> RunRecord | None:
+        """Return the run that a link names; None if it was deleted or belongs to another environment."""
         batch_id, index = parse_run_id(link.decode())
         try:
             view = await self._call.engine.store.run(batch_id, index)
@@ -43,13 +43,13 @@ class Outputs:
             return None
         return view if view.environment == self._call.environment else None
 
-    async def bytes(self, one: Outcome) -> tuple[bytes, int]:
-        """A completed run's output and its kind, fetched where it lies elsewhere."""
-        if one.kind == pack.REFERENCE:
-            return await self._call.engine.fetch(one.result)
-        return one.result, one.kind
+    async def output_bytes(self, outcome: Outcome) -> tuple[bytes, int]:
+        """Return a completed run's output and its kind. Fetches outputs that are in the object store."""
+        if outcome.kind == pack.REFERENCE:
+            return await self._call.engine.fetch(outcome.result)
+        return outcome.result, outcome.kind
 
-    async def text(self, one: Outcome) -> tuple[str, str]:
-        """An output as the field's clients take it: a string, and what it is."""
-        data, kind = await self.bytes(one)
+    async def output_text(self, outcome: Outcome) -> tuple[str, str]:
+        """Return an output as text and its content type, as trigger.dev's clients expect."""
+        data, kind = await self.output_bytes(outcome)
         return data.decode("utf-8", "replace"), pack.CONTENT_TYPES[kind]

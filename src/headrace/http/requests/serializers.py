@@ -1,4 +1,4 @@
-"""How batches and runs look outside: the states, moments and objects of the field's API, and our own."""
+"""JSON forms of batches and runs: trigger.dev's objects and states, and those of `/v1`."""
 
 from __future__ import annotations
 
@@ -60,37 +60,37 @@ _FAILED_AS: Final = {
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
-def moment(us: int) -> str | None:
-    """A moment in ISO 8601, or None for none."""
+def iso_time(us: int) -> str | None:
+    """Format a time in ISO 8601; None for 0."""
     if not us:
         return None
     return datetime.fromtimestamp(us / 1_000_000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def status_of(state: str, failure: Failure | None) -> str:
-    """A run's state as the field calls it; of a failed one also why."""
+def run_status(state: str, failure: Failure | None) -> str:
+    """Convert a run's state to trigger.dev's. For a failed run it depends on the error."""
     if state == "failed" and failure is not None:
         return _FAILED_AS.get(failure.type, "FAILED")
     return RUN_STATUS[state]
 
 
-def batch_object(batch: Batch) -> dict[str, Any]:
-    """A batch as `GET /api/v1/batches/{id}` has it, without its runs."""
-    shown: dict[str, Any] = {
+def trigger_batch(batch: Batch) -> dict[str, Any]:
+    """Build trigger.dev's batch object, as in `GET /api/v1/batches/{id}`, without its runs."""
+    fields: dict[str, Any] = {
         "id": batch.id,
         "status": BATCH_STATUS[batch.state],
-        "createdAt": moment(batch.created_us),
-        "updatedAt": moment(max(batch.created_us, batch.appended_us, batch.sealed_us, batch.finished_us)),
+        "createdAt": iso_time(batch.created_us),
+        "updatedAt": iso_time(max(batch.created_us, batch.appended_us, batch.sealed_us, batch.finished_us)),
         "runCount": batch.received_count if batch.expected_count is None else batch.expected_count,
     }
     key = batch.metadata.get("idempotencyKey")
     if isinstance(key, str):
-        shown["idempotencyKey"] = key
-    return shown
+        fields["idempotencyKey"] = key
+    return fields
 
 
-def summary(batch: Batch, ledger: Ledger) -> dict[str, Any]:
-    """A batch as `/v1` has it."""
+def v1_batch(batch: Batch, ledger: Ledger) -> dict[str, Any]:
+    """Build the batch object of `/v1`."""
     return {
         "id": batch.id,
         "key": batch.key,
@@ -100,32 +100,32 @@ def summary(batch: Batch, ledger: Ledger) -> dict[str, Any]:
         "expected": batch.expected_count,
         "received": batch.received_count,
         **ledger._asdict(),
-        "created_at": moment(batch.created_us),
-        "sealed_at": moment(batch.sealed_us),
-        "finished_at": moment(batch.finished_us),
+        "created_at": iso_time(batch.created_us),
+        "sealed_at": iso_time(batch.sealed_us),
+        "finished_at": iso_time(batch.finished_us),
         "metadata": batch.metadata,
     }
 
 
-def error_object(failure: Failure | None, state: str) -> dict[str, Any]:
-    """Why a run did not complete, as the field's clients read it."""
+def trigger_error(failure: Failure | None, state: str) -> dict[str, Any]:
+    """Build trigger.dev's error object of a run that did not complete."""
     if failure is None:
         return {"type": "INTERNAL_ERROR", "code": f"TASK_RUN_{RUN_STATUS[state]}", "message": f"the run was {state}"}
-    shown = {"type": "BUILT_IN_ERROR", "name": failure.type, "message": failure.message, "stackTrace": failure.trace}
+    fields = {"type": "BUILT_IN_ERROR", "name": failure.type, "message": failure.message, "stackTrace": failure.trace}
     if _FAILED_AS.get(failure.type) == "SYSTEM_FAILURE":
-        return shown | {"type": "INTERNAL_ERROR", "code": failure.type}
-    return shown
+        return fields | {"type": "INTERNAL_ERROR", "code": failure.type}
+    return fields
 
 
-def run_object(view: RunRecord, batch: Batch) -> dict[str, Any]:
-    """One run as `GET /api/v3/runs/{id}` and `GET /api/v1/runs` have it, without payload and output."""
+def trigger_run(view: RunRecord, batch: Batch) -> dict[str, Any]:
+    """Build trigger.dev's run object, as `GET /api/v3/runs/{id}` returns it, without payload and output."""
     failure = decode(view.result) if view.state == "failed" and view.result else None
-    status = status_of(view.state, failure)
+    status = run_status(view.state, failure)
     kept: dict[str, Any] = msgspec.json.decode(view.kept) if view.kept else {}
     code = run.BY_NAME.get(view.state, run.WAITING)
     is_final = code in run.FINAL
     ended = view.attempts[-1]["settled_us"] if view.attempts and is_final else 0
-    shown: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "id": run_id(view.batch_id, view.index),
         "status": status,
         "taskIdentifier": view.task,
@@ -137,8 +137,8 @@ def run_object(view: RunRecord, batch: Batch) -> dict[str, Any]:
         "isFailed": status in ("FAILED", "CRASHED", "SYSTEM_FAILURE", "TIMED_OUT"),
         "isCancelled": status == "CANCELED",
         "isTest": bool(kept.get("test", False)),
-        "createdAt": moment(batch.created_us),
-        "updatedAt": moment(int(str(ended)) or max(batch.created_us, batch.appended_us)),
+        "createdAt": iso_time(batch.created_us),
+        "updatedAt": iso_time(int(str(ended)) or max(batch.created_us, batch.appended_us)),
         "tags": view.tags,
         "costInCents": 0,
         "baseCostInCents": 0,
@@ -151,22 +151,22 @@ def run_object(view: RunRecord, batch: Batch) -> dict[str, Any]:
     }
     optional = {
         "idempotencyKey": kept.get("idempotencyKey") or view.idempotency_key,
-        "finishedAt": moment(int(str(ended))),
-        "delayedUntil": moment(view.due_us) if view.state == DELAYED else None,
-        "expiredAt": moment(view.expires_us) if view.state == "expired" else None,
+        "finishedAt": iso_time(int(str(ended))),
+        "delayedUntil": iso_time(view.due_us) if view.state == DELAYED else None,
+        "expiredAt": iso_time(view.expires_us) if view.state == "expired" else None,
         "metadata": kept.get("metadata"),
         "region": kept.get("region"),
         "version": kept.get("lockToVersion"),
     }
-    shown |= {name: value for name, value in optional.items() if value}
-    shown |= {name: kept[name] for name in ("machine", "concurrencyKey", "debounce", "payloadSize") if name in kept}
+    fields |= {name: value for name, value in optional.items() if value}
+    fields |= {name: kept[name] for name in ("machine", "concurrencyKey", "debounce", "payloadSize") if name in kept}
     if failure is not None:
-        shown["error"] = {"message": failure.message, "name": failure.type, "stackTrace": failure.trace}
-    return shown
+        fields["error"] = {"message": failure.message, "name": failure.type, "stackTrace": failure.trace}
+    return fields
 
 
-def value_of(data: bytes, kind: int) -> Any:
-    """A payload or output as JSON: text as a string, super+json reduced to its plain part, protobuf in base 64."""
+def json_value(data: bytes, kind: int) -> Any:
+    """Convert a payload or output to JSON: text as a string, super+json as its `json` part, protobuf in base64."""
     if kind == pack.TEXT:
         return data.decode("utf-8", "replace")
     if kind == pack.SUPER_JSON:
@@ -177,13 +177,13 @@ def value_of(data: bytes, kind: int) -> Any:
     return msgspec.Raw(data) if data else None
 
 
-def line_of(batch_id: str, one: Outcome, output: bytes | None = None) -> bytes:
-    """One line of `GET /v1/batches/{id}/results`. `output`: what a reference or a link stands for."""
+def result_line(batch_id: str, outcome: Outcome, output: bytes | None = None) -> bytes:
+    """Encode outcome line of `GET /v1/batches/{id}/results`. `output`: the resolved value of a reference or link."""
     head = b'{"index":%d,"id":"%s","state":"%s",' % (
-        one.index,
-        run_id(batch_id, one.index).encode(),
-        run.NAMES[one.state].encode(),
+        outcome.index,
+        run_id(batch_id, outcome.index).encode(),
+        run.NAMES[outcome.state].encode(),
     )
-    if one.state == run.COMPLETED:
-        return head + b'"ok":true,"output":%s}\n' % ((one.result if output is None else output) or b"null")
-    return head + b'"ok":false,"error":%s}\n' % (one.result or b"null")
+    if outcome.state == run.COMPLETED:
+        return head + b'"ok":true,"output":%s}\n' % ((outcome.result if output is None else output) or b"null")
+    return head + b'"ok":false,"error":%s}\n' % (outcome.result or b"null")

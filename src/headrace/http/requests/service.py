@@ -1,4 +1,4 @@
-"""What every endpoint shares: the engine, who is let in, how fast, and whether the house is closing."""
+"""State that all endpoints share: the engine, authentication, rate limits, metrics, and the shutdown of the server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headrace.core.batch import Batch, Ledger
 from headrace.core.span import Key
 from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound
 from headrace.foundation.ids import check_batch_id
-from headrace.http.requests.auth import Doorkeeper, Principal
+from headrace.http.requests.auth import Authenticator, Principal
 from headrace.http.requests.error_responses import Busy, Throttled
 from headrace.http.requests.metrics import Metrics
 from headrace.runtime.engine import Engine
@@ -28,42 +28,42 @@ CHECK_S: Final = 2.0
 MINUTE_US: Final = 60_000_000
 QUEUES_EACH_US: Final = 5_000_000
 QUEUES_S: Final = 2.0
-LEFT: Final = "headrace.rate"
-"""Where a request keeps the rate headers of its answer."""
+RATE_HEADERS: Final = "headrace.rate"
+"""Key in a request's scope for the rate-limit headers of its response."""
 
 
 @dataclass(slots=True)
 class Caller:
-    """Who asks, by whatever door, and the engine as their environment sees it."""
+    """An authenticated client, and the engine restricted to the client's environment."""
 
     principal: Principal
     engine: Engine
 
     @property
     def environment(self) -> str:
-        """The tenant that asks."""
+        """The client's environment."""
         return self.principal.environment
 
 
 @dataclass(slots=True)
-class Call(Caller):
-    """One request."""
+class RequestContext(Caller):
+    """An authenticated HTTP request."""
 
     request: Request
 
-    async def own_batch(self, batch_id: str) -> tuple[Batch, Ledger]:
-        """A batch of this environment; that of another is not there. Raises `NotFound`."""
+    async def get_batch(self, batch_id: str) -> tuple[Batch, Ledger]:
+        """Return a batch of this environment. Raises `NotFound`, also for a batch of another environment."""
         try:
             batch, ledger = await self.engine.store.batch(check_batch_id(batch_id))
         except InvalidInput:
-            raise NotFound("there is no such batch", batch_id=batch_id) from None
+            raise NotFound(f"batch {batch_id[:60]!r} not found", batch_id=batch_id) from None
         if batch.environment != self.environment:
-            raise NotFound("there is no such batch", batch_id=batch_id)
+            raise NotFound(f"batch {batch_id[:60]!r} not found", batch_id=batch_id)
         return batch, ledger
 
 
 class Service:
-    """One server's side of the engine. Owned by one event loop."""
+    """One server's state. Used by one event loop."""
 
     def __init__(
         self,
@@ -73,11 +73,11 @@ class Service:
         api_key: str | None = None,
         is_open: bool = False,
     ) -> None:
-        """`registry`: tasks whose queue and priority are known here. `is_open`: nobody has to show a key."""
+        """`registry`: tasks whose default queue and priority apply to items. `is_open`: authentication is disabled."""
         self.engine = engine
         self.limits = engine.limits
         self.registry = registry
-        self.doorkeeper = Doorkeeper(engine, static_key=api_key, is_open=is_open)
+        self.authenticator = Authenticator(engine, static_key=api_key, is_open=is_open)
         self.packets = Packets(engine.payloads)
         self.metrics = Metrics(engine.duties)
         self.is_draining = False
@@ -86,33 +86,35 @@ class Service:
         self._producers: dict[str, Producer] = {}
         self._queues_until_us = 0
 
-    # -- who, and how fast
+    # -- authentication and rate limits
 
-    async def call(self, request: Request, scope: str, *, batch_id: str = "", is_free: bool = False) -> Call:
-        """Let a request in. Raises `Unauthorized`, `Forbidden`, `Throttled`. `is_free`: no request limit counts it."""
-        principal = await self.doorkeeper.admit(request.headers.get("authorization"))
+    async def authorize(
+        self, request: Request, scope: str, *, batch_id: str = "", is_free: bool = False
+    ) -> RequestContext:
+        """Authenticate a request. Raises `Unauthorized`, `Forbidden`, `Throttled`. `is_free`: exempt from limits."""
+        principal = await self.authenticator.authenticate(request.headers.get("authorization"))
         principal.check(scope, batch_id)
         if not is_free and scope != "work":
             await self.spend_request(request, principal)
-        return Call(principal, self._engine_of(principal), request)
+        return RequestContext(principal, self._engine_of(principal), request)
 
-    async def call_any(self, request: Request, scopes: Sequence[str], *, is_free: bool = False) -> Call:
-        """Let a request in that any of some scopes covers."""
-        principal = await self.doorkeeper.admit(request.headers.get("authorization"))
+    async def authorize_any(self, request: Request, scopes: Sequence[str], *, is_free: bool = False) -> RequestContext:
+        """Authenticate a request for which any of several scopes is enough."""
+        principal = await self.authenticator.authenticate(request.headers.get("authorization"))
         if not any(principal.may(scope) for scope in scopes):
             principal.check(scopes[0])
         if not is_free:
             await self.spend_request(request, principal)
-        return Call(principal, self._engine_of(principal), request)
+        return RequestContext(principal, self._engine_of(principal), request)
 
-    async def caller(self, authorization: str | None, scope: str) -> Caller:
-        """Let somebody in who made no request. Raises `Unauthorized`, `Forbidden`."""
-        principal = await self.doorkeeper.admit(authorization)
+    async def authorize_header(self, authorization: str | None, scope: str) -> Caller:
+        """Authenticate a client that sent no HTTP request. Raises `Unauthorized`, `Forbidden`."""
+        principal = await self.authenticator.authenticate(authorization)
         principal.check(scope)
         return Caller(principal, self._engine_of(principal))
 
-    def signed(self, scope: str) -> Caller:
-        """Whoever knows a secret of the server, in the server's own environment."""
+    def signed_caller(self, scope: str) -> Caller:
+        """Return the caller of a call that was signed with a secret of the server: the server's own environment."""
         principal = Principal(self.engine.environment, frozenset((scope,)), "signed")
         return Caller(principal, self.engine)
 
@@ -120,7 +122,7 @@ class Service:
         return replace(self.engine, environment=principal.environment)
 
     async def why_not_ready(self) -> str:
-        """Why the server can't work now; empty when it can."""
+        """Return an error code if the server can't work now, else an empty string."""
         if self.is_draining:
             return "stopping"
         try:
@@ -131,14 +133,14 @@ class Service:
         return ""
 
     async def spend_request(self, request: Request, principal: Principal) -> None:
-        """Count a request against its environment's limit. Raises `Throttled`."""
+        """Count a request against the rate limit of its environment. Raises `Throttled`."""
         limits = self.limits
         if limits.requests_per_minute_max:
             bucket = Bucket(limits.requests_burst_max, max(1, MINUTE_US // limits.requests_per_minute_max))
             await self._spend(request, principal.environment, "requests", bucket, 1)
 
     async def spend_runs(self, request: Request, environment: str, count: int) -> None:
-        """Count announced runs against their environment's limit. Raises `Throttled`."""
+        """Count the runs of a new batch against the rate limit of its environment. Raises `Throttled`."""
         limits = self.limits
         if limits.batch_runs_per_minute_max:
             bucket = Bucket(limits.batch_runs_burst_max, max(1, MINUTE_US // limits.batch_runs_per_minute_max))
@@ -153,7 +155,7 @@ class Service:
             "x-ratelimit-remaining": str(spent.remaining),
             "x-ratelimit-reset": str(reset_ms),
         }
-        request.scope[LEFT] = headers
+        request.scope[RATE_HEADERS] = headers
         if not spent.is_granted:
             seconds = max(1, -(-spent.wait_us // 1_000_000))
             what = "Batch rate limit exceeded." if name == "runs" else "Rate limit exceeded."
@@ -167,8 +169,8 @@ class Service:
                 secondsUntilReset=seconds,
             )
 
-    async def spend_grant(self, environment: str, batch: Batch) -> bool:
-        """Whether a stream of a batch that was let in may pass the request limit, if there is one: some may."""
+    async def is_exempt_from_limit(self, environment: str, batch: Batch) -> bool:
+        """True if a stream is exempt from the request limit, as the first `stream_grants_max` of a batch are."""
         if not self.limits.requests_per_minute_max:
             return True
         bucket = Bucket(self.limits.stream_grants_max, self.limits.seal_timeout_ms * 1_000)
@@ -176,20 +178,23 @@ class Service:
         now_us = self.engine.clock.now_us()
         return (await self.engine.store.spend(environment, name, bucket, 1, now_us=now_us)).is_granted
 
-    # -- streams and life
+    # -- streams and shutdown
 
     @property
     def streams_count(self) -> int:
-        """Streams that are taken in now."""
+        """Number of item streams in progress."""
         return len(self._deadlines)
 
     @asynccontextmanager
     async def stream(self) -> AsyncGenerator[None, None]:
-        """A place among the streams that are taken in. Raises `Busy`."""
+        """Occupy one of the `streams_max` places for item streams. Raises `Busy`."""
         if self.is_draining:
-            raise Busy("the server is stopping", hint="send it to another one, or again in a moment")
+            raise Busy("the server is stopping", hint="retry, on another server or in a moment")
         if self.streams_count >= self.limits.streams_max:
-            raise Busy("the server has its hands full", hint="send it again in a moment; streams_max is the bound")
+            raise Busy(
+                f"the server is already receiving {self.limits.streams_max} streams",
+                hint="retry in a moment, or raise streams_max",
+            )
         self.metrics.streams.inc()
         try:
             async with asyncio.timeout(None) as deadline:
@@ -198,14 +203,16 @@ class Service:
         except TimeoutError:
             if not deadline.expired():
                 raise
-            raise Busy("the server is stopping", hint="send what is missing to another one, or in a moment") from None
+            raise Busy(
+                "the server is stopping", hint="send the missing items to another server, or retry in a moment"
+            ) from None
         finally:
             self._deadlines.discard(deadline)
             self.metrics.streams.dec()
 
     @asynccontextmanager
     async def upkeep(self) -> AsyncGenerator[None, None]:
-        """Upkeep while the block lasts, for a server without a worker, whose upkeep would do."""
+        """Run upkeep while the block lasts. For a server without a worker, which would run it otherwise."""
         rounds = asyncio.create_task(Upkeep(self.engine).run(), name="headrace-upkeep")
         try:
             yield
@@ -213,8 +220,8 @@ class Service:
             rounds.cancel()
             await asyncio.gather(rounds, return_exceptions=True)
 
-    async def look_at_queues(self) -> None:
-        """Let the metrics tell what stands in the queues, as of some seconds ago; without an answer nothing changes."""
+    async def refresh_queue_metrics(self) -> None:
+        """Refresh the queue metrics, at most every 5 seconds. If the store does not answer they keep their values."""
         engine = self.engine
         now_us = engine.clock.now_us()
         if now_us < self._queues_until_us:
@@ -225,35 +232,35 @@ class Service:
                 views = await engine.store.queues(engine.environment)
         except (HeadraceError, TimeoutError):
             return
-        self.metrics.depths.tell(views, names_max=self.limits.metrics_queues_max, now_us=now_us)
+        self.metrics.queues.update(views, names_max=self.limits.metrics_queues_max, now_us=now_us)
 
     def drain(self) -> None:
-        """Take no new streams, and end those that wait for news; what is under way may end."""
+        """Stop accepting streams and end long polls. Requests in progress may finish."""
         self.is_draining = True
         self.draining.set()
 
     def cut(self) -> None:
-        """End the streams under way: what they brought is flushed, and their senders are told to come again."""
+        """Abort the streams in progress: received items are flushed, and the clients are asked to retry."""
         now_s = asyncio.get_running_loop().time()
         for deadline in self._deadlines:
             deadline.reschedule(now_s)
 
     async def close(self) -> None:
-        """Write what single enqueues left, and let go."""
+        """Flush single enqueues and close the producers."""
         producers, self._producers = self._producers, {}
         for producer in producers.values():
             with suppress(HeadraceError):
                 await producer.close()
 
-    def producer(self, call: Call) -> Producer:
-        """What enqueues single runs of an environment."""
+    def producer(self, call: RequestContext) -> Producer:
+        """Return the producer of single runs for an environment."""
         producer = self._producers.get(call.environment)
         if producer is None:
             producer = self._producers[call.environment] = Producer(call.engine)
         return producer
 
-    def defaults(self, task: str) -> Key:
-        """How runs of a task are kept unless an item says otherwise."""
+    def default_key(self, task: str) -> Key:
+        """Return the key of a task's runs if an item has no options: the task's default queue and priority."""
         if self.registry is None or task not in self.registry:
             return Key(task)
         return self.registry.get(task).key

@@ -18,8 +18,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.foundation.errors import HeadraceError
-from headrace.http.requests.error_responses import of_error
-from headrace.http.requests.service import LEFT, Service
+from headrace.http.requests.error_responses import error_response
+from headrace.http.requests.service import RATE_HEADERS, Service
 from headrace.http.server.health import Health
 from headrace.http.trigger_api.batches import Batches
 from headrace.http.trigger_api.runs import Runs
@@ -104,7 +104,7 @@ def make_app(service: Service) -> ASGIApp:
         await service.close()
 
     async def failed(request: Request, error: Exception) -> Response:
-        return of_error(request, error)
+        return error_response(request, error)
 
     by_path: dict[str, dict[str, Endpoint]] = {}
     for one in paths_of(service):
@@ -146,7 +146,7 @@ class Frame:
                 status = message["status"]
                 headers = dict(message.get("headers", ()))
                 headers[b"x-request-id"] = request_id.encode()
-                headers |= {name.encode(): value.encode() for name, value in scope.get(LEFT, {}).items()}
+                headers |= {name.encode(): value.encode() for name, value in scope.get(RATE_HEADERS, {}).items()}
                 message = {**message, "headers": list(headers.items())}
                 self._count(scope, status, perf_counter() - began)
             await send(message)
@@ -157,7 +157,7 @@ class Frame:
             if status:  # it can't be taken back: the connection is closed in the middle, so that its peer knows
                 LOG.warning("an answer broke off", request=request_id, path=scope["path"], error=str(error))
                 raise
-            await of_error(Request(scope), error)(scope, receive, framed)
+            await error_response(Request(scope), error)(scope, receive, framed)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         route = scope.get("route")

@@ -15,12 +15,12 @@ from headrace.core.batch import COMPLETED, OPEN, SEALED, Batch
 from headrace.core.failure import decode
 from headrace.foundation.errors import InvalidInput, NotFound
 from headrace.foundation.ids import new_batch_id, run_id
-from headrace.http.requests.batch_items import check_listed, sealed, take
-from headrace.http.requests.error_responses import Unprocessable, UnsupportedType, answer
-from headrace.http.requests.request_body import decoded
-from headrace.http.requests.result_resolver import Outputs
-from headrace.http.requests.serializers import batch_object, error_object
-from headrace.http.requests.service import Call, Service
+from headrace.http.requests.batch_items import check_accepts_items, ingest_items, seal_if_complete
+from headrace.http.requests.error_responses import Unprocessable, UnsupportedType, json_response
+from headrace.http.requests.request_body import decode_body
+from headrace.http.requests.result_resolver import ResultResolver
+from headrace.http.requests.serializers import trigger_batch, trigger_error
+from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.producing.indexed_feed import Taken
 from headrace.store.protocol import NewBatch
 
@@ -53,8 +53,8 @@ class Batches:
     async def create(self, request: Request) -> Response:
         """`POST /api/v3/batches`: a batch to stream into; the same key answers the same one."""
         service = self._service
-        call = await service.call(request, "batches:write")
-        wish = await decoded(request, service.limits, CreateBatch)
+        call = await service.authorize(request, "batches:write")
+        wish = await decode_body(request, service.limits, CreateBatch)
         most = service.limits.batch_runs_max
         if wish.run_count > most:
             raise InvalidInput(f"Batch runCount of {wish.run_count} exceeds maximum allowed of {most}.")
@@ -82,11 +82,11 @@ class Batches:
         scopes = [f"read:batch:{batch.id}"]
         if request.headers.get("x-trigger-client") == "browser":
             scopes.append(f"write:batch:{batch.id}")
-        token, claims = await service.doorkeeper.token(call.environment, scopes)
+        token, claims = await service.authenticator.issue_token(call.environment, scopes)
         headers = {"x-trigger-jwt": token, "x-trigger-jwt-claims": claims}
-        return answer(body, 202 if is_new else 200, headers)
+        return json_response(body, 202 if is_new else 200, headers)
 
-    async def _create(self, call: Call, wish: CreateBatch, key: str | None) -> tuple[Batch, bool]:
+    async def _create(self, call: RequestContext, wish: CreateBatch, key: str | None) -> tuple[Batch, bool]:
         now_us = call.engine.clock.now_us()
         tasks = sorted(set(wish.task_identifiers or ()))
         new = NewBatch(
@@ -104,53 +104,53 @@ class Batches:
         """`POST /api/v3/batches/{id}/items`: the second phase, items as NDJSON, in any order, as often as needed."""
         batch_id = request.path_params["batch_id"]
         service = self._service
-        call = await service.call(request, "batches:write", batch_id=batch_id, is_free=True)
+        call = await service.authorize(request, "batches:write", batch_id=batch_id, is_free=True)
         content_type = request.headers.get("content-type", "")
         if "application/x-ndjson" not in content_type and "application/ndjson" not in content_type:
             raise UnsupportedType("Content-Type must be application/x-ndjson or application/ndjson")
         if request.headers.get("content-length") == "0" or not _has_body(request):
             raise InvalidInput("Request body is required")
         try:
-            batch, _ = await call.own_batch(batch_id)
+            batch, _ = await call.get_batch(batch_id)
         except NotFound:
             await service.spend_request(request, call.principal)
             raise Unprocessable(f"Batch {batch_id} not found") from None
-        if not await service.spend_grant(call.environment, batch):
+        if not await service.is_exempt_from_limit(call.environment, batch):
             await service.spend_request(request, call.principal)
         if batch.state in (SEALED, COMPLETED):
             return _streamed(batch, Taken())
         _check_open(batch)
-        check_listed(batch)
+        check_accepts_items(batch)
         async with service.stream():
-            taken = await take(service, call, request, batch)
-        return _streamed(await sealed(call, batch, taken), taken)
+            taken = await ingest_items(service, call, request, batch)
+        return _streamed(await seal_if_complete(call, batch, taken), taken)
 
     async def retrieve(self, request: Request) -> Response:
         """`GET /api/v1/batches/{id}` and `/api/v2/…`."""
         batch_id = request.path_params["batch_id"]
-        call = await self._service.call(request, "batches:read", batch_id=batch_id)
+        call = await self._service.authorize(request, "batches:read", batch_id=batch_id)
         batch = await _found(call, batch_id)
-        shown = batch_object(batch)
+        shown = trigger_batch(batch)
         is_filled = batch.state != OPEN and batch.received_count <= RUNS_SHOWN_MAX
         shown["runs"] = [run_id(batch.id, index) for index in range(batch.received_count)] if is_filled else []
         if request.url.path.startswith("/api/v2"):
             shown["processing"] = {"errors": []}
             if batch.sealed_us:
-                shown["processingCompletedAt"] = batch_object(batch)["updatedAt"]
+                shown["processingCompletedAt"] = trigger_batch(batch)["updatedAt"]
                 shown["processing"]["completedAt"] = shown["processingCompletedAt"]
         else:
             shown |= {"successfulRunCount": batch.received_count, "failedRunCount": 0}
-        return answer(shown)
+        return json_response(shown)
 
     async def results(self, request: Request) -> Response:
         """`GET /api/v1/batches/{id}/results`: what has finished, in order."""
         batch_id = request.path_params["batch_id"]
-        call = await self._service.call(request, "batches:read", batch_id=batch_id)
+        call = await self._service.authorize(request, "batches:read", batch_id=batch_id)
         batch = await _found(call, batch_id, "Batch not found")
         return StreamingResponse(self._results(call, batch), media_type="application/json")
 
-    async def _results(self, call: Call, batch: Batch) -> AsyncIterator[bytes]:
-        outputs = Outputs(call)
+    async def _results(self, call: RequestContext, batch: Batch) -> AsyncIterator[bytes]:
+        outputs = ResultResolver(call)
         yield b'{"id":"%s","items":[' % batch.id.encode()
         between = b""
         bound = batch.received_count if batch.expected_count is None else batch.expected_count
@@ -163,15 +163,15 @@ class Batches:
             items = []
             for one in outcomes:
                 shown = {"id": run_id(batch.id, one.index), "taskIdentifier": tasks.get(one.index, batch.task)}
-                own = await outputs.resolved(one)
+                own = await outputs.resolve(one)
                 if own is None or own.state == run.EXPIRED:
                     continue
                 if own.state == run.COMPLETED:
-                    text, kind = await outputs.text(own)
+                    text, kind = await outputs.output_text(own)
                     items.append(shown | {"ok": True, "output": text, "outputType": kind})
                 else:
                     failure = decode(own.result) if own.result else None
-                    items.append(shown | {"ok": False, "error": error_object(failure, run.NAMES[own.state])})
+                    items.append(shown | {"ok": False, "error": trigger_error(failure, run.NAMES[own.state])})
             if items:
                 yield between + b",".join(map(msgspec.json.encode, items))
                 between = b","
@@ -191,7 +191,7 @@ def _streamed(batch: Batch, taken: Taken) -> Response:
         body |= {"enqueuedCount": batch.received_count, "expectedCount": batch.expected_count}
     if taken.conflicts:
         body["conflicts"] = taken.conflicts[:100]
-    return answer(body)
+    return json_response(body)
 
 
 def _check_open(batch: Batch) -> None:
@@ -213,8 +213,8 @@ def _key_of(request: Request, wish: CreateBatch) -> str | None:
     return f"request:{own[:200]}" if own else None
 
 
-async def _found(call: Call, batch_id: str, said: str = "Not found") -> Batch:
+async def _found(call: RequestContext, batch_id: str, said: str = "Not found") -> Batch:
     try:
-        return (await call.own_batch(batch_id))[0]
+        return (await call.get_batch(batch_id))[0]
     except NotFound:
         raise NotFound(said, batch_id=batch_id) from None

@@ -14,12 +14,12 @@ from headrace.core.block import Extra
 from headrace.core.failure import decode
 from headrace.foundation.errors import InvalidInput, NotFound
 from headrace.foundation.ids import check_batch_id, parse_run_id, run_id
-from headrace.http.requests.error_responses import answer
-from headrace.http.requests.item_codec import seconds_of
-from headrace.http.requests.request_body import number
-from headrace.http.requests.result_resolver import Outputs
-from headrace.http.requests.serializers import STATES_OF_STATUS, error_object, run_object, status_of, value_of
-from headrace.http.requests.service import Call, Service
+from headrace.http.requests.error_responses import json_response
+from headrace.http.requests.item_codec import parse_duration_s
+from headrace.http.requests.request_body import parse_int
+from headrace.http.requests.result_resolver import ResultResolver
+from headrace.http.requests.serializers import STATES_OF_STATUS, json_value, run_status, trigger_error, trigger_run
+from headrace.http.requests.service import RequestContext, Service
 from headrace.store.protocol import Outcome, RunRecord
 
 PAGE_MAX: Final = 100
@@ -40,14 +40,14 @@ class Runs:
     async def retrieve(self, request: Request) -> Response:
         """`GET /api/v3/runs/{id}`."""
         call, view, batch = await self._found(request, "runs:read")
-        shown = run_object(view, batch)
+        shown = trigger_run(view, batch)
         if view.payload or view.kind == pack.TEXT:
             data, kind = await self._content(call, view.payload, view.kind)
-            shown["payload"] = value_of(data, kind)
+            shown["payload"] = json_value(data, kind)
         if view.state == "completed":
             data, kind = await self._content(call, view.result, view.result_kind)
-            shown["output"] = value_of(data, kind)
-        return answer(shown)
+            shown["output"] = json_value(data, kind)
+        return json_response(shown)
 
     async def result(self, request: Request) -> Response:
         """`GET /api/v1/runs/{id}/result`: how it ended, once it has."""
@@ -58,10 +58,10 @@ class Runs:
         shown: dict[str, Any] = {"id": run_id(view.batch_id, view.index), "taskIdentifier": view.task}
         if state == run.COMPLETED:
             one = Outcome(index=view.index, state=state, result=view.result, kind=view.result_kind)
-            text, kind = await Outputs(call).text(one)
-            return answer(shown | {"ok": True, "output": text, "outputType": kind})
+            text, kind = await ResultResolver(call).output_text(one)
+            return json_response(shown | {"ok": True, "output": text, "outputType": kind})
         failure = decode(view.result) if view.result else None
-        return answer(shown | {"ok": False, "error": error_object(failure, view.state)})
+        return json_response(shown | {"ok": False, "error": trigger_error(failure, view.state)})
 
     async def cancel(self, request: Request) -> Response:
         """`POST /api/v2/runs/{id}/cancel`."""
@@ -69,7 +69,7 @@ class Runs:
         engine = call.engine
         await engine.store.cancel_runs(view.batch_id, [view.index], now_us=engine.clock.now_us())
         engine.recorded.ring()
-        return answer({"id": run_id(view.batch_id, view.index)})
+        return json_response({"id": run_id(view.batch_id, view.index)})
 
     async def replay(self, request: Request) -> Response:
         """`POST /api/v1/runs/{id}/replay`: a new run of the same task with the same payload."""
@@ -79,14 +79,16 @@ class Runs:
             if failure.type in ("PAYLOAD_TOO_LARGE", "InvalidJSON", "InvalidUTF8"):
                 raise InvalidInput("the run never had a readable payload", hint="send the item again")
         payload, kind = await self._content(call, view.payload, view.kind)
-        key = self._service.defaults(view.task)._replace(queue=view.queue, priority=view.priority)
+        key = self._service.default_key(view.task)._replace(queue=view.queue, priority=view.priority)
         extra = Extra(tags=tuple(view.tags), headers=view.headers, kept=view.kept)
         batch_id, index = await self._service.producer(call).put(key, payload, kind, extra)
-        return answer({"id": run_id(batch_id, index)})
+        return json_response({"id": run_id(batch_id, index)})
 
     async def index(self, request: Request) -> Response:
         """`GET /api/v1/runs`: by pages, newest batch first."""
-        call = await self._service.call(request, "runs:read", batch_id=request.query_params.get("filter[batch]", ""))
+        call = await self._service.authorize(
+            request, "runs:read", batch_id=request.query_params.get("filter[batch]", "")
+        )
         wish = _Wish(request)
         views, has_more = await self._page(call, wish)
         batches: dict[str, Batch] = {}
@@ -97,15 +99,15 @@ class Runs:
             if view.state == "failed":  # a list has no results; why a run failed is part of its status
                 view = await call.engine.store.run(view.batch_id, view.index)
             env = {"id": call.environment, "name": call.environment}
-            data.append(run_object(view, batches[view.batch_id]) | {"env": env})
+            data.append(trigger_run(view, batches[view.batch_id]) | {"env": env})
         pagination: dict[str, str] = {}
         if has_more and views:
             pagination["next"] = run_id(views[-1].batch_id, views[-1].index)
         if wish.after is not None and views:
             pagination["previous"] = run_id(views[0].batch_id, views[0].index)
-        return answer({"data": data, "pagination": pagination})
+        return json_response({"data": data, "pagination": pagination})
 
-    async def _page(self, call: Call, wish: _Wish) -> tuple[list[RunRecord], bool]:
+    async def _page(self, call: RequestContext, wish: _Wish) -> tuple[list[RunRecord], bool]:
         """One page and whether there are more: each wanted state is asked for, and the answers are merged."""
         found: list[RunRecord] = []
         for state in wish.states or ("",):
@@ -117,7 +119,7 @@ class Runs:
         ordered.sort(key=lambda view: view.batch_id, reverse=True)
         return ordered[: wish.size], len(ordered) > wish.size
 
-    async def _matching(self, call: Call, wish: _Wish, state: str, task: str, tag: str) -> list[RunRecord]:
+    async def _matching(self, call: RequestContext, wish: _Wish, state: str, task: str, tag: str) -> list[RunRecord]:
         found: list[RunRecord] = []
         after = wish.after
         for _ in range(SCANNED_PAGES_MAX):
@@ -140,22 +142,22 @@ class Runs:
             after = (page[-1].batch_id, page[-1].index)
         return found
 
-    async def _is_failed_so(self, call: Call, wish: _Wish, view: RunRecord) -> bool:
+    async def _is_failed_so(self, call: RequestContext, wish: _Wish, view: RunRecord) -> bool:
         """Whether a failed run failed in a way that was asked for; its result says which."""
         if view.state != "failed" or wish.failures in (set(), FAILURES):
             return True
         whole = await call.engine.store.run(view.batch_id, view.index)
-        return status_of(view.state, decode(whole.result) if whole.result else None) in wish.failures
+        return run_status(view.state, decode(whole.result) if whole.result else None) in wish.failures
 
-    async def _found(self, request: Request, scope: str) -> tuple[Call, RunRecord, Batch]:
+    async def _found(self, request: Request, scope: str) -> tuple[RequestContext, RunRecord, Batch]:
         """The run of the path, or the one that it links to, and its batch. Raises `NotFound`."""
         name = request.path_params["run_id"]
         try:
             batch_id, index = parse_run_id(name)
         except InvalidInput:
-            await self._service.call(request, scope)
+            await self._service.authorize(request, scope)
             raise NotFound("Run not found") from None
-        call = await self._service.call(request, scope, batch_id=batch_id)
+        call = await self._service.authorize(request, scope, batch_id=batch_id)
         try:
             view = await call.engine.store.run(batch_id, index)
         except NotFound:
@@ -163,14 +165,14 @@ class Runs:
         if view.environment != call.environment:
             raise NotFound("Run not found")
         if view.state == "completed" and view.result_kind == pack.LINK:
-            target = await Outputs(call).target(view.result)
+            target = await ResultResolver(call).linked_run(view.result)
             if target is None:
                 raise NotFound("Run not found")
             view = target
         batch, _ = await call.engine.store.batch(view.batch_id)
         return call, view, batch
 
-    async def _content(self, call: Call, data: bytes, kind: int) -> tuple[bytes, int]:
+    async def _content(self, call: RequestContext, data: bytes, kind: int) -> tuple[bytes, int]:
         return await call.engine.fetch(data) if kind == pack.REFERENCE else (data, kind)
 
 
@@ -182,7 +184,7 @@ class _Wish:
         for name in _UNSUPPORTED:
             if query.get(f"filter[{name}]"):
                 raise InvalidInput(f"filter[{name}] is not supported", hint="leave it out")
-        self.size = number(query.get("page[size]"), PAGE, "page[size]", 1, PAGE_MAX)
+        self.size = parse_int(query.get("page[size]"), PAGE, "page[size]", 1, PAGE_MAX)
         self.after: tuple[str, int] | None = None
         if query.get("page[before]"):
             raise InvalidInput("page[before] is not supported", hint="keep the cursors of the pages before")
@@ -204,12 +206,12 @@ class _Wish:
                 self.failures.add(status)
         self.oldest_id = ""
         now_us = _now_us(request)
-        since_us = number(query.get("filter[createdAt][from]"), 0, "filter[createdAt][from]", 0, 10**15) * 1_000
+        since_us = parse_int(query.get("filter[createdAt][from]"), 0, "filter[createdAt][from]", 0, 10**15) * 1_000
         if period := query.get("filter[createdAt][period]"):
-            since_us = max(since_us, now_us - seconds_of("filter[createdAt][period]", period) * 1_000_000)
+            since_us = max(since_us, now_us - parse_duration_s("filter[createdAt][period]", period) * 1_000_000)
         if since_us:
             self.oldest_id = _id_at(since_us)
-        until_ms = number(query.get("filter[createdAt][to]"), 0, "filter[createdAt][to]", 0, 10**15)
+        until_ms = parse_int(query.get("filter[createdAt][to]"), 0, "filter[createdAt][to]", 0, 10**15)
         if until_ms:
             bound = (_id_at((until_ms + 1) * 1_000), -1)
             self.after = bound if self.after is None else min(self.after, bound, key=lambda one: one[0])

@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.foundation.errors import InvalidInput, NotFound, ObjectMissing
-from headrace.http.requests.error_responses import Forbidden, answer
-from headrace.http.requests.request_body import pieces
-from headrace.http.requests.service import Call, Service
+from headrace.http.requests.error_responses import Forbidden, json_response
+from headrace.http.requests.request_body import body_pieces
+from headrace.http.requests.service import RequestContext, Service
 from headrace.store.client_uploads import SIGNED_S, check_path
 
 UPLOAD: Final = "/api/packets"
@@ -27,18 +27,18 @@ class Uploads:
 
     async def presign_upload(self, request: Request) -> Response:
         """`PUT /api/v2/packets/{path}` and `/api/v1/…`: where to upload, and what to call it then."""
-        call = await self._service.call(request, "batches:write", is_free=True)
+        call = await self._service.authorize(request, "batches:write", is_free=True)
         path = check_path(request.path_params["path"])
         body = {"presignedUrl": await self._signed(request, call, "PUT", path)}
         if request.url.path.startswith("/api/v2"):
             body["storagePath"] = path
-        return answer(body)
+        return json_response(body)
 
     async def presign_download(self, request: Request) -> Response:
         """`GET /api/v1/packets/{path}`: where to read it."""
-        call = await self._service.call(request, "batches:read", is_free=True)
+        call = await self._service.authorize(request, "batches:read", is_free=True)
         path = check_path(request.path_params["path"])
-        return answer({"presignedUrl": await self._signed(request, call, "GET", path)})
+        return json_response({"presignedUrl": await self._signed(request, call, "GET", path)})
 
     async def upload(self, request: Request) -> Response:
         """`PUT` of a signed URL of ours."""
@@ -46,7 +46,7 @@ class Uploads:
         kind = request.headers.get("content-type", "application/json")
         limits = self._service.limits
         await self._service.packets.put(
-            environment, path, kind, pieces(request, limits), bytes_max=limits.packet_bytes_max
+            environment, path, kind, body_pieces(request, limits), bytes_max=limits.packet_bytes_max
         )
         return Response(status_code=200)
 
@@ -61,7 +61,7 @@ class Uploads:
             raise NotFound("no such packet was uploaded") from None
         return Response(data, media_type=kind)
 
-    async def _signed(self, request: Request, call: Call, method: str, path: str) -> str:
+    async def _signed(self, request: Request, call: RequestContext, method: str, path: str) -> str:
         packets = self._service.packets
         if packets.can_sign:
             return await packets.signed_url(method, call.environment, path)
@@ -89,6 +89,6 @@ class Uploads:
         return environment, path
 
     async def _signature(self, method: str, environment: str, path: str, until_s: int) -> str:
-        key = await self._service.doorkeeper.signing_key(environment)
+        key = await self._service.authenticator.signing_key(environment)
         text = "\n".join((method, environment, path, str(until_s)))
         return hmac.new(key, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()

@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.foundation.errors import InvalidSetting
-from headrace.http.requests.error_responses import UnsupportedType, answer
-from headrace.http.requests.request_body import pieces
-from headrace.http.requests.service import Call, Service
+from headrace.http.requests.error_responses import UnsupportedType, json_response
+from headrace.http.requests.request_body import body_pieces
+from headrace.http.requests.service import RequestContext, Service
 
 if TYPE_CHECKING:
     from headrace.grpc.taskbroker.activation_intake import ActivationIntake
@@ -28,13 +28,13 @@ class Activations:
     async def stream(self, request: Request) -> Response:
         """`POST /v1/activations`: `TaskActivation` messages, each after its length as a varint; each once by its id."""
         service = self._service
-        call = await service.call(request, "runs:write")
+        call = await service.authorize(request, "runs:write")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in CONTENT_TYPES:
             raise UnsupportedType(f"activations are {CONTENT_TYPES[0]}", hint="set Content-Type")
         intake = self._intake(call)
         async with service.stream():
-            taken = await intake.take(pieces(request, service.limits))
+            taken = await intake.take(body_pieces(request, service.limits))
         for what, count in (
             ("accepted", taken.accepted),
             ("duplicate", taken.duplicates),
@@ -42,9 +42,9 @@ class Activations:
             ("refused", taken.refused_count),
         ):
             service.metrics.items.labels(what).inc(count)
-        return answer(taken)
+        return json_response(taken)
 
-    def _intake(self, call: Call) -> ActivationIntake:
+    def _intake(self, call: RequestContext) -> ActivationIntake:
         intake = self._intakes.get(call.environment)
         if intake is None:
             try:

@@ -15,12 +15,12 @@ from headrace.core import pack, run
 from headrace.core.batch import CANCELLED, STATES
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import INDEX_MAX, check_batch_id, new_batch_id
-from headrace.http.requests.batch_items import check_listed, sealed, take
-from headrace.http.requests.error_responses import UnsupportedType, answer
-from headrace.http.requests.request_body import decoded, number
-from headrace.http.requests.result_resolver import Outputs
-from headrace.http.requests.serializers import line_of, summary
-from headrace.http.requests.service import Call, Service
+from headrace.http.requests.batch_items import check_accepts_items, ingest_items, seal_if_complete
+from headrace.http.requests.error_responses import UnsupportedType, json_response
+from headrace.http.requests.request_body import decode_body, parse_int
+from headrace.http.requests.result_resolver import ResultResolver
+from headrace.http.requests.serializers import result_line, v1_batch
+from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.engine import Engine
 from headrace.runtime.tasks.bounds import check_name
 from headrace.store.protocol import NewBatch, Outcome
@@ -65,8 +65,8 @@ class Ledgers:
     async def create(self, request: Request) -> Response:
         """`POST /v1/batches`: a batch to stream into, of a count that is announced or not yet known."""
         service = self._service
-        call = await service.call(request, "batches:write")
-        wish = await decoded(request, service.limits, Create)
+        call = await service.authorize(request, "batches:write")
+        wish = await decode_body(request, service.limits, Create)
         if wish.key is not None:
             check_name("key", wish.key)
         if wish.task:
@@ -94,16 +94,16 @@ class Ledgers:
 
     async def index(self, request: Request) -> Response:
         """`GET /v1/batches`: newest first, by pages."""
-        call = await self._service.call(request, "batches:read")
+        call = await self._service.authorize(request, "batches:read")
         query = request.query_params
-        limit = number(query.get("limit"), 50, "limit", 1, 200)
+        limit = parse_int(query.get("limit"), 50, "limit", 1, 200)
         before = check_batch_id(query["before"]) if query.get("before") else ""
         states = [state for state in query.get("state", "").split(",") if state] or None
         if states and (unknown := set(states) - set(STATES)):
             raise InvalidInput(f"{', '.join(sorted(unknown))} is not a state of a batch", hint=", ".join(STATES))
         found = await call.engine.store.batches(call.environment, states=states, before_id=before, limit=limit)
-        shown = [summary(batch, ledger) for batch, ledger in found]
-        return answer({"batches": shown, "next": shown[-1]["id"] if len(shown) == limit else None})
+        shown = [v1_batch(batch, ledger) for batch, ledger in found]
+        return json_response({"batches": shown, "next": shown[-1]["id"] if len(shown) == limit else None})
 
     async def retrieve(self, request: Request) -> Response:
         """`GET /v1/batches/{id}`: where its runs are."""
@@ -115,13 +115,13 @@ class Ledgers:
         call = await self._call(request, "batches:write", is_free=True)
         if "ndjson" not in request.headers.get("content-type", ""):
             raise UnsupportedType("items are application/x-ndjson", hint="set Content-Type")
-        batch, _ = await call.own_batch(request.path_params["batch_id"])
-        check_listed(batch)
-        if not await self._service.spend_grant(call.environment, batch):
+        batch, _ = await call.get_batch(request.path_params["batch_id"])
+        check_accepts_items(batch)
+        if not await self._service.is_exempt_from_limit(call.environment, batch):
             await self._service.spend_request(request, call.principal)
         async with self._service.stream():
-            taken = await take(self._service, call, request, batch)
-        after = await sealed(call, batch, taken)
+            taken = await ingest_items(self._service, call, request, batch)
+        after = await seal_if_complete(call, batch, taken)
         body = {
             "id": batch.id,
             "accepted": taken.accepted_count,
@@ -130,13 +130,13 @@ class Ledgers:
             "received": after.received_count,
             "state": after.state,
         }
-        return answer(body)
+        return json_response(body)
 
     async def missing(self, request: Request) -> Response:
         """`GET /v1/batches/{id}/missing`: index ranges that are not durable yet, `[first, last]` each."""
         call = await self._call(request, "batches:read")
-        batch, _ = await call.own_batch(request.path_params["batch_id"])
-        ranges_max = number(request.query_params.get("ranges"), RANGES_MAX, "ranges", 1, RANGES_MAX)
+        batch, _ = await call.get_batch(request.path_params["batch_id"])
+        ranges_max = parse_int(request.query_params.get("ranges"), RANGES_MAX, "ranges", 1, RANGES_MAX)
         found = await call.engine.store.missing(batch.id, ranges_max + 1)
         body = {
             "id": batch.id,
@@ -145,12 +145,12 @@ class Ledgers:
             "ranges": [[start, end - 1] for start, end in found[:ranges_max]],
             "more": len(found) > ranges_max,
         }
-        return answer(body)
+        return json_response(body)
 
     async def seal(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/seal`: no more items come; 409 while any is missing."""
         call = await self._call(request, "batches:write")
-        batch, _ = await call.own_batch(request.path_params["batch_id"])
+        batch, _ = await call.get_batch(request.path_params["batch_id"])
         wish = await _optional(request, self._service, Seal)
         await call.engine.store.seal(batch.id, wish.run_count, now_us=call.engine.clock.now_us())
         call.engine.recorded.ring()
@@ -159,7 +159,7 @@ class Ledgers:
     async def cancel(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/cancel`: what waits is cancelled, what is under way is told."""
         call = await self._call(request, "batches:write")
-        batch, _ = await call.own_batch(request.path_params["batch_id"])
+        batch, _ = await call.get_batch(request.path_params["batch_id"])
         await call.engine.store.stop_batch(batch.id, CANCELLED, now_us=call.engine.clock.now_us())
         call.engine.recorded.ring()
         return await self._told(call, batch.id)
@@ -167,11 +167,11 @@ class Ledgers:
     async def redrive(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/redrive`: what failed, or the runs at some indexes, from their first attempt."""
         call = await self._call(request, "batches:write")
-        batch, _ = await call.own_batch(request.path_params["batch_id"])
+        batch, _ = await call.get_batch(request.path_params["batch_id"])
         wish = await _optional(request, self._service, Redrive)
         count = await call.engine.store.redrive(batch.id, wish.indexes)
         call.engine.doorbell.ring()
-        return answer({"id": batch.id, "redriven": count})
+        return json_response({"id": batch.id, "redriven": count})
 
     async def results(self, request: Request) -> Response:
         """`GET /v1/batches/{id}/results?from=`: a line a run, in index order, each as soon as it has ended.
@@ -180,15 +180,17 @@ class Ledgers:
         signs of life.
         """
         call = await self._call(request, "batches:read")
-        batch, _ = await call.own_batch(request.path_params["batch_id"])
+        batch, _ = await call.get_batch(request.path_params["batch_id"])
         query = request.query_params
-        first = number(query.get("from"), 0, "from", 0, INDEX_MAX)
-        limit = number(query.get("limit"), INDEX_MAX, "limit", 1, INDEX_MAX)
-        waits = number(query.get("wait"), 1, "wait", 0, 1) == 1
+        first = parse_int(query.get("from"), 0, "from", 0, INDEX_MAX)
+        limit = parse_int(query.get("limit"), INDEX_MAX, "limit", 1, INDEX_MAX)
+        waits = parse_int(query.get("wait"), 1, "wait", 0, 1) == 1
         return StreamingResponse(self._lines(call, batch.id, first, limit, waits=waits), media_type=NDJSON)
 
-    async def _lines(self, call: Call, batch_id: str, first: int, left: int, *, waits: bool) -> AsyncIterator[bytes]:
-        store, outputs = call.engine.store, Outputs(call)
+    async def _lines(
+        self, call: RequestContext, batch_id: str, first: int, left: int, *, waits: bool
+    ) -> AsyncIterator[bytes]:
+        store, outputs = call.engine.store, ResultResolver(call)
         news = News(call.engine, self._service)
         while left:
             news.look()
@@ -197,7 +199,7 @@ class Ledgers:
             lines: list[bytes] = []
             for one in page:
                 if not one.kind or one.state != run.COMPLETED:
-                    lines.append(line_of(batch_id, one))
+                    lines.append(result_line(batch_id, one))
                     continue
                 line = await _followed(outputs, batch_id, one)
                 if line is None:
@@ -217,17 +219,17 @@ class Ledgers:
     async def events(self, request: Request) -> Response:
         """`GET /v1/batches/{id}/events`: progress as server-sent events, until the batch has ended."""
         call = await self._call(request, "batches:read")
-        batch, _ = await call.own_batch(request.path_params["batch_id"])
+        batch, _ = await call.get_batch(request.path_params["batch_id"])
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(self._events(call, batch.id), media_type="text/event-stream", headers=headers)
 
-    async def _events(self, call: Call, batch_id: str) -> AsyncIterator[bytes]:
+    async def _events(self, call: RequestContext, batch_id: str) -> AsyncIterator[bytes]:
         news = News(call.engine, self._service)
         told = b""
         while True:
             news.look()
             batch, ledger = await call.engine.store.batch(batch_id)
-            shown = msgspec.json.encode(summary(batch, ledger))
+            shown = msgspec.json.encode(v1_batch(batch, ledger))
             if shown != told:
                 told = shown
                 yield b"event: %s\ndata: %s\n\n" % (b"end" if batch.is_finished else b"progress", shown)
@@ -239,12 +241,12 @@ class Ledgers:
                 yield b"retry: 1000\n\n"
                 return
 
-    async def _call(self, request: Request, scope: str, *, is_free: bool = False) -> Call:
+    async def _call(self, request: Request, scope: str, *, is_free: bool = False) -> RequestContext:
         batch_id = request.path_params["batch_id"]
-        return await self._service.call(request, scope, batch_id=batch_id, is_free=is_free)
+        return await self._service.authorize(request, scope, batch_id=batch_id, is_free=is_free)
 
-    async def _told(self, call: Call, batch_id: str, status: int = 200) -> Response:
-        return answer(summary(*await call.own_batch(batch_id)), status)
+    async def _told(self, call: RequestContext, batch_id: str, status: int = 200) -> Response:
+        return json_response(v1_batch(*await call.get_batch(batch_id)), status)
 
 
 class News:
@@ -283,21 +285,21 @@ class News:
         return True
 
 
-async def _followed(outputs: Outputs, batch_id: str, one: Outcome) -> bytes | None:
+async def _followed(outputs: ResultResolver, batch_id: str, one: Outcome) -> bytes | None:
     """The line of an outcome that is elsewhere, or no JSON; None while the run it links to has not ended."""
-    own = await outputs.resolved(one)
+    own = await outputs.resolve(one)
     if own is None:
         return None
     if own.state != run.COMPLETED:
-        return line_of(batch_id, own)
-    data, kind = await outputs.bytes(own)
+        return result_line(batch_id, own)
+    data, kind = await outputs.output_bytes(own)
     if kind == pack.TEXT:
         data = msgspec.json.encode(data.decode("utf-8", "replace"))
-    return line_of(batch_id, own, data)
+    return result_line(batch_id, own, data)
 
 
 async def _optional(request: Request, service: Service, kind: Any) -> Any:
     """A body that may be left out."""
     if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
         return kind()
-    return await decoded(request, service.limits, kind)
+    return await decode_body(request, service.limits, kind)

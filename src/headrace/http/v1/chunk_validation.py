@@ -15,7 +15,7 @@ from headrace.core.span import decode_places
 from headrace.foundation.errors import InvalidInput, NotFound, StoreBroken
 from headrace.foundation.ids import check_batch_id
 from headrace.foundation.limits import TABLE, Limits
-from headrace.http.requests.service import Call
+from headrace.http.requests.service import RequestContext
 from headrace.runtime.tasks.bounds import SCHEDULES_MAX, check_name, check_priority
 from headrace.runtime.tasks.schedule_spec import rule_known_as
 from headrace.store.payloads import Reference, check_key
@@ -26,7 +26,7 @@ AHEAD_US = 60 * 60 * 1_000_000
 """How far a client's clock may be ahead of the server's."""
 
 
-def checked_batch(call: Call, limits: Limits, new: NewBatch) -> NewBatch:
+def checked_batch(call: RequestContext, limits: Limits, new: NewBatch) -> NewBatch:
     """A batch to create, in the environment that asks. Raises `InvalidInput`."""
     if new.key is not None:
         check_name("key", new.key)
@@ -39,7 +39,7 @@ def checked_batch(call: Call, limits: Limits, new: NewBatch) -> NewBatch:
     return msgspec.structs.replace(new, environment=call.environment)
 
 
-def check_chunk(call: Call, limits: Limits, batch_id: str, chunk: Chunk) -> None:
+def check_chunk(call: RequestContext, limits: Limits, batch_id: str, chunk: Chunk) -> None:
     """Raise `InvalidInput` unless a chunk is one that a coalescer makes, of payloads that are this batch's."""
     runs_count = chunk.runs_count
     try:
@@ -72,7 +72,7 @@ def check_schedules(schedules: Sequence[Schedule]) -> None:
         rule_known_as(one)
 
 
-def checked_tick(call: Call, limits: Limits, tick: Tick) -> Tick:
+def checked_tick(call: RequestContext, limits: Limits, tick: Tick) -> Tick:
     """A tick whose runs are batches of one, in the environment that asks. Raises `InvalidInput`."""
     if len(tick.runs) > TABLE["schedule_ticks_max"].most:
         raise InvalidInput(f"a tick is at most {TABLE['schedule_ticks_max'].most} runs, not {len(tick.runs)}")
@@ -92,7 +92,7 @@ def checked_tick(call: Call, limits: Limits, tick: Tick) -> Tick:
     return msgspec.structs.replace(tick, runs=runs)
 
 
-def check_own(call: Call, batch_id: str, key: str) -> str:
+def check_own(call: RequestContext, batch_id: str, key: str) -> str:
     """An object's key, when it is this environment's, and this batch's where one is named. Raises `NotFound`."""
     environment, batch, _ = check_key(key).split("/")
     if environment != call.environment or batch_id not in ("", batch):
@@ -113,7 +113,7 @@ def _check_spans(chunk: Chunk) -> None:
         raise InvalidInput("the spans of a chunk do not cover each of its runs once")
 
 
-def _check_extra(call: Call, limits: Limits, batch_id: str, extra: Extra) -> None:
+def _check_extra(call: RequestContext, limits: Limits, batch_id: str, extra: Extra) -> None:
     if extra.link or len(extra.tags) > limits.tags_max or len(extra.kept) > 2 * limits.metadata_bytes_max:
         raise InvalidInput("an extra says what only the store says, or too much")
     if len(msgspec.json.encode(extra.headers)) > limits.headers_bytes_max:

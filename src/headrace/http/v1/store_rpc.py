@@ -17,10 +17,10 @@ from starlette.responses import Response, StreamingResponse
 from headrace.core.span import LOST
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound
 from headrace.http.requests.error_responses import UnsupportedType
-from headrace.http.requests.lease_tokens import Tickets
-from headrace.http.requests.long_poll import Claiming, check_session
-from headrace.http.requests.request_body import number, whole
-from headrace.http.requests.service import Call, Service
+from headrace.http.requests.lease_tokens import LeaseTokens
+from headrace.http.requests.long_poll import RemoteWork, check_session
+from headrace.http.requests.request_body import parse_int, read_body
+from headrace.http.requests.service import RequestContext, Service
 from headrace.http.v1.chunk_validation import check_chunk, check_own, check_schedules, checked_batch, checked_tick
 from headrace.runtime.tasks.bounds import check_name
 from headrace.store.protocol import Lease
@@ -63,9 +63,9 @@ class RemoteStores:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._tickets = Tickets(service)
-        self._claiming = Claiming(service)
-        self._special: dict[str, Callable[[Call, Any], Awaitable[Any]]] = {
+        self._lease_tokens = LeaseTokens(service)
+        self._remote_work = RemoteWork(service)
+        self._special: dict[str, Callable[[RequestContext, Any], Awaitable[Any]]] = {
             "heartbeat": self._heartbeat,
             "settle": self._settle,
             "release": self._release,
@@ -73,7 +73,7 @@ class RemoteStores:
 
     async def about(self, request: Request) -> Response:
         """`GET /v1/about`: whose key this is, and what time it is here."""
-        call = await self._service.call_any(request, ("work", "batches:write", "batches:read", "runs:read"))
+        call = await self._service.authorize_any(request, ("work", "batches:write", "batches:read", "runs:read"))
         about = About(environment=call.environment, now_us=call.engine.clock.now_us(), version=version("headrace"))
         return Response(msgspec.json.encode(about), media_type="application/json")
 
@@ -83,18 +83,18 @@ class RemoteStores:
         if verb is None:
             raise NotFound("no such verb")
         scopes = tuple(verb.scope.split("|"))
-        call = await self._service.call_any(request, scopes, is_free="work" in scopes or verb.name == "append")
+        call = await self._service.authorize_any(request, scopes, is_free="work" in scopes or verb.name == "append")
         if CONTENT_TYPE not in request.headers.get("content-type", ""):
             raise UnsupportedType(f"a verb's message is {CONTENT_TYPE}")
-        body = await whole(request, self._service.limits, bytes_max=BYTES_MAX)
+        body = await read_body(request, self._service.limits, bytes_max=BYTES_MAX)
         try:
             message = _DECODERS[verb.name].decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidInput(f"not a message of {verb.name}: {error}") from None
         if verb.name == "claim":
-            wait_s = number(request.query_params.get("wait"), 0, "wait", 0, 30)
+            wait_s = parse_int(request.query_params.get("wait"), 0, "wait", 0, 30)
             check_session(message.claim.session_id)
-            found = self._claiming.leases(call, message.claim, wait_s)
+            found = self._remote_work.claim(call, message.claim, wait_s)
             first = await anext(found)  # what is wrong with a claim is said with its status
             return StreamingResponse(self._claim(call, first, found), media_type=CONTENT_TYPE)
         if verb.name in self._special:
@@ -105,7 +105,7 @@ class RemoteStores:
 
     # -- verbs that are the store's own, in one environment
 
-    async def _plain(self, call: Call, name: str, message: Any) -> Any:
+    async def _plain(self, call: RequestContext, name: str, message: Any) -> Any:
         values = {field: getattr(message, field) for field in message.__struct_fields__}
         await self._within(call, name, values)
         if name == "append":
@@ -125,10 +125,10 @@ class RemoteStores:
             call.engine.recorded.ring()
         return answer
 
-    async def _within(self, call: Call, name: str, values: dict[str, Any]) -> None:
+    async def _within(self, call: RequestContext, name: str, values: dict[str, Any]) -> None:
         """Keep a verb to the environment that asks, and to what a store holds. Raises `NotFound`, `InvalidInput`."""
         if values.get("batch_id"):
-            await call.own_batch(values["batch_id"])
+            await call.get_batch(values["batch_id"])
         elif "batch_id" in values and name != "runs":
             raise NotFound("there is no such batch")
         if "environment" in values:
@@ -142,7 +142,7 @@ class RemoteStores:
             raise InvalidInput(f"at most {LIST_MAX} runs, and {RULES_BYTES_MAX} bytes of rules at once")
         self._check_brought(call, name, values)
 
-    def _check_brought(self, call: Call, name: str, values: dict[str, Any]) -> None:
+    def _check_brought(self, call: RequestContext, name: str, values: dict[str, Any]) -> None:
         """What a verb brings along is whole, bounded, and this environment's. Raises `InvalidInput`."""
         limits = self._service.limits
         if name == "create_batch":
@@ -163,49 +163,49 @@ class RemoteStores:
     # -- leases
 
     async def _claim(
-        self, call: Call, first: list[Lease] | None, rest: AsyncIterator[list[Lease] | None]
+        self, call: RequestContext, first: list[Lease] | None, rest: AsyncIterator[list[Lease] | None]
     ) -> AsyncIterator[bytes]:
-        key = await self._tickets.key(call)
+        key = await self._lease_tokens.signing_key(call)
         found = first
         while found is None:
             yield BEAT
             found = await anext(rest)
-        yield encode([Leased(lease, self._tickets.of(key, lease.span_id, lease.token)) for lease in found])
+        yield encode([Leased(lease, self._lease_tokens.sign(key, lease.span_id, lease.token)) for lease in found])
 
-    async def _heartbeat(self, call: Call, message: Any) -> Beaten:
+    async def _heartbeat(self, call: RequestContext, message: Any) -> Beaten:
         check_session(message.session_id)
         reply = await call.engine.store.heartbeat(message.session_id, now_us=call.engine.clock.now_us())
-        key = await self._tickets.key(call)
-        return Beaten(reply, [self._tickets.of(key, held.span_id, held.token) for held in reply.leases])
+        key = await self._lease_tokens.signing_key(call)
+        return Beaten(reply, [self._lease_tokens.sign(key, held.span_id, held.token) for held in reply.leases])
 
-    async def _settle(self, call: Call, message: Settle) -> list[str]:
+    async def _settle(self, call: RequestContext, message: Settle) -> list[str]:
         if len(message.settlements) != len(message.tickets):
             raise InvalidInput("each settlement has its ticket")
         for settlement in message.settlements:
             for object_key in settlement.object_keys:
                 check_own(call, "", object_key)
         return await self._with_tickets(
-            call, message.settlements, message.tickets, lambda found: self._claiming.settle(call, found)
+            call, message.settlements, message.tickets, lambda found: self._remote_work.settle(call, found)
         )
 
-    async def _release(self, call: Call, message: GiveBack) -> list[str]:
+    async def _release(self, call: RequestContext, message: GiveBack) -> list[str]:
         if len(message.releases) != len(message.tickets):
             raise InvalidInput("each release has its ticket")
         return await self._with_tickets(
-            call, message.releases, message.tickets, lambda found: self._claiming.release(call, found)
+            call, message.releases, message.tickets, lambda found: self._remote_work.release(call, found)
         )
 
     async def _with_tickets(
         self,
-        call: Call,
+        call: RequestContext,
         items: Sequence[Any],
         tickets: Sequence[bytes],
         do: Callable[[list[Any]], Awaitable[list[str]]],
     ) -> list[str]:
         """Do it with what was given out here; the rest is lost."""
-        key = await self._tickets.key(call)
+        key = await self._lease_tokens.signing_key(call)
         good = [
-            self._tickets.is_true(key, item.span_id, item.token, ticket)
+            self._lease_tokens.verify(key, item.span_id, item.token, ticket)
             for item, ticket in zip(items, tickets, strict=True)
         ]
         words = iter(await do([item for item, is_good in zip(items, good, strict=True) if is_good]))
@@ -215,14 +215,14 @@ class RemoteStores:
 
     async def put_object(self, request: Request) -> Response:
         """`PUT /v1/objects/{key}`: a payload or result over the inline limit."""
-        call = await self._service.call_any(request, ("work", "batches:write"), is_free=True)
+        call = await self._service.authorize_any(request, ("work", "batches:write"), is_free=True)
         key = check_own(call, "", request.path_params["key"])
         most = self._service.limits.item_bytes_max + self._service.limits.packet_bytes_max
-        await call.engine.payloads.put(key, await whole(request, self._service.limits, bytes_max=most))
+        await call.engine.payloads.put(key, await read_body(request, self._service.limits, bytes_max=most))
         return Response(status_code=204)
 
     async def get_object(self, request: Request) -> Response:
         """`GET /v1/objects/{key}`."""
-        call = await self._service.call_any(request, ("work", "batches:read"), is_free=True)
+        call = await self._service.authorize_any(request, ("work", "batches:read"), is_free=True)
         key = check_own(call, "", request.path_params["key"])
         return Response(await call.engine.payloads.get(key), media_type="application/octet-stream")

@@ -20,13 +20,13 @@ from headrace.core.failure import Failure
 from headrace.core.span import LOST, RETRY, Settlement, encode_places
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import new_session_id, run_id
-from headrace.http.requests.error_responses import answer
-from headrace.http.requests.item_codec import InvalidItem, ItemDecoder, Options, moment_us
-from headrace.http.requests.lease_tokens import Tickets
-from headrace.http.requests.long_poll import RUNS_MAX, Claiming, check_session
-from headrace.http.requests.request_body import decoded
-from headrace.http.requests.serializers import moment, value_of
-from headrace.http.requests.service import Call, Service
+from headrace.http.requests.error_responses import json_response
+from headrace.http.requests.item_codec import InvalidItem, ItemDecoder, ItemOptions, parse_time_us
+from headrace.http.requests.lease_tokens import LeaseTokens
+from headrace.http.requests.long_poll import RUNS_MAX, RemoteWork, check_session
+from headrace.http.requests.request_body import decode_body
+from headrace.http.requests.serializers import iso_time, json_value
+from headrace.http.requests.service import RequestContext, Service
 from headrace.store.protocol import Claim, Lease, Release, Session
 from headrace.store.rpc import BYTES_MAX
 
@@ -95,7 +95,7 @@ class NewRun(msgspec.Struct, forbid_unknown_fields=True):
     """One run, asked for by itself."""
 
     payload: Raw = Raw(b"null")
-    options: Options | None = None
+    options: ItemOptions | None = None
 
 
 class Work:
@@ -103,16 +103,16 @@ class Work:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._claiming = Claiming(service)
-        self._tickets = Tickets(service)
+        self._remote_work = RemoteWork(service)
+        self._lease_tokens = LeaseTokens(service)
 
     async def enqueue(self, request: Request) -> Response:
         """`POST /v1/tasks/{task}/runs`: one run; answers the one its idempotency key names, if there is one."""
         service = self._service
-        call = await service.call(request, "runs:write")
-        wish = await decoded(request, service.limits, NewRun, bytes_max=service.limits.item_bytes_max)
+        call = await service.authorize(request, "runs:write")
+        wish = await decode_body(request, service.limits, NewRun, bytes_max=service.limits.item_bytes_max)
         decoder = ItemDecoder(
-            defaults=service.defaults,
+            defaults=service.default_key,
             limits=service.limits,
             now_us=call.engine.clock.now_us(),
             may_run=lambda _task: None,
@@ -125,12 +125,12 @@ class Work:
         if kind == pack.REFERENCE:
             payload, kind = await decoder.fetched(payload)
         batch_id, index = await service.producer(call).put(entry.key, payload, kind, entry.extra)
-        return answer({"id": run_id(batch_id, index)}, 201)
+        return json_response({"id": run_id(batch_id, index)}, 201)
 
     async def start(self, request: Request) -> Response:
         """`POST /v1/sessions`: a worker becomes known, and beats from now on."""
-        call = await self._service.call(request, "work")
-        wish = await decoded(request, self._service.limits, NewSession)
+        call = await self._service.authorize(request, "work")
+        wish = await decode_body(request, self._service.limits, NewSession)
         now_us, limits = call.engine.clock.now_us(), self._service.limits
         session = Session(id=new_session_id(now_us), kind="remote", host=wish.host, pid=wish.pid, started_us=now_us)
         await call.engine.store.start_session(session, now_us=now_us)
@@ -139,27 +139,27 @@ class Work:
             "heartbeat_ms": limits.heartbeat_ms,
             "session_timeout_ms": limits.session_timeout_ms,
         }
-        return answer(body, 201)
+        return json_response(body, 201)
 
     async def beat(self, request: Request) -> Response:
         """`POST /v1/sessions/{id}/heartbeat`: a sign of life; answers what is leased and what nobody wants any more."""
-        call = await self._service.call(request, "work")
+        call = await self._service.authorize(request, "work")
         session_id = check_session(request.path_params["session_id"])
         reply = await call.engine.store.heartbeat(session_id, now_us=call.engine.clock.now_us())
-        key = await self._tickets.key(call)
+        key = await self._lease_tokens.signing_key(call)
         body = {
             "leases": [
-                {"lease": self._tickets.name(key, held.span_id, held.token), "claim_no": held.claim_no}
+                {"lease": self._lease_tokens.encode(key, held.span_id, held.token), "claim_no": held.claim_no}
                 for held in reply.leases
             ],
             "stopped": reply.stopped,
             "cancelled": [run_id(batch_id, index) for batch_id, index in reply.cancelled],
         }
-        return answer(body)
+        return json_response(body)
 
     async def end(self, request: Request) -> Response:
         """`DELETE /v1/sessions/{id}`: leave in good order; leases go back."""
-        call = await self._service.call(request, "work")
+        call = await self._service.authorize(request, "work")
         session_id = check_session(request.path_params["session_id"])
         await call.engine.store.end_session(session_id, now_us=call.engine.clock.now_us())
         call.engine.doorbell.ring()
@@ -167,8 +167,8 @@ class Work:
 
     async def claim(self, request: Request) -> Response:
         """`POST /v1/claims`: lease runs, waiting up to `wait_s` for some; blanks before the answer only say: alive."""
-        call = await self._service.call(request, "work")
-        wish = await decoded(request, self._service.limits, NewClaim)
+        call = await self._service.authorize(request, "work")
+        wish = await decode_body(request, self._service.limits, NewClaim)
         claim = Claim(
             session_id=check_session(wish.session),
             claim_no=wish.claim_no,
@@ -177,14 +177,14 @@ class Work:
             queues=wish.queues,
             runs_max=wish.runs_max,
         )
-        found = self._claiming.leases(call, claim, wish.wait_s)
+        found = self._remote_work.claim(call, claim, wish.wait_s)
         first = await anext(found)  # what is wrong with a claim is said with its status
         return StreamingResponse(self._leases(call, first, found), media_type="application/json")
 
     async def _leases(
-        self, call: Call, first: list[Lease] | None, rest: AsyncIterator[list[Lease] | None]
+        self, call: RequestContext, first: list[Lease] | None, rest: AsyncIterator[list[Lease] | None]
     ) -> AsyncIterator[bytes]:
-        key = await self._tickets.key(call)
+        key = await self._lease_tokens.signing_key(call)
         found = first
         while found is None:
             yield b" "
@@ -192,7 +192,7 @@ class Work:
         shown = [await self._lease(call, key, lease) for lease in found]
         yield msgspec.json.encode({"leases": shown})
 
-    async def _lease(self, call: Call, key: bytes, lease: Lease) -> dict[str, Any]:
+    async def _lease(self, call: RequestContext, key: bytes, lease: Lease) -> dict[str, Any]:
         runs = []
         for number_, place in enumerate(lease.places):
             payload, kind = lease.payloads[number_], lease.kinds[number_] if lease.kinds is not None else pack.JSON
@@ -204,38 +204,38 @@ class Work:
                 "place": place,
                 "index": index,
                 "id": run_id(lease.batch_id, index),
-                "payload": value_of(payload, kind),
+                "payload": json_value(payload, kind),
             }
             if extra is not None and extra.headers:
                 shown["headers"] = extra.headers
             runs.append(shown)
         return {
-            "lease": self._tickets.name(key, lease.span_id, lease.token),
+            "lease": self._lease_tokens.encode(key, lease.span_id, lease.token),
             "batch_id": lease.batch_id,
             "task": lease.task,
             "queue": lease.queue,
             "attempt": lease.attempt,
             "at_most_once": lease.at_most_once,
-            "expires_at": moment(lease.expires_us),
+            "expires_at": iso_time(lease.expires_us),
             "runs": runs,
         }
 
     async def settle(self, request: Request) -> Response:
         """`POST /v1/settlements`: record outcomes: `settled`, `recorded` (a repeat) or `lost` for each, in order."""
-        call = await self._service.call(request, "work")
-        wish = await decoded(request, self._service.limits, Settlements, bytes_max=BYTES_MAX)
-        key = await self._tickets.key(call)
+        call = await self._service.authorize(request, "work")
+        wish = await decode_body(request, self._service.limits, Settlements, bytes_max=BYTES_MAX)
+        key = await self._lease_tokens.signing_key(call)
         known: list[Settlement] = []
         is_known: list[bool] = []
         for one in wish.settlements:
-            named = self._tickets.parsed(key, one.lease)
+            named = self._lease_tokens.decode(key, one.lease)
             is_known.append(named is not None)
             if named is not None:
                 known.append(await self._settlement(call, named, one))
-        words = iter(await self._claiming.settle(call, known))
-        return answer({"words": [next(words) if is_good else LOST for is_good in is_known]})
+        words = iter(await self._remote_work.settle(call, known))
+        return json_response({"words": [next(words) if is_good else LOST for is_good in is_known]})
 
-    async def _settlement(self, call: Call, named: tuple[int, int], one: NewSettlement) -> Settlement:
+    async def _settlement(self, call: RequestContext, named: tuple[int, int], one: NewSettlement) -> Settlement:
         outcomes = sorted(one.outcomes, key=lambda ended: ended.place)
         if len({ended.place for ended in outcomes}) != len(outcomes):
             raise InvalidInput("a settlement tells of each run once", lease=one.lease)
@@ -270,17 +270,17 @@ class Work:
 
     async def release(self, request: Request) -> Response:
         """`POST /v1/releases`: give leases back as they were."""
-        call = await self._service.call(request, "work")
-        wish = await decoded(request, self._service.limits, Releases)
-        key = await self._tickets.key(call)
-        named = [self._tickets.parsed(key, lease) for lease in wish.leases]
+        call = await self._service.authorize(request, "work")
+        wish = await decode_body(request, self._service.limits, Releases)
+        key = await self._lease_tokens.signing_key(call)
+        named = [self._lease_tokens.decode(key, lease) for lease in wish.leases]
         known = [Release(span_id=one[0], token=one[1]) for one in named if one is not None]
-        words = iter(await self._claiming.release(call, known))
-        return answer({"words": [LOST if one is None else next(words) for one in named]})
+        words = iter(await self._remote_work.release(call, known))
+        return json_response({"words": [LOST if one is None else next(words) for one in named]})
 
 
 def _due_us(text: str, now_us: int) -> int:
     try:
-        return moment_us("retry_at", text, now_us)
+        return parse_time_us("retry_at", text, now_us)
     except InvalidItem as error:
         raise InvalidInput(error.message) from None

@@ -88,6 +88,8 @@ class RunView(View, kw_only=True, frozen=True):
     `worker`: `host:pid` of the worker that has or had it. Each is None where it has no value or the store does not
     know it.
 
+    `activation`: the task name that the worker of an activation knows.
+
     `input`, `output` and `attempts` are filled by `run.view()`, and left out of listings.
     """
 
@@ -96,6 +98,7 @@ class RunView(View, kw_only=True, frozen=True):
     index: int
     environment: str
     task: str
+    activation: str | None
     queue: str
     priority: int
     state: str
@@ -202,7 +205,8 @@ def listed_view(record: RunRecord, sessions: Sequence[Session] = ()) -> RunView:
         batch_id=record.batch_id,
         index=record.index,
         environment=record.environment,
-        task=record.name or record.task,
+        task=record.task,
+        activation=record.name or None,
         queue=record.queue,
         priority=record.priority,
         state=record.state,

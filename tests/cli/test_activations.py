@@ -31,7 +31,7 @@ def test_a_file_is_loaded_and_loaded_again(shell: Shell) -> None:
     assert first.json["refusals"][0]["number"] == 30
     shell.write("some.bin", stream(*(activation(number) for number in range(31))))
     again = shell("activations", "load", "some.bin")
-    assert (again.code, again.out) == (0, "1 activation, 30 known already\n")
+    assert (again.code, again.out) == (0, "1 activation, 30 stored before\n")
     (listed,) = shell("queue", "list", "--json").json["queues"]
     assert (listed["name"], listed["waiting_count"]) == ("app:mail", 31)
 
@@ -53,9 +53,9 @@ def test_dead_letters_are_listed_redriven_and_purged(shell: Shell) -> None:
     assert shell("dead", "redrive", dead[0]["id"], "--json").json == {"redriven": 1}
     assert shell("dead", "purge", dead[1]["id"], dead[2]["id"]).out == "2 dead letters purged\n"
     unknown = shell("dead", "redrive", dead[0]["id"])
-    assert (unknown.code, "no dead letters" in unknown.err) == (2, True)
-    assert shell("dead", "redrive", "--all", "--queue", "app:none").out == "0 runs will be run again\n"
-    assert shell("dead", "redrive", "--all").out == "2 runs will be run again\n"
+    assert (unknown.code, "dead-letter list" in unknown.err) == (2, True)
+    assert shell("dead", "redrive", "--all", "--queue", "app:none").out == "0 runs will run again\n"
+    assert shell("dead", "redrive", "--all").out == "2 runs will run again\n"
     assert shell("dead", "list").out == "no dead letters\n"
     (listed,) = shell("queue", "list", "--json").json["queues"]
     assert listed["waiting_count"] == 3
@@ -65,15 +65,15 @@ def test_which_dead_letters_are_meant_must_be_said(shell: Shell) -> None:
     asyncio.run(fail_all(shell.place, 1))
     for command in ("redrive", "purge"):
         nothing = shell("dead", command)
-        assert (nothing.code, "which dead letters" in nothing.err) == (2, True)
+        assert (nothing.code, "expected run ids or --all" in nothing.err) == (2, True)
         both = shell("dead", command, "run_00000000000000000000000000_0", "--all")
         assert both.code == 2
 
 
 def test_the_killswitch_is_set_looked_at_and_let_go(shell: Shell) -> None:
     asyncio.run(fail_all(shell.place, 1))
-    assert shell("killswitch", "list").out == "nothing is dropped\n"
-    assert shell("killswitch", "add", "send").out == "send is dropped\n"
+    assert shell("killswitch", "list").out == "no killswitch rules\n"
+    assert shell("killswitch", "add", "send").out == "activations of send are dropped\n"
     shell("killswitch", "add", "send")
     shell("killswitch", "add", "other", "--arg", "0=17", "--kwarg", 'to="x"')
     assert shell("killswitch", "list", "--json").json == {
@@ -83,8 +83,10 @@ def test_the_killswitch_is_set_looked_at_and_let_go(shell: Shell) -> None:
         ]
     }
     shell.write("some.bin", stream(activation("new"), activation("more", taskname="fine")))
-    assert shell("activations", "load", "some.bin").out == "1 activation, 0 known already, 1 switched off\n"
-    assert shell("killswitch", "remove", "send").out == "send runs\n"
+    assert shell("activations", "load", "some.bin").out == (
+        "1 activation, 0 stored before, 1 dropped by the killswitch\n"
+    )
+    assert shell("killswitch", "remove", "send").out == "activations of send run\n"
     assert [one["task"] for one in shell("killswitch", "list", "--json").json["killswitch"]] == ["other"]
     for wrong in ("to", "=1", "to=x"):
         assert shell("killswitch", "add", "other", "--kwarg", wrong).code == 2
@@ -93,7 +95,7 @@ def test_the_killswitch_is_set_looked_at_and_let_go(shell: Shell) -> None:
 
 def test_a_queue_is_demoted_and_restored(shell: Shell) -> None:
     asyncio.run(fail_all(shell.place, 1))
-    assert shell("queue", "demote", "app:mail", "--to", "app:slow").out == "app:mail goes to app:slow\n"
+    assert shell("queue", "demote", "app:mail", "--to", "app:slow").out == "app:mail is rerouted to app:slow\n"
     shell.write("some.bin", stream(activation("new")))
     shell("activations", "load", "some.bin")
     listed = {view["name"]: view["waiting_count"] for view in shell("queue", "list", "--json").json["queues"]}
@@ -106,6 +108,6 @@ def test_an_activation_is_shown_as_the_run_it_is(shell: Shell) -> None:
     asyncio.run(fail_all(shell.place, 1))
     (listed,) = shell("run", "list", "--json").json["runs"]
     assert (listed["activation"], listed["state"], listed["idempotency_key"]) == ("send", "failed", "id_0")
-    shown = shell("run", "show", listed["run"], "--json").json
+    shown = shell("run", "show", listed["id"], "--json").json
     assert shown["activation"] == "send"
-    assert shell("run", "show", listed["run"]).code == 0
+    assert shell("run", "show", listed["id"]).code == 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from headrace.core.batch import Ledger
 from tests.cli.conftest import Shell
 
 
@@ -73,7 +74,7 @@ COMMANDS = [
     ("run", "list"),
     ("run", "show"),
     ("run", "cancel"),
-    ("run", "retry"),
+    ("run", "redrive"),
     ("queue", "list"),
     ("schedule", "list"),
     ("queue", "pause"),
@@ -135,22 +136,22 @@ def test_a_wrong_setting_is_named_with_its_place(shell: Shell, monkeypatch: pyte
 def test_batches_are_listed_newest_first(shell: Shell, done: str) -> None:
     second = open_batch(shell)
     found = shell("batch", "list", "--json").json["batches"]
-    assert [batch["batch"] for batch in found] == [second, done]
-    assert found[1]["ledger"]["failed"] == 2
-    assert found[0]["ledger"]["waiting"] == 5
+    assert [batch["id"] for batch in found] == [second, done]
+    assert found[1]["failed"] == 2
+    assert found[0]["waiting"] == 5
     text = shell("batch", "list").out
     assert text.index(second) < text.index(done)
     only = shell("batch", "list", "--state", "completed", "--json").json["batches"]
-    assert [batch["batch"] for batch in only] == [done]
+    assert [batch["id"] for batch in only] == [done]
     assert shell("batch", "list", "--state", "gone").code == 2
     assert len(shell("batch", "list", "--limit", "1", "--json").json["batches"]) == 1
 
 
 def test_a_batch_is_shown_by_its_id_or_its_key(shell: Shell, done: str) -> None:
     shown = shell("batch", "show", done, "--json").json
-    assert shown["batch"] == done
+    assert shown["id"] == done
     assert shown["state"] == "completed"
-    assert shown["ledger"] == {
+    assert {name: shown[name] for name in Ledger._fields} == {
         "expected": 10,
         "missing": 0,
         "waiting": 0,
@@ -186,7 +187,7 @@ def test_results_are_as_the_map_wrote_them(shell: Shell, done: str) -> None:
 def test_results_of_an_unfinished_batch_say_where_they_end(shell: Shell) -> None:
     ran = shell("batch", "results", open_batch(shell))
     assert (ran.code, ran.out) == (0, "")
-    assert "run 0 is not final yet" in ran.err
+    assert "run 0 has not ended yet" in ran.err
 
 
 def test_a_batch_is_cancelled_once(shell: Shell) -> None:
@@ -194,7 +195,7 @@ def test_a_batch_is_cancelled_once(shell: Shell) -> None:
     ran = shell("batch", "cancel", batch)
     assert "is cancelled: 5 runs will not run" in ran.out
     assert "already" in shell("batch", "cancel", batch).out
-    assert shell("batch", "cancel", batch, "--json").json["cancelled"] is False
+    assert shell("batch", "cancel", batch, "--json").json["changed"] is False
     assert [json.loads(line)["error"]["type"] for line in shell("batch", "results", batch).out.splitlines()] == [
         "Cancelled"
     ] * 5
@@ -223,7 +224,7 @@ def run_of(batch: str, index: int) -> str:
 def test_runs_are_listed_by_state_task_and_batch(shell: Shell, done: str) -> None:
     other = open_batch(shell)
     failed = shell("run", "list", "--state", "failed", "--json").json["runs"]
-    assert [(run["batch"], run["index"]) for run in failed] == [(done, 3), (done, 8)]
+    assert [(run["batch_id"], run["index"]) for run in failed] == [(done, 3), (done, 8)]
     assert failed[0]["error"]["message"] == "no 3"
     assert "ValueError: no 3" in shell("run", "list", "--state", "failed").out
     assert len(shell("run", "list", "--batch", other, "--json").json["runs"]) == 5
@@ -236,17 +237,17 @@ def test_runs_are_listed_by_state_task_and_batch(shell: Shell, done: str) -> Non
 def test_a_run_is_shown_with_its_input_and_its_error(shell: Shell, done: str) -> None:
     run = run_of(done, 3)
     shown = shell("run", "show", run, "--json").json
-    assert shown["payload"] == {"n": 3}
+    assert shown["input"] == {"n": 3}
     assert shown["error"]["type"] == "ValueError"
     assert (shown["state"], shown["attempt"]) == ("failed", 1)
     text = shell("run", "show", run).out
     assert '{"n":3}' in text
     assert "no 3" in text
     good = shell("run", "show", run_of(done, 4), "--json").json
-    assert (good["state"], good["result"]) == ("completed", 4)
+    assert (good["state"], good["output"]) == ("completed", 4)
 
 
-@pytest.mark.parametrize("verb", ["show", "cancel", "retry"])
+@pytest.mark.parametrize("verb", ["show", "cancel", "redrive"])
 @pytest.mark.parametrize("name", ["nothing", "run_x_1", "run_00000000000000000000000000_1"])
 def test_a_run_that_is_not_there_is_said(shell: Shell, done: str, verb: str, name: str) -> None:
     assert shell("run", verb, name).code == 2
@@ -259,9 +260,9 @@ def test_a_run_is_cancelled_and_run_again(shell: Shell) -> None:
     assert shell("run", "cancel", run).out == f"{run} is cancelled\n"
     assert "already" in shell("run", "cancel", run).out
     assert shell("run", "show", run, "--json").json["state"] == "cancelled"
-    assert shell("run", "retry", run).out == f"{run} will run again\n"
+    assert shell("run", "redrive", run).out == f"{run} will run again\n"
     assert shell("run", "show", run, "--json").json["state"] == "waiting"
-    again = shell("run", "retry", run)
+    again = shell("run", "redrive", run)
     assert again.code == 2
     assert "is waiting" in again.err
 
@@ -307,7 +308,7 @@ def test_pruning_takes_what_is_past_its_retention(shell: Shell, done: str) -> No
 def test_migrating_makes_a_database_ready(shell: Shell) -> None:
     ran = shell("migrate", "--store", "sqlite:///other.db")
     assert ran.code == 0
-    assert "is at version" in ran.out
+    assert "is at schema version" in ran.out
     assert (shell.place / "other.db").exists()
     assert shell("batch", "list", "--store", "sqlite:///other.db").out == "no batches\n"
 
@@ -387,7 +388,7 @@ def test_settings_that_risk_what_was_acknowledged_are_seen(
     monkeypatch.setattr(SqliteStore, "check", check)
     ok, said = checks(shell)["durability"]
     assert not ok
-    assert "power cut" in said
+    assert "power failure" in said
 
 
 def test_a_clock_that_is_off_is_seen(shell: Shell, done: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +398,7 @@ def test_a_clock_that_is_off_is_seen(shell: Shell, done: str, monkeypatch: pytes
     monkeypatch.setattr(SystemClock, "now_us", lambda self: right(self) - 90_000_000)
     ok, said = checks(shell)["clock"]
     assert not ok
-    assert "90.0 s apart" in said
+    assert "differ by 90.0 s" in said
 
 
 def test_a_disk_that_is_nearly_full_is_seen(shell: Shell, done: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,7 +439,7 @@ def test_a_session_that_fell_silent_is_seen(shell: Shell, done: str) -> None:
     ("spoil", "why"),
     [
         (lambda batch: change("UPDATE batch SET state = 'open', appended_us = 1, created_us = 1"), "got no item for"),
-        (lambda batch: change("UPDATE batch SET appended_us = 1, created_us = 1"), "no process works on it"),
+        (lambda batch: change("UPDATE batch SET appended_us = 1, created_us = 1"), "no worker is alive"),
     ],
 )
 def test_a_batch_that_nothing_moves_on_is_seen(shell: Shell, spoil: Callable[[str], None], why: str) -> None:
@@ -482,7 +483,7 @@ def test_the_demo_outlines_a_library_and_ends_well(shell: Shell, library: Path) 
     ran = shell("demo", "--dir", "there", "--no-progress")
     assert ran.code == 0, ran.err
     assert "5 modules of the standard library" in ran.err
-    assert "1 of them are large" in ran.err
+    assert "1 are large" in ran.err
     assert "4 modules" in ran.out
     assert "pkg/bad.py: SyntaxError" in ran.out
     assert "the ledger balances: 4 completed, 1 failed, 5 in all" in ran.out
@@ -491,7 +492,7 @@ def test_the_demo_outlines_a_library_and_ends_well(shell: Shell, library: Path) 
     again = shell("demo", "--dir", "there", "--no-progress", "--json")
     assert again.json["summary"]["done_before"] == 5
     assert again.json["balances"] is True
-    assert "were done by an earlier start" in shell("demo", "--dir", "there", "--no-progress").out
+    assert "were done by an earlier command" in shell("demo", "--dir", "there", "--no-progress").out
 
 
 def test_the_demo_without_a_place_works_in_a_temporary_one(

@@ -93,11 +93,13 @@ def test_an_indexer_runs_stops_goes_on_goes_back_and_is_forgotten(folder: Path) 
     ("arguments", "words"),
     [
         (("job.py:nope",), "has no 'nope'"),
-        (("job.py:app",), "is not an indexer but"),
+        (("job.py:bnk",), "its indexers: bank"),
+        (("job.py:app",), "expected an indexer at job.py:app, got a Headrace"),
         (("job.py:bank", "--depth", "-1"), "index_depth_max must be"),
         (("job.py:bank", "--until", "x"), "are like"),
         (("rollback", "job.py:bank", "7", "--source", "other"), "which source"),
-        (("reset", "other", "--yes"), "no indexer 'other'"),
+        (("reset", "other", "--yes"), "no indexer is named 'other'"),
+        (("reset", "bnak", "--yes"), "did you mean bank? indexers: bank"),
     ],
     ids=str,
 )
@@ -143,7 +145,7 @@ def test_a_signal_commits_what_was_handled(folder: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 0, told
-    assert "stopping: what was handled is committed" in told
+    assert "stopping: handled events are committed" in told
     with sqlite3.connect(folder / "bank.db") as db:
         ((no, holder),) = db.execute("SELECT no, holder FROM indexer")
     assert (balances(folder), holder) == (wanted(no), "")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from headrace.cli import progress
-from headrace.cli.progress import Lines, Pace, Standing, line_of
+from headrace.cli.progress import Lines, Rate, Standing, line_of
 from headrace.store.sqlite import SqliteStore
 from tests.cli.conftest import Shell
 
@@ -79,9 +79,9 @@ def test_a_signal_ends_a_map_in_good_order_with_the_way_on(shell: Shell, number:
         process.send_signal(number)
         _, said = process.communicate(timeout=30)
         assert process.returncode == 130, said.decode()
-    assert b"stopping: what is under way may end" in said
-    assert said.decode().splitlines()[-1].startswith("interrupted. To go on where it was: headrace ")
-    ledger = shell("batch", "list", "--json").json["batches"][0]["ledger"]
+    assert b"stopping: running items may finish" in said
+    assert said.decode().splitlines()[-1].startswith("interrupted. To resume: headrace ")
+    ledger = shell("batch", "list", "--json").json["batches"][0]
     assert ledger["leased"] == 0
     assert shell("verify").code == 0
 
@@ -97,7 +97,7 @@ def test_a_second_signal_ends_a_map_now(shell: Shell) -> None:
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=10)
         assert process.returncode == 130
-        assert b"To go on where it was" in said
+        assert b"To resume" in said
     assert shell("verify").code == 0
 
 
@@ -161,7 +161,7 @@ def test_a_named_pipe_is_a_stream(shell: Shell) -> None:
             pipe.write(b'{"n":4}\n{"n":5}\n')
         _, said = process.communicate(timeout=30)
         assert process.returncode == 0, said.decode()
-    assert b"resumes only with --batch-key" in said.splitlines()[0]
+    assert b"can be resumed only with --batch-key" in said.splitlines()[0]
     assert [line["output"] for line in shell.lines()] == [8, 10]
 
 
@@ -184,7 +184,7 @@ def test_progress_is_said_in_one_line(standing: Standing, rate: float, said: str
 def test_the_pace_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
     monkeypatch.setattr(progress, "monotonic", lambda: now_s)
-    pace = Pace()
+    pace = Rate()
     assert pace.add(1_000_000) == 0.0, "what an earlier start had done is not this one's speed"
     for second in range(1, 30):
         now_s = float(second)

@@ -303,7 +303,7 @@ def test_a_move_that_is_killed_is_run_again(shell: Shell) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["resumed"]
     assert shell("verify", "--store", target).code == 0
-    assert shell("batch", "show", batch_id, "--store", target, "--json").json["ledger"]["expected"] == 60_000
+    assert shell("batch", "show", batch_id, "--store", target, "--json").json["expected"] == 60_000
 
 
 async def _pages(target: str) -> int:

@@ -73,16 +73,16 @@ def test_a_module_on_the_path_is_found_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("target", "message", "hint"),
     [
-        ("tasks.py", "does not name a task", "MODULE:TASK"),
-        (":f", "does not name a task", "MODULE:TASK"),
-        ("tasks.py:", "does not name a task", "MODULE:TASK"),
-        ("nowhere/at_all.py:f", "is not there", "name a Python file"),
-        ("nowhere.at.all:f", "no module called 'nowhere.at.all'", "installed"),
-        ("json.nothing:f", "no module called", "installed"),
-        ("json:nothing", "json has no 'nothing'", "it has: "),
-        ("json:decoder", "is not a task but a module", "name a function"),
-        ("json:JSONDecoder", "is not a task but a class", "name a function"),
-        ("json:__all__", "is not a task but a list", "name a function"),
+        ("tasks.py", "expected MODULE:TASK or path/to/file.py:TASK, got", ""),
+        (":f", "expected MODULE:TASK or path/to/file.py:TASK, got", ""),
+        ("tasks.py:", "expected MODULE:TASK or path/to/file.py:TASK, got", ""),
+        ("nowhere/at_all.py:f", "is missing", "name a Python file"),
+        ("nowhere.at.all:f", "no module is named 'nowhere.at.all'", "installed"),
+        ("json.nothing:f", "no module is named", "installed"),
+        ("json:nothing", "json has no 'nothing'", "its functions: "),
+        ("json:decoder", "expected a task at json:decoder, got a module", "name a function"),
+        ("json:JSONDecoder", "expected a task at json:JSONDecoder, got a class", "name a function"),
+        ("json:__all__", "expected a task at json:__all__, got a list", "name a function"),
     ],
 )
 def test_what_is_not_there_is_said(target: str, message: str, hint: str) -> None:
@@ -124,4 +124,4 @@ def test_tasks_of_a_module_are_named_where_one_is_missing(tmp_path: Path) -> Non
     text = APP
     with pytest.raises(InvalidInput) as raised:
         load_target(write(tmp_path / "some_app.py", text) + ":f2")
-    assert raised.value.hint == "its tasks are: thing"
+    assert raised.value.hint == "its tasks: thing"

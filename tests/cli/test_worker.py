@@ -121,10 +121,10 @@ def test_a_second_signal_stops_now_and_the_run_is_recovered(shell: Shell) -> Non
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("nowhere.py:app", "nowhere.py is not there"),
-        ("tasks.py:double", "not an app"),
+        ("nowhere.py:app", "nowhere.py is missing"),
+        ("tasks.py:double", "expected an app at tasks.py:double"),
         ("tasks.py:nothing", "has no 'nothing'"),
-        ("tasks.py", "does not name an app"),
+        ("tasks.py", "expected MODULE:APP or"),
     ],
 )
 def test_what_is_no_app_is_refused(shell: Shell, target: str, said: str) -> None:

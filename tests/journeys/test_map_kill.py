@@ -179,7 +179,7 @@ def test_an_interrupted_map_says_how_to_go_on_and_does(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said.decode()
-    assert "To go on where it was: " in said.decode()
+    assert "To resume: " in said.decode()
     settled = story.settled()
     assert settled == set(story.ran()), "a graceful stop settles whatever it had begun"
     ran_before = len(story.ran())

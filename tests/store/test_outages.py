@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from headrace.app import Headrace
-from headrace.cli.doctor import Unwell, durability
+from headrace.cli.doctor import CheckFailed, durability
 from headrace.compose import open_engine
 from headrace.foundation.errors import HeadraceError, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
@@ -157,7 +157,7 @@ async def test_the_doctor_says_what_an_acknowledgement_hangs_on(tmp_path: Path) 
             if is_well:
                 assert await durability(engine) == "fsync on, synchronous_commit on"
             else:
-                with pytest.raises(Unwell, match="synchronous_commit is off") as unwell:
+                with pytest.raises(CheckFailed, match="synchronous_commit is off") as unwell:
                     await durability(engine)
                 assert "turn both on" in unwell.value.hint
         finally:

@@ -1,4 +1,4 @@
-"""The commands a person types. Nothing heavy is imported before it is needed: a start is counted in milliseconds."""
+"""The command line. Commands import what they need when they run, since a start is measured in milliseconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`headrace activations`: bring in what the task broker's workers are to do."""
+"""`headrace activations`: load activations for the task broker's workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headrace.cli.printing import counted, note, say, say_json
 if TYPE_CHECKING:
     from headrace.grpc.taskbroker.activation_intake import IntakeResult
 
-app = typer.Typer(no_args_is_help=True, help="Bring in what the task broker's workers are to do.")
+app = typer.Typer(no_args_is_help=True, help="Load activations for the task broker's workers.")
 
 PIECE_BYTES: Final = 256 * 1024
 SOME_REFUSED: Final = 3
@@ -24,37 +24,45 @@ SOME_REFUSED: Final = 3
 
 @app.callback()
 def group() -> None:
-    """Bring in what the task broker's workers are to do."""
+    """Load activations for the task broker's workers."""
 
 
 @app.command("load")
 def load(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="TaskActivation messages, each after its length; - is stdin.")
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A file of TaskActivation messages, each after its length as a varint; - is standard input.",
+        ),
     ],
     store: StoreOption = None,
     server: ServerOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a file's activations durable, each once by its id: a file that was cut off is loaded again whole.
+    """Store the activations of a file, each once by its id; a load that was cut off can be repeated.
 
-    Exit code 3: some were refused, and the others are in.
+    Exit code 3: some activations were refused, the others are stored.
     """
     from headrace.foundation.errors import InvalidInput, InvalidSetting
 
     try:
         from headrace.grpc.taskbroker.activation_intake import ActivationIntake
     except ModuleNotFoundError as error:
-        raise InvalidSetting(f"activations need {error.name}", hint="pip install 'headrace[grpc]'") from None
+        raise InvalidSetting(
+            f"activations require the package {error.name}", hint="pip install 'headrace[grpc]'"
+        ) from None
     from headrace.runtime.producing.producer import Producer
 
     settings = settings_of(store=place_of(store, server))
     try:
         source = sys.stdin.buffer if file == "-" else Path(file).open("rb")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise InvalidInput(f"{file} can't be read: {error.strerror or error}", hint="name a file, or -") from None
+        raise InvalidInput(
+            f"{file} can't be read: {error.strerror or error}", hint="FILE is a readable file, or - for standard input"
+        ) from None
 
-    async def loaded() -> IntakeResult:
+    async def load_all() -> IntakeResult:
         async with opened(settings) as engine:
             producer = Producer(engine)
             try:
@@ -63,7 +71,7 @@ def load(
                 await producer.close()
 
     with source:
-        taken = run_async(loaded())
+        taken = run_async(load_all())
     if json:
         say_json(
             {
@@ -71,16 +79,18 @@ def load(
                 "duplicates": taken.duplicates,
                 "dropped": taken.dropped,
                 "refused": taken.refused_count,
-                "refusals": [{"number": one.number, "id": one.id, "reason": one.reason} for one in taken.refused],
+                "refusals": [
+                    {"number": refusal.number, "id": refusal.id, "reason": refusal.reason} for refusal in taken.refused
+                ],
             }
         )
     else:
-        for one in taken.refused:
-            note(f"number {one.number} {one.id}: {one.reason}")
-        told = [counted(taken.accepted, "activation"), f"{taken.duplicates} known already"]
-        told += [f"{taken.dropped} switched off"] if taken.dropped else []
-        told += [f"{taken.refused_count} refused"] if taken.refused_count else []
-        say(", ".join(told))
+        for refusal in taken.refused:
+            note(f"activation {refusal.number} ({refusal.id}) refused: {refusal.reason}")
+        counts = [counted(taken.accepted, "activation"), f"{taken.duplicates} stored before"]
+        counts += [f"{taken.dropped} dropped by the killswitch"] if taken.dropped else []
+        counts += [f"{taken.refused_count} refused"] if taken.refused_count else []
+        say(", ".join(counts))
     if taken.refused_count:
         raise typer.Exit(SOME_REFUSED)
 

@@ -1,4 +1,4 @@
-"""`headrace batch`: look at batches, take their results, stop them, run again what failed."""
+"""`headrace batch`: list and show batches, write their results, cancel them, redrive their failed runs."""
 
 from __future__ import annotations
 
@@ -6,129 +6,148 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headrace.cli.opening import JsonOption, StoreOption, find_batch, opened, run_async, settings_of
-from headrace.cli.printing import counted, moment, note, say, say_json, table
+from headrace.cli.opening import (
+    JsonOption,
+    ServerOption,
+    StoreOption,
+    find_batch,
+    opened,
+    place_of,
+    run_async,
+    settings_of,
+)
+from headrace.cli.printing import counted, duration, moment, note, pairs, say, say_json, table
 
 if TYPE_CHECKING:
-    from headrace.core.batch import Batch, Ledger
+    from headrace.core.batch import Batch
     from headrace.runtime.engine import Engine
+    from headrace.views import BatchView
 
-app = typer.Typer(no_args_is_help=True, help="Look at batches, take their results, stop them, run again what failed.")
+app = typer.Typer(
+    no_args_is_help=True, help="List and show batches, write their results, cancel them, redrive their failed runs."
+)
 
-BatchArgument = Annotated[str, typer.Argument(metavar="BATCH", help="A batch id, or its key.")]
+BatchArgument = Annotated[str, typer.Argument(metavar="BATCH", help="The batch's id, or its key.")]
 
 
 @app.command("list")
 def list_(
-    store: StoreOption = None,
     state: Annotated[
-        str | None, typer.Option(metavar="STATE", help="open, sealed, completed, cancelled or abandoned.")
+        str | None, typer.Option(metavar="STATE", help="Only batches in this state, such as open or completed.")
     ] = None,
-    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="At most so many.")] = 50,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="Show at most N batches.")] = 50,
+    store: StoreOption = None,
+    server: ServerOption = None,
     json: JsonOption = False,
 ) -> None:
-    """The batches there are, newest first."""
+    """List batches, newest first."""
     from headrace.core.batch import STATES
     from headrace.foundation.errors import InvalidInput
+    from headrace.views import batch_view
 
     if state is not None and state not in STATES:
-        raise InvalidInput(f"no batch is ever {state!r}", hint=f"a state is one of {', '.join(STATES)}")
-    settings = settings_of(store=store)
+        raise InvalidInput(f"unknown batch state {state!r}", hint=f"states: {', '.join(STATES)}")
+    settings = settings_of(store=place_of(store, server))
 
-    async def look() -> list[tuple[Batch, Ledger]]:
+    async def read() -> list[BatchView]:
         async with opened(settings, must_exist=True) as engine:
             states = None if state is None else [state]
-            return await engine.store.batches(engine.environment, states=states, limit=limit)
+            rows = await engine.store.batches(engine.environment, states=states, limit=limit)
+            return [batch_view(*row) for row in rows]
 
-    found = run_async(look())
+    views = run_async(read())
     if json:
-        say_json({"batches": [described(batch, ledger) for batch, ledger in found]})
+        say_json({"batches": views})
         return
-    if not found:
+    if not views:
         say("no batches")
         return
-    numbers = ("runs", "waiting", "leased", "completed", "failed")
+    numbers = ("runs", "waiting", "leased", "completed", "failed", "cancelled", "expired")
     table(
-        ("batch", "task", "state", *numbers, "created (UTC)"),
+        ("batch", "task", "state", "created (UTC)", *numbers),
         [
             (
-                batch.id,
-                batch.task or "-",
-                batch.state,
-                ledger.expected,
-                ledger.waiting,
-                ledger.leased,
-                ledger.completed,
-                ledger.failed,
-                moment(batch.created_us),
+                view.id,
+                view.task or "-",
+                view.state,
+                moment(view.created_at),
+                view.expected,
+                view.waiting,
+                view.leased,
+                view.completed,
+                view.failed,
+                view.cancelled,
+                view.expired,
             )
-            for batch, ledger in found
+            for view in views
         ],
         numbers=numbers,
     )
 
 
 @app.command("show")
-def show(batch: BatchArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """One batch: its state, its ledger and where it came from."""
-    settings = settings_of(store=store)
+def show(
+    batch: BatchArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False
+) -> None:
+    """Show one batch: its state, its times and the counts of its runs."""
+    settings = settings_of(store=place_of(store, server))
 
-    async def look() -> tuple[Batch, Ledger]:
+    async def read() -> BatchView:
         async with opened(settings, must_exist=True) as engine:
-            found = await find_batch(engine, batch)
-            return await engine.store.batch(found.id)
+            return await _view(engine, batch)
 
-    found, ledger = run_async(look())
+    view = run_async(read())
     if json:
-        say_json(described(found, ledger))
+        say_json(view)
         return
-    say(f"{found.id}  {found.state}")
-    lines: list[tuple[str, object]] = [
-        ("task", found.task or "-"),
-        ("key", found.key or "-"),
-        ("environment", found.environment),
-        ("created (UTC)", moment(found.created_us)),
-        ("last item (UTC)", moment(found.appended_us)),
-        ("sealed (UTC)", moment(found.sealed_us)),
-        ("finished (UTC)", moment(found.finished_us)),
-        *((f"metadata {name}", value) for name, value in found.metadata.items() if name != "start"),
-        *((name, f"{count:,}") for name, count in ledger._asdict().items()),
-        ("ledger", "balances" if ledger.balances else "DOES NOT BALANCE: run headrace verify"),
-    ]
-    width = max(len(name) for name, _ in lines)
-    for name, value in lines:
-        say(f"  {name:<{width}}  {value}")
+    pairs(
+        f"{view.id}  {view.state}",
+        [
+            ("task", view.task or "-"),
+            ("key", view.key or "-"),
+            ("environment", view.environment),
+            ("created (UTC)", moment(view.created_at)),
+            ("last item (UTC)", moment(view.appended_at)),
+            ("sealed (UTC)", moment(view.sealed_at)),
+            ("finished (UTC)", moment(view.finished_at)),
+            ("duration", "-" if view.duration_s is None else duration(view.duration_s)),
+            *((f"metadata {name}", value) for name, value in view.metadata.items() if name != "start"),
+            *((name, f"{count:,}") for name, count in view.ledger._asdict().items()),
+            ("ledger", "balances" if view.ledger.balances else "DOES NOT BALANCE: run headrace verify"),
+        ],
+    )
 
 
 @app.command("results")
 def results(
     batch: BatchArgument,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Default: standard output.")
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="The file to write. Default: standard output.")
     ] = None,
     store: StoreOption = None,
+    server: ServerOption = None,
 ) -> None:
-    """The results that are final, in index order, as `headrace map` writes them."""
+    """Write the results of ended runs in index order, one JSON line each, as `headrace map` does."""
     from headrace.cli.output import open_output
 
-    settings = settings_of(store=store)
+    settings = settings_of(store=place_of(store, server))
 
     async def write() -> tuple[int, Batch]:
         async with opened(settings, must_exist=True) as engine:
-            found = await find_batch(engine, batch)
+            batch_id = (await find_batch(engine, batch)).id
             target = open_output(output, input_path=None)
             try:
-                count = await _write_all(engine, found.id, target)
+                count = await _write_all(engine, batch_id, target)
             finally:
                 target.close()
-            return count, (await engine.store.batch(found.id))[0]
+            return count, (await engine.store.batch(batch_id))[0]
 
-    count, found = run_async(write())
-    where = f" written to {output}" if output else ""
-    if found.is_finished and count == found.received_count:
-        note(f"{counted(count, 'result')}{where}")
+    count, row = run_async(write())
+    written = f"{counted(count, 'result')} written to {output}" if output else counted(count, "result")
+    if row.is_finished and count == row.received_count:
+        note(written)
     else:
-        note(f"{counted(count, 'result')}{where}; run {count:,} is not final yet, so those behind it wait")
+        note(f"{written}; run {count:,} has not ended yet, so the results after it are left out")
 
 
 async def _write_all(engine: Engine, batch_id: str, target: Any) -> int:
@@ -144,65 +163,57 @@ async def _write_all(engine: Engine, batch_id: str, target: Any) -> int:
 
 
 @app.command("cancel")
-def cancel(batch: BatchArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Stop a batch: what waits is cancelled, what is under way may still end."""
+def cancel(
+    batch: BatchArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False
+) -> None:
+    """Cancel a batch: its waiting runs are cancelled, its running ones are asked to stop."""
     from headrace.core.batch import CANCELLED
 
-    settings = settings_of(store=store)
+    settings = settings_of(store=place_of(store, server))
 
-    async def stop() -> tuple[bool, Batch, Ledger]:
+    async def stop() -> tuple[bool, BatchView]:
         async with opened(settings, must_exist=True) as engine:
-            found = await find_batch(engine, batch)
-            was_over = found.is_finished or found.is_stopped
-            if not was_over:
-                await engine.store.stop_batch(found.id, CANCELLED, now_us=engine.clock.now_us())
-            return was_over, *await engine.store.batch(found.id)
+            row = await find_batch(engine, batch)
+            is_over = row.is_finished or row.is_stopped
+            if not is_over:
+                await engine.store.stop_batch(row.id, CANCELLED, now_us=engine.clock.now_us())
+            return not is_over, await _view(engine, row.id)
 
-    was_over, found, ledger = run_async(stop())
+    has_changed, view = run_async(stop())
     if json:
-        say_json({"cancelled": not was_over, **described(found, ledger)})
-    elif was_over:
-        say(f"{found.id} is {found.state} already; nothing was changed")
+        say_json({"changed": has_changed, "batch": view})
+    elif not has_changed:
+        say(f"{view.id} is {view.state} already; nothing was changed")
     else:
-        rest = f", {counted(ledger.leased, 'run')} under way may still end" if ledger.leased else ""
-        say(f"{found.id} is cancelled: {counted(ledger.cancelled + ledger.waiting, 'run')} will not run{rest}")
+        running = f", {counted(view.leased, 'running run')} may still finish" if view.leased else ""
+        say(f"{view.id} is cancelled: {counted(view.cancelled + view.waiting, 'run')} will not run{running}")
 
 
 @app.command("redrive")
-def redrive(batch: BatchArgument, store: StoreOption = None, json: JsonOption = False) -> None:
+def redrive(
+    batch: BatchArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False
+) -> None:
     """Run the failed runs of a batch again, from their first attempt."""
-    settings = settings_of(store=store)
+    settings = settings_of(store=place_of(store, server))
 
-    async def again() -> tuple[int, Batch, Ledger]:
+    async def again() -> tuple[int, BatchView]:
         async with opened(settings, must_exist=True) as engine:
-            found = await find_batch(engine, batch)
-            count = await engine.store.redrive(found.id, None)
-            return count, *await engine.store.batch(found.id)
+            batch_id = (await find_batch(engine, batch)).id
+            count = await engine.store.redrive(batch_id, None)
+            engine.doorbell.ring()
+            return count, await _view(engine, batch_id)
 
-    count, found, ledger = run_async(again())
+    count, view = run_async(again())
     if json:
-        say_json({"redriven": count, **described(found, ledger)})
+        say_json({"redriven": count, "batch": view})
     elif count:
-        hint = "; run its `headrace map` command again to work on them" if "map" in found.metadata else ""
-        say(f"{counted(count, 'failed run')} of {found.id} will run again{hint}")
+        hint = "; repeat its `headrace map` command to run them" if "map" in view.metadata else ""
+        say(f"{counted(count, 'failed run')} of {view.id} will run again{hint}")
     else:
-        say(f"no run of {found.id} has failed; nothing was changed")
+        say(f"no run of {view.id} has failed; nothing was changed")
 
 
-def described(batch: Batch, ledger: Ledger) -> dict[str, Any]:
-    """A batch as JSON."""
-    return {
-        "batch": batch.id,
-        "key": batch.key,
-        "kind": batch.kind,
-        "task": batch.task,
-        "environment": batch.environment,
-        "state": batch.state,
-        "finished": batch.is_finished,
-        "created_us": batch.created_us,
-        "appended_us": batch.appended_us,
-        "sealed_us": batch.sealed_us,
-        "finished_us": batch.finished_us,
-        "metadata": batch.metadata,
-        "ledger": ledger._asdict(),
-    }
+async def _view(engine: Engine, batch: str) -> BatchView:
+    from headrace.views import batch_view
+
+    return batch_view(*await engine.store.batch((await find_batch(engine, batch)).id))

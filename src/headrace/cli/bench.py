@@ -1,4 +1,4 @@
-"""`headrace bench`: the speed of this machine, each figure beside its floor."""
+"""`headrace bench`: measure this machine, each figure beside the same work without Headrace."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 
 
 def command(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME ...]", help="Scenarios; all without one.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME ...]", help="Scenarios to run. Default: all.")
+    ] = None,
     store: StoreOption = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work, measured twice.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Do a tenth of the work, measured twice.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure appending, running and memory, each beside the same work without Headrace.
+    """Measure append, run and memory figures, each beside a baseline: the same work without Headrace.
 
-    --store says on which disk (sqlite:///directory/any.db) or server (postgresql://…), in a fresh file or schema.
+    --store selects a disk (sqlite:///directory/any.db) or a server (postgresql://…); a fresh file or schema is used.
     """
     import msgspec
 

@@ -1,8 +1,9 @@
-"""Which batch a `headrace map` works on: found again by the same command, continued when its input grew.
+"""The batches of one `headrace map`: found again by the same command, extended when its input has grown.
 
-An identity (task, input, --batch-key) names *generations*, of which `--fresh` begins the next one; a generation is a
-chain of batches: the first, and one for each time the input had grown after its batch was sealed. Run 0 of a later
-one is the item `base_index` of the input, and it begins at `start`, the place where the one before it ended.
+Task, input and --batch-key are the identity of a map. Each `--fresh` begins a new *generation* of that identity. A
+generation is a chain of batches: the first one, and one more for each time that the input had grown after its batch was
+sealed. Run 0 of a later batch is the item `base_index` of the input, and its input begins at `start`, where the batch
+before it ended.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PAGE_BATCHES: Final = 200
 
 
 class Source(NamedTuple):
-    """What makes two commands the same map. `key` is empty where nothing was said."""
+    """Identity of a map: commands with the same source continue the same map. `key` is empty without --batch-key."""
 
     task: str
     path: str
@@ -32,7 +33,7 @@ class Source(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """Short and stable; the batches' metadata says in words what it stands for."""
+        """Return a short stable hash of the identity; the batches' metadata holds it in words."""
         return hashlib.sha256(msgspec.json.encode([self.task, self.path, self.key])).hexdigest()[:24]
 
 
@@ -46,13 +47,13 @@ class Part:
 
     @property
     def position(self) -> Position:
-        """How far the input is known to be durable."""
+        """Return the position up to which the input is durable."""
         return Position.decode(self.batch.cursor) if self.batch.cursor else self.start
 
 
 @dataclass(slots=True)
 class Chain:
-    """The batches of one generation, in the order of the input. `is_new`: this command made it."""
+    """Batches of one generation, in the order of the input. `is_new`: this command created it."""
 
     engine: Engine
     source: Source
@@ -63,27 +64,27 @@ class Chain:
 
     @property
     def last(self) -> Part:
-        """The batch that takes what comes next."""
+        """Return the batch that takes the next items."""
         return self.parts[-1]
 
     @property
     def is_finished(self) -> bool:
-        """No run in it will change any more, though the input may have grown."""
+        """True if no run of the chain will change any more; the input may still grow."""
         return all(part.batch.is_finished for part in self.parts)
 
     async def refresh(self) -> None:
-        """See each batch as it stands now."""
+        """Read the current state of each batch."""
         for part in self.parts:
             part.batch, _ = await self.engine.store.batch(part.batch.id)
 
     async def extend(self, start: Position) -> Part:
-        """The batch for what comes after `start`: made here, or by another command that was faster."""
+        """Return the batch for the input after `start`, created here or by a concurrent command."""
         part = await self._open(len(self.parts) + 1, start)
         self.parts.append(part)
         return part
 
     async def catch_up(self) -> None:
-        """Learn of what another command did: seals, and batches that continue."""
+        """Read what a concurrent command did: seals, and batches that follow."""
         await self.refresh()
         while self.is_resumable:
             found = await self.engine.store.find_batch(self.engine.environment, self._key(len(self.parts) + 1))
@@ -112,7 +113,7 @@ class Chain:
             key=self._key(number) if self.is_resumable else None,
             task=self.source.task,
             metadata=metadata,
-            # What nobody can take up again must not stay open for ever; the feed shows that it lives.
+            # A batch that can't be resumed must not stay open for ever; the feed's appends keep it open.
             seal_timeout_ms=0 if self.is_resumable else self.engine.limits.seal_timeout_ms,
         )
         batch, _ = await self.engine.store.create_batch(new, now_us=now_us)
@@ -120,20 +121,20 @@ class Chain:
 
 
 def part_of(batch: Batch) -> Part:
-    """A batch of a chain, from what its metadata says."""
+    """Return a batch of a chain, from its metadata."""
     metadata: dict[str, Any] = batch.metadata
     return Part(batch, int(metadata["base_index"]), Position.decode(bytes.fromhex(metadata["start"])))
 
 
 async def open_chain(engine: Engine, source: Source, *, fresh: bool, is_resumable: bool) -> Chain:
-    """The newest generation of this map, or the first of a new one. `fresh` cancels what there is and starts over."""
+    """Return the newest generation of this map, or a new one. `fresh` cancels the newest and begins a new one."""
     chain = Chain(engine, source, is_resumable)
     newest = await _newest(engine, source) if is_resumable else None
     if newest is not None:
         chain.generation = int(str(newest.metadata["generation"]))
         await _load(chain)
         is_whole = len(chain.parts) >= int(str(newest.metadata["part"]))
-        if fresh or not is_whole:  # retention took the beginning: what is left can't be the whole result
+        if fresh or not is_whole:  # retention deleted the beginning: the rest can't be the whole result
             for batch in {part.batch.id: part.batch for part in (*chain.parts, part_of(newest))}.values():
                 if not batch.is_finished:
                     await engine.store.stop_batch(batch.id, CANCELLED, now_us=engine.clock.now_us())
@@ -159,7 +160,7 @@ async def _load(chain: Chain) -> None:
 
 
 async def _newest(engine: Engine, source: Source) -> Batch | None:
-    """The newest batch of this identity: batches are listed newest first, and retention takes the oldest."""
+    """Return the newest batch of this identity. Batches are listed newest first, and retention deletes the oldest."""
     before_id = ""
     while True:
         page = await engine.store.batches(engine.environment, before_id=before_id, limit=PAGE_BATCHES)

@@ -1,4 +1,4 @@
-"""`headrace config`: what is in force, and who said so."""
+"""`headrace config`: show the effective settings and their sources."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import typer
 from headrace.cli.opening import JsonOption, StoreOption, settings_of
 from headrace.cli.printing import say_json, table
 
-app = typer.Typer(no_args_is_help=True, help="What is in force, and who said so.")
+app = typer.Typer(no_args_is_help=True, help="Show the effective settings and their sources.")
 
 
 @app.callback()
 def root() -> None:
-    """What is in force, and who said so."""
+    """Show the effective settings and their sources."""
 
 
 @app.command("show")
 def show(
     store: StoreOption = None,
-    concurrency: Annotated[int | None, typer.Option(metavar="N", help="As for `headrace map`.")] = None,
-    processes: Annotated[int | None, typer.Option(metavar="N", help="As for `headrace map`.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(metavar="N", help="Override the setting, as in `headrace map`.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(metavar="N", help="Override the setting, as in `headrace map`.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Every setting with its value and where it came from; secrets are hidden."""
+    """Show every setting with its value and its source; secrets are hidden."""
     settings = settings_of(store=store, concurrency=concurrency, processes=processes)
     shown = settings.shown()
     if json:

@@ -1,7 +1,8 @@
-"""`headrace dead`: look at what failed for good, run it again, or let it be."""
+"""`headrace dead`: list dead letters, redrive them, or remove them from the list."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -13,63 +14,65 @@ if TYPE_CHECKING:
     from headrace.runtime.engine import Engine
     from headrace.store.protocol import DeadLetter
 
-app = typer.Typer(no_args_is_help=True, help="Look at what failed for good, run it again, or let it be.")
+app = typer.Typer(no_args_is_help=True, help="List dead letters, redrive them, or remove them from the list.")
 
 PAGE: Final = 500
-QueueOption = Annotated[str, typer.Option("--queue", metavar="QUEUE", help="Only of this queue.")]
+REASON_CHARS: Final = 200
+RunKey = tuple[str, int]
+QueueOption = Annotated[str, typer.Option("--queue", metavar="QUEUE", help="Only dead letters of this queue.")]
 RunsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[RUN...]", help="Run ids, as `headrace dead list` shows them.")
 ]
-AllOption = Annotated[bool, typer.Option("--all", help="All of them, or all of the queue.")]
+AllOption = Annotated[bool, typer.Option("--all", help="All dead letters, or all of the queue.")]
 
 
 @app.command("list")
 def list_(
     queue: QueueOption = "",
-    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="At most so many.")] = 50,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="Show at most N dead letters.")] = 50,
     store: StoreOption = None,
     server: ServerOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Runs that failed for good and are kept, oldest first, with why."""
+    """List dead letters with their errors, oldest first."""
     settings = settings_of(store=place_of(store, server))
 
-    async def look() -> list[dict[str, Any]]:
+    async def read() -> list[dict[str, Any]]:
         async with opened(settings, must_exist=True) as engine:
-            found = await engine.store.dead_letters(engine.environment, queue=queue, limit=limit)
-            return [await _described(engine, dead) for dead in found]
+            letters = await engine.store.dead_letters(engine.environment, queue=queue, limit=limit)
+            return [await _described(engine, letter) for letter in letters]
 
-    found = run_async(look())
+    rows = run_async(read())
     if json:
-        say_json({"dead": found})
+        say_json({"dead": rows})
         return
-    if not found:
+    if not rows:
         say("no dead letters")
         return
     table(
-        ("run", "task", "queue", "died (UTC)", "attempt", "why"),
+        ("run", "task", "queue", "failed (UTC)", "attempt", "reason"),
         [
-            (one["id"], one["task"], one["queue"], moment(one["died_us"]), one["attempt"], one["why"][:200])
-            for one in found
+            (row["id"], row["task"], row["queue"], moment(row["died_us"]), row["attempt"], row["why"][:REASON_CHARS])
+            for row in rows
         ],
         numbers=("attempt",),
     )
 
 
-async def _described(engine: Engine, dead: DeadLetter) -> dict[str, Any]:
+async def _described(engine: Engine, letter: DeadLetter) -> dict[str, Any]:
     from headrace.core.failure import decode
     from headrace.foundation.ids import run_id
 
-    view = await engine.store.run(dead.batch_id, dead.index)
-    error = decode(view.result) if view.result else None
+    record = await engine.store.run(letter.batch_id, letter.index)
+    failure = decode(record.result) if record.result else None
     return {
-        "id": run_id(dead.batch_id, dead.index),
-        "task": view.name or dead.task,
-        "activation": view.idempotency_key if view.name else "",
-        "queue": dead.queue,
-        "died_us": dead.died_us,
-        "attempt": view.attempt,
-        "why": "" if error is None else f"{error.type}: {error.message}",
+        "id": run_id(letter.batch_id, letter.index),
+        "task": record.name or letter.task,
+        "activation": record.idempotency_key if record.name else "",
+        "queue": letter.queue,
+        "died_us": letter.died_us,
+        "attempt": record.attempt,
+        "why": "" if failure is None else f"{failure.type}: {failure.message}",
     }
 
 
@@ -84,7 +87,7 @@ def redrive(
 ) -> None:
     """Run dead letters again, from their first attempt."""
 
-    async def again(engine: Engine, page: list[tuple[str, int]]) -> int:
+    async def redrive_page(engine: Engine, page: list[RunKey]) -> int:
         by_batch: dict[str, list[int]] = {}
         for batch_id, index in page:
             by_batch.setdefault(batch_id, []).append(index)
@@ -94,11 +97,11 @@ def redrive(
         engine.doorbell.ring()
         return count
 
-    count = _each(runs, queue, again, all_=all_, place=place_of(store, server))
+    count = _for_each_page(runs, queue, redrive_page, all_=all_, place=place_of(store, server))
     if json:
         say_json({"redriven": count})
     else:
-        say(f"{counted(count, 'run')} will be run again")
+        say(f"{counted(count, 'run')} will run again")
 
 
 @app.command("purge")
@@ -110,25 +113,32 @@ def purge(
     server: ServerOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Let dead letters be as other failed runs: nobody has to look at them, and they go with their batches."""
+    """Remove runs from the dead-letter list; they stay failed, and are deleted with their batches."""
 
-    async def away(engine: Engine, page: list[tuple[str, int]]) -> int:
+    async def purge_page(engine: Engine, page: list[RunKey]) -> int:
         return await engine.store.purge_dead(engine.environment, page)
 
-    count = _each(runs, queue, away, all_=all_, place=place_of(store, server))
+    count = _for_each_page(runs, queue, purge_page, all_=all_, place=place_of(store, server))
     if json:
         say_json({"purged": count})
     else:
         say(f"{counted(count, 'dead letter')} purged")
 
 
-def _each(runs: list[str] | None, queue: str, do: Any, *, all_: bool, place: str | None) -> int:
-    """Do something with dead letters, a page at a time; answers how many it was done to."""
-    from headrace.foundation.errors import InvalidInput, NotFound
+def _for_each_page(
+    runs: list[str] | None,
+    queue: str,
+    change: Callable[[Engine, list[RunKey]], Awaitable[int]],
+    *,
+    all_: bool,
+    place: str | None,
+) -> int:
+    """Change the named dead letters, or all of them page by page; return how many were changed."""
+    from headrace.foundation.errors import InvalidInput
     from headrace.foundation.ids import parse_run_id
 
     if bool(runs) == all_:
-        raise InvalidInput("which dead letters?", hint="name runs, or give --all, with --queue for those of one queue")
+        raise InvalidInput("expected run ids or --all", hint="--all --queue QUEUE selects those of one queue")
     named = [parse_run_id(run) for run in runs or ()]
     settings = settings_of(store=place)
 
@@ -136,19 +146,23 @@ def _each(runs: list[str] | None, queue: str, do: Any, *, all_: bool, place: str
         async with opened(settings, must_exist=True) as engine:
             if named:
                 await _check_dead(engine, named)
-                return int(await do(engine, named))
+                return await change(engine, named)
             count, after = 0, None
             while page := await engine.store.dead_letters(engine.environment, queue=queue, after=after, limit=PAGE):
-                count += await do(engine, [(dead.batch_id, dead.index) for dead in page])
+                count += await change(engine, [(letter.batch_id, letter.index) for letter in page])
                 after = page[-1]
             return count
 
-    async def _check_dead(engine: Engine, wanted: list[tuple[str, int]]) -> None:
-        left, after = set(wanted), None
-        while left and (page := await engine.store.dead_letters(engine.environment, after=after, limit=PAGE)):
-            left -= {(dead.batch_id, dead.index) for dead in page}
-            after = page[-1]
-        if left:
-            raise NotFound(f"{len(left)} of these runs are no dead letters", hint="see `headrace dead list`")
-
     return run_async(work())
+
+
+async def _check_dead(engine: Engine, runs: list[RunKey]) -> None:
+    """Raise `NotFound` unless all of these runs are dead letters."""
+    from headrace.foundation.errors import NotFound
+
+    others, after = set(runs), None
+    while others and (page := await engine.store.dead_letters(engine.environment, after=after, limit=PAGE)):
+        others -= {(letter.batch_id, letter.index) for letter in page}
+        after = page[-1]
+    if others:
+        raise NotFound(f"{len(others)} of these runs are not on the dead-letter list", hint="see `headrace dead list`")

@@ -1,4 +1,4 @@
-"""`headrace demo`: the main job on real input, with nothing to prepare."""
+"""`headrace demo`: a map over real input that every machine has."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ INTERRUPTED: Final = 130
 
 def command(
     directory: Annotated[
-        Path | None, typer.Option("--dir", metavar="DIRECTORY", help="Where to work. Default: a temporary directory.")
+        Path | None,
+        typer.Option("--dir", metavar="DIRECTORY", help="The directory to work in. Default: a temporary one."),
     ] = None,
     store: StoreOption = None,
-    no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress.")] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Hide the progress bar.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Outline every module of this machine's own Python standard library, durably, in processes."""
+    """Outline every module of this machine's Python standard library, in child processes."""
     import tempfile
 
     from headrace.cli.mapping import Mapping
@@ -41,12 +42,15 @@ def command(
         place.mkdir(parents=True, exist_ok=True)
         items = write_items(place / "modules.ndjson")
     except OSError as error:
-        raise InvalidInput(f"the demo can't write there: {error}", hint="name a directory with --dir") from error
+        raise InvalidInput(
+            f"the demo can't write to {directory or tempfile.gettempdir()}: {error.strerror or error}",
+            hint="name a writable directory with --dir",
+        ) from error
     settings = settings_of(store=store or f"sqlite:///{place / 'headrace.db'}", inline_bytes_max=INLINE_BYTES_MAX)
     if not json:
         note(
             f"{counted(items.modules_count, 'module')} of the standard library, {size(items.bytes_count)}; "
-            f"{items.large_count:,} of them are large and travel through the object store"
+            f"{items.large_count:,} are large and go through the object store"
         )
     output = place / "outlines.ndjson"
     mapping = Mapping.prepare(
@@ -61,7 +65,7 @@ def command(
     with mapping:
         summary = run_async(mapping.run())
     if summary.exit_code == INTERRUPTED:
-        note(f"interrupted; to go on where it was: headrace demo --dir {place}")
+        note(f"interrupted; to resume: headrace demo --dir {place}")
         raise typer.Exit(INTERRUPTED)
     verifications = run_async(_verified(settings, summary.batches))
     with output.open("rb") as results:
@@ -70,7 +74,7 @@ def command(
     if json:
         say_json({"summary": summary, "digest": found._asdict(), "balances": is_balanced, "directory": str(place)})
     else:
-        _tell(items, summary, found, place, is_balanced=is_balanced)
+        _report(items, summary, found, place, is_balanced=is_balanced)
     if not is_balanced:
         raise typer.Exit(OUT_OF_BALANCE)
 
@@ -80,10 +84,10 @@ async def _verified(settings: Settings, batch_ids: list[str]) -> list[Verificati
         return [await engine.store.verify(batch_id) for batch_id in batch_ids]
 
 
-def _tell(items: Items, summary: Summary, found: Digest, place: Path, *, is_balanced: bool) -> None:
+def _report(items: Items, summary: Summary, found: Digest, place: Path, *, is_balanced: bool) -> None:
     say("")
     say(f"  {counted(found.modules, 'module')}, {found.lines:,} lines")
-    say(f"  {counted(found.functions, 'function')} in {found.classes:,} classes and beside them")
+    say(f"  {counted(found.functions, 'function')}, {counted(found.classes, 'class')}")
     say("")
     width = max((len(path) for path, _ in found.largest), default=0)
     for heading, (path, count) in zip(("largest", *[""] * len(found.largest)), found.largest, strict=False):
@@ -92,23 +96,23 @@ def _tell(items: Items, summary: Summary, found: Digest, place: Path, *, is_bala
     say(f"  {'names':<9}" + ", ".join(f"{name} ({count})" for name, count in found.commonest))
     say("")
     if found.failed:
-        say(f"  {len(found.failed)} could not be outlined, each for its own reason:")
+        say(f"  {len(found.failed)} could not be outlined:")
         for path, why in found.failed[:FAILED_SHOWN]:
             say(f"    {path}: {why if len(why) <= 90 else why[:89] + '…'}")
         if len(found.failed) > FAILED_SHOWN:
-            say(f"    and {len(found.failed) - FAILED_SHOWN} more: they are in the results, at their own places")
+            say(f"    and {len(found.failed) - FAILED_SHOWN} more: see the results")
         say("")
     ran_count = summary.completed + summary.failed - summary.done_before
     if ran_count:
         say(
             f"  {counted(ran_count, 'run')} in {duration(summary.seconds)}, {summary.runs_per_s:,.0f} runs/s; "
-            f"every item was durable before it ran"
+            f"each was stored durably before it ran"
         )
     else:
-        say(f"  all {counted(items.modules_count, 'run')} were done by an earlier start; none ran again")
+        say(f"  all {counted(items.modules_count, 'run')} were done by an earlier command; none ran again")
     say(
         f"  the ledger {'balances' if is_balanced else 'DOES NOT BALANCE'}: {summary.completed:,} completed, "
         f"{summary.failed:,} failed, {summary.runs:,} in all"
     )
     say(f"  results: {place / 'outlines.ndjson'}")
-    say(f"  look around: headrace batch list --store {summary.store}")
+    say(f"  next: headrace batch list --store {summary.store}")

@@ -1,7 +1,7 @@
-"""`headrace doctor`: is everything well that batches depend on?
+"""`headrace doctor`: check everything that batches depend on.
 
-A check is a function that returns what it saw, or raises `Unwell` with what is wrong and what to do. One that fails
-keeps no other from being made.
+A check is a function that returns what it saw, or raises `CheckFailed` with the problem and what to do. A failed check
+does not keep others from running.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from headrace.foundation.settings import Settings
     from headrace.runtime.engine import Engine
 
-UNWELL: Final = 1
+CHECK_FAILED: Final = 1
 CLOCK_OFFSET_MAX_S: Final = 2.0
 FREE_BYTES_MIN: Final = 512 * 1024 * 1024
 STUCK_AFTER_S: Final = 3_600
@@ -32,8 +32,8 @@ DELAY_FAR_S: Final = 7 * 86_400
 PAGE_BATCHES: Final = 200
 
 
-class Unwell(Exception):
-    """A check failed."""
+class CheckFailed(Exception):
+    """A check found a problem."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -41,7 +41,7 @@ class Unwell(Exception):
 
 
 class Finding(NamedTuple):
-    """What one check came to."""
+    """Result of one check."""
 
     check: str
     ok: bool
@@ -50,24 +50,27 @@ class Finding(NamedTuple):
 
 
 def command(store: StoreOption = None, json: JsonOption = False) -> None:
-    """Check store, durability, clock, disk, objects, and that no batch is stuck. Exit code 1 if anything is unwell."""
+    """Check the store, its durability, clock, disk, objects and sessions, and find stuck batches.
+
+    Exit code 1 if any check fails.
+    """
     settings = settings_of(store=store)
     findings = run_async(examine(settings))
-    is_well = all(finding.ok for finding in findings)
+    all_ok = all(finding.ok for finding in findings)
     if json:
-        say_json({"ok": is_well, "checks": [finding._asdict() for finding in findings]})
+        say_json({"ok": all_ok, "checks": [finding._asdict() for finding in findings]})
     else:
         width = max(len(finding.check) for finding in findings)
         for finding in findings:
             say(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.check:<{width}}  {finding.said}")
             if finding.hint:
                 say(f"{'':<6}{'':<{width}}  hint: {finding.hint}")
-    if not is_well:
-        raise typer.Exit(UNWELL)
+    if not all_ok:
+        raise typer.Exit(CHECK_FAILED)
 
 
 async def examine(settings: Settings) -> list[Finding]:
-    """Every check; those that need a store that can't be opened are said to have been left out."""
+    """Run every check; those that need an open store are left out when it can't be opened."""
     directory = _directory_of(settings)
     findings: list[Finding] = []
     try:
@@ -83,60 +86,62 @@ async def examine(settings: Settings) -> list[Finding]:
                 ("batches", lambda: batches(engine)),
             ]
             for name, check in checks:
-                findings.append(await _made(name, check))
+                findings.append(await _run_check(name, check))
     except HeadraceError as error:
         is_version = isinstance(error, StoreBroken) and "schema version" in error.message
         findings.append(Finding("version" if is_version else "store", ok=False, said=error.message, hint=error.hint))
         if directory is not None and directory.is_dir():
-            findings.append(await _made("disk", lambda: disk(directory)))
+            findings.append(await _run_check("disk", lambda: disk(directory)))
     return findings
 
 
-async def _made(name: str, check: Callable[[], Awaitable[str]]) -> Finding:
+async def _run_check(name: str, check: Callable[[], Awaitable[str]]) -> Finding:
     try:
         return Finding(name, ok=True, said=await check())
-    except Unwell as unwell:
-        return Finding(name, ok=False, said=str(unwell), hint=unwell.hint)
+    except CheckFailed as failure:
+        return Finding(name, ok=False, said=str(failure), hint=failure.hint)
     except HeadraceError as error:
         return Finding(name, ok=False, said=error.message, hint=error.hint)
 
 
 async def version(engine: Engine) -> str:
-    """The versions of what is at work; a schema of another version than this one knows is refused on opening."""
+    """Return the versions of Headrace, the store and its schema."""
     from headrace import __version__
 
-    found = await engine.store.check()
-    schema = found.get("schema_version")
+    report = await engine.store.check()
+    schema = report.get("schema_version")
     if schema == 0:
-        raise Unwell("the database has no schema yet", "run `headrace migrate`")
-    said = ", ".join(f"{name.removesuffix('_version')} {value}" for name, value in found.items() if "version" in name)
-    return f"headrace {__version__}{', ' if said else ''}{said}"
+        raise CheckFailed("the database has no schema yet", "run `headrace migrate`")
+    versions = ", ".join(
+        f"{name.removesuffix('_version')} {value}" for name, value in report.items() if "version" in name
+    )
+    return f"headrace {__version__}{', ' if versions else ''}{versions}"
 
 
 async def durability(engine: Engine) -> str:
-    """What an acknowledgement hangs on."""
-    found = await engine.store.check()
-    if found.get("store") == "postgres":
-        fsync, commit = str(found.get("fsync")), str(found.get("synchronous_commit"))
+    """Check that acknowledged writes survive a power failure."""
+    report = await engine.store.check()
+    if report.get("store") == "postgres":
+        fsync, commit = str(report.get("fsync")), str(report.get("synchronous_commit"))
         if fsync != "on" or commit == "off":
-            raise Unwell(
-                f"fsync is {fsync}, synchronous_commit is {commit}: what was acknowledged may not survive a power cut",
+            raise CheckFailed(
+                f"fsync is {fsync} and synchronous_commit is {commit}: a power failure may lose acknowledged runs",
                 "turn both on, on the server or for this user",
             )
         return f"fsync {fsync}, synchronous_commit {commit}"
-    if found.get("store") != "sqlite":
-        return f"{found.get('store')}: nothing outlives the process"
-    mode, synchronous = str(found.get("journal_mode")), str(found.get("synchronous"))
+    if report.get("store") != "sqlite":
+        return f"{report.get('store')}: data ends with the process"
+    mode, synchronous = str(report.get("journal_mode")), str(report.get("synchronous"))
     if mode != "wal" or synchronous not in ("full", "extra"):
-        raise Unwell(
-            f"journal_mode is {mode}, synchronous is {synchronous}: what was acknowledged may not survive a power cut",
-            "the file must allow WAL and full syncs: keep it on a local disk, not on a network share",
+        raise CheckFailed(
+            f"journal_mode is {mode} and synchronous is {synchronous}: a power failure may lose acknowledged runs",
+            "keep the file on a local disk: network shares do not support WAL and full syncs",
         )
     return f"journal_mode {mode}, synchronous {synchronous}"
 
 
 async def clock(engine: Engine, directory: Path | None) -> str:
-    """Whether this process and the disk that holds the store agree on the time."""
+    """Compare the clock of this process with that of the store's disk."""
     if directory is None:
         return "no disk to compare with"
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".headrace-doctor-") as file:
@@ -144,55 +149,55 @@ async def clock(engine: Engine, directory: Path | None) -> str:
         os.utime(file.name)
         offset_s = (os.fstat(file.fileno()).st_mtime_ns // 1_000 - now_us) / 1_000_000
     if abs(offset_s) > CLOCK_OFFSET_MAX_S:
-        raise Unwell(
-            f"the clock of this process and that of the disk are {duration(abs(offset_s))} apart",
-            "let NTP set the clock of this machine, or of the server that holds the disk",
+        raise CheckFailed(
+            f"the clocks of this process and of the disk differ by {duration(abs(offset_s))}",
+            "set the clock of this machine by NTP, or that of the server with the disk",
         )
-    return f"{abs(offset_s) * 1_000:.1f} ms apart from the disk's"
+    return f"{abs(offset_s) * 1_000:.1f} ms from the disk's clock"
 
 
 async def disk(directory: Path | None) -> str:
-    """Room for what is still to come."""
+    """Check the free space on the store's disk."""
     if directory is None:
-        return "none is used"
+        return "no disk is used"
     free_bytes = shutil.disk_usage(directory).free
     if free_bytes < FREE_BYTES_MIN:
-        raise Unwell(
-            f"only {size(free_bytes)} are free where the store is",
-            "free some space, or run `headrace prune`; a full disk loses nothing but stops everything",
+        raise CheckFailed(
+            f"only {size(free_bytes)} are free on the store's disk",
+            "free some space, or run `headrace prune`; on a full disk nothing is lost, but everything stops",
         )
     return f"{size(free_bytes)} free"
 
 
 async def objects(engine: Engine) -> str:
-    """One object written, read, listed and removed."""
+    """Write, read, list and remove one object."""
     from headrace.store.payloads import shown_url
 
     await engine.payloads.check()
-    return f"written, read, listed and removed one in {shown_url(engine.payloads.url)}"
+    return f"wrote, read, listed and removed one in {shown_url(engine.payloads.url)}"
 
 
 async def sessions(engine: Engine) -> str:
-    """Processes that count as alive and are not heard from: their leases wait for a worker that takes them back."""
-    found = await engine.store.sessions()
+    """Find sessions without heartbeats: their leases wait for a worker that recovers them."""
+    live_sessions = await engine.store.sessions()
     now_us = engine.clock.now_us()
     silent = [
         session
-        for session in found
+        for session in live_sessions
         if max(session.heartbeat_us, session.started_us) + engine.limits.session_timeout_ms * 1_000 < now_us
     ]
     if silent:
         named = ", ".join(f"{session.kind} {session.pid} on {session.host}" for session in silent[:3])
         silent_s = (now_us - max(silent[0].heartbeat_us, silent[0].started_us)) / 1_000_000
-        raise Unwell(
-            f"{counted(len(silent), 'session')} silent, the first for {duration(silent_s)}: {named}",
-            "any worker or `headrace map` on this store takes back what they held",
+        raise CheckFailed(
+            f"{counted(len(silent), 'session')} without heartbeats, the first for {duration(silent_s)}: {named}",
+            "any worker or `headrace map` on this store recovers their leases",
         )
-    return f"{counted(len(found), 'live session')}"
+    return f"{counted(len(live_sessions), 'live session')}"
 
 
 async def batches(engine: Engine) -> str:
-    """Batches that nothing moves on: open without an append, waiting without a worker, delayed without an end."""
+    """Find batches without progress: open without items, waiting without a worker, delayed for very long."""
     now_us = engine.clock.now_us()
     live_count = len(await engine.store.sessions())
     paused = {view.name for view in await engine.store.queues(engine.environment) if view.paused and view.waiting_count}
@@ -213,19 +218,19 @@ async def batches(engine: Engine) -> str:
             if batch.state == "open" and batch.kind != "stream":
                 stuck.append(f"{batch.id} is open and got no item for {duration(idle_s)}")
             elif ledger.waiting and not live_count:
-                stuck.append(f"{batch.id} has {counted(ledger.waiting, 'waiting run')} and no process works on it")
+                stuck.append(f"{batch.id} has {counted(ledger.waiting, 'waiting run')} and no worker is alive")
         if len(page) < PAGE_BATCHES:
             break
         before_id = page[-1][0].id
     due_us = await engine.store.next_due_us(engine.environment, sorted(tasks))
     if due_us is not None and due_us - now_us > DELAY_FAR_S * 1_000_000:
         stuck.append(f"the next delayed run is due in {duration((due_us - now_us) / 1_000_000)}")
-    stuck += [f"the queue {name} is paused and has runs that wait" for name in sorted(paused)]
+    stuck += [f"the queue {name} is paused and has waiting runs" for name in sorted(paused)]
     if stuck:
         more = f" (and {len(stuck) - 3} more)" if len(stuck) > 3 else ""
-        raise Unwell(
+        raise CheckFailed(
             "; ".join(stuck[:3]) + more,
-            "run its `headrace map` command again, `headrace batch cancel` it, or `headrace queue resume` the queue",
+            "repeat its `headrace map` command, or run `headrace batch cancel` or `headrace queue resume`",
         )
     return f"{counted(unfinished_count, 'unfinished batch')}, none stuck"
 

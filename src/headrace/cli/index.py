@@ -1,4 +1,4 @@
-"""`headrace index`: run an indexer, say where it stands, take it back, begin anew."""
+"""`headrace index`: run an indexer, show indexers, roll one back, reset one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 TELL_S: Final = 0.5
 GC_THRESHOLDS: Final = (300_000, 20, 100)
-"""A batch whose rows are all read ahead has some 100,000 objects at once: they are not garbage."""
+"""A batch whose rows are all read ahead holds some 100,000 live objects, which a collection would only traverse."""
 
 
 class _Group(TyperGroup):
-    """`headrace index job.py:transfers` is `headrace index run job.py:transfers`."""
+    """`headrace index job.py:transfers` is short for `headrace index run job.py:transfers`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
@@ -31,10 +31,14 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Group, no_args_is_help=True, help="Index ordered events into tables. MODULE_OR_FILE:INDEXER runs one."
+    cls=_Group,
+    no_args_is_help=True,
+    help="Run an indexer (MODULE_OR_FILE:INDEXER), show indexers, roll one back, reset one.",
 )
 
-Target = Annotated[str, typer.Argument(metavar="MODULE_OR_FILE:INDEXER", help="The indexer.")]
+Target = Annotated[
+    str, typer.Argument(metavar="MODULE_OR_FILE:INDEXER", help="The module or file and the name of the indexer in it.")
+]
 
 
 @app.command("run", hidden=True)
@@ -43,18 +47,23 @@ def run(
     store: StoreOption = None,
     until: Annotated[
         str,
-        typer.Option(metavar="POSITION", help="Stop after the event at this position; at the sources' end without."),
+        typer.Option(
+            metavar="POSITION", help="Stop after the event at this position. Default: the end of the sources."
+        ),
     ] = "",
     depth: Annotated[
-        int | None, typer.Option(metavar="K", help="Batches that may wait for their commit; 0 is serial.")
+        int | None,
+        typer.Option(metavar="K", help="Batches that may wait for their commit; 0 commits each before the next."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Events in a batch.")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Events per batch.")] = None,
     no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="Don't wait for a process that holds the indexer.")
+        bool, typer.Option("--no-wait", help="Fail when another process holds the indexer, instead of waiting for it.")
     ] = False,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show how far it is.")] = True,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show or hide the progress.")] = True,
 ) -> None:
-    """Run an indexer until its sources end. SIGINT and SIGTERM commit what was handled; a second one stops now."""
+    """Run an indexer until its sources end. SIGINT and SIGTERM commit the handled events first; a second signal stops
+    now.
+    """
     from headrace.cli.opening import run_async, settings_of
     from headrace.cli.target_loader import load_indexer
 
@@ -68,14 +77,14 @@ async def _run(indexer: Indexer, until: Position | None, *, wait: bool, shows: b
     from headrace.cli.printing import note
     from headrace.cli.stopping import stopping
 
-    # Rows live long and hold no cycles: looking through all of them again and again finds nothing.
+    # Rows are long-lived and have no cycles: frequent collections would find nothing.
     gc.set_threshold(*GC_THRESHOLDS)
     owner: Any = indexer.app
     try:
         async with indexer.open(
             wait=wait, on_waiting=lambda who: note(f"waiting for {who}, which holds the indexer")
         ) as own:
-            with stopping("", "what was handled is committed") as stop:
+            with stopping("", "handled events are committed") as stop:
                 beside = [
                     asyncio.ensure_future(_tell(indexer.name, own, shows=shows)),
                     asyncio.ensure_future(_stop_when(stop, own)),
@@ -97,7 +106,7 @@ async def _stop_when(stop: asyncio.Event, own: Indexing) -> None:
 
 
 async def _tell(name: str, own: Indexing, *, shows: bool) -> None:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """Show a progress bar on a terminal, or a line now and then elsewhere."""
     from headrace.cli.progress import Standing, display
 
     shown = display(is_wanted=shows, label=name)
@@ -115,7 +124,7 @@ async def _tell(name: str, own: Indexing, *, shows: bool) -> None:
 
 
 def _total(told: Progress, first: int) -> int | None:
-    """How many events there are, where positions count them."""
+    """Return the number of events, where positions count them."""
     if len(told.heads) != 1 or len(told.positions) != 1:
         return None
     (name, head), (own, position) = *told.heads.items(), *told.positions.items()
@@ -125,22 +134,22 @@ def _total(told: Progress, first: int) -> int | None:
 
 
 def where_time_goes(told: Progress) -> str:
-    """`compute 61 %, stalled on fetch 2 %, on commit 37 %; commit 88 % busy`."""
+    """Return where the time went: `compute 61 %, waiting for sources 2 %, for commits 37 %; 0 not committed yet`."""
     whole_s = told.compute_s + told.fetch_wait_s + told.commit_wait_s
     if not whole_s:
         return ""
     shares = [f"{100 * part / whole_s:.0f} %" for part in (told.compute_s, told.fetch_wait_s, told.commit_wait_s)]
     lag = told.no - told.committed_no
-    return f"compute {shares[0]}, stalled on fetch {shares[1]}, on commit {shares[2]}; {lag:,} not committed yet"
+    return f"compute {shares[0]}, waiting for sources {shares[1]}, for commits {shares[2]}; {lag:,} not committed yet"
 
 
 def summary(name: str, told: Progress) -> str:
-    """What a run did."""
+    """Return a summary of a run."""
     from headrace.cli.printing import counted
 
     seconds = told.compute_s + told.fetch_wait_s + told.commit_wait_s
     rate = f", {told.events_count / seconds:,.0f}/s" if seconds > 0 else ""
-    at = ", ".join(f"{source} at {position}" for source, position in sorted(told.positions.items())) or "nothing read"
+    at = ", ".join(f"{source} at {position}" for source, position in sorted(told.positions.items())) or "no events"
     return (
         f"{name}: {counted(told.events_count, 'event')}{rate}, {counted(told.rows_count, 'row')} in "
         f"{counted(told.commits_count, 'commit')}; {at}; {where_time_goes(told)}"
@@ -149,7 +158,7 @@ def summary(name: str, told: Progress) -> str:
 
 @app.command("status")
 def status(store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show where every indexer stands."""
+    """Show the checkpoint and state of every indexer."""
     from headrace.cli.opening import opened, run_async, settings_of
     from headrace.cli.printing import moment, say_json, table
     from headrace.runtime.indexing.indexer_lease import said
@@ -192,13 +201,13 @@ def status(store: StoreOption = None, as_json: JsonOption = False) -> None:
 @app.command("rollback")
 def rollback(
     indexer: Target,
-    to: Annotated[
-        str, typer.Argument(metavar="POSITION", help="The last event that stays; 'begin' is before the first.")
-    ],
-    source: Annotated[str | None, typer.Option(metavar="NAME", help="Whose position, where there are several.")] = None,
+    to: Annotated[str, typer.Argument(metavar="POSITION", help="The last event to keep; 'begin' is before the first.")],
+    source: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The source of the position, where there are several.")
+    ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Take the tables back to after an event. Needs history: `app.indexer(…, history=…)`."""
+    """Roll the tables back to the state after an event. Requires history: `app.indexer(…, history=…)`."""
     from headrace.cli.opening import run_async, settings_of
     from headrace.cli.printing import note
     from headrace.cli.target_loader import load_indexer
@@ -213,7 +222,7 @@ def rollback(
             standing = await loaded.rollback(None if to == "begin" else position_of(to), source=source)
         finally:
             await owner.close()
-        note(f"{loaded.name} stands at checkpoint {standing.no:,} now, positions {standing.positions or 'none'}")
+        note(f"{loaded.name} is at checkpoint {standing.no:,}, positions {standing.positions or 'none'}")
 
     run_async(work())
 
@@ -224,11 +233,13 @@ def reset(
         str, typer.Argument(metavar="NAME", help="The indexer's name, as `headrace index status` shows it.")
     ],
     store: StoreOption = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Drop all tables of an indexer and forget where it stood."""
+    """Drop all tables of an indexer and forget its checkpoint."""
     from headrace.cli.opening import opened, run_async, settings_of
     from headrace.cli.printing import note
+    from headrace.foundation.errors import NotFound
+    from headrace.foundation.suggestions import hint_of
 
     settings = settings_of(store=store)
     if not yes:
@@ -236,6 +247,9 @@ def reset(
 
     async def work() -> None:
         async with opened(settings, must_exist=True) as engine:
+            names = [standing.name for standing in await engine.tables.standings(engine.environment)]
+            if name not in names:
+                raise NotFound(f"no indexer is named {name!r}", hint=hint_of(name, names, "indexers"))
             tables = await engine.tables.reset(engine.environment, name)
         note(f"dropped {', '.join(tables)}")
 
@@ -243,7 +257,7 @@ def reset(
 
 
 def position_of(text: str) -> Position | None:
-    """A position as typed: a whole number where it is one."""
+    """Return a position as typed: an integer where the text is one."""
     if not text:
         return None
     return int(text) if text.lstrip("-").isdecimal() else text

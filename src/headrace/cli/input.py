@@ -1,4 +1,4 @@
-"""What `headrace map` reads: a file, plain or compressed, or a stream, as pieces of bytes."""
+"""Input of `headrace map`: a plain or compressed file, or a stream, read as pieces of bytes."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ STDIN: Final = "-"
 
 
 class _Source(Protocol):
-    """Where pieces are read from."""
+    """An open file, compressed or not."""
 
     def read(self, size: int, /) -> bytes:
-        """At most about so many bytes, and none at the end."""
+        """Read at most about `size` bytes; none at the end."""
         ...
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close it."""
 
 
 class Input:
-    """One INPUT. `identity` is what its batch is known by; a stream has none of its own, and can't be read again.
+    """One INPUT argument.
 
-    `size_bytes` and `read_bytes` are of the file as it lies there, compressed or not.
+    `identity` names the input in its batch; a stream has no identity of its own and can't be read again. `size_bytes`
+    and `read_bytes` count the file's bytes as stored, compressed or not.
     """
 
     def __init__(self, name: str) -> None:
-        """Raises `InvalidInput` for what can't be read, before anything else happens."""
+        """Raises `InvalidInput` for an input that can't be read, before anything else happens."""
         self.name = name
         self.read_bytes = 0
         self.is_stream = name == STDIN
@@ -62,11 +63,11 @@ class Input:
 
     @property
     def identity(self) -> str:
-        """The absolute path; a stream is only what it is called."""
+        """Return the absolute path; of a stream only its name."""
         return STDIN if self.is_stream or self.path is None else str(self.path)
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The bytes from the very first on. Raises `InvalidInput` where an archive breaks off."""
+        """Read all bytes from the beginning. Raises `InvalidInput` where a compressed file is truncated or corrupt."""
         if self.path is None:
             if sys.stdin is None or sys.stdin.closed:
                 return
@@ -92,7 +93,7 @@ class Input:
             piece = source.read(PIECE_BYTES)
         except (EOFError, OSError, zlib.error, Truncated, ValueError) as error:
             if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
-                raise InvalidInput(f"{self.name} can't be read any further: {error.strerror or error}") from error
+                raise InvalidInput(f"reading {self.name} failed: {error.strerror or error}") from error
             raise self._broken(error) from error
         self.read_bytes = file.tell()
         return piece
@@ -106,10 +107,10 @@ class Input:
         return file
 
     def _broken(self, error: Exception) -> InvalidInput:
-        how = "it ends in the middle" if isinstance(error, EOFError | Truncated) else str(error)
+        how = "it is truncated" if isinstance(error, EOFError | Truncated) else str(error)
         return InvalidInput(
-            f"{self.name} is not a whole archive: {how}",
-            hint="what was read before that place is kept; repair the file and run the same command again",
+            f"{self.name} can't be decompressed: {how}",
+            hint="the items before that place are stored; repair the file and repeat the command",
         )
 
 
@@ -119,7 +120,7 @@ async def _from_file(descriptor: int) -> AsyncIterator[bytes]:
 
 
 async def _from_stream(descriptor: int) -> AsyncIterator[bytes]:
-    """A pipe or terminal: waited for by the loop, since a thread that reads could not be stopped."""
+    """Read a pipe or terminal when the loop finds it readable: a thread that reads could not be stopped."""
     loop = asyncio.get_running_loop()
     while True:
         readable = asyncio.Event()

@@ -1,4 +1,4 @@
-"""`headrace key`: who a server lets in."""
+"""`headrace key`: manage the API keys of a server."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import typer
 from headrace.cli.opening import JsonOption, StoreOption, opened, run_async, settings_of
 from headrace.cli.printing import moment, note, say, say_json, table
 
-app = typer.Typer(no_args_is_help=True, help="Who a server lets in.")
+app = typer.Typer(no_args_is_help=True, help="Manage the API keys of a server.")
 
 EnvironmentOption = Annotated[
-    str | None, typer.Option("--environment", metavar="NAME", help="The tenant the key belongs to. Default: default.")
+    str | None,
+    typer.Option("--environment", metavar="NAME", help="The environment (tenant) of the key. Default: default."),
 ]
 
 
 @app.callback()
 def root() -> None:
-    """Who a server lets in."""
+    """Manage the API keys of a server."""
 
 
 @app.command("create")
@@ -26,23 +27,25 @@ def create(
     scopes: Annotated[
         str,
         typer.Option(
-            metavar="A,B", help="What it may do: *, batches:write, batches:read, runs:write, runs:read, work."
+            metavar="A,B", help="Scopes of the key: *, batches:write, batches:read, runs:write, runs:read, work."
         ),
     ] = "*",
-    name: Annotated[str, typer.Option(metavar="TEXT", help="What people call it.")] = "",
+    name: Annotated[str, typer.Option(metavar="TEXT", help="A label for people.")] = "",
     environment: EnvironmentOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a key, and show it: this once, since only its digest is kept."""
+    """Create a key and show it once; the store keeps only its digest."""
     from headrace.foundation.errors import InvalidInput, InvalidSetting
 
     try:
         from headrace.http.requests.auth import new_key
     except ModuleNotFoundError as error:
-        raise InvalidSetting(f"keys need {error.name}", hint="pip install 'headrace[server]'") from None
+        raise InvalidSetting(
+            f"API keys require the package {error.name}", hint="pip install 'headrace[server]'"
+        ) from None
     if len(name) > 200 or not (name.isprintable() or not name):
-        raise InvalidInput("a key's name is at most 200 printable characters")
+        raise InvalidInput(f"expected a key name of at most 200 printable characters, got {name[:50]!r}")
     settings = settings_of(store=store, environment=environment)
 
     async def made() -> tuple[str, str]:
@@ -58,12 +61,12 @@ def create(
         say_json({"id": key_id, "key": secret, "environment": settings.environment, "scopes": scopes.split(",")})
     else:
         say(secret)
-        note(f"{key_id} in environment {settings.environment}, for {scopes}; it is not shown again")
+        note(f"{key_id} in environment {settings.environment}, scopes {scopes}; the key is not shown again")
 
 
 @app.command("list")
 def index(environment: EnvironmentOption = None, store: StoreOption = None, json: JsonOption = False) -> None:
-    """The keys of an environment; never the keys themselves."""
+    """List the keys of an environment, without their secrets."""
     settings = settings_of(store=store, environment=environment)
 
     async def found() -> list[dict[str, object]]:
@@ -92,7 +95,7 @@ def revoke(
     environment: EnvironmentOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Let a key in no more; servers hear of it within two seconds."""
+    """Revoke a key; servers refuse it within two seconds."""
     settings = settings_of(store=store, environment=environment)
 
     async def revoked() -> bool:

@@ -1,4 +1,4 @@
-"""`headrace killswitch`: drop the activations of a task, all of them or some, while things run."""
+"""`headrace killswitch`: drop activations of a task, all of them or those with certain arguments."""
 
 from __future__ import annotations
 
@@ -13,39 +13,43 @@ from headrace.cli.printing import say, say_json, table
 if TYPE_CHECKING:
     from headrace.core.rules import Kill
 
-app = typer.Typer(no_args_is_help=True, help="Drop the activations of a task, all of them or some.")
+app = typer.Typer(no_args_is_help=True, help="Drop activations of a task, all of them or those with certain arguments.")
 
-TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="The name of a task.")]
+TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.")]
 
 
 @app.command("list")
 def list_(store: StoreOption = None, server: ServerOption = None, json: JsonOption = False) -> None:
-    """What is dropped."""
+    """List killswitch rules."""
     kills = _changed(place_of(store, server), lambda kills: kills)
     if json:
         say_json({"killswitch": [_shown(kill) for kill in kills]})
     elif not kills:
-        say("nothing is dropped")
+        say("no killswitch rules")
     else:
-        table(("task", "by place", "by name"), [(kill.name, _said(kill.args), _said(kill.kwargs)) for kill in kills])
+        table(
+            ("task", "positional arguments", "keyword arguments"),
+            [(kill.name, _shown_values(kill.args), _shown_values(kill.kwargs)) for kill in kills],
+        )
 
 
 @app.command("add")
 def add(
     task: TaskArgument,
     arg: Annotated[
-        list[str] | None, typer.Option(metavar="N=JSON", help="Only with this argument at place N, from 0.")
+        list[str] | None,
+        typer.Option(metavar="N=JSON", help="Drop only activations with this positional argument; N counts from 0."),
     ] = None,
     kwarg: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=JSON", help="Only with this argument by name.")
+        list[str] | None, typer.Option(metavar="NAME=JSON", help="Drop only activations with this keyword argument.")
     ] = None,
     store: StoreOption = None,
     server: ServerOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Drop activations of a task as they come in and before they are handed out.
+    """Drop activations of a task when they arrive and before they are delivered.
 
-    With arguments only those of which any one is just this value, of this type; others run.
+    With arguments, an activation is dropped when any of them has this value and type.
     """
     from headrace.core.rules import Kill
     from headrace.runtime.tasks.bounds import check_name
@@ -53,27 +57,33 @@ def add(
     check_name("task", task)
     kill = Kill(name=task, args=_values(arg), kwargs=_values(kwarg))
     kills = _changed(place_of(store, server), lambda kills: kills if kill in kills else [*kills, kill])
-    _tell(kills, f"{task} is dropped" if not kill.is_selective else f"{task} is dropped with these arguments", json)
+    _report(
+        kills,
+        f"activations of {task} are dropped"
+        if not kill.is_selective
+        else f"activations of {task} with these arguments are dropped",
+        json,
+    )
 
 
 @app.command("remove")
 def remove(
     task: TaskArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False
 ) -> None:
-    """Let activations of a task run again."""
+    """Remove the killswitch rules of a task."""
     kills = _changed(place_of(store, server), lambda kills: [kill for kill in kills if kill.name != task])
-    _tell(kills, f"{task} runs", json)
+    _report(kills, f"activations of {task} run", json)
 
 
-def _tell(kills: list[Kill], said: str, json: bool) -> None:
+def _report(kills: list[Kill], text: str, json: bool) -> None:
     if json:
         say_json({"killswitch": [_shown(kill) for kill in kills]})
     else:
-        say(said)
+        say(text)
 
 
 def _changed(place: str | None, change: Callable[[list[Kill]], list[Kill]]) -> list[Kill]:
-    """The killswitch after a change."""
+    """Apply a change and return the killswitch rules."""
     from headrace.core.rules import KILLSWITCH, kills_encoded
     from headrace.runtime.dispatch.rule_cache import decide
 
@@ -91,23 +101,25 @@ def _values(given: list[str] | None) -> dict[str, Any]:
 
     from headrace.foundation.errors import InvalidInput
 
-    found = {}
-    for one in given or ():
-        name, separator, value = one.partition("=")
+    values = {}
+    for argument in given or ():
+        name, separator, value = argument.partition("=")
         try:
-            found[name] = msgspec.json.decode(value)
+            values[name] = msgspec.json.decode(value)
         except (msgspec.DecodeError, UnicodeError):
             separator = ""
         if not separator or not name:
-            raise InvalidInput(f"{one!r} is no argument", hint="write 0=17, or to='\"a@b\"': the value is JSON")
-    return found
+            raise InvalidInput(
+                f"expected NAME=JSON, got {argument!r}", hint="write 0=17, or to='\"a@b\"': the value is JSON"
+            )
+    return values
 
 
 def _shown(kill: Kill) -> dict[str, Any]:
     return {"task": kill.name, "args": kill.args, "kwargs": kill.kwargs}
 
 
-def _said(values: dict[str, Any]) -> str:
+def _shown_values(values: dict[str, Any]) -> str:
     import msgspec
 
     return ", ".join(f"{name}={msgspec.json.encode(value).decode()}" for name, value in values.items())

@@ -1,7 +1,7 @@
-"""One place where commands meet, and where every error becomes one clear message and an exit code.
+"""Entry point of all commands; turns errors into one message and an exit code.
 
-Exit codes: 0 all is well, 1 the machine room failed, 2 the caller must change something, 3 some runs of a map failed,
-4 a ledger does not balance, 130 interrupted.
+Exit codes: 0 success, 1 internal or store error, 2 usage or input error, 3 some runs of a map failed, 4 a ledger does
+not balance, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from headrace.foundation.errors import HeadraceError
 
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
-"""What a shell says of a process that wrote to a pipe nobody reads: 128 and the signal's number."""
+"""Exit code by convention of a process whose reader closed the pipe: 128 and the signal's number."""
 
 app = typer.Typer(
     name="headrace",
@@ -50,8 +50,8 @@ app = typer.Typer(
 )
 
 
-def tell_version(is_asked: bool) -> None:
-    """Show the version and leave, whatever else was typed."""
+def show_version(is_asked: bool) -> None:
+    """Show the version and exit."""
     if is_asked:
         from headrace import __version__
 
@@ -62,7 +62,7 @@ def tell_version(is_asked: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", "-V", help="Show the version and exit.", is_eager=True, callback=tell_version)
+        bool, typer.Option("--version", "-V", help="Show the version and exit.", is_eager=True, callback=show_version)
     ] = False,
 ) -> None:
     """Durable batches: stream a million items in, run every one, know when it is done."""
@@ -91,7 +91,7 @@ app.command("bench")(bench.command)
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command; answers its exit code."""
+    """Run one command and return its exit code."""
     try:
         app(args=arguments, prog_name="headrace")
     except SystemExit as end:

@@ -1,4 +1,4 @@
-"""`headrace map`: a task over a stream of items, durably. The main job."""
+"""`headrace map`: run a task over a stream of items, durably."""
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ from headrace.cli.opening import JsonOption, ServerOption, StoreOption
 def command(
     task: Annotated[str, typer.Argument(metavar="MODULE_OR_FILE:TASK", help="A task, or any function of one item.")],
     input_: Annotated[
-        str, typer.Argument(metavar="INPUT", help="One JSON value a line; - is standard input; .gz and .zst are read.")
+        str,
+        typer.Argument(metavar="INPUT", help="A file of one JSON value a line, also .gz or .zst; - is standard input."),
     ],
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="OUTPUT", help="Default: standard output.")
+        str | None,
+        typer.Option("--output", "-o", metavar="OUTPUT", help="The file for the results. Default: standard output."),
     ] = None,
     store: StoreOption = None,
     server: ServerOption = None,
-    concurrency: Annotated[int | None, typer.Option(metavar="N", help="Runs under way at once.")] = None,
+    concurrency: Annotated[int | None, typer.Option(metavar="N", help="Run at most N items at a time.")] = None,
     processes: Annotated[
-        int | None, typer.Option(metavar="N", help="Child processes that run the task, for what needs more cores.")
+        int | None, typer.Option(metavar="N", help="Run the task in N child processes, to use more CPU cores.")
     ] = None,
     batch_key: Annotated[
-        str, typer.Option(metavar="KEY", help="Tells maps of one task over one input apart, and lets - resume.")
+        str, typer.Option(metavar="KEY", help="Name the batch; required to resume from standard input.")
     ] = "",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever an earlier start had done.")] = False,
-    no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over, and cancel an earlier batch of this map.")
+    ] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Hide the progress bar.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Run a task over every item of INPUT, and go on where it was when it is run again.
+    """Run a task over every item of INPUT; repeat the command to resume after an interruption.
 
-    OUTPUT gets a line for each item, in order: {"index":0,"ok":true,"output":…} or {"index":0,"ok":false,"error":…}.
-    Exit codes: 0 all ok, 3 some runs failed, 2 bad usage, 130 interrupted.
+    OUTPUT gets one line for each item, in order: {"index":0,"ok":true,"output":…} or {"index":0,"ok":false,"error":…}.
+    Exit codes: 0 all runs completed, 3 some runs failed, 2 usage or input error, 130 interrupted.
     """
     from headrace.cli.mapping import Mapping
     from headrace.cli.opening import place_of, run_async, settings_of

@@ -1,7 +1,7 @@
 """One `headrace map`, from its arguments to its summary.
 
-Four things go on at once: the feed makes items durable, a worker runs them, the writer writes what has become final
-in order, and the display shows it. Each may be killed at any moment; the store knows how far all of them were.
+Four tasks run concurrently: the feed stores items, a worker runs them, the writer writes results in order, and the
+display shows the progress. Each can be killed at any moment: the store knows how far all of them came.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from headrace.task import Task
 
 PAGE_RUNS: Final = 4_096
 LINGER_S: Final = 0.05
-"""Between two looks at a store whose results come in slower than they are written."""
+"""Seconds between two reads of the store while results come slower than they are written."""
 
 LOOK_S: Final = 0.25
 SHOW_S: Final = 0.25
@@ -45,7 +45,7 @@ RUNS_FAILED: Final = 3
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """What a map came to. `batches` has more than one id when the input had grown after an earlier start."""
+    """Outcome of a map. `batches` has more than one id when the input had grown after an earlier command."""
 
     state: str
     task: str
@@ -65,19 +65,19 @@ class Summary(msgspec.Struct, kw_only=True):
 
     @property
     def bad(self) -> int:
-        """Runs that came to another end than a result."""
+        """Return the number of runs without a result."""
         return self.failed + self.cancelled + self.expired
 
     @property
     def exit_code(self) -> int:
-        """What the command ends with."""
+        """Return the command's exit code."""
         if self.state == "interrupted":
             return INTERRUPTED
         return RUNS_FAILED if self.bad else 0
 
 
 class Mapping:
-    """A map that was asked for, with everything opened that could be refused."""
+    """A map whose arguments were checked, with its output opened."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Mapping:
         fresh: bool,
         shows_progress: bool,
     ) -> Self:
-        """Check all that can be checked before anything runs. Raises `InvalidInput`."""
+        """Check all arguments before anything runs. Raises `InvalidInput`."""
         loaded = load_target(target)
         task: Task[Any, Any]
         if isinstance(loaded.handle, Task) and isinstance(loaded.handle.app, Headrace):
@@ -131,7 +131,8 @@ class Mapping:
         source = Input(input_name)
         if len(batch_key) > settings.limits.name_chars_max or (batch_key and not batch_key.isprintable()):
             raise InvalidInput(
-                f"--batch-key is 1 to {settings.limits.name_chars_max} printable characters, not {batch_key[:50]!r}"
+                f"expected a --batch-key of at most {settings.limits.name_chars_max} printable characters, "
+                f"got {batch_key[:50]!r}"
             )
         output = open_output(output_name, input_path=source.path)
         return cls(settings, app, task, source, output, batch_key=batch_key, fresh=fresh, shows_progress=shows_progress)
@@ -146,17 +147,21 @@ class Mapping:
 
     @property
     def is_resumable(self) -> bool:
-        """Whether the same command finds this batch again."""
+        """True if the same command finds this batch again."""
         return bool(self.batch_key) or not self.input.is_stream
 
-    # -- the course of it
+    # -- running
 
     async def run(self) -> Summary:
-        """Feed, run, write and show, until all is done or somebody stops it."""
+        """Feed, run, write and show until all is done or a signal stops it."""
         if self.input.is_stream:
             note(
                 f"reading {'standard input' if self.input.path is None else self.input.name}, "
-                + ("resumable by its --batch-key" if self.batch_key else "which resumes only with --batch-key KEY")
+                + (
+                    "which the same --batch-key resumes"
+                    if self.batch_key
+                    else "which can be resumed only with --batch-key KEY"
+                )
             )
         started_s = monotonic()
         async with self.app as app:
@@ -170,7 +175,7 @@ class Mapping:
             return await self._summary(engine, is_whole=is_whole, seconds=monotonic() - started_s)
 
     async def _all_at_once(self, engine: Engine, chain: Chain) -> bool:
-        """True when every result was written, False when it was stopped before."""
+        """Run the four tasks; True when every result was written, False when the map was stopped."""
         needed, over = asyncio.Event(), asyncio.Event()
         if not chain.is_finished:
             needed.set()
@@ -204,7 +209,7 @@ class Mapping:
         return asyncio.get_running_loop().create_task(coroutine)
 
     async def _feed(self, engine: Engine, chain: Chain, needed: asyncio.Event) -> None:
-        """Make the input durable, in the last batch of the chain and in such as continue it."""
+        """Store the input in the last batch of the chain, and in further batches where it is full or sealed."""
         while True:
             part = chain.last
             key = key_of(self.task.spec, Options(), engine.clock.now_us())
@@ -225,14 +230,14 @@ class Mapping:
         engine.recorded.ring()
 
     async def _work(self, needed: asyncio.Event, over: asyncio.Event) -> None:
-        """Run what is there to run until it is `over`; a map that was finished before needs no worker."""
+        """Run a worker until `over` is set; a map that was complete before needs none."""
         await needed.wait()
         if not over.is_set():
             async with self.app.worker(tasks=[self.task.name]):
                 await over.wait()
 
     async def _write(self, engine: Engine, chain: Chain) -> None:
-        """Results in the order of the input, as they become final."""
+        """Write results in the order of the input as their runs end."""
         number = 0
         while True:
             await self._write_part(engine, chain.parts[number])
@@ -244,11 +249,11 @@ class Mapping:
         await self.output.finish()
 
     async def _write_while_read(self, engine: Engine, chain: Chain) -> None:
-        """`_write`; a reader that went away is somebody who said stop."""
+        """Write results; when the reader of the output goes away, stop the map."""
         try:
             await self._write(engine, chain)
         except BrokenPipeError:
-            note(f"nobody reads {self.output.name} any more")
+            note(f"the reader of {self.output.name} has closed it")
             self._stop.set()
             await engine.clock.wait_for(asyncio.Event(), None)
 
@@ -288,7 +293,7 @@ class Mapping:
             shown.close()
 
     async def _keep_open(self, engine: Engine) -> None:
-        """Show that a batch is still fed though its stream says nothing; else it would count as abandoned."""
+        """Keep a batch open while its stream is silent; else it would be abandoned after `seal_timeout_ms`."""
         assert self.chain is not None
         if not self._is_fed:
             await engine.store.append(self.chain.last.batch.id, [], now_us=engine.clock.now_us())
@@ -301,29 +306,29 @@ class Mapping:
             return Standing(ledger.settled, ledger.bad, max(total, ledger.received), is_estimate=True)
         return Standing(ledger.settled, ledger.bad, None)
 
-    # -- the end of it
+    # -- ending
 
     def _stopped(self) -> None:
-        """A signal came."""
+        """Handle a signal: the first stops the map, the second ends the process."""
         self._stops_count += 1
         if self._stops_count == 1:
-            note("stopping: what is under way may end, what has not begun is left for later (again: stop now)")
+            note("stopping: running items may finish, the others are left for a resume (repeat the signal to stop now)")
             self._stop.set()
         else:
             note(f"stopped. {self._hint()}")
-            os._exit(INTERRUPTED)  # the store knows how far everything was
+            os._exit(INTERRUPTED)  # the store knows how far everything came
 
     async def _leave(self, engine: Engine, chain: Chain, *, is_whole: bool) -> None:
-        """A batch that nobody can find again must not wait for ever."""
+        """Cancel a batch that no later command can find."""
         if not is_whole and not self.is_resumable:
             for part in chain.parts:
                 await engine.store.stop_batch(part.batch.id, CANCELLED, now_us=engine.clock.now_us())
 
     def _hint(self) -> str:
         if not self.is_resumable:
-            return "Its input can't be read again: with --batch-key KEY the next one can go on where it was."
+            return "This input can't be read again; with --batch-key KEY a map of a stream can be resumed."
         command = self.command.replace(" --fresh", "")
-        return f"To go on where it was: {command}"
+        return f"To resume: {command}"
 
     async def _ledger(self, engine: Engine) -> Totals:
         assert self.chain is not None
@@ -351,7 +356,7 @@ class Mapping:
         )
 
     def report(self, summary: Summary, *, as_json: bool) -> None:
-        """Say what was done; results have standard output for themselves when they go there."""
+        """Print the summary, on standard error where standard output holds the results."""
         if as_json:
             if isinstance(self.output, FileOutput):
                 say_json(summary)
@@ -373,18 +378,18 @@ class Mapping:
             )
             if count
         ]
-        before = f", {summary.done_before:,} of them before this start" if summary.done_before else ""
+        before = f", {summary.done_before:,} already done earlier" if summary.done_before else ""
         words = (
             f"{counted(summary.runs, 'run')}: {', '.join(ends)}{before}; {duration(summary.seconds)}, "
             f"{summary.runs_per_s:,.0f} runs/s; results in {summary.output}"
         )
         if summary.failed:
-            words += f"\nfailed runs: headrace run list --state failed --batch {summary.batches[-1]}"
+            words += f"\nsee why: headrace run list --state failed --batch {summary.batches[-1]}"
         return words
 
 
 class Totals:
-    """The ledgers of a chain, added up."""
+    """Sums over the ledgers of a chain."""
 
     def __init__(self, ledgers: list[Ledger]) -> None:
         self.completed = sum(ledger.completed for ledger in ledgers)

@@ -1,4 +1,4 @@
-"""`headrace migrate`: bring a database to the schema of this version."""
+"""`headrace migrate`: create or upgrade the database schema."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from headrace.cli.printing import say, say_json
 
 
 def command(store: StoreOption = None, json: JsonOption = False) -> None:
-    """Make an empty database ready, or bring an older one to this version. Opening a store does the same."""
+    """Create the schema in an empty database, or upgrade an older one. Opening a store does the same."""
     settings = settings_of(store=store)
 
     async def migrate() -> dict[str, object]:
@@ -18,4 +18,4 @@ def command(store: StoreOption = None, json: JsonOption = False) -> None:
     if json:
         say_json(found)
     else:
-        say(f"{shown_store(settings)} is at version {found.get('schema_version', '-')} of the schema")
+        say(f"{shown_store(settings)} is at schema version {found.get('schema_version', '-')}")

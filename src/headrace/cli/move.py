@@ -1,4 +1,4 @@
-"""`headrace move`: all of a SQLite file to PostgreSQL."""
+"""`headrace move`: copy a SQLite store to PostgreSQL."""
 
 from __future__ import annotations
 
@@ -17,44 +17,45 @@ if TYPE_CHECKING:
 
 
 def command(
-    source: Annotated[str, typer.Argument(metavar="sqlite:///FILE", help="The store to move.")],
-    target: Annotated[str, typer.Argument(metavar="postgresql://…", help="The store that takes it in.")],
+    source: Annotated[str, typer.Argument(metavar="sqlite:///FILE", help="The SQLite file to move.")],
+    target: Annotated[str, typer.Argument(metavar="postgresql://…", help="The PostgreSQL database to move it to.")],
     objects: Annotated[str | None, typer.Option(metavar="URL", help="The object store of the target.")] = None,
     source_objects: Annotated[
-        str | None, typer.Option(metavar="URL", help="That of the source, unless beside it.")
+        str | None,
+        typer.Option(metavar="URL", help="The object store of the source. Default: the directory beside the file."),
     ] = None,
     undo: Annotated[
-        bool, typer.Option("--undo", help="Give up a move that is not over: the source takes writes again.")
+        bool, typer.Option("--undo", help="Cancel an unfinished move: the source accepts writes again.")
     ] = False,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show how far it has come.")] = True,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show or hide the progress.")] = True,
     json: JsonOption = False,
 ) -> None:
-    """Move batches, runs, outcomes and payloads to PostgreSQL, while nothing works on the file.
+    """Move batches, runs, outcomes and payloads from a SQLite file to PostgreSQL, while no process uses the file.
 
-    The file is closed to writers first and stays so. Killed at any moment, the same command goes on where it was. In
-    the end each batch is counted from its chunks on both sides. Nothing is deleted.
+    The file is closed to writers first, and stays closed. After an interruption, repeat the command to resume. At the
+    end, the runs of each batch are counted on both sides. Nothing is deleted.
     """
     here = _settings(source, source_objects)
     there = _settings(target, objects)
     if undo:
         run_async(_undone(here, there))
-        say(f"{source} takes writes again")
+        say(f"{source} accepts writes again")
         return
     moved = run_async(_moved(here, there, shows_progress=progress and not json))
     for key in moved.objects_missing:
-        note(f"warning: the payload {key} was gone already; its run will fail and say so")
+        note(f"warning: the payload {key} was missing in the source; its run will fail")
     if json:
         say_json(moved)
     else:
         say(
             f"{counted(moved.batches, 'batch')} with {counted(moved.runs, 'run')} copied"
-            f"{' by this start' if moved.resumed else ''}, {counted(moved.objects, 'object')}; both ledgers agree\n"
-            f"the file is closed to writers and may be deleted; from now on: --store {there_shown(there)}"
+            f"{' by this command' if moved.resumed else ''}, {counted(moved.objects, 'object')}; both ledgers agree\n"
+            f"the file is closed to writers and may be deleted; use --store {there_shown(there)} from now on"
         )
 
 
 def there_shown(settings: Settings) -> str:
-    """The target as it may be shown."""
+    """Return the target's URL without its password."""
     from headrace.cli.opening import shown_store
 
     return shown_store(settings)
@@ -81,7 +82,7 @@ async def _undone(here: Settings, there: Settings) -> None:
 
 
 def _settings(store: str, objects: str | None) -> Settings:
-    """Settings for one side: its own store and objects, and nothing that a flag of the other says."""
+    """Load the settings of one side: its own store and objects, without those of the other."""
     from headrace.foundation.settings import load
 
     sides = {name: value for name, value in os.environ.items() if name not in ("HEADRACE_STORE", "HEADRACE_OBJECTS")}

@@ -1,4 +1,4 @@
-"""From flags to an open engine, and to a loop that runs a command."""
+"""Settings, engine and event loop of a command."""
 
 from __future__ import annotations
 
@@ -29,39 +29,42 @@ LOG_LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "criti
 StoreOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--store", metavar="URL", help="Where batches are kept. Default: HEADRACE_STORE, else sqlite:///headrace.db."
+        "--store", metavar="URL", help="The store of the batches. Default: HEADRACE_STORE, else sqlite:///headrace.db."
     ),
 ]
 ServerOption: TypeAlias = Annotated[
     str | None,
     typer.Option("--server", metavar="URL", help="A Headrace server instead of a store; HEADRACE_API_KEY is its key."),
 ]
-JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Answer with one JSON object.")]
+JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def settings_of(**flags: object | None) -> Settings:
-    """The effective settings, with logs set up as they say."""
+    """Load the effective settings and configure logging."""
     settings = load(flags, os.environ, Path.cwd())
     _log_to_stderr(settings)
     return settings
 
 
 def place_of(store: str | None, server: str | None) -> str | None:
-    """Where batches are, by the one of two flags that was given. Raises `InvalidInput`."""
+    """Return the store or server that one of two flags names. Raises `InvalidInput` when both do."""
     if store is not None and server is not None:
-        raise InvalidInput("--store and --server name two places", hint="give one of them")
+        raise InvalidInput("expected --store or --server, got both", hint="give one of them")
     if server is not None and urlsplit(server).scheme not in ("http", "https"):
-        raise InvalidInput(f"{hidden('store', server)!r} is no server", hint="write https://host or http://host:port")
+        raise InvalidInput(
+            f"expected an http or https URL for --server, got {hidden('store', server)!r}",
+            hint="write https://host or http://host:port",
+        )
     return store if server is None else server
 
 
 def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a command on a loop of its own, the fastest there is."""
+    """Run a command on an event loop of its own, uvloop where there is one."""
     interpreter.tune()
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     try:
         from uvloop import new_event_loop as loop_factory
-    except ImportError:  # not on this platform: the standard loop serves
+    except ImportError:  # not on this platform
         loop_factory = None
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(coroutine)
@@ -69,7 +72,7 @@ def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @asynccontextmanager
 async def opened(settings: Settings, *, must_exist: bool = False) -> AsyncIterator[Engine]:
-    """The engine that the settings name. `must_exist`: a command that only looks makes no empty database."""
+    """Open the engine that the settings name. With `must_exist`, a missing SQLite file is not created but an error."""
     from headrace.compose import open_engine, sqlite_path
 
     if must_exist and urlsplit(settings.store).scheme == "sqlite":
@@ -77,7 +80,7 @@ async def opened(settings: Settings, *, must_exist: bool = False) -> AsyncIterat
         if not path.exists():
             raise NotFound(
                 f"there is no database at {path}",
-                hint="--store names another; `headrace map` and `headrace migrate` make one",
+                hint="name another with --store, or create it with `headrace map` or `headrace migrate`",
             )
     engine = await open_engine(settings)
     try:
@@ -87,7 +90,7 @@ async def opened(settings: Settings, *, must_exist: bool = False) -> AsyncIterat
 
 
 async def find_batch(engine: Engine, text: str) -> Batch:
-    """A batch by its id or its key. Raises `NotFound`."""
+    """Find a batch by its id or its key. Raises `NotFound`."""
     from headrace.foundation.ids import check_batch_id
 
     try:
@@ -96,7 +99,7 @@ async def find_batch(engine: Engine, text: str) -> Batch:
         found = await engine.store.find_batch(engine.environment, text)
         if found is None:
             raise NotFound(
-                f"no batch has the id or key {text!r}", hint="`headrace batch list` shows those there are"
+                f"no batch has the id or key {text!r}", hint="`headrace batch list` shows all batches"
             ) from None
         return found
     batch, _ = await engine.store.batch(batch_id)
@@ -104,12 +107,12 @@ async def find_batch(engine: Engine, text: str) -> Batch:
 
 
 def shown_store(settings: Settings) -> str:
-    """The store's URL as it may be shown."""
+    """Return the store's URL without its password."""
     return hidden("store", settings.store)
 
 
 def _log_to_stderr(settings: Settings) -> None:
-    """Logs are lines on standard error, so that standard output holds results and nothing else."""
+    """Write logs to standard error: standard output is for results."""
     import structlog
 
     renderer: Any = (

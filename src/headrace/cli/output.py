@@ -34,28 +34,28 @@ _ENDED: Final = {
 
 
 class OutputFailed(EngineFault):
-    """A result could not be written where it belongs."""
+    """A result could not be written."""
 
     code = "OUTPUT_FAILED"
 
 
 class Output(Protocol):
-    """Where lines go."""
+    """Target of result lines."""
 
     name: str
 
     async def put(self, lines: bytes) -> None:
-        """Take the next whole lines."""
+        """Write the next whole lines."""
 
     async def finish(self) -> None:
-        """No line follows."""
+        """Finish: no line follows."""
 
     def close(self) -> None:
-        """Let go, finished or not."""
+        """Close it, finished or not."""
 
 
 def open_output(name: str | None, *, input_path: Path | None) -> Output:
-    """Where results go. Raises `InvalidInput`, before anything runs, for what can't be written."""
+    """Open the target of results. Raises `InvalidInput` before anything runs when it can't be written."""
     if name is None or name == "-":
         return StandardOutput()
     path = Path(name).expanduser()
@@ -83,14 +83,14 @@ STDERR: Final = 2
 
 
 class StreamOutput:
-    """A pipe, a terminal or a device: lines go out once, in order."""
+    """A pipe, terminal or device: lines are written once, in order."""
 
     def __init__(self, name: str, descriptor: int) -> None:
         self.name = name
         self._descriptor = descriptor
 
     async def put(self, lines: bytes) -> None:
-        """Take the next whole lines."""
+        """Write the next whole lines."""
         try:
             await asyncio.to_thread(self._write, lines)
         except BrokenPipeError:
@@ -104,17 +104,17 @@ class StreamOutput:
             view = view[os.write(self._descriptor, view) :]
 
     async def finish(self) -> None:
-        """No line follows."""
+        """Finish: no line follows."""
 
     def close(self) -> None:
-        """Let go of what was opened."""
+        """Close what was opened."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 class StandardOutput(StreamOutput):
-    """Standard output, for results alone: what tasks and their child processes print goes to standard error."""
+    """Standard output for results alone: what tasks and their child processes print goes to standard error."""
 
     def __init__(self) -> None:
         sys.stdout.flush()
@@ -123,7 +123,7 @@ class StandardOutput(StreamOutput):
         self._stdout, sys.stdout = sys.stdout, sys.stderr
 
     def close(self) -> None:
-        """Give standard output back."""
+        """Restore standard output."""
         if self._descriptor >= 0:
             sys.stdout = self._stdout
             os.dup2(self._descriptor, STDOUT)
@@ -131,7 +131,7 @@ class StandardOutput(StreamOutput):
 
 
 class FileOutput:
-    """A file that may hold results of an earlier start: right ones are kept, others replaced."""
+    """A file that may hold results of an earlier command: correct lines are kept, others replaced."""
 
     def __init__(self, name: str, descriptor: int) -> None:
         self.name = name
@@ -142,14 +142,14 @@ class FileOutput:
         self._is_comparing = os.fstat(descriptor).st_size > 0
 
     async def put(self, lines: bytes) -> None:
-        """Take the next whole lines."""
+        """Write the next whole lines."""
         try:
             await asyncio.to_thread(self._put, lines)
         except OSError as error:
             raise _failed(self.name, error) from error
 
     async def finish(self) -> None:
-        """No line follows: what stands behind the last one goes, and all of it is on the disk."""
+        """Remove what follows the last line, and sync the file to disk."""
         try:
             if self._is_comparing:
                 os.ftruncate(self._descriptor, self._offset)
@@ -158,23 +158,23 @@ class FileOutput:
             raise _failed(self.name, error) from error
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def _put(self, lines: bytes) -> None:
         if self._is_comparing:
-            there = _read_at(self._descriptor, len(lines), self._offset)
-            if there == lines:
+            existing = _read_at(self._descriptor, len(lines), self._offset)
+            if existing == lines:
                 self._offset += len(lines)
                 self.kept_bytes = self._offset
                 return
             self._is_comparing = False
-            same_bytes = _same_lines(there, lines)
+            same_bytes = _same_lines(existing, lines)
             self._offset += same_bytes
             self.kept_bytes = self._offset
-            if not lines.startswith(there):
+            if not lines.startswith(existing):
                 os.ftruncate(self._descriptor, self._offset)
             lines = lines[same_bytes:]
         view = memoryview(lines)
@@ -184,7 +184,7 @@ class FileOutput:
             view = view[written:]
 
     def _cut_torn_line(self) -> None:
-        """A process that was killed may have left half a line."""
+        """Remove an incomplete last line, as a killed process may leave it."""
         end = os.fstat(self._descriptor).st_size
         while end > 0:
             start = max(0, end - _TAIL_BYTES)
@@ -198,7 +198,7 @@ class FileOutput:
 
 
 async def lines_of(engine: Engine, outcomes: Sequence[Outcome], base_index: int) -> AsyncIterator[bytes]:
-    """Outcomes as whole lines, some megabytes at a time; large results are fetched as they are needed."""
+    """Return outcomes as whole lines, some megabytes at a time; large results are fetched when they are needed."""
     lines: list[bytes] = []
     count_bytes = 0
     for outcome in outcomes:
@@ -236,10 +236,10 @@ async def _other_line(engine: Engine, outcome: Outcome, index: int) -> bytes:
     return b'{"index":%d,"ok":false,"error":%b}\n' % (index, msgspec.json.encode(error))
 
 
-def _same_lines(there: bytes, lines: bytes) -> int:
-    """How many bytes of whole lines the two have in common at their beginning."""
+def _same_lines(existing: bytes, lines: bytes) -> int:
+    """Return the length of the whole lines that both begin with."""
     same_bytes = 0
-    for mine, theirs in zip(lines.splitlines(keepends=True), there.splitlines(keepends=True), strict=False):
+    for mine, theirs in zip(lines.splitlines(keepends=True), existing.splitlines(keepends=True), strict=False):
         if mine != theirs:
             break
         same_bytes += len(mine)
@@ -258,5 +258,5 @@ def _read_at(descriptor: int, size: int, offset: int) -> bytes:
 def _failed(name: str, error: OSError) -> OutputFailed:
     return OutputFailed(
         f"{name} can't be written: {error.strerror or error}",
-        hint="every result is kept in the store: make room, and run the same command again",
+        hint="all results are in the store: free some space, and repeat the command",
     )

@@ -1,62 +1,98 @@
-"""What people and programs read: lines, tables, one JSON object."""
+"""Output of commands: lines, tables that fit the terminal, one JSON object."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from headrace.foundation.errors import HeadraceError
 
+GAP: Final = "  "
+WIDTH_MIN: Final = 20
+
 
 def say(text: str) -> None:
-    """A line of the answer, on standard output."""
+    """Write a line of the answer to standard output."""
     sys.stdout.write(text + "\n")
 
 
 def note(text: str) -> None:
-    """A line beside the answer, on standard error."""
+    """Write a line beside the answer to standard error."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def say_json(value: Any) -> None:
-    """The answer as one JSON object on one line."""
+    """Write the answer as one JSON object on one line."""
     say(msgspec.json.encode(value).decode())
 
 
 def error_lines(error: HeadraceError) -> str:
-    """What went wrong, about what, and what to do."""
+    """Return an error as the command line shows it: message, ids and hint."""
     return f"error: {error}"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:
-    """Rows under headings, whole however narrow the terminal is; columns named in `numbers` end on the right."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    """Write rows under headings; columns named in `numbers` are aligned right.
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        shown.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
-    for row in rows:
-        shown.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
-    # As wide as it needs to be: half an id helps nobody, and a terminal wraps what does not fit.
-    Console(file=sys.stdout, width=10_000, highlight=False).print(shown)
+    Where a row is wider than the terminal, its last columns continue on indented lines, and long text wraps between
+    words. An id is never broken.
+    """
+    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    bound = line_width()
+    lines = _columns_by_line(widths, bound)
+    for row in (columns, None, *cells):
+        if row is None:
+            say("─" * min(bound or sys.maxsize, max(_width_of(line, widths) for line in lines)))
+            continue
+        for number, line in enumerate(lines):
+            _say_cells(
+                row, line, widths, [columns[at] in numbers for at in line], indent=GAP if number else "", bound=bound
+            )
 
 
-def moment(at_us: int) -> str:
-    """A moment as people write it, in UTC; a dash for never."""
-    return f"{datetime.fromtimestamp(at_us / 1_000_000, UTC):%Y-%m-%d %H:%M:%S}" if at_us else "-"
+def pairs(heading: str, values: Sequence[tuple[str, object]]) -> None:
+    """Write a heading and values by name below it; long values wrap, and long words get lines of their own."""
+    say(heading)
+    width = max(len(name) for name, _ in values)
+    bound = line_width()
+    for name, value in values:
+        left = None if bound is None else bound - width - 2 * len(GAP)
+        if left is not None and bound is not None and any(len(word) > left for word in str(value).split()):
+            say(f"{GAP}{name}")
+            for line in _wrapped(str(value), bound - 2 * len(GAP)):
+                say(f"{GAP}{GAP}{line}".rstrip())
+            continue
+        first, *rest = _wrapped(str(value), left)
+        say(f"{GAP}{name:<{width}}{GAP}{first}".rstrip())
+        for line in rest:
+            say(f"{GAP}{'':<{width}}{GAP}{line}".rstrip())
+
+
+def line_width() -> int | None:
+    """Return the columns of the terminal, or those that COLUMNS sets; None where output goes to a file or pipe."""
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdecimal():
+        return None
+    return max(WIDTH_MIN, shutil.get_terminal_size().columns)
+
+
+def moment(at: int | datetime | None) -> str:
+    """Return a time in UTC to the second; a dash for none. A number is microseconds since 1970."""
+    if not at:
+        return "-"
+    return f"{datetime.fromtimestamp(at / 1_000_000, UTC) if isinstance(at, int) else at:%Y-%m-%d %H:%M:%S}"
 
 
 def duration(seconds: float) -> str:
-    """A length of time in the unit that fits."""
+    """Return a length of time in the unit that fits."""
     if seconds < 1:
         return f"{seconds * 1_000:.0f} ms"
     if seconds < 100:
@@ -67,7 +103,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count_bytes: float) -> str:
-    """A number of bytes in the unit that fits."""
+    """Return a number of bytes in the unit that fits."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count_bytes < 1_024:
             return f"{count_bytes:,.0f} {unit}" if unit == "bytes" else f"{count_bytes:,.1f} {unit}"
@@ -76,16 +112,63 @@ def size(count_bytes: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A count with its noun: `1 run`, `2,000 runs`."""
-    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    """Return a count with its noun: `1 run`, `2,000 runs`."""
+    plural = f"{noun}es" if noun.endswith(("ch", "s")) else f"{noun}s"
     return f"{count:,} {noun if count == 1 else plural}"
 
 
 def silence_stdout() -> None:
-    """Nobody reads standard output any more: let the interpreter's last flush go nowhere."""
+    """Discard standard output after its reader went away, so that the interpreter's last flush does not fail."""
     try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
     except (OSError, ValueError):
         return
+
+
+def _columns_by_line(widths: Sequence[int], bound: int | None) -> list[list[int]]:
+    """Distribute columns over as few lines as fit; lines after the first are indented."""
+    lines: list[list[int]] = [[]]
+    for column in range(len(widths)):
+        indent = len(GAP) if len(lines) > 1 else 0
+        if lines[-1] and bound is not None and indent + _width_of([*lines[-1], column], widths) > bound:
+            lines.append([])
+        lines[-1].append(column)
+    return lines
+
+
+def _width_of(line: Sequence[int], widths: Sequence[int]) -> int:
+    return sum(widths[column] for column in line) + len(GAP) * (len(line) - 1)
+
+
+def _say_cells(
+    row: Sequence[str],
+    line: Sequence[int],
+    widths: Sequence[int],
+    are_numbers: Sequence[bool],
+    *,
+    indent: str,
+    bound: int | None,
+) -> None:
+    """Write one line of a row; a column that is alone on its line wraps."""
+    if len(line) == 1:
+        for part in _wrapped(row[line[0]], None if bound is None else bound - len(indent)):
+            say(f"{indent}{part}".rstrip())
+        return
+    cells = [
+        row[column].rjust(widths[column]) if is_number else row[column].ljust(widths[column])
+        for column, is_number in zip(line, are_numbers, strict=True)
+    ]
+    say(f"{indent}{GAP.join(cells)}".rstrip())
+
+
+def _wrapped(text: str, width: int | None) -> list[str]:
+    if width is None:
+        return [text]
+    wrapped = [
+        part
+        for line in text.splitlines()
+        for part in textwrap.wrap(line, max(width, 1), break_long_words=False, break_on_hyphens=False) or [""]
+    ]
+    return wrapped or [""]

@@ -1,4 +1,4 @@
-"""How far a map has come: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a map: a bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ RATE_WINDOW_S: Final = 10.0
 
 
 class Standing(NamedTuple):
-    """A map in numbers. `total` is None while the input is still read; `is_estimate` says it was guessed."""
+    """Progress in numbers. `total` is None while the input is still read; `is_estimate`: it is extrapolated."""
 
     done: int
     failed: int
     total: int | None
     is_estimate: bool = False
     note: str | None = None
-    """Said instead of how many failed."""
+    """Shown instead of the number of failed runs."""
 
 
 class Display(Protocol):
-    """Something that shows where a map stands."""
+    """Shows the progress."""
 
     def update(self, standing: Standing) -> None:
-        """Show this."""
+        """Show new numbers."""
 
     def close(self) -> None:
-        """Show no more."""
+        """End the display."""
 
 
 def display(*, is_wanted: bool, label: str) -> Display:
-    """The display that fits standard error."""
+    """Return the display that fits standard error."""
     if not is_wanted:
         return Silent()
     return Bar(label) if sys.stderr.isatty() else Lines(label)
 
 
-class Pace:
-    """Runs a second over the last seconds, without the speed of those that an earlier start had done."""
+class Rate:
+    """Runs a second over the last seconds, without the runs of an earlier command."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
 
     def add(self, done: int) -> float:
-        """Take a count; answers the rate."""
+        """Add a count and return the rate."""
         now_s = monotonic()
         self._seen.append((now_s, done))
         while len(self._seen) > 2 and now_s - self._seen[0][0] > RATE_WINDOW_S:
@@ -58,13 +58,13 @@ class Pace:
 
 
 class Silent:
-    """Nobody wants to see it."""
+    """No display."""
 
     def update(self, standing: Standing) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Lines:
@@ -72,28 +72,28 @@ class Lines:
 
     def __init__(self, label: str) -> None:
         self._label = label
-        self._pace = Pace()
+        self._rate = Rate()
         self._next_s = monotonic() + LINE_EVERY_S
 
     def update(self, standing: Standing) -> None:
-        """A line, when it is time."""
-        rate = self._pace.add(standing.done)
+        """Write a line when ten seconds have passed."""
+        rate = self._rate.add(standing.done)
         if monotonic() >= self._next_s:
             self._next_s = monotonic() + LINE_EVERY_S
             note(f"{self._label}: {line_of(standing, rate)}")
 
     def close(self) -> None:
-        """The summary says the rest."""
+        """Do nothing: the summary follows."""
 
 
 class Bar:
-    """A bar that is drawn over itself."""
+    """A bar that is redrawn in place."""
 
     def __init__(self, label: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-        self._pace = Pace()
+        self._rate = Rate()
         columns: Any = (
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
@@ -105,17 +105,17 @@ class Bar:
         self._progress.start()
 
     def update(self, standing: Standing) -> None:
-        """Draw it."""
-        rate = self._pace.add(standing.done)
+        """Redraw the bar."""
+        rate = self._rate.add(standing.done)
         self._progress.update(self._task, completed=standing.done, total=standing.total, said=line_of(standing, rate))
 
     def close(self) -> None:
-        """Wipe the bar, so that the summary stands alone."""
+        """Remove the bar, so that the summary stands alone."""
         self._progress.stop()
 
 
 def line_of(standing: Standing, rate: float) -> str:
-    """`1,200 of 50,000 done, 800/s, 3 failed, 61.0 s left`."""
+    """Return `1,200 of 50,000 done, 800/s, 3 failed, 61.0 s left`."""
     parts = [f"{standing.done:,} done"]
     if standing.total is not None:
         parts = [f"{standing.done:,} of {'about ' if standing.is_estimate else ''}{standing.total:,} done"]

@@ -1,4 +1,4 @@
-"""`headrace prune`: delete what is past its retention, now."""
+"""`headrace prune`: delete old batches and orphaned objects now."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from headrace.cli.printing import counted, duration, say, say_json
 def command(
     store: StoreOption = None,
     retention_ms: Annotated[
-        int | None, typer.Option(metavar="MS", help="How long finished batches are kept; 0 keeps none.")
+        int | None,
+        typer.Option(
+            metavar="MS",
+            help="Keep finished batches for MS milliseconds; 0 keeps none. Default: the setting retention_ms.",
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Delete batches that finished longer ago than the retention, and objects that nothing names."""
+    """Delete batches that finished before the retention period, and orphaned objects."""
     from headrace.runtime.maintenance.upkeep import Upkeep
 
     settings = settings_of(store=store, retention_ms=retention_ms)

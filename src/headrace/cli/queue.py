@@ -1,4 +1,4 @@
-"""`headrace queue`: look at queues, pause one, let it go on."""
+"""`headrace queue`: list queues, pause and resume one, reroute its activations."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace.cli.opening import JsonOption, StoreOption, opened, run_async, settings_of
+from headrace.cli.opening import JsonOption, ServerOption, StoreOption, opened, place_of, run_async, settings_of
 from headrace.cli.printing import duration, say, say_json, table
 
 if TYPE_CHECKING:
     from headrace.store.protocol import QueueView
 
-app = typer.Typer(no_args_is_help=True, help="Look at queues, pause one, let it go on.")
+app = typer.Typer(no_args_is_help=True, help="List queues, pause and resume one, reroute its activations.")
 
-QueueArgument = Annotated[str, typer.Argument(metavar="QUEUE", help="A queue's name.")]
+QueueArgument = Annotated[str, typer.Argument(metavar="QUEUE", help="The queue's name.")]
 
 
 @app.command("list")
-def list_(store: StoreOption = None, json: JsonOption = False) -> None:
-    """The queues that were ever used or paused."""
+def list_(store: StoreOption = None, server: ServerOption = None, json: JsonOption = False) -> None:
+    """List every queue that was ever used or paused, with its waiting runs."""
     import msgspec
 
-    settings = settings_of(store=store)
+    settings = settings_of(store=place_of(store, server))
 
-    async def look() -> tuple[list[QueueView], int]:
+    async def read() -> tuple[list[QueueView], int]:
         async with opened(settings, must_exist=True) as engine:
             return await engine.store.queues(engine.environment), engine.clock.now_us()
 
-    found, now_us = run_async(look())
+    views, now_us = run_async(read())
     if json:
-        say_json({"queues": [msgspec.structs.asdict(view) for view in found]})
+        say_json({"queues": [msgspec.structs.asdict(view) for view in views]})
         return
-    if not found:
+    if not views:
         say("no queues")
         return
     numbers = ("waiting", "delayed", "leased")
@@ -47,58 +47,65 @@ def list_(store: StoreOption = None, json: JsonOption = False) -> None:
                 view.leased_count,
                 duration(max(0, now_us - view.oldest_us) / 1_000_000) if view.oldest_us else "-",
             )
-            for view in found
+            for view in views
         ],
         numbers=numbers,
     )
 
 
 @app.command("pause")
-def pause(queue: QueueArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Hand out nothing more of a queue; what is under way goes on."""
-    _set(queue, store, paused=True, json=json)
+def pause(
+    queue: QueueArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False
+) -> None:
+    """Pause a queue: its runs are no longer given to workers; running ones finish."""
+    _set_paused(queue, place_of(store, server), paused=True, json=json)
 
 
 @app.command("resume")
-def resume(queue: QueueArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Hand out a paused queue's runs again."""
-    _set(queue, store, paused=False, json=json)
+def resume(
+    queue: QueueArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False
+) -> None:
+    """Resume a paused queue."""
+    _set_paused(queue, place_of(store, server), paused=False, json=json)
 
 
 @app.command("demote")
 def demote(
     queue: QueueArgument,
-    to: Annotated[str, typer.Option("--to", metavar="QUEUE", help="The queue that takes its place.")],
+    to: Annotated[str, typer.Option("--to", metavar="QUEUE", help="The queue that receives its activations.")],
     store: StoreOption = None,
+    server: ServerOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Send a queue's activations to another queue: those that come in at once, those that wait by and by.
+    """Reroute a queue's activations to another queue: new ones at once, waiting ones gradually.
 
     A queue of activations is called application:namespace.
     """
     from headrace.runtime.tasks.bounds import check_name
 
     check_name("queue", to)
-    _demote(queue, to, store, json=json)
+    _set_demotion(queue, to, place_of(store, server), json=json)
 
 
 @app.command("restore")
-def restore(queue: QueueArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Let a demoted queue's activations stay where they belong; those that were moved stay where they are."""
-    _demote(queue, None, store, json=json)
+def restore(
+    queue: QueueArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False
+) -> None:
+    """Stop rerouting a queue's activations; those that were moved stay in the other queue."""
+    _set_demotion(queue, None, place_of(store, server), json=json)
 
 
-def _demote(queue: str, target: str | None, store: str | None, *, json: bool) -> None:
+def _set_demotion(queue: str, target: str | None, place: str | None, *, json: bool) -> None:
     from headrace.core.rules import DEMOTIONS, Rules, demotions_encoded
     from headrace.runtime.dispatch.rule_cache import decide
     from headrace.runtime.tasks.bounds import check_name
 
     check_name("queue", queue)
-    settings = settings_of(store=store)
+    settings = settings_of(store=place)
 
     def changed(rules: Rules) -> bytes:
-        after = {name: to for name, to in rules.demotions.items() if name != queue}
-        return demotions_encoded(after if target is None else after | {queue: target})
+        others = {name: to for name, to in rules.demotions.items() if name != queue}
+        return demotions_encoded(others if target is None else others | {queue: target})
 
     async def change() -> dict[str, str]:
         async with opened(settings, must_exist=True) as engine:
@@ -108,14 +115,14 @@ def _demote(queue: str, target: str | None, store: str | None, *, json: bool) ->
     if json:
         say_json({"demotions": demotions})
     else:
-        say(f"{queue} goes to {target}" if target is not None else f"{queue} stays where it belongs")
+        say(f"{queue} is rerouted to {target}" if target is not None else f"{queue} is no longer rerouted")
 
 
-def _set(queue: str, store: str | None, *, paused: bool, json: bool) -> None:
+def _set_paused(queue: str, place: str | None, *, paused: bool, json: bool) -> None:
     from headrace.runtime.tasks.bounds import check_name
 
     check_name("queue", queue)
-    settings = settings_of(store=store)
+    settings = settings_of(store=place)
 
     async def change() -> bool:
         async with opened(settings, must_exist=True) as engine:

@@ -1,4 +1,4 @@
-"""`headrace run`: look at single runs, cancel one, run one again."""
+"""`headrace run`: list and show runs, cancel one, redrive one."""
 
 from __future__ import annotations
 
@@ -6,129 +6,138 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headrace.cli.opening import JsonOption, StoreOption, find_batch, opened, run_async, settings_of
-from headrace.cli.printing import moment, say, say_json, table
+from headrace.cli.opening import (
+    JsonOption,
+    ServerOption,
+    StoreOption,
+    find_batch,
+    opened,
+    place_of,
+    run_async,
+    settings_of,
+)
+from headrace.cli.printing import duration, moment, pairs, say, say_json, table
 
 if TYPE_CHECKING:
-    from headrace.store.protocol import RunRecord
+    from headrace.runtime.engine import Engine
+    from headrace.views import AttemptView, RunView
 
-app = typer.Typer(no_args_is_help=True, help="Look at single runs, cancel one, run one again.")
+app = typer.Typer(no_args_is_help=True, help="List and show runs, cancel one, redrive one.")
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run id, as `headrace run list` shows it.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `headrace run list` shows it.")]
 STATES = ("waiting", "delayed", "leased", "completed", "failed", "cancelled", "expired")
-SHOWN_BYTES = 2_000
+SHOWN_CHARS = 2_000
+REASON_CHARS = 80
 
 
 @app.command("list")
 def list_(
+    batch: Annotated[str, typer.Option(metavar="BATCH", help="Only runs of this batch (id or key).")] = "",
+    state: Annotated[str, typer.Option(metavar="STATE", help="Only runs in this state, such as failed.")] = "",
+    task: Annotated[str, typer.Option(metavar="TASK", help="Only runs of this task.")] = "",
+    tag: Annotated[str, typer.Option(metavar="TAG", help="Only runs with this tag.")] = "",
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="Show at most N runs.")] = 50,
     store: StoreOption = None,
-    batch: Annotated[str, typer.Option(metavar="B", help="Only of this batch (id or key).")] = "",
-    state: Annotated[str, typer.Option(metavar="S", help="Only in this state, such as failed.")] = "",
-    task: Annotated[str, typer.Option(metavar="T", help="Only of this task.")] = "",
-    tag: Annotated[str, typer.Option(metavar="TAG", help="Only with this tag.")] = "",
-    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="At most so many.")] = 50,
+    server: ServerOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Runs, of the newest batch first and by index inside it."""
+    """List runs, those of the newest batch first and by index inside a batch."""
     from headrace.foundation.errors import InvalidInput
-    from headrace.foundation.ids import run_id
+    from headrace.views import listed_view
 
     if state and state not in STATES:
-        raise InvalidInput(f"no run is ever {state!r}", hint=f"a state is one of {', '.join(STATES)}")
-    settings = settings_of(store=store)
+        raise InvalidInput(f"unknown run state {state!r}", hint=f"states: {', '.join(STATES)}")
+    settings = settings_of(store=place_of(store, server))
 
-    async def look() -> list[RunRecord]:
+    async def read() -> list[RunView]:
         async with opened(settings, must_exist=True) as engine:
             batch_id = (await find_batch(engine, batch)).id if batch else ""
-            views = await engine.store.runs(
+            records = await engine.store.runs(
                 engine.environment, batch_id=batch_id, state=state, task=task, tag=tag, limit=limit
             )
-            # A listing leaves results out; of those that failed, the reason is what people look for.
+            # A listing has no results; of failed runs the reason is read, which is what people look for.
             return [
-                await engine.store.run(view.batch_id, view.index) if view.state == "failed" else view for view in views
+                listed_view(
+                    await engine.store.run(record.batch_id, record.index) if record.state == "failed" else record
+                )
+                for record in records
             ]
 
-    found = run_async(look())
+    views = run_async(read())
     if json:
-        say_json({"runs": [described(view) for view in found]})
+        say_json({"runs": views})
         return
-    if not found:
+    if not views:
         say("no runs")
         return
     numbers = ("attempt", "crashes")
     table(
-        ("run", "task", "queue", "state", *numbers, "why"),
+        ("run", "task", "queue", "state", *numbers, "reason"),
         [
-            (
-                run_id(view.batch_id, view.index),
-                view.task,
-                view.queue,
-                view.state,
-                view.attempt,
-                view.crashes_count,
-                _why(view),
-            )
-            for view in found
+            (view.id, view.activation or view.task, view.queue, view.state, view.attempt, view.crashes, _reason(view))
+            for view in views
         ],
         numbers=numbers,
     )
 
 
 @app.command("show")
-def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """One run: its input, its attempts, its result."""
-    from headrace.foundation.ids import parse_run_id
+def show(run: RunArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False) -> None:
+    """Show one run: its times, its input, its attempts and its output."""
+    settings = settings_of(store=place_of(store, server))
 
-    settings = settings_of(store=store)
-    batch_id, index = parse_run_id(run)
-
-    async def look() -> RunRecord:
+    async def read() -> RunView:
         async with opened(settings, must_exist=True) as engine:
-            return await engine.store.run(batch_id, index)
+            return await _view(engine, run)
 
-    view = run_async(look())
+    view = run_async(read())
     if json:
-        say_json(described(view) | {"payload": _value(view.payload), "result": _value(view.result)})
+        say_json(view)
         return
-    say(f"{run}  {view.state}")
     lines: list[tuple[str, object]] = [
-        ("task", view.task),
+        ("task", view.activation or view.task),
         ("batch", view.batch_id),
         ("index", view.index),
         ("queue", f"{view.queue}, priority {view.priority}"),
+        ("created (UTC)", moment(view.created_at)),
+        ("due (UTC)", moment(view.due_at)),
+        ("expires (UTC)", moment(view.expires_at)),
+        ("started (UTC)", moment(view.started_at)),
+        ("ended (UTC)", moment(view.ended_at)),
+        ("duration", "-" if view.duration_s is None else duration(view.duration_s)),
+        ("worker", view.worker or "-"),
         ("attempt", view.attempt),
-        ("crashes", view.crashes_count),
-        ("due (UTC)", moment(view.due_us)),
-        ("expires (UTC)", moment(view.expires_us)),
+        ("crashes", view.crashes),
         ("tags", ", ".join(view.tags) or "-"),
         ("idempotency key", view.idempotency_key or "-"),
         *((f"header {name}", value) for name, value in view.headers.items()),
-        ("payload", _shown(view.payload)),
-        ("result" if view.state == "completed" else "error", _shown(view.result)),
-        *((f"attempt {number}", _shown_attempt(attempt)) for number, attempt in enumerate(view.attempts, 1)),
+        ("input", _shown(view.input)),
     ]
-    width = max(len(name) for name, _ in lines)
-    for name, value in lines:
-        say(f"  {name:<{width}}  {value}")
+    if view.state == "completed":
+        lines.append(("output", _shown(view.output)))
+    if view.error is not None:
+        lines.append(("error", f"{view.error.type}: {view.error.message}"[:SHOWN_CHARS]))
+    lines += [(f"attempt {number}", _attempt(attempt)) for number, attempt in enumerate(view.attempts, 1)]
+    pairs(f"{view.id}  {view.state}", lines)
 
 
 @app.command("cancel")
-def cancel(run: RunArgument, store: StoreOption = None, json: JsonOption = False) -> None:
+def cancel(run: RunArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False) -> None:
     """Cancel a run that has not ended."""
     from headrace.foundation.ids import parse_run_id
 
-    settings = settings_of(store=store)
+    settings = settings_of(store=place_of(store, server))
     batch_id, index = parse_run_id(run)
 
-    async def stop() -> tuple[int, RunRecord]:
+    async def stop() -> tuple[bool, RunView]:
         async with opened(settings, must_exist=True) as engine:
             count = await engine.store.cancel_runs(batch_id, [index], now_us=engine.clock.now_us())
-            return count, await engine.store.run(batch_id, index)
+            return count > 0, await _view(engine, run)
 
-    count, view = run_async(stop())
+    has_changed, view = run_async(stop())
     if json:
-        say_json({"cancelled": bool(count), **described(view)})
-    elif not count:
+        say_json({"changed": has_changed, "run": view})
+    elif not has_changed:
         say(f"{run} is {view.state} already; nothing was changed")
     elif view.state == "cancelled":
         say(f"{run} is cancelled")
@@ -136,82 +145,59 @@ def cancel(run: RunArgument, store: StoreOption = None, json: JsonOption = False
         say(f"{run} is {view.state}; its worker is asked to stop it")
 
 
-@app.command("retry")
-def retry(run: RunArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Run again one run that failed, was cancelled or expired, from its first attempt."""
+@app.command("redrive")
+def redrive(run: RunArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False) -> None:
+    """Run a failed, cancelled or expired run again, from its first attempt."""
     from headrace.foundation.errors import Conflict
     from headrace.foundation.ids import parse_run_id
 
-    settings = settings_of(store=store)
+    settings = settings_of(store=place_of(store, server))
     batch_id, index = parse_run_id(run)
 
-    async def again() -> RunRecord:
+    async def again() -> RunView:
         async with opened(settings, must_exist=True) as engine:
             before = await engine.store.run(batch_id, index)
             if not await engine.store.redrive(batch_id, [index]):
                 raise Conflict(
-                    f"{run} is {before.state}: only a run that failed, was cancelled or expired can run again",
-                    hint="`headrace run list --state failed` shows those that failed",
+                    f"expected a run that failed, was cancelled or expired, got one that is {before.state}",
+                    hint="`headrace run list --state failed` shows failed runs",
+                    run=run,
                 )
-            return await engine.store.run(batch_id, index)
+            engine.doorbell.ring()
+            return await _view(engine, run)
 
     view = run_async(again())
     if json:
-        say_json({"retried": True, **described(view)})
+        say_json({"redriven": True, "run": view})
     else:
         say(f"{run} will run again")
 
 
-def described(view: RunRecord) -> dict[str, Any]:
-    """A run as JSON, without its payload."""
-    from headrace.foundation.ids import run_id
+async def _view(engine: Engine, run: str) -> RunView:
+    from headrace.foundation.ids import parse_run_id
+    from headrace.views import run_view
 
-    return {
-        "run": run_id(view.batch_id, view.index),
-        "batch": view.batch_id,
-        "index": view.index,
-        "environment": view.environment,
-        "task": view.task,
-        "queue": view.queue,
-        "priority": view.priority,
-        "state": view.state,
-        "attempt": view.attempt,
-        "crashes": view.crashes_count,
-        "due_us": view.due_us,
-        "expires_us": view.expires_us,
-        "headers": view.headers,
-        "tags": view.tags,
-        "idempotency_key": view.idempotency_key,
-        "attempts": view.attempts,
-        **({"activation": view.name} if view.name else {}),
-    } | ({"error": _value(view.result)} if view.state == "failed" else {})
+    return await run_view(engine, await engine.store.run(*parse_run_id(run)))
 
 
-def _why(view: RunRecord) -> str:
-    """A failed run's error, short."""
-    value = _value(view.result) if view.state == "failed" else None
-    if not isinstance(value, dict):
+def _reason(view: RunView) -> str:
+    """Return the error of a failed run, shortened."""
+    if view.error is None:
         return ""
-    text = f"{value.get('type')}: {value.get('message')}".replace("\n", " ")
-    return text if len(text) <= 80 else text[:79] + "…"
+    text = f"{view.error.type}: {view.error.message}".replace("\n", " ")
+    return text if len(text) <= REASON_CHARS else text[: REASON_CHARS - 1] + "…"
 
 
-def _value(data: bytes) -> Any:
-    """JSON bytes as a value that can be part of other JSON; text where they are none."""
+def _shown(value: Any) -> str:
     import msgspec
 
-    if not data:
-        return None
-    try:
-        return msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return data.decode("utf-8", "backslashreplace")
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({len(text):,} characters)"
 
 
-def _shown(data: bytes) -> str:
-    text = data.decode("utf-8", "backslashreplace")
-    return text[:SHOWN_BYTES] + (f"… ({len(data):,} bytes)" if len(text) > SHOWN_BYTES else "") or "-"
-
-
-def _shown_attempt(attempt: dict[str, object]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in attempt.items())
+def _attempt(attempt: AttemptView) -> str:
+    text = f"{attempt.state} at {moment(attempt.ended_at)}"
+    if attempt.error is None:
+        return text
+    trace = f"\n{attempt.error.trace.rstrip()}" if attempt.error.trace else ""
+    return f"{text}, {attempt.error.type}: {attempt.error.message}{trace}"

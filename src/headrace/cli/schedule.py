@@ -1,4 +1,4 @@
-"""`headrace schedule`: look at what runs by the clock."""
+"""`headrace schedule`: list schedules."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from headrace.cli.printing import moment, say, say_json, table
 if TYPE_CHECKING:
     from headrace.store.protocol import Schedule
 
-app = typer.Typer(no_args_is_help=True, help="Look at what runs by the clock.")
+app = typer.Typer(no_args_is_help=True, help="List schedules.")
 
 
 @app.callback()
 def group() -> None:
-    """Look at what runs by the clock."""
+    """List schedules."""
 
 
 @app.command("list")
 def list_(store: StoreOption = None, server: ServerOption = None, json: JsonOption = False) -> None:
-    """The schedules that workers made known, and when they tick.
+    """List the schedules that workers have registered, with their next and last ticks.
 
-    One that is `gone` is not in its app's code any more; one that is `overdue` has no worker that runs.
+    State `gone`: the app's code has no such schedule any more. State `overdue`: no worker of the app runs.
     """
     settings = settings_of(store=place_of(store, server))
 
-    async def look() -> tuple[list[Schedule], int]:
+    async def read() -> tuple[list[Schedule], int]:
         async with opened(settings, must_exist=True) as engine:
             return await engine.store.schedules(engine.environment), engine.clock.now_us()
 
-    found, now_us = run_async(look())
+    schedules, now_us = run_async(read())
     grace_us = settings.limits.schedule_grace_ms * 1_000
-    rows = [_row(one, now_us - grace_us) for one in found]
+    rows = [_row(schedule, now_us - grace_us) for schedule in schedules]
     if json:
         say_json({"schedules": rows})
         return
@@ -58,20 +58,20 @@ def list_(store: StoreOption = None, server: ServerOption = None, json: JsonOpti
     )
 
 
-def _row(one: Schedule, late_us: int) -> dict[str, Any]:
-    """A schedule as it is shown; `next_us` and `last_us` are None where there is no such tick."""
+def _row(schedule: Schedule, late_us: int) -> dict[str, Any]:
+    """Return a schedule as shown; `next_us` and `last_us` are None where there is no such tick."""
     from headrace.runtime.tasks.schedule_spec import rule_known_as
 
-    next_us = None if one.gone_us else rule_known_as(one).after(one.last_us)
-    state = "gone" if one.gone_us else "overdue" if next_us is not None and next_us < late_us else "on"
+    next_us = None if schedule.gone_us else rule_known_as(schedule).after(schedule.last_us)
+    state = "gone" if schedule.gone_us else "overdue" if next_us is not None and next_us < late_us else "on"
     return {
-        "name": one.name,
-        "app": one.app,
-        "task": one.task,
-        "expression": one.expression,
-        "zone": one.zone,
+        "name": schedule.name,
+        "app": schedule.app,
+        "task": schedule.task,
+        "expression": schedule.expression,
+        "zone": schedule.zone,
         "state": state,
         "next_us": next_us,
-        "last_us": one.ticked_us or None,
-        "gone_us": one.gone_us or None,
+        "last_us": schedule.ticked_us or None,
+        "gone_us": schedule.gone_us or None,
     }

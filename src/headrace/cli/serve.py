@@ -1,4 +1,4 @@
-"""`headrace serve`: the engine on the network, and an app's tasks run beside it; one command is a whole system."""
+"""`headrace serve`: serve the HTTP and gRPC APIs, and run an app's tasks in the same process."""
 
 from __future__ import annotations
 
@@ -20,38 +20,53 @@ if TYPE_CHECKING:
     from headrace.http.requests.service import Service
 
 LEAVE_S: Final = 20.0
-"""What a server may need beyond its graces for streams, runs and outcomes, before its supervisor kills it."""
+"""Seconds that a server may need beyond its grace periods before its supervisor kills it."""
 
 
 def command(
     app: Annotated[
-        str, typer.Argument(metavar="[MODULE_OR_FILE:APP]", help="The Headrace whose tasks are run here too.")
+        str,
+        typer.Argument(metavar="[MODULE_OR_FILE:APP]", help="The app whose tasks run in this process. Default: none."),
     ] = "",
     store: StoreOption = None,
-    host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Where to listen. Default: 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(metavar="N", help="The port. Default: 8000; 0 is any.")] = None,
-    workers: Annotated[int, typer.Option(metavar="N", min=1, max=256, help="Processes that serve and work.")] = 1,
-    concurrency: Annotated[int | None, typer.Option(metavar="N", help="Runs under way at once, a process.")] = None,
-    no_worker: Annotated[bool, typer.Option("--no-worker", help="Serve only; run no tasks here.")] = False,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Let in who shows no key; on loopback only.")] = False,
+    host: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The address to listen on. Default: 127.0.0.1.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="N", help="The port to listen on; 0 takes a free one. Default: 8000.")
+    ] = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, max=256, help="Run N server processes on one port.")] = 1,
+    concurrency: Annotated[
+        int | None, typer.Option(metavar="N", help="Run at most N tasks at a time in each process.")
+    ] = None,
+    no_worker: Annotated[bool, typer.Option("--no-worker", help="Serve only; run no tasks.")] = False,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Disable authentication (loopback addresses only).")
+    ] = False,
     delivery: Annotated[
         str | None,
         typer.Option(
-            metavar="pull|push|both", help="How activations reach workers over gRPC. Default: pull, where that is safe."
+            metavar="pull|push|both",
+            help="How gRPC workers get activations. Default: pull, on loopback or signed.",
         ),
     ] = None,
     ack: Annotated[
         str | None,
-        typer.Option(metavar="committed|received", help="When a report over gRPC is answered. Default: committed."),
+        typer.Option(
+            metavar="committed|received",
+            help="Answer a gRPC report after its commit, or when it is received. Default: committed.",
+        ),
     ] = None,
-    tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="The certificate and its chain, PEM.")] = None,
-    tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="The key of that certificate, PEM.")] = None,
+    tls_cert: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The server's certificate with its chain, PEM.")
+    ] = None,
+    tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="The certificate's private key, PEM.")] = None,
     number: Annotated[int, typer.Option(hidden=True)] = 0,
     lifeline: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     """Serve batches over HTTP and gRPC until SIGINT or SIGTERM, and run an app's tasks in the same process.
 
-    A stop takes no new streams, lets those under way end, and flushes everything. A second signal stops now.
+    On a signal the server refuses new streams, finishes open ones and writes all outcomes. A second signal stops now.
     """
     from headrace.cli.opening import run_async, settings_of
     from headrace.cli.target_loader import load_app
@@ -89,28 +104,35 @@ def command(
 
 def _check(settings: Settings, *, no_auth: bool, workers: int) -> None:
     from headrace.foundation.errors import InvalidSetting
+    from headrace.foundation.settings import hidden
 
     if no_auth and not _is_loopback(settings.host):
         raise InvalidSetting(
-            f"--no-auth lets anybody in who can reach {settings.host}",
+            f"--no-auth on {settings.host} would give access without a key to everyone who can reach it",
             hint="listen on 127.0.0.1, or make a key with `headrace key create`",
         )
     if urlsplit(settings.store).scheme in ("http", "https"):
-        raise InvalidSetting("a server keeps a store of its own", hint="name a database with --store")
+        raise InvalidSetting(
+            f"expected a database for --store, got {hidden('store', settings.store)}",
+            hint="a server keeps its own store: name a SQLite file or PostgreSQL",
+        )
     if (settings.tls_cert is None) != (settings.tls_key is None):
         missing = "tls_key" if settings.tls_key is None else "tls_cert"
-        raise InvalidSetting(f"a certificate goes with its key: {missing} is not set", hint="set both, or neither")
+        raise InvalidSetting(
+            f"expected tls_cert and tls_key together, but {missing} is not set", hint="set both, or neither"
+        )
     if settings.delivery is not None and not settings.grpc_secrets and not _is_loopback(settings.host):
         raise InvalidSetting(
-            f"grpc_secrets is not set: anybody who can reach {settings.host} could take activations and report on them",
+            f"grpc_secrets is not set: every host that can reach {settings.host} could take activations",
             hint="set HEADRACE_GRPC_SECRETS, or listen on 127.0.0.1",
         )
     if settings.delivery in ("push", "both") and not settings.push:
         raise InvalidSetting(
-            "push is not set: there is nobody to push to", hint="HEADRACE_PUSH=application=http://host:port"
+            f"--delivery {settings.delivery} requires push, which is not set",
+            hint="HEADRACE_PUSH=application=http://host:port",
         )
     if workers > 1 and not settings.port:
-        raise InvalidSetting("several processes need one port to share", hint="name it with --port")
+        raise InvalidSetting("several processes share one port, and none is set", hint="name it with --port")
 
 
 def _is_loopback(host: str) -> bool:
@@ -141,15 +163,17 @@ async def _serve(
         from headrace.http.requests.service import Service
         from headrace.http.server.server import Tls, serving
     except ModuleNotFoundError as error:
-        raise InvalidSetting(f"serving needs {error.name}", hint="pip install 'headrace[server]'") from None
+        raise InvalidSetting(
+            f"the server requires the package {error.name}", hint="pip install 'headrace[server]'"
+        ) from None
 
     tls = None
-    if settings.tls_cert and settings.tls_key:  # what is no certificate is refused before anything is opened
+    if settings.tls_cert and settings.tls_key:  # an invalid certificate is refused before anything is opened
         tls = Tls(settings.tls_cert, settings.tls_key).context()
     if settings.push and settings.delivery not in ("push", "both"):
-        note(f"{who}HEADRACE_PUSH names endpoints, and nothing is pushed: --delivery push or both does")
+        note(f"{who}HEADRACE_PUSH is set but not used: add --delivery push or both")
     async with AsyncExitStack() as stack:
-        promise = "streams under way may end, and so may runs"
+        promise = "open streams and running tasks may finish"
         stop = stack.enter_context(stopping(who, promise, lifeline=lifeline))
         if app is None:
             engine = await stack.enter_async_context(opened(settings))
@@ -171,7 +195,7 @@ async def _serve(
             serving(service, settings.host, settings.port, is_shared=bool(who), grpc=grpc, tls=tls)
         )
         if not is_open and settings.api_key is None and not await engine.store.keys(settings.environment):
-            note(f"{who}no key lets anybody in yet: `headrace key create` makes one")
+            note(f"{who}there is no API key yet: create one with `headrace key create`")
         tasks = ", ".join(app.registry.names) if app is not None and works else "none"
         note(f"{who}serving {shown_store(settings)} on {server.url}, tasks run here: {tasks or 'none'}")
         await stop.wait()
@@ -179,7 +203,7 @@ async def _serve(
 
 @asynccontextmanager
 async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServer | None]:
-    """What answers gRPC on the same port; None without the packages for it, when nobody asked for any."""
+    """Make the gRPC server for the same port; None when its packages are missing and no gRPC setting is set."""
     from headrace.foundation.errors import InvalidSetting
 
     try:
@@ -188,7 +212,9 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
         from headrace.http.grpc_mount.mounting import answering, pushing
     except ModuleNotFoundError as error:
         if settings.delivery is not None or settings.grpc_secrets:
-            raise InvalidSetting(f"gRPC needs {error.name}", hint="pip install 'headrace[grpc]'") from None
+            raise InvalidSetting(
+                f"gRPC requires the package {error.name}", hint="pip install 'headrace[grpc]'"
+            ) from None
         yield None
         return
     delivery = settings.delivery

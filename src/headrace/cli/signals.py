@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as calls on the loop of a command."""
+"""SIGINT and SIGTERM as calls on a command's event loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Signals:
-    """SIGINT and SIGTERM as calls on the loop, while the block lasts."""
+    """Call a function on the loop for SIGINT and SIGTERM while the block lasts."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self._call = call
@@ -18,7 +18,7 @@ class Signals:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._loop.add_signal_handler(number, self._call)
-            except (NotImplementedError, RuntimeError, ValueError):  # not the main thread: nobody sends it signals
+            except (NotImplementedError, RuntimeError, ValueError):  # not the main thread, which gets no signals
                 return
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""How a long command ends: a first signal asks for good order, a second for now, and nobody outlives its supervisor."""
+"""Stopping long commands: the first signal stops gracefully, the second at once; workers end with their supervisor."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ STOPPED_NOW: Final = 130
 
 @contextmanager
 def stopping(who: str, promise: str, *, lifeline: int = -1) -> Iterator[asyncio.Event]:
-    """An event that is set by SIGINT, by SIGTERM, and by the end of whoever holds the other end of `lifeline`.
+    """Provide an event that is set by SIGINT, SIGTERM, or the end of the process at the other end of `lifeline`.
 
-    `promise` says what happens until the process has ended. A second signal ends it now: what was under way is
-    recovered by whoever looks first.
+    `promise` tells the user what happens until the process ends. A second signal ends it at once; its leases are
+    recovered by other processes.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -29,13 +29,13 @@ def stopping(who: str, promise: str, *, lifeline: int = -1) -> Iterator[asyncio.
         if stop.is_set():
             note(f"{who}stopped")
             os._exit(STOPPED_NOW)
-        note(f"{who}stopping: {promise} (again: stop now)")
+        note(f"{who}stopping: {promise} (repeat the signal to stop now)")
         stop.set()
 
     def orphaned() -> None:
         loop.remove_reader(lifeline)
         if not stop.is_set():
-            note(f"{who}its supervisor is gone")
+            note(f"{who}the supervisor has ended")
             stopped()
 
     with Signals(stopped):
@@ -45,9 +45,9 @@ def stopping(who: str, promise: str, *, lifeline: int = -1) -> Iterator[asyncio.
 
 
 async def supervised(flags: Sequence[str], *, count: int, noun: str, grace_s: float, where: str) -> int:
-    """Keep `count` processes of a command alive until a signal ends them all; answers the exit code.
+    """Keep `count` processes of a command alive until a signal ends them all; return the exit code.
 
-    Each is told its number, and a descriptor that ends when this process does.
+    Each gets its number, and a file descriptor that closes when this process ends.
     """
     from headrace.runtime.worker.process_supervisor import Supervisor
 

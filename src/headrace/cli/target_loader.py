@@ -1,7 +1,7 @@
-"""Finding the task that a command line names: `module:attribute` or `path/file.py:attribute`.
+"""Loader of the task, app or indexer that a command line names: `module:attribute` or `path/file.py:attribute`.
 
-A file is imported as a script would be: its directory comes first on the module path, so that what lies beside it
-can be imported, by it and by child processes.
+A file is imported as a script would be: its directory comes first on the module path, so that modules beside it can be
+imported, also by child processes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NamedTuple
@@ -19,35 +20,37 @@ from headrace.foundation.errors import InvalidInput
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
 
-_FORM: Final = "write MODULE:TASK or path/to/file.py:TASK"
-_INDEXER_FORM: Final = "write MODULE:INDEXER or path/to/file.py:INDEXER"
-_APP_FORM: Final = "write MODULE:APP or path/to/file.py:APP"
+_TASK_FORM: Final = "MODULE:TASK or path/to/file.py:TASK"
+_INDEXER_FORM: Final = "MODULE:INDEXER or path/to/file.py:INDEXER"
+_APP_FORM: Final = "MODULE:APP or path/to/file.py:APP"
 
 
 class Loaded(NamedTuple):
-    """What a target names. `handle` is the task of an app, None for a plain function."""
+    """A loaded target. `handle` is the task of an app, None for a plain function."""
 
     handle: Any
     function: Any
 
 
 def load_target(target: str) -> Loaded:
-    """Import the task that `target` names. Raises `InvalidInput` that says what is missing, or what broke on import."""
-    found = _found(target, "a task", _FORM)
+    """Import the task that `target` names. Raises `InvalidInput`, also when the import fails."""
+    found = _attribute(target, _TASK_FORM, tasks_of, "tasks")
     if isinstance(getattr(found, "spec", None), TaskSpec):
         return Loaded(found, found.spec.function)
     if isinstance(found, type) or not callable(found):
         raise InvalidInput(
-            f"{target} is not a task but {_kind_of(found)}", hint="name a function, with or without @app.task"
+            f"expected a task at {target}, got {_kind_of(found)}", hint="name a function, with or without @app.task"
         )
     return Loaded(None, found)
 
 
 def load_app(target: str) -> Any:
     """Import the app that `target` names. Raises `InvalidInput`."""
-    found = _found(target, "an app", _APP_FORM)
+    found = _attribute(target, _APP_FORM, _apps_of, "apps")
     if not isinstance(getattr(found, "registry", None), Registry):
-        raise InvalidInput(f"{target} is not an app but {_kind_of(found)}", hint="name a Headrace(…) of the module")
+        raise InvalidInput(
+            f"expected an app at {target}, got {_kind_of(found)}", hint="name a Headrace(…) of the module"
+        )
     return found
 
 
@@ -55,30 +58,31 @@ def load_indexer(target: str) -> Any:
     """Import the indexer that `target` names. Raises `InvalidInput`."""
     from headrace.runtime.indexing.pipeline import Definition  # only here: child processes of workers need none of it
 
-    found = _found(target, "an indexer", _INDEXER_FORM)
+    found = _attribute(target, _INDEXER_FORM, _indexers_of, "indexers")
     if not isinstance(getattr(found, "definition", None), Definition):
         raise InvalidInput(
-            f"{target} is not an indexer but {_kind_of(found)}", hint="name an app.indexer(…) of the module"
+            f"expected an indexer at {target}, got {_kind_of(found)}", hint="name an app.indexer(…) of the module"
         )
     return found
 
 
-def _found(target: str, what: str, form: str) -> Any:
+def _attribute(target: str, form: str, names_of: Callable[[ModuleType], list[str]], plural: str) -> Any:
+    """Import the module or file of a target and return the named attribute. `names_of` lists what it may be."""
     place, colon, attribute = target.rpartition(":")
     if not colon or not place or not attribute:
-        raise InvalidInput(f"{target!r} does not name {what}", hint=form)
+        raise InvalidInput(f"expected {form}, got {target!r}")
     is_file = place.endswith(".py") or "/" in place or os.sep in place
     module = _from_file(place) if is_file else _from_name(place)
     found: Any = module
     for part in attribute.split("."):
         found = getattr(found, part, None)
     if found is None:
-        raise InvalidInput(f"{place} has no {attribute!r}", hint=_hint(module))
+        raise InvalidInput(f"{place} has no {attribute!r}", hint=_hint(module, names_of(module), plural))
     return found
 
 
 def tasks_of(module: ModuleType) -> list[str]:
-    """The names under which a module holds tasks."""
+    """Return the names under which a module holds tasks."""
     return [
         name
         for name, found in vars(module).items()
@@ -89,7 +93,7 @@ def tasks_of(module: ModuleType) -> list[str]:
 def _from_file(place: str) -> ModuleType:
     path = Path(place).expanduser().absolute()
     if not path.is_file():
-        what = "a directory" if path.is_dir() else "not there"
+        what = "a directory" if path.is_dir() else "missing"
         raise InvalidInput(f"{place} is {what}", hint="name a Python file: path/to/file.py:TASK")
     directory = str(path.parent)
     if directory not in sys.path:
@@ -102,12 +106,12 @@ def _from_file(place: str) -> ModuleType:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None and Path(spec.origin) == path:
             return _imported(place, lambda: importlib.import_module(name))
-    name = f"headrace_tasks_{name}"  # another module has that name already, or nothing can
+    name = f"headrace_tasks_{name}"  # another module has that name already, or it is no identifier
     if name in sys.modules and _is_at(sys.modules[name], path):
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise InvalidInput(f"{place} is not a Python file", hint=_FORM)
+        raise InvalidInput(f"{place} is not a Python file", hint=f"write {_TASK_FORM}")
     module, loader = importlib.util.module_from_spec(spec), spec.loader
 
     def load() -> ModuleType:
@@ -137,8 +141,12 @@ def _from_name(place: str) -> ModuleType:
     except Exception:  # noqa: BLE001 - a package above it may raise anything; the import below says what
         is_there = True
     if not is_there:
-        hint = f"did you mean {place}.py:…?" if Path(f"{place}.py").is_file() else "is it installed, or spelled so?"
-        raise InvalidInput(f"there is no module called {place!r}", hint=hint)
+        hint = (
+            f"did you mean {place}.py:…?"
+            if Path(f"{place}.py").is_file()
+            else "check its spelling, and that it is installed"
+        )
+        raise InvalidInput(f"no module is named {place!r}", hint=hint)
     return _imported(place, lambda: importlib.import_module(place))
 
 
@@ -148,18 +156,18 @@ def _imported(place: str, load: Any) -> ModuleType:
     except SyntaxError as error:
         raise InvalidInput(
             f"{place} is not valid Python: {error.msg} (line {error.lineno} of {error.filename})",
-            hint="run it with python to see the place",
+            hint="run it with python to see where",
         ) from error
     except (Exception, SystemExit) as error:
         raise InvalidInput(
             f"{place} failed to import: {type(error).__name__}: {error}{_where(error)}",
-            hint="python must be able to import it; HEADRACE_LOG_LEVEL=debug shows the traceback",
+            hint="Python must be able to import it; HEADRACE_LOG_LEVEL=debug shows the traceback",
         ) from error
     return module
 
 
 def _where(error: BaseException) -> str:
-    """The last line of the user's own code that was running."""
+    """Return the last line of the user's own code that was running."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -173,16 +181,27 @@ def _is_at(module: ModuleType, path: Path) -> bool:
     return file is not None and Path(file).absolute() == path
 
 
-def _hint(module: ModuleType) -> str:
-    tasks = tasks_of(module)
-    if tasks:
-        return f"its tasks are: {', '.join(tasks)}"
+def _indexers_of(module: ModuleType) -> list[str]:
+    from headrace.runtime.indexing.pipeline import Definition
+
+    return [name for name, value in vars(module).items() if isinstance(getattr(value, "definition", None), Definition)]
+
+
+def _apps_of(module: ModuleType) -> list[str]:
+    return [name for name, value in vars(module).items() if isinstance(getattr(value, "registry", None), Registry)]
+
+
+def _hint(module: ModuleType, names: list[str], plural: str) -> str:
+    if names:
+        return f"its {plural}: {', '.join(names)}"
+    if plural != "tasks":
+        return f"it has no {plural}"
     functions = [
         name
         for name, found in vars(module).items()
         if callable(found) and getattr(found, "__module__", None) == module.__name__ and not name.startswith("_")
     ]
-    return f"it has: {', '.join(functions[:10])}" if functions else "it holds no task and no function"
+    return f"its functions: {', '.join(functions[:10])}" if functions else "it has no task and no function"
 
 
 def _kind_of(found: object) -> str:

@@ -1,4 +1,4 @@
-"""`headrace verify`: count the ledger anew, from the chunks and not from the counters."""
+"""`headrace verify`: count the runs of batches from their chunks and compare with the counters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from headrace.cli.opening import JsonOption, StoreOption, find_batch, opened, run_async, settings_of
+from headrace.cli.opening import (
+    JsonOption,
+    ServerOption,
+    StoreOption,
+    find_batch,
+    opened,
+    place_of,
+    run_async,
+    settings_of,
+)
 from headrace.cli.printing import counted, say, say_json
 
 if TYPE_CHECKING:
@@ -18,12 +27,13 @@ PAGE_BATCHES: Final = 200
 
 
 def command(
-    batch: Annotated[str, typer.Argument(metavar="[BATCH]", help="A batch id or key; without one, all batches.")] = "",
+    batch: Annotated[str, typer.Argument(metavar="[BATCH]", help="A batch id or key. Default: all batches.")] = "",
     store: StoreOption = None,
+    server: ServerOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Count every run again and compare. Exit codes: 0 the ledger balances, 4 it does not."""
-    settings = settings_of(store=store)
+    """Count every run again and compare with the counters. Exit codes: 0 they agree, 4 they do not."""
+    settings = settings_of(store=place_of(store, server))
 
     async def count() -> list[Verification]:
         async with opened(settings, must_exist=True) as engine:
@@ -31,8 +41,8 @@ def command(
                 return [await engine.store.verify((await find_batch(engine, batch)).id)]
             return await verify_all(engine)
 
-    found = run_async(count())
-    wrong = [verification for verification in found if differences_of(verification)]
+    verifications = run_async(count())
+    wrong = [verification for verification in verifications if differences_of(verification)]
     if json:
         say_json(
             {
@@ -44,7 +54,7 @@ def command(
                         "ledger": verification.ledger._asdict(),
                         "differences": differences_of(verification),
                     }
-                    for verification in found
+                    for verification in verifications
                 ],
             }
         )
@@ -53,15 +63,15 @@ def command(
             say(f"{verification.batch_id} does not balance:")
             for difference in differences_of(verification):
                 say(f"  {difference}")
-        runs_count = sum(verification.ledger.expected for verification in found)
+        runs_count = sum(verification.ledger.expected for verification in verifications)
         verdict = f"{len(wrong):,} of them do not balance" if wrong else "the ledger balances"
-        say(f"{counted(len(found), 'batch')}, {counted(runs_count, 'run')}: {verdict}")
+        say(f"{counted(len(verifications), 'batch')}, {counted(runs_count, 'run')}: {verdict}")
     if wrong:
         raise typer.Exit(OUT_OF_BALANCE)
 
 
 async def verify_all(engine: Engine) -> list[Verification]:
-    """Every batch of the environment."""
+    """Verify every batch of the environment."""
     found: list[Verification] = []
     before_id = ""
     while True:
@@ -73,6 +83,6 @@ async def verify_all(engine: Engine) -> list[Verification]:
 
 
 def differences_of(verification: Verification) -> list[str]:
-    """What is wrong with a batch, the law of the ledger included."""
-    law = [] if verification.ledger.balances else [f"the ledger breaks its law: {verification.ledger._asdict()}"]
-    return [*verification.differences, *law]
+    """Return the differences of a batch, and whether its counts add up."""
+    broken_sums = [] if verification.ledger.balances else [f"the counts do not add up: {verification.ledger._asdict()}"]
+    return [*verification.differences, *broken_sums]

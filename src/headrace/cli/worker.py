@@ -1,4 +1,4 @@
-"""`headrace worker`: run an app's tasks until somebody stops it, in this process or in several."""
+"""`headrace worker`: run an app's tasks until a signal stops it, in this process or in several."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ if TYPE_CHECKING:
 
 TELL_S: Final = 10
 LEAVE_S: Final = 10.0
-"""What a worker may need beyond its two graces, for runs and for outcomes, before its supervisor kills it."""
+"""Seconds that a worker may need beyond its two grace periods before its supervisor kills it."""
 
 
 def command(
-    app: Annotated[str, typer.Argument(metavar="MODULE_OR_FILE:APP", help="The Headrace whose tasks are run.")],
+    app: Annotated[str, typer.Argument(metavar="MODULE_OR_FILE:APP", help="The app whose tasks to run.")],
     store: StoreOption = None,
     server: ServerOption = None,
-    concurrency: Annotated[int | None, typer.Option(metavar="N", help="Runs under way at once, a process.")] = None,
-    processes: Annotated[
-        int | None, typer.Option(metavar="N", help="Worker processes, kept alive by this one; 0: work in this one.")
+    concurrency: Annotated[
+        int | None, typer.Option(metavar="N", help="Run at most N tasks at a time in each process.")
     ] = None,
-    queues: Annotated[str, typer.Option(metavar="A,B", help="Only these queues; all without it.")] = "",
+    processes: Annotated[
+        int | None, typer.Option(metavar="N", help="Keep N worker processes alive; 0 works in this process.")
+    ] = None,
+    queues: Annotated[str, typer.Option(metavar="A,B", help="Take runs from these queues only. Default: all.")] = "",
     number: Annotated[int, typer.Option(hidden=True)] = 0,
     lifeline: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
-    """Run an app's tasks as they come, until SIGINT or SIGTERM: what is under way may end, the rest goes back.
+    """Run an app's tasks until SIGINT or SIGTERM: running tasks finish, others are requeued. A second signal stops now.
 
-    A second signal stops now. With --processes N there are N workers, each with a session of its own; one that dies
-    is replaced, and what it had begun is looked at as its runs are run again.
+    With --processes N there are N workers, each with its own session. A worker that crashes is replaced, and its runs
+    are recovered.
     """
     from headrace.cli.opening import place_of, run_async, settings_of
     from headrace.cli.target_loader import load_app
@@ -71,16 +73,16 @@ async def _work(app: Headrace, settings: Settings, queues: list[str] | None, num
     from headrace.cli.stopping import stopping
 
     who = f"worker {number}: " if number else ""
-    promise = "what is under way may end, what has not begun goes back"
+    promise = "running tasks may finish, the others are requeued"
     with stopping(who, promise, lifeline=lifeline) as stop:
         async with app, app.worker(queues=queues, processes=0) as worker:
             tasks = ", ".join(app.registry.names) or "none"
             note(f"{who}working on {shown_store(settings)}, queues: {', '.join(queues or ['all'])}, tasks: {tasks}")
-            told = worker.stats
+            stats = worker.stats
             while not stop.is_set():
                 with_news = asyncio.wait_for(stop.wait(), TELL_S)
                 await asyncio.gather(with_news, return_exceptions=True)
-                if worker.stats != told:
-                    told = worker.stats
-                    note(f"{who}{told.completed:,} completed, {told.failed:,} failed, {told.in_flight:,} under way")
+                if worker.stats != stats:
+                    stats = worker.stats
+                    note(f"{who}{stats.completed:,} completed, {stats.failed:,} failed, {stats.in_flight:,} running")
         note(f"{who}{worker.stats.completed:,} completed, {worker.stats.failed:,} failed")

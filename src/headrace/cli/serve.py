@@ -90,16 +90,8 @@ def command(
     loaded = load_app(app) if app else None
     if loaded is not None:
         loaded.use(settings)
-    run_async(
-        _serve(
-            settings,
-            loaded,
-            works=not no_worker,
-            is_open=no_auth,
-            who=f"server {number}: " if number else "",
-            lifeline=lifeline,
-        )
-    )
+    who = f"server {number}: " if number else ""
+    run_async(_serve(settings, loaded, works=not no_worker, is_open=no_auth, who=who, lifeline=lifeline))
 
 
 def _check(settings: Settings, *, no_auth: bool, workers: int) -> None:

@@ -104,7 +104,7 @@ async def complete(engine: Any) -> int:
         if not leases:
             return count
         await store.settle([settlement_of(lease) for lease in leases], now_us=now_us)
-        count += sum(len(lease.places) for lease in leases)
+        count += sum(len(lease.span_slots) for lease in leases)
 
 
 class Client:

@@ -192,7 +192,7 @@ async def test_a_stream_that_was_ended_by_others_is_followed_by_another(kind: st
         first = await task.enqueue(1)
         (session,) = await engine.store.sessions()
         now_us = engine.clock.now_us() + 1
-        nobody = Suspects(places={}, evidence="")
+        nobody = Suspects(span_slots={}, evidence="")
         await engine.store.recover(session.id, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
         runs = await asyncio.gather(*(task.enqueue(item) for item in range(2, 50)))
         assert {run.batch_id for run in runs}.isdisjoint({first.batch_id})

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from headrace.core.block import Chunk, Coalescer, Extra, narrowed
 from headrace.core.pack import JSON, TEXT, unpack
-from headrace.core.span import Key, decode_places
+from headrace.core.span import Key, decode_uint16s
 
 KEYS = [Key("a"), Key("b", priority=1), Key("a", queue="other")]
 RUNS = st.lists(
@@ -24,17 +24,17 @@ def told(chunks: list[Chunk]) -> Told:
     for chunk in chunks:
         payloads, kinds = unpack(chunk.items)
         keys = {
-            position: key
-            for key, positions in chunk.spans.items()
-            for position in (range(chunk.runs_count) if positions is None else decode_places(positions))
+            block_offset: key
+            for key, block_offsets in chunk.spans.items()
+            for block_offset in (range(chunk.runs_count) if block_offsets is None else decode_uint16s(block_offsets))
         }
         assert len(keys) == chunk.runs_count, "each run is in one span"
-        for position, payload in enumerate(payloads):
-            index = chunk.index_at(position)
+        for block_offset, payload in enumerate(payloads):
+            index = chunk.index_at(block_offset)
             assert chunk.first_index <= index <= chunk.last_index
             assert index not in found
-            kind = kinds[position] if kinds else JSON
-            found[index] = (payload, keys[position], kind, chunk.extras.get(position))
+            kind = kinds[block_offset] if kinds else JSON
+            found[index] = (payload, keys[block_offset], kind, chunk.extras.get(block_offset))
     return found
 
 
@@ -110,5 +110,5 @@ def test_a_narrowed_chunk_holds_the_runs_that_were_kept_and_no_others(
     keep = sorted(data.draw(st.sets(st.integers(0, chunk.runs_count - 1))))
     kept = narrowed(chunk, keep)
     whole = told([chunk])
-    wanted = {chunk.index_at(position) for position in keep}
+    wanted = {chunk.index_at(block_offset) for block_offset in keep}
     assert (told([kept]) if kept is not None else {}) == {i: run for i, run in whole.items() if i in wanted}

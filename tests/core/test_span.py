@@ -34,14 +34,14 @@ def leased(count: int = 8, **changes: object) -> Span:
 
 
 def report(
-    of: Span, codes: str, places: list[int] | None = None, dues_us: tuple[int, ...] = (), part_no: int = 0
+    of: Span, codes: str, span_slots: list[int] | None = None, dues_us: tuple[int, ...] = (), part_no: int = 0
 ) -> Settlement:
     """A settlement with a result for each code."""
     return Settlement(
         span_id=of.id,
         token=of.token,
         part_no=part_no,
-        places=None if places is None else span.encode_places(places),
+        span_slots=None if span_slots is None else span.encode_uint16s(span_slots),
         codes=codes.encode(),
         results=pack([b"1"] * len(codes)),
         dues_us=dues_us,
@@ -60,30 +60,30 @@ def living(spans: list[Span]) -> dict[int, int]:
     found: dict[int, int] = {}
     for one in spans:
         assert one.unsettled_count == run.unsettled_count(one.states)
-        for position, state in zip(span.positions_of(one), one.states, strict=True):
+        for block_offset, state in zip(span.block_offsets_of(one), one.states, strict=True):
             if state != run.MOVED:
-                assert position not in found, "a run lives in one span"
-                found[position] = state
+                assert block_offset not in found, "a run lives in one span"
+                found[block_offset] = state
     return found
 
 
 @given(st.integers(1, 40), st.data())
 def test_a_split_moves_runs_and_loses_none(count: int, data: st.DataObject) -> None:
     whole = leased(count)
-    places = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=1)))
-    kept, taken = span.split(whole, places)
+    span_slots = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=1)))
+    kept, taken = span.split(whole, span_slots)
     assert living([kept, taken]) == dict.fromkeys(range(count), run.WAITING)
-    assert list(span.positions_of(taken)) == places
+    assert list(span.block_offsets_of(taken)) == span_slots
     assert (taken.id, taken.token, taken.session_id) == (0, 0, "")
-    assert (kept.state == span.DONE) == (len(places) == count)
+    assert (kept.state == span.DONE) == (len(span_slots) == count)
 
 
 def test_a_small_claim_takes_the_first_and_leaves_the_rest_claimable() -> None:
     waiting = msgspec.structs.replace(leased(10), state=WAITING)
     kept, taken = span.take_first(waiting, 3)
-    assert (list(span.positions_of(taken)), kept.states, kept.state) == ([0, 1, 2], b"mmmwwwwwww", WAITING)
+    assert (list(span.block_offsets_of(taken)), kept.states, kept.state) == ([0, 1, 2], b"mmmwwwwwww", WAITING)
     again, more = span.take_first(kept, 3)
-    assert (list(span.positions_of(more)), again.unsettled_count) == ([3, 4, 5], 4)
+    assert (list(span.block_offsets_of(more)), again.unsettled_count) == ([3, 4, 5], 4)
 
 
 def test_a_lease_raises_the_fence() -> None:
@@ -112,7 +112,7 @@ def test_settling_in_parts_comes_to_what_settling_at_once_does(count: int, data:
     cut = data.draw(st.integers(0, count))
     for number, piece in enumerate((sorted(order[:cut]), sorted(order[cut:]))):
         if piece:
-            verdict = settle(now, report(now, "".join(codes[place] for place in piece), piece, part_no=number))
+            verdict = settle(now, report(now, "".join(codes[span_slot] for span_slot in piece), piece, part_no=number))
             assert verdict.span is not None
             now, total = verdict.span, total.plus(verdict.counts)
     assert (now, total) == (at_once.span, at_once.counts)
@@ -123,9 +123,9 @@ def test_a_run_can_not_end_twice_under_one_lease() -> None:
     one = leased(3)
     after = settle(one, report(one, "c", [1])).span
     assert after is not None
-    for codes, places in (("c", [1]), ("ccc", None)):
+    for codes, span_slots in (("c", [1]), ("ccc", None)):
         with pytest.raises(IllegalTransition):
-            settle(after, report(one, codes, places, part_no=1))
+            settle(after, report(one, codes, span_slots, part_no=1))
     assert after.states == b"wcw", "the error changed nothing"
 
 
@@ -142,7 +142,7 @@ def test_retries_due_together_are_one_span_of_the_next_attempt() -> None:
     verdict = settle(one, report(one, "crrcrr", None, (soon, soon + 1_000, late, soon)))
     assert verdict.span is not None
     assert verdict.span.states == b"cmmcmm"
-    assert [list(span.positions_of(fresh)) for fresh in verdict.spans] == [[1, 2, 5], [4]]
+    assert [list(span.block_offsets_of(fresh)) for fresh in verdict.spans] == [[1, 2, 5], [4]]
     assert {(fresh.attempt, fresh.state, fresh.token, fresh.order_no) for fresh in verdict.spans} == {
         (3, "delayed", 0, 5)
     }
@@ -172,7 +172,7 @@ def test_a_crash_is_charged_to_what_had_begun_and_to_nothing_else() -> None:
     verdict = crash(one, [1, 4])
     assert verdict.span is not None
     (guilty,) = verdict.spans
-    assert (list(span.positions_of(guilty)), guilty.crashes_count, guilty.attempt) == ([1, 4], 1, 1)
+    assert (list(span.block_offsets_of(guilty)), guilty.crashes_count, guilty.attempt) == ([1, 4], 1, 1)
     assert (verdict.span.crashes_count, verdict.span.states, verdict.span.state) == (0, b"wmwwmw", WAITING)
 
 
@@ -189,7 +189,7 @@ def test_from_the_second_crash_on_suspects_are_bisected() -> None:
     assert first.crashes_count == 1
     again = span.leased(first, session_id="s", claim_no=2)
     verdict = crash(again, list(range(8)))
-    assert [list(span.positions_of(half)) for half in verdict.spans] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [list(span.block_offsets_of(half)) for half in verdict.spans] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert {half.crashes_count for half in verdict.spans} == {2}
 
 
@@ -202,12 +202,12 @@ def test_the_run_that_kills_is_found_and_the_others_go_on(count: int, data: st.D
     crashes_count = 0
     while waiting:
         now = span.leased(waiting.pop(0), session_id="s", claim_no=crashes_count)
-        places = span.unsettled_places(now)
-        if killer in [span.positions_of(now)[place] for place in places]:
+        span_slots = span.unsettled_slots(now)
+        if killer in [span.block_offsets_of(now)[span_slot] for span_slot in span_slots]:
             crashes_count += 1
-            verdict = crash(now, places, crashes_max)
+            verdict = crash(now, span_slots, crashes_max)
         else:
-            verdict = settle(now, report(now, "c" * len(places), places))
+            verdict = settle(now, report(now, "c" * len(span_slots), span_slots))
         assert verdict.span is not None
         for after in (verdict.span, *verdict.spans):
             (waiting if after.state == WAITING else ended).append(after)
@@ -221,8 +221,8 @@ def test_the_killer_fails_with_its_evidence() -> None:
     alone = leased(1, crashes_count=4, crashes_alone_count=2)
     verdict = crash(alone, [0])
     assert verdict.part is not None
-    ((position, code, result, _),) = span.results_of(verdict.part)
-    assert (position, code) == (0, run.FAILED)
+    ((block_offset, code, result, _),) = span.results_of(verdict.part)
+    assert (block_offset, code) == (0, run.FAILED)
     failure = decode(result)
     assert (failure.type, failure.crashes) == ("WorkerCrashed", 5)
     assert "signal 9" in failure.message
@@ -250,11 +250,18 @@ def test_a_redrive_starts_over_and_counts_back() -> None:
     assert ended is not None
     kept, fresh, change = span.redrive(ended, None, clock=3)
     assert fresh is not None
-    assert (list(span.positions_of(fresh)), fresh.attempt, fresh.crashes_count, fresh.expires_us) == ([1, 2], 1, 0, 0)
+    assert (list(span.block_offsets_of(fresh)), fresh.attempt, fresh.crashes_count, fresh.expires_us) == (
+        [1, 2],
+        1,
+        0,
+        0,
+    )
     assert (kept.states, change) == (b"cmmx", Counts(failed=-2))
     _, named, change = span.redrive(ended, {0, 3}, clock=3)
     assert named is not None
-    assert (list(span.positions_of(named)), change) == ([3], Counts(cancelled=-1)), "success is not sent round again"
+    assert (list(span.block_offsets_of(named)), change) == ([3], Counts(cancelled=-1)), (
+        "success is not sent round again"
+    )
 
 
 def test_a_lease_is_only_of_a_waiting_span() -> None:

@@ -22,7 +22,7 @@ from typing import Final
 import pytest
 
 from headrace.core import run
-from headrace.core.span import decode_places
+from headrace.core.span import decode_uint16s
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(300)]
 
@@ -83,7 +83,7 @@ class Story:
             firsts = dict(connection.execute("SELECT id, first_index FROM block WHERE gaps IS NULL"))
             rows = connection.execute("SELECT block_id, positions, states FROM span")
             for block_id, positions, states in rows:
-                places = range(len(states)) if positions is None else decode_places(positions)
+                places = range(len(states)) if positions is None else decode_uint16s(positions)
                 ended = (place for place, state in zip(places, states, strict=True) if state in run.FINAL)
                 found.update(firsts[block_id] + place for place in ended)
         return found

@@ -14,7 +14,7 @@ from headrace.core import run
 from headrace.core.batch import Batch
 from headrace.core.block import Chunk
 from headrace.core.pack import REFERENCE, unpack
-from headrace.core.span import LEASED, SETTLED, Settlement, Span, positions_of
+from headrace.core.span import LEASED, SETTLED, Settlement, Span, block_offsets_of
 from headrace.store.memory import MemoryStore
 from headrace.store.memory.reads import indexes_of
 from headrace.store.protocol import Lease
@@ -90,17 +90,17 @@ class Watch:
             self._blocks_seen += 1
             block = tables.blocks[self._blocks_seen]
             payloads, kinds = unpack(block.chunk.items)
-            for position, index in enumerate(indexes_of(block.chunk)):
-                home = block.id, position
+            for block_offset, index in enumerate(indexes_of(block.chunk)):
+                home = block.id, block_offset
                 self._names[home] = block.batch_id, index
                 if (block.batch_id, index) in self._by_name:
                     self._fault(f"run {block.batch_id}/{index} is stored twice")
                 self._by_name[block.batch_id, index] = home
-                extra = block.chunk.extras.get(position)
+                extra = block.chunk.extras.get(block_offset)
                 if extra is not None and extra.link:
                     continue  # its key named a run already: it is received, and has that run's outcome
-                if not kinds or kinds[position] != REFERENCE:
-                    self._know(int(payloads[position]), home)
+                if not kinds or kinds[block_offset] != REFERENCE:
+                    self._know(int(payloads[block_offset]), home)
 
     def _know(self, value: int, home: Home) -> None:
         before = self._home_of.get(value)
@@ -114,10 +114,10 @@ class Watch:
             if seen.get(span_id) is span:
                 continue
             seen[span_id] = span
-            for position, state in zip(positions_of(span), span.states, strict=True):
+            for block_offset, state in zip(block_offsets_of(span), span.states, strict=True):
                 if state == run.MOVED:
                     continue
-                home = span.block_id, position
+                home = span.block_id, block_offset
                 before = states.get(home)
                 if before is not None and before != state and before in run.FINAL:
                     if not is_redrive:

@@ -201,14 +201,14 @@ async def test_a_settlement_that_can_not_be_changes_nothing(world: World) -> Non
     for bad in (
         settlement_of(lease, "cmc", part_no=1),
         settlement_of(lease, "wss", part_no=1),
-        settlement_of(lease, "cc", places=[1, 3], part_no=1),
-        settlement_of(lease, "cc", places=[1, 1], part_no=1),
-        settlement_of(lease, "rr", places=[1, 1], part_no=1),
-        settlement_of(lease, "cc", places=[1, 2], results=[b"1"], part_no=1),
-        Settlement(span_id=lease.span_id, token=lease.token, part_no=1, places=None, codes=b"cc", results=b""),
+        settlement_of(lease, "cc", span_slots=[1, 3], part_no=1),
+        settlement_of(lease, "cc", span_slots=[1, 1], part_no=1),
+        settlement_of(lease, "rr", span_slots=[1, 1], part_no=1),
+        settlement_of(lease, "cc", span_slots=[1, 2], results=[b"1"], part_no=1),
+        Settlement(span_id=lease.span_id, token=lease.token, part_no=1, span_slots=None, codes=b"cc", results=b""),
     ):
         with pytest.raises(IllegalTransition):
-            await world.store.settle([settlement_of(lease, places=[0]), bad], now_us=world.now_us)
+            await world.store.settle([settlement_of(lease, span_slots=[0]), bad], now_us=world.now_us)
     assert await world.states(batch_id) == ["leased"] * 3
     assert await world.settle(lease) == "settled"
 
@@ -216,9 +216,9 @@ async def test_a_settlement_that_can_not_be_changes_nothing(world: World) -> Non
 async def test_a_run_that_has_an_outcome_gets_no_other(world: World) -> None:
     batch_id, session_id = await world.filled(2), await world.session()
     (lease,) = await world.claim(session_id)
-    await world.settle(lease, "f", places=[0])
+    await world.settle(lease, "f", span_slots=[0])
     with pytest.raises(IllegalTransition):
-        await world.settle(lease, "c", places=[0], part_no=1)
+        await world.settle(lease, "c", span_slots=[0], part_no=1)
     assert await world.states(batch_id) == ["failed", "leased"]
 
 
@@ -291,9 +291,9 @@ async def test_a_batch_that_finishes_before_its_seal_is_completed_by_the_seal(wo
 async def test_the_last_outcome_completes_a_sealed_batch(world: World) -> None:
     batch_id, session_id = await world.filled(2), await world.session()
     (lease,) = await world.claim(session_id)
-    await world.settle(lease, places=[0])
+    await world.settle(lease, span_slots=[0])
     assert (await world.store.batch(batch_id))[0].state == "sealed"
-    await world.settle(lease, "f", places=[1], part_no=1)
+    await world.settle(lease, "f", span_slots=[1], part_no=1)
     assert (await world.store.batch(batch_id))[0].state == "completed"
 
 

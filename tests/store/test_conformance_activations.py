@@ -75,7 +75,7 @@ async def test_an_overdue_run_of_a_stopped_batch_is_cancelled(world: World) -> N
 async def test_of_a_shared_lease_the_first_outcome_of_a_run_stands_and_the_rest_is_recorded(world: World) -> None:
     batch_id = await world.filled(4)
     (lease,) = await world.claim(await world.session())
-    first = shared(lease, "c", places=[1], part_no=9_001, results=[b"7"])
+    first = shared(lease, "c", span_slots=[1], part_no=9_001, results=[b"7"])
     assert await settled(world, first) == ["settled"]
     told = shared(lease, "frrc", part_no=0, results=[BOOM, BOOM, BOOM, b"3"], dues_us=[0, 0], notes=("x", "y"))
     assert await settled(world, told) == ["settled"]
@@ -99,8 +99,8 @@ async def test_a_settlement_of_a_shared_lease_whose_runs_all_ended_changes_nothi
 async def test_two_shared_settlements_in_one_transaction_add_up(world: World) -> None:
     batch_id = await world.filled(3)
     (lease,) = await world.claim(await world.session())
-    one = shared(lease, "c", places=[0], part_no=1)
-    two = shared(lease, "ff", places=[0, 1], part_no=2, results=[BOOM, BOOM])
+    one = shared(lease, "c", span_slots=[0], part_no=1)
+    two = shared(lease, "ff", span_slots=[0, 1], part_no=2, results=[BOOM, BOOM])
     assert await settled(world, one, two) == ["settled", "settled"]
     assert await world.states(batch_id) == ["completed", "failed", "leased"]
 
@@ -154,7 +154,7 @@ async def test_a_key_leads_to_the_lease_of_its_run_until_that_has_ended(world: W
     assert await world.store.named_leases("default", "task", names) == []
     (lease,) = await world.claim(await world.session())
     found = await world.store.named_leases("default", "task", names)
-    assert [(one.key, one.place, one.attempt) for one in found] == [("id-0", 0, 1), ("id-1", 1, 1), ("id-2", 2, 1)]
+    assert [(one.key, one.span_slot, one.attempt) for one in found] == [("id-0", 0, 1), ("id-1", 1, 1), ("id-2", 2, 1)]
     assert {(one.span_id, one.token) for one in found} == {(lease.span_id, lease.token)}
     told = shared(lease, "crd", results=[b"1", BOOM, b""], dues_us=[0], notes=("n", "m"))
     await settled(world, told)
@@ -173,7 +173,7 @@ async def test_what_fails_for_good_is_a_dead_letter_where_it_was_asked_for(world
     plain, kept = await world.filled(2), await world.filled(3, key=DEAD)
     leases = await world.claim(await world.session())
     for lease in leases:
-        codes = {2: "ff", 3: "fcf"}[len(lease.places)]
+        codes = {2: "ff", 3: "fcf"}[len(lease.span_slots)]
         assert await world.settle(lease, codes) == "settled"
     found = await world.store.dead_letters("default")
     assert [(dead.batch_id, dead.index) for dead in found] == [(kept, 0), (kept, 2)]

@@ -56,16 +56,16 @@ async def test_r1_a_heartbeat_tells_what_the_store_thinks_is_leased(world: World
 async def test_r2_a_settlement_repeated_answers_recorded_and_a_stale_token_lost(world: World) -> None:
     batch_id, session_id = await world.filled(2), await world.session()
     (lease,) = await world.claim(session_id)
-    assert await world.settle(lease, "f", places=[0]) == "settled"
-    assert await world.settle(lease, "f", places=[0]) == "recorded"
+    assert await world.settle(lease, "f", span_slots=[0]) == "settled"
+    assert await world.settle(lease, "f", span_slots=[0]) == "recorded"
     assert await world.release(lease) == "settled"
     assert await world.release(lease) == "lost"
-    assert await world.settle(lease, "c", places=[1], part_no=1) == "lost"
+    assert await world.settle(lease, "c", span_slots=[1], part_no=1) == "lost"
     (newer,) = await world.claim(session_id)
-    assert (newer.span_id, newer.places, newer.token > lease.token) == (lease.span_id, [1], True)
-    assert await world.settle(lease, "f", places=[1], part_no=1) == "lost"
+    assert (newer.span_id, newer.span_slots, newer.token > lease.token) == (lease.span_id, [1], True)
+    assert await world.settle(lease, "f", span_slots=[1], part_no=1) == "lost"
     assert await world.release(lease) == "lost", "nor does it take the newer lease away"
-    assert await world.settle(lease, "f", places=[0]) == "recorded", "what was recorded stays so"
+    assert await world.settle(lease, "f", span_slots=[0]) == "recorded", "what was recorded stays so"
     assert await world.settle(newer) == "settled"
     assert await world.settle(newer) == "recorded"
     assert await world.states(batch_id) == ["failed", "completed"]
@@ -77,9 +77,9 @@ async def test_r2_one_call_settles_many_and_tells_each(world: World) -> None:
     first, second, third = await world.claim(session_id)
     await world.settle(first)
     await world.release(second)
-    parts = [settlement_of(third, places=[0, 1]), settlement_of(third, places=[0, 1])]
+    parts = [settlement_of(third, span_slots=[0, 1]), settlement_of(third, span_slots=[0, 1])]
     words = await world.store.settle(
-        [settlement_of(first), settlement_of(second), *parts, settlement_of(third, places=[2], part_no=1)],
+        [settlement_of(first), settlement_of(second), *parts, settlement_of(third, span_slots=[2], part_no=1)],
         now_us=world.now_us,
     )
     assert words == ["recorded", "lost", "settled", "recorded", "settled"]
@@ -88,15 +88,15 @@ async def test_r2_one_call_settles_many_and_tells_each(world: World) -> None:
 async def test_r19_part_of_a_lease_goes_back_and_the_rest_goes_on(world: World) -> None:
     batch_id, slow, idle = await world.filled(10), await world.session(), await world.session()
     (lease,) = await world.claim(slow)
-    some = Release(span_id=lease.span_id, token=lease.token, places=(4, 5, 6, 7, 8, 9))
-    assert await world.settle(lease, "c", places=[0]) == "settled"
+    some = Release(span_id=lease.span_id, token=lease.token, span_slots=(4, 5, 6, 7, 8, 9))
+    assert await world.settle(lease, "c", span_slots=[0]) == "settled"
     for _ in range(2):  # its answer may get lost
         assert await world.store.release([some], crashes_max=1, now_us=world.now_us) == ["settled"]
     assert indexes_of(await world.claim(idle, 4)) == [4, 5, 6, 7]
     assert await world.states(batch_id) == ["completed", *["leased"] * 7, "waiting", "waiting"]
     view = await world.store.run(batch_id, 5)
     assert (view.attempt, view.crashes_count) == (1, 0)
-    assert await world.settle(lease, "fcc", places=[1, 2, 3], part_no=1) == "settled"
+    assert await world.settle(lease, "fcc", span_slots=[1, 2, 3], part_no=1) == "settled"
     assert await world.store.release([some], crashes_max=1, now_us=world.now_us) == ["lost"], "the lease has ended"
     world.later(60)
     assert await world.recover(idle, NOBODY) == 1
@@ -107,10 +107,10 @@ async def test_r19_what_goes_back_to_a_stopped_batch_is_cancelled(world: World) 
     batch_id, session_id = await world.filled(4), await world.session()
     (lease,) = await world.claim(session_id)
     await world.store.stop_batch(batch_id, "cancelled", now_us=world.now_us)
-    some = Release(span_id=lease.span_id, token=lease.token, places=(2, 3))
+    some = Release(span_id=lease.span_id, token=lease.token, span_slots=(2, 3))
     assert await world.store.release([some], crashes_max=1, now_us=world.now_us) == ["settled"]
     assert await world.states(batch_id) == ["leased", "leased", "cancelled", "cancelled"]
-    assert await world.settle(lease, "cf", places=[0, 1]) == "settled"
+    assert await world.settle(lease, "cf", span_slots=[0, 1]) == "settled"
     assert await world.states(batch_id) == ["completed", "failed", "cancelled", "cancelled"]
 
 
@@ -182,7 +182,7 @@ async def test_r3_session_ids_are_never_reused(world: World) -> None:
 async def test_a_session_that_ends_in_good_order_gives_its_leases_back(world: World) -> None:
     batch_id, session_id = await world.filled(300), await world.session()
     leases = await world.claim(session_id)
-    await world.settle(leases[0], "cc", places=[0, 1])
+    await world.settle(leases[0], "cc", span_slots=[0, 1])
     await world.store.end_session(session_id, now_us=world.now_us)
     heir = await world.session()
     again = await world.claim(heir)
@@ -238,7 +238,9 @@ async def test_batches_that_run_together_share_evenly(world: World) -> None:
     ids = [await world.filled(1_000, runs_max=50) for _ in range(3)]
     session_id = await world.session()
     leases = await world.claim(session_id, 600)
-    shares = {batch_id: sum(len(lease.places) for lease in leases if lease.batch_id == batch_id) for batch_id in ids}
+    shares = {
+        batch_id: sum(len(lease.span_slots) for lease in leases if lease.batch_id == batch_id) for batch_id in ids
+    }
     assert set(shares.values()) == {200}
 
 
@@ -434,7 +436,7 @@ async def test_single_runs_are_cancelled_at_once_or_when_their_worker_hears_of_i
     assert await world.states(batch_id) == ["leased"] * 4 + ["waiting", "cancelled", "cancelled"]
     beat = await world.store.heartbeat(session_id, now_us=world.now_us)
     assert sorted(beat.cancelled) == [(batch_id, 1), (batch_id, 2)]
-    await world.settle(lease, "xr", places=[1, 2], dues_us=[world.now_us])
+    await world.settle(lease, "xr", span_slots=[1, 2], dues_us=[world.now_us])
     await world.release(lease)
     assert await world.states(batch_id) == [
         "waiting",
@@ -522,5 +524,5 @@ async def test_a_queue_that_was_never_used_does_not_starve_one_that_was(world: W
     new = await world.batch()
     await world.append(new, range(2_000), key=lambda _: Key("task", queue="new"))
     shared = await world.claim(session_id, 1_024)
-    counts = Counter(lease.queue for lease in shared for _ in lease.places)
+    counts = Counter(lease.queue for lease in shared for _ in lease.span_slots)
     assert abs(counts["old"] - counts["new"]) <= 256, "within a chunk, both have the same share"

@@ -27,14 +27,16 @@ POISON = 137
 async def crash_or_finish(world: World, session_id: str, leases: list[Lease], *, started_max: int) -> bool:
     """A worker that starts `started_max` runs of each lease at once; POISON kills it. Answers whether it died."""
     for lease in leases:
-        for start in range(0, len(lease.places), started_max):
-            started = list(lease.places[start : start + started_max])
+        for start in range(0, len(lease.span_slots), started_max):
+            started = list(lease.span_slots[start : start + started_max])
             if POISON in lease.indexes[start : start + started_max]:
                 held = {(other.span_id, other.token): () for other in leases}
-                suspects = Suspects(places=held | {(lease.span_id, lease.token): tuple(started)}, evidence="signal 9")
+                suspects = Suspects(
+                    span_slots=held | {(lease.span_id, lease.token): tuple(started)}, evidence="signal 9"
+                )
                 await world.recover(session_id, suspects)
                 return True
-            await world.settle(lease, places=started, part_no=start)
+            await world.settle(lease, span_slots=started, part_no=start)
     return False
 
 
@@ -62,7 +64,7 @@ async def test_what_had_not_started_is_not_charged_a_crash(world: World) -> None
     batch_id = await world.filled(10)
     dead, heir = await world.session(), await world.session()
     (lease,) = await world.claim(dead)
-    await world.recover(dead, Suspects(places={(lease.span_id, lease.token): (2, 3)}, evidence="oom"))
+    await world.recover(dead, Suspects(span_slots={(lease.span_id, lease.token): (2, 3)}, evidence="oom"))
     charged = {run.index: run.crashes_count for run in await world.store.runs("default", batch_id=batch_id)}
     assert charged == {index: int(index in (2, 3)) for index in range(10)}
     assert sorted(indexes_of(await world.claim(heir))) == list(range(10))
@@ -113,10 +115,10 @@ async def test_redrive_opens_a_finished_batch_until_its_runs_end_again(world: Wo
 async def test_redrive_by_index_takes_what_ended_badly_in_any_way(world: World) -> None:
     batch_id, session_id = await world.filled(5), await world.session()
     (lease,) = await world.claim(session_id)
-    await world.settle(lease, "cfxe", places=[0, 1, 2, 3])
+    await world.settle(lease, "cfxe", span_slots=[0, 1, 2, 3])
     assert await world.store.redrive(batch_id, [0, 2, 3, 4]) == 2
     assert await world.states(batch_id) == ["completed", "failed", "waiting", "waiting", "leased"]
-    assert await world.settle(lease, "c", places=[4], part_no=1) == "settled", "the lease goes on"
+    assert await world.settle(lease, "c", span_slots=[4], part_no=1) == "settled", "the lease goes on"
     assert await world.run_all(session_id) == [2, 3]
 
 
@@ -144,7 +146,7 @@ async def test_outcomes_come_in_index_order_while_the_batch_runs_and_stop_at_the
     assert [outcome.index for outcome in await world.outcomes(batch_id, 150, 20)] == list(range(150, 170))
     assert await world.outcomes(batch_id, 200) == []
     assert [outcome.index for outcome in await world.outcomes(batch_id, 350)] == list(range(350, 400))
-    await world.settle(leases[2], places=leases[2].places[:7])
+    await world.settle(leases[2], span_slots=leases[2].span_slots[:7])
     assert (await world.outcomes(batch_id))[-1].index == 206
 
 
@@ -432,7 +434,7 @@ async def test_objects_of_payloads_and_results_are_named_until_their_batch_goes(
 async def test_verify_finds_a_planted_difference(world: World) -> None:
     batch_id = await world.filled(300)
     (lease, *_) = await world.claim(await world.session(), 256)
-    await world.settle(lease, places=lease.places[:10])
+    await world.settle(lease, span_slots=lease.span_slots[:10])
     assert (await world.store.verify(batch_id)).differences == []
     await plant(world, batch_id)
     differences = (await world.store.verify(batch_id)).differences

@@ -52,7 +52,7 @@ async def opened(url: str) -> AsyncIterator[Harmed]:
         await store.close()
 
 
-async def places_of(url: str) -> list[str]:
+async def slots_of(url: str) -> list[str]:
     """All places of the story, in the order it comes to them."""
     places: list[str] = []
     async with opened(url) as store:
@@ -135,7 +135,7 @@ class Lives:
 async def test_a_process_killed_at_any_statement_of_any_verb_loses_and_doubles_nothing(
     url: str, tmp_path: Path
 ) -> None:
-    places = deadly(await places_of(url), url)
+    places = deadly(await slots_of(url), url)
     async with forks_of("tests.support.killed_process") as forks:
         lives = Lives(url, tmp_path, forks)
         for place in places:
@@ -157,7 +157,7 @@ async def test_a_process_killed_at_any_statement_of_any_verb_loses_and_doubles_n
 
 async def test_the_story_comes_to_every_statement(url: str) -> None:
     package = "headrace.store.postgres" if url.startswith("postgresql") else "headrace.store.sqlite"
-    met = {place.partition(":")[2] for place in await places_of(url)}
+    met = {place.partition(":")[2] for place in await slots_of(url)}
     folder = files(package).joinpath("sql")
     texts = [file.read_text() for file in folder.iterdir() if file.name.removesuffix(".sql") in ROOMS]
     wanted = {name for text in texts for name in re.findall(r"^-- (\w+):", text, re.MULTILINE)}
@@ -171,7 +171,7 @@ async def test_a_connection_lost_at_any_statement_of_any_verb_is_an_error_that_r
 ) -> None:
     async with Wire(server().dsn) as wire:
         url = fresh_schema(tmp_path, wire.dsn)
-        places = [place for place in await places_of(url) if not place.endswith(":answered")]
+        places = [place for place in await slots_of(url) if not place.endswith(":answered")]
         wire.harms_count = 0
         async with opened(url) as store:
             told: list[Told] = []

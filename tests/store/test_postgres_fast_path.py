@@ -15,11 +15,11 @@ import pytest
 
 from headrace.core import run
 from headrace.core.block import Extra
-from headrace.core.span import Key, encode_places
+from headrace.core.span import Key, encode_uint16s
 from headrace.foundation.errors import Conflict, IllegalTransition
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
-from headrace.store.postgres.fast_path import PLACES
+from headrace.store.postgres.fast_path import WHOLE_SPAN_SLOTS
 from headrace.store.postgres.pool import SETTINGS, compiled
 from tests.support.postgres_observer import beside, house, schema_of, statements_of
 from tests.support.store_rig import START_US, World, fresh_schema, indexes_of, settlement_of
@@ -62,24 +62,24 @@ async def test_r7_parts_of_a_span_are_settled_in_one_statement_too(world: World)
     batch_id, session = await world.filled(256), await world.session()
     (lease,) = await world.claim(session)
     parts = [list(range(100)), list(range(100, 256))]
-    for part_no, places in enumerate(parts):
-        word, sent = await statements_of(world, partial(world.settle, lease, places=places, part_no=part_no))
+    for part_no, span_slots in enumerate(parts):
+        word, sent = await statements_of(world, partial(world.settle, lease, span_slots=span_slots, part_no=part_no))
         assert (word, len(sent)) == ("settled", 1)
-        assert await world.settle(lease, places=places, part_no=part_no) == "recorded"
+        assert await world.settle(lease, span_slots=span_slots, part_no=part_no) == "recorded"
     assert [outcome.result for outcome in await world.outcomes(batch_id)] == [b"%d" % index for index in range(256)]
 
 
 async def test_r7_consecutive_runs_of_a_split_span_keep_their_positions(world: World) -> None:
     batch_id, session = await world.filled(100), await world.session()
     first, second, rest = [(await world.claim(session, runs_max))[0] for runs_max in (30, 40, 100)]
-    assert await world.settle(second, "cf" * 5, places=range(10), part_no=0) == "settled"
-    assert await world.settle(second, "x", places=range(10, 40), part_no=1) == "settled"
+    assert await world.settle(second, "cf" * 5, span_slots=range(10), part_no=0) == "settled"
+    assert await world.settle(second, "x", span_slots=range(10, 40), part_no=1) == "settled"
     assert await world.settle(rest, "c") == await world.settle(first, "f") == "settled"
     states = await world.states(batch_id)
     assert states[:30] == ["failed"] * 30
     assert states[30:40] == ["completed", "failed"] * 5
     assert states[40:] == ["cancelled"] * 30 + ["completed"] * 30
-    assert await world.settle(rest, "c", places=[0, 1], part_no=7) == "lost"
+    assert await world.settle(rest, "c", span_slots=[0, 1], part_no=7) == "lost"
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -89,17 +89,19 @@ async def test_r7_runs_that_end_in_no_order_are_settled_in_one_statement_each_ti
     await world.claim(session, 37)  # what follows is split off, and has positions of its own
     leases = await world.claim(session, 263)
     wanted: dict[int, str] = {}
-    left = [(lease, place) for lease in leases for place in lease.places]
+    left = [(lease, span_slot) for lease in leases for span_slot in lease.span_slots]
     dice.shuffle(left)
     for part_no, start in enumerate(range(0, len(left), 40)):
         told = []
         for lease in leases:
-            places = sorted(place for own, place in left[start : start + 40] if own is lease)
-            codes = "".join(dice.choice("cfxe") for _ in places)
-            if places:
-                told.append(settlement_of(lease, codes, places=places, part_no=part_no))
-                index_at = dict(zip(lease.places, lease.indexes, strict=True))
-                wanted |= {index_at[place]: run.NAMES[ord(code)] for place, code in zip(places, codes, strict=True)}
+            span_slots = sorted(span_slot for own, span_slot in left[start : start + 40] if own is lease)
+            codes = "".join(dice.choice("cfxe") for _ in span_slots)
+            if span_slots:
+                told.append(settlement_of(lease, codes, span_slots=span_slots, part_no=part_no))
+                index_at = dict(zip(lease.span_slots, lease.indexes, strict=True))
+                wanted |= {
+                    index_at[span_slot]: run.NAMES[ord(code)] for span_slot, code in zip(span_slots, codes, strict=True)
+                }
         words, sent = await statements_of(world, partial(world.store.settle, told, now_us=world.now_us))
         assert (set(words), sent) == ({"settled"}, ["settle_ended"])
         assert set(await world.store.settle(told, now_us=world.now_us)) == {"recorded"}
@@ -121,22 +123,26 @@ async def test_r7_runs_of_one_lease_are_settled_in_one_statement_in_stretches_as
     if seed % 2:
         await world.claim(session, 7)  # what follows is split off, and has positions of its own
     (lease,) = await world.claim(session, 60)
-    index_at = dict(zip(lease.places, lease.indexes, strict=True))
+    index_at = dict(zip(lease.span_slots, lease.indexes, strict=True))
     wanted: dict[int, str] = {}
-    left, part_no = list(lease.places), 0
+    left, part_no = list(lease.span_slots), 0
     while left:
-        places = sorted(dice.sample(left, dice.randint(1, min(9, len(left)))))
+        span_slots = sorted(dice.sample(left, dice.randint(1, min(9, len(left)))))
         if dice.random() < 0.3:  # neighbours
             start = dice.randrange(len(left))
-            places = [place for number, place in enumerate(left[start : start + 9]) if place == left[start] + number]
-        left = [place for place in left if place not in places]
-        codes = "".join(dice.choice("cfxe") for _ in places)
-        told = [settlement_of(lease, codes, places=places, part_no=part_no)]
+            span_slots = [
+                span_slot
+                for number, span_slot in enumerate(left[start : start + 9])
+                if span_slot == left[start] + number
+            ]
+        left = [span_slot for span_slot in left if span_slot not in span_slots]
+        codes = "".join(dice.choice("cfxe") for _ in span_slots)
+        told = [settlement_of(lease, codes, span_slots=span_slots, part_no=part_no)]
         words, sent = await statements_of(world, partial(world.store.settle, told, now_us=world.now_us))
-        is_stretch = places[-1] - places[0] == len(places) - 1
+        is_stretch = span_slots[-1] - span_slots[0] == len(span_slots) - 1
         assert (words, sent) == (["settled"], ["settle_stretch" if is_stretch else "settle_stretches"])
         assert await world.store.settle(told, now_us=world.now_us) == ["recorded"]
-        wanted |= {index_at[place]: run.NAMES[ord(code)] for place, code in zip(places, codes, strict=True)}
+        wanted |= {index_at[span_slot]: run.NAMES[ord(code)] for span_slot, code in zip(span_slots, codes, strict=True)}
         states = await world.states(batch_id)
         assert {index: states[index] for index in wanted} == wanted
         part_no += 1
@@ -144,19 +150,22 @@ async def test_r7_runs_of_one_lease_are_settled_in_one_statement_in_stretches_as
     results = {outcome.index: outcome.result for outcome in found}
     assert all(results[index] == b"%d" % index for index, state in wanted.items() if state == "completed")
     batch, _ = await world.store.batch(batch_id)
-    assert batch.counts.settled == len(wanted) == len(lease.places)
+    assert batch.counts.settled == len(wanted) == len(lease.span_slots)
 
 
 async def test_r8_parts_of_one_lease_that_are_settled_at_once_are_all_recorded(world: World) -> None:
     batch_id, session = await world.filled(256), await world.session()
     (lease,) = await world.claim(session)
-    for places in [range(number, 256, 8) for number in range(4)]:  # scattered ones beside stretches
-        assert await world.settle(lease, places=places, part_no=places[0]) == "settled"
+    for span_slots in [range(number, 256, 8) for number in range(4)]:  # scattered ones beside stretches
+        assert await world.settle(lease, span_slots=span_slots, part_no=span_slots[0]) == "settled"
     parts = [
-        settlement_of(lease, places=[*range(4 + 8 * number, 8 + 8 * number)], part_no=9 + number)
+        settlement_of(lease, span_slots=[*range(4 + 8 * number, 8 + 8 * number)], part_no=9 + number)
         for number in range(31)
     ]
-    parts += [settlement_of(lease, places=[252, 254], part_no=90), settlement_of(lease, places=[253, 255], part_no=91)]
+    parts += [
+        settlement_of(lease, span_slots=[252, 254], part_no=90),
+        settlement_of(lease, span_slots=[253, 255], part_no=91),
+    ]
     words = await asyncio.gather(*(world.store.settle([part], now_us=world.now_us) for part in parts))
     assert words == [["settled"]] * 33
     assert await world.states(batch_id) == ["completed"] * 256
@@ -167,12 +176,12 @@ async def test_r8_parts_of_one_lease_that_are_settled_at_once_are_all_recorded(w
 async def test_r7_a_run_among_others_that_has_an_outcome_leaves_all_of_them_to_the_script(world: World) -> None:
     batch_id, session = await world.filled(10), await world.session()
     (lease,) = await world.claim(session)
-    assert await world.settle(lease, "f", places=[4], part_no=0) == "settled"
-    told = [settlement_of(lease, "c", places=[1, 4, 7], part_no=1)]
+    assert await world.settle(lease, "f", span_slots=[4], part_no=0) == "settled"
+    told = [settlement_of(lease, "c", span_slots=[1, 4, 7], part_no=1)]
     with pytest.raises(IllegalTransition):
         await world.store.settle(told, now_us=world.now_us)
     assert (await world.states(batch_id)).count("failed") == 1
-    assert await world.settle(lease, "c", places=[1, 7], part_no=1) == "settled"
+    assert await world.settle(lease, "c", span_slots=[1, 7], part_no=1) == "settled"
     assert [state for state in await world.states(batch_id) if state == "completed"] == ["completed"] * 2
 
 
@@ -316,7 +325,7 @@ VALUES: dict[str, Any] = {
     "queues": None,
     "queue_prefix": "",
     "blob": b"c",
-    "places": PLACES,
+    "span_slots": WHOLE_SPAN_SLOTS,
     "marks": "{}",
     "lanes": '[["default", "task"]]',
     "blocks": "[[0, 0, 1, 1, 1]]",
@@ -344,8 +353,9 @@ PAGES_MAX = 400
 def _part(count: int) -> dict[str, Any]:
     """Of a lease all runs, or the first and the last one."""
     return {
-        "span_id": count - 150, "token": 1, "part_no": 9, "places": None, "codes": b"ccc", "results": b"x",
-        "runs_count": 3, "completed": 0, "failed": 0, "cancelled": 0, "expired": 0, "place": 0, "is_whole": 1, "end": 3,
+        "span_id": count - 150, "token": 1, "part_no": 9, "span_slots": None, "codes": b"ccc", "results": b"x",
+        "runs_count": 3, "completed": 0, "failed": 0, "cancelled": 0, "expired": 0, "span_slot": 0, "is_whole": 1,
+        "end": 3,
     }  # fmt: skip
 
 
@@ -356,7 +366,9 @@ DONE: dict[str, Callable[[int], dict[str, Any]]] = {
         "blob": b"ccc",
     },
     "settle_stretch": lambda count: _part(count),
-    "settle_stretches": lambda count: _part(count) | {"places": encode_places([0, 2]), "codes": b"cc", "runs_count": 2},
+    "settle_stretches": lambda count: (
+        _part(count) | {"span_slots": encode_uint16s([0, 2]), "codes": b"cc", "runs_count": 2}
+    ),
     "append_in_order": lambda count: {"batch_id": "new", "block_id": 10**9, "span_id": 10**9, "runs_max": 10**6},
 }
 PLANS = {

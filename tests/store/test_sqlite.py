@@ -240,7 +240,7 @@ async def test_r13_a_bulk_write_keeps_any_bytes(tmp_path: Path) -> None:
                     span_id=number,
                     token=1,
                     part_no=0,
-                    positions=None if number % 3 == 0 else piece,
+                    block_offsets=None if number % 3 == 0 else piece,
                     codes=piece[::-1],
                     results=pack([piece]),
                     settled_us=2**53,

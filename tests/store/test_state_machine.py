@@ -58,7 +58,7 @@ class Held:
     def __init__(self, session_id: str, lease: Lease) -> None:
         self.session_id = session_id
         self.lease = lease
-        self.open_places = list(lease.places)
+        self.open_slots = list(lease.span_slots)
         self.part_no = 0
         self.is_stale = False
 
@@ -242,7 +242,7 @@ class StoreMachine(RuleBasedStateMachine):
         leases = self.wait(self.store.claim(wish, now_us=self.now_us))
         if answer_lost:
             assert self.wait(self.store.claim(wish, now_us=self.now_us)) == leases
-        assert sum(len(lease.places) for lease in leases) <= runs_max
+        assert sum(len(lease.span_slots) for lease in leases) <= runs_max
         for lease in leases:
             for index in lease.indexes:
                 assert index in self.acknowledged[lease.batch_id]
@@ -262,14 +262,14 @@ class StoreMachine(RuleBasedStateMachine):
     def settle(self, number: int, codes: list[str], delay: int, answer_lost: bool) -> None:
         """Outcomes of some or all of a lease's open runs, under a token that may be stale."""
         held = self.held[-1 - number % len(self.held)]
-        places = held.open_places[: len(codes)]
-        if not places:
+        span_slots = held.open_slots[: len(codes)]
+        if not span_slots:
             return
-        told = "".join(codes[: len(places)])
+        told = "".join(codes[: len(span_slots)])
         settlement = settlement_of(
             held.lease,
             told,
-            places=places,
+            span_slots=span_slots,
             part_no=held.part_no,
             dues_us=[self.now_us + delay * SECOND_US] * told.count("r"),
         )
@@ -284,19 +284,19 @@ class StoreMachine(RuleBasedStateMachine):
         assert word == "settled"
         self.past.append(settlement)
         held.part_no += 1
-        held.open_places = held.open_places[len(places) :]
-        held.is_stale = not held.open_places
-        index_at = dict(zip(held.lease.places, held.lease.indexes, strict=True))
-        for place, code in zip(places, told, strict=True):
+        held.open_slots = held.open_slots[len(span_slots) :]
+        held.is_stale = not held.open_slots
+        index_at = dict(zip(held.lease.span_slots, held.lease.indexes, strict=True))
+        for span_slot, code in zip(span_slots, told, strict=True):
             if code != "r":
-                self.outcomes[held.lease.batch_id, index_at[place]] = NAMES[ord(code)]
+                self.outcomes[held.lease.batch_id, index_at[span_slot]] = NAMES[ord(code)]
         if answer_lost:
             assert self.wait(self.store.settle([settlement], now_us=self.now_us)) == ["recorded"]
 
     def overtaken(self) -> list[Held]:
         """Stale leases whose spans somebody else holds now."""
         now = {held.lease.span_id for held in self.held if not held.is_stale}
-        return [held for held in self.held if held.is_stale and held.open_places and held.lease.span_id in now]
+        return [held for held in self.held if held.is_stale and held.open_slots and held.lease.span_id in now]
 
     @precondition(lambda self: self.overtaken())
     @rule(number=numbers, code=st.sampled_from("cfrx"), gives_back=st.booleans())
@@ -305,10 +305,10 @@ class StoreMachine(RuleBasedStateMachine):
         late = self.overtaken()
         held = late[number % len(late)]
         if gives_back:
-            given = Release(span_id=held.lease.span_id, token=held.lease.token, suspects=tuple(held.open_places))
+            given = Release(span_id=held.lease.span_id, token=held.lease.token, suspects=tuple(held.open_slots))
             assert self.wait(self.store.release([given], crashes_max=1, now_us=self.now_us)) == ["lost"]
         else:
-            told = settlement_of(held.lease, code, places=held.open_places, part_no=held.part_no + 7)
+            told = settlement_of(held.lease, code, span_slots=held.open_slots, part_no=held.part_no + 7)
             assert self.wait(self.store.settle([told], now_us=self.now_us)) == ["lost"]
 
     @precondition(lambda self: self.held)
@@ -316,14 +316,14 @@ class StoreMachine(RuleBasedStateMachine):
     def give_part_back(self, number: int, kept: int, answer_lost: bool) -> None:
         """The last runs of a lease go back before they began; the lease goes on with the first."""
         held = self.held[number % len(self.held)]
-        given = Release(span_id=held.lease.span_id, token=held.lease.token, places=tuple(held.open_places[kept:]))
+        given = Release(span_id=held.lease.span_id, token=held.lease.token, span_slots=tuple(held.open_slots[kept:]))
         for _ in range(1 + answer_lost):
             words = self.wait(self.store.release([given], crashes_max=1, now_us=self.now_us))
             if held.is_stale:
                 assert words == ["lost"]
         if not held.is_stale:
-            del held.open_places[kept:]
-            held.is_stale = not held.open_places
+            del held.open_slots[kept:]
+            held.is_stale = not held.open_slots
 
     @precondition(lambda self: self.held and self.live)
     @rule(number=numbers)
@@ -347,7 +347,7 @@ class StoreMachine(RuleBasedStateMachine):
         given = Release(
             span_id=held.lease.span_id,
             token=held.lease.token,
-            suspects=tuple(held.open_places[:guilty]),
+            suspects=tuple(held.open_slots[:guilty]),
             evidence="killed",
         )
         words = self.wait(self.store.release([given], crashes_max=crashes_max, now_us=self.now_us))
@@ -360,8 +360,8 @@ class StoreMachine(RuleBasedStateMachine):
         """A worker died; who was its heir finds out, once."""
         session_id = self.live.pop(number % len(self.live))
         own = [held for held in self.held if held.session_id == session_id and not held.is_stale]
-        places = {(held.lease.span_id, held.lease.token): tuple(held.open_places[:guilty]) for held in own}
-        suspects = Suspects(places=places if known else None, evidence="signal 9")
+        span_slots = {(held.lease.span_id, held.lease.token): tuple(held.open_slots[:guilty]) for held in own}
+        suspects = Suspects(span_slots=span_slots if known else None, evidence="signal 9")
         for count in (len(own), 0):
             assert count == self.wait(
                 self.store.recover(session_id, suspects, silent_since_us=self.now_us, crashes_max=2, now_us=self.now_us)
@@ -404,7 +404,7 @@ class StoreMachine(RuleBasedStateMachine):
         """The store's leases of a session are those that it knows of; nobody recovers one that just spoke."""
         session_id = self.live[number % len(self.live)]
         beat = self.wait(self.store.heartbeat(session_id, now_us=self.now_us))
-        suspects = Suspects(places=None, evidence="a slow judge")
+        suspects = Suspects(span_slots=None, evidence="a slow judge")
         recovered = self.store.recover(
             session_id, suspects, silent_since_us=self.now_us - 1, crashes_max=1, now_us=self.now_us
         )

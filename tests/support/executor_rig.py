@@ -97,7 +97,7 @@ class Rig:
             queue="default",
             due_us=0,
             whole=True,
-            places=range(len(payloads)),
+            span_slots=range(len(payloads)),
             indexes=range(len(payloads)),
             payloads=list(payloads),
             kinds=kinds,

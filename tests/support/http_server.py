@@ -215,7 +215,7 @@ class House:
                 break
             settlements: list[Settlement] = [settlement_of(lease, settle) for lease in leases]
             await store.settle(settlements, now_us=clock.now_us())
-            count += sum(len(lease.places) for lease in leases)
+            count += sum(len(lease.span_slots) for lease in leases)
         await store.end_session(session, now_us=clock.now_us())
         self.engine.recorded.ring()
         return count

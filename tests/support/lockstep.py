@@ -41,9 +41,9 @@ class LockStep:
     def _translated(self, argument: Any) -> Any:
         if isinstance(argument, Settlement | Release):
             return msgspec.structs.replace(argument, span_id=self._ids[argument.span_id])
-        if isinstance(argument, Suspects) and argument.places is not None:
-            places = {(self._ids[span_id], token): own for (span_id, token), own in argument.places.items()}
-            return Suspects(places=places, evidence=argument.evidence)
+        if isinstance(argument, Suspects) and argument.span_slots is not None:
+            span_slots = {(self._ids[span_id], token): own for (span_id, token), own in argument.span_slots.items()}
+            return Suspects(span_slots=span_slots, evidence=argument.evidence)
         if isinstance(argument, list):
             return [self._translated(one) for one in argument]
         return argument

@@ -13,7 +13,7 @@ from typing import Any, Self
 from headrace.core.block import Chunk, Coalescer, Extra
 from headrace.core.failure import Failure
 from headrace.core.pack import JSON, pack
-from headrace.core.span import Key, Settlement, encode_places
+from headrace.core.span import Key, Settlement, encode_uint16s
 from headrace.foundation.ids import new_batch_id, new_session_id
 from headrace.foundation.limits import DEFAULT, Limits
 from headrace.store.memory import MemoryStore
@@ -38,8 +38,8 @@ SECOND_US = 1_000_000
 START_US = 1_700_000_000 * SECOND_US
 BOOM = Failure(type="Boom", message="it broke").encode()
 PLAIN = Key("task")
-UNKNOWN = Suspects(places=None, evidence="killed by signal 9")
-NOBODY = Suspects(places={}, evidence="")
+UNKNOWN = Suspects(span_slots=None, evidence="killed by signal 9")
+NOBODY = Suspects(span_slots={}, evidence="")
 
 
 def fresh_schema(folder: Path, dsn: str | None = None) -> str:
@@ -86,16 +86,16 @@ def settlement_of(
     lease: Lease,
     codes: str | None = None,
     *,
-    places: Sequence[int] | None = None,
+    span_slots: Sequence[int] | None = None,
     part_no: int = 0,
     results: Sequence[bytes] | None = None,
     dues_us: Sequence[int] = (),
     object_keys: Sequence[str] = (),
 ) -> Settlement:
     """What a worker reports: `codes` for the lease's runs, or for those at `places`."""
-    named = list(lease.places if places is None else places)
+    named = list(lease.span_slots if span_slots is None else span_slots)
     words = "c" * len(named) if codes is None else codes * (len(named) if len(codes) == 1 else 1)
-    index_at = dict(zip(lease.places, lease.indexes, strict=True))
+    index_at = dict(zip(lease.span_slots, lease.indexes, strict=True))
     default = [
         b"%d" % index_at.get(place, 0) if word == "c" else BOOM for place, word in zip(named, words, strict=True)
     ]
@@ -103,7 +103,7 @@ def settlement_of(
         span_id=lease.span_id,
         token=lease.token,
         part_no=part_no,
-        places=None if places is None and lease.whole else encode_places(named),
+        span_slots=None if span_slots is None and lease.whole else encode_uint16s(named),
         codes=words.encode(),
         results=pack(default if results is None else results),
         dues_us=tuple(dues_us),

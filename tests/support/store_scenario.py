@@ -116,7 +116,7 @@ class Story:
                 await self.ask(
                     "recover",
                     found.id,
-                    Suspects(places=None, evidence="killed"),
+                    Suspects(span_slots=None, evidence="killed"),
                     silent_since_us=self.now_us,
                     crashes_max=3,
                     now_us=self.now_us,
@@ -153,19 +153,19 @@ class Story:
         leases = await self._claim(3)
         assert await self._claim(3, again=True) == leases
         if leases:
-            numbers = range(len(leases[0].places))
+            numbers = range(len(leases[0].span_slots))
             for part_no, own in enumerate([numbers[::2][::-1], numbers[1::2]]):
                 if own:
                     await self._settle(leases[:1], own, part_no=part_no)
         back = await self._claim(4)
         if back:
-            given = [Release(span_id=one.span_id, token=one.token, suspects=tuple(one.places[:1])) for one in back]
+            given = [Release(span_id=one.span_id, token=one.token, suspects=tuple(one.span_slots[:1])) for one in back]
             await self.ask("release", given, crashes_max=3, now_us=self.now_us)
         held = await self._claim(1_000)
         if any(lease.batch_id == main and CANCELLED_ITEM in lease.indexes for lease in held):
             await self.ask("cancel_runs", main, [CANCELLED_ITEM], now_us=self.now_us)
         await self.ask("heartbeat", self._session, now_us=self.now_us)
-        fives = [lease for lease in held if len(lease.places) == 5]
+        fives = [lease for lease in held if len(lease.span_slots) == 5]
         for lease in fives:  # two that are no neighbours, the one between them, and the rest of two leases together
             await self._settle([lease], [0, 2], part_no=0)
             await self._settle([lease], [1], part_no=1)
@@ -285,12 +285,14 @@ class Story:
         """Some runs of each lease, by their numbers in it, or all of them; together."""
         told, ends = [], []
         for lease in leases:
-            own = range(len(lease.places)) if numbers is None else numbers
+            own = range(len(lease.span_slots)) if numbers is None else numbers
             codes = "".join(_code(lease.indexes[number], lease) for number in own)
             dues = [self.now_us + SECOND_US for code in codes if code == "r"]
             keys = [f"{self.environment}/x/{lease.span_id}"] if lease.indexes[own[0]] % 4 == 0 else []
-            places = None if numbers is None else [lease.places[number] for number in own]
-            told.append(settlement_of(lease, codes, places=places, part_no=part_no, dues_us=dues, object_keys=keys))
+            span_slots = None if numbers is None else [lease.span_slots[number] for number in own]
+            told.append(
+                settlement_of(lease, codes, span_slots=span_slots, part_no=part_no, dues_us=dues, object_keys=keys)
+            )
             ends += [(lease.batch_id, lease.indexes[number], code) for number, code in zip(own, codes, strict=True)]
         words = await self.ask("settle", told, now_us=self.now_us)
         assert set(words) <= {"settled", "recorded"}, words

@@ -16,7 +16,7 @@ import msgspec
 
 from headrace.core.pack import JSON, LINK, pack, unpack_some
 from headrace.core.run import COMPLETED, FAILED
-from headrace.core.span import Key, decode_places, encode_places
+from headrace.core.span import Key, decode_uint16s, encode_uint16s
 from headrace.foundation.errors import InvalidInput
 
 EMPTY: Final = b""
@@ -62,9 +62,9 @@ class Chunk(msgspec.Struct, kw_only=True):
     spans: dict[Key, bytes | None]
     extras: dict[int, Extra]
 
-    def index_at(self, position: int) -> int:
+    def index_at(self, block_offset: int) -> int:
         """The batch index of the run at a block position."""
-        return self.first_index + (position if self.gaps is None else array("I", self.gaps)[position])
+        return self.first_index + (block_offset if self.gaps is None else array("I", self.gaps)[block_offset])
 
 
 class Coalescer:
@@ -100,7 +100,7 @@ class Coalescer:
         size = len(payload)
         if self._payloads and self.open_bytes + size > self.bytes_max:
             self._close()
-        position = len(self._payloads)
+        block_offset = len(self._payloads)
         self._indexes.append(index)
         if index > self._highest:
             self._highest = index
@@ -108,12 +108,12 @@ class Coalescer:
         self._keys.append(key)
         if kind != JSON or self._kinds is not None:
             if self._kinds is None:
-                self._kinds = bytearray(position)
+                self._kinds = bytearray(block_offset)
             self._kinds.append(kind)
         if extra is not None:
-            self._extras[position] = extra
+            self._extras[block_offset] = extra
         self.open_bytes += size
-        if position + 1 >= self.runs_max:
+        if block_offset + 1 >= self.runs_max:
             self._close()
 
     def extend(self, first_index: int, payloads: Sequence[bytes], key: Key) -> None:
@@ -191,10 +191,10 @@ class Coalescer:
         )
         extras = self._extras
         self._begin()
-        for index, payload, key, kind, position in runs:
+        for index, payload, key, kind, block_offset in runs:
             if self._indexes and index - self._indexes[0] >= 1 << 32:
                 self._close()
-            self.add(index, payload, key, kind=kind, extra=extras.get(position))
+            self.add(index, payload, key, kind=kind, extra=extras.get(block_offset))
         if self._payloads:
             self._close()
 
@@ -203,10 +203,10 @@ def _spans(keys: list[Key]) -> dict[Key, bytes | None]:
     first = keys[0]
     if keys.count(first) == len(keys):
         return {first: None}
-    positions: dict[Key, list[int]] = {}
-    for position, key in enumerate(keys):
-        positions.setdefault(key, []).append(position)
-    return {key: encode_places(found) for key, found in positions.items()}
+    block_offsets: dict[Key, list[int]] = {}
+    for block_offset, key in enumerate(keys):
+        block_offsets.setdefault(key, []).append(block_offset)
+    return {key: encode_uint16s(found) for key, found in block_offsets.items()}
 
 
 class Born(NamedTuple):
@@ -220,20 +220,20 @@ class Born(NamedTuple):
 def born(chunk: Chunk) -> dict[int, Born]:
     """By position, the runs that end as they begin: unreadable, or linked to another run."""
     found = {}
-    for position, extra in chunk.extras.items():
+    for block_offset, extra in chunk.extras.items():
         if extra.failure:
-            found[position] = Born(FAILED, extra.failure, JSON)
+            found[block_offset] = Born(FAILED, extra.failure, JSON)
         elif extra.link:
-            found[position] = Born(COMPLETED, extra.link.encode(), LINK)
+            found[block_offset] = Born(COMPLETED, extra.link.encode(), LINK)
     return found
 
 
 def linked(chunk: Chunk, links: Mapping[int, str]) -> Chunk:
     """The chunk with the runs at some positions linked to others: `links` is the id of a run by position."""
     extras = dict(chunk.extras)
-    for position, run_id in links.items():
-        extras[position] = msgspec.structs.replace(
-            extras[position], link=run_id, idempotency_key="", idempotency_expires_us=0
+    for block_offset, run_id in links.items():
+        extras[block_offset] = msgspec.structs.replace(
+            extras[block_offset], link=run_id, idempotency_key="", idempotency_expires_us=0
         )
     return msgspec.structs.replace(chunk, extras=extras)
 
@@ -273,14 +273,14 @@ def narrowed(chunk: Chunk, keep: list[int]) -> Chunk | None:
     if not keep:
         return None
     payloads, kinds = unpack_some(chunk.items, keep)
-    indexes = [chunk.index_at(position) for position in keep]
+    indexes = [chunk.index_at(block_offset) for block_offset in keep]
     now_at = {old: new for new, old in enumerate(keep)}
     spans: dict[Key, bytes | None] = {}
-    for key, positions in chunk.spans.items():
-        if positions is None:
+    for key, block_offsets in chunk.spans.items():
+        if block_offsets is None:
             spans[key] = None
-        elif kept := [now_at[position] for position in decode_places(positions) if position in now_at]:
-            spans[key] = encode_places(kept)
+        elif kept := [now_at[block_offset] for block_offset in decode_uint16s(block_offsets) if block_offset in now_at]:
+            spans[key] = encode_uint16s(kept)
     first, last = indexes[0], indexes[-1]
     return Chunk(
         first_index=first,
@@ -289,5 +289,5 @@ def narrowed(chunk: Chunk, keep: list[int]) -> Chunk | None:
         gaps=None if last - first + 1 == len(keep) else array("I", [index - first for index in indexes]).tobytes(),
         items=pack(payloads, kinds),
         spans=spans,
-        extras={now_at[position]: extra for position, extra in chunk.extras.items() if position in now_at},
+        extras={now_at[block_offset]: extra for block_offset, extra in chunk.extras.items() if block_offset in now_at},
     )

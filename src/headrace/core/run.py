@@ -70,26 +70,26 @@ def check_transition(old: int, new: int) -> None:
 def changed(states: bytes, changes: Iterable[tuple[int, int]]) -> bytes:
     """`states` after `(place, new state)` changes, each checked against the table; all or none."""
     after = bytearray(states)
-    for place, new in changes:
-        check_transition(after[place], new)
-        after[place] = new
+    for slot, new in changes:
+        check_transition(after[slot], new)
+        after[slot] = new
     return bytes(after)
 
 
-def at(states: bytes, places: Sequence[int]) -> bytes:
+def at(states: bytes, slots: Sequence[int]) -> bytes:
     """The states at some places."""
-    if len(places) < 2:
-        return bytes(states[place] for place in places)
-    return bytes(itemgetter(*places)(states))
+    if len(slots) < 2:
+        return bytes(states[slot] for slot in slots)
+    return bytes(itemgetter(*slots)(states))
 
 
-def ended(states: bytes, places: Sequence[int], codes: bytes) -> bytes:
+def ended(states: bytes, slots: Sequence[int], codes: bytes) -> bytes:
     """What `changed` answers where none of these places has an outcome and each is named once, without its look at
     every pair.
     """
     after = bytearray(states)
-    for place, code in zip(places, codes, strict=True):
-        after[place] = code
+    for slot, code in zip(slots, codes, strict=True):
+        after[slot] = code
     return bytes(after)
 
 
@@ -98,9 +98,9 @@ def unsettled_count(states: bytes) -> int:
     return states.count(WAITING) + states.count(STARTED)
 
 
-def places_of(states: bytes, *wanted: int) -> list[int]:
+def slots_of(states: bytes, *wanted: int) -> list[int]:
     """The places whose state is one of `wanted`, ascending."""
-    return [place for place, state in enumerate(states) if state in wanted]
+    return [slot for slot, state in enumerate(states) if state in wanted]
 
 
 def diagram() -> str:

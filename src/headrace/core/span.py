@@ -81,7 +81,7 @@ class Span(msgspec.Struct, kw_only=True):
     attempt: int = 1
     crashes_count: int = 0
     crashes_alone_count: int = 0
-    positions: bytes | None = None
+    block_offsets: bytes | None = None
     states: bytes
     unsettled_count: int
     state: str = WAITING
@@ -106,7 +106,7 @@ class Settlement(msgspec.Struct, kw_only=True):
     span_id: int
     token: int
     part_no: int
-    places: bytes | None
+    span_slots: bytes | None
     codes: bytes
     results: bytes
     dues_us: tuple[int, ...] = ()
@@ -122,7 +122,7 @@ class Part(msgspec.Struct, kw_only=True):
     span_id: int
     token: int
     part_no: int
-    positions: bytes | None
+    block_offsets: bytes | None
     codes: bytes
     results: bytes
     settled_us: int
@@ -173,41 +173,43 @@ class Verdict(NamedTuple):
     counts: Counts = Counts()
 
 
-def positions_of(span: Span) -> Sequence[int]:
+def block_offsets_of(span: Span) -> Sequence[int]:
     """The block positions of this span's places, in order."""
-    return range(len(span.states)) if span.positions is None else decode_places(span.positions)
+    return range(len(span.states)) if span.block_offsets is None else decode_uint16s(span.block_offsets)
 
 
-def encode_places(places: Iterable[int]) -> bytes:
+def encode_uint16s(span_slots: Iterable[int]) -> bytes:
     """Places or positions as 16-bit little-endian numbers (a chunk holds at most 4,096 runs)."""
-    return array("H", places).tobytes()
+    return array("H", span_slots).tobytes()
 
 
-def decode_places(data: bytes) -> Sequence[int]:
+def decode_uint16s(data: bytes) -> Sequence[int]:
     """What `encode_places` wrote."""
     return array("H", data)
 
 
-def unsettled_places(span: Span) -> list[int]:
+def unsettled_slots(span: Span) -> list[int]:
     """The places whose runs live here and have no outcome."""
-    return run.places_of(span.states, run.WAITING, run.STARTED)
+    return run.slots_of(span.states, run.WAITING, run.STARTED)
 
 
-def split(span: Span, places: Sequence[int], **changes: object) -> tuple[Span, Span]:
+def split(span: Span, span_slots: Sequence[int], **changes: object) -> tuple[Span, Span]:
     """`(kept, taken)`: the runs at `places` moved to a new, unstored span that differs by `changes`.
 
     The one primitive behind small claims, retries and the hunt for poison. Both keep to the same block.
     """
-    positions = positions_of(span)
-    kept = msgspec.structs.replace(span, states=run.changed(span.states, ((place, run.MOVED) for place in places)))
+    block_offsets = block_offsets_of(span)
+    kept = msgspec.structs.replace(
+        span, states=run.changed(span.states, ((span_slot, run.MOVED) for span_slot in span_slots))
+    )
     kept.unsettled_count = run.unsettled_count(kept.states)
-    states = bytes((run.WAITING,)) * len(places)
+    states = bytes((run.WAITING,)) * len(span_slots)
     taken = msgspec.structs.replace(
         span,
         id=0,
-        positions=encode_places(positions[place] for place in places),
+        block_offsets=encode_uint16s(block_offsets[span_slot] for span_slot in span_slots),
         states=states,
-        unsettled_count=len(places),
+        unsettled_count=len(span_slots),
         state=WAITING,
         session_id="",
         claim_no=0,
@@ -222,7 +224,7 @@ def split(span: Span, places: Sequence[int], **changes: object) -> tuple[Span, S
 
 def take_first(span: Span, runs_count: int) -> tuple[Span, Span]:
     """A small claim: the first `runs_count` unsettled runs leave, the rest stays claimable."""
-    return split(span, unsettled_places(span)[:runs_count])
+    return split(span, unsettled_slots(span)[:runs_count])
 
 
 def settle(
@@ -238,11 +240,13 @@ def settle(
     if span is None or span.state != LEASED or span.token != settlement.token:
         return Verdict(LOST)
     codes = settlement.codes
-    everything = settlement.places is None
-    places: Sequence[int] = range(len(span.states)) if settlement.places is None else decode_places(settlement.places)
-    if len(places) != len(codes) or (len(places) and max(places) >= len(span.states)):
+    everything = settlement.span_slots is None
+    span_slots: Sequence[int] = (
+        range(len(span.states)) if settlement.span_slots is None else decode_uint16s(settlement.span_slots)
+    )
+    if len(span_slots) != len(codes) or (len(span_slots) and max(span_slots) >= len(span.states)):
         raise IllegalTransition(
-            f"a settlement of {len(codes)} outcomes names {len(places)} of {len(span.states)} runs",
+            f"a settlement of {len(codes)} outcomes names {len(span_slots)} of {len(span.states)} runs",
             span_id=span.id,
         )
     if codes.strip(_REPORTED) or count(settlement.results) != len(codes):
@@ -251,26 +255,26 @@ def settle(
             hint="a run ends as c, f, x, e, r or d, and each has a result, empty or not",
             span_id=span.id,
         )
-    before = span.states if everything else run.at(span.states, places)
+    before = span.states if everything else run.at(span.states, span_slots)
     if settlement.is_shared and before.strip(run.UNSETTLED):
-        settlement = _unsettled_part(span, settlement, places)
+        settlement = _unsettled_part(span, settlement, span_slots)
         if not settlement.codes:
             return Verdict(SETTLED, span)
-        codes, places, everything = settlement.codes, decode_places(settlement.places or b""), False
-        before = run.at(span.states, places)
-    positions = positions_of(span)
+        codes, span_slots, everything = settlement.codes, decode_uint16s(settlement.span_slots or b""), False
+        before = run.at(span.states, span_slots)
+    block_offsets = block_offsets_of(span)
     returning: dict[_Return, list[int]] = {}
     if RETRY in codes or OVERDUE in codes:
-        codes, returning = _returning(settlement, places, positions, policy, now_us)
+        codes, returning = _returning(settlement, span_slots, block_offsets, policy, now_us)
     after = msgspec.structs.replace(span)
-    is_once = everything or len(set(places)) == len(places)
+    is_once = everything or len(set(span_slots)) == len(span_slots)
     if is_once and not before.strip(run.UNSETTLED) and not codes.strip(run.FINAL):  # the usual case: pairs in the table
-        after.states = codes if everything else run.ended(span.states, places, codes)
+        after.states = codes if everything else run.ended(span.states, span_slots, codes)
     else:
-        after.states = run.changed(span.states, zip(places, codes, strict=True))
+        after.states = run.changed(span.states, zip(span_slots, codes, strict=True))
     after.unsettled_count = run.unsettled_count(after.states)
     fresh = tuple(
-        _moved(span, [positions[place] for place in moved], how, now_us=now_us, clock=clock)
+        _moved(span, [block_offsets[span_slot] for span_slot in moved], how, now_us=now_us, clock=clock)
         for how, moved in sorted(returning.items())
     )
     if not after.unsettled_count:
@@ -280,7 +284,9 @@ def settle(
         span_id=span.id,
         token=span.token,
         part_no=settlement.part_no,
-        positions=settlement.places if span.positions is None else encode_places(positions[p] for p in places),
+        block_offsets=settlement.span_slots
+        if span.block_offsets is None
+        else encode_uint16s(block_offsets[p] for p in span_slots),
         codes=codes,
         results=settlement.results,
         settled_us=now_us,
@@ -288,15 +294,15 @@ def settle(
     return Verdict(SETTLED, after, fresh, part, counts_of(codes))
 
 
-def _unsettled_part(span: Span, settlement: Settlement, places: Sequence[int]) -> Settlement:
+def _unsettled_part(span: Span, settlement: Settlement, span_slots: Sequence[int]) -> Settlement:
     """What a settlement tells of runs that have no outcome yet."""
     dues, notes = iter(settlement.dues_us), iter(settlement.notes)
     results, kinds = unpack(settlement.results)
     codes, kept, kept_dues, kept_notes = bytearray(), [], [], []
-    for number, (place, code) in enumerate(zip(places, settlement.codes, strict=True)):
+    for number, (span_slot, code) in enumerate(zip(span_slots, settlement.codes, strict=True)):
         due_us = next(dues, 0) if code == RETRY else 0
         note = next(notes, "") if code in RETURNING else ""
-        if span.states[place] not in run.UNSETTLED:
+        if span.states[span_slot] not in run.UNSETTLED:
             continue
         codes.append(code)
         kept.append(number)
@@ -306,7 +312,7 @@ def _unsettled_part(span: Span, settlement: Settlement, places: Sequence[int]) -
             kept_notes.append(note)
     return msgspec.structs.replace(
         settlement,
-        places=encode_places(places[number] for number in kept),
+        span_slots=encode_uint16s(span_slots[number] for number in kept),
         codes=bytes(codes),
         results=pack([results[number] for number in kept], kinds and bytes(kinds[number] for number in kept)),
         dues_us=tuple(kept_dues),
@@ -323,7 +329,7 @@ class _Return(NamedTuple):
 
 
 def _returning(
-    settlement: Settlement, places: Sequence[int], positions: Sequence[int], policy: Policy, now_us: int
+    settlement: Settlement, span_slots: Sequence[int], block_offsets: Sequence[int], policy: Policy, now_us: int
 ) -> tuple[bytes, dict[_Return, list[int]]]:
     """Turn each `r` and `d` into `moved` with how it comes back, or into `cancelled` where nothing may run again."""
     codes = bytearray(settlement.codes)
@@ -335,22 +341,22 @@ def _returning(
         is_retry = code == RETRY
         due_us = quantised_due_us(next(dues, now_us), now_us) if is_retry else 0
         how = _Return(due_us, int(is_retry), next(notes, ""))
-        if policy.stopped or positions[places[number]] in policy.cancelled:
+        if policy.stopped or block_offsets[span_slots[number]] in policy.cancelled:
             codes[number] = run.CANCELLED
         else:
             codes[number] = run.MOVED
-            returning.setdefault(how, []).append(places[number])
+            returning.setdefault(how, []).append(span_slots[number])
     return bytes(codes), returning
 
 
-def _moved(span: Span, positions: list[int], how: _Return, *, now_us: int, clock: int) -> Span:
+def _moved(span: Span, block_offsets: list[int], how: _Return, *, now_us: int, clock: int) -> Span:
     """The span of the next attempt, or of this one once more."""
     return msgspec.structs.replace(
         span,
         id=0,
-        positions=encode_places(positions),
-        states=bytes((run.WAITING,)) * len(positions),
-        unsettled_count=len(positions),
+        block_offsets=encode_uint16s(block_offsets),
+        states=bytes((run.WAITING,)) * len(block_offsets),
+        unsettled_count=len(block_offsets),
         state=DELAYED if how.due_us > now_us else WAITING,
         due_us=how.due_us,
         order_no=returned_order_no(clock=clock),
@@ -367,7 +373,7 @@ def release(
     span: Span | None,
     token: int,
     *,
-    places: Collection[int] | None = None,
+    span_slots: Collection[int] | None = None,
     suspects: Collection[int],
     evidence: str,
     policy: Policy,
@@ -386,10 +392,12 @@ def release(
     """
     if span is None or span.state != LEASED or span.token != token:
         return Verdict(LOST)
-    unsettled = unsettled_places(span)
-    if places is not None:
-        return _given_back(span, [place for place in unsettled if place in places], policy, clock)
-    guilty = [place for place in unsettled if place in suspects and (span.at_most_once or span.task != LANE)]
+    unsettled = unsettled_slots(span)
+    if span_slots is not None:
+        return _given_back(span, [span_slot for span_slot in unsettled if span_slot in span_slots], policy, clock)
+    guilty = [
+        span_slot for span_slot in unsettled if span_slot in suspects and (span.at_most_once or span.task != LANE)
+    ]
     back = msgspec.structs.replace(
         span,
         states=bytes(run.WAITING if state == run.STARTED else state for state in span.states),
@@ -425,11 +433,11 @@ def release(
     return _unless_stopped(back, spans, part, counts, policy)
 
 
-def _given_back(span: Span, places: list[int], policy: Policy, clock: int) -> Verdict:
+def _given_back(span: Span, span_slots: list[int], policy: Policy, clock: int) -> Verdict:
     """Rule R19. A repeat finds the runs gone and changes nothing."""
-    if not places:
+    if not span_slots:
         return Verdict(SETTLED, span)
-    kept, taken = split(span, places, order_no=returned_order_no(clock=clock))
+    kept, taken = split(span, span_slots, order_no=returned_order_no(clock=clock))
     counts = Counts()
     if policy.stopped or policy.cancelled:
         taken, counts = cancel(taken, None if policy.stopped else policy.cancelled)
@@ -443,9 +451,11 @@ def _suspect_groups(span: Span, guilty: list[int]) -> list[list[int]]:
     return [guilty[:half], guilty[half:]]
 
 
-def _failed(span: Span, places: list[int], error: failure.Failure, now_us: int) -> tuple[Span, Part, Counts]:
-    positions = positions_of(span)
-    after = msgspec.structs.replace(span, states=run.changed(span.states, ((place, run.FAILED) for place in places)))
+def _failed(span: Span, span_slots: list[int], error: failure.Failure, now_us: int) -> tuple[Span, Part, Counts]:
+    block_offsets = block_offsets_of(span)
+    after = msgspec.structs.replace(
+        span, states=run.changed(span.states, ((span_slot, run.FAILED) for span_slot in span_slots))
+    )
     after.unsettled_count = run.unsettled_count(after.states)
     if not after.unsettled_count:
         after = _done(after)
@@ -454,12 +464,12 @@ def _failed(span: Span, places: list[int], error: failure.Failure, now_us: int) 
         span_id=span.id,
         token=span.token,
         part_no=RECOVERY_PART_NO,
-        positions=encode_places(positions[place] for place in places),
-        codes=bytes((run.FAILED,)) * len(places),
-        results=pack([error.encode()] * len(places)),
+        block_offsets=encode_uint16s(block_offsets[span_slot] for span_slot in span_slots),
+        codes=bytes((run.FAILED,)) * len(span_slots),
+        results=pack([error.encode()] * len(span_slots)),
         settled_us=now_us,
     )
-    return after, part, Counts(failed=len(places))
+    return after, part, Counts(failed=len(span_slots))
 
 
 RECOVERY_PART_NO: Final = -1
@@ -479,9 +489,9 @@ def _unless_stopped(back: Span, spans: list[Span], part: Part | None, counts: Co
     return Verdict(SETTLED, back, tuple(spans), part, counts)
 
 
-def cancel(span: Span, positions: Collection[int] | None = None) -> tuple[Span, Counts]:
+def cancel(span: Span, block_offsets: Collection[int] | None = None) -> tuple[Span, Counts]:
     """End runs that wait: all of the span's, or those at the given block positions."""
-    return _end(span, run.CANCELLED, positions)
+    return _end(span, run.CANCELLED, block_offsets)
 
 
 def expire(span: Span) -> tuple[Span, Counts]:
@@ -489,39 +499,43 @@ def expire(span: Span) -> tuple[Span, Counts]:
     return _end(span, run.EXPIRED, None)
 
 
-def _end(span: Span, state: int, positions: Collection[int] | None) -> tuple[Span, Counts]:
-    own = positions_of(span)
-    places = [place for place in unsettled_places(span) if positions is None or own[place] in positions]
-    if not places:
+def _end(span: Span, state: int, block_offsets: Collection[int] | None) -> tuple[Span, Counts]:
+    own = block_offsets_of(span)
+    span_slots = [
+        span_slot for span_slot in unsettled_slots(span) if block_offsets is None or own[span_slot] in block_offsets
+    ]
+    if not span_slots:
         return span, Counts()
-    after = msgspec.structs.replace(span, states=run.changed(span.states, ((place, state) for place in places)))
+    after = msgspec.structs.replace(
+        span, states=run.changed(span.states, ((span_slot, state) for span_slot in span_slots))
+    )
     after.unsettled_count = run.unsettled_count(after.states)
     if not after.unsettled_count:
         after = _done(after)
-    return after, counts_of(bytes((state,)) * len(places))
+    return after, counts_of(bytes((state,)) * len(span_slots))
 
 
 def redrive(
-    span: Span, positions: Collection[int] | None, *, clock: int, unrunnable: Collection[int] = ()
+    span: Span, block_offsets: Collection[int] | None, *, clock: int, unrunnable: Collection[int] = ()
 ) -> tuple[Span, Span | None, Counts]:
     """Run failed runs again from their first attempt: `(span after, new span or None, change of the counts)`.
 
     Without `positions`, the failed runs of the span; with them, the runs named that ended in anything but success.
     Runs at `unrunnable` positions were born failed: there is no input that could be run.
     """
-    own = positions_of(span)
-    if positions is None:
-        places = run.places_of(span.states, run.FAILED)
+    own = block_offsets_of(span)
+    if block_offsets is None:
+        span_slots = run.slots_of(span.states, run.FAILED)
     else:
-        ended = run.places_of(span.states, run.FAILED, run.CANCELLED, run.EXPIRED)
-        places = [place for place in ended if own[place] in positions]
-    places = [place for place in places if own[place] not in unrunnable]
-    if not places:
+        ended = run.slots_of(span.states, run.FAILED, run.CANCELLED, run.EXPIRED)
+        span_slots = [span_slot for span_slot in ended if own[span_slot] in block_offsets]
+    span_slots = [span_slot for span_slot in span_slots if own[span_slot] not in unrunnable]
+    if not span_slots:
         return span, None, Counts()
-    gone = counts_of(bytes(span.states[place] for place in places))
+    gone = counts_of(bytes(span.states[span_slot] for span_slot in span_slots))
     kept, taken = split(
         span,
-        places,
+        span_slots,
         attempt=1,
         crashes_count=0,
         crashes_alone_count=0,
@@ -564,16 +578,16 @@ def counts_of(codes: bytes) -> Counts:
 def results_of(part: Part) -> list[tuple[int, int, bytes, int]]:
     """`(position, code, result, kind)` of each outcome in a part."""
     results, kinds = unpack(part.results)
-    positions = range(len(results)) if part.positions is None else decode_places(part.positions)
-    return list(zip(positions, part.codes, results, kinds or bytes(len(results)), strict=True))
+    block_offsets = range(len(results)) if part.block_offsets is None else decode_uint16s(part.block_offsets)
+    return list(zip(block_offsets, part.codes, results, kinds or bytes(len(results)), strict=True))
 
 
-def dead_positions(span: Span, part: Part) -> list[int]:
+def dead_block_offsets(span: Span, part: Part) -> list[int]:
     """The block positions of runs that a part ends as dead letters."""
     if not span.dead_letter or run.FAILED not in part.codes:
         return []
-    positions = range(len(part.codes)) if part.positions is None else decode_places(part.positions)
-    return [position for position, code in zip(positions, part.codes, strict=True) if code == run.FAILED]
+    block_offsets = range(len(part.codes)) if part.block_offsets is None else decode_uint16s(part.block_offsets)
+    return [block_offset for block_offset, code in zip(block_offsets, part.codes, strict=True) if code == run.FAILED]
 
 
 def _done(span: Span) -> Span:

@@ -10,7 +10,7 @@ from headrace.core import run
 from headrace.core.block import Born, Extra
 from headrace.core.failure import decode
 from headrace.core.pack import pack, unpack, unpack_some
-from headrace.core.span import DELAYED, LEASED, Part, Span, positions_of, unsettled_places
+from headrace.core.span import DELAYED, LEASED, Part, Span, block_offsets_of, unsettled_slots
 from headrace.foundation.errors import InvalidInput
 from headrace.store.protocol import Lease, NamedLease, RunRecord
 
@@ -59,13 +59,13 @@ def view_of(span: Span, index: int, state: int) -> RunRecord:
 
 def birth_part(span: Span, at_birth: Mapping[int, Born], now_us: int) -> Part:
     """What is recorded of the runs of a span that ended at birth."""
-    ends = [at_birth[position] for position in positions_of(span)]
+    ends = [at_birth[block_offset] for block_offset in block_offsets_of(span)]
     return Part(
         block_id=span.block_id,
         span_id=span.id,
         token=0,
         part_no=0,
-        positions=span.positions,
+        block_offsets=span.block_offsets,
         codes=span.states,
         results=pack([end.result for end in ends], bytes(end.kind for end in ends)),
         settled_us=now_us,
@@ -86,26 +86,28 @@ def attempt_of(code: int, data: bytes, settled_us: int) -> dict[str, object]:
 
 def lease_of(span: Span, first_index: int, gaps: bytes | None, extras: Mapping[int, Extra], items: bytes) -> Lease:
     """What a worker needs of a claimed span; the rest is its block's, `extras` by position."""
-    whole = span.positions is None and span.unsettled_count == len(span.states)
+    whole = span.block_offsets is None and span.unsettled_count == len(span.states)
     if whole:
-        places: Sequence[int] = range(len(span.states))
-        positions: Sequence[int] = places
+        span_slots: Sequence[int] = range(len(span.states))
+        block_offsets: Sequence[int] = span_slots
         payloads, kinds = unpack(items)
     else:
-        places = unsettled_places(span)
-        own = positions_of(span)
-        positions = [own[place] for place in places]
-        payloads, kinds = unpack_some(items, positions)
+        span_slots = unsettled_slots(span)
+        own = block_offsets_of(span)
+        block_offsets = [own[span_slot] for span_slot in span_slots]
+        payloads, kinds = unpack_some(items, block_offsets)
     if gaps is not None:
         distances = array("I", gaps)
-        indexes: Sequence[int] = [first_index + distances[position] for position in positions]
+        indexes: Sequence[int] = [first_index + distances[block_offset] for block_offset in block_offsets]
     elif whole:
-        indexes = range(first_index, first_index + len(places))
+        indexes = range(first_index, first_index + len(span_slots))
     else:
-        indexes = [first_index + position for position in positions]
-    by_place = {}
+        indexes = [first_index + block_offset for block_offset in block_offsets]
+    by_span_slot = {}
     if extras:
-        by_place = {place: extras[at] for place, at in zip(places, positions, strict=True) if at in extras}
+        by_span_slot = {
+            span_slot: extras[at] for span_slot, at in zip(span_slots, block_offsets, strict=True) if at in extras
+        }
     return Lease(
         span_id=span.id,
         token=span.token,
@@ -118,24 +120,24 @@ def lease_of(span: Span, first_index: int, gaps: bytes | None, extras: Mapping[i
         due_us=span.due_us,
         expires_us=span.expires_us,
         whole=whole,
-        places=places,
+        span_slots=span_slots,
         indexes=indexes,
         payloads=payloads,
         kinds=kinds if kinds is not None and any(kinds) else None,
-        extras=by_place,
+        extras=by_span_slot,
         runs_count=len(span.states),
         note=span.note,
         dead_letter=span.dead_letter,
     )
 
 
-def named_lease(span: Span, key: str, place: int, extra: Extra) -> NamedLease:
+def named_lease(span: Span, key: str, span_slot: int, extra: Extra) -> NamedLease:
     """A run of a leased span that a key names."""
     return NamedLease(
         key=key,
         span_id=span.id,
         token=span.token,
-        place=place,
+        span_slot=span_slot,
         attempt=span.attempt,
         at_most_once=span.at_most_once,
         note=span.note,

@@ -100,7 +100,7 @@ class Lease(msgspec.Struct, kw_only=True):
     due_us: int
     expires_us: int
     whole: bool
-    places: Sequence[int]
+    span_slots: Sequence[int]
     indexes: Sequence[int]
     payloads: list[bytes]
     kinds: bytes | None
@@ -138,7 +138,7 @@ class Release(msgspec.Struct, kw_only=True):
 
     span_id: int
     token: int
-    places: tuple[int, ...] | None = None
+    span_slots: tuple[int, ...] | None = None
     suspects: tuple[int, ...] = ()
     evidence: str = ""
 
@@ -146,7 +146,7 @@ class Release(msgspec.Struct, kw_only=True):
 class Suspects(msgspec.Struct, kw_only=True):
     """What a dead session left: `places` by (span id, token), or None when nothing of it is known."""
 
-    places: dict[tuple[int, int], tuple[int, ...]] | None
+    span_slots: dict[tuple[int, int], tuple[int, ...]] | None
     evidence: str
 
 
@@ -210,7 +210,7 @@ class NamedLease(msgspec.Struct, kw_only=True):
     key: str
     span_id: int
     token: int
-    place: int
+    span_slot: int
     attempt: int
     at_most_once: bool
     note: str

@@ -18,17 +18,30 @@ PAGE_BLOCKS: Final = 64
 PAGE_ROWS: Final = 2_000
 
 
-class Page(NamedTuple):
-    """Some blocks with everything that hangs on them. Rows as the source's statements answer them."""
+class CopiedBlock(NamedTuple):
+    """A block as its source stores it."""
 
-    blocks: list[tuple[Any, ...]]
+    id: int
+    batch_id: str
+    first_index: int
+    last_index: int
+    runs_count: int
+    gaps: bytes | None
+    extras: bytes | None
+    items: bytes
+
+
+class Page(NamedTuple):
+    """Some blocks with their spans and parts, under the ids of their source."""
+
+    blocks: list[CopiedBlock]
     spans: list[Span]
     parts: list[Part]
 
     @property
     def runs_count(self) -> int:
         """The runs of these blocks."""
-        return sum(row[4] for row in self.blocks)
+        return sum(block.runs_count for block in self.blocks)
 
 
 class Belongings(NamedTuple):

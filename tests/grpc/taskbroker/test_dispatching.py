@@ -387,7 +387,7 @@ async def test_a_server_that_was_taken_for_dead_goes_on_under_a_new_session(kind
         engine = own.engine
         await engine.store.recover(
             own.dispatcher._broker.session_id,
-            Suspects(places=None, evidence="thawed"),
+            Suspects(span_slots=None, evidence="thawed"),
             silent_since_us=2**62,
             crashes_max=3,
             now_us=engine.clock.now_us(),

@@ -160,7 +160,7 @@ async def fill(home: House, batch_id: str, result: bytes) -> None:
     await store.start_session(Session(id=session, kind="w", host="h", pid=1, started_us=now_us), now_us=now_us)
     wish = Claim(session_id=session, claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=9_999)
     for lease in await store.claim(wish, now_us=now_us):
-        results = [result] * len(lease.places)
+        results = [result] * len(lease.span_slots)
         await store.settle([settlement_of(lease, results=results)], now_us=now_us)
 
 

@@ -12,7 +12,7 @@ import pytest
 from headrace.foundation.errors import StoreUnavailable
 from headrace.runtime.sessions.active_lease import BEGUN, ENDED, NOT_BEGUN
 from headrace.runtime.sessions.inflight_marks import (
-    ALL_PLACES,
+    ALL_SLOTS,
     Marks,
     is_dead,
     merged,
@@ -75,7 +75,7 @@ def test_a_span_too_long_for_a_slot_is_suspect_as_a_whole(tmp_path: Path) -> Non
     marks = Marks(tmp_path / "own", slot_runs=8)
     slot, body = marks.take(1, 1, 9)
     assert len(body) == 9
-    assert read(marks.path) == {(1, 1): ALL_PLACES}
+    assert read(marks.path) == {(1, 1): ALL_SLOTS}
     marks.free(slot)
     assert read(marks.path) == {}
     marks.close()

@@ -195,7 +195,7 @@ async def test_r3_a_thawed_session_drops_its_leases_and_starts_anew(tmp_path: Pa
 
 async def end_by_others(desk: Desk, session_id: str) -> None:
     now_us = desk.clock.now_us()
-    nobody = Suspects(places={}, evidence="")
+    nobody = Suspects(span_slots={}, evidence="")
     await desk.store.recover(session_id, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
 
 

@@ -415,7 +415,7 @@ async def test_a_stop_while_the_store_is_away_says_what_stayed(kind: str, tmp_pa
         sessions = [session for session in await engine.store.sessions() if session.kind == "worker"]
         now_us = engine.clock.now_us()
         for session in sessions:
-            nobody = Suspects(places={}, evidence="")
+            nobody = Suspects(span_slots={}, evidence="")
             await engine.store.recover(session.id, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
         async with app.worker():
             assert await outputs(batch) == list(range(10))
@@ -466,7 +466,7 @@ async def test_r3_a_worker_whose_session_was_ended_goes_on_under_a_new_one(kind:
             batch = await waits.map(range(6))
             await first_begun.wait()
             old = worker.broker.session_id
-            nobody, now_us = Suspects(places={}, evidence=""), engine.clock.now_us() + 1_000_000
+            nobody, now_us = Suspects(span_slots={}, evidence=""), engine.clock.now_us() + 1_000_000
             await engine.store.recover(old, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
             gate.set()
             assert await outputs(batch) == list(range(6))

@@ -13,7 +13,7 @@ import msgspec
 
 from headrace.core import pack, run
 from headrace.core.failure import Failure
-from headrace.core.span import LOST, RECORDED, RETRY, SETTLED, Settlement, encode_places
+from headrace.core.span import LOST, RECORDED, RETRY, SETTLED, Settlement, encode_uint16s
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import new_session_id, run_id
 from headrace.grpc.messages import broker_pb2 as wire
@@ -121,7 +121,7 @@ class Broker:
             attempt=lease.attempt,
             at_most_once=lease.at_most_once,
             expires_us=lease.expires_us,
-            places=lease.places,
+            places=lease.span_slots,
             indexes=lease.indexes,
             payloads=payloads,
         )
@@ -176,7 +176,7 @@ class Broker:
             span_id=lease[0],
             token=lease[1],
             part_no=one.part_no,
-            places=encode_places(places),
+            span_slots=encode_uint16s(places),
             codes=codes,
             results=pack.pack(self._results(one, codes)),
             dues_us=tuple(now_us + after_ms * 1_000 for after_ms in one.retry_after_ms),

@@ -41,7 +41,7 @@ class RemoteWork:
             leases = await engine.store.claim(request, now_us=clock.now_us())
             left_s = (until_us - clock.now_us()) / 1_000_000
             if leases or left_s <= 0 or self._service.is_draining:
-                self._service.metrics.claimed.inc(sum(len(lease.places) for lease in leases))
+                self._service.metrics.claimed.inc(sum(len(lease.span_slots) for lease in leases))
                 yield leases
                 return
             step_s = min(left_s, STEP_S, engine.limits.poll_interval_ms / 1_000)

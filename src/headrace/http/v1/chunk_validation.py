@@ -11,7 +11,7 @@ import msgspec
 from headrace.core.batch import SINGLE
 from headrace.core.block import Chunk, Extra
 from headrace.core.pack import KINDS, REFERENCE, count, unpack
-from headrace.core.span import decode_places
+from headrace.core.span import decode_uint16s
 from headrace.foundation.errors import InvalidInput, NotFound, StoreBroken
 from headrace.foundation.ids import check_batch_id
 from headrace.foundation.limits import TABLE, Limits
@@ -50,8 +50,8 @@ def check_chunk(call: RequestContext, limits: Limits, batch_id: str, chunk: Chun
         raise InvalidInput("a chunk says that it holds other runs than it does", runs_count=runs_count)
     _check_indexes(chunk)
     _check_spans(chunk)
-    for position, payload in enumerate(payloads):
-        kind = kinds[position] if kinds is not None else 0
+    for block_offset, payload in enumerate(payloads):
+        kind = kinds[block_offset] if kinds is not None else 0
         if kind not in KINDS.values() or len(payload) > limits.chunk_bytes_max:
             raise InvalidInput("a payload is of no known kind, or larger than a chunk holds")
         if kind == REFERENCE:
@@ -102,13 +102,13 @@ def check_own(call: RequestContext, batch_id: str, key: str) -> str:
 
 def _check_spans(chunk: Chunk) -> None:
     covered: list[int] = []
-    for key, places in chunk.spans.items():
+    for key, block_offsets in chunk.spans.items():
         check_name("task", key.task)
         check_name("queue", key.queue)
         check_priority(key.priority)
         if not 0 <= key.due_us < 2**62 or not 0 <= key.expires_us < 2**62:
             raise InvalidInput("a run is due and expires at moments that there are")
-        covered += range(chunk.runs_count) if places is None else decode_places(places)
+        covered += range(chunk.runs_count) if block_offsets is None else decode_uint16s(block_offsets)
     if sorted(covered) != list(range(chunk.runs_count)):
         raise InvalidInput("the spans of a chunk do not cover each of its runs once")
 

@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 
 from headrace.core import pack, run
 from headrace.core.failure import Failure
-from headrace.core.span import LOST, RETRY, Settlement, encode_places
+from headrace.core.span import LOST, RETRY, Settlement, encode_uint16s
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import new_session_id, run_id
 from headrace.http.requests.error_responses import json_response
@@ -194,7 +194,7 @@ class Work:
 
     async def _lease(self, call: RequestContext, key: bytes, lease: Lease) -> dict[str, Any]:
         runs = []
-        for number_, place in enumerate(lease.places):
+        for number_, place in enumerate(lease.span_slots):
             payload, kind = lease.payloads[number_], lease.kinds[number_] if lease.kinds is not None else pack.JSON
             if kind == pack.REFERENCE:
                 payload, kind = await call.engine.fetch(payload)
@@ -262,7 +262,7 @@ class Work:
             span_id=named[0],
             token=named[1],
             part_no=one.part_no,
-            places=encode_places(ended.place for ended in outcomes),
+            span_slots=encode_uint16s(ended.place for ended in outcomes),
             codes=bytes(codes),
             results=pack.pack(results),
             dues_us=tuple(dues),

@@ -398,11 +398,11 @@ class Dispatcher:
             held.is_left = True
             self._broker.forget(held.work)
 
-    def _is_stray(self, span_id: int, token: int, place: int) -> None:
+    def _is_stray(self, span_id: int, token: int, span_slot: int) -> None:
         """A run was settled by its id under a lease that may be this server's own, and in line."""
         work = self._broker.lease(span_id, token)
-        if work is not None and place in work.places:
-            work.unwanted.add(list(work.places).index(place))
+        if work is not None and span_slot in work.span_slots:
+            work.unwanted.add(list(work.span_slots).index(span_slot))
 
     # -- what nobody asks for
 
@@ -455,11 +455,11 @@ class Dispatcher:
 
     async def _give_back(self, is_cut: Callable[[Held], bool]) -> None:
         """Rule R19: what nobody has asked for goes back, for others to have."""
-        for held, places in self._line.cut(is_cut):
+        for held, span_slots in self._line.cut(is_cut):
             lease = held.work.lease
             if held.is_over and not held.work.count and not held.is_left:
                 held.is_left = True
                 await self._broker.end_lease(held.work, [Release(span_id=lease.span_id, token=lease.token)])
             else:
-                await self._broker.put(Release(span_id=lease.span_id, token=lease.token, places=places))
+                await self._broker.put(Release(span_id=lease.span_id, token=lease.token, span_slots=span_slots))
                 self._end_if_over(held)

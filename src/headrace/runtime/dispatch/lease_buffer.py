@@ -146,14 +146,14 @@ class Handout:
 
     __slots__ = (
         "answer", "deadline_us", "extra", "held", "is_claimed", "is_ended", "kind", "name", "number", "part_no",
-        "payload", "place", "verdict",
+        "payload", "span_slot", "verdict",
     )  # fmt: skip
 
-    def __init__(self, held: Held, number: int, place: int, extra: Extra) -> None:
+    def __init__(self, held: Held, number: int, span_slot: int, extra: Extra) -> None:
         lease = held.work.lease
         self.held = held
         self.number = number
-        self.place = place
+        self.span_slot = span_slot
         self.extra = extra
         self.name = extra.idempotency_key + held.suffix
         self.payload = lease.payloads[number]
@@ -241,8 +241,8 @@ class Line:
         held.pace.left_count -= 1
         held.open_count += 1
         held.since_us = now_us
-        place = work.lease.places[number]
-        handout = Handout(held, number, place, work.lease.extras.get(place, NO_EXTRA))
+        span_slot = work.lease.span_slots[number]
+        handout = Handout(held, number, span_slot, work.lease.extras.get(span_slot, NO_EXTRA))
         work.lease.payloads[number] = b""
         self.bytes_count -= len(handout.payload)
         if not work.unbegun_count:
@@ -266,7 +266,7 @@ class Line:
         for application, returned in list(self._returned.items()):
             for handout in [handout for handout in returned if is_cut(handout.held)]:
                 handout.held.open_count -= 1
-                found.append((handout.held, (handout.place,)))
+                found.append((handout.held, (handout.span_slot,)))
                 returned.remove(handout)
             self._keep(self._returned, application, returned)
         return found

@@ -15,7 +15,7 @@ import structlog
 
 from headrace.core.activation import LANE, Delivery, delivery_of, note_of
 from headrace.core.pack import pack
-from headrace.core.span import LOST, RETRY, RETURNING, Settlement, encode_places
+from headrace.core.span import LOST, RETRY, RETURNING, Settlement, encode_uint16s
 from headrace.foundation.errors import HeadraceError
 from headrace.runtime.dispatch.lease_buffer import Handout, Held
 from headrace.runtime.dispatch.report_outcome import COMPLETE, Answer, Report, Verdict, setback_of
@@ -23,7 +23,7 @@ from headrace.runtime.engine import Engine
 from headrace.store.protocol import Lease
 
 LOG: Any = structlog.get_logger("headrace.reports")
-_PLACE: Final = attrgetter("place")
+_SPAN_SLOT: Final = attrgetter("span_slot")
 STRAY_PART_NO: Final = 1 << 30
 """Where the numbers of settlements by id begin: a lease's holder numbers its own from 0."""
 
@@ -40,7 +40,7 @@ class Found(NamedTuple):
 
     span_id: int
     token: int
-    place: int
+    span_slot: int
     verdict: Verdict
 
 
@@ -74,7 +74,7 @@ class Reporting:
                 by_lease.setdefault(update.held, []).append(update)
         found = await self._found(strays) if strays else []
         settlements = [_settlement(held.work.lease, runs[0].part_no, runs) for held, runs in by_lease.items()]
-        settlements += [_settlement(one, STRAY_PART_NO + one.place, [one]) for one in found]
+        settlements += [_settlement(one, STRAY_PART_NO + one.span_slot, [one]) for one in found]
         if settlements:
             store, now_us = self._engine.store, self._engine.clock.now_us()
             words = await store.settle(settlements, now_us=now_us)
@@ -85,7 +85,7 @@ class Reporting:
         for held, runs in by_lease.items():
             self._landed(held, len(runs))
         for one in found:
-            self._is_stray(one.span_id, one.token, one.place)
+            self._is_stray(one.span_id, one.token, one.span_slot)
         for update in updates:
             if update.answer is not None:
                 update.answer.ended()
@@ -119,7 +119,7 @@ class Reporting:
                     delay_ms=lease.extra.retry_delay_ms,
                     clock=engine.clock,
                 )
-            found.append(Found(lease.span_id, lease.token, lease.place, verdict))
+            found.append(Found(lease.span_id, lease.token, lease.span_slot, verdict))
         self.stray_count += len(found)
         self.late_count += len(strays) - len(found)
         return found
@@ -134,14 +134,14 @@ class Reporting:
 
 def _settlement(lease: Lease | Found, part_no: int, runs: Sequence[Handout | Found]) -> Settlement:
     """Of runs of one lease, in the order they have there."""
-    told = sorted(runs, key=_PLACE)
+    told = sorted(runs, key=_SPAN_SLOT)
     verdicts = [one.verdict for one in told]
     returning = [verdict for verdict in verdicts if verdict.code in RETURNING]
     return Settlement(
         span_id=lease.span_id,
         token=lease.token,
         part_no=part_no,
-        places=encode_places(map(_PLACE, told)),
+        span_slots=encode_uint16s(map(_SPAN_SLOT, told)),
         codes=bytes([verdict.code for verdict in verdicts]),
         results=pack([verdict.result for verdict in verdicts]),
         dues_us=tuple(verdict.due_us for verdict in returning if verdict.code == RETRY),

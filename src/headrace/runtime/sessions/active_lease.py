@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, NamedTuple
 
 from headrace.core.pack import REFERENCE, pack
-from headrace.core.span import RETRY, Settlement, encode_places
+from headrace.core.span import RETRY, Settlement, encode_uint16s
 from headrace.store.protocol import Lease
 
 NOT_BEGUN: Final = 0
@@ -35,12 +35,12 @@ class Work:
 
     __slots__ = (
         "codes", "count", "cursor", "dirty_since_us", "dues", "ended_count", "ended_mark", "evidence", "kinds", "lease",
-        "marks", "object_keys", "part_no", "places", "plan", "results", "sent", "slot", "suspects", "unwanted",
+        "marks", "object_keys", "part_no", "plan", "results", "sent", "slot", "span_slots", "suspects", "unwanted",
     )  # fmt: skip
 
     def __init__(self, lease: Lease, marks: memoryview | bytearray | None = None, slot: int = -1) -> None:
         self.lease = lease
-        self.places = lease.places
+        self.span_slots = lease.span_slots
         self.count = len(lease.payloads)
         self.cursor = 0
         self.ended_count = 0
@@ -64,7 +64,7 @@ class Work:
         """Hand out the next run; answers its number."""
         number = self.cursor
         self.cursor = number + 1
-        self.marks[self.places[number]] = BEGUN
+        self.marks[self.span_slots[number]] = BEGUN
         return number
 
     def give_back(self, number: int) -> None:
@@ -73,16 +73,16 @@ class Work:
         Not so an at-most-once run, which may have done its work.
         """
         if not self.lease.at_most_once:
-            self.marks[self.places[number]] = NOT_BEGUN
+            self.marks[self.span_slots[number]] = NOT_BEGUN
 
     def cut(self, runs_count: int) -> tuple[int, ...]:
         """Let go of the last `runs_count` runs, which nobody has begun; answers their places."""
         count = self.count - runs_count
         assert count >= self.cursor
-        places = tuple(self.places[count:])
-        self.count, self.places = count, self.places[:count]
+        span_slots = tuple(self.span_slots[count:])
+        self.count, self.span_slots = count, self.span_slots[:count]
         del self.codes[count:], self.results[count:], self.sent[count:]
-        return places
+        return span_slots
 
     @property
     def is_idle(self) -> bool:
@@ -103,7 +103,7 @@ class Work:
         self, number: int, code: int, result: bytes, *, kind: int = 0, due_us: int = 0, object_key: str = ""
     ) -> None:
         """One run came to `code` with `result` (a result or an encoded failure)."""
-        self.marks[self.places[number]] = self.ended_mark
+        self.marks[self.span_slots[number]] = self.ended_mark
         self.codes[number] = code
         self.results[number] = result
         self.ended_count += 1
@@ -130,8 +130,8 @@ class Work:
         lease = self.lease
         if self.part_no == 0 and self.ended_count == self.count:
             codes, results = bytes(self.codes), self.results
-            is_cut = self.count < len(lease.places)
-            places = None if lease.whole and not is_cut else encode_places(self.places)
+            is_cut = self.count < len(lease.span_slots)
+            span_slots = None if lease.whole and not is_cut else encode_uint16s(self.span_slots)
             numbers: list[int] | range = range(self.count)
         else:
             numbers = [n for n, (code, sent) in enumerate(zip(self.codes, self.sent, strict=True)) if code and not sent]
@@ -139,7 +139,7 @@ class Work:
                 return None
             codes = bytes(self.codes[number] for number in numbers)
             results = [self.results[number] for number in numbers]
-            places = encode_places(self.places[number] for number in numbers)
+            span_slots = encode_uint16s(self.span_slots[number] for number in numbers)
             for number in numbers:
                 self.sent[number] = 1
                 self.results[number] = b""
@@ -148,7 +148,7 @@ class Work:
             span_id=lease.span_id,
             token=lease.token,
             part_no=self.part_no,
-            places=places,
+            span_slots=span_slots,
             codes=codes,
             results=pack(results, kinds),
             dues_us=tuple(self.dues[number] for number in numbers if number in self.dues) if self.dues else (),

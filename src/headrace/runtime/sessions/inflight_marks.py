@@ -29,8 +29,8 @@ HEAD: Final = struct.Struct("=8sIIQ")
 SLOT: Final = struct.Struct("=QQII")
 SLOTS: Final = 16_384
 """Leases of one process at a time."""
-PLACES_MAX: Final = 4_096
-ALL_PLACES: Final = tuple(range(PLACES_MAX))
+SLOTS_MAX: Final = 4_096
+ALL_SLOTS: Final = tuple(range(SLOTS_MAX))
 """What is suspected of a span too long to be marked run by run."""
 
 _DEADLINE: Final = struct.Struct("=Q")
@@ -129,9 +129,9 @@ def _suspected(data: mmap.mmap) -> Suspected:
         if not used:
             continue
         body = data[start + SLOT.size : start + SLOT.size + count]
-        places = tuple(place for place, mark in enumerate(body) if mark == BEGUN) if count else ALL_PLACES
-        if places:
-            found[span_id, token] = (*found.get((span_id, token), ()), *places)
+        span_slots = tuple(span_slot for span_slot, mark in enumerate(body) if mark == BEGUN) if count else ALL_SLOTS
+        if span_slots:
+            found[span_id, token] = (*found.get((span_id, token), ()), *span_slots)
     return found
 
 
@@ -182,8 +182,8 @@ def merged(paths: list[Path]) -> Suspected:
     """The suspects of a session and its children, as one."""
     found: Suspected = {}
     for path in paths:
-        for name, places in read(path).items():
-            found[name] = tuple(sorted({*found.get(name, ()), *places}))
+        for name, span_slots in read(path).items():
+            found[name] = tuple(sorted({*found.get(name, ()), *span_slots}))
     return found
 
 

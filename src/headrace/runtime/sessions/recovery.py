@@ -53,7 +53,7 @@ async def recover_here(engine: Engine, own_id: str) -> int:
             continue
         if session_id in known:
             evidence = f"{_who(known[session_id])} died"
-            suspects = Suspects(places=merged(files), evidence=evidence)
+            suspects = Suspects(span_slots=merged(files), evidence=evidence)
             spans_count += await _recover(engine, session_id, suspects, EVER_US)
             remove(files)
         else:  # it ended, or is not known yet; a file as old as that belongs to nobody who is still to come
@@ -72,9 +72,9 @@ async def recover_silent(engine: Engine, own_id: str) -> Silence:
         lives_here = bool(files) and is_dead(files[0]) is not None
         if lives_here:  # a run that blocks all of it for long is no death, but nothing waits for ever
             timeout_us *= STUCK_TIMEOUTS
-            suspects = Suspects(places=merged(files), evidence=f"{_who(session)} hung")
+            suspects = Suspects(span_slots=merged(files), evidence=f"{_who(session)} hung")
         else:
-            suspects = Suspects(places=None, evidence=f"{_who(session)} fell silent")
+            suspects = Suspects(span_slots=None, evidence=f"{_who(session)} fell silent")
         if session.heartbeat_us <= now_us - timeout_us:
             spans_count += await _recover(engine, session.id, suspects, now_us - timeout_us)
         else:

@@ -360,15 +360,15 @@ class Executor:
         """
         function, decode = plan
         encode, inline_max = self._encode, self._inline_bytes_max
-        places, marks, payloads = work.places, work.marks, work.lease.payloads
+        span_slots, marks, payloads = work.span_slots, work.marks, work.lease.payloads
         copy_variables = self._variables.copy
         first = number = work.cursor
         stop = min(work.count, first + BURST_RUNS)
         rest: Awaitable[None] | None = None
         until, look_at, step = perf_counter() + SLICE_S, number + 1, 1
         while number < stop:
-            place = places[number]
-            marks[place] = BEGUN
+            span_slot = span_slots[number]
+            marks[span_slot] = BEGUN
             try:
                 argument = decode(payloads[number])
             except Exception:  # noqa: BLE001 - decoded again, the slow way, it says why
@@ -387,7 +387,7 @@ class Executor:
                 if result and len(result) < inline_max:
                     work.codes[number] = run.COMPLETED
                     work.results[number] = result
-                    marks[place] = ENDED
+                    marks[span_slot] = ENDED
                     number += 1
                     if number >= look_at:
                         if perf_counter() > until:
@@ -466,11 +466,11 @@ class Executor:
         return self._waiting(work, number, runner, spec, driven(coro, variables, waits_for))
 
     def _spec(self, work: Work, number: int) -> TaskSpec:
-        return self.registry.get(work.lease.task).bounded(work.lease.extras.get(work.places[number]))
+        return self.registry.get(work.lease.task).bounded(work.lease.extras.get(work.span_slots[number]))
 
     def _context(self, work: Work, number: int, spec: TaskSpec) -> Context:
         lease = work.lease
-        extra = lease.extras.get(work.places[number])
+        extra = lease.extras.get(work.span_slots[number])
         deadline_us = None if spec.timeout_s is None else self._clock.now_us() + int(spec.timeout_s * 1_000_000)
         return Context(
             batch_id=lease.batch_id,

@@ -154,7 +154,7 @@ class _Child:
             due_us=0,
             expires_us=slice_.expires_us,
             whole=False,
-            places=slice_.places,
+            span_slots=slice_.span_slots,
             indexes=slice_.indexes,
             payloads=slice_.payloads,
             kinds=slice_.kinds,

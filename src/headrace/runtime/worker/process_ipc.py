@@ -40,7 +40,7 @@ class Slice(msgspec.Struct, tag="slice"):
     at_most_once: bool
     expires_us: int
     runs_count: int
-    places: list[int]
+    span_slots: list[int]
     indexes: list[int]
     payloads: list[bytes]
     kinds: bytes | None

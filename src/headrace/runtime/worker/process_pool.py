@@ -266,7 +266,7 @@ class Crew:
         work.cursor = min(work.count, first + runs_max)
         numbers = range(first, work.cursor)
         lease = work.lease
-        places = [work.places[number] for number in numbers]
+        span_slots = [work.span_slots[number] for number in numbers]
         slice_id, self._next_slice_id = self._next_slice_id, self._next_slice_id + 1
         child.parts[slice_id] = _Part(work, numbers)
         child.outstanding_count += len(numbers)
@@ -274,8 +274,8 @@ class Crew:
         self.in_flight_count += len(numbers)
         self._open_parts[work] = self._open_parts.get(work, 0) + 1
         if lease.at_most_once:  # handed out may be begun, for whoever finds only this process's marks
-            for place in places:
-                work.marks[place] = BEGUN
+            for span_slot in span_slots:
+                work.marks[span_slot] = BEGUN
         self._send(
             child,
             Slice(
@@ -290,11 +290,11 @@ class Crew:
                 at_most_once=lease.at_most_once,
                 expires_us=lease.expires_us,
                 runs_count=lease.runs_count,
-                places=places,
+                span_slots=span_slots,
                 indexes=[lease.indexes[number] for number in numbers],
                 payloads=[lease.payloads[number] for number in numbers],
                 kinds=None if lease.kinds is None else lease.kinds[first : work.cursor],
-                extras={place: lease.extras[place] for place in places if place in lease.extras},
+                extras={span_slot: lease.extras[span_slot] for span_slot in span_slots if span_slot in lease.extras},
             ),
         )
 
@@ -331,8 +331,8 @@ class Crew:
         work = part.work
         returned = [number for number in part.numbers if not work.codes[number]]
         for number in returned:
-            if work.places[number] not in suspects:
-                work.marks[work.places[number]] = NOT_BEGUN
+            if work.span_slots[number] not in suspects:
+                work.marks[work.span_slots[number]] = NOT_BEGUN
         child.outstanding_count -= len(returned)
         self.in_flight_count -= len(returned)
         child.is_alone = False
@@ -444,13 +444,15 @@ class Crew:
             LOG.warning("a child process died", evidence=evidence, slices=len(child.parts))
         for slice_id, part in list(child.parts.items()):
             work = part.work
-            own = {work.places[number]: number for number in part.numbers if not work.codes[number]}
-            suspects = [place for place in begun.get((work.lease.span_id, work.lease.token), ()) if place in own]
+            own = {work.span_slots[number]: number for number in part.numbers if not work.codes[number]}
+            suspects = [
+                span_slot for span_slot in begun.get((work.lease.span_id, work.lease.token), ()) if span_slot in own
+            ]
             if not has_evidence and work.lease.at_most_once:
                 suspects = list(own)
             if is_overdue:
-                for place in suspects:
-                    self._time_out(work, own[place])
+                for span_slot in suspects:
+                    self._time_out(work, own[span_slot])
                 self._account(child, len(suspects))
             elif not self._is_stopping:
                 work.suspects += suspects

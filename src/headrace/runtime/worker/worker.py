@@ -218,9 +218,9 @@ class Worker:
         retracted = runs.retract(runs_count)
         for work in retracted.whole:
             self._over(work)
-        for work, places in retracted.parts:
+        for work, span_slots in retracted.parts:
             lease = work.lease
-            await self.broker.put(Release(span_id=lease.span_id, token=lease.token, places=places))
+            await self.broker.put(Release(span_id=lease.span_id, token=lease.token, span_slots=span_slots))
             if work.is_over:
                 self._over(work)
 
@@ -312,7 +312,7 @@ class Worker:
     def _release_of(self, work: Work) -> Release:
         lease = work.lease
         if lease.at_most_once:  # what began and did not end may have done its work: the store fails it
-            begun = [work.places[n] for n in range(work.count) if work.marks[work.places[n]] == BEGUN]
+            begun = [work.span_slots[n] for n in range(work.count) if work.marks[work.span_slots[n]] == BEGUN]
             evidence = work.evidence or "the worker stopped"
             return Release(span_id=lease.span_id, token=lease.token, suspects=tuple(begun), evidence=evidence)
         return Release(span_id=lease.span_id, token=lease.token, suspects=tuple(work.suspects), evidence=work.evidence)

@@ -16,7 +16,7 @@ from headrace.core.batch import Batch, Ledger
 from headrace.core.block import Chunk, Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack
-from headrace.core.span import Part, Span, positions_of, results_of
+from headrace.core.span import Part, Span, block_offsets_of, results_of
 from headrace.foundation.errors import NotFound
 from headrace.store.projections import WITH_RESULT, attempt_of, check_state, lease_of, named_lease, view_of
 from headrace.store.protocol import (
@@ -138,7 +138,7 @@ def indexes_of(chunk: Chunk) -> Sequence[int]:
 def indexes_of_span(tables: Tables, span: Span) -> list[int]:
     """The batch index of each place."""
     own = indexes_of(tables.blocks[span.block_id].chunk)
-    return [own[position] for position in positions_of(span)]
+    return [own[block_offset] for block_offset in block_offsets_of(span)]
 
 
 def locate(tables: Tables, batch: Batch, index: int) -> tuple[int, int]:
@@ -153,9 +153,9 @@ def locate(tables: Tables, batch: Batch, index: int) -> tuple[int, int]:
 
 def payload(tables: Tables, batch: Batch, index: int) -> tuple[bytes, int]:
     """The stored input of one run and its kind."""
-    block_id, position = locate(tables, batch, index)
+    block_id, block_offset = locate(tables, batch, index)
     payloads, kinds = unpack(tables.blocks[block_id].chunk.items)
-    return payloads[position], kinds[position] if kinds else 0
+    return payloads[block_offset], kinds[block_offset] if kinds else 0
 
 
 def spans_of_block(tables: Tables, block_id: int) -> list[Span]:
@@ -178,7 +178,7 @@ def waiting(tables: Tables) -> list[Span]:
     return [span for span in tables.spans.values() if span.state in (spans.WAITING, spans.DELAYED)]
 
 
-def place_in_line(span: Span) -> tuple[int, int, str, int, int]:
+def claim_order(span: Span) -> tuple[int, int, str, int, int]:
     """Who comes first: by priority, then by virtual time, then by batch and index."""
     return -span.priority, span.order_no, span.batch_id, span.first_index, span.id
 
@@ -194,7 +194,7 @@ class _Home(NamedTuple):
 
     run_index: int
     block_id: int
-    position: int
+    block_offset: int
     span: Span
     state: int
 
@@ -203,9 +203,9 @@ def homes_of(tables: Tables, batch_id: str) -> list[_Home]:
     """Every run of a batch, by index, in the span in which its state lives."""
     own = {block.id: indexes_of(block.chunk) for block in tables.blocks.values() if block.batch_id == batch_id}
     found = [
-        _Home(own[span.block_id][position], span.block_id, position, span, state)
+        _Home(own[span.block_id][block_offset], span.block_id, block_offset, span, state)
         for span in spans_of_batch(tables, batch_id)
-        for position, state in zip(positions_of(span), span.states, strict=True)
+        for block_offset, state in zip(block_offsets_of(span), span.states, strict=True)
         if state != runs_core.MOVED
     ]
     return sorted(found, key=lambda home: home.run_index)
@@ -214,10 +214,10 @@ def homes_of(tables: Tables, batch_id: str) -> list[_Home]:
 def _results(tables: Tables, batch_id: str) -> dict[tuple[int, int], tuple[bytes, int]]:
     """The last recorded result of each `(block id, position)` of a batch."""
     return {
-        (part.block_id, position): (result, kind)
+        (part.block_id, block_offset): (result, kind)
         for part in tables.parts.values()
         if tables.blocks[part.block_id].batch_id == batch_id
-        for position, code, result, kind in results_of(part)
+        for block_offset, code, result, kind in results_of(part)
         if code in WITH_RESULT
     }
 
@@ -228,7 +228,7 @@ def outcomes(tables: Tables, batch_id: str, from_index: int, runs_max: int, *, p
     results = _results(tables, batch_id)
     told: list[Outcome] = []
     expected = from_index
-    for index, block_id, position, _, state in homes_of(tables, batch_id):
+    for index, block_id, block_offset, _, state in homes_of(tables, batch_id):
         if index < from_index:
             continue
         is_gap = index != expected and batch.kind != batches.STREAM
@@ -238,7 +238,7 @@ def outcomes(tables: Tables, batch_id: str, from_index: int, runs_max: int, *, p
             continue
         if (is_gap and not passing) or state not in runs_core.FINAL or len(told) == runs_max:
             break
-        result, kind = results.get((block_id, position), NOTHING) if state in WITH_RESULT else NOTHING
+        result, kind = results.get((block_id, block_offset), NOTHING) if state in WITH_RESULT else NOTHING
         told.append(Outcome(index=index, state=state, result=result, kind=kind))
         expected = index + 1
     return told
@@ -253,9 +253,9 @@ def lease(tables: Tables, span: Span) -> Lease:
 def run(tables: Tables, batch_id: str, index: int) -> RunRecord:
     """One run with its input, its result and its attempts."""
     batch = find(tables, batch_id)
-    block_id, position = locate(tables, batch, index)
+    block_id, block_offset = locate(tables, batch, index)
     (home,) = (home for home in homes_of(tables, batch_id) if home.run_index == index)
-    extra = tables.blocks[block_id].chunk.extras.get(position, Extra())
+    extra = tables.blocks[block_id].chunk.extras.get(block_offset, Extra())
     view = view_of(home.span, home.run_index, home.state)
     view.payload, view.kind = payload(tables, batch, index)
     view.headers, view.tags, view.idempotency_key = extra.headers, list(extra.tags), extra.idempotency_key
@@ -263,13 +263,13 @@ def run(tables: Tables, batch_id: str, index: int) -> RunRecord:
     view.name = extra.name
     view.created_us = min(span.since_us for span in spans_of_block(tables, block_id))
     if home.state in WITH_RESULT:
-        view.result, view.result_kind = _results(tables, batch_id).get((block_id, position), NOTHING)
+        view.result, view.result_kind = _results(tables, batch_id).get((block_id, block_offset), NOTHING)
     view.attempts = [
         attempt_of(code, data, part.settled_us)
         for part in tables.parts.values()
         if part.block_id == block_id
         for at, code, data, _ in results_of(part)
-        if at == position
+        if at == block_offset
     ]
     return view
 
@@ -329,12 +329,12 @@ def named_leases(tables: Tables, environment: str, task: str, keys: Sequence[str
         known = tables.keys.get((environment, task, key))
         if known is None:
             continue
-        block_id, position = locate(tables, tables.batches[known.batch_id], known.run_index)
+        block_id, block_offset = locate(tables, tables.batches[known.batch_id], known.run_index)
         for span in spans_of_block(tables, block_id):
             found += [
-                named_lease(span, key, place, tables.blocks[block_id].chunk.extras[position])
-                for place, own in enumerate(positions_of(span))
-                if own == position and span.state == spans.LEASED and span.states[place] in runs_core.UNSETTLED
+                named_lease(span, key, span_slot, tables.blocks[block_id].chunk.extras[block_offset])
+                for span_slot, own in enumerate(block_offsets_of(span))
+                if own == block_offset and span.state == spans.LEASED and span.states[span_slot] in runs_core.UNSETTLED
             ]
     return found
 
@@ -360,10 +360,10 @@ def verify(tables: Tables, batch_id: str) -> Verification:
     """Count a batch from its blocks, spans and parts, and compare with its counters."""
     batch, received = find(tables, batch_id), tables.received[batch_id]
     stored = [
-        (block.id, position, index)
+        (block.id, block_offset, index)
         for block in tables.blocks.values()
         if block.batch_id == batch_id
-        for position, index in enumerate(indexes_of(block.chunk))
+        for block_offset, index in enumerate(indexes_of(block.chunk))
     ]
     told = _counted(tables, batch, len(stored))
     _, kept = with_ledger(tables, batch)
@@ -401,14 +401,14 @@ def _word(state: int) -> str:
 
 def _unhomed(tables: Tables, batch_id: str, stored: list[tuple[int, int, int]]) -> Iterator[str]:
     """Runs that live nowhere or twice, spans that count wrongly, outcomes that nobody recorded."""
-    lives = Counter((home.block_id, home.position) for home in homes_of(tables, batch_id))
+    lives = Counter((home.block_id, home.block_offset) for home in homes_of(tables, batch_id))
     results = _results(tables, batch_id)
-    for block_id, position, _ in stored:
-        if lives[block_id, position] != 1:
-            yield f"position {position} of block {block_id} lives in {lives[block_id, position]} spans"
+    for block_id, block_offset, _ in stored:
+        if lives[block_id, block_offset] != 1:
+            yield f"block offset {block_offset} of block {block_id} lives in {lives[block_id, block_offset]} spans"
     for span in spans_of_batch(tables, batch_id):
         if span.unsettled_count != runs_core.unsettled_count(span.states):
             yield f"span {span.id} counts {span.unsettled_count} unsettled runs wrongly"
     for home in homes_of(tables, batch_id):
-        if home.state in WITH_RESULT and (home.block_id, home.position) not in results:
-            yield f"position {home.position} of block {home.block_id} ended without a recorded outcome"
+        if home.state in WITH_RESULT and (home.block_id, home.block_offset) not in results:
+            yield f"block offset {home.block_offset} of block {home.block_id} ended without a recorded outcome"

@@ -121,11 +121,11 @@ class MemoryStore:
             batch = reads.find(tables, batch_id)
             asked = 0
             change = Counts()
-            for block_id, positions in writes.by_block(tables, batch, indexes).items():
+            for block_id, block_offsets in writes.by_block(tables, batch, indexes).items():
                 for span in reads.spans_of_block(tables, block_id):
-                    live = [own for own, state in writes.homes(span) if state in UNSETTLED and own in positions]
+                    live = [own for own, state in writes.homes(span) if state in UNSETTLED and own in block_offsets]
                     if span.state == spans.LEASED:
-                        tables.cancellations |= {(batch_id, positions[own]) for own in live}
+                        tables.cancellations |= {(batch_id, block_offsets[own]) for own in live}
                         asked += len(live)
                     elif live:
                         tables.spans[span.id], counts = spans.cancel(span, live)
@@ -142,13 +142,13 @@ class MemoryStore:
             wanted = None if indexes is None else writes.by_block(tables, batch, indexes)
             change = Counts()
             for span in reads.spans_of_batch(tables, batch_id):
-                positions = None if wanted is None else wanted.get(span.block_id, {})
+                block_offsets = None if wanted is None else wanted.get(span.block_id, {})
                 extras = tables.blocks[span.block_id].chunk.extras
                 after, again, gone = spans.redrive(
                     span,
-                    positions,
+                    block_offsets,
                     clock=writes.clock(tables, span),
-                    unrunnable={position for position, extra in extras.items() if extra.failure},
+                    unrunnable={block_offset for block_offset, extra in extras.items() if extra.failure},
                 )
                 if again is not None:
                     tables.spans[span.id] = after
@@ -191,7 +191,7 @@ class MemoryStore:
         with self._changing() as tables:
             session = tables.sessions.get(session_id)
             if session is not None and not session.ended_us:
-                writes.end(tables, session, Suspects(places={}, evidence=""), self._limits.crashes_max, now_us)
+                writes.end(tables, session, Suspects(span_slots={}, evidence=""), self._limits.crashes_max, now_us)
 
     async def sessions(self) -> list[Session]:
         """The sessions that have not ended."""
@@ -217,7 +217,7 @@ class MemoryStore:
         with self._changing() as tables:
             writes.live(tables, claim.session_id)
             held = reads.spans_of_session(tables, claim.session_id)
-            taken = [span for span in sorted(held, key=reads.place_in_line) if span.claim_no == claim.claim_no]
+            taken = [span for span in sorted(held, key=reads.claim_order) if span.claim_no == claim.claim_no]
             if not taken:
                 writes.promote(tables, now_us)
                 taken = writes.take(tables, claim, now_us)
@@ -385,7 +385,7 @@ class MemoryStore:
                 span for span in tables.spans.values() if span.state == spans.LEASED and span.session_id not in live
             ]
             for span in lost[:rows_max]:
-                unknown = writes.given_back(span, Suspects(places=None, evidence="its session is gone"))
+                unknown = writes.given_back(span, Suspects(span_slots=None, evidence="its session is gone"))
                 writes.release(tables, unknown, self._limits.crashes_max, now_us)
             swept.more = max(len(late), len(overdue), rows_max - left, len(lost)) >= rows_max
         return swept

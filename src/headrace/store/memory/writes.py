@@ -15,7 +15,7 @@ from headrace.core.index_set import IndexSet
 from headrace.core.order import clock_after, first_order_no, returned_order_no
 from headrace.core.pack import unpack
 from headrace.core.run import COMPLETED, ENDED_BADLY, WAITING
-from headrace.core.span import Counts, Key, Part, Policy, Span, Verdict, encode_places, positions_of
+from headrace.core.span import Counts, Key, Part, Policy, Span, Verdict, block_offsets_of, encode_uint16s
 from headrace.foundation.errors import Conflict, SessionEnded
 from headrace.foundation.ids import run_id
 from headrace.store.memory import reads
@@ -127,29 +127,29 @@ def fresh_part(tables: Tables, batch: Batch, chunk: Chunk, answer: Appended, now
     A run whose key already names a run is linked to it, and in a stream left out.
     """
     received = tables.received[batch.id] = tables.received[batch.id].union(IndexSet())
-    tasks = {at: key.task for key, positions in chunk.spans.items() for at in _covered(chunk, positions)}
+    tasks = {at: key.task for key, block_offsets in chunk.spans.items() for at in _covered(chunk, block_offsets)}
     payloads, kinds = unpack(chunk.items)
     keep = []
     links: dict[int, str] = {}
-    for position, index in enumerate(reads.indexes_of(chunk)):
-        extra = chunk.extras.get(position)
+    for block_offset, index in enumerate(reads.indexes_of(chunk)):
+        extra = chunk.extras.get(block_offset)
         if index in received:
             answer.duplicates_count += 1
-            if reads.payload(tables, batch, index) != (payloads[position], kinds[position] if kinds else 0):
+            if reads.payload(tables, batch, index) != (payloads[block_offset], kinds[block_offset] if kinds else 0):
                 answer.conflicts.append(index)
             continue
         if extra is not None and extra.idempotency_key:
-            name = (batch.environment, tasks[position], extra.idempotency_key)
+            name = (batch.environment, tasks[block_offset], extra.idempotency_key)
             known = tables.keys.get(name)
             if known is not None and not _is_free(tables, known, now_us):
                 answer.existing[index] = (known.batch_id, known.run_index)
                 if batch.kind == batches.STREAM:
                     continue
-                links[position] = run_id(known.batch_id, known.run_index)
+                links[block_offset] = run_id(known.batch_id, known.run_index)
             else:
                 tables.keys[name] = Known(batch.id, index, extra.idempotency_expires_us)
         received.add_range(index, index + 1)
-        keep.append(position)
+        keep.append(block_offset)
     return narrowed(linked(chunk, links), keep)
 
 
@@ -163,8 +163,8 @@ def _is_free(tables: Tables, known: Known, now_us: int) -> bool:
     )
 
 
-def _covered(chunk: Chunk, positions: bytes | None) -> Sequence[int]:
-    return range(chunk.runs_count) if positions is None else spans.decode_places(positions)
+def _covered(chunk: Chunk, block_offsets: bytes | None) -> Sequence[int]:
+    return range(chunk.runs_count) if block_offsets is None else spans.decode_uint16s(block_offsets)
 
 
 def with_lanes(tables: Tables, batch: Batch, chunk: Chunk) -> Batch:
@@ -181,10 +181,12 @@ def insert(tables: Tables, batch: Batch, chunk: Chunk, now_us: int) -> Counts:
     block_id = tables.add_block(batch.id, chunk)
     at_birth = born(chunk)
     ended = Counts()
-    for key, positions in chunk.spans.items():
+    for key, block_offsets in chunk.spans.items():
         by_state: dict[int, list[int]] = {}
-        for position in _covered(chunk, positions):
-            by_state.setdefault(at_birth[position].state if position in at_birth else WAITING, []).append(position)
+        for block_offset in _covered(chunk, block_offsets):
+            by_state.setdefault(at_birth[block_offset].state if block_offset in at_birth else WAITING, []).append(
+                block_offset
+            )
         for state, own in by_state.items():
             stands = spans.DELAYED if key.due_us > now_us else spans.WAITING
             span = _new_span(
@@ -192,13 +194,13 @@ def insert(tables: Tables, batch: Batch, chunk: Chunk, now_us: int) -> Counts:
             )
             span.since_us = now_us
             if state == WAITING and len(own) == chunk.runs_count:
-                span = msgspec.structs.replace(span, positions=None)
+                span = msgspec.structs.replace(span, block_offsets=None)
             add_span(tables, span)
             if state != WAITING:
                 tables.add_part(birth_part(span, at_birth, now_us))
                 ended = ended.plus(Counts(completed=len(own)) if state == COMPLETED else Counts(failed=len(own)))
-    for position, extra in chunk.extras.items():
-        index = chunk.index_at(position)
+    for block_offset, extra in chunk.extras.items():
+        index = chunk.index_at(block_offset)
         tables.tags |= {(batch.environment, tag, batch.id, index) for tag in extra.tags}
         if extra.object_key:
             tables.objects.setdefault(extra.object_key, batch.id)
@@ -216,7 +218,7 @@ def _new_span(
         environment=batch.environment,
         order_no=first_order_no(clock=clock, base=batch.order_bases[key.queue], index=chunk.index_at(own[0])),
         first_index=chunk.first_index,
-        positions=encode_places(own),
+        block_offsets=encode_uint16s(own),
         states=bytes((state,)) * len(own),
         unsettled_count=len(own) if state == WAITING else 0,
         state=stands,
@@ -232,15 +234,15 @@ def add_span(tables: Tables, span: Span) -> None:
 
 def homes(span: Span) -> Iterator[tuple[int, int]]:
     """`(position, state)` of each run of a span."""
-    return zip(positions_of(span), span.states, strict=True)
+    return zip(block_offsets_of(span), span.states, strict=True)
 
 
 def by_block(tables: Tables, batch: Batch, indexes: Collection[int]) -> dict[int, dict[int, int]]:
     """`{block id: {position: index}}`; an index nobody received is `NotFound`."""
     found: dict[int, dict[int, int]] = {}
     for index in indexes:
-        block_id, position = reads.locate(tables, batch, index)
-        found.setdefault(block_id, {})[position] = index
+        block_id, block_offset = reads.locate(tables, batch, index)
+        found.setdefault(block_id, {})[block_offset] = index
     return found
 
 
@@ -260,7 +262,7 @@ def policy(tables: Tables, span: Span, crashes_max: int = 1) -> Policy:
     return Policy(
         stopped=tables.batches[span.batch_id].is_stopped,
         cancelled=frozenset(
-            position for position, index in enumerate(indexes) if (span.batch_id, index) in tables.cancellations
+            block_offset for block_offset, index in enumerate(indexes) if (span.batch_id, index) in tables.cancellations
         ),
         crashes_max=crashes_max,
     )
@@ -288,9 +290,9 @@ def apply(tables: Tables, verdict: Verdict, now_us: int) -> None:
 def bury(tables: Tables, span: Span, part: Part, now_us: int) -> None:
     """Keep what a part ends as dead letters on the list of those."""
     indexes = reads.indexes_of(tables.blocks[span.block_id].chunk)
-    for position in spans.dead_positions(span, part):
+    for block_offset in spans.dead_block_offsets(span, part):
         dead = DeadLetter(
-            batch_id=span.batch_id, index=indexes[position], queue=span.queue, task=span.task, died_us=now_us
+            batch_id=span.batch_id, index=indexes[block_offset], queue=span.queue, task=span.task, died_us=now_us
         )
         tables.dead[span.batch_id, dead.index] = span.environment, dead
 
@@ -347,11 +349,11 @@ def end(tables: Tables, session: Session, suspects: Suspects, crashes_max: int, 
 
 def given_back(span: Span, suspects: Suspects) -> Release:
     """The release of a lease whose session can not release it."""
-    if suspects.places is None:
-        places = tuple(spans.unsettled_places(span))
+    if suspects.span_slots is None:
+        span_slots = tuple(spans.unsettled_slots(span))
     else:
-        places = suspects.places.get((span.id, span.token), ())
-    return Release(span_id=span.id, token=span.token, suspects=places, evidence=suspects.evidence)
+        span_slots = suspects.span_slots.get((span.id, span.token), ())
+    return Release(span_id=span.id, token=span.token, suspects=span_slots, evidence=suspects.evidence)
 
 
 def release(tables: Tables, given: Release, crashes_max: int, now_us: int) -> str:
@@ -360,7 +362,7 @@ def release(tables: Tables, given: Release, crashes_max: int, now_us: int) -> st
     verdict = spans.release(
         span,
         given.token,
-        places=given.places,
+        span_slots=given.span_slots,
         suspects=frozenset(given.suspects),
         evidence=given.evidence,
         policy=Policy() if span is None else policy(tables, span, crashes_max),
@@ -389,7 +391,7 @@ def move_waiting(tables: Tables, environment: str, task: str, source: str, targe
     ]
     if found:
         tables.queues.setdefault((environment, target), Queue())
-    for span in sorted(found, key=reads.place_in_line)[:spans_max]:
+    for span in sorted(found, key=reads.claim_order)[:spans_max]:
         tables.spans[span.id] = msgspec.structs.replace(span, queue=target)
     return min(len(found), spans_max)
 
@@ -407,7 +409,7 @@ def take(tables: Tables, claim: Claim, now_us: int) -> list[Span]:
         and not tables.queues[span.environment, span.queue].paused
         and not 0 < span.expires_us <= now_us
     ]
-    line.sort(key=reads.place_in_line)
+    line.sort(key=reads.claim_order)
     taken: list[Span] = []
     wanted = claim.runs_max
     for span in line:

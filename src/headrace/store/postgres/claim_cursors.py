@@ -10,14 +10,13 @@ higher priority wait.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
+from headrace.core.span import Span
 from headrace.store.protocol import Claim
-from headrace.store.transactions.sql_script import Rows
 
 WISHES_MAX: Final = 64
-_QUEUE_AT, _TASK_AT, _PRIORITY_AT, _ORDER_AT = 5, 6, 7, 11
-"""Columns of `claim_whole`, whose first is the verdict."""
 
 Wish = tuple[str, str, tuple[str, ...], tuple[str, ...] | None, str]
 Marks = dict[tuple[str, str], tuple[int, int]]
@@ -36,14 +35,16 @@ class Watermarks:
         since_us, marks = self._marks.get(_wish(claim), (0, {}))
         return marks if 0 <= now_us - since_us < self._everything_each_us else {}
 
-    def claimed(self, claim: Claim, rows: Rows, *, is_enough: bool, was_everything: bool, now_us: int) -> None:
+    def claimed(
+        self, claim: Claim, spans: Sequence[Span], *, is_enough: bool, was_everything: bool, now_us: int
+    ) -> None:
         """What a claim answered, best first."""
         wish = _wish(claim)
         since_us, marks = self._marks.pop(wish, (now_us, {}))
         if not is_enough:
             return
         found = {} if was_everything else dict(marks)
-        found |= {(row[_QUEUE_AT], row[_TASK_AT]): (row[_PRIORITY_AT], row[_ORDER_AT]) for row in rows}
+        found |= {(span.queue, span.task): (span.priority, span.order_no) for span in spans}
         self._marks[wish] = now_us if was_everything else since_us, found
         if len(self._marks) > WISHES_MAX:
             del self._marks[next(iter(self._marks))]

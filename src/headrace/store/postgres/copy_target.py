@@ -13,7 +13,7 @@ from headrace.store.postgres.store import PostgresStore
 from headrace.store.store_copy import MOVING, PAGE_ROWS, Belongings, Page
 from headrace.store.transactions.maintenance import BY_STEPS
 from headrace.store.transactions.row_mapping import Blob, add_parts, add_spans, as_json, take_ids
-from headrace.store.transactions.sql_script import Script, fetch, fetch_first, fetch_one
+from headrace.store.transactions.sql_script import Script, fetch, fetch_column, fetch_first, fetch_one
 
 
 class PostgresArrival:
@@ -65,14 +65,14 @@ class PostgresArrival:
 
 
 def _moved_until(move_id: str) -> Script[int]:
-    row = yield from fetch_one("moved_until", id=move_id)
-    return 0 if row is None else int(row[0])
+    block_ids = yield from fetch_column("moved_until", id=move_id)
+    return int(block_ids[0]) if block_ids else 0
 
 
 def _check_keys(named: Sequence[tuple[str, str, str]]) -> Script[None]:
     taken = yield from fetch("taken_keys", rows=as_json(list(named)))
     if taken:
-        keys = ", ".join(repr(row[1]) for row in taken[:5])
+        keys = ", ".join(repr(key) for _, key in taken[:5])
         raise Conflict(
             f"{len(taken)} keys of batches name other batches in the target: {keys}",
             hint="move into another schema, or delete those batches there",
@@ -83,13 +83,14 @@ def _take_in(move_id: str, after_id: int, came: Page) -> Script[None]:
     if (yield from _moved_until(move_id)) != after_id:
         return  # it is here already
     first_block, first_span = yield from take_ids(blocks_count=len(came.blocks), spans_count=len(came.spans))
-    block_ids = {row[0]: first_block + number for number, row in enumerate(came.blocks)}
+    block_ids = {block.id: first_block + number for number, block in enumerate(came.blocks)}
     span_ids = {span.id: first_span + number for number, span in enumerate(came.spans)}
-    for batch_id in sorted({row[1] for row in came.blocks}):
+    for batch_id in sorted({block.batch_id for block in came.blocks}):
         blob, rows = Blob(), []
-        for old_id, _, first_index, last_index, runs_count, *columns in (b for b in came.blocks if b[1] == batch_id):
-            pieces = [place for column in columns for place in blob.put(column)]
-            rows.append((block_ids[old_id], first_index, last_index, runs_count, *pieces))
+        for block in came.blocks:
+            if block.batch_id == batch_id:
+                cuts = (*blob.put(block.gaps), *blob.put(block.extras), *blob.put(block.items))
+                rows.append((block_ids[block.id], block.first_index, block.last_index, block.runs_count, *cuts))
         yield from fetch("insert_blocks", batch_id=batch_id, rows=as_json(rows), blob=blob.bytes())
     for span in came.spans:
         span.block_id = block_ids[span.block_id]
@@ -99,7 +100,7 @@ def _take_in(move_id: str, after_id: int, came: Page) -> Script[None]:
     for part in came.parts:
         part.block_id, part.span_id = block_ids[part.block_id], span_ids[part.span_id]
     yield from add_parts(came.parts)
-    yield from fetch("move_until", id=move_id, block_id=came.blocks[-1][0])
+    yield from fetch("move_until", id=move_id, block_id=came.blocks[-1].id)
 
 
 def _know(environment: str, own: Sequence[tuple[str, int, bool]], lanes: Sequence[tuple[str, str]]) -> Script[int]:

@@ -24,7 +24,7 @@ from headrace.store.postgres.pool import Connection, Prepared, prepared
 from headrace.store.postgres.schema_migration import LOCK
 from headrace.store.postgres.store import PostgresStore
 from headrace.store.transactions import indexer
-from headrace.store.transactions.sql_script import Script, fetch
+from headrace.store.transactions.sql_script import Script, fetch, fetch_column
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class PostgresEntities:
         await run(fetch("migration_lock", lock=LOCK))
         standing: Standing = await run(indexer.found_or_made(plan.environment, plan.indexer))
         kept = await run(indexer.kept_tables())
-        existing = {row[0] for row in await run(fetch("existing_tables", schema=self._store.schema))}
+        existing = set(await run(fetch_column("existing_tables", schema=self._store.schema)))
         changes = changes_of(plan, kept, existing)
         if any(change.creates_history for change in changes):
             await run(indexer.start_history(plan, standing))

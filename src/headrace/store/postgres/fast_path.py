@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from headrace.core import run
 from headrace.core.block import Chunk, check_names
 from headrace.core.index_set import IndexSet
-from headrace.core.span import Settlement, counts_of, decode_places, encode_places, ends_all
+from headrace.core.span import Settlement, Span, counts_of, decode_uint16s, encode_uint16s, ends_all
 from headrace.store.protocol import Claim, Lease
 from headrace.store.transactions.leases import CANDIDATES_MAX
-from headrace.store.transactions.row_mapping import Blob, as_json, to_span
+from headrace.store.transactions.row_mapping import Blob, BlockRow, SpanRow, as_json, to_span
 from headrace.store.transactions.scripted_store import lease_of_row
 from headrace.store.transactions.sql_script import Rows
 
@@ -24,10 +24,10 @@ DUE: Final = "due"
 """Delayed spans join the line first."""
 ANSWERED: Final = ("claimed", "again")
 NEVER: Final = -1
-PLACES: Final = encode_places(range(4_096))
+WHOLE_SPAN_SLOTS: Final = encode_uint16s(range(4_096))
 """The places of a whole span; a shorter one's are its beginning."""
 SPARE_ROWS: Final = 2
-_BLOCK_AT: Final = 26
+_SPAN_COLUMNS: Final = len(SpanRow._fields)
 
 
 def lease_ended(told: Settlement) -> tuple[str, dict[str, Any]] | None:
@@ -35,37 +35,37 @@ def lease_ended(told: Settlement) -> tuple[str, dict[str, Any]] | None:
     codes = told.codes
     if told.object_keys or not ends_all(told):
         return None
-    places = range(len(codes)) if told.places is None else decode_places(told.places)
-    if len(places) != len(codes):
+    span_slots = range(len(codes)) if told.span_slots is None else decode_uint16s(told.span_slots)
+    if len(span_slots) != len(codes):
         return None
     values = {
         "span_id": told.span_id,
         "token": told.token,
         "part_no": told.part_no,
-        "places": told.places,
+        "span_slots": told.span_slots,
         "codes": codes,
         "results": told.results,
         "runs_count": len(codes),
         **counts_of(codes)._asdict(),
     }
-    place = places[0]
-    if told.places is None or told.places == PLACES[2 * place : 2 * (place + len(codes))]:
-        return "settle_stretch", values | {"place": place, "is_whole": int(told.places is None)}
-    kept_from, kept_count, codes_from, next_place = [], [], [], 0
-    for number, place in enumerate(places):
-        if place < next_place:
+    span_slot = span_slots[0]
+    if told.span_slots is None or told.span_slots == WHOLE_SPAN_SLOTS[2 * span_slot : 2 * (span_slot + len(codes))]:
+        return "settle_stretch", values | {"span_slot": span_slot, "is_whole": int(told.span_slots is None)}
+    kept_from, kept_count, codes_from, next_slot = [], [], [], 0
+    for number, span_slot in enumerate(span_slots):
+        if span_slot < next_slot:
             return None
-        if place > next_place or not number:
-            kept_from.append(next_place)
-            kept_count.append(place - next_place)
+        if span_slot > next_slot or not number:
+            kept_from.append(next_slot)
+            kept_count.append(span_slot - next_slot)
             codes_from.append(number)
-        next_place = place + 1
+        next_slot = span_slot + 1
     return "settle_stretches", values | {
         "kept_from": kept_from,
         "kept_count": kept_count,
         "codes_from": codes_from,
         "codes_count": [end - start for start, end in pairwise([*codes_from, len(codes)])],
-        "end": next_place,
+        "end": next_slot,
     }
 
 
@@ -76,28 +76,28 @@ def ended(settlements: Sequence[Settlement]) -> dict[str, Any] | None:
         codes = told.codes
         if not ends_all(told):
             return None
-        place, mask = 0, b""
-        if told.places is not None:
-            if len(told.places) != 2 * len(codes):
+        span_slot, mask = 0, b""
+        if told.span_slots is not None:
+            if len(told.span_slots) != 2 * len(codes):
                 return None
-            places = decode_places(told.places)
-            place = places[0]
-            if told.places != PLACES[2 * place : 2 * (place + len(codes))]:
-                if any(one >= other for one, other in pairwise(places)):
+            span_slots = decode_uint16s(told.span_slots)
+            span_slot = span_slots[0]
+            if told.span_slots != WHOLE_SPAN_SLOTS[2 * span_slot : 2 * (span_slot + len(codes))]:
+                if any(one >= other for one, other in pairwise(span_slots)):
                     return None
-                mask = run.ended(bytes(places[-1] - place + 1), [one - place for one in places], codes)
+                mask = run.ended(bytes(span_slots[-1] - span_slot + 1), [one - span_slot for one in span_slots], codes)
         codes_at, _ = blob.put(codes)
         mask_at, width = blob.put(mask) if mask else (0, len(codes))
         rows.append(
             (
-                told.span_id, told.token, len(codes), told.part_no, place, int(told.places is None), codes_at,
+                told.span_id, told.token, len(codes), told.part_no, span_slot, int(told.span_slots is None), codes_at,
                 *blob.put(told.results), *counts_of(codes), mask_at, width,
             )
         )  # fmt: skip
         objects += [(told.span_id, key) for key in told.object_keys]
-    if not rows or len({row[0] for row in rows}) < len(rows):
+    if not rows or len({settlement.span_id for settlement in settlements}) < len(rows):
         return None
-    return {"rows": as_json(rows), "blob": blob.bytes(), "objects": as_json(objects), "places": PLACES}
+    return {"rows": as_json(rows), "blob": blob.bytes(), "objects": as_json(objects), "span_slots": WHOLE_SPAN_SLOTS}
 
 
 def in_order(chunks: Sequence[Chunk], cursor: bytes | None) -> dict[str, Any] | None:
@@ -116,13 +116,13 @@ def in_order(chunks: Sequence[Chunk], cursor: bytes | None) -> dict[str, Any] | 
     spans: list[tuple[object, ...]] = []
     for number, chunk in enumerate(chunks):
         blocks.append((number, chunk.first_index, chunk.runs_count, *blob.put(chunk.items)))
-        for key, positions in chunk.spans.items():
-            places = range(chunk.runs_count) if positions is None else decode_places(positions)
+        for key, block_offsets in chunk.spans.items():
+            span_slots = range(chunk.runs_count) if block_offsets is None else decode_uint16s(block_offsets)
             spans.append(
                 (
                     len(spans), number, key.queue, key.task, key.priority, key.due_us, key.expires_us,
-                    int(key.at_most_once), chunk.first_index + places[0], chunk.first_index, len(places),
-                    *blob.put(positions), int(key.dead_letter),
+                    int(key.at_most_once), chunk.first_index + span_slots[0], chunk.first_index, len(span_slots),
+                    *blob.put(block_offsets), int(key.dead_letter),
                 )
             )  # fmt: skip
     return {
@@ -169,12 +169,35 @@ def wish(
         "rows_max": rows_max,
         "due_us": due_us,
         "now_us": now_us,
-        "places": PLACES,
+        "span_slots": WHOLE_SPAN_SLOTS,
     }
 
 
-def leases_of(rows: Rows) -> tuple[list[Lease], int]:
-    """The leases, and how many runs those hold that were not split, on average (0 when there is none)."""
-    leases = [lease_of_row(to_span(row[1:_BLOCK_AT]), *row[_BLOCK_AT:]) for row in rows if row[1] is not None]
-    sizes = [len(lease.places) for lease in leases[:-1]]
-    return leases, max(sum(sizes) // len(sizes), 1) if sizes else 0
+class ClaimAnswer(NamedTuple):
+    """The answer of `claim_whole`: its verdict, and the spans it leased with their blocks, best first."""
+
+    verdict: str
+    spans: list[Span]
+    blocks: list[BlockRow]
+
+    @property
+    def leases(self) -> list[Lease]:
+        """The leases of these spans."""
+        return [lease_of_row(span, block) for span, block in zip(self.spans, self.blocks, strict=True)]
+
+
+def claim_answer(rows: Rows) -> ClaimAnswer:
+    """Read the rows of `claim_whole`: the verdict, the columns of a span, and those of its block."""
+    verdict, *_ = rows[0]
+    spans, blocks = [], []
+    for _, *columns in rows:
+        if columns[0] is not None:  # a row without a span carries the verdict alone
+            spans.append(to_span(columns[:_SPAN_COLUMNS]))
+            blocks.append(BlockRow._make(columns[_SPAN_COLUMNS:]))
+    return ClaimAnswer(verdict, spans, blocks)
+
+
+def runs_a_span(leases: Sequence[Lease]) -> int:
+    """How many runs these leases hold on average, the last one left out, which may be split; 0 when it is alone."""
+    sizes = [len(lease.span_slots) for lease in leases[:-1]]
+    return max(sum(sizes) // len(sizes), 1) if sizes else 0

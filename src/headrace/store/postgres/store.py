@@ -193,20 +193,21 @@ class PostgresStore(ScriptedStore):
         marks = self._watermarks.of(claim, now_us)
         while True:
             values = fast_path.wish(claim, rows_max=rows_max, due_us=due_us, now_us=now_us, marks=marks)
-            rows = await self._claim_whole(values)
-            word = rows[0][0]
-            if word == fast_path.SHORT:
+            answer = fast_path.claim_answer(await self._claim_whole(values))
+            if answer.verdict == fast_path.SHORT:
                 rows_max = min(rows_max * 4, CANDIDATES_MAX)
-            elif word == fast_path.BELOW:
+            elif answer.verdict == fast_path.BELOW:
                 marks = {}
-            elif word == fast_path.DUE:
+            elif answer.verdict == fast_path.DUE:
                 await self._write(lambda: lease_scripts.promote(now_us))
                 due_us = fast_path.NEVER
-            elif word in fast_path.ANSWERED:
-                leases, runs_a_span = fast_path.leases_of(rows)
-                self._runs_a_span = runs_a_span or self._runs_a_span
-                is_enough = sum(len(lease.places) for lease in leases) >= claim.runs_max
-                self._watermarks.claimed(claim, rows, is_enough=is_enough, was_everything=not marks, now_us=now_us)
+            elif answer.verdict in fast_path.ANSWERED:
+                leases = answer.leases
+                self._runs_a_span = fast_path.runs_a_span(leases) or self._runs_a_span
+                is_enough = sum(len(lease.span_slots) for lease in leases) >= claim.runs_max
+                self._watermarks.claimed(
+                    claim, answer.spans, is_enough=is_enough, was_everything=not marks, now_us=now_us
+                )
                 return leases
             else:
                 return await super().claim(claim, now_us=now_us)

@@ -7,9 +7,9 @@ from typing import Any, Final, TypeVar
 
 from headrace.store.sqlite import write_fence
 from headrace.store.sqlite.store import SqliteStore
-from headrace.store.store_copy import NOTHING, PAGE_BLOCKS, PAGE_ROWS, Belongings, Page
+from headrace.store.store_copy import NOTHING, PAGE_BLOCKS, PAGE_ROWS, Belongings, CopiedBlock, Page
 from headrace.store.transactions.row_mapping import as_json, to_part, to_span
-from headrace.store.transactions.sql_script import Script, fetch, fetch_first
+from headrace.store.transactions.sql_script import Script, fetch, fetch_as, fetch_column, fetch_first
 
 T = TypeVar("T")
 
@@ -75,8 +75,8 @@ class SqliteDeparture:
 
 
 def _page(after_id: int) -> Script[Page]:
-    blocks = yield from fetch("moving_blocks", after_id=after_id, rows_max=PAGE_BLOCKS)
-    ids = as_json([row[0] for row in blocks])
+    blocks = yield from fetch_as(CopiedBlock, "moving_blocks", after_id=after_id, rows_max=PAGE_BLOCKS)
+    ids = as_json([block.id for block in blocks])
     spans = [to_span(row) for row in (yield from fetch("spans_of_blocks", ids=ids))] if blocks else []
     parts = [to_part(row) for row in (yield from fetch("parts_of_blocks", ids=ids))] if blocks else []
     return Page(blocks, spans, parts)
@@ -105,28 +105,29 @@ def _belongings(batch_id: str, after: Belongings | None) -> Script[Belongings]:
         dead_index = came.dead[-1][0] if came.dead else -1
         dead = yield from fetch("moving_dead", batch_id=batch_id, run_index=dead_index, rows_max=PAGE_ROWS)
     return Belongings(
-        [(row[0], row[1], row[2], row[3]) for row in keys],
-        [(row[0], row[1]) for row in tags],
-        [(row[0], row[1]) for row in objects],
-        [(row[0], row[1], row[2], row[3]) for row in dead],
+        [(task, key, run_index, expires_us) for task, key, run_index, expires_us in keys],
+        [(tag, run_index) for tag, run_index in tags],
+        [(key, batch_id) for key, batch_id in objects],
+        [(run_index, queue, task, died_us) for run_index, queue, task, died_us in dead],
     )
 
 
 def _cancellations(batch_id: str) -> Script[list[int]]:
-    return [row[0] for row in (yield from fetch("moving_cancellations", batch_id=batch_id))]
+    return (yield from fetch_column("moving_cancellations", batch_id=batch_id))
 
 
 def _queues() -> Script[list[tuple[str, str, int, bool]]]:
     rows = yield from fetch("moving_queues")
-    return [(row[0], row[1], int(row[2]), bool(row[3])) for row in rows]
+    return [(environment, name, int(clock), bool(paused)) for environment, name, clock, paused in rows]
 
 
 def _lanes(environment: str) -> Script[list[tuple[str, str]]]:
-    return [(row[0], row[1]) for row in (yield from fetch("moving_lanes", environment=environment))]
+    return [(queue, task) for queue, task in (yield from fetch("moving_lanes", environment=environment))]
 
 
 def _rules() -> Script[list[tuple[str, str, bytes]]]:
-    return [(row[0], row[1], bytes(row[2])) for row in (yield from fetch("moving_rules"))]
+    rows = yield from fetch("moving_rules")
+    return [(environment, name, bytes(value)) for environment, name, value in rows]
 
 
 def _runs_count() -> Script[int]:

@@ -25,7 +25,7 @@ from headrace.store.sqlite.script_runner import run_script
 from headrace.store.sqlite.store import SqliteStore
 from headrace.store.sqlite.writer import as_fault
 from headrace.store.transactions import indexer
-from headrace.store.transactions.sql_script import Rows, Script, fetch
+from headrace.store.transactions.sql_script import Rows, Script, fetch_column
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ class SqliteEntities:
     def _prepare(self, connection: sqlite3.Connection, plan: Plan) -> Standing:
         standing = run_script(connection, indexer.found_or_made(plan.environment, plan.indexer))
         kept = run_script(connection, indexer.kept_tables())
-        existing = {row[0] for row in run_script(connection, fetch("existing_tables"))}
+        existing = set(run_script(connection, fetch_column("existing_tables")))
         changes = changes_of(plan, kept, existing)
         if any(change.creates_history for change in changes):
             run_script(connection, indexer.start_history(plan, standing))

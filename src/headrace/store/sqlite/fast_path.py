@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from headrace.core import run
-from headrace.core.span import SETTLED, Counts, Settlement, counts_of, decode_places, encode_places, ends_all
+from headrace.core.span import SETTLED, Counts, Settlement, counts_of, decode_uint16s, encode_uint16s, ends_all
 from headrace.store.transactions import leases
 from headrace.store.transactions.cancel_redrive import count_in
 from headrace.store.transactions.sql_script import Script, fetch, fetch_one
@@ -35,25 +35,25 @@ def settle(settlements: Sequence[Settlement], now_us: int) -> Script[list[str]]:
     return words
 
 
-def _at(positions: bytes, places: Sequence[int]) -> list[int]:
-    own = decode_places(positions)
-    return [own[place] for place in places]
+def _at(block_offsets: bytes, span_slots: Sequence[int]) -> list[int]:
+    own = decode_uint16s(block_offsets)
+    return [own[span_slot] for span_slot in span_slots]
 
 
 def _recorded(told: Settlement, now_us: int) -> Script[str | None]:
     """The batch whose counters are still to be changed, or None, and nothing changed."""
-    codes, places = told.codes, None if told.places is None else decode_places(told.places)
+    codes, span_slots = told.codes, None if told.span_slots is None else decode_uint16s(told.span_slots)
     if told.object_keys or not ends_all(told):
         return None
     row = yield from fetch_one("ending_span", id=told.span_id, token=told.token, has_failures=int(run.FAILED in codes))
     if row is None:
         return None
-    block_id, batch_id, positions, states, unsettled_count = row
-    if places is None:
+    block_id, batch_id, block_offsets, states, unsettled_count = row
+    if span_slots is None:
         before, after = states, codes
-    elif len(set(places)) == len(codes) and max(places) < len(states):
-        before, after = run.at(states, places), run.ended(states, places, codes)
-        positions = told.places if positions is None else encode_places(_at(positions, places))
+    elif len(set(span_slots)) == len(codes) and max(span_slots) < len(states):
+        before, after = run.at(states, span_slots), run.ended(states, span_slots, codes)
+        block_offsets = told.span_slots if block_offsets is None else encode_uint16s(_at(block_offsets, span_slots))
     else:
         return None
     if len(after) != len(states) or before.strip(run.UNSETTLED):
@@ -69,7 +69,7 @@ def _recorded(told: Settlement, now_us: int) -> Script[str | None]:
         token=told.token,
         part_no=told.part_no,
         settled_us=now_us,
-        positions=positions,
+        block_offsets=block_offsets,
         codes=codes,
         results=told.results,
     )

@@ -57,7 +57,10 @@ def unfence(connection: sqlite3.Connection) -> str:
 
 def _known(connection: sqlite3.Connection) -> tuple[str, str, int] | None:
     row = connection.execute(SQL["move_state"]).fetchone()
-    return None if row is None else (row[0], row[1], int(row[2]))
+    if row is None:
+        return None
+    move_id, target, finished_us = row
+    return move_id, target, int(finished_us)
 
 
 def _apply(connection: sqlite3.Connection, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -67,13 +67,26 @@ def spend(environment: str, name: str, bucket: Bucket, cost: int, now_us: int) -
     return spent
 
 
-def _to_key(row: Sequence[Any]) -> ApiKey:
+class ApiKeyRow(NamedTuple):
+    """A row of the fragment `api_key_columns`. `scopes` is a JSON array."""
+
+    id: str
+    environment: str
+    digest: str
+    scopes: str
+    name: str
+    created_us: int
+    revoked_us: int
+
+
+def _to_key(columns: Sequence[Any]) -> ApiKey:
+    row = ApiKeyRow._make(columns)
     return ApiKey(
-        id=row[0],
-        environment=row[1],
-        digest=row[2],
-        scopes=msgspec.json.decode(row[3], type=tuple[str, ...]),
-        name=row[4],
-        created_us=row[5],
-        revoked_us=row[6],
+        id=row.id,
+        environment=row.environment,
+        digest=row.digest,
+        scopes=msgspec.json.decode(row.scopes, type=tuple[str, ...]),
+        name=row.name,
+        created_us=row.created_us,
+        revoked_us=row.revoked_us,
     )

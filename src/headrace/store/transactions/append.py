@@ -23,9 +23,9 @@ from headrace.core.span import (
     Counts,
     Key,
     Span,
-    decode_places,
-    encode_places,
-    positions_of,
+    block_offsets_of,
+    decode_uint16s,
+    encode_uint16s,
 )
 from headrace.foundation.ids import run_id
 from headrace.store.projections import birth_part
@@ -41,8 +41,17 @@ from headrace.store.transactions.locate import (
     require_live,
     spans_of_block,
 )
-from headrace.store.transactions.row_mapping import Blob, add_parts, add_spans, as_json, put_batch, take_ids, to_batch
-from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_first, fetch_one
+from headrace.store.transactions.row_mapping import (
+    Blob,
+    BlockRow,
+    add_parts,
+    add_spans,
+    as_json,
+    put_batch,
+    take_ids,
+    to_batch,
+)
+from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_as, fetch_first, fetch_one
 
 _extras_encoder = msgspec.msgpack.Encoder()
 
@@ -145,7 +154,7 @@ def _fresh(batch: Batch, received: IndexSet, chunks: Sequence[Chunk], now_us: in
     known: dict[tuple[str, str], tuple[str, int]] = {}
     repeats: list[tuple[Chunk, list[int]]] = []
     for chunk in chunks:
-        keep, repeated = _new_positions(chunk, received, seen)
+        keep, repeated = _new_block_offsets(chunk, received, seen)
         if repeated:
             duplicates_count += len(repeated)
             repeats.append((chunk, repeated))
@@ -168,7 +177,7 @@ def _note(indexes: IndexSet, chunk: Chunk) -> None:
         indexes.add(chunk.first_index + gap for gap in array("I", chunk.gaps))
 
 
-def _new_positions(chunk: Chunk, received: IndexSet, seen: IndexSet) -> tuple[list[int], list[int]]:
+def _new_block_offsets(chunk: Chunk, received: IndexSet, seen: IndexSet) -> tuple[list[int], list[int]]:
     everything = list(range(chunk.runs_count))
     if not received.overlaps_range(chunk.first_index, chunk.last_index + 1) and not seen.overlaps_range(
         chunk.first_index, chunk.last_index + 1
@@ -176,9 +185,9 @@ def _new_positions(chunk: Chunk, received: IndexSet, seen: IndexSet) -> tuple[li
         return everything, []
     keep: list[int] = []
     repeated: list[int] = []
-    for position in everything:
-        index = chunk.index_at(position)
-        (repeated if index in received or index in seen else keep).append(position)
+    for block_offset in everything:
+        index = chunk.index_at(block_offset)
+        (repeated if index in received or index in seen else keep).append(block_offset)
     return keep, repeated
 
 
@@ -187,7 +196,9 @@ def _conflicts(batch_id: str, repeats: Sequence[tuple[Chunk, list[int]]], kept: 
 
     A block that is sent again as it was, the usual case, is compared as one value.
     """
-    sent = [(index, content) for chunk, positions in repeats for index, content in _contents_at(chunk, positions)]
+    sent = [
+        (index, content) for chunk, block_offsets in repeats for index, content in _contents_at(chunk, block_offsets)
+    ]
     wanted = {index for index, _ in sent}
     as_sent = {(chunk.first_index, chunk.gaps): chunk.items for chunk, _ in repeats}
     stored: dict[int, tuple[bytes, int]] = {}
@@ -196,19 +207,19 @@ def _conflicts(batch_id: str, repeats: Sequence[tuple[Chunk, list[int]]], kept: 
         if as_sent.get((first_index, gaps)) == items and len(sent) == len(wanted):
             wanted.difference_update(own)
             continue
-        positions = [position for position, index in enumerate(own) if index in wanted]
-        payloads, kinds = unpack_some(items, positions)
-        for number, position in enumerate(positions):
-            stored[own[position]] = (payloads[number], kinds[number] if kinds else 0)
+        block_offsets = [block_offset for block_offset, index in enumerate(own) if index in wanted]
+        payloads, kinds = unpack_some(items, block_offsets)
+        for number, block_offset in enumerate(block_offsets):
+            stored[own[block_offset]] = (payloads[number], kinds[number] if kinds else 0)
     return [index for index, content in sent if index in stored and stored[index] != content]
 
 
-def _contents_at(chunk: Chunk, positions: list[int]) -> Iterator[tuple[int, tuple[bytes, int]]]:
+def _contents_at(chunk: Chunk, block_offsets: list[int]) -> Iterator[tuple[int, tuple[bytes, int]]]:
     """`(index, (payload, kind))` of some runs of a chunk."""
     own = indexes_of(chunk.first_index, chunk.runs_count, chunk.gaps)
-    payloads, kinds = unpack_some(chunk.items, positions)
-    for number, position in enumerate(positions):
-        yield own[position], (payloads[number], kinds[number] if kinds else 0)
+    payloads, kinds = unpack_some(chunk.items, block_offsets)
+    for number, block_offset in enumerate(block_offsets):
+        yield own[block_offset], (payloads[number], kinds[number] if kinds else 0)
 
 
 def _contents(
@@ -227,9 +238,9 @@ def _contents(
         rows_max=BLOCKS_MAX,
     )
     met = IndexSet.from_ranges((chunk.first_index, chunk.last_index + 1) for chunk, _ in repeats)
-    near = [row[0] for row in rows if met.overlaps_range(row[1], row[2] + 1)]
-    blocks = yield from fetch("blocks", ids=as_json(near))
-    return found + [(first_index, gaps, items) for _, first_index, gaps, _, items in blocks]
+    near = [block_id for block_id, first, last, *_ in rows if met.overlaps_range(first, last + 1)]
+    blocks = yield from fetch_as(BlockRow, "blocks", ids=as_json(near))
+    return found + [(block.first_index, block.gaps, block.items) for block in blocks]
 
 
 def _known_keys(
@@ -245,23 +256,27 @@ def _known_keys(
     Answers the positions to keep, of which chunk, and remembers which run each key names. A key whose run ended
     badly is free again, unless that run must not run twice.
     """
-    tasks = {position: key.task for key, positions in chunk.spans.items() for position in _positions(chunk, positions)}
+    tasks = {
+        block_offset: key.task
+        for key, block_offsets in chunk.spans.items()
+        for block_offset in _block_offsets(chunk, block_offsets)
+    }
     named = [
-        (position, (tasks[position], chunk.extras[position].idempotency_key))
-        for position in keep
-        if position in chunk.extras and chunk.extras[position].idempotency_key
+        (block_offset, (tasks[block_offset], chunk.extras[block_offset].idempotency_key))
+        for block_offset in keep
+        if block_offset in chunk.extras and chunk.extras[block_offset].idempotency_key
     ]
     wanted = sorted({name for _, name in named} - known.keys())
     known |= yield from _named(batch.environment, wanted, now_us)
     links: dict[int, str] = {}
-    for position, name in named:
+    for block_offset, name in named:
         if name in known:
-            existing[chunk.index_at(position)] = known[name]
-            links[position] = run_id(*known[name])
+            existing[chunk.index_at(block_offset)] = known[name]
+            links[block_offset] = run_id(*known[name])
         else:
-            known[name] = (batch.id, chunk.index_at(position))
+            known[name] = (batch.id, chunk.index_at(block_offset))
     if batch.kind == STREAM:
-        return [position for position in keep if position not in links], chunk
+        return [block_offset for block_offset in keep if block_offset not in links], chunk
     return keep, linked(chunk, links)
 
 
@@ -284,18 +299,18 @@ def _named(
 
 def _is_free(batch_id: str, index: int) -> Script[bool]:
     """Whether the key of a run names nothing any more: it ended badly, and may run once more."""
-    place = yield from locate(batch_id, index)
-    if place is None:
+    span_slot = yield from locate(batch_id, index)
+    if span_slot is None:
         return True
-    for span in (yield from spans_of_block(place[0])):
-        for position, state in zip(positions_of(span), span.states, strict=True):
-            if position == place[1] and state in ENDED_BADLY:
+    for span in (yield from spans_of_block(span_slot[0])):
+        for block_offset, state in zip(block_offsets_of(span), span.states, strict=True):
+            if block_offset == span_slot[1] and state in ENDED_BADLY:
                 return not span.at_most_once
     return False
 
 
-def _positions(chunk: Chunk, positions: bytes | None) -> Sequence[int]:
-    return range(chunk.runs_count) if positions is None else decode_places(positions)
+def _block_offsets(chunk: Chunk, block_offsets: bytes | None) -> Sequence[int]:
+    return range(chunk.runs_count) if block_offsets is None else decode_uint16s(block_offsets)
 
 
 def _keep_lanes(batch: Batch, chunks: Sequence[Chunk]) -> Script[None]:
@@ -330,8 +345,8 @@ def _insert(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[Counts
             )
         )
         at_birth = born(chunk)
-        for key, positions in chunk.spans.items():
-            for span in _new_spans(batch, block_id, chunk, key, positions, at_birth, clock, now_us):
+        for key, block_offsets in chunk.spans.items():
+            for span in _new_spans(batch, block_id, chunk, key, block_offsets, at_birth, clock, now_us):
                 spans.append(span)
                 if span.state == DONE:
                     ended.append((span, at_birth))
@@ -349,22 +364,24 @@ def _new_spans(
     block_id: int,
     chunk: Chunk,
     key: Key,
-    positions: bytes | None,
+    block_offsets: bytes | None,
     at_birth: dict[int, Born],
     clock: int,
     now_us: int,
 ) -> Iterator[Span]:
     """The span of the runs that can run, and those of the runs that ended at birth, a state each."""
-    every = _positions(chunk, positions)
+    every = _block_offsets(chunk, block_offsets)
     by_state: dict[int, Sequence[int]] = {run.WAITING: every}
     if at_birth:
         found: dict[int, list[int]] = {}
-        for position in every:
-            found.setdefault(at_birth[position].state if position in at_birth else run.WAITING, []).append(position)
+        for block_offset in every:
+            found.setdefault(at_birth[block_offset].state if block_offset in at_birth else run.WAITING, []).append(
+                block_offset
+            )
         by_state = dict(found)
     for state, own in by_state.items():
         stands = DONE if state != run.WAITING else DELAYED if key.due_us > now_us else WAITING
-        is_whole = positions is None and len(own) == chunk.runs_count and stands != DONE
+        is_whole = block_offsets is None and len(own) == chunk.runs_count and stands != DONE
         yield Span(
             block_id=block_id,
             batch_id=batch.id,
@@ -379,7 +396,7 @@ def _new_spans(
             since_us=now_us,
             order_no=first_order_no(clock=clock, base=batch.order_bases[key.queue], index=chunk.index_at(own[0])),
             first_index=chunk.first_index,
-            positions=None if is_whole else encode_places(own),
+            block_offsets=None if is_whole else encode_uint16s(own),
             states=bytes((state,)) * len(own),
             unsettled_count=0 if stands == DONE else len(own),
             state=stands,
@@ -391,11 +408,13 @@ def _insert_extras(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script
     for chunk in chunks:
         if not chunk.extras:
             continue
-        tasks = {at: key.task for key, positions in chunk.spans.items() for at in _positions(chunk, positions)}
-        for position, extra in chunk.extras.items():
-            index = chunk.index_at(position)
+        tasks = {
+            at: key.task for key, block_offsets in chunk.spans.items() for at in _block_offsets(chunk, block_offsets)
+        }
+        for block_offset, extra in chunk.extras.items():
+            index = chunk.index_at(block_offset)
             if extra.idempotency_key:
-                keys.append((tasks[position], extra.idempotency_key, index, extra.idempotency_expires_us))
+                keys.append((tasks[block_offset], extra.idempotency_key, index, extra.idempotency_expires_us))
             tags += [(tag, index) for tag in extra.tags]
             if extra.object_key:
                 objects.append((extra.object_key, batch.id))

@@ -8,7 +8,7 @@ from typing import Final
 from headrace.core import batch as batches
 from headrace.core import run
 from headrace.core.batch import Batch
-from headrace.core.span import DELAYED, WAITING, Counts, Span, cancel, positions_of
+from headrace.core.span import DELAYED, WAITING, Counts, Span, block_offsets_of, cancel
 from headrace.core.span import redrive as redrive_span
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound
 from headrace.store.transactions.locate import (
@@ -83,14 +83,16 @@ def cancel_runs(batch_id: str, indexes: Sequence[int], now_us: int) -> Script[in
     by_block = yield from _by_block(batch_id, indexes)
     ended, leased = [], []
     spans_by_block = yield from lock_spans_of_blocks(by_block)
-    for block_id, positions in by_block.items():
+    for block_id, block_offsets in by_block.items():
         for span in spans_by_block[block_id]:
-            live = {own for own, state in zip(positions_of(span), span.states, strict=True) if state in run.UNSETTLED}
-            if wanted := live & positions.keys():
+            live = {
+                own for own, state in zip(block_offsets_of(span), span.states, strict=True) if state in run.UNSETTLED
+            }
+            if wanted := live & block_offsets.keys():
                 if span.state in (WAITING, DELAYED):
                     ended.append(cancel(span, wanted))
                 else:
-                    leased += [positions[position] for position in wanted]
+                    leased += [block_offsets[block_offset] for block_offset in wanted]
     if leased:
         yield from fetch("ask_to_cancel", batch_id=batch_id, indexes=as_json(sorted(leased)))
     return (yield from end_spans(ended, now_us)) + len(leased)
@@ -100,10 +102,10 @@ def _by_block(batch_id: str, indexes: Sequence[int]) -> Script[dict[int, dict[in
     """`{block id: {position: index}}`; an index nobody received is `NotFound`."""
     found: dict[int, dict[int, int]] = {}
     for index in indexes:
-        place = yield from locate(batch_id, index)
-        if place is None:
+        span_slot = yield from locate(batch_id, index)
+        if span_slot is None:
             raise NotFound("the batch has no such run", batch_id=batch_id, index=index)
-        found.setdefault(place[0], {})[place[1]] = index
+        found.setdefault(span_slot[0], {})[span_slot[1]] = index
     return found
 
 
@@ -124,9 +126,9 @@ def redrive(batch_id: str, indexes: Sequence[int] | None) -> Script[int]:
     now_clocks = yield from clocks(batch.environment, {span.queue for span, _ in wanted})
     unrunnable = yield from _born_failed(sorted({span.block_id for span, _ in wanted}))
     kept, fresh, change = [], [], Counts()
-    for span, positions in wanted:
+    for span, block_offsets in wanted:
         after, taken, gone = redrive_span(
-            span, positions, clock=now_clocks[span.queue], unrunnable=unrunnable.get(span.block_id, ())
+            span, block_offsets, clock=now_clocks[span.queue], unrunnable=unrunnable.get(span.block_id, ())
         )
         if taken is not None:
             kept.append(after)
@@ -146,7 +148,7 @@ def _born_failed(block_ids: Sequence[int]) -> Script[dict[int, set[int]]]:
     """The positions of some blocks whose items were unreadable, by block id."""
     rows = yield from fetch("extras_of_blocks", ids=as_json(block_ids))
     return {
-        block_id: {position for position, extra in decode_extras(extras).items() if extra.failure}
+        block_id: {block_offset for block_offset, extra in decode_extras(extras).items() if extra.failure}
         for block_id, extras in rows
     }
 
@@ -154,7 +156,7 @@ def _born_failed(block_ids: Sequence[int]) -> Script[dict[int, set[int]]]:
 def indexes_of_spans(spans: Sequence[Span]) -> Script[list[int]]:
     """The batch indexes of the runs of some spans."""
     shapes = yield from shapes_of(span.block_id for span in spans)
-    return [shapes[span.block_id][position] for span in spans for position in positions_of(span)]
+    return [shapes[span.block_id][block_offset] for span in spans for block_offset in block_offsets_of(span)]
 
 
 def _failed_spans(batch_id: str) -> Script[list[Span]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from headrace.core.run import UNSETTLED
-from headrace.core.span import LEASED, Span, positions_of
+from headrace.core.span import LEASED, Span, block_offsets_of
 from headrace.store.projections import named_lease
 from headrace.store.protocol import DeadLetter, NamedLease
 from headrace.store.transactions.locate import decode_extras, locate, shapes_of, spans_of_block
@@ -17,9 +17,9 @@ def add_dead(found: Sequence[tuple[Span, Sequence[int]]], now_us: int) -> Script
     """Runs at some block positions of some spans have failed for good."""
     shapes = yield from shapes_of(span.block_id for span, _ in found)
     rows = sorted(
-        (span.batch_id, shapes[span.block_id][position], span.environment, span.queue, span.task)
-        for span, positions in found
-        for position in positions
+        (span.batch_id, shapes[span.block_id][block_offset], span.environment, span.queue, span.task)
+        for span, block_offsets in found
+        for block_offset in block_offsets
     )
     yield from fetch("insert_dead", rows=as_json(rows), now_us=now_us)
 
@@ -38,7 +38,10 @@ def dead_letters(
         after_index=-1 if after is None else after.index,
         rows_max=limit,
     )
-    return [DeadLetter(batch_id=row[0], index=row[1], queue=row[2], task=row[3], died_us=row[4]) for row in rows]
+    return [
+        DeadLetter(batch_id=batch_id, index=index, queue=queue_name, task=task, died_us=died_us)
+        for batch_id, index, queue_name, task, died_us in rows
+    ]
 
 
 def purge_dead(environment: str, runs: Sequence[tuple[str, int]]) -> Script[int]:
@@ -51,15 +54,15 @@ def named_leases(environment: str, task: str, keys: Sequence[str]) -> Script[lis
     names = as_json([(task, key) for key in sorted(set(keys))])
     found = []
     for _, key, batch_id, index in (yield from fetch("known_keys", environment=environment, rows=names, now_us=0)):
-        place = yield from locate(batch_id, index)
-        if place is None:
+        span_slot = yield from locate(batch_id, index)
+        if span_slot is None:
             continue
-        ((_, extras),) = yield from fetch("extras_of_blocks", ids=as_json([place[0]]))
-        extra = decode_extras(extras)[place[1]]
-        for span in (yield from spans_of_block(place[0])):
+        ((_, extras),) = yield from fetch("extras_of_blocks", ids=as_json([span_slot[0]]))
+        extra = decode_extras(extras)[span_slot[1]]
+        for span in (yield from spans_of_block(span_slot[0])):
             found += [
                 named_lease(span, key, own, extra)
-                for own, position in enumerate(positions_of(span))
-                if position == place[1] and span.state == LEASED and span.states[own] in UNSETTLED
+                for own, block_offset in enumerate(block_offsets_of(span))
+                if block_offset == span_slot[1] and span.state == LEASED and span.states[own] in UNSETTLED
             ]
     return found

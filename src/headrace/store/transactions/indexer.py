@@ -6,7 +6,7 @@ The user's own tables are written beside these scripts, in the same transaction 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -19,7 +19,7 @@ from headrace.store.entities.schema import Kept, form_of
 from headrace.store.protocol import NewBatch
 from headrace.store.transactions import append
 from headrace.store.transactions.row_mapping import as_json
-from headrace.store.transactions.sql_script import Script, fetch, fetch_one
+from headrace.store.transactions.sql_script import Script, fetch, fetch_column, fetch_first, fetch_one
 
 LOG_ROWS: Final = 5_000
 """Checkpoints in one statement."""
@@ -48,26 +48,46 @@ def standings(environment: str) -> Script[list[Standing]]:
     return [_standing(row) for row in (yield from fetch("indexers", environment=environment))]
 
 
-def _standing(row: Sequence[Any]) -> Standing:
+class IndexerRow(NamedTuple):
+    """A row of the fragment `indexer_columns`. `positions` and `floor_positions` are JSON objects, by source."""
+
+    environment: str
+    name: str
+    no: int
+    positions: str
+    token: int
+    beats: int
+    holder: str
+    floor_no: int
+    floor_positions: str
+    is_caught_up: int
+    moved_us: int
+
+
+def _standing(columns: Sequence[Any]) -> Standing:
+    row = IndexerRow._make(columns)
     return Standing(
-        environment=row[0],
-        name=row[1],
-        no=row[2],
-        positions=_decode(row[3]),
-        token=row[4],
-        beats=row[5],
-        holder=row[6],
-        floor_no=row[7],
-        floor_positions=_decode(row[8]),
-        is_caught_up=bool(row[9]),
-        moved_us=row[10],
+        environment=row.environment,
+        name=row.name,
+        no=row.no,
+        positions=_decode(row.positions),
+        token=row.token,
+        beats=row.beats,
+        holder=row.holder,
+        floor_no=row.floor_no,
+        floor_positions=_decode(row.floor_positions),
+        is_caught_up=bool(row.is_caught_up),
+        moved_us=row.moved_us,
     )
 
 
 def kept_tables() -> Script[dict[str, Kept]]:
     """Every table that an indexer made, by name."""
     rows = yield from fetch("indexer_tables")
-    return {row[0]: Kept(row[1], row[2], _decode(row[3]), bool(row[4])) for row in rows}
+    return {
+        name: Kept(environment, indexer, _decode(columns), bool(has_history))
+        for name, environment, indexer, columns, has_history in rows
+    }
 
 
 def keep_table(plan: Plan, entity: EntityType) -> Script[None]:
@@ -96,7 +116,7 @@ def start_history(plan: Plan, standing: Standing) -> Script[None]:
 
 def take(seen: Standing, holder: str) -> Script[int | None]:
     """Lease an indexer that nobody has moved or renewed since it was seen."""
-    row = yield from fetch_one(
+    tokens = yield from fetch_column(
         "take_indexer",
         environment=seen.environment,
         name=seen.name,
@@ -104,7 +124,7 @@ def take(seen: Standing, holder: str) -> Script[int | None]:
         beats=seen.beats,
         holder=holder,
     )
-    return None if row is None else int(row[0])
+    return int(tokens[0]) if tokens else None
 
 
 def beat(environment: str, name: str, token: int) -> Script[bool]:
@@ -225,7 +245,7 @@ def go_back(plan: Plan, token: int, old_no: int, source: str, to: Position | Non
 def _no_at(standing: Standing, source: str, to: Position | None) -> Script[int]:
     """The checkpoint before the first event of `source` after `to`: that event and all after it must go."""
     number, text = _columns_of(to) if to is not None else (-(2**63), "")
-    row = yield from fetch_one(
+    (first_no,) = yield from fetch_first(
         "first_checkpoint_after",
         environment=standing.environment,
         indexer=standing.name,
@@ -245,7 +265,7 @@ def _no_at(standing: Standing, source: str, to: Position | None) -> Script[int]:
             indexer=standing.name,
             source=source,
         )
-    return standing.no if row is None or row[0] is None else int(row[0]) - 1
+    return standing.no if first_no is None else int(first_no) - 1
 
 
 def _positions_at(standing: Standing, no: int) -> Script[dict[str, Position]]:

@@ -18,10 +18,10 @@ from headrace.core.span import (
     Settlement,
     Span,
     Verdict,
-    dead_positions,
+    dead_block_offsets,
     leased,
     take_first,
-    unsettled_places,
+    unsettled_slots,
 )
 from headrace.core.span import release as release_span
 from headrace.core.span import settle as settle_span
@@ -31,6 +31,7 @@ from headrace.store.transactions.cancel_redrive import count_in, sweep_stopped
 from headrace.store.transactions.dead_letters import add_dead
 from headrace.store.transactions.locate import clocks, locate, require_live
 from headrace.store.transactions.row_mapping import (
+    BlockRow,
     add_parts,
     add_spans,
     as_json,
@@ -41,7 +42,7 @@ from headrace.store.transactions.row_mapping import (
     to_batch,
     to_span,
 )
-from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_one
+from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_as, fetch_column, fetch_one
 
 PROMOTE_MAX: Final = 1_000
 SWEEPS_MAX: Final = 4
@@ -54,7 +55,7 @@ class Taken(NamedTuple):
     """What a claim took: spans under their new lease and the rows of their blocks by id."""
 
     spans: list[Span]
-    blocks: dict[int, tuple[int, bytes | None, bytes | None, bytes]]
+    blocks: dict[int, BlockRow]
 
 
 def start_session(session: Session, now_us: int) -> Script[None]:
@@ -77,14 +78,14 @@ def heartbeat(session_id: str, now_us: int) -> Script[Heartbeat]:
     if beat is None:
         raise SessionEnded("the session was taken for dead and ended", hint="start a new one", session_id=session_id)
     rows = yield from fetch("leases_of_session", session_id=session_id)
-    ids = as_json(sorted({row[3] for row in rows}))
+    ids = as_json(sorted({batch_id for *_, batch_id in rows}))
+    cancelled = yield from fetch("cancellations", ids=ids, rows_max=CANCELLATIONS_MAX)
+    (database_us,) = beat
     return Heartbeat(
-        leases=[Held(*row[:3]) for row in rows],
-        stopped=[row[0] for row in (yield from fetch("stopped_batches", ids=ids))],
-        cancelled=[
-            (row[0], row[1]) for row in (yield from fetch("cancellations", ids=ids, rows_max=CANCELLATIONS_MAX))
-        ],
-        database_us=beat[0],
+        leases=[Held(span_id, token, claim_no) for span_id, token, claim_no, _ in rows],
+        stopped=(yield from fetch_column("stopped_batches", ids=ids)),
+        cancelled=[(batch_id, index) for batch_id, index in cancelled],
+        database_us=database_us,
     )
 
 
@@ -92,7 +93,7 @@ def end_session(session_id: str, now_us: int) -> Script[None]:
     """Leave in good order: leases go back as they were and the session's stream is sealed."""
     yield from fetch("end_session", id=session_id, now_us=now_us)
     spans = yield from _held(session_id)
-    yield from give_back(spans, Suspects(places={}, evidence=""), 1, now_us)
+    yield from give_back(spans, Suspects(span_slots={}, evidence=""), 1, now_us)
     yield from _leave_batches(session_id, now_us)
 
 
@@ -117,11 +118,11 @@ def give_back(spans: Sequence[Span], suspects: Suspects, crashes_max: int, now_u
     """Free leases that their session can't free itself; answers how many."""
     releases = []
     for span in spans:
-        if suspects.places is None:
-            places = tuple(unsettled_places(span))
+        if suspects.span_slots is None:
+            span_slots = tuple(unsettled_slots(span))
         else:
-            places = suspects.places.get((span.id, span.token), ())
-        releases.append(Release(span_id=span.id, token=span.token, suspects=places, evidence=suspects.evidence))
+            span_slots = suspects.span_slots.get((span.id, span.token), ())
+        releases.append(Release(span_id=span.id, token=span.token, suspects=span_slots, evidence=suspects.evidence))
     yield from _release_all({span.id: span for span in spans}, releases, crashes_max, now_us)
     return len(spans)
 
@@ -149,8 +150,9 @@ def claim(wish: Claim, now_us: int) -> Script[Taken]:
     else:
         yield from promote(now_us)
         spans = yield from _take(wish, now_us)
-    blocks = (yield from fetch("blocks", ids=as_json([span.block_id for span in spans]))) if spans else []
-    return Taken(spans, {row[0]: row[1:] for row in blocks})
+    ids = as_json([span.block_id for span in spans])
+    blocks = (yield from fetch_as(BlockRow, "blocks", ids=ids)) if spans else []
+    return Taken(spans, {block.id: block for block in blocks})
 
 
 def promote(now_us: int) -> Script[None]:
@@ -176,7 +178,7 @@ def _take(wish: Claim, now_us: int) -> Script[list[Span]]:
         if not stopped:
             return (yield from _lease(spans, wish))
         if not locked:  # rule R8: once for all rounds, in one order
-            locked = {row[0] for row in (yield from fetch("stopping_batches"))}
+            locked = set((yield from fetch_column("stopping_batches")))
             yield from fetch("lock_batches", ids=as_json(sorted(locked)))
         if not locked.issuperset(stopped):
             raise Overtaken
@@ -221,7 +223,7 @@ def _best_of_lane(wish: Claim, queue: str, task: str, now_us: int) -> Script[lis
 
 def _stopped(spans: Sequence[Span]) -> Script[list[str]]:
     ids = as_json(sorted({span.batch_id for span in spans}))
-    return [row[0] for row in (yield from fetch("stopped_batches", ids=ids))] if spans else []
+    return (yield from fetch_column("stopped_batches", ids=ids)) if spans else []
 
 
 def _lease(found: list[Span], wish: Claim) -> Script[list[Span]]:
@@ -260,12 +262,14 @@ def pause_queue(environment: str, name: str, *, paused: bool) -> Script[None]:
 
 def move_waiting(environment: str, task: str, source: str, target: str, spans_max: int) -> Script[int]:
     """Let what waits in one queue wait in another; what is held by somebody stays for the next step."""
-    rows = yield from fetch("lock_waiting", environment=environment, task=task, queue=source, rows_max=spans_max)
-    if rows:
+    span_ids = yield from fetch_column(
+        "lock_waiting", environment=environment, task=task, queue=source, rows_max=spans_max
+    )
+    if span_ids:
         yield from fetch("know_queue", environment=environment, name=target)
         yield from fetch("know_lanes", environment=environment, rows=as_json([(target, task)]))
-        yield from fetch("move_spans", ids=as_json([row[0] for row in rows]), queue=target)
-    return len(rows)
+        yield from fetch("move_spans", ids=as_json(span_ids), queue=target)
+    return len(span_ids)
 
 
 def settle(settlements: Sequence[Settlement], now_us: int) -> Script[list[str]]:
@@ -295,7 +299,7 @@ def settle(settlements: Sequence[Settlement], now_us: int) -> Script[list[str]]:
 
 def _spans_by_id(ids: Sequence[int]) -> Script[dict[int, Span]]:
     rows = yield from fetch("lock_spans", ids=as_json(sorted(set(ids))))
-    return {row[0]: to_span(row) for row in rows}
+    return {span.id: span for span in map(to_span, rows)}
 
 
 def _is_recorded(span: Span, settlement: Settlement) -> Script[bool]:
@@ -331,7 +335,7 @@ def _release_all(
         verdict = release_span(
             span,
             given.token,
-            places=given.places,
+            span_slots=given.span_slots,
             suspects=frozenset(given.suspects),
             evidence=given.evidence,
             policy=(yield from policies.of(span)) if span is not None else Policy(),
@@ -366,8 +370,8 @@ class _Gathered:
             part = verdict.part
             self._parts.append(part)
             self.part_names.add((part.span_id, part.token, part.part_no))
-            if positions := dead_positions(span, part):
-                self._dead.append((span, positions))
+            if block_offsets := dead_block_offsets(span, part):
+                self._dead.append((span, block_offsets))
         self._counts[span.batch_id] = self._counts.get(span.batch_id, Counts()).plus(verdict.counts)
 
     def write(self, now_us: int) -> Script[None]:
@@ -410,11 +414,11 @@ class _Policies:
         if self._stopped is not None:
             return
         ids = as_json(sorted({span.batch_id for span in self._spans}))
-        self._stopped = {row[0] for row in (yield from fetch("stopped_batches", ids=ids))}
+        self._stopped = set((yield from fetch_column("stopped_batches", ids=ids)))
         asked = yield from fetch("cancellations", ids=ids, rows_max=CANCELLATIONS_MAX)
         for batch_id, index in asked:
-            if place := (yield from locate(batch_id, index)):
-                self._cancelled.setdefault(place[0], set()).add(place[1])
+            if span_slot := (yield from locate(batch_id, index)):
+                self._cancelled.setdefault(span_slot[0], set()).add(span_slot[1])
         environments: dict[str, set[str]] = {}
         for span in self._spans:
             environments.setdefault(span.environment, set()).add(span.queue)

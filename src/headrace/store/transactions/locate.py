@@ -13,8 +13,8 @@ from headrace.core.block import Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.span import Span
 from headrace.foundation.errors import InvalidInput, NotFound, SessionEnded, StoreBroken
-from headrace.store.transactions.row_mapping import as_json, to_batch, to_span
-from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_first, fetch_one
+from headrace.store.transactions.row_mapping import BatchRow, SpanRow, as_json, to_batch, to_span
+from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_as, fetch_first, fetch_one
 
 BLOCKS_MAX: Final = 1_000_000
 """Blocks that may hold one index: few, unless a batch came in random order."""
@@ -46,7 +46,7 @@ def lock(batch_id: str) -> Script[Batch]:
 def _known(row: tuple[Any, ...] | None, batch_id: str) -> tuple[Batch, int]:
     if row is None:
         raise NotFound("there is no such batch", hint="`headrace batch list` shows those there are", batch_id=batch_id)
-    return to_batch(row), int(row[21])
+    return to_batch(row), BatchRow._make(row).block_width
 
 
 def require_live(session_id: str) -> Script[None]:
@@ -69,7 +69,7 @@ def locate(batch_id: str, index: int) -> Script[tuple[int, int] | None]:
     row = yield from fetch_one("batch", id=batch_id)
     if row is None:
         return None
-    width = row[21]
+    width = BatchRow._make(row).block_width
     blocks = yield from fetch(
         "blocks_from",
         batch_id=batch_id,
@@ -83,10 +83,10 @@ def locate(batch_id: str, index: int) -> Script[tuple[int, int] | None]:
             continue
         if gaps is None:
             return block_id, index - first_index
-        places = array("I", gaps)
-        if index - first_index in places:
-            return block_id, places.index(index - first_index)
-        assert runs_count == len(places)
+        span_slots = array("I", gaps)
+        if index - first_index in span_slots:
+            return block_id, span_slots.index(index - first_index)
+        assert runs_count == len(span_slots)
     return None
 
 
@@ -100,7 +100,7 @@ def indexes_of(first_index: int, runs_count: int, gaps: bytes | None) -> Sequenc
 def shapes_of(block_ids: Iterable[int]) -> Script[dict[int, Sequence[int]]]:
     """The batch index of each position of some blocks, by block."""
     rows = yield from fetch("shapes_of_blocks", ids=as_json(sorted(set(block_ids))))
-    return {row[0]: indexes_of(*row[1:]) for row in rows}
+    return {block_id: indexes_of(first_index, runs_count, gaps) for block_id, first_index, runs_count, gaps in rows}
 
 
 def spans_of_block(block_id: int) -> Script[list[Span]]:
@@ -117,14 +117,16 @@ def lock_spans_of_blocks(block_ids: Iterable[int]) -> Script[dict[int, list[Span
     if len(ids) == 1:
         rows = yield from fetch("lock_spans_of_block", block_id=ids[0])
     else:
-        known = sorted(row[0] for row in (yield from fetch("spans_of_blocks", ids=as_json(ids))))
-        rows = yield from fetch("lock_spans", ids=as_json(known))
-    if {row[0] for row in rows} != {row[0] for row in (yield from fetch("spans_of_blocks", ids=as_json(ids)))}:
+        span_ids = sorted(row.id for row in (yield from fetch_as(SpanRow, "spans_of_blocks", ids=as_json(ids))))
+        rows = yield from fetch("lock_spans", ids=as_json(span_ids))
+    spans = [to_span(row) for row in rows]
+    now_there = yield from fetch_as(SpanRow, "spans_of_blocks", ids=as_json(ids))
+    if {span.id for span in spans} != {row.id for row in now_there}:
         raise Overtaken
-    found: dict[int, list[Span]] = {block_id: [] for block_id in ids}
-    for span in map(to_span, rows):
-        found[span.block_id].append(span)
-    return found
+    by_block: dict[int, list[Span]] = {block_id: [] for block_id in ids}
+    for span in spans:
+        by_block[span.block_id].append(span)
+    return by_block
 
 
 def clocks(environment: str, queues: set[str]) -> Script[dict[str, int]]:

@@ -10,8 +10,8 @@ from headrace.core.span import expire
 from headrace.store.protocol import Pruned, Suspects, Swept
 from headrace.store.transactions.cancel_redrive import end_spans, stop, sweep_stopped
 from headrace.store.transactions.leases import give_back
-from headrace.store.transactions.row_mapping import as_json, to_batch, to_span
-from headrace.store.transactions.sql_script import Script, fetch
+from headrace.store.transactions.row_mapping import BatchRow, as_json, to_batch, to_span
+from headrace.store.transactions.sql_script import Script, fetch, fetch_as, fetch_column
 
 BY_STEPS: Final = (
     "delete_parts",
@@ -23,7 +23,7 @@ BY_STEPS: Final = (
 )
 """What deletes the rows of a batch, in this order, each a bounded step of them."""
 
-_UNKNOWN: Final = Suspects(places=None, evidence="its session is gone")
+_UNKNOWN: Final = Suspects(span_slots=None, evidence="its session is gone")
 
 
 def take_duty(name: str, holder: str, free_us: int, now_us: int) -> Script[bool]:
@@ -44,15 +44,15 @@ def sweep(rows_max: int, crashes_max: int, now_us: int) -> Script[Swept]:
     """
     expired = [to_span(row) for row in (yield from fetch("expired_spans", now_us=now_us, rows_max=rows_max))]
     lost = [to_span(row) for row in (yield from fetch("leases_without_session", rows_max=rows_max))]
-    ids = {row[0] for row in (yield from fetch("open_batches", now_us=now_us, rows_max=rows_max))}
-    ids |= {row[0] for row in (yield from fetch("stopping_batches"))}
+    ids = {batch.id for batch in (yield from fetch_as(BatchRow, "open_batches", now_us=now_us, rows_max=rows_max))}
+    ids |= set((yield from fetch_column("stopping_batches")))
     ids |= {span.batch_id for span in expired + lost}
     locked = [to_batch(row) for row in (yield from fetch("lock_batches", ids=as_json(sorted(ids))))] if ids else []
     expired_count = yield from end_spans([expire(span) for span in expired], now_us)
     overdue = [batch for batch in locked if (due_us := batches.seal_due_us(batch)) is not None and due_us <= now_us]
     for batch in overdue:
         yield from stop(batch.id, batches.ABANDONED, now_us)
-    stopping = [row[0] for row in (yield from fetch("stopping_batches")) if row[0] in ids]
+    stopping = [batch_id for batch_id in (yield from fetch_column("stopping_batches")) if batch_id in ids]
     left, cancelled_count = rows_max, 0
     for batch_id in stopping:
         spans_count, runs_count = yield from sweep_stopped(batch_id, left, now_us)
@@ -86,5 +86,5 @@ def prune(before_us: int, batches_max: int, rows_max: int) -> Script[Pruned]:
 
 def unnamed(keys: Sequence[str]) -> Script[list[str]]:
     """Object keys that no row names."""
-    named = {row[0] for row in (yield from fetch("named_objects", keys=as_json(list(keys))))}
+    named = set((yield from fetch_column("named_objects", keys=as_json(list(keys)))))
     return [key for key in keys if key not in named]

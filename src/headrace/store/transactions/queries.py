@@ -12,7 +12,7 @@ from headrace.core.batch import STREAM, Batch, Ledger, ledger
 from headrace.core.block import Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack_some
-from headrace.core.span import DELAYED, LEASED, WAITING, Span, positions_of, results_of
+from headrace.core.span import DELAYED, LEASED, WAITING, Span, block_offsets_of, results_of
 from headrace.foundation.errors import NotFound
 from headrace.foundation.ids import INDEX_MAX
 from headrace.store.projections import WITH_RESULT, attempt_of, check_state, view_of
@@ -93,21 +93,21 @@ def outcomes(batch_id: str, from_index: int, runs_max: int, *, passing: bool = F
     states = yield from _states(sizes)
     final: list[tuple[int, int, int, int]] = []
     expected_index = from_index
-    for index, block_id, position in nearest:
-        state = states[block_id][position]
+    for index, block_id, block_offset in nearest:
+        state = states[block_id][block_offset]
         is_gap = index != expected_index and batch.kind != STREAM
         if passing and state not in runs_core.FINAL:
             continue
         if (is_gap and not passing) or state not in runs_core.FINAL:
             break
-        final.append((index, block_id, position, state))
+        final.append((index, block_id, block_offset, state))
         expected_index = index + 1
     results = yield from _results(sorted({block_id for _, block_id, _, _ in final}))
     nothing = (b"", 0)
     return [
         Outcome(index=index, state=state, result=found[0], kind=found[1])
-        for index, block_id, position, state in final
-        for found in (results.get((block_id, position), nothing) if state in WITH_RESULT else nothing,)
+        for index, block_id, block_offset, state in final
+        for found in (results.get((block_id, block_offset), nothing) if state in WITH_RESULT else nothing,)
     ]
 
 
@@ -133,25 +133,25 @@ def _nearest(
         sizes[block_id] = runs_count
     if len(blocks) > blocks_max:  # the list was cut: what comes after it may hold indexes between those further on
         reach = blocks[-1][1]
-        found = [place for place in found if place[0] <= reach]
+        found = [span_slot for span_slot in found if span_slot[0] <= reach]
     return found, {block_id: sizes[block_id] for _, block_id, _ in found}
 
 
 def _states(sizes: dict[int, int]) -> Script[dict[int, bytearray]]:
     """The state of each position of some blocks, from the spans in which they live."""
     states = {block_id: bytearray((runs_core.MOVED,)) * runs_count for block_id, runs_count in sizes.items()}
-    for block_id, positions, own in (yield from fetch("states_of_blocks", ids=as_json(list(states)))):
-        if positions is None:
+    for block_id, block_offsets, own in (yield from fetch("states_of_blocks", ids=as_json(list(states)))):
+        if block_offsets is None:
             whole = states[block_id]
             if runs_core.MOVED not in own:
                 states[block_id] = bytearray(own)
                 continue
-            places: Sequence[int] = range(len(whole))
+            span_slots: Sequence[int] = range(len(whole))
         else:
-            places = array("H", positions)
-        for position, state in zip(places, own, strict=True):
+            span_slots = array("H", block_offsets)
+        for block_offset, state in zip(span_slots, own, strict=True):
             if state != runs_core.MOVED:
-                states[block_id][position] = state
+                states[block_id][block_offset] = state
     return states
 
 
@@ -160,30 +160,30 @@ def _results(block_ids: Sequence[int]) -> Script[dict[tuple[int, int], tuple[byt
     found: dict[tuple[int, int], tuple[bytes, int]] = {}
     for row in (yield from fetch("parts_of_blocks", ids=as_json(block_ids))):
         part = to_part(row)
-        for position, code, result, kind in results_of(part):
+        for block_offset, code, result, kind in results_of(part):
             if code in WITH_RESULT:
-                found[part.block_id, position] = (result, kind)
+                found[part.block_id, block_offset] = (result, kind)
     return found
 
 
 def run(batch_id: str, index: int) -> Script[RunRecord]:
     """One run with its input, its result and its attempts."""
     batch = yield from find(batch_id)
-    place = yield from locate(batch_id, index)
-    if place is None:
+    span_slot = yield from locate(batch_id, index)
+    if span_slot is None:
         raise NotFound("the batch has no such run", batch_id=batch_id, index=index)
-    block_id, position = place
+    block_id, block_offset = span_slot
     _, _, _, extras, items = yield from fetch_first("blocks", ids=as_json([block_id]))
-    payloads, kinds = unpack_some(items, [position])
-    extra = decode_extras(extras).get(position, Extra())
+    payloads, kinds = unpack_some(items, [block_offset])
+    extra = decode_extras(extras).get(block_offset, Extra())
     spans = yield from spans_of_block(block_id)
-    span, state = _home(spans, position)
+    span, state = _home(spans, block_offset)
     attempts: list[dict[str, object]] = []
     result, result_kind = b"", 0
     for row in (yield from fetch("parts_of_blocks", ids=as_json([block_id]))):
         part = to_part(row)
         for at, code, data, kind in results_of(part):
-            if at != position:
+            if at != block_offset:
                 continue
             attempts.append(attempt_of(code, data, part.settled_us))
             if code in WITH_RESULT and state in WITH_RESULT:
@@ -199,13 +199,13 @@ def run(batch_id: str, index: int) -> Script[RunRecord]:
     return view
 
 
-def _home(spans: Sequence[Span], position: int) -> tuple[Span, int]:
+def _home(spans: Sequence[Span], block_offset: int) -> tuple[Span, int]:
     """The one span in which a run's state lives."""
     for span in spans:
-        for own, state in zip(positions_of(span), span.states, strict=True):
-            if own == position and state != runs_core.MOVED:
+        for own, state in zip(block_offsets_of(span), span.states, strict=True):
+            if own == block_offset and state != runs_core.MOVED:
                 return span, state
-    raise NotFound("the run's state is nowhere", hint="run `headrace verify`", position=position)
+    raise NotFound("the run's state is nowhere", hint="run `headrace verify`", block_offset=block_offset)
 
 
 def list_runs(
@@ -238,7 +238,8 @@ def list_runs(
     block_id, newest = 0, ""
     pending: list[RunRecord] = []  # a block's runs live in several spans, and blocks may overlap: put in order here
     for row in rows:
-        span, first_index, gaps = to_span(row), row[25], row[26]
+        *columns, first_index, gaps = row
+        span = to_span(columns)
         if span.block_id != block_id:
             reach = first_index if span.batch_id == newest else INDEX_MAX + 1
             pending.sort(key=lambda view: view.index)
@@ -247,11 +248,11 @@ def list_runs(
             block_id, newest = span.block_id, span.batch_id
             if len(found) >= limit:
                 break
-        places = array("I", gaps) if gaps is not None else None
-        for position, own in zip(positions_of(span), span.states, strict=True):
+        span_slots = array("I", gaps) if gaps is not None else None
+        for block_offset, own in zip(block_offsets_of(span), span.states, strict=True):
             if own == runs_core.MOVED or (byte is not None and own != byte):
                 continue
-            view = view_of(span, first_index + (position if places is None else places[position]), own)
+            view = view_of(span, first_index + (block_offset if span_slots is None else span_slots[block_offset]), own)
             is_behind = span.batch_id != after_batch or view.index > after_index
             if is_behind and (not state or view.state == state):
                 pending.append(view)
@@ -274,10 +275,10 @@ def _tagged_runs(
             rows_max=TAGGED_MAX,
         )
     ):
-        place = yield from locate(name, index)
-        if place is None or len(found) >= limit:
+        span_slot = yield from locate(name, index)
+        if span_slot is None or len(found) >= limit:
             break
-        span, own = _home((yield from spans_of_block(place[0])), place[1])
+        span, own = _home((yield from spans_of_block(span_slot[0])), span_slot[1])
         view = view_of(span, index, own)
         if state in ("", view.state) and task in ("", view.task):
             found.append(view)
@@ -303,8 +304,8 @@ def queues(environment: str) -> Script[list[QueueView]]:
 def sessions() -> Script[list[Session]]:
     """The sessions that have not ended."""
     return [
-        Session(id=row[0], kind=row[1], host=row[2], pid=row[3], started_us=row[4], heartbeat_us=row[5])
-        for row in (yield from fetch("sessions"))
+        Session(id=id_, kind=kind, host=host, pid=pid, started_us=started_us, heartbeat_us=heartbeat_us)
+        for id_, kind, host, pid, started_us, heartbeat_us, _ in (yield from fetch("sessions"))
     ]
 
 
@@ -331,7 +332,9 @@ def verify(batch_id: str) -> Script[Verification]:
             if any(index in seen for index in own):
                 differences.append(f"block {block_id} holds an index that another block holds too")
             seen.add(own)
-        yield from _count_blocks([(row[0], row[2]) for row in blocks], counted, differences)
+        yield from _count_blocks(
+            [(block_id, runs_count) for block_id, _, runs_count, _ in blocks], counted, differences
+        )
     if seen != received:
         differences.append(f"the received set names {len(received)} indexes, the blocks hold {len(seen)}")
     expected = batch.received_count if batch.expected_count is None else batch.expected_count
@@ -377,13 +380,15 @@ def _count_blocks(
             if span.unsettled_count != runs_core.unsettled_count(span.states):
                 differences.append(f"span {span.id} counts {span.unsettled_count} unsettled runs wrongly")
             leased_byte = ord("l") if span.state == LEASED else 0
-            for position, state in zip(positions_of(span), span.states, strict=True):
+            for block_offset, state in zip(block_offsets_of(span), span.states, strict=True):
                 if state == runs_core.MOVED:
                     continue
-                living[position] += 1
+                living[block_offset] += 1
                 counted[leased_byte if leased_byte and state in runs_core.UNSETTLED else state] += 1
-                if state in WITH_RESULT and (block_id, position) not in recorded:
-                    differences.append(f"position {position} of block {block_id} ended without a recorded outcome")
+                if state in WITH_RESULT and (block_id, block_offset) not in recorded:
+                    differences.append(
+                        f"block offset {block_offset} of block {block_id} ended without a recorded outcome"
+                    )
         if any(count != 1 for count in living):
             differences.append(f"block {block_id} has runs that live in no span or in two")
 

@@ -7,19 +7,13 @@ Bulk writes are one statement with two parameters, rows as JSON and one blob tha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from headrace.core.batch import Batch
 from headrace.core.span import Counts, Part, Span
 from headrace.store.transactions.sql_script import Script, fetch, fetch_first
-
-SPAN_COLUMNS: Final = (
-    "id", "block_id", "batch_id", "environment", "queue", "task", "priority", "due_us", "expires_us", "at_most_once",
-    "order_no", "first_index", "attempt", "crashes_count", "crashes_alone_count", "positions", "states",
-    "unsettled_count", "state", "session_id", "claim_no", "token", "dead_letter", "note", "since_us",
-)  # fmt: skip
 
 _encode: Final = msgspec.json.Encoder().encode
 _decode: Final = msgspec.json.Decoder().decode
@@ -51,50 +45,146 @@ def as_json(value: object) -> str:
     return _encode(value).decode()
 
 
-def to_span(row: Sequence[Any]) -> Span:
-    """A span from a row in the order of `SPAN_COLUMNS` (more columns may follow)."""
-    values = dict(zip(SPAN_COLUMNS, row, strict=False))
-    values["at_most_once"] = bool(values["at_most_once"])
-    values["dead_letter"] = bool(values["dead_letter"])
-    return Span(**values)
+class SpanRow(NamedTuple):
+    """A row of the fragment `span_columns`. The column of `block_offsets` is called `positions`."""
+
+    id: int
+    block_id: int
+    batch_id: str
+    environment: str
+    queue: str
+    task: str
+    priority: int
+    due_us: int
+    expires_us: int
+    at_most_once: int
+    order_no: int
+    first_index: int
+    attempt: int
+    crashes_count: int
+    crashes_alone_count: int
+    block_offsets: bytes | None
+    states: bytes
+    unsettled_count: int
+    state: str
+    session_id: str
+    claim_no: int
+    token: int
+    dead_letter: int
+    note: str
+    since_us: int
 
 
-def to_batch(row: Sequence[Any]) -> Batch:
-    """A batch from a row of the statements in `read.sql`."""
+class BatchRow(NamedTuple):
+    """A row of the fragment `batch_columns`. `block_width`: how many indexes the widest block of the batch spans."""
+
+    id: str
+    environment: str
+    key: str | None
+    kind: str
+    task: str
+    state: str
+    expected_count: int | None
+    received_count: int
+    completed_count: int
+    failed_count: int
+    cancelled_count: int
+    expired_count: int
+    order_bases: str
+    cursor: bytes
+    metadata: str
+    session_id: str
+    created_us: int
+    appended_us: int
+    sealed_us: int
+    finished_us: int
+    seal_timeout_ms: int
+    block_width: int
+
+
+class PartRow(NamedTuple):
+    """A row of the fragment `part_columns`. The column of `block_offsets` is called `positions`."""
+
+    block_id: int
+    span_id: int
+    token: int
+    part_no: int
+    settled_us: int
+    block_offsets: bytes | None
+    codes: bytes
+    results: bytes
+
+
+class BlockRow(NamedTuple):
+    """A row of the statement `blocks`."""
+
+    id: int
+    first_index: int
+    gaps: bytes | None
+    extras: bytes | None
+    items: bytes
+
+
+def to_span(columns: Sequence[Any]) -> Span:
+    """Make a span of the columns of a `SpanRow`."""
+    row = SpanRow._make(columns)
+    return Span(
+        id=row.id,
+        block_id=row.block_id,
+        batch_id=row.batch_id,
+        environment=row.environment,
+        queue=row.queue,
+        task=row.task,
+        priority=row.priority,
+        due_us=row.due_us,
+        expires_us=row.expires_us,
+        at_most_once=bool(row.at_most_once),
+        order_no=row.order_no,
+        first_index=row.first_index,
+        attempt=row.attempt,
+        crashes_count=row.crashes_count,
+        crashes_alone_count=row.crashes_alone_count,
+        block_offsets=row.block_offsets,
+        states=row.states,
+        unsettled_count=row.unsettled_count,
+        state=row.state,
+        session_id=row.session_id,
+        claim_no=row.claim_no,
+        token=row.token,
+        dead_letter=bool(row.dead_letter),
+        note=row.note,
+        since_us=row.since_us,
+    )
+
+
+def to_batch(columns: Sequence[Any]) -> Batch:
+    """Make a batch of the columns of a `BatchRow`."""
+    row = BatchRow._make(columns)
     return Batch(
-        id=row[0],
-        environment=row[1],
-        key=row[2],
-        kind=row[3],
-        task=row[4],
-        state=row[5],
-        expected_count=row[6],
-        received_count=row[7],
-        counts=Counts(*row[8:12]),
-        order_bases=_decode(row[12]),
-        cursor=row[13],
-        metadata=_decode(row[14]),
-        session_id=row[15],
-        created_us=row[16],
-        appended_us=row[17],
-        sealed_us=row[18],
-        finished_us=row[19],
-        seal_timeout_ms=row[20],
+        id=row.id,
+        environment=row.environment,
+        key=row.key,
+        kind=row.kind,
+        task=row.task,
+        state=row.state,
+        expected_count=row.expected_count,
+        received_count=row.received_count,
+        counts=Counts(row.completed_count, row.failed_count, row.cancelled_count, row.expired_count),
+        order_bases=_decode(row.order_bases),
+        cursor=row.cursor,
+        metadata=_decode(row.metadata),
+        session_id=row.session_id,
+        created_us=row.created_us,
+        appended_us=row.appended_us,
+        sealed_us=row.sealed_us,
+        finished_us=row.finished_us,
+        seal_timeout_ms=row.seal_timeout_ms,
     )
 
 
-def to_part(row: Sequence[Any]) -> Part:
-    """A part from a row of `parts_of_blocks`."""
-    return Part(
-        block_id=row[0],
-        span_id=row[1],
-        token=row[2],
-        part_no=row[3],
-        positions=row[4],
-        codes=row[5],
-        results=row[6],
-        settled_us=row[7],
-    )
+def to_part(columns: Sequence[Any]) -> Part:
+    """Make a part of the columns of a `PartRow`."""
+    return Part(**PartRow._make(columns)._asdict())
 
 
 def put_batch(batch: Batch) -> Script[None]:
@@ -129,7 +219,7 @@ def add_spans(spans: Sequence[Span], *, first_id: int) -> Script[None]:
                 span.id, span.block_id, span.batch_id, span.environment, span.queue, span.task, span.priority,
                 span.due_us, span.expires_us, int(span.at_most_once), span.order_no, span.first_index, span.attempt,
                 span.crashes_count, span.crashes_alone_count, span.unsettled_count, span.state, span.session_id,
-                span.claim_no, span.token, *blob.put(span.positions), *blob.put(span.states), int(span.dead_letter),
+                span.claim_no, span.token, *blob.put(span.block_offsets), *blob.put(span.states), int(span.dead_letter),
                 span.note, span.since_us,
             )
         )  # fmt: skip
@@ -164,7 +254,7 @@ def add_parts(parts: Iterable[Part]) -> Script[None]:
     rows = [
         (
             part.block_id, part.span_id, part.token, part.part_no, part.settled_us,
-            *blob.put(part.positions), *blob.put(part.codes), *blob.put(part.results),
+            *blob.put(part.block_offsets), *blob.put(part.codes), *blob.put(part.results),
         )
         for part in parts
     ]  # fmt: skip

@@ -7,7 +7,7 @@ from headrace.store.transactions.sql_script import Script, fetch
 
 def rules(environment: str) -> Script[dict[str, bytes]]:
     """What people decided, by name."""
-    return {row[0]: bytes(row[1]) for row in (yield from fetch("rules", environment=environment))}
+    return {name: bytes(value) for name, value in (yield from fetch("rules", environment=environment))}
 
 
 def keep_rules(environment: str, name: str, value: bytes, before: bytes | None) -> Script[bool]:

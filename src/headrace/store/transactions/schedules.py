@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from headrace.foundation.errors import Conflict
 from headrace.store.protocol import Schedule, Tick, Ticked
@@ -10,7 +11,19 @@ from headrace.store.transactions.append import enqueue
 from headrace.store.transactions.row_mapping import as_json
 from headrace.store.transactions.sql_script import Script, fetch, fetch_one
 
-_COLUMNS = Schedule.__struct_fields__
+
+class ScheduleRow(NamedTuple):
+    """A row of the fragment `schedule_columns`."""
+
+    environment: str
+    name: str
+    app: str
+    task: str
+    expression: str
+    zone: str
+    last_us: int
+    ticked_us: int
+    gone_us: int
 
 
 def keep(environment: str, app: str, own: Sequence[Schedule], now_us: int) -> Script[list[Schedule]]:
@@ -57,5 +70,5 @@ def schedules(environment: str) -> Script[list[Schedule]]:
     return [_to_schedule(row) for row in (yield from fetch("schedules", environment=environment))]
 
 
-def _to_schedule(row: Sequence[object]) -> Schedule:
-    return Schedule(**dict(zip(_COLUMNS, row, strict=True)))  # type: ignore[arg-type]  # columns in the fields' order
+def _to_schedule(columns: Sequence[Any]) -> Schedule:
+    return Schedule(**ScheduleRow._make(columns)._asdict())

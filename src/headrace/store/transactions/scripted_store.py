@@ -47,6 +47,7 @@ from headrace.store.transactions import (
     rules,
 )
 from headrace.store.transactions import schedules as schedule_scripts
+from headrace.store.transactions.row_mapping import BlockRow
 from headrace.store.transactions.sql_script import Script
 
 T = TypeVar("T")
@@ -131,7 +132,7 @@ class ScriptedStore(ABC):
         if claim.runs_max < 1:
             raise InvalidInput(f"a claim is for one run or more, not for {claim.runs_max}")
         taken = await self._write(lambda: leases.claim(claim, now_us))
-        return [lease_of_row(span, *taken.blocks[span.block_id]) for span in taken.spans]
+        return [lease_of_row(span, taken.blocks[span.block_id]) for span in taken.spans]
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
         """Record outcomes."""
@@ -299,6 +300,6 @@ class ScriptedStore(ABC):
         return await self._write(lambda: api_keys.spend(environment, name, bucket, cost, now_us))
 
 
-def lease_of_row(span: Span, first_index: int, gaps: bytes | None, extras: bytes | None, items: bytes) -> Lease:
-    """What a worker needs of a claimed span, from its block's row."""
-    return lease_of(span, first_index, gaps, locate.decode_extras(extras), items)
+def lease_of_row(span: Span, block: BlockRow) -> Lease:
+    """Make the lease of a claimed span from the row of its block."""
+    return lease_of(span, block.first_index, block.gaps, locate.decode_extras(block.extras), block.items)

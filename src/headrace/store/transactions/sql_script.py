@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 T = TypeVar("T")
+RowT = TypeVar("RowT")
 
 
 class Overtaken(Exception):
@@ -26,6 +27,18 @@ Script: TypeAlias = Generator[Ask, Rows, T]
 def fetch(name: str, /, **values: Any) -> Script[Rows]:
     """All rows of a statement; a changing one answers a row for each row it changed, where it says RETURNING."""
     return (yield Ask(name, values))
+
+
+def fetch_as(row_type: Callable[..., RowT], name: str, /, **values: Any) -> Script[list[RowT]]:
+    """All rows of a statement, each as a NamedTuple whose fields are the statement's columns in order."""
+    rows = yield Ask(name, values)
+    return [row_type(*row) for row in rows]
+
+
+def fetch_column(name: str, /, **values: Any) -> Script[list[Any]]:
+    """The values of a statement that has one column."""
+    rows = yield Ask(name, values)
+    return [value for (value,) in rows]
 
 
 def fetch_one(name: str, /, **values: Any) -> Script[tuple[Any, ...] | None]:

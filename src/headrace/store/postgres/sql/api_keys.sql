@@ -1,13 +1,13 @@
 -- insert_api_key: a key that is let in from now on
-INSERT INTO {schema}.api_key (id, environment, digest, scopes, name, created_us, revoked_us)
+INSERT INTO {schema}.api_key ({api_key_columns})
 VALUES (:id, :environment, :digest, :scopes, :name, :created_us, 0)
 ON CONFLICT DO NOTHING RETURNING 1;
 
 -- api_key_by_digest: the key that hashes to a digest
-SELECT id, environment, digest, scopes, name, created_us, revoked_us FROM {schema}.api_key WHERE digest = :digest;
+SELECT {api_key_columns} FROM {schema}.api_key WHERE digest = :digest;
 
 -- api_keys: the keys of an environment, oldest first
-SELECT id, environment, digest, scopes, name, created_us, revoked_us FROM {schema}.api_key
+SELECT {api_key_columns} FROM {schema}.api_key
 WHERE environment = :environment ORDER BY id;
 
 -- revoke_api_key: a key is let in no more

@@ -13,7 +13,7 @@ ORDER BY died_us, batch_id, run_index LIMIT :rows_max;
 
 -- forget_dead: runs of a batch that are to run again
 DELETE FROM {schema}.dead_letter WHERE batch_id = :batch_id
-    AND run_index = ANY (ARRAY(SELECT jsonb_array_elements_text(:indexes::jsonb)::bigint));
+    AND run_index = ANY ({bigint_array(:indexes)});
 
 -- purge_dead: dead letters that nobody has to look at any more
 DELETE FROM {schema}.dead_letter
@@ -33,10 +33,10 @@ RETURNING name;
 
 -- lock_waiting: what waits in one lane, in claim order, about to be moved
 SELECT id FROM {schema}.span WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task
-ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max FOR UPDATE SKIP LOCKED;
+ORDER BY {claim_order()} LIMIT :rows_max FOR UPDATE SKIP LOCKED;
 
 -- move_spans: spans, locked as waiting in this transaction, that wait in another queue from now on
-UPDATE {schema}.span SET queue = :queue WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint));
+UPDATE {schema}.span SET queue = :queue WHERE id = ANY ({bigint_array(:ids)});
 
 -- size_bytes: how much room the database takes
 SELECT pg_database_size(current_database());

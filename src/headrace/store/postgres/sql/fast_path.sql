@@ -5,27 +5,23 @@ WITH ended AS (
         state = CASE unsettled_count WHEN :runs_count::bigint THEN 'done' ELSE state END,
         session_id = CASE unsettled_count WHEN :runs_count::bigint THEN '' ELSE session_id END,
         claim_no = CASE unsettled_count WHEN :runs_count::bigint THEN 0 ELSE claim_no END,
-        states = overlay(states PLACING :codes::bytea FROM :place::int + 1)
+        states = overlay(states PLACING :codes::bytea FROM :span_slot::int + 1)
     WHERE id = :span_id::bigint AND token = :token::bigint AND starts_with(state, 'leased') AND (dead_letter = 0 OR :failed::bigint = 0)
-        AND :place::int + :runs_count::int <= octet_length(states)
+        AND :span_slot::int + :runs_count::int <= octet_length(states)
         AND (:is_whole::int = 0 OR :runs_count::int = octet_length(states))
-        AND btrim(substring(states FROM :place::int + 1 FOR :runs_count::int), 'ws'::bytea) = ''::bytea
+        AND btrim(substring(states FROM :span_slot::int + 1 FOR :runs_count::int), 'ws'::bytea) = ''::bytea
     RETURNING block_id, batch_id, positions
 ),
 counted AS (
-    UPDATE {schema}.batch SET completed_count = completed_count + :completed::bigint,
-        failed_count = failed_count + :failed::bigint, cancelled_count = cancelled_count + :cancelled::bigint,
-        expired_count = expired_count + :expired::bigint,
-        state = CASE WHEN finished_us = 0 AND state = 'sealed' AND received_count = :runs_count::bigint + completed_count
-            + failed_count + cancelled_count + expired_count THEN 'completed' ELSE state END,
-        finished_us = CASE WHEN finished_us = 0 AND state <> 'open' AND received_count = :runs_count::bigint
-            + completed_count + failed_count + cancelled_count + expired_count THEN :now_us::bigint ELSE finished_us END
+    UPDATE {schema}.batch SET {outcome_counts(:)},
+        state = CASE WHEN state = 'sealed' AND {ends_batch(:runs_count::bigint)} THEN 'completed' ELSE state END,
+        finished_us = CASE WHEN {ends_batch(:runs_count::bigint)} THEN :now_us::bigint ELSE finished_us END
     WHERE id = (SELECT batch_id FROM ended)
 )
-INSERT INTO {schema}.part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
+INSERT INTO {schema}.part ({part_columns})
 SELECT block_id, :span_id::bigint, :token::bigint, :part_no::bigint, :now_us::bigint,
     CASE WHEN :is_whole::int = 1 THEN positions
-        ELSE coalesce(substring(positions FROM 2 * :place::int + 1 FOR 2 * :runs_count::int), :places::bytea) END,
+        ELSE coalesce(substring(positions FROM 2 * :span_slot::int + 1 FOR 2 * :runs_count::int), :span_slots::bytea) END,
     :codes::bytea, :results::bytea
 FROM ended RETURNING 1;
 
@@ -51,18 +47,14 @@ WITH ended AS (
     RETURNING block_id, batch_id, positions
 ),
 counted AS (
-    UPDATE {schema}.batch SET completed_count = completed_count + :completed::bigint,
-        failed_count = failed_count + :failed::bigint, cancelled_count = cancelled_count + :cancelled::bigint,
-        expired_count = expired_count + :expired::bigint,
-        state = CASE WHEN finished_us = 0 AND state = 'sealed' AND received_count = :runs_count::bigint + completed_count
-            + failed_count + cancelled_count + expired_count THEN 'completed' ELSE state END,
-        finished_us = CASE WHEN finished_us = 0 AND state <> 'open' AND received_count = :runs_count::bigint
-            + completed_count + failed_count + cancelled_count + expired_count THEN :now_us::bigint ELSE finished_us END
+    UPDATE {schema}.batch SET {outcome_counts(:)},
+        state = CASE WHEN state = 'sealed' AND {ends_batch(:runs_count::bigint)} THEN 'completed' ELSE state END,
+        finished_us = CASE WHEN {ends_batch(:runs_count::bigint)} THEN :now_us::bigint ELSE finished_us END
     WHERE id = (SELECT batch_id FROM ended)
 )
-INSERT INTO {schema}.part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
+INSERT INTO {schema}.part ({part_columns})
 SELECT block_id, :span_id::bigint, :token::bigint, :part_no::bigint, :now_us::bigint,
-    CASE WHEN positions IS NULL THEN :places::bytea ELSE (
+    CASE WHEN positions IS NULL THEN :span_slots::bytea ELSE (
         SELECT string_agg(substring(positions FROM 2 * (kept_from + kept_count) + 1 FOR 2 * codes_count), ''::bytea)
         FROM (SELECT unnest(:kept_from::int[]) AS kept_from, unnest(:kept_count::int[]) AS kept_count,
             unnest(:codes_count::int[]) AS codes_count) AS stretches
@@ -73,7 +65,7 @@ FROM ended RETURNING 1;
 -- settle_ended: outcomes of leased runs that ended for good, their counters and completion, all of them or none
 WITH given AS MATERIALIZED (
     SELECT (value->>0)::bigint AS id, (value->>1)::bigint AS token, (value->>2)::int AS runs_count,
-        (value->>3)::int AS part_no, (value->>4)::int AS place, (value->>5)::int AS is_whole,
+        (value->>3)::int AS part_no, (value->>4)::int AS span_slot, (value->>5)::int AS is_whole,
         (value->>6)::int AS codes_at, (value->>7)::int AS results_at, (value->>8)::int AS results_length,
         (value->>9)::bigint AS completed, (value->>10)::bigint AS failed, (value->>11)::bigint AS cancelled,
         (value->>12)::bigint AS expired, (value->>13)::int AS mask_at, (value->>14)::int AS width
@@ -89,19 +81,19 @@ fenced AS MATERIALIZED (
     SELECT given.*, picked.after, picked.positions
     FROM given JOIN locked ON locked.id = given.id AND locked.token = given.token
     CROSS JOIN LATERAL (
-        SELECT string_agg(substring(states FROM place + number + 1 FOR 1), ''::bytea ORDER BY number)
+        SELECT string_agg(substring(states FROM span_slot + number + 1 FOR 1), ''::bytea ORDER BY number)
                 FILTER (WHERE get_byte(mask, number) > 0) AS before,
-            string_agg(CASE get_byte(mask, number) WHEN 0 THEN substring(states FROM place + number + 1 FOR 1)
+            string_agg(CASE get_byte(mask, number) WHEN 0 THEN substring(states FROM span_slot + number + 1 FOR 1)
                 ELSE substring(mask FROM number + 1 FOR 1) END, ''::bytea ORDER BY number) AS after,
-            string_agg(substring(coalesce(locked.positions, :places::bytea) FROM 2 * (place + number) + 1 FOR 2), ''::bytea
+            string_agg(substring(coalesce(locked.positions, :span_slots::bytea) FROM 2 * (span_slot + number) + 1 FOR 2), ''::bytea
                 ORDER BY number) FILTER (WHERE get_byte(mask, number) > 0) AS positions
         FROM substring(:blob::bytea FROM mask_at FOR width) AS mask, generate_series(0, width - 1) AS number
         WHERE mask_at > 0
     ) AS picked
-    WHERE locked.state = 'leased' AND place + width <= octet_length(states)
+    WHERE locked.state = 'leased' AND span_slot + width <= octet_length(states)
         AND (locked.dead_letter = 0 OR given.failed = 0)
         AND (is_whole = 0 OR runs_count = octet_length(states))
-        AND btrim(coalesce(picked.before, substring(states FROM place + 1 FOR runs_count)), 'ws'::bytea) = ''::bytea
+        AND btrim(coalesce(picked.before, substring(states FROM span_slot + 1 FOR runs_count)), 'ws'::bytea) = ''::bytea
 ),
 -- Rule R4: what is written and counted comes from the rows as they were locked, never from the snapshot before.
 ended AS (
@@ -110,14 +102,14 @@ ended AS (
         session_id = CASE unsettled_count WHEN fenced.runs_count THEN '' ELSE session_id END,
         claim_no = CASE unsettled_count WHEN fenced.runs_count THEN 0 ELSE claim_no END,
         states = overlay(states PLACING coalesce(fenced.after,
-            substring(:blob::bytea FROM fenced.codes_at FOR fenced.runs_count)) FROM fenced.place + 1)
+            substring(:blob::bytea FROM fenced.codes_at FOR fenced.runs_count)) FROM fenced.span_slot + 1)
     FROM fenced
     WHERE span.id = fenced.id AND span.id = ANY (ARRAY(SELECT id FROM given))
         AND (SELECT count(*) FROM fenced) = (SELECT count(*) FROM given)
     RETURNING span.id, span.block_id, span.batch_id, fenced.token, fenced.part_no, fenced.runs_count, fenced.codes_at,
         fenced.results_at, fenced.results_length, fenced.completed, fenced.failed, fenced.cancelled, fenced.expired,
         CASE fenced.is_whole WHEN 1 THEN span.positions ELSE coalesce(fenced.positions, substring(
-            coalesce(span.positions, :places::bytea) FROM 2 * fenced.place + 1 FOR 2 * fenced.runs_count)) END AS positions
+            coalesce(span.positions, :span_slots::bytea) FROM 2 * fenced.span_slot + 1 FOR 2 * fenced.runs_count)) END AS positions
 ),
 counts AS MATERIALIZED (
     SELECT batch_id, sum(completed)::bigint AS completed, sum(failed)::bigint AS failed,
@@ -128,18 +120,14 @@ locked_batches AS MATERIALIZED (
     SELECT id FROM {schema}.batch WHERE id = ANY (ARRAY(SELECT batch_id FROM counts)) ORDER BY id FOR UPDATE
 ),
 counted AS (
-    UPDATE {schema}.batch SET completed_count = completed_count + counts.completed,
-        failed_count = failed_count + counts.failed, cancelled_count = cancelled_count + counts.cancelled,
-        expired_count = expired_count + counts.expired,
-        state = CASE WHEN finished_us = 0 AND state = 'sealed' AND received_count = counts.settled + completed_count
-            + failed_count + cancelled_count + expired_count THEN 'completed' ELSE state END,
-        finished_us = CASE WHEN finished_us = 0 AND state <> 'open' AND received_count = counts.settled
-            + completed_count + failed_count + cancelled_count + expired_count THEN :now_us::bigint ELSE finished_us END
+    UPDATE {schema}.batch SET {outcome_counts(counts.)},
+        state = CASE WHEN state = 'sealed' AND {ends_batch(counts.settled)} THEN 'completed' ELSE state END,
+        finished_us = CASE WHEN {ends_batch(counts.settled)} THEN :now_us::bigint ELSE finished_us END
     FROM locked_batches JOIN counts ON counts.batch_id = locked_batches.id
     WHERE batch.id = locked_batches.id AND batch.id = ANY (ARRAY(SELECT batch_id FROM counts))
 ),
 recorded AS (
-    INSERT INTO {schema}.part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
+    INSERT INTO {schema}.part ({part_columns})
     SELECT block_id, id, token, part_no, :now_us::bigint, positions, substring(:blob::bytea FROM codes_at FOR runs_count),
         substring(:blob::bytea FROM results_at FOR results_length)
     FROM ended
@@ -171,8 +159,8 @@ lanes AS MATERIALIZED (
         (:marks::jsonb->lane.queue->lane.task->>1)::bigint AS mark
     FROM {schema}.lane JOIN {schema}.queue ON queue.environment = lane.environment AND queue.name = lane.queue
     WHERE lane.environment = :environment AND queue.paused = 0
-        AND lane.task = ANY (ARRAY(SELECT jsonb_array_elements_text(:tasks::jsonb)))
-        AND (:queues::jsonb IS NULL OR lane.queue = ANY (ARRAY(SELECT jsonb_array_elements_text(:queues::jsonb))))
+        AND lane.task = ANY ({text_array(:tasks)})
+        AND (:queues::jsonb IS NULL OR lane.queue = ANY ({text_array(:queues)}))
         AND starts_with(lane.queue, :queue_prefix)
         AND EXISTS (SELECT 1 FROM session) AND NOT EXISTS (SELECT 1 FROM before) AND NOT EXISTS (SELECT 1 FROM due)
 ),
@@ -182,7 +170,7 @@ found_from_the_end AS MATERIALIZED (
         FROM {schema}.span
         WHERE state = 'waiting' AND environment = :environment AND queue = lanes.queue AND task = lanes.task
             AND (expires_us = 0 OR expires_us > :now_us::bigint)
-        ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max::bigint
+        ORDER BY {claim_order()} LIMIT :rows_max::bigint
         FOR UPDATE SKIP LOCKED
     ) AS best WHERE lanes.mark IS NULL
 ),
@@ -202,7 +190,7 @@ found AS MATERIALIZED (
 ),
 ranked AS MATERIALIZED (
     SELECT found.*, sum(unsettled_count) OVER (
-        ORDER BY priority DESC, order_no, batch_id, first_index, id ROWS UNBOUNDED PRECEDING)::bigint AS reached
+        ORDER BY {claim_order()} ROWS UNBOUNDED PRECEDING)::bigint AS reached
     FROM found
 ),
 chosen AS MATERIALIZED (
@@ -249,12 +237,10 @@ kept AS (
     RETURNING span.*, chosen.taken_count, chosen.waiting_at
 ),
 taken AS (
-    INSERT INTO {schema}.span (id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us,
-        at_most_once, order_no, first_index, attempt, crashes_count, crashes_alone_count, positions, states,
-        unsettled_count, state, session_id, claim_no, token, dead_letter, note, since_us)
+    INSERT INTO {schema}.span ({span_columns()})
     SELECT :span_id::bigint, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
         first_index, attempt, crashes_count, crashes_alone_count,
-        substring(coalesce(positions, :places::bytea) FROM 2 * waiting_at - 1 FOR 2 * taken_count::int),
+        substring(coalesce(positions, :span_slots::bytea) FROM 2 * waiting_at - 1 FOR 2 * taken_count::int),
         convert_to(repeat('w', taken_count::int), 'UTF8'), taken_count, 'leased', :session_id, :claim_no, 1,
         dead_letter, note, since_us
     FROM kept
@@ -278,12 +264,9 @@ advanced AS (
 held AS (
     SELECT * FROM before UNION ALL SELECT * FROM leased UNION ALL SELECT * FROM taken
 )
-SELECT verdict.word, held.id, held.block_id, held.batch_id, held.environment, held.queue, held.task, held.priority,
-    held.due_us, held.expires_us, held.at_most_once, held.order_no, held.first_index, held.attempt, held.crashes_count,
-    held.crashes_alone_count, held.positions, held.states, held.unsettled_count, held.state, held.session_id,
-    held.claim_no, held.token, held.dead_letter, held.note, held.since_us, block.first_index, block.gaps, block.extras, block.items
+SELECT verdict.word, {span_columns(held.)}, block.id, block.first_index, block.gaps, block.extras, block.items
 FROM verdict LEFT JOIN (held JOIN {schema}.block ON block.id = held.block_id) ON true
-ORDER BY held.priority DESC, held.order_no, held.batch_id, held.first_index, held.id;
+ORDER BY {claim_order(held.)};
 
 -- append_in_order: consecutive runs that follow all that a batch has received, with its cursor, or nothing
 WITH open_batch AS MATERIALIZED (
@@ -312,9 +295,7 @@ blocks AS (
     RETURNING runs_count
 ),
 spans AS (
-    INSERT INTO {schema}.span (id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once,
-        order_no, first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state,
-        session_id, claim_no, token, dead_letter, note, since_us)
+    INSERT INTO {schema}.span ({span_columns()})
     SELECT :span_id::bigint + (value->>0)::bigint, :block_id::bigint + (value->>1)::bigint, fit.id, fit.environment,
         lanes.queue, lanes.task, (value->>4)::bigint, (value->>5)::bigint, (value->>6)::bigint, (value->>7)::bigint,
         greatest(fit.clock, lanes.base + (value->>8)::bigint), (value->>9)::bigint, 1, 0, 0,

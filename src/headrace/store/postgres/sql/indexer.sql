@@ -1,14 +1,13 @@
 -- indexer: an indexer's row by its name
-SELECT environment, name, no, positions, token, beats, holder, floor_no, floor_positions, is_caught_up, moved_us
+SELECT {indexer_columns}
 FROM {schema}.indexer WHERE environment = :environment AND name = :name;
 
 -- indexers: every indexer of an environment, by name
-SELECT environment, name, no, positions, token, beats, holder, floor_no, floor_positions, is_caught_up, moved_us
+SELECT {indexer_columns}
 FROM {schema}.indexer WHERE environment = :environment ORDER BY name;
 
 -- insert_indexer: a new indexer, before its first event
-INSERT INTO {schema}.indexer (environment, name, no, positions, token, beats, holder, floor_no, floor_positions,
-    is_caught_up, moved_us)
+INSERT INTO {schema}.indexer ({indexer_columns})
 VALUES (:environment, :name, 0, '{}', 0, 0, '', 0, '{}', false, 0)
 ON CONFLICT DO NOTHING;
 

@@ -3,11 +3,9 @@ SELECT 1 FROM {schema}.session WHERE id = :id AND ended_us = 0
 FOR KEY SHARE;
 
 -- claimed_before: the spans of a claim that is asked for again, in claim order
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id AND claim_no = :claim_no
-ORDER BY priority DESC, order_no, batch_id, first_index, id;
+ORDER BY {claim_order()};
 
 -- due_spans: delayed spans whose time has come, with their queue's clock
 SELECT span.id, queue.clock
@@ -25,37 +23,31 @@ WHERE span.id = (value->>0)::bigint
 SELECT lane.queue, lane.task
 FROM {schema}.lane JOIN {schema}.queue ON queue.environment = lane.environment AND queue.name = lane.queue
 WHERE lane.environment = :environment AND queue.paused = 0
-    AND lane.task = ANY (ARRAY(SELECT jsonb_array_elements_text(:tasks::jsonb)))
-    AND (:queues::jsonb IS NULL OR lane.queue = ANY (ARRAY(SELECT jsonb_array_elements_text(:queues::jsonb))))
+    AND lane.task = ANY ({text_array(:tasks)})
+    AND (:queues::jsonb IS NULL OR lane.queue = ANY ({text_array(:queues)}))
     AND starts_with(lane.queue, :queue_prefix);
 
 -- claim_candidates: the best waiting spans of one lane, in claim order
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM {schema}.span
 WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task
     AND (expires_us = 0 OR expires_us > :now_us)
-ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max
+ORDER BY {claim_order()} LIMIT :rows_max
 FOR UPDATE SKIP LOCKED;
 
 -- blocks: the inputs of some blocks
-SELECT id, first_index, gaps, extras, items FROM {schema}.block WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint));
+SELECT id, first_index, gaps, extras, items FROM {schema}.block WHERE id = ANY ({bigint_array(:ids)});
 
 -- lock_spans: some spans that this transaction is about to change, in one order
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
-FROM {schema}.span WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint))
+SELECT {span_columns()}
+FROM {schema}.span WHERE id = ANY ({bigint_array(:ids)})
 ORDER BY id FOR UPDATE;
 
 -- recorded_part: whether a settlement was recorded before
 SELECT 1 FROM {schema}.part WHERE block_id = :block_id AND span_id = :span_id AND token = :token AND part_no = :part_no;
 
 -- lock_spans_of_session: what a session has leased, about to be changed
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id ORDER BY id
 FOR UPDATE;
 
@@ -63,57 +55,45 @@ FOR UPDATE;
 SELECT id, token, claim_no, batch_id FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id;
 
 -- stopped_batches: those of some batches of which nothing may start
-SELECT id FROM {schema}.batch WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb))) AND state IN ('cancelled', 'abandoned');
+SELECT id FROM {schema}.batch WHERE id = ANY ({text_array(:ids)}) AND state IN ('cancelled', 'abandoned');
 
 -- cancellations: the single runs of some batches that someone asked to cancel
-SELECT batch_id, run_index FROM {schema}.cancellation WHERE batch_id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb))) LIMIT :rows_max;
+SELECT batch_id, run_index FROM {schema}.cancellation WHERE batch_id = ANY ({text_array(:ids)}) LIMIT :rows_max;
 
 -- clocks: the clocks of an environment's queues
-SELECT name, clock FROM {schema}.queue WHERE environment = :environment AND name = ANY (ARRAY(SELECT jsonb_array_elements_text(:names::jsonb)));
+SELECT name, clock FROM {schema}.queue WHERE environment = :environment AND name = ANY ({text_array(:names)});
 
 -- environment_clock: the furthest clock of an environment's queues: what time it is for new runs
 SELECT coalesce(max(clock), 0) FROM {schema}.queue WHERE environment = :environment;
 
 -- unsettled_spans_of_batch: spans of a batch in one state, bounded
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM {schema}.span WHERE batch_id = :batch_id AND state IN ('waiting', 'delayed') LIMIT :rows_max
 FOR UPDATE SKIP LOCKED;
 
 -- expired_spans: spans that did not start in time, bounded
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM {schema}.span WHERE expires_us > 0 AND state IN ('waiting', 'delayed') AND expires_us <= :now_us LIMIT :rows_max
 FOR UPDATE SKIP LOCKED;
 
 -- leases_without_session: leased spans whose session ended or is gone
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM {schema}.span
 WHERE span.state = 'leased' AND NOT EXISTS (SELECT 1 FROM {schema}.session WHERE session.id = span.session_id AND session.ended_us = 0)
 LIMIT :rows_max
 FOR UPDATE SKIP LOCKED;
 
 -- spans_of_block: all spans over one block
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM {schema}.span WHERE block_id = :block_id ORDER BY id;
 
 -- lock_spans_of_block: all spans over one block, about to be changed
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM {schema}.span WHERE block_id = :block_id ORDER BY id
 FOR UPDATE;
 
 -- spans_with_state: spans of a batch of which some run ended in a state
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM {schema}.span
 WHERE id = ANY (ARRAY(
         SELECT own.id FROM {schema}.block CROSS JOIN LATERAL (

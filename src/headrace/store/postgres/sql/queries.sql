@@ -1,50 +1,36 @@
 -- batch: one batch by id
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM {schema}.batch WHERE id = :id;
 
 -- lock_batch: one batch that this transaction is about to change
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM {schema}.batch WHERE id = :id
 FOR UPDATE;
 
 -- lock_batches: some batches that this transaction is about to change, in one order
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
-FROM {schema}.batch WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)))
+SELECT {batch_columns}
+FROM {schema}.batch WHERE id = ANY ({text_array(:ids)})
 ORDER BY id FOR UPDATE;
 
 -- batch_by_key: the batch that a key names
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM {schema}.batch WHERE environment = :environment AND key = :key;
 
 -- lock_streams_of_session: streams that a session owns and batches of which it has leases, about to be changed
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM {schema}.batch WHERE session_id = :session_id AND session_id <> '' AND state = 'open'
     OR id = ANY (ARRAY(SELECT batch_id FROM {schema}.span WHERE span.state = 'leased' AND span.session_id = :session_id))
 ORDER BY id FOR UPDATE;
 
 -- list_batches: batches of an environment, newest first
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM {schema}.batch
 WHERE environment = :environment AND (:before_id::text = '' OR id < :before_id)
-    AND (:states::jsonb IS NULL OR state = ANY (ARRAY(SELECT jsonb_array_elements_text(:states::jsonb))))
+    AND (:states::jsonb IS NULL OR state = ANY ({text_array(:states)}))
 ORDER BY id DESC LIMIT :rows_max;
 
 -- open_batches: batches that take items, for their seal deadline
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM {schema}.batch WHERE state = 'open' AND finished_us = 0 AND state IN ('open', 'cancelled', 'abandoned') AND seal_timeout_ms > 0
     AND greatest(created_us, appended_us) + seal_timeout_ms * 1000 <= :now_us LIMIT :rows_max;
 
@@ -71,18 +57,18 @@ WHERE batch_id = :batch_id AND first_index > :after_index AND first_index < :bef
 ORDER BY first_index, id LIMIT :rows_max;
 
 -- shapes_of_blocks: which indexes some blocks hold
-SELECT id, first_index, runs_count, gaps FROM {schema}.block WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint));
+SELECT id, first_index, runs_count, gaps FROM {schema}.block WHERE id = ANY ({bigint_array(:ids)});
 
 -- extras_of_blocks: what only some runs of some blocks have
 SELECT id, extras FROM {schema}.block
-WHERE extras IS NOT NULL AND id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint));
+WHERE extras IS NOT NULL AND id = ANY ({bigint_array(:ids)});
 
 -- states_of_blocks: how the runs of some blocks stand
-SELECT block_id, positions, states FROM {schema}.span WHERE block_id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint)) ORDER BY id;
+SELECT block_id, positions, states FROM {schema}.span WHERE block_id = ANY ({bigint_array(:ids)}) ORDER BY id;
 
 -- parts_of_blocks: the recorded outcomes of some blocks, oldest first
-SELECT block_id, span_id, token, part_no, positions, codes, results, settled_us FROM {schema}.part
-WHERE block_id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint)) ORDER BY id;
+SELECT {part_columns} FROM {schema}.part
+WHERE block_id = ANY ({bigint_array(:ids)}) ORDER BY id;
 
 -- sessions: the sessions that have not ended
 SELECT id, kind, host, pid, started_us, heartbeat_us, ended_us FROM {schema}.session WHERE ended_us = 0 ORDER BY id;
@@ -114,10 +100,7 @@ WHERE queue.environment = :environment
 GROUP BY queue.name, queue.paused ORDER BY queue.name;
 
 -- list_spans: spans that may hold runs a person asks for, newest batch first
-SELECT span.id, span.block_id, span.batch_id, span.environment, span.queue, span.task, span.priority, span.due_us,
-    span.expires_us, span.at_most_once, span.order_no, span.first_index, span.attempt, span.crashes_count,
-    span.crashes_alone_count, span.positions, span.states, span.unsettled_count, span.state, span.session_id,
-    span.claim_no, span.token, span.dead_letter, span.note, span.since_us, block.first_index, block.gaps
+SELECT {span_columns(span.)}, block.first_index, block.gaps
 FROM {schema}.batch JOIN {schema}.block ON block.batch_id = batch.id JOIN {schema}.span ON span.block_id = block.id
 WHERE batch.environment = :environment AND (:batch_id::text = '' OR batch.id = :batch_id)
     AND (:task::text = '' OR span.task = :task) AND (:state::bytea IS NULL OR position(:state::bytea IN span.states) > 0)
@@ -132,17 +115,15 @@ WHERE environment = :environment AND tag = :tag AND (:batch_id::text = '' OR bat
 ORDER BY batch_id DESC, run_index LIMIT :rows_max;
 
 -- named_objects: which of some object keys a row names
-SELECT key FROM {schema}.object WHERE key = ANY (ARRAY(SELECT jsonb_array_elements_text(:keys::jsonb)));
+SELECT key FROM {schema}.object WHERE key = ANY ({text_array(:keys)});
 
 -- next_due: when the next delayed span of some tasks becomes claimable
 SELECT min(due_us) FROM {schema}.span WHERE state = 'delayed' AND environment = :environment
-    AND task = ANY (ARRAY(SELECT jsonb_array_elements_text(:tasks::jsonb)));
+    AND task = ANY ({text_array(:tasks)});
 
 -- blocks_of_batch: the shape of a batch's blocks, for counting it anew
 SELECT id, first_index, runs_count, gaps FROM {schema}.block WHERE batch_id = :batch_id AND id > :after_id ORDER BY id LIMIT :rows_max;
 
 -- spans_of_blocks: all spans over some blocks
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
-FROM {schema}.span WHERE block_id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint)) ORDER BY id;
+SELECT {span_columns()}
+FROM {schema}.span WHERE block_id = ANY ({bigint_array(:ids)}) ORDER BY id;

@@ -1,5 +1,5 @@
 -- keep_schedule: a schedule of an app; one that is new, another by now, or back begins now
-INSERT INTO {schema}.schedule AS known (environment, name, app, task, expression, zone, last_us, ticked_us, gone_us)
+INSERT INTO {schema}.schedule AS known ({schedule_columns})
 VALUES (:environment, :name, :app, :task, :expression, :zone, :now_us, 0, 0)
 ON CONFLICT (environment, name) DO UPDATE SET app = excluded.app, task = excluded.task, expression = excluded.expression,
     zone = excluded.zone, gone_us = 0,
@@ -18,9 +18,9 @@ WHERE environment = :environment AND name = :name AND expression = :expression A
 RETURNING 1;
 
 -- schedule: one schedule as it stands
-SELECT environment, name, app, task, expression, zone, last_us, ticked_us, gone_us FROM {schema}.schedule
+SELECT {schedule_columns} FROM {schema}.schedule
 WHERE environment = :environment AND name = :name;
 
 -- schedules: all schedules of an environment, by name
-SELECT environment, name, app, task, expression, zone, last_us, ticked_us, gone_us FROM {schema}.schedule
+SELECT {schedule_columns} FROM {schema}.schedule
 WHERE environment = :environment ORDER BY name;

@@ -16,9 +16,7 @@ CROSS JOIN LATERAL (
 WHERE batch.id NOT IN (SELECT value->>2 FROM jsonb_array_elements(:rows::jsonb) AS given (value));
 
 -- insert_moved_batch: a batch as it stood where it came from
-INSERT INTO {schema}.batch (id, environment, key, kind, task, state, expected_count, received_count, completed_count,
-    failed_count, cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us,
-    sealed_us, finished_us, seal_timeout_ms, block_width, received)
+INSERT INTO {schema}.batch ({batch_columns}, received)
 VALUES (:id, :environment, :key, :kind, :task, :state, :expected_count, :received_count, :completed_count,
     :failed_count, :cancelled_count, :expired_count, :order_bases, :cursor, :metadata, '', :created_us, :appended_us,
     :sealed_us, :finished_us, :seal_timeout_ms, :block_width, :received)

@@ -1,7 +1,5 @@
 -- insert_batch: a new batch
-INSERT INTO {schema}.batch (id, environment, key, kind, task, state, expected_count, received_count, completed_count,
-    failed_count, cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us,
-    sealed_us, finished_us, seal_timeout_ms, block_width, received)
+INSERT INTO {schema}.batch ({batch_columns}, received)
 VALUES (:id, :environment, :key, :kind, :task, :state, :expected_count, 0, 0, 0, 0, 0, '{}', ''::bytea, :metadata,
     :session_id, :created_us, 0, 0, 0, :seal_timeout_ms, 0, ''::bytea)
 ON CONFLICT DO NOTHING RETURNING 1;
@@ -14,11 +12,8 @@ UPDATE {schema}.batch SET state = :state, expected_count = :expected_count, rece
 WHERE id = :id;
 
 -- count_outcomes: outcomes of a batch that they do not end
-UPDATE {schema}.batch SET completed_count = completed_count + :completed::bigint,
-    failed_count = failed_count + :failed::bigint, cancelled_count = cancelled_count + :cancelled::bigint,
-    expired_count = expired_count + :expired::bigint
-WHERE id = :id AND (finished_us > 0 OR state = 'open' OR received_count <> completed_count + failed_count
-    + cancelled_count + expired_count + :completed::bigint + :failed::bigint + :cancelled::bigint + :expired::bigint)
+UPDATE {schema}.batch SET {outcome_counts(:)}
+WHERE id = :id AND NOT ({ends_batch(:completed::bigint + :failed::bigint + :cancelled::bigint + :expired::bigint)})
 RETURNING id;
 
 -- update_received: the set of received indexes after an append, and the widest block
@@ -61,7 +56,7 @@ WHERE span.id = (value->>0)::bigint
     AND span.id = ANY (ARRAY(SELECT (value->>0)::bigint FROM jsonb_array_elements(:rows::jsonb) AS given (value)));
 
 -- insert_parts: recorded outcomes from rows and one blob
-INSERT INTO {schema}.part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
+INSERT INTO {schema}.part ({part_columns})
 SELECT (value->>0)::bigint, (value->>1)::bigint, (value->>2)::bigint, (value->>3)::bigint, (value->>4)::bigint,
     CASE WHEN (value->>6)::int >= 0 THEN substring(:blob::bytea FROM (value->>5)::int FOR (value->>6)::int) END,
     substring(:blob::bytea FROM (value->>7)::int FOR (value->>8)::int),
@@ -111,7 +106,7 @@ ON CONFLICT DO NOTHING;
 
 -- lease_spans: whole spans under a new lease
 UPDATE {schema}.span SET state = 'leased', session_id = :session_id, claim_no = :claim_no, token = token + 1
-WHERE id = ANY (ARRAY(SELECT jsonb_array_elements_text(:ids::jsonb)::bigint));
+WHERE id = ANY ({bigint_array(:ids)});
 
 -- insert_session: a process becomes known, once
 INSERT INTO {schema}.session (id, kind, host, pid, started_us, heartbeat_us, ended_us)
@@ -150,7 +145,7 @@ SELECT :batch_id, value::bigint FROM jsonb_array_elements_text(:indexes::jsonb) 
 ON CONFLICT DO NOTHING;
 
 -- forget_cancellations: runs that are sent round again are wanted again
-DELETE FROM {schema}.cancellation WHERE batch_id = :batch_id AND run_index = ANY (ARRAY(SELECT jsonb_array_elements_text(:indexes::jsonb)::bigint));
+DELETE FROM {schema}.cancellation WHERE batch_id = :batch_id AND run_index = ANY ({bigint_array(:indexes)});
 
 -- delete_parts: a bounded step of deleting a batch
 DELETE FROM {schema}.part WHERE id IN (

@@ -32,7 +32,7 @@ RETURNING name;
 
 -- lock_waiting: what waits in one lane, in claim order, about to be moved
 SELECT id FROM span WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task
-ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max;
+ORDER BY {claim_order()} LIMIT :rows_max;
 
 -- move_spans: spans, locked as waiting in this transaction, that wait in another queue from now on
 UPDATE span SET queue = :queue WHERE id IN (SELECT value FROM json_each(:ids));

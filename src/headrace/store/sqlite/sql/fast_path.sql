@@ -10,5 +10,5 @@ UPDATE span SET unsettled_count = :unsettled_count, states = :states, state = 'd
 WHERE id = :id;
 
 -- insert_part: recorded outcomes of one span
-INSERT INTO part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
-VALUES (:block_id, :span_id, :token, :part_no, :settled_us, :positions, :codes, :results);
+INSERT INTO part ({part_columns})
+VALUES (:block_id, :span_id, :token, :part_no, :settled_us, :block_offsets, :codes, :results);

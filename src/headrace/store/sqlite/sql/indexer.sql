@@ -1,14 +1,13 @@
 -- indexer: an indexer's row by its name
-SELECT environment, name, no, positions, token, beats, holder, floor_no, floor_positions, is_caught_up, moved_us
+SELECT {indexer_columns}
 FROM indexer WHERE environment = :environment AND name = :name;
 
 -- indexers: every indexer of an environment, by name
-SELECT environment, name, no, positions, token, beats, holder, floor_no, floor_positions, is_caught_up, moved_us
+SELECT {indexer_columns}
 FROM indexer WHERE environment = :environment ORDER BY name;
 
 -- insert_indexer: a new indexer, before its first event
-INSERT OR IGNORE INTO indexer (environment, name, no, positions, token, beats, holder, floor_no, floor_positions,
-    is_caught_up, moved_us)
+INSERT OR IGNORE INTO indexer ({indexer_columns})
 VALUES (:environment, :name, 0, '{}', 0, 0, '', 0, '{}', 0, 0);
 
 -- take_indexer: lease an indexer that is still as it was seen; answers the new token

@@ -2,11 +2,9 @@
 SELECT 1 FROM session WHERE id = :id AND ended_us = 0;
 
 -- claimed_before: the spans of a claim that is asked for again, in claim order
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM span WHERE state = 'leased' AND session_id = :session_id AND claim_no = :claim_no
-ORDER BY priority DESC, order_no, batch_id, first_index, id;
+ORDER BY {claim_order()};
 
 -- due_spans: delayed spans whose time has come, with their queue's clock
 SELECT span.id, queue.clock
@@ -27,30 +25,24 @@ WHERE lane.environment = :environment AND queue.paused = 0
     AND substr(lane.queue, 1, length(:queue_prefix)) = :queue_prefix;
 
 -- claim_candidates: the best waiting spans of one lane, in claim order
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM span
 WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task
     AND (expires_us = 0 OR expires_us > :now_us)
-ORDER BY priority DESC, order_no, batch_id, first_index, id LIMIT :rows_max;
+ORDER BY {claim_order()} LIMIT :rows_max;
 
 -- blocks: the inputs of some blocks
 SELECT id, first_index, gaps, extras, items FROM block WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- lock_spans: some spans that this transaction is about to change, in one order
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM span WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- recorded_part: whether a settlement was recorded before
 SELECT 1 FROM part WHERE block_id = :block_id AND span_id = :span_id AND token = :token AND part_no = :part_no;
 
 -- lock_spans_of_session: what a session has leased, about to be changed
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM span WHERE state = 'leased' AND session_id = :session_id ORDER BY id;
 
 -- leases_of_session: what a session has leased, for it to compare with its memory
@@ -69,41 +61,29 @@ SELECT name, clock FROM queue WHERE environment = :environment AND name IN (SELE
 SELECT coalesce(max(clock), 0) FROM queue WHERE environment = :environment;
 
 -- unsettled_spans_of_batch: spans of a batch in one state, bounded
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM span WHERE batch_id = :batch_id AND state IN ('waiting', 'delayed') AND state <> 'done' LIMIT :rows_max;
 
 -- expired_spans: spans that did not start in time, bounded
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM span WHERE expires_us > 0 AND state IN ('waiting', 'delayed') AND expires_us <= :now_us LIMIT :rows_max;
 
 -- leases_without_session: leased spans whose session ended or is gone
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM span
 WHERE span.state = 'leased' AND NOT EXISTS (SELECT 1 FROM session WHERE session.id = span.session_id AND session.ended_us = 0)
 LIMIT :rows_max;
 
 -- spans_of_block: all spans over one block
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM span WHERE block_id = :block_id ORDER BY id;
 
 -- lock_spans_of_block: all spans over one block, about to be changed
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM span WHERE block_id = :block_id ORDER BY id;
 
 -- spans_with_state: spans of a batch of which some run ended in a state
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM span
 WHERE block_id IN (SELECT id FROM block WHERE batch_id = :batch_id) AND instr(states, :state) > 0
     AND id > :after_id ORDER BY id LIMIT :rows_max;

@@ -1,46 +1,32 @@
 -- batch: one batch by id
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM batch WHERE id = :id;
 
 -- lock_batch: one batch that this transaction is about to change
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM batch WHERE id = :id;
 
 -- lock_batches: some batches that this transaction is about to change, in one order
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM batch WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- batch_by_key: the batch that a key names
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM batch WHERE environment = :environment AND key = :key;
 
 -- lock_streams_of_session: unfinished streams that a session owns, about to be changed
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM batch WHERE session_id = :session_id AND session_id <> '' AND state = 'open';
 
 -- list_batches: batches of an environment, newest first
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM batch
 WHERE environment = :environment AND (:before_id = '' OR id < :before_id)
     AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
 ORDER BY id DESC LIMIT :rows_max;
 
 -- open_batches: batches that take items, for their seal deadline
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width
+SELECT {batch_columns}
 FROM batch WHERE state = 'open' AND finished_us = 0 AND state IN ('open', 'cancelled', 'abandoned') AND seal_timeout_ms > 0
     AND max(created_us, appended_us) + seal_timeout_ms * 1000 <= :now_us LIMIT :rows_max;
 
@@ -76,7 +62,7 @@ SELECT id, extras FROM block WHERE extras IS NOT NULL AND id IN (SELECT value FR
 SELECT block_id, positions, states FROM span WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
 
 -- parts_of_blocks: the recorded outcomes of some blocks, oldest first
-SELECT block_id, span_id, token, part_no, positions, codes, results, settled_us FROM part
+SELECT {part_columns} FROM part
 WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
 
 -- sessions: the sessions that have not ended
@@ -104,10 +90,7 @@ WHERE queue.environment = :environment
 GROUP BY queue.name ORDER BY queue.name;
 
 -- list_spans: spans that may hold runs a person asks for, newest batch first
-SELECT span.id, span.block_id, span.batch_id, span.environment, span.queue, span.task, span.priority, span.due_us,
-    span.expires_us, span.at_most_once, span.order_no, span.first_index, span.attempt, span.crashes_count,
-    span.crashes_alone_count, span.positions, span.states, span.unsettled_count, span.state, span.session_id,
-    span.claim_no, span.token, span.dead_letter, span.note, span.since_us, block.first_index, block.gaps
+SELECT {span_columns(span.)}, block.first_index, block.gaps
 FROM batch CROSS JOIN block ON block.batch_id = batch.id CROSS JOIN span ON span.block_id = block.id
 WHERE batch.environment = :environment AND (:batch_id = '' OR batch.id = :batch_id)
     AND (:task = '' OR span.task = :task) AND (:state IS NULL OR instr(span.states, :state) > 0)
@@ -132,7 +115,5 @@ SELECT min(due_us) FROM span WHERE state = 'delayed' AND environment = :environm
 SELECT id, first_index, runs_count, gaps FROM block WHERE batch_id = :batch_id AND id > :after_id ORDER BY id LIMIT :rows_max;
 
 -- spans_of_blocks: all spans over some blocks
-SELECT id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
-    first_index, attempt, crashes_count, crashes_alone_count, positions, states, unsettled_count, state, session_id,
-    claim_no, token, dead_letter, note, since_us
+SELECT {span_columns()}
 FROM span WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;

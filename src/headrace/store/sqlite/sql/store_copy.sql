@@ -18,9 +18,7 @@ SELECT id, batch_id, first_index, last_index, runs_count, gaps, extras, items FR
 WHERE id > :after_id ORDER BY id LIMIT :rows_max;
 
 -- moving_batches: the next batches with all that belongs to their row
-SELECT id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,
-    cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us, sealed_us,
-    finished_us, seal_timeout_ms, block_width, received
+SELECT {batch_columns}, received
 FROM batch WHERE id > :after_id ORDER BY id LIMIT :rows_max;
 
 -- moving_keys: the next idempotency keys of a batch

@@ -4,9 +4,7 @@ WHERE only_row = 1
 RETURNING next_block_id - :blocks_count, next_span_id - :spans_count;
 
 -- insert_batch: a new batch
-INSERT INTO batch (id, environment, key, kind, task, state, expected_count, received_count, completed_count,
-    failed_count, cancelled_count, expired_count, order_bases, cursor, metadata, session_id, created_us, appended_us,
-    sealed_us, finished_us, seal_timeout_ms, block_width, received)
+INSERT INTO batch ({batch_columns}, received)
 VALUES (:id, :environment, :key, :kind, :task, :state, :expected_count, 0, 0, 0, 0, 0, '{}', x'', :metadata,
     :session_id, :created_us, 0, 0, 0, :seal_timeout_ms, 0, x'')
 ON CONFLICT DO NOTHING RETURNING 1;
@@ -19,10 +17,8 @@ UPDATE batch SET state = :state, expected_count = :expected_count, received_coun
 WHERE id = :id;
 
 -- count_outcomes: outcomes of a batch that they do not end
-UPDATE batch SET completed_count = completed_count + :completed, failed_count = failed_count + :failed,
-    cancelled_count = cancelled_count + :cancelled, expired_count = expired_count + :expired
-WHERE id = :id AND (finished_us > 0 OR state = 'open' OR received_count <> completed_count + failed_count
-    + cancelled_count + expired_count + :completed + :failed + :cancelled + :expired)
+UPDATE batch SET {outcome_counts(:)}
+WHERE id = :id AND NOT ({ends_batch(:completed + :failed + :cancelled + :expired)})
 RETURNING id;
 
 -- update_received: the set of received indexes after an append, and the widest block
@@ -80,7 +76,7 @@ FROM (
 WHERE span.id = fresh.id;
 
 -- insert_parts: recorded outcomes from rows and one blob
-INSERT INTO part (block_id, span_id, token, part_no, settled_us, positions, codes, results)
+INSERT INTO part ({part_columns})
 SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
     json_extract(value, '$[3]'), json_extract(value, '$[4]'),
     iif(json_extract(value, '$[6]') < 0, NULL, substr(:blob, json_extract(value, '$[5]'), json_extract(value, '$[6]'))),

@@ -25,15 +25,15 @@ from headrace.foundation.settings import load
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.taskbroker.activation_codec import decode_entry
 from headrace.runtime.dispatch.dispatcher import Dispatcher
-from headrace.runtime.dispatch.lease_buffer import Wish
-from headrace.runtime.dispatch.report_outcome import Report
+from headrace.runtime.dispatch.lease_buffer import QueueFilter
+from headrace.runtime.dispatch.report_outcome import ActivationReport
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Producer
 
 COUNT: Final = 4_096
 WORKERS: Final = 64
 ROUNDS: Final = 5
-WISH: Final = Wish("sentry", ("benchmark",))
+WISH: Final = QueueFilter("sentry", ("benchmark",))
 
 
 class Counted:
@@ -99,11 +99,11 @@ async def once(engine: Engine, way: str) -> tuple[float, float, float, float]:
 
     async def report(number: int) -> None:
         for name in names[number::WORKERS]:
-            await dispatcher.report([Report(name, "completed")], is_awaited=way != "b")
+            await dispatcher.report([ActivationReport(name, "completed")], is_awaited=way != "b")
 
     began = perf_counter()
     await side_by_side(report)
-    await dispatcher.report([Report("nothing", "completed")])  # what was answered before is durable now
+    await dispatcher.report([ActivationReport("nothing", "completed")])  # what was answered before is durable now
     reports = COUNT / (perf_counter() - began)
     await dispatcher.stop()
     return claims, reports, counted.transactions / COUNT, counted.rows / COUNT

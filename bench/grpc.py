@@ -515,7 +515,7 @@ async def serve_pusher(tasks: int, worker_port: int) -> None:
     from headrace.grpc.transport.server import GrpcServer, ServerProtocol
     from headrace.grpc.transport.service_methods import Method
     from headrace.runtime.clock import SystemClock
-    from headrace.runtime.wakeup import Doorbell
+    from headrace.runtime.wakeup import Wakeup
 
     class Shelf:
         def __init__(self) -> None:
@@ -544,7 +544,7 @@ async def serve_pusher(tasks: int, worker_port: int) -> None:
     listener = await asyncio.get_running_loop().create_server(lambda: ServerProtocol(server), "127.0.0.1", 0)
     print(listener.sockets[0].getsockname()[1], flush=True)
     target = PushTarget("app", "127.0.0.1", worker_port, is_tls=False)
-    pusher = Pusher(Shelf(), [target], limits=Limits(), clock=SystemClock(), doorbell=Doorbell())
+    pusher = Pusher(Shelf(), [target], limits=Limits(), clock=SystemClock(), wakeup=Wakeup())
     await pusher.start()
     await listener.serve_forever()
 

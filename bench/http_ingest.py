@@ -39,7 +39,7 @@ def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: 
     from headrace.http.server.server import serving
     from headrace.runtime.clock import SystemClock
     from headrace.runtime.engine import Engine
-    from headrace.runtime.wakeup import Doorbell
+    from headrace.runtime.wakeup import Wakeup
     from headrace.store.payloads import PayloadStore, open_payloads
     from headrace.store.protocol import Appended
 
@@ -73,7 +73,7 @@ def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: 
                 environment="default",
                 live_directory=None,
                 beats_beside=False,
-                doorbell=Doorbell(),
+                wakeup=Wakeup(),
             )
             async with serving(Service(engine, api_key=KEY), "127.0.0.1", 0) as server:
                 wire.send((*server.address, os.getpid()))

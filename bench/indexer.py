@@ -30,7 +30,7 @@ from headrace import Headrace
 from headrace.cli.index import GC_THRESHOLDS
 from headrace.foundation import interpreter
 from headrace.foundation.settings import load
-from headrace.indexer import Arrived, Entity, HandlerContext, Indexed, Indexer, Position, Progress
+from headrace.indexer import Arrived, Entity, HandlerContext, Indexed, Indexer, IndexerProgress, Position
 
 MIB: Final = 2**20
 RUNS: Final = 3
@@ -105,10 +105,10 @@ def transfers_of(app: Headrace, source: Any, more: Callable[[], None] | None = N
 
 def run(
     make: Callable[[Headrace], Indexer], store: str, *, commit_us: float = 0.0, keeps: bool = False, **limits: int
-) -> tuple[float, Progress]:
+) -> tuple[float, IndexerProgress]:
     """Seconds of one run, and what it says of itself; what it made is dropped again, unless it `keeps` it."""
 
-    async def main(url: str) -> tuple[float, Progress]:
+    async def main(url: str) -> tuple[float, IndexerProgress]:
         app = Headrace("bench")
         app.use(load({"store": url}, {}, Path()))
         indexer = make(app)
@@ -194,7 +194,7 @@ class Turn(NamedTuple):
 
     serial_s: float
     wall_s: float
-    told: Progress
+    told: IndexerProgress
 
     @property
     def ratio(self) -> float:
@@ -349,7 +349,7 @@ def _counting(app: Headrace, source: Numbers) -> Indexer:
     return indexer
 
 
-def _said(told: Progress) -> str:
+def _said(told: IndexerProgress) -> str:
     return (
         f"compute {told.compute_s:.2f} s, commit {told.commit_s:.2f} s in {told.commits_count}, stalled on commit "
         f"{told.commit_wait_s:.2f} s, on fetch {told.fetch_wait_s:.2f} s"

@@ -40,7 +40,7 @@ from headrace.foundation.ids import check_batch_id, parse_run_id
 from headrace.foundation.settings import Settings, check_overrides, load
 from headrace.foundation.suggestions import check_names
 from headrace.handles import PLAIN, Batch, ResultOf, Run
-from headrace.runtime.background_loop import Background
+from headrace.runtime.background_loop import BackgroundLoop
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.task_registry import Registry
@@ -100,7 +100,7 @@ class Headrace:
         self._opening: asyncio.Lock | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_lent = False
-        self._background: Background | None = None
+        self._background: BackgroundLoop | None = None
         self._endpoints: list[Endpoint] = []
 
     # -- tasks
@@ -249,7 +249,7 @@ class Headrace:
         `Context.scheduled_us`. Raises `InvalidSetting`.
         """
         from headrace.runtime.tasks.bounds import check_name
-        from headrace.runtime.tasks.schedule_spec import schedule_of
+        from headrace.runtime.tasks.schedule_spec import make_schedule
 
         def register(task: Any, cron: str | None) -> Any:
             if not isinstance(task, Task) or task.app is not self:
@@ -258,7 +258,7 @@ class Headrace:
                     hint="write @app.schedule(…) above @app.task",
                 )
             check_name("app", self.name)
-            self.registry.add_schedule(schedule_of(task.spec, cron, every_s, tz, name, catch_up))
+            self.registry.add_schedule(make_schedule(task.spec, cron, every_s, tz, name, catch_up))
             return task
 
         if positional and not isinstance(positional[0], str):
@@ -490,7 +490,7 @@ class Headrace:
                 awaitable.close()
             raise
         if self._background is None:
-            self._background = Background()
+            self._background = BackgroundLoop()
         return self._background.run(awaitable)
 
     _block_on = run_sync

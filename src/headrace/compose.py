@@ -15,8 +15,8 @@ from headrace.foundation.limits import Limits
 from headrace.foundation.settings import Settings
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.maintenance.store_copy import Move
-from headrace.runtime.wakeup import Doorbell
+from headrace.runtime.maintenance.store_copy import StoreCopy
+from headrace.runtime.wakeup import Wakeup
 from headrace.store.caller_transaction import Joined, Joining
 from headrace.store.entities.protocol import EntityStore
 from headrace.store.payloads import PayloadStore, open_payloads
@@ -112,8 +112,8 @@ def _shared_engine(
         environment=settings.environment,
         live_directory=live_directory,
         beats_beside=True,
-        doorbell=Doorbell(notifier, WORK),
-        recorded=Doorbell(notifier, RECORDED),
+        wakeup=Wakeup(notifier, WORK),
+        recorded=Wakeup(notifier, RECORDED),
         notifier=notifier,
         entities=entities,
     )
@@ -133,7 +133,7 @@ def joined(engine: Engine, connection: Any) -> Joined:
     return store.joined(connection)
 
 
-def mover(source: Engine, target: Engine) -> Move:
+def mover(source: Engine, target: Engine) -> StoreCopy:
     """What moves all of one store into another. Raises `InvalidInput` for any but SQLite into PostgreSQL."""
     from headrace.store.sqlite import SqliteStore
 
@@ -147,7 +147,7 @@ def mover(source: Engine, target: Engine) -> Move:
     from headrace.store.sqlite import SqliteDeparture
 
     assert isinstance(target.store, PostgresStore)
-    return Move(source, target, departure=SqliteDeparture(source.store), arrival=PostgresArrival(target.store))
+    return StoreCopy(source, target, departure=SqliteDeparture(source.store), arrival=PostgresArrival(target.store))
 
 
 def _machine_directory(identity: str) -> Path | None:
@@ -188,7 +188,7 @@ async def _remote_engine(settings: Settings) -> Engine:
         environment=store.about.environment,
         live_directory=None,
         beats_beside=True,
-        doorbell=Doorbell(),
+        wakeup=Wakeup(),
     )
 
 
@@ -206,7 +206,7 @@ async def memory_engine(limits: Limits, clock: Clock, *, environment: str = "def
         environment=environment,
         live_directory=None,
         beats_beside=False,
-        doorbell=Doorbell(),
+        wakeup=Wakeup(),
         entities=MemoryEntities(store),
     )
 

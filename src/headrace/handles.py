@@ -119,13 +119,13 @@ class Run(_Handle, Generic[R]):
         """Cancel the run, or ask its worker to stop it. Return False when it had ended already."""
         engine = self._engine
         count = await engine.store.cancel_runs(self.batch_id, [self.index], now_us=engine.clock.now_us())
-        engine.recorded.ring()
+        engine.recorded.notify()
         return count > 0
 
     async def redrive(self) -> bool:
         """Run it again from its first attempt. Return False unless it had failed, been cancelled or expired."""
         count = await self._engine.store.redrive(self.batch_id, [self.index])
-        self._engine.doorbell.ring()
+        self._engine.wakeup.notify()
         return count > 0
 
     view_sync = blocking(view)
@@ -190,13 +190,13 @@ class Batch(_Handle, Generic[R]):
         """Cancel every waiting run, and ask workers to stop the running ones."""
         engine = self._engine
         await engine.store.stop_batch(self.id, batches.CANCELLED, now_us=engine.clock.now_us())
-        engine.recorded.ring()
+        engine.recorded.notify()
         return await self.view()
 
     async def redrive(self) -> int:
         """Run the failed runs again from their first attempt. Return how many there are."""
         count = await self._engine.store.redrive(self.id, None)
-        self._engine.doorbell.ring()
+        self._engine.wakeup.notify()
         return count
 
     async def _outcome(self, stored: StoredOutcome) -> Outcome[R] | None:
@@ -232,7 +232,7 @@ class _OutcomeWait:
 
     def begin_check(self) -> None:
         """Note the notifications so far, before the store is read: a later one ends the next `wait` at once."""
-        self._notifications_count = self._engine.recorded.rings_count
+        self._notifications_count = self._engine.recorded.notified_count
 
     async def wait(self, unmet: str) -> None:
         """Wait for the next notification. Raises `WaitTimeout` with the text `unmet` at the deadline."""

@@ -29,10 +29,10 @@ from headrace.core.sequencer import Arrived, Position, Rewind
 from headrace.foundation.errors import InvalidSetting
 from headrace.runtime.engine import Engine
 from headrace.runtime.indexing.effects import Effect
-from headrace.runtime.indexing.handler_context import At, HandlerContext
-from headrace.runtime.indexing.handler_registry import HandlerFailed, Handlers, Unknown
-from headrace.runtime.indexing.indexer_lease import IndexerHeld
-from headrace.runtime.indexing.pipeline import ALL, Definition, Indexing, Progress, Where
+from headrace.runtime.indexing.handler_context import EventAddress, HandlerContext
+from headrace.runtime.indexing.handler_registry import HandlerFailed, HandlerRegistry, Unknown
+from headrace.runtime.indexing.indexer_lease import IndexerBusy
+from headrace.runtime.indexing.pipeline import ALL, IndexerDefinition, IndexerPipeline, IndexerProgress, Where
 from headrace.runtime.indexing.sources.files import Csv, Ndjson
 from headrace.runtime.indexing.sources.nats import Nats
 from headrace.runtime.indexing.sources.source import Source
@@ -46,19 +46,19 @@ if TYPE_CHECKING:
 __all__ = [
     "ALL",
     "Arrived",
-    "At",
     "Entity",
+    "EventAddress",
     "HandlerContext",
     "HandlerFailed",
     "HistoryGone",
     "Indexed",
     "Indexer",
-    "IndexerHeld",
-    "Indexing",
+    "IndexerBusy",
+    "IndexerPipeline",
+    "IndexerProgress",
     "Int64",
     "LeaseLost",
     "Position",
-    "Progress",
     "Rewind",
     "SchemaChanged",
     "Source",
@@ -158,11 +158,11 @@ class Indexer:
         if where not in ("overlay", "drain"):
             raise InvalidSetting(f"where is 'overlay' or 'drain', not {where!r}", hint='where="overlay"')
         self.app = app
-        self.definition = Definition(
+        self.definition = IndexerDefinition(
             name=name,
             sources=sources,
             entities=tuple(entities),
-            handlers=Handlers(unknown=unknown),
+            handlers=HandlerRegistry(unknown=unknown),
             history=kept,
             where=where,
             defer_indexes=defer_indexes,
@@ -208,23 +208,23 @@ class Indexer:
     @asynccontextmanager
     async def open(
         self, *, wait: bool = True, on_waiting: Callable[[str], None] | None = None, **limits: int
-    ) -> AsyncGenerator[Indexing, None]:
+    ) -> AsyncGenerator[IndexerPipeline, None]:
         """Take the lease and make the tables while the block lasts; leaving it commits what is staged.
 
         `limits` by name (`index_depth_max=0`) override the app's. With `wait` a lease that another process holds is
-        waited for, else `IndexerHeld` is raised.
+        waited for, else `IndexerBusy` is raised.
         """
         engine = await self.app.open()
         if limits:
             engine = engine.with_limits(engine.limits.replaced(**limits))
-        indexing = Indexing(self.definition, engine, engine.tables)
+        indexing = IndexerPipeline(self.definition, engine, engine.tables)
         try:
             await indexing.start(wait=wait, on_waiting=on_waiting)
             yield indexing
         finally:
             await indexing.close()
 
-    async def run(self, *, until: Position | None = None, **limits: int) -> Progress:
+    async def run(self, *, until: Position | None = None, **limits: int) -> IndexerProgress:
         """Index until the sources end or `until` was reached; all of it is durable when this returns."""
         async with self.open(wait=True, on_waiting=None, **limits) as indexing:
             return await indexing.run(until=until)

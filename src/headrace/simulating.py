@@ -28,7 +28,7 @@ from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.indexing.pipeline import Definition, Indexing, Progress
+from headrace.runtime.indexing.pipeline import IndexerDefinition, IndexerPipeline, IndexerProgress
 from headrace.runtime.indexing.sources.source import Arrival
 from headrace.store.entities.protocol import Commit, EntityStore, Standing
 
@@ -66,7 +66,7 @@ class Fed:
 class Simulation:
     """One simulated indexer. Made by `indexer.simulate(events)` and `indexer.simulation()`."""
 
-    def __init__(self, definition: Definition, engine: Engine) -> None:
+    def __init__(self, definition: IndexerDefinition, engine: Engine) -> None:
         self.engine = engine
         self.source = Fed()
         self._open = asyncio.Event()
@@ -77,10 +77,12 @@ class Simulation:
         if others:
             raise InvalidSetting("several sources can't be simulated as one", hint="simulate each, or run on sqlite")
         self._name = definition.name
-        self.indexing = Indexing(replace(definition, sources={name: self.source}), engine, self._tables)
+        self.indexing = IndexerPipeline(replace(definition, sources={name: self.source}), engine, self._tables)
 
     @classmethod
-    async def made(cls, definition: Definition, limits: Mapping[str, int], clock: Clock | None = None) -> Simulation:
+    async def made(
+        cls, definition: IndexerDefinition, limits: Mapping[str, int], clock: Clock | None = None
+    ) -> Simulation:
         """One that has begun, before its first event."""
         engine = await memory_engine(Limits().replaced(**limits), clock or SystemClock())
         simulation = cls(definition, engine)
@@ -100,7 +102,7 @@ class Simulation:
         self.source.events += events
         self.source.positions += range(first, first + len(events))
 
-    async def drain(self) -> Progress:
+    async def drain(self) -> IndexerProgress:
         """Handle everything that was fed and commit it. Raises what a handler or a commit raised."""
         return await self.indexing.run()
 

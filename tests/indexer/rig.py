@@ -18,9 +18,9 @@ from headrace.foundation.limits import DEFAULT
 from headrace.indexer import Indexer
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.indexing.pipeline import Indexing
+from headrace.runtime.indexing.pipeline import IndexerPipeline
 from headrace.runtime.indexing.sources.source import Arrival
-from headrace.runtime.wakeup import Doorbell
+from headrace.runtime.wakeup import Wakeup
 from headrace.store.entities.protocol import Commit, EntityStore
 from headrace.store.payloads import open_payloads
 from tests.indexer.houses import House, opened
@@ -162,18 +162,18 @@ class Rig:
             environment="default",
             live_directory=None,
             beats_beside=False,
-            doorbell=Doorbell(),
+            wakeup=Wakeup(),
             entities=self.house.entities,
         )
 
-    def indexing(self, source: Any, **limits: int) -> Indexing:
-        indexing = Indexing(self._make(self.app, source).definition, self.engine(**limits), self.tables)
+    def indexing(self, source: Any, **limits: int) -> IndexerPipeline:
+        indexing = IndexerPipeline(self._make(self.app, source).definition, self.engine(**limits), self.tables)
         if isinstance(source, Listed):
             source.indexing = indexing
         return indexing
 
     @asynccontextmanager
-    async def running(self, source: Any, **limits: int) -> AsyncIterator[Indexing]:
+    async def running(self, source: Any, **limits: int) -> AsyncIterator[IndexerPipeline]:
         indexing = self.indexing(source, **limits)
         try:
             await indexing.start()
@@ -181,7 +181,7 @@ class Rig:
         finally:
             await indexing.close()
 
-    async def run(self, source: Any, **limits: int) -> Indexing:
+    async def run(self, source: Any, **limits: int) -> IndexerPipeline:
         """Run to the end of the source, starting anew after each crash."""
         while True:
             try:
@@ -191,7 +191,7 @@ class Rig:
                 continue
             return indexing
 
-    async def left(self, indexing: Indexing) -> Left:
+    async def left(self, indexing: IndexerPipeline) -> Left:
         """Everything it left behind."""
         types: Sequence[EntityType] = indexing.plan.entities
         keeping = [own for own in types if indexing.plan.keeps_history(own)]

@@ -20,7 +20,7 @@ from headrace.indexer import (
     at_least,
 )
 from headrace.runtime.clock import ManualClock, SystemClock
-from headrace.runtime.indexing.handler_context import LateUse
+from headrace.runtime.indexing.handler_context import ContextEnded
 from tests.indexer.bank import (
     EVERY,
     FIVE,
@@ -136,7 +136,7 @@ async def test_a_context_refuses_what_comes_after_its_handler_and_the_indexer_st
             await asyncio.sleep(0)
             try:
                 ctx.set(Account(event.to, 99))
-            except LateUse as error:
+            except ContextEnded as error:
                 refused.append(error)
 
         if event.to == "late":
@@ -148,7 +148,7 @@ async def test_a_context_refuses_what_comes_after_its_handler_and_the_indexer_st
 
     async with handled(forgetful).simulation(index_batch_events_max=1) as simulation:
         simulation.feed(Pay("late"), Pay("late2"), Pay("a"))
-        with pytest.raises(LateUse, match="event at 1"):
+        with pytest.raises(ContextEnded, match="event at 1"):
             await simulation.drain()
         assert len(refused) == 1
         assert simulation.row(Account, "late") is None

@@ -12,10 +12,10 @@ import pytest
 from headrace.foundation.errors import InvalidInput, StoreBroken
 from headrace.indexer import (
     HandlerContext,
-    IndexerHeld,
+    IndexerBusy,
     LeaseLost,
 )
-from headrace.runtime.indexing.indexer_lease import Holder
+from headrace.runtime.indexing.indexer_lease import LeaseHolder
 from tests.indexer.bank import (
     DATABASES,
     EVERY,
@@ -230,7 +230,7 @@ async def test_a_second_process_hears_who_holds_the_indexer_or_waits(name: str, 
     async with rig(name, tmp_path, bank) as own:
         async with own.running(Listed(pays(5))):
             second = own.indexing(Listed(pays(5)))
-            with pytest.raises(IndexerHeld, match=f"process {Holder.here().pid}"):
+            with pytest.raises(IndexerBusy, match=f"process {LeaseHolder.here().pid}"):
                 await second.start(wait=False)
             await second.close()
             told: list[str] = []
@@ -268,7 +268,7 @@ async def test_a_holder_whose_process_is_gone_is_not_waited_for(name: str, tmp_p
         standing = await own.house.entities.prepare(first.plan)
         ended = await asyncio.create_subprocess_exec("true")
         await ended.wait()
-        gone = Holder(host=Holder.here().host, pid=ended.pid)
+        gone = LeaseHolder(host=LeaseHolder.here().host, pid=ended.pid)
         await own.house.entities.take(standing, msgspec.json.encode(gone).decode())
         await first.start(wait=False)
         await first.close()

@@ -10,7 +10,7 @@ import pytest
 
 from headrace.foundation.errors import InvalidSetting
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.concurrent_map import ingest
+from headrace.runtime.concurrent_map import map_concurrently
 
 
 class Source:
@@ -108,7 +108,7 @@ async def test_a_stream_takes_as_many_waves_as_its_concurrency_allows(
     source = Source(150)
     got: list[int] = []
     items = source.stream() if kind == "stream" else source.plain()
-    task = asyncio.create_task(collect(ingest(items, steps, concurrency=concurrency, ordered=ordered), got))
+    task = asyncio.create_task(collect(map_concurrently(items, steps, concurrency=concurrency, ordered=ordered), got))
     assert await until_done(task, clock) == waves
     assert got == [number * 10 for number in range(150)]
     assert steps.running_most == min(concurrency, 150)
@@ -119,7 +119,7 @@ async def test_a_stream_takes_as_many_waves_as_its_concurrency_allows(
 async def test_no_more_is_pulled_than_may_be_in_flight(clock: ManualClock, steps: Steps, concurrency: int) -> None:
     source = Source(10_000)
     taken = 0
-    async with aclosing(ingest(source.stream(), steps, concurrency=concurrency)) as results:
+    async with aclosing(map_concurrently(source.stream(), steps, concurrency=concurrency)) as results:
         for _ in range(20):
             waiting = asyncio.ensure_future(anext(results))
             await until_done(waiting, clock)
@@ -132,7 +132,7 @@ async def test_no_more_is_pulled_than_may_be_in_flight(clock: ManualClock, steps
 
 async def test_nothing_is_pulled_before_the_first_result_is_asked_for(steps: Steps, ordered: bool) -> None:
     source = Source(5)
-    results = ingest(source.stream(), steps, concurrency=3, ordered=ordered)
+    results = map_concurrently(source.stream(), steps, concurrency=3, ordered=ordered)
     await asyncio.sleep(0)
     assert source.pulled == 0
     await results.aclose()
@@ -145,7 +145,7 @@ async def test_results_come_in_the_order_of_the_source_whatever_finishes_first(
     dice = random.Random(seed)
     steps.seconds = {number: dice.choice([0, 0.01, 0.05, 0.2]) for number in range(200)}
     got: list[int] = []
-    task = asyncio.create_task(collect(ingest(range(200), steps, concurrency=dice.randint(2, 20)), got))
+    task = asyncio.create_task(collect(map_concurrently(range(200), steps, concurrency=dice.randint(2, 20)), got))
     await until_done(task, clock)
     assert got == [number * 10 for number in range(200)]
 
@@ -155,7 +155,7 @@ async def test_without_order_the_next_step_begins_though_nobody_takes_what_is_fi
     clock: ManualClock, steps: Steps, concurrency: int
 ) -> None:
     source = Source(10_000)
-    async with aclosing(ingest(source.stream(), steps, concurrency=concurrency, ordered=False)) as results:
+    async with aclosing(map_concurrently(source.stream(), steps, concurrency=concurrency, ordered=False)) as results:
         for taken in range(1, 20):
             waiting = asyncio.ensure_future(anext(results))
             await until_done(waiting, clock)
@@ -167,7 +167,7 @@ async def test_without_order_the_next_step_begins_though_nobody_takes_what_is_fi
 async def test_without_order_a_slow_step_holds_nobody_up(clock: ManualClock, steps: Steps) -> None:
     steps.seconds = {0: 1.0}
     got: list[int] = []
-    task = asyncio.create_task(collect(ingest(range(10), steps, concurrency=2, ordered=False), got))
+    task = asyncio.create_task(collect(map_concurrently(range(10), steps, concurrency=2, ordered=False), got))
     await clock.advance_async(0.5)
     assert got == [number * 10 for number in range(1, 10)]
     await clock.advance_async(0.5)
@@ -184,7 +184,7 @@ async def test_a_finished_result_does_not_wait_for_a_slow_source(
         yield 1
 
     got: list[int] = []
-    task = asyncio.create_task(collect(ingest(slow(), steps, concurrency=5, ordered=ordered), got))
+    task = asyncio.create_task(collect(map_concurrently(slow(), steps, concurrency=5, ordered=ordered), got))
     await clock.advance_async(0.01)
     assert got == [0]
     await clock.advance_async(60.01)
@@ -201,15 +201,15 @@ async def test_a_step_that_answers_at_once_costs_no_task(concurrency: int, order
         tasks_most = max(tasks_most, len(asyncio.all_tasks()))
         return number + 1
 
-    assert [result async for result in ingest(range(100), step, concurrency=concurrency, ordered=ordered)] == [
-        *range(1, 101)
-    ]
+    assert [
+        result async for result in map_concurrently(range(100), step, concurrency=concurrency, ordered=ordered)
+    ] == [*range(1, 101)]
     assert tasks_most == (1 if concurrency == 1 else 2)
 
 
 async def test_one_at_a_time_costs_no_task_even_when_steps_wait(clock: ManualClock, steps: Steps) -> None:
     got: list[int] = []
-    task = asyncio.create_task(collect(ingest(range(3), steps, concurrency=1), got))
+    task = asyncio.create_task(collect(map_concurrently(range(3), steps, concurrency=1), got))
     await clock.settle()
     assert len(asyncio.all_tasks()) == 2
     await until_done(task, clock)
@@ -221,7 +221,9 @@ async def test_steps_that_answer_at_once_and_steps_that_wait_may_mix(clock: Manu
         return number
 
     got: list[int] = []
-    results = ingest(range(50), lambda number: later(number) if number % 3 else number, concurrency=4, ordered=ordered)
+    results = map_concurrently(
+        range(50), lambda number: later(number) if number % 3 else number, concurrency=4, ordered=ordered
+    )
     task = asyncio.create_task(collect(results, got))
     await until_done(task, clock)
     assert (got if ordered else sorted(got)) == list(range(50))
@@ -236,7 +238,9 @@ async def test_the_first_error_stops_everything_and_is_raised_as_it_is(
     steps.fails_at = {6: error}
     steps.seconds = dict.fromkeys((7, 8, 9), 5.0)
     got: list[int] = []
-    task = asyncio.create_task(collect(ingest(source.stream(), steps, concurrency=concurrency, ordered=ordered), got))
+    task = asyncio.create_task(
+        collect(map_concurrently(source.stream(), steps, concurrency=concurrency, ordered=ordered), got)
+    )
     await clock.advance_async(0.1)
     with pytest.raises(ValueError, match="item 6") as raised:
         await task
@@ -255,7 +259,7 @@ async def test_an_error_stops_what_runs_while_the_consumer_is_still_busy(
     error = ValueError("item 2")
     steps.fails_at = {2: error}
     steps.seconds = {2: 0.02, 1: 60.0, 3: 60.0, 4: 60.0}
-    results = ingest(range(100), steps, concurrency=4, ordered=ordered)
+    results = map_concurrently(range(100), steps, concurrency=4, ordered=ordered)
     first = asyncio.ensure_future(anext(results))
     await clock.advance_async(0.01)
     assert await first == 0
@@ -272,7 +276,7 @@ async def test_an_error_does_not_wait_for_a_slow_step_before_it(
 ) -> None:
     steps.seconds = {0: 60.0}
     steps.fails_at = {1: ValueError("item 1")}
-    task = asyncio.create_task(collect(ingest(range(10), steps, concurrency=3, ordered=ordered), []))
+    task = asyncio.create_task(collect(map_concurrently(range(10), steps, concurrency=3, ordered=ordered), []))
     await clock.advance_async(0.01)
     with pytest.raises(ValueError, match="item 1"):
         await task
@@ -288,7 +292,10 @@ async def test_an_error_of_a_step_that_answers_at_once_comes_after_the_results_b
     got: list[int] = []
     with pytest.raises(ZeroDivisionError):
         await collect(
-            ingest(source.plain(), lambda number: 6 // (3 - number), concurrency=concurrency, ordered=ordered), got
+            map_concurrently(
+                source.plain(), lambda number: 6 // (3 - number), concurrency=concurrency, ordered=ordered
+            ),
+            got,
         )
     assert got == [2, 3, 6]
     assert source.is_closed
@@ -300,7 +307,9 @@ async def test_a_source_that_breaks_stops_everything(
 ) -> None:
     source = Source(100, fails_at=5)
     got: list[int] = []
-    task = asyncio.create_task(collect(ingest(source.stream(), steps, concurrency=concurrency, ordered=ordered), got))
+    task = asyncio.create_task(
+        collect(map_concurrently(source.stream(), steps, concurrency=concurrency, ordered=ordered), got)
+    )
     await clock.advance_async(1)
     with pytest.raises(OSError, match="the source broke"):
         await task
@@ -314,7 +323,7 @@ async def test_a_consumer_that_stops_cancels_what_runs_and_closes_the_source(
 ) -> None:
     source = Source(100)
     steps.seconds = dict.fromkeys(range(1, 100), 60.0)
-    results = ingest(source.stream(), steps, concurrency=concurrency, ordered=ordered)
+    results = map_concurrently(source.stream(), steps, concurrency=concurrency, ordered=ordered)
     first = asyncio.ensure_future(anext(results))
     await clock.advance_async(0.01)
     assert await first == 0
@@ -329,7 +338,9 @@ async def test_a_consumer_that_is_cancelled_leaves_nothing_running(
     clock: ManualClock, steps: Steps, concurrency: int, ordered: bool
 ) -> None:
     source = Source(100)
-    task = asyncio.create_task(collect(ingest(source.stream(), steps, concurrency=concurrency, ordered=ordered), []))
+    task = asyncio.create_task(
+        collect(map_concurrently(source.stream(), steps, concurrency=concurrency, ordered=ordered), [])
+    )
     await clock.advance_async(0.015)
     task.cancel()
     await clock.settle()
@@ -347,7 +358,7 @@ async def test_a_step_cancelled_before_it_began_warns_of_nothing(
             consuming.cancel()
         return steps(number)
 
-    consuming = asyncio.create_task(collect(ingest(range(10), step, concurrency=5, ordered=ordered), []))
+    consuming = asyncio.create_task(collect(map_concurrently(range(10), step, concurrency=5, ordered=ordered), []))
     await clock.settle()
     assert consuming.cancelled()
     assert steps.begun == ([0, 1, 2] if ordered else [0, 1, 2, 3])
@@ -367,11 +378,11 @@ async def test_an_error_while_closing_does_not_hide_the_first_one(concurrency: i
         raise ValueError("the first error")
 
     with pytest.raises(ValueError, match="the first error") as raised:
-        await collect(ingest(stubborn(), step, concurrency=concurrency, ordered=ordered), [])
+        await collect(map_concurrently(stubborn(), step, concurrency=concurrency, ordered=ordered), [])
     assert "can't close" in raised.value.__notes__[0]
 
 
 @pytest.mark.parametrize("concurrency", [0, -1, 1.5, "ten", True, None])
 def test_a_concurrency_that_is_not_a_whole_number_of_one_or_more_is_refused_by_name(concurrency: Any) -> None:
     with pytest.raises(InvalidSetting, match="ingest_concurrency"):
-        ingest([1], lambda number: number, concurrency=concurrency)
+        map_concurrently([1], lambda number: number, concurrency=concurrency)

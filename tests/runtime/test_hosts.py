@@ -16,7 +16,7 @@ from headrace.foundation.ids import new_batch_id
 from headrace.foundation.settings import load
 from headrace.runtime import clock
 from headrace.runtime.engine import Engine
-from headrace.runtime.sessions.session import Broker
+from headrace.runtime.sessions.session import StoreSession
 from headrace.store.protocol import NewBatch
 from tests.support import invariants
 from tests.support.store_rig import fresh_schema
@@ -41,7 +41,7 @@ async def test_hosts_whose_clocks_are_minutes_apart_agree_on_who_lives_and_what_
     url = fresh_schema(tmp_path)
     late = await engine_on(url, tmp_path, -10 * MINUTE_US, monkeypatch)
     early = await engine_on(url, tmp_path, 10 * MINUTE_US, monkeypatch)
-    brokers = [Broker(late, kind="worker"), Broker(early, kind="worker")]
+    brokers = [StoreSession(late, kind="worker"), StoreSession(early, kind="worker")]
     try:
         for broker in brokers:
             await broker.start()
@@ -70,7 +70,7 @@ async def test_every_heartbeat_brings_a_clock_that_was_moved_back_to_the_databas
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = await engine_on(fresh_schema(tmp_path), tmp_path, 0, monkeypatch)
-    broker = Broker(engine, kind="worker")
+    broker = StoreSession(engine, kind="worker")
     beaten = asyncio.Event()
     broker.on_unwanted = lambda _: beaten.set()
     await broker.start()

@@ -13,7 +13,7 @@ from headrace.foundation.limits import Limits
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.call_options import Options
-from headrace.runtime.wakeup import Doorbell
+from headrace.runtime.wakeup import Wakeup
 from headrace.runtime.worker.worker import Worker
 from headrace.store.payloads import PayloadStore
 from headrace.store.protocol import Store
@@ -36,7 +36,7 @@ LIMITS: Final = Limits(
 AGAIN_S: Final = 3.0
 
 
-class OrderedDoorbell(Doorbell):
+class OrderedDoorbell(Wakeup):
     """A doorbell that wakes in the order of waiting: the order of a set of objects is another in each run."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class SimulatedProcess(Process):
             environment="default",
             live_directory=None,
             beats_beside=False,
-            doorbell=OrderedDoorbell(),
+            wakeup=OrderedDoorbell(),
             recorded=OrderedDoorbell(),
         )
 

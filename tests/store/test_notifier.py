@@ -16,7 +16,7 @@ from headrace.compose import open_engine
 from headrace.foundation.settings import load
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.wakeup import Doorbell
+from headrace.runtime.wakeup import Wakeup
 from headrace.store.postgres import PostgresNotifier, notifier
 from headrace.store.postgres.dsn import address
 from headrace.store.protocol import RECORDED, WORK
@@ -131,10 +131,10 @@ async def test_r11_a_quiet_listener_that_hears_nothing_any_more_connects_anew(
 
 async def test_r11_news_waits_for_nobody_when_there_is_no_server(tmp_path: Path) -> None:
     deaf = PostgresNotifier(address("postgresql://nobody@127.0.0.1:1/none"), "none")
-    bell = Doorbell(deaf, WORK)
+    bell = Wakeup(deaf, WORK)
     for _ in range(100):
-        bell.ring()
-    assert bell.rings_count == 100
+        bell.notify()
+    assert bell.notified_count == 100
     with deaf.awaited():
         assert not deaf.is_listening
     await deaf.close()
@@ -194,7 +194,7 @@ async def two_engines(url: str, tmp_path: Path) -> AsyncIterator[tuple[Engine, E
     settings = load({"store": url, "objects": str(tmp_path / "objects")}, {}, tmp_path)
     first, second = await open_engine(settings), await open_engine(settings)
     try:
-        for bell in (second.doorbell, second.recorded):  # the first news is whatever was missed before
+        for bell in (second.wakeup, second.recorded):  # the first news is whatever was missed before
             await bell.wait(SystemClock(), LONG_S, since=0)
         yield first, second
     finally:
@@ -210,7 +210,7 @@ async def test_r11_a_waiting_process_is_woken_by_the_commit_of_another(url: str,
         await asyncio.sleep(0)
         world = World(first.store)
         await world.filled(3)
-        getattr(first, news).ring()
+        getattr(first, news).notify()
         assert await waiting
 
 
@@ -219,7 +219,7 @@ async def test_r11_nobody_looks_at_a_file_while_nobody_waits(tmp_path: Path) -> 
     with closing(sqlite3.connect(path)) as writer:
         writer.execute("PRAGMA journal_mode = WAL")
         watcher = Watcher(path)
-        bell = Doorbell(watcher, WORK)
+        bell = Wakeup(watcher, WORK)
         await bell.wait(SystemClock(), LONG_S)  # the first look finds everything new
         writer.execute("CREATE TABLE t (x)")
         assert await bell.wait(SystemClock(), LONG_S)  # what came between two waits is news of the second
@@ -243,7 +243,7 @@ def test_r11_a_watcher_outlives_its_loop(tmp_path: Path) -> None:
     with closing(sqlite3.connect(path)) as writer:
         writer.execute("PRAGMA journal_mode = WAL")
         watcher = Watcher(path)
-        bell = Doorbell(watcher, WORK)
+        bell = Wakeup(watcher, WORK)
 
         async def waits_for_ever() -> None:
             await bell.wait(SystemClock(), LONG_S, since=0)

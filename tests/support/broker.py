@@ -25,8 +25,8 @@ from headrace.grpc.transport.service_methods import CallContext, ResponseAfter
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.runtime.clock import Clock, ManualClock
 from headrace.runtime.dispatch.dispatcher import Dispatcher
-from headrace.runtime.dispatch.lease_buffer import Wish
-from headrace.runtime.dispatch.report_outcome import Report
+from headrace.runtime.dispatch.lease_buffer import QueueFilter
+from headrace.runtime.dispatch.report_outcome import ActivationReport
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Producer
 from headrace.store.protocol import RunRecord
@@ -166,7 +166,7 @@ class Broker:
     async def drained_by_push(self) -> list[str]:
         """What is taken, marked and reported on until nothing is left."""
         had: list[str] = []
-        while taken := await self.dispatcher.take(Wish(), 1_000, lease_ms=5_000):
+        while taken := await self.dispatcher.take(QueueFilter(), 1_000, lease_ms=5_000):
             names = [handout.name for handout in taken]
             self.dispatcher.mark(names)
             await self.set_batch(*((name, COMPLETE) for name in names))
@@ -184,7 +184,7 @@ class Broker:
     async def tick(self) -> None:
         """One round of the dispatcher's duties, and all that it came to durable: a report of nothing comes last."""
         await self.dispatcher.tick()
-        await self.dispatcher.report([Report("nothing", "completed")])
+        await self.dispatcher.report([ActivationReport("nothing", "completed")])
 
 
 async def engine_on(kind: str, folder: Path, clock: Clock | None = None, **limits: int) -> Engine:

@@ -14,10 +14,10 @@ from headrace.core.span import RETRY
 from headrace.foundation.errors import ObjectMissing
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.sessions.active_lease import Work
+from headrace.runtime.sessions.active_lease import ActiveLease
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
-from headrace.runtime.worker.executor import Executor, Hooks
+from headrace.runtime.worker.executor import Executor, ExecutorCallbacks
 from headrace.store.protocol import Lease
 
 NAMES = {**run.NAMES, RETRY: "retry", 0: "open"}
@@ -61,30 +61,30 @@ class Rig:
         self.objects = Objects()
         self.registry = Registry()
         self.registry.add(TaskSpec("task", function, **options))
-        self.over: list[Work] = []
-        self.dirty: list[Work] = []
+        self.over: list[ActiveLease] = []
+        self.dirty: list[ActiveLease] = []
         self.executor = Executor(
             self.registry,
             concurrency=concurrency,
             clock=self.clock,
             offload=self.objects,
             limits=limits or Limits(),
-            hooks=Hooks(over=self._over, dirty=self._dirty),
+            hooks=ExecutorCallbacks(over=self._over, dirty=self._dirty),
             inline_sync=self.inline,
             deadline=self.deadlines.append if self.inline else None,
         )
         self._tokens = 0
         self._news = asyncio.Event()
 
-    def _over(self, work: Work) -> None:
+    def _over(self, work: ActiveLease) -> None:
         self.over.append(work)
         self._news.set()
 
-    def _dirty(self, work: Work) -> None:
+    def _dirty(self, work: ActiveLease) -> None:
         work.dirty_since_us = self.clock.now_us()
         self.dirty.append(work)
 
-    def work(self, payloads: Sequence[bytes], *, kinds: bytes | None = None, **more: Any) -> Work:
+    def work(self, payloads: Sequence[bytes], *, kinds: bytes | None = None, **more: Any) -> ActiveLease:
         """A lease over runs with these payloads, not yet submitted."""
         self._tokens += 1
         known: dict[str, Any] = {
@@ -104,21 +104,21 @@ class Rig:
             runs_count=len(payloads),
             **(known | more),
         )
-        return Work(lease)
+        return ActiveLease(lease)
 
-    def submit(self, *payloads: bytes, **more: Any) -> Work:
+    def submit(self, *payloads: bytes, **more: Any) -> ActiveLease:
         """Hand a lease to the executor."""
         work = self.work(payloads, **more)
         self.executor.submit(work)
         return work
 
-    async def until_over(self, *works: Work) -> None:
+    async def until_over(self, *works: ActiveLease) -> None:
         """Until the executor is done with these leases; for runs that need threads as well."""
         while any(work not in self.over for work in works):
             self._news.clear()
             await self._news.wait()
 
-    async def ran(self, *payloads: bytes, **more: Any) -> Work:
+    async def ran(self, *payloads: bytes, **more: Any) -> ActiveLease:
         """A lease run to its end."""
         work = self.submit(*payloads, **more)
         await self.until_over(work)
@@ -140,12 +140,12 @@ def numbers(count: int) -> list[bytes]:
     return [b"%d" % number for number in range(count)]
 
 
-def states(work: Work) -> list[str]:
+def states(work: ActiveLease) -> list[str]:
     """How each run ended, in words."""
     return [NAMES[code] for code in work.codes]
 
 
-def failure(work: Work, number: int = 0) -> Failure:
+def failure(work: ActiveLease, number: int = 0) -> Failure:
     """Why a run failed."""
     assert work.codes[number] in (run.FAILED, RETRY), states(work)
     return decode(work.results[number])

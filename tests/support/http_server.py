@@ -26,7 +26,7 @@ from headrace.http.server.server import Server, serving
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.tasks.task_registry import Registry
-from headrace.runtime.wakeup import Doorbell
+from headrace.runtime.wakeup import Wakeup
 from headrace.store.payloads import open_payloads
 from headrace.store.protocol import Claim, Lease, Session, Store
 from tests.support.store_rig import FACTORIES, settlement_of
@@ -217,7 +217,7 @@ class House:
             await store.settle(settlements, now_us=clock.now_us())
             count += sum(len(lease.span_slots) for lease in leases)
         await store.end_session(session, now_us=clock.now_us())
-        self.engine.recorded.ring()
+        self.engine.recorded.notify()
         return count
 
 
@@ -337,7 +337,7 @@ async def house(
         environment="default",
         live_directory=None,
         beats_beside=False,
-        doorbell=Doorbell(),
+        wakeup=Wakeup(),
     )
     service = Service(engine, registry=registry, api_key=KEY, is_open=is_open)
     try:

@@ -27,7 +27,7 @@ from headrace.foundation.errors import EngineFault
 from headrace.foundation.ids import new_batch_id
 from headrace.handles import Batch
 from headrace.runtime.engine import Engine
-from headrace.runtime.sessions.session import Broker
+from headrace.runtime.sessions.session import StoreSession
 from headrace.store.protocol import NewBatch, Release
 from headrace.task import Task
 
@@ -290,7 +290,7 @@ async def _shuffled(size: int) -> Measured:
 
 
 async def _claim_p99() -> float:
-    broker = Broker(await app.open(), kind="worker")
+    broker = StoreSession(await app.open(), kind="worker")
     await broker.start()
     taken_s = []
     for _ in range(CLAIMS):
@@ -323,7 +323,7 @@ def _started_after_ms(size: int, place: Place) -> list[float]:
 
 async def _settled_by(claim_runs: int) -> None:
     """Claim so many runs at a time and settle them, until there are none."""
-    broker = Broker(await app.open(), kind="worker")
+    broker = StoreSession(await app.open(), kind="worker")
     await broker.start()
     while works := await broker.claim([nothing.name], None, claim_runs):
         for work in works:
@@ -346,7 +346,7 @@ def _by_processes(size: int, place: Place, processes: int) -> float:
             await _met(engine, processes)
             started = perf_counter()
             await engine.store.pause_queue("default", "default", paused=False)
-            engine.doorbell.ring()
+            engine.wakeup.notify()
             await _completed(batch, size)
             return size / (perf_counter() - started)
 

@@ -200,7 +200,7 @@ def redrive(
         async with opened(settings, must_exist=True) as engine:
             batch_id = (await find_batch(engine, batch)).id
             count = await engine.store.redrive(batch_id, None)
-            engine.doorbell.ring()
+            engine.wakeup.notify()
             return count, await _view(engine, batch_id)
 
     count, view = run_async(again())

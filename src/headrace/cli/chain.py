@@ -18,7 +18,7 @@ from headrace.core.batch import CANCELLED, Batch
 from headrace.foundation.errors import Conflict
 from headrace.foundation.ids import new_batch_id
 from headrace.runtime.engine import Engine
-from headrace.runtime.producing.batch_appender import BEGINNING, Position
+from headrace.runtime.producing.batch_appender import BEGINNING, InputPosition
 from headrace.store.protocol import NewBatch
 
 PAGE_BATCHES: Final = 200
@@ -43,12 +43,12 @@ class Part:
 
     batch: Batch
     base_index: int
-    start: Position
+    start: InputPosition
 
     @property
-    def position(self) -> Position:
+    def position(self) -> InputPosition:
         """Return the position up to which the input is durable."""
-        return Position.decode(self.batch.cursor) if self.batch.cursor else self.start
+        return InputPosition.decode(self.batch.cursor) if self.batch.cursor else self.start
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class Chain:
         for part in self.parts:
             part.batch, _ = await self.engine.store.batch(part.batch.id)
 
-    async def extend(self, start: Position) -> Part:
+    async def extend(self, start: InputPosition) -> Part:
         """Return the batch for the input after `start`, created here or by a concurrent command."""
         part = await self._open(len(self.parts) + 1, start)
         self.parts.append(part)
@@ -96,7 +96,7 @@ class Chain:
         base = f"map:{self.source.identity}:{self.generation}"
         return base if number == 1 else f"{base}#{number}"
 
-    async def _open(self, number: int, start: Position) -> Part:
+    async def _open(self, number: int, start: InputPosition) -> Part:
         now_us = self.engine.clock.now_us()
         metadata: dict[str, object] = {
             "map": self.source.identity,
@@ -123,7 +123,7 @@ class Chain:
 def part_of(batch: Batch) -> Part:
     """Return a batch of a chain, from its metadata."""
     metadata: dict[str, Any] = batch.metadata
-    return Part(batch, int(metadata["base_index"]), Position.decode(bytes.fromhex(metadata["start"])))
+    return Part(batch, int(metadata["base_index"]), InputPosition.decode(bytes.fromhex(metadata["start"])))
 
 
 async def open_chain(engine: Engine, source: Source, *, fresh: bool, is_resumable: bool) -> Chain:

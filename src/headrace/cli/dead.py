@@ -94,7 +94,7 @@ def redrive(
         count = 0
         for batch_id, indexes in by_batch.items():
             count += await engine.store.redrive(batch_id, indexes)
-        engine.doorbell.ring()
+        engine.wakeup.notify()
         return count
 
     count = _for_each_page(runs, queue, redrive_page, all_=all_, place=place_of(store, server))

@@ -14,7 +14,7 @@ from headrace.cli.opening import JsonOption, StoreOption
 if TYPE_CHECKING:
     from headrace.core.sequencer import Position
     from headrace.indexer import Indexer
-    from headrace.runtime.indexing.pipeline import Indexing, Progress
+    from headrace.runtime.indexing.pipeline import IndexerPipeline, IndexerProgress
 
 TELL_S: Final = 0.5
 GC_THRESHOLDS: Final = (300_000, 20, 100)
@@ -100,12 +100,12 @@ async def _run(indexer: Indexer, until: Position | None, *, wait: bool, shows: b
         await owner.close()
 
 
-async def _stop_when(stop: asyncio.Event, own: Indexing) -> None:
+async def _stop_when(stop: asyncio.Event, own: IndexerPipeline) -> None:
     await stop.wait()
     own.stop()
 
 
-async def _tell(name: str, own: Indexing, *, shows: bool) -> None:
+async def _tell(name: str, own: IndexerPipeline, *, shows: bool) -> None:
     """Show a progress bar on a terminal, or a line now and then elsewhere."""
     from headrace.cli.progress import Standing, display
 
@@ -123,7 +123,7 @@ async def _tell(name: str, own: Indexing, *, shows: bool) -> None:
         shown.close()
 
 
-def _total(told: Progress, first: int) -> int | None:
+def _total(told: IndexerProgress, first: int) -> int | None:
     """Return the number of events, where positions count them."""
     if len(told.heads) != 1 or len(told.positions) != 1:
         return None
@@ -133,7 +133,7 @@ def _total(told: Progress, first: int) -> int | None:
     return max(head - position, 0) + told.no - first
 
 
-def where_time_goes(told: Progress) -> str:
+def where_time_goes(told: IndexerProgress) -> str:
     """Return where the time went: `compute 61 %, waiting for sources 2 %, for commits 37 %; 0 not committed yet`."""
     whole_s = told.compute_s + told.fetch_wait_s + told.commit_wait_s
     if not whole_s:
@@ -143,7 +143,7 @@ def where_time_goes(told: Progress) -> str:
     return f"compute {shares[0]}, waiting for sources {shares[1]}, for commits {shares[2]}; {lag:,} not committed yet"
 
 
-def summary(name: str, told: Progress) -> str:
+def summary(name: str, told: IndexerProgress) -> str:
     """Return a summary of a run."""
     from headrace.cli.printing import counted
 
@@ -161,7 +161,7 @@ def status(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Show the checkpoint and state of every indexer."""
     from headrace.cli.opening import opened, run_async, settings_of
     from headrace.cli.printing import moment, say_json, table
-    from headrace.runtime.indexing.indexer_lease import said
+    from headrace.runtime.indexing.indexer_lease import describe_holder
 
     settings = settings_of(store=store)
 
@@ -176,7 +176,7 @@ def status(store: StoreOption = None, as_json: JsonOption = False) -> None:
                     "positions": own.positions,
                     "caught_up": own.is_caught_up,
                     "history_from": own.floor_no,
-                    "holder": said(own.holder) if own.holder else "",
+                    "holder": describe_holder(own.holder) if own.holder else "",
                 }
                 for own in standings
             ]
@@ -188,7 +188,8 @@ def status(store: StoreOption = None, as_json: JsonOption = False) -> None:
                 (
                     own.name, own.no,
                     ", ".join(f"{key} {value}" for key, value in sorted(own.positions.items())) or "-",
-                    "yes" if own.is_caught_up else "no", moment(own.moved_us), said(own.holder) if own.holder else "-",
+                    "yes" if own.is_caught_up else "no", moment(own.moved_us),
+                    describe_holder(own.holder) if own.holder else "-",
                 )
                 for own in standings
             ],

@@ -85,13 +85,13 @@ def _report(kills: list[Kill], text: str, json: bool) -> None:
 def _changed(place: str | None, change: Callable[[list[Kill]], list[Kill]]) -> list[Kill]:
     """Apply a change and return the killswitch rules."""
     from headrace.core.rules import KILLSWITCH, kills_encoded
-    from headrace.runtime.dispatch.rule_cache import decide
+    from headrace.runtime.dispatch.rule_cache import change_rules
 
     settings = settings_of(store=place)
 
     async def work() -> list[Kill]:
         async with opened(settings, must_exist=True) as engine:
-            return (await decide(engine, KILLSWITCH, lambda rules: kills_encoded(change(rules.kills)))).kills
+            return (await change_rules(engine, KILLSWITCH, lambda rules: kills_encoded(change(rules.kills)))).kills
 
     return run_async(work())
 

@@ -30,7 +30,7 @@ from headrace.core.batch import CANCELLED, Ledger
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.settings import Settings
 from headrace.runtime.engine import Engine
-from headrace.runtime.producing.sequential_feed import Feed, SealedElsewhere
+from headrace.runtime.producing.sequential_feed import SealedElsewhere, SequentialFeed
 from headrace.runtime.tasks.call_options import Options, key_of
 from headrace.task import Task
 
@@ -213,7 +213,7 @@ class Mapping:
         while True:
             part = chain.last
             key = key_of(self.task.spec, Options(), engine.clock.now_us())
-            feed = Feed(self.input.pieces(), engine=engine, key=key, start=part.position)
+            feed = SequentialFeed(self.input.pieces(), engine=engine, key=key, start=part.position)
             try:
                 while not await feed.fill(part.batch, base_index=part.base_index):
                     part = await chain.extend(feed.position)
@@ -227,7 +227,7 @@ class Mapping:
                 await feed.close()
         await chain.catch_up()
         self._is_fed = True
-        engine.recorded.ring()
+        engine.recorded.notify()
 
     async def _work(self, needed: asyncio.Event, over: asyncio.Event) -> None:
         """Run a worker until `over` is set; a map that was complete before needs none."""

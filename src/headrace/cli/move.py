@@ -13,7 +13,7 @@ from headrace.cli.printing import counted, note, say, say_json
 
 if TYPE_CHECKING:
     from headrace.foundation.settings import Settings
-    from headrace.runtime.maintenance.store_copy import Moved
+    from headrace.runtime.maintenance.store_copy import CopyReport
 
 
 def command(
@@ -61,7 +61,7 @@ def there_shown(settings: Settings) -> str:
     return shown_store(settings)
 
 
-async def _moved(here: Settings, there: Settings, *, shows_progress: bool) -> Moved:
+async def _moved(here: Settings, there: Settings, *, shows_progress: bool) -> CopyReport:
     from headrace.cli.progress import Standing, display
     from headrace.compose import mover
 

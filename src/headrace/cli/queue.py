@@ -97,7 +97,7 @@ def restore(
 
 def _set_demotion(queue: str, target: str | None, place: str | None, *, json: bool) -> None:
     from headrace.core.rules import DEMOTIONS, Rules, demotions_encoded
-    from headrace.runtime.dispatch.rule_cache import decide
+    from headrace.runtime.dispatch.rule_cache import change_rules
     from headrace.runtime.tasks.bounds import check_name
 
     check_name("queue", queue)
@@ -109,7 +109,7 @@ def _set_demotion(queue: str, target: str | None, place: str | None, *, json: bo
 
     async def change() -> dict[str, str]:
         async with opened(settings, must_exist=True) as engine:
-            return (await decide(engine, DEMOTIONS, changed)).demotions
+            return (await change_rules(engine, DEMOTIONS, changed)).demotions
 
     demotions = run_async(change())
     if json:

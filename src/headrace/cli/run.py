@@ -163,7 +163,7 @@ def redrive(run: RunArgument, store: StoreOption = None, server: ServerOption = 
                     hint="`headrace run list --state failed` shows failed runs",
                     run=run,
                 )
-            engine.doorbell.ring()
+            engine.wakeup.notify()
             return await _view(engine, run)
 
     view = run_async(again())

@@ -60,9 +60,9 @@ def list_(store: StoreOption = None, server: ServerOption = None, json: JsonOpti
 
 def _row(schedule: Schedule, late_us: int) -> dict[str, Any]:
     """Return a schedule as shown; `next_us` and `last_us` are None where there is no such tick."""
-    from headrace.runtime.tasks.schedule_spec import rule_known_as
+    from headrace.runtime.tasks.schedule_spec import stored_rule
 
-    next_us = None if schedule.gone_us else rule_known_as(schedule).after(schedule.last_us)
+    next_us = None if schedule.gone_us else stored_rule(schedule).after(schedule.last_us)
     state = "gone" if schedule.gone_us else "overdue" if next_us is not None and next_us < late_us else "on"
     return {
         "name": schedule.name,

@@ -49,12 +49,12 @@ async def supervised(flags: Sequence[str], *, count: int, noun: str, grace_s: fl
 
     Each gets its number, and a file descriptor that closes when this process ends.
     """
-    from headrace.runtime.worker.process_supervisor import Supervisor
+    from headrace.runtime.worker.process_supervisor import ProcessSupervisor
 
     def child(number: int, lifeline: int) -> list[str]:
         return [sys.executable, "-m", "headrace", *flags, "--number", str(number), "--lifeline", str(lifeline)]
 
-    supervisor = Supervisor(child, count=count, grace_s=grace_s, say=note)
+    supervisor = ProcessSupervisor(child, count=count, grace_s=grace_s, say=note)
 
     def stopped() -> None:
         note(f"stopping every {noun}" if supervisor.stops_count == 0 else f"stopping every {noun} now")

@@ -56,10 +56,12 @@ def load_app(target: str) -> Any:
 
 def load_indexer(target: str) -> Any:
     """Import the indexer that `target` names. Raises `InvalidInput`."""
-    from headrace.runtime.indexing.pipeline import Definition  # only here: child processes of workers need none of it
+    from headrace.runtime.indexing.pipeline import (
+        IndexerDefinition,  # only here: child processes of workers need none of it
+    )
 
     found = _attribute(target, _INDEXER_FORM, _indexers_of, "indexers")
-    if not isinstance(getattr(found, "definition", None), Definition):
+    if not isinstance(getattr(found, "definition", None), IndexerDefinition):
         raise InvalidInput(
             f"expected an indexer at {target}, got {_kind_of(found)}", hint="name an app.indexer(…) of the module"
         )
@@ -182,9 +184,13 @@ def _is_at(module: ModuleType, path: Path) -> bool:
 
 
 def _indexers_of(module: ModuleType) -> list[str]:
-    from headrace.runtime.indexing.pipeline import Definition
+    from headrace.runtime.indexing.pipeline import IndexerDefinition
 
-    return [name for name, value in vars(module).items() if isinstance(getattr(value, "definition", None), Definition)]
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(getattr(value, "definition", None), IndexerDefinition)
+    ]
 
 
 def _apps_of(module: ModuleType) -> list[str]:

@@ -30,9 +30,9 @@ from headrace.core.index_set import IndexSet
 from headrace.foundation.errors import HeadraceError, InvalidInput, StoreUnavailable
 from headrace.foundation.limits import KIB, MIB
 from headrace.remote.connection import ATTEMPTS, Answer, Connection, backoff_s
-from headrace.runtime.background_loop import Background
+from headrace.runtime.background_loop import BackgroundLoop
 from headrace.runtime.clock import Clock
-from headrace.runtime.concurrent_map import ingest
+from headrace.runtime.concurrent_map import map_concurrently
 from headrace.store.rpc import fault_of
 
 T = TypeVar("T")
@@ -157,7 +157,7 @@ class Client:
                 return self._uploaded(task, index, payload, options)
             return index, _line(index, task, payload, options)
 
-        async with aclosing(ingest(_numbered(items), step, concurrency=UPLOADS)) as steps:
+        async with aclosing(map_concurrently(_numbered(items), step, concurrency=UPLOADS)) as steps:
             async for line in steps:
                 yield line
 
@@ -336,7 +336,7 @@ class SyncClient:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._background = Background()
+        self._background = BackgroundLoop()
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Background:
+class BackgroundLoop:
     """An event loop in a daemon thread."""
 
     def __init__(self) -> None:

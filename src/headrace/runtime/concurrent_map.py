@@ -23,7 +23,7 @@ _NOTHING: Final = object()
 
 
 @overload
-def ingest(
+def map_concurrently(
     source: AsyncIterable[T] | Iterable[T],
     step: Callable[[T], Awaitable[R]],
     *,
@@ -33,7 +33,7 @@ def ingest(
 
 
 @overload
-def ingest(
+def map_concurrently(
     source: AsyncIterable[T] | Iterable[T],
     step: Callable[[T], R | Awaitable[R]],
     *,
@@ -42,7 +42,7 @@ def ingest(
 ) -> AsyncGenerator[R, None]: ...
 
 
-def ingest(
+def map_concurrently(
     source: AsyncIterable[T] | Iterable[T],
     step: Callable[[T], R | Awaitable[R]],
     *,
@@ -72,7 +72,7 @@ def ingest(
 async def _one_by_one(
     source: AsyncIterable[T] | Iterable[T], step: Callable[[T], R | Awaitable[R]]
 ) -> AsyncGenerator[R, None]:
-    stream = _Stream(source)
+    stream = _PulledSource(source)
     try:
         while (item := await stream.pull()) is not _NOTHING:
             result = step(cast("T", item))
@@ -86,7 +86,7 @@ async def _one_by_one(
 async def _in_order(
     source: AsyncIterable[T] | Iterable[T], step: Callable[[T], R | Awaitable[R]], concurrency: int
 ) -> AsyncGenerator[R, None]:
-    window = _Window(_Stream(source), step, concurrency)
+    window = _OrderedWindow(_PulledSource(source), step, concurrency)
     window.start()
     try:
         while (slot := await window.next_finished()) is not None:
@@ -101,7 +101,7 @@ async def _in_order(
 async def _as_they_finish(
     source: AsyncIterable[T] | Iterable[T], step: Callable[[T], R | Awaitable[R]], concurrency: int
 ) -> AsyncGenerator[R, None]:
-    crew = _Crew(_Stream(source), step, concurrency)
+    crew = _UnorderedRunners(_PulledSource(source), step, concurrency)
     crew.start()
     try:
         while await crew.has_result():
@@ -112,7 +112,7 @@ async def _as_they_finish(
     await crew.stop(None)
 
 
-class _Stream(Generic[T]):
+class _PulledSource(Generic[T]):
     """One face for plain and asynchronous sources."""
 
     def __init__(self, source: AsyncIterable[T] | Iterable[T]) -> None:
@@ -153,13 +153,13 @@ class _Slot:
         self.result: object = None
 
 
-class _Crew(Generic[T, R]):
+class _UnorderedRunners(Generic[T, R]):
     """Runners that pull, step and hand on, each by itself: one that is done with a step begins the next at once.
 
     There is one at first; as long as all of them wait for their steps there come as many again, up to `concurrency`.
     """
 
-    def __init__(self, stream: _Stream[T], step: Callable[[T], R | Awaitable[R]], concurrency: int) -> None:
+    def __init__(self, stream: _PulledSource[T], step: Callable[[T], R | Awaitable[R]], concurrency: int) -> None:
         self._stream = stream
         self._step = step
         self._concurrency = concurrency
@@ -241,10 +241,10 @@ class _Crew(Generic[T, R]):
             other.cancel()
 
 
-class _Window(Generic[T, R]):
+class _OrderedWindow(Generic[T, R]):
     """What is pulled and not yet handed on. One task pulls; steps that wait have a task each."""
 
-    def __init__(self, stream: _Stream[T], step: Callable[[T], R | Awaitable[R]], concurrency: int) -> None:
+    def __init__(self, stream: _PulledSource[T], step: Callable[[T], R | Awaitable[R]], concurrency: int) -> None:
         self._stream = stream
         self._step = step
         self._free = concurrency

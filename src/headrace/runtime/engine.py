@@ -10,7 +10,7 @@ from headrace.core.pack import CONTENT_TYPES, JSON, KINDS
 from headrace.foundation.errors import InvalidSetting, ObjectMissing
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
-from headrace.runtime.wakeup import Doorbell
+from headrace.runtime.wakeup import Wakeup
 from headrace.store.entities.protocol import EntityStore
 from headrace.store.payloads import PayloadStore, Reference, payload_key
 from headrace.store.protocol import Notifier, Store
@@ -31,7 +31,7 @@ class Engine:
     """Made by `headrace.compose`; closed by whoever opened it.
 
     `live_directory`: where the marks of live processes lie, None when the store is not shared between processes.
-    `beats_beside`: whether heartbeats may come from another thread. `doorbell` rings when work was appended,
+    `beats_beside`: whether heartbeats may come from another thread. `wakeup` rings when work was appended,
     `recorded` when outcomes were; `notifier` carries both to other processes. `entities` are the tables of indexers.
     `duties`: what this process did of upkeep.
     """
@@ -43,8 +43,8 @@ class Engine:
     environment: str
     live_directory: Path | None
     beats_beside: bool
-    doorbell: Doorbell
-    recorded: Doorbell = field(default_factory=Doorbell)
+    wakeup: Wakeup
+    recorded: Wakeup = field(default_factory=Wakeup)
     duties: dict[str, DutyStats] = field(default_factory=dict)
     notifier: Notifier | None = None
     entities: EntityStore | None = None

@@ -17,7 +17,9 @@ WAITS_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Between two tries; the last one from then on."""
 
 
-async def patiently(call: Callable[[], Awaitable[T]], clock: Clock, *, what: str, waits_max: int | None = None) -> T:
+async def retry_transient(
+    call: Callable[[], Awaitable[T]], clock: Clock, *, what: str, waits_max: int | None = None
+) -> T:
     """Call until it answers, with growing waits. The call must be safe to repeat.
 
     An error that trying again can't help is raised at once, any other after `waits_max` waits. Without a bound nobody

@@ -9,35 +9,35 @@ from headrace.runtime.clock import Clock
 from headrace.store.protocol import Notifier
 
 
-class Doorbell:
+class Wakeup:
     """Wakes everyone who waits, here and, with a notifier, in the other processes; nothing depends on a ring.
 
-    Who looks at the store first and waits then takes `rings_count` before it looks: a ring in between is not missed.
+    Who looks at the store first and waits then takes `notified_count` before it looks: a ring in between is not missed.
     """
 
     def __init__(self, notifier: Notifier | None = None, news: str = "") -> None:
-        self.rings_count = 0
+        self.notified_count = 0
         self._waiting: set[asyncio.Event] = set()
         self._notifier = notifier
         self._news = news
         if notifier is not None:
-            notifier.listen(news, self.hear)
+            notifier.listen(news, self.notify_local)
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """There is news. Costs nothing when nobody waits. On the loop of those who wait."""
-        self.hear()
+        self.notify_local()
         if self._notifier is not None:
             self._notifier.tell(self._news)
 
-    def hear(self) -> None:
+    def notify_local(self) -> None:
         """There is news that the other processes know of."""
-        self.rings_count += 1
+        self.notified_count += 1
         for event in self._waiting:
             event.set()
 
     async def wait(self, clock: Clock, timeout_s: float, *, since: int | None = None) -> bool:
-        """True when it rang within `timeout_s`, or has rung since `rings_count` was `since`."""
-        if since is not None and since != self.rings_count:
+        """True when it rang within `timeout_s`, or has rung since `notified_count` was `since`."""
+        if since is not None and since != self.notified_count:
             return True
         event = asyncio.Event()
         self._waiting.add(event)

@@ -516,8 +516,8 @@ class Notifier(Protocol):
     same. Every method belongs to the event loop that waits; telling costs it nothing while news is on its way.
     """
 
-    def listen(self, news: str, hear: Callable[[], None]) -> None:
-        """Call `hear` when another process told `news`, or may have."""
+    def listen(self, news: str, notify_local: Callable[[], None]) -> None:
+        """Call `notify_local` when another process told `news`, or may have."""
 
     def tell(self, news: str) -> None:
         """Let the others know, soon."""

@@ -23,8 +23,8 @@ from headrace.grpc.taskbroker import activation_codec as grpc_activations
 from headrace.grpc.taskbroker.activation_codec import decode_arguments, is_killed
 from headrace.grpc.taskbroker.activation_intake import ActivationIntake, IntakeResult
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.dispatch.backpressure import NoRoom
-from headrace.runtime.dispatch.rule_cache import decide
+from headrace.runtime.dispatch.backpressure import QueueFull
+from headrace.runtime.dispatch.rule_cache import change_rules
 from headrace.runtime.maintenance.upkeep import Upkeep
 from tests.support.broker import COMPLETE, Broker, activation, broker, on_databases, on_every_store, stream, varint
 from tests.support.engines import Faulty
@@ -192,14 +192,14 @@ async def test_a_task_that_is_switched_off_is_dropped_at_the_door_and_in_line(ki
     async with broker(kind, tmp_path, clock=clock, is_killed=is_killed) as own:
         messages = [activation(number, taskname="bad" if number % 2 else "good") for number in range(6)]
         assert (await taken(own, stream(*messages))).accepted == 6
-        await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
+        await change_rules(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
         clock.advance(2)
         await own.tick()
         assert sorted(await own.drained(1)) == ["id_0", "id_2", "id_4"]
         assert await own.counts() == {"completed": 3, "cancelled": 3}
         late = await taken(own, stream(activation(6, taskname="bad"), activation(7)))
         assert (late.accepted, late.dropped) == (1, 1)
-        await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([]))
+        await change_rules(own.engine, KILLSWITCH, lambda _: kills_encoded([]))
         clock.advance(2)
         assert (await taken(own, stream(activation(8, taskname="bad")))).accepted == 1
 
@@ -209,7 +209,7 @@ async def test_what_several_decide_at_once_is_decided(kind: str, tmp_path: Path)
     async with broker(kind, tmp_path) as own:
 
         async def drop(name: str) -> None:
-            await decide(own.engine, KILLSWITCH, lambda rules: kills_encoded([*rules.kills, Kill(name=name)]))
+            await change_rules(own.engine, KILLSWITCH, lambda rules: kills_encoded([*rules.kills, Kill(name=name)]))
 
         names = [f"task-{number}" for number in range(8)]
         await asyncio.gather(*map(drop, names))
@@ -222,9 +222,9 @@ async def test_what_changes_no_rule_writes_none(tmp_path: Path) -> None:
         faulty = Faulty(own.engine.store)
         faulty.before["keep_rules"] = [StoreUnavailable("nothing is to be written")]
         own.engine.store = faulty
-        assert (await decide(own.engine, KILLSWITCH, lambda rules: kills_encoded(rules.kills))).kills == []
+        assert (await change_rules(own.engine, KILLSWITCH, lambda rules: kills_encoded(rules.kills))).kills == []
         with pytest.raises(StoreUnavailable):
-            await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
+            await change_rules(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
 
 
 async def test_who_is_never_first_to_decide_hears_so(tmp_path: Path) -> None:
@@ -236,13 +236,13 @@ async def test_who_is_never_first_to_decide_hears_so(tmp_path: Path) -> None:
             return kills_encoded([*rules.kills, Kill(name="own")])
 
         with pytest.raises(Conflict, match="all the time"):
-            await decide(own.engine, KILLSWITCH, overtaken)
+            await change_rules(own.engine, KILLSWITCH, overtaken)
 
 
 async def test_of_a_task_only_those_with_an_argument_are_dropped(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, is_killed=is_killed) as own:
         kill = Kill(name="send", args={"0": 7}, kwargs={"to": "x"})
-        await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([kill]))
+        await change_rules(own.engine, KILLSWITCH, lambda _: kills_encoded([kill]))
         calls = [packed(7), packed(True), packed(1, to="x"), packed("7", to="y"), b"\xc1", b""]
         found = await taken(own, stream(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls))))
         assert (found.accepted, found.dropped) == (4, 2)
@@ -256,7 +256,7 @@ async def test_of_those_in_the_object_store_too_only_those_with_an_argument_are_
     async with broker(kind, tmp_path, clock=clock, is_killed=is_killed, limits={"inline_bytes_max": 1_000}) as own:
         calls = [packed(7, filler), packed(8, filler), packed(7, filler), packed(8)]
         await own.add(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls)))
-        await decide(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="send", args={"0": 7})]))
+        await change_rules(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="send", args={"0": 7})]))
         clock.advance(2)
         await own.tick()
         assert await own.drained(1) == ["id_1", "id_3"]
@@ -343,7 +343,7 @@ async def test_a_demoted_queue_s_activations_go_to_another_those_that_wait_too(k
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await taken(own, stream(*(activation(number) for number in range(4)), activation("x", namespace="other")))
-        await decide(own.engine, DEMOTIONS, lambda _: demotions_encoded({"app:mail": "app:slow"}))
+        await change_rules(own.engine, DEMOTIONS, lambda _: demotions_encoded({"app:mail": "app:slow"}))
         clock.advance(2)
         await taken(own, stream(activation(4)))
         assert await Upkeep(own.engine).demote() >= 1
@@ -385,7 +385,7 @@ async def test_past_a_bound_what_comes_waits_a_while_and_is_then_sent_away(
         await clock.advance_async(1.5)
         assert not trying.done(), "it waits"
         await clock.advance_async(1)
-        with pytest.raises(NoRoom, match=said):
+        with pytest.raises(QueueFull, match=said):
             await trying
         assert len(await own.runs()) == before
 
@@ -412,7 +412,7 @@ async def test_a_store_that_is_full_takes_no_more(kind: str, tmp_path: Path) -> 
     async with broker(kind, tmp_path, limits={"store_mib_max": 1, "ingest_wait_ms": 0}) as own:
         large = [activation(number, parameters_bytes=b"x" * 400_000) for number in range(4)]
         await own.add(*large[:3])
-        with pytest.raises(NoRoom, match="store_mib_max"):
+        with pytest.raises(QueueFull, match="store_mib_max"):
             await taken(own, stream(large[3]))
 
 

@@ -14,7 +14,7 @@ from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.taskbroker.dispatcher_deliveries import DispatcherDeliveries
 from headrace.grpc.transport.status import Code
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.dispatch.lease_buffer import Wish
+from headrace.runtime.dispatch.lease_buffer import QueueFilter
 from tests.support.broker import (
     COMPLETE,
     DEADLETTER,
@@ -484,10 +484,10 @@ async def test_what_was_taken_goes_out_when_the_object_store_fails_for_the_next(
         await own.add(activation(0), activation(1, parameters_bytes=b"x" * 5_000))
         with monkeypatch.context() as patched:
             patched.setattr(own.engine.payloads, "get", away)
-            assert [one.name for one in await own.dispatcher.take(Wish("app"), 9, lease_ms=5_000)] == ["id_0"]
+            assert [one.name for one in await own.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)] == ["id_0"]
             with pytest.raises(StoreUnavailable):
-                await own.dispatcher.take(Wish("app"), 9, lease_ms=5_000)
-        assert [one.name for one in await own.dispatcher.take(Wish("app"), 9, lease_ms=5_000)] == ["id_1"]
+                await own.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)
+        assert [one.name for one in await own.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)] == ["id_1"]
 
 
 async def test_what_another_door_let_into_the_lane_fails_and_holds_up_nobody(tmp_path: Path) -> None:
@@ -519,7 +519,7 @@ async def test_a_failure_is_a_dead_letter_where_the_activation_says_so(kind: str
         view = await own.engine.store.run(dead.batch_id, dead.index)
         assert wire.TaskActivation.FromString(view.payload).id == "id_0"
         assert await own.engine.store.redrive(dead.batch_id, [dead.index]) == 1
-        own.engine.doorbell.ring()
+        own.engine.wakeup.notify()
         again = await own.get()
         assert again == activation(0, retry={"on_attempts_exceeded": DEADLETTER})
         await own.set(again.id, COMPLETE)

@@ -11,7 +11,7 @@ from headrace.core.failure import decode
 from headrace.foundation.errors import StoreUnavailable
 from headrace.grpc.transport.status import Code
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.dispatch.lease_buffer import Wish
+from headrace.runtime.dispatch.lease_buffer import QueueFilter
 from headrace.runtime.dispatch.prefetcher import AHEAD_MAX
 from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.store.protocol import Suspects
@@ -31,7 +31,7 @@ from tests.support.broker import (
 )
 from tests.support.engines import Faulty
 
-ANY = Wish()
+ANY = QueueFilter()
 
 
 async def types_of_failures(own: Broker) -> list[str]:
@@ -335,7 +335,7 @@ async def test_a_server_that_stops_in_good_order_gives_back_what_nobody_has(kind
         await other.set(task.id, COMPLETE)
         await other.dispatcher.stop()
         await other.dispatcher.stop()
-        own.engine.doorbell.ring()
+        own.engine.wakeup.notify()
         assert len(await own.drained(2)) == 9
 
 
@@ -426,17 +426,17 @@ async def test_what_is_taken_to_be_pushed_is_marked_or_given_back_with_its_attem
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock, delivery="push") as own:
         await own.filled(3)
-        taken = await own.dispatcher.take(Wish("app"), 2, lease_ms=5_000)
+        taken = await own.dispatcher.take(QueueFilter("app"), 2, lease_ms=5_000)
         assert [handout.name for handout in taken] == ["id_0", "id_1"]
         assert own.dispatcher.mark(["id_0", "nobody"]) == 1
         assert own.dispatcher.mark(["id_0"]) == 0
         assert own.dispatcher.put_back(["id_1", "id_0"]) == 1
-        again = await own.dispatcher.take(Wish("app"), 9, lease_ms=5_000)
+        again = await own.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)
         assert [handout.name for handout in again] == ["id_1", "id_2"], "what came back goes first, under its own id"
         own.dispatcher.mark(["id_1"])
         clock.advance(6)
         await own.tick()
-        (back,) = await own.dispatcher.take(Wish("app"), 9, lease_ms=5_000)
+        (back,) = await own.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)
         assert back.name == "id_2", "what was neither marked nor given back is claimable after its lease"
         own.dispatcher.mark(["id_2"])
         await own.set_batch(*((f"id_{number}", COMPLETE) for number in range(3)))
@@ -446,7 +446,7 @@ async def test_what_is_taken_to_be_pushed_is_marked_or_given_back_with_its_attem
 async def test_a_report_that_overtakes_the_mark_stands(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, delivery="push") as own:
         await own.filled(1)
-        await own.dispatcher.take(Wish("app"), 1, lease_ms=5_000)
+        await own.dispatcher.take(QueueFilter("app"), 1, lease_ms=5_000)
         await own.set("id_0", COMPLETE)
         assert own.dispatcher.mark(["id_0"]) == 0
         assert await own.counts() == {"completed": 1}
@@ -457,10 +457,10 @@ async def test_what_was_taken_and_came_back_goes_back_to_the_store_when_the_serv
         await own.filled(2)
         other = Broker(own.engine)
         await other.dispatcher.start()
-        await other.dispatcher.take(Wish("app"), 2, lease_ms=5_000)
+        await other.dispatcher.take(QueueFilter("app"), 2, lease_ms=5_000)
         other.dispatcher.put_back(["id_0", "id_1"])
         await other.dispatcher.stop()
-        own.engine.doorbell.ring()
+        own.engine.wakeup.notify()
         assert sorted(await own.drained(1)) == ["id_0", "id_1"]
 
 
@@ -524,6 +524,6 @@ async def test_a_paused_queue_is_handed_out_no_more(tmp_path: Path) -> None:
         await own.tick()  # what was leased ahead goes back
         assert (await refused(own.get()))[0] == Code.NOT_FOUND
         await own.engine.store.pause_queue("default", "app:mail", paused=False)
-        own.engine.doorbell.ring()
+        own.engine.wakeup.notify()
         assert len(await own.drained(1)) == 19
         await own.set("id_0", COMPLETE)

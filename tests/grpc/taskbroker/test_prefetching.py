@@ -10,11 +10,11 @@ import pytest
 
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.dispatch.lease_buffer import Wish
+from headrace.runtime.dispatch.lease_buffer import QueueFilter
 from headrace.runtime.dispatch.prefetcher import AHEAD_MAX, AHEAD_MIN, CLAIM_WAIT_S, MANY
 from tests.support.broker import COMPLETE, Broker, broker
 
-ANY = Wish()
+ANY = QueueFilter()
 
 
 class Slow:
@@ -150,12 +150,12 @@ async def test_who_finds_none_waits_for_what_is_on_its_way_for_others(tmp_path: 
         store = Slow(own)
         await own.filled(3)
         store.is_open.clear()
-        first = asyncio.create_task(own.dispatcher.fetch(Wish("app")))
+        first = asyncio.create_task(own.dispatcher.fetch(QueueFilter("app")))
         await settled()  # its claim has leased all there is, and is not answered yet
         shut, store.is_open = store.is_open, asyncio.Event()
         store.is_open.set()
-        second = asyncio.create_task(own.dispatcher.fetch(Wish("app", ("mail",))))
-        third = asyncio.create_task(own.dispatcher.fetch(Wish("other")))
+        second = asyncio.create_task(own.dispatcher.fetch(QueueFilter("app", ("mail",))))
+        third = asyncio.create_task(own.dispatcher.fetch(QueueFilter("other")))
         await settled()
         seen = (len(store.asked), first.done(), second.done(), third.done())
         shut.set()
@@ -193,7 +193,7 @@ async def test_a_stop_waits_once_for_all_the_claims_that_are_not_answered(tmp_pa
     async with broker("memory", tmp_path, clock=clock) as own:
         store = Slow(own)
         store.is_open.clear()
-        asking = [asyncio.create_task(own.dispatcher.fetch(Wish(name))) for name in ("app", "other", "third")]
+        asking = [asyncio.create_task(own.dispatcher.fetch(QueueFilter(name))) for name in ("app", "other", "third")]
         await settled()
         assert len(store.asked) == 3
         await clock.advance_async(CLAIM_WAIT_S)

@@ -23,7 +23,7 @@ from headrace.grpc.transport.service_methods import CallContext, methods_of
 from headrace.grpc.transport.signing import Secrets
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.runtime.clock import SystemClock
-from headrace.runtime.wakeup import Doorbell
+from headrace.runtime.wakeup import Wakeup
 from tests.support.grpc_server import WORKER, listening
 
 SECRETS = ("a secret of many bytes",)
@@ -135,7 +135,7 @@ async def pushing(
             targets,
             limits=Limits(**bounds),
             clock=SystemClock(),
-            doorbell=Doorbell(),
+            wakeup=Wakeup(),
             secrets=Secrets(shown or secrets),
         )
         await pusher.start()

@@ -66,7 +66,7 @@ def pusher_of(made: Broker, *ports: int) -> Pusher:
         targets,
         limits=engine.limits,
         clock=engine.clock,
-        doorbell=engine.doorbell,
+        wakeup=engine.wakeup,
     )
 
 

@@ -16,8 +16,8 @@ import pytest
 
 from headrace.foundation.errors import StoreUnavailable
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.dispatch.lease_buffer import Wish
-from headrace.runtime.dispatch.report_outcome import Report
+from headrace.runtime.dispatch.lease_buffer import QueueFilter
+from headrace.runtime.dispatch.report_outcome import ActivationReport
 from headrace.runtime.maintenance.upkeep import Upkeep
 from tests.support import invariants
 from tests.support.broker import DEADLETTER, Broker, activation, engine_on
@@ -105,7 +105,9 @@ class Story:
 
     async def fetch(self) -> None:
         server = self.dice.choice(self.servers)
-        wish = self.dice.choice((Wish(), Wish("app"), Wish("app", ("a",)), Wish("app", ("b",))))
+        wish = self.dice.choice(
+            (QueueFilter(), QueueFilter("app"), QueueFilter("app", ("a",)), QueueFilter("app", ("b",)))
+        )
         if self.dice.random() < 0.2:
             for handout in await server.dispatcher.take(wish, 3, lease_ms=2_000):
                 if self.dice.random() < 0.5:
@@ -136,7 +138,7 @@ class Story:
             server = dice.choice(self.servers)
         state = dice.choice(STATES)
         self.told.setdefault(name.partition("~")[0], set()).add(state)
-        await server.dispatcher.report([Report(name, state)] * dice.choice((1, 1, 2)))
+        await server.dispatcher.report([ActivationReport(name, state)] * dice.choice((1, 1, 2)))
 
     async def wait(self) -> None:
         self.clock.advance(self.dice.choice((0.2, 1, 3, 8)))
@@ -175,7 +177,7 @@ class Story:
         """The next settlement is done and its answer is lost, or it is not done at all."""
         faults = self.faulty.after if self.dice.random() < 0.5 else self.faulty.before
         faults.setdefault("settle", []).append(StoreUnavailable("the network"))
-        await self.servers[0].dispatcher.report([Report("nobody", "completed")])
+        await self.servers[0].dispatcher.report([ActivationReport("nobody", "completed")])
 
     async def end(self) -> None:
         """Until nothing is left: workers complete all they get."""
@@ -185,10 +187,10 @@ class Story:
             await Upkeep(self.engine).round()
             for server in self.servers:
                 await server.dispatcher.tick()
-                while (handout := await server.dispatcher.fetch(Wish())) is not None:
+                while (handout := await server.dispatcher.fetch(QueueFilter())) is not None:
                     self.had(server, handout.name)
                     self.told.setdefault(handout.name.partition("~")[0], set()).add("completed")
-                    await server.dispatcher.report([Report(handout.name, "completed")])
+                    await server.dispatcher.report([ActivationReport(handout.name, "completed")])
             views = await self.engine.store.queues("default")
             if not sum(view.waiting_count + view.delayed_count + view.leased_count for view in views):
                 return

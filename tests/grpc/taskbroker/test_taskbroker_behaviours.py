@@ -16,7 +16,7 @@ from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.taskbroker.dispatcher_deliveries import DispatcherDeliveries
 from headrace.grpc.transport.status import Code
 from headrace.runtime.clock import ManualClock
-from headrace.runtime.dispatch.lease_buffer import Handout, Wish
+from headrace.runtime.dispatch.lease_buffer import DeliveredRun, QueueFilter
 from headrace.runtime.maintenance.upkeep import Upkeep
 from tests.support.broker import (
     COMPLETE,
@@ -77,7 +77,7 @@ async def test_the_oldest_goes_first_and_has_until_its_deadline_and_grace(kind: 
         await own.add(activation("old"))
         clock.advance(1)
         await own.add(activation("new"))
-        handout = await own.dispatcher.fetch(Wish())
+        handout = await own.dispatcher.fetch(QueueFilter())
         assert handout is not None
         assert (handout.name, handout.deadline_us) == ("id_old", clock.now_us() + 13_000_000)
         assert (await own.counts()) == {"processing": 1, "waiting": 1}
@@ -87,7 +87,7 @@ async def test_the_oldest_goes_first_and_has_until_its_deadline_and_grace(kind: 
 async def test_two_thousand_claims_at_once_get_two_thousand_ids(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         names = await own.filled(2_000)
-        found = await asyncio.gather(*(own.dispatcher.fetch(Wish("app")) for _ in range(2_000)))
+        found = await asyncio.gather(*(own.dispatcher.fetch(QueueFilter("app")) for _ in range(2_000)))
         assert sorted(one.name for one in found if one is not None) == sorted(names)
 
 
@@ -96,7 +96,7 @@ async def test_several_namespaces_at_once_in_the_order_they_came(kind: str, tmp_
     async with broker(kind, tmp_path) as own:
         for number, namespace in enumerate(("a", "b", "c")):
             await own.add(activation(number, namespace=namespace))
-        taken = await own.dispatcher.take(Wish("app", ("a", "c")), 10, lease_ms=LEASE_MS)
+        taken = await own.dispatcher.take(QueueFilter("app", ("a", "c")), 10, lease_ms=LEASE_MS)
         assert [handout.name for handout in taken] == ["id_0", "id_2"]
         assert all(handout.is_claimed for handout in taken)
 
@@ -108,9 +108,9 @@ async def test_of_what_waits_as_many_are_claimed_as_are_asked_for(
 ) -> None:
     async with broker(kind, tmp_path) as own:
         await own.filled(50)
-        taken: list[Handout] = []
+        taken: list[DeliveredRun] = []
         while len(taken) < count_max and (
-            more := await own.dispatcher.take(Wish(), count_max - len(taken), lease_ms=LEASE_MS)
+            more := await own.dispatcher.take(QueueFilter(), count_max - len(taken), lease_ms=LEASE_MS)
         ):
             taken += more
         assert len(taken) == len({handout.name for handout in taken}) == expected
@@ -140,7 +140,7 @@ async def test_a_claim_that_lapses_returns_its_run_with_its_counts_unchanged(
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await own.add(activation(0, retry={"at_most_once": at_most_once}))
-        await own.dispatcher.take(Wish(), 1, lease_ms=LEASE_MS)
+        await own.dispatcher.take(QueueFilter(), 1, lease_ms=LEASE_MS)
         clock.advance(6)
         await own.tick()
         assert (await own.get()).id == "id_0"
@@ -374,7 +374,7 @@ async def test_of_a_worker_that_hangs_claims_lapse_and_nothing_is_lost(kind: str
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock, delivery="push") as own:
         await own.filled(50)
-        taken = await own.dispatcher.take(Wish("app"), 50, lease_ms=LEASE_MS)
+        taken = await own.dispatcher.take(QueueFilter("app"), 50, lease_ms=LEASE_MS)
         assert taken
         clock.advance(6)
         await own.tick()

@@ -167,7 +167,7 @@ async def test_a_claim_waits_for_work_as_long_as_it_says(tmp_path: Path) -> None
         while not home.server._grpc or not any(one._running for one in home.server._grpc.connections):
             await asyncio.sleep(0)
         await home.filled(3)
-        home.engine.doorbell.ring()
+        home.engine.wakeup.notify()
         assert sum(len(lease.places) for lease in await waiting) == 3
         assert await stub.claim(session, 2, wait_ms=1) == []
 

@@ -46,11 +46,11 @@ async def test_runs_that_did_not_start_in_time_expire(kind: str, tmp_path: Path)
         await upkeep.sweep()
         assert (await engine.store.batch(batch_id))[1].waiting == 10
         clock.advance(60)
-        rings_count = engine.recorded.rings_count
+        notified_count = engine.recorded.notified_count
         await upkeep.sweep()
         batch, ledger = await engine.store.batch(batch_id)
         assert (batch.state, ledger.expired) == ("completed", 10)
-        assert engine.recorded.rings_count > rings_count
+        assert engine.recorded.notified_count > notified_count
 
 
 @on_each_store

@@ -21,9 +21,9 @@ from headrace.foundation.ids import new_batch_id
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.producing.batch_appender import BEGINNING, WAITING_CHUNKS_MAX, Position
-from headrace.runtime.producing.sequential_feed import Feed, SealedElsewhere
-from headrace.runtime.wakeup import Doorbell
+from headrace.runtime.producing.batch_appender import BEGINNING, WAITING_CHUNKS_MAX, InputPosition
+from headrace.runtime.producing.sequential_feed import SealedElsewhere, SequentialFeed
+from headrace.runtime.wakeup import Wakeup
 from headrace.store.payloads import PayloadStore, Reference, open_payloads
 from headrace.store.protocol import Appended, NewBatch
 from headrace.store.sqlite import SqliteStore
@@ -48,7 +48,7 @@ class Bench:
             environment="default",
             live_directory=None,
             beats_beside=False,
-            doorbell=Doorbell(),
+            wakeup=Wakeup(),
         )
 
     async def __aenter__(self) -> Self:
@@ -62,8 +62,8 @@ class Bench:
         new = NewBatch(id=new_batch_id(self.clock.now_us()), key=key)
         return (await self.store.create_batch(new, now_us=self.clock.now_us()))[0]
 
-    def feed(self, pieces: AsyncIterator[bytes] | Iterator[bytes], start: Position = BEGINNING) -> Feed:
-        return Feed(pieces, engine=self.engine, key=Key("task"), start=start)
+    def feed(self, pieces: AsyncIterator[bytes] | Iterator[bytes], start: InputPosition = BEGINNING) -> SequentialFeed:
+        return SequentialFeed(pieces, engine=self.engine, key=Key("task"), start=start)
 
     async def paced(self, data: bytes, size: int) -> AsyncIterator[bytes]:
         """Pieces that come only when what came before was appended, so that every position is kept."""
@@ -78,7 +78,7 @@ class Bench:
     async def fed(self, data: bytes, *, key: str = "one", size: int = 100, base_index: int = 0) -> bool:
         """Feed `data` as a process that starts now would: from the batch's own cursor."""
         batch = await self.batch(key)
-        feed = self.feed(pieces_of(data, size), Position.decode(batch.cursor))
+        feed = self.feed(pieces_of(data, size), InputPosition.decode(batch.cursor))
         try:
             return await feed.fill(batch, base_index=base_index)
         finally:
@@ -221,7 +221,7 @@ async def test_a_feed_goes_on_from_every_position_it_ever_kept(tmp_path: Path, t
         expected = await bench.inputs()
         assert len(expected) == 120
         for number, cursor in enumerate(cursors):
-            start = Position.decode(cursor)
+            start = InputPosition.decode(cursor)
             rest = await bench.batch(f"rest {number}")
             assert await bench.feed(pieces_of(data, 41), start).fill(rest, base_index=start.items_count)
             assert await bench.inputs(f"rest {number}") == expected[start.items_count :]
@@ -243,7 +243,7 @@ async def test_a_feed_killed_anywhere_goes_on_and_nothing_is_twice(tmp_path: Pat
 
             batch = await bench.batch()
             with pytest.raises(Killed):
-                await bench.feed(until(), Position.decode(batch.cursor)).fill(batch)
+                await bench.feed(until(), InputPosition.decode(batch.cursor)).fill(batch)
         assert await bench.fed(data, size=dice.randint(1, 700))
         assert await bench.inputs() == data.splitlines()
         assert bench.store.accepted_count <= 500, "an append that was in flight at the end counts nowhere"
@@ -306,14 +306,16 @@ async def test_an_input_that_grew_is_left_for_a_batch_that_goes_on(tmp_path: Pat
     async with Bench(tmp_path) as bench:
         assert await bench.fed(first)
         batch = await bench.batch()
-        feed = bench.feed(pieces_of(first + more, 50), Position.decode(batch.cursor))
+        feed = bench.feed(pieces_of(first + more, 50), InputPosition.decode(batch.cursor))
         assert not await feed.fill(batch)
         rest = await bench.batch("one#2")
         assert await feed.fill(rest, base_index=30)
         assert await bench.inputs("one#2") == lines(25, 30).splitlines()
         assert await bench.inputs("one") == lines(30).splitlines()
         again = await bench.batch("one#2")
-        assert await bench.feed(pieces_of(first + more, 51), Position.decode(again.cursor)).fill(again, base_index=30)
+        assert await bench.feed(pieces_of(first + more, 51), InputPosition.decode(again.cursor)).fill(
+            again, base_index=30
+        )
         assert (await bench.batch("one#2")).expected_count == 25
 
 
@@ -358,7 +360,7 @@ async def test_line_numbers_count_on_after_a_resume(tmp_path: Path) -> None:
         first, more = b"\n1\n\n2", b"\n\nbad\n"
         assert await bench.fed(first)
         batch = await bench.batch()
-        feed = bench.feed(pieces_of(first + more, 3), Position.decode(batch.cursor))
+        feed = bench.feed(pieces_of(first + more, 3), InputPosition.decode(batch.cursor))
         assert not await feed.fill(batch)
         rest = await bench.batch("rest")
         assert await feed.fill(rest, base_index=2)

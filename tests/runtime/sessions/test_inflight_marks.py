@@ -13,7 +13,7 @@ from headrace.foundation.errors import StoreUnavailable
 from headrace.runtime.sessions.active_lease import BEGUN, ENDED, NOT_BEGUN
 from headrace.runtime.sessions.inflight_marks import (
     ALL_SLOTS,
-    Marks,
+    InflightMarks,
     is_dead,
     merged,
     of_session,
@@ -36,7 +36,7 @@ sys.stdin.read()
 
 
 def test_marks_tell_what_had_begun_and_not_ended(tmp_path: Path) -> None:
-    marks = Marks(tmp_path / "own", slot_runs=8)
+    marks = InflightMarks(tmp_path / "own", slot_runs=8)
     _, first = marks.take(1, 10, 4)
     _, second = marks.take(2, 20, 8)
     first[0], first[2], first[3] = BEGUN, ENDED, BEGUN
@@ -51,14 +51,14 @@ def test_marks_tell_what_had_begun_and_not_ended(tmp_path: Path) -> None:
 
 def test_the_room_of_a_file_is_taken_before_anything_is_marked(tmp_path: Path) -> None:
     """A store into a mapped hole of a full disk would end the process by a bus error."""
-    marks = Marks(tmp_path / "own", slot_runs=256)
+    marks = InflightMarks(tmp_path / "own", slot_runs=256)
     found = marks.path.stat()
     assert found.st_blocks * 512 >= found.st_size > 256 * marks.free_count
     marks.close()
 
 
 def test_a_slot_is_used_again_and_starts_clean(tmp_path: Path) -> None:
-    marks = Marks(tmp_path / "own", slot_runs=8, slots=2)
+    marks = InflightMarks(tmp_path / "own", slot_runs=8, slots=2)
     slot, body = marks.take(1, 1, 8)
     body[5] = BEGUN
     assert marks.free_count == 1
@@ -72,7 +72,7 @@ def test_a_slot_is_used_again_and_starts_clean(tmp_path: Path) -> None:
 
 
 def test_a_span_too_long_for_a_slot_is_suspect_as_a_whole(tmp_path: Path) -> None:
-    marks = Marks(tmp_path / "own", slot_runs=8)
+    marks = InflightMarks(tmp_path / "own", slot_runs=8)
     slot, body = marks.take(1, 1, 9)
     assert len(body) == 9
     assert read(marks.path) == {(1, 1): ALL_SLOTS}
@@ -82,7 +82,7 @@ def test_a_span_too_long_for_a_slot_is_suspect_as_a_whole(tmp_path: Path) -> Non
 
 
 def test_two_slots_of_one_lease_are_one_suspicion(tmp_path: Path) -> None:
-    marks = Marks(tmp_path / "own", slot_runs=8)
+    marks = InflightMarks(tmp_path / "own", slot_runs=8)
     for place in (1, 4):
         _, body = marks.take(1, 1, 8)
         body[place] = BEGUN
@@ -91,10 +91,10 @@ def test_two_slots_of_one_lease_are_one_suspicion(tmp_path: Path) -> None:
 
 
 def test_locked_is_alive_and_unlocked_is_dead(tmp_path: Path) -> None:
-    marks = Marks(tmp_path / "own", slot_runs=8)
+    marks = InflightMarks(tmp_path / "own", slot_runs=8)
     assert is_dead(marks.path) is False
     with pytest.raises(StoreUnavailable):
-        Marks(marks.path, slot_runs=8)
+        InflightMarks(marks.path, slot_runs=8)
     _, body = marks.take(1, 1, 1)
     body[0] = BEGUN
     marks.close(keep=True)  # though a run still holds its part of the map
@@ -131,7 +131,7 @@ def test_an_unreadable_file_suspects_nobody(tmp_path: Path, content: bytes) -> N
 def test_children_are_merged_into_their_session(tmp_path: Path) -> None:
     made = []
     for name, place in (("session_a", 0), ("session_a.0-1", 2), ("session_a.1-2", 5), ("session_ab", 7)):
-        marks = Marks(tmp_path / name, slot_runs=8)
+        marks = InflightMarks(tmp_path / name, slot_runs=8)
         _, body = marks.take(1, 1, 8)
         body[place] = BEGUN
         made.append(marks)
@@ -144,4 +144,4 @@ def test_children_are_merged_into_their_session(tmp_path: Path) -> None:
 def test_a_directory_that_can_not_be_written_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreUnavailable, match="can't be made"):
-        Marks(tmp_path / "file" / "own", slot_runs=8)
+        InflightMarks(tmp_path / "file" / "own", slot_runs=8)

@@ -21,10 +21,10 @@ from headrace.foundation.ids import new_batch_id, new_session_id
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import UpdatesUnflushed
-from headrace.runtime.sessions.active_lease import Work
-from headrace.runtime.sessions.inflight_marks import Marks, is_dead, read
+from headrace.runtime.sessions.active_lease import ActiveLease
+from headrace.runtime.sessions.inflight_marks import InflightMarks, is_dead, read
 from headrace.runtime.sessions.recovery import STUCK_TIMEOUTS
-from headrace.runtime.sessions.session import Broker
+from headrace.runtime.sessions.session import StoreSession
 from headrace.store.protocol import Claim, NewBatch, Release, Session, Suspects
 from tests.support import invariants
 from tests.support.engines import Faulty, engine_of
@@ -40,7 +40,7 @@ class Desk:
         self.store = Faulty(engine.store)
         self.clock = ManualClock()
         self.engine = dataclasses.replace(engine, store=self.store, clock=self.clock, beats_beside=False)
-        self.broker = Broker(self.engine, kind="worker")
+        self.broker = StoreSession(self.engine, kind="worker")
 
     async def batch(self, count: int, **key: Any) -> str:
         """A sealed batch of `count` runs of `task`."""
@@ -53,10 +53,10 @@ class Desk:
         await self.store.seal(batch.id, count, now_us=now_us)
         return str(batch.id)
 
-    async def claim(self, runs_max: int = 1_000) -> list[Work]:
+    async def claim(self, runs_max: int = 1_000) -> list[ActiveLease]:
         return await self.broker.claim(["task"], None, runs_max)
 
-    async def end(self, work: Work, code: int = run.COMPLETED) -> None:
+    async def end(self, work: ActiveLease, code: int = run.COMPLETED) -> None:
         """Every run of a lease ends so, and the lease with them."""
         while work.cursor < work.count:
             work.end(work.begin(), code, b"0")
@@ -286,7 +286,7 @@ async def test_an_earlier_part_that_became_durable_ends_no_evidence(tmp_path: Pa
 
 async def test_claims_keep_to_the_leases_that_can_be_marked(tmp_path: Path) -> None:
     async with desk_on(tmp_path) as desk:
-        small = Broker(desk.engine, kind="worker", slots=5)
+        small = StoreSession(desk.engine, kind="worker", slots=5)
         await small.start()
         await desk.batch(100)
         works = [work for _ in range(7) for work in await small.claim(["task"], None, 1)]
@@ -304,7 +304,7 @@ async def test_claims_keep_to_the_leases_that_can_be_marked(tmp_path: Path) -> N
 async def test_a_broker_that_can_not_write_leaves_its_evidence(tmp_path: Path) -> None:
     async with desk_on(tmp_path) as desk:
         batch_id = await desk.batch(10)
-        other = Broker(desk.engine, kind="worker")
+        other = StoreSession(desk.engine, kind="worker")
         await other.start()
         (work,) = await other.claim(["task"], None, 10)
         assert other.marks is not None
@@ -329,18 +329,18 @@ async def test_a_broker_that_can_not_write_leaves_its_evidence(tmp_path: Path) -
         assert [view.crashes_count for view in views] == [1] + [0] * 9
 
 
-async def lost(desk: Desk, *, marks: bool) -> tuple[str, Marks | None, Work]:
+async def lost(desk: Desk, *, marks: bool) -> tuple[str, InflightMarks | None, ActiveLease]:
     """A worker of another process that leased ten runs and began two of them."""
     now_us = desk.clock.now_us()
     session_id = new_session_id(now_us)
     assert desk.engine.live_directory is not None
-    own = Marks(desk.engine.live_directory / session_id, slot_runs=256) if marks else None
+    own = InflightMarks(desk.engine.live_directory / session_id, slot_runs=256) if marks else None
     session = Session(id=session_id, kind="worker", host="elsewhere", pid=7, started_us=now_us)
     await desk.store.start_session(session, now_us=now_us)
     wish = Claim(session_id=session_id, claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=10)
     (lease,) = await desk.store.claim(wish, now_us=now_us)
     slot, body = own.take(lease.span_id, lease.token, lease.runs_count) if own is not None else (-1, None)
-    work = Work(lease, body, slot)
+    work = ActiveLease(lease, body, slot)
     work.begin()
     work.begin()
     return session_id, own, work
@@ -405,7 +405,7 @@ async def test_r18_heartbeats_go_on_while_a_run_blocks_the_loop(tmp_path: Path) 
     store = Faulty(engine.store)
     beats = threading.Semaphore(0)
     store.watch["heartbeat"] = lambda: beats.release()
-    broker = Broker(dataclasses.replace(engine, store=store), kind="worker")
+    broker = StoreSession(dataclasses.replace(engine, store=store), kind="worker")
     await broker.start()
     for _ in range(3):
         assert beats.acquire(timeout=60)
@@ -414,9 +414,9 @@ async def test_r18_heartbeats_go_on_while_a_run_blocks_the_loop(tmp_path: Path) 
 
 
 def test_a_heartbeat_ends_with_the_loop_of_its_owner_though_the_store_is_closed_too(tmp_path: Path) -> None:
-    async def die() -> Broker:
+    async def die() -> StoreSession:
         engine = await engine_of("sqlite", tmp_path, heartbeat_ms=10)
-        broker = Broker(engine, kind="worker")
+        broker = StoreSession(engine, kind="worker")
         await broker.start()
         await engine.close()
         return broker  # nobody stops it
@@ -442,7 +442,7 @@ async def test_starting_and_stopping_twice_does_nothing_more(tmp_path: Path) -> 
 
 async def test_a_broker_that_can_not_start_leaves_nothing_behind(tmp_path: Path) -> None:
     async with desk_on(tmp_path) as desk:
-        other = Broker(desk.engine, kind="worker")
+        other = StoreSession(desk.engine, kind="worker")
         desk.store.before["start_session"] = [AWAY]
         with pytest.raises(StoreUnavailable):
             await other.start()

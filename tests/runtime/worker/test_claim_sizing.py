@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from headrace.runtime.worker import claim_sizing as pace_room
-from headrace.runtime.worker.claim_sizing import GIVE_BACK_S, Pace
+from headrace.runtime.worker.claim_sizing import GIVE_BACK_S, ClaimSizer
 
 
 def test_r19_claims_start_small_and_double(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +19,7 @@ def test_r19_claims_start_small_and_double(monkeypatch: pytest.MonkeyPatch) -> N
         concurrency, unbegun_count, in_flight_count, ended_count = 100, 0, 0, 0
 
     runs: Any = Runs()
-    pace = Pace(runs, chunk_runs=256)
+    pace = ClaimSizer(runs, chunk_runs=256)
     claims = []
     for _ in range(14):
         wanted = pace.wanted()
@@ -32,7 +32,7 @@ def test_r19_claims_start_small_and_double(monkeypatch: pytest.MonkeyPatch) -> N
     assert claims[-1] == pace_room.CLAIM_RUNS
     assert [claim for claim in claims if claim > 1_000 and claim % 256] == []
 
-    slow = Pace(runs, chunk_runs=256)  # ten runs a second: nothing is claimed ahead
+    slow = ClaimSizer(runs, chunk_runs=256)  # ten runs a second: nothing is claimed ahead
     for _ in range(10):
         wanted = slow.wanted()
         slow.claimed(wanted)
@@ -49,7 +49,7 @@ def test_r19_what_can_not_begin_soon_is_given_back_and_not_claimed_again(monkeyp
         concurrency, unbegun_count, in_flight_count, ended_count = 10, 0, 0, 0
 
     runs: Any = Runs()
-    pace = Pace(runs, chunk_runs=256)
+    pace = ClaimSizer(runs, chunk_runs=256)
     for _ in range(20):
         pace.claimed(pace.wanted())
         now_s += 0.06

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from headrace.runtime.worker.process_supervisor import Supervisor
+from headrace.runtime.worker.process_supervisor import ProcessSupervisor
 
 CHILD = """
 import os, signal, sys
@@ -31,7 +31,7 @@ class Stage:
         os.mkfifo(self.path)
         self.told: list[str] = []
         self._body = body
-        self.supervisor = Supervisor(
+        self.supervisor = ProcessSupervisor(
             self._command, count=count, grace_s=grace_s, say=self.told.append, backoff_s=(0.0,)
         )
         self._reading = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)

@@ -22,7 +22,7 @@ from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import MIB, Limits
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.runtime.dispatch.dispatcher import Dispatcher
-from headrace.runtime.dispatch.lease_buffer import Handout
+from headrace.runtime.dispatch.lease_buffer import DeliveredRun
 from headrace.runtime.tasks.bounds import check_name
 
 SECONDS_MAX: Final = 365 * 86_400
@@ -146,7 +146,7 @@ def is_killed(rules: Rules, name: str, data: bytes) -> bool:
     return bool(rules.kills) and rules.is_killed(name, lambda: decode_arguments(data))
 
 
-def delivery_message(dispatcher: Dispatcher, handout: Handout) -> bytes | None:
+def delivery_message(dispatcher: Dispatcher, handout: DeliveredRun) -> bytes | None:
     """Encode the message that a worker receives. A run whose payload is no activation fails, and None is returned.
 
     The first delivery of an activation that came in over this protocol is its original bytes.
@@ -160,7 +160,7 @@ def delivery_message(dispatcher: Dispatcher, handout: Handout) -> bytes | None:
         return None
 
 
-def build_delivery(handout: Handout, now_us: int) -> wire.TaskActivation:
+def build_delivery(handout: DeliveredRun, now_us: int) -> wire.TaskActivation:
     """Build the message that a worker receives: the original, updated with what later attempts changed.
 
     Raises `DecodeError` for a payload that is no activation.

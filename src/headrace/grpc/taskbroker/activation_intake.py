@@ -16,9 +16,9 @@ from headrace.core.delimited import DelimitedDecoder, Oversized
 from headrace.core.pack import ACTIVATION
 from headrace.foundation.errors import InvalidInput
 from headrace.grpc.taskbroker.activation_codec import ActivationEntry, decode_entry, is_killed
-from headrace.runtime.concurrent_map import ingest
-from headrace.runtime.dispatch.backpressure import Pressure
-from headrace.runtime.dispatch.rule_cache import RuleBook
+from headrace.runtime.concurrent_map import map_concurrently
+from headrace.runtime.dispatch.backpressure import Backpressure
+from headrace.runtime.dispatch.rule_cache import RuleCache
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Producer
 
@@ -62,8 +62,8 @@ class ActivationIntake:
     def __init__(self, engine: Engine, producer: Producer) -> None:
         self._engine = engine
         self._producer = producer
-        self._rules = RuleBook(engine)
-        self._pressure = Pressure(engine)
+        self._rules = RuleCache(engine)
+        self._pressure = Backpressure(engine)
 
     async def take(self, pieces: AsyncIterable[bytes]) -> IntakeResult:
         """Store a stream of activations, each preceded by its length as a varint.
@@ -89,7 +89,9 @@ class ActivationIntake:
         async def step(group: list[tuple[int, bytes | Oversized]]) -> None:
             await self._store(group, taken)
 
-        async with aclosing(ingest(groups, step, concurrency=self._engine.limits.ingest_concurrency)) as steps:
+        async with aclosing(
+            map_concurrently(groups, step, concurrency=self._engine.limits.ingest_concurrency)
+        ) as steps:
             async for _ in steps:
                 pass
         return taken

@@ -20,9 +20,9 @@ from headrace.grpc.transport import status
 from headrace.grpc.transport.service_methods import CallContext, DeferredResponse, Method, ResponseAfter, methods_of
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.runtime.dispatch.dispatcher import Dispatcher
-from headrace.runtime.dispatch.lease_buffer import Handout, Wish
+from headrace.runtime.dispatch.lease_buffer import DeliveredRun, QueueFilter
 from headrace.runtime.dispatch.prefetcher import WISHES_MAX
-from headrace.runtime.dispatch.report_outcome import Report
+from headrace.runtime.dispatch.report_outcome import ActivationReport
 
 LOG = structlog.get_logger("headrace.grpc")
 DeliveryMode = Literal["pull", "push", "both"]
@@ -59,7 +59,7 @@ class ConsumerService:
         task = self._take_buffered(wish)
         return self._get_when_available(wish) if task is None else task
 
-    async def _get_when_available(self, wish: Wish) -> bytes:
+    async def _get_when_available(self, wish: QueueFilter) -> bytes:
         task = await self._fetch(wish)
         if task is None:
             raise GrpcError(Code.NOT_FOUND, "No pending activations")
@@ -74,11 +74,11 @@ class ConsumerService:
         get_next = partial(self._get_next, _claim_request_of(request.fetch_next_task))
         return get_next() if written is None else ResponseAfter(written, get_next)
 
-    def _get_next(self, wish: Wish) -> bytes | Coroutine[Any, Any, bytes]:
+    def _get_next(self, wish: QueueFilter) -> bytes | Coroutine[Any, Any, bytes]:
         task = self._take_buffered(wish)
         return self._get_next_when_available(wish) if task is None else task
 
-    async def _get_next_when_available(self, wish: Wish) -> bytes:
+    async def _get_next_when_available(self, wish: QueueFilter) -> bytes:
         try:
             return await self._fetch(wish) or b""
         except HeadraceError as error:  # an error would make the worker report the same outcome again
@@ -93,24 +93,24 @@ class ConsumerService:
         reports = [_report(update) for update in request.updates]
         return self._dispatcher.report_nowait(reports, is_awaited=self._is_awaited)
 
-    def _take_buffered(self, wish: Wish) -> bytes | None:
+    def _take_buffered(self, wish: QueueFilter) -> bytes | None:
         handout = self._dispatcher.fetch_nowait(wish)
         return None if handout is None else self._encode_response(handout)
 
-    async def _fetch(self, wish: Wish) -> bytes | None:
+    async def _fetch(self, wish: QueueFilter) -> bytes | None:
         """Fetch and encode an activation; None if none is waiting."""
         while (handout := await self._dispatcher.fetch(wish)) is not None:
             if (task := self._encode_response(handout)) is not None:
                 return task
         return None
 
-    def _encode_response(self, handout: Handout) -> bytes | None:
+    def _encode_response(self, handout: DeliveredRun) -> bytes | None:
         message = delivery_message(self._dispatcher, handout)
         handout.payload = b""  # the worker has it; free the memory
         return None if message is None else as_first_field(message)
 
 
-def _claim_request_of(request: wire.GetTaskRequest | wire.FetchNextTask) -> Wish:
+def _claim_request_of(request: wire.GetTaskRequest | wire.FetchNextTask) -> QueueFilter:
     application, namespace = request.application, request.namespace
     return claim_request_of(
         application if application or request.HasField("application") else None,
@@ -119,12 +119,12 @@ def _claim_request_of(request: wire.GetTaskRequest | wire.FetchNextTask) -> Wish
 
 
 @lru_cache(WISHES_MAX)
-def claim_request_of(application: str | None, namespace: str | None) -> Wish:
+def claim_request_of(application: str | None, namespace: str | None) -> QueueFilter:
     """Return the claim request of a filter. Cached: workers use the same few filters again and again."""
-    return Wish(application, None if namespace is None else (namespace,))
+    return QueueFilter(application, None if namespace is None else (namespace,))
 
 
-def _report(request: wire.SetTaskStatusRequest) -> Report:
+def _report(request: wire.SetTaskStatusRequest) -> ActivationReport:
     """Convert a status update. Raises `GrpcError` for a status that ends no attempt."""
     state = STATES.get(request.status)
     if state is None:
@@ -132,7 +132,7 @@ def _report(request: wire.SetTaskStatusRequest) -> Report:
             Code.INVALID_ARGUMENT,
             f"Invalid status, expects 3 (Failure), 4 (Retry), or 5 (Complete), but got: {_name(request.status)}",
         )
-    return Report(
+    return ActivationReport(
         request.id,
         state,
         request.max_attempts if request.HasField("max_attempts") else None,

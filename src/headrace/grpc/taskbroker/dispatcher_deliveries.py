@@ -8,7 +8,7 @@ from headrace.core.activation import SEPARATOR
 from headrace.grpc.taskbroker.activation_codec import delivery_message
 from headrace.grpc.taskbroker.delivery_protocol import PushDelivery
 from headrace.runtime.dispatch.dispatcher import Dispatcher
-from headrace.runtime.dispatch.lease_buffer import Wish
+from headrace.runtime.dispatch.lease_buffer import QueueFilter
 
 
 class DispatcherDeliveries:
@@ -20,7 +20,7 @@ class DispatcherDeliveries:
     async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[PushDelivery]:
         """Claim at most `count_max` activations of an application, best first."""
         deliveries = []
-        for handout in await self._dispatcher.take(Wish(application), count_max, lease_ms=lease_ms):
+        for handout in await self._dispatcher.take(QueueFilter(application), count_max, lease_ms=lease_ms):
             message = delivery_message(self._dispatcher, handout)
             if message is not None:
                 at_most_once = handout.held.work.lease.at_most_once

@@ -29,7 +29,7 @@ from headrace.grpc.transport.signing import Secrets
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.runtime.clock import SECOND_US, Clock
 from headrace.runtime.flusher import Flusher, UpdatesUnflushed
-from headrace.runtime.wakeup import Doorbell
+from headrace.runtime.wakeup import Wakeup
 
 LOG: Any = structlog.get_logger("headrace.push")
 PATH: Final = "/sentry_protos.taskbroker.v1.WorkerService/PushTask"
@@ -113,14 +113,14 @@ class Pusher:
         *,
         limits: Limits,
         clock: Clock,
-        doorbell: Doorbell,
+        wakeup: Wakeup,
         secrets: Secrets | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._deliveries = deliveries
         self._limits = limits
         self._clock = clock
-        self._doorbell = doorbell
+        self._wakeup = wakeup
         self._has_capacity = asyncio.Event()
         self._stopped = asyncio.Event()
         self._refusals_by_id: dict[str, int] = {}
@@ -150,7 +150,7 @@ class Pusher:
         """Stop claiming, let calls in flight finish, write their marks, and close the connections."""
         self._stopped.set()
         self._has_capacity.set()
-        self._doorbell.hear()  # wakes the loops that wait for notifications; they see that the pusher has stopped
+        self._wakeup.notify_local()
         loops, self._loops = self._loops, []
         if loops:
             await asyncio.wait(loops, timeout=self._limits.shutdown_grace_s)
@@ -176,7 +176,7 @@ class Pusher:
         endpoints = self.endpoints[application]
         poll_s = self._limits.poll_interval_ms / 1_000
         while not self._stopped.is_set():
-            rings_count = self._doorbell.rings_count
+            notified_count = self._wakeup.notified_count
             self._has_capacity.clear()
             now_us = self._clock.now_us()
             capacity = sum(endpoint.capacity(now_us) for endpoint in endpoints)
@@ -196,7 +196,7 @@ class Pusher:
             for delivery in deliveries:
                 self._send(endpoints, delivery)
             if not deliveries:
-                await self._doorbell.wait(self._clock, poll_s, since=rings_count)
+                await self._wakeup.wait(self._clock, poll_s, since=notified_count)
 
     def _send(self, endpoints: list[PushEndpoint], delivery: PushDelivery) -> None:
         """Send an activation to the endpoint with the most capacity."""

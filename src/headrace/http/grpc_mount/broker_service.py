@@ -83,7 +83,7 @@ class Broker:
         """Leave in good order; leases go back."""
         caller = await self._caller(call)
         await caller.engine.store.end_session(check_session(request.session), now_us=caller.engine.clock.now_us())
-        caller.engine.doorbell.ring()
+        caller.engine.wakeup.notify()
         return wire.EndSessionResponse()
 
     # -- claims

@@ -50,7 +50,7 @@ async def pushing(
         targets,
         limits=service.limits,
         clock=engine.clock,
-        doorbell=engine.doorbell,
+        wakeup=engine.wakeup,
         secrets=Secrets(secrets),
     )
     service.metrics.registry.register(PushMetrics(pusher))

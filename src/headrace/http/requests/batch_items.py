@@ -10,10 +10,10 @@ from headrace.http.requests.error_responses import Forbidden, Unprocessable
 from headrace.http.requests.item_codec import ItemDecoder
 from headrace.http.requests.request_body import body_pieces
 from headrace.http.requests.service import RequestContext, Service
-from headrace.runtime.producing.indexed_feed import IndexOutside, Intake, Taken, UnreadableItem
+from headrace.runtime.producing.indexed_feed import FeedCounts, IndexedFeed, IndexOutside, UnreadableItem
 
 
-async def ingest_items(service: Service, call: RequestContext, request: Request, batch: Batch) -> Taken:
+async def ingest_items(service: Service, call: RequestContext, request: Request, batch: Batch) -> FeedCounts:
     """Read the items of a request into a batch. Raises errors of reading and of storing."""
     engine = call.engine
     token_only = not call.principal.may("batches:write")
@@ -29,7 +29,7 @@ async def ingest_items(service: Service, call: RequestContext, request: Request,
         may_run=may_run,
         fetched=lambda name: service.packets.fetched(call.environment, name, bytes_max=service.limits.packet_bytes_max),
     )
-    intake = Intake(engine, batch, decoder)
+    intake = IndexedFeed(engine, batch, decoder)
     try:
         taken = await intake.run(body_pieces(request, service.limits), meter=service.metrics.bytes.inc)
     except IndexOutside as error:
@@ -44,13 +44,13 @@ async def ingest_items(service: Service, call: RequestContext, request: Request,
     return taken
 
 
-async def seal_if_complete(call: RequestContext, batch: Batch, taken: Taken) -> Batch:
+async def seal_if_complete(call: RequestContext, batch: Batch, taken: FeedCounts) -> Batch:
     """Seal a batch if none of its items is missing; otherwise return it unsealed.
 
     Raises `Unprocessable` if the batch was cancelled or abandoned.
     """
     if taken.sealed is not None:
-        call.engine.recorded.ring()
+        call.engine.recorded.notify()
         return taken.sealed
     if batch.expected_count is None:
         return (await call.engine.store.batch(batch.id))[0]
@@ -64,7 +64,7 @@ async def seal_if_complete(call: RequestContext, batch: Batch, taken: Taken) -> 
                 "Cannot seal batch.",
                 batch_id=batch.id,
             ) from None
-    call.engine.recorded.ring()
+    call.engine.recorded.notify()
     return after
 
 

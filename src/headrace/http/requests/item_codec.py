@@ -22,7 +22,7 @@ from headrace.core.span import Key
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import INDEX_MAX
 from headrace.foundation.limits import DAY_MS, Limits
-from headrace.runtime.producing.indexed_feed import Bulk, Entry, Group, UnreadableItem
+from headrace.runtime.producing.indexed_feed import EntryGroup, IndexedItem, ItemRange, UnreadableItem
 from headrace.runtime.tasks.bounds import PRIORITY_MAX, TIMEOUT_S_MAX, check_name
 
 Disposition = Literal["honoured", "kept", "refused"]
@@ -197,7 +197,7 @@ class ItemDecoder:
                 self._keys[task] = key
         return key
 
-    def many(self, lines: Sequence[bytes]) -> Group | None:
+    def many(self, lines: Sequence[bytes]) -> EntryGroup | None:
         """Decode many lines at once. Returns None if any of them is invalid; then `one` finds the error."""
         try:
             items = _decoder.decode_lines(b"\n".join(lines))
@@ -207,20 +207,20 @@ class ItemDecoder:
         except (msgspec.DecodeError, InvalidInput, UnicodeDecodeError, RecursionError):
             return None
 
-    def _grouped(self, items: list[ItemLine]) -> Group:
+    def _grouped(self, items: list[ItemLine]) -> EntryGroup:
         """Group consecutive plain items of the same task, which are then appended to a chunk in a few calls."""
-        group: list[Entry | Bulk] = []
+        group: list[IndexedItem | ItemRange] = []
         for (_, task), numbered in groupby(enumerate(items), lambda pair: (pair[1].index - pair[0], pair[1].task)):
             lines = [line for _, line in numbered]
             if all(map(_is_plain, lines)):
                 payloads = [bytes(line.payload) for line in lines]  # type: ignore[arg-type]  # a plain line has one
                 if len(lines) > 1 and _MAY_HOLD_JSON.isdisjoint(payload[:2] for payload in payloads):
-                    group.append(Bulk(lines[0].index, self.key_of(task), payloads))
+                    group.append(ItemRange(lines[0].index, self.key_of(task), payloads))
                     continue
             group += map(self._entry, lines)
         return group
 
-    def one(self, line: bytes) -> Entry:
+    def one(self, line: bytes) -> IndexedItem:
         """Decode one line. Raises `InvalidInput` that says what is wrong with it."""
         try:
             return self._entry(_decoder.decode(line))
@@ -231,16 +231,16 @@ class ItemDecoder:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UnreadableItem(f"Invalid JSON: {error}") from None
 
-    def entry(self, task: str, payload: msgspec.Raw, options: ItemOptions | None) -> Entry:
+    def entry(self, task: str, payload: msgspec.Raw, options: ItemOptions | None) -> IndexedItem:
         """Build a run that was requested by itself, without a batch. Raises `InvalidInput`."""
         return self._entry(ItemLine(index=0, task=check_name("task", task), payload=payload, options=options))
 
-    def _entry(self, line: ItemLine) -> Entry:
+    def _entry(self, line: ItemLine) -> IndexedItem:
         key = self.key_of(line.task)
         options = line.options
         if options is None:
             payload, kind = _payload(line.payload, None)
-            return Entry(line.index, key, payload, kind)
+            return IndexedItem(line.index, key, payload, kind)
         for name, attribute in _REFUSED_OPTIONS:
             if getattr(options, attribute) is not UNSET:
                 raise InvalidItem(
@@ -248,7 +248,7 @@ class ItemDecoder:
                     hint="remove the option",
                 )
         payload, kind = _payload(line.payload, options.payload_type)
-        return Entry(line.index, self._key_with_options(key, options), payload, kind, self._extra(options))
+        return IndexedItem(line.index, self._key_with_options(key, options), payload, kind, self._extra(options))
 
     def _key_with_options(self, key: Key, options: ItemOptions) -> Key:
         due_us = 0 if options.delay is None else parse_time_us("delay", options.delay, self._now_us)

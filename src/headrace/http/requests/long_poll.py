@@ -37,7 +37,7 @@ class RemoteWork:
         until_us = clock.now_us() + int(wait_s * 1_000_000)
         keepalive_us = clock.now_us() + int(KEEPALIVE_S * 1_000_000)
         while True:
-            rings_count = engine.doorbell.rings_count
+            notified_count = engine.wakeup.notified_count
             leases = await engine.store.claim(request, now_us=clock.now_us())
             left_s = (until_us - clock.now_us()) / 1_000_000
             if leases or left_s <= 0 or self._service.is_draining:
@@ -45,7 +45,7 @@ class RemoteWork:
                 yield leases
                 return
             step_s = min(left_s, STEP_S, engine.limits.poll_interval_ms / 1_000)
-            await engine.doorbell.wait(clock, step_s, since=rings_count)
+            await engine.wakeup.wait(clock, step_s, since=notified_count)
             if clock.now_us() >= keepalive_us:
                 keepalive_us = clock.now_us() + int(KEEPALIVE_S * 1_000_000)
                 yield None
@@ -79,7 +79,7 @@ class RemoteWork:
             len(settlement.codes) for settlement, word in zip(settlements, words, strict=True) if word != LOST
         )
         self._service.metrics.settled.inc(runs_count)
-        call.engine.recorded.ring()
+        call.engine.recorded.notify()
         return words
 
     async def release(self, call: Caller, releases: Sequence[Release]) -> list[str]:
@@ -90,7 +90,7 @@ class RemoteWork:
         words = await engine.store.release(
             releases, crashes_max=engine.limits.crashes_max, now_us=engine.clock.now_us()
         )
-        engine.doorbell.ring()
+        engine.wakeup.notify()
         return words
 
 

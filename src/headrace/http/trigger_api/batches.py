@@ -21,7 +21,7 @@ from headrace.http.requests.request_body import decode_body
 from headrace.http.requests.result_resolver import ResultResolver
 from headrace.http.requests.serializers import trigger_batch, trigger_error
 from headrace.http.requests.service import RequestContext, Service
-from headrace.runtime.producing.indexed_feed import Taken
+from headrace.runtime.producing.indexed_feed import FeedCounts
 from headrace.store.protocol import NewBatch
 
 RUNS_SHOWN_MAX: Final = 10_000
@@ -118,7 +118,7 @@ class Batches:
         if not await service.is_exempt_from_limit(call.environment, batch):
             await service.spend_request(request, call.principal)
         if batch.state in (SEALED, COMPLETED):
-            return _streamed(batch, Taken())
+            return _streamed(batch, FeedCounts())
         _check_open(batch)
         check_accepts_items(batch)
         async with service.stream():
@@ -178,7 +178,7 @@ class Batches:
         yield b"]}"
 
 
-def _streamed(batch: Batch, taken: Taken) -> Response:
+def _streamed(batch: Batch, taken: FeedCounts) -> Response:
     is_sealed = batch.state in (SEALED, COMPLETED)
     body: dict[str, Any] = {
         "id": batch.id,

@@ -68,7 +68,7 @@ class Runs:
         call, view, _ = await self._found(request, "runs:write")
         engine = call.engine
         await engine.store.cancel_runs(view.batch_id, [view.index], now_us=engine.clock.now_us())
-        engine.recorded.ring()
+        engine.recorded.notify()
         return json_response({"id": run_id(view.batch_id, view.index)})
 
     async def replay(self, request: Request) -> Response:

@@ -153,7 +153,7 @@ class Ledgers:
         batch, _ = await call.get_batch(request.path_params["batch_id"])
         wish = await _optional(request, self._service, Seal)
         await call.engine.store.seal(batch.id, wish.run_count, now_us=call.engine.clock.now_us())
-        call.engine.recorded.ring()
+        call.engine.recorded.notify()
         return await self._told(call, batch.id)
 
     async def cancel(self, request: Request) -> Response:
@@ -161,7 +161,7 @@ class Ledgers:
         call = await self._call(request, "batches:write")
         batch, _ = await call.get_batch(request.path_params["batch_id"])
         await call.engine.store.stop_batch(batch.id, CANCELLED, now_us=call.engine.clock.now_us())
-        call.engine.recorded.ring()
+        call.engine.recorded.notify()
         return await self._told(call, batch.id)
 
     async def redrive(self, request: Request) -> Response:
@@ -170,7 +170,7 @@ class Ledgers:
         batch, _ = await call.get_batch(request.path_params["batch_id"])
         wish = await _optional(request, self._service, Redrive)
         count = await call.engine.store.redrive(batch.id, wish.indexes)
-        call.engine.doorbell.ring()
+        call.engine.wakeup.notify()
         return json_response({"id": batch.id, "redriven": count})
 
     async def results(self, request: Request) -> Response:
@@ -260,7 +260,7 @@ class News:
 
     def look(self) -> None:
         """Before the store is asked."""
-        self._rings_count = self._engine.recorded.rings_count
+        self._rings_count = self._engine.recorded.notified_count
 
     async def turn(self) -> bool:
         """Wait a poll interval, or for a ring, or the server's end; True when a sign of life is due."""

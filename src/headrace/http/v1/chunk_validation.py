@@ -17,7 +17,7 @@ from headrace.foundation.ids import check_batch_id
 from headrace.foundation.limits import TABLE, Limits
 from headrace.http.requests.service import RequestContext
 from headrace.runtime.tasks.bounds import SCHEDULES_MAX, check_name, check_priority
-from headrace.runtime.tasks.schedule_spec import rule_known_as
+from headrace.runtime.tasks.schedule_spec import stored_rule
 from headrace.store.payloads import Reference, check_key
 from headrace.store.protocol import NewBatch, Schedule, Tick
 
@@ -69,7 +69,7 @@ def check_schedules(schedules: Sequence[Schedule]) -> None:
     for one in schedules:
         check_name("schedule", one.name)
         check_name("task", one.task)
-        rule_known_as(one)
+        stored_rule(one)
 
 
 def checked_tick(call: RequestContext, limits: Limits, tick: Tick) -> Tick:

@@ -120,9 +120,9 @@ class RemoteStores:
         if name == "create_batch" and answer[0].environment != call.environment:
             raise Conflict("a batch has this id already", batch_id=answer[0].id)
         if name in ("append", "redrive") or (name == "tick" and answer.is_ours):
-            call.engine.doorbell.ring()
+            call.engine.wakeup.notify()
         elif name in ("seal", "stop_batch", "cancel_runs"):
-            call.engine.recorded.ring()
+            call.engine.recorded.notify()
         return answer
 
     async def _within(self, call: RequestContext, name: str, values: dict[str, Any]) -> None:

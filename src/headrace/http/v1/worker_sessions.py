@@ -162,7 +162,7 @@ class Work:
         call = await self._service.authorize(request, "work")
         session_id = check_session(request.path_params["session_id"])
         await call.engine.store.end_session(session_id, now_us=call.engine.clock.now_us())
-        call.engine.doorbell.ring()
+        call.engine.wakeup.notify()
         return Response(status_code=204)
 
     async def claim(self, request: Request) -> Response:

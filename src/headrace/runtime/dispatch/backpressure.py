@@ -24,7 +24,7 @@ RETRY_S: Final = 5
 STATES: Final = ("waiting", "delayed", "leased")
 
 
-class NoRoom(EngineFault):
+class QueueFull(EngineFault):
     """A bound on what may wait is reached; there is room again when workers have caught up."""
 
     code: ClassVar[str] = "NO_ROOM"
@@ -37,7 +37,7 @@ class _Counts(NamedTuple):
     bytes_count: int
 
 
-class Pressure:
+class Backpressure:
     """The bounds of one environment, as one server sees them. Owned by one event loop."""
 
     def __init__(self, engine: Engine) -> None:
@@ -51,7 +51,7 @@ class Pressure:
         self.is_bounded = any((*self._per_queue.values(), *self._overall.values(), self._bytes_max))
 
     async def admit(self, keys: Sequence[Key]) -> None:
-        """Let runs with these keys in, waiting for room for a while. Raises `NoRoom`."""
+        """Let runs with these keys in, waiting for room for a while. Raises `QueueFull`."""
         if not self.is_bounded or not keys:
             return
         clock = self._engine.clock
@@ -59,7 +59,7 @@ class Pressure:
         while (reason := await self._reason(keys)) is not None:
             left_s = (until_us - clock.now_us()) / 1_000_000
             if left_s <= 0:
-                raise NoRoom(
+                raise QueueFull(
                     f"no room: {reason}", hint=f"send it again in {RETRY_S} s, or add workers", retry_after_s=RETRY_S
                 )
             await clock.sleep(min(left_s, STEP_S))

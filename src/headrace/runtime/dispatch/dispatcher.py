@@ -24,15 +24,27 @@ from headrace.core.rules import Rules
 from headrace.core.run import CANCELLED, EXPIRED, FAILED
 from headrace.core.span import OVERDUE
 from headrace.foundation.errors import EngineFault, HeadraceError, ObjectMissing, StoreUnavailable
-from headrace.runtime.dispatch.lease_buffer import Deadlines, Handout, Held, Line, Wish
-from headrace.runtime.dispatch.prefetcher import Supply
-from headrace.runtime.dispatch.report_outcome import COMPLETE, Answer, Report, Verdict, setback_of
-from headrace.runtime.dispatch.report_writer import Reporting, Stray, Update
-from headrace.runtime.dispatch.rule_cache import RuleBook
+from headrace.runtime.dispatch.lease_buffer import (
+    BufferedLease,
+    DeliveredRun,
+    DeliveryDeadlines,
+    LeaseBuffer,
+    QueueFilter,
+)
+from headrace.runtime.dispatch.prefetcher import Prefetcher
+from headrace.runtime.dispatch.report_outcome import (
+    COMPLETE,
+    ActivationReport,
+    ReportOutcome,
+    ReportWaiter,
+    unsuccessful_outcome,
+)
+from headrace.runtime.dispatch.report_writer import ForeignReport, ReportUpdate, ReportWriter
+from headrace.runtime.dispatch.rule_cache import RuleCache
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
 from headrace.runtime.sessions.recovery import DISPATCHER
-from headrace.runtime.sessions.session import Broker
+from headrace.runtime.sessions.session import StoreSession
 from headrace.store.protocol import Heartbeat, Release
 
 LOG: Any = structlog.get_logger("headrace.dispatcher")
@@ -59,19 +71,19 @@ class Dispatcher:
         `is_killed` says which activations, by rules, task and payload, are dropped instead of handed out.
         """
         self.engine = engine
-        self._rules = RuleBook(engine)
+        self._rules = RuleCache(engine)
         self._is_killed = is_killed
         self.overdue_count = 0
-        self._broker = Broker(engine, kind=DISPATCHER)
+        self._broker = StoreSession(engine, kind=DISPATCHER)
         self._broker.on_ended = self._session_ended
         self._broker.on_unwanted = self._unwanted_now
-        self._reporting = Reporting(engine, landed=self._landed, is_stray=self._is_stray)
+        self._reporting = ReportWriter(engine, landed=self._landed, is_stray=self._is_stray)
         self._flush_interval_ms = flush_interval_ms
-        self._flusher: Flusher[Update] | None = None
-        self._line = Line()
-        self._supply = Supply(engine, self._broker, self._line, on_ended=self._session_ended)
-        self._out: dict[str, Handout] = {}
-        self._deadlines = Deadlines()
+        self._flusher: Flusher[ReportUpdate] | None = None
+        self._line = LeaseBuffer()
+        self._supply = Prefetcher(engine, self._broker, self._line, on_ended=self._session_ended)
+        self._out: dict[str, DeliveredRun] = {}
+        self._deadlines = DeliveryDeadlines()
         self._ticking: asyncio.Task[None] | None = None
         self._unwanted: frozenset[str] = frozenset()
         self._is_stopping = False
@@ -151,7 +163,7 @@ class Dispatcher:
 
     # -- handing out
 
-    async def fetch(self, wish: Wish) -> Handout | None:
+    async def fetch(self, wish: QueueFilter) -> DeliveredRun | None:
         """One activation that a wish covers, now in its asker's hands; None when none waits.
 
         Raises `StoreUnavailable` when the store can't be asked.
@@ -161,7 +173,7 @@ class Dispatcher:
             self._begin(handout, self.engine.clock.now_us())
         return handout
 
-    def fetch_nowait(self, wish: Wish) -> Handout | None:
+    def fetch_nowait(self, wish: QueueFilter) -> DeliveredRun | None:
         """What `fetch` answers if that is here already; None where it must be waited for, or there is none."""
         handout = self._next_nowait(wish) if wish.is_answerable and self._ticking is not None else None
         if handout is None:
@@ -172,9 +184,9 @@ class Dispatcher:
         self._begin(handout, handout.held.since_us)  # it was taken this moment
         return handout
 
-    async def take(self, wish: Wish, count_max: int, *, lease_ms: int) -> list[Handout]:
+    async def take(self, wish: QueueFilter, count_max: int, *, lease_ms: int) -> list[DeliveredRun]:
         """At most so many, on their way to workers: within `lease_ms` each is marked or given back, or goes back."""
-        found: list[Handout] = []
+        found: list[DeliveredRun] = []
         while len(found) < count_max:
             try:
                 handout = await (self._next_in_line(wish) if found else self._next(wish))
@@ -205,21 +217,21 @@ class Dispatcher:
             self._put_back(handout)
         return len(found)
 
-    def _on_their_way(self, names: Sequence[str]) -> list[Handout]:
+    def _on_their_way(self, names: Sequence[str]) -> list[DeliveredRun]:
         known = (self._out.get(name) for name in dict.fromkeys(names))
         return [handout for handout in known if handout is not None and handout.is_claimed]
 
-    def _put_back(self, handout: Handout) -> None:
+    def _put_back(self, handout: DeliveredRun) -> None:
         handout.is_claimed = False
         self._deadlines.remove(handout)
         del self._out[handout.name]
         self._line.put_back(handout, self.engine.clock.now_us())
 
-    def _begin(self, handout: Handout, now_us: int) -> None:
+    def _begin(self, handout: DeliveredRun, now_us: int) -> None:
         wait_ms = handout.extra.timeout_ms + self.engine.limits.delivery_grace_ms
         self._deadlines.add(handout, now_us + wait_ms * 1_000)
 
-    async def _next(self, wish: Wish) -> Handout | None:
+    async def _next(self, wish: QueueFilter) -> DeliveredRun | None:
         """The next that a wish covers, leased for it when none is in line."""
         if not wish.is_answerable or self._ticking is None:
             return None
@@ -228,14 +240,14 @@ class Dispatcher:
                 return None
         return handout
 
-    async def _next_in_line(self, wish: Wish) -> Handout | None:
+    async def _next_in_line(self, wish: QueueFilter) -> DeliveredRun | None:
         """The next in line with all of its bytes."""
         while (handout := self._next_nowait(wish)) is not None:
             if handout.kind != REFERENCE or await self._fetched(handout):
                 return handout
         return None
 
-    def _next_nowait(self, wish: Wish) -> Handout | None:
+    def _next_nowait(self, wish: QueueFilter) -> DeliveredRun | None:
         """The next in line that may run, in nobody's hands until its deadline is set; what may not run ends here."""
         while not self._is_full:
             now_us = self.engine.clock.now_us()
@@ -254,7 +266,7 @@ class Dispatcher:
             if not handout.extra.idempotency_key:  # another door may have let anything into the lane
                 self.refuse(handout, "a run of the lane of activations has no id to go out under")
             elif 0 < held.work.lease.expires_us <= now_us:
-                self._end(handout, Verdict(EXPIRED, b"", 0, ""))
+                self._end(handout, ReportOutcome(EXPIRED, b"", 0, ""))
             elif not self._rules.rules.kills or not self._dropped(handout):
                 return handout
         return None
@@ -264,19 +276,19 @@ class Dispatcher:
         """Whether nothing more is handed out for now."""
         return self._is_stopping or len(self._out) >= self.engine.limits.deliveries_max
 
-    def _dropped(self, handout: Handout) -> bool:
+    def _dropped(self, handout: DeliveredRun) -> bool:
         """Whether a rule dropped it, which ends it."""
         if not self._is_killed(self._rules.rules, handout.extra.name, handout.payload):
             return False
-        self._end(handout, Verdict(CANCELLED, b"", 0, ""))
+        self._end(handout, ReportOutcome(CANCELLED, b"", 0, ""))
         return True
 
-    def refuse(self, handout: Handout, why: str) -> None:
+    def refuse(self, handout: DeliveredRun, why: str) -> None:
         """What was handed out can't be read by any worker: it fails."""
         error = Failure(type="Unreadable", message=why, attempts=handout.attempt)
-        self._end(handout, Verdict(FAILED, error.encode(), 0, ""))
+        self._end(handout, ReportOutcome(FAILED, error.encode(), 0, ""))
 
-    async def _fetched(self, handout: Handout) -> bool:
+    async def _fetched(self, handout: DeliveredRun) -> bool:
         """Whether a large activation may be handed out: its object is there, and no rule drops it for what is in it."""
         try:
             handout.payload, handout.kind = await self.engine.fetch(handout.payload)
@@ -301,7 +313,7 @@ class Dispatcher:
 
     # -- taking reports
 
-    async def report(self, reports: Sequence[Report], *, is_awaited: bool = True) -> None:
+    async def report(self, reports: Sequence[ActivationReport], *, is_awaited: bool = True) -> None:
         """How attempts ended; answers after the commit that holds it, or, not awaited, once it is taken in.
 
         A repeat, what came too late, and what nobody knows change nothing. Raises what the store refuses for good.
@@ -310,11 +322,13 @@ class Dispatcher:
         if written is not None:
             await written
 
-    def report_nowait(self, reports: Sequence[Report], *, is_awaited: bool = True) -> asyncio.Future[None] | None:
+    def report_nowait(
+        self, reports: Sequence[ActivationReport], *, is_awaited: bool = True
+    ) -> asyncio.Future[None] | None:
         """The same without a task of its caller's: what is to be waited for, or None when nothing is."""
         if self._flusher is None:
             raise StoreUnavailable("this server takes no reports now", hint="report to another one, or in a moment")
-        answer = Answer(len(reports)) if is_awaited and reports else None
+        answer = ReportWaiter(len(reports)) if is_awaited and reports else None
         for number, one in enumerate(reports):
             update = self._taken(one, answer)
             try:
@@ -326,7 +340,9 @@ class Dispatcher:
                 return asyncio.create_task(self._report_in_turn(update, reports[number + 1 :], answer))
         return None if answer is None else answer.future
 
-    async def _report_in_turn(self, first: Update, reports: Sequence[Report], answer: Answer | None) -> None:
+    async def _report_in_turn(
+        self, first: ReportUpdate, reports: Sequence[ActivationReport], answer: ReportWaiter | None
+    ) -> None:
         """What there was no room for, each when there is."""
         assert self._flusher is not None
         update = first
@@ -341,20 +357,20 @@ class Dispatcher:
         if answer is not None:
             await answer.future
 
-    def _not_taken(self, update: Update) -> None:
+    def _not_taken(self, update: ReportUpdate) -> None:
         """A report was not taken in: whoever reports it again finds it as it was."""
-        if isinstance(update, Handout):
+        if isinstance(update, DeliveredRun):
             self._restore(update)
 
-    def _taken(self, report: Report, answer: Answer | None) -> Update:
+    def _taken(self, report: ActivationReport, answer: ReportWaiter | None) -> ReportUpdate:
         """What a report comes to, its run out of its worker's hands."""
         handout = self._out.pop(report.name, None)
         if handout is None:
-            return Stray(report, answer)
+            return ForeignReport(report, answer)
         verdict = COMPLETE
         if report.state != "completed":
             lease = handout.held.work.lease
-            verdict = setback_of(
+            verdict = unsuccessful_outcome(
                 report,
                 attempt=lease.attempt,
                 at_most_once=lease.at_most_once,
@@ -366,7 +382,7 @@ class Dispatcher:
         self._deadlines.remove(handout)
         return handout
 
-    def _end(self, handout: Handout, verdict: Verdict) -> None:
+    def _end(self, handout: DeliveredRun, verdict: ReportOutcome) -> None:
         """A run ends without a worker's word; when there is no room for that now, at the next tick."""
         assert self._flusher is not None
         handout.end(verdict, None)
@@ -377,23 +393,23 @@ class Dispatcher:
             handout.is_ended = False
             self._deadlines.add(handout, self.engine.clock.now_us() + int(TICK_S * 1_000_000))
 
-    def _landed(self, held: Held, runs_count: int) -> None:
+    def _landed(self, held: BufferedLease, runs_count: int) -> None:
         held.open_count -= runs_count
         self._end_if_over(held)
 
-    def _refused(self, update: Update, error: HeadraceError) -> None:
+    def _refused(self, update: ReportUpdate, error: HeadraceError) -> None:
         """The store refuses a report for good: the run is as if nobody had reported on it."""
         self._reporting.refused(update, error)
         self._not_taken(update)
 
-    def _restore(self, handout: Handout) -> None:
+    def _restore(self, handout: DeliveredRun) -> None:
         """A run whose end was not taken in is in its worker's hands again, until its deadline."""
         if self._broker.lease(handout.held.work.lease.span_id, handout.held.work.lease.token) is handout.held.work:
             handout.is_ended = False
             self._out[handout.name] = handout
             self._deadlines.add(handout, handout.deadline_us)
 
-    def _end_if_over(self, held: Held) -> None:
+    def _end_if_over(self, held: BufferedLease) -> None:
         if held.is_over and not held.is_left:
             held.is_left = True
             self._broker.forget(held.work)
@@ -435,25 +451,27 @@ class Dispatcher:
         unwanted, self._unwanted = self._unwanted, frozenset()
         await self._give_back(lambda held: held.since_us < idle_us or held.work.lease.batch_id in unwanted)
 
-    def _overdue(self, handout: Handout) -> Verdict:
+    def _overdue(self, handout: DeliveredRun) -> ReportOutcome:
         """What a passed deadline makes of a run: it waits again, unless it may run once or was overdue too often."""
         lease, note, attempt = handout.held.work.lease, handout.held.note, handout.attempt
         overdue_count = note.overdue_count + 1
         if lease.at_most_once:
             message = "its worker did not report in time, and it may run only once"
-            return Verdict(FAILED, Failure(type="DeadlineExceeded", message=message, attempts=attempt).encode(), 0, "")
+            return ReportOutcome(
+                FAILED, Failure(type="DeadlineExceeded", message=message, attempts=attempt).encode(), 0, ""
+            )
         if overdue_count >= self.engine.limits.delivery_attempts_max:
             message = f"no worker reported in time, {overdue_count} times"
             error = Failure(type="DeliveryAttemptsExceeded", message=message, attempts=attempt)
-            return Verdict(FAILED, error.encode(), 0, "")
+            return ReportOutcome(FAILED, error.encode(), 0, "")
         after = Note(overdue_count=overdue_count, attempts_max=note.attempts_max, delay_s=note.delay_s)
-        return Verdict(OVERDUE, b"", 0, after.encode())
+        return ReportOutcome(OVERDUE, b"", 0, after.encode())
 
     def _unwanted_now(self, reply: Heartbeat) -> None:
         """Of some batches there are runs that nobody wants any more: what is in line of them goes back, and ends."""
         self._unwanted = frozenset(reply.stopped) | {batch_id for batch_id, _ in reply.cancelled}
 
-    async def _give_back(self, is_cut: Callable[[Held], bool]) -> None:
+    async def _give_back(self, is_cut: Callable[[BufferedLease], bool]) -> None:
         """Rule R19: what nobody has asked for goes back, for others to have."""
         for held, span_slots in self._line.cut(is_cut):
             lease = held.work.lease

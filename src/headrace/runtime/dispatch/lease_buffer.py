@@ -19,8 +19,8 @@ from headrace.core.activation import SEPARATOR, Delivery, Note, note_of, queue_o
 from headrace.core.block import Extra
 from headrace.core.pack import JSON
 from headrace.runtime.clock import Timer
-from headrace.runtime.dispatch.report_outcome import COMPLETE, Answer, Verdict
-from headrace.runtime.sessions.active_lease import Work
+from headrace.runtime.dispatch.report_outcome import COMPLETE, ReportOutcome, ReportWaiter
+from headrace.runtime.sessions.active_lease import ActiveLease
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ BUCKET_US: Final = 100_000
 
 
 @dataclass(frozen=True)
-class Wish:
+class QueueFilter:
     """Whose activations somebody asks for: of all applications, of one, or of some namespaces of one."""
 
     application: str | None = None
@@ -56,7 +56,7 @@ class Wish:
         return [queue_of(self.application, namespace) for namespace in self.namespaces]
 
 
-class Pace:
+class RequestRate:
     """How fast one wish is granted, and what of the leases that were claimed for it is in line.
 
     `waiting`: who waits for the claim that is under way, and `silence`, when they have waited too long. `half_count`:
@@ -68,7 +68,7 @@ class Pace:
         "left_count", "silence", "waiting", "wish",
     )  # fmt: skip
 
-    def __init__(self, wish: Wish, ahead_count: int) -> None:
+    def __init__(self, wish: QueueFilter, ahead_count: int) -> None:
         self.wish = wish
         self.ahead_count = ahead_count
         self.left_count = 0
@@ -87,7 +87,7 @@ class Pace:
         self.leased_count = self.left_count
         self.half_count = count // 2 if is_more else NEVER
 
-    def overlaps(self, wish: Wish) -> bool:
+    def overlaps(self, wish: QueueFilter) -> bool:
         """Whether what is claimed for this wish may be what another one waits for."""
         return None in (self.wish.application, wish.application) or self.wish.application == wish.application
 
@@ -97,7 +97,7 @@ class Pace:
         return (now_us - self.claimed_us) * self.ahead_count // used_count
 
 
-class Held:
+class BufferedLease:
     """A lease whose runs are handed out one by one. `claimed_no`: leases are counted as they come.
 
     `pace`: whose claim it was. `suffix`: what the ids of its runs go out with; none for a first delivery.
@@ -117,7 +117,7 @@ class Held:
         "work",
     )
 
-    def __init__(self, work: Work, claimed_no: int, now_us: int, pace: Pace) -> None:
+    def __init__(self, work: ActiveLease, claimed_no: int, now_us: int, pace: RequestRate) -> None:
         self.work = work
         self.pace = pace
         self.queue = work.lease.queue
@@ -136,7 +136,7 @@ class Held:
         return not self.open_count and not self.work.unbegun_count
 
 
-class Handout:
+class DeliveredRun:
     """One run in somebody's hands. `name` is the id it went out under, `place` where it is in its lease; `is_claimed`:
     on its way to a worker still.
 
@@ -149,7 +149,7 @@ class Handout:
         "payload", "span_slot", "verdict",
     )  # fmt: skip
 
-    def __init__(self, held: Held, number: int, span_slot: int, extra: Extra) -> None:
+    def __init__(self, held: BufferedLease, number: int, span_slot: int, extra: Extra) -> None:
         lease = held.work.lease
         self.held = held
         self.number = number
@@ -163,9 +163,9 @@ class Handout:
         self.is_ended = False
         self.verdict = COMPLETE
         self.part_no = 0
-        self.answer: Answer | None = None
+        self.answer: ReportWaiter | None = None
 
-    def end(self, verdict: Verdict, answer: Answer | None) -> None:
+    def end(self, verdict: ReportOutcome, answer: ReportWaiter | None) -> None:
         """Its end is on its way into the store."""
         self.is_ended = True
         self.verdict = verdict
@@ -179,12 +179,12 @@ class Handout:
         return self.held.work.lease.attempt
 
 
-class Line:
+class LeaseBuffer:
     """Leased runs that nobody has been given: of each application its leases, in the order they were claimed."""
 
     def __init__(self) -> None:
-        self._leases: dict[str, deque[Held]] = {}
-        self._returned: dict[str, deque[Handout]] = {}
+        self._leases: dict[str, deque[BufferedLease]] = {}
+        self._returned: dict[str, deque[DeliveredRun]] = {}
         self.bytes_count = 0
 
     def __len__(self) -> int:
@@ -192,28 +192,28 @@ class Line:
         waiting = sum(held.work.unbegun_count for line in self._leases.values() for held in line)
         return waiting + sum(map(len, self._returned.values()))
 
-    def add(self, held: Held) -> None:
+    def add(self, held: BufferedLease) -> None:
         """A lease has come."""
         self._leases.setdefault(_application_of(held.queue), deque()).append(held)
         self.bytes_count += held.bytes_count
 
-    def put_back(self, handout: Handout, now_us: int) -> None:
+    def put_back(self, handout: DeliveredRun, now_us: int) -> None:
         """A run did not reach the worker it was meant for: it goes first."""
         handout.held.since_us = now_us
         self._returned.setdefault(_application_of(handout.held.queue), deque()).appendleft(handout)
 
-    def take(self, wish: Wish, now_us: int) -> Handout | None:
+    def take(self, wish: QueueFilter, now_us: int) -> DeliveredRun | None:
         """The next run that a wish covers, begun; None when there is none in memory."""
         if self._returned and (handout := self._take_returned(wish)) is not None:
             return handout
         held = self._first(wish)
         return None if held is None else self._begin(held, now_us)
 
-    def has(self, wish: Wish) -> bool:
+    def has(self, wish: QueueFilter) -> bool:
         """Whether there is a leased run in line that nobody has been given yet."""
         return self._first(wish) is not None
 
-    def _take_returned(self, wish: Wish) -> Handout | None:
+    def _take_returned(self, wish: QueueFilter) -> DeliveredRun | None:
         lines = list(self._returned.values())
         if wish.application is not None:
             lines = [self._returned.get(wish.prefix, deque())]
@@ -225,7 +225,7 @@ class Line:
                     return handout
         return None
 
-    def _first(self, wish: Wish) -> Held | None:
+    def _first(self, wish: QueueFilter) -> BufferedLease | None:
         """The lease that was claimed first of those which a wish covers."""
         if wish.application is None:
             return min((line[0] for line in self._leases.values()), key=lambda held: held.claimed_no, default=None)
@@ -235,14 +235,14 @@ class Line:
                 return held
         return None
 
-    def _begin(self, held: Held, now_us: int) -> Handout:
+    def _begin(self, held: BufferedLease, now_us: int) -> DeliveredRun:
         work = held.work
         number = work.begin()
         held.pace.left_count -= 1
         held.open_count += 1
         held.since_us = now_us
         span_slot = work.lease.span_slots[number]
-        handout = Handout(held, number, span_slot, work.lease.extras.get(span_slot, NO_EXTRA))
+        handout = DeliveredRun(held, number, span_slot, work.lease.extras.get(span_slot, NO_EXTRA))
         work.lease.payloads[number] = b""
         self.bytes_count -= len(handout.payload)
         if not work.unbegun_count:
@@ -252,7 +252,7 @@ class Line:
             self._keep(self._leases, application, line)
         return handout
 
-    def cut(self, is_cut: Callable[[Held], bool]) -> list[tuple[Held, tuple[int, ...]]]:
+    def cut(self, is_cut: Callable[[BufferedLease], bool]) -> list[tuple[BufferedLease, tuple[int, ...]]]:
         """Take what nobody has been given of some leases out of line; answers the places of their runs."""
         found = []
         for application, line in list(self._leases.items()):
@@ -288,18 +288,18 @@ class Line:
 
 
 def _application_of(queue: str) -> str:
-    """How the name of a queue begins, as `Wish.prefix` says it; of one without an application the whole name."""
+    """How the name of a queue begins, as `QueueFilter.prefix` says it; of one without an application the whole name."""
     return queue[: queue.find(SEPARATOR) + 1] or queue
 
 
-class Deadlines:
+class DeliveryDeadlines:
     """Who must be heard of by when, in buckets of a tenth of a second, so that it holds nobody who was heard of."""
 
     def __init__(self) -> None:
-        self._buckets: dict[int, dict[Handout, None]] = {}
+        self._buckets: dict[int, dict[DeliveredRun, None]] = {}
         self._order: list[int] = []
 
-    def add(self, handout: Handout, deadline_us: int) -> None:
+    def add(self, handout: DeliveredRun, deadline_us: int) -> None:
         """From now on this is when."""
         if handout.deadline_us:
             self.remove(handout)
@@ -311,7 +311,7 @@ class Deadlines:
             heapq.heappush(self._order, no)
         bucket[handout] = None
 
-    def remove(self, handout: Handout) -> None:
+    def remove(self, handout: DeliveredRun) -> None:
         """It was heard of, or is nobody's any more."""
         bucket = self._buckets.get(handout.deadline_us // BUCKET_US)
         if bucket is not None:
@@ -326,9 +326,9 @@ class Deadlines:
             return None
         return min(handout.deadline_us for handout in self._buckets[self._order[0]])
 
-    def overdue(self, now_us: int, count_max: int) -> list[Handout]:
+    def overdue(self, now_us: int, count_max: int) -> list[DeliveredRun]:
         """Those who were not heard of in time, at most so many."""
-        found: list[Handout] = []
+        found: list[DeliveredRun] = []
         while len(found) < count_max and (next_us := self.next_us) is not None and next_us <= now_us:
             bucket = self._buckets[self._order[0]]
             late = [handout for handout in bucket if handout.deadline_us <= now_us][: count_max - len(found)]

@@ -15,10 +15,10 @@ from typing import Final
 
 from headrace.core.activation import LANE
 from headrace.foundation.errors import HeadraceError, SessionEnded, StoreUnavailable
-from headrace.runtime.dispatch.lease_buffer import Held, Line, Pace, Wish
+from headrace.runtime.dispatch.lease_buffer import BufferedLease, LeaseBuffer, QueueFilter, RequestRate
 from headrace.runtime.engine import Engine
-from headrace.runtime.sessions.active_lease import Work
-from headrace.runtime.sessions.session import Broker
+from headrace.runtime.sessions.active_lease import ActiveLease
+from headrace.runtime.sessions.session import StoreSession
 
 AHEAD_US: Final = 200_000
 """What is leased ahead of those who ask: as much as they ask for in this time."""
@@ -38,16 +38,18 @@ CLAIM_WAIT_S: Final = 5.0
 WISHES_MAX: Final = 1_024
 
 
-class Supply:
+class Prefetcher:
     """Owned by one event loop, like its dispatcher. Fills `line`."""
 
-    def __init__(self, engine: Engine, broker: Broker, line: Line, *, on_ended: Callable[[], None]) -> None:
+    def __init__(
+        self, engine: Engine, broker: StoreSession, line: LeaseBuffer, *, on_ended: Callable[[], None]
+    ) -> None:
         """`on_ended`: others took this server's session for dead."""
         self._engine = engine
         self._broker = broker
         self._line = line
         self._on_ended = on_ended
-        self._paces: dict[Wish, Pace] = {}
+        self._paces: dict[QueueFilter, RequestRate] = {}
         self._claims_count = 0
         self._claiming: set[asyncio.Task[None]] = set()
         self._is_ended = False
@@ -63,7 +65,7 @@ class Supply:
         self._is_closed = True
         await asyncio.gather(*map(self._claimed_for, self._paces.values()), return_exceptions=True)
 
-    async def refilled(self, wish: Wish) -> bool:
+    async def refilled(self, wish: QueueFilter) -> bool:
         """Lease more for a wish, together with whoever else waits for it; False when the store has none.
 
         Raises `StoreUnavailable` when it does not answer.
@@ -82,7 +84,7 @@ class Supply:
                 await self._claimed_for(other)
         return self._line.has(wish)
 
-    async def _claimed_for(self, pace: Pace) -> None:
+    async def _claimed_for(self, pace: RequestRate) -> None:
         """Wait for the claim that is under way, if there is one, and raise what it raises."""
         if not pace.is_claiming:
             return
@@ -93,7 +95,7 @@ class Supply:
         await turn
 
     @staticmethod
-    def _answer(pace: Pace, error: BaseException | None) -> None:
+    def _answer(pace: RequestRate, error: BaseException | None) -> None:
         """All who wait for a claim wait no longer."""
         if pace.silence is not None:
             pace.silence.cancel()
@@ -102,39 +104,39 @@ class Supply:
             if not turn.done():
                 turn.set_result(None) if error is None else turn.set_exception(error)
 
-    def half_used(self, pace: Pace) -> None:
+    def half_used(self, pace: RequestRate) -> None:
         """Half of what was claimed for a wish is out: claim more under the other half, if that was brisk."""
         is_full = self._line.bytes_count > AHEAD_BYTES
         is_brisk = pace.lasts_us(self._engine.clock.now_us()) <= LONG_US
         if is_brisk and not (pace.is_claiming or is_full or self._is_closed or self._is_known_empty(pace)):
             self._begin(pace)
 
-    def _is_known_empty(self, pace: Pace) -> bool:
-        is_news = pace.empty_rings != self._engine.doorbell.rings_count
+    def _is_known_empty(self, pace: RequestRate) -> bool:
+        is_news = pace.empty_rings != self._engine.wakeup.notified_count
         return not is_news and self._engine.clock.now_us() < pace.empty_until_us
 
-    def _pace(self, wish: Wish) -> Pace:
+    def _pace(self, wish: QueueFilter) -> RequestRate:
         pace = self._paces.get(wish)
         if pace is None:
             if len(self._paces) >= WISHES_MAX:  # workers name few; whoever names more starts anew
                 self._paces = {known: one for known, one in self._paces.items() if one.is_claiming}
-            pace = self._paces[wish] = Pace(wish, AHEAD_MIN)
+            pace = self._paces[wish] = RequestRate(wish, AHEAD_MIN)
         return pace
 
-    def _begin(self, pace: Pace) -> None:
+    def _begin(self, pace: RequestRate) -> None:
         pace.is_claiming = True
         claiming = asyncio.create_task(self._claim(pace), name="headrace-claim")
         self._claiming.add(claiming)
         claiming.add_done_callback(partial(self._ended, pace))
 
-    def _ended(self, pace: Pace, claiming: asyncio.Task[None]) -> None:
+    def _ended(self, pace: RequestRate, claiming: asyncio.Task[None]) -> None:
         """However a claim ended, who waits is told; who waits for nobody's answer need not hear of an error."""
         self._claiming.discard(claiming)
         pace.is_claiming = False
         self._answer(pace, _silent() if claiming.cancelled() else claiming.exception())
 
-    async def _claim(self, pace: Pace) -> None:
-        rings_count, clock = self._engine.doorbell.rings_count, self._engine.clock
+    async def _claim(self, pace: RequestRate) -> None:
+        notified_count, clock = self._engine.wakeup.notified_count, self._engine.clock
         await asyncio.sleep(0)  # whoever asks in this turn of the loop shares the claim
         self._adjust(pace, clock.now_us())
         ahead = 0 if self._line.bytes_count > AHEAD_BYTES else pace.ahead_count
@@ -142,14 +144,14 @@ class Supply:
         works = await self._claimed(pace.wish, runs_max)
         for work in works:
             self._claims_count += 1
-            self._line.add(Held(work, self._claims_count, clock.now_us(), pace))
+            self._line.add(BufferedLease(work, self._claims_count, clock.now_us(), pace))
         count = sum(work.count for work in works)
         pace.leased(count, is_more=count >= max(runs_max, MANY))
         pace.empty_until_us = 0 if works else clock.now_us() + EMPTY_US
-        pace.empty_rings = rings_count
+        pace.empty_rings = notified_count
 
     @staticmethod
-    def _adjust(pace: Pace, now_us: int) -> None:
+    def _adjust(pace: RequestRate, now_us: int) -> None:
         """What lasts less than `AHEAD_US` should have been twice as much, what lasts long half."""
         lasts_us = pace.lasts_us(now_us)
         if lasts_us < AHEAD_US:
@@ -158,7 +160,7 @@ class Supply:
             pace.ahead_count = max(pace.ahead_count // 2, AHEAD_MIN)
         pace.claimed_us = now_us
 
-    async def _claimed(self, wish: Wish, runs_max: int) -> list[Work]:
+    async def _claimed(self, wish: QueueFilter, runs_max: int) -> list[ActiveLease]:
         await self._live()
         try:
             return await self._broker.claim([LANE], wish.queues, runs_max, queue_prefix=wish.prefix)

@@ -18,7 +18,7 @@ from headrace.runtime.clock import Clock
 DELAY_S_MAX: Final = 365 * 86_400
 
 
-class Report(msgspec.Struct, frozen=True):
+class ActivationReport(msgspec.Struct, frozen=True):
     """How an attempt ended: `state` is completed, failed or retry. The rest is what a retry may change for the next."""
 
     name: str
@@ -27,7 +27,7 @@ class Report(msgspec.Struct, frozen=True):
     delay_s: int | None = None
 
 
-class Answer:
+class ReportWaiter:
     """What somebody waits for: so many reports, all of them durable or one of them refused.
 
     One future for all that were reported together: a batch of reports is waited for once.
@@ -52,7 +52,7 @@ class Answer:
             self.future.set_exception(self._error)
 
 
-class Verdict(NamedTuple):
+class ReportOutcome(NamedTuple):
     """What a report makes of a run."""
 
     code: int
@@ -61,11 +61,13 @@ class Verdict(NamedTuple):
     note: str
 
 
-COMPLETE: Final = Verdict(COMPLETED, b"null", 0, "")
+COMPLETE: Final = ReportOutcome(COMPLETED, b"null", 0, "")
 """What an activation comes to that is reported as completed: its worker reports no result."""
 
 
-def setback_of(report: Report, *, attempt: int, at_most_once: bool, note: Note, delay_ms: int, clock: Clock) -> Verdict:
+def unsuccessful_outcome(
+    report: ActivationReport, *, attempt: int, at_most_once: bool, note: Note, delay_ms: int, clock: Clock
+) -> ReportOutcome:
     """What a report of anything else makes of a run.
 
     `delay_ms`: between attempts, as the activation itself says, unless a report said otherwise.
@@ -74,10 +76,10 @@ def setback_of(report: Report, *, attempt: int, at_most_once: bool, note: Note, 
         message = "its worker reported that it failed"
         if report.state != "failed":
             message = "its worker asked for a retry, and it may run only once"
-        return Verdict(FAILED, Failure(type="TaskFailed", message=message, attempts=attempt).encode(), 0, "")
+        return ReportOutcome(FAILED, Failure(type="TaskFailed", message=message, attempts=attempt).encode(), 0, "")
     attempts_max = note.attempts_max if report.attempts_max is None else report.attempts_max
     delay_s = note.delay_s if report.delay_s is None else report.delay_s
     wait_us = delay_ms * 1_000 if delay_s is None else min(delay_s, DELAY_S_MAX) * SECOND_US
     error = Failure(type="TaskFailed", message="its worker asked for a retry", attempts=attempt)
     after = Note(attempts_max=attempts_max, delay_s=delay_s)
-    return Verdict(RETRY, error.encode(), clock.now_us() + wait_us if wait_us else 0, after.encode())
+    return ReportOutcome(RETRY, error.encode(), clock.now_us() + wait_us if wait_us else 0, after.encode())

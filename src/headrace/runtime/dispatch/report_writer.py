@@ -17,8 +17,14 @@ from headrace.core.activation import LANE, Delivery, delivery_of, note_of
 from headrace.core.pack import pack
 from headrace.core.span import LOST, RETRY, RETURNING, Settlement, encode_uint16s
 from headrace.foundation.errors import HeadraceError
-from headrace.runtime.dispatch.lease_buffer import Handout, Held
-from headrace.runtime.dispatch.report_outcome import COMPLETE, Answer, Report, Verdict, setback_of
+from headrace.runtime.dispatch.lease_buffer import BufferedLease, DeliveredRun
+from headrace.runtime.dispatch.report_outcome import (
+    COMPLETE,
+    ActivationReport,
+    ReportOutcome,
+    ReportWaiter,
+    unsuccessful_outcome,
+)
 from headrace.runtime.engine import Engine
 from headrace.store.protocol import Lease
 
@@ -28,31 +34,31 @@ STRAY_PART_NO: Final = 1 << 30
 """Where the numbers of settlements by id begin: a lease's holder numbers its own from 0."""
 
 
-class Stray(NamedTuple):
+class ForeignReport(NamedTuple):
     """A report of what is not in anybody's hands here."""
 
-    report: Report
-    answer: Answer | None
+    report: ActivationReport
+    answer: ReportWaiter | None
 
 
-class Found(NamedTuple):
+class FoundLease(NamedTuple):
     """What a stray makes of a run, under the lease that it was found in."""
 
     span_id: int
     token: int
     span_slot: int
-    verdict: Verdict
+    verdict: ReportOutcome
 
 
-Update = Handout | Stray
+ReportUpdate = DeliveredRun | ForeignReport
 """A run in somebody's hands here whose end was reported, or a report of another one."""
 
 
-class Reporting:
+class ReportWriter:
     """The flush of a `Flusher[Update]`: one transaction for what it is given, safe to repeat."""
 
     def __init__(
-        self, engine: Engine, *, landed: Callable[[Held, int], None], is_stray: Callable[[int, int, int], None]
+        self, engine: Engine, *, landed: Callable[[BufferedLease, int], None], is_stray: Callable[[int, int, int], None]
     ) -> None:
         """`landed`: so many outcomes under a lease are durable. `is_stray`: a run was settled by id under
         `(span id, token, place)`.
@@ -63,12 +69,12 @@ class Reporting:
         self.late_count = 0
         self.stray_count = 0
 
-    async def flush(self, updates: Sequence[Update]) -> None:
+    async def flush(self, updates: Sequence[ReportUpdate]) -> None:
         """Write all of it, and answer those who wait."""
-        by_lease: dict[Held, list[Handout]] = {}
+        by_lease: dict[BufferedLease, list[DeliveredRun]] = {}
         strays = []
         for update in updates:
-            if isinstance(update, Stray):
+            if isinstance(update, ForeignReport):
                 strays.append(update)
             else:
                 by_lease.setdefault(update.held, []).append(update)
@@ -79,9 +85,9 @@ class Reporting:
             store, now_us = self._engine.store, self._engine.clock.now_us()
             words = await store.settle(settlements, now_us=now_us)
             self._count(settlements, words)
-            self._engine.recorded.ring()
+            self._engine.recorded.notify()
             if any(settlement.notes for settlement in settlements):
-                self._engine.doorbell.ring()
+                self._engine.wakeup.notify()
         for held, runs in by_lease.items():
             self._landed(held, len(runs))
         for one in found:
@@ -96,10 +102,10 @@ class Reporting:
                 self.late_count += len(settlement.codes)
                 LOG.info("reports came too late: the lease was lost", runs=len(settlement.codes))
 
-    async def _found(self, strays: Sequence[Stray]) -> list[Found]:
+    async def _found(self, strays: Sequence[ForeignReport]) -> list[FoundLease]:
         """The strays whose delivery is under way somewhere, under the lease that stands there."""
         engine = self._engine
-        by_delivery: dict[Delivery, Stray] = {}
+        by_delivery: dict[Delivery, ForeignReport] = {}
         for stray in strays:
             by_delivery.setdefault(delivery_of(stray.report.name), stray)
         keys = [delivery.id for delivery in by_delivery]
@@ -111,7 +117,7 @@ class Reporting:
                 continue
             verdict = COMPLETE
             if of_it.report.state != "completed":
-                verdict = setback_of(
+                verdict = unsuccessful_outcome(
                     of_it.report,
                     attempt=lease.attempt,
                     at_most_once=lease.at_most_once,
@@ -119,20 +125,20 @@ class Reporting:
                     delay_ms=lease.extra.retry_delay_ms,
                     clock=engine.clock,
                 )
-            found.append(Found(lease.span_id, lease.token, lease.span_slot, verdict))
+            found.append(FoundLease(lease.span_id, lease.token, lease.span_slot, verdict))
         self.stray_count += len(found)
         self.late_count += len(strays) - len(found)
         return found
 
     @staticmethod
-    def refused(update: Update, error: HeadraceError) -> None:
+    def refused(update: ReportUpdate, error: HeadraceError) -> None:
         """The store refuses an update for good."""
         LOG.error("the store refuses a report for good", error=str(error))
         if update.answer is not None:
             update.answer.ended(error)
 
 
-def _settlement(lease: Lease | Found, part_no: int, runs: Sequence[Handout | Found]) -> Settlement:
+def _settlement(lease: Lease | FoundLease, part_no: int, runs: Sequence[DeliveredRun | FoundLease]) -> Settlement:
     """Of runs of one lease, in the order they have there."""
     told = sorted(runs, key=_SPAN_SLOT)
     verdicts = [one.verdict for one in told]

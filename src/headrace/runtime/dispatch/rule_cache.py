@@ -16,7 +16,7 @@ LOG: Any = structlog.get_logger("headrace.rules")
 TRIES_MAX: Final = 20
 
 
-async def decide(engine: Engine, name: str, change: Callable[[Rules], bytes]) -> Rules:
+async def change_rules(engine: Engine, name: str, change: Callable[[Rules], bytes]) -> Rules:
     """Change what is decided under a name, on top of what others decide at the same time; answers all rules after it.
 
     What changes nothing writes nothing. Raises `Conflict` when others are faster again and again.
@@ -31,7 +31,7 @@ async def decide(engine: Engine, name: str, change: Callable[[Rules], bytes]) ->
     raise Conflict(f"others change the {name} all the time", hint="try again in a moment")
 
 
-class RuleBook:
+class RuleCache:
     """Looked at often, read seldom. Owned by one event loop."""
 
     def __init__(self, engine: Engine) -> None:

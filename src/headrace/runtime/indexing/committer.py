@@ -32,8 +32,8 @@ from headrace.core.staging import Staged, merged
 from headrace.foundation.errors import StoreUnavailable
 from headrace.foundation.ids import new_batch_id
 from headrace.runtime.engine import Engine
-from headrace.runtime.indexing.handler_context import Asked
-from headrace.runtime.retrying import patiently
+from headrace.runtime.indexing.handler_context import EnqueueRequest
+from headrace.runtime.retrying import retry_transient
 from headrace.store.entities.protocol import Commit, Enqueued, EntityStore, LeaseLost, Plan, Write
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ KEY_CHARS_MAX: Final = 200
 CLOSE_S: Final = 30
 
 
-class Batch(NamedTuple):
+class StagedBatch(NamedTuple):
     """What the handlers of some consecutive events left to be committed."""
 
     staged: Staged
@@ -51,12 +51,12 @@ class Batch(NamedTuple):
     no: int
     positions: dict[str, Position]
     checkpoints: list[tuple[int, str, Position]]
-    asked: list[Asked]
+    asked: list[EnqueueRequest]
     floor_no: int | None = None
     is_caught_up: bool = False
 
 
-class Landed(NamedTuple):
+class CommittedBatch(NamedTuple):
     """News of one commit: how many batches it held, what it wrote and what it took."""
 
     batches_count: int
@@ -76,7 +76,7 @@ class Committer:
         plan: Plan,
         token: int,
         *,
-        on_landed: Callable[[Landed], None],
+        on_landed: Callable[[CommittedBatch], None],
         on_failed: Callable[[BaseException], None],
         busy: Callable[[], int | None],
         stuck: Callable[[], BaseException | None],
@@ -97,7 +97,7 @@ class Committer:
         self._unanswered_count = 0
         self._home = asyncio.get_running_loop()
         self._loop = self._home
-        self._waiting: deque[Batch] = deque()
+        self._waiting: deque[StagedBatch] = deque()
         # What one commit holds counts as waiting until it has landed: with all of it in one, handlers would stand still
         # under that commit, and the committer after it.
         self._merged_max = max(engine.limits.index_depth_max // 2, 1)
@@ -119,7 +119,7 @@ class Committer:
         self._thread.start()
         self._started.wait()
 
-    def put(self, batch: Batch) -> None:
+    def put(self, batch: StagedBatch) -> None:
         """Take a batch; from the owner's loop, in order."""
         self._waiting.append(batch)
         self._call(self._wake.set)
@@ -221,12 +221,12 @@ class Committer:
             async with self._one_at_a_time:
                 await self._commit(batches)
 
-    async def _commit(self, batches: Sequence[Batch]) -> None:
+    async def _commit(self, batches: Sequence[StagedBatch]) -> None:
         started = perf_counter()
         commit = await self._made(batches)
         clock, limits = self._engine.clock, self._engine.limits
         now_us = clock.now_us()
-        await patiently(
+        await retry_transient(
             lambda: self._store.commit(commit, now_us=now_us),
             clock,
             what=f"the commit of indexer {self._plan.indexer}",
@@ -234,10 +234,10 @@ class Committer:
         )
         rows_count = sum(len(write.rows) + len(write.deleted) + len(write.changes) for write in commit.writes)
         runs_count = 0 if commit.enqueued is None else sum(chunk.runs_count for chunk in commit.enqueued.chunks)
-        landed = Landed(len(batches), commit.no, rows_count, runs_count, perf_counter() - started)
+        landed = CommittedBatch(len(batches), commit.no, rows_count, runs_count, perf_counter() - started)
         self._tell(self._on_landed, landed)
 
-    async def _made(self, batches: Sequence[Batch]) -> Commit:
+    async def _made(self, batches: Sequence[StagedBatch]) -> Commit:
         """Some batches as one commit."""
         whole = merged([batch.staged for batch in batches])
         floors = [batch.floor_no for batch in batches if batch.floor_no is not None]
@@ -258,7 +258,7 @@ class Committer:
             is_caught_up=batches[-1].is_caught_up,
         )
 
-    async def _enqueued(self, asked: Sequence[Asked]) -> Enqueued | None:
+    async def _enqueued(self, asked: Sequence[EnqueueRequest]) -> Enqueued | None:
         """Runs as chunks of a batch of their own, each known by position and ordinal."""
         if not asked:
             return None
@@ -276,7 +276,7 @@ class Committer:
             coalescer.add(index, payload, one.key, kind=kind, extra=extra)
         return Enqueued(batch_id, coalescer.flush())
 
-    def _key_of(self, asked: Asked) -> str:
+    def _key_of(self, asked: EnqueueRequest) -> str:
         text = msgspec.json.encode([self._plan.indexer, asked.source, asked.position, asked.ordinal]).decode()
         return text if len(text) <= KEY_CHARS_MAX else hashlib.sha256(text.encode()).hexdigest()
 

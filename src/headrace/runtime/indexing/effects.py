@@ -18,7 +18,7 @@ from headrace.core.entity import Entity
 from headrace.core.staging import MISSING, Staging, Table
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.runtime.clock import SECOND_US, Clock
-from headrace.runtime.indexing.read_coalescer import Lookups
+from headrace.runtime.indexing.read_coalescer import ReadCoalescer
 from headrace.runtime.tasks.bounds import check_name
 
 KEY_CHARS: Final = 500
@@ -81,7 +81,7 @@ class Effects:
     """The calls of one running indexer. `table` keeps the answers of those that are cached."""
 
     def __init__(
-        self, staging: Staging, table: Table | None, lookups: Lookups, clock: Clock, *, calls_max: int
+        self, staging: Staging, table: Table | None, lookups: ReadCoalescer, clock: Clock, *, calls_max: int
     ) -> None:
         self._staging = staging
         self._table = table

@@ -23,7 +23,7 @@ from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.indexing.effects import Effects
-from headrace.runtime.indexing.read_coalescer import Lookups
+from headrace.runtime.indexing.read_coalescer import ReadCoalescer
 from headrace.runtime.tasks.call_options import Options, extra_of, key_of
 from headrace.runtime.tasks.task_spec import TaskSpec
 
@@ -35,7 +35,7 @@ LOG: Any = structlog.get_logger("headrace.indexer")
 _IDS: Final = (str, int, UUID)
 
 
-class At(NamedTuple):
+class EventAddress(NamedTuple):
     """Where an event came from. `time_us` is None where its source has no times."""
 
     source: str
@@ -44,7 +44,7 @@ class At(NamedTuple):
     kind: str
 
 
-class Asked(NamedTuple):
+class EnqueueRequest(NamedTuple):
     """A run that a handler asked for, with the event that did; `ordinal` counts those of one event."""
 
     source: str
@@ -55,7 +55,7 @@ class Asked(NamedTuple):
     extra: Extra | None
 
 
-class LateUse(HeadraceError):
+class ContextEnded(HeadraceError):
     """A context was used after its handler had ended."""
 
     code = "LATE_USE"
@@ -63,7 +63,7 @@ class LateUse(HeadraceError):
     exit_code = 2
 
 
-class Shared:
+class HandlerScope:
     """What the contexts of one running indexer have in common."""
 
     __slots__ = (
@@ -82,7 +82,7 @@ class Shared:
     )
 
     def __init__(
-        self, indexer: str, staging: Staging, lookups: Lookups, effects: Effects, clock: Clock, limits: Limits
+        self, indexer: str, staging: Staging, lookups: ReadCoalescer, effects: Effects, clock: Clock, limits: Limits
     ) -> None:
         self.indexer = indexer
         self.staging = staging
@@ -94,9 +94,9 @@ class Shared:
         self.effects = effects
         self.clock = clock
         self.limits = limits
-        self.asked: list[Asked] = []
+        self.asked: list[EnqueueRequest] = []
         self.ahead: dict[Any, list[Any]] = {}
-        self.fault: LateUse | None = None
+        self.fault: ContextEnded | None = None
 
 
 class HandlerContext(msgspec.Struct, eq=False):
@@ -105,7 +105,7 @@ class HandlerContext(msgspec.Struct, eq=False):
     A struct, because one is made for each event: it costs a third of what a plain object does.
     """
 
-    _shared: Shared
+    _shared: HandlerScope
     _no: int
     source: str
     position: Position
@@ -119,7 +119,7 @@ class HandlerContext(msgspec.Struct, eq=False):
         return f"HandlerContext({self.source!r}, {self.position!r})"
 
     @property
-    def event(self) -> At:
+    def event(self) -> EventAddress:
         """Where the event came from."""
         event = self._event
         config = getattr(event, "__struct_config__", None)
@@ -127,7 +127,7 @@ class HandlerContext(msgspec.Struct, eq=False):
         kind = (
             tag if isinstance(tag, str) else event.get("type", "") if isinstance(event, dict) else type(event).__name__
         )
-        return At(self.source, self.position, self.time_us, str(kind))
+        return EventAddress(self.source, self.position, self.time_us, str(kind))
 
     @property
     def log(self) -> Any:
@@ -248,7 +248,7 @@ class HandlerContext(msgspec.Struct, eq=False):
             )  # fmt: skip
         key, extra = key_of(spec, options, now_us), extra_of(options, limits, now_us)
         if not self.is_preload:
-            shared.asked.append(Asked(self.source, self.position, self._ordinal, key, payload, extra))
+            shared.asked.append(EnqueueRequest(self.source, self.position, self._ordinal, key, payload, extra))
         self._ordinal += 1
 
     def _check(self, what: str) -> None:
@@ -265,7 +265,7 @@ class HandlerContext(msgspec.Struct, eq=False):
         return table
 
     def _late(self, what: str) -> None:
-        error = LateUse(
+        error = ContextEnded(
             f"{what} was called after the handler of the event at {self.position!r} had ended",
             hint="await everything that a handler starts",
             indexer=self._shared.indexer,

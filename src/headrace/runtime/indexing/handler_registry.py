@@ -36,7 +36,7 @@ class HandlerFailed(ClientFault):
     code = "HANDLER_FAILED"
 
 
-class Kind:
+class EventKind:
     """One kind of event: its handler and the type it is given."""
 
     __slots__ = ("convert", "decode", "handler", "name", "type")
@@ -49,14 +49,14 @@ class Kind:
         self.convert = None if event_type in (dict, Any) else event_type
 
 
-class Handlers:
+class HandlerRegistry:
     """The handlers of one indexer by kind."""
 
     def __init__(self, *, unknown: Unknown = "refuse") -> None:
         if unknown not in ("refuse", "skip"):
             raise InvalidSetting(f"unknown events are refused or skipped, not {unknown!r}", hint='unknown="skip"')
         self._unknown = unknown
-        self.kinds: dict[str, Kind] = {}
+        self.kinds: dict[str, EventKind] = {}
         self.by_type: dict[type, Handler] = {}
         self._field = KIND_FIELD
         self._decode_union: Callable[[bytes], Any] | None = None
@@ -79,7 +79,7 @@ class Handlers:
         if typing.get_origin(event_type) is dict:
             event_type = dict
         try:
-            kind = Kind(name, function, event_type)
+            kind = EventKind(name, function, event_type)
         except TypeError as error:
             raise InvalidSetting(f"the event of the handler of {name!r} can't be decoded: {error}") from error
         config = getattr(event_type, "__struct_config__", None)

@@ -18,19 +18,19 @@ from headrace.runtime.engine import Engine
 from headrace.store.entities.protocol import EntityStore, Standing
 
 
-class Holder(msgspec.Struct, kw_only=True):
+class LeaseHolder(msgspec.Struct, kw_only=True):
     """Who holds a lease, for people and for their neighbours."""
 
     host: str
     pid: int
 
     @classmethod
-    def here(cls) -> Holder:
+    def here(cls) -> LeaseHolder:
         """This process."""
         return cls(host=socket.gethostname(), pid=os.getpid())
 
 
-class IndexerHeld(Conflict):
+class IndexerBusy(Conflict):
     """Another process works on the indexer."""
 
     code = "INDEXER_HELD"
@@ -39,8 +39,8 @@ class IndexerHeld(Conflict):
 async def lease(
     store: EntityStore, engine: Engine, standing: Standing, *, wait: bool, on_waiting: Callable[[str], None] | None
 ) -> tuple[Standing, int]:
-    """Take the lease: when it is free, its holder is dead, or it lapses. Raises `IndexerHeld` unless `wait`."""
-    holder = msgspec.json.encode(Holder.here()).decode()
+    """Take the lease: when it is free, its holder is dead, or it lapses. Raises `IndexerBusy` unless `wait`."""
+    holder = msgspec.json.encode(LeaseHolder.here()).decode()
     timeout_us = engine.limits.session_timeout_ms * 1_000
     seen_us = engine.clock.now_us()
     told = False
@@ -51,13 +51,13 @@ async def lease(
             if token is not None:
                 return await _seen(store, standing), token
         elif not wait:
-            raise IndexerHeld(
-                f"the indexer {standing.name!r} is worked on by {said(standing.holder)}",
+            raise IndexerBusy(
+                f"the indexer {standing.name!r} is worked on by {describe_holder(standing.holder)}",
                 hint="one process an indexer: stop it there, or wait",
                 indexer=standing.name,
             )
         elif not told and on_waiting is not None:
-            on_waiting(said(standing.holder))
+            on_waiting(describe_holder(standing.holder))
             told = True
         await engine.clock.sleep(min(engine.limits.poll_interval_ms, engine.limits.session_timeout_ms / 4) / 1_000)
         fresh = await _seen(store, standing)
@@ -70,10 +70,10 @@ async def _seen(store: EntityStore, standing: Standing) -> Standing:
     return found[0] if found else standing
 
 
-def said(holder: str) -> str:
+def describe_holder(holder: str) -> str:
     """A holder in words."""
     try:
-        own = msgspec.json.decode(holder, type=Holder)
+        own = msgspec.json.decode(holder, type=LeaseHolder)
     except msgspec.MsgspecError:
         return repr(holder)
     return f"process {own.pid} on {own.host}"
@@ -82,7 +82,7 @@ def said(holder: str) -> str:
 def _is_dead(holder: str) -> bool:
     """Whether a holder on this machine is gone for certain."""
     try:
-        own = msgspec.json.decode(holder, type=Holder)
+        own = msgspec.json.decode(holder, type=LeaseHolder)
     except msgspec.MsgspecError:
         return False
     if own.host != socket.gethostname():

@@ -23,17 +23,17 @@ from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.limits import MIB, Limits
 from headrace.runtime.clock import Timer
 from headrace.runtime.engine import Engine
-from headrace.runtime.indexing.committer import Batch, Committer, Landed
+from headrace.runtime.indexing.committer import CommittedBatch, Committer, StagedBatch
 from headrace.runtime.indexing.effects import Answered, Effect, Effects
-from headrace.runtime.indexing.handler_context import HandlerContext, Shared
-from headrace.runtime.indexing.handler_registry import HandlerFailed, Handlers
+from headrace.runtime.indexing.handler_context import HandlerContext, HandlerScope
+from headrace.runtime.indexing.handler_registry import HandlerFailed, HandlerRegistry
 from headrace.runtime.indexing.indexer_lease import lease
-from headrace.runtime.indexing.read_coalescer import Lookups
-from headrace.runtime.indexing.source_reader import Fetching
+from headrace.runtime.indexing.read_coalescer import ReadCoalescer
+from headrace.runtime.indexing.source_reader import SourceReader
 from headrace.runtime.indexing.sources.source import Source
-from headrace.runtime.indexing.speculative_reads import Preload
-from headrace.runtime.retrying import patiently
-from headrace.runtime.tasks.exception_info import said
+from headrace.runtime.indexing.speculative_reads import SpeculativeReads
+from headrace.runtime.retrying import retry_transient
+from headrace.runtime.tasks.exception_info import error_line
 from headrace.store.entities.protocol import EFFECT_SUFFIX, EntityStore, Plan, Standing
 
 LOG: Any = structlog.get_logger("headrace.indexer")
@@ -52,13 +52,13 @@ Where = Literal["overlay", "drain"]
 
 
 @dataclass(slots=True, kw_only=True)
-class Definition:
+class IndexerDefinition:
     """What an indexer is, before it runs."""
 
     name: str
     sources: Mapping[str, Source]
     entities: Sequence[type[Entity]]
-    handlers: Handlers
+    handlers: HandlerRegistry
     effects: list[Effect] = field(default_factory=list)
     history: int = 0
     where: Where = "overlay"
@@ -77,7 +77,7 @@ class Definition:
 
 
 @dataclass(slots=True)
-class Progress:
+class IndexerProgress:
     """How far an indexer has come and where its time went, in seconds since it started."""
 
     no: int = 0
@@ -96,19 +96,19 @@ class Progress:
     heads: dict[str, Position] = field(default_factory=dict)
 
 
-class Indexing:
+class IndexerPipeline:
     """One run of an indexer on one loop: `start`, `run`, `close`."""
 
-    def __init__(self, definition: Definition, engine: Engine, store: EntityStore) -> None:
+    def __init__(self, definition: IndexerDefinition, engine: Engine, store: EntityStore) -> None:
         self.definition = definition
         self.engine = engine
-        self.progress = Progress()
+        self.progress = IndexerProgress()
         self._store = store
         self._limits = engine.limits
         self.plan = definition.plan(engine.environment, engine.limits)
         keeps = [entity.table for entity in self.plan.entities if self.plan.keeps_history(entity)]
         self.staging = Staging(self.plan.entities, keeps_history=keeps)
-        self._lookups = Lookups(self.staging, store, engine.clock, retries_max=self._limits.index_retries_max)
+        self._lookups = ReadCoalescer(self.staging, store, engine.clock, retries_max=self._limits.index_retries_max)
         self._lookups.before_query = self._load_ahead
         if definition.where == "drain":
             self._lookups.settle_first = self.flush
@@ -122,11 +122,11 @@ class Indexing:
             calls_max=self._limits.index_effects_max,
         )
         self._effects = effects
-        self._shared = Shared(definition.name, self.staging, self._lookups, effects, engine.clock, engine.limits)
+        self._shared = HandlerScope(definition.name, self.staging, self._lookups, effects, engine.clock, engine.limits)
         definition.handlers.ready()
         self._news = asyncio.Event()
         self._landed = asyncio.Event()
-        self._fetching = Fetching(
+        self._fetching = SourceReader(
             definition.sources, waiting_max=self._limits.index_fetch_events_max, news=self._news.set
         )
         self._committer: Committer | None = None
@@ -144,7 +144,7 @@ class Indexing:
         self._events: list[Any] = []
         self._at = 0
         self._handling = False
-        self._preload: Preload | None = None
+        self._preload: SpeculativeReads | None = None
         self._ahead_at = 0
         self._window = WINDOW
         self._built: set[tuple[str, str]] = set()
@@ -165,7 +165,7 @@ class Indexing:
         self._committer.start()
         return standing
 
-    async def run(self, *, until: Position | None = None) -> Progress:
+    async def run(self, *, until: Position | None = None) -> IndexerProgress:
         """Index until the sources end, `until` was reached, or `stop`. Raises what ended it otherwise.
 
         A run that ended may be followed by another, which reads the sources on.
@@ -251,7 +251,7 @@ class Indexing:
         self._stand(standing)
         return standing
 
-    def told(self) -> Progress:
+    def told(self) -> IndexerProgress:
         """How far it has come."""
         return self._told()
 
@@ -259,7 +259,7 @@ class Indexing:
         """Ask the sources where they end, for whoever shows progress."""
         self.progress.heads = await self._fetching.heads()
 
-    def _told(self) -> Progress:
+    def _told(self) -> IndexerProgress:
         told = self.progress
         told.no, told.positions = self._no, dict(self._positions)
         told.query_s = self._lookups.query_s
@@ -267,7 +267,7 @@ class Indexing:
         return told
 
     async def _asking(self, call: Callable[[], Any]) -> Any:
-        return await patiently(
+        return await retry_transient(
             call, self.engine.clock, what=f"indexer {self.definition.name}", waits_max=self._limits.index_retries_max
         )
 
@@ -445,7 +445,7 @@ class Indexing:
 
     def _failed(self, error: Exception, source: str, position: Position) -> HandlerFailed:
         return HandlerFailed(
-            f"the handler of the event at {position!r} failed: {said(error)}",
+            f"the handler of the event at {position!r} failed: {error_line(error)}",
             hint="nothing after the last commit was written; mend it and start again",
             indexer=self.definition.name,
             source=source,
@@ -476,7 +476,7 @@ class Indexing:
         asked, self._shared.asked = self._shared.asked, []
         assert self._committer is not None
         self._committer.put(
-            Batch(
+            StagedBatch(
                 staged=self.staging.cut(),
                 old_no=old_no,
                 no=self._no,
@@ -511,7 +511,7 @@ class Indexing:
 
     # -- what others tell
 
-    def _on_landed(self, landed: Landed) -> None:
+    def _on_landed(self, landed: CommittedBatch) -> None:
         if self._failure is not None:
             return
         self.staging.committed(landed.batches_count)
@@ -522,7 +522,7 @@ class Indexing:
         told.runs_count += landed.runs_count
         told.commit_s += landed.seconds
         if landed.runs_count:
-            self.engine.doorbell.ring()
+            self.engine.wakeup.notify()
         self._landed.set()
 
     async def _follow_turn(self) -> None:
@@ -558,7 +558,7 @@ class Indexing:
         if not self._handling or batch is None or not self.definition.preload or self._at < self._ahead_at:
             return
         if self._preload is None:
-            self._preload = Preload()
+            self._preload = SpeculativeReads()
         names, handler_of = self._fetching.names, self.definition.handlers.handler_of
         before, first = self._lookups.asked_count, self._at + 1
         self._ahead_at = min(first + self._window, len(self._events))

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 from headrace.core.condition import Condition
 from headrace.core.staging import MISSING, Staging, Table
 from headrace.runtime.clock import Clock
-from headrace.runtime.retrying import patiently
+from headrace.runtime.retrying import retry_transient
 from headrace.store.entities.protocol import EntityStore
 
 T = TypeVar("T")
@@ -23,10 +23,10 @@ T = TypeVar("T")
 IDS_MAX: Final = 10_000
 """Ids or values in one query."""
 
-Asked = dict[Any, list[asyncio.Future[Any]]]
+PendingReads = dict[Any, list[asyncio.Future[Any]]]
 
 
-class Lookups:
+class ReadCoalescer:
     """The reads of one indexer. `before_query`: called once a turn, before anything is asked of the store."""
 
     def __init__(self, staging: Staging, store: EntityStore, clock: Clock, *, retries_max: int) -> None:
@@ -34,8 +34,8 @@ class Lookups:
         self._store = store
         self._clock = clock
         self._retries_max = retries_max
-        self._ids: dict[Table, Asked] = {}
-        self._values: dict[tuple[Table, str], Asked] = {}
+        self._ids: dict[Table, PendingReads] = {}
+        self._values: dict[tuple[Table, str], PendingReads] = {}
         self._is_scheduled = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -107,7 +107,7 @@ class Lookups:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _asked(self, asked: Asked, key: Any) -> asyncio.Future[Any]:
+    def _asked(self, asked: PendingReads, key: Any) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
         if self._failure is not None:
@@ -136,12 +136,12 @@ class Lookups:
             for piece in _pieces(asked):
                 self._start(partial(self._match, table, field, piece), piece)
 
-    def _start(self, work: Callable[[], Awaitable[None]], asked: Asked) -> None:
+    def _start(self, work: Callable[[], Awaitable[None]], asked: PendingReads) -> None:
         task = asyncio.ensure_future(self._answered(work, asked))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answered(self, work: Callable[[], Awaitable[None]], asked: Asked) -> None:
+    async def _answered(self, work: Callable[[], Awaitable[None]], asked: PendingReads) -> None:
         try:
             await self._within_read(work)
         except asyncio.CancelledError:
@@ -157,7 +157,7 @@ class Lookups:
         finally:
             self._staging.end_read()
 
-    async def _load(self, table: Table, asked: Asked) -> None:
+    async def _load(self, table: Table, asked: PendingReads) -> None:
         ids = [row_id for row_id in asked if row_id not in table.rows]
         found = (
             {row.id: row for row in await self._query(lambda: self._store.load(table.entity, ids), table)}
@@ -170,7 +170,7 @@ class Lookups:
                 if not answer.done():
                     answer.set_result(row)
 
-    async def _match(self, table: Table, field: str, asked: Asked) -> None:
+    async def _match(self, table: Table, field: str, asked: PendingReads) -> None:
         conditions = (Condition(field, tuple(asked), None),)
         await self._select(table, conditions)
         for answers in asked.values():
@@ -182,21 +182,21 @@ class Lookups:
         self.queries_count += 1
         started = perf_counter()
         try:
-            return await patiently(
+            return await retry_transient(
                 call, self._clock, what=f"a read of {table.entity.table}", waits_max=self._retries_max
             )
         finally:
             self.query_s += perf_counter() - started
 
 
-def _pieces(asked: Asked) -> list[Asked]:
+def _pieces(asked: PendingReads) -> list[PendingReads]:
     if len(asked) <= IDS_MAX:
         return [asked] if asked else []
     keys = list(asked)
     return [{key: asked[key] for key in keys[start : start + IDS_MAX]} for start in range(0, len(keys), IDS_MAX)]
 
 
-def _refuse(asked: Asked, error: BaseException) -> None:
+def _refuse(asked: PendingReads, error: BaseException) -> None:
     for answers in asked.values():
         for answer in answers:
             if answer.done():

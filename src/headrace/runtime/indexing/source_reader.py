@@ -12,14 +12,14 @@ from headrace.foundation.errors import HeadraceError, InvalidInput
 from headrace.runtime.indexing.sources.source import Source
 
 
-class Turn(NamedTuple):
+class SourceRewind(NamedTuple):
     """A source goes back to a position."""
 
     source: int
     to: Position | None
 
 
-class Fetching:
+class SourceReader:
     """The sources of one running indexer. `news` is called when there is something to look at."""
 
     def __init__(self, sources: Mapping[str, Source], *, waiting_max: int, news: Callable[[], None]) -> None:
@@ -31,7 +31,7 @@ class Fetching:
         self._room = asyncio.Event()
         self._turned = asyncio.Event()
         self.sequencer = Sequencer(self.names, [None] * len(self.names))
-        self.turn: Turn | None = None
+        self.turn: SourceRewind | None = None
         self.failure: BaseException | None = None
 
     async def start(self, positions: Mapping[str, Position], *, but: int | None = None) -> None:
@@ -79,7 +79,7 @@ class Fetching:
             async with aclosing(self._sources[number].arrivals(after)) as arrivals:  # type: ignore[type-var]  # every async generator has aclose
                 async for arrival in arrivals:
                     if isinstance(arrival, Rewind):
-                        await self._turn(Turn(number, arrival.to))
+                        await self._turn(SourceRewind(number, arrival.to))
                     else:
                         await self._feed(number, arrival)
             self.sequencer.close(number)
@@ -98,7 +98,7 @@ class Fetching:
         self.sequencer.feed(number, arrived)
         self._news()
 
-    async def _turn(self, turn: Turn) -> None:
+    async def _turn(self, turn: SourceRewind) -> None:
         while self.turn is not None:  # another source's is followed first
             self._turned.clear()
             await self._turned.wait()

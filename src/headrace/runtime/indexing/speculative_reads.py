@@ -16,7 +16,7 @@ from typing import Any
 from headrace.runtime.indexing.handler_context import HandlerContext
 
 
-class Preload:
+class SpeculativeReads:
     """The handlers of one batch that run ahead."""
 
     def __init__(self) -> None:

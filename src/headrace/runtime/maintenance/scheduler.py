@@ -29,7 +29,7 @@ RETRY_S: Final = 1.0
 
 
 @dataclass(slots=True)
-class _Standing:
+class _ScheduleState:
     """A schedule, up to where its ticks are dealt with, and whether the store has another one of this name."""
 
     spec: ScheduleSpec
@@ -48,7 +48,7 @@ class Scheduler:
     def __init__(self, engine: Engine, registry: Registry) -> None:
         self._engine = engine
         self._registry = registry
-        self._standings: list[_Standing] | None = None
+        self._standings: list[_ScheduleState] | None = None
 
     async def run(self) -> None:
         """Tick until cancelled."""
@@ -73,10 +73,10 @@ class Scheduler:
             engine.environment, self._registry.app, own, now_us=engine.clock.now_us()
         )
         self._standings = [
-            _Standing(specs[one.name], one.last_us, specs[one.name].rule.after(one.last_us)) for one in known
+            _ScheduleState(specs[one.name], one.last_us, specs[one.name].rule.after(one.last_us)) for one in known
         ]
 
-    async def _served(self, one: _Standing) -> float:
+    async def _served(self, one: _ScheduleState) -> float:
         """Enqueue what is due of one schedule; answers the seconds until its next tick."""
         try:
             while one.next_us is not None and one.next_us <= self._engine.clock.now_us():
@@ -89,7 +89,7 @@ class Scheduler:
             return RETRY_S
         return PAUSE_MAX_S if one.next_us is None else (one.next_us - self._engine.clock.now_us()) / 1_000_000
 
-    async def _move_on(self, one: _Standing) -> None:
+    async def _move_on(self, one: _ScheduleState) -> None:
         """Deal with the ticks that are due now."""
         engine, spec = self._engine, one.spec
         now_us = engine.clock.now_us()
@@ -112,7 +112,7 @@ class Scheduler:
         )
         told = await engine.store.tick(engine.environment, wanted, now_us=now_us)
         if told.is_ours and found.ticks_us:
-            engine.doorbell.ring()
+            engine.wakeup.notify()
         if told.is_ours and found.missed_count:
             LOG.warning("ticks were missed and are passed over", schedule=spec.name, count=found.missed_count)
         stands = told.schedule

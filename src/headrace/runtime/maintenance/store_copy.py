@@ -20,7 +20,7 @@ from headrace.runtime.sessions.recovery import recover_here, recover_silent
 from headrace.store.store_copy import NOTHING, Arrival, Belongings, Departure
 
 
-class Moved(msgspec.Struct, kw_only=True):
+class CopyReport(msgspec.Struct, kw_only=True):
     """What a move came to. `objects_missing`: payloads that the source's object store no longer has."""
 
     batches: int = 0
@@ -31,7 +31,7 @@ class Moved(msgspec.Struct, kw_only=True):
     resumed: bool = False
 
 
-class Move:
+class StoreCopy:
     """One move of `source` into `target`, whose stores are `departure` and `arrival`."""
 
     def __init__(self, source: Engine, target: Engine, *, departure: Departure, arrival: Arrival) -> None:
@@ -39,9 +39,9 @@ class Move:
         self._target = target
         self.departure = departure
         self.arrival = arrival
-        self._moved = Moved()
+        self._moved = CopyReport()
 
-    async def run(self, target_name: str, told: Callable[[int, int], None]) -> Moved:
+    async def run(self, target_name: str, told: Callable[[int, int], None]) -> CopyReport:
         """Move everything; `told(runs, of how many)` hears how far it has come. The same call goes on where it was.
 
         Raises `Conflict` while anybody works on the source, and `StoreBroken` when the ledgers differ in the end.
@@ -58,7 +58,7 @@ class Move:
         await self._verify()
         await self.departure.finish(now_us=self._source.clock.now_us())
         await self.arrival.forget(move_id)
-        self._target.doorbell.ring()
+        self._target.wakeup.notify()
         return self._moved
 
     async def undo(self) -> None:

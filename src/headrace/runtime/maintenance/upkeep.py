@@ -176,7 +176,7 @@ class Upkeep:
             if swept.abandoned:
                 LOG.warning("batches were not sealed in time and are abandoned", batches=swept.abandoned)
             if swept.expired_count or swept.cancelled_count:
-                engine.recorded.ring()
+                engine.recorded.notify()
             moved_count += swept.expired_count + swept.cancelled_count + len(swept.abandoned)
             if not swept.more:
                 return moved_count
@@ -206,7 +206,7 @@ class Upkeep:
                 if count < ROWS_MAX:
                     break
         if moved_count:
-            engine.doorbell.ring()
+            engine.wakeup.notify()
         return moved_count
 
     async def purge_dead(self) -> int:

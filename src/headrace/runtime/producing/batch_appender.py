@@ -16,7 +16,7 @@ from headrace.core.block import Chunk, Coalescer
 from headrace.foundation.errors import ClientFault
 from headrace.foundation.limits import MIB
 from headrace.runtime.engine import Engine
-from headrace.runtime.retrying import patiently
+from headrace.runtime.retrying import retry_transient
 from headrace.store.protocol import Appended
 
 WAITING_BYTES_MAX: Final = 8 * MIB
@@ -30,7 +30,7 @@ WAITS_MAX: Final = 6
 _NAMES: Final = {"bytes_count": "bytes", "items_count": "items", "lines_count": "lines", "is_open": "open"}
 
 
-class Position(msgspec.Struct, frozen=True, kw_only=True, rename=_NAMES):
+class InputPosition(msgspec.Struct, frozen=True, kw_only=True, rename=_NAMES):
     """A place in an input, after a whole line.
 
     `digest` is of all bytes before it. `is_open` says that the last line had no newline yet when it was read, so
@@ -53,10 +53,10 @@ class Position(msgspec.Struct, frozen=True, kw_only=True, rename=_NAMES):
         return msgspec.msgpack.decode(cursor, type=cls) if cursor else cls()
 
 
-BEGINNING: Final = Position()
+BEGINNING: Final = InputPosition()
 
 
-class Appender:
+class BatchAppender:
     """Runs in, appends out: one in flight, the next one filling. Owned by one task, which must `finish` or `stop`.
 
     `on_appended` hears of each append, `on_refused` says what goes out instead of an error that is the caller's.
@@ -69,7 +69,7 @@ class Appender:
         engine: Engine,
         batch_id: str,
         *,
-        start: Position = BEGINNING,
+        start: InputPosition = BEGINNING,
         on_appended: Callable[[Appended], None] = lambda _appended: None,
         on_refused: Callable[[ClientFault], Awaitable[ClientFault]] | None = None,
         waits_max: int = WAITS_MAX,
@@ -80,13 +80,13 @@ class Appender:
         self.position = start
         self._store = engine.store
         self._clock = engine.clock
-        self._doorbell = engine.doorbell
+        self._wakeup = engine.wakeup
         self._batch_id = batch_id
         self._on_appended = on_appended
         self._on_refused = on_refused
         self._waits_max = waits_max
         self._next_item = start.items_count
-        self._marks: deque[Position] = deque()
+        self._marks: deque[InputPosition] = deque()
         self._waiting: list[Chunk] = []
         self._waiting_bytes = 0
         self._is_ending = False
@@ -98,7 +98,7 @@ class Appender:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="feed append")
         self._task.add_done_callback(lambda _: self._room.set())
 
-    async def push(self, next_item: int, mark: Position | None) -> None:
+    async def push(self, next_item: int, mark: InputPosition | None) -> None:
         """Tell of runs just added; waits while too much is waiting."""
         self._next_item = next_item
         if mark is not None:
@@ -173,7 +173,7 @@ class Appender:
             return
         cursor = position.encode() if position.bytes_count > self.position.bytes_count else None
         try:
-            appended = await patiently(
+            appended = await retry_transient(
                 lambda: self._store.append(
                     self._batch_id, chunks, now_us=self._clock.now_us(), cursor=cursor, seals=self._seals
                 ),
@@ -187,4 +187,4 @@ class Appender:
             raise await self._on_refused(error) from error
         self._on_appended(appended)
         self.position = position
-        self._doorbell.ring()
+        self._wakeup.notify()

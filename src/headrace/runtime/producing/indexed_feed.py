@@ -24,11 +24,11 @@ from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
 from headrace.core.pack import JSON, REFERENCE
 from headrace.core.span import Key
 from headrace.foundation.errors import ClientFault, HeadraceError, InvalidInput, ObjectMissing
-from headrace.runtime.concurrent_map import ingest
+from headrace.runtime.concurrent_map import map_concurrently
 from headrace.runtime.engine import Engine
-from headrace.runtime.producing.batch_appender import Appender
-from headrace.runtime.producing.sequential_feed import born_failed
-from headrace.runtime.retrying import patiently
+from headrace.runtime.producing.batch_appender import BatchAppender
+from headrace.runtime.producing.sequential_feed import failed_item
+from headrace.runtime.retrying import retry_transient
 from headrace.store.protocol import Appended
 
 SLICE_BYTES: Final = 128 * 1024
@@ -56,7 +56,7 @@ class IndexOutside(InvalidInput):
     status = 422
 
 
-class Entry(NamedTuple):
+class IndexedItem(NamedTuple):
     """One item, ready to be stored. Of kind REFERENCE its payload is what the client calls an uploaded one."""
 
     run_index: int
@@ -66,7 +66,7 @@ class Entry(NamedTuple):
     extra: Extra | None = None
 
 
-class Bulk(NamedTuple):
+class ItemRange(NamedTuple):
     """Many items of one key with JSON payloads and consecutive indexes."""
 
     first_index: int
@@ -74,16 +74,16 @@ class Bulk(NamedTuple):
     payloads: Sequence[bytes]
 
 
-Group = Sequence["Entry | Bulk"]
+EntryGroup = Sequence["IndexedItem | ItemRange"]
 
 
-class Decoder(Protocol):
+class ItemDecoder(Protocol):
     """Makes entries of lines, and knows what was uploaded before."""
 
-    def one(self, line: bytes) -> Entry:
+    def one(self, line: bytes) -> IndexedItem:
         """The item that a line is. Raises `InvalidInput`."""
 
-    def many(self, lines: Sequence[bytes]) -> Group | None:
+    def many(self, lines: Sequence[bytes]) -> EntryGroup | None:
         """Many lines in a few calls, when all of them are good; None: each is judged alone, by `one`."""
 
     def key_of(self, task: str) -> Key:
@@ -94,7 +94,7 @@ class Decoder(Protocol):
 
 
 @dataclass(slots=True)
-class Taken:
+class FeedCounts:
     """What a stream brought, as far as it is durable. `sealed`: the batch, when the last of it closed it."""
 
     accepted_count: int = 0
@@ -110,27 +110,29 @@ class Taken:
         self.sealed = appended.sealed or self.sealed
 
 
-class Intake:
+class IndexedFeed:
     """One stream of items into one batch."""
 
-    def __init__(self, engine: Engine, batch: Batch, decoder: Decoder) -> None:
-        self.taken = Taken()
+    def __init__(self, engine: Engine, batch: Batch, decoder: ItemDecoder) -> None:
+        self.taken = FeedCounts()
         self._engine = engine
         self._batch = batch
         self._decoder = decoder
         self._bound = engine.limits.batch_runs_max if batch.expected_count is None else batch.expected_count
 
-    async def run(self, pieces: AsyncIterable[bytes], *, meter: Callable[[int], None] = lambda _count: None) -> Taken:
+    async def run(
+        self, pieces: AsyncIterable[bytes], *, meter: Callable[[int], None] = lambda _count: None
+    ) -> FeedCounts:
         """Read to the end; a batch that is whole then is closed with it.
 
         `meter` hears of bytes as they are read. Raises what the source raises, `UnreadableItem`, `InvalidInput`,
         `StoreUnavailable`.
         """
         limits = self._engine.limits
-        appender = Appender(
+        appender = BatchAppender(
             self._engine, self._batch.id, on_appended=self.taken.add, waits_max=WAITS_MAX, gather_s=GATHER_S
         )
-        groups = ingest(
+        groups = map_concurrently(
             self._groups(pieces, meter), self._settled, concurrency=limits.ingest_concurrency, ordered=False
         )
         count = 0
@@ -151,7 +153,7 @@ class Intake:
 
     # -- reading
 
-    async def _groups(self, pieces: AsyncIterable[bytes], meter: Callable[[int], None]) -> AsyncIterator[Group]:
+    async def _groups(self, pieces: AsyncIterable[bytes], meter: Callable[[int], None]) -> AsyncIterator[EntryGroup]:
         machine = NdjsonMachine(item_bytes_max=self._engine.limits.item_bytes_max)
         async for piece in pieces:
             meter(len(piece))
@@ -161,11 +163,11 @@ class Intake:
         for group in self._cut(machine.close()):
             yield group
 
-    def _cut(self, items: list[Item]) -> Iterator[Group]:
+    def _cut(self, items: list[Item]) -> Iterator[EntryGroup]:
         """Items in groups: one that goes to the object store is alone. A line that is refused comes last."""
         lines: list[bytes] = []
         refused: HeadraceError | None = None
-        entries: list[Entry | Bulk] = []
+        entries: list[IndexedItem | ItemRange] = []
         for item in items:
             if type(item) is bytes:
                 lines.append(item)
@@ -191,17 +193,17 @@ class Intake:
         if refused is not None:
             raise refused
 
-    def _decoded(self, lines: list[bytes]) -> Iterator[Entry | Bulk]:
+    def _decoded(self, lines: list[bytes]) -> Iterator[IndexedItem | ItemRange]:
         """Lines as entries, many at once where all of them are good; one that is to be offloaded by itself."""
         group = self._decoder.many(lines) if lines else ()
         if group is not None:
             lines.clear()
             for entry in group:
-                if isinstance(entry, Entry) or self._is_small((entry,)):
+                if isinstance(entry, IndexedItem) or self._is_small((entry,)):
                     yield entry
                 else:
                     yield from (
-                        Entry(index, entry.key, payload)
+                        IndexedItem(index, entry.key, payload)
                         for index, payload in enumerate(entry.payloads, entry.first_index)
                     )
             return
@@ -209,25 +211,25 @@ class Intake:
         while lines:
             yield self._decoder.one(lines.pop())
 
-    def _is_small(self, group: Group) -> bool:
+    def _is_small(self, group: EntryGroup) -> bool:
         most = self._engine.limits.inline_bytes_max
         return all(
             (entry.kind != REFERENCE and len(entry.payload) < most)
-            if isinstance(entry, Entry)
+            if isinstance(entry, IndexedItem)
             else max(map(len, entry.payloads)) < most
             for entry in group
         )
 
-    def _failed(self, item: Oversized) -> Entry:
-        return Entry(item.index, self._decoder.key_of(item.task), _BORN_FAILED, JSON, born_failed(item))
+    def _failed(self, item: Oversized) -> IndexedItem:
+        return IndexedItem(item.index, self._decoder.key_of(item.task), _BORN_FAILED, JSON, failed_item(item))
 
     # -- the object store
 
-    def _settled(self, group: Group) -> Group | Awaitable[Group]:
+    def _settled(self, group: EntryGroup) -> EntryGroup | Awaitable[EntryGroup]:
         for entry in group:
             first, last = (
                 (entry.run_index, entry.run_index)
-                if isinstance(entry, Entry)
+                if isinstance(entry, IndexedItem)
                 else (entry.first_index, entry.first_index + len(entry.payloads) - 1)
             )
             if last >= self._bound:
@@ -239,14 +241,14 @@ class Intake:
                 )
         if not self._is_small(group):
             (only,) = group
-            assert isinstance(only, Entry)
+            assert isinstance(only, IndexedItem)
             return self._fetched(only) if only.kind == REFERENCE else self._offloaded(only)
         return group
 
-    async def _fetched(self, entry: Entry) -> Group:
+    async def _fetched(self, entry: IndexedItem) -> EntryGroup:
         """An item whose payload was uploaded before: it becomes this batch's own, or the run fails for want of it."""
         try:
-            payload, kind = await patiently(
+            payload, kind = await retry_transient(
                 lambda: self._decoder.fetched(entry.payload),
                 self._engine.clock,
                 what="the object store",
@@ -259,9 +261,9 @@ class Intake:
         own = entry._replace(payload=payload, kind=kind)
         return (own,) if self._is_small((own,)) else await self._offloaded(own)
 
-    async def _offloaded(self, entry: Entry) -> Group:
+    async def _offloaded(self, entry: IndexedItem) -> EntryGroup:
         engine, batch_id = self._engine, self._batch.id
-        reference, object_key = await patiently(
+        reference, object_key = await retry_transient(
             lambda: engine.offloaded(batch_id, entry.payload, entry.kind),
             engine.clock,
             what="the object store",
@@ -272,9 +274,9 @@ class Intake:
 
     # -- appending
 
-    def _add(self, appender: Appender, entry: Entry | Bulk) -> int:
+    def _add(self, appender: BatchAppender, entry: IndexedItem | ItemRange) -> int:
         """Put an entry into the open chunk, which holds no index twice; answers how many runs it is."""
-        if isinstance(entry, Bulk):
+        if isinstance(entry, ItemRange):
             if appender.coalescer.holds(entry.first_index, len(entry.payloads)):
                 appender.cut()
             appender.coalescer.extend(entry.first_index, entry.payloads, entry.key)

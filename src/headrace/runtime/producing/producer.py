@@ -21,12 +21,12 @@ from headrace.core.pack import JSON, REFERENCE
 from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, HeadraceError, InvalidInput, SessionEnded, StoreUnavailable
 from headrace.foundation.ids import new_batch_id
-from headrace.runtime.concurrent_map import ingest
+from headrace.runtime.concurrent_map import map_concurrently
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
-from headrace.runtime.sessions.session import Broker
+from headrace.runtime.sessions.session import StoreSession
 from headrace.runtime.tasks.bounds import check_name
-from headrace.runtime.tasks.call_options import Options, extra_of, key_of, traced
+from headrace.runtime.tasks.call_options import Options, extra_of, key_of, with_trace
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.store.protocol import NewBatch
 
@@ -51,7 +51,7 @@ class Producer:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._broker: Broker | None = None
+        self._broker: StoreSession | None = None
         self._stream_id = ""
         self._next_index = 0
         self._starting = asyncio.Lock()
@@ -60,7 +60,7 @@ class Producer:
     async def enqueue(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[str, int]:
         """Make one run durable; answers `(batch_id, index)`, of an older run when its idempotency key names one."""
         now_us = self.engine.clock.now_us()
-        extra = extra_of(traced(options), self.engine.limits, now_us)
+        extra = extra_of(with_trace(options), self.engine.limits, now_us)
         return await self.put(key_of(spec, options, now_us), payload, JSON, extra)
 
     async def put(self, key: Key, payload: bytes, kind: int, extra: Extra | None) -> tuple[str, int]:
@@ -117,7 +117,7 @@ class Producer:
     async def _create_owned(self, **more: Any) -> str:
         """A batch that ends with this process's session, whatever happens to the process; answers its id."""
         if self._broker is None:
-            broker = Broker(self.engine, kind="producer")
+            broker = StoreSession(self.engine, kind="producer")
             broker.on_ended = self._session_lost
             await broker.start()
             self._broker = broker
@@ -165,7 +165,7 @@ class Producer:
         """
         batch_id = new_batch_id(self.engine.clock.now_us())
         now_us = self.engine.clock.now_us()
-        key, extra = key_of(spec, options, now_us), extra_of(traced(options), self.engine.limits, now_us)
+        key, extra = key_of(spec, options, now_us), extra_of(with_trace(options), self.engine.limits, now_us)
         settled, kind, extra = await self._settled_payload(batch_id, payload, JSON, extra)
         coalescer = Coalescer(runs_max=1, bytes_max=self.engine.limits.chunk_bytes_max)
         coalescer.add(0, settled, key, kind=kind, extra=extra)
@@ -204,7 +204,9 @@ class Producer:
 
         index = 0
         try:
-            async with aclosing(ingest(_grouped(items), step, concurrency=limits.ingest_concurrency)) as steps:
+            async with aclosing(
+                map_concurrently(_grouped(items), step, concurrency=limits.ingest_concurrency)
+            ) as steps:
                 async for encoded in steps:
                     index = await stream.add(index, encoded, span_key)
             await stream.close()
@@ -214,7 +216,7 @@ class Producer:
                 await self.engine.store.stop_batch(batch_id, CANCELLED, now_us=clock.now_us())
             raise
         await self.engine.store.seal(batch_id, index, now_us=clock.now_us())
-        self.engine.recorded.ring()
+        self.engine.recorded.notify()
         return batch_id
 
     async def _create_mapped(self, task: str, key: str | None, metadata: dict[str, object]) -> str:
@@ -293,7 +295,7 @@ class _Appending:
             if not one.answer.done():
                 known = appended.existing.get(one.run_index)
                 one.answer.set_result((*known, False) if known else (self._batch_id, one.run_index, True))
-        self._engine.doorbell.ring()
+        self._engine.wakeup.notify()
 
 
 def _refuse(enqueue: _Enqueue, error: HeadraceError) -> None:
@@ -364,7 +366,7 @@ class _Stream:
 
     async def _append(self, chunks: Sequence[Chunk]) -> None:
         await self._engine.store.append(self._batch_id, chunks, now_us=self._engine.clock.now_us())
-        self._engine.doorbell.ring()
+        self._engine.wakeup.notify()
 
     def _refused(self, _chunk: Chunk, error: HeadraceError) -> None:
         self._error = self._error or error

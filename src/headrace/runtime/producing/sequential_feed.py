@@ -1,6 +1,6 @@
 """Feeding a stream of NDJSON into a batch, durably, and going on where it stopped.
 
-Rule 1: what is durable and how far the input was read are one transaction. Each append carries a `Position`, whose
+Rule 1: what is durable and how far the input was read are one transaction. Each append carries a `InputPosition`, whose
 digest covers exactly the bytes before it, so a feed that was killed goes on without a guess, and an input that
 changed meanwhile is known as one that did.
 Rule 2: a position lies at the end of a line, and never ahead of what is durable. What was fed twice because of that
@@ -23,10 +23,10 @@ from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
 from headrace.core.pack import REFERENCE
 from headrace.core.span import Key
 from headrace.foundation.errors import ClientFault, Conflict, InvalidInput
-from headrace.runtime.concurrent_map import ingest
+from headrace.runtime.concurrent_map import map_concurrently
 from headrace.runtime.engine import Engine
-from headrace.runtime.producing.batch_appender import BEGINNING, WAITS_MAX, Appender, Position
-from headrace.runtime.retrying import patiently
+from headrace.runtime.producing.batch_appender import BEGINNING, WAITS_MAX, BatchAppender, InputPosition
+from headrace.runtime.retrying import retry_transient
 from headrace.store.protocol import Appended
 
 SLICE_LINES_MAX: Final = 4_096
@@ -42,15 +42,15 @@ class SealedElsewhere(Conflict):
     """Another feed sealed the batch at an earlier end of the same input: start again from its cursor."""
 
 
-class _Group(NamedTuple):
+class _ItemGroup(NamedTuple):
     """Items that follow each other: any number of small ones, or one that is to be offloaded."""
 
     items: list[Item]
-    mark: Position | None
+    mark: InputPosition | None
     extra: Extra | None = None
 
 
-class Feed:
+class SequentialFeed:
     """One pass over an input, from `start` to its end, into one batch or several that follow each other.
 
     `pieces` are the input's bytes from its very first on, cut anywhere. Those before `start` are only hashed and
@@ -63,7 +63,7 @@ class Feed:
         *,
         engine: Engine,
         key: Key,
-        start: Position = BEGINNING,
+        start: InputPosition = BEGINNING,
     ) -> None:
         self.position = start
         self._pieces = pieces
@@ -74,8 +74,8 @@ class Feed:
         self._start = start
         self._next_item = start.items_count
         self._cut_at = 0
-        self._groups: AsyncGenerator[_Group, None] | None = None
-        self._pending: _Group | None = None
+        self._groups: AsyncGenerator[_ItemGroup, None] | None = None
+        self._pending: _ItemGroup | None = None
 
     async def fill(self, batch: Batch, *, base_index: int = 0) -> bool:
         """Append to `batch` until the input ends, and seal it: True. False: the batch is full (it was sealed already,
@@ -88,7 +88,7 @@ class Feed:
         is_sealed = batch.expected_count is not None
         full_at = base_index + (batch.expected_count or 0 if is_sealed else self._limits.batch_runs_max)
         self._cut_at = self._cut_at or full_at
-        appender = Appender(
+        appender = BatchAppender(
             self._engine,
             batch.id,
             start=self.position,
@@ -111,7 +111,7 @@ class Feed:
                         if type(item) is bytes:
                             add(index, item, key)
                         else:
-                            add(index, _BORN_FAILED, key, extra=born_failed(item))
+                            add(index, _BORN_FAILED, key, extra=failed_item(item))
                         index += 1
                 self._next_item += len(group.items)
                 await appender.push(self._next_item, group.mark)
@@ -122,7 +122,7 @@ class Feed:
         if group is not None and self._next_item < full_at:
             raise _sealed_elsewhere(batch)  # a batch that continues was sealed at another place than was cut for
         if is_sealed and self._next_item < full_at:
-            raise changed(f"it ends after {self._next_item:,} items, and had {full_at:,}")
+            raise input_changed(f"it ends after {self._next_item:,} items, and had {full_at:,}")
         if not is_sealed:
             await self._seal(batch, self._next_item - base_index)
         return group is None
@@ -135,7 +135,7 @@ class Feed:
     async def _seal(self, batch: Batch, count: int) -> None:
         store, clock = self._engine.store, self._engine.clock
         try:
-            await patiently(
+            await retry_transient(
                 lambda: store.seal(batch.id, count, now_us=clock.now_us()), clock, what="the store", waits_max=WAITS_MAX
             )
         except Conflict as error:
@@ -147,7 +147,7 @@ class Feed:
     def _check_same(self, appended: Appended) -> None:
         if appended.conflicts:
             assert self._batch is not None
-            raise changed(f"run {appended.conflicts[0]:,} was made from another line", batch_id=self._batch.id)
+            raise input_changed(f"run {appended.conflicts[0]:,} was made from another line", batch_id=self._batch.id)
 
     async def _verdict(self, error: ClientFault) -> ClientFault:
         """The same error, or that somebody sealed the batch while this feed went on past its end."""
@@ -157,19 +157,19 @@ class Feed:
             return _sealed_elsewhere(batch)
         return error
 
-    async def _next_group(self) -> _Group | None:
+    async def _next_group(self) -> _ItemGroup | None:
         if self._pending is not None:
             group, self._pending = self._pending, None
             return group
         if self._groups is None:
-            self._groups = ingest(self._cut(), self._offloaded, concurrency=self._limits.ingest_concurrency)
+            self._groups = map_concurrently(self._cut(), self._offloaded, concurrency=self._limits.ingest_concurrency)
         return await anext(self._groups, None)
 
     # -- reading
 
-    async def _cut(self) -> AsyncIterator[_Group]:
+    async def _cut(self) -> AsyncIterator[_ItemGroup]:
         """The input from `start` on, in groups; the last group of each slice says where the input then stands."""
-        reader = _Reader(self._pieces)
+        reader = _InputReader(self._pieces)
         try:
             at_bytes = await reader.skip(self._start)
             machine = NdjsonMachine(
@@ -196,8 +196,8 @@ class Feed:
         finally:
             await reader.close()
 
-    def _mark(self, machine: NdjsonMachine, at_bytes: int, digest: bytes, *, is_open: bool = False) -> Position:
-        return Position(
+    def _mark(self, machine: NdjsonMachine, at_bytes: int, digest: bytes, *, is_open: bool = False) -> InputPosition:
+        return InputPosition(
             bytes_count=at_bytes,
             items_count=machine.items_count,
             lines_count=machine.line_no,
@@ -219,45 +219,45 @@ class Feed:
         for start in range(at, len(piece), slice_bytes):
             yield piece[start : start + slice_bytes]
 
-    def _grouped(self, items: list[Item], mark: Position | None) -> Iterator[_Group]:
+    def _grouped(self, items: list[Item], mark: InputPosition | None) -> Iterator[_ItemGroup]:
         """Items cut where one is to be offloaded. The usual case is decided in a few calls for all of them."""
         large_bytes = self._limits.inline_bytes_max
         sizes = [len(item) for item in items if type(item) is bytes]
         if max(sizes, default=0) < large_bytes:
             if items or mark is not None:
-                yield _Group(items, mark)
+                yield _ItemGroup(items, mark)
             return
         small: list[Item] = []
         for item in items:
             if type(item) is bytes and len(item) >= large_bytes:
                 if small:
-                    yield _Group(small, None)
-                yield _Group([item], None)
+                    yield _ItemGroup(small, None)
+                yield _ItemGroup([item], None)
                 small = []
             else:
                 small.append(item)
-        yield _Group(small, mark)
+        yield _ItemGroup(small, mark)
 
-    def _offloaded(self, group: _Group) -> _Group | Awaitable[_Group]:
+    def _offloaded(self, group: _ItemGroup) -> _ItemGroup | Awaitable[_ItemGroup]:
         first = group.items[0] if len(group.items) == 1 else None
         if type(first) is bytes and len(first) >= self._limits.inline_bytes_max:
             return self._offload(first, group.mark)
         return group
 
-    async def _offload(self, payload: bytes, mark: Position | None) -> _Group:
+    async def _offload(self, payload: bytes, mark: InputPosition | None) -> _ItemGroup:
         """Write one large payload to the object store before the row that will name it."""
         assert self._batch is not None
         engine, batch_id = self._engine, self._batch.id
-        reference, key = await patiently(
+        reference, key = await retry_transient(
             lambda: engine.offloaded(batch_id, payload),
             engine.clock,
             what="the object store",
             waits_max=WAITS_MAX,
         )
-        return _Group([reference], mark, Extra(object_key=key, object_bytes=len(payload)))
+        return _ItemGroup([reference], mark, Extra(object_key=key, object_bytes=len(payload)))
 
 
-class _Reader:
+class _InputReader:
     """Pieces from either kind of iterable, hashed, with what comes before the start checked and passed over."""
 
     def __init__(self, pieces: AsyncIterable[bytes] | Iterable[bytes]) -> None:
@@ -275,28 +275,28 @@ class _Reader:
         assert self._plain is not None
         return next(self._plain, None)
 
-    async def skip(self, start: Position) -> int:
+    async def skip(self, start: InputPosition) -> int:
         """Hash what lies before `start` and compare; answers how many bytes were passed over."""
         left = start.bytes_count
         while left:
             piece = await self.next()
             if piece is None:
-                raise changed(f"it has fewer than the {start.bytes_count:,} bytes that were read before")
+                raise input_changed(f"it has fewer than the {start.bytes_count:,} bytes that were read before")
             piece, self._rest = piece[:left], piece[left:]
             self.digest.update(piece)
             left -= len(piece)
             await asyncio.sleep(0)
         if start.bytes_count and self.digest.digest() != start.digest:
-            raise changed(f"its first {start.bytes_count:,} bytes are not those that were read before")
+            raise input_changed(f"its first {start.bytes_count:,} bytes are not those that were read before")
         return start.bytes_count + (await self._end_line(start) if start.is_open else 0)
 
-    async def _end_line(self, start: Position) -> int:
+    async def _end_line(self, start: InputPosition) -> int:
         """Pass over the end of a line that had none: only white space may have come to it."""
         passed_bytes = 0
         while (piece := await self.next()) is not None:
             line, newline, rest = piece.partition(b"\n")
             if line.strip():
-                raise changed(f"its line {start.lines_count}, then the last and without a newline, goes on")
+                raise input_changed(f"its line {start.lines_count}, then the last and without a newline, goes on")
             self.digest.update(line + newline)
             passed_bytes += len(line) + len(newline)
             if newline:
@@ -312,7 +312,7 @@ class _Reader:
                 await result
 
 
-def born_failed(marker: Oversized | Unreadable | bytes) -> Extra:
+def failed_item(marker: Oversized | Unreadable | bytes) -> Extra:
     """What a line that is no item becomes: a run that failed before it could run."""
     assert not isinstance(marker, bytes)
     if isinstance(marker, Oversized):
@@ -331,6 +331,6 @@ def _sealed_elsewhere(batch: Batch) -> SealedElsewhere:
     return SealedElsewhere("the batch was sealed by another feed meanwhile", hint="start again", batch_id=batch.id)
 
 
-def changed(how: str, **ids: object) -> InvalidInput:
+def input_changed(how: str, **ids: object) -> InvalidInput:
     """The input is not the one that was fed before."""
     return InvalidInput(f"the input changed since it was read: {how}", hint="--fresh starts over", **ids)

@@ -19,14 +19,14 @@ BEGUN: Final = 1
 ENDED: Final = 2
 
 
-class Plan(NamedTuple):
+class DirectCall(NamedTuple):
     """The straight way to call a task: an async function of one argument, and what decodes that."""
 
     function: Callable[[Any], Coroutine[Any, Any, Any]]
     decode: Callable[[bytes], Any]
 
 
-class Work:
+class ActiveLease:
     """One leased span. `number` counts its runs from 0 in the order of `lease.payloads`.
 
     An at-most-once run that began stays marked so until its outcome is durable: a crash before that leaves it open
@@ -53,7 +53,7 @@ class Work:
         self.part_no = 0
         self.dirty_since_us = 0
         self.slot = slot
-        self.plan: Plan | None = None
+        self.plan: DirectCall | None = None
         self.marks: memoryview | bytearray = marks if marks is not None else bytearray(lease.runs_count)
         self.ended_mark = BEGUN if lease.at_most_once else ENDED
         self.suspects: list[int] = []
@@ -161,18 +161,18 @@ class Work:
         return settlement
 
 
-class Retracted(NamedTuple):
+class RetractedRuns(NamedTuple):
     """Runs that will not begin here any more: whole leases, and places of others."""
 
-    whole: list[Work]
-    parts: list[tuple[Work, tuple[int, ...]]]
+    whole: list[ActiveLease]
+    parts: list[tuple[ActiveLease, tuple[int, ...]]]
     runs_count: int
 
 
-def retract(ready: deque[Work], runs_count: int) -> Retracted:
+def retract(ready: deque[ActiveLease], runs_count: int) -> RetractedRuns:
     """Take `runs_count` runs that nobody has begun out of the line, the last first; fewer when there are fewer."""
-    whole: list[Work] = []
-    parts: list[tuple[Work, tuple[int, ...]]] = []
+    whole: list[ActiveLease] = []
+    parts: list[tuple[ActiveLease, tuple[int, ...]]] = []
     left = runs_count
     for work in reversed(list(ready)):
         count = min(left, work.unbegun_count)
@@ -183,4 +183,4 @@ def retract(ready: deque[Work], runs_count: int) -> Retracted:
         else:
             parts.append((work, work.cut(count)))
         left -= count
-    return Retracted(whole, parts, runs_count - left)
+    return RetractedRuns(whole, parts, runs_count - left)

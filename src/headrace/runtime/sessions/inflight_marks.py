@@ -39,7 +39,7 @@ _DEADLINE_AT: Final = HEAD.size - _DEADLINE.size
 Suspected = dict[tuple[int, int], tuple[int, ...]]
 
 
-class Marks:
+class InflightMarks:
     """The marks of one process. Owned by one thread; `close` removes the file."""
 
     def __init__(self, path: Path, *, slot_runs: int, slots: int = SLOTS) -> None:

@@ -28,7 +28,7 @@ EVER_US: Final = 2**62
 """A dead process is silent, whatever it said last."""
 
 
-class Silence(NamedTuple):
+class RecoveryCounts(NamedTuple):
     """What a look at all sessions came to: spans that came back, and when the next one may count as silent."""
 
     spans_count: int
@@ -61,7 +61,7 @@ async def recover_here(engine: Engine, own_id: str) -> int:
     return spans_count
 
 
-async def recover_silent(engine: Engine, own_id: str) -> Silence:
+async def recover_silent(engine: Engine, own_id: str) -> RecoveryCounts:
     """Recover the sessions that were silent for too long."""
     spans_count, next_us = 0, EVER_US
     for session in await engine.store.sessions():
@@ -79,7 +79,7 @@ async def recover_silent(engine: Engine, own_id: str) -> Silence:
             spans_count += await _recover(engine, session.id, suspects, now_us - timeout_us)
         else:
             next_us = min(next_us, session.heartbeat_us + timeout_us)
-    return Silence(spans_count, next_us)
+    return RecoveryCounts(spans_count, next_us)
 
 
 async def _recover(engine: Engine, session_id: str, suspects: Suspects, silent_since_us: int) -> int:
@@ -92,7 +92,7 @@ async def _recover(engine: Engine, session_id: str, suspects: Suspects, silent_s
     )
     if count:
         LOG.info("recovered the leases of a dead session", session=session_id, spans=count)
-        engine.doorbell.ring()
+        engine.wakeup.notify()
     return count
 
 

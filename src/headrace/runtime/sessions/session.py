@@ -22,9 +22,9 @@ from headrace.foundation.errors import HeadraceError, SessionEnded
 from headrace.foundation.ids import new_session_id
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
-from headrace.runtime.retrying import patiently
-from headrace.runtime.sessions.active_lease import Work
-from headrace.runtime.sessions.inflight_marks import SLOTS, Marks
+from headrace.runtime.retrying import retry_transient
+from headrace.runtime.sessions.active_lease import ActiveLease
+from headrace.runtime.sessions.inflight_marks import SLOTS, InflightMarks
 from headrace.runtime.sessions.recovery import recover_here, recover_silent
 from headrace.store.protocol import Claim, Heartbeat, Lease, Release, Session
 
@@ -32,21 +32,21 @@ LOG: Any = structlog.get_logger("headrace.broker")
 Update = Settlement | Release
 
 
-class _Leaving(NamedTuple):
+class _PendingEnd(NamedTuple):
     """A lease whose last update is on its way; its marks are evidence until that is durable."""
 
-    marks: Marks | None
+    marks: InflightMarks | None
     slot: int
     last: Update
     began_once: bool
 
 
-def _began_once(work: Work) -> bool:
+def _began_once(work: ActiveLease) -> bool:
     """Whether an at-most-once run of it began; its mark stays until its outcome is durable."""
     return work.lease.at_most_once and any(work.marks)
 
 
-class Broker:
+class StoreSession:
     """Owned by one event loop. `start`, then claim and settle, then `stop`; each may be called twice."""
 
     def __init__(self, engine: Engine, *, kind: str, slots: int = SLOTS) -> None:
@@ -54,7 +54,7 @@ class Broker:
         self.engine = engine
         self.kind = kind
         self.session_id = ""
-        self.marks: Marks | None = None
+        self.marks: InflightMarks | None = None
         self.lost_count = 0
         self.on_unwanted: Callable[[Heartbeat], None] = lambda _reply: None
         self.on_ended: Callable[[], None] = lambda: None
@@ -62,8 +62,8 @@ class Broker:
         self._claim_no = 0
         self._slots = slots
         self._claiming: dict[int, int] = {}
-        self._held: dict[tuple[int, int], Work] = {}
-        self._leaving: dict[tuple[int, int], _Leaving] = {}
+        self._held: dict[tuple[int, int], ActiveLease] = {}
+        self._leaving: dict[tuple[int, int], _PendingEnd] = {}
         self._flusher: Flusher[Update] | None = None
         self._beating: threading.Thread | asyncio.Task[None] | None = None
         self._stop_beating = threading.Event()
@@ -98,7 +98,7 @@ class Broker:
         session_id = new_session_id(clock.now_us())
         if self.engine.live_directory is not None:
             path, runs_max = self.engine.live_directory / session_id, self.engine.limits.chunk_runs_max
-            self.marks = Marks(path, slot_runs=runs_max, slots=self._slots)
+            self.marks = InflightMarks(path, slot_runs=runs_max, slots=self._slots)
         session = Session(
             id=session_id, kind=self.kind, host=socket.gethostname(), pid=os.getpid(), started_us=clock.now_us()
         )
@@ -254,7 +254,7 @@ class Broker:
 
     async def claim(
         self, tasks: Sequence[str], queues: Sequence[str] | None, runs_max: int, *, queue_prefix: str = ""
-    ) -> list[Work]:
+    ) -> list[ActiveLease]:
         """Lease runs. Repeats the same claim until the store answers; raises `SessionEnded` and client faults."""
         runs_max = min(runs_max, self.room)
         if runs_max < 1:
@@ -271,7 +271,7 @@ class Broker:
         )
         self._claiming[wish.claim_no] = runs_max
         try:
-            leases = await patiently(
+            leases = await retry_transient(
                 lambda: self.engine.store.claim(wish, now_us=self.engine.clock.now_us()),
                 self.engine.clock,
                 what="the store",
@@ -282,18 +282,18 @@ class Broker:
         finally:
             self._claiming.pop(wish.claim_no, None)
 
-    def _hold(self, lease: Lease) -> Work:
+    def _hold(self, lease: Lease) -> ActiveLease:
         slot, marks = -1, None
         if self.marks is not None:
             slot, marks = self.marks.take(lease.span_id, lease.token, lease.runs_count)
-        work = self._held[lease.span_id, lease.token] = Work(lease, marks, slot)
+        work = self._held[lease.span_id, lease.token] = ActiveLease(lease, marks, slot)
         return work
 
-    def lease(self, span_id: int, token: int) -> Work | None:
+    def lease(self, span_id: int, token: int) -> ActiveLease | None:
         """A lease that this process holds."""
         return self._held.get((span_id, token))
 
-    def forget(self, work: Work) -> None:
+    def forget(self, work: ActiveLease) -> None:
         """A lease has ended, and all of its outcomes are durable."""
         if self._held.pop((work.lease.span_id, work.lease.token), None) is work:
             self._leave((work.lease.span_id, work.lease.token), work, ())
@@ -305,7 +305,7 @@ class Broker:
         return free - sum(self._claiming.values())
 
     @property
-    def held(self) -> list[Work]:
+    def held(self) -> list[ActiveLease]:
         """The leases this process holds."""
         return list(self._held.values())
 
@@ -314,7 +314,7 @@ class Broker:
         if self._flusher is not None:
             await self._flusher.put(update)
 
-    async def end_lease(self, work: Work, updates: Sequence[Update]) -> None:
+    async def end_lease(self, work: ActiveLease, updates: Sequence[Update]) -> None:
         """The lease has ended: hand over its last outcomes and, where runs are left, its release."""
         name = (work.lease.span_id, work.lease.token)
         if self._held.pop(name, None) is work:
@@ -322,10 +322,10 @@ class Broker:
         for update in updates:
             await self.put(update)
 
-    def _leave(self, name: tuple[int, int], work: Work, updates: Sequence[Update]) -> None:
+    def _leave(self, name: tuple[int, int], work: ActiveLease, updates: Sequence[Update]) -> None:
         slot, work.slot = work.slot, -1
         if updates:
-            self._leaving[name] = _Leaving(self.marks, slot, updates[-1], _began_once(work))
+            self._leaving[name] = _PendingEnd(self.marks, slot, updates[-1], _began_once(work))
         elif self.marks is not None and slot >= 0:
             self.marks.free(slot)
 
@@ -347,11 +347,11 @@ class Broker:
             words = await store.settle(settlements, now_us=clock.now_us())
             self._tell_lost(settlements, words)
             self.on_recorded(sum(len(settlement.codes) for settlement in settlements))
-            self.engine.recorded.ring()
+            self.engine.recorded.notify()
         if releases:
             crashes_max = self.engine.limits.crashes_max
             await store.release(releases, crashes_max=crashes_max, now_us=clock.now_us())
-            self.engine.doorbell.ring()
+            self.engine.wakeup.notify()
         for update in updates:
             self._has_left(update)
 

@@ -39,7 +39,7 @@ def key_of(spec: TaskSpec, options: Options, now_us: int) -> Key:
     )
 
 
-def traced(options: Options) -> Options:
+def with_trace(options: Options) -> Options:
     """The options of a call with the trace it belongs to, unless it names one. Not of a map: each run would pay."""
     found = trace_headers()
     return options._replace(headers={**found, **options.headers}) if found else options

@@ -25,7 +25,7 @@ def _trace(error: BaseException) -> str:
     return "".join(traceback.format_list(frames[-FRAMES_MAX:]))
 
 
-def said(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An error in one line, whatever its class does with its words."""
     kind = type(error).__qualname__
     try:

@@ -21,8 +21,8 @@ import msgspec
 from headrace.core import pack
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.runtime.tasks.context import Context
-from headrace.runtime.tasks.exception_info import said
-from headrace.runtime.tasks.superjson import PayloadRefused, revived
+from headrace.runtime.tasks.exception_info import error_line
+from headrace.runtime.tasks.superjson import PayloadRefused, revive_types
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -160,7 +160,7 @@ class Codec:
             payload = _encode_json(value)
         except Exception as error:  # noqa: BLE001 - a value's own code may raise anything
             raise InvalidInput(
-                f"the arguments of task {self.name} can't be written as JSON: {said(error)}",
+                f"the arguments of task {self.name} can't be written as JSON: {error_line(error)}",
                 hint="use plain values, dataclasses, msgspec structs, dates, UUIDs, enums or bytes",
             ) from None
         try:
@@ -199,7 +199,7 @@ class Codec:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise PayloadRefused(str(error)) from None
         except Exception as error:
-            raise PayloadRefused(f"a type of the task refuses it: {said(error)}") from error
+            raise PayloadRefused(f"a type of the task refuses it: {error_line(error)}") from error
 
     def _from_json(self, payload: bytes) -> Arguments:
         if self._only is not None:
@@ -217,7 +217,7 @@ class Codec:
         if kind == pack.TEXT:
             return self.from_value(payload.decode("utf-8"))
         if kind == pack.SUPER_JSON:
-            return self.from_value(revived(msgspec.json.decode(payload)))
+            return self.from_value(revive_types(msgspec.json.decode(payload)))
         if kind == pack.MSGPACK:
             call = msgspec.msgpack.decode(payload, type=_Call)
             return self._from_named(self._named(call.args, call.kwargs))

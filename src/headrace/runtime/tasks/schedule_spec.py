@@ -90,7 +90,7 @@ class ScheduleSpec:
         return new, chunk
 
 
-def schedule_of(
+def make_schedule(
     task: TaskSpec,
     cron: object | None,
     every_s: object | None,
@@ -107,19 +107,19 @@ def schedule_of(
         if tz is not None:
             raise InvalidSetting("an interval is the same in every time zone", hint="leave tz out")
         rule: Rule = Every(every_s)
-        place = place_of(UTC)
+        place = time_zone(UTC)
     else:
-        place = place_of(UTC if tz is None else tz)
+        place = time_zone(UTC if tz is None else tz)
         rule = Cron(cron, place.key, place)
     return ScheduleSpec(name=task.name if name is None else name, task=task, rule=rule, place=place, catch_up=catch_up)
 
 
-def rule_known_as(known: Schedule) -> Rule:
+def stored_rule(known: Schedule) -> Rule:
     """The rule of a schedule that a store knows."""
-    return rule_of(known.expression, known.zone, place_of(known.zone))
+    return rule_of(known.expression, known.zone, time_zone(known.zone))
 
 
-def place_of(zone: object) -> ZoneInfo:
+def time_zone(zone: object) -> ZoneInfo:
     """The time zone of a name of the tz database. Raises `InvalidSetting`."""
     if isinstance(zone, str) and len(zone) <= ZONE_CHARS_MAX:
         try:

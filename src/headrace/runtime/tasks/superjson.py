@@ -19,7 +19,7 @@ class PayloadRefused(Exception):
     """An input does not fit its task; another attempt would fail the same way."""
 
 
-def revived(document: Any) -> Any:
+def revive_types(document: Any) -> Any:
     """The value of a decoded document, its types applied where Python has them; the others stay JSON."""
     if not isinstance(document, dict) or "json" not in document:
         raise PayloadRefused("a super+json payload is an object with `json` and `meta`")

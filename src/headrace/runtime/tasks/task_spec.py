@@ -25,7 +25,7 @@ OnExhausted = Literal["discard", "dead_letter"]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ImportTarget:
     """Where another process finds a task: a module by name or by file, and the attribute in it."""
 
     module: str
@@ -110,12 +110,12 @@ class TaskSpec:
         return own
 
     @property
-    def target(self) -> Target:
+    def target(self) -> ImportTarget:
         """Where another process finds this task."""
         module = sys.modules.get(self.function.__module__)
         spec = getattr(module, "__spec__", None) if self.function.__module__ == "__main__" else None
         name = spec.name if spec is not None else self.function.__module__  # `python -m package.module`
-        return Target(name, getattr(module, "__file__", "") or "", self.function.__qualname__)
+        return ImportTarget(name, getattr(module, "__file__", "") or "", self.function.__qualname__)
 
     @property
     def options(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Final, Protocol
 
-from headrace.runtime.sessions.active_lease import Retracted, Work
+from headrace.runtime.sessions.active_lease import ActiveLease, RetractedRuns
 
 AHEAD_S: Final = 0.1
 RATE_WINDOW_S: Final = 0.05
@@ -20,7 +20,7 @@ CLAIM_RUNS: Final = 8_192
 """Runs in one claim at most: many claims of some milliseconds keep runners busy better than few long ones."""
 
 
-class Runs(Protocol):
+class RunExecutor(Protocol):
     """What runs claimed work: this process's executor, or a crew of child processes."""
 
     unbegun_count: int
@@ -28,23 +28,23 @@ class Runs(Protocol):
     ended_count: int
     concurrency: int
 
-    def submit(self, work: Work) -> None:
+    def submit(self, work: ActiveLease) -> None:
         """Queue a lease's runs."""
 
-    def retract(self, runs_count: int) -> Retracted:
+    def retract(self, runs_count: int) -> RetractedRuns:
         """Let go of runs that nobody has begun, at most `runs_count`, the last first."""
 
-    def take_unbegun(self) -> list[Work]:
+    def take_unbegun(self) -> list[ActiveLease]:
         """All work with runs that have not begun, which will not begin any more."""
 
     async def stop(self, *, grace_s: float) -> None:
         """Begin nothing more; end what is under way within `grace_s`."""
 
 
-class Pace:
+class ClaimSizer:
     """How many runs to ask for: what is free now, and as much ahead as 100 ms of measured work."""
 
-    def __init__(self, runs: Runs, *, chunk_runs: int) -> None:
+    def __init__(self, runs: RunExecutor, *, chunk_runs: int) -> None:
         """`chunk_runs`: what fast tasks claim a multiple of."""
         self._runs = runs
         self._chunk_runs = chunk_runs

@@ -31,15 +31,15 @@ from headrace.core.span import RETRY
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
-from headrace.runtime.retrying import patiently
-from headrace.runtime.sessions.active_lease import BEGUN, ENDED, Plan, Retracted, Work, retract
+from headrace.runtime.retrying import retry_transient
+from headrace.runtime.sessions.active_lease import BEGUN, ENDED, ActiveLease, DirectCall, RetractedRuns, retract
 from headrace.runtime.tasks.context import Context
-from headrace.runtime.tasks.exception_info import describe, said
+from headrace.runtime.tasks.exception_info import describe, error_line
 from headrace.runtime.tasks.payload_codec import Arguments
 from headrace.runtime.tasks.superjson import PayloadRefused
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
-from headrace.runtime.worker.run_driver import CANCELLED, STOPPED, TIMEOUT, Runner, driven, outcome_of, shielded
+from headrace.runtime.worker.run_driver import CANCELLED, STOPPED, TIMEOUT, RunnerState, driven, outcome_of, shielded
 
 LOG: Any = structlog.get_logger("headrace.executor")
 SLICE_S: Final = 0.002
@@ -50,7 +50,7 @@ STOP_S: Final = 1.0
 SUSPECT_CRASHES: Final = 2
 
 
-class Offload(Protocol):
+class PayloadAccess(Protocol):
     """Where payloads and results over the inline limit live."""
 
     async def fetch(self, reference: bytes) -> tuple[bytes, int]:
@@ -60,18 +60,18 @@ class Offload(Protocol):
         """Store a result; answers the reference and the object's key."""
 
 
-class Hooks(NamedTuple):
+class ExecutorCallbacks(NamedTuple):
     """What the executor tells its owner: work that is over, and work whose first unsent outcome just came."""
 
-    over: Callable[[Work], None]
-    dirty: Callable[[Work], None]
+    over: Callable[[ActiveLease], None]
+    dirty: Callable[[ActiveLease], None]
 
 
 async def _never(_value: Any) -> None:
     raise AssertionError
 
 
-GENERAL: Final = Plan(_never, bytes)
+GENERAL_CALL: Final = DirectCall(_never, bytes)
 BURST_RUNS: Final = 4_096
 
 
@@ -87,9 +87,9 @@ class Executor:
         *,
         concurrency: int,
         clock: Clock,
-        offload: Offload,
+        offload: PayloadAccess,
         limits: Limits,
-        hooks: Hooks,
+        hooks: ExecutorCallbacks,
         inline_sync: bool = False,
         deadline: Callable[[int], None] | None = None,
     ) -> None:
@@ -106,10 +106,10 @@ class Executor:
         self._hooks = hooks
         self._inline_sync = inline_sync
         self._deadline = deadline
-        self._ready: deque[Work] = deque()
-        self._suspects: deque[Work] = deque()
-        self._alone: Work | None = None
-        self._runners: list[Runner] = []
+        self._ready: deque[ActiveLease] = deque()
+        self._suspects: deque[ActiveLease] = deque()
+        self._alone: ActiveLease | None = None
+        self._runners: list[RunnerState] = []
         self._idle: list[asyncio.Future[None]] = []
         self._is_stopping = False
         self._canary: asyncio.Task[bool] | None = None
@@ -121,7 +121,7 @@ class Executor:
 
     # -- work in and out
 
-    def submit(self, work: Work) -> None:
+    def submit(self, work: ActiveLease) -> None:
         """Queue a lease's runs; they begin as runners get to them."""
         if self._canary is None:
             self._canary = asyncio.create_task(asyncio.Event().wait(), name="headrace-canary")
@@ -132,7 +132,7 @@ class Executor:
             self._ready.append(work)
         self._wake_one()
 
-    def take_unbegun(self) -> list[Work]:
+    def take_unbegun(self) -> list[ActiveLease]:
         """All work with runs that have not begun, which will not begin any more."""
         left = [
             work for work in (*self._ready, *self._suspects, self._alone) if work is not None and work.unbegun_count
@@ -143,13 +143,13 @@ class Executor:
         self.unbegun_count = 0
         return left
 
-    def retract(self, runs_count: int) -> Retracted:
+    def retract(self, runs_count: int) -> RetractedRuns:
         """Let go of runs that nobody has begun, at most `runs_count`, the last first."""
         retracted = retract(self._ready, runs_count)
         self.unbegun_count -= retracted.runs_count
         return retracted
 
-    def interrupt(self, wanted: Callable[[Work, int], bool], reason: str) -> None:
+    def interrupt(self, wanted: Callable[[ActiveLease, int], bool], reason: str) -> None:
         """Interrupt the runs under way that `wanted(work, number)` names; cancelled ones that wait won't begin."""
         for runner in self._runners:
             if runner.work is not None and wanted(runner.work, runner.number):
@@ -159,14 +159,14 @@ class Executor:
         for work in (*self._ready, *self._suspects, self._alone):
             if work is not None and (named := {n for n in range(work.cursor, work.count) if wanted(work, n)}):
                 work.unwanted |= named
-                work.plan = GENERAL
+                work.plan = GENERAL_CALL
 
-    def _interrupt(self, runner: Runner, reason: str) -> None:
+    def _interrupt(self, runner: RunnerState, reason: str) -> None:
         """Interrupt, and insist now and then: a run may swallow it and go on."""
         if runner.interrupt(reason):
             self._insist_later(runner)
 
-    def _insist_later(self, runner: Runner) -> None:
+    def _insist_later(self, runner: RunnerState) -> None:
         def again() -> None:
             runner.insist()
             self._insist_later(runner)
@@ -209,18 +209,18 @@ class Executor:
                 future.set_result(None)
                 return
         if len(self._runners) < self.concurrency and not self._is_stopping:
-            runner = Runner()
+            runner = RunnerState()
             self._runners.append(runner)
             runner.task = asyncio.create_task(self._run(runner), name=f"headrace-runner-{len(self._runners)}")
             runner.task.add_done_callback(lambda _: self._gone(runner))
 
-    def _gone(self, runner: Runner) -> None:
+    def _gone(self, runner: RunnerState) -> None:
         """A runner ended without a stop (a `GeneratorExit` closes all who await it): another takes its place."""
         if not self._is_ending:
             self._runners.remove(runner)
             self._wake_one()
 
-    def _next_work(self) -> Work | None:
+    def _next_work(self) -> ActiveLease | None:
         """The work whose next run may begin, or None."""
         if self._is_stopping:
             return None
@@ -233,7 +233,7 @@ class Executor:
             self._ready.popleft()
         return None
 
-    def _next_alone(self) -> Work | None:
+    def _next_alone(self) -> ActiveLease | None:
         alone = self._alone
         if alone is not None and alone.cursor < alone.count:
             return alone
@@ -248,7 +248,7 @@ class Executor:
         canary = self._canary
         return self._is_stopping or canary is None or canary.cancelling() > 0 or canary.done()
 
-    async def _run(self, runner: Runner) -> None:
+    async def _run(self, runner: RunnerState) -> None:
         """A runner survives whatever its runs do, but not the end of the executor."""
         while not self._is_stopping:
             try:
@@ -260,7 +260,7 @@ class Executor:
             except Exception:
                 LOG.exception("a runner met an error that is not its run's")
 
-    async def _take_runs(self, runner: Runner) -> None:
+    async def _take_runs(self, runner: RunnerState) -> None:
         began = perf_counter()
         while not self._is_stopping:
             work = self._next_work()
@@ -271,7 +271,7 @@ class Executor:
                 began = perf_counter()
                 continue
             plan = work.plan or self._plan(work)
-            if plan is not GENERAL:
+            if plan is not GENERAL_CALL:
                 if (rest := self._burst(work, plan, runner)) is None:
                     await self._turn(runner)
                     continue
@@ -297,7 +297,7 @@ class Executor:
                 await self._turn(runner)
                 began = perf_counter()
 
-    async def _turn(self, runner: Runner) -> None:
+    async def _turn(self, runner: RunnerState) -> None:
         """Give the loop a turn, and let a cancellation that a run left behind hit nobody."""
         try:
             runner.calm()
@@ -307,7 +307,7 @@ class Executor:
                 raise
             runner.calm()
 
-    async def _finish(self, runner: Runner, rest: Awaitable[None]) -> None:
+    async def _finish(self, runner: RunnerState, rest: Awaitable[None]) -> None:
         """Await the rest of a run; an interruption ends the run, not the runner."""
         work, number = runner.work, runner.number
         assert work is not None
@@ -322,7 +322,7 @@ class Executor:
             else:
                 self._fail(work, number, self._spec(work, number), error)
 
-    def _ended(self, work: Work) -> None:
+    def _ended(self, work: ActiveLease) -> None:
         self.in_flight_count -= 1
         self.ended_count += 1
         if self._deadline is not None:
@@ -335,24 +335,24 @@ class Executor:
 
     # -- many runs of the usual kind
 
-    def _plan(self, work: Work) -> Plan:
-        """How the runs of this lease are called: the straight way, or `GENERAL` for whatever needs a closer look."""
+    def _plan(self, work: ActiveLease) -> DirectCall:
+        """How the runs of this lease are called: the straight way, or `GENERAL_CALL` for whatever needs a closer look."""
         lease = work.lease
-        work.plan = GENERAL
+        work.plan = GENERAL_CALL
         if lease.kinds is not None or lease.expires_us or lease.at_most_once or lease.task not in self.registry:
-            return GENERAL
+            return GENERAL_CALL
         spec = self.registry.get(lease.task)
         decode = spec.codec.decode_one
         if decode is None or not spec.is_async or spec.codec.context_name:
-            return GENERAL
+            return GENERAL_CALL
         if self._deadline is not None and spec.timeout_s is not None:
-            return GENERAL
+            return GENERAL_CALL
         if any(extra.attempts_max or extra.timeout_ms for extra in lease.extras.values()):
-            return GENERAL
-        work.plan = Plan(spec.function, decode)
+            return GENERAL_CALL
+        work.plan = DirectCall(spec.function, decode)
         return work.plan
 
-    def _burst(self, work: Work, plan: Plan, runner: Runner) -> Awaitable[None] | None:
+    def _burst(self, work: ActiveLease, plan: DirectCall, runner: RunnerState) -> Awaitable[None] | None:
         """Run the next runs of `work` one after the other, for 2 ms at most, until one of them waits.
 
         None: the slice is over or the lease's runs have all begun. Else what is left to await of the last one
@@ -406,7 +406,7 @@ class Executor:
         self._account(work, number - first, rest is not None)
         return rest
 
-    def _account(self, work: Work, begun_count: int, is_last_waiting: bool) -> None:
+    def _account(self, work: ActiveLease, begun_count: int, is_last_waiting: bool) -> None:
         """Count a burst: all of it began, all of it but perhaps the last has ended."""
         work.cursor += begun_count
         self.unbegun_count -= begun_count
@@ -417,7 +417,7 @@ class Executor:
         if ended_count:
             self._report(work)
 
-    def _report(self, work: Work) -> None:
+    def _report(self, work: ActiveLease) -> None:
         if work.ended_count == work.count:
             self._hooks.over(work)
         elif not work.dirty_since_us:
@@ -425,7 +425,7 @@ class Executor:
 
     # -- one run
 
-    def _begin(self, work: Work, number: int, runner: Runner) -> Awaitable[None] | None:
+    def _begin(self, work: ActiveLease, number: int, runner: RunnerState) -> Awaitable[None] | None:
         """Start a run. None when it has ended already, else what is left to await."""
         lease = work.lease
         kind = lease.kinds[number] if lease.kinds is not None else pack.JSON
@@ -439,7 +439,9 @@ class Executor:
             return self._fetched(work, number, runner)
         return self._call(work, number, runner, lease.payloads[number], kind)
 
-    def _call(self, work: Work, number: int, runner: Runner, payload: bytes, kind: int) -> Awaitable[None] | None:
+    def _call(
+        self, work: ActiveLease, number: int, runner: RunnerState, payload: bytes, kind: int
+    ) -> Awaitable[None] | None:
         try:
             spec = self._spec(work, number)
             arguments = spec.codec.decode(payload, kind)
@@ -465,10 +467,10 @@ class Executor:
             return None
         return self._waiting(work, number, runner, spec, driven(coro, variables, waits_for))
 
-    def _spec(self, work: Work, number: int) -> TaskSpec:
+    def _spec(self, work: ActiveLease, number: int) -> TaskSpec:
         return self.registry.get(work.lease.task).bounded(work.lease.extras.get(work.span_slots[number]))
 
-    def _context(self, work: Work, number: int, spec: TaskSpec) -> Context:
+    def _context(self, work: ActiveLease, number: int, spec: TaskSpec) -> Context:
         lease = work.lease
         extra = lease.extras.get(work.span_slots[number])
         deadline_us = None if spec.timeout_s is None else self._clock.now_us() + int(spec.timeout_s * 1_000_000)
@@ -483,7 +485,7 @@ class Executor:
         )
 
     async def _waiting(
-        self, work: Work, number: int, runner: Runner, spec: TaskSpec, rest: Coroutine[Any, Any, Any]
+        self, work: ActiveLease, number: int, runner: RunnerState, spec: TaskSpec, rest: Coroutine[Any, Any, Any]
     ) -> None:
         """A run that waits: arm its timeout, drive it to its end, and tell an interruption from a failure."""
         timer = None
@@ -503,7 +505,7 @@ class Executor:
             if timer is not None:
                 timer.cancel()
 
-    def _interrupted(self, work: Work, number: int, reason: str) -> None:
+    def _interrupted(self, work: ActiveLease, number: int, reason: str) -> None:
         spec = self._spec(work, number)
         if work.codes[number]:
             return  # it had come to its end already
@@ -517,7 +519,13 @@ class Executor:
             work.give_back(number)
 
     async def _threaded(
-        self, work: Work, number: int, runner: Runner, spec: TaskSpec, variables: Variables, arguments: Arguments
+        self,
+        work: ActiveLease,
+        number: int,
+        runner: RunnerState,
+        spec: TaskSpec,
+        variables: Variables,
+        arguments: Arguments,
     ) -> None:
         """A plain function runs in a thread. It can't be interrupted there: past its timeout its outcome is dropped."""
         if self._threads is None:
@@ -528,7 +536,7 @@ class Executor:
         await self._waiting(work, number, runner, spec, outcome_of(future))
 
     def _inline(
-        self, work: Work, number: int, spec: TaskSpec, variables: Variables, arguments: Arguments
+        self, work: ActiveLease, number: int, spec: TaskSpec, variables: Variables, arguments: Arguments
     ) -> Awaitable[None] | None:
         timed = spec.timeout_s is not None and self._deadline is not None
         try:
@@ -544,7 +552,7 @@ class Executor:
             return None
         return self._complete(work, number, value)
 
-    async def _fetched(self, work: Work, number: int, runner: Runner) -> None:
+    async def _fetched(self, work: ActiveLease, number: int, runner: RunnerState) -> None:
         try:
             payload, kind = await self._ask_objects(partial(self._offload.fetch, work.lease.payloads[number]))
         except HeadraceError as error:
@@ -555,22 +563,22 @@ class Executor:
             await rest
 
     async def _ask_objects(self, call: Callable[[], Awaitable[tuple[Any, Any]]]) -> tuple[Any, Any]:
-        return await patiently(call, self._clock, what="the object store")
+        return await retry_transient(call, self._clock, what="the object store")
 
     # -- how it ended
 
-    def _complete(self, work: Work, number: int, value: Any) -> Awaitable[None] | None:
+    def _complete(self, work: ActiveLease, number: int, value: Any) -> Awaitable[None] | None:
         try:
             result = self._encode(value)
         except Exception as error:  # noqa: BLE001 - a result's own code may raise anything
-            self._refuse(work, number, "InvalidResult", f"the result can't be written as JSON: {said(error)}")
+            self._refuse(work, number, "InvalidResult", f"the result can't be written as JSON: {error_line(error)}")
             return None
         if len(result) >= self._inline_bytes_max:
             return self._store_result(work, number, result)
         work.end(number, run.COMPLETED, result)
         return None
 
-    async def _store_result(self, work: Work, number: int, result: bytes) -> None:
+    async def _store_result(self, work: ActiveLease, number: int, result: bytes) -> None:
         try:
             put = partial(self._offload.put_result, work.lease.batch_id, result)
             reference, key = await self._ask_objects(put)
@@ -579,13 +587,13 @@ class Executor:
             return
         work.end(number, run.COMPLETED, reference, kind=pack.REFERENCE, object_key=key)
 
-    def _refuse(self, work: Work, number: int, kind: str, message: str) -> None:
+    def _refuse(self, work: ActiveLease, number: int, kind: str, message: str) -> None:
         """Fail for good: another attempt would end the same way."""
         message = message[: self._error_chars_max]
         failure = Failure(type=kind, message=message, attempts=work.lease.attempt, crashes=work.lease.crashes_count)
         work.end(number, run.FAILED, failure.encode())
 
-    def _fail(self, work: Work, number: int, spec: TaskSpec, error: BaseException) -> None:
+    def _fail(self, work: ActiveLease, number: int, spec: TaskSpec, error: BaseException) -> None:
         """A failed attempt: another one if the policy says so."""
         lease = work.lease
         kind, message, trace = describe(error, chars_max=self._error_chars_max)

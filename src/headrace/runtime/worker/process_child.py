@@ -24,22 +24,22 @@ from headrace.foundation.errors import HeadraceError, InvalidSetting
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.sessions.active_lease import Work
-from headrace.runtime.sessions.inflight_marks import Marks
+from headrace.runtime.sessions.active_lease import ActiveLease
+from headrace.runtime.sessions.inflight_marks import InflightMarks
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
-from headrace.runtime.wakeup import Doorbell
-from headrace.runtime.worker.executor import Executor, Hooks
+from headrace.runtime.wakeup import Wakeup
+from headrace.runtime.worker.executor import Executor, ExecutorCallbacks
 from headrace.runtime.worker.process_ipc import (
     HEADER,
-    Begin,
-    Broken,
-    Ended,
+    ChildFailed,
+    ChildReady,
+    ChildSetup,
     FromChild,
-    Interrupt,
-    Ready,
-    Slice,
-    Stop,
+    InterruptRuns,
+    LeaseSlice,
+    SliceOutcomes,
+    StopChild,
     framed,
     to_child,
 )
@@ -91,10 +91,10 @@ def _from_file(name: str, file: str) -> Any:
     return module
 
 
-class _Child:
+class _ChildExecutor:
     """The life of one child: slices in, outcomes out."""
 
-    def __init__(self, begin: Begin, wire: socket.socket) -> None:
+    def __init__(self, begin: ChildSetup, wire: socket.socket) -> None:
         self._wire = wire
         self._lock = threading.Lock()
         self._limits = Limits(**begin.limits)
@@ -107,9 +107,9 @@ class _Child:
                     hint="decorate it with @app.task where it is defined",
                 )
             registry.add(spec)
-        self._marks = Marks(Path(begin.marks_path), slot_runs=self._limits.chunk_runs_max)
+        self._marks = InflightMarks(Path(begin.marks_path), slot_runs=self._limits.chunk_runs_max)
         self._slices: dict[int, int] = {}
-        self._works: dict[int, Work] = {}
+        self._works: dict[int, ActiveLease] = {}
         self._told: dict[int, bytearray] = {}
         self._dirty: set[int] = set()
         self._loop = asyncio.get_running_loop()
@@ -123,7 +123,7 @@ class _Child:
             environment=begin.environment,
             live_directory=None,
             beats_beside=False,
-            doorbell=Doorbell(),
+            wakeup=Wakeup(),
         )
         self.executor = Executor(
             registry,
@@ -131,7 +131,7 @@ class _Child:
             clock=clock,
             offload=engine,
             limits=self._limits,
-            hooks=Hooks(over=self._work_over, dirty=self._work_dirty),
+            hooks=ExecutorCallbacks(over=self._work_over, dirty=self._work_dirty),
             inline_sync=begin.inline_sync,
             deadline=self._marks.set_deadline if begin.inline_sync else None,
         )
@@ -140,7 +140,7 @@ class _Child:
         with self._lock:
             self._wire.sendall(framed(message))
 
-    def take(self, slice_: Slice) -> None:
+    def take(self, slice_: LeaseSlice) -> None:
         slot, marks = self._marks.take(slice_.span_id, slice_.token, slice_.runs_count)
         lease = Lease(
             span_id=slice_.span_id,
@@ -161,13 +161,13 @@ class _Child:
             extras=slice_.extras,
             runs_count=slice_.runs_count,
         )
-        work = Work(lease, marks, slot)
+        work = ActiveLease(lease, marks, slot)
         self._slices[id(work)] = slice_.id
         self._works[slice_.id] = work
         self._told[slice_.id] = bytearray(work.count)
         self.executor.submit(work)
 
-    def interrupt(self, message: Interrupt) -> None:
+    def interrupt(self, message: InterruptRuns) -> None:
         work = self._works.get(message.id)
         numbers = set(message.numbers)
         self.executor.interrupt(lambda running, number: running is work and number in numbers, "cancelled")
@@ -182,13 +182,13 @@ class _Child:
     async def wait(self) -> None:
         await self._over.wait()
 
-    def _work_over(self, work: Work) -> None:
+    def _work_over(self, work: ActiveLease) -> None:
         slice_id = self._slices.pop(id(work))
         self._dirty.discard(slice_id)
         self._tell(slice_id, over=True)
         self._marks.free(work.slot)
 
-    def _work_dirty(self, work: Work) -> None:
+    def _work_dirty(self, work: ActiveLease) -> None:
         work.dirty_since_us = 1
         if not self._dirty:
             self._loop.call_later(DIRTY_S, self._tell_dirty)
@@ -210,7 +210,7 @@ class _Child:
         if over:
             del self._works[slice_id], self._told[slice_id]
         if runs or over:
-            self.send(Ended(slice_id, runs, over))
+            self.send(SliceOutcomes(slice_id, runs, over))
 
 
 def main() -> None:
@@ -243,36 +243,36 @@ def _timed_out(_signal: int, _frame: FrameType | None) -> None:
 async def _serve(wire: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     begin = _receive(wire)
-    if not isinstance(begin, Begin):
+    if not isinstance(begin, ChildSetup):
         return
     sys.path[:] = begin.paths
     try:
-        child = _Child(begin, wire)
+        child = _ChildExecutor(begin, wire)
     except Exception as error:  # noqa: BLE001 - a module that can't be imported may raise anything
         reason = str(error) if isinstance(error, HeadraceError) else f"{type(error).__name__}: {error}"
-        wire.sendall(framed(Broken(reason)))
+        wire.sendall(framed(ChildFailed(reason)))
         return
-    child.send(Ready())
+    child.send(ChildReady())
     threading.Thread(target=_listen, args=(wire, loop, child), daemon=True).start()
     await child.wait()
 
 
-def _listen(wire: socket.socket, loop: asyncio.AbstractEventLoop, child: _Child) -> None:
+def _listen(wire: socket.socket, loop: asyncio.AbstractEventLoop, child: _ChildExecutor) -> None:
     """Frames from the parent, in their own thread: a run that blocks the loop must not hide that the parent died."""
     while True:
         message = _receive(wire)
         if message is None:
             os._exit(1)  # the parent is gone, and with it everyone who wants these outcomes
         match message:
-            case Slice():
+            case LeaseSlice():
                 loop.call_soon_threadsafe(child.take, message)
-            case Interrupt():
+            case InterruptRuns():
                 loop.call_soon_threadsafe(child.interrupt, message)
-            case Stop():
+            case StopChild():
                 asyncio.run_coroutine_threadsafe(child.stop(message.grace_s), loop)
 
 
-def _receive(wire: socket.socket) -> Begin | Slice | Interrupt | Stop | None:
+def _receive(wire: socket.socket) -> ChildSetup | LeaseSlice | InterruptRuns | StopChild | None:
     head = _exactly(wire, HEADER.size)
     if head is None:
         return None

@@ -12,7 +12,7 @@ from headrace.core.block import Extra
 HEADER: Final = struct.Struct("<I")
 
 
-class Begin(msgspec.Struct, tag="begin"):
+class ChildSetup(msgspec.Struct, tag="begin"):
     """The first frame to a child: where its tasks are and how it runs them."""
 
     tasks: list[tuple[str, str, str, str]]
@@ -26,7 +26,7 @@ class Begin(msgspec.Struct, tag="begin"):
     limits: dict[str, int]
 
 
-class Slice(msgspec.Struct, tag="slice"):
+class LeaseSlice(msgspec.Struct, tag="slice"):
     """Some runs of one lease, for one child."""
 
     id: int
@@ -47,20 +47,20 @@ class Slice(msgspec.Struct, tag="slice"):
     extras: dict[int, Extra]
 
 
-class Interrupt(msgspec.Struct, tag="interrupt"):
+class InterruptRuns(msgspec.Struct, tag="interrupt"):
     """End these runs of a slice: nobody wants them."""
 
     id: int
     numbers: list[int]
 
 
-class Stop(msgspec.Struct, tag="stop"):
+class StopChild(msgspec.Struct, tag="stop"):
     """Begin nothing more; end what is under way within `grace_s`, tell of it, and leave."""
 
     grace_s: float
 
 
-class Ended(msgspec.Struct, tag="ended"):
+class SliceOutcomes(msgspec.Struct, tag="ended"):
     """Runs of a slice that ended: `(number in the slice, code, result, kind, due_us, object_key)` each."""
 
     id: int
@@ -68,18 +68,18 @@ class Ended(msgspec.Struct, tag="ended"):
     over: bool
 
 
-class Ready(msgspec.Struct, tag="ready"):
+class ChildReady(msgspec.Struct, tag="ready"):
     """The child has its tasks and waits for work."""
 
 
-class Broken(msgspec.Struct, tag="broken"):
+class ChildFailed(msgspec.Struct, tag="broken"):
     """The child can't have its tasks."""
 
     reason: str
 
 
-ToChild = Begin | Slice | Interrupt | Stop
-FromChild = Ended | Ready | Broken
+ToChild = ChildSetup | LeaseSlice | InterruptRuns | StopChild
+FromChild = SliceOutcomes | ChildReady | ChildFailed
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 to_child: Final = msgspec.msgpack.Decoder(ToChild)

@@ -30,20 +30,20 @@ from headrace.core.span import RETRY
 from headrace.foundation.errors import HeadraceError, InvalidSetting
 from headrace.foundation.limits import TABLE
 from headrace.runtime.engine import Engine
-from headrace.runtime.sessions.active_lease import BEGUN, NOT_BEGUN, Retracted, Work, retract
+from headrace.runtime.sessions.active_lease import BEGUN, NOT_BEGUN, ActiveLease, RetractedRuns, retract
 from headrace.runtime.sessions.inflight_marks import SLOTS, read, read_deadline, remove
-from headrace.runtime.sessions.session import Broker
+from headrace.runtime.sessions.session import StoreSession
 from headrace.runtime.tasks.task_registry import Registry
-from headrace.runtime.worker.executor import SUSPECT_CRASHES, Hooks
+from headrace.runtime.worker.executor import SUSPECT_CRASHES, ExecutorCallbacks
 from headrace.runtime.worker.process_ipc import (
     HEADER,
-    Begin,
-    Broken,
-    Ended,
-    Interrupt,
-    Ready,
-    Slice,
-    Stop,
+    ChildFailed,
+    ChildReady,
+    ChildSetup,
+    InterruptRuns,
+    LeaseSlice,
+    SliceOutcomes,
+    StopChild,
     framed,
     from_child,
 )
@@ -56,17 +56,17 @@ START_TIMEOUT_S: Final = 60.0
 BACKOFF_S: Final = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
 
 
-class _Part:
+class _DispatchedSlice:
     """A slice in a child: which numbers of which work."""
 
     __slots__ = ("numbers", "work")
 
-    def __init__(self, work: Work, numbers: range) -> None:
+    def __init__(self, work: ActiveLease, numbers: range) -> None:
         self.work = work
         self.numbers = numbers
 
 
-class _Child:
+class _ChildProcess:
     """One child process as the parent sees it."""
 
     def __init__(self, number: int) -> None:
@@ -75,7 +75,7 @@ class _Child:
         self.reader = asyncio.StreamReader()
         self.writer: asyncio.StreamWriter | None = None
         self.marks_path = Path()
-        self.parts: dict[int, _Part] = {}
+        self.parts: dict[int, _DispatchedSlice] = {}
         self.outstanding_count = 0
         self.ended_count = 0
         self.is_ready = False
@@ -92,19 +92,19 @@ class _Child:
             self.since_s, self.ended_count = monotonic(), 0
 
 
-class Crew:
+class ProcessPool:
     """Child processes and the work that waits for them. Same face as `Executor`."""
 
     def __init__(
         self,
         engine: Engine,
         registry: Registry,
-        broker: Broker,
+        broker: StoreSession,
         *,
         names: list[str],
         processes: int,
         concurrency: int,
-        hooks: Hooks,
+        hooks: ExecutorCallbacks,
     ) -> None:
         """`names`: the tasks that run here; `processes`: how many children, 0 for one a core."""
         self._engine = engine
@@ -119,11 +119,11 @@ class Crew:
         self.unbegun_count = 0
         self.in_flight_count = 0
         self.ended_count = 0
-        self._children = [_Child(number) for number in range(self._count)]
-        self._ready: deque[Work] = deque()
-        self._suspects: deque[Work] = deque()
-        self._open_parts: dict[Work, int] = {}
-        self._broken: set[Work] = set()
+        self._children = [_ChildProcess(number) for number in range(self._count)]
+        self._ready: deque[ActiveLease] = deque()
+        self._suspects: deque[ActiveLease] = deque()
+        self._open_parts: dict[ActiveLease, int] = {}
+        self._broken: set[ActiveLease] = set()
         self._next_slice_id = 1
         self._launches_count = 0
         self._is_stopping = False
@@ -149,13 +149,13 @@ class Crew:
 
     # -- work in and out
 
-    def submit(self, work: Work) -> None:
+    def submit(self, work: ActiveLease) -> None:
         """Queue a lease's runs."""
         self.unbegun_count += work.unbegun_count
         (self._suspects if work.lease.crashes_count >= SUSPECT_CRASHES else self._ready).append(work)
         self._dispatch_all()
 
-    def take_unbegun(self) -> list[Work]:
+    def take_unbegun(self) -> list[ActiveLease]:
         """All work that has runs no child was given; they will not begin any more."""
         left = [work for work in (*self._ready, *self._suspects) if work.unbegun_count]
         self._ready.clear()
@@ -163,13 +163,13 @@ class Crew:
         self.unbegun_count = 0
         return left
 
-    def retract(self, runs_count: int) -> Retracted:
+    def retract(self, runs_count: int) -> RetractedRuns:
         """Let go of runs that nobody has begun, at most `runs_count`, the last first."""
         retracted = retract(self._ready, runs_count)
         self.unbegun_count -= retracted.runs_count
         return retracted
 
-    def interrupt(self, wanted: Callable[[Work, int], bool], reason: str) -> None:
+    def interrupt(self, wanted: Callable[[ActiveLease, int], bool], reason: str) -> None:
         """Interrupt runs that `wanted(work, number)` names; those nobody was given end here when all of them are named.
 
         In a child only those that wait, or did not begin, can hear it.
@@ -181,9 +181,9 @@ class Crew:
             for slice_id, part in child.parts.items():
                 numbers = [at for at, number in enumerate(part.numbers) if wanted(part.work, number)]
                 if numbers:
-                    self._send(child, Interrupt(slice_id, numbers))
+                    self._send(child, InterruptRuns(slice_id, numbers))
 
-    def _cancel_unbegun(self, work: Work, wanted: Callable[[Work, int], bool]) -> None:
+    def _cancel_unbegun(self, work: ActiveLease, wanted: Callable[[ActiveLease, int], bool]) -> None:
         rest = range(work.cursor, work.count)
         if not rest or not all(wanted(work, number) for number in rest):
             return
@@ -203,7 +203,7 @@ class Crew:
             except OSError:
                 self._kill(child)
 
-    def _marks_name(self, child: _Child) -> str:
+    def _marks_name(self, child: _ChildProcess) -> str:
         self._launches_count += 1
         return f"{self._broker.session_id}.{child.number}-{self._launches_count}"
 
@@ -211,7 +211,7 @@ class Crew:
         """Begin nothing more, let children end what is under way within `grace_s`, then end them."""
         self._is_stopping = True
         for child in self._children:
-            self._send(child, Stop(grace_s))
+            self._send(child, StopChild(grace_s))
         keepers = self._keepers[:-1]
         if keepers:
             self._keepers[-1].cancel()
@@ -243,7 +243,7 @@ class Crew:
         for child in self._children:
             self._dispatch(child)
 
-    def _dispatch(self, child: _Child) -> None:
+    def _dispatch(self, child: _ChildProcess) -> None:
         """Give a child as much as keeps it busy for a slice's time; suspects alone, to a child with nothing else."""
         while child.is_ready and not self._is_stopping and not child.is_alone:
             if self._suspects:
@@ -261,14 +261,14 @@ class Crew:
                 return
             self._give(child, self._ready[0], room)
 
-    def _give(self, child: _Child, work: Work, runs_max: int) -> None:
+    def _give(self, child: _ChildProcess, work: ActiveLease, runs_max: int) -> None:
         first = work.cursor
         work.cursor = min(work.count, first + runs_max)
         numbers = range(first, work.cursor)
         lease = work.lease
         span_slots = [work.span_slots[number] for number in numbers]
         slice_id, self._next_slice_id = self._next_slice_id, self._next_slice_id + 1
-        child.parts[slice_id] = _Part(work, numbers)
+        child.parts[slice_id] = _DispatchedSlice(work, numbers)
         child.outstanding_count += len(numbers)
         self.unbegun_count -= len(numbers)
         self.in_flight_count += len(numbers)
@@ -278,7 +278,7 @@ class Crew:
                 work.marks[span_slot] = BEGUN
         self._send(
             child,
-            Slice(
+            LeaseSlice(
                 id=slice_id,
                 span_id=lease.span_id,
                 token=lease.token,
@@ -298,13 +298,13 @@ class Crew:
             ),
         )
 
-    def _send(self, child: _Child, message: Slice | Interrupt | Stop) -> None:
+    def _send(self, child: _ChildProcess, message: LeaseSlice | InterruptRuns | StopChild) -> None:
         if child.writer is not None and not child.writer.is_closing():
             child.writer.write(framed(message))
 
     # -- outcomes
 
-    def _ended(self, child: _Child, message: Ended) -> None:
+    def _ended(self, child: _ChildProcess, message: SliceOutcomes) -> None:
         part = child.parts[message.id]
         work = part.work
         for number, code, result, kind, due_us, object_key in message.runs:
@@ -316,13 +316,13 @@ class Crew:
             self._hooks.dirty(work)
         self._dispatch(child)
 
-    def _account(self, child: _Child, runs_count: int) -> None:
+    def _account(self, child: _ChildProcess, runs_count: int) -> None:
         child.outstanding_count -= runs_count
         child.ended_count += runs_count
         self.in_flight_count -= runs_count
         self.ended_count += runs_count
 
-    def _close_part(self, child: _Child, slice_id: int, suspects: Collection[int] = ()) -> None:
+    def _close_part(self, child: _ChildProcess, slice_id: int, suspects: Collection[int] = ()) -> None:
         """A child is done with a slice; its work is over when no other child has one and none can begin.
 
         `suspects`: places the child had begun and not ended when it died; the others without an outcome never began.
@@ -347,7 +347,7 @@ class Crew:
         elif work.ended_count and not work.dirty_since_us:
             self._hooks.dirty(work)
 
-    def _withdraw(self, work: Work) -> None:
+    def _withdraw(self, work: ActiveLease) -> None:
         """A broken lease goes back whole: what of it has not begun will not begin here."""
         if work in self._ready:
             self._ready.remove(work)
@@ -355,7 +355,7 @@ class Crew:
 
     # -- children
 
-    async def _launch(self, child: _Child) -> None:
+    async def _launch(self, child: _ChildProcess) -> None:
         ours, theirs = socket.socketpair()
         directory = self._engine.live_directory or Path(self._directory.name if self._directory else "")
         child.marks_path = directory / self._marks_name(child)
@@ -369,7 +369,7 @@ class Crew:
             )
         reader, child.writer = await asyncio.open_connection(sock=ours)
         targets = [(name, self._registry.get(name).target) for name in self._names]
-        begin = Begin(
+        begin = ChildSetup(
             tasks=[(name, target.module, target.file, target.attribute) for name, target in targets],
             options={name: self._registry.get(name).options for name in self._names},
             paths=sys.path,
@@ -382,17 +382,17 @@ class Crew:
         )
         child.writer.write(framed(begin))
         child.reader = reader
-        answer: Ended | Ready | Broken | None = None
+        answer: SliceOutcomes | ChildReady | ChildFailed | None = None
         reason = "it ended while it started"
         try:
             answer = await asyncio.wait_for(_next_message(reader), START_TIMEOUT_S)
         except TimeoutError:
             reason = f"it did not start within {START_TIMEOUT_S:.0f} s"
         finally:
-            if not isinstance(answer, Ready):
+            if not isinstance(answer, ChildReady):
                 self._kill(child)
-        if not isinstance(answer, Ready):
-            reason = answer.reason if isinstance(answer, Broken) else reason
+        if not isinstance(answer, ChildReady):
+            reason = answer.reason if isinstance(answer, ChildFailed) else reason
             raise InvalidSetting(f"a child process can't run these tasks: {reason}", hint="import the module by hand")
         child.is_ready, child.is_alone = True, False
 
@@ -404,12 +404,12 @@ class Crew:
             limits |= {"inline_bytes_max": most, "chunk_bytes_max": most}
         return limits
 
-    async def _keep(self, child: _Child) -> None:
+    async def _keep(self, child: _ChildProcess) -> None:
         """Read a child's answers; when it dies, say what it had begun, and start another in its place."""
         failures_count = 0
         while True:
             while (message := await _next_message(child.reader)) is not None:
-                if isinstance(message, Ended):
+                if isinstance(message, SliceOutcomes):
                     failures_count = 0
                     self._ended(child, message)
             await self._bury(child)
@@ -426,7 +426,7 @@ class Crew:
                 return
             self._dispatch(child)
 
-    async def _bury(self, child: _Child) -> None:
+    async def _bury(self, child: _ChildProcess) -> None:
         assert child.process is not None
         child.is_ready = False
         if child.writer is not None:
@@ -461,7 +461,7 @@ class Crew:
                 self._broken.add(work)
             self._close_part(child, slice_id, suspects)
 
-    def _time_out(self, work: Work, number: int) -> None:
+    def _time_out(self, work: ActiveLease, number: int) -> None:
         """A run that did not hear its timeout: its process was killed, which is no crash of the run's making."""
         spec = self._registry.get(work.lease.task)
         error = TimeoutError(f"timed out after {spec.timeout_s:g} s and had to be killed")
@@ -482,16 +482,16 @@ class Crew:
                     self._kill(child)
 
     @staticmethod
-    def _kill(child: _Child) -> None:
+    def _kill(child: _ChildProcess) -> None:
         if child.process is not None and child.process.returncode is None:
             with suppress(ProcessLookupError):  # it was faster
                 child.process.kill()
 
 
-async def _next_message(reader: asyncio.StreamReader) -> Ended | Ready | Broken | None:
+async def _next_message(reader: asyncio.StreamReader) -> SliceOutcomes | ChildReady | ChildFailed | None:
     try:
         (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-        message: Ended | Ready | Broken = from_child.decode(await reader.readexactly(size))
+        message: SliceOutcomes | ChildReady | ChildFailed = from_child.decode(await reader.readexactly(size))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
     return message

@@ -24,7 +24,7 @@ STEADY_S: Final = 30.0
 KILL_AFTER_S: Final = 5.0
 
 
-class Ended(NamedTuple):
+class ProcessExit(NamedTuple):
     """How a child ended: its exit code, or minus the signal that killed it."""
 
     number: int
@@ -35,7 +35,7 @@ class Ended(NamedTuple):
         return f"died of {signal.Signals(-self.code).name}" if self.code < 0 else f"ended with {self.code}"
 
 
-class Supervisor:
+class ProcessSupervisor:
     """`command(number, lifeline)` is what child `number` runs; it ends when the pipe `lifeline` does.
 
     `say` is told what happens. A child whose exit code says that its caller must change something ends them all.
@@ -115,7 +115,7 @@ class Supervisor:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), wait_s or 0.001)
 
-    async def _child(self, number: int, watched: int) -> Ended:
+    async def _child(self, number: int, watched: int) -> ProcessExit:
         """Start a child and wait for its end. It has a session of its own: signals come from here, not the terminal."""
         process = await asyncio.create_subprocess_exec(
             *self._command(number, watched), pass_fds=(watched,), start_new_session=True
@@ -124,6 +124,6 @@ class Supervisor:
         if self._stop.is_set():  # it began as the others were told to end
             process.send_signal(signal.SIGTERM)
         try:
-            return Ended(number, process.pid, await process.wait())
+            return ProcessExit(number, process.pid, await process.wait())
         finally:
             del self._processes[number]

@@ -12,7 +12,7 @@ from types import coroutine
 from typing import Any
 
 from headrace.runtime.clock import Timer
-from headrace.runtime.sessions.active_lease import Work
+from headrace.runtime.sessions.active_lease import ActiveLease
 from headrace.runtime.tasks.context import Context
 
 TIMEOUT = "timeout"
@@ -20,14 +20,14 @@ CANCELLED = "cancelled"
 STOPPED = "stopped"
 
 
-class Runner:
+class RunnerState:
     """One runner coroutine and what it is busy with. `reason`: why the run under way was interrupted, or empty."""
 
     __slots__ = ("context", "number", "reason", "task", "timer", "work")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
-        self.work: Work | None = None
+        self.work: ActiveLease | None = None
         self.number = 0
         self.reason = ""
         self.context: Context | None = None

@@ -19,14 +19,14 @@ from headrace.foundation.errors import HeadraceError, SessionEnded
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.scheduler import Scheduler
 from headrace.runtime.maintenance.upkeep import Upkeep
-from headrace.runtime.retrying import patiently
-from headrace.runtime.sessions.active_lease import BEGUN, Work
+from headrace.runtime.retrying import retry_transient
+from headrace.runtime.sessions.active_lease import BEGUN, ActiveLease
 from headrace.runtime.sessions.inflight_marks import SLOTS
-from headrace.runtime.sessions.session import Broker, Update
+from headrace.runtime.sessions.session import StoreSession, Update
 from headrace.runtime.tasks.task_registry import Registry
-from headrace.runtime.worker.claim_sizing import AHEAD_S, Pace, Runs
-from headrace.runtime.worker.executor import Executor, Hooks
-from headrace.runtime.worker.process_pool import Crew
+from headrace.runtime.worker.claim_sizing import AHEAD_S, ClaimSizer, RunExecutor
+from headrace.runtime.worker.executor import Executor, ExecutorCallbacks
+from headrace.runtime.worker.process_pool import ProcessPool
 from headrace.runtime.worker.run_driver import CANCELLED, STOPPED
 from headrace.store.protocol import Heartbeat, Release
 
@@ -34,7 +34,7 @@ LOG: Any = structlog.get_logger("headrace.worker")
 SETTLEMENTS: Final = "headrace-settlements"
 
 
-class Stats(NamedTuple):
+class WorkerStats(NamedTuple):
     """What a worker has done since it started, in runs."""
 
     completed: int
@@ -64,13 +64,13 @@ class Worker:
         schedules: bool = False,
     ) -> None:
         self.engine = engine
-        self.broker = Broker(engine, kind=kind, slots=max(SLOTS, 2 * concurrency))
+        self.broker = StoreSession(engine, kind=kind, slots=max(SLOTS, 2 * concurrency))
         self.upkeep = Upkeep(engine, lambda: self.broker.session_id)
         self._scheduler = Scheduler(engine, registry) if schedules and registry.schedules else None
         self._registry = registry
         self._tasks = list(tasks) if tasks is not None else registry.names
         self._queues = queues
-        hooks = Hooks(over=self._over, dirty=self._dirty)
+        hooks = ExecutorCallbacks(over=self._over, dirty=self._dirty)
         self._here = Executor(
             registry,
             concurrency=concurrency,
@@ -85,9 +85,9 @@ class Worker:
             if inline_sync
             else {name for name in self._tasks if processes or registry.get(name).pool == "process"}
         )
-        self._crew: Crew | None = None
+        self._crew: ProcessPool | None = None
         if self._apart:
-            self._crew = Crew(
+            self._crew = ProcessPool(
                 engine,
                 registry,
                 self.broker,
@@ -96,8 +96,8 @@ class Worker:
                 concurrency=concurrency,
                 hooks=hooks,
             )
-        self._outbox: deque[Work] = deque()
-        self._dirty_works: dict[int, Work] = {}
+        self._outbox: deque[ActiveLease] = deque()
+        self._dirty_works: dict[int, ActiveLease] = {}
         self._news = asyncio.Event()
         self._hungry = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -110,10 +110,10 @@ class Worker:
         self.broker.on_ended = self._session_lost
 
     @property
-    def stats(self) -> Stats:
+    def stats(self) -> WorkerStats:
         """What was done so far."""
         in_flight = self._here.in_flight_count + (self._crew.in_flight_count if self._crew is not None else 0)
-        return Stats(self._counts[run.COMPLETED], self._counts[run.FAILED], self._counts[ord("r")], in_flight)
+        return WorkerStats(self._counts[run.COMPLETED], self._counts[run.FAILED], self._counts[ord("r")], in_flight)
 
     async def start(self) -> None:
         """Become known, free what dead processes of this machine held, and begin to work."""
@@ -126,7 +126,7 @@ class Worker:
             with suppress(HeadraceError):  # the first error says why
                 await self.broker.stop(deadline_s=0)
             raise
-        groups: list[tuple[Runs, list[str]]] = [
+        groups: list[tuple[RunExecutor, list[str]]] = [
             (self._here, [name for name in self._tasks if name not in self._apart]),
         ]
         if self._crew is not None:
@@ -153,7 +153,7 @@ class Worker:
         await asyncio.shield(self._ending)
 
     @property
-    def _groups(self) -> list[Executor | Crew]:
+    def _groups(self) -> list[Executor | ProcessPool]:
         return [self._here] if self._crew is None else [self._here, self._crew]
 
     async def _end(self, grace_s: float) -> None:
@@ -186,8 +186,8 @@ class Worker:
 
     # -- claiming
 
-    async def _claim_loop(self, runs: Runs, names: list[str]) -> None:
-        pace = Pace(runs, chunk_runs=self.engine.limits.chunk_runs_max)
+    async def _claim_loop(self, runs: RunExecutor, names: list[str]) -> None:
+        pace = ClaimSizer(runs, chunk_runs=self.engine.limits.chunk_runs_max)
         while not self._stopping.is_set():
             if excess := pace.excess():
                 await self._give_back(runs, excess)
@@ -197,7 +197,7 @@ class Worker:
                 if not pace.wanted() or self.broker.room < 1:
                     await self.engine.clock.wait_for(self._hungry, AHEAD_S)
                 continue
-            rings_count, session_id = self.engine.doorbell.rings_count, self.broker.session_id
+            notified_count, session_id = self.engine.wakeup.notified_count, self.broker.session_id
             try:
                 works = await self.broker.claim(names, self._queues, wanted)
             except SessionEnded:
@@ -211,9 +211,9 @@ class Worker:
             for work in works:
                 runs.submit(work)
             if not works:
-                await self.engine.doorbell.wait(self.engine.clock, await self._idle_s(names), since=rings_count)
+                await self.engine.wakeup.wait(self.engine.clock, await self._idle_s(names), since=notified_count)
 
-    async def _give_back(self, runs: Runs, runs_count: int) -> None:
+    async def _give_back(self, runs: RunExecutor, runs_count: int) -> None:
         """Rule R19: what can't begin here soon is for whoever can begin it at once."""
         retracted = runs.retract(runs_count)
         for work in retracted.whole:
@@ -240,7 +240,7 @@ class Worker:
         async with self._renewing:
             if self.broker.session_id == session_id:  # else the other loop that claims was first
                 self._session_lost()
-                await patiently(self.broker.restart, self.engine.clock, what="the store")
+                await retry_transient(self.broker.restart, self.engine.clock, what="the store")
                 if self._crew is not None:
                     self._crew.rename_marks()
 
@@ -252,18 +252,18 @@ class Worker:
         if self._crew is not None:
             self._crew.take_unbegun()
         self._hungry.set()
-        self.engine.doorbell.ring()
+        self.engine.wakeup.notify()
 
     # -- settling
 
-    def _over(self, work: Work) -> None:
+    def _over(self, work: ActiveLease) -> None:
         """The executor is done with a lease."""
         self._dirty_works.pop(id(work), None)
         self._outbox.append(work)
         self._news.set()
         self._hungry.set()
 
-    def _dirty(self, work: Work) -> None:
+    def _dirty(self, work: ActiveLease) -> None:
         """A lease has its first outcome that was not handed over."""
         work.dirty_since_us = self.engine.clock.now_us()
         self._dirty_works[id(work)] = work
@@ -291,7 +291,7 @@ class Worker:
             timeout_s = None if oldest is None else max(0.0, (oldest + interval_us - now_us) / 1_000_000)
             await self.engine.clock.wait_for(self._news, timeout_s)
 
-    async def _hand_over(self, work: Work) -> None:
+    async def _hand_over(self, work: ActiveLease) -> None:
         updates: list[Update] = self._outcomes_of(work)
         if not work.is_over:
             updates.append(self._release_of(work))
@@ -301,7 +301,7 @@ class Worker:
         for update in updates:
             await self.broker.put(update)
 
-    def _outcomes_of(self, work: Work) -> list[Update]:
+    def _outcomes_of(self, work: ActiveLease) -> list[Update]:
         settlement = work.take_settlement()
         if settlement is None:
             return []
@@ -309,7 +309,7 @@ class Worker:
             self._counts[code] += settlement.codes.count(code)
         return [settlement]
 
-    def _release_of(self, work: Work) -> Release:
+    def _release_of(self, work: ActiveLease) -> Release:
         lease = work.lease
         if lease.at_most_once:  # what began and did not end may have done its work: the store fails it
             begun = [work.span_slots[n] for n in range(work.count) if work.marks[work.span_slots[n]] == BEGUN]
@@ -323,7 +323,7 @@ class Worker:
             return
         stopped, single = set(reply.stopped), set(reply.cancelled)
 
-        def wanted(work: Work, number: int) -> bool:
+        def wanted(work: ActiveLease, number: int) -> bool:
             lease = work.lease
             return lease.batch_id in stopped or (lease.batch_id, lease.indexes[number]) in single
 

@@ -54,9 +54,9 @@ class PostgresNotifier:
         self._own_pid = 0
         self.is_listening = False
 
-    def listen(self, news: str, hear: Callable[[], None]) -> None:
-        """Call `hear` when another process told `news`, or may have."""
-        self._hears[news] = hear
+    def listen(self, news: str, notify_local: Callable[[], None]) -> None:
+        """Call `notify_local` when another process told `news`, or may have."""
+        self._hears[news] = notify_local
 
     def tell(self, news: str) -> None:
         """Let the others know with the next notification."""
@@ -129,8 +129,8 @@ class PostgresNotifier:
                 LOG.info("news can't be heard through a pooler; polling goes on", hint="set HEADRACE_DIRECT_DSN")
                 self._address = self._address._replace(pooler="transaction")
                 return
-            for hear in self._hears.values():  # what was missed until now is news
-                hear()
+            for notify_local in self._hears.values():  # what was missed until now is news
+                notify_local()
         while not connection.raw.is_closed():
             self._wake.clear()
             words, wait_s = self._ready()

@@ -32,9 +32,9 @@ class Watcher:
         self._looking: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
         self.looks_count = 0
 
-    def listen(self, news: str, hear: Callable[[], None]) -> None:  # noqa: ARG002 - a commit is news of every kind
-        """Call `hear` when a commit may have been news."""
-        self._hears.append(hear)
+    def listen(self, news: str, notify_local: Callable[[], None]) -> None:  # noqa: ARG002 - a commit is news of every kind
+        """Call `notify_local` when a commit may have been news."""
+        self._hears.append(notify_local)
 
     def tell(self, news: str) -> None:
         """Nothing: the commit it is about was told by SQLite."""
@@ -60,8 +60,8 @@ class Watcher:
         self._looking = loop, loop.call_later(self._next_look_s, self._look_again)
         if version != self._seen:
             self._seen = version
-            for hear in self._hears:
-                hear()
+            for notify_local in self._hears:
+                notify_local()
 
     def _look_again(self) -> None:
         if self._waiting_count > 0:

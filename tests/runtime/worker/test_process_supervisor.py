@@ -123,10 +123,10 @@ async def test_a_stop_while_a_child_is_being_replaced_starts_none(tmp_path: Path
 async def test_children_see_that_their_supervisor_is_gone(tmp_path: Path) -> None:
     watch = "import select; select.select([{lifeline}], [], []); tell('orphaned', 1, 1)"
     program = (
-        "import asyncio, sys; from headrace.runtime.worker.process_supervisor import Supervisor\n"
+        "import asyncio, sys; from headrace.runtime.worker.process_supervisor import ProcessSupervisor\n"
         f"child = {CHILD!r}.replace('{{body}}', {watch!r})\n"
         "command = lambda n, fd: [sys.executable, '-c', child.replace('{lifeline}', str(fd)), str(n), sys.argv[1]]\n"
-        "asyncio.run(Supervisor(command, count=1, grace_s=9, say=print).run())\n"
+        "asyncio.run(ProcessSupervisor(command, count=1, grace_s=9, say=print).run())\n"
     )
     stage = Stage(tmp_path, WAITS, count=1)
     await stage.open()

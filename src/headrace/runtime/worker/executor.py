@@ -39,6 +39,7 @@ from headrace.runtime.tasks.payload_codec import Arguments
 from headrace.runtime.tasks.superjson import PayloadRefused
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
+from headrace.runtime.worker.direct_call import GENERAL_CALL, choose_call
 from headrace.runtime.worker.run_driver import CANCELLED, STOPPED, TIMEOUT, RunnerState, driven, outcome_of, shielded
 
 LOG: Any = structlog.get_logger("headrace.executor")
@@ -67,11 +68,6 @@ class ExecutorCallbacks(NamedTuple):
     dirty: Callable[[ActiveLease], None]
 
 
-async def _never(_value: Any) -> None:
-    raise AssertionError
-
-
-GENERAL_CALL: Final = DirectCall(_never, bytes)
 BURST_RUNS: Final = 4_096
 
 
@@ -270,7 +266,7 @@ class Executor:
                 await future
                 began = perf_counter()
                 continue
-            plan = work.plan or self._plan(work)
+            plan = work.plan or choose_call(work, self.registry, has_deadline=self._deadline is not None)
             if plan is not GENERAL_CALL:
                 if (rest := self._burst(work, plan, runner)) is None:
                     await self._turn(runner)
@@ -334,23 +330,6 @@ class Executor:
                 self._wake_one()
 
     # -- many runs of the usual kind
-
-    def _plan(self, work: ActiveLease) -> DirectCall:
-        """How the runs of this lease are called: the straight way, or `GENERAL_CALL` for whatever needs a closer look."""
-        lease = work.lease
-        work.plan = GENERAL_CALL
-        if lease.kinds is not None or lease.expires_us or lease.at_most_once or lease.task not in self.registry:
-            return GENERAL_CALL
-        spec = self.registry.get(lease.task)
-        decode = spec.codec.decode_one
-        if decode is None or not spec.is_async or spec.codec.context_name:
-            return GENERAL_CALL
-        if self._deadline is not None and spec.timeout_s is not None:
-            return GENERAL_CALL
-        if any(extra.attempts_max or extra.timeout_ms for extra in lease.extras.values()):
-            return GENERAL_CALL
-        work.plan = DirectCall(spec.function, decode)
-        return work.plan
 
     def _burst(self, work: ActiveLease, plan: DirectCall, runner: RunnerState) -> Awaitable[None] | None:
         """Run the next runs of `work` one after the other, for 2 ms at most, until one of them waits.

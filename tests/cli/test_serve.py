@@ -16,7 +16,7 @@ from tests.cli.conftest import Shell
         (("--ack", "never"), "ack must be one of"),
         (("--tls-cert", "cert.pem"), "tls_key is not set"),
         (("--tls-key", "key.pem"), "tls_cert is not set"),
-        (("--tls-cert", "tasks.py", "--tls-key", "tasks.py", "--port", "0"), "tls_cert and tls_key are no certificate"),
+        (("--tls-cert", "tasks.py", "--tls-key", "tasks.py", "--port", "0"), "can't load tls_cert"),
         (("--no-auth", "--host", "0.0.0.0"), "--no-auth"),
     ],
 )
@@ -30,7 +30,7 @@ def test_secrets_let_a_server_be_reached_from_elsewhere(shell: Shell, monkeypatc
     monkeypatch.setenv("HEADRACE_GRPC_SECRETS", "a secret of many bytes")
     ran = shell("serve", "--delivery", "pull", "--host", "0.0.0.0", "--tls-cert", "no.pem", "--tls-key", "no.pem")
     assert "grpc_secrets" not in ran.err
-    assert "tls_cert and tls_key are no certificate" in ran.err
+    assert "can't load tls_cert" in ran.err
 
 
 def test_endpoints_that_nothing_is_pushed_to_are_told_of(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from headrace.core.span import Settlement
 from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import DEFAULT, Limits
 from headrace.grpc.transport.service_methods import Methods
-from headrace.http.grpc_mount.mounting import answering
+from headrace.http.grpc_mount.mounting import grpc_server
 from headrace.http.requests.service import Service
 from headrace.http.server.app import make_app
 from headrace.http.server.server import Server, serving
@@ -345,7 +345,7 @@ async def house(
             if faults is not None:
                 faults.app = make_app(service)
                 stack.enter_context(patch("headrace.http.server.server.make_app", lambda _service: faults))
-            grpc = await stack.enter_async_context(answering(service, secrets=secrets, consumer=consumer))
+            grpc = await stack.enter_async_context(grpc_server(service, secrets=secrets, consumer=consumer))
             server = await stack.enter_async_context(serving(service, "127.0.0.1", 0, grpc=grpc, tls=tls))
             yield House(engine, service, server, stack)
     finally:

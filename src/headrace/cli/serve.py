@@ -201,7 +201,7 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
     try:
         from headrace.grpc.taskbroker.broker import dispatching
         from headrace.grpc.taskbroker.dispatcher_deliveries import DispatcherDeliveries
-        from headrace.http.grpc_mount.mounting import answering, pushing
+        from headrace.http.grpc_mount.mounting import grpc_server, pushing
     except ModuleNotFoundError as error:
         if settings.delivery is not None or settings.grpc_secrets:
             raise InvalidSetting(
@@ -224,4 +224,4 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
                 deliveries = DispatcherDeliveries(broker.dispatcher)
                 secrets = settings.grpc_secrets
                 await stack.enter_async_context(pushing(service, deliveries, settings.push, secrets=secrets))
-        yield await stack.enter_async_context(answering(service, secrets=settings.grpc_secrets, consumer=consumer))
+        yield await stack.enter_async_context(grpc_server(service, secrets=settings.grpc_secrets, consumer=consumer))

@@ -12,7 +12,7 @@ import pytest
 
 from headrace.foundation.errors import StoreUnavailable
 from headrace.foundation.limits import MIB
-from headrace.http.v1 import batches as ledgers
+from headrace.http.v1 import batches as v1_batches
 from headrace.store.payloads import PayloadStore, open_payloads
 from headrace.store.protocol import Store
 from tests.support.http_server import AUTH, LIMITS, NDJSON, During, House, Peer, house, line
@@ -167,7 +167,7 @@ async def fill(home: House, batch_id: str, result: bytes) -> None:
 async def test_events_and_results_without_news_show_that_they_live_and_end_with_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledgers, "BEAT_S", 0.05)
+    monkeypatch.setattr(v1_batches, "KEEPALIVE_S", 0.05)
     async with house(tmp_path, "sqlite") as home:
         batch_id = await home.filled(2)
         events, results = home.peer(), home.peer()

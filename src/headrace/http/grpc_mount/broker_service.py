@@ -1,7 +1,8 @@
 """`headrace.v1.Broker`: sessions, claims and settlements over gRPC, hundreds of runs a call.
 
-What `/v1/claims` does as JSON, with spans as the store keeps them: lists of places, indexes, payloads and states.
-Callers show an API key (`authorization: Bearer …`) that may `work`, or sign with one of the server's secrets.
+The same operations as `/v1/claims` in JSON, but with spans as the store keeps them: lists of span slots (`places`),
+indexes, payloads and states. Clients send an API key (`authorization: Bearer …`) with the scope `work`, or sign their
+calls with one of the server's secrets.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ RETRY_MS_MAX: Final = 365 * 24 * 3_600_000
 HOST_CHARS_MAX: Final = 200
 CAUSE_CHARS_MAX: Final = 200
 _CODES: Final = bytes((run.COMPLETED, run.FAILED, run.CANCELLED, RETRY)).ljust(256, b"\0")
-"""The store's byte for each state of the wire, by its number."""
+"""The store's state byte for each state number of the protocol."""
 
 _WORDS: Final = {SETTLED: wire.WORD_SETTLED, RECORDED: wire.WORD_RECORDED, LOST: wire.WORD_LOST}
 _NULL: Final = b"null"
 _json: Final = msgspec.json.Decoder(msgspec.Raw)
 
 
-class Broker:
-    """The service. A method is a claim, a settlement or a sign of life of some worker far away."""
+class BrokerService:
+    """Implementation of the service for remote workers."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -51,7 +52,7 @@ class Broker:
         return await self._service.authorize_header(call.metadata.get("authorization"), "work")
 
     async def start_session(self, request: wire.StartSessionRequest, call: CallContext) -> wire.StartSessionResponse:
-        """A worker becomes known, and beats from now on."""
+        """Start a worker's session. It must send heartbeats from now on."""
         caller = await self._caller(call)
         now_us, limits = caller.engine.clock.now_us(), self._service.limits
         session = Session(
@@ -67,7 +68,7 @@ class Broker:
         )
 
     async def heartbeat(self, request: wire.HeartbeatRequest, call: CallContext) -> wire.HeartbeatResponse:
-        """A sign of life; answers what is leased, and what nobody wants any more."""
+        """Keep a session alive. Returns its leases and the runs that were cancelled."""
         caller = await self._caller(call)
         store, now_us = caller.engine.store, caller.engine.clock.now_us()
         reply = await store.heartbeat(check_session(request.session), now_us=now_us)
@@ -80,7 +81,7 @@ class Broker:
         )
 
     async def end_session(self, request: wire.EndSessionRequest, call: CallContext) -> wire.EndSessionResponse:
-        """Leave in good order; leases go back."""
+        """End a session and release its leases."""
         caller = await self._caller(call)
         await caller.engine.store.end_session(check_session(request.session), now_us=caller.engine.clock.now_us())
         caller.engine.wakeup.notify()
@@ -89,12 +90,15 @@ class Broker:
     # -- claims
 
     async def claim_many(self, request: wire.ClaimManyRequest, call: CallContext) -> wire.ClaimManyResponse:
-        """Lease runs, waiting for some when asked to."""
+        """Lease runs, waiting for some if requested."""
         caller = await self._caller(call)
         if not request.tasks:
-            raise InvalidInput("a claim names the tasks that its worker has")
+            raise InvalidInput("expected the names of the worker's tasks in `tasks`, got none")
         if request.wait_ms > WAIT_MS_MAX or not 0 < request.runs_max <= RUNS_MAX:
-            raise InvalidInput(f"a claim is for 1 to {RUNS_MAX} runs, and waits {WAIT_MS_MAX} ms at most")
+            raise InvalidInput(
+                f"expected runs_max from 1 to {RUNS_MAX} and wait_ms up to {WAIT_MS_MAX}, "
+                f"got {request.runs_max} and {request.wait_ms}"
+            )
         claim = Claim(
             session_id=check_session(request.session),
             claim_no=request.claim_no,
@@ -104,8 +108,8 @@ class Broker:
             runs_max=request.runs_max,
         )
         leases: list[Lease] | None = None
-        async for found in self._remote_work.claim(caller, claim, request.wait_ms / 1_000):
-            leases = found
+        async for claimed in self._remote_work.claim(caller, claim, request.wait_ms / 1_000):
+            leases = claimed
         key = await self._lease_tokens.signing_key(caller)
         return wire.ClaimManyResponse(leases=[await self._leased(caller, key, lease) for lease in leases or ()])
 
@@ -113,7 +117,7 @@ class Broker:
         payloads, kinds = lease.payloads, lease.kinds
         if kinds is not None and pack.REFERENCE in kinds:
             payloads, kinds = await self._fetched(caller, payloads, kinds)
-        told = wire.Lease(
+        message = wire.Lease(
             lease=self._lease_tokens.encode(key, lease.span_id, lease.token),
             batch_id=lease.batch_id,
             task=lease.task,
@@ -126,82 +130,92 @@ class Broker:
             payloads=payloads,
         )
         if kinds is not None:
-            told.kinds.extend(kinds)  # type: ignore[arg-type]  # the numbers of the enum are those of `pack`
+            message.kinds.extend(kinds)  # type: ignore[arg-type]  # the numbers of the enum are those of `pack`
         for place, extra in lease.extras.items():
             if extra.headers:
-                told.headers[place].values.update(extra.headers)
-        return told
+                message.headers[place].values.update(extra.headers)
+        return message
 
     @staticmethod
     async def _fetched(caller: Caller, payloads: Sequence[bytes], kinds: bytes) -> tuple[list[bytes], bytes]:
-        """Payloads that lie in the object store are brought from there."""
-        found, found_kinds = list(payloads), bytearray(kinds)
-        for number, kind in enumerate(kinds):
+        """Fetch the payloads that are in the object store."""
+        fetched, fetched_kinds = list(payloads), bytearray(kinds)
+        for offset, kind in enumerate(kinds):
             if kind == pack.REFERENCE:
-                found[number], found_kinds[number] = await caller.engine.fetch(found[number])
-        return found, bytes(found_kinds)
+                fetched[offset], fetched_kinds[offset] = await caller.engine.fetch(fetched[offset])
+        return fetched, bytes(fetched_kinds)
 
     # -- settlements
 
     async def settle_many(self, request: wire.SettleManyRequest, call: CallContext) -> wire.SettleManyResponse:
-        """Record outcomes; the answer comes after their commit."""
+        """Record outcomes. Returns after their commit."""
         caller = await self._caller(call)
         if len(request.settlements) > SETTLEMENTS_MAX:
-            raise InvalidInput(f"a call brings at most {SETTLEMENTS_MAX} settlements")
+            raise InvalidInput(
+                f"expected at most {SETTLEMENTS_MAX} settlements in a call, got {len(request.settlements)}"
+            )
         key = await self._lease_tokens.signing_key(caller)
         now_us = caller.engine.clock.now_us()
-        named = [self._lease_tokens.decode(key, one.lease) for one in request.settlements]
-        told = zip(request.settlements, named, strict=True)
-        known = [self._settlement(one, lease, now_us) for one, lease in told if lease is not None]
-        words = iter(await self._remote_work.settle(caller, known))
+        leases = [self._lease_tokens.decode(key, settlement.lease) for settlement in request.settlements]
+        valid = [
+            self._settlement(settlement, lease, now_us)
+            for settlement, lease in zip(request.settlements, leases, strict=True)
+            if lease is not None
+        ]
+        words = iter(await self._remote_work.settle(caller, valid))
         return wire.SettleManyResponse(
-            words=[_WORDS[LOST] if lease is None else _WORDS[next(words)] for lease in named]
+            words=[_WORDS[LOST] if lease is None else _WORDS[next(words)] for lease in leases]
         )
 
-    def _settlement(self, one: wire.Settlement, lease: tuple[int, int], now_us: int) -> Settlement:
-        places = list(one.places)
-        codes = _codes(one, len(places))
+    def _settlement(self, settlement: wire.Settlement, lease: tuple[int, int], now_us: int) -> Settlement:
+        places = list(settlement.places)
+        codes = _codes(settlement, len(places))
         if not places or places[-1] >= 1 << 16 or sorted(set(places)) != places:
-            raise InvalidInput("a settlement names the places of its runs, ascending, each once", lease=one.lease)
-        failed_count = codes.count(run.FAILED) + codes.count(RETRY)
-        if len(one.failures) != failed_count or len(one.retry_after_ms) != codes.count(RETRY):
             raise InvalidInput(
-                "a settlement has one failure for each run that failed or is to run again, and one time for each of "
-                "the latter",
-                lease=one.lease,
+                "expected the places of a settlement's runs in ascending order, each once", lease=settlement.lease
             )
-        if any(after_ms > RETRY_MS_MAX for after_ms in one.retry_after_ms):
-            raise InvalidInput(f"a run is run again within {RETRY_MS_MAX} ms", lease=one.lease)
+        failed_count = codes.count(run.FAILED) + codes.count(RETRY)
+        if len(settlement.failures) != failed_count or len(settlement.retry_after_ms) != codes.count(RETRY):
+            raise InvalidInput(
+                "expected one failure for each run that failed or retries, and one retry_after_ms for each that "
+                f"retries, got {len(settlement.failures)} and {len(settlement.retry_after_ms)}",
+                lease=settlement.lease,
+            )
+        if any(after_ms > RETRY_MS_MAX for after_ms in settlement.retry_after_ms):
+            raise InvalidInput(f"expected retry_after_ms of at most {RETRY_MS_MAX}", lease=settlement.lease)
         return Settlement(
             span_id=lease[0],
             token=lease[1],
-            part_no=one.part_no,
+            part_no=settlement.part_no,
             span_slots=encode_uint16s(places),
             codes=codes,
-            results=pack.pack(self._results(one, codes)),
-            dues_us=tuple(now_us + after_ms * 1_000 for after_ms in one.retry_after_ms),
+            results=pack.pack(self._results(settlement, codes)),
+            dues_us=tuple(now_us + after_ms * 1_000 for after_ms in settlement.retry_after_ms),
         )
 
-    def _results(self, one: wire.Settlement, codes: bytes) -> Sequence[bytes]:
+    def _results(self, settlement: wire.Settlement, codes: bytes) -> Sequence[bytes]:
         completed_count = codes.count(run.COMPLETED)
-        outputs = list(one.outputs) or [_NULL] * completed_count
+        outputs = list(settlement.outputs) or [_NULL] * completed_count
         if len(outputs) != completed_count:
-            raise InvalidInput("a settlement has one output for each run that completed, or none", lease=one.lease)
+            raise InvalidInput(
+                f"expected no outputs, or one for each of {completed_count} completed runs, got {len(outputs)}",
+                lease=settlement.lease,
+            )
         bytes_max = self._service.limits.inline_bytes_max
         if outputs and max(map(len, outputs)) >= bytes_max:
             raise InvalidInput(
-                f"an output has fewer than {bytes_max} bytes here",
-                hint="put it where your caller finds it, and return that",
-                lease=one.lease,
+                f"expected outputs of fewer than {bytes_max} bytes",
+                hint="store the output elsewhere and return a reference to it",
+                lease=settlement.lease,
             )
         try:
             for output in outputs:
                 _json.decode(output)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidInput(f"an output is not JSON: {error}", lease=one.lease) from None
+            raise InvalidInput(f"expected outputs in JSON: {error}", lease=settlement.lease) from None
         if completed_count == len(codes):
             return outputs
-        completed, failures = iter(outputs), iter(one.failures)
+        completed, failures = iter(outputs), iter(settlement.failures)
         return [
             next(completed)
             if code == run.COMPLETED
@@ -211,34 +225,40 @@ class Broker:
             for code in codes
         ]
 
-    def _failure(self, told: wire.Failure) -> bytes:
+    def _failure(self, failure: wire.Failure) -> bytes:
         chars_max = self._service.limits.error_chars_max
         return Failure(
-            type=told.type[:CAUSE_CHARS_MAX] or "Error", message=told.message[:chars_max], trace=told.trace[:chars_max]
+            type=failure.type[:CAUSE_CHARS_MAX] or "Error",
+            message=failure.message[:chars_max],
+            trace=failure.trace[:chars_max],
         ).encode()
 
     async def release_many(self, request: wire.ReleaseManyRequest, call: CallContext) -> wire.ReleaseManyResponse:
-        """Give leases back as they were."""
+        """Release leases, whose runs then wait again."""
         caller = await self._caller(call)
         if len(request.leases) > SETTLEMENTS_MAX:
-            raise InvalidInput(f"a call gives at most {SETTLEMENTS_MAX} leases back")
+            raise InvalidInput(f"expected at most {SETTLEMENTS_MAX} leases in a call, got {len(request.leases)}")
         key = await self._lease_tokens.signing_key(caller)
-        named = [self._lease_tokens.decode(key, lease) for lease in request.leases]
-        known = [Release(span_id=one[0], token=one[1]) for one in named if one is not None]
-        words = iter(await self._remote_work.release(caller, known))
-        return wire.ReleaseManyResponse(words=[_WORDS[LOST] if one is None else _WORDS[next(words)] for one in named])
+        leases = [self._lease_tokens.decode(key, lease) for lease in request.leases]
+        valid = [Release(span_id=lease[0], token=lease[1]) for lease in leases if lease is not None]
+        words = iter(await self._remote_work.release(caller, valid))
+        return wire.ReleaseManyResponse(
+            words=[_WORDS[LOST] if lease is None else _WORDS[next(words)] for lease in leases]
+        )
 
 
-def _codes(one: wire.Settlement, count: int) -> bytes:
-    """A state for each run, as the store writes it."""
-    if not one.states:
+def _codes(settlement: wire.Settlement, count: int) -> bytes:
+    """Return the state byte of each run."""
+    if not settlement.states:
         return bytes((run.COMPLETED,)) * count
     try:
-        codes = bytes(one.states).translate(_CODES)
+        codes = bytes(settlement.states).translate(_CODES)
     except ValueError:
         codes = b"\0"
     if 0 in codes:
-        raise InvalidInput("a settlement has a state that nobody knows", lease=one.lease)
+        raise InvalidInput("expected states COMPLETED, FAILED, CANCELLED or RETRY", lease=settlement.lease)
     if len(codes) != count:
-        raise InvalidInput("a settlement has one state for each of its runs, or none", lease=one.lease)
+        raise InvalidInput(
+            f"expected no states, or one for each of {count} runs, got {len(codes)}", lease=settlement.lease
+        )
     return codes

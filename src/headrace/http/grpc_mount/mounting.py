@@ -1,4 +1,4 @@
-"""What a server answers over gRPC, on its HTTP port: health, the broker, and the task broker's own service."""
+"""gRPC services on the HTTP port: health, Headrace's broker, and Sentry's task broker."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ from headrace.grpc.transport.health import HealthService
 from headrace.grpc.transport.server import GrpcServer
 from headrace.grpc.transport.service_methods import Methods, methods_of
 from headrace.grpc.transport.signing import Secrets
-from headrace.http.grpc_mount.broker_service import SERVICE, Broker
+from headrace.http.grpc_mount.broker_service import SERVICE, BrokerService
 from headrace.http.requests.metrics import PushMetrics
 from headrace.http.requests.service import Service
 
 
 @asynccontextmanager
-async def answering(
+async def grpc_server(
     service: Service, *, secrets: Sequence[str] = (), consumer: Methods | None = None
 ) -> AsyncGenerator[GrpcServer, None]:
-    """A gRPC server for the connections of an HTTP server. `consumer` answers the workers that pull, if any may."""
-    methods = methods_of(SERVICE, Broker(service), is_open=True)
+    """Create the gRPC server for an HTTP server's connections. `consumer`: the service of workers that fetch
+    activations.
+    """
+    methods = methods_of(SERVICE, BrokerService(service), is_open=True)
     if consumer is not None:
         methods |= consumer
     health = HealthService((SERVICE.full_name, CONSUMER.full_name) if consumer is not None else (SERVICE.full_name,))
     server = GrpcServer(
         methods | health.methods, limits=service.limits, secrets=Secrets(secrets), observe=service.metrics.calls.observe
     )
-    looking = asyncio.create_task(_update_health(service, health), name="headrace-grpc-health")
+    updates = asyncio.create_task(_update_health(service, health), name="headrace-grpc-health")
     try:
         yield server
     finally:
-        looking.cancel()
-        await asyncio.gather(looking, return_exceptions=True)
+        updates.cancel()
+        await asyncio.gather(updates, return_exceptions=True)
 
 
 @asynccontextmanager
 async def pushing(
     service: Service, deliveries: DeliverySource, targets: Sequence[PushTarget], *, secrets: Sequence[str] = ()
 ) -> AsyncGenerator[Pusher, None]:
-    """Push what waits to its workers while the block lasts, and until the server begins to stop."""
+    """Push activations to workers while the block lasts, or until the server starts to stop."""
     engine = service.engine
     pusher = Pusher(
         deliveries,
@@ -70,7 +72,7 @@ async def pushing(
 
 
 async def _update_health(service: Service, health: HealthService) -> None:
-    """Say how things are, as often as upkeep looks, until the server stops."""
+    """Update the health status once per upkeep interval, until the server stops."""
     while not service.is_draining:
         health.set_serving(is_serving=not await service.why_not_ready())
         with suppress(TimeoutError):

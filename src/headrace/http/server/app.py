@@ -1,4 +1,4 @@
-"""The ASGI app: every path, who answers it, and what all answers have in common."""
+"""The ASGI app: all endpoints, and what all responses have in common."""
 
 from __future__ import annotations
 
@@ -20,113 +20,113 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headrace.foundation.errors import HeadraceError
 from headrace.http.requests.error_responses import error_response
 from headrace.http.requests.service import RATE_HEADERS, Service
-from headrace.http.server.health import Health
-from headrace.http.trigger_api.batches import Batches
-from headrace.http.trigger_api.runs import Runs
+from headrace.http.server.health import ServerEndpoints
+from headrace.http.trigger_api.batches import TriggerBatches
+from headrace.http.trigger_api.runs import TriggerRuns
 from headrace.http.trigger_api.uploads import Uploads
-from headrace.http.v1.activations import Activations
-from headrace.http.v1.batches import Ledgers
-from headrace.http.v1.store_rpc import RemoteStores
-from headrace.http.v1.worker_sessions import Work
+from headrace.http.v1.activations import ActivationEndpoint
+from headrace.http.v1.batches import V1Batches
+from headrace.http.v1.store_rpc import StoreRpc
+from headrace.http.v1.worker_sessions import WorkerSessions
 
 LOG: Any = structlog.get_logger("headrace.http")
 REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
-Endpoint = Callable[[Request], Awaitable[Response]]
+EndpointFunction = Callable[[Request], Awaitable[Response]]
 
 
-class Path(NamedTuple):
-    """One endpoint. `tag` groups it in the docs; "" keeps it out of them."""
+class Endpoint(NamedTuple):
+    """One endpoint. `tag` groups it in the API documents; "" hides it there."""
 
     method: str
     path: str
-    endpoint: Endpoint
+    endpoint: EndpointFunction
     tag: str = ""
 
 
-def paths_of(service: Service) -> list[Path]:
-    """Every endpoint there is; routes, docs and tests are made from this list."""
-    batches, runs, uploads = Batches(service), Runs(service), Uploads(service)
-    work, stores = Work(service), RemoteStores(service)
-    activations = Activations(service)
-    ledgers, health = Ledgers(service), Health(service, lambda: paths_of(service))
+def endpoints_of(service: Service) -> list[Endpoint]:
+    """List all endpoints. Routes, API documents and tests are made from this list."""
+    batches, runs, uploads = TriggerBatches(service), TriggerRuns(service), Uploads(service)
+    work, stores = WorkerSessions(service), StoreRpc(service)
+    activations = ActivationEndpoint(service)
+    v1_batches, health = V1Batches(service), ServerEndpoints(service, lambda: endpoints_of(service))
     return [
-        Path("POST", "/api/v3/batches", batches.create, "compatible"),
-        Path("POST", "/api/v3/batches/{batch_id}/items", batches.stream, "compatible"),
-        Path("GET", "/api/v1/batches/{batch_id}", batches.retrieve, "compatible"),
-        Path("GET", "/api/v2/batches/{batch_id}", batches.retrieve, "compatible"),
-        Path("GET", "/api/v1/batches/{batch_id}/results", batches.results, "compatible"),
-        Path("GET", "/api/v3/runs/{run_id}", runs.retrieve, "compatible"),
-        Path("GET", "/api/v1/runs", runs.index, "compatible"),
-        Path("GET", "/api/v1/runs/{run_id}/result", runs.result, "compatible"),
-        Path("POST", "/api/v2/runs/{run_id}/cancel", runs.cancel, "compatible"),
-        Path("POST", "/api/v1/runs/{run_id}/replay", runs.replay, "compatible"),
-        Path("PUT", "/api/v2/packets/{path:path}", uploads.presign_upload, "compatible"),
-        Path("PUT", "/api/v1/packets/{path:path}", uploads.presign_upload, "compatible"),
-        Path("GET", "/api/v1/packets/{path:path}", uploads.presign_download, "compatible"),
-        Path("PUT", "/api/packets/{environment}/{path:path}", uploads.upload),
-        Path("GET", "/api/packets/{environment}/{path:path}", uploads.download),
-        Path("POST", "/v1/batches", ledgers.create, "batches"),
-        Path("GET", "/v1/batches", ledgers.index, "batches"),
-        Path("GET", "/v1/batches/{batch_id}", ledgers.retrieve, "batches"),
-        Path("POST", "/v1/batches/{batch_id}/items", ledgers.stream, "batches"),
-        Path("GET", "/v1/batches/{batch_id}/missing", ledgers.missing, "batches"),
-        Path("GET", "/v1/batches/{batch_id}/results", ledgers.results, "batches"),
-        Path("GET", "/v1/batches/{batch_id}/events", ledgers.events, "batches"),
-        Path("POST", "/v1/batches/{batch_id}/seal", ledgers.seal, "batches"),
-        Path("POST", "/v1/batches/{batch_id}/cancel", ledgers.cancel, "batches"),
-        Path("POST", "/v1/batches/{batch_id}/redrive", ledgers.redrive, "batches"),
-        Path("POST", "/v1/tasks/{task}/runs", work.enqueue, "runs"),
-        Path("POST", "/v1/activations", activations.stream, "runs"),
-        Path("POST", "/v1/sessions", work.start, "work"),
-        Path("POST", "/v1/sessions/{session_id}/heartbeat", work.beat, "work"),
-        Path("DELETE", "/v1/sessions/{session_id}", work.end, "work"),
-        Path("POST", "/v1/claims", work.claim, "work"),
-        Path("POST", "/v1/settlements", work.settle, "work"),
-        Path("POST", "/v1/releases", work.release, "work"),
-        Path("GET", "/v1/about", stores.about, "server"),
-        Path("POST", "/v1/store/{verb}", stores.ask),
-        Path("PUT", "/v1/objects/{key:path}", stores.put_object),
-        Path("GET", "/v1/objects/{key:path}", stores.get_object),
-        Path("GET", "/healthz", health.alive, "server"),
-        Path("GET", "/readyz", health.ready, "server"),
-        Path("GET", "/metrics", health.metrics, "server"),
-        Path("GET", "/openapi.json", health.openapi, "server"),
-        Path("GET", "/docs", health.docs, "server"),
+        Endpoint("POST", "/api/v3/batches", batches.create, "compatible"),
+        Endpoint("POST", "/api/v3/batches/{batch_id}/items", batches.stream, "compatible"),
+        Endpoint("GET", "/api/v1/batches/{batch_id}", batches.retrieve, "compatible"),
+        Endpoint("GET", "/api/v2/batches/{batch_id}", batches.retrieve, "compatible"),
+        Endpoint("GET", "/api/v1/batches/{batch_id}/results", batches.results, "compatible"),
+        Endpoint("GET", "/api/v3/runs/{run_id}", runs.retrieve, "compatible"),
+        Endpoint("GET", "/api/v1/runs", runs.index, "compatible"),
+        Endpoint("GET", "/api/v1/runs/{run_id}/result", runs.result, "compatible"),
+        Endpoint("POST", "/api/v2/runs/{run_id}/cancel", runs.cancel, "compatible"),
+        Endpoint("POST", "/api/v1/runs/{run_id}/replay", runs.replay, "compatible"),
+        Endpoint("PUT", "/api/v2/packets/{path:path}", uploads.presign_upload, "compatible"),
+        Endpoint("PUT", "/api/v1/packets/{path:path}", uploads.presign_upload, "compatible"),
+        Endpoint("GET", "/api/v1/packets/{path:path}", uploads.presign_download, "compatible"),
+        Endpoint("PUT", "/api/packets/{environment}/{path:path}", uploads.upload),
+        Endpoint("GET", "/api/packets/{environment}/{path:path}", uploads.download),
+        Endpoint("POST", "/v1/batches", v1_batches.create, "batches"),
+        Endpoint("GET", "/v1/batches", v1_batches.index, "batches"),
+        Endpoint("GET", "/v1/batches/{batch_id}", v1_batches.retrieve, "batches"),
+        Endpoint("POST", "/v1/batches/{batch_id}/items", v1_batches.stream, "batches"),
+        Endpoint("GET", "/v1/batches/{batch_id}/missing", v1_batches.missing, "batches"),
+        Endpoint("GET", "/v1/batches/{batch_id}/results", v1_batches.results, "batches"),
+        Endpoint("GET", "/v1/batches/{batch_id}/events", v1_batches.events, "batches"),
+        Endpoint("POST", "/v1/batches/{batch_id}/seal", v1_batches.seal, "batches"),
+        Endpoint("POST", "/v1/batches/{batch_id}/cancel", v1_batches.cancel, "batches"),
+        Endpoint("POST", "/v1/batches/{batch_id}/redrive", v1_batches.redrive, "batches"),
+        Endpoint("POST", "/v1/tasks/{task}/runs", work.enqueue, "runs"),
+        Endpoint("POST", "/v1/activations", activations.stream, "runs"),
+        Endpoint("POST", "/v1/sessions", work.start, "work"),
+        Endpoint("POST", "/v1/sessions/{session_id}/heartbeat", work.heartbeat, "work"),
+        Endpoint("DELETE", "/v1/sessions/{session_id}", work.end, "work"),
+        Endpoint("POST", "/v1/claims", work.claim, "work"),
+        Endpoint("POST", "/v1/settlements", work.settle, "work"),
+        Endpoint("POST", "/v1/releases", work.release, "work"),
+        Endpoint("GET", "/v1/about", stores.about, "server"),
+        Endpoint("POST", "/v1/store/{verb}", stores.call),
+        Endpoint("PUT", "/v1/objects/{key:path}", stores.put_object),
+        Endpoint("GET", "/v1/objects/{key:path}", stores.get_object),
+        Endpoint("GET", "/healthz", health.alive, "server"),
+        Endpoint("GET", "/readyz", health.ready, "server"),
+        Endpoint("GET", "/metrics", health.metrics, "server"),
+        Endpoint("GET", "/openapi.json", health.openapi, "server"),
+        Endpoint("GET", "/docs", health.docs, "server"),
     ]
 
 
 def make_app(service: Service) -> ASGIApp:
-    """The app of one server."""
+    """Build the app of one server."""
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         yield
         await service.close()
 
-    async def failed(request: Request, error: Exception) -> Response:
+    async def on_error(request: Request, error: Exception) -> Response:
         return error_response(request, error)
 
-    by_path: dict[str, dict[str, Endpoint]] = {}
-    for one in paths_of(service):
-        by_path.setdefault(one.path, {})[one.method] = one.endpoint
+    by_path: dict[str, dict[str, EndpointFunction]] = {}
+    for endpoint in endpoints_of(service):
+        by_path.setdefault(endpoint.path, {})[endpoint.method] = endpoint.endpoint
     app = Starlette(
         routes=[Route(path, _by_method(methods), methods=list(methods)) for path, methods in by_path.items()],
         lifespan=lifespan,
-        exception_handlers={HeadraceError: failed, HTTPException: failed},
+        exception_handlers={HeadraceError: on_error, HTTPException: on_error},
     )
     app.state.service = service
-    return Frame(app, service)
+    return ResponseEnvelope(app, service)
 
 
-def _by_method(methods: dict[str, Endpoint]) -> Endpoint:
+def _by_method(methods: dict[str, EndpointFunction]) -> EndpointFunction:
     async def endpoint(request: Request) -> Response:
         return await methods["GET" if request.method == "HEAD" else request.method](request)
 
     return endpoint
 
 
-class Frame:
-    """What every answer has: an id, the rate headers, a count."""
+class ResponseEnvelope:
+    """Adds to each response a request id and rate-limit headers, and counts it."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -137,10 +137,10 @@ class Frame:
             await self._app(scope, receive, send)
             return
         request_id = scope["headrace.request_id"] = _request_id(scope)
-        began = perf_counter()
+        started = perf_counter()
         status = 0
 
-        async def framed(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -148,16 +148,16 @@ class Frame:
                 headers[b"x-request-id"] = request_id.encode()
                 headers |= {name.encode(): value.encode() for name, value in scope.get(RATE_HEADERS, {}).items()}
                 message = {**message, "headers": list(headers.items())}
-                self._count(scope, status, perf_counter() - began)
+                self._count(scope, status, perf_counter() - started)
             await send(message)
 
         try:
-            await self._app(scope, receive, framed)
+            await self._app(scope, receive, send_with_headers)
         except Exception as error:
-            if status:  # it can't be taken back: the connection is closed in the middle, so that its peer knows
-                LOG.warning("an answer broke off", request=request_id, path=scope["path"], error=str(error))
+            if status:  # the status line is out: close the connection early, so that the client notices
+                LOG.warning("http.response_aborted", request=request_id, path=scope["path"], error=str(error))
                 raise
-            await error_response(Request(scope), error)(scope, receive, framed)
+            await error_response(Request(scope), error)(scope, receive, send_with_headers)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         route = scope.get("route")

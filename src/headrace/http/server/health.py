@@ -1,4 +1,4 @@
-"""Whether the server lives and can work, what it counts, and what it answers to."""
+"""Endpoints about the server itself: liveness, readiness, metrics and API documents."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from headrace.http.requests.service import Service
 from headrace.http.server.openapi import document, page
 
 
-class Health:
-    """The endpoints that need no key: nothing of what they tell belongs to a tenant."""
+class ServerEndpoints:
+    """Endpoints that need no API key: they return nothing that belongs to an environment."""
 
     def __init__(self, service: Service, paths: Callable[[], Sequence[Any]]) -> None:
         self._service = service
         self._paths = paths
 
     async def alive(self, _request: Request) -> Response:
-        """`GET /healthz`: the process answers."""
+        """`GET /healthz`: return 200 while the process runs."""
         return json_response({"status": "alive"})
 
     async def ready(self, _request: Request) -> Response:
-        """`GET /readyz`: 503 while the store is away, or the server stops."""
-        why = await self._service.why_not_ready()
-        if why == "stopping":
+        """`GET /readyz`: return 503 while the store is unavailable or the server is stopping, else 200."""
+        reason = await self._service.why_not_ready()
+        if reason == "stopping":
             return json_response({"status": "stopping"}, 503, {"retry-after": "5"})
-        if why:
-            return json_response({"status": "the store is away", "code": why}, 503, {"retry-after": "5"})
+        if reason:
+            return json_response({"status": "store unavailable", "code": reason}, 503, {"retry-after": "5"})
         return json_response({"status": "ready"})
 
     async def metrics(self, _request: Request) -> Response:
-        """`GET /metrics`: for Prometheus."""
+        """`GET /metrics`: return the metrics in Prometheus' text format."""
         await self._service.refresh_queue_metrics()
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def openapi(self, _request: Request) -> Response:
-        """`GET /openapi.json`: this API, as OpenAPI 3.1."""
+        """`GET /openapi.json`: return this API's OpenAPI 3.1 document."""
         return json_response(document(self._paths()))
 
     async def docs(self, _request: Request) -> Response:
-        """`GET /docs`: this API, to be read."""
+        """`GET /docs`: return this API's documentation as a web page."""
         return HTMLResponse(page(self._paths()))

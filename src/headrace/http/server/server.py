@@ -1,7 +1,7 @@
-"""The app on a socket, from its first request to a stop in good order.
+"""HTTP server: listens, serves the app, and shuts down in order.
 
-uvicorn carries it (httptools, and uvloop where there is one): lighter than what else was measured, and its
-back-pressure holds. `bench/README.md` has the figures, and why a faster server was passed over.
+Built on uvicorn (httptools, and uvloop where available): faster than the other servers measured, and with working
+back-pressure. `bench/README.md` has the figures, and the reason why a faster server was not chosen.
 """
 
 from __future__ import annotations
@@ -29,36 +29,37 @@ if TYPE_CHECKING:
 LOG: Any = structlog.get_logger("headrace.http")
 BACKLOG: Final = 2_048
 CUT_S: Final = 10
-"""What is left for the answers of streams that were cut: their items are flushed first."""
+"""Seconds allowed for the responses of aborted streams: their items are flushed first."""
 
 
 PROTOCOLS: Final = ("http/1.1", "h2")
-"""By TLS's own negotiation, ours first: who speaks both (browsers, most clients) gets HTTP/1.1, where the API is;
-gRPC clients offer HTTP/2 and nothing else."""
+"""Protocols offered in TLS negotiation, preferred first. Clients that speak both (browsers, most HTTP clients) get
+HTTP/1.1, which serves the API. gRPC clients offer HTTP/2 only.
+"""
 
 
 class Tls(NamedTuple):
-    """The files of a server's certificate and its key."""
+    """Paths of a server's certificate and its private key."""
 
     certificate: str
     key: str
 
     def context(self) -> ssl.SSLContext:
-        """What connections are made with. Raises `InvalidSetting`."""
+        """Create the TLS context. Raises `InvalidSetting`."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             context.load_cert_chain(self.certificate, self.key)
         except (OSError, ssl.SSLError) as error:
             raise InvalidSetting(
-                f"tls_cert and tls_key are no certificate with its key: {error.strerror or error}",
-                hint="both are PEM files, the certificate with its chain",
+                f"can't load tls_cert {self.certificate!r} with tls_key {self.key!r}: {error.strerror or error}",
+                hint="expected PEM files: the certificate with its chain, and its private key",
             ) from None
         context.set_alpn_protocols(list(PROTOCOLS))
         return context
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals are whoever's who runs the loop."""
+    """A uvicorn server that leaves signal handling to the program that runs the event loop."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -66,24 +67,24 @@ class _Uvicorn(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take none."""
+        """Handle no signals."""
         yield
 
     async def main_loop(self) -> None:
-        """Once a second, for the header that tells the date, until the end."""
+        """Update the Date header once a second, until the server ends."""
         while not self._ending.is_set():
             await self.on_tick(0)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), 1.0)
 
     def end(self) -> None:
-        """Answer no more."""
+        """Stop serving."""
         self.should_exit = True
         self._ending.set()
 
 
 class Server:
-    """One app that listens. Started once; `stop` may be called twice."""
+    """One listening app. Can be started once; `stop` may be called more than once."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class Server:
         grpc: GrpcServer | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`grpc` answers the calls of peers that speak HTTP/2 on the same port."""
+        """`grpc`: answers the calls of HTTP/2 clients on the same port."""
         limits = service.limits
         protocol: Any = BoundedProtocol
         if grpc is not None:
@@ -122,12 +123,12 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it listens, as a client writes it."""
+        """Base URL of the server."""
         host, port = self.address
         return f"{self._scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def start(self) -> None:
-        """Answer from now on."""
+        """Start serving."""
         self._serving = asyncio.create_task(self._uvicorn.serve([self._listener]), name="headrace-http")
         while not self._uvicorn.started:
             if self._serving.done():
@@ -135,26 +136,24 @@ class Server:
             await asyncio.sleep(0)
 
     async def stop(self) -> None:
-        """Take no new streams, let those under way end within the grace, tell the others to come again, and leave."""
+        """Stop accepting streams, let those in progress finish within the grace period, abort the others, and end."""
         if self._serving is None:
             return
         service = self.service
         service.drain()
         self._uvicorn.end()
-        waiting = asyncio.create_task(self._cut_late())
+        waiting = asyncio.create_task(self._abort_late_streams())
         try:
             await asyncio.shield(self._serving)
         finally:
             waiting.cancel()
             self._serving = None
 
-    async def _cut_late(self) -> None:
+    async def _abort_late_streams(self) -> None:
         service = self.service
         await service.engine.clock.sleep(service.limits.shutdown_grace_s)
         if service.streams_count:
-            LOG.warning(
-                "streams were cut by the stop; their clients send the rest again", streams=service.streams_count
-            )
+            LOG.warning("http.streams_aborted", streams=service.streams_count)
         service.cut()
         if self._grpc is not None:
             self._grpc.cut()
@@ -170,7 +169,7 @@ async def serving(
     grpc: GrpcServer | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> AsyncGenerator[Server, None]:
-    """A server while the block lasts. `is_shared`: other processes listen on the same port."""
+    """Run a server while the block lasts. `is_shared`: other processes listen on the same port."""
     server = Server(service, listener(host, port, is_shared=is_shared), grpc=grpc, tls=tls)
     await server.start()
     try:
@@ -180,24 +179,24 @@ async def serving(
 
 
 def listener(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
-    """A socket that listens. Raises `InvalidSetting` when there is no such address, or it is taken."""
+    """Open a listening socket. Raises `InvalidSetting` if the address does not exist or is in use."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        # The protocol by its number: asyncio turns Nagle's algorithm off for such sockets only, and with it on an
-        # answer waits for the client's late acknowledgement of its head, 40 ms each.
-        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        # The protocol number is required: asyncio disables Nagle's algorithm only for such sockets. With Nagle's
+        # algorithm a response waits up to 40 ms for the client's delayed acknowledgement.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if is_shared:
-                found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            found.bind(address)
-            found.listen(BACKLOG)
-            found.setblocking(False)
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listening.bind(address)
+            listening.listen(BACKLOG)
+            listening.setblocking(False)
         except BaseException:
-            found.close()
+            listening.close()
             raise
     except OSError as error:
         raise InvalidSetting(
-            f"nothing can listen on {host}:{port}: {error.strerror or error}", hint="choose another --host or --port"
+            f"can't listen on {host}:{port}: {error.strerror or error}", hint="choose another --host or --port"
         ) from error
-    return found
+    return listening

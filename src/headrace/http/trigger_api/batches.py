@@ -1,4 +1,4 @@
-"""Batches as the field's clients know them: created in one request, streamed in another, read while they run."""
+"""Batches in trigger.dev's API: created by one request, filled by others, readable while they run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from headrace.runtime.producing.indexed_feed import FeedCounts
 from headrace.store.protocol import NewBatch
 
 RUNS_SHOWN_MAX: Final = 10_000
-"""Ids in a batch's `runs`: a batch may hold a thousand times as many, which are listed by pages."""
+"""Most run ids that a batch object lists in `runs`. A batch may hold a thousand times as many; list them by pages."""
 
 PAGE_RUNS: Final = 1_000
 MISSING_RANGES: Final = 10
@@ -33,8 +33,8 @@ MISSING_RANGES: Final = 10
 _Text = Annotated[str, Meta(min_length=1, max_length=2_048)]
 
 
-class CreateBatch(msgspec.Struct, rename="camel"):
-    """The first phase: how many runs are to come."""
+class TriggerBatchBody(msgspec.Struct, rename="camel"):
+    """Body of `POST /api/v3/batches`: the number of runs to follow, in the items of later requests."""
 
     run_count: Annotated[int, Meta(gt=0)]
     task_identifiers: Annotated[list[_Text], Meta(min_length=1, max_length=10_000)] | None = None
@@ -44,41 +44,43 @@ class CreateBatch(msgspec.Struct, rename="camel"):
     idempotency_key_options: Any = None
 
 
-class Batches:
-    """The endpoints of `/api/v?/batches`."""
+class TriggerBatches:
+    """Endpoints of `/api/v?/batches`."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     async def create(self, request: Request) -> Response:
-        """`POST /api/v3/batches`: a batch to stream into; the same key answers the same one."""
+        """`POST /api/v3/batches`: create a batch. The same idempotency key returns the same batch."""
         service = self._service
         call = await service.authorize(request, "batches:write")
-        wish = await decode_body(request, service.limits, CreateBatch)
-        most = service.limits.batch_runs_max
-        if wish.run_count > most:
-            raise InvalidInput(f"Batch runCount of {wish.run_count} exceeds maximum allowed of {most}.")
-        if wish.resume_parent_on_completion or wish.parent_run_id:
-            raise Unprocessable("Runs that wait for a batch are not supported yet.", hint="trigger without waiting")
-        key = _key_of(request, wish)
-        known = None if key is None else await call.engine.store.find_batch(call.environment, key)
-        if known is None:
-            await service.spend_runs(request, call.environment, wish.run_count)
-        batch, is_new = await self._create(call, wish, key)
+        params = await decode_body(request, service.limits, TriggerBatchBody)
+        runs_max = service.limits.batch_runs_max
+        if params.run_count > runs_max:
+            raise InvalidInput(f"Batch runCount of {params.run_count} exceeds maximum allowed of {runs_max}.")
+        if params.resume_parent_on_completion or params.parent_run_id:
+            raise Unprocessable(
+                "Runs that wait for a batch are not supported yet.", hint="trigger the batch without waiting for it"
+            )
+        key = _key_of(request, params)
+        existing = None if key is None else await call.engine.store.find_batch(call.environment, key)
+        if existing is None:
+            await service.spend_runs(request, call.environment, params.run_count)
+        batch, is_new = await self._create(call, params, key)
         is_cached = not is_new and batch.state in (SEALED, COMPLETED)
         if not is_new and not is_cached:
             if batch.is_stopped:
-                raise Unprocessable(f"Batch {batch.id}, which has this idempotency key, is {batch.state}.")
-            if batch.expected_count != wish.run_count:
+                raise Unprocessable(f"Batch {batch.id} with this idempotency key is {batch.state}.")
+            if batch.expected_count != params.run_count:
                 raise Unprocessable(
                     f"Cannot create batch as it has already been created with the same idempotency key, for "
-                    f"{batch.expected_count} runs and not for {wish.run_count}."
+                    f"{batch.expected_count} runs, not {params.run_count}."
                 )
         if is_new:
             service.metrics.batches.inc()
         body: dict[str, Any] = {"id": batch.id, "runCount": batch.expected_count, "isCached": is_cached}
-        if wish.idempotency_key is not None:
-            body["idempotencyKey"] = wish.idempotency_key
+        if params.idempotency_key is not None:
+            body["idempotencyKey"] = params.idempotency_key
         scopes = [f"read:batch:{batch.id}"]
         if request.headers.get("x-trigger-client") == "browser":
             scopes.append(f"write:batch:{batch.id}")
@@ -86,22 +88,22 @@ class Batches:
         headers = {"x-trigger-jwt": token, "x-trigger-jwt-claims": claims}
         return json_response(body, 202 if is_new else 200, headers)
 
-    async def _create(self, call: RequestContext, wish: CreateBatch, key: str | None) -> tuple[Batch, bool]:
+    async def _create(self, call: RequestContext, params: TriggerBatchBody, key: str | None) -> tuple[Batch, bool]:
         now_us = call.engine.clock.now_us()
-        tasks = sorted(set(wish.task_identifiers or ()))
+        tasks = sorted(set(params.task_identifiers or ()))
         new = NewBatch(
             id=new_batch_id(now_us),
             environment=call.environment,
             key=key,
             task=tasks[0] if len(tasks) == 1 else "",
-            expected_count=wish.run_count,
-            metadata={} if wish.idempotency_key is None else {"idempotencyKey": wish.idempotency_key},
+            expected_count=params.run_count,
+            metadata={} if params.idempotency_key is None else {"idempotencyKey": params.idempotency_key},
             seal_timeout_ms=self._service.limits.seal_timeout_ms,
         )
         return await call.engine.store.create_batch(new, now_us=now_us)
 
     async def stream(self, request: Request) -> Response:
-        """`POST /api/v3/batches/{id}/items`: the second phase, items as NDJSON, in any order, as often as needed."""
+        """`POST /api/v3/batches/{id}/items`: send items as NDJSON, in any order, in one request or several."""
         batch_id = request.path_params["batch_id"]
         service = self._service
         call = await service.authorize(request, "batches:write", batch_id=batch_id, is_free=True)
@@ -126,27 +128,27 @@ class Batches:
         return _streamed(await seal_if_complete(call, batch, taken), taken)
 
     async def retrieve(self, request: Request) -> Response:
-        """`GET /api/v1/batches/{id}` and `/api/v2/…`."""
+        """`GET /api/v1/batches/{id}` and `/api/v2/…`: return the batch and the ids of its runs."""
         batch_id = request.path_params["batch_id"]
         call = await self._service.authorize(request, "batches:read", batch_id=batch_id)
-        batch = await _found(call, batch_id)
-        shown = trigger_batch(batch)
+        batch = await _get_batch(call, batch_id)
+        fields = trigger_batch(batch)
         is_filled = batch.state != OPEN and batch.received_count <= RUNS_SHOWN_MAX
-        shown["runs"] = [run_id(batch.id, index) for index in range(batch.received_count)] if is_filled else []
+        fields["runs"] = [run_id(batch.id, index) for index in range(batch.received_count)] if is_filled else []
         if request.url.path.startswith("/api/v2"):
-            shown["processing"] = {"errors": []}
+            fields["processing"] = {"errors": []}
             if batch.sealed_us:
-                shown["processingCompletedAt"] = trigger_batch(batch)["updatedAt"]
-                shown["processing"]["completedAt"] = shown["processingCompletedAt"]
+                fields["processingCompletedAt"] = trigger_batch(batch)["updatedAt"]
+                fields["processing"]["completedAt"] = fields["processingCompletedAt"]
         else:
-            shown |= {"successfulRunCount": batch.received_count, "failedRunCount": 0}
-        return json_response(shown)
+            fields |= {"successfulRunCount": batch.received_count, "failedRunCount": 0}
+        return json_response(fields)
 
     async def results(self, request: Request) -> Response:
-        """`GET /api/v1/batches/{id}/results`: what has finished, in order."""
+        """`GET /api/v1/batches/{id}/results`: return the results of finished runs, in index order."""
         batch_id = request.path_params["batch_id"]
         call = await self._service.authorize(request, "batches:read", batch_id=batch_id)
-        batch = await _found(call, batch_id, "Batch not found")
+        batch = await _get_batch(call, batch_id, "Batch not found")
         return StreamingResponse(self._results(call, batch), media_type="application/json")
 
     async def _results(self, call: RequestContext, batch: Batch) -> AsyncIterator[bytes]:
@@ -161,17 +163,17 @@ class Batches:
             tasks = {view.index: view.task for view in views}
             after = (batch.id, start + PAGE_RUNS - 1)
             items = []
-            for one in outcomes:
-                shown = {"id": run_id(batch.id, one.index), "taskIdentifier": tasks.get(one.index, batch.task)}
-                own = await outputs.resolve(one)
-                if own is None or own.state == run.EXPIRED:
+            for outcome in outcomes:
+                fields = {"id": run_id(batch.id, outcome.index), "taskIdentifier": tasks.get(outcome.index, batch.task)}
+                resolved = await outputs.resolve(outcome)
+                if resolved is None or resolved.state == run.EXPIRED:
                     continue
-                if own.state == run.COMPLETED:
-                    text, kind = await outputs.output_text(own)
-                    items.append(shown | {"ok": True, "output": text, "outputType": kind})
+                if resolved.state == run.COMPLETED:
+                    text, kind = await outputs.output_text(resolved)
+                    items.append(fields | {"ok": True, "output": text, "outputType": kind})
                 else:
-                    failure = decode(own.result) if own.result else None
-                    items.append(shown | {"ok": False, "error": trigger_error(failure, run.NAMES[own.state])})
+                    failure = decode(resolved.result) if resolved.result else None
+                    items.append(fields | {"ok": False, "error": trigger_error(failure, run.NAMES[resolved.state])})
             if items:
                 yield between + b",".join(map(msgspec.json.encode, items))
                 between = b","
@@ -203,18 +205,18 @@ def _has_body(request: Request) -> bool:
     return "content-length" in request.headers or "transfer-encoding" in request.headers
 
 
-def _key_of(request: Request, wish: CreateBatch) -> str | None:
-    """The key that makes a create repeatable: the caller's, or that of the one request and its retries."""
-    if wish.idempotency_key is not None:
-        if "\0" in wish.idempotency_key:
-            raise InvalidInput("an idempotency key holds no NUL character")
-        return wish.idempotency_key
-    own = request.headers.get("x-trigger-request-idempotency-key")
-    return f"request:{own[:200]}" if own else None
+def _key_of(request: Request, params: TriggerBatchBody) -> str | None:
+    """Return the key that makes the request repeatable: the client's, or one for this request and its retries."""
+    if params.idempotency_key is not None:
+        if "\0" in params.idempotency_key:
+            raise InvalidInput("expected an idempotency key without NUL characters")
+        return params.idempotency_key
+    request_key = request.headers.get("x-trigger-request-idempotency-key")
+    return f"request:{request_key[:200]}" if request_key else None
 
 
-async def _found(call: RequestContext, batch_id: str, said: str = "Not found") -> Batch:
+async def _get_batch(call: RequestContext, batch_id: str, message: str = "Not found") -> Batch:
     try:
         return (await call.get_batch(batch_id))[0]
     except NotFound:
-        raise NotFound(said, batch_id=batch_id) from None
+        raise NotFound(message, batch_id=batch_id) from None

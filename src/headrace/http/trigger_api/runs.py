@@ -1,4 +1,4 @@
-"""Single runs as the field's clients know them: looked at, listed, cancelled, started again."""
+"""Single runs in trigger.dev's API: read, listed, cancelled, replayed."""
 
 from __future__ import annotations
 
@@ -25,132 +25,138 @@ from headrace.store.protocol import Outcome, RunRecord
 PAGE_MAX: Final = 100
 PAGE: Final = 25
 SCANNED_PAGES_MAX: Final = 50
-"""Pages of a listing that are looked through for what no index knows, before the caller goes on by cursor."""
+"""Pages scanned for filters without an index before a listing ends early; the client continues with the cursor."""
 
 FAILURES: Final = {status for status, states in STATES_OF_STATUS.items() if "failed" in states}
 _UNSUPPORTED: Final = ("version", "bulkAction", "schedule", "machine", "region")
 
 
-class Runs:
-    """The endpoints of `/api/v?/runs`."""
+class TriggerRuns:
+    """Endpoints of `/api/v?/runs`."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     async def retrieve(self, request: Request) -> Response:
-        """`GET /api/v3/runs/{id}`."""
-        call, view, batch = await self._found(request, "runs:read")
-        shown = trigger_run(view, batch)
-        if view.payload or view.kind == pack.TEXT:
-            data, kind = await self._content(call, view.payload, view.kind)
-            shown["payload"] = json_value(data, kind)
-        if view.state == "completed":
-            data, kind = await self._content(call, view.result, view.result_kind)
-            shown["output"] = json_value(data, kind)
-        return json_response(shown)
+        """`GET /api/v3/runs/{id}`: return a run with its payload and output."""
+        call, record, batch = await self._get_run(request, "runs:read")
+        fields = trigger_run(record, batch)
+        if record.payload or record.kind == pack.TEXT:
+            data, kind = await self._content(call, record.payload, record.kind)
+            fields["payload"] = json_value(data, kind)
+        if record.state == "completed":
+            data, kind = await self._content(call, record.result, record.result_kind)
+            fields["output"] = json_value(data, kind)
+        return json_response(fields)
 
     async def result(self, request: Request) -> Response:
-        """`GET /api/v1/runs/{id}/result`: how it ended, once it has."""
-        call, view, _ = await self._found(request, "runs:read")
-        state = run.BY_NAME.get(view.state, run.WAITING)
+        """`GET /api/v1/runs/{id}/result`: return the result of a finished run."""
+        call, record, _ = await self._get_run(request, "runs:read")
+        state = run.BY_NAME.get(record.state, run.WAITING)
         if state not in run.FINAL:
             raise NotFound("Run either doesn't exist or is not finished")
-        shown: dict[str, Any] = {"id": run_id(view.batch_id, view.index), "taskIdentifier": view.task}
+        fields: dict[str, Any] = {"id": run_id(record.batch_id, record.index), "taskIdentifier": record.task}
         if state == run.COMPLETED:
-            one = Outcome(index=view.index, state=state, result=view.result, kind=view.result_kind)
-            text, kind = await ResultResolver(call).output_text(one)
-            return json_response(shown | {"ok": True, "output": text, "outputType": kind})
-        failure = decode(view.result) if view.result else None
-        return json_response(shown | {"ok": False, "error": trigger_error(failure, view.state)})
+            outcome = Outcome(index=record.index, state=state, result=record.result, kind=record.result_kind)
+            text, kind = await ResultResolver(call).output_text(outcome)
+            return json_response(fields | {"ok": True, "output": text, "outputType": kind})
+        failure = decode(record.result) if record.result else None
+        return json_response(fields | {"ok": False, "error": trigger_error(failure, record.state)})
 
     async def cancel(self, request: Request) -> Response:
-        """`POST /api/v2/runs/{id}/cancel`."""
-        call, view, _ = await self._found(request, "runs:write")
+        """`POST /api/v2/runs/{id}/cancel`: cancel a run."""
+        call, record, _ = await self._get_run(request, "runs:write")
         engine = call.engine
-        await engine.store.cancel_runs(view.batch_id, [view.index], now_us=engine.clock.now_us())
+        await engine.store.cancel_runs(record.batch_id, [record.index], now_us=engine.clock.now_us())
         engine.recorded.notify()
-        return json_response({"id": run_id(view.batch_id, view.index)})
+        return json_response({"id": run_id(record.batch_id, record.index)})
 
     async def replay(self, request: Request) -> Response:
-        """`POST /api/v1/runs/{id}/replay`: a new run of the same task with the same payload."""
-        call, view, _ = await self._found(request, "runs:write")
-        if view.state == "failed" and view.payload == b"{}" and view.attempt == 1 and not view.attempts[1:]:
-            failure = decode(view.result)
+        """`POST /api/v1/runs/{id}/replay`: start a new run of the same task with the same payload."""
+        call, record, _ = await self._get_run(request, "runs:write")
+        if record.state == "failed" and record.payload == b"{}" and record.attempt == 1 and not record.attempts[1:]:
+            failure = decode(record.result)
             if failure.type in ("PAYLOAD_TOO_LARGE", "InvalidJSON", "InvalidUTF8"):
-                raise InvalidInput("the run never had a readable payload", hint="send the item again")
-        payload, kind = await self._content(call, view.payload, view.kind)
-        key = self._service.default_key(view.task)._replace(queue=view.queue, priority=view.priority)
-        extra = Extra(tags=tuple(view.tags), headers=view.headers, kept=view.kept)
+                raise InvalidInput("can't replay: the run never had a readable payload", hint="send the item again")
+        payload, kind = await self._content(call, record.payload, record.kind)
+        key = self._service.default_key(record.task)._replace(queue=record.queue, priority=record.priority)
+        extra = Extra(tags=tuple(record.tags), headers=record.headers, kept=record.kept)
         batch_id, index = await self._service.producer(call).put(key, payload, kind, extra)
         return json_response({"id": run_id(batch_id, index)})
 
     async def index(self, request: Request) -> Response:
-        """`GET /api/v1/runs`: by pages, newest batch first."""
+        """`GET /api/v1/runs`: list runs by pages, newest batch first."""
         call = await self._service.authorize(
             request, "runs:read", batch_id=request.query_params.get("filter[batch]", "")
         )
-        wish = _Wish(request)
-        views, has_more = await self._page(call, wish)
+        run_filter = _RunFilter(request)
+        records, has_more = await self._page(call, run_filter)
         batches: dict[str, Batch] = {}
         data = []
-        for view in views:
-            if view.batch_id not in batches:
-                batches[view.batch_id] = (await call.engine.store.batch(view.batch_id))[0]
-            if view.state == "failed":  # a list has no results; why a run failed is part of its status
-                view = await call.engine.store.run(view.batch_id, view.index)
+        for record in records:
+            if record.batch_id not in batches:
+                batches[record.batch_id] = (await call.engine.store.batch(record.batch_id))[0]
+            if record.state == "failed":  # its status depends on the result, which listings do not carry
+                record = await call.engine.store.run(record.batch_id, record.index)
             env = {"id": call.environment, "name": call.environment}
-            data.append(trigger_run(view, batches[view.batch_id]) | {"env": env})
+            data.append(trigger_run(record, batches[record.batch_id]) | {"env": env})
         pagination: dict[str, str] = {}
-        if has_more and views:
-            pagination["next"] = run_id(views[-1].batch_id, views[-1].index)
-        if wish.after is not None and views:
-            pagination["previous"] = run_id(views[0].batch_id, views[0].index)
+        if has_more and records:
+            pagination["next"] = run_id(records[-1].batch_id, records[-1].index)
+        if run_filter.after is not None and records:
+            pagination["previous"] = run_id(records[0].batch_id, records[0].index)
         return json_response({"data": data, "pagination": pagination})
 
-    async def _page(self, call: RequestContext, wish: _Wish) -> tuple[list[RunRecord], bool]:
-        """One page and whether there are more: each wanted state is asked for, and the answers are merged."""
-        found: list[RunRecord] = []
-        for state in wish.states or ("",):
-            for task in wish.tasks or ("",):
-                for tag in wish.tags or ("",):
-                    found += await self._matching(call, wish, state, task, tag)
-        unique = {(view.batch_id, view.index): view for view in found}
-        ordered = sorted(unique.values(), key=lambda view: view.index)
-        ordered.sort(key=lambda view: view.batch_id, reverse=True)
-        return ordered[: wish.size], len(ordered) > wish.size
+    async def _page(self, call: RequestContext, run_filter: _RunFilter) -> tuple[list[RunRecord], bool]:
+        """Return one page, and True if there are more. Queries once for each combination of filters and merges the
+        results.
+        """
+        records: list[RunRecord] = []
+        for state in run_filter.states or ("",):
+            for task in run_filter.tasks or ("",):
+                for tag in run_filter.tags or ("",):
+                    records += await self._matching(call, run_filter, state, task, tag)
+        unique = {(record.batch_id, record.index): record for record in records}
+        ordered = sorted(unique.values(), key=lambda record: record.index)
+        ordered.sort(key=lambda record: record.batch_id, reverse=True)
+        return ordered[: run_filter.size], len(ordered) > run_filter.size
 
-    async def _matching(self, call: RequestContext, wish: _Wish, state: str, task: str, tag: str) -> list[RunRecord]:
-        found: list[RunRecord] = []
-        after = wish.after
+    async def _matching(
+        self, call: RequestContext, run_filter: _RunFilter, state: str, task: str, tag: str
+    ) -> list[RunRecord]:
+        records: list[RunRecord] = []
+        after = run_filter.after
         for _ in range(SCANNED_PAGES_MAX):
             page = await call.engine.store.runs(
                 call.environment,
-                batch_id=wish.batch_id,
+                batch_id=run_filter.batch_id,
                 state=state,
                 task=task,
                 tag=tag,
                 after=after,
-                limit=wish.size + 1,
+                limit=run_filter.size + 1,
             )
-            for view in page:
-                if view.batch_id < wish.oldest_id:
-                    return found
-                if (not wish.queues or view.queue in wish.queues) and await self._is_failed_so(call, wish, view):
-                    found.append(view)
-            if len(page) <= wish.size or len(found) > wish.size:
-                return found
+            for record in page:
+                if record.batch_id < run_filter.oldest_id:
+                    return records
+                if (not run_filter.queues or record.queue in run_filter.queues) and await self._matches_failure(
+                    call, run_filter, record
+                ):
+                    records.append(record)
+            if len(page) <= run_filter.size or len(records) > run_filter.size:
+                return records
             after = (page[-1].batch_id, page[-1].index)
-        return found
+        return records
 
-    async def _is_failed_so(self, call: RequestContext, wish: _Wish, view: RunRecord) -> bool:
-        """Whether a failed run failed in a way that was asked for; its result says which."""
-        if view.state != "failed" or wish.failures in (set(), FAILURES):
+    async def _matches_failure(self, call: RequestContext, run_filter: _RunFilter, record: RunRecord) -> bool:
+        """True unless the run failed in a way that the status filter excludes. That depends on its result."""
+        if record.state != "failed" or run_filter.failures in (set(), FAILURES):
             return True
-        whole = await call.engine.store.run(view.batch_id, view.index)
-        return run_status(view.state, decode(whole.result) if whole.result else None) in wish.failures
+        record = await call.engine.store.run(record.batch_id, record.index)
+        return run_status(record.state, decode(record.result) if record.result else None) in run_filter.failures
 
-    async def _found(self, request: Request, scope: str) -> tuple[RequestContext, RunRecord, Batch]:
-        """The run of the path, or the one that it links to, and its batch. Raises `NotFound`."""
+    async def _get_run(self, request: Request, scope: str) -> tuple[RequestContext, RunRecord, Batch]:
+        """Return the run of the path, or the run it links to, and its batch. Raises `NotFound`."""
         name = request.path_params["run_id"]
         try:
             batch_id, index = parse_run_id(name)
@@ -159,48 +165,51 @@ class Runs:
             raise NotFound("Run not found") from None
         call = await self._service.authorize(request, scope, batch_id=batch_id)
         try:
-            view = await call.engine.store.run(batch_id, index)
+            record = await call.engine.store.run(batch_id, index)
         except NotFound:
             raise NotFound("Run not found") from None
-        if view.environment != call.environment:
+        if record.environment != call.environment:
             raise NotFound("Run not found")
-        if view.state == "completed" and view.result_kind == pack.LINK:
-            target = await ResultResolver(call).linked_run(view.result)
+        if record.state == "completed" and record.result_kind == pack.LINK:
+            target = await ResultResolver(call).linked_run(record.result)
             if target is None:
                 raise NotFound("Run not found")
-            view = target
-        batch, _ = await call.engine.store.batch(view.batch_id)
-        return call, view, batch
+            record = target
+        batch, _ = await call.engine.store.batch(record.batch_id)
+        return call, record, batch
 
     async def _content(self, call: RequestContext, data: bytes, kind: int) -> tuple[bytes, int]:
         return await call.engine.fetch(data) if kind == pack.REFERENCE else (data, kind)
 
 
-class _Wish:
-    """What a list of runs is asked for. Raises `InvalidInput` by name for what can't be."""
+class _RunFilter:
+    """Filters of a run listing. Raises `InvalidInput`, which names the invalid parameter."""
 
     def __init__(self, request: Request) -> None:
         query = request.query_params
         for name in _UNSUPPORTED:
             if query.get(f"filter[{name}]"):
-                raise InvalidInput(f"filter[{name}] is not supported", hint="leave it out")
+                raise InvalidInput(f"filter[{name}] is not supported", hint="remove the filter")
         self.size = parse_int(query.get("page[size]"), PAGE, "page[size]", 1, PAGE_MAX)
         self.after: tuple[str, int] | None = None
         if query.get("page[before]"):
-            raise InvalidInput("page[before] is not supported", hint="keep the cursors of the pages before")
+            raise InvalidInput("page[before] is not supported", hint="keep the cursors of the previous pages")
         if query.get("page[after]"):
             self.after = parse_run_id(query["page[after]"])
         self.batch_id = query.get("filter[batch]", "")
         if self.batch_id:
             check_batch_id(self.batch_id)
-        self.tasks = _words(query.get("filter[taskIdentifier]"))
-        self.tags = _words(query.get("filter[tag]"))
-        self.queues = {name.removeprefix("task/") for name in _words(query.get("filter[queue]"))}
+        self.tasks = _values(query.get("filter[taskIdentifier]"))
+        self.tags = _values(query.get("filter[tag]"))
+        self.queues = {name.removeprefix("task/") for name in _values(query.get("filter[queue]"))}
         self.states: list[str] = []
         self.failures: set[str] = set()
-        for status in _words(query.get("filter[status]")):
+        for status in _values(query.get("filter[status]")):
             if status not in STATES_OF_STATUS:
-                raise InvalidInput(f"{status!r} is not a status", hint=f"one of {', '.join(STATES_OF_STATUS)}")
+                raise InvalidInput(
+                    f"unknown status {status!r} in filter[status]",
+                    hint=f"expected one of {', '.join(STATES_OF_STATUS)}",
+                )
             self.states += [state for state in STATES_OF_STATUS[status] if state not in self.states]
             if status in FAILURES:
                 self.failures.add(status)
@@ -214,7 +223,7 @@ class _Wish:
         until_ms = parse_int(query.get("filter[createdAt][to]"), 0, "filter[createdAt][to]", 0, 10**15)
         if until_ms:
             bound = (_id_at((until_ms + 1) * 1_000), -1)
-            self.after = bound if self.after is None else min(self.after, bound, key=lambda one: one[0])
+            self.after = bound if self.after is None else min(self.after, bound, key=lambda cursor: cursor[0])
 
 
 def _now_us(request: Request) -> int:
@@ -222,14 +231,14 @@ def _now_us(request: Request) -> int:
 
 
 def _id_at(us: int) -> str:
-    """The first batch id that could be of a moment."""
+    """Return the smallest batch id of a given time. Batch ids begin with their creation time."""
     alphabet = "0123456789abcdefghjkmnpqrstvwxyz"
     number = ((us // 1_000) & (2**48 - 1)) << 80
     return "batch_" + "".join(alphabet[(number >> shift) & 31] for shift in range(125, -5, -5))
 
 
-def _words(text: str | None) -> Sequence[str]:
-    words = [word.strip() for word in (text or "").split(",") if word.strip()]
-    if len(words) > 20:
-        raise InvalidInput("a filter takes at most 20 values")
-    return words
+def _values(text: str | None) -> Sequence[str]:
+    values = [value.strip() for value in (text or "").split(",") if value.strip()]
+    if len(values) > 20:
+        raise InvalidInput(f"expected at most 20 values in a filter, got {len(values)}")
+    return values

@@ -1,4 +1,7 @@
-"""Packets: payloads that a client uploads before it sends the item, where the object store signs, or through here."""
+"""Packets: payloads that a client uploads before it sends their items.
+
+The object store signs the URLs if it can; otherwise the uploads go through this server.
+"""
 
 from __future__ import annotations
 
@@ -20,48 +23,48 @@ UPLOAD: Final = "/api/packets"
 
 
 class Uploads:
-    """The endpoints of `/api/v?/packets`, and of the signed URLs they give out."""
+    """Endpoints of `/api/v?/packets`, and of the URLs that this server signs."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     async def presign_upload(self, request: Request) -> Response:
-        """`PUT /api/v2/packets/{path}` and `/api/v1/…`: where to upload, and what to call it then."""
+        """`PUT /api/v2/packets/{path}` and `/api/v1/…`: return a URL to upload a packet to, and the packet's name."""
         call = await self._service.authorize(request, "batches:write", is_free=True)
         path = check_path(request.path_params["path"])
-        body = {"presignedUrl": await self._signed(request, call, "PUT", path)}
+        body = {"presignedUrl": await self._signed_url(request, call, "PUT", path)}
         if request.url.path.startswith("/api/v2"):
             body["storagePath"] = path
         return json_response(body)
 
     async def presign_download(self, request: Request) -> Response:
-        """`GET /api/v1/packets/{path}`: where to read it."""
+        """`GET /api/v1/packets/{path}`: return a URL to download a packet from."""
         call = await self._service.authorize(request, "batches:read", is_free=True)
         path = check_path(request.path_params["path"])
-        return json_response({"presignedUrl": await self._signed(request, call, "GET", path)})
+        return json_response({"presignedUrl": await self._signed_url(request, call, "GET", path)})
 
     async def upload(self, request: Request) -> Response:
-        """`PUT` of a signed URL of ours."""
+        """`PUT` of a URL signed by this server."""
         environment, path = await self._check(request, "PUT")
-        kind = request.headers.get("content-type", "application/json")
+        content_type = request.headers.get("content-type", "application/json")
         limits = self._service.limits
         await self._service.packets.put(
-            environment, path, kind, body_pieces(request, limits), bytes_max=limits.packet_bytes_max
+            environment, path, content_type, body_pieces(request, limits), bytes_max=limits.packet_bytes_max
         )
         return Response(status_code=200)
 
     async def download(self, request: Request) -> Response:
-        """`GET` of a signed URL of ours."""
+        """`GET` of a URL signed by this server."""
         environment, path = await self._check(request, "GET")
         try:
-            data, kind = await self._service.packets.get(
+            data, content_type = await self._service.packets.get(
                 environment, path, bytes_max=self._service.limits.packet_bytes_max
             )
         except ObjectMissing:
-            raise NotFound("no such packet was uploaded") from None
-        return Response(data, media_type=kind)
+            raise NotFound("packet not found: it was never uploaded, or its batch was deleted") from None
+        return Response(data, media_type=content_type)
 
-    async def _signed(self, request: Request, call: RequestContext, method: str, path: str) -> str:
+    async def _signed_url(self, request: Request, call: RequestContext, method: str, path: str) -> str:
         packets = self._service.packets
         if packets.can_sign:
             return await packets.signed_url(method, call.environment, path)
@@ -71,21 +74,21 @@ class Uploads:
         return f"{base}/{call.environment.encode().hex()}/{quote(path)}?until={until_s}&signature={signature}"
 
     async def _check(self, request: Request, method: str) -> tuple[str, str]:
-        """The environment and path of a signed URL. Raises `Forbidden` for what was not signed here, or is late."""
+        """Verify a signed URL and return its environment and path. Raises `Forbidden`."""
         path = check_path(request.path_params["path"])
         try:
             environment = bytes.fromhex(request.path_params["environment"]).decode()
         except ValueError:
-            raise NotFound("there is no such packet") from None
+            raise NotFound("packet not found: the URL names no environment") from None
         until = request.query_params.get("until", "")
         if not until.isascii() or not until.isdigit() or len(until) > 12:
-            raise InvalidInput("the URL is not one that was given out here")
+            raise InvalidInput(f"expected a signed URL with `until` as seconds since 1970, got {until[:20]!r}")
         expected = await self._signature(method, environment, path, int(until))
-        shown = request.query_params.get("signature", "")
-        if not hmac.compare_digest(expected.encode(), shown.encode("utf-8", "replace")):
-            raise Forbidden("the URL was not signed here")
+        signature_param = request.query_params.get("signature", "")
+        if not hmac.compare_digest(expected.encode(), signature_param.encode("utf-8", "replace")):
+            raise Forbidden("the signature of the URL is invalid")
         if int(until) * 1_000_000 < self._service.engine.clock.now_us():
-            raise Forbidden("the URL is over", hint="ask for another one")
+            raise Forbidden("the URL has expired", hint="request another one")
         return environment, path
 
     async def _signature(self, method: str, environment: str, path: str, until_s: int) -> str:

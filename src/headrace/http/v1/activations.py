@@ -1,4 +1,4 @@
-"""`POST /v1/activations`: activations for workers that speak the task broker's gRPC."""
+"""`POST /v1/activations`: intake of activations for workers that use the task broker's gRPC protocol."""
 
 from __future__ import annotations
 
@@ -18,31 +18,34 @@ if TYPE_CHECKING:
 CONTENT_TYPES: Final = ("application/x-protobuf", "application/protobuf", "application/octet-stream")
 
 
-class Activations:
-    """The endpoint of `/v1/activations`."""
+class ActivationEndpoint:
+    """Endpoint of `/v1/activations`."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._intakes: dict[str, ActivationIntake] = {}
 
     async def stream(self, request: Request) -> Response:
-        """`POST /v1/activations`: `TaskActivation` messages, each after its length as a varint; each once by its id."""
+        """`POST /v1/activations`: store `TaskActivation` messages, each after its length as a varint, each id once."""
         service = self._service
         call = await service.authorize(request, "runs:write")
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind not in CONTENT_TYPES:
-            raise UnsupportedType(f"activations are {CONTENT_TYPES[0]}", hint="set Content-Type")
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type not in CONTENT_TYPES:
+            raise UnsupportedType(
+                f"expected activations as {CONTENT_TYPES[0]}, got {content_type or 'no content type'}",
+                hint=f"set Content-Type: {CONTENT_TYPES[0]}",
+            )
         intake = self._intake(call)
         async with service.stream():
-            taken = await intake.take(body_pieces(request, service.limits))
-        for what, count in (
-            ("accepted", taken.accepted),
-            ("duplicate", taken.duplicates),
-            ("dropped", taken.dropped),
-            ("refused", taken.refused_count),
+            result = await intake.take(body_pieces(request, service.limits))
+        for label, count in (
+            ("accepted", result.accepted),
+            ("duplicate", result.duplicates),
+            ("dropped", result.dropped),
+            ("refused", result.refused_count),
         ):
-            service.metrics.items.labels(what).inc(count)
-        return json_response(taken)
+            service.metrics.items.labels(label).inc(count)
+        return json_response(result)
 
     def _intake(self, call: RequestContext) -> ActivationIntake:
         intake = self._intakes.get(call.environment)
@@ -50,6 +53,8 @@ class Activations:
             try:
                 from headrace.grpc.taskbroker.activation_intake import ActivationIntake
             except ModuleNotFoundError as error:
-                raise InvalidSetting(f"activations need {error.name}", hint="pip install 'headrace[grpc]'") from None
+                raise InvalidSetting(
+                    f"activations require {error.name}, which is not installed", hint="pip install 'headrace[grpc]'"
+                ) from None
             intake = self._intakes[call.environment] = ActivationIntake(call.engine, self._service.producer(call))
         return intake

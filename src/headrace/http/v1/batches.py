@@ -1,4 +1,4 @@
-"""Batches of our own API: what is missing, results while they come, progress, and a person's interventions."""
+"""Batches in `/v1`: ingestion, missing ranges, results as they arrive, progress events, cancel and redrive."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from headrace.store.protocol import NewBatch, Outcome
 PAGE_RUNS: Final = 4_096
 RANGES_MAX: Final = 1_000
 REDRIVEN_MAX: Final = 1_000
-BEAT_S: Final = 10.0
-"""Between two signs of life on a stream that has no news."""
+KEEPALIVE_S: Final = 10.0
+"""Seconds between keep-alive lines on a stream without new data."""
 
 NDJSON: Final = "application/x-ndjson"
 
 
-class Create(msgspec.Struct, forbid_unknown_fields=True):
-    """A batch of our own API; without a `run_count` it is sealed by whoever knows it in the end."""
+class BatchBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of `POST /v1/batches`. Without `run_count` the batch stays open until it is sealed."""
 
     run_count: Annotated[int, Meta(ge=0)] | None = None
     key: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
@@ -44,77 +44,79 @@ class Create(msgspec.Struct, forbid_unknown_fields=True):
     seal_timeout_ms: Annotated[int, Meta(ge=1_000, le=365 * 86_400_000)] | None = None
 
 
-class Seal(msgspec.Struct, forbid_unknown_fields=True):
-    """The final count of an open-ended batch."""
+class SealBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of `…/seal`: the final number of runs of an open-ended batch."""
 
     run_count: Annotated[int, Meta(ge=0, le=INDEX_MAX)] | None = None
 
 
-class Redrive(msgspec.Struct, forbid_unknown_fields=True):
-    """Which runs to send round again; all that failed without any."""
+class RedriveBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of `…/redrive`: the runs to execute again; by default all that failed."""
 
     indexes: Annotated[list[Annotated[int, Meta(ge=0, le=INDEX_MAX)]], Meta(max_length=REDRIVEN_MAX)] | None = None
 
 
-class Ledgers:
-    """The endpoints of `/v1/batches`."""
+class V1Batches:
+    """Endpoints of `/v1/batches`."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     async def create(self, request: Request) -> Response:
-        """`POST /v1/batches`: a batch to stream into, of a count that is announced or not yet known."""
+        """`POST /v1/batches`: create a batch, with or without a known number of runs."""
         service = self._service
         call = await service.authorize(request, "batches:write")
-        wish = await decode_body(request, service.limits, Create)
-        if wish.key is not None:
-            check_name("key", wish.key)
-        if wish.task:
-            check_name("task", wish.task)
-        if len(msgspec.json.encode(wish.metadata)) > service.limits.metadata_bytes_max:
-            raise InvalidInput(f"metadata has at most {service.limits.metadata_bytes_max} bytes")
-        known = None if wish.key is None else await call.engine.store.find_batch(call.environment, wish.key)
-        if known is None and wish.run_count:
-            await service.spend_runs(request, call.environment, wish.run_count)
+        params = await decode_body(request, service.limits, BatchBody)
+        if params.key is not None:
+            check_name("key", params.key)
+        if params.task:
+            check_name("task", params.task)
+        if len(msgspec.json.encode(params.metadata)) > service.limits.metadata_bytes_max:
+            raise InvalidInput(f"expected metadata of at most {service.limits.metadata_bytes_max} bytes")
+        existing = None if params.key is None else await call.engine.store.find_batch(call.environment, params.key)
+        if existing is None and params.run_count:
+            await service.spend_runs(request, call.environment, params.run_count)
         now_us = call.engine.clock.now_us()
-        timeout_ms = service.limits.seal_timeout_ms if wish.seal_timeout_ms is None else wish.seal_timeout_ms
+        timeout_ms = service.limits.seal_timeout_ms if params.seal_timeout_ms is None else params.seal_timeout_ms
         new = NewBatch(
             id=new_batch_id(now_us),
             environment=call.environment,
-            key=wish.key,
-            task=wish.task,
-            expected_count=wish.run_count,
-            metadata=wish.metadata,
+            key=params.key,
+            task=params.task,
+            expected_count=params.run_count,
+            metadata=params.metadata,
             seal_timeout_ms=timeout_ms,
         )
         batch, is_new = await call.engine.store.create_batch(new, now_us=now_us)
         if is_new:
             service.metrics.batches.inc()
-        return await self._told(call, batch.id, 201 if is_new else 200)
+        return await self._batch_response(call, batch.id, 201 if is_new else 200)
 
     async def index(self, request: Request) -> Response:
-        """`GET /v1/batches`: newest first, by pages."""
+        """`GET /v1/batches`: list batches by pages, newest first."""
         call = await self._service.authorize(request, "batches:read")
         query = request.query_params
         limit = parse_int(query.get("limit"), 50, "limit", 1, 200)
         before = check_batch_id(query["before"]) if query.get("before") else ""
         states = [state for state in query.get("state", "").split(",") if state] or None
         if states and (unknown := set(states) - set(STATES)):
-            raise InvalidInput(f"{', '.join(sorted(unknown))} is not a state of a batch", hint=", ".join(STATES))
-        found = await call.engine.store.batches(call.environment, states=states, before_id=before, limit=limit)
-        shown = [v1_batch(batch, ledger) for batch, ledger in found]
-        return json_response({"batches": shown, "next": shown[-1]["id"] if len(shown) == limit else None})
+            raise InvalidInput(f"unknown batch state {', '.join(map(repr, sorted(unknown)))}", hint=", ".join(STATES))
+        rows = await call.engine.store.batches(call.environment, states=states, before_id=before, limit=limit)
+        batches = [v1_batch(batch, ledger) for batch, ledger in rows]
+        return json_response({"batches": batches, "next": batches[-1]["id"] if len(batches) == limit else None})
 
     async def retrieve(self, request: Request) -> Response:
-        """`GET /v1/batches/{id}`: where its runs are."""
+        """`GET /v1/batches/{id}`: return a batch and the number of its runs in each state."""
         call = await self._call(request, "batches:read")
-        return await self._told(call, request.path_params["batch_id"])
+        return await self._batch_response(call, request.path_params["batch_id"])
 
     async def stream(self, request: Request) -> Response:
-        """`POST /v1/batches/{id}/items`: items as NDJSON; a batch without an announced count stays open."""
+        """`POST /v1/batches/{id}/items`: send items as NDJSON. A batch without `run_count` stays open."""
         call = await self._call(request, "batches:write", is_free=True)
         if "ndjson" not in request.headers.get("content-type", ""):
-            raise UnsupportedType("items are application/x-ndjson", hint="set Content-Type")
+            raise UnsupportedType(
+                "expected items as application/x-ndjson", hint="set Content-Type: application/x-ndjson"
+            )
         batch, _ = await call.get_batch(request.path_params["batch_id"])
         check_accepts_items(batch)
         if not await self._service.is_exempt_from_limit(call.environment, batch):
@@ -133,51 +135,51 @@ class Ledgers:
         return json_response(body)
 
     async def missing(self, request: Request) -> Response:
-        """`GET /v1/batches/{id}/missing`: index ranges that are not durable yet, `[first, last]` each."""
+        """`GET /v1/batches/{id}/missing`: return the index ranges not yet stored, each as `[first, last]`."""
         call = await self._call(request, "batches:read")
         batch, _ = await call.get_batch(request.path_params["batch_id"])
         ranges_max = parse_int(request.query_params.get("ranges"), RANGES_MAX, "ranges", 1, RANGES_MAX)
-        found = await call.engine.store.missing(batch.id, ranges_max + 1)
+        ranges = await call.engine.store.missing(batch.id, ranges_max + 1)
         body = {
             "id": batch.id,
             "received": batch.received_count,
             "expected": batch.expected_count,
-            "ranges": [[start, end - 1] for start, end in found[:ranges_max]],
-            "more": len(found) > ranges_max,
+            "ranges": [[start, end - 1] for start, end in ranges[:ranges_max]],
+            "more": len(ranges) > ranges_max,
         }
         return json_response(body)
 
     async def seal(self, request: Request) -> Response:
-        """`POST /v1/batches/{id}/seal`: no more items come; 409 while any is missing."""
+        """`POST /v1/batches/{id}/seal`: seal a batch, so that it accepts no more items. 409 while items are missing."""
         call = await self._call(request, "batches:write")
         batch, _ = await call.get_batch(request.path_params["batch_id"])
-        wish = await _optional(request, self._service, Seal)
-        await call.engine.store.seal(batch.id, wish.run_count, now_us=call.engine.clock.now_us())
+        params = await _optional_body(request, self._service, SealBody)
+        await call.engine.store.seal(batch.id, params.run_count, now_us=call.engine.clock.now_us())
         call.engine.recorded.notify()
-        return await self._told(call, batch.id)
+        return await self._batch_response(call, batch.id)
 
     async def cancel(self, request: Request) -> Response:
-        """`POST /v1/batches/{id}/cancel`: what waits is cancelled, what is under way is told."""
+        """`POST /v1/batches/{id}/cancel`: cancel waiting runs and notify the workers of running ones."""
         call = await self._call(request, "batches:write")
         batch, _ = await call.get_batch(request.path_params["batch_id"])
         await call.engine.store.stop_batch(batch.id, CANCELLED, now_us=call.engine.clock.now_us())
         call.engine.recorded.notify()
-        return await self._told(call, batch.id)
+        return await self._batch_response(call, batch.id)
 
     async def redrive(self, request: Request) -> Response:
-        """`POST /v1/batches/{id}/redrive`: what failed, or the runs at some indexes, from their first attempt."""
+        """`POST /v1/batches/{id}/redrive`: run failed runs, or those at given indexes, again from attempt 1."""
         call = await self._call(request, "batches:write")
         batch, _ = await call.get_batch(request.path_params["batch_id"])
-        wish = await _optional(request, self._service, Redrive)
-        count = await call.engine.store.redrive(batch.id, wish.indexes)
+        params = await _optional_body(request, self._service, RedriveBody)
+        count = await call.engine.store.redrive(batch.id, params.indexes)
         call.engine.wakeup.notify()
         return json_response({"id": batch.id, "redriven": count})
 
     async def results(self, request: Request) -> Response:
-        """`GET /v1/batches/{id}/results?from=`: a line a run, in index order, each as soon as it has ended.
+        """`GET /v1/batches/{id}/results?from=`: stream one line for each run, in index order, as soon as it has ended.
 
-        Ends with the batch, or after `limit` lines; `wait=0` ends at the first run that has not ended. Blank lines are
-        signs of life.
+        The stream ends with the batch, or after `limit` lines; with `wait=0` it ends at the first run that has not
+        ended. Blank lines keep the connection alive.
         """
         call = await self._call(request, "batches:read")
         batch, _ = await call.get_batch(request.path_params["batch_id"])
@@ -191,17 +193,18 @@ class Ledgers:
         self, call: RequestContext, batch_id: str, first: int, left: int, *, waits: bool
     ) -> AsyncIterator[bytes]:
         store, outputs = call.engine.store, ResultResolver(call)
-        news = News(call.engine, self._service)
+        watch = OutcomeWatch(call.engine, self._service)
         while left:
-            news.look()
-            batch, _ = await store.batch(batch_id)  # before the outcomes: a finished one has them all
+            watch.mark()
+            # read before the outcomes: if the batch is finished then, the outcomes are complete
+            batch, _ = await store.batch(batch_id)
             page = await store.outcomes(batch_id, first, min(PAGE_RUNS, left))
             lines: list[bytes] = []
-            for one in page:
-                if not one.kind or one.state != run.COMPLETED:
-                    lines.append(result_line(batch_id, one))
+            for outcome in page:
+                if not outcome.kind or outcome.state != run.COMPLETED:
+                    lines.append(result_line(batch_id, outcome))
                     continue
-                line = await _followed(outputs, batch_id, one)
+                line = await _resolved_line(outputs, batch_id, outcome)
                 if line is None:
                     break
                 lines.append(line)
@@ -211,31 +214,31 @@ class Ledgers:
                 yield b"".join(lines)
             elif not waits or (batch.is_finished and not page):
                 return
-            elif await news.turn():
+            elif await watch.wait_for_change():
                 yield b"\n"
             elif self._service.is_draining:
                 return
 
     async def events(self, request: Request) -> Response:
-        """`GET /v1/batches/{id}/events`: progress as server-sent events, until the batch has ended."""
+        """`GET /v1/batches/{id}/events`: stream the progress as server-sent events, until the batch has ended."""
         call = await self._call(request, "batches:read")
         batch, _ = await call.get_batch(request.path_params["batch_id"])
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(self._events(call, batch.id), media_type="text/event-stream", headers=headers)
 
     async def _events(self, call: RequestContext, batch_id: str) -> AsyncIterator[bytes]:
-        news = News(call.engine, self._service)
-        told = b""
+        watch = OutcomeWatch(call.engine, self._service)
+        sent = b""
         while True:
-            news.look()
+            watch.mark()
             batch, ledger = await call.engine.store.batch(batch_id)
-            shown = msgspec.json.encode(v1_batch(batch, ledger))
-            if shown != told:
-                told = shown
-                yield b"event: %s\ndata: %s\n\n" % (b"end" if batch.is_finished else b"progress", shown)
+            state = msgspec.json.encode(v1_batch(batch, ledger))
+            if state != sent:
+                sent = state
+                yield b"event: %s\ndata: %s\n\n" % (b"end" if batch.is_finished else b"progress", state)
             if batch.is_finished:
                 return
-            if await news.turn():
+            if await watch.wait_for_change():
                 yield b": beat\n\n"
             elif self._service.is_draining:
                 yield b"retry: 1000\n\n"
@@ -245,26 +248,26 @@ class Ledgers:
         batch_id = request.path_params["batch_id"]
         return await self._service.authorize(request, scope, batch_id=batch_id, is_free=is_free)
 
-    async def _told(self, call: RequestContext, batch_id: str, status: int = 200) -> Response:
+    async def _batch_response(self, call: RequestContext, batch_id: str, status: int = 200) -> Response:
         return json_response(v1_batch(*await call.get_batch(batch_id)), status)
 
 
-class News:
-    """Waits for news of outcomes, and says when a peer should see that it is still there."""
+class OutcomeWatch:
+    """Waits for new outcomes, and tells when a keep-alive is due."""
 
     def __init__(self, engine: Engine, service: Service) -> None:
         self._engine = engine
         self._service = service
         self._rings_count = 0
-        self._silent_s = 0.0
+        self._idle_s = 0.0
 
-    def look(self) -> None:
-        """Before the store is asked."""
+    def mark(self) -> None:
+        """Remember the notifications received so far. Called before the store is queried."""
         self._rings_count = self._engine.recorded.notified_count
 
-    async def turn(self) -> bool:
-        """Wait a poll interval, or for a ring, or the server's end; True when a sign of life is due."""
-        wait_s = min(self._engine.limits.poll_interval_ms / 1_000, BEAT_S)
+    async def wait_for_change(self) -> bool:
+        """Wait for a notification, a poll interval or the end of the server. Returns True if a keep-alive is due."""
+        wait_s = min(self._engine.limits.poll_interval_ms / 1_000, KEEPALIVE_S)
         recorded = self._engine.recorded
         waiting = [
             asyncio.ensure_future(recorded.wait(self._engine.clock, wait_s, since=self._rings_count)),
@@ -273,33 +276,35 @@ class News:
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for one in waiting:
-                one.cancel()
+            for future in waiting:
+                future.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
         if self._service.is_draining:
             return False
-        self._silent_s += wait_s
-        if self._silent_s < BEAT_S:
+        self._idle_s += wait_s
+        if self._idle_s < KEEPALIVE_S:
             return False
-        self._silent_s = 0.0
+        self._idle_s = 0.0
         return True
 
 
-async def _followed(outputs: ResultResolver, batch_id: str, one: Outcome) -> bytes | None:
-    """The line of an outcome that is elsewhere, or no JSON; None while the run it links to has not ended."""
-    own = await outputs.resolve(one)
-    if own is None:
+async def _resolved_line(outputs: ResultResolver, batch_id: str, outcome: Outcome) -> bytes | None:
+    """Encode the line of an outcome that is stored elsewhere or is no JSON; None while the run it links to has not
+    ended.
+    """
+    resolved = await outputs.resolve(outcome)
+    if resolved is None:
         return None
-    if own.state != run.COMPLETED:
-        return result_line(batch_id, own)
-    data, kind = await outputs.output_bytes(own)
+    if resolved.state != run.COMPLETED:
+        return result_line(batch_id, resolved)
+    data, kind = await outputs.output_bytes(resolved)
     if kind == pack.TEXT:
         data = msgspec.json.encode(data.decode("utf-8", "replace"))
-    return result_line(batch_id, own, data)
+    return result_line(batch_id, resolved, data)
 
 
-async def _optional(request: Request, service: Service, kind: Any) -> Any:
-    """A body that may be left out."""
+async def _optional_body(request: Request, service: Service, kind: Any) -> Any:
+    """Decode an optional body."""
     if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
         return kind()
     return await decode_body(request, service.limits, kind)

@@ -1,4 +1,4 @@
-"""What a remote process may put into a store: batches and chunks that are whole, bounded, and its own environment's."""
+"""Validation of batches, chunks and ticks from remote processes: complete, bounded, of the client's environment."""
 
 from __future__ import annotations
 
@@ -26,58 +26,68 @@ AHEAD_US = 60 * 60 * 1_000_000
 """How far a client's clock may be ahead of the server's."""
 
 
-def checked_batch(call: RequestContext, limits: Limits, new: NewBatch) -> NewBatch:
-    """A batch to create, in the environment that asks. Raises `InvalidInput`."""
+def validated_batch(call: RequestContext, limits: Limits, new: NewBatch) -> NewBatch:
+    """Return a valid batch in the client's environment. Raises `InvalidInput`."""
     if new.key is not None:
         check_name("key", new.key)
     if new.kind not in ("batch", "stream") or len(new.task) > limits.name_chars_max:
-        raise InvalidInput("a batch is of kind batch or stream, and of a task with a name")
+        raise InvalidInput(
+            f"expected a batch of kind 'batch' or 'stream' with a task name, "
+            f"got {new.kind[:20]!r} and {new.task[:60]!r}"
+        )
     if len(msgspec.json.encode(new.metadata)) > limits.metadata_bytes_max:
-        raise InvalidInput(f"metadata has at most {limits.metadata_bytes_max} bytes")
+        raise InvalidInput(f"expected metadata of at most {limits.metadata_bytes_max} bytes")
     if not 0 <= new.seal_timeout_ms <= TABLE["seal_timeout_ms"].most:
-        raise InvalidInput("a seal timeout is within the bounds of seal_timeout_ms")
+        raise InvalidInput(
+            f"expected seal_timeout_ms from 0 to {TABLE['seal_timeout_ms'].most}, got {new.seal_timeout_ms}"
+        )
     return msgspec.structs.replace(new, environment=call.environment)
 
 
 def check_chunk(call: RequestContext, limits: Limits, batch_id: str, chunk: Chunk) -> None:
-    """Raise `InvalidInput` unless a chunk is one that a coalescer makes, of payloads that are this batch's."""
+    """Raise `InvalidInput` for a chunk that is inconsistent, too large, or refers to payloads of another batch."""
     runs_count = chunk.runs_count
     try:
         payloads, kinds = unpack(chunk.items)
     except StoreBroken as error:
-        raise InvalidInput(f"a chunk's items can't be read: {error.message}") from None
+        raise InvalidInput(f"expected a chunk with readable items: {error.message}") from None
     if not 0 < runs_count <= RUNS_MAX or count(chunk.items) != runs_count:
-        raise InvalidInput("a chunk says that it holds other runs than it does", runs_count=runs_count)
+        raise InvalidInput(
+            f"expected a chunk of 1 to {RUNS_MAX} runs with as many items, got {runs_count} runs", runs_count=runs_count
+        )
     _check_indexes(chunk)
     _check_spans(chunk)
     for block_offset, payload in enumerate(payloads):
         kind = kinds[block_offset] if kinds is not None else 0
         if kind not in KINDS.values() or len(payload) > limits.chunk_bytes_max:
-            raise InvalidInput("a payload is of no known kind, or larger than a chunk holds")
+            raise InvalidInput(
+                f"expected a payload of a known kind and at most {limits.chunk_bytes_max} bytes, "
+                f"got kind {kind} and {len(payload)} bytes"
+            )
         if kind == REFERENCE:
-            check_own(call, batch_id, Reference.decode(payload).key)
+            check_object_key(call, batch_id, Reference.decode(payload).key)
     if not chunk.extras.keys() <= set(range(runs_count)):
-        raise InvalidInput("a chunk has extras of runs that it does not hold")
+        raise InvalidInput(f"expected extras of the chunk's {runs_count} runs only")
     for extra in chunk.extras.values():
         _check_extra(call, limits, batch_id, extra)
 
 
 def check_schedules(schedules: Sequence[Schedule]) -> None:
-    """Raise `InvalidInput` unless each is one that ticks, and they are as few as an app has."""
+    """Raise `InvalidInput` for an invalid schedule, or for more schedules than an app may have."""
     if len(schedules) > SCHEDULES_MAX:
-        raise InvalidInput(f"an app has at most {SCHEDULES_MAX} schedules, not {len(schedules)}")
-    for one in schedules:
-        check_name("schedule", one.name)
-        check_name("task", one.task)
-        stored_rule(one)
+        raise InvalidInput(f"expected at most {SCHEDULES_MAX} schedules, got {len(schedules)}")
+    for schedule in schedules:
+        check_name("schedule", schedule.name)
+        check_name("task", schedule.task)
+        stored_rule(schedule)
 
 
-def checked_tick(call: RequestContext, limits: Limits, tick: Tick) -> Tick:
-    """A tick whose runs are batches of one, in the environment that asks. Raises `InvalidInput`."""
+def validated_tick(call: RequestContext, limits: Limits, tick: Tick) -> Tick:
+    """Return a valid tick in the client's environment. Its runs are batches of one run. Raises `InvalidInput`."""
     if len(tick.runs) > TABLE["schedule_ticks_max"].most:
-        raise InvalidInput(f"a tick is at most {TABLE['schedule_ticks_max'].most} runs, not {len(tick.runs)}")
+        raise InvalidInput(f"expected a tick of at most {TABLE['schedule_ticks_max'].most} runs, got {len(tick.runs)}")
     if not 0 <= tick.last_us < tick.until_us <= call.engine.clock.now_us() + AHEAD_US:
-        raise InvalidInput("a tick is of the past, and after the last one", schedule=tick.name[:200])
+        raise InvalidInput("expected a tick after the previous one and not in the future", schedule=tick.name[:200])
     runs = []
     for new, chunk in tick.runs:
         check_batch_id(new.id)
@@ -85,18 +95,18 @@ def checked_tick(call: RequestContext, limits: Limits, tick: Tick) -> Tick:
         check_chunk(call, limits, new.id, chunk)
         is_keyed = any(extra.idempotency_key for extra in chunk.extras.values())
         if chunk.runs_count != 1 or len(chunk.spans) != 1 or is_keyed:
-            raise InvalidInput("the run of a tick is one run, and has no idempotency key")
+            raise InvalidInput("expected one run for each batch of a tick, without an idempotency key")
         runs.append(
             (NewBatch(id=new.id, environment=call.environment, kind=SINGLE, task=new.task, expected_count=1), chunk)
         )
     return msgspec.structs.replace(tick, runs=runs)
 
 
-def check_own(call: RequestContext, batch_id: str, key: str) -> str:
-    """An object's key, when it is this environment's, and this batch's where one is named. Raises `NotFound`."""
+def check_object_key(call: RequestContext, batch_id: str, key: str) -> str:
+    """Return an object key of this environment, and of this batch if one is given. Raises `NotFound`."""
     environment, batch, _ = check_key(key).split("/")
     if environment != call.environment or batch_id not in ("", batch):
-        raise NotFound("there is no such object", key=key)
+        raise NotFound("object not found", key=key)
     return key
 
 
@@ -107,38 +117,40 @@ def _check_spans(chunk: Chunk) -> None:
         check_name("queue", key.queue)
         check_priority(key.priority)
         if not 0 <= key.due_us < 2**62 or not 0 <= key.expires_us < 2**62:
-            raise InvalidInput("a run is due and expires at moments that there are")
+            raise InvalidInput(f"expected due_us and expires_us in [0, 2^62), got {key.due_us} and {key.expires_us}")
         covered += range(chunk.runs_count) if block_offsets is None else decode_uint16s(block_offsets)
     if sorted(covered) != list(range(chunk.runs_count)):
-        raise InvalidInput("the spans of a chunk do not cover each of its runs once")
+        raise InvalidInput("expected the spans of a chunk to cover each of its runs exactly once")
 
 
 def _check_extra(call: RequestContext, limits: Limits, batch_id: str, extra: Extra) -> None:
     if extra.link or len(extra.tags) > limits.tags_max or len(extra.kept) > 2 * limits.metadata_bytes_max:
-        raise InvalidInput("an extra says what only the store says, or too much")
+        raise InvalidInput("expected an extra without a link, within the limits on tags and metadata")
     if len(msgspec.json.encode(extra.headers)) > limits.headers_bytes_max:
-        raise InvalidInput(f"the headers of a run have at most {limits.headers_bytes_max} bytes")
+        raise InvalidInput(f"expected run headers of at most {limits.headers_bytes_max} bytes")
     if len(extra.failure) > 4 * limits.error_chars_max:
-        raise InvalidInput(f"a failure has at most {4 * limits.error_chars_max} bytes")
+        raise InvalidInput(
+            f"expected a failure of at most {4 * limits.error_chars_max} bytes, got {len(extra.failure)}"
+        )
     for name in (extra.idempotency_key, *extra.tags):
         if name:
             check_name("key or tag", name)
     if extra.object_key:
-        check_own(call, batch_id, extra.object_key)
+        check_object_key(call, batch_id, extra.object_key)
 
 
 def _check_indexes(chunk: Chunk) -> None:
     if chunk.first_index < 0 or chunk.last_index < chunk.first_index:
-        raise InvalidInput("a chunk's indexes begin below zero, or end before they begin")
+        raise InvalidInput(f"expected ascending indexes from 0, got {chunk.first_index} to {chunk.last_index}")
     if chunk.gaps is None:
-        own_last = chunk.first_index + chunk.runs_count - 1
+        last_index = chunk.first_index + chunk.runs_count - 1
     else:
         gaps = array("I")
         if len(chunk.gaps) != gaps.itemsize * chunk.runs_count:
-            raise InvalidInput("a chunk has a gap for each of its runs")
+            raise InvalidInput(f"expected a gap for each of the chunk's {chunk.runs_count} runs")
         gaps.frombytes(chunk.gaps)
-        if gaps[0] or any(one >= two for one, two in pairwise(gaps)):
-            raise InvalidInput("a chunk's gaps begin at zero and grow")
-        own_last = chunk.first_index + gaps[-1]
-    if own_last != chunk.last_index:
-        raise InvalidInput("a chunk ends at another index than it says")
+        if gaps[0] or any(left >= right for left, right in pairwise(gaps)):
+            raise InvalidInput("expected gaps that begin at 0 and increase")
+        last_index = chunk.first_index + gaps[-1]
+    if last_index != chunk.last_index:
+        raise InvalidInput(f"expected the chunk to end at index {last_index}, got {chunk.last_index}")

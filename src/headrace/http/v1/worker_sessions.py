@@ -1,8 +1,8 @@
-"""Work for workers of any language: sessions, claims, settlements, as JSON.
+"""JSON API for workers in any language: sessions, claims, settlements.
 
-A session lives while it beats. A claim leases runs to it, and waits for some when asked to; a lease is settled under
-its name, in one request or in several, and the answer comes after the commit. A name no longer known is `lost`:
-somebody else has those runs.
+A session stays alive by heartbeats. A claim leases runs to it, and may wait for some. A lease is settled by its token,
+in one request or in several; the response follows the commit. A token that is no longer valid is answered with `lost`:
+the runs may have been leased to another worker.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _Name = Annotated[str, Meta(min_length=1, max_length=200)]
 _Lease = Annotated[str, Meta(min_length=1, max_length=128)]
 
 
-class NewSession(msgspec.Struct, forbid_unknown_fields=True):
-    """A worker becomes known."""
+class SessionBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of `POST /v1/sessions`."""
 
     host: Annotated[str, Meta(max_length=200)] = ""
     pid: Annotated[int, Meta(ge=0, le=2**31)] = 0
 
 
-class NewClaim(msgspec.Struct, forbid_unknown_fields=True):
-    """A wish for work. The same `claim_no` answers the same leases: repeat it after a lost answer."""
+class ClaimBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of `POST /v1/claims`. The same `claim_no` returns the same leases: repeat it after a lost response."""
 
     session: _Name
     claim_no: Annotated[int, Meta(ge=0, le=2**53)]
@@ -53,53 +53,53 @@ class NewClaim(msgspec.Struct, forbid_unknown_fields=True):
     wait_s: Annotated[float, Meta(ge=0, le=WAIT_S_MAX)] = 0
 
 
-class Error(msgspec.Struct):
-    """Why an attempt failed."""
+class AttemptError(msgspec.Struct):
+    """Error of a failed attempt."""
 
     type: Annotated[str, Meta(max_length=200)] = "Error"
     message: Annotated[str, Meta(max_length=8_000)] = ""
     trace: Annotated[str, Meta(max_length=8_000)] = ""
 
 
-class Ended(msgspec.Struct, forbid_unknown_fields=True):
-    """How one run of a lease ended. `retry_at` of a failed one: it runs again then, a date or a duration."""
+class RunOutcome(msgspec.Struct, forbid_unknown_fields=True):
+    """Outcome of one run of a lease. With `retry_at`, a date or a duration, a failed run is attempted again then."""
 
     place: Annotated[int, Meta(ge=0, lt=65_536)]
     state: Literal["completed", "failed", "cancelled"]
     output: Raw = Raw(b"null")
-    error: Error | None = None
+    error: AttemptError | None = None
     retry_at: Annotated[str, Meta(max_length=64)] | None = None
 
 
-class NewSettlement(msgspec.Struct, forbid_unknown_fields=True):
-    """Outcomes of some runs of a lease. `part_no` counts a lease's settlements, so that a repeat is known as one."""
+class SettlementBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Outcomes of some runs of a lease. `part_no` numbers the lease's settlements, so that a repeat is recognised."""
 
     lease: _Lease
-    outcomes: Annotated[list[Ended], Meta(min_length=1, max_length=4_096)]
+    outcomes: Annotated[list[RunOutcome], Meta(min_length=1, max_length=4_096)]
     part_no: Annotated[int, Meta(ge=0, le=2**31)] = 0
 
 
-class Settlements(msgspec.Struct, forbid_unknown_fields=True):
-    """Many settlements in one transaction."""
+class SettlementsBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of `POST /v1/settlements`: settlements to record in one transaction."""
 
-    settlements: Annotated[list[NewSettlement], Meta(min_length=1, max_length=1_000)]
+    settlements: Annotated[list[SettlementBody], Meta(min_length=1, max_length=1_000)]
 
 
-class Releases(msgspec.Struct, forbid_unknown_fields=True):
-    """Leases given back before their runs began."""
+class ReleasesBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of `POST /v1/releases`: leases to release before their runs have started."""
 
     leases: Annotated[list[_Lease], Meta(min_length=1, max_length=1_000)]
 
 
-class NewRun(msgspec.Struct, forbid_unknown_fields=True):
-    """One run, asked for by itself."""
+class RunBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of `POST /v1/tasks/{task}/runs`: a single run."""
 
     payload: Raw = Raw(b"null")
     options: ItemOptions | None = None
 
 
-class Work:
-    """The endpoints of `/v1/sessions`, `/v1/claims`, `/v1/settlements` and `/v1/tasks`."""
+class WorkerSessions:
+    """Endpoints of `/v1/sessions`, `/v1/claims`, `/v1/settlements`, `/v1/releases` and `/v1/tasks`."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -107,10 +107,10 @@ class Work:
         self._lease_tokens = LeaseTokens(service)
 
     async def enqueue(self, request: Request) -> Response:
-        """`POST /v1/tasks/{task}/runs`: one run; answers the one its idempotency key names, if there is one."""
+        """`POST /v1/tasks/{task}/runs`: enqueue one run. If its idempotency key names a run, that run is returned."""
         service = self._service
         call = await service.authorize(request, "runs:write")
-        wish = await decode_body(request, service.limits, NewRun, bytes_max=service.limits.item_bytes_max)
+        params = await decode_body(request, service.limits, RunBody, bytes_max=service.limits.item_bytes_max)
         decoder = ItemDecoder(
             defaults=service.default_key,
             limits=service.limits,
@@ -120,7 +120,7 @@ class Work:
                 call.environment, name, bytes_max=service.limits.packet_bytes_max
             ),
         )
-        entry = decoder.entry(request.path_params["task"], wish.payload, wish.options)
+        entry = decoder.entry(request.path_params["task"], params.payload, params.options)
         payload, kind = entry.payload, entry.kind
         if kind == pack.REFERENCE:
             payload, kind = await decoder.fetched(payload)
@@ -128,11 +128,11 @@ class Work:
         return json_response({"id": run_id(batch_id, index)}, 201)
 
     async def start(self, request: Request) -> Response:
-        """`POST /v1/sessions`: a worker becomes known, and beats from now on."""
+        """`POST /v1/sessions`: start a worker's session. It must send heartbeats from now on."""
         call = await self._service.authorize(request, "work")
-        wish = await decode_body(request, self._service.limits, NewSession)
+        params = await decode_body(request, self._service.limits, SessionBody)
         now_us, limits = call.engine.clock.now_us(), self._service.limits
-        session = Session(id=new_session_id(now_us), kind="remote", host=wish.host, pid=wish.pid, started_us=now_us)
+        session = Session(id=new_session_id(now_us), kind="remote", host=params.host, pid=params.pid, started_us=now_us)
         await call.engine.store.start_session(session, now_us=now_us)
         body = {
             "id": session.id,
@@ -141,8 +141,8 @@ class Work:
         }
         return json_response(body, 201)
 
-    async def beat(self, request: Request) -> Response:
-        """`POST /v1/sessions/{id}/heartbeat`: a sign of life; answers what is leased and what nobody wants any more."""
+    async def heartbeat(self, request: Request) -> Response:
+        """`POST /v1/sessions/{id}/heartbeat`: keep a session alive. Returns its leases and cancelled runs."""
         call = await self._service.authorize(request, "work")
         session_id = check_session(request.path_params["session_id"])
         reply = await call.engine.store.heartbeat(session_id, now_us=call.engine.clock.now_us())
@@ -158,7 +158,7 @@ class Work:
         return json_response(body)
 
     async def end(self, request: Request) -> Response:
-        """`DELETE /v1/sessions/{id}`: leave in good order; leases go back."""
+        """`DELETE /v1/sessions/{id}`: end a session and release its leases."""
         call = await self._service.authorize(request, "work")
         session_id = check_session(request.path_params["session_id"])
         await call.engine.store.end_session(session_id, now_us=call.engine.clock.now_us())
@@ -166,49 +166,55 @@ class Work:
         return Response(status_code=204)
 
     async def claim(self, request: Request) -> Response:
-        """`POST /v1/claims`: lease runs, waiting up to `wait_s` for some; blanks before the answer only say: alive."""
+        """`POST /v1/claims`: lease runs, waiting up to `wait_s` for some.
+
+        Blanks before the response keep the connection alive.
+        """
         call = await self._service.authorize(request, "work")
-        wish = await decode_body(request, self._service.limits, NewClaim)
+        params = await decode_body(request, self._service.limits, ClaimBody)
         claim = Claim(
-            session_id=check_session(wish.session),
-            claim_no=wish.claim_no,
+            session_id=check_session(params.session),
+            claim_no=params.claim_no,
             environment=call.environment,
-            tasks=wish.tasks,
-            queues=wish.queues,
-            runs_max=wish.runs_max,
+            tasks=params.tasks,
+            queues=params.queues,
+            runs_max=params.runs_max,
         )
-        found = self._remote_work.claim(call, claim, wish.wait_s)
-        first = await anext(found)  # what is wrong with a claim is said with its status
-        return StreamingResponse(self._leases(call, first, found), media_type="application/json")
+        leases = self._remote_work.claim(call, claim, params.wait_s)
+        first = await anext(leases)  # an invalid claim fails here, before the status line is sent
+        return StreamingResponse(self._leases(call, first, leases), media_type="application/json")
 
     async def _leases(
         self, call: RequestContext, first: list[Lease] | None, rest: AsyncIterator[list[Lease] | None]
     ) -> AsyncIterator[bytes]:
         key = await self._lease_tokens.signing_key(call)
-        found = first
-        while found is None:
+        leases = first
+        while leases is None:
             yield b" "
-            found = await anext(rest)
-        shown = [await self._lease(call, key, lease) for lease in found]
-        yield msgspec.json.encode({"leases": shown})
+            leases = await anext(rest)
+        fields = [await self._lease(call, key, lease) for lease in leases]
+        yield msgspec.json.encode({"leases": fields})
 
     async def _lease(self, call: RequestContext, key: bytes, lease: Lease) -> dict[str, Any]:
         runs = []
-        for number_, place in enumerate(lease.span_slots):
-            payload, kind = lease.payloads[number_], lease.kinds[number_] if lease.kinds is not None else pack.JSON
+        for lease_offset, place in enumerate(lease.span_slots):
+            payload, kind = (
+                lease.payloads[lease_offset],
+                lease.kinds[lease_offset] if lease.kinds is not None else pack.JSON,
+            )
             if kind == pack.REFERENCE:
                 payload, kind = await call.engine.fetch(payload)
             extra = lease.extras.get(place)
-            index = lease.indexes[number_]
-            shown: dict[str, Any] = {
+            index = lease.indexes[lease_offset]
+            fields: dict[str, Any] = {
                 "place": place,
                 "index": index,
                 "id": run_id(lease.batch_id, index),
                 "payload": json_value(payload, kind),
             }
             if extra is not None and extra.headers:
-                shown["headers"] = extra.headers
-            runs.append(shown)
+                fields["headers"] = extra.headers
+            runs.append(fields)
         return {
             "lease": self._lease_tokens.encode(key, lease.span_id, lease.token),
             "batch_id": lease.batch_id,
@@ -221,62 +227,63 @@ class Work:
         }
 
     async def settle(self, request: Request) -> Response:
-        """`POST /v1/settlements`: record outcomes: `settled`, `recorded` (a repeat) or `lost` for each, in order."""
+        """`POST /v1/settlements`: record outcomes. Returns `settled`, `recorded` (a repeat) or `lost` for each."""
         call = await self._service.authorize(request, "work")
-        wish = await decode_body(request, self._service.limits, Settlements, bytes_max=BYTES_MAX)
+        params = await decode_body(request, self._service.limits, SettlementsBody, bytes_max=BYTES_MAX)
         key = await self._lease_tokens.signing_key(call)
-        known: list[Settlement] = []
-        is_known: list[bool] = []
-        for one in wish.settlements:
-            named = self._lease_tokens.decode(key, one.lease)
-            is_known.append(named is not None)
-            if named is not None:
-                known.append(await self._settlement(call, named, one))
-        words = iter(await self._remote_work.settle(call, known))
-        return json_response({"words": [next(words) if is_good else LOST for is_good in is_known]})
+        valid: list[Settlement] = []
+        is_valid: list[bool] = []
+        for settlement in params.settlements:
+            lease = self._lease_tokens.decode(key, settlement.lease)
+            is_valid.append(lease is not None)
+            if lease is not None:
+                valid.append(await self._settlement(call, lease, settlement))
+        words = iter(await self._remote_work.settle(call, valid))
+        return json_response({"words": [next(words) if is_valid_lease else LOST for is_valid_lease in is_valid]})
 
-    async def _settlement(self, call: RequestContext, named: tuple[int, int], one: NewSettlement) -> Settlement:
-        outcomes = sorted(one.outcomes, key=lambda ended: ended.place)
-        if len({ended.place for ended in outcomes}) != len(outcomes):
-            raise InvalidInput("a settlement tells of each run once", lease=one.lease)
+    async def _settlement(self, call: RequestContext, lease: tuple[int, int], body: SettlementBody) -> Settlement:
+        outcomes = sorted(body.outcomes, key=lambda outcome: outcome.place)
+        if len({outcome.place for outcome in outcomes}) != len(outcomes):
+            raise InvalidInput("expected each run of a settlement once", lease=body.lease)
         codes, results, dues = bytearray(), [], []
         now_us = call.engine.clock.now_us()
-        for ended in outcomes:
-            codes.append(run.BY_NAME[ended.state])
-            output = bytes(ended.output)
-            if ended.state == "failed":
-                told = ended.error or Error()
-                output = Failure(type=told.type, message=told.message, trace=told.trace).encode()
-                if ended.retry_at is not None:
+        for outcome in outcomes:
+            codes.append(run.BY_NAME[outcome.state])
+            output = bytes(outcome.output)
+            if outcome.state == "failed":
+                error = outcome.error or AttemptError()
+                output = Failure(type=error.type, message=error.message, trace=error.trace).encode()
+                if outcome.retry_at is not None:
                     codes[-1] = RETRY
-                    dues.append(_due_us(ended.retry_at, now_us))
-            elif ended.state == "cancelled":
+                    dues.append(_due_us(outcome.retry_at, now_us))
+            elif outcome.state == "cancelled":
                 output = b""
-            if len(output) >= self._service.limits.inline_bytes_max:
+            bytes_max = self._service.limits.inline_bytes_max
+            if len(output) >= bytes_max:
                 raise InvalidInput(
-                    f"an output has fewer than {self._service.limits.inline_bytes_max} bytes here",
-                    hint="put it where your caller finds it, and return that",
+                    f"expected an output of fewer than {bytes_max} bytes, got {len(output)}",
+                    hint="store the output elsewhere and return a reference to it",
                 )
             results.append(output)
         return Settlement(
-            span_id=named[0],
-            token=named[1],
-            part_no=one.part_no,
-            span_slots=encode_uint16s(ended.place for ended in outcomes),
+            span_id=lease[0],
+            token=lease[1],
+            part_no=body.part_no,
+            span_slots=encode_uint16s(outcome.place for outcome in outcomes),
             codes=bytes(codes),
             results=pack.pack(results),
             dues_us=tuple(dues),
         )
 
     async def release(self, request: Request) -> Response:
-        """`POST /v1/releases`: give leases back as they were."""
+        """`POST /v1/releases`: release leases, whose runs then wait again."""
         call = await self._service.authorize(request, "work")
-        wish = await decode_body(request, self._service.limits, Releases)
+        params = await decode_body(request, self._service.limits, ReleasesBody)
         key = await self._lease_tokens.signing_key(call)
-        named = [self._lease_tokens.decode(key, lease) for lease in wish.leases]
-        known = [Release(span_id=one[0], token=one[1]) for one in named if one is not None]
-        words = iter(await self._remote_work.release(call, known))
-        return json_response({"words": [LOST if one is None else next(words) for one in named]})
+        leases = [self._lease_tokens.decode(key, lease) for lease in params.leases]
+        valid = [Release(span_id=lease[0], token=lease[1]) for lease in leases if lease is not None]
+        words = iter(await self._remote_work.release(call, valid))
+        return json_response({"words": [LOST if lease is None else next(words) for lease in leases]})
 
 
 def _due_us(text: str, now_us: int) -> int:

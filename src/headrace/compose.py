@@ -171,10 +171,10 @@ def _machine_directory(identity: str) -> Path | None:
 
 async def _remote_engine(settings: Settings) -> Engine:
     """The engine of a server far away: its environment is the key's, its time the server's."""
-    from headrace.remote.connection import Connection
+    from headrace.remote.connection import ServerConnection
     from headrace.remote.store import RemotePayloads, RemoteStore
 
-    connection = Connection(settings.store, settings.api_key)
+    connection = ServerConnection(settings.store, settings.api_key)
     store = RemoteStore(connection, settings.limits)
     await store.open()
     assert store.about is not None

@@ -13,7 +13,7 @@ from headrace import Client
 from headrace.foundation.errors import ClientFault, HeadraceError, StoreUnavailable
 from headrace.http.requests.auth import new_key
 from headrace.remote import client as module
-from headrace.remote.client import Progress
+from headrace.remote.client import SendProgress
 from headrace.remote.connection import ATTEMPTS
 from tests.support.http_server import KEY, Faults, House, Steps, house
 
@@ -30,7 +30,7 @@ async def held(home: House, batch_id: str) -> tuple[str, int, int]:
 
 
 async def test_items_of_an_iterator_are_sent_sealed_run_and_read(tmp_path: Path) -> None:
-    told: list[Progress] = []
+    told: list[SendProgress] = []
 
     async def source() -> AsyncIterator[dict[str, int]]:
         for index in range(300):

@@ -16,7 +16,7 @@ from headrace import Headrace, Task
 from headrace.core.block import Extra
 from headrace.foundation.errors import ClientFault, Conflict, NotFound, SessionEnded, StoreUnavailable
 from headrace.foundation.ids import new_batch_id
-from headrace.remote.connection import Connection
+from headrace.remote.connection import ServerConnection
 from headrace.remote.store import RemoteStore
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.maintenance.scheduler import Scheduler
@@ -29,7 +29,7 @@ SMALL = LIMITS.replaced(inline_bytes_max=256)
 
 
 def remote_of(home: House, key: str | None = KEY, *, wait_s: int = 0) -> RemoteStore:
-    return RemoteStore(Connection(home.server.url, key, attempts=1), LIMITS, wait_s=wait_s)
+    return RemoteStore(ServerConnection(home.server.url, key, attempts=1), LIMITS, wait_s=wait_s)
 
 
 def app_of(home: House, **more: Any) -> Headrace:
@@ -189,9 +189,9 @@ async def test_faults_of_the_store_come_as_what_they_are(tmp_path: Path) -> None
             with pytest.raises(NotFound):
                 await world.store.batch("batch_00000000000000000000000000")
         await home.server.stop()
-        closed = RemoteStore(Connection(home.server.url, KEY, attempts=1), LIMITS)
+        closed = RemoteStore(ServerConnection(home.server.url, KEY, attempts=1), LIMITS)
         with pytest.raises(StoreUnavailable):
-            await closed.connection.once("GET", "/v1/about")
+            await closed.connection.send_once("GET", "/v1/about")
 
 
 async def test_a_lease_is_settled_by_nobody_who_was_not_given_it(tmp_path: Path) -> None:

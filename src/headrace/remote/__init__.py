@@ -1,1 +1,1 @@
-"""The other end of the network: a store that a server keeps, and a client. Needs `headrace[client]`."""
+"""Client side of the HTTP API: a store kept by a server, and a client to send batches. Requires `headrace[client]`."""

@@ -1,8 +1,9 @@
-"""A client of a server, for programs that have no tasks of their own: send items, read results.
+"""Client for programs without tasks of their own: sends items to a server and reads results.
 
-Rule 1: items are read from their source as they are sent, in portions; a portion is kept until it was acknowledged.
-When an answer is lost or bad, the server is asked what is missing of it, and just that is sent again.
-Rule 2: a batch whose items are all durable is never an error, however the last answer came, or did not.
+Rule 1: items are read from their source while they are sent, in portions. A portion is kept until the server has
+acknowledged it. After a lost or failed response the server is asked which items are missing, and only those are sent
+again.
+Rule 2: a batch whose items are all stored is never reported as an error, whatever happened to the last response.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ import msgspec
 from headrace.core.index_set import IndexSet
 from headrace.foundation.errors import HeadraceError, InvalidInput, StoreUnavailable
 from headrace.foundation.limits import KIB, MIB
-from headrace.remote.connection import ATTEMPTS, Answer, Connection, backoff_s
+from headrace.remote.connection import ATTEMPTS, ServerConnection, ServerResponse, backoff_s
 from headrace.runtime.background_loop import BackgroundLoop
 from headrace.runtime.clock import Clock
 from headrace.runtime.concurrent_map import map_concurrently
-from headrace.store.rpc import fault_of
 
 T = TypeVar("T")
 
@@ -47,8 +47,8 @@ _NDJSON: Final = {"content-type": "application/x-ndjson"}
 _JSON: Final = {"content-type": "application/json"}
 
 
-class Progress(NamedTuple):
-    """How far a batch was sent. `accepted`: items that are durable now, those of earlier tries too."""
+class SendProgress(NamedTuple):
+    """Progress of sending a batch. `accepted`: items stored so far, including those of earlier attempts."""
 
     batch_id: str
     sent_items: int
@@ -56,15 +56,15 @@ class Progress(NamedTuple):
     accepted: int
 
 
-class Sent(msgspec.Struct, frozen=True):
-    """A batch that is durable whole, and sealed."""
+class SentBatch(msgspec.Struct, frozen=True):
+    """A batch whose items are all stored, and which is sealed."""
 
     id: str
     count: int
 
 
-class Line(msgspec.Struct, frozen=True):
-    """One line of results. `output` when it is ok, else `error`."""
+class ResultLine(msgspec.Struct, frozen=True):
+    """Result of one run: `output` if `ok`, else `error`."""
 
     index: int
     id: str
@@ -75,15 +75,15 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Client:
-    """One server, one key. `attempts`: how often a request is made in all while that may help.
+    """Client of one server with one API key. `attempts`: how often a failing request is sent in all.
 
-    Use it as an async context manager or as it is; `sync` is the same for code that is not async.
+    May be used with or without `async with`. `sync` is the same client for code that is not async.
     """
 
     def __init__(
         self, url: str, key: str | None = None, *, attempts: int = ATTEMPTS, clock: Clock | None = None
     ) -> None:
-        self.connection = Connection(url, key, clock=clock, attempts=attempts)
+        self.connection = ServerConnection(url, key, clock=clock, attempts=attempts)
 
     async def __aenter__(self) -> Self:
         return self
@@ -95,7 +95,7 @@ class Client:
 
     @property
     def sync(self) -> SyncClient:
-        """The same client for code that is not async; close it when it is done."""
+        """The same client for code that is not async. Close it after use."""
         return SyncClient(self)
 
     # -- sending
@@ -108,8 +108,8 @@ class Client:
         batch_key: str | None = None,
         options: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
-    ) -> Sent:
+        on_progress: Callable[[SendProgress], None] | None = None,
+    ) -> SentBatch:
         """Store one run of `task` for each item; the batch is durable and sealed when this returns.
 
         Items are streamed, the whole input is never in memory. `options` are those of an item in the HTTP API (`queue`,
@@ -117,85 +117,86 @@ class Client:
         same items: it finds the batch of that key and adds what is missing. Raises the server's error when a retry
         can't help.
         """
-        named = batch_key or f"send:{token_hex(16)}"  # a create whose answer was lost is found again
-        body = _encode({"key": named, "task": task, "metadata": dict(metadata or {})})
+        # a key of its own, so that a create whose response was lost can be repeated
+        key = batch_key or f"send:{token_hex(16)}"
+        body = _encode({"key": key, "task": task, "metadata": dict(metadata or {})})
         created = await self.connection.ask("POST", "/v1/batches", body, _JSON)
         batch = created.json
-        sending = _Sending(self.connection, batch["id"], on_progress)
+        sender = _BatchSender(self.connection, batch["id"], on_progress)
         if batch["state"] in ("sealed", "completed"):
-            return Sent(batch["id"], batch["expected"])
+            return SentBatch(batch["id"], batch["expected"])
         if batch["received"]:
-            await sending.learn()
+            await sender.load_stored()
         own = {name: value for name, value in (options or {}).items() if value is not None}
         async with aclosing(self._lines(task, items, own)) as lines:
             async for index, line in lines:
-                await sending.take(index, line)
-        await sending.flush()
-        return await self._sealed(batch["id"], sending.next_index)
+                await sender.add(index, line)
+        await sender.flush()
+        return await self._seal(batch["id"], sender.next_index)
 
-    async def _sealed(self, batch_id: str, count: int) -> Sent:
+    async def _seal(self, batch_id: str, count: int) -> SentBatch:
         try:
             await self.connection.ask("POST", f"/v1/batches/{batch_id}/seal", _encode({"run_count": count}), _JSON)
         except HeadraceError:
-            batch = await self.batch(batch_id)  # rule 2: it may be sealed all the same
+            batch = await self.batch(batch_id)  # rule 2: it may be sealed although the response was lost
             if batch["state"] not in ("sealed", "completed") or batch["expected"] != count:
                 raise
-        return Sent(batch_id, count)
+        return SentBatch(batch_id, count)
 
     async def _lines(
         self, task: str, items: Iterable[Any] | AsyncIterable[Any], options: dict[str, Any]
     ) -> AsyncGenerator[tuple[int, bytes], None]:
-        """Items as lines, in order; large ones are uploaded first, some at a time."""
+        """Encode items as lines, in order. Large payloads are uploaded first, several at a time."""
 
         def step(numbered: tuple[int, Any]) -> tuple[int, bytes] | Coroutine[Any, Any, tuple[int, bytes]]:
             index, item = numbered
             try:
                 payload = _encode(item)
             except (TypeError, ValueError, UnicodeEncodeError, RecursionError) as error:
-                raise InvalidInput(f"item {index} can't be written as JSON: {error}") from None
+                raise InvalidInput(f"item {index} can't be encoded as JSON: {error}") from None
             if len(payload) >= OFFLOAD_BYTES:
-                return self._uploaded(task, index, payload, options)
+                return self._upload(task, index, payload, options)
             return index, _line(index, task, payload, options)
 
         async with aclosing(map_concurrently(_numbered(items), step, concurrency=UPLOADS)) as steps:
             async for line in steps:
                 yield line
 
-    async def _uploaded(self, task: str, index: int, payload: bytes, options: dict[str, Any]) -> tuple[int, bytes]:
+    async def _upload(self, task: str, index: int, payload: bytes, options: dict[str, Any]) -> tuple[int, bytes]:
         path = f"headrace/{token_hex(12)}/payload.json"
-        place = (await self.connection.ask("PUT", f"/api/v2/packets/{quote(path, safe='')}", b"")).json
-        await self.connection.ask("PUT", place["presignedUrl"], payload, _JSON)
+        upload = (await self.connection.ask("PUT", f"/api/v2/packets/{quote(path, safe='')}", b"")).json
+        await self.connection.ask("PUT", upload["presignedUrl"], payload, _JSON)
         own = {**options, "payloadType": "application/store"}
-        return index, _line(index, task, _encode(place["storagePath"]), own)
+        return index, _line(index, task, _encode(upload["storagePath"]), own)
 
     async def enqueue(self, task: str, payload: Any = None, **options: Any) -> str:
-        """One run; answers its id, or that of the run which its `idempotencyKey` names."""
+        """Enqueue one run and return its id; with `idempotencyKey` possibly the id of an earlier run."""
         own = {name: value for name, value in options.items() if value is not None}
         body = _encode({"payload": payload, "options": own or None})
-        answer = await self.connection.ask("POST", f"/v1/tasks/{quote(task, safe='')}/runs", body, _JSON)
-        return str(answer.json["id"])
+        response = await self.connection.ask("POST", f"/v1/tasks/{quote(task, safe='')}/runs", body, _JSON)
+        return str(response.json["id"])
 
     # -- reading
 
     async def batch(self, batch_id: str) -> dict[str, Any]:
-        """Where its runs are."""
-        found: dict[str, Any] = (await self.connection.ask("GET", f"/v1/batches/{quote(batch_id, safe='')}")).json
-        return found
+        """Return a batch and the number of its runs in each state."""
+        fields: dict[str, Any] = (await self.connection.ask("GET", f"/v1/batches/{quote(batch_id, safe='')}")).json
+        return fields
 
     async def run(self, run_id: str) -> dict[str, Any]:
-        """One run."""
-        found: dict[str, Any] = (await self.connection.ask("GET", f"/api/v3/runs/{quote(run_id, safe='')}")).json
-        return found
+        """Return a run."""
+        fields: dict[str, Any] = (await self.connection.ask("GET", f"/api/v3/runs/{quote(run_id, safe='')}")).json
+        return fields
 
-    async def results(self, batch_id: str, *, from_index: int = 0) -> AsyncIterator[Line]:
-        """Results in index order while the batch runs; goes on where it was when the connection breaks."""
+    async def results(self, batch_id: str, *, from_index: int = 0) -> AsyncIterator[ResultLine]:
+        """Yield results in index order while the batch runs. Resumes where it was after a lost connection."""
         next_index, tries = from_index, 0
         while True:
             try:
                 async for line in self._lines_of(batch_id, next_index):
                     next_index, tries = line.index + 1, 0
                     yield line
-                if await self._is_read(batch_id, next_index):
+                if await self._is_complete(batch_id, next_index):
                     return
             except StoreUnavailable:
                 tries += 1
@@ -203,75 +204,82 @@ class Client:
                     raise
                 await self.connection.clock.sleep(backoff_s(tries))
 
-    async def _is_read(self, batch_id: str, next_index: int) -> bool:
-        """Whether the batch has ended and all of it was read: a server that stops ends a stream too."""
+    async def _is_complete(self, batch_id: str, next_index: int) -> bool:
+        """True if the batch has ended and everything was read. A stopping server also ends the stream."""
         batch = await self.batch(batch_id)
         return bool(batch["is_finished"]) and next_index >= batch["received"]
 
-    async def _lines_of(self, batch_id: str, from_index: int) -> AsyncIterator[Line]:
+    async def _lines_of(self, batch_id: str, from_index: int) -> AsyncIterator[ResultLine]:
         path = f"/v1/batches/{quote(batch_id, safe='')}/results?from={from_index}"
-        async with self.connection.opened("GET", path) as (answer, pieces):
-            if not answer.is_good:
+        async with self.connection.stream("GET", path) as (response, pieces):
+            if not response.is_success:
                 body = b"".join([piece async for piece in pieces])
-                raise fault_of(answer.status, body)
+                raise response._replace(body=body).error()
             rest = b""
             async for piece in pieces:
                 *lines, rest = (rest + piece).split(b"\n")
                 for line in lines:
                     if line:
-                        told = msgspec.json.decode(line)
-                        yield Line(
-                            told["index"], told["id"], told["state"], told["ok"], told.get("output"), told.get("error")
+                        status = msgspec.json.decode(line)
+                        yield ResultLine(
+                            status["index"],
+                            status["id"],
+                            status["state"],
+                            status["ok"],
+                            status.get("output"),
+                            status.get("error"),
                         )
 
     async def missing(self, batch_id: str) -> list[tuple[int, int]]:
-        """Ranges of indexes that are not durable yet, first and last of each."""
-        answer = await self.connection.ask("GET", f"/v1/batches/{quote(batch_id, safe='')}/missing")
-        return [(first, last) for first, last in answer.json["ranges"]]
+        """Return the index ranges that are not stored yet, as first and last index."""
+        response = await self.connection.ask("GET", f"/v1/batches/{quote(batch_id, safe='')}/missing")
+        return [(first, last) for first, last in response.json["ranges"]]
 
-    # -- interventions
+    # -- operations on a batch
 
     async def cancel(self, batch_id: str) -> dict[str, Any]:
-        """Start nothing more of a batch."""
-        found: dict[str, Any] = (await self._do(batch_id, "cancel")).json
-        return found
+        """Cancel a batch: no further runs start."""
+        fields: dict[str, Any] = (await self._post(batch_id, "cancel")).json
+        return fields
 
     async def redrive(self, batch_id: str, indexes: Sequence[int] | None = None) -> int:
-        """Run again what failed, or the runs at some indexes."""
+        """Run failed runs again, or the runs at given indexes. Returns their number."""
         body = _encode({"indexes": None if indexes is None else list(indexes)})
-        return int((await self._do(batch_id, "redrive", body)).json["redriven"])
+        return int((await self._post(batch_id, "redrive", body)).json["redriven"])
 
-    async def _do(self, batch_id: str, what: str, body: bytes = b"{}") -> Answer:
-        return await self.connection.ask("POST", f"/v1/batches/{quote(batch_id, safe='')}/{what}", body, _JSON)
+    async def _post(self, batch_id: str, action: str, body: bytes = b"{}") -> ServerResponse:
+        return await self.connection.ask("POST", f"/v1/batches/{quote(batch_id, safe='')}/{action}", body, _JSON)
 
 
-class _Sending:
-    """Portions of one batch on their way."""
+class _BatchSender:
+    """Sends the items of one batch in portions."""
 
-    def __init__(self, connection: Connection, batch_id: str, on_progress: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self, connection: ServerConnection, batch_id: str, on_progress: Callable[[SendProgress], None] | None
+    ) -> None:
         self._connection = connection
         self._path = f"/v1/batches/{batch_id}"
         self._batch_id = batch_id
         self._on_progress = on_progress
         self._portion: list[tuple[int, bytes]] = []
         self._held_bytes = 0
-        self._durable = IndexSet()
+        self._stored = IndexSet()
         self._accepted = self._sent_items = self._sent_bytes = 0
         self.next_index = 0
 
-    async def learn(self) -> None:
-        """What an earlier send made durable."""
-        answer = await self._connection.ask("GET", f"{self._path}/missing?ranges={RANGES}")
-        told = answer.json
-        holes = sum(last - first + 1 for first, last in told["ranges"])
-        self._accepted = told["received"]
-        if not told["more"]:  # else it is sent again: what is durable adds nothing
-            self._durable = IndexSet.from_ranges(_without(told["received"] + holes, told["ranges"]))
+    async def load_stored(self) -> None:
+        """Learn which items an earlier call has stored."""
+        response = await self._connection.ask("GET", f"{self._path}/missing?ranges={RANGES}")
+        status = response.json
+        gaps = sum(last - first + 1 for first, last in status["ranges"])
+        self._accepted = status["received"]
+        if not status["more"]:  # otherwise all are sent again, and stored items are recognised by the server
+            self._stored = IndexSet.from_ranges(_ranges_without(status["received"] + gaps, status["ranges"]))
 
-    async def take(self, index: int, line: bytes) -> None:
-        """One line; sends a portion when there is one."""
+    async def add(self, index: int, line: bytes) -> None:
+        """Add a line, and send a portion when it is full."""
         self.next_index = index + 1
-        if index in self._durable:
+        if index in self._stored:
             return
         self._portion.append((index, line))
         self._held_bytes += len(line)
@@ -279,60 +287,60 @@ class _Sending:
             await self.flush()
 
     async def flush(self) -> None:
-        """Make what is held durable. Raises what the server said when trying again does not help."""
+        """Send the lines held until they are stored. Raises the server's error when a retry can't help."""
         portion, self._portion, self._held_bytes = self._portion, [], 0
         tries = 0
         while portion:
             tries += 1
             wait_s: float | None = None
-            fault: HeadraceError | None = None
+            failure: HeadraceError | None = None
             try:
-                answer = await self._connection.once(
+                response = await self._connection.send_once(
                     "POST", f"{self._path}/items", b"".join(line for _, line in portion), _NDJSON, timeout_s=None
                 )
-                if answer.is_good:
-                    self._note(portion, answer.json["received"])
+                if response.is_success:
+                    self._count_stored(portion, response.json["received"])
                     return
-                fault = fault_of(answer.status, answer.body)
-                if not answer.is_retryable:
-                    raise fault
-                wait_s = answer.wait_s(self._connection.clock.now_us())
+                failure = response.error()
+                if not response.is_retryable:
+                    raise failure
+                wait_s = response.wait_s(self._connection.clock.now_us())
             except StoreUnavailable as error:
-                fault = error
+                failure = error
             if tries >= self._connection.attempts:
-                portion = await self._left(portion)
+                portion = await self._not_stored(portion)
                 if not portion:
                     return
-                raise fault
+                raise failure
             await self._connection.clock.sleep(backoff_s(tries) if wait_s is None else wait_s)
-            portion = await self._left(portion)
+            portion = await self._not_stored(portion)
 
-    async def _left(self, portion: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-        """What of a portion is not durable yet; all of it while the server can't say."""
+    async def _not_stored(self, portion: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+        """Return the lines of a portion that are not stored yet; all if the server can't tell."""
         try:
-            answer = await self._connection.ask("GET", f"{self._path}/missing?ranges={RANGES}", attempts=1)
+            response = await self._connection.ask("GET", f"{self._path}/missing?ranges={RANGES}", attempts=1)
         except HeadraceError:
             return portion
-        told = answer.json
-        if told["more"]:
+        status = response.json
+        if status["more"]:
             return portion
-        missing = IndexSet.from_ranges((first, last + 1) for first, last in told["ranges"])
-        end = told["received"] + sum(last - first + 1 for first, last in told["ranges"])
-        left = [(index, line) for index, line in portion if index >= end or index in missing]
-        if not left:
-            self._note(portion, told["received"])
-        return left
+        missing = IndexSet.from_ranges((first, last + 1) for first, last in status["ranges"])
+        end = status["received"] + sum(last - first + 1 for first, last in status["ranges"])
+        missing_lines = [(index, line) for index, line in portion if index >= end or index in missing]
+        if not missing_lines:
+            self._count_stored(portion, status["received"])
+        return missing_lines
 
-    def _note(self, portion: list[tuple[int, bytes]], received: int) -> None:
+    def _count_stored(self, portion: list[tuple[int, bytes]], received: int) -> None:
         self._sent_items += len(portion)
         self._sent_bytes += sum(len(line) for _, line in portion)
         self._accepted = received
         if self._on_progress is not None:
-            self._on_progress(Progress(self._batch_id, self._sent_items, self._sent_bytes, self._accepted))
+            self._on_progress(SendProgress(self._batch_id, self._sent_items, self._sent_bytes, self._accepted))
 
 
 class SyncClient:
-    """`Client` for code that is not async: one loop in one background thread serves every call."""
+    """Client for code that is not async. One background thread with an event loop performs all calls."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -345,19 +353,19 @@ class SyncClient:
         self.close()
 
     def close(self) -> None:
-        """End the thread."""
+        """End the background thread."""
         self._background.stop()
 
-    def send(self, task: str, items: Iterable[Any], **more: Any) -> Sent:
-        """As `Client.send`."""
+    def send(self, task: str, items: Iterable[Any], **more: Any) -> SentBatch:
+        """Like `Client.send`."""
         return self._background.run(self._client.send(task, items, **more))
 
     def enqueue(self, task: str, payload: Any = None, **options: Any) -> str:
-        """As `Client.enqueue`."""
+        """Like `Client.enqueue`."""
         return self._background.run(self._client.enqueue(task, payload, **options))
 
-    def results(self, batch_id: str, *, from_index: int = 0) -> Iterator[Line]:
-        """As `Client.results`."""
+    def results(self, batch_id: str, *, from_index: int = 0) -> Iterator[ResultLine]:
+        """Like `Client.results`."""
         lines = self._client.results(batch_id, from_index=from_index)
         while True:
             try:
@@ -367,23 +375,23 @@ class SyncClient:
             yield line
 
     def batch(self, batch_id: str) -> dict[str, Any]:
-        """As `Client.batch`."""
+        """Like `Client.batch`."""
         return self._background.run(self._client.batch(batch_id))
 
     def run(self, run_id: str) -> dict[str, Any]:
-        """As `Client.run`."""
+        """Like `Client.run`."""
         return self._background.run(self._client.run(run_id))
 
     def missing(self, batch_id: str) -> list[tuple[int, int]]:
-        """As `Client.missing`."""
+        """Like `Client.missing`."""
         return self._background.run(self._client.missing(batch_id))
 
     def cancel(self, batch_id: str) -> dict[str, Any]:
-        """As `Client.cancel`."""
+        """Like `Client.cancel`."""
         return self._background.run(self._client.cancel(batch_id))
 
     def redrive(self, batch_id: str, indexes: Sequence[int] | None = None) -> int:
-        """As `Client.redrive`."""
+        """Like `Client.redrive`."""
         return self._background.run(self._client.redrive(batch_id, indexes))
 
 
@@ -405,10 +413,10 @@ async def _numbered(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[
         index += 1
 
 
-def _without(end: int, holes: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
-    """The ranges from 0 to `end` that are in no hole."""
+def _ranges_without(end: int, gaps: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """Yield the ranges from 0 to `end` that are not in `gaps`."""
     start = 0
-    for first, last in holes:
+    for first, last in gaps:
         if first > start:
             yield start, first
         start = last + 1

@@ -1,4 +1,4 @@
-"""Requests to a server: one address, one key, and what each answer means for trying again."""
+"""Requests to one server with one API key, with timeouts, retries and backoff."""
 
 from __future__ import annotations
 
@@ -11,48 +11,65 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from headrace.foundation.errors import HeadraceError, InvalidSetting, StoreUnavailable
+from headrace.foundation.errors import ClientFault, HeadraceError, InvalidSetting, StoreBroken, StoreUnavailable
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.store.rpc import fault_of
 
 REQUEST_S: Final = 60.0
 CONNECT_S: Final = 10.0
 POOL_S: Final = 30.0
-"""How long an idle connection is kept: shorter than a server does, so that none is used that it just closed."""
+"""Seconds an idle connection is kept: fewer than servers keep it, so that none is used just as the server closes it."""
 
 ATTEMPTS: Final = 5
-BASE_S: Final = 1.0
-MOST_S: Final = 30.0
-RETRIED: Final = (408, 409, 425, 429)
+BACKOFF_BASE_S: Final = 1.0
+BACKOFF_MAX_S: Final = 30.0
+RETRIED_STATUSES: Final = (408, 409, 425, 429)
+_WRONG_ENDPOINT: Final = (301, 302, 303, 307, 308, 404, 405)
+_URL_HINT: Final = "expected the server's own URL: http://host:port, or https://host behind a proxy"
 
 
-class Answer(NamedTuple):
-    """What came back. Header names are in lower case."""
+class ServerResponse(NamedTuple):
+    """A server's response. Header names are in lower case; `url` is that of the request."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
+    url: str = ""
 
     @property
     def json(self) -> Any:
-        """The body, as JSON."""
-        return msgspec.json.decode(self.body)
+        """Decode the body as JSON. Raises `StoreBroken` if it is none, as from another kind of server."""
+        try:
+            return msgspec.json.decode(self.body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            kind = self.headers.get("content-type", "no content type")
+            raise StoreBroken(
+                f"expected JSON from the Headrace server at {self.url}, got {kind[:60]}", hint=_URL_HINT
+            ) from None
+
+    def error(self) -> HeadraceError:
+        """Convert the response to the error that it reports. An endpoint of another kind of server is named as such."""
+        if self.status in _WRONG_ENDPOINT and not _has_error_code(self.body):
+            return ClientFault(
+                f"{self.url} is not an endpoint of a Headrace server: got HTTP status {self.status}", hint=_URL_HINT
+            )
+        return fault_of(self.status, self.body)
 
     @property
-    def is_good(self) -> bool:
-        """It was done."""
+    def is_success(self) -> bool:
+        """True for a 2xx status."""
         return 200 <= self.status < 300
 
     @property
     def is_retryable(self) -> bool:
-        """Whether the same request may be answered otherwise later; the server's word wins over the status."""
-        told = self.headers.get("x-should-retry")
-        if told in ("true", "false"):
-            return told == "true"
-        return self.status in RETRIED or self.status >= 500
+        """True if the same request may succeed later. The header `x-should-retry` overrides the status."""
+        should_retry = self.headers.get("x-should-retry")
+        if should_retry in ("true", "false"):
+            return should_retry == "true"
+        return self.status in RETRIED_STATUSES or self.status >= 500
 
     def wait_s(self, now_us: int) -> float | None:
-        """How long the server asks to be left alone; None when it does not say."""
+        """Return the seconds that the server asks to wait; None if it does not say."""
         after = self.headers.get("retry-after", "")
         if after.isdigit():
             return float(after)
@@ -62,21 +79,23 @@ class Answer(NamedTuple):
         return None
 
 
-class Connection:
-    """Where a server is and who asks. Works on any event loop, on several at once too."""
+class ServerConnection:
+    """A server's URL and an API key. May be used from several event loops at once."""
 
     def __init__(self, url: str, key: str | None, *, clock: Clock | None = None, attempts: int = ATTEMPTS) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise InvalidSetting("a server is named as https://host or http://host:port")
+            raise InvalidSetting(
+                f"expected a server URL like https://host or http://host:port, got {_without_credentials(url)!r}"
+            )
         try:
             import pyqwest
         except ModuleNotFoundError as error:
             raise InvalidSetting(
-                f"a server far away needs {error.name}", hint="pip install 'headrace[client]'"
+                f"the HTTP client requires {error.name}, which is not installed", hint="pip install 'headrace[client]'"
             ) from None
         if not 1 <= attempts <= 100:
-            raise InvalidSetting(f"attempts is from 1 to 100, not {attempts}")
+            raise InvalidSetting(f"expected attempts from 1 to 100, got {attempts}")
         host = parts.netloc.rpartition("@")[2]
         self.url = f"{parts.scheme}://{host}{parts.path.rstrip('/')}"
         self.clock: Clock = clock or SystemClock()
@@ -86,9 +105,15 @@ class Connection:
             connect_timeout=CONNECT_S, pool_idle_timeout=POOL_S, enable_cookie_store=False
         )
         self._client = pyqwest.Client(transport)
-        self._faults = (OSError, pyqwest.RemoteProtocolError, pyqwest.ReadError, pyqwest.WriteError)
+        self._network_errors = (
+            OSError,
+            pyqwest.RemoteProtocolError,
+            pyqwest.ReadError,
+            pyqwest.WriteError,
+            pyqwest.TooManyRedirects,
+        )
 
-    async def once(
+    async def send_once(
         self,
         method: str,
         path: str,
@@ -96,35 +121,37 @@ class Connection:
         headers: Mapping[str, str] | None = None,
         *,
         timeout_s: float | None = REQUEST_S,
-    ) -> Answer:
-        """One request. Raises `StoreUnavailable` when no answer came."""
-        is_elsewhere = path.startswith(("http://", "https://"))  # a signed URL, which is no business of the key
+    ) -> ServerResponse:
+        """Send a request once. Raises `StoreUnavailable` if there is no response."""
+        is_elsewhere = path.startswith(("http://", "https://"))  # a signed URL: the API key must not be sent there
         target = path if is_elsewhere else self.url + path
-        own = dict(headers or {}) if is_elsewhere else {**self._headers, **(headers or {})}
+        all_headers = dict(headers or {}) if is_elsewhere else {**self._headers, **(headers or {})}
         try:
             async with asyncio.timeout(timeout_s):
-                found = await self._client.execute(method, target, headers=own, content=content)
-                return Answer(found.status, _lowered(found.headers), bytes(found.content))
+                response = await self._client.execute(method, target, headers=all_headers, content=content)
+                return ServerResponse(response.status, _lower_case(response.headers), bytes(response.content), target)
         except TimeoutError as error:
-            raise StoreUnavailable(f"the server did not answer within {timeout_s:g} s", url=self.url) from error
-        except self._faults as error:
-            raise self._away(error) from error
+            raise StoreUnavailable(f"no response from {self.url} within {timeout_s:g} s", url=self.url) from error
+        except self._network_errors as error:
+            raise self._unavailable(error) from error
 
     @asynccontextmanager
-    async def opened(self, method: str, path: str) -> AsyncGenerator[tuple[Answer, AsyncIterator[bytes]], None]:
-        """An answer that is read as it comes. Raises `StoreUnavailable`; so does reading it."""
+    async def stream(self, method: str, path: str) -> AsyncGenerator[tuple[ServerResponse, AsyncIterator[bytes]], None]:
+        """Send a request and stream the response. Raises `StoreUnavailable`, also while it is read."""
+        target = self.url + path
         try:
-            async with self._client.stream(method, self.url + path, headers=self._headers) as found:
-                yield Answer(found.status, _lowered(found.headers), b""), self._pieces(found)
-        except self._faults as error:
-            raise self._away(error) from error
+            async with self._client.stream(method, target, headers=self._headers) as response:
+                head = ServerResponse(response.status, _lower_case(response.headers), b"", target)
+                yield head, self._body_pieces(response)
+        except self._network_errors as error:
+            raise self._unavailable(error) from error
 
-    async def _pieces(self, found: Any) -> AsyncIterator[bytes]:
+    async def _body_pieces(self, response: Any) -> AsyncIterator[bytes]:
         try:
-            async for piece in found.content:
+            async for piece in response.content:
                 yield bytes(piece)
-        except self._faults as error:
-            raise self._away(error) from error
+        except self._network_errors as error:
+            raise self._unavailable(error) from error
 
     async def ask(
         self,
@@ -135,14 +162,16 @@ class Connection:
         *,
         attempts: int | None = None,
         timeout_s: float | None = REQUEST_S,
-    ) -> Answer:
-        """A request that is repeated while that may help. Raises what the last answer was."""
-        return await self.retried(
-            lambda: self.once(method, path, content, headers, timeout_s=timeout_s), attempts=attempts
+    ) -> ServerResponse:
+        """Send a request, and repeat it while a retry can help. Raises the error of the last response."""
+        return await self.retry(
+            lambda: self.send_once(method, path, content, headers, timeout_s=timeout_s), attempts=attempts
         )
 
-    async def retried(self, call: Callable[[], Awaitable[Answer]], *, attempts: int | None = None) -> Answer:
-        """Call until the answer is good, or can't become so, or it was enough."""
+    async def retry(
+        self, call: Callable[[], Awaitable[ServerResponse]], *, attempts: int | None = None
+    ) -> ServerResponse:
+        """Call until the response is a success or can't become one, or the attempts are used up."""
         left = self.attempts if attempts is None else attempts
         tries = 0
         while True:
@@ -150,27 +179,45 @@ class Connection:
             left -= 1
             wait_s: float | None = None
             try:
-                answer = await call()
+                response = await call()
             except StoreUnavailable:
                 if not left:
                     raise
             else:
-                if answer.is_good:
-                    return answer
-                if not left or not answer.is_retryable:
-                    raise fault_of(answer.status, answer.body)
-                wait_s = answer.wait_s(self.clock.now_us())
+                if response.is_success:
+                    return response
+                if not left or not response.is_retryable:
+                    raise response.error()
+                wait_s = response.wait_s(self.clock.now_us())
             await self.clock.sleep(backoff_s(tries) if wait_s is None else wait_s + random.random())  # noqa: S311 - jitter
 
-    def _away(self, error: BaseException) -> HeadraceError:
+    def _unavailable(self, error: BaseException) -> HeadraceError:
         text = str(error) or type(error).__name__
-        return StoreUnavailable(f"the server did not answer: {text}", hint="is it up, and the URL right?", url=self.url)
+        return StoreUnavailable(
+            f"no response from {self.url}: {text}",
+            hint="check that the server is running and that the URL is right",
+            url=self.url,
+        )
 
 
 def backoff_s(tries: int) -> float:
-    """Between two tries: doubled each time, spread over its second half, half a minute at most."""
-    return min(MOST_S, BASE_S * float(2 ** min(tries - 1, 10)) * (1 + random.random()))  # noqa: S311 - jitter, not secrets
+    """Return the seconds to wait before the next attempt: doubled each time with jitter, at most 30."""
+    return min(BACKOFF_MAX_S, BACKOFF_BASE_S * float(2 ** min(tries - 1, 10)) * (1 + random.random()))  # noqa: S311 - jitter, not secrets
 
 
-def _lowered(headers: Any) -> dict[str, str]:
+def _has_error_code(body: bytes) -> bool:
+    """True for an error of the API. The error of an unknown path has a code of its own, or none."""
+    try:
+        code = msgspec.json.decode(body, type=dict[str, Any]).get("code", "")
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return bool(code) and not str(code).startswith("HTTP_")
+
+
+def _without_credentials(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def _lower_case(headers: Any) -> dict[str, str]:
     return {str(name).lower(): str(value) for name, value in headers.items()}

@@ -1,7 +1,7 @@
-"""`RemoteStore`: the seam kept by a server far away, one request a verb.
+"""`RemoteStore`: a store kept by a server, accessed over HTTP with one request for each operation.
 
-Everything that stands on a store (apps, handles, maps, workers) works over it as it is. Upkeep, recovery and keys
-belong to whoever keeps the store: here they do nothing, or are refused.
+Apps, handles, maps and workers use it like any store. Upkeep, recovery and API keys are the server's: here these
+operations do nothing or are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from headrace.core.block import Chunk
 from headrace.core.span import Settlement
 from headrace.foundation.errors import ClientFault, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
-from headrace.remote.connection import REQUEST_S, Connection
+from headrace.remote.connection import REQUEST_S, ServerConnection
 from headrace.store.payloads import PayloadStore
 from headrace.store.protocol import (
     ApiKey,
@@ -58,47 +58,52 @@ from headrace.store.rpc import (
 )
 
 ATTEMPTS: Final = 3
-"""Repeats of a verb whose answer was lost; whoever waits longer does so by itself."""
+"""Attempts of one operation whose response was lost. Callers that can wait longer retry by themselves."""
 
 WAIT_S: Final = 10
-TICKETS_MAX: Final = 200_000
+LEASE_TOKENS_MAX: Final = 200_000
 _HEADERS: Final = {"content-type": CONTENT_TYPE}
 
 
 @cache
-def _answers(name: str) -> msgspec.msgpack.Decoder[Any]:
+def _response_decoder(name: str) -> msgspec.msgpack.Decoder[Any]:
     return decoder(VERBS[name].answer)
 
 
 class RemoteStore:
-    """One environment of a server: that of the key."""
+    """The part of a server's store that belongs to the API key's environment."""
 
-    def __init__(self, connection: Connection, limits: Limits, *, wait_s: int = WAIT_S) -> None:
-        """`wait_s`: how long a claim waits at the server for work."""
+    def __init__(self, connection: ServerConnection, limits: Limits, *, wait_s: int = WAIT_S) -> None:
+        """`wait_s`: how long the server holds a claim that finds no work."""
         self.connection = connection
         self.about: About | None = None
         self._limits = limits
         self._wait_s = wait_s
-        self._tickets: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self._lease_tokens: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._is_open = False
 
     async def open(self) -> None:
-        """Ask who this key is. Raises `StoreUnavailable`, `ClientFault` for a key nobody knows."""
-        answer = await self.connection.ask("GET", "/v1/about", attempts=ATTEMPTS)
+        """Verify the API key. Raises `StoreUnavailable`, and `ClientFault` for an invalid key or a URL of another
+        server.
+        """
+        response = await self.connection.ask("GET", "/v1/about", attempts=ATTEMPTS)
         try:
-            self.about = msgspec.json.decode(answer.body, type=About)
+            self.about = msgspec.json.decode(response.body, type=About)
         except msgspec.DecodeError as error:
-            raise StoreBroken("what answers there is no Headrace server", url=self.connection.url) from error
+            raise StoreBroken(
+                f"{self.connection.url} is not a Headrace server: /v1/about returned no description of one",
+                url=self.connection.url,
+            ) from error
         self._is_open = True
 
     async def close(self) -> None:
-        """Ask no more."""
+        """Close the store: later operations raise `StoreUnavailable`."""
         self._is_open = False
 
     async def check(self) -> dict[str, object]:
-        """A round trip, and who answers."""
-        answer = await self.connection.ask("GET", "/v1/about", attempts=1)
-        about = msgspec.json.decode(answer.body, type=About)
+        """Measure a round trip and return the server's description."""
+        response = await self.connection.ask("GET", "/v1/about", attempts=1)
+        about = msgspec.json.decode(response.body, type=About)
         return {
             "store": "remote",
             "url": self.connection.url,
@@ -111,58 +116,58 @@ class RemoteStore:
             raise StoreUnavailable("the store is closed")
         body = encode(VERBS[verb].request(**values) if message is None else message)
         path = f"/v1/store/{verb}" + (f"?wait={wait_s}" if wait_s else "")
-        answer = await self.connection.ask(
+        response = await self.connection.ask(
             "POST", path, body, _HEADERS, attempts=ATTEMPTS, timeout_s=REQUEST_S + wait_s
         )
         try:
-            return _answers(verb).decode(answer.body.lstrip(BEAT) if wait_s else answer.body)
+            return _response_decoder(verb).decode(response.body.lstrip(BEAT) if wait_s else response.body)
         except msgspec.DecodeError as error:
             raise StoreBroken(
-                f"the server's answer to {verb} can't be read: {error}", url=self.connection.url
+                f"can't decode the server's response to {verb}: {error}", url=self.connection.url
             ) from error
 
     # -- batches
 
     async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[Batch, bool]:
-        """Open a batch, or answer the one its key names."""
+        """Create a batch, or return the existing one with the same key."""
         del now_us
-        found: tuple[Batch, bool] = await self._ask("create_batch", new=new)
-        return found
+        result: tuple[Batch, bool] = await self._ask("create_batch", new=new)
+        return result
 
     async def append(
         self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None, seals: bool = False
     ) -> Appended:
-        """Make runs durable, each index once; the cursor goes with the last of them."""
+        """Store runs, each index once. The cursor is stored with the last of them."""
         del now_us
-        told = Appended(accepted_count=0, duplicates_count=0, conflicts=[], existing={})
+        total = Appended(accepted_count=0, duplicates_count=0, conflicts=[], existing={})
         parts = parts_of(chunks, [len(chunk.items) + 1_024 for chunk in chunks])
         for number, part in enumerate(parts, 1):
             is_last = number == len(parts)
-            own: Appended = await self._ask(
+            appended: Appended = await self._ask(
                 "append",
                 batch_id=batch_id,
                 chunks=part,
                 cursor=cursor if is_last else None,
                 seals=seals and is_last,
             )
-            told.accepted_count += own.accepted_count
-            told.duplicates_count += own.duplicates_count
-            told.conflicts += own.conflicts
-            told.existing |= own.existing
-            told.sealed = own.sealed
-        return told
+            total.accepted_count += appended.accepted_count
+            total.duplicates_count += appended.duplicates_count
+            total.conflicts += appended.conflicts
+            total.existing |= appended.existing
+            total.sealed = appended.sealed
+        return total
 
     async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:
-        """Close the batch."""
+        """Seal a batch."""
         del now_us
-        found: Batch = await self._ask("seal", batch_id=batch_id, expected_count=expected_count)
-        return found
+        result: Batch = await self._ask("seal", batch_id=batch_id, expected_count=expected_count)
+        return result
 
     async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> Batch:
-        """Move to `cancelled` or `abandoned`."""
+        """Set a batch to `cancelled` or `abandoned`."""
         del now_us
-        found: Batch = await self._ask("stop_batch", batch_id=batch_id, state=state)
-        return found
+        result: Batch = await self._ask("stop_batch", batch_id=batch_id, state=state)
+        return result
 
     async def cancel_runs(self, batch_id: str, indexes: Sequence[int], *, now_us: int) -> int:
         """Cancel single runs."""
@@ -171,109 +176,109 @@ class RemoteStore:
         return count
 
     async def redrive(self, batch_id: str, indexes: Sequence[int] | None) -> int:
-        """Run again what failed."""
+        """Run failed runs again."""
         count: int = await self._ask("redrive", batch_id=batch_id, indexes=indexes)
         return count
 
     # -- sessions and work
 
     async def start_session(self, session: Session, *, now_us: int) -> None:
-        """Make a process known."""
+        """Start a session."""
         del now_us
         await self._ask("start_session", session=session)
 
     async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
-        """A sign of life."""
+        """Keep a session alive. Returns its leases."""
         del now_us
         beaten: Beaten = await self._ask("heartbeat", session_id=session_id)
-        for held, ticket in zip(beaten.heartbeat.leases, beaten.tickets, strict=True):
-            self._keep(held.span_id, held.token, ticket)
+        for held, lease_token in zip(beaten.heartbeat.leases, beaten.tickets, strict=True):
+            self._store_token(held.span_id, held.token, lease_token)
         return beaten.heartbeat
 
     async def end_session(self, session_id: str, *, now_us: int) -> None:
-        """Leave in good order."""
+        """End a session and release its leases."""
         del now_us
         await self._ask("end_session", session_id=session_id)
 
     async def sessions(self) -> list[Session]:
-        """None that are this process's business."""
+        """Return no sessions: those of other processes are the server's."""
         return []
 
     async def recover(
         self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int
     ) -> int:
-        """The server does that."""
+        """Do nothing: the server recovers sessions."""
         del session_id, suspects, silent_since_us, crashes_max, now_us
         return 0
 
     async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
-        """Lease spans; the server waits a while for some."""
+        """Lease spans. The server waits a while if there are none."""
         del now_us
-        found: list[Leased] = await self._ask("claim", wait_s=self._wait_s, claim=claim)
-        for leased in found:
-            self._keep(leased.lease.span_id, leased.lease.token, leased.ticket)
-        return [leased.lease for leased in found]
+        result: list[Leased] = await self._ask("claim", wait_s=self._wait_s, claim=claim)
+        for leased in result:
+            self._store_token(leased.lease.span_id, leased.lease.token, leased.ticket)
+        return [leased.lease for leased in result]
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
-        """Record outcomes, in as many requests as their size asks for."""
+        """Record outcomes, in several requests if they are large."""
         del now_us
         words: list[str] = []
         for part in parts_of(settlements, [len(one.results) + len(one.codes) + 256 for one in settlements]):
             if part:
-                tickets = [self._tickets.get((one.span_id, one.token), b"") for one in part]
-                words += await self._ask("settle", Settle(settlements=part, tickets=tickets))
+                tokens = [self._lease_tokens.get((one.span_id, one.token), b"") for one in part]
+                words += await self._ask("settle", Settle(settlements=part, tickets=tokens))
         return words
 
     async def release(self, releases: Sequence[Release], *, crashes_max: int, now_us: int) -> list[str]:
-        """Give leases back."""
+        """Release leases."""
         del crashes_max, now_us
-        tickets = [self._tickets.get((one.span_id, one.token), b"") for one in releases]
-        words: list[str] = await self._ask("release", GiveBack(releases=list(releases), tickets=tickets))
+        tokens = [self._lease_tokens.get((one.span_id, one.token), b"") for one in releases]
+        words: list[str] = await self._ask("release", GiveBack(releases=list(releases), tickets=tokens))
         return words
 
-    def _keep(self, span_id: int, token: int, ticket: bytes) -> None:
-        self._tickets[span_id, token] = ticket
-        self._tickets.move_to_end((span_id, token))
-        if len(self._tickets) > TICKETS_MAX:
-            self._tickets.popitem(last=False)
+    def _store_token(self, span_id: int, token: int, lease_token: bytes) -> None:
+        self._lease_tokens[span_id, token] = lease_token
+        self._lease_tokens.move_to_end((span_id, token))
+        if len(self._lease_tokens) > LEASE_TOKENS_MAX:
+            self._lease_tokens.popitem(last=False)
 
     # -- reading
 
     async def batch(self, batch_id: str) -> tuple[Batch, Ledger]:
-        """One batch and its ledger."""
-        found: tuple[Batch, Ledger] = await self._ask("batch", batch_id=batch_id)
-        return found
+        """Return a batch and its ledger."""
+        result: tuple[Batch, Ledger] = await self._ask("batch", batch_id=batch_id)
+        return result
 
     async def find_batch(self, environment: str, key: str) -> Batch | None:
-        """The batch that a key names."""
-        found: Batch | None = await self._ask("find_batch", environment=environment, key=key)
-        return found
+        """Return the batch with a key."""
+        result: Batch | None = await self._ask("find_batch", environment=environment, key=key)
+        return result
 
     async def batches(
         self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
     ) -> list[tuple[Batch, Ledger]]:
-        """Batches, newest first."""
-        found: list[tuple[Batch, Ledger]] = await self._ask(
+        """List batches, newest first."""
+        result: list[tuple[Batch, Ledger]] = await self._ask(
             "batches", environment=environment, states=states, before_id=before_id, limit=limit
         )
-        return found
+        return result
 
     async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
-        """Ranges of announced indexes that are not durable yet."""
-        found: list[tuple[int, int]] = await self._ask("missing", batch_id=batch_id, ranges_max=ranges_max)
-        return found
+        """Return the announced index ranges that are not stored yet."""
+        result: list[tuple[int, int]] = await self._ask("missing", batch_id=batch_id, ranges_max=ranges_max)
+        return result
 
     async def outcomes(self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> list[Outcome]:
-        """Final outcomes in index order."""
-        found: list[Outcome] = await self._ask(
+        """Return final outcomes in index order."""
+        result: list[Outcome] = await self._ask(
             "outcomes", batch_id=batch_id, from_index=from_index, runs_max=runs_max, passing=passing
         )
-        return found
+        return result
 
     async def run(self, batch_id: str, index: int) -> RunRecord:
-        """One run."""
-        found: RunRecord = await self._ask("run", batch_id=batch_id, index=index)
-        return found
+        """Return a run."""
+        result: RunRecord = await self._ask("run", batch_id=batch_id, index=index)
+        return result
 
     async def runs(
         self,
@@ -286,8 +291,8 @@ class RemoteStore:
         after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunRecord]:
-        """Runs that match."""
-        found: list[RunRecord] = await self._ask(
+        """List matching runs."""
+        result: list[RunRecord] = await self._ask(
             "runs",
             environment=environment,
             batch_id=batch_id,
@@ -297,170 +302,170 @@ class RemoteStore:
             after=after,
             limit=limit,
         )
-        return found
+        return result
 
     async def queues(self, environment: str) -> list[QueueView]:
-        """The queues that were ever used or paused."""
-        found: list[QueueView] = await self._ask("queues", environment=environment)
-        return found
+        """List the queues that were ever used or paused."""
+        result: list[QueueView] = await self._ask("queues", environment=environment)
+        return result
 
     async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
-        """Stop or go on handing out a queue's runs."""
+        """Pause or resume a queue."""
         await self._ask("pause_queue", environment=environment, name=name, paused=paused)
 
     async def dead_letters(
         self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
     ) -> list[DeadLetter]:
-        """Dead letters, oldest first."""
-        found: list[DeadLetter] = await self._ask(
+        """List dead letters, oldest first."""
+        result: list[DeadLetter] = await self._ask(
             "dead_letters", environment=environment, queue=queue, before_us=before_us, after=after, limit=limit
         )
-        return found
+        return result
 
     async def purge_dead(self, environment: str, runs: Sequence[tuple[str, int]]) -> int:
-        """Let dead letters be as other failed runs."""
-        found: int = await self._ask("purge_dead", environment=environment, runs=list(runs))
-        return found
+        """Remove runs from the dead-letter list. They remain failed runs."""
+        result: int = await self._ask("purge_dead", environment=environment, runs=list(runs))
+        return result
 
     async def rules(self, environment: str) -> dict[str, bytes]:
-        """What people decided, by name."""
-        found: dict[str, bytes] = await self._ask("rules", environment=environment)
-        return found
+        """Return the stored rules by name."""
+        result: dict[str, bytes] = await self._ask("rules", environment=environment)
+        return result
 
     async def keep_rules(self, environment: str, name: str, value: bytes, *, before: bytes | None) -> bool:
-        """Decide anew, unless others did meanwhile."""
-        kept: bool = await self._ask("keep_rules", environment=environment, name=name, value=value, before=before)
-        return kept
+        """Store rules, unless they were changed since `before` was read."""
+        is_stored: bool = await self._ask("keep_rules", environment=environment, name=name, value=value, before=before)
+        return is_stored
 
     async def verify(self, batch_id: str) -> Verification:
-        """Count a batch from its chunks."""
-        found: Verification = await self._ask("verify", batch_id=batch_id)
-        return found
+        """Recount a batch from its chunks."""
+        result: Verification = await self._ask("verify", batch_id=batch_id)
+        return result
 
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
-        """When the next delayed span becomes claimable."""
-        found: int | None = await self._ask("next_due_us", environment=environment, tasks=list(tasks))
-        return found
+        """Return the time when the next delayed span becomes claimable."""
+        result: int | None = await self._ask("next_due_us", environment=environment, tasks=list(tasks))
+        return result
 
     async def keep_schedules(
         self, environment: str, app: str, schedules: Sequence[Schedule], *, now_us: int
     ) -> list[Schedule]:
-        """Make the schedules of an app known."""
+        """Store the schedules of an app."""
         del now_us
-        found: list[Schedule] = await self._ask(
+        result: list[Schedule] = await self._ask(
             "keep_schedules", environment=environment, app=app, schedules=list(schedules)
         )
-        return found
+        return result
 
     async def tick(self, environment: str, tick: Tick, *, now_us: int) -> Ticked:
-        """Enqueue the runs of ticks, once."""
+        """Enqueue the runs of a tick, once."""
         del now_us
-        found: Ticked = await self._ask("tick", environment=environment, tick=tick)
-        return found
+        result: Ticked = await self._ask("tick", environment=environment, tick=tick)
+        return result
 
     async def schedules(self, environment: str) -> list[Schedule]:
-        """The schedules that were ever known."""
-        found: list[Schedule] = await self._ask("schedules", environment=environment)
-        return found
+        """List the schedules ever stored."""
+        result: list[Schedule] = await self._ask("schedules", environment=environment)
+        return result
 
-    # -- what belongs to whoever keeps the store
+    # -- operations of the server
 
     async def duties(self) -> dict[str, int]:
-        """None of them is this process's."""
+        """Return no duties: the server performs them."""
         return {}
 
     async def take_duty(self, name: str, holder: str, *, free_us: int, now_us: int) -> bool:
-        """The server does them."""
+        """Return False: the server performs the duties."""
         del name, holder, free_us, now_us
         return False
 
     async def end_duty(self, name: str, holder: str, *, free_us: int) -> None:
-        """The server does them."""
+        """Do nothing: the server performs the duties."""
         del name, holder, free_us
 
     async def sweep(self, *, now_us: int, rows_max: int) -> Swept:
-        """The server does that."""
+        """Do nothing: the server sweeps."""
         del now_us, rows_max
         return Swept()
 
     async def prune(self, finished_before_us: int, *, batches_max: int, rows_max: int) -> Pruned:
-        """Refused: what a server keeps is the server's to delete."""
+        """Refuse: only the server deletes batches."""
         del finished_before_us, batches_max, rows_max
         _refuse("delete batches")
 
     async def unnamed(self, keys: Sequence[str]) -> list[str]:
-        """The server knows."""
+        """Return none: the server knows which objects are in use."""
         del keys
         return []
 
     async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
-        """The server does that."""
+        """Do nothing: the server moves waiting spans."""
         del environment, task, source, target, spans_max
         return 0
 
     async def size_bytes(self) -> int:
-        """The server knows, and keeps its own bounds."""
+        """Return 0: the server knows its size and enforces its bounds."""
         return 0
 
     async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
-        """Refused: a lease of the server's own is the server's to settle."""
+        """Refuse: only the server settles leases by key."""
         del environment, task, keys
-        _refuse("look at leases by key")
+        _refuse("look up leases by key")
 
     async def add_key(self, key: ApiKey, *, now_us: int) -> None:
-        """Refused."""
+        """Refuse: API keys are managed where the store is."""
         del key, now_us
-        _refuse("make keys")
+        _refuse("create API keys")
 
     async def find_key(self, digest: str) -> ApiKey | None:
-        """Refused."""
+        """Refuse: API keys are managed where the store is."""
         del digest
-        _refuse("look at keys")
+        _refuse("look up API keys")
 
     async def keys(self, environment: str) -> list[ApiKey]:
-        """Refused."""
+        """Refuse: API keys are managed where the store is."""
         del environment
-        _refuse("look at keys")
+        _refuse("list API keys")
 
     async def revoke_key(self, environment: str, key_id: str, *, now_us: int) -> bool:
-        """Refused."""
+        """Refuse: API keys are managed where the store is."""
         del environment, key_id, now_us
-        _refuse("revoke keys")
+        _refuse("revoke API keys")
 
     async def signing_key(self, environment: str, offered: bytes) -> bytes:
-        """Refused."""
+        """Refuse: only the server signs tokens."""
         del environment, offered
-        _refuse("sign for the server")
+        _refuse("sign tokens")
 
     async def spend(self, environment: str, name: str, bucket: Bucket, cost: int, *, now_us: int) -> Spent:
-        """Refused."""
+        """Refuse: only the server counts against rate limits."""
         del environment, name, bucket, cost, now_us
-        _refuse("spend for the server")
+        _refuse("count against rate limits")
 
 
 class RemotePayloads(PayloadStore):
-    """Payloads and results over the inline limit, kept by the server beside its store."""
+    """Payloads and results over the inline limit, kept by the server."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: ServerConnection) -> None:
         from obstore.store import MemoryStore
 
         super().__init__(MemoryStore(), url=connection.url)
         self._connection = connection
 
     async def put(self, key: str, data: bytes) -> None:
-        """Store a payload durably under its key."""
+        """Store a payload under its key."""
         await self._connection.ask("PUT", f"/v1/objects/{key}", data, attempts=ATTEMPTS)
 
     async def get(self, key: str) -> bytes:
-        """The bytes under a key, checked there."""
-        answer = await self._connection.retried(
-            lambda: self._connection.once("GET", f"/v1/objects/{key}"), attempts=ATTEMPTS
+        """Return the payload under a key. The server verifies its content."""
+        response = await self._connection.retry(
+            lambda: self._connection.send_once("GET", f"/v1/objects/{key}"), attempts=ATTEMPTS
         )
-        return answer.body
+        return response.body
 
     async def check(self) -> None:
-        """The server looks after its own."""
+        """Do nothing: the server checks its object store."""
 
 
-def _refuse(what: str) -> NoReturn:
-    raise ClientFault(f"a server's client can't {what}", hint="run the command where the store is")
+def _refuse(action: str) -> NoReturn:
+    raise ClientFault(f"can't {action} through a server's API", hint="run the command on the machine of the store")

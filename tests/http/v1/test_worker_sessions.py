@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from headrace.remote.connection import Connection
+from headrace.remote.connection import ServerConnection
 from headrace.remote.store import RemoteStore
 from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.store.protocol import Claim
@@ -70,7 +70,7 @@ async def test_a_claim_that_waits_shows_that_it_lives(tmp_path: Path, monkeypatc
         body = {"session": session, "claim_no": 1, "tasks": ["task"], "wait_s": 0.3}
         answer = await home.ask("POST", "/v1/claims", body)
         assert (answer.body[:2], answer.json) == (b"  ", {"leases": []})
-        far = RemoteStore(Connection(home.server.url, KEY, attempts=1), LIMITS, wait_s=1)
+        far = RemoteStore(ServerConnection(home.server.url, KEY, attempts=1), LIMITS, wait_s=1)
         await far.open()
         wish = Claim(session_id=session, claim_no=2, environment="", tasks=["task"], queues=None, runs_max=1)
         assert await far.claim(wish, now_us=0) == []

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from headrace.core.batch import LISTED, Batch
 from headrace.foundation.errors import Conflict, InvalidInput
 from headrace.http.requests.error_responses import Forbidden, Unprocessable
-from headrace.http.requests.item_codec import ItemDecoder
+from headrace.http.requests.item_codec import HttpItemDecoder
 from headrace.http.requests.request_body import body_pieces
 from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.producing.indexed_feed import FeedCounts, IndexedFeed, IndexOutside, UnreadableItem
@@ -22,7 +22,7 @@ async def ingest_items(service: Service, call: RequestContext, request: Request,
         if token_only and batch.task and task != batch.task:
             raise Forbidden(f"the token allows only the batch's task {batch.task!r}, not {task[:60]!r}")
 
-    decoder = ItemDecoder(
+    decoder = HttpItemDecoder(
         defaults=service.default_key,
         limits=service.limits,
         now_us=engine.clock.now_us(),

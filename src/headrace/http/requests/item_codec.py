@@ -165,7 +165,7 @@ class TaskDefaults(Protocol):
         """Return the key of a plain run of this task."""
 
 
-class ItemDecoder:
+class HttpItemDecoder:
     """Decoder of the items of one request. `now_us`: the time from which delays and expiries count."""
 
     def __init__(

@@ -34,7 +34,7 @@ REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 EndpointFunction = Callable[[Request], Awaitable[Response]]
 
 
-class Endpoint(NamedTuple):
+class ApiEndpoint(NamedTuple):
     """One endpoint. `tag` groups it in the API documents; "" hides it there."""
 
     method: str
@@ -43,55 +43,55 @@ class Endpoint(NamedTuple):
     tag: str = ""
 
 
-def endpoints_of(service: Service) -> list[Endpoint]:
+def endpoints_of(service: Service) -> list[ApiEndpoint]:
     """List all endpoints. Routes, API documents and tests are made from this list."""
     batches, runs, uploads = TriggerBatches(service), TriggerRuns(service), Uploads(service)
     work, stores = WorkerSessions(service), StoreRpc(service)
     activations = ActivationEndpoint(service)
     v1_batches, health = V1Batches(service), ServerEndpoints(service, lambda: endpoints_of(service))
     return [
-        Endpoint("POST", "/api/v3/batches", batches.create, "compatible"),
-        Endpoint("POST", "/api/v3/batches/{batch_id}/items", batches.stream, "compatible"),
-        Endpoint("GET", "/api/v1/batches/{batch_id}", batches.retrieve, "compatible"),
-        Endpoint("GET", "/api/v2/batches/{batch_id}", batches.retrieve, "compatible"),
-        Endpoint("GET", "/api/v1/batches/{batch_id}/results", batches.results, "compatible"),
-        Endpoint("GET", "/api/v3/runs/{run_id}", runs.retrieve, "compatible"),
-        Endpoint("GET", "/api/v1/runs", runs.index, "compatible"),
-        Endpoint("GET", "/api/v1/runs/{run_id}/result", runs.result, "compatible"),
-        Endpoint("POST", "/api/v2/runs/{run_id}/cancel", runs.cancel, "compatible"),
-        Endpoint("POST", "/api/v1/runs/{run_id}/replay", runs.replay, "compatible"),
-        Endpoint("PUT", "/api/v2/packets/{path:path}", uploads.presign_upload, "compatible"),
-        Endpoint("PUT", "/api/v1/packets/{path:path}", uploads.presign_upload, "compatible"),
-        Endpoint("GET", "/api/v1/packets/{path:path}", uploads.presign_download, "compatible"),
-        Endpoint("PUT", "/api/packets/{environment}/{path:path}", uploads.upload),
-        Endpoint("GET", "/api/packets/{environment}/{path:path}", uploads.download),
-        Endpoint("POST", "/v1/batches", v1_batches.create, "batches"),
-        Endpoint("GET", "/v1/batches", v1_batches.index, "batches"),
-        Endpoint("GET", "/v1/batches/{batch_id}", v1_batches.retrieve, "batches"),
-        Endpoint("POST", "/v1/batches/{batch_id}/items", v1_batches.stream, "batches"),
-        Endpoint("GET", "/v1/batches/{batch_id}/missing", v1_batches.missing, "batches"),
-        Endpoint("GET", "/v1/batches/{batch_id}/results", v1_batches.results, "batches"),
-        Endpoint("GET", "/v1/batches/{batch_id}/events", v1_batches.events, "batches"),
-        Endpoint("POST", "/v1/batches/{batch_id}/seal", v1_batches.seal, "batches"),
-        Endpoint("POST", "/v1/batches/{batch_id}/cancel", v1_batches.cancel, "batches"),
-        Endpoint("POST", "/v1/batches/{batch_id}/redrive", v1_batches.redrive, "batches"),
-        Endpoint("POST", "/v1/tasks/{task}/runs", work.enqueue, "runs"),
-        Endpoint("POST", "/v1/activations", activations.stream, "runs"),
-        Endpoint("POST", "/v1/sessions", work.start, "work"),
-        Endpoint("POST", "/v1/sessions/{session_id}/heartbeat", work.heartbeat, "work"),
-        Endpoint("DELETE", "/v1/sessions/{session_id}", work.end, "work"),
-        Endpoint("POST", "/v1/claims", work.claim, "work"),
-        Endpoint("POST", "/v1/settlements", work.settle, "work"),
-        Endpoint("POST", "/v1/releases", work.release, "work"),
-        Endpoint("GET", "/v1/about", stores.about, "server"),
-        Endpoint("POST", "/v1/store/{verb}", stores.call),
-        Endpoint("PUT", "/v1/objects/{key:path}", stores.put_object),
-        Endpoint("GET", "/v1/objects/{key:path}", stores.get_object),
-        Endpoint("GET", "/healthz", health.alive, "server"),
-        Endpoint("GET", "/readyz", health.ready, "server"),
-        Endpoint("GET", "/metrics", health.metrics, "server"),
-        Endpoint("GET", "/openapi.json", health.openapi, "server"),
-        Endpoint("GET", "/docs", health.docs, "server"),
+        ApiEndpoint("POST", "/api/v3/batches", batches.create, "compatible"),
+        ApiEndpoint("POST", "/api/v3/batches/{batch_id}/items", batches.stream, "compatible"),
+        ApiEndpoint("GET", "/api/v1/batches/{batch_id}", batches.retrieve, "compatible"),
+        ApiEndpoint("GET", "/api/v2/batches/{batch_id}", batches.retrieve, "compatible"),
+        ApiEndpoint("GET", "/api/v1/batches/{batch_id}/results", batches.results, "compatible"),
+        ApiEndpoint("GET", "/api/v3/runs/{run_id}", runs.retrieve, "compatible"),
+        ApiEndpoint("GET", "/api/v1/runs", runs.index, "compatible"),
+        ApiEndpoint("GET", "/api/v1/runs/{run_id}/result", runs.result, "compatible"),
+        ApiEndpoint("POST", "/api/v2/runs/{run_id}/cancel", runs.cancel, "compatible"),
+        ApiEndpoint("POST", "/api/v1/runs/{run_id}/replay", runs.replay, "compatible"),
+        ApiEndpoint("PUT", "/api/v2/packets/{path:path}", uploads.presign_upload, "compatible"),
+        ApiEndpoint("PUT", "/api/v1/packets/{path:path}", uploads.presign_upload, "compatible"),
+        ApiEndpoint("GET", "/api/v1/packets/{path:path}", uploads.presign_download, "compatible"),
+        ApiEndpoint("PUT", "/api/packets/{environment}/{path:path}", uploads.upload),
+        ApiEndpoint("GET", "/api/packets/{environment}/{path:path}", uploads.download),
+        ApiEndpoint("POST", "/v1/batches", v1_batches.create, "batches"),
+        ApiEndpoint("GET", "/v1/batches", v1_batches.index, "batches"),
+        ApiEndpoint("GET", "/v1/batches/{batch_id}", v1_batches.retrieve, "batches"),
+        ApiEndpoint("POST", "/v1/batches/{batch_id}/items", v1_batches.stream, "batches"),
+        ApiEndpoint("GET", "/v1/batches/{batch_id}/missing", v1_batches.missing, "batches"),
+        ApiEndpoint("GET", "/v1/batches/{batch_id}/results", v1_batches.results, "batches"),
+        ApiEndpoint("GET", "/v1/batches/{batch_id}/events", v1_batches.events, "batches"),
+        ApiEndpoint("POST", "/v1/batches/{batch_id}/seal", v1_batches.seal, "batches"),
+        ApiEndpoint("POST", "/v1/batches/{batch_id}/cancel", v1_batches.cancel, "batches"),
+        ApiEndpoint("POST", "/v1/batches/{batch_id}/redrive", v1_batches.redrive, "batches"),
+        ApiEndpoint("POST", "/v1/tasks/{task}/runs", work.enqueue, "runs"),
+        ApiEndpoint("POST", "/v1/activations", activations.stream, "runs"),
+        ApiEndpoint("POST", "/v1/sessions", work.start, "work"),
+        ApiEndpoint("POST", "/v1/sessions/{session_id}/heartbeat", work.heartbeat, "work"),
+        ApiEndpoint("DELETE", "/v1/sessions/{session_id}", work.end, "work"),
+        ApiEndpoint("POST", "/v1/claims", work.claim, "work"),
+        ApiEndpoint("POST", "/v1/settlements", work.settle, "work"),
+        ApiEndpoint("POST", "/v1/releases", work.release, "work"),
+        ApiEndpoint("GET", "/v1/about", stores.about, "server"),
+        ApiEndpoint("POST", "/v1/store/{verb}", stores.call),
+        ApiEndpoint("PUT", "/v1/objects/{key:path}", stores.put_object),
+        ApiEndpoint("GET", "/v1/objects/{key:path}", stores.get_object),
+        ApiEndpoint("GET", "/healthz", health.alive, "server"),
+        ApiEndpoint("GET", "/readyz", health.ready, "server"),
+        ApiEndpoint("GET", "/metrics", health.metrics, "server"),
+        ApiEndpoint("GET", "/openapi.json", health.openapi, "server"),
+        ApiEndpoint("GET", "/docs", health.docs, "server"),
     ]
 
 

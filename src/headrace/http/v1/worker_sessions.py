@@ -21,7 +21,7 @@ from headrace.core.span import LOST, RETRY, Settlement, encode_uint16s
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import new_session_id, run_id
 from headrace.http.requests.error_responses import json_response
-from headrace.http.requests.item_codec import InvalidItem, ItemDecoder, ItemOptions, parse_time_us
+from headrace.http.requests.item_codec import HttpItemDecoder, InvalidItem, ItemOptions, parse_time_us
 from headrace.http.requests.lease_tokens import LeaseTokens
 from headrace.http.requests.long_poll import RUNS_MAX, RemoteWork, check_session
 from headrace.http.requests.request_body import decode_body
@@ -111,7 +111,7 @@ class WorkerSessions:
         service = self._service
         call = await service.authorize(request, "runs:write")
         params = await decode_body(request, service.limits, RunBody, bytes_max=service.limits.item_bytes_max)
-        decoder = ItemDecoder(
+        decoder = HttpItemDecoder(
             defaults=service.default_key,
             limits=service.limits,
             now_us=call.engine.clock.now_us(),

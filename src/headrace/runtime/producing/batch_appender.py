@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Self
 
 import msgspec
@@ -56,6 +56,15 @@ class InputPosition(msgspec.Struct, frozen=True, kw_only=True, rename=_NAMES):
 BEGINNING: Final = InputPosition()
 
 
+async def append_chunks(
+    engine: Engine, batch_id: str, chunks: Sequence[Chunk], *, cursor: bytes | None = None, seals: bool = False
+) -> Appended:
+    """Append chunks in one transaction, and wake the workers that wait for runs."""
+    appended = await engine.store.append(batch_id, chunks, now_us=engine.clock.now_us(), cursor=cursor, seals=seals)
+    engine.wakeup.notify()
+    return appended
+
+
 class BatchAppender:
     """Runs in, appends out: one in flight, the next one filling. Owned by one task, which must `finish` or `stop`.
 
@@ -72,15 +81,14 @@ class BatchAppender:
         start: InputPosition = BEGINNING,
         on_appended: Callable[[Appended], None] = lambda _appended: None,
         on_refused: Callable[[ClientFault], Awaitable[ClientFault]] | None = None,
-        waits_max: int = WAITS_MAX,
+        waits_max: int | None = WAITS_MAX,
         gather_s: float = 0.0,
     ) -> None:
         limits = engine.limits
         self.coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
         self.position = start
-        self._store = engine.store
+        self._engine = engine
         self._clock = engine.clock
-        self._wakeup = engine.wakeup
         self._batch_id = batch_id
         self._on_appended = on_appended
         self._on_refused = on_refused
@@ -174,9 +182,7 @@ class BatchAppender:
         cursor = position.encode() if position.bytes_count > self.position.bytes_count else None
         try:
             appended = await retry_transient(
-                lambda: self._store.append(
-                    self._batch_id, chunks, now_us=self._clock.now_us(), cursor=cursor, seals=self._seals
-                ),
+                lambda: append_chunks(self._engine, self._batch_id, chunks, cursor=cursor, seals=self._seals),
                 self._clock,
                 what="the store",
                 waits_max=self._waits_max,
@@ -187,4 +193,3 @@ class BatchAppender:
             raise await self._on_refused(error) from error
         self._on_appended(appended)
         self.position = position
-        self._wakeup.notify()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
+from operator import attrgetter
 from time import perf_counter
 from typing import Any, Final, NamedTuple
 
@@ -24,12 +26,14 @@ from headrace.foundation.ids import new_batch_id
 from headrace.runtime.concurrent_map import map_concurrently
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
+from headrace.runtime.producing.batch_appender import BatchAppender, append_chunks
 from headrace.runtime.sessions.session import StoreSession
 from headrace.runtime.tasks.bounds import check_name
 from headrace.runtime.tasks.call_options import Options, extra_of, key_of, with_trace
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.store.protocol import NewBatch
 
+_RUN_INDEX: Final = attrgetter("run_index")
 GROUP_ITEMS: Final = 256
 GROUP_S: Final = 0.001
 STREAMS_TRIED: Final = 5
@@ -106,13 +110,25 @@ class Producer:
         await self._end_stream()
         self._stream_id, self._next_index = await self._create_owned(kind=STREAM), 0
         self._flusher = Flusher(
-            _Appending(self.engine, self._stream_id).flush,
+            partial(self._append_enqueues, self._stream_id),
             name="enqueues",
             clock=self.engine.clock,
             on_refused=_refuse,
             size=self.engine.limits.flush_size,
         )
         return self._flusher
+
+    async def _append_enqueues(self, stream_id: str, enqueues: Sequence[_Enqueue]) -> None:
+        """Append single runs in one transaction, and answer each of them after its commit."""
+        limits = self.engine.limits
+        coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
+        for enqueue in sorted(enqueues, key=_RUN_INDEX):
+            coalescer.add(enqueue.run_index, enqueue.payload, enqueue.key, kind=enqueue.kind, extra=enqueue.extra)
+        appended = await append_chunks(self.engine, stream_id, coalescer.flush())
+        for enqueue in enqueues:
+            if not enqueue.answer.done():
+                existing = appended.existing.get(enqueue.run_index)
+                enqueue.answer.set_result((*existing, False) if existing else (stream_id, enqueue.run_index, True))
 
     async def _create_owned(self, **more: Any) -> str:
         """A batch that ends with this process's session, whatever happens to the process; answers its id."""
@@ -193,7 +209,7 @@ class Producer:
         now_us = clock.now_us()
         span_key, shared = key_of(spec, options, now_us), extra_of(options, limits, now_us)
         batch_id = await self._create_mapped(spec.name, key, metadata)
-        stream = _Stream(self.engine, batch_id)
+        appender = BatchAppender(self.engine, batch_id, waits_max=None)
         codec = spec.codec
 
         def step(group: list[Any]) -> _Encoded | Awaitable[_Encoded]:
@@ -208,13 +224,18 @@ class Producer:
                 map_concurrently(_grouped(items), step, concurrency=limits.ingest_concurrency)
             ) as steps:
                 async for encoded in steps:
-                    index = await stream.add(index, encoded, span_key)
-            await stream.close()
+                    _add_encoded(appender, index, encoded, span_key)
+                    index += len(encoded.payloads)
+                    await appender.push(index, None)
+            await appender.finish()
         except BaseException:
-            await stream.abandon()
+            with suppress(HeadraceError):  # the first error is raised; what was read becomes durable all the same
+                await appender.finish()
             if key is None:  # nobody could ever go on with it
                 await self.engine.store.stop_batch(batch_id, CANCELLED, now_us=clock.now_us())
             raise
+        finally:
+            await appender.stop()
         await self.engine.store.seal(batch_id, index, now_us=clock.now_us())
         self.engine.recorded.notify()
         return batch_id
@@ -275,29 +296,6 @@ class Producer:
         return reference, REFERENCE, named
 
 
-class _Appending:
-    """Flushes single enqueues into their stream."""
-
-    def __init__(self, engine: Engine, batch_id: str) -> None:
-        self._engine = engine
-        self._batch_id = batch_id
-
-    async def flush(self, enqueues: Sequence[_Enqueue]) -> None:
-        """One append for all of them; each is answered after the commit."""
-        limits = self._engine.limits
-        coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
-        for one in sorted(enqueues, key=lambda enqueue: enqueue.run_index):
-            coalescer.add(one.run_index, one.payload, one.key, kind=one.kind, extra=one.extra)
-        appended = await self._engine.store.append(
-            self._batch_id, coalescer.flush(), now_us=self._engine.clock.now_us()
-        )
-        for one in enqueues:
-            if not one.answer.done():
-                known = appended.existing.get(one.run_index)
-                one.answer.set_result((*known, False) if known else (self._batch_id, one.run_index, True))
-        self._engine.wakeup.notify()
-
-
 def _refuse(enqueue: _Enqueue, error: HeadraceError) -> None:
     if not enqueue.answer.done():
         enqueue.answer.set_exception(error)
@@ -335,53 +333,13 @@ async def _groups_of(items: Iterable[Any]) -> AsyncIterator[list[Any]]:
         await asyncio.sleep(0)
 
 
-class _Stream:
-    """Chunks of one batch on their way: one append in flight while the next fills."""
-
-    def __init__(self, engine: Engine, batch_id: str) -> None:
-        limits = engine.limits
-        self._engine = engine
-        self._batch_id = batch_id
-        self._coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
-        self._flusher: Flusher[Chunk] = Flusher(
-            self._append, name="map", clock=engine.clock, on_refused=self._refused, size=32
-        )
-        self._error: HeadraceError | None = None
-
-    async def add(self, index: int, encoded: _Encoded, key: Key) -> int:
-        """Take a group in; answers the index after it."""
-        if encoded.extras is None:
-            self._coalescer.extend(index, encoded.payloads, key)
-        else:
-            for number, (payload, (kind, extra)) in enumerate(zip(encoded.payloads, encoded.extras, strict=True)):
-                self._coalescer.add(index + number, payload, key, kind=kind, extra=extra)
-        for chunk in self._coalescer.take():
-            await self._put(chunk)
-        return index + len(encoded.payloads)
-
-    async def _put(self, chunk: Chunk) -> None:
-        if self._error is not None:
-            raise self._error
-        await self._flusher.put(chunk)
-
-    async def _append(self, chunks: Sequence[Chunk]) -> None:
-        await self._engine.store.append(self._batch_id, chunks, now_us=self._engine.clock.now_us())
-        self._engine.wakeup.notify()
-
-    def _refused(self, _chunk: Chunk, error: HeadraceError) -> None:
-        self._error = self._error or error
-
-    async def abandon(self) -> None:
-        """Write what was taken in, and leave it at that: the error that ended the stream goes first."""
-        with suppress(HeadraceError):
-            await self.close()
-
-    async def close(self) -> None:
-        for chunk in self._coalescer.flush():
-            await self._put(chunk)
-        await self._flusher.close()
-        if self._error is not None:
-            raise self._error
+def _add_encoded(appender: BatchAppender, first_index: int, encoded: _Encoded, key: Key) -> None:
+    if encoded.extras is None:
+        appender.coalescer.extend(first_index, encoded.payloads, key)
+        return
+    indexed = enumerate(zip(encoded.payloads, encoded.extras, strict=True), first_index)
+    for index, (payload, (kind, extra)) in indexed:
+        appender.coalescer.add(index, payload, key, kind=kind, extra=extra)
 
 
 def _encoded(spec: TaskSpec, item: Any) -> tuple[bytes, bytes | None]:

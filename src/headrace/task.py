@@ -159,7 +159,7 @@ class Task(Generic[P, R]):
         """Return the script that stores one run in a transaction, and the maker of a handle from its answer."""
         payload = self.spec.codec.encode(args, kwargs)
         producer = await self.app.producer()
-        new, chunk = await producer.alone(self.spec, payload, options)
+        new, chunk = await producer.build_single(self.spec, payload, options)
         now_us = producer.engine.clock.now_us()
         return lambda: enqueue(new, chunk, now_us), lambda run: self._run(producer, run)
 

@@ -70,11 +70,11 @@ async def test_a_run_that_failed_for_good_is_a_dead_letter_where_its_task_says_s
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"on_exhausted": "bury"}, "on_exhausted must be one of discard, dead_letter"),
-        ({"delay_s": -1}, "delay_s must be from 0"),
-        ({"expires_s": 1e12}, "expires_s must be from 0"),
-        ({"expires_s": True}, "expires_s must be from 0"),
-        ({"name": "headrace.activation"}, "what activations are runs of"),
+        ({"on_exhausted": "bury"}, "on_exhausted: expected one of discard, dead_letter"),
+        ({"delay_s": -1}, "delay_s: expected 0 to"),
+        ({"expires_s": 1e12}, "expires_s: expected 0 to"),
+        ({"expires_s": True}, "expires_s: expected 0 to"),
+        ({"name": "headrace.activation"}, "is reserved for activations"),
     ],
 )
 async def test_an_option_that_can_not_be_is_refused_where_it_is_written(

@@ -462,7 +462,7 @@ async def test_closing_gives_up_after_its_grace_and_says_what_stayed(new: New, c
     await clock.advance_async(29.9)
     assert not closing.done()
     await clock.advance_async(0.1)
-    with pytest.raises(UpdatesUnflushed, match="3 updates stayed unwritten") as told:
+    with pytest.raises(UpdatesUnflushed, match="3 updates were not written") as told:
         await closing
     assert told.value.unflushed == flusher.unflushed == (0, 1, 2)
     assert isinstance(told.value.__cause__, OSError)

@@ -19,7 +19,7 @@ class BackgroundLoop:
         self._thread.start()
 
     def run(self, awaitable: Awaitable[T]) -> T:
-        """Await something there; from any other thread."""
+        """Run an awaitable on the loop and return its result. Call it from any other thread."""
 
         async def wrapped() -> T:
             return await awaitable
@@ -28,17 +28,17 @@ class BackgroundLoop:
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # a Ctrl-C here ends it there
+            future.cancel()  # Ctrl-C in the calling thread cancels it on the loop too
             raise
 
     def stop(self) -> None:
-        """End what still runs there, and the thread."""
+        """Cancel what still runs on the loop, close the loop and end the thread."""
 
         async def end() -> None:
-            rest = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in rest:
+            running_tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in running_tasks:
                 task.cancel()
-            await asyncio.gather(*rest, return_exceptions=True)
+            await asyncio.gather(*running_tasks, return_exceptions=True)
             await self.loop.shutdown_asyncgens()
             await self.loop.shutdown_default_executor()
 

@@ -1,8 +1,8 @@
-"""Time, as something a loop is given.
+"""Clocks: every loop gets the time from one, and never reads it elsewhere.
 
-Rule 1: nothing on this floor reads the time or waits for it except through a `Clock`, so a test holds the
-clock in its hand and no promise about timing needs a real second.
-Rule 2: one word for a moment: microseconds since 1970, UTC. Spans of waiting are seconds, as floats.
+Rule 1: no module of the runtime reads the time or waits for it but through a `Clock`. A test passes a clock that it
+controls, so no promise about timing needs a real second. Rule 2: a moment is an integer, microseconds since 1970 in
+UTC. A duration to wait is a float, in seconds.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ _SETTLE_TURNS_MAX: Final = 1_000_000
 
 
 class Timer(Protocol):
-    """A call that is to come."""
+    """A scheduled call."""
 
     def cancel(self) -> object:
-        """Leave it; without effect once it was made."""
+        """Cancel the call; no effect once it was made."""
         ...
 
 
 class Clock(Protocol):
-    """What a loop may know about time."""
+    """The time, as a loop may use it."""
 
     def now_us(self) -> int:
-        """This moment; never less than an earlier answer of the same clock."""
+        """Return the current time; never less than an earlier answer of the same clock."""
         ...
 
     async def sleep(self, seconds: float) -> None:
-        """Return when `seconds` have passed; zero or less lets others run once and returns."""
+        """Sleep for `seconds`; zero or less yields to the event loop once."""
         ...
 
     async def wait_for(self, event: asyncio.Event, timeout_s: float | None) -> bool:
-        """True once `event` is set; False when `timeout_s` passed first. None waits for as long as it takes.
+        """Wait for `event`. True once it is set, False if `timeout_s` passed first; None waits without a limit.
 
-        The one primitive of every loop that works on a signal or after a while, whichever comes first.
+        The one primitive of every loop that works on a signal or after some time, whichever comes first.
         """
         ...
 
     def call_later(self, seconds: float, call: Callable[[], object]) -> Timer:
-        """Call `call` on the running loop when `seconds` have passed: a timeout without a task."""
+        """Call `call` on the running loop after `seconds`: a timeout that needs no task."""
         ...
 
     def anchor(self, database_now_us: int) -> None:
-        """Go on from the database's time; a clock that nobody but its holder moves stays as it is."""
+        """Continue from the database's time; a manual clock ignores it."""
         ...
 
 
@@ -63,16 +63,15 @@ class _Anchor(NamedTuple):
 
 
 class SystemClock:
-    """The clock of a live process: a wall time read once, carried on by the monotonic clock.
+    """Clock of a live process: a wall-clock time read once, advanced by the monotonic clock.
 
-    A wall clock that jumps (NTP, an operator, a suspended machine) therefore moves nothing. `anchor` takes
-    the database's time at each heartbeat, so hosts whose clocks disagree by minutes agree on due times and
-    leases. Where the database is behind, this clock stands still until the database has caught up: it never
-    goes back.
+    A wall clock that jumps (NTP, an operator, a suspended machine) has no effect. `anchor` takes the database's time at
+    each heartbeat, so hosts whose clocks differ by minutes agree on due times and leases. If the database's time is
+    behind, this clock stands still until the database has caught up: it never goes back.
     """
 
     def __init__(self, start_us: int | None = None) -> None:
-        """`start_us`: what time the database says it is; without it, this machine's word is taken."""
+        """`start_us`: the database's time; without it, this machine's wall clock is used."""
         self._lock = threading.Lock()
         wall_us = time.time_ns() // 1_000 if start_us is None else start_us
         self._anchor = _Anchor(wall_us, time.monotonic_ns(), 0)
@@ -82,10 +81,9 @@ class SystemClock:
             return self._now_us()
 
     def anchor(self, database_now_us: int) -> None:
-        """Go on from the database's time. May be called from the heartbeat's own thread.
+        """Continue from the database's time. May be called from the heartbeat's own thread.
 
-        The answer is as old as its way back from the database; a heartbeat's round trip is far under any
-        lease, so it isn't corrected for.
+        The time is as old as its way back from the database. That is far below any lease, so it is not corrected for.
         """
         with self._lock:
             self._anchor = _Anchor(database_now_us, time.monotonic_ns(), self._now_us())
@@ -112,10 +110,10 @@ class SystemClock:
 
 
 class ManualClock:
-    """The clock of a test: it stands until it is told to move.
+    """Clock of a test: the time changes only when the test advances it.
 
-    Sleepers wake in the order they are due, those due at one moment in the order they went to sleep. Belongs
-    to one event loop at a time.
+    Sleeping tasks wake in the order of their due times, and for equal due times in the order they began to sleep.
+    Belongs to one event loop at a time.
     """
 
     def __init__(self, start_us: int = 1_700_000_000 * SECOND_US) -> None:
@@ -128,14 +126,14 @@ class ManualClock:
 
     @property
     def sleepers_count(self) -> int:
-        """How many are waiting for this clock to move."""
+        """Return how many tasks wait for this clock."""
         return sum(1 for _, _, woken in self._sleepers if not woken.done())
 
     def advance(self, seconds: float) -> None:
-        """Move on at once and wake whoever is due; they run when the caller next lets go of the loop.
+        """Advance at once and wake the tasks that are due; they run when the caller next yields to the loop.
 
-        A woken task sees the time at the end of the step. Where it sleeps again within the step, use
-        `advance_async`, which stops at each due moment.
+        A woken task sees the time at the end of the step. If tasks sleep again within the step, use `advance_async`,
+        which stops at each due time.
         """
         target_us = self._target_us(seconds)
         while self._sleepers and self._sleepers[0][0] <= target_us:
@@ -143,7 +141,7 @@ class ManualClock:
         self._now_us = target_us
 
     async def advance_async(self, seconds: float) -> None:
-        """Move on from due moment to due moment, and let everything run until it waits again at each."""
+        """Advance from due time to due time; at each, run all tasks until they wait again."""
         target_us = self._target_us(seconds)
         await self.settle()
         while self._sleepers and self._sleepers[0][0] <= target_us:
@@ -154,10 +152,10 @@ class ManualClock:
         self._now_us = target_us
 
     async def settle(self) -> None:
-        """Return when no task on this loop can go on without time, another thread or the network.
+        """Return when no task of this loop can go on without time, another thread or the network.
 
-        Reads the loop's own queue of what is ready, which only the stdlib's loops show; on any other loop it
-        gives a fixed number of turns. Raises `AssertionError` for tasks that spin for ever.
+        Reads the loop's queue of ready callbacks, which only the loops of the standard library expose; any other loop
+        is given a fixed number of turns. Raises `AssertionError` for tasks that never wait.
         """
         ready: Any = getattr(asyncio.get_running_loop(), "_ready", None)
         if ready is None:
@@ -168,7 +166,7 @@ class ManualClock:
             await asyncio.sleep(0)
             if not ready:
                 return
-        raise AssertionError("the tasks of this loop never come to rest")
+        raise AssertionError("the tasks of this loop never stop being ready")
 
     async def sleep(self, seconds: float) -> None:
         if seconds <= 0:
@@ -199,7 +197,7 @@ class ManualClock:
         return alarm
 
     def anchor(self, database_now_us: int) -> None:
-        """The test holds this clock, and nobody else."""
+        """Ignore the database's time: only the test advances this clock."""
 
     def _alarm(self, seconds: float) -> asyncio.Future[None]:
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -210,7 +208,9 @@ class ManualClock:
 
     def _target_us(self, seconds: float) -> int:
         if seconds < 0:
-            raise InvalidInput(f"a clock can't go back by {-seconds} s", hint="advance by zero seconds or more")
+            raise InvalidInput(
+                f"expected zero seconds or more to advance the clock by, got {seconds}", hint="a clock never goes back"
+            )
         return self._now_us + round(seconds * SECOND_US)
 
     def _wake_next(self) -> None:

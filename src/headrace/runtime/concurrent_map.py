@@ -1,10 +1,10 @@
-"""A bounded, concurrent map over a stream that may never fit into memory.
+"""A bounded, concurrent map over a stream that may not fit into memory.
 
-Rule 1: the source is pulled lazily, whatever it offers and however slow the consumer is. At most `concurrency` steps
-run. In order, what is finished and not yet handed on counts as running; else at most as many results wait beside them,
-so that a step ends and the next begins without a word from the consumer.
-Rule 2: the first error ends everything: what runs is cancelled, the source is closed, the error goes out
-as it is. So does a consumer that stops.
+Rule 1: the source is pulled lazily, at most as fast as results are consumed. At most `concurrency` steps run. In
+ordered mode a finished result that was not yet consumed counts as a running step. In unordered mode at most
+`concurrency` results wait beside the running steps, so a step can start without waiting for the consumer. Rule 2: the
+first error ends the map: running steps are cancelled, the source is closed, and the error is raised unchanged. A
+consumer that stops early has the same effect.
 """
 
 from __future__ import annotations
@@ -49,17 +49,15 @@ def map_concurrently(
     concurrency: int,
     ordered: bool = True,
 ) -> AsyncGenerator[R, None]:
-    """The results of `step` for each item of `source`, with at most `concurrency` steps running.
+    """Yield the results of `step` for each item of `source`, with at most `concurrency` steps running.
 
-    `ordered`: results come in the order of the source, and one that is finished early keeps its place;
-    else as they finish. A step that returns a plain value costs no task, one that returns an awaitable
-    costs one; with a concurrency of 1 none does, and an item is pulled only when the consumer comes back
-    for the next result.
+    `ordered`: results are yielded in the order of the source; otherwise in the order of completion. A step that returns
+    a plain value costs no task, one that returns an awaitable costs one. With a concurrency of 1 there are no tasks,
+    and an item is pulled only when the consumer asks for the next result.
 
-    When a step or the source fails, results that come before the failure and are finished are still
-    handed on, nothing is waited for, and the error is raised. Close the generator (`aclose`, or
-    `contextlib.aclosing`) when leaving early. A plain iterable is read on the loop, so its `next` should
-    not block.
+    If a step or the source fails, finished results from before the failure are still yielded, then the error is raised
+    without waiting for other steps. Close the generator (`aclose`, or `contextlib.aclosing`) when you leave it early.
+    A plain iterable is read on the event loop, so its `next` must not block.
 
     Raises `InvalidSetting` at once for a concurrency that is not a whole number within its limit.
     """
@@ -101,35 +99,35 @@ async def _in_order(
 async def _as_they_finish(
     source: AsyncIterable[T] | Iterable[T], step: Callable[[T], R | Awaitable[R]], concurrency: int
 ) -> AsyncGenerator[R, None]:
-    crew = _UnorderedRunners(_PulledSource(source), step, concurrency)
-    crew.start()
+    runners = _UnorderedRunners(_PulledSource(source), step, concurrency)
+    runners.start()
     try:
-        while await crew.has_result():
-            yield crew.take()
+        while await runners.has_result():
+            yield runners.take()
     except BaseException as error:
-        await crew.stop(error)
+        await runners.stop(error)
         raise
-    await crew.stop(None)
+    await runners.stop(None)
 
 
 class _PulledSource(Generic[T]):
-    """One face for plain and asynchronous sources."""
+    """One interface over plain and asynchronous sources."""
 
     def __init__(self, source: AsyncIterable[T] | Iterable[T]) -> None:
         self._async = aiter(source) if isinstance(source, AsyncIterable) else None
         self._plain = None if isinstance(source, AsyncIterable) else iter(source)
 
     async def pull(self) -> T | object:
-        """The next item, or `_NOTHING` at the end."""
+        """Return the next item, or `_NOTHING` at the end."""
         if self._async is not None:
             return await anext(self._async, _NOTHING)
         assert self._plain is not None
         return next(self._plain, _NOTHING)
 
     async def close(self, error: BaseException | None) -> None:
-        """Let the source end what it began; if that fails too, `error` stays the error that goes out.
+        """Close a source that is a generator. If that fails too, `error` stays the error that is raised.
 
-        Files and other iterators that are not generators belong to who opened them.
+        Files and other iterators that are not generators belong to the caller.
         """
         try:
             close_async: Any = getattr(self._async, "aclose", None)
@@ -140,11 +138,11 @@ class _PulledSource(Generic[T]):
         except Exception as closing:
             if error is None or isinstance(error, GeneratorExit):
                 raise
-            error.add_note(f"closing the source failed as well: {closing!r}")
+            error.add_note(f"closing the source failed too: {closing!r}")
 
 
 class _Slot:
-    """The place of one item in the order of results."""
+    """The result of one item, at the item's position in the order."""
 
     __slots__ = ("is_finished", "result")
 
@@ -154,9 +152,9 @@ class _Slot:
 
 
 class _UnorderedRunners(Generic[T, R]):
-    """Runners that pull, step and hand on, each by itself: one that is done with a step begins the next at once.
+    """Runner tasks that each pull an item, run its step and store the result, in the order of completion.
 
-    There is one at first; as long as all of them wait for their steps there come as many again, up to `concurrency`.
+    One runner starts first. Whenever all runners wait for their steps, their number doubles, up to `concurrency`.
     """
 
     def __init__(self, stream: _PulledSource[T], step: Callable[[T], R | Awaitable[R]], concurrency: int) -> None:
@@ -170,30 +168,30 @@ class _UnorderedRunners(Generic[T, R]):
         self._turn = asyncio.Lock()
         self._is_exhausted = False
         self._error: BaseException | None = None
-        self._news = asyncio.Event()
-        self._room = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._has_capacity = asyncio.Event()
 
     def start(self) -> None:
         self._grow(1)
 
     async def has_result(self) -> bool:
-        """Wait for a result; False at the end. Raises the first error after what was finished before it."""
+        """Wait for a result; False at the end. Raises the first error after the results that came before it."""
         while not self._results:
             if self._error is not None:
                 raise self._error
             if not self._runners:
                 return False
-            self._news.clear()
-            await self._news.wait()
+            self._changed.clear()
+            await self._changed.wait()
         return True
 
     def take(self) -> R:
-        """The result that finished first."""
-        self._room.set()
+        """Return the result that finished first."""
+        self._has_capacity.set()
         return self._results.popleft()
 
     async def stop(self, error: BaseException | None) -> None:
-        """End every task this began, and wait for its end, before the source is closed."""
+        """Cancel the runners, wait until they have ended, then close the source."""
         for runner in self._runners:
             runner.cancel()
         if self._runners:
@@ -206,14 +204,14 @@ class _UnorderedRunners(Generic[T, R]):
             self._began_count += 1
             runner = loop.create_task(self._run(), name="ingest")
             self._runners.add(runner)
-            runner.add_done_callback(self._note)
+            runner.add_done_callback(self._on_end)
 
     async def _run(self) -> None:
         while True:
-            async with self._turn:  # a source is pulled by one at a time
+            async with self._turn:  # only one runner at a time pulls from the source
                 while len(self._results) >= self._concurrency:
-                    self._room.clear()
-                    await self._room.wait()
+                    self._has_capacity.clear()
+                    await self._has_capacity.wait()
                 item = _NOTHING if self._is_exhausted else await self._stream.pull()
                 if item is _NOTHING:
                     self._is_exhausted = True
@@ -227,12 +225,12 @@ class _UnorderedRunners(Generic[T, R]):
                 result = await result
                 self._stepping_count -= 1
             self._results.append(result)
-            self._news.set()
+            self._changed.set()
 
-    def _note(self, runner: asyncio.Task[None]) -> None:
-        """A runner has ended: nothing is left for it, or it failed; the first error stops the others."""
+    def _on_end(self, runner: asyncio.Task[None]) -> None:
+        """Handle the end of a runner: the source is exhausted, or a step failed; the first error cancels the others."""
         self._runners.discard(runner)
-        self._news.set()
+        self._changed.set()
         error = asyncio.CancelledError() if runner.cancelled() else runner.exception()
         if error is None or self._error is not None:
             return
@@ -242,7 +240,7 @@ class _UnorderedRunners(Generic[T, R]):
 
 
 class _OrderedWindow(Generic[T, R]):
-    """What is pulled and not yet handed on. One task pulls; steps that wait have a task each."""
+    """The items that were pulled and not yet consumed. One task pulls; each step that waits has a task of its own."""
 
     def __init__(self, stream: _PulledSource[T], step: Callable[[T], R | Awaitable[R]], concurrency: int) -> None:
         self._stream = stream
@@ -253,15 +251,15 @@ class _OrderedWindow(Generic[T, R]):
         self._puller: asyncio.Task[None] | None = None
         self._is_exhausted = False
         self._error: BaseException | None = None
-        self._news = asyncio.Event()
-        self._room = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._has_capacity = asyncio.Event()
 
     def start(self) -> None:
         self._puller = asyncio.get_running_loop().create_task(self._pull(), name="ingest")
-        self._puller.add_done_callback(self._note_end)
+        self._puller.add_done_callback(self._on_puller_end)
 
     async def next_finished(self) -> _Slot | None:
-        """The next result, None at the end; raises the first error after what is finished before it."""
+        """Return the next result in order, None at the end. Raises the first error after the results before it."""
         while True:
             if self._slots and self._slots[0].is_finished:
                 return self._slots.popleft()
@@ -269,16 +267,16 @@ class _OrderedWindow(Generic[T, R]):
                 raise self._error
             if self._is_exhausted and not self._running and not self._slots:
                 return None
-            self._news.clear()
-            await self._news.wait()
+            self._changed.clear()
+            await self._changed.wait()
 
     def free_one(self) -> None:
-        """The consumer is done with one result: another item may be pulled."""
+        """Allow one more item to be pulled: the consumer has finished with a result."""
         self._free += 1
-        self._room.set()
+        self._has_capacity.set()
 
     async def stop(self, error: BaseException | None) -> None:
-        """End every task this began, and wait for its end, before the source is closed."""
+        """Cancel all tasks, wait until they have ended, then close the source."""
         tasks: list[asyncio.Future[Any]] = [*self._running]
         if self._puller is not None:
             tasks.append(self._puller)
@@ -291,8 +289,8 @@ class _OrderedWindow(Generic[T, R]):
     async def _pull(self) -> None:
         while True:
             while not self._free:
-                self._room.clear()
-                await self._room.wait()
+                self._has_capacity.clear()
+                await self._has_capacity.wait()
             item = await self._stream.pull()
             if item is _NOTHING:
                 return
@@ -308,14 +306,14 @@ class _OrderedWindow(Generic[T, R]):
             return
         running: asyncio.Future[R] = asyncio.ensure_future(result)
         self._running.add(running)
-        running.add_done_callback(lambda done: self._note(slot, done))
+        running.add_done_callback(lambda done: self._on_end(slot, done))
 
     def _finish(self, slot: _Slot, result: object) -> None:
         slot.result = result
         slot.is_finished = True
-        self._news.set()
+        self._changed.set()
 
-    def _note(self, slot: _Slot, done: asyncio.Future[R]) -> None:
+    def _on_end(self, slot: _Slot, done: asyncio.Future[R]) -> None:
         self._running.discard(done)
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
         if error is None:
@@ -323,20 +321,20 @@ class _OrderedWindow(Generic[T, R]):
         else:
             self._fail(error)
 
-    def _note_end(self, done: asyncio.Task[None]) -> None:
+    def _on_puller_end(self, done: asyncio.Task[None]) -> None:
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
         if error is None:
             self._is_exhausted = True
-            self._news.set()
+            self._changed.set()
         else:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Keep the first error and stop what would only do more; what that raises says nothing new."""
+        """Keep the first error and cancel the other steps; their errors are consequences of the first."""
         if self._error is not None:
             return
         self._error = error
-        self._news.set()
+        self._changed.set()
         if self._puller is not None:
             self._puller.cancel()
         for task in self._running:

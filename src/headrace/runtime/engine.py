@@ -1,4 +1,4 @@
-"""What the loops share: one store, one object store, one clock, one set of bounds."""
+"""The engine: the store, object store, clock and limits that all loops of a process share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headrace.store.protocol import Notifier, Store
 
 @dataclass(slots=True)
 class DutyStats:
-    """What became of one duty of upkeep in this process. `moved_count`: rows, batches or objects that it moved on."""
+    """Counters of one duty of upkeep in this process. `moved_count`: rows, batches or objects that the duty changed."""
 
     done_count: int = 0
     failed_count: int = 0
@@ -28,12 +28,12 @@ class DutyStats:
 
 @dataclass(slots=True, kw_only=True)
 class Engine:
-    """Made by `headrace.compose`; closed by whoever opened it.
+    """What the loops of a process share. Made by `headrace.compose`; closed by the code that opened it.
 
-    `live_directory`: where the marks of live processes lie, None when the store is not shared between processes.
-    `beats_beside`: whether heartbeats may come from another thread. `wakeup` rings when work was appended,
-    `recorded` when outcomes were; `notifier` carries both to other processes. `entities` are the tables of indexers.
-    `duties`: what this process did of upkeep.
+    `live_directory`: folder of the in-flight marks of live processes; None if no other process shares the store.
+    `beats_beside`: True if heartbeats may be sent from another thread. `wakeup` is notified when runs were appended,
+    `recorded` when outcomes were recorded; `notifier` carries both to other processes. `entities`: the tables of
+    indexers. `duties`: counters of upkeep in this process.
     """
 
     store: Store
@@ -51,17 +51,19 @@ class Engine:
 
     @property
     def tables(self) -> EntityStore:
-        """The tables of indexers."""
+        """Return the tables of indexers. Raises `InvalidSetting` if this engine was opened without them."""
         if self.entities is None:
-            raise InvalidSetting("this engine keeps no tables of indexers", hint="open it with headrace.compose")
+            raise InvalidSetting(
+                "this engine was opened without the tables of indexers", hint="open the engine with headrace.compose"
+            )
         return self.entities
 
     def with_limits(self, limits: Limits) -> Engine:
-        """The same engine for somebody with other bounds; whoever opened it closes it."""
+        """Return this engine with other limits; the code that opened the original closes it."""
         return replace(self, limits=limits)
 
     async def close(self) -> None:
-        """Let go of the store."""
+        """Close the notifier, the indexers' tables and the store."""
         if self.notifier is not None:
             await self.notifier.close()
         if self.entities is not None:
@@ -69,19 +71,23 @@ class Engine:
         await self.store.close()
 
     async def offloaded(self, batch_id: str, payload: bytes, kind: int = JSON) -> tuple[bytes, str]:
-        """Put a large payload or result where objects live, before any row names it: `(reference, key)`."""
+        """Store a large payload or result as an object, before any row refers to it; return `(reference, key)`."""
         key = payload_key(self.environment, batch_id, hashlib.sha256(payload).hexdigest())
         await self.payloads.put(key, payload)
         return Reference(key, len(payload), CONTENT_TYPES[kind]).encode(), key
 
     async def fetch(self, reference: bytes) -> tuple[bytes, int]:
-        """What a reference refers to, and its kind. Raises `ObjectMissing` when it is gone or not what it was."""
+        """Return the payload that a reference names, and its kind. Raises `ObjectMissing` if it is missing or has
+        changed.
+        """
         named = Reference.decode(reference)
         kind = KINDS.get(named.content_type)
         if kind is None:
-            raise ObjectMissing(f"nothing decodes {named.content_type!r}", key=named.key)
+            raise ObjectMissing(
+                f"expected a content type out of {', '.join(KINDS)}, got {named.content_type!r}", key=named.key
+            )
         return await self.payloads.get(named.key), kind
 
     async def put_result(self, batch_id: str, result: bytes) -> tuple[bytes, str]:
-        """Store a result over the inline limit."""
+        """Store a result over the inline limit; return `(reference, key)`."""
         return await self.offloaded(batch_id, result)

@@ -1,10 +1,9 @@
-"""Many small updates, few writes: a bounded buffer that one task empties into the store.
+"""The flusher: a bounded buffer of small updates that one task writes in few transactions.
 
-Rule 1: an update that was taken in is in exactly one place: waiting, in the flush in flight, landed, or
-refused and reported. A failed write moves nothing.
-Rule 2: the buffer is bounded, the flush in flight counts towards it, and a full buffer makes its
-producers wait.
-Rule 3: everything here runs on one event loop; taking an update in is an append, without a task or a future.
+Rule 1: an accepted update is in exactly one place: waiting, in the current flush, written, or refused and reported. A
+failed write moves nothing. Rule 2: the buffer is bounded and includes the current flush. When it is full, producers
+wait. Rule 3: everything runs on one event loop. Accepting an update is an append to a deque, without a task or a
+future.
 """
 
 from __future__ import annotations
@@ -30,28 +29,28 @@ _BUFFER_MAX: Final = Limit(
     1_000,
     1,
     100_000_000,
-    "Updates taken in and not yet written; then producers wait.",
+    "Updates accepted and not yet written; producers wait at this bound.",
 )
 _BACKOFF_INITIAL: Final = Limit(
-    "backoff_initial_ms", "ms", 50, 1, HOUR_MS, "Wait after the first failed flush; doubles from there."
+    "backoff_initial_ms", "ms", 50, 1, HOUR_MS, "Wait after the first failed flush; doubles after each further failure."
 )
 _BACKOFF_MAX: Final = Limit(
-    "backoff_max_ms", "ms", 5_000, 1, HOUR_MS, "Longest wait between two tries of a failing flush."
+    "backoff_max_ms", "ms", 5_000, 1, HOUR_MS, "Longest wait between two attempts of a failing flush."
 )
 
 
 class FlusherClosed(EngineFault):
-    """An update was offered after the last flush had been announced; it was not taken in."""
+    """An update was offered after `close` was called; it was not accepted."""
 
     code = "FLUSHER_CLOSED"
     retryable = False
 
 
 class UpdatesUnflushed(EngineFault):
-    """A flusher stopped before everything it had taken in was written. `unflushed` holds the rest, in order.
+    """A flusher ended before every accepted update was written. `unflushed` holds the rest, in order.
 
-    A flush that was in flight when the grace ended is among the rest, though the store may have taken it:
-    what is written again from here must be safe to repeat.
+    A flush that was in flight when the grace period ended is part of the rest, although the store may have committed
+    it. Writing the rest again must therefore be safe.
     """
 
     code = "UPDATES_UNFLUSHED"
@@ -63,24 +62,22 @@ class UpdatesUnflushed(EngineFault):
 
 
 class Flusher(Generic[T]):
-    """Takes updates in one by one and writes them in order, at most `size` at a time, one flush at a time.
+    """Accepts updates one by one and writes them in order, at most `size` at a time, one flush at a time.
 
-    A flush is due when `size` updates wait or the oldest has waited `interval_ms`, whichever is first.
-    With `interval_ms=None` batching is *natural*: a flush is due whenever none is in flight, so a lone
-    update waits for nothing, and what arrives during one flush shares the next.
+    A flush is due when `size` updates wait or the oldest has waited `interval_ms`, whichever comes first. With
+    `interval_ms=None` batching is *natural*: a flush is due whenever none is in flight. A lone update is written at
+    once, and updates that arrive during a flush share the next one.
 
-    `flush` writes all of what it is given or nothing, and is told so by how it ends:
+    `flush` writes all of its updates or none. How it ends decides what follows:
 
-    - it returns: the updates have landed;
-    - it raises a `HeadraceError` that can't be retried: the store refuses something in there for good.
-      The flush is halved until the one refused update stands alone and goes to `on_refused`; the others
-      land, in order;
-    - it raises anything else, or is cancelled by its own doing: the same flush, unchanged, is tried again
-      after a wait that doubles. The very same updates, since a repeat is what a store with fences
-      recognises.
+    - it returns: the updates are written;
+    - it raises a `HeadraceError` that is not retryable: the store refuses one of the updates. The flush is halved until
+      the refused update is alone and is passed to `on_refused`; the others are written, in order;
+    - it raises anything else, or is cancelled from inside: the same flush, with the same updates, is retried after a
+      wait that doubles. A store with fences recognises the repetition.
 
-    An unknown exception counts as passing: to drop an update because of a bug would lose it, to wait is
-    seen in `last_error` and in the log.
+    An unknown exception counts as retryable. Dropping an update because of a bug would lose it; waiting is visible in
+    `last_error` and in the log.
     """
 
     def __init__(
@@ -96,7 +93,7 @@ class Flusher(Generic[T]):
         backoff_initial_ms: int = _BACKOFF_INITIAL.default,
         backoff_max_ms: int = _BACKOFF_MAX.default,
     ) -> None:
-        """`buffer_max`: two flushes' worth by default, one in flight and one that fills."""
+        """`buffer_max` is two flushes by default: one in flight and one that fills."""
         self.name = name
         self._write = flush
         self._clock = clock
@@ -108,14 +105,14 @@ class Flusher(Generic[T]):
         self._backoff_max_ms = check(_BACKOFF_MAX, backoff_max_ms)
         if self._buffer_max < size:
             raise InvalidSetting(
-                f"buffer_max ({buffer_max}) is less than one flush, flush_size ({size})",
+                f"buffer_max ({buffer_max}) must be at least one flush, flush_size ({size})",
                 hint="set buffer_max to twice flush_size",
             )
 
         self._waiting: deque[T] = deque()
-        self._oldest_us = 0  # the oldest waiting update came no earlier than this
-        self._parts: deque[tuple[T, ...]] = deque()  # the flush in flight, in halves once something was refused
-        self._held_count = 0  # places taken by `_parts` and by senders let in that have not run yet
+        self._oldest_us = 0  # no waiting update is older than this
+        self._parts: deque[tuple[T, ...]] = deque()  # the current flush, in halves after a refusal
+        self._held_count = 0  # capacity used by `_parts`, and by senders that were granted a place and have not run yet
         self._granted_count = 0
         self._senders: deque[asyncio.Future[None]] = deque()
 
@@ -126,42 +123,42 @@ class Flusher(Generic[T]):
 
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
-        self._hurry = asyncio.Event()
+        self._skip_backoff = asyncio.Event()
         self._ended = asyncio.Event()
         self._is_closing = False
-        self._has_given_up = False
+        self._is_past_deadline = False
 
-    # -- what is seen from outside
+    # -- state
 
     @property
     def depth(self) -> int:
-        """Updates taken in and not yet written; never more than `buffer_max`."""
+        """Number of updates accepted and not yet written; at most `buffer_max`."""
         return len(self._waiting) + sum(map(len, self._parts))
 
     @property
     def flushes_count(self) -> int:
-        """Flushes that landed."""
+        """Number of flushes that were written."""
         return self._flushes_count
 
     @property
     def flushed_count(self) -> int:
-        """Updates that landed; those refused are not among them."""
+        """Number of updates that were written, without the refused ones."""
         return self._flushed_count
 
     @property
     def last_error(self) -> BaseException | None:
-        """Why the flush in flight is being tried again; None when the last try landed."""
+        """The error for which the current flush is retried; None if its last attempt succeeded."""
         return self._last_error
 
     @property
     def unflushed(self) -> tuple[T, ...]:
-        """What was taken in and has not landed, oldest first."""
+        """The updates accepted and not yet written, oldest first."""
         return (*(update for part in self._parts for update in part), *self._waiting)
 
-    # -- taking updates in
+    # -- accepting updates
 
     def put_nowait(self, update: T) -> bool:
-        """Take `update` in and say True, or say False when there is no room or others wait for it already.
+        """Accept `update` and return True; return False if the buffer is full or other senders wait.
 
         Raises `FlusherClosed` once `close` was called.
         """
@@ -169,35 +166,35 @@ class Flusher(Generic[T]):
             raise self._closed()
         if len(self._waiting) + self._held_count >= self._buffer_max:
             return False
-        self._take_in(update)
+        self._accept(update)
         return True
 
     async def put(self, update: T) -> None:
-        """Take `update` in, waiting for room in turn. When this is cancelled, the update was not taken in.
+        """Accept `update`, waiting for a place in turn. If the call is cancelled, the update was not accepted.
 
-        Raises `FlusherClosed` when `close` was called before; whoever was waiting by then is still let
-        in, unless the flusher had to give up.
+        Raises `FlusherClosed` if `close` was called before. A sender that waited before `close` is still accepted,
+        unless the flusher's grace period ends first.
         """
         if self.put_nowait(update):
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._senders.append(turn)
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._senders.append(place)
         try:
-            await turn
+            await place
         except asyncio.CancelledError:
-            if not turn.cancelled() and turn.exception() is None:
+            if not place.cancelled() and place.exception() is None:
                 self._granted_count -= 1
                 self._held_count -= 1
-                self._let_in()
-            elif turn in self._senders:
-                self._senders.remove(turn)
+                self._grant_places()
+            elif place in self._senders:
+                self._senders.remove(place)
             self._wake.set()
             raise
         self._granted_count -= 1
         self._held_count -= 1
-        self._take_in(update)
+        self._accept(update)
 
-    def _take_in(self, update: T) -> None:
+    def _accept(self, update: T) -> None:
         if self._task is None:
             self._start()
         self._waiting.append(update)
@@ -208,36 +205,35 @@ class Flusher(Generic[T]):
         elif count == self._size:
             self._wake.set()
 
-    def _let_in(self) -> None:
-        """Give the room there is to those who wait for it, in the order they came.
+    def _grant_places(self) -> None:
+        """Grant free places to the waiting senders, in their order.
 
-        A place that was given is held, so while anyone waits there is no room, and `put_nowait` can't
-        overtake.
+        A granted place counts as used, so while senders wait the buffer is full and `put_nowait` can't overtake them.
         """
-        room = self._buffer_max - len(self._waiting) - self._held_count
-        while room > 0 and self._senders:
-            turn = self._senders.popleft()
-            if not turn.done():
-                turn.set_result(None)
+        free_count = self._buffer_max - len(self._waiting) - self._held_count
+        while free_count > 0 and self._senders:
+            place = self._senders.popleft()
+            if not place.done():
+                place.set_result(None)
                 self._granted_count += 1
                 self._held_count += 1
-                room -= 1
+                free_count -= 1
 
-    # -- the one task
+    # -- the task
 
     def _start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"flusher {self.name}")
         self._task.add_done_callback(self._end)
 
     async def _run(self) -> None:
-        while await self._is_due():
-            self._pick_up()
-            while self._parts and not self._has_given_up:
-                await self._land(self._parts[0])
+        while await self._wait_until_due():
+            self._start_flush()
+            while self._parts and not self._is_past_deadline:
+                await self._write_part(self._parts[0])
 
-    async def _is_due(self) -> bool:
-        """True when a flush is due; False when there is nothing to come any more."""
-        while not self._has_given_up:
+    async def _wait_until_due(self) -> bool:
+        """True when a flush is due; False when no update can follow."""
+        while not self._is_past_deadline:
             self._wake.clear()
             wait_s: float | None = None
             if self._waiting:
@@ -254,12 +250,11 @@ class Flusher(Generic[T]):
             return 0.0
         return (self._oldest_us + self._interval_us - self._clock.now_us()) / SECOND_US
 
-    def _pick_up(self) -> None:
-        """Move the oldest updates, `size` at most, into the flush in flight.
+    def _start_flush(self) -> None:
+        """Move the oldest updates, at most `size`, into the current flush.
 
-        What is left keeps the stamp of those who go: it came no earlier, so its own interval is kept; the
-        worst that happens is one flush a little early under a backlog. A stamp for each update would cost
-        every put.
+        The remaining updates keep the time stamp of those that leave. They are not older, so their own interval is
+        kept; at worst a flush is a little early under a backlog. A time stamp per update would cost every `put`.
         """
         waiting = self._waiting
         count = min(self._size, len(waiting))
@@ -267,17 +262,17 @@ class Flusher(Generic[T]):
         self._held_count += count
         self._parts.append(part)
 
-    async def _land(self, part: tuple[T, ...]) -> None:
-        """One try to write `part`, the oldest of the flush in flight, and what follows from how it ended."""
+    async def _write_part(self, part: tuple[T, ...]) -> None:
+        """Write `part`, the oldest of the current flush, and handle the result."""
         error = await self._try(part)
         if error is None:
             self._flushes_count += 1
             self._flushed_count += len(part)
-            self._let_go(part)
+            self._finish_part(part)
         elif not isinstance(error, HeadraceError) or error.retryable:
             await self._back_off(part, error)
         elif len(part) == 1:
-            self._let_go(part)
+            self._finish_part(part)
             self._report(part[0], error)
         else:
             middle = len(part) // 2
@@ -296,61 +291,61 @@ class Flusher(Generic[T]):
             return error
         return None
 
-    def _let_go(self, part: tuple[T, ...]) -> None:
+    def _finish_part(self, part: tuple[T, ...]) -> None:
         self._parts.popleft()
         self._held_count -= len(part)
         self._failures_count = 0
         self._last_error = None
-        self._let_in()
+        self._grant_places()
 
     async def _back_off(self, part: tuple[T, ...], error: BaseException) -> None:
         self._last_error = error
         delay_ms = min(self._backoff_max_ms, self._backoff_initial_ms << min(self._failures_count, 32))
         self._failures_count += 1
         LOG.warning(
-            "flush failed, will try again",
+            "flush.retrying",
             flusher=self.name,
             updates=len(part),
             failures=self._failures_count,
             delay_ms=delay_ms,
             error=repr(error),
         )
-        if await self._clock.wait_for(self._hurry, delay_ms / 1_000):
-            self._hurry.clear()
+        if await self._clock.wait_for(self._skip_backoff, delay_ms / 1_000):
+            self._skip_backoff.clear()
             self._failures_count = 0
 
     def _report(self, update: T, error: HeadraceError) -> None:
         try:
             self._on_refused(update, error)
         except Exception:
-            LOG.exception("a refused update could not be reported", flusher=self.name, refused=repr(error))
+            LOG.exception("flush.refusal_callback_failed", flusher=self.name, refused=repr(error))
 
-    # -- the end
+    # -- closing
 
     async def close(self, *, deadline_s: float | None = None) -> None:
-        """Take nothing new, let in who already waits, write everything at once, and end.
+        """Accept no new update, accept those of waiting senders, write everything at once, and end.
 
-        Waits neither for an interval nor for the rest of a back-off. Without a deadline it tries for as
-        long as the store fails. After `deadline_s` the flush in flight is cancelled, senders still
-        waiting get `FlusherClosed`, and `UpdatesUnflushed` says how many updates stayed and holds them.
-        May be called twice, before the first update, and from several tasks at once.
+        Waits neither for an interval nor for the rest of a back-off. Without a deadline it retries as long as the store
+        fails. After `deadline_s` the current flush is cancelled, senders that still wait get `FlusherClosed`, and
+        `UpdatesUnflushed` is raised with the remaining updates. May be called twice, before the first update, and from
+        several tasks at once.
         """
         if not self._is_closing:
             self._is_closing = True
             self._wake.set()
-            self._hurry.set()
+            self._skip_backoff.set()
         if self._task is None:
             self._ended.set()
         elif not await self._clock.wait_for(self._ended, deadline_s):
-            self._has_given_up = True
+            self._is_past_deadline = True
             self._task.cancel()
             await self._ended.wait()
-        left = self.unflushed
-        if left:
+        unflushed = self.unflushed
+        if unflushed:
             raise UpdatesUnflushed(
-                f"{len(left)} updates stayed unwritten when the flusher ended",
-                left,
-                hint="they are in `unflushed`: write them again once the store answers",
+                f"{len(unflushed)} updates were not written before the flusher ended",
+                unflushed,
+                hint="write the updates in `unflushed` again once the store is reachable",
                 flusher=self.name,
                 last_error=self._last_error,
             ) from self._last_error
@@ -364,18 +359,18 @@ class Flusher(Generic[T]):
         await self.close()
 
     def _end(self, task: asyncio.Task[None]) -> None:
-        """Whatever ended the task, nobody waits for it any longer."""
+        """Release every waiting sender and closer, whatever ended the task."""
         self._is_closing = True
         self._ended.set()
         while self._senders:
-            turn = self._senders.popleft()
-            if not turn.done():
-                turn.set_exception(self._closed())
+            place = self._senders.popleft()
+            if not place.done():
+                place.set_exception(self._closed())
         if not task.cancelled() and (error := task.exception()) is not None:
             self._last_error = error
-            LOG.error("a flusher broke", flusher=self.name, exc_info=error)
+            LOG.error("flusher.failed", flusher=self.name, exc_info=error)
 
     def _closed(self) -> FlusherClosed:
         return FlusherClosed(
-            "the flusher takes no more updates", hint="offer updates before it is closed", flusher=self.name
+            "the flusher is closed and accepts no update", hint="offer updates before close", flusher=self.name
         )

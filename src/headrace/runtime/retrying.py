@@ -1,4 +1,4 @@
-"""Asking again while the other side is away: one way of waiting for a store or an object store."""
+"""Retries of calls that fail for a passing reason, with one back-off for every store and object store."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from headrace.runtime.clock import Clock
 
 T = TypeVar("T")
 
-LOG: Any = structlog.get_logger("headrace.patience")
-WAITS_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-"""Between two tries; the last one from then on."""
+LOG: Any = structlog.get_logger("headrace.retrying")
+BACKOFF_INITIAL_S: Final = 0.05
+BACKOFF_MAX_S: Final = 5.0
+
+
+def backoff_s(failures_count: int, *, initial_s: float = BACKOFF_INITIAL_S, max_s: float = BACKOFF_MAX_S) -> float:
+    """Return the wait after `failures_count` consecutive failures (1 or more): doubled from `initial_s` to `max_s`."""
+    return min(max_s, initial_s * 2.0 ** min(failures_count - 1, 32))
 
 
 async def retry_transient(
     call: Callable[[], Awaitable[T]], clock: Clock, *, what: str, waits_max: int | None = None
 ) -> T:
-    """Call until it answers, with growing waits. The call must be safe to repeat.
+    """Call until the call succeeds, waiting `backoff_s` between attempts. The call must be safe to repeat.
 
-    An error that trying again can't help is raised at once, any other after `waits_max` waits. Without a bound nobody
-    would ever hear of it, so the log does, with `what` did not answer.
+    An error that is not retryable is raised at once, a retryable one after `waits_max` waits. With `waits_max=None` the
+    call is repeated without end, and each wait is logged with `what`, the name of what did not answer.
     """
     waits_count = 0
     while True:
@@ -32,8 +37,8 @@ async def retry_transient(
         except HeadraceError as error:
             if not error.retryable or waits_count == waits_max:
                 raise
-            wait_s = WAITS_S[min(waits_count, len(WAITS_S) - 1)]
+            wait_s = backoff_s(waits_count + 1)
             if waits_max is None:
-                LOG.warning("no answer; trying again", of=what, error=error.message, wait_s=wait_s)
+                LOG.warning("call.retrying", of=what, error=error.message, wait_s=wait_s)
         waits_count += 1
         await clock.sleep(wait_s)

@@ -1,4 +1,4 @@
-"""Best-effort news: work was appended, outcomes were recorded. Polling is the floor beneath it."""
+"""Best-effort wake-ups: runs were appended, or outcomes were recorded. Polling is the fallback."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from headrace.store.protocol import Notifier
 
 
 class Wakeup:
-    """Wakes everyone who waits, here and, with a notifier, in the other processes; nothing depends on a ring.
+    """Wakes the waiting tasks of this process and, with a notifier, of the other processes.
 
-    Who looks at the store first and waits then takes `notified_count` before it looks: a ring in between is not missed.
+    A wake-up may be lost; no promise depends on it. A caller that checks the store before it waits reads
+    `notified_count` before the check and passes it as `since`, so that a wake-up in between is not missed.
     """
 
-    def __init__(self, notifier: Notifier | None = None, news: str = "") -> None:
+    def __init__(self, notifier: Notifier | None = None, channel: str = "") -> None:
         self.notified_count = 0
         self._waiting: set[asyncio.Event] = set()
         self._notifier = notifier
-        self._news = news
+        self._news = channel
         if notifier is not None:
-            notifier.listen(news, self.notify_local)
+            notifier.listen(channel, self.notify_local)
 
     def notify(self) -> None:
-        """There is news. Costs nothing when nobody waits. On the loop of those who wait."""
+        """Wake the tasks that wait, here and in other processes. Call it on the event loop of the waiting tasks."""
         self.notify_local()
         if self._notifier is not None:
             self._notifier.tell(self._news)
 
     def notify_local(self) -> None:
-        """There is news that the other processes know of."""
+        """Wake the tasks of this process only; the other processes were notified already."""
         self.notified_count += 1
         for event in self._waiting:
             event.set()
 
     async def wait(self, clock: Clock, timeout_s: float, *, since: int | None = None) -> bool:
-        """True when it rang within `timeout_s`, or has rung since `notified_count` was `since`."""
+        """Wait for a wake-up. True if one came within `timeout_s`, or since `notified_count` was `since`."""
         if since is not None and since != self.notified_count:
             return True
         event = asyncio.Event()

@@ -350,7 +350,7 @@ async def test_an_input_of_more_items_than_a_batch_holds_fills_several(tmp_path:
 async def test_a_last_line_that_went_on_is_a_change(tmp_path: Path) -> None:
     async with Bench(tmp_path) as bench:
         assert await bench.fed(b"1\n2")
-        with pytest.raises(InvalidInput, match="goes on"):
+        with pytest.raises(InvalidInput, match="has been continued"):
             await bench.fed(b"1\n23\n")
         assert await bench.fed(b"1\n2  ")
 

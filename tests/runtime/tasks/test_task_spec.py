@@ -120,10 +120,10 @@ def test_json_takes_one_parameter_whole_and_several_by_name_or_place(
         (two, b"", "truncated"),
         (number, b"", "truncated"),
         (number, b"-", "invalid number"),
-        (nothing, b"5", "takes no arguments"),
+        (nothing, b"5", "expected no arguments"),
         (nothing, b"nonsense", "malformed"),
         (by_name, b"[1,2,3]", "at most length 2"),
-        (by_name, b"[1,2]", "c can only be given by name"),
+        (by_name, b"[1,2]", "keyword-only arguments need an object: c"),
         (number, b"9" * 5_000, "out of range"),
         (whole, b"[" * 100_000, "nested too deeply"),
         (two, b'{"a":' + b"[" * 100_000, "Expected `int`"),
@@ -185,12 +185,12 @@ def test_messagepack_holds_args_and_kwargs(
 @pytest.mark.parametrize(
     ("function", "call", "said"),
     [
-        (whole, {"args": [1, 2]}, "2 positional arguments for 1"),
-        (number, {}, "item is missing"),
-        (number, {"kwargs": {"other": 1}}, "unknown arguments other"),
-        (two, {"args": [1], "kwargs": {"a": 2}}, "a is given by place and by name"),
+        (whole, {"args": [1, 2]}, "expected at most 1 positional arguments, got 2"),
+        (number, {}, "missing argument: item"),
+        (number, {"kwargs": {"other": 1}}, "unknown arguments: other"),
+        (two, {"args": [1], "kwargs": {"a": 2}}, "given both by position and by name: a"),
         (two, {"args": ["x"]}, "$.a"),
-        (nothing, {"args": [1]}, "1 positional arguments for 0"),
+        (nothing, {"args": [1]}, "expected at most 0 positional arguments, got 1"),
     ],
 )
 def test_messagepack_that_does_not_fit_is_refused(
@@ -201,7 +201,7 @@ def test_messagepack_that_does_not_fit_is_refused(
 
 def test_bytes_that_are_no_messagepack_are_refused() -> None:
     assert "malformed" in refused(whole, b"\xc1", pack.MSGPACK)
-    assert "no payload has the kind 9" in refused(whole, b"", 9)
+    assert "unknown payload kind 9" in refused(whole, b"", 9)
 
 
 def superjson(value: Any, values: Any = None, **meta: Any) -> bytes:
@@ -299,7 +299,7 @@ def test_a_call_becomes_json_that_decodes_to_the_same_call(
         (two, (1, 5), {}, "at `$.b`"),
         (by_place, (), {"a": 1}, "positional only"),
         (with_context, (5, None), {}, "too many positional"),
-        (whole, (object(),), {}, "can't be written as JSON"),
+        (whole, (object(),), {}, "can't be encoded as JSON"),
         (whole, ("\ud800",), {}, "surrogates"),
         (whole, ({"\udc00": 1},), {}, "surrogates"),
         (whole, (10**5_000,), {}, "4300 digits"),
@@ -312,7 +312,7 @@ def test_a_call_that_does_not_fit_is_refused_where_it_is_made(
     with pytest.raises(InvalidInput) as caught:
         Codec("task", function).encode(args, kwargs)
     assert said in str(caught.value)
-    assert "it takes (" in caught.value.hint or "plain values" in caught.value.hint
+    assert "its signature is (" in caught.value.hint or "plain values" in caught.value.hint
 
 
 def test_a_value_that_holds_itself_is_refused_at_the_call() -> None:
@@ -357,12 +357,12 @@ async def async_generator() -> AsyncIterator[int]:
         (star_kwargs, r"\*items"),
         (unresolved, "can't be resolved"),
         (two_arrays, "no payload can hold"),
-        (two_contexts, "by name, and once"),
-        (placed_context, "by name, and once"),
-        (generator, "is a generator"),
-        (async_generator, "is a generator"),
-        (Point, "no function"),
-        (5, "no function"),
+        (two_contexts, "expected one Context parameter"),
+        (placed_context, "expected one Context parameter"),
+        (generator, "got a generator function"),
+        (async_generator, "got a generator function"),
+        (Point, "expected a function"),
+        (5, "expected a function"),
     ],
 )
 def test_a_function_that_no_payload_can_call_is_refused_at_registration(function: Any, said: str) -> None:
@@ -416,9 +416,9 @@ def test_a_name_names_one_task() -> None:
     registry = Registry()
     registry.add(TaskSpec("b", number))
     registry.add(TaskSpec("a", two))
-    with pytest.raises(InvalidSetting, match="two tasks are called a"):
+    with pytest.raises(InvalidSetting, match="two tasks have the name 'a'"):
         registry.add(TaskSpec("a", number))
     assert registry.names == ["a", "b"]
     assert "a" in registry
-    with pytest.raises(NotFound, match="there are: a, b"):
+    with pytest.raises(NotFound, match="registered tasks: a, b"):
         registry.get("c")

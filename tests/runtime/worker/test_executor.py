@@ -182,7 +182,7 @@ async def test_a_result_that_can_not_be_written_fails_its_run_for_good(value: An
         work = await made.ran(*numbers(3))
         assert states(work) == ["completed", "failed", "completed"]
         assert failure(work, 1).type == "InvalidResult"
-        assert "can't be written as JSON" in failure(work, 1).message
+        assert "can't be encoded as JSON" in failure(work, 1).message
 
 
 async def test_a_result_over_the_inline_limit_goes_to_the_object_store() -> None:

@@ -39,8 +39,8 @@ async def ingest_items(service: Service, call: RequestContext, request: Request,
     except Conflict as error:
         raise Unprocessable(error.message, hint=error.hint, batch_id=batch.id) from None
     finally:
-        service.metrics.items.labels("accepted").inc(intake.taken.accepted_count)
-        service.metrics.items.labels("duplicate").inc(intake.taken.duplicates_count)
+        service.metrics.items.labels("accepted").inc(intake.counts.accepted_count)
+        service.metrics.items.labels("duplicate").inc(intake.counts.duplicates_count)
     return taken
 
 

@@ -68,7 +68,7 @@ class Scheduler:
     async def _keep(self) -> None:
         """Make the schedules of this code known, and learn where they stand."""
         engine, specs = self._engine, self._registry.schedules
-        own = [spec.known(engine.environment, self._registry.app) for spec in specs.values()]
+        own = [spec.record(engine.environment, self._registry.app) for spec in specs.values()]
         known = await engine.store.keep_schedules(
             engine.environment, self._registry.app, own, now_us=engine.clock.now_us()
         )

@@ -1,6 +1,7 @@
-"""Appending a stream of runs to a batch: one append in flight at a time, what is read meanwhile shares the next.
+"""The batch appender: it appends a stream of runs to a batch, one append at a time.
 
-What waits is bounded, and so is the time for which a chunk that isn't full waits for others.
+Runs that arrive during an append share the next one. The waiting runs are bounded, and so is the time for which a
+partly filled chunk waits for more.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ from headrace.store.protocol import Appended
 WAITING_BYTES_MAX: Final = 8 * MIB
 WAITING_CHUNKS_MAX: Final = 64
 LINGER_S: Final = 0.002
-"""How long a chunk that isn't full waits for the source right after a commit; a lone item waits for nothing."""
+"""Time for which a partly filled chunk waits for more runs right after a commit; without a commit before it waits for
+nothing.
+"""
 
 WAITS_MAX: Final = 6
-"""About four seconds; whoever feeds is told then."""
+"""Retries before the feed gets the error: about three seconds."""
 
 _NAMES: Final = {"bytes_count": "bytes", "items_count": "items", "lines_count": "lines", "is_open": "open"}
 
 
 class InputPosition(msgspec.Struct, frozen=True, kw_only=True, rename=_NAMES):
-    """A place in an input, after a whole line.
+    """A position in an input, after a complete line.
 
-    `digest` is of all bytes before it. `is_open` says that the last line had no newline yet when it was read, so
-    whatever comes next but white space would change that line.
+    `digest` is the hash of all bytes before it. `is_open`: the last line had no newline yet when it was read, so any
+    further byte but white space would change that line.
     """
 
     bytes_count: int = 0
@@ -44,12 +47,12 @@ class InputPosition(msgspec.Struct, frozen=True, kw_only=True, rename=_NAMES):
     is_open: bool = False
 
     def encode(self) -> bytes:
-        """As a batch keeps it."""
+        """Encode the position as the batch stores it."""
         return msgspec.msgpack.encode(self)
 
     @classmethod
     def decode(cls, cursor: bytes) -> Self:
-        """The position that `encode` wrote; the beginning for a batch that keeps none."""
+        """Decode a stored position; the beginning for a batch that stores none."""
         return msgspec.msgpack.decode(cursor, type=cls) if cursor else cls()
 
 
@@ -66,11 +69,11 @@ async def append_chunks(
 
 
 class BatchAppender:
-    """Runs in, appends out: one in flight, the next one filling. Owned by one task, which must `finish` or `stop`.
+    """Appends the runs of its coalescer. Owned by one task, which must call `finish` or `stop`.
 
-    `on_appended` hears of each append, `on_refused` says what goes out instead of an error that is the caller's.
-    `waits_max`: how often the store is asked again before whoever pushes is told. `gather_s`: how long a chunk that
-    isn't full waits after a commit, where runs come in waves and each commit would hold a few of one.
+    `on_appended` is called after each append. `on_refused` may replace an error of the caller by a more precise one.
+    `waits_max`: retries of an append before the error is raised; None retries without end. `gather_s`: how long a
+    partly filled chunk waits after a commit, for sources whose runs arrive in waves.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class BatchAppender:
         self._task.add_done_callback(lambda _: self._room.set())
 
     async def push(self, next_item: int, mark: InputPosition | None) -> None:
-        """Tell of runs just added; waits while too much is waiting."""
+        """Announce runs that were added to the coalescer; waits while too many runs wait to be appended."""
         self._next_item = next_item
         if mark is not None:
             self._marks.append(mark)
@@ -121,22 +124,24 @@ class BatchAppender:
         self._check()
 
     def cut(self) -> None:
-        """Close the open chunk: what comes next may hold an index of it again."""
+        """Close the open chunk, because the next run may have an index that the chunk already holds."""
         self._collect(self.coalescer.flush())
 
     async def finish(self, *, seals: bool = False) -> None:
-        """Append everything, the last position too. `seals`: the last append closes a batch that it makes whole."""
+        """Append everything, with the last position. `seals`: the last append seals the batch if that makes it
+        complete.
+        """
         self._is_ending, self._seals = True, seals
         self._wake.set()
         self._full.set()
         await self._task
 
     async def stop(self) -> None:
-        """End the task, whatever it was doing; an append in flight may still land, which is safe to repeat."""
+        """Cancel the task. An append in flight may still be committed, which is safe to repeat."""
         self._task.cancel()
         await asyncio.wait((self._task,))
         if not self._task.cancelled():
-            self._task.exception()  # seen: it was raised to whoever pushed, or the feed failed before
+            self._task.exception()  # retrieved: it was raised by `push`, or the feed failed before
 
     def _check(self) -> None:
         if self._task.done():
@@ -149,7 +154,7 @@ class BatchAppender:
         self._waiting_bytes += sum(len(chunk.items) for chunk in chunks)
 
     async def _run(self) -> None:
-        is_fresh = False  # a commit has just ended: the source was busy meanwhile and may be about to go on
+        is_fresh = False  # True right after a commit, when a source that was blocked may be about to continue
         while True:
             if not self._waiting and not self._is_ending:
                 self._wake.clear()

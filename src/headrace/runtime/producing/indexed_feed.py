@@ -1,11 +1,10 @@
-"""Taking in items that say themselves at which index they belong: bytes in, durable runs out.
+"""The indexed feed: items that carry their own index in the batch become durable runs.
 
-Rule 1: order comes from the index, so items pass the object store side by side and arrive in any order. At most
-`ingest_concurrency` of them are under way at once; the source is not read meanwhile.
-Rule 2: what was read before a stream broke, or before an item that is refused, becomes durable all the same. Who sends
-it again adds nothing twice.
-Rule 3: an item over the bound becomes a run that failed, at its own index. One at an index that the batch does not have
-is refused, and nothing of it stays.
+Rule 1: the order comes from the index, so items may pass the object store concurrently and arrive in any order. At most
+`ingest_concurrency` of them are in flight; the source is not read meanwhile. Rule 2: items that were read before a
+stream broke, or before an item that is refused, become durable all the same. Sending them again adds nothing twice.
+Rule 3: an item over the size bound becomes a failed run, at its own index. An item at an index that the batch does not
+have is refused, and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -32,32 +31,32 @@ from headrace.runtime.retrying import retry_transient
 from headrace.store.protocol import Appended
 
 SLICE_BYTES: Final = 128 * 1024
-"""Decoded without letting go of the loop: some milliseconds of small items."""
+"""Bytes decoded before yielding to the event loop: some milliseconds of small items."""
 
 WAITS_MAX: Final = 9
-"""About nineteen seconds for a store that is away, then whoever sends is told to come again."""
+"""Retries while a store is unreachable, about sixteen seconds; then the client is asked to retry later."""
 
 GATHER_S: Final = 0.01
-"""The waves of a concurrent map end some milliseconds apart: they share a commit."""
+"""The steps of a concurrent map end some milliseconds apart and share a commit."""
 
 _BORN_FAILED: Final = b"{}"
 
 
 class UnreadableItem(InvalidInput):
-    """A line is not JSON, or not UTF-8: which index it was can't be known."""
+    """A line is not JSON, or not UTF-8, so its index is unknown."""
 
     code = "UNREADABLE_ITEM"
 
 
 class IndexOutside(InvalidInput):
-    """An item's index is one that the batch does not have."""
+    """The index of an item is not in the batch."""
 
     code = "INDEX_OUTSIDE"
     status = 422
 
 
 class IndexedItem(NamedTuple):
-    """One item, ready to be stored. Of kind REFERENCE its payload is what the client calls an uploaded one."""
+    """One item, ready to be stored. If its kind is REFERENCE, the payload is the name of an uploaded payload."""
 
     run_index: int
     key: Key
@@ -78,24 +77,24 @@ EntryGroup = Sequence["IndexedItem | ItemRange"]
 
 
 class ItemDecoder(Protocol):
-    """Makes entries of lines, and knows what was uploaded before."""
+    """Decodes lines into items, and finds payloads that were uploaded before."""
 
     def one(self, line: bytes) -> IndexedItem:
-        """The item that a line is. Raises `InvalidInput`."""
+        """Decode one line. Raises `InvalidInput`."""
 
     def many(self, lines: Sequence[bytes]) -> EntryGroup | None:
-        """Many lines in a few calls, when all of them are good; None: each is judged alone, by `one`."""
+        """Decode many lines in a few calls; None if one of them is invalid, so that each is decoded alone by `one`."""
 
     def key_of(self, task: str) -> Key:
-        """How runs of a task are kept when an item says no more."""
+        """Return the key of a run of a task whose item has no options."""
 
     def fetched(self, name: bytes, /) -> Awaitable[tuple[bytes, int]]:
-        """An uploaded payload and its kind. Raises `InvalidInput`, `ObjectMissing`, `StoreUnavailable`."""
+        """Return an uploaded payload and its kind. Raises `InvalidInput`, `ObjectMissing`, `StoreUnavailable`."""
 
 
 @dataclass(slots=True)
 class FeedCounts:
-    """What a stream brought, as far as it is durable. `sealed`: the batch, when the last of it closed it."""
+    """Counts of a stream, as far as it is durable. `sealed`: the batch, if the last append sealed it."""
 
     accepted_count: int = 0
     duplicates_count: int = 0
@@ -103,7 +102,7 @@ class FeedCounts:
     sealed: Batch | None = None
 
     def add(self, appended: Appended) -> None:
-        """Count one append."""
+        """Add the counts of one append."""
         self.accepted_count += appended.accepted_count
         self.duplicates_count += appended.duplicates_count
         self.conflicts += appended.conflicts
@@ -114,7 +113,7 @@ class IndexedFeed:
     """One stream of items into one batch."""
 
     def __init__(self, engine: Engine, batch: Batch, decoder: ItemDecoder) -> None:
-        self.taken = FeedCounts()
+        self.counts = FeedCounts()
         self._engine = engine
         self._batch = batch
         self._decoder = decoder
@@ -123,14 +122,14 @@ class IndexedFeed:
     async def run(
         self, pieces: AsyncIterable[bytes], *, meter: Callable[[int], None] = lambda _count: None
     ) -> FeedCounts:
-        """Read to the end; a batch that is whole then is closed with it.
+        """Read the stream to its end; a batch that is complete then is sealed with the last append.
 
-        `meter` hears of bytes as they are read. Raises what the source raises, `UnreadableItem`, `InvalidInput`,
-        `StoreUnavailable`.
+        `meter` gets the size of each piece as it is read. Raises what the source raises, and `UnreadableItem`,
+        `InvalidInput`, `StoreUnavailable`.
         """
         limits = self._engine.limits
         appender = BatchAppender(
-            self._engine, self._batch.id, on_appended=self.taken.add, waits_max=WAITS_MAX, gather_s=GATHER_S
+            self._engine, self._batch.id, on_appended=self.counts.add, waits_max=WAITS_MAX, gather_s=GATHER_S
         )
         groups = map_concurrently(
             self._groups(pieces, meter), self._settled, concurrency=limits.ingest_concurrency, ordered=False
@@ -144,12 +143,12 @@ class IndexedFeed:
                     await appender.push(count, None)
             await appender.finish(seals=True)
         except BaseException:
-            with suppress(HeadraceError):  # rule 2; the first error says why
+            with suppress(HeadraceError):  # rule 2; the first error is raised
                 await appender.finish()
             raise
         finally:
             await appender.stop()
-        return self.taken
+        return self.counts
 
     # -- reading
 
@@ -164,7 +163,7 @@ class IndexedFeed:
             yield group
 
     def _cut(self, items: list[Item]) -> Iterator[EntryGroup]:
-        """Items in groups: one that goes to the object store is alone. A line that is refused comes last."""
+        """Yield items in groups: one that goes to the object store is alone. A line that is refused comes last."""
         lines: list[bytes] = []
         refused: HeadraceError | None = None
         entries: list[IndexedItem | ItemRange] = []
@@ -174,9 +173,9 @@ class IndexedFeed:
             elif isinstance(item, Oversized):
                 entries.append(self._failed(item))
             elif isinstance(item, Unreadable):
-                refused = UnreadableItem(item.reason, hint="send the lines that are left once it is mended")
+                refused = UnreadableItem(item.reason, hint="correct the line and send the remaining lines")
                 break
-        items.clear()  # a large line is held once, by its entry
+        items.clear()  # so that a large line is held once, by its item
         try:
             for entry in self._decoded(lines):
                 if self._is_small((entry,)):
@@ -194,7 +193,7 @@ class IndexedFeed:
             raise refused
 
     def _decoded(self, lines: list[bytes]) -> Iterator[IndexedItem | ItemRange]:
-        """Lines as entries, many at once where all of them are good; one that is to be offloaded by itself."""
+        """Decode lines, many at once if all of them are valid; an item that is to be offloaded is yielded by itself."""
         group = self._decoder.many(lines) if lines else ()
         if group is not None:
             lines.clear()
@@ -236,7 +235,7 @@ class IndexedFeed:
                 index = max(first, self._bound)
                 raise IndexOutside(
                     f"Item index {index} exceeds batch runCount {self._bound}",
-                    hint="indexes run from 0 to the announced count less one",
+                    hint="indexes run from 0 to the announced count minus one",
                     batch_id=self._batch.id,
                 )
         if not self._is_small(group):
@@ -246,7 +245,7 @@ class IndexedFeed:
         return group
 
     async def _fetched(self, entry: IndexedItem) -> EntryGroup:
-        """An item whose payload was uploaded before: it becomes this batch's own, or the run fails for want of it."""
+        """Take over an uploaded payload into this batch; if it is missing, the run is created as failed."""
         try:
             payload, kind = await retry_transient(
                 lambda: self._decoder.fetched(entry.payload),
@@ -275,7 +274,7 @@ class IndexedFeed:
     # -- appending
 
     def _add(self, appender: BatchAppender, entry: IndexedItem | ItemRange) -> int:
-        """Put an entry into the open chunk, which holds no index twice; answers how many runs it is."""
+        """Add an item to the open chunk, which holds no index twice; return the number of its runs."""
         if isinstance(entry, ItemRange):
             if appender.coalescer.holds(entry.first_index, len(entry.payloads)):
                 appender.cut()

@@ -1,7 +1,8 @@
-"""How calls become durable runs: single enqueues share commits, maps stream.
+"""The producer of a process: it makes calls durable as runs. Single enqueues share commits, maps stream.
 
-Single enqueues of a process belong to one open-ended batch (kind `stream`) of its session; recovering the session
-seals it at what was received. What is enqueued while a commit is in flight shares the next (natural batching).
+The single enqueues of a process belong to one open-ended batch (kind `stream`) of its session. Recovering the session
+seals that batch at what was received. Enqueues that arrive while a commit is in flight share the next one (natural
+batching).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ GROUP_ITEMS: Final = 256
 GROUP_S: Final = 0.001
 STREAMS_TRIED: Final = 5
 STREAM_RUNS_MAX: Final = 1_000_000
-"""After this many single enqueues a producer goes on in a new stream, so that old ones end and can be pruned."""
+"""After this many single enqueues a producer starts a new stream, so that old streams complete and can be pruned."""
 
 
 class _Enqueue(NamedTuple):
@@ -51,7 +52,7 @@ class _Enqueue(NamedTuple):
 
 
 class Producer:
-    """Appends for one process. Owned by one event loop."""
+    """Appends runs for one process. Owned by one event loop."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -62,18 +63,20 @@ class Producer:
         self._flusher: Flusher[_Enqueue] | None = None
 
     async def enqueue(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[str, int]:
-        """Make one run durable; answers `(batch_id, index)`, of an older run when its idempotency key names one."""
+        """Make one run durable; return `(batch_id, index)`, of an existing run if its idempotency key names one."""
         now_us = self.engine.clock.now_us()
         extra = extra_of(with_trace(options), self.engine.limits, now_us)
         return await self.put(key_of(spec, options, now_us), payload, JSON, extra)
 
     async def put(self, key: Key, payload: bytes, kind: int, extra: Extra | None) -> tuple[str, int]:
-        """The same for a run that is ready to be stored, but for its payload's size."""
+        """Make a run durable whose key and extras are known; return `(batch_id, index)`. A large payload is offloaded
+        first.
+        """
         batch_id, index, _ = await self.put_new(key, payload, kind, extra)
         return batch_id, index
 
     async def put_new(self, key: Key, payload: bytes, kind: int, extra: Extra | None) -> tuple[str, int, bool]:
-        """The same, and whether the run is a new one."""
+        """Like `put`, and return also whether the run is new."""
         for _ in range(STREAMS_TRIED):
             async with self._starting:
                 flusher = await self._ensure_stream()
@@ -84,16 +87,19 @@ class Producer:
             try:
                 await flusher.put(_Enqueue(index, settled, kind_there, key, extra_there, answer))
                 return await answer
-            except (FlusherClosed, Conflict):  # the stream ended before this run was in it: into the next
+            except (FlusherClosed, Conflict):  # the stream ended before it contained this run: use the next stream
                 await self._leave_stream(stream_id)
-        raise StoreUnavailable("streams end faster than they begin", hint="are batches being cancelled?")
+        raise StoreUnavailable(
+            "enqueue failed: every stream ended before it contained the run",
+            hint="check whether batches of kind stream are being cancelled",
+        )
 
     async def put_all(self, runs: Sequence[tuple[Key, bytes, int, Extra | None]]) -> list[bool]:
-        """Many runs at once, in their order; answers of each whether it is new."""
+        """Make many runs durable, in their order; return for each whether it is new."""
         return [is_new for _, _, is_new in await asyncio.gather(*(self.put_new(*run) for run in runs))]
 
     async def _leave_stream(self, stream_id: str) -> None:
-        """Somebody ended the stream: this process's session with it, when it was taken for dead."""
+        """Leave a stream that was ended by another process, and the session too if it was taken for lapsed."""
         async with self._starting:
             if self._stream_id != stream_id or self._broker is None:
                 return
@@ -131,7 +137,7 @@ class Producer:
                 enqueue.answer.set_result((*existing, False) if existing else (stream_id, enqueue.run_index, True))
 
     async def _create_owned(self, **more: Any) -> str:
-        """A batch that ends with this process's session, whatever happens to the process; answers its id."""
+        """Create a batch that is sealed when this process's session ends; return its id."""
         if self._broker is None:
             broker = StoreSession(self.engine, kind="producer")
             broker.on_ended = self._session_lost
@@ -155,7 +161,7 @@ class Producer:
                 return new.id
 
     def _session_lost(self) -> None:
-        """Others took this process for dead and sealed its stream; the next enqueue begins a new one."""
+        """Start a new stream at the next enqueue: another process ended this session and sealed its stream."""
         self._stream_id = ""
         if self._broker is not None:
             self._broker.session_id = ""
@@ -168,16 +174,17 @@ class Producer:
                 await flusher.close(deadline_s=deadline_s)
             except UpdatesUnflushed as error:
                 for enqueue in flusher.unflushed:
-                    _refuse(enqueue, StoreUnavailable("the app closed before the store took this run"))
+                    _refuse(enqueue, StoreUnavailable("the app was closed before the store accepted this run"))
                 raise error from None
         if stream_id:
-            with suppress(Conflict):  # it was cancelled meanwhile
+            with suppress(Conflict):  # it was cancelled before
                 await self.engine.store.seal(stream_id, None, now_us=self.engine.clock.now_us())
 
-    async def alone(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[NewBatch, Chunk]:
-        """One run as a batch of its own, for somebody else's transaction; a large payload is put into an object first.
+    async def build_single(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[NewBatch, Chunk]:
+        """Build one run as a batch of its own, for the caller's transaction. A large payload is written as an object
+        first.
 
-        An object whose transaction never commits is removed as an orphan.
+        If the transaction never commits, the object is removed as an orphan.
         """
         batch_id = new_batch_id(self.engine.clock.now_us())
         now_us = self.engine.clock.now_us()
@@ -198,13 +205,11 @@ class Producer:
         key: str | None,
         metadata: dict[str, object],
     ) -> str:
-        """Stream items into a batch and seal it; answers the batch's id."""
+        """Stream items into a batch and seal it; return the batch's id."""
         if key is not None:
             check_name("key", key)
         if options.idempotency_key:
-            raise InvalidInput(
-                "an idempotency key names one run, not a batch", hint="write map(…, batch_key=…) instead"
-            )
+            raise InvalidInput("an idempotency key names one run, not a batch", hint="pass batch_key=… to map instead")
         clock, limits = self.engine.clock, self.engine.limits
         now_us = clock.now_us()
         span_key, shared = key_of(spec, options, now_us), extra_of(options, limits, now_us)
@@ -229,9 +234,9 @@ class Producer:
                     await appender.push(index, None)
             await appender.finish()
         except BaseException:
-            with suppress(HeadraceError):  # the first error is raised; what was read becomes durable all the same
+            with suppress(HeadraceError):  # the first error is raised; the items read before it become durable too
                 await appender.finish()
-            if key is None:  # nobody could ever go on with it
+            if key is None:  # without a key no caller can resume it
                 await self.engine.store.stop_batch(batch_id, CANCELLED, now_us=clock.now_us())
             raise
         finally:
@@ -241,7 +246,7 @@ class Producer:
         return batch_id
 
     async def _create_mapped(self, task: str, key: str | None, metadata: dict[str, object]) -> str:
-        """The batch of a map: one that its key finds again, or one that nobody else could go on with."""
+        """Create the batch of a map: one that its key finds again, or one that ends with this session."""
         if key is None:
             async with self._starting:
                 return await self._create_owned(task=task, metadata=metadata)
@@ -253,7 +258,7 @@ class Producer:
         return batch.id
 
     async def _encode_each(self, spec: TaskSpec, batch_id: str, group: list[Any], shared: Extra | None) -> _Encoded:
-        """The items of a group one by one: some don't fit, are large, or carry options."""
+        """Encode the items of a group one by one: some don't fit, are large, or have options."""
         payloads: list[bytes] = []
         extras: list[tuple[int, Extra | None]] = []
         for item in group:
@@ -268,7 +273,9 @@ class Producer:
         return _Encoded(payloads, extras)
 
     async def close(self) -> None:
-        """Write what waits, seal the stream, and leave. Raises `UpdatesUnflushed` when the store takes nothing."""
+        """Write the pending runs, seal the stream and end the session. Raises `UpdatesUnflushed` if the store does not
+        accept them.
+        """
         grace_s = self.engine.limits.shutdown_grace_s
         async with self._starting:
             broker, self._broker = self._broker, None
@@ -279,7 +286,7 @@ class Producer:
                     await broker.stop(deadline_s=grace_s)
 
     def abandon(self) -> None:
-        """The event loop of this producer is gone: let others seal its stream."""
+        """Leave the stream to recovery: this producer's event loop has ended."""
         if self._broker is not None:
             self._broker.abandon()
 
@@ -288,7 +295,7 @@ class Producer:
     async def _settled_payload(
         self, batch_id: str, payload: bytes, kind: int, extra: Extra | None
     ) -> tuple[bytes, int, Extra | None]:
-        """The payload as its row holds it: itself, or a reference once the object is durable."""
+        """Return the payload as its row holds it: inline, or a reference once the object is durable."""
         if len(payload) < self.engine.limits.inline_bytes_max:
             return payload, kind, extra
         reference, object_key = await self.engine.offloaded(batch_id, payload, kind)
@@ -318,7 +325,7 @@ async def _groups_of_async(items: AsyncIterable[Any]) -> AsyncIterator[list[Any]
 
 
 async def _groups_of(items: Iterable[Any]) -> AsyncIterator[list[Any]]:
-    """Items in groups: as many as come within a millisecond, so that a slow source is not waited for."""
+    """Group items: as many as arrive within a millisecond, so that a slow source does not delay its items."""
     iterator = iter(items)
     while True:
         until = perf_counter() + GROUP_S

@@ -1,12 +1,11 @@
-"""Feeding a stream of NDJSON into a batch, durably, and going on where it stopped.
+"""The sequential feed: it reads an NDJSON input into batches, durably, and resumes where it stopped.
 
-Rule 1: what is durable and how far the input was read are one transaction. Each append carries a `InputPosition`, whose
-digest covers exactly the bytes before it, so a feed that was killed goes on without a guess, and an input that
-changed meanwhile is known as one that did.
-Rule 2: a position lies at the end of a line, and never ahead of what is durable. What was fed twice because of that
-is known by its index and adds nothing.
-Rule 3: one append is in flight at a time; what is read meanwhile shares the next. What waits is bounded, and so is
-the time for which the loop is held: items go through in slices.
+Rule 1: the appended runs and the position in the input are one transaction. The position's digest covers exactly the
+bytes before it. A feed that was killed resumes without a guess, and an input that changed in between is detected. Rule
+2: a position is at the end of a line, and never ahead of what is durable. Items that are therefore read twice are
+recognised by their index and add nothing. Rule 3: one append is in flight at a time; what is read meanwhile shares the
+next. The waiting items are bounded, and so is the time for which the event loop is blocked: items are handled in
+slices.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from headrace.runtime.retrying import retry_transient
 from headrace.store.protocol import Appended
 
 SLICE_LINES_MAX: Final = 4_096
-"""Lines handled without letting go of the loop: some milliseconds."""
+"""Lines handled before yielding to the event loop: some milliseconds."""
 
 DIGEST_BYTES: Final = 32
 _BORN_FAILED: Final = b"{}"
@@ -43,7 +42,7 @@ class SealedElsewhere(Conflict):
 
 
 class _ItemGroup(NamedTuple):
-    """Items that follow each other: any number of small ones, or one that is to be offloaded."""
+    """Consecutive items: any number of small ones, or a single one that is to be offloaded."""
 
     items: list[Item]
     mark: InputPosition | None
@@ -51,10 +50,10 @@ class _ItemGroup(NamedTuple):
 
 
 class SequentialFeed:
-    """One pass over an input, from `start` to its end, into one batch or several that follow each other.
+    """One pass over an input, from `start` to its end, into one batch or several consecutive ones.
 
-    `pieces` are the input's bytes from its very first on, cut anywhere. Those before `start` are only hashed and
-    compared. `position` is where the input was last known to be durable.
+    `pieces` are the input's bytes from the very first on, in pieces of any size. The bytes before `start` are only
+    hashed and compared. `position` is the last position that is known to be durable.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class SequentialFeed:
             batch.id,
             start=self.position,
             on_appended=self._check_same,
-            on_refused=self._verdict,
+            on_refused=self._refusal,
         )
         add, key = appender.coalescer.add, self._key
         try:
@@ -120,15 +119,15 @@ class SequentialFeed:
             self.position = appender.position
             await appender.stop()
         if group is not None and self._next_item < full_at:
-            raise _sealed_elsewhere(batch)  # a batch that continues was sealed at another place than was cut for
+            raise _sealed_elsewhere(batch)  # the stored end of a continued batch is not where this feed expected it
         if is_sealed and self._next_item < full_at:
-            raise input_changed(f"it ends after {self._next_item:,} items, and had {full_at:,}")
+            raise input_changed(f"it has {self._next_item:,} items, expected {full_at:,}")
         if not is_sealed:
             await self._seal(batch, self._next_item - base_index)
         return group is None
 
     async def close(self) -> None:
-        """Stop what still reads. A feed that is left early must be closed."""
+        """Stop reading. A feed that is left early must be closed."""
         if self._groups is not None:
             await self._groups.aclose()
 
@@ -147,10 +146,12 @@ class SequentialFeed:
     def _check_same(self, appended: Appended) -> None:
         if appended.conflicts:
             assert self._batch is not None
-            raise input_changed(f"run {appended.conflicts[0]:,} was made from another line", batch_id=self._batch.id)
+            raise input_changed(f"run {appended.conflicts[0]:,} was created from another line", batch_id=self._batch.id)
 
-    async def _verdict(self, error: ClientFault) -> ClientFault:
-        """The same error, or that somebody sealed the batch while this feed went on past its end."""
+    async def _refusal(self, error: ClientFault) -> ClientFault:
+        """Return the same error, or `SealedElsewhere` if another feed sealed the batch while this feed went on past its
+        end.
+        """
         assert self._batch is not None
         batch, _ = await self._engine.store.batch(self._batch.id)
         if batch.expected_count != self._batch.expected_count and not batch.is_stopped:
@@ -168,7 +169,9 @@ class SequentialFeed:
     # -- reading
 
     async def _cut(self) -> AsyncIterator[_ItemGroup]:
-        """The input from `start` on, in groups; the last group of each slice says where the input then stands."""
+        """Yield the input from `start` on, in groups; the last group of each slice carries the position in the
+        input.
+        """
         reader = _InputReader(self._pieces)
         try:
             at_bytes = await reader.skip(self._start)
@@ -206,7 +209,9 @@ class SequentialFeed:
         )
 
     def _portions(self, piece: bytes, machine: NdjsonMachine) -> Iterator[bytes]:
-        """`piece` in slices of some thousand lines; line by line where a batch is full in it, to cut just there."""
+        """Yield `piece` in slices of some thousand lines; line by line if a batch gets full in it, to stop exactly
+        there.
+        """
         at = 0
         lines_count = piece.count(b"\n")
         while lines_count and self._cut_at - machine.items_count <= lines_count:
@@ -220,7 +225,9 @@ class SequentialFeed:
             yield piece[start : start + slice_bytes]
 
     def _grouped(self, items: list[Item], mark: InputPosition | None) -> Iterator[_ItemGroup]:
-        """Items cut where one is to be offloaded. The usual case is decided in a few calls for all of them."""
+        """Yield items in groups, with each item that is to be offloaded alone. The usual case needs only a few
+        calls.
+        """
         large_bytes = self._limits.inline_bytes_max
         sizes = [len(item) for item in items if type(item) is bytes]
         if max(sizes, default=0) < large_bytes:
@@ -245,7 +252,7 @@ class SequentialFeed:
         return group
 
     async def _offload(self, payload: bytes, mark: InputPosition | None) -> _ItemGroup:
-        """Write one large payload to the object store before the row that will name it."""
+        """Write one large payload to the object store before the row that refers to it."""
         assert self._batch is not None
         engine, batch_id = self._engine, self._batch.id
         reference, key = await retry_transient(
@@ -258,7 +265,7 @@ class SequentialFeed:
 
 
 class _InputReader:
-    """Pieces from either kind of iterable, hashed, with what comes before the start checked and passed over."""
+    """Reads pieces from a plain or asynchronous iterable, hashes them, and checks the part before the start."""
 
     def __init__(self, pieces: AsyncIterable[bytes] | Iterable[bytes]) -> None:
         self._async = aiter(pieces) if isinstance(pieces, AsyncIterable) else None
@@ -276,7 +283,7 @@ class _InputReader:
         return next(self._plain, None)
 
     async def skip(self, start: InputPosition) -> int:
-        """Hash what lies before `start` and compare; answers how many bytes were passed over."""
+        """Hash the bytes before `start` and compare them; return how many bytes were skipped."""
         left = start.bytes_count
         while left:
             piece = await self.next()
@@ -287,16 +294,16 @@ class _InputReader:
             left -= len(piece)
             await asyncio.sleep(0)
         if start.bytes_count and self.digest.digest() != start.digest:
-            raise input_changed(f"its first {start.bytes_count:,} bytes are not those that were read before")
+            raise input_changed(f"its first {start.bytes_count:,} bytes differ from those that were read before")
         return start.bytes_count + (await self._end_line(start) if start.is_open else 0)
 
     async def _end_line(self, start: InputPosition) -> int:
-        """Pass over the end of a line that had none: only white space may have come to it."""
+        """Skip the end of a line that had no newline: only white space may have been added to it."""
         passed_bytes = 0
         while (piece := await self.next()) is not None:
             line, newline, rest = piece.partition(b"\n")
             if line.strip():
-                raise input_changed(f"its line {start.lines_count}, then the last and without a newline, goes on")
+                raise input_changed(f"line {start.lines_count}, the last one, had no newline and has been continued")
             self.digest.update(line + newline)
             passed_bytes += len(line) + len(newline)
             if newline:
@@ -313,13 +320,13 @@ class _InputReader:
 
 
 def failed_item(marker: Oversized | Unreadable | bytes) -> Extra:
-    """What a line that is no item becomes: a run that failed before it could run."""
+    """Return the extras of a run that is created as failed, because its line is not a valid item."""
     assert not isinstance(marker, bytes)
     if isinstance(marker, Oversized):
         failure = Failure(
             type="PAYLOAD_TOO_LARGE",
-            message=f"Line {marker.line} has {marker.actual_bytes:,} bytes, more than the {marker.max_bytes:,} "
-            "of item_bytes_max",
+            message=f"line {marker.line}: expected at most {marker.max_bytes:,} bytes (item_bytes_max), "
+            f"got {marker.actual_bytes:,}",
         )
     else:
         kind = "InvalidUTF8" if marker.reason.startswith("Invalid UTF-8") else "InvalidJSON"
@@ -328,9 +335,9 @@ def failed_item(marker: Oversized | Unreadable | bytes) -> Extra:
 
 
 def _sealed_elsewhere(batch: Batch) -> SealedElsewhere:
-    return SealedElsewhere("the batch was sealed by another feed meanwhile", hint="start again", batch_id=batch.id)
+    return SealedElsewhere("another feed sealed the batch", hint="run the same command again", batch_id=batch.id)
 
 
 def input_changed(how: str, **ids: object) -> InvalidInput:
-    """The input is not the one that was fed before."""
-    return InvalidInput(f"the input changed since it was read: {how}", hint="--fresh starts over", **ids)
+    """Return the error for an input that differs from the one that was fed before."""
+    return InvalidInput(f"the input changed since it was read: {how}", hint="pass --fresh to start over", **ids)

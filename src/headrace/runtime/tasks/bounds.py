@@ -20,15 +20,17 @@ SCHEDULES_MAX: Final = 1_000
 
 
 def check_name(what: str, name: object) -> str:
-    """`name` when it can name a task, queue, key or tag: 1 to 200 characters, no control characters."""
-    most = DEFAULT.name_chars_max
-    if not isinstance(name, str) or not 0 < len(name) <= most or not name.isprintable():
-        raise InvalidInput(f"a {what}'s name is 1 to {most} printable characters, not {name!r}")
+    """Return `name` if it can name a task, queue, key or tag: 1 to 200 printable characters. Raises `InvalidInput`."""
+    chars_max = DEFAULT.name_chars_max
+    if not isinstance(name, str) or not 0 < len(name) <= chars_max or not name.isprintable():
+        raise InvalidInput(f"{what}: expected a name of 1 to {chars_max} printable characters, got {name!r:.220}")
     return name
 
 
 def check_priority(priority: object) -> int:
-    """`priority` when it is an integer from -1,000,000 to 1,000,000; larger goes first."""
+    """Return `priority` if it is an integer from -1,000,000 to 1,000,000; higher is claimed first. Raises
+    `InvalidInput`.
+    """
     if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > PRIORITY_MAX:
-        raise InvalidInput(f"priority is a whole number from -{PRIORITY_MAX} to {PRIORITY_MAX}, not {priority!r}")
+        raise InvalidInput(f"priority: expected an integer from -{PRIORITY_MAX} to {PRIORITY_MAX}, got {priority!r}")
     return priority

@@ -1,4 +1,4 @@
-"""What a run may ask about itself: an optional argument of a task."""
+"""The context of a run: an optional argument of a task."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _DIGITS_MAX: Final = 18
 
 
 class Context:
-    """One attempt of one run. A task that has a parameter annotated `Context` gets it.
+    """One attempt of one run, passed to a task that has a parameter annotated `Context`.
 
-    Give the parameter the default `DETACHED` and the task can also be called without Headrace, and type checkers know
-    that nobody has to pass it: `async def send(to: str, context: Context = DETACHED)`.
+    With the default `DETACHED` the task can also be called without Headrace, and type checkers know that callers need
+    not pass it: `async def send(to: str, context: Context = DETACHED)`.
 
-    `index` counts in the batch from 0, `attempt` from 1. `deadline_us`: when the attempt times out, microseconds
-    UTC, or None. `headers`: as given at enqueue.
+    `index` counts from 0 in the batch, `attempt` from 1. `deadline_us`: the time at which the attempt times out,
+    microseconds UTC, or None. `headers`: as given at enqueue.
     """
 
     __slots__ = ("_cancelled", "_log", "attempt", "batch_id", "deadline_us", "headers", "index", "queue", "task")
@@ -53,29 +53,29 @@ class Context:
 
     @property
     def run_id(self) -> str:
-        """The run's name outside, the same on every attempt: fit for an idempotency key of a call it makes."""
+        """The public id of the run, the same on every attempt. Use it as idempotency key of the run's own calls."""
         return run_id(self.batch_id, self.index)
 
     @property
     def scheduled_us(self) -> int | None:
-        """The time of the tick that a schedule enqueued this run for, microseconds UTC; None for any other run."""
-        told = self.headers.get(SCHEDULED_US, "")
-        return int(told) if told.isascii() and told.isdigit() and len(told) <= _DIGITS_MAX else None
+        """The time of the tick for which a schedule enqueued this run, microseconds UTC; None for other runs."""
+        scheduled = self.headers.get(SCHEDULED_US, "")
+        return int(scheduled) if scheduled.isascii() and scheduled.isdigit() and len(scheduled) <= _DIGITS_MAX else None
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody wants the outcome any more (cancelled, or past its deadline); long loops look at it."""
+        """True once the run was cancelled or is past its deadline; long loops check it."""
         return self._cancelled.is_set()
 
     @property
     def log(self) -> Any:
-        """A structured logger with batch, index and attempt bound."""
+        """A structured logger with batch, index, attempt and task bound."""
         if self._log is None:
             self._log = LOG.bind(batch=self.batch_id, index=self.index, attempt=self.attempt, task=self.task)
         return self._log
 
     def cancel(self) -> None:
-        """Tell the run that nobody waits for it; called by the worker, from any thread."""
+        """Mark the run as cancelled; called by the worker, from any thread."""
         self._cancelled.set()
 
 

@@ -1,4 +1,4 @@
-"""What is kept of an exception: its class, its words, and the task's own frames."""
+"""The stored description of an exception: its class, its message, and the frames of the task's own code."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import traceback
 from pathlib import Path
 from typing import Final
 
-_OWN: Final = str(Path(__file__).parents[1])
+_RUNTIME_FOLDER: Final = str(Path(__file__).parents[1])
 FRAMES_MAX: Final = 20
 
 
 def describe(error: BaseException, *, chars_max: int) -> tuple[str, str, str]:
-    """`(type, message, trace)`, each at most `chars_max` characters; an exception that can't speak is said so."""
+    """Return `(type, message, trace)`, each at most `chars_max` characters. A failing `__str__` is reported in the
+    message.
+    """
     kind = type(error).__qualname__
     try:
         message = str(error)
@@ -21,12 +23,14 @@ def describe(error: BaseException, *, chars_max: int) -> tuple[str, str, str]:
 
 
 def _trace(error: BaseException) -> str:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OWN)]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_RUNTIME_FOLDER)
+    ]
     return "".join(traceback.format_list(frames[-FRAMES_MAX:]))
 
 
 def error_line(error: BaseException) -> str:
-    """An error in one line, whatever its class does with its words."""
+    """Return an error as one line, even if its `__str__` fails."""
     kind = type(error).__qualname__
     try:
         return f"{kind}: {error}"

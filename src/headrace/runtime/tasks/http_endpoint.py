@@ -1,7 +1,8 @@
-"""A task behind a URL: each attempt is one signed POST, and the status code decides what becomes of the run.
+"""A task behind a URL: each attempt is one signed POST, and its status code decides the outcome of the run.
 
-The name is resolved here and the connection goes to an address that was looked at, so a name that answers something
-else the second time (DNS rebinding) leads nowhere; proxies of the environment are not used, redirects not followed.
+The name is resolved here, and the connection goes to an address that was checked. A name that resolves to another
+address the second time (DNS rebinding) therefore has no effect. Proxies from the environment are not used, and
+redirects are not followed.
 """
 
 from __future__ import annotations
@@ -42,16 +43,18 @@ ANSWER_BYTES_MAX: Final = MIB
 HEADERS_MAX: Final = 50
 HEADER_CHARS_MAX: Final = 4_096
 RETRY: Final = Retry(attempts=5, delay_s=1.0, jitter=0.5)
-"""An endpoint is tried five times unless its task says otherwise: networks fail, and the key makes it safe."""
+"""An endpoint is attempted five times unless its task says otherwise: networks fail, and the idempotency key makes it
+safe.
+"""
 
-_OWN: Final = frozenset({
+_RESERVED_HEADERS: Final = frozenset({
     "host", "content-length", "content-type", "transfer-encoding", "connection", "accept-encoding", "idempotency-key",
     "webhook-id", "webhook-timestamp", "webhook-signature", "headrace-attempt", "headrace-task",
 })  # fmt: skip
 
 
 class Endpoint:
-    """Where a task lives, and who may be asked there."""
+    """The URL of a task, its signing keys, and the networks that may be reached."""
 
     def __init__(
         self,
@@ -66,7 +69,9 @@ class Endpoint:
         try:
             import httpcore
         except ModuleNotFoundError as error:
-            raise InvalidSetting(f"an endpoint needs {error.name}", hint="pip install 'headrace[endpoints]'") from None
+            raise InvalidSetting(
+                f"an endpoint requires the package {error.name}", hint="pip install 'headrace[endpoints]'"
+            ) from None
         self._httpcore: Any = httpcore
         self.place: Place = place_of(url)
         self._keys = secrets_of(secret)
@@ -80,7 +85,7 @@ class Endpoint:
         self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
 
     async def deliver(self, body: Any = None, context: Context = DETACHED) -> Any:
-        """One attempt. Its result is the answer's body: as JSON if it is, as text if it is that, else nothing."""
+        """Make one attempt. The result is the response body: decoded JSON, a string for text, else None."""
         hc = self._httpcore
         content = msgspec.json.encode(body)
         request = hc.Request(
@@ -102,10 +107,10 @@ class Endpoint:
             finally:
                 await answer.aclose()
         except (hc.NetworkError, hc.ProtocolError, hc.TimeoutException) as error:
-            raise EndpointFailed(f"the endpoint did not answer: {error or type(error).__name__}") from error
+            raise EndpointFailed(f"the endpoint did not respond: {error or type(error).__name__}") from error
 
     async def close(self) -> None:
-        """End the connections of this loop."""
+        """Close the connections of the current event loop."""
         pool = self._pools.pop(asyncio.get_running_loop(), None)
         if pool is not None:
             await pool.aclose()
@@ -118,7 +123,7 @@ class Endpoint:
                 max_connections=CONNECTIONS_MAX,
                 max_keepalive_connections=CONNECTIONS_MAX,
                 keepalive_expiry=IDLE_S,
-                network_backend=Guarded(self._httpcore, self.place.scheme, self._allowed),
+                network_backend=GuardedBackend(self._httpcore, self.place.scheme, self._allowed),
             )
         return self._pools[loop]
 
@@ -127,8 +132,8 @@ class Endpoint:
         name = context.run_id if context is not DETACHED else f"call_{secrets.token_hex(16)}"
         default = 443 if self.place.scheme == "https" else 80
         host = f"[{self.place.host}]" if ":" in self.place.host else self.place.host
-        # Of a run's headers the trace alone goes on; the others are the worker's own.
-        told = ((name, context.headers[name]) for name in tracing.NAMES if name in context.headers)
+        # Of a run's headers only the trace is sent; the others belong to the worker.
+        trace_headers = ((name, context.headers[name]) for name in tracing.NAMES if name in context.headers)
         return [
             ("host", host if self.place.port == default else f"{host}:{self.place.port}"),
             ("content-type", "application/json"),
@@ -141,7 +146,7 @@ class Endpoint:
             ("webhook-signature", signature(self._keys, name, now_s, content)),
             ("headrace-attempt", str(context.attempt)),
             ("headrace-task", context.task.encode("unicode_escape").decode()),
-            *(header for header in told if _is_header(*header)),
+            *(header for header in trace_headers if _is_header(*header)),
             *self._headers,
         ]
 
@@ -153,7 +158,7 @@ class Endpoint:
             size += len(piece)
             if size > ANSWER_BYTES_MAX:
                 raise EndpointRefused(
-                    f"the endpoint answered {answer.status} with more than the {ANSWER_BYTES_MAX} bytes of a result"
+                    f"expected a response of at most {ANSWER_BYTES_MAX} bytes, got more (status {answer.status})"
                 )
             pieces.append(piece)
         body, kind = b"".join(pieces), headers.get(b"content-type", "").partition(";")[0].strip().lower()
@@ -163,12 +168,12 @@ class Endpoint:
             try:
                 return msgspec.json.decode(body)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                raise EndpointRefused(f"the endpoint answered {answer.status} with JSON that can't be read") from None
+                raise EndpointRefused(f"the endpoint responded {answer.status} with invalid JSON") from None
         return body.decode("utf-8", "replace") if kind.startswith("text/") else None
 
 
-class Guarded:
-    """A network backend of httpcore's that connects only where it may, to the very address that was looked at."""
+class GuardedBackend:
+    """A network backend for httpcore that connects only to addresses that were checked."""
 
     def __init__(self, httpcore: Any, scheme: str, allowed: Sequence[Network]) -> None:
         self._httpcore = httpcore
@@ -177,7 +182,7 @@ class Guarded:
         self._allowed = allowed
 
     async def connect_tcp(self, host: str, port: int, timeout: float | None = None, **more: Any) -> Any:
-        """The first of the name's addresses that takes the connection."""
+        """Connect to the first of the name's addresses that accepts the connection."""
         problem: Exception = self._httpcore.ConnectError("the name has no address")
         for address in await addresses_of(host, port, self._scheme, self._allowed, timeout):
             try:
@@ -190,37 +195,39 @@ class Guarded:
 async def addresses_of(
     host: str, port: int, scheme: str, allowed: Sequence[Network], timeout_s: float | None
 ) -> list[str]:
-    """The addresses of a name that may be reached. Raises `EndpointRefused` when it has some, and none of them may."""
+    """Return the addresses of a name that may be reached. Raises `EndpointRefused` if it has addresses and none is
+    allowed.
+    """
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout_s):
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise EndpointFailed(f"the endpoint's name {host!r} can't be resolved: {error}") from error
-    every = list(dict.fromkeys(str(one[4][0]) for one in found))
-    good = [address for address in every if is_allowed(address, scheme, allowed)]
-    if every and not good:
+    resolved = list(dict.fromkeys(str(info[4][0]) for info in infos))
+    allowed_addresses = [address for address in resolved if is_allowed(address, scheme, allowed)]
+    if resolved and not allowed_addresses:
         raise EndpointRefused(
-            f"{host} leads to {', '.join(every[:3])}, where no request may go over {scheme}: "
-            "public addresses over https only, or a network that the task's allow=[…] names"
+            f"{host} resolves to {', '.join(resolved[:3])}, which may not be reached over {scheme}: only public "
+            "addresses over https are allowed, or the networks in the task's allow=[…]"
         )
-    return good
+    return allowed_addresses
 
 
 def _checked(headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Headers of the task's own. Raises `InvalidSetting`, which does not repeat a value."""
+    """Return the task's own headers, checked. Raises `InvalidSetting`, which never contains a header's value."""
     if len(headers) > HEADERS_MAX:
-        raise InvalidSetting(f"an endpoint has at most {HEADERS_MAX} headers")
+        raise InvalidSetting(f"headers: expected at most {HEADERS_MAX}, got {len(headers)}")
     for name, value in headers.items():
-        if name.lower() in _OWN:
-            raise InvalidSetting(f"the header {name} is written by Headrace")
+        if name.lower() in _RESERVED_HEADERS:
+            raise InvalidSetting(f"headers: {name} is set by Headrace and can't be overridden")
         if not _is_header(name, value):
-            raise InvalidSetting(f"the header {name!r:.60} is none, or its value has a form that headers don't take")
+            raise InvalidSetting(f"headers: {name!r:.60} or its value is not valid in HTTP")
     return [(name, value) for name, value in headers.items()]
 
 
 def _is_header(name: object, value: object) -> bool:
     if not isinstance(name, str) or not isinstance(value, str) or not 0 < len(name) <= 200:
         return False
-    is_token = name.isascii() and all(one.isalnum() or one in "!#$%&'*+-.^_`|~" for one in name)
+    is_token = name.isascii() and all(character.isalnum() or character in "!#$%&'*+-.^_`|~" for character in name)
     return is_token and len(value) <= HEADER_CHARS_MAX and value.isascii() and (value == "" or value.isprintable())

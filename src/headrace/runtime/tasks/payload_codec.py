@@ -28,10 +28,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def _result_decoder(annotation: Any) -> Callable[[bytes], Any]:
-    """What turns a stored result into what the task is annotated to return.
+    """Return the decoder of a stored result into the type that the task is annotated to return.
 
-    A result that does not fit (an older version of the task wrote it), or an annotation that nothing decodes, comes
-    as plain JSON values.
+    A result that does not fit (written by an older version of the task), or an annotation that nothing decodes, is
+    returned as plain JSON values.
     """
     plain = msgspec.json.Decoder().decode
     try:
@@ -49,7 +49,7 @@ def _result_decoder(annotation: Any) -> Callable[[bytes], Any]:
 
 
 class _Parameter(NamedTuple):
-    """One parameter of a task that payloads fill."""
+    """A parameter of a task that payloads fill."""
 
     name: str
     annotation: Any
@@ -62,23 +62,27 @@ class _Parameter(NamedTuple):
 
     @property
     def field(self) -> Any:
-        """As a field of a struct; left out where there is a default, so that the function's own holds."""
+        """The parameter as a struct field; left out if it has a default, so that the function's own default applies."""
         if not self.has_default:
             return (self.name, self.annotation)
         return (self.name, typing.Union[self.annotation, msgspec.UnsetType], msgspec.UNSET)  # noqa: UP007 - any hint
 
 
 class Codec:
-    """Turns calls into payloads and payloads into calls, by a function's signature and annotations."""
+    """Encodes calls as payloads and decodes payloads into calls, by a function's signature and annotations."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = name
         self.context_name = ""
         self.decode_one: Callable[[bytes], Any] | None = None
         self.parameters = self._parameters(function)
-        self._by_place_only = [one for one in self.parameters if one.kind == inspect.Parameter.POSITIONAL_ONLY]
-        known = inspect.signature(function).parameters.values()
-        self._signature = inspect.Signature([one for one in known if one.name != self.context_name])
+        self._positional_only = [
+            parameter for parameter in self.parameters if parameter.kind == inspect.Parameter.POSITIONAL_ONLY
+        ]
+        signature_parameters = inspect.signature(function).parameters.values()
+        self._signature = inspect.Signature(
+            [parameter for parameter in signature_parameters if parameter.name != self.context_name]
+        )
         self._only = self.parameters[0] if len(self.parameters) == 1 else None
         self._checks_nothing = False
         self._many: msgspec.json.Decoder[Any] | None = None
@@ -96,17 +100,19 @@ class Codec:
             self._checks_nothing = annotation in (Any, object)
             self._many = msgspec.json.Decoder(list[annotation])  # type: ignore[valid-type]  # known only when it runs
             return
-        placed = [one for one in self.parameters if one.kind != inspect.Parameter.KEYWORD_ONLY]
-        fields = [one.field for one in self.parameters]
+        positional = [parameter for parameter in self.parameters if parameter.kind != inspect.Parameter.KEYWORD_ONLY]
+        fields = [parameter.field for parameter in self.parameters]
         self._by_name_type = msgspec.defstruct("Arguments", fields, forbid_unknown_fields=True, kw_only=True)
-        self._by_place_type = msgspec.defstruct(
-            "Arguments", [one.field for one in placed], array_like=True, forbid_unknown_fields=True
+        self._by_position_type = msgspec.defstruct(
+            "Arguments", [parameter.field for parameter in positional], array_like=True, forbid_unknown_fields=True
         )
-        self._needs_names = [one.name for one in self.parameters if one not in placed and not one.has_default]
+        self._needs_names = [
+            parameter.name for parameter in self.parameters if parameter not in positional and not parameter.has_default
+        ]
         if self.parameters:
             self._many = msgspec.json.Decoder(list[self._by_name_type])  # type: ignore[name-defined]  # made here
         self._by_name = msgspec.json.Decoder(self._by_name_type)
-        self._by_place = msgspec.json.Decoder(self._by_place_type)
+        self._by_position = msgspec.json.Decoder(self._by_position_type)
 
     def _parameters(self, function: Callable[..., Any]) -> list[_Parameter]:
         try:
@@ -114,45 +120,47 @@ class Codec:
             parameters = inspect.signature(function).parameters.values()
         except Exception as error:
             raise InvalidSetting(
-                f"the annotations of task {self.name} can't be resolved: {error}", hint="import the names they use"
+                f"the annotations of task {self.name} can't be resolved: {error}",
+                hint="import the names that the annotations use",
             ) from error
         self.result_of = _result_decoder(hints.get("return", Any))
-        found = []
+        payload_parameters = []
         for parameter in parameters:
             if _is_context(hints.get(parameter.name)):
                 if self.context_name or parameter.kind == parameter.POSITIONAL_ONLY:
                     raise InvalidSetting(
-                        f"task {self.name} takes its Context by name, and once", hint="write context: Context"
+                        f"task {self.name}: expected one Context parameter, passed by name",
+                        hint="write context: Context",
                     )
                 self.context_name = parameter.name
                 continue
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise InvalidSetting(
-                    f"task {self.name} takes *{parameter.name}, which no payload can describe",
-                    hint="name its parameters",
+                    f"task {self.name} takes *{parameter.name}, which a payload can't describe",
+                    hint="declare each parameter by name",
                 )
             annotation = hints.get(parameter.name, Any)
-            found.append(_Parameter(parameter.name, annotation, parameter.default, parameter.kind))
-        return found
+            payload_parameters.append(_Parameter(parameter.name, annotation, parameter.default, parameter.kind))
+        return payload_parameters
 
     # -- calls to payloads, results to values
 
     def encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
-        """A call as JSON, checked by decoding it as the worker will. Raises `InvalidInput`, naming the field."""
+        """Encode a call as JSON, checked by decoding it as the worker will. Raises `InvalidInput`, naming the field."""
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
             raise InvalidInput(
-                f"task {self.name} can't be called so: {error}", hint=f"it takes {self._signature}"
+                f"task {self.name} was called with wrong arguments: {error}", hint=f"its signature is {self._signature}"
             ) from None
         if self._only is None:
             return self._checked(bound.arguments)
         if self._only.name not in bound.arguments:
-            return b""  # the one payload that is no value: the function's own default holds
+            return b""  # an empty payload: the function's own default applies
         return self.encode_value(bound.arguments[self._only.name])
 
     def encode_value(self, value: Any) -> bytes:
-        """An item of a batch as JSON: the value whole, or an object or array of arguments."""
+        """Encode an item of a batch as JSON: the value whole, or an object or array of arguments."""
         return self._checked(value)
 
     def _checked(self, value: Any) -> bytes:
@@ -160,19 +168,21 @@ class Codec:
             payload = _encode_json(value)
         except Exception as error:  # noqa: BLE001 - a value's own code may raise anything
             raise InvalidInput(
-                f"the arguments of task {self.name} can't be written as JSON: {error_line(error)}",
+                f"the arguments of task {self.name} can't be encoded as JSON: {error_line(error)}",
                 hint="use plain values, dataclasses, msgspec structs, dates, UUIDs, enums or bytes",
             ) from None
         try:
             self.decode(payload, pack.JSON)
         except PayloadRefused as error:
             raise InvalidInput(
-                f"the arguments don't fit task {self.name}: {error}", hint=f"it takes {self._signature}"
+                f"the arguments don't fit task {self.name}: {error}", hint=f"its signature is {self._signature}"
             ) from None
         return payload
 
     def encode_values(self, values: Sequence[Any]) -> list[bytes] | None:
-        """Many items as JSON, checked in one go; None when any of them is refused, so that each can be asked alone."""
+        """Encode many items as JSON, checked together; None if one of them is invalid, so that each can be encoded
+        alone.
+        """
         try:
             payloads = [_encode_json(value) for value in values]
             if self._checks_nothing:
@@ -187,7 +197,7 @@ class Codec:
     # -- payloads to calls
 
     def decode(self, payload: bytes, kind: int) -> Arguments:
-        """The call that a payload describes. Raises `PayloadRefused`, naming the path of the field."""
+        """Decode a payload into a call. Raises `PayloadRefused`, naming the path of the field."""
         try:
             if kind == pack.JSON:
                 return self._from_json(payload)
@@ -199,19 +209,19 @@ class Codec:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise PayloadRefused(str(error)) from None
         except Exception as error:
-            raise PayloadRefused(f"a type of the task refuses it: {error_line(error)}") from error
+            raise PayloadRefused(f"a type of the task refused the value: {error_line(error)}") from error
 
     def _from_json(self, payload: bytes) -> Arguments:
         if self._only is not None:
             if not payload and self._only.has_default:
                 return (), {}
-            return self._placed({self._only.name: self._whole.decode(payload)})
+            return self._split_arguments({self._only.name: self._whole.decode(payload)})
         first = payload.lstrip()[:1]
         if not self.parameters:
             return self.from_value(msgspec.json.decode(payload) if payload else None)
         if first == b"[":
-            return self._filled(self._by_place.decode(payload), by_place=True)
-        return self._filled(self._by_name.decode(payload))
+            return self._arguments_of(self._by_position.decode(payload), by_position=True)
+        return self._arguments_of(self._by_name.decode(payload))
 
     def _other(self, payload: bytes, kind: int) -> Arguments:
         if kind == pack.TEXT:
@@ -221,16 +231,16 @@ class Codec:
         if kind == pack.MSGPACK:
             call = msgspec.msgpack.decode(payload, type=_Call)
             return self._from_named(self._named(call.args, call.kwargs))
-        raise PayloadRefused(f"no payload has the kind {kind}")
+        raise PayloadRefused(f"unknown payload kind {kind}")
 
     def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Positional and keyword arguments as keyword arguments."""
-        names = [one.name for one in self.parameters if one.kind != inspect.Parameter.KEYWORD_ONLY]
+        """Return positional and keyword arguments as keyword arguments."""
+        names = [parameter.name for parameter in self.parameters if parameter.kind != inspect.Parameter.KEYWORD_ONLY]
         if len(args) > len(names):
-            raise PayloadRefused(f"{len(args)} positional arguments for {len(names)} parameters")
+            raise PayloadRefused(f"expected at most {len(names)} positional arguments, got {len(args)}")
         named = dict(zip(names, args, strict=False))
-        if twice := named.keys() & kwargs.keys():
-            raise PayloadRefused(f"{', '.join(sorted(twice))} is given by place and by name")
+        if duplicates := named.keys() & kwargs.keys():
+            raise PayloadRefused(f"given both by position and by name: {', '.join(sorted(duplicates))}")
         return {**named, **kwargs}
 
     def _from_named(self, named: dict[str, Any]) -> Arguments:
@@ -238,36 +248,36 @@ class Codec:
         if only is None:
             return self.from_value(named)
         if unknown := named.keys() - {only.name}:
-            raise PayloadRefused(f"unknown arguments {', '.join(sorted(unknown))}")
+            raise PayloadRefused(f"unknown arguments: {', '.join(sorted(unknown))}")
         if only.name in named:
             return self.from_value(named[only.name])
         if only.has_default:
             return (), {}
-        raise PayloadRefused(f"the argument {only.name} is missing")
+        raise PayloadRefused(f"missing argument: {only.name}")
 
     def from_value(self, value: Any) -> Arguments:
-        """The call that a decoded value describes: the one argument, or an object or array of several."""
+        """Return the call that a decoded value describes: the one argument, or an object or array of several."""
         if self._only is not None:
-            return self._placed({self._only.name: msgspec.convert(value, self._only.annotation)})
+            return self._split_arguments({self._only.name: msgspec.convert(value, self._only.annotation)})
         if not self.parameters:
             if value not in (None, {}, []):
-                raise PayloadRefused(f"task {self.name} takes no arguments")
+                raise PayloadRefused(f"expected no arguments for task {self.name}")
             return (), {}
         if isinstance(value, list | tuple):
-            return self._filled(msgspec.convert(value, self._by_place_type), by_place=True)
-        return self._filled(msgspec.convert(value, self._by_name_type))
+            return self._arguments_of(msgspec.convert(value, self._by_position_type), by_position=True)
+        return self._arguments_of(msgspec.convert(value, self._by_name_type))
 
-    def _filled(self, found: Any, *, by_place: bool = False) -> Arguments:
-        if by_place and self._needs_names:
-            raise PayloadRefused(f"{', '.join(self._needs_names)} can only be given by name: send an object")
-        values = ((one.name, getattr(found, one.name, msgspec.UNSET)) for one in self.parameters)
-        return self._placed({name: value for name, value in values if value is not msgspec.UNSET})
+    def _arguments_of(self, arguments: Any, *, by_position: bool = False) -> Arguments:
+        if by_position and self._needs_names:
+            raise PayloadRefused(f"keyword-only arguments need an object: {', '.join(self._needs_names)}")
+        values = ((parameter.name, getattr(arguments, parameter.name, msgspec.UNSET)) for parameter in self.parameters)
+        return self._split_arguments({name: value for name, value in values if value is not msgspec.UNSET})
 
-    def _placed(self, values: dict[str, Any]) -> Arguments:
-        """What a function takes by place only goes there; all else goes by name."""
-        if not self._by_place_only:
+    def _split_arguments(self, values: dict[str, Any]) -> Arguments:
+        """Split values into positional-only and keyword arguments."""
+        if not self._positional_only:
             return (), values
-        return tuple(values.pop(one.name, one.default) for one in self._by_place_only), values
+        return tuple(values.pop(parameter.name, parameter.default) for parameter in self._positional_only), values
 
 
 _encode_json: Final = msgspec.json.Encoder().encode

@@ -1,4 +1,4 @@
-"""The schedules of an app: which task, by which rule, and what its runs are given."""
+"""Schedules of an app: the task, the rule, and the argument of its runs."""
 
 from __future__ import annotations
 
@@ -28,42 +28,43 @@ ZONE_CHARS_MAX: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class ScheduleSpec:
-    """One schedule as the code has it. Raises `InvalidSetting` when its runs could not be called."""
+    """A schedule as declared in code. Raises `InvalidSetting` if its runs could not be called."""
 
     name: str
     task: TaskSpec
     rule: Rule
-    place: ZoneInfo
+    zone: ZoneInfo
     catch_up: CatchUp
 
     def __post_init__(self) -> None:
         check_name("schedule", self.name)
         if self.catch_up not in typing.get_args(CatchUp):
             raise InvalidSetting(
-                f"catch_up is one of {', '.join(typing.get_args(CatchUp))}, not {self.catch_up!r}", schedule=self.name
+                f"catch_up: expected one of {', '.join(typing.get_args(CatchUp))}, got {self.catch_up!r}",
+                schedule=self.name,
             )
-        needed = [one.name for one in self.task.codec.parameters if not one.has_default]
-        if needed and not self._takes_time:
+        required = [parameter.name for parameter in self.task.codec.parameters if not parameter.has_default]
+        if required and not self._takes_time:
             raise InvalidSetting(
-                f"task {self.task.name} needs {', '.join(needed)}, which no schedule can give",
-                hint="let it take nothing, or one datetime, which is the time of the tick",
+                f"task {self.task.name} has required parameters that a schedule can't pass: {', '.join(required)}",
+                hint="declare no parameter, or one of type datetime, which gets the time of the tick",
                 schedule=self.name,
             )
         self.payload(FIRST_US)
 
     @property
     def _takes_time(self) -> bool:
-        """Whether the task's one parameter is the time of its tick."""
+        """True if the task's only parameter gets the time of the tick."""
         parameters = self.task.codec.parameters
         return len(parameters) == 1 and _is_datetime(parameters[0].annotation)
 
     def payload(self, tick_us: int) -> bytes:
-        """What the run of a tick is given: its time there, or nothing."""
+        """Return the payload for a tick: its time in the schedule's zone, or nothing."""
         codec = self.task.codec
-        return codec.encode_value(moment_of(tick_us, self.place)) if self._takes_time else codec.encode((), {})
+        return codec.encode_value(moment_of(tick_us, self.zone)) if self._takes_time else codec.encode((), {})
 
-    def known(self, environment: str, app: str) -> Schedule:
-        """As a store knows it."""
+    def record(self, environment: str, app: str) -> Schedule:
+        """Return the schedule as the store keeps it."""
         return Schedule(
             environment=environment,
             name=self.name,
@@ -74,7 +75,7 @@ class ScheduleSpec:
         )
 
     def run(self, engine: Engine, tick_us: int) -> tuple[NewBatch, Chunk]:
-        """The run of a tick, as a batch of its own."""
+        """Return the run of a tick, as a batch of its own."""
         now_us = engine.clock.now_us()
         extra = Extra(headers={SCHEDULE: self.name, SCHEDULED_US: str(tick_us)})
         coalescer = Coalescer(runs_max=1, bytes_max=engine.limits.chunk_bytes_max)
@@ -98,36 +99,36 @@ def make_schedule(
     name: str | None,
     catch_up: CatchUp,
 ) -> ScheduleSpec:
-    """A schedule as `app.schedule` was told it. Raises `InvalidSetting`, by name."""
+    """Make a schedule from the arguments of `app.schedule`. Raises `InvalidSetting`, naming the argument."""
     if (cron is None) == (every_s is None):
         raise InvalidSetting(
-            "a schedule has a cron expression or every_s, and not both", hint="app.schedule(task, every_s=60)"
+            "expected either a cron expression or every_s", hint="write app.schedule(task, every_s=60)"
         )
     if every_s is not None:
         if tz is not None:
-            raise InvalidSetting("an interval is the same in every time zone", hint="leave tz out")
+            raise InvalidSetting("tz: an interval does not depend on a time zone", hint="omit tz")
         rule: Rule = Every(every_s)
-        place = time_zone(UTC)
+        zone = time_zone(UTC)
     else:
-        place = time_zone(UTC if tz is None else tz)
-        rule = Cron(cron, place.key, place)
-    return ScheduleSpec(name=task.name if name is None else name, task=task, rule=rule, place=place, catch_up=catch_up)
+        zone = time_zone(UTC if tz is None else tz)
+        rule = Cron(cron, zone.key, zone)
+    return ScheduleSpec(name=task.name if name is None else name, task=task, rule=rule, zone=zone, catch_up=catch_up)
 
 
-def stored_rule(known: Schedule) -> Rule:
-    """The rule of a schedule that a store knows."""
-    return rule_of(known.expression, known.zone, time_zone(known.zone))
+def stored_rule(stored: Schedule) -> Rule:
+    """Return the rule of a stored schedule."""
+    return rule_of(stored.expression, stored.zone, time_zone(stored.zone))
 
 
 def time_zone(zone: object) -> ZoneInfo:
-    """The time zone of a name of the tz database. Raises `InvalidSetting`."""
+    """Return the time zone with a name of the tz database. Raises `InvalidSetting`."""
     if isinstance(zone, str) and len(zone) <= ZONE_CHARS_MAX:
         try:
             return ZoneInfo(zone)
         except (KeyError, ValueError, OSError):
             pass
     raise InvalidSetting(
-        f"no time zone is called {zone!r:.120}", hint="write one of the tz database: Europe/Berlin, UTC"
+        f"tz: unknown time zone {zone!r:.120}", hint="use a name of the tz database, such as Europe/Berlin or UTC"
     )
 
 

@@ -9,7 +9,7 @@ from headrace.runtime.tasks.task_spec import TaskSpec
 
 
 class Registry:
-    """The tasks of one app, and its schedules, by name."""
+    """The tasks and schedules of one app, by name."""
 
     def __init__(self, app: str = "app") -> None:
         self.app = app
@@ -17,26 +17,26 @@ class Registry:
         self.schedules: dict[str, ScheduleSpec] = {}
 
     def add(self, spec: TaskSpec) -> None:
-        """Raises `InvalidSetting` when another task has the name."""
+        """Register a task. Raises `InvalidSetting` if its name is taken."""
         if spec.name in self._specs:
-            raise InvalidSetting(f"two tasks are called {spec.name}", hint="give one of them name='…'")
+            raise InvalidSetting(f"two tasks have the name {spec.name!r}", hint="pass name='…' to one of them")
         self._specs[spec.name] = spec
 
     def add_schedule(self, spec: ScheduleSpec) -> None:
-        """Raises `InvalidSetting` when another schedule has the name, or there are too many."""
+        """Register a schedule. Raises `InvalidSetting` if its name is taken or the app has too many."""
         if spec.name in self.schedules:
-            raise InvalidSetting(f"two schedules are called {spec.name}", hint="give one of them name='…'")
+            raise InvalidSetting(f"two schedules have the name {spec.name!r}", hint="pass name='…' to one of them")
         if len(self.schedules) >= SCHEDULES_MAX:
-            raise InvalidSetting(f"an app has at most {SCHEDULES_MAX} schedules", schedule=spec.name)
+            raise InvalidSetting(f"expected at most {SCHEDULES_MAX} schedules in an app", schedule=spec.name)
         self.schedules[spec.name] = spec
 
     def get(self, name: str) -> TaskSpec:
-        """Raises `NotFound`."""
+        """Return a task by name. Raises `NotFound`."""
         try:
             return self._specs[name]
         except KeyError:
             raise NotFound(
-                f"no task is called {name!r}", hint=f"there are: {', '.join(self.names) or 'none'}"
+                f"no task has the name {name!r}", hint=f"registered tasks: {', '.join(self.names) or 'none'}"
             ) from None
 
     def __contains__(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Specifications of tasks: everything an app declares about a task but its handle."""
+"""Task specifications: everything that an app declares about a task."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from headrace.runtime.tasks.payload_codec import Codec
 Pool = Literal["auto", "loop", "thread", "process"]
 
 OnExhausted = Literal["discard", "dead_letter"]
-"""What becomes of a run whose last attempt failed: a failed run and no more, or one that is kept for a person."""
+"""Handling of a run whose last attempt failed: it stays a failed run, or it is also kept as a dead letter."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportTarget:
-    """Where another process finds a task: a module by name or by file, and the attribute in it."""
+    """Import location of a task for another process: a module by name or by file, and the attribute in it."""
 
     module: str
     file: str
@@ -35,7 +35,7 @@ class ImportTarget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskSpec:
-    """All that is known of a task but its handle."""
+    """The declaration of a task. Raises `InvalidSetting` if an option is invalid."""
 
     name: str
     function: Callable[..., Any]
@@ -54,42 +54,50 @@ class TaskSpec:
     def __post_init__(self) -> None:
         check_name("task", self.name)
         if self.name == LANE:
-            raise InvalidSetting(f"{LANE} is what activations are runs of", hint="call the task something else")
+            raise InvalidSetting(
+                f"the name {LANE!r} is reserved for activations", hint="choose another name for the task"
+            )
         check_name("queue", self.queue)
         check_priority(self.priority)
         _check_function(self.name, self.function)
         if not isinstance(self.retry, Retry):
-            raise InvalidSetting(f"retry takes a Retry, not {self.retry!r}", hint="write Retry(attempts=3)")
+            raise InvalidSetting(f"retry: expected a Retry, got {self.retry!r}", hint="write Retry(attempts=3)")
         timeout_s = self.timeout_s
         if timeout_s is not None and (not timeout_s or not is_number_within(timeout_s, 0, TIMEOUT_S_MAX)):
-            raise InvalidSetting(f"timeout_s must be over 0 and at most {TIMEOUT_S_MAX:.0f}, not {self.timeout_s!r}")
+            raise InvalidSetting(
+                f"timeout_s: expected more than 0 and at most {TIMEOUT_S_MAX:.0f}, got {self.timeout_s!r}"
+            )
         for option in ("delay_s", "expires_s"):
             if not is_number_within(getattr(self, option), 0, SECONDS_MAX):
                 raise InvalidSetting(
-                    f"{option} must be from 0 to {SECONDS_MAX}, not {getattr(self, option)!r}", task=self.name
+                    f"{option}: expected 0 to {SECONDS_MAX}, got {getattr(self, option)!r}", task=self.name
                 )
         if self.on_exhausted not in get_args(OnExhausted):
             raise InvalidSetting(
-                f"on_exhausted must be one of {', '.join(get_args(OnExhausted))}, not {self.on_exhausted!r}",
+                f"on_exhausted: expected one of {', '.join(get_args(OnExhausted))}, got {self.on_exhausted!r}",
                 task=self.name,
             )
         if self.pool not in get_args(Pool):
-            raise InvalidSetting(f"pool must be one of {', '.join(get_args(Pool))}, not {self.pool!r}", task=self.name)
+            raise InvalidSetting(
+                f"pool: expected one of {', '.join(get_args(Pool))}, got {self.pool!r}", task=self.name
+            )
         is_async = inspect.iscoroutinefunction(self.function)
         if self.pool == "loop" and not is_async:
             raise InvalidSetting(
-                "pool='loop' is for async tasks: a plain function would block every other run",
-                hint="write `async def`, or leave pool out",
+                "pool='loop' needs an async task: a plain function would block every other run",
+                hint="write `async def`, or omit pool",
                 task=self.name,
             )
         if self.pool == "thread" and is_async:
-            raise InvalidSetting("pool='thread' is for plain functions", hint="leave pool out", task=self.name)
+            raise InvalidSetting(
+                "pool='thread' needs a plain function, got an async task", hint="omit pool", task=self.name
+            )
         object.__setattr__(self, "is_async", is_async)
         object.__setattr__(self, "codec", Codec(self.name, self.function))
 
     @property
     def key(self) -> Key:
-        """What its runs are queued by when nobody says more; `delay_s` and `expires_s` count from each call."""
+        """The key of its runs if a call passes no options; `delay_s` and `expires_s` count from each call."""
         return Key(
             self.name,
             queue=self.queue,
@@ -98,20 +106,20 @@ class TaskSpec:
             dead_letter=self.on_exhausted == "dead_letter",
         )
 
-    def bounded(self, extra: Extra | None) -> TaskSpec:
-        """The task as one run asks for it: other attempts, another timeout, and all else as it is."""
+    def with_overrides(self, extra: Extra | None) -> TaskSpec:
+        """Return the task with the attempts and the timeout that one run asks for."""
         if extra is None or not (extra.attempts_max or extra.timeout_ms):
             return self
-        own = copy.copy(self)
+        adjusted = copy.copy(self)
         if extra.attempts_max:
-            object.__setattr__(own, "retry", dataclasses.replace(self.retry, attempts=extra.attempts_max))
+            object.__setattr__(adjusted, "retry", dataclasses.replace(self.retry, attempts=extra.attempts_max))
         if extra.timeout_ms:
-            object.__setattr__(own, "timeout_s", extra.timeout_ms / 1_000)
-        return own
+            object.__setattr__(adjusted, "timeout_s", extra.timeout_ms / 1_000)
+        return adjusted
 
     @property
     def target(self) -> ImportTarget:
-        """Where another process finds this task."""
+        """The location from which another process imports this task."""
         module = sys.modules.get(self.function.__module__)
         spec = getattr(module, "__spec__", None) if self.function.__module__ == "__main__" else None
         name = spec.name if spec is not None else self.function.__module__  # `python -m package.module`
@@ -119,7 +127,9 @@ class TaskSpec:
 
     @property
     def options(self) -> str:
-        """What another process must find with the task, in words that two processes write the same way."""
+        """The options that a child process must find with the task too, as text that two processes write the same
+        way.
+        """
         classes = [[one.__qualname__ for one in found] for found in (self.retry.retry_on, self.retry.give_up_on)]
         retry = dataclasses.replace(self.retry, retry_on=(), give_up_on=())
         return (
@@ -129,8 +139,11 @@ class TaskSpec:
 
 def _check_function(name: str, function: Any) -> None:
     if not inspect.isroutine(function):
-        raise InvalidSetting(f"task {name} is made of {function!r}, which is no function", hint="write a def")
+        raise InvalidSetting(
+            f"task {name}: expected a function, got {function!r}", hint="decorate a def or an async def"
+        )
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise InvalidSetting(
-            f"task {name} is a generator, and a run has one result", hint="return a list, or map over its items"
+            f"task {name}: expected one result, got a generator function",
+            hint="return a list, or map the task over items",
         )

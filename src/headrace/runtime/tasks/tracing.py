@@ -1,4 +1,4 @@
-"""The trace that a run belongs to, in W3C's own headers, where its process uses OpenTelemetry."""
+"""The trace context of a run, in W3C headers, if the process uses OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ NAMES: Final = ("traceparent", "tracestate", "baggage")
 
 
 def trace_headers() -> dict[str, str]:
-    """`traceparent` and its company of the span that is open here; nothing where OpenTelemetry was never imported.
+    """Return `traceparent`, `tracestate` and `baggage` of the current span; nothing if OpenTelemetry was never
+    imported.
 
-    A run gets them at enqueue, as headers, and its task finds them in `Context.headers`.
+    A run stores them as headers at enqueue, and its task reads them from `Context.headers`.
     """
     if MODULE not in sys.modules:
         return {}

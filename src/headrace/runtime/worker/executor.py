@@ -447,7 +447,7 @@ class Executor:
         return self._waiting(work, number, runner, spec, driven(coro, variables, waits_for))
 
     def _spec(self, work: ActiveLease, number: int) -> TaskSpec:
-        return self.registry.get(work.lease.task).bounded(work.lease.extras.get(work.span_slots[number]))
+        return self.registry.get(work.lease.task).with_overrides(work.lease.extras.get(work.span_slots[number]))
 
     def _context(self, work: ActiveLease, number: int, spec: TaskSpec) -> Context:
         lease = work.lease

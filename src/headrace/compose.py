@@ -17,7 +17,7 @@ from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.store_copy import StoreCopy
 from headrace.runtime.wakeup import Wakeup
-from headrace.store.caller_transaction import Joined, Joining
+from headrace.store.caller_transaction import CallerTransaction, JoinsTransactions
 from headrace.store.entities.protocol import EntityStore
 from headrace.store.payloads import PayloadStore, open_payloads
 from headrace.store.protocol import RECORDED, WORK, Notifier, Store
@@ -49,7 +49,7 @@ async def open_engine(settings: Settings) -> Engine:
     path = sqlite_path(settings.store)
     if not path.parent.is_dir():
         raise StoreUnavailable(f"the directory {path.parent} of the database does not exist", hint="make it first")
-    from headrace.store.sqlite import SqliteStore, Watcher
+    from headrace.store.sqlite import CommitWatcher, SqliteStore
     from headrace.store.sqlite.entities import SqliteEntities
 
     store = SqliteStore(path, settings.limits)
@@ -65,7 +65,7 @@ async def open_engine(settings: Settings) -> Engine:
         store,
         payloads,
         SystemClock(),
-        Watcher(path),
+        CommitWatcher(path),
         SqliteEntities(store, settings.limits.batch_runs_max),
         live_directory=path.with_name(path.name + ".live"),
     )
@@ -119,13 +119,13 @@ def _shared_engine(
     )
 
 
-def joined(engine: Engine, connection: Any) -> Joined:
+def joined(engine: Engine, connection: Any) -> CallerTransaction:
     """The engine's statements on a connection that somebody else owns, in the transaction open there.
 
     Raises `InvalidInput` for a store that has no transactions to share.
     """
     store = engine.store
-    if not isinstance(store, Joining):
+    if not isinstance(store, JoinsTransactions):
         raise InvalidInput(
             f"{type(store).__name__} has no transactions that a run could be put into",
             hint="use a SQLite file or PostgreSQL, and a connection to it",
@@ -143,11 +143,11 @@ def mover(source: Engine, target: Engine) -> StoreCopy:
             hint="headrace move sqlite:///its/file.db postgresql://user@host/database; between PostgreSQL servers use "
             "pg_dump or replication, and a SQLite file is copied as a file",
         )
-    from headrace.store.postgres import PostgresArrival, PostgresStore
-    from headrace.store.sqlite import SqliteDeparture
+    from headrace.store.postgres import PostgresCopyTarget, PostgresStore
+    from headrace.store.sqlite import SqliteCopySource
 
     assert isinstance(target.store, PostgresStore)
-    return StoreCopy(source, target, departure=SqliteDeparture(source.store), arrival=PostgresArrival(target.store))
+    return StoreCopy(source, target, departure=SqliteCopySource(source.store), arrival=PostgresCopyTarget(target.store))
 
 
 def _machine_directory(identity: str) -> Path | None:

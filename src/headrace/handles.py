@@ -14,7 +14,7 @@ from headrace.core.failure import Failure, decode
 from headrace.foundation.errors import ClientFault, HeadraceError
 from headrace.foundation.ids import run_id
 from headrace.runtime.engine import Engine
-from headrace.store.protocol import Outcome as StoredOutcome
+from headrace.store.protocol import RunOutcome
 from headrace.twins import blocking, blocking_iterator
 from headrace.views import BatchView, Content, RunView, batch_view, content, linked, run_view
 
@@ -199,7 +199,7 @@ class Batch(_Handle, Generic[R]):
         self._engine.wakeup.notify()
         return count
 
-    async def _outcome(self, stored: StoredOutcome) -> Outcome[R] | None:
+    async def _outcome(self, stored: RunOutcome) -> Outcome[R] | None:
         """Return one outcome; None while it links to a run that has not ended."""
         state, data, kind = stored.state, stored.result, stored.kind
         if state == run.COMPLETED and kind == pack.LINK:

@@ -38,7 +38,7 @@ from headrace.runtime.indexing.sources.nats import Nats
 from headrace.runtime.indexing.sources.source import Source
 from headrace.runtime.indexing.sources.streams import Results, Stream
 from headrace.runtime.indexing.sources.table import Table
-from headrace.store.entities.protocol import HistoryGone, LeaseLost, SchemaChanged, Standing
+from headrace.store.entities.protocol import HistoryGone, IndexerState, LeaseLost, SchemaChanged
 
 if TYPE_CHECKING:
     from headrace.simulating import Simulation
@@ -229,12 +229,12 @@ class Indexer:
         async with self.open(wait=True, on_waiting=None, **limits) as indexing:
             return await indexing.run(until=until)
 
-    async def rollback(self, to: Position | None, *, source: str | None = None) -> Standing:
+    async def rollback(self, to: Position | None, *, source: str | None = None) -> IndexerState:
         """Go back to after the last event at or before a position; None is before the first."""
         async with self.open() as indexing:
             return await indexing.rollback(to, source=source)
 
-    async def standing(self) -> Standing | None:
+    async def standing(self) -> IndexerState | None:
         """Where it stands in the store; None before its first start."""
         engine = await self.app.open()
         for standing in await engine.tables.standings(engine.environment):

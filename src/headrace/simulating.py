@@ -30,7 +30,7 @@ from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.indexing.pipeline import IndexerDefinition, IndexerPipeline, IndexerProgress
 from headrace.runtime.indexing.sources.source import Arrival
-from headrace.store.entities.protocol import Commit, EntityStore, Standing
+from headrace.store.entities.protocol import Commit, EntityStore, IndexerState
 
 E = TypeVar("E", bound=Entity)
 ALL_RUNS = 1_000_000
@@ -110,7 +110,7 @@ class Simulation:
         """Return when what was handled is committed. Raises what a commit raised."""
         await self.indexing.flush()
 
-    async def rewind(self, to: Position | None) -> Standing:
+    async def rewind(self, to: Position | None) -> IndexerState:
         """Go back; what was fed after that position is forgotten, and other events may be fed."""
         standing = await self.indexing.rollback(to)
         count = 0 if to is None else self.source.positions.index(to) + 1

@@ -15,8 +15,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from headrace.core import pack, run
-from headrace.core.batch import Batch as BatchRow
-from headrace.core.batch import Ledger
+from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.failure import decode
 from headrace.foundation.errors import NotFound
 from headrace.foundation.ids import parse_run_id, run_id
@@ -157,7 +156,7 @@ class BatchView(View, kw_only=True, frozen=True):
         return Ledger(*(getattr(self, name) for name in Ledger._fields))
 
 
-def batch_view(batch: BatchRow, ledger: Ledger) -> BatchView:
+def batch_view(batch: BatchRecord, ledger: Ledger) -> BatchView:
     """Return the view of a batch."""
     return BatchView(
         id=batch.id,
@@ -184,7 +183,7 @@ async def run_view(engine: Engine, record: RunRecord) -> RunView:
     result = None
     if source.state == run.NAMES[run.COMPLETED]:
         result = await content(engine, source.result, source.result_kind)
-    sessions = await engine.store.sessions() if record.session_id else ()
+    sessions = await engine.maintenance.sessions() if record.session_id and engine.is_maintained_here else ()
     view = listed_view(record, sessions)
     return msgspec.structs.replace(
         view,

@@ -121,7 +121,7 @@ def test_an_error_inside_a_script_s_block_ends_the_worker_and_goes_out(script: t
     with pytest.raises(ZeroDivisionError), app.within_sync(app.worker()):
         _ = 1 / 0
     engine = app.run_sync(app.open())
-    assert [session.kind for session in app.run_sync(engine.store.sessions())] == ["producer"]
+    assert [session.kind for session in app.run_sync(engine.maintenance.sessions())] == ["producer"]
 
 
 async def test_run_sync_inside_a_loop_is_refused(tmp_path: Path) -> None:

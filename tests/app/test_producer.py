@@ -190,18 +190,18 @@ async def test_a_stream_that_was_ended_by_others_is_followed_by_another(kind: st
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
         task = with_task(app)
         first = await task.enqueue(1)
-        (session,) = await engine.store.sessions()
+        (session,) = await engine.maintenance.sessions()
         now_us = engine.clock.now_us() + 1
         nobody = Suspects(span_slots={}, evidence="")
-        await engine.store.recover(session.id, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
+        await engine.maintenance.recover(session.id, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
         runs = await asyncio.gather(*(task.enqueue(item) for item in range(2, 50)))
         assert {run.batch_id for run in runs}.isdisjoint({first.batch_id})
-        (again,) = await engine.store.sessions()
+        (again,) = await engine.maintenance.sessions()
         assert again.id != session.id
         await engine.store.stop_batch(runs[0].batch_id, "cancelled", now_us=now_us)
         last = await task.enqueue(50)
         assert last.batch_id not in {first.batch_id, runs[0].batch_id}
-        assert [one.id for one in await engine.store.sessions()] == [again.id]
+        assert [one.id for one in await engine.maintenance.sessions()] == [again.id]
         async with app.worker():
             assert (await first.result(), await last.result()) == (1, 50)
 
@@ -228,7 +228,7 @@ async def test_a_stream_is_sealed_and_completed_when_its_producer_leaves(kind: s
         await app._producer.close()
         await app._producer.close()
         assert (await engine.store.batch(run.batch_id))[0].state == "completed"
-        assert await engine.store.sessions() == []
+        assert await engine.maintenance.sessions() == []
         assert (await task.enqueue(2)).batch_id != run.batch_id
 
 
@@ -265,7 +265,7 @@ async def test_a_close_that_can_not_write_tells_those_who_wait(kind: str, tmp_pa
             await closing
         with pytest.raises(StoreUnavailable, match="closed before"):
             await calling
-        assert await engine.store.sessions() == []
+        assert await engine.maintenance.sessions() == []
 
 
 # -- maps

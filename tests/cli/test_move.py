@@ -213,7 +213,7 @@ async def test_lists_of_different_lengths_are_each_read_once(tmp_path: Path, mon
         }
         batch_id = await world.batch(9)
         await source.store.append(batch_id, chunks_of(range(9), extras=extras), now_us=world.now_us)
-        departure = copy_source.SqliteDeparture(cast("SqliteStore", source.store))
+        departure = copy_source.SqliteCopySource(cast("SqliteStore", source.store))
         found: list[Belongings] = []
         page: Belongings | None = None
         while (page := await departure.belongings(batch_id, page)) != NOTHING:

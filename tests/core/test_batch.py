@@ -9,7 +9,7 @@ from typing import Final
 import pytest
 
 from headrace.core import batch as batches
-from headrace.core.batch import Batch, ledger
+from headrace.core.batch import BatchRecord, ledger
 from headrace.core.index_set import IndexSet
 from headrace.core.span import Counts
 from headrace.foundation.errors import ClientFault, Conflict, InvalidInput
@@ -19,13 +19,13 @@ class Life:
     """One batch with its received set, as a store keeps the two; counts how often it was seen to finish."""
 
     def __init__(self, expected_count: int | None) -> None:
-        self.batch = Batch(id="batch", expected_count=expected_count)
+        self.batch = BatchRecord(id="batch", expected_count=expected_count)
         self.received = IndexSet()
         self.now_us = 0
         self.finishes_count = 0
         self.due_count = 0
 
-    def keep(self, after: Batch) -> None:
+    def keep(self, after: BatchRecord) -> None:
         self.finishes_count += after.is_finished and not self.batch.is_finished
         self.batch = after
         assert ledger(after, leased_count=0).balances
@@ -140,11 +140,11 @@ def test_an_impossible_size_is_refused(expected_count: int) -> None:
 @pytest.mark.parametrize("state", ["completed", "open", ""])
 def test_a_batch_is_stopped_by_two_words_only(state: str) -> None:
     with pytest.raises(ClientFault):
-        batches.stopped(Batch(id="batch"), state, 1)
+        batches.stopped(BatchRecord(id="batch"), state, 1)
 
 
 def test_a_sealed_stream_with_gaps_takes_what_it_has_and_no_more() -> None:
-    stream = Batch(id="batch", kind="stream", state="sealed", expected_count=2, received_count=2)
+    stream = BatchRecord(id="batch", kind="stream", state="sealed", expected_count=2, received_count=2)
     batches.check_append(stream, first_index=7, last_index=7, runs_max=10)
     again = batches.appended(stream, accepted_count=0, born=Counts(), cursor=None, now_us=1)
     assert again.received_count == 2
@@ -153,9 +153,9 @@ def test_a_sealed_stream_with_gaps_takes_what_it_has_and_no_more() -> None:
 
 
 def test_the_seal_deadline_counts_from_the_last_append() -> None:
-    batch = Batch(id="batch", created_us=5, seal_timeout_ms=10)
+    batch = BatchRecord(id="batch", created_us=5, seal_timeout_ms=10)
     assert batches.seal_due_us(batch) == 10_005
     later = batches.appended(batch, accepted_count=1, born=Counts(), cursor=None, now_us=70)
     assert batches.seal_due_us(later) == 10_070
     assert batches.seal_due_us(batches.stopped(batch, "cancelled", 6)) is None
-    assert batches.seal_due_us(Batch(id="batch")) is None
+    assert batches.seal_due_us(BatchRecord(id="batch")) is None

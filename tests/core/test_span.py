@@ -50,7 +50,7 @@ def report(
 
 def settle(
     of: Span | None, settlement: Settlement, *, recorded: bool = False, policy: Policy | None = None
-) -> span.Verdict:
+) -> span.SpanDecision:
     """Settle now, at clock 5."""
     return span.settle(of, settlement, recorded=recorded, policy=policy or Policy(), clock=5, now_us=NOW)
 
@@ -95,10 +95,10 @@ def test_a_lease_raises_the_fence() -> None:
 
 def test_a_repeat_is_recorded_and_a_lost_lease_changes_nothing() -> None:
     one = leased()
-    assert settle(one, report(one, "c" * 8), recorded=True) == span.Verdict(RECORDED)
-    assert settle(None, report(one, "c" * 8)) == span.Verdict(LOST)
+    assert settle(one, report(one, "c" * 8), recorded=True) == span.SpanDecision(RECORDED)
+    assert settle(None, report(one, "c" * 8)) == span.SpanDecision(LOST)
     released = span.release(one, one.token, suspects=(), evidence="", policy=Policy(), clock=0, now_us=NOW).span
-    assert settle(released, report(one, "c" * 8)) == span.Verdict(LOST)
+    assert settle(released, report(one, "c" * 8)) == span.SpanDecision(LOST)
 
 
 @given(st.integers(1, 30), st.data())
@@ -161,7 +161,7 @@ def test_nothing_is_retried_in_a_stopped_batch_or_against_a_cancel() -> None:
     assert (single.span.states, len(single.spans)) == (b"mx", 1)
 
 
-def crash(of: Span, suspects: list[int], crashes_max: int = 3) -> span.Verdict:
+def crash(of: Span, suspects: list[int], crashes_max: int = 3) -> span.SpanDecision:
     """The worker died."""
     policy = Policy(crashes_max=crashes_max)
     return span.release(of, of.token, suspects=suspects, evidence="signal 9", policy=policy, clock=9, now_us=NOW)

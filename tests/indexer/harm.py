@@ -10,7 +10,7 @@ from typing import Any
 import asyncpg
 
 from headrace.store.entities.protocol import Commit
-from headrace.store.postgres.pool import Connection
+from headrace.store.postgres.pool import PostgresConnection
 from headrace.store.sqlite.entities import SqliteEntities
 
 Before = Callable[[str, Any], Awaitable[None] | None]
@@ -78,7 +78,7 @@ def _sqlite_told(entities: Any, before: Before) -> Iterator[None]:
 
 @contextmanager
 def _postgres_told(before: Before) -> Iterator[None]:
-    fetch, execute, copy = Connection.fetch, asyncpg.Connection.execute, asyncpg.Connection.copy_to_table
+    fetch, execute, copy = PostgresConnection.fetch, asyncpg.Connection.execute, asyncpg.Connection.copy_to_table
 
     async def told(sql: str, connection: Any) -> None:
         wait = None if sql.startswith("ROLLBACK;") or sql == "ROLLBACK" else before(sql, connection)
@@ -98,7 +98,7 @@ def _postgres_told(before: Before) -> Iterator[None]:
         return await copy(self, table, *own, **more)
 
     driver: Any = asyncpg.Connection
-    room: Any = Connection
+    room: Any = PostgresConnection
     room.fetch, driver.execute, driver.copy_to_table = fetched, executed, copied
     try:
         yield

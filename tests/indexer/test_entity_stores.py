@@ -17,7 +17,15 @@ from headrace.core.condition import above, any_of, at_least, at_most, below, bet
 from headrace.core.entity import Entity, EntityType, Indexed, Int64
 from headrace.core.sequencer import Position
 from headrace.foundation.errors import Conflict, InvalidInput, InvalidSetting, NotFound, StoreBroken
-from headrace.store.entities.protocol import Commit, HistoryGone, LeaseLost, Plan, SchemaChanged, Standing, Write
+from headrace.store.entities.protocol import (
+    Commit,
+    EntityPlan,
+    HistoryGone,
+    IndexerState,
+    LeaseLost,
+    SchemaChanged,
+    Write,
+)
 from headrace.store.entities.sql import RESERVED, index_name, quoted
 from headrace.store.statements import migrations
 from tests.indexer.houses import HOUSES, House, opened
@@ -107,12 +115,12 @@ class Book:
 
     def __init__(self, house: House, entities: Sequence[EntityType], *, history: bool = True) -> None:
         self.house = house
-        self.plan = Plan("default", "book", tuple(entities), history)
+        self.plan = EntityPlan("default", "book", tuple(entities), history)
         self.token = 0
         self.no = 0
         self.positions: dict[str, Position] = {}
 
-    async def begin(self) -> Standing:
+    async def begin(self) -> IndexerState:
         standing = await self.house.entities.prepare(self.plan)
         token = await self.house.entities.take(standing, "tester")
         assert token is not None
@@ -140,7 +148,7 @@ class Book:
     async def rows(self, entity: EntityType = ACCOUNT) -> list[Any]:
         return await self.house.entities.find(entity, ())
 
-    async def back(self, to: Position | None) -> Standing:
+    async def back(self, to: Position | None) -> IndexerState:
         standing = await self.house.entities.rollback(self.plan, self.token, old_no=self.no, source="main", to=to)
         self.no, self.positions = standing.no, dict(standing.positions)
         return standing
@@ -394,7 +402,7 @@ async def test_a_changed_type_is_refused_with_the_difference(
         await book.begin()
         await book.commit([{"a": account("a", 1)}])
         with pytest.raises(SchemaChanged, match=difference.replace("(", r"\(").replace(")", r"\)")):
-            await house.entities.prepare(Plan("default", "book", (later,), True))
+            await house.entities.prepare(EntityPlan("default", "book", (later,), True))
         await book.commit([{"a": account("a", 2)}])
         assert await book.rows() == [account("a", 2)]
 
@@ -412,9 +420,9 @@ async def test_a_table_belongs_to_one_indexer_and_no_name_is_taken_twice(name: s
         checkpoint: int = 0
 
     async with opened(name, tmp_path) as house:
-        await house.entities.prepare(Plan("default", "book", (ACCOUNT,), True))
+        await house.entities.prepare(EntityPlan("default", "book", (ACCOUNT,), True))
         with pytest.raises(Conflict, match="belongs to the indexer 'book'"):
-            await house.entities.prepare(Plan("default", "other", (ACCOUNT,), True))
+            await house.entities.prepare(EntityPlan("default", "other", (ACCOUNT,), True))
         for more, words in (
             (Span, "Headrace's own"),
             (AccountHistory, "would share"),
@@ -422,11 +430,11 @@ async def test_a_table_belongs_to_one_indexer_and_no_name_is_taken_twice(name: s
         ):
             entity = EntityType(more, row_bytes_max=BYTES_MAX)
             with pytest.raises(InvalidSetting, match=words):
-                await house.entities.prepare(Plan("default", "book", (ACCOUNT, entity), True))
+                await house.entities.prepare(EntityPlan("default", "book", (ACCOUNT, entity), True))
         assert await house.entities.reset("default", "book") == ["account", "account_history"]
         with pytest.raises(NotFound):
             await house.entities.reset("default", "book")
-        assert (await house.entities.prepare(Plan("default", "other", (ACCOUNT,), False))).no == 0
+        assert (await house.entities.prepare(EntityPlan("default", "other", (ACCOUNT,), False))).no == 0
 
 
 @pytest.mark.parametrize("name", ["sqlite", "postgres"])
@@ -438,7 +446,7 @@ async def test_a_table_that_somebody_else_made_is_left_alone(name: str, tmp_path
             schema = house.store.schema  # type: ignore[attr-defined]  # of the house
             await house.store.within(lambda db, _: db.raw.execute(f'CREATE TABLE "{schema}".account (mine int)'))  # type: ignore[attr-defined]  # of the house
         with pytest.raises(Conflict, match="no indexer made"):
-            await house.entities.prepare(Plan("default", "book", (ACCOUNT,), True))
+            await house.entities.prepare(EntityPlan("default", "book", (ACCOUNT,), True))
         assert await house.entities.standings("default") == []
 
 

@@ -171,7 +171,7 @@ async def test_single_runs_batches_and_interventions(tmp_path: Path) -> None:
 async def test_a_key_without_the_scope_is_told_which_it_takes(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         secret, kept = new_key("default", ("batches:read",), "", 1)
-        await home.engine.store.add_key(kept, now_us=1)
+        await home.engine.administration.add_key(kept, now_us=1)
         async with Client(home.server.url, secret, clock=Steps()) as client:
             with pytest.raises(ClientFault, match="batches:write"):
                 await client.send("task", range(3))

@@ -21,7 +21,7 @@ from headrace.remote.store import RemoteStore
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.maintenance.scheduler import Scheduler
 from headrace.store.protocol import NewBatch, Schedule, Store, Tick
-from headrace.store.rpc import VERBS
+from headrace.store.rpc import OPERATIONS
 from tests.support.http_server import KEY, LIMITS, During, House, house
 from tests.support.store_rig import World, chunks_of, settlement_of
 
@@ -81,7 +81,7 @@ async def test_an_app_enqueues_maps_works_and_reads_over_a_server(tmp_path: Path
 async def test_every_verb_with_a_message_is_one_of_the_seam_and_answers_like_the_store(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         remote = remote_of(home)
-        assert set(VERBS) <= {name for name in dir(Store) if not name.startswith("_")}
+        assert set(OPERATIONS) <= {name for name in dir(Store) if not name.startswith("_")}
         async with World(remote) as world:
             world.was_tampered_with = True  # its clock is not the server's
             batch_id = await world.batch(4, key="k", metadata={"a": 1})
@@ -244,7 +244,7 @@ async def test_another_environment_sees_nothing_of_it(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         batch_id = await home.filled(1)
         secret, kept = new_key("elsewhere", ("*",), "", 1)
-        await home.engine.store.add_key(kept, now_us=1)
+        await home.engine.administration.add_key(kept, now_us=1)
         async with World(remote_of(home, secret)) as other:
             other.was_tampered_with = True
             assert await other.claim(await other.session(), environment="default") == []
@@ -291,7 +291,7 @@ async def test_heartbeats_come_from_their_own_thread_also_over_a_server(tmp_path
             session_id = worker.broker.session_id
             seen: set[int] = set()
             while len(seen) < 4:
-                seen |= {one.heartbeat_us for one in await home.engine.store.sessions() if one.id == session_id}
+                seen |= {one.heartbeat_us for one in await home.engine.maintenance.sessions() if one.id == session_id}
 
 
 def test_without_the_extras_what_needs_them_says_what_to_install(tmp_path: Path) -> None:

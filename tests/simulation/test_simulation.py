@@ -147,7 +147,7 @@ def test_a_process_may_die_at_any_fault_point(point: str) -> None:
 settle_now, end_now, append_now = spans.settle, writes.end, MemoryStore.append
 
 
-def settle_without_a_fence(span: Span | None, settlement: Settlement, **more: Any) -> spans.Verdict:
+def settle_without_a_fence(span: Span | None, settlement: Settlement, **more: Any) -> spans.SpanDecision:
     """Rule R2 broken: any token will do."""
     if span is not None and span.state == spans.LEASED:
         settlement = msgspec.structs.replace(settlement, token=span.token)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from headrace.core import run
-from headrace.core.batch import Batch
+from headrace.core.batch import BatchRecord
 from headrace.core.block import Chunk
 from headrace.core.pack import REFERENCE, unpack
 from headrace.core.span import LEASED, SETTLED, Settlement, Span, block_offsets_of
@@ -74,7 +74,7 @@ class Watch:
                 if self.is_final(lease.batch_id, index):
                     self._fault(f"run {lease.batch_id}/{index} was handed out again after it had ended")
 
-    def _created(self, batch: Batch) -> None:
+    def _created(self, batch: BatchRecord) -> None:
         session = self.store._tables.sessions.get(batch.session_id)
         if session is not None and session.ended_us:
             self._fault(f"{batch.id} was created for a session that had ended")
@@ -170,7 +170,7 @@ class Watch:
         """Spans under a lease."""
         return [span for span in self.store._tables.spans.values() if span.state == LEASED]
 
-    def batches(self) -> list[Batch]:
+    def batches(self) -> list[BatchRecord]:
         """Every batch there is."""
         return list(self.store._tables.batches.values())
 

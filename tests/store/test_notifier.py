@@ -20,7 +20,7 @@ from headrace.runtime.wakeup import Wakeup
 from headrace.store.postgres import PostgresNotifier, notifier
 from headrace.store.postgres.dsn import address
 from headrace.store.protocol import RECORDED, WORK
-from headrace.store.sqlite import Watcher
+from headrace.store.sqlite import CommitWatcher
 from headrace.store.sqlite.commit_watcher import LOOK_MAX_S
 from tests.support.notification_listener import Ear
 from tests.support.postgres_server import server
@@ -218,7 +218,7 @@ async def test_r11_nobody_looks_at_a_file_while_nobody_waits(tmp_path: Path) -> 
     path = tmp_path / "file.db"
     with closing(sqlite3.connect(path)) as writer:
         writer.execute("PRAGMA journal_mode = WAL")
-        watcher = Watcher(path)
+        watcher = CommitWatcher(path)
         bell = Wakeup(watcher, WORK)
         await bell.wait(SystemClock(), LONG_S)  # the first look finds everything new
         writer.execute("CREATE TABLE t (x)")
@@ -242,7 +242,7 @@ def test_r11_a_watcher_outlives_its_loop(tmp_path: Path) -> None:
     path = tmp_path / "file.db"
     with closing(sqlite3.connect(path)) as writer:
         writer.execute("PRAGMA journal_mode = WAL")
-        watcher = Watcher(path)
+        watcher = CommitWatcher(path)
         bell = Wakeup(watcher, WORK)
 
         async def waits_for_ever() -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
-from headrace.store.postgres.pool import Connection
+from headrace.store.postgres.pool import PostgresConnection
 from headrace.store.sqlite import SqliteStore
 from headrace.store.transactions.sql_script import Rows, Script
 from tests.support.store_scenario import Story, Told
@@ -26,15 +26,15 @@ class HarmedPostgres(PostgresStore):
 
     at: At = staticmethod(lambda statement: None)
 
-    async def _fetch(self, connection: Connection, name: str, /, **values: Any) -> Rows:
+    async def _fetch(self, connection: PostgresConnection, name: str, /, **values: Any) -> Rows:
         self.at(name)
         return await super()._fetch(connection, name, **values)
 
-    async def _begin(self, connection: Connection, how: str) -> None:
+    async def _begin(self, connection: PostgresConnection, how: str) -> None:
         self.at("begin")
         await super()._begin(connection, how)
 
-    async def _commit(self, connection: Connection) -> None:
+    async def _commit(self, connection: PostgresConnection) -> None:
         self.at("commit")
         await super()._commit(connection)
 

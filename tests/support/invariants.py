@@ -5,15 +5,15 @@ Tests of stores, simulations and journeys ask here; each answer is a list of sen
 
 from __future__ import annotations
 
-from headrace.core.batch import COMPLETED, LISTED, OPEN, SEALED, Batch, Ledger
+from headrace.core.batch import COMPLETED, LISTED, OPEN, SEALED, BatchRecord, Ledger
 from headrace.core.run import FINAL, NAMES
-from headrace.store.protocol import Outcome, Store
+from headrace.store.protocol import QueryStore, RunOutcome
 
 ALL = 1_000_000
 FINAL_NAMES = {NAMES[state] for state in FINAL}
 
 
-async def faults(store: Store, environment: str = "default") -> list[str]:
+async def faults(store: QueryStore, environment: str = "default") -> list[str]:
     """Everything that is wrong with an environment, as far as its verbs can tell."""
     found = []
     for batch, ledger in await store.batches(environment, limit=ALL):
@@ -21,7 +21,7 @@ async def faults(store: Store, environment: str = "default") -> list[str]:
     return found
 
 
-async def batch_faults(store: Store, batch: Batch, ledger: Ledger) -> list[str]:
+async def batch_faults(store: QueryStore, batch: BatchRecord, ledger: Ledger) -> list[str]:
     """The ledger law, completion, and counters, chunks, runs and outcomes that tell one story."""
     found = []
     if not ledger.balances or min(ledger) < 0:
@@ -49,7 +49,7 @@ async def batch_faults(store: Store, batch: Batch, ledger: Ledger) -> list[str]:
     return found
 
 
-def completion_faults(batch: Batch, ledger: Ledger) -> list[str]:
+def completion_faults(batch: BatchRecord, ledger: Ledger) -> list[str]:
     """A batch is finished just when nothing is unsettled and nothing more can come."""
     unsettled_count = ledger.waiting + ledger.leased
     found = []
@@ -68,7 +68,7 @@ class Record:
     def __init__(self) -> None:
         self._final: dict[tuple[str, int], tuple[int, bytes]] = {}
 
-    def note(self, batch_id: str, outcomes: list[Outcome]) -> list[str]:
+    def note(self, batch_id: str, outcomes: list[RunOutcome]) -> list[str]:
         """Compare with what was seen before, and remember."""
         found = []
         for outcome in outcomes:

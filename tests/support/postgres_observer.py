@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from headrace.store.postgres import PostgresStore
-from headrace.store.postgres.pool import Connection
+from headrace.store.postgres.pool import PostgresConnection
 from headrace.store.transactions.sql_script import Rows
 from tests.support.postgres_server import server
 from tests.support.store_rig import World
@@ -55,11 +55,11 @@ async def statements_of(world: World, work: Callable[[], Awaitable[T]]) -> tuple
     sent: list[str] = []
     store = house(world)
 
-    async def fetch(connection: Connection, name: str, /, **values: Any) -> Rows:
+    async def fetch(connection: PostgresConnection, name: str, /, **values: Any) -> Rows:
         sent.append(name)
         return await PostgresStore._fetch(store, connection, name, **values)
 
-    async def begin(connection: Connection, how: str) -> None:
+    async def begin(connection: PostgresConnection, how: str) -> None:
         sent.append("begin")
         await PostgresStore._begin(store, connection, how)
 

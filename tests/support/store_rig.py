@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from headrace.core.block import Chunk, Coalescer, Extra
 from headrace.core.failure import Failure
@@ -21,10 +21,11 @@ from headrace.store.postgres import PostgresStore
 from headrace.store.protocol import (
     Appended,
     Claim,
+    ClientStore,
     Lease,
     NewBatch,
-    Outcome,
     Release,
+    RunOutcome,
     Session,
     Store,
     Suspects,
@@ -114,8 +115,8 @@ def settlement_of(
 class World:
     """One store, one clock. As a context it opens the store, and ends with every invariant."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: ClientStore) -> None:
+        self.store = cast("Store", store)  # a test of a remote store calls no operation that it lacks
         self.now_us = START_US
         self.environments = {"default"}
         self.was_tampered_with = False
@@ -219,7 +220,7 @@ class World:
         """The state of each run, by index."""
         return [run.state for run in await self.store.runs("default", batch_id=batch_id, limit=invariants.ALL)]
 
-    async def outcomes(self, batch_id: str, from_index: int = 0, runs_max: int = 10_000) -> list[Outcome]:
+    async def outcomes(self, batch_id: str, from_index: int = 0, runs_max: int = 10_000) -> list[RunOutcome]:
         """Final outcomes from an index on."""
         return await self.store.outcomes(batch_id, from_index, runs_max)
 

@@ -395,7 +395,7 @@ async def _recovered(size: int, url: str, folder: Path) -> Measured:
 
 async def _met(engine: Engine, workers_count: int) -> None:
     """Return when so many workers are there."""
-    while len([one for one in await engine.store.sessions() if one.kind == "worker"]) < workers_count:
+    while len([one for one in await engine.maintenance.sessions() if one.kind == "worker"]) < workers_count:
         await engine.clock.sleep(LOOK_S)
 
 

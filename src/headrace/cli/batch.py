@@ -19,7 +19,7 @@ from headrace.cli.opening import (
 from headrace.cli.printing import counted, duration, moment, note, pairs, say, say_json, table
 
 if TYPE_CHECKING:
-    from headrace.core.batch import Batch
+    from headrace.core.batch import BatchRecord
     from headrace.runtime.engine import Engine
     from headrace.views import BatchView
 
@@ -132,7 +132,7 @@ def results(
 
     settings = settings_of(store=place_of(store, server))
 
-    async def write() -> tuple[int, Batch]:
+    async def write() -> tuple[int, BatchRecord]:
         async with opened(settings, must_exist=True) as engine:
             batch_id = (await find_batch(engine, batch)).id
             target = open_output(output, input_path=None)

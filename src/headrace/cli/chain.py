@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from headrace.core.batch import CANCELLED, Batch
+from headrace.core.batch import CANCELLED, BatchRecord
 from headrace.foundation.errors import Conflict
 from headrace.foundation.ids import new_batch_id
 from headrace.runtime.engine import Engine
@@ -41,7 +41,7 @@ class Source(NamedTuple):
 class Part:
     """One batch of a chain."""
 
-    batch: Batch
+    batch: BatchRecord
     base_index: int
     start: InputPosition
 
@@ -120,7 +120,7 @@ class Chain:
         return part_of(batch)
 
 
-def part_of(batch: Batch) -> Part:
+def part_of(batch: BatchRecord) -> Part:
     """Return a batch of a chain, from its metadata."""
     metadata: dict[str, Any] = batch.metadata
     return Part(batch, int(metadata["base_index"]), InputPosition.decode(bytes.fromhex(metadata["start"])))
@@ -159,7 +159,7 @@ async def _load(chain: Chain) -> None:
         chain.parts.append(part_of(found))
 
 
-async def _newest(engine: Engine, source: Source) -> Batch | None:
+async def _newest(engine: Engine, source: Source) -> BatchRecord | None:
     """Return the newest batch of this identity. Batches are listed newest first, and retention deletes the oldest."""
     before_id = ""
     while True:

@@ -179,7 +179,7 @@ async def objects(engine: Engine) -> str:
 
 async def sessions(engine: Engine) -> str:
     """Find sessions without heartbeats: their leases wait for a worker that recovers them."""
-    live_sessions = await engine.store.sessions()
+    live_sessions = await engine.maintenance.sessions()
     now_us = engine.clock.now_us()
     silent = [
         session
@@ -199,7 +199,7 @@ async def sessions(engine: Engine) -> str:
 async def batches(engine: Engine) -> str:
     """Find batches without progress: open without items, waiting without a worker, delayed for very long."""
     now_us = engine.clock.now_us()
-    live_count = len(await engine.store.sessions())
+    live_count = len(await engine.maintenance.sessions())
     paused = {view.name for view in await engine.store.queues(engine.environment) if view.paused and view.waiting_count}
     stuck: list[str] = []
     unfinished_count = 0

@@ -53,7 +53,7 @@ def create(
             now_us = engine.clock.now_us()
             wanted = tuple(dict.fromkeys(scope.strip() for scope in scopes.split(",") if scope.strip()))
             secret, key = new_key(settings.environment, wanted, name, now_us)
-            await engine.store.add_key(key, now_us=now_us)
+            await engine.administration.add_key(key, now_us=now_us)
             return secret, key.id
 
     secret, key_id = run_async(made())
@@ -79,7 +79,7 @@ def index(environment: EnvironmentOption = None, store: StoreOption = None, json
                     "created": moment(key.created_us),
                     "revoked": moment(key.revoked_us),
                 }
-                for key in await engine.store.keys(settings.environment)
+                for key in await engine.administration.keys(settings.environment)
             ]
 
     keys = run_async(found())
@@ -101,6 +101,6 @@ def revoke(
     async def revoked() -> bool:
         async with opened(settings, must_exist=True) as engine:
             now_us = engine.clock.now_us()
-            return await engine.store.revoke_key(settings.environment, key_id, now_us=now_us)
+            return await engine.administration.revoke_key(settings.environment, key_id, now_us=now_us)
 
     note(f"{key_id} is revoked" if run_async(revoked()) else f"{key_id} was revoked before")

@@ -18,7 +18,7 @@ from headrace.foundation.errors import InvalidInput, NotFound
 from headrace.foundation.settings import Settings, hidden, load
 
 if TYPE_CHECKING:
-    from headrace.core.batch import Batch
+    from headrace.core.batch import BatchRecord
     from headrace.runtime.engine import Engine
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ async def opened(settings: Settings, *, must_exist: bool = False) -> AsyncIterat
         await engine.close()
 
 
-async def find_batch(engine: Engine, text: str) -> Batch:
+async def find_batch(engine: Engine, text: str) -> BatchRecord:
     """Find a batch by its id or its key. Raises `NotFound`."""
     from headrace.foundation.ids import check_batch_id
 

@@ -23,7 +23,7 @@ from headrace.core.failure import decode
 from headrace.foundation.errors import EngineFault, InvalidInput
 from headrace.foundation.limits import MIB
 from headrace.runtime.engine import Engine
-from headrace.store.protocol import Outcome
+from headrace.store.protocol import RunOutcome
 
 BLOCK_BYTES_MAX: Final = 4 * MIB
 _TAIL_BYTES: Final = 64 * 1024
@@ -197,7 +197,7 @@ class FileOutput:
             os.ftruncate(self._descriptor, end)
 
 
-async def lines_of(engine: Engine, outcomes: Sequence[Outcome], base_index: int) -> AsyncIterator[bytes]:
+async def lines_of(engine: Engine, outcomes: Sequence[RunOutcome], base_index: int) -> AsyncIterator[bytes]:
     """Return outcomes as whole lines, some megabytes at a time; large results are fetched when they are needed."""
     lines: list[bytes] = []
     count_bytes = 0
@@ -215,7 +215,7 @@ async def lines_of(engine: Engine, outcomes: Sequence[Outcome], base_index: int)
         yield b"".join(lines)
 
 
-async def _other_line(engine: Engine, outcome: Outcome, index: int) -> bytes:
+async def _other_line(engine: Engine, outcome: RunOutcome, index: int) -> bytes:
     if outcome.state == run.COMPLETED:
         result, kind = outcome.result, outcome.kind
         if kind == pack.REFERENCE:

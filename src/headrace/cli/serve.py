@@ -186,7 +186,7 @@ async def _serve(
         server = await stack.enter_async_context(
             serving(service, settings.host, settings.port, is_shared=bool(who), grpc=grpc, tls=tls)
         )
-        if not is_open and settings.api_key is None and not await engine.store.keys(settings.environment):
+        if not is_open and settings.api_key is None and not await engine.administration.keys(settings.environment):
             note(f"{who}there is no API key yet: create one with `headrace key create`")
         tasks = ", ".join(app.registry.names) if app is not None and works else "none"
         note(f"{who}serving {shown_store(settings)} on {server.url}, tasks run here: {tasks or 'none'}")

@@ -33,7 +33,7 @@ SINGLE: Final = "single"
 """Kinds: a `batch` is created, streamed and sealed; a `stream` holds the single enqueues of one session."""
 
 
-class Batch(msgspec.Struct, kw_only=True):
+class BatchRecord(msgspec.Struct, kw_only=True):
     """One row of the batch table, without its set of received indexes.
 
     `expected_count` is None while the batch is open-ended. `order_bases`: the clock each queue showed when the
@@ -93,7 +93,7 @@ class Ledger(NamedTuple):
         return self.expected == sum(self[1:])
 
 
-def ledger(batch: Batch, *, leased_count: int) -> Ledger:
+def ledger(batch: BatchRecord, *, leased_count: int) -> Ledger:
     """The ledger from the batch's counters; `leased_count` comes from its spans, since a claim counts nothing."""
     expected = batch.received_count if batch.expected_count is None else batch.expected_count
     return Ledger(
@@ -117,7 +117,7 @@ def check_created(*, expected_count: int | None, runs_max: int) -> None:
         )
 
 
-def check_append(batch: Batch, *, first_index: int, last_index: int, runs_max: int) -> None:
+def check_append(batch: BatchRecord, *, first_index: int, last_index: int, runs_max: int) -> None:
     """Raise unless runs from `first_index` to `last_index` may be offered to this batch.
 
     A sealed batch takes a re-stream of what it has (which adds nothing); a cancelled or abandoned one takes
@@ -138,7 +138,9 @@ def check_append(batch: Batch, *, first_index: int, last_index: int, runs_max: i
         )
 
 
-def appended(batch: Batch, *, accepted_count: int, born: Counts, cursor: bytes | None, now_us: int) -> Batch:
+def appended(
+    batch: BatchRecord, *, accepted_count: int, born: Counts, cursor: bytes | None, now_us: int
+) -> BatchRecord:
     """The batch after `accepted_count` new runs became durable, `born` of them at their end at birth."""
     if accepted_count and batch.state != OPEN:
         raise Conflict(f"the batch is {batch.state}; it takes no more items", batch_id=batch.id)
@@ -152,12 +154,12 @@ def appended(batch: Batch, *, accepted_count: int, born: Counts, cursor: bytes |
     return advanced(after, now_us)
 
 
-def is_whole(batch: Batch) -> bool:
+def is_whole(batch: BatchRecord) -> bool:
     """Whether an open batch has received all that it announced."""
     return batch.state == OPEN and batch.received_count == batch.expected_count
 
 
-def sealed(batch: Batch, received: IndexSet, *, expected_count: int | None, now_us: int) -> Batch:
+def sealed(batch: BatchRecord, received: IndexSet, *, expected_count: int | None, now_us: int) -> BatchRecord:
     """Close the batch at `expected_count` runs, or at what was announced, or at what was received.
 
     Idempotent: a sealed or completed batch answers itself. Raises `Conflict`, changing nothing, while indexes
@@ -188,12 +190,12 @@ def sealed(batch: Batch, received: IndexSet, *, expected_count: int | None, now_
     return advanced(after, now_us)
 
 
-def settled(batch: Batch, counts: Counts, now_us: int) -> Batch:
+def settled(batch: BatchRecord, counts: Counts, now_us: int) -> BatchRecord:
     """The batch after some of its runs came to an end."""
     return advanced(msgspec.structs.replace(batch, counts=batch.counts.plus(counts)), now_us)
 
 
-def stopped(batch: Batch, state: str, now_us: int) -> Batch:
+def stopped(batch: BatchRecord, state: str, now_us: int) -> BatchRecord:
     """The batch cancelled by a person or abandoned past its seal deadline; finished batches stay as they are."""
     if state not in (CANCELLED, ABANDONED):
         raise InvalidInput(f"a batch is stopped as {CANCELLED} or {ABANDONED}, not as {state!r}", batch_id=batch.id)
@@ -202,7 +204,7 @@ def stopped(batch: Batch, state: str, now_us: int) -> Batch:
     return advanced(msgspec.structs.replace(batch, state=state), now_us)
 
 
-def left(batch: Batch, now_us: int) -> Batch:
+def left(batch: BatchRecord, now_us: int) -> BatchRecord:
     """An open batch after the session that owned it ended, in good order or not.
 
     A stream is sealed at what it received: all of that was asked for. A batch whose items were still coming is
@@ -217,13 +219,13 @@ def left(batch: Batch, now_us: int) -> Batch:
     )
 
 
-def redriven(batch: Batch, counts: Counts) -> Batch:
+def redriven(batch: BatchRecord, counts: Counts) -> BatchRecord:
     """A batch some of whose ended runs were sent round again: sealed once more until they end."""
     state = SEALED if batch.state == COMPLETED else batch.state
     return msgspec.structs.replace(batch, state=state, counts=batch.counts.plus(counts), finished_us=0)
 
 
-def advanced(batch: Batch, now_us: int) -> Batch:
+def advanced(batch: BatchRecord, now_us: int) -> BatchRecord:
     """Completion, decided after every change: nothing is unsettled, and nothing more can come."""
     if batch.is_finished or batch.state == OPEN or batch.unsettled_count:
         return batch
@@ -231,7 +233,7 @@ def advanced(batch: Batch, now_us: int) -> Batch:
     return msgspec.structs.replace(batch, state=state, finished_us=now_us)
 
 
-def seal_due_us(batch: Batch) -> int | None:
+def seal_due_us(batch: BatchRecord) -> int | None:
     """When an open batch counts as abandoned: `seal_timeout_ms` after its last accepted item. None: never."""
     if batch.state != OPEN or not batch.seal_timeout_ms:
         return None

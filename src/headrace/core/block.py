@@ -209,7 +209,7 @@ def _spans(keys: list[Key]) -> dict[Key, bytes | None]:
     return {key: encode_uint16s(found) for key, found in block_offsets.items()}
 
 
-class Born(NamedTuple):
+class EndedAtCreation(NamedTuple):
     """How a run ends that has nothing to run."""
 
     state: int
@@ -217,14 +217,14 @@ class Born(NamedTuple):
     kind: int
 
 
-def born(chunk: Chunk) -> dict[int, Born]:
+def ended_at_creation(chunk: Chunk) -> dict[int, EndedAtCreation]:
     """By position, the runs that end as they begin: unreadable, or linked to another run."""
     found = {}
     for block_offset, extra in chunk.extras.items():
         if extra.failure:
-            found[block_offset] = Born(FAILED, extra.failure, JSON)
+            found[block_offset] = EndedAtCreation(FAILED, extra.failure, JSON)
         elif extra.link:
-            found[block_offset] = Born(COMPLETED, extra.link.encode(), LINK)
+            found[block_offset] = EndedAtCreation(COMPLETED, extra.link.encode(), LINK)
     return found
 
 

@@ -23,7 +23,7 @@ def headed(message: bytes) -> bytes:
     return bytes(length) + message
 
 
-class Oversized(NamedTuple):
+class OversizedMessage(NamedTuple):
     """A message of more bytes than one may have."""
 
     actual_bytes: int
@@ -38,9 +38,9 @@ class DelimitedDecoder:
         self._left_to_drop = 0
         self._count = 0
 
-    def feed(self, data: bytes) -> list[bytes | Oversized]:
+    def feed(self, data: bytes) -> list[bytes | OversizedMessage]:
         """The messages that end in this piece. Raises `InvalidInput` where there is no length."""
-        found: list[bytes | Oversized] = []
+        found: list[bytes | OversizedMessage] = []
         if self._left_to_drop:
             dropped = min(self._left_to_drop, len(data))
             self._left_to_drop -= dropped
@@ -51,7 +51,7 @@ class DelimitedDecoder:
             length, begin = head
             if length > self._bytes_max:
                 self._count += 1
-                found.append(Oversized(length))
+                found.append(OversizedMessage(length))
                 there = min(length, len(self._buffer) - begin)
                 self._left_to_drop = length - there
                 start = begin + there

@@ -67,7 +67,7 @@ class EndpointBusy(RetryAfter):
         return f"the endpoint answered {self.status} and asks to be tried again in {self.seconds:g} s"
 
 
-class Place(NamedTuple):
+class EndpointAddress(NamedTuple):
     """Where an endpoint is. `target`: path and query."""
 
     scheme: str
@@ -76,7 +76,7 @@ class Place(NamedTuple):
     target: str
 
 
-def place_of(url: object) -> Place:
+def place_of(url: object) -> EndpointAddress:
     """Raises `InvalidSetting` for what is no `https://` or `http://` URL of at most 2,048 characters."""
     if not isinstance(url, str) or not 0 < len(url) <= URL_CHARS_MAX or not url.isascii() or not url.isprintable():
         raise InvalidSetting(f"an endpoint's URL is 1 to {URL_CHARS_MAX} printable ASCII characters", hint=_FORM)
@@ -90,7 +90,7 @@ def place_of(url: object) -> Place:
     if "@" in parts.netloc or parts.fragment:
         raise InvalidSetting("an endpoint's URL holds neither a password nor a fragment", hint="pass headers=…")
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Place(parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80), target)
+    return EndpointAddress(parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80), target)
 
 
 _FORM: Final = "write https://host/path; http:// is for networks that are allowed by name"

@@ -163,7 +163,7 @@ class Policy(NamedTuple):
     crashes_max: int = 3
 
 
-class Verdict(NamedTuple):
+class SpanDecision(NamedTuple):
     """A decision about one span: what became of the call, the span after it, what is new, and what it counts."""
 
     word: str
@@ -229,16 +229,16 @@ def take_first(span: Span, runs_count: int) -> tuple[Span, Span]:
 
 def settle(
     span: Span | None, settlement: Settlement, *, recorded: bool, policy: Policy, clock: int, now_us: int
-) -> Verdict:
+) -> SpanDecision:
     """Record outcomes under a lease: a repeat answers `recorded`, a stale token `lost`; neither changes anything.
 
     `clock` is the queue's (for what is due at once). Raises `IllegalTransition` when the settlement tells of a
     run that already has an outcome in this span.
     """
     if recorded:
-        return Verdict(RECORDED)
+        return SpanDecision(RECORDED)
     if span is None or span.state != LEASED or span.token != settlement.token:
-        return Verdict(LOST)
+        return SpanDecision(LOST)
     codes = settlement.codes
     everything = settlement.span_slots is None
     span_slots: Sequence[int] = (
@@ -259,7 +259,7 @@ def settle(
     if settlement.is_shared and before.strip(run.UNSETTLED):
         settlement = _unsettled_part(span, settlement, span_slots)
         if not settlement.codes:
-            return Verdict(SETTLED, span)
+            return SpanDecision(SETTLED, span)
         codes, span_slots, everything = settlement.codes, decode_uint16s(settlement.span_slots or b""), False
         before = run.at(span.states, span_slots)
     block_offsets = block_offsets_of(span)
@@ -291,7 +291,7 @@ def settle(
         results=settlement.results,
         settled_us=now_us,
     )
-    return Verdict(SETTLED, after, fresh, part, counts_of(codes))
+    return SpanDecision(SETTLED, after, fresh, part, counts_of(codes))
 
 
 def _unsettled_part(span: Span, settlement: Settlement, span_slots: Sequence[int]) -> Settlement:
@@ -379,7 +379,7 @@ def release(
     policy: Policy,
     clock: int,
     now_us: int,
-) -> Verdict:
+) -> SpanDecision:
     """Give a lease back: what had not started comes back as it was; what a dead worker had started is suspect.
 
     With `places` only those runs come back, which nobody has begun, and the lease goes on with the others.
@@ -391,7 +391,7 @@ def release(
     one that leases it: no death of that one is its doing.
     """
     if span is None or span.state != LEASED or span.token != token:
-        return Verdict(LOST)
+        return SpanDecision(LOST)
     unsettled = unsettled_slots(span)
     if span_slots is not None:
         return _given_back(span, [span_slot for span_slot in unsettled if span_slot in span_slots], policy, clock)
@@ -433,15 +433,15 @@ def release(
     return _unless_stopped(back, spans, part, counts, policy)
 
 
-def _given_back(span: Span, span_slots: list[int], policy: Policy, clock: int) -> Verdict:
+def _given_back(span: Span, span_slots: list[int], policy: Policy, clock: int) -> SpanDecision:
     """Rule R19. A repeat finds the runs gone and changes nothing."""
     if not span_slots:
-        return Verdict(SETTLED, span)
+        return SpanDecision(SETTLED, span)
     kept, taken = split(span, span_slots, order_no=returned_order_no(clock=clock))
     counts = Counts()
     if policy.stopped or policy.cancelled:
         taken, counts = cancel(taken, None if policy.stopped else policy.cancelled)
-    return Verdict(SETTLED, kept, (taken,), None, counts)
+    return SpanDecision(SETTLED, kept, (taken,), None, counts)
 
 
 def _suspect_groups(span: Span, guilty: list[int]) -> list[list[int]]:
@@ -476,7 +476,7 @@ RECOVERY_PART_NO: Final = -1
 """The part that ends a lease from outside; a worker's own parts count from 0."""
 
 
-def _unless_stopped(back: Span, spans: list[Span], part: Part | None, counts: Counts, policy: Policy) -> Verdict:
+def _unless_stopped(back: Span, spans: list[Span], part: Part | None, counts: Counts, policy: Policy) -> SpanDecision:
     """What may not run again is cancelled where it stands."""
     if policy.stopped or policy.cancelled:
         ended: list[Span] = []
@@ -486,7 +486,7 @@ def _unless_stopped(back: Span, spans: list[Span], part: Part | None, counts: Co
             ended.append(after)
             counts = counts.plus(more)
         back, spans = ended[0], ended[1:]
-    return Verdict(SETTLED, back, tuple(spans), part, counts)
+    return SpanDecision(SETTLED, back, tuple(spans), part, counts)
 
 
 def cancel(span: Span, block_offsets: Collection[int] | None = None) -> tuple[Span, Counts]:

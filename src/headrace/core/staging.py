@@ -96,7 +96,7 @@ class Index:
         return self._ordered[first:end]
 
 
-class Table:
+class StagedTable:
     """The rows of one entity type that are in memory. `rows` is the newest of each, None where it is known absent.
 
     `is_read`: somebody has asked for rows of this type. What is only written is not in `rows` but among the changes
@@ -247,8 +247,8 @@ class Staging:
 
     def __init__(self, entities: Sequence[EntityType], *, keeps_history: Collection[str] = ()) -> None:
         """`keeps_history`: names of the tables whose every change is kept."""
-        self.tables = [Table(entity, keeps_history=entity.table in keeps_history) for entity in entities]
-        self.by_class: dict[type[Entity], Table] = {table.entity.cls: table for table in self.tables}
+        self.tables = [StagedTable(entity, keeps_history=entity.table in keeps_history) for entity in entities]
+        self.by_class: dict[type[Entity], StagedTable] = {table.entity.cls: table for table in self.tables}
         self._reads_count = 0
         self._hand = 0
 
@@ -272,7 +272,7 @@ class Staging:
         """A SELECT and what is made of it has ended."""
         self._reads_count -= 1
 
-    def adopt(self, table: Table, row_id: Any, row: Any) -> Any:
+    def adopt(self, table: StagedTable, row_id: Any, row: Any) -> Any:
         """A SELECT says how a row stands; answers how it stands really (rule 1)."""
         if not table.is_read:
             table.begin_reading()
@@ -282,7 +282,7 @@ class Staging:
         table.put(row_id, row, 0 if row is None else table.entity.extra_bytes(row))
         return row
 
-    def found(self, table: Table, conditions: Sequence[Condition], rows: Iterable[Any]) -> list[Any]:
+    def found(self, table: StagedTable, conditions: Sequence[Condition], rows: Iterable[Any]) -> list[Any]:
         """Those of a SELECT as memory has them, and those only memory has, that fulfil the conditions, by id."""
         first = conditions[0]
         index = table.index(first.field)
@@ -292,7 +292,7 @@ class Staging:
             index.complete.update(first.values)
         return self.staged(table, conditions)
 
-    def staged(self, table: Table, conditions: Sequence[Condition]) -> list[Any]:
+    def staged(self, table: StagedTable, conditions: Sequence[Condition]) -> list[Any]:
         """The rows in memory that fulfil the conditions, by id."""
         known = table.rows
         first, rest = conditions[0], conditions[1:]
@@ -329,7 +329,7 @@ class Staging:
             self._hand += 1
         return self.bytes <= bytes_max
 
-    def _evict_some(self, table: Table) -> bool:
+    def _evict_some(self, table: StagedTable) -> bool:
         """One step; False when this table has nothing more to give."""
         for start in range(0, len(table.rows), STEP_ROWS):
             clean = table.clean(islice(table.rows, start, start + STEP_ROWS))
@@ -349,7 +349,7 @@ class Staging:
             table.extra_bytes = 0
 
 
-def table_of(tables: dict[type[Entity], Table], kind: Any) -> Table:
+def table_of(tables: dict[type[Entity], StagedTable], kind: Any) -> StagedTable:
     """The table of a class. Raises `InvalidInput`."""
     table = tables.get(kind)
     if table is None:

@@ -13,7 +13,7 @@ import msgspec
 
 from headrace.foundation.errors import ClientFault, HeadraceError, InvalidSetting, StoreBroken, StoreUnavailable
 from headrace.runtime.clock import Clock, SystemClock
-from headrace.store.rpc import fault_of
+from headrace.store.rpc import error_of
 
 REQUEST_S: Final = 60.0
 CONNECT_S: Final = 10.0
@@ -53,7 +53,7 @@ class ServerResponse(NamedTuple):
             return ClientFault(
                 f"{self.url} is not an endpoint of a Headrace server: got HTTP status {self.status}", hint=_URL_HINT
             )
-        return fault_of(self.status, self.body)
+        return error_of(self.status, self.body)
 
     @property
     def is_success(self) -> bool:

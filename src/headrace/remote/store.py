@@ -9,36 +9,30 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import msgspec
 
-from headrace.core.admission import Bucket, Spent
-from headrace.core.batch import Batch, Ledger
+from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk
 from headrace.core.span import Settlement
-from headrace.foundation.errors import ClientFault, StoreBroken, StoreUnavailable
+from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.remote.connection import REQUEST_S, ServerConnection
 from headrace.store.payloads import PayloadStore
 from headrace.store.protocol import (
-    ApiKey,
     Appended,
     Claim,
     DeadLetter,
     Heartbeat,
     Lease,
-    NamedLease,
     NewBatch,
-    Outcome,
-    Pruned,
     QueueView,
     Release,
+    RunOutcome,
     RunRecord,
     Schedule,
     Session,
-    Suspects,
-    Swept,
     Tick,
     Ticked,
     Verification,
@@ -46,12 +40,12 @@ from headrace.store.protocol import (
 from headrace.store.rpc import (
     BEAT,
     CONTENT_TYPE,
-    VERBS,
-    About,
-    Beaten,
-    GiveBack,
-    Leased,
-    Settle,
+    OPERATIONS,
+    HeartbeatWithTokens,
+    LeaseWithToken,
+    ReleaseRequest,
+    ServerInfo,
+    SettleRequest,
     decoder,
     encode,
     parts_of,
@@ -67,7 +61,7 @@ _HEADERS: Final = {"content-type": CONTENT_TYPE}
 
 @cache
 def _response_decoder(name: str) -> msgspec.msgpack.Decoder[Any]:
-    return decoder(VERBS[name].answer)
+    return decoder(OPERATIONS[name].answer)
 
 
 class RemoteStore:
@@ -76,7 +70,7 @@ class RemoteStore:
     def __init__(self, connection: ServerConnection, limits: Limits, *, wait_s: int = WAIT_S) -> None:
         """`wait_s`: how long the server holds a claim that finds no work."""
         self.connection = connection
-        self.about: About | None = None
+        self.about: ServerInfo | None = None
         self._limits = limits
         self._wait_s = wait_s
         self._lease_tokens: OrderedDict[tuple[int, int], bytes] = OrderedDict()
@@ -88,7 +82,7 @@ class RemoteStore:
         """
         response = await self.connection.ask("GET", "/v1/about", attempts=ATTEMPTS)
         try:
-            self.about = msgspec.json.decode(response.body, type=About)
+            self.about = msgspec.json.decode(response.body, type=ServerInfo)
         except msgspec.DecodeError as error:
             raise StoreBroken(
                 f"{self.connection.url} is not a Headrace server: /v1/about returned no description of one",
@@ -103,7 +97,7 @@ class RemoteStore:
     async def check(self) -> dict[str, object]:
         """Measure a round trip and return the server's description."""
         response = await self.connection.ask("GET", "/v1/about", attempts=1)
-        about = msgspec.json.decode(response.body, type=About)
+        about = msgspec.json.decode(response.body, type=ServerInfo)
         return {
             "store": "remote",
             "url": self.connection.url,
@@ -114,7 +108,7 @@ class RemoteStore:
     async def _ask(self, verb: str, message: Any = None, /, *, wait_s: int = 0, **values: Any) -> Any:
         if not self._is_open:
             raise StoreUnavailable("the store is closed")
-        body = encode(VERBS[verb].request(**values) if message is None else message)
+        body = encode(OPERATIONS[verb].request(**values) if message is None else message)
         path = f"/v1/store/{verb}" + (f"?wait={wait_s}" if wait_s else "")
         response = await self.connection.ask(
             "POST", path, body, _HEADERS, attempts=ATTEMPTS, timeout_s=REQUEST_S + wait_s
@@ -128,10 +122,10 @@ class RemoteStore:
 
     # -- batches
 
-    async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[Batch, bool]:
+    async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[BatchRecord, bool]:
         """Create a batch, or return the existing one with the same key."""
         del now_us
-        result: tuple[Batch, bool] = await self._ask("create_batch", new=new)
+        result: tuple[BatchRecord, bool] = await self._ask("create_batch", new=new)
         return result
 
     async def append(
@@ -157,16 +151,16 @@ class RemoteStore:
             total.sealed = appended.sealed
         return total
 
-    async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:
+    async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> BatchRecord:
         """Seal a batch."""
         del now_us
-        result: Batch = await self._ask("seal", batch_id=batch_id, expected_count=expected_count)
+        result: BatchRecord = await self._ask("seal", batch_id=batch_id, expected_count=expected_count)
         return result
 
-    async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> Batch:
+    async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> BatchRecord:
         """Set a batch to `cancelled` or `abandoned`."""
         del now_us
-        result: Batch = await self._ask("stop_batch", batch_id=batch_id, state=state)
+        result: BatchRecord = await self._ask("stop_batch", batch_id=batch_id, state=state)
         return result
 
     async def cancel_runs(self, batch_id: str, indexes: Sequence[int], *, now_us: int) -> int:
@@ -190,7 +184,7 @@ class RemoteStore:
     async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
         """Keep a session alive. Returns its leases."""
         del now_us
-        beaten: Beaten = await self._ask("heartbeat", session_id=session_id)
+        beaten: HeartbeatWithTokens = await self._ask("heartbeat", session_id=session_id)
         for held, lease_token in zip(beaten.heartbeat.leases, beaten.tickets, strict=True):
             self._store_token(held.span_id, held.token, lease_token)
         return beaten.heartbeat
@@ -200,21 +194,10 @@ class RemoteStore:
         del now_us
         await self._ask("end_session", session_id=session_id)
 
-    async def sessions(self) -> list[Session]:
-        """Return no sessions: those of other processes are the server's."""
-        return []
-
-    async def recover(
-        self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int
-    ) -> int:
-        """Do nothing: the server recovers sessions."""
-        del session_id, suspects, silent_since_us, crashes_max, now_us
-        return 0
-
     async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
         """Lease spans. The server waits a while if there are none."""
         del now_us
-        result: list[Leased] = await self._ask("claim", wait_s=self._wait_s, claim=claim)
+        result: list[LeaseWithToken] = await self._ask("claim", wait_s=self._wait_s, claim=claim)
         for leased in result:
             self._store_token(leased.lease.span_id, leased.lease.token, leased.ticket)
         return [leased.lease for leased in result]
@@ -226,14 +209,14 @@ class RemoteStore:
         for part in parts_of(settlements, [len(one.results) + len(one.codes) + 256 for one in settlements]):
             if part:
                 tokens = [self._lease_tokens.get((one.span_id, one.token), b"") for one in part]
-                words += await self._ask("settle", Settle(settlements=part, tickets=tokens))
+                words += await self._ask("settle", SettleRequest(settlements=part, tickets=tokens))
         return words
 
     async def release(self, releases: Sequence[Release], *, crashes_max: int, now_us: int) -> list[str]:
         """Release leases."""
         del crashes_max, now_us
         tokens = [self._lease_tokens.get((one.span_id, one.token), b"") for one in releases]
-        words: list[str] = await self._ask("release", GiveBack(releases=list(releases), tickets=tokens))
+        words: list[str] = await self._ask("release", ReleaseRequest(releases=list(releases), tickets=tokens))
         return words
 
     def _store_token(self, span_id: int, token: int, lease_token: bytes) -> None:
@@ -244,21 +227,21 @@ class RemoteStore:
 
     # -- reading
 
-    async def batch(self, batch_id: str) -> tuple[Batch, Ledger]:
+    async def batch(self, batch_id: str) -> tuple[BatchRecord, Ledger]:
         """Return a batch and its ledger."""
-        result: tuple[Batch, Ledger] = await self._ask("batch", batch_id=batch_id)
+        result: tuple[BatchRecord, Ledger] = await self._ask("batch", batch_id=batch_id)
         return result
 
-    async def find_batch(self, environment: str, key: str) -> Batch | None:
+    async def find_batch(self, environment: str, key: str) -> BatchRecord | None:
         """Return the batch with a key."""
-        result: Batch | None = await self._ask("find_batch", environment=environment, key=key)
+        result: BatchRecord | None = await self._ask("find_batch", environment=environment, key=key)
         return result
 
     async def batches(
         self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
-    ) -> list[tuple[Batch, Ledger]]:
+    ) -> list[tuple[BatchRecord, Ledger]]:
         """List batches, newest first."""
-        result: list[tuple[Batch, Ledger]] = await self._ask(
+        result: list[tuple[BatchRecord, Ledger]] = await self._ask(
             "batches", environment=environment, states=states, before_id=before_id, limit=limit
         )
         return result
@@ -268,9 +251,11 @@ class RemoteStore:
         result: list[tuple[int, int]] = await self._ask("missing", batch_id=batch_id, ranges_max=ranges_max)
         return result
 
-    async def outcomes(self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> list[Outcome]:
+    async def outcomes(
+        self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False
+    ) -> list[RunOutcome]:
         """Return final outcomes in index order."""
-        result: list[Outcome] = await self._ask(
+        result: list[RunOutcome] = await self._ask(
             "outcomes", batch_id=batch_id, from_index=from_index, runs_max=runs_max, passing=passing
         )
         return result
@@ -368,80 +353,6 @@ class RemoteStore:
         result: list[Schedule] = await self._ask("schedules", environment=environment)
         return result
 
-    # -- operations of the server
-
-    async def duties(self) -> dict[str, int]:
-        """Return no duties: the server performs them."""
-        return {}
-
-    async def take_duty(self, name: str, holder: str, *, free_us: int, now_us: int) -> bool:
-        """Return False: the server performs the duties."""
-        del name, holder, free_us, now_us
-        return False
-
-    async def end_duty(self, name: str, holder: str, *, free_us: int) -> None:
-        """Do nothing: the server performs the duties."""
-        del name, holder, free_us
-
-    async def sweep(self, *, now_us: int, rows_max: int) -> Swept:
-        """Do nothing: the server sweeps."""
-        del now_us, rows_max
-        return Swept()
-
-    async def prune(self, finished_before_us: int, *, batches_max: int, rows_max: int) -> Pruned:
-        """Refuse: only the server deletes batches."""
-        del finished_before_us, batches_max, rows_max
-        _refuse("delete batches")
-
-    async def unnamed(self, keys: Sequence[str]) -> list[str]:
-        """Return none: the server knows which objects are in use."""
-        del keys
-        return []
-
-    async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
-        """Do nothing: the server moves waiting spans."""
-        del environment, task, source, target, spans_max
-        return 0
-
-    async def size_bytes(self) -> int:
-        """Return 0: the server knows its size and enforces its bounds."""
-        return 0
-
-    async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
-        """Refuse: only the server settles leases by key."""
-        del environment, task, keys
-        _refuse("look up leases by key")
-
-    async def add_key(self, key: ApiKey, *, now_us: int) -> None:
-        """Refuse: API keys are managed where the store is."""
-        del key, now_us
-        _refuse("create API keys")
-
-    async def find_key(self, digest: str) -> ApiKey | None:
-        """Refuse: API keys are managed where the store is."""
-        del digest
-        _refuse("look up API keys")
-
-    async def keys(self, environment: str) -> list[ApiKey]:
-        """Refuse: API keys are managed where the store is."""
-        del environment
-        _refuse("list API keys")
-
-    async def revoke_key(self, environment: str, key_id: str, *, now_us: int) -> bool:
-        """Refuse: API keys are managed where the store is."""
-        del environment, key_id, now_us
-        _refuse("revoke API keys")
-
-    async def signing_key(self, environment: str, offered: bytes) -> bytes:
-        """Refuse: only the server signs tokens."""
-        del environment, offered
-        _refuse("sign tokens")
-
-    async def spend(self, environment: str, name: str, bucket: Bucket, cost: int, *, now_us: int) -> Spent:
-        """Refuse: only the server counts against rate limits."""
-        del environment, name, bucket, cost, now_us
-        _refuse("count against rate limits")
-
 
 class RemotePayloads(PayloadStore):
     """Payloads and results over the inline limit, kept by the server."""
@@ -465,7 +376,3 @@ class RemotePayloads(PayloadStore):
 
     async def check(self) -> None:
         """Do nothing: the server checks its object store."""
-
-
-def _refuse(action: str) -> NoReturn:
-    raise ClientFault(f"can't {action} through a server's API", hint="run the command on the machine of the store")

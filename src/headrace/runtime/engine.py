@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from headrace.core.pack import CONTENT_TYPES, JSON, KINDS
-from headrace.foundation.errors import InvalidSetting, ObjectMissing
+from headrace.foundation.errors import ClientFault, InvalidSetting, ObjectMissing
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.wakeup import Wakeup
 from headrace.store.entities.protocol import EntityStore
 from headrace.store.payloads import PayloadStore, Reference, payload_key
-from headrace.store.protocol import Notifier, Store
+from headrace.store.protocol import AdministerStore, ClientStore, MaintainStore, Notifier
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class Engine:
     indexers. `duties`: counters of upkeep in this process.
     """
 
-    store: Store
+    store: ClientStore
     payloads: PayloadStore
     clock: Clock
     limits: Limits
@@ -57,6 +57,31 @@ class Engine:
                 "this engine was opened without the tables of indexers", hint="open the engine with headrace.compose"
             )
         return self.entities
+
+    @property
+    def is_maintained_here(self) -> bool:
+        """True if this process has access to the database itself: then it may do upkeep, else a server does it."""
+        return isinstance(self.store, MaintainStore)
+
+    @property
+    def maintenance(self) -> MaintainStore:
+        """The operations of upkeep. Raises `ClientFault` if a server keeps the store."""
+        if not isinstance(self.store, MaintainStore):
+            raise ClientFault(
+                f"{type(self.store).__name__} has no maintenance operations: the server maintains its store",
+                hint="run the command where the store is",
+            )
+        return self.store
+
+    @property
+    def administration(self) -> AdministerStore:
+        """The operations on API keys and rate limits. Raises `ClientFault` if a server keeps the store."""
+        if not isinstance(self.store, AdministerStore):
+            raise ClientFault(
+                f"{type(self.store).__name__} has no administration operations: the server administers its store",
+                hint="run the command where the store is",
+            )
+        return self.store
 
     def with_limits(self, limits: Limits) -> Engine:
         """Return this engine with other limits; the code that opened the original closes it."""

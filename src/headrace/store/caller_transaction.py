@@ -13,7 +13,7 @@ from inspect import isawaitable
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 from headrace.foundation.errors import InvalidInput, StoreUnavailable
-from headrace.store.transactions.sql_script import Ask, Overtaken, Rows, Script
+from headrace.store.transactions.sql_script import Query, Rows, Script, TransactionConflict
 
 T = TypeVar("T")
 Steps = Generator[Any, Any, T]
@@ -27,7 +27,7 @@ _NUMBER: Final = re.compile(r"\$(\d+)")
 _KNOWN: Final = "an asyncpg, psycopg 3, sqlite3, aiosqlite or SQLAlchemy connection, or a SQLAlchemy session"
 
 
-class Asked(Protocol):
+class NumberedStatement(Protocol):
     """A statement whose values are written `$1`, `$2`, …, and their names in that order."""
 
     @property
@@ -41,10 +41,10 @@ class Asked(Protocol):
         ...
 
 
-class Joined:
+class CallerTransaction:
     """A dialect's statements on somebody's connection. `is_sqlite` says which database it must lead to."""
 
-    def __init__(self, connection: Any, statement: Callable[[str], Asked], *, is_sqlite: bool) -> None:
+    def __init__(self, connection: Any, statement: Callable[[str], NumberedStatement], *, is_sqlite: bool) -> None:
         self._connection = connection
         self._statement = statement
         self._is_sqlite = is_sqlite
@@ -90,7 +90,7 @@ class Joined:
             yield from self._bare(_SAVEPOINT)
             try:
                 answer = yield from self._answered(script())
-            except Overtaken:
+            except TransactionConflict:
                 yield from self._bare(_ROLL_BACK)
             else:
                 yield from self._bare(_RELEASE)
@@ -107,7 +107,7 @@ class Joined:
             answer: T = done.value
             return answer
 
-    def _rows(self, ask: Ask) -> Steps[Rows]:
+    def _rows(self, ask: Query) -> Steps[Rows]:
         """What the database answers to one statement."""
         numbered = self._statement(ask.name)
         values = [ask.values[name] for name in numbered.names]
@@ -190,10 +190,10 @@ class Joined:
 
 
 @runtime_checkable
-class Joining(Protocol):
+class JoinsTransactions(Protocol):
     """A store whose verbs may be part of somebody else's transaction."""
 
-    def joined(self, connection: Any) -> Joined:
+    def joined(self, connection: Any) -> CallerTransaction:
         """Its statements on a connection that somebody else owns. Raises `InvalidInput` for one of another database."""
         ...
 

@@ -43,7 +43,7 @@ def check_path(path: str) -> str:
     return path
 
 
-class Packets:
+class ClientUploads:
     """Packets of all environments, in the object store of their payloads."""
 
     def __init__(self, payloads: PayloadStore) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from headrace.core import run
-from headrace.core.block import Born, Extra
+from headrace.core.block import EndedAtCreation, Extra
 from headrace.core.failure import decode
 from headrace.core.pack import pack, unpack, unpack_some
 from headrace.core.span import DELAYED, LEASED, Part, Span, block_offsets_of, unsettled_slots
@@ -57,7 +57,7 @@ def view_of(span: Span, index: int, state: int) -> RunRecord:
     )
 
 
-def birth_part(span: Span, at_birth: Mapping[int, Born], now_us: int) -> Part:
+def birth_part(span: Span, at_birth: Mapping[int, EndedAtCreation], now_us: int) -> Part:
     """What is recorded of the runs of a span that ended at birth."""
     ends = [at_birth[block_offset] for block_offset in block_offsets_of(span)]
     return Part(

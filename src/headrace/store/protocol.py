@@ -1,32 +1,42 @@
-"""The seam: what the rest of Headrace asks of a store, in about twenty verbs.
+"""Operations that Headrace calls on a store, as one protocol for each kind of user.
 
-Every verb is one transaction: it happens whole or not at all, and its answer comes after the commit. Time is an
-argument (`now_us`, microseconds UTC); no store looks at a clock. Verbs answer with what really happened, so that
-repeating one after a lost answer is always safe. Errors: `ClientFault` changed nothing and will not work again;
-`StoreUnavailable` changed nothing and may work later; `SessionEnded` means start a new session.
+- `ProduceStore`: create batches, append runs, seal, and enqueue the runs of schedules.
+- `WorkStore`: keep a session alive, claim spans, settle and release leases.
+- `QueryStore`: read batches, runs, queues, dead letters, rules and schedules.
+- `OperateStore`: stop, cancel, redrive, pause, purge, and change rules, as an operator asks.
+- `MaintainStore`: recover sessions, move on what is overdue, delete what is old.
+- `AdministerStore`: API keys, signing keys and rate limits.
+
+A `ClientStore` is the first four: a server's client has these. A `Store` is all of them.
+
+Every operation is one transaction: it happens whole or not at all, and is answered after the commit. Each is safe to
+repeat after a lost answer. Time is an argument (`now_us`, microseconds UTC); no store reads a clock.
+
+Errors: after a `ClientFault` nothing has changed, and the same call will fail again. After a `StoreUnavailable` nothing
+has changed, and the call may succeed later. `SessionEnded` means that the process must start a new session.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
 from headrace.core.admission import Bucket, Spent
-from headrace.core.batch import Batch, Ledger
+from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk, Extra
 from headrace.core.span import Settlement
 
 WORK: Final = "work"
-"""News: work was appended, came due or came back."""
+"""The notification that work was appended, became due or was released."""
 RECORDED: Final = "recorded"
-"""News: outcomes were recorded, or a batch moved on without one."""
+"""The notification that outcomes were recorded, or that the state of a batch changed without one."""
 
 
 class NewBatch(msgspec.Struct, kw_only=True):
-    """A batch to create. With a `key`, the same key answers the same batch in its environment."""
+    """A batch to create. In its environment a `key` names one batch: creating it again returns that batch."""
 
     id: str
     environment: str = "default"
@@ -40,22 +50,21 @@ class NewBatch(msgspec.Struct, kw_only=True):
 
 
 class Appended(msgspec.Struct, kw_only=True):
-    """What an append did: how many runs are new, how many were durable before, and what did not fit.
+    """The result of an append: how many runs are new, and how many were durable before.
 
-    `conflicts`: indexes sent again with other content; the first content stands. `existing`: runs whose
-    idempotency key already names a run, by index: `(batch_id, index)` of that run. `sealed`: the batch, when this
-    append closed it.
+    `conflicts`: indexes that were sent again with other content; the first content is kept. `existing`: by index, the
+    `(batch_id, index)` of the run that an idempotency key already names. `sealed`: the batch, if this append sealed it.
     """
 
     accepted_count: int
     duplicates_count: int
     conflicts: list[int] = []
     existing: dict[int, tuple[str, int]] = {}
-    sealed: Batch | None = None
+    sealed: BatchRecord | None = None
 
 
 class Session(msgspec.Struct, kw_only=True):
-    """A live process. `kind` is worker, producer or cli; `host` and `pid` are for people."""
+    """A live process. `kind` is worker, producer, dispatcher or cli; `host` and `pid` are shown to operators."""
 
     id: str
     kind: str
@@ -67,10 +76,10 @@ class Session(msgspec.Struct, kw_only=True):
 
 
 class Claim(msgspec.Struct, kw_only=True):
-    """A wish for work: at most `runs_max` runs of these tasks, best first.
+    """A request for work: at most `runs_max` runs of these tasks, in claim order.
 
-    `claim_no` counts this session's claims: repeated after a lost answer it returns the same spans. `queues` is
-    None for all queues, or for all whose names begin with `queue_prefix`.
+    `claim_no` counts the claims of the session: a repeat after a lost answer returns the same spans (R1, claims are
+    repeatable by number). `queues` is None for all queues whose names begin with `queue_prefix`.
     """
 
     session_id: str
@@ -83,10 +92,11 @@ class Claim(msgspec.Struct, kw_only=True):
 
 
 class Lease(msgspec.Struct, kw_only=True):
-    """One claimed span with the inputs of its runs: run it, then settle or release it under `token`.
+    """A claimed span with the inputs of its runs, to be settled or released under `token`.
 
-    `places` are the span's runs to run, `positions` where they are in the block, `indexes` in the batch, all in
-    the same order as `payloads`; `kinds` is None when all payloads are JSON. `extras` is by place.
+    `span_slots`, `indexes` and `payloads` describe the same runs in the same order: entry `lease_offset` of each is one
+    run, by its slot in the span, its index in the batch, and its input. `kinds` is None when all payloads are JSON.
+    `extras` is by span slot. `whole`: the lease holds every run of its block.
     """
 
     span_id: int
@@ -110,8 +120,8 @@ class Lease(msgspec.Struct, kw_only=True):
     dead_letter: bool = False
 
 
-class Held(NamedTuple):
-    """A lease as the store knows it, for a session to compare with its own memory."""
+class HeldLease(NamedTuple):
+    """A lease as the store has it, for a session to compare with the leases in its memory."""
 
     span_id: int
     token: int
@@ -119,21 +129,22 @@ class Held(NamedTuple):
 
 
 class Heartbeat(msgspec.Struct, kw_only=True):
-    """The answer to a sign of life. `stopped` and `cancelled` tell which leased work nobody wants any more.
+    """The answer to a heartbeat: the session's leases, and which of its runs are not wanted any more.
 
-    `database_us`: the time of the machine that the database runs on; 0 when that is this one.
+    `stopped`: batches that were cancelled or abandoned. `cancelled`: `(batch_id, index)` of single runs.
+    `database_us`: the time of the machine that the database runs on; 0 when that is this machine.
     """
 
-    leases: list[Held]
+    leases: list[HeldLease]
     stopped: list[str]
     cancelled: list[tuple[str, int]]
     database_us: int = 0
 
 
 class Release(msgspec.Struct, kw_only=True):
-    """A lease given back. `suspects`: places that had started in a worker that died; empty in good order.
+    """A lease to release. `suspects`: span slots of runs that had started when their worker crashed, else empty.
 
-    With `places` only those runs go back, which nobody has begun, and the lease goes on with the others.
+    With `span_slots` only those runs are released, none of which has started; the lease keeps the others.
     """
 
     span_id: int
@@ -144,14 +155,14 @@ class Release(msgspec.Struct, kw_only=True):
 
 
 class Suspects(msgspec.Struct, kw_only=True):
-    """What a dead session left: `places` by (span id, token), or None when nothing of it is known."""
+    """Runs of a crashed session that had started: `span_slots` by (span id, token), or None when that is unknown."""
 
     span_slots: dict[tuple[int, int], tuple[int, ...]] | None
     evidence: str
 
 
-class Outcome(msgspec.Struct, kw_only=True):
-    """How one run stands. `result` is a result, a failure or empty; `kind` as in `headrace.core.pack`."""
+class RunOutcome(msgspec.Struct, kw_only=True):
+    """The final state of one run. `result` is a result, a failure or empty; `kind` as in `headrace.core.pack`."""
 
     index: int
     state: int
@@ -193,7 +204,7 @@ class RunRecord(msgspec.Struct, kw_only=True):
 
 
 class QueueView(msgspec.Struct, kw_only=True):
-    """One queue as it stands: runs that wait, are delayed or leased, and the age of the oldest that waits."""
+    """A queue and its numbers of waiting, delayed and leased runs. `oldest_us`: since when its oldest run waits."""
 
     name: str
     environment: str
@@ -205,7 +216,7 @@ class QueueView(msgspec.Struct, kw_only=True):
 
 
 class NamedLease(msgspec.Struct, kw_only=True):
-    """Where a run is under way that an idempotency key names: its place in a leased span, and its last note."""
+    """A running run that an idempotency key names: its slot in a leased span, and its last note."""
 
     key: str
     span_id: int
@@ -218,7 +229,7 @@ class NamedLease(msgspec.Struct, kw_only=True):
 
 
 class DeadLetter(msgspec.Struct, kw_only=True):
-    """A run that failed for good and is kept for a person to look at. `died_us`: when it did."""
+    """A run that failed finally and is kept for an operator to inspect. `died_us`: the time of the failure."""
 
     batch_id: str
     index: int
@@ -228,7 +239,7 @@ class DeadLetter(msgspec.Struct, kw_only=True):
 
 
 class Verification(msgspec.Struct, kw_only=True):
-    """The ledger of one batch counted from its chunks, and every difference from its counters."""
+    """The ledger of one batch, counted from its chunks, and each difference from its counters."""
 
     batch_id: str
     ledger: Ledger
@@ -236,7 +247,7 @@ class Verification(msgspec.Struct, kw_only=True):
 
 
 class Swept(msgspec.Struct, kw_only=True):
-    """What one bounded round of upkeep moved on."""
+    """The result of one bounded sweep. `more`: something overdue may be left."""
 
     expired_count: int = 0
     abandoned: list[str] = []
@@ -245,14 +256,14 @@ class Swept(msgspec.Struct, kw_only=True):
 
 
 class Pruned(msgspec.Struct, kw_only=True):
-    """Batches deleted (with their objects still to delete), and whether more are due."""
+    """Deleted batches, as `(environment, batch_id)`; their objects are still to be deleted. `more`: others are due."""
 
     batches: list[tuple[str, str]]
     more: bool
 
 
 class ApiKey(msgspec.Struct, kw_only=True):
-    """A key of an environment: what it may do, and never the key itself. `digest` is the SHA-256 of the key."""
+    """An API key of an environment and its scopes. `digest` is the SHA-256 of the key, which is not stored."""
 
     id: str
     environment: str
@@ -264,10 +275,10 @@ class ApiKey(msgspec.Struct, kw_only=True):
 
 
 class Schedule(msgspec.Struct, kw_only=True):
-    """What enqueues a run of a task at its ticks. `expression` and `zone` as in `headrace.core.schedule`.
+    """A schedule, which enqueues a run of a task at each tick. `expression` and `zone` as in `headrace.core.schedule`.
 
-    `last_us`: up to where its ticks are dealt with, which only goes forward. `ticked_us`: the last tick that became a
-    run; 0 for none. `gone_us`: since when the code of `app` has no such schedule any more; 0 while it has.
+    `last_us`: all ticks up to this time are processed; it only grows. `ticked_us`: the last tick that became a run; 0
+    for none. `gone_us`: the time when the code of `app` stopped declaring the schedule; 0 while it declares it.
     """
 
     environment: str
@@ -282,7 +293,7 @@ class Schedule(msgspec.Struct, kw_only=True):
 
 
 class Tick(msgspec.Struct, kw_only=True):
-    """The ticks of a schedule after `last_us` up to `until_us`, as the runs they come to; none passes them over."""
+    """Ticks of a schedule after `last_us` up to `until_us`. `runs`: a run for each, empty to skip them."""
 
     name: str
     expression: str
@@ -293,105 +304,118 @@ class Tick(msgspec.Struct, kw_only=True):
 
 
 class Ticked(NamedTuple):
-    """Whether the runs of a tick were enqueued by this call, and the schedule as it stands after it."""
+    """True if this call enqueued the runs of the ticks, and the schedule after the call."""
 
     is_ours: bool
     schedule: Schedule | None
 
 
-class Store(Protocol):
-    """Where batches live. Two kinds of houses: `MemoryStore` is the specification, the others keep their word."""
+class ConnectableStore(Protocol):
+    """A connection to a store."""
 
     async def open(self) -> None:
-        """Connect, and bring an empty database to the current schema. Raises `StoreBroken` on a newer one."""
+        """Connect, and migrate an empty database to the current schema. Raises `StoreBroken` for a newer schema."""
 
     async def close(self) -> None:
-        """Finish what was asked for and let go; a second close does nothing."""
+        """Finish the requests that were accepted, then disconnect. A second close does nothing."""
 
     async def check(self) -> dict[str, object]:
-        """A round trip and the settings that durability hangs on, by name."""
+        """Make a round trip, and return the settings that durability depends on, by name."""
 
-    # batches
-    async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[Batch, bool]:
-        """Open a batch, or answer the one its key names: `(batch, created)`."""
+
+class SessionStore(Protocol):
+    """The sessions of processes that produce or work."""
+
+    async def start_session(self, session: Session, *, now_us: int) -> None:
+        """Register a process."""
+
+    async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
+        """Renew a session. Raises `SessionEnded` if another process has recovered it."""
+
+    async def end_session(self, session_id: str, *, now_us: int) -> None:
+        """End a session in good order: release its leases and seal its stream. A repeat does nothing."""
+
+
+class ProduceStore(SessionStore, Protocol):
+    """Operations of producers and of schedules."""
+
+    async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[BatchRecord, bool]:
+        """Create a batch, or return the one that its key names: `(batch, created)`."""
 
     async def append(
         self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None, seals: bool = False
     ) -> Appended:
-        """Make runs durable, each index once. `cursor` is kept with them: where their source stood after them.
+        """Make runs durable, each index once. `cursor`, the position of their source after them, is stored with them.
 
-        `seals` closes the batch when all that it announced is there then, with the runs' own transaction if it can.
-        Takes a re-stream of anything, alone or beside another stream of the batch, and adds nothing twice.
-        Raises `Conflict` on a cancelled or abandoned batch, `InvalidInput` for an index outside it.
+        Runs may be sent again, also at the same time as another stream of the batch: none is added twice. `seals` seals
+        the batch when all announced runs are durable then, in the same transaction if the store can.
+        Raises `Conflict` for a cancelled or abandoned batch, `InvalidInput` for an index outside the batch.
         """
 
-    async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:
-        """Close the batch; completes it when its runs have all ended. Raises `Conflict` while any is missing."""
+    async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> BatchRecord:
+        """Seal a batch; this completes it if all its runs have ended. Raises `Conflict` while a run is missing."""
 
-    async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> Batch:
-        """Move to `cancelled` or `abandoned`: what waits is cancelled, what is leased may still end."""
+    async def keep_schedules(
+        self, environment: str, app: str, schedules: Sequence[Schedule], *, now_us: int
+    ) -> list[Schedule]:
+        """Store all schedules of an app, and mark its others as gone. Returns the stored schedules.
 
-    async def cancel_runs(self, batch_id: str, indexes: Sequence[int], *, now_us: int) -> int:
-        """Cancel single runs: those that wait at once, those leased when their worker hears of it."""
-
-    async def redrive(self, batch_id: str, indexes: Sequence[int] | None) -> int:
-        """Run again what failed (all of it), or what ended badly at `indexes`; answers how many."""
-
-    # sessions
-    async def start_session(self, session: Session, *, now_us: int) -> None:
-        """Make a process known."""
-
-    async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
-        """A sign of life. Raises `SessionEnded` when others took the session for dead."""
-
-    async def end_session(self, session_id: str, *, now_us: int) -> None:
-        """Leave in good order: leases go back as they were, its stream is sealed. Repeating does nothing."""
-
-    async def sessions(self) -> list[Session]:
-        """The sessions that have not ended."""
-
-    async def recover(
-        self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int
-    ) -> int:
-        """End a session that fell silent before `silent_since_us`, once, and give its leases back.
-
-        Answers how many spans came back; 0 when it lives, or when another was first.
+        A schedule begins now if it is new, was gone, or has another expression or time zone. Others keep
+        their `last_us`.
         """
 
-    # work
+    async def tick(self, environment: str, tick: Tick, *, now_us: int) -> Ticked:
+        """Enqueue the runs of ticks, in the transaction that advances the schedule from `last_us`.
+
+        Nothing changes if the schedule is not at `last_us` any more (another process was first, or this call is a
+        repeat) or has another expression. Raises `Conflict` if a batch already has the id of one of the runs.
+        """
+
+
+class WorkStore(SessionStore, Protocol):
+    """Operations of workers."""
+
     async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
         """Lease spans to a live session. Raises `SessionEnded`."""
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
-        """Record outcomes: `settled`, `recorded` (a repeat) or `lost` (a stale token) for each, in order."""
+        """Record outcomes. Returns for each, in order: `settled`, `recorded` (a repeat) or `lost` (a stale token)."""
 
     async def release(self, releases: Sequence[Release], *, crashes_max: int, now_us: int) -> list[str]:
-        """Give leases back before their runs ended: `settled` or `lost` for each."""
+        """Release leases before their runs have ended. Returns `settled` or `lost` for each, in order."""
 
-    # reading
-    async def batch(self, batch_id: str) -> tuple[Batch, Ledger]:
-        """One batch and its ledger. Raises `NotFound`."""
+    async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
+        """Return when the next delayed span of these tasks becomes claimable; None if none is delayed."""
 
-    async def find_batch(self, environment: str, key: str) -> Batch | None:
-        """The batch that a key names."""
+
+class QueryStore(Protocol):
+    """Operations that only read."""
+
+    async def batch(self, batch_id: str) -> tuple[BatchRecord, Ledger]:
+        """Return a batch and its ledger. Raises `NotFound`."""
+
+    async def find_batch(self, environment: str, key: str) -> BatchRecord | None:
+        """Return the batch that a key names."""
 
     async def batches(
         self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
-    ) -> list[tuple[Batch, Ledger]]:
-        """Batches, newest first; `before_id` continues a list."""
+    ) -> list[tuple[BatchRecord, Ledger]]:
+        """List batches, newest first; `before_id` continues a list."""
 
     async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
-        """Half-open ranges of announced indexes that are not durable yet."""
+        """Return half-open ranges of announced indexes that are not durable yet."""
 
-    async def outcomes(self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> list[Outcome]:
-        """Consecutive final outcomes from `from_index` on, in index order; it stops at the first run not final.
+    async def outcomes(
+        self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False
+    ) -> list[RunOutcome]:
+        """Return consecutive final outcomes from `from_index` on, up to the first run that has none.
 
-        An index without a run (only streams have gaps) is passed over. `passing`: so are runs that are not final; of a
-        batch it is then the `runs_max` indexes from the first on that are looked at.
+        An index without a run is skipped; only streams have such gaps. With `passing`, runs without a final outcome are
+        skipped too: of a batch, the `runs_max` indexes from the first on are looked at.
         """
 
     async def run(self, batch_id: str, index: int) -> RunRecord:
-        """One run. Raises `NotFound`."""
+        """Return one run. Raises `NotFound`."""
 
     async def runs(
         self,
@@ -404,126 +428,146 @@ class Store(Protocol):
         after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunRecord]:
-        """Runs that match, newest batch first and by index inside it, without payloads and attempts.
+        """List runs that match, newest batch first and by index inside it, without payloads and attempts.
 
-        `after`, the batch and index of a run, continues a list behind it.
+        `after`, the batch and index of a run, continues a list behind that run.
         """
 
     async def queues(self, environment: str) -> list[QueueView]:
-        """The queues that were ever used or paused."""
-
-    async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
-        """Stop or go on handing out a queue's runs."""
-
-    async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
-        """Where the runs that these keys name are under way; those that are not are left out."""
+        """List the queues that were ever used or paused."""
 
     async def dead_letters(
         self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
     ) -> list[DeadLetter]:
-        """The dead letters of an environment, oldest first; those that died before a moment, when one is given.
+        """List the dead letters of an environment, oldest first, those before `before_us` if it is given.
 
-        `after` continues a list. They are taken off it by `redrive` and by `purge_dead`.
+        `after` continues a list. `redrive` and `purge_dead` remove dead letters.
         """
-
-    async def purge_dead(self, environment: str, runs: Sequence[tuple[str, int]]) -> int:
-        """Let dead letters be as the other failed runs of their batches; answers how many were some."""
 
     async def rules(self, environment: str) -> dict[str, bytes]:
-        """What people decided about an environment's work, by name: see `headrace.core.rules`."""
-
-    async def keep_rules(self, environment: str, name: str, value: bytes, *, before: bytes | None) -> bool:
-        """Decide anew; False, and nothing changes, when others did since `before` was read (None: there was nothing).
-
-        A repeat of what was decided is True.
-        """
-
-    async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
-        """Let what waits of a task in one queue wait in another, a bounded step; answers how many spans moved."""
-
-    async def size_bytes(self) -> int:
-        """How much room the store takes where it is."""
-
-    async def verify(self, batch_id: str) -> Verification:
-        """Count a batch from its chunks and compare with its counters, results and received set."""
-
-    # upkeep
-    async def duties(self) -> dict[str, int]:
-        """When each duty of upkeep is free to be taken, of those that ever were."""
-
-    async def take_duty(self, name: str, holder: str, *, free_us: int, now_us: int) -> bool:
-        """Take a duty that nobody does now: it is the holder's until `free_us`. False when another was first."""
-
-    async def end_duty(self, name: str, holder: str, *, free_us: int) -> None:
-        """The holder has done a duty, which is due again at `free_us`. Nothing when it is another's by now."""
-
-    async def sweep(self, *, now_us: int, rows_max: int) -> Swept:
-        """Expire, abandon and cancel what is due, at most about `rows_max` spans."""
-
-    async def prune(self, finished_before_us: int, *, batches_max: int, rows_max: int) -> Pruned:
-        """Delete batches that finished before then, whole, in bounded steps."""
-
-    async def unnamed(self, keys: Sequence[str]) -> list[str]:
-        """Those of these object keys that no row names."""
-
-    async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
-        """When the next delayed span becomes claimable; None when none is delayed."""
-
-    # schedules
-    async def keep_schedules(
-        self, environment: str, app: str, schedules: Sequence[Schedule], *, now_us: int
-    ) -> list[Schedule]:
-        """Make the schedules of an app known, all there are: its others are gone. Answers them as they stand.
-
-        One that is new, has another expression or zone, or comes back, begins now; one that is known goes on where it
-        stands.
-        """
-
-    async def tick(self, environment: str, tick: Tick, *, now_us: int) -> Ticked:
-        """Enqueue the runs of ticks, in the transaction that moves the schedule on from `last_us`; else nothing.
-
-        Nothing happens when it stands elsewhere (another process was first, or this call is a repeat) or is another
-        schedule by now. Raises `Conflict` when a batch has the id of one of the runs already.
-        """
+        """Return the rules of an environment by name (see `headrace.core.rules`)."""
 
     async def schedules(self, environment: str) -> list[Schedule]:
-        """The schedules that were ever known, by name; those that are gone too."""
+        """List all schedules by name, also those that are gone."""
 
-    # who may come in
+    async def verify(self, batch_id: str) -> Verification:
+        """Count a batch from its chunks, and compare with its counters, results and received indexes."""
+
+
+class OperateStore(Protocol):
+    """Operations that an operator asks for."""
+
+    async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> BatchRecord:
+        """Set a batch to `cancelled` or `abandoned`: waiting runs are cancelled, leased runs may still end."""
+
+    async def cancel_runs(self, batch_id: str, indexes: Sequence[int], *, now_us: int) -> int:
+        """Cancel single runs: waiting runs at once, leased runs when their worker's heartbeat is answered."""
+
+    async def redrive(self, batch_id: str, indexes: Sequence[int] | None) -> int:
+        """Run all failed runs again, or at `indexes` those that failed, were cancelled or expired. Returns how many."""
+
+    async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
+        """Stop or resume claims from a queue."""
+
+    async def purge_dead(self, environment: str, runs: Sequence[tuple[str, int]]) -> int:
+        """Remove runs from the dead letters; they stay failed runs of their batches. Returns how many there were."""
+
+    async def keep_rules(self, environment: str, name: str, value: bytes, *, before: bytes | None) -> bool:
+        """Store a rule, unless it changed since `before` was read (None: there was none); then return False.
+
+        A repeat of a change that was stored returns True.
+        """
+
+
+@runtime_checkable
+class MaintainStore(Protocol):
+    """Operations of upkeep, for processes that have access to the database itself."""
+
+    async def sessions(self) -> list[Session]:
+        """List the sessions that have not ended."""
+
+    async def recover(
+        self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int
+    ) -> int:
+        """End a session without a heartbeat since `silent_since_us`, once, and release its leases.
+
+        Returns how many spans were released; 0 if the session is alive or another process recovered it first.
+        """
+
+    async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
+        """Return the leases of the runs that these keys name; runs that are not leased are left out."""
+
+    async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
+        """Move waiting spans of a task to another queue, at most `spans_max`. Returns how many were moved."""
+
+    async def size_bytes(self) -> int:
+        """Return the size of the database."""
+
+    async def duties(self) -> dict[str, int]:
+        """Return when each duty of upkeep can be taken again, of those that were ever taken."""
+
+    async def take_duty(self, name: str, holder: str, *, free_us: int, now_us: int) -> bool:
+        """Take a duty that no other process holds, until `free_us`. Returns False if another process was first."""
+
+    async def end_duty(self, name: str, holder: str, *, free_us: int) -> None:
+        """End a duty, which can be taken again at `free_us`. Does nothing if another process holds it by now."""
+
+    async def sweep(self, *, now_us: int, rows_max: int) -> Swept:
+        """Expire runs, abandon batches and cancel the runs of stopped batches, at most about `rows_max` spans."""
+
+    async def prune(self, finished_before_us: int, *, batches_max: int, rows_max: int) -> Pruned:
+        """Delete whole batches that finished before a time, in bounded steps."""
+
+    async def unnamed(self, keys: Sequence[str]) -> list[str]:
+        """Return those of these object keys that no row names."""
+
+
+@runtime_checkable
+class AdministerStore(Protocol):
+    """Operations of a server's authentication and rate limits."""
+
     async def add_key(self, key: ApiKey, *, now_us: int) -> None:
-        """Let a key in from now on. Raises `Conflict` when its id or digest is taken."""
+        """Add an API key. Raises `Conflict` if its id or digest exists."""
 
     async def find_key(self, digest: str) -> ApiKey | None:
-        """The key of this digest, also one that was revoked."""
+        """Return the API key with this digest, also a revoked one."""
 
     async def keys(self, environment: str) -> list[ApiKey]:
-        """The keys of an environment, oldest first, revoked ones too."""
+        """List the API keys of an environment, oldest first, also revoked ones."""
 
     async def revoke_key(self, environment: str, key_id: str, *, now_us: int) -> bool:
-        """Let a key in no more; True when that changed anything. Raises `NotFound`."""
+        """Revoke an API key. Returns False if it was revoked before. Raises `NotFound`."""
 
     async def signing_key(self, environment: str, offered: bytes) -> bytes:
-        """What an environment signs its tokens with: `offered` for the first who asks, and the same for all others."""
+        """Return the key that an environment signs tokens with; the first `offered` key is kept for all."""
 
     async def spend(self, environment: str, name: str, bucket: Bucket, cost: int, *, now_us: int) -> Spent:
-        """Take tokens from a bucket of an environment, or nothing."""
+        """Take tokens from a bucket of an environment, all of `cost` or none."""
+
+
+class ClientStore(ConnectableStore, ProduceStore, WorkStore, QueryStore, OperateStore, Protocol):
+    """A store as a server's client has it: without maintenance and administration, which belong to the server."""
+
+
+class Store(ClientStore, MaintainStore, AdministerStore, Protocol):
+    """A whole store. `MemoryStore` is its specification; the stores on databases are compared with it."""
 
 
 class Notifier(Protocol):
-    """News between the processes on one store, each a word: told after a commit, coalesced, waited for by nobody.
+    """Notifications between the processes on one store: sent after a commit, coalesced, and never waited for.
 
-    Best effort: any of it may be late, doubled or lost, so whoever waits looks at the store from time to time all the
-    same. Every method belongs to the event loop that waits; telling costs it nothing while news is on its way.
+    Delivery is best effort: a notification may be late, doubled or lost, so a waiting process also polls the store.
+    Every method is called on the event loop that waits.
     """
 
     def listen(self, news: str, notify_local: Callable[[], None]) -> None:
-        """Call `notify_local` when another process told `news`, or may have."""
+        """Call `notify_local` when another process sent the notification `news`, or may have."""
 
     def tell(self, news: str) -> None:
-        """Let the others know, soon."""
+        """Send a notification to the other processes, soon."""
 
     def awaited(self) -> AbstractContextManager[object]:
-        """While the block lasts somebody here waits for news."""
+        """Receive notifications while the block lasts."""
 
     async def close(self) -> None:
-        """Send what is still to be told, if that is quick, and let go; a second close does nothing."""
+        """Send pending notifications if that is quick, then disconnect. A second close does nothing."""

@@ -30,35 +30,35 @@ PART_BYTES: Final = 16 * 1024 * 1024
 _OWN: Final = {"self", "now_us", "crashes_max"}
 
 
-class Leased(msgspec.Struct, array_like=True):
+class LeaseWithToken(msgspec.Struct, array_like=True):
     """A lease and the ticket that names it."""
 
     lease: Lease
     ticket: bytes
 
 
-class Beaten(msgspec.Struct, array_like=True):
+class HeartbeatWithTokens(msgspec.Struct, array_like=True):
     """A heartbeat's answer, with a ticket for each of its leases."""
 
     heartbeat: Heartbeat
     tickets: list[bytes]
 
 
-class Settle(msgspec.Struct):
+class SettleRequest(msgspec.Struct):
     """Outcomes, each under its ticket."""
 
     settlements: list[Settlement]
     tickets: list[bytes]
 
 
-class GiveBack(msgspec.Struct):
+class ReleaseRequest(msgspec.Struct):
     """Leases given back, each under its ticket."""
 
     releases: list[Release]
     tickets: list[bytes]
 
 
-class Verb(NamedTuple):
+class Operation(NamedTuple):
     """One verb's messages. `scope`: what a key must be allowed."""
 
     name: str
@@ -67,7 +67,7 @@ class Verb(NamedTuple):
     scope: str
 
 
-class About(msgspec.Struct):
+class ServerInfo(msgspec.Struct):
     """What a remote process must know of a server: its time, and whose it is."""
 
     environment: str
@@ -75,7 +75,7 @@ class About(msgspec.Struct):
     version: str
 
 
-def _verb(name: str, scope: str, request: Any = None, answer: Any = None) -> Verb:
+def _verb(name: str, scope: str, request: Any = None, answer: Any = None) -> Operation:
     verb = getattr(Store, name)
     hints = get_type_hints(verb)
     if request is None:
@@ -87,10 +87,10 @@ def _verb(name: str, scope: str, request: Any = None, answer: Any = None) -> Ver
             if parameter.name not in _OWN
         ]
         request = msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
-    return Verb(name, request, hints["return"] if answer is None else answer, scope)
+    return Operation(name, request, hints["return"] if answer is None else answer, scope)
 
 
-VERBS: Final[Mapping[str, Verb]] = {
+OPERATIONS: Final[Mapping[str, Operation]] = {
     verb.name: verb
     for verb in (
         _verb("create_batch", "batches:write"),
@@ -114,11 +114,11 @@ VERBS: Final[Mapping[str, Verb]] = {
         _verb("rules", "runs:read"),
         _verb("keep_rules", "runs:write"),
         _verb("start_session", "work|batches:write"),
-        _verb("heartbeat", "work|batches:write", answer=Beaten),
+        _verb("heartbeat", "work|batches:write", answer=HeartbeatWithTokens),
         _verb("end_session", "work|batches:write"),
-        _verb("claim", "work", answer=list[Leased]),
-        _verb("settle", "work", request=Settle),
-        _verb("release", "work", request=GiveBack),
+        _verb("claim", "work", answer=list[LeaseWithToken]),
+        _verb("settle", "work", request=SettleRequest),
+        _verb("release", "work", request=ReleaseRequest),
         _verb("next_due_us", "work"),
         _verb("keep_schedules", "work"),
         _verb("tick", "work"),
@@ -126,7 +126,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     )
 }
 
-FAULTS: Final[Mapping[str, type[HeadraceError]]] = {
+ERRORS: Final[Mapping[str, type[HeadraceError]]] = {
     found.code: found
     for found in vars(errors).values()
     if isinstance(found, type) and issubclass(found, HeadraceError) and found is not HeadraceError
@@ -146,13 +146,13 @@ def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
     return msgspec.msgpack.Decoder(kind)
 
 
-def fault_of(status: int, body: bytes) -> HeadraceError:
+def error_of(status: int, body: bytes) -> HeadraceError:
     """The error that an answer is, as the store itself would have raised it."""
     try:
         told = msgspec.json.decode(body, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError):
         told = {}
-    kind = FAULTS.get(str(told.get("code", "")))
+    kind = ERRORS.get(str(told.get("code", "")))
     detail = str(told.get("detail") or told.get("error") or f"the server answered {status}")
     if kind is None:
         kind = StoreUnavailable if status in (408, 425, 429) or status >= 500 else errors.ClientFault

@@ -56,7 +56,7 @@ class Belongings(NamedTuple):
 NOTHING: Final = Belongings([], [], [], [])
 
 
-class Departure(Protocol):
+class CopySource(Protocol):
     """The side that is left. Every method is one transaction."""
 
     async def fence(self, move_id: str, target: str, *, now_us: int) -> tuple[str, bool]:
@@ -107,7 +107,7 @@ class Departure(Protocol):
         ...
 
 
-class Arrival(Protocol):
+class CopyTarget(Protocol):
     """The side that takes in. Every method is one transaction, and a repeat changes nothing."""
 
     async def moved_until(self, move_id: str) -> int:

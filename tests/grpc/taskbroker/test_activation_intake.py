@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.app import Headrace
-from headrace.core.delimited import DelimitedDecoder, Oversized
+from headrace.core.delimited import DelimitedDecoder, OversizedMessage
 from headrace.core.rules import DEMOTIONS, KILLSWITCH, Kill, Rules, demotions_encoded, kills_encoded, rules_of
 from headrace.foundation.errors import Conflict, InvalidInput, StoreBroken, StoreUnavailable
 from headrace.grpc.messages import taskbroker_pb2 as wire
@@ -48,11 +48,11 @@ def test_how_a_stream_was_cut_changes_nothing(messages: list[bytes], data: st.Da
     whole = stream(*messages)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=10)))
     decoder = DelimitedDecoder(200)
-    found: list[bytes | Oversized] = []
+    found: list[bytes | OversizedMessage] = []
     for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True):
         found += decoder.feed(whole[start:end])
     decoder.end()
-    assert found == [one if len(one) <= 200 else Oversized(len(one)) for one in messages]
+    assert found == [one if len(one) <= 200 else OversizedMessage(len(one)) for one in messages]
 
 
 @given(st.binary(max_size=100))
@@ -69,7 +69,7 @@ def test_bytes_of_any_kind_are_messages_or_an_error_that_says_so(data: bytes) ->
 
 def test_a_message_over_the_limit_is_dropped_as_it_arrives() -> None:
     decoder = DelimitedDecoder(10)
-    assert decoder.feed(varint(1_000_000)) == [Oversized(1_000_000)]
+    assert decoder.feed(varint(1_000_000)) == [OversizedMessage(1_000_000)]
     for _ in range(100):
         assert decoder.feed(b"x" * 10_000) == []
         assert len(decoder._buffer) == 0

@@ -385,7 +385,7 @@ async def test_a_server_that_was_taken_for_dead_goes_on_under_a_new_session(kind
         await own.filled(5)
         task = await own.get()
         engine = own.engine
-        await engine.store.recover(
+        await engine.maintenance.recover(
             own.dispatcher._broker.session_id,
             Suspects(span_slots=None, evidence="thawed"),
             silent_since_us=2**62,

@@ -23,7 +23,7 @@ def bearer(credential: str) -> dict[str, str]:
 
 async def key_for(home: House, *scopes: str, environment: str = "default") -> dict[str, str]:
     secret, kept = new_key(environment, scopes, "", home.engine.clock.now_us())
-    await home.engine.store.add_key(kept, now_us=1)
+    await home.engine.administration.add_key(kept, now_us=1)
     return bearer(secret)
 
 
@@ -82,10 +82,10 @@ async def test_only_a_key_s_digest_is_kept_and_a_revoked_one_is_let_in_no_more(
     monkeypatch.setattr(auth, "KEY_CACHE_S", 0)
     async with house(tmp_path, "sqlite") as home:
         secret, kept = new_key("default", ("*",), "ci", home.engine.clock.now_us())
-        await home.engine.store.add_key(kept, now_us=1)
+        await home.engine.administration.add_key(kept, now_us=1)
         assert secret.startswith("tr_")
         assert (await ask(home, "GET", "/v1/batches", bearer(secret))).status == 200
-        await home.engine.store.revoke_key("default", kept.id, now_us=2)
+        await home.engine.administration.revoke_key("default", kept.id, now_us=2)
         assert (await ask(home, "GET", "/v1/batches", bearer(secret))).status == 401
         files = b"".join(path.read_bytes() for path in tmp_path.glob("headrace.db*"))
         assert secret.encode() not in files

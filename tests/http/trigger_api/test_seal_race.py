@@ -32,7 +32,7 @@ async def test_a_worker_faster_than_the_stream_never_costs_a_seal(tmp_path: Path
         for seed in range(ROUNDS[kind]):
             await one_round(peer, random.Random(seed), seed)
             if kind == "memory" and seed % 50 == 49:  # its verbs copy every table: keep them small
-                await home.engine.store.prune(2**62, batches_max=1_000, rows_max=10**6)
+                await home.engine.maintenance.prune(2**62, batches_max=1_000, rows_max=10**6)
         await worker.stop()
 
 

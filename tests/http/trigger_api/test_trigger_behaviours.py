@@ -494,7 +494,7 @@ async def test_error_if_batch_not_initialized(tmp_path: Path, kind: str) -> None
 async def swept(home: House) -> list[str]:
     """What upkeep abandons once every deadline has passed."""
     later_us = home.engine.clock.now_us() + (LIMITS.seal_timeout_ms + 1) * 1_000
-    return (await home.engine.store.sweep(now_us=later_us, rows_max=100)).abandoned
+    return (await home.engine.maintenance.sweep(now_us=later_us, rows_max=100)).abandoned
 
 
 async def test_aborts_an_unsealed_batch_past_its_deadline(tmp_path: Path, kind: str) -> None:

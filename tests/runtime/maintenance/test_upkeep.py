@@ -177,7 +177,9 @@ async def test_a_duty_is_done_by_one_at_a_time_and_once_an_interval(kind: str, t
 async def test_who_dies_over_a_duty_loses_it_at_the_deadline(tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened("sqlite", tmp_path, clock=clock, upkeep_interval_ms=5_000) as engine:
-        assert await engine.store.take_duty("sweep", "dead", free_us=clock.now_us() + 60_000_000, now_us=clock.now_us())
+        assert await engine.maintenance.take_duty(
+            "sweep", "dead", free_us=clock.now_us() + 60_000_000, now_us=clock.now_us()
+        )
         upkeep = Upkeep(engine)
         clock.advance(59.999)
         await upkeep.round()
@@ -185,8 +187,8 @@ async def test_who_dies_over_a_duty_loses_it_at_the_deadline(tmp_path: Path) -> 
         clock.advance(0.001)
         await upkeep.round()
         assert upkeep.stats["sweep"].done_count == 1
-        await engine.store.end_duty("sweep", "dead", free_us=0)
-        assert (await engine.store.duties())["sweep"] > clock.now_us(), "it is not the dead one's any more"
+        await engine.maintenance.end_duty("sweep", "dead", free_us=0)
+        assert (await engine.maintenance.duties())["sweep"] > clock.now_us(), "it is not the dead one's any more"
 
 
 async def test_a_duty_that_hangs_is_given_up_at_its_deadline(tmp_path: Path) -> None:
@@ -248,4 +250,4 @@ async def test_rounds_come_at_their_interval_until_they_are_cancelled(tmp_path: 
 async def _without_objects(engine: Engine) -> None:
     """Listing objects takes a thread's time, which a test's clock does not wait for: that duty is another's."""
     far_us = engine.clock.now_us() + DAY_S * 1_000_000
-    assert await engine.store.take_duty("remove_orphans", "another", free_us=far_us, now_us=engine.clock.now_us())
+    assert await engine.maintenance.take_duty("remove_orphans", "another", free_us=far_us, now_us=engine.clock.now_us())

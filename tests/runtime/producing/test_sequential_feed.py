@@ -11,7 +11,7 @@ from typing import Self
 import pytest
 
 from headrace.core import run
-from headrace.core.batch import COMPLETED, SEALED, Batch
+from headrace.core.batch import COMPLETED, SEALED, BatchRecord
 from headrace.core.block import Chunk
 from headrace.core.failure import decode
 from headrace.core.pack import REFERENCE
@@ -58,7 +58,7 @@ class Bench:
     async def __aexit__(self, *_: object) -> None:
         await self.store.close()
 
-    async def batch(self, key: str = "one") -> Batch:
+    async def batch(self, key: str = "one") -> BatchRecord:
         new = NewBatch(id=new_batch_id(self.clock.now_us()), key=key)
         return (await self.store.create_batch(new, now_us=self.clock.now_us()))[0]
 

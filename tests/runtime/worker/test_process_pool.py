@@ -199,7 +199,7 @@ async def test_a_task_that_a_child_can_not_find_is_refused_at_the_start(tmp_path
         worker = Worker(engine, app.registry, concurrency=2)
         with pytest.raises(InvalidSetting, match="made inside a function"):
             await worker.start()
-        assert await engine.store.sessions() == []
+        assert await engine.maintenance.sessions() == []
         assert list(tmp_path.glob("headrace.db.live/*")) == []
 
 

@@ -52,7 +52,7 @@ async def test_a_batch_runs_to_its_end_and_its_results_come_in_order(kind: str, 
             summary = await numbers.wait()
             assert (summary.state, summary.ledger.completed, summary.is_finished) == ("completed", 1_000, True)
         assert worker.stats == (1_003, 0, 0, 0)
-        assert not [one for one in await engine.store.sessions() if one.kind == "worker"]
+        assert not [one for one in await engine.maintenance.sessions() if one.kind == "worker"]
 
 
 async def test_bad_items_fail_alone_and_failures_are_kept(kind: str, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ async def test_large_payloads_and_results_pass_through_the_object_store(kind: st
             assert await (await echo.enqueue("y" * 5_000)).result() == "y" * 5_000
         kept = [stored async for stored in engine.payloads.list()]
         assert len(kept) == 4
-        assert await engine.store.unnamed([stored.key for stored in kept]) == []
+        assert await engine.maintenance.unnamed([stored.key for stored in kept]) == []
 
 
 async def test_a_run_whose_payload_is_gone_fails_with_a_reason(kind: str, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ async def test_a_graceful_stop_gives_back_what_had_not_begun_and_settles_the_res
         assert (found.count("completed"), found.count("waiting")) == (3, 97)
         views = [await engine.store.run(batch.id, index) for index in range(100)]
         assert {(view.attempt, view.crashes_count) for view in views} == {(1, 0)}
-        assert not [one for one in await engine.store.sessions() if one.kind == "worker"]
+        assert not [one for one in await engine.maintenance.sessions() if one.kind == "worker"]
         await worker.stop()
 
 
@@ -412,11 +412,11 @@ async def test_a_stop_while_the_store_is_away_says_what_stayed(kind: str, tmp_pa
             await asyncio.sleep(0)
         with pytest.raises(UpdatesUnflushed):
             await worker.stop()
-        sessions = [session for session in await engine.store.sessions() if session.kind == "worker"]
+        sessions = [session for session in await engine.maintenance.sessions() if session.kind == "worker"]
         now_us = engine.clock.now_us()
         for session in sessions:
             nobody = Suspects(span_slots={}, evidence="")
-            await engine.store.recover(session.id, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
+            await engine.maintenance.recover(session.id, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
         async with app.worker():
             assert await outputs(batch) == list(range(10))
 
@@ -467,7 +467,7 @@ async def test_r3_a_worker_whose_session_was_ended_goes_on_under_a_new_one(kind:
             await first_begun.wait()
             old = worker.broker.session_id
             nobody, now_us = Suspects(span_slots={}, evidence=""), engine.clock.now_us() + 1_000_000
-            await engine.store.recover(old, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
+            await engine.maintenance.recover(old, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
             gate.set()
             assert await outputs(batch) == list(range(6))
             assert worker.broker.session_id != old
@@ -488,7 +488,7 @@ async def test_two_loops_that_meet_an_ended_session_make_one_new_one(kind: str, 
         await engine.store.end_session(old, now_us=engine.clock.now_us())
         await asyncio.gather(worker._start_anew(old), worker._start_anew(old), worker._start_anew(old))
         assert store.calls.count("start_session") == 2
-        assert [session.id for session in await engine.store.sessions()] == [worker.broker.session_id]
+        assert [session.id for session in await engine.maintenance.sessions()] == [worker.broker.session_id]
         assert await outputs(await task.map(range(5))) == list(range(5))
         await worker.stop()
 
@@ -537,7 +537,7 @@ async def test_a_worker_on_a_store_that_is_away_does_not_start(kind: str, tmp_pa
         worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
         with pytest.raises(StoreUnavailable):
             await worker.start()
-        assert not [one for one in await engine.store.sessions() if one.kind == "worker"]
+        assert not [one for one in await engine.maintenance.sessions() if one.kind == "worker"]
         await worker.stop()
 
 

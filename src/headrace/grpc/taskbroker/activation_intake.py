@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from headrace.core.delimited import DelimitedDecoder, Oversized
+from headrace.core.delimited import DelimitedDecoder, OversizedMessage
 from headrace.core.pack import ACTIVATION
 from headrace.foundation.errors import InvalidInput
 from headrace.grpc.taskbroker.activation_codec import ActivationEntry, decode_entry, is_killed
@@ -77,16 +77,16 @@ class ActivationIntake:
     async def take_all(self, messages: Iterable[bytes]) -> IntakeResult:
         """Store activations that are in memory."""
 
-        async def given() -> AsyncIterator[bytes | Oversized]:
+        async def given() -> AsyncIterator[bytes | OversizedMessage]:
             for message in messages:
                 yield message
 
         return await self._taken(_grouped(given()))
 
-    async def _taken(self, groups: AsyncIterator[list[tuple[int, bytes | Oversized]]]) -> IntakeResult:
+    async def _taken(self, groups: AsyncIterator[list[tuple[int, bytes | OversizedMessage]]]) -> IntakeResult:
         taken = IntakeResult()
 
-        async def step(group: list[tuple[int, bytes | Oversized]]) -> None:
+        async def step(group: list[tuple[int, bytes | OversizedMessage]]) -> None:
             await self._store(group, taken)
 
         async with aclosing(
@@ -96,12 +96,12 @@ class ActivationIntake:
                 pass
         return taken
 
-    async def _store(self, group: list[tuple[int, bytes | Oversized]], taken: IntakeResult) -> None:
+    async def _store(self, group: list[tuple[int, bytes | OversizedMessage]], taken: IntakeResult) -> None:
         rules = await self._rules.refresh()
         now_us, limits = self._engine.clock.now_us(), self._engine.limits
         kept: list[_ValidActivation] = []
         for number, data in group:
-            if isinstance(data, Oversized):
+            if isinstance(data, OversizedMessage):
                 reason = (
                     f"expected an activation of at most {limits.activation_bytes_max} bytes, got {data.actual_bytes}"
                 )
@@ -124,16 +124,18 @@ class ActivationIntake:
             taken.duplicates += not is_new
 
 
-async def _messages(decoder: DelimitedDecoder, pieces: AsyncIterable[bytes]) -> AsyncIterator[bytes | Oversized]:
+async def _messages(decoder: DelimitedDecoder, pieces: AsyncIterable[bytes]) -> AsyncIterator[bytes | OversizedMessage]:
     async for piece in pieces:
         for message in decoder.feed(piece):
             yield message
     decoder.end()
 
 
-async def _grouped(messages: AsyncIterator[bytes | Oversized]) -> AsyncIterator[list[tuple[int, bytes | Oversized]]]:
+async def _grouped(
+    messages: AsyncIterator[bytes | OversizedMessage],
+) -> AsyncIterator[list[tuple[int, bytes | OversizedMessage]]]:
     """Group messages, with their numbers, for one commit each. Messages before a framing error are still yielded."""
-    group: list[tuple[int, bytes | Oversized]] = []
+    group: list[tuple[int, bytes | OversizedMessage]] = []
     number = held_bytes = 0
     broken: InvalidInput | None = None
     try:

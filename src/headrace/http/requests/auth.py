@@ -97,7 +97,7 @@ class Authenticator:
     """Authenticates requests by API key or public token. With `is_open` any client is accepted."""
 
     def __init__(self, engine: Engine, *, static_key: str | None, is_open: bool) -> None:
-        self._store = engine.store
+        self._store = engine.administration
         self._clock: Clock = engine.clock
         self._environment = engine.environment
         self._static_digest = None if static_key is None else digest_of(static_key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from headrace.core.batch import LISTED, Batch
+from headrace.core.batch import LISTED, BatchRecord
 from headrace.foundation.errors import Conflict, InvalidInput
 from headrace.http.requests.error_responses import Forbidden, Unprocessable
 from headrace.http.requests.item_codec import HttpItemDecoder
@@ -13,7 +13,7 @@ from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.producing.indexed_feed import FeedCounts, IndexedFeed, IndexOutside, UnreadableItem
 
 
-async def ingest_items(service: Service, call: RequestContext, request: Request, batch: Batch) -> FeedCounts:
+async def ingest_items(service: Service, call: RequestContext, request: Request, batch: BatchRecord) -> FeedCounts:
     """Read the items of a request into a batch. Raises errors of reading and of storing."""
     engine = call.engine
     token_only = not call.principal.may("batches:write")
@@ -44,7 +44,7 @@ async def ingest_items(service: Service, call: RequestContext, request: Request,
     return taken
 
 
-async def seal_if_complete(call: RequestContext, batch: Batch, taken: FeedCounts) -> Batch:
+async def seal_if_complete(call: RequestContext, batch: BatchRecord, taken: FeedCounts) -> BatchRecord:
     """Seal a batch if none of its items is missing; otherwise return it unsealed.
 
     Raises `Unprocessable` if the batch was cancelled or abandoned.
@@ -68,7 +68,7 @@ async def seal_if_complete(call: RequestContext, batch: Batch, taken: FeedCounts
     return after
 
 
-def check_accepts_items(batch: Batch) -> None:
+def check_accepts_items(batch: BatchRecord) -> None:
     """Raise `Unprocessable` for a batch whose indexes are assigned by a producer."""
     if batch.kind != LISTED:
         raise Unprocessable(f"Batch {batch.id} holds single runs and accepts no items", batch_id=batch.id)

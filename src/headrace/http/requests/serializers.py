@@ -10,11 +10,11 @@ from typing import Any, Final
 import msgspec
 
 from headrace.core import pack, run
-from headrace.core.batch import ABANDONED, CANCELLED, COMPLETED, OPEN, SEALED, Batch, Ledger
+from headrace.core.batch import ABANDONED, CANCELLED, COMPLETED, OPEN, SEALED, BatchRecord, Ledger
 from headrace.core.failure import Failure, decode
 from headrace.core.span import DELAYED, LEASED
 from headrace.foundation.ids import run_id
-from headrace.store.protocol import Outcome, RunRecord
+from headrace.store.protocol import RunOutcome, RunRecord
 
 BATCH_STATUS: Final = {
     OPEN: "PENDING",
@@ -74,7 +74,7 @@ def run_status(state: str, failure: Failure | None) -> str:
     return RUN_STATUS[state]
 
 
-def trigger_batch(batch: Batch) -> dict[str, Any]:
+def trigger_batch(batch: BatchRecord) -> dict[str, Any]:
     """Build trigger.dev's batch object, as in `GET /api/v1/batches/{id}`, without its runs."""
     fields: dict[str, Any] = {
         "id": batch.id,
@@ -89,7 +89,7 @@ def trigger_batch(batch: Batch) -> dict[str, Any]:
     return fields
 
 
-def v1_batch(batch: Batch, ledger: Ledger) -> dict[str, Any]:
+def v1_batch(batch: BatchRecord, ledger: Ledger) -> dict[str, Any]:
     """Build the batch object of `/v1`."""
     return {
         "id": batch.id,
@@ -117,7 +117,7 @@ def trigger_error(failure: Failure | None, state: str) -> dict[str, Any]:
     return fields
 
 
-def trigger_run(view: RunRecord, batch: Batch) -> dict[str, Any]:
+def trigger_run(view: RunRecord, batch: BatchRecord) -> dict[str, Any]:
     """Build trigger.dev's run object, as `GET /api/v3/runs/{id}` returns it, without payload and output."""
     failure = decode(view.result) if view.state == "failed" and view.result else None
     status = run_status(view.state, failure)
@@ -177,7 +177,7 @@ def json_value(data: bytes, kind: int) -> Any:
     return msgspec.Raw(data) if data else None
 
 
-def result_line(batch_id: str, outcome: Outcome, output: bytes | None = None) -> bytes:
+def result_line(batch_id: str, outcome: RunOutcome, output: bytes | None = None) -> bytes:
     """Encode outcome line of `GET /v1/batches/{id}/results`. `output`: the resolved value of a reference or link."""
     head = b'{"index":%d,"id":"%s","state":"%s",' % (
         outcome.index,

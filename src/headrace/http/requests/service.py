@@ -11,7 +11,7 @@ from typing import Final
 from starlette.requests import Request
 
 from headrace.core.admission import Bucket
-from headrace.core.batch import Batch, Ledger
+from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.span import Key
 from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound
 from headrace.foundation.ids import check_batch_id
@@ -22,7 +22,7 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.task_registry import Registry
-from headrace.store.client_uploads import Packets
+from headrace.store.client_uploads import ClientUploads
 
 CHECK_S: Final = 2.0
 MINUTE_US: Final = 60_000_000
@@ -51,7 +51,7 @@ class RequestContext(Caller):
 
     request: Request
 
-    async def get_batch(self, batch_id: str) -> tuple[Batch, Ledger]:
+    async def get_batch(self, batch_id: str) -> tuple[BatchRecord, Ledger]:
         """Return a batch of this environment. Raises `NotFound`, also for a batch of another environment."""
         try:
             batch, ledger = await self.engine.store.batch(check_batch_id(batch_id))
@@ -78,7 +78,7 @@ class Service:
         self.limits = engine.limits
         self.registry = registry
         self.authenticator = Authenticator(engine, static_key=api_key, is_open=is_open)
-        self.packets = Packets(engine.payloads)
+        self.packets = ClientUploads(engine.payloads)
         self.metrics = Metrics(engine.duties)
         self.is_draining = False
         self.draining = asyncio.Event()
@@ -148,7 +148,7 @@ class Service:
 
     async def _spend(self, request: Request, environment: str, name: str, bucket: Bucket, cost: int) -> None:
         now_us = self.engine.clock.now_us()
-        spent = await self.engine.store.spend(environment, name, bucket, cost, now_us=now_us)
+        spent = await self.engine.administration.spend(environment, name, bucket, cost, now_us=now_us)
         reset_ms = (now_us + spent.wait_us if spent.wait_us else spent.full_us) // 1_000
         headers = {
             "x-ratelimit-limit": str(bucket.capacity),
@@ -169,14 +169,14 @@ class Service:
                 secondsUntilReset=seconds,
             )
 
-    async def is_exempt_from_limit(self, environment: str, batch: Batch) -> bool:
+    async def is_exempt_from_limit(self, environment: str, batch: BatchRecord) -> bool:
         """True if a stream is exempt from the request limit, as the first `stream_grants_max` of a batch are."""
         if not self.limits.requests_per_minute_max:
             return True
         bucket = Bucket(self.limits.stream_grants_max, self.limits.seal_timeout_ms * 1_000)
         name = f"grant:{batch.id}"
         now_us = self.engine.clock.now_us()
-        return (await self.engine.store.spend(environment, name, bucket, 1, now_us=now_us)).is_granted
+        return (await self.engine.administration.spend(environment, name, bucket, 1, now_us=now_us)).is_granted
 
     # -- streams and shutdown
 

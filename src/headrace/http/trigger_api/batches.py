@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from headrace.core import run
-from headrace.core.batch import COMPLETED, OPEN, SEALED, Batch
+from headrace.core.batch import COMPLETED, OPEN, SEALED, BatchRecord
 from headrace.core.failure import decode
 from headrace.foundation.errors import InvalidInput, NotFound
 from headrace.foundation.ids import new_batch_id, run_id
@@ -88,7 +88,9 @@ class TriggerBatches:
         headers = {"x-trigger-jwt": token, "x-trigger-jwt-claims": claims}
         return json_response(body, 202 if is_new else 200, headers)
 
-    async def _create(self, call: RequestContext, params: TriggerBatchBody, key: str | None) -> tuple[Batch, bool]:
+    async def _create(
+        self, call: RequestContext, params: TriggerBatchBody, key: str | None
+    ) -> tuple[BatchRecord, bool]:
         now_us = call.engine.clock.now_us()
         tasks = sorted(set(params.task_identifiers or ()))
         new = NewBatch(
@@ -151,7 +153,7 @@ class TriggerBatches:
         batch = await _get_batch(call, batch_id, "Batch not found")
         return StreamingResponse(self._results(call, batch), media_type="application/json")
 
-    async def _results(self, call: RequestContext, batch: Batch) -> AsyncIterator[bytes]:
+    async def _results(self, call: RequestContext, batch: BatchRecord) -> AsyncIterator[bytes]:
         outputs = ResultResolver(call)
         yield b'{"id":"%s","items":[' % batch.id.encode()
         between = b""
@@ -180,7 +182,7 @@ class TriggerBatches:
         yield b"]}"
 
 
-def _streamed(batch: Batch, taken: FeedCounts) -> Response:
+def _streamed(batch: BatchRecord, taken: FeedCounts) -> Response:
     is_sealed = batch.state in (SEALED, COMPLETED)
     body: dict[str, Any] = {
         "id": batch.id,
@@ -196,7 +198,7 @@ def _streamed(batch: Batch, taken: FeedCounts) -> Response:
     return json_response(body)
 
 
-def _check_open(batch: Batch) -> None:
+def _check_open(batch: BatchRecord) -> None:
     if batch.is_stopped:
         raise Unprocessable(f"Batch {batch.id} is not in PENDING status (current: ABORTED)", batch_id=batch.id)
 
@@ -215,7 +217,7 @@ def _key_of(request: Request, params: TriggerBatchBody) -> str | None:
     return f"request:{request_key[:200]}" if request_key else None
 
 
-async def _get_batch(call: RequestContext, batch_id: str, message: str = "Not found") -> Batch:
+async def _get_batch(call: RequestContext, batch_id: str, message: str = "Not found") -> BatchRecord:
     try:
         return (await call.get_batch(batch_id))[0]
     except NotFound:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.core import pack, run
-from headrace.core.batch import Batch
+from headrace.core.batch import BatchRecord
 from headrace.core.block import Extra
 from headrace.core.failure import decode
 from headrace.foundation.errors import InvalidInput, NotFound
@@ -20,7 +20,7 @@ from headrace.http.requests.request_body import parse_int
 from headrace.http.requests.result_resolver import ResultResolver
 from headrace.http.requests.serializers import STATES_OF_STATUS, json_value, run_status, trigger_error, trigger_run
 from headrace.http.requests.service import RequestContext, Service
-from headrace.store.protocol import Outcome, RunRecord
+from headrace.store.protocol import RunOutcome, RunRecord
 
 PAGE_MAX: Final = 100
 PAGE: Final = 25
@@ -57,7 +57,7 @@ class TriggerRuns:
             raise NotFound("Run either doesn't exist or is not finished")
         fields: dict[str, Any] = {"id": run_id(record.batch_id, record.index), "taskIdentifier": record.task}
         if state == run.COMPLETED:
-            outcome = Outcome(index=record.index, state=state, result=record.result, kind=record.result_kind)
+            outcome = RunOutcome(index=record.index, state=state, result=record.result, kind=record.result_kind)
             text, kind = await ResultResolver(call).output_text(outcome)
             return json_response(fields | {"ok": True, "output": text, "outputType": kind})
         failure = decode(record.result) if record.result else None
@@ -91,7 +91,7 @@ class TriggerRuns:
         )
         run_filter = _RunFilter(request)
         records, has_more = await self._page(call, run_filter)
-        batches: dict[str, Batch] = {}
+        batches: dict[str, BatchRecord] = {}
         data = []
         for record in records:
             if record.batch_id not in batches:
@@ -155,7 +155,7 @@ class TriggerRuns:
         record = await call.engine.store.run(record.batch_id, record.index)
         return run_status(record.state, decode(record.result) if record.result else None) in run_filter.failures
 
-    async def _get_run(self, request: Request, scope: str) -> tuple[RequestContext, RunRecord, Batch]:
+    async def _get_run(self, request: Request, scope: str) -> tuple[RequestContext, RunRecord, BatchRecord]:
         """Return the run of the path, or the run it links to, and its batch. Raises `NotFound`."""
         name = request.path_params["run_id"]
         try:

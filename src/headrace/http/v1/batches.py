@@ -23,7 +23,7 @@ from headrace.http.requests.serializers import result_line, v1_batch
 from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.engine import Engine
 from headrace.runtime.tasks.bounds import check_name
-from headrace.store.protocol import NewBatch, Outcome
+from headrace.store.protocol import NewBatch, RunOutcome
 
 PAGE_RUNS: Final = 4_096
 RANGES_MAX: Final = 1_000
@@ -288,7 +288,7 @@ class OutcomeWatch:
         return True
 
 
-async def _resolved_line(outputs: ResultResolver, batch_id: str, outcome: Outcome) -> bytes | None:
+async def _resolved_line(outputs: ResultResolver, batch_id: str, outcome: RunOutcome) -> bytes | None:
     """Encode the line of an outcome that is stored elsewhere or is no JSON; None while the run it links to has not
     ended.
     """

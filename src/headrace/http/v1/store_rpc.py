@@ -34,12 +34,12 @@ from headrace.store.rpc import (
     BEAT,
     BYTES_MAX,
     CONTENT_TYPE,
-    VERBS,
-    About,
-    Beaten,
-    GiveBack,
-    Leased,
-    Settle,
+    OPERATIONS,
+    HeartbeatWithTokens,
+    LeaseWithToken,
+    ReleaseRequest,
+    ServerInfo,
+    SettleRequest,
     decoder,
     encode,
 )
@@ -61,7 +61,7 @@ _TIMED: Final = frozenset(
 )
 """Operations that get the server's time as `now_us`."""
 
-_DECODERS: Final = {name: decoder(verb.request) for name, verb in VERBS.items()}
+_DECODERS: Final = {name: decoder(verb.request) for name, verb in OPERATIONS.items()}
 
 
 class StoreRpc:
@@ -80,12 +80,12 @@ class StoreRpc:
     async def about(self, request: Request) -> Response:
         """`GET /v1/about`: return the environment of the API key, the server's version and its time."""
         call = await self._service.authorize_any(request, ("work", "batches:write", "batches:read", "runs:read"))
-        about = About(environment=call.environment, now_us=call.engine.clock.now_us(), version=version("headrace"))
+        about = ServerInfo(environment=call.environment, now_us=call.engine.clock.now_us(), version=version("headrace"))
         return Response(msgspec.json.encode(about), media_type="application/json")
 
     async def call(self, request: Request) -> Response:
         """`POST /v1/store/{verb}`: perform a store operation."""
-        verb = VERBS.get(request.path_params["verb"])
+        verb = OPERATIONS.get(request.path_params["verb"])
         if verb is None:
             raise NotFound(f"unknown store operation {request.path_params['verb'][:60]!r}")
         scopes = tuple(verb.scope.split("|"))
@@ -178,15 +178,19 @@ class StoreRpc:
         while leases is None:
             yield BEAT
             leases = await anext(rest)
-        yield encode([Leased(lease, self._lease_tokens.sign(key, lease.span_id, lease.token)) for lease in leases])
+        yield encode(
+            [LeaseWithToken(lease, self._lease_tokens.sign(key, lease.span_id, lease.token)) for lease in leases]
+        )
 
-    async def _heartbeat(self, call: RequestContext, message: Any) -> Beaten:
+    async def _heartbeat(self, call: RequestContext, message: Any) -> HeartbeatWithTokens:
         check_session(message.session_id)
         reply = await call.engine.store.heartbeat(message.session_id, now_us=call.engine.clock.now_us())
         key = await self._lease_tokens.signing_key(call)
-        return Beaten(reply, [self._lease_tokens.sign(key, held.span_id, held.token) for held in reply.leases])
+        return HeartbeatWithTokens(
+            reply, [self._lease_tokens.sign(key, held.span_id, held.token) for held in reply.leases]
+        )
 
-    async def _settle(self, call: RequestContext, message: Settle) -> list[str]:
+    async def _settle(self, call: RequestContext, message: SettleRequest) -> list[str]:
         if len(message.settlements) != len(message.tickets):
             raise InvalidInput(
                 f"expected a token for each of {len(message.settlements)} settlements, got {len(message.tickets)}"
@@ -198,7 +202,7 @@ class StoreRpc:
             call, message.settlements, message.tickets, lambda leases: self._remote_work.settle(call, leases)
         )
 
-    async def _release(self, call: RequestContext, message: GiveBack) -> list[str]:
+    async def _release(self, call: RequestContext, message: ReleaseRequest) -> list[str]:
         if len(message.releases) != len(message.tickets):
             raise InvalidInput(
                 f"expected a token for each of {len(message.releases)} releases, got {len(message.tickets)}"

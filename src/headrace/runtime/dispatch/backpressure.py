@@ -97,7 +97,7 @@ class Backpressure:
             return self._counts
         began = perf_counter()
         views = await engine.store.queues(engine.environment)
-        bytes_count = await engine.store.size_bytes() if self._bytes_max else 0
+        bytes_count = await engine.maintenance.size_bytes() if self._bytes_max else 0
         took_s = perf_counter() - began
         by_queue = {
             view.name: Counter(waiting=view.waiting_count, delayed=view.delayed_count, leased=view.leased_count)

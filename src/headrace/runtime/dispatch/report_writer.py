@@ -110,7 +110,7 @@ class ReportWriter:
             by_delivery.setdefault(delivery_of(stray.report.name), stray)
         keys = [delivery.id for delivery in by_delivery]
         found = []
-        for lease in await engine.store.named_leases(engine.environment, LANE, keys):
+        for lease in await engine.maintenance.named_leases(engine.environment, LANE, keys):
             note = note_of(lease.note)
             of_it = by_delivery.get(Delivery(lease.key, lease.attempt, note.overdue_count))
             if of_it is None:

@@ -34,7 +34,7 @@ from headrace.foundation.ids import new_batch_id
 from headrace.runtime.engine import Engine
 from headrace.runtime.indexing.handler_context import EnqueueRequest
 from headrace.runtime.retrying import retry_transient
-from headrace.store.entities.protocol import Commit, Enqueued, EntityStore, LeaseLost, Plan, Write
+from headrace.store.entities.protocol import Commit, Enqueued, EntityPlan, EntityStore, LeaseLost, Write
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Committer:
         self,
         engine: Engine,
         store: EntityStore,
-        plan: Plan,
+        plan: EntityPlan,
         token: int,
         *,
         on_landed: Callable[[CommittedBatch], None],

@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from headrace.core.entity import Entity
-from headrace.core.staging import MISSING, Staging, Table
+from headrace.core.staging import MISSING, StagedTable, Staging
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.runtime.clock import SECOND_US, Clock
 from headrace.runtime.indexing.read_coalescer import ReadCoalescer
@@ -81,7 +81,7 @@ class Effects:
     """The calls of one running indexer. `table` keeps the answers of those that are cached."""
 
     def __init__(
-        self, staging: Staging, table: Table | None, lookups: ReadCoalescer, clock: Clock, *, calls_max: int
+        self, staging: Staging, table: StagedTable | None, lookups: ReadCoalescer, clock: Clock, *, calls_max: int
     ) -> None:
         self._staging = staging
         self._table = table

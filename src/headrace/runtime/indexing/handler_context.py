@@ -18,7 +18,7 @@ from headrace.core.condition import conditions_of
 from headrace.core.entity import Entity
 from headrace.core.sequencer import Position
 from headrace.core.span import Key
-from headrace.core.staging import MISSING, Rows, Staging, Table, table_of
+from headrace.core.staging import MISSING, Rows, StagedTable, Staging, table_of
 from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
@@ -217,7 +217,7 @@ class HandlerContext(msgspec.Struct, eq=False):
         if not self.is_preload:
             table.delete(row_id, self._no)
 
-    def _table_of_row(self, row: object) -> Table:
+    def _table_of_row(self, row: object) -> StagedTable:
         if hasattr(row, "__await__"):
             row.close() if hasattr(row, "close") else None
             raise InvalidInput("set takes a row, and this is one still to be awaited", hint="write await before it")
@@ -255,7 +255,7 @@ class HandlerContext(msgspec.Struct, eq=False):
         if self.is_over:
             self._late(what)
 
-    def _table(self, kind: type[Entity]) -> Table:
+    def _table(self, kind: type[Entity]) -> StagedTable:
         """The table of a class, whose rows are read from here on."""
         table = table_of(self._shared.tables, kind)
         if not table.is_read:

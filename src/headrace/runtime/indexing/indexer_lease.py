@@ -15,7 +15,7 @@ import msgspec
 
 from headrace.foundation.errors import Conflict
 from headrace.runtime.engine import Engine
-from headrace.store.entities.protocol import EntityStore, Standing
+from headrace.store.entities.protocol import EntityStore, IndexerState
 
 
 class LeaseHolder(msgspec.Struct, kw_only=True):
@@ -37,8 +37,8 @@ class IndexerBusy(Conflict):
 
 
 async def lease(
-    store: EntityStore, engine: Engine, standing: Standing, *, wait: bool, on_waiting: Callable[[str], None] | None
-) -> tuple[Standing, int]:
+    store: EntityStore, engine: Engine, standing: IndexerState, *, wait: bool, on_waiting: Callable[[str], None] | None
+) -> tuple[IndexerState, int]:
     """Take the lease: when it is free, its holder is dead, or it lapses. Raises `IndexerBusy` unless `wait`."""
     holder = msgspec.json.encode(LeaseHolder.here()).decode()
     timeout_us = engine.limits.session_timeout_ms * 1_000
@@ -65,7 +65,7 @@ async def lease(
             standing, seen_us = fresh, engine.clock.now_us()
 
 
-async def _seen(store: EntityStore, standing: Standing) -> Standing:
+async def _seen(store: EntityStore, standing: IndexerState) -> IndexerState:
     found = [own for own in await store.standings(standing.environment) if own.name == standing.name]
     return found[0] if found else standing
 

@@ -18,7 +18,7 @@ import structlog
 from headrace.core.entity import Entity, EntityType
 from headrace.core.sequencer import Position, Sequenced, is_after
 from headrace.core.sizes import Sizes
-from headrace.core.staging import Staging, Table
+from headrace.core.staging import StagedTable, Staging
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.limits import MIB, Limits
 from headrace.runtime.clock import Timer
@@ -34,7 +34,7 @@ from headrace.runtime.indexing.sources.source import Source
 from headrace.runtime.indexing.speculative_reads import SpeculativeReads
 from headrace.runtime.retrying import retry_transient
 from headrace.runtime.tasks.exception_info import error_line
-from headrace.store.entities.protocol import EFFECT_SUFFIX, EntityStore, Plan, Standing
+from headrace.store.entities.protocol import EFFECT_SUFFIX, EntityPlan, EntityStore, IndexerState
 
 LOG: Any = structlog.get_logger("headrace.indexer")
 TURN_S: Final = 0.002
@@ -65,7 +65,7 @@ class IndexerDefinition:
     defer_indexes: bool = False
     preload: bool = True
 
-    def plan(self, environment: str, limits: Limits) -> Plan:
+    def plan(self, environment: str, limits: Limits) -> EntityPlan:
         """What it keeps. Raises `InvalidSetting` for entities that can't be tables."""
         types = [EntityType(cls, row_bytes_max=limits.index_row_bytes_max) for cls in self.entities]
         if any(effect.cache for effect in self.effects):
@@ -73,7 +73,7 @@ class IndexerDefinition:
             types.append(EntityType(Answered, row_bytes_max=2 * MIB, name=name))
         if not types:
             raise InvalidSetting(f"the indexer {self.name!r} has no entities", hint="entities=[…]")
-        return Plan(environment, self.name, tuple(types), bool(self.history), self.defer_indexes)
+        return EntityPlan(environment, self.name, tuple(types), bool(self.history), self.defer_indexes)
 
 
 @dataclass(slots=True)
@@ -151,7 +151,7 @@ class IndexerPipeline:
 
     # -- life
 
-    async def start(self, *, wait: bool = True, on_waiting: Callable[[str], None] | None = None) -> Standing:
+    async def start(self, *, wait: bool = True, on_waiting: Callable[[str], None] | None = None) -> IndexerState:
         """Make the tables, take the lease, and begin where the last commit left off."""
         standing = await self._asking(lambda: self._store.prepare(self.plan))
         standing, token = await lease(self._store, self.engine, standing, wait=wait, on_waiting=on_waiting)
@@ -233,7 +233,7 @@ class IndexerPipeline:
         if self._failure is not None:
             raise self._failure
 
-    async def rollback(self, to: Position | None, *, source: str | None = None) -> Standing:
+    async def rollback(self, to: Position | None, *, source: str | None = None) -> IndexerState:
         """Drain, and go back to after the last event at or before a position; None is before the first."""
         name = self._fetching.names[0] if source is None else source
         if name not in self._fetching.names or (source is None and len(self._fetching.names) > 1):
@@ -242,7 +242,7 @@ class IndexerPipeline:
         await self.flush()
         committer = self._committer
         assert committer is not None
-        standing: Standing = await committer.run(
+        standing: IndexerState = await committer.run(
             lambda: self._asking(
                 lambda: self._store.rollback(self.plan, self._token, old_no=self._no, source=name, to=to)
             )
@@ -271,7 +271,7 @@ class IndexerPipeline:
             call, self.engine.clock, what=f"indexer {self.definition.name}", waits_max=self._limits.index_retries_max
         )
 
-    def _stand(self, standing: Standing) -> None:
+    def _stand(self, standing: IndexerState) -> None:
         unknown = set(standing.positions) - set(self._fetching.names)
         if unknown:
             raise InvalidSetting(
@@ -539,7 +539,7 @@ class IndexerPipeline:
             self._fetching.sequencer.rewind(turn.source, turn.to)
         self._fetching.turned()
 
-    async def _ensure_index(self, table: Table, name: str) -> None:
+    async def _ensure_index(self, table: StagedTable, name: str) -> None:
         """A deferred index is built when somebody asks for it, or when the end is reached."""
         key = (table.entity.table, name)
         if key not in self._built:

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any, Final, TypeVar
 
 from headrace.core.condition import Condition
-from headrace.core.staging import MISSING, Staging, Table
+from headrace.core.staging import MISSING, StagedTable, Staging
 from headrace.runtime.clock import Clock
 from headrace.runtime.retrying import retry_transient
 from headrace.store.entities.protocol import EntityStore
@@ -34,25 +34,25 @@ class ReadCoalescer:
         self._store = store
         self._clock = clock
         self._retries_max = retries_max
-        self._ids: dict[Table, PendingReads] = {}
-        self._values: dict[tuple[Table, str], PendingReads] = {}
+        self._ids: dict[StagedTable, PendingReads] = {}
+        self._values: dict[tuple[StagedTable, str], PendingReads] = {}
         self._is_scheduled = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self.before_query: Callable[[], None] = _nothing
-        self.before_where: Callable[[Table, str], Awaitable[None]] | None = None
+        self.before_where: Callable[[StagedTable, str], Awaitable[None]] | None = None
         self.settle_first: Callable[[], Awaitable[None]] | None = None
         self.queries_count = 0
         self.query_s = 0.0
 
-    def get(self, table: Table, row_id: Any) -> asyncio.Future[Any]:
+    def get(self, table: StagedTable, row_id: Any) -> asyncio.Future[Any]:
         """A row that is not in memory, or None."""
         asked = self._ids.get(table)
         if asked is None:
             asked = self._ids[table] = {}
         return self._asked(asked, row_id)
 
-    async def get_many(self, table: Table, row_ids: Sequence[Any]) -> list[Any]:
+    async def get_many(self, table: StagedTable, row_ids: Sequence[Any]) -> list[Any]:
         """Rows by id, None for those there are not, in the order asked."""
         rows = table.rows
         asked = self._ids.setdefault(table, {})
@@ -65,7 +65,7 @@ class ReadCoalescer:
             found.append(await self.get(table, row_id) if row is MISSING else row)
         return found
 
-    async def where(self, table: Table, conditions: Sequence[Condition]) -> list[Any]:
+    async def where(self, table: StagedTable, conditions: Sequence[Condition]) -> list[Any]:
         """The rows that fulfil all conditions, by id."""
         first = conditions[0]
         if self.before_where is not None:
@@ -82,7 +82,7 @@ class ReadCoalescer:
             return self._staging.staged(table, conditions)
         return await self._within_read(partial(self._select, table, conditions))
 
-    async def _select(self, table: Table, conditions: Sequence[Condition]) -> list[Any]:
+    async def _select(self, table: StagedTable, conditions: Sequence[Condition]) -> list[Any]:
         rows = await self._query(lambda: self._store.find(table.entity, conditions), table)
         return self._staging.found(table, conditions, rows)
 
@@ -157,7 +157,7 @@ class ReadCoalescer:
         finally:
             self._staging.end_read()
 
-    async def _load(self, table: Table, asked: PendingReads) -> None:
+    async def _load(self, table: StagedTable, asked: PendingReads) -> None:
         ids = [row_id for row_id in asked if row_id not in table.rows]
         found = (
             {row.id: row for row in await self._query(lambda: self._store.load(table.entity, ids), table)}
@@ -170,7 +170,7 @@ class ReadCoalescer:
                 if not answer.done():
                     answer.set_result(row)
 
-    async def _match(self, table: Table, field: str, asked: PendingReads) -> None:
+    async def _match(self, table: StagedTable, field: str, asked: PendingReads) -> None:
         conditions = (Condition(field, tuple(asked), None),)
         await self._select(table, conditions)
         for answers in asked.values():
@@ -178,7 +178,7 @@ class ReadCoalescer:
                 if not answer.done():
                     answer.set_result(None)
 
-    async def _query(self, call: Callable[[], Awaitable[T]], table: Table) -> T:
+    async def _query(self, call: Callable[[], Awaitable[T]], table: StagedTable) -> T:
         self.queries_count += 1
         started = perf_counter()
         try:

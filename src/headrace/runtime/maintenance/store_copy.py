@@ -17,7 +17,7 @@ from headrace.foundation.ids import new_move_id
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.runtime.sessions.recovery import recover_here, recover_silent
-from headrace.store.store_copy import NOTHING, Arrival, Belongings, Departure
+from headrace.store.store_copy import NOTHING, Belongings, CopySource, CopyTarget
 
 
 class CopyReport(msgspec.Struct, kw_only=True):
@@ -34,7 +34,7 @@ class CopyReport(msgspec.Struct, kw_only=True):
 class StoreCopy:
     """One move of `source` into `target`, whose stores are `departure` and `arrival`."""
 
-    def __init__(self, source: Engine, target: Engine, *, departure: Departure, arrival: Arrival) -> None:
+    def __init__(self, source: Engine, target: Engine, *, departure: CopySource, arrival: CopyTarget) -> None:
         self._source = source
         self._target = target
         self.departure = departure

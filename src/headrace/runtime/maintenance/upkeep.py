@@ -82,8 +82,10 @@ class Upkeep:
         """Every duty that is due and that nobody else does, once."""
         engine = self._engine
         self._next_us = engine.clock.now_us() + engine.limits.upkeep_interval_ms * 1_000
+        if not engine.is_maintained_here:  # a server keeps the store, and does these duties
+            return
         try:
-            free_us = await engine.store.duties()
+            free_us = await engine.maintenance.duties()
         except HeadraceError as error:
             LOG.warning("upkeep could not look at its duties", error=str(error))
             return
@@ -100,7 +102,7 @@ class Upkeep:
             self._next_us = min(self._next_us, free_us)
             return False
         try:
-            return await self._engine.store.take_duty(
+            return await self._engine.maintenance.take_duty(
                 duty.name, self._holder, free_us=now_us + duty.deadline_ms * 1_000, now_us=now_us
             )
         except HeadraceError as error:
@@ -110,7 +112,7 @@ class Upkeep:
     async def _free(self, duty: Duty, due_us: int) -> None:
         self._next_us = min(self._next_us, due_us)
         try:
-            await self._engine.store.end_duty(duty.name, self._holder, free_us=due_us)
+            await self._engine.maintenance.end_duty(duty.name, self._holder, free_us=due_us)
         except HeadraceError as error:  # it is free again at its deadline
             LOG.warning("upkeep could not hand a duty back", duty=duty.name, error=str(error))
 
@@ -172,7 +174,7 @@ class Upkeep:
         """Runs not started in time expire, batches past their seal deadline are abandoned, cancelled ones end."""
         engine, moved_count = self._engine, 0
         while True:
-            swept = await engine.store.sweep(now_us=engine.clock.now_us(), rows_max=ROWS_MAX)
+            swept = await engine.maintenance.sweep(now_us=engine.clock.now_us(), rows_max=ROWS_MAX)
             if swept.abandoned:
                 LOG.warning("batches were not sealed in time and are abandoned", batches=swept.abandoned)
             if swept.expired_count or swept.cancelled_count:
@@ -189,7 +191,7 @@ class Upkeep:
             before_us = finished_before_us
         count = 0
         while True:
-            pruned = await engine.store.prune(before_us, batches_max=BATCHES_MAX, rows_max=ROWS_MAX)
+            pruned = await engine.maintenance.prune(before_us, batches_max=BATCHES_MAX, rows_max=ROWS_MAX)
             for environment, batch_id in pruned.batches:
                 await engine.payloads.delete_batch(environment, batch_id)
             count += len(pruned.batches)
@@ -199,9 +201,10 @@ class Upkeep:
     async def demote(self) -> int:
         """What waits in demoted queues waits in those that took their place; answers how many spans moved."""
         engine, moved_count = self._engine, 0
+        store = engine.maintenance
         for source, target in rules_of(await engine.store.rules(engine.environment)).demotions.items():
             while True:
-                count = await engine.store.move_waiting(engine.environment, LANE, source, target, spans_max=ROWS_MAX)
+                count = await store.move_waiting(engine.environment, LANE, source, target, spans_max=ROWS_MAX)
                 moved_count += count
                 if count < ROWS_MAX:
                     break
@@ -235,6 +238,6 @@ class Upkeep:
         return removed_count + await self._remove_unnamed(page)
 
     async def _remove_unnamed(self, keys: list[str]) -> int:
-        orphans = await self._engine.store.unnamed(keys) if keys else []
+        orphans = await self._engine.maintenance.unnamed(keys) if keys else []
         await self._engine.payloads.delete(orphans)
         return len(orphans)

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
-from headrace.core.batch import Batch
+from headrace.core.batch import BatchRecord
 from headrace.core.block import Extra
 from headrace.core.failure import Failure
 from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
@@ -99,7 +99,7 @@ class FeedCounts:
     accepted_count: int = 0
     duplicates_count: int = 0
     conflicts: list[int] = field(default_factory=list)
-    sealed: Batch | None = None
+    sealed: BatchRecord | None = None
 
     def add(self, appended: Appended) -> None:
         """Add the counts of one append."""
@@ -112,7 +112,7 @@ class FeedCounts:
 class IndexedFeed:
     """One stream of items into one batch."""
 
-    def __init__(self, engine: Engine, batch: Batch, decoder: ItemDecoder) -> None:
+    def __init__(self, engine: Engine, batch: BatchRecord, decoder: ItemDecoder) -> None:
         self.counts = FeedCounts()
         self._engine = engine
         self._batch = batch

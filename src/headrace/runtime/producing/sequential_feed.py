@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Iterable, Iterator
 from typing import Final, NamedTuple, TypeVar
 
-from headrace.core.batch import Batch
+from headrace.core.batch import BatchRecord
 from headrace.core.block import Extra
 from headrace.core.failure import Failure
 from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
@@ -69,14 +69,14 @@ class SequentialFeed:
         self._engine = engine
         self._limits = engine.limits
         self._key = key
-        self._batch: Batch | None = None
+        self._batch: BatchRecord | None = None
         self._start = start
         self._next_item = start.items_count
         self._cut_at = 0
         self._groups: AsyncGenerator[_ItemGroup, None] | None = None
         self._pending: _ItemGroup | None = None
 
-    async def fill(self, batch: Batch, *, base_index: int = 0) -> bool:
+    async def fill(self, batch: BatchRecord, *, base_index: int = 0) -> bool:
         """Append to `batch` until the input ends, and seal it: True. False: the batch is full (it was sealed already,
         or holds `batch_runs_max`), and more of the input is left for the next one.
 
@@ -131,7 +131,7 @@ class SequentialFeed:
         if self._groups is not None:
             await self._groups.aclose()
 
-    async def _seal(self, batch: Batch, count: int) -> None:
+    async def _seal(self, batch: BatchRecord, count: int) -> None:
         store, clock = self._engine.store, self._engine.clock
         try:
             await retry_transient(
@@ -334,7 +334,7 @@ def failed_item(marker: Oversized | Unreadable | bytes) -> Extra:
     return Extra(failure=failure.encode())
 
 
-def _sealed_elsewhere(batch: Batch) -> SealedElsewhere:
+def _sealed_elsewhere(batch: BatchRecord) -> SealedElsewhere:
     return SealedElsewhere("another feed sealed the batch", hint="run the same command again", batch_id=batch.id)
 
 

@@ -45,7 +45,7 @@ async def recover_here(engine: Engine, own_id: str) -> int:
     dead = set(dead_sessions(engine.live_directory)) - {own_id}
     if not dead:
         return 0
-    known = {session.id: session for session in await engine.store.sessions() if session.id in dead}
+    known = {session.id: session for session in await engine.maintenance.sessions() if session.id in dead}
     spans_count = 0
     for session_id in sorted(dead):
         files = of_session(engine.live_directory, session_id)
@@ -64,7 +64,7 @@ async def recover_here(engine: Engine, own_id: str) -> int:
 async def recover_silent(engine: Engine, own_id: str) -> RecoveryCounts:
     """Recover the sessions that were silent for too long."""
     spans_count, next_us = 0, EVER_US
-    for session in await engine.store.sessions():
+    for session in await engine.maintenance.sessions():
         if session.id == own_id:
             continue
         now_us, timeout_us = engine.clock.now_us(), _timeout_us(engine, session)
@@ -83,7 +83,7 @@ async def recover_silent(engine: Engine, own_id: str) -> RecoveryCounts:
 
 
 async def _recover(engine: Engine, session_id: str, suspects: Suspects, silent_since_us: int) -> int:
-    count = await engine.store.recover(
+    count = await engine.maintenance.recover(
         session_id,
         suspects,
         silent_since_us=silent_since_us,

@@ -18,10 +18,10 @@ from weakref import WeakKeyDictionary
 import msgspec
 
 from headrace.core.endpoint import (
+    EndpointAddress,
     EndpointFailed,
     EndpointRefused,
     Network,
-    Place,
     is_allowed,
     judge,
     networks_of,
@@ -73,7 +73,7 @@ class Endpoint:
                 f"an endpoint requires the package {error.name}", hint="pip install 'headrace[endpoints]'"
             ) from None
         self._httpcore: Any = httpcore
-        self.place: Place = place_of(url)
+        self.place: EndpointAddress = place_of(url)
         self._keys = secrets_of(secret)
         self._headers = _checked(headers or {})
         self._allowed = networks_of(allow)

@@ -39,7 +39,7 @@ class HistoryGone(Conflict):
     code = "HISTORY_GONE"
 
 
-class Plan(NamedTuple):
+class EntityPlan(NamedTuple):
     """What an indexer keeps. `history`: every change is kept, so that it can be taken back."""
 
     environment: str
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 EFFECT_SUFFIX = "_effect"
 
 
-class Standing(msgspec.Struct, kw_only=True):
+class IndexerState(msgspec.Struct, kw_only=True):
     """An indexer's row. `no` counts its events since the beginning; the tables are what they made them.
 
     `positions` are of each source's last event. `floor_no` is the oldest checkpoint that can be gone back to.
@@ -95,7 +95,7 @@ class Enqueued(NamedTuple):
 class Commit(NamedTuple):
     """From checkpoint `old_no` to `no`. `checkpoints` are `(no, source, position)` of each event, where history is."""
 
-    plan: Plan
+    plan: EntityPlan
     token: int
     old_no: int
     no: int
@@ -112,13 +112,13 @@ class EntityStore(Protocol):
 
     works_beside: bool
 
-    async def prepare(self, plan: Plan) -> Standing:
+    async def prepare(self, plan: EntityPlan) -> IndexerState:
         """Make or extend the tables and answer where the indexer stands. Raises `SchemaChanged`, changing nothing."""
 
-    async def standings(self, environment: str) -> list[Standing]:
+    async def standings(self, environment: str) -> list[IndexerState]:
         """Every indexer of an environment, by name."""
 
-    async def take(self, seen: Standing, holder: str) -> int | None:
+    async def take(self, seen: IndexerState, holder: str) -> int | None:
         """Lease an indexer as it was `seen`, whoever held it; answers the token, None when it has moved since."""
 
     async def beat(self, environment: str, name: str, token: int) -> bool:
@@ -130,7 +130,9 @@ class EntityStore(Protocol):
     async def commit(self, commit: Commit, *, now_us: int) -> None:
         """Make a commit durable. A repeat of the one that landed last does nothing. Raises `LeaseLost`."""
 
-    async def rollback(self, plan: Plan, token: int, *, old_no: int, source: str, to: Position | None) -> Standing:
+    async def rollback(
+        self, plan: EntityPlan, token: int, *, old_no: int, source: str, to: Position | None
+    ) -> IndexerState:
         """Go back to the last checkpoint at or before a position of a source, None to before the first event.
 
         Raises `HistoryGone` where nothing is kept of it, `LeaseLost` when another process holds the indexer.

@@ -9,11 +9,11 @@ import msgspec
 
 from headrace.core.entity import Column, EntityType
 from headrace.foundation.errors import Conflict, InvalidSetting
-from headrace.store.entities.protocol import EFFECT_SUFFIX, Plan, SchemaChanged
+from headrace.store.entities.protocol import EFFECT_SUFFIX, EntityPlan, SchemaChanged
 from headrace.store.entities.sql import HISTORY_SUFFIX, RESERVED, RESERVED_COLUMNS
 
 
-class Kept(NamedTuple):
+class StoredTable(NamedTuple):
     """A table as the database remembers it: whose it is, and the form of each column."""
 
     environment: str
@@ -62,7 +62,7 @@ def check_names(entities: Sequence[EntityType]) -> None:
             raise InvalidSetting(f"{name}.{min(clash)} is a column of the history", hint="call it something else")
 
 
-def changes_of(plan: Plan, kept: Mapping[str, Kept], existing: set[str]) -> list[Change]:
+def changes_of(plan: EntityPlan, kept: Mapping[str, StoredTable], existing: set[str]) -> list[Change]:
     """What fits the tables to the plan. Raises `SchemaChanged` or `Conflict`; then nothing must be changed.
 
     `existing`: names of all tables there are, of whomever.
@@ -70,7 +70,7 @@ def changes_of(plan: Plan, kept: Mapping[str, Kept], existing: set[str]) -> list
     return [_change(plan, entity, kept.get(entity.table), existing) for entity in plan.entities]
 
 
-def _change(plan: Plan, entity: EntityType, kept: Kept | None, existing: set[str]) -> Change:
+def _change(plan: EntityPlan, entity: EntityType, kept: StoredTable | None, existing: set[str]) -> Change:
     name = entity.cls.__name__
     keeps = plan.keeps_history(entity)
     if kept is None:
@@ -122,7 +122,7 @@ def _said(form: str) -> str:
     return f"an optional {form[:-1]}" if form.endswith("?") else form
 
 
-def tables_of(kept: Mapping[str, Kept]) -> list[str]:
+def tables_of(kept: Mapping[str, StoredTable]) -> list[str]:
     """The names of all tables that were made, histories too."""
     return [
         name

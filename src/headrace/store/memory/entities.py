@@ -11,8 +11,8 @@ from headrace.core.condition import Condition, all_hold
 from headrace.core.entity import EntityType
 from headrace.core.sequencer import Position, is_after
 from headrace.foundation.errors import Conflict, NotFound, StoreBroken
-from headrace.store.entities.protocol import Commit, Enqueued, HistoryGone, LeaseLost, Plan, Standing, Write
-from headrace.store.entities.schema import Kept, changes_of, check_names, tables_of
+from headrace.store.entities.protocol import Commit, Enqueued, EntityPlan, HistoryGone, IndexerState, LeaseLost, Write
+from headrace.store.entities.schema import StoredTable, changes_of, check_names, tables_of
 from headrace.store.memory.store import MemoryStore
 from headrace.store.protocol import NewBatch
 
@@ -30,8 +30,8 @@ class MemoryEntities:
 
     def __init__(self, store: MemoryStore) -> None:
         self._store = store
-        self._standings: dict[tuple[str, str], Standing] = {}
-        self._kept: dict[str, Kept] = {}
+        self._standings: dict[tuple[str, str], IndexerState] = {}
+        self._kept: dict[str, StoredTable] = {}
         self._rows: dict[str, dict[Any, Any]] = {}
         self._history: dict[str, dict[tuple[Any, int], Any]] = {}
         self._checkpoints: dict[tuple[str, str], list[_Checkpoint]] = {}
@@ -39,12 +39,12 @@ class MemoryEntities:
     async def close(self) -> None:
         """Nothing is held."""
 
-    async def prepare(self, plan: Plan) -> Standing:
+    async def prepare(self, plan: EntityPlan) -> IndexerState:
         """Make or extend the tables."""
         check_names(plan.entities)
         changes = changes_of(plan, self._kept, set(tables_of(self._kept)))
         key = (plan.environment, plan.indexer)
-        standing = self._standings.setdefault(key, Standing(environment=plan.environment, name=plan.indexer))
+        standing = self._standings.setdefault(key, IndexerState(environment=plan.environment, name=plan.indexer))
         log = self._checkpoints.setdefault(key, [])
         if any(change.creates_history for change in changes):
             log.clear()
@@ -59,14 +59,14 @@ class MemoryEntities:
                 for row_key, row in kept.items():
                     kept[row_key] = row and entity.cls(**{name: getattr(row, name) for name in row.__struct_fields__})
             columns = {column.name: column.form for column in entity.columns}
-            self._kept[entity.table] = Kept(plan.environment, plan.indexer, columns, keeps)
+            self._kept[entity.table] = StoredTable(plan.environment, plan.indexer, columns, keeps)
         return msgspec.structs.replace(standing)
 
-    async def standings(self, environment: str) -> list[Standing]:
+    async def standings(self, environment: str) -> list[IndexerState]:
         """Every indexer."""
         return [msgspec.structs.replace(own) for key, own in sorted(self._standings.items()) if key[0] == environment]
 
-    async def take(self, seen: Standing, holder: str) -> int | None:
+    async def take(self, seen: IndexerState, holder: str) -> int | None:
         """Lease it."""
         standing = self._find(seen.environment, seen.name)
         if (standing.token, standing.beats) != (seen.token, seen.beats):
@@ -109,7 +109,7 @@ class MemoryEntities:
         if commit.floor_no is not None:
             self._prune(plan, standing, commit.floor_no)
 
-    async def _enqueue(self, plan: Plan, enqueued: Enqueued, now_us: int) -> None:
+    async def _enqueue(self, plan: EntityPlan, enqueued: Enqueued, now_us: int) -> None:
         batch_id, chunks = enqueued
         new = NewBatch(id=batch_id, environment=plan.environment, kind="stream", metadata={"indexer": plan.indexer})
         await self._store.create_batch(new, now_us=now_us)
@@ -132,7 +132,7 @@ class MemoryEntities:
         for row_id in write.deleted:
             rows.pop(row_id, None)
 
-    def _prune(self, plan: Plan, standing: Standing, floor_no: int) -> None:
+    def _prune(self, plan: EntityPlan, standing: IndexerState, floor_no: int) -> None:
         standing.floor_positions = self._positions_at(standing, floor_no)
         standing.floor_no = floor_no
         log = self._checkpoints[plan.environment, plan.indexer]
@@ -149,7 +149,9 @@ class MemoryEntities:
                     if no <= floor_no and (no < newest[row_id] or row_id not in later):
                         del past[row_id, no]
 
-    async def rollback(self, plan: Plan, token: int, *, old_no: int, source: str, to: Position | None) -> Standing:
+    async def rollback(
+        self, plan: EntityPlan, token: int, *, old_no: int, source: str, to: Position | None
+    ) -> IndexerState:
         """Go back."""
         standing = self._held(plan, token)
         if standing.no != old_no:
@@ -185,7 +187,7 @@ class MemoryEntities:
         for key in [key for key in past if key[1] > no]:
             del past[key]
 
-    def _positions_at(self, standing: Standing, no: int) -> dict[str, Position]:
+    def _positions_at(self, standing: IndexerState, no: int) -> dict[str, Position]:
         if no == standing.no:
             return standing.positions
         found = dict(standing.floor_positions)
@@ -231,13 +233,13 @@ class MemoryEntities:
         del self._standings[environment, name], self._checkpoints[environment, name]
         return tables_of(own)
 
-    def _find(self, environment: str, name: str) -> Standing:
+    def _find(self, environment: str, name: str) -> IndexerState:
         standing = self._standings.get((environment, name))
         if standing is None:
             raise NotFound(f"there is no indexer {name!r}", environment=environment)
         return standing
 
-    def _held(self, plan: Plan, token: int) -> Standing:
+    def _held(self, plan: EntityPlan, token: int) -> IndexerState:
         standing = self._find(plan.environment, plan.indexer)
         if standing.token != token:
             raise LeaseLost(f"the indexer {plan.indexer!r} is worked on by {standing.holder}", indexer=plan.indexer)

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, Self
 from headrace.core import batch as batches
 from headrace.core import run as runs_core
 from headrace.core import span as spans
-from headrace.core.batch import Batch, Ledger
+from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk, Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack
@@ -24,8 +24,8 @@ from headrace.store.protocol import (
     DeadLetter,
     Lease,
     NamedLease,
-    Outcome,
     QueueView,
+    RunOutcome,
     RunRecord,
     Schedule,
     Session,
@@ -62,7 +62,7 @@ class Known(NamedTuple):
 class Tables:
     """All that the store knows. Values are replaced, never changed in place, so a shallow copy is a snapshot."""
 
-    batches: dict[str, Batch] = field(default_factory=dict)
+    batches: dict[str, BatchRecord] = field(default_factory=dict)
     received: dict[str, IndexSet] = field(default_factory=dict)
     blocks: dict[int, Block] = field(default_factory=dict)
     spans: dict[int, Span] = field(default_factory=dict)
@@ -113,14 +113,14 @@ class Tables:
         self.cancellations = {row for row in self.cancellations if row[0] != batch_id}
 
 
-def find(tables: Tables, batch_id: str) -> Batch:
+def find(tables: Tables, batch_id: str) -> BatchRecord:
     """The batch, or `NotFound`."""
     if batch_id not in tables.batches:
         raise NotFound("there is no such batch", hint="`headrace batch list` shows those there are", batch_id=batch_id)
     return tables.batches[batch_id]
 
 
-def named(tables: Tables, environment: str, key: str) -> Batch | None:
+def named(tables: Tables, environment: str, key: str) -> BatchRecord | None:
     """The batch that a key names."""
     for batch in tables.batches.values():
         if batch.environment == environment and batch.key == key:
@@ -141,7 +141,7 @@ def indexes_of_span(tables: Tables, span: Span) -> list[int]:
     return [own[block_offset] for block_offset in block_offsets_of(span)]
 
 
-def locate(tables: Tables, batch: Batch, index: int) -> tuple[int, int]:
+def locate(tables: Tables, batch: BatchRecord, index: int) -> tuple[int, int]:
     """`(block id, position)` of a run, or `NotFound`."""
     for block in tables.blocks.values():
         if block.batch_id == batch.id and block.chunk.first_index <= index <= block.chunk.last_index:
@@ -151,7 +151,7 @@ def locate(tables: Tables, batch: Batch, index: int) -> tuple[int, int]:
     raise NotFound("the batch has no such run", batch_id=batch.id, index=index)
 
 
-def payload(tables: Tables, batch: Batch, index: int) -> tuple[bytes, int]:
+def payload(tables: Tables, batch: BatchRecord, index: int) -> tuple[bytes, int]:
     """The stored input of one run and its kind."""
     block_id, block_offset = locate(tables, batch, index)
     payloads, kinds = unpack(tables.blocks[block_id].chunk.items)
@@ -183,7 +183,7 @@ def claim_order(span: Span) -> tuple[int, int, str, int, int]:
     return -span.priority, span.order_no, span.batch_id, span.first_index, span.id
 
 
-def with_ledger(tables: Tables, batch: Batch) -> tuple[Batch, Ledger]:
+def with_ledger(tables: Tables, batch: BatchRecord) -> tuple[BatchRecord, Ledger]:
     """A batch and where its runs are."""
     leased = [span for span in spans_of_batch(tables, batch.id) if span.state == spans.LEASED]
     return batch, batches.ledger(batch, leased_count=sum(span.unsettled_count for span in leased))
@@ -222,11 +222,13 @@ def _results(tables: Tables, batch_id: str) -> dict[tuple[int, int], tuple[bytes
     }
 
 
-def outcomes(tables: Tables, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> list[Outcome]:
+def outcomes(
+    tables: Tables, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False
+) -> list[RunOutcome]:
     """Final outcomes from `from_index` on; gaps are passed over in a stream only, or when told to."""
     batch = find(tables, batch_id)
     results = _results(tables, batch_id)
-    told: list[Outcome] = []
+    told: list[RunOutcome] = []
     expected = from_index
     for index, block_id, block_offset, _, state in homes_of(tables, batch_id):
         if index < from_index:
@@ -239,7 +241,7 @@ def outcomes(tables: Tables, batch_id: str, from_index: int, runs_max: int, *, p
         if (is_gap and not passing) or state not in runs_core.FINAL or len(told) == runs_max:
             break
         result, kind = results.get((block_id, block_offset), NOTHING) if state in WITH_RESULT else NOTHING
-        told.append(Outcome(index=index, state=state, result=result, kind=kind))
+        told.append(RunOutcome(index=index, state=state, result=result, kind=kind))
         expected = index + 1
     return told
 
@@ -385,7 +387,7 @@ def verify(tables: Tables, batch_id: str) -> Verification:
     return Verification(batch_id=batch_id, ledger=told, differences=differences)
 
 
-def _counted(tables: Tables, batch: Batch, stored_count: int) -> Ledger:
+def _counted(tables: Tables, batch: BatchRecord, stored_count: int) -> Ledger:
     counts = Counter(
         "leased" if home.span.state == spans.LEASED and home.state in runs_core.UNSETTLED else _word(home.state)
         for home in homes_of(tables, batch.id)

@@ -17,7 +17,7 @@ from headrace.core import admission
 from headrace.core import batch as batches
 from headrace.core import span as spans
 from headrace.core.admission import Bucket, Spent
-from headrace.core.batch import Batch, Ledger
+from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk
 from headrace.core.run import UNSETTLED
 from headrace.core.span import Counts, Policy, Settlement
@@ -31,14 +31,14 @@ from headrace.store.protocol import (
     Claim,
     DeadLetter,
     Heartbeat,
-    Held,
+    HeldLease,
     Lease,
     NamedLease,
     NewBatch,
-    Outcome,
     Pruned,
     QueueView,
     Release,
+    RunOutcome,
     RunRecord,
     Schedule,
     Session,
@@ -84,7 +84,7 @@ class MemoryStore:
 
     # batches
 
-    async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[Batch, bool]:
+    async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[BatchRecord, bool]:
         """Open a batch, or answer the one its key names."""
         batches.check_created(expected_count=new.expected_count, runs_max=self._limits.batch_runs_max)
         with self._changing() as tables:
@@ -104,12 +104,12 @@ class MemoryStore:
             runs_max = self._limits.batch_runs_max
             return writes.append(tables, batch_id, chunks, cursor, runs_max, now_us, seals=seals)
 
-    async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:
+    async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> BatchRecord:
         """Close the batch; completes it when its runs have all ended."""
         with self._changing() as tables:
             return writes.seal(tables, batch_id, expected_count, now_us)
 
-    async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> Batch:
+    async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> BatchRecord:
         """Move to `cancelled` or `abandoned`; what waits is cancelled, a bounded part of it at once."""
         with self._changing() as tables:
             writes.stop(tables, batch_id, state, now_us)
@@ -181,7 +181,7 @@ class MemoryStore:
             held = reads.spans_of_session(tables, session_id)
             touched = {span.batch_id for span in held}
         return Heartbeat(
-            leases=[Held(span.id, span.token, span.claim_no) for span in held],
+            leases=[HeldLease(span.id, span.token, span.claim_no) for span in held],
             stopped=sorted(batch_id for batch_id in touched if tables.batches[batch_id].is_stopped),
             cancelled=sorted(asked for asked in tables.cancellations if asked[0] in touched),
         )
@@ -251,18 +251,18 @@ class MemoryStore:
 
     # reading
 
-    async def batch(self, batch_id: str) -> tuple[Batch, Ledger]:
+    async def batch(self, batch_id: str) -> tuple[BatchRecord, Ledger]:
         """One batch and its ledger."""
         tables = self._now()
         return reads.with_ledger(tables, reads.find(tables, batch_id))
 
-    async def find_batch(self, environment: str, key: str) -> Batch | None:
+    async def find_batch(self, environment: str, key: str) -> BatchRecord | None:
         """The batch that a key names."""
         return reads.named(self._now(), environment, key)
 
     async def batches(
         self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
-    ) -> list[tuple[Batch, Ledger]]:
+    ) -> list[tuple[BatchRecord, Ledger]]:
         """Batches, newest first."""
         tables = self._now()
         found = [
@@ -281,7 +281,9 @@ class MemoryStore:
         expected = received.end if batch.expected_count is None else batch.expected_count
         return received.missing(expected, ranges_max)
 
-    async def outcomes(self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> list[Outcome]:
+    async def outcomes(
+        self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False
+    ) -> list[RunOutcome]:
         """Final outcomes from `from_index` on, in index order."""
         return reads.outcomes(self._now(), batch_id, from_index, runs_max, passing=passing)
 

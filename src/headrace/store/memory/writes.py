@@ -9,13 +9,13 @@ import msgspec
 
 from headrace.core import batch as batches
 from headrace.core import span as spans
-from headrace.core.batch import Batch
-from headrace.core.block import Chunk, born, check_names, linked, narrowed
+from headrace.core.batch import BatchRecord
+from headrace.core.block import Chunk, check_names, ended_at_creation, linked, narrowed
 from headrace.core.index_set import IndexSet
 from headrace.core.order import clock_after, first_order_no, returned_order_no
 from headrace.core.pack import unpack
 from headrace.core.run import COMPLETED, ENDED_BADLY, WAITING
-from headrace.core.span import Counts, Key, Part, Policy, Span, Verdict, block_offsets_of, encode_uint16s
+from headrace.core.span import Counts, Key, Part, Policy, Span, SpanDecision, block_offsets_of, encode_uint16s
 from headrace.foundation.errors import Conflict, SessionEnded
 from headrace.foundation.ids import run_id
 from headrace.store.memory import reads
@@ -37,9 +37,9 @@ from headrace.store.protocol import (
 SWEEP_SPANS_MAX: Final = 1_000
 
 
-def create(tables: Tables, new: NewBatch, now_us: int) -> Batch:
+def create(tables: Tables, new: NewBatch, now_us: int) -> BatchRecord:
     """A batch that is not there yet."""
-    batch = tables.batches[new.id] = Batch(**msgspec.structs.asdict(new), created_us=now_us)
+    batch = tables.batches[new.id] = BatchRecord(**msgspec.structs.asdict(new), created_us=now_us)
     tables.received[new.id] = IndexSet()
     return batch
 
@@ -75,7 +75,7 @@ def append(
     return answer
 
 
-def seal(tables: Tables, batch_id: str, expected_count: int | None, now_us: int) -> Batch:
+def seal(tables: Tables, batch_id: str, expected_count: int | None, now_us: int) -> BatchRecord:
     """Close a batch; completes it when its runs have all ended."""
     batch, received = reads.find(tables, batch_id), tables.received[batch_id]
     after = tables.batches[batch_id] = batches.sealed(batch, received, expected_count=expected_count, now_us=now_us)
@@ -121,7 +121,7 @@ def tick(tables: Tables, environment: str, wanted: Tick, now_us: int) -> Ticked:
     return Ticked(True, after)
 
 
-def fresh_part(tables: Tables, batch: Batch, chunk: Chunk, answer: Appended, now_us: int) -> Chunk | None:
+def fresh_part(tables: Tables, batch: BatchRecord, chunk: Chunk, answer: Appended, now_us: int) -> Chunk | None:
     """The runs that are new, as a chunk; what is not is told in `answer`. Indexes and keys are taken at once.
 
     A run whose key already names a run is linked to it, and in a stream left out.
@@ -167,7 +167,7 @@ def _covered(chunk: Chunk, block_offsets: bytes | None) -> Sequence[int]:
     return range(chunk.runs_count) if block_offsets is None else spans.decode_uint16s(block_offsets)
 
 
-def with_lanes(tables: Tables, batch: Batch, chunk: Chunk) -> Batch:
+def with_lanes(tables: Tables, batch: BatchRecord, chunk: Chunk) -> BatchRecord:
     """Make queues known, and note what time it is when the batch first meets each."""
     bases = dict(batch.order_bases)
     for key in chunk.spans:
@@ -176,10 +176,10 @@ def with_lanes(tables: Tables, batch: Batch, chunk: Chunk) -> Batch:
     return msgspec.structs.replace(batch, order_bases=bases)
 
 
-def insert(tables: Tables, batch: Batch, chunk: Chunk, now_us: int) -> Counts:
+def insert(tables: Tables, batch: BatchRecord, chunk: Chunk, now_us: int) -> Counts:
     """Keep a block, its spans and what only some runs have; answers the runs that ended at birth."""
     block_id = tables.add_block(batch.id, chunk)
-    at_birth = born(chunk)
+    at_birth = ended_at_creation(chunk)
     ended = Counts()
     for key, block_offsets in chunk.spans.items():
         by_state: dict[int, list[int]] = {}
@@ -208,7 +208,7 @@ def insert(tables: Tables, batch: Batch, chunk: Chunk, now_us: int) -> Counts:
 
 
 def _new_span(
-    tables: Tables, batch: Batch, block_id: int, chunk: Chunk, key: Key, own: list[int], state: int, stands: str
+    tables: Tables, batch: BatchRecord, block_id: int, chunk: Chunk, key: Key, own: list[int], state: int, stands: str
 ) -> Span:
     clock = environment_clock(tables, batch.environment)
     return Span(
@@ -237,7 +237,7 @@ def homes(span: Span) -> Iterator[tuple[int, int]]:
     return zip(block_offsets_of(span), span.states, strict=True)
 
 
-def by_block(tables: Tables, batch: Batch, indexes: Collection[int]) -> dict[int, dict[int, int]]:
+def by_block(tables: Tables, batch: BatchRecord, indexes: Collection[int]) -> dict[int, dict[int, int]]:
     """`{block id: {position: index}}`; an index nobody received is `NotFound`."""
     found: dict[int, dict[int, int]] = {}
     for index in indexes:
@@ -274,7 +274,7 @@ def count_in(tables: Tables, batch_id: str, counts: Counts, now_us: int) -> None
         tables.batches[batch_id] = batches.settled(tables.batches[batch_id], counts, now_us)
 
 
-def apply(tables: Tables, verdict: Verdict, now_us: int) -> None:
+def apply(tables: Tables, verdict: SpanDecision, now_us: int) -> None:
     """Keep what was decided about one lease."""
     if verdict.span is None:
         return
@@ -316,7 +316,7 @@ def sweep_stopped(tables: Tables, batch_id: str, spans_max: int, now_us: int) ->
     return len(found), change.settled
 
 
-def is_overdue(batch: Batch, now_us: int) -> bool:
+def is_overdue(batch: BatchRecord, now_us: int) -> bool:
     """Whether a batch is past its seal deadline."""
     due_us = batches.seal_due_us(batch)
     return due_us is not None and due_us <= now_us

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.store.caller_transaction import Joined, Steps
-from headrace.store.postgres.id_ranges import Range
+from headrace.store.caller_transaction import CallerTransaction, Steps
+from headrace.store.postgres.id_ranges import IdRange
 from headrace.store.postgres.notifier import channel_of
 from headrace.store.postgres.pool import Prepared
 from headrace.store.protocol import WORK
-from headrace.store.transactions.sql_script import Ask, Rows
+from headrace.store.transactions.sql_script import Query, Rows
 
 
-class PostgresJoined(Joined):
+class PostgresJoined(CallerTransaction):
     """Ids come from the ranges of this process; one that is fetched here stays, whatever becomes of the transaction.
 
     Whoever listens is told with the caller's commit. That makes commits of such transactions wait for each other a
@@ -21,13 +21,13 @@ class PostgresJoined(Joined):
     """
 
     def __init__(
-        self, connection: Any, sql: Mapping[str, Prepared], schema: str, *, block_ids: Range, span_ids: Range
+        self, connection: Any, sql: Mapping[str, Prepared], schema: str, *, block_ids: IdRange, span_ids: IdRange
     ) -> None:
         super().__init__(connection, sql.__getitem__, is_sqlite=False)
         self._ids = {"next_block_ids": block_ids, "next_span_ids": span_ids}
         self._news = {"channel": channel_of(schema), "words": WORK}
 
-    def _rows(self, ask: Ask) -> Steps[Rows]:
+    def _rows(self, ask: Query) -> Steps[Rows]:
         if ask.name != "take_ids":
             return (yield from super()._rows(ask))
         first_block = yield from self._first("next_block_ids", ask.values["blocks_count"])
@@ -37,9 +37,9 @@ class PostgresJoined(Joined):
     def _first(self, name: str, count: int) -> Steps[int]:
         own = self._ids[name]
         while (first := own.take(count)) is None:
-            ((start,),) = yield from super()._rows(Ask(name, {}))
+            ((start,),) = yield from super()._rows(Query(name, {}))
             own.start(start)
         return first
 
     def _told(self) -> Steps[None]:
-        yield from super()._rows(Ask("tell", self._news))
+        yield from super()._rows(Query("tell", self._news))

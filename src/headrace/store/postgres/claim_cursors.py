@@ -23,7 +23,7 @@ Marks = dict[tuple[str, str], tuple[int, int]]
 """Priority and order number by queue and task."""
 
 
-class Watermarks:
+class ClaimCursors:
     """The marks of the wishes that were claimed last."""
 
     def __init__(self, *, everything_each_us: int) -> None:

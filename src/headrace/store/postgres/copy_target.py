@@ -16,7 +16,7 @@ from headrace.store.transactions.row_mapping import Blob, add_parts, add_spans, 
 from headrace.store.transactions.sql_script import Script, fetch, fetch_column, fetch_first, fetch_one
 
 
-class PostgresArrival:
+class PostgresCopyTarget:
     """A schema as the side of a move that takes in (see `headrace.store.store_copy.Arrival`)."""
 
     def __init__(self, store: PostgresStore) -> None:

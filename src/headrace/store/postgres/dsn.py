@@ -13,7 +13,7 @@ _SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,62}\Z")
 _YES: Final = {"true": True, "false": False}
 
 
-class Address(NamedTuple):
+class DatabaseAddress(NamedTuple):
     """One database. `dsn` is what the driver takes; the rest are Headrace's own words in the query.
 
     `pooler`: `transaction` when each transaction may meet another server connection, `none` when a connection is one,
@@ -26,7 +26,7 @@ class Address(NamedTuple):
     is_read_only: bool
 
 
-def address(url: str) -> Address:
+def address(url: str) -> DatabaseAddress:
     """The parts of `postgresql://…?schema=&pooler=&read_only=`. Raises `InvalidSetting`."""
     try:
         parts = urlsplit(url)
@@ -47,7 +47,7 @@ def address(url: str) -> Address:
     read_only = query.pop("read_only", "false")
     if read_only not in _YES:
         raise InvalidSetting(f"read_only must be true or false, not {read_only!r}")
-    return Address(
+    return DatabaseAddress(
         dsn=urlunsplit(parts._replace(query=urlencode(query))),
         schema=schema,
         pooler=pooler,

@@ -17,10 +17,10 @@ from headrace.core.condition import Condition
 from headrace.core.entity import ID, JSON, Column, EntityType
 from headrace.core.sequencer import Position
 from headrace.store.entities.codecs import RowReader, copy_column, copy_rows, json_text
-from headrace.store.entities.protocol import Commit, Plan, Standing, Write
+from headrace.store.entities.protocol import Commit, EntityPlan, IndexerState, Write
 from headrace.store.entities.schema import Change, changes_of, check_names, tables_of
 from headrace.store.entities.sql import CHECKPOINT, HISTORY_SUFFIX, IS_DELETED, Dialect
-from headrace.store.postgres.pool import Connection, Prepared, prepared
+from headrace.store.postgres.pool import PostgresConnection, Prepared, prepared
 from headrace.store.postgres.schema_migration import LOCK
 from headrace.store.postgres.store import PostgresStore
 from headrace.store.transactions import indexer
@@ -59,16 +59,16 @@ class PostgresEntities:
 
     # -- tables
 
-    async def prepare(self, plan: Plan) -> Standing:
+    async def prepare(self, plan: EntityPlan) -> IndexerState:
         """Make or extend the tables, one process at a time."""
         check_names(plan.entities)
         return await self._store.within(lambda connection, run: self._prepare(connection, run, plan))
 
     async def _prepare(
-        self, connection: Connection, run: Callable[[Script[Any]], Awaitable[Any]], plan: Plan
-    ) -> Standing:
+        self, connection: PostgresConnection, run: Callable[[Script[Any]], Awaitable[Any]], plan: EntityPlan
+    ) -> IndexerState:
         await run(fetch("migration_lock", lock=LOCK))
-        standing: Standing = await run(indexer.found_or_made(plan.environment, plan.indexer))
+        standing: IndexerState = await run(indexer.found_or_made(plan.environment, plan.indexer))
         kept = await run(indexer.kept_tables())
         existing = set(await run(fetch_column("existing_tables", schema=self._store.schema)))
         changes = changes_of(plan, kept, existing)
@@ -77,10 +77,12 @@ class PostgresEntities:
         for change in changes:
             await self._change(connection, plan, change, has_indexes=standing.is_caught_up or not plan.defer_indexes)
             await run(indexer.keep_table(plan, change.entity))
-        found: Standing = await run(indexer.find(plan.environment, plan.indexer))
+        found: IndexerState = await run(indexer.find(plan.environment, plan.indexer))
         return found
 
-    async def _change(self, connection: Connection, plan: Plan, change: Change, *, has_indexes: bool) -> None:
+    async def _change(
+        self, connection: PostgresConnection, plan: EntityPlan, change: Change, *, has_indexes: bool
+    ) -> None:
         entity, dialect = change.entity, self._dialect
         if change.creates:
             await connection.raw.execute(dialect.create(entity))
@@ -109,7 +111,7 @@ class PostgresEntities:
     async def reset(self, environment: str, name: str) -> list[str]:
         """Drop all tables of an indexer."""
 
-        async def work(connection: Connection, run: Callable[[Script[Any]], Awaitable[Any]]) -> list[str]:
+        async def work(connection: PostgresConnection, run: Callable[[Script[Any]], Awaitable[Any]]) -> list[str]:
             tables = tables_of(await run(indexer.forget(environment, name)))
             for table in tables:
                 await connection.raw.execute(self._dialect.drop(table))
@@ -119,11 +121,11 @@ class PostgresEntities:
 
     # -- the lease
 
-    async def standings(self, environment: str) -> list[Standing]:
+    async def standings(self, environment: str) -> list[IndexerState]:
         """Every indexer."""
         return await self._script(lambda: indexer.standings(environment))
 
-    async def take(self, seen: Standing, holder: str) -> int | None:
+    async def take(self, seen: IndexerState, holder: str) -> int | None:
         """Lease it."""
         return await self._script(lambda: indexer.take(seen, holder))
 
@@ -140,7 +142,7 @@ class PostgresEntities:
     async def commit(self, commit: Commit, *, now_us: int) -> None:
         """Guard, runs, rows, history, COMMIT."""
 
-        async def work(connection: Connection, run: Callable[[Script[Any]], Awaitable[Any]]) -> None:
+        async def work(connection: PostgresConnection, run: Callable[[Script[Any]], Awaitable[Any]]) -> None:
             if not await run(indexer.move(commit, now_us)):
                 return
             await run(indexer.note(commit))
@@ -161,7 +163,7 @@ class PostgresEntities:
 
         await self._store.within(work)
 
-    async def _write(self, connection: Connection, write: Write) -> None:
+    async def _write(self, connection: PostgresConnection, write: Write) -> None:
         entity = write.entity
         if write.rows and not await self._inserted(connection, write):
             self._rewritten.add(entity.table)
@@ -171,7 +173,7 @@ class PostgresEntities:
             sql = self._dialect.delete(entity, len(write.deleted))
             await connection.raw.execute(sql, list(write.deleted), timeout=BULK_TIMEOUT_S)
 
-    async def _inserted(self, connection: Connection, write: Write) -> bool:
+    async def _inserted(self, connection: PostgresConnection, write: Write) -> bool:
         """Whether all rows were new; nothing has happened when one was not."""
         entity = write.entity
         if entity.table in self._rewritten:
@@ -185,7 +187,7 @@ class PostgresEntities:
         await connection.raw.execute("RELEASE SAVEPOINT before_copy")
         return True
 
-    async def _merge(self, connection: Connection, write: Write) -> None:
+    async def _merge(self, connection: PostgresConnection, write: Write) -> None:
         entity, dialect = write.entity, self._dialect
         name = dialect.incoming(entity)
         await connection.raw.execute(dialect.create_incoming(entity))
@@ -193,7 +195,13 @@ class PostgresEntities:
         await connection.raw.execute(dialect.upsert(entity, dialect.select_incoming(entity)), timeout=BULK_TIMEOUT_S)
 
     async def _copy(
-        self, connection: Connection, entity: EntityType, table: str, rows: Sequence[Any], *, schema: str | None = None
+        self,
+        connection: PostgresConnection,
+        entity: EntityType,
+        table: str,
+        rows: Sequence[Any],
+        *,
+        schema: str | None = None,
     ) -> None:
         for start in range(0, len(rows), COPY_ROWS):
             await connection.raw.copy_to_table(
@@ -204,7 +212,7 @@ class PostgresEntities:
                 timeout=BULK_TIMEOUT_S,
             )
 
-    async def _keep(self, connection: Connection, write: Write) -> None:
+    async def _keep(self, connection: PostgresConnection, write: Write) -> None:
         """Changes into the history, with how the rows stood before the first of them."""
         entity, dialect = write.entity, self._dialect
         ids = list(dict.fromkeys(row_id for row_id, _, _ in write.changes))
@@ -228,11 +236,13 @@ class PostgresEntities:
                 timeout=BULK_TIMEOUT_S,
             )
 
-    async def rollback(self, plan: Plan, token: int, *, old_no: int, source: str, to: Position | None) -> Standing:
+    async def rollback(
+        self, plan: EntityPlan, token: int, *, old_no: int, source: str, to: Position | None
+    ) -> IndexerState:
         """Go back."""
 
-        async def work(connection: Connection, run: Callable[[Script[Any]], Awaitable[Any]]) -> Standing:
-            standing: Standing = await run(indexer.go_back(plan, token, old_no, source, to))
+        async def work(connection: PostgresConnection, run: Callable[[Script[Any]], Awaitable[Any]]) -> IndexerState:
+            standing: IndexerState = await run(indexer.go_back(plan, token, old_no, source, to))
             for entity in plan.entities:
                 if plan.keeps_history(entity):
                     for sql in self._dialect.restore(entity):

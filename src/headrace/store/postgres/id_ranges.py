@@ -8,7 +8,7 @@ from typing import Final
 ID_RANGE: Final = 65_536
 
 
-class Range:
+class IdRange:
     """Ids of one range that are still free; the loops of several threads may share it."""
 
     __slots__ = ("_left", "_lock", "_next")

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import structlog
 
-from headrace.store.postgres.dsn import Address
+from headrace.store.postgres.dsn import DatabaseAddress
 from headrace.store.postgres.errors import DRIVER, as_fault
-from headrace.store.postgres.pool import Connection, compiled, connect
+from headrace.store.postgres.pool import PostgresConnection, compiled, connect
 from headrace.store.protocol import WORK
 
 LOG: Any = structlog.get_logger("headrace.notifier")
@@ -39,7 +39,7 @@ PROBE: Final = "probe"
 class PostgresNotifier:
     """One process's ear and voice on a schema. `address` should lead past any pooler."""
 
-    def __init__(self, address: Address, schema: str) -> None:
+    def __init__(self, address: DatabaseAddress, schema: str) -> None:
         self._address = address
         self._channel = channel_of(schema)
         self._notify = compiled(schema)["notify"]
@@ -118,7 +118,7 @@ class PostgresNotifier:
             tries_count = 0 if loop.time() > began_s + STEADY_S else min(tries_count + 1, len(AGAIN_S) - 1)
             await asyncio.sleep(AGAIN_S[tries_count])
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, connection: PostgresConnection) -> None:
         """Listen and tell until the connection ends."""
         connection.raw.add_termination_listener(lambda _: self._wake.set())
         if not connection.is_pooled:
@@ -143,7 +143,7 @@ class PostgresNotifier:
                 if self.is_listening and not self._told and not await self._hears_itself(connection):
                     return
 
-    async def _hears_itself(self, connection: Connection) -> bool:
+    async def _hears_itself(self, connection: PostgresConnection) -> bool:
         self._has_heard_itself = False
         await connection.fetch(self._notify, {"channel": self._channel, "words": PROBE})
         return self._has_heard_itself  # a session hands over what it heard before it says that it is done
@@ -154,7 +154,7 @@ class PostgresNotifier:
         waits_s = {word: self._sent_s.get(word, 0.0) + GAPS_S.get(word, GAP_S) - now_s for word in self._told}
         return [word for word, wait_s in waits_s.items() if wait_s <= 0], min(waits_s.values(), default=PROBE_S)
 
-    async def _send(self, connection: Connection, words: list[str]) -> None:
+    async def _send(self, connection: PostgresConnection, words: list[str]) -> None:
         now_s = asyncio.get_running_loop().time()
         self._told.difference_update(words)
         self._sent_s.update(dict.fromkeys(words, now_s))

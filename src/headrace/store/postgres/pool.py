@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import asyncpg
 
 from headrace.foundation.errors import StoreUnavailable
-from headrace.store.postgres.dsn import Address
+from headrace.store.postgres.dsn import DatabaseAddress
 from headrace.store.statements import numbered, statements
 from headrace.store.transactions.sql_script import Rows
 
@@ -70,7 +70,7 @@ def prepared(sql: str, names: list[str]) -> Prepared:
     return Prepared(sql, names, f"headrace_{hashlib.sha256(sql.encode()).hexdigest()[:32]}")
 
 
-class Connection:
+class PostgresConnection:
     """One connection. `is_pooled`: the session behind it may change with each transaction."""
 
     __slots__ = ("_statements", "idle_since_s", "is_pooled", "raw")
@@ -116,7 +116,7 @@ class Connection:
         return not self.raw.is_closed() and not self.raw.is_in_transaction()
 
 
-async def connect(address: Address) -> Connection:
+async def connect(address: DatabaseAddress) -> PostgresConnection:
     """A new connection, and what is behind it."""
     raw = await asyncpg.connect(
         address.dsn,
@@ -134,22 +134,22 @@ async def connect(address: Address) -> Connection:
     except BaseException:
         raw.terminate()
         raise
-    return Connection(raw, is_pooled=is_pooled)
+    return PostgresConnection(raw, is_pooled=is_pooled)
 
 
 class Pool:
     """The connections of one loop, made when they are needed, the one used last first."""
 
-    def __init__(self, address: Address, size: int) -> None:
+    def __init__(self, address: DatabaseAddress, size: int) -> None:
         self.address = address
         self._size = size
         self._slots = asyncio.Semaphore(size)
-        self._idle: list[Connection] = []
-        self._open: set[Connection] = set()
+        self._idle: list[PostgresConnection] = []
+        self._open: set[PostgresConnection] = set()
         self._is_closed = False
 
     @asynccontextmanager
-    async def borrowed(self) -> AsyncIterator[Connection]:
+    async def borrowed(self) -> AsyncIterator[PostgresConnection]:
         """A connection for a block, which leaves no transaction on it."""
         connection = await self._take()
         try:
@@ -166,7 +166,7 @@ class Pool:
         finally:
             self._give_back(connection)
 
-    async def _take(self) -> Connection:
+    async def _take(self) -> PostgresConnection:
         await self._slots.acquire()
         try:
             self._check_open()
@@ -186,7 +186,7 @@ class Pool:
         if self._is_closed:
             raise StoreUnavailable("the store is closed")
 
-    def _give_back(self, connection: Connection) -> None:
+    def _give_back(self, connection: PostgresConnection) -> None:
         now_s = asyncio.get_running_loop().time()
         if self._is_of_use(connection) and not self._is_closed:
             connection.idle_since_s = now_s
@@ -197,11 +197,11 @@ class Pool:
             self._end(self._idle.pop(0))
         self._slots.release()
 
-    def _is_of_use(self, connection: Connection) -> bool:
+    def _is_of_use(self, connection: PostgresConnection) -> bool:
         """Whether another verb may have it: not if it was made before a pooler was noticed."""
         return connection.is_usable and (connection.is_pooled or self.address.pooler != "transaction")
 
-    def _end(self, connection: Connection) -> None:
+    def _end(self, connection: PostgresConnection) -> None:
         self._open.discard(connection)
         connection.raw.terminate()
 

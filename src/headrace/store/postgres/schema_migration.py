@@ -9,7 +9,7 @@ from typing import Any, Final
 import asyncpg
 
 from headrace.foundation.errors import StoreBroken
-from headrace.store.postgres.pool import BEGIN_WRITING, Connection, Prepared
+from headrace.store.postgres.pool import BEGIN_WRITING, PostgresConnection, Prepared
 from headrace.store.statements import migrations
 
 PACKAGE: Final = "headrace.store.postgres"
@@ -21,7 +21,7 @@ LOCK_TIMEOUT_MS: Final = "3000"
 MIGRATION_S: Final = 3_600
 
 
-class Migrating:
+class SchemaMigration:
     """One process at a time migrates a schema; the others wait for it, and find the work done."""
 
     def __init__(self, statements: Mapping[str, Prepared], schema: str) -> None:
@@ -30,7 +30,7 @@ class Migrating:
         self._scripts = migrations(PACKAGE)
         self._newest = self._scripts[-1][0]
 
-    async def run(self, connection: Connection) -> None:
+    async def run(self, connection: PostgresConnection) -> None:
         """Apply what is missing, all of it or nothing.
 
         A migration waits for the locks it needs for a moment only, since whatever comes after it has to wait too, and
@@ -51,11 +51,11 @@ class Migrating:
             else:
                 return
 
-    async def check(self, connection: Connection) -> None:
+    async def check(self, connection: PostgresConnection) -> None:
         """Raise `StoreBroken` unless the schema has the version that this code knows."""
         self._known(await self._version(connection), is_read_only=True)
 
-    async def _apply(self, connection: Connection) -> None:
+    async def _apply(self, connection: PostgresConnection) -> None:
         await connection.begin(BEGIN_WRITING)
         await self._fetch(connection, "patience_of_migration", lock_timeout="0")
         await connection.fetch(self._statements["migration_lock"], {"lock": LOCK}, timeout_s=MIGRATION_S)
@@ -79,11 +79,11 @@ class Migrating:
                 hint="run `headrace migrate` on the primary",
             )
 
-    async def _version(self, connection: Connection) -> int:
+    async def _version(self, connection: PostgresConnection) -> int:
         if not await self._fetch(connection, "version_table", schema=self._schema):
             return 0
         ((number,),) = await self._fetch(connection, "version")
         return int(number)
 
-    async def _fetch(self, connection: Connection, name: str, /, **values: Any) -> list[tuple[Any, ...]]:
+    async def _fetch(self, connection: PostgresConnection, name: str, /, **values: Any) -> list[tuple[Any, ...]]:
         return await connection.fetch(self._statements[name], values)

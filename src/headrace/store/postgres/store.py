@@ -17,21 +17,29 @@ from headrace.core.block import Chunk
 from headrace.core.span import SETTLED, Settlement
 from headrace.foundation.errors import HeadraceError, InvalidInput, InvalidSetting, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
-from headrace.store.caller_transaction import Joined
+from headrace.store.caller_transaction import CallerTransaction
 from headrace.store.postgres import fast_path
 from headrace.store.postgres.caller_transaction import PostgresJoined
-from headrace.store.postgres.claim_cursors import Watermarks
+from headrace.store.postgres.claim_cursors import ClaimCursors
 from headrace.store.postgres.dsn import address
 from headrace.store.postgres.errors import ANOTHER_SESSION, DRIVER, SCHEMA_CHANGED, STALE, UNDONE, as_fault
-from headrace.store.postgres.id_ranges import ID_RANGE, Range
-from headrace.store.postgres.pool import BEGIN_READING, BEGIN_WRITING, Connection, Pool, Prepared, compiled, connect
-from headrace.store.postgres.schema_migration import Migrating
+from headrace.store.postgres.id_ranges import ID_RANGE, IdRange
+from headrace.store.postgres.pool import (
+    BEGIN_READING,
+    BEGIN_WRITING,
+    Pool,
+    PostgresConnection,
+    Prepared,
+    compiled,
+    connect,
+)
+from headrace.store.postgres.schema_migration import SchemaMigration
 from headrace.store.protocol import Appended, Claim, Lease, Session
 from headrace.store.transactions import append, queries
 from headrace.store.transactions import leases as lease_scripts
 from headrace.store.transactions.leases import CANDIDATES_MAX, USUAL_RUNS
 from headrace.store.transactions.scripted_store import ScriptedStore
-from headrace.store.transactions.sql_script import Ask, Overtaken, Rows, Script
+from headrace.store.transactions.sql_script import Query, Rows, Script, TransactionConflict
 
 T = TypeVar("T")
 
@@ -57,9 +65,9 @@ class PostgresStore(ScriptedStore):
         self._schema = self.address.schema
         self._sql = compiled(self._schema)
         self._pools: dict[asyncio.AbstractEventLoop, tuple[Pool, AsyncGenerator[None, None]]] = {}
-        self._block_ids, self._span_ids = Range(), Range()
+        self._block_ids, self._span_ids = IdRange(), IdRange()
         self._runs_a_span = USUAL_RUNS
-        self._watermarks = Watermarks(everything_each_us=limits.poll_interval_ms * 1_000)
+        self._watermarks = ClaimCursors(everything_each_us=limits.poll_interval_ms * 1_000)
         self._out_of_order = _Misses(OUT_OF_ORDER)
         self._is_open = False
 
@@ -74,7 +82,7 @@ class PostgresStore(ScriptedStore):
         try:
             if self.address.is_read_only:
                 async with (await self._pool()).borrowed() as connection:
-                    await Migrating(self._sql, self._schema).check(connection)
+                    await SchemaMigration(self._sql, self._schema).check(connection)
             else:
                 await self._migrate()
         except BaseException as error:
@@ -84,7 +92,7 @@ class PostgresStore(ScriptedStore):
             raise as_fault(error) from error
 
     async def _migrate(self) -> None:
-        migrating = Migrating(self._sql, self._schema)
+        migrating = SchemaMigration(self._sql, self._schema)
         if self.direct_address is None:
             async with (await self._pool()).borrowed() as connection:
                 await migrating.run(connection)
@@ -122,7 +130,7 @@ class PostgresStore(ScriptedStore):
     async def check(self) -> dict[str, object]:
         """A round trip, and the settings that durability hangs on."""
 
-        async def work(connection: Connection) -> dict[str, object]:
+        async def work(connection: PostgresConnection) -> dict[str, object]:
             ((server, fsync, synchronous_commit, is_standby),) = await self._fetch(connection, "durability")
             ((version,),) = await self._fetch(connection, "version")
             return {
@@ -138,7 +146,7 @@ class PostgresStore(ScriptedStore):
 
         return await self._tried(work)
 
-    def joined(self, connection: Any) -> Joined:
+    def joined(self, connection: Any) -> CallerTransaction:
         """This schema's statements on a connection that somebody else owns, in the transaction open there."""
         return PostgresJoined(connection, self._sql, self._schema, block_ids=self._block_ids, span_ids=self._span_ids)
 
@@ -157,7 +165,7 @@ class PostgresStore(ScriptedStore):
         if values is not None:
             blocks_count, spans_count = values.pop("blocks_count"), values.pop("spans_count")
 
-            async def work(connection: Connection) -> Rows:
+            async def work(connection: PostgresConnection) -> Rows:
                 block_id = await self._take(connection, self._block_ids, "next_block_ids", blocks_count)
                 span_id = await self._take(connection, self._span_ids, "next_span_ids", spans_count)
                 ids = {"batch_id": batch_id, "block_id": block_id, "span_id": span_id}
@@ -213,7 +221,7 @@ class PostgresStore(ScriptedStore):
                 return await super().claim(claim, now_us=now_us)
 
     async def _claim_whole(self, values: dict[str, Any]) -> Rows:
-        async def work(connection: Connection) -> Rows:
+        async def work(connection: PostgresConnection) -> Rows:
             span_id = await self._take(connection, self._span_ids, "next_span_ids", 1)
             return await self._fetch(connection, "claim_whole", **values, span_id=span_id)
 
@@ -238,7 +246,7 @@ class PostgresStore(ScriptedStore):
     async def _write(self, script: Callable[[], Script[T]]) -> T:
         """In one transaction."""
 
-        async def work(connection: Connection) -> T:
+        async def work(connection: PostgresConnection) -> T:
             await self._begin(connection, BEGIN_WRITING)
             answer = await self._run(connection, script())
             await self._commit(connection)
@@ -249,7 +257,7 @@ class PostgresStore(ScriptedStore):
     async def _read(self, script: Callable[[], Script[T]]) -> T:
         """Against one snapshot."""
 
-        async def work(connection: Connection) -> T:
+        async def work(connection: PostgresConnection) -> T:
             await self._begin(connection, BEGIN_READING)
             answer = await self._run(connection, script())
             await self._commit(connection)
@@ -257,10 +265,12 @@ class PostgresStore(ScriptedStore):
 
         return await self._tried(work)
 
-    async def within(self, work: Callable[[Connection, Callable[[Script[Any]], Awaitable[Any]]], Awaitable[T]]) -> T:
+    async def within(
+        self, work: Callable[[PostgresConnection, Callable[[Script[Any]], Awaitable[Any]]], Awaitable[T]]
+    ) -> T:
         """Work in one transaction on a connection of this loop: `work(connection, run)`, where `run` runs a script."""
 
-        async def whole(connection: Connection) -> T:
+        async def whole(connection: PostgresConnection) -> T:
             await self._begin(connection, BEGIN_WRITING)
             answer = await work(connection, lambda script: self._run(connection, script))
             await self._commit(connection)
@@ -276,7 +286,7 @@ class PostgresStore(ScriptedStore):
         """One statement that the server commits by itself (rule R7)."""
         return await self._changed(lambda connection: self._fetch(connection, name, **values))
 
-    async def _changed(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+    async def _changed(self, work: Callable[[PostgresConnection], Awaitable[T]]) -> T:
         """`_tried`, for what changes something."""
         if self.address.is_read_only:
             raise InvalidSetting(
@@ -285,14 +295,14 @@ class PostgresStore(ScriptedStore):
             )
         return await self._tried(work)
 
-    async def _tried(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+    async def _tried(self, work: Callable[[PostgresConnection], Awaitable[T]]) -> T:
         """What the server undid to keep transactions apart is done again; other errors are told as what they mean."""
         for tries_left in range(TRIES - 1, -1, -1):
             pool, connection = await self._pool(), None
             try:
                 async with pool.borrowed() as connection:
                     return await work(connection)
-            except (Overtaken, *UNDONE) as error:
+            except (TransactionConflict, *UNDONE) as error:
                 if not tries_left:
                     raise as_fault(error) from error
                 await asyncio.sleep(0)
@@ -314,14 +324,14 @@ class PostgresStore(ScriptedStore):
         """A statement that doesn't fit the schema any more: was it migrated while this process ran?"""
         try:
             async with pool.borrowed() as connection:
-                await Migrating(self._sql, self._schema).check(connection)
+                await SchemaMigration(self._sql, self._schema).check(connection)
         except StoreBroken as newer:
             return newer
         except (HeadraceError, *DRIVER):
             pass
         return as_fault(error)
 
-    async def _run(self, connection: Connection, script: Script[T]) -> T:
+    async def _run(self, connection: PostgresConnection, script: Script[T]) -> T:
         try:
             ask = next(script)
             while True:
@@ -330,7 +340,7 @@ class PostgresStore(ScriptedStore):
             answer: T = done.value
             return answer
 
-    async def _answer(self, connection: Connection, ask: Ask) -> Rows:
+    async def _answer(self, connection: PostgresConnection, ask: Query) -> Rows:
         if ask.name == "take_ids":
             first_block = await self._take(connection, self._block_ids, "next_block_ids", ask.values["blocks_count"])
             first_span = await self._take(connection, self._span_ids, "next_span_ids", ask.values["spans_count"])
@@ -339,16 +349,16 @@ class PostgresStore(ScriptedStore):
 
     # -- what goes over the wire: every statement passes here by its name
 
-    async def _fetch(self, connection: Connection, name: str, /, **values: Any) -> Rows:
+    async def _fetch(self, connection: PostgresConnection, name: str, /, **values: Any) -> Rows:
         return await connection.fetch(self._sql[name], values)
 
-    async def _begin(self, connection: Connection, how: str) -> None:
+    async def _begin(self, connection: PostgresConnection, how: str) -> None:
         await connection.begin(how)
 
-    async def _commit(self, connection: Connection) -> None:
+    async def _commit(self, connection: PostgresConnection) -> None:
         await connection.commit()
 
-    async def _take(self, connection: Connection, own: Range, name: str, count: int) -> int:
+    async def _take(self, connection: PostgresConnection, own: IdRange, name: str, count: int) -> int:
         """The first of `count` consecutive ids; a fresh range is fetched when the one at hand is too short."""
         if count > ID_RANGE:
             raise InvalidInput(f"one transaction makes at most {ID_RANGE} new rows of a kind, not {count}")

@@ -1,7 +1,7 @@
 """A store in one SQLite file: no set-up, one machine, every commit on disk before it is answered."""
 
-from headrace.store.sqlite.commit_watcher import Watcher
-from headrace.store.sqlite.copy_source import SqliteDeparture
+from headrace.store.sqlite.commit_watcher import CommitWatcher
+from headrace.store.sqlite.copy_source import SqliteCopySource
 from headrace.store.sqlite.store import SqliteStore
 
-__all__ = ["SqliteDeparture", "SqliteStore", "Watcher"]
+__all__ = ["CommitWatcher", "SqliteCopySource", "SqliteStore"]

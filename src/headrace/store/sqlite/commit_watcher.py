@@ -19,7 +19,7 @@ LOOK_MAX_S: Final = 0.05
 SLOWER: Final = 1.05
 
 
-class Watcher:
+class CommitWatcher:
     """Looks at one file while somebody waits. `path` is the database file, which must exist."""
 
     def __init__(self, path: Path) -> None:

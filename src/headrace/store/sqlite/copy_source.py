@@ -20,7 +20,7 @@ BATCH_COLUMNS: Final = (
 )  # fmt: skip
 
 
-class SqliteDeparture:
+class SqliteCopySource:
     """A file as the side of a move that is left (see `headrace.store.store_copy.Departure`)."""
 
     def __init__(self, store: SqliteStore) -> None:

@@ -18,7 +18,7 @@ from headrace.core.entity import ID, INTEGER, EntityType
 from headrace.core.sequencer import Position
 from headrace.foundation.errors import StoreUnavailable
 from headrace.store.entities.codecs import RowReader, sqlite_ids, sqlite_rows, sqlite_value
-from headrace.store.entities.protocol import Commit, Plan, Standing, Write
+from headrace.store.entities.protocol import Commit, EntityPlan, IndexerState, Write
 from headrace.store.entities.schema import Change, changes_of, check_names, tables_of
 from headrace.store.entities.sql import Dialect
 from headrace.store.sqlite.script_runner import run_script
@@ -101,12 +101,12 @@ class SqliteEntities:
 
     # -- tables
 
-    async def prepare(self, plan: Plan) -> Standing:
+    async def prepare(self, plan: EntityPlan) -> IndexerState:
         """Make or extend the tables."""
         check_names(plan.entities)
         return self._within(lambda connection: self._prepare(connection, plan))
 
-    def _prepare(self, connection: sqlite3.Connection, plan: Plan) -> Standing:
+    def _prepare(self, connection: sqlite3.Connection, plan: EntityPlan) -> IndexerState:
         standing = run_script(connection, indexer.found_or_made(plan.environment, plan.indexer))
         kept = run_script(connection, indexer.kept_tables())
         existing = set(run_script(connection, fetch_column("existing_tables")))
@@ -118,7 +118,7 @@ class SqliteEntities:
             run_script(connection, indexer.keep_table(plan, change.entity))
         return run_script(connection, indexer.find(plan.environment, plan.indexer))
 
-    def _change(self, connection: sqlite3.Connection, plan: Plan, change: Change, *, has_indexes: bool) -> None:
+    def _change(self, connection: sqlite3.Connection, plan: EntityPlan, change: Change, *, has_indexes: bool) -> None:
         entity, dialect = change.entity, self._dialect
         if change.creates:
             connection.execute(dialect.create(entity))
@@ -155,11 +155,11 @@ class SqliteEntities:
 
     # -- the lease
 
-    async def standings(self, environment: str) -> list[Standing]:
+    async def standings(self, environment: str) -> list[IndexerState]:
         """Every indexer."""
         return self._script(indexer.standings(environment))
 
-    async def take(self, seen: Standing, holder: str) -> int | None:
+    async def take(self, seen: IndexerState, holder: str) -> int | None:
         """Lease it."""
         return self._script(indexer.take(seen, holder))
 
@@ -219,10 +219,12 @@ class SqliteEntities:
         for piece in _pieces(kept, width):
             connection.execute(dialect.insert_history(entity, _values(len(piece), width)), _flat(piece))
 
-    async def rollback(self, plan: Plan, token: int, *, old_no: int, source: str, to: Position | None) -> Standing:
+    async def rollback(
+        self, plan: EntityPlan, token: int, *, old_no: int, source: str, to: Position | None
+    ) -> IndexerState:
         """Go back."""
 
-        def work(connection: sqlite3.Connection) -> Standing:
+        def work(connection: sqlite3.Connection) -> IndexerState:
             standing = run_script(connection, indexer.go_back(plan, token, old_no, source, to))
             for entity in plan.entities:
                 if plan.keeps_history(entity):

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from headrace.core.span import Settlement
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
-from headrace.store.caller_transaction import Joined
+from headrace.store.caller_transaction import CallerTransaction
 from headrace.store.sqlite import fast_path
 from headrace.store.sqlite.script_runner import SQL, run_script, statements_of
 from headrace.store.sqlite.writer import Writer, as_fault
@@ -142,9 +142,9 @@ class SqliteStore(ScriptedStore):
         except sqlite3.Error as error:
             raise as_fault(error) from error
 
-    def joined(self, connection: Any) -> Joined:
+    def joined(self, connection: Any) -> CallerTransaction:
         """This file's statements on a connection that somebody else owns, in the transaction open there."""
-        return Joined(connection, lambda name: numbered(SQL[name]), is_sqlite=True)
+        return CallerTransaction(connection, lambda name: numbered(SQL[name]), is_sqlite=True)
 
     async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do something else than a verb in a transaction of the writer."""

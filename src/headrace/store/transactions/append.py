@@ -10,8 +10,8 @@ import msgspec
 
 from headrace.core import batch as batches
 from headrace.core import run
-from headrace.core.batch import STREAM, Batch
-from headrace.core.block import Born, Chunk, born, check_names, linked, narrowed
+from headrace.core.batch import STREAM, BatchRecord
+from headrace.core.block import Chunk, EndedAtCreation, check_names, ended_at_creation, linked, narrowed
 from headrace.core.index_set import IndexSet
 from headrace.core.order import first_order_no
 from headrace.core.pack import count, unpack_some
@@ -51,12 +51,12 @@ from headrace.store.transactions.row_mapping import (
     take_ids,
     to_batch,
 )
-from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_as, fetch_first, fetch_one
+from headrace.store.transactions.sql_script import Script, TransactionConflict, fetch, fetch_as, fetch_first, fetch_one
 
 _extras_encoder = msgspec.msgpack.Encoder()
 
 
-def create(new: NewBatch, now_us: int) -> Script[tuple[Batch, bool]]:
+def create(new: NewBatch, now_us: int) -> Script[tuple[BatchRecord, bool]]:
     """A new batch, or the one its key names."""
     if new.key is not None:
         row = yield from fetch_one("batch_by_key", environment=new.environment, key=new.key)
@@ -81,7 +81,7 @@ def create(new: NewBatch, now_us: int) -> Script[tuple[Batch, bool]]:
         seal_timeout_ms=new.seal_timeout_ms,
     )
     if not made:
-        raise Overtaken
+        raise TransactionConflict
     return (yield from find(new.id)), True
 
 
@@ -147,7 +147,7 @@ def append(
     )
 
 
-def _fresh(batch: Batch, received: IndexSet, chunks: Sequence[Chunk], now_us: int) -> Script[_Fresh]:
+def _fresh(batch: BatchRecord, received: IndexSet, chunks: Sequence[Chunk], now_us: int) -> Script[_Fresh]:
     fresh = _Fresh([], 0, [], {})
     duplicates_count = 0
     seen = IndexSet()
@@ -244,7 +244,7 @@ def _contents(
 
 
 def _known_keys(
-    batch: Batch,
+    batch: BatchRecord,
     chunk: Chunk,
     keep: list[int],
     known: dict[tuple[str, str], tuple[str, int]],
@@ -313,7 +313,7 @@ def _block_offsets(chunk: Chunk, block_offsets: bytes | None) -> Sequence[int]:
     return range(chunk.runs_count) if block_offsets is None else decode_uint16s(block_offsets)
 
 
-def _keep_lanes(batch: Batch, chunks: Sequence[Chunk]) -> Script[None]:
+def _keep_lanes(batch: BatchRecord, chunks: Sequence[Chunk]) -> Script[None]:
     """Make queues and lanes known, and note what time it is when the batch first meets each queue."""
     lanes = sorted({(key.queue, key.task) for chunk in chunks for key in chunk.spans})
     new_queues = {queue for queue, _ in lanes} - batch.order_bases.keys()
@@ -325,11 +325,11 @@ def _keep_lanes(batch: Batch, chunks: Sequence[Chunk]) -> Script[None]:
         batch.order_bases = batch.order_bases | dict.fromkeys(new_queues, int(clock))
 
 
-def _insert(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[Counts]:
+def _insert(batch: BatchRecord, chunks: Sequence[Chunk], now_us: int) -> Script[Counts]:
     """Insert blocks, their spans, and rows for what only some runs have; answers the runs that ended at birth."""
     (clock,) = yield from fetch_first("environment_clock", environment=batch.environment)
     spans: list[Span] = []
-    ended: list[tuple[Span, dict[int, Born]]] = []
+    ended: list[tuple[Span, dict[int, EndedAtCreation]]] = []
     first_block_id, _ = yield from take_ids(blocks_count=len(chunks))
     blob, rows = Blob(), []
     for block_id, chunk in enumerate(chunks, first_block_id):
@@ -344,7 +344,7 @@ def _insert(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[Counts
                 *blob.put(chunk.items),
             )
         )
-        at_birth = born(chunk)
+        at_birth = ended_at_creation(chunk)
         for key, block_offsets in chunk.spans.items():
             for span in _new_spans(batch, block_id, chunk, key, block_offsets, at_birth, clock, now_us):
                 spans.append(span)
@@ -360,12 +360,12 @@ def _insert(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[Counts
 
 
 def _new_spans(
-    batch: Batch,
+    batch: BatchRecord,
     block_id: int,
     chunk: Chunk,
     key: Key,
     block_offsets: bytes | None,
-    at_birth: dict[int, Born],
+    at_birth: dict[int, EndedAtCreation],
     clock: int,
     now_us: int,
 ) -> Iterator[Span]:
@@ -403,7 +403,7 @@ def _new_spans(
         )
 
 
-def _insert_extras(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script[None]:
+def _insert_extras(batch: BatchRecord, chunks: Sequence[Chunk], now_us: int) -> Script[None]:
     keys, tags, objects = [], [], []
     for chunk in chunks:
         if not chunk.extras:
@@ -423,20 +423,20 @@ def _insert_extras(batch: Batch, chunks: Sequence[Chunk], now_us: int) -> Script
             "insert_keys", environment=batch.environment, batch_id=batch.id, rows=as_json(keys), now_us=now_us
         )
         if len(kept) < len(keys):
-            raise Overtaken
+            raise TransactionConflict
     if tags:
         yield from fetch("insert_tags", environment=batch.environment, batch_id=batch.id, rows=as_json(tags))
     if objects:
         yield from fetch("insert_objects", rows=as_json(objects))
 
 
-def seal_whole(batch_id: str, now_us: int) -> Script[Batch | None]:
+def seal_whole(batch_id: str, now_us: int) -> Script[BatchRecord | None]:
     """Close a batch that has received all that it announced, and no other."""
     batch = yield from lock(batch_id)
     return (yield from seal(batch_id, None, now_us)) if batches.is_whole(batch) else None
 
 
-def seal(batch_id: str, expected_count: int | None, now_us: int) -> Script[Batch]:
+def seal(batch_id: str, expected_count: int | None, now_us: int) -> Script[BatchRecord]:
     """Close a batch; the decision that completes it is in the same transaction."""
     batch = yield from lock(batch_id)
     after = batches.sealed(batch, (yield from received_of(batch_id)), expected_count=expected_count, now_us=now_us)

@@ -7,7 +7,7 @@ from typing import Final
 
 from headrace.core import batch as batches
 from headrace.core import run
-from headrace.core.batch import Batch
+from headrace.core.batch import BatchRecord
 from headrace.core.span import DELAYED, WAITING, Counts, Span, block_offsets_of, cancel
 from headrace.core.span import redrive as redrive_span
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound
@@ -34,7 +34,7 @@ from headrace.store.transactions.sql_script import Script, fetch
 SWEEP_SPANS_MAX: Final = 1_000
 
 
-def stop(batch_id: str, state: str, now_us: int) -> Script[Batch]:
+def stop(batch_id: str, state: str, now_us: int) -> Script[BatchRecord]:
     """Cancel or abandon a batch: a first bounded sweep now; claims and upkeep sweep the rest as they meet it."""
     yield from find(batch_id)
     rows = yield from fetch("unsettled_spans_of_batch", batch_id=batch_id, rows_max=SWEEP_SPANS_MAX)

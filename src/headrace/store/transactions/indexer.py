@@ -14,8 +14,8 @@ from headrace.core.block import Chunk
 from headrace.core.entity import EntityType
 from headrace.core.sequencer import Position, is_after
 from headrace.foundation.errors import Conflict, NotFound, StoreBroken
-from headrace.store.entities.protocol import Commit, HistoryGone, LeaseLost, Plan, Standing
-from headrace.store.entities.schema import Kept, form_of
+from headrace.store.entities.protocol import Commit, EntityPlan, HistoryGone, IndexerState, LeaseLost
+from headrace.store.entities.schema import StoredTable, form_of
 from headrace.store.protocol import NewBatch
 from headrace.store.transactions import append
 from headrace.store.transactions.row_mapping import as_json
@@ -27,7 +27,7 @@ LOG_ROWS: Final = 5_000
 _decode: Final = msgspec.json.decode
 
 
-def find(environment: str, name: str) -> Script[Standing]:
+def find(environment: str, name: str) -> Script[IndexerState]:
     """An indexer's row. Raises `NotFound`."""
     row = yield from fetch_one("indexer", environment=environment, name=name)
     if row is None:
@@ -37,13 +37,13 @@ def find(environment: str, name: str) -> Script[Standing]:
     return _standing(row)
 
 
-def found_or_made(environment: str, name: str) -> Script[Standing]:
+def found_or_made(environment: str, name: str) -> Script[IndexerState]:
     """An indexer's row; a new one stands before its first event."""
     yield from fetch("insert_indexer", environment=environment, name=name)
     return (yield from find(environment, name))
 
 
-def standings(environment: str) -> Script[list[Standing]]:
+def standings(environment: str) -> Script[list[IndexerState]]:
     """Every indexer of an environment."""
     return [_standing(row) for row in (yield from fetch("indexers", environment=environment))]
 
@@ -64,9 +64,9 @@ class IndexerRow(NamedTuple):
     moved_us: int
 
 
-def _standing(columns: Sequence[Any]) -> Standing:
+def _standing(columns: Sequence[Any]) -> IndexerState:
     row = IndexerRow._make(columns)
-    return Standing(
+    return IndexerState(
         environment=row.environment,
         name=row.name,
         no=row.no,
@@ -81,16 +81,16 @@ def _standing(columns: Sequence[Any]) -> Standing:
     )
 
 
-def kept_tables() -> Script[dict[str, Kept]]:
+def kept_tables() -> Script[dict[str, StoredTable]]:
     """Every table that an indexer made, by name."""
     rows = yield from fetch("indexer_tables")
     return {
-        name: Kept(environment, indexer, _decode(columns), bool(has_history))
+        name: StoredTable(environment, indexer, _decode(columns), bool(has_history))
         for name, environment, indexer, columns, has_history in rows
     }
 
 
-def keep_table(plan: Plan, entity: EntityType) -> Script[None]:
+def keep_table(plan: EntityPlan, entity: EntityType) -> Script[None]:
     """Remember what a table was made for."""
     yield from fetch(
         "put_indexer_table",
@@ -102,7 +102,7 @@ def keep_table(plan: Plan, entity: EntityType) -> Script[None]:
     )
 
 
-def start_history(plan: Plan, standing: Standing) -> Script[None]:
+def start_history(plan: EntityPlan, standing: IndexerState) -> Script[None]:
     """History begins here: to before this nobody can go back."""
     yield from fetch("delete_checkpoints", environment=plan.environment, indexer=plan.indexer, from_no=-1, to_no=2**62)
     yield from fetch(
@@ -114,7 +114,7 @@ def start_history(plan: Plan, standing: Standing) -> Script[None]:
     )
 
 
-def take(seen: Standing, holder: str) -> Script[int | None]:
+def take(seen: IndexerState, holder: str) -> Script[int | None]:
     """Lease an indexer that nobody has moved or renewed since it was seen."""
     tokens = yield from fetch_column(
         "take_indexer",
@@ -164,7 +164,7 @@ def move(commit: Commit, now_us: int) -> Script[bool]:
     )
 
 
-def _check_token(standing: Standing, token: int) -> None:
+def _check_token(standing: IndexerState, token: int) -> None:
     if standing.token != token:
         raise LeaseLost(
             f"the indexer {standing.name!r} is worked on by {standing.holder or 'another process'} now",
@@ -181,7 +181,7 @@ def note(commit: Commit) -> Script[None]:
         yield from fetch("insert_checkpoints", environment=plan.environment, indexer=plan.indexer, rows=as_json(rows))
 
 
-def enqueue(plan: Plan, batch_id: str, chunks: Sequence[Chunk], runs_max: int, now_us: int) -> Script[None]:
+def enqueue(plan: EntityPlan, batch_id: str, chunks: Sequence[Chunk], runs_max: int, now_us: int) -> Script[None]:
     """Runs as one whole batch: created, filled and sealed in this transaction.
 
     A run whose key (position and ordinal) is known was enqueued before a rewind, and is that run. When all are, there
@@ -213,7 +213,7 @@ def raise_floor(commit: Commit, floor_no: int) -> Script[None]:
     )
 
 
-def go_back(plan: Plan, token: int, old_no: int, source: str, to: Position | None) -> Script[Standing]:
+def go_back(plan: EntityPlan, token: int, old_no: int, source: str, to: Position | None) -> Script[IndexerState]:
     """Put the row where it stood after the last event at or before a position; the tables follow."""
     if not plan.history:
         raise HistoryGone(
@@ -242,7 +242,7 @@ def go_back(plan: Plan, token: int, old_no: int, source: str, to: Position | Non
     return (yield from find(plan.environment, plan.indexer))
 
 
-def _no_at(standing: Standing, source: str, to: Position | None) -> Script[int]:
+def _no_at(standing: IndexerState, source: str, to: Position | None) -> Script[int]:
     """The checkpoint before the first event of `source` after `to`: that event and all after it must go."""
     number, text = _columns_of(to) if to is not None else (-(2**63), "")
     (first_no,) = yield from fetch_first(
@@ -268,7 +268,7 @@ def _no_at(standing: Standing, source: str, to: Position | None) -> Script[int]:
     return standing.no if first_no is None else int(first_no) - 1
 
 
-def _positions_at(standing: Standing, no: int) -> Script[dict[str, Position]]:
+def _positions_at(standing: IndexerState, no: int) -> Script[dict[str, Position]]:
     """Where each source stood at a checkpoint."""
     if no == standing.no:
         return standing.positions
@@ -284,7 +284,7 @@ def checkpoints(environment: str, name: str) -> Script[list[tuple[int, str, Posi
     return [(no, source, _position(number, text)) for no, source, number, text in rows]
 
 
-def forget(environment: str, name: str) -> Script[dict[str, Kept]]:
+def forget(environment: str, name: str) -> Script[dict[str, StoredTable]]:
     """Forget an indexer; answers the tables that are to be dropped."""
     yield from find(environment, name)
     tables = {

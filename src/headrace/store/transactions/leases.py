@@ -17,7 +17,7 @@ from headrace.core.span import (
     Policy,
     Settlement,
     Span,
-    Verdict,
+    SpanDecision,
     dead_block_offsets,
     leased,
     take_first,
@@ -26,7 +26,7 @@ from headrace.core.span import (
 from headrace.core.span import release as release_span
 from headrace.core.span import settle as settle_span
 from headrace.foundation.errors import SessionEnded
-from headrace.store.protocol import Claim, Heartbeat, Held, Release, Session, Suspects
+from headrace.store.protocol import Claim, Heartbeat, HeldLease, Release, Session, Suspects
 from headrace.store.transactions.cancel_redrive import count_in, sweep_stopped
 from headrace.store.transactions.dead_letters import add_dead
 from headrace.store.transactions.locate import clocks, locate, require_live
@@ -42,7 +42,7 @@ from headrace.store.transactions.row_mapping import (
     to_batch,
     to_span,
 )
-from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_as, fetch_column, fetch_one
+from headrace.store.transactions.sql_script import Script, TransactionConflict, fetch, fetch_as, fetch_column, fetch_one
 
 PROMOTE_MAX: Final = 1_000
 SWEEPS_MAX: Final = 4
@@ -51,7 +51,7 @@ USUAL_RUNS: Final = 256
 CANCELLATIONS_MAX: Final = 10_000
 
 
-class Taken(NamedTuple):
+class ClaimedSpans(NamedTuple):
     """What a claim took: spans under their new lease and the rows of their blocks by id."""
 
     spans: list[Span]
@@ -82,7 +82,7 @@ def heartbeat(session_id: str, now_us: int) -> Script[Heartbeat]:
     cancelled = yield from fetch("cancellations", ids=ids, rows_max=CANCELLATIONS_MAX)
     (database_us,) = beat
     return Heartbeat(
-        leases=[Held(span_id, token, claim_no) for span_id, token, claim_no, _ in rows],
+        leases=[HeldLease(span_id, token, claim_no) for span_id, token, claim_no, _ in rows],
         stopped=(yield from fetch_column("stopped_batches", ids=ids)),
         cancelled=[(batch_id, index) for batch_id, index in cancelled],
         database_us=database_us,
@@ -141,7 +141,7 @@ def _leave_batches(session_id: str, now_us: int) -> Script[None]:
             yield from put_batch(batches.left(batch, now_us))
 
 
-def claim(wish: Claim, now_us: int) -> Script[Taken]:
+def claim(wish: Claim, now_us: int) -> Script[ClaimedSpans]:
     """Lease the best spans to a live session; a claim asked for again answers the same spans (rule R1)."""
     yield from require_live(wish.session_id)
     rows = yield from fetch("claimed_before", session_id=wish.session_id, claim_no=wish.claim_no)
@@ -152,7 +152,7 @@ def claim(wish: Claim, now_us: int) -> Script[Taken]:
         spans = yield from _take(wish, now_us)
     ids = as_json([span.block_id for span in spans])
     blocks = (yield from fetch_as(BlockRow, "blocks", ids=ids)) if spans else []
-    return Taken(spans, {block.id: block for block in blocks})
+    return ClaimedSpans(spans, {block.id: block for block in blocks})
 
 
 def promote(now_us: int) -> Script[None]:
@@ -181,7 +181,7 @@ def _take(wish: Claim, now_us: int) -> Script[list[Span]]:
             locked = set((yield from fetch_column("stopping_batches")))
             yield from fetch("lock_batches", ids=as_json(sorted(locked)))
         if not locked.issuperset(stopped):
-            raise Overtaken
+            raise TransactionConflict
         for batch_id in stopped:  # rule R9: a claim that meets a cancelled batch sweeps its spans, bounded
             yield from sweep_stopped(batch_id, CANDIDATES_MAX, now_us)
     return []
@@ -359,7 +359,7 @@ class _Gathered:
         self._counts: dict[str, Counts] = {}
         self._dead: list[tuple[Span, list[int]]] = []
 
-    def add(self, verdict: Verdict) -> None:
+    def add(self, verdict: SpanDecision) -> None:
         self.words.append(verdict.word)
         if verdict.span is None:
             return

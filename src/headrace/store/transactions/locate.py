@@ -8,13 +8,13 @@ from typing import Any, Final
 
 import msgspec
 
-from headrace.core.batch import Batch
+from headrace.core.batch import BatchRecord
 from headrace.core.block import Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.span import Span
 from headrace.foundation.errors import InvalidInput, NotFound, SessionEnded, StoreBroken
 from headrace.store.transactions.row_mapping import BatchRow, SpanRow, as_json, to_batch, to_span
-from headrace.store.transactions.sql_script import Overtaken, Script, fetch, fetch_as, fetch_first, fetch_one
+from headrace.store.transactions.sql_script import Script, TransactionConflict, fetch, fetch_as, fetch_first, fetch_one
 
 BLOCKS_MAX: Final = 1_000_000
 """Blocks that may hold one index: few, unless a batch came in random order."""
@@ -26,24 +26,24 @@ def decode_extras(data: bytes | None) -> dict[int, Extra]:
     return {} if data is None else _extras_decoder.decode(data)
 
 
-def find(batch_id: str) -> Script[Batch]:
+def find(batch_id: str) -> Script[BatchRecord]:
     """The batch, or `NotFound`."""
     batch, _ = yield from find_with_width(batch_id)
     return batch
 
 
-def find_with_width(batch_id: str) -> Script[tuple[Batch, int]]:
+def find_with_width(batch_id: str) -> Script[tuple[BatchRecord, int]]:
     """The batch and the distance that the indexes of its widest block span, or `NotFound`."""
     return _known((yield from fetch_one("batch", id=batch_id)), batch_id)
 
 
-def lock(batch_id: str) -> Script[Batch]:
+def lock(batch_id: str) -> Script[BatchRecord]:
     """The batch, not to be changed by others before this transaction ends. After the spans it locks (rule R8)."""
     batch, _ = _known((yield from fetch_one("lock_batch", id=batch_id)), batch_id)
     return batch
 
 
-def _known(row: tuple[Any, ...] | None, batch_id: str) -> tuple[Batch, int]:
+def _known(row: tuple[Any, ...] | None, batch_id: str) -> tuple[BatchRecord, int]:
     if row is None:
         raise NotFound("there is no such batch", hint="`headrace batch list` shows those there are", batch_id=batch_id)
     return to_batch(row), BatchRow._make(row).block_width
@@ -122,7 +122,7 @@ def lock_spans_of_blocks(block_ids: Iterable[int]) -> Script[dict[int, list[Span
     spans = [to_span(row) for row in rows]
     now_there = yield from fetch_as(SpanRow, "spans_of_blocks", ids=as_json(ids))
     if {span.id for span in spans} != {row.id for row in now_there}:
-        raise Overtaken
+        raise TransactionConflict
     by_block: dict[int, list[Span]] = {block_id: [] for block_id in ids}
     for span in spans:
         by_block[span.block_id].append(span)

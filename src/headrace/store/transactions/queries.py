@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from headrace.core import run as runs_core
-from headrace.core.batch import STREAM, Batch, Ledger, ledger
+from headrace.core.batch import STREAM, BatchRecord, Ledger, ledger
 from headrace.core.block import Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack_some
@@ -16,7 +16,7 @@ from headrace.core.span import DELAYED, LEASED, WAITING, Span, block_offsets_of,
 from headrace.foundation.errors import NotFound
 from headrace.foundation.ids import INDEX_MAX
 from headrace.store.projections import WITH_RESULT, attempt_of, check_state, view_of
-from headrace.store.protocol import Outcome, QueueView, RunRecord, Session, Verification
+from headrace.store.protocol import QueueView, RunOutcome, RunRecord, Session, Verification
 from headrace.store.transactions.locate import (
     decode_extras,
     find,
@@ -35,18 +35,18 @@ TAGGED_MAX: Final = 10_000
 NOWHERE: Final = ("", -1)
 
 
-def with_ledger(batch: Batch) -> Script[tuple[Batch, Ledger]]:
+def with_ledger(batch: BatchRecord) -> Script[tuple[BatchRecord, Ledger]]:
     """A batch and where its runs are."""
     (leased_count,) = yield from fetch_first("leased_count", batch_id=batch.id)
     return batch, ledger(batch, leased_count=leased_count)
 
 
-def found(batch_id: str) -> Script[tuple[Batch, Ledger]]:
+def found(batch_id: str) -> Script[tuple[BatchRecord, Ledger]]:
     """One batch and where its runs are, or `NotFound`."""
     return (yield from with_ledger((yield from find(batch_id))))
 
 
-def found_by_key(environment: str, key: str) -> Script[Batch | None]:
+def found_by_key(environment: str, key: str) -> Script[BatchRecord | None]:
     """The batch that a key names."""
     row = yield from fetch_one("batch_by_key", environment=environment, key=key)
     return None if row is None else to_batch(row)
@@ -54,7 +54,7 @@ def found_by_key(environment: str, key: str) -> Script[Batch | None]:
 
 def list_batches(
     environment: str, states: Sequence[str] | None, before_id: str, limit: int
-) -> Script[list[tuple[Batch, Ledger]]]:
+) -> Script[list[tuple[BatchRecord, Ledger]]]:
     """Batches of an environment, newest first."""
     rows = yield from fetch(
         "list_batches",
@@ -63,7 +63,7 @@ def list_batches(
         before_id=before_id,
         rows_max=limit,
     )
-    listed: list[tuple[Batch, Ledger]] = []
+    listed: list[tuple[BatchRecord, Ledger]] = []
     for row in rows:
         listed += [(yield from with_ledger(to_batch(row)))]
     return listed
@@ -77,7 +77,7 @@ def missing(batch_id: str, ranges_max: int) -> Script[list[tuple[int, int]]]:
     return received.missing(expected, ranges_max)
 
 
-def outcomes(batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> Script[list[Outcome]]:
+def outcomes(batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> Script[list[RunOutcome]]:
     """Final outcomes from `from_index` on, consecutive ones unless `passing` over the others."""
     batch, width = yield from find_with_width(batch_id)
     blocks_max = width + runs_max  # as many could begin before the first run that is asked for, and with each after it
@@ -105,7 +105,7 @@ def outcomes(batch_id: str, from_index: int, runs_max: int, *, passing: bool = F
     results = yield from _results(sorted({block_id for _, block_id, _, _ in final}))
     nothing = (b"", 0)
     return [
-        Outcome(index=index, state=state, result=found[0], kind=found[1])
+        RunOutcome(index=index, state=state, result=found[0], kind=found[1])
         for index, block_id, block_offset, state in final
         for found in (results.get((block_id, block_offset), nothing) if state in WITH_RESULT else nothing,)
     ]

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from headrace.core.batch import Batch
+from headrace.core.batch import BatchRecord
 from headrace.core.span import Counts, Part, Span
 from headrace.store.transactions.sql_script import Script, fetch, fetch_first
 
@@ -157,10 +157,10 @@ def to_span(columns: Sequence[Any]) -> Span:
     )
 
 
-def to_batch(columns: Sequence[Any]) -> Batch:
+def to_batch(columns: Sequence[Any]) -> BatchRecord:
     """Make a batch of the columns of a `BatchRow`."""
     row = BatchRow._make(columns)
-    return Batch(
+    return BatchRecord(
         id=row.id,
         environment=row.environment,
         key=row.key,
@@ -187,7 +187,7 @@ def to_part(columns: Sequence[Any]) -> Part:
     return Part(**PartRow._make(columns)._asdict())
 
 
-def put_batch(batch: Batch) -> Script[None]:
+def put_batch(batch: BatchRecord) -> Script[None]:
     """Write a batch after a decision."""
     yield from fetch(
         "update_batch",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from headrace.core.admission import Bucket, Spent
-from headrace.core.batch import Batch, Ledger, check_created
+from headrace.core.batch import BatchRecord, Ledger, check_created
 from headrace.core.block import Chunk
 from headrace.core.span import Settlement, Span
 from headrace.foundation.errors import InvalidInput
@@ -22,10 +22,10 @@ from headrace.store.protocol import (
     Lease,
     NamedLease,
     NewBatch,
-    Outcome,
     Pruned,
     QueueView,
     Release,
+    RunOutcome,
     RunRecord,
     Schedule,
     Session,
@@ -73,7 +73,7 @@ class ScriptedStore(ABC):
 
     # -- batches
 
-    async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[Batch, bool]:
+    async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[BatchRecord, bool]:
         """Open a batch, or answer the one its key names."""
         check_created(expected_count=new.expected_count, runs_max=self._limits.batch_runs_max)
         return await self._write(lambda: append.create(new, now_us))
@@ -85,11 +85,11 @@ class ScriptedStore(ABC):
         runs_max = self._limits.batch_runs_max
         return await self._write(lambda: append.append(batch_id, chunks, cursor, runs_max, now_us, seals=seals))
 
-    async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> Batch:
+    async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> BatchRecord:
         """Close the batch; completes it when its runs have all ended."""
         return await self._write(lambda: append.seal(batch_id, expected_count, now_us))
 
-    async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> Batch:
+    async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> BatchRecord:
         """Move to `cancelled` or `abandoned`."""
         return await self._write(lambda: cancel_redrive.stop(batch_id, state, now_us))
 
@@ -144,17 +144,17 @@ class ScriptedStore(ABC):
 
     # -- reading
 
-    async def batch(self, batch_id: str) -> tuple[Batch, Ledger]:
+    async def batch(self, batch_id: str) -> tuple[BatchRecord, Ledger]:
         """One batch and its ledger."""
         return await self._read(lambda: queries.found(batch_id))
 
-    async def find_batch(self, environment: str, key: str) -> Batch | None:
+    async def find_batch(self, environment: str, key: str) -> BatchRecord | None:
         """The batch that a key names."""
         return await self._read(lambda: queries.found_by_key(environment, key))
 
     async def batches(
         self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
-    ) -> list[tuple[Batch, Ledger]]:
+    ) -> list[tuple[BatchRecord, Ledger]]:
         """Batches, newest first."""
         return await self._read(lambda: queries.list_batches(environment, states, before_id, limit))
 
@@ -162,7 +162,9 @@ class ScriptedStore(ABC):
         """Ranges of announced indexes that are not durable yet."""
         return await self._read(lambda: queries.missing(batch_id, ranges_max))
 
-    async def outcomes(self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> list[Outcome]:
+    async def outcomes(
+        self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False
+    ) -> list[RunOutcome]:
         """Final outcomes in index order, consecutive ones unless told to pass over the others."""
         return await self._read(lambda: queries.outcomes(batch_id, from_index, runs_max, passing=passing))
 

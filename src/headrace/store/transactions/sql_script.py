@@ -9,11 +9,11 @@ T = TypeVar("T")
 RowT = TypeVar("RowT")
 
 
-class Overtaken(Exception):
+class TransactionConflict(Exception):
     """Another transaction changed what this one had looked at: undo it and run the script again."""
 
 
-class Ask(NamedTuple):
+class Query(NamedTuple):
     """A named statement and its values by name."""
 
     name: str
@@ -21,33 +21,33 @@ class Ask(NamedTuple):
 
 
 Rows: TypeAlias = list[tuple[Any, ...]]
-Script: TypeAlias = Generator[Ask, Rows, T]
+Script: TypeAlias = Generator[Query, Rows, T]
 
 
 def fetch(name: str, /, **values: Any) -> Script[Rows]:
     """All rows of a statement; a changing one answers a row for each row it changed, where it says RETURNING."""
-    return (yield Ask(name, values))
+    return (yield Query(name, values))
 
 
 def fetch_as(row_type: Callable[..., RowT], name: str, /, **values: Any) -> Script[list[RowT]]:
     """All rows of a statement, each as a NamedTuple whose fields are the statement's columns in order."""
-    rows = yield Ask(name, values)
+    rows = yield Query(name, values)
     return [row_type(*row) for row in rows]
 
 
 def fetch_column(name: str, /, **values: Any) -> Script[list[Any]]:
     """The values of a statement that has one column."""
-    rows = yield Ask(name, values)
+    rows = yield Query(name, values)
     return [value for (value,) in rows]
 
 
 def fetch_one(name: str, /, **values: Any) -> Script[tuple[Any, ...] | None]:
     """The first row, or None."""
-    rows = yield Ask(name, values)
+    rows = yield Query(name, values)
     return rows[0] if rows else None
 
 
 def fetch_first(name: str, /, **values: Any) -> Script[tuple[Any, ...]]:
     """The row of a statement that always has one."""
-    rows = yield Ask(name, values)
+    rows = yield Query(name, values)
     return rows[0]

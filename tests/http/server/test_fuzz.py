@@ -16,6 +16,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.core.transport import Response
+from schemathesis.specs.openapi.checks import response_schema_conformance
 
 from tests.support.http_server import AUTH, LIMITS, Peer, house, line
 
@@ -86,6 +87,7 @@ def test_no_request_that_the_document_describes_is_answered_with_500(document: A
                 case.query = {**(case.query or {}), "wait": 0}
             response = case.call(headers=AUTH, timeout=10)
             is_sound(response, case.formatted_path)
+            case.validate_response(response, checks=(response_schema_conformance,))
 
         ask()
         seen.add((operation.method.upper(), operation.path))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final
 
 import msgspec
 import structlog
+from msgspec import UNSET, UnsetType
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,6 +21,19 @@ LOG: Any = structlog.get_logger("headrace.http")
 PROBLEM: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 5
 _encode: Final = msgspec.json.Encoder(enc_hook=str).encode
+
+
+class Problem(msgspec.Struct, kw_only=True):
+    """Error of `/v1`, in the form of RFC 9457. Ids of the objects it concerns are added as further fields."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    retryable: bool
+    request_id: str
+    hint: str | UnsetType = UNSET
 
 
 class Unauthorized(ClientFault):
@@ -117,17 +131,18 @@ def error_response(request: Request, error: Exception) -> Response:
 
 def problem_response(request: Request, error: HeadraceError, headers: dict[str, str]) -> Response:
     """Build an RFC 9457 problem, with a hint for the reader."""
-    body: dict[str, object] = {
-        "type": f"https://headrace.dev/problems/{error.code.lower().replace('_', '-')}",
-        "title": (type(error).__doc__ or error.code).partition("\n")[0],
-        "status": error.status,
-        "detail": error.message,
-        "code": error.code,
-        "retryable": error.retryable,
-        "request_id": request.scope.get("headrace.request_id", ""),
-    }
-    if error.hint:
-        body["hint"] = error.hint
+    body: dict[str, object] = msgspec.to_builtins(
+        Problem(
+            type=f"https://headrace.dev/problems/{error.code.lower().replace('_', '-')}",
+            title=(type(error).__doc__ or error.code).partition("\n")[0],
+            status=error.status,
+            detail=error.message,
+            code=error.code,
+            retryable=error.retryable,
+            request_id=request.scope.get("headrace.request_id", ""),
+            hint=error.hint or UNSET,
+        )
+    )
     headers["x-should-retry"] = "true" if error.retryable else "false"
     return json_response(
         body | {name: value for name, value in error.ids.items() if name not in body},

@@ -231,7 +231,7 @@ class HttpItemDecoder:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UnreadableItem(f"Invalid JSON: {error}") from None
 
-    def entry(self, task: str, payload: msgspec.Raw, options: ItemOptions | None) -> IndexedItem:
+    def entry(self, task: str, payload: msgspec.Raw | UnsetType, options: ItemOptions | None) -> IndexedItem:
         """Build a run that was requested by itself, without a batch. Raises `InvalidInput`."""
         return self._entry(ItemLine(index=0, task=check_name("task", task), payload=payload, options=options))
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from headrace.core import pack, run
-from headrace.core.batch import ABANDONED, CANCELLED, COMPLETED, OPEN, SEALED, BatchRecord, Ledger
+from headrace.core.batch import ABANDONED, CANCELLED, COMPLETED, OPEN, SEALED, BatchRecord
 from headrace.core.failure import Failure, decode
 from headrace.core.span import DELAYED, LEASED
 from headrace.foundation.ids import run_id
@@ -87,24 +87,6 @@ def trigger_batch(batch: BatchRecord) -> dict[str, Any]:
     if isinstance(key, str):
         fields["idempotencyKey"] = key
     return fields
-
-
-def v1_batch(batch: BatchRecord, ledger: Ledger) -> dict[str, Any]:
-    """Build the batch object of `/v1`."""
-    return {
-        "id": batch.id,
-        "key": batch.key,
-        "task": batch.task,
-        "state": batch.state,
-        "is_finished": batch.is_finished,
-        "expected": batch.expected_count,
-        "received": batch.received_count,
-        **ledger._asdict(),
-        "created_at": iso_time(batch.created_us),
-        "sealed_at": iso_time(batch.sealed_us),
-        "finished_at": iso_time(batch.finished_us),
-        "metadata": batch.metadata,
-    }
 
 
 def trigger_error(failure: Failure | None, state: str) -> dict[str, Any]:

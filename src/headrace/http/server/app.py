@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from time import perf_counter
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,13 +22,39 @@ from headrace.foundation.errors import HeadraceError
 from headrace.http.requests.error_responses import error_response
 from headrace.http.requests.service import RATE_HEADERS, Service
 from headrace.http.server.health import ServerEndpoints
-from headrace.http.trigger_api.batches import TriggerBatches
+from headrace.http.trigger_api.batches import TriggerBatchBody, TriggerBatches
 from headrace.http.trigger_api.runs import TriggerRuns
 from headrace.http.trigger_api.uploads import Uploads
+from headrace.http.v1.activations import CONTENT_TYPES as ACTIVATION_TYPES
 from headrace.http.v1.activations import ActivationEndpoint
-from headrace.http.v1.batches import V1Batches
+from headrace.http.v1.batches import (
+    NDJSON,
+    BatchBody,
+    BatchListResponse,
+    ItemsResponse,
+    MissingResponse,
+    RedriveBody,
+    RedriveResponse,
+    SealBody,
+    V1Batches,
+)
+from headrace.http.v1.runs import V1Runs
 from headrace.http.v1.store_rpc import StoreRpc
-from headrace.http.v1.worker_sessions import WorkerSessions
+from headrace.http.v1.worker_sessions import (
+    ClaimBody,
+    ClaimResponse,
+    HeartbeatResponse,
+    ReleasesBody,
+    RunBody,
+    RunIdResponse,
+    SessionBody,
+    SessionResponse,
+    SettlementsBody,
+    WordsResponse,
+    WorkerSessions,
+)
+from headrace.store.rpc import ServerInfo
+from headrace.views import BatchView, RunView
 
 LOG: Any = structlog.get_logger("headrace.http")
 REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
@@ -35,23 +62,43 @@ EndpointFunction = Callable[[Request], Awaitable[Response]]
 
 
 class ApiEndpoint(NamedTuple):
-    """One endpoint. `tag` groups it in the API documents; "" hides it there."""
+    """One endpoint. `tag` groups it in the API documents; "" hides it there.
+
+    `body` and `response`: the structs of its JSON body and response, where they are documented. `content_type`: the
+    type of its body.
+    """
 
     method: str
     path: str
-    endpoint: EndpointFunction
+    function: EndpointFunction
     tag: str = ""
+    body: type[msgspec.Struct] | None = None
+    response: type[msgspec.Struct] | None = None
+    content_type: str = "application/json"
+    is_body_optional: bool = False
 
 
 def endpoints_of(service: Service) -> list[ApiEndpoint]:
     """List all endpoints. Routes, API documents and tests are made from this list."""
-    batches, runs, uploads = TriggerBatches(service), TriggerRuns(service), Uploads(service)
-    work, stores = WorkerSessions(service), StoreRpc(service)
-    activations = ActivationEndpoint(service)
-    v1_batches, health = V1Batches(service), ServerEndpoints(service, lambda: endpoints_of(service))
+    server = ServerEndpoints(service, lambda: endpoints_of(service))
     return [
-        ApiEndpoint("POST", "/api/v3/batches", batches.create, "compatible"),
-        ApiEndpoint("POST", "/api/v3/batches/{batch_id}/items", batches.stream, "compatible"),
+        *_trigger_endpoints(service),
+        *_v1_endpoints(service),
+        *_worker_endpoints(service),
+        ApiEndpoint("GET", "/v1/about", StoreRpc(service).about, "server", response=ServerInfo),
+        ApiEndpoint("GET", "/healthz", server.alive, "server"),
+        ApiEndpoint("GET", "/readyz", server.ready, "server"),
+        ApiEndpoint("GET", "/metrics", server.metrics, "server"),
+        ApiEndpoint("GET", "/openapi.json", server.openapi, "server"),
+        ApiEndpoint("GET", "/docs", server.docs, "server"),
+    ]
+
+
+def _trigger_endpoints(service: Service) -> list[ApiEndpoint]:
+    batches, runs, uploads = TriggerBatches(service), TriggerRuns(service), Uploads(service)
+    return [
+        ApiEndpoint("POST", "/api/v3/batches", batches.create, "compatible", body=TriggerBatchBody),
+        ApiEndpoint("POST", "/api/v3/batches/{batch_id}/items", batches.stream, "compatible", content_type=NDJSON),
         ApiEndpoint("GET", "/api/v1/batches/{batch_id}", batches.retrieve, "compatible"),
         ApiEndpoint("GET", "/api/v2/batches/{batch_id}", batches.retrieve, "compatible"),
         ApiEndpoint("GET", "/api/v1/batches/{batch_id}/results", batches.results, "compatible"),
@@ -65,33 +112,64 @@ def endpoints_of(service: Service) -> list[ApiEndpoint]:
         ApiEndpoint("GET", "/api/v1/packets/{path:path}", uploads.presign_download, "compatible"),
         ApiEndpoint("PUT", "/api/packets/{environment}/{path:path}", uploads.upload),
         ApiEndpoint("GET", "/api/packets/{environment}/{path:path}", uploads.download),
-        ApiEndpoint("POST", "/v1/batches", v1_batches.create, "batches"),
-        ApiEndpoint("GET", "/v1/batches", v1_batches.index, "batches"),
-        ApiEndpoint("GET", "/v1/batches/{batch_id}", v1_batches.retrieve, "batches"),
-        ApiEndpoint("POST", "/v1/batches/{batch_id}/items", v1_batches.stream, "batches"),
-        ApiEndpoint("GET", "/v1/batches/{batch_id}/missing", v1_batches.missing, "batches"),
-        ApiEndpoint("GET", "/v1/batches/{batch_id}/results", v1_batches.results, "batches"),
-        ApiEndpoint("GET", "/v1/batches/{batch_id}/events", v1_batches.events, "batches"),
-        ApiEndpoint("POST", "/v1/batches/{batch_id}/seal", v1_batches.seal, "batches"),
-        ApiEndpoint("POST", "/v1/batches/{batch_id}/cancel", v1_batches.cancel, "batches"),
-        ApiEndpoint("POST", "/v1/batches/{batch_id}/redrive", v1_batches.redrive, "batches"),
-        ApiEndpoint("POST", "/v1/tasks/{task}/runs", work.enqueue, "runs"),
-        ApiEndpoint("POST", "/v1/activations", activations.stream, "runs"),
-        ApiEndpoint("POST", "/v1/sessions", work.start, "work"),
-        ApiEndpoint("POST", "/v1/sessions/{session_id}/heartbeat", work.heartbeat, "work"),
+    ]
+
+
+def _v1_endpoints(service: Service) -> list[ApiEndpoint]:
+    batches, runs, activations = V1Batches(service), V1Runs(service), ActivationEndpoint(service)
+    work = WorkerSessions(service)
+    return [
+        ApiEndpoint("POST", "/v1/batches", batches.create, "batches", body=BatchBody, response=BatchView),
+        ApiEndpoint("GET", "/v1/batches", batches.index, "batches", response=BatchListResponse),
+        ApiEndpoint("GET", "/v1/batches/{batch_id}", batches.retrieve, "batches", response=BatchView),
+        ApiEndpoint(
+            "POST",
+            "/v1/batches/{batch_id}/items",
+            batches.stream,
+            "batches",
+            response=ItemsResponse,
+            content_type=NDJSON,
+        ),
+        ApiEndpoint("GET", "/v1/batches/{batch_id}/missing", batches.missing, "batches", response=MissingResponse),
+        ApiEndpoint("GET", "/v1/batches/{batch_id}/results", batches.results, "batches"),
+        ApiEndpoint("GET", "/v1/batches/{batch_id}/events", batches.events, "batches"),
+        ApiEndpoint(
+            "POST",
+            "/v1/batches/{batch_id}/seal",
+            batches.seal,
+            "batches",
+            body=SealBody,
+            response=BatchView,
+            is_body_optional=True,
+        ),
+        ApiEndpoint("POST", "/v1/batches/{batch_id}/cancel", batches.cancel, "batches", response=BatchView),
+        ApiEndpoint(
+            "POST",
+            "/v1/batches/{batch_id}/redrive",
+            batches.redrive,
+            "batches",
+            body=RedriveBody,
+            response=RedriveResponse,
+            is_body_optional=True,
+        ),
+        ApiEndpoint("POST", "/v1/tasks/{task}/runs", work.enqueue, "runs", body=RunBody, response=RunIdResponse),
+        ApiEndpoint("GET", "/v1/runs/{run_id}", runs.retrieve, "runs", response=RunView),
+        ApiEndpoint("POST", "/v1/activations", activations.stream, "runs", content_type=ACTIVATION_TYPES[0]),
+    ]
+
+
+def _worker_endpoints(service: Service) -> list[ApiEndpoint]:
+    work, stores = WorkerSessions(service), StoreRpc(service)
+    return [
+        ApiEndpoint("POST", "/v1/sessions", work.start, "work", body=SessionBody, response=SessionResponse),
+        ApiEndpoint("POST", "/v1/sessions/{session_id}/heartbeat", work.heartbeat, "work", response=HeartbeatResponse),
         ApiEndpoint("DELETE", "/v1/sessions/{session_id}", work.end, "work"),
-        ApiEndpoint("POST", "/v1/claims", work.claim, "work"),
-        ApiEndpoint("POST", "/v1/settlements", work.settle, "work"),
-        ApiEndpoint("POST", "/v1/releases", work.release, "work"),
-        ApiEndpoint("GET", "/v1/about", stores.about, "server"),
+        ApiEndpoint("POST", "/v1/claims", work.claim, "work", body=ClaimBody, response=ClaimResponse),
+        ApiEndpoint("POST", "/v1/settlements", work.settle, "work", body=SettlementsBody, response=WordsResponse),
+        ApiEndpoint("POST", "/v1/releases", work.release, "work", body=ReleasesBody, response=WordsResponse),
         ApiEndpoint("POST", "/v1/store/{verb}", stores.call),
         ApiEndpoint("PUT", "/v1/objects/{key:path}", stores.put_object),
         ApiEndpoint("GET", "/v1/objects/{key:path}", stores.get_object),
-        ApiEndpoint("GET", "/healthz", health.alive, "server"),
-        ApiEndpoint("GET", "/readyz", health.ready, "server"),
-        ApiEndpoint("GET", "/metrics", health.metrics, "server"),
-        ApiEndpoint("GET", "/openapi.json", health.openapi, "server"),
-        ApiEndpoint("GET", "/docs", health.docs, "server"),
     ]
 
 
@@ -108,7 +186,7 @@ def make_app(service: Service) -> ASGIApp:
 
     by_path: dict[str, dict[str, EndpointFunction]] = {}
     for endpoint in endpoints_of(service):
-        by_path.setdefault(endpoint.path, {})[endpoint.method] = endpoint.endpoint
+        by_path.setdefault(endpoint.path, {})[endpoint.method] = endpoint.function
     app = Starlette(
         routes=[Route(path, _by_method(methods), methods=list(methods)) for path, methods in by_path.items()],
         lifespan=lifespan,

@@ -1,4 +1,7 @@
-"""The API described: OpenAPI 3.1, and a page to read, both made from the list of endpoints."""
+"""The API's documents: OpenAPI 3.1 and a web page, both made from the list of endpoints.
+
+The schemas of request bodies and responses are made from the structs that the endpoints decode and encode.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,19 @@ import html
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from headrace.http.requests.error_responses import PROBLEM, Problem
+
+if TYPE_CHECKING:
+    from headrace.http.server.app import ApiEndpoint
 
 _PARAMETER: Final = re.compile(r"{(\w+)(?::path)?}")
 _COUNT: Final = {"type": "integer", "minimum": 0}
 _TEXT: Final = {"type": "string"}
+_REF: Final = "#/components/schemas/{name}"
 _QUERY: Final[dict[str, dict[str, Any]]] = {
     "/v1/batches": {"limit": {"type": "integer", "minimum": 1, "maximum": 200}, "before": _TEXT, "state": _TEXT},
     "/v1/batches/{batch_id}/missing": {"ranges": {"type": "integer", "minimum": 1, "maximum": 1_000}},
@@ -33,119 +44,85 @@ _QUERY: Final[dict[str, dict[str, Any]]] = {
     },
 }
 _NO_KEY: Final = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"}
-_PROBLEM: Final = {
-    "type": "object",
-    "required": ["type", "title", "status", "detail", "code"],
-    "properties": {
-        "type": _TEXT,
-        "title": _TEXT,
-        "status": {"type": "integer"},
-        "detail": _TEXT,
-        "code": _TEXT,
-        "hint": _TEXT,
-        "retryable": {"type": "boolean"},
-        "request_id": _TEXT,
-    },
-}
-_SCHEMAS: Final[dict[str, Any]] = {
-    "Problem": _PROBLEM,
-    "CreateBatch": {
-        "type": "object",
-        "required": ["runCount"],
-        "properties": {
-            "runCount": {"type": "integer", "minimum": 1},
-            "taskIdentifiers": {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
-            "idempotencyKey": {"type": "string", "minLength": 1, "maxLength": 2_048},
-        },
-    },
-    "NewBatch": {
-        "type": "object",
-        "properties": {
-            "run_count": {"type": ["integer", "null"], "minimum": 0},
-            "key": {"type": ["string", "null"], "minLength": 1, "maxLength": 200},
-            "task": {"type": "string", "maxLength": 200},
-            "metadata": {"type": "object"},
-            "seal_timeout_ms": {"type": ["integer", "null"], "minimum": 1_000},
-        },
-    },
-    "Seal": {"type": "object", "properties": {"run_count": {"type": ["integer", "null"], "minimum": 0}}},
-    "Redrive": {"type": "object", "properties": {"indexes": {"type": ["array", "null"], "items": _COUNT}}},
-}
-_BODY: Final = {
-    ("POST", "/api/v3/batches"): "CreateBatch",
-    ("POST", "/v1/batches"): "NewBatch",
-    ("POST", "/v1/batches/{batch_id}/seal"): "Seal",
-    ("POST", "/v1/batches/{batch_id}/redrive"): "Redrive",
-}
 
 
-def document(paths: Sequence[Any]) -> dict[str, Any]:
-    """The OpenAPI document."""
-    described: dict[str, dict[str, Any]] = {}
-    for one in paths:
-        if one.tag:
-            path = one.path.replace(":path}", "}")
-            described.setdefault(path, {})[one.method.lower()] = _operation(one, path)
+def document(endpoints: Sequence[ApiEndpoint]) -> dict[str, Any]:
+    """Build the OpenAPI document."""
+    structs = {struct: None for each in endpoints for struct in (each.body, each.response) if struct is not None}
+    _, schemas = msgspec.json.schema_components([Problem, *structs], ref_template=_REF)
+    operations: dict[str, dict[str, Any]] = {}
+    for endpoint in endpoints:
+        if endpoint.tag:
+            path = endpoint.path.replace(":path}", "}")
+            operations.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, path)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Headrace", "version": version("headrace"), "license": {"name": "Apache-2.0"}},
-        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}, "schemas": _SCHEMAS},
+        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}, "schemas": schemas},
         "security": [{"key": []}],
-        "paths": described,
+        "paths": operations,
     }
 
 
-def _operation(one: Any, path: str) -> dict[str, Any]:
-    first = (one.endpoint.__doc__ or "").strip().partition("\n")[0]
-    said = first.partition(": ")[2] or first
-    described: dict[str, Any] = {
-        "operationId": f"{one.method.lower()}_{re.sub(r'[^a-z0-9]+', '_', path.lower()).strip('_')}",
-        "summary": said[:1].upper() + said[1:],
-        "tags": [one.tag],
-        "responses": _responses(path),
+def _operation(endpoint: ApiEndpoint, path: str) -> dict[str, Any]:
+    summary, _, description = (endpoint.function.__doc__ or "").strip().partition("\n")
+    summary = summary.partition(": ")[2] or summary
+    operation: dict[str, Any] = {
+        "operationId": f"{endpoint.method.lower()}_{re.sub(r'[^a-z0-9]+', '_', path.lower()).strip('_')}",
+        "summary": summary[:1].upper() + summary[1:],
+        "tags": [endpoint.tag],
+        "responses": _responses(endpoint, path),
     }
+    if description := " ".join(description.split()):
+        operation["description"] = description
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        for name in _PARAMETER.findall(one.path)
+        for name in _PARAMETER.findall(endpoint.path)
     ]
-    if one.method == "GET":
+    if endpoint.method == "GET":
         parameters += [{"name": name, "in": "query", "schema": kind} for name, kind in _QUERY.get(path, {}).items()]
     if parameters:
-        described["parameters"] = parameters
-    body = _BODY.get((one.method, path))
-    if path.endswith("/items"):
-        described["requestBody"] = {"required": True, "content": {"application/x-ndjson": {"schema": _TEXT}}}
-    elif path == "/v1/activations":
-        kind = {"type": "string", "format": "binary"}
-        described["requestBody"] = {"required": True, "content": {"application/octet-stream": {"schema": kind}}}
-    elif body is not None:
-        schema = {"$ref": f"#/components/schemas/{body}"}
-        is_needed = body in ("CreateBatch", "NewBatch")
-        described["requestBody"] = {"required": is_needed, "content": {"application/json": {"schema": schema}}}
+        operation["parameters"] = parameters
+    if (schema := _body_schema(endpoint)) is not None:
+        content = {endpoint.content_type: {"schema": schema}}
+        operation["requestBody"] = {"required": not endpoint.is_body_optional, "content": content}
     if path in _NO_KEY:
-        described["security"] = []
-    return described
+        operation["security"] = []
+    return operation
 
 
-def _responses(path: str) -> dict[str, Any]:
-    fault: dict[str, Any] = {"description": "What went wrong, whether trying again helps, and what to do."}
+def _body_schema(endpoint: ApiEndpoint) -> dict[str, Any] | None:
+    if endpoint.body is not None:
+        return {"$ref": _REF.format(name=endpoint.body.__name__)}
+    if endpoint.content_type == "application/json":
+        return None
+    return _TEXT if "json" in endpoint.content_type else {"type": "string", "format": "binary"}
+
+
+def _responses(endpoint: ApiEndpoint, path: str) -> dict[str, Any]:
+    success: dict[str, Any] = {"description": "Success."}
+    if endpoint.response is not None:
+        schema = {"$ref": _REF.format(name=endpoint.response.__name__)}
+        success["content"] = {"application/json": {"schema": schema}}
+    error: dict[str, Any] = {"description": "Error, with its cause, a hint, and whether a retry can help."}
     if path.startswith("/v1/"):
-        fault["content"] = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {"2XX": {"description": "Done."}, "4XX": fault, "503": {"description": "Try again later."}}
+        error["content"] = {PROBLEM: {"schema": {"$ref": _REF.format(name=Problem.__name__)}}}
+    return {"2XX": success, "4XX": error, "503": {"description": "Temporarily unavailable; retry later."}}
 
 
-def page(paths: Sequence[Any]) -> str:
-    """The same for people: one page, no scripts, nothing fetched from elsewhere."""
+def page(endpoints: Sequence[ApiEndpoint]) -> str:
+    """Build the same as a web page without scripts or external resources."""
     rows = []
-    for one in paths:
-        if one.tag:
-            words = html.escape(" ".join((one.endpoint.__doc__ or "").split()).replace("`", ""))
-            rows.append(f"<tr><td>{one.method}</td><td><code>{html.escape(one.path)}</code></td><td>{words}</td></tr>")
+    for endpoint in endpoints:
+        if endpoint.tag:
+            text = html.escape(" ".join((endpoint.function.__doc__ or "").split()).replace("`", ""))
+            path = html.escape(endpoint.path)
+            rows.append(f"<tr><td>{endpoint.method}</td><td><code>{path}</code></td><td>{text}</td></tr>")
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><title>Headrace</title>"
         "<style>body{font:16px/1.5 system-ui;max-width:70rem;margin:2rem auto;padding:0 1rem}"
         "td{padding:.3rem .6rem;vertical-align:top;border-top:1px solid #ddd}</style>"
-        "<h1>Headrace</h1><p>Machines read <a href=/openapi.json>/openapi.json</a>. "
-        "Every request but those of the server itself shows <code>Authorization: Bearer &lt;key&gt;</code>.</p>"
+        "<h1>Headrace</h1><p>The OpenAPI document is <a href=/openapi.json>/openapi.json</a>. "
+        "Every request, except those about the server itself, needs <code>Authorization: Bearer &lt;key&gt;</code>.</p>"
         f"<table>{''.join(rows)}</table></html>"
     )

@@ -19,11 +19,12 @@ from headrace.http.requests.batch_items import check_accepts_items, ingest_items
 from headrace.http.requests.error_responses import UnsupportedType, json_response
 from headrace.http.requests.request_body import decode_body, parse_int
 from headrace.http.requests.result_resolver import ResultResolver
-from headrace.http.requests.serializers import result_line, v1_batch
+from headrace.http.requests.serializers import result_line
 from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.engine import Engine
 from headrace.runtime.tasks.bounds import check_name
 from headrace.store.protocol import NewBatch, RunOutcome
+from headrace.views import BatchView, batch_view
 
 PAGE_RUNS: Final = 4_096
 RANGES_MAX: Final = 1_000
@@ -54,6 +55,41 @@ class RedriveBody(msgspec.Struct, forbid_unknown_fields=True):
     """Body of `…/redrive`: the runs to execute again; by default all that failed."""
 
     indexes: Annotated[list[Annotated[int, Meta(ge=0, le=INDEX_MAX)]], Meta(max_length=REDRIVEN_MAX)] | None = None
+
+
+class BatchListResponse(msgspec.Struct):
+    """One page of batches. `next`: the value of `before` for the next page, None on the last one."""
+
+    batches: list[BatchView]
+    next: str | None
+
+
+class ItemsResponse(msgspec.Struct):
+    """Result of a stream of items. `conflicts`: indexes already stored with different content, at most 100."""
+
+    id: str
+    accepted: int
+    duplicates: int
+    conflicts: list[int]
+    received: int
+    state: str
+
+
+class MissingResponse(msgspec.Struct):
+    """Index ranges that are not stored yet, each as first and last index. `more`: there are further ranges."""
+
+    id: str
+    received: int
+    expected: int | None
+    ranges: list[tuple[int, int]]
+    more: bool
+
+
+class RedriveResponse(msgspec.Struct):
+    """Number of runs that are executed again."""
+
+    id: str
+    redriven: int
 
 
 class V1Batches:
@@ -102,8 +138,8 @@ class V1Batches:
         if states and (unknown := set(states) - set(STATES)):
             raise InvalidInput(f"unknown batch state {', '.join(map(repr, sorted(unknown)))}", hint=", ".join(STATES))
         rows = await call.engine.store.batches(call.environment, states=states, before_id=before, limit=limit)
-        batches = [v1_batch(batch, ledger) for batch, ledger in rows]
-        return json_response({"batches": batches, "next": batches[-1]["id"] if len(batches) == limit else None})
+        batches = [batch_view(batch, ledger) for batch, ledger in rows]
+        return json_response(BatchListResponse(batches, batches[-1].id if len(batches) == limit else None))
 
     async def retrieve(self, request: Request) -> Response:
         """`GET /v1/batches/{id}`: return a batch and the number of its runs in each state."""
@@ -124,15 +160,15 @@ class V1Batches:
         async with self._service.stream():
             taken = await ingest_items(self._service, call, request, batch)
         after = await seal_if_complete(call, batch, taken)
-        body = {
-            "id": batch.id,
-            "accepted": taken.accepted_count,
-            "duplicates": taken.duplicates_count,
-            "conflicts": taken.conflicts[:100],
-            "received": after.received_count,
-            "state": after.state,
-        }
-        return json_response(body)
+        response = ItemsResponse(
+            id=batch.id,
+            accepted=taken.accepted_count,
+            duplicates=taken.duplicates_count,
+            conflicts=taken.conflicts[:100],
+            received=after.received_count,
+            state=after.state,
+        )
+        return json_response(response)
 
     async def missing(self, request: Request) -> Response:
         """`GET /v1/batches/{id}/missing`: return the index ranges not yet stored, each as `[first, last]`."""
@@ -140,14 +176,14 @@ class V1Batches:
         batch, _ = await call.get_batch(request.path_params["batch_id"])
         ranges_max = parse_int(request.query_params.get("ranges"), RANGES_MAX, "ranges", 1, RANGES_MAX)
         ranges = await call.engine.store.missing(batch.id, ranges_max + 1)
-        body = {
-            "id": batch.id,
-            "received": batch.received_count,
-            "expected": batch.expected_count,
-            "ranges": [[start, end - 1] for start, end in ranges[:ranges_max]],
-            "more": len(ranges) > ranges_max,
-        }
-        return json_response(body)
+        response = MissingResponse(
+            id=batch.id,
+            received=batch.received_count,
+            expected=batch.expected_count,
+            ranges=[(start, end - 1) for start, end in ranges[:ranges_max]],
+            more=len(ranges) > ranges_max,
+        )
+        return json_response(response)
 
     async def seal(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/seal`: seal a batch, so that it accepts no more items. 409 while items are missing."""
@@ -173,7 +209,7 @@ class V1Batches:
         params = await _optional_body(request, self._service, RedriveBody)
         count = await call.engine.store.redrive(batch.id, params.indexes)
         call.engine.wakeup.notify()
-        return json_response({"id": batch.id, "redriven": count})
+        return json_response(RedriveResponse(batch.id, count))
 
     async def results(self, request: Request) -> Response:
         """`GET /v1/batches/{id}/results?from=`: stream one line for each run, in index order, as soon as it has ended.
@@ -232,7 +268,7 @@ class V1Batches:
         while True:
             watch.mark()
             batch, ledger = await call.engine.store.batch(batch_id)
-            state = msgspec.json.encode(v1_batch(batch, ledger))
+            state = msgspec.json.encode(batch_view(batch, ledger))
             if state != sent:
                 sent = state
                 yield b"event: %s\ndata: %s\n\n" % (b"end" if batch.is_finished else b"progress", state)
@@ -249,7 +285,7 @@ class V1Batches:
         return await self._service.authorize(request, scope, batch_id=batch_id, is_free=is_free)
 
     async def _batch_response(self, call: RequestContext, batch_id: str, status: int = 200) -> Response:
-        return json_response(v1_batch(*await call.get_batch(batch_id)), status)
+        return json_response(batch_view(*await call.get_batch(batch_id)), status)
 
 
 class OutcomeWatch:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import Meta, Raw
+from msgspec import UNSET, Meta, Raw, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -61,12 +61,12 @@ class AttemptError(msgspec.Struct):
     trace: Annotated[str, Meta(max_length=8_000)] = ""
 
 
-class RunOutcome(msgspec.Struct, forbid_unknown_fields=True):
+class RunOutcomeBody(msgspec.Struct, forbid_unknown_fields=True):
     """Outcome of one run of a lease. With `retry_at`, a date or a duration, a failed run is attempted again then."""
 
     place: Annotated[int, Meta(ge=0, lt=65_536)]
     state: Literal["completed", "failed", "cancelled"]
-    output: Raw = Raw(b"null")
+    output: Raw | UnsetType = UNSET
     error: AttemptError | None = None
     retry_at: Annotated[str, Meta(max_length=64)] | None = None
 
@@ -75,7 +75,7 @@ class SettlementBody(msgspec.Struct, forbid_unknown_fields=True):
     """Outcomes of some runs of a lease. `part_no` numbers the lease's settlements, so that a repeat is recognised."""
 
     lease: _Lease
-    outcomes: Annotated[list[RunOutcome], Meta(min_length=1, max_length=4_096)]
+    outcomes: Annotated[list[RunOutcomeBody], Meta(min_length=1, max_length=4_096)]
     part_no: Annotated[int, Meta(ge=0, le=2**31)] = 0
 
 
@@ -94,8 +94,72 @@ class ReleasesBody(msgspec.Struct, forbid_unknown_fields=True):
 class RunBody(msgspec.Struct, forbid_unknown_fields=True):
     """Body of `POST /v1/tasks/{task}/runs`: a single run."""
 
-    payload: Raw = Raw(b"null")
+    payload: Raw | UnsetType = UNSET
     options: ItemOptions | None = None
+
+
+class RunIdResponse(msgspec.Struct):
+    """Id of a run."""
+
+    id: str
+
+
+class SessionResponse(msgspec.Struct):
+    """A session. The worker sends a heartbeat every `heartbeat_ms`; without any for `session_timeout_ms` it ends."""
+
+    id: str
+    heartbeat_ms: int
+    session_timeout_ms: int
+
+
+class SessionLease(msgspec.Struct):
+    """A lease of a session, and the claim that it came from."""
+
+    lease: str
+    claim_no: int
+
+
+class HeartbeatResponse(msgspec.Struct):
+    """Leases of a session. `stopped`: batches that were cancelled or abandoned; `cancelled`: ids of cancelled runs."""
+
+    leases: list[SessionLease]
+    stopped: list[str]
+    cancelled: list[str]
+
+
+class ClaimedRun(msgspec.Struct):
+    """A run of a lease. `place` names it in settlements."""
+
+    place: int
+    index: int
+    id: str
+    payload: Any
+    headers: dict[str, str] | UnsetType = UNSET
+
+
+class ClaimedLease(msgspec.Struct):
+    """Runs of one task, leased together. `lease` is the token that settles or releases them."""
+
+    lease: str
+    batch_id: str
+    task: str
+    queue: str
+    attempt: int
+    at_most_once: bool
+    expires_at: str | None
+    runs: list[ClaimedRun]
+
+
+class ClaimResponse(msgspec.Struct):
+    """Leases of a claim; none if there was no work."""
+
+    leases: list[ClaimedLease]
+
+
+class WordsResponse(msgspec.Struct):
+    """Results in the order of the request: `settled`, `recorded` for a repeat, `lost` for an invalid lease."""
+
+    words: list[str]
 
 
 class WorkerSessions:
@@ -125,7 +189,7 @@ class WorkerSessions:
         if kind == pack.REFERENCE:
             payload, kind = await decoder.fetched(payload)
         batch_id, index = await service.producer(call).put(entry.key, payload, kind, entry.extra)
-        return json_response({"id": run_id(batch_id, index)}, 201)
+        return json_response(RunIdResponse(run_id(batch_id, index)), 201)
 
     async def start(self, request: Request) -> Response:
         """`POST /v1/sessions`: start a worker's session. It must send heartbeats from now on."""
@@ -134,12 +198,7 @@ class WorkerSessions:
         now_us, limits = call.engine.clock.now_us(), self._service.limits
         session = Session(id=new_session_id(now_us), kind="remote", host=params.host, pid=params.pid, started_us=now_us)
         await call.engine.store.start_session(session, now_us=now_us)
-        body = {
-            "id": session.id,
-            "heartbeat_ms": limits.heartbeat_ms,
-            "session_timeout_ms": limits.session_timeout_ms,
-        }
-        return json_response(body, 201)
+        return json_response(SessionResponse(session.id, limits.heartbeat_ms, limits.session_timeout_ms), 201)
 
     async def heartbeat(self, request: Request) -> Response:
         """`POST /v1/sessions/{id}/heartbeat`: keep a session alive. Returns its leases and cancelled runs."""
@@ -147,15 +206,15 @@ class WorkerSessions:
         session_id = check_session(request.path_params["session_id"])
         reply = await call.engine.store.heartbeat(session_id, now_us=call.engine.clock.now_us())
         key = await self._lease_tokens.signing_key(call)
-        body = {
-            "leases": [
-                {"lease": self._lease_tokens.encode(key, held.span_id, held.token), "claim_no": held.claim_no}
+        response = HeartbeatResponse(
+            leases=[
+                SessionLease(self._lease_tokens.encode(key, held.span_id, held.token), held.claim_no)
                 for held in reply.leases
             ],
-            "stopped": reply.stopped,
-            "cancelled": [run_id(batch_id, index) for batch_id, index in reply.cancelled],
-        }
-        return json_response(body)
+            stopped=reply.stopped,
+            cancelled=[run_id(batch_id, index) for batch_id, index in reply.cancelled],
+        )
+        return json_response(response)
 
     async def end(self, request: Request) -> Response:
         """`DELETE /v1/sessions/{id}`: end a session and release its leases."""
@@ -192,39 +251,29 @@ class WorkerSessions:
         while leases is None:
             yield b" "
             leases = await anext(rest)
-        fields = [await self._lease(call, key, lease) for lease in leases]
-        yield msgspec.json.encode({"leases": fields})
+        yield msgspec.json.encode(ClaimResponse([await self._lease(call, key, lease) for lease in leases]))
 
-    async def _lease(self, call: RequestContext, key: bytes, lease: Lease) -> dict[str, Any]:
+    async def _lease(self, call: RequestContext, key: bytes, lease: Lease) -> ClaimedLease:
         runs = []
         for lease_offset, place in enumerate(lease.span_slots):
-            payload, kind = (
-                lease.payloads[lease_offset],
-                lease.kinds[lease_offset] if lease.kinds is not None else pack.JSON,
-            )
+            payload = lease.payloads[lease_offset]
+            kind = lease.kinds[lease_offset] if lease.kinds is not None else pack.JSON
             if kind == pack.REFERENCE:
                 payload, kind = await call.engine.fetch(payload)
             extra = lease.extras.get(place)
             index = lease.indexes[lease_offset]
-            fields: dict[str, Any] = {
-                "place": place,
-                "index": index,
-                "id": run_id(lease.batch_id, index),
-                "payload": json_value(payload, kind),
-            }
-            if extra is not None and extra.headers:
-                fields["headers"] = extra.headers
-            runs.append(fields)
-        return {
-            "lease": self._lease_tokens.encode(key, lease.span_id, lease.token),
-            "batch_id": lease.batch_id,
-            "task": lease.task,
-            "queue": lease.queue,
-            "attempt": lease.attempt,
-            "at_most_once": lease.at_most_once,
-            "expires_at": iso_time(lease.expires_us),
-            "runs": runs,
-        }
+            headers = extra.headers if extra is not None and extra.headers else UNSET
+            runs.append(ClaimedRun(place, index, run_id(lease.batch_id, index), json_value(payload, kind), headers))
+        return ClaimedLease(
+            lease=self._lease_tokens.encode(key, lease.span_id, lease.token),
+            batch_id=lease.batch_id,
+            task=lease.task,
+            queue=lease.queue,
+            attempt=lease.attempt,
+            at_most_once=lease.at_most_once,
+            expires_at=iso_time(lease.expires_us),
+            runs=runs,
+        )
 
     async def settle(self, request: Request) -> Response:
         """`POST /v1/settlements`: record outcomes. Returns `settled`, `recorded` (a repeat) or `lost` for each."""
@@ -239,7 +288,7 @@ class WorkerSessions:
             if lease is not None:
                 valid.append(await self._settlement(call, lease, settlement))
         words = iter(await self._remote_work.settle(call, valid))
-        return json_response({"words": [next(words) if is_valid_lease else LOST for is_valid_lease in is_valid]})
+        return json_response(WordsResponse([next(words) if is_valid_lease else LOST for is_valid_lease in is_valid]))
 
     async def _settlement(self, call: RequestContext, lease: tuple[int, int], body: SettlementBody) -> Settlement:
         outcomes = sorted(body.outcomes, key=lambda outcome: outcome.place)
@@ -249,7 +298,7 @@ class WorkerSessions:
         now_us = call.engine.clock.now_us()
         for outcome in outcomes:
             codes.append(run.BY_NAME[outcome.state])
-            output = bytes(outcome.output)
+            output = bytes(outcome.output) if isinstance(outcome.output, Raw) else b"null"
             if outcome.state == "failed":
                 error = outcome.error or AttemptError()
                 output = Failure(type=error.type, message=error.message, trace=error.trace).encode()
@@ -283,7 +332,7 @@ class WorkerSessions:
         leases = [self._lease_tokens.decode(key, lease) for lease in params.leases]
         valid = [Release(span_id=lease[0], token=lease[1]) for lease in leases if lease is not None]
         words = iter(await self._remote_work.release(call, valid))
-        return json_response({"words": [LOST if lease is None else next(words) for lease in leases]})
+        return json_response(WordsResponse([LOST if lease is None else next(words) for lease in leases]))
 
 
 def _due_us(text: str, now_us: int) -> int:

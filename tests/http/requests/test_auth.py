@@ -110,6 +110,7 @@ async def test_another_environment_s_batches_and_runs_are_not_there(tmp_path: Pa
             ("POST", f"/v1/batches/{batch_id}/seal"),
             ("POST", f"/v1/batches/{batch_id}/cancel"),
             ("POST", f"/v1/batches/{batch_id}/redrive"),
+            ("GET", f"/v1/runs/{run_id}"),
         ):
             assert (await ask(home, method, path, headers)).status == 404, path
         streamed = await ask(home, "POST", f"/api/v3/batches/{batch_id}/items", {**headers, **NDJSON}, [line(0)])

@@ -339,6 +339,28 @@ async def test_the_other_database_and_what_is_none_are_refused(tmp_path: Path) -
             await task.enqueue_in(object(), 1)
 
 
+@pytest.mark.parametrize("driver", [*POSTGRES, *SQLITE])
+async def test_a_database_without_headrace_is_named_and_the_transaction_goes_on(driver: str, tmp_path: Path) -> None:
+    shop = Shop(driver, tmp_path)
+    bare = str(tmp_path / "bare.db")
+    if not shop.is_sqlite:
+        name = f"bare_{driver.replace('-', '_')}"
+        connection = await asyncpg.connect(shop.dsn)
+        await connection.execute(f"DROP DATABASE IF EXISTS {name}")
+        await connection.execute(f"CREATE DATABASE {name}")
+        await connection.close()
+        bare = shop.dsn.rpartition("/")[0] + f"/{name}"
+    async with shop.app:
+        await shop.app.open()
+        async with shop.enter(bare) as (connection, execute):
+            await _maybe(execute(TABLE))
+            with pytest.raises(InvalidInput, match="the database of this connection has no Headrace tables") as refused:
+                await shop.ship.enqueue_in(connection, 1)
+            assert "HEADRACE_STORE" in refused.value.hint
+            await _maybe(execute(ORDER))
+        assert await shop.runs() == 0
+
+
 def test_an_async_connection_needs_async_code(tmp_path: Path) -> None:
     shop = Shop("asyncpg", tmp_path)
     with shop.app.within_sync(shop.enter(shop.dsn)) as (connection, _), pytest.raises(InvalidInput, match="is async"):

@@ -60,7 +60,7 @@ async def test_a_full_disk_is_told_and_nothing_that_was_acknowledged_is_lost(sma
                 except StoreUnavailable as error:
                     failure = error
             assert failure.retryable
-            assert "disk" in str(failure) or "is the server up" in str(failure), failure
+            assert "disk" in str(failure) or "the server is running" in str(failure), failure
             # Without room for its log the server ends; with more room it is what it was.
             subprocess.run(["mount", "-o", f"remount,size={3 * DISK_MIB}m", str(small_disk)], check=True)
             await running(own)

@@ -132,7 +132,7 @@ async def test_a_statement_that_the_server_ends_is_told_and_may_be_repeated(tmp_
             await admin.execute(f'SELECT 1 FROM "{schema}".span FOR UPDATE')
             settling = asyncio.create_task(world.settle(lease))
             await waiting_for_a_lock(world, watcher)
-            with pytest.raises(StoreUnavailable, match="ended a statement") as ended:
+            with pytest.raises(StoreUnavailable, match="cancelled a statement") as ended:
                 await settling
             assert ended.value.retryable
             assert "statement_timeout" in ended.value.hint

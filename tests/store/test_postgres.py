@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import asyncpg
 import pytest
@@ -244,20 +244,85 @@ async def test_whoever_is_not_let_in_is_told_why(own: Server) -> None:
         await connection.execute("GRANT CREATE ON DATABASE postgres TO reader, locked")
     at = f"127.0.0.1:{own.port}"
     expected = [
-        (f"postgresql://locked:wrong@{at}/postgres", StoreBroken, "let this user in", "password"),
-        (f"postgresql://nobody_knows@{at}/postgres", StoreBroken, "let this user in", "user"),
-        (f"postgresql://postgres@{at}/nowhere", StoreBroken, "no such database", "create it"),
-        (f"postgresql://poor@{at}/postgres", StoreBroken, "may not do this", "grant it"),
-        (f"postgresql://reader@{at}/postgres", StoreUnavailable, "only answers reads", "primary"),
-        ("postgresql://postgres@127.0.0.1:1/postgres", StoreUnavailable, "did not answer", "is the server up"),
+        (f"postgresql://locked:wrong@{at}/postgres", StoreBroken, f"at {at}/postgres refused the login", "password"),
+        (f"postgresql://nobody_knows@{at}/postgres", StoreBroken, "refused the login", "user"),
+        (f"postgresql://postgres@{at}/nowhere", StoreBroken, f"at {at}/nowhere does not exist", "create the database"),
+        (f"postgresql://poor@{at}/postgres", StoreBroken, "refused a statement: permission denied", "headrace migrate"),
+        (f"postgresql://reader@{at}/postgres", StoreUnavailable, "it is read-only", "primary"),
+        (
+            "postgresql://postgres:secret@127.0.0.1:1/postgres",
+            StoreUnavailable,
+            "PostgreSQL at 127.0.0.1:1/postgres did not answer",
+            "check that the server is running",
+        ),
+        (
+            "postgresql://postgres:secret@no.such.host.invalid/postgres",
+            StoreUnavailable,
+            "PostgreSQL at no.such.host.invalid:5432/postgres did not answer",
+            "reachable at that host",
+        ),
     ]
     for url, kind, said, hint in expected:
         error = await error_of(url)
         assert type(error) is kind, (url, error)
         assert said in str(error), (url, error)
         assert hint in error.hint, (url, error.hint)
+        assert "secret" not in str(error)
+        assert "CREATE" not in error.hint
     async with World(PostgresStore(f"{own.dsn.replace('postgres@', 'locked:right@')}?schema=mine", DEFAULT)) as _:
         pass
+
+
+GRANTS: Final = (
+    'GRANT USAGE ON SCHEMA "{schema}" TO worker; '
+    'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "{schema}" TO worker; '
+    'GRANT USAGE ON ALL SEQUENCES IN SCHEMA "{schema}" TO worker'
+)
+
+
+@pytest.mark.parametrize(
+    ("taken", "lacks"),
+    [
+        ('REVOKE USAGE ON SCHEMA "{schema}" FROM worker', "USAGE on schema {schema}"),
+        ('REVOKE INSERT ON "{schema}".batch FROM worker', "lacks INSERT on table batch (schema"),
+        ('REVOKE UPDATE, DELETE ON "{schema}".session FROM worker', "DELETE on table session, UPDATE on table session"),
+        ('REVOKE USAGE ON SEQUENCE "{schema}".span_ids FROM worker', "USAGE on sequence span_ids"),
+        (
+            'REVOKE ALL ON ALL TABLES IN SCHEMA "{schema}" FROM worker',
+            "SELECT on table api_key, UPDATE on table api_key",
+        ),
+    ],
+)
+async def test_a_right_that_a_role_lacks_is_named_and_the_hint_grants_no_more_than_a_worker_needs(
+    own: Server, tmp_path: Path, taken: str, lacks: str
+) -> None:
+    url = fresh_schema(tmp_path, own.dsn)
+    async with World(PostgresStore(url, DEFAULT)) as world:
+        schema = schema_of(world)
+        async with beside(own.dsn) as connection:
+            await connection.execute(
+                "DO $$ BEGIN CREATE ROLE worker LOGIN; EXCEPTION WHEN duplicate_object THEN END $$"
+            )
+            await connection.execute(GRANTS.format(schema=schema))
+            worker_url = url.replace("postgres@", "worker@")
+
+            async def works() -> None:
+                async with World(PostgresStore(worker_url, DEFAULT)) as other:
+                    batch_id = await other.filled(3)
+                    assert set(await other.run_all(await other.session())) == {0, 1, 2}
+                    await other.store.end_session(await other.session(), now_us=other.now_us)
+                    assert (await other.store.batch(batch_id))[0].state == "completed"
+
+            await works()
+            await connection.execute(taken.format(schema=schema))
+            with pytest.raises(StoreBroken) as refused:
+                await works()
+            assert "the role 'worker' lacks " in refused.value.message
+            assert lacks.format(schema=schema) in refused.value.message
+            assert "CREATE" not in refused.value.hint
+            for statement in refused.value.hint.rstrip(";").split(";"):
+                await connection.execute(statement)
+            await works()
 
 
 async def test_a_server_without_a_free_connection_says_so(own: Server) -> None:

@@ -326,10 +326,61 @@ async def test_a_directory_that_takes_no_files_is_said_to_be_one(tmp_path: Path)
     folder.mkdir(mode=0o555)
     if os.access(folder, os.W_OK):
         folder = Path("/proc")  # whoever may write anywhere still can't write there
-    for path in (folder / "db", tmp_path / "missing" / "db", tmp_path):
-        with pytest.raises(StoreUnavailable, match="can't be opened"):
+    for path, problem in (
+        (folder / "db", str(folder)),
+        (tmp_path / "missing" / "db", f"the directory {tmp_path}/missing does not exist"),
+        (tmp_path, "it is a directory, expected a file"),
+    ):
+        with pytest.raises(StoreUnavailable, match=re.escape(f"can't write {path}: ")) as refused:
             async with opened(path):
                 pass
+        assert problem in refused.value.message
+        assert refused.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to any file")
+@pytest.mark.parametrize("closed", ["file", "directory"])
+async def test_a_file_that_this_user_can_not_write_is_named_with_what_to_change(tmp_path: Path, closed: str) -> None:
+    path = tmp_path / "own" / "db"
+    path.parent.mkdir()
+    async with opened(path):
+        pass
+    target = path if closed == "file" else path.parent
+    target.chmod(0o444 if closed == "file" else 0o555)
+    with pytest.raises(StoreUnavailable, match=re.escape(f"can't write {path}: the {closed}")) as refused:
+        async with opened(path):
+            pass
+    assert str(target) in refused.value.hint
+    target.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("CREATE TABLE batch (id INTEGER)", "got the tables batch"),
+        ("CREATE TABLE batch (id INTEGER); CREATE VIEW tag AS SELECT 1; PRAGMA user_version = 7", "tables batch, tag"),
+        ("CREATE TABLE own (id INTEGER); PRAGMA user_version = 1", "got user_version 1"),
+        ("CREATE TABLE own (id INTEGER); PRAGMA user_version = 999", "got user_version 999"),
+    ],
+)
+async def test_a_file_of_another_program_is_refused_and_left_as_it_was(tmp_path: Path, script: str, found: str) -> None:
+    path = tmp_path / "db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(script)
+        before = schema(connection)
+    with pytest.raises(StoreBroken, match=f"{re.escape(str(path))} is not a Headrace database.*{found}") as refused:
+        async with opened(path):
+            pass
+    assert "--store" in refused.value.hint
+    with closing(sqlite3.connect(path)) as connection:
+        assert schema(connection) == before
+
+
+async def test_a_file_with_tables_of_other_names_takes_headrace_too(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "db")) as connection:
+        connection.execute("CREATE TABLE orders (id INTEGER)")
+    async with opened(tmp_path / "db") as world:
+        await world.filled(3)
 
 
 async def test_a_path_that_no_system_takes_is_an_error_and_not_a_hang(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ Steps = Generator[Any, Any, T]
 """A conversation with a connection: yields what it answered (an awaitable, where it is async), is sent the outcome."""
 
 TRIES: Final = 5
+MISSING_TABLE: Final = ("42P01", "3F000")
+"""SQLSTATEs of PostgreSQL: undefined_table, invalid_schema_name."""
 _SAVEPOINT: Final = "SAVEPOINT headrace"
 _ROLL_BACK: Final = "ROLLBACK TO SAVEPOINT headrace"
 _RELEASE: Final = "RELEASE SAVEPOINT headrace"
@@ -92,6 +94,15 @@ class CallerTransaction:
                 answer = yield from self._answered(script())
             except TransactionConflict:
                 yield from self._bare(_ROLL_BACK)
+            except Exception as error:
+                if not _is_missing_table(error):
+                    raise
+                yield from self._bare(_ROLL_BACK)
+                raise InvalidInput(
+                    f"the database of this connection has no Headrace tables: {str(error).splitlines()[0]}",
+                    hint="give a connection to the database that HEADRACE_STORE names, or run `headrace migrate` on "
+                    "this one",
+                ) from error
             else:
                 yield from self._bare(_RELEASE)
                 yield from self._told()
@@ -196,6 +207,16 @@ class JoinsTransactions(Protocol):
     def joined(self, connection: Any) -> CallerTransaction:
         """Its statements on a connection that somebody else owns. Raises `InvalidInput` for one of another database."""
         ...
+
+
+def _is_missing_table(error: BaseException | None) -> bool:
+    """True if a driver's error, or the one that it wraps, means that a table or schema does not exist."""
+    while error is not None:
+        code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+        if code in MISSING_TABLE or str(error).startswith("no such table"):
+            return True
+        error = getattr(error, "orig", None) or error.__cause__
+    return False
 
 
 def _psycopg(connection: Any, sql: str, values: Sequence[Any]) -> Any:

@@ -25,6 +25,18 @@ class DatabaseAddress(NamedTuple):
     pooler: str
     is_read_only: bool
 
+    @property
+    def database(self) -> str:
+        """Name the database for an error message: host, port and database, never the user or the password."""
+        parts = urlsplit(self.dsn)
+        query = dict(parse_qsl(parts.query))
+        host = parts.hostname or query.get("host") or "localhost"
+        if ":" in host:
+            host = f"[{host}]"
+        return (
+            f"PostgreSQL at {host}:{parts.port or query.get('port') or 5432}{parts.path if parts.path != '/' else ''}"
+        )
+
 
 def address(url: str) -> DatabaseAddress:
     """The parts of `postgresql://…?schema=&pooler=&read_only=`. Raises `InvalidSetting`."""

@@ -1,7 +1,8 @@
-"""What a driver's error means for the caller: try again later, or call a person."""
+"""Translation of the driver's errors: try again later, or have a person change something."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import asyncpg
@@ -9,13 +10,13 @@ import asyncpg
 from headrace.foundation.errors import HeadraceError, StoreBroken, StoreUnavailable
 
 DRIVER: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
-"""All that a connection raises."""
+"""All errors that a connection raises."""
 UNDONE: Final = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
-"""The server undid the transaction to keep it apart from others: it can be done again at once."""
+"""The server rolled the transaction back because of a concurrent one: it can be repeated at once."""
 ANOTHER_SESSION: Final = (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError)
-"""Statements that were prepared are not there, or are there already: the session behind the connection is another."""
+"""Prepared statements are missing, or exist already: a pooler has changed the session behind the connection."""
 STALE: Final = (asyncpg.InvalidCachedStatementError, asyncpg.OutdatedSchemaCacheError)
-"""A prepared statement is older than a change of the schema, and did nothing."""
+"""A prepared statement is older than a change of the schema; it did nothing."""
 SCHEMA_CHANGED: Final = (
     asyncpg.UndefinedTableError,
     asyncpg.UndefinedColumnError,
@@ -25,107 +26,141 @@ SCHEMA_CHANGED: Final = (
     asyncpg.NotNullViolationError,
     asyncpg.CheckViolationError,
 )
-"""What a statement of an older Headrace may come to on a newer schema."""
+"""Errors of a statement of an older Headrace on a newer schema."""
+MIGRATE_HINT: Final = (
+    "run `headrace migrate` as the owner of the database; a worker's role then needs USAGE on the schema and its "
+    "sequences, and SELECT, INSERT, UPDATE and DELETE on its tables"
+)
 
 
-class _Meaning(NamedTuple):
+class _Translation(NamedTuple):
     errors: tuple[type[BaseException], ...]
-    fault: type[HeadraceError]
-    said: str
+    error_type: type[HeadraceError]
+    problem: str
     hint: str
 
 
-_MEANINGS: Final = (
-    _Meaning(
+_TRANSLATIONS: Final = (
+    _Translation(
         (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidPasswordError),
         StoreBroken,
-        "the database does not let this user in",
-        "check user and password",
+        "refused the login",
+        "check the user and the password in HEADRACE_STORE, and the server's pg_hba.conf",
     ),
-    _Meaning(
-        (asyncpg.InvalidCatalogNameError,), StoreBroken, "there is no such database", "create it, or name another"
-    ),
-    _Meaning(
-        (asyncpg.InsufficientPrivilegeError,),
+    _Translation(
+        (asyncpg.InvalidCatalogNameError,),
         StoreBroken,
-        "the user may not do this",
-        "grant it CREATE on the database, or make it owner of the schema",
+        "does not exist",
+        "create the database, or name another in HEADRACE_STORE",
     ),
-    _Meaning(
+    _Translation((asyncpg.InsufficientPrivilegeError,), StoreBroken, "refused a statement", MIGRATE_HINT),
+    _Translation(
         (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.InvalidSchemaNameError),
         StoreBroken,
-        "the schema is not Headrace's",
+        "does not have the tables that this version of Headrace expects",
         "run `headrace migrate`",
     ),
-    _Meaning(
+    _Translation(
         (asyncpg.TooManyConnectionsError,),
         StoreUnavailable,
-        "the server has no connection left",
-        "raise max_connections, or use a pooler",
+        "has no connection left",
+        "raise max_connections of the server, or use a connection pooler",
     ),
-    _Meaning(
+    _Translation(
         (asyncpg.DiskFullError,),
         StoreUnavailable,
-        "the server's disk is full",
-        "free disk space; nothing acknowledged was lost",
+        "has a full disk",
+        "free disk space on the server; nothing that was acknowledged is lost",
     ),
-    _Meaning(
+    _Translation(
         (asyncpg.OutOfMemoryError, asyncpg.ConfigurationLimitExceededError),
         StoreUnavailable,
-        "the server has no room for this",
-        "it is tried again; look at the server's memory and limits",
+        "ran out of memory or of a configured limit",
+        "check the server's memory and limits",
     ),
-    _Meaning(
+    _Translation(
         (asyncpg.ReadOnlySQLTransactionError,),
         StoreUnavailable,
-        "the server only answers reads",
-        "name the primary, not a replica",
+        "refused a write: it is read-only",
+        "name the primary server, not a replica",
     ),
-    _Meaning(
+    _Translation(
         (asyncpg.QueryCanceledError,),
         StoreUnavailable,
-        "the server ended a statement",
-        "nothing of it is durable; raise statement_timeout for this user if it says so again",
+        "cancelled a statement",
+        "nothing of it is durable; if this happens again, raise statement_timeout for this user",
     ),
-    _Meaning(
+    _Translation(
         (asyncpg.LockNotAvailableError,),
         StoreUnavailable,
-        "another transaction holds what this one needs",
-        "it is tried again; pg_locks says who holds it",
+        "did not get a lock: another transaction holds it",
+        "pg_locks shows which transaction holds it",
     ),
-    _Meaning(
+    _Translation(
         (asyncpg.AdminShutdownError, asyncpg.CrashShutdownError, asyncpg.CannotConnectNowError),
         StoreUnavailable,
-        "the server is going down or coming up",
-        "it is tried again",
+        "is shutting down or starting up",
+        "wait until the server is up",
     ),
-    _Meaning(
-        UNDONE, StoreUnavailable, "other transactions came in the way, again and again", "nothing of it is durable"
+    _Translation(
+        UNDONE,
+        StoreUnavailable,
+        "rolled the transaction back several times because of concurrent ones",
+        "nothing of it is durable; repeat the call",
     ),
-    _Meaning(
+    _Translation(
         (asyncpg.ProtocolViolationError, *ANOTHER_SESSION),
         StoreBroken,
-        "what answers at this address is not a whole server",
+        "does not answer like a PostgreSQL server",
         "behind a pooler add pooler=transaction to the URL, and parameters it refuses to its ignore_startup_parameters",
     ),
 )
-_OURS: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.SyntaxOrAccessError)
+_UNEXPECTED: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.SyntaxOrAccessError)
 
 
-def as_fault(error: BaseException) -> HeadraceError:
-    """The driver's error in the words of the seam, with the error as its cause."""
+RIGHTS_SHOWN: Final = 5
+"""Missing rights that one message names."""
+
+
+def store_error(error: BaseException, database: str) -> HeadraceError:
+    """Translate a driver's error, which becomes its cause. `database` names the server, without a password."""
     text = str(error) or type(error).__name__
-    fault: HeadraceError
-    for meaning in _MEANINGS:
-        if isinstance(error, meaning.errors):
-            fault = meaning.fault(f"{meaning.said}: {text}", hint=meaning.hint)
+    translated: HeadraceError
+    for translation in _TRANSLATIONS:
+        if isinstance(error, translation.errors):
+            translated = translation.error_type(f"{database} {translation.problem}: {text}", hint=translation.hint)
             break
     else:
-        if isinstance(error, _OURS):
-            fault = StoreBroken(f"the store met an error it does not know: {type(error).__name__}: {text}")
-        else:
-            fault = StoreUnavailable(
-                f"the database did not answer: {text}", hint="it is tried again; is the server up?"
+        if isinstance(error, _UNEXPECTED):
+            translated = StoreBroken(
+                f"{database} failed with an unexpected error: {type(error).__name__}: {text}",
+                hint="please report it, with the log of this process",
             )
-    fault.__cause__ = error
-    return fault
+        else:
+            translated = StoreUnavailable(
+                f"{database} did not answer: {text}", hint="check that the server is running and reachable at that host"
+            )
+    translated.__cause__ = error
+    return translated
+
+
+def missing_rights_error(
+    error: BaseException, database: str, schema: str, rows: Sequence[tuple[str, str, str]]
+) -> HeadraceError:
+    """Name the rights that a role lacks on a schema: `rows` are `(role, right, object)`, at least one."""
+    role = rows[0][0]
+    rights = ", ".join(f"{right} on {name}" for _, right, name in rows[:RIGHTS_SHOWN])
+    more = f" and {len(rows) - RIGHTS_SHOWN} more" if len(rows) > RIGHTS_SHOWN else ""
+    quoted_role, quoted = _quoted(role), _quoted(schema)
+    translated = StoreBroken(
+        f"{database} refused a statement: the role {role!r} lacks {rights}{more} (schema {schema!r})",
+        hint=f"GRANT USAGE ON SCHEMA {quoted} TO {quoted_role}; "
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {quoted} TO {quoted_role}; "
+        f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA {quoted} TO {quoted_role};",
+    )
+    translated.__cause__ = error
+    return translated
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

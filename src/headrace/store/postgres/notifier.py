@@ -17,7 +17,7 @@ from typing import Any, Final
 import structlog
 
 from headrace.store.postgres.dsn import DatabaseAddress
-from headrace.store.postgres.errors import DRIVER, as_fault
+from headrace.store.postgres.errors import DRIVER, store_error
 from headrace.store.postgres.pool import PostgresConnection, compiled, connect
 from headrace.store.protocol import WORK
 
@@ -114,7 +114,9 @@ class PostgresNotifier:
                     self.is_listening = False
                     connection.raw.terminate()
             except DRIVER as error:
-                LOG.debug("no connection for news; polling goes on", error=as_fault(error).message)
+                LOG.debug(
+                    "no connection for news; polling goes on", error=store_error(error, self._address.database).message
+                )
             tries_count = 0 if loop.time() > began_s + STEADY_S else min(tries_count + 1, len(AGAIN_S) - 1)
             await asyncio.sleep(AGAIN_S[tries_count])
 

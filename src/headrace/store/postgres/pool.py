@@ -97,7 +97,7 @@ class PostgresConnection:
     async def commit(self) -> None:
         """Commit it. A transaction that an error ended does not commit quietly: that is an error too."""
         if await self.raw.execute("COMMIT") != "COMMIT":
-            raise StoreUnavailable("the transaction was rolled back by the server", hint="it is tried again")
+            raise StoreUnavailable("the server rolled the transaction back at its commit", hint="repeat the call")
 
     async def undo(self) -> None:
         """Leave whatever transaction there is; a connection that can't is ended."""

@@ -13,6 +13,8 @@ from contextlib import suppress
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
+import asyncpg
+
 from headrace.core.block import Chunk
 from headrace.core.span import SETTLED, Settlement
 from headrace.foundation.errors import HeadraceError, InvalidInput, InvalidSetting, StoreBroken, StoreUnavailable
@@ -22,7 +24,15 @@ from headrace.store.postgres import fast_path
 from headrace.store.postgres.caller_transaction import PostgresJoined
 from headrace.store.postgres.claim_cursors import ClaimCursors
 from headrace.store.postgres.dsn import address
-from headrace.store.postgres.errors import ANOTHER_SESSION, DRIVER, SCHEMA_CHANGED, STALE, UNDONE, as_fault
+from headrace.store.postgres.errors import (
+    ANOTHER_SESSION,
+    DRIVER,
+    SCHEMA_CHANGED,
+    STALE,
+    UNDONE,
+    missing_rights_error,
+    store_error,
+)
 from headrace.store.postgres.id_ranges import ID_RANGE, IdRange
 from headrace.store.postgres.pool import (
     BEGIN_READING,
@@ -85,11 +95,13 @@ class PostgresStore(ScriptedStore):
                     await SchemaMigration(self._sql, self._schema).check(connection)
             else:
                 await self._migrate()
-        except BaseException as error:
+        except (HeadraceError, asyncio.CancelledError):
             await self.close()
-            if isinstance(error, HeadraceError | asyncio.CancelledError):
-                raise
-            raise as_fault(error) from error
+            raise
+        except BaseException as error:
+            translated = await self._translated(error)
+            await self.close()
+            raise translated from error
 
     async def _migrate(self) -> None:
         migrating = SchemaMigration(self._sql, self._schema)
@@ -304,21 +316,35 @@ class PostgresStore(ScriptedStore):
                     return await work(connection)
             except (TransactionConflict, *UNDONE) as error:
                 if not tries_left:
-                    raise as_fault(error) from error
+                    raise self._store_error(error) from error
                 await asyncio.sleep(0)
             except ANOTHER_SESSION as error:  # nothing was done: a statement that isn't there does nothing
                 if not tries_left or connection is None or connection.is_pooled:
-                    raise as_fault(error) from error
+                    raise self._store_error(error) from error
                 self._notice_pooler()
             except STALE as error:
                 if not tries_left:
-                    raise as_fault(error) from error
+                    raise self._store_error(error) from error
                 pool.forget()
             except SCHEMA_CHANGED as error:
                 raise await self._told_of_version(pool, error) from error
             except DRIVER as error:
-                raise as_fault(error) from error
+                raise await self._translated(error) from error
         raise AssertionError
+
+    async def _translated(self, error: BaseException) -> HeadraceError:
+        """Translate a driver's error; if a right is missing, ask the server which."""
+        if isinstance(error, asyncpg.InsufficientPrivilegeError):
+            with suppress(HeadraceError, *DRIVER):
+                async with (await self._pool()).borrowed() as connection:
+                    rows = await self._fetch(connection, "missing_rights", schema=self._schema)
+                if rows:
+                    named = [(role, right, name) for role, right, name in rows]
+                    return missing_rights_error(error, self.address.database, self._schema, named)
+        return self._store_error(error)
+
+    def _store_error(self, error: BaseException) -> HeadraceError:
+        return store_error(error, self.address.database)
 
     async def _told_of_version(self, pool: Pool, error: BaseException) -> HeadraceError:
         """A statement that doesn't fit the schema any more: was it migrated while this process ran?"""
@@ -329,7 +355,7 @@ class PostgresStore(ScriptedStore):
             return newer
         except (HeadraceError, *DRIVER):
             pass
-        return as_fault(error)
+        return self._store_error(error)
 
     async def _run(self, connection: PostgresConnection, script: Script[T]) -> T:
         try:

@@ -23,7 +23,7 @@ from headrace.store.entities.schema import Change, changes_of, check_names, tabl
 from headrace.store.entities.sql import Dialect
 from headrace.store.sqlite.script_runner import run_script
 from headrace.store.sqlite.store import SqliteStore
-from headrace.store.sqlite.writer import as_fault
+from headrace.store.sqlite.writer import store_error
 from headrace.store.transactions import indexer
 from headrace.store.transactions.sql_script import Rows, Script, fetch_column
 
@@ -87,7 +87,7 @@ class SqliteEntities:
                     connection.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            raise as_fault(error) from error
+            raise store_error(error, self._store.path) from error
         return answer
 
     def _script(self, script: Script[T]) -> T:
@@ -97,7 +97,7 @@ class SqliteEntities:
         try:
             return self._connection().execute(sql, values).fetchall()
         except sqlite3.Error as error:
-            raise as_fault(error) from error
+            raise store_error(error, self._store.path) from error
 
     # -- tables
 

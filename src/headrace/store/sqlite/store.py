@@ -21,9 +21,10 @@ from headrace.core.span import Settlement
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.store.caller_transaction import CallerTransaction
+from headrace.store.entities.sql import RESERVED
 from headrace.store.sqlite import fast_path
 from headrace.store.sqlite.script_runner import SQL, run_script, statements_of
-from headrace.store.sqlite.writer import Writer, as_fault
+from headrace.store.sqlite.writer import Writer, store_error
 from headrace.store.statements import migrations, numbered
 from headrace.store.transactions.scripted_store import ScriptedStore
 from headrace.store.transactions.sql_script import Script
@@ -34,6 +35,8 @@ READERS: Final = 2
 BUSY_TIMEOUT_MS: Final = 10_000
 WAL_RETRY_S: Final = 0.01
 OLDEST_SQLITE: Final = (3, 35, 0)
+OWN_TABLE: Final = "span"
+"""A table that every version of the schema has."""
 _SYNCHRONOUS: Final = {0: "off", 1: "normal", 2: "full", 3: "extra"}
 
 
@@ -44,7 +47,7 @@ class SqliteStore(ScriptedStore):
         super().__init__(limits)
         self.path = path
         self._busy_timeout_ms = busy_timeout_ms
-        self._writer = Writer(self.connect)
+        self._writer = Writer(path, self.connect)
         self._local = threading.local()
         self._closing = threading.Event()
         self._readers: ThreadPoolExecutor | None = None
@@ -86,7 +89,7 @@ class SqliteStore(ScriptedStore):
             self._enter_wal(connection)
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA wal_autocheckpoint = 4000")
-            _migrate(connection)
+            _migrate(connection, self.path)
         except BaseException:
             connection.close()
             raise
@@ -140,7 +143,7 @@ class SqliteStore(ScriptedStore):
             finally:
                 connection.execute("COMMIT")
         except sqlite3.Error as error:
-            raise as_fault(error) from error
+            raise store_error(error, self.path) from error
 
     def joined(self, connection: Any) -> CallerTransaction:
         """This file's statements on a connection that somebody else owns, in the transaction open there."""
@@ -172,14 +175,16 @@ class SqliteStore(ScriptedStore):
         return found
 
 
-def _migrate(connection: sqlite3.Connection) -> None:
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     """Bring the schema to the newest version this code knows; a newer one is not touched."""
     scripts = migrations("headrace.store.sqlite")
     newest = scripts[-1][0]
     if _version(connection) == newest:
+        _check_own(connection, path)
         return
     connection.execute("BEGIN IMMEDIATE")
     try:
+        _check_own(connection, path)
         version = _known_version(connection, newest)
         for number, script in scripts[version:]:
             for statement in statements_of(script):
@@ -190,6 +195,21 @@ def _migrate(connection: sqlite3.Connection) -> None:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _check_own(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise `StoreBroken` if another program made the file: it has our table names or a version, but no `span`."""
+    tables = {name for (name,) in connection.execute(SQL["existing_tables"])}
+    version = _version(connection)
+    if OWN_TABLE in tables and version:
+        return
+    taken = sorted(tables & RESERVED)
+    if taken or version:
+        found = f"the tables {', '.join(taken)}" if taken else f"user_version {version}"
+        raise StoreBroken(
+            f"{path} is not a Headrace database: expected an empty file or one that Headrace made, got {found}",
+            hint="name another file with --store; Headrace creates it",
+        )
 
 
 def _version(connection: sqlite3.Connection) -> int:

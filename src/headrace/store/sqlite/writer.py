@@ -9,10 +9,12 @@ transaction, savepoints or not, which is why the group has none.)
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 from headrace.foundation.errors import HeadraceError, StoreBroken, StoreUnavailable
@@ -39,7 +41,8 @@ class _Request:
 class Writer:
     """Runs requests against one connection, in order, in its own thread, from any event loop."""
 
-    def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
+    def __init__(self, path: Path, connect: Callable[[], sqlite3.Connection]) -> None:
+        self._path = path
         self._connect = connect
         self._waiting: deque[_Request] = deque()
         self._wake = threading.Condition()
@@ -87,7 +90,7 @@ class Writer:
                     connection = self._connect()
                 self._commit(connection, group)
             except sqlite3.Error as error:
-                _fail(group, as_fault(error))
+                _fail(group, store_error(error, self._path))
             except Exception as error:  # noqa: BLE001 - whatever it is, those who wait are told, and the thread lives
                 _fail(group, error)
             _deliver(group)
@@ -106,7 +109,7 @@ class Writer:
         try:
             connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:  # another process holds the file: each in turn would wait as long again
-            _fail(group, as_fault(error))
+            _fail(group, store_error(error, self._path))
             return
         try:
             _transact(connection, group)
@@ -114,7 +117,7 @@ class Writer:
             if connection.in_transaction:
                 connection.rollback()
             if len(group) == 1:
-                group[0].error = as_fault(error) if isinstance(error, sqlite3.Error) else error
+                group[0].error = store_error(error, self._path) if isinstance(error, sqlite3.Error) else error
                 return
             for request in group:
                 request.error = None
@@ -159,36 +162,53 @@ def _resolve(requests: list[_Request]) -> None:
             request.future.set_result(request.answer)
 
 
-def as_fault(error: sqlite3.Error) -> HeadraceError:
-    """What an SQLite error means for the caller: try again later, or call a person."""
+def store_error(error: sqlite3.Error, path: Path) -> HeadraceError:
+    """Translate an error of SQLite on the file `path`: try again later, or have a person change something."""
     text = str(error)
     name = getattr(error, "sqlite_errorname", "")
-    fault: HeadraceError
+    translated: HeadraceError
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or "malformed" in text or "not a database" in text:
-        fault = StoreBroken(
-            f"the database file is damaged or is not an SQLite database: {text}",
+        translated = StoreBroken(
+            f"the database file {path} is damaged or is not an SQLite database: {text}",
             hint="restore it from a backup, or name another file with --store",
         )
     elif name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        fault = StoreUnavailable(
-            f"another process holds the database locked: {text}",
-            hint="end that process, or wait and try again",
+        translated = StoreUnavailable(
+            f"another process holds a lock on {path}: {text}", hint="end that process, or wait and try again"
         )
     elif name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
-        fault = StoreUnavailable(
-            f"the disk did not take the write: {text}", hint="free disk space; nothing acknowledged was lost"
+        translated = StoreUnavailable(
+            f"the disk did not take a write to {path}: {text}", hint="free disk space; nothing acknowledged was lost"
         )
     elif name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")):
-        fault = StoreUnavailable(
-            f"the database file can't be opened for writing: {text}",
-            hint="check that its directory exists and is writable",
-        )
+        problem, hint = _not_writable(path)
+        translated = StoreUnavailable(f"can't write {path}: {problem} ({text})", hint=hint)
     elif FENCED in text:
-        fault = StoreBroken(
-            "this file was moved to another store, or is being moved, and takes no writes",
-            hint="`headrace move` says where to; `headrace move --undo` gives up a move that is not over",
+        translated = StoreBroken(
+            f"{path} takes no writes: it was moved to another store, or is being moved",
+            hint="`headrace move` shows where to; `headrace move --undo` gives up a move that is not finished",
         )
     else:
-        fault = StoreBroken(f"the store met an error it does not know: {type(error).__name__}: {text}")
-    fault.__cause__ = error
-    return fault
+        translated = StoreBroken(
+            f"SQLite failed on {path} with an unexpected error: {type(error).__name__}: {text}",
+            hint="is it a Headrace database? `headrace doctor` checks it; --store names another file",
+        )
+    translated.__cause__ = error
+    return translated
+
+
+def _not_writable(path: Path) -> tuple[str, str]:
+    """Find out why a database file can't be written: `(problem, hint)`."""
+    directory = path.absolute().parent
+    if not directory.is_dir():
+        return f"the directory {directory} does not exist", "create it, or name another file with --store"
+    if path.is_dir():
+        return "it is a directory, expected a file", "name a file with --store: sqlite:///path/to/file.db"
+    if path.exists() and not os.access(path, os.W_OK):
+        return "the file is not writable by this user", f"change its owner or its mode: chmod u+w {path}"
+    if not os.access(directory, os.W_OK):
+        return (
+            f"the directory {directory} is not writable by this user, and SQLite keeps its log beside the file",
+            f"change its owner or its mode: chmod u+w {directory}",
+        )
+    return "the file or its directory is on a read-only file system, or locked by a mount", "name another file"

@@ -14,6 +14,24 @@ SELECT number FROM {schema}.version;
 -- set_version: a migration was applied
 UPDATE {schema}.version SET number = :number;
 
+-- missing_rights: the rights on the schema that a worker needs and this role lacks, as role, right and object
+SELECT current_user, needed.right_name, needed.object_name
+FROM (
+    SELECT 1 AS rank, 'USAGE' AS right_name, 'schema ' || nspname AS object_name
+    FROM pg_catalog.pg_namespace WHERE nspname = :schema AND NOT has_schema_privilege(oid, 'USAGE')
+    UNION ALL
+    SELECT 2, dml.right_name, 'table ' || class.relname
+    FROM pg_catalog.pg_class AS class JOIN pg_catalog.pg_namespace AS space ON space.oid = class.relnamespace
+    CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS dml (right_name)
+    WHERE space.nspname = :schema AND class.relkind = 'r' AND NOT has_table_privilege(class.oid, dml.right_name)
+    UNION ALL
+    SELECT 3, 'USAGE', 'sequence ' || class.relname
+    FROM pg_catalog.pg_class AS class JOIN pg_catalog.pg_namespace AS space ON space.oid = class.relnamespace
+    WHERE space.nspname = :schema AND class.relkind = 'S'
+        AND CASE WHEN class.relkind = 'S' THEN NOT has_sequence_privilege(class.oid, 'USAGE') END
+) AS needed
+ORDER BY needed.rank, needed.object_name, needed.right_name;
+
 -- durability: the server, and the settings that durability hangs on
 SELECT current_setting('server_version'), current_setting('fsync'), current_setting('synchronous_commit'),
     pg_is_in_recovery();

@@ -288,7 +288,7 @@ async def test_heartbeats_come_from_their_own_thread_also_over_a_server(tmp_path
     async with house(tmp_path, "sqlite") as home:
         app = app_of(home, heartbeat_ms=20, session_timeout_ms=10_000)
         async with app, app.worker() as worker:
-            session_id = worker.broker.session_id
+            session_id = worker.session.session_id
             seen: set[int] = set()
             while len(seen) < 4:
                 seen |= {one.heartbeat_us for one in await home.engine.maintenance.sessions() if one.id == session_id}

@@ -137,7 +137,7 @@ class WorkerProcess(SimulatedProcess):
     @property
     def session_id(self) -> str:
         """The session this process believes to have."""
-        return self.worker.broker.session_id
+        return self.worker.session.session_id
 
     def _begin(self, value: int, task: str) -> tuple[Behaviour, int]:
         watch, plan = self.simulation.watch, self.simulation.plan

@@ -394,7 +394,7 @@ async def test_a_server_that_was_taken_for_dead_goes_on_under_a_new_session(kind
         )
         await own.set(task.id, FAILURE)
         assert (await own.counts()).get("failed", 0) == 0, "the lease was lost, and so is the report"
-        own.dispatcher._broker._thawed(own.dispatcher._broker.session_id)
+        own.dispatcher._broker._on_session_lost(own.dispatcher._broker.session_id)
         had = await own.drained(1)
         assert sorted(had) == [f"id_{number}" for number in range(5)]
         assert await own.counts() == {"completed": 5}

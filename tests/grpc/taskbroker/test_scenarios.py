@@ -151,7 +151,7 @@ class Story:
     async def beat(self) -> None:
         """Live servers are heard of; a frozen one's session may have ended."""
         for server in self.servers:
-            await server.dispatcher._broker._beat_once(lambda news, *values: news(*values))
+            await server.dispatcher._broker._heartbeat_once(lambda news, *values: news(*values))
 
     async def stop(self) -> None:
         await self.servers.pop(self.dice.randrange(len(self.servers))).dispatcher.stop()
@@ -163,7 +163,7 @@ class Story:
         ticking, server.dispatcher._ticking = server.dispatcher._ticking, None
         if ticking is not None:
             ticking.cancel()
-        await server.dispatcher._broker._end_beating()
+        await server.dispatcher._broker._end_heartbeats()
         server.dispatcher._broker.abandon()
         await self.start()
 

@@ -14,9 +14,9 @@ from headrace.runtime.sessions.active_lease import BEGUN, ENDED, NOT_BEGUN
 from headrace.runtime.sessions.inflight_marks import (
     ALL_SLOTS,
     InflightMarks,
-    is_dead,
     merged,
     of_session,
+    owner_has_ended,
     read,
     read_deadline,
     remove,
@@ -25,8 +25,8 @@ from headrace.runtime.sessions.inflight_marks import (
 WRITER = """
 import sys
 from pathlib import Path
-from headrace.runtime.sessions.inflight_marks import Marks
-marks = Marks(Path(sys.argv[1]), slot_runs=8)
+from headrace.runtime.sessions.inflight_marks import InflightMarks
+marks = InflightMarks(Path(sys.argv[1]), slot_runs=8)
 _, body = marks.take(7, 3, 5)
 body[0], body[1], body[4] = 2, 1, 1
 marks.set_deadline(99)
@@ -92,16 +92,16 @@ def test_two_slots_of_one_lease_are_one_suspicion(tmp_path: Path) -> None:
 
 def test_locked_is_alive_and_unlocked_is_dead(tmp_path: Path) -> None:
     marks = InflightMarks(tmp_path / "own", slot_runs=8)
-    assert is_dead(marks.path) is False
+    assert owner_has_ended(marks.path) is False
     with pytest.raises(StoreUnavailable):
         InflightMarks(marks.path, slot_runs=8)
     _, body = marks.take(1, 1, 1)
     body[0] = BEGUN
     marks.close(keep=True)  # though a run still holds its part of the map
-    assert is_dead(marks.path) is True
+    assert owner_has_ended(marks.path) is True
     assert read(marks.path) == {(1, 1): (0,)}
     remove([marks.path])
-    assert is_dead(marks.path) is None
+    assert owner_has_ended(marks.path) is None
 
 
 def test_evidence_survives_a_kill(tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_evidence_survives_a_kill(tmp_path: Path) -> None:
     ) as it:
         assert it.stdout is not None
         assert it.stdout.readline() == b"marked\n"
-        assert is_dead(path) is False
+        assert owner_has_ended(path) is False
         it.send_signal(signal.SIGKILL)
         it.wait()
-    assert is_dead(path) is True
+    assert owner_has_ended(path) is True
     assert read(path) == {(7, 3): (1, 4)}
     assert read_deadline(path) == 99
 
@@ -143,5 +143,5 @@ def test_children_are_merged_into_their_session(tmp_path: Path) -> None:
 
 def test_a_directory_that_can_not_be_written_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StoreUnavailable, match="can't be made"):
+    with pytest.raises(StoreUnavailable, match="can't be created"):
         InflightMarks(tmp_path / "file" / "own", slot_runs=8)

@@ -22,7 +22,7 @@ from headrace.runtime.clock import ManualClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import UpdatesUnflushed
 from headrace.runtime.sessions.active_lease import ActiveLease
-from headrace.runtime.sessions.inflight_marks import InflightMarks, is_dead, read
+from headrace.runtime.sessions.inflight_marks import InflightMarks, owner_has_ended, read
 from headrace.runtime.sessions.recovery import STUCK_TIMEOUTS
 from headrace.runtime.sessions.session import StoreSession
 from headrace.store.protocol import Claim, NewBatch, Release, Session, Suspects
@@ -72,7 +72,7 @@ class Desk:
             await asyncio.sleep(0)
 
     async def beat(self) -> None:
-        await self.broker._beat_once(lambda news, *values: news(*values))
+        await self.broker._heartbeat_once(lambda news, *values: news(*values))
 
     async def states(self, batch_id: str) -> list[str]:
         return [view.state for view in await self.store.runs("default", batch_id=batch_id, limit=10_000)]
@@ -290,14 +290,14 @@ async def test_claims_keep_to_the_leases_that_can_be_marked(tmp_path: Path) -> N
         await small.start()
         await desk.batch(100)
         works = [work for _ in range(7) for work in await small.claim(["task"], None, 1)]
-        assert (len(works), small.room) == (5, 0)
+        assert (len(works), small.free_count) == (5, 0)
         assert await small.claim(["task"], None, 10) == []
         release = Release(span_id=works[0].lease.span_id, token=works[0].lease.token)
         await small.end_lease(works[0], [release])
         assert small._flusher is not None
         while small._flusher.depth:
             await asyncio.sleep(0)
-        assert small.room == 1
+        assert small.free_count == 1
         await small.stop()
 
 
@@ -322,7 +322,7 @@ async def test_a_broker_that_can_not_write_leaves_its_evidence(tmp_path: Path) -
         with pytest.raises(UpdatesUnflushed):
             await stopping
         desk.store.before.clear()
-        assert is_dead(path) is True
+        assert owner_has_ended(path) is True
         assert await desk.broker.recover() == 1
         assert not path.exists()
         views = [await desk.store.run(batch_id, index) for index in range(10)]
@@ -422,7 +422,7 @@ def test_a_heartbeat_ends_with_the_loop_of_its_owner_though_the_store_is_closed_
         return broker  # nobody stops it
 
     broker = asyncio.run(die())
-    beating = broker._beating
+    beating = broker._heartbeats
     assert isinstance(beating, threading.Thread)
     beating.join(timeout=60)
     assert not beating.is_alive()

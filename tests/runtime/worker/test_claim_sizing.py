@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from headrace.runtime.worker import claim_sizing as pace_room
-from headrace.runtime.worker.claim_sizing import GIVE_BACK_S, ClaimSizer
+from headrace.runtime.worker.claim_sizing import RELEASE_WINDOW_S, ClaimSizer
 
 
 def test_r19_claims_start_small_and_double(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +22,7 @@ def test_r19_claims_start_small_and_double(monkeypatch: pytest.MonkeyPatch) -> N
     pace = ClaimSizer(runs, chunk_runs=256)
     claims = []
     for _ in range(14):
-        wanted = pace.wanted()
+        wanted = pace.claim_size()
         claims.append(wanted)
         pace.claimed(wanted)
         now_s += 0.06
@@ -34,7 +34,7 @@ def test_r19_claims_start_small_and_double(monkeypatch: pytest.MonkeyPatch) -> N
 
     slow = ClaimSizer(runs, chunk_runs=256)  # ten runs a second: nothing is claimed ahead
     for _ in range(10):
-        wanted = slow.wanted()
+        wanted = slow.claim_size()
         slow.claimed(wanted)
         assert wanted <= runs.concurrency + 1
         now_s += 10
@@ -51,23 +51,23 @@ def test_r19_what_can_not_begin_soon_is_given_back_and_not_claimed_again(monkeyp
     runs: Any = Runs()
     pace = ClaimSizer(runs, chunk_runs=256)
     for _ in range(20):
-        pace.claimed(pace.wanted())
+        pace.claimed(pace.claim_size())
         now_s += 0.06
         runs.ended_count += 6_000
-    assert pace.wanted() > 1_000, "a fast task"
+    assert pace.claim_size() > 1_000, "a fast task"
     runs.unbegun_count, runs.in_flight_count = 5_000, 10
-    now_s += GIVE_BACK_S
+    now_s += RELEASE_WINDOW_S
     assert pace.excess() == 0, "it was fast within this window"
-    now_s += GIVE_BACK_S / 2
+    now_s += RELEASE_WINDOW_S / 2
     assert pace.excess() == 0, "a window is not over"
     runs.ended_count += 20
-    now_s += GIVE_BACK_S / 2
+    now_s += RELEASE_WINDOW_S / 2
     assert pace.excess() == 4_960, "ten runs a second: what two more windows can do stays"
     runs.unbegun_count = 40
-    assert pace.wanted() == 0
-    now_s += GIVE_BACK_S
+    assert pace.claim_size() == 0
+    now_s += RELEASE_WINDOW_S
     assert pace.excess() == 40, "nothing ended: nothing is kept"
     runs.unbegun_count = 0
-    assert pace.wanted() == 0, "every slot is busy"
+    assert pace.claim_size() == 0, "every slot is busy"
     runs.in_flight_count = 9
-    assert pace.wanted() <= 2
+    assert pace.claim_size() <= 2

@@ -132,7 +132,7 @@ async def test_the_one_run_that_kills_is_found_and_the_others_complete(tmp_path:
                 assert ran[view.index] <= 1 + DEFAULT.crashes_max * 2
         (failed,) = [outcome async for outcome in batch.results() if not outcome.ok]
         assert failed.failure is not None
-        assert "exit code 7" in failed.failure.message
+        assert "exited with code 7" in failed.failure.message
         assert failed.failure.crashes == DEFAULT.crashes_max
 
 
@@ -197,7 +197,7 @@ async def test_a_task_that_a_child_can_not_find_is_refused_at_the_start(tmp_path
     app.registry.add(TaskSpec("local", local, pool="process"))
     async with opened("sqlite", tmp_path) as engine:
         worker = Worker(engine, app.registry, concurrency=2)
-        with pytest.raises(InvalidSetting, match="made inside a function"):
+        with pytest.raises(InvalidSetting, match="defined inside a function"):
             await worker.start()
         assert await engine.maintenance.sessions() == []
         assert list(tmp_path.glob("headrace.db.live/*")) == []

@@ -318,7 +318,7 @@ async def test_r19_what_turned_slow_after_a_large_claim_is_run_by_who_is_idle(ki
         async with slow.worker(concurrency=4) as first:
             while len(began) < 4:
                 await asyncio.sleep(0)
-            assert first._here.unbegun_count > 100, "it claimed ahead, as fast as it was"
+            assert first._executor.unbegun_count > 100, "it claimed ahead, as fast as it was"
             async with quick.worker(concurrency=4):
                 while (await batch.view()).ledger.completed < 23_996:
                     await asyncio.sleep(0)
@@ -342,8 +342,8 @@ async def test_what_nobody_began_is_free_for_others_before_the_grace_is_over(kin
         await worker.start()
         await begun.wait()
         second = await waits.map(range(5))
-        for work in await worker.broker.claim(["waits"], None, 5):
-            worker._here.submit(work)
+        for work in await worker.session.claim(["waits"], None, 5):
+            worker._executor.submit(work)
         assert (await second.view()).ledger.leased == 5
         stopping = asyncio.create_task(worker.stop())
         while (await second.view()).ledger.leased:
@@ -465,12 +465,12 @@ async def test_r3_a_worker_whose_session_was_ended_goes_on_under_a_new_one(kind:
         async with app.worker(concurrency=2) as worker:
             batch = await waits.map(range(6))
             await first_begun.wait()
-            old = worker.broker.session_id
+            old = worker.session.session_id
             nobody, now_us = Suspects(span_slots={}, evidence=""), engine.clock.now_us() + 1_000_000
             await engine.maintenance.recover(old, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
             gate.set()
             assert await outputs(batch) == list(range(6))
-            assert worker.broker.session_id != old
+            assert worker.session.session_id != old
         assert len({view.attempt for view in [await engine.store.run(batch.id, index) for index in range(6)]}) == 1
 
 
@@ -484,11 +484,11 @@ async def test_two_loops_that_meet_an_ended_session_make_one_new_one(kind: str, 
         store = Faulty(engine.store)
         worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
         await worker.start()
-        old = worker.broker.session_id
+        old = worker.session.session_id
         await engine.store.end_session(old, now_us=engine.clock.now_us())
-        await asyncio.gather(worker._start_anew(old), worker._start_anew(old), worker._start_anew(old))
+        await asyncio.gather(worker._renew_session(old), worker._renew_session(old), worker._renew_session(old))
         assert store.calls.count("start_session") == 2
-        assert [session.id for session in await engine.maintenance.sessions()] == [worker.broker.session_id]
+        assert [session.id for session in await engine.maintenance.sessions()] == [worker.session.session_id]
         assert await outputs(await task.map(range(5))) == list(range(5))
         await worker.stop()
 

@@ -260,7 +260,7 @@ class LeaseBuffer:
                 work = held.work
                 self.bytes_count -= sum(map(len, work.lease.payloads[work.cursor : work.count]))
                 held.pace.left_count -= work.unbegun_count
-                found.append((held, work.cut(work.unbegun_count)))
+                found.append((held, work.drop_last(work.unbegun_count)))
                 line.remove(held)
             self._keep(self._leases, application, line)
         for application, returned in list(self._returned.items()):

@@ -1,7 +1,7 @@
-"""A lease while it is being run: which runs began, which ended and how.
+"""A lease while its runs execute: which runs have begun, which have ended, and how.
 
-One object a span, a few list stores a run. The marks (one byte a run in memory that outlives the process) say
-which runs had begun and not ended when a process died, so that only those are suspects.
+One object per span, a few list stores per run. The marks (one byte per run in memory that outlives the process) say
+which runs had begun and not ended when the process ended, so that only those are suspects.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ ENDED: Final = 2
 
 
 class DirectCall(NamedTuple):
-    """The straight way to call a task: an async function of one argument, and what decodes that."""
+    """A direct call of a task: an async function of one parameter, and the decoder of its argument."""
 
     function: Callable[[Any], Coroutine[Any, Any, Any]]
     decode: Callable[[bytes], Any]
 
 
 class ActiveLease:
-    """One leased span. `number` counts its runs from 0 in the order of `lease.payloads`.
+    """One leased span. A `lease_offset` counts its runs from 0 in the order of `lease.payloads`.
 
-    An at-most-once run that began stays marked so until its outcome is durable: a crash before that leaves it open
-    whether it ran, and then it must not run again. `unwanted`: numbers that were cancelled before they began.
+    An at-most-once run that has begun stays marked until its outcome is durable. A crash before that leaves open
+    whether it ran, and then it must not run again. `unwanted`: offsets of runs that were cancelled before they began.
     """
 
     __slots__ = (
@@ -61,22 +61,22 @@ class ActiveLease:
         self.evidence = ""
 
     def begin(self) -> int:
-        """Hand out the next run; answers its number."""
-        number = self.cursor
-        self.cursor = number + 1
-        self.marks[self.span_slots[number]] = BEGUN
-        return number
+        """Begin the next run; return its lease offset."""
+        lease_offset = self.cursor
+        self.cursor = lease_offset + 1
+        self.marks[self.span_slots[lease_offset]] = BEGUN
+        return lease_offset
 
-    def give_back(self, number: int) -> None:
-        """A run was interrupted by its worker's own stop: it counts as never begun and goes back with the lease.
+    def mark_not_begun(self, lease_offset: int) -> None:
+        """Unmark a run that the worker's own stop interrupted: it counts as not begun and is released with the lease.
 
-        Not so an at-most-once run, which may have done its work.
+        An at-most-once run stays marked, since it may have done its work.
         """
         if not self.lease.at_most_once:
-            self.marks[self.span_slots[number]] = NOT_BEGUN
+            self.marks[self.span_slots[lease_offset]] = NOT_BEGUN
 
-    def cut(self, runs_count: int) -> tuple[int, ...]:
-        """Let go of the last `runs_count` runs, which nobody has begun; answers their places."""
+    def drop_last(self, runs_count: int) -> tuple[int, ...]:
+        """Remove the last `runs_count` runs, none of which has begun; return their span slots."""
         count = self.count - runs_count
         assert count >= self.cursor
         span_slots = tuple(self.span_slots[count:])
@@ -86,64 +86,66 @@ class ActiveLease:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing of it is under way: each run has ended or was not begun."""
+        """True if no run is in flight: each has ended or has not begun."""
         return self.ended_count == self.cursor
 
     @property
     def unbegun_count(self) -> int:
-        """Runs that nobody has begun."""
+        """Number of runs that have not begun."""
         return self.count - self.cursor
 
     @property
     def is_over(self) -> bool:
-        """Every run has ended."""
+        """True if every run has ended."""
         return self.ended_count == self.count
 
     def end(
-        self, number: int, code: int, result: bytes, *, kind: int = 0, due_us: int = 0, object_key: str = ""
+        self, lease_offset: int, code: int, result: bytes, *, kind: int = 0, due_us: int = 0, object_key: str = ""
     ) -> None:
-        """One run came to `code` with `result` (a result or an encoded failure)."""
-        self.marks[self.span_slots[number]] = self.ended_mark
-        self.codes[number] = code
-        self.results[number] = result
+        """Record the end of one run: its state `code`, and `result` (a result or an encoded failure)."""
+        self.marks[self.span_slots[lease_offset]] = self.ended_mark
+        self.codes[lease_offset] = code
+        self.results[lease_offset] = result
         self.ended_count += 1
         if kind:
-            self.kinds[number] = kind
+            self.kinds[lease_offset] = kind
             if kind == REFERENCE:
-                self.object_keys[number] = object_key
+                self.object_keys[lease_offset] = object_key
         if code == RETRY:
-            self.dues[number] = due_us
+            self.dues[lease_offset] = due_us
 
-    def outcome(self, number: int) -> tuple[int, int, bytes, int, int, str]:
-        """How one run ended, for the parent of a child process."""
+    def outcome(self, lease_offset: int) -> tuple[int, int, bytes, int, int, str]:
+        """Return how one run ended, for the parent of a child process."""
         return (
-            number,
-            self.codes[number],
-            self.results[number],
-            self.kinds.get(number, 0),
-            self.dues.get(number, 0),
-            self.object_keys.get(number, ""),
+            lease_offset,
+            self.codes[lease_offset],
+            self.results[lease_offset],
+            self.kinds.get(lease_offset, 0),
+            self.dues.get(lease_offset, 0),
+            self.object_keys.get(lease_offset, ""),
         )
 
     def take_settlement(self) -> Settlement | None:
-        """The outcomes not yet handed over, as the next part; None when there are none."""
+        """Return the outcomes that were not yet taken, as the next part; None if there are none."""
         lease = self.lease
         if self.part_no == 0 and self.ended_count == self.count:
             codes, results = bytes(self.codes), self.results
             is_cut = self.count < len(lease.span_slots)
             span_slots = None if lease.whole and not is_cut else encode_uint16s(self.span_slots)
-            numbers: list[int] | range = range(self.count)
+            lease_offsets: list[int] | range = range(self.count)
         else:
-            numbers = [n for n, (code, sent) in enumerate(zip(self.codes, self.sent, strict=True)) if code and not sent]
-            if not numbers:
+            lease_offsets = [
+                n for n, (code, sent) in enumerate(zip(self.codes, self.sent, strict=True)) if code and not sent
+            ]
+            if not lease_offsets:
                 return None
-            codes = bytes(self.codes[number] for number in numbers)
-            results = [self.results[number] for number in numbers]
-            span_slots = encode_uint16s(self.span_slots[number] for number in numbers)
-            for number in numbers:
-                self.sent[number] = 1
-                self.results[number] = b""
-        kinds = bytes(self.kinds.get(number, 0) for number in numbers) if self.kinds else None
+            codes = bytes(self.codes[lease_offset] for lease_offset in lease_offsets)
+            results = [self.results[lease_offset] for lease_offset in lease_offsets]
+            span_slots = encode_uint16s(self.span_slots[lease_offset] for lease_offset in lease_offsets)
+            for lease_offset in lease_offsets:
+                self.sent[lease_offset] = 1
+                self.results[lease_offset] = b""
+        kinds = bytes(self.kinds.get(lease_offset, 0) for lease_offset in lease_offsets) if self.kinds else None
         settlement = Settlement(
             span_id=lease.span_id,
             token=lease.token,
@@ -151,8 +153,10 @@ class ActiveLease:
             span_slots=span_slots,
             codes=codes,
             results=pack(results, kinds),
-            dues_us=tuple(self.dues[number] for number in numbers if number in self.dues) if self.dues else (),
-            object_keys=tuple(self.object_keys[n] for n in numbers if n in self.object_keys)
+            dues_us=tuple(self.dues[lease_offset] for lease_offset in lease_offsets if lease_offset in self.dues)
+            if self.dues
+            else (),
+            object_keys=tuple(self.object_keys[n] for n in lease_offsets if n in self.object_keys)
             if self.object_keys
             else (),
         )
@@ -162,7 +166,7 @@ class ActiveLease:
 
 
 class RetractedRuns(NamedTuple):
-    """Runs that will not begin here any more: whole leases, and places of others."""
+    """Runs that will not begin in this process: whole leases, and span slots of others."""
 
     whole: list[ActiveLease]
     parts: list[tuple[ActiveLease, tuple[int, ...]]]
@@ -170,17 +174,17 @@ class RetractedRuns(NamedTuple):
 
 
 def retract(ready: deque[ActiveLease], runs_count: int) -> RetractedRuns:
-    """Take `runs_count` runs that nobody has begun out of the line, the last first; fewer when there are fewer."""
+    """Take up to `runs_count` runs that have not begun out of the queue, the last first."""
     whole: list[ActiveLease] = []
     parts: list[tuple[ActiveLease, tuple[int, ...]]] = []
-    left = runs_count
-    for work in reversed(list(ready)):
-        count = min(left, work.unbegun_count)
+    remaining_count = runs_count
+    for active in reversed(list(ready)):
+        count = min(remaining_count, active.unbegun_count)
         if not count:
             break
-        if count == work.count:
+        if count == active.count:
             whole.append(ready.pop())
         else:
-            parts.append((work, work.cut(count)))
-        left -= count
-    return RetractedRuns(whole, parts, runs_count - left)
+            parts.append((active, active.drop_last(count)))
+        remaining_count -= count
+    return RetractedRuns(whole, parts, runs_count - remaining_count)

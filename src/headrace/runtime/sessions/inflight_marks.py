@@ -1,14 +1,15 @@
-"""Evidence that outlives a process: which runs it had begun when it died.
+"""In-flight marks: a file that outlives its process and says which runs the process had begun.
 
-A file mapped into memory and locked for as long as its process lives. Writing a mark is one byte store, no system
-call; the kernel keeps the page when the process is killed and gives up the lock. So whoever finds the file can
-tell, at once and without waiting for a timeout, that its owner is dead (the lock is free) and which runs were in
-flight (begun, not ended): only those are suspects of having killed it. After a power cut the file may be stale,
-which costs nothing: a fence decides what is recorded, marks only decide who is suspected.
+The file is mapped into memory and locked for as long as its process lives. Setting a mark is one byte store, without a
+system call. When the process is killed, the kernel keeps the page and releases the lock. Another process can therefore
+tell at once, without a timeout, that the owner has ended (the lock is free) and which runs were in flight (begun, not
+ended). Only those runs are suspected of having killed it. After a power cut the file may be stale. That does no harm:
+fences decide what is recorded, and marks only decide which runs are suspected.
 
-The room on disk is taken when the file is made: a mark that finds the disk full would kill its process.
+The disk space is allocated when the file is created, because a mark that finds the disk full would kill its process.
 
-Layout, native byte order: a head (magic, slots, runs a slot), then slots of span id, token, count, one byte a run.
+Layout, native byte order: a head (magic, slots, runs per slot, deadline), then slots of span id, token, count, used,
+and one byte per run.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ MAGIC: Final = b"HRMARK01"
 HEAD: Final = struct.Struct("=8sIIQ")
 SLOT: Final = struct.Struct("=QQII")
 SLOTS: Final = 16_384
-"""Leases of one process at a time."""
+"""Leases that one process can hold at a time."""
 SLOTS_MAX: Final = 4_096
 ALL_SLOTS: Final = tuple(range(SLOTS_MAX))
-"""What is suspected of a span too long to be marked run by run."""
+"""The suspects of a span that is too long to be marked run by run."""
 
 _DEADLINE: Final = struct.Struct("=Q")
 _DEADLINE_AT: Final = HEAD.size - _DEADLINE.size
@@ -52,7 +53,7 @@ class InflightMarks:
             try:
                 fcntl.flock(
                     self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # before a byte of it changes: it may be another's
+                )  # before any byte changes: the file may belong to another process
                 self._file.truncate(0)
                 os.posix_fallocate(self._file.fileno(), 0, HEAD.size + slots * self._slot_bytes)
             except OSError:
@@ -61,8 +62,8 @@ class InflightMarks:
             self._map = mmap.mmap(self._file.fileno(), 0)
         except OSError as error:
             raise StoreUnavailable(
-                f"the file of live marks can't be made: {error}",
-                hint="check that the database's directory is writable and has room",
+                f"the file of in-flight marks {path} can't be created: {error}",
+                hint="check that the folder is writable and the disk has free space",
             ) from error
         HEAD.pack_into(self._map, 0, MAGIC, slots, slot_runs, 0)
         self._view = memoryview(self._map)
@@ -70,13 +71,14 @@ class InflightMarks:
 
     @property
     def free_count(self) -> int:
-        """Spans that can still be marked."""
+        """Number of leases that can still be marked."""
         return len(self._free)
 
     def take(self, span_id: int, token: int, count: int) -> tuple[int, memoryview | bytearray]:
-        """A slot for one lease, and its marks by place. A span longer than a slot is marked as a whole.
+        """Take a slot for one lease; return it and its marks by span slot. A span longer than a slot is marked as a
+        whole.
 
-        Whoever claims keeps to `free_count`: a lease without a slot would leave no evidence.
+        Callers claim at most `free_count` runs: a lease without a slot would leave no marks.
         """
         slot = self._free.pop()
         start = HEAD.size + slot * self._slot_bytes
@@ -88,27 +90,27 @@ class InflightMarks:
         return slot, self._view[body : body + count] if fits else bytearray(count)
 
     def free(self, slot: int) -> None:
-        """The lease has ended."""
+        """Free the slot of a lease that has ended."""
         SLOT.pack_into(self._map, HEAD.size + slot * self._slot_bytes, 0, 0, 0, 0)
         self._free.append(slot)
 
     def set_deadline(self, deadline_us: int) -> None:
-        """When the run under way must have ended, by the machine's monotonic clock; 0 for never."""
+        """Store the time by which the current run must have ended, on the machine's monotonic clock; 0 for none."""
         _DEADLINE.pack_into(self._map, _DEADLINE_AT, deadline_us)
 
     def close(self, *, keep: bool = False) -> None:
-        """Nothing is in flight any more: unlock and remove the file. `keep`: leave it as evidence for others."""
+        """Unlock and remove the file. `keep`: leave it for the process that recovers this one."""
         if not keep:
             self.path.unlink(missing_ok=True)
-        fcntl.flock(self._file, fcntl.LOCK_UN)  # the map has a handle of its own, and runs may hold the map
+        fcntl.flock(self._file, fcntl.LOCK_UN)  # the map keeps a file handle of its own, and runs may hold the map
         self._view.release()
-        with suppress(BufferError):  # a run that outlived its worker still holds its marks; the map goes with it
+        with suppress(BufferError):  # a run that outlived its worker still holds its marks; the map is closed with it
             self._map.close()
         self._file.close()
 
 
 def read(path: Path) -> Suspected:
-    """The places that were in flight, by (span id, token). An unreadable file suspects nobody."""
+    """Return the span slots that were in flight, by (span id, token); nothing for an unreadable file."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _suspected(data)
@@ -120,7 +122,7 @@ def _suspected(data: mmap.mmap) -> Suspected:
     magic, slots, slot_runs, _ = HEAD.unpack_from(data)
     if magic != MAGIC:
         return {}
-    found: Suspected = {}
+    suspects: Suspected = {}
     for slot in range(slots):
         start = HEAD.size + slot * (SLOT.size + slot_runs)
         if start + SLOT.size > len(data):
@@ -131,12 +133,12 @@ def _suspected(data: mmap.mmap) -> Suspected:
         body = data[start + SLOT.size : start + SLOT.size + count]
         span_slots = tuple(span_slot for span_slot, mark in enumerate(body) if mark == BEGUN) if count else ALL_SLOTS
         if span_slots:
-            found[span_id, token] = (*found.get((span_id, token), ()), *span_slots)
-    return found
+            suspects[span_id, token] = (*suspects.get((span_id, token), ()), *span_slots)
+    return suspects
 
 
 def read_deadline(path: Path) -> int:
-    """What `set_deadline` said last; 0 when nothing is under way."""
+    """Return the deadline that `set_deadline` stored; 0 if no run has one."""
     try:
         with path.open("rb") as file:
             return int(HEAD.unpack(file.read(HEAD.size))[3])
@@ -144,8 +146,8 @@ def read_deadline(path: Path) -> int:
         return 0
 
 
-def is_dead(path: Path) -> bool | None:
-    """Whether the owner of a file of marks has died; None when there is no such file."""
+def owner_has_ended(path: Path) -> bool | None:
+    """True if the owner of a file of marks has ended, False if it lives; None if there is no such file."""
     try:
         with path.open("rb") as file:
             try:
@@ -157,34 +159,34 @@ def is_dead(path: Path) -> bool | None:
         return None
 
 
-def dead_sessions(directory: Path) -> list[str]:
-    """The sessions that left marks in a directory and whose process has died."""
+def ended_sessions(directory: Path) -> list[str]:
+    """Return the sessions that left marks in a folder and whose process has ended."""
     try:
         paths = sorted(directory.iterdir())
     except FileNotFoundError:
         return []
-    return [path.name for path in paths if "." not in path.name and is_dead(path)]
+    return [path.name for path in paths if "." not in path.name and owner_has_ended(path)]
 
 
 def remove(paths: list[Path]) -> None:
-    """Delete the files of a session that was recovered."""
+    """Delete the files of a recovered session."""
     for path in paths:
         path.unlink(missing_ok=True)
 
 
 def of_session(directory: Path, session_id: str) -> list[Path]:
-    """The files of one session: its own first, then those of its child processes."""
-    own = directory / session_id
-    return [own, *sorted(directory.glob(f"{session_id}.*"))]
+    """Return the files of one session: its own first, then those of its child processes."""
+    session_file = directory / session_id
+    return [session_file, *sorted(directory.glob(f"{session_id}.*"))]
 
 
 def merged(paths: list[Path]) -> Suspected:
-    """The suspects of a session and its children, as one."""
-    found: Suspected = {}
+    """Merge the suspects of a session and its children."""
+    suspects: Suspected = {}
     for path in paths:
         for name, span_slots in read(path).items():
-            found[name] = tuple(sorted({*found.get(name, ()), *span_slots}))
-    return found
+            suspects[name] = tuple(sorted({*suspects.get(name, ()), *span_slots}))
+    return suspects
 
 
-assert os.name == "posix", "Headrace runs on POSIX systems"
+assert os.name == "posix", "Headrace requires a POSIX system"

@@ -1,9 +1,10 @@
-"""Sessions whose process is gone end, once, and their leases go back.
+"""Recovery: ends the session of a process that is gone, once, and releases its leases.
 
-Rule 1: on the machine where it happened death is seen at once: the kernel gave up the lock on the marks. Elsewhere a
-session counts as gone when it was silent for too long.
-Rule 2: who sees it first recovers it; the store ends a session once, whoever asks (rule R3).
-Rule 3: only runs that had begun and not ended are suspects; of a machine that can't be looked at, all are.
+Rule 1: on the same machine the end of a process is noticed at once, because the kernel has released the lock on its
+marks. On other machines a session counts as gone when it has sent no heartbeat for too long. Rule 2: the first process
+that notices recovers the session. The store ends a session only once (R3, a lapsed session is ended before it is
+recovered). Rule 3: only runs that had begun and not ended are suspects. If the marks can't be read from this machine,
+all runs are.
 """
 
 from __future__ import annotations
@@ -14,67 +15,72 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 from headrace.runtime.engine import Engine
-from headrace.runtime.sessions.inflight_marks import dead_sessions, is_dead, merged, of_session, remove
+from headrace.runtime.sessions.inflight_marks import ended_sessions, merged, of_session, owner_has_ended, remove
 from headrace.store.protocol import Session, Suspects
 
 LOG: Any = structlog.get_logger("headrace.recovery")
 STUCK_TIMEOUTS: Final = 20
-"""Session timeouts after which a process counts as gone though it lives: stopped by a signal, or hung for good."""
+"""Session timeouts after which a process that still lives counts as gone: it was stopped by a signal, or hangs."""
 
 DISPATCHER: Final = "dispatcher"
-"""The kind of a session whose runs are with workers elsewhere: they go on when it dies, and may report to another."""
+"""Kind of a session whose runs are with remote workers. They continue when the session ends, and may report
+elsewhere.
+"""
 
-EVER_US: Final = 2**62
-"""A dead process is silent, whatever it said last."""
+NEVER_US: Final = 2**62
+"""Later than any heartbeat: an ended process counts as silent, whenever its last heartbeat was."""
 
 
 class RecoveryCounts(NamedTuple):
-    """What a look at all sessions came to: spans that came back, and when the next one may count as silent."""
+    """Result of one check of all sessions: recovered spans, and the earliest time at which another session may
+    lapse.
+    """
 
     spans_count: int
     next_us: int
 
 
 async def recover_here(engine: Engine, own_id: str) -> int:
-    """Recover the sessions of this machine whose process died; answers how many spans came back.
+    """Recover the sessions of this machine whose process has ended; return the number of recovered spans.
 
-    Costs the store nothing while nobody has died.
+    Does not query the store unless a process has ended.
     """
     if engine.live_directory is None:
         return 0
-    dead = set(dead_sessions(engine.live_directory)) - {own_id}
-    if not dead:
+    ended = set(ended_sessions(engine.live_directory)) - {own_id}
+    if not ended:
         return 0
-    known = {session.id: session for session in await engine.maintenance.sessions() if session.id in dead}
+    sessions = {session.id: session for session in await engine.maintenance.sessions() if session.id in ended}
     spans_count = 0
-    for session_id in sorted(dead):
+    for session_id in sorted(ended):
         files = of_session(engine.live_directory, session_id)
-        if session_id in known and _is_left(engine, known[session_id]):
+        if session_id in sessions and _is_left(engine, sessions[session_id]):
             continue
-        if session_id in known:
-            evidence = f"{_who(known[session_id])} died"
-            suspects = Suspects(span_slots=merged(files), evidence=evidence)
-            spans_count += await _recover(engine, session_id, suspects, EVER_US)
+        if session_id in sessions:
+            crash_details = f"{_process_name(sessions[session_id])} died"
+            suspects = Suspects(span_slots=merged(files), evidence=crash_details)
+            spans_count += await _recover(engine, session_id, suspects, NEVER_US)
             remove(files)
-        else:  # it ended, or is not known yet; a file as old as that belongs to nobody who is still to come
+        # the session has ended, or is not stored yet; a file this old belongs to no session that is about to start
+        else:
             _remove_old(engine, files)
     return spans_count
 
 
 async def recover_silent(engine: Engine, own_id: str) -> RecoveryCounts:
-    """Recover the sessions that were silent for too long."""
-    spans_count, next_us = 0, EVER_US
+    """Recover the sessions whose last heartbeat is too old."""
+    spans_count, next_us = 0, NEVER_US
     for session in await engine.maintenance.sessions():
         if session.id == own_id:
             continue
         now_us, timeout_us = engine.clock.now_us(), _timeout_us(engine, session)
         files = of_session(engine.live_directory, session.id) if engine.live_directory is not None else []
-        lives_here = bool(files) and is_dead(files[0]) is not None
-        if lives_here:  # a run that blocks all of it for long is no death, but nothing waits for ever
+        lives_here = bool(files) and owner_has_ended(files[0]) is not None
+        if lives_here:  # a run may block its process for long, but not for ever
             timeout_us *= STUCK_TIMEOUTS
-            suspects = Suspects(span_slots=merged(files), evidence=f"{_who(session)} hung")
+            suspects = Suspects(span_slots=merged(files), evidence=f"{_process_name(session)} hung")
         else:
-            suspects = Suspects(span_slots=None, evidence=f"{_who(session)} fell silent")
+            suspects = Suspects(span_slots=None, evidence=f"{_process_name(session)} sent no heartbeat")
         if session.heartbeat_us <= now_us - timeout_us:
             spans_count += await _recover(engine, session.id, suspects, now_us - timeout_us)
         else:
@@ -91,13 +97,13 @@ async def _recover(engine: Engine, session_id: str, suspects: Suspects, silent_s
         now_us=engine.clock.now_us(),
     )
     if count:
-        LOG.info("recovered the leases of a dead session", session=session_id, spans=count)
+        LOG.info("session.recovered", session=session_id, spans=count)
         engine.wakeup.notify()
     return count
 
 
 def _timeout_us(engine: Engine, session: Session) -> int:
-    """After how long of silence a session counts as gone."""
+    """Return how long a session may send no heartbeat before it counts as gone."""
     limits = engine.limits
     if session.kind == DISPATCHER:
         return max(limits.session_timeout_ms, limits.delivery_recovery_ms) * 1_000
@@ -105,11 +111,11 @@ def _timeout_us(engine: Engine, session: Session) -> int:
 
 
 def _is_left(engine: Engine, session: Session) -> bool:
-    """Whether a dead session's leases are left to the reports of the workers that have its runs, for now."""
+    """True while the leases of an ended session are left to the reports of the workers that have its runs."""
     return session.kind == DISPATCHER and session.heartbeat_us > engine.clock.now_us() - _timeout_us(engine, session)
 
 
-def _who(session: Session) -> str:
+def _process_name(session: Session) -> str:
     return f"process {session.pid} on {session.host}"
 
 

@@ -1,8 +1,9 @@
-"""One process's dealings with the store: its session, its claims, and outcomes on their way back.
+"""A process's session in the store: its heartbeats, its claims, and the outcomes on their way to the store.
 
-Rule R1: a claim carries a number and is repeated with it until it is answered; each heartbeat compares what the store
-thinks is leased with what is. Rule R3: a session that others ended drops its leases and starts anew under a new
-id. Rule R18: heartbeats have their own thread, so a loop that user code blocks does not look dead.
+R1 (claims are repeatable by number): a claim carries a number and is repeated with it until it is answered. Each
+heartbeat compares the store's leases with those in memory. R3 (a lapsed session is ended before it is recovered): a
+session that another process ended drops its leases and starts again under a new id. R18 (heartbeats have a thread of
+their own): user code that blocks the event loop does not make the session lapse.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Update = Settlement | Release
 
 
 class _PendingEnd(NamedTuple):
-    """A lease whose last update is on its way; its marks are evidence until that is durable."""
+    """A lease whose last update is being written; its marks are kept until that is durable."""
 
     marks: InflightMarks | None
     slot: int
@@ -41,16 +42,16 @@ class _PendingEnd(NamedTuple):
     began_once: bool
 
 
-def _began_once(work: ActiveLease) -> bool:
-    """Whether an at-most-once run of it began; its mark stays until its outcome is durable."""
-    return work.lease.at_most_once and any(work.marks)
+def _began_once(active: ActiveLease) -> bool:
+    """True if an at-most-once run of the lease has begun; its mark stays until its outcome is durable."""
+    return active.lease.at_most_once and any(active.marks)
 
 
 class StoreSession:
-    """Owned by one event loop. `start`, then claim and settle, then `stop`; each may be called twice."""
+    """A session. Owned by one event loop: `start`, then claim and settle, then `stop`; each may be called twice."""
 
     def __init__(self, engine: Engine, *, kind: str, slots: int = SLOTS) -> None:
-        """`slots`: leases it can hold at a time."""
+        """`slots`: leases that the session can hold at a time."""
         self.engine = engine
         self.kind = kind
         self.session_id = ""
@@ -63,15 +64,15 @@ class StoreSession:
         self._slots = slots
         self._claiming: dict[int, int] = {}
         self._held: dict[tuple[int, int], ActiveLease] = {}
-        self._leaving: dict[tuple[int, int], _PendingEnd] = {}
+        self._pending_ends: dict[tuple[int, int], _PendingEnd] = {}
         self._flusher: Flusher[Update] | None = None
-        self._beating: threading.Thread | asyncio.Task[None] | None = None
-        self._stop_beating = threading.Event()
+        self._heartbeats: threading.Thread | asyncio.Task[None] | None = None
+        self._stop_heartbeats = threading.Event()
 
     # -- session
 
     async def start(self) -> None:
-        """Make this process known and keep it so."""
+        """Start the session and its heartbeats."""
         if self.session_id:
             return
         try:
@@ -83,15 +84,15 @@ class StoreSession:
         self._flusher = Flusher(
             self._flush, name="settlements", clock=self.engine.clock, on_refused=self._refused, size=limits.flush_size
         )
-        self._stop_beating.clear()
+        self._stop_heartbeats.clear()
         if self.engine.beats_beside:
             loop = asyncio.get_running_loop()
-            self._beating = threading.Thread(
-                target=self._beat_in_thread, args=(loop,), name="headrace-heartbeat", daemon=True
+            self._heartbeats = threading.Thread(
+                target=self._heartbeat_in_thread, args=(loop,), name="headrace-heartbeat", daemon=True
             )
-            self._beating.start()
+            self._heartbeats.start()
         else:
-            self._beating = asyncio.create_task(self._beat_on_loop(), name="headrace-heartbeat")
+            self._heartbeats = asyncio.create_task(self._heartbeat_on_loop(), name="headrace-heartbeat")
 
     async def _begin_session(self) -> None:
         clock = self.engine.clock
@@ -106,17 +107,17 @@ class StoreSession:
         self.session_id = session_id
 
     async def stop(self, *, deadline_s: float | None = None) -> None:
-        """Write what is still to be written, give leases back, and leave.
+        """Write the pending updates, release the leases and end the session.
 
-        Raises `UpdatesUnflushed` or the store's error when that can't be done; then the marks stay as evidence, and
-        others recover the session at once.
+        Raises `UpdatesUnflushed` or the store's error if that fails; the marks are kept then, and other processes
+        recover the session at once.
         """
         if not self.session_id:
             return
         try:
             if self._flusher is not None:
                 await self._flusher.close(deadline_s=deadline_s)
-            self._check_once()
+            self._check_at_most_once()
             await self.engine.store.end_session(self.session_id, now_us=self.engine.clock.now_us())
         except BaseException:
             self._close_marks(keep=True)
@@ -125,41 +126,43 @@ class StoreSession:
             self._flusher = None
             self.session_id = ""
             self._drop_leases()
-            await self._end_beating()
+            await self._end_heartbeats()
             self._close_marks()
 
-    def _check_once(self) -> None:
-        """Leases that go back with the session count as never begun, which is not so here: leave them to recovery."""
+    def _check_at_most_once(self) -> None:
+        """Refuse to end normally while at-most-once runs have begun: ending the session would release them as not
+        begun.
+        """
         count = sum(map(_began_once, self._held.values()))
-        count += sum(leaving.began_once for leaving in self._leaving.values())
+        count += sum(leaving.began_once for leaving in self._pending_ends.values())
         if count:
             raise UpdatesUnflushed(
-                f"{count} leases of at-most-once runs that began were not settled in time",
+                f"{count} leases of at-most-once runs that have begun were not settled in time",
                 (),
-                hint="these runs fail once the session is recovered, since they may have done their work",
+                hint="these runs fail when the session is recovered, since they may have done their work",
                 session=self.session_id,
             )
 
     async def leave(self, *, deadline_s: float | None = None) -> None:
-        """Write what is still to be written and go, with the leases left standing: others have their runs.
+        """Write the pending updates and leave the leases in place: remote workers still have their runs.
 
-        The session counts as silent from now on. Raises as `stop` does.
+        The session sends no more heartbeats. Raises as `stop` does.
         """
         if self._flusher is not None:
             await self._flusher.close(deadline_s=deadline_s)
-        await self._end_beating()
+        await self._end_heartbeats()
         self.abandon()
 
     def abandon(self) -> None:
-        """The event loop is gone, and nothing can be awaited on it: leave the evidence to whoever recovers this."""
-        self._stop_beating.set()
-        self._beating, self._flusher, self.session_id = None, None, ""
+        """Leave the session to recovery, without awaiting anything: its event loop has ended."""
+        self._stop_heartbeats.set()
+        self._heartbeats, self._flusher, self.session_id = None, None, ""
         self._drop_leases()
         self._close_marks(keep=True)
 
-    async def _end_beating(self) -> None:
-        self._stop_beating.set()
-        beating, self._beating = self._beating, None
+    async def _end_heartbeats(self) -> None:
+        self._stop_heartbeats.set()
+        beating, self._heartbeats = self._heartbeats, None
         if isinstance(beating, threading.Thread):
             await asyncio.to_thread(beating.join)
         elif beating is not None:
@@ -172,95 +175,101 @@ class StoreSession:
             marks.close(keep=keep)
 
     def _drop_leases(self) -> None:
-        """What was held is nobody's here any more; its slots went with the file of marks."""
-        for work in self._held.values():
-            work.slot = -1
+        """Forget the leases; their slots are removed with the file of marks."""
+        for active in self._held.values():
+            active.slot = -1
         self._held.clear()
-        self._leaving.clear()
+        self._pending_ends.clear()
 
-    def _beat_in_thread(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _heartbeat_in_thread(self, loop: asyncio.AbstractEventLoop) -> None:
         async def beat() -> None:
-            await self._beat(lambda news, *values: loop.call_soon_threadsafe(news, *values), asyncio.to_thread)
+            await self._heartbeat_loop(
+                lambda callback, *values: loop.call_soon_threadsafe(callback, *values), asyncio.to_thread
+            )
 
         try:
             asyncio.run(beat())
-        except RuntimeError:  # the loop of the process was closed under us: nobody is left to tell
+        except RuntimeError:  # the process's event loop was closed
             return
 
-    async def _beat_on_loop(self) -> None:
+    async def _heartbeat_on_loop(self) -> None:
         while True:
             await self.engine.clock.sleep(self.engine.limits.heartbeat_ms / 1_000)
-            await self._beat_once(lambda news, *values: news(*values))
+            await self._heartbeat_once(lambda callback, *values: callback(*values))
 
-    async def _beat(self, tell: Callable[..., Any], in_thread: Callable[..., Any]) -> None:
-        while not await in_thread(self._stop_beating.wait, self.engine.limits.heartbeat_ms / 1_000):
-            await self._beat_once(tell)
+    async def _heartbeat_loop(self, call_owner: Callable[..., Any], in_thread: Callable[..., Any]) -> None:
+        while not await in_thread(self._stop_heartbeats.wait, self.engine.limits.heartbeat_ms / 1_000):
+            await self._heartbeat_once(call_owner)
 
-    async def _beat_once(self, tell: Callable[..., Any]) -> None:
+    async def _heartbeat_once(self, call_owner: Callable[..., Any]) -> None:
         session_id = self.session_id
         if not session_id:
             return
         try:
             reply = await self.engine.store.heartbeat(session_id, now_us=self.engine.clock.now_us())
         except SessionEnded:
-            tell(self._thawed, session_id)
+            call_owner(self._on_session_lost, session_id)
         except HeadraceError as error:
-            tell(self._missed, session_id, error)  # with its owner's loop a heartbeat ends, whatever the store says
+            call_owner(self._on_missed, session_id, error)  # when its owner's loop ends, heartbeats end too
         else:
             if reply.database_us:
                 self.engine.clock.anchor(reply.database_us)
-            tell(self._reconcile, session_id, reply)
+            call_owner(self._reconcile, session_id, reply)
 
-    def _missed(self, session_id: str, error: HeadraceError) -> None:
-        LOG.warning("heartbeat failed", error=str(error), session=session_id)
+    def _on_missed(self, session_id: str, error: HeadraceError) -> None:
+        LOG.warning("heartbeat.failed", error=str(error), session=session_id)
 
     def _reconcile(self, session_id: str, reply: Heartbeat) -> None:
-        """Rule R1: leases that the store knows and this process does not go back.
+        """Release leases that the store has and this process does not (R1, claims are repeatable by number).
 
-        A claim whose answer is still to come, and a lease whose last update is on its way, are known.
+        Leases of a claim that is not yet answered, and leases whose last update is being written, are known.
         """
         if session_id != self.session_id:
             return
-        stray = [
-            Release(span_id=held.span_id, token=held.token)
-            for held in reply.leases
-            if (held.span_id, held.token) not in self._held
-            and (held.span_id, held.token) not in self._leaving
-            and held.claim_no not in self._claiming
-            and held.claim_no <= self._claim_no
+        unknown = [
+            Release(span_id=stored.span_id, token=stored.token)
+            for stored in reply.leases
+            if (stored.span_id, stored.token) not in self._held
+            and (stored.span_id, stored.token) not in self._pending_ends
+            and stored.claim_no not in self._claiming
+            and stored.claim_no <= self._claim_no
         ]
-        if stray and self._flusher is not None:
-            LOG.warning("leases nobody here holds go back", count=len(stray))
-            with suppress(FlusherClosed):  # then the session ends, and they go back with it
-                for release in stray:
+        if unknown and self._flusher is not None:
+            LOG.warning("lease.unknown_released", count=len(unknown))
+            with suppress(FlusherClosed):  # then the session ends, and the leases are released with it
+                for release in unknown:
                     self._flusher.put_nowait(release)
         self.on_unwanted(reply)
 
-    def _thawed(self, session_id: str) -> None:
-        """Rule R3: others took this process for dead; what it holds is theirs."""
+    def _on_session_lost(self, session_id: str) -> None:
+        """Drop all leases: another process ended this session (R3, a lapsed session is ended before it is
+        recovered).
+        """
         if session_id == self.session_id:
-            LOG.warning("the session was ended by others; its leases are dropped", session=session_id)
+            LOG.warning("session.lost", session=session_id)
             self._drop_leases()
             self.on_ended()
 
     async def restart(self) -> None:
-        """Start anew after the session was ended by others."""
+        """Start a new session after another process ended this one."""
         self._drop_leases()
         self._close_marks()
         self._claim_no = 0
         await self._begin_session()
 
-    # -- work
+    # -- leases
 
     async def claim(
         self, tasks: Sequence[str], queues: Sequence[str] | None, runs_max: int, *, queue_prefix: str = ""
     ) -> list[ActiveLease]:
-        """Lease runs. Repeats the same claim until the store answers; raises `SessionEnded` and client faults."""
-        runs_max = min(runs_max, self.room)
+        """Lease runs. Repeats the same claim until the store answers. Raises `SessionEnded` and errors that are the
+        caller's.
+        """
+        runs_max = min(runs_max, self.free_count)
         if runs_max < 1:
             return []
         self._claim_no += 1
-        wish = Claim(
+        claim = Claim(
             session_id=self.session_id,
             claim_no=self._claim_no,
             environment=self.engine.environment,
@@ -269,72 +278,74 @@ class StoreSession:
             queue_prefix=queue_prefix,
             runs_max=runs_max,
         )
-        self._claiming[wish.claim_no] = runs_max
+        self._claiming[claim.claim_no] = runs_max
         try:
             leases = await retry_transient(
-                lambda: self.engine.store.claim(wish, now_us=self.engine.clock.now_us()),
+                lambda: self.engine.store.claim(claim, now_us=self.engine.clock.now_us()),
                 self.engine.clock,
                 what="the store",
             )
-            if wish.session_id != self.session_id:
-                raise SessionEnded("the session ended while it claimed", session_id=wish.session_id)
-            return [self._hold(lease) for lease in leases]
+            if claim.session_id != self.session_id:
+                raise SessionEnded("the session ended during its claim", session_id=claim.session_id)
+            return [self._add_lease(lease) for lease in leases]
         finally:
-            self._claiming.pop(wish.claim_no, None)
+            self._claiming.pop(claim.claim_no, None)
 
-    def _hold(self, lease: Lease) -> ActiveLease:
+    def _add_lease(self, lease: Lease) -> ActiveLease:
         slot, marks = -1, None
         if self.marks is not None:
             slot, marks = self.marks.take(lease.span_id, lease.token, lease.runs_count)
-        work = self._held[lease.span_id, lease.token] = ActiveLease(lease, marks, slot)
-        return work
+        active = self._held[lease.span_id, lease.token] = ActiveLease(lease, marks, slot)
+        return active
 
     def lease(self, span_id: int, token: int) -> ActiveLease | None:
-        """A lease that this process holds."""
+        """Return a lease that this process holds."""
         return self._held.get((span_id, token))
 
-    def forget(self, work: ActiveLease) -> None:
-        """A lease has ended, and all of its outcomes are durable."""
-        if self._held.pop((work.lease.span_id, work.lease.token), None) is work:
-            self._leave((work.lease.span_id, work.lease.token), work, ())
+    def forget(self, active: ActiveLease) -> None:
+        """Forget a lease that has ended and whose outcomes are all durable."""
+        if self._held.pop((active.lease.span_id, active.lease.token), None) is active:
+            self._keep_until_written((active.lease.span_id, active.lease.token), active, ())
 
     @property
-    def room(self) -> int:
-        """Runs that may be claimed: each might be a lease of its own, and each lease needs a slot for its marks."""
-        free = self._slots - len(self._held) - len(self._leaving) if self.marks is None else self.marks.free_count
+    def free_count(self) -> int:
+        """Number of runs that may be claimed: each may be a lease of its own, and each lease needs a slot for its
+        marks.
+        """
+        free = self._slots - len(self._held) - len(self._pending_ends) if self.marks is None else self.marks.free_count
         return free - sum(self._claiming.values())
 
     @property
     def held(self) -> list[ActiveLease]:
-        """The leases this process holds."""
+        """The leases that this process holds."""
         return list(self._held.values())
 
     async def put(self, update: Update) -> None:
-        """Hand outcomes or a release over; waits while the store can't keep up."""
+        """Pass on outcomes or a release; waits while the store can't keep up."""
         if self._flusher is not None:
             await self._flusher.put(update)
 
-    async def end_lease(self, work: ActiveLease, updates: Sequence[Update]) -> None:
-        """The lease has ended: hand over its last outcomes and, where runs are left, its release."""
-        name = (work.lease.span_id, work.lease.token)
-        if self._held.pop(name, None) is work:
-            self._leave(name, work, updates)
+    async def end_lease(self, active: ActiveLease, updates: Sequence[Update]) -> None:
+        """End a lease: pass on its last outcomes and, if runs are left, its release."""
+        name = (active.lease.span_id, active.lease.token)
+        if self._held.pop(name, None) is active:
+            self._keep_until_written(name, active, updates)
         for update in updates:
             await self.put(update)
 
-    def _leave(self, name: tuple[int, int], work: ActiveLease, updates: Sequence[Update]) -> None:
-        slot, work.slot = work.slot, -1
+    def _keep_until_written(self, name: tuple[int, int], active: ActiveLease, updates: Sequence[Update]) -> None:
+        slot, active.slot = active.slot, -1
         if updates:
-            self._leaving[name] = _PendingEnd(self.marks, slot, updates[-1], _began_once(work))
+            self._pending_ends[name] = _PendingEnd(self.marks, slot, updates[-1], _began_once(active))
         elif self.marks is not None and slot >= 0:
             self.marks.free(slot)
 
-    def _has_left(self, update: Update) -> None:
-        """An update is durable, or refused for good."""
+    def _on_written(self, update: Update) -> None:
+        """Free the slot of a lease whose last update is durable or was refused."""
         name = (update.span_id, update.token)
-        leaving = self._leaving.get(name)
+        leaving = self._pending_ends.get(name)
         if leaving is not None and leaving.last is update:
-            del self._leaving[name]
+            del self._pending_ends[name]
             if leaving.marks is not None and leaving.marks is self.marks and leaving.slot >= 0:
                 leaving.marks.free(leaving.slot)
 
@@ -344,8 +355,8 @@ class StoreSession:
         releases = [update for update in updates if isinstance(update, Release)]
         store, clock = self.engine.store, self.engine.clock
         if settlements:
-            words = await store.settle(settlements, now_us=clock.now_us())
-            self._tell_lost(settlements, words)
+            results = await store.settle(settlements, now_us=clock.now_us())
+            self._count_lost(settlements, results)
             self.on_recorded(sum(len(settlement.codes) for settlement in settlements))
             self.engine.recorded.notify()
         if releases:
@@ -353,23 +364,24 @@ class StoreSession:
             await store.release(releases, crashes_max=crashes_max, now_us=clock.now_us())
             self.engine.wakeup.notify()
         for update in updates:
-            self._has_left(update)
+            self._on_written(update)
 
-    def _tell_lost(self, settlements: Sequence[Settlement], words: Sequence[str]) -> None:
-        for settlement, word in zip(settlements, words, strict=True):
-            if word == LOST:
+    def _count_lost(self, settlements: Sequence[Settlement], results: Sequence[str]) -> None:
+        for settlement, result in zip(settlements, results, strict=True):
+            if result == LOST:
                 self.lost_count += len(settlement.codes)
-                LOG.warning(
-                    "outcomes came too late: the lease was lost", span=settlement.span_id, runs=len(settlement.codes)
-                )
+                LOG.warning("lease.lost", span=settlement.span_id, runs=len(settlement.codes))
 
     def _refused(self, update: Update, error: HeadraceError) -> None:
-        LOG.error("the store refuses an update for good", span=update.span_id, error=str(error))
-        self._has_left(update)  # the next heartbeat finds the lease with nobody, and it goes back
+        LOG.error("update.refused", span=update.span_id, error=str(error))
+        self._on_written(update)  # the next heartbeat finds the lease unknown to this process, and releases it
 
     async def recover(self) -> int:
-        """End sessions that died and give their leases back: at once on this machine, by timeout elsewhere."""
-        if not self.engine.is_maintained_here:  # a server keeps the store, and recovers sessions
+        """Recover lapsed sessions; return the number of recovered spans.
+
+        At once for processes of this machine, after their timeout for those elsewhere.
+        """
+        if not self.engine.is_maintained_here:  # the server that keeps the store recovers sessions
             return 0
         here = await recover_here(self.engine, self.session_id)
         return here + (await recover_silent(self.engine, self.session_id)).spans_count

@@ -40,29 +40,37 @@ from headrace.runtime.tasks.superjson import PayloadRefused
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.worker.direct_call import GENERAL_CALL, choose_call
-from headrace.runtime.worker.run_driver import CANCELLED, STOPPED, TIMEOUT, RunnerState, driven, outcome_of, shielded
+from headrace.runtime.worker.run_driver import (
+    CANCELLED,
+    STOPPED,
+    TIMEOUT,
+    RunnerState,
+    await_thread,
+    call_shielded,
+    continue_coroutine,
+)
 
 LOG: Any = structlog.get_logger("headrace.executor")
 SLICE_S: Final = 0.002
 LOOKS_MAX: Final = 16
-"""Runs between two looks at the clock once a burst has shown that its runs are short."""
+"""Runs between two readings of the clock, once a burst has shown that its runs are short."""
 INSIST_S: Final = 5.0
 STOP_S: Final = 1.0
 SUSPECT_CRASHES: Final = 2
 
 
 class PayloadAccess(Protocol):
-    """Where payloads and results over the inline limit live."""
+    """Access to payloads and results over the inline limit."""
 
     async def fetch(self, reference: bytes) -> tuple[bytes, int]:
-        """What a reference refers to, and its kind."""
+        """Return the payload that a reference names, and its kind."""
 
     async def put_result(self, batch_id: str, result: bytes) -> tuple[bytes, str]:
-        """Store a result; answers the reference and the object's key."""
+        """Store a result; return its reference and the object's key."""
 
 
 class ExecutorCallbacks(NamedTuple):
-    """What the executor tells its owner: work that is over, and work whose first unsent outcome just came."""
+    """Callbacks to the executor's owner: a lease has ended (`over`), or has its first unsent outcome (`dirty`)."""
 
     over: Callable[[ActiveLease], None]
     dirty: Callable[[ActiveLease], None]
@@ -72,9 +80,9 @@ BURST_RUNS: Final = 4_096
 
 
 class Executor:
-    """Takes leased work in, runs at most `concurrency` runs at a time, records how each ended.
+    """Executes leased runs, at most `concurrency` at a time, and records how each ended.
 
-    `inline_sync`: plain functions run on the loop's own thread (a child process that does nothing else).
+    `inline_sync`: plain functions run on the event loop's own thread (in a child process that does nothing else).
     """
 
     def __init__(
@@ -89,7 +97,7 @@ class Executor:
         inline_sync: bool = False,
         deadline: Callable[[int], None] | None = None,
     ) -> None:
-        """`deadline` is told when the inline run under way must end, by the monotonic clock in microseconds."""
+        """`deadline` gets the time by which the current inline run must end, in microseconds of the monotonic clock."""
         self.registry = registry
         self.concurrency = concurrency
         self.unbegun_count = 0
@@ -104,77 +112,84 @@ class Executor:
         self._deadline = deadline
         self._ready: deque[ActiveLease] = deque()
         self._suspects: deque[ActiveLease] = deque()
-        self._alone: ActiveLease | None = None
+        self._isolated: ActiveLease | None = None
         self._runners: list[RunnerState] = []
         self._idle: list[asyncio.Future[None]] = []
         self._is_stopping = False
-        self._canary: asyncio.Task[bool] | None = None
-        self._quiet = asyncio.Event()
+        self._sentinel: asyncio.Task[bool] | None = None
+        self._no_runs_in_flight = asyncio.Event()
         self._variables = copy_context()
         self._threads: ThreadPoolExecutor | None = None
         self._encode = msgspec.json.Encoder().encode
         self._random = random.Random().random  # noqa: S311 - jitter, not secrets
 
-    # -- work in and out
+    # -- leases in and out
 
-    def submit(self, work: ActiveLease) -> None:
-        """Queue a lease's runs; they begin as runners get to them."""
-        if self._canary is None:
-            self._canary = asyncio.create_task(asyncio.Event().wait(), name="headrace-canary")
-        self.unbegun_count += work.unbegun_count
-        if work.lease.crashes_count >= SUSPECT_CRASHES:
-            self._suspects.append(work)
+    def submit(self, active: ActiveLease) -> None:
+        """Queue the runs of a lease; they begin as runners get to them."""
+        if self._sentinel is None:
+            self._sentinel = asyncio.create_task(asyncio.Event().wait(), name="headrace-canary")
+        self.unbegun_count += active.unbegun_count
+        if active.lease.crashes_count >= SUSPECT_CRASHES:
+            self._suspects.append(active)
         else:
-            self._ready.append(work)
+            self._ready.append(active)
         self._wake_one()
 
     def take_unbegun(self) -> list[ActiveLease]:
-        """All work with runs that have not begun, which will not begin any more."""
-        left = [
-            work for work in (*self._ready, *self._suspects, self._alone) if work is not None and work.unbegun_count
+        """Give up all runs that have not begun; return their leases."""
+        leases = [
+            active
+            for active in (*self._ready, *self._suspects, self._isolated)
+            if active is not None and active.unbegun_count
         ]
         self._ready.clear()
         self._suspects.clear()
-        self._alone = None
+        self._isolated = None
         self.unbegun_count = 0
-        return left
+        return leases
 
     def retract(self, runs_count: int) -> RetractedRuns:
-        """Let go of runs that nobody has begun, at most `runs_count`, the last first."""
+        """Give up at most `runs_count` runs that have not begun, the last first."""
         retracted = retract(self._ready, runs_count)
         self.unbegun_count -= retracted.runs_count
         return retracted
 
-    def interrupt(self, wanted: Callable[[ActiveLease, int], bool], reason: str) -> None:
-        """Interrupt the runs under way that `wanted(work, number)` names; cancelled ones that wait won't begin."""
+    def interrupt(self, is_selected: Callable[[ActiveLease, int], bool], reason: str) -> None:
+        """Interrupt the runs in flight that `wanted` selects by lease and offset; with CANCELLED, selected waiting runs
+        never begin.
+        """
         for runner in self._runners:
-            if runner.work is not None and wanted(runner.work, runner.number):
+            if runner.active is not None and is_selected(runner.active, runner.lease_offset):
                 self._interrupt(runner, reason)
         if reason != CANCELLED:
             return
-        for work in (*self._ready, *self._suspects, self._alone):
-            if work is not None and (named := {n for n in range(work.cursor, work.count) if wanted(work, n)}):
-                work.unwanted |= named
-                work.plan = GENERAL_CALL
+        for active in (*self._ready, *self._suspects, self._isolated):
+            if active is not None and (
+                selected := {n for n in range(active.cursor, active.count) if is_selected(active, n)}
+            ):
+                active.unwanted |= selected
+                active.plan = GENERAL_CALL
 
     def _interrupt(self, runner: RunnerState, reason: str) -> None:
-        """Interrupt, and insist now and then: a run may swallow it and go on."""
+        """Interrupt a run, and repeat it from time to time: a run may ignore its cancellation."""
         if runner.interrupt(reason):
-            self._insist_later(runner)
+            self._repeat_interrupt(runner)
 
-    def _insist_later(self, runner: RunnerState) -> None:
+    def _repeat_interrupt(self, runner: RunnerState) -> None:
         def again() -> None:
-            runner.insist()
-            self._insist_later(runner)
+            runner.interrupt_again()
+            self._repeat_interrupt(runner)
 
         if runner.timer is not None:
             runner.timer.cancel()
         runner.timer = self._clock.call_later(INSIST_S, again)
 
     async def stop(self, *, grace_s: float) -> None:
-        """Begin nothing more; wait `grace_s` for what is under way, then interrupt it.
+        """Begin no run; wait `grace_s` for those in flight, then interrupt them.
 
-        Called again while the first call waits, it cuts that grace short. A run that doesn't hear is left behind.
+        A second call with a shorter grace, while the first one waits, cuts its grace short. A run that ignores its
+        interruption is left running.
         """
         self._is_stopping = True
         for future in self._idle:
@@ -182,17 +197,17 @@ class Executor:
                 future.set_result(None)
         self._idle.clear()
         if self.in_flight_count:
-            self._quiet.clear()
+            self._no_runs_in_flight.clear()
             if grace_s > 0:
-                await self._clock.wait_for(self._quiet, grace_s)
+                await self._clock.wait_for(self._no_runs_in_flight, grace_s)
             self.interrupt(lambda _work, _number: True, STOPPED)
         if tasks := [runner.task for runner in self._runners if runner.task is not None]:
             await asyncio.wait(tasks, timeout=STOP_S)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=STOP_S)
-        if self._canary is not None:
-            self._canary.cancel()
+        if self._sentinel is not None:
+            self._sentinel.cancel()
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -208,130 +223,132 @@ class Executor:
             runner = RunnerState()
             self._runners.append(runner)
             runner.task = asyncio.create_task(self._run(runner), name=f"headrace-runner-{len(self._runners)}")
-            runner.task.add_done_callback(lambda _: self._gone(runner))
+            runner.task.add_done_callback(lambda _: self._on_runner_end(runner))
 
-    def _gone(self, runner: RunnerState) -> None:
-        """A runner ended without a stop (a `GeneratorExit` closes all who await it): another takes its place."""
+    def _on_runner_end(self, runner: RunnerState) -> None:
+        """Replace a runner that ended without a stop (a `GeneratorExit` closes every task that awaits it)."""
         if not self._is_ending:
             self._runners.remove(runner)
             self._wake_one()
 
     def _next_work(self) -> ActiveLease | None:
-        """The work whose next run may begin, or None."""
+        """Return the lease whose next run may begin, or None."""
         if self._is_stopping:
             return None
-        if self._suspects or self._alone is not None:
-            return self._next_alone()
+        if self._suspects or self._isolated is not None:
+            return self._next_isolated()
         while self._ready:
-            work = self._ready[0]
-            if work.cursor < work.count:
-                return work
+            active = self._ready[0]
+            if active.cursor < active.count:
+                return active
             self._ready.popleft()
         return None
 
-    def _next_alone(self) -> ActiveLease | None:
-        alone = self._alone
-        if alone is not None and alone.cursor < alone.count:
-            return alone
+    def _next_isolated(self) -> ActiveLease | None:
+        isolated = self._isolated
+        if isolated is not None and isolated.cursor < isolated.count:
+            return isolated
         if self.in_flight_count:
             return None
-        self._alone = self._suspects.popleft() if self._suspects else None
-        return self._alone if self._alone is not None else self._next_work()
+        self._isolated = self._suspects.popleft() if self._suspects else None
+        return self._isolated if self._isolated is not None else self._next_work()
 
     @property
     def _is_ending(self) -> bool:
-        """Stopped, or the loop ends under us: then every task is cancelled at once, the canary too."""
-        canary = self._canary
+        """True if the executor was stopped, or its event loop is ending: then all tasks are cancelled, and the sentinel
+        task too.
+        """
+        canary = self._sentinel
         return self._is_stopping or canary is None or canary.cancelling() > 0 or canary.done()
 
     async def _run(self, runner: RunnerState) -> None:
-        """A runner survives whatever its runs do, but not the end of the executor."""
+        """Run until the executor ends, whatever the runs do."""
         while not self._is_stopping:
             try:
                 await self._take_runs(runner)
             except asyncio.CancelledError:
                 if self._is_ending:
                     raise
-                runner.calm()
+                runner.drop_stale_cancellations()
             except Exception:
-                LOG.exception("a runner met an error that is not its run's")
+                LOG.exception("runner.failed")
 
     async def _take_runs(self, runner: RunnerState) -> None:
         began = perf_counter()
         while not self._is_stopping:
-            work = self._next_work()
-            if work is None:
+            active = self._next_work()
+            if active is None:
                 future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._idle.append(future)
                 await future
                 began = perf_counter()
                 continue
-            plan = work.plan or choose_call(work, self.registry, has_deadline=self._deadline is not None)
+            plan = active.plan or choose_call(active, self.registry, has_deadline=self._deadline is not None)
             if plan is not GENERAL_CALL:
-                if (rest := self._burst(work, plan, runner)) is None:
-                    await self._turn(runner)
+                if (clear := self._burst(active, plan, runner)) is None:
+                    await self._yield_to_loop(runner)
                     continue
-                number = work.cursor - 1
+                lease_offset = active.cursor - 1
             else:
-                number = work.begin()
+                lease_offset = active.begin()
                 self.unbegun_count -= 1
                 self.in_flight_count += 1
-                rest = self._begin(work, number, runner)
-            if rest is not None:
-                runner.work, runner.number = work, number
+                clear = self._begin(active, lease_offset, runner)
+            if clear is not None:
+                runner.active, runner.lease_offset = active, lease_offset
                 if self.unbegun_count:
                     self._wake_one()
                 try:
-                    await self._finish(runner, rest)
+                    await self._finish(runner, clear)
                 finally:
-                    runner.rest()
-                    self._ended(work)
+                    runner.clear()
+                    self._ended(active)
                 began = perf_counter()
             else:
-                self._ended(work)
-            if runner.is_disturbed or perf_counter() - began > SLICE_S:
-                await self._turn(runner)
+                self._ended(active)
+            if runner.has_stale_cancellation or perf_counter() - began > SLICE_S:
+                await self._yield_to_loop(runner)
                 began = perf_counter()
 
-    async def _turn(self, runner: RunnerState) -> None:
-        """Give the loop a turn, and let a cancellation that a run left behind hit nobody."""
+    async def _yield_to_loop(self, runner: RunnerState) -> None:
+        """Yield to the event loop, and absorb a cancellation that a finished run left behind."""
         try:
-            runner.calm()
+            runner.drop_stale_cancellations()
             await asyncio.sleep(0)
         except asyncio.CancelledError:
             if self._is_ending:
                 raise
-            runner.calm()
+            runner.drop_stale_cancellations()
 
-    async def _finish(self, runner: RunnerState, rest: Awaitable[None]) -> None:
+    async def _finish(self, runner: RunnerState, clear: Awaitable[None]) -> None:
         """Await the rest of a run; an interruption ends the run, not the runner."""
-        work, number = runner.work, runner.number
-        assert work is not None
+        active, lease_offset = runner.active, runner.lease_offset
+        assert active is not None
         try:
-            await rest
+            await clear
         except BaseException as error:
             if runner.reason:
-                self._interrupted(work, number, runner.reason)
+                self._record_interruption(active, lease_offset, runner.reason)
             elif isinstance(error, asyncio.CancelledError) and self._is_ending:
-                self._interrupted(work, number, STOPPED)
+                self._record_interruption(active, lease_offset, STOPPED)
                 raise
             else:
-                self._fail(work, number, self._spec(work, number), error)
+                self._fail(active, lease_offset, self._spec(active, lease_offset), error)
 
-    def _ended(self, work: ActiveLease) -> None:
+    def _ended(self, active: ActiveLease) -> None:
         self.in_flight_count -= 1
         self.ended_count += 1
         if self._deadline is not None:
             self._deadline(0)
-        self._report(work)
+        self._report(active)
         if not self.in_flight_count:
-            self._quiet.set()
-            if self._suspects or self._alone is not None:
+            self._no_runs_in_flight.set()
+            if self._suspects or self._isolated is not None:
                 self._wake_one()
 
-    # -- many runs of the usual kind
+    # -- many direct calls
 
-    def _burst(self, work: ActiveLease, plan: DirectCall, runner: RunnerState) -> Awaitable[None] | None:
+    def _burst(self, active: ActiveLease, plan: DirectCall, runner: RunnerState) -> Awaitable[None] | None:
         """Run the next runs of `work` one after the other, for 2 ms at most, until one of them waits.
 
         None: the slice is over or the lease's runs have all begun. Else what is left to await of the last one
@@ -339,20 +356,20 @@ class Executor:
         """
         function, decode = plan
         encode, inline_max = self._encode, self._inline_bytes_max
-        span_slots, marks, payloads = work.span_slots, work.marks, work.lease.payloads
+        span_slots, marks, payloads = active.span_slots, active.marks, active.lease.payloads
         copy_variables = self._variables.copy
-        first = number = work.cursor
-        stop = min(work.count, first + BURST_RUNS)
-        rest: Awaitable[None] | None = None
-        until, look_at, step = perf_counter() + SLICE_S, number + 1, 1
-        while number < stop:
-            span_slot = span_slots[number]
+        first = lease_offset = active.cursor
+        stop = min(active.count, first + BURST_RUNS)
+        clear: Awaitable[None] | None = None
+        until, look_at, step = perf_counter() + SLICE_S, lease_offset + 1, 1
+        while lease_offset < stop:
+            span_slot = span_slots[lease_offset]
             marks[span_slot] = BEGUN
             try:
-                argument = decode(payloads[number])
+                argument = decode(payloads[lease_offset])
             except Exception:  # noqa: BLE001 - decoded again, the slow way, it says why
-                rest = self._call(work, number, runner, payloads[number], pack.JSON)
-                number += 1
+                clear = self._call(active, lease_offset, runner, payloads[lease_offset], pack.JSON)
+                lease_offset += 1
                 break
             try:
                 variables = copy_variables()
@@ -364,98 +381,102 @@ class Executor:
                 except Exception:  # noqa: BLE001 - encoded again, the slow way, it says why
                     result = b""
                 if result and len(result) < inline_max:
-                    work.codes[number] = run.COMPLETED
-                    work.results[number] = result
+                    active.codes[lease_offset] = run.COMPLETED
+                    active.results[lease_offset] = result
                     marks[span_slot] = ENDED
-                    number += 1
-                    if number >= look_at:
+                    lease_offset += 1
+                    if lease_offset >= look_at:
                         if perf_counter() > until:
                             break
                         step = min(2 * step, LOOKS_MAX)
-                        look_at = number + step
+                        look_at = lease_offset + step
                     continue
-                rest = self._complete(work, number, done.value)
+                clear = self._complete(active, lease_offset, done.value)
             except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
-                self._fail(work, number, self._spec(work, number), error)
+                self._fail(active, lease_offset, self._spec(active, lease_offset), error)
             else:
-                spec = self.registry.get(work.lease.task)
-                rest = self._waiting(work, number, runner, spec, driven(coro, variables, waits_for))
-            number += 1
+                spec = self.registry.get(active.lease.task)
+                clear = self._await_run(
+                    active, lease_offset, runner, spec, continue_coroutine(coro, variables, waits_for)
+                )
+            lease_offset += 1
             break
-        self._account(work, number - first, rest is not None)
-        return rest
+        self._account(active, lease_offset - first, clear is not None)
+        return clear
 
-    def _account(self, work: ActiveLease, begun_count: int, is_last_waiting: bool) -> None:
-        """Count a burst: all of it began, all of it but perhaps the last has ended."""
-        work.cursor += begun_count
+    def _account(self, active: ActiveLease, begun_count: int, is_last_waiting: bool) -> None:
+        """Count a burst: all of its runs have begun, and all but perhaps the last have ended."""
+        active.cursor += begun_count
         self.unbegun_count -= begun_count
         ended_count = begun_count - is_last_waiting
         self.in_flight_count += is_last_waiting
         self.ended_count += ended_count
-        work.ended_count = work.count - work.codes.count(0)
+        active.ended_count = active.count - active.codes.count(0)
         if ended_count:
-            self._report(work)
+            self._report(active)
 
-    def _report(self, work: ActiveLease) -> None:
-        if work.ended_count == work.count:
-            self._hooks.over(work)
-        elif not work.dirty_since_us:
-            self._hooks.dirty(work)
+    def _report(self, active: ActiveLease) -> None:
+        if active.ended_count == active.count:
+            self._hooks.over(active)
+        elif not active.dirty_since_us:
+            self._hooks.dirty(active)
 
     # -- one run
 
-    def _begin(self, work: ActiveLease, number: int, runner: RunnerState) -> Awaitable[None] | None:
-        """Start a run. None when it has ended already, else what is left to await."""
-        lease = work.lease
-        kind = lease.kinds[number] if lease.kinds is not None else pack.JSON
-        if number in work.unwanted:
-            work.end(number, run.CANCELLED, b"")
+    def _begin(self, active: ActiveLease, lease_offset: int, runner: RunnerState) -> Awaitable[None] | None:
+        """Start a run. Return None if it has ended already, otherwise the awaitable for the rest."""
+        lease = active.lease
+        kind = lease.kinds[lease_offset] if lease.kinds is not None else pack.JSON
+        if lease_offset in active.unwanted:
+            active.end(lease_offset, run.CANCELLED, b"")
             return None
         if lease.expires_us and lease.expires_us <= self._clock.now_us():
-            work.end(number, run.EXPIRED, b"")
+            active.end(lease_offset, run.EXPIRED, b"")
             return None
         if kind == pack.REFERENCE:
-            return self._fetched(work, number, runner)
-        return self._call(work, number, runner, lease.payloads[number], kind)
+            return self._fetch_and_call(active, lease_offset, runner)
+        return self._call(active, lease_offset, runner, lease.payloads[lease_offset], kind)
 
     def _call(
-        self, work: ActiveLease, number: int, runner: RunnerState, payload: bytes, kind: int
+        self, active: ActiveLease, lease_offset: int, runner: RunnerState, payload: bytes, kind: int
     ) -> Awaitable[None] | None:
         try:
-            spec = self._spec(work, number)
+            spec = self._spec(active, lease_offset)
             arguments = spec.codec.decode(payload, kind)
         except (PayloadRefused, HeadraceError) as error:
-            self._refuse(work, number, "InvalidPayload", str(error))
+            self._fail_for_good(active, lease_offset, "InvalidPayload", str(error))
             return None
         if spec.codec.context_name:
-            runner.context = arguments[1][spec.codec.context_name] = self._context(work, number, spec)
+            runner.context = arguments[1][spec.codec.context_name] = self._context(active, lease_offset, spec)
         variables = self._variables.copy()
         if self._deadline is not None and spec.timeout_s is not None:
             self._deadline(int((monotonic() + spec.timeout_s) * 1_000_000))
         if not spec.is_async:
             if self._inline_sync:
-                return self._inline(work, number, spec, variables, arguments)
-            return self._threaded(work, number, runner, spec, variables, arguments)
+                return self._call_inline(active, lease_offset, spec, variables, arguments)
+            return self._call_in_thread(active, lease_offset, runner, spec, variables, arguments)
         try:
             coro = variables.run(spec.function, *arguments[0], **arguments[1])
             waits_for = variables.run(coro.send, None)
         except StopIteration as stop:
-            return self._complete(work, number, stop.value)
+            return self._complete(active, lease_offset, stop.value)
         except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
-            self._fail(work, number, spec, error)
+            self._fail(active, lease_offset, spec, error)
             return None
-        return self._waiting(work, number, runner, spec, driven(coro, variables, waits_for))
+        return self._await_run(active, lease_offset, runner, spec, continue_coroutine(coro, variables, waits_for))
 
-    def _spec(self, work: ActiveLease, number: int) -> TaskSpec:
-        return self.registry.get(work.lease.task).with_overrides(work.lease.extras.get(work.span_slots[number]))
+    def _spec(self, active: ActiveLease, lease_offset: int) -> TaskSpec:
+        return self.registry.get(active.lease.task).with_overrides(
+            active.lease.extras.get(active.span_slots[lease_offset])
+        )
 
-    def _context(self, work: ActiveLease, number: int, spec: TaskSpec) -> Context:
-        lease = work.lease
-        extra = lease.extras.get(work.span_slots[number])
+    def _context(self, active: ActiveLease, lease_offset: int, spec: TaskSpec) -> Context:
+        lease = active.lease
+        extra = lease.extras.get(active.span_slots[lease_offset])
         deadline_us = None if spec.timeout_s is None else self._clock.now_us() + int(spec.timeout_s * 1_000_000)
         return Context(
             batch_id=lease.batch_id,
-            index=lease.indexes[number],
+            index=lease.indexes[lease_offset],
             attempt=lease.attempt,
             task=lease.task,
             queue=lease.queue,
@@ -463,124 +484,135 @@ class Executor:
             headers=extra.headers if extra is not None else None,
         )
 
-    async def _waiting(
-        self, work: ActiveLease, number: int, runner: RunnerState, spec: TaskSpec, rest: Coroutine[Any, Any, Any]
+    async def _await_run(
+        self,
+        active: ActiveLease,
+        lease_offset: int,
+        runner: RunnerState,
+        spec: TaskSpec,
+        clear: Coroutine[Any, Any, Any],
     ) -> None:
-        """A run that waits: arm its timeout, drive it to its end, and tell an interruption from a failure."""
+        """Arm the timeout of a run that waits, run it to its end, and distinguish an interruption from a failure."""
         timer = None
         if spec.timeout_s is not None:
             timer = self._clock.call_later(spec.timeout_s, partial(self._interrupt, runner, TIMEOUT))
         try:
-            value = await rest
+            value = await clear
         except BaseException as error:
             if runner.reason or (isinstance(error, asyncio.CancelledError) and self._is_ending):
                 raise
-            self._fail(work, number, spec, error)
+            self._fail(active, lease_offset, spec, error)
         else:
-            offloading = self._complete(work, number, value)
+            offloading = self._complete(active, lease_offset, value)
             if offloading is not None:
                 await offloading
         finally:
             if timer is not None:
                 timer.cancel()
 
-    def _interrupted(self, work: ActiveLease, number: int, reason: str) -> None:
-        spec = self._spec(work, number)
-        if work.codes[number]:
-            return  # it had come to its end already
+    def _record_interruption(self, active: ActiveLease, lease_offset: int, reason: str) -> None:
+        spec = self._spec(active, lease_offset)
+        if active.codes[lease_offset]:
+            return  # it had ended already
         if reason == TIMEOUT:
-            self._fail(work, number, spec, TimeoutError(f"timed out after {spec.timeout_s:g} s"))
+            self._fail(active, lease_offset, spec, TimeoutError(f"timed out after {spec.timeout_s:g} s"))
         elif reason == CANCELLED:
-            work.end(number, run.CANCELLED, b"")
-        elif work.lease.at_most_once:
-            self._refuse(work, number, "WorkerStopped", "the worker stopped while this at-most-once run was under way")
-        else:  # stopped: as if it had not begun; another worker takes it, and no attempt is charged
-            work.give_back(number)
+            active.end(lease_offset, run.CANCELLED, b"")
+        elif active.lease.at_most_once:
+            self._fail_for_good(
+                active, lease_offset, "WorkerStopped", "the worker stopped while this at-most-once run was in flight"
+            )
+        else:  # stopped: it counts as not begun; another worker executes it, and no attempt is charged
+            active.mark_not_begun(lease_offset)
 
-    async def _threaded(
+    async def _call_in_thread(
         self,
-        work: ActiveLease,
-        number: int,
+        active: ActiveLease,
+        lease_offset: int,
         runner: RunnerState,
         spec: TaskSpec,
         variables: Variables,
         arguments: Arguments,
     ) -> None:
-        """A plain function runs in a thread. It can't be interrupted there: past its timeout its outcome is dropped."""
+        """Run a plain function in a thread. It can't be interrupted there: after its timeout its outcome is
+        discarded.
+        """
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="headrace-run")
         future = asyncio.get_running_loop().run_in_executor(
-            self._threads, partial(variables.run, shielded, spec.function, *arguments)
+            self._threads, partial(variables.run, call_shielded, spec.function, *arguments)
         )
-        await self._waiting(work, number, runner, spec, outcome_of(future))
+        await self._await_run(active, lease_offset, runner, spec, await_thread(future))
 
-    def _inline(
-        self, work: ActiveLease, number: int, spec: TaskSpec, variables: Variables, arguments: Arguments
+    def _call_inline(
+        self, active: ActiveLease, lease_offset: int, spec: TaskSpec, variables: Variables, arguments: Arguments
     ) -> Awaitable[None] | None:
         timed = spec.timeout_s is not None and self._deadline is not None
         try:
             try:
                 if timed:
-                    signal.setitimer(signal.ITIMER_REAL, spec.timeout_s or 0)  # raises TimeoutError in the run
+                    signal.setitimer(signal.ITIMER_REAL, spec.timeout_s or 0)  # raises TimeoutError inside the run
                 value = variables.run(spec.function, *arguments[0], **arguments[1])
             finally:
                 if timed:
                     signal.setitimer(signal.ITIMER_REAL, 0)
         except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
-            self._fail(work, number, spec, error)
+            self._fail(active, lease_offset, spec, error)
             return None
-        return self._complete(work, number, value)
+        return self._complete(active, lease_offset, value)
 
-    async def _fetched(self, work: ActiveLease, number: int, runner: RunnerState) -> None:
+    async def _fetch_and_call(self, active: ActiveLease, lease_offset: int, runner: RunnerState) -> None:
         try:
-            payload, kind = await self._ask_objects(partial(self._offload.fetch, work.lease.payloads[number]))
+            payload, kind = await self._retry_objects(partial(self._offload.fetch, active.lease.payloads[lease_offset]))
         except HeadraceError as error:
-            self._refuse(work, number, error.code, error.message)
+            self._fail_for_good(active, lease_offset, error.code, error.message)
             return
-        rest = self._call(work, number, runner, payload, kind)
-        if rest is not None:
-            await rest
+        clear = self._call(active, lease_offset, runner, payload, kind)
+        if clear is not None:
+            await clear
 
-    async def _ask_objects(self, call: Callable[[], Awaitable[tuple[Any, Any]]]) -> tuple[Any, Any]:
+    async def _retry_objects(self, call: Callable[[], Awaitable[tuple[Any, Any]]]) -> tuple[Any, Any]:
         return await retry_transient(call, self._clock, what="the object store")
 
-    # -- how it ended
+    # -- outcomes
 
-    def _complete(self, work: ActiveLease, number: int, value: Any) -> Awaitable[None] | None:
+    def _complete(self, active: ActiveLease, lease_offset: int, value: Any) -> Awaitable[None] | None:
         try:
             result = self._encode(value)
         except Exception as error:  # noqa: BLE001 - a result's own code may raise anything
-            self._refuse(work, number, "InvalidResult", f"the result can't be written as JSON: {error_line(error)}")
+            self._fail_for_good(
+                active, lease_offset, "InvalidResult", f"the result can't be encoded as JSON: {error_line(error)}"
+            )
             return None
         if len(result) >= self._inline_bytes_max:
-            return self._store_result(work, number, result)
-        work.end(number, run.COMPLETED, result)
+            return self._store_result(active, lease_offset, result)
+        active.end(lease_offset, run.COMPLETED, result)
         return None
 
-    async def _store_result(self, work: ActiveLease, number: int, result: bytes) -> None:
+    async def _store_result(self, active: ActiveLease, lease_offset: int, result: bytes) -> None:
         try:
-            put = partial(self._offload.put_result, work.lease.batch_id, result)
-            reference, key = await self._ask_objects(put)
+            put = partial(self._offload.put_result, active.lease.batch_id, result)
+            reference, key = await self._retry_objects(put)
         except HeadraceError as error:
-            self._refuse(work, number, error.code, error.message)
+            self._fail_for_good(active, lease_offset, error.code, error.message)
             return
-        work.end(number, run.COMPLETED, reference, kind=pack.REFERENCE, object_key=key)
+        active.end(lease_offset, run.COMPLETED, reference, kind=pack.REFERENCE, object_key=key)
 
-    def _refuse(self, work: ActiveLease, number: int, kind: str, message: str) -> None:
-        """Fail for good: another attempt would end the same way."""
+    def _fail_for_good(self, active: ActiveLease, lease_offset: int, kind: str, message: str) -> None:
+        """Fail without a retry: another attempt would end the same way."""
         message = message[: self._error_chars_max]
-        failure = Failure(type=kind, message=message, attempts=work.lease.attempt, crashes=work.lease.crashes_count)
-        work.end(number, run.FAILED, failure.encode())
+        failure = Failure(type=kind, message=message, attempts=active.lease.attempt, crashes=active.lease.crashes_count)
+        active.end(lease_offset, run.FAILED, failure.encode())
 
-    def _fail(self, work: ActiveLease, number: int, spec: TaskSpec, error: BaseException) -> None:
-        """A failed attempt: another one if the policy says so."""
-        lease = work.lease
+    def _fail(self, active: ActiveLease, lease_offset: int, spec: TaskSpec, error: BaseException) -> None:
+        """Record a failed attempt; the task's policy decides whether there is another."""
+        lease = active.lease
         kind, message, trace = describe(error, chars_max=self._error_chars_max)
         failure = Failure(type=kind, message=message, attempts=lease.attempt, crashes=lease.crashes_count, trace=trace)
         due_us = retry_at_us(
             spec.retry, attempt=lease.attempt, error=error, now_us=self._clock.now_us(), random=self._random
         )
         if due_us is None or lease.at_most_once:
-            work.end(number, run.FAILED, failure.encode())
+            active.end(lease_offset, run.FAILED, failure.encode())
         else:
-            work.end(number, RETRY, failure.encode(), due_us=due_us)
+            active.end(lease_offset, RETRY, failure.encode(), due_us=due_us)

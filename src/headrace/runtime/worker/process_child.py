@@ -1,4 +1,4 @@
-"""A child process of a worker: runs slices of leases, and knows no store.
+"""A child process of a worker: it executes slices of leases and has no store.
 
 Started as `python -m headrace.runtime.worker.process_child FD`. The process ends with its parent: it exits when the
 socket is closed, even while runs execute.
@@ -51,11 +51,11 @@ PR_SET_PDEATHSIG = 1
 
 
 def load_task(name: str, module_name: str, file: str, attribute: str) -> TaskSpec:
-    """Find a task again in this process. Raises `InvalidSetting` when it can't be found by name."""
+    """Import a task in this process. Raises `InvalidSetting` if it can't be found by its name."""
     if "<locals>" in attribute or "<lambda>" in attribute:
         raise InvalidSetting(
-            f"task {name} is made inside a function, where a child process can't find it",
-            hint="define it at the top of a module",
+            f"task {name} is defined inside a function, where a child process can't import it",
+            hint="define the task at the top level of a module",
         )
     module = None
     if module_name not in ("__main__", "__mp_main__"):
@@ -66,16 +66,17 @@ def load_task(name: str, module_name: str, file: str, attribute: str) -> TaskSpe
                 raise
     if module is None:
         module = _from_file(name, file)
-    found: Any = module
+    target: Any = module
     for part in attribute.split("."):
-        found = getattr(found, part)
-    for candidate in (found, *vars(module).values()):  # the name may be the bare function's, and the task beside it
+        target = getattr(target, part)
+    # the attribute may be the bare function, with its task under another name
+    for candidate in (target, *vars(module).values()):
         spec = getattr(candidate, "spec", None)
         if isinstance(spec, TaskSpec) and spec.name == name:
             return spec
-    if isinstance(getattr(found, "spec", None), TaskSpec):
-        found = found.spec.function
-    return TaskSpec(name, found)
+    if isinstance(getattr(target, "spec", None), TaskSpec):
+        target = target.spec.function
+    return TaskSpec(name, target)
 
 
 def _from_file(name: str, file: str) -> Any:
@@ -92,7 +93,7 @@ def _from_file(name: str, file: str) -> Any:
 
 
 class _ChildExecutor:
-    """The life of one child: slices in, outcomes out."""
+    """Executes the slices of one child and reports their outcomes."""
 
     def __init__(self, begin: ChildSetup, wire: socket.socket) -> None:
         self._wire = wire
@@ -103,17 +104,17 @@ class _ChildExecutor:
             spec = load_task(*task)
             if spec.options != begin.options[spec.name]:
                 raise InvalidSetting(
-                    f"a child process finds task {spec.name} with other options than its parent",
-                    hint="decorate it with @app.task where it is defined",
+                    f"task {spec.name} has other options in the child process than in its parent",
+                    hint="decorate the task with @app.task where it is defined",
                 )
             registry.add(spec)
         self._marks = InflightMarks(Path(begin.marks_path), slot_runs=self._limits.chunk_runs_max)
         self._slices: dict[int, int] = {}
-        self._works: dict[int, ActiveLease] = {}
-        self._told: dict[int, bytearray] = {}
+        self._leases: dict[int, ActiveLease] = {}
+        self._reported: dict[int, bytearray] = {}
         self._dirty: set[int] = set()
         self._loop = asyncio.get_running_loop()
-        self._over = asyncio.Event()
+        self._finished = asyncio.Event()
         clock = SystemClock()
         engine = Engine(
             store=None,  # type: ignore[arg-type]  # a child settles nothing; only the payload half is used
@@ -161,60 +162,60 @@ class _ChildExecutor:
             extras=slice_.extras,
             runs_count=slice_.runs_count,
         )
-        work = ActiveLease(lease, marks, slot)
-        self._slices[id(work)] = slice_.id
-        self._works[slice_.id] = work
-        self._told[slice_.id] = bytearray(work.count)
-        self.executor.submit(work)
+        active = ActiveLease(lease, marks, slot)
+        self._slices[id(active)] = slice_.id
+        self._leases[slice_.id] = active
+        self._reported[slice_.id] = bytearray(active.count)
+        self.executor.submit(active)
 
     def interrupt(self, message: InterruptRuns) -> None:
-        work = self._works.get(message.id)
+        active = self._leases.get(message.id)
         numbers = set(message.numbers)
-        self.executor.interrupt(lambda running, number: running is work and number in numbers, "cancelled")
+        self.executor.interrupt(lambda running, number: running is active and number in numbers, "cancelled")
 
     async def stop(self, grace_s: float) -> None:
         await self.executor.stop(grace_s=grace_s)
-        for slice_id in list(self._works):
-            self._tell(slice_id, over=True)
+        for slice_id in list(self._leases):
+            self._report(slice_id, over=True)
         self._marks.close()
-        self._over.set()
+        self._finished.set()
 
     async def wait(self) -> None:
-        await self._over.wait()
+        await self._finished.wait()
 
-    def _work_over(self, work: ActiveLease) -> None:
-        slice_id = self._slices.pop(id(work))
+    def _work_over(self, active: ActiveLease) -> None:
+        slice_id = self._slices.pop(id(active))
         self._dirty.discard(slice_id)
-        self._tell(slice_id, over=True)
-        self._marks.free(work.slot)
+        self._report(slice_id, over=True)
+        self._marks.free(active.slot)
 
-    def _work_dirty(self, work: ActiveLease) -> None:
-        work.dirty_since_us = 1
+    def _work_dirty(self, active: ActiveLease) -> None:
+        active.dirty_since_us = 1
         if not self._dirty:
-            self._loop.call_later(DIRTY_S, self._tell_dirty)
-        self._dirty.add(self._slices[id(work)])
+            self._loop.call_later(DIRTY_S, self._report_dirty)
+        self._dirty.add(self._slices[id(active)])
 
-    def _tell_dirty(self) -> None:
+    def _report_dirty(self) -> None:
         dirty, self._dirty = self._dirty, set()
         for slice_id in dirty:
-            self._tell(slice_id, over=False)
+            self._report(slice_id, over=False)
 
-    def _tell(self, slice_id: int, *, over: bool) -> None:
-        work, told = self._works[slice_id], self._told[slice_id]
+    def _report(self, slice_id: int, *, over: bool) -> None:
+        active, reported = self._leases[slice_id], self._reported[slice_id]
         runs = []
-        for number, (code, known) in enumerate(zip(work.codes, told, strict=True)):
-            if code and not known:
-                told[number] = 1
-                runs.append(work.outcome(number))
-        work.dirty_since_us = 0
+        for number, (code, is_reported) in enumerate(zip(active.codes, reported, strict=True)):
+            if code and not is_reported:
+                reported[number] = 1
+                runs.append(active.outcome(number))
+        active.dirty_since_us = 0
         if over:
-            del self._works[slice_id], self._told[slice_id]
+            del self._leases[slice_id], self._reported[slice_id]
         if runs or over:
             self.send(SliceOutcomes(slice_id, runs, over))
 
 
 def main() -> None:
-    """Run until the socket ends or the parent says stop."""
+    """Run until the socket is closed or the parent sends StopChild."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, _timed_out)
@@ -225,11 +226,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    os._exit(0)  # threads that never end must not keep a stopped child alive
+    os._exit(0)  # a stopped child must exit, even if threads never end
 
 
 def _die_with_parent() -> None:
-    """A run that holds the interpreter can't hear that the parent died; where the kernel can be asked, it kills."""
+    """Ask the kernel to kill this process when its parent ends: a run may hold the interpreter and prevent any
+    check.
+    """
     if sys.platform == "linux":
         import ctypes
 
@@ -258,11 +261,13 @@ async def _serve(wire: socket.socket) -> None:
 
 
 def _listen(wire: socket.socket, loop: asyncio.AbstractEventLoop, child: _ChildExecutor) -> None:
-    """Frames from the parent, in their own thread: a run that blocks the loop must not hide that the parent died."""
+    """Read messages from the parent, in a thread of its own, so that a blocked event loop does not hide the parent's
+    end.
+    """
     while True:
         message = _receive(wire)
         if message is None:
-            os._exit(1)  # the parent is gone, and with it everyone who wants these outcomes
+            os._exit(1)  # the parent has ended; nobody will settle these outcomes
         match message:
             case LeaseSlice():
                 loop.call_soon_threadsafe(child.take, message)
@@ -273,14 +278,14 @@ def _listen(wire: socket.socket, loop: asyncio.AbstractEventLoop, child: _ChildE
 
 
 def _receive(wire: socket.socket) -> ChildSetup | LeaseSlice | InterruptRuns | StopChild | None:
-    head = _exactly(wire, HEADER.size)
+    head = _receive_exactly(wire, HEADER.size)
     if head is None:
         return None
-    body = _exactly(wire, HEADER.unpack(head)[0])
+    body = _receive_exactly(wire, HEADER.unpack(head)[0])
     return None if body is None else to_child.decode(body)
 
 
-def _exactly(wire: socket.socket, count: int) -> bytes | None:
+def _receive_exactly(wire: socket.socket, count: int) -> bytes | None:
     data = bytearray()
     while len(data) < count:
         try:

@@ -1,4 +1,4 @@
-"""What a worker and its child processes say to each other: length-prefixed MessagePack over a socket pair."""
+"""Messages between a worker and its child processes: length-prefixed MessagePack over a socket pair."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADER: Final = struct.Struct("<I")
 
 
 class ChildSetup(msgspec.Struct, tag="begin"):
-    """The first frame to a child: where its tasks are and how it runs them."""
+    """First message to a child: where its tasks are and how it runs them."""
 
     tasks: list[tuple[str, str, str, str]]
     options: dict[str, str]
@@ -48,20 +48,20 @@ class LeaseSlice(msgspec.Struct, tag="slice"):
 
 
 class InterruptRuns(msgspec.Struct, tag="interrupt"):
-    """End these runs of a slice: nobody wants them."""
+    """Interrupt these runs of a slice: they were cancelled. `numbers` count in the slice, from 0."""
 
     id: int
     numbers: list[int]
 
 
 class StopChild(msgspec.Struct, tag="stop"):
-    """Begin nothing more; end what is under way within `grace_s`, tell of it, and leave."""
+    """Begin no run; end those in flight within `grace_s`, report them, and exit."""
 
     grace_s: float
 
 
 class SliceOutcomes(msgspec.Struct, tag="ended"):
-    """Runs of a slice that ended: `(number in the slice, code, result, kind, due_us, object_key)` each."""
+    """Outcomes of runs of a slice: `(number in the slice, code, result, kind, due_us, object_key)` each."""
 
     id: int
     runs: list[tuple[int, int, bytes, int, int, str]]
@@ -69,11 +69,11 @@ class SliceOutcomes(msgspec.Struct, tag="ended"):
 
 
 class ChildReady(msgspec.Struct, tag="ready"):
-    """The child has its tasks and waits for work."""
+    """The child has loaded its tasks and waits for slices."""
 
 
 class ChildFailed(msgspec.Struct, tag="broken"):
-    """The child can't have its tasks."""
+    """The child could not load its tasks."""
 
     reason: str
 
@@ -87,6 +87,6 @@ from_child: Final = msgspec.msgpack.Decoder(FromChild)
 
 
 def framed(message: ToChild | FromChild) -> bytes:
-    """A message as it goes over the socket."""
+    """Encode a message as it is sent over the socket."""
     body = _encode(message)
     return HEADER.pack(len(body)) + body

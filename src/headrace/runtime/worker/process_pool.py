@@ -1,8 +1,8 @@
-"""A crew of child processes that run claimed work.
+"""A pool of child processes that execute claimed runs.
 
-The parent keeps the session, the leases and the store; a child gets slices of leases and answers outcomes. When
-a child dies, the marks it left in memory say which runs it had begun: only those are suspects, they are charged a
-crash, and from the second one on they run alone until the one that kills is found.
+The parent owns the session, the leases and the store; a child gets slices of leases and returns outcomes. When a child
+ends unexpectedly, its in-flight marks say which runs it had begun. Only those are suspects and are charged a crash.
+From the second crash on they execute alone, until the run that ends its process is found.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ BACKOFF_S: Final = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
 
 
 class _DispatchedSlice:
-    """A slice in a child: which numbers of which work."""
+    """A slice of a lease that a child executes: the lease, and the lease offsets of its runs."""
 
-    __slots__ = ("numbers", "work")
+    __slots__ = ("active", "numbers")
 
-    def __init__(self, work: ActiveLease, numbers: range) -> None:
-        self.work = work
+    def __init__(self, active: ActiveLease, numbers: range) -> None:
+        self.active = active
         self.numbers = numbers
 
 
 class _ChildProcess:
-    """One child process as the parent sees it."""
+    """One child process, as the parent sees it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -75,7 +75,7 @@ class _ChildProcess:
         self.reader = asyncio.StreamReader()
         self.writer: asyncio.StreamWriter | None = None
         self.marks_path = Path()
-        self.parts: dict[int, _DispatchedSlice] = {}
+        self.slices: dict[int, _DispatchedSlice] = {}
         self.outstanding_count = 0
         self.ended_count = 0
         self.is_ready = False
@@ -84,7 +84,7 @@ class _ChildProcess:
         self.rate = 0.0
 
     def measure(self) -> None:
-        """Runs a second, over windows of a slice's length."""
+        """Update the rate, in runs per second, over windows of a slice's length."""
         elapsed_s = monotonic() - self.since_s
         if elapsed_s >= SLICE_S:
             rate = self.ended_count / elapsed_s
@@ -93,28 +93,28 @@ class _ChildProcess:
 
 
 class ProcessPool:
-    """Child processes and the work that waits for them. Same face as `Executor`."""
+    """Child processes and the leases that wait for them. Same interface as `Executor`."""
 
     def __init__(
         self,
         engine: Engine,
         registry: Registry,
-        broker: StoreSession,
+        session: StoreSession,
         *,
         names: list[str],
         processes: int,
         concurrency: int,
         hooks: ExecutorCallbacks,
     ) -> None:
-        """`names`: the tasks that run here; `processes`: how many children, 0 for one a core."""
+        """`names`: the tasks that run in the pool; `processes`: number of children, 0 for one per core."""
         self._engine = engine
         self._registry = registry
-        self._broker = broker
+        self._broker = session
         self._hooks = hooks
         self._count = processes or os.cpu_count() or 1
         self._names = names
-        self._alone_each = all(registry.get(name).pool == "process" for name in names)
-        self._per_child = 1 if self._alone_each else -(-concurrency // self._count)
+        self._is_one_run_each = all(registry.get(name).pool == "process" for name in names)
+        self._per_child = 1 if self._is_one_run_each else -(-concurrency // self._count)
         self.concurrency = self._per_child * self._count
         self.unbegun_count = 0
         self.in_flight_count = 0
@@ -122,8 +122,8 @@ class ProcessPool:
         self._children = [_ChildProcess(number) for number in range(self._count)]
         self._ready: deque[ActiveLease] = deque()
         self._suspects: deque[ActiveLease] = deque()
-        self._open_parts: dict[ActiveLease, int] = {}
-        self._broken: set[ActiveLease] = set()
+        self._open_slices: dict[ActiveLease, int] = {}
+        self._interrupted_leases: set[ActiveLease] = set()
         self._next_slice_id = 1
         self._launches_count = 0
         self._is_stopping = False
@@ -131,7 +131,7 @@ class ProcessPool:
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> None:
-        """Start every child; raises `InvalidSetting` when they can't have their tasks."""
+        """Start all children. Raises `InvalidSetting` if they can't load their tasks."""
         if self._engine.live_directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="headrace-")
         try:
@@ -144,58 +144,59 @@ class ProcessPool:
         except BaseException:
             await self._end_children()
             raise
-        self._keepers = [asyncio.create_task(self._keep(child)) for child in self._children]
+        self._keepers = [asyncio.create_task(self._supervise(child)) for child in self._children]
         self._keepers.append(asyncio.create_task(self._watch_deadlines()))
 
-    # -- work in and out
+    # -- leases in and out
 
-    def submit(self, work: ActiveLease) -> None:
-        """Queue a lease's runs."""
-        self.unbegun_count += work.unbegun_count
-        (self._suspects if work.lease.crashes_count >= SUSPECT_CRASHES else self._ready).append(work)
+    def submit(self, active: ActiveLease) -> None:
+        """Queue the runs of a lease."""
+        self.unbegun_count += active.unbegun_count
+        (self._suspects if active.lease.crashes_count >= SUSPECT_CRASHES else self._ready).append(active)
         self._dispatch_all()
 
     def take_unbegun(self) -> list[ActiveLease]:
-        """All work that has runs no child was given; they will not begin any more."""
-        left = [work for work in (*self._ready, *self._suspects) if work.unbegun_count]
+        """Give up all runs that no child was given; return their leases."""
+        leases = [active for active in (*self._ready, *self._suspects) if active.unbegun_count]
         self._ready.clear()
         self._suspects.clear()
         self.unbegun_count = 0
-        return left
+        return leases
 
     def retract(self, runs_count: int) -> RetractedRuns:
-        """Let go of runs that nobody has begun, at most `runs_count`, the last first."""
+        """Give up at most `runs_count` runs that have not begun, the last first."""
         retracted = retract(self._ready, runs_count)
         self.unbegun_count -= retracted.runs_count
         return retracted
 
-    def interrupt(self, wanted: Callable[[ActiveLease, int], bool], reason: str) -> None:
-        """Interrupt runs that `wanted(work, number)` names; those nobody was given end here when all of them are named.
+    def interrupt(self, is_selected: Callable[[ActiveLease, int], bool], reason: str) -> None:
+        """Interrupt the runs that `is_selected` names by lease and offset.
 
-        In a child only those that wait, or did not begin, can hear it.
+        Runs that no child was given end here if all of their lease's are selected. In a child, only runs that wait or
+        have not begun can be interrupted.
         """
         if reason == CANCELLED:
-            for work in (*self._ready, *self._suspects):
-                self._cancel_unbegun(work, wanted)
+            for active in (*self._ready, *self._suspects):
+                self._cancel_unbegun(active, is_selected)
         for child in self._children:
-            for slice_id, part in child.parts.items():
-                numbers = [at for at, number in enumerate(part.numbers) if wanted(part.work, number)]
+            for slice_id, slice_ in child.slices.items():
+                numbers = [at for at, number in enumerate(slice_.numbers) if is_selected(slice_.active, number)]
                 if numbers:
                     self._send(child, InterruptRuns(slice_id, numbers))
 
-    def _cancel_unbegun(self, work: ActiveLease, wanted: Callable[[ActiveLease, int], bool]) -> None:
-        rest = range(work.cursor, work.count)
-        if not rest or not all(wanted(work, number) for number in rest):
+    def _cancel_unbegun(self, active: ActiveLease, is_selected: Callable[[ActiveLease, int], bool]) -> None:
+        unbegun = range(active.cursor, active.count)
+        if not unbegun or not all(is_selected(active, lease_offset) for lease_offset in unbegun):
             return
-        self.unbegun_count -= len(rest)
-        for number in rest:
-            work.end(number, run.CANCELLED, b"")
-        work.cursor = work.count
-        if not self._open_parts.get(work):
-            self._hooks.over(work)
+        self.unbegun_count -= len(unbegun)
+        for lease_offset in unbegun:
+            active.end(lease_offset, run.CANCELLED, b"")
+        active.cursor = active.count
+        if not self._open_slices.get(active):
+            self._hooks.over(active)
 
     def rename_marks(self) -> None:
-        """The session has a new id: evidence of children is found by it. A child whose evidence is gone is replaced."""
+        """Rename the marks of all children after the session's id; a child whose marks are gone is replaced."""
         for child in self._children:
             path = child.marks_path.with_name(self._marks_name(child))
             try:
@@ -208,7 +209,7 @@ class ProcessPool:
         return f"{self._broker.session_id}.{child.number}-{self._launches_count}"
 
     async def stop(self, *, grace_s: float) -> None:
-        """Begin nothing more, let children end what is under way within `grace_s`, then end them."""
+        """Begin no run, let children end those in flight within `grace_s`, then end the children."""
         self._is_stopping = True
         for child in self._children:
             self._send(child, StopChild(grace_s))
@@ -237,45 +238,45 @@ class ProcessPool:
         if self._directory is not None:
             self._directory.cleanup()
 
-    # -- handing out
+    # -- dispatching
 
     def _dispatch_all(self) -> None:
         for child in self._children:
             self._dispatch(child)
 
     def _dispatch(self, child: _ChildProcess) -> None:
-        """Give a child as much as keeps it busy for a slice's time; suspects alone, to a child with nothing else."""
+        """Give a child enough runs for a slice's time. Suspects go alone, to a child that has no other runs."""
         while child.is_ready and not self._is_stopping and not child.is_alone:
             if self._suspects:
                 if child.outstanding_count:
-                    return  # it drains; then the suspects are its
-                work = self._suspects.popleft()
+                    return  # first it finishes its runs; then it gets the suspects
+                active = self._suspects.popleft()
                 child.is_alone = True
-                self._give(child, work, work.unbegun_count)
+                self._send_slice(child, active, active.unbegun_count)
                 return
             while self._ready and not self._ready[0].unbegun_count:
                 self._ready.popleft()
             child.measure()
-            room = self._per_child + int(child.rate * SLICE_S) - child.outstanding_count
-            if not self._ready or room <= 0 or len(child.parts) >= SLOTS:
+            free_count = self._per_child + int(child.rate * SLICE_S) - child.outstanding_count
+            if not self._ready or free_count <= 0 or len(child.slices) >= SLOTS:
                 return
-            self._give(child, self._ready[0], room)
+            self._send_slice(child, self._ready[0], free_count)
 
-    def _give(self, child: _ChildProcess, work: ActiveLease, runs_max: int) -> None:
-        first = work.cursor
-        work.cursor = min(work.count, first + runs_max)
-        numbers = range(first, work.cursor)
-        lease = work.lease
-        span_slots = [work.span_slots[number] for number in numbers]
+    def _send_slice(self, child: _ChildProcess, active: ActiveLease, runs_max: int) -> None:
+        first = active.cursor
+        active.cursor = min(active.count, first + runs_max)
+        numbers = range(first, active.cursor)
+        lease = active.lease
+        span_slots = [active.span_slots[number] for number in numbers]
         slice_id, self._next_slice_id = self._next_slice_id, self._next_slice_id + 1
-        child.parts[slice_id] = _DispatchedSlice(work, numbers)
+        child.slices[slice_id] = _DispatchedSlice(active, numbers)
         child.outstanding_count += len(numbers)
         self.unbegun_count -= len(numbers)
         self.in_flight_count += len(numbers)
-        self._open_parts[work] = self._open_parts.get(work, 0) + 1
-        if lease.at_most_once:  # handed out may be begun, for whoever finds only this process's marks
+        self._open_slices[active] = self._open_slices.get(active, 0) + 1
+        if lease.at_most_once:  # a dispatched run may have begun, for a process that finds only the parent's marks
             for span_slot in span_slots:
-                work.marks[span_slot] = BEGUN
+                active.marks[span_slot] = BEGUN
         self._send(
             child,
             LeaseSlice(
@@ -293,7 +294,7 @@ class ProcessPool:
                 span_slots=span_slots,
                 indexes=[lease.indexes[number] for number in numbers],
                 payloads=[lease.payloads[number] for number in numbers],
-                kinds=None if lease.kinds is None else lease.kinds[first : work.cursor],
+                kinds=None if lease.kinds is None else lease.kinds[first : active.cursor],
                 extras={span_slot: lease.extras[span_slot] for span_slot in span_slots if span_slot in lease.extras},
             ),
         )
@@ -304,16 +305,16 @@ class ProcessPool:
 
     # -- outcomes
 
-    def _ended(self, child: _ChildProcess, message: SliceOutcomes) -> None:
-        part = child.parts[message.id]
-        work = part.work
+    def _on_outcomes(self, child: _ChildProcess, message: SliceOutcomes) -> None:
+        slice_ = child.slices[message.id]
+        active = slice_.active
         for number, code, result, kind, due_us, object_key in message.runs:
-            work.end(part.numbers[number], code, result, kind=kind, due_us=due_us, object_key=object_key)
+            active.end(slice_.numbers[number], code, result, kind=kind, due_us=due_us, object_key=object_key)
         self._account(child, len(message.runs))
         if message.over:
-            self._close_part(child, message.id)
-        elif message.runs and not work.dirty_since_us:
-            self._hooks.dirty(work)
+            self._close_slice(child, message.id)
+        elif message.runs and not active.dirty_since_us:
+            self._hooks.dirty(active)
         self._dispatch(child)
 
     def _account(self, child: _ChildProcess, runs_count: int) -> None:
@@ -322,36 +323,38 @@ class ProcessPool:
         self.in_flight_count -= runs_count
         self.ended_count += runs_count
 
-    def _close_part(self, child: _ChildProcess, slice_id: int, suspects: Collection[int] = ()) -> None:
-        """A child is done with a slice; its work is over when no other child has one and none can begin.
+    def _close_slice(self, child: _ChildProcess, slice_id: int, suspects: Collection[int] = ()) -> None:
+        """Close a slice that a child has finished with; its lease ends if no other child has a slice of it and no run
+        can begin.
 
-        `suspects`: places the child had begun and not ended when it died; the others without an outcome never began.
+        `suspects`: span slots that the child had begun and not ended when it ended; its other runs without outcome
+        never began.
         """
-        part = child.parts.pop(slice_id)
-        work = part.work
-        returned = [number for number in part.numbers if not work.codes[number]]
+        slice_ = child.slices.pop(slice_id)
+        active = slice_.active
+        returned = [number for number in slice_.numbers if not active.codes[number]]
         for number in returned:
-            if work.span_slots[number] not in suspects:
-                work.marks[work.span_slots[number]] = NOT_BEGUN
+            if active.span_slots[number] not in suspects:
+                active.marks[active.span_slots[number]] = NOT_BEGUN
         child.outstanding_count -= len(returned)
         self.in_flight_count -= len(returned)
         child.is_alone = False
-        self._open_parts[work] -= 1
-        if self._open_parts[work]:
+        self._open_slices[active] -= 1
+        if self._open_slices[active]:
             return
-        del self._open_parts[work]
-        if work.is_over or work in self._broken or self._is_stopping:
-            self._broken.discard(work)
-            self._withdraw(work)
-            self._hooks.over(work)
-        elif work.ended_count and not work.dirty_since_us:
-            self._hooks.dirty(work)
+        del self._open_slices[active]
+        if active.is_over or active in self._interrupted_leases or self._is_stopping:
+            self._interrupted_leases.discard(active)
+            self._withdraw(active)
+            self._hooks.over(active)
+        elif active.ended_count and not active.dirty_since_us:
+            self._hooks.dirty(active)
 
-    def _withdraw(self, work: ActiveLease) -> None:
-        """A broken lease goes back whole: what of it has not begun will not begin here."""
-        if work in self._ready:
-            self._ready.remove(work)
-            self.unbegun_count -= work.unbegun_count
+    def _withdraw(self, active: ActiveLease) -> None:
+        """Release a lease as a whole after a child ended: its other runs will not begin here."""
+        if active in self._ready:
+            self._ready.remove(active)
+            self.unbegun_count -= active.unbegun_count
 
     # -- children
 
@@ -374,7 +377,7 @@ class ProcessPool:
             options={name: self._registry.get(name).options for name in self._names},
             paths=sys.path,
             concurrency=self._per_child,
-            inline_sync=self._alone_each,
+            inline_sync=self._is_one_run_each,
             payloads_url=self._engine.payloads.url,
             environment=self._engine.environment,
             marks_path=str(child.marks_path),
@@ -393,98 +396,109 @@ class ProcessPool:
                 self._kill(child)
         if not isinstance(answer, ChildReady):
             reason = answer.reason if isinstance(answer, ChildFailed) else reason
-            raise InvalidSetting(f"a child process can't run these tasks: {reason}", hint="import the module by hand")
+            raise InvalidSetting(
+                f"a child process can't load the tasks: {reason}",
+                hint="check that the tasks' module can be imported by its name in a new Python process",
+            )
         child.is_ready, child.is_alone = True, False
 
     def _limits_of_child(self) -> dict[str, int]:
-        """Objects in this process's memory are out of a child's reach: there, results stay inline."""
+        """Return the limits of the children. They can't reach objects in this process's memory, so their results stay
+        inline.
+        """
         limits = asdict(self._engine.limits)
         if self._engine.payloads.url.startswith("memory:"):
             most = TABLE["inline_bytes_max"].most
             limits |= {"inline_bytes_max": most, "chunk_bytes_max": most}
         return limits
 
-    async def _keep(self, child: _ChildProcess) -> None:
-        """Read a child's answers; when it dies, say what it had begun, and start another in its place."""
+    async def _supervise(self, child: _ChildProcess) -> None:
+        """Handle the outcomes of a child; when it ends, recover its runs and start another in its place."""
         failures_count = 0
         while True:
             while (message := await _next_message(child.reader)) is not None:
                 if isinstance(message, SliceOutcomes):
                     failures_count = 0
-                    self._ended(child, message)
-            await self._bury(child)
+                    self._on_outcomes(child, message)
+            await self._recover_child(child)
             while not self._is_stopping:
                 await self._engine.clock.sleep(BACKOFF_S[min(failures_count, len(BACKOFF_S) - 1)])
                 failures_count += 1
                 try:
                     await self._launch(child)
                 except (HeadraceError, OSError) as error:
-                    LOG.error("a child process could not be started", error=str(error))
+                    LOG.error("child.start_failed", error=str(error))
                 else:
                     break
             if self._is_stopping:
                 return
             self._dispatch(child)
 
-    async def _bury(self, child: _ChildProcess) -> None:
+    async def _recover_child(self, child: _ChildProcess) -> None:
         assert child.process is not None
         child.is_ready = False
         if child.writer is not None:
             child.writer.close()
-        try:  # killing what is dying already would reap it here, and nobody would know how it died
+        try:  # killing it now would reap it here and lose its exit status
             await asyncio.wait_for(child.process.wait(), KILL_AFTER_S)
         except TimeoutError:
-            self._kill(child)  # it closed its end of the wire, and is of no more use
-        evidence = _how(await child.process.wait(), child.process.pid)
-        has_evidence = child.marks_path.exists()
+            self._kill(child)  # it closed its end of the socket and can't be used any more
+        crash_details = _exit_details(await child.process.wait(), child.process.pid)
+        has_marks = child.marks_path.exists()
         begun, deadline_us = read(child.marks_path), read_deadline(child.marks_path)
         is_overdue = bool(deadline_us) and monotonic() * 1_000_000 > deadline_us
         remove([child.marks_path])
-        if child.parts:
-            LOG.warning("a child process died", evidence=evidence, slices=len(child.parts))
-        for slice_id, part in list(child.parts.items()):
-            work = part.work
-            own = {work.span_slots[number]: number for number in part.numbers if not work.codes[number]}
+        if child.slices:
+            LOG.warning("child.ended", evidence=crash_details, slices=len(child.slices))
+        for slice_id, slice_ in list(child.slices.items()):
+            active = slice_.active
+            lease_offsets = {
+                active.span_slots[lease_offset]: lease_offset
+                for lease_offset in slice_.numbers
+                if not active.codes[lease_offset]
+            }
             suspects = [
-                span_slot for span_slot in begun.get((work.lease.span_id, work.lease.token), ()) if span_slot in own
+                span_slot
+                for span_slot in begun.get((active.lease.span_id, active.lease.token), ())
+                if span_slot in lease_offsets
             ]
-            if not has_evidence and work.lease.at_most_once:
-                suspects = list(own)
+            if not has_marks and active.lease.at_most_once:
+                suspects = list(lease_offsets)
             if is_overdue:
                 for span_slot in suspects:
-                    self._time_out(work, own[span_slot])
+                    self._time_out(active, lease_offsets[span_slot])
                 self._account(child, len(suspects))
             elif not self._is_stopping:
-                work.suspects += suspects
-                work.evidence = evidence
-            if not work.is_over:
-                self._broken.add(work)
-            self._close_part(child, slice_id, suspects)
+                active.suspects += suspects
+                active.evidence = crash_details
+            if not active.is_over:
+                self._interrupted_leases.add(active)
+            self._close_slice(child, slice_id, suspects)
 
-    def _time_out(self, work: ActiveLease, number: int) -> None:
-        """A run that did not hear its timeout: its process was killed, which is no crash of the run's making."""
-        spec = self._registry.get(work.lease.task)
-        error = TimeoutError(f"timed out after {spec.timeout_s:g} s and had to be killed")
-        failure = Failure(type="TimeoutError", message=str(error), attempts=work.lease.attempt)
+    def _time_out(self, active: ActiveLease, lease_offset: int) -> None:
+        """Record the timeout of a run that ignored it: its process was killed, which counts as no crash of the run."""
+        spec = self._registry.get(active.lease.task)
+        error = TimeoutError(f"timed out after {spec.timeout_s:g} s; the process was killed")
+        failure = Failure(type="TimeoutError", message=str(error), attempts=active.lease.attempt)
         now_us = self._engine.clock.now_us()
-        due_us = retry_at_us(spec.retry, attempt=work.lease.attempt, error=error, now_us=now_us, random=lambda: 0.5)
-        if due_us is None or work.lease.at_most_once:
-            work.end(number, run.FAILED, failure.encode())
+        due_us = retry_at_us(spec.retry, attempt=active.lease.attempt, error=error, now_us=now_us, random=lambda: 0.5)
+        if due_us is None or active.lease.at_most_once:
+            active.end(lease_offset, run.FAILED, failure.encode())
         else:
-            work.end(number, RETRY, failure.encode(), due_us=due_us)
+            active.end(lease_offset, RETRY, failure.encode(), due_us=due_us)
 
     async def _watch_deadlines(self) -> None:
         while True:
             await self._engine.clock.sleep(1)
             for child in self._children:
-                deadline_us = read_deadline(child.marks_path) if child.parts else 0
+                deadline_us = read_deadline(child.marks_path) if child.slices else 0
                 if deadline_us and monotonic() * 1_000_000 > deadline_us + KILL_AFTER_S * 1_000_000:
                     self._kill(child)
 
     @staticmethod
     def _kill(child: _ChildProcess) -> None:
         if child.process is not None and child.process.returncode is None:
-            with suppress(ProcessLookupError):  # it was faster
+            with suppress(ProcessLookupError):  # it had ended already
                 child.process.kill()
 
 
@@ -497,9 +511,9 @@ async def _next_message(reader: asyncio.StreamReader) -> SliceOutcomes | ChildRe
     return message
 
 
-def _how(code: int, pid: int) -> str:
+def _exit_details(code: int, pid: int) -> str:
     if code < 0:
-        known = signal.Signals.__members__.values()
-        name = next((one.name for one in known if one == -code), f"signal {-code}")
+        signals = signal.Signals.__members__.values()
+        name = next((candidate.name for candidate in signals if candidate == -code), f"signal {-code}")
         return f"process {pid} was ended by {name}"
-    return f"process {pid} ended by itself with exit code {code}"
+    return f"process {pid} exited with code {code}"

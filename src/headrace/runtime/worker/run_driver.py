@@ -1,6 +1,7 @@
-"""How one run is driven inside a runner: steps in its own context, interruptions, functions in threads.
+"""Driving one run inside a runner: steps in the run's context, interruptions, functions in threads.
 
-Rule R16: each step of a run happens inside the run's own `contextvars` context, though many runs share one task.
+R16 (each run has its own context): each step of a run happens inside the run's own `contextvars` context, although many
+runs share one task.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ STOPPED = "stopped"
 
 
 class RunnerState:
-    """One runner coroutine and what it is busy with. `reason`: why the run under way was interrupted, or empty."""
+    """One runner coroutine and its current run. `reason`: why that run was interrupted, or empty."""
 
-    __slots__ = ("context", "number", "reason", "task", "timer", "work")
+    __slots__ = ("active", "context", "lease_offset", "reason", "task", "timer")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
-        self.work: ActiveLease | None = None
-        self.number = 0
+        self.active: ActiveLease | None = None
+        self.lease_offset = 0
         self.reason = ""
         self.context: Context | None = None
         self.timer: Timer | None = None
 
     def interrupt(self, reason: str) -> bool:
-        """Make the run that is under way end: `timeout`, `cancelled` or `stopped`; False when none is, or was told."""
-        if self.task is None or self.work is None or self.reason:
+        """Interrupt the current run for `reason`: `timeout`, `cancelled` or `stopped`. False if there is none, or it
+        was already.
+        """
+        if self.task is None or self.active is None or self.reason:
             return False
         self.reason = reason
         if self.context is not None:
@@ -43,32 +46,34 @@ class RunnerState:
         self.task.cancel()
         return True
 
-    def insist(self) -> None:
-        """Interrupt again a run that swallowed its interruption."""
-        if self.task is not None and self.work is not None:
+    def interrupt_again(self) -> None:
+        """Interrupt again a run that ignored its interruption."""
+        if self.task is not None and self.active is not None:
             self.task.cancel()
 
-    def rest(self) -> None:
-        """The run is over, whatever became of it."""
-        self.work, self.context, self.reason = None, None, ""
+    def clear(self) -> None:
+        """Forget the current run, which has ended."""
+        self.active, self.context, self.reason = None, None, ""
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
 
     @property
-    def is_disturbed(self) -> bool:
-        """A cancellation of the task is still counted, though the run it was meant for is over."""
+    def has_stale_cancellation(self) -> bool:
+        """True if a cancellation of the task is still counted although the run that it was meant for has ended."""
         return self.task is not None and self.task.cancelling() > 0
 
-    def calm(self) -> None:
-        """Forget those cancellations: what a later run does with timeouts and groups hangs on a count of zero."""
+    def drop_stale_cancellations(self) -> None:
+        """Uncount those cancellations: timeouts and task groups of a later run rely on a count of zero."""
         while self.task is not None and self.task.cancelling():
             self.task.uncancel()
 
 
 @coroutine
-def driven(coro: Coroutine[Any, Any, Any], variables: Variables, waits_for: Any) -> Generator[Any, Any, Any]:
-    """Go on with a coroutine that has begun, each step inside its own context."""
+def continue_coroutine(
+    coro: Coroutine[Any, Any, Any], variables: Variables, waits_for: Any
+) -> Generator[Any, Any, Any]:
+    """Continue a coroutine that has begun, with each step inside its own context."""
     step: Callable[[Any], Any]
     while True:
         try:
@@ -83,14 +88,14 @@ def driven(coro: Coroutine[Any, Any, Any], variables: Variables, waits_for: Any)
             return stop.value
 
 
-def shielded(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What can't pass through a future, or would close whoever awaits it, can as an error of the task."""
+def call_shielded(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function; raise as `RuntimeError` what can't pass through a future."""
     try:
         return function(*args, **kwargs)
     except (StopIteration, GeneratorExit) as error:
         raise RuntimeError(f"the task raised {type(error).__name__}") from error
 
 
-async def outcome_of(future: asyncio.Future[Any]) -> Any:
-    """The outcome of a function in a thread, which goes on there when nobody waits any more."""
+async def await_thread(future: asyncio.Future[Any]) -> Any:
+    """Await a function in a thread; the thread continues if this is cancelled."""
     return await asyncio.shield(future)

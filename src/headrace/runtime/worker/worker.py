@@ -1,7 +1,7 @@
-"""Claim, run, settle, for as long as it is wanted.
+"""The worker: claims runs, executes them and settles their outcomes until it is stopped.
 
-Three loops that meet only in bounded places: one claims when the executor runs low, the runners run, one hands
-outcomes to the broker's flusher, which writes them while the next runs execute.
+Three loops share only bounded buffers. One claims when the executor has few runs left, the runners execute, and one
+passes outcomes to the session's flusher, which writes them while the next runs execute.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTLEMENTS: Final = "headrace-settlements"
 
 
 class WorkerStats(NamedTuple):
-    """What a worker has done since it started, in runs."""
+    """Counts of a worker since its start, in runs."""
 
     completed: int
     failed: int
@@ -44,10 +44,10 @@ class WorkerStats(NamedTuple):
 
 
 class Worker:
-    """Runs the tasks of a registry until `stop`. Start it once; stopping twice does nothing more.
+    """Executes the tasks of a registry until `stop`. Start it once; a second stop has no effect.
 
-    `processes`: 0 runs everything here but tasks with `pool="process"`, which get a process a core; more sends
-    every task to that many child processes. `schedules`: also turn the ticks of the registry's schedules into runs.
+    `processes`: with 0, only tasks with `pool="process"` run in child processes, one per core; with more, every task
+    runs in that many child processes. `schedules`: enqueue the runs of the registry's schedules too.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class Worker:
         schedules: bool = False,
     ) -> None:
         self.engine = engine
-        self.broker = StoreSession(engine, kind=kind, slots=max(SLOTS, 2 * concurrency))
-        self.upkeep = Upkeep(engine, lambda: self.broker.session_id)
+        self.session = StoreSession(engine, kind=kind, slots=max(SLOTS, 2 * concurrency))
+        self.upkeep = Upkeep(engine, lambda: self.session.session_id)
         self._scheduler = Scheduler(engine, registry) if schedules and registry.schedules else None
         self._registry = registry
         self._tasks = list(tasks) if tasks is not None else registry.names
         self._queues = queues
-        hooks = ExecutorCallbacks(over=self._over, dirty=self._dirty)
-        self._here = Executor(
+        hooks = ExecutorCallbacks(over=self._on_finished, dirty=self._on_unsettled)
+        self._executor = Executor(
             registry,
             concurrency=concurrency,
             clock=engine.clock,
@@ -80,57 +80,57 @@ class Worker:
             hooks=hooks,
             inline_sync=inline_sync,
         )
-        self._apart = (
+        self._pooled_tasks = (
             set()
             if inline_sync
             else {name for name in self._tasks if processes or registry.get(name).pool == "process"}
         )
-        self._crew: ProcessPool | None = None
-        if self._apart:
-            self._crew = ProcessPool(
+        self._pool: ProcessPool | None = None
+        if self._pooled_tasks:
+            self._pool = ProcessPool(
                 engine,
                 registry,
-                self.broker,
-                names=sorted(self._apart),
+                self.session,
+                names=sorted(self._pooled_tasks),
                 processes=processes,
                 concurrency=concurrency,
                 hooks=hooks,
             )
-        self._outbox: deque[ActiveLease] = deque()
-        self._dirty_works: dict[int, ActiveLease] = {}
-        self._news = asyncio.Event()
-        self._hungry = asyncio.Event()
+        self._finished: deque[ActiveLease] = deque()
+        self._unsettled: dict[int, ActiveLease] = {}
+        self._changed = asyncio.Event()
+        self._wants_runs = asyncio.Event()
         self._stopping = asyncio.Event()
         self._loops: list[asyncio.Task[None]] = []
         self._counts = {run.COMPLETED: 0, run.FAILED: 0, ord("r"): 0}
         self._is_draining = False
         self._ending: asyncio.Task[None] | None = None
         self._renewing = asyncio.Lock()
-        self.broker.on_unwanted = self._unwanted
-        self.broker.on_ended = self._session_lost
+        self.session.on_unwanted = self._on_cancelled
+        self.session.on_ended = self._session_lost
 
     @property
     def stats(self) -> WorkerStats:
-        """What was done so far."""
-        in_flight = self._here.in_flight_count + (self._crew.in_flight_count if self._crew is not None else 0)
+        """The counts since the start."""
+        in_flight = self._executor.in_flight_count + (self._pool.in_flight_count if self._pool is not None else 0)
         return WorkerStats(self._counts[run.COMPLETED], self._counts[run.FAILED], self._counts[ord("r")], in_flight)
 
     async def start(self) -> None:
-        """Become known, free what dead processes of this machine held, and begin to work."""
-        await self.broker.start()
+        """Start the session, recover ended processes of this machine, and start to claim."""
+        await self.session.start()
         try:
-            await self.broker.recover()
-            if self._crew is not None:
-                await self._crew.start()
+            await self.session.recover()
+            if self._pool is not None:
+                await self._pool.start()
         except BaseException:
-            with suppress(HeadraceError):  # the first error says why
-                await self.broker.stop(deadline_s=0)
+            with suppress(HeadraceError):  # the first error is raised
+                await self.session.stop(deadline_s=0)
             raise
         groups: list[tuple[RunExecutor, list[str]]] = [
-            (self._here, [name for name in self._tasks if name not in self._apart]),
+            (self._executor, [name for name in self._tasks if name not in self._pooled_tasks]),
         ]
-        if self._crew is not None:
-            groups.append((self._crew, sorted(self._apart)))
+        if self._pool is not None:
+            groups.append((self._pool, sorted(self._pooled_tasks)))
         for runs, names in groups:
             if names:
                 self._loops.append(asyncio.create_task(self._claim_loop(runs, names), name="headrace-claims"))
@@ -140,92 +140,95 @@ class Worker:
             self._loops.append(asyncio.create_task(self._scheduler.run(), name="headrace-schedules"))
 
     async def stop(self, *, now: bool = False) -> None:
-        """End in good order: begin nothing, let what is under way end within the grace, settle, release, leave.
+        """Stop gracefully: begin no run, let those in flight end within the grace period, settle, release, end the
+        session.
 
-        `now`: interrupt what is under way at once, also when an earlier call still waits for it. Raises
-        `UpdatesUnflushed` when the store took no more outcomes within the grace: those runs will run again.
+        `now`: interrupt the runs in flight at once, also if an earlier call still waits for them. Raises
+        `UpdatesUnflushed` if the store accepted no more outcomes within the grace period; those runs will be executed
+        again.
         """
         if self._ending is None:
             grace_s = 0 if now else self.engine.limits.shutdown_grace_s
             self._ending = asyncio.create_task(self._end(grace_s), name="headrace-stop")
         elif now:
-            await asyncio.gather(*(runs.stop(grace_s=0) for runs in self._groups))
+            await asyncio.gather(*(runs.stop(grace_s=0) for runs in self._executors))
         await asyncio.shield(self._ending)
 
     @property
-    def _groups(self) -> list[Executor | ProcessPool]:
-        return [self._here] if self._crew is None else [self._here, self._crew]
+    def _executors(self) -> list[Executor | ProcessPool]:
+        return [self._executor] if self._pool is None else [self._executor, self._pool]
 
     async def _end(self, grace_s: float) -> None:
         self._stopping.set()
-        self._hungry.set()
+        self._wants_runs.set()
         claims = [loop for loop in self._loops if loop.get_name() != SETTLEMENTS]
         for loop in claims:
             loop.cancel()
         await asyncio.gather(*claims, return_exceptions=True)
-        for runs in self._groups:  # what nobody has begun is free for others at once, not after the grace
-            for work in runs.take_unbegun():
-                if work.is_idle:
-                    self._over(work)
-        await asyncio.gather(*(runs.stop(grace_s=grace_s) for runs in self._groups))
+        # runs that have not begun are free for other workers at once, not after the grace period
+        for runs in self._executors:
+            for active in runs.take_unbegun():
+                if active.is_idle:
+                    self._on_finished(active)
+        await asyncio.gather(*(runs.stop(grace_s=grace_s) for runs in self._executors))
         self._is_draining = True
-        self._news.set()
+        self._changed.set()
         drained = asyncio.Event()
         draining = asyncio.create_task(self._drain())
         draining.add_done_callback(lambda _: drained.set())
         if not await self.engine.clock.wait_for(drained, self.engine.limits.shutdown_grace_s):
-            draining.cancel()  # the store takes nothing; the broker says so
+            draining.cancel()  # the store does not respond; the session's stop raises the error
         await asyncio.gather(draining, return_exceptions=True)
-        await self.broker.stop(deadline_s=self.engine.limits.shutdown_grace_s)
+        await self.session.stop(deadline_s=self.engine.limits.shutdown_grace_s)
 
     async def _drain(self) -> None:
-        """Outcomes of all leases, then the leases themselves."""
+        """Pass on the outcomes of all leases, then release the leases."""
         await asyncio.gather(*self._loops, return_exceptions=True)
-        for work in self.broker.held:
-            await self._hand_over(work)
+        for active in self.session.held:
+            await self._settle_finished(active)
 
     # -- claiming
 
     async def _claim_loop(self, runs: RunExecutor, names: list[str]) -> None:
-        pace = ClaimSizer(runs, chunk_runs=self.engine.limits.chunk_runs_max)
+        sizer = ClaimSizer(runs, chunk_runs=self.engine.limits.chunk_runs_max)
         while not self._stopping.is_set():
-            if excess := pace.excess():
-                await self._give_back(runs, excess)
-            wanted = min(pace.wanted(), self.broker.room)
-            if wanted < 1:
-                self._hungry.clear()
-                if not pace.wanted() or self.broker.room < 1:
-                    await self.engine.clock.wait_for(self._hungry, AHEAD_S)
+            if excess := sizer.excess():
+                await self._release_excess(runs, excess)
+            runs_max = min(sizer.claim_size(), self.session.free_count)
+            if runs_max < 1:
+                self._wants_runs.clear()
+                if not sizer.claim_size() or self.session.free_count < 1:
+                    await self.engine.clock.wait_for(self._wants_runs, AHEAD_S)
                 continue
-            notified_count, session_id = self.engine.wakeup.notified_count, self.broker.session_id
+            notified_count, session_id = self.engine.wakeup.notified_count, self.session.session_id
             try:
-                works = await self.broker.claim(names, self._queues, wanted)
+                leases = await self.session.claim(names, self._queues, runs_max)
             except SessionEnded:
-                await self._start_anew(session_id)
+                await self._renew_session(session_id)
                 continue
             except Exception as error:
-                LOG.error("claiming failed", error=str(error), exc_info=not isinstance(error, HeadraceError))
+                LOG.error("claim.failed", error=str(error), exc_info=not isinstance(error, HeadraceError))
                 await self.engine.clock.sleep(1)
                 continue
-            pace.claimed(sum(work.count for work in works))
-            for work in works:
-                runs.submit(work)
-            if not works:
+            sizer.claimed(sum(active.count for active in leases))
+            for active in leases:
+                runs.submit(active)
+            if not leases:
                 await self.engine.wakeup.wait(self.engine.clock, await self._idle_s(names), since=notified_count)
 
-    async def _give_back(self, runs: RunExecutor, runs_count: int) -> None:
-        """Rule R19: what can't begin here soon is for whoever can begin it at once."""
+    async def _release_excess(self, runs: RunExecutor, runs_count: int) -> None:
+        """Release runs that can't begin here soon (R19, claims start small)."""
         retracted = runs.retract(runs_count)
-        for work in retracted.whole:
-            self._over(work)
-        for work, span_slots in retracted.parts:
-            lease = work.lease
-            await self.broker.put(Release(span_id=lease.span_id, token=lease.token, span_slots=span_slots))
-            if work.is_over:
-                self._over(work)
+        for active in retracted.whole:
+            self._on_finished(active)
+        for active, span_slots in retracted.parts:
+            lease = active.lease
+            await self.session.put(Release(span_id=lease.span_id, token=lease.token, span_slots=span_slots))
+            if active.is_over:
+                self._on_finished(active)
 
     async def _idle_s(self, names: list[str]) -> float:
-        """How long to sleep without news: a poll interval, or until the next delayed run is due."""
+        """Return how long to wait without a wake-up: the poll interval, or until the next delayed run is due."""
         poll_s = self.engine.limits.poll_interval_ms / 1_000
         try:
             due_us = await self.engine.store.next_due_us(self.engine.environment, names)
@@ -235,98 +238,102 @@ class Worker:
             return poll_s
         return min(poll_s, max(0.001, (due_us - self.engine.clock.now_us()) / 1_000_000))
 
-    async def _start_anew(self, session_id: str) -> None:
-        """The session was ended by others: what is under way is theirs too; begin again as somebody new."""
+    async def _renew_session(self, session_id: str) -> None:
+        """Start a new session after another process ended this one; its runs belong to others now."""
         async with self._renewing:
-            if self.broker.session_id == session_id:  # else the other loop that claims was first
+            if self.session.session_id == session_id:  # otherwise the other claim loop was first
                 self._session_lost()
-                await retry_transient(self.broker.restart, self.engine.clock, what="the store")
-                if self._crew is not None:
-                    self._crew.rename_marks()
+                await retry_transient(self.session.restart, self.engine.clock, what="the store")
+                if self._pool is not None:
+                    self._pool.rename_marks()
 
     def _session_lost(self) -> None:
-        self._outbox.clear()
-        self._dirty_works.clear()
-        self._here.take_unbegun()
-        self._here.interrupt(lambda _work, _number: True, STOPPED)
-        if self._crew is not None:
-            self._crew.take_unbegun()
-        self._hungry.set()
+        self._finished.clear()
+        self._unsettled.clear()
+        self._executor.take_unbegun()
+        self._executor.interrupt(lambda _work, _number: True, STOPPED)
+        if self._pool is not None:
+            self._pool.take_unbegun()
+        self._wants_runs.set()
         self.engine.wakeup.notify()
 
     # -- settling
 
-    def _over(self, work: ActiveLease) -> None:
-        """The executor is done with a lease."""
-        self._dirty_works.pop(id(work), None)
-        self._outbox.append(work)
-        self._news.set()
-        self._hungry.set()
+    def _on_finished(self, active: ActiveLease) -> None:
+        """Handle a lease that the executor has finished with."""
+        self._unsettled.pop(id(active), None)
+        self._finished.append(active)
+        self._changed.set()
+        self._wants_runs.set()
 
-    def _dirty(self, work: ActiveLease) -> None:
-        """A lease has its first outcome that was not handed over."""
-        work.dirty_since_us = self.engine.clock.now_us()
-        self._dirty_works[id(work)] = work
-        if len(self._dirty_works) == 1:
-            self._news.set()
+    def _on_unsettled(self, active: ActiveLease) -> None:
+        """Note a lease with a first outcome that was not passed on."""
+        active.dirty_since_us = self.engine.clock.now_us()
+        self._unsettled[id(active)] = active
+        if len(self._unsettled) == 1:
+            self._changed.set()
 
     async def _settle_loop(self) -> None:
-        """Whole leases at once; outcomes of long ones every flush interval."""
+        """Pass on finished leases at once, and outcomes of long ones every flush interval."""
         interval_us = self.engine.limits.flush_interval_ms * 1_000
         while True:
-            while self._outbox:
-                await self._hand_over(self._outbox.popleft())
+            while self._finished:
+                await self._settle_finished(self._finished.popleft())
             now_us = self.engine.clock.now_us()
-            due = [work for work in self._dirty_works.values() if work.dirty_since_us + interval_us <= now_us]
-            for work in due:
-                self._dirty_works.pop(id(work), None)
-                await self._put_all(self._outcomes_of(work))
-            self._hungry.set()
-            if self._outbox:
+            due_leases = [
+                active for active in self._unsettled.values() if active.dirty_since_us + interval_us <= now_us
+            ]
+            for active in due_leases:
+                self._unsettled.pop(id(active), None)
+                await self._put_all(self._outcomes_of(active))
+            self._wants_runs.set()
+            if self._finished:
                 continue
             if self._is_draining:
                 return
-            self._news.clear()
-            oldest = min((work.dirty_since_us for work in self._dirty_works.values()), default=None)
+            self._changed.clear()
+            oldest = min((active.dirty_since_us for active in self._unsettled.values()), default=None)
             timeout_s = None if oldest is None else max(0.0, (oldest + interval_us - now_us) / 1_000_000)
-            await self.engine.clock.wait_for(self._news, timeout_s)
+            await self.engine.clock.wait_for(self._changed, timeout_s)
 
-    async def _hand_over(self, work: ActiveLease) -> None:
-        updates: list[Update] = self._outcomes_of(work)
-        if not work.is_over:
-            updates.append(self._release_of(work))
-        await self.broker.end_lease(work, updates)
+    async def _settle_finished(self, active: ActiveLease) -> None:
+        updates: list[Update] = self._outcomes_of(active)
+        if not active.is_over:
+            updates.append(self._release_of(active))
+        await self.session.end_lease(active, updates)
 
     async def _put_all(self, updates: Sequence[Update]) -> None:
         for update in updates:
-            await self.broker.put(update)
+            await self.session.put(update)
 
-    def _outcomes_of(self, work: ActiveLease) -> list[Update]:
-        settlement = work.take_settlement()
+    def _outcomes_of(self, active: ActiveLease) -> list[Update]:
+        settlement = active.take_settlement()
         if settlement is None:
             return []
         for code in self._counts:
             self._counts[code] += settlement.codes.count(code)
         return [settlement]
 
-    def _release_of(self, work: ActiveLease) -> Release:
-        lease = work.lease
-        if lease.at_most_once:  # what began and did not end may have done its work: the store fails it
-            begun = [work.span_slots[n] for n in range(work.count) if work.marks[work.span_slots[n]] == BEGUN]
-            evidence = work.evidence or "the worker stopped"
-            return Release(span_id=lease.span_id, token=lease.token, suspects=tuple(begun), evidence=evidence)
-        return Release(span_id=lease.span_id, token=lease.token, suspects=tuple(work.suspects), evidence=work.evidence)
+    def _release_of(self, active: ActiveLease) -> Release:
+        lease = active.lease
+        if lease.at_most_once:  # a run that began and did not end may have done its work: the store fails it
+            begun = [active.span_slots[n] for n in range(active.count) if active.marks[active.span_slots[n]] == BEGUN]
+            crash_details = active.evidence or "the worker stopped"
+            return Release(span_id=lease.span_id, token=lease.token, suspects=tuple(begun), evidence=crash_details)
+        return Release(
+            span_id=lease.span_id, token=lease.token, suspects=tuple(active.suspects), evidence=active.evidence
+        )
 
-    def _unwanted(self, reply: Heartbeat) -> None:
-        """Stop running what was cancelled."""
+    def _on_cancelled(self, reply: Heartbeat) -> None:
+        """Interrupt the runs that were cancelled."""
         if not reply.stopped and not reply.cancelled:
             return
         stopped, single = set(reply.stopped), set(reply.cancelled)
 
-        def wanted(work: ActiveLease, number: int) -> bool:
-            lease = work.lease
-            return lease.batch_id in stopped or (lease.batch_id, lease.indexes[number]) in single
+        def is_cancelled(active: ActiveLease, lease_offset: int) -> bool:
+            lease = active.lease
+            return lease.batch_id in stopped or (lease.batch_id, lease.indexes[lease_offset]) in single
 
-        self._here.interrupt(wanted, CANCELLED)
-        if self._crew is not None:
-            self._crew.interrupt(wanted, CANCELLED)
+        self._executor.interrupt(is_cancelled, CANCELLED)
+        if self._pool is not None:
+            self._pool.interrupt(is_cancelled, CANCELLED)

@@ -26,6 +26,7 @@ from headrace.runtime.producing import producer as producer_module
 from headrace.runtime.tasks.call_options import Options
 from headrace.runtime.worker import claim_sizing as pace_module
 from headrace.runtime.worker import executor as executor_module
+from headrace.runtime.worker import outcome_recorder as outcome_module
 from headrace.store.memory import MemoryStore
 from tests.simulation.faults import CALM, POINTS, Doom, Network, Weather
 from tests.simulation.loop import BURIED, DEAD, Process, SimulatedLoop, Stuck
@@ -404,7 +405,7 @@ def _seeded(simulation: Simulation) -> Iterator[None]:
     try:
         with (
             patch.object(ids, "secrets", SimpleNamespace(randbits=dice.getrandbits)),
-            patch.object(executor_module, "random", SimpleNamespace(Random=lambda: Random(dice.getrandbits(64)))),
+            patch.object(outcome_module, "random", SimpleNamespace(Random=lambda: Random(dice.getrandbits(64)))),
             patch.object(executor_module, "perf_counter", clock),
             patch.object(executor_module, "monotonic", clock),
             patch.object(pace_module, "perf_counter", clock),

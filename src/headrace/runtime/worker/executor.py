@@ -10,7 +10,6 @@ identifies the run that caused it.
 from __future__ import annotations
 
 import asyncio
-import random
 import signal
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -19,27 +18,23 @@ from contextvars import Context as Variables
 from contextvars import copy_context
 from functools import partial
 from time import monotonic, perf_counter
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
-import msgspec
 import structlog
 
 from headrace.core import pack, run
-from headrace.core.failure import Failure
-from headrace.core.retry import retry_at_us
-from headrace.core.span import RETRY
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.retrying import retry_transient
 from headrace.runtime.sessions.active_lease import BEGUN, ENDED, ActiveLease, DirectCall, RetractedRuns, retract
 from headrace.runtime.tasks.context import Context
-from headrace.runtime.tasks.exception_info import describe, error_line
 from headrace.runtime.tasks.payload_codec import Arguments
 from headrace.runtime.tasks.superjson import PayloadRefused
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.worker.direct_call import GENERAL_CALL, choose_call
+from headrace.runtime.worker.outcome_recorder import OutcomeRecorder, PayloadAccess
 from headrace.runtime.worker.run_driver import (
     CANCELLED,
     STOPPED,
@@ -52,6 +47,7 @@ from headrace.runtime.worker.run_driver import (
 
 LOG: Any = structlog.get_logger("headrace.executor")
 SLICE_S: Final = 0.002
+BURST_RUNS: Final = 4_096
 LOOKS_MAX: Final = 16
 """Runs between two readings of the clock, once a burst has shown that its runs are short."""
 INSIST_S: Final = 5.0
@@ -59,24 +55,11 @@ STOP_S: Final = 1.0
 SUSPECT_CRASHES: Final = 2
 
 
-class PayloadAccess(Protocol):
-    """Access to payloads and results over the inline limit."""
-
-    async def fetch(self, reference: bytes) -> tuple[bytes, int]:
-        """Return the payload that a reference names, and its kind."""
-
-    async def put_result(self, batch_id: str, result: bytes) -> tuple[bytes, str]:
-        """Store a result; return its reference and the object's key."""
-
-
 class ExecutorCallbacks(NamedTuple):
     """Callbacks to the executor's owner: a lease has ended (`over`), or has its first unsent outcome (`dirty`)."""
 
     over: Callable[[ActiveLease], None]
     dirty: Callable[[ActiveLease], None]
-
-
-BURST_RUNS: Final = 4_096
 
 
 class Executor:
@@ -106,7 +89,7 @@ class Executor:
         self._clock = clock
         self._offload = offload
         self._inline_bytes_max = limits.inline_bytes_max
-        self._error_chars_max = limits.error_chars_max
+        self._outcomes = OutcomeRecorder(clock=clock, offload=offload, limits=limits)
         self._hooks = hooks
         self._inline_sync = inline_sync
         self._deadline = deadline
@@ -120,8 +103,6 @@ class Executor:
         self._no_runs_in_flight = asyncio.Event()
         self._variables = copy_context()
         self._threads: ThreadPoolExecutor | None = None
-        self._encode = msgspec.json.Encoder().encode
-        self._random = random.Random().random  # noqa: S311 - jitter, not secrets
 
     # -- leases in and out
 
@@ -285,7 +266,7 @@ class Executor:
                 continue
             plan = active.plan or choose_call(active, self.registry, has_deadline=self._deadline is not None)
             if plan is not GENERAL_CALL:
-                if (clear := self._burst(active, plan, runner)) is None:
+                if (remainder := self._burst(active, plan, runner)) is None:
                     await self._yield_to_loop(runner)
                     continue
                 lease_offset = active.cursor - 1
@@ -293,13 +274,13 @@ class Executor:
                 lease_offset = active.begin()
                 self.unbegun_count -= 1
                 self.in_flight_count += 1
-                clear = self._begin(active, lease_offset, runner)
-            if clear is not None:
+                remainder = self._begin(active, lease_offset, runner)
+            if remainder is not None:
                 runner.active, runner.lease_offset = active, lease_offset
                 if self.unbegun_count:
                     self._wake_one()
                 try:
-                    await self._finish(runner, clear)
+                    await self._finish(runner, remainder)
                 finally:
                     runner.clear()
                     self._ended(active)
@@ -320,12 +301,12 @@ class Executor:
                 raise
             runner.drop_stale_cancellations()
 
-    async def _finish(self, runner: RunnerState, clear: Awaitable[None]) -> None:
+    async def _finish(self, runner: RunnerState, remainder: Awaitable[None]) -> None:
         """Await the rest of a run; an interruption ends the run, not the runner."""
         active, lease_offset = runner.active, runner.lease_offset
         assert active is not None
         try:
-            await clear
+            await remainder
         except BaseException as error:
             if runner.reason:
                 self._record_interruption(active, lease_offset, runner.reason)
@@ -333,7 +314,7 @@ class Executor:
                 self._record_interruption(active, lease_offset, STOPPED)
                 raise
             else:
-                self._fail(active, lease_offset, self._spec(active, lease_offset), error)
+                self._outcomes.fail(active, lease_offset, self._spec(active, lease_offset), error)
 
     def _ended(self, active: ActiveLease) -> None:
         self.in_flight_count -= 1
@@ -355,12 +336,12 @@ class Executor:
         begun. This is the hot path: nothing per run but what the run itself needs (rule R15).
         """
         function, decode = plan
-        encode, inline_max = self._encode, self._inline_bytes_max
+        encode, inline_max = self._outcomes.encode, self._inline_bytes_max
         span_slots, marks, payloads = active.span_slots, active.marks, active.lease.payloads
         copy_variables = self._variables.copy
         first = lease_offset = active.cursor
         stop = min(active.count, first + BURST_RUNS)
-        clear: Awaitable[None] | None = None
+        remainder: Awaitable[None] | None = None
         until, look_at, step = perf_counter() + SLICE_S, lease_offset + 1, 1
         while lease_offset < stop:
             span_slot = span_slots[lease_offset]
@@ -368,7 +349,7 @@ class Executor:
             try:
                 argument = decode(payloads[lease_offset])
             except Exception:  # noqa: BLE001 - decoded again, the slow way, it says why
-                clear = self._call(active, lease_offset, runner, payloads[lease_offset], pack.JSON)
+                remainder = self._call(active, lease_offset, runner, payloads[lease_offset], pack.JSON)
                 lease_offset += 1
                 break
             try:
@@ -391,18 +372,18 @@ class Executor:
                         step = min(2 * step, LOOKS_MAX)
                         look_at = lease_offset + step
                     continue
-                clear = self._complete(active, lease_offset, done.value)
+                remainder = self._outcomes.complete(active, lease_offset, done.value)
             except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
-                self._fail(active, lease_offset, self._spec(active, lease_offset), error)
+                self._outcomes.fail(active, lease_offset, self._spec(active, lease_offset), error)
             else:
                 spec = self.registry.get(active.lease.task)
-                clear = self._await_run(
+                remainder = self._await_run(
                     active, lease_offset, runner, spec, continue_coroutine(coro, variables, waits_for)
                 )
             lease_offset += 1
             break
-        self._account(active, lease_offset - first, clear is not None)
-        return clear
+        self._account(active, lease_offset - first, remainder is not None)
+        return remainder
 
     def _account(self, active: ActiveLease, begun_count: int, is_last_waiting: bool) -> None:
         """Count a burst: all of its runs have begun, and all but perhaps the last have ended."""
@@ -444,7 +425,7 @@ class Executor:
             spec = self._spec(active, lease_offset)
             arguments = spec.codec.decode(payload, kind)
         except (PayloadRefused, HeadraceError) as error:
-            self._fail_for_good(active, lease_offset, "InvalidPayload", str(error))
+            self._outcomes.fail_for_good(active, lease_offset, "InvalidPayload", str(error))
             return None
         if spec.codec.context_name:
             runner.context = arguments[1][spec.codec.context_name] = self._context(active, lease_offset, spec)
@@ -459,9 +440,9 @@ class Executor:
             coro = variables.run(spec.function, *arguments[0], **arguments[1])
             waits_for = variables.run(coro.send, None)
         except StopIteration as stop:
-            return self._complete(active, lease_offset, stop.value)
+            return self._outcomes.complete(active, lease_offset, stop.value)
         except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
-            self._fail(active, lease_offset, spec, error)
+            self._outcomes.fail(active, lease_offset, spec, error)
             return None
         return self._await_run(active, lease_offset, runner, spec, continue_coroutine(coro, variables, waits_for))
 
@@ -490,20 +471,20 @@ class Executor:
         lease_offset: int,
         runner: RunnerState,
         spec: TaskSpec,
-        clear: Coroutine[Any, Any, Any],
+        remainder: Coroutine[Any, Any, Any],
     ) -> None:
         """Arm the timeout of a run that waits, run it to its end, and distinguish an interruption from a failure."""
         timer = None
         if spec.timeout_s is not None:
             timer = self._clock.call_later(spec.timeout_s, partial(self._interrupt, runner, TIMEOUT))
         try:
-            value = await clear
+            value = await remainder
         except BaseException as error:
             if runner.reason or (isinstance(error, asyncio.CancelledError) and self._is_ending):
                 raise
-            self._fail(active, lease_offset, spec, error)
+            self._outcomes.fail(active, lease_offset, spec, error)
         else:
-            offloading = self._complete(active, lease_offset, value)
+            offloading = self._outcomes.complete(active, lease_offset, value)
             if offloading is not None:
                 await offloading
         finally:
@@ -515,11 +496,11 @@ class Executor:
         if active.codes[lease_offset]:
             return  # it had ended already
         if reason == TIMEOUT:
-            self._fail(active, lease_offset, spec, TimeoutError(f"timed out after {spec.timeout_s:g} s"))
+            self._outcomes.fail(active, lease_offset, spec, TimeoutError(f"timed out after {spec.timeout_s:g} s"))
         elif reason == CANCELLED:
             active.end(lease_offset, run.CANCELLED, b"")
         elif active.lease.at_most_once:
-            self._fail_for_good(
+            self._outcomes.fail_for_good(
                 active, lease_offset, "WorkerStopped", "the worker stopped while this at-most-once run was in flight"
             )
         else:  # stopped: it counts as not begun; another worker executes it, and no attempt is charged
@@ -557,62 +538,18 @@ class Executor:
                 if timed:
                     signal.setitimer(signal.ITIMER_REAL, 0)
         except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
-            self._fail(active, lease_offset, spec, error)
+            self._outcomes.fail(active, lease_offset, spec, error)
             return None
-        return self._complete(active, lease_offset, value)
+        return self._outcomes.complete(active, lease_offset, value)
 
     async def _fetch_and_call(self, active: ActiveLease, lease_offset: int, runner: RunnerState) -> None:
         try:
-            payload, kind = await self._retry_objects(partial(self._offload.fetch, active.lease.payloads[lease_offset]))
-        except HeadraceError as error:
-            self._fail_for_good(active, lease_offset, error.code, error.message)
-            return
-        clear = self._call(active, lease_offset, runner, payload, kind)
-        if clear is not None:
-            await clear
-
-    async def _retry_objects(self, call: Callable[[], Awaitable[tuple[Any, Any]]]) -> tuple[Any, Any]:
-        return await retry_transient(call, self._clock, what="the object store")
-
-    # -- outcomes
-
-    def _complete(self, active: ActiveLease, lease_offset: int, value: Any) -> Awaitable[None] | None:
-        try:
-            result = self._encode(value)
-        except Exception as error:  # noqa: BLE001 - a result's own code may raise anything
-            self._fail_for_good(
-                active, lease_offset, "InvalidResult", f"the result can't be encoded as JSON: {error_line(error)}"
+            payload, kind = await retry_transient(
+                partial(self._offload.fetch, active.lease.payloads[lease_offset]), self._clock, what="the object store"
             )
-            return None
-        if len(result) >= self._inline_bytes_max:
-            return self._store_result(active, lease_offset, result)
-        active.end(lease_offset, run.COMPLETED, result)
-        return None
-
-    async def _store_result(self, active: ActiveLease, lease_offset: int, result: bytes) -> None:
-        try:
-            put = partial(self._offload.put_result, active.lease.batch_id, result)
-            reference, key = await self._retry_objects(put)
         except HeadraceError as error:
-            self._fail_for_good(active, lease_offset, error.code, error.message)
+            self._outcomes.fail_for_good(active, lease_offset, error.code, error.message)
             return
-        active.end(lease_offset, run.COMPLETED, reference, kind=pack.REFERENCE, object_key=key)
-
-    def _fail_for_good(self, active: ActiveLease, lease_offset: int, kind: str, message: str) -> None:
-        """Fail without a retry: another attempt would end the same way."""
-        message = message[: self._error_chars_max]
-        failure = Failure(type=kind, message=message, attempts=active.lease.attempt, crashes=active.lease.crashes_count)
-        active.end(lease_offset, run.FAILED, failure.encode())
-
-    def _fail(self, active: ActiveLease, lease_offset: int, spec: TaskSpec, error: BaseException) -> None:
-        """Record a failed attempt; the task's policy decides whether there is another."""
-        lease = active.lease
-        kind, message, trace = describe(error, chars_max=self._error_chars_max)
-        failure = Failure(type=kind, message=message, attempts=lease.attempt, crashes=lease.crashes_count, trace=trace)
-        due_us = retry_at_us(
-            spec.retry, attempt=lease.attempt, error=error, now_us=self._clock.now_us(), random=self._random
-        )
-        if due_us is None or lease.at_most_once:
-            active.end(lease_offset, run.FAILED, failure.encode())
-        else:
-            active.end(lease_offset, RETRY, failure.encode(), due_us=due_us)
+        remainder = self._call(active, lease_offset, runner, payload, kind)
+        if remainder is not None:
+            await remainder

@@ -1,0 +1,86 @@
+"""Records how a run ended: its result, encoded and offloaded if large, or its failure and the time of a retry."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable
+from functools import partial
+from typing import Any, Protocol
+
+import msgspec
+
+from headrace.core import pack, run
+from headrace.core.failure import Failure
+from headrace.core.retry import retry_at_us
+from headrace.core.span import RETRY
+from headrace.foundation.errors import HeadraceError
+from headrace.foundation.limits import Limits
+from headrace.runtime.clock import Clock
+from headrace.runtime.retrying import retry_transient
+from headrace.runtime.sessions.active_lease import ActiveLease
+from headrace.runtime.tasks.exception_info import describe, error_line
+from headrace.runtime.tasks.task_spec import TaskSpec
+
+
+class PayloadAccess(Protocol):
+    """Access to payloads and results over the inline limit."""
+
+    async def fetch(self, reference: bytes) -> tuple[bytes, int]:
+        """Return the payload that a reference names, and its kind."""
+
+    async def put_result(self, batch_id: str, result: bytes) -> tuple[bytes, str]:
+        """Store a result; return its reference and the object's key."""
+
+
+class OutcomeRecorder:
+    """Writes the outcomes of runs into their leases, for one executor."""
+
+    def __init__(self, *, clock: Clock, offload: PayloadAccess, limits: Limits) -> None:
+        self.encode = msgspec.json.Encoder().encode
+        self._clock = clock
+        self._offload = offload
+        self._inline_bytes_max = limits.inline_bytes_max
+        self._error_chars_max = limits.error_chars_max
+        self._random = random.Random().random  # noqa: S311 - jitter, not secrets
+
+    def complete(self, active: ActiveLease, lease_offset: int, value: Any) -> Awaitable[None] | None:
+        """Complete a run with the value that its task returned. Returns what is left to await for a large result."""
+        try:
+            result = self.encode(value)
+        except Exception as error:  # noqa: BLE001 - a result's own code may raise anything
+            self.fail_for_good(
+                active, lease_offset, "InvalidResult", f"the result can't be encoded as JSON: {error_line(error)}"
+            )
+            return None
+        if len(result) >= self._inline_bytes_max:
+            return self._store_result(active, lease_offset, result)
+        active.end(lease_offset, run.COMPLETED, result)
+        return None
+
+    async def _store_result(self, active: ActiveLease, lease_offset: int, result: bytes) -> None:
+        try:
+            put = partial(self._offload.put_result, active.lease.batch_id, result)
+            reference, key = await retry_transient(put, self._clock, what="the object store")
+        except HeadraceError as error:
+            self.fail_for_good(active, lease_offset, error.code, error.message)
+            return
+        active.end(lease_offset, run.COMPLETED, reference, kind=pack.REFERENCE, object_key=key)
+
+    def fail_for_good(self, active: ActiveLease, lease_offset: int, kind: str, message: str) -> None:
+        """Fail without a retry: another attempt would end the same way."""
+        message = message[: self._error_chars_max]
+        failure = Failure(type=kind, message=message, attempts=active.lease.attempt, crashes=active.lease.crashes_count)
+        active.end(lease_offset, run.FAILED, failure.encode())
+
+    def fail(self, active: ActiveLease, lease_offset: int, spec: TaskSpec, error: BaseException) -> None:
+        """Record a failed attempt; the task's policy decides whether there is another."""
+        lease = active.lease
+        kind, message, trace = describe(error, chars_max=self._error_chars_max)
+        failure = Failure(type=kind, message=message, attempts=lease.attempt, crashes=lease.crashes_count, trace=trace)
+        due_us = retry_at_us(
+            spec.retry, attempt=lease.attempt, error=error, now_us=self._clock.now_us(), random=self._random
+        )
+        if due_us is None or lease.at_most_once:
+            active.end(lease_offset, run.FAILED, failure.encode())
+        else:
+            active.end(lease_offset, RETRY, failure.encode(), due_us=due_us)

@@ -3,7 +3,7 @@
 Rule 1: items are read from their source while they are sent, in portions. A portion is kept until the server has
 acknowledged it. After a lost or failed response the server is asked which items are missing, and only those are sent
 again.
-Rule 2: a batch whose items are all stored is never reported as an error, whatever happened to the last response.
+Rule 2: a batch whose items are all stored is never reported as an error, even if the last response was lost.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class Client:
             return SentBatch(batch["id"], batch["expected"])
         if batch["received"]:
             await sender.load_stored()
-        own = {name: value for name, value in (options or {}).items() if value is not None}
-        async with aclosing(self._lines(task, items, own)) as lines:
+        item_options = {name: value for name, value in (options or {}).items() if value is not None}
+        async with aclosing(self._lines(task, items, item_options)) as lines:
             async for index, line in lines:
                 await sender.add(index, line)
         await sender.flush()
@@ -166,13 +166,13 @@ class Client:
         path = f"headrace/{token_hex(12)}/payload.json"
         upload = (await self.connection.ask("PUT", f"/api/v2/packets/{quote(path, safe='')}", b"")).json
         await self.connection.ask("PUT", upload["presignedUrl"], payload, _JSON)
-        own = {**options, "payloadType": "application/store"}
-        return index, _line(index, task, _encode(upload["storagePath"]), own)
+        item_options = {**options, "payloadType": "application/store"}
+        return index, _line(index, task, _encode(upload["storagePath"]), item_options)
 
     async def enqueue(self, task: str, payload: Any = None, **options: Any) -> str:
         """Enqueue one run and return its id; with `idempotencyKey` possibly the id of an earlier run."""
-        own = {name: value for name, value in options.items() if value is not None}
-        body = _encode({"payload": payload, "options": own or None})
+        item_options = {name: value for name, value in options.items() if value is not None}
+        body = _encode({"payload": payload, "options": item_options or None})
         response = await self.connection.ask("POST", f"/v1/tasks/{quote(task, safe='')}/runs", body, _JSON)
         return str(response.json["id"])
 
@@ -316,7 +316,7 @@ class _BatchSender:
             portion = await self._not_stored(portion)
 
     async def _not_stored(self, portion: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-        """Return the lines of a portion that are not stored yet; all if the server can't tell."""
+        """Return the lines of a portion that are not stored yet; all if the server does not answer."""
         try:
             response = await self._connection.ask("GET", f"{self._path}/missing?ranges={RANGES}", attempts=1)
         except HeadraceError:

@@ -69,7 +69,7 @@ class ServerResponse(NamedTuple):
         return self.status in RETRIED_STATUSES or self.status >= 500
 
     def wait_s(self, now_us: int) -> float | None:
-        """Return the seconds that the server asks to wait; None if it does not say."""
+        """Return the seconds that the server asks to wait; None if it names none."""
         after = self.headers.get("retry-after", "")
         if after.isdigit():
             return float(after)

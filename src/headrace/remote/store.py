@@ -206,16 +206,16 @@ class RemoteStore:
         """Record outcomes, in several requests if they are large."""
         del now_us
         words: list[str] = []
-        for part in parts_of(settlements, [len(one.results) + len(one.codes) + 256 for one in settlements]):
+        for part in parts_of(settlements, [len(lease.results) + len(lease.codes) + 256 for lease in settlements]):
             if part:
-                tokens = [self._lease_tokens.get((one.span_id, one.token), b"") for one in part]
+                tokens = [self._lease_tokens.get((lease.span_id, lease.token), b"") for lease in part]
                 words += await self._ask("settle", SettleRequest(settlements=part, tickets=tokens))
         return words
 
     async def release(self, releases: Sequence[Release], *, crashes_max: int, now_us: int) -> list[str]:
         """Release leases."""
         del crashes_max, now_us
-        tokens = [self._lease_tokens.get((one.span_id, one.token), b"") for one in releases]
+        tokens = [self._lease_tokens.get((lease.span_id, lease.token), b"") for lease in releases]
         words: list[str] = await self._ask("release", ReleaseRequest(releases=list(releases), tickets=tokens))
         return words
 

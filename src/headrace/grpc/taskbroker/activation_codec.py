@@ -92,7 +92,7 @@ def _due_us(received_us: int, delay_s: int, now_us: int) -> int:
 
 
 def _expires_us(message: Any, received_us: int) -> int:
-    """Compute the expiry, 0 for never. Rounded up to a second, the unit of the field, so that many share a row."""
+    """Compute the expiry, 0 for never. Rounded up to a second, the unit of `expires`, so that many share a row."""
     if not message.HasField("expires"):
         return 0
     expires_us = received_us + min(message.expires, SECONDS_MAX) * SECOND_US
@@ -128,7 +128,7 @@ class _Parameters(msgspec.Struct):
 
 
 def _decompressed(data: bytes) -> bytes:
-    """Decompress zstd within a bound, whatever size its header announces. Raises `InvalidInput`."""
+    """Decompress zstd within a bound, regardless of the size in its header. Raises `InvalidInput`."""
     import zstandard
 
     try:
@@ -146,28 +146,28 @@ def is_killed(rules: Rules, name: str, data: bytes) -> bool:
     return bool(rules.kills) and rules.is_killed(name, lambda: decode_arguments(data))
 
 
-def delivery_message(dispatcher: Dispatcher, handout: DeliveredRun) -> bytes | None:
+def delivery_message(dispatcher: Dispatcher, delivered: DeliveredRun) -> bytes | None:
     """Encode the message that a worker receives. A run whose payload is no activation fails, and None is returned.
 
     The first delivery of an activation that came in over this protocol is its original bytes.
     """
-    if handout.kind == ACTIVATION and not handout.held.suffix:
-        return handout.payload
+    if delivered.kind == ACTIVATION and not delivered.held.suffix:
+        return delivered.payload
     try:
-        return build_delivery(handout, dispatcher.engine.clock.now_us()).SerializeToString()
+        return build_delivery(delivered, dispatcher.engine.clock.now_us()).SerializeToString()
     except DecodeError:
-        dispatcher.refuse(handout, "expected a TaskActivation as payload, got bytes that can't be decoded as one")
+        dispatcher.refuse(delivered, "expected a TaskActivation as payload, got bytes that can't be decoded as one")
         return None
 
 
-def build_delivery(handout: DeliveredRun, now_us: int) -> wire.TaskActivation:
+def build_delivery(delivered: DeliveredRun, now_us: int) -> wire.TaskActivation:
     """Build the message that a worker receives: the original, updated with what later attempts changed.
 
     Raises `DecodeError` for a payload that is no activation.
     """
-    message = wire.TaskActivation.FromString(handout.payload)
-    message.id = handout.name
-    lease, note = handout.held.work.lease, handout.held.note
+    message = wire.TaskActivation.FromString(delivered.payload)
+    message.id = delivered.name
+    lease, note = delivered.held.work.lease, delivered.held.note
     if lease.attempt > 1:
         state = message.retry_state
         state.attempts = min(state.attempts + lease.attempt - 1, UINT32_MAX)

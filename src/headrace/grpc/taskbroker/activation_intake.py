@@ -99,7 +99,7 @@ class ActivationIntake:
     async def _store(self, group: list[tuple[int, bytes | OversizedMessage]], taken: IntakeResult) -> None:
         rules = await self._rules.refresh()
         now_us, limits = self._engine.clock.now_us(), self._engine.limits
-        kept: list[_ValidActivation] = []
+        valid: list[_ValidActivation] = []
         for number, data in group:
             if isinstance(data, OversizedMessage):
                 reason = (
@@ -116,9 +116,9 @@ class ActivationIntake:
                 taken.dropped += 1
                 continue
             key = entry.key._replace(queue=rules.queue_for(entry.key.queue))
-            kept.append(_ValidActivation(data, entry._replace(key=key)))
-        await self._pressure.admit([one.entry.key for one in kept])
-        runs = [(one.entry.key, one.data, ACTIVATION, one.entry.extra) for one in kept]
+            valid.append(_ValidActivation(data, entry._replace(key=key)))
+        await self._pressure.admit([activation.entry.key for activation in valid])
+        runs = [(activation.entry.key, activation.data, ACTIVATION, activation.entry.extra) for activation in valid]
         for is_new in await self._producer.put_all(runs):
             taken.accepted += is_new
             taken.duplicates += not is_new

@@ -55,12 +55,12 @@ class ConsumerService:
         del call
         if self._delivery == "push":
             raise GrpcError(Code.PERMISSION_DENIED, "Cannot call while broker is in PUSH mode")
-        wish = _claim_request_of(request)
-        task = self._take_buffered(wish)
-        return self._get_when_available(wish) if task is None else task
+        queue_filter = _queue_filter_of(request)
+        task = self._take_buffered(queue_filter)
+        return self._get_when_available(queue_filter) if task is None else task
 
-    async def _get_when_available(self, wish: QueueFilter) -> bytes:
-        task = await self._fetch(wish)
+    async def _get_when_available(self, queue_filter: QueueFilter) -> bytes:
+        task = await self._fetch(queue_filter)
         if task is None:
             raise GrpcError(Code.NOT_FOUND, "No pending activations")
         return task
@@ -71,16 +71,16 @@ class ConsumerService:
         written = self._dispatcher.report_nowait([_report(request)], is_awaited=self._is_awaited)
         if self._delivery == "push" or not request.HasField("fetch_next_task"):
             return written
-        get_next = partial(self._get_next, _claim_request_of(request.fetch_next_task))
+        get_next = partial(self._get_next, _queue_filter_of(request.fetch_next_task))
         return get_next() if written is None else ResponseAfter(written, get_next)
 
-    def _get_next(self, wish: QueueFilter) -> bytes | Coroutine[Any, Any, bytes]:
-        task = self._take_buffered(wish)
-        return self._get_next_when_available(wish) if task is None else task
+    def _get_next(self, queue_filter: QueueFilter) -> bytes | Coroutine[Any, Any, bytes]:
+        task = self._take_buffered(queue_filter)
+        return self._get_next_when_available(queue_filter) if task is None else task
 
-    async def _get_next_when_available(self, wish: QueueFilter) -> bytes:
+    async def _get_next_when_available(self, queue_filter: QueueFilter) -> bytes:
         try:
-            return await self._fetch(wish) or b""
+            return await self._fetch(queue_filter) or b""
         except HeadraceError as error:  # an error would make the worker report the same outcome again
             LOG.warning("fetch.next_failed", error=error.message)
             return b""
@@ -93,33 +93,33 @@ class ConsumerService:
         reports = [_report(update) for update in request.updates]
         return self._dispatcher.report_nowait(reports, is_awaited=self._is_awaited)
 
-    def _take_buffered(self, wish: QueueFilter) -> bytes | None:
-        handout = self._dispatcher.fetch_nowait(wish)
-        return None if handout is None else self._encode_response(handout)
+    def _take_buffered(self, queue_filter: QueueFilter) -> bytes | None:
+        delivered = self._dispatcher.fetch_nowait(queue_filter)
+        return None if delivered is None else self._encode_response(delivered)
 
-    async def _fetch(self, wish: QueueFilter) -> bytes | None:
+    async def _fetch(self, queue_filter: QueueFilter) -> bytes | None:
         """Fetch and encode an activation; None if none is waiting."""
-        while (handout := await self._dispatcher.fetch(wish)) is not None:
-            if (task := self._encode_response(handout)) is not None:
+        while (delivered := await self._dispatcher.fetch(queue_filter)) is not None:
+            if (task := self._encode_response(delivered)) is not None:
                 return task
         return None
 
-    def _encode_response(self, handout: DeliveredRun) -> bytes | None:
-        message = delivery_message(self._dispatcher, handout)
-        handout.payload = b""  # the worker has it; free the memory
+    def _encode_response(self, delivered: DeliveredRun) -> bytes | None:
+        message = delivery_message(self._dispatcher, delivered)
+        delivered.payload = b""  # the worker has it; free the memory
         return None if message is None else as_first_field(message)
 
 
-def _claim_request_of(request: wire.GetTaskRequest | wire.FetchNextTask) -> QueueFilter:
+def _queue_filter_of(request: wire.GetTaskRequest | wire.FetchNextTask) -> QueueFilter:
     application, namespace = request.application, request.namespace
-    return claim_request_of(
+    return queue_filter_of(
         application if application or request.HasField("application") else None,
         namespace if namespace or request.HasField("namespace") else None,
     )
 
 
 @lru_cache(WISHES_MAX)
-def claim_request_of(application: str | None, namespace: str | None) -> QueueFilter:
+def queue_filter_of(application: str | None, namespace: str | None) -> QueueFilter:
     """Return the claim request of a filter. Cached: workers use the same few filters again and again."""
     return QueueFilter(application, None if namespace is None else (namespace,))
 

@@ -20,11 +20,11 @@ class DispatcherDeliveries:
     async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[PushDelivery]:
         """Claim at most `count_max` activations of an application, best first."""
         deliveries = []
-        for handout in await self._dispatcher.take(QueueFilter(application), count_max, lease_ms=lease_ms):
-            message = delivery_message(self._dispatcher, handout)
+        for delivered in await self._dispatcher.take(QueueFilter(application), count_max, lease_ms=lease_ms):
+            message = delivery_message(self._dispatcher, delivered)
             if message is not None:
-                at_most_once = handout.held.work.lease.at_most_once
-                deliveries.append(PushDelivery(handout.name, application, message, at_most_once))
+                at_most_once = delivered.held.work.lease.at_most_once
+                deliveries.append(PushDelivery(delivered.name, application, message, at_most_once))
         return deliveries
 
     async def mark(self, ids: Sequence[str]) -> None:

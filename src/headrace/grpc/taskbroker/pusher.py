@@ -272,7 +272,7 @@ class Pusher:
 _NOT_ABOUT_ACTIVATION: Final = frozenset(
     (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.UNAUTHENTICATED, Code.CANCELLED)
 )
-"""Statuses that say nothing about the activation that was pushed."""
+"""Statuses that do not depend on the activation that was pushed."""
 
 _NOT_STARTED: Final = frozenset(
     (Code.RESOURCE_EXHAUSTED, Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.UNIMPLEMENTED, Code.INVALID_ARGUMENT)

@@ -72,7 +72,7 @@ class ClientProtocol(Http2Protocol):
         return self._http2.peer_calls_max
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Number of calls that the peer accepts in addition to the open ones."""
         return self._http2.peer_calls_max - self._http2.streams_count
 
@@ -204,7 +204,7 @@ class Channel:
         protocol = self._protocol
         if protocol is None or not protocol.is_open:
             protocol = await self._connected()
-        if protocol.room <= 0:
+        if protocol.capacity <= 0:
             raise CallNotSent(
                 Code.RESOURCE_EXHAUSTED,
                 f"{self.target.authority} allows no more concurrent calls than the {protocol.peer_calls_max} it has",
@@ -272,13 +272,13 @@ class Channel:
         except (OSError, TimeoutError) as error:
             why = str(error) or "no answer"
             raise CallNotSent(Code.UNAVAILABLE, f"can't connect to {target.authority}: {why}") from None
-        found = made.get_extra_info("ssl_object")
-        if found is not None and found.selected_alpn_protocol() != "h2":
+        tls = made.get_extra_info("ssl_object")
+        if tls is not None and tls.selected_alpn_protocol() != "h2":
             made.abort()
             raise CallNotSent(
                 Code.UNAVAILABLE,
                 f"{target.authority} does not support HTTP/2 over TLS: ALPN selected "
-                f"{found.selected_alpn_protocol()!r}, not 'h2'",
+                f"{tls.selected_alpn_protocol()!r}, not 'h2'",
             )
         return protocol
 

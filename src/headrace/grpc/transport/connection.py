@@ -1,9 +1,9 @@
 """One HTTP/2 connection that carries gRPC, as a state machine: bytes in, events out, and bytes to write back.
 
-Rule 1: no socket, no event loop, no clock. `feed` never blocks and never raises, whatever bytes it receives. Rule 2:
-everything a peer can make grow is bounded here: headers, messages, streams, the bytes held by all connections together
-(`Budget`), and an allowance for frames that carry no call. Control frames, resets and tiny frames spend it; time and
-completed calls refill it.
+Rule 1: no socket, no event loop, no clock. `feed` never blocks and never raises, for any input.
+Rule 2: everything a peer can make grow is bounded here: headers, messages, streams, the bytes held by all connections
+together (`Budget`), and an allowance for frames that carry no call. Control frames, resets and tiny frames spend it;
+time and completed calls refill it.
 
 Both ends, client and server, with unary calls and streaming responses. A protocol violation ends the connection with
 GOAWAY; an error of one stream ends that stream only.
@@ -193,13 +193,15 @@ class Http2Connection(Sender):
         self._unparsed = data[place:]
 
     def _read_preface(self, data: bytes) -> bytes:
-        wanted = self._preface_rest
-        got = data[: len(wanted)]
-        if not wanted.startswith(got):
-            raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"expected the HTTP/2 connection preface, got {got[:24]!r}")
-        self._preface_rest = wanted[len(got) :]
+        expected_bytes = self._preface_rest
+        received_bytes = data[: len(expected_bytes)]
+        if not expected_bytes.startswith(received_bytes):
+            raise ProtocolError(
+                ErrorCode.PROTOCOL_ERROR, f"expected the HTTP/2 connection preface, got {received_bytes[:24]!r}"
+            )
+        self._preface_rest = expected_bytes[len(received_bytes) :]
         self._unparsed = b""
-        return data[len(got) :]
+        return data[len(received_bytes) :]
 
     def _spend_allowance(self, cost: int) -> None:
         self._allowance -= cost

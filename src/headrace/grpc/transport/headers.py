@@ -1,6 +1,6 @@
 """Header blocks: decoded by `hpack`, encoded here without state.
 
-Blocks written here use no entry of the dynamic table. So a block has the same bytes whatever was sent before, and the
+Blocks written here use no entry of the dynamic table. So a block does not depend on what was sent before, and the
 blocks that begin and end every response are built once.
 
 Received blocks are cached while the peer's dynamic table does not change. The calls of one client differ in their

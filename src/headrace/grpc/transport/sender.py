@@ -233,17 +233,17 @@ class Sender:
         while left > 0:
             sent = 0
             for stream in tuple(self._queued.values()):
-                room = min(self._window, stream.window, self._frame_max)
-                if room <= 0:
+                send_window = min(self._window, stream.window, self._frame_max)
+                if send_window <= 0:
                     continue
-                sent += self._send_queued_frame(stream, room)
+                sent += self._send_queued_frame(stream, send_window)
             if not sent:
                 return
             left -= sent
 
-    def _send_queued_frame(self, stream: CallStream, room: int) -> int:
+    def _send_queued_frame(self, stream: CallStream, send_window: int) -> int:
         first = stream.queue[0]
-        piece, rest = first[:room], first[room:]
+        piece, rest = first[:send_window], first[send_window:]
         size = len(piece)
         self._window -= size
         stream.window -= size

@@ -164,8 +164,8 @@ class ServerProtocol(Http2Protocol):
         running = RunningCall("none" if method is None else path)
         stream_id = request.stream_id
         try:
-            method, asked, call, deadline_s = self._read(method, request, running, arrived_s)
-            answered = method.handler(asked, call)
+            method, request_message, call, deadline_s = self._read(method, request, running, arrived_s)
+            answered = method.handler(request_message, call)
         except Exception as error:  # noqa: BLE001 - each is an answer
             self._finish_call(stream_id, running, self._failed(stream_id, method, error))
             return
@@ -392,13 +392,13 @@ def _deadline_s(headers: Headers, arrived_s: float) -> float | None:
 @lru_cache(256)
 def _seconds(text: str) -> float:
     """Parse a `grpc-timeout`. Raises `GrpcError`."""
-    found = _TIMEOUT.fullmatch(text)
-    if found is None:
+    match = _TIMEOUT.fullmatch(text)
+    if match is None:
         raise GrpcError(
             Code.INVALID_ARGUMENT,
             f"expected a grpc-timeout of 1 to 8 digits and a unit of H, M, S, m, u or n, got {text[:100]!r}",
         )
-    return int(found[1]) * _UNIT_US[found[2]] / 1e6
+    return int(match[1]) * _UNIT_US[match[2]] / 1e6
 
 
 def _encoded(response: Response) -> bytes:

@@ -38,8 +38,8 @@ class Secrets:
         if len(signature) != _HEX_CHARS:
             return False
         given = signature.encode("utf-8", "replace")
-        found = [hmac.compare_digest(_signature(key, path, message).encode(), given) for key in self._keys]
-        return any(found)
+        matches = [hmac.compare_digest(_signature(key, path, message).encode(), given) for key in self._keys]
+        return any(matches)
 
 
 def _signature(key: bytes, path: str, message: bytes) -> str:

@@ -188,10 +188,10 @@ def _api_error_response(request: Request, error: HeadraceError, headers: dict[st
 def _route_error_response(request: Request, error: HTTPException) -> Response:
     headers = dict(error.headers or {})
     if request.url.path.startswith("/api/"):
-        said = "Method not allowed" if error.status_code == 405 else "Not found"
+        message = "Method not allowed" if error.status_code == 405 else "Not found"
         if error.status_code == 405 and request.url.path.endswith("/items"):
-            said = "Method not allowed. Use POST to stream batch items."
-        return json_response({"error": said}, error.status_code, headers)
+            message = "Method not allowed. Use POST to stream batch items."
+        return json_response({"error": message}, error.status_code, headers)
     kind = type(
         "Route",
         (ClientFault,),

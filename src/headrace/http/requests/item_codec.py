@@ -221,7 +221,7 @@ class HttpItemDecoder:
         return group
 
     def one(self, line: bytes) -> IndexedItem:
-        """Decode one line. Raises `InvalidInput` that says what is wrong with it."""
+        """Decode one line. Raises `InvalidInput` with the reason if it is invalid."""
         try:
             return self._entry(_decoder.decode(line))
         except msgspec.ValidationError as error:

@@ -1,7 +1,8 @@
 """Reading request bodies: streamed, bounded, with an idle timeout.
 
-Rule 1: the timeout runs only while the server waits for the client. A stream that the server itself delays is never cut
-off. Rule 2: a compressed body may expand by a factor of `expansion_max`, and is decompressed in bounded pieces.
+Rule 1: the timeout runs only while the server waits for the client. A stream that the server itself delays is never
+cut off.
+Rule 2: a compressed body may expand by a factor of `expansion_max`, and is decompressed in bounded pieces.
 """
 
 from __future__ import annotations

@@ -289,7 +289,7 @@ class V1Batches:
 
 
 class OutcomeWatch:
-    """Waits for new outcomes, and tells when a keep-alive is due."""
+    """Waits for new outcomes, and reports when a keep-alive is due."""
 
     def __init__(self, engine: Engine, service: Service) -> None:
         self._engine = engine

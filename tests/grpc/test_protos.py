@@ -59,7 +59,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return generated(tmp_path_factory.mktemp("protos"))
 
 
-def test_the_generated_messages_are_those_of_the_proto_files(fresh: dict[str, str]) -> None:
+def test_generated_messages_match_the_proto_files(fresh: dict[str, str]) -> None:
     kept = {path.name for path in MESSAGES.iterdir() if "_pb2" in path.name}
     assert kept == set(fresh), "run `python -m tests.grpc.test_protos`"
     for name, text in fresh.items():
@@ -71,7 +71,7 @@ def test_the_generated_messages_are_those_of_the_proto_files(fresh: dict[str, st
             assert new <= words(found), f"{name} is old: run `python -m tests.grpc.test_protos`"
 
 
-def test_the_numbers_of_the_wire_are_the_contracts() -> None:
+def test_field_numbers_and_paths_match_the_contract() -> None:
     from headrace.grpc.messages import taskbroker_pb2 as wire
 
     activation = wire.TaskActivation(id="1", namespace="n", taskname="t", processing_deadline_duration=10)
@@ -109,7 +109,7 @@ def test_the_numbers_of_the_wire_are_the_contracts() -> None:
     }
 
 
-def test_another_package_of_the_same_messages_may_be_loaded_beside_ours() -> None:
+def test_another_package_with_the_same_messages_can_be_loaded() -> None:
     program = (
         "from google.protobuf import descriptor_pool, descriptor_pb2\n"
         "from headrace.grpc.messages import taskbroker_pb2 as wire\n"

@@ -46,7 +46,7 @@ async def test_items_of_an_iterator_are_sent_sealed_run_and_read(tmp_path: Path)
         assert [line.index async for line in client.results(sent.id, from_index=298)] == [298, 299]
 
 
-async def test_the_source_is_read_as_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_source_is_read_while_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PORTION_ITEMS", 10)
     ahead: list[int] = []
     homes: list[House] = []
@@ -64,7 +64,7 @@ async def test_the_source_is_read_as_it_is_sent(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("fault", [408, 429, 500, 502, 503, "lost", "cut"])
-async def test_one_bad_answer_is_come_over_and_nothing_is_doubled(tmp_path: Path, fault: Any) -> None:
+async def test_one_failed_request_is_retried_and_nothing_is_doubled(tmp_path: Path, fault: Any) -> None:
     faults, clock = Faults(ITEMS, fault), Steps()
     async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home, clock) as client:
         sent = await client.send("task", range(200))
@@ -73,7 +73,7 @@ async def test_one_bad_answer_is_come_over_and_nothing_is_doubled(tmp_path: Path
         assert len(clock.slept) == 1
 
 
-async def test_it_gives_up_after_five_attempts_with_growing_waits(tmp_path: Path) -> None:
+async def test_the_client_fails_after_five_attempts_with_growing_waits(tmp_path: Path) -> None:
     faults, clock = Faults(ITEMS, *[500] * 9), Steps()
     async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home, clock) as client:
         with pytest.raises(HeadraceError):
@@ -84,7 +84,7 @@ async def test_it_gives_up_after_five_attempts_with_growing_waits(tmp_path: Path
             assert 2**number <= slept <= 2 * 2**number
 
 
-async def test_no_answer_at_all_is_no_error_when_all_is_durable(tmp_path: Path) -> None:
+async def test_a_missing_response_is_no_error_when_all_items_are_stored(tmp_path: Path) -> None:
     faults = Faults(ITEMS, *["lost"] * 9)
     async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home) as client:
         sent = await client.send("task", range(50))
@@ -96,7 +96,7 @@ async def test_no_answer_at_all_is_no_error_when_all_is_durable(tmp_path: Path) 
         assert await held(home, sent.id) == ("sealed", 50, 0)
 
 
-async def test_what_can_not_be_helped_is_not_tried_again(tmp_path: Path) -> None:
+async def test_an_error_that_a_retry_cannot_fix_is_not_retried(tmp_path: Path) -> None:
     faults, clock = Faults(ITEMS, 422), Steps()
     async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home, clock) as client:
         with pytest.raises(ClientFault):
@@ -104,14 +104,14 @@ async def test_what_can_not_be_helped_is_not_tried_again(tmp_path: Path) -> None
         assert (faults.seen, clock.slept) == (1, [])
 
 
-async def test_the_server_says_how_long_to_wait(tmp_path: Path) -> None:
+async def test_retry_after_is_honoured(tmp_path: Path) -> None:
     faults, clock = Faults(ITEMS, {"retry-after": "7"}), Steps()
     async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home, clock) as client:
         await client.send("task", range(3))
         assert clock.slept == [7.0]
 
 
-async def test_a_server_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+async def test_an_unreachable_server_is_named_in_the_error(tmp_path: Path) -> None:
     clock = Steps()
     async with Client("http://127.0.0.1:9", KEY, clock=clock) as client:
         with pytest.raises(StoreUnavailable):
@@ -119,7 +119,7 @@ async def test_a_server_that_is_not_there_is_said_so(tmp_path: Path) -> None:
     assert len(clock.slept) == 4
 
 
-async def test_a_send_with_a_key_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_send_with_a_batch_key_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PORTION_ITEMS", 10)
 
     def broken() -> Iterator[int]:
@@ -145,7 +145,7 @@ async def test_large_items_are_uploaded_first(tmp_path: Path) -> None:
         assert runs == ["small", "x" * 200_000, "small again"]
 
 
-async def test_results_go_on_after_the_connection_broke(tmp_path: Path) -> None:
+async def test_results_resume_after_a_broken_connection(tmp_path: Path) -> None:
     faults = Faults("/results", "lost", None, "lost")
     async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home) as client:
         sent = await client.send("task", range(20))
@@ -168,7 +168,7 @@ async def test_single_runs_batches_and_interventions(tmp_path: Path) -> None:
         assert (await client.cancel(sent.id))["state"] == "cancelled"
 
 
-async def test_a_key_without_the_scope_is_told_which_it_takes(tmp_path: Path) -> None:
+async def test_a_key_without_the_scope_gets_an_error_that_names_it(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         secret, kept = new_key("default", ("batches:read",), "", 1)
         await home.engine.administration.add_key(kept, now_us=1)

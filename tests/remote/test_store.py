@@ -78,7 +78,7 @@ async def test_an_app_enqueues_maps_works_and_reads_over_a_server(tmp_path: Path
             assert worker.stats.failed == 1
 
 
-async def test_every_verb_with_a_message_is_one_of_the_seam_and_answers_like_the_store(tmp_path: Path) -> None:
+async def test_every_remote_operation_is_a_store_operation_with_the_same_result(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         remote = remote_of(home)
         assert set(OPERATIONS) <= {name for name in dir(Store) if not name.startswith("_")}
@@ -111,7 +111,7 @@ async def test_every_verb_with_a_message_is_one_of_the_seam_and_answers_like_the
                 await remote.heartbeat(session_id, now_us=1)
 
 
-async def test_schedules_tick_over_the_network_once_and_in_the_key_s_own_environment(tmp_path: Path) -> None:
+async def test_schedules_tick_once_over_the_network_in_the_key_s_environment(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         remotes = [remote_of(home), remote_of(home)]
         app = app_of(home)
@@ -136,7 +136,7 @@ async def test_schedules_tick_over_the_network_once_and_in_the_key_s_own_environ
         assert await home.engine.store.schedules("elsewhere") == []
 
 
-async def test_a_client_can_t_tick_more_than_a_store_takes(tmp_path: Path) -> None:
+async def test_a_client_cannot_tick_beyond_the_store_s_limits(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home, World(remote_of(home)) as world:
         world.was_tampered_with = True  # its clock is not the server's
         now_us = home.engine.clock.now_us()
@@ -177,7 +177,7 @@ async def test_a_client_can_t_tick_more_than_a_store_takes(tmp_path: Path) -> No
         assert told.is_ours
 
 
-async def test_faults_of_the_store_come_as_what_they_are(tmp_path: Path) -> None:
+async def test_store_errors_keep_their_class_over_the_network(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         async with World(remote_of(home)) as world:
             world.was_tampered_with = True
@@ -194,7 +194,7 @@ async def test_faults_of_the_store_come_as_what_they_are(tmp_path: Path) -> None
             await closed.connection.send_once("GET", "/v1/about")
 
 
-async def test_a_lease_is_settled_by_nobody_who_was_not_given_it(tmp_path: Path) -> None:
+async def test_a_lease_is_settled_only_with_its_token(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         batch_id = await home.filled(3)
         async with World(remote_of(home)) as thief, World(remote_of(home)) as world:
@@ -206,7 +206,7 @@ async def test_a_lease_is_settled_by_nobody_who_was_not_given_it(tmp_path: Path)
             assert (await home.engine.store.batch(batch_id))[0].state == "completed"
 
 
-async def test_a_chunk_that_no_coalescer_makes_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+async def test_an_invalid_chunk_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     import msgspec
 
     def broken(**changes: Any) -> Any:
@@ -238,7 +238,7 @@ async def test_a_chunk_that_no_coalescer_makes_is_refused_and_changes_nothing(tm
         assert await world.store.missing(batch_id, 10) == [(0, 3)]
 
 
-async def test_another_environment_sees_nothing_of_it(tmp_path: Path) -> None:
+async def test_another_environment_sees_none_of_the_data(tmp_path: Path) -> None:
     from headrace.http.requests.auth import new_key
 
     async with house(tmp_path, "sqlite") as home:
@@ -284,7 +284,7 @@ async def test_a_claim_waits_at_the_server_until_work_comes(tmp_path: Path) -> N
         assert list(lease.indexes) == [0, 1]
 
 
-async def test_heartbeats_come_from_their_own_thread_also_over_a_server(tmp_path: Path) -> None:
+async def test_heartbeats_have_a_thread_of_their_own_over_a_server_too(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         app = app_of(home, heartbeat_ms=20, session_timeout_ms=10_000)
         async with app, app.worker() as worker:
@@ -294,7 +294,7 @@ async def test_heartbeats_come_from_their_own_thread_also_over_a_server(tmp_path
                 seen |= {one.heartbeat_us for one in await home.engine.maintenance.sessions() if one.id == session_id}
 
 
-def test_without_the_extras_what_needs_them_says_what_to_install(tmp_path: Path) -> None:
+def test_a_missing_extra_is_named_with_its_install_command(tmp_path: Path) -> None:
     blocked = "import sys; sys.modules |= dict.fromkeys(('starlette', 'jwt', 'uvicorn', 'pyqwest'))\n"
     for arguments, extra in (
         (["serve"], "headrace[server]"),

@@ -61,7 +61,7 @@ async def test_a_web_page_instead_of_json_names_the_url() -> None:
             await store.open()
 
 
-async def test_a_wrong_path_of_a_headrace_server_is_told_from_a_missing_batch(tmp_path: Path) -> None:
+async def test_a_wrong_path_of_a_headrace_server_is_distinguished_from_a_missing_batch(tmp_path: Path) -> None:
     async with house(tmp_path, "memory") as home:
         store = RemoteStore(ServerConnection(home.server.url + "/api", KEY, attempts=1), LIMITS)
         with pytest.raises(ClientFault, match="/api/v1/about is not an endpoint of a Headrace server"):

@@ -46,7 +46,7 @@ TABLE: Final = (
     _unreachable("12", "should return sealed=true when seal-failed race produces sealed=true + PENDING", "a_sealed_batch_is_never_pending_again", ONE_STORE),
     _shown("13", "should throw when count-mismatch race produces sealed=true + ABORTED", "should_throw_when_the_batch_is_aborted_while_its_items_come"),
     _unreachable("14", "should return sealed=true when batch is sealed=false + PENDING + processingCompletedAt set", "a_retry_after_all_runs_ended_unsealed_seals_the_batch", ONE_STORE),
-    _unreachable("15", "should return sealed=true on count-mismatch when callback fired before our getEnqueuedCount", "what_was_received_is_counted_however_fast_it_ran", ONE_STORE),
+    _unreachable("15", "should return sealed=true on count-mismatch when callback fired before our getEnqueuedCount", "received_items_are_counted_however_fast_they_run", ONE_STORE),
     _shown("16", "ingests a large batch with bounded concurrency and seals it", "ingests_a_large_batch_with_bounded_concurrency_and_seals_it"),
     _shown("17", "bounds in-flight item processing to the configured concurrency", "bounds_in_flight_item_processing_to_the_configured_concurrency"),
     _shown("18", "perf: higher ingest concurrency processes a batch proportionally faster", "bounds_in_flight_item_processing_to_the_configured_concurrency"),

@@ -44,7 +44,7 @@ async def taken(own: Broker, *pieces: bytes) -> IntakeResult:
 
 
 @given(st.lists(st.binary(max_size=300), max_size=20), st.data())
-def test_how_a_stream_was_cut_changes_nothing(messages: list[bytes], data: st.DataObject) -> None:
+def test_a_stream_decodes_the_same_however_it_is_split(messages: list[bytes], data: st.DataObject) -> None:
     whole = stream(*messages)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=10)))
     decoder = DelimitedDecoder(200)
@@ -56,7 +56,7 @@ def test_how_a_stream_was_cut_changes_nothing(messages: list[bytes], data: st.Da
 
 
 @given(st.binary(max_size=100))
-def test_bytes_of_any_kind_are_messages_or_an_error_that_says_so(data: bytes) -> None:
+def test_arbitrary_bytes_decode_to_messages_or_raise_invalid_input(data: bytes) -> None:
     decoder = DelimitedDecoder(50)
     hint = "none was needed"
     try:
@@ -76,7 +76,7 @@ def test_a_message_over_the_limit_is_dropped_as_it_arrives() -> None:
     assert decoder.feed(stream(b"next")) == [b"next"]
 
 
-def test_a_stream_that_ends_in_the_middle_or_has_no_length_says_where() -> None:
+def test_a_truncated_or_unframed_stream_raises_an_error_with_the_message_number() -> None:
     decoder = DelimitedDecoder(100)
     decoder.feed(stream(b"one") + b"\x05ab")
     with pytest.raises(InvalidInput, match="in the middle of message 1"):
@@ -89,9 +89,7 @@ def test_a_stream_that_ends_in_the_middle_or_has_no_length_says_where() -> None:
 
 
 @on_every_store
-async def test_a_stream_is_kept_each_once_by_its_id_and_what_is_wrong_is_refused_alone(
-    kind: str, tmp_path: Path
-) -> None:
+async def test_a_stream_stores_each_id_once_and_refuses_invalid_activations_alone(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path, limits={"activation_bytes_max": 2_000}) as own:
         messages: list[Any] = [activation(number) for number in range(600)]
         messages[7] = activation(7, taskname="")
@@ -108,7 +106,7 @@ async def test_a_stream_is_kept_each_once_by_its_id_and_what_is_wrong_is_refused
         assert len(had) == len(set(had)) == 596
 
 
-async def test_two_streams_of_the_same_activations_at_once_keep_each_once(tmp_path: Path) -> None:
+async def test_two_concurrent_streams_of_the_same_activations_store_each_once(tmp_path: Path) -> None:
     async with broker("sqlite", tmp_path) as own:
         messages = [activation(number) for number in range(500)]
         shuffled = random.Random(3).sample(messages, len(messages))
@@ -117,13 +115,13 @@ async def test_two_streams_of_the_same_activations_at_once_keep_each_once(tmp_pa
         assert len(await own.runs()) == 500
 
 
-async def test_of_many_refused_the_first_are_shown_and_all_counted(tmp_path: Path) -> None:
+async def test_many_refusals_are_all_counted_and_the_first_are_listed(tmp_path: Path) -> None:
     async with broker("memory", tmp_path) as own:
         found = await taken(own, stream(*(activation(number, taskname="") for number in range(250))))
         assert (found.refused_count, len(found.refused)) == (250, 100)
 
 
-async def test_a_broken_stream_is_an_error_and_is_sent_again_whole(tmp_path: Path) -> None:
+async def test_a_broken_stream_raises_an_error_and_can_be_sent_again(tmp_path: Path) -> None:
     async with broker("memory", tmp_path) as own:
         whole = stream(*(activation(number) for number in range(300)))
         with pytest.raises(InvalidInput, match="in the middle"):
@@ -136,7 +134,7 @@ async def test_a_broken_stream_is_an_error_and_is_sent_again_whole(tmp_path: Pat
 # -- over HTTP
 
 
-async def test_activations_come_in_by_http(tmp_path: Path) -> None:
+async def test_activations_are_accepted_over_http(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         body = stream(*(activation(number) for number in range(20)), activation(0), activation(99, taskname=""))
         headers = {"content-type": "application/x-protobuf"}
@@ -149,7 +147,7 @@ async def test_activations_come_in_by_http(tmp_path: Path) -> None:
         assert (again.json["accepted"], again.json["duplicates"]) == (0, 21)
 
 
-async def test_http_says_what_is_wrong_with_activations(tmp_path: Path) -> None:
+async def test_http_reports_invalid_activations(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         headers = {"content-type": "application/x-protobuf"}
         assert (await home.ask("POST", "/v1/activations", b"", headers)).json["accepted"] == 0
@@ -161,7 +159,7 @@ async def test_http_says_what_is_wrong_with_activations(tmp_path: Path) -> None:
         assert answer.status == 413
 
 
-async def test_where_there_is_no_room_http_says_when_to_come_again(tmp_path: Path) -> None:
+async def test_http_answers_with_retry_after_while_the_backlog_is_full(tmp_path: Path) -> None:
     async with house(tmp_path, limits=LIMITS.replaced(waiting_max=5, ingest_wait_ms=0)) as home:
         headers = {"content-type": "application/x-protobuf"}
         five = stream(*(activation(number) for number in range(5)))
@@ -173,7 +171,7 @@ async def test_where_there_is_no_room_http_says_when_to_come_again(tmp_path: Pat
 # -- from the library
 
 
-async def test_the_library_brings_activations_in(tmp_path: Path) -> None:
+async def test_activations_are_accepted_through_the_library(tmp_path: Path) -> None:
     async with Headrace("test", store=f"sqlite:///{tmp_path}/a.db") as app:
         found = await app.activate(*(activation(number).SerializeToString() for number in (1, 2, 1)), b"\xff")
         assert (found.accepted, found.duplicates, found.refused_count) == (2, 1, 1)
@@ -187,7 +185,7 @@ def packed(*args: Any, **kwargs: Any) -> bytes:
 
 
 @on_databases
-async def test_a_task_that_is_switched_off_is_dropped_at_the_door_and_in_line(kind: str, tmp_path: Path) -> None:
+async def test_activations_of_a_killed_task_are_dropped_at_intake_and_when_buffered(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock, is_killed=is_killed) as own:
         messages = [activation(number, taskname="bad" if number % 2 else "good") for number in range(6)]
@@ -205,7 +203,7 @@ async def test_a_task_that_is_switched_off_is_dropped_at_the_door_and_in_line(ki
 
 
 @on_every_store
-async def test_what_several_decide_at_once_is_decided(kind: str, tmp_path: Path) -> None:
+async def test_concurrent_rule_changes_are_all_applied(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
 
         async def drop(name: str) -> None:
@@ -217,7 +215,7 @@ async def test_what_several_decide_at_once_is_decided(kind: str, tmp_path: Path)
         assert sorted(kill.name for kill in kept.kills) == names
 
 
-async def test_what_changes_no_rule_writes_none(tmp_path: Path) -> None:
+async def test_a_change_without_effect_writes_nothing(tmp_path: Path) -> None:
     async with broker("memory", tmp_path) as own:
         faulty = Faulty(own.engine.store)
         faulty.before["keep_rules"] = [StoreUnavailable("nothing is to be written")]
@@ -227,7 +225,7 @@ async def test_what_changes_no_rule_writes_none(tmp_path: Path) -> None:
             await change_rules(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
 
 
-async def test_who_is_never_first_to_decide_hears_so(tmp_path: Path) -> None:
+async def test_a_rule_change_that_always_loses_the_race_raises_a_conflict(tmp_path: Path) -> None:
     async with broker("memory", tmp_path) as own:
         store: Any = own.engine.store
 
@@ -239,7 +237,7 @@ async def test_who_is_never_first_to_decide_hears_so(tmp_path: Path) -> None:
             await change_rules(own.engine, KILLSWITCH, overtaken)
 
 
-async def test_of_a_task_only_those_with_an_argument_are_dropped(tmp_path: Path) -> None:
+async def test_a_killswitch_on_an_argument_drops_only_matching_activations(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, is_killed=is_killed) as own:
         kill = Kill(name="send", args={"0": 7}, kwargs={"to": "x"})
         await change_rules(own.engine, KILLSWITCH, lambda _: kills_encoded([kill]))
@@ -249,9 +247,7 @@ async def test_of_a_task_only_those_with_an_argument_are_dropped(tmp_path: Path)
 
 
 @on_databases
-async def test_of_those_in_the_object_store_too_only_those_with_an_argument_are_dropped(
-    kind: str, tmp_path: Path
-) -> None:
+async def test_a_killswitch_on_an_argument_also_checks_payloads_in_the_object_store(kind: str, tmp_path: Path) -> None:
     clock, filler = ManualClock(), b"x" * 2_000
     async with broker(kind, tmp_path, clock=clock, is_killed=is_killed, limits={"inline_bytes_max": 1_000}) as own:
         calls = [packed(7, filler), packed(8, filler), packed(7, filler), packed(8)]
@@ -271,7 +267,7 @@ async def test_of_those_in_the_object_store_too_only_those_with_an_argument_are_
         ({"a": 1}, {"a": 1.0}, False), ([], {}, False),
     ],
 )  # fmt: skip
-def test_values_are_the_same_when_they_are_of_one_type_all_the_way_down(one: Any, other: Any, is_equal: bool) -> None:
+def test_argument_values_match_only_if_their_types_match_at_every_level(one: Any, other: Any, is_equal: bool) -> None:
     rules = Rules(kills=[Kill(name="t", args={"0": one})])
     assert rules.is_killed("t", lambda: ([other], {})) is is_equal
 
@@ -280,7 +276,7 @@ def in_arguments(**fields: Any) -> bytes:
     return activation(0, **fields).SerializeToString()
 
 
-def test_arguments_are_read_packed_in_either_way_and_from_the_old_field() -> None:
+def test_arguments_are_decoded_from_msgpack_zstd_and_the_json_field() -> None:
     assert decode_arguments(in_arguments(parameters_bytes=packed(1, a=2))) == ([1], {"a": 2})
     squeezed = {"headers": {"compression-type": "zstd"}, "parameters_bytes": zstandard.compress(packed(3))}
     assert decode_arguments(in_arguments(**squeezed)) == ([3], {})
@@ -305,13 +301,13 @@ def bombs() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", bombs())
-def test_arguments_that_can_not_be_read_safely_drop_nothing(name: str) -> None:
+def test_arguments_that_cannot_be_decoded_safely_match_no_rule(name: str) -> None:
     assert decode_arguments(bombs()[name]) is None
     rules = Rules(kills=[Kill(name="send", args={"0": 1})])
     assert not is_killed(rules, "send", bombs()[name])
 
 
-def test_parameters_may_become_so_large_and_no_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_may_decompress_to_the_limit_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
     call = packed("x" * 1_000)
     data = in_arguments(headers={"compression-type": "zstd"}, parameters_bytes=zstandard.compress(call))
     monkeypatch.setattr(grpc_activations, "UNPACKED_BYTES_MAX", len(call))
@@ -320,7 +316,7 @@ def test_parameters_may_become_so_large_and_no_larger(monkeypatch: pytest.Monkey
     assert decode_arguments(data) is None
 
 
-def test_rules_have_bounds_and_what_is_none_is_broken() -> None:
+def test_rules_have_bounds_and_invalid_stored_rules_are_reported() -> None:
     with pytest.raises(InvalidInput, match="at most 1000"):
         kills_encoded([Kill(name=str(number)) for number in range(1_001)])
     with pytest.raises(InvalidInput, match="20 arguments"):
@@ -339,7 +335,7 @@ def test_rules_have_bounds_and_what_is_none_is_broken() -> None:
 
 
 @on_every_store
-async def test_a_demoted_queue_s_activations_go_to_another_those_that_wait_too(kind: str, tmp_path: Path) -> None:
+async def test_new_and_waiting_activations_of_a_demoted_queue_move_to_another(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await taken(own, stream(*(activation(number) for number in range(4)), activation("x", namespace="other")))
@@ -369,7 +365,7 @@ LIMITED: list[tuple[dict[str, int], Callable[[], Iterable[wire.TaskActivation]],
 
 
 @pytest.mark.parametrize(("limits", "more", "said"), LIMITED, ids=[said for _, _, said in LIMITED])
-async def test_past_a_bound_what_comes_waits_a_while_and_is_then_sent_away(
+async def test_activations_past_the_backlog_bound_wait_and_are_then_refused(
     limits: dict[str, int], more: Callable[[], Iterable[wire.TaskActivation]], said: str, tmp_path: Path
 ) -> None:
     clock = ManualClock()
@@ -395,7 +391,7 @@ def activation_at(clock: ManualClock, message: wire.TaskActivation) -> wire.Task
     return message
 
 
-async def test_what_waits_for_room_goes_in_when_there_is_some(tmp_path: Path) -> None:
+async def test_intake_that_waits_for_the_backlog_resumes_when_it_shrinks(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock, limits={"waiting_max": 3}) as own:
         await taken(own, stream(*(activation(number) for number in range(3))))
@@ -408,7 +404,7 @@ async def test_what_waits_for_room_goes_in_when_there_is_some(tmp_path: Path) ->
 
 
 @on_databases
-async def test_a_store_that_is_full_takes_no_more(kind: str, tmp_path: Path) -> None:
+async def test_a_store_over_its_size_limit_refuses_activations(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path, limits={"store_mib_max": 1, "ingest_wait_ms": 0}) as own:
         large = [activation(number, parameters_bytes=b"x" * 400_000) for number in range(4)]
         await own.add(*large[:3])
@@ -419,7 +415,7 @@ async def test_a_store_that_is_full_takes_no_more(kind: str, tmp_path: Path) -> 
 # -- what is told
 
 
-async def test_metrics_tell_what_stands_in_the_fullest_queues_and_of_the_others_together(tmp_path: Path) -> None:
+async def test_metrics_show_the_fullest_queues_by_name_and_the_others_together(tmp_path: Path) -> None:
     async with house(tmp_path, limits=LIMITS.replaced(metrics_queues_max=1)) as home:
         some = [activation(number, namespace="full") for number in range(3)]
         body = stream(*some, activation("x", namespace="a"), activation("y", namespace="b", delay=3_000))

@@ -12,7 +12,7 @@ HERE: Final = Path(__file__).parent
 ON_ITS_WAY: Final = "what a server holds is on its way out; the age is of what waits"
 NO_BUCKETS: Final = "claims split spans and pass over what others lock: no buckets part them"
 PUSH_MODE: Final = "get_task_push_mode_returns_permission_denied"
-TWO_STREAMS: Final = "two_streams_of_the_same_activations_at_once_keep_each_once"
+TWO_STREAMS: Final = "two_concurrent_streams_of_the_same_activations_store_each_once"
 KAFKA: Final = "no queue belongs to a server: any server claims from any, so there are no partitions to own"
 SAME_TRANSACTION: Final = "a retry is appended in the transaction that ends its attempt: no state lies between"
 NO_VACUUM: Final = "no row is deleted by itself: batches go whole, in steps, and the database uses their pages again"
@@ -26,38 +26,36 @@ def here(module: str, test: str) -> tuple[str, str]:
 
 
 STATUSES: Final = here("consumer_service", "set_task_status_invalid")
-OVERDUE: Final = here(
-    "dispatching", "r6_a_worker_that_is_not_heard_of_in_time_loses_its_run_and_its_report_changes_nothing"
-)
-TOO_OFTEN: Final = here("dispatching", "a_run_that_was_overdue_too_often_fails_and_is_a_dead_letter_where_it_says_so")
-ONCE: Final = here("dispatching", "a_run_that_may_run_once_fails_at_its_deadline")
-NO_RETRY_STATE: Final = here("taskbroker_behaviours", "a_deadline_asks_no_retry_state")
-LAPSED: Final = here("taskbroker_behaviours", "a_claim_that_lapses_returns_its_run_with_its_counts_unchanged")
-PRUNED: Final = here("taskbroker_behaviours", "what_has_ended_goes_with_its_batch_wherever_it_sits")
-DEPTHS: Final = here("taskbroker_behaviours", "depths_are_what_stands_in_the_states")
-AGE: Final = here("taskbroker_behaviours", "the_age_of_the_oldest_that_waits")
-CLAIMS: Final = here("taskbroker_behaviours", "of_what_waits_as_many_are_claimed_as_are_asked_for")
-EXPIRED: Final = here("dispatching", "what_expired_is_not_handed_out_nor_what_expires_in_line")
-KILLED: Final = here("activation_intake", "a_task_that_is_switched_off_is_dropped_at_the_door_and_in_line")
-DEAD: Final = here("consumer_service", "a_failure_is_a_dead_letter_where_the_activation_says_so")
-STREAM: Final = here("activation_intake", "a_stream_is_kept_each_once_by_its_id_and_what_is_wrong_is_refused_alone")
-CARRIED: Final = here("consumer_service", "a_retry_carries_new_attempts_and_a_delay_and_both_last")
+OVERDUE: Final = here("dispatching", "r6_a_report_after_the_deadline_changes_nothing")
+TOO_OFTEN: Final = here("dispatching", "a_run_past_its_deadline_too_often_fails_and_becomes_a_dead_letter_if_requested")
+ONCE: Final = here("dispatching", "an_at_most_once_run_fails_at_its_deadline")
+NO_RETRY_STATE: Final = here("taskbroker_behaviours", "a_missed_deadline_does_not_depend_on_the_retry_state")
+LAPSED: Final = here("taskbroker_behaviours", "a_lapsed_claim_releases_its_run_with_counts_unchanged")
+PRUNED: Final = here("taskbroker_behaviours", "finished_activations_are_deleted_with_their_batch")
+DEPTHS: Final = here("taskbroker_behaviours", "depths_are_the_counts_of_the_states")
+AGE: Final = here("taskbroker_behaviours", "the_age_is_that_of_the_oldest_waiting_activation")
+CLAIMS: Final = here("taskbroker_behaviours", "a_claim_returns_at_most_the_requested_number")
+EXPIRED: Final = here("dispatching", "expired_activations_are_not_delivered_even_when_already_buffered")
+KILLED: Final = here("activation_intake", "activations_of_a_killed_task_are_dropped_at_intake_and_when_buffered")
+DEAD: Final = here("consumer_service", "a_failure_becomes_a_dead_letter_if_the_activation_requests_it")
+STREAM: Final = here("activation_intake", "a_stream_stores_each_id_once_and_refuses_invalid_activations_alone")
+CARRIED: Final = here("consumer_service", "a_retry_can_change_max_attempts_and_delay_for_all_later_attempts")
 APPLICATION: Final = here("consumer_service", "get_task_with_application_success")
-NAMESPACE: Final = here("consumer_service", "get_task_with_namespace_and_application_takes_only_theirs")
+NAMESPACE: Final = here("consumer_service", "get_task_with_namespace_and_application_returns_only_matching_tasks")
 NEEDED: Final = here("consumer_service", "get_task_with_namespace_requires_application")
 MIXED: Final = here("consumer_service", "set_batch_activation_status_mixed")
-PASS: Final = here("taskbroker_behaviours", "a_pass_of_all_that_ends_without_a_worker_s_word")
-SILENT: Final = here("dispatching", "what_workers_have_of_a_silent_server_is_handed_out_anew_after_a_grace")
-PUSHED: Final = here("taskbroker_behaviours", "what_is_pushed_is_marked_on_its_first_attempt_and_on_a_later_one")
-NOT_PUSHED: Final = here("taskbroker_behaviours", "what_could_not_be_pushed_waits_again_and_is_marked_by_nobody")
-SIGNED: Final = here("transport.signing", "a_signed_call_is_answered")
-UNSIGNED: Final = here("transport.signing", "a_call_that_is_not_signed_never_reaches_its_handler")
-VECTOR: Final = here("transport.signing", "the_signature_is_that_of_the_contract")
+PASS: Final = here("taskbroker_behaviours", "a_tick_and_a_sweep_end_overdue_and_expired_activations")
+SILENT: Final = here("dispatching", "runs_of_a_lapsed_server_are_delivered_again_after_the_grace")
+PUSHED: Final = here("taskbroker_behaviours", "pushed_activations_are_marked_on_first_and_later_attempts")
+NOT_PUSHED: Final = here("taskbroker_behaviours", "an_activation_that_could_not_be_pushed_waits_unmarked")
+SIGNED: Final = here("transport.signing", "a_signed_call_is_accepted")
+UNSIGNED: Final = here("transport.signing", "an_unsigned_call_never_reaches_its_handler")
+VECTOR: Final = here("transport.signing", "the_signature_matches_the_contract_s_test_vector")
 
 TABLE: Final[dict[str, tuple[str, str] | str]] = {
     "test_activation_status_is_completion": STATUSES,
     "test_activation_status_from": STATUSES,
-    "test_sqlite_create_db": here("taskbroker_behaviours", "opening_makes_the_file"),
+    "test_sqlite_create_db": here("taskbroker_behaviours", "opening_creates_the_database_file"),
     "test_store": here("taskbroker_behaviours", "two_activations_are_two_runs"),
     "test_count_depths": DEPTHS,
     "test_count_depths_per_partition_postgres": KAFKA,
@@ -67,7 +65,7 @@ TABLE: Final[dict[str, tuple[str, str] | str]] = {
     "test_store_duplicate_id_in_batch": STREAM,
     "test_store_duplicate_id_between_batches": STREAM,
     "test_get_pending_activation": here(
-        "taskbroker_behaviours", "the_oldest_goes_first_and_has_until_its_deadline_and_grace"
+        "taskbroker_behaviours", "the_oldest_is_delivered_first_and_has_its_deadline_plus_the_grace"
     ),
     "test_get_pending_activation_bucket_filter": NO_BUCKETS,
     "test_get_pending_activation_with_race": here(
@@ -75,11 +73,11 @@ TABLE: Final[dict[str, tuple[str, str] | str]] = {
     ),
     "test_get_pending_activation_with_namespace": NAMESPACE,
     "test_get_pending_activation_from_multiple_namespaces": here(
-        "taskbroker_behaviours", "several_namespaces_at_once_in_the_order_they_came"
+        "taskbroker_behaviours", "several_namespaces_are_delivered_in_order_of_arrival"
     ),
     "test_get_pending_activation_with_namespace_requires_application": NEEDED,
     "test_get_pending_activation_skip_expires": EXPIRED,
-    "test_get_pending_activation_earliest": here("dispatching", "a_queue_is_handed_out_in_the_order_it_came"),
+    "test_get_pending_activation_earliest": here("dispatching", "a_queue_is_delivered_in_order_of_arrival"),
     "test_get_pending_activation_fetches_application": here("consumer_service", "get_task_success"),
     "test_get_pending_activation_with_application": APPLICATION,
     "test_get_pending_activation_with_application_and_namespace": NAMESPACE,
@@ -89,7 +87,7 @@ TABLE: Final[dict[str, tuple[str, str] | str]] = {
     "test_count_pending_activations": DEPTHS,
     "test_set_activation_status": here("consumer_service", "set_task_status"),
     "test_set_activation_status_with_partitions": KAFKA,
-    "test_set_processing_deadline": here("dispatching", "a_deadline_is_what_the_activation_says_and_the_grace"),
+    "test_set_processing_deadline": here("dispatching", "the_deadline_is_that_of_the_activation_plus_the_grace"),
     "test_delete_activation": MIXED,
     "test_get_retry_activations": SAME_TRANSACTION,
     "test_handle_processing_deadline": OVERDUE,
@@ -123,9 +121,7 @@ TABLE: Final[dict[str, tuple[str, str] | str]] = {
     "test_db_status_calls_ok": PROBES,
     "test_migrations": ("tests.store.test_schema_migration", "test_older_processes_work_on_while_a_newer_one_migrates"),
     "retry: until success": PATIENCE,
-    "retry: exhaustion surfaces": here(
-        "dispatching", "a_store_that_does_not_answer_a_claim_is_waited_for_only_so_long"
-    ),
+    "retry: exhaustion surfaces": here("dispatching", "a_claim_waits_for_an_unavailable_store_only_for_a_bounded_time"),
     "retry: non-retryable once": PATIENCE,
     "retry: mixed stops": PATIENCE,
     "retry: zero retries": PATIENCE,
@@ -147,10 +143,10 @@ TABLE: Final[dict[str, tuple[str, str] | str]] = {
         "consumer_service", "set_task_status_with_namespace_requires_application"
     ),
     "test_set_task_status_forwards_to_update_channel": here(
-        "taskbroker_behaviours", "a_batched_report_is_taken_in_and_written_with_others"
+        "taskbroker_behaviours", "a_batched_report_is_accepted_and_written_with_others"
     ),
     "test_set_task_status_update_channel_closed_returns_internal": here(
-        "taskbroker_behaviours", "a_report_to_a_server_that_has_stopped_is_internal"
+        "taskbroker_behaviours", "a_report_to_a_stopped_server_is_answered_with_internal"
     ),
     "test_set_batch_activation_status_success": here("consumer_service", "set_batch_activation_status_success"),
     "test_set_batch_activation_status_empty": here("consumer_service", "set_batch_activation_status_empty"),
@@ -159,14 +155,12 @@ TABLE: Final[dict[str, tuple[str, str] | str]] = {
     ),
     "test_set_batch_activation_status_retry": here("consumer_service", "set_batch_activation_status_retry"),
     "test_set_batch_activation_status_mixed": MIXED,
-    "auth: no secret passes": here(
-        "transport.signing", "without_a_secret_everybody_is_let_in_and_nobody_counts_as_signed"
-    ),
+    "auth: no secret passes": here("transport.signing", "without_a_secret_all_calls_are_accepted_as_unsigned"),
     "auth: missing signature fails": UNSIGNED,
     "auth: empty signature fails": UNSIGNED,
     "auth: garbage signature fails": UNSIGNED,
-    "auth: health exempt": here("transport.signing", "what_is_open_needs_no_signature"),
-    "auth: path mismatch fails": here("transport.signing", "a_signature_holds_for_one_path_and_one_message"),
+    "auth: health exempt": here("transport.signing", "an_open_method_needs_no_signature"),
+    "auth: path mismatch fails": here("transport.signing", "a_signature_is_valid_for_one_path_and_one_message"),
     "auth: 5-byte header trimmed": VECTOR,
     "auth: secondary key passes": SIGNED,
     "auth: middleware ok": SIGNED,
@@ -175,11 +169,11 @@ TABLE: Final[dict[str, tuple[str, str] | str]] = {
     "push_pool_start_marks_activation_processing_on_retry": PUSHED,
     "push_pool_start_does_not_mark_activation_processing_on_push_failure": NOT_PUSHED,
     "fetch_pool_fetch_and_enqueue": CLAIMS,
-    "fetch_pool_store_error": here("dispatching", "a_store_that_does_not_answer_a_claim_is_waited_for_only_so_long"),
+    "fetch_pool_store_error": here("dispatching", "a_claim_waits_for_an_unavailable_store_only_for_a_bounded_time"),
     "fetch_pool_no_pending": NOT_PUSHED,
-    "worker_push_task: ok": here("pusher", "what_reaches_its_worker_is_marked_once"),
+    "worker_push_task: ok": here("pusher", "a_delivered_activation_is_marked_once"),
     "worker_push_task: invalid payload": here(
-        "consumer_service", "what_another_door_let_into_the_lane_fails_and_holds_up_nobody"
+        "consumer_service", "a_run_of_the_activation_task_without_a_valid_payload_fails_alone"
     ),
     "worker_push_task: client error propagates": here("pusher", "a_push_that_fails_marks_nothing"),
     "worker: HMAC vector": VECTOR,
@@ -195,34 +189,34 @@ TABLE: Final[dict[str, tuple[str, str] | str]] = {
     "test_remove_at_remove_failed_publish_to_kafka": DEAD,
     "test_remove_failed_discard": PASS,
     "test_expired_discard": PASS,
-    "test_delay_elapsed": here("taskbroker_behaviours", "a_delay_that_has_elapsed_lets_go_of_what_is_due_and_no_more"),
+    "test_delay_elapsed": here("taskbroker_behaviours", "an_elapsed_delay_makes_exactly_the_due_activations_claimable"),
     "test_forward_demoted_namespaces": here(
-        "activation_intake", "a_demoted_queue_s_activations_go_to_another_those_that_wait_too"
+        "activation_intake", "new_and_waiting_activations_of_a_demoted_queue_move_to_another"
     ),
     "upkeep: test_remove_killswitched": KILLED,
     "upkeep: test_remove_killswitched_selectors": here(
-        "activation_intake", "of_a_task_only_those_with_an_argument_are_dropped"
+        "activation_intake", "a_killswitch_on_an_argument_drops_only_matching_activations"
     ),
     "test_full_vacuum_on_upkeep": NO_VACUUM,
     "test_tasks_written_once_during_rebalancing": here("activation_intake", TWO_STREAMS),
-    "test_task_worker_processing": here("taskbroker_behaviours", "ten_thousand_tasks_and_twenty_workers"),
-    "test_upkeep_retry": here("taskbroker_behaviours", "five_thousand_tasks_with_three_retries_each"),
-    "test_failed_tasks": here("taskbroker_behaviours", "ten_thousand_failures_of_which_half_are_dead_letters"),
-    "test_upkeep_expiry": here("taskbroker_behaviours", "ten_thousand_that_expire"),
-    "test_upkeep_delay": here("taskbroker_behaviours", "five_thousand_delayed_by_twenty_to_forty_seconds"),
+    "test_task_worker_processing": here("taskbroker_behaviours", "twenty_workers_complete_ten_thousand_tasks"),
+    "test_upkeep_retry": here("taskbroker_behaviours", "five_thousand_tasks_complete_after_three_retries_each"),
+    "test_failed_tasks": here("taskbroker_behaviours", "half_of_ten_thousand_failures_become_dead_letters"),
+    "test_upkeep_expiry": here("taskbroker_behaviours", "ten_thousand_activations_expire"),
+    "test_upkeep_delay": here("taskbroker_behaviours", "five_thousand_delayed_activations_are_delivered_when_due"),
     "test_multi_topic_consumption": STREAM,
     "test_multi_topic_consumption_with_one_disabled": KAFKA,
-    "test_push_postgres_happy_path": here("taskbroker_behaviours", "a_pool_pushes_each_once_and_each_is_processing"),
+    "test_push_postgres_happy_path": here("taskbroker_behaviours", "a_pusher_sends_each_once_and_each_is_processing"),
     "test_push_postgres_failure_reverts_to_pending": here(
-        "taskbroker_behaviours", "of_workers_that_refuse_everything_nothing_is_lost"
+        "taskbroker_behaviours", "workers_that_refuse_everything_lose_nothing"
     ),
     "test_push_postgres_upkeep_reverts_expired_claims": here(
-        "taskbroker_behaviours", "of_a_worker_that_hangs_claims_lapse_and_nothing_is_lost"
+        "taskbroker_behaviours", "claims_of_a_hanging_worker_lapse_and_nothing_is_lost"
     ),
 }
 
 
-def test_every_name_of_the_reference_has_a_line_and_no_other() -> None:
+def test_every_test_of_the_taskbroker_has_one_line_in_the_table() -> None:
     loops = (HERE / "taskbroker_behaviours.txt").read_text(encoding="utf-8").splitlines()
     names = [line for line in loops if line and not line.startswith("#")]
     assert len(names) == len(set(names))
@@ -231,7 +225,7 @@ def test_every_name_of_the_reference_has_a_line_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, shown in TABLE.items() if isinstance(shown, tuple)])
-def test_a_line_names_a_test_that_there_is(name: str) -> None:
+def test_every_line_of_the_table_names_an_existing_test(name: str) -> None:
     shown = TABLE[name]
     assert isinstance(shown, tuple)
     module, test = shown
@@ -239,6 +233,6 @@ def test_a_line_names_a_test_that_there_is(name: str) -> None:
     assert callable(getattr(found, test)), test
 
 
-def test_what_is_not_shown_says_why() -> None:
+def test_every_test_without_a_counterpart_has_a_reason() -> None:
     reasons = [shown for shown in TABLE.values() if isinstance(shown, str)]
     assert all(len(reason.split()) > 5 for reason in reasons)

@@ -75,7 +75,7 @@ async def test_get_task_with_namespace_requires_application(kind: str, tmp_path:
 
 
 @on_databases
-async def test_get_task_with_namespace_and_application_takes_only_theirs(kind: str, tmp_path: Path) -> None:
+async def test_get_task_with_namespace_and_application_returns_only_matching_tasks(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         await own.add(activation(0, namespace="a"), activation(1, namespace="b"), activation(2, application="x"))
         assert (await own.get(namespace="b", application="app")).id == "id_1"
@@ -83,7 +83,7 @@ async def test_get_task_with_namespace_and_application_takes_only_theirs(kind: s
         assert (await own.get(application="app")).id == "id_0"
 
 
-async def test_an_application_is_no_beginning_of_another_and_no_separator_leads_into_one(tmp_path: Path) -> None:
+async def test_an_application_name_never_matches_a_longer_one_or_one_with_a_separator(tmp_path: Path) -> None:
     async with broker("memory", tmp_path) as own:
         await own.add(activation(0, application="apple"), activation(1, namespace="b:c"))
         for application in ("appl", "app:b", "app:", ":"):
@@ -91,7 +91,7 @@ async def test_an_application_is_no_beginning_of_another_and_no_separator_leads_
         assert (await own.get(application="app", namespace="b:c")).id == "id_1"
 
 
-async def test_an_activation_without_an_application_goes_to_who_asks_for_none_or_for_that(tmp_path: Path) -> None:
+async def test_an_activation_without_application_matches_the_empty_filter_and_no_filter(tmp_path: Path) -> None:
     async with broker("memory", tmp_path) as own:
         message = activation(0)
         message.ClearField("application")
@@ -159,14 +159,14 @@ async def test_set_task_status_with_namespace_requires_application(kind: str, tm
         assert await own.counts() == {"completed": 1, "waiting": 1}
 
 
-async def test_in_push_mode_no_report_is_answered_with_a_task(tmp_path: Path) -> None:
+async def test_in_push_mode_reports_return_no_next_task(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, delivery="push") as own:
         await own.filled(1)
         assert await own.set("nobody", COMPLETE, fetch={}) is None
 
 
 @on_databases
-async def test_a_report_that_is_answered_is_durable(kind: str, tmp_path: Path) -> None:
+async def test_an_answered_report_is_durable(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         await own.filled(3)
         for _ in range(3):
@@ -176,7 +176,7 @@ async def test_a_report_that_is_answered_is_durable(kind: str, tmp_path: Path) -
         assert own.dispatcher.out_count == 0
 
 
-async def test_a_report_is_answered_before_its_commit_only_where_that_was_asked_for(tmp_path: Path) -> None:
+async def test_a_report_is_answered_before_its_commit_only_with_ack_received(tmp_path: Path) -> None:
     for ack in ("committed", "received"):
         (tmp_path / ack).mkdir()
         async with broker("memory", tmp_path / ack, ack=ack) as own:
@@ -210,7 +210,7 @@ class Held:
 
 
 @on_databases
-async def test_reports_that_come_together_share_a_transaction(kind: str, tmp_path: Path) -> None:
+async def test_concurrent_reports_share_a_transaction(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         await own.filled(64)
         tasks = [await own.get() for _ in range(64)]
@@ -220,7 +220,7 @@ async def test_reports_that_come_together_share_a_transaction(kind: str, tmp_pat
         assert await own.counts() == {"completed": 64}
 
 
-async def test_a_store_that_does_not_answer_is_internal_and_loses_no_report(tmp_path: Path) -> None:
+async def test_an_unavailable_store_is_reported_as_internal_and_no_report_is_lost(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         await own.filled(2)
@@ -294,7 +294,7 @@ async def test_set_batch_activation_status_mixed(kind: str, tmp_path: Path) -> N
 
 
 @on_databases
-async def test_a_retry_carries_new_attempts_and_a_delay_and_both_last(kind: str, tmp_path: Path) -> None:
+async def test_a_retry_can_change_max_attempts_and_delay_for_all_later_attempts(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await own.add(activation(0, retry={"attempts": 1, "max_attempts": 2}, delay=0, expires=900))
@@ -319,7 +319,9 @@ async def test_a_retry_carries_new_attempts_and_a_delay_and_both_last(kind: str,
 
 
 @on_databases
-async def test_a_retry_without_a_delay_waits_at_once_and_one_of_its_own_policy_rests(kind: str, tmp_path: Path) -> None:
+async def test_a_retry_without_delay_is_claimable_at_once_and_one_with_delay_on_retry_waits(
+    kind: str, tmp_path: Path
+) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await own.add(activation(0, retry={"max_attempts": 3}), activation(1, retry={"delay_on_retry": 5}))
@@ -333,7 +335,7 @@ async def test_a_retry_without_a_delay_waits_at_once_and_one_of_its_own_policy_r
         assert (task.id, task.delay) == ("id_1~2.0", 5)
 
 
-async def test_an_activation_that_may_run_once_fails_where_its_worker_asks_for_a_retry(tmp_path: Path) -> None:
+async def test_an_at_most_once_activation_fails_when_its_worker_requests_a_retry(tmp_path: Path) -> None:
     async with broker("memory", tmp_path) as own:
         await own.add(activation(0, retry={"at_most_once": True}))
         await own.get()
@@ -348,7 +350,7 @@ async def test_an_activation_that_may_run_once_fails_where_its_worker_asks_for_a
 
 
 @on_every_store
-async def test_a_report_that_comes_twice_is_recorded_once(kind: str, tmp_path: Path) -> None:
+async def test_a_repeated_report_is_recorded_once(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         await own.filled(1)
         await own.get()
@@ -379,7 +381,7 @@ async def test_a_report_of_an_earlier_attempt_changes_nothing(kind: str, tmp_pat
 
 
 @on_every_store
-async def test_a_report_to_another_server_is_settled_by_its_id(kind: str, tmp_path: Path) -> None:
+async def test_a_report_to_another_server_is_settled_by_id(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         await own.filled(4)
         names = [(await own.get()).id for _ in range(3)]
@@ -414,7 +416,7 @@ async def test_a_report_to_another_server_is_settled_by_its_id(kind: str, tmp_pa
         (activation(0, parameters_bytes=b"x" * 5_000_001), "at most 5000000 bytes"),
     ],
 )
-async def test_an_activation_that_can_not_be_kept_is_refused_with_what_is_wrong(
+async def test_an_invalid_activation_is_refused_with_the_reason(
     message: wire.TaskActivation, said: str, tmp_path: Path
 ) -> None:
     async with broker("memory", tmp_path) as own:
@@ -430,7 +432,7 @@ async def test_bytes_that_are_no_activation_are_refused(tmp_path: Path) -> None:
                 await own.add_bytes(data)
 
 
-async def test_an_id_that_was_taken_in_is_known_again(tmp_path: Path) -> None:
+async def test_an_id_that_was_accepted_before_is_recognised(tmp_path: Path) -> None:
     async with broker("memory", tmp_path) as own:
         assert await own.add(activation(0), activation(0, taskname="other")) == [True, False]
         assert await own.add(activation(0)) == [False]
@@ -438,7 +440,7 @@ async def test_an_id_that_was_taken_in_is_known_again(tmp_path: Path) -> None:
 
 
 @on_every_store
-async def test_times_beyond_every_clock_are_cut_to_what_there_is(kind: str, tmp_path: Path) -> None:
+async def test_times_out_of_range_are_clamped(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         most = 2**64 - 1
         ever = activation(0, processing_deadline_duration=most, expires=most, retry={"delay_on_retry": most})
@@ -454,7 +456,7 @@ async def test_times_beyond_every_clock_are_cut_to_what_there_is(kind: str, tmp_
 
 
 @on_databases
-async def test_a_large_activation_goes_by_the_object_store(kind: str, tmp_path: Path) -> None:
+async def test_a_large_activation_is_stored_in_the_object_store(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path, limits={"inline_bytes_max": 1_000}) as own:
         large = activation(0, parameters_bytes=b"x" * 5_000)
         await own.add(large, activation(1))
@@ -465,7 +467,7 @@ async def test_a_large_activation_goes_by_the_object_store(kind: str, tmp_path: 
 
 
 @on_databases
-async def test_large_activations_are_pushed_by_the_object_store_too(kind: str, tmp_path: Path) -> None:
+async def test_a_large_activation_is_fetched_from_the_object_store_for_a_push(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path, delivery="push", limits={"inline_bytes_max": 1_000}) as own:
         sent = [activation(number, parameters_bytes=b"x" * 5_000 * number) for number in range(4)]
         await own.add(*sent)
@@ -474,7 +476,7 @@ async def test_large_activations_are_pushed_by_the_object_store_too(kind: str, t
         assert sorted(found, key=lambda one: one.id) == sent, "they may come in as fast as each is offloaded"
 
 
-async def test_what_was_taken_goes_out_when_the_object_store_fails_for_the_next(
+async def test_activations_taken_before_an_object_store_failure_are_still_delivered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def away(_key: str) -> bytes:
@@ -490,7 +492,7 @@ async def test_what_was_taken_goes_out_when_the_object_store_fails_for_the_next(
         assert [one.name for one in await own.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)] == ["id_1"]
 
 
-async def test_what_another_door_let_into_the_lane_fails_and_holds_up_nobody(tmp_path: Path) -> None:
+async def test_a_run_of_the_activation_task_without_a_valid_payload_fails_alone(tmp_path: Path) -> None:
     from headrace.core.activation import LANE
     from headrace.core.block import Extra
     from headrace.core.span import Key
@@ -509,7 +511,7 @@ async def test_what_another_door_let_into_the_lane_fails_and_holds_up_nobody(tmp
 
 
 @on_databases
-async def test_a_failure_is_a_dead_letter_where_the_activation_says_so(kind: str, tmp_path: Path) -> None:
+async def test_a_failure_becomes_a_dead_letter_if_the_activation_requests_it(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         await own.add(activation(0, retry={"on_attempts_exceeded": DEADLETTER}), activation(1, retry={}), activation(2))
         for _ in range(3):

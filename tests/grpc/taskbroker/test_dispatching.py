@@ -46,9 +46,7 @@ async def types_of_failures(own: Broker) -> list[str]:
 
 
 @on_every_store
-async def test_r6_a_worker_that_is_not_heard_of_in_time_loses_its_run_and_its_report_changes_nothing(
-    kind: str, tmp_path: Path
-) -> None:
+async def test_r6_a_report_after_the_deadline_changes_nothing(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await own.filled(2)
@@ -68,7 +66,7 @@ async def test_r6_a_worker_that_is_not_heard_of_in_time_loses_its_run_and_its_re
 
 
 @on_every_store
-async def test_a_run_that_was_overdue_too_often_fails_and_is_a_dead_letter_where_it_says_so(
+async def test_a_run_past_its_deadline_too_often_fails_and_becomes_a_dead_letter_if_requested(
     kind: str, tmp_path: Path
 ) -> None:
     clock = ManualClock()
@@ -86,7 +84,7 @@ async def test_a_run_that_was_overdue_too_often_fails_and_is_a_dead_letter_where
 
 
 @on_every_store
-async def test_a_run_that_may_run_once_fails_at_its_deadline(kind: str, tmp_path: Path) -> None:
+async def test_an_at_most_once_run_fails_at_its_deadline(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await own.add(activation(0, retry={"at_most_once": True}))
@@ -100,7 +98,7 @@ async def test_a_run_that_may_run_once_fails_at_its_deadline(kind: str, tmp_path
         assert await types_of_failures(own) == ["DeadlineExceeded"]
 
 
-async def test_a_retry_begins_with_no_overdue_count_and_keeps_what_a_report_changed_over_a_deadline(
+async def test_a_retry_resets_the_overdue_count_and_keeps_changes_of_earlier_reports(
     tmp_path: Path,
 ) -> None:
     clock = ManualClock()
@@ -117,7 +115,9 @@ async def test_a_retry_begins_with_no_overdue_count_and_keeps_what_a_report_chan
 
 
 @pytest.mark.parametrize(("seconds", "is_over"), [(0, 4), (1, 5), (3_600, 3_604)])
-async def test_a_deadline_is_what_the_activation_says_and_the_grace(seconds: int, is_over: int, tmp_path: Path) -> None:
+async def test_the_deadline_is_that_of_the_activation_plus_the_grace(
+    seconds: int, is_over: int, tmp_path: Path
+) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         await own.add(activation(0, processing_deadline_duration=seconds))
@@ -130,7 +130,7 @@ async def test_a_deadline_is_what_the_activation_says_and_the_grace(seconds: int
         assert own.dispatcher.overdue_count == 1
 
 
-async def test_deadlines_are_kept_by_the_dispatcher_itself(tmp_path: Path) -> None:
+async def test_the_dispatcher_enforces_deadlines_without_ticks(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         await own.filled(1)
@@ -139,7 +139,7 @@ async def test_deadlines_are_kept_by_the_dispatcher_itself(tmp_path: Path) -> No
         assert await own.counts() == {"waiting": 1}
 
 
-async def test_a_clock_that_jumps_makes_nobody_overdue_twice(tmp_path: Path) -> None:
+async def test_a_clock_jump_counts_a_run_as_overdue_once(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         await own.filled(3)
@@ -157,7 +157,7 @@ async def test_a_clock_that_jumps_makes_nobody_overdue_twice(tmp_path: Path) -> 
 
 
 @on_every_store
-async def test_what_expired_is_not_handed_out_nor_what_expires_in_line(kind: str, tmp_path: Path) -> None:
+async def test_expired_activations_are_not_delivered_even_when_already_buffered(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         messages = [activation(n, expires=s, processing_deadline_duration=999) for n, s in enumerate((5, 60, 900))]
@@ -176,7 +176,7 @@ async def test_what_expired_is_not_handed_out_nor_what_expires_in_line(kind: str
 
 
 @on_every_store
-async def test_what_expires_while_it_is_in_line_expires(kind: str, tmp_path: Path) -> None:
+async def test_an_activation_that_expires_in_the_lease_buffer_is_recorded_as_expired(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         messages = [activation(number, expires=5) for number in range(3)]
@@ -192,9 +192,7 @@ async def test_what_expires_while_it_is_in_line_expires(kind: str, tmp_path: Pat
 
 
 @on_every_store
-async def test_a_delayed_activation_waits_for_its_time_which_is_cut_to_the_most_there_is(
-    kind: str, tmp_path: Path
-) -> None:
+async def test_a_delayed_activation_waits_and_its_delay_is_clamped_to_the_limit(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         messages = [activation(0, delay=30), activation(1, delay=10**9), activation(2, delay=0)]
@@ -213,14 +211,14 @@ async def test_a_delayed_activation_waits_for_its_time_which_is_cut_to_the_most_
 
 
 @on_every_store
-async def test_a_queue_is_handed_out_in_the_order_it_came(kind: str, tmp_path: Path) -> None:
+async def test_a_queue_is_delivered_in_order_of_arrival(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         names = await own.filled(700)
         assert await own.drained(1) == names
 
 
 @on_every_store
-async def test_of_many_who_fetch_at_once_each_gets_another(kind: str, tmp_path: Path) -> None:
+async def test_concurrent_fetches_get_different_activations(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         names = await own.filled(300)
         found = await asyncio.gather(*(own.get() for _ in range(300)))
@@ -229,7 +227,7 @@ async def test_of_many_who_fetch_at_once_each_gets_another(kind: str, tmp_path: 
 
 
 @on_databases
-async def test_servers_on_one_database_share_what_there_is(kind: str, tmp_path: Path) -> None:
+async def test_servers_on_one_database_share_the_activations(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         names = await own.filled(1_000)
         others = [Broker(own.engine) for _ in range(2)]
@@ -242,7 +240,7 @@ async def test_servers_on_one_database_share_what_there_is(kind: str, tmp_path: 
         assert await own.counts() == {"completed": 1_000}
 
 
-async def test_few_who_ask_lease_little_and_what_nobody_asks_for_goes_back(tmp_path: Path) -> None:
+async def test_few_fetches_lease_few_activations_and_unrequested_leases_are_released(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         await own.filled(100)
@@ -259,7 +257,7 @@ async def test_few_who_ask_lease_little_and_what_nobody_asks_for_goes_back(tmp_p
         await own.set("id_0", COMPLETE)
 
 
-async def test_who_asks_fast_leases_ever_more_ahead_within_its_bound(tmp_path: Path) -> None:
+async def test_fast_fetching_increases_the_lease_buffer_up_to_its_bound(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         await own.filled(3_000)
@@ -270,7 +268,7 @@ async def test_who_asks_fast_leases_ever_more_ahead_within_its_bound(tmp_path: P
         assert 500 < most <= AHEAD_MAX
 
 
-async def test_no_more_than_so_many_are_out_at_a_time(tmp_path: Path) -> None:
+async def test_the_number_of_deliveries_in_flight_is_bounded(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, limits={"deliveries_max": 3}) as own:
         await own.filled(5)
         names = [(await own.get()).id for _ in range(3)]
@@ -279,7 +277,7 @@ async def test_no_more_than_so_many_are_out_at_a_time(tmp_path: Path) -> None:
         assert (await own.get()).id == "id_3"
 
 
-async def test_a_cancelled_batch_is_handed_out_no_more(tmp_path: Path) -> None:
+async def test_a_cancelled_batch_is_no_longer_delivered(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         await own.filled(4)
@@ -292,7 +290,7 @@ async def test_a_cancelled_batch_is_handed_out_no_more(tmp_path: Path) -> None:
         assert await own.counts() == {"cancelled": 3, "completed": 1}
 
 
-async def test_an_answer_of_none_costs_the_store_nothing_until_there_is_news(tmp_path: Path) -> None:
+async def test_an_empty_answer_costs_no_store_query_until_a_notification(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         counted = Faulty(own.engine.store)
@@ -307,7 +305,7 @@ async def test_an_answer_of_none_costs_the_store_nothing_until_there_is_news(tmp
         assert counted.calls.count("claim") == 3
 
 
-async def test_a_store_that_does_not_answer_a_claim_is_waited_for_only_so_long(tmp_path: Path) -> None:
+async def test_a_claim_waits_for_an_unavailable_store_only_for_a_bounded_time(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         await own.filled(1)
@@ -326,7 +324,7 @@ async def test_a_store_that_does_not_answer_a_claim_is_waited_for_only_so_long(t
 
 
 @on_every_store
-async def test_a_server_that_stops_in_good_order_gives_back_what_nobody_has(kind: str, tmp_path: Path) -> None:
+async def test_a_server_that_stops_releases_undelivered_leases(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         await own.filled(10)
         other = Broker(own.engine)
@@ -340,7 +338,7 @@ async def test_a_server_that_stops_in_good_order_gives_back_what_nobody_has(kind
 
 
 @on_every_store
-async def test_r6_what_workers_have_of_a_server_that_stopped_is_settled_by_another(kind: str, tmp_path: Path) -> None:
+async def test_r6_runs_of_a_stopped_server_are_settled_through_another_server(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         await own.add(activation(0), activation(1, retry={"at_most_once": True}), activation(2))
         other = Broker(own.engine)
@@ -356,7 +354,7 @@ async def test_r6_what_workers_have_of_a_server_that_stopped_is_settled_by_anoth
 
 
 @on_every_store
-async def test_what_workers_have_of_a_silent_server_is_handed_out_anew_after_a_grace(kind: str, tmp_path: Path) -> None:
+async def test_runs_of_a_lapsed_server_are_delivered_again_after_the_grace(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock, limits={"delivery_recovery_ms": 30_000}) as own:
         await own.add(activation(0), activation(1, retry={"at_most_once": True}))
@@ -380,7 +378,7 @@ async def test_what_workers_have_of_a_silent_server_is_handed_out_anew_after_a_g
 
 
 @on_every_store
-async def test_a_server_that_was_taken_for_dead_goes_on_under_a_new_session(kind: str, tmp_path: Path) -> None:
+async def test_a_server_whose_session_lapsed_continues_with_a_new_session(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         await own.filled(5)
         task = await own.get()
@@ -400,7 +398,7 @@ async def test_a_server_that_was_taken_for_dead_goes_on_under_a_new_session(kind
         assert await own.counts() == {"completed": 5}
 
 
-async def test_an_engine_that_opens_where_another_left_off_knows_all_reports_by_id(tmp_path: Path) -> None:
+async def test_an_engine_that_starts_after_another_settles_reports_by_id(tmp_path: Path) -> None:
     async with broker("sqlite", tmp_path) as own:
         await own.filled(3)
         names = [(await own.get()).id for _ in range(2)]
@@ -420,9 +418,7 @@ async def test_an_engine_that_opens_where_another_left_off_knows_all_reports_by_
 
 
 @on_every_store
-async def test_what_is_taken_to_be_pushed_is_marked_or_given_back_with_its_attempts_unchanged(
-    kind: str, tmp_path: Path
-) -> None:
+async def test_taken_activations_are_marked_or_released_with_attempts_unchanged(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock, delivery="push") as own:
         await own.filled(3)
@@ -443,7 +439,7 @@ async def test_what_is_taken_to_be_pushed_is_marked_or_given_back_with_its_attem
         assert await own.counts() == {"completed": 3}
 
 
-async def test_a_report_that_overtakes_the_mark_stands(tmp_path: Path) -> None:
+async def test_a_report_that_arrives_before_the_mark_is_kept(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, delivery="push") as own:
         await own.filled(1)
         await own.dispatcher.take(QueueFilter("app"), 1, lease_ms=5_000)
@@ -452,7 +448,7 @@ async def test_a_report_that_overtakes_the_mark_stands(tmp_path: Path) -> None:
         assert await own.counts() == {"completed": 1}
 
 
-async def test_what_was_taken_and_came_back_goes_back_to_the_store_when_the_server_stops(tmp_path: Path) -> None:
+async def test_activations_released_to_the_buffer_return_to_the_store_when_the_server_stops(tmp_path: Path) -> None:
     async with broker("memory", tmp_path) as own:
         await own.filled(2)
         other = Broker(own.engine)
@@ -464,7 +460,7 @@ async def test_what_was_taken_and_came_back_goes_back_to_the_store_when_the_serv
         assert sorted(await own.drained(1)) == ["id_0", "id_1"]
 
 
-async def test_a_run_that_was_settled_by_its_id_while_it_was_in_line_here_is_not_handed_out(tmp_path: Path) -> None:
+async def test_a_buffered_run_that_was_settled_by_id_elsewhere_is_not_delivered(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         await own.filled(3)
@@ -483,7 +479,7 @@ async def test_a_run_that_was_settled_by_its_id_while_it_was_in_line_here_is_not
         assert await own.counts() == {"completed": 3}
 
 
-async def test_a_report_that_was_not_taken_in_may_be_made_again(tmp_path: Path) -> None:
+async def test_a_report_that_was_rejected_can_be_repeated(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         names = await own.filled(4_200)
@@ -505,7 +501,7 @@ async def test_a_report_that_was_not_taken_in_may_be_made_again(tmp_path: Path) 
         assert await own.counts() == {"completed": 4_200}
 
 
-async def test_who_was_heard_of_is_waited_for_no_more_and_held_by_nothing(tmp_path: Path) -> None:
+async def test_reported_runs_leave_no_deadline_or_buffered_bytes(tmp_path: Path) -> None:
     async with broker("memory", tmp_path) as own:
         await own.filled(500)
         await own.drained(5)
@@ -514,7 +510,7 @@ async def test_who_was_heard_of_is_waited_for_no_more_and_held_by_nothing(tmp_pa
         assert own.dispatcher._line.bytes_count == 0
 
 
-async def test_a_paused_queue_is_handed_out_no_more(tmp_path: Path) -> None:
+async def test_a_paused_queue_is_no_longer_delivered(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         await own.filled(20)

@@ -57,7 +57,7 @@ async def brisk(own: Broker, store: Slow) -> list[str]:
     return had
 
 
-async def test_more_is_claimed_under_the_second_half_of_what_is_in_line(tmp_path: Path) -> None:
+async def test_the_next_claim_starts_when_half_of_the_buffer_is_left(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, clock=ManualClock()) as own:
         store = Slow(own)
         await own.filled(1_000)
@@ -78,7 +78,7 @@ async def test_more_is_claimed_under_the_second_half_of_what_is_in_line(tmp_path
         assert sorted(had) == sorted(f"id_{number}" for number in range(1_000))
 
 
-async def test_what_is_leased_ahead_stays_within_its_bound_when_more_is_claimed_early(tmp_path: Path) -> None:
+async def test_prefetched_leases_stay_within_the_bound_when_claimed_early(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, clock=ManualClock()) as own:
         store = Slow(own)
         await own.filled(3 * AHEAD_MAX)
@@ -91,7 +91,7 @@ async def test_what_is_leased_ahead_stays_within_its_bound_when_more_is_claimed_
         assert AHEAD_MAX <= most <= AHEAD_MAX * 3 // 2
 
 
-async def test_few_are_not_claimed_before_somebody_asks(tmp_path: Path) -> None:
+async def test_small_buffers_are_not_refilled_before_a_fetch(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, clock=ManualClock()) as own:
         store = Slow(own)
         await own.filled(100)
@@ -101,7 +101,7 @@ async def test_few_are_not_claimed_before_somebody_asks(tmp_path: Path) -> None:
         assert (store.asked, own.dispatcher.line_count) == ([4], 0)
 
 
-async def test_who_asks_slowly_gets_nothing_claimed_before_somebody_asks(tmp_path: Path) -> None:
+async def test_slow_fetching_causes_no_prefetch(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         store = Slow(own)
@@ -114,7 +114,7 @@ async def test_who_asks_slowly_gets_nothing_claimed_before_somebody_asks(tmp_pat
         assert len(store.asked) == claims_count
 
 
-async def test_what_the_store_gave_all_of_is_not_asked_for_before_somebody_asks(tmp_path: Path) -> None:
+async def test_an_exhausted_queue_is_not_claimed_again_before_a_fetch(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, clock=ManualClock()) as own:
         store = Slow(own)
         await own.filled(4 + 8 + 16 + 32 + MANY + 100)
@@ -125,7 +125,7 @@ async def test_what_the_store_gave_all_of_is_not_asked_for_before_somebody_asks(
         assert (len(had), store.asked) == (4 + 8 + 16 + 32 + MANY + 100, [4, 8, 16, 32, 64, 128])
 
 
-async def test_a_claim_that_nobody_waits_for_and_that_fails_is_made_again_when_somebody_asks(tmp_path: Path) -> None:
+async def test_a_failed_prefetch_is_repeated_at_the_next_fetch(tmp_path: Path) -> None:
     unheard: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: unheard.append(context))
     async with broker("memory", tmp_path, clock=ManualClock()) as own:
@@ -145,7 +145,7 @@ async def test_a_claim_that_nobody_waits_for_and_that_fails_is_made_again_when_s
     assert unheard == []
 
 
-async def test_who_finds_none_waits_for_what_is_on_its_way_for_others(tmp_path: Path) -> None:
+async def test_a_fetch_that_finds_the_buffer_empty_waits_for_a_claim_in_flight(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, clock=ManualClock()) as own:
         store = Slow(own)
         await own.filled(3)
@@ -164,7 +164,7 @@ async def test_who_finds_none_waits_for_what_is_on_its_way_for_others(tmp_path: 
         assert [handout is not None for handout in handouts] == [True, True, False]
 
 
-async def test_what_a_claim_brings_while_this_server_stops_goes_back(tmp_path: Path) -> None:
+async def test_leases_claimed_while_the_server_stops_are_released(tmp_path: Path) -> None:
     async with broker("memory", tmp_path, clock=ManualClock()) as own:
         store = Slow(own)
         await own.filled(1_000)
@@ -188,7 +188,7 @@ async def test_what_a_claim_brings_while_this_server_stops_goes_back(tmp_path: P
         await other.dispatcher.stop()
 
 
-async def test_a_stop_waits_once_for_all_the_claims_that_are_not_answered(tmp_path: Path) -> None:
+async def test_a_stop_waits_once_for_all_claims_in_flight(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         store = Slow(own)
@@ -209,7 +209,7 @@ async def test_a_stop_waits_once_for_all_the_claims_that_are_not_answered(tmp_pa
         store.is_open.set()
 
 
-async def test_who_asks_an_empty_store_again_and_again_leases_no_more_ahead(tmp_path: Path) -> None:
+async def test_repeated_fetches_of_an_empty_store_do_not_increase_the_prefetch(tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker("memory", tmp_path, clock=clock) as own:
         store = Slow(own)

@@ -154,7 +154,7 @@ def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pushes, "BUSY_S", (0.0, 0.001))
 
 
-async def test_what_reaches_its_worker_is_marked_once() -> None:
+async def test_a_delivered_activation_is_marked_once() -> None:
     shelf, worker = Shelf(500), Worker()
     async with pushing(shelf, worker) as pusher:
         await shelf.until(lambda: len(shelf.marked) == 500)
@@ -165,14 +165,14 @@ async def test_what_reaches_its_worker_is_marked_once() -> None:
     assert shelf.leases_ms == {lease_ms(Limits())}
 
 
-async def test_what_comes_later_is_pushed_too() -> None:
+async def test_activations_that_arrive_later_are_pushed() -> None:
     shelf, worker = Shelf(0), Worker()
     async with pushing(shelf, worker):
         shelf.waiting.append(PushDelivery("late", "app", activation(1).SerializeToString()))
         await shelf.until(lambda: shelf.marked == ["late"])
 
 
-async def test_what_a_busy_worker_refuses_goes_back_at_once_and_is_pushed_again() -> None:
+async def test_activations_refused_by_a_busy_worker_are_released_and_pushed_again() -> None:
     shelf, worker = Shelf(50), Worker(*[BUSY] * 7)
     async with pushing(shelf, worker) as pusher:
         await shelf.until(lambda: len(shelf.marked) == 50)
@@ -192,7 +192,7 @@ async def test_a_push_that_fails_marks_nothing() -> None:
     assert shelf.claimed == {}
 
 
-async def test_no_more_are_on_their_way_than_an_endpoint_takes_and_none_waits_claimed() -> None:
+async def test_pushes_in_flight_are_bounded_by_the_endpoint_and_no_claimed_activation_waits() -> None:
     shelf, worker = Shelf(100), Worker()
     worker.opened.clear()
     async with pushing(shelf, worker, push_concurrency=4):
@@ -216,7 +216,7 @@ async def test_two_endpoints_of_an_application_share_its_activations() -> None:
         await shelf.until(lambda: len(shelf.marked) == 200)
 
 
-async def test_an_endpoint_that_is_gone_leaves_its_share_to_the_other() -> None:
+async def test_the_other_endpoint_takes_over_from_one_that_is_unreachable() -> None:
     shelf, worker = Shelf(100), Worker()
     async with pushing(shelf, worker) as pusher:
         (endpoint,) = pusher.endpoints["app"]
@@ -237,7 +237,7 @@ async def test_pushes_are_signed_with_the_first_secret() -> None:
         assert (worker.got, shelf.marked) == ([], [])
 
 
-async def test_an_activation_that_may_run_once_and_may_have_begun_is_marked_and_not_given_back() -> None:
+async def test_an_at_most_once_activation_that_may_have_started_is_marked_and_not_released() -> None:
     shelf = Shelf(1, at_most_once=True)
     async with pushing(shelf, Worker(GrpcError(Code.INTERNAL, "half way"))):
         await shelf.until(lambda: shelf.marked == ["id_0"])
@@ -248,7 +248,7 @@ async def test_an_activation_that_may_run_once_and_may_have_begun_is_marked_and_
     assert shelf.returned == {"id_0": 1}, "who is busy has not begun"
 
 
-async def test_an_activation_that_is_refused_for_its_own_sake_lets_others_go_first() -> None:
+async def test_an_activation_that_workers_refuse_as_invalid_does_not_block_others() -> None:
     class Picky(Worker):
         async def push_task(self, request: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskResponse:
             if request.task.id == "id_0":
@@ -262,14 +262,14 @@ async def test_an_activation_that_is_refused_for_its_own_sake_lets_others_go_fir
     assert list(shelf.claimed) == ["id_0"], "its lease ends it"
 
 
-async def test_what_was_refused_and_then_taken_leaves_nothing_behind() -> None:
+async def test_the_refusals_of_an_activation_are_forgotten_once_it_is_accepted() -> None:
     shelf, worker = Shelf(1), Worker(*[GrpcError(Code.INTERNAL, "not now")] * (pushes.REFUSALS_PER_ID_MAX - 1))
     async with pushing(shelf, worker) as pusher:
         await shelf.until(lambda: shelf.marked == ["id_0"])
         assert pusher._refusals_by_id == {}
 
 
-async def test_a_store_that_is_away_is_asked_again() -> None:
+async def test_an_unavailable_store_is_claimed_from_again() -> None:
     shelf, worker = Shelf(3), Worker()
     shelf.fails = 3
     async with pushing(shelf, worker):
@@ -287,7 +287,7 @@ async def test_applications_without_an_endpoint_are_counted_and_never_claimed() 
         await shelf.until(lambda: pusher.parked_count == 0)
 
 
-async def test_a_stop_lets_what_is_on_its_way_arrive_and_writes_its_marks() -> None:
+async def test_a_stop_completes_pushes_in_flight_and_writes_their_marks() -> None:
     shelf, worker = Shelf(100), Worker()
     worker.opened.clear()
     async with pushing(shelf, worker, push_concurrency=4) as pusher:
@@ -303,7 +303,7 @@ async def test_a_stop_lets_what_is_on_its_way_arrive_and_writes_its_marks() -> N
         assert shelf.claimed == {}
 
 
-async def test_a_stop_gives_back_what_does_not_arrive_in_time() -> None:
+async def test_a_stop_releases_pushes_that_do_not_complete_in_time() -> None:
     shelf, worker = Shelf(4), Worker()
     worker.opened.clear()
     async with pushing(shelf, worker, shutdown_grace_s=0) as pusher:
@@ -314,7 +314,7 @@ async def test_a_stop_gives_back_what_does_not_arrive_in_time() -> None:
         assert shelf.marked == []
 
 
-def test_an_endpoint_that_refuses_is_asked_less_and_earns_more_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_halve_an_endpoint_s_concurrency_and_acceptances_raise_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pushes, "BUSY_S", BUSY_S)
     channel: Any = channels.Channel.__new__(channels.Channel)
     channel.target = PushTarget("app", "h", 1, is_tls=False)
@@ -336,11 +336,11 @@ def test_an_endpoint_that_refuses_is_asked_less_and_earns_more_again(monkeypatch
     assert endpoint.capacity(now_us) == 0
 
 
-def test_a_lease_holds_as_long_as_the_worst_case() -> None:
+def test_a_lease_lasts_for_the_worst_case() -> None:
     assert lease_ms(Limits(push_timeout_ms=5_000)) == 5_000 + 2 * QUERY_MS
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 20_000, 3_000_000])
-def test_a_push_carries_the_activation_s_own_bytes(size: int) -> None:
+def test_a_push_carries_the_activation_s_original_bytes(size: int) -> None:
     message = wire.TaskActivation(id="x", parameters_bytes=b"y" * size)
     assert wire.PushTaskRequest.FromString(as_first_field(message.SerializeToString())).task == message

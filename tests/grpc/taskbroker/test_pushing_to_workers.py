@@ -137,7 +137,7 @@ class Shelf:
 
 
 @pytest.mark.parametrize("at_most_once", [False, True])
-async def test_what_a_worker_refuses_waits_as_it_was(tmp_path: Path, at_most_once: bool) -> None:
+async def test_an_activation_that_a_worker_refuses_waits_unchanged(tmp_path: Path, at_most_once: bool) -> None:
     async with broker("memory", tmp_path, delivery="push", limits={"poll_interval_ms": 5}) as made:
         worker = Worker(0)
         for _ in range(SIZE):

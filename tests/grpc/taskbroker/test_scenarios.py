@@ -215,7 +215,7 @@ class Story:
 
 
 @pytest.mark.parametrize("seed", range(25))
-async def test_nothing_is_lost_doubled_or_handed_out_once_too_often_whatever_happens(seed: int, tmp_path: Path) -> None:
+async def test_no_activation_is_lost_recorded_twice_or_delivered_too_often(seed: int, tmp_path: Path) -> None:
     await told(Story(seed), "memory", tmp_path)
 
 

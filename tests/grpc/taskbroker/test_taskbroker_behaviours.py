@@ -43,7 +43,7 @@ def received_now(clock: ManualClock, *messages: wire.TaskActivation) -> tuple[wi
 # -- the store
 
 
-async def test_opening_makes_the_file(tmp_path: Path) -> None:
+async def test_opening_creates_the_database_file(tmp_path: Path) -> None:
     assert not (tmp_path / "headrace.db").exists()
     async with broker("sqlite", tmp_path):
         assert (tmp_path / "headrace.db").exists()
@@ -57,7 +57,7 @@ async def test_two_activations_are_two_runs(kind: str, tmp_path: Path) -> None:
 
 
 @on_databases
-async def test_depths_are_what_stands_in_the_states(kind: str, tmp_path: Path) -> None:
+async def test_depths_are_the_counts_of_the_states(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         assert await own.engine.store.queues("default") == []
@@ -71,7 +71,7 @@ async def test_depths_are_what_stands_in_the_states(kind: str, tmp_path: Path) -
 
 
 @on_databases
-async def test_the_oldest_goes_first_and_has_until_its_deadline_and_grace(kind: str, tmp_path: Path) -> None:
+async def test_the_oldest_is_delivered_first_and_has_its_deadline_plus_the_grace(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await own.add(activation("old"))
@@ -92,7 +92,7 @@ async def test_two_thousand_claims_at_once_get_two_thousand_ids(kind: str, tmp_p
 
 
 @on_databases
-async def test_several_namespaces_at_once_in_the_order_they_came(kind: str, tmp_path: Path) -> None:
+async def test_several_namespaces_are_delivered_in_order_of_arrival(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         for number, namespace in enumerate(("a", "b", "c")):
             await own.add(activation(number, namespace=namespace))
@@ -103,7 +103,7 @@ async def test_several_namespaces_at_once_in_the_order_they_came(kind: str, tmp_
 
 @on_databases
 @pytest.mark.parametrize(("count_max", "expected"), [(10_000, 50), (20, 20), (50, 50)])
-async def test_of_what_waits_as_many_are_claimed_as_are_asked_for(
+async def test_a_claim_returns_at_most_the_requested_number(
     kind: str, count_max: int, expected: int, tmp_path: Path
 ) -> None:
     async with broker(kind, tmp_path) as own:
@@ -121,7 +121,9 @@ async def test_of_what_waits_as_many_are_claimed_as_are_asked_for(
 @pytest.mark.parametrize(
     "retry", [{"on_attempts_exceeded": DISCARD}, {"on_attempts_exceeded": DEADLETTER}, {"attempts": 5}]
 )
-async def test_a_deadline_asks_no_retry_state(kind: str, retry: dict[str, Any], tmp_path: Path) -> None:
+async def test_a_missed_deadline_does_not_depend_on_the_retry_state(
+    kind: str, retry: dict[str, Any], tmp_path: Path
+) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await own.add(activation(0, retry={"max_attempts": 1, **retry}))
@@ -134,7 +136,7 @@ async def test_a_deadline_asks_no_retry_state(kind: str, retry: dict[str, Any], 
 
 @on_databases
 @pytest.mark.parametrize("at_most_once", [False, True])
-async def test_a_claim_that_lapses_returns_its_run_with_its_counts_unchanged(
+async def test_a_lapsed_claim_releases_its_run_with_counts_unchanged(
     kind: str, at_most_once: bool, tmp_path: Path
 ) -> None:
     clock = ManualClock()
@@ -147,7 +149,7 @@ async def test_a_claim_that_lapses_returns_its_run_with_its_counts_unchanged(
 
 
 @on_databases
-async def test_what_has_ended_goes_with_its_batch_wherever_it_sits(kind: str, tmp_path: Path) -> None:
+async def test_finished_activations_are_deleted_with_their_batch(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await own.filled(30)
@@ -161,7 +163,7 @@ async def test_what_has_ended_goes_with_its_batch_wherever_it_sits(kind: str, tm
 
 
 @on_databases
-async def test_the_age_of_the_oldest_that_waits(kind: str, tmp_path: Path) -> None:
+async def test_the_age_is_that_of_the_oldest_waiting_activation(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
 
@@ -188,7 +190,7 @@ async def test_the_age_of_the_oldest_that_waits(kind: str, tmp_path: Path) -> No
 
 
 @on_databases
-async def test_a_batched_report_is_taken_in_and_written_with_others(kind: str, tmp_path: Path) -> None:
+async def test_a_batched_report_is_accepted_and_written_with_others(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path, ack="received", flush_interval_ms=60_000) as own:
         await own.filled(3)
         for number in range(3):
@@ -203,7 +205,7 @@ async def test_a_batched_report_is_taken_in_and_written_with_others(kind: str, t
 
 
 @on_databases
-async def test_a_report_to_a_server_that_has_stopped_is_internal(kind: str, tmp_path: Path) -> None:
+async def test_a_report_to_a_stopped_server_is_answered_with_internal(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         await own.filled(1)
         await own.get()
@@ -215,7 +217,7 @@ async def test_a_report_to_a_server_that_has_stopped_is_internal(kind: str, tmp_
 
 
 @on_databases
-async def test_what_is_pushed_is_marked_on_its_first_attempt_and_on_a_later_one(kind: str, tmp_path: Path) -> None:
+async def test_pushed_activations_are_marked_on_first_and_later_attempts(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path, delivery="push") as own:
         deliveries = DispatcherDeliveries(own.dispatcher)
         await own.filled(1)
@@ -229,7 +231,7 @@ async def test_what_is_pushed_is_marked_on_its_first_attempt_and_on_a_later_one(
 
 
 @on_databases
-async def test_what_could_not_be_pushed_waits_again_and_is_marked_by_nobody(kind: str, tmp_path: Path) -> None:
+async def test_an_activation_that_could_not_be_pushed_waits_unmarked(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path, delivery="push") as own:
         deliveries = DispatcherDeliveries(own.dispatcher)
         assert await deliveries.parked(["app"]) == {}
@@ -247,7 +249,7 @@ async def test_what_could_not_be_pushed_waits_again_and_is_marked_by_nobody(kind
 
 
 @on_databases
-async def test_a_pass_of_all_that_ends_without_a_worker_s_word(kind: str, tmp_path: Path) -> None:
+async def test_a_tick_and_a_sweep_end_overdue_and_expired_activations(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock, limits={"delivery_attempts_max": 1}) as own:
         await own.add(*(activation(n, retry={"on_attempts_exceeded": DISCARD}) for n in range(2)))
@@ -262,7 +264,7 @@ async def test_a_pass_of_all_that_ends_without_a_worker_s_word(kind: str, tmp_pa
 
 
 @on_databases
-async def test_a_delay_that_has_elapsed_lets_go_of_what_is_due_and_no_more(kind: str, tmp_path: Path) -> None:
+async def test_an_elapsed_delay_makes_exactly_the_due_activations_claimable(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await own.add(*received_now(clock, activation(0, delay=10), activation(1, delay=20)))
@@ -278,7 +280,7 @@ async def test_a_delay_that_has_elapsed_lets_go_of_what_is_due_and_no_more(kind:
 
 
 @on_databases
-async def test_ten_thousand_tasks_and_twenty_workers(kind: str, tmp_path: Path) -> None:
+async def test_twenty_workers_complete_ten_thousand_tasks(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         names = await own.filled(10_000)
         had = await own.drained(20)
@@ -287,7 +289,7 @@ async def test_ten_thousand_tasks_and_twenty_workers(kind: str, tmp_path: Path) 
 
 
 @on_databases
-async def test_five_thousand_tasks_with_three_retries_each(kind: str, tmp_path: Path) -> None:
+async def test_five_thousand_tasks_complete_after_three_retries_each(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         await own.filled(5_000, retry={"max_attempts": 4})
         attempts: dict[str, int] = {}
@@ -308,7 +310,7 @@ async def test_five_thousand_tasks_with_three_retries_each(kind: str, tmp_path: 
 
 
 @on_databases
-async def test_ten_thousand_failures_of_which_half_are_dead_letters(kind: str, tmp_path: Path) -> None:
+async def test_half_of_ten_thousand_failures_become_dead_letters(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path) as own:
         choices = (DEADLETTER, DISCARD)
         await own.add(*(activation(n, retry={"on_attempts_exceeded": choices[n % 2]}) for n in range(10_000)))
@@ -321,7 +323,7 @@ async def test_ten_thousand_failures_of_which_half_are_dead_letters(kind: str, t
 
 
 @on_databases
-async def test_ten_thousand_that_expire(kind: str, tmp_path: Path) -> None:
+async def test_ten_thousand_activations_expire(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         await own.add(*received_now(clock, *(activation(n, expires=10) for n in range(10_000))))
@@ -333,7 +335,7 @@ async def test_ten_thousand_that_expire(kind: str, tmp_path: Path) -> None:
 
 
 @on_databases
-async def test_five_thousand_delayed_by_twenty_to_forty_seconds(kind: str, tmp_path: Path) -> None:
+async def test_five_thousand_delayed_activations_are_delivered_when_due(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock) as own:
         start_us = clock.now_us()
@@ -351,7 +353,7 @@ async def test_five_thousand_delayed_by_twenty_to_forty_seconds(kind: str, tmp_p
 
 
 @on_databases
-async def test_a_pool_pushes_each_once_and_each_is_processing(kind: str, tmp_path: Path) -> None:
+async def test_a_pusher_sends_each_once_and_each_is_processing(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path, delivery="push") as own:
         await own.filled(500)
         pushed = await pushed_by(own, threads_count=4, accepts=True)
@@ -360,7 +362,7 @@ async def test_a_pool_pushes_each_once_and_each_is_processing(kind: str, tmp_pat
 
 
 @on_databases
-async def test_of_workers_that_refuse_everything_nothing_is_lost(kind: str, tmp_path: Path) -> None:
+async def test_workers_that_refuse_everything_lose_nothing(kind: str, tmp_path: Path) -> None:
     async with broker(kind, tmp_path, delivery="push") as own:
         await own.filled(200)
         assert await pushed_by(own, threads_count=4, accepts=False) == []
@@ -370,7 +372,7 @@ async def test_of_workers_that_refuse_everything_nothing_is_lost(kind: str, tmp_
 
 
 @on_databases
-async def test_of_a_worker_that_hangs_claims_lapse_and_nothing_is_lost(kind: str, tmp_path: Path) -> None:
+async def test_claims_of_a_hanging_worker_lapse_and_nothing_is_lost(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with broker(kind, tmp_path, clock=clock, delivery="push") as own:
         await own.filled(50)

@@ -81,7 +81,7 @@ async def echoed(message: bytes, _context: Any) -> bytes:
 
 
 @pytest.mark.parametrize("is_tls", [False, True])
-async def test_many_calls_share_a_connection_and_none_gets_another_s_answer(is_tls: bool) -> None:
+async def test_many_calls_share_a_connection_and_get_their_own_responses(is_tls: bool) -> None:
     async with foreign(echoed, is_tls=is_tls) as port, channel(port, is_tls=is_tls) as made:
         await made.call(PATH, b"first", timeout_s=30)
         protocol = made._protocol
@@ -100,7 +100,7 @@ async def test_messages_larger_than_every_window_go_both_ways() -> None:
         assert large.value.code is Code.RESOURCE_EXHAUSTED
 
 
-async def test_what_goes_with_a_call_arrives() -> None:
+async def test_signature_user_agent_and_timeout_of_a_call_arrive() -> None:
     seen: list[dict[str, Any]] = []
     left: list[float] = []
 
@@ -116,7 +116,7 @@ async def test_what_goes_with_a_call_arrives() -> None:
     assert 0 < left[0] <= 100
 
 
-async def test_an_error_keeps_its_code_and_its_words() -> None:
+async def test_an_error_keeps_its_code_and_message() -> None:
     async def refused(_message: bytes, context: Any) -> bytes:
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "50 % of “grüße”\nworker busy")
         return b""
@@ -131,7 +131,7 @@ async def test_an_error_keeps_its_code_and_its_words() -> None:
         assert unknown.value.code is Code.UNIMPLEMENTED
 
 
-async def test_a_call_that_takes_too_long_is_given_up_on_both_sides() -> None:
+async def test_a_timed_out_call_is_cancelled_on_both_sides() -> None:
     echo = Echo()
     async with listening(echo.methods) as (_, port), channel(port) as made:
         with pytest.raises(GrpcError) as late:
@@ -142,7 +142,7 @@ async def test_a_call_that_takes_too_long_is_given_up_on_both_sides() -> None:
         assert await made.call(ECHO, message, timeout_s=30) == message
 
 
-async def test_a_caller_who_leaves_ends_the_call() -> None:
+async def test_cancelling_the_caller_cancels_the_call() -> None:
     echo = Echo()
     async with listening(echo.methods) as (_, port), channel(port) as made:
         calling = asyncio.create_task(made.call(WAIT, b"", timeout_s=30))
@@ -153,7 +153,7 @@ async def test_a_caller_who_leaves_ends_the_call() -> None:
         assert made._protocol._calls == {}
 
 
-async def test_more_calls_than_the_peer_takes_were_not_sent() -> None:
+async def test_calls_beyond_the_peer_s_limit_are_not_sent() -> None:
     echo = Echo()
     async with listening(echo.methods, grpc_calls_max=2) as (_, port), channel(port) as made:
         await made.call(ECHO, b"", timeout_s=30)
@@ -168,7 +168,7 @@ async def test_more_calls_than_the_peer_takes_were_not_sent() -> None:
         await made.call(ECHO, b"", timeout_s=30)
 
 
-async def test_a_peer_that_goes_away_is_called_anew_and_its_old_calls_end() -> None:
+async def test_after_goaway_a_new_connection_is_opened_and_old_calls_complete() -> None:
     echo = Echo()
     async with listening(echo.methods) as (server, port), channel(port) as made:
         waiting = asyncio.create_task(made.call(WAIT, b"", timeout_s=30))
@@ -184,7 +184,7 @@ async def test_a_peer_that_goes_away_is_called_anew_and_its_old_calls_end() -> N
         assert await waiting == b""
 
 
-async def test_a_connection_that_breaks_fails_its_calls_and_the_next_one_works() -> None:
+async def test_a_broken_connection_fails_its_calls_and_the_next_call_reconnects() -> None:
     echo = Echo()
     async with listening(echo.methods) as (server, port), channel(port) as made:
         waiting = asyncio.create_task(made.call(WAIT, b"", timeout_s=30))
@@ -198,7 +198,7 @@ async def test_a_connection_that_breaks_fails_its_calls_and_the_next_one_works()
         assert await made.call(ECHO, b"", timeout_s=30) == b""
 
 
-async def test_who_is_not_there_was_not_sent_anything_and_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreachable_endpoint_fails_calls_as_not_sent_and_backs_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "BACKOFF_S", (0.0, 1_000.0))
     async with listening(Echo().methods) as (_, port):
         pass
@@ -242,7 +242,7 @@ async def peer(*said: bytes, ends: bool = False, **more: Any) -> AsyncGenerator[
         b"",
     ],
 )
-async def test_a_peer_that_is_no_grpc_server_makes_a_call_fail(said: bytes) -> None:
+async def test_a_call_to_a_server_without_grpc_fails(said: bytes) -> None:
     async with peer(said, ends=not said) as (port, heard), channel(port) as made:
         with pytest.raises(GrpcError) as failed:
             await made.call(PATH, b"hello", timeout_s=30)
@@ -250,7 +250,7 @@ async def test_a_peer_that_is_no_grpc_server_makes_a_call_fail(said: bytes) -> N
         assert heard[0] == PREFACE
 
 
-async def test_a_peer_that_says_nothing_is_hung_up_on_after_a_call_s_time() -> None:
+async def test_a_silent_peer_is_disconnected_after_a_call_timed_out() -> None:
     async with peer() as (port, heard), channel(port) as made:
         for number in (1, 2):
             with pytest.raises(GrpcError) as late:
@@ -263,7 +263,7 @@ async def test_a_peer_that_says_nothing_is_hung_up_on_after_a_call_s_time() -> N
                 await asyncio.sleep(0)
 
 
-async def test_a_peer_that_does_not_choose_http_2_is_not_spoken_to() -> None:
+async def test_a_server_that_does_not_negotiate_http_2_is_refused() -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     certificate().configure_cert(context)
     context.set_alpn_protocols(["http/1.1"])
@@ -272,7 +272,7 @@ async def test_a_peer_that_does_not_choose_http_2_is_not_spoken_to() -> None:
             await made.call(PATH, b"hello", timeout_s=30)
 
 
-async def test_a_certificate_that_nobody_knows_is_not_believed() -> None:
+async def test_an_untrusted_certificate_is_refused() -> None:
     async with foreign(echoed, is_tls=True) as port:
         made = Channel(PushTarget("app", "localhost", port, is_tls=True), BOUNDS, Budget(10**6))
         with pytest.raises(CallNotSent, match=r"(?i)certificate"):
@@ -280,14 +280,14 @@ async def test_a_certificate_that_nobody_knows_is_not_believed() -> None:
         made.close()
 
 
-async def test_a_closed_channel_calls_nobody() -> None:
+async def test_a_closed_channel_makes_no_calls() -> None:
     async with listening(Echo().methods) as (_, port), channel(port) as made:
         made.close()
         with pytest.raises(CallNotSent):
             await made.call(ECHO, b"", timeout_s=30)
 
 
-async def test_an_error_that_a_proxy_gives_is_told_as_what_it_is() -> None:
+async def test_an_http_error_is_converted_to_a_grpc_code() -> None:
     echo = Echo()
     async with listening(echo.methods) as (_, port), channel(port) as made:
         with pytest.raises(GrpcError) as told:

@@ -93,7 +93,7 @@ CALLS = GREETING + b"".join(
 
 
 @given(st.lists(st.integers(0, len(CALLS)), max_size=12))
-def test_bytes_mean_the_same_however_they_are_cut(cuts: list[int]) -> None:
+def test_bytes_give_the_same_events_however_they_are_split(cuts: list[int]) -> None:
     whole, cut = server(), server()
     wanted = whole.feed(CALLS, now_us=5)
     found: list[Event] = []
@@ -108,7 +108,7 @@ def test_bytes_mean_the_same_however_they_are_cut(cuts: list[int]) -> None:
     assert all_of(cut) == all_of(whole)
 
 
-def test_bytes_one_by_one_mean_the_same() -> None:
+def test_bytes_fed_one_by_one_give_the_same_events() -> None:
     whole, cut = server(), server()
     found: list[Event] = []
     for place in range(len(CALLS)):
@@ -145,7 +145,7 @@ def any_frame() -> st.SearchStrategy[bytes]:
     st.booleans(),
 )
 @settings(max_examples=300)
-def test_no_frames_break_more_than_their_connection(pieces: list[bytes], is_client: bool) -> None:
+def test_arbitrary_frames_fail_at_most_their_own_connection(pieces: list[bytes], is_client: bool) -> None:
     budget = Budget(1_000)
     machine = Http2Connection(BOUNDS, budget, is_client=is_client)
     if is_client:
@@ -230,7 +230,7 @@ BROKEN: dict[str, tuple[bytes, ErrorCode]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_protocol_ends_the_connection_and_says_how(name: str) -> None:
+def test_a_protocol_violation_ends_the_connection_with_its_error_code(name: str) -> None:
     data, error_code = BROKEN[name]
     machine = greeted()
     event = machine.feed(data, now_us=0)[-1]
@@ -240,7 +240,7 @@ def test_a_broken_protocol_ends_the_connection_and_says_how(name: str) -> None:
     assert (kind, payload[4:8]) == (frames.GOAWAY, frames.WORD.pack(error_code))
 
 
-def test_a_peer_that_does_not_greet_is_not_listened_to() -> None:
+def test_a_first_frame_other_than_settings_ends_the_connection() -> None:
     (event,) = server().feed(PREFACE + frame(frames.PING, 0, 0, b"12345678"), now_us=0)
     assert isinstance(event, ConnectionFailed)
 
@@ -257,28 +257,28 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
-def test_a_flood_of_frames_that_carry_nothing_ends_the_connection(name: str) -> None:
+def test_a_flood_of_frames_without_calls_ends_the_connection(name: str) -> None:
     machine = greeted()
     event = machine.feed(FLOODS[name] * (ALLOWANCE_MAX + 1), now_us=0)[-1]
     assert isinstance(event, ConnectionFailed), event
     assert event.error_code is ErrorCode.ENHANCE_YOUR_CALM
 
 
-def test_the_same_frames_over_time_are_no_flood() -> None:
+def test_the_same_frames_over_a_longer_time_are_accepted() -> None:
     machine = greeted()
     for second in range(200):
         assert machine.feed(FLOODS["pings"] * 50, now_us=second * 1_000_000) == []
         machine.take_output()
 
 
-def test_empty_data_without_end_is_a_flood() -> None:
+def test_endless_empty_data_frames_end_the_connection() -> None:
     machine = greeted()
     event = machine.feed(headers(1) + frame(frames.DATA, 0, 1) * (ALLOWANCE_MAX + 1), now_us=0)[-1]
     assert isinstance(event, ConnectionFailed)
     assert event.error_code is ErrorCode.ENHANCE_YOUR_CALM
 
 
-def test_streams_that_are_opened_and_reset_at_once_are_a_flood_and_never_more_than_allowed() -> None:
+def test_rapid_resets_end_the_connection_and_never_exceed_the_stream_limit() -> None:
     machine = greeted()
     for stream_id in range(1, 10_000, 2):
         events = machine.feed(call(stream_id) + frame(frames.RST_STREAM, 0, stream_id, bytes(4)), now_us=0)
@@ -289,7 +289,7 @@ def test_streams_that_are_opened_and_reset_at_once_are_a_flood_and_never_more_th
     assert stream_id < 2_000
 
 
-def test_a_stream_that_was_reset_counts_until_its_handler_has_ended() -> None:
+def test_a_reset_stream_counts_until_its_handler_has_ended() -> None:
     machine = greeted(Bounds(1_000, 1))
     assert len(machine.feed(call(1) + frame(frames.RST_STREAM, 0, 1, bytes(4)), now_us=0)) == 2
     assert machine.feed(call(3), now_us=0) == []
@@ -298,7 +298,7 @@ def test_a_stream_that_was_reset_counts_until_its_handler_has_ended() -> None:
     assert [type(event) for event in machine.feed(call(5), now_us=0)] == [RequestReceived]
 
 
-def test_a_header_block_in_crumbs_or_without_end_is_a_flood() -> None:
+def test_a_header_block_in_tiny_fragments_or_without_end_ends_the_connection() -> None:
     for crumb in (b"", b"x" * 1_000):
         machine = greeted()
         crumbs = frame(frames.CONTINUATION, 0, 1, crumb) * (CONTINUATIONS_MAX + 1)
@@ -307,7 +307,7 @@ def test_a_header_block_in_crumbs_or_without_end_is_a_flood() -> None:
         assert event.error_code is ErrorCode.ENHANCE_YOUR_CALM
 
 
-def test_headers_at_their_bound_are_read_and_one_past_it_are_not() -> None:
+def test_headers_at_the_limit_are_accepted_and_one_byte_more_is_not() -> None:
     base = sum(len(name) + len(value) + 32 for name, value in _fields().items())
     room = LIST_BYTES_MAX - base - 32 - len("a")
     assert room < BLOCK_BYTES_MAX
@@ -325,7 +325,7 @@ def _fields() -> dict[str, str]:
     return {":method": "POST", ":scheme": "http", ":path": "/a/B", "content-type": "application/grpc"}
 
 
-def test_windows_are_opened_again_as_a_message_comes() -> None:
+def test_flow_control_windows_reopen_while_a_message_arrives() -> None:
     machine = greeted(Bounds(10**7, 8))
     sent = {0: CONNECTION_WINDOW, 1: STREAM_WINDOW}
     message = framed(b"x" * 3_000_000)
@@ -345,7 +345,7 @@ def test_windows_are_opened_again_as_a_message_comes() -> None:
     assert sent[1] <= STREAM_WINDOW
 
 
-def test_a_block_means_what_its_peer_s_table_says_by_then() -> None:
+def test_a_cached_header_block_is_invalidated_when_the_dynamic_table_changes() -> None:
     machine = greeted()
     newest = ASK + b"\xbe"
     seen = []
@@ -381,7 +381,9 @@ def test_a_call_ends_once() -> None:
         ({"content-type": ""}, "415"),
     ],
 )
-def test_what_is_no_grpc_is_told_so_and_the_connection_lives(fields: dict[str, str], status: str) -> None:
+def test_a_request_that_is_not_grpc_is_refused_and_the_connection_stays_open(
+    fields: dict[str, str], status: str
+) -> None:
     machine = greeted()
     assert machine.feed(headers(1, encode_block(_fields() | fields)), now_us=0) == []
     said = parsed(all_of(machine))
@@ -403,7 +405,7 @@ def test_what_is_no_grpc_is_told_so_and_the_connection_lives(fields: dict[str, s
         encode_field("x", "y") + ASK,
     ],
 )
-def test_headers_that_no_request_may_have_reset_their_stream(fields: bytes) -> None:
+def test_invalid_request_headers_reset_their_stream(fields: bytes) -> None:
     machine = greeted()
     assert machine.feed(headers(1, fields), now_us=0) == []
     assert parsed(all_of(machine)) == [(frames.RST_STREAM, 0, 1, frames.WORD.pack(ErrorCode.PROTOCOL_ERROR))]
@@ -423,7 +425,7 @@ def test_headers_that_no_request_may_have_reset_their_stream(fields: bytes) -> N
         (b"\0" + struct.pack(">I", BOUNDS.message_bytes_max + 1), Code.RESOURCE_EXHAUSTED),
     ],
 )
-def test_a_call_without_one_whole_message_is_refused(body: bytes, code: Code) -> None:
+def test_a_call_without_exactly_one_complete_message_is_refused(body: bytes, code: Code) -> None:
     machine = greeted()
     assert machine.feed(headers(1) + frame(frames.DATA, frames.END_STREAM, 1, body), now_us=0) == []
     kind, flags, _, payload = parsed(all_of(machine))[0]
@@ -432,7 +434,7 @@ def test_a_call_without_one_whole_message_is_refused(body: bytes, code: Code) ->
     assert machine.streams_count == 0
 
 
-def test_data_that_was_on_its_way_when_its_call_was_refused_is_passed_over() -> None:
+def test_data_in_flight_for_a_refused_call_is_ignored() -> None:
     machine = greeted()
     start = frame(frames.DATA, 0, 1, b"\0" + struct.pack(">I", 10**9))
     assert machine.feed(headers(1) + start + frame(frames.DATA, 0, 1, b"x" * 16_000) * 200, now_us=0) == []
@@ -442,14 +444,14 @@ def test_data_that_was_on_its_way_when_its_call_was_refused_is_passed_over() -> 
     assert said.count((frames.WINDOW_UPDATE, 0, 0)) == 200 * 16_000 // (CONNECTION_WINDOW // 2)
 
 
-def test_calls_past_the_bound_are_refused_so_that_they_may_be_sent_again() -> None:
+def test_calls_beyond_the_limit_are_refused_as_safe_to_retry() -> None:
     machine = greeted(Bounds(1_000, 2))
     events = machine.feed(call(1) + call(3) + call(5), now_us=0)
     assert [event.stream_id for event in events if isinstance(event, RequestReceived)] == [1, 3]
     assert parsed(all_of(machine)) == [(frames.RST_STREAM, 0, 5, frames.WORD.pack(ErrorCode.REFUSED_STREAM))]
 
 
-def test_after_goaway_no_new_call_is_taken_and_old_ones_are_answered() -> None:
+def test_after_goaway_no_new_call_is_accepted_and_open_ones_complete() -> None:
     machine = greeted()
     machine.feed(call(1), now_us=0)
     machine.go_away()
@@ -467,7 +469,7 @@ def test_after_goaway_no_new_call_is_taken_and_old_ones_are_answered() -> None:
     assert said[0][3][:8] == struct.pack(">II", 1, 0)
 
 
-def test_a_call_whose_message_stays_away_is_found() -> None:
+def test_a_call_with_an_incomplete_message_is_reported_as_stalled() -> None:
     machine = greeted()
     machine.feed(headers(1) + call(3), now_us=1_000)
     assert machine.stalled_calls(1_000) == []
@@ -476,7 +478,7 @@ def test_a_call_whose_message_stays_away_is_found() -> None:
     assert machine.stalled_calls(1_001) == []
 
 
-def test_an_answer_waits_for_room_and_goes_out_as_it_is_made() -> None:
+def test_a_response_waits_for_the_peer_s_window() -> None:
     machine = greeted()
     machine.feed(frames.settings({frames.INITIAL_WINDOW_SIZE: 3}) + call(1), now_us=0)
     machine.take_output()
@@ -511,7 +513,7 @@ SIGNED = encode_field("sentry-signature", "ab" * 32)
         (ASK + b"\x20" + SIGNED, "broken"),
     ],
 )
-def test_a_signature_is_read_wherever_it_stands(fields: bytes, signature: str) -> None:
+def test_a_signature_is_decoded_at_any_position_in_the_headers(fields: bytes, signature: str) -> None:
     for _ in range(2):
         machine = greeted()
         for stream_id in (1, 3):
@@ -536,7 +538,7 @@ SIZES = st.lists(st.sampled_from([0, 1, 5_000, 16_384 - 5, 16_384, 70_000, 300_0
 
 @given(SIZES, SIZES, st.randoms(use_true_random=False))
 @settings(max_examples=40)
-def test_two_ends_carry_every_message_whatever_pieces_arrive(
+def test_client_and_server_exchange_all_messages_however_bytes_are_split(
     asks: list[int], answers: list[int], chance: Random
 ) -> None:
     budget, bounds = Budget(10**8), Bounds(10**6, 100)
@@ -566,7 +568,7 @@ def test_two_ends_carry_every_message_whatever_pieces_arrive(
     assert (budget.held_bytes, client.streams_count, other.streams_count) == (0, 0, 0)
 
 
-def test_a_client_is_told_why_a_call_failed() -> None:
+def test_a_client_receives_the_status_of_a_failed_call() -> None:
     client, other = Http2Connection(BOUNDS, Budget(10**6), is_client=True), server()
     stream_id = client.start_call(ASK, b"hello")
     other.feed(all_of(client), now_us=0)
@@ -577,7 +579,7 @@ def test_a_client_is_told_why_a_call_failed() -> None:
     assert decode_status_message(event.trailers["grpc-message"]) == "50 % gone"
 
 
-def test_a_client_gives_up_on_an_answer_over_its_bound() -> None:
+def test_a_client_refuses_a_response_over_its_limit() -> None:
     client, other = Http2Connection(Bounds(10, 1), Budget(10**6), is_client=True), server()
     stream_id = client.start_call(ASK, b"hello")
     other.feed(all_of(client), now_us=0)
@@ -588,7 +590,7 @@ def test_a_client_gives_up_on_an_answer_over_its_bound() -> None:
 
 
 @given(st.text(max_size=20))
-def test_words_of_a_status_come_back_as_they_were(text: str) -> None:
+def test_a_status_message_survives_percent_encoding(text: str) -> None:
     carried = encode_status_message(text)
     assert carried.isascii()
     assert not any(character in carried for character in "\r\n\0")

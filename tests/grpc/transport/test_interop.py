@@ -17,7 +17,7 @@ MIB = 1024 * 1024
 
 
 @pytest.mark.parametrize("is_tls", [False, True])
-async def test_a_client_on_a_loop_is_answered(is_tls: bool) -> None:
+async def test_an_asyncio_client_gets_responses(is_tls: bool) -> None:
     echo = Echo()
     async with listening(echo.methods, is_tls=is_tls) as (_, port), channel(port, is_tls=is_tls) as made:
         answers = await asyncio.gather(
@@ -29,7 +29,7 @@ async def test_a_client_on_a_loop_is_answered(is_tls: bool) -> None:
 
 
 @pytest.mark.parametrize("is_tls", [False, True])
-async def test_a_client_of_threads_is_answered(is_tls: bool) -> None:
+async def test_a_threaded_client_gets_responses(is_tls: bool) -> None:
     def call(port: int) -> list[str]:
         if is_tls:
             made = grpc.secure_channel(f"localhost:{port}", credentials())
@@ -45,7 +45,7 @@ async def test_a_client_of_threads_is_answered(is_tls: bool) -> None:
     assert all(call.deadline_us is not None for call in echo.calls)
 
 
-async def test_messages_larger_than_every_window_go_both_ways_at_once() -> None:
+async def test_messages_larger_than_every_window_go_both_ways_concurrently() -> None:
     async with listening(Echo().methods) as (server, port), channel(port) as made:
         texts = [letter * (3 * MIB) for letter in "abcd"]
         answers = await asyncio.gather(*(unary(made, ECHO)(asked(text)) for text in texts))
@@ -64,7 +64,7 @@ async def test_a_message_over_its_bound_is_refused_and_the_next_call_works() -> 
         assert server.budget.held_bytes == 0
 
 
-async def test_what_all_calls_hold_together_is_bounded() -> None:
+async def test_the_bytes_held_by_all_calls_together_are_bounded() -> None:
     echo = Echo()
     limits: dict[str, Any] = {"grpc_message_bytes_max": MIB, "grpc_buffer_bytes_max": 2 * MIB}
     async with listening(echo.methods, **limits) as (server, port), channel(port) as made:
@@ -85,7 +85,7 @@ async def _call(made: Any, path: str) -> Any:
     return await unary(made, path)(asked("x" * (MIB - 100)))
 
 
-async def test_an_error_keeps_its_code_and_its_words() -> None:
+async def test_an_error_keeps_its_code_and_message() -> None:
     async with listening(Echo().methods) as (_, port), channel(port) as made:
         words = "50 % of “grüße”\n\tare gone"
         with pytest.raises(grpc.aio.AioRpcError) as told:
@@ -93,7 +93,7 @@ async def test_an_error_keeps_its_code_and_its_words() -> None:
         assert (told.value.code(), told.value.details()) == (grpc.StatusCode.NOT_FOUND, words)
 
 
-async def test_the_longest_words_of_an_error_arrive_cut() -> None:
+async def test_a_long_error_message_arrives_cut() -> None:
     async with listening(Echo().methods) as (_, port), channel(port) as made:
         with pytest.raises(grpc.aio.AioRpcError) as told:
             await unary(made, FAIL)(wire.PushTaskRequest(callback_url="😀" * 10_000))
@@ -101,7 +101,7 @@ async def test_the_longest_words_of_an_error_arrive_cut() -> None:
         assert told.value.details() == "😀" * 250
 
 
-async def test_a_crash_of_a_handler_is_internal_and_tells_nothing() -> None:
+async def test_an_exception_in_a_handler_is_internal_and_leaks_nothing() -> None:
     async with listening(Echo().methods) as (_, port), channel(port) as made:
         with pytest.raises(grpc.aio.AioRpcError) as told:
             await unary(made, FAIL)(wire.PushTaskRequest(callback_url="crash"))
@@ -109,14 +109,14 @@ async def test_a_crash_of_a_handler_is_internal_and_tells_nothing() -> None:
         assert "ZeroDivision" not in str(told.value.details())
 
 
-async def test_a_method_that_nobody_has_is_unimplemented() -> None:
+async def test_an_unknown_method_is_unimplemented() -> None:
     async with listening(Echo().methods) as (_, port), channel(port) as made:
         with pytest.raises(grpc.aio.AioRpcError) as told:
             await unary(made, "/no/Such")(asked())
         assert told.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_bytes_that_are_no_message_are_refused() -> None:
+async def test_bytes_that_cannot_be_decoded_are_refused() -> None:
     async with listening(Echo().methods) as (_, port), channel(port) as made:
         with pytest.raises(grpc.aio.AioRpcError) as told:
             await made.unary_unary(ECHO)(b"\xff\xff\xff")
@@ -134,7 +134,7 @@ async def test_a_deadline_ends_the_call_and_its_handler() -> None:
         assert server.budget.held_bytes == 0
 
 
-async def test_a_caller_who_leaves_ends_the_handler() -> None:
+async def test_cancelling_the_client_cancels_the_handler() -> None:
     echo = Echo()
     async with listening(echo.methods) as (_, port), channel(port) as made:
         call = unary(made, WAIT)(asked())
@@ -146,7 +146,7 @@ async def test_a_caller_who_leaves_ends_the_handler() -> None:
         await asyncio.gather(waiting, return_exceptions=True)
 
 
-async def test_a_connection_that_breaks_ends_its_handlers() -> None:
+async def test_a_broken_connection_cancels_its_handlers() -> None:
     echo = Echo()
     async with listening(echo.methods) as (_, port):
         async with channel(port) as made:
@@ -156,7 +156,7 @@ async def test_a_connection_that_breaks_ends_its_handlers() -> None:
         await asyncio.gather(waiting, return_exceptions=True)
 
 
-async def test_compressed_messages_are_read() -> None:
+async def test_gzip_messages_are_decompressed() -> None:
     async with listening(Echo().methods) as (server, port), channel(port) as made:
         text = "abc" * 10_000
         answer = await unary(made, ECHO)(asked(text), compression=grpc.Compression.Gzip)
@@ -179,7 +179,7 @@ async def test_another_compression_is_unimplemented() -> None:
         assert told.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_an_answer_may_be_a_stream() -> None:
+async def test_a_response_may_be_a_stream() -> None:
     async with listening(Echo().methods) as (_, port), channel(port) as made:
         count = made.unary_stream(
             COUNT,
@@ -189,13 +189,13 @@ async def test_an_answer_may_be_a_stream() -> None:
         assert [one.callback_url async for one in count(wire.PushTaskRequest(callback_url="abc"))] == ["a", "b", "c"]
 
 
-async def test_more_calls_than_a_connection_may_have_wait_for_their_turn() -> None:
+async def test_calls_beyond_the_stream_limit_wait_for_their_turn() -> None:
     async with listening(Echo().methods, grpc_calls_max=4) as (_, port), channel(port) as made:
         answers = await asyncio.gather(*(unary(made, ECHO)(asked(str(n))) for n in range(200)))
         assert [answer.task.id for answer in answers] == [str(n) for n in range(200)]
 
 
-async def test_a_stop_lets_calls_end_and_takes_no_new_ones() -> None:
+async def test_a_shutdown_completes_open_calls_and_accepts_no_new_ones() -> None:
     echo = Echo()
     async with listening(echo.methods) as (server, port), channel(port) as made:
         waiting = asyncio.ensure_future(unary(made, WAIT)(asked()))
@@ -209,7 +209,7 @@ async def test_a_stop_lets_calls_end_and_takes_no_new_ones() -> None:
             await asyncio.sleep(0)
 
 
-async def test_each_call_is_told_of_once() -> None:
+async def test_each_call_is_observed_once() -> None:
     told: list[tuple[str, str]] = []
     async with (
         listening(Echo().methods, observe=lambda path, code, _seconds: told.append((path, code.name))) as (_, port),

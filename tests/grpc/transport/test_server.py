@@ -108,7 +108,7 @@ def call(path: str, stream_id: int, text: str = "hello", *, fields: Mapping[str,
     return frame(frames.HEADERS, frames.END_HEADERS, stream_id, encode_block(asked)) + data
 
 
-async def test_a_silent_peer_is_asked_once_and_let_go() -> None:
+async def test_a_silent_peer_is_pinged_once_and_then_disconnected() -> None:
     peer = Peer(Echo().methods)
     await peer.says(GREETING)
     assert await peer.later(IDLE_S / 2) == []
@@ -119,7 +119,7 @@ async def test_a_silent_peer_is_asked_once_and_let_go() -> None:
     assert peer.transport.end == "aborted"
 
 
-async def test_a_peer_that_answers_pings_may_stay() -> None:
+async def test_a_peer_that_answers_pings_stays_connected() -> None:
     peer = Peer(Echo().methods)
     await peer.says(GREETING)
     for _ in range(10):
@@ -128,7 +128,7 @@ async def test_a_peer_that_answers_pings_may_stay() -> None:
     assert peer.transport.end == ""
 
 
-async def test_a_call_that_stays_half_is_reset_and_the_others_live() -> None:
+async def test_a_half_sent_call_is_reset_and_others_continue() -> None:
     echo = Echo()
     peer = Peer(echo.methods)
     half = b"".join(frame(*found) for found in parsed(call(ECHO, 1, "x" * 20_000))[:-1])
@@ -140,7 +140,7 @@ async def test_a_call_that_stays_half_is_reset_and_the_others_live() -> None:
     assert len(echo.calls) == 1
 
 
-async def test_a_peer_that_makes_no_room_for_its_answer_is_let_go() -> None:
+async def test_a_peer_that_opens_no_window_for_its_response_is_disconnected() -> None:
     peer = Peer(Echo().methods)
     await peer.says(GREETING, call(ECHO, 1, "x" * 100_000))
     await peer.later(IDLE_S / 2)
@@ -151,7 +151,7 @@ async def test_a_peer_that_makes_no_room_for_its_answer_is_let_go() -> None:
     assert peer.transport.end == "aborted"
 
 
-async def test_a_peer_that_makes_room_slowly_is_served() -> None:
+async def test_a_peer_that_opens_its_window_slowly_is_served() -> None:
     peer = Peer(Echo().methods)
     await peer.says(GREETING, call(ECHO, 1, "x" * 100_000))
     for _ in range(12):
@@ -161,7 +161,7 @@ async def test_a_peer_that_makes_room_slowly_is_served() -> None:
     assert peer.connection._http2.streams_count == 0
 
 
-async def test_no_answers_are_made_for_a_peer_that_reads_none() -> None:
+async def test_no_responses_are_computed_for_a_peer_that_does_not_read() -> None:
     echo = Echo()
     peer = Peer(echo.methods)
     size = 1_000_000
@@ -190,7 +190,7 @@ async def test_while_the_socket_is_full_calls_wait() -> None:
     assert peer.connection._http2.streams_count == 0
 
 
-async def test_a_peer_that_breaks_the_protocol_hears_why_and_its_handlers_end() -> None:
+async def test_a_protocol_violation_is_answered_with_goaway_and_cancels_handlers() -> None:
     echo = Echo()
     peer = Peer(echo.methods)
     await peer.says(GREETING, call(WAIT, 1))
@@ -201,7 +201,7 @@ async def test_a_peer_that_breaks_the_protocol_hears_why_and_its_handlers_end() 
     assert echo.cancelled.is_set()
 
 
-async def test_calls_that_are_given_up_in_the_read_that_brought_them_take_no_place(recwarn: Any) -> None:
+async def test_calls_reset_in_the_same_read_leave_nothing_behind(recwarn: Any) -> None:
     echo = Echo()
     peer = Peer(echo.methods, grpc_calls_max=10)
     given_up = frame(frames.RST_STREAM, 0, 0, frames.WORD.pack(ErrorCode.CANCEL))
@@ -217,7 +217,7 @@ async def test_calls_that_are_given_up_in_the_read_that_brought_them_take_no_pla
     assert not [str(one.message) for one in recwarn if "never awaited" in str(one.message)]
 
 
-async def test_what_follows_a_future_is_made_when_it_is_done_and_not_for_a_call_that_was_given_up() -> None:
+async def test_a_deferred_response_is_made_when_its_future_is_done_unless_the_call_was_cancelled() -> None:
     futures: list[asyncio.Future[None]] = []
     made: list[int] = []
 
@@ -263,7 +263,7 @@ async def test_what_follows_a_future_is_made_when_it_is_done_and_not_for_a_call_
     assert (peer.connection._http2.streams_count, len(peer.connection._running)) == (0, 0)
 
 
-async def test_a_timeout_that_is_none_is_refused() -> None:
+async def test_an_invalid_grpc_timeout_is_refused() -> None:
     peer = Peer(Echo().methods)
     for number, text in enumerate(("", "1", "S", "-1S", "123456789S", "1x", "1.5S", "1S ")):
         said = await peer.says(
@@ -272,7 +272,7 @@ async def test_a_timeout_that_is_none_is_refused() -> None:
         assert encode_field("grpc-status", "3") in said[-1][3], text
 
 
-async def test_a_cut_ends_calls_and_says_come_again() -> None:
+async def test_cut_aborts_calls_with_unavailable() -> None:
     echo = Echo()
     peer = Peer(echo.methods)
     await peer.says(GREETING, call(WAIT, 1))
@@ -287,7 +287,7 @@ async def test_a_cut_ends_calls_and_says_come_again() -> None:
     assert peer.transport.end == "closed"
 
 
-async def test_a_peer_that_goes_on_sending_after_its_end_is_cut_off() -> None:
+async def test_a_peer_that_is_not_http_2_gets_goaway_and_is_disconnected() -> None:
     """On a real socket: whatever is not HTTP/2 is answered once, and then the connection is gone."""
     async with listening(Echo().methods) as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -39,7 +39,7 @@ class Consumer:
         return wire.SetBatchActivationStatusResponse()
 
 
-async def test_a_service_answers_under_the_paths_of_its_descriptor() -> None:
+async def test_a_service_has_the_paths_of_its_descriptor() -> None:
     methods = methods_of(CONSUMER, Consumer())
     path = "/sentry_protos.taskbroker.v1.ConsumerService/GetTask"
     assert set(methods) == {path, path.replace("GetTask", "SetTaskStatus")} | {
@@ -54,7 +54,7 @@ async def test_a_service_answers_under_the_paths_of_its_descriptor() -> None:
     assert found == wire.GetTaskResponse(task=wire.TaskActivation(id="n", taskname=path))
 
 
-def test_a_service_without_one_of_its_methods_is_refused_when_it_is_made() -> None:
+def test_a_service_without_one_of_its_methods_is_refused() -> None:
     with pytest.raises(AttributeError, match="get_task"):
         methods_of(CONSUMER, object())
 
@@ -70,10 +70,10 @@ def test_a_service_without_one_of_its_methods_is_refused_when_it_is_made() -> No
         (SessionEnded("x"), Code.ABORTED),
     ],
 )
-def test_an_error_of_the_engine_has_its_code(error: HeadraceError, code: Code) -> None:
+def test_an_engine_error_has_the_matching_grpc_code(error: HeadraceError, code: Code) -> None:
     assert to_grpc_error(error).code == code
 
 
-def test_an_error_says_what_a_person_can_do_within_a_bound() -> None:
+def test_an_error_message_includes_the_hint_and_is_bounded() -> None:
     assert to_grpc_error(InvalidInput("no such queue", hint="make one")).message == "no such queue; make one"
     assert len(GrpcError(Code.INTERNAL, "x" * (MESSAGE_CHARS_MAX + 1)).message) == MESSAGE_CHARS_MAX

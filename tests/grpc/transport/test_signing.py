@@ -16,7 +16,7 @@ VECTOR = "cfdf2c4d2efd3a2d28bd10de6471ef352d03f49d2d3bd880ee7051ea39fbe239"
 MESSAGE = asked().SerializeToString()
 
 
-def test_the_signature_is_that_of_the_contract() -> None:
+def test_the_signature_matches_the_contract_s_test_vector() -> None:
     assert Secrets(SECRETS).sign(PUSH, b"hello") == VECTOR
 
 
@@ -37,7 +37,7 @@ def test_the_signature_is_that_of_the_contract() -> None:
         (PUSH, b"hello", "z" * 64, False),
     ],
 )
-def test_a_signature_holds_for_one_path_and_one_message(
+def test_a_signature_is_valid_for_one_path_and_one_message(
     path: str, message: bytes, signature: str, is_good: bool
 ) -> None:
     assert Secrets(SECRETS).verifies(path, message, signature) is is_good
@@ -49,7 +49,7 @@ def test_no_secret_signs_nothing_and_verifies_nothing() -> None:
     assert not Secrets().verifies(PUSH, b"hello", VECTOR)
 
 
-def test_secrets_are_not_shown() -> None:
+def test_secrets_do_not_appear_in_repr() -> None:
     assert "super" not in f"{Secrets(SECRETS)!r} {Secrets(SECRETS)}"
 
 
@@ -66,7 +66,7 @@ def signed(message: bytes = MESSAGE, path: str = ECHO, secrets: Any = SECRETS) -
     ],
     ids=["the first secret", "an older secret"],
 )
-async def test_a_signed_call_is_answered(metadata: Any) -> None:
+async def test_a_signed_call_is_accepted(metadata: Any) -> None:
     echo = Echo()
     async with listening(echo.methods, secrets=SECRETS) as (_, port), channel(port) as made:
         assert (await unary(made, ECHO)(asked(), metadata=metadata)).task.id == "hello"
@@ -86,7 +86,7 @@ async def test_a_signed_call_is_answered(metadata: Any) -> None:
     ],
     ids=["none", "empty", "garbage", "another secret", "another path", "another message", "a second, wrong one"],
 )
-async def test_a_call_that_is_not_signed_never_reaches_its_handler(metadata: Any) -> None:
+async def test_an_unsigned_call_never_reaches_its_handler(metadata: Any) -> None:
     echo = Echo()
     async with listening(echo.methods, secrets=SECRETS) as (_, port), channel(port) as made:
         with pytest.raises(grpc.aio.AioRpcError) as told:
@@ -95,7 +95,7 @@ async def test_a_call_that_is_not_signed_never_reaches_its_handler(metadata: Any
     assert echo.calls == []
 
 
-async def test_without_a_secret_everybody_is_let_in_and_nobody_counts_as_signed() -> None:
+async def test_without_a_secret_all_calls_are_accepted_as_unsigned() -> None:
     echo = Echo()
     async with listening(echo.methods) as (_, port), channel(port) as made:
         await unary(made, ECHO)(asked())
@@ -103,14 +103,14 @@ async def test_without_a_secret_everybody_is_let_in_and_nobody_counts_as_signed(
     assert [call.is_signed for call in echo.calls] == [False, False]
 
 
-async def test_what_is_open_needs_no_signature() -> None:
+async def test_an_open_method_needs_no_signature() -> None:
     echo = Echo()
     echo.released.set()
     async with listening(echo.methods, secrets=SECRETS) as (_, port), channel(port) as made:
         assert (await unary(made, WAIT)(asked())).task.id == "hello"
 
 
-async def test_the_signature_is_of_the_message_before_it_is_compressed() -> None:
+async def test_the_signature_covers_the_uncompressed_message() -> None:
     echo = Echo()
     large = asked("x" * 10_000)
     async with listening(echo.methods, secrets=SECRETS) as (_, port), channel(port) as made:

@@ -99,7 +99,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-async def test_a_worker_claims_beats_settles_and_gives_back_hundreds_of_runs_a_call(tmp_path: Path, kind: str) -> None:
+async def test_a_worker_claims_settles_and_releases_hundreds_of_runs_a_call(tmp_path: Path, kind: str) -> None:
     async with far(tmp_path, kind) as (home, stub):
         batch_id = await home.filled(300)
         session = await stub.session()
@@ -148,7 +148,7 @@ async def test_all_runs_of_a_lease_may_complete_in_a_few_bytes(tmp_path: Path) -
         assert (batch["state"], batch["completed"]) == ("completed", 5)
 
 
-async def test_what_lies_in_the_object_store_and_what_has_headers_comes_along(tmp_path: Path) -> None:
+async def test_leases_carry_payloads_from_the_object_store_and_headers(tmp_path: Path) -> None:
     limits = LIMITS.replaced(inline_bytes_max=64)
     async with far(tmp_path, limits=limits) as (home, stub):
         large = {"text": "x" * 200}
@@ -160,7 +160,7 @@ async def test_what_lies_in_the_object_store_and_what_has_headers_comes_along(tm
         assert {place: dict(told.values) for place, told in lease.headers.items()} == {lease.places[0]: {"a": "b"}}
 
 
-async def test_a_claim_waits_for_work_as_long_as_it_says(tmp_path: Path) -> None:
+async def test_a_claim_waits_for_work_up_to_wait_ms(tmp_path: Path) -> None:
     async with far(tmp_path) as (home, stub):
         session = await stub.session()
         waiting = asyncio.create_task(stub.claim(session, wait_ms=30_000))
@@ -194,7 +194,7 @@ BAD_SETTLEMENTS: list[dict[str, Any]] = [
 ]
 
 
-async def test_a_settlement_that_can_t_be_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+async def test_an_invalid_settlement_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     async with far(tmp_path) as (home, stub):
         batch_id = await home.filled(3)
         (lease,) = await stub.claim(await stub.session())
@@ -220,7 +220,7 @@ BAD_CLAIMS: list[dict[str, Any]] = [
 ]
 
 
-async def test_a_claim_that_can_t_be_is_refused(tmp_path: Path) -> None:
+async def test_an_invalid_claim_is_refused(tmp_path: Path) -> None:
     async with far(tmp_path) as (_, stub):
         session = await stub.session()
         for wish in BAD_CLAIMS:
@@ -229,7 +229,7 @@ async def test_a_claim_that_can_t_be_is_refused(tmp_path: Path) -> None:
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT, wish
 
 
-async def test_who_shows_no_key_works_not(tmp_path: Path) -> None:
+async def test_a_call_without_a_key_is_unauthenticated(tmp_path: Path) -> None:
     async with house(tmp_path) as home, channel(home.server.address[1]) as made:
         for metadata in ((), (("authorization", "Bearer no_such_key"),), ((HEADER, "0" * 64),)):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -237,7 +237,7 @@ async def test_who_shows_no_key_works_not(tmp_path: Path) -> None:
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_a_signature_is_as_good_as_a_key(tmp_path: Path) -> None:
+async def test_a_signed_call_needs_no_key(tmp_path: Path) -> None:
     request = wire.StartSessionRequest(host="far", pid=7)
     path = "/headrace.v1.Broker/StartSession"
     async with house(tmp_path, secrets=SECRETS) as home, channel(home.server.address[1]) as made:
@@ -249,7 +249,7 @@ async def test_a_signature_is_as_good_as_a_key(tmp_path: Path) -> None:
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_health_tells_how_the_store_is_and_when_the_server_stops(tmp_path: Path) -> None:
+async def test_health_follows_the_store_and_the_server_s_shutdown(tmp_path: Path) -> None:
     def wrap(store: Any) -> Any:
         return Flaky(store)
 
@@ -292,7 +292,7 @@ class Flaky:
         return await self._store.check()
 
 
-async def test_without_a_consumer_its_service_is_not_there(tmp_path: Path) -> None:
+async def test_without_a_consumer_its_service_is_unimplemented(tmp_path: Path) -> None:
     async with house(tmp_path) as home, channel(home.server.address[1]) as made:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await made.unary_unary("/sentry_protos.taskbroker.v1.ConsumerService/GetTask")(b"")
@@ -309,7 +309,7 @@ class Consumer:
     set_task_status = set_batch_activation_status = get_task
 
 
-async def test_a_consumer_answers_who_signs(tmp_path: Path) -> None:
+async def test_a_consumer_answers_signed_calls(tmp_path: Path) -> None:
     path = "/sentry_protos.taskbroker.v1.ConsumerService/GetTask"
     async with (
         house(tmp_path, consumer=methods_of(CONSUMER, Consumer()), secrets=SECRETS) as home,
@@ -326,7 +326,7 @@ async def test_a_consumer_answers_who_signs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cuts", [(0,), (1,), (10,), (23,), (24,), (3, 17)])
-async def test_the_preface_is_known_in_any_pieces(tmp_path: Path, cuts: tuple[int, ...]) -> None:
+async def test_the_http_2_preface_is_recognised_however_it_is_split(tmp_path: Path, cuts: tuple[int, ...]) -> None:
     async with house(tmp_path) as home:
         reader, writer = await asyncio.open_connection(*home.server.address)
         start = 0
@@ -339,7 +339,9 @@ async def test_the_preface_is_known_in_any_pieces(tmp_path: Path, cuts: tuple[in
         writer.close()
 
 
-async def test_who_is_handed_over_owes_no_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_passed_to_grpc_does_not_time_out_waiting_for_a_request_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handed: list[Any] = []
     hand_over = BoundedProtocol._pass_to_second
 
@@ -353,7 +355,7 @@ async def test_who_is_handed_over_owes_no_head(tmp_path: Path, monkeypatch: pyte
         assert handed[0]._head_timer.cancelled()
 
 
-async def test_what_only_begins_like_the_preface_is_a_request_like_another(tmp_path: Path) -> None:
+async def test_bytes_that_only_begin_like_the_preface_are_an_http_1_request(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         reader, writer = await asyncio.open_connection(*home.server.address)
         writer.write(b"PRI")
@@ -364,7 +366,7 @@ async def test_what_only_begins_like_the_preface_is_a_request_like_another(tmp_p
         writer.close()
 
 
-async def test_more_connections_than_there_may_be_are_told_to_calm_down(tmp_path: Path) -> None:
+async def test_connections_beyond_the_limit_get_goaway(tmp_path: Path) -> None:
     async with house(tmp_path, limits=LIMITS.replaced(connections_max=2)) as home:
         writers = []
         for _ in range(2):
@@ -380,7 +382,7 @@ async def test_more_connections_than_there_may_be_are_told_to_calm_down(tmp_path
             one.close()
 
 
-async def test_one_certificate_is_for_both_protocols(tmp_path: Path) -> None:
+async def test_one_certificate_serves_both_protocols(tmp_path: Path) -> None:
     made_tls = tls_of(tmp_path)
     async with house(tmp_path, tls=made_tls.context()) as home:
         port = home.server.address[1]
@@ -400,7 +402,7 @@ async def test_one_certificate_is_for_both_protocols(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(20)
-async def test_a_stop_does_not_wait_for_peers_that_say_no_goodbye(
+async def test_a_shutdown_does_not_wait_for_peers_that_never_complete_the_tls_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TLS ends by agreement, and the loop would wait half a minute for who has none."""
@@ -435,14 +437,14 @@ def tls_of(folder: Path) -> Tls:
     return made
 
 
-async def test_files_that_are_no_certificate_are_refused_by_name(tmp_path: Path) -> None:
+async def test_invalid_certificate_files_are_refused_by_name(tmp_path: Path) -> None:
     good = tls_of(tmp_path)
     for bad in (good._replace(key=str(tmp_path / "none")), good._replace(key=good.certificate)):
         with pytest.raises(InvalidSetting, match=r"tls_cert .* with tls_key"):
             bad.context()
 
 
-async def test_a_stop_lets_a_call_end_that_began_before(tmp_path: Path) -> None:
+async def test_a_shutdown_completes_a_call_that_started_before(tmp_path: Path) -> None:
     async with far(tmp_path) as (home, stub):
         session = await stub.session()
         waiting = asyncio.create_task(stub.claim(session, wait_ms=30_000))

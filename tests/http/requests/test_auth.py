@@ -31,7 +31,7 @@ async def ask(home: House, method: str, path: str, headers: dict[str, str], body
     return await home.ask(method, path, body, headers, auth=False)
 
 
-async def test_no_header_a_bad_key_and_a_bad_scheme_are_told_apart_in_the_field_s_shapes(tmp_path: Path) -> None:
+async def test_missing_and_invalid_credentials_are_answered_in_trigger_dev_s_formats(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         missing = await ask(home, "POST", "/api/v3/batches", {}, BATCH)
         assert (missing.status, missing.headers["content-type"]) == (401, "application/problem+json")
@@ -44,7 +44,7 @@ async def test_no_header_a_bad_key_and_a_bad_scheme_are_told_apart_in_the_field_
         assert KEY not in problem.body.decode()
 
 
-async def test_a_key_does_what_its_scopes_say_and_nothing_else(tmp_path: Path) -> None:
+async def test_a_key_allows_exactly_its_scopes(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         batch_id = await home.filled(1)
         asked: dict[str, tuple[str, str, Any]] = {
@@ -71,12 +71,12 @@ async def test_a_key_does_what_its_scopes_say_and_nothing_else(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("scopes", [(), ("everything",), ("batches:write", "")])
-def test_a_scope_nobody_knows_is_refused(scopes: tuple[str, ...]) -> None:
+def test_an_unknown_scope_is_refused(scopes: tuple[str, ...]) -> None:
     with pytest.raises(InvalidInput):
         new_key("default", scopes, "", 1)
 
 
-async def test_only_a_key_s_digest_is_kept_and_a_revoked_one_is_let_in_no_more(
+async def test_only_a_key_s_digest_is_stored_and_a_revoked_key_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auth, "KEY_CACHE_S", 0)
@@ -92,7 +92,7 @@ async def test_only_a_key_s_digest_is_kept_and_a_revoked_one_is_let_in_no_more(
         assert kept.digest.encode() in files
 
 
-async def test_another_environment_s_batches_and_runs_are_not_there(tmp_path: Path) -> None:
+async def test_batches_and_runs_of_another_environment_are_not_found(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         batch_id = await home.filled(1)
         headers = await key_for(home, "*", environment="elsewhere")
@@ -160,13 +160,13 @@ async def test_forged_expired_and_foreign_tokens_are_refused(tmp_path: Path) -> 
         assert (await ask(home, "GET", f"/api/v2/batches/{batch_id}", bearer(good))).status == 200
 
 
-async def test_an_open_server_lets_anybody_in(tmp_path: Path) -> None:
+async def test_an_open_server_accepts_any_client(tmp_path: Path) -> None:
     async with house(tmp_path, is_open=True) as home:
         assert (await ask(home, "POST", "/v1/batches", {}, {})).status == 201
         assert (await ask(home, "POST", "/v1/batches", bearer("whatever"), {})).status == 201
 
 
-async def test_requests_are_limited_by_environment_with_the_field_s_headers(tmp_path: Path) -> None:
+async def test_requests_are_limited_by_environment_with_rate_limit_headers(tmp_path: Path) -> None:
     limits = LIMITS.replaced(requests_per_minute_max=1, requests_burst_max=3)
     async with house(tmp_path, "sqlite", limits=limits) as home:
         answers = [await home.ask("GET", "/api/v1/runs") for _ in range(4)]
@@ -199,7 +199,7 @@ async def test_announced_runs_are_limited_and_a_repeated_create_costs_nothing(tm
         assert (await home.ask("POST", "/api/v3/batches", {"runCount": 2})).status == 202
 
 
-async def test_streams_of_a_batch_that_was_let_in_pass_the_limit_so_many_times(tmp_path: Path) -> None:
+async def test_the_first_streams_of_a_batch_are_exempt_from_the_request_limit(tmp_path: Path) -> None:
     limits = LIMITS.replaced(requests_per_minute_max=1, requests_burst_max=1, stream_grants_max=3)
     async with house(tmp_path, "sqlite", limits=limits) as home:
         batch_id = await home.create(9)

@@ -62,7 +62,7 @@ def test_the_table_names_every_option_once() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-async def test_an_option_is_honoured_kept_or_refused_by_name_as_the_table_says(tmp_path: Path, name: str) -> None:
+async def test_an_option_is_honoured_stored_or_refused_as_the_table_states(tmp_path: Path, name: str) -> None:
     async with house(tmp_path) as home:
         if OPTIONS[name].disposition == "refused":
             batch_id = await home.create(1)
@@ -93,7 +93,7 @@ async def test_an_option_is_honoured_kept_or_refused_by_name_as_the_table_says(t
         assert name not in told or told[name](), (view, shown)
 
 
-async def test_max_attempts_and_max_duration_win_over_the_task_s_own(tmp_path: Path) -> None:
+async def test_max_attempts_and_max_duration_override_the_task_s_settings(tmp_path: Path) -> None:
     tries: list[int] = []
     hangs = asyncio.Event()
 
@@ -121,7 +121,7 @@ async def test_max_attempts_and_max_duration_win_over_the_task_s_own(tmp_path: P
         assert run["status"] == "TIMED_OUT"
 
 
-async def test_a_task_s_own_queue_and_priority_hold_unless_an_item_says_otherwise(tmp_path: Path) -> None:
+async def test_a_task_s_queue_and_priority_apply_unless_the_item_has_its_own(tmp_path: Path) -> None:
     registry = Registry()
     registry.add(TaskSpec("task", lambda: None, queue="own", priority=3))
     async with house(tmp_path, registry=registry) as home:
@@ -158,9 +158,7 @@ async def test_a_task_s_own_queue_and_priority_hold_unless_an_item_says_otherwis
         ({"unheardOf": 1}, "unheardOf"),
     ],
 )
-async def test_an_option_that_can_not_be_is_refused_by_its_name(
-    tmp_path: Path, options: dict[str, Any], said: str
-) -> None:
+async def test_an_invalid_option_is_refused_by_name(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     async with house(tmp_path) as home:
         batch_id = await home.create(1)
         answer = await home.stream(batch_id, [line(0, **options)])
@@ -184,7 +182,7 @@ async def test_an_option_that_can_not_be_is_refused_by_its_name(
         (0, "application/json; charset=utf-8", 0),
     ],
 )
-async def test_a_payload_is_kept_as_what_its_type_says(
+async def test_a_payload_is_stored_according_to_its_type(
     tmp_path: Path, payload: Any, content_type: str | None, shown: Any
 ) -> None:
     async with house(tmp_path) as home:
@@ -193,7 +191,7 @@ async def test_a_payload_is_kept_as_what_its_type_says(
         assert run["payload"] == shown
 
 
-async def test_a_long_idempotency_key_is_kept_as_its_digest_and_shown_as_it_was(tmp_path: Path) -> None:
+async def test_a_long_idempotency_key_is_stored_as_its_digest_and_returned_unchanged(tmp_path: Path) -> None:
     key = "k" * 2_048
     async with house(tmp_path, "postgres") as home:
         view, shown = await one_run(home, idempotencyKey=key)
@@ -219,7 +217,7 @@ async def test_a_linked_run_s_result_is_that_of_the_run_it_links_to(tmp_path: Pa
         assert [b'"state":"cancelled"' in one for one in lines] == [False, True, False]
 
 
-def test_the_docs_have_the_table_of_options_as_it_is() -> None:
+def test_the_docs_list_the_options_as_in_the_table() -> None:
     page = (Path(__file__).parents[3] / "docs" / "http.md").read_text(encoding="utf-8")
     rows = [f"| `{name}` | {fate.disposition} | {fate.meaning} |" for name, fate in OPTIONS.items()]
     assert "\n".join(rows) in page

@@ -24,7 +24,7 @@ async def untouched(home: House, batch_id: str, count: int) -> bool:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-async def test_hostile_lines_get_the_verdict_that_every_door_gives(tmp_path: Path, name: str) -> None:
+async def test_malformed_lines_are_judged_as_by_every_other_reader(tmp_path: Path, name: str) -> None:
     sent, verdict = HOSTILE[name]
     async with house(tmp_path, limits=LIMITS.replaced(item_bytes_max=ITEM_BYTES_MAX)) as home:
         batch_id = await home.create(100)
@@ -68,7 +68,7 @@ async def test_hostile_lines_get_the_verdict_that_every_door_gives(tmp_path: Pat
         (7, 422, "object"),
     ],
 )
-async def test_an_item_that_is_none_is_refused_and_changes_nothing(
+async def test_an_invalid_item_is_refused_and_changes_nothing(
     tmp_path: Path, item: Any, status: int, said: str
 ) -> None:
     async with house(tmp_path, "sqlite") as home:
@@ -79,7 +79,7 @@ async def test_an_item_that_is_none_is_refused_and_changes_nothing(
         assert await untouched(home, batch_id, 3)
 
 
-async def test_fields_of_an_item_that_nobody_knows_are_passed_over(tmp_path: Path) -> None:
+async def test_unknown_fields_of_an_item_are_ignored(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         batch_id = await home.create(1)
         assert (await home.stream(batch_id, [b'{"index":0,"task":"task","more":{"a":[1]}}\n'])).json["sealed"]
@@ -106,7 +106,7 @@ async def test_fields_of_an_item_that_nobody_knows_are_passed_over(tmp_path: Pat
         (b" " * (128 * 1024 + 1), 413, "Request body too large"),
     ],
 )
-async def test_a_create_that_can_not_be_is_refused(tmp_path: Path, body: bytes, status: int, said: str) -> None:
+async def test_an_invalid_create_is_refused(tmp_path: Path, body: bytes, status: int, said: str) -> None:
     async with house(tmp_path, "sqlite") as home:
         answer = await home.ask("POST", CREATE, body)
         assert (answer.status, said in answer.json["error"]) == (status, True), answer
@@ -115,7 +115,7 @@ async def test_a_create_that_can_not_be_is_refused(tmp_path: Path, body: bytes, 
         assert await home.engine.store.batches("default") == []
 
 
-async def test_content_types_methods_and_paths_that_are_wrong(tmp_path: Path) -> None:
+async def test_wrong_content_types_methods_and_paths_are_refused(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         batch_id = await home.create(1)
         items = f"{CREATE}/{batch_id}/items"
@@ -136,7 +136,7 @@ async def test_content_types_methods_and_paths_that_are_wrong(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "zstd"])
-async def test_a_compressed_body_is_unpacked_and_one_that_explodes_is_cut(tmp_path: Path, encoding: str) -> None:
+async def test_a_compressed_body_is_decompressed_up_to_the_expansion_limit(tmp_path: Path, encoding: str) -> None:
     def pack(data: bytes) -> bytes:
         return gzip.compress(data) if encoding == "gzip" else zstandard.ZstdCompressor(level=19).compress(data)
 
@@ -157,7 +157,7 @@ async def test_a_compressed_body_is_unpacked_and_one_that_explodes_is_cut(tmp_pa
         assert (wrong.status, encoding in wrong.json["error"]) == (400, True)
 
 
-async def test_an_encoding_nobody_unpacks_is_refused(tmp_path: Path) -> None:
+async def test_an_unknown_content_encoding_is_refused(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         answer = await home.stream(await home.create(1), [zlib.compress(line(0))], **{"content-encoding": "deflate"})
         assert (answer.status, "deflate" in answer.json["error"]) == (415, True)
@@ -169,7 +169,7 @@ async def raw(home: House, data: bytes) -> Answer:
     return await peer.answer()
 
 
-async def test_heads_that_are_no_http_or_too_large_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+async def test_invalid_or_oversized_request_heads_are_refused_early(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         many = b"".join(b"h%d: %s\r\n" % (number, b"v" * 1_000) for number in range(100))
         for head, status in (
@@ -188,7 +188,7 @@ async def test_heads_that_are_no_http_or_too_large_are_refused_before_anything_i
         assert (await raw(home, b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")).status == 200
 
 
-async def test_a_body_cut_in_mid_line_leaves_what_was_whole_and_the_rest_can_be_sent(tmp_path: Path) -> None:
+async def test_a_body_cut_in_mid_line_keeps_complete_items_and_the_rest_can_be_sent(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         batch_id = await home.create(4)
         peer = await home.peer().connect()
@@ -205,7 +205,7 @@ async def test_a_body_cut_in_mid_line_leaves_what_was_whole_and_the_rest_can_be_
         assert (answer["itemsAccepted"], answer["itemsDeduplicated"], answer["sealed"]) == (2, 0, True)
 
 
-async def test_a_length_that_lies_ends_in_an_error_and_keeps_what_was_whole(tmp_path: Path) -> None:
+async def test_a_wrong_content_length_is_an_error_and_keeps_complete_items(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite", limits=SMALL) as home:
         batch_id = await home.create(2)
         body = line(0)
@@ -222,7 +222,7 @@ async def test_a_length_that_lies_ends_in_an_error_and_keeps_what_was_whole(tmp_
         assert (await peer.answer()).json["sealed"], "what is beyond the length is another request"
 
 
-async def test_two_streams_of_one_batch_at_once_add_each_run_once(tmp_path: Path) -> None:
+async def test_two_concurrent_streams_of_one_batch_add_each_run_once(tmp_path: Path) -> None:
     import asyncio
 
     async with house(tmp_path, "postgres") as home:
@@ -239,7 +239,7 @@ async def test_two_streams_of_one_batch_at_once_add_each_run_once(tmp_path: Path
         assert (await home.engine.store.verify(batch_id)).differences == []
 
 
-async def test_a_seal_in_mid_stream_is_refused_while_any_is_missing_and_then_holds(tmp_path: Path) -> None:
+async def test_a_seal_during_a_stream_is_refused_while_items_are_missing(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         batch_id = (await home.ask("POST", "/v1/batches", {})).json["id"]
         path = f"/v1/batches/{batch_id}"
@@ -258,7 +258,7 @@ async def test_a_seal_in_mid_stream_is_refused_while_any_is_missing_and_then_hol
     "path",
     ["", "/", "..", "a/../b", "../secret", "a//b", "./a", "a/.", "a\\b", "%2e%2e/x", "a%2f..%2fb", "é", "~x/y", "a:b"],
 )
-async def test_tricks_in_the_path_of_a_packet_are_refused(tmp_path: Path, path: str) -> None:
+async def test_path_traversal_in_packet_names_is_refused(tmp_path: Path, path: str) -> None:
     from urllib.parse import quote
 
     async with house(tmp_path) as home:
@@ -268,7 +268,7 @@ async def test_tricks_in_the_path_of_a_packet_are_refused(tmp_path: Path, path: 
         assert not (tmp_path / "objects" / "packets").exists()
 
 
-async def test_a_packet_s_url_is_good_for_what_it_was_signed_for_and_nothing_else(tmp_path: Path) -> None:
+async def test_a_signed_packet_url_is_valid_only_for_what_was_signed(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite", limits=LIMITS.replaced(packet_bytes_max=2_048)) as home:
         given = (await home.ask("PUT", "/api/v2/packets/trigger%2Fa%2Fpayload.json")).json
         assert given["storagePath"] == "trigger/a/payload.json"
@@ -320,7 +320,7 @@ async def test_a_packet_s_url_is_good_for_what_it_was_signed_for_and_nothing_els
         "filter[tag]=" + ",".join("abcdefghijklmnopqrstuvwxyz"),
     ],
 )
-async def test_a_list_of_runs_that_can_not_be_asked_for_is_refused_by_name(tmp_path: Path, query: str) -> None:
+async def test_invalid_filters_of_a_run_list_are_refused_by_name(tmp_path: Path, query: str) -> None:
     async with house(tmp_path) as home:
         answer = await home.ask("GET", f"/api/v1/runs?{query}")
         assert answer.status in (400, 422), answer

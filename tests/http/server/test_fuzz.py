@@ -75,7 +75,7 @@ def is_sound(response: Response, path: str) -> None:
         assert told.get("error") or told.get("detail"), (path, told)
 
 
-def test_no_request_that_the_document_describes_is_answered_with_500(document: Any) -> None:
+def test_no_documented_request_is_answered_with_500(document: Any) -> None:
     seen = set()
     for result in document.get_all_operations():
         operation = result.ok()
@@ -94,7 +94,7 @@ def test_no_request_that_the_document_describes_is_answered_with_500(document: A
     assert len(seen) > 30
 
 
-def test_ids_of_one_answer_lead_through_the_others_and_states_stay_what_they_can_be(document: Any) -> None:
+def test_random_sequences_of_batch_operations_keep_states_consistent(document: Any) -> None:
     """The stateful half: batches are made, streamed, sealed, cancelled and redriven in orders of chance."""
     operations = {(one.ok().method.upper(), one.ok().path): one.ok() for one in document.get_all_operations()}
     steps = [
@@ -147,7 +147,7 @@ pieces = st.lists(st.one_of(good, good, broken, st.just(b"\n")), max_size=12)
 
 @given(parts=pieces, cuts=st.lists(st.integers(1, 80), max_size=20))
 @settings(max_examples=STREAMS, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-def test_a_stream_of_chance_is_taken_or_refused_and_its_ledger_balances(
+def test_a_random_stream_is_accepted_or_refused_and_its_counts_balance(
     address: tuple[str, int], parts: list[bytes], cuts: list[int]
 ) -> None:
     body = b"\n".join(parts)

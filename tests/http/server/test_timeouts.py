@@ -41,7 +41,7 @@ async def _pause(seconds: float) -> None:
 
 
 @pytest.mark.parametrize("what", ["store", "objects"])
-async def test_a_stream_that_is_held_back_for_longer_than_the_idle_limit_is_not_cut(tmp_path: Path, what: str) -> None:
+async def test_a_stream_delayed_by_the_server_beyond_the_idle_limit_is_not_aborted(tmp_path: Path, what: str) -> None:
     async def stall(_store: Store, _batch_id: str) -> None:
         await _pause(STALL_S)
 
@@ -57,7 +57,7 @@ async def test_a_stream_that_is_held_back_for_longer_than_the_idle_limit_is_not_
         assert asyncio.get_running_loop().time() - began >= STALL_S, "it was held back"
 
 
-async def test_a_store_that_is_away_and_comes_back_is_waited_for(tmp_path: Path) -> None:
+async def test_a_stream_waits_for_a_store_that_recovers(tmp_path: Path) -> None:
     left = [4]
 
     async def away(_store: Store, _batch_id: str) -> None:
@@ -76,7 +76,7 @@ async def test_a_store_that_is_away_and_comes_back_is_waited_for(tmp_path: Path)
         assert (answer.status, answer.json["sealed"]) == (200, True)
 
 
-async def test_a_store_that_stays_away_is_said_so_with_a_time_to_come_again(
+async def test_a_store_that_stays_unavailable_is_answered_with_retry_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headrace.runtime.producing.indexed_feed.WAITS_MAX", 2)
@@ -99,7 +99,7 @@ async def test_a_store_that_stays_away_is_said_so_with_a_time_to_come_again(
         assert (await home.ask("GET", "/healthz")).status == 200
 
 
-async def test_a_peer_that_goes_silent_in_mid_body_is_told_so_and_what_it_sent_stays(tmp_path: Path) -> None:
+async def test_a_client_that_goes_silent_in_mid_body_gets_408_and_its_items_are_kept(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite", limits=IDLE) as home:
         batch_id = await home.create(3)
         peer = await home.peer().connect()
@@ -111,7 +111,7 @@ async def test_a_peer_that_goes_silent_in_mid_body_is_told_so_and_what_it_sent_s
         assert await home.engine.store.missing(batch_id, 9) == [(1, 3)]
 
 
-async def test_a_head_that_drips_or_never_comes_is_given_up(tmp_path: Path) -> None:
+async def test_a_request_head_that_is_slow_or_missing_times_out(tmp_path: Path) -> None:
     async with house(tmp_path, limits=IDLE) as home:
         silent, slow = await home.peer().connect(), await home.peer().connect()
 
@@ -128,7 +128,7 @@ async def test_a_head_that_drips_or_never_comes_is_given_up(tmp_path: Path) -> N
         assert await silent.reader.read() == b"", "closed without a word: it had not said one"
 
 
-async def test_a_client_that_never_reads_its_results_holds_nothing_up_and_is_cut(tmp_path: Path) -> None:
+async def test_a_client_that_never_reads_its_results_is_disconnected(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite", limits=IDLE.replaced(inline_bytes_max=64 * 1024)) as home:
         batch_id = await home.create(256)
         await home.stream(batch_id, [line(index) for index in range(256)])
@@ -164,7 +164,7 @@ async def fill(home: House, batch_id: str, result: bytes) -> None:
         await store.settle([settlement_of(lease, results=results)], now_us=now_us)
 
 
-async def test_events_and_results_without_news_show_that_they_live_and_end_with_the_server(
+async def test_idle_events_and_results_send_keep_alives_and_end_with_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(v1_batches, "KEEPALIVE_S", 0.05)
@@ -191,7 +191,7 @@ async def rest(peer: Peer) -> Any:
         yield piece
 
 
-async def test_a_stop_lets_a_stream_end_and_takes_no_new_one(tmp_path: Path) -> None:
+async def test_a_shutdown_completes_a_stream_and_accepts_no_new_one(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         batch_id = await home.create(2)
         peer = await home.peer().connect()
@@ -214,7 +214,7 @@ async def test_a_stop_lets_a_stream_end_and_takes_no_new_one(tmp_path: Path) -> 
             await home.peer().connect()
 
 
-async def test_a_stream_that_outlives_the_grace_is_flushed_and_told_to_come_again(tmp_path: Path) -> None:
+async def test_a_stream_that_outlasts_the_grace_period_is_flushed_and_answered_with_503(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite", limits=LIMITS.replaced(shutdown_grace_s=0)) as home:
         batch_id = await home.create(2)
         peer = await home.peer().connect()
@@ -230,7 +230,7 @@ async def test_a_stream_that_outlives_the_grace_is_flushed_and_told_to_come_agai
         assert await home.engine.store.missing(batch_id, 9) in ([(1, 2)], [(0, 2)])
 
 
-async def test_a_server_with_its_hands_full_says_so(tmp_path: Path) -> None:
+async def test_a_server_at_its_stream_limit_answers_503(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite", limits=LIMITS.replaced(streams_max=1)) as home:
         batch_id = await home.create(2)
         peer = await home.peer().connect()

@@ -13,12 +13,12 @@ behaviours = importlib.import_module("tests.http.trigger_api.test_trigger_behavi
 NUMBERS = [*map(str, range(1, 45)), *(f"two-phase {number}" for number in range(1, 10))]
 
 
-def test_every_behaviour_has_a_line_and_no_other() -> None:
+def test_every_behaviour_has_exactly_one_line() -> None:
     assert [line.number for line in TABLE] == NUMBERS
 
 
 @pytest.mark.parametrize("line", TABLE, ids=lambda line: line.number)
-def test_a_behaviour_is_shown_or_unreachable_or_waits_for_parents(line: Behaviour) -> None:
+def test_a_behaviour_is_shown_unreachable_or_not_implemented(line: Behaviour) -> None:
     if line.column == "to come":
         assert "parent" in line.name
         return
@@ -28,6 +28,6 @@ def test_a_behaviour_is_shown_or_unreachable_or_waits_for_parents(line: Behaviou
     assert (line.column == "unreachable") is bool(line.promise)
 
 
-def test_every_test_of_the_reference_stands_in_the_table() -> None:
+def test_every_test_is_in_the_table() -> None:
     named = {line.test for line in TABLE}
     assert {name for name in vars(behaviours) if name.startswith("test_")} == named - {""}

@@ -23,7 +23,7 @@ async def echo(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
-async def test_a_client_of_the_contract_alone_triggers_retrieves_and_is_refused(tmp_path: Path, kind: str) -> None:
+async def test_a_client_written_from_the_contract_triggers_and_reads_a_batch(tmp_path: Path, kind: str) -> None:
     registry = Registry()
     registry.add(TaskSpec("echo", echo))
     async with house(tmp_path, kind, registry=registry) as home:

@@ -234,7 +234,7 @@ async def test_a_retry_after_all_runs_ended_unsealed_seals_the_batch(tmp_path: P
         assert await run_status(home, batch_id) == "COMPLETED"
 
 
-async def test_what_was_received_is_counted_however_fast_it_ran(tmp_path: Path, kind: str) -> None:
+async def test_received_items_are_counted_however_fast_they_run(tmp_path: Path, kind: str) -> None:
     homes: list[House] = []
 
     async def worker(_store: Store, _batch_id: str) -> None:

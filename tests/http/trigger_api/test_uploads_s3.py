@@ -27,7 +27,7 @@ def get(url: str) -> bytes:
         return found
 
 
-async def test_a_packet_goes_to_s3_and_comes_back_without_passing_through_the_server(
+async def test_a_packet_is_uploaded_to_and_downloaded_from_s3_directly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in CREDENTIALS.items():

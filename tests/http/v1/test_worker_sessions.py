@@ -31,7 +31,7 @@ async def claimed(home: House, session: str, number: int = 1, **more: Any) -> li
     return list(answer.json["leases"])
 
 
-async def test_a_worker_of_any_language_claims_runs_beats_and_settles(tmp_path: Path, kind: str) -> None:
+async def test_a_json_worker_claims_heartbeats_and_settles(tmp_path: Path, kind: str) -> None:
     async with house(tmp_path, kind) as home:
         batch_id = await home.filled(4)
         session = await session_of(home)
@@ -63,7 +63,7 @@ async def test_a_worker_of_any_language_claims_runs_beats_and_settles(tmp_path: 
         assert (await home.ask("POST", f"/v1/sessions/{session}/heartbeat")).json["code"] == "SESSION_ENDED"
 
 
-async def test_a_claim_that_waits_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_waiting_claim_sends_keep_alives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headrace.http.requests.long_poll.KEEPALIVE_S", 0.03)
     async with house(tmp_path, "sqlite") as home:
         session = await session_of(home)
@@ -76,7 +76,7 @@ async def test_a_claim_that_waits_shows_that_it_lives(tmp_path: Path, monkeypatc
         assert await far.claim(wish, now_us=0) == []
 
 
-async def test_a_lease_s_name_that_was_not_given_out_is_lost(tmp_path: Path) -> None:
+async def test_a_forged_lease_token_is_lost(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         await home.filled(1)
         (lease,) = await claimed(home, await session_of(home))
@@ -105,7 +105,7 @@ async def test_a_lease_s_name_that_was_not_given_out_is_lost(tmp_path: Path) -> 
         {"more": 1},
     ],
 )
-async def test_a_claim_that_can_not_be_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+async def test_an_invalid_claim_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     async with house(tmp_path, "sqlite") as home:
         await home.filled(1)
         body = {"session": await session_of(home), "claim_no": 1, "tasks": ["task"], "runs_max": 1} | change
@@ -214,7 +214,7 @@ async def test_failed_runs_are_redriven_and_a_cancelled_batch_ends(tmp_path: Pat
         assert (await home.ask("POST", f"{path}/redrive")).status == 409
 
 
-async def test_a_repeated_create_answers_the_same_batch_and_is_cached_only_when_nothing_is_left(tmp_path: Path) -> None:
+async def test_a_repeated_create_returns_the_same_batch_and_is_cached_only_when_sealed(tmp_path: Path) -> None:
     async with house(tmp_path, "sqlite") as home:
         wish = {"runCount": 2, "idempotencyKey": "nightly"}
         first = await home.ask("POST", "/api/v3/batches", wish)
@@ -231,7 +231,7 @@ async def test_a_repeated_create_answers_the_same_batch_and_is_cached_only_when_
         assert len(ids) == 1, "a create whose answer was lost is one batch"
 
 
-async def test_the_document_names_every_endpoint_and_the_docs_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+async def test_the_openapi_document_lists_all_endpoints_and_the_docs_page_is_self_contained(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         document = (await home.ask("GET", "/openapi.json", auth=False)).json
         assert document["openapi"] == "3.1.0"

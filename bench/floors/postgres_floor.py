@@ -13,7 +13,6 @@ client for the server.
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 import time
 from array import array
@@ -26,6 +25,7 @@ import asyncpg
 import msgspec
 
 from bench.floors.work import CHUNK_RUNS, CHUNKS_A_COMMIT, ITEM_BYTES, PAD, Item, pack, run
+from headrace.store.statements import numbered, statements
 
 PLACES: Final = array("H", range(4_096)).tobytes()
 
@@ -36,20 +36,11 @@ SESSION: Final = "session_00000000000000000000000000"
 SETTINGS: Final = {"enable_seqscan": "off", "jit": "off"}
 
 
-def _statements() -> dict[str, tuple[str, list[str]]]:
-    """The product's statements by name, read as text: `(sql with numbered values, names in that order)`."""
-    found: dict[str, tuple[str, list[str]]] = {}
-    for file in sorted((STORE / "sql").glob("*.sql")):
-        pieces = re.split(r"^-- ([a-z_0-9]+): .+$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        for name, text in zip(pieces[1::2], pieces[2::2], strict=True):
-            names = list(dict.fromkeys(re.findall(r"(?<![:\w]):([a-z_]+)", text)))
-            for number, word in enumerate(names, 1):
-                text = re.sub(rf"(?<![:\w]):{word}\b", f"${number}", text)
-            found[name] = text.replace("{schema}", f'"{SCHEMA}"'), names
-    return found
-
-
-SQL: Final = _statements()
+SQL: Final = {
+    name: numbered(statement.sql.replace("{schema}", f'"{SCHEMA}"'))
+    for name, statement in statements("headrace.store.postgres").items()
+}
+"""The product's own statements: `(sql with numbered values, names in that order)`."""
 MIGRATIONS: Final = [
     file.read_text(encoding="utf-8").replace("{schema}", f'"{SCHEMA}"')
     for file in sorted((STORE / "migrations").glob("*.sql"))
@@ -193,7 +184,7 @@ async def _drain(db: Any) -> int:
             marks="{}",
             due_us=1,
             now_us=1,
-            places=PLACES,
+            span_slots=PLACES,
             span_id=0,
         )
         leases = [(row[1], row[22], run(row[29])) for row in rows if row[1] is not None]
@@ -211,7 +202,7 @@ async def _settle(db: Any, leases: list[tuple[int, int, list[bytes]]]) -> int:
         at += count + len(packed)
         runs_count += count
     ((spans_count,),) = await _fetch(
-        db, "settle_ended", rows=_json(rows), blob=b"".join(pieces), objects="[]", places=PLACES, now_us=1
+        db, "settle_ended", rows=_json(rows), blob=b"".join(pieces), objects="[]", span_slots=PLACES, now_us=1
     )
     assert spans_count == len(leases)
     return runs_count

@@ -11,7 +11,6 @@ figures of a prototype, measured on a machine whose row-a-job insert rate is kno
 
 from __future__ import annotations
 
-import re
 import sqlite3
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import Final
 import msgspec
 
 from bench.floors.work import CHUNK_RUNS, CHUNKS_A_COMMIT, ITEM_BYTES, PAD, Item, pack, run
+from headrace.store.statements import statements
 
 PEER_RAW_ROWS_S: Final = 255_000
 """Row-a-job inserts a second, sqlite3 FULL, of the machine the peers were measured on."""
@@ -34,16 +34,8 @@ FLOOR_RATIO_MIN: Final = 0.5
 STORE: Final = Path(__file__).parents[2] / "src" / "headrace" / "store" / "sqlite"
 
 
-def _statements() -> dict[str, str]:
-    """The product's statements by name, read as text."""
-    found: dict[str, str] = {}
-    for file in sorted((STORE / "sql").glob("*.sql")):
-        pieces = re.split(r"^-- ([a-z_0-9]+): .+$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        found.update(zip(pieces[1::2], pieces[2::2], strict=True))
-    return found
-
-
-SQL: Final = _statements()
+SQL: Final = {name: statement.sql for name, statement in statements("headrace.store.sqlite").items()}
+"""The product's own statements."""
 SCHEMA: Final = "".join(file.read_text(encoding="utf-8") for file in sorted((STORE / "migrations").glob("*.sql")))
 BATCH: Final = "batch_00000000000000000000000000"
 SESSION: Final = "session_00000000000000000000000000"

@@ -37,10 +37,10 @@ class MemoryEntities:
         self._checkpoints: dict[tuple[str, str], list[_Checkpoint]] = {}
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no connection is open."""
 
     async def prepare(self, plan: EntityPlan) -> IndexerState:
-        """Make or extend the tables."""
+        """Create or extend the tables, and return the state of the indexer."""
         check_names(plan.entities)
         changes = changes_of(plan, self._kept, set(tables_of(self._kept)))
         key = (plan.environment, plan.indexer)
@@ -63,11 +63,11 @@ class MemoryEntities:
         return msgspec.structs.replace(standing)
 
     async def standings(self, environment: str) -> list[IndexerState]:
-        """Every indexer."""
+        """List the indexers of an environment, by name."""
         return [msgspec.structs.replace(own) for key, own in sorted(self._standings.items()) if key[0] == environment]
 
     async def take(self, seen: IndexerState, holder: str) -> int | None:
-        """Lease it."""
+        """Lease an indexer as it was seen."""
         standing = self._find(seen.environment, seen.name)
         if (standing.token, standing.beats) != (seen.token, seen.beats):
             return None
@@ -77,20 +77,20 @@ class MemoryEntities:
         return standing.token
 
     async def beat(self, environment: str, name: str, token: int) -> bool:
-        """A sign of life."""
+        """Renew the lease."""
         standing = self._find(environment, name)
         standing.beats += standing.token == token
         return standing.token == token
 
     async def leave(self, environment: str, name: str, token: int) -> None:
-        """Give it back."""
+        """Release the lease."""
         standing = self._find(environment, name)
         if standing.token == token:
             standing.holder = ""
             standing.beats += 1
 
     async def commit(self, commit: Commit, *, now_us: int) -> None:
-        """Guard first; what could still refuse (the runs) before what can't."""
+        """Commit: the guard first, then what may still be refused (the runs), then the rows."""
         plan = commit.plan
         standing = self._held(plan, commit.token)
         if standing.no != commit.old_no:
@@ -152,7 +152,7 @@ class MemoryEntities:
     async def rollback(
         self, plan: EntityPlan, token: int, *, old_no: int, source: str, to: Position | None
     ) -> IndexerState:
-        """Go back."""
+        """Roll back to the last checkpoint at or before a position."""
         standing = self._held(plan, token)
         if standing.no != old_no:
             raise StoreBroken(f"the indexer stands at {standing.no}, where {old_no} was left", indexer=plan.indexer)
@@ -197,12 +197,12 @@ class MemoryEntities:
         return found
 
     async def load(self, entity: EntityType, ids: Sequence[Any]) -> list[Any]:
-        """Rows by id."""
+        """Return the rows with these ids."""
         rows = self._rows[entity.table]
         return [rows[row_id] for row_id in ids if row_id in rows]
 
     async def find(self, entity: EntityType, conditions: Sequence[Condition]) -> list[Any]:
-        """Rows by condition."""
+        """Return at least the rows that fulfil the conditions, by id."""
         return [row for row in self.rows(entity) if all_hold(conditions, row)]
 
     def rows(self, entity: EntityType) -> list[Any]:
@@ -210,19 +210,19 @@ class MemoryEntities:
         return [row for _, row in sorted(self._rows[entity.table].items())]
 
     async def history(self, entity: EntityType) -> list[tuple[Any, int, Any]]:
-        """All rows of history."""
+        """Return all rows of the history."""
         past = self._history[entity.table]
         return [(row_id, no, past[row_id, no]) for row_id, no in sorted(past)]
 
     async def checkpoints(self, environment: str, name: str) -> list[tuple[int, str, Position]]:
-        """The events that are kept."""
+        """Return the events that are kept."""
         return [(own.no, own.source, own.position) for own in self._checkpoints[environment, name]]
 
     async def build_index(self, entity: EntityType, field: str) -> None:
-        """There are none."""
+        """Do nothing: reads of dicts use no index."""
 
     async def reset(self, environment: str, name: str) -> list[str]:
-        """Forget it."""
+        """Drop all tables of an indexer, and return their names."""
         self._find(environment, name)
         own = {
             table: kept for table, kept in self._kept.items() if (kept.environment, kept.indexer) == (environment, name)

@@ -1,4 +1,4 @@
-"""The tables of `MemoryStore` and what is read from them; nothing here changes a table."""
+"""Tables of `MemoryStore`, and the functions that read them without changing anything."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Block(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """A queue's clock (the highest order number claimed in it), and whether it hands out runs."""
+    """A queue: its clock (the highest order number claimed in it), and whether claims from it are paused."""
 
     clock: int = 0
     paused: bool = False
@@ -60,7 +60,7 @@ class Known(NamedTuple):
 
 @dataclass
 class Tables:
-    """All that the store knows. Values are replaced, never changed in place, so a shallow copy is a snapshot."""
+    """All rows of the store. Values are replaced, never changed in place, so a shallow copy is a snapshot."""
 
     batches: dict[str, BatchRecord] = field(default_factory=dict)
     received: dict[str, IndexSet] = field(default_factory=dict)
@@ -84,24 +84,24 @@ class Tables:
     next_span_id: int = 1
 
     def copied(self) -> Self:
-        """Tables of their own with the same values."""
+        """Return a copy with the same values."""
         return type(self)(**{one.name: copy(getattr(self, one.name)) for one in fields(self)})
 
     def add_block(self, batch_id: str, chunk: Chunk) -> int:
-        """Keep a chunk's inputs under a fresh id."""
+        """Store a chunk's inputs under a new id."""
         block = Block(self.next_block_id, batch_id, chunk)
         self.next_block_id += 1
         self.blocks[block.id] = block
         return block.id
 
     def add_part(self, part: Part) -> None:
-        """Keep outcomes; no part is ever recorded twice."""
+        """Store outcomes; no part is ever recorded twice."""
         name = (part.span_id, part.token, part.part_no)
         assert name not in self.parts, name
         self.parts[name] = part
 
     def forget(self, batch_id: str) -> None:
-        """Delete a batch and everything of it."""
+        """Delete a batch with all its rows."""
         gone = {block.id for block in self.blocks.values() if block.batch_id == batch_id}
         del self.batches[batch_id], self.received[batch_id]
         self.blocks = {name: block for name, block in self.blocks.items() if name not in gone}
@@ -114,14 +114,14 @@ class Tables:
 
 
 def find(tables: Tables, batch_id: str) -> BatchRecord:
-    """The batch, or `NotFound`."""
+    """Return the batch. Raises `NotFound`."""
     if batch_id not in tables.batches:
-        raise NotFound("there is no such batch", hint="`headrace batch list` shows those there are", batch_id=batch_id)
+        raise NotFound("no batch has this id", hint="`headrace batch list` shows the batches", batch_id=batch_id)
     return tables.batches[batch_id]
 
 
 def named(tables: Tables, environment: str, key: str) -> BatchRecord | None:
-    """The batch that a key names."""
+    """Return the batch that a key names."""
     for batch in tables.batches.values():
         if batch.environment == environment and batch.key == key:
             return batch
@@ -129,68 +129,68 @@ def named(tables: Tables, environment: str, key: str) -> BatchRecord | None:
 
 
 def indexes_of(chunk: Chunk) -> Sequence[int]:
-    """The batch index of each position."""
+    """Return the batch index at each block offset."""
     if chunk.gaps is None:
         return range(chunk.first_index, chunk.first_index + chunk.runs_count)
     return [chunk.first_index + gap for gap in array("I", chunk.gaps)]
 
 
 def indexes_of_span(tables: Tables, span: Span) -> list[int]:
-    """The batch index of each place."""
+    """Return the batch index at each slot of a span."""
     own = indexes_of(tables.blocks[span.block_id].chunk)
     return [own[block_offset] for block_offset in block_offsets_of(span)]
 
 
 def locate(tables: Tables, batch: BatchRecord, index: int) -> tuple[int, int]:
-    """`(block id, position)` of a run, or `NotFound`."""
+    """Return the `(block id, block offset)` of a run. Raises `NotFound`."""
     for block in tables.blocks.values():
         if block.batch_id == batch.id and block.chunk.first_index <= index <= block.chunk.last_index:
             own = indexes_of(block.chunk)
             if index in own:
                 return block.id, own.index(index)
-    raise NotFound("the batch has no such run", batch_id=batch.id, index=index)
+    raise NotFound("the batch has no run with this index", batch_id=batch.id, index=index)
 
 
 def payload(tables: Tables, batch: BatchRecord, index: int) -> tuple[bytes, int]:
-    """The stored input of one run and its kind."""
+    """Return the stored input of a run, and its kind."""
     block_id, block_offset = locate(tables, batch, index)
     payloads, kinds = unpack(tables.blocks[block_id].chunk.items)
     return payloads[block_offset], kinds[block_offset] if kinds else 0
 
 
 def spans_of_block(tables: Tables, block_id: int) -> list[Span]:
-    """All spans over one block."""
+    """Return all spans over one block."""
     return [span for span in tables.spans.values() if span.block_id == block_id]
 
 
 def spans_of_batch(tables: Tables, batch_id: str) -> list[Span]:
-    """All spans of a batch."""
+    """Return all spans of a batch."""
     return [span for span in tables.spans.values() if span.batch_id == batch_id]
 
 
 def spans_of_session(tables: Tables, session_id: str) -> list[Span]:
-    """What a session has leased."""
+    """Return the spans that a session has leased."""
     return [span for span in tables.spans.values() if span.state == spans.LEASED and span.session_id == session_id]
 
 
 def waiting(tables: Tables) -> list[Span]:
-    """Spans that nobody has leased and that still hold work, delayed ones too."""
+    """Return the spans that are not leased and have unsettled runs, also delayed ones."""
     return [span for span in tables.spans.values() if span.state in (spans.WAITING, spans.DELAYED)]
 
 
 def claim_order(span: Span) -> tuple[int, int, str, int, int]:
-    """Who comes first: by priority, then by virtual time, then by batch and index."""
+    """Sort key of claims: by priority, then by virtual time, then by batch and index."""
     return -span.priority, span.order_no, span.batch_id, span.first_index, span.id
 
 
 def with_ledger(tables: Tables, batch: BatchRecord) -> tuple[BatchRecord, Ledger]:
-    """A batch and where its runs are."""
+    """Return a batch with its ledger."""
     leased = [span for span in spans_of_batch(tables, batch.id) if span.state == spans.LEASED]
     return batch, batches.ledger(batch, leased_count=sum(span.unsettled_count for span in leased))
 
 
-class _Home(NamedTuple):
-    """Where one run lives."""
+class _RunLocation(NamedTuple):
+    """The span that has the state of one run."""
 
     run_index: int
     block_id: int
@@ -199,11 +199,11 @@ class _Home(NamedTuple):
     state: int
 
 
-def homes_of(tables: Tables, batch_id: str) -> list[_Home]:
-    """Every run of a batch, by index, in the span in which its state lives."""
+def run_locations(tables: Tables, batch_id: str) -> list[_RunLocation]:
+    """Return every run of a batch, by index, with the span that has its state."""
     own = {block.id: indexes_of(block.chunk) for block in tables.blocks.values() if block.batch_id == batch_id}
     found = [
-        _Home(own[span.block_id][block_offset], span.block_id, block_offset, span, state)
+        _RunLocation(own[span.block_id][block_offset], span.block_id, block_offset, span, state)
         for span in spans_of_batch(tables, batch_id)
         for block_offset, state in zip(block_offsets_of(span), span.states, strict=True)
         if state != runs_core.MOVED
@@ -212,7 +212,7 @@ def homes_of(tables: Tables, batch_id: str) -> list[_Home]:
 
 
 def _results(tables: Tables, batch_id: str) -> dict[tuple[int, int], tuple[bytes, int]]:
-    """The last recorded result of each `(block id, position)` of a batch."""
+    """Return the last recorded result for each `(block id, block offset)` of a batch."""
     return {
         (part.block_id, block_offset): (result, kind)
         for part in tables.parts.values()
@@ -225,12 +225,12 @@ def _results(tables: Tables, batch_id: str) -> dict[tuple[int, int], tuple[bytes
 def outcomes(
     tables: Tables, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False
 ) -> list[RunOutcome]:
-    """Final outcomes from `from_index` on; gaps are passed over in a stream only, or when told to."""
+    """Return final outcomes from `from_index` on. Gaps are skipped in a stream, and everywhere with `passing`."""
     batch = find(tables, batch_id)
     results = _results(tables, batch_id)
     told: list[RunOutcome] = []
     expected = from_index
-    for index, block_id, block_offset, _, state in homes_of(tables, batch_id):
+    for index, block_id, block_offset, _, state in run_locations(tables, batch_id):
         if index < from_index:
             continue
         is_gap = index != expected and batch.kind != batches.STREAM
@@ -247,16 +247,16 @@ def outcomes(
 
 
 def lease(tables: Tables, span: Span) -> Lease:
-    """What a worker needs of a claimed span."""
+    """Make the lease of a claimed span."""
     chunk = tables.blocks[span.block_id].chunk
     return lease_of(span, chunk.first_index, chunk.gaps, chunk.extras, chunk.items)
 
 
 def run(tables: Tables, batch_id: str, index: int) -> RunRecord:
-    """One run with its input, its result and its attempts."""
+    """Return a run with its input, its result and its attempts."""
     batch = find(tables, batch_id)
     block_id, block_offset = locate(tables, batch, index)
-    (home,) = (home for home in homes_of(tables, batch_id) if home.run_index == index)
+    (home,) = (home for home in run_locations(tables, batch_id) if home.run_index == index)
     extra = tables.blocks[block_id].chunk.extras.get(block_offset, Extra())
     view = view_of(home.span, home.run_index, home.state)
     view.payload, view.kind = payload(tables, batch, index)
@@ -286,14 +286,14 @@ def runs(
     after: tuple[str, int] | None,
     limit: int,
 ) -> list[RunRecord]:
-    """Runs that match, newest batch first, by index inside a batch, without payloads and attempts."""
+    """List runs that match, newest batch first and by index inside it, without payloads and attempts."""
     check_state(state)
     views = (
         view_of(home.span, home.run_index, home.state)
         for name in sorted(tables.batches, reverse=True)
         if batch_id in ("", name) and tables.batches[name].environment == environment
         if after is None or name <= after[0]
-        for home in homes_of(tables, name)
+        for home in run_locations(tables, name)
         if after is None or name < after[0] or home.run_index > after[1]
         if not tag or (environment, tag, name, home.run_index) in tables.tags
     )
@@ -301,7 +301,7 @@ def runs(
 
 
 def queues(tables: Tables, environment: str) -> list[QueueView]:
-    """Queues with what stands in them."""
+    """List queues with the numbers of their runs."""
     return [_queue(tables, environment, name) for owner, name in sorted(tables.queues) if owner == environment]
 
 
@@ -325,7 +325,7 @@ def _queue(tables: Tables, environment: str, name: str) -> QueueView:
 
 
 def named_leases(tables: Tables, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
-    """Where the runs that keys name are under way."""
+    """Return the leases of the runs that keys name."""
     found = []
     for key in sorted(set(keys)):
         known = tables.keys.get((environment, task, key))
@@ -344,7 +344,7 @@ def named_leases(tables: Tables, environment: str, task: str, keys: Sequence[str
 def dead_letters(
     tables: Tables, environment: str, queue: str, before_us: int, after: DeadLetter | None
 ) -> list[DeadLetter]:
-    """Dead letters, oldest first."""
+    """List dead letters, oldest first."""
     found = [
         dead
         for owner, dead in tables.dead.values()
@@ -390,7 +390,7 @@ def verify(tables: Tables, batch_id: str) -> Verification:
 def _counted(tables: Tables, batch: BatchRecord, stored_count: int) -> Ledger:
     counts = Counter(
         "leased" if home.span.state == spans.LEASED and home.state in runs_core.UNSETTLED else _word(home.state)
-        for home in homes_of(tables, batch.id)
+        for home in run_locations(tables, batch.id)
     )
     expected = batch.received_count if batch.expected_count is None else batch.expected_count
     words = ("waiting", "leased", "completed", "failed", "cancelled", "expired")
@@ -402,8 +402,8 @@ def _word(state: int) -> str:
 
 
 def _unhomed(tables: Tables, batch_id: str, stored: list[tuple[int, int, int]]) -> Iterator[str]:
-    """Runs that live nowhere or twice, spans that count wrongly, outcomes that nobody recorded."""
-    lives = Counter((home.block_id, home.block_offset) for home in homes_of(tables, batch_id))
+    """Report runs without exactly one span, wrong counts of spans, and final runs without a recorded outcome."""
+    lives = Counter((home.block_id, home.block_offset) for home in run_locations(tables, batch_id))
     results = _results(tables, batch_id)
     for block_id, block_offset, _ in stored:
         if lives[block_id, block_offset] != 1:
@@ -411,6 +411,6 @@ def _unhomed(tables: Tables, batch_id: str, stored: list[tuple[int, int, int]]) 
     for span in spans_of_batch(tables, batch_id):
         if span.unsettled_count != runs_core.unsettled_count(span.states):
             yield f"span {span.id} counts {span.unsettled_count} unsettled runs wrongly"
-    for home in homes_of(tables, batch_id):
+    for home in run_locations(tables, batch_id):
         if home.state in WITH_RESULT and (home.block_id, home.block_offset) not in results:
             yield f"block offset {home.block_offset} of block {home.block_id} ended without a recorded outcome"

@@ -1,9 +1,9 @@
-"""`MemoryStore`: the seam's promises as plain dicts, for tests and as the specification the other houses keep.
+"""`MemoryStore`: all operations of a store on plain dicts, for tests and as the specification of the other stores.
 
-Rule 1: the same pure decisions as every house, and nothing else: no index, no bound that only a database needs,
-no word of SQL. Where two houses differ, this one is right, or the difference is a rule nobody has written down.
-Rule 2: a verb works on a copy of the tables, which takes their place when the verb is done. So a raised error
-changes nothing, and since no verb waits inside, each is one transaction.
+Rule 1: it uses the same decisions of `core` as every store, and no index, no SQL, and no bound that only a database
+needs. Where two stores differ, this one is right. Rule 2: an operation works on a copy of the tables, which replaces
+them when the operation is done. An error that is raised changes nothing; since no operation waits inside, each is one
+transaction.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from headrace.store.protocol import (
 
 
 class MemoryStore:
-    """Batches in this process's memory, gone with it."""
+    """A store in the memory of this process."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -70,22 +70,22 @@ class MemoryStore:
         return self._tables
 
     async def open(self) -> None:
-        """Let verbs in. What was there before a close is still there."""
+        """Open the store. Batches from before a close are still there."""
         self._is_open = True
 
     async def close(self) -> None:
-        """Let no more verbs in."""
+        """Close the store."""
         self._is_open = False
 
     async def check(self) -> dict[str, object]:
-        """The settings that durability hangs on: there are none."""
+        """Return the settings that durability depends on: nothing is durable."""
         self._now()
         return {"store": "memory", "durable": False}
 
     # batches
 
     async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[BatchRecord, bool]:
-        """Open a batch, or answer the one its key names."""
+        """Create a batch, or return the one that its key names."""
         batches.check_created(expected_count=new.expected_count, runs_max=self._limits.batch_runs_max)
         with self._changing() as tables:
             if new.key is not None and (known := reads.named(tables, new.environment, new.key)):
@@ -105,58 +105,62 @@ class MemoryStore:
             return writes.append(tables, batch_id, chunks, cursor, runs_max, now_us, seals=seals)
 
     async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> BatchRecord:
-        """Close the batch; completes it when its runs have all ended."""
+        """Seal a batch; complete it if all its runs have ended."""
         with self._changing() as tables:
             return writes.seal(tables, batch_id, expected_count, now_us)
 
     async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> BatchRecord:
-        """Move to `cancelled` or `abandoned`; what waits is cancelled, a bounded part of it at once."""
+        """Cancel or abandon a batch; a bounded part of its waiting runs is cancelled at once."""
         with self._changing() as tables:
             writes.stop(tables, batch_id, state, now_us)
         return self._tables.batches[batch_id]
 
     async def cancel_runs(self, batch_id: str, indexes: Sequence[int], *, now_us: int) -> int:
-        """Cancel single runs: those that wait now, those leased when their worker hears of it."""
+        """Cancel single runs: waiting runs at once, leased runs when their worker's heartbeat is answered."""
         with self._changing() as tables:
             batch = reads.find(tables, batch_id)
-            asked = 0
+            leased_count = 0
             change = Counts()
             for block_id, block_offsets in writes.by_block(tables, batch, indexes).items():
                 for span in reads.spans_of_block(tables, block_id):
-                    live = [own for own, state in writes.homes(span) if state in UNSETTLED and own in block_offsets]
+                    live = [
+                        block_offset
+                        for block_offset, state in writes.states_by_offset(span)
+                        if state in UNSETTLED and block_offset in block_offsets
+                    ]
                     if span.state == spans.LEASED:
-                        tables.cancellations |= {(batch_id, block_offsets[own]) for own in live}
-                        asked += len(live)
+                        tables.cancellations |= {(batch_id, block_offsets[block_offset]) for block_offset in live}
+                        leased_count += len(live)
                     elif live:
                         tables.spans[span.id], counts = spans.cancel(span, live)
                         change = change.plus(counts)
             writes.count_in(tables, batch_id, change, now_us)
-        return change.settled + asked
+        return change.settled + leased_count
 
     async def redrive(self, batch_id: str, indexes: Sequence[int] | None) -> int:
-        """Run again what failed (all of it), or what ended badly at `indexes`."""
+        """Run all failed runs again, or at `indexes` those that failed, were cancelled or expired."""
         with self._changing() as tables:
             batch = reads.find(tables, batch_id)
             if batch.is_stopped:
                 raise Conflict(f"the batch is {batch.state}; its runs can't run again", batch_id=batch_id)
-            wanted = None if indexes is None else writes.by_block(tables, batch, indexes)
+            offsets_by_block = None if indexes is None else writes.by_block(tables, batch, indexes)
             change = Counts()
             for span in reads.spans_of_batch(tables, batch_id):
-                block_offsets = None if wanted is None else wanted.get(span.block_id, {})
+                block_offsets = None if offsets_by_block is None else offsets_by_block.get(span.block_id, {})
                 extras = tables.blocks[span.block_id].chunk.extras
-                after, again, gone = spans.redrive(
+                after, taken, counts = spans.redrive(
                     span,
                     block_offsets,
                     clock=writes.clock(tables, span),
                     unrunnable={block_offset for block_offset, extra in extras.items() if extra.failure},
                 )
-                if again is not None:
+                if taken is not None:
                     tables.spans[span.id] = after
-                    writes.add_span(tables, again)
-                    back = {(batch_id, index) for index in reads.indexes_of_span(tables, again)}
-                    tables.cancellations -= back
-                    tables.dead = {run: dead for run, dead in tables.dead.items() if run not in back}
-                    change = change.plus(gone)
+                    writes.add_span(tables, taken)
+                    redriven = {(batch_id, index) for index in reads.indexes_of_span(tables, taken)}
+                    tables.cancellations -= redriven
+                    tables.dead = {run: dead for run, dead in tables.dead.items() if run not in redriven}
+                    change = change.plus(counts)
             if change.settled:
                 tables.batches[batch_id] = batches.redriven(batch, change)
         return -change.settled
@@ -164,44 +168,44 @@ class MemoryStore:
     # sessions
 
     async def start_session(self, session: Session, *, now_us: int) -> None:
-        """Make a process known; an id that ended never lives again."""
+        """Register a process."""
         with self._changing() as tables:
-            known = tables.sessions.get(session.id)
-            if known is not None and known.ended_us:
+            session_row = tables.sessions.get(session.id)
+            if session_row is not None and session_row.ended_us:
                 raise writes.ended(session.id)
-            if known is None:
+            if session_row is None:
                 tables.sessions[session.id] = msgspec.structs.replace(session, heartbeat_us=now_us, ended_us=0)
 
     async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
-        """A sign of life, answered with what the store thinks this session holds."""
+        """Renew a session, and return the leases that the store has for it."""
         with self._changing() as tables:
             session = writes.live(tables, session_id)
             seen_us = max(session.heartbeat_us, now_us)
             tables.sessions[session_id] = msgspec.structs.replace(session, heartbeat_us=seen_us)
-            held = reads.spans_of_session(tables, session_id)
-            touched = {span.batch_id for span in held}
+            leased = reads.spans_of_session(tables, session_id)
+            batch_ids = {span.batch_id for span in leased}
         return Heartbeat(
-            leases=[HeldLease(span.id, span.token, span.claim_no) for span in held],
-            stopped=sorted(batch_id for batch_id in touched if tables.batches[batch_id].is_stopped),
-            cancelled=sorted(asked for asked in tables.cancellations if asked[0] in touched),
+            leases=[HeldLease(span.id, span.token, span.claim_no) for span in leased],
+            stopped=sorted(batch_id for batch_id in batch_ids if tables.batches[batch_id].is_stopped),
+            cancelled=sorted(cancellation for cancellation in tables.cancellations if cancellation[0] in batch_ids),
         )
 
     async def end_session(self, session_id: str, *, now_us: int) -> None:
-        """Leave in good order: leases go back as they were, its stream is sealed."""
+        """End a session in good order: release its leases and seal its stream."""
         with self._changing() as tables:
             session = tables.sessions.get(session_id)
             if session is not None and not session.ended_us:
                 writes.end(tables, session, Suspects(span_slots={}, evidence=""), self._limits.crashes_max, now_us)
 
     async def sessions(self) -> list[Session]:
-        """The sessions that have not ended."""
-        known = self._now().sessions
-        return [known[name] for name in sorted(known) if not known[name].ended_us]
+        """List the sessions that have not ended."""
+        rows = self._now().sessions
+        return [rows[name] for name in sorted(rows) if not rows[name].ended_us]
 
     async def recover(
         self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int
     ) -> int:
-        """End a session that fell silent, once, and give its leases back."""
+        """End a silent session, once, and release its leases."""
         with self._changing() as tables:
             session = tables.sessions.get(session_id)
             if session is None or session.ended_us or session.heartbeat_us > silent_since_us:
@@ -211,20 +215,20 @@ class MemoryStore:
     # work
 
     async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
-        """Lease the best spans to a live session; a claim asked for again answers the same spans."""
+        """Lease the first spans in claim order to a live session; a repeated claim returns the same spans."""
         if claim.runs_max < 1:
-            raise InvalidInput(f"a claim is for one run or more, not for {claim.runs_max}")
+            raise InvalidInput(f"a claim requests at least one run, got runs_max={claim.runs_max}")
         with self._changing() as tables:
             writes.live(tables, claim.session_id)
-            held = reads.spans_of_session(tables, claim.session_id)
-            taken = [span for span in sorted(held, key=reads.claim_order) if span.claim_no == claim.claim_no]
+            leased = reads.spans_of_session(tables, claim.session_id)
+            taken = [span for span in sorted(leased, key=reads.claim_order) if span.claim_no == claim.claim_no]
             if not taken:
                 writes.promote(tables, now_us)
                 taken = writes.take(tables, claim, now_us)
         return [reads.lease(tables, span) for span in taken]
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
-        """Record outcomes: `settled`, `recorded` (a repeat) or `lost` (a stale token) for each, in order."""
+        """Record outcomes."""
         words = []
         with self._changing() as tables:
             for settlement in settlements:
@@ -245,25 +249,25 @@ class MemoryStore:
         return words
 
     async def release(self, releases: Sequence[Release], *, crashes_max: int, now_us: int) -> list[str]:
-        """Give leases back before their runs ended: `settled` or `lost` for each."""
+        """Release leases before their runs have ended."""
         with self._changing() as tables:
             return [writes.release(tables, given, crashes_max, now_us) for given in releases]
 
     # reading
 
     async def batch(self, batch_id: str) -> tuple[BatchRecord, Ledger]:
-        """One batch and its ledger."""
+        """Return a batch and its ledger."""
         tables = self._now()
         return reads.with_ledger(tables, reads.find(tables, batch_id))
 
     async def find_batch(self, environment: str, key: str) -> BatchRecord | None:
-        """The batch that a key names."""
+        """Return the batch that a key names."""
         return reads.named(self._now(), environment, key)
 
     async def batches(
         self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
     ) -> list[tuple[BatchRecord, Ledger]]:
-        """Batches, newest first."""
+        """List batches, newest first."""
         tables = self._now()
         found = [
             batch
@@ -275,7 +279,7 @@ class MemoryStore:
         return [reads.with_ledger(tables, batch) for batch in found[:limit]]
 
     async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
-        """Ranges of announced indexes that are not durable yet."""
+        """Return ranges of announced indexes that are not durable yet."""
         tables = self._now()
         batch, received = reads.find(tables, batch_id), tables.received[batch_id]
         expected = received.end if batch.expected_count is None else batch.expected_count
@@ -284,11 +288,11 @@ class MemoryStore:
     async def outcomes(
         self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False
     ) -> list[RunOutcome]:
-        """Final outcomes from `from_index` on, in index order."""
+        """Return final outcomes from `from_index` on, in index order."""
         return reads.outcomes(self._now(), batch_id, from_index, runs_max, passing=passing)
 
     async def run(self, batch_id: str, index: int) -> RunRecord:
-        """One run."""
+        """Return one run."""
         return reads.run(self._now(), batch_id, index)
 
     async def runs(
@@ -302,31 +306,31 @@ class MemoryStore:
         after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunRecord]:
-        """Runs that match, newest batch first and by index inside it."""
+        """List runs that match, newest batch first and by index inside it."""
         return reads.runs(self._now(), environment, batch_id, state, task, tag, after, limit)
 
     async def queues(self, environment: str) -> list[QueueView]:
-        """The queues that were ever used or paused."""
+        """List the queues that were ever used or paused."""
         return reads.queues(self._now(), environment)
 
     async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
-        """Stop or go on handing out a queue's runs."""
+        """Stop or resume claims from a queue."""
         with self._changing() as tables:
             queue = tables.queues.get((environment, name), Queue())
             tables.queues[environment, name] = queue._replace(paused=paused)
 
     async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
-        """Where the runs that keys name are under way."""
+        """Return the leases of the runs that keys name."""
         return reads.named_leases(self._now(), environment, task, keys)
 
     async def dead_letters(
         self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
     ) -> list[DeadLetter]:
-        """Dead letters, oldest first."""
+        """List dead letters, oldest first."""
         return reads.dead_letters(self._now(), environment, queue, before_us, after)[:limit]
 
     async def purge_dead(self, environment: str, runs: Sequence[tuple[str, int]]) -> int:
-        """Let dead letters be as other failed runs."""
+        """Remove runs from the dead letters."""
         with self._changing() as tables:
             gone = [run for run in set(runs) if run in tables.dead and tables.dead[run][0] == environment]
             for run in gone:
@@ -334,12 +338,12 @@ class MemoryStore:
         return len(gone)
 
     async def rules(self, environment: str) -> dict[str, bytes]:
-        """What people decided, by name."""
+        """Return the rules of an environment by name."""
         known = self._now().rules
         return {name: known[environment, name] for owner, name in sorted(known) if owner == environment}
 
     async def keep_rules(self, environment: str, name: str, value: bytes, *, before: bytes | None) -> bool:
-        """Decide anew, unless others did meanwhile."""
+        """Store a rule, unless another process changed it since it was read."""
         with self._changing() as tables:
             if tables.rules.get((environment, name)) not in (before, value):
                 return False
@@ -347,24 +351,24 @@ class MemoryStore:
             return True
 
     async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
-        """Let what waits in one queue wait in another, a bounded step."""
+        """Move waiting spans to another queue, at most `spans_max`."""
         with self._changing() as tables:
             return writes.move_waiting(tables, environment, task, source, target, spans_max)
 
     async def size_bytes(self) -> int:
-        """The inputs and outcomes that are kept."""
+        """Return the size of the stored data."""
         tables = self._now()
         inputs = sum(len(block.chunk.items) for block in tables.blocks.values())
         return inputs + sum(len(part.results) for part in tables.parts.values())
 
     async def verify(self, batch_id: str) -> Verification:
-        """Count a batch from its chunks and compare."""
+        """Count a batch from its chunks, and compare with its counters."""
         return reads.verify(self._now(), batch_id)
 
     # upkeep
 
     async def sweep(self, *, now_us: int, rows_max: int) -> Swept:
-        """Expire, abandon and cancel what is due; give back what no live session holds."""
+        """Expire, abandon and cancel what is overdue, and release leases without a live session."""
         swept = Swept()
         with self._changing() as tables:
             late = [span for span in reads.waiting(tables) if 0 < span.expires_us <= now_us]
@@ -387,18 +391,18 @@ class MemoryStore:
                 span for span in tables.spans.values() if span.state == spans.LEASED and span.session_id not in live
             ]
             for span in lost[:rows_max]:
-                unknown = writes.given_back(span, Suspects(span_slots=None, evidence="its session is gone"))
+                unknown = writes.release_of_session(span, Suspects(span_slots=None, evidence="its session is gone"))
                 writes.release(tables, unknown, self._limits.crashes_max, now_us)
             swept.more = max(len(late), len(overdue), rows_max - left, len(lost)) >= rows_max
         return swept
 
     def forget(self, batch_id: str) -> None:
-        """Delete a batch that turned out to be nobody's; for the tables of indexers beside this store."""
+        """Delete a batch that turned out to be empty; for `MemoryEntities` beside this store."""
         with self._changing() as tables:
             tables.forget(batch_id)
 
     async def prune(self, finished_before_us: int, *, batches_max: int, rows_max: int) -> Pruned:
-        """Delete batches that finished before then, whole; memory has no need of steps."""
+        """Delete whole batches that finished before a time, all in one step."""
         del rows_max
         with self._changing() as tables:
             due = sorted(
@@ -419,16 +423,16 @@ class MemoryStore:
         return Pruned(batches=gone, more=len(due) > batches_max)
 
     async def unnamed(self, keys: Sequence[str]) -> list[str]:
-        """Those of these object keys that no row names."""
+        """Return those of these object keys that no row names."""
         named = self._now().objects
         return [key for key in keys if key not in named]
 
     async def duties(self) -> dict[str, int]:
-        """When each duty is free."""
+        """Return when each duty can be taken again."""
         return {name: free_us for name, (_, free_us) in self._now().duties.items()}
 
     async def take_duty(self, name: str, holder: str, *, free_us: int, now_us: int) -> bool:
-        """Take a duty that nobody does now."""
+        """Take a duty that no other process holds."""
         with self._changing() as tables:
             is_free = tables.duties.get(name, ("", 0))[1] <= now_us
             if is_free:
@@ -436,13 +440,13 @@ class MemoryStore:
         return is_free
 
     async def end_duty(self, name: str, holder: str, *, free_us: int) -> None:
-        """A duty is done, by whoever still holds it."""
+        """End a duty, if this holder still has it."""
         with self._changing() as tables:
             if tables.duties.get(name, ("", 0))[0] == holder:
                 tables.duties[name] = (holder, free_us)
 
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
-        """When the next delayed span becomes claimable."""
+        """Return when the next delayed span becomes claimable."""
         return min(
             (
                 span.due_us
@@ -457,7 +461,7 @@ class MemoryStore:
     async def keep_schedules(
         self, environment: str, app: str, schedules: Sequence[Schedule], *, now_us: int
     ) -> list[Schedule]:
-        """Make the schedules of an app known, all there are; its others are gone."""
+        """Store all schedules of an app, and mark its others as gone."""
         with self._changing() as tables:
             return writes.keep_schedules(tables, environment, app, schedules, now_us)
 
@@ -467,45 +471,49 @@ class MemoryStore:
             return writes.tick(tables, environment, tick, now_us)
 
     async def schedules(self, environment: str) -> list[Schedule]:
-        """The schedules that were ever known, by name."""
+        """List all schedules by name."""
         known = self._now().schedules
         return [known[name] for name in sorted(known) if name[0] == environment]
 
-    # who may come in
+    # # API keys and rate limits
 
     async def add_key(self, key: ApiKey, *, now_us: int) -> None:
-        """Let a key in from now on."""
+        """Add an API key."""
         with self._changing() as tables:
             if key.id in tables.api_keys or any(key.digest == other.digest for other in tables.api_keys.values()):
-                raise Conflict("there is such a key already", key_id=key.id)
+                raise Conflict("an API key with this id or digest exists already", key_id=key.id)
             tables.api_keys[key.id] = msgspec.structs.replace(key, created_us=now_us, revoked_us=0)
 
     async def find_key(self, digest: str) -> ApiKey | None:
-        """The key of this digest."""
+        """Return the API key with this digest."""
         return next((key for key in self._now().api_keys.values() if key.digest == digest), None)
 
     async def keys(self, environment: str) -> list[ApiKey]:
-        """The keys of an environment, oldest first."""
+        """List the API keys of an environment, oldest first."""
         known = self._now().api_keys
         return [known[name] for name in sorted(known) if known[name].environment == environment]
 
     async def revoke_key(self, environment: str, key_id: str, *, now_us: int) -> bool:
-        """Let a key in no more."""
+        """Revoke an API key."""
         with self._changing() as tables:
             key = tables.api_keys.get(key_id)
             if key is None or key.environment != environment:
-                raise NotFound("there is no such key", hint="`headrace key list` shows those there are", key_id=key_id)
+                raise NotFound(
+                    f"no API key has the id {key_id!r}",
+                    hint="`headrace key list` shows the keys of an environment",
+                    key_id=key_id,
+                )
             if not key.revoked_us:
                 tables.api_keys[key_id] = msgspec.structs.replace(key, revoked_us=now_us)
         return not key.revoked_us
 
     async def signing_key(self, environment: str, offered: bytes) -> bytes:
-        """The first that was offered stays."""
+        """Return the signing key of an environment; the first one that was offered is kept."""
         with self._changing() as tables:
             return tables.signing_keys.setdefault(environment, offered)
 
     async def spend(self, environment: str, name: str, bucket: Bucket, cost: int, *, now_us: int) -> Spent:
-        """Take tokens from a bucket, or nothing."""
+        """Take tokens from a bucket, all of the cost or none."""
         with self._changing() as tables:
             spent = admission.spend(bucket, cost, full_us=tables.buckets.get((environment, name), 0), now_us=now_us)
             if spent.is_granted:

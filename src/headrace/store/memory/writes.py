@@ -1,4 +1,4 @@
-"""How the tables of `MemoryStore` change: one function a step, each over tables that only its verb sees yet."""
+"""Changes to the tables of `MemoryStore`: one function a step, on tables that no other operation sees yet."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SWEEP_SPANS_MAX: Final = 1_000
 
 
 def create(tables: Tables, new: NewBatch, now_us: int) -> BatchRecord:
-    """A batch that is not there yet."""
+    """Insert a batch."""
     batch = tables.batches[new.id] = BatchRecord(**msgspec.structs.asdict(new), created_us=now_us)
     tables.received[new.id] = IndexSet()
     return batch
@@ -54,7 +54,7 @@ def append(
     *,
     seals: bool = False,
 ) -> Appended:
-    """Make the runs of `chunks` durable that are not yet, and keep `cursor` with them; close a batch that is whole."""
+    """Make those runs of `chunks` durable that are new, and store `cursor`; with `seals`, seal a complete batch."""
     answer = Appended(accepted_count=0, duplicates_count=0, conflicts=[], existing={})
     batch = reads.find(tables, batch_id)
     for chunk in chunks:
@@ -76,14 +76,14 @@ def append(
 
 
 def seal(tables: Tables, batch_id: str, expected_count: int | None, now_us: int) -> BatchRecord:
-    """Close a batch; completes it when its runs have all ended."""
+    """Seal a batch; complete it if all its runs have ended."""
     batch, received = reads.find(tables, batch_id), tables.received[batch_id]
     after = tables.batches[batch_id] = batches.sealed(batch, received, expected_count=expected_count, now_us=now_us)
     return after
 
 
 def keep_schedules(tables: Tables, environment: str, app: str, own: Sequence[Schedule], now_us: int) -> list[Schedule]:
-    """All schedules of an app; one that is new, another by now, or back begins now."""
+    """Store all schedules of an app. One that is new, was gone, or has another expression or time zone begins now."""
     names = {one.name for one in own}
     for (owner, name), known in tables.schedules.items():
         if owner == environment and known.app == app and name not in names and not known.gone_us:
@@ -102,7 +102,7 @@ def keep_schedules(tables: Tables, environment: str, app: str, own: Sequence[Sch
 
 
 def tick(tables: Tables, environment: str, wanted: Tick, now_us: int) -> Ticked:
-    """The runs of ticks, by whoever moves the schedule on."""
+    """Advance a schedule and enqueue the runs of its ticks."""
     known = tables.schedules.get((environment, wanted.name))
     if known is None:
         return Ticked(False, None)
@@ -114,7 +114,7 @@ def tick(tables: Tables, environment: str, wanted: Tick, now_us: int) -> Ticked:
     tables.schedules[environment, wanted.name] = after
     for new, chunk in wanted.runs:
         if new.id in tables.batches:
-            raise Conflict("a batch has this id already", batch_id=new.id)
+            raise Conflict(f"a batch with the id {new.id!r} exists already", batch_id=new.id)
         create(tables, new, now_us)
         append(tables, new.id, [chunk], None, 1, now_us)
         seal(tables, new.id, 1, now_us)
@@ -122,9 +122,9 @@ def tick(tables: Tables, environment: str, wanted: Tick, now_us: int) -> Ticked:
 
 
 def fresh_part(tables: Tables, batch: BatchRecord, chunk: Chunk, answer: Appended, now_us: int) -> Chunk | None:
-    """The runs that are new, as a chunk; what is not is told in `answer`. Indexes and keys are taken at once.
+    """Return the new runs as a chunk, and report the others in `answer`. Their indexes and keys are taken at once.
 
-    A run whose key already names a run is linked to it, and in a stream left out.
+    A run whose key already names a run is linked to that run; in a stream it is left out.
     """
     received = tables.received[batch.id] = tables.received[batch.id].union(IndexSet())
     tasks = {at: key.task for key, block_offsets in chunk.spans.items() for at in _covered(chunk, block_offsets)}
@@ -154,12 +154,14 @@ def fresh_part(tables: Tables, batch: BatchRecord, chunk: Chunk, answer: Appende
 
 
 def _is_free(tables: Tables, known: Known, now_us: int) -> bool:
-    """Whether a key names nothing any more: it expired, or its run ended badly and may run once more."""
+    """True if a key names no run any more: it expired, or its run failed, was cancelled or expired and may run
+    again.
+    """
     if 0 < known.expires_us <= now_us:
         return True
     return any(
         home.run_index == known.run_index and home.state in ENDED_BADLY and not home.span.at_most_once
-        for home in reads.homes_of(tables, known.batch_id)
+        for home in reads.run_locations(tables, known.batch_id)
     )
 
 
@@ -168,7 +170,7 @@ def _covered(chunk: Chunk, block_offsets: bytes | None) -> Sequence[int]:
 
 
 def with_lanes(tables: Tables, batch: BatchRecord, chunk: Chunk) -> BatchRecord:
-    """Make queues known, and note what time it is when the batch first meets each."""
+    """Create the queues of a chunk, and store the clock at which the batch first uses each."""
     bases = dict(batch.order_bases)
     for key in chunk.spans:
         tables.queues.setdefault((batch.environment, key.queue), Queue())
@@ -177,7 +179,9 @@ def with_lanes(tables: Tables, batch: BatchRecord, chunk: Chunk) -> BatchRecord:
 
 
 def insert(tables: Tables, batch: BatchRecord, chunk: Chunk, now_us: int) -> Counts:
-    """Keep a block, its spans and what only some runs have; answers the runs that ended at birth."""
+    """Insert a block, its spans, and rows for what only some runs have. Returns the counts of runs that ended at
+    creation.
+    """
     block_id = tables.add_block(batch.id, chunk)
     at_birth = ended_at_creation(chunk)
     ended = Counts()
@@ -226,38 +230,38 @@ def _new_span(
 
 
 def add_span(tables: Tables, span: Span) -> None:
-    """Keep a new span under a fresh id."""
+    """Insert a span under a new id."""
     span.id = tables.next_span_id
     tables.next_span_id += 1
     tables.spans[span.id] = span
 
 
-def homes(span: Span) -> Iterator[tuple[int, int]]:
-    """`(position, state)` of each run of a span."""
+def states_by_offset(span: Span) -> Iterator[tuple[int, int]]:
+    """Yield `(block offset, state)` of each run of a span."""
     return zip(block_offsets_of(span), span.states, strict=True)
 
 
 def by_block(tables: Tables, batch: BatchRecord, indexes: Collection[int]) -> dict[int, dict[int, int]]:
-    """`{block id: {position: index}}`; an index nobody received is `NotFound`."""
-    found: dict[int, dict[int, int]] = {}
+    """Group runs as `{block id: {block offset: index}}`. Raises `NotFound` for an index that was not received."""
+    by_block_id: dict[int, dict[int, int]] = {}
     for index in indexes:
         block_id, block_offset = reads.locate(tables, batch, index)
-        found.setdefault(block_id, {})[block_offset] = index
-    return found
+        by_block_id.setdefault(block_id, {})[block_offset] = index
+    return by_block_id
 
 
 def environment_clock(tables: Tables, environment: str) -> int:
-    """The furthest clock of an environment's queues: what time it is for new runs."""
+    """Return the highest clock of an environment's queues: the virtual time of new runs."""
     return max((queue.clock for (own, _), queue in tables.queues.items() if own == environment), default=0)
 
 
 def clock(tables: Tables, span: Span) -> int:
-    """The clock of a span's queue."""
+    """Return the clock of a span's queue."""
     return tables.queues[span.environment, span.queue].clock
 
 
 def policy(tables: Tables, span: Span, crashes_max: int = 1) -> Policy:
-    """What the batch says of runs of a span that would come back."""
+    """Return the batch's policy for runs of a span that would run again."""
     indexes = reads.indexes_of(tables.blocks[span.block_id].chunk)
     return Policy(
         stopped=tables.batches[span.batch_id].is_stopped,
@@ -269,13 +273,13 @@ def policy(tables: Tables, span: Span, crashes_max: int = 1) -> Policy:
 
 
 def count_in(tables: Tables, batch_id: str, counts: Counts, now_us: int) -> None:
-    """Add outcomes to a batch's counters; completes it when they were the last."""
+    """Add outcomes to a batch's counters; complete the batch if they were the last."""
     if any(counts):
         tables.batches[batch_id] = batches.settled(tables.batches[batch_id], counts, now_us)
 
 
 def apply(tables: Tables, verdict: SpanDecision, now_us: int) -> None:
-    """Keep what was decided about one lease."""
+    """Write a decision about one span."""
     if verdict.span is None:
         return
     tables.spans[verdict.span.id] = verdict.span
@@ -283,12 +287,12 @@ def apply(tables: Tables, verdict: SpanDecision, now_us: int) -> None:
         add_span(tables, span)
     if verdict.part is not None:
         tables.add_part(verdict.part)
-        bury(tables, verdict.span, verdict.part, now_us)
+        add_dead_letters(tables, verdict.span, verdict.part, now_us)
     count_in(tables, verdict.span.batch_id, verdict.counts, now_us)
 
 
-def bury(tables: Tables, span: Span, part: Part, now_us: int) -> None:
-    """Keep what a part ends as dead letters on the list of those."""
+def add_dead_letters(tables: Tables, span: Span, part: Part, now_us: int) -> None:
+    """Add the runs that failed finally in a part to the dead letters."""
     indexes = reads.indexes_of(tables.blocks[span.block_id].chunk)
     for block_offset in spans.dead_block_offsets(span, part):
         dead = DeadLetter(
@@ -298,7 +302,7 @@ def bury(tables: Tables, span: Span, part: Part, now_us: int) -> None:
 
 
 def stop(tables: Tables, batch_id: str, state: str, now_us: int) -> None:
-    """Cancel or abandon a batch; a bounded part of what waits ends at once."""
+    """Cancel or abandon a batch; a bounded part of its waiting runs ends at once."""
     after = batches.stopped(reads.find(tables, batch_id), state, now_us)
     tables.batches[batch_id] = after
     if after.is_stopped and not after.is_finished:
@@ -306,7 +310,7 @@ def stop(tables: Tables, batch_id: str, state: str, now_us: int) -> None:
 
 
 def sweep_stopped(tables: Tables, batch_id: str, spans_max: int, now_us: int) -> tuple[int, int]:
-    """Cancel what waits in a stopped batch; answers how many spans and how many runs."""
+    """Cancel waiting runs of a stopped batch. Returns the numbers of spans and of runs."""
     found = [span for span in reads.waiting(tables) if span.batch_id == batch_id][:spans_max]
     change = Counts()
     for span in found:
@@ -317,13 +321,13 @@ def sweep_stopped(tables: Tables, batch_id: str, spans_max: int, now_us: int) ->
 
 
 def is_overdue(batch: BatchRecord, now_us: int) -> bool:
-    """Whether a batch is past its seal deadline."""
+    """True if a batch is past its seal deadline."""
     due_us = batches.seal_due_us(batch)
     return due_us is not None and due_us <= now_us
 
 
 def live(tables: Tables, session_id: str) -> Session:
-    """The session, or `SessionEnded`."""
+    """Return the session. Raises `SessionEnded`."""
     session = tables.sessions.get(session_id)
     if session is None or session.ended_us:
         raise ended(session_id)
@@ -331,24 +335,28 @@ def live(tables: Tables, session_id: str) -> Session:
 
 
 def ended(session_id: str) -> SessionEnded:
-    """What is said to an ended session."""
-    return SessionEnded("the session has ended", hint="start a new one", session_id=session_id)
+    """Return the error for a session that has ended."""
+    return SessionEnded(
+        "the session has ended: another process recovered it, or it was closed",
+        hint="start a new session",
+        session_id=session_id,
+    )
 
 
 def end(tables: Tables, session: Session, suspects: Suspects, crashes_max: int, now_us: int) -> int:
-    """End a session, then give its leases back and leave its batches; answers how many leases there were."""
+    """End a session, release its leases and leave its batches. Returns how many leases there were."""
     tables.sessions[session.id] = msgspec.structs.replace(session, ended_us=now_us)
     held = reads.spans_of_session(tables, session.id)
     for span in held:
-        release(tables, given_back(span, suspects), crashes_max, now_us)
+        release(tables, release_of_session(span, suspects), crashes_max, now_us)
     for batch in list(tables.batches.values()):
         if batch.session_id == session.id:
             tables.batches[batch.id] = batches.left(batch, now_us)
     return len(held)
 
 
-def given_back(span: Span, suspects: Suspects) -> Release:
-    """The release of a lease whose session can not release it."""
+def release_of_session(span: Span, suspects: Suspects) -> Release:
+    """Make the release of a lease whose session can't release it itself."""
     if suspects.span_slots is None:
         span_slots = tuple(spans.unsettled_slots(span))
     else:
@@ -357,7 +365,7 @@ def given_back(span: Span, suspects: Suspects) -> Release:
 
 
 def release(tables: Tables, given: Release, crashes_max: int, now_us: int) -> str:
-    """Give one lease back; answers `settled` or `lost`."""
+    """Release one lease. Returns `settled` or `lost`."""
     span = tables.spans.get(given.span_id)
     verdict = spans.release(
         span,
@@ -374,7 +382,7 @@ def release(tables: Tables, given: Release, crashes_max: int, now_us: int) -> st
 
 
 def promote(tables: Tables, now_us: int) -> None:
-    """Delayed spans whose time has come join the line where it stands now."""
+    """Make delayed spans claimable whose time has come, at the current clock of their queue."""
     for span in reads.waiting(tables):
         if span.state == spans.DELAYED and span.due_us <= now_us:
             tables.spans[span.id] = msgspec.structs.replace(
@@ -383,22 +391,22 @@ def promote(tables: Tables, now_us: int) -> None:
 
 
 def move_waiting(tables: Tables, environment: str, task: str, source: str, target: str, spans_max: int) -> int:
-    """Let what waits in one queue wait in another."""
-    found = [
+    """Move waiting spans to another queue."""
+    movable = [
         span
         for span in reads.waiting(tables)
         if (span.state, span.environment, span.task, span.queue) == (spans.WAITING, environment, task, source)
     ]
-    if found:
+    if movable:
         tables.queues.setdefault((environment, target), Queue())
-    for span in sorted(found, key=reads.claim_order)[:spans_max]:
+    for span in sorted(movable, key=reads.claim_order)[:spans_max]:
         tables.spans[span.id] = msgspec.structs.replace(span, queue=target)
-    return min(len(found), spans_max)
+    return min(len(movable), spans_max)
 
 
 def take(tables: Tables, claim: Claim, now_us: int) -> list[Span]:
-    """Put the best spans under a lease; the last is split when it holds more runs than are wanted."""
-    line = [
+    """Lease the first spans in claim order. The last one is split if it holds more runs than requested."""
+    waiting = [
         span
         for span in reads.waiting(tables)
         if span.state == spans.WAITING
@@ -409,24 +417,24 @@ def take(tables: Tables, claim: Claim, now_us: int) -> list[Span]:
         and not tables.queues[span.environment, span.queue].paused
         and not 0 < span.expires_us <= now_us
     ]
-    line.sort(key=reads.claim_order)
+    waiting.sort(key=reads.claim_order)
     taken: list[Span] = []
-    wanted = claim.runs_max
-    for span in line:
+    runs_left = claim.runs_max
+    for span in waiting:
         if tables.batches[span.batch_id].is_stopped:
             sweep_stopped(tables, span.batch_id, SWEEP_SPANS_MAX, now_us)
             continue
-        if span.unsettled_count > wanted:
-            tables.spans[span.id], part = spans.take_first(span, wanted)
+        if span.unsettled_count > runs_left:
+            tables.spans[span.id], part = spans.take_first(span, runs_left)
             add_span(tables, part)
             span = part
-        under = spans.leased(span, session_id=claim.session_id, claim_no=claim.claim_no)
-        tables.spans[span.id] = under
-        taken.append(under)
+        lease_span = spans.leased(span, session_id=claim.session_id, claim_no=claim.claim_no)
+        tables.spans[span.id] = lease_span
+        taken.append(lease_span)
         queue = tables.queues[span.environment, span.queue]
         clock = clock_after(clock=queue.clock, claimed_order_no=span.order_no)
         tables.queues[span.environment, span.queue] = queue._replace(clock=clock)
-        wanted -= under.unsettled_count
-        if not wanted:
+        runs_left -= lease_span.unsettled_count
+        if not runs_left:
             break
     return taken

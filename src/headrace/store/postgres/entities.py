@@ -46,7 +46,7 @@ class PostgresEntities:
         self._rewritten: set[str] = set()
 
     async def close(self) -> None:
-        """The store closes its own connections."""
+        """Do nothing: the store closes its own connections."""
 
     async def _script(self, script: Callable[[], Script[T]]) -> T:
         return await self._store.within(lambda _, run: run(script()))
@@ -60,7 +60,7 @@ class PostgresEntities:
     # -- tables
 
     async def prepare(self, plan: EntityPlan) -> IndexerState:
-        """Make or extend the tables, one process at a time."""
+        """Create or extend the tables, and return the state of the indexer."""
         check_names(plan.entities)
         return await self._store.within(lambda connection, run: self._prepare(connection, run, plan))
 
@@ -104,12 +104,12 @@ class PostgresEntities:
                 await connection.raw.execute(dialect.create_index(entity, column), timeout=BULK_TIMEOUT_S)
 
     async def build_index(self, entity: EntityType, field: str) -> None:
-        """Make the index over a field now."""
+        """Create the index over a field."""
         sql = self._dialect.create_index(entity, entity.column(field))
         await self._store.within(lambda connection, _: connection.raw.execute(sql, timeout=BULK_TIMEOUT_S))
 
     async def reset(self, environment: str, name: str) -> list[str]:
-        """Drop all tables of an indexer."""
+        """Drop all tables of an indexer, and return their names."""
 
         async def work(connection: PostgresConnection, run: Callable[[Script[Any]], Awaitable[Any]]) -> list[str]:
             tables = tables_of(await run(indexer.forget(environment, name)))
@@ -122,25 +122,25 @@ class PostgresEntities:
     # -- the lease
 
     async def standings(self, environment: str) -> list[IndexerState]:
-        """Every indexer."""
+        """List the indexers of an environment, by name."""
         return await self._script(lambda: indexer.standings(environment))
 
     async def take(self, seen: IndexerState, holder: str) -> int | None:
-        """Lease it."""
+        """Lease an indexer as it was seen."""
         return await self._script(lambda: indexer.take(seen, holder))
 
     async def beat(self, environment: str, name: str, token: int) -> bool:
-        """A sign of life."""
+        """Renew the lease."""
         return await self._script(lambda: indexer.beat(environment, name, token))
 
     async def leave(self, environment: str, name: str, token: int) -> None:
-        """Give it back."""
+        """Release the lease."""
         await self._script(lambda: indexer.leave(environment, name, token))
 
     # -- commits
 
     async def commit(self, commit: Commit, *, now_us: int) -> None:
-        """Guard, runs, rows, history, COMMIT."""
+        """Commit: the guard first, then what may still be refused (the runs), then the rows."""
 
         async def work(connection: PostgresConnection, run: Callable[[Script[Any]], Awaitable[Any]]) -> None:
             if not await run(indexer.move(commit, now_us)):
@@ -239,7 +239,7 @@ class PostgresEntities:
     async def rollback(
         self, plan: EntityPlan, token: int, *, old_no: int, source: str, to: Position | None
     ) -> IndexerState:
-        """Go back."""
+        """Roll back to the last checkpoint at or before a position."""
 
         async def work(connection: PostgresConnection, run: Callable[[Script[Any]], Awaitable[Any]]) -> IndexerState:
             standing: IndexerState = await run(indexer.go_back(plan, token, old_no, source, to))
@@ -260,11 +260,11 @@ class PostgresEntities:
         return reader
 
     async def load(self, entity: EntityType, ids: Sequence[Any]) -> list[Any]:
-        """Rows by id."""
+        """Return the rows with these ids."""
         return self._reader(entity).rows(await self._rows(self._dialect.select_ids(entity, len(ids)), list(ids)))
 
     async def find(self, entity: EntityType, conditions: Sequence[Condition]) -> list[Any]:
-        """Rows by condition."""
+        """Return at least the rows that fulfil the conditions, by id."""
         if not conditions:
             return self._reader(entity).rows(await self._rows(self._dialect.select(entity)))
         question = self._dialect.select_where(entity, conditions)
@@ -275,11 +275,11 @@ class PostgresEntities:
         return self._reader(entity).rows(await self._rows(question.sql, *values))
 
     async def history(self, entity: EntityType) -> list[tuple[Any, int, Any]]:
-        """All rows of history."""
+        """Return all rows of the history."""
         return self._reader(entity).history(await self._rows(self._dialect.select_history(entity)))
 
     async def checkpoints(self, environment: str, name: str) -> list[tuple[int, str, Position]]:
-        """The events that are kept."""
+        """Return the events that are kept."""
         return await self._script(lambda: indexer.checkpoints(environment, name))
 
 

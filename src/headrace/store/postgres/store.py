@@ -194,7 +194,7 @@ class PostgresStore(ScriptedStore):
         return await super().append(batch_id, chunks, now_us=now_us, cursor=cursor, seals=seals)
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
-        """Record outcomes: of runs that all ended for good in one statement, by the script when any of them did not."""
+        """Record outcomes: in one statement if all runs ended finally, else by the script."""
         asked = fast_path.lease_ended(settlements[0]) if len(settlements) == 1 else None
         if asked is not None:
             if await self._alone(asked[0], **asked[1], now_us=now_us):
@@ -206,7 +206,7 @@ class PostgresStore(ScriptedStore):
         return await super().settle(settlements, now_us=now_us)
 
     async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
-        """Lease spans in one statement, which says when it takes the script."""
+        """Lease spans in one statement, or by the script where the statement reports that it can't."""
         if claim.runs_max < 1:
             return await super().claim(claim, now_us=now_us)
         rows_max, due_us = fast_path.rows_wanted(claim.runs_max, self._runs_a_span), now_us
@@ -242,15 +242,15 @@ class PostgresStore(ScriptedStore):
     # -- what a process with nothing to do asks for: one statement, which needs no transaction to see one snapshot
 
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
-        """When the next delayed span becomes claimable."""
+        """Return when the next delayed span becomes claimable."""
         return await self._tried(lambda connection: self._run(connection, queries.next_due_us(environment, tasks)))
 
     async def sessions(self) -> list[Session]:
-        """The sessions that have not ended."""
+        """List the sessions that have not ended."""
         return await self._tried(lambda connection: self._run(connection, queries.sessions()))
 
     async def duties(self) -> dict[str, int]:
-        """When each duty of upkeep is free to be taken."""
+        """Return when each duty can be taken again."""
         return await self._tried(lambda connection: self._run(connection, queries.duties()))
 
     # -- running scripts

@@ -68,7 +68,7 @@ class SqliteEntities:
         return connection
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close all connections."""
         self._is_open = False
         for connection in self._opened:
             connection.close()
@@ -102,7 +102,7 @@ class SqliteEntities:
     # -- tables
 
     async def prepare(self, plan: EntityPlan) -> IndexerState:
-        """Make or extend the tables."""
+        """Create or extend the tables, and return the state of the indexer."""
         check_names(plan.entities)
         return self._within(lambda connection: self._prepare(connection, plan))
 
@@ -138,12 +138,12 @@ class SqliteEntities:
                 connection.execute(dialect.create_index(entity, column))
 
     async def build_index(self, entity: EntityType, field: str) -> None:
-        """Make the index over a field now."""
+        """Create the index over a field."""
         sql = self._dialect.create_index(entity, entity.column(field))
         self._within(lambda connection: connection.execute(sql))
 
     async def reset(self, environment: str, name: str) -> list[str]:
-        """Drop all tables of an indexer."""
+        """Drop all tables of an indexer, and return their names."""
 
         def work(connection: sqlite3.Connection) -> list[str]:
             tables = tables_of(run_script(connection, indexer.forget(environment, name)))
@@ -156,25 +156,25 @@ class SqliteEntities:
     # -- the lease
 
     async def standings(self, environment: str) -> list[IndexerState]:
-        """Every indexer."""
+        """List the indexers of an environment, by name."""
         return self._script(indexer.standings(environment))
 
     async def take(self, seen: IndexerState, holder: str) -> int | None:
-        """Lease it."""
+        """Lease an indexer as it was seen."""
         return self._script(indexer.take(seen, holder))
 
     async def beat(self, environment: str, name: str, token: int) -> bool:
-        """A sign of life."""
+        """Renew the lease."""
         return self._script(indexer.beat(environment, name, token))
 
     async def leave(self, environment: str, name: str, token: int) -> None:
-        """Give it back."""
+        """Release the lease."""
         self._script(indexer.leave(environment, name, token))
 
     # -- commits
 
     async def commit(self, commit: Commit, *, now_us: int) -> None:
-        """Guard, runs, rows, history, COMMIT."""
+        """Commit: the guard first, then what may still be refused (the runs), then the rows."""
 
         def work(connection: sqlite3.Connection) -> None:
             if not run_script(connection, indexer.move(commit, now_us)):
@@ -222,7 +222,7 @@ class SqliteEntities:
     async def rollback(
         self, plan: EntityPlan, token: int, *, old_no: int, source: str, to: Position | None
     ) -> IndexerState:
-        """Go back."""
+        """Roll back to the last checkpoint at or before a position."""
 
         def work(connection: sqlite3.Connection) -> IndexerState:
             standing = run_script(connection, indexer.go_back(plan, token, old_no, source, to))
@@ -243,14 +243,14 @@ class SqliteEntities:
         return reader
 
     async def load(self, entity: EntityType, ids: Sequence[Any]) -> list[Any]:
-        """Rows by id."""
+        """Return the rows with these ids."""
         found: list[Any] = []
         for piece in _pieces(sqlite_ids(entity, ids), 1):
             found += self._rows(self._dialect.select_ids(entity, len(piece)), _flat(piece))
         return self._reader(entity).rows(found)
 
     async def find(self, entity: EntityType, conditions: Sequence[Condition]) -> list[Any]:
-        """Rows by condition."""
+        """Return at least the rows that fulfil the conditions, by id."""
         if conditions:
             question = self._dialect.select_where(entity, conditions)
             found = self._rows(question.sql, [sqlite_value(column, value) for column, value in question.values])
@@ -262,12 +262,12 @@ class SqliteEntities:
         return rows
 
     async def history(self, entity: EntityType) -> list[tuple[Any, int, Any]]:
-        """All rows of history."""
+        """Return all rows of the history."""
         rows = self._rows(self._dialect.select_history(entity))
         return self._reader(entity).history(rows)
 
     async def checkpoints(self, environment: str, name: str) -> list[tuple[int, str, Position]]:
-        """The events that are kept."""
+        """Return the events that are kept."""
         return self._script(indexer.checkpoints(environment, name))
 
 

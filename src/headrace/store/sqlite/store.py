@@ -116,7 +116,7 @@ class SqliteStore(ScriptedStore):
         )
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
-        """Record outcomes: of a few leases each where it stands, of many in as many statements as of one."""
+        """Record outcomes: of a few leases one by one, of many with one statement for all."""
         if len(settlements) > fast_path.FEW:
             return await super().settle(settlements, now_us=now_us)
         return await self._write(lambda: fast_path.settle(settlements, now_us))

@@ -369,14 +369,14 @@ def _count_blocks(
     differences: list[str],
 ) -> Script[None]:
     ids = [block_id for block_id, _ in blocks]
-    homes: dict[int, list[Span]] = {block_id: [] for block_id in ids}
+    spans_by_block: dict[int, list[Span]] = {block_id: [] for block_id in ids}
     for row in (yield from fetch("spans_of_blocks", ids=as_json(ids))):
         span = to_span(row)
-        homes[span.block_id].append(span)
+        spans_by_block[span.block_id].append(span)
     recorded = yield from _results(ids)
     for block_id, runs_count in blocks:
         living = [0] * runs_count
-        for span in homes[block_id]:
+        for span in spans_by_block[block_id]:
             if span.unsettled_count != runs_core.unsettled_count(span.states):
                 differences.append(f"span {span.id} counts {span.unsettled_count} unsettled runs wrongly")
             leased_byte = ord("l") if span.state == LEASED else 0

@@ -74,7 +74,7 @@ class ScriptedStore(ABC):
     # -- batches
 
     async def create_batch(self, new: NewBatch, *, now_us: int) -> tuple[BatchRecord, bool]:
-        """Open a batch, or answer the one its key names."""
+        """Create a batch, or return the one that its key names."""
         check_created(expected_count=new.expected_count, runs_max=self._limits.batch_runs_max)
         return await self._write(lambda: append.create(new, now_us))
 
@@ -86,49 +86,49 @@ class ScriptedStore(ABC):
         return await self._write(lambda: append.append(batch_id, chunks, cursor, runs_max, now_us, seals=seals))
 
     async def seal(self, batch_id: str, expected_count: int | None, *, now_us: int) -> BatchRecord:
-        """Close the batch; completes it when its runs have all ended."""
+        """Seal a batch; complete it if all its runs have ended."""
         return await self._write(lambda: append.seal(batch_id, expected_count, now_us))
 
     async def stop_batch(self, batch_id: str, state: str, *, now_us: int) -> BatchRecord:
-        """Move to `cancelled` or `abandoned`."""
+        """Cancel or abandon a batch; a bounded part of its waiting runs is cancelled at once."""
         return await self._write(lambda: cancel_redrive.stop(batch_id, state, now_us))
 
     async def cancel_runs(self, batch_id: str, indexes: Sequence[int], *, now_us: int) -> int:
-        """Cancel single runs."""
+        """Cancel single runs: waiting runs at once, leased runs when their worker's heartbeat is answered."""
         return await self._write(lambda: cancel_redrive.cancel_runs(batch_id, indexes, now_us))
 
     async def redrive(self, batch_id: str, indexes: Sequence[int] | None) -> int:
-        """Run again what failed."""
+        """Run all failed runs again, or at `indexes` those that failed, were cancelled or expired."""
         return await self._write(lambda: cancel_redrive.redrive(batch_id, indexes))
 
     # -- sessions
 
     async def start_session(self, session: Session, *, now_us: int) -> None:
-        """Make a process known."""
+        """Register a process."""
         await self._write(lambda: leases.start_session(session, now_us))
 
     async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
-        """A sign of life."""
+        """Renew a session, and return the leases that the store has for it."""
         return await self._write(lambda: leases.heartbeat(session_id, now_us))
 
     async def end_session(self, session_id: str, *, now_us: int) -> None:
-        """Leave in good order."""
+        """End a session in good order: release its leases and seal its stream."""
         await self._write(lambda: leases.end_session(session_id, now_us))
 
     async def sessions(self) -> list[Session]:
-        """The sessions that have not ended."""
+        """List the sessions that have not ended."""
         return await self._read(queries.sessions)
 
     async def recover(
         self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int
     ) -> int:
-        """End a silent session, once, and give its leases back."""
+        """End a silent session, once, and release its leases."""
         return await self._write(lambda: leases.recover(session_id, suspects, silent_since_us, crashes_max, now_us))
 
     # -- work
 
     async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
-        """Lease spans to a live session; inputs are unpacked here, outside the transaction."""
+        """Lease spans to a live session. Their inputs are unpacked here, outside the transaction."""
         if claim.runs_max < 1:
             raise InvalidInput(f"a claim is for one run or more, not for {claim.runs_max}")
         taken = await self._write(lambda: leases.claim(claim, now_us))
@@ -139,37 +139,37 @@ class ScriptedStore(ABC):
         return await self._write(lambda: leases.settle(settlements, now_us))
 
     async def release(self, releases: Sequence[Release], *, crashes_max: int, now_us: int) -> list[str]:
-        """Give leases back before their runs ended."""
+        """Release leases before their runs have ended."""
         return await self._write(lambda: leases.release(releases, crashes_max, now_us))
 
     # -- reading
 
     async def batch(self, batch_id: str) -> tuple[BatchRecord, Ledger]:
-        """One batch and its ledger."""
+        """Return a batch and its ledger."""
         return await self._read(lambda: queries.found(batch_id))
 
     async def find_batch(self, environment: str, key: str) -> BatchRecord | None:
-        """The batch that a key names."""
+        """Return the batch that a key names."""
         return await self._read(lambda: queries.found_by_key(environment, key))
 
     async def batches(
         self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
     ) -> list[tuple[BatchRecord, Ledger]]:
-        """Batches, newest first."""
+        """List batches, newest first."""
         return await self._read(lambda: queries.list_batches(environment, states, before_id, limit))
 
     async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
-        """Ranges of announced indexes that are not durable yet."""
+        """Return ranges of announced indexes that are not durable yet."""
         return await self._read(lambda: queries.missing(batch_id, ranges_max))
 
     async def outcomes(
         self, batch_id: str, from_index: int, runs_max: int, *, passing: bool = False
     ) -> list[RunOutcome]:
-        """Final outcomes in index order, consecutive ones unless told to pass over the others."""
+        """Return final outcomes from `from_index` on, in index order."""
         return await self._read(lambda: queries.outcomes(batch_id, from_index, runs_max, passing=passing))
 
     async def run(self, batch_id: str, index: int) -> RunRecord:
-        """One run."""
+        """Return one run."""
         return await self._read(lambda: queries.run(batch_id, index))
 
     async def runs(
@@ -183,80 +183,80 @@ class ScriptedStore(ABC):
         after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunRecord]:
-        """Runs that match."""
+        """List runs that match, newest batch first and by index inside it."""
         return await self._read(lambda: queries.list_runs(environment, batch_id, state, task, tag, after, limit))
 
     async def queues(self, environment: str) -> list[QueueView]:
-        """The queues that were ever used or paused."""
+        """List the queues that were ever used or paused."""
         return await self._read(lambda: queries.queues(environment))
 
     async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
-        """Stop or go on handing out a queue's runs."""
+        """Stop or resume claims from a queue."""
         await self._write(lambda: leases.pause_queue(environment, name, paused=paused))
 
     async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
-        """Where the runs that keys name are under way."""
+        """Return the leases of the runs that keys name."""
         return await self._read(lambda: dead_letters.named_leases(environment, task, keys))
 
     async def dead_letters(
         self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
     ) -> list[DeadLetter]:
-        """Dead letters, oldest first."""
+        """List dead letters, oldest first."""
         return await self._read(lambda: dead_letters.dead_letters(environment, queue, before_us, after, limit))
 
     async def purge_dead(self, environment: str, runs: Sequence[tuple[str, int]]) -> int:
-        """Let dead letters be as other failed runs."""
+        """Remove runs from the dead letters."""
         return await self._write(lambda: dead_letters.purge_dead(environment, runs))
 
     async def rules(self, environment: str) -> dict[str, bytes]:
-        """What people decided, by name."""
+        """Return the rules of an environment by name."""
         return await self._read(lambda: rules.rules(environment))
 
     async def keep_rules(self, environment: str, name: str, value: bytes, *, before: bytes | None) -> bool:
-        """Decide anew."""
+        """Store a rule, unless another process changed it since it was read."""
         return await self._write(lambda: rules.keep_rules(environment, name, value, before))
 
     async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
-        """Let what waits in one queue wait in another, a bounded step."""
+        """Move waiting spans to another queue, at most `spans_max`."""
         return await self._write(lambda: leases.move_waiting(environment, task, source, target, spans_max))
 
     async def size_bytes(self) -> int:
-        """How much room the database takes."""
+        """Return the size of the stored data."""
         return await self._read(queries.size_bytes)
 
     async def verify(self, batch_id: str) -> Verification:
-        """Count a batch from its chunks."""
+        """Count a batch from its chunks, and compare with its counters."""
         return await self._read(lambda: queries.verify(batch_id))
 
     # -- upkeep
 
     async def duties(self) -> dict[str, int]:
-        """When each duty is free."""
+        """Return when each duty can be taken again."""
         return await self._read(queries.duties)
 
     async def take_duty(self, name: str, holder: str, *, free_us: int, now_us: int) -> bool:
-        """Take a duty that nobody does now."""
+        """Take a duty that no other process holds."""
         return await self._write(lambda: maintenance.take_duty(name, holder, free_us, now_us))
 
     async def end_duty(self, name: str, holder: str, *, free_us: int) -> None:
-        """A duty is done."""
+        """End a duty, if this holder still has it."""
         await self._write(lambda: maintenance.end_duty(name, holder, free_us))
 
     async def sweep(self, *, now_us: int, rows_max: int) -> Swept:
-        """Expire, abandon and cancel what is due."""
+        """Expire, abandon and cancel what is overdue, and release leases without a live session."""
         crashes_max = self._limits.crashes_max
         return await self._write(lambda: maintenance.sweep(rows_max, crashes_max, now_us))
 
     async def prune(self, finished_before_us: int, *, batches_max: int, rows_max: int) -> Pruned:
-        """Delete batches that finished before then."""
+        """Delete whole batches that finished before a time."""
         return await self._write(lambda: maintenance.prune(finished_before_us, batches_max, rows_max))
 
     async def unnamed(self, keys: Sequence[str]) -> list[str]:
-        """Those of these object keys that no row names."""
+        """Return those of these object keys that no row names."""
         return await self._read(lambda: maintenance.unnamed(keys))
 
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
-        """When the next delayed span becomes claimable."""
+        """Return when the next delayed span becomes claimable."""
         return await self._read(lambda: queries.next_due_us(environment, tasks))
 
     # -- schedules
@@ -264,7 +264,7 @@ class ScriptedStore(ABC):
     async def keep_schedules(
         self, environment: str, app: str, schedules: Sequence[Schedule], *, now_us: int
     ) -> list[Schedule]:
-        """Make the schedules of an app known, all there are."""
+        """Store all schedules of an app, and mark its others as gone."""
         return await self._write(lambda: schedule_scripts.keep(environment, app, schedules, now_us))
 
     async def tick(self, environment: str, tick: Tick, *, now_us: int) -> Ticked:
@@ -272,33 +272,33 @@ class ScriptedStore(ABC):
         return await self._write(lambda: schedule_scripts.tick(environment, tick, now_us))
 
     async def schedules(self, environment: str) -> list[Schedule]:
-        """The schedules that were ever known."""
+        """List all schedules by name."""
         return await self._read(lambda: schedule_scripts.schedules(environment))
 
     # -- who may come in
 
     async def add_key(self, key: ApiKey, *, now_us: int) -> None:
-        """Let a key in from now on."""
+        """Add an API key."""
         await self._write(lambda: api_keys.add_key(key, now_us))
 
     async def find_key(self, digest: str) -> ApiKey | None:
-        """The key of this digest."""
+        """Return the API key with this digest."""
         return await self._read(lambda: api_keys.find_key(digest))
 
     async def keys(self, environment: str) -> list[ApiKey]:
-        """The keys of an environment."""
+        """List the API keys of an environment, oldest first."""
         return await self._read(lambda: api_keys.keys(environment))
 
     async def revoke_key(self, environment: str, key_id: str, *, now_us: int) -> bool:
-        """Let a key in no more."""
+        """Revoke an API key."""
         return await self._write(lambda: api_keys.revoke_key(environment, key_id, now_us))
 
     async def signing_key(self, environment: str, offered: bytes) -> bytes:
-        """What an environment signs its tokens with."""
+        """Return the signing key of an environment; the first one that was offered is kept."""
         return await self._write(lambda: api_keys.signing_key(environment, offered))
 
     async def spend(self, environment: str, name: str, bucket: Bucket, cost: int, *, now_us: int) -> Spent:
-        """Take tokens from a bucket, or nothing."""
+        """Take tokens from a bucket, all of the cost or none."""
         return await self._write(lambda: api_keys.spend(environment, name, bucket, cost, now_us))
 
 

@@ -15,10 +15,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """\
 # Settings
 
-Flags win over environment variables, those over `headrace.toml`, the file over the defaults. The file is
-looked for in the current directory; `HEADRACE_CONFIG` names another. `headrace config show` prints what is in
-force and where each value came from, with secrets hidden. An unknown name or a value out of bounds is refused
-before anything starts.
+A command's flags override environment variables, which override `headrace.toml`, which overrides the defaults. The
+file is read from the current directory; `HEADRACE_CONFIG` names another. `headrace config show` prints the effective
+values and the source of each, with secrets hidden. An unknown name, or a value out of its bounds, is refused at the
+start.
 
 ```toml
 store = "sqlite:///headrace.db"

@@ -13,6 +13,7 @@ client for the server.
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import time
 from array import array
@@ -24,8 +25,7 @@ from typing import Any, Final
 import asyncpg
 import msgspec
 
-from bench.floors.work import CHUNK_RUNS, CHUNKS_A_COMMIT, ITEM_BYTES, PAD, Item, pack, run
-from headrace.store.statements import numbered, statements
+from bench.floors.work import CHUNK_RUNS, CHUNKS_A_COMMIT, ITEM_BYTES, PAD, Item, pack, run, statements
 
 PLACES: Final = array("H", range(4_096)).tobytes()
 
@@ -36,11 +36,19 @@ SESSION: Final = "session_00000000000000000000000000"
 SETTINGS: Final = {"enable_seqscan": "off", "jit": "off"}
 
 
-SQL: Final = {
-    name: numbered(statement.sql.replace("{schema}", f'"{SCHEMA}"'))
-    for name, statement in statements("headrace.store.postgres").items()
-}
-"""The product's own statements: `(sql with numbered values, names in that order)`."""
+def _statements() -> dict[str, tuple[str, list[str]]]:
+    """The product's statements by name: `(sql with numbered values, names in that order)`."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for name, text in statements(STORE / "sql").items():
+        names = list(dict.fromkeys(re.findall(r"(?<![:\w]):([a-z_]+)", text)))
+        sql = text
+        for number, word in enumerate(names, 1):
+            sql = re.sub(rf"(?<![:\w]):{word}\b", f"${number}", sql)
+        found[name] = sql.replace("{schema}", f'"{SCHEMA}"'), names
+    return found
+
+
+SQL: Final = _statements()
 MIGRATIONS: Final = [
     file.read_text(encoding="utf-8").replace("{schema}", f'"{SCHEMA}"')
     for file in sorted((STORE / "migrations").glob("*.sql"))
@@ -187,7 +195,7 @@ async def _drain(db: Any) -> int:
             span_slots=PLACES,
             span_id=0,
         )
-        leases = [(row[1], row[22], run(row[29])) for row in rows if row[1] is not None]
+        leases = [(row[1], row[22], run(row[30])) for row in rows if row[1] is not None]
         if not leases:
             return settled_count
         settled_count += await _settle(db, leases)

@@ -21,8 +21,7 @@ from typing import Final
 
 import msgspec
 
-from bench.floors.work import CHUNK_RUNS, CHUNKS_A_COMMIT, ITEM_BYTES, PAD, Item, pack, run
-from headrace.store.statements import statements
+from bench.floors.work import CHUNK_RUNS, CHUNKS_A_COMMIT, ITEM_BYTES, PAD, Item, pack, run, statements
 
 PEER_RAW_ROWS_S: Final = 255_000
 """Row-a-job inserts a second, sqlite3 FULL, of the machine the peers were measured on."""
@@ -34,8 +33,7 @@ FLOOR_RATIO_MIN: Final = 0.5
 STORE: Final = Path(__file__).parents[2] / "src" / "headrace" / "store" / "sqlite"
 
 
-SQL: Final = {name: statement.sql for name, statement in statements("headrace.store.sqlite").items()}
-"""The product's own statements."""
+SQL: Final = statements(STORE / "sql")
 SCHEMA: Final = "".join(file.read_text(encoding="utf-8") for file in sorted((STORE / "migrations").glob("*.sql")))
 BATCH: Final = "batch_00000000000000000000000000"
 SESSION: Final = "session_00000000000000000000000000"

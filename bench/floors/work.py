@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextvars
+import re
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -48,3 +50,27 @@ def unpack(packed: bytes) -> list[bytes]:
 
 async def _nothing(_item: Item) -> None:
     return None
+
+
+def statements(folder: Path) -> dict[str, str]:
+    """Read the product's statements by name, with the fragments that they share in place."""
+    texts: dict[str, str] = {}
+    fragments: dict[str, tuple[list[str], str]] = {}
+    head = re.compile(r"^-- (fragment )?([a-z_0-9]+)(?:\(([a-z_, ]*)\))?: .+$", re.MULTILINE)
+    for file in sorted(folder.glob("*.sql")):
+        pieces = head.split(file.read_text(encoding="utf-8"))
+        for kind, name, parameters, text in zip(pieces[1::4], pieces[2::4], pieces[3::4], pieces[4::4], strict=True):
+            if kind:
+                fragments[name] = (parameters or "").split(", "), re.sub(r"(?m)^--.*\n", "", text).strip()
+            else:
+                texts[name] = text
+
+    def expanded(match: re.Match[str]) -> str:
+        if match[1] == "schema":
+            return match[0]
+        parameters, text = fragments[match[1]]
+        for parameter, argument in zip(parameters, (match[2] or "").split(","), strict=True):
+            text = text.replace(f"{{{parameter}}}", argument.strip())
+        return text
+
+    return {name: re.sub(r"\{([a-z_]+)(?:\(([^(){}]*)\))?\}", expanded, text) for name, text in texts.items()}

@@ -6,16 +6,16 @@ import asyncio
 from pathlib import Path
 
 from tests.cli.conftest import Shell
-from tests.support.broker import DEADLETTER, FAILURE, Broker, activation, engine_on, stream
+from tests.support.broker import DEADLETTER, FAILURE, BrokerRig, activation, engine_on, stream
 
 
 async def fail_all(folder: Path, count: int) -> None:
     """Activations whose worker reports that they failed."""
     engine = await engine_on("sqlite", folder)
-    broker = Broker(engine)
+    broker = BrokerRig(engine)
     await broker.dispatcher.start()
-    await broker.filled(count, retry={"on_attempts_exceeded": DEADLETTER})
-    await broker.drained(2, FAILURE)
+    await broker.add_many(count, retry={"on_attempts_exceeded": DEADLETTER})
+    await broker.drain(2, FAILURE)
     await broker.dispatcher.stop()
     await broker.producer.close()
     await engine.close()

@@ -15,7 +15,7 @@ import pytest
 from headrace.cli.printing import counted, table
 from tests.cli.conftest import Shell
 from tests.cli.test_schedule import make_known, scheduled
-from tests.support.broker import DEADLETTER, FAILURE, Broker, engine_on
+from tests.support.broker import DEADLETTER, FAILURE, BrokerRig, engine_on
 
 WIDTH = 80
 LONG_TASK = """
@@ -34,10 +34,10 @@ async def statement(item):
 async def bury_one(folder: Path) -> None:
     """Leave one dead letter in the folder's store."""
     engine = await engine_on("sqlite", folder)
-    broker = Broker(engine)
+    broker = BrokerRig(engine)
     await broker.dispatcher.start()
-    await broker.filled(1, retry={"on_attempts_exceeded": DEADLETTER})
-    await broker.drained(2, FAILURE)
+    await broker.add_many(1, retry={"on_attempts_exceeded": DEADLETTER})
+    await broker.drain(2, FAILURE)
     await broker.dispatcher.stop()
     await broker.producer.close()
     await engine.close()

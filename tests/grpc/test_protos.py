@@ -1,6 +1,6 @@
-"""The generated messages say what the `.proto` files say.
+"""Generated messages match their `.proto` files.
 
-`python -m tests.grpc.test_protos`, writes them anew.
+`python -m tests.grpc.test_protos` regenerates them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ built(
 
 
 def generated(into: Path) -> dict[str, str]:
-    """The text of every generated file by its name."""
+    """Generate all files. Returns their texts by name."""
     descriptors = into / "descriptors"
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}", f"--descriptor_set_out={descriptors}"]
     subprocess.run([*command, f"--pyi_out={into}", *SOURCES], check=True, timeout=60)
@@ -49,13 +49,13 @@ def generated(into: Path) -> dict[str, str]:
 
 
 def words(text: str) -> set[str]:
-    """Every name in a text; versions of the generator differ in imports and quotes."""
+    """All identifiers in a text. Generator versions differ in imports and quotes."""
     return set(re.findall(r"[A-Za-z_][A-Za-z_0-9]+", text))
 
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the generator writes now."""
+    """Output of the current generator."""
     return generated(tmp_path_factory.mktemp("protos"))
 
 

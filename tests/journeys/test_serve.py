@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.support.http_server import AUTH, KEY, NDJSON, Answer, Peer, line
+from tests.support.http_server import AUTH, KEY, NDJSON, HttpAnswer, HttpPeer, line
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(120)]
 
@@ -66,8 +66,8 @@ class Program:
         return int(await self.process.wait())
 
 
-async def ask(port: int, method: str, path: str, body: Any = None, headers: Any = None) -> Answer:
-    peer = Peer("127.0.0.1", port)
+async def ask(port: int, method: str, path: str, body: Any = None, headers: Any = None) -> HttpAnswer:
+    peer = HttpPeer("127.0.0.1", port)
     try:
         return await peer.ask(method, path, body, headers)
     finally:
@@ -103,7 +103,7 @@ async def test_a_server_killed_in_mid_stream_loses_nothing_and_a_worker_elsewher
         # the next stream is cut by a kill, and goes on by what is missing
         count = 5_000
         small = await created(port, count)
-        peer = await Peer("127.0.0.1", port).connect()
+        peer = await HttpPeer("127.0.0.1", port).connect()
         path = f"/api/v3/batches/{small}/items"
         await peer.head("POST", path, {**AUTH, **NDJSON, "transfer-encoding": "chunked"})
         for index in range(count // 2):

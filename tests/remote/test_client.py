@@ -15,17 +15,17 @@ from headrace.http.requests.auth import new_key
 from headrace.remote import client as module
 from headrace.remote.client import SendProgress
 from headrace.remote.connection import ATTEMPTS
-from tests.support.http_server import KEY, Faults, House, Steps, house
+from tests.support.http_server import KEY, RecordingClock, ResponseFaults, ServerUnderTest, running_server
 
 ITEMS = "/items"
 
 
-def client_of(home: House, clock: Steps | None = None) -> Client:
-    return Client(home.server.url, KEY, clock=clock or Steps())
+def client_of(server: ServerUnderTest, clock: RecordingClock | None = None) -> Client:
+    return Client(server.server.url, KEY, clock=clock or RecordingClock())
 
 
-async def held(home: House, batch_id: str) -> tuple[str, int, int]:
-    batch, ledger = await home.engine.store.batch(batch_id)
+async def held(server: ServerUnderTest, batch_id: str) -> tuple[str, int, int]:
+    batch, ledger = await server.engine.store.batch(batch_id)
     return batch.state, batch.received_count, ledger.missing
 
 
@@ -36,11 +36,11 @@ async def test_items_of_an_iterator_are_sent_sealed_run_and_read(tmp_path: Path)
         for index in range(300):
             yield {"n": index}
 
-    async with house(tmp_path, "sqlite") as home, client_of(home) as client:
+    async with running_server(tmp_path, "sqlite") as server, client_of(server) as client:
         sent = await client.send("task", source(), on_progress=told.append, options={"queue": {"name": "q"}})
         assert sent.count == 300
         assert told[-1][:2] == (sent.id, 300)
-        assert await home.work() == 300
+        assert await server.work() == 300
         lines = [line async for line in client.results(sent.id)]
         assert [(line.index, line.ok, line.output) for line in lines] == [(n, True, n) for n in range(300)]
         assert [line.index async for line in client.results(sent.id, from_index=298)] == [298, 299]
@@ -49,7 +49,7 @@ async def test_items_of_an_iterator_are_sent_sealed_run_and_read(tmp_path: Path)
 async def test_the_source_is_read_while_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PORTION_ITEMS", 10)
     ahead: list[int] = []
-    homes: list[House] = []
+    homes: list[ServerUnderTest] = []
 
     def source() -> Iterator[int]:
         for index in range(100):
@@ -57,25 +57,25 @@ async def test_the_source_is_read_while_it_is_sent(tmp_path: Path, monkeypatch: 
             ahead.append(index - received[0].received_count)
             yield index
 
-    async with house(tmp_path, "memory") as home, client_of(home) as client:
-        homes.append(home)
+    async with running_server(tmp_path, "memory") as server, client_of(server) as client:
+        homes.append(server)
         assert (await client.send("task", source())).count == 100
         assert max(ahead) <= 10 + module.UPLOADS + 1, "a portion and what is on its way to it"
 
 
 @pytest.mark.parametrize("fault", [408, 429, 500, 502, 503, "lost", "cut"])
 async def test_one_failed_request_is_retried_and_nothing_is_doubled(tmp_path: Path, fault: Any) -> None:
-    faults, clock = Faults(ITEMS, fault), Steps()
-    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home, clock) as client:
+    faults, clock = ResponseFaults(ITEMS, fault), RecordingClock()
+    async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server, clock) as client:
         sent = await client.send("task", range(200))
-        assert await held(home, sent.id) == ("sealed", 200, 0)
+        assert await held(server, sent.id) == ("sealed", 200, 0)
         assert faults.seen == (1 if fault == "lost" else 2), "what was durable is not sent again"
         assert len(clock.slept) == 1
 
 
 async def test_the_client_fails_after_five_attempts_with_growing_waits(tmp_path: Path) -> None:
-    faults, clock = Faults(ITEMS, *[500] * 9), Steps()
-    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home, clock) as client:
+    faults, clock = ResponseFaults(ITEMS, *[500] * 9), RecordingClock()
+    async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server, clock) as client:
         with pytest.raises(HeadraceError):
             await client.send("task", range(3))
         assert faults.seen == ATTEMPTS == 5
@@ -85,34 +85,34 @@ async def test_the_client_fails_after_five_attempts_with_growing_waits(tmp_path:
 
 
 async def test_a_missing_response_is_no_error_when_all_items_are_stored(tmp_path: Path) -> None:
-    faults = Faults(ITEMS, *["lost"] * 9)
-    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home) as client:
+    faults = ResponseFaults(ITEMS, *["lost"] * 9)
+    async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server) as client:
         sent = await client.send("task", range(50))
-        assert await held(home, sent.id) == ("sealed", 50, 0)
+        assert await held(server, sent.id) == ("sealed", 50, 0)
         assert faults.seen == 1
-    faults = Faults("/seal", *["lost"] * 9)
-    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home) as client:
+    faults = ResponseFaults("/seal", *["lost"] * 9)
+    async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server) as client:
         sent = await client.send("task", range(50))
-        assert await held(home, sent.id) == ("sealed", 50, 0)
+        assert await held(server, sent.id) == ("sealed", 50, 0)
 
 
 async def test_an_error_that_a_retry_cannot_fix_is_not_retried(tmp_path: Path) -> None:
-    faults, clock = Faults(ITEMS, 422), Steps()
-    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home, clock) as client:
+    faults, clock = ResponseFaults(ITEMS, 422), RecordingClock()
+    async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server, clock) as client:
         with pytest.raises(ClientFault):
             await client.send("task", range(3))
         assert (faults.seen, clock.slept) == (1, [])
 
 
 async def test_retry_after_is_honoured(tmp_path: Path) -> None:
-    faults, clock = Faults(ITEMS, {"retry-after": "7"}), Steps()
-    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home, clock) as client:
+    faults, clock = ResponseFaults(ITEMS, {"retry-after": "7"}), RecordingClock()
+    async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server, clock) as client:
         await client.send("task", range(3))
         assert clock.slept == [7.0]
 
 
 async def test_an_unreachable_server_is_named_in_the_error(tmp_path: Path) -> None:
-    clock = Steps()
+    clock = RecordingClock()
     async with Client("http://127.0.0.1:9", KEY, clock=clock) as client:
         with pytest.raises(StoreUnavailable):
             await client.send("task", range(3))
@@ -126,42 +126,42 @@ async def test_a_send_with_a_batch_key_resumes(tmp_path: Path, monkeypatch: pyte
         yield from range(55)
         raise OSError("the source went away")
 
-    faults = Faults(ITEMS)
-    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home) as client:
+    faults = ResponseFaults(ITEMS)
+    async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server) as client:
         with pytest.raises(OSError, match="went away"):
             await client.send("task", broken(), batch_key="nightly")
         first = faults.seen
         sent = await client.send("task", range(100), batch_key="nightly")
-        assert await held(home, sent.id) == ("sealed", 100, 0)
+        assert await held(server, sent.id) == ("sealed", 100, 0)
         assert faults.seen - first <= 6, "what was durable was passed over"
         again = await client.send("task", range(100), batch_key="nightly")
         assert (again.id, again.count) == (sent.id, 100)
 
 
 async def test_large_items_are_uploaded_first(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home, client_of(home) as client:
+    async with running_server(tmp_path, "sqlite") as server, client_of(server) as client:
         sent = await client.send("task", ["small", "x" * 200_000, "small again"])
         runs = [(await client.run(f"run_{sent.id.removeprefix('batch_')}_{index}"))["payload"] for index in range(3)]
         assert runs == ["small", "x" * 200_000, "small again"]
 
 
 async def test_results_resume_after_a_broken_connection(tmp_path: Path) -> None:
-    faults = Faults("/results", "lost", None, "lost")
-    async with house(tmp_path, "sqlite", faults=faults) as home, client_of(home) as client:
+    faults = ResponseFaults("/results", "lost", None, "lost")
+    async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server) as client:
         sent = await client.send("task", range(20))
-        await home.work()
+        await server.work()
         assert [line.index async for line in client.results(sent.id)] == list(range(20))
         assert faults.seen == 2
 
 
 async def test_single_runs_batches_and_interventions(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home, client_of(home) as client:
+    async with running_server(tmp_path, "sqlite") as server, client_of(server) as client:
         run_id = await client.enqueue("task", {"a": 1}, idempotencyKey="one", tags=["t"])
         assert await client.enqueue("task", {"a": 2}, idempotencyKey="one") == run_id
         assert (await client.run(run_id))["payload"] == {"a": 1}
         sent = await client.send("task", range(3))
         assert await client.missing(sent.id) == []
-        await home.work("f")
+        await server.work("f")
         assert (await client.batch(sent.id))["failed"] == 3
         assert await client.redrive(sent.id, [0]) == 1
         assert await client.redrive(sent.id) == 2
@@ -169,22 +169,22 @@ async def test_single_runs_batches_and_interventions(tmp_path: Path) -> None:
 
 
 async def test_a_key_without_the_scope_gets_an_error_that_names_it(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home:
+    async with running_server(tmp_path, "sqlite") as server:
         secret, kept = new_key("default", ("batches:read",), "", 1)
-        await home.engine.administration.add_key(kept, now_us=1)
-        async with Client(home.server.url, secret, clock=Steps()) as client:
+        await server.engine.administration.add_key(kept, now_us=1)
+        async with Client(server.server.url, secret, clock=RecordingClock()) as client:
             with pytest.raises(ClientFault, match="batches:write"):
                 await client.send("task", range(3))
 
 
 async def test_the_same_client_serves_code_that_is_not_async(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home:
+    async with running_server(tmp_path, "sqlite") as server:
 
         def work() -> list[Any]:
-            with Client(home.server.url, KEY).sync as client:
+            with Client(server.server.url, KEY).sync as client:
                 sent = client.send("task", range(5))
                 client.enqueue("task", 1)
-                asyncio.run_coroutine_threadsafe(home.work(), loop).result()
+                asyncio.run_coroutine_threadsafe(server.work(), loop).result()
                 return [line.output for line in client.results(sent.id)]
 
         loop = asyncio.get_running_loop()

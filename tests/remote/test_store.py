@@ -22,18 +22,18 @@ from headrace.runtime.clock import ManualClock
 from headrace.runtime.maintenance.scheduler import Scheduler
 from headrace.store.protocol import NewBatch, Schedule, Store, Tick
 from headrace.store.rpc import OPERATIONS
-from tests.support.http_server import KEY, LIMITS, During, House, house
+from tests.support.http_server import KEY, LIMITS, ServerUnderTest, StoreHook, running_server
 from tests.support.store_rig import World, chunks_of, settlement_of
 
 SMALL = LIMITS.replaced(inline_bytes_max=256)
 
 
-def remote_of(home: House, key: str | None = KEY, *, wait_s: int = 0) -> RemoteStore:
-    return RemoteStore(ServerConnection(home.server.url, key, attempts=1), LIMITS, wait_s=wait_s)
+def remote_of(server: ServerUnderTest, key: str | None = KEY, *, wait_s: int = 0) -> RemoteStore:
+    return RemoteStore(ServerConnection(server.server.url, key, attempts=1), LIMITS, wait_s=wait_s)
 
 
-def app_of(home: House, **more: Any) -> Headrace:
-    app = Headrace("far", store=home.server.url, inline_bytes_max=256, poll_interval_ms=20, **more)
+def app_of(server: ServerUnderTest, **more: Any) -> Headrace:
+    app = Headrace("far", store=server.server.url, inline_bytes_max=256, poll_interval_ms=20, **more)
 
     @app.task
     async def double(value: int) -> int:
@@ -57,8 +57,8 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 async def test_an_app_enqueues_maps_works_and_reads_over_a_server(tmp_path: Path, kind: str) -> None:
-    async with house(tmp_path, kind, limits=SMALL) as home:
-        app = app_of(home)
+    async with running_server(tmp_path, kind, limits=SMALL) as server:
+        app = app_of(server)
         tasks = {name: app.registry.get(name) for name in app.registry.names}
         assert set(tasks) == {"double", "repeat", "broken"}
         async with app, app.worker() as worker:
@@ -79,8 +79,8 @@ async def test_an_app_enqueues_maps_works_and_reads_over_a_server(tmp_path: Path
 
 
 async def test_every_remote_operation_is_a_store_operation_with_the_same_result(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home:
-        remote = remote_of(home)
+    async with running_server(tmp_path, "sqlite") as server:
+        remote = remote_of(server)
         assert set(OPERATIONS) <= {name for name in dir(Store) if not name.startswith("_")}
         async with World(remote) as world:
             world.was_tampered_with = True  # its clock is not the server's
@@ -95,10 +95,10 @@ async def test_every_remote_operation_is_a_store_operation_with_the_same_result(
             held = (await remote.heartbeat(session_id, now_us=1)).leases
             assert [(one.span_id, one.token) for one in held] == [(lease.span_id, lease.token)]
             assert await world.settle(lease, "cfcc") == "settled"
-            near = await home.engine.store.outcomes(batch_id, 0, 10)
+            near = await server.engine.store.outcomes(batch_id, 0, 10)
             assert await remote.outcomes(batch_id, 0, 10) == near
-            assert await remote.run(batch_id, 1) == await home.engine.store.run(batch_id, 1)
-            assert await remote.batch(batch_id) == await home.engine.store.batch(batch_id)
+            assert await remote.run(batch_id, 1) == await server.engine.store.run(batch_id, 1)
+            assert await remote.batch(batch_id) == await server.engine.store.batch(batch_id)
             assert await remote.find_batch("other", "k") == (await remote.batch(batch_id))[0]
             assert [view.index for view in await remote.runs("default", tag="t")] == [1]
             assert (await remote.verify(batch_id)).differences == []
@@ -112,9 +112,9 @@ async def test_every_remote_operation_is_a_store_operation_with_the_same_result(
 
 
 async def test_schedules_tick_once_over_the_network_in_the_key_s_environment(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home:
-        remotes = [remote_of(home), remote_of(home)]
-        app = app_of(home)
+    async with running_server(tmp_path, "sqlite") as server:
+        remotes = [remote_of(server), remote_of(server)]
+        app = app_of(server)
 
         @app.task
         async def echo() -> None: ...
@@ -122,24 +122,24 @@ async def test_schedules_tick_once_over_the_network_in_the_key_s_environment(tmp
         app.schedule(echo, every_s=1, catch_up="all")
         for remote in remotes:
             await remote.open()
-        now_us = home.engine.clock.now_us()
-        engines = [replace(home.engine, store=remote, clock=ManualClock(now_us)) for remote in remotes]
+        now_us = server.engine.clock.now_us()
+        engines = [replace(server.engine, store=remote, clock=ManualClock(now_us)) for remote in remotes]
         schedulers = [Scheduler(replace(one, environment="elsewhere"), app.registry) for one in engines]
         await asyncio.gather(*(one.round() for one in schedulers))
         for one in engines:
             one.clock.advance(5)  # type: ignore[attr-defined]  # a clock that a test holds
         await asyncio.gather(*(one.round() for one in schedulers))
-        batches = [batch for batch, _ in await home.engine.store.batches("default")]
+        batches = [batch for batch, _ in await server.engine.store.batches("default")]
         assert [(batch.kind, batch.task, batch.state) for batch in batches] == [("single", "echo", "sealed")] * 5
         (known,) = await remotes[0].schedules("elsewhere")
         assert (known.environment, known.ticked_us) == ("default", (now_us + 5_000_000) // 1_000_000 * 1_000_000)
-        assert await home.engine.store.schedules("elsewhere") == []
+        assert await server.engine.store.schedules("elsewhere") == []
 
 
 async def test_a_client_cannot_tick_beyond_the_store_s_limits(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home, World(remote_of(home)) as world:
+    async with running_server(tmp_path, "sqlite") as server, World(remote_of(server)) as world:
         world.was_tampered_with = True  # its clock is not the server's
-        now_us = home.engine.clock.now_us()
+        now_us = server.engine.clock.now_us()
         hourly = Schedule(environment="", name="s", app="app", task="task", expression="0 * * * *", zone="UTC")
         (known,) = await world.store.keep_schedules("", "app", [hourly], now_us=1)
         bad = [
@@ -172,14 +172,14 @@ async def test_a_client_cannot_tick_beyond_the_store_s_limits(tmp_path: Path) ->
         ):
             with pytest.raises(ClientFault):
                 await world.store.tick("", msgspec.structs.replace(fine, **changed), now_us=1)
-        assert await home.engine.store.schedules("default") == [known]
+        assert await server.engine.store.schedules("default") == [known]
         told = await world.store.tick("", msgspec.structs.replace(fine, runs=[(new, one)]), now_us=1)
         assert told.is_ours
 
 
 async def test_store_errors_keep_their_class_over_the_network(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home:
-        async with World(remote_of(home)) as world:
+    async with running_server(tmp_path, "sqlite") as server:
+        async with World(remote_of(server)) as world:
             world.was_tampered_with = True
             batch_id = await world.batch(2)
             with pytest.raises(Conflict, match="missing"):
@@ -188,22 +188,22 @@ async def test_store_errors_keep_their_class_over_the_network(tmp_path: Path) ->
                 await world.append(batch_id, [7])
             with pytest.raises(NotFound):
                 await world.store.batch("batch_00000000000000000000000000")
-        await home.server.stop()
-        closed = RemoteStore(ServerConnection(home.server.url, KEY, attempts=1), LIMITS)
+        await server.server.stop()
+        closed = RemoteStore(ServerConnection(server.server.url, KEY, attempts=1), LIMITS)
         with pytest.raises(StoreUnavailable):
             await closed.connection.send_once("GET", "/v1/about")
 
 
 async def test_a_lease_is_settled_only_with_its_token(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home:
-        batch_id = await home.filled(3)
-        async with World(remote_of(home)) as thief, World(remote_of(home)) as world:
+    async with running_server(tmp_path, "sqlite") as server:
+        batch_id = await server.filled(3)
+        async with World(remote_of(server)) as thief, World(remote_of(server)) as world:
             thief.was_tampered_with = world.was_tampered_with = True
             (lease,) = await world.claim(await world.session())
             assert await thief.store.settle([settlement_of(lease)], now_us=1) == ["lost"]
             assert await thief.release(lease) == "lost"
             assert await world.settle(lease) == "settled"
-            assert (await home.engine.store.batch(batch_id))[0].state == "completed"
+            assert (await server.engine.store.batch(batch_id))[0].state == "completed"
 
 
 async def test_an_invalid_chunk_is_refused_and_changes_nothing(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ async def test_an_invalid_chunk_is_refused_and_changes_nothing(tmp_path: Path) -
         broken(extras={0: Extra(object_key=f"other/batch/{'0' * 64}")}),
         broken(extras={0: Extra(tags=tuple("abcdefghijklmn"))}),
     ]
-    async with house(tmp_path, "sqlite") as home, World(remote_of(home)) as world:
+    async with running_server(tmp_path, "sqlite") as server, World(remote_of(server)) as world:
         world.was_tampered_with = True
         batch_id = await world.batch(3)
         for chunk in bad:
@@ -241,11 +241,11 @@ async def test_an_invalid_chunk_is_refused_and_changes_nothing(tmp_path: Path) -
 async def test_another_environment_sees_none_of_the_data(tmp_path: Path) -> None:
     from headrace.http.requests.auth import new_key
 
-    async with house(tmp_path, "sqlite") as home:
-        batch_id = await home.filled(1)
+    async with running_server(tmp_path, "sqlite") as server:
+        batch_id = await server.filled(1)
         secret, kept = new_key("elsewhere", ("*",), "", 1)
-        await home.engine.administration.add_key(kept, now_us=1)
-        async with World(remote_of(home, secret)) as other:
+        await server.engine.administration.add_key(kept, now_us=1)
+        async with World(remote_of(server, secret)) as other:
             other.was_tampered_with = True
             assert await other.claim(await other.session(), environment="default") == []
             assert await other.store.batches("default") == []
@@ -273,25 +273,25 @@ async def test_a_claim_waits_at_the_server_until_work_comes(tmp_path: Path) -> N
         asked.set()
 
     async with (
-        house(tmp_path, "sqlite", wrap=lambda store: During(store, "claim", note)) as home,
-        World(remote_of(home, wait_s=10)) as world,
+        running_server(tmp_path, "sqlite", wrap=lambda store: StoreHook(store, "claim", note)) as server,
+        World(remote_of(server, wait_s=10)) as world,
     ):
         world.was_tampered_with = True
         claiming = asyncio.create_task(world.claim(await world.session()))
         await asked.wait()
-        await home.filled(2)
+        await server.filled(2)
         (lease,) = await claiming
         assert list(lease.indexes) == [0, 1]
 
 
 async def test_heartbeats_have_a_thread_of_their_own_over_a_server_too(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home:
-        app = app_of(home, heartbeat_ms=20, session_timeout_ms=10_000)
+    async with running_server(tmp_path, "sqlite") as server:
+        app = app_of(server, heartbeat_ms=20, session_timeout_ms=10_000)
         async with app, app.worker() as worker:
             session_id = worker.session.session_id
             seen: set[int] = set()
             while len(seen) < 4:
-                seen |= {one.heartbeat_us for one in await home.engine.maintenance.sessions() if one.id == session_id}
+                seen |= {one.heartbeat_us for one in await server.engine.maintenance.sessions() if one.id == session_id}
 
 
 def test_a_missing_extra_is_named_with_its_install_command(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from headrace import Client
 from headrace.foundation.errors import ClientFault, HeadraceError, InvalidSetting, StoreBroken, StoreUnavailable
 from headrace.remote.connection import ServerConnection
 from headrace.remote.store import RemoteStore
-from tests.support.http_server import KEY, LIMITS, house
+from tests.support.http_server import KEY, LIMITS, running_server
 
 PAGE = b"<html>Welcome</html>"
 
@@ -62,11 +62,11 @@ async def test_a_web_page_instead_of_json_names_the_url() -> None:
 
 
 async def test_a_wrong_path_of_a_headrace_server_is_distinguished_from_a_missing_batch(tmp_path: Path) -> None:
-    async with house(tmp_path, "memory") as home:
-        store = RemoteStore(ServerConnection(home.server.url + "/api", KEY, attempts=1), LIMITS)
+    async with running_server(tmp_path, "memory") as server:
+        store = RemoteStore(ServerConnection(server.server.url + "/api", KEY, attempts=1), LIMITS)
         with pytest.raises(ClientFault, match="/api/v1/about is not an endpoint of a Headrace server"):
             await store.open()
-        async with Client(home.server.url, KEY, attempts=1) as client:
+        async with Client(server.server.url, KEY, attempts=1) as client:
             with pytest.raises(HeadraceError) as error:
                 await client.batch("batch_00000000000000000000000000")
             assert error.value.code == "NOT_FOUND"

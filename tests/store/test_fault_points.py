@@ -20,7 +20,7 @@ from tests.support.fork_server import Forks, forks_of
 from tests.support.postgres_server import Server, server
 from tests.support.store_rig import SECOND_US, START_US, fresh_schema
 from tests.support.store_scenario import REDRIVEN, Told
-from tests.support.wire import LATE, MODES, Wire
+from tests.support.wire import LATE, MODES, FaultyProxy
 
 ROOMS = ("hot", "read", "work", "write", "admit")
 """The files whose statements the story must come to."""
@@ -169,22 +169,22 @@ async def test_the_story_comes_to_every_statement(url: str) -> None:
 async def test_a_connection_lost_at_any_statement_of_any_verb_is_an_error_that_repeating_mends(
     mode: str, tmp_path: Path
 ) -> None:
-    async with Wire(server().dsn) as wire:
+    async with FaultyProxy(server().dsn) as wire:
         url = fresh_schema(tmp_path, wire.dsn)
         places = [place for place in await slots_of(url) if not place.endswith(":answered")]
-        wire.harms_count = 0
+        wire.injected_count = 0
         async with opened(url) as store:
             told: list[Told] = []
             harmed: list[str] = []
 
-            def harm(place: str) -> None:
+            def inject(place: str) -> None:
                 if not place.endswith(":answered"):
                     harmed.append(place)
-                    wire.harm(mode)
+                    wire.inject(mode)
 
-            story = harmed_story(store, "cut", START_US + 10 * STORY_US, harm, note=told.append)
+            story = harmed_story(store, "cut", START_US + 10 * STORY_US, inject, note=told.append)
             await story.tell()
-            assert wire.harms_count == len(harmed) >= len(places) - 20
+            assert wire.injected_count == len(harmed) >= len(places) - 20
             if mode == LATE:
                 assert story.failures == []
             else:
@@ -219,11 +219,11 @@ async def test_an_error_of_the_server_at_any_statement_undoes_the_verb(
     async with opened(fresh_schema(tmp_path)) as store:
         told: list[Told] = []
 
-        def harm(place: str) -> None:
+        def inject(place: str) -> None:
             if not place.endswith((":answered", ":begin")):
                 raise error(f"injected at {place}")
 
-        story = harmed_story(store, "errors", START_US, harm, note=told.append)
+        story = harmed_story(store, "errors", START_US, inject, note=told.append)
         await story.tell()
         if is_silent:  # done again at once, and nobody hears of it; one after the other it is too much
             assert all("again and again" in str(failure) for failure in story.failures)

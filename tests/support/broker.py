@@ -1,4 +1,4 @@
-"""A task broker under test: a store of any kind, a clock that is real or held, and short words for messages."""
+"""A task broker under test: on any kind of store, with a real or manual clock, and helpers for its messages."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CALL = CallContext("/test")
 
 
 def activation(number: int | str, **fields: Any) -> wire.TaskActivation:
-    """An activation as the field's client makes it: application "app", namespace "mail", 10 s to do it in."""
+    """An activation as Sentry's client sends it: application "app", namespace "mail", a deadline of 10 s."""
     retry = fields.pop("retry", None)
     known: dict[str, Any] = {
         "id": f"id_{number}",
@@ -65,7 +65,7 @@ def activation(number: int | str, **fields: Any) -> wire.TaskActivation:
 
 
 def varint(number: int) -> bytes:
-    """A length as it goes before a message."""
+    """Encode a length as a varint."""
     found = bytearray()
     while number > 0x7F:
         found.append(number & 0x7F | 0x80)
@@ -74,13 +74,13 @@ def varint(number: int) -> bytes:
 
 
 def stream(*messages: wire.TaskActivation | bytes) -> bytes:
-    """Messages as they are sent: each after its length."""
+    """Encode a stream of messages, each after its length."""
     parts = [one if isinstance(one, bytes) else one.SerializeToString() for one in messages]
     return b"".join(varint(len(part)) + part for part in parts)
 
 
-async def called(method: Callable[[Any, CallContext], Any], request: Message) -> bytes:
-    """What a method of the service comes to, at once or later, as its caller is told."""
+async def call_method(method: Callable[[Any, CallContext], Any], request: Message) -> bytes:
+    """Call a method of the service and return its encoded response, immediate or deferred."""
     try:
         found = method(request, CALL)
         if isinstance(found, ResponseAfter):
@@ -92,8 +92,8 @@ async def called(method: Callable[[Any, CallContext], Any], request: Message) ->
     return found or b""
 
 
-class Broker:
-    """One server's side of the broker: what workers call, and what stands behind it."""
+class BrokerRig:
+    """One server's broker: dispatcher, service and producer."""
 
     def __init__(self, engine: Engine, *, delivery: DeliveryMode = "pull", ack: Ack = "committed", **more: Any) -> None:
         self.engine = engine
@@ -102,76 +102,76 @@ class Broker:
         self.service = ConsumerService(self.dispatcher, delivery=delivery, ack=ack)
 
     async def add(self, *messages: wire.TaskActivation) -> list[bool]:
-        """Make activations durable; answers which are new."""
+        """Store activations. Returns for each whether it is new."""
         return await self.add_bytes(*(message.SerializeToString() for message in messages))
 
     async def add_bytes(self, *found: bytes) -> list[bool]:
-        """The same, of their bytes."""
+        """Store encoded activations. Returns for each whether it is new."""
         now_us = self.engine.clock.now_us()
         entries = [(data, decode_entry(data, self.engine.limits, now_us)) for data in found]
         puts = [self.producer.put_new(entry.key, data, ACTIVATION, entry.extra) for data, entry in entries]
         return [is_new for _, _, is_new in await asyncio.gather(*puts)]
 
-    async def filled(self, count: int, **fields: Any) -> list[str]:
-        """So many activations alike; answers their ids."""
+    async def add_many(self, count: int, **fields: Any) -> list[str]:
+        """Store `count` similar activations. Returns their ids."""
         messages = [activation(number, **fields) for number in range(count)]
         await self.add(*messages)
         return [message.id for message in messages]
 
     async def get(self, **filters: Any) -> wire.TaskActivation:
-        """GetTask."""
-        answer = await called(self.service.get_task, wire.GetTaskRequest(**filters))
+        """Call GetTask."""
+        answer = await call_method(self.service.get_task, wire.GetTaskRequest(**filters))
         return wire.GetTaskResponse.FromString(answer).task
 
     async def set(self, name: str, status: int, fetch: dict[str, Any] | None = None, **more: Any) -> Any:
-        """SetTaskStatus; answers the next task, or None."""
+        """Call SetTaskStatus. Returns the next task, or None."""
         request = wire.SetTaskStatusRequest(id=name, status=status, **more)  # type: ignore[arg-type]  # any number
         if fetch is not None:
             request.fetch_next_task.SetInParent()
             for field, value in fetch.items():
                 setattr(request.fetch_next_task, field, value)
-        answer = wire.SetTaskStatusResponse.FromString(await called(self.service.set_task_status, request))
+        answer = wire.SetTaskStatusResponse.FromString(await call_method(self.service.set_task_status, request))
         return answer.task if answer.HasField("task") else None
 
     async def set_batch(self, *updates: tuple[str, int]) -> None:
-        """SetBatchActivationStatus."""
+        """Call SetBatchActivationStatus."""
         told = [wire.SetTaskStatusRequest(id=name, status=status) for name, status in updates]  # type: ignore[arg-type]  # any number
-        await called(self.service.set_batch_activation_status, wire.SetBatchActivationStatusRequest(updates=told))
+        await call_method(self.service.set_batch_activation_status, wire.SetBatchActivationStatusRequest(updates=told))
 
     async def runs(self) -> list[RunRecord]:
-        """All activations there are, in the order they came."""
+        """All activations in order of arrival."""
         found = await self.engine.store.runs(self.engine.environment, task=LANE, limit=invariants.ALL)
         return sorted(found, key=lambda view: (view.batch_id, view.index))
 
     async def counts(self) -> dict[str, int]:
-        """How many activations are in which state; leased ones that nobody has count as waiting."""
+        """Count the activations by state. Leased but undelivered ones count as waiting."""
         found = Counter(view.state for view in await self.runs())
         found["waiting"] += found.pop("leased", 0) + found.pop("started", 0) - self.dispatcher.out_count
         found["processing"] = self.dispatcher.out_count
         return {state: count for state, count in found.items() if count}
 
-    async def drained(self, workers_count: int, status: int = COMPLETE) -> list[str]:
-        """Workers that each fetch and report until nothing is left; answers what they had, in order."""
-        had: list[str] = []
+    async def drain(self, workers_count: int, status: int = COMPLETE) -> list[str]:
+        """Let workers fetch and report until nothing is left. Returns the delivered ids in order."""
+        delivered: list[str] = []
 
         async def work() -> None:
             task = await self._first()
             while task is not None:
-                had.append(task.id)
+                delivered.append(task.id)
                 task = await self.set(task.id, status, fetch={})
 
         await asyncio.gather(*(work() for _ in range(workers_count)))
-        return had
+        return delivered
 
-    async def drained_by_push(self) -> list[str]:
-        """What is taken, marked and reported on until nothing is left."""
-        had: list[str] = []
+    async def drain_by_push(self) -> list[str]:
+        """Take, mark and report until nothing is left. Returns the ids."""
+        delivered: list[str] = []
         while taken := await self.dispatcher.take(QueueFilter(), 1_000, lease_ms=5_000):
-            names = [handout.name for handout in taken]
+            names = [delivery.name for delivery in taken]
             self.dispatcher.mark(names)
             await self.set_batch(*((name, COMPLETE) for name in names))
-            had += names
-        return had
+            delivered += names
+        return delivered
 
     async def _first(self) -> wire.TaskActivation | None:
         try:
@@ -182,13 +182,13 @@ class Broker:
             return None
 
     async def tick(self) -> None:
-        """One round of the dispatcher's duties, and all that it came to durable: a report of nothing comes last."""
+        """Run the dispatcher's duties once, and wait until all their reports are written."""
         await self.dispatcher.tick()
         await self.dispatcher.report([ActivationReport("nothing", "completed")])
 
 
 async def engine_on(kind: str, folder: Path, clock: Clock | None = None, **limits: int) -> Engine:
-    """An open engine on a store of this kind."""
+    """Open an engine on a store of the given kind."""
     if kind != "postgres":
         return await engine_of(kind, folder, clock=clock, **limits)
     flags = {"store": fresh_schema(folder), "objects": str(folder / "objects"), **limits}
@@ -197,20 +197,20 @@ async def engine_on(kind: str, folder: Path, clock: Clock | None = None, **limit
 
 
 @asynccontextmanager
-async def broker(
+async def running_broker(
     kind: str, folder: Path, *, clock: ManualClock | None = None, limits: dict[str, int] | None = None, **more: Any
-) -> AsyncGenerator[Broker, None]:
-    """A broker for a block, which ends with every invariant."""
+) -> AsyncGenerator[BrokerRig, None]:
+    """Run a broker while the block lasts; every invariant must hold at its end."""
     engine = await engine_on(kind, folder, clock, **(limits or {}))
-    made = Broker(engine, **more)
+    rig = BrokerRig(engine, **more)
     try:
-        await made.dispatcher.start()
-        yield made
-        await made.dispatcher.stop()
-        await made.producer.close()
+        await rig.dispatcher.start()
+        yield rig
+        await rig.dispatcher.stop()
+        await rig.producer.close()
         assert await invariants.faults(engine.store, engine.environment) == []
     finally:
-        await made.dispatcher.stop()
+        await rig.dispatcher.stop()
         await engine.close()
 
 
@@ -219,7 +219,7 @@ def ids(tasks: Iterable[wire.TaskActivation]) -> list[str]:
     return [task.id for task in tasks]
 
 
-async def refused(call: Any) -> tuple[Code, str]:
+async def status_of_error(call: Any) -> tuple[Code, str]:
     with pytest.raises(GrpcError) as error:
         await call
     return error.value.code, error.value.message

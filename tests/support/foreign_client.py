@@ -1,8 +1,8 @@
-"""A client written against the wire contract alone: no Headrace code, nothing but sockets and JSON.
+r"""A client written from the wire contract alone: no Headrace code, only sockets and JSON.
 
-Run as `python -I foreign_client.py HOST PORT KEY`. It sends byte for byte what the field's client sends: one keep-alive
-connection, chunked, exactly one chunk an item, `\\n` after every line, non-ASCII unescaped, no Content-Length, no
-compression, no Expect. It prints what came of it as one JSON object.
+Run as `python -I foreign_client.py HOST PORT KEY`. It sends byte for byte what trigger.dev's client sends: one
+keep-alive connection, chunked, exactly one chunk for each item, `\\n` after every line, non-ASCII unescaped, no
+Content-Length, no compression, no Expect. It prints the results as one JSON object.
 """
 
 import json
@@ -23,7 +23,7 @@ ITEMS = [
 ]
 
 
-class Wire:
+class Connection:
     """One keep-alive connection."""
 
     def __init__(self, host: str, port: int, key: str) -> None:
@@ -32,13 +32,13 @@ class Wire:
         self.file = self.socket.makefile("rb")
 
     def head(self, method: str, path: str, *more: str) -> None:
-        """A request's head, as the field's client writes it."""
+        """Send a request head as trigger.dev's client does."""
         lines = [f"{method} {path} HTTP/1.1", f"host: {self.host}:{self.port}", "connection: keep-alive"]
         lines += [f"authorization: Bearer {self.key}", "accept-encoding: gzip, deflate", *more]
         self.socket.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
 
     def answer(self) -> tuple[int, dict[str, str], Any]:
-        """Status, headers, JSON."""
+        """Read a response: status, headers, JSON."""
         status = int(self.file.readline().split()[1])
         headers = {}
         while (line := self.file.readline().strip()) != b"":
@@ -55,19 +55,19 @@ class Wire:
         return status, headers, json.loads(body) if body.startswith((b"{", b"[")) else body.decode()
 
     def post(self, path: str, value: object) -> tuple[int, dict[str, str], Any]:
-        """A JSON request with its length."""
+        """Send a JSON request with its length."""
         body = json.dumps(value, separators=(",", ":")).encode()
         self.head("POST", path, "content-type: application/json", f"content-length: {len(body)}")
         self.socket.sendall(body)
         return self.answer()
 
     def get(self, path: str) -> tuple[int, dict[str, str], Any]:
-        """A GET, which carries a content type and no body."""
+        """Send a GET, with a content type and no body."""
         self.head("GET", path, "content-type: application/json")
         return self.answer()
 
     def stream(self, batch_id: str, items: list[str]) -> tuple[int, dict[str, str], Any]:
-        """Items: one chunk each."""
+        """Send items, one chunk each."""
         path = f"/api/v3/batches/{batch_id}/items"
         self.head("POST", path, "content-type: application/x-ndjson", "transfer-encoding: chunked")
         for item in items:
@@ -77,25 +77,25 @@ class Wire:
         return self.answer()
 
 
-def upload(wire: Wire) -> str:
-    """A payload of 200 KiB goes first; answers what to call it."""
+def upload(wire: Connection) -> str:
+    """Upload a payload of 200 KiB. Returns its name."""
     wire.head("PUT", f"/api/v2/packets/{urllib.parse.quote('trigger/packet_abc/payload.json', safe='')}")
-    status, _, given = wire.answer()
-    assert status == 200, given
-    target = given["presignedUrl"]
+    status, _, upload_response = wire.answer()
+    assert status == 200, upload_response
+    target = upload_response["presignedUrl"]
     assert target.startswith(f"http://{wire.host}:{wire.port}/"), target
     body = json.dumps({"json": "x" * 200 * 1024}).encode()
     other = socket.create_connection((wire.host, wire.port))
     head = f"PUT {target[target.index('/', 8) :]} HTTP/1.1\r\nhost: {wire.host}:{wire.port}\r\n"
     other.sendall(f"{head}content-type: application/super+json\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
-    assert other.recv(4_096).startswith(b"HTTP/1.1 200"), "the upload"
+    assert other.recv(4_096).startswith(b"HTTP/1.1 200"), "upload failed"
     other.close()
-    return str(given["storagePath"])
+    return str(upload_response["storagePath"])
 
 
 def main() -> None:
-    """The whole story of one batch."""
-    wire = Wire(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    """Run one batch from its creation to its results."""
+    wire = Connection(sys.argv[1], int(sys.argv[2]), sys.argv[3])
     stored = upload(wire)
     packet = f'{{"index":5,"task":"echo","payload":"{stored}","options":{{"payloadType":"application/store"}}}}'
     created = wire.post("/api/v3/batches", {"runCount": 6, "taskIdentifiers": ["echo"]})
@@ -106,7 +106,7 @@ def main() -> None:
     while batch[2]["status"] != "COMPLETED":
         batch = wire.get(f"/api/v2/batches/{batch_id}")
     runs = [wire.get(f"/api/v3/runs/{run_id}")[2] for run_id in batch[2]["runs"]]
-    told = {
+    results = {
         "created": created,
         "partial": partial[2],
         "whole": whole[2],
@@ -116,7 +116,7 @@ def main() -> None:
         "refused": wire.post("/api/v3/batches", {"runCount": 10**9})[:1] + wire.stream("batch_nonsense", ITEMS)[:1],
         "replayed": wire.stream(batch_id, ITEMS)[2],
     }
-    sys.stdout.write(json.dumps(told))
+    sys.stdout.write(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Servers of ours on real sockets, and a service to call."""
+"""gRPC servers on real sockets, and a service to call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAIL = "/echo/Fail"
 
 
 class Echo:
-    """Answers with what it is asked; `waiting` are the calls that wait for `released`."""
+    """A service that returns its requests. `waiting` counts the calls that wait for `released`."""
 
     def __init__(self) -> None:
         self.calls: list[CallContext] = []
@@ -39,27 +39,27 @@ class Echo:
 
     @property
     def methods(self) -> dict[str, Method]:
-        """The paths that tests call; one of them needs no signature."""
-        asked = wire.PushTaskRequest
+        """Method table for the tests. `WAIT` needs no signature."""
+        request = wire.PushTaskRequest
         return {
-            ECHO: Method(asked, self.echo),
-            COUNT: Method(asked, self.count, is_stream=True),
-            WAIT: Method(asked, self.wait, is_open=True),
-            FAIL: Method(asked, self.fail),
+            ECHO: Method(request, self.echo),
+            COUNT: Method(request, self.count, is_stream=True),
+            WAIT: Method(request, self.wait, is_open=True),
+            FAIL: Method(request, self.fail),
         }
 
-    async def echo(self, asked: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskRequest:
-        """What was asked."""
+    async def echo(self, request: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskRequest:
+        """Return the request."""
         self.calls.append(call)
-        return asked
+        return request
 
-    async def count(self, asked: wire.PushTaskRequest, call: CallContext) -> AsyncIterator[wire.PushTaskRequest]:
-        """What was asked, a letter at a time."""
-        for letter in asked.callback_url:
+    async def count(self, request: wire.PushTaskRequest, call: CallContext) -> AsyncIterator[wire.PushTaskRequest]:
+        """Yield the letters of the request's text."""
+        for letter in request.callback_url:
             yield wire.PushTaskRequest(callback_url=letter)
 
-    async def wait(self, asked: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskRequest:
-        """What was asked, once it is released."""
+    async def wait(self, request: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskRequest:
+        """Return the request once `released` is set."""
         self.waiting += 1
         self.arrived.set()
         try:
@@ -69,13 +69,13 @@ class Echo:
             raise
         finally:
             self.waiting -= 1
-        return asked
+        return request
 
-    async def fail(self, asked: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskRequest:
-        """The error that was asked for."""
-        if asked.callback_url == "crash":
+    async def fail(self, request: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskRequest:
+        """Raise the error that the request's text names."""
+        if request.callback_url == "crash":
             raise ZeroDivisionError
-        raise GrpcError(Code.NOT_FOUND, asked.callback_url)
+        raise GrpcError(Code.NOT_FOUND, request.callback_url)
 
 
 @asynccontextmanager
@@ -87,7 +87,7 @@ async def listening(
     observe: Any = None,
     **limits: int,
 ) -> AsyncGenerator[tuple[GrpcServer, int], None]:
-    """A server of these methods, and its port."""
+    """Run a gRPC server with these methods. Yields the server and its port."""
     server = GrpcServer(methods, limits=Limits(**limits), secrets=Secrets(secrets), observe=observe)
     loop = asyncio.get_running_loop()
     listener = await loop.create_server(
@@ -105,12 +105,12 @@ async def listening(
 
 @cache
 def certificate() -> trustme.LeafCert:
-    """What our servers show; nobody believes it but who knows `AUTHORITY`."""
+    """Certificate of the test servers. Only clients that trust `AUTHORITY` accept it."""
     return AUTHORITY.issue_cert("localhost", "127.0.0.1")
 
 
 def tls_context() -> ssl.SSLContext:
-    """A server's own."""
+    """TLS context of the test servers."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     certificate().configure_cert(context)
     context.set_alpn_protocols(["h2", "http/1.1"])

@@ -1,4 +1,4 @@
-"""A client of grpcio, which is not Headrace's code, for servers under test."""
+"""grpcio clients for servers under test: another implementation of gRPC."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_leng
 
 @asynccontextmanager
 async def channel(port: int, *, is_tls: bool = False) -> AsyncGenerator[Any, None]:
-    """grpcio's own, on the loop."""
+    """An asyncio channel of grpcio."""
     target = f"localhost:{port}" if is_tls else f"127.0.0.1:{port}"
     if is_tls:
-        made = grpc.aio.secure_channel(target, credentials(), OPTIONS)
+        grpc_channel = grpc.aio.secure_channel(target, credentials(), OPTIONS)
     else:
-        made = grpc.aio.insecure_channel(target, OPTIONS)
-    async with made:
-        yield made
+        grpc_channel = grpc.aio.insecure_channel(target, OPTIONS)
+    async with grpc_channel:
+        yield grpc_channel
 
 
 def credentials() -> Any:
-    """Belief in our certificate."""
+    """Channel credentials that trust the test certificate."""
     return grpc.ssl_channel_credentials(AUTHORITY.cert_pem.bytes())
 
 
-def unary(made: Any, path: str) -> Any:
-    """A method of a channel."""
-    return made.unary_unary(
+def unary(grpc_channel: Any, path: str) -> Any:
+    """A unary method of a channel."""
+    return grpc_channel.unary_unary(
         path,
         request_serializer=wire.PushTaskRequest.SerializeToString,
         response_deserializer=wire.PushTaskRequest.FromString,
     )
 
 
-def asked(text: str = "hello") -> wire.PushTaskRequest:
-    """A message with a text."""
+def echo_request(text: str = "hello") -> wire.PushTaskRequest:
+    """A request with a text."""
     return wire.PushTaskRequest(task=wire.TaskActivation(id=text))

@@ -1,8 +1,7 @@
-"""Lines that break careless readers, each with the verdict that every door must give.
+"""Malformed lines, each with the result that every reader of items must give.
 
-`HOSTILE` maps a name to one line, without its newline, and its verdict when it is the first of a stream and
-an item may have `ITEM_BYTES_MAX` bytes. Whoever reads items feeds it whole, byte by byte, and with a record
-after.
+`HOSTILE` maps a name to a line without its newline, and to the result for it as the first line of a stream when an item
+may have `ITEM_BYTES_MAX` bytes. Each reader is fed the line whole, byte by byte, and with another record after it.
 """
 
 from __future__ import annotations

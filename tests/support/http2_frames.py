@@ -1,4 +1,4 @@
-"""HTTP/2 frames and gRPC messages as bytes, and read back from bytes."""
+"""Encoding and decoding of HTTP/2 frames and gRPC messages in tests."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ GREETING = PREFACE + frames.settings({})
 
 
 def framed(message: bytes, flag: int = 0) -> bytes:
-    """A message behind its prefix."""
+    """Prefix a message with its compressed flag and length."""
     return bytes((flag,)) + struct.pack(">I", len(message)) + message
 
 
 def parsed(data: bytes) -> list[tuple[int, int, int, bytes]]:
-    """The frames of bytes: kind, flags, stream, payload. They must be whole."""
-    found, place = [], 0
-    while place < len(data):
-        high, low, kind, flags, stream_id = frames.HEAD.unpack_from(data, place)
-        stop = place + frames.HEAD_BYTES + (high << 8 | low)
-        assert stop <= len(data), "a frame is cut"
-        found.append((kind, flags, stream_id, data[place + frames.HEAD_BYTES : stop]))
-        place = stop
-    return found
+    """Split bytes into frames: kind, flags, stream id, payload. The bytes must be complete frames."""
+    parsed_frames, offset = [], 0
+    while offset < len(data):
+        high, low, kind, flags, stream_id = frames.HEAD.unpack_from(data, offset)
+        stop = offset + frames.HEAD_BYTES + (high << 8 | low)
+        assert stop <= len(data), "incomplete frame"
+        parsed_frames.append((kind, flags, stream_id, data[offset + frames.HEAD_BYTES : stop]))
+        offset = stop
+    return parsed_frames

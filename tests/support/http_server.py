@@ -1,6 +1,6 @@
-"""A server of the real app on a real socket, and a client that is nothing but a socket.
+"""The real HTTP server on a real socket, and a client made of nothing but a socket.
 
-The client knows HTTP/1.1 and not a word of Headrace: what it sends is written out, and what comes back is bytes.
+The client knows HTTP/1.1 and nothing of Headrace: requests are written out, and responses are bytes.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ NDJSON = {"content-type": "application/x-ndjson"}
 LIMITS = DEFAULT.replaced(poll_interval_ms=20)
 
 
-class Answer(NamedTuple):
-    """What came back."""
+class HttpAnswer(NamedTuple):
+    """A response."""
 
     status: int
     headers: dict[str, str]
@@ -46,12 +46,12 @@ class Answer(NamedTuple):
 
     @property
     def json(self) -> Any:
-        """The body, as JSON."""
+        """The body, decoded as JSON."""
         return json.loads(self.body)
 
 
-class Peer:
-    """One connection, kept alive while the server keeps it."""
+class HttpPeer:
+    """One connection, kept alive as long as the server keeps it."""
 
     def __init__(self, host: str, port: int) -> None:
         self._host, self._port = host, port
@@ -59,39 +59,39 @@ class Peer:
         self.writer: asyncio.StreamWriter | None = None
 
     async def connect(self) -> Self:
-        """Open it."""
+        """Open the connection."""
         self.reader, self.writer = await asyncio.open_connection(self._host, self._port, limit=1 << 24)
         return self
 
     async def close(self) -> None:
-        """Close it."""
+        """Close the connection."""
         if self.writer is not None:
             self.writer.close()
             self.reader = self.writer = None
 
     async def send(self, data: bytes) -> None:
-        """Bytes as they are."""
+        """Send bytes unchanged."""
         assert self.writer is not None
         self.writer.write(data)
         await self.writer.drain()
 
     async def head(self, method: str, path: str, headers: Mapping[str, str]) -> None:
-        """The head of a request."""
+        """Send the head of a request."""
         if self.writer is None:
             await self.connect()
         lines = [f"{method} {path} HTTP/1.1", "host: test", *(f"{name}: {value}" for name, value in headers.items())]
         await self.send(("\r\n".join(lines) + "\r\n\r\n").encode())
 
     async def chunk(self, data: bytes) -> None:
-        """One chunk of a body."""
+        """Send one chunk of a body."""
         await self.send(b"%x\r\n" % len(data) + data + b"\r\n")
 
     async def end(self) -> None:
-        """The end of a chunked body."""
+        """Send the end of a chunked body."""
         await self.send(b"0\r\n\r\n")
 
-    async def answer(self, method: str = "POST") -> Answer:
-        """The whole answer; raises `ConnectionError` when the server left before."""
+    async def answer(self, method: str = "POST") -> HttpAnswer:
+        """Read a whole response. Raises `ConnectionError` if the server closes the connection first."""
         head = await self.head_of_answer()
         if method == "HEAD" or head.status in (204, 304):
             body = b""
@@ -107,19 +107,19 @@ class Peer:
             await self.close()
         return head._replace(body=body)
 
-    async def head_of_answer(self) -> Answer:
-        """The status and headers of an answer whose body is still to be read."""
+    async def head_of_answer(self) -> HttpAnswer:
+        """Read the status and headers of a response."""
         assert self.reader is not None
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError as error:
-            raise ConnectionError(f"the server left after {error.partial!r}") from None
+            raise ConnectionError(f"the server closed the connection after {error.partial!r}") from None
         first, *lines = head.decode("latin-1").split("\r\n")[:-2]
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-        return Answer(int(first.split(" ")[1]), headers, b"")
+        return HttpAnswer(int(first.split(" ")[1]), headers, b"")
 
     async def piece(self) -> bytes | None:
-        """The next chunk of an answer; None at its end."""
+        """Read the next chunk of a response; None at its end."""
         assert self.reader is not None
         size = int((await self.reader.readuntil(b"\r\n")).strip(), 16)
         data = await self.reader.readexactly(size + 2)
@@ -133,17 +133,17 @@ class Peer:
         headers: Mapping[str, str] | None = None,
         *,
         auth: bool = True,
-    ) -> Answer:
-        """One request: a body of bytes goes with its length, one of pieces in chunks."""
-        own = {**(AUTH if auth else {}), **(headers or {})}
+    ) -> HttpAnswer:
+        """Send a request and read its response. A body of bytes is sent with its length, an iterable in chunks."""
+        all_headers = {**(AUTH if auth else {}), **(headers or {})}
         if body is None or isinstance(body, bytes):
             if body is not None or method in ("POST", "PUT"):
-                own["content-length"] = str(len(body or b""))
-            await self.head(method, path, own)
+                all_headers["content-length"] = str(len(body or b""))
+            await self.head(method, path, all_headers)
             if body:
                 await self.send(body)
             return await self.answer(method)
-        await self.head(method, path, {**own, "transfer-encoding": "chunked"})
+        await self.head(method, path, {**all_headers, "transfer-encoding": "chunked"})
         if isinstance(body, AsyncIterable):
             async for piece in body:
                 await self.chunk(piece)
@@ -155,45 +155,47 @@ class Peer:
 
 
 @dataclass
-class House:
-    """A server under test, its engine, and whoever works for it."""
+class ServerUnderTest:
+    """A server under test and its engine."""
 
     engine: Engine
     service: Service
     server: Server
     stack: AsyncExitStack
 
-    def peer(self) -> Peer:
-        """A new connection."""
-        peer = Peer(*self.server.address)
+    def peer(self) -> HttpPeer:
+        """A new connection, closed with the server."""
+        peer = HttpPeer(*self.server.address)
         self.stack.push_async_callback(peer.close)
         return peer
 
-    async def ask(self, method: str, path: str, body: Any = None, headers: Any = None, *, auth: bool = True) -> Answer:
-        """One request on a connection of its own; what is no bytes and no pieces is sent as JSON."""
+    async def ask(
+        self, method: str, path: str, body: Any = None, headers: Any = None, *, auth: bool = True
+    ) -> HttpAnswer:
+        """Send a request on a connection of its own. A dict is sent as JSON."""
         if isinstance(body, dict):
             body, headers = json.dumps(body).encode(), {"content-type": "application/json", **(headers or {})}
         return await self.peer().ask(method, path, body, headers, auth=auth)
 
     async def create(self, count: int, **more: Any) -> str:
-        """A batch of the compatible API; answers its id."""
+        """Create a batch in trigger.dev's API. Returns its id."""
         answer = await self.ask("POST", "/api/v3/batches", {"runCount": count, **more})
         assert answer.status in (200, 202), answer
         return str(answer.json["id"])
 
-    async def stream(self, batch_id: str, lines: Any, **headers: str) -> Answer:
-        """Items into a batch."""
+    async def stream(self, batch_id: str, lines: Any, **headers: str) -> HttpAnswer:
+        """Send items into a batch."""
         return await self.ask("POST", f"/api/v3/batches/{batch_id}/items", lines, {**NDJSON, **headers})
 
     async def filled(self, count: int, **more: Any) -> str:
-        """A sealed batch of that many runs."""
+        """Create a sealed batch with `count` runs."""
         batch_id = await self.create(count)
         answer = await self.stream(batch_id, [line(index, **more) for index in range(count)])
         assert answer.json["sealed"], answer
         return batch_id
 
     async def work(self, settle: str = "c", environment: str = "default") -> int:
-        """Claim and settle all that waits, as a worker would; answers how many runs."""
+        """Claim and settle all waiting runs, as a worker would. Returns their number."""
         store, clock = self.engine.store, self.engine.clock
         session = new_session_id(clock.now_us())
         await store.start_session(
@@ -202,7 +204,7 @@ class House:
         count = number = 0
         while True:
             number += 1
-            wish = Claim(
+            claim = Claim(
                 session_id=session,
                 claim_no=number,
                 environment=environment,
@@ -210,7 +212,7 @@ class House:
                 queues=None,
                 runs_max=10_000,
             )
-            leases: list[Lease] = await store.claim(wish, now_us=clock.now_us())
+            leases: list[Lease] = await store.claim(claim, now_us=clock.now_us())
             if not leases:
                 break
             settlements: list[Settlement] = [settlement_of(lease, settle) for lease in leases]
@@ -221,31 +223,31 @@ class House:
         return count
 
 
-class During:
-    """A store in which something happens at a verb, once, before it is done."""
+class StoreHook:
+    """A store that awaits a hook before one call of an operation."""
 
-    def __init__(self, store: Store, verb: str, happens: Any) -> None:
-        self._store, self._verb, self._happens = store, verb, happens
+    def __init__(self, store: Store, verb: str, hook: Any) -> None:
+        self._store, self._verb, self._hook = store, verb, hook
 
     def __getattr__(self, name: str) -> Any:
-        own = getattr(self._store, name)
-        if name != self._verb or self._happens is None:
-            return own
+        all_headers = getattr(self._store, name)
+        if name != self._verb or self._hook is None:
+            return all_headers
 
         async def call(*arguments: Any, **more: Any) -> Any:
-            happens, self._happens = self._happens, None
-            if happens is not None:
-                await happens(self._store, arguments[0])
-            return await own(*arguments, **more)
+            hook, self._hook = self._hook, None
+            if hook is not None:
+                await hook(self._store, arguments[0])
+            return await all_headers(*arguments, **more)
 
         return call
 
 
-class Faults:
-    """Between the socket and the app: what goes wrong with the next requests to a path, in order.
+class ResponseFaults:
+    """ASGI wrapper that disturbs the next requests to a path, in order.
 
-    A number is answered instead of the app; `lost`: the app does its work and nobody hears of it; `cut`: the body ends
-    in the middle, and so does the connection; a mapping is headers of a 429.
+    A number is returned as status instead of calling the app. `lost`: the app runs, but its response is dropped. `cut`:
+    the body ends in the middle, and so does the connection. A mapping is the headers of a 429.
     """
 
     def __init__(self, path: str, *faults: Any) -> None:
@@ -268,8 +270,8 @@ class Faults:
         while (await receive()).get("more_body"):
             pass
         status, headers = (fault, {}) if isinstance(fault, int) else (429, fault)
-        own = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": status, "headers": own})
+        all_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": all_headers})
         await send({"type": "http.response.body", "body": b"{}"})
 
     @staticmethod
@@ -291,8 +293,8 @@ class Faults:
         return half
 
 
-class Steps(SystemClock):
-    """A clock whose sleeps are noted and not slept."""
+class RecordingClock(SystemClock):
+    """A clock that records sleeps instead of waiting."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,7 +306,7 @@ class Steps(SystemClock):
 
 
 def line(index: int, payload: Any = ..., task: str = "task", **options: Any) -> bytes:
-    """An item as the field's client writes it."""
+    """Encode an item as trigger.dev's client does."""
     item: dict[str, Any] = {"index": index, "task": task, "payload": {"i": index} if payload is ... else payload}
     if options:
         item["options"] = options
@@ -312,7 +314,7 @@ def line(index: int, payload: Any = ..., task: str = "task", **options: Any) -> 
 
 
 @asynccontextmanager
-async def house(
+async def running_server(
     folder: Path,
     kind: str = "memory",
     *,
@@ -321,12 +323,12 @@ async def house(
     is_open: bool = False,
     wrap: Any = lambda store: store,
     payloads: Any = None,
-    faults: Faults | None = None,
+    faults: ResponseFaults | None = None,
     secrets: Sequence[str] = (),
     consumer: Methods | None = None,
     tls: ssl.SSLContext | None = None,
-) -> AsyncGenerator[House, None]:
-    """A server over a store of a kind, with gRPC beside HTTP; `wrap` may put something between it and the store."""
+) -> AsyncGenerator[ServerUnderTest, None]:
+    """Run a server over a store of the given kind, with gRPC on the same port. `wrap` may wrap the store."""
     store: Store = FACTORIES[kind](folder, limits)
     await store.open()
     engine = Engine(
@@ -347,11 +349,11 @@ async def house(
                 stack.enter_context(patch("headrace.http.server.server.make_app", lambda _service: faults))
             grpc = await stack.enter_async_context(grpc_server(service, secrets=secrets, consumer=consumer))
             server = await stack.enter_async_context(serving(service, "127.0.0.1", 0, grpc=grpc, tls=tls))
-            yield House(engine, service, server, stack)
+            yield ServerUnderTest(engine, service, server, stack)
     finally:
         await store.close()
 
 
 def in_environment(engine: Engine, environment: str) -> Engine:
-    """The engine as another tenant's."""
+    """Return the engine as another environment sees it."""
     return replace(engine, environment=environment)

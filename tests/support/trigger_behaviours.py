@@ -1,7 +1,7 @@
-"""The 44 behaviours of the reference's stream tests and its 9 two-phase tests, and where each stands here.
+"""The 44 behaviours of trigger.dev's stream tests and its 9 two-phase tests, and their counterparts here.
 
-`shown by`: the behaviour, as the reference has it. `unreachable`: the promise that keeps the state from existing, and
-the test that proves it. `to come`: it needs parents that wait, which are not built.
+`shown by`: a test shows the same behaviour. `unreachable`: a promise excludes the state, and a test proves it. `to
+come`: it needs parents that wait for their children, which are not implemented.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NO_PARTIAL: Final = "an item that can't run is a failed run, so no batch is part
 
 
 class Behaviour(NamedTuple):
-    """One line of the table. `number` is the reference's, `test` a function of `test_trigger_behaviours.py`."""
+    """One line of the table. `number` is trigger.dev's, `test` a function of `test_trigger_behaviours.py`."""
 
     number: str
     name: str

@@ -1,4 +1,4 @@
-"""A wire to a PostgreSQL server that is cut, or slow, at the request that comes next."""
+"""A proxy to a PostgreSQL server that cuts or delays the next request."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Self
 from urllib.parse import urlsplit
 
 BEFORE, AFTER, TRUNCATED, LATE = "before", "after", "truncated", "late"
-"""The request never arrives; it is done and its answer is lost; half of the answer comes; all of it, late."""
+"""The request never arrives; its answer is lost; half of its answer arrives; its answer is late."""
 MODES = (BEFORE, AFTER, TRUNCATED, LATE)
 FLUSH = b"H\0\0\0\4"
 READY = b"Z\0\0\0\5"
 TURNS = 50
 
 
-class Wire:
-    """Listens on the loopback and leads to a server. `harm` decides what happens to the next request."""
+class FaultyProxy:
+    """A proxy on the loopback address. `inject` decides what happens to the next request."""
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
-        self._harm = ""
-        self._ways: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
+        self._injected = ""
+        self._connections: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._serving: asyncio.Server | None = None
-        self.harms_count = 0
+        self.injected_count = 0
 
     async def __aenter__(self) -> Self:
         self._serving = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -36,23 +36,23 @@ class Wire:
 
     @property
     def dsn(self) -> str:
-        """The server by way of this wire."""
+        """The server's DSN by way of the proxy."""
         assert self._serving is not None
         port = self._serving.sockets[0].getsockname()[1]
         return self._dsn.replace(f":{urlsplit(self._dsn).port}", f":{port}")
 
-    def harm(self, mode: str) -> None:
-        """Do harm to the next request that wants an answer, whoever sends it."""
-        self._harm = mode
+    def inject(self, mode: str) -> None:
+        """Disturb the next request that expects an answer, on any connection."""
+        self._injected = mode
 
     def cut(self) -> None:
         """End every connection now."""
-        for way in list(self._ways):
-            self._end(way)
+        for connection in list(self._connections):
+            self._end(connection)
 
-    def _end(self, way: tuple[asyncio.StreamWriter, asyncio.StreamWriter]) -> None:
-        self._ways.discard(way)
-        for writer in way:
+    def _end(self, connection: tuple[asyncio.StreamWriter, asyncio.StreamWriter]) -> None:
+        self._connections.discard(connection)
+        for writer in connection:
             with suppress(RuntimeError):
                 writer.transport.abort()
 
@@ -63,15 +63,15 @@ class Wire:
         except OSError:
             writer.transport.abort()
             return
-        way = writer, to_server
-        self._ways.add(way)
+        connection = writer, to_server
+        self._connections.add(connection)
         answers: list[str] = []
-        back = asyncio.create_task(self._answer(way, from_server, answers))
+        back = asyncio.create_task(self._answer(connection, from_server, answers))
         try:
             while data := await reader.read(1 << 20):
-                if self._harm and not data.endswith(FLUSH):
-                    mode, self._harm = self._harm, ""
-                    self.harms_count += 1
+                if self._injected and not data.endswith(FLUSH):
+                    mode, self._injected = self._injected, ""
+                    self.injected_count += 1
                     if mode == BEFORE:
                         return
                     answers.append(mode)
@@ -80,13 +80,13 @@ class Wire:
             pass
         finally:
             if not answers:
-                self._end(way)
+                self._end(connection)
             await asyncio.wait((back,))
-            self._end(way)
+            self._end(connection)
 
     async def _answer(
         self,
-        way: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
+        connection: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
         from_server: asyncio.StreamReader,
         answers: list[str],
     ) -> None:
@@ -94,7 +94,7 @@ class Wire:
         with suppress(ConnectionError, asyncio.CancelledError):
             while data := await from_server.read(1 << 20):
                 if not answers:
-                    way[0].write(data)
+                    connection[0].write(data)
                     continue
                 held += data
                 if held[-6:-1] != READY:
@@ -103,13 +103,13 @@ class Wire:
                 if mode == LATE:
                     for _ in range(TURNS):
                         await asyncio.sleep(0)
-                    way[0].write(held)
+                    connection[0].write(held)
                     held = b""
                     continue
                 if mode == TRUNCATED:
-                    way[0].write(held[: len(held) // 2])
-                    await way[0].drain()
+                    connection[0].write(held[: len(held) // 2])
+                    await connection[0].drain()
                 break
         with suppress(RuntimeError):
-            way[0].close()  # what was written before still goes out
-            way[1].transport.abort()
+            connection[0].close()  # bytes written before are still sent
+            connection[1].transport.abort()

@@ -26,9 +26,18 @@ from headrace.runtime.clock import ManualClock
 from headrace.runtime.dispatch.backpressure import QueueFull
 from headrace.runtime.dispatch.rule_cache import change_rules
 from headrace.runtime.maintenance.upkeep import Upkeep
-from tests.support.broker import COMPLETE, Broker, activation, broker, on_databases, on_every_store, stream, varint
+from tests.support.broker import (
+    COMPLETE,
+    BrokerRig,
+    activation,
+    on_databases,
+    on_every_store,
+    running_broker,
+    stream,
+    varint,
+)
 from tests.support.engines import Faulty
-from tests.support.http_server import LIMITS, house
+from tests.support.http_server import LIMITS, running_server
 
 
 async def pieces_of(*pieces: bytes) -> AsyncIterator[bytes]:
@@ -36,8 +45,8 @@ async def pieces_of(*pieces: bytes) -> AsyncIterator[bytes]:
         yield piece
 
 
-async def taken(own: Broker, *pieces: bytes) -> IntakeResult:
-    return await ActivationIntake(own.engine, own.producer).take(pieces_of(*pieces))
+async def taken(broker: BrokerRig, *pieces: bytes) -> IntakeResult:
+    return await ActivationIntake(broker.engine, broker.producer).take(pieces_of(*pieces))
 
 
 # -- the stream
@@ -90,81 +99,81 @@ def test_a_truncated_or_unframed_stream_raises_an_error_with_the_message_number(
 
 @on_every_store
 async def test_a_stream_stores_each_id_once_and_refuses_invalid_activations_alone(kind: str, tmp_path: Path) -> None:
-    async with broker(kind, tmp_path, limits={"activation_bytes_max": 2_000}) as own:
+    async with running_broker(kind, tmp_path, limits={"activation_bytes_max": 2_000}) as broker:
         messages: list[Any] = [activation(number) for number in range(600)]
         messages[7] = activation(7, taskname="")
         messages[8] = b"\xff\xff"
         messages[9] = activation(9, parameters_bytes=b"x" * 3_000)
         messages[10] = activation(3)
-        found = await taken(own, stream(*messages))
+        found = await taken(broker, stream(*messages))
         assert (found.accepted, found.duplicates, found.refused_count) == (596, 1, 3)
         assert [(one.number, one.id) for one in found.refused] == [(7, ""), (8, ""), (9, "")]
         assert "at most 2000 bytes" in found.refused[2].reason
-        again = await taken(own, stream(*messages))
+        again = await taken(broker, stream(*messages))
         assert (again.accepted, again.duplicates) == (0, 597)
-        had = await own.drained(4)
-        assert len(had) == len(set(had)) == 596
+        delivered = await broker.drain(4)
+        assert len(delivered) == len(set(delivered)) == 596
 
 
 async def test_two_concurrent_streams_of_the_same_activations_store_each_once(tmp_path: Path) -> None:
-    async with broker("sqlite", tmp_path) as own:
+    async with running_broker("sqlite", tmp_path) as broker:
         messages = [activation(number) for number in range(500)]
         shuffled = random.Random(3).sample(messages, len(messages))
-        one, two = await asyncio.gather(taken(own, stream(*messages)), taken(own, stream(*shuffled)))
+        one, two = await asyncio.gather(taken(broker, stream(*messages)), taken(broker, stream(*shuffled)))
         assert one.accepted + two.accepted == 500
-        assert len(await own.runs()) == 500
+        assert len(await broker.runs()) == 500
 
 
 async def test_many_refusals_are_all_counted_and_the_first_are_listed(tmp_path: Path) -> None:
-    async with broker("memory", tmp_path) as own:
-        found = await taken(own, stream(*(activation(number, taskname="") for number in range(250))))
+    async with running_broker("memory", tmp_path) as broker:
+        found = await taken(broker, stream(*(activation(number, taskname="") for number in range(250))))
         assert (found.refused_count, len(found.refused)) == (250, 100)
 
 
 async def test_a_broken_stream_raises_an_error_and_can_be_sent_again(tmp_path: Path) -> None:
-    async with broker("memory", tmp_path) as own:
+    async with running_broker("memory", tmp_path) as broker:
         whole = stream(*(activation(number) for number in range(300)))
         with pytest.raises(InvalidInput, match="in the middle"):
-            await taken(own, whole[:-1])
-        found = await taken(own, whole)
+            await taken(broker, whole[:-1])
+        found = await taken(broker, whole)
         assert found.accepted + found.duplicates == 300
-        assert len(await own.runs()) == 300
+        assert len(await broker.runs()) == 300
 
 
 # -- over HTTP
 
 
 async def test_activations_are_accepted_over_http(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home:
+    async with running_server(tmp_path, "sqlite") as server:
         body = stream(*(activation(number) for number in range(20)), activation(0), activation(99, taskname=""))
         headers = {"content-type": "application/x-protobuf"}
-        answer = await home.ask("POST", "/v1/activations", body, headers)
+        answer = await server.ask("POST", "/v1/activations", body, headers)
         assert answer.status == 200
         assert (answer.json["accepted"], answer.json["duplicates"], answer.json["refused_count"]) == (20, 1, 1)
         assert answer.json["refused"][0]["number"] == 21
         packed = zstandard.compress(body)
-        again = await home.ask("POST", "/v1/activations", packed, {**headers, "content-encoding": "zstd"})
+        again = await server.ask("POST", "/v1/activations", packed, {**headers, "content-encoding": "zstd"})
         assert (again.json["accepted"], again.json["duplicates"]) == (0, 21)
 
 
 async def test_http_reports_invalid_activations(tmp_path: Path) -> None:
-    async with house(tmp_path) as home:
+    async with running_server(tmp_path) as server:
         headers = {"content-type": "application/x-protobuf"}
-        assert (await home.ask("POST", "/v1/activations", b"", headers)).json["accepted"] == 0
-        assert (await home.ask("POST", "/v1/activations", b"{}", {"content-type": "text/plain"})).status == 415
-        assert (await home.ask("POST", "/v1/activations", b"\x05a", headers)).status == 400
-        assert (await home.ask("POST", "/v1/activations", b"", headers, auth=False)).status == 401
+        assert (await server.ask("POST", "/v1/activations", b"", headers)).json["accepted"] == 0
+        assert (await server.ask("POST", "/v1/activations", b"{}", {"content-type": "text/plain"})).status == 415
+        assert (await server.ask("POST", "/v1/activations", b"\x05a", headers)).status == 400
+        assert (await server.ask("POST", "/v1/activations", b"", headers, auth=False)).status == 401
         bomb = zstandard.compress(bytes(300 * 1024 * 1024))
-        answer = await home.ask("POST", "/v1/activations", bomb, {**headers, "content-encoding": "zstd"})
+        answer = await server.ask("POST", "/v1/activations", bomb, {**headers, "content-encoding": "zstd"})
         assert answer.status == 413
 
 
 async def test_http_answers_with_retry_after_while_the_backlog_is_full(tmp_path: Path) -> None:
-    async with house(tmp_path, limits=LIMITS.replaced(waiting_max=5, ingest_wait_ms=0)) as home:
+    async with running_server(tmp_path, limits=LIMITS.replaced(waiting_max=5, ingest_wait_ms=0)) as server:
         headers = {"content-type": "application/x-protobuf"}
         five = stream(*(activation(number) for number in range(5)))
-        assert (await home.ask("POST", "/v1/activations", five, headers)).status == 200
-        answer = await home.ask("POST", "/v1/activations", stream(activation(5)), headers)
+        assert (await server.ask("POST", "/v1/activations", five, headers)).status == 200
+        answer = await server.ask("POST", "/v1/activations", stream(activation(5)), headers)
         assert (answer.status, answer.headers["retry-after"], answer.json["code"]) == (429, "5", "NO_ROOM")
 
 
@@ -187,76 +196,78 @@ def packed(*args: Any, **kwargs: Any) -> bytes:
 @on_databases
 async def test_activations_of_a_killed_task_are_dropped_at_intake_and_when_buffered(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
-    async with broker(kind, tmp_path, clock=clock, is_killed=is_killed) as own:
+    async with running_broker(kind, tmp_path, clock=clock, is_killed=is_killed) as broker:
         messages = [activation(number, taskname="bad" if number % 2 else "good") for number in range(6)]
-        assert (await taken(own, stream(*messages))).accepted == 6
-        await change_rules(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
+        assert (await taken(broker, stream(*messages))).accepted == 6
+        await change_rules(broker.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
         clock.advance(2)
-        await own.tick()
-        assert sorted(await own.drained(1)) == ["id_0", "id_2", "id_4"]
-        assert await own.counts() == {"completed": 3, "cancelled": 3}
-        late = await taken(own, stream(activation(6, taskname="bad"), activation(7)))
+        await broker.tick()
+        assert sorted(await broker.drain(1)) == ["id_0", "id_2", "id_4"]
+        assert await broker.counts() == {"completed": 3, "cancelled": 3}
+        late = await taken(broker, stream(activation(6, taskname="bad"), activation(7)))
         assert (late.accepted, late.dropped) == (1, 1)
-        await change_rules(own.engine, KILLSWITCH, lambda _: kills_encoded([]))
+        await change_rules(broker.engine, KILLSWITCH, lambda _: kills_encoded([]))
         clock.advance(2)
-        assert (await taken(own, stream(activation(8, taskname="bad")))).accepted == 1
+        assert (await taken(broker, stream(activation(8, taskname="bad")))).accepted == 1
 
 
 @on_every_store
 async def test_concurrent_rule_changes_are_all_applied(kind: str, tmp_path: Path) -> None:
-    async with broker(kind, tmp_path) as own:
+    async with running_broker(kind, tmp_path) as broker:
 
         async def drop(name: str) -> None:
-            await change_rules(own.engine, KILLSWITCH, lambda rules: kills_encoded([*rules.kills, Kill(name=name)]))
+            await change_rules(broker.engine, KILLSWITCH, lambda rules: kills_encoded([*rules.kills, Kill(name=name)]))
 
         names = [f"task-{number}" for number in range(8)]
         await asyncio.gather(*map(drop, names))
-        kept = rules_of(await own.engine.store.rules("default"))
+        kept = rules_of(await broker.engine.store.rules("default"))
         assert sorted(kill.name for kill in kept.kills) == names
 
 
 async def test_a_change_without_effect_writes_nothing(tmp_path: Path) -> None:
-    async with broker("memory", tmp_path) as own:
-        faulty = Faulty(own.engine.store)
+    async with running_broker("memory", tmp_path) as broker:
+        faulty = Faulty(broker.engine.store)
         faulty.before["keep_rules"] = [StoreUnavailable("nothing is to be written")]
-        own.engine.store = faulty
-        assert (await change_rules(own.engine, KILLSWITCH, lambda rules: kills_encoded(rules.kills))).kills == []
+        broker.engine.store = faulty
+        assert (await change_rules(broker.engine, KILLSWITCH, lambda rules: kills_encoded(rules.kills))).kills == []
         with pytest.raises(StoreUnavailable):
-            await change_rules(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
+            await change_rules(broker.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="bad")]))
 
 
 async def test_a_rule_change_that_always_loses_the_race_raises_a_conflict(tmp_path: Path) -> None:
-    async with broker("memory", tmp_path) as own:
-        store: Any = own.engine.store
+    async with running_broker("memory", tmp_path) as broker:
+        store: Any = broker.engine.store
 
         def overtaken(rules: Rules) -> bytes:
             store._tables.rules["default", KILLSWITCH] = kills_encoded([*rules.kills, Kill(name="other")])
             return kills_encoded([*rules.kills, Kill(name="own")])
 
         with pytest.raises(Conflict, match="all the time"):
-            await change_rules(own.engine, KILLSWITCH, overtaken)
+            await change_rules(broker.engine, KILLSWITCH, overtaken)
 
 
 async def test_a_killswitch_on_an_argument_drops_only_matching_activations(tmp_path: Path) -> None:
-    async with broker("memory", tmp_path, is_killed=is_killed) as own:
+    async with running_broker("memory", tmp_path, is_killed=is_killed) as broker:
         kill = Kill(name="send", args={"0": 7}, kwargs={"to": "x"})
-        await change_rules(own.engine, KILLSWITCH, lambda _: kills_encoded([kill]))
+        await change_rules(broker.engine, KILLSWITCH, lambda _: kills_encoded([kill]))
         calls = [packed(7), packed(True), packed(1, to="x"), packed("7", to="y"), b"\xc1", b""]
-        found = await taken(own, stream(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls))))
+        found = await taken(broker, stream(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls))))
         assert (found.accepted, found.dropped) == (4, 2)
 
 
 @on_databases
 async def test_a_killswitch_on_an_argument_also_checks_payloads_in_the_object_store(kind: str, tmp_path: Path) -> None:
     clock, filler = ManualClock(), b"x" * 2_000
-    async with broker(kind, tmp_path, clock=clock, is_killed=is_killed, limits={"inline_bytes_max": 1_000}) as own:
+    async with running_broker(
+        kind, tmp_path, clock=clock, is_killed=is_killed, limits={"inline_bytes_max": 1_000}
+    ) as broker:
         calls = [packed(7, filler), packed(8, filler), packed(7, filler), packed(8)]
-        await own.add(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls)))
-        await change_rules(own.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="send", args={"0": 7})]))
+        await broker.add(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls)))
+        await change_rules(broker.engine, KILLSWITCH, lambda _: kills_encoded([Kill(name="send", args={"0": 7})]))
         clock.advance(2)
-        await own.tick()
-        assert await own.drained(1) == ["id_1", "id_3"]
-        assert await own.counts() == {"completed": 2, "cancelled": 2}
+        await broker.tick()
+        assert await broker.drain(1) == ["id_1", "id_3"]
+        assert await broker.counts() == {"completed": 2, "cancelled": 2}
 
 
 @pytest.mark.parametrize(
@@ -337,18 +348,18 @@ def test_rules_have_bounds_and_invalid_stored_rules_are_reported() -> None:
 @on_every_store
 async def test_new_and_waiting_activations_of_a_demoted_queue_move_to_another(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
-    async with broker(kind, tmp_path, clock=clock) as own:
-        await taken(own, stream(*(activation(number) for number in range(4)), activation("x", namespace="other")))
-        await change_rules(own.engine, DEMOTIONS, lambda _: demotions_encoded({"app:mail": "app:slow"}))
+    async with running_broker(kind, tmp_path, clock=clock) as broker:
+        await taken(broker, stream(*(activation(number) for number in range(4)), activation("x", namespace="other")))
+        await change_rules(broker.engine, DEMOTIONS, lambda _: demotions_encoded({"app:mail": "app:slow"}))
         clock.advance(2)
-        await taken(own, stream(activation(4)))
-        assert await Upkeep(own.engine).demote() >= 1
-        queues = {view.name: view.waiting_count for view in await own.engine.store.queues("default")}
+        await taken(broker, stream(activation(4)))
+        assert await Upkeep(broker.engine).demote() >= 1
+        queues = {view.name: view.waiting_count for view in await broker.engine.store.queues("default")}
         assert queues == {"app:mail": 0, "app:other": 1, "app:slow": 5}
-        assert (await own.get(application="app", namespace="other")).id == "id_x"
-        found = [(await own.get(application="app", namespace="slow")).id for _ in range(5)]
+        assert (await broker.get(application="app", namespace="other")).id == "id_x"
+        found = [(await broker.get(application="app", namespace="slow")).id for _ in range(5)]
         assert sorted(found) == [f"id_{number}" for number in range(5)]
-        await own.set_batch(*((name, COMPLETE) for name in (*found, "id_x")))
+        await broker.set_batch(*((name, COMPLETE) for name in (*found, "id_x")))
 
 
 # -- bounds on what waits
@@ -369,21 +380,21 @@ async def test_activations_past_the_backlog_bound_wait_and_are_then_refused(
     limits: dict[str, int], more: Callable[[], Iterable[wire.TaskActivation]], said: str, tmp_path: Path
 ) -> None:
     clock = ManualClock()
-    async with broker("memory", tmp_path, clock=clock, limits={**limits, "ingest_wait_ms": 2_000}) as own:
+    async with running_broker("memory", tmp_path, clock=clock, limits={**limits, "ingest_wait_ms": 2_000}) as broker:
         if "leased" in said:
-            await own.filled(1)
-            await own.get()
+            await broker.add_many(1)
+            await broker.get()
         elif "waiting" in said:
-            await taken(own, stream(*(activation(number) for number in range(3))))
-        before = len(await own.runs())
+            await taken(broker, stream(*(activation(number) for number in range(3))))
+        before = len(await broker.runs())
         sent = [activation_at(clock, message) for message in more()]
-        trying = asyncio.create_task(taken(own, stream(*sent)))
+        trying = asyncio.create_task(taken(broker, stream(*sent)))
         await clock.advance_async(1.5)
         assert not trying.done(), "it waits"
         await clock.advance_async(1)
         with pytest.raises(QueueFull, match=said):
             await trying
-        assert len(await own.runs()) == before
+        assert len(await broker.runs()) == before
 
 
 def activation_at(clock: ManualClock, message: wire.TaskActivation) -> wire.TaskActivation:
@@ -393,34 +404,34 @@ def activation_at(clock: ManualClock, message: wire.TaskActivation) -> wire.Task
 
 async def test_intake_that_waits_for_the_backlog_resumes_when_it_shrinks(tmp_path: Path) -> None:
     clock = ManualClock()
-    async with broker("memory", tmp_path, clock=clock, limits={"waiting_max": 3}) as own:
-        await taken(own, stream(*(activation(number) for number in range(3))))
-        trying = asyncio.create_task(taken(own, stream(activation(3))))
+    async with running_broker("memory", tmp_path, clock=clock, limits={"waiting_max": 3}) as broker:
+        await taken(broker, stream(*(activation(number) for number in range(3))))
+        trying = asyncio.create_task(taken(broker, stream(activation(3))))
         await clock.advance_async(1)
         assert not trying.done()
-        await own.drained(1)
+        await broker.drain(1)
         await clock.advance_async(1)
         assert (await trying).accepted == 1
 
 
 @on_databases
 async def test_a_store_over_its_size_limit_refuses_activations(kind: str, tmp_path: Path) -> None:
-    async with broker(kind, tmp_path, limits={"store_mib_max": 1, "ingest_wait_ms": 0}) as own:
+    async with running_broker(kind, tmp_path, limits={"store_mib_max": 1, "ingest_wait_ms": 0}) as broker:
         large = [activation(number, parameters_bytes=b"x" * 400_000) for number in range(4)]
-        await own.add(*large[:3])
+        await broker.add(*large[:3])
         with pytest.raises(QueueFull, match="store_mib_max"):
-            await taken(own, stream(large[3]))
+            await taken(broker, stream(large[3]))
 
 
 # -- what is told
 
 
 async def test_metrics_show_the_fullest_queues_by_name_and_the_others_together(tmp_path: Path) -> None:
-    async with house(tmp_path, limits=LIMITS.replaced(metrics_queues_max=1)) as home:
+    async with running_server(tmp_path, limits=LIMITS.replaced(metrics_queues_max=1)) as server:
         some = [activation(number, namespace="full") for number in range(3)]
         body = stream(*some, activation("x", namespace="a"), activation("y", namespace="b", delay=3_000))
-        await home.ask("POST", "/v1/activations", body, {"content-type": "application/x-protobuf"})
-        told = (await home.ask("GET", "/metrics", auth=False)).body.decode()
+        await server.ask("POST", "/v1/activations", body, {"content-type": "application/x-protobuf"})
+        told = (await server.ask("GET", "/metrics", auth=False)).body.decode()
         assert 'headrace_queue_runs{queue="app:full",state="waiting"} 3.0' in told
         assert 'headrace_queue_runs{queue="(others)",state="waiting"} 1.0' in told
         assert 'headrace_queue_oldest_seconds{queue="(others)"}' in told

@@ -17,10 +17,10 @@ from headrace.grpc.taskbroker.pusher import Pusher
 from headrace.grpc.transport.service_methods import CallContext, methods_of
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.http.grpc_mount.mounting import pushing
-from tests.support.broker import COMPLETE, Broker, broker, on_databases
+from tests.support.broker import COMPLETE, BrokerRig, on_databases, running_broker
 from tests.support.grpc_server import WORKER, listening
 from tests.support.grpcio_client import channel
-from tests.support.http_server import house
+from tests.support.http_server import running_server
 
 CONSUMER = "/sentry_protos.taskbroker.v1.ConsumerService/SetBatchActivationStatus"
 SIZE = 16
@@ -32,7 +32,7 @@ class Worker:
     def __init__(self, port: int) -> None:
         self._port = port
         self.queue: asyncio.Queue[str] = asyncio.Queue(SIZE)
-        self.had: list[str] = []
+        self.delivered: list[str] = []
 
     async def push_task(self, request: wire.PushTaskRequest, _call: CallContext) -> wire.PushTaskResponse:
         """Into the queue, or busy."""
@@ -44,25 +44,25 @@ class Worker:
 
     async def work(self) -> None:
         """Do what is in the queue."""
-        async with channel(self._port) as made:
-            report = made.unary_unary(
+        async with channel(self._port) as rig:
+            report = rig.unary_unary(
                 CONSUMER, request_serializer=wire.SetBatchActivationStatusRequest.SerializeToString
             )
             while True:
                 names = [await self.queue.get()]
                 while len(names) < SIZE and not self.queue.empty():
                     names.append(self.queue.get_nowait())
-                self.had += names
+                self.delivered += names
                 updates = [wire.SetTaskStatusRequest(id=name, status=COMPLETE) for name in names]
                 await report(wire.SetBatchActivationStatusRequest(updates=updates))
 
 
-def pusher_of(made: Broker, *ports: int) -> Pusher:
+def pusher_of(rig: BrokerRig, *ports: int) -> Pusher:
     """A pusher of a broker's activations."""
     targets = [PushTarget("app", "127.0.0.1", port, is_tls=False) for port in ports]
-    engine = made.engine
+    engine = rig.engine
     return Pusher(
-        DispatcherDeliveries(made.dispatcher),
+        DispatcherDeliveries(rig.dispatcher),
         targets,
         limits=engine.limits,
         clock=engine.clock,
@@ -74,44 +74,44 @@ def pusher_of(made: Broker, *ports: int) -> Pusher:
 async def test_each_activation_is_pushed_and_recorded_once(tmp_path: Path, kind: str) -> None:
     limits = {"poll_interval_ms": 20}
     async with (
-        broker(kind, tmp_path, delivery="push", limits=limits) as made,
-        listening(made.service.methods) as (_, port),
+        running_broker(kind, tmp_path, delivery="push", limits=limits) as rig,
+        listening(rig.service.methods) as (_, port),
     ):
         workers = [Worker(port), Worker(port)]
         async with (
             listening(methods_of(WORKER, workers[0])) as (_, one),
             listening(methods_of(WORKER, workers[1])) as (_, two),
         ):
-            wanted = await made.filled(500)
-            pusher = pusher_of(made, one, two)
+            wanted = await rig.add_many(500)
+            pusher = pusher_of(rig, one, two)
             await pusher.start()
             working = [asyncio.create_task(worker.work()) for worker in workers]
-            while (await made.counts()).get("completed") != 500:
+            while (await rig.counts()).get("completed") != 500:
                 await asyncio.sleep(0)
             await pusher.stop()
             for task in working:
                 task.cancel()
             await asyncio.gather(*working, return_exceptions=True)
-        had = workers[0].had + workers[1].had
-        assert Counter(had) == dict.fromkeys(wanted, 1)
+        delivered = workers[0].delivered + workers[1].delivered
+        assert Counter(delivered) == dict.fromkeys(wanted, 1)
 
 
 async def test_a_server_counts_its_pushes_and_stops_them_with_itself(tmp_path: Path) -> None:
     worker = Worker(0)
     async with (
-        house(tmp_path) as home,
+        running_server(tmp_path) as server,
         listening(methods_of(WORKER, worker)) as (_, port),
     ):
         shelf: Any = Shelf()
-        async with pushing(home.service, shelf, [PushTarget("app", "127.0.0.1", port, is_tls=False)]) as pusher:
+        async with pushing(server.service, shelf, [PushTarget("app", "127.0.0.1", port, is_tls=False)]) as pusher:
             while pusher.endpoints["app"][0].pushed_count < 1 or not pusher.parked_count:
                 await asyncio.sleep(0)
-            text = (await home.ask("GET", "/metrics")).body.decode()
+            text = (await server.ask("GET", "/metrics")).body.decode()
             labels = f'application="app",endpoint="127.0.0.1:{port}"'
             assert f'headrace_pushes_total{{{labels},outcome="taken"}} 1.0' in text
             assert f"headrace_pushes_under_way{{{labels}}} 0.0" in text
             assert "headrace_push_parked 4.0" in text
-            await home.server.stop()
+            await server.server.stop()
             assert shelf.marked == ["one"]
 
 
@@ -138,16 +138,16 @@ class Shelf:
 
 @pytest.mark.parametrize("at_most_once", [False, True])
 async def test_an_activation_that_a_worker_refuses_waits_unchanged(tmp_path: Path, at_most_once: bool) -> None:
-    async with broker("memory", tmp_path, delivery="push", limits={"poll_interval_ms": 5}) as made:
+    async with running_broker("memory", tmp_path, delivery="push", limits={"poll_interval_ms": 5}) as rig:
         worker = Worker(0)
         for _ in range(SIZE):
             worker.queue.put_nowait("full")
         async with listening(methods_of(WORKER, worker)) as (_, port):
-            await made.filled(3, retry={"at_most_once": at_most_once})
-            pusher = pusher_of(made, port)
+            await rig.add_many(3, retry={"at_most_once": at_most_once})
+            pusher = pusher_of(rig, port)
             await pusher.start()
             while pusher.endpoints["app"][0].busy_count < 4:
                 await asyncio.sleep(0)
             await pusher.stop()
-        assert made.dispatcher.out_count == 0
-        assert await made.counts() == {"waiting": 3}
+        assert rig.dispatcher.out_count == 0
+        assert await rig.counts() == {"waiting": 3}

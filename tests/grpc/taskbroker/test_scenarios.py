@@ -20,7 +20,7 @@ from headrace.runtime.dispatch.lease_buffer import QueueFilter
 from headrace.runtime.dispatch.report_outcome import ActivationReport
 from headrace.runtime.maintenance.upkeep import Upkeep
 from tests.support import invariants
-from tests.support.broker import DEADLETTER, Broker, activation, engine_on
+from tests.support.broker import DEADLETTER, BrokerRig, activation, engine_on
 from tests.support.engines import Faulty
 
 COUNT = 40
@@ -43,10 +43,10 @@ class Story:
         self.clock = ManualClock()
         self.engine: Any = None
         self.faulty: Any = None
-        self.servers: list[Broker] = []
-        self.all: list[Broker] = []
+        self.servers: list[BrokerRig] = []
+        self.all: list[BrokerRig] = []
         self.handed: Counter[str] = Counter()
-        self.held: list[tuple[Broker, str]] = []
+        self.held: list[tuple[BrokerRig, str]] = []
         self.told: dict[str, set[str]] = {}
         self.names: list[str] = []
 
@@ -55,7 +55,7 @@ class Story:
         self.engine = await engine_on(kind, folder, self.clock, **LIMITS)
         self.faulty = Faulty(self.engine.store)
         self.engine.store = self.faulty
-        first = Broker(self.engine)
+        first = BrokerRig(self.engine)
         dice = self.dice
         for number in range(COUNT):
             await first.add(
@@ -77,7 +77,7 @@ class Story:
 
     async def start(self) -> None:
         """One more server."""
-        server = Broker(self.engine)
+        server = BrokerRig(self.engine)
         await server.dispatcher.start()
         self.servers.append(server)
         self.all.append(server)
@@ -109,18 +109,18 @@ class Story:
             (QueueFilter(), QueueFilter("app"), QueueFilter("app", ("a",)), QueueFilter("app", ("b",)))
         )
         if self.dice.random() < 0.2:
-            for handout in await server.dispatcher.take(wish, 3, lease_ms=2_000):
+            for delivery in await server.dispatcher.take(wish, 3, lease_ms=2_000):
                 if self.dice.random() < 0.5:
-                    server.dispatcher.put_back([handout.name])
+                    server.dispatcher.put_back([delivery.name])
                 else:
-                    server.dispatcher.mark([handout.name])
-                    self.had(server, handout.name)
+                    server.dispatcher.mark([delivery.name])
+                    self.delivered(server, delivery.name)
             return
         fetched = await server.dispatcher.fetch(wish)
         if fetched is not None:
-            self.had(server, fetched.name)
+            self.delivered(server, fetched.name)
 
-    def had(self, server: Broker, name: str) -> None:
+    def delivered(self, server: BrokerRig, name: str) -> None:
         self.handed[name] += 1
         self.names.append(name)
         self.held.append((server, name))
@@ -187,10 +187,10 @@ class Story:
             await Upkeep(self.engine).round()
             for server in self.servers:
                 await server.dispatcher.tick()
-                while (handout := await server.dispatcher.fetch(QueueFilter())) is not None:
-                    self.had(server, handout.name)
-                    self.told.setdefault(handout.name.partition("~")[0], set()).add("completed")
-                    await server.dispatcher.report([ActivationReport(handout.name, "completed")])
+                while (delivery := await server.dispatcher.fetch(QueueFilter())) is not None:
+                    self.delivered(server, delivery.name)
+                    self.told.setdefault(delivery.name.partition("~")[0], set()).add("completed")
+                    await server.dispatcher.report([ActivationReport(delivery.name, "completed")])
             views = await self.engine.store.queues("default")
             if not sum(view.waiting_count + view.delayed_count + view.leased_count for view in views):
                 return

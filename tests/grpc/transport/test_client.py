@@ -1,4 +1,4 @@
-"""Our calling end against servers that are not ours, and against peers that are no servers at all."""
+"""The gRPC client against grpcio's server, against Headrace's, and against peers that are no gRPC servers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from headrace.grpc.transport.sender import Budget
 from headrace.grpc.transport.signing import HEADER, Secrets
 from headrace.grpc.transport.status import Code, GrpcError
 from tests.support.grpc_server import AUTHORITY, ECHO, FAIL, WAIT, Echo, certificate, listening
-from tests.support.grpcio_client import asked
+from tests.support.grpcio_client import echo_request
 
 BOUNDS = Bounds(5_000_000, 100)
 SECRETS = ("a secret of many bytes",)
@@ -31,7 +31,7 @@ Handler = Callable[[bytes, Any], Awaitable[bytes]]
 
 @asynccontextmanager
 async def foreign(handler: Handler, *, is_tls: bool = False, **options: int) -> AsyncGenerator[int, None]:
-    """grpcio's own server, with one method of bytes."""
+    """A grpcio server with one method that handles bytes."""
     server = grpc.aio.server(options=[(name.replace("__", "."), value) for name, value in options.items()])
     method = grpc.unary_unary_rpc_method_handler(handler)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.Service", {"Method": method}),))
@@ -48,7 +48,7 @@ async def foreign(handler: Handler, *, is_tls: bool = False, **options: int) -> 
 
 
 def trusting() -> ssl.SSLContext:
-    """Believes our certificate."""
+    """A TLS context that trusts the test certificate."""
     context = ssl.create_default_context()
     AUTHORITY.configure_trust(context)
     return context
@@ -56,15 +56,15 @@ def trusting() -> ssl.SSLContext:
 
 @asynccontextmanager
 async def channel(port: int, *, is_tls: bool = False, **more: Any) -> AsyncGenerator[Channel, None]:
-    """A channel to a port here."""
+    """A channel to a local port."""
     budget = Budget(10**8)
     target = PushTarget("app", "localhost" if is_tls else "127.0.0.1", port, is_tls)
-    made = Channel(target, BOUNDS, budget, tls=trusting() if is_tls else None, **more)
+    client = Channel(target, BOUNDS, budget, tls=trusting() if is_tls else None, **more)
     try:
-        yield made
+        yield client
     finally:
-        made.close()
-        protocol = made._protocol
+        client.close()
+        protocol = client._protocol
         while protocol is not None and not protocol._transport.is_closing():
             await asyncio.sleep(0)
         assert budget.held_bytes == 0
@@ -72,7 +72,7 @@ async def channel(port: int, *, is_tls: bool = False, **more: Any) -> AsyncGener
 
 @pytest.fixture(autouse=True)
 def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An endpoint that failed is asked again at once."""
+    """Disable the backoff, so that failed endpoints are called again at once."""
     monkeypatch.setattr(channels, "BACKOFF_S", (0.0,))
 
 
@@ -82,21 +82,21 @@ async def echoed(message: bytes, _context: Any) -> bytes:
 
 @pytest.mark.parametrize("is_tls", [False, True])
 async def test_many_calls_share_a_connection_and_get_their_own_responses(is_tls: bool) -> None:
-    async with foreign(echoed, is_tls=is_tls) as port, channel(port, is_tls=is_tls) as made:
-        await made.call(PATH, b"first", timeout_s=30)
-        protocol = made._protocol
-        answers = await asyncio.gather(*(made.call(PATH, b"%d" % number, timeout_s=30) for number in range(90)))
+    async with foreign(echoed, is_tls=is_tls) as port, channel(port, is_tls=is_tls) as client:
+        await client.call(PATH, b"first", timeout_s=30)
+        protocol = client._protocol
+        answers = await asyncio.gather(*(client.call(PATH, b"%d" % number, timeout_s=30) for number in range(90)))
         assert answers == [b"%d" % number for number in range(90)]
-        assert made._protocol is protocol
+        assert client._protocol is protocol
 
 
 async def test_messages_larger_than_every_window_go_both_ways() -> None:
     options: dict[str, Any] = {"grpc__max_receive_message_length": -1, "grpc__max_send_message_length": -1}
-    async with foreign(echoed, **options) as port, channel(port) as made:
+    async with foreign(echoed, **options) as port, channel(port) as client:
         messages = [bytes([number]) * 2_000_000 for number in range(4)]
-        assert await asyncio.gather(*(made.call(PATH, message, timeout_s=30) for message in messages)) == messages
+        assert await asyncio.gather(*(client.call(PATH, message, timeout_s=30) for message in messages)) == messages
         with pytest.raises(GrpcError) as large:
-            await made.call(PATH, b"x" * (BOUNDS.message_bytes_max + 1), timeout_s=30)
+            await client.call(PATH, b"x" * (BOUNDS.message_bytes_max + 1), timeout_s=30)
         assert large.value.code is Code.RESOURCE_EXHAUSTED
 
 
@@ -109,8 +109,8 @@ async def test_signature_user_agent_and_timeout_of_a_call_arrive() -> None:
         left.append(context.time_remaining())
         return message
 
-    async with foreign(noted) as port, channel(port, secrets=Secrets(SECRETS)) as made:
-        await made.call(PATH, b"hello", timeout_s=100)
+    async with foreign(noted) as port, channel(port, secrets=Secrets(SECRETS)) as client:
+        await client.call(PATH, b"hello", timeout_s=100)
     assert seen[0][HEADER] == Secrets(SECRETS).sign(PATH, b"hello")
     assert seen[0]["user-agent"] == "headrace"
     assert 0 < left[0] <= 100
@@ -121,97 +121,97 @@ async def test_an_error_keeps_its_code_and_message() -> None:
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "50 % of “grüße”\nworker busy")
         return b""
 
-    async with foreign(refused) as port, channel(port) as made:
-        with pytest.raises(GrpcError) as told:
-            await made.call(PATH, b"", timeout_s=30)
-        assert (told.value.code, told.value.message) == (Code.RESOURCE_EXHAUSTED, "50 % of “grüße”\nworker busy")
-        assert not isinstance(told.value, CallNotSent)
+    async with foreign(refused) as port, channel(port) as client:
+        with pytest.raises(GrpcError) as error:
+            await client.call(PATH, b"", timeout_s=30)
+        assert (error.value.code, error.value.message) == (Code.RESOURCE_EXHAUSTED, "50 % of “grüße”\nworker busy")
+        assert not isinstance(error.value, CallNotSent)
         with pytest.raises(GrpcError) as unknown:
-            await made.call("/no/Such", b"", timeout_s=30)
+            await client.call("/no/Such", b"", timeout_s=30)
         assert unknown.value.code is Code.UNIMPLEMENTED
 
 
 async def test_a_timed_out_call_is_cancelled_on_both_sides() -> None:
     echo = Echo()
-    async with listening(echo.methods) as (_, port), channel(port) as made:
+    async with listening(echo.methods) as (_, port), channel(port) as client:
         with pytest.raises(GrpcError) as late:
-            await made.call(WAIT, b"", timeout_s=0.05)
+            await client.call(WAIT, b"", timeout_s=0.05)
         assert late.value.code is Code.DEADLINE_EXCEEDED
         await echo.cancelled.wait()
-        message = asked().SerializeToString()
-        assert await made.call(ECHO, message, timeout_s=30) == message
+        message = echo_request().SerializeToString()
+        assert await client.call(ECHO, message, timeout_s=30) == message
 
 
 async def test_cancelling_the_caller_cancels_the_call() -> None:
     echo = Echo()
-    async with listening(echo.methods) as (_, port), channel(port) as made:
-        calling = asyncio.create_task(made.call(WAIT, b"", timeout_s=30))
+    async with listening(echo.methods) as (_, port), channel(port) as client:
+        calling = asyncio.create_task(client.call(WAIT, b"", timeout_s=30))
         await echo.arrived.wait()
         calling.cancel()
         await echo.cancelled.wait()
-        assert made._protocol is not None
-        assert made._protocol._calls == {}
+        assert client._protocol is not None
+        assert client._protocol._calls == {}
 
 
 async def test_calls_beyond_the_peer_s_limit_are_not_sent() -> None:
     echo = Echo()
-    async with listening(echo.methods, grpc_calls_max=2) as (_, port), channel(port) as made:
-        await made.call(ECHO, b"", timeout_s=30)
-        waiting = [asyncio.create_task(made.call(WAIT, b"", timeout_s=30)) for _ in range(2)]
+    async with listening(echo.methods, grpc_calls_max=2) as (_, port), channel(port) as client:
+        await client.call(ECHO, b"", timeout_s=30)
+        waiting = [asyncio.create_task(client.call(WAIT, b"", timeout_s=30)) for _ in range(2)]
         while echo.waiting < 2:
             await asyncio.sleep(0)
         with pytest.raises(CallNotSent) as full:
-            await made.call(ECHO, b"", timeout_s=30)
+            await client.call(ECHO, b"", timeout_s=30)
         assert full.value.code is Code.RESOURCE_EXHAUSTED
         echo.released.set()
         await asyncio.gather(*waiting)
-        await made.call(ECHO, b"", timeout_s=30)
+        await client.call(ECHO, b"", timeout_s=30)
 
 
 async def test_after_goaway_a_new_connection_is_opened_and_old_calls_complete() -> None:
     echo = Echo()
-    async with listening(echo.methods) as (server, port), channel(port) as made:
-        waiting = asyncio.create_task(made.call(WAIT, b"", timeout_s=30))
+    async with listening(echo.methods) as (server, port), channel(port) as client:
+        waiting = asyncio.create_task(client.call(WAIT, b"", timeout_s=30))
         await echo.arrived.wait()
         (connection,) = server.connections
         connection.shutdown()
-        first = made._protocol
+        first = client._protocol
         while first is None or first.is_open:
             await asyncio.sleep(0)
-        assert await made.call(ECHO, b"", timeout_s=30) == b""
-        assert made._protocol is not first
+        assert await client.call(ECHO, b"", timeout_s=30) == b""
+        assert client._protocol is not first
         echo.released.set()
         assert await waiting == b""
 
 
 async def test_a_broken_connection_fails_its_calls_and_the_next_call_reconnects() -> None:
     echo = Echo()
-    async with listening(echo.methods) as (server, port), channel(port) as made:
-        waiting = asyncio.create_task(made.call(WAIT, b"", timeout_s=30))
+    async with listening(echo.methods) as (server, port), channel(port) as client:
+        waiting = asyncio.create_task(client.call(WAIT, b"", timeout_s=30))
         await echo.arrived.wait()
         (connection,) = server.connections
         connection._transport.abort()
         with pytest.raises(GrpcError) as broken:
             await waiting
         assert broken.value.code is Code.UNAVAILABLE
-        assert not isinstance(broken.value, CallNotSent), "it may have been looked at"
-        assert await made.call(ECHO, b"", timeout_s=30) == b""
+        assert not isinstance(broken.value, CallNotSent), "the call may have been processed"
+        assert await client.call(ECHO, b"", timeout_s=30) == b""
 
 
 async def test_an_unreachable_endpoint_fails_calls_as_not_sent_and_backs_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "BACKOFF_S", (0.0, 1_000.0))
     async with listening(Echo().methods) as (_, port):
         pass
-    async with channel(port) as made:
+    async with channel(port) as client:
         for text in ("can.t connect to", "is in backoff"):
             with pytest.raises(CallNotSent, match=text) as gone:
-                await made.call(ECHO, b"", timeout_s=30)
+                await client.call(ECHO, b"", timeout_s=30)
             assert gone.value.code is Code.UNAVAILABLE
 
 
 @asynccontextmanager
 async def peer(*said: bytes, ends: bool = False, **more: Any) -> AsyncGenerator[tuple[int, list[bytes]], None]:
-    """A socket that says something to everybody, and the heads of what it heard."""
+    """A socket that sends some bytes to every client, and the first bytes that it received."""
     heard: list[bytes] = []
     meetings: list[Any] = []
 
@@ -243,22 +243,22 @@ async def peer(*said: bytes, ends: bool = False, **more: Any) -> AsyncGenerator[
     ],
 )
 async def test_a_call_to_a_server_without_grpc_fails(said: bytes) -> None:
-    async with peer(said, ends=not said) as (port, heard), channel(port) as made:
+    async with peer(said, ends=not said) as (port, heard), channel(port) as client:
         with pytest.raises(GrpcError) as failed:
-            await made.call(PATH, b"hello", timeout_s=30)
+            await client.call(PATH, b"hello", timeout_s=30)
         assert failed.value.code is Code.UNAVAILABLE
         assert heard[0] == PREFACE
 
 
 async def test_a_silent_peer_is_disconnected_after_a_call_timed_out() -> None:
-    async with peer() as (port, heard), channel(port) as made:
+    async with peer() as (port, heard), channel(port) as client:
         for number in (1, 2):
             with pytest.raises(GrpcError) as late:
-                await made.call(PATH, b"hello", timeout_s=0.01)
+                await client.call(PATH, b"hello", timeout_s=0.01)
             assert late.value.code is Code.DEADLINE_EXCEEDED
             while len(heard) < number:
                 await asyncio.sleep(0)
-            protocol = made._protocol
+            protocol = client._protocol
             while protocol is not None and protocol.is_open:
                 await asyncio.sleep(0)
 
@@ -267,33 +267,33 @@ async def test_a_server_that_does_not_negotiate_http_2_is_refused() -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     certificate().configure_cert(context)
     context.set_alpn_protocols(["http/1.1"])
-    async with peer(ssl=context) as (port, _), channel(port, is_tls=True) as made:
+    async with peer(ssl=context) as (port, _), channel(port, is_tls=True) as client:
         with pytest.raises(CallNotSent, match=r"HTTP/2|not there"):
-            await made.call(PATH, b"hello", timeout_s=30)
+            await client.call(PATH, b"hello", timeout_s=30)
 
 
 async def test_an_untrusted_certificate_is_refused() -> None:
     async with foreign(echoed, is_tls=True) as port:
-        made = Channel(PushTarget("app", "localhost", port, is_tls=True), BOUNDS, Budget(10**6))
+        client = Channel(PushTarget("app", "localhost", port, is_tls=True), BOUNDS, Budget(10**6))
         with pytest.raises(CallNotSent, match=r"(?i)certificate"):
-            await made.call(PATH, b"hello", timeout_s=30)
-        made.close()
+            await client.call(PATH, b"hello", timeout_s=30)
+        client.close()
 
 
 async def test_a_closed_channel_makes_no_calls() -> None:
-    async with listening(Echo().methods) as (_, port), channel(port) as made:
-        made.close()
+    async with listening(Echo().methods) as (_, port), channel(port) as client:
+        client.close()
         with pytest.raises(CallNotSent):
-            await made.call(ECHO, b"", timeout_s=30)
+            await client.call(ECHO, b"", timeout_s=30)
 
 
 async def test_an_http_error_is_converted_to_a_grpc_code() -> None:
     echo = Echo()
-    async with listening(echo.methods) as (_, port), channel(port) as made:
-        with pytest.raises(GrpcError) as told:
-            await made.call(FAIL, asked().SerializeToString(), timeout_s=30)
-        assert told.value.code is Code.NOT_FOUND
-        made._heads[ECHO, 30] = made._head(ECHO, 30).replace(b"application/grpc", b"application/json")
+    async with listening(echo.methods) as (_, port), channel(port) as client:
+        with pytest.raises(GrpcError) as error:
+            await client.call(FAIL, echo_request().SerializeToString(), timeout_s=30)
+        assert error.value.code is Code.NOT_FOUND
+        client._heads[ECHO, 30] = client._head(ECHO, 30).replace(b"application/grpc", b"application/json")
         with pytest.raises(GrpcError) as odd:
-            await made.call(ECHO, b"", timeout_s=30)
+            await client.call(ECHO, b"", timeout_s=30)
         assert odd.value.code is Code.UNIMPLEMENTED

@@ -1,4 +1,4 @@
-"""The frame machine: whatever it is fed, however it is cut, it keeps its bounds and answers in HTTP/2."""
+"""The HTTP/2 state machine: for any input, however it is split, it keeps its bounds and answers in HTTP/2."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ ASK = encode_block({":method": "POST", ":scheme": "http", ":path": "/a/B", "cont
 
 
 def server(bounds: Bounds = BOUNDS, budget: Budget | None = None) -> Http2Connection:
-    """A server's end, before it heard anything."""
+    """A server connection before any input."""
     return Http2Connection(bounds, budget or Budget(10**9))
 
 
 def greeted(bounds: Bounds = BOUNDS) -> Http2Connection:
-    """A server's end after the greetings, which are taken."""
+    """A server connection after the preface and SETTINGS were exchanged."""
     machine = server(bounds)
     assert machine.feed(GREETING, now_us=0) == []
     machine.take_output()
@@ -54,24 +54,24 @@ def greeted(bounds: Bounds = BOUNDS) -> Http2Connection:
 
 
 def headers(stream_id: int, fields: bytes = ASK, flags: int = frames.END_HEADERS) -> bytes:
-    """A request's headers."""
+    """HEADERS of a request."""
     return frame(frames.HEADERS, flags, stream_id, fields)
 
 
 def call(stream_id: int, message: bytes = b"hello") -> bytes:
-    """A whole call."""
+    """A complete call."""
     return headers(stream_id) + frame(frames.DATA, frames.END_STREAM, stream_id, framed(message))
 
 
 def all_of(machine: Http2Connection) -> bytes:
-    """Everything that a machine has to say for now."""
+    """All output of a connection for now."""
     found = b""
     while piece := machine.take_output():
         found += piece
     return found
 
 
-# -- any cut, and any garbage
+# -- split and invalid input
 
 CALLS = GREETING + b"".join(
     (
@@ -83,7 +83,7 @@ CALLS = GREETING + b"".join(
         frame(frames.DATA, frames.END_STREAM, 3, framed(b"three")[6:]),
         frame(frames.HEADERS, frames.END_HEADERS | frames.WITH_PRIORITY, 5, b"\0\0\0\0\x10" + ASK),
         frame(frames.RST_STREAM, 0, 5, struct.pack(">I", ErrorCode.CANCEL)),
-        frame(99, 7, 0, b"nobody knows this kind"),
+        frame(99, 7, 0, b"a frame of unknown kind"),
         frames.window_update(0, 70_000),
         frames.settings({frames.INITIAL_WINDOW_SIZE: 10, frames.HEADER_TABLE_SIZE: 0}),
         call(7, b""),
@@ -129,7 +129,7 @@ def test_garbage_is_answered_with_goaway_and_nothing_else(data: bytes) -> None:
 
 
 def any_frame() -> st.SearchStrategy[bytes]:
-    """Frames that are almost right, now and then."""
+    """Frames that are almost right, sometimes."""
     payloads = st.one_of(
         st.binary(max_size=40),
         st.just(ASK),
@@ -168,64 +168,67 @@ def test_arbitrary_frames_fail_at_most_their_own_connection(pieces: list[bytes],
     assert machine.pending_bytes == 0
 
 
-# -- what a peer must not do
+# -- protocol violations
 
 BROKEN: dict[str, tuple[bytes, ErrorCode]] = {
-    "a frame over the bound": (frames.head(16_385, frames.DATA, 0, 1), ErrorCode.FRAME_SIZE_ERROR),
-    "data of no stream": (frame(frames.DATA, 0, 1, b"x"), ErrorCode.PROTOCOL_ERROR),
-    "data of stream 0": (frame(frames.DATA, 0, 0, b"x"), ErrorCode.PROTOCOL_ERROR),
-    "headers of stream 0": (headers(0), ErrorCode.PROTOCOL_ERROR),
-    "headers of a server's stream": (headers(2), ErrorCode.PROTOCOL_ERROR),
-    "data after the end": (call(1) + frame(frames.DATA, 0, 1, b"x"), ErrorCode.STREAM_CLOSED),
-    "headers after the end": (call(1) + headers(1), ErrorCode.STREAM_CLOSED),
-    "a block that is cut by a ping": (
+    "a frame over the limit": (frames.head(16_385, frames.DATA, 0, 1), ErrorCode.FRAME_SIZE_ERROR),
+    "DATA on an idle stream": (frame(frames.DATA, 0, 1, b"x"), ErrorCode.PROTOCOL_ERROR),
+    "DATA on stream 0": (frame(frames.DATA, 0, 0, b"x"), ErrorCode.PROTOCOL_ERROR),
+    "HEADERS on stream 0": (headers(0), ErrorCode.PROTOCOL_ERROR),
+    "HEADERS on a server's stream": (headers(2), ErrorCode.PROTOCOL_ERROR),
+    "DATA after the end": (call(1) + frame(frames.DATA, 0, 1, b"x"), ErrorCode.STREAM_CLOSED),
+    "HEADERS after the end": (call(1) + headers(1), ErrorCode.STREAM_CLOSED),
+    "a header block interrupted by PING": (
         headers(1, flags=0) + frame(frames.PING, 0, 0, b"12345678"),
         ErrorCode.PROTOCOL_ERROR,
     ),
-    "a block that goes on in another stream": (
+    "a header block continued on another stream": (
         headers(1, flags=0) + frame(frames.CONTINUATION, 0, 3, b""),
         ErrorCode.PROTOCOL_ERROR,
     ),
-    "a continuation of nothing": (frame(frames.CONTINUATION, 0, 1, b""), ErrorCode.PROTOCOL_ERROR),
-    "a block that is no block": (
+    "CONTINUATION without HEADERS": (frame(frames.CONTINUATION, 0, 1, b""), ErrorCode.PROTOCOL_ERROR),
+    "an invalid header block": (
         headers(1, b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"),
         ErrorCode.COMPRESSION_ERROR,
     ),
-    "a header list over its bound": (
+    "a header list over the limit": (
         headers(1, encode_field("a", "x" * 4_000) + b"\x40\x01a\x7f\xa1\x1e" + b"x" * 4_000 + b"\xbe" * 5),
         ErrorCode.COMPRESSION_ERROR,
     ),
-    "padding that is all there is": (
+    "a frame of nothing but padding": (
         frame(frames.HEADERS, frames.PADDED | frames.END_HEADERS, 1, b"\x05abc"),
         ErrorCode.PROTOCOL_ERROR,
     ),
-    "a priority that is cut": (
+    "HEADERS with a truncated priority": (
         frame(frames.HEADERS, frames.WITH_PRIORITY | frames.END_HEADERS, 1, b"abc"),
         ErrorCode.FRAME_SIZE_ERROR,
     ),
-    "a priority of four bytes": (frame(frames.PRIORITY, 0, 1, b"abcd"), ErrorCode.FRAME_SIZE_ERROR),
-    "a reset of three bytes": (call(1) + frame(frames.RST_STREAM, 0, 1, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
-    "a reset of no stream": (frame(frames.RST_STREAM, 0, 1, b"abcd"), ErrorCode.PROTOCOL_ERROR),
-    "settings of a stream": (frame(frames.SETTINGS, 0, 1), ErrorCode.PROTOCOL_ERROR),
-    "settings that are cut": (frame(frames.SETTINGS, 0, 0, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
-    "an acknowledgement that says more": (frame(frames.SETTINGS, frames.ACK, 0, b"abcdef"), ErrorCode.FRAME_SIZE_ERROR),
-    "a window of 2^31": (frames.settings({frames.INITIAL_WINDOW_SIZE: 2**31}), ErrorCode.FLOW_CONTROL_ERROR),
-    "a frame size under the least": (frames.settings({frames.MAX_FRAME_SIZE: 100}), ErrorCode.PROTOCOL_ERROR),
-    "a frame size over the most": (frames.settings({frames.MAX_FRAME_SIZE: 1 << 24}), ErrorCode.PROTOCOL_ERROR),
-    "push that is neither on nor off": (frames.settings({frames.ENABLE_PUSH: 2}), ErrorCode.PROTOCOL_ERROR),
+    "PRIORITY of four bytes": (frame(frames.PRIORITY, 0, 1, b"abcd"), ErrorCode.FRAME_SIZE_ERROR),
+    "RST_STREAM of three bytes": (call(1) + frame(frames.RST_STREAM, 0, 1, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
+    "RST_STREAM on an idle stream": (frame(frames.RST_STREAM, 0, 1, b"abcd"), ErrorCode.PROTOCOL_ERROR),
+    "SETTINGS on a stream": (frame(frames.SETTINGS, 0, 1), ErrorCode.PROTOCOL_ERROR),
+    "truncated SETTINGS": (frame(frames.SETTINGS, 0, 0, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
+    "a SETTINGS acknowledgement with content": (
+        frame(frames.SETTINGS, frames.ACK, 0, b"abcdef"),
+        ErrorCode.FRAME_SIZE_ERROR,
+    ),
+    "an initial window of 2^31": (frames.settings({frames.INITIAL_WINDOW_SIZE: 2**31}), ErrorCode.FLOW_CONTROL_ERROR),
+    "a frame size below the minimum": (frames.settings({frames.MAX_FRAME_SIZE: 100}), ErrorCode.PROTOCOL_ERROR),
+    "a frame size above the maximum": (frames.settings({frames.MAX_FRAME_SIZE: 1 << 24}), ErrorCode.PROTOCOL_ERROR),
+    "ENABLE_PUSH of 2": (frames.settings({frames.ENABLE_PUSH: 2}), ErrorCode.PROTOCOL_ERROR),
     "a push": (frame(frames.PUSH_PROMISE, 0, 1, b"abcd"), ErrorCode.PROTOCOL_ERROR),
-    "a ping of a stream": (frame(frames.PING, 0, 1, b"12345678"), ErrorCode.PROTOCOL_ERROR),
-    "a ping of seven bytes": (frame(frames.PING, 0, 0, b"1234567"), ErrorCode.FRAME_SIZE_ERROR),
-    "a window that opens by nothing": (frames.window_update(0, 0), ErrorCode.PROTOCOL_ERROR),
-    "a window that overflows": (frames.window_update(0, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
-    "a stream's window that overflows": (call(1) + frames.window_update(1, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
-    "a stream's window that settings overflow": (
+    "PING on a stream": (frame(frames.PING, 0, 1, b"12345678"), ErrorCode.PROTOCOL_ERROR),
+    "PING of seven bytes": (frame(frames.PING, 0, 0, b"1234567"), ErrorCode.FRAME_SIZE_ERROR),
+    "WINDOW_UPDATE by 0": (frames.window_update(0, 0), ErrorCode.PROTOCOL_ERROR),
+    "a connection window that overflows": (frames.window_update(0, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
+    "a stream window that overflows": (call(1) + frames.window_update(1, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
+    "a stream window that overflows by SETTINGS": (
         call(1) + frames.window_update(1, 2**31 - 1 - 65_535) + frames.settings({frames.INITIAL_WINDOW_SIZE: 65_536}),
         ErrorCode.FLOW_CONTROL_ERROR,
     ),
-    "a window of three bytes": (frame(frames.WINDOW_UPDATE, 0, 0, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
-    "a window of no stream": (frames.window_update(9, 1), ErrorCode.PROTOCOL_ERROR),
-    "a goaway that is cut": (frame(frames.GOAWAY, 0, 0, b"abc"), ErrorCode.PROTOCOL_ERROR),
+    "WINDOW_UPDATE of three bytes": (frame(frames.WINDOW_UPDATE, 0, 0, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
+    "WINDOW_UPDATE on an idle stream": (frames.window_update(9, 1), ErrorCode.PROTOCOL_ERROR),
+    "truncated GOAWAY": (frame(frames.GOAWAY, 0, 0, b"abc"), ErrorCode.PROTOCOL_ERROR),
 }
 
 
@@ -251,7 +254,7 @@ FLOODS = {
     "acknowledgements": frame(frames.SETTINGS, frames.ACK, 0),
     "priorities": frame(frames.PRIORITY, 0, 1, b"abcde"),
     "windows": frames.window_update(0, 1),
-    "frames of no kind": frame(77, 0, 0, b"x"),
+    "unknown frames": frame(77, 0, 0, b"x"),
     "goaways": frame(frames.GOAWAY, 0, 0, bytes(8)),
 }
 

@@ -1,4 +1,4 @@
-"""Peers that say nothing, read nothing, or send half: each is let go in its time, on a clock that the tests hold."""
+"""Peers that are silent, do not read, or send half a call: each is disconnected in time, on a manual clock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NO_FIELDS: Mapping[str, str] = {}
 
 
 class Transport(asyncio.Transport):
-    """Keeps what is written."""
+    """A transport that keeps what is written."""
 
     def __init__(self) -> None:
         super().__init__({"peername": ("10.0.0.1", 5)})
@@ -34,29 +34,29 @@ class Transport(asyncio.Transport):
         self.end = ""
 
     def write(self, data: Any) -> None:
-        """Written, and read by nobody."""
+        """Keep the bytes."""
         self.written += data
 
     def is_closing(self) -> bool:
-        """Whether somebody ended it."""
+        """True after `close` or `abort`."""
         return bool(self.end)
 
     def close(self) -> None:
-        """In good order."""
+        """Close gracefully."""
         self.end = self.end or "closed"
 
     def abort(self) -> None:
-        """At once."""
+        """Close at once."""
         self.end = "aborted"
 
     def frames(self) -> list[tuple[int, int, int, bytes]]:
-        """The frames written since the last look."""
+        """Return the frames written since the last call."""
         found, self.written = parsed(self.written), b""
         return found
 
 
 class Peer:
-    """A connection without a socket, whose clock the test holds."""
+    """A connection without a socket, on a clock that the test controls."""
 
     def __init__(self, methods: Methods, **limits: int) -> None:
         loop = asyncio.get_running_loop()
@@ -73,20 +73,20 @@ class Peer:
         self.connection.connection_made(self.transport)
 
     async def says(self, *pieces: bytes) -> list[tuple[int, int, int, bytes]]:
-        """What comes back for some bytes."""
+        """Send bytes and return the frames of the response."""
         for piece in pieces:
             self.connection.data_received(piece)
             await asyncio.sleep(0)
         return await self.hears()
 
     async def hears(self) -> list[tuple[int, int, int, bytes]]:
-        """What was written meanwhile."""
+        """Return the frames written so far."""
         for _ in range(5):
             await asyncio.sleep(0)
         return self.transport.frames()
 
     async def later(self, seconds: float) -> list[tuple[int, int, int, bytes]]:
-        """What comes when nothing is said for so long."""
+        """Let time pass in silence and return the frames that were written."""
         self.now_s += seconds
         self.connection._check_idle()
         return await self.hears()
@@ -94,7 +94,7 @@ class Peer:
 
 def call(path: str, stream_id: int, text: str = "hello", *, fields: Mapping[str, str] = NO_FIELDS) -> bytes:
     """A call of a path."""
-    asked = {":method": "POST", ":scheme": "http", ":path": path, "content-type": "application/grpc", **fields}
+    echo_request = {":method": "POST", ":scheme": "http", ":path": path, "content-type": "application/grpc", **fields}
     message = framed(wire.PushTaskRequest(callback_url=text).SerializeToString())
     data = b"".join(
         frame(
@@ -105,7 +105,7 @@ def call(path: str, stream_id: int, text: str = "hello", *, fields: Mapping[str,
         )
         for start in range(0, len(message), 16_384)
     )
-    return frame(frames.HEADERS, frames.END_HEADERS, stream_id, encode_block(asked)) + data
+    return frame(frames.HEADERS, frames.END_HEADERS, stream_id, encode_block(echo_request)) + data
 
 
 async def test_a_silent_peer_is_pinged_once_and_then_disconnected() -> None:
@@ -166,9 +166,9 @@ async def test_no_responses_are_computed_for_a_peer_that_does_not_read() -> None
     peer = Peer(echo.methods)
     size = 1_000_000
     await peer.says(GREETING, *(call(ECHO, 2 * number + 1, "x" * size) for number in range(20)))
-    made = len(echo.calls)
-    assert made < 20, "answers without end wait for a peer that reads none"
-    assert PENDING_BYTES_MAX / size <= made <= 2 + PENDING_BYTES_MAX / size + 1
+    client = len(echo.calls)
+    assert client < 20, "responses for a peer that does not read must be bounded"
+    assert PENDING_BYTES_MAX / size <= client <= 2 + PENDING_BYTES_MAX / size + 1
     room = frames.window_update(0, 10**9)
     await peer.says(frames.settings({frames.INITIAL_WINDOW_SIZE: 2**30}), room)
     for _ in range(40):
@@ -219,7 +219,7 @@ async def test_calls_reset_in_the_same_read_leave_nothing_behind(recwarn: Any) -
 
 async def test_a_deferred_response_is_made_when_its_future_is_done_unless_the_call_was_cancelled() -> None:
     futures: list[asyncio.Future[None]] = []
-    made: list[int] = []
+    client: list[int] = []
 
     def handler(_message: Message, _call: CallContext) -> ResponseAfter:
         number = len(futures)
@@ -227,7 +227,7 @@ async def test_a_deferred_response_is_made_when_its_future_is_done_unless_the_ca
         return ResponseAfter(futures[-1], lambda: answers[number](number))
 
     def at_once(number: int) -> bytes:
-        made.append(number)
+        client.append(number)
         return b""
 
     async def later(number: int) -> bytes:
@@ -235,31 +235,31 @@ async def test_a_deferred_response_is_made_when_its_future_is_done_unless_the_ca
         return at_once(number)
 
     def refused(number: int) -> bytes:
-        made.append(number)
-        raise GrpcError(Code.NOT_FOUND, "none of these")
+        client.append(number)
+        raise GrpcError(Code.NOT_FOUND, "not found")
 
     answers: list[Callable[[int], Any]] = [at_once, later, refused, at_once, at_once, at_once]
     peer = Peer({"/e/After": Method(wire.GetTaskRequest, handler)})
     await peer.says(GREETING, *(call("/e/After", 2 * number + 1) for number in range(6)))
-    assert (len(futures), made) == (6, [])
+    assert (len(futures), client) == (6, [])
     for future in futures[:3]:
         future.set_result(None)
     said = await peer.hears()
     said += await peer.hears()
     ended = {found[2]: found[3] for found in said if found[0] == frames.HEADERS}
-    assert made == [0, 2, 1]
+    assert client == [0, 2, 1]
     assert encode_field("grpc-status", "5") in ended[5]
     assert encode_field("grpc-status", "0") in ended[1]
     assert encode_field("grpc-status", "0") in ended[3]
     given_up = frame(frames.RST_STREAM, 0, 7, frames.WORD.pack(ErrorCode.CANCEL))
     await peer.says(given_up)
     assert futures[3].cancelled()
-    futures[4].set_result(None)  # and its caller gives up before anybody has looked
+    futures[4].set_result(None)  # its caller resets the call before the result is used
     await peer.says(given_up[:5] + (9).to_bytes(4, "big") + given_up[9:])
-    futures[5].set_exception(GrpcError(Code.INTERNAL, "it broke"))
+    futures[5].set_exception(GrpcError(Code.INTERNAL, "handler failed"))
     said = await peer.hears()
     assert encode_field("grpc-status", "13") in said[-1][3]
-    assert made == [0, 2, 1]
+    assert client == [0, 2, 1]
     assert (peer.connection._http2.streams_count, len(peer.connection._running)) == (0, 0)
 
 
@@ -288,7 +288,7 @@ async def test_cut_aborts_calls_with_unavailable() -> None:
 
 
 async def test_a_peer_that_is_not_http_2_gets_goaway_and_is_disconnected() -> None:
-    """On a real socket: whatever is not HTTP/2 is answered once, and then the connection is gone."""
+    """Over a real socket: input that is not HTTP/2 is answered with GOAWAY, and the connection is closed."""
     async with listening(Echo().methods) as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")

@@ -1,4 +1,4 @@
-"""A service becomes paths, and errors become codes."""
+"""Method tables from service descriptors, and the conversion of errors to status codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONSUMER = wire.DESCRIPTOR.services_by_name["ConsumerService"]
 
 
 class Consumer:
-    """Answers with what it was asked."""
+    """A service that returns parts of its requests."""
 
     async def get_task(self, request: wire.GetTaskRequest, call: CallContext) -> wire.GetTaskResponse:
         return wire.GetTaskResponse(task=wire.TaskActivation(id=request.namespace, taskname=call.path))

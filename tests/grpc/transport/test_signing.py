@@ -1,4 +1,4 @@
-"""Who may call: signatures, verified before a handler hears of the call."""
+"""Signatures of calls, verified before a handler is called."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 import grpc
 from headrace.grpc.transport.signing import HEADER, Secrets
 from tests.support.grpc_server import ECHO, PUSH, WAIT, Echo, listening
-from tests.support.grpcio_client import asked, channel, unary
+from tests.support.grpcio_client import channel, echo_request, unary
 
 SECRETS = ("super secret", "an older secret")
 VECTOR = "cfdf2c4d2efd3a2d28bd10de6471ef352d03f49d2d3bd880ee7051ea39fbe239"
-MESSAGE = asked().SerializeToString()
+MESSAGE = echo_request().SerializeToString()
 
 
 def test_the_signature_matches_the_contract_s_test_vector() -> None:
@@ -68,8 +68,8 @@ def signed(message: bytes = MESSAGE, path: str = ECHO, secrets: Any = SECRETS) -
 )
 async def test_a_signed_call_is_accepted(metadata: Any) -> None:
     echo = Echo()
-    async with listening(echo.methods, secrets=SECRETS) as (_, port), channel(port) as made:
-        assert (await unary(made, ECHO)(asked(), metadata=metadata)).task.id == "hello"
+    async with listening(echo.methods, secrets=SECRETS) as (_, port), channel(port) as client:
+        assert (await unary(client, ECHO)(echo_request(), metadata=metadata)).task.id == "hello"
     assert [call.is_signed for call in echo.calls] == [True]
 
 
@@ -88,32 +88,32 @@ async def test_a_signed_call_is_accepted(metadata: Any) -> None:
 )
 async def test_an_unsigned_call_never_reaches_its_handler(metadata: Any) -> None:
     echo = Echo()
-    async with listening(echo.methods, secrets=SECRETS) as (_, port), channel(port) as made:
-        with pytest.raises(grpc.aio.AioRpcError) as told:
-            await unary(made, ECHO)(asked(), metadata=metadata)
-        assert (told.value.code(), told.value.details()) == (grpc.StatusCode.UNAUTHENTICATED, "Authentication failed")
+    async with listening(echo.methods, secrets=SECRETS) as (_, port), channel(port) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await unary(client, ECHO)(echo_request(), metadata=metadata)
+        assert (error.value.code(), error.value.details()) == (grpc.StatusCode.UNAUTHENTICATED, "Authentication failed")
     assert echo.calls == []
 
 
 async def test_without_a_secret_all_calls_are_accepted_as_unsigned() -> None:
     echo = Echo()
-    async with listening(echo.methods) as (_, port), channel(port) as made:
-        await unary(made, ECHO)(asked())
-        await unary(made, ECHO)(asked(), metadata=signed())
+    async with listening(echo.methods) as (_, port), channel(port) as client:
+        await unary(client, ECHO)(echo_request())
+        await unary(client, ECHO)(echo_request(), metadata=signed())
     assert [call.is_signed for call in echo.calls] == [False, False]
 
 
 async def test_an_open_method_needs_no_signature() -> None:
     echo = Echo()
     echo.released.set()
-    async with listening(echo.methods, secrets=SECRETS) as (_, port), channel(port) as made:
-        assert (await unary(made, WAIT)(asked())).task.id == "hello"
+    async with listening(echo.methods, secrets=SECRETS) as (_, port), channel(port) as client:
+        assert (await unary(client, WAIT)(echo_request())).task.id == "hello"
 
 
 async def test_the_signature_covers_the_uncompressed_message() -> None:
     echo = Echo()
-    large = asked("x" * 10_000)
-    async with listening(echo.methods, secrets=SECRETS) as (_, port), channel(port) as made:
+    large = echo_request("x" * 10_000)
+    async with listening(echo.methods, secrets=SECRETS) as (_, port), channel(port) as client:
         metadata = signed(large.SerializeToString())
-        await unary(made, ECHO)(large, metadata=metadata, compression=grpc.Compression.Gzip)
+        await unary(client, ECHO)(large, metadata=metadata, compression=grpc.Compression.Gzip)
     assert [call.is_signed for call in echo.calls] == [True]

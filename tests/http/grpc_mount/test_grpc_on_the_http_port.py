@@ -31,7 +31,7 @@ from headrace.runtime.producing.producer import Producer
 from tests.support.grpc_server import AUTHORITY, certificate
 from tests.support.grpcio_client import channel
 from tests.support.http2_frames import GREETING, parsed
-from tests.support.http_server import AUTH, LIMITS, House, house
+from tests.support.http_server import AUTH, LIMITS, ServerUnderTest, running_server
 
 METADATA = tuple(AUTH.items())
 BROKER = wire.DESCRIPTOR.services_by_name["Broker"]
@@ -41,8 +41,8 @@ SECRETS = ("a secret of many bytes",)
 class Stub:
     """Our own broker, through grpcio."""
 
-    def __init__(self, made: Any, metadata: Any = METADATA) -> None:
-        self._made, self._metadata = made, metadata
+    def __init__(self, client: Any, metadata: Any = METADATA) -> None:
+        self._made, self._metadata = client, metadata
 
     async def __call__(self, method: str, request: Any) -> Any:
         """Call a method with a message."""
@@ -60,8 +60,8 @@ class Stub:
 
     async def claim(self, session: str, number: int = 1, **more: Any) -> list[wire.Lease]:
         """What there is for the task."""
-        wish: dict[str, Any] = {"tasks": ["task"], "runs_max": 100} | more
-        answer = await self("ClaimMany", wire.ClaimManyRequest(session=session, claim_no=number, **wish))
+        claim: dict[str, Any] = {"tasks": ["task"], "runs_max": 100} | more
+        answer = await self("ClaimMany", wire.ClaimManyRequest(session=session, claim_no=number, **claim))
         return list(answer.leases)
 
     async def settle(self, *settlements: wire.Settlement) -> list[int]:
@@ -70,24 +70,24 @@ class Stub:
 
 
 @asynccontextmanager
-async def far(folder: Path, kind: str = "memory", **more: Any) -> AsyncGenerator[tuple[House, Stub], None]:
+async def far(folder: Path, kind: str = "memory", **more: Any) -> AsyncGenerator[tuple[ServerUnderTest, Stub], None]:
     """A house and a client of its broker."""
-    async with house(folder, kind, **more) as home, channel(home.server.address[1]) as made:
-        yield home, Stub(made)
+    async with running_server(folder, kind, **more) as rig, channel(rig.server.address[1]) as client:
+        yield rig, Stub(client)
 
 
-def checking(made: Any) -> Any:
+def checking(client: Any) -> Any:
     """The health service's own question."""
-    return made.unary_unary(
+    return client.unary_unary(
         "/grpc.health.v1.Health/Check",
         request_serializer=health.HealthCheckRequest.SerializeToString,
         response_deserializer=health.HealthCheckResponse.FromString,
     )
 
 
-def watching(made: Any) -> Any:
+def watching(client: Any) -> Any:
     """Its question with many answers."""
-    return made.unary_stream(
+    return client.unary_stream(
         "/grpc.health.v1.Health/Watch",
         request_serializer=health.HealthCheckRequest.SerializeToString,
         response_deserializer=health.HealthCheckResponse.FromString,
@@ -100,8 +100,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 async def test_a_worker_claims_settles_and_releases_hundreds_of_runs_a_call(tmp_path: Path, kind: str) -> None:
-    async with far(tmp_path, kind) as (home, stub):
-        batch_id = await home.filled(300)
+    async with far(tmp_path, kind) as (rig, stub):
+        batch_id = await rig.filled(300)
         session = await stub.session()
         leases = await stub.claim(session, runs_max=290)
         assert sum(len(lease.places) for lease in leases) == 290
@@ -117,7 +117,7 @@ async def test_a_worker_claims_settles_and_releases_hundreds_of_runs_a_call(tmp_
         states = [wire.STATE_COMPLETED] * len(first.places)
         states[1:4] = [wire.STATE_FAILED, wire.STATE_RETRY, wire.STATE_CANCELLED]
         outputs = [json.dumps({"ok": index}).encode() for index in first.indexes if not 1 <= index < 4]
-        told = wire.Settlement(
+        error = wire.Settlement(
             lease=first.lease,
             places=first.places,
             states=states,
@@ -125,13 +125,13 @@ async def test_a_worker_claims_settles_and_releases_hundreds_of_runs_a_call(tmp_
             failures=[wire.Failure(type="Boom", message="it broke"), wire.Failure(type="Later")],
             retry_after_ms=[3_600_000],
         )
-        assert await stub.settle(told) == [wire.WORD_SETTLED]
-        assert await stub.settle(told) == [wire.WORD_RECORDED]
+        assert await stub.settle(error) == [wire.WORD_SETTLED]
+        assert await stub.settle(error) == [wire.WORD_RECORDED]
         words = (await stub("ReleaseMany", wire.ReleaseManyRequest(leases=[second.lease, "lease_1_1_00"]))).words
         assert list(words) == [wire.WORD_SETTLED, wire.WORD_LOST]
         late = wire.Settlement(lease=second.lease, places=second.places)
         assert await stub.settle(late, wire.Settlement(lease="no lease")) == [wire.WORD_LOST, wire.WORD_LOST]
-        batch = (await home.ask("GET", f"/v1/batches/{batch_id}")).json
+        batch = (await rig.ask("GET", f"/v1/batches/{batch_id}")).json
         assert (batch["completed"], batch["failed"], batch["cancelled"], batch["waiting"]) == (253, 1, 1, 45)
         await stub("EndSession", wire.EndSessionRequest(session=session))
         with pytest.raises(grpc.aio.AioRpcError) as ended:
@@ -140,34 +140,34 @@ async def test_a_worker_claims_settles_and_releases_hundreds_of_runs_a_call(tmp_
 
 
 async def test_all_runs_of_a_lease_may_complete_in_a_few_bytes(tmp_path: Path) -> None:
-    async with far(tmp_path) as (home, stub):
-        batch_id = await home.filled(5)
+    async with far(tmp_path) as (rig, stub):
+        batch_id = await rig.filled(5)
         (lease,) = await stub.claim(await stub.session())
         assert await stub.settle(wire.Settlement(lease=lease.lease, places=lease.places)) == [wire.WORD_SETTLED]
-        batch = (await home.ask("GET", f"/v1/batches/{batch_id}")).json
+        batch = (await rig.ask("GET", f"/v1/batches/{batch_id}")).json
         assert (batch["state"], batch["completed"]) == ("completed", 5)
 
 
 async def test_leases_carry_payloads_from_the_object_store_and_headers(tmp_path: Path) -> None:
     limits = LIMITS.replaced(inline_bytes_max=64)
-    async with far(tmp_path, limits=limits) as (home, stub):
+    async with far(tmp_path, limits=limits) as (rig, stub):
         large = {"text": "x" * 200}
-        producer = Producer(home.engine)
+        producer = Producer(rig.engine)
         await producer.put(Key("task"), json.dumps(large).encode(), pack.JSON, Extra(headers={"a": "b"}))
         await producer.close()
         (lease,) = await stub.claim(await stub.session())
         assert json.loads(lease.payloads[0]) == large
-        assert {place: dict(told.values) for place, told in lease.headers.items()} == {lease.places[0]: {"a": "b"}}
+        assert {place: dict(error.values) for place, error in lease.headers.items()} == {lease.places[0]: {"a": "b"}}
 
 
 async def test_a_claim_waits_for_work_up_to_wait_ms(tmp_path: Path) -> None:
-    async with far(tmp_path) as (home, stub):
+    async with far(tmp_path) as (rig, stub):
         session = await stub.session()
         waiting = asyncio.create_task(stub.claim(session, wait_ms=30_000))
-        while not home.server._grpc or not any(one._running for one in home.server._grpc.connections):
+        while not rig.server._grpc or not any(one._running for one in rig.server._grpc.connections):
             await asyncio.sleep(0)
-        await home.filled(3)
-        home.engine.wakeup.notify()
+        await rig.filled(3)
+        rig.engine.wakeup.notify()
         assert sum(len(lease.places) for lease in await waiting) == 3
         assert await stub.claim(session, 2, wait_ms=1) == []
 
@@ -195,16 +195,16 @@ BAD_SETTLEMENTS: list[dict[str, Any]] = [
 
 
 async def test_an_invalid_settlement_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    async with far(tmp_path) as (home, stub):
-        batch_id = await home.filled(3)
+    async with far(tmp_path) as (rig, stub):
+        batch_id = await rig.filled(3)
         (lease,) = await stub.claim(await stub.session())
         good = wire.Settlement(lease=lease.lease, places=[2], part_no=7)
-        for told in BAD_SETTLEMENTS:
+        for error in BAD_SETTLEMENTS:
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await stub.settle(good, wire.Settlement(lease=lease.lease, **told))
+                await stub.settle(good, wire.Settlement(lease=lease.lease, **error))
             codes = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
-            assert refused.value.code() in codes, told
-            assert (await home.ask("GET", f"/v1/batches/{batch_id}")).json["completed"] == 0, told
+            assert refused.value.code() in codes, error
+            assert (await rig.ask("GET", f"/v1/batches/{batch_id}")).json["completed"] == 0, error
 
 
 BAD_CLAIMS: list[dict[str, Any]] = [
@@ -223,29 +223,29 @@ BAD_CLAIMS: list[dict[str, Any]] = [
 async def test_an_invalid_claim_is_refused(tmp_path: Path) -> None:
     async with far(tmp_path) as (_, stub):
         session = await stub.session()
-        for wish in BAD_CLAIMS:
+        for claim in BAD_CLAIMS:
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await stub.claim(**({"session": session} | wish))
-            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT, wish
+                await stub.claim(**({"session": session} | claim))
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT, claim
 
 
 async def test_a_call_without_a_key_is_unauthenticated(tmp_path: Path) -> None:
-    async with house(tmp_path) as home, channel(home.server.address[1]) as made:
+    async with running_server(tmp_path) as rig, channel(rig.server.address[1]) as client:
         for metadata in ((), (("authorization", "Bearer no_such_key"),), ((HEADER, "0" * 64),)):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await Stub(made, metadata).session()
+                await Stub(client, metadata).session()
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_a_signed_call_needs_no_key(tmp_path: Path) -> None:
     request = wire.StartSessionRequest(host="far", pid=7)
     path = "/headrace.v1.Broker/StartSession"
-    async with house(tmp_path, secrets=SECRETS) as home, channel(home.server.address[1]) as made:
+    async with running_server(tmp_path, secrets=SECRETS) as rig, channel(rig.server.address[1]) as client:
         signature = Secrets(SECRETS).sign(path, request.SerializeToString())
-        assert await Stub(made, ((HEADER, signature),)).session()
-        assert await Stub(made).session()
+        assert await Stub(client, ((HEADER, signature),)).session()
+        assert await Stub(client).session()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await Stub(made, ((HEADER, signature[::-1]),)).session()
+            await Stub(client, ((HEADER, signature[::-1]),)).session()
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -254,23 +254,23 @@ async def test_health_follows_the_store_and_the_server_s_shutdown(tmp_path: Path
         return Flaky(store)
 
     limits = LIMITS.replaced(upkeep_interval_ms=10)
-    async with house(tmp_path, wrap=wrap, limits=limits) as home, channel(home.server.address[1]) as made:
-        store: Any = home.engine.store
-        seen = watching(made)(health.HealthCheckRequest(service="headrace.v1.Broker"))
+    async with running_server(tmp_path, wrap=wrap, limits=limits) as rig, channel(rig.server.address[1]) as client:
+        store: Any = rig.engine.store
+        seen = watching(client)(health.HealthCheckRequest(service="headrace.v1.Broker"))
         statuses = aiter(seen)
         while (await anext(statuses)).status != health.HealthCheckResponse.SERVING:
             pass
-        assert (await checking(made)(health.HealthCheckRequest())).status == health.HealthCheckResponse.SERVING
+        assert (await checking(client)(health.HealthCheckRequest())).status == health.HealthCheckResponse.SERVING
         store.is_away = True
         assert (await anext(statuses)).status == health.HealthCheckResponse.NOT_SERVING
         store.is_away = False
         assert (await anext(statuses)).status == health.HealthCheckResponse.SERVING
         with pytest.raises(grpc.aio.AioRpcError) as unknown:
-            await checking(made)(health.HealthCheckRequest(service="no.such"))
+            await checking(client)(health.HealthCheckRequest(service="no.such"))
         assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
-        strange = aiter(watching(made)(health.HealthCheckRequest(service="no.such")))
+        strange = aiter(watching(client)(health.HealthCheckRequest(service="no.such")))
         assert (await anext(strange)).status == health.HealthCheckResponse.SERVICE_UNKNOWN
-        stopping = asyncio.create_task(home.server.stop())
+        stopping = asyncio.create_task(rig.server.stop())
         assert [one.status async for one in statuses] == [health.HealthCheckResponse.NOT_SERVING]
         await stopping
 
@@ -293,9 +293,9 @@ class Flaky:
 
 
 async def test_without_a_consumer_its_service_is_unimplemented(tmp_path: Path) -> None:
-    async with house(tmp_path) as home, channel(home.server.address[1]) as made:
+    async with running_server(tmp_path) as rig, channel(rig.server.address[1]) as client:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await made.unary_unary("/sentry_protos.taskbroker.v1.ConsumerService/GetTask")(b"")
+            await client.unary_unary("/sentry_protos.taskbroker.v1.ConsumerService/GetTask")(b"")
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -312,28 +312,28 @@ class Consumer:
 async def test_a_consumer_answers_signed_calls(tmp_path: Path) -> None:
     path = "/sentry_protos.taskbroker.v1.ConsumerService/GetTask"
     async with (
-        house(tmp_path, consumer=methods_of(CONSUMER, Consumer()), secrets=SECRETS) as home,
-        channel(home.server.address[1]) as made,
+        running_server(tmp_path, consumer=methods_of(CONSUMER, Consumer()), secrets=SECRETS) as rig,
+        channel(rig.server.address[1]) as client,
     ):
-        call = made.unary_unary(path, response_deserializer=taskbroker.GetTaskResponse.FromString)
+        call = client.unary_unary(path, response_deserializer=taskbroker.GetTaskResponse.FromString)
         assert (await call(b"", metadata=((HEADER, Secrets(SECRETS).sign(path, b"")),))).task.id == "one"
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call(b"", metadata=METADATA)
         assert refused.value.details() == "Authentication failed"
-        text = (await home.ask("GET", "/metrics")).body.decode()
+        text = (await rig.ask("GET", "/metrics")).body.decode()
         assert f'headrace_grpc_calls_total{{path="{path}",status="OK"}} 1.0' in text
         assert f'headrace_grpc_calls_total{{path="{path}",status="UNAUTHENTICATED"}} 1.0' in text
 
 
 @pytest.mark.parametrize("cuts", [(0,), (1,), (10,), (23,), (24,), (3, 17)])
 async def test_the_http_2_preface_is_recognised_however_it_is_split(tmp_path: Path, cuts: tuple[int, ...]) -> None:
-    async with house(tmp_path) as home:
-        reader, writer = await asyncio.open_connection(*home.server.address)
+    async with running_server(tmp_path) as rig:
+        reader, writer = await asyncio.open_connection(*rig.server.address)
         start = 0
         for cut in (*cuts, len(GREETING)):
             writer.write(GREETING[start:cut])
             await writer.drain()
-            assert (await home.ask("GET", "/healthz")).status == 200
+            assert (await rig.ask("GET", "/healthz")).status == 200
             start = cut
         assert (await reader.readexactly(9))[3] == frames.SETTINGS
         writer.close()
@@ -356,25 +356,25 @@ async def test_a_connection_passed_to_grpc_does_not_time_out_waiting_for_a_reque
 
 
 async def test_bytes_that_only_begin_like_the_preface_are_an_http_1_request(tmp_path: Path) -> None:
-    async with house(tmp_path) as home:
-        reader, writer = await asyncio.open_connection(*home.server.address)
+    async with running_server(tmp_path) as rig:
+        reader, writer = await asyncio.open_connection(*rig.server.address)
         writer.write(b"PRI")
         await writer.drain()
-        assert (await home.ask("GET", "/healthz")).status == 200
+        assert (await rig.ask("GET", "/healthz")).status == 200
         writer.write(b"NT / HTTP/1.1\r\n\r\n")
         assert (await reader.readline()).startswith(b"HTTP/1.1 400")
         writer.close()
 
 
 async def test_connections_beyond_the_limit_get_goaway(tmp_path: Path) -> None:
-    async with house(tmp_path, limits=LIMITS.replaced(connections_max=2)) as home:
+    async with running_server(tmp_path, limits=LIMITS.replaced(connections_max=2)) as rig:
         writers = []
         for _ in range(2):
-            reader, writer = await asyncio.open_connection(*home.server.address)
+            reader, writer = await asyncio.open_connection(*rig.server.address)
             writer.write(GREETING)
             assert (await reader.readexactly(9))[3] == frames.SETTINGS
             writers.append(writer)
-        reader, writer = await asyncio.open_connection(*home.server.address)
+        reader, writer = await asyncio.open_connection(*rig.server.address)
         writer.write(GREETING)
         kinds = [kind for kind, _, _, _ in parsed(await reader.read())]
         assert kinds == [frames.SETTINGS, frames.GOAWAY]
@@ -384,13 +384,13 @@ async def test_connections_beyond_the_limit_get_goaway(tmp_path: Path) -> None:
 
 async def test_one_certificate_serves_both_protocols(tmp_path: Path) -> None:
     made_tls = tls_of(tmp_path)
-    async with house(tmp_path, tls=made_tls.context()) as home:
-        port = home.server.address[1]
-        assert home.server.url == f"https://127.0.0.1:{port}"
-        async with channel(port, is_tls=True) as made:
-            while (await checking(made)(health.HealthCheckRequest())).status != health.HealthCheckResponse.SERVING:
+    async with running_server(tmp_path, tls=made_tls.context()) as rig:
+        port = rig.server.address[1]
+        assert rig.server.url == f"https://127.0.0.1:{port}"
+        async with channel(port, is_tls=True) as client:
+            while (await checking(client)(health.HealthCheckRequest())).status != health.HealthCheckResponse.SERVING:
                 pass
-            assert await Stub(made).session()
+            assert await Stub(client).session()
         context = ssl.create_default_context()
         AUTHORITY.configure_trust(context)
         context.set_alpn_protocols(["h2", "http/1.1"])
@@ -412,29 +412,29 @@ async def test_a_shutdown_does_not_wait_for_peers_that_never_complete_the_tls_cl
 
     def rude(port: int, protocol: str, said: bytes) -> ssl.SSLSocket:
         context.set_alpn_protocols([protocol])
-        made = context.wrap_socket(socket.create_connection(("localhost", port)), server_hostname="localhost")
-        made.sendall(said)
-        assert made.recv(9)
-        return made
+        client = context.wrap_socket(socket.create_connection(("localhost", port)), server_hostname="localhost")
+        client.sendall(said)
+        assert client.recv(9)
+        return client
 
-    async with house(tmp_path, tls=tls_of(tmp_path).context()) as home:
-        port = home.server.address[1]
+    async with running_server(tmp_path, tls=tls_of(tmp_path).context()) as rig:
+        port = rig.server.address[1]
         peers = [
             await asyncio.to_thread(rude, port, "h2", GREETING),
             await asyncio.to_thread(rude, port, "http/1.1", b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"),
         ]
-        await home.server.stop()
+        await rig.server.stop()
         for peer in peers:
             peer.close()
 
 
 def tls_of(folder: Path) -> Tls:
     """The files of our certificate."""
-    made = Tls(str(folder / "cert.pem"), str(folder / "key.pem"))
+    client = Tls(str(folder / "cert.pem"), str(folder / "key.pem"))
     for piece in certificate().cert_chain_pems:
-        piece.write_to_path(made.certificate, append=True)
-    certificate().private_key_pem.write_to_path(made.key)
-    return made
+        piece.write_to_path(client.certificate, append=True)
+    certificate().private_key_pem.write_to_path(client.key)
+    return client
 
 
 async def test_invalid_certificate_files_are_refused_by_name(tmp_path: Path) -> None:
@@ -445,10 +445,10 @@ async def test_invalid_certificate_files_are_refused_by_name(tmp_path: Path) -> 
 
 
 async def test_a_shutdown_completes_a_call_that_started_before(tmp_path: Path) -> None:
-    async with far(tmp_path) as (home, stub):
+    async with far(tmp_path) as (rig, stub):
         session = await stub.session()
         waiting = asyncio.create_task(stub.claim(session, wait_ms=30_000))
-        while not home.server._grpc or not any(one._running for one in home.server._grpc.connections):
+        while not rig.server._grpc or not any(one._running for one in rig.server._grpc.connections):
             await asyncio.sleep(0)
-        await asyncio.gather(home.server.stop(), waiting)
+        await asyncio.gather(rig.server.stop(), waiting)
         assert waiting.result() == []

@@ -12,7 +12,7 @@ import pytest
 from headrace.foundation.errors import InvalidInput
 from headrace.http.requests import auth
 from headrace.http.requests.auth import new_key
-from tests.support.http_server import KEY, LIMITS, NDJSON, House, house, line
+from tests.support.http_server import KEY, LIMITS, NDJSON, ServerUnderTest, line, running_server
 
 BATCH = {"runCount": 1}
 
@@ -21,32 +21,32 @@ def bearer(credential: str) -> dict[str, str]:
     return {"authorization": f"Bearer {credential}"}
 
 
-async def key_for(home: House, *scopes: str, environment: str = "default") -> dict[str, str]:
-    secret, kept = new_key(environment, scopes, "", home.engine.clock.now_us())
-    await home.engine.administration.add_key(kept, now_us=1)
+async def key_for(server: ServerUnderTest, *scopes: str, environment: str = "default") -> dict[str, str]:
+    secret, kept = new_key(environment, scopes, "", server.engine.clock.now_us())
+    await server.engine.administration.add_key(kept, now_us=1)
     return bearer(secret)
 
 
-async def ask(home: House, method: str, path: str, headers: dict[str, str], body: Any = None) -> Any:
-    return await home.ask(method, path, body, headers, auth=False)
+async def ask(server: ServerUnderTest, method: str, path: str, headers: dict[str, str], body: Any = None) -> Any:
+    return await server.ask(method, path, body, headers, auth=False)
 
 
 async def test_missing_and_invalid_credentials_are_answered_in_trigger_dev_s_formats(tmp_path: Path) -> None:
-    async with house(tmp_path) as home:
-        missing = await ask(home, "POST", "/api/v3/batches", {}, BATCH)
+    async with running_server(tmp_path) as server:
+        missing = await ask(server, "POST", "/api/v3/batches", {}, BATCH)
         assert (missing.status, missing.headers["content-type"]) == (401, "application/problem+json")
         assert set(missing.json) == {"title", "status", "type", "detail", "error"}
         for header in ("Bearer nonsense", "Basic abc", "Bearer", "Bearer " + "x" * 10_000, "Bearer a.b.c"):
-            bad = await ask(home, "POST", "/api/v3/batches", {"authorization": header}, BATCH)
+            bad = await ask(server, "POST", "/api/v3/batches", {"authorization": header}, BATCH)
             assert (bad.status, bad.json["error"]) == (401, "Invalid API Key"), header
-        problem = await ask(home, "GET", "/v1/batches", bearer("nonsense"))
+        problem = await ask(server, "GET", "/v1/batches", bearer("nonsense"))
         assert (problem.status, problem.json["code"]) == (401, "UNAUTHORIZED")
         assert KEY not in problem.body.decode()
 
 
 async def test_a_key_allows_exactly_its_scopes(tmp_path: Path) -> None:
-    async with house(tmp_path) as home:
-        batch_id = await home.filled(1)
+    async with running_server(tmp_path) as server:
+        batch_id = await server.filled(1)
         asked: dict[str, tuple[str, str, Any]] = {
             "batches:write": ("POST", "/v1/batches", {}),
             "batches:read": ("GET", f"/v1/batches/{batch_id}", None),
@@ -55,13 +55,13 @@ async def test_a_key_allows_exactly_its_scopes(tmp_path: Path) -> None:
             "work": ("POST", "/v1/sessions", {}),
         }
         for own in asked:
-            headers = await key_for(home, own)
+            headers = await key_for(server, own)
             for scope, (method, path, body) in asked.items():
-                answer = await ask(home, method, path, headers, body)
+                answer = await ask(server, method, path, headers, body)
                 assert (answer.status < 300) is (scope == own), (own, scope, answer)
                 if scope != own:
                     assert answer.status == 403
-        forbidden = await ask(home, "POST", "/api/v3/batches", await key_for(home, "runs:read"), BATCH)
+        forbidden = await ask(server, "POST", "/api/v3/batches", await key_for(server, "runs:read"), BATCH)
         assert forbidden.json == {
             "error": "Unauthorized",
             "code": "unauthorized",
@@ -80,22 +80,22 @@ async def test_only_a_key_s_digest_is_stored_and_a_revoked_key_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auth, "KEY_CACHE_S", 0)
-    async with house(tmp_path, "sqlite") as home:
-        secret, kept = new_key("default", ("*",), "ci", home.engine.clock.now_us())
-        await home.engine.administration.add_key(kept, now_us=1)
+    async with running_server(tmp_path, "sqlite") as server:
+        secret, kept = new_key("default", ("*",), "ci", server.engine.clock.now_us())
+        await server.engine.administration.add_key(kept, now_us=1)
         assert secret.startswith("tr_")
-        assert (await ask(home, "GET", "/v1/batches", bearer(secret))).status == 200
-        await home.engine.administration.revoke_key("default", kept.id, now_us=2)
-        assert (await ask(home, "GET", "/v1/batches", bearer(secret))).status == 401
+        assert (await ask(server, "GET", "/v1/batches", bearer(secret))).status == 200
+        await server.engine.administration.revoke_key("default", kept.id, now_us=2)
+        assert (await ask(server, "GET", "/v1/batches", bearer(secret))).status == 401
         files = b"".join(path.read_bytes() for path in tmp_path.glob("headrace.db*"))
         assert secret.encode() not in files
         assert kept.digest.encode() in files
 
 
 async def test_batches_and_runs_of_another_environment_are_not_found(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home:
-        batch_id = await home.filled(1)
-        headers = await key_for(home, "*", environment="elsewhere")
+    async with running_server(tmp_path, "sqlite") as server:
+        batch_id = await server.filled(1)
+        headers = await key_for(server, "*", environment="elsewhere")
         run_id = f"run_{batch_id.removeprefix('batch_')}_0"
         for method, path in (
             ("GET", f"/api/v2/batches/{batch_id}"),
@@ -112,36 +112,36 @@ async def test_batches_and_runs_of_another_environment_are_not_found(tmp_path: P
             ("POST", f"/v1/batches/{batch_id}/redrive"),
             ("GET", f"/v1/runs/{run_id}"),
         ):
-            assert (await ask(home, method, path, headers)).status == 404, path
-        streamed = await ask(home, "POST", f"/api/v3/batches/{batch_id}/items", {**headers, **NDJSON}, [line(0)])
+            assert (await ask(server, method, path, headers)).status == 404, path
+        streamed = await ask(server, "POST", f"/api/v3/batches/{batch_id}/items", {**headers, **NDJSON}, [line(0)])
         assert (streamed.status, streamed.json["error"]) == (422, f"Batch {batch_id} not found")
-        assert (await ask(home, "GET", "/api/v1/runs", headers)).json["data"] == []
-        assert (await ask(home, "GET", "/v1/batches", headers)).json["batches"] == []
+        assert (await ask(server, "GET", "/api/v1/runs", headers)).json["data"] == []
+        assert (await ask(server, "GET", "/v1/batches", headers)).json["batches"] == []
 
 
 async def test_a_batch_s_token_reads_that_batch_and_no_other(tmp_path: Path) -> None:
-    async with house(tmp_path) as home:
-        created = await home.ask("POST", "/api/v3/batches", BATCH)
-        batch_id, other = created.json["id"], await home.create(1)
+    async with running_server(tmp_path) as server:
+        created = await server.ask("POST", "/api/v3/batches", BATCH)
+        batch_id, other = created.json["id"], await server.create(1)
         token = bearer(created.headers["x-trigger-jwt"])
-        assert (await ask(home, "GET", f"/api/v2/batches/{batch_id}", token)).status == 200
-        assert (await ask(home, "GET", f"/api/v1/runs?filter[batch]={batch_id}", token)).status == 200
-        assert (await ask(home, "GET", f"/api/v2/batches/{other}", token)).status == 403
-        assert (await ask(home, "GET", "/api/v1/runs", token)).status == 403
+        assert (await ask(server, "GET", f"/api/v2/batches/{batch_id}", token)).status == 200
+        assert (await ask(server, "GET", f"/api/v1/runs?filter[batch]={batch_id}", token)).status == 200
+        assert (await ask(server, "GET", f"/api/v2/batches/{other}", token)).status == 403
+        assert (await ask(server, "GET", "/api/v1/runs", token)).status == 403
         path = f"/api/v3/batches/{batch_id}/items"
-        assert (await ask(home, "POST", path, {**token, **NDJSON}, [line(0)])).status == 403
-        browser = await home.ask("POST", "/api/v3/batches", BATCH, {"x-trigger-client": "browser"})
+        assert (await ask(server, "POST", path, {**token, **NDJSON}, [line(0)])).status == 403
+        browser = await server.ask("POST", "/api/v3/batches", BATCH, {"x-trigger-client": "browser"})
         token = bearer(browser.headers["x-trigger-jwt"])
         path = f"/api/v3/batches/{browser.json['id']}/items"
-        assert (await ask(home, "POST", path, {**token, **NDJSON}, [line(0)])).json["sealed"]
+        assert (await ask(server, "POST", path, {**token, **NDJSON}, [line(0)])).json["sealed"]
 
 
 async def test_forged_expired_and_foreign_tokens_are_refused(tmp_path: Path) -> None:
-    async with house(tmp_path) as home:
-        created = await home.ask("POST", "/api/v3/batches", BATCH)
+    async with running_server(tmp_path) as server:
+        created = await server.ask("POST", "/api/v3/batches", BATCH)
         batch_id, good = created.json["id"], created.headers["x-trigger-jwt"]
         claims = jwt.decode(good, options={"verify_signature": False})
-        key = await home.service.authenticator.signing_key("default")
+        key = await server.service.authenticator.signing_key("default")
         now_s = int(time.time())
         bad = [
             jwt.encode(claims, "another key that is long enough for it", algorithm="HS256"),
@@ -156,20 +156,20 @@ async def test_forged_expired_and_foreign_tokens_are_refused(tmp_path: Path) -> 
             good.rpartition(".")[0] + ".",
         ]
         for token in bad:
-            assert (await ask(home, "GET", f"/api/v2/batches/{batch_id}", bearer(token))).status == 401, token
-        assert (await ask(home, "GET", f"/api/v2/batches/{batch_id}", bearer(good))).status == 200
+            assert (await ask(server, "GET", f"/api/v2/batches/{batch_id}", bearer(token))).status == 401, token
+        assert (await ask(server, "GET", f"/api/v2/batches/{batch_id}", bearer(good))).status == 200
 
 
 async def test_an_open_server_accepts_any_client(tmp_path: Path) -> None:
-    async with house(tmp_path, is_open=True) as home:
-        assert (await ask(home, "POST", "/v1/batches", {}, {})).status == 201
-        assert (await ask(home, "POST", "/v1/batches", bearer("whatever"), {})).status == 201
+    async with running_server(tmp_path, is_open=True) as server:
+        assert (await ask(server, "POST", "/v1/batches", {}, {})).status == 201
+        assert (await ask(server, "POST", "/v1/batches", bearer("whatever"), {})).status == 201
 
 
 async def test_requests_are_limited_by_environment_with_rate_limit_headers(tmp_path: Path) -> None:
     limits = LIMITS.replaced(requests_per_minute_max=1, requests_burst_max=3)
-    async with house(tmp_path, "sqlite", limits=limits) as home:
-        answers = [await home.ask("GET", "/api/v1/runs") for _ in range(4)]
+    async with running_server(tmp_path, "sqlite", limits=limits) as server:
+        answers = [await server.ask("GET", "/api/v1/runs") for _ in range(4)]
         assert [one.status for one in answers] == [200, 200, 200, 429]
         assert [one.headers["x-ratelimit-remaining"] for one in answers] == ["2", "1", "0", "0"]
         refused = answers[3]
@@ -177,33 +177,33 @@ async def test_requests_are_limited_by_environment_with_rate_limit_headers(tmp_p
         assert int(refused.headers["x-ratelimit-reset"]) > 1_600_000_000_000, "milliseconds, as the clients read it"
         assert int(refused.headers["retry-after"]) >= 1
         assert set(refused.json) >= {"title", "status", "type", "detail", "reset", "limit", "remaining", "error"}
-        other = await key_for(home, "*", environment="elsewhere")
-        assert (await ask(home, "GET", "/api/v1/runs", other)).status == 200
-        worker = await key_for(home, "work")
+        other = await key_for(server, "*", environment="elsewhere")
+        assert (await ask(server, "GET", "/api/v1/runs", other)).status == 200
+        worker = await key_for(server, "work")
         for _ in range(5):
-            assert (await ask(home, "POST", "/v1/sessions", worker, {})).status == 201, "a worker is never held up"
-        assert (await ask(home, "GET", "/healthz", {})).status == 200
+            assert (await ask(server, "POST", "/v1/sessions", worker, {})).status == 201, "a worker is never held up"
+        assert (await ask(server, "GET", "/healthz", {})).status == 200
 
 
 async def test_announced_runs_are_limited_and_a_repeated_create_costs_nothing(tmp_path: Path) -> None:
     limits = LIMITS.replaced(batch_runs_per_minute_max=60, batch_runs_burst_max=10)
-    async with house(tmp_path, "sqlite", limits=limits) as home:
+    async with running_server(tmp_path, "sqlite", limits=limits) as server:
         for _ in range(3):
-            assert (await home.ask("POST", "/api/v3/batches", {"runCount": 8, "idempotencyKey": "k"})).status in (
+            assert (await server.ask("POST", "/api/v3/batches", {"runCount": 8, "idempotencyKey": "k"})).status in (
                 200,
                 202,
             )
-        refused = await home.ask("POST", "/api/v3/batches", {"runCount": 8})
+        refused = await server.ask("POST", "/api/v3/batches", {"runCount": 8})
         assert refused.status == 429
         assert "Batch rate limit exceeded" in refused.json["error"]
-        assert (await home.ask("POST", "/api/v3/batches", {"runCount": 2})).status == 202
+        assert (await server.ask("POST", "/api/v3/batches", {"runCount": 2})).status == 202
 
 
 async def test_the_first_streams_of_a_batch_are_exempt_from_the_request_limit(tmp_path: Path) -> None:
     limits = LIMITS.replaced(requests_per_minute_max=1, requests_burst_max=1, stream_grants_max=3)
-    async with house(tmp_path, "sqlite", limits=limits) as home:
-        batch_id = await home.create(9)
-        told = [(await home.stream(batch_id, [line(index)])).status for index in range(4)]
+    async with running_server(tmp_path, "sqlite", limits=limits) as server:
+        batch_id = await server.create(9)
+        told = [(await server.stream(batch_id, [line(index)])).status for index in range(4)]
         assert told == [200, 200, 200, 429]
-        unknown = await home.stream("batch_00000000000000000000000000", [line(0)])
+        unknown = await server.stream("batch_00000000000000000000000000", [line(0)])
         assert unknown.status == 429, "what was not let in has no grant"

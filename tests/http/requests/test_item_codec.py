@@ -16,7 +16,7 @@ from headrace.runtime.tasks.context import DETACHED, Context
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.worker.worker import Worker
-from tests.support.http_server import LIMITS, House, house, line
+from tests.support.http_server import LIMITS, ServerUnderTest, line, running_server
 
 ANY: dict[str, Any] = {
     "idempotencyKey": "a-key",
@@ -46,13 +46,13 @@ ANY: dict[str, Any] = {
 }
 
 
-async def one_run(home: House, **options: Any) -> tuple[Any, dict[str, Any]]:
+async def one_run(server: ServerUnderTest, **options: Any) -> tuple[Any, dict[str, Any]]:
     """The stored view of a run with these options, and how the API shows it."""
-    batch_id = await home.create(1)
-    answer = await home.stream(batch_id, [line(0, **options)])
+    batch_id = await server.create(1)
+    answer = await server.stream(batch_id, [line(0, **options)])
     assert answer.status == 200, answer
-    view = await home.engine.store.run(batch_id, 0)
-    shown = (await home.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_0")).json
+    view = await server.engine.store.run(batch_id, 0)
+    shown = (await server.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_0")).json
     return view, shown
 
 
@@ -63,22 +63,22 @@ def test_the_table_names_every_option_once() -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 async def test_an_option_is_honoured_stored_or_refused_as_the_table_states(tmp_path: Path, name: str) -> None:
-    async with house(tmp_path) as home:
+    async with running_server(tmp_path) as server:
         if OPTIONS[name].disposition == "refused":
-            batch_id = await home.create(1)
-            answer = await home.stream(batch_id, [line(0, **{name: ANY[name]})])
+            batch_id = await server.create(1)
+            answer = await server.stream(batch_id, [line(0, **{name: ANY[name]})])
             assert answer.status == 422
             assert name in answer.json["error"]
-            assert await home.engine.store.missing(batch_id, 9) == [(0, 1)]
+            assert await server.engine.store.missing(batch_id, 9) == [(0, 1)]
             return
-        view, shown = await one_run(home, **{name: ANY[name]})
+        view, shown = await one_run(server, **{name: ANY[name]})
         if OPTIONS[name].disposition == "kept":
             assert json.loads(view.kept)[name] == ANY[name]
         told: dict[str, Callable[[], bool]] = {
             "idempotencyKey": lambda: shown["idempotencyKey"] == "a-key",
             "idempotencyKeyTTL": lambda: view.kept == b"",
             "delay": lambda: shown["status"] == "DELAYED" and "delayedUntil" in shown,
-            "ttl": lambda: 0 < view.expires_us - home.engine.clock.now_us() <= 600_000_000,
+            "ttl": lambda: 0 < view.expires_us - server.engine.clock.now_us() <= 600_000_000,
             "priority": lambda: view.priority == 7,
             "queue": lambda: view.queue == "special",
             "tags": lambda: shown["tags"] == ["one", "two"],
@@ -107,27 +107,27 @@ async def test_max_attempts_and_max_duration_override_the_task_s_settings(tmp_pa
     registry = Registry()
     registry.add(TaskSpec("failing", failing, retry=Retry(attempts=1, delay_s=0, jitter=0)))
     registry.add(TaskSpec("hanging", hanging))
-    async with house(tmp_path, "sqlite", registry=registry) as home:
-        batch_id = await home.create(2)
+    async with running_server(tmp_path, "sqlite", registry=registry) as server:
+        batch_id = await server.create(2)
         lines = [line(0, 1, task="failing", maxAttempts=3), line(1, None, task="hanging", maxDuration=0.05)]
-        assert (await home.stream(batch_id, lines)).json["sealed"]
-        worker = Worker(home.engine, registry, concurrency=4)
+        assert (await server.stream(batch_id, lines)).json["sealed"]
+        worker = Worker(server.engine, registry, concurrency=4)
         await worker.start()
-        results = (await home.ask("GET", f"/v1/batches/{batch_id}/results")).body
+        results = (await server.ask("GET", f"/v1/batches/{batch_id}/results")).body
         await worker.stop()
         assert tries == [1, 2, 3]
         assert b'"state":"failed"' in results
-        run = (await home.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_1")).json
+        run = (await server.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_1")).json
         assert run["status"] == "TIMED_OUT"
 
 
 async def test_a_task_s_queue_and_priority_apply_unless_the_item_has_its_own(tmp_path: Path) -> None:
     registry = Registry()
     registry.add(TaskSpec("task", lambda: None, queue="own", priority=3))
-    async with house(tmp_path, registry=registry) as home:
-        view, _ = await one_run(home)
+    async with running_server(tmp_path, registry=registry) as server:
+        view, _ = await one_run(server)
         assert (view.queue, view.priority) == ("own", 3)
-        view, _ = await one_run(home, queue={"name": "said"}, priority=-1)
+        view, _ = await one_run(server, queue={"name": "said"}, priority=-1)
         assert (view.queue, view.priority) == ("said", -1)
 
 
@@ -159,12 +159,12 @@ async def test_a_task_s_queue_and_priority_apply_unless_the_item_has_its_own(tmp
     ],
 )
 async def test_an_invalid_option_is_refused_by_name(tmp_path: Path, options: dict[str, Any], said: str) -> None:
-    async with house(tmp_path) as home:
-        batch_id = await home.create(1)
-        answer = await home.stream(batch_id, [line(0, **options)])
+    async with running_server(tmp_path) as server:
+        batch_id = await server.create(1)
+        answer = await server.stream(batch_id, [line(0, **options)])
         assert answer.status == 422, answer
         assert said in answer.json["error"]
-        assert await home.engine.store.missing(batch_id, 9) == [(0, 1)]
+        assert await server.engine.store.missing(batch_id, 9) == [(0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -185,35 +185,35 @@ async def test_an_invalid_option_is_refused_by_name(tmp_path: Path, options: dic
 async def test_a_payload_is_stored_according_to_its_type(
     tmp_path: Path, payload: Any, content_type: str | None, shown: Any
 ) -> None:
-    async with house(tmp_path) as home:
+    async with running_server(tmp_path) as server:
         options = {} if content_type is None else {"payloadType": content_type}
-        _, run = await one_run(home, payload=payload, **options)
+        _, run = await one_run(server, payload=payload, **options)
         assert run["payload"] == shown
 
 
 async def test_a_long_idempotency_key_is_stored_as_its_digest_and_returned_unchanged(tmp_path: Path) -> None:
     key = "k" * 2_048
-    async with house(tmp_path, "postgres") as home:
-        view, shown = await one_run(home, idempotencyKey=key)
+    async with running_server(tmp_path, "postgres") as server:
+        view, shown = await one_run(server, idempotencyKey=key)
         assert view.idempotency_key.startswith("sha256:")
         assert shown["idempotencyKey"] == key
-        batch_id = await home.create(1)
-        await home.stream(batch_id, [line(0, idempotencyKey=key)])
-        linked = (await home.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_0")).json
+        batch_id = await server.create(1)
+        await server.stream(batch_id, [line(0, idempotencyKey=key)])
+        linked = (await server.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_0")).json
         assert linked["id"] == shown["id"], "the run that the key names"
 
 
 async def test_a_linked_run_s_result_is_that_of_the_run_it_links_to(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home:
-        first = await home.create(1)
-        await home.stream(first, [line(0, idempotencyKey="k", delay="1h")])
-        second = await home.create(3)
-        await home.stream(second, [line(0), line(1, idempotencyKey="k"), line(2)])
-        await home.work()
-        partial = (await home.ask("GET", f"/v1/batches/{second}/results?wait=0")).body.splitlines()
+    async with running_server(tmp_path, "sqlite") as server:
+        first = await server.create(1)
+        await server.stream(first, [line(0, idempotencyKey="k", delay="1h")])
+        second = await server.create(3)
+        await server.stream(second, [line(0), line(1, idempotencyKey="k"), line(2)])
+        await server.work()
+        partial = (await server.ask("GET", f"/v1/batches/{second}/results?wait=0")).body.splitlines()
         assert len(partial) == 1, "the second waits for the run it links to"
-        await home.engine.store.cancel_runs(first, [0], now_us=home.engine.clock.now_us())
-        lines = (await home.ask("GET", f"/v1/batches/{second}/results?wait=0")).body.splitlines()
+        await server.engine.store.cancel_runs(first, [0], now_us=server.engine.clock.now_us())
+        lines = (await server.ask("GET", f"/v1/batches/{second}/results?wait=0")).body.splitlines()
         assert [b'"state":"cancelled"' in one for one in lines] == [False, True, False]
 
 

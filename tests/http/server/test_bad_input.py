@@ -13,25 +13,25 @@ import zstandard
 
 from headrace.http.server.http1_protocol import HEAD_BYTES_MAX
 from tests.support.hostile import HOSTILE, ITEM_BYTES_MAX
-from tests.support.http_server import AUTH, LIMITS, NDJSON, Answer, House, Peer, house, line
+from tests.support.http_server import AUTH, LIMITS, NDJSON, HttpAnswer, HttpPeer, ServerUnderTest, line, running_server
 
 CREATE = "/api/v3/batches"
 SMALL = LIMITS.replaced(item_bytes_max=4_096, http_idle_s=2, expansion_max=20)
 
 
-async def untouched(home: House, batch_id: str, count: int) -> bool:
-    return await home.engine.store.missing(batch_id, 9) == [(0, count)]
+async def untouched(server: ServerUnderTest, batch_id: str, count: int) -> bool:
+    return await server.engine.store.missing(batch_id, 9) == [(0, count)]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_malformed_lines_are_judged_as_by_every_other_reader(tmp_path: Path, name: str) -> None:
     sent, verdict = HOSTILE[name]
-    async with house(tmp_path, limits=LIMITS.replaced(item_bytes_max=ITEM_BYTES_MAX)) as home:
-        batch_id = await home.create(100)
-        answer = await home.stream(
+    async with running_server(tmp_path, limits=LIMITS.replaced(item_bytes_max=ITEM_BYTES_MAX)) as server:
+        batch_id = await server.create(100)
+        answer = await server.stream(
             batch_id, [sent[: len(sent) // 2] or b" ", sent[len(sent) // 2 :] + b"\n" + line(99)]
         )
-        runs = await home.engine.store.runs("default", batch_id=batch_id, limit=9)
+        runs = await server.engine.store.runs("default", batch_id=batch_id, limit=9)
         if verdict == "unreadable":
             assert (answer.status, runs) == (400, []), answer
             assert answer.json["error"].startswith(("Invalid JSON at line 1:", "Invalid UTF-8 at line 1:"))
@@ -71,18 +71,18 @@ async def test_malformed_lines_are_judged_as_by_every_other_reader(tmp_path: Pat
 async def test_an_invalid_item_is_refused_and_changes_nothing(
     tmp_path: Path, item: Any, status: int, said: str
 ) -> None:
-    async with house(tmp_path, "sqlite") as home:
-        batch_id = await home.create(3)
-        answer = await home.stream(batch_id, [json.dumps(item).encode() + b"\n"])
+    async with running_server(tmp_path, "sqlite") as server:
+        batch_id = await server.create(3)
+        answer = await server.stream(batch_id, [json.dumps(item).encode() + b"\n"])
         assert answer.status == status, answer
         assert said in answer.json["error"], answer
-        assert await untouched(home, batch_id, 3)
+        assert await untouched(server, batch_id, 3)
 
 
 async def test_unknown_fields_of_an_item_are_ignored(tmp_path: Path) -> None:
-    async with house(tmp_path) as home:
-        batch_id = await home.create(1)
-        assert (await home.stream(batch_id, [b'{"index":0,"task":"task","more":{"a":[1]}}\n'])).json["sealed"]
+    async with running_server(tmp_path) as server:
+        batch_id = await server.create(1)
+        assert (await server.stream(batch_id, [b'{"index":0,"task":"task","more":{"a":[1]}}\n'])).json["sealed"]
 
 
 @pytest.mark.parametrize(
@@ -107,32 +107,32 @@ async def test_unknown_fields_of_an_item_are_ignored(tmp_path: Path) -> None:
     ],
 )
 async def test_an_invalid_create_is_refused(tmp_path: Path, body: bytes, status: int, said: str) -> None:
-    async with house(tmp_path, "sqlite") as home:
-        answer = await home.ask("POST", CREATE, body)
+    async with running_server(tmp_path, "sqlite") as server:
+        answer = await server.ask("POST", CREATE, body)
         assert (answer.status, said in answer.json["error"]) == (status, True), answer
-        chunked = await home.ask("POST", CREATE, [body])
+        chunked = await server.ask("POST", CREATE, [body])
         assert chunked.status == status
-        assert await home.engine.store.batches("default") == []
+        assert await server.engine.store.batches("default") == []
 
 
 async def test_wrong_content_types_methods_and_paths_are_refused(tmp_path: Path) -> None:
-    async with house(tmp_path) as home:
-        batch_id = await home.create(1)
+    async with running_server(tmp_path) as server:
+        batch_id = await server.create(1)
         items = f"{CREATE}/{batch_id}/items"
         for content_type in ("application/json", "", "text/plain"):
-            answer = await home.ask("POST", items, b"{}", {"content-type": content_type})
+            answer = await server.ask("POST", items, b"{}", {"content-type": content_type})
             assert answer.status == 415
             assert answer.json["error"] == "Content-Type must be application/x-ndjson or application/ndjson"
-        assert (await home.ask("POST", items, b"", NDJSON)).json["error"] == "Request body is required"
-        got = await home.ask("GET", items)
+        assert (await server.ask("POST", items, b"", NDJSON)).json["error"] == "Request body is required"
+        got = await server.ask("GET", items)
         assert (got.status, got.json["error"]) == (405, "Method not allowed. Use POST to stream batch items.")
         assert "POST" in got.headers["allow"]
-        assert (await home.ask("GET", "/api/v9/nothing")).json == {"error": "Not found"}
-        problem = await home.ask("GET", "/v1/nothing")
+        assert (await server.ask("GET", "/api/v9/nothing")).json == {"error": "Not found"}
+        problem = await server.ask("GET", "/v1/nothing")
         assert (problem.status, problem.headers["content-type"]) == (404, "application/problem+json")
-        missing = await home.ask("GET", "/api/v2/batches/batch_00000000000000000000000000")
+        missing = await server.ask("GET", "/api/v2/batches/batch_00000000000000000000000000")
         assert (missing.status, missing.json["error"], missing.headers["x-should-retry"]) == (404, "Not found", "true")
-        assert await untouched(home, batch_id, 1)
+        assert await untouched(server, batch_id, 1)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "zstd"])
@@ -140,37 +140,39 @@ async def test_a_compressed_body_is_decompressed_up_to_the_expansion_limit(tmp_p
     def pack(data: bytes) -> bytes:
         return gzip.compress(data) if encoding == "gzip" else zstandard.ZstdCompressor(level=19).compress(data)
 
-    async with house(tmp_path, "sqlite", limits=SMALL) as home:
-        batch_id = await home.create(200)
+    async with running_server(tmp_path, "sqlite", limits=SMALL) as server:
+        batch_id = await server.create(200)
         lines = b"".join(line(index) for index in range(200))
         packed = pack(lines[: len(lines) // 2]) + pack(lines[len(lines) // 2 :])
-        answer = await home.stream(batch_id, [packed[:50], packed[50:]], **{"content-encoding": encoding})
+        answer = await server.stream(batch_id, [packed[:50], packed[50:]], **{"content-encoding": encoding})
         assert (answer.status, answer.json["sealed"]) == (200, True), "two members or frames are one body"
         bomb = pack(b" " * 40_000_000)
-        batch_id = await home.create(1)
-        answer = await home.stream(batch_id, [bomb], **{"content-encoding": encoding})
+        batch_id = await server.create(1)
+        answer = await server.stream(batch_id, [bomb], **{"content-encoding": encoding})
         assert (answer.status, answer.headers["connection"]) == (413, "close")
         assert "a factor of 20" in answer.json["error"]
-        torn = await home.stream(batch_id, [pack(line(0))[:-5]], **{"content-encoding": encoding})
+        torn = await server.stream(batch_id, [pack(line(0))[:-5]], **{"content-encoding": encoding})
         assert torn.status == 400
-        wrong = await home.stream(batch_id, [line(0)], **{"content-encoding": encoding})
+        wrong = await server.stream(batch_id, [line(0)], **{"content-encoding": encoding})
         assert (wrong.status, encoding in wrong.json["error"]) == (400, True)
 
 
 async def test_an_unknown_content_encoding_is_refused(tmp_path: Path) -> None:
-    async with house(tmp_path) as home:
-        answer = await home.stream(await home.create(1), [zlib.compress(line(0))], **{"content-encoding": "deflate"})
+    async with running_server(tmp_path) as server:
+        answer = await server.stream(
+            await server.create(1), [zlib.compress(line(0))], **{"content-encoding": "deflate"}
+        )
         assert (answer.status, "deflate" in answer.json["error"]) == (415, True)
 
 
-async def raw(home: House, data: bytes) -> Answer:
-    peer: Peer = await home.peer().connect()
+async def raw(server: ServerUnderTest, data: bytes) -> HttpAnswer:
+    peer: HttpPeer = await server.peer().connect()
     await peer.send(data)
     return await peer.answer()
 
 
 async def test_invalid_or_oversized_request_heads_are_refused_early(tmp_path: Path) -> None:
-    async with house(tmp_path) as home:
+    async with running_server(tmp_path) as server:
         many = b"".join(b"h%d: %s\r\n" % (number, b"v" * 1_000) for number in range(100))
         for head, status in (
             (b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: " + b"v" * 100_000 + b"\r\n\r\n", 431),
@@ -182,41 +184,41 @@ async def test_invalid_or_oversized_request_heads_are_refused_early(tmp_path: Pa
             (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ncontent-length: 4\r\n\r\nabcd", 400),
             (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -3\r\n\r\n", 400),
         ):
-            answer = await raw(home, head)
+            answer = await raw(server, head)
             assert answer.status == status, (head[:60], answer)
             assert answer.json["status"] == status
-        assert (await raw(home, b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")).status == 200
+        assert (await raw(server, b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")).status == 200
 
 
 async def test_a_body_cut_in_mid_line_keeps_complete_items_and_the_rest_can_be_sent(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home:
-        batch_id = await home.create(4)
-        peer = await home.peer().connect()
+    async with running_server(tmp_path, "sqlite") as server:
+        batch_id = await server.create(4)
+        peer = await server.peer().connect()
         await peer.head("POST", f"{CREATE}/{batch_id}/items", {**AUTH, **NDJSON, "transfer-encoding": "chunked"})
         for index in range(2):
             await peer.chunk(line(index))
         await peer.chunk(line(2)[:9])
-        while await home.engine.store.missing(batch_id, 9) != [(2, 4)]:
-            await home.engine.clock.sleep(0)
+        while await server.engine.store.missing(batch_id, 9) != [(2, 4)]:
+            await server.engine.clock.sleep(0)
         await peer.close()
-        missing = (await home.ask("GET", f"/v1/batches/{batch_id}/missing")).json
+        missing = (await server.ask("GET", f"/v1/batches/{batch_id}/missing")).json
         assert (missing["received"], missing["ranges"]) == (2, [[2, 3]])
-        answer = (await home.stream(batch_id, [line(2), line(3)])).json
+        answer = (await server.stream(batch_id, [line(2), line(3)])).json
         assert (answer["itemsAccepted"], answer["itemsDeduplicated"], answer["sealed"]) == (2, 0, True)
 
 
 async def test_a_wrong_content_length_is_an_error_and_keeps_complete_items(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite", limits=SMALL) as home:
-        batch_id = await home.create(2)
+    async with running_server(tmp_path, "sqlite", limits=SMALL) as server:
+        batch_id = await server.create(2)
         body = line(0)
-        peer = await home.peer().connect()
+        peer = await server.peer().connect()
         own = {**AUTH, **NDJSON, "content-length": str(len(body) + 500)}
         await peer.head("POST", f"{CREATE}/{batch_id}/items", own)
         await peer.send(body)
         answer = await peer.answer()
         assert (answer.status, answer.headers["connection"]) == (408, "close"), "longer than what came"
-        assert await home.engine.store.missing(batch_id, 9) == [(1, 2)]
-        peer = await home.peer().connect()
+        assert await server.engine.store.missing(batch_id, 9) == [(1, 2)]
+        peer = await server.peer().connect()
         await peer.head("POST", f"{CREATE}/{batch_id}/items", {**own, "content-length": str(len(body))})
         await peer.send(line(1) + b"GET /evil HTTP/1.1\r\n")
         assert (await peer.answer()).json["sealed"], "what is beyond the length is another request"
@@ -225,32 +227,32 @@ async def test_a_wrong_content_length_is_an_error_and_keeps_complete_items(tmp_p
 async def test_two_concurrent_streams_of_one_batch_add_each_run_once(tmp_path: Path) -> None:
     import asyncio
 
-    async with house(tmp_path, "postgres") as home:
-        batch_id = await home.create(600)
+    async with running_server(tmp_path, "postgres") as server:
+        batch_id = await server.create(600)
         lines = [line(index) for index in range(600)]
         told = await asyncio.gather(
-            home.stream(batch_id, lines),
-            home.stream(batch_id, lines[::-1]),
-            home.stream(batch_id, lines[300:] + lines[:300]),
+            server.stream(batch_id, lines),
+            server.stream(batch_id, lines[::-1]),
+            server.stream(batch_id, lines[300:] + lines[:300]),
         )
         assert [one.status for one in told] == [200] * 3
         assert any(one.json["sealed"] for one in told)
-        assert await home.work() == 600
-        assert (await home.engine.store.verify(batch_id)).differences == []
+        assert await server.work() == 600
+        assert (await server.engine.store.verify(batch_id)).differences == []
 
 
 async def test_a_seal_during_a_stream_is_refused_while_items_are_missing(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite") as home:
-        batch_id = (await home.ask("POST", "/v1/batches", {})).json["id"]
+    async with running_server(tmp_path, "sqlite") as server:
+        batch_id = (await server.ask("POST", "/v1/batches", {})).json["id"]
         path = f"/v1/batches/{batch_id}"
-        assert (await home.ask("POST", f"{path}/items", [line(0), line(2)], NDJSON)).json["received"] == 2
-        refused = await home.ask("POST", f"{path}/seal", {"run_count": 3})
+        assert (await server.ask("POST", f"{path}/items", [line(0), line(2)], NDJSON)).json["received"] == 2
+        refused = await server.ask("POST", f"{path}/seal", {"run_count": 3})
         assert (refused.status, refused.json["code"]) == (409, "CONFLICT")
         assert "1..1" in refused.json["detail"]
-        await home.ask("POST", f"{path}/items", [line(1)], NDJSON)
-        assert (await home.ask("POST", f"{path}/seal", {"run_count": 3})).json["state"] == "sealed"
-        assert (await home.ask("POST", f"{path}/seal")).json["state"] == "sealed"
-        late = await home.ask("POST", f"{path}/items", [line(3)], NDJSON)
+        await server.ask("POST", f"{path}/items", [line(1)], NDJSON)
+        assert (await server.ask("POST", f"{path}/seal", {"run_count": 3})).json["state"] == "sealed"
+        assert (await server.ask("POST", f"{path}/seal")).json["state"] == "sealed"
+        late = await server.ask("POST", f"{path}/items", [line(3)], NDJSON)
         assert (late.status, late.json["code"]) == (422, "UNPROCESSABLE")
 
 
@@ -261,18 +263,18 @@ async def test_a_seal_during_a_stream_is_refused_while_items_are_missing(tmp_pat
 async def test_path_traversal_in_packet_names_is_refused(tmp_path: Path, path: str) -> None:
     from urllib.parse import quote
 
-    async with house(tmp_path) as home:
+    async with running_server(tmp_path) as server:
         for version in ("v1", "v2"):
-            answer = await home.ask("PUT", f"/api/{version}/packets/{quote(path, safe='')}")
+            answer = await server.ask("PUT", f"/api/{version}/packets/{quote(path, safe='')}")
             assert answer.status in (400, 404), answer
         assert not (tmp_path / "objects" / "packets").exists()
 
 
 async def test_a_signed_packet_url_is_valid_only_for_what_was_signed(tmp_path: Path) -> None:
-    async with house(tmp_path, "sqlite", limits=LIMITS.replaced(packet_bytes_max=2_048)) as home:
-        given = (await home.ask("PUT", "/api/v2/packets/trigger%2Fa%2Fpayload.json")).json
+    async with running_server(tmp_path, "sqlite", limits=LIMITS.replaced(packet_bytes_max=2_048)) as server:
+        given = (await server.ask("PUT", "/api/v2/packets/trigger%2Fa%2Fpayload.json")).json
         assert given["storagePath"] == "trigger/a/payload.json"
-        target = given["presignedUrl"].removeprefix(home.server.url)
+        target = given["presignedUrl"].removeprefix(server.server.url)
         wrong = [
             target.replace("trigger/a", "trigger/b"),
             target.replace(b"default".hex(), b"elsewhere".hex()),
@@ -281,26 +283,26 @@ async def test_a_signed_packet_url_is_valid_only_for_what_was_signed(tmp_path: P
             target.partition("?")[0],
         ]
         for other in wrong:
-            assert (await home.ask("PUT", other, b"1", auth=False)).status in (400, 403), other
-        assert (await home.ask("GET", target, auth=False)).status == 403, "it was signed for another method"
-        assert (await home.ask("PUT", target, b"x" * 2_049, auth=False)).status == 400
+            assert (await server.ask("PUT", other, b"1", auth=False)).status in (400, 403), other
+        assert (await server.ask("GET", target, auth=False)).status == 403, "it was signed for another method"
+        assert (await server.ask("PUT", target, b"x" * 2_049, auth=False)).status == 400
         kind = {"content-type": "application/super+json"}
-        assert (await home.ask("PUT", target, b'{"json":{"a":1}}', kind, auth=False)).status == 200
-        batch_id = await home.create(3)
+        assert (await server.ask("PUT", target, b'{"json":{"a":1}}', kind, auth=False)).status == 200
+        batch_id = await server.create(3)
         items = [
             line(0, "trigger/a/payload.json", payloadType="application/store"),
             line(1, "trigger/gone.json", payloadType="application/store"),
             line(2, "../../etc/passwd", payloadType="application/store"),
         ]
-        assert (await home.stream(batch_id, items)).json["sealed"], "one that is not there fails alone"
+        assert (await server.stream(batch_id, items)).json["sealed"], "one that is not there fails alone"
         runs = [
-            (await home.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_{index}")).json
+            (await server.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_{index}")).json
             for index in range(3)
         ]
         assert runs[0]["payload"] == {"a": 1}
         assert [one["status"] for one in runs[1:]] == ["SYSTEM_FAILURE", "FAILED"]
-        read = (await home.ask("GET", "/api/v1/packets/trigger%2Fa%2Fpayload.json")).json["presignedUrl"]
-        shown = await home.ask("GET", read.removeprefix(home.server.url), auth=False)
+        read = (await server.ask("GET", "/api/v1/packets/trigger%2Fa%2Fpayload.json")).json["presignedUrl"]
+        shown = await server.ask("GET", read.removeprefix(server.server.url), auth=False)
         assert (shown.body, shown.headers["content-type"]) == (b'{"json":{"a":1}}', "application/super+json")
 
 
@@ -321,7 +323,7 @@ async def test_a_signed_packet_url_is_valid_only_for_what_was_signed(tmp_path: P
     ],
 )
 async def test_invalid_filters_of_a_run_list_are_refused_by_name(tmp_path: Path, query: str) -> None:
-    async with house(tmp_path) as home:
-        answer = await home.ask("GET", f"/api/v1/runs?{query}")
+    async with running_server(tmp_path) as server:
+        answer = await server.ask("GET", f"/api/v1/runs?{query}")
         assert answer.status in (400, 422), answer
         assert answer.json["error"]

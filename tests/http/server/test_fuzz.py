@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from schemathesis.core.transport import Response
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
-from tests.support.http_server import AUTH, LIMITS, Peer, house, line
+from tests.support.http_server import AUTH, LIMITS, HttpPeer, line, running_server
 
 EXAMPLES = 40
 STREAMS = 150
@@ -38,10 +38,10 @@ def served() -> Iterator[tuple[str, int]]:
 
     async def serve() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            async with house(Path(folder), "sqlite", limits=LIMITS) as home:
-                await home.filled(3)
-                await home.work()
-                address.append(home.server.address)
+            async with running_server(Path(folder), "sqlite", limits=LIMITS) as server:
+                await server.filled(3)
+                await server.work()
+                address.append(server.server.address)
                 ready.set()
                 await asyncio.to_thread(over.wait)
 
@@ -153,7 +153,7 @@ def test_a_random_stream_is_accepted_or_refused_and_its_counts_balance(
     body = b"\n".join(parts)
 
     async def send() -> None:
-        peer = Peer(*address)
+        peer = HttpPeer(*address)
         created = await peer.ask("POST", "/api/v3/batches", b'{"runCount":31}')
         batch_id = created.json["id"]
         await peer.head(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.http_server import house, line
+from tests.support.http_server import line, running_server
 
 STORES = ("sqlite", "postgres")
 
@@ -17,13 +17,13 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 async def test_a_batch_is_created_streamed_run_and_read(tmp_path: Path, kind: str) -> None:
-    async with house(tmp_path, kind) as home:
-        created = await home.ask("POST", "/api/v3/batches", {"runCount": 3, "taskIdentifiers": ["task"]})
+    async with running_server(tmp_path, kind) as server:
+        created = await server.ask("POST", "/api/v3/batches", {"runCount": 3, "taskIdentifiers": ["task"]})
         assert created.status == 202, created
         batch_id = created.json["id"]
         assert created.json == {"id": batch_id, "runCount": 3, "isCached": False}
         assert created.headers["x-trigger-jwt"].count(".") == 2
-        streamed = await home.stream(batch_id, [line(index) for index in range(3)])
+        streamed = await server.stream(batch_id, [line(index) for index in range(3)])
         assert streamed.json == {
             "id": batch_id,
             "itemsAccepted": 3,
@@ -31,14 +31,14 @@ async def test_a_batch_is_created_streamed_run_and_read(tmp_path: Path, kind: st
             "sealed": True,
             "runCount": 3,
         }
-        batch = (await home.ask("GET", f"/api/v2/batches/{batch_id}")).json
+        batch = (await server.ask("GET", f"/api/v2/batches/{batch_id}")).json
         assert (batch["status"], len(batch["runs"])) == ("PROCESSING", 3)
-        assert await home.work() == 3
-        batch = (await home.ask("GET", f"/api/v2/batches/{batch_id}")).json
+        assert await server.work() == 3
+        batch = (await server.ask("GET", f"/api/v2/batches/{batch_id}")).json
         assert batch["status"] == "COMPLETED"
-        run = (await home.ask("GET", f"/api/v3/runs/{batch['runs'][2]}")).json
+        run = (await server.ask("GET", f"/api/v3/runs/{batch['runs'][2]}")).json
         assert (run["status"], run["payload"], run["output"]) == ("COMPLETED", {"i": 2}, 2)
-        results = (await home.ask("GET", f"/api/v1/batches/{batch_id}/results")).json
+        results = (await server.ask("GET", f"/api/v1/batches/{batch_id}/results")).json
         assert [item["output"] for item in results["items"]] == ["0", "1", "2"]
-        lines = (await home.ask("GET", f"/v1/batches/{batch_id}/results?from=1")).body.splitlines()
+        lines = (await server.ask("GET", f"/v1/batches/{batch_id}/results?from=1")).body.splitlines()
         assert len(lines) == 2

@@ -13,7 +13,7 @@ import pytest
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.worker.worker import Worker
-from tests.support.http_server import KEY, house
+from tests.support.http_server import KEY, running_server
 
 SCRIPT = Path(__file__).parents[2] / "support" / "foreign_client.py"
 
@@ -26,10 +26,10 @@ async def echo(value: Any) -> Any:
 async def test_a_client_written_from_the_contract_triggers_and_reads_a_batch(tmp_path: Path, kind: str) -> None:
     registry = Registry()
     registry.add(TaskSpec("echo", echo))
-    async with house(tmp_path, kind, registry=registry) as home:
-        worker = Worker(home.engine, registry, concurrency=4)
+    async with running_server(tmp_path, kind, registry=registry) as server:
+        worker = Worker(server.engine, registry, concurrency=4)
         await worker.start()
-        host, port = home.server.address
+        host, port = server.server.address
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", str(SCRIPT), host, str(port), KEY, stdout=asyncio.subprocess.PIPE
         )

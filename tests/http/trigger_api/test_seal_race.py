@@ -11,7 +11,7 @@ import pytest
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.runtime.worker.worker import Worker
-from tests.support.http_server import AUTH, LIMITS, NDJSON, Peer, house, line
+from tests.support.http_server import AUTH, LIMITS, NDJSON, HttpPeer, line, running_server
 
 ROUNDS = {"memory": 700, "sqlite": 200, "postgres": 100}
 
@@ -25,18 +25,18 @@ async def test_a_worker_faster_than_the_stream_never_costs_a_seal(tmp_path: Path
     registry = Registry()
     registry.add(TaskSpec("task", quick))
     limits = LIMITS.replaced(chunk_runs_max=4, poll_interval_ms=5)
-    async with house(tmp_path, kind, limits=limits, registry=registry) as home:
-        worker = Worker(home.engine, registry, concurrency=8)
+    async with running_server(tmp_path, kind, limits=limits, registry=registry) as server:
+        worker = Worker(server.engine, registry, concurrency=8)
         await worker.start()
-        peer = await home.peer().connect()
+        peer = await server.peer().connect()
         for seed in range(ROUNDS[kind]):
             await one_round(peer, random.Random(seed), seed)
             if kind == "memory" and seed % 50 == 49:  # its verbs copy every table: keep them small
-                await home.engine.maintenance.prune(2**62, batches_max=1_000, rows_max=10**6)
+                await server.engine.maintenance.prune(2**62, batches_max=1_000, rows_max=10**6)
         await worker.stop()
 
 
-async def one_round(peer: Peer, dice: random.Random, seed: int) -> None:
+async def one_round(peer: HttpPeer, dice: random.Random, seed: int) -> None:
     """A batch streamed in pieces with pauses of chance, some of it twice: sealed, completed, nothing doubled."""
     count = dice.randint(1, 12)
     created = await peer.ask("POST", "/api/v3/batches", b'{"runCount":%d}' % count)

@@ -11,7 +11,7 @@ import pytest
 
 from headrace.store.client_uploads import FOLDER
 from headrace.store.payloads import open_payloads
-from tests.support.http_server import LIMITS, house, line
+from tests.support.http_server import LIMITS, line, running_server
 from tests.support.s3_server import CREDENTIALS, s3
 
 
@@ -34,26 +34,26 @@ async def test_a_packet_is_uploaded_to_and_downloaded_from_s3_directly(
         monkeypatch.setenv(name, value)
     payloads = open_payloads(s3().url("packets-test"))
     limits = LIMITS.replaced(packet_bytes_max=300_000)
-    async with house(tmp_path, "sqlite", payloads=payloads, limits=limits) as home:
-        assert home.service.packets.can_sign
-        given = (await home.ask("PUT", "/api/v2/packets/trigger%2Fa%2Fpayload.json")).json
+    async with running_server(tmp_path, "sqlite", payloads=payloads, limits=limits) as server:
+        assert server.service.packets.can_sign
+        given = (await server.ask("PUT", "/api/v2/packets/trigger%2Fa%2Fpayload.json")).json
         assert f":{s3().port}/" in given["presignedUrl"]
         body = b'{"json":"' + b"p" * 200_000 + b'"}'
         assert await asyncio.to_thread(put, given["presignedUrl"], body, "application/super+json") == 200
-        other = (await home.ask("PUT", "/api/v2/packets/huge.json")).json["presignedUrl"]
+        other = (await server.ask("PUT", "/api/v2/packets/huge.json")).json["presignedUrl"]
         await asyncio.to_thread(put, other, b'"' + b"h" * 400_000 + b'"', "application/json")
         with pytest.raises(urllib.error.HTTPError):  # signed for one name only
             await asyncio.to_thread(put, given["presignedUrl"].replace("trigger/a", "trigger/b"), b"1", "text/plain")
-        batch_id = await home.create(2)
+        batch_id = await server.create(2)
         items = [
             line(0, given["storagePath"], payloadType="application/store"),
             line(1, "huge.json", payloadType="application/store"),
         ]
-        assert (await home.stream(batch_id, items)).json["sealed"]
-        run = (await home.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_0")).json
+        assert (await server.stream(batch_id, items)).json["sealed"]
+        run = (await server.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_0")).json
         assert run["payload"] == "p" * 200_000
-        late = (await home.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_1")).json
+        late = (await server.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_1")).json
         assert (late["isFailed"], "300000" in late["error"]["message"]) == (True, True)
-        read = (await home.ask("GET", "/api/v1/packets/trigger%2Fa%2Fpayload.json")).json["presignedUrl"]
+        read = (await server.ask("GET", "/api/v1/packets/trigger%2Fa%2Fpayload.json")).json["presignedUrl"]
         assert await asyncio.to_thread(get, read) == body
         assert await payloads.delete_older(FOLDER, 2**62) == 2

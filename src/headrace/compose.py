@@ -147,7 +147,9 @@ def mover(source: Engine, target: Engine) -> StoreCopy:
     from headrace.store.sqlite import SqliteCopySource
 
     assert isinstance(target.store, PostgresStore)
-    return StoreCopy(source, target, departure=SqliteCopySource(source.store), arrival=PostgresCopyTarget(target.store))
+    return StoreCopy(
+        source, target, copy_source=SqliteCopySource(source.store), copy_target=PostgresCopyTarget(target.store)
+    )
 
 
 def _machine_directory(identity: str) -> Path | None:

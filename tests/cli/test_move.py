@@ -180,7 +180,7 @@ async def test_a_move_that_was_cut_goes_on_where_it_was(steps: int, tmp_path: Pa
         dead = await _died(source)
         await source.store.keep_rules("default", "killswitch", b"[]", before=None)
         move = compose.mover(source, target)
-        move.arrival = Cutting(move.arrival, steps)
+        move.copy_target = Cutting(move.copy_target, steps)
         try:
             await move.run("target", lambda _runs, _total: None)
         except Cut:

@@ -146,8 +146,8 @@ class BrokerRig:
     async def counts(self) -> dict[str, int]:
         """Count the activations by state. Leased but undelivered ones count as waiting."""
         found = Counter(view.state for view in await self.runs())
-        found["waiting"] += found.pop("leased", 0) + found.pop("started", 0) - self.dispatcher.out_count
-        found["processing"] = self.dispatcher.out_count
+        found["waiting"] += found.pop("leased", 0) + found.pop("started", 0) - self.dispatcher.delivered_count
+        found["processing"] = self.dispatcher.delivered_count
         return {state: count for state, count in found.items() if count}
 
     async def drain(self, workers_count: int, status: int = COMPLETE) -> list[str]:

@@ -176,7 +176,7 @@ async def test_an_answered_report_is_durable(kind: str, tmp_path: Path) -> None:
             task = await broker.get()
             await broker.set(task.id, COMPLETE)
         assert await broker.counts() == {"completed": 3}
-        assert broker.dispatcher.out_count == 0
+        assert broker.dispatcher.delivered_count == 0
 
 
 async def test_a_report_is_answered_before_its_commit_only_with_ack_received(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ async def test_an_at_most_once_activation_fails_when_its_worker_requests_a_retry
         (view,) = await broker.runs()
         assert view.state == "failed"
         view = await broker.engine.store.run(view.batch_id, view.index)
-        assert "may run only once" in decode(view.result).message
+        assert "at-most-once" in decode(view.result).message
 
 
 # -- reports that are late, doubled, or of somebody else's

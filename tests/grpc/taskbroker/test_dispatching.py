@@ -184,7 +184,7 @@ async def test_an_activation_that_expires_in_the_lease_buffer_is_recorded_as_exp
             message.received_at.FromMicroseconds(clock.now_us())
         await broker.add(*messages)
         await broker.get()
-        assert broker.dispatcher.line_count == 2
+        assert broker.dispatcher.buffered_count == 2
         clock.advance(7)
         assert (await status_of_error(broker.get()))[0] == Code.NOT_FOUND
         await broker.set("id_0", COMPLETE)
@@ -245,10 +245,10 @@ async def test_few_fetches_lease_few_activations_and_unrequested_leases_are_rele
     async with running_broker("memory", tmp_path, clock=clock) as broker:
         await broker.add_many(100)
         await broker.get()
-        assert broker.dispatcher.line_count < 10
+        assert broker.dispatcher.buffered_count < 10
         clock.advance(1.5)
         await broker.tick()
-        assert broker.dispatcher.line_count == 0
+        assert broker.dispatcher.buffered_count == 0
         other = BrokerRig(broker.engine)
         await other.dispatcher.start()
         delivered = await other.drain(1)
@@ -264,7 +264,7 @@ async def test_fast_fetching_increases_the_lease_buffer_up_to_its_bound(tmp_path
         most = 0
         for _ in range(3_000):
             await broker.dispatcher.fetch(ANY)
-            most = max(most, broker.dispatcher.line_count)
+            most = max(most, broker.dispatcher.buffered_count)
         assert 500 < most <= AHEAD_MAX
 
 
@@ -364,11 +364,11 @@ async def test_runs_of_a_lapsed_server_are_delivered_again_after_the_grace(kind:
         await other.dispatcher.stop()
         upkeep = Upkeep(broker.engine)
         clock.advance(20)
-        await broker.engine.store.heartbeat(broker.dispatcher._broker.session_id, now_us=clock.now_us())
+        await broker.engine.store.heartbeat(broker.dispatcher._session.session_id, now_us=clock.now_us())
         await upkeep.round()
         assert (await status_of_error(broker.get()))[0] == Code.NOT_FOUND
         clock.advance(15)
-        await broker.engine.store.heartbeat(broker.dispatcher._broker.session_id, now_us=clock.now_us())
+        await broker.engine.store.heartbeat(broker.dispatcher._session.session_id, now_us=clock.now_us())
         await upkeep.round()
         again = await broker.get()
         assert again.id == names[0]
@@ -384,7 +384,7 @@ async def test_a_server_whose_session_lapsed_continues_with_a_new_session(kind: 
         task = await broker.get()
         engine = broker.engine
         await engine.maintenance.recover(
-            broker.dispatcher._broker.session_id,
+            broker.dispatcher._session.session_id,
             Suspects(span_slots=None, evidence="thawed"),
             silent_since_us=2**62,
             crashes_max=3,
@@ -392,7 +392,7 @@ async def test_a_server_whose_session_lapsed_continues_with_a_new_session(kind: 
         )
         await broker.set(task.id, FAILURE)
         assert (await broker.counts()).get("failed", 0) == 0, "the lease was lost, and so is the report"
-        broker.dispatcher._broker._on_session_lost(broker.dispatcher._broker.session_id)
+        broker.dispatcher._session._on_session_lost(broker.dispatcher._session.session_id)
         delivered = await broker.drain(1)
         assert sorted(delivered) == [f"id_{number}" for number in range(5)]
         assert await broker.counts() == {"completed": 5}
@@ -469,10 +469,10 @@ async def test_a_buffered_run_that_was_settled_by_id_elsewhere_is_not_delivered(
         names = [(await other.get()).id for _ in range(3)]
         await other.dispatcher.stop()
         clock.advance(16)
-        await broker.engine.store.heartbeat(broker.dispatcher._broker.session_id, now_us=clock.now_us())
+        await broker.engine.store.heartbeat(broker.dispatcher._session.session_id, now_us=clock.now_us())
         await Upkeep(broker.engine).round()
         assert (await broker.get()).id == names[0], "its server died, and it is handed out anew"
-        assert broker.dispatcher.line_count == 2
+        assert broker.dispatcher.buffered_count == 2
         await broker.set(names[1], COMPLETE)  # by the worker that had it from the server that died
         assert await broker.drain(1) == [names[2]]
         await broker.set(names[0], COMPLETE)
@@ -507,7 +507,7 @@ async def test_reported_runs_leave_no_deadline_or_buffered_bytes(tmp_path: Path)
         await broker.drain(5)
         assert broker.dispatcher._deadlines.next_us is None
         assert not any(broker.dispatcher._deadlines._buckets.values())
-        assert broker.dispatcher._line.bytes_count == 0
+        assert broker.dispatcher._buffer.bytes_count == 0
 
 
 async def test_a_paused_queue_is_no_longer_delivered(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.dispatch.lease_buffer import QueueFilter
-from headrace.runtime.dispatch.prefetcher import AHEAD_MAX, AHEAD_MIN, CLAIM_WAIT_S, MANY
+from headrace.runtime.dispatch.prefetcher import AHEAD_MAX, AHEAD_MIN, CLAIM_WAIT_S, SMALL_CLAIM
 from tests.support.broker import COMPLETE, BrokerRig, running_broker
 
 ANY = QueueFilter()
@@ -50,7 +50,7 @@ async def settled() -> None:
 async def brisk(broker: BrokerRig, store: Slow) -> list[str]:
     """Ask until a claim was for many; answers what was had."""
     delivered = []
-    while not store.asked or store.asked[-1] < MANY:
+    while not store.asked or store.asked[-1] < SMALL_CLAIM:
         delivery = await broker.dispatcher.fetch(ANY)
         assert delivery is not None
         delivered.append(delivery.name)
@@ -63,16 +63,16 @@ async def test_the_next_claim_starts_when_half_of_the_buffer_is_left(tmp_path: P
         await broker.add_many(1_000)
         delivered = await brisk(broker, store)
         store.is_open.clear()
-        claims_count, in_line = len(store.asked), broker.dispatcher.line_count
+        claims_count, in_line = len(store.asked), broker.dispatcher.buffered_count
         while (delivery := broker.dispatcher.fetch_nowait(ANY)) is not None:
             delivered.append(delivery.name)
             await settled()
-            left_count = broker.dispatcher.line_count
-            assert len(store.asked) == claims_count + (left_count <= MANY // 2), (left_count, in_line)
-        assert broker.dispatcher.line_count == 0
+            left_count = broker.dispatcher.buffered_count
+            assert len(store.asked) == claims_count + (left_count <= SMALL_CLAIM // 2), (left_count, in_line)
+        assert broker.dispatcher.buffered_count == 0
         store.is_open.set()
         await settled()
-        assert broker.dispatcher.line_count > MANY
+        assert broker.dispatcher.buffered_count > SMALL_CLAIM
         while (delivery := await broker.dispatcher.fetch(ANY)) is not None:
             delivered.append(delivery.name)
         assert sorted(delivered) == sorted(f"id_{number}" for number in range(1_000))
@@ -86,7 +86,7 @@ async def test_prefetched_leases_stay_within_the_bound_when_claimed_early(tmp_pa
         for _ in range(3 * AHEAD_MAX):
             assert await broker.dispatcher.fetch(ANY) is not None
             await settled()
-            most = max(most, broker.dispatcher.line_count)
+            most = max(most, broker.dispatcher.buffered_count)
         assert max(store.asked) == AHEAD_MAX
         assert AHEAD_MAX <= most <= AHEAD_MAX * 3 // 2
 
@@ -98,7 +98,7 @@ async def test_small_buffers_are_not_refilled_before_a_fetch(tmp_path: Path) -> 
         for _ in range(4):
             await broker.dispatcher.fetch(ANY)
             await settled()
-        assert (store.asked, broker.dispatcher.line_count) == ([4], 0)
+        assert (store.asked, broker.dispatcher.buffered_count) == ([4], 0)
 
 
 async def test_slow_fetching_causes_no_prefetch(tmp_path: Path) -> None:
@@ -117,12 +117,12 @@ async def test_slow_fetching_causes_no_prefetch(tmp_path: Path) -> None:
 async def test_an_exhausted_queue_is_not_claimed_again_before_a_fetch(tmp_path: Path) -> None:
     async with running_broker("memory", tmp_path, clock=ManualClock()) as broker:
         store = Slow(broker)
-        await broker.add_many(4 + 8 + 16 + 32 + MANY + 100)
+        await broker.add_many(4 + 8 + 16 + 32 + SMALL_CLAIM + 100)
         delivered = await brisk(broker, store)
         while broker.dispatcher.fetch_nowait(ANY) is not None:
             delivered.append("")
             await settled()
-        assert (len(delivered), store.asked) == (4 + 8 + 16 + 32 + MANY + 100, [4, 8, 16, 32, 64, 128])
+        assert (len(delivered), store.asked) == (4 + 8 + 16 + 32 + SMALL_CLAIM + 100, [4, 8, 16, 32, 64, 128])
 
 
 async def test_a_failed_prefetch_is_repeated_at_the_next_fetch(tmp_path: Path) -> None:
@@ -172,19 +172,19 @@ async def test_leases_claimed_while_the_server_stops_are_released(tmp_path: Path
         store.is_open.clear()
         while broker.dispatcher.fetch_nowait(ANY) is not None:
             await settled()
-        assert len(store.asked) > len(delivered) // MANY
+        assert len(store.asked) > len(delivered) // SMALL_CLAIM
         stopping = asyncio.create_task(broker.dispatcher.stop())
         await settled()
         store.is_open.set()
         await stopping
-        out_count = broker.dispatcher.out_count
+        delivered_count = broker.dispatcher.delivered_count
         states = [view.state for view in await broker.runs()]
-        assert states.count("waiting") == 1_000 - out_count, "workers have the rest"
+        assert states.count("waiting") == 1_000 - delivered_count, "workers have the rest"
         other = BrokerRig(broker.engine)
         await other.dispatcher.start()
-        for name in list(broker.dispatcher._out):
+        for name in list(broker.dispatcher._delivered):
             await other.set(name, COMPLETE)
-        assert len(await other.drain(4)) == 1_000 - out_count
+        assert len(await other.drain(4)) == 1_000 - delivered_count
         await other.dispatcher.stop()
 
 

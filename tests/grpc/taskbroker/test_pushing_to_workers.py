@@ -149,5 +149,5 @@ async def test_an_activation_that_a_worker_refuses_waits_unchanged(tmp_path: Pat
             while pusher.endpoints["app"][0].busy_count < 4:
                 await asyncio.sleep(0)
             await pusher.stop()
-        assert rig.dispatcher.out_count == 0
+        assert rig.dispatcher.delivered_count == 0
         assert await rig.counts() == {"waiting": 3}

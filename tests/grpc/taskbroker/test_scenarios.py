@@ -151,7 +151,7 @@ class Story:
     async def beat(self) -> None:
         """Live servers are heard of; a frozen one's session may have ended."""
         for server in self.servers:
-            await server.dispatcher._broker._heartbeat_once(lambda news, *values: news(*values))
+            await server.dispatcher._session._heartbeat_once(lambda news, *values: news(*values))
 
     async def stop(self) -> None:
         await self.servers.pop(self.dice.randrange(len(self.servers))).dispatcher.stop()
@@ -160,11 +160,11 @@ class Story:
     async def die(self) -> None:
         """With -9: nothing is written and nobody is told."""
         server = self.servers.pop(self.dice.randrange(len(self.servers)))
-        ticking, server.dispatcher._ticking = server.dispatcher._ticking, None
+        ticking, server.dispatcher._tick_task = server.dispatcher._tick_task, None
         if ticking is not None:
             ticking.cancel()
-        await server.dispatcher._broker._end_heartbeats()
-        server.dispatcher._broker.abandon()
+        await server.dispatcher._session._end_heartbeats()
+        server.dispatcher._session.abandon()
         await self.start()
 
     async def freeze(self) -> None:

@@ -67,7 +67,7 @@ async def test_depths_are_the_counts_of_the_states(kind: str, tmp_path: Path) ->
         (view,) = await broker.engine.store.queues("default")
         assert (view.name, view.delayed_count) == ("app:mail", 2)
         assert view.waiting_count + view.leased_count == 6
-        assert broker.dispatcher.out_count == 1
+        assert broker.dispatcher.delivered_count == 1
 
 
 @on_databases
@@ -380,7 +380,7 @@ async def test_claims_of_a_hanging_worker_lapse_and_nothing_is_lost(kind: str, t
         assert taken
         clock.advance(6)
         await broker.tick()
-        assert broker.dispatcher.out_count == 0
+        assert broker.dispatcher.delivered_count == 0
         assert await broker.counts() == {"waiting": 50}
 
 

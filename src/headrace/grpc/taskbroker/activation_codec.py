@@ -151,7 +151,7 @@ def delivery_message(dispatcher: Dispatcher, delivered: DeliveredRun) -> bytes |
 
     The first delivery of an activation that came in over this protocol is its original bytes.
     """
-    if delivered.kind == ACTIVATION and not delivered.held.suffix:
+    if delivered.kind == ACTIVATION and not delivered.buffered.suffix:
         return delivered.payload
     try:
         return build_delivery(delivered, dispatcher.engine.clock.now_us()).SerializeToString()
@@ -167,7 +167,7 @@ def build_delivery(delivered: DeliveredRun, now_us: int) -> wire.TaskActivation:
     """
     message = wire.TaskActivation.FromString(delivered.payload)
     message.id = delivered.name
-    lease, note = delivered.held.work.lease, delivered.held.note
+    lease, note = delivered.buffered.active.lease, delivered.buffered.note
     if lease.attempt > 1:
         state = message.retry_state
         state.attempts = min(state.attempts + lease.attempt - 1, UINT32_MAX)

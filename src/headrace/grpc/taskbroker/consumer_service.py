@@ -21,7 +21,7 @@ from headrace.grpc.transport.service_methods import CallContext, DeferredRespons
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.runtime.dispatch.dispatcher import Dispatcher
 from headrace.runtime.dispatch.lease_buffer import DeliveredRun, QueueFilter
-from headrace.runtime.dispatch.prefetcher import WISHES_MAX
+from headrace.runtime.dispatch.prefetcher import FILTERS_MAX
 from headrace.runtime.dispatch.report_outcome import ActivationReport
 
 LOG = structlog.get_logger("headrace.grpc")
@@ -118,7 +118,7 @@ def _queue_filter_of(request: wire.GetTaskRequest | wire.FetchNextTask) -> Queue
     )
 
 
-@lru_cache(WISHES_MAX)
+@lru_cache(FILTERS_MAX)
 def queue_filter_of(application: str | None, namespace: str | None) -> QueueFilter:
     """Return the claim request of a filter. Cached: workers use the same few filters again and again."""
     return QueueFilter(application, None if namespace is None else (namespace,))

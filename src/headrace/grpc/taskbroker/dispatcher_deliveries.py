@@ -23,7 +23,7 @@ class DispatcherDeliveries:
         for delivered in await self._dispatcher.take(QueueFilter(application), count_max, lease_ms=lease_ms):
             message = delivery_message(self._dispatcher, delivered)
             if message is not None:
-                at_most_once = delivered.held.work.lease.at_most_once
+                at_most_once = delivered.buffered.active.lease.at_most_once
                 deliveries.append(PushDelivery(delivered.name, application, message, at_most_once))
         return deliveries
 

@@ -1,7 +1,8 @@
-"""How much may wait: past a bound ingest waits a little for room, then its sender is told when to come again.
+"""Backpressure: bounds on the waiting runs. At a bound, ingest waits a short time, then its sender is told when to
+retry.
 
-What stands in the queues is counted by the store, seldom: at most a twentieth of the time goes into counting. Between
-two counts a server adds what it lets in itself.
+The store counts the runs of its queues, rarely: at most a twentieth of the time is spent on counting. Between two
+counts a server adds the runs that it accepts itself.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ COUNT_EACH_S: Final = 0.25
 COUNTING_SHARE: Final = 20
 STEP_S: Final = 0.1
 RETRY_S: Final = 5
-"""When whoever found no room may come again."""
+"""Seconds after which a refused sender may retry."""
 
 STATES: Final = ("waiting", "delayed", "leased")
 
 
 class QueueFull(EngineFault):
-    """A bound on what may wait is reached; there is room again when workers have caught up."""
+    """A bound on the waiting runs is reached; workers must catch up first."""
 
     code: ClassVar[str] = "NO_ROOM"
     status: ClassVar[int] = 429
@@ -38,7 +39,7 @@ class _Counts(NamedTuple):
 
 
 class Backpressure:
-    """The bounds of one environment, as one server sees them. Owned by one event loop."""
+    """The bounds of one environment, as one server knows them. Owned by one event loop."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -51,7 +52,7 @@ class Backpressure:
         self.is_bounded = any((*self._per_queue.values(), *self._overall.values(), self._bytes_max))
 
     async def admit(self, keys: Sequence[Key]) -> None:
-        """Let runs with these keys in, waiting for room for a while. Raises `QueueFull`."""
+        """Accept runs with these keys, after a short wait if a bound is reached. Raises `QueueFull`."""
         if not self.is_bounded or not keys:
             return
         clock = self._engine.clock
@@ -60,7 +61,9 @@ class Backpressure:
             left_s = (until_us - clock.now_us()) / 1_000_000
             if left_s <= 0:
                 raise QueueFull(
-                    f"no room: {reason}", hint=f"send it again in {RETRY_S} s, or add workers", retry_after_s=RETRY_S
+                    f"a bound on the waiting runs is reached: {reason}",
+                    hint=f"retry in {RETRY_S} s, or add workers",
+                    retry_after_s=RETRY_S,
                 )
             await clock.sleep(min(left_s, STEP_S))
         for key in keys:
@@ -69,29 +72,29 @@ class Backpressure:
             self._counts.overall[state] += 1
 
     async def _reason(self, keys: Sequence[Key]) -> str | None:
-        """Which bound these runs would exceed; None when there is room."""
-        counts = await self._fresh()
+        """Return the bound that these runs would exceed; None if they fit."""
+        counts = await self._current_counts()
         now_us = self._engine.clock.now_us()
         if 0 < self._bytes_max <= counts.bytes_count:
-            return f"the store has {counts.bytes_count} bytes, and store_mib_max is {self._bytes_max >> 20}"
-        coming = Counter((key.queue, "delayed" if key.due_us > now_us else "waiting") for key in keys)
+            return f"the store has {counts.bytes_count} bytes, store_mib_max is {self._bytes_max >> 20}"
+        new_counts = Counter((key.queue, "delayed" if key.due_us > now_us else "waiting") for key in keys)
         totals: Counter[str] = Counter()
-        for (queue, state), count in coming.items():
+        for (queue, state), count in new_counts.items():
             totals[state] += count
-            own = counts.by_queue.get(queue, Counter())
+            queue_counts = counts.by_queue.get(queue, Counter())
             for bound in (state, "leased"):
-                most = self._per_queue[bound]
-                there = own[bound] + (count if bound == state else 0)
-                if most and (there > most if bound == state else there >= most):
-                    return f"{queue} has {own[bound]} {bound}, and queue_{bound}_max is {most}"
+                limit = self._per_queue[bound]
+                count_after = queue_counts[bound] + (count if bound == state else 0)
+                if limit and (count_after > limit if bound == state else count_after >= limit):
+                    return f"queue {queue} has {queue_counts[bound]} {bound} runs, queue_{bound}_max is {limit}"
         for state in STATES:
-            most = self._overall[state]
-            there = counts.overall[state] + totals[state]
-            if most and (there > most if state != "leased" else there >= most):
-                return f"{counts.overall[state]} are {state}, and {state}_max is {most}"
+            limit = self._overall[state]
+            count_after = counts.overall[state] + totals[state]
+            if limit and (count_after > limit if state != "leased" else count_after >= limit):
+                return f"{counts.overall[state]} runs are {state}, {state}_max is {limit}"
         return None
 
-    async def _fresh(self) -> _Counts:
+    async def _current_counts(self) -> _Counts:
         engine = self._engine
         if engine.clock.now_us() < self._fresh_until_us:
             return self._counts
@@ -104,8 +107,8 @@ class Backpressure:
             for view in views
         }
         overall: Counter[str] = Counter()
-        for own in by_queue.values():
-            overall.update(own)
+        for queue_counts in by_queue.values():
+            overall.update(queue_counts)
         self._counts = _Counts(by_queue, overall, bytes_count)
         age_s = max(COUNT_EACH_S, COUNTING_SHARE * took_s)
         self._fresh_until_us = engine.clock.now_us() + int(age_s * 1_000_000)

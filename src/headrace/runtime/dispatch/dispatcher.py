@@ -1,12 +1,12 @@
-"""Activations between the store and workers that know ids only: leased by the span, handed out one by one.
+"""The dispatcher: it leases activations from the store by the span and delivers them one by one to remote workers.
 
-One claim leases hundreds of runs to this server's session, and each `fetch` takes one of them from memory; several
-servers share a database without seeing each other. What nobody asks for goes back, so that others get it. A run that
-its worker does not report on by its deadline waits again, and its attempt is no further for it; one that may run only
-once fails instead, and is recorded as started before it is handed out (rule R5).
+One claim leases hundreds of runs to this server's session, and each `fetch` takes one of them from memory. Several
+servers share a database without knowing each other. Leases that no worker requests are released, so that other servers
+get them. A run that its worker does not report by its deadline waits again, without using an attempt. An at-most-once
+run fails instead, and is recorded as started before delivery (R5).
 
-When this server dies its leases stand until its session counts as silent (`delivery_recovery_ms`), and until then what
-its workers report to another server, or to this one once it is back, is settled by id.
+When this server ends, its leases stand until its session lapses (`delivery_recovery_ms`). Until then, reports of its
+workers to another server, or to this one after a restart, are settled by id.
 """
 
 from __future__ import annotations
@@ -49,15 +49,19 @@ from headrace.store.protocol import Heartbeat, Release
 
 LOG: Any = structlog.get_logger("headrace.dispatcher")
 IDLE_S: Final = 1.0
-"""After this long in line a run goes back: somebody else may be asked for it."""
+"""A run that stays in the lease buffer for longer is released: another server may get a request for it."""
 TICK_S: Final = 0.25
 OVERDUE_MAX: Final = 1_000
 ANSWERED_MAX: Final = 128
-"""Reports in one flush while those who report wait for it: of thousands at once some go on under others' commit."""
+"""Reports in one flush while their senders wait: with thousands at once, some senders continue during others'
+commit.
+"""
 
 
 class Dispatcher:
-    """Owned by one event loop. `start`, then fetch and report, then `stop`; each may be called twice."""
+    """Delivers activations and takes reports. Owned by one event loop: `start`, fetch and report, `stop`; each may be
+    called twice.
+    """
 
     def __init__(
         self,
@@ -68,37 +72,39 @@ class Dispatcher:
     ) -> None:
         """`flush_interval_ms`: how long a report may wait for others; None for natural batching.
 
-        `is_killed` says which activations, by rules, task and payload, are dropped instead of handed out.
+        `is_killed` decides by rules, task and payload which activations are dropped instead of delivered.
         """
         self.engine = engine
         self._rules = RuleCache(engine)
         self._is_killed = is_killed
         self.overdue_count = 0
-        self._broker = StoreSession(engine, kind=DISPATCHER)
-        self._broker.on_ended = self._session_ended
-        self._broker.on_unwanted = self._unwanted_now
-        self._reporting = ReportWriter(engine, landed=self._landed, is_stray=self._is_stray)
+        self._session = StoreSession(engine, kind=DISPATCHER)
+        self._session.on_ended = self._session_ended
+        self._session.on_unwanted = self._on_cancelled
+        self._report_writer = ReportWriter(
+            engine, on_written=self._on_written, on_foreign_settled=self._on_foreign_settled
+        )
         self._flush_interval_ms = flush_interval_ms
         self._flusher: Flusher[ReportUpdate] | None = None
-        self._line = LeaseBuffer()
-        self._supply = Prefetcher(engine, self._broker, self._line, on_ended=self._session_ended)
-        self._out: dict[str, DeliveredRun] = {}
+        self._buffer = LeaseBuffer()
+        self._prefetcher = Prefetcher(engine, self._session, self._buffer, on_ended=self._session_ended)
+        self._delivered: dict[str, DeliveredRun] = {}
         self._deadlines = DeliveryDeadlines()
-        self._ticking: asyncio.Task[None] | None = None
-        self._unwanted: frozenset[str] = frozenset()
+        self._tick_task: asyncio.Task[None] | None = None
+        self._cancelled_batches: frozenset[str] = frozenset()
         self._is_stopping = False
 
-    # -- life
+    # -- start and stop
 
     async def start(self) -> None:
-        """Make this server known as one that hands out."""
-        if self._ticking is not None:
+        """Start the session and the upkeep of deadlines."""
+        if self._tick_task is not None:
             return
-        await self._broker.start()
+        await self._session.start()
         await self._rules.refresh()
         size = self.engine.limits.flush_size
         self._flusher = Flusher(
-            self._reporting.flush,
+            self._report_writer.flush,
             name="reports",
             clock=self.engine.clock,
             on_refused=self._refused,
@@ -106,217 +112,225 @@ class Dispatcher:
             interval_ms=self._flush_interval_ms,
             buffer_max=max(4 * size, 4_096),
         )
-        self._ticking = asyncio.create_task(self._tick(), name="headrace-dispatcher")
+        self._tick_task = asyncio.create_task(self._tick(), name="headrace-dispatcher")
 
     async def stop(self) -> None:
-        """Hand out nothing more, write what was reported, give back what nobody has, and go.
+        """Deliver no more, write the reports, release the undelivered runs, and end the session.
 
-        What workers have stays leased until this session counts as silent: they report to another server. Raises
-        `UpdatesUnflushed` when the store took no reports within the grace.
+        Delivered runs stay leased until the session lapses: their workers report to another server. Raises
+        `UpdatesUnflushed` if the store accepted no reports within the grace period.
         """
-        ticking, self._ticking = self._ticking, None
-        if ticking is None:
+        tick_task, self._tick_task = self._tick_task, None
+        if tick_task is None:
             return
         self._is_stopping = True
         grace_s = self.engine.limits.shutdown_grace_s
-        ticking.cancel()
-        await asyncio.gather(ticking, return_exceptions=True)
+        tick_task.cancel()
+        await asyncio.gather(tick_task, return_exceptions=True)
         unflushed: UpdatesUnflushed | None = None
         try:
             if self._flusher is not None:
                 await self._flusher.close(deadline_s=grace_s)
         except UpdatesUnflushed as error:
             unflushed = error
-        await self._supply.close()
-        await self._give_back(lambda _held: True)
-        if self._out or unflushed is not None:
-            await self._broker.leave(deadline_s=grace_s)
+        await self._prefetcher.close()
+        await self._release(lambda _held: True)
+        if self._delivered or unflushed is not None:
+            await self._session.leave(deadline_s=grace_s)
         else:
-            await self._broker.stop(deadline_s=grace_s)
+            await self._session.stop(deadline_s=grace_s)
         if unflushed is not None:
             raise unflushed
 
     @property
-    def out_count(self) -> int:
-        """Activations that workers have."""
-        return len(self._out)
+    def delivered_count(self) -> int:
+        """Number of activations that workers have."""
+        return len(self._delivered)
 
     @property
-    def line_count(self) -> int:
-        """Activations that are leased and that nobody has."""
-        return len(self._line)
+    def buffered_count(self) -> int:
+        """Number of activations in the lease buffer."""
+        return len(self._buffer)
 
     @property
     def reports_depth(self) -> int:
-        """Reports taken in and not yet written."""
+        """Number of reports accepted and not yet written."""
         return 0 if self._flusher is None else self._flusher.depth
 
     @property
     def flushes_count(self) -> int:
-        """Transactions that reports were written in."""
+        """Number of transactions in which reports were written."""
         return 0 if self._flusher is None else self._flusher.flushes_count
 
     @property
     def late_count(self) -> int:
-        """Reports that came too late, twice, or of what nobody knows."""
-        return self._reporting.late_count
+        """Number of reports that were late, repeated, or about unknown activations."""
+        return self._report_writer.late_count
 
-    # -- handing out
+    # -- delivering
 
-    async def fetch(self, wish: QueueFilter) -> DeliveredRun | None:
-        """One activation that a wish covers, now in its asker's hands; None when none waits.
+    async def fetch(self, queue_filter: QueueFilter) -> DeliveredRun | None:
+        """Deliver one activation that the filter selects; None if none waits.
 
-        Raises `StoreUnavailable` when the store can't be asked.
+        Raises `StoreUnavailable` if the store does not respond.
         """
-        handout = self.fetch_nowait(wish)
-        if handout is None and (handout := await self._next(wish)) is not None:
-            self._begin(handout, self.engine.clock.now_us())
-        return handout
+        delivered = self.fetch_nowait(queue_filter)
+        if delivered is None and (delivered := await self._next(queue_filter)) is not None:
+            self._set_deadline(delivered, self.engine.clock.now_us())
+        return delivered
 
-    def fetch_nowait(self, wish: QueueFilter) -> DeliveredRun | None:
-        """What `fetch` answers if that is here already; None where it must be waited for, or there is none."""
-        handout = self._next_nowait(wish) if wish.is_answerable and self._ticking is not None else None
-        if handout is None:
+    def fetch_nowait(self, queue_filter: QueueFilter) -> DeliveredRun | None:
+        """Deliver an activation that is in memory; None if there is none, or its payload must be fetched first."""
+        delivered = (
+            self._next_nowait(queue_filter) if queue_filter.is_answerable and self._tick_task is not None else None
+        )
+        if delivered is None:
             return None
-        if handout.kind == REFERENCE:
-            self._put_back(handout)
+        if delivered.kind == REFERENCE:
+            self._put_back(delivered)
             return None
-        self._begin(handout, handout.held.since_us)  # it was taken this moment
-        return handout
+        self._set_deadline(delivered, delivered.buffered.since_us)  # the time at which it was taken, just now
+        return delivered
 
-    async def take(self, wish: QueueFilter, count_max: int, *, lease_ms: int) -> list[DeliveredRun]:
-        """At most so many, on their way to workers: within `lease_ms` each is marked or given back, or goes back."""
-        found: list[DeliveredRun] = []
-        while len(found) < count_max:
+    async def take(self, queue_filter: QueueFilter, count_max: int, *, lease_ms: int) -> list[DeliveredRun]:
+        """Claim at most `count_max` activations for pushing: within `lease_ms` each must be marked or put back."""
+        claimed: list[DeliveredRun] = []
+        while len(claimed) < count_max:
             try:
-                handout = await (self._next_in_line(wish) if found else self._next(wish))
+                delivered = await (self._next_buffered(queue_filter) if claimed else self._next(queue_filter))
             except HeadraceError:
-                if not found:
+                if not claimed:
                     raise
-                break  # what was found goes out; who asks next hears of it
-            if handout is None:
+                break  # deliver what was claimed; the next request gets the error
+            if delivered is None:
                 break
-            handout.is_claimed = True
-            self._deadlines.add(handout, self.engine.clock.now_us() + lease_ms * 1_000)
-            found.append(handout)
-        return found
+            delivered.is_claimed = True
+            self._deadlines.add(delivered, self.engine.clock.now_us() + lease_ms * 1_000)
+            claimed.append(delivered)
+        return claimed
 
     def mark(self, names: Sequence[str]) -> int:
-        """These are with their workers, and their deadlines begin; answers how many were on their way."""
-        found, now_us = self._on_their_way(names), self.engine.clock.now_us()
-        for handout in found:
-            handout.is_claimed = False
-            handout.payload = b""  # its worker has it
-            self._begin(handout, now_us)
-        return len(found)
+        """Mark activations as received by their workers, and start their deadlines; return how many were claimed."""
+        claimed, now_us = self._claimed(names), self.engine.clock.now_us()
+        for delivered in claimed:
+            delivered.is_claimed = False
+            delivered.payload = b""  # the worker has it
+            self._set_deadline(delivered, now_us)
+        return len(claimed)
 
     def put_back(self, names: Sequence[str]) -> int:
-        """These did not reach a worker: they are first in line again; answers how many were on their way."""
-        found = self._on_their_way(names)
-        for handout in found:
-            self._put_back(handout)
-        return len(found)
+        """Put back activations that did not reach a worker, first in the buffer; return how many were claimed."""
+        claimed = self._claimed(names)
+        for delivered in claimed:
+            self._put_back(delivered)
+        return len(claimed)
 
-    def _on_their_way(self, names: Sequence[str]) -> list[DeliveredRun]:
-        known = (self._out.get(name) for name in dict.fromkeys(names))
-        return [handout for handout in known if handout is not None and handout.is_claimed]
+    def _claimed(self, names: Sequence[str]) -> list[DeliveredRun]:
+        candidates = (self._delivered.get(name) for name in dict.fromkeys(names))
+        return [delivered for delivered in candidates if delivered is not None and delivered.is_claimed]
 
-    def _put_back(self, handout: DeliveredRun) -> None:
-        handout.is_claimed = False
-        self._deadlines.remove(handout)
-        del self._out[handout.name]
-        self._line.put_back(handout, self.engine.clock.now_us())
+    def _put_back(self, delivered: DeliveredRun) -> None:
+        delivered.is_claimed = False
+        self._deadlines.remove(delivered)
+        del self._delivered[delivered.name]
+        self._buffer.put_back(delivered, self.engine.clock.now_us())
 
-    def _begin(self, handout: DeliveredRun, now_us: int) -> None:
-        wait_ms = handout.extra.timeout_ms + self.engine.limits.delivery_grace_ms
-        self._deadlines.add(handout, now_us + wait_ms * 1_000)
+    def _set_deadline(self, delivered: DeliveredRun, now_us: int) -> None:
+        wait_ms = delivered.extra.timeout_ms + self.engine.limits.delivery_grace_ms
+        self._deadlines.add(delivered, now_us + wait_ms * 1_000)
 
-    async def _next(self, wish: QueueFilter) -> DeliveredRun | None:
-        """The next that a wish covers, leased for it when none is in line."""
-        if not wish.is_answerable or self._ticking is None:
+    async def _next(self, queue_filter: QueueFilter) -> DeliveredRun | None:
+        """Return the next activation that the filter selects, leasing more if the buffer has none."""
+        if not queue_filter.is_answerable or self._tick_task is None:
             return None
-        while (handout := await self._next_in_line(wish)) is None:
-            if self._is_full or not await self._supply.refilled(wish):
+        while (delivered := await self._next_buffered(queue_filter)) is None:
+            if self._is_full or not await self._prefetcher.refill(queue_filter):
                 return None
-        return handout
+        return delivered
 
-    async def _next_in_line(self, wish: QueueFilter) -> DeliveredRun | None:
-        """The next in line with all of its bytes."""
-        while (handout := self._next_nowait(wish)) is not None:
-            if handout.kind != REFERENCE or await self._fetched(handout):
-                return handout
+    async def _next_buffered(self, queue_filter: QueueFilter) -> DeliveredRun | None:
+        """Return the next buffered activation, with its payload fetched."""
+        while (delivered := self._next_nowait(queue_filter)) is not None:
+            if delivered.kind != REFERENCE or await self._fetch_payload(delivered):
+                return delivered
         return None
 
-    def _next_nowait(self, wish: QueueFilter) -> DeliveredRun | None:
-        """The next in line that may run, in nobody's hands until its deadline is set; what may not run ends here."""
+    def _next_nowait(self, queue_filter: QueueFilter) -> DeliveredRun | None:
+        """Return the next buffered activation that may run, without a deadline yet; those that may not run end here."""
         while not self._is_full:
             now_us = self.engine.clock.now_us()
-            handout = self._line.take(wish, now_us)
-            if handout is None:
+            delivered = self._buffer.take(queue_filter, now_us)
+            if delivered is None:
                 return None
-            held = handout.held
-            if held.pace.left_count == held.pace.half_count:
-                self._supply.half_used(held.pace)
-            if handout.number in held.work.unwanted:  # it was settled by its id, from elsewhere
-                handout.is_ended = True
-                held.open_count -= 1
-                self._end_if_over(held)
+            buffered = delivered.buffered
+            if buffered.rate.left_count == buffered.rate.half_count:
+                self._prefetcher.on_half_used(buffered.rate)
+            if (
+                delivered.lease_offset in buffered.active.cancelled_offsets
+            ):  # it was settled by its id, through another server
+                delivered.is_ended = True
+                buffered.open_count -= 1
+                self._end_if_over(buffered)
                 continue
-            self._out[handout.name] = handout
-            if not handout.extra.idempotency_key:  # another door may have let anything into the lane
-                self.refuse(handout, "a run of the lane of activations has no id to go out under")
-            elif 0 < held.work.lease.expires_us <= now_us:
-                self._end(handout, ReportOutcome(EXPIRED, b"", 0, ""))
-            elif not self._rules.rules.kills or not self._dropped(handout):
-                return handout
+            self._delivered[delivered.name] = delivered
+            if (
+                not delivered.extra.idempotency_key
+            ):  # another producer may have put any run into the lane of activations
+                self.refuse(delivered, "the run has no activation id")
+            elif 0 < buffered.active.lease.expires_us <= now_us:
+                self._end(delivered, ReportOutcome(EXPIRED, b"", 0, ""))
+            elif not self._rules.rules.kills or not self._drop_if_killed(delivered):
+                return delivered
         return None
 
     @property
     def _is_full(self) -> bool:
-        """Whether nothing more is handed out for now."""
-        return self._is_stopping or len(self._out) >= self.engine.limits.deliveries_max
+        """True while no more runs may be delivered."""
+        return self._is_stopping or len(self._delivered) >= self.engine.limits.deliveries_max
 
-    def _dropped(self, handout: DeliveredRun) -> bool:
-        """Whether a rule dropped it, which ends it."""
-        if not self._is_killed(self._rules.rules, handout.extra.name, handout.payload):
+    def _drop_if_killed(self, delivered: DeliveredRun) -> bool:
+        """End an activation that a killswitch rule drops; True if it was dropped."""
+        if not self._is_killed(self._rules.rules, delivered.extra.name, delivered.payload):
             return False
-        self._end(handout, ReportOutcome(CANCELLED, b"", 0, ""))
+        self._end(delivered, ReportOutcome(CANCELLED, b"", 0, ""))
         return True
 
-    def refuse(self, handout: DeliveredRun, why: str) -> None:
-        """What was handed out can't be read by any worker: it fails."""
-        error = Failure(type="Unreadable", message=why, attempts=handout.attempt)
-        self._end(handout, ReportOutcome(FAILED, error.encode(), 0, ""))
+    def refuse(self, delivered: DeliveredRun, why: str) -> None:
+        """Fail an activation that no worker can decode."""
+        error = Failure(type="Unreadable", message=why, attempts=delivered.attempt)
+        self._end(delivered, ReportOutcome(FAILED, error.encode(), 0, ""))
 
-    async def _fetched(self, handout: DeliveredRun) -> bool:
-        """Whether a large activation may be handed out: its object is there, and no rule drops it for what is in it."""
+    async def _fetch_payload(self, delivered: DeliveredRun) -> bool:
+        """Fetch the object of a large activation; False if it ended instead, missing or dropped by a rule."""
         try:
-            handout.payload, handout.kind = await self.engine.fetch(handout.payload)
+            delivered.payload, delivered.kind = await self.engine.fetch(delivered.payload)
         except ObjectMissing as error:
-            self.refuse(handout, error.message)
+            self.refuse(delivered, error.message)
             return False
         except BaseException:
-            self._put_back(handout)
+            self._put_back(delivered)
             raise
-        return not self._dropped(handout)
+        return not self._drop_if_killed(delivered)
 
     # -- the session
 
     def _session_ended(self) -> None:
-        """Others took this server for dead: what was leased is theirs, and reports on it are looked for by id."""
-        self._supply.session_ended()
-        for handout in self._out.values():
-            handout.is_ended = True
-        self._out.clear()
-        self._line.clear()
+        """Forget the leases of a session that another process ended; reports of its runs are settled by id."""
+        self._prefetcher.session_ended()
+        for delivered in self._delivered.values():
+            delivered.is_ended = True
+        self._delivered.clear()
+        self._buffer.clear()
         self._deadlines.clear()
 
-    # -- taking reports
+    # -- reports
 
     async def report(self, reports: Sequence[ActivationReport], *, is_awaited: bool = True) -> None:
-        """How attempts ended; answers after the commit that holds it, or, not awaited, once it is taken in.
+        """Record how attempts ended; return after the commit, or, with `is_awaited=False`, once the reports are
+        accepted.
 
-        A repeat, what came too late, and what nobody knows change nothing. Raises what the store refuses for good.
+        A repeated or late report, and one about an unknown activation, change nothing. Raises the error if the store
+        refuses a report.
         """
         written = self.report_nowait(reports, is_awaited=is_awaited)
         if written is not None:
@@ -325,105 +339,110 @@ class Dispatcher:
     def report_nowait(
         self, reports: Sequence[ActivationReport], *, is_awaited: bool = True
     ) -> asyncio.Future[None] | None:
-        """The same without a task of its caller's: what is to be waited for, or None when nothing is."""
+        """Like `report`, without a task of the caller's: return the future to wait for, or None."""
         if self._flusher is None:
-            raise StoreUnavailable("this server takes no reports now", hint="report to another one, or in a moment")
-        answer = ReportWaiter(len(reports)) if is_awaited and reports else None
-        for number, one in enumerate(reports):
-            update = self._taken(one, answer)
+            raise StoreUnavailable(
+                "this server accepts no reports: it is not running", hint="report to another server, or retry later"
+            )
+        waiter = ReportWaiter(len(reports)) if is_awaited and reports else None
+        for number, report in enumerate(reports):
+            update = self._accept_report(report, waiter)
             try:
-                is_in = self._flusher.put_nowait(update)
+                is_accepted = self._flusher.put_nowait(update)
             except FlusherClosed:
-                self._not_taken(update)
+                self._undo_report(update)
                 raise
-            if not is_in:
-                return asyncio.create_task(self._report_in_turn(update, reports[number + 1 :], answer))
-        return None if answer is None else answer.future
+            if not is_accepted:
+                return asyncio.create_task(self._accept_rest(update, reports[number + 1 :], waiter))
+        return None if waiter is None else waiter.future
 
-    async def _report_in_turn(
-        self, first: ReportUpdate, reports: Sequence[ActivationReport], answer: ReportWaiter | None
+    async def _accept_rest(
+        self, first: ReportUpdate, reports: Sequence[ActivationReport], waiter: ReportWaiter | None
     ) -> None:
-        """What there was no room for, each when there is."""
+        """Accept the reports that the full flusher could not take, one after the other."""
         assert self._flusher is not None
         update = first
         try:
             await self._flusher.put(update)
-            for one in reports:
-                update = self._taken(one, answer)
+            for report in reports:
+                update = self._accept_report(report, waiter)
                 await self._flusher.put(update)
         except BaseException:
-            self._not_taken(update)
+            self._undo_report(update)
             raise
-        if answer is not None:
-            await answer.future
+        if waiter is not None:
+            await waiter.future
 
-    def _not_taken(self, update: ReportUpdate) -> None:
-        """A report was not taken in: whoever reports it again finds it as it was."""
+    def _undo_report(self, update: ReportUpdate) -> None:
+        """Undo a report that was not accepted, so that it can be repeated."""
         if isinstance(update, DeliveredRun):
             self._restore(update)
 
-    def _taken(self, report: ActivationReport, answer: ReportWaiter | None) -> ReportUpdate:
-        """What a report comes to, its run out of its worker's hands."""
-        handout = self._out.pop(report.name, None)
-        if handout is None:
-            return ForeignReport(report, answer)
-        verdict = COMPLETE
+    def _accept_report(self, report: ActivationReport, waiter: ReportWaiter | None) -> ReportUpdate:
+        """Take a run from its worker and return the update that its report makes."""
+        delivered = self._delivered.pop(report.name, None)
+        if delivered is None:
+            return ForeignReport(report, waiter)
+        outcome = COMPLETE
         if report.state != "completed":
-            lease = handout.held.work.lease
-            verdict = unsuccessful_outcome(
+            lease = delivered.buffered.active.lease
+            outcome = unsuccessful_outcome(
                 report,
                 attempt=lease.attempt,
                 at_most_once=lease.at_most_once,
-                note=handout.held.note,
-                delay_ms=handout.extra.retry_delay_ms,
+                note=delivered.buffered.note,
+                delay_ms=delivered.extra.retry_delay_ms,
                 clock=self.engine.clock,
             )
-        handout.end(verdict, answer)
-        self._deadlines.remove(handout)
-        return handout
+        delivered.end(outcome, waiter)
+        self._deadlines.remove(delivered)
+        return delivered
 
-    def _end(self, handout: DeliveredRun, verdict: ReportOutcome) -> None:
-        """A run ends without a worker's word; when there is no room for that now, at the next tick."""
+    def _end(self, delivered: DeliveredRun, outcome: ReportOutcome) -> None:
+        """End a run without a report; if the flusher is full, at the next tick."""
         assert self._flusher is not None
-        handout.end(verdict, None)
-        self._deadlines.remove(handout)
-        if self._flusher.put_nowait(handout):
-            self._out.pop(handout.name, None)
+        delivered.end(outcome, None)
+        self._deadlines.remove(delivered)
+        if self._flusher.put_nowait(delivered):
+            self._delivered.pop(delivered.name, None)
         else:
-            handout.is_ended = False
-            self._deadlines.add(handout, self.engine.clock.now_us() + int(TICK_S * 1_000_000))
+            delivered.is_ended = False
+            self._deadlines.add(delivered, self.engine.clock.now_us() + int(TICK_S * 1_000_000))
 
-    def _landed(self, held: BufferedLease, runs_count: int) -> None:
-        held.open_count -= runs_count
-        self._end_if_over(held)
+    def _on_written(self, buffered: BufferedLease, runs_count: int) -> None:
+        buffered.open_count -= runs_count
+        self._end_if_over(buffered)
 
     def _refused(self, update: ReportUpdate, error: HeadraceError) -> None:
-        """The store refuses a report for good: the run is as if nobody had reported on it."""
-        self._reporting.refused(update, error)
-        self._not_taken(update)
+        """Handle a report that the store refuses: the run counts as not reported."""
+        self._report_writer.refused(update, error)
+        self._undo_report(update)
 
-    def _restore(self, handout: DeliveredRun) -> None:
-        """A run whose end was not taken in is in its worker's hands again, until its deadline."""
-        if self._broker.lease(handout.held.work.lease.span_id, handout.held.work.lease.token) is handout.held.work:
-            handout.is_ended = False
-            self._out[handout.name] = handout
-            self._deadlines.add(handout, handout.deadline_us)
+    def _restore(self, delivered: DeliveredRun) -> None:
+        """Return a run to its worker until its deadline, because its end was not accepted."""
+        if (
+            self._session.lease(delivered.buffered.active.lease.span_id, delivered.buffered.active.lease.token)
+            is delivered.buffered.active
+        ):
+            delivered.is_ended = False
+            self._delivered[delivered.name] = delivered
+            self._deadlines.add(delivered, delivered.deadline_us)
 
-    def _end_if_over(self, held: BufferedLease) -> None:
-        if held.is_over and not held.is_left:
-            held.is_left = True
-            self._broker.forget(held.work)
+    def _end_if_over(self, buffered: BufferedLease) -> None:
+        if buffered.is_over and not buffered.is_left:
+            buffered.is_left = True
+            self._session.forget(buffered.active)
 
-    def _is_stray(self, span_id: int, token: int, span_slot: int) -> None:
-        """A run was settled by its id under a lease that may be this server's own, and in line."""
-        work = self._broker.lease(span_id, token)
-        if work is not None and span_slot in work.span_slots:
-            work.unwanted.add(list(work.span_slots).index(span_slot))
+    def _on_foreign_settled(self, span_id: int, token: int, span_slot: int) -> None:
+        """Note a run that was settled by its id under a lease that may be in this server's buffer."""
+        active = self._session.lease(span_id, token)
+        if active is not None and span_slot in active.span_slots:
+            active.cancelled_offsets.add(list(active.span_slots).index(span_slot))
 
-    # -- what nobody asks for
+    # -- deadlines and idle leases
 
     async def _tick(self) -> None:
-        """Deadlines when they are due, and what is idle, until cancelled."""
+        """Check deadlines when they are due, and idle leases regularly, until cancelled."""
         clock = self.engine.clock
         while True:
             now_us = clock.now_us()
@@ -433,30 +452,34 @@ class Dispatcher:
             try:
                 await self.tick()
             except EngineFault as error:
-                LOG.warning("the dispatcher could not do its duties", error=error.message)
+                LOG.warning("dispatcher.tick_failed", error=error.message)
             except Exception:
-                LOG.exception("the dispatcher broke in its duties")
+                LOG.exception("dispatcher.tick_crashed")
 
     async def tick(self) -> None:
-        """One round: who is overdue, and what has been in line for long."""
+        """Run one round: end overdue runs and release idle leases."""
         await self._rules.refresh()
         now_us = self.engine.clock.now_us()
-        for handout in self._deadlines.overdue(now_us, OVERDUE_MAX):
-            if handout.is_claimed:
-                self._put_back(handout)
-            elif not handout.is_ended:
+        for delivered in self._deadlines.overdue(now_us, OVERDUE_MAX):
+            if delivered.is_claimed:
+                self._put_back(delivered)
+            elif not delivered.is_ended:
                 self.overdue_count += 1
-                self._end(handout, self._overdue(handout))
+                self._end(delivered, self._overdue_outcome(delivered))
         idle_us = now_us - int(IDLE_S * 1_000_000)
-        unwanted, self._unwanted = self._unwanted, frozenset()
-        await self._give_back(lambda held: held.since_us < idle_us or held.work.lease.batch_id in unwanted)
+        cancelled_batches, self._cancelled_batches = self._cancelled_batches, frozenset()
+        await self._release(
+            lambda buffered: buffered.since_us < idle_us or buffered.active.lease.batch_id in cancelled_batches
+        )
 
-    def _overdue(self, handout: DeliveredRun) -> ReportOutcome:
-        """What a passed deadline makes of a run: it waits again, unless it may run once or was overdue too often."""
-        lease, note, attempt = handout.held.work.lease, handout.held.note, handout.attempt
+    def _overdue_outcome(self, delivered: DeliveredRun) -> ReportOutcome:
+        """Return the outcome of a run that passed its deadline: it waits again, unless it may run only once or was
+        overdue too often.
+        """
+        lease, note, attempt = delivered.buffered.active.lease, delivered.buffered.note, delivered.attempt
         overdue_count = note.overdue_count + 1
         if lease.at_most_once:
-            message = "its worker did not report in time, and it may run only once"
+            message = "the worker of an at-most-once activation did not report in time"
             return ReportOutcome(
                 FAILED, Failure(type="DeadlineExceeded", message=message, attempts=attempt).encode(), 0, ""
             )
@@ -467,17 +490,19 @@ class Dispatcher:
         after = Note(overdue_count=overdue_count, attempts_max=note.attempts_max, delay_s=note.delay_s)
         return ReportOutcome(OVERDUE, b"", 0, after.encode())
 
-    def _unwanted_now(self, reply: Heartbeat) -> None:
-        """Of some batches there are runs that nobody wants any more: what is in line of them goes back, and ends."""
-        self._unwanted = frozenset(reply.stopped) | {batch_id for batch_id, _ in reply.cancelled}
+    def _on_cancelled(self, reply: Heartbeat) -> None:
+        """Note batches that were cancelled in part or whole: their buffered runs are released at the next tick."""
+        self._cancelled_batches = frozenset(reply.stopped) | {batch_id for batch_id, _ in reply.cancelled}
 
-    async def _give_back(self, is_cut: Callable[[BufferedLease], bool]) -> None:
-        """Rule R19: what nobody has asked for goes back, for others to have."""
-        for held, span_slots in self._line.cut(is_cut):
-            lease = held.work.lease
-            if held.is_over and not held.work.count and not held.is_left:
-                held.is_left = True
-                await self._broker.end_lease(held.work, [Release(span_id=lease.span_id, token=lease.token)])
+    async def _release(self, is_selected: Callable[[BufferedLease], bool]) -> None:
+        """Release buffered runs that the caller selects by lease (R19, claims start small: idle runs are free for
+        others).
+        """
+        for buffered, span_slots in self._buffer.remove_undelivered(is_selected):
+            lease = buffered.active.lease
+            if buffered.is_over and not buffered.active.count and not buffered.is_left:
+                buffered.is_left = True
+                await self._session.end_lease(buffered.active, [Release(span_id=lease.span_id, token=lease.token)])
             else:
-                await self._broker.put(Release(span_id=lease.span_id, token=lease.token, span_slots=span_slots))
-                self._end_if_over(held)
+                await self._session.put(Release(span_id=lease.span_id, token=lease.token, span_slots=span_slots))
+                self._end_if_over(buffered)

@@ -1,8 +1,9 @@
-"""What is leased for those who ask for activations, ahead of them: as much as they ask for in a fifth of a second.
+"""The prefetcher: it leases activations ahead of the requests for them, as many as are requested in a fifth of a
+second.
 
-While many are asked for, and briskly, the next claim is made when half of the last one is used up, so that handing out
-goes on under it. Who asks when there is nothing in line shares the claims that are under way. What the store had none
-of is not asked for again until there is news, or a moment has passed.
+At a high request rate the next claim is made when half of the last one is used, so that delivery continues during the
+claim. A request that finds the buffer empty waits for the claims in flight. A filter for which the store had nothing is
+claimed for again after a notification, or after a short time.
 """
 
 from __future__ import annotations
@@ -21,35 +22,35 @@ from headrace.runtime.sessions.active_lease import ActiveLease
 from headrace.runtime.sessions.session import StoreSession
 
 AHEAD_US: Final = 200_000
-"""What is leased ahead of those who ask: as much as they ask for in this time."""
+"""Runs are leased ahead for this time, at the rate of the recent requests."""
 LONG_US: Final = 4 * AHEAD_US
 AHEAD_MIN: Final = 4
 AHEAD_MAX: Final = 2_048
-MANY: Final = 64
-"""A claim that brought so many is followed by the next before somebody waits for it; who uses few leaves the rest to
+SMALL_CLAIM: Final = 64
+"""A claim that returned this many is followed by the next before a request waits for it; smaller ones leave runs to
 other servers.
 """
 AHEAD_BYTES: Final = 64 * 1024 * 1024
-"""Payloads in line over which no more is leased than is asked for."""
+"""Buffered payloads above which no more is leased than is requested."""
 EMPTY_US: Final = 100_000
-"""How long an answer of none is good while no news comes: a delayed run tells nobody that it is due."""
+"""How long the answer "none" holds without a notification: a delayed run that becomes due causes none."""
 CLAIM_WAIT_S: Final = 5.0
-"""How long somebody who asks waits for a store that does not answer."""
-WISHES_MAX: Final = 1_024
+"""How long a request waits for a store that does not respond."""
+FILTERS_MAX: Final = 1_024
 
 
 class Prefetcher:
-    """Owned by one event loop, like its dispatcher. Fills `line`."""
+    """Fills the lease buffer. Owned by one event loop, the dispatcher's."""
 
     def __init__(
-        self, engine: Engine, broker: StoreSession, line: LeaseBuffer, *, on_ended: Callable[[], None]
+        self, engine: Engine, session: StoreSession, lease_buffer: LeaseBuffer, *, on_ended: Callable[[], None]
     ) -> None:
-        """`on_ended`: others took this server's session for dead."""
+        """`on_ended` is called when another process ended this server's session."""
         self._engine = engine
-        self._broker = broker
-        self._line = line
+        self._session = session
+        self._buffer = lease_buffer
         self._on_ended = on_ended
-        self._paces: dict[QueueFilter, RequestRate] = {}
+        self._rates: dict[QueueFilter, RequestRate] = {}
         self._claims_count = 0
         self._claiming: set[asyncio.Task[None]] = set()
         self._is_ended = False
@@ -57,127 +58,131 @@ class Prefetcher:
         self._restarting = asyncio.Lock()
 
     def session_ended(self) -> None:
-        """The next claim needs a session of its own."""
+        """Start a new session before the next claim."""
         self._is_ended = True
 
     async def close(self) -> None:
-        """Claim no more, and wait for the claims that are under way, as long as somebody who asks would."""
+        """Claim no more, and wait for the claims in flight, at most as long as a request would."""
         self._is_closed = True
-        await asyncio.gather(*map(self._claimed_for, self._paces.values()), return_exceptions=True)
+        await asyncio.gather(*map(self._wait_for_claim, self._rates.values()), return_exceptions=True)
 
-    async def refilled(self, wish: QueueFilter) -> bool:
-        """Lease more for a wish, together with whoever else waits for it; False when the store has none.
+    async def refill(self, queue_filter: QueueFilter) -> bool:
+        """Lease more runs for a filter, together with other requests for it; False if the store has none.
 
-        Raises `StoreUnavailable` when it does not answer.
+        Raises `StoreUnavailable` if the store does not respond.
         """
         if self._is_closed:
             return False
-        pace = self._pace(wish)
-        if not self._is_known_empty(pace):
-            if not pace.is_claiming:
-                self._begin(pace)
-            await self._claimed_for(pace)
-            if pace.empty_until_us == 0:
+        rate = self._rate(queue_filter)
+        if not self._is_known_empty(rate):
+            if not rate.is_claiming:
+                self._start_claim(rate)
+            await self._wait_for_claim(rate)
+            if rate.empty_until_us == 0:
                 return True
-        for other in [other for other in self._paces.values() if other.overlaps(wish)]:
-            with suppress(HeadraceError):  # what the store had none of may be on its way here
-                await self._claimed_for(other)
-        return self._line.has(wish)
+        for other in [other for other in self._rates.values() if other.overlaps(queue_filter)]:
+            with suppress(HeadraceError):  # runs that the store did not have may be part of another claim in flight
+                await self._wait_for_claim(other)
+        return self._buffer.has(queue_filter)
 
-    async def _claimed_for(self, pace: RequestRate) -> None:
-        """Wait for the claim that is under way, if there is one, and raise what it raises."""
-        if not pace.is_claiming:
+    async def _wait_for_claim(self, rate: RequestRate) -> None:
+        """Wait for the claim in flight, if there is one, and raise its error."""
+        if not rate.is_claiming:
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if not pace.waiting:
-            pace.silence = self._engine.clock.call_later(CLAIM_WAIT_S, lambda: self._answer(pace, _silent()))
-        pace.waiting.append(turn)
-        await turn
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not rate.waiting:
+            rate.silence = self._engine.clock.call_later(
+                CLAIM_WAIT_S, lambda: self._wake_waiting(rate, _store_silent())
+            )
+        rate.waiting.append(waiter)
+        await waiter
 
     @staticmethod
-    def _answer(pace: RequestRate, error: BaseException | None) -> None:
-        """All who wait for a claim wait no longer."""
-        if pace.silence is not None:
-            pace.silence.cancel()
-        waiting, pace.waiting, pace.silence = pace.waiting, [], None
-        for turn in waiting:
-            if not turn.done():
-                turn.set_result(None) if error is None else turn.set_exception(error)
+    def _wake_waiting(rate: RequestRate, error: BaseException | None) -> None:
+        """Wake all requests that wait for a claim."""
+        if rate.silence is not None:
+            rate.silence.cancel()
+        waiting, rate.waiting, rate.silence = rate.waiting, [], None
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(None) if error is None else waiter.set_exception(error)
 
-    def half_used(self, pace: RequestRate) -> None:
-        """Half of what was claimed for a wish is out: claim more under the other half, if that was brisk."""
-        is_full = self._line.bytes_count > AHEAD_BYTES
-        is_brisk = pace.lasts_us(self._engine.clock.now_us()) <= LONG_US
-        if is_brisk and not (pace.is_claiming or is_full or self._is_closed or self._is_known_empty(pace)):
-            self._begin(pace)
+    def on_half_used(self, rate: RequestRate) -> None:
+        """Claim more when half of a claim was delivered, if the requests come fast."""
+        is_full = self._buffer.bytes_count > AHEAD_BYTES
+        is_fast = rate.lasts_us(self._engine.clock.now_us()) <= LONG_US
+        if is_fast and not (rate.is_claiming or is_full or self._is_closed or self._is_known_empty(rate)):
+            self._start_claim(rate)
 
-    def _is_known_empty(self, pace: RequestRate) -> bool:
-        is_news = pace.empty_rings != self._engine.wakeup.notified_count
-        return not is_news and self._engine.clock.now_us() < pace.empty_until_us
+    def _is_known_empty(self, rate: RequestRate) -> bool:
+        is_notified = rate.empty_rings != self._engine.wakeup.notified_count
+        return not is_notified and self._engine.clock.now_us() < rate.empty_until_us
 
-    def _pace(self, wish: QueueFilter) -> RequestRate:
-        pace = self._paces.get(wish)
-        if pace is None:
-            if len(self._paces) >= WISHES_MAX:  # workers name few; whoever names more starts anew
-                self._paces = {known: one for known, one in self._paces.items() if one.is_claiming}
-            pace = self._paces[wish] = RequestRate(wish, AHEAD_MIN)
-        return pace
+    def _rate(self, queue_filter: QueueFilter) -> RequestRate:
+        rate = self._rates.get(queue_filter)
+        if rate is None:
+            if len(self._rates) >= FILTERS_MAX:  # workers use few filters; a peer that uses more resets the rates
+                self._rates = {known: known_rate for known, known_rate in self._rates.items() if known_rate.is_claiming}
+            rate = self._rates[queue_filter] = RequestRate(queue_filter, AHEAD_MIN)
+        return rate
 
-    def _begin(self, pace: RequestRate) -> None:
-        pace.is_claiming = True
-        claiming = asyncio.create_task(self._claim(pace), name="headrace-claim")
+    def _start_claim(self, rate: RequestRate) -> None:
+        rate.is_claiming = True
+        claiming = asyncio.create_task(self._claim(rate), name="headrace-claim")
         self._claiming.add(claiming)
-        claiming.add_done_callback(partial(self._ended, pace))
+        claiming.add_done_callback(partial(self._on_claim_end, rate))
 
-    def _ended(self, pace: RequestRate, claiming: asyncio.Task[None]) -> None:
-        """However a claim ended, who waits is told; who waits for nobody's answer need not hear of an error."""
+    def _on_claim_end(self, rate: RequestRate, claiming: asyncio.Task[None]) -> None:
+        """Wake the requests that wait, however the claim ended; an error without waiting requests is dropped."""
         self._claiming.discard(claiming)
-        pace.is_claiming = False
-        self._answer(pace, _silent() if claiming.cancelled() else claiming.exception())
+        rate.is_claiming = False
+        self._wake_waiting(rate, _store_silent() if claiming.cancelled() else claiming.exception())
 
-    async def _claim(self, pace: RequestRate) -> None:
+    async def _claim(self, rate: RequestRate) -> None:
         notified_count, clock = self._engine.wakeup.notified_count, self._engine.clock
-        await asyncio.sleep(0)  # whoever asks in this turn of the loop shares the claim
-        self._adjust(pace, clock.now_us())
-        ahead = 0 if self._line.bytes_count > AHEAD_BYTES else pace.ahead_count
-        runs_max = max(len(pace.waiting), ahead, 1)
-        works = await self._claimed(pace.wish, runs_max)
-        for work in works:
+        await asyncio.sleep(0)  # requests of the same turn of the event loop share the claim
+        self._adjust(rate, clock.now_us())
+        ahead = 0 if self._buffer.bytes_count > AHEAD_BYTES else rate.ahead_count
+        runs_max = max(len(rate.waiting), ahead, 1)
+        leases = await self._claimed(rate.queue_filter, runs_max)
+        for work in leases:
             self._claims_count += 1
-            self._line.add(BufferedLease(work, self._claims_count, clock.now_us(), pace))
-        count = sum(work.count for work in works)
-        pace.leased(count, is_more=count >= max(runs_max, MANY))
-        pace.empty_until_us = 0 if works else clock.now_us() + EMPTY_US
-        pace.empty_rings = notified_count
+            self._buffer.add(BufferedLease(work, self._claims_count, clock.now_us(), rate))
+        count = sum(work.count for work in leases)
+        rate.leased(count, is_more=count >= max(runs_max, SMALL_CLAIM))
+        rate.empty_until_us = 0 if leases else clock.now_us() + EMPTY_US
+        rate.empty_rings = notified_count
 
     @staticmethod
-    def _adjust(pace: RequestRate, now_us: int) -> None:
-        """What lasts less than `AHEAD_US` should have been twice as much, what lasts long half."""
-        lasts_us = pace.lasts_us(now_us)
+    def _adjust(rate: RequestRate, now_us: int) -> None:
+        """Adapt the number of runs leased ahead: double it if it lasted less than `AHEAD_US`, halve it if it lasted
+        long.
+        """
+        lasts_us = rate.lasts_us(now_us)
         if lasts_us < AHEAD_US:
-            pace.ahead_count = min(pace.ahead_count * 2, AHEAD_MAX)
+            rate.ahead_count = min(rate.ahead_count * 2, AHEAD_MAX)
         elif lasts_us > LONG_US:
-            pace.ahead_count = max(pace.ahead_count // 2, AHEAD_MIN)
-        pace.claimed_us = now_us
+            rate.ahead_count = max(rate.ahead_count // 2, AHEAD_MIN)
+        rate.claimed_us = now_us
 
-    async def _claimed(self, wish: QueueFilter, runs_max: int) -> list[ActiveLease]:
-        await self._live()
+    async def _claimed(self, queue_filter: QueueFilter, runs_max: int) -> list[ActiveLease]:
+        await self._ensure_session()
         try:
-            return await self._broker.claim([LANE], wish.queues, runs_max, queue_prefix=wish.prefix)
+            return await self._session.claim([LANE], queue_filter.queues, runs_max, queue_prefix=queue_filter.prefix)
         except SessionEnded:
             self._on_ended()
-            await self._live()
-            return await self._broker.claim([LANE], wish.queues, runs_max, queue_prefix=wish.prefix)
+            await self._ensure_session()
+            return await self._session.claim([LANE], queue_filter.queues, runs_max, queue_prefix=queue_filter.prefix)
 
-    async def _live(self) -> None:
-        """A session of this server's own, again when others took it for dead."""
+    async def _ensure_session(self) -> None:
+        """Start a new session if another process ended this server's."""
         if not self._is_ended:
             return
         async with self._restarting:
             if self._is_ended:
-                await self._broker.restart()
+                await self._session.restart()
                 self._is_ended = False
 
 
-def _silent() -> StoreUnavailable:
-    return StoreUnavailable("the store does not answer", hint="ask again in a moment")
+def _store_silent() -> StoreUnavailable:
+    return StoreUnavailable("the store does not respond", hint="retry later")

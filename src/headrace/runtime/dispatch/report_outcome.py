@@ -1,4 +1,4 @@
-"""What a report makes of a run, and who waits until that is durable."""
+"""The outcome that a report gives to a run, and the reporter that waits until it is durable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ DELAY_S_MAX: Final = 365 * 86_400
 
 
 class ActivationReport(msgspec.Struct, frozen=True):
-    """How an attempt ended: `state` is completed, failed or retry. The rest is what a retry may change for the next."""
+    """How an attempt ended: `state` is completed, failed or retry. The other fields change the next attempt of a
+    retry.
+    """
 
     name: str
     state: str
@@ -28,9 +30,9 @@ class ActivationReport(msgspec.Struct, frozen=True):
 
 
 class ReportWaiter:
-    """What somebody waits for: so many reports, all of them durable or one of them refused.
+    """A reporter that waits until all of its reports are durable, or one of them is refused.
 
-    One future for all that were reported together: a batch of reports is waited for once.
+    One future serves all reports of a call.
     """
 
     __slots__ = ("_error", "_left_count", "future")
@@ -41,7 +43,7 @@ class ReportWaiter:
         self._error: HeadraceError | None = None
 
     def ended(self, error: HeadraceError | None = None) -> None:
-        """One of them is durable, or the store refuses it for good."""
+        """Count one report as durable, or as refused with `error`."""
         self._error = self._error or error
         self._left_count -= 1
         if self._left_count or self.future.done():
@@ -53,7 +55,7 @@ class ReportWaiter:
 
 
 class ReportOutcome(NamedTuple):
-    """What a report makes of a run."""
+    """The outcome that a report gives to a run."""
 
     code: int
     result: bytes
@@ -62,24 +64,24 @@ class ReportOutcome(NamedTuple):
 
 
 COMPLETE: Final = ReportOutcome(COMPLETED, b"null", 0, "")
-"""What an activation comes to that is reported as completed: its worker reports no result."""
+"""Outcome of an activation that is reported as completed: its worker reports no result."""
 
 
 def unsuccessful_outcome(
     report: ActivationReport, *, attempt: int, at_most_once: bool, note: Note, delay_ms: int, clock: Clock
 ) -> ReportOutcome:
-    """What a report of anything else makes of a run.
+    """Return the outcome of a report other than completed.
 
-    `delay_ms`: between attempts, as the activation itself says, unless a report said otherwise.
+    `delay_ms`: the activation's own delay between attempts, unless a report changed it.
     """
     if report.state == "failed" or at_most_once:
-        message = "its worker reported that it failed"
+        message = "the worker reported a failure"
         if report.state != "failed":
-            message = "its worker asked for a retry, and it may run only once"
+            message = "the worker asked for a retry of an at-most-once activation"
         return ReportOutcome(FAILED, Failure(type="TaskFailed", message=message, attempts=attempt).encode(), 0, "")
     attempts_max = note.attempts_max if report.attempts_max is None else report.attempts_max
     delay_s = note.delay_s if report.delay_s is None else report.delay_s
     wait_us = delay_ms * 1_000 if delay_s is None else min(delay_s, DELAY_S_MAX) * SECOND_US
-    error = Failure(type="TaskFailed", message="its worker asked for a retry", attempts=attempt)
+    error = Failure(type="TaskFailed", message="the worker asked for a retry", attempts=attempt)
     after = Note(attempts_max=attempts_max, delay_s=delay_s)
     return ReportOutcome(RETRY, error.encode(), clock.now_us() + wait_us if wait_us else 0, after.encode())

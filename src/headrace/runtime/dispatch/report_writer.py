@@ -1,8 +1,9 @@
-"""What workers report of activations, on its way into the store: by lease where that is here, by id where it is not.
+"""Writes the reports of workers into the store: by lease if this server delivered the run, by id otherwise.
 
-Rule R6: a report carries an id only. One whose run was handed out here is settled under that lease; any other is looked
-for by its id among the leases of all servers, and settled under the token that stands there, when the id names the very
-delivery that is under way. What names none is a repeat, or came too late, and changes nothing.
+R6 (a report by id is fenced by its delivery): a report carries only an id. A run that was delivered here is settled
+under its lease. Any other is looked up by its id among the leases of all servers, and settled under the current token
+if the id names the delivery that is in flight. A report that names no such delivery is a repetition or late, and
+changes nothing.
 """
 
 from __future__ import annotations
@@ -30,127 +31,133 @@ from headrace.store.protocol import Lease
 
 LOG: Any = structlog.get_logger("headrace.reports")
 _SPAN_SLOT: Final = attrgetter("span_slot")
-STRAY_PART_NO: Final = 1 << 30
-"""Where the numbers of settlements by id begin: a lease's holder numbers its own from 0."""
+FOREIGN_PART_NO: Final = 1 << 30
+"""First part number of settlements by id; the holder of a lease numbers its own parts from 0."""
 
 
 class ForeignReport(NamedTuple):
-    """A report of what is not in anybody's hands here."""
+    """A report of an activation that this server did not deliver."""
 
     report: ActivationReport
-    answer: ReportWaiter | None
+    waiter: ReportWaiter | None
 
 
 class FoundLease(NamedTuple):
-    """What a stray makes of a run, under the lease that it was found in."""
+    """The outcome of a foreign report, with the lease it was found under."""
 
     span_id: int
     token: int
     span_slot: int
-    verdict: ReportOutcome
+    outcome: ReportOutcome
 
 
 ReportUpdate = DeliveredRun | ForeignReport
-"""A run in somebody's hands here whose end was reported, or a report of another one."""
+"""A run delivered here whose end was reported, or a foreign report."""
 
 
 class ReportWriter:
-    """The flush of a `Flusher[Update]`: one transaction for what it is given, safe to repeat."""
+    """The flush function of a `Flusher[ReportUpdate]`: one transaction per call, safe to repeat."""
 
     def __init__(
-        self, engine: Engine, *, landed: Callable[[BufferedLease, int], None], is_stray: Callable[[int, int, int], None]
+        self,
+        engine: Engine,
+        *,
+        on_written: Callable[[BufferedLease, int], None],
+        on_foreign_settled: Callable[[int, int, int], None],
     ) -> None:
-        """`landed`: so many outcomes under a lease are durable. `is_stray`: a run was settled by id under
-        `(span id, token, place)`.
+        """`landed` gets the number of outcomes of a lease that are durable. `is_stray` is called for a run that was
+        settled by id, with `(span id, token, span slot)`.
         """
         self._engine = engine
-        self._landed = landed
-        self._is_stray = is_stray
+        self._on_written = on_written
+        self._on_foreign_settled = on_foreign_settled
         self.late_count = 0
-        self.stray_count = 0
+        self.foreign_count = 0
 
     async def flush(self, updates: Sequence[ReportUpdate]) -> None:
-        """Write all of it, and answer those who wait."""
+        """Write all updates, then wake their reporters."""
         by_lease: dict[BufferedLease, list[DeliveredRun]] = {}
-        strays = []
+        foreign_reports = []
         for update in updates:
             if isinstance(update, ForeignReport):
-                strays.append(update)
+                foreign_reports.append(update)
             else:
-                by_lease.setdefault(update.held, []).append(update)
-        found = await self._found(strays) if strays else []
-        settlements = [_settlement(held.work.lease, runs[0].part_no, runs) for held, runs in by_lease.items()]
-        settlements += [_settlement(one, STRAY_PART_NO + one.span_slot, [one]) for one in found]
+                by_lease.setdefault(update.buffered, []).append(update)
+        found = await self._find_leases(foreign_reports) if foreign_reports else []
+        settlements = [_settlement(buffered.active.lease, runs[0].part_no, runs) for buffered, runs in by_lease.items()]
+        settlements += [
+            _settlement(found_lease, FOREIGN_PART_NO + found_lease.span_slot, [found_lease]) for found_lease in found
+        ]
         if settlements:
             store, now_us = self._engine.store, self._engine.clock.now_us()
-            words = await store.settle(settlements, now_us=now_us)
-            self._count(settlements, words)
+            results = await store.settle(settlements, now_us=now_us)
+            self._count(settlements, results)
             self._engine.recorded.notify()
             if any(settlement.notes for settlement in settlements):
                 self._engine.wakeup.notify()
-        for held, runs in by_lease.items():
-            self._landed(held, len(runs))
-        for one in found:
-            self._is_stray(one.span_id, one.token, one.span_slot)
+        for buffered, runs in by_lease.items():
+            self._on_written(buffered, len(runs))
+        for found_lease in found:
+            self._on_foreign_settled(found_lease.span_id, found_lease.token, found_lease.span_slot)
         for update in updates:
-            if update.answer is not None:
-                update.answer.ended()
+            if update.waiter is not None:
+                update.waiter.ended()
 
-    def _count(self, settlements: Sequence[Settlement], words: Sequence[str]) -> None:
-        for settlement, word in zip(settlements, words, strict=True):
-            if word == LOST:
+    def _count(self, settlements: Sequence[Settlement], results: Sequence[str]) -> None:
+        for settlement, result in zip(settlements, results, strict=True):
+            if result == LOST:
                 self.late_count += len(settlement.codes)
-                LOG.info("reports came too late: the lease was lost", runs=len(settlement.codes))
+                LOG.info("report.late", runs=len(settlement.codes))
 
-    async def _found(self, strays: Sequence[ForeignReport]) -> list[FoundLease]:
-        """The strays whose delivery is under way somewhere, under the lease that stands there."""
+    async def _find_leases(self, foreign_reports: Sequence[ForeignReport]) -> list[FoundLease]:
+        """Return the foreign reports whose delivery is in flight on some server, with its current lease."""
         engine = self._engine
         by_delivery: dict[Delivery, ForeignReport] = {}
-        for stray in strays:
-            by_delivery.setdefault(delivery_of(stray.report.name), stray)
+        for sent in foreign_reports:
+            by_delivery.setdefault(delivery_of(sent.report.name), sent)
         keys = [delivery.id for delivery in by_delivery]
         found = []
         for lease in await engine.maintenance.named_leases(engine.environment, LANE, keys):
             note = note_of(lease.note)
-            of_it = by_delivery.get(Delivery(lease.key, lease.attempt, note.overdue_count))
-            if of_it is None:
+            foreign = by_delivery.get(Delivery(lease.key, lease.attempt, note.overdue_count))
+            if foreign is None:
                 continue
-            verdict = COMPLETE
-            if of_it.report.state != "completed":
-                verdict = unsuccessful_outcome(
-                    of_it.report,
+            outcome = COMPLETE
+            if foreign.report.state != "completed":
+                outcome = unsuccessful_outcome(
+                    foreign.report,
                     attempt=lease.attempt,
                     at_most_once=lease.at_most_once,
                     note=note,
                     delay_ms=lease.extra.retry_delay_ms,
                     clock=engine.clock,
                 )
-            found.append(FoundLease(lease.span_id, lease.token, lease.span_slot, verdict))
-        self.stray_count += len(found)
-        self.late_count += len(strays) - len(found)
+            found.append(FoundLease(lease.span_id, lease.token, lease.span_slot, outcome))
+        self.foreign_count += len(found)
+        self.late_count += len(foreign_reports) - len(found)
         return found
 
     @staticmethod
     def refused(update: ReportUpdate, error: HeadraceError) -> None:
-        """The store refuses an update for good."""
-        LOG.error("the store refuses a report for good", error=str(error))
-        if update.answer is not None:
-            update.answer.ended(error)
+        """Log a report that the store refuses, and pass the error to its reporter."""
+        LOG.error("report.refused", error=str(error))
+        if update.waiter is not None:
+            update.waiter.ended(error)
 
 
 def _settlement(lease: Lease | FoundLease, part_no: int, runs: Sequence[DeliveredRun | FoundLease]) -> Settlement:
-    """Of runs of one lease, in the order they have there."""
-    told = sorted(runs, key=_SPAN_SLOT)
-    verdicts = [one.verdict for one in told]
-    returning = [verdict for verdict in verdicts if verdict.code in RETURNING]
+    """Return the settlement of runs of one lease, in the order of their slots."""
+    ordered_runs = sorted(runs, key=_SPAN_SLOT)
+    outcomes = [run.outcome for run in ordered_runs]
+    returning = [outcome for outcome in outcomes if outcome.code in RETURNING]
     return Settlement(
         span_id=lease.span_id,
         token=lease.token,
         part_no=part_no,
-        span_slots=encode_uint16s(map(_SPAN_SLOT, told)),
-        codes=bytes([verdict.code for verdict in verdicts]),
-        results=pack([verdict.result for verdict in verdicts]),
-        dues_us=tuple(verdict.due_us for verdict in returning if verdict.code == RETRY),
-        notes=tuple(verdict.note for verdict in returning),
+        span_slots=encode_uint16s(map(_SPAN_SLOT, ordered_runs)),
+        codes=bytes([outcome.code for outcome in outcomes]),
+        results=pack([outcome.result for outcome in outcomes]),
+        dues_us=tuple(outcome.due_us for outcome in returning if outcome.code == RETRY),
+        notes=tuple(outcome.note for outcome in returning),
         is_shared=True,
     )

@@ -1,4 +1,4 @@
-"""The rules of an environment, as fresh as a poll interval; a store that does not answer leaves them as they were."""
+"""The rules of an environment, cached for a poll interval. While the store does not respond, the old rules stay."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ TRIES_MAX: Final = 20
 
 
 async def change_rules(engine: Engine, name: str, change: Callable[[Rules], bytes]) -> Rules:
-    """Change what is decided under a name, on top of what others decide at the same time; answers all rules after it.
+    """Change the rules under a name, on top of concurrent changes; return all rules after the change.
 
-    What changes nothing writes nothing. Raises `Conflict` when others are faster again and again.
+    A change without effect writes nothing. Raises `Conflict` if other writers are faster again and again.
     """
     store, environment = engine.store, engine.environment
     for _ in range(TRIES_MAX):
-        kept = await store.rules(environment)
-        value = change(rules_of(kept))
-        after = rules_of(kept | {name: value})
-        if after == rules_of(kept) or await store.keep_rules(environment, name, value, before=kept.get(name)):
+        stored = await store.rules(environment)
+        value = change(rules_of(stored))
+        after = rules_of(stored | {name: value})
+        if after == rules_of(stored) or await store.keep_rules(environment, name, value, before=stored.get(name)):
             return after
-    raise Conflict(f"others change the {name} all the time", hint="try again in a moment")
+    raise Conflict(
+        f"the {name} could not be changed: other writers changed it at the same time", hint="run the command again"
+    )
 
 
 class RuleCache:
-    """Looked at often, read seldom. Owned by one event loop."""
+    """The rules, read often and refreshed seldom. Owned by one event loop."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -41,7 +43,7 @@ class RuleCache:
         self.rules: Rules = NO_RULES
 
     async def refresh(self) -> Rules:
-        """The rules, read anew when they are older than a poll interval."""
+        """Return the rules, read again if they are older than a poll interval."""
         engine = self._engine
         async with self._reading:
             now_us = engine.clock.now_us()
@@ -51,5 +53,5 @@ class RuleCache:
             try:
                 self.rules = rules_of(await engine.store.rules(engine.environment))
             except HeadraceError as error:
-                LOG.warning("the rules stay as they were", error=error.message)
+                LOG.warning("rules.refresh_failed", error=error.message)
             return self.rules

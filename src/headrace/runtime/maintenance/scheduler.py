@@ -1,9 +1,9 @@
-"""Turns the ticks of schedules into runs, once each however many processes do it.
+"""The scheduler: it turns the ticks of schedules into runs, each tick once for any number of processes.
 
-Every worker of an app does this, and none of them leads: all know the same rules, so all name the same ticks, and who
-moves a schedule on in the store is the one who enqueues (`store.tick`, one transaction). The others are told where it
-stands. An answer that was lost therefore costs a question and never a run, and a store that is away makes ticks late:
-they are asked for again until they are dealt with.
+Every worker of an app runs it, without a leader. All of them know the same rules and so compute the same ticks. The
+process that advances a schedule in the store also enqueues its run (`store.tick`, one transaction); the others get the
+schedule's new position. A lost answer therefore costs one more request and never a run. While the store is unreachable
+ticks are late; they are retried until they are handled.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from headrace.store.protocol import Tick
 LOG: Any = structlog.get_logger("headrace.scheduler")
 PAUSE_MIN_S: Final = 0.001
 PAUSE_MAX_S: Final = 30.0
-"""Longest without a look at the clock, which a heartbeat may have put forward."""
+"""Longest pause between two readings of the clock, which a heartbeat may have moved forward."""
 
 RETRY_S: Final = 1.0
 
 
 @dataclass(slots=True)
 class _ScheduleState:
-    """A schedule, up to where its ticks are dealt with, and whether the store has another one of this name."""
+    """A schedule, the time up to which its ticks are handled, and whether the store has another version of it."""
 
     spec: ScheduleSpec
     last_us: int
     next_us: int | None
     is_replaced: bool = False
 
-    def move(self, last_us: int) -> None:
-        """Ticks are dealt with up to here."""
+    def advance(self, last_us: int) -> None:
+        """Note that ticks are handled up to `last_us`."""
         self.last_us, self.next_us = last_us, self.spec.rule.after(last_us)
 
 
@@ -48,86 +48,87 @@ class Scheduler:
     def __init__(self, engine: Engine, registry: Registry) -> None:
         self._engine = engine
         self._registry = registry
-        self._standings: list[_ScheduleState] | None = None
+        self._states: list[_ScheduleState] | None = None
 
     async def run(self) -> None:
-        """Tick until cancelled."""
+        """Run until cancelled."""
         while True:
             await self._engine.clock.sleep(await self.round())
 
     async def round(self) -> float:
-        """Enqueue what is due; answers how many seconds later to come again."""
+        """Enqueue the due ticks; return the seconds until the next round."""
         try:
-            if self._standings is None:
-                await self._keep()
+            if self._states is None:
+                await self._register()
         except HeadraceError as error:
-            LOG.warning("schedules could not be made known", error=str(error))
+            LOG.warning("schedule.registration_failed", error=str(error))
             return RETRY_S
-        return max(PAUSE_MIN_S, min([PAUSE_MAX_S, *[await self._served(one) for one in self._standings or ()]]))
+        return max(PAUSE_MIN_S, min([PAUSE_MAX_S, *[await self._enqueue_due(state) for state in self._states or ()]]))
 
-    async def _keep(self) -> None:
-        """Make the schedules of this code known, and learn where they stand."""
+    async def _register(self) -> None:
+        """Register the schedules of this code, and load their positions."""
         engine, specs = self._engine, self._registry.schedules
-        own = [spec.record(engine.environment, self._registry.app) for spec in specs.values()]
-        known = await engine.store.keep_schedules(
-            engine.environment, self._registry.app, own, now_us=engine.clock.now_us()
+        records = [spec.record(engine.environment, self._registry.app) for spec in specs.values()]
+        stored_schedules = await engine.store.keep_schedules(
+            engine.environment, self._registry.app, records, now_us=engine.clock.now_us()
         )
-        self._standings = [
-            _ScheduleState(specs[one.name], one.last_us, specs[one.name].rule.after(one.last_us)) for one in known
+        self._states = [
+            _ScheduleState(specs[stored.name], stored.last_us, specs[stored.name].rule.after(stored.last_us))
+            for stored in stored_schedules
         ]
 
-    async def _served(self, one: _ScheduleState) -> float:
-        """Enqueue what is due of one schedule; answers the seconds until its next tick."""
+    async def _enqueue_due(self, state: _ScheduleState) -> float:
+        """Enqueue the due ticks of one schedule; return the seconds until its next tick."""
         try:
-            while one.next_us is not None and one.next_us <= self._engine.clock.now_us():
-                await self._move_on(one)
+            while state.next_us is not None and state.next_us <= self._engine.clock.now_us():
+                await self._handle_due(state)
         except HeadraceError as error:
-            LOG.warning("a tick could not be enqueued", schedule=one.spec.name, error=str(error))
+            LOG.warning("schedule.tick_failed", schedule=state.spec.name, error=str(error))
             return RETRY_S
         except Exception:
-            LOG.exception("a schedule broke", schedule=one.spec.name)
+            LOG.exception("schedule.crashed", schedule=state.spec.name)
             return RETRY_S
-        return PAUSE_MAX_S if one.next_us is None else (one.next_us - self._engine.clock.now_us()) / 1_000_000
+        return PAUSE_MAX_S if state.next_us is None else (state.next_us - self._engine.clock.now_us()) / 1_000_000
 
-    async def _move_on(self, one: _ScheduleState) -> None:
-        """Deal with the ticks that are due now."""
-        engine, spec = self._engine, one.spec
+    async def _handle_due(self, state: _ScheduleState) -> None:
+        """Handle the ticks that are due now."""
+        engine, spec = self._engine, state.spec
         now_us = engine.clock.now_us()
-        found = due(
+        due_ticks = due(
             spec.rule,
-            after_us=one.last_us,
+            after_us=state.last_us,
             now_us=now_us,
             catch_up=spec.catch_up,
             grace_us=engine.limits.schedule_grace_ms * 1_000,
             ticks_max=engine.limits.schedule_ticks_max,
         )
-        assert found is not None, "the clock of an engine never goes back"
-        wanted = Tick(
+        assert due_ticks is not None, "the clock of an engine never goes back"
+        tick = Tick(
             name=spec.name,
             expression=spec.rule.expression,
             zone=spec.rule.zone,
-            last_us=one.last_us,
-            until_us=found.until_us,
-            runs=[spec.run(engine, tick_us) for tick_us in found.ticks_us],
+            last_us=state.last_us,
+            until_us=due_ticks.until_us,
+            runs=[spec.run(engine, tick_us) for tick_us in due_ticks.ticks_us],
         )
-        told = await engine.store.tick(engine.environment, wanted, now_us=now_us)
-        if told.is_ours and found.ticks_us:
+        result = await engine.store.tick(engine.environment, tick, now_us=now_us)
+        if result.is_ours and due_ticks.ticks_us:
             engine.wakeup.notify()
-        if told.is_ours and found.missed_count:
-            LOG.warning("ticks were missed and are passed over", schedule=spec.name, count=found.missed_count)
-        stands = told.schedule
-        if stands is None:  # somebody deleted it: it begins again
-            self._standings, one.next_us = None, None
+        if result.is_ours and due_ticks.missed_count:
+            LOG.warning("schedule.ticks_missed", schedule=spec.name, count=due_ticks.missed_count)
+        stored = result.schedule
+        if stored is None:  # it was deleted: register it again
+            self._states, state.next_us = None, None
             return
-        was_replaced, one.is_replaced = (
-            one.is_replaced,
-            (stands.expression, stands.zone)
+        was_replaced, state.is_replaced = (
+            state.is_replaced,
+            (stored.expression, stored.zone)
             != (
-                wanted.expression,
-                wanted.zone,
+                tick.expression,
+                tick.zone,
             ),
         )
-        if one.is_replaced and not was_replaced:
-            LOG.warning("another version of a schedule is in force; this one waits", schedule=spec.name)
-        # One that waits still looks at each of its ticks: when the other version is taken back, it goes on.
-        one.move(found.until_us if one.is_replaced else stands.last_us)
+        if state.is_replaced and not was_replaced:
+            LOG.warning("schedule.replaced", schedule=spec.name)
+        # A replaced schedule still checks each of its ticks, and resumes once the other version is withdrawn.
+        state.advance(due_ticks.until_us if state.is_replaced else stored.last_us)

@@ -1,9 +1,9 @@
-"""What must happen though nobody asks for it: each duty a short function in a listed order, done in bounded steps.
+"""Upkeep: the duties that no request triggers, each a short function, done in bounded steps and in a fixed order.
 
-Every process with a broker does upkeep, and the store hands each duty to one of them at a time: whoever takes a due
-duty has it until its deadline, and when it is done it is due again an interval later, for whoever looks first. No
-leader is elected; a process that dies over a duty loses it at the deadline. Only what hangs on the machine (whose
-process died here) is everybody's own.
+Every process with a session does upkeep, and the store gives each duty to one of them at a time. The process that takes
+a due duty has it until the duty's deadline. When it is done, it is due again after an interval, for the process that
+checks first. There is no leader; a process that ends during a duty loses it at the deadline. Only recovery of this
+machine's own processes is done by every process.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import MINUTE_MS, SECOND_MS
 from headrace.runtime.engine import DutyStats, Engine
 from headrace.runtime.sessions.recovery import recover_here, recover_silent
-from headrace.store.client_uploads import FOLDER as PACKETS
+from headrace.store.client_uploads import FOLDER as UPLOADS_FOLDER
 
 LOG: Any = structlog.get_logger("headrace.upkeep")
 ROWS_MAX: Final = 1_000
 BATCHES_MAX: Final = 10
 ORPHAN_PAGE: Final = 500
 ORPHANS_EVERY_MS: Final = 5 * MINUTE_MS
-"""Between two looks at the object store, which is slower to list than a table."""
+"""Between two listings of the object store, which is slower to list than a table."""
 
 PAUSE_MIN_S: Final = 0.01
 
 
 class Duty(NamedTuple):
-    """One thing that must be done. `work` answers how much it moved, and when it is due again (0: at its interval).
+    """One duty. `work` returns how much it changed, and when it is due again (0: after its interval).
 
-    `deadline_ms` after it was begun it is given up, and free for others. `is_shared`: one process does it for all.
+    It is given up `deadline_ms` after its start, and is free for other processes then. `is_shared`: one process does it
+    for all.
     """
 
     name: str
@@ -48,10 +49,10 @@ class Duty(NamedTuple):
 
 
 class Upkeep:
-    """Does every duty that is due; one that fails is logged and keeps no other from its own."""
+    """Does every duty that is due; a duty that fails is logged and does not prevent the others."""
 
     def __init__(self, engine: Engine, session_id: Callable[[], str] = str) -> None:
-        """`session_id` answers the session of this process, which is not looked at for signs of life; "" is none."""
+        """`session_id` returns the session of this process, which recovery skips; "" for none."""
         self._engine = engine
         self._session_id = session_id
         self._holder = new_session_id(engine.clock.now_us())
@@ -71,7 +72,7 @@ class Upkeep:
             self.stats.setdefault(duty.name, DutyStats())
 
     async def run(self) -> None:
-        """Rounds until cancelled: one an interval, and one when a duty is due before that."""
+        """Run rounds until cancelled: one per interval, and one when a duty is due earlier."""
         clock, interval_ms = self._engine.clock, self._engine.limits.upkeep_interval_ms
         self._next_us = clock.now_us() + interval_ms * 1_000
         while True:
@@ -79,24 +80,24 @@ class Upkeep:
             await self.round()
 
     async def round(self) -> None:
-        """Every duty that is due and that nobody else does, once."""
+        """Do every duty once that is due and that no other process does."""
         engine = self._engine
         self._next_us = engine.clock.now_us() + engine.limits.upkeep_interval_ms * 1_000
-        if not engine.is_maintained_here:  # a server keeps the store, and does these duties
+        if not engine.is_maintained_here:  # the server that keeps the store does these duties
             return
         try:
             free_us = await engine.maintenance.duties()
         except HeadraceError as error:
-            LOG.warning("upkeep could not look at its duties", error=str(error))
+            LOG.warning("upkeep.duties_unreadable", error=str(error))
             return
         for duty in self.duties:
             if not duty.is_shared:
-                await self._done(duty)
-            elif await self._is_taken(duty, free_us.get(duty.name, 0)):
-                await self._free(duty, await self._done(duty))
+                await self._do(duty)
+            elif await self._take_if_due(duty, free_us.get(duty.name, 0)):
+                await self._release(duty, await self._do(duty))
 
-    async def _is_taken(self, duty: Duty, free_us: int) -> bool:
-        """Whether the duty is due and this process's from now on."""
+    async def _take_if_due(self, duty: Duty, free_us: int) -> bool:
+        """Take a duty if it is due; True if this process has it."""
         now_us = self._engine.clock.now_us()
         if free_us > now_us:
             self._next_us = min(self._next_us, free_us)
@@ -106,18 +107,18 @@ class Upkeep:
                 duty.name, self._holder, free_us=now_us + duty.deadline_ms * 1_000, now_us=now_us
             )
         except HeadraceError as error:
-            LOG.warning("upkeep could not take a duty", duty=duty.name, error=str(error))
+            LOG.warning("upkeep.take_failed", duty=duty.name, error=str(error))
             return False
 
-    async def _free(self, duty: Duty, due_us: int) -> None:
+    async def _release(self, duty: Duty, due_us: int) -> None:
         self._next_us = min(self._next_us, due_us)
         try:
             await self._engine.maintenance.end_duty(duty.name, self._holder, free_us=due_us)
         except HeadraceError as error:  # it is free again at its deadline
-            LOG.warning("upkeep could not hand a duty back", duty=duty.name, error=str(error))
+            LOG.warning("upkeep.release_failed", duty=duty.name, error=str(error))
 
-    async def _done(self, duty: Duty) -> int:
-        """Do a duty within its deadline; answers when it is due again."""
+    async def _do(self, duty: Duty) -> int:
+        """Do a duty within its deadline; return when it is due again."""
         clock, stats, began = self._engine.clock, self.stats[duty.name], perf_counter()
         due_us = 0
         over = asyncio.Event()
@@ -130,13 +131,13 @@ class Upkeep:
             stats.moved_count += moved_count
         except asyncio.InvalidStateError:  # the deadline came first
             stats.failed_count += 1
-            LOG.warning("upkeep gave a duty up", duty=duty.name, deadline_ms=duty.deadline_ms)
+            LOG.warning("upkeep.deadline_exceeded", duty=duty.name, deadline_ms=duty.deadline_ms)
         except HeadraceError as error:
             stats.failed_count += 1
-            LOG.warning("upkeep could not do a duty", duty=duty.name, error=str(error))
+            LOG.warning("upkeep.duty_failed", duty=duty.name, error=str(error))
         except Exception:
             stats.failed_count += 1
-            LOG.exception("upkeep broke in a duty", duty=duty.name)
+            LOG.exception("upkeep.duty_crashed", duty=duty.name)
         finally:
             if not working.done():
                 working.cancel()
@@ -145,14 +146,14 @@ class Upkeep:
         usual_us = clock.now_us() + duty.interval_ms * 1_000
         return min(usual_us, due_us) if due_us else usual_us
 
-    # -- the duties
+    # -- duties
 
     async def _recover_here(self) -> tuple[int, int]:
-        """Leases of processes that died on this machine go back, at once."""
+        """Recover the leases of processes that ended on this machine, at once."""
         return await recover_here(self._engine, self._session_id()), 0
 
     async def _recover_silent(self) -> tuple[int, int]:
-        """Leases of processes that fell silent go back; due again when the next one may count as silent."""
+        """Recover the leases of sessions without heartbeats; due again when the next one may lapse."""
         return await recover_silent(self._engine, self._session_id())
 
     async def _sweep(self) -> tuple[int, int]:
@@ -171,12 +172,12 @@ class Upkeep:
         return await self.remove_orphans(), 0
 
     async def sweep(self) -> int:
-        """Runs not started in time expire, batches past their seal deadline are abandoned, cancelled ones end."""
+        """Expire runs that did not start in time, abandon batches past their seal deadline, end cancelled ones."""
         engine, moved_count = self._engine, 0
         while True:
             swept = await engine.maintenance.sweep(now_us=engine.clock.now_us(), rows_max=ROWS_MAX)
             if swept.abandoned:
-                LOG.warning("batches were not sealed in time and are abandoned", batches=swept.abandoned)
+                LOG.warning("batch.abandoned", batches=swept.abandoned)
             if swept.expired_count or swept.cancelled_count:
                 engine.recorded.notify()
             moved_count += swept.expired_count + swept.cancelled_count + len(swept.abandoned)
@@ -184,7 +185,7 @@ class Upkeep:
                 return moved_count
 
     async def prune(self, finished_before_us: int | None = None) -> int:
-        """Batches past their retention go, whole, with their objects; answers how many."""
+        """Delete batches past their retention as a whole, with their objects; return their number."""
         engine = self._engine
         before_us = engine.clock.now_us() - engine.limits.retention_ms * 1_000
         if finished_before_us is not None:
@@ -199,7 +200,9 @@ class Upkeep:
                 return count
 
     async def demote(self) -> int:
-        """What waits in demoted queues waits in those that took their place; answers how many spans moved."""
+        """Move the waiting runs of demoted queues into the queues that replace them; return the number of moved
+        spans.
+        """
         engine, moved_count = self._engine, 0
         store = engine.maintenance
         for source, target in rules_of(await engine.store.rules(engine.environment)).demotions.items():
@@ -213,7 +216,7 @@ class Upkeep:
         return moved_count
 
     async def purge_dead(self) -> int:
-        """Dead letters that nobody looked at for long go; answers how many."""
+        """Delete dead letters past their retention; return their number."""
         engine, count = self._engine, 0
         if not engine.limits.dead_letter_retention_ms:
             return 0
@@ -223,7 +226,9 @@ class Upkeep:
         return count
 
     async def remove_orphans(self) -> int:
-        """Objects older than the grace that no row names (their append never came) go; answers how many."""
+        """Delete objects older than the grace period that no row refers to (their append never came); return their
+        number.
+        """
         engine = self._engine
         before_us = engine.clock.now_us() - engine.limits.orphan_grace_ms * 1_000
         page: list[str] = []
@@ -234,7 +239,7 @@ class Upkeep:
             if len(page) >= ORPHAN_PAGE:
                 removed_count += await self._remove_unnamed(page)
                 page = []
-        removed_count += await engine.payloads.delete_older(PACKETS, before_us)
+        removed_count += await engine.payloads.delete_older(UPLOADS_FOLDER, before_us)
         return removed_count + await self._remove_unnamed(page)
 
     async def _remove_unnamed(self, keys: list[str]) -> int:

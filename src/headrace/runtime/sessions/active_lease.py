@@ -30,12 +30,14 @@ class ActiveLease:
     """One leased span. A `lease_offset` counts its runs from 0 in the order of `lease.payloads`.
 
     An at-most-once run that has begun stays marked until its outcome is durable. A crash before that leaves open
-    whether it ran, and then it must not run again. `unwanted`: offsets of runs that were cancelled before they began.
+    whether it ran, and then it must not run again. `cancelled_offsets`: runs
+    that were cancelled before they began.
     """
 
     __slots__ = (
-        "codes", "count", "cursor", "dirty_since_us", "dues", "ended_count", "ended_mark", "evidence", "kinds", "lease",
-        "marks", "object_keys", "part_no", "plan", "results", "sent", "slot", "span_slots", "suspects", "unwanted",
+        "cancelled_offsets", "codes", "count", "cursor", "dirty_since_us", "dues", "ended_count", "ended_mark",
+        "evidence", "kinds", "lease", "marks", "object_keys", "part_no", "plan", "results", "sent", "slot",
+        "span_slots", "suspects",
     )  # fmt: skip
 
     def __init__(self, lease: Lease, marks: memoryview | bytearray | None = None, slot: int = -1) -> None:
@@ -57,7 +59,7 @@ class ActiveLease:
         self.marks: memoryview | bytearray = marks if marks is not None else bytearray(lease.runs_count)
         self.ended_mark = BEGUN if lease.at_most_once else ENDED
         self.suspects: list[int] = []
-        self.unwanted: set[int] = set()
+        self.cancelled_offsets: set[int] = set()
         self.evidence = ""
 
     def begin(self) -> int:

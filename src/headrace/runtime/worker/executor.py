@@ -149,7 +149,7 @@ class Executor:
             if active is not None and (
                 selected := {n for n in range(active.cursor, active.count) if is_selected(active, n)}
             ):
-                active.unwanted |= selected
+                active.cancelled_offsets |= selected
                 active.plan = GENERAL_CALL
 
     def _interrupt(self, runner: RunnerState, reason: str) -> None:
@@ -408,7 +408,7 @@ class Executor:
         """Start a run. Return None if it has ended already, otherwise the awaitable for the rest."""
         lease = active.lease
         kind = lease.kinds[lease_offset] if lease.kinds is not None else pack.JSON
-        if lease_offset in active.unwanted:
+        if lease_offset in active.cancelled_offsets:
             active.end(lease_offset, run.CANCELLED, b"")
             return None
         if lease.expires_us and lease.expires_us <= self._clock.now_us():

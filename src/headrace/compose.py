@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from headrace.foundation.errors import InvalidInput, InvalidSetting, StoreUnavailable
 from headrace.foundation.limits import Limits
-from headrace.foundation.settings import Settings
+from headrace.foundation.settings import STORE_URLS, Settings, hidden
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.store_copy import StoreCopy
@@ -29,9 +29,9 @@ SERVER: Final = ("http", "https")
 
 
 async def open_engine(settings: Settings) -> Engine:
-    """Open the store, the object store and the clock that the settings name; an empty database is made ready.
+    """Open the store, the object store and the clock of the settings; the schema of an empty database is created.
 
-    Raises `InvalidSetting` for a URL nobody knows, `StoreUnavailable` and `StoreBroken` as the store does.
+    Raises `InvalidSetting` for an unknown kind of store, and `StoreUnavailable` and `StoreBroken` as the store does.
     """
     url = urlsplit(settings.store)
     if url.scheme == MEMORY:
@@ -42,13 +42,15 @@ async def open_engine(settings: Settings) -> Engine:
         return await _remote_engine(settings)
     if url.scheme != SQLITE:
         raise InvalidSetting(
-            f"no store is known for {url.scheme or settings.store!r}:",
-            hint="write sqlite:///relative.db, sqlite:////absolute.db, postgresql://user@host/database, https://server "
-            "or memory:",
+            f"unknown kind of store {url.scheme!r} in the URL {hidden('store', settings.store)!r}",
+            hint=f"write {STORE_URLS}",
         )
     path = sqlite_path(settings.store)
     if not path.parent.is_dir():
-        raise StoreUnavailable(f"the directory {path.parent} of the database does not exist", hint="make it first")
+        raise StoreUnavailable(
+            f"can't open the database {path}: its directory {path.parent} does not exist",
+            hint=f"create the directory: mkdir -p {path.parent}",
+        )
     from headrace.store.sqlite import CommitWatcher, SqliteStore
     from headrace.store.sqlite.entities import SqliteEntities
 
@@ -77,7 +79,7 @@ async def _postgres_engine(settings: Settings) -> Engine:
         from headrace.store.postgres.entities import PostgresEntities
     except ModuleNotFoundError as error:
         raise InvalidSetting(
-            f"a {settings.store.partition(':')[0]} store needs {error.name}", hint="pip install 'headrace[postgres]'"
+            f"a PostgreSQL store requires the package {error.name}", hint="pip install 'headrace[postgres]'"
         ) from None
     payloads = open_payloads(settings.objects or "headrace.objects")
     store = PostgresStore(settings.store, settings.limits, direct_url=settings.direct_dsn)

@@ -160,7 +160,7 @@ def summary(name: str, told: IndexerProgress) -> str:
 def status(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Show the checkpoint and state of every indexer."""
     from headrace.cli.opening import opened, run_async, settings_of
-    from headrace.cli.printing import moment, say_json, table
+    from headrace.cli.printing import moment, say, say_json, table
     from headrace.runtime.indexing.indexer_lease import describe_holder
 
     settings = settings_of(store=store)
@@ -181,6 +181,9 @@ def status(store: StoreOption = None, as_json: JsonOption = False) -> None:
                 for own in standings
             ]
             say_json({"indexers": shown})
+            return
+        if not standings:
+            say("no indexers")
             return
         table(
             ("indexer", "checkpoint", "positions", "caught up", "last commit", "held by"),

@@ -28,6 +28,11 @@ PREFIX: Final = "HEADRACE_"
 CONFIG_VARIABLE: Final = f"{PREFIX}CONFIG"
 TEST_PREFIX: Final = f"{PREFIX}TEST_"
 HIDDEN: Final = "***"
+SHOWN_CHARS: Final = 80
+STORE_URLS: Final = (
+    "sqlite:///relative/file.db, sqlite:////absolute/file.db, postgresql://user@host/database, "
+    "https://server or memory://"
+)
 
 LATER_VARIABLES: Final = frozenset({"HEADRACE_LISTEN"})
 """Names that a later version reads: set for a whole fleet, they must not stop an older process."""
@@ -267,8 +272,9 @@ def _url(name: str, hint: str) -> Callable[[object], str]:
     def checked(value: object) -> str:
         text = _text(name, value, "a URL")
         if not _URL.match(text):
-            # The text is not repeated: what is no URL can't be searched for a password with any certainty.
-            raise InvalidSetting(f"{name} must be a URL", hint=hint)
+            # Text with an @ or a colon is not repeated: it may be a mistyped URL with a password in it.
+            got = "" if re.search("[@:]", text) else f", not {text[:SHOWN_CHARS]!r}"
+            raise InvalidSetting(f"{name} must be a URL{got}", hint=hint)
         return text
 
     return checked
@@ -386,7 +392,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
             "sqlite:///headrace.db",
             "a URL",
             "The store of batches.",
-            _url("store", "a file is sqlite:///its/path.db"),
+            _url("store", f"write {STORE_URLS}"),
         ),
         Option(
             "direct_dsn",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Final
 
 from headrace.foundation.errors import InvalidSetting
 
-NAMES_SHOWN: int = 40
+NAMES_SHOWN: Final = 40
+"""Most names that are listed beside a near one."""
 
 
 def near_name(name: str, names: Iterable[str]) -> str | None:
@@ -20,7 +22,9 @@ def near_name(name: str, names: Iterable[str]) -> str | None:
 def hint_of(name: str, names: Collection[str], plural: str) -> str:
     """Return a hint for an unknown name: the near one, and the list of all of them."""
     near = near_name(name, names)
-    shown = ", ".join(list(names)[:NAMES_SHOWN]) or "none"
+    if near and len(names) > NAMES_SHOWN:
+        return f"did you mean {near}?"
+    shown = ", ".join(list(names)) or "none"
     return f"did you mean {near}? {plural}: {shown}" if near else f"{plural}: {shown}"
 
 

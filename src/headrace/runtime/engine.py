@@ -54,7 +54,8 @@ class Engine:
         """Return the tables of indexers. Raises `InvalidSetting` if this engine was opened without them."""
         if self.entities is None:
             raise InvalidSetting(
-                "this engine was opened without the tables of indexers", hint="open the engine with headrace.compose"
+                "this store has no tables of indexers",
+                hint="use a SQLite file or PostgreSQL: --store sqlite:///file.db or postgresql://user@host/database",
             )
         return self.entities
 

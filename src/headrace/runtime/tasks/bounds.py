@@ -7,6 +7,9 @@ from typing import Final
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import DEFAULT
 
+ENCODABLE: Final = "plain values, dataclasses, msgspec structs, dates, UUIDs, enums or bytes"
+"""Values that arguments and results may be made of, as hints say it."""
+
 SECONDS_MAX: Final = 3_650 * 86_400
 
 

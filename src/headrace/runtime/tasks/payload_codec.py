@@ -20,6 +20,7 @@ import msgspec
 
 from headrace.core import pack
 from headrace.foundation.errors import InvalidInput, InvalidSetting
+from headrace.runtime.tasks.bounds import ENCODABLE
 from headrace.runtime.tasks.context import Context
 from headrace.runtime.tasks.exception_info import error_line
 from headrace.runtime.tasks.superjson import PayloadRefused, revive_types
@@ -79,7 +80,7 @@ class Codec:
         self._positional_only = [
             parameter for parameter in self.parameters if parameter.kind == inspect.Parameter.POSITIONAL_ONLY
         ]
-        signature_parameters = inspect.signature(function).parameters.values()
+        signature_parameters = inspect.signature(function, eval_str=True).parameters.values()
         self._signature = inspect.Signature(
             [parameter for parameter in signature_parameters if parameter.name != self.context_name]
         )
@@ -169,7 +170,7 @@ class Codec:
         except Exception as error:  # noqa: BLE001 - a value's own code may raise anything
             raise InvalidInput(
                 f"the arguments of task {self.name} can't be encoded as JSON: {error_line(error)}",
-                hint="use plain values, dataclasses, msgspec structs, dates, UUIDs, enums or bytes",
+                hint=f"use {ENCODABLE}",
             ) from None
         try:
             self.decode(payload, pack.JSON)

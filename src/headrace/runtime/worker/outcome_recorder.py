@@ -18,6 +18,7 @@ from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
 from headrace.runtime.retrying import retry_transient
 from headrace.runtime.sessions.active_lease import ActiveLease
+from headrace.runtime.tasks.bounds import ENCODABLE
 from headrace.runtime.tasks.exception_info import describe, error_line
 from headrace.runtime.tasks.task_spec import TaskSpec
 
@@ -49,7 +50,10 @@ class OutcomeRecorder:
             result = self.encode(value)
         except Exception as error:  # noqa: BLE001 - a result's own code may raise anything
             self.fail_for_good(
-                active, lease_offset, "InvalidResult", f"the result can't be encoded as JSON: {error_line(error)}"
+                active,
+                lease_offset,
+                "InvalidResult",
+                f"the result can't be encoded as JSON: {error_line(error)}; hint: return {ENCODABLE}",
             )
             return None
         if len(result) >= self._inline_bytes_max:

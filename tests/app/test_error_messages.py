@@ -1,0 +1,185 @@
+"""Mistakes that a new user makes: each error says what was given, what was expected, and what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace import Headrace, HeadraceError, InvalidInput, InvalidSetting, RunFailed, StoreUnavailable
+from tests.cli.conftest import Shell
+from tests.cli.conftest import shell as shell
+
+PASSWORD = "swordfish"
+
+
+def misspelt_option() -> None:
+    Headrace("app").task(timout_s=3)  # type: ignore[call-overload]  # the mistake
+
+
+def positional_name() -> None:
+    Headrace("app").task("my name")  # type: ignore[call-overload]  # the mistake
+
+
+def two_functions() -> None:
+    Headrace("app").task(print, print)  # type: ignore[call-overload]  # the mistake
+
+
+MISTAKES: list[tuple[Callable[[], Any], str, str]] = [
+    (
+        misspelt_option,
+        "app.task() has no option 'timout_s'",
+        "did you mean timeout_s? its options: name, retry, timeout_s",
+    ),
+    (positional_name, "app.task() expected a function, got 'my name'", "name='…'"),
+    (two_functions, "expected one function or options by name, got 2 positional arguments", "@app.task(timeout_s=30)"),
+    (lambda: Headrace("app", flush_sise=5), "Headrace() has no setting 'flush_sise'", "did you mean flush_size?"),
+    (lambda: Headrace("app", xyz=5), "Headrace() has no setting 'xyz'", "store, direct_dsn, objects"),
+    (lambda: Headrace("app", flush_size=0), "Headrace(): flush_size must be a whole number from 1", ""),
+    (lambda: Headrace("app", store="nonsense"), "store must be a URL, not 'nonsense'", "sqlite:///relative/file.db"),
+    (lambda: Headrace("app", store=f"ada:{PASSWORD}@host"), "store must be a URL", "postgresql://user@host/database"),
+]
+
+
+@pytest.mark.parametrize(("make", "message", "hint"), MISTAKES)
+def test_a_mistake_in_a_declaration_is_refused_at_once(make: Callable[[], Any], message: str, hint: str) -> None:
+    with pytest.raises(InvalidSetting) as raised:
+        make()
+    assert message in raised.value.message
+    assert hint in raised.value.hint
+    assert "TaskSpec" not in str(raised.value)
+    assert PASSWORD not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("store", "message", "hint"),
+    [
+        (f"mysql://ada:{PASSWORD}@host/db", "unknown kind of store 'mysql'", "postgresql://user@host/database"),
+        ("sqlite:///no/such/file.db", "its directory no/such does not exist", "mkdir -p no/such"),
+        (f"postgresql://ada:{PASSWORD}@127.0.0.1:1/db", "127.0.0.1:1", "running"),
+        ("http://127.0.0.1:1", "http://127.0.0.1:1", "running"),
+        ("sqlite://host/file.db", "does not name a file", "sqlite:///relative.db"),
+    ],
+)
+def test_a_store_that_can_t_be_opened_is_named_without_its_password(
+    store: str, message: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = Headrace("app", store=store, objects=str(tmp_path / "objects"))
+    with pytest.raises(HeadraceError) as raised:
+        app.batches_sync()
+    app.close_sync()
+    assert message in str(raised.value)
+    assert hint in raised.value.hint
+    assert PASSWORD not in str(raised.value)
+
+
+def test_wrong_arguments_are_refused_at_the_call_with_the_signature() -> None:
+    app = Headrace("app", store="memory://")
+
+    @app.task
+    async def add(a: int, b: int = 1) -> int:
+        return a + b
+
+    anything: Any = add
+    with pytest.raises(InvalidInput, match="called with wrong arguments: too many positional arguments") as raised:
+        anything.enqueue_sync(1, 2, 3)
+    assert "(a: int, b: int = 1)" in raised.value.hint
+    with pytest.raises(InvalidInput, match=r"Expected `int`, got `str` - at `\$.a`"):
+        anything.enqueue_sync("x")
+    with pytest.raises(InvalidInput, match="can't be encoded as JSON") as raised:
+        anything.enqueue_sync(object())
+    assert "dataclasses, msgspec structs" in raised.value.hint
+    app.close_sync()
+
+
+async def test_a_result_that_can_t_be_stored_says_what_can(tmp_path: Path) -> None:
+    app = Headrace("app", store=f"sqlite:///{tmp_path / 'headrace.db'}")
+
+    @app.task
+    async def returns_an_object() -> object:
+        return object()
+
+    async with app, app.worker():
+        run = await returns_an_object.enqueue()
+        with pytest.raises(RunFailed, match=r"can't be encoded as JSON.*hint: return plain values, dataclasses"):
+            await run.result(timeout_s=30)
+
+
+async def test_an_app_on_two_event_loops_says_how_to_use_it(tmp_path: Path) -> None:
+    app = Headrace("app", store=f"sqlite:///{tmp_path / 'headrace.db'}")
+    await asyncio.to_thread(app.batches_sync)
+    with pytest.raises(InvalidSetting, match="open on its background loop") as raised:
+        await app.batches()
+    assert "_sync" in raised.value.hint
+    await asyncio.to_thread(app.close_sync)
+    await app.batches()
+    with pytest.raises(InvalidSetting, match="open on another event loop") as raised:
+        await asyncio.to_thread(app.batches_sync)
+    assert "one Headrace(…) for each event loop" in raised.value.hint
+    await app.close()
+    await asyncio.to_thread(app.close_sync)
+
+
+def test_a_directory_that_takes_no_files_is_named(shell: Shell) -> None:
+    ran = shell("migrate", "--store", "sqlite:////proc/x.db")
+    assert (ran.code, "/proc/x.db" in ran.err, "hint:" in ran.err) == (1, True, True), ran.err
+
+
+def test_a_file_that_can_t_be_written_is_named(shell: Shell) -> None:
+    shell.items(1)
+    (shell.place / "folder").mkdir()
+    ran = shell("map", "tasks.py:double", "in.ndjson", "-o", "folder")
+    assert (ran.code, "folder can't be written: Is a directory" in ran.err) == (2, True)
+    ran = shell("migrate", "--store", "sqlite:///folder")
+    assert (ran.code, "folder" in ran.err, "hint:" in ran.err) == (1, True, True)
+    ran = shell("demo", "--dir", "tasks.py")
+    assert (ran.code, "can't write to tasks.py" in ran.err) == (2, True)
+
+
+def test_a_sqlite_file_of_another_program_is_refused_by_name(shell: Shell) -> None:
+    with sqlite3.connect("foreign.db") as connection:
+        connection.execute("CREATE TABLE batch (baked_at TEXT)")
+    connection.close()
+    ran = shell("batch", "list", "--store", "sqlite:///foreign.db")
+    assert ran.code != 0
+    assert "foreign.db is not a Headrace database" in ran.err
+    assert "name another file with --store" in ran.err
+
+
+def test_enqueueing_into_a_database_without_headrace_is_refused(tmp_path: Path) -> None:
+    app = Headrace("app", store=f"sqlite:///{tmp_path / 'headrace.db'}")
+
+    @app.task
+    def task(n: int) -> int:
+        return n
+
+    with sqlite3.connect(tmp_path / "other.db") as connection:
+        connection.execute("CREATE TABLE mine (n INTEGER)")
+        connection.execute("INSERT INTO mine VALUES (1)")
+        with pytest.raises(InvalidInput, match="has no Headrace tables") as raised:
+            task.enqueue_in_sync(connection, 1)
+    connection.close()
+    assert raised.value.hint
+    app.close_sync()
+
+
+def test_indexers_on_a_store_without_tables_and_servers_that_are_none_are_explained(shell: Shell) -> None:
+    assert "no indexers" in shell("index", "status", "--store", "memory://").out
+    ran = shell("batch", "list", "--server", "ftp://x")
+    assert (ran.code, "expected an http or https URL for --server, got 'ftp://x'" in ran.err) == (2, True)
+    ran = shell("batch", "list", "--server", "http://127.0.0.1:1", "--store", "memory://")
+    assert "expected --store or --server, got both" in ran.err
+
+
+def test_errors_of_waiting_are_both_ours_and_the_language_s() -> None:
+    assert issubclass(StoreUnavailable, HeadraceError)
+    from headrace import WaitTimeout
+
+    error = WaitTimeout("the run has not ended", hint="wait longer")
+    assert isinstance(error, TimeoutError)
+    assert str(error) == "the run has not ended\n  hint: wait longer"

@@ -36,7 +36,7 @@ async def test_a_run_s_view_tells_its_whole_life(kind: str, tmp_path: Path) -> N
         bad = await picky.enqueue(-1)
         before = await good.view()
         assert (before.state, before.is_finished, before.input, before.output) == ("waiting", False, 1, None)
-        assert (before.ended_at, before.duration_s) == (None, None)
+        assert (before.started_at, before.ended_at, before.duration_s) == (None, None, None)
         created = before.created_at
         assert created is not None
         assert earliest <= created <= moment_of(engine.clock.now_us())
@@ -49,7 +49,9 @@ async def test_a_run_s_view_tells_its_whole_life(kind: str, tmp_path: Path) -> N
         assert (view.tags, view.headers, view.idempotency_key) == (["red"], {"h": "1"}, "k")
         assert view.created_at == created
         assert view.ended_at is not None
-        assert view.ended_at >= created
+        assert view.started_at is not None
+        assert created <= view.started_at <= view.ended_at
+        assert view.duration_s == (view.ended_at - view.started_at).total_seconds()
         assert view.ended_at.tzinfo is UTC
         failed = await bad.view()
         assert failed.error is not None

@@ -30,7 +30,7 @@ def leased(count: int = 8, **changes: object) -> Span:
     )
     for name, value in changes.items():
         setattr(fresh, name, value)
-    return span.leased(fresh, session_id="session", claim_no=1)
+    return span.leased(fresh, session_id="session", claim_no=1, now_us=7)
 
 
 def report(
@@ -88,7 +88,7 @@ def test_a_small_claim_takes_the_first_and_leaves_the_rest_claimable() -> None:
 
 def test_a_lease_raises_the_fence() -> None:
     first = leased()
-    second = span.leased(msgspec.structs.replace(first, state=WAITING), session_id="other", claim_no=1)
+    second = span.leased(msgspec.structs.replace(first, state=WAITING), session_id="other", claim_no=1, now_us=7)
     assert second.token == first.token + 1
     assert settle(second, report(first, "c" * 8)).word == LOST
 
@@ -187,7 +187,7 @@ def test_from_the_second_crash_on_suspects_are_bisected() -> None:
     first = crash(leased(8), list(range(8))).span
     assert first is not None
     assert first.crashes_count == 1
-    again = span.leased(first, session_id="s", claim_no=2)
+    again = span.leased(first, session_id="s", claim_no=2, now_us=7)
     verdict = crash(again, list(range(8)))
     assert [list(span.block_offsets_of(half)) for half in verdict.spans] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert {half.crashes_count for half in verdict.spans} == {2}
@@ -201,7 +201,7 @@ def test_the_run_that_kills_is_found_and_the_others_go_on(count: int, data: st.D
     ended: list[Span] = []
     crashes_count = 0
     while waiting:
-        now = span.leased(waiting.pop(0), session_id="s", claim_no=crashes_count)
+        now = span.leased(waiting.pop(0), session_id="s", claim_no=crashes_count, now_us=7)
         span_slots = span.unsettled_slots(now)
         if killer in [span.block_offsets_of(now)[span_slot] for span_slot in span_slots]:
             crashes_count += 1

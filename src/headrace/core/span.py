@@ -63,7 +63,7 @@ class Span(msgspec.Struct, kw_only=True):
     """One row of the span table. `positions` is None while the span covers its whole block from the first run.
 
     `note` is what whoever held these runs last left for whoever holds them next. `since_us`: when they came, or came
-    back for another attempt.
+    back for another attempt. `leased_us`: when a worker took them last; 0 for never.
     """
 
     id: int = 0
@@ -91,6 +91,7 @@ class Span(msgspec.Struct, kw_only=True):
     dead_letter: bool = False
     note: str = ""
     since_us: int = 0
+    leased_us: int = 0
 
 
 class Settlement(msgspec.Struct, kw_only=True):
@@ -366,6 +367,7 @@ def _moved(span: Span, block_offsets: list[int], how: _Return, *, now_us: int, c
         token=0,
         note=how.note,
         since_us=now_us,
+        leased_us=0,
     )
 
 
@@ -552,10 +554,11 @@ def started(span: Span) -> Span:
     return msgspec.structs.replace(span, states=span.states.replace(bytes((run.WAITING,)), bytes((run.STARTED,))))
 
 
-def leased(span: Span, *, session_id: str, claim_no: int) -> Span:
+def leased(span: Span, *, session_id: str, claim_no: int, now_us: int) -> Span:
     """The span under a new lease; the token is the fence that the lease before it can't pass."""
     after = started(span) if span.at_most_once else msgspec.structs.replace(span)
     after.state, after.session_id, after.claim_no, after.token = LEASED, session_id, claim_no, span.token + 1
+    after.leased_us = now_us
     return after
 
 

@@ -53,6 +53,7 @@ def view_of(span: Span, index: int, state: int) -> RunRecord:
         result_kind=0,
         attempts=[],
         created_us=span.since_us if span.attempt == 1 else 0,
+        started_us=0 if name in ("waiting", DELAYED) else span.leased_us,
         session_id=span.session_id,
     )
 

@@ -428,7 +428,7 @@ def take(tables: Tables, claim: Claim, now_us: int) -> list[Span]:
             tables.spans[span.id], part = spans.take_first(span, runs_left)
             add_span(tables, part)
             span = part
-        lease_span = spans.leased(span, session_id=claim.session_id, claim_no=claim.claim_no)
+        lease_span = spans.leased(span, session_id=claim.session_id, claim_no=claim.claim_no, now_us=now_us)
         tables.spans[span.id] = lease_span
         taken.append(lease_span)
         queue = tables.queues[span.environment, span.queue]

@@ -176,7 +176,7 @@ def _take(wish: Claim, now_us: int) -> Script[list[Span]]:
         spans = yield from _candidates(wish, lanes, now_us)
         stopped = yield from _stopped(spans)
         if not stopped:
-            return (yield from _lease(spans, wish))
+            return (yield from _lease(spans, wish, now_us))
         if not locked:  # rule R8: once for all rounds, in one order
             locked = set((yield from fetch_column("stopping_batches")))
             yield from fetch("lock_batches", ids=as_json(sorted(locked)))
@@ -226,7 +226,7 @@ def _stopped(spans: Sequence[Span]) -> Script[list[str]]:
     return (yield from fetch_column("stopped_batches", ids=ids)) if spans else []
 
 
-def _lease(found: list[Span], wish: Claim) -> Script[list[Span]]:
+def _lease(found: list[Span], wish: Claim, now_us: int) -> Script[list[Span]]:
     """Put the found spans under a lease; the last one is split when it holds more runs than are wanted."""
     if not found:
         return []
@@ -237,12 +237,14 @@ def _lease(found: list[Span], wish: Claim) -> Script[list[Span]]:
         last = found[-1]
         kept, part = take_first(last, last.unsettled_count - over)
         spans = [*found[:-1], part]
-    taken = [leased(span, session_id=wish.session_id, claim_no=wish.claim_no) for span in spans]
+    taken = [leased(span, session_id=wish.session_id, claim_no=wish.claim_no, now_us=now_us) for span in spans]
     changed = [kept] if kept is not None else []
     changed += [span for span in taken if span.at_most_once and span.id]  # rule R5: `started` is durable first
     yield from put_spans(changed)
     plain = [span.id for span in taken if span.id and not span.at_most_once]
-    yield from fetch("lease_spans", session_id=wish.session_id, claim_no=wish.claim_no, ids=as_json(plain))
+    yield from fetch(
+        "lease_spans", session_id=wish.session_id, claim_no=wish.claim_no, ids=as_json(plain), now_us=now_us
+    )
     fresh = [span for span in taken if not span.id]
     if fresh:
         yield from add_spans(fresh, first_id=(yield from take_ids(spans_count=len(fresh)))[1])

@@ -73,6 +73,7 @@ class SpanRow(NamedTuple):
     dead_letter: int
     note: str
     since_us: int
+    leased_us: int
 
 
 class BatchRow(NamedTuple):
@@ -154,6 +155,7 @@ def to_span(columns: Sequence[Any]) -> Span:
         dead_letter=bool(row.dead_letter),
         note=row.note,
         since_us=row.since_us,
+        leased_us=row.leased_us,
     )
 
 
@@ -220,7 +222,7 @@ def add_spans(spans: Sequence[Span], *, first_id: int) -> Script[None]:
                 span.due_us, span.expires_us, int(span.at_most_once), span.order_no, span.first_index, span.attempt,
                 span.crashes_count, span.crashes_alone_count, span.unsettled_count, span.state, span.session_id,
                 span.claim_no, span.token, *blob.put(span.block_offsets), *blob.put(span.states), int(span.dead_letter),
-                span.note, span.since_us,
+                span.note, span.since_us, span.leased_us,
             )
         )  # fmt: skip
     yield from fetch("insert_spans", rows=as_json(rows), blob=blob.bytes())
@@ -233,6 +235,7 @@ def put_spans(spans: Iterable[Span]) -> Script[None]:
         (
             span.id, span.order_no, span.crashes_count, span.crashes_alone_count, span.unsettled_count, span.state,
             span.session_id, span.claim_no, span.token, *blob.put(span.states),
+            span.leased_us,
         )
         for span in spans
     ]  # fmt: skip

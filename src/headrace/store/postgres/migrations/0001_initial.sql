@@ -90,7 +90,8 @@ CREATE TABLE {schema}.span (
     token bigint NOT NULL,
     dead_letter bigint NOT NULL,
     note text COLLATE "C" NOT NULL,
-    since_us bigint NOT NULL
+    since_us bigint NOT NULL,
+    leased_us bigint NOT NULL DEFAULT 0
 );
 CREATE INDEX span_claimable ON {schema}.span (environment, queue, task, priority DESC, order_no, batch_id, first_index, id)
     WHERE state = 'waiting';

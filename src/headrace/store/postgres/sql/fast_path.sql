@@ -221,7 +221,8 @@ verdict AS MATERIALIZED (
         ELSE 'claimed' END AS word
 ),
 leased AS (
-    UPDATE {schema}.span SET state = 'leased', session_id = :session_id, claim_no = :claim_no, token = span.token + 1
+    UPDATE {schema}.span SET state = 'leased', session_id = :session_id, claim_no = :claim_no, token = span.token + 1,
+        leased_us = :now_us::bigint
     FROM chosen
     WHERE span.id = chosen.id AND span.id = ANY (ARRAY(SELECT id FROM chosen WHERE NOT is_split))
         AND (SELECT word FROM verdict) = 'claimed'
@@ -242,7 +243,7 @@ taken AS (
         first_index, attempt, crashes_count, crashes_alone_count,
         substring(coalesce(positions, :span_slots::bytea) FROM 2 * waiting_at - 1 FOR 2 * taken_count::int),
         convert_to(repeat('w', taken_count::int), 'UTF8'), taken_count, 'leased', :session_id, :claim_no, 1,
-        dead_letter, note, since_us
+        dead_letter, note, since_us, :now_us::bigint
     FROM kept
     RETURNING span.*
 ),
@@ -302,7 +303,7 @@ spans AS (
         CASE WHEN (value->>12)::int >= 0 THEN substring(:blob::bytea FROM (value->>11)::int FOR (value->>12)::int) END,
         convert_to(repeat('w', (value->>10)::int), 'UTF8'), (value->>10)::bigint,
         CASE WHEN (value->>5)::bigint > :now_us::bigint THEN 'delayed' ELSE 'waiting' END, '', 0, 0,
-        (value->>13)::bigint, '', :now_us::bigint
+        (value->>13)::bigint, '', :now_us::bigint, 0
     FROM fit CROSS JOIN jsonb_array_elements(:spans::jsonb) AS given (value)
     JOIN lanes ON lanes.queue = value->>2 AND lanes.task = value->>3
 ),

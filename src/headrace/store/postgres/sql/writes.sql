@@ -30,11 +30,12 @@ FROM jsonb_array_elements(:rows::jsonb) AS given (value);
 -- insert_spans: new spans from rows and one blob
 INSERT INTO {schema}.span (id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once,
     order_no, first_index, attempt, crashes_count, crashes_alone_count, unsettled_count, state, session_id, claim_no,
-    token, dead_letter, note, since_us, positions, states)
+    token, dead_letter, note, since_us, leased_us, positions, states)
 SELECT (value->>0)::bigint, (value->>1)::bigint, value->>2, value->>3, value->>4, value->>5,
     (value->>6)::bigint, (value->>7)::bigint, (value->>8)::bigint, (value->>9)::bigint, (value->>10)::bigint, (value->>11)::bigint,
     (value->>12)::bigint, (value->>13)::bigint, (value->>14)::bigint, (value->>15)::bigint, value->>16, value->>17,
     (value->>18)::bigint, (value->>19)::bigint, (value->>24)::bigint, value->>25, (value->>26)::bigint,
+    (value->>27)::bigint,
     CASE WHEN (value->>21)::int >= 0 THEN substring(:blob::bytea FROM (value->>20)::int FOR (value->>21)::int) END,
     substring(:blob::bytea FROM (value->>22)::int FOR (value->>23)::int)
 FROM jsonb_array_elements(:rows::jsonb) AS given (value);
@@ -43,7 +44,7 @@ FROM jsonb_array_elements(:rows::jsonb) AS given (value);
 UPDATE {schema}.span SET order_no = (value->>1)::bigint, crashes_count = (value->>2)::bigint,
     crashes_alone_count = (value->>3)::bigint, unsettled_count = (value->>4)::bigint, state = value->>5,
     session_id = value->>6, claim_no = (value->>7)::bigint, token = (value->>8)::bigint,
-    states = substring(:blob::bytea FROM (value->>9)::int FOR (value->>10)::int)
+    leased_us = (value->>11)::bigint, states = substring(:blob::bytea FROM (value->>9)::int FOR (value->>10)::int)
 FROM jsonb_array_elements(:rows::jsonb) AS given (value)
 WHERE span.id = (value->>0)::bigint
     AND span.id = ANY (ARRAY(SELECT (value->>0)::bigint FROM jsonb_array_elements(:rows::jsonb) AS given (value)));
@@ -105,7 +106,8 @@ SELECT value->>0, value->>1 FROM jsonb_array_elements(:rows::jsonb) AS given (va
 ON CONFLICT DO NOTHING;
 
 -- lease_spans: whole spans under a new lease
-UPDATE {schema}.span SET state = 'leased', session_id = :session_id, claim_no = :claim_no, token = token + 1
+UPDATE {schema}.span SET state = 'leased', session_id = :session_id, claim_no = :claim_no, token = token + 1,
+    leased_us = :now_us
 WHERE id = ANY ({bigint_array(:ids)});
 
 -- insert_session: a process becomes known, once

@@ -79,7 +79,8 @@ CREATE TABLE span (
     token INTEGER NOT NULL,
     dead_letter INTEGER NOT NULL,
     note TEXT NOT NULL,
-    since_us INTEGER NOT NULL
+    since_us INTEGER NOT NULL,
+    leased_us INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX span_claimable ON span (environment, queue, task, priority DESC, order_no, batch_id, first_index, id)
     WHERE state = 'waiting';

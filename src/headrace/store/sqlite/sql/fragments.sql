@@ -3,7 +3,7 @@
     {table}due_us, {table}expires_us, {table}at_most_once, {table}order_no, {table}first_index, {table}attempt,
     {table}crashes_count, {table}crashes_alone_count, {table}positions, {table}states, {table}unsettled_count,
     {table}state, {table}session_id, {table}claim_no, {table}token, {table}dead_letter, {table}note,
-    {table}since_us
+    {table}since_us, {table}leased_us
 
 -- fragment batch_columns: the columns of a batch but for its received indexes, in the order of `BatchRow`
 id, environment, key, kind, task, state, expected_count, received_count, completed_count, failed_count,

@@ -36,7 +36,7 @@ FROM json_each(:rows);
 -- insert_spans: new spans from rows and one blob
 INSERT INTO span (id, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once,
     order_no, first_index, attempt, crashes_count, crashes_alone_count, unsettled_count, state, session_id, claim_no,
-    token, dead_letter, note, since_us, positions, states)
+    token, dead_letter, note, since_us, leased_us, positions, states)
 SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
     json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'),
     json_extract(value, '$[6]'), json_extract(value, '$[7]'), json_extract(value, '$[8]'),
@@ -44,7 +44,7 @@ SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(va
     json_extract(value, '$[12]'), json_extract(value, '$[13]'), json_extract(value, '$[14]'),
     json_extract(value, '$[15]'), json_extract(value, '$[16]'), json_extract(value, '$[17]'),
     json_extract(value, '$[18]'), json_extract(value, '$[19]'), json_extract(value, '$[24]'),
-    json_extract(value, '$[25]'), json_extract(value, '$[26]'),
+    json_extract(value, '$[25]'), json_extract(value, '$[26]'), json_extract(value, '$[27]'),
     iif(json_extract(value, '$[21]') < 0, NULL,
         substr(:blob, json_extract(value, '$[20]'), json_extract(value, '$[21]'))),
     substr(:blob, json_extract(value, '$[22]'), json_extract(value, '$[23]'))
@@ -54,14 +54,14 @@ FROM json_each(:rows);
 UPDATE span SET order_no = fresh.order_no, crashes_count = fresh.crashes_count,
     crashes_alone_count = fresh.crashes_alone_count, unsettled_count = fresh.unsettled_count, state = fresh.state,
     session_id = fresh.session_id, claim_no = fresh.claim_no, token = fresh.token,
-    states = substr(:blob, fresh.states_start, fresh.states_bytes)
+    leased_us = fresh.leased_us, states = substr(:blob, fresh.states_start, fresh.states_bytes)
 FROM (
     SELECT json_extract(value, '$[0]') AS id, json_extract(value, '$[1]') AS order_no,
         json_extract(value, '$[2]') AS crashes_count, json_extract(value, '$[3]') AS crashes_alone_count,
         json_extract(value, '$[4]') AS unsettled_count, json_extract(value, '$[5]') AS state,
         json_extract(value, '$[6]') AS session_id, json_extract(value, '$[7]') AS claim_no,
         json_extract(value, '$[8]') AS token, json_extract(value, '$[9]') AS states_start,
-        json_extract(value, '$[10]') AS states_bytes
+        json_extract(value, '$[10]') AS states_bytes, json_extract(value, '$[11]') AS leased_us
     FROM json_each(:rows)
 ) AS fresh
 WHERE span.id = fresh.id;
@@ -121,7 +121,8 @@ INSERT OR IGNORE INTO object (key, batch_id)
 SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(:rows);
 
 -- lease_spans: whole spans under a new lease
-UPDATE span SET state = 'leased', session_id = :session_id, claim_no = :claim_no, token = token + 1
+UPDATE span SET state = 'leased', session_id = :session_id, claim_no = :claim_no, token = token + 1,
+    leased_us = :now_us
 WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- insert_session: a process becomes known, once

@@ -60,15 +60,15 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_generated_messages_match_the_proto_files(fresh: dict[str, str]) -> None:
-    kept = {path.name for path in MESSAGES.iterdir() if "_pb2" in path.name}
-    assert kept == set(fresh), "run `python -m tests.grpc.test_protos`"
+    existing = {path.name for path in MESSAGES.iterdir() if "_pb2" in path.name}
+    assert existing == set(fresh), "run `python -m tests.grpc.test_protos`"
     for name, text in fresh.items():
-        found = (MESSAGES / name).read_text(encoding="utf-8")
+        stored = (MESSAGES / name).read_text(encoding="utf-8")
         if name.endswith(".py"):
-            assert found == text, f"{name} is old: run `python -m tests.grpc.test_protos`"
+            assert stored == text, f"{name} is old: run `python -m tests.grpc.test_protos`"
         else:
             new = {word for word in words(text) if word[0].isupper()}
-            assert new <= words(found), f"{name} is old: run `python -m tests.grpc.test_protos`"
+            assert new <= words(stored), f"{name} is old: run `python -m tests.grpc.test_protos`"
 
 
 def test_field_numbers_and_paths_match_the_contract() -> None:

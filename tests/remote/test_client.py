@@ -1,4 +1,4 @@
-"""The client over real sockets: it sends once what is sent often, and comes through whatever the network does."""
+"""The client over real sockets: it stores each item once, whatever the network loses."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ async def held(server: ServerUnderTest, batch_id: str) -> tuple[str, int, int]:
 
 
 async def test_items_of_an_iterator_are_sent_sealed_run_and_read(tmp_path: Path) -> None:
-    told: list[SendProgress] = []
+    progress: list[SendProgress] = []
 
     async def source() -> AsyncIterator[dict[str, int]]:
         for index in range(300):
             yield {"n": index}
 
     async with running_server(tmp_path, "sqlite") as server, client_of(server) as client:
-        sent = await client.send("task", source(), on_progress=told.append, options={"queue": {"name": "q"}})
+        sent = await client.send("task", source(), on_progress=progress.append, options={"queue": {"name": "q"}})
         assert sent.count == 300
-        assert told[-1][:2] == (sent.id, 300)
+        assert progress[-1][:2] == (sent.id, 300)
         assert await server.work() == 300
         lines = [line async for line in client.results(sent.id)]
         assert [(line.index, line.ok, line.output) for line in lines] == [(n, True, n) for n in range(300)]
@@ -49,18 +49,18 @@ async def test_items_of_an_iterator_are_sent_sealed_run_and_read(tmp_path: Path)
 async def test_the_source_is_read_while_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PORTION_ITEMS", 10)
     ahead: list[int] = []
-    homes: list[ServerUnderTest] = []
+    servers: list[ServerUnderTest] = []
 
     def source() -> Iterator[int]:
         for index in range(100):
-            received = list(homes[0].engine.store._tables.batches.values())  # type: ignore[attr-defined]  # memory's own
+            received = list(servers[0].engine.store._tables.batches.values())  # type: ignore[attr-defined]  # memory's own
             ahead.append(index - received[0].received_count)
             yield index
 
     async with running_server(tmp_path, "memory") as server, client_of(server) as client:
-        homes.append(server)
+        servers.append(server)
         assert (await client.send("task", source())).count == 100
-        assert max(ahead) <= 10 + module.UPLOADS + 1, "a portion and what is on its way to it"
+        assert max(ahead) <= 10 + module.UPLOADS + 1, "one portion, and the items being uploaded for it"
 
 
 @pytest.mark.parametrize("fault", [408, 429, 500, 502, 503, "lost", "cut"])
@@ -69,7 +69,7 @@ async def test_one_failed_request_is_retried_and_nothing_is_doubled(tmp_path: Pa
     async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server, clock) as client:
         sent = await client.send("task", range(200))
         assert await held(server, sent.id) == ("sealed", 200, 0)
-        assert faults.seen == (1 if fault == "lost" else 2), "what was durable is not sent again"
+        assert faults.requests_count == (1 if fault == "lost" else 2), "stored items are not sent again"
         assert len(clock.slept) == 1
 
 
@@ -78,7 +78,7 @@ async def test_the_client_fails_after_five_attempts_with_growing_waits(tmp_path:
     async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server, clock) as client:
         with pytest.raises(HeadraceError):
             await client.send("task", range(3))
-        assert faults.seen == ATTEMPTS == 5
+        assert faults.requests_count == ATTEMPTS == 5
         assert len(clock.slept) == 4
         for number, slept in enumerate(clock.slept):
             assert 2**number <= slept <= 2 * 2**number
@@ -89,7 +89,7 @@ async def test_a_missing_response_is_no_error_when_all_items_are_stored(tmp_path
     async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server) as client:
         sent = await client.send("task", range(50))
         assert await held(server, sent.id) == ("sealed", 50, 0)
-        assert faults.seen == 1
+        assert faults.requests_count == 1
     faults = ResponseFaults("/seal", *["lost"] * 9)
     async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server) as client:
         sent = await client.send("task", range(50))
@@ -101,7 +101,7 @@ async def test_an_error_that_a_retry_cannot_fix_is_not_retried(tmp_path: Path) -
     async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server, clock) as client:
         with pytest.raises(ClientFault):
             await client.send("task", range(3))
-        assert (faults.seen, clock.slept) == (1, [])
+        assert (faults.requests_count, clock.slept) == (1, [])
 
 
 async def test_retry_after_is_honoured(tmp_path: Path) -> None:
@@ -124,16 +124,16 @@ async def test_a_send_with_a_batch_key_resumes(tmp_path: Path, monkeypatch: pyte
 
     def broken() -> Iterator[int]:
         yield from range(55)
-        raise OSError("the source went away")
+        raise OSError("the source failed")
 
     faults = ResponseFaults(ITEMS)
     async with running_server(tmp_path, "sqlite", faults=faults) as server, client_of(server) as client:
-        with pytest.raises(OSError, match="went away"):
+        with pytest.raises(OSError, match="source failed"):
             await client.send("task", broken(), batch_key="nightly")
-        first = faults.seen
+        first = faults.requests_count
         sent = await client.send("task", range(100), batch_key="nightly")
         assert await held(server, sent.id) == ("sealed", 100, 0)
-        assert faults.seen - first <= 6, "what was durable was passed over"
+        assert faults.requests_count - first <= 6, "stored items were skipped"
         again = await client.send("task", range(100), batch_key="nightly")
         assert (again.id, again.count) == (sent.id, 100)
 
@@ -151,7 +151,7 @@ async def test_results_resume_after_a_broken_connection(tmp_path: Path) -> None:
         sent = await client.send("task", range(20))
         await server.work()
         assert [line.index async for line in client.results(sent.id)] == list(range(20))
-        assert faults.seen == 2
+        assert faults.requests_count == 2
 
 
 async def test_single_runs_batches_and_interventions(tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ async def test_single_runs_batches_and_interventions(tmp_path: Path) -> None:
 
 async def test_a_key_without_the_scope_gets_an_error_that_names_it(tmp_path: Path) -> None:
     async with running_server(tmp_path, "sqlite") as server:
-        secret, kept = new_key("default", ("batches:read",), "", 1)
-        await server.engine.administration.add_key(kept, now_us=1)
+        secret, stored = new_key("default", ("batches:read",), "", 1)
+        await server.engine.administration.add_key(stored, now_us=1)
         async with Client(server.server.url, secret, clock=RecordingClock()) as client:
             with pytest.raises(ClientFault, match="batches:write"):
                 await client.send("task", range(3))

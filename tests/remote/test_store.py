@@ -1,4 +1,4 @@
-"""A store that a server keeps: an app, a worker and a map work over it as they are."""
+"""A store kept by a server: an app, a worker and a map use it unchanged."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_an_app_enqueues_maps_works_and_reads_over_a_server(tmp_path: Path
             outcomes = [outcome.output async for outcome in batch.results(timeout_s=20)]
             assert outcomes == [2 * value for value in range(500)]
             large = await repeat.enqueue("x" * 1_000)
-            assert await large.result(timeout_s=20) == "x" * 2_000, "payload and result went as objects"
+            assert await large.result(timeout_s=20) == "x" * 2_000, "payload and result are objects"
             failed = await broken.enqueue()
             with pytest.raises(Exception, match="ValueError: no"):
                 await failed.result(timeout_s=20)
@@ -82,19 +82,19 @@ async def test_every_remote_operation_is_a_store_operation_with_the_same_result(
     async with running_server(tmp_path, "sqlite") as server:
         remote = remote_of(server)
         assert set(OPERATIONS) <= {name for name in dir(Store) if not name.startswith("_")}
-        async with World(remote) as world:
-            world.was_tampered_with = True  # its clock is not the server's
-            batch_id = await world.batch(4, key="k", metadata={"a": 1})
+        async with World(remote) as remote_store:
+            remote_store.was_tampered_with = True  # its clock is not the server's
+            batch_id = await remote_store.batch(4, key="k", metadata={"a": 1})
             extras = {1: Extra(tags=("t",), headers={"h": "v"}, idempotency_key="i")}
-            assert (await world.append(batch_id, range(4), extras=extras)).accepted_count == 4
-            assert (await world.append(batch_id, [3, 1], payload=lambda _: b"9")).conflicts == [1, 3]
-            await world.store.seal(batch_id, 4, now_us=1)
-            session_id = await world.session()
-            (lease,) = await world.claim(session_id)
+            assert (await remote_store.append(batch_id, range(4), extras=extras)).accepted_count == 4
+            assert (await remote_store.append(batch_id, [3, 1], payload=lambda _: b"9")).conflicts == [1, 3]
+            await remote_store.store.seal(batch_id, 4, now_us=1)
+            session_id = await remote_store.session()
+            (lease,) = await remote_store.claim(session_id)
             assert lease.extras[1].headers == {"h": "v"}
             held = (await remote.heartbeat(session_id, now_us=1)).leases
             assert [(one.span_id, one.token) for one in held] == [(lease.span_id, lease.token)]
-            assert await world.settle(lease, "cfcc") == "settled"
+            assert await remote_store.settle(lease, "cfcc") == "settled"
             near = await server.engine.store.outcomes(batch_id, 0, 10)
             assert await remote.outcomes(batch_id, 0, 10) == near
             assert await remote.run(batch_id, 1) == await server.engine.store.run(batch_id, 1)
@@ -131,17 +131,17 @@ async def test_schedules_tick_once_over_the_network_in_the_key_s_environment(tmp
         await asyncio.gather(*(one.round() for one in schedulers))
         batches = [batch for batch, _ in await server.engine.store.batches("default")]
         assert [(batch.kind, batch.task, batch.state) for batch in batches] == [("single", "echo", "sealed")] * 5
-        (known,) = await remotes[0].schedules("elsewhere")
-        assert (known.environment, known.ticked_us) == ("default", (now_us + 5_000_000) // 1_000_000 * 1_000_000)
+        (stored,) = await remotes[0].schedules("elsewhere")
+        assert (stored.environment, stored.ticked_us) == ("default", (now_us + 5_000_000) // 1_000_000 * 1_000_000)
         assert await server.engine.store.schedules("elsewhere") == []
 
 
 async def test_a_client_cannot_tick_beyond_the_store_s_limits(tmp_path: Path) -> None:
-    async with running_server(tmp_path, "sqlite") as server, World(remote_of(server)) as world:
-        world.was_tampered_with = True  # its clock is not the server's
+    async with running_server(tmp_path, "sqlite") as server, World(remote_of(server)) as remote_store:
+        remote_store.was_tampered_with = True  # its clock is not the server's
         now_us = server.engine.clock.now_us()
         hourly = Schedule(environment="", name="s", app="app", task="task", expression="0 * * * *", zone="UTC")
-        (known,) = await world.store.keep_schedules("", "app", [hourly], now_us=1)
+        (stored,) = await remote_store.store.keep_schedules("", "app", [hourly], now_us=1)
         bad = [
             msgspec.structs.replace(hourly, expression="61 * * * *"),
             msgspec.structs.replace(hourly, zone="Europe/Atlantis"),
@@ -151,15 +151,15 @@ async def test_a_client_cannot_tick_beyond_the_store_s_limits(tmp_path: Path) ->
         ]
         for schedule in bad:
             with pytest.raises(ClientFault):
-                await world.store.keep_schedules("", "app", [schedule], now_us=1)
+                await remote_store.store.keep_schedules("", "app", [schedule], now_us=1)
         with pytest.raises(ClientFault, match="at most 1000 schedules"):
-            await world.store.keep_schedules("", "app", [hourly] * 1_001, now_us=1)
+            await remote_store.store.keep_schedules("", "app", [hourly] * 1_001, now_us=1)
         (two,) = chunks_of(range(2))
         (one,) = chunks_of([0])
         (keyed,) = chunks_of([0], extras={0: Extra(idempotency_key="k")})
         new = NewBatch(id=new_batch_id(now_us), task="task")
         fine = Tick(
-            name="s", expression="0 * * * *", zone="UTC", last_us=known.last_us, until_us=known.last_us + 1, runs=[]
+            name="s", expression="0 * * * *", zone="UTC", last_us=stored.last_us, until_us=stored.last_us + 1, runs=[]
         )
         for changed in (
             {"runs": [(new, two)]},
@@ -167,27 +167,27 @@ async def test_a_client_cannot_tick_beyond_the_store_s_limits(tmp_path: Path) ->
             {"runs": [(msgspec.structs.replace(new, id="batch_x"), one)]},
             {"runs": [(new, one)] * 1_001},
             {"until_us": now_us + 2 * 3_600_000_000},
-            {"until_us": known.last_us},
+            {"until_us": stored.last_us},
             {"last_us": -1},
         ):
             with pytest.raises(ClientFault):
-                await world.store.tick("", msgspec.structs.replace(fine, **changed), now_us=1)
-        assert await server.engine.store.schedules("default") == [known]
-        told = await world.store.tick("", msgspec.structs.replace(fine, runs=[(new, one)]), now_us=1)
-        assert told.is_ours
+                await remote_store.store.tick("", msgspec.structs.replace(fine, **changed), now_us=1)
+        assert await server.engine.store.schedules("default") == [stored]
+        result = await remote_store.store.tick("", msgspec.structs.replace(fine, runs=[(new, one)]), now_us=1)
+        assert result.is_ours
 
 
 async def test_store_errors_keep_their_class_over_the_network(tmp_path: Path) -> None:
     async with running_server(tmp_path, "sqlite") as server:
-        async with World(remote_of(server)) as world:
-            world.was_tampered_with = True
-            batch_id = await world.batch(2)
+        async with World(remote_of(server)) as remote_store:
+            remote_store.was_tampered_with = True
+            batch_id = await remote_store.batch(2)
             with pytest.raises(Conflict, match="missing"):
-                await world.store.seal(batch_id, None, now_us=1)
+                await remote_store.store.seal(batch_id, None, now_us=1)
             with pytest.raises(ClientFault, match="outside"):
-                await world.append(batch_id, [7])
+                await remote_store.append(batch_id, [7])
             with pytest.raises(NotFound):
-                await world.store.batch("batch_00000000000000000000000000")
+                await remote_store.store.batch("batch_00000000000000000000000000")
         await server.server.stop()
         closed = RemoteStore(ServerConnection(server.server.url, KEY, attempts=1), LIMITS)
         with pytest.raises(StoreUnavailable):
@@ -197,12 +197,12 @@ async def test_store_errors_keep_their_class_over_the_network(tmp_path: Path) ->
 async def test_a_lease_is_settled_only_with_its_token(tmp_path: Path) -> None:
     async with running_server(tmp_path, "sqlite") as server:
         batch_id = await server.filled(3)
-        async with World(remote_of(server)) as thief, World(remote_of(server)) as world:
-            thief.was_tampered_with = world.was_tampered_with = True
-            (lease,) = await world.claim(await world.session())
+        async with World(remote_of(server)) as thief, World(remote_of(server)) as remote_store:
+            thief.was_tampered_with = remote_store.was_tampered_with = True
+            (lease,) = await remote_store.claim(await remote_store.session())
             assert await thief.store.settle([settlement_of(lease)], now_us=1) == ["lost"]
             assert await thief.release(lease) == "lost"
-            assert await world.settle(lease) == "settled"
+            assert await remote_store.settle(lease) == "settled"
             assert (await server.engine.store.batch(batch_id))[0].state == "completed"
 
 
@@ -229,13 +229,13 @@ async def test_an_invalid_chunk_is_refused_and_changes_nothing(tmp_path: Path) -
         broken(extras={0: Extra(object_key=f"other/batch/{'0' * 64}")}),
         broken(extras={0: Extra(tags=tuple("abcdefghijklmn"))}),
     ]
-    async with running_server(tmp_path, "sqlite") as server, World(remote_of(server)) as world:
-        world.was_tampered_with = True
-        batch_id = await world.batch(3)
+    async with running_server(tmp_path, "sqlite") as server, World(remote_of(server)) as remote_store:
+        remote_store.was_tampered_with = True
+        batch_id = await remote_store.batch(3)
         for chunk in bad:
             with pytest.raises(ClientFault):
-                await world.store.append(batch_id, [chunk], now_us=1)
-        assert await world.store.missing(batch_id, 10) == [(0, 3)]
+                await remote_store.store.append(batch_id, [chunk], now_us=1)
+        assert await remote_store.store.missing(batch_id, 10) == [(0, 3)]
 
 
 async def test_another_environment_sees_none_of_the_data(tmp_path: Path) -> None:
@@ -243,13 +243,13 @@ async def test_another_environment_sees_none_of_the_data(tmp_path: Path) -> None
 
     async with running_server(tmp_path, "sqlite") as server:
         batch_id = await server.filled(1)
-        secret, kept = new_key("elsewhere", ("*",), "", 1)
-        await server.engine.administration.add_key(kept, now_us=1)
+        secret, stored_key = new_key("elsewhere", ("*",), "", 1)
+        await server.engine.administration.add_key(stored_key, now_us=1)
         async with World(remote_of(server, secret)) as other:
             other.was_tampered_with = True
             assert await other.claim(await other.session(), environment="default") == []
             assert await other.store.batches("default") == []
-            for asked in (
+            for operation in (
                 other.store.batch(batch_id),
                 other.store.seal(batch_id, 1, now_us=1),
                 other.store.append(batch_id, chunks_of([0]), now_us=1),
@@ -259,26 +259,26 @@ async def test_another_environment_sees_none_of_the_data(tmp_path: Path) -> None
                 other.store.stop_batch(batch_id, "cancelled", now_us=1),
             ):
                 with pytest.raises(NotFound):
-                    await asked
+                    await operation
             with pytest.raises(Conflict):
                 await other.store.create_batch(NewBatch(id=batch_id, environment="default"), now_us=1)
-            own, _ = await other.store.create_batch(NewBatch(id=new_batch_id(1), environment="default"), now_us=1)
-            assert own.environment == "elsewhere"
+            batch, _ = await other.store.create_batch(NewBatch(id=new_batch_id(1), environment="default"), now_us=1)
+            assert batch.environment == "elsewhere"
 
 
 async def test_a_claim_waits_at_the_server_until_work_comes(tmp_path: Path) -> None:
-    asked = asyncio.Event()
+    operation = asyncio.Event()
 
     async def note(_store: Store, _claim: object) -> None:
-        asked.set()
+        operation.set()
 
     async with (
         running_server(tmp_path, "sqlite", wrap=lambda store: StoreHook(store, "claim", note)) as server,
-        World(remote_of(server, wait_s=10)) as world,
+        World(remote_of(server, wait_s=10)) as remote_store,
     ):
-        world.was_tampered_with = True
-        claiming = asyncio.create_task(world.claim(await world.session()))
-        await asked.wait()
+        remote_store.was_tampered_with = True
+        claiming = asyncio.create_task(remote_store.claim(await remote_store.session()))
+        await operation.wait()
         await server.filled(2)
         (lease,) = await claiming
         assert list(lease.indexes) == [0, 1]
@@ -289,9 +289,11 @@ async def test_heartbeats_have_a_thread_of_their_own_over_a_server_too(tmp_path:
         app = app_of(server, heartbeat_ms=20, session_timeout_ms=10_000)
         async with app, app.worker() as worker:
             session_id = worker.session.session_id
-            seen: set[int] = set()
-            while len(seen) < 4:
-                seen |= {one.heartbeat_us for one in await server.engine.maintenance.sessions() if one.id == session_id}
+            heartbeats: set[int] = set()
+            while len(heartbeats) < 4:
+                heartbeats |= {
+                    one.heartbeat_us for one in await server.engine.maintenance.sessions() if one.id == session_id
+                }
 
 
 def test_a_missing_extra_is_named_with_its_install_command(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ CALL = CallContext("/test")
 def activation(number: int | str, **fields: Any) -> wire.TaskActivation:
     """An activation as Sentry's client sends it: application "app", namespace "mail", a deadline of 10 s."""
     retry = fields.pop("retry", None)
-    known: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "id": f"id_{number}",
         "application": "app",
         "namespace": "mail",
@@ -60,17 +60,17 @@ def activation(number: int | str, **fields: Any) -> wire.TaskActivation:
         "processing_deadline_duration": 10,
     }
     if retry is not None:
-        known["retry_state"] = wire.RetryState(**retry)
-    return wire.TaskActivation(**(known | fields))
+        defaults["retry_state"] = wire.RetryState(**retry)
+    return wire.TaskActivation(**(defaults | fields))
 
 
 def varint(number: int) -> bytes:
     """Encode a length as a varint."""
-    found = bytearray()
+    result = bytearray()
     while number > 0x7F:
-        found.append(number & 0x7F | 0x80)
+        result.append(number & 0x7F | 0x80)
         number >>= 7
-    return bytes((*found, number))
+    return bytes((*result, number))
 
 
 def stream(*messages: wire.TaskActivation | bytes) -> bytes:
@@ -82,14 +82,14 @@ def stream(*messages: wire.TaskActivation | bytes) -> bytes:
 async def call_method(method: Callable[[Any, CallContext], Any], request: Message) -> bytes:
     """Call a method of the service and return its encoded response, immediate or deferred."""
     try:
-        found = method(request, CALL)
-        if isinstance(found, ResponseAfter):
-            await found.future
-            found = found.make_response()
-        found = await found if isinstance(found, Awaitable) else found
+        result = method(request, CALL)
+        if isinstance(result, ResponseAfter):
+            await result.future
+            result = result.make_response()
+        result = await result if isinstance(result, Awaitable) else result
     except HeadraceError as error:
         raise to_grpc_error(error) from error
-    return found or b""
+    return result or b""
 
 
 class BrokerRig:
@@ -105,10 +105,10 @@ class BrokerRig:
         """Store activations. Returns for each whether it is new."""
         return await self.add_bytes(*(message.SerializeToString() for message in messages))
 
-    async def add_bytes(self, *found: bytes) -> list[bool]:
+    async def add_bytes(self, *result: bytes) -> list[bool]:
         """Store encoded activations. Returns for each whether it is new."""
         now_us = self.engine.clock.now_us()
-        entries = [(data, decode_entry(data, self.engine.limits, now_us)) for data in found]
+        entries = [(data, decode_entry(data, self.engine.limits, now_us)) for data in result]
         puts = [self.producer.put_new(entry.key, data, ACTIVATION, entry.extra) for data, entry in entries]
         return [is_new for _, _, is_new in await asyncio.gather(*puts)]
 
@@ -135,20 +135,22 @@ class BrokerRig:
 
     async def set_batch(self, *updates: tuple[str, int]) -> None:
         """Call SetBatchActivationStatus."""
-        told = [wire.SetTaskStatusRequest(id=name, status=status) for name, status in updates]  # type: ignore[arg-type]  # any number
-        await call_method(self.service.set_batch_activation_status, wire.SetBatchActivationStatusRequest(updates=told))
+        requests = [wire.SetTaskStatusRequest(id=name, status=status) for name, status in updates]  # type: ignore[arg-type]  # any number
+        await call_method(
+            self.service.set_batch_activation_status, wire.SetBatchActivationStatusRequest(updates=requests)
+        )
 
     async def runs(self) -> list[RunRecord]:
         """All activations in order of arrival."""
-        found = await self.engine.store.runs(self.engine.environment, task=LANE, limit=invariants.ALL)
-        return sorted(found, key=lambda view: (view.batch_id, view.index))
+        result = await self.engine.store.runs(self.engine.environment, task=LANE, limit=invariants.ALL)
+        return sorted(result, key=lambda view: (view.batch_id, view.index))
 
     async def counts(self) -> dict[str, int]:
         """Count the activations by state. Leased but undelivered ones count as waiting."""
-        found = Counter(view.state for view in await self.runs())
-        found["waiting"] += found.pop("leased", 0) + found.pop("started", 0) - self.dispatcher.delivered_count
-        found["processing"] = self.dispatcher.delivered_count
-        return {state: count for state, count in found.items() if count}
+        result = Counter(view.state for view in await self.runs())
+        result["waiting"] += result.pop("leased", 0) + result.pop("started", 0) - self.dispatcher.delivered_count
+        result["processing"] = self.dispatcher.delivered_count
+        return {state: count for state, count in result.items() if count}
 
     async def drain(self, workers_count: int, status: int = COMPLETE) -> list[str]:
         """Let workers fetch and report until nothing is left. Returns the delivered ids in order."""

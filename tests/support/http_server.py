@@ -251,14 +251,14 @@ class ResponseFaults:
     """
 
     def __init__(self, path: str, *faults: Any) -> None:
-        self._path, self.left, self.seen = path, list(faults), 0
+        self._path, self.left, self.requests_count = path, list(faults), 0
         self.app: Any = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or not scope["path"].endswith(self._path):
             await self.app(scope, receive, send)
             return
-        self.seen += 1
+        self.requests_count += 1
         fault = self.left.pop(0) if self.left else None
         if fault is None:
             await self.app(scope, receive, send)

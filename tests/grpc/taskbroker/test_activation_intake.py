@@ -1,4 +1,4 @@
-"""Activations come in: by HTTP, from a file, from the library; and the rules and bounds they come under."""
+"""Intake of activations over HTTP, from files and from the library, with its rules and limits."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def taken(broker: BrokerRig, *pieces: bytes) -> IntakeResult:
     return await ActivationIntake(broker.engine, broker.producer).take(pieces_of(*pieces))
 
 
-# -- the stream
+# -- decoding of streams
 
 
 @given(st.lists(st.binary(max_size=300), max_size=20), st.data())
@@ -57,11 +57,11 @@ def test_a_stream_decodes_the_same_however_it_is_split(messages: list[bytes], da
     whole = stream(*messages)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=10)))
     decoder = DelimitedDecoder(200)
-    found: list[bytes | OversizedMessage] = []
+    result: list[bytes | OversizedMessage] = []
     for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True):
-        found += decoder.feed(whole[start:end])
+        result += decoder.feed(whole[start:end])
     decoder.end()
-    assert found == [one if len(one) <= 200 else OversizedMessage(len(one)) for one in messages]
+    assert result == [message if len(message) <= 200 else OversizedMessage(len(message)) for message in messages]
 
 
 @given(st.binary(max_size=100))
@@ -94,7 +94,7 @@ def test_a_truncated_or_unframed_stream_raises_an_error_with_the_message_number(
         DelimitedDecoder(100).feed(b"\xff\xff\xff\xff\xff")
 
 
-# -- taken in
+# -- storing
 
 
 @on_every_store
@@ -105,10 +105,10 @@ async def test_a_stream_stores_each_id_once_and_refuses_invalid_activations_alon
         messages[8] = b"\xff\xff"
         messages[9] = activation(9, parameters_bytes=b"x" * 3_000)
         messages[10] = activation(3)
-        found = await taken(broker, stream(*messages))
-        assert (found.accepted, found.duplicates, found.refused_count) == (596, 1, 3)
-        assert [(one.number, one.id) for one in found.refused] == [(7, ""), (8, ""), (9, "")]
-        assert "at most 2000 bytes" in found.refused[2].reason
+        result = await taken(broker, stream(*messages))
+        assert (result.accepted, result.duplicates, result.refused_count) == (596, 1, 3)
+        assert [(refused.number, refused.id) for refused in result.refused] == [(7, ""), (8, ""), (9, "")]
+        assert "at most 2000 bytes" in result.refused[2].reason
         again = await taken(broker, stream(*messages))
         assert (again.accepted, again.duplicates) == (0, 597)
         delivered = await broker.drain(4)
@@ -119,15 +119,15 @@ async def test_two_concurrent_streams_of_the_same_activations_store_each_once(tm
     async with running_broker("sqlite", tmp_path) as broker:
         messages = [activation(number) for number in range(500)]
         shuffled = random.Random(3).sample(messages, len(messages))
-        one, two = await asyncio.gather(taken(broker, stream(*messages)), taken(broker, stream(*shuffled)))
-        assert one.accepted + two.accepted == 500
+        first, second = await asyncio.gather(taken(broker, stream(*messages)), taken(broker, stream(*shuffled)))
+        assert first.accepted + second.accepted == 500
         assert len(await broker.runs()) == 500
 
 
 async def test_many_refusals_are_all_counted_and_the_first_are_listed(tmp_path: Path) -> None:
     async with running_broker("memory", tmp_path) as broker:
-        found = await taken(broker, stream(*(activation(number, taskname="") for number in range(250))))
-        assert (found.refused_count, len(found.refused)) == (250, 100)
+        result = await taken(broker, stream(*(activation(number, taskname="") for number in range(250))))
+        assert (result.refused_count, len(result.refused)) == (250, 100)
 
 
 async def test_a_broken_stream_raises_an_error_and_can_be_sent_again(tmp_path: Path) -> None:
@@ -135,8 +135,8 @@ async def test_a_broken_stream_raises_an_error_and_can_be_sent_again(tmp_path: P
         whole = stream(*(activation(number) for number in range(300)))
         with pytest.raises(InvalidInput, match="in the middle"):
             await taken(broker, whole[:-1])
-        found = await taken(broker, whole)
-        assert found.accepted + found.duplicates == 300
+        result = await taken(broker, whole)
+        assert result.accepted + result.duplicates == 300
         assert len(await broker.runs()) == 300
 
 
@@ -177,16 +177,16 @@ async def test_http_answers_with_retry_after_while_the_backlog_is_full(tmp_path:
         assert (answer.status, answer.headers["retry-after"], answer.json["code"]) == (429, "5", "NO_ROOM")
 
 
-# -- from the library
+# -- through the library
 
 
 async def test_activations_are_accepted_through_the_library(tmp_path: Path) -> None:
     async with Headrace("test", store=f"sqlite:///{tmp_path}/a.db") as app:
-        found = await app.activate(*(activation(number).SerializeToString() for number in (1, 2, 1)), b"\xff")
-        assert (found.accepted, found.duplicates, found.refused_count) == (2, 1, 1)
+        result = await app.activate(*(activation(number).SerializeToString() for number in (1, 2, 1)), b"\xff")
+        assert (result.accepted, result.duplicates, result.refused_count) == (2, 1, 1)
 
 
-# -- the killswitch
+# -- killswitch
 
 
 def packed(*args: Any, **kwargs: Any) -> bytes:
@@ -220,14 +220,14 @@ async def test_concurrent_rule_changes_are_all_applied(kind: str, tmp_path: Path
 
         names = [f"task-{number}" for number in range(8)]
         await asyncio.gather(*map(drop, names))
-        kept = rules_of(await broker.engine.store.rules("default"))
-        assert sorted(kill.name for kill in kept.kills) == names
+        stored = rules_of(await broker.engine.store.rules("default"))
+        assert sorted(kill.name for kill in stored.kills) == names
 
 
 async def test_a_change_without_effect_writes_nothing(tmp_path: Path) -> None:
     async with running_broker("memory", tmp_path) as broker:
         faulty = Faulty(broker.engine.store)
-        faulty.before["keep_rules"] = [StoreUnavailable("nothing is to be written")]
+        faulty.before["keep_rules"] = [StoreUnavailable("nothing must be written")]
         broker.engine.store = faulty
         assert (await change_rules(broker.engine, KILLSWITCH, lambda rules: kills_encoded(rules.kills))).kills == []
         with pytest.raises(StoreUnavailable):
@@ -240,7 +240,7 @@ async def test_a_rule_change_that_always_loses_the_race_raises_a_conflict(tmp_pa
 
         def overtaken(rules: Rules) -> bytes:
             store._tables.rules["default", KILLSWITCH] = kills_encoded([*rules.kills, Kill(name="other")])
-            return kills_encoded([*rules.kills, Kill(name="own")])
+            return kills_encoded([*rules.kills, Kill(name="mine")])
 
         with pytest.raises(Conflict, match="other writers"):
             await change_rules(broker.engine, KILLSWITCH, overtaken)
@@ -251,8 +251,8 @@ async def test_a_killswitch_on_an_argument_drops_only_matching_activations(tmp_p
         kill = Kill(name="send", args={"0": 7}, kwargs={"to": "x"})
         await change_rules(broker.engine, KILLSWITCH, lambda _: kills_encoded([kill]))
         calls = [packed(7), packed(True), packed(1, to="x"), packed("7", to="y"), b"\xc1", b""]
-        found = await taken(broker, stream(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls))))
-        assert (found.accepted, found.dropped) == (4, 2)
+        result = await taken(broker, stream(*(activation(n, parameters_bytes=call) for n, call in enumerate(calls))))
+        assert (result.accepted, result.dropped) == (4, 2)
 
 
 @on_databases
@@ -271,15 +271,15 @@ async def test_a_killswitch_on_an_argument_also_checks_payloads_in_the_object_st
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "is_equal"),
+    ("value", "other", "is_equal"),
     [
         (1, 1, True), (1, True, False), (1, 1.0, False), ("1", 1, False), (None, None, True),
         ([1, [2]], [1, [2]], True), ([1], [True], False), ({"a": [1]}, {"a": [1]}, True),
         ({"a": 1}, {"a": 1.0}, False), ([], {}, False),
     ],
 )  # fmt: skip
-def test_argument_values_match_only_if_their_types_match_at_every_level(one: Any, other: Any, is_equal: bool) -> None:
-    rules = Rules(kills=[Kill(name="t", args={"0": one})])
+def test_argument_values_match_only_if_their_types_match_at_every_level(value: Any, other: Any, is_equal: bool) -> None:
+    rules = Rules(kills=[Kill(name="t", args={"0": value})])
     assert rules.is_killed("t", lambda: ([other], {})) is is_equal
 
 
@@ -289,8 +289,8 @@ def in_arguments(**fields: Any) -> bytes:
 
 def test_arguments_are_decoded_from_msgpack_zstd_and_the_json_field() -> None:
     assert decode_arguments(in_arguments(parameters_bytes=packed(1, a=2))) == ([1], {"a": 2})
-    squeezed = {"headers": {"compression-type": "zstd"}, "parameters_bytes": zstandard.compress(packed(3))}
-    assert decode_arguments(in_arguments(**squeezed)) == ([3], {})
+    compressed = {"headers": {"compression-type": "zstd"}, "parameters_bytes": zstandard.compress(packed(3))}
+    assert decode_arguments(in_arguments(**compressed)) == ([3], {})
     assert decode_arguments(in_arguments(parameters_bytes=b"", parameters='{"args": [4]}')) == ([4], {})
 
 
@@ -357,12 +357,12 @@ async def test_new_and_waiting_activations_of_a_demoted_queue_move_to_another(ki
         queues = {view.name: view.waiting_count for view in await broker.engine.store.queues("default")}
         assert queues == {"app:mail": 0, "app:other": 1, "app:slow": 5}
         assert (await broker.get(application="app", namespace="other")).id == "id_x"
-        found = [(await broker.get(application="app", namespace="slow")).id for _ in range(5)]
-        assert sorted(found) == [f"id_{number}" for number in range(5)]
-        await broker.set_batch(*((name, COMPLETE) for name in (*found, "id_x")))
+        result = [(await broker.get(application="app", namespace="slow")).id for _ in range(5)]
+        assert sorted(result) == [f"id_{number}" for number in range(5)]
+        await broker.set_batch(*((name, COMPLETE) for name in (*result, "id_x")))
 
 
-# -- bounds on what waits
+# -- limits of the backlog
 
 
 LIMITED: list[tuple[dict[str, int], Callable[[], Iterable[wire.TaskActivation]], str]] = [
@@ -375,16 +375,16 @@ LIMITED: list[tuple[dict[str, int], Callable[[], Iterable[wire.TaskActivation]],
 ]
 
 
-@pytest.mark.parametrize(("limits", "more", "said"), LIMITED, ids=[said for _, _, said in LIMITED])
+@pytest.mark.parametrize(("limits", "more", "error_text"), LIMITED, ids=[error_text for _, _, error_text in LIMITED])
 async def test_activations_past_the_backlog_bound_wait_and_are_then_refused(
-    limits: dict[str, int], more: Callable[[], Iterable[wire.TaskActivation]], said: str, tmp_path: Path
+    limits: dict[str, int], more: Callable[[], Iterable[wire.TaskActivation]], error_text: str, tmp_path: Path
 ) -> None:
     clock = ManualClock()
     async with running_broker("memory", tmp_path, clock=clock, limits={**limits, "ingest_wait_ms": 2_000}) as broker:
-        if "leased" in said:
+        if "leased" in error_text:
             await broker.add_many(1)
             await broker.get()
-        elif "waiting" in said:
+        elif "waiting" in error_text:
             await taken(broker, stream(*(activation(number) for number in range(3))))
         before = len(await broker.runs())
         sent = [activation_at(clock, message) for message in more()]
@@ -392,7 +392,7 @@ async def test_activations_past_the_backlog_bound_wait_and_are_then_refused(
         await clock.advance_async(1.5)
         assert not trying.done(), "it waits"
         await clock.advance_async(1)
-        with pytest.raises(QueueFull, match=said):
+        with pytest.raises(QueueFull, match=error_text):
             await trying
         assert len(await broker.runs()) == before
 
@@ -423,7 +423,7 @@ async def test_a_store_over_its_size_limit_refuses_activations(kind: str, tmp_pa
             await taken(broker, stream(large[3]))
 
 
-# -- what is told
+# -- metrics
 
 
 async def test_metrics_show_the_fullest_queues_by_name_and_the_others_together(tmp_path: Path) -> None:
@@ -431,8 +431,8 @@ async def test_metrics_show_the_fullest_queues_by_name_and_the_others_together(t
         some = [activation(number, namespace="full") for number in range(3)]
         body = stream(*some, activation("x", namespace="a"), activation("y", namespace="b", delay=3_000))
         await server.ask("POST", "/v1/activations", body, {"content-type": "application/x-protobuf"})
-        told = (await server.ask("GET", "/metrics", auth=False)).body.decode()
-        assert 'headrace_queue_runs{queue="app:full",state="waiting"} 3.0' in told
-        assert 'headrace_queue_runs{queue="(others)",state="waiting"} 1.0' in told
-        assert 'headrace_queue_oldest_seconds{queue="(others)"}' in told
-        assert "app:a" not in told
+        metrics = (await server.ask("GET", "/metrics", auth=False)).body.decode()
+        assert 'headrace_queue_runs{queue="app:full",state="waiting"} 3.0' in metrics
+        assert 'headrace_queue_runs{queue="(others)",state="waiting"} 1.0' in metrics
+        assert 'headrace_queue_oldest_seconds{queue="(others)"}' in metrics
+        assert "app:a" not in metrics

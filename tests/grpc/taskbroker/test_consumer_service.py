@@ -1,4 +1,4 @@
-"""What workers are told: the reference's own tests of its server, on both databases, and what ours promises beyond."""
+"""ConsumerService: the tests of Sentry's taskbroker for its server, on both databases, and further promises."""
 
 from __future__ import annotations
 
@@ -185,30 +185,30 @@ async def test_a_report_is_answered_before_its_commit_only_with_ack_received(tmp
         async with running_broker("memory", tmp_path / ack, ack=ack) as broker:
             await broker.add_many(2)
             await broker.get()
-            held = Held(broker.engine.store)
+            held = HeldStore(broker.engine.store)
             broker.engine.store = held
-            told = asyncio.create_task(broker.set("id_0", COMPLETE, fetch={}))
-            await held.asked.wait()
+            report = asyncio.create_task(broker.set("id_0", COMPLETE, fetch={}))
+            await held.called.wait()
             for _ in range(20):
                 await asyncio.sleep(0)
-            assert told.done() is (ack == "received")
-            held.let.set()
-            assert (await told).id == "id_1"
+            assert report.done() is (ack == "received")
+            held.allowed.set()
+            assert (await report).id == "id_1"
             broker.engine.store = held.store
 
 
-class Held:
-    """A store whose `settle` waits until it is let."""
+class HeldStore:
+    """A store whose `settle` waits until the test allows it."""
 
     def __init__(self, store: Any) -> None:
-        self.store, self.asked, self.let = store, asyncio.Event(), asyncio.Event()
+        self.store, self.called, self.allowed = store, asyncio.Event(), asyncio.Event()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.store, name)
 
     async def settle(self, *args: Any, **kwargs: Any) -> Any:
-        self.asked.set()
-        await self.let.wait()
+        self.called.set()
+        await self.allowed.wait()
         return await self.store.settle(*args, **kwargs)
 
 
@@ -232,9 +232,9 @@ async def test_an_unavailable_store_is_reported_as_internal_and_no_report_is_los
         faulty.before["settle"] = [StoreUnavailable("away")] * 3
         faulty.after["settle"] = [StoreUnavailable("the answer was lost")]
         broker.engine.store = faulty
-        told = asyncio.create_task(broker.set(task.id, COMPLETE))
+        report = asyncio.create_task(broker.set(task.id, COMPLETE))
         await clock.advance_async(5)
-        await told
+        await report
         assert await broker.counts() == {"completed": 1, "waiting": 1}
         assert faulty.calls.count("settle") == 5
 
@@ -349,7 +349,7 @@ async def test_an_at_most_once_activation_fails_when_its_worker_requests_a_retry
         assert "at-most-once" in decode(view.result).message
 
 
-# -- reports that are late, doubled, or of somebody else's
+# -- late, repeated and foreign reports
 
 
 @on_every_store
@@ -403,11 +403,11 @@ async def test_a_report_to_another_server_is_settled_by_id(kind: str, tmp_path: 
         assert [view.state for view in await broker.runs()][:3] == ["completed", "failed", "completed"]
 
 
-# -- bad input
+# -- invalid input
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "error_text"),
     [
         (activation("", id=""), "1 to 200 printable"),
         (activation("", id="x" * 201), "1 to 200 printable"),
@@ -420,10 +420,10 @@ async def test_a_report_to_another_server_is_settled_by_id(kind: str, tmp_path: 
     ],
 )
 async def test_an_invalid_activation_is_refused_with_the_reason(
-    message: wire.TaskActivation, said: str, tmp_path: Path
+    message: wire.TaskActivation, error_text: str, tmp_path: Path
 ) -> None:
     async with running_broker("memory", tmp_path) as broker:
-        with pytest.raises(InvalidInput, match=said):
+        with pytest.raises(InvalidInput, match=error_text):
             await broker.add(message)
         assert await broker.runs() == []
 
@@ -475,15 +475,17 @@ async def test_a_large_activation_is_fetched_from_the_object_store_for_a_push(ki
         sent = [activation(number, parameters_bytes=b"x" * 5_000 * number) for number in range(4)]
         await broker.add(*sent)
         taken = await DispatcherDeliveries(broker.dispatcher).take("app", 9, lease_ms=5_000)
-        found = [wire.TaskActivation.FromString(one.activation) for one in taken]
-        assert sorted(found, key=lambda one: one.id) == sent, "they may come in as fast as each is offloaded"
+        activations = [wire.TaskActivation.FromString(one.activation) for one in taken]
+        assert sorted(activations, key=lambda one: one.id) == sent, (
+            "the order of arrival may differ: each is stored as soon as it is offloaded"
+        )
 
 
 async def test_activations_taken_before_an_object_store_failure_are_still_delivered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def away(_key: str) -> bytes:
-        raise StoreUnavailable("the object store is away")
+        raise StoreUnavailable("the object store is unavailable")
 
     async with running_broker("sqlite", tmp_path, delivery="push", limits={"inline_bytes_max": 1_000}) as broker:
         await broker.add(activation(0), activation(1, parameters_bytes=b"x" * 5_000))

@@ -1,4 +1,4 @@
-"""How activations get into workers' hands and back: deadlines, dead servers, what nobody asks for, pushing."""
+"""Dispatching: deadlines, lapsed servers, release of unrequested leases, pushing."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ ANY = QueueFilter()
 
 
 async def types_of_failures(broker: BrokerRig) -> list[str]:
-    found = []
+    results = []
     for view in await broker.runs():
         if view.state == "failed":
-            found.append(decode((await broker.engine.store.run(view.batch_id, view.index)).result).type)
-    return found
+            results.append(decode((await broker.engine.store.run(view.batch_id, view.index)).result).type)
+    return results
 
 
 # -- deadlines
@@ -51,7 +51,7 @@ async def test_r6_a_report_after_the_deadline_changes_nothing(kind: str, tmp_pat
     async with running_broker(kind, tmp_path, clock=clock) as broker:
         await broker.add_many(2)
         late, in_time = await broker.get(), await broker.get()
-        clock.advance(12.9)  # 10 s to do it in, and 3 s of grace
+        clock.advance(12.9)  # 10 s of deadline and 3 s of grace
         await broker.tick()
         assert await broker.counts() == {"processing": 2}
         await broker.set(in_time.id, COMPLETE)
@@ -207,7 +207,7 @@ async def test_a_delayed_activation_waits_and_its_delay_is_clamped_to_the_limit(
         assert broker.engine.limits.delivery_delay_max_s == 3_600
 
 
-# -- order and shares
+# -- order and sharing
 
 
 @on_every_store
@@ -221,9 +221,9 @@ async def test_a_queue_is_delivered_in_order_of_arrival(kind: str, tmp_path: Pat
 async def test_concurrent_fetches_get_different_activations(kind: str, tmp_path: Path) -> None:
     async with running_broker(kind, tmp_path) as broker:
         names = await broker.add_many(300)
-        found = await asyncio.gather(*(broker.get() for _ in range(300)))
-        assert sorted(ids(found)) == sorted(names)
-        await broker.set_batch(*((task.id, COMPLETE) for task in found))
+        results = await asyncio.gather(*(broker.get() for _ in range(300)))
+        assert sorted(ids(results)) == sorted(names)
+        await broker.set_batch(*((task.id, COMPLETE) for task in results))
 
 
 @on_databases
@@ -284,7 +284,7 @@ async def test_a_cancelled_batch_is_no_longer_delivered(tmp_path: Path) -> None:
         task = await broker.get()
         batch_id = (await broker.runs())[0].batch_id
         await broker.engine.store.stop_batch(batch_id, "cancelled", now_us=clock.now_us())
-        await clock.advance_async(6)  # a heartbeat tells, and the next round gives back
+        await clock.advance_async(6)  # the heartbeat reports the need of others, and the next round releases leases
         assert (await status_of_error(broker.get()))[0] == Code.NOT_FOUND
         await broker.set(task.id, COMPLETE)
         assert await broker.counts() == {"cancelled": 3, "completed": 1}
@@ -312,15 +312,15 @@ async def test_a_claim_waits_for_an_unavailable_store_only_for_a_bounded_time(tm
         faulty = Faulty(broker.engine.store)
         faulty.before["claim"] = [StoreUnavailable("away")] * 12
         broker.engine.store = faulty
-        asked = asyncio.create_task(broker.get())
+        fetch = asyncio.create_task(broker.get())
         await clock.advance_async(6)
-        assert (await status_of_error(asked))[0] == Code.INTERNAL
+        assert (await status_of_error(fetch))[0] == Code.INTERNAL
         await clock.advance_async(60)
         assert (await broker.get()).id == "id_0"
         await broker.set("id_0", COMPLETE)
 
 
-# -- servers that end
+# -- servers that stop or lapse
 
 
 @on_every_store
@@ -391,7 +391,7 @@ async def test_a_server_whose_session_lapsed_continues_with_a_new_session(kind: 
             now_us=engine.clock.now_us(),
         )
         await broker.set(task.id, FAILURE)
-        assert (await broker.counts()).get("failed", 0) == 0, "the lease was lost, and so is the report"
+        assert (await broker.counts()).get("failed", 0) == 0, "the lease was lost, and the report with it"
         broker.dispatcher._session._on_session_lost(broker.dispatcher._session.session_id)
         delivered = await broker.drain(1)
         assert sorted(delivered) == [f"id_{number}" for number in range(5)]
@@ -428,12 +428,14 @@ async def test_taken_activations_are_marked_or_released_with_attempts_unchanged(
         assert broker.dispatcher.mark(["id_0"]) == 0
         assert broker.dispatcher.put_back(["id_1", "id_0"]) == 1
         again = await broker.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)
-        assert [delivery.name for delivery in again] == ["id_1", "id_2"], "what came back goes first, under its own id"
+        assert [delivery.name for delivery in again] == ["id_1", "id_2"], (
+            "released activations are delivered first, under their own ids"
+        )
         broker.dispatcher.mark(["id_1"])
         clock.advance(6)
         await broker.tick()
         (back,) = await broker.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)
-        assert back.name == "id_2", "what was neither marked nor given back is claimable after its lease"
+        assert back.name == "id_2", "an activation that was neither marked nor released is claimable after its lease"
         broker.dispatcher.mark(["id_2"])
         await broker.set_batch(*((f"id_{number}", COMPLETE) for number in range(3)))
         assert await broker.counts() == {"completed": 3}
@@ -471,9 +473,9 @@ async def test_a_buffered_run_that_was_settled_by_id_elsewhere_is_not_delivered(
         clock.advance(16)
         await broker.engine.store.heartbeat(broker.dispatcher._session.session_id, now_us=clock.now_us())
         await Upkeep(broker.engine).round()
-        assert (await broker.get()).id == names[0], "its server died, and it is handed out anew"
+        assert (await broker.get()).id == names[0], "its server lapsed, and it is delivered again"
         assert broker.dispatcher.buffered_count == 2
-        await broker.set(names[1], COMPLETE)  # by the worker that had it from the server that died
+        await broker.set(names[1], COMPLETE)  # reported by the worker that got it from the lapsed server
         assert await broker.drain(1) == [names[2]]
         await broker.set(names[0], COMPLETE)
         assert await broker.counts() == {"completed": 3}
@@ -490,7 +492,9 @@ async def test_a_report_that_was_rejected_can_be_repeated(tmp_path: Path) -> Non
         broker.engine.store = faulty
         waiting = [asyncio.create_task(broker.set(name, COMPLETE)) for name in names]
         await clock.settle()
-        assert broker.dispatcher.reports_depth == 4_096, "no more are taken in while the store is away"
+        assert broker.dispatcher.reports_depth == 4_096, (
+            "no further reports are accepted while the store is unavailable"
+        )
         late = waiting[-1]
         late.cancel()
         await asyncio.gather(late, return_exceptions=True)
@@ -517,7 +521,7 @@ async def test_a_paused_queue_is_no_longer_delivered(tmp_path: Path) -> None:
         await broker.get()
         await broker.engine.store.pause_queue("default", "app:mail", paused=True)
         clock.advance(2)
-        await broker.tick()  # what was leased ahead goes back
+        await broker.tick()  # prefetched leases are released
         assert (await status_of_error(broker.get()))[0] == Code.NOT_FOUND
         await broker.engine.store.pause_queue("default", "app:mail", paused=False)
         broker.engine.wakeup.notify()

@@ -1,4 +1,4 @@
-"""Pushing: what reaches its worker is marked, what does not goes back at once, nobody is sent more than it takes."""
+"""Pusher: delivered activations are marked, others are released at once, and no endpoint gets more than it accepts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from tests.support.grpc_server import WORKER, listening
 SECRETS = ("a secret of many bytes",)
 
 
-class Shelf:
-    """The activations of a test: those that wait, are claimed, or are with their workers, and in what order."""
+class FakeSource:
+    """A source of activations: waiting, claimed or with workers, and the order of events."""
 
     def __init__(self, count: int, application: str = "app", *, at_most_once: bool = False) -> None:
         self.waiting = deque(
@@ -46,63 +46,63 @@ class Shelf:
         self.fails = 0
 
     async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[PushDelivery]:
-        """The oldest of an application."""
+        """Take the oldest activations of an application."""
         if self.fails:
             self.fails -= 1
-            raise StoreUnavailable("it is away")
+            raise StoreUnavailable("the store is unavailable")
         self.leases_ms.add(lease_ms)
-        found = [one for one in self.waiting if one.application == application][:count_max]
-        for one in found:
+        taken = [one for one in self.waiting if one.application == application][:count_max]
+        for one in taken:
             self.waiting.remove(one)
             self.claimed[one.id] = one
-        self.taken_count += len(found)
-        return found
+        self.taken_count += len(taken)
+        return taken
 
     async def mark(self, ids: Sequence[str]) -> None:
-        """With their workers."""
+        """Mark activations as received by workers."""
         for name in ids:
             self.claimed.pop(name)
             self.marked.append(name)
         self.changed.set()
 
     async def release(self, ids: Sequence[str]) -> None:
-        """First in line again."""
+        """Release activations to the front."""
         for name in ids:
             self.waiting.appendleft(self.claimed.pop(name))
             self.returned[name] += 1
         self.changed.set()
 
     async def parked(self, applications: Sequence[str]) -> Mapping[str, int]:
-        """Of strangers."""
+        """Count the activations of other applications."""
         self.changed.set()
         return {name: count for name, count in self.strangers.items() if name not in applications}
 
     async def until(self, is_so: Callable[[], bool]) -> None:
-        """Wait for a change that makes it so."""
+        """Wait until a condition is true."""
         while not is_so():
             self.changed.clear()
             await self.changed.wait()
 
 
 def activation(number: int) -> wire.TaskActivation:
-    """One of many."""
+    """One activation."""
     return wire.TaskActivation(id=f"id_{number}", application="app", taskname="task", parameters_bytes=b"x" * 100)
 
 
 class Worker:
-    """Takes what it is pushed, or answers with the next of `refusals`."""
+    """A worker that accepts activations, or answers with the next of `refusals`."""
 
     def __init__(self, *refusals: Any) -> None:
         self.refusals = deque(refusals)
         self.always: Exception | None = None
-        self.got: list[str] = []
+        self.received: list[str] = []
         self.in_flight_count = 0
         self.most = 0
         self.opened = asyncio.Event()
         self.opened.set()
 
     async def push_task(self, request: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskResponse:
-        """One activation."""
+        """Receive one activation."""
         self.in_flight_count += 1
         self.most = max(self.most, self.in_flight_count)
         try:
@@ -110,7 +110,7 @@ class Worker:
             refusal = self.refusals.popleft() if self.refusals else self.always
             if refusal is not None:
                 raise refusal
-            self.got.append(request.task.id)
+            self.received.append(request.task.id)
             return wire.PushTaskResponse()
         finally:
             self.in_flight_count -= 1
@@ -121,9 +121,9 @@ BUSY = GrpcError(Code.RESOURCE_EXHAUSTED, "worker busy")
 
 @asynccontextmanager
 async def pushing(
-    shelf: Shelf, *workers: Worker, secrets: Sequence[str] = (), shown: Sequence[str] = (), **limits: int
+    source: FakeSource, *workers: Worker, secrets: Sequence[str] = (), client_secrets: Sequence[str] = (), **limits: int
 ) -> AsyncGenerator[Pusher, None]:
-    """Workers on sockets, and a pusher that sends them what is on the shelf."""
+    """Run workers on sockets, and a pusher that sends them the activations of a shelf."""
     bounds = {"poll_interval_ms": 5, "upkeep_interval_ms": 10} | limits
     async with AsyncExitStack() as stack:
         targets = []
@@ -131,12 +131,12 @@ async def pushing(
             _, port = await stack.enter_async_context(listening(methods_of(WORKER, worker), secrets=secrets))
             targets.append(PushTarget("app", "127.0.0.1", port, is_tls=False))
         pusher = Pusher(
-            shelf,
+            source,
             targets,
             limits=Limits(**bounds),
             clock=SystemClock(),
             wakeup=Wakeup(),
-            secrets=Secrets(shown or secrets),
+            secrets=Secrets(client_secrets or secrets),
         )
         await pusher.start()
         await pusher.start()
@@ -149,148 +149,148 @@ async def pushing(
 
 @pytest.fixture(autouse=True)
 def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An endpoint that failed is asked again at once."""
+    """Disable the backoff, so that failed endpoints are called again at once."""
     monkeypatch.setattr(channels, "BACKOFF_S", (0.0,))
     monkeypatch.setattr(pushes, "BUSY_S", (0.0, 0.001))
 
 
 async def test_a_delivered_activation_is_marked_once() -> None:
-    shelf, worker = Shelf(500), Worker()
-    async with pushing(shelf, worker) as pusher:
-        await shelf.until(lambda: len(shelf.marked) == 500)
+    source, worker = FakeSource(500), Worker()
+    async with pushing(source, worker) as pusher:
+        await source.until(lambda: len(source.marked) == 500)
         (endpoint,) = pusher.endpoints["app"]
         assert (endpoint.pushed_count, endpoint.busy_count, endpoint.failed_count) == (500, 0, 0)
-    assert sorted(worker.got) == sorted(shelf.marked) == sorted(f"id_{n}" for n in range(500))
-    assert shelf.taken_count == 500
-    assert shelf.leases_ms == {lease_ms(Limits())}
+    assert sorted(worker.received) == sorted(source.marked) == sorted(f"id_{n}" for n in range(500))
+    assert source.taken_count == 500
+    assert source.leases_ms == {lease_ms(Limits())}
 
 
 async def test_activations_that_arrive_later_are_pushed() -> None:
-    shelf, worker = Shelf(0), Worker()
-    async with pushing(shelf, worker):
-        shelf.waiting.append(PushDelivery("late", "app", activation(1).SerializeToString()))
-        await shelf.until(lambda: shelf.marked == ["late"])
+    source, worker = FakeSource(0), Worker()
+    async with pushing(source, worker):
+        source.waiting.append(PushDelivery("late", "app", activation(1).SerializeToString()))
+        await source.until(lambda: source.marked == ["late"])
 
 
 async def test_activations_refused_by_a_busy_worker_are_released_and_pushed_again() -> None:
-    shelf, worker = Shelf(50), Worker(*[BUSY] * 7)
-    async with pushing(shelf, worker) as pusher:
-        await shelf.until(lambda: len(shelf.marked) == 50)
+    source, worker = FakeSource(50), Worker(*[BUSY] * 7)
+    async with pushing(source, worker) as pusher:
+        await source.until(lambda: len(source.marked) == 50)
         (endpoint,) = pusher.endpoints["app"]
         assert endpoint.busy_count == 7
-    assert sorted(worker.got) == sorted(shelf.marked)
-    assert sum(shelf.returned.values()) == 7
+    assert sorted(worker.received) == sorted(source.marked)
+    assert sum(source.returned.values()) == 7
 
 
 async def test_a_push_that_fails_marks_nothing() -> None:
-    shelf, worker = Shelf(5), Worker()
+    source, worker = FakeSource(5), Worker()
     worker.always = GrpcError(Code.UNAVAILABLE, "no")
-    async with pushing(shelf, worker):
-        await shelf.until(lambda: sum(shelf.returned.values()) > 20)
-        assert shelf.marked == []
-    assert len(shelf.waiting) == 5
-    assert shelf.claimed == {}
+    async with pushing(source, worker):
+        await source.until(lambda: sum(source.returned.values()) > 20)
+        assert source.marked == []
+    assert len(source.waiting) == 5
+    assert source.claimed == {}
 
 
 async def test_pushes_in_flight_are_bounded_by_the_endpoint_and_no_claimed_activation_waits() -> None:
-    shelf, worker = Shelf(100), Worker()
+    source, worker = FakeSource(100), Worker()
     worker.opened.clear()
-    async with pushing(shelf, worker, push_concurrency=4):
+    async with pushing(source, worker, push_concurrency=4):
         while worker.in_flight_count < 4:
             await asyncio.sleep(0)
         for _ in range(100):
             await asyncio.sleep(0)
-        assert (shelf.taken_count, worker.most) == (4, 4)
+        assert (source.taken_count, worker.most) == (4, 4)
         worker.opened.set()
-        await shelf.until(lambda: len(shelf.marked) == 100)
+        await source.until(lambda: len(source.marked) == 100)
     assert worker.most == 4
 
 
 async def test_two_endpoints_of_an_application_share_its_activations() -> None:
-    shelf, one, two = Shelf(200), Worker(), Worker()
+    source, one, two = FakeSource(200), Worker(), Worker()
     one.opened.clear()
-    async with pushing(shelf, one, two, push_concurrency=8):
-        await shelf.until(lambda: len(shelf.marked) == 192)
-        assert (len(one.got), len(two.got), one.in_flight_count) == (0, 192, 8)
+    async with pushing(source, one, two, push_concurrency=8):
+        await source.until(lambda: len(source.marked) == 192)
+        assert (len(one.received), len(two.received), one.in_flight_count) == (0, 192, 8)
         one.opened.set()
-        await shelf.until(lambda: len(shelf.marked) == 200)
+        await source.until(lambda: len(source.marked) == 200)
 
 
 async def test_the_other_endpoint_takes_over_from_one_that_is_unreachable() -> None:
-    shelf, worker = Shelf(100), Worker()
-    async with pushing(shelf, worker) as pusher:
+    source, worker = FakeSource(100), Worker()
+    async with pushing(source, worker) as pusher:
         (endpoint,) = pusher.endpoints["app"]
         gone = PushTarget("app", "127.0.0.1", 1, is_tls=False)
         channel = channels.Channel(gone, endpoint.channel._bounds, endpoint.channel._budget)
         pusher.endpoints["app"].append(PushEndpoint(channel, 8))
-        await shelf.until(lambda: len(shelf.marked) == 100)
-    assert sorted(worker.got) == sorted(shelf.marked)
+        await source.until(lambda: len(source.marked) == 100)
+    assert sorted(worker.received) == sorted(source.marked)
 
 
 async def test_pushes_are_signed_with_the_first_secret() -> None:
-    shelf, worker = Shelf(3), Worker()
-    async with pushing(shelf, worker, secrets=SECRETS, shown=(*SECRETS, "an older secret")):
-        await shelf.until(lambda: len(shelf.marked) == 3)
-    shelf, worker = Shelf(3), Worker()
-    async with pushing(shelf, worker, secrets=SECRETS, shown=("an older secret", *SECRETS)):
-        await shelf.until(lambda: sum(shelf.returned.values()) > 3)
-        assert (worker.got, shelf.marked) == ([], [])
+    source, worker = FakeSource(3), Worker()
+    async with pushing(source, worker, secrets=SECRETS, client_secrets=(*SECRETS, "an older secret")):
+        await source.until(lambda: len(source.marked) == 3)
+    source, worker = FakeSource(3), Worker()
+    async with pushing(source, worker, secrets=SECRETS, client_secrets=("an older secret", *SECRETS)):
+        await source.until(lambda: sum(source.returned.values()) > 3)
+        assert (worker.received, source.marked) == ([], [])
 
 
 async def test_an_at_most_once_activation_that_may_have_started_is_marked_and_not_released() -> None:
-    shelf = Shelf(1, at_most_once=True)
-    async with pushing(shelf, Worker(GrpcError(Code.INTERNAL, "half way"))):
-        await shelf.until(lambda: shelf.marked == ["id_0"])
-    assert shelf.returned == {}
-    shelf = Shelf(1, at_most_once=True)
-    async with pushing(shelf, Worker(BUSY)):
-        await shelf.until(lambda: shelf.marked == ["id_0"])
-    assert shelf.returned == {"id_0": 1}, "who is busy has not begun"
+    source = FakeSource(1, at_most_once=True)
+    async with pushing(source, Worker(GrpcError(Code.INTERNAL, "half way"))):
+        await source.until(lambda: source.marked == ["id_0"])
+    assert source.returned == {}
+    source = FakeSource(1, at_most_once=True)
+    async with pushing(source, Worker(BUSY)):
+        await source.until(lambda: source.marked == ["id_0"])
+    assert source.returned == {"id_0": 1}, "a busy worker has not started it"
 
 
 async def test_an_activation_that_workers_refuse_as_invalid_does_not_block_others() -> None:
     class Picky(Worker):
         async def push_task(self, request: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskResponse:
             if request.task.id == "id_0":
-                raise GrpcError(Code.INVALID_ARGUMENT, "not this one")
+                raise GrpcError(Code.INVALID_ARGUMENT, "this one is invalid")
             return await super().push_task(request, call)
 
-    shelf, worker = Shelf(20), Picky()
-    async with pushing(shelf, worker, push_concurrency=1):
-        await shelf.until(lambda: len(shelf.marked) == 19)
-    assert shelf.returned == {"id_0": pushes.REFUSALS_PER_ID_MAX - 1}
-    assert list(shelf.claimed) == ["id_0"], "its lease ends it"
+    source, worker = FakeSource(20), Picky()
+    async with pushing(source, worker, push_concurrency=1):
+        await source.until(lambda: len(source.marked) == 19)
+    assert source.returned == {"id_0": pushes.REFUSALS_PER_ID_MAX - 1}
+    assert list(source.claimed) == ["id_0"], "its lease ends it"
 
 
 async def test_the_refusals_of_an_activation_are_forgotten_once_it_is_accepted() -> None:
-    shelf, worker = Shelf(1), Worker(*[GrpcError(Code.INTERNAL, "not now")] * (pushes.REFUSALS_PER_ID_MAX - 1))
-    async with pushing(shelf, worker) as pusher:
-        await shelf.until(lambda: shelf.marked == ["id_0"])
+    source, worker = FakeSource(1), Worker(*[GrpcError(Code.INTERNAL, "not now")] * (pushes.REFUSALS_PER_ID_MAX - 1))
+    async with pushing(source, worker) as pusher:
+        await source.until(lambda: source.marked == ["id_0"])
         assert pusher._refusals_by_id == {}
 
 
 async def test_an_unavailable_store_is_claimed_from_again() -> None:
-    shelf, worker = Shelf(3), Worker()
-    shelf.fails = 3
-    async with pushing(shelf, worker):
-        await shelf.until(lambda: len(shelf.marked) == 3)
-    assert shelf.fails == 0
+    source, worker = FakeSource(3), Worker()
+    source.fails = 3
+    async with pushing(source, worker):
+        await source.until(lambda: len(source.marked) == 3)
+    assert source.fails == 0
 
 
 async def test_applications_without_an_endpoint_are_counted_and_never_claimed() -> None:
-    shelf, worker = Shelf(3, "stranger"), Worker()
-    shelf.strangers = {"stranger": 3, "app": 7}
-    async with pushing(shelf, worker) as pusher:
-        await shelf.until(lambda: pusher.parked_count == 3)
-        assert shelf.taken_count == 0
-        shelf.strangers = {}
-        await shelf.until(lambda: pusher.parked_count == 0)
+    source, worker = FakeSource(3, "stranger"), Worker()
+    source.strangers = {"stranger": 3, "app": 7}
+    async with pushing(source, worker) as pusher:
+        await source.until(lambda: pusher.parked_count == 3)
+        assert source.taken_count == 0
+        source.strangers = {}
+        await source.until(lambda: pusher.parked_count == 0)
 
 
 async def test_a_stop_completes_pushes_in_flight_and_writes_their_marks() -> None:
-    shelf, worker = Shelf(100), Worker()
+    source, worker = FakeSource(100), Worker()
     worker.opened.clear()
-    async with pushing(shelf, worker, push_concurrency=4) as pusher:
+    async with pushing(source, worker, push_concurrency=4) as pusher:
         while worker.in_flight_count < 4:
             await asyncio.sleep(0)
         stopping = asyncio.create_task(pusher.stop())
@@ -298,20 +298,20 @@ async def test_a_stop_completes_pushes_in_flight_and_writes_their_marks() -> Non
             await asyncio.sleep(0)
         worker.opened.set()
         await stopping
-        assert len(shelf.marked) == len(worker.got) == 4
-        assert len(shelf.waiting) == 96
-        assert shelf.claimed == {}
+        assert len(source.marked) == len(worker.received) == 4
+        assert len(source.waiting) == 96
+        assert source.claimed == {}
 
 
 async def test_a_stop_releases_pushes_that_do_not_complete_in_time() -> None:
-    shelf, worker = Shelf(4), Worker()
+    source, worker = FakeSource(4), Worker()
     worker.opened.clear()
-    async with pushing(shelf, worker, shutdown_grace_s=0) as pusher:
+    async with pushing(source, worker, shutdown_grace_s=0) as pusher:
         while worker.in_flight_count < 4:
             await asyncio.sleep(0)
         await pusher.stop()
-        assert len(shelf.waiting) == 4
-        assert shelf.marked == []
+        assert len(source.waiting) == 4
+        assert source.marked == []
 
 
 def test_refusals_halve_an_endpoint_s_concurrency_and_acceptances_raise_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +324,7 @@ def test_refusals_halve_an_endpoint_s_concurrency_and_acceptances_raise_it(monke
     for width, rest_s in ((4, 0.02), (2, 0.1), (1, 0.5), (1, 1.0), (1, 1.0)):
         endpoint.on_refused(now_us, BUSY)
         endpoint.on_refused(now_us, BUSY)
-        assert (endpoint.concurrency, endpoint.capacity(now_us)) == (width, 0), "several at once count as one"
+        assert (endpoint.concurrency, endpoint.capacity(now_us)) == (width, 0), "several refusals at once count as one"
         now_us += int(rest_s * 1e6) - 1
         assert endpoint.capacity(now_us) == 0
         now_us += 1

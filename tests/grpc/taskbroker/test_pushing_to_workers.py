@@ -27,7 +27,7 @@ SIZE = 16
 
 
 class Worker:
-    """Queues what it is pushed, refuses when its queue is full, and reports in batches, as the field's does."""
+    """A worker that queues activations, refuses when its queue is full, and reports in batches, as Sentry's does."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -35,7 +35,7 @@ class Worker:
         self.delivered: list[str] = []
 
     async def push_task(self, request: wire.PushTaskRequest, _call: CallContext) -> wire.PushTaskResponse:
-        """Into the queue, or busy."""
+        """Queue an activation, or refuse it as busy."""
         try:
             self.queue.put_nowait(request.task.id)
         except asyncio.QueueFull:
@@ -43,7 +43,7 @@ class Worker:
         return wire.PushTaskResponse()
 
     async def work(self) -> None:
-        """Do what is in the queue."""
+        """Execute the queued activations."""
         async with channel(self._port) as rig:
             report = rig.unary_unary(
                 CONSUMER, request_serializer=wire.SetBatchActivationStatusRequest.SerializeToString
@@ -58,7 +58,7 @@ class Worker:
 
 
 def pusher_of(rig: BrokerRig, *ports: int) -> Pusher:
-    """A pusher of a broker's activations."""
+    """Run a pusher of a broker's activations."""
     targets = [PushTarget("app", "127.0.0.1", port, is_tls=False) for port in ports]
     engine = rig.engine
     return Pusher(
@@ -82,7 +82,7 @@ async def test_each_activation_is_pushed_and_recorded_once(tmp_path: Path, kind:
             listening(methods_of(WORKER, workers[0])) as (_, one),
             listening(methods_of(WORKER, workers[1])) as (_, two),
         ):
-            wanted = await rig.add_many(500)
+            names = await rig.add_many(500)
             pusher = pusher_of(rig, one, two)
             await pusher.start()
             working = [asyncio.create_task(worker.work()) for worker in workers]
@@ -93,7 +93,7 @@ async def test_each_activation_is_pushed_and_recorded_once(tmp_path: Path, kind:
                 task.cancel()
             await asyncio.gather(*working, return_exceptions=True)
         delivered = workers[0].delivered + workers[1].delivered
-        assert Counter(delivered) == dict.fromkeys(wanted, 1)
+        assert Counter(delivered) == dict.fromkeys(names, 1)
 
 
 async def test_a_server_counts_its_pushes_and_stops_them_with_itself(tmp_path: Path) -> None:
@@ -116,23 +116,23 @@ async def test_a_server_counts_its_pushes_and_stops_them_with_itself(tmp_path: P
 
 
 class Shelf:
-    """One activation, and some that nobody takes."""
+    """A source with one activation, and some of an application without an endpoint."""
 
     def __init__(self) -> None:
         self.left = ["one"]
         self.marked: list[str] = []
 
     async def take(self, application: str, _count_max: int, *, lease_ms: int) -> list[Any]:
-        """It."""
-        found, self.left = self.left, []
-        return [PushDelivery(name, application, wire.TaskActivation(id=name).SerializeToString()) for name in found]
+        """Take the activation."""
+        taken, self.left = self.left, []
+        return [PushDelivery(name, application, wire.TaskActivation(id=name).SerializeToString()) for name in taken]
 
     async def mark(self, ids: list[str]) -> None:
-        """With its worker."""
+        """Mark activations as received."""
         self.marked += ids
 
     async def parked(self, _applications: Any) -> dict[str, int]:
-        """Of strangers."""
+        """Count the activations of other applications."""
         return {"stranger": 4}
 
 

@@ -87,8 +87,8 @@ async def test_the_oldest_is_delivered_first_and_has_its_deadline_plus_the_grace
 async def test_two_thousand_claims_at_once_get_two_thousand_ids(kind: str, tmp_path: Path) -> None:
     async with running_broker(kind, tmp_path) as broker:
         names = await broker.add_many(2_000)
-        found = await asyncio.gather(*(broker.dispatcher.fetch(QueueFilter("app")) for _ in range(2_000)))
-        assert sorted(one.name for one in found if one is not None) == sorted(names)
+        fetched = await asyncio.gather(*(broker.dispatcher.fetch(QueueFilter("app")) for _ in range(2_000)))
+        assert sorted(one.name for one in fetched if one is not None) == sorted(names)
 
 
 @on_databases
@@ -179,7 +179,7 @@ async def test_the_age_is_that_of_the_oldest_waiting_activation(kind: str, tmp_p
         await broker.set((await broker.get()).id, COMPLETE)
         await broker.set((await broker.get()).id, RETRY)
         clock.advance(5)
-        assert await oldest_s() <= 5, "a retry waits since it came back"
+        assert await oldest_s() <= 5, "the age of a retry counts from its return to the queue"
         await broker.set((await broker.get()).id, COMPLETE)
         clock.advance(45)
         assert (await broker.get()).id == "id_2"
@@ -195,13 +195,15 @@ async def test_a_batched_report_is_accepted_and_written_with_others(kind: str, t
         await broker.add_many(3)
         for number in range(3):
             assert (await broker.get()).id == f"id_{number}"
-        assert await broker.set("id_0", COMPLETE, fetch={}) is None, "answered at once; nothing else waits"
+        assert await broker.set("id_0", COMPLETE, fetch={}) is None, "answered at once, as nothing else waits"
         await broker.set("id_1", COMPLETE)
         assert broker.dispatcher.reports_depth == 2
         states = [view.state for view in await broker.runs()]
         assert states == ["leased"] * 3
         await broker.dispatcher.stop()
-        assert [view.state for view in await broker.runs()] == ["completed", "completed", "leased"], "a stop writes all"
+        assert [view.state for view in await broker.runs()] == ["completed", "completed", "leased"], (
+            "a stop writes all reports"
+        )
 
 
 @on_databases
@@ -276,7 +278,7 @@ async def test_an_elapsed_delay_makes_exactly_the_due_activations_claimable(kind
             await broker.set(name, COMPLETE)
 
 
-# -- whole brokers, at the reference's sizes
+# -- whole brokers, at the sizes of Sentry's tests
 
 
 @on_databases
@@ -385,7 +387,7 @@ async def test_claims_of_a_hanging_worker_lapse_and_nothing_is_lost(kind: str, t
 
 
 async def pushed_by(broker: BrokerRig, *, threads_count: int, accepts: bool) -> list[str]:
-    """What a pool pushes until nothing is left, or, where workers refuse, for some rounds."""
+    """Push until nothing is left, or for some rounds if workers refuse."""
     deliveries = DispatcherDeliveries(broker.dispatcher)
     pushed: list[str] = []
 

@@ -30,7 +30,7 @@ Handler = Callable[[bytes, Any], Awaitable[bytes]]
 
 
 @asynccontextmanager
-async def foreign(handler: Handler, *, is_tls: bool = False, **options: int) -> AsyncGenerator[int, None]:
+async def grpcio_server(handler: Handler, *, is_tls: bool = False, **options: int) -> AsyncGenerator[int, None]:
     """A grpcio server with one method that handles bytes."""
     server = grpc.aio.server(options=[(name.replace("__", "."), value) for name, value in options.items()])
     method = grpc.unary_unary_rpc_method_handler(handler)
@@ -47,7 +47,7 @@ async def foreign(handler: Handler, *, is_tls: bool = False, **options: int) -> 
         await server.stop(0)
 
 
-def trusting() -> ssl.SSLContext:
+def client_tls() -> ssl.SSLContext:
     """A TLS context that trusts the test certificate."""
     context = ssl.create_default_context()
     AUTHORITY.configure_trust(context)
@@ -59,7 +59,7 @@ async def channel(port: int, *, is_tls: bool = False, **more: Any) -> AsyncGener
     """A channel to a local port."""
     budget = Budget(10**8)
     target = PushTarget("app", "localhost" if is_tls else "127.0.0.1", port, is_tls)
-    client = Channel(target, BOUNDS, budget, tls=trusting() if is_tls else None, **more)
+    client = Channel(target, BOUNDS, budget, tls=client_tls() if is_tls else None, **more)
     try:
         yield client
     finally:
@@ -76,13 +76,13 @@ def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "BACKOFF_S", (0.0,))
 
 
-async def echoed(message: bytes, _context: Any) -> bytes:
+async def echo_bytes(message: bytes, _context: Any) -> bytes:
     return message
 
 
 @pytest.mark.parametrize("is_tls", [False, True])
 async def test_many_calls_share_a_connection_and_get_their_own_responses(is_tls: bool) -> None:
-    async with foreign(echoed, is_tls=is_tls) as port, channel(port, is_tls=is_tls) as client:
+    async with grpcio_server(echo_bytes, is_tls=is_tls) as port, channel(port, is_tls=is_tls) as client:
         await client.call(PATH, b"first", timeout_s=30)
         protocol = client._protocol
         answers = await asyncio.gather(*(client.call(PATH, b"%d" % number, timeout_s=30) for number in range(90)))
@@ -92,7 +92,7 @@ async def test_many_calls_share_a_connection_and_get_their_own_responses(is_tls:
 
 async def test_messages_larger_than_every_window_go_both_ways() -> None:
     options: dict[str, Any] = {"grpc__max_receive_message_length": -1, "grpc__max_send_message_length": -1}
-    async with foreign(echoed, **options) as port, channel(port) as client:
+    async with grpcio_server(echo_bytes, **options) as port, channel(port) as client:
         messages = [bytes([number]) * 2_000_000 for number in range(4)]
         assert await asyncio.gather(*(client.call(PATH, message, timeout_s=30) for message in messages)) == messages
         with pytest.raises(GrpcError) as large:
@@ -101,18 +101,18 @@ async def test_messages_larger_than_every_window_go_both_ways() -> None:
 
 
 async def test_signature_user_agent_and_timeout_of_a_call_arrive() -> None:
-    seen: list[dict[str, Any]] = []
+    metadata: list[dict[str, Any]] = []
     left: list[float] = []
 
     async def noted(message: bytes, context: Any) -> bytes:
-        seen.append(dict(context.invocation_metadata()))
+        metadata.append(dict(context.invocation_metadata()))
         left.append(context.time_remaining())
         return message
 
-    async with foreign(noted) as port, channel(port, secrets=Secrets(SECRETS)) as client:
+    async with grpcio_server(noted) as port, channel(port, secrets=Secrets(SECRETS)) as client:
         await client.call(PATH, b"hello", timeout_s=100)
-    assert seen[0][HEADER] == Secrets(SECRETS).sign(PATH, b"hello")
-    assert seen[0]["user-agent"] == "headrace"
+    assert metadata[0][HEADER] == Secrets(SECRETS).sign(PATH, b"hello")
+    assert metadata[0]["user-agent"] == "headrace"
     assert 0 < left[0] <= 100
 
 
@@ -121,7 +121,7 @@ async def test_an_error_keeps_its_code_and_message() -> None:
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "50 % of “grüße”\nworker busy")
         return b""
 
-    async with foreign(refused) as port, channel(port) as client:
+    async with grpcio_server(refused) as port, channel(port) as client:
         with pytest.raises(GrpcError) as error:
             await client.call(PATH, b"", timeout_s=30)
         assert (error.value.code, error.value.message) == (Code.RESOURCE_EXHAUSTED, "50 % of “grüße”\nworker busy")
@@ -145,9 +145,9 @@ async def test_a_timed_out_call_is_cancelled_on_both_sides() -> None:
 async def test_cancelling_the_caller_cancels_the_call() -> None:
     echo = Echo()
     async with listening(echo.methods) as (_, port), channel(port) as client:
-        calling = asyncio.create_task(client.call(WAIT, b"", timeout_s=30))
+        task = asyncio.create_task(client.call(WAIT, b"", timeout_s=30))
         await echo.arrived.wait()
-        calling.cancel()
+        task.cancel()
         await echo.cancelled.wait()
         assert client._protocol is not None
         assert client._protocol._calls == {}
@@ -210,30 +210,30 @@ async def test_an_unreachable_endpoint_fails_calls_as_not_sent_and_backs_off(mon
 
 
 @asynccontextmanager
-async def peer(*said: bytes, ends: bool = False, **more: Any) -> AsyncGenerator[tuple[int, list[bytes]], None]:
+async def peer(*output: bytes, ends: bool = False, **more: Any) -> AsyncGenerator[tuple[int, list[bytes]], None]:
     """A socket that sends some bytes to every client, and the first bytes that it received."""
-    heard: list[bytes] = []
-    meetings: list[Any] = []
+    received: list[bytes] = []
+    tasks: list[Any] = []
 
-    async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        meetings.append(asyncio.current_task())
-        heard.append(await reader.read(24))
-        writer.writelines(said)
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.append(asyncio.current_task())
+        received.append(await reader.read(24))
+        writer.writelines(output)
         if not ends:
             await reader.read()
         writer.close()
 
-    server = await asyncio.start_server(met, "127.0.0.1", 0, **more)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, **more)
     try:
-        yield server.sockets[0].getsockname()[1], heard
+        yield server.sockets[0].getsockname()[1], received
     finally:
         server.close()
-        await asyncio.gather(*meetings, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await server.wait_closed()
 
 
 @pytest.mark.parametrize(
-    "said",
+    "output",
     [
         b"HTTP/1.1 400 Bad Request\r\n\r\n",
         b"\0" * 100,
@@ -242,21 +242,21 @@ async def peer(*said: bytes, ends: bool = False, **more: Any) -> AsyncGenerator[
         b"",
     ],
 )
-async def test_a_call_to_a_server_without_grpc_fails(said: bytes) -> None:
-    async with peer(said, ends=not said) as (port, heard), channel(port) as client:
+async def test_a_call_to_a_server_without_grpc_fails(output: bytes) -> None:
+    async with peer(output, ends=not output) as (port, received), channel(port) as client:
         with pytest.raises(GrpcError) as failed:
             await client.call(PATH, b"hello", timeout_s=30)
         assert failed.value.code is Code.UNAVAILABLE
-        assert heard[0] == PREFACE
+        assert received[0] == PREFACE
 
 
 async def test_a_silent_peer_is_disconnected_after_a_call_timed_out() -> None:
-    async with peer() as (port, heard), channel(port) as client:
+    async with peer() as (port, received), channel(port) as client:
         for number in (1, 2):
             with pytest.raises(GrpcError) as late:
                 await client.call(PATH, b"hello", timeout_s=0.01)
             assert late.value.code is Code.DEADLINE_EXCEEDED
-            while len(heard) < number:
+            while len(received) < number:
                 await asyncio.sleep(0)
             protocol = client._protocol
             while protocol is not None and protocol.is_open:
@@ -273,7 +273,7 @@ async def test_a_server_that_does_not_negotiate_http_2_is_refused() -> None:
 
 
 async def test_an_untrusted_certificate_is_refused() -> None:
-    async with foreign(echoed, is_tls=True) as port:
+    async with grpcio_server(echo_bytes, is_tls=True) as port:
         client = Channel(PushTarget("app", "localhost", port, is_tls=True), BOUNDS, Budget(10**6))
         with pytest.raises(CallNotSent, match=r"(?i)certificate"):
             await client.call(PATH, b"hello", timeout_s=30)

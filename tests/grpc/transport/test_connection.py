@@ -37,23 +37,25 @@ from headrace.grpc.transport.status import Code
 from tests.support.http2_frames import GREETING, framed, parsed
 
 BOUNDS = Bounds(message_bytes_max=100_000, calls_max=8)
-ASK = encode_block({":method": "POST", ":scheme": "http", ":path": "/a/B", "content-type": "application/grpc"})
+REQUEST_FIELDS = encode_block(
+    {":method": "POST", ":scheme": "http", ":path": "/a/B", "content-type": "application/grpc"}
+)
 
 
-def server(bounds: Bounds = BOUNDS, budget: Budget | None = None) -> Http2Connection:
+def new_server(bounds: Bounds = BOUNDS, budget: Budget | None = None) -> Http2Connection:
     """A server connection before any input."""
     return Http2Connection(bounds, budget or Budget(10**9))
 
 
-def greeted(bounds: Bounds = BOUNDS) -> Http2Connection:
+def connected(bounds: Bounds = BOUNDS) -> Http2Connection:
     """A server connection after the preface and SETTINGS were exchanged."""
-    machine = server(bounds)
-    assert machine.feed(GREETING, now_us=0) == []
-    machine.take_output()
-    return machine
+    connection = new_server(bounds)
+    assert connection.feed(GREETING, now_us=0) == []
+    connection.take_output()
+    return connection
 
 
-def headers(stream_id: int, fields: bytes = ASK, flags: int = frames.END_HEADERS) -> bytes:
+def headers(stream_id: int, fields: bytes = REQUEST_FIELDS, flags: int = frames.END_HEADERS) -> bytes:
     """HEADERS of a request."""
     return frame(frames.HEADERS, flags, stream_id, fields)
 
@@ -63,12 +65,12 @@ def call(stream_id: int, message: bytes = b"hello") -> bytes:
     return headers(stream_id) + frame(frames.DATA, frames.END_STREAM, stream_id, framed(message))
 
 
-def all_of(machine: Http2Connection) -> bytes:
+def output_of(connection: Http2Connection) -> bytes:
     """All output of a connection for now."""
-    found = b""
-    while piece := machine.take_output():
-        found += piece
-    return found
+    output = b""
+    while piece := connection.take_output():
+        output += piece
+    return output
 
 
 # -- split and invalid input
@@ -77,11 +79,11 @@ CALLS = GREETING + b"".join(
     (
         call(1, b"one"),
         frame(frames.PING, 0, 0, b"12345678"),
-        frame(frames.HEADERS, 0, 3, ASK[:9]),
-        frame(frames.CONTINUATION, frames.END_HEADERS, 3, ASK[9:]),
+        frame(frames.HEADERS, 0, 3, REQUEST_FIELDS[:9]),
+        frame(frames.CONTINUATION, frames.END_HEADERS, 3, REQUEST_FIELDS[9:]),
         frame(frames.DATA, frames.PADDED, 3, b"\x04" + framed(b"three")[:6] + b"\0\0\0\0"),
         frame(frames.DATA, frames.END_STREAM, 3, framed(b"three")[6:]),
-        frame(frames.HEADERS, frames.END_HEADERS | frames.WITH_PRIORITY, 5, b"\0\0\0\0\x10" + ASK),
+        frame(frames.HEADERS, frames.END_HEADERS | frames.WITH_PRIORITY, 5, b"\0\0\0\0\x10" + REQUEST_FIELDS),
         frame(frames.RST_STREAM, 0, 5, struct.pack(">I", ErrorCode.CANCEL)),
         frame(99, 7, 0, b"a frame of unknown kind"),
         frames.window_update(0, 70_000),
@@ -94,45 +96,45 @@ CALLS = GREETING + b"".join(
 
 @given(st.lists(st.integers(0, len(CALLS)), max_size=12))
 def test_bytes_give_the_same_events_however_they_are_split(cuts: list[int]) -> None:
-    whole, cut = server(), server()
-    wanted = whole.feed(CALLS, now_us=5)
-    found: list[Event] = []
+    whole, cut = new_server(), new_server()
+    expected = whole.feed(CALLS, now_us=5)
+    events: list[Event] = []
     places = [0, *sorted(cuts), len(CALLS)]
     for start, stop in pairwise(places):
-        found += cut.feed(CALLS[start:stop], now_us=5)
-    assert found == wanted
-    assert [event.stream_id for event in wanted if isinstance(event, RequestReceived)] == [1, 3, 7]
-    assert [event.message for event in wanted if isinstance(event, RequestReceived)] == [b"one", b"three", b""]
-    assert wanted[2] == StreamReset(5, ErrorCode.CANCEL)
-    assert wanted[-1] == GoAwayReceived(0, 0)
-    assert all_of(cut) == all_of(whole)
+        events += cut.feed(CALLS[start:stop], now_us=5)
+    assert events == expected
+    assert [event.stream_id for event in expected if isinstance(event, RequestReceived)] == [1, 3, 7]
+    assert [event.message for event in expected if isinstance(event, RequestReceived)] == [b"one", b"three", b""]
+    assert expected[2] == StreamReset(5, ErrorCode.CANCEL)
+    assert expected[-1] == GoAwayReceived(0, 0)
+    assert output_of(cut) == output_of(whole)
 
 
 def test_bytes_fed_one_by_one_give_the_same_events() -> None:
-    whole, cut = server(), server()
-    found: list[Event] = []
+    whole, cut = new_server(), new_server()
+    events: list[Event] = []
     for place in range(len(CALLS)):
-        found += cut.feed(CALLS[place : place + 1], now_us=5)
-    assert found == whole.feed(CALLS, now_us=5)
-    assert all_of(cut) == all_of(whole)
+        events += cut.feed(CALLS[place : place + 1], now_us=5)
+    assert events == whole.feed(CALLS, now_us=5)
+    assert output_of(cut) == output_of(whole)
 
 
 @given(st.binary(min_size=1, max_size=400).filter(lambda data: not PREFACE.startswith(data[:24])))
 def test_garbage_is_answered_with_goaway_and_nothing_else(data: bytes) -> None:
-    machine = server()
-    (event,) = machine.feed(data, now_us=0)
+    connection = new_server()
+    (event,) = connection.feed(data, now_us=0)
     assert isinstance(event, ConnectionFailed)
-    said = [kind for kind, _, _, _ in parsed(all_of(machine))]
-    assert said == [frames.SETTINGS, frames.WINDOW_UPDATE, frames.GOAWAY]
-    assert machine.feed(data, now_us=0) == []
-    assert all_of(machine) == b""
+    written = [kind for kind, _, _, _ in parsed(output_of(connection))]
+    assert written == [frames.SETTINGS, frames.WINDOW_UPDATE, frames.GOAWAY]
+    assert connection.feed(data, now_us=0) == []
+    assert output_of(connection) == b""
 
 
 def any_frame() -> st.SearchStrategy[bytes]:
     """Frames that are almost right, sometimes."""
     payloads = st.one_of(
         st.binary(max_size=40),
-        st.just(ASK),
+        st.just(REQUEST_FIELDS),
         st.just(framed(b"hello")),
         st.integers(0, 2**32 - 1).map(frames.WORD.pack),
         st.tuples(st.integers(0, 9), st.integers(0, 2**32 - 1)).map(lambda pair: frames.SETTING.pack(*pair)),
@@ -147,25 +149,25 @@ def any_frame() -> st.SearchStrategy[bytes]:
 @settings(max_examples=300)
 def test_arbitrary_frames_fail_at_most_their_own_connection(pieces: list[bytes], is_client: bool) -> None:
     budget = Budget(1_000)
-    machine = Http2Connection(BOUNDS, budget, is_client=is_client)
+    connection = Http2Connection(BOUNDS, budget, is_client=is_client)
     if is_client:
-        machine.start_call(ASK, b"hello")
-        machine.start_call(ASK, b"x" * 70_000)
-    machine.feed(frames.settings({}) if is_client else GREETING, now_us=0)
+        connection.start_call(REQUEST_FIELDS, b"hello")
+        connection.start_call(REQUEST_FIELDS, b"x" * 70_000)
+    connection.feed(frames.settings({}) if is_client else GREETING, now_us=0)
     for number, piece in enumerate(pieces):
-        events = machine.feed(piece, now_us=number)
+        events = connection.feed(piece, now_us=number)
         for event in events:
             if isinstance(event, RequestReceived):
-                machine.send_response(event.stream_id, b"z" * (event.stream_id * 20_000))
+                connection.send_response(event.stream_id, b"z" * (event.stream_id * 20_000))
             if isinstance(event, StreamReset):
-                machine.handler_ended(event.stream_id)
-    said = all_of(machine)
-    kinds = [kind for kind, _, _, _ in parsed(said.removeprefix(PREFACE))]
-    assert (frames.GOAWAY in kinds) == machine.is_broken
-    assert machine.streams_count <= BOUNDS.calls_max
-    machine.close()
+                connection.handler_ended(event.stream_id)
+    written = output_of(connection)
+    kinds = [kind for kind, _, _, _ in parsed(written.removeprefix(PREFACE))]
+    assert (frames.GOAWAY in kinds) == connection.is_broken
+    assert connection.streams_count <= BOUNDS.calls_max
+    connection.close()
     assert budget.held_bytes == 0
-    assert machine.pending_bytes == 0
+    assert connection.pending_bytes == 0
 
 
 # -- protocol violations
@@ -235,16 +237,16 @@ BROKEN: dict[str, tuple[bytes, ErrorCode]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_protocol_violation_ends_the_connection_with_its_error_code(name: str) -> None:
     data, error_code = BROKEN[name]
-    machine = greeted()
-    event = machine.feed(data, now_us=0)[-1]
+    connection = connected()
+    event = connection.feed(data, now_us=0)[-1]
     assert isinstance(event, ConnectionFailed), event
     assert event.error_code is error_code
-    kind, _, _, payload = parsed(all_of(machine))[-1]
+    kind, _, _, payload = parsed(output_of(connection))[-1]
     assert (kind, payload[4:8]) == (frames.GOAWAY, frames.WORD.pack(error_code))
 
 
 def test_a_first_frame_other_than_settings_ends_the_connection() -> None:
-    (event,) = server().feed(PREFACE + frame(frames.PING, 0, 0, b"12345678"), now_us=0)
+    (event,) = new_server().feed(PREFACE + frame(frames.PING, 0, 0, b"12345678"), now_us=0)
     assert isinstance(event, ConnectionFailed)
 
 
@@ -261,66 +263,66 @@ FLOODS = {
 
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_flood_of_frames_without_calls_ends_the_connection(name: str) -> None:
-    machine = greeted()
-    event = machine.feed(FLOODS[name] * (ALLOWANCE_MAX + 1), now_us=0)[-1]
+    connection = connected()
+    event = connection.feed(FLOODS[name] * (ALLOWANCE_MAX + 1), now_us=0)[-1]
     assert isinstance(event, ConnectionFailed), event
     assert event.error_code is ErrorCode.ENHANCE_YOUR_CALM
 
 
 def test_the_same_frames_over_a_longer_time_are_accepted() -> None:
-    machine = greeted()
+    connection = connected()
     for second in range(200):
-        assert machine.feed(FLOODS["pings"] * 50, now_us=second * 1_000_000) == []
-        machine.take_output()
+        assert connection.feed(FLOODS["pings"] * 50, now_us=second * 1_000_000) == []
+        connection.take_output()
 
 
 def test_endless_empty_data_frames_end_the_connection() -> None:
-    machine = greeted()
-    event = machine.feed(headers(1) + frame(frames.DATA, 0, 1) * (ALLOWANCE_MAX + 1), now_us=0)[-1]
+    connection = connected()
+    event = connection.feed(headers(1) + frame(frames.DATA, 0, 1) * (ALLOWANCE_MAX + 1), now_us=0)[-1]
     assert isinstance(event, ConnectionFailed)
     assert event.error_code is ErrorCode.ENHANCE_YOUR_CALM
 
 
 def test_rapid_resets_end_the_connection_and_never_exceed_the_stream_limit() -> None:
-    machine = greeted()
+    connection = connected()
     for stream_id in range(1, 10_000, 2):
-        events = machine.feed(call(stream_id) + frame(frames.RST_STREAM, 0, stream_id, bytes(4)), now_us=0)
-        assert machine.streams_count <= BOUNDS.calls_max
+        events = connection.feed(call(stream_id) + frame(frames.RST_STREAM, 0, stream_id, bytes(4)), now_us=0)
+        assert connection.streams_count <= BOUNDS.calls_max
         if isinstance(events[-1] if events else None, ConnectionFailed):
             break
-    assert machine.is_broken
+    assert connection.is_broken
     assert stream_id < 2_000
 
 
 def test_a_reset_stream_counts_until_its_handler_has_ended() -> None:
-    machine = greeted(Bounds(1_000, 1))
-    assert len(machine.feed(call(1) + frame(frames.RST_STREAM, 0, 1, bytes(4)), now_us=0)) == 2
-    assert machine.feed(call(3), now_us=0) == []
-    assert parsed(all_of(machine))[-1][:3] == (frames.RST_STREAM, 0, 3)
-    machine.handler_ended(1)
-    assert [type(event) for event in machine.feed(call(5), now_us=0)] == [RequestReceived]
+    connection = connected(Bounds(1_000, 1))
+    assert len(connection.feed(call(1) + frame(frames.RST_STREAM, 0, 1, bytes(4)), now_us=0)) == 2
+    assert connection.feed(call(3), now_us=0) == []
+    assert parsed(output_of(connection))[-1][:3] == (frames.RST_STREAM, 0, 3)
+    connection.handler_ended(1)
+    assert [type(event) for event in connection.feed(call(5), now_us=0)] == [RequestReceived]
 
 
 def test_a_header_block_in_tiny_fragments_or_without_end_ends_the_connection() -> None:
-    for crumb in (b"", b"x" * 1_000):
-        machine = greeted()
-        crumbs = frame(frames.CONTINUATION, 0, 1, crumb) * (CONTINUATIONS_MAX + 1)
-        event = machine.feed(headers(1, b"", flags=0) + crumbs, now_us=0)[-1]
+    for fragment in (b"", b"x" * 1_000):
+        connection = connected()
+        fragments = frame(frames.CONTINUATION, 0, 1, fragment) * (CONTINUATIONS_MAX + 1)
+        event = connection.feed(headers(1, b"", flags=0) + fragments, now_us=0)[-1]
         assert isinstance(event, ConnectionFailed)
         assert event.error_code is ErrorCode.ENHANCE_YOUR_CALM
 
 
 def test_headers_at_the_limit_are_accepted_and_one_byte_more_is_not() -> None:
     base = sum(len(name) + len(value) + 32 for name, value in _fields().items())
-    room = LIST_BYTES_MAX - base - 32 - len("a")
-    assert room < BLOCK_BYTES_MAX
-    for size, kind in ((room, RequestReceived), (room + 1, ConnectionFailed)):
-        machine = greeted()
-        fields = ASK + encode_field("a", "x" * size)
+    size_max = LIST_BYTES_MAX - base - 32 - len("a")
+    assert size_max < BLOCK_BYTES_MAX
+    for size, kind in ((size_max, RequestReceived), (size_max + 1, ConnectionFailed)):
+        connection = connected()
+        fields = REQUEST_FIELDS + encode_field("a", "x" * size)
         pieces = headers(1, fields[:10_000], flags=0) + frame(
             frames.CONTINUATION, frames.END_HEADERS, 1, fields[10_000:]
         )
-        event = machine.feed(pieces + frame(frames.DATA, frames.END_STREAM, 1, framed(b"")), now_us=0)[-1]
+        event = connection.feed(pieces + frame(frames.DATA, frames.END_STREAM, 1, framed(b"")), now_us=0)[-1]
         assert type(event) is kind
 
 
@@ -329,18 +331,18 @@ def _fields() -> dict[str, str]:
 
 
 def test_flow_control_windows_reopen_while_a_message_arrives() -> None:
-    machine = greeted(Bounds(10**7, 8))
+    connection = connected(Bounds(10**7, 8))
     sent = {0: CONNECTION_WINDOW, 1: STREAM_WINDOW}
     message = framed(b"x" * 3_000_000)
-    events = machine.feed(headers(1), now_us=0)
+    events = connection.feed(headers(1), now_us=0)
     for start in range(0, len(message), 16_384):
         piece = message[start : start + 16_384]
         flags = frames.END_STREAM if start + 16_384 >= len(message) else 0
         for window in sent:
             sent[window] -= len(piece)
             assert sent[window] >= 0, "a peer that keeps to its window waits for ever"
-        events += machine.feed(frame(frames.DATA, flags, 1, piece), now_us=0)
-        for kind, _, stream_id, payload in parsed(all_of(machine)):
+        events += connection.feed(frame(frames.DATA, flags, 1, piece), now_us=0)
+        for kind, _, stream_id, payload in parsed(output_of(connection)):
             assert kind == frames.WINDOW_UPDATE
             sent[stream_id] += frames.WORD.unpack(payload)[0]
     assert [event.message for event in events if isinstance(event, RequestReceived)] == [b"x" * 3_000_000]
@@ -349,26 +351,28 @@ def test_flow_control_windows_reopen_while_a_message_arrives() -> None:
 
 
 def test_a_cached_header_block_is_invalidated_when_the_dynamic_table_changes() -> None:
-    machine = greeted()
-    newest = ASK + b"\xbe"
-    seen = []
-    for stream_id, fields in enumerate((ASK + b"\x40\x01x\x01a", newest, newest, ASK + b"\x40\x01x\x01b", newest)):
-        (event,) = machine.feed(
+    connection = connected()
+    newest = REQUEST_FIELDS + b"\xbe"
+    values = []
+    for stream_id, fields in enumerate(
+        (REQUEST_FIELDS + b"\x40\x01x\x01a", newest, newest, REQUEST_FIELDS + b"\x40\x01x\x01b", newest)
+    ):
+        (event,) = connection.feed(
             headers(2 * stream_id + 1, fields) + frame(frames.DATA, frames.END_STREAM, 2 * stream_id + 1, framed(b"")),
             now_us=0,
         )
         assert isinstance(event, RequestReceived)
-        seen.append(event.headers["x"])
-    assert seen == ["a", "a", "a", "b", "b"]
+        values.append(event.headers["x"])
+    assert values == ["a", "a", "a", "b", "b"]
 
 
 def test_a_call_ends_once() -> None:
-    machine = greeted()
-    machine.feed(frames.settings({frames.INITIAL_WINDOW_SIZE: 3}) + call(1), now_us=0)
-    machine.send_response(1, b"abcdef")
-    machine.end_call(1, Code.DEADLINE_EXCEEDED, "too late to say so")
-    machine.feed(frames.window_update(1, 100), now_us=0)
-    last = parsed(all_of(machine))[-1]
+    connection = connected()
+    connection.feed(frames.settings({frames.INITIAL_WINDOW_SIZE: 3}) + call(1), now_us=0)
+    connection.send_response(1, b"abcdef")
+    connection.end_call(1, Code.DEADLINE_EXCEEDED, "too late to say so")
+    connection.feed(frames.window_update(1, 100), now_us=0)
+    last = parsed(output_of(connection))[-1]
     assert last[1] == frames.END_HEADERS | frames.END_STREAM
     assert encode_field("grpc-status", "0") in last[3]
 
@@ -387,12 +391,12 @@ def test_a_call_ends_once() -> None:
 def test_a_request_that_is_not_grpc_is_refused_and_the_connection_stays_open(
     fields: dict[str, str], status: str
 ) -> None:
-    machine = greeted()
-    assert machine.feed(headers(1, encode_block(_fields() | fields)), now_us=0) == []
-    said = parsed(all_of(machine))
-    assert said[0][:3] == (frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, 1)
-    assert status.encode() in said[0][3]
-    assert [type(event) for event in machine.feed(call(3), now_us=0)] == [RequestReceived]
+    connection = connected()
+    assert connection.feed(headers(1, encode_block(_fields() | fields)), now_us=0) == []
+    written = parsed(output_of(connection))
+    assert written[0][:3] == (frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, 1)
+    assert status.encode() in written[0][3]
+    assert [type(event) for event in connection.feed(call(3), now_us=0)] == [RequestReceived]
 
 
 @pytest.mark.parametrize(
@@ -400,19 +404,19 @@ def test_a_request_that_is_not_grpc_is_refused_and_the_connection_stays_open(
     [
         b"",
         encode_block({":method": "POST", ":scheme": "http"}),
-        ASK + encode_field("Upper", "x"),
-        ASK + encode_field(":path", "/again"),
-        ASK + encode_field("connection", "close"),
-        ASK + encode_field("x", "a\nb"),
-        ASK + encode_field(":status", "200"),
-        encode_field("x", "y") + ASK,
+        REQUEST_FIELDS + encode_field("Upper", "x"),
+        REQUEST_FIELDS + encode_field(":path", "/again"),
+        REQUEST_FIELDS + encode_field("connection", "close"),
+        REQUEST_FIELDS + encode_field("x", "a\nb"),
+        REQUEST_FIELDS + encode_field(":status", "200"),
+        encode_field("x", "y") + REQUEST_FIELDS,
     ],
 )
 def test_invalid_request_headers_reset_their_stream(fields: bytes) -> None:
-    machine = greeted()
-    assert machine.feed(headers(1, fields), now_us=0) == []
-    assert parsed(all_of(machine)) == [(frames.RST_STREAM, 0, 1, frames.WORD.pack(ErrorCode.PROTOCOL_ERROR))]
-    assert [type(event) for event in machine.feed(call(3), now_us=0)] == [RequestReceived]
+    connection = connected()
+    assert connection.feed(headers(1, fields), now_us=0) == []
+    assert parsed(output_of(connection)) == [(frames.RST_STREAM, 0, 1, frames.WORD.pack(ErrorCode.PROTOCOL_ERROR))]
+    assert [type(event) for event in connection.feed(call(3), now_us=0)] == [RequestReceived]
 
 
 @pytest.mark.parametrize(
@@ -429,73 +433,73 @@ def test_invalid_request_headers_reset_their_stream(fields: bytes) -> None:
     ],
 )
 def test_a_call_without_exactly_one_complete_message_is_refused(body: bytes, code: Code) -> None:
-    machine = greeted()
-    assert machine.feed(headers(1) + frame(frames.DATA, frames.END_STREAM, 1, body), now_us=0) == []
-    kind, flags, _, payload = parsed(all_of(machine))[0]
+    connection = connected()
+    assert connection.feed(headers(1) + frame(frames.DATA, frames.END_STREAM, 1, body), now_us=0) == []
+    kind, flags, _, payload = parsed(output_of(connection))[0]
     assert (kind, flags) == (frames.HEADERS, frames.END_HEADERS | frames.END_STREAM)
     assert encode_field("grpc-status", str(int(code))) in payload
-    assert machine.streams_count == 0
+    assert connection.streams_count == 0
 
 
 def test_data_in_flight_for_a_refused_call_is_ignored() -> None:
-    machine = greeted()
+    connection = connected()
     start = frame(frames.DATA, 0, 1, b"\0" + struct.pack(">I", 10**9))
-    assert machine.feed(headers(1) + start + frame(frames.DATA, 0, 1, b"x" * 16_000) * 200, now_us=0) == []
-    assert not machine.is_broken
-    said = [found[:3] for found in parsed(all_of(machine))]
-    assert said[:2] == [(frames.HEADERS, 5, 1), (frames.RST_STREAM, 0, 1)]
-    assert said.count((frames.WINDOW_UPDATE, 0, 0)) == 200 * 16_000 // (CONNECTION_WINDOW // 2)
+    assert connection.feed(headers(1) + start + frame(frames.DATA, 0, 1, b"x" * 16_000) * 200, now_us=0) == []
+    assert not connection.is_broken
+    written = [written_frame[:3] for written_frame in parsed(output_of(connection))]
+    assert written[:2] == [(frames.HEADERS, 5, 1), (frames.RST_STREAM, 0, 1)]
+    assert written.count((frames.WINDOW_UPDATE, 0, 0)) == 200 * 16_000 // (CONNECTION_WINDOW // 2)
 
 
 def test_calls_beyond_the_limit_are_refused_as_safe_to_retry() -> None:
-    machine = greeted(Bounds(1_000, 2))
-    events = machine.feed(call(1) + call(3) + call(5), now_us=0)
+    connection = connected(Bounds(1_000, 2))
+    events = connection.feed(call(1) + call(3) + call(5), now_us=0)
     assert [event.stream_id for event in events if isinstance(event, RequestReceived)] == [1, 3]
-    assert parsed(all_of(machine)) == [(frames.RST_STREAM, 0, 5, frames.WORD.pack(ErrorCode.REFUSED_STREAM))]
+    assert parsed(output_of(connection)) == [(frames.RST_STREAM, 0, 5, frames.WORD.pack(ErrorCode.REFUSED_STREAM))]
 
 
 def test_after_goaway_no_new_call_is_accepted_and_open_ones_complete() -> None:
-    machine = greeted()
-    machine.feed(call(1), now_us=0)
-    machine.go_away()
-    machine.go_away()
-    assert machine.feed(call(3), now_us=0) == []
-    machine.send_response(1, b"done")
-    said = parsed(all_of(machine))
-    assert [found[0] for found in said] == [
+    connection = connected()
+    connection.feed(call(1), now_us=0)
+    connection.go_away()
+    connection.go_away()
+    assert connection.feed(call(3), now_us=0) == []
+    connection.send_response(1, b"done")
+    written = parsed(output_of(connection))
+    assert [written_frame[0] for written_frame in written] == [
         frames.GOAWAY,
         frames.RST_STREAM,
         frames.HEADERS,
         frames.DATA,
         frames.HEADERS,
     ]
-    assert said[0][3][:8] == struct.pack(">II", 1, 0)
+    assert written[0][3][:8] == struct.pack(">II", 1, 0)
 
 
 def test_a_call_with_an_incomplete_message_is_reported_as_stalled() -> None:
-    machine = greeted()
-    machine.feed(headers(1) + call(3), now_us=1_000)
-    assert machine.stalled_calls(1_000) == []
-    assert machine.stalled_calls(1_001) == [1]
-    machine.feed(frame(frames.DATA, 0, 1, b"\0"), now_us=2_000)
-    assert machine.stalled_calls(1_001) == []
+    connection = connected()
+    connection.feed(headers(1) + call(3), now_us=1_000)
+    assert connection.stalled_calls(1_000) == []
+    assert connection.stalled_calls(1_001) == [1]
+    connection.feed(frame(frames.DATA, 0, 1, b"\0"), now_us=2_000)
+    assert connection.stalled_calls(1_001) == []
 
 
 def test_a_response_waits_for_the_peer_s_window() -> None:
-    machine = greeted()
-    machine.feed(frames.settings({frames.INITIAL_WINDOW_SIZE: 3}) + call(1), now_us=0)
-    machine.take_output()
-    machine.send_response(1, b"abcdef")
-    assert [found[3] for found in parsed(all_of(machine))][1:] == [framed(b"abcdef")[:3]]
-    assert machine.pending_bytes == 8
-    machine.feed(frames.window_update(1, 7), now_us=0)
-    assert [found[3] for found in parsed(all_of(machine))] == [framed(b"abcdef")[3:10]]
-    machine.feed(frames.settings({frames.INITIAL_WINDOW_SIZE: 4}), now_us=0)
-    rest = parsed(all_of(machine))
+    connection = connected()
+    connection.feed(frames.settings({frames.INITIAL_WINDOW_SIZE: 3}) + call(1), now_us=0)
+    connection.take_output()
+    connection.send_response(1, b"abcdef")
+    assert [written_frame[3] for written_frame in parsed(output_of(connection))][1:] == [framed(b"abcdef")[:3]]
+    assert connection.pending_bytes == 8
+    connection.feed(frames.window_update(1, 7), now_us=0)
+    assert [written_frame[3] for written_frame in parsed(output_of(connection))] == [framed(b"abcdef")[3:10]]
+    connection.feed(frames.settings({frames.INITIAL_WINDOW_SIZE: 4}), now_us=0)
+    rest = parsed(output_of(connection))
     assert rest[1][:2] == (frames.DATA, 0)
     assert rest[1][3] == framed(b"abcdef")[10:]
     assert rest[2][:2] == (frames.HEADERS, frames.END_HEADERS | frames.END_STREAM)
-    assert (machine.pending_bytes, machine.streams_count) == (0, 0)
+    assert (connection.pending_bytes, connection.streams_count) == (0, 0)
 
 
 SIGNED = encode_field("sentry-signature", "ab" * 32)
@@ -504,29 +508,29 @@ SIGNED = encode_field("sentry-signature", "ab" * 32)
 @pytest.mark.parametrize(
     ("fields", "signature"),
     [
-        (ASK + SIGNED, "ab" * 32),
-        (ASK + encode_field("sentry-signature", "cd" * 32) + SIGNED, "ab" * 32),
-        (ASK + encode_field("sentry-signature", "ab" * 32, is_secret=True), "ab" * 32),
-        (ASK + encode_field("sentry-signature", "a" * 63), "a" * 63),
-        (ASK + encode_field("sentry-signature", "a" * 63 + "-"), "a" * 63 + "-"),
-        (SIGNED + ASK, "none"),
+        (REQUEST_FIELDS + SIGNED, "ab" * 32),
+        (REQUEST_FIELDS + encode_field("sentry-signature", "cd" * 32) + SIGNED, "ab" * 32),
+        (REQUEST_FIELDS + encode_field("sentry-signature", "ab" * 32, is_secret=True), "ab" * 32),
+        (REQUEST_FIELDS + encode_field("sentry-signature", "a" * 63), "a" * 63),
+        (REQUEST_FIELDS + encode_field("sentry-signature", "a" * 63 + "-"), "a" * 63 + "-"),
+        (SIGNED + REQUEST_FIELDS, "none"),
         (SIGNED, "none"),
-        (ASK + encode_field("x", "y" * 10 + SIGNED.decode("latin-1")), "broken"),
-        (ASK + b"\x40\x01x\x03abc" + SIGNED, "ab" * 32),
-        (ASK + b"\x20" + SIGNED, "broken"),
+        (REQUEST_FIELDS + encode_field("x", "y" * 10 + SIGNED.decode("latin-1")), "broken"),
+        (REQUEST_FIELDS + b"\x40\x01x\x03abc" + SIGNED, "ab" * 32),
+        (REQUEST_FIELDS + b"\x20" + SIGNED, "broken"),
     ],
 )
 def test_a_signature_is_decoded_at_any_position_in_the_headers(fields: bytes, signature: str) -> None:
     for _ in range(2):
-        machine = greeted()
+        connection = connected()
         for stream_id in (1, 3):
             body = frame(frames.DATA, frames.END_STREAM, stream_id, framed(b""))
-            events = machine.feed(headers(stream_id, fields) + body, now_us=0)
+            events = connection.feed(headers(stream_id, fields) + body, now_us=0)
             if signature in ("none", "broken"):
                 assert not any(
                     isinstance(event, RequestReceived) and "sentry-signature" in event.headers for event in events
                 )
-                assert machine.is_broken == (signature == "broken")
+                assert connection.is_broken == (signature == "broken")
             else:
                 (event,) = events
                 assert isinstance(event, RequestReceived)
@@ -542,59 +546,59 @@ SIZES = st.lists(st.sampled_from([0, 1, 5_000, 16_384 - 5, 16_384, 70_000, 300_0
 @given(SIZES, SIZES, st.randoms(use_true_random=False))
 @settings(max_examples=40)
 def test_client_and_server_exchange_all_messages_however_bytes_are_split(
-    asks: list[int], answers: list[int], chance: Random
+    asks: list[int], answers: list[int], random: Random
 ) -> None:
     budget, bounds = Budget(10**8), Bounds(10**6, 100)
     ends = client, other = Http2Connection(bounds, budget, is_client=True), Http2Connection(bounds, budget)
-    wires: list[bytes] = [b"", b""]
-    sent = [client.start_call(ASK, bytes([number]) * size) for number, size in enumerate(asks)]
-    answered: dict[int, bytes | None] = {}
-    heard: dict[int, bytes] = {}
-    wanted: dict[int, bytes] = {}
-    while len(answered) < len(sent):
+    buffers: list[bytes] = [b"", b""]
+    sent = [client.start_call(REQUEST_FIELDS, bytes([number]) * size) for number, size in enumerate(asks)]
+    responses: dict[int, bytes | None] = {}
+    received: dict[int, bytes] = {}
+    expected: dict[int, bytes] = {}
+    while len(responses) < len(sent):
         for number, end in enumerate(ends):
-            wires[number] += all_of(end)
-            size = chance.choice((1, 9, 700, 40_000, 1_000_000))
-            piece, wires[number] = wires[number][:size], wires[number][size:]
+            buffers[number] += output_of(end)
+            size = random.choice((1, 9, 700, 40_000, 1_000_000))
+            piece, buffers[number] = buffers[number][:size], buffers[number][size:]
             for event in ends[1 - number].feed(piece, now_us=0):
                 if isinstance(event, RequestReceived):
-                    heard[event.stream_id] = event.message
-                    wanted[event.stream_id] = b"a" * answers[len(heard) % len(answers)]
-                    other.send_response(event.stream_id, wanted[event.stream_id])
+                    received[event.stream_id] = event.message
+                    expected[event.stream_id] = b"a" * answers[len(received) % len(answers)]
+                    other.send_response(event.stream_id, expected[event.stream_id])
                 elif isinstance(event, ResponseReceived):
                     assert event.trailers["grpc-status"] == "0"
-                    answered[event.stream_id] = event.message
+                    responses[event.stream_id] = event.message
                 else:
                     pytest.fail(str(event))
-    assert [heard[stream_id] for stream_id in sent] == [bytes([n]) * size for n, size in enumerate(asks)]
-    assert answered == wanted
+    assert [received[stream_id] for stream_id in sent] == [bytes([n]) * size for n, size in enumerate(asks)]
+    assert responses == expected
     assert (budget.held_bytes, client.streams_count, other.streams_count) == (0, 0, 0)
 
 
 def test_a_client_receives_the_status_of_a_failed_call() -> None:
-    client, other = Http2Connection(BOUNDS, Budget(10**6), is_client=True), server()
-    stream_id = client.start_call(ASK, b"hello")
-    other.feed(all_of(client), now_us=0)
+    client, other = Http2Connection(BOUNDS, Budget(10**6), is_client=True), new_server()
+    stream_id = client.start_call(REQUEST_FIELDS, b"hello")
+    other.feed(output_of(client), now_us=0)
     other.end_call(stream_id, Code.NOT_FOUND, "50 % gone")
-    (event,) = client.feed(all_of(other), now_us=0)
+    (event,) = client.feed(output_of(other), now_us=0)
     assert isinstance(event, ResponseReceived)
     assert (event.message, event.trailers["grpc-status"]) == (None, "5")
     assert decode_status_message(event.trailers["grpc-message"]) == "50 % gone"
 
 
 def test_a_client_refuses_a_response_over_its_limit() -> None:
-    client, other = Http2Connection(Bounds(10, 1), Budget(10**6), is_client=True), server()
-    stream_id = client.start_call(ASK, b"hello")
-    other.feed(all_of(client), now_us=0)
+    client, other = Http2Connection(Bounds(10, 1), Budget(10**6), is_client=True), new_server()
+    stream_id = client.start_call(REQUEST_FIELDS, b"hello")
+    other.feed(output_of(client), now_us=0)
     other.send_response(stream_id, b"x" * 11)
-    events = client.feed(all_of(other), now_us=0)
+    events = client.feed(output_of(other), now_us=0)
     assert [event.trailers["grpc-status"] for event in events if isinstance(event, ResponseReceived)] == ["8"]
     assert client.streams_count == 0
 
 
 @given(st.text(max_size=20))
 def test_a_status_message_survives_percent_encoding(text: str) -> None:
-    carried = encode_status_message(text)
-    assert carried.isascii()
-    assert not any(character in carried for character in "\r\n\0")
-    assert decode_status_message(carried) == text.encode("utf-8", "replace").decode()
+    encoded = encode_status_message(text)
+    assert encoded.isascii()
+    assert not any(character in encoded for character in "\r\n\0")
+    assert decode_status_message(encoded) == text.encode("utf-8", "replace").decode()

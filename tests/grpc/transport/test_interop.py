@@ -210,13 +210,13 @@ async def test_a_shutdown_completes_open_calls_and_accepts_no_new_ones() -> None
 
 
 async def test_each_call_is_observed_once() -> None:
-    error: list[tuple[str, str]] = []
+    observed: list[tuple[str, str]] = []
     async with (
-        listening(Echo().methods, observe=lambda path, code, _seconds: error.append((path, code.name))) as (_, port),
+        listening(Echo().methods, observe=lambda path, code, _seconds: observed.append((path, code.name))) as (_, port),
         channel(port) as client,
     ):
         await unary(client, ECHO)(echo_request())
         for path, text in ((FAIL, "x"), ("/no/Such", "")):
             with pytest.raises(grpc.aio.AioRpcError):
                 await unary(client, path)(wire.PushTaskRequest(callback_url=text))
-    assert error == [(ECHO, "OK"), (FAIL, "NOT_FOUND"), ("none", "UNIMPLEMENTED")]
+    assert observed == [(ECHO, "OK"), (FAIL, "NOT_FOUND"), ("none", "UNIMPLEMENTED")]

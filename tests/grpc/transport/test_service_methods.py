@@ -50,8 +50,8 @@ async def test_a_service_has_the_paths_of_its_descriptor() -> None:
     assert not method.is_stream
     answer = method.handler(method.request(namespace="n"), CallContext(path))
     assert isinstance(answer, Coroutine)
-    found = await answer
-    assert found == wire.GetTaskResponse(task=wire.TaskActivation(id="n", taskname=path))
+    response = await answer
+    assert response == wire.GetTaskResponse(task=wire.TaskActivation(id="n", taskname=path))
 
 
 def test_a_service_without_one_of_its_methods_is_refused() -> None:

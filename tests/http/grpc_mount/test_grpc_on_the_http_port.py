@@ -1,4 +1,4 @@
-"""gRPC on the HTTP port of a real server: both protocols at once, health, our own broker, TLS, and a stop."""
+"""gRPC on the HTTP port of a real server: both protocols at once, health, Headrace's broker, TLS, and shutdown."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ SECRETS = ("a secret of many bytes",)
 
 
 class Stub:
-    """Our own broker, through grpcio."""
+    """Headrace's broker, called through grpcio."""
 
     def __init__(self, client: Any, metadata: Any = METADATA) -> None:
         self._made, self._metadata = client, metadata
 
     async def __call__(self, method: str, request: Any) -> Any:
-        """Call a method with a message."""
+        """Call a method."""
         answer = getattr(wire, f"{method}Response")
         call = self._made.unary_unary(
             f"/headrace.v1.Broker/{method}",
@@ -55,11 +55,11 @@ class Stub:
         return await call(request, metadata=self._metadata)
 
     async def session(self) -> str:
-        """A session of its own."""
+        """Start a session."""
         return str((await self("StartSession", wire.StartSessionRequest(host="far", pid=7))).session)
 
     async def claim(self, session: str, number: int = 1, **more: Any) -> list[wire.Lease]:
-        """What there is for the task."""
+        """Claim the runs of the task."""
         claim: dict[str, Any] = {"tasks": ["task"], "runs_max": 100} | more
         answer = await self("ClaimMany", wire.ClaimManyRequest(session=session, claim_no=number, **claim))
         return list(answer.leases)
@@ -71,13 +71,13 @@ class Stub:
 
 @asynccontextmanager
 async def far(folder: Path, kind: str = "memory", **more: Any) -> AsyncGenerator[tuple[ServerUnderTest, Stub], None]:
-    """A house and a client of its broker."""
+    """Run a server and a client of its broker."""
     async with running_server(folder, kind, **more) as rig, channel(rig.server.address[1]) as client:
         yield rig, Stub(client)
 
 
 def checking(client: Any) -> Any:
-    """The health service's own question."""
+    """The Check method of the health service."""
     return client.unary_unary(
         "/grpc.health.v1.Health/Check",
         request_serializer=health.HealthCheckRequest.SerializeToString,
@@ -86,7 +86,7 @@ def checking(client: Any) -> Any:
 
 
 def watching(client: Any) -> Any:
-    """Its question with many answers."""
+    """The Watch method of the health service."""
     return client.unary_stream(
         "/grpc.health.v1.Health/Watch",
         request_serializer=health.HealthCheckRequest.SerializeToString,
@@ -117,7 +117,7 @@ async def test_a_worker_claims_settles_and_releases_hundreds_of_runs_a_call(tmp_
         states = [wire.STATE_COMPLETED] * len(first.places)
         states[1:4] = [wire.STATE_FAILED, wire.STATE_RETRY, wire.STATE_CANCELLED]
         outputs = [json.dumps({"ok": index}).encode() for index in first.indexes if not 1 <= index < 4]
-        error = wire.Settlement(
+        settlement = wire.Settlement(
             lease=first.lease,
             places=first.places,
             states=states,
@@ -125,8 +125,8 @@ async def test_a_worker_claims_settles_and_releases_hundreds_of_runs_a_call(tmp_
             failures=[wire.Failure(type="Boom", message="it broke"), wire.Failure(type="Later")],
             retry_after_ms=[3_600_000],
         )
-        assert await stub.settle(error) == [wire.WORD_SETTLED]
-        assert await stub.settle(error) == [wire.WORD_RECORDED]
+        assert await stub.settle(settlement) == [wire.WORD_SETTLED]
+        assert await stub.settle(settlement) == [wire.WORD_RECORDED]
         words = (await stub("ReleaseMany", wire.ReleaseManyRequest(leases=[second.lease, "lease_1_1_00"]))).words
         assert list(words) == [wire.WORD_SETTLED, wire.WORD_LOST]
         late = wire.Settlement(lease=second.lease, places=second.places)
@@ -199,12 +199,12 @@ async def test_an_invalid_settlement_is_refused_and_changes_nothing(tmp_path: Pa
         batch_id = await rig.filled(3)
         (lease,) = await stub.claim(await stub.session())
         good = wire.Settlement(lease=lease.lease, places=[2], part_no=7)
-        for error in BAD_SETTLEMENTS:
+        for fields in BAD_SETTLEMENTS:
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await stub.settle(good, wire.Settlement(lease=lease.lease, **error))
+                await stub.settle(good, wire.Settlement(lease=lease.lease, **fields))
             codes = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
-            assert refused.value.code() in codes, error
-            assert (await rig.ask("GET", f"/v1/batches/{batch_id}")).json["completed"] == 0, error
+            assert refused.value.code() in codes, fields
+            assert (await rig.ask("GET", f"/v1/batches/{batch_id}")).json["completed"] == 0, fields
 
 
 BAD_CLAIMS: list[dict[str, Any]] = [
@@ -256,8 +256,8 @@ async def test_health_follows_the_store_and_the_server_s_shutdown(tmp_path: Path
     limits = LIMITS.replaced(upkeep_interval_ms=10)
     async with running_server(tmp_path, wrap=wrap, limits=limits) as rig, channel(rig.server.address[1]) as client:
         store: Any = rig.engine.store
-        seen = watching(client)(health.HealthCheckRequest(service="headrace.v1.Broker"))
-        statuses = aiter(seen)
+        watch = watching(client)(health.HealthCheckRequest(service="headrace.v1.Broker"))
+        statuses = aiter(watch)
         while (await anext(statuses)).status != health.HealthCheckResponse.SERVING:
             pass
         assert (await checking(client)(health.HealthCheckRequest())).status == health.HealthCheckResponse.SERVING
@@ -276,7 +276,7 @@ async def test_health_follows_the_store_and_the_server_s_shutdown(tmp_path: Path
 
 
 class Flaky:
-    """A store that is away when it is told so."""
+    """A store that can be made unavailable."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -286,7 +286,7 @@ class Flaky:
         return getattr(self._store, name)
 
     async def check(self) -> Any:
-        """A round trip."""
+        """Check the store."""
         if self.is_away:
             raise TimeoutError
         return await self._store.check()
@@ -300,10 +300,10 @@ async def test_without_a_consumer_its_service_is_unimplemented(tmp_path: Path) -
 
 
 class Consumer:
-    """Has one task, for everybody."""
+    """A consumer with one task for every worker."""
 
     async def get_task(self, _request: Any, _call: Any) -> taskbroker.GetTaskResponse:
-        """It."""
+        """Return the task."""
         return taskbroker.GetTaskResponse(task=taskbroker.TaskActivation(id="one"))
 
     set_task_status = set_batch_activation_status = get_task
@@ -405,23 +405,25 @@ async def test_one_certificate_serves_both_protocols(tmp_path: Path) -> None:
 async def test_a_shutdown_does_not_wait_for_peers_that_never_complete_the_tls_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TLS ends by agreement, and the loop would wait half a minute for who has none."""
+    """TLS shutdown needs both sides, and asyncio would wait 30 seconds for a peer that does not answer."""
     monkeypatch.setattr("headrace.grpc.transport.closing.CLOSE_TIMEOUT_S", 0.01)
     context = ssl.create_default_context()
     AUTHORITY.configure_trust(context)
 
-    def rude(port: int, protocol: str, said: bytes) -> ssl.SSLSocket:
+    def connect_without_closing(port: int, protocol: str, data: bytes) -> ssl.SSLSocket:
         context.set_alpn_protocols([protocol])
         client = context.wrap_socket(socket.create_connection(("localhost", port)), server_hostname="localhost")
-        client.sendall(said)
+        client.sendall(data)
         assert client.recv(9)
         return client
 
     async with running_server(tmp_path, tls=tls_of(tmp_path).context()) as rig:
         port = rig.server.address[1]
         peers = [
-            await asyncio.to_thread(rude, port, "h2", GREETING),
-            await asyncio.to_thread(rude, port, "http/1.1", b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"),
+            await asyncio.to_thread(connect_without_closing, port, "h2", GREETING),
+            await asyncio.to_thread(
+                connect_without_closing, port, "http/1.1", b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+            ),
         ]
         await rig.server.stop()
         for peer in peers:
@@ -429,7 +431,7 @@ async def test_a_shutdown_does_not_wait_for_peers_that_never_complete_the_tls_cl
 
 
 def tls_of(folder: Path) -> Tls:
-    """The files of our certificate."""
+    """Write the certificate files."""
     client = Tls(str(folder / "cert.pem"), str(folder / "key.pem"))
     for piece in certificate().cert_chain_pems:
         piece.write_to_path(client.certificate, append=True)

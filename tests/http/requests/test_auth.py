@@ -1,4 +1,4 @@
-"""Who is let in, to what, and how fast."""
+"""Authentication, scopes, environments and rate limits."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def bearer(credential: str) -> dict[str, str]:
 
 
 async def key_for(server: ServerUnderTest, *scopes: str, environment: str = "default") -> dict[str, str]:
-    secret, kept = new_key(environment, scopes, "", server.engine.clock.now_us())
-    await server.engine.administration.add_key(kept, now_us=1)
+    secret, stored = new_key(environment, scopes, "", server.engine.clock.now_us())
+    await server.engine.administration.add_key(stored, now_us=1)
     return bearer(secret)
 
 
@@ -47,19 +47,19 @@ async def test_missing_and_invalid_credentials_are_answered_in_trigger_dev_s_for
 async def test_a_key_allows_exactly_its_scopes(tmp_path: Path) -> None:
     async with running_server(tmp_path) as server:
         batch_id = await server.filled(1)
-        asked: dict[str, tuple[str, str, Any]] = {
+        requests: dict[str, tuple[str, str, Any]] = {
             "batches:write": ("POST", "/v1/batches", {}),
             "batches:read": ("GET", f"/v1/batches/{batch_id}", None),
             "runs:read": ("GET", "/api/v1/runs", None),
             "runs:write": ("POST", f"/api/v2/runs/run_{batch_id.removeprefix('batch_')}_0/cancel", None),
             "work": ("POST", "/v1/sessions", {}),
         }
-        for own in asked:
-            headers = await key_for(server, own)
-            for scope, (method, path, body) in asked.items():
+        for key_scope in requests:
+            headers = await key_for(server, key_scope)
+            for scope, (method, path, body) in requests.items():
                 answer = await ask(server, method, path, headers, body)
-                assert (answer.status < 300) is (scope == own), (own, scope, answer)
-                if scope != own:
+                assert (answer.status < 300) is (scope == key_scope), (key_scope, scope, answer)
+                if scope != key_scope:
                     assert answer.status == 403
         forbidden = await ask(server, "POST", "/api/v3/batches", await key_for(server, "runs:read"), BATCH)
         assert forbidden.json == {
@@ -81,15 +81,15 @@ async def test_only_a_key_s_digest_is_stored_and_a_revoked_key_is_refused(
 ) -> None:
     monkeypatch.setattr(auth, "KEY_CACHE_S", 0)
     async with running_server(tmp_path, "sqlite") as server:
-        secret, kept = new_key("default", ("*",), "ci", server.engine.clock.now_us())
-        await server.engine.administration.add_key(kept, now_us=1)
+        secret, stored = new_key("default", ("*",), "ci", server.engine.clock.now_us())
+        await server.engine.administration.add_key(stored, now_us=1)
         assert secret.startswith("tr_")
         assert (await ask(server, "GET", "/v1/batches", bearer(secret))).status == 200
-        await server.engine.administration.revoke_key("default", kept.id, now_us=2)
+        await server.engine.administration.revoke_key("default", stored.id, now_us=2)
         assert (await ask(server, "GET", "/v1/batches", bearer(secret))).status == 401
         files = b"".join(path.read_bytes() for path in tmp_path.glob("headrace.db*"))
         assert secret.encode() not in files
-        assert kept.digest.encode() in files
+        assert stored.digest.encode() in files
 
 
 async def test_batches_and_runs_of_another_environment_are_not_found(tmp_path: Path) -> None:
@@ -174,14 +174,18 @@ async def test_requests_are_limited_by_environment_with_rate_limit_headers(tmp_p
         assert [one.headers["x-ratelimit-remaining"] for one in answers] == ["2", "1", "0", "0"]
         refused = answers[3]
         assert refused.headers["x-ratelimit-limit"] == "3"
-        assert int(refused.headers["x-ratelimit-reset"]) > 1_600_000_000_000, "milliseconds, as the clients read it"
+        assert int(refused.headers["x-ratelimit-reset"]) > 1_600_000_000_000, (
+            "milliseconds, as trigger.dev's clients read it"
+        )
         assert int(refused.headers["retry-after"]) >= 1
         assert set(refused.json) >= {"title", "status", "type", "detail", "reset", "limit", "remaining", "error"}
         other = await key_for(server, "*", environment="elsewhere")
         assert (await ask(server, "GET", "/api/v1/runs", other)).status == 200
         worker = await key_for(server, "work")
         for _ in range(5):
-            assert (await ask(server, "POST", "/v1/sessions", worker, {})).status == 201, "a worker is never held up"
+            assert (await ask(server, "POST", "/v1/sessions", worker, {})).status == 201, (
+                "workers are exempt from rate limits"
+            )
         assert (await ask(server, "GET", "/healthz", {})).status == 200
 
 
@@ -203,7 +207,7 @@ async def test_the_first_streams_of_a_batch_are_exempt_from_the_request_limit(tm
     limits = LIMITS.replaced(requests_per_minute_max=1, requests_burst_max=1, stream_grants_max=3)
     async with running_server(tmp_path, "sqlite", limits=limits) as server:
         batch_id = await server.create(9)
-        told = [(await server.stream(batch_id, [line(index)])).status for index in range(4)]
-        assert told == [200, 200, 200, 429]
+        statuses = [(await server.stream(batch_id, [line(index)])).status for index in range(4)]
+        assert statuses == [200, 200, 200, 429]
         unknown = await server.stream("batch_00000000000000000000000000", [line(0)])
-        assert unknown.status == 429, "what was not let in has no grant"
+        assert unknown.status == 429, "a batch that does not exist has no exemption"

@@ -1,4 +1,4 @@
-"""Every option of an item: what the table says becomes of it, and that it does."""
+"""Every option of an item is handled as the table states."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ ANY: dict[str, Any] = {
 
 
 async def one_run(server: ServerUnderTest, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The stored view of a run with these options, and how the API shows it."""
+    """The stored record of a run with these options, and its form in the API."""
     batch_id = await server.create(1)
     answer = await server.stream(batch_id, [line(0, **options)])
     assert answer.status == 200, answer
     view = await server.engine.store.run(batch_id, 0)
-    shown = (await server.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_0")).json
-    return view, shown
+    fields = (await server.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_0")).json
+    return view, fields
 
 
 def test_the_table_names_every_option_once() -> None:
@@ -71,26 +71,26 @@ async def test_an_option_is_honoured_stored_or_refused_as_the_table_states(tmp_p
             assert name in answer.json["error"]
             assert await server.engine.store.missing(batch_id, 9) == [(0, 1)]
             return
-        view, shown = await one_run(server, **{name: ANY[name]})
+        view, fields = await one_run(server, **{name: ANY[name]})
         if OPTIONS[name].disposition == "kept":
             assert json.loads(view.kept)[name] == ANY[name]
-        told: dict[str, Callable[[], bool]] = {
-            "idempotencyKey": lambda: shown["idempotencyKey"] == "a-key",
+        checks: dict[str, Callable[[], bool]] = {
+            "idempotencyKey": lambda: fields["idempotencyKey"] == "a-key",
             "idempotencyKeyTTL": lambda: view.kept == b"",
-            "delay": lambda: shown["status"] == "DELAYED" and "delayedUntil" in shown,
+            "delay": lambda: fields["status"] == "DELAYED" and "delayedUntil" in fields,
             "ttl": lambda: 0 < view.expires_us - server.engine.clock.now_us() <= 600_000_000,
             "priority": lambda: view.priority == 7,
             "queue": lambda: view.queue == "special",
-            "tags": lambda: shown["tags"] == ["one", "two"],
-            "metadata": lambda: shown["metadata"] == ANY["metadata"],
-            "region": lambda: shown["region"] == "eu-1",
-            "test": lambda: shown["isTest"] is True,
-            "machine": lambda: shown["machine"] == "small-2x",
-            "lockToVersion": lambda: shown["version"] == "2026.1",
-            "concurrencyKey": lambda: shown["concurrencyKey"] == "tenant",
-            "debounce": lambda: shown["debounce"] == ANY["debounce"],
+            "tags": lambda: fields["tags"] == ["one", "two"],
+            "metadata": lambda: fields["metadata"] == ANY["metadata"],
+            "region": lambda: fields["region"] == "eu-1",
+            "test": lambda: fields["isTest"] is True,
+            "machine": lambda: fields["machine"] == "small-2x",
+            "lockToVersion": lambda: fields["version"] == "2026.1",
+            "concurrencyKey": lambda: fields["concurrencyKey"] == "tenant",
+            "debounce": lambda: fields["debounce"] == ANY["debounce"],
         }
-        assert name not in told or told[name](), (view, shown)
+        assert name not in checks or checks[name](), (view, fields)
 
 
 async def test_max_attempts_and_max_duration_override_the_task_s_settings(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ async def test_a_task_s_queue_and_priority_apply_unless_the_item_has_its_own(tmp
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "error_text"),
     [
         ({"delay": "soon"}, "delay"),
         ({"delay": "9999w9999w9999w9999w"}, "delay"),
@@ -158,17 +158,17 @@ async def test_a_task_s_queue_and_priority_apply_unless_the_item_has_its_own(tmp
         ({"unheardOf": 1}, "unheardOf"),
     ],
 )
-async def test_an_invalid_option_is_refused_by_name(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+async def test_an_invalid_option_is_refused_by_name(tmp_path: Path, options: dict[str, Any], error_text: str) -> None:
     async with running_server(tmp_path) as server:
         batch_id = await server.create(1)
         answer = await server.stream(batch_id, [line(0, **options)])
         assert answer.status == 422, answer
-        assert said in answer.json["error"]
+        assert error_text in answer.json["error"]
         assert await server.engine.store.missing(batch_id, 9) == [(0, 1)]
 
 
 @pytest.mark.parametrize(
-    ("payload", "content_type", "shown"),
+    ("payload", "content_type", "fields"),
     [
         ('{"json":{"i":0}}', "application/super+json", {"i": 0}),
         ({"json": [1]}, "application/super+json", [1]),
@@ -183,24 +183,24 @@ async def test_an_invalid_option_is_refused_by_name(tmp_path: Path, options: dic
     ],
 )
 async def test_a_payload_is_stored_according_to_its_type(
-    tmp_path: Path, payload: Any, content_type: str | None, shown: Any
+    tmp_path: Path, payload: Any, content_type: str | None, fields: Any
 ) -> None:
     async with running_server(tmp_path) as server:
         options = {} if content_type is None else {"payloadType": content_type}
         _, run = await one_run(server, payload=payload, **options)
-        assert run["payload"] == shown
+        assert run["payload"] == fields
 
 
 async def test_a_long_idempotency_key_is_stored_as_its_digest_and_returned_unchanged(tmp_path: Path) -> None:
     key = "k" * 2_048
     async with running_server(tmp_path, "postgres") as server:
-        view, shown = await one_run(server, idempotencyKey=key)
+        view, fields = await one_run(server, idempotencyKey=key)
         assert view.idempotency_key.startswith("sha256:")
-        assert shown["idempotencyKey"] == key
+        assert fields["idempotencyKey"] == key
         batch_id = await server.create(1)
         await server.stream(batch_id, [line(0, idempotencyKey=key)])
         linked = (await server.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_0")).json
-        assert linked["id"] == shown["id"], "the run that the key names"
+        assert linked["id"] == fields["id"], "the run that the key names"
 
 
 async def test_a_linked_run_s_result_is_that_of_the_run_it_links_to(tmp_path: Path) -> None:

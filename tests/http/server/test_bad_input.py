@@ -1,4 +1,4 @@
-"""Bad input over real sockets: a clear error, nothing changed, and never a 500."""
+"""Invalid input over real sockets: a clear error, nothing changed, and never a 500."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_malformed_lines_are_judged_as_by_every_other_reader(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("item", "status", "said"),
+    ("item", "status", "error_text"),
     [
         ({"index": -1, "task": "task"}, 422, "index"),
         ({"index": 3, "task": "task"}, 422, "Item index 3 exceeds batch runCount 3"),
@@ -69,13 +69,13 @@ async def test_malformed_lines_are_judged_as_by_every_other_reader(tmp_path: Pat
     ],
 )
 async def test_an_invalid_item_is_refused_and_changes_nothing(
-    tmp_path: Path, item: Any, status: int, said: str
+    tmp_path: Path, item: Any, status: int, error_text: str
 ) -> None:
     async with running_server(tmp_path, "sqlite") as server:
         batch_id = await server.create(3)
         answer = await server.stream(batch_id, [json.dumps(item).encode() + b"\n"])
         assert answer.status == status, answer
-        assert said in answer.json["error"], answer
+        assert error_text in answer.json["error"], answer
         assert await untouched(server, batch_id, 3)
 
 
@@ -86,7 +86,7 @@ async def test_unknown_fields_of_an_item_are_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "said"),
+    ("body", "status", "error_text"),
     [
         (b"", 400, "empty"),
         (b"   ", 400, "empty"),
@@ -106,10 +106,10 @@ async def test_unknown_fields_of_an_item_are_ignored(tmp_path: Path) -> None:
         (b" " * (128 * 1024 + 1), 413, "Request body too large"),
     ],
 )
-async def test_an_invalid_create_is_refused(tmp_path: Path, body: bytes, status: int, said: str) -> None:
+async def test_an_invalid_create_is_refused(tmp_path: Path, body: bytes, status: int, error_text: str) -> None:
     async with running_server(tmp_path, "sqlite") as server:
         answer = await server.ask("POST", CREATE, body)
-        assert (answer.status, said in answer.json["error"]) == (status, True), answer
+        assert (answer.status, error_text in answer.json["error"]) == (status, True), answer
         chunked = await server.ask("POST", CREATE, [body])
         assert chunked.status == status
         assert await server.engine.store.batches("default") == []
@@ -124,9 +124,9 @@ async def test_wrong_content_types_methods_and_paths_are_refused(tmp_path: Path)
             assert answer.status == 415
             assert answer.json["error"] == "Content-Type must be application/x-ndjson or application/ndjson"
         assert (await server.ask("POST", items, b"", NDJSON)).json["error"] == "Request body is required"
-        got = await server.ask("GET", items)
-        assert (got.status, got.json["error"]) == (405, "Method not allowed. Use POST to stream batch items.")
-        assert "POST" in got.headers["allow"]
+        response = await server.ask("GET", items)
+        assert (response.status, response.json["error"]) == (405, "Method not allowed. Use POST to stream batch items.")
+        assert "POST" in response.headers["allow"]
         assert (await server.ask("GET", "/api/v9/nothing")).json == {"error": "Not found"}
         problem = await server.ask("GET", "/v1/nothing")
         assert (problem.status, problem.headers["content-type"]) == (404, "application/problem+json")
@@ -212,16 +212,16 @@ async def test_a_wrong_content_length_is_an_error_and_keeps_complete_items(tmp_p
         batch_id = await server.create(2)
         body = line(0)
         peer = await server.peer().connect()
-        own = {**AUTH, **NDJSON, "content-length": str(len(body) + 500)}
-        await peer.head("POST", f"{CREATE}/{batch_id}/items", own)
+        headers = {**AUTH, **NDJSON, "content-length": str(len(body) + 500)}
+        await peer.head("POST", f"{CREATE}/{batch_id}/items", headers)
         await peer.send(body)
         answer = await peer.answer()
-        assert (answer.status, answer.headers["connection"]) == (408, "close"), "longer than what came"
+        assert (answer.status, answer.headers["connection"]) == (408, "close"), "longer than the body that was sent"
         assert await server.engine.store.missing(batch_id, 9) == [(1, 2)]
         peer = await server.peer().connect()
-        await peer.head("POST", f"{CREATE}/{batch_id}/items", {**own, "content-length": str(len(body))})
+        await peer.head("POST", f"{CREATE}/{batch_id}/items", {**headers, "content-length": str(len(body))})
         await peer.send(line(1) + b"GET /evil HTTP/1.1\r\n")
-        assert (await peer.answer()).json["sealed"], "what is beyond the length is another request"
+        assert (await peer.answer()).json["sealed"], "bytes beyond the length are another request"
 
 
 async def test_two_concurrent_streams_of_one_batch_add_each_run_once(tmp_path: Path) -> None:
@@ -230,13 +230,13 @@ async def test_two_concurrent_streams_of_one_batch_add_each_run_once(tmp_path: P
     async with running_server(tmp_path, "postgres") as server:
         batch_id = await server.create(600)
         lines = [line(index) for index in range(600)]
-        told = await asyncio.gather(
+        answers = await asyncio.gather(
             server.stream(batch_id, lines),
             server.stream(batch_id, lines[::-1]),
             server.stream(batch_id, lines[300:] + lines[:300]),
         )
-        assert [one.status for one in told] == [200] * 3
-        assert any(one.json["sealed"] for one in told)
+        assert [one.status for one in answers] == [200] * 3
+        assert any(one.json["sealed"] for one in answers)
         assert await server.work() == 600
         assert (await server.engine.store.verify(batch_id)).differences == []
 
@@ -272,9 +272,9 @@ async def test_path_traversal_in_packet_names_is_refused(tmp_path: Path, path: s
 
 async def test_a_signed_packet_url_is_valid_only_for_what_was_signed(tmp_path: Path) -> None:
     async with running_server(tmp_path, "sqlite", limits=LIMITS.replaced(packet_bytes_max=2_048)) as server:
-        given = (await server.ask("PUT", "/api/v2/packets/trigger%2Fa%2Fpayload.json")).json
-        assert given["storagePath"] == "trigger/a/payload.json"
-        target = given["presignedUrl"].removeprefix(server.server.url)
+        presigned = (await server.ask("PUT", "/api/v2/packets/trigger%2Fa%2Fpayload.json")).json
+        assert presigned["storagePath"] == "trigger/a/payload.json"
+        target = presigned["presignedUrl"].removeprefix(server.server.url)
         wrong = [
             target.replace("trigger/a", "trigger/b"),
             target.replace(b"default".hex(), b"elsewhere".hex()),
@@ -294,7 +294,7 @@ async def test_a_signed_packet_url_is_valid_only_for_what_was_signed(tmp_path: P
             line(1, "trigger/gone.json", payloadType="application/store"),
             line(2, "../../etc/passwd", payloadType="application/store"),
         ]
-        assert (await server.stream(batch_id, items)).json["sealed"], "one that is not there fails alone"
+        assert (await server.stream(batch_id, items)).json["sealed"], "an item with a missing packet fails alone"
         runs = [
             (await server.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_{index}")).json
             for index in range(3)
@@ -302,8 +302,8 @@ async def test_a_signed_packet_url_is_valid_only_for_what_was_signed(tmp_path: P
         assert runs[0]["payload"] == {"a": 1}
         assert [one["status"] for one in runs[1:]] == ["SYSTEM_FAILURE", "FAILED"]
         read = (await server.ask("GET", "/api/v1/packets/trigger%2Fa%2Fpayload.json")).json["presignedUrl"]
-        shown = await server.ask("GET", read.removeprefix(server.server.url), auth=False)
-        assert (shown.body, shown.headers["content-type"]) == (b'{"json":{"a":1}}', "application/super+json")
+        download = await server.ask("GET", read.removeprefix(server.server.url), auth=False)
+        assert (download.body, download.headers["content-type"]) == (b'{"json":{"a":1}}', "application/super+json")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Chance against the server: the document's own endpoints, and lines that nobody would write. Nothing answers 500."""
+"""Random requests: those of the OpenAPI document, and malformed streams. Nothing is answered with 500."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ STREAMS = 150
 
 
 @schemathesis.serializer("application/x-ndjson", "application/x-protobuf")
-def as_it_is(_context: Any, value: Any) -> bytes:
-    """Lines, and messages."""
+def send_unchanged(_context: Any, value: Any) -> bytes:
+    """Send lines and messages unchanged."""
     return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else bytes(value)
 
 
 @contextmanager
 def served() -> Iterator[tuple[str, int]]:
-    """A server in a thread of its own, for clients that are not async."""
+    """Run a server in a thread of its own, for clients that are not async."""
     address: list[tuple[str, int]] = []
     ready, over = threading.Event(), threading.Event()
 
@@ -57,8 +57,8 @@ def served() -> Iterator[tuple[str, int]]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[tuple[str, int]]:
-    with served() as found:
-        yield found
+    with served() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +67,16 @@ def document(address: tuple[str, int]) -> Any:
     return schemathesis.openapi.from_url(f"http://{host}:{port}/openapi.json")
 
 
-def is_sound(response: Response, path: str) -> None:
-    """No 500, and an error is one that a machine can read."""
+def check_response(response: Response, path: str) -> None:
+    """Assert that a response is no 500, and that an error is machine-readable."""
     assert response.status_code != 500, (path, response.text)
     if response.status_code >= 400:
-        told = json.loads(response.text)
-        assert told.get("error") or told.get("detail"), (path, told)
+        error = json.loads(response.text)
+        assert error.get("error") or error.get("detail"), (path, error)
 
 
 def test_no_documented_request_is_answered_with_500(document: Any) -> None:
-    seen = set()
+    operations_seen = set()
     for result in document.get_all_operations():
         operation = result.ok()
 
@@ -86,16 +86,16 @@ def test_no_documented_request_is_answered_with_500(document: Any) -> None:
             if case.path.endswith(("/events", "/results")) and case.method == "GET":
                 case.query = {**(case.query or {}), "wait": 0}
             response = case.call(headers=AUTH, timeout=10)
-            is_sound(response, case.formatted_path)
+            check_response(response, case.formatted_path)
             case.validate_response(response, checks=(response_schema_conformance,))
 
         ask()
-        seen.add((operation.method.upper(), operation.path))
-    assert len(seen) > 30
+        operations_seen.add((operation.method.upper(), operation.path))
+    assert len(operations_seen) > 30
 
 
 def test_random_sequences_of_batch_operations_keep_states_consistent(document: Any) -> None:
-    """The stateful half: batches are made, streamed, sealed, cancelled and redriven in orders of chance."""
+    """Random sequences of creating, streaming, sealing, cancelling and redriving batches."""
     operations = {(one.ok().method.upper(), one.ok().path): one.ok() for one in document.get_all_operations()}
     steps = [
         ("POST", "/v1/batches/{batch_id}/items"),
@@ -110,10 +110,10 @@ def test_random_sequences_of_batch_operations_keep_states_consistent(document: A
 
     @given(data=st.data())
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    def story(data: st.DataObject) -> None:
+    def run_scenario(data: st.DataObject) -> None:
         created = operations["POST", "/v1/batches"].Case(body={"run_count": data.draw(st.integers(0, 3))})
         batch = json.loads(created.call(headers=AUTH, timeout=10).text)
-        stands = 0
+        stage = 0
         for step in data.draw(st.lists(st.sampled_from(steps), max_size=6)):
             more: dict[str, Any] = {}
             if step[1].endswith("/items"):
@@ -121,20 +121,20 @@ def test_random_sequences_of_batch_operations_keep_states_consistent(document: A
                 more = {"body": b"".join(map(line, indexes)).decode(), "media_type": "application/x-ndjson"}
             case = operations[step].Case(path_parameters={"batch_id": batch["id"]}, **more)
             response = case.call(headers=AUTH, timeout=10)
-            is_sound(response, step[1])
-            got = operations["GET", "/v1/batches/{batch_id}"].Case(path_parameters={"batch_id": batch["id"]})
-            batch = json.loads(got.call(headers=AUTH, timeout=10).text)
-            assert order[batch["state"]] >= stands, "a batch never goes back"
-            stands = order[batch["state"]]
+            check_response(response, step[1])
+            read = operations["GET", "/v1/batches/{batch_id}"].Case(path_parameters={"batch_id": batch["id"]})
+            batch = json.loads(read.call(headers=AUTH, timeout=10).text)
+            assert order[batch["state"]] >= stage, "a batch never returns to an earlier state"
+            stage = order[batch["state"]]
             parts = ("missing", "waiting", "leased", "completed", "failed", "cancelled", "expired")
             if batch["state"] != "cancelled":
                 assert batch["received"] + batch["missing"] == sum(batch[name] for name in parts)
 
-    story()
+    run_scenario()
 
 
-good = st.integers(0, 30).map(line)
-broken = st.one_of(
+good_line = st.integers(0, 30).map(line)
+broken_line = st.one_of(
     st.binary(max_size=60),
     st.integers(-5, 10**20).map(lambda n: b'{"index":%d,"task":"task"}' % n),
     st.recursive(st.none() | st.booleans() | st.text(max_size=8) | st.floats(), st.lists, max_leaves=5).map(
@@ -142,7 +142,7 @@ broken = st.one_of(
     ),
     st.sampled_from([b"{", b"}", b'"', b"\\", b"\r", b"\x00", b"\xff", b"[" * 2_000, b" " * 5_000, b"1e999"]),
 )
-pieces = st.lists(st.one_of(good, good, broken, st.just(b"\n")), max_size=12)
+pieces = st.lists(st.one_of(good_line, good_line, broken_line, st.just(b"\n")), max_size=12)
 
 
 @given(parts=pieces, cuts=st.lists(st.integers(1, 80), max_size=20))

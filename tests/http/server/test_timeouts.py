@@ -1,4 +1,4 @@
-"""Time limits: none on a request, one on a peer that sends or reads nothing, none on one that is held back."""
+"""Timeouts: none for a request, one for a client that sends or reads nothing, none for one that the server delays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STALL_S = 5.0
 
 
 class Stalled(PayloadStore):
-    """An object store whose first write takes its time."""
+    """An object store whose first write is slow."""
 
     def __init__(self, inner: PayloadStore) -> None:
         super().__init__(inner.objects, url=inner.url)
@@ -48,13 +48,13 @@ async def test_a_stream_delayed_by_the_server_beyond_the_idle_limit_is_not_abort
     payloads = Stalled(open_payloads("memory://")) if what == "objects" else None
     wrap = (lambda store: StoreHook(store, "append", stall)) if what == "store" else (lambda store: store)
     async with running_server(tmp_path, "sqlite", limits=IDLE, wrap=wrap, payloads=payloads) as server:
-        count = 12_000 if what == "store" else 1_000  # more than waits in front of a store
+        count = 12_000 if what == "store" else 1_000  # more than the server buffers in front of a store
         batch_id = await server.create(count)
         lines = [line(index, "x" * (2_000 if index == 0 else 900)) for index in range(count)]
         began = asyncio.get_running_loop().time()
         answer = await server.stream(batch_id, lines)
         assert (answer.status, answer.json["sealed"]) == (200, True)
-        assert asyncio.get_running_loop().time() - began >= STALL_S, "it was held back"
+        assert asyncio.get_running_loop().time() - began >= STALL_S, "the server delayed it"
 
 
 async def test_a_stream_waits_for_a_store_that_recovers(tmp_path: Path) -> None:
@@ -67,9 +67,9 @@ async def test_a_stream_waits_for_a_store_that_recovers(tmp_path: Path) -> None:
 
     class Away(StoreHook):
         def __getattr__(self, name: str) -> Any:
-            own = super().__getattr__(name)
+            operation = super().__getattr__(name)
             self._happens = away if left[0] else None
-            return own
+            return operation
 
     async with running_server(
         tmp_path, "sqlite", limits=IDLE, wrap=lambda store: Away(store, "append", away)
@@ -127,7 +127,7 @@ async def test_a_request_head_that_is_slow_or_missing_times_out(tmp_path: Path) 
         dripping.cancel()
         await asyncio.gather(dripping, return_exceptions=True)
         assert silent.reader is not None
-        assert await silent.reader.read() == b"", "closed without a word: it had not said one"
+        assert await silent.reader.read() == b"", "closed without a response: the client had sent nothing"
 
 
 async def test_a_client_that_never_reads_its_results_is_disconnected(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ async def test_a_client_that_never_reads_its_results_is_disconnected(tmp_path: P
             connections = server.server._uvicorn.server_state.connections
             while not connections:
                 await asyncio.sleep(0)
-            assert (await server.ask("GET", "/healthz")).status == 200, "others are served meanwhile"
+            assert (await server.ask("GET", "/healthz")).status == 200, "other clients are served meanwhile"
             while connections:
                 await _pause(0.05)
 
@@ -160,8 +160,8 @@ async def fill(server: ServerUnderTest, batch_id: str, result: bytes) -> None:
     store, now_us = server.engine.store, server.engine.clock.now_us()
     session = new_session_id(now_us)
     await store.start_session(Session(id=session, kind="w", host="h", pid=1, started_us=now_us), now_us=now_us)
-    wish = Claim(session_id=session, claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=9_999)
-    for lease in await store.claim(wish, now_us=now_us):
+    claim = Claim(session_id=session, claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=9_999)
+    for lease in await store.claim(claim, now_us=now_us):
         results = [result] * len(lease.span_slots)
         await store.settle([settlement_of(lease, results=results)], now_us=now_us)
 
@@ -188,7 +188,7 @@ async def test_idle_events_and_results_send_keep_alives_and_end_with_the_server(
 
 
 async def rest(peer: HttpPeer) -> Any:
-    """What is left of an answer."""
+    """Read the rest of a response."""
     while (piece := await peer.piece()) is not None:
         yield piece
 
@@ -271,11 +271,11 @@ async def test_the_server_does_not_read_ahead_of_a_store_that_is_slow(tmp_path: 
             await peer.end()
 
         sending = asyncio.create_task(send())
-        seen = -1
-        while seen != sent[0]:
-            seen = sent[0]
+        sent_before = -1
+        while sent_before != sent[0]:
+            sent_before = sent[0]
             await _pause(0.3)
-        assert seen * 500_000 < 32 * MIB, "the client is held back by the socket"
+        assert sent_before * 500_000 < 32 * MIB, "the socket delays the client"
         gate.set()
         await sending
         assert (await peer.answer()).json["sealed"]

@@ -1,4 +1,4 @@
-"""The table of the reference's behaviours is whole, and each line names a test that runs on both databases."""
+"""The table of trigger.dev's behaviours is complete, and each line names a test that runs on both databases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_behaviour_is_shown_unreachable_or_not_implemented(line: Behaviour) ->
         assert "parent" in line.name
         return
     test = getattr(behaviours, line.test, None)
-    assert test is not None, f"{line.test} is no test"
+    assert test is not None, f"{line.test} does not exist"
     assert "kind" in inspect.signature(test).parameters, "it runs on both databases"
     assert (line.column == "unreachable") is bool(line.promise)
 

@@ -1,4 +1,4 @@
-"""A client that knows the wire contract and nothing of Headrace triggers a batch and reads its runs."""
+"""A client written from the wire contract alone triggers a batch and reads its runs."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ async def test_a_client_written_from_the_contract_triggers_and_reads_a_batch(tmp
         out, _ = await process.communicate()
         await worker.stop()
         assert process.returncode == 0
-    told = json.loads(out)
-    status, headers, body = told["created"]
+    results = json.loads(out)
+    status, headers, body = results["created"]
     batch_id = body["id"]
     assert (status, body) == (202, {"id": batch_id, "runCount": 6, "isCached": False})
     assert {"x-trigger-jwt", "x-trigger-jwt-claims"} <= headers.keys()
-    assert told["partial"] == {
+    assert results["partial"] == {
         "id": batch_id,
         "itemsAccepted": 2,
         "itemsDeduplicated": 0,
@@ -50,17 +50,17 @@ async def test_a_client_written_from_the_contract_triggers_and_reads_a_batch(tmp
         "enqueuedCount": 2,
         "expectedCount": 6,
     }
-    assert told["whole"] == {
+    assert results["whole"] == {
         "id": batch_id,
         "itemsAccepted": 4,
         "itemsDeduplicated": 2,
         "sealed": True,
         "runCount": 6,
     }
-    batch = told["batch"]
+    batch = results["batch"]
     assert set(batch) >= {"id", "status", "createdAt", "updatedAt", "runCount", "runs", "processing"}
     assert batch["processing"]["errors"] == []
-    assert told["outputs"] == [
+    assert results["outputs"] == [
         "{'i': 0}",
         "plain – ünïcode 日本",
         "None",
@@ -68,6 +68,6 @@ async def test_a_client_written_from_the_contract_triggers_and_reads_a_batch(tmp
         "{'when': datetime.datetime(2026, 1, 1, 0, 0, tzinfo=datetime.timezone.utc), 'big': 12345678901234567890}",
         200 * 1024,
     ]
-    assert told["payloads"][4] == {"when": "2026-01-01T00:00:00.000Z", "big": "12345678901234567890"}
-    assert told["refused"] == [400, 422]
-    assert (told["replayed"]["sealed"], told["replayed"]["itemsAccepted"]) == (True, 0)
+    assert results["payloads"][4] == {"when": "2026-01-01T00:00:00.000Z", "big": "12345678901234567890"}
+    assert results["refused"] == [400, 422]
+    assert (results["replayed"]["sealed"], results["replayed"]["itemsAccepted"]) == (True, 0)

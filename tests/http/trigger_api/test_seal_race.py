@@ -1,4 +1,4 @@
-"""The race that the reference lost: a worker faster than the stream, a thousand rounds from seeds."""
+"""The race that trigger.dev had: a worker faster than the stream, in a thousand seeded rounds."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ async def test_a_worker_faster_than_the_stream_never_costs_a_seal(tmp_path: Path
         peer = await server.peer().connect()
         for seed in range(ROUNDS[kind]):
             await one_round(peer, random.Random(seed), seed)
-            if kind == "memory" and seed % 50 == 49:  # its verbs copy every table: keep them small
+            if kind == "memory" and seed % 50 == 49:  # its operations copy every table: keep them small
                 await server.engine.maintenance.prune(2**62, batches_max=1_000, rows_max=10**6)
         await worker.stop()
 
 
 async def one_round(peer: HttpPeer, dice: random.Random, seed: int) -> None:
-    """A batch streamed in pieces with pauses of chance, some of it twice: sealed, completed, nothing doubled."""
+    """Stream a batch in pieces with random pauses, some of it twice: it is sealed and completed, and nothing is
+    doubled.
+    """
     count = dice.randint(1, 12)
     created = await peer.ask("POST", "/api/v3/batches", b'{"runCount":%d}' % count)
     batch_id = created.json["id"]

@@ -1,7 +1,7 @@
-"""The behaviours that the reference's own tests of streaming assert, over real HTTP, on SQLite and on PostgreSQL.
+"""The behaviours that trigger.dev's own tests of streaming assert, over real HTTP, on SQLite and on PostgreSQL.
 
-`reference.py` lists all of them; each name there is a test here, or a promise that makes its state unreachable with the
-test that proves it.
+`tests/support/trigger_behaviours.py` lists all of them. Each line names a test in this module, or a promise that makes
+the state unreachable and the test that proves it.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ async def run_status(server: ServerUnderTest, batch_id: str) -> str:
 
 
 async def runs_of(server: ServerUnderTest, batch_id: str) -> list[Row]:
-    """`(index, task, status, payload)` of what is durable."""
-    found = []
+    """`(index, task, status, payload)` of the stored runs."""
+    rows = []
     for view in await server.engine.store.runs("default", batch_id=batch_id, limit=1_000):
-        shown = (await server.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_{view.index}")).json
-        found.append((view.index, shown["taskIdentifier"], shown["status"], shown.get("payload")))
-    return found
+        fields = (await server.ask("GET", f"/api/v3/runs/run_{batch_id.removeprefix('batch_')}_{view.index}")).json
+        rows.append((view.index, fields["taskIdentifier"], fields["status"], fields.get("payload")))
+    return rows
 
 
 async def taken(server: ServerUnderTest, count: int, chunks: Iterable[bytes]) -> tuple[dict[str, Any], list[Row]]:
-    """What a stream of these chunks is answered with, and what it left."""
+    """Stream chunks of bytes. Returns the response and the stored runs."""
     batch_id = await server.create(count)
     answer = await server.stream(batch_id, chunks)
     assert answer.status == 200, answer
@@ -55,7 +55,7 @@ def queued(*rows: tuple[int, Any]) -> list[Row]:
 
 
 class Waves(PayloadStore):
-    """An object store that lets nothing through until `size` writes are waiting, or as many as are left."""
+    """An object store that blocks until `size` writes are waiting, or as many as are left."""
 
     def __init__(self, inner: PayloadStore, size: int, total: int) -> None:
         super().__init__(inner.objects, url=inner.url, concurrency=1_000)
@@ -207,12 +207,12 @@ async def test_should_return_not_sealed_when_item_count_does_not_match(tmp_path:
 async def test_a_sealed_batch_is_never_pending_again(tmp_path: Path, kind: str) -> None:
     async with running_server(tmp_path, kind) as server:
         batch_id = await server.filled(3)
-        seen = [await run_status(server, batch_id)]
+        statuses = [await run_status(server, batch_id)]
         for _ in range(2):
             await server.work()
             await server.stream(batch_id, [line(0)])
-            seen.append(await run_status(server, batch_id))
-        assert seen == ["PROCESSING", "COMPLETED", "COMPLETED"]
+            statuses.append(await run_status(server, batch_id))
+        assert statuses == ["PROCESSING", "COMPLETED", "COMPLETED"]
 
 
 async def test_should_throw_when_the_batch_is_aborted_while_its_items_come(tmp_path: Path, kind: str) -> None:
@@ -244,7 +244,7 @@ async def test_received_items_are_counted_however_fast_they_run(tmp_path: Path, 
         homes.append(server)
         batch_id = await server.create(3)
         answer = (await server.stream(batch_id, [line(0), line(1)])).json
-        assert (answer["sealed"], answer["enqueuedCount"]) == (False, 2), "what ran is counted still"
+        assert (answer["sealed"], answer["enqueuedCount"]) == (False, 2), "runs that have ended still count"
         assert (await server.stream(batch_id, [line(2)])).json["sealed"]
 
 
@@ -392,7 +392,7 @@ async def test_should_reject_invalid_json(tmp_path: Path, kind: str) -> None:
         batch_id = await server.create(3)
         answer = await server.stream(batch_id, [line(0), b'{"index":1,"task"\n', line(2)])
         assert (answer.status, answer.json["error"][:23]) == (400, "Invalid JSON at line 2:")
-        assert [row[0] for row in await runs_of(server, batch_id)] == [0], "what came before it is durable"
+        assert [row[0] for row in await runs_of(server, batch_id)] == [0], "earlier items are stored"
 
 
 async def test_should_reject_invalid_utf_8_sequences(tmp_path: Path, kind: str) -> None:
@@ -434,7 +434,7 @@ async def test_should_handle_stream_with_only_whitespace(tmp_path: Path, kind: s
         assert (answer["sealed"], answer["itemsAccepted"], rows) == (False, 0, [])
 
 
-# -- what a cut line says
+# -- fields of a cut line
 
 
 async def test_should_extract_index_and_task_from_json_bytes(tmp_path: Path, kind: str) -> None:
@@ -479,8 +479,8 @@ async def test_items_streamed_one_by_one_get_processed(tmp_path: Path, kind: str
 async def test_items_with_same_index_are_deduplicated(tmp_path: Path, kind: str) -> None:
     async with running_server(tmp_path, kind) as server:
         batch_id = await server.create(2)
-        told = [(await server.stream(batch_id, [line(index)])).json for index in (0, 0, 1, 1)]
-        assert [one["itemsAccepted"] for one in told] == [1, 0, 1, 0]
+        answers = [(await server.stream(batch_id, [line(index)])).json for index in (0, 0, 1, 1)]
+        assert [one["itemsAccepted"] for one in answers] == [1, 0, 1, 0]
         assert await server.work() == 2
 
 
@@ -492,7 +492,7 @@ async def test_error_if_batch_not_initialized(tmp_path: Path, kind: str) -> None
 
 
 async def swept(server: ServerUnderTest) -> list[str]:
-    """What upkeep abandons once every deadline has passed."""
+    """Run upkeep after every deadline has passed."""
     later_us = server.engine.clock.now_us() + (LIMITS.seal_timeout_ms + 1) * 1_000
     return (await server.engine.maintenance.sweep(now_us=later_us, rows_max=100)).abandoned
 

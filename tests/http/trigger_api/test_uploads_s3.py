@@ -1,4 +1,4 @@
-"""Packets in a real S3: the client talks to it alone, by URLs that it signs."""
+"""Packets in a real S3: the client uploads and downloads directly, with URLs signed by the server."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def put(url: str, data: bytes, kind: str) -> int:
 
 def get(url: str) -> bytes:
     with urllib.request.urlopen(url, timeout=20) as answer:
-        found: bytes = answer.read()
-        return found
+        data: bytes = answer.read()
+        return data
 
 
 async def test_a_packet_is_uploaded_to_and_downloaded_from_s3_directly(
@@ -36,17 +36,19 @@ async def test_a_packet_is_uploaded_to_and_downloaded_from_s3_directly(
     limits = LIMITS.replaced(packet_bytes_max=300_000)
     async with running_server(tmp_path, "sqlite", payloads=payloads, limits=limits) as server:
         assert server.service.packets.can_sign
-        given = (await server.ask("PUT", "/api/v2/packets/trigger%2Fa%2Fpayload.json")).json
-        assert f":{s3().port}/" in given["presignedUrl"]
+        presigned = (await server.ask("PUT", "/api/v2/packets/trigger%2Fa%2Fpayload.json")).json
+        assert f":{s3().port}/" in presigned["presignedUrl"]
         body = b'{"json":"' + b"p" * 200_000 + b'"}'
-        assert await asyncio.to_thread(put, given["presignedUrl"], body, "application/super+json") == 200
+        assert await asyncio.to_thread(put, presigned["presignedUrl"], body, "application/super+json") == 200
         other = (await server.ask("PUT", "/api/v2/packets/huge.json")).json["presignedUrl"]
         await asyncio.to_thread(put, other, b'"' + b"h" * 400_000 + b'"', "application/json")
         with pytest.raises(urllib.error.HTTPError):  # signed for one name only
-            await asyncio.to_thread(put, given["presignedUrl"].replace("trigger/a", "trigger/b"), b"1", "text/plain")
+            await asyncio.to_thread(
+                put, presigned["presignedUrl"].replace("trigger/a", "trigger/b"), b"1", "text/plain"
+            )
         batch_id = await server.create(2)
         items = [
-            line(0, given["storagePath"], payloadType="application/store"),
+            line(0, presigned["storagePath"], payloadType="application/store"),
             line(1, "huge.json", payloadType="application/store"),
         ]
         assert (await server.stream(batch_id, items)).json["sealed"]

@@ -1,4 +1,4 @@
-"""Work as JSON, for workers of any language, and our own batches' endpoints."""
+"""The JSON API for workers in any language, and the batch endpoints of `/v1`."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ async def test_a_waiting_claim_sends_keep_alives(tmp_path: Path, monkeypatch: py
         body = {"session": session, "claim_no": 1, "tasks": ["task"], "wait_s": 0.3}
         answer = await server.ask("POST", "/v1/claims", body)
         assert (answer.body[:2], answer.json) == (b"  ", {"leases": []})
-        far = RemoteStore(ServerConnection(server.server.url, KEY, attempts=1), LIMITS, wait_s=1)
-        await far.open()
-        wish = Claim(session_id=session, claim_no=2, environment="", tasks=["task"], queues=None, runs_max=1)
-        assert await far.claim(wish, now_us=0) == []
+        remote = RemoteStore(ServerConnection(server.server.url, KEY, attempts=1), LIMITS, wait_s=1)
+        await remote.open()
+        claim = Claim(session_id=session, claim_no=2, environment="", tasks=["task"], queues=None, runs_max=1)
+        assert await remote.claim(claim, now_us=0) == []
 
 
 async def test_a_forged_lease_token_is_lost(tmp_path: Path) -> None:
@@ -145,13 +145,13 @@ async def test_runs_are_listed_filtered_and_paged(tmp_path: Path, kind: str) -> 
         )
 
         async def listed(query: str) -> list[str]:
-            found: list[str] = []
+            ids: list[str] = []
             cursor = ""
             while True:
                 page = (await server.ask("GET", f"/api/v1/runs?page[size]=2&{query}{cursor}")).json
-                found += [run["id"].removeprefix("run_") for run in page["data"]]
+                ids += [run["id"].removeprefix("run_") for run in page["data"]]
                 if "next" not in page["pagination"]:
-                    return found
+                    return ids
                 cursor = f"&page[after]={page['pagination']['next']}"
 
         one, two = first.removeprefix("batch_"), second.removeprefix("batch_")
@@ -183,8 +183,8 @@ async def test_an_open_ended_batch_is_streamed_sealed_and_read_in_pieces(tmp_pat
         batch_id = created.json["id"]
         assert (await server.ask("POST", "/v1/batches", {"key": "nightly"})).json["id"] == batch_id
         path = f"/v1/batches/{batch_id}"
-        told = (await server.ask("POST", f"{path}/items", [line(n) for n in (0, 1, 5, 9)], NDJSON)).json
-        assert (told["accepted"], told["received"], told["state"]) == (4, 4, "open")
+        result = (await server.ask("POST", f"{path}/items", [line(n) for n in (0, 1, 5, 9)], NDJSON)).json
+        assert (result["accepted"], result["received"], result["state"]) == (4, 4, "open")
         missing = (await server.ask("GET", f"{path}/missing?ranges=1")).json
         assert (missing["ranges"], missing["more"]) == ([[2, 4]], True)
         again = (
@@ -196,8 +196,8 @@ async def test_an_open_ended_batch_is_streamed_sealed_and_read_in_pieces(tmp_pat
         whole = (await server.ask("GET", f"{path}/results")).body.splitlines()
         assert [json.loads(one)["index"] for one in whole] == list(range(10))
         assert (await server.ask("GET", f"{path}/results?from=4&limit=3")).body.splitlines() == whole[4:7]
-        shown = (await server.ask("GET", "/v1/batches?state=completed")).json["batches"]
-        assert [(one["id"], one["completed"]) for one in shown] == [(batch_id, 10)]
+        batches = (await server.ask("GET", "/v1/batches?state=completed")).json["batches"]
+        assert [(one["id"], one["completed"]) for one in batches] == [(batch_id, 10)]
 
 
 async def test_failed_runs_are_redriven_and_a_cancelled_batch_ends(tmp_path: Path) -> None:
@@ -216,19 +216,19 @@ async def test_failed_runs_are_redriven_and_a_cancelled_batch_ends(tmp_path: Pat
 
 async def test_a_repeated_create_returns_the_same_batch_and_is_cached_only_when_sealed(tmp_path: Path) -> None:
     async with running_server(tmp_path, "sqlite") as server:
-        wish = {"runCount": 2, "idempotencyKey": "nightly"}
-        first = await server.ask("POST", "/api/v3/batches", wish)
+        body = {"runCount": 2, "idempotencyKey": "nightly"}
+        first = await server.ask("POST", "/api/v3/batches", body)
         assert (first.status, first.json["isCached"], first.json["idempotencyKey"]) == (202, False, "nightly")
-        again = await server.ask("POST", "/api/v3/batches", wish)
+        again = await server.ask("POST", "/api/v3/batches", body)
         assert (again.status, again.json["isCached"], again.json["id"]) == (200, False, first.json["id"])
-        other = await server.ask("POST", "/api/v3/batches", {**wish, "runCount": 3})
+        other = await server.ask("POST", "/api/v3/batches", {**body, "runCount": 3})
         assert (other.status, "already been created" in other.json["error"]) == (422, True)
         await server.stream(first.json["id"], [line(0), line(1)])
-        cached = await server.ask("POST", "/api/v3/batches", wish)
+        cached = await server.ask("POST", "/api/v3/batches", body)
         assert (cached.status, cached.json["isCached"]) == (200, True)
         retry = {"x-trigger-request-idempotency-key": "3f0c"}
         ids = {(await server.ask("POST", "/api/v3/batches", {"runCount": 1}, retry)).json["id"] for _ in range(3)}
-        assert len(ids) == 1, "a create whose answer was lost is one batch"
+        assert len(ids) == 1, "repeated creates are one batch"
 
 
 async def test_the_openapi_document_lists_all_endpoints_and_the_docs_page_is_self_contained(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ class Scenario:
         """Perform a random step."""
         random = self.random
         happens = random.choices(
-            (self.fetch, self.report, self.wait, self.stop, self.crash, self.freeze, self.fail), (30, 30, 12, 1, 1, 1, 2)
+            (self.fetch, self.report, self.wait, self.stop, self.crash, self.freeze, self.fail),
+            (30, 30, 12, 1, 1, 1, 2),
         )[0]
         await self.pumped(happens())
 

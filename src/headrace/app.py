@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from headrace.core.schedule import CatchUp
     from headrace.grpc.taskbroker.activation_intake import IntakeResult
     from headrace.indexer import Indexer
+    from headrace.runtime.indexing.definition import Where
     from headrace.runtime.indexing.handler_registry import Unknown
-    from headrace.runtime.indexing.pipeline import Where
     from headrace.runtime.indexing.sources.source import Source
     from headrace.runtime.tasks.http_endpoint import Endpoint
 

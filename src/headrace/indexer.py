@@ -11,8 +11,8 @@
         sender = await ctx.get_or_create(Account, event.sender)
         ctx.set(msgspec.structs.replace(sender, balance=sender.balance - event.amount))
 
-`headrace index job.py:transfers` runs it. What handlers of one batch wrote is committed while those of the next
-compute.
+`headrace index job.py:transfers` runs it. The rows that the handlers of one batch wrote are committed while the
+handlers of the next batch run.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from headrace.core.entity import Entity, Indexed, Int64
 from headrace.core.sequencer import Arrived, Position, Rewind
 from headrace.foundation.errors import InvalidSetting
 from headrace.runtime.engine import Engine
+from headrace.runtime.indexing.definition import ALL, IndexerDefinition, IndexerProgress, Where
 from headrace.runtime.indexing.effects import Effect
 from headrace.runtime.indexing.handler_context import EventAddress, HandlerContext
 from headrace.runtime.indexing.handler_registry import HandlerFailed, HandlerRegistry, Unknown
 from headrace.runtime.indexing.indexer_lease import IndexerBusy
-from headrace.runtime.indexing.pipeline import ALL, IndexerDefinition, IndexerPipeline, IndexerProgress, Where
+from headrace.runtime.indexing.pipeline import IndexerPipeline
 from headrace.runtime.indexing.sources.files import Csv, Ndjson
 from headrace.runtime.indexing.sources.nats import Nats
 from headrace.runtime.indexing.sources.source import Source
@@ -41,7 +42,7 @@ from headrace.runtime.indexing.sources.table import Table
 from headrace.store.entities.protocol import HistoryGone, IndexerState, LeaseLost, SchemaChanged
 
 if TYPE_CHECKING:
-    from headrace.simulating import Simulation
+    from headrace.indexer_testing import Simulation
 
 __all__ = [
     "ALL",
@@ -78,7 +79,7 @@ __all__ = [
 
 
 class App(Protocol):
-    """What an indexer needs of its app."""
+    """The part of an app that an indexer uses."""
 
     async def open(self) -> Engine:
         """Open the store, once."""
@@ -86,34 +87,44 @@ class App(Protocol):
 
 
 def ndjson(path: str | Path, *, time: str | None = None) -> Source:
-    """A file of one JSON object a line, also .gz or .zst. `time`: the field that several sources are merged by."""
+    """Return a source for a file with one JSON object per line, also .gz or .zst. `time`: the field to merge several
+    sources by.
+    """
     return Ndjson(path, time)
 
 
 def csv(
     path: str | Path, *, kind: str, event: type[Any] | None = None, time: str | None = None, delimiter: str = ","
 ) -> Source:
-    """A file of rows under a head of names, also .gz or .zst: events of one kind, as `event` says, else as texts."""
+    """Return a source for a CSV file with a header row, also .gz or .zst: events of one kind, typed by `event`, or
+    strings.
+    """
     return Csv(path, kind=kind, event=event, time=time, delimiter=delimiter)
 
 
 def stream(begin: Callable[[Position | None], Any]) -> Source:
-    """What `begin(after)` iterates over, plainly or async: `(position, event)`, with a time, or `Rewind(to)`."""
+    """Return a source for the items of `begin(after)`, plain or async: `(position, event)`, with a time, or
+    `Rewind(to)`.
+    """
     return Stream(begin)
 
 
 def table(dsn: str, name: str, *, key: str, kind: str, follow_s: float | None = None) -> Source:
-    """The rows of a PostgreSQL table in the order of a key that only grows; `follow_s`: ask again at its end."""
+    """Return a source for a PostgreSQL table in the order of a key that only grows; `follow_s`: query again at its
+    end.
+    """
     return Table(dsn, name, key=key, kind=kind, follow_s=follow_s)
 
 
 def nats(url: str, stream: str, *, subject: str = ">", follow: bool = True) -> Source:
-    """The messages of a NATS JetStream stream, each one JSON event (`pip install headrace[nats]`)."""
+    """Return a source for a NATS JetStream stream, each message one JSON event (`pip install headrace[nats]`)."""
     return Nats(url, stream, subject=subject, follow=follow)
 
 
 def results(app: App, batch: str) -> Source:
-    """The outcomes of a finished batch of the app, as events `{"type": "result", "index", "state", "output"}`."""
+    """Return a source for the outcomes of a finished batch, as events `{"type": "result", "index", "state",
+    "output"}`.
+    """
     return Results(app.open, batch)
 
 
@@ -124,7 +135,7 @@ MAIN: Final = "main"
 
 
 class Indexer:
-    """An indexer of an app; made by `app.indexer(…)`."""
+    """An indexer of an app, made by `app.indexer(…)`."""
 
     def __init__(
         self,
@@ -141,29 +152,32 @@ class Indexer:
     ) -> None:
         if not _NAME.match(name):
             raise InvalidSetting(
-                f"{name!r} can't name an indexer",
-                hint="lower-case letters, digits, - and _, at most 40, a letter first",
+                f"{name!r} is not a valid name of an indexer",
+                hint="use lower-case letters, digits, - and _, at most 40 characters, beginning with a letter",
             )
         sources = source if isinstance(source, Mapping) else {MAIN: source}
-        for key, own in sources.items():
-            if not _NAME.match(key) or not hasattr(own, "arrivals"):
+        for key, event_source in sources.items():
+            if not _NAME.match(key) or not hasattr(event_source, "arrivals"):
                 raise InvalidSetting(
-                    f"{own!r} is no source of events called {key!r}", hint="ndjson(path), stream(…), …"
+                    f"source {key!r}: expected a source with a valid name, got {event_source!r}",
+                    hint="ndjson(path), stream(…), …",
                 )
         if not sources:
             raise InvalidSetting(f"the indexer {name!r} has no source", hint="source=ndjson(path)")
-        kept = ALL if history == "all" else history
-        if type(kept) is not int or kept < 0:
-            raise InvalidSetting(f"history is a number of events or 'all', not {history!r}", hint="history=100_000")
+        history_length = ALL if history == "all" else history
+        if type(history_length) is not int or history_length < 0:
+            raise InvalidSetting(
+                f"history: expected a number of events or 'all', got {history!r}", hint="history=100_000"
+            )
         if where not in ("overlay", "drain"):
-            raise InvalidSetting(f"where is 'overlay' or 'drain', not {where!r}", hint='where="overlay"')
+            raise InvalidSetting(f"where: expected 'overlay' or 'drain', got {where!r}", hint='where="overlay"')
         self.app = app
         self.definition = IndexerDefinition(
             name=name,
             sources=sources,
             entities=tuple(entities),
             handlers=HandlerRegistry(unknown=unknown),
-            history=kept,
+            history=history_length,
             where=where,
             defer_indexes=defer_indexes,
             preload=preload,
@@ -171,7 +185,7 @@ class Indexer:
 
     @property
     def name(self) -> str:
-        """What the store and people call it."""
+        """The indexer's name in the store."""
         return self.definition.name
 
     def on(self, kind: str) -> Callable[[F], F]:
@@ -191,15 +205,15 @@ class Indexer:
     ) -> Callable[[Callable[..., Any]], Effect]:
         """Register a call out of the indexer, for `ctx.effect(fn, key…)`: at most `calls` in `per_s` seconds.
 
-        Its answer is kept in the store under its arguments; with `cache=False` only for the batch that asked.
+        Its result is stored under its arguments; with `cache=False` it is kept only for the current batch.
         """
 
         def register(function: Callable[..., Any]) -> Effect:
-            made = Effect(function, name=name or function.__name__, calls=calls, per_s=per_s, cache=cache)
-            if any(own.name == made.name for own in self.definition.effects):
-                raise InvalidSetting(f"there are two effects called {made.name!r}", hint="name=… tells them apart")
-            self.definition.effects.append(made)
-            return made
+            effect = Effect(function, name=name or function.__name__, calls=calls, per_s=per_s, cache=cache)
+            if any(other.name == effect.name for other in self.definition.effects):
+                raise InvalidSetting(f"two effects have the name {effect.name!r}", hint="pass name=… to one of them")
+            self.definition.effects.append(effect)
+            return effect
 
         return register
 
@@ -209,50 +223,50 @@ class Indexer:
     async def open(
         self, *, wait: bool = True, on_waiting: Callable[[str], None] | None = None, **limits: int
     ) -> AsyncGenerator[IndexerPipeline, None]:
-        """Take the lease and make the tables while the block lasts; leaving it commits what is staged.
+        """Create the tables and hold the lease during the block; leaving it commits what is staged.
 
         `limits` by name (`index_depth_max=0`) override the app's. With `wait` a lease that another process holds is
-        waited for, else `IndexerBusy` is raised.
+        waited for; otherwise `IndexerBusy` is raised.
         """
         engine = await self.app.open()
         if limits:
             engine = engine.with_limits(engine.limits.replaced(**limits))
-        indexing = IndexerPipeline(self.definition, engine, engine.tables)
+        pipeline = IndexerPipeline(self.definition, engine, engine.tables)
         try:
-            await indexing.start(wait=wait, on_waiting=on_waiting)
-            yield indexing
+            await pipeline.start(wait=wait, on_waiting=on_waiting)
+            yield pipeline
         finally:
-            await indexing.close()
+            await pipeline.close()
 
     async def run(self, *, until: Position | None = None, **limits: int) -> IndexerProgress:
-        """Index until the sources end or `until` was reached; all of it is durable when this returns."""
-        async with self.open(wait=True, on_waiting=None, **limits) as indexing:
-            return await indexing.run(until=until)
+        """Index until the sources end or `until` was reached; everything is durable when this returns."""
+        async with self.open(wait=True, on_waiting=None, **limits) as pipeline:
+            return await pipeline.run(until=until)
 
     async def rollback(self, to: Position | None, *, source: str | None = None) -> IndexerState:
-        """Go back to after the last event at or before a position; None is before the first."""
-        async with self.open() as indexing:
-            return await indexing.rollback(to, source=source)
+        """Go back to the last event at or before a position; None is before the first event."""
+        async with self.open() as pipeline:
+            return await pipeline.rollback(to, source=source)
 
-    async def standing(self) -> IndexerState | None:
-        """Where it stands in the store; None before its first start."""
+    async def state(self) -> IndexerState | None:
+        """Return the indexer's state in the store; None before its first start."""
         engine = await self.app.open()
-        for standing in await engine.tables.standings(engine.environment):
-            if standing.name == self.name:
-                return standing
+        for state in await engine.tables.standings(engine.environment):
+            if state.name == self.name:
+                return state
         return None
 
     async def reset(self) -> list[str]:
-        """Drop its tables and forget where it stood; answers their names. Raises `NotFound`."""
+        """Drop its tables and its state; return the tables' names. Raises `NotFound`."""
         engine = await self.app.open()
         return await engine.tables.reset(engine.environment, self.name)
 
     # -- testing
 
     async def simulate(self, events: Iterable[Any], **limits: int) -> Simulation:
-        """Run events through the handlers over tables in memory, and answer what became of them.
+        """Run events through the handlers over tables in memory, and return the simulation with its results.
 
-        Events are numbered from 1. Raises what a handler or a commit raised.
+        Events are numbered from 1. Raises the error of a handler or a commit.
         """
         async with self.simulation(**limits) as simulation:
             simulation.feed(*events)
@@ -261,10 +275,10 @@ class Indexer:
 
     @asynccontextmanager
     async def simulation(self, **limits: int) -> AsyncGenerator[Simulation, None]:
-        """The same step by step: with events fed, commits held and failed, and going back, by the test's hand."""
-        from headrace.simulating import Simulation
+        """Run a simulation step by step: the test feeds events, holds and fails commits, and rolls back."""
+        from headrace.indexer_testing import Simulation
 
-        simulation = await Simulation.made(self.definition, limits)
+        simulation = await Simulation.start(self.definition, limits)
         try:
             yield simulation
         finally:

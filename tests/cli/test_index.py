@@ -97,7 +97,7 @@ def test_an_indexer_runs_stops_goes_on_goes_back_and_is_forgotten(folder: Path) 
         (("job.py:app",), "expected an indexer at job.py:app, got a Headrace"),
         (("job.py:bank", "--depth", "-1"), "index_depth_max must be"),
         (("job.py:bank", "--until", "x"), "are like"),
-        (("rollback", "job.py:bank", "7", "--source", "other"), "which source"),
+        (("rollback", "job.py:bank", "7", "--source", "other"), "expected the name of a source"),
         (("reset", "other", "--yes"), "no indexer is named 'other'"),
         (("reset", "bnak", "--yes"), "did you mean bank? indexers: bank"),
     ],
@@ -116,7 +116,7 @@ def test_a_bad_event_stops_with_its_line_and_the_next_start_goes_on(folder: Path
     (folder / "pays.ndjson").write_text("\n".join(bad) + "\n")
     done = headrace(folder, "job.py:bank", "--batch-size", "10")
     assert done.returncode == 2
-    assert "event at 51 can't be read" in done.stderr
+    assert "event at 51 is invalid" in done.stderr
     (folder / "pays.ndjson").write_text("\n".join(lines) + "\n")
     assert headrace(folder, "job.py:bank").returncode == 0
     assert balances(folder) == wanted(100)

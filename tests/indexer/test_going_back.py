@@ -153,9 +153,9 @@ async def test_a_rate_limit_survives_going_back() -> None:
     async def on_pay(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to, await ctx.effect(rate, event.amount)))
 
-    from headrace.simulating import Simulation
+    from headrace.indexer_testing import Simulation
 
-    simulation = await Simulation.made(indexer.definition, {}, clock)
+    simulation = await Simulation.start(indexer.definition, {}, clock)
     simulation.feed(Pay("a", 1))
     await simulation.drain()
     await simulation.rewind(None)
@@ -194,7 +194,7 @@ async def test_a_rewind_waits_for_the_batch_under_way(tmp_path: Path) -> None:
     async with rig("memory", tmp_path, waiting) as own, own.running(Turning()) as indexing:
         running = asyncio.ensure_future(indexing.run())
         await going.wait()
-        while indexing._fetching.turn is None:
+        while indexing._source_reader.rewind is None:
             await asyncio.sleep(0)
         assert indexing.progress.events_count == 0, "the batch goes on, the turn waits"
         gate.set()

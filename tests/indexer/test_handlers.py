@@ -54,9 +54,9 @@ async def test_a_handler_that_hangs_is_ended_by_its_bound() -> None:
         await asyncio.Event().wait()
 
     clock = ManualClock()
-    from headrace.simulating import Simulation
+    from headrace.indexer_testing import Simulation
 
-    simulation = await Simulation.made(handled(hanging).definition, {"index_handler_timeout_s": 5}, clock)
+    simulation = await Simulation.start(handled(hanging).definition, {"index_handler_timeout_s": 5}, clock)
     simulation.feed(Pay("a"))
     draining = asyncio.ensure_future(simulation.drain())
     await clock.advance_async(11)
@@ -158,7 +158,7 @@ async def test_a_forgotten_await_is_named() -> None:
     async def forgetful(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(ctx.get(Account, event.to))  # type: ignore[arg-type]  # that is the fault
 
-    with pytest.raises(HandlerFailed, match="still to be awaited"):
+    with pytest.raises(HandlerFailed, match="got a coroutine"):
         await handled(forgetful).simulate([Pay("a")])
 
 
@@ -182,11 +182,11 @@ async def test_what_a_handler_got_can_t_be_changed_under_the_others() -> None:
         (lambda ctx: ctx.get(Account, []), "a text is wanted"),
         (lambda ctx: ctx.get(Pay, "a"), "its entities are: Account"),
         (lambda ctx: ctx.get_many(Account, ["a", None]), "has no id"),
-        (lambda ctx: ctx.get_or_create(Account, "a", colour=1), "can't be made of"),
+        (lambda ctx: ctx.get_or_create(Account, "a", colour=1), "can't be created from"),
         (lambda ctx: ctx.require(Account, "a", "who is that?"), "who is that?"),
         (lambda ctx: ctx.where(Account, balance=1), "not indexed"),
-        (lambda ctx: ctx.effect(len, "a"), "is no effect of this indexer"),
-        (lambda ctx: ctx.enqueue(len, "a"), "is no task"),
+        (lambda ctx: ctx.effect(len, "a"), "expected an effect of this indexer"),
+        (lambda ctx: ctx.enqueue(len, "a"), "expected a task"),
     ],
     ids=[str(number) for number in range(13)],
 )
@@ -258,9 +258,9 @@ async def test_calls_keep_to_their_limit_and_an_error_reaches_only_its_caller() 
         except ConnectionError:
             ctx.set(Account(event.to, -1))
 
-    from headrace.simulating import Simulation
+    from headrace.indexer_testing import Simulation
 
-    simulation = await Simulation.made(indexer.definition, {}, clock)
+    simulation = await Simulation.start(indexer.definition, {}, clock)
     simulation.feed(*[Pay(f"a{n}", n) for n in range(1, 7)])
     draining = asyncio.ensure_future(simulation.drain())
     await clock.advance_async(10)
@@ -342,7 +342,7 @@ async def test_a_row_that_is_only_read_stays_in_memory_and_gets_no_history() -> 
     async with handled(reading, history="all").simulation(index_batch_events_max=1) as simulation:
         simulation.feed(Pay("kept", 1), Pay("other", 1), Pay("kept", 0), Pay("other", 2))
         await simulation.drain()
-        assert simulation.indexing._lookups.queries_count == 1, "before it was there, and never again"
+        assert simulation.indexing._reads.queries_count == 1, "before it was there, and never again"
         assert [(row_id, no) for row_id, no, _ in await simulation.history(Account)] == [
             ("kept", 1),
             ("other", 2),
@@ -443,7 +443,7 @@ async def test_where_with_ten_thousand_values_asks_for_them_together(name: str, 
         await own.run(Listed(log[:count], piece=count), index_batch_events_max=count)
         async with own.running(Listed(log, piece=count), index_batch_events_max=count) as indexing:
             await indexing.run()
-            assert indexing._lookups.queries_count <= 6, "not one a value"
+            assert indexing._reads.queries_count <= 6, "not one a value"
             rows = await own.house.entities.find(indexing.plan.entities[0], ())
             assert sorted(row.balance for row in rows) == [1] * count + [2] * count
 
@@ -479,7 +479,7 @@ async def test_simulate_holds_and_fails_commits_and_goes_back() -> None:
             await simulation.drain()
         assert raised.value is broken
         assert simulation.row(Account, "new") == Account("new", 8, "NZ")
-        with pytest.raises(InvalidInput, match="is no entity"):
+        with pytest.raises(InvalidInput, match="is not an entity"):
             simulation.rows(Entity)
 
 

@@ -290,7 +290,7 @@ async def test_a_second_run_beside_the_first_is_refused(tmp_path: Path) -> None:
     async with rig("memory", tmp_path, bank) as own, own.running(Listed(pays(5))) as indexing:
         running = asyncio.ensure_future(indexing.run())
         await asyncio.sleep(0)
-        with pytest.raises(InvalidInput, match="is running already"):
+        with pytest.raises(InvalidInput, match="is already running"):
             await indexing.run()
         assert (await running).committed_no == 5
 

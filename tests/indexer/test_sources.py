@@ -48,7 +48,7 @@ async def test_a_file_of_json_lines_is_read_by_line(suffix: str, tmp_path: Path)
     assert await read(ndjson(path), 5) == []
     if suffix:
         path.write_bytes(path.read_bytes()[:-3])
-        with pytest.raises(InvalidInput, match="can't be read any further"):
+        with pytest.raises(InvalidInput, match="can't be read after line"):
             await read(ndjson(path))
 
 
@@ -60,9 +60,9 @@ async def test_a_long_file_is_read_in_pieces_whatever_they_cut(tmp_path: Path) -
     assert await read(ndjson(path)) == list(enumerate(lines, 1))
     assert await read(ndjson(path), 29_990) == list(enumerate(lines, 1))[29_990:]
     path.write_bytes(b"x" * (17 * 2**20))
-    with pytest.raises(InvalidInput, match="line 1 .* more than"):
+    with pytest.raises(InvalidInput, match="line 1 .* expected at most"):
         await read(ndjson(path))
-    with pytest.raises(InvalidInput, match="line numbers"):
+    with pytest.raises(InvalidInput, match="expected a line number"):
         await read(ndjson(path), "five")
     with pytest.raises(InvalidInput, match="No such file"):
         await read(ndjson(tmp_path / "nowhere"))
@@ -76,7 +76,7 @@ async def test_times_come_from_a_field(tmp_path: Path) -> None:
     assert arrived[0].times == [1767225600000001, 7]
     for line in (b'{"at":"2026-01-01T00:00:00"}', b'{"at":true}', b"{}", b'{"at":'):
         path.write_bytes(line)
-        with pytest.raises(InvalidInput, match="has no moment|can't be read"):
+        with pytest.raises(InvalidInput, match="has no valid time|is invalid"):
             await read(ndjson(path, time="at"))
 
 
@@ -95,8 +95,8 @@ async def test_rows_of_csv_are_texts_or_what_their_class_says(tmp_path: Path) ->
     ]
     assert await read(csv(path, kind="row", event=Row), 2) == [(3, Row("ben", 2))]
     for text, words in (
-        ("name,n\nann\n", "1 cells, its head 2"),
-        ("name,n\nann,x\n", "line 2 of .* is no Row"),
+        ("name,n\nann\n", "expected 2 cells, got 1"),
+        ("name,n\nann,x\n", "line 2 of .* is not a valid Row"),
         ('name,n\n"ann,1\n', "is not CSV"),
     ):
         path.write_text(text)
@@ -121,9 +121,9 @@ async def test_an_iterator_is_a_source_plain_async_or_awaited() -> None:
     told = [own async for own in stream(lambda _: [(1, "a", 10), (2, "b", 11), Rewind(1), (2, "c", 12)]).arrivals(None)]
     assert told == [Arrived([1, 2], ["a", "b"], [10, 11]), Rewind(1), Arrived([2], ["c"], [12])]
     for wrong in ([5], [(1, 2, 3, 4)]):
-        with pytest.raises(InvalidInput, match="a stream gives"):
+        with pytest.raises(InvalidInput, match="stream: expected"):
             await read(stream(dict[Any, Any]({None: wrong}).get))
-    with pytest.raises(InvalidInput, match="answers an iterator"):
+    with pytest.raises(InvalidInput, match="returns an iterator"):
         await read(stream(lambda _: 5))
 
 
@@ -149,7 +149,7 @@ async def test_a_table_is_read_by_key_and_never_past_a_row_that_is_still_to_come
         assert [position for position, _ in await reading] == [12_001, 12_002]
         with pytest.raises(InvalidInput, match="can't be read by"):
             await read(table(dsn, "Log", key="nope", kind="row"))
-        with pytest.raises(InvalidInput, match="can't name"):
+        with pytest.raises(InvalidInput, match="is not a valid name"):
             table(dsn, "", key="No", kind="row")
         with pytest.raises(StoreUnavailable):
             await read(table("postgresql://127.0.0.1:1/x", "Log", key="No", kind="row"))
@@ -175,7 +175,7 @@ async def test_a_batch_that_has_finished_is_a_source(tmp_path: Path) -> None:
 
     async with app:
         batch = await doubled.map(range(6))
-        with pytest.raises(Conflict, match="not all there"):
+        with pytest.raises(Conflict, match="expected a finished batch"):
             await read(results(app, batch.id))
         async with app.worker():
             await batch.wait()

@@ -14,7 +14,8 @@ from headrace.cli.opening import JsonOption, StoreOption
 if TYPE_CHECKING:
     from headrace.core.sequencer import Position
     from headrace.indexer import Indexer
-    from headrace.runtime.indexing.pipeline import IndexerPipeline, IndexerProgress
+    from headrace.runtime.indexing.definition import IndexerProgress
+from headrace.runtime.indexing.pipeline import IndexerPipeline
 
 TELL_S: Final = 0.5
 GC_THRESHOLDS: Final = (300_000, 20, 100)
@@ -114,7 +115,7 @@ async def _tell(name: str, own: IndexerPipeline, *, shows: bool) -> None:
     try:
         await own.look_ahead()
         while True:
-            told = own.told()
+            told = own.progress_now()
             shown.update(
                 Standing(done=told.no - first, failed=0, total=_total(told, first), note=where_time_goes(told))
             )

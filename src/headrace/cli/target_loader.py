@@ -56,7 +56,7 @@ def load_app(target: str) -> Any:
 
 def load_indexer(target: str) -> Any:
     """Import the indexer that `target` names. Raises `InvalidInput`."""
-    from headrace.runtime.indexing.pipeline import (
+    from headrace.runtime.indexing.definition import (
         IndexerDefinition,  # only here: child processes of workers need none of it
     )
 
@@ -184,7 +184,7 @@ def _is_at(module: ModuleType, path: Path) -> bool:
 
 
 def _indexers_of(module: ModuleType) -> list[str]:
-    from headrace.runtime.indexing.pipeline import IndexerDefinition
+    from headrace.runtime.indexing.definition import IndexerDefinition
 
     return [
         name

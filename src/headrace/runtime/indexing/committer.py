@@ -1,13 +1,13 @@
-"""What makes staged batches durable: one commit at a time, in order, in a thread of its own.
+"""The committer: it writes staged batches, one commit at a time, in order, in a thread of its own.
 
-Rule R18: handlers may keep their loop busy for seconds; the committer has its own thread, loop and connection, so a
-commit and the lease's sign of life wait for nobody's Python. (A store in memory belongs to one loop: there it is a
-task.)
+R18 (heartbeats and the committer have threads of their own): handlers may block their event loop for seconds. The
+committer has its own thread, loop and connection, so commits and the lease's heartbeats do not wait for Python code of
+handlers. A memory store belongs to one loop; with it the committer is a task.
 
-What waits when a commit begins goes into it, up to half of what may wait: a slow database gets fewer and larger
-transactions, and handlers go on under each. An error that trying again can help is tried again, whole: the guard of the
-commit tells one that had landed after all. Any other ends the committer; nothing after it is written, and `on_failed`
-is called at once, also when nobody waits for a commit.
+The batches that wait when a commit begins join it, up to half of the allowed depth: a slow database gets fewer and
+larger transactions, while handlers continue. A retryable error repeats the whole commit; the guard of the commit
+detects one that had been written after all. Any other error ends the committer: nothing after it is written, and
+`on_failed` is called at once, even if no caller waits for a commit.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ CLOSE_S: Final = 30
 
 
 class StagedBatch(NamedTuple):
-    """What the handlers of some consecutive events left to be committed."""
+    """The rows and requests that the handlers of consecutive events left to be committed."""
 
     staged: Staged
     old_no: int
     no: int
     positions: dict[str, Position]
     checkpoints: list[tuple[int, str, Position]]
-    asked: list[EnqueueRequest]
+    requests: list[EnqueueRequest]
     floor_no: int | None = None
     is_caught_up: bool = False
 
 
 class CommittedBatch(NamedTuple):
-    """News of one commit: how many batches it held, what it wrote and what it took."""
+    """The result of one commit: how many batches it held, what it wrote, and its duration."""
 
     batches_count: int
     no: int
@@ -67,7 +67,7 @@ class CommittedBatch(NamedTuple):
 
 
 class Committer:
-    """Commits the batches of one indexer under one lease; tells `on_landed` and `on_failed` on the owner's loop."""
+    """Commits the batches of one indexer under one lease; calls `on_landed` and `on_failed` on the owner's loop."""
 
     def __init__(
         self,
@@ -81,9 +81,10 @@ class Committer:
         busy: Callable[[], int | None],
         stuck: Callable[[], BaseException | None],
     ) -> None:
-        """`busy`: the number of the event whose handler runs; `stuck`: the error of one that keeps the owner's loop.
+        """`busy` returns the number of the event whose handler runs; `stuck` the error of a handler that blocks the
+        owner's loop.
 
-        Both are asked for from the committer's own thread.
+        Both are called from the committer's own thread.
         """
         self._engine = engine
         self._store = store
@@ -95,15 +96,15 @@ class Committer:
         self._stuck = stuck
         self._busy_no: int | None = None
         self._unanswered_count = 0
-        self._home = asyncio.get_running_loop()
-        self._loop = self._home
+        self._owner_loop = asyncio.get_running_loop()
+        self._loop = self._owner_loop
         self._waiting: deque[StagedBatch] = deque()
-        # What one commit holds counts as waiting until it has landed: with all of it in one, handlers would stand still
-        # under that commit, and the committer after it.
+        # The batches of a commit count as waiting until it is written. If one commit took all of them, handlers would
+        # stop during that commit, and the committer after it.
         self._merged_max = max(engine.limits.index_depth_max // 2, 1)
         self._wake = asyncio.Event()
         self._is_closing = False
-        self._ended: asyncio.Future[None] = self._home.create_future()
+        self._ended: asyncio.Future[None] = self._owner_loop.create_future()
         self._task: asyncio.Task[None] | None = None
         self._thread: threading.Thread | None = None
         self._started = threading.Event()
@@ -111,7 +112,7 @@ class Committer:
         self.failure: BaseException | None = None
 
     def start(self) -> None:
-        """Begin, in a thread where the store allows it."""
+        """Start, in a thread if the store allows it."""
         if not self._store.works_beside:
             self._task = asyncio.ensure_future(self._main())
             return
@@ -120,29 +121,29 @@ class Committer:
         self._started.wait()
 
     def put(self, batch: StagedBatch) -> None:
-        """Take a batch; from the owner's loop, in order."""
+        """Accept a batch; called on the owner's loop, in order."""
         self._waiting.append(batch)
         self._call(self._wake.set)
 
     async def run(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Run something of the store's where commits run, and not while one does. Raises what ended the committer."""
+        """Run a store operation where commits run, and not during one. Raises the error that ended the committer."""
         if self.failure is not None:
             raise self.failure
-        if self._loop is self._home:
-            return await self._alone(work)
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._alone(work), self._loop))
+        if self._loop is self._owner_loop:
+            return await self._exclusively(work)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._exclusively(work), self._loop))
 
-    async def _alone(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def _exclusively(self, work: Callable[[], Awaitable[T]]) -> T:
         async with self._one_at_a_time:
             return await work()
 
     async def close(self, *, now: bool = False) -> None:
-        """Commit what waits (not when `now`) and give the lease back."""
+        """Commit the waiting batches (not if `now`) and release the lease."""
         if now:
             self._waiting.clear()
         self._is_closing = True
         self._call(self._wake.set)
-        if now and self.failure is None:  # else it is ending by itself
+        if now and self.failure is None:  # otherwise it is ending already
             self._call(self._cancel)
         if self._task is None and self._thread is None:
             return
@@ -151,18 +152,18 @@ class Committer:
             await asyncio.to_thread(self._thread.join)
 
     def _call(self, call: Callable[[], object]) -> None:
-        if self._loop is self._home:
+        if self._loop is self._owner_loop:
             call()
         else:
             with suppress(RuntimeError):  # its loop has ended
                 self._loop.call_soon_threadsafe(call)
 
-    def _tell(self, call: Callable[..., None], *args: Any) -> None:
-        if self._loop is self._home:
+    def _call_owner(self, call: Callable[..., None], *args: Any) -> None:
+        if self._loop is self._owner_loop:
             call(*args)
         else:
-            with suppress(RuntimeError):  # the owner's loop has ended: nobody is left to tell
-                self._home.call_soon_threadsafe(call, *args)
+            with suppress(RuntimeError):  # the owner's loop has ended
+                self._owner_loop.call_soon_threadsafe(call, *args)
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -181,7 +182,7 @@ class Committer:
             asyncio.run(main())
 
     async def _main(self) -> None:
-        beating = asyncio.ensure_future(self._beat()) if self._store.works_beside else None
+        heartbeat_task = asyncio.ensure_future(self._heartbeat()) if self._store.works_beside else None
         try:
             await self._work()
         except asyncio.CancelledError:
@@ -189,15 +190,15 @@ class Committer:
         except BaseException as error:  # noqa: BLE001 - whatever it is, the owner is told at once
             self._fail(error)
         finally:
-            if beating is not None:
-                beating.cancel()
+            if heartbeat_task is not None:
+                heartbeat_task.cancel()
             try:
                 if not isinstance(self.failure, LeaseLost):
                     await self._store.leave(self._plan.environment, self._plan.indexer, self._token)
             except Exception as error:  # noqa: BLE001 - a lease that can't be given back lapses
                 self.failure = self.failure or error
             finally:
-                self._tell(self._end)
+                self._call_owner(self._end)
 
     def _end(self) -> None:
         if not self._ended.done():
@@ -206,7 +207,7 @@ class Committer:
     def _fail(self, error: BaseException) -> None:
         self.failure = error
         self._waiting.clear()
-        self._tell(self._on_failed, error)
+        self._call_owner(self._on_failed, error)
 
     async def _work(self) -> None:
         while True:
@@ -223,7 +224,7 @@ class Committer:
 
     async def _commit(self, batches: Sequence[StagedBatch]) -> None:
         started = perf_counter()
-        commit = await self._made(batches)
+        commit = await self._build_commit(batches)
         clock, limits = self._engine.clock, self._engine.limits
         now_us = clock.now_us()
         await retry_transient(
@@ -234,11 +235,11 @@ class Committer:
         )
         rows_count = sum(len(write.rows) + len(write.deleted) + len(write.changes) for write in commit.writes)
         runs_count = 0 if commit.enqueued is None else sum(chunk.runs_count for chunk in commit.enqueued.chunks)
-        landed = CommittedBatch(len(batches), commit.no, rows_count, runs_count, perf_counter() - started)
-        self._tell(self._on_landed, landed)
+        committed = CommittedBatch(len(batches), commit.no, rows_count, runs_count, perf_counter() - started)
+        self._call_owner(self._on_landed, committed)
 
-    async def _made(self, batches: Sequence[StagedBatch]) -> Commit:
-        """Some batches as one commit."""
+    async def _build_commit(self, batches: Sequence[StagedBatch]) -> Commit:
+        """Merge batches into one commit."""
         whole = merged([batch.staged for batch in batches])
         floors = [batch.floor_no for batch in batches if batch.floor_no is not None]
         return Commit(
@@ -252,59 +253,59 @@ class Committer:
                 for entity, delta, changes in zip(self._plan.entities, whole.deltas, whole.changes, strict=True)
                 if delta
             ],
-            checkpoints=[own for batch in batches for own in batch.checkpoints],
-            enqueued=await self._enqueued([asked for batch in batches for asked in batch.asked]),
+            checkpoints=[checkpoint for batch in batches for checkpoint in batch.checkpoints],
+            enqueued=await self._build_chunks([requests for batch in batches for requests in batch.requests]),
             floor_no=max(floors) if floors else None,
             is_caught_up=batches[-1].is_caught_up,
         )
 
-    async def _enqueued(self, asked: Sequence[EnqueueRequest]) -> Enqueued | None:
-        """Runs as chunks of a batch of their own, each known by position and ordinal."""
-        if not asked:
+    async def _build_chunks(self, requests: Sequence[EnqueueRequest]) -> Enqueued | None:
+        """Build the chunks of the enqueued runs, as a batch of their own, each run keyed by position and ordinal."""
+        if not requests:
             return None
         limits = self._engine.limits
         batch_id = new_batch_id(self._engine.clock.now_us())
         coalescer = Coalescer(runs_max=limits.chunk_runs_max, bytes_max=limits.chunk_bytes_max)
-        for index, one in enumerate(asked):
-            extra = msgspec.structs.replace(one.extra or Extra(), idempotency_key=self._key_of(one))
-            payload, kind = one.payload, JSON
+        for index, request in enumerate(requests):
+            extra = msgspec.structs.replace(request.extra or Extra(), idempotency_key=self._key_of(request))
+            payload, kind = request.payload, JSON
             if len(payload) >= limits.inline_bytes_max:
-                whole = payload
-                payload, object_key = await self._engine.offloaded(batch_id, whole)
-                extra = msgspec.structs.replace(extra, object_key=object_key, object_bytes=len(whole))
+                full_payload = payload
+                payload, object_key = await self._engine.offloaded(batch_id, full_payload)
+                extra = msgspec.structs.replace(extra, object_key=object_key, object_bytes=len(full_payload))
                 kind = REFERENCE
-            coalescer.add(index, payload, one.key, kind=kind, extra=extra)
+            coalescer.add(index, payload, request.key, kind=kind, extra=extra)
         return Enqueued(batch_id, coalescer.flush())
 
-    def _key_of(self, asked: EnqueueRequest) -> str:
-        text = msgspec.json.encode([self._plan.indexer, asked.source, asked.position, asked.ordinal]).decode()
+    def _key_of(self, request: EnqueueRequest) -> str:
+        text = msgspec.json.encode([self._plan.indexer, request.source, request.position, request.ordinal]).decode()
         return text if len(text) <= KEY_CHARS_MAX else hashlib.sha256(text.encode()).hexdigest()
 
-    async def _beat(self) -> None:
-        """Signs of life, in between commits and beside long ones; a commit that lands is one too."""
+    async def _heartbeat(self) -> None:
+        """Send heartbeats between commits and during long ones; a commit counts as a heartbeat too."""
         clock, limits = self._engine.clock, self._engine.limits
         while True:
             await clock.sleep(limits.heartbeat_ms / 1_000)
-            if self._is_home_stuck():
+            if self._is_owner_blocked():
                 self._cancel()
                 return
             with suppress(StoreUnavailable):
                 if not await self._store.beat(self._plan.environment, self._plan.indexer, self._token):
                     self._fail(
                         LeaseLost(
-                            f"another process works on the indexer {self._plan.indexer!r} now",
-                            hint="this one was silent for longer than session_timeout_ms",
+                            f"another process has taken over the indexer {self._plan.indexer!r}",
+                            hint="this process sent no heartbeat for longer than session_timeout_ms",
                             indexer=self._plan.indexer,
                         )
                     )
                     self._cancel()
                     return
 
-    def _is_home_stuck(self) -> bool:
-        """Whether one handler has kept the owner's loop for as long as it may wait: then nobody there can say so.
+    def _is_owner_blocked(self) -> bool:
+        """True if one handler has blocked the owner's loop for longer than allowed.
 
-        Counted in beats that the loop did not answer, so that a process that was stopped for a while is not blamed.
-        The lease is given back, and whoever takes it goes on from the last commit.
+        Counted in heartbeats that the loop did not answer, so that a process that was suspended is not blamed. The
+        lease is released, and the process that takes it continues from the last commit.
         """
         limits, busy_no = self._engine.limits, self._busy()
         if busy_no != self._busy_no:
@@ -312,11 +313,11 @@ class Committer:
         is_late = self._unanswered_count * limits.heartbeat_ms >= limits.index_handler_timeout_s * 1_000
         stuck = self._stuck() if is_late else None
         if stuck is not None:
-            LOG.error("a handler keeps the loop", indexer=self._plan.indexer, error=str(stuck))
+            LOG.error("handler.blocks_loop", indexer=self._plan.indexer, error=str(stuck))
             self._fail(stuck)
             return True
         self._unanswered_count += 1
-        self._tell(self._answer)
+        self._call_owner(self._answer)
         return False
 
     def _answer(self) -> None:
@@ -324,7 +325,7 @@ class Committer:
 
 
 def write_of(entity: EntityType, delta: dict[Any, Any], changes: dict[tuple[Any, int], Any]) -> Write:
-    """One table's part of a commit."""
+    """Return one table's part of a commit."""
     rows = [row for row in delta.values() if row is not None]
     deleted = [row_id for row_id, row in delta.items() if row is None] if len(rows) < len(delta) else []
     return Write(entity, rows, deleted, [(row_id, no, row) for (row_id, no), row in changes.items()])

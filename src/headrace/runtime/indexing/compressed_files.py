@@ -1,4 +1,4 @@
-"""Compressed files whose end can be trusted."""
+"""Readers of compressed files that detect a truncated end."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import BinaryIO, Final
 
 ZSTD_STEP_BYTES: Final = 2 * 1024
-"""Compressed bytes taken at once: even the most repetitive archive then unfolds by some tens of MiB at most."""
+"""Compressed bytes read at a time: even the most repetitive file then expands to some tens of MiB at most."""
 
 
 class Truncated(Exception):
-    """An archive that ends inside a frame."""
+    """A compressed file ends inside a frame."""
 
 
 class Zstandard:
-    """Frames of Zstandard, one after the other, with an error where the last one is cut off.
+    """Reader of consecutive Zstandard frames that fails if the last one is truncated.
 
-    The library's own stream reader takes a cut frame for the end.
+    The library's own stream reader takes a truncated frame for the end.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -31,7 +31,9 @@ class Zstandard:
         self._rest = b""
 
     def read(self, size: int, /) -> bytes:
-        """About so many bytes, and none at the end. Raises `Truncated`, and `ValueError` for what is no archive."""
+        """Return about `size` bytes, none at the end. Raises `Truncated`, and `ValueError` for data that is not
+        Zstandard.
+        """
         pieces: list[bytes] = []
         count = 0
         while count < size:
@@ -55,5 +57,5 @@ class Zstandard:
         return b"".join(pieces)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the decompressor."""
         self._frame = None

@@ -1,7 +1,7 @@
-"""Calls out of an indexer: each asked once for its arguments, a bounded number at once, as often as their limit says.
+"""Effects: calls out of an indexer, each made once for its arguments, with bounded concurrency and rate.
 
-What a call answered is a row of a table of its own, staged and committed with the batch that asked: it is seen at once,
-survives a restart, and stays true when the indexer goes back.
+The result of a call is a row of a table of its own, staged and committed with the batch that asked for it. It is
+visible at once, survives a restart, and stays valid when the indexer is rolled back.
 """
 
 from __future__ import annotations
@@ -29,22 +29,27 @@ _encode: Final = msgspec.json.Encoder(order="sorted").encode
 _UNKNOWN: Final = object()
 
 
-class Answered(Entity):
-    """What a call answered, under its name and arguments."""
+class EffectResult(Entity):
+    """The stored result of a call, under its name and arguments."""
 
     id: str
     result: str
 
 
 class Effect:
-    """A registered function: async, or plain and then called in a thread. Its annotation says what results become."""
+    """A registered function: async, or plain and then called in a thread. Results decode into its return annotation."""
 
     def __init__(self, function: Any, *, name: str, calls: int | None, per_s: float, cache: bool) -> None:
         self.name = check_name("effect", name)
         if not inspect.isroutine(function):
-            raise InvalidSetting(f"effect {name} is made of {function!r}, which is no function", hint="write a def")
+            raise InvalidSetting(
+                f"effect {name}: expected a function, got {function!r}", hint="decorate a def or an async def"
+            )
         if calls is not None and (calls < 1 or per_s <= 0):
-            raise InvalidSetting(f"effect {name} allows {calls} calls in {per_s} s", hint="at least one, in some time")
+            raise InvalidSetting(
+                f"effect {name}: expected at least 1 call in more than 0 s, got {calls} calls in {per_s} s",
+                hint="write calls=10, per_s=1",
+            )
         self.function = function
         self.calls = calls
         self.per_s = per_s
@@ -56,11 +61,11 @@ class Effect:
         self.waiting_count = 0
 
     def __call__(self, *args: Any) -> Any:
-        """Call the function itself, here and now."""
+        """Call the function itself, without limit or cache."""
         return self.function(*args)
 
-    async def admitted(self, clock: Clock) -> None:
-        """Return when one more call is within the limit: `calls` at once, the next when a new window opens."""
+    async def wait_for_slot(self, clock: Clock) -> None:
+        """Wait until one more call is within the limit: `calls` at once, the next ones when a new window begins."""
         if self.calls is None:
             return
         self.waiting_count += 1
@@ -78,28 +83,30 @@ class Effect:
 
 
 class Effects:
-    """The calls of one running indexer. `table` keeps the answers of those that are cached."""
+    """The effects of one running indexer. `table` stores the results of cached ones."""
 
     def __init__(
-        self, staging: Staging, table: StagedTable | None, lookups: ReadCoalescer, clock: Clock, *, calls_max: int
+        self, staging: Staging, table: StagedTable | None, reads: ReadCoalescer, clock: Clock, *, calls_max: int
     ) -> None:
         self._staging = staging
         self._table = table
-        self._lookups = lookups
+        self._reads = reads
         self._clock = clock
         self._free = asyncio.Semaphore(calls_max)
-        self._under_way: dict[str, asyncio.Task[str]] = {}
+        self._in_flight: dict[str, asyncio.Task[str]] = {}
         self._remembered: dict[str, str] = {}
         self.calls_count = 0
 
     async def call(self, effect: Any, args: tuple[Any, ...], *, is_preload: bool) -> Any:
-        """The answer to a call, from memory, the store, a call under way, or the call itself.
+        """Return the result of a call, from memory, the store, a call in flight, or the call itself.
 
-        What was only asked ahead is not kept: what is kept must not hang on where batches begin.
+        The result of a call that was only made ahead is not stored: what is stored must not depend on the limits of
+        batches.
         """
         if not isinstance(effect, Effect):
             raise InvalidInput(
-                f"{effect!r} is no effect of this indexer", hint="register it: @….effect(calls=10, per_s=1)"
+                f"expected an effect of this indexer, got {effect!r}",
+                hint="register it with @….effect(calls=10, per_s=1)",
             )
         key = key_of(effect, args)
         text = self._remembered.get(key)
@@ -108,40 +115,40 @@ class Effects:
                 self._table.begin_reading()
             row = self._table.rows.get(key, MISSING)
             if row is MISSING:
-                row = await self._lookups.get(self._table, key)
+                row = await self._reads.get(self._table, key)
             text = None if row is None else row.result
         answer = _UNKNOWN if text is None else _decoded(effect, text)
-        if answer is _UNKNOWN:  # or the annotation has changed since it was answered
-            task = self._under_way.get(key)
+        if answer is _UNKNOWN:  # or the annotation has changed since it was stored
+            task = self._in_flight.get(key)
             if task is None:
-                task = self._under_way[key] = asyncio.ensure_future(self._made(effect, key, args))
-                task.add_done_callback(_heard)
+                task = self._in_flight[key] = asyncio.ensure_future(self._make_call(effect, key, args))
+                task.add_done_callback(_retrieve_error)
             text = await asyncio.shield(task)
             answer = effect.decode(text)
         assert text is not None
         if effect.cache and not is_preload and self._table is not None:
-            known = self._table.rows.get(key)
-            if known is None or known.result != text:
-                self._table.write(Answered(key, text), 0)
+            stored = self._table.rows.get(key)
+            if stored is None or stored.result != text:
+                self._table.write(EffectResult(key, text), 0)
         return answer
 
-    async def _made(self, effect: Effect, key: str, args: tuple[Any, ...]) -> str:
+    async def _make_call(self, effect: Effect, key: str, args: tuple[Any, ...]) -> str:
         try:
-            await effect.admitted(self._clock)
+            await effect.wait_for_slot(self._clock)
             async with self._free:
                 self.calls_count += 1
-                found: Any = effect.function
-                if inspect.iscoroutinefunction(found):
-                    answer = await found(*args)
+                function: Any = effect.function
+                if inspect.iscoroutinefunction(function):
+                    answer = await function(*args)
                 else:
-                    answer = await asyncio.to_thread(found, *args)
+                    answer = await asyncio.to_thread(function, *args)
                     if inspect.isawaitable(answer):
                         answer = await answer
             text = self._text_of(effect, answer)
             self._remembered[key] = text
             return text
         finally:
-            del self._under_way[key]
+            del self._in_flight[key]
 
     def _text_of(self, effect: Effect, answer: Any) -> str:
         try:
@@ -149,37 +156,39 @@ class Effects:
             effect.decode(text)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InvalidInput(
-                f"effect {effect.name} answered {type(answer).__name__}, which can't be kept: {error}",
-                hint="answer JSON values, and annotate what they are",
+                f"effect {effect.name} returned {type(answer).__name__}, which can't be stored: {error}",
+                hint="return JSON values that fit the return annotation",
                 effect=effect.name,
             ) from error
         if len(text) > RESULT_BYTES_MAX:
             raise InvalidInput(
-                f"effect {effect.name} answered {len(text):,} bytes, more than {RESULT_BYTES_MAX:,}", effect=effect.name
+                f"effect {effect.name}: expected a result of at most {RESULT_BYTES_MAX:,} bytes, got {len(text):,}",
+                effect=effect.name,
             )
         return text.decode()
 
     def forget(self) -> None:
-        """A batch has ended: what is not cached is asked again from here on."""
+        """Forget the results that are not cached: a batch has ended."""
         self._remembered.clear()
 
     async def close(self) -> None:
-        """Leave what is under way."""
-        tasks = list(self._under_way.values())
+        """Cancel the calls in flight."""
+        tasks = list(self._in_flight.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def key_of(effect: Effect, args: tuple[Any, ...]) -> str:
-    """Name and arguments as one text. Raises `InvalidInput` for arguments that are not JSON."""
+    """Return name and arguments as one text. Raises `InvalidInput` for arguments that are not JSON."""
     try:
         text = _encode(args).decode()
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidInput(
-            f"effect {effect.name} was asked with what is not JSON: {error}", hint="ask with numbers and texts",
+            f"effect {effect.name} was called with arguments that are not JSON: {error}",
+            hint="pass numbers, strings, and lists or objects of them",
             effect=effect.name,
-        ) from error  # fmt: skip
+        ) from error
     if len(text) > KEY_CHARS or "\\u0000" in text:
         text = hashlib.sha256(text.encode()).hexdigest()
     return f"{effect.name}{text}"
@@ -192,6 +201,6 @@ def _decoded(effect: Effect, text: str) -> Any:
         return _UNKNOWN
 
 
-def _heard(task: asyncio.Task[str]) -> None:
+def _retrieve_error(task: asyncio.Task[str]) -> None:
     if not task.cancelled():
         task.exception()

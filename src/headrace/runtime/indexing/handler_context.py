@@ -1,7 +1,7 @@
-"""What a handler is given: one event's way to the staged rows, to effects, and to runs.
+"""The context of a handler: one event's access to the staged rows, to effects, and to runs.
 
-A context belongs to one event. When the handler has ended it refuses everything: what comes later was not awaited, and
-would be written under an event that is not its own.
+A context belongs to one event. After its handler has ended it refuses every call: a later call was not awaited, and its
+writes would belong to another event.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _IDS: Final = (str, int, UUID)
 
 
 class EventAddress(NamedTuple):
-    """Where an event came from. `time_us` is None where its source has no times."""
+    """The origin of an event. `time_us` is None if its source has no times."""
 
     source: str
     position: Position
@@ -45,7 +45,7 @@ class EventAddress(NamedTuple):
 
 
 class EnqueueRequest(NamedTuple):
-    """A run that a handler asked for, with the event that did; `ordinal` counts those of one event."""
+    """A run that a handler enqueued, with the event; `ordinal` numbers the runs of one event."""
 
     source: str
     position: Position
@@ -64,48 +64,48 @@ class ContextEnded(HeadraceError):
 
 
 class HandlerScope:
-    """What the contexts of one running indexer have in common."""
+    """State that the contexts of one running indexer share."""
 
     __slots__ = (
         "ahead",
-        "asked",
         "clock",
         "effects",
+        "enqueued",
         "fault",
         "indexer",
         "limits",
-        "lookups",
         "puts",
+        "reads",
         "ready",
         "staging",
         "tables",
     )
 
     def __init__(
-        self, indexer: str, staging: Staging, lookups: ReadCoalescer, effects: Effects, clock: Clock, limits: Limits
+        self, indexer: str, staging: Staging, reads: ReadCoalescer, effects: Effects, clock: Clock, limits: Limits
     ) -> None:
         self.indexer = indexer
         self.staging = staging
         self.tables = staging.by_class
         self.puts = {kind: table.write for kind, table in staging.by_class.items()}
         self.ready: dict[type[Entity], Rows] = {}
-        """The rows in memory of types that are read already and whose rows may be handed out as they are."""
-        self.lookups = lookups
+        """The rows in memory of types that have been read and whose rows may be returned without a copy."""
+        self.reads = reads
         self.effects = effects
         self.clock = clock
         self.limits = limits
-        self.asked: list[EnqueueRequest] = []
+        self.enqueued: list[EnqueueRequest] = []
         self.ahead: dict[Any, list[Any]] = {}
         self.fault: ContextEnded | None = None
 
 
 class HandlerContext(msgspec.Struct, eq=False):
-    """One event's way to everything. Reads see what every earlier event and this one wrote.
+    """One event's access to rows, effects and runs. Reads see the writes of every earlier event and of this one.
 
-    A struct, because one is made for each event: it costs a third of what a plain object does.
+    A struct, because one is made per event: it costs a third of a plain object.
     """
 
-    _shared: HandlerScope
+    _scope: HandlerScope
     _no: int
     source: str
     position: Position
@@ -120,7 +120,7 @@ class HandlerContext(msgspec.Struct, eq=False):
 
     @property
     def event(self) -> EventAddress:
-        """Where the event came from."""
+        """The origin of the event."""
         event = self._event
         config = getattr(event, "__struct_config__", None)
         tag = None if config is None else config.tag
@@ -131,19 +131,19 @@ class HandlerContext(msgspec.Struct, eq=False):
 
     @property
     def log(self) -> Any:
-        """A logger that says which indexer and event; silent while only loading ahead."""
+        """A logger with the indexer and the event bound; silent while the handler only loads ahead."""
         self._check("log")
         if self.is_preload:
             return _SILENT
-        return LOG.bind(indexer=self._shared.indexer, source=self.source, position=self.position)
+        return LOG.bind(indexer=self._scope.indexer, source=self.source, position=self.position)
 
     # -- reading
 
     async def get(self, kind: type[E], row_id: Any) -> E | None:
-        """The row of this id, or None."""
+        """Return the row with this id, or None."""
         self._check("get")
-        shared = self._shared
-        rows = shared.ready.get(kind)
+        scope = self._scope
+        rows = scope.ready.get(kind)
         if rows is not None and type(row_id) in _IDS:
             row: Any = rows.get(row_id, MISSING)
             if row is not MISSING:
@@ -153,132 +153,144 @@ class HandlerContext(msgspec.Struct, eq=False):
         row_id = table.entity.checked_id(row_id)
         row = table.rows.get(row_id, MISSING)
         if row is MISSING:
-            row = await shared.lookups.get(table, row_id)
+            row = await scope.reads.get(table, row_id)
         answer: E | None = table.entity.copied(row)
         return answer
 
     async def require(self, kind: type[E], row_id: Any, message: str = "") -> E:
-        """The row of this id. Raises `NotFound`, with your own words if you give them."""
+        """Return the row with this id. Raises `NotFound`, with `message` if given."""
         row = await self.get(kind, row_id)
         if row is None:
-            raise NotFound(message or f"there is no {kind.__name__} {row_id!r}", entity=kind.__name__, id=row_id)
+            raise NotFound(message or f"no {kind.__name__} has the id {row_id!r}", entity=kind.__name__, id=row_id)
         return row
 
     async def get_or_create(self, kind: type[E], row_id: Any, **fields: Any) -> E:
-        """The row of this id; where there is none, a new one with these fields, which is set."""
-        rows = self._shared.ready.get(kind)
+        """Return the row with this id; if there is none, create and set one with these fields."""
+        rows = self._scope.ready.get(kind)
         if rows is not None and type(row_id) in _IDS and not self.is_over:
-            known: E | None = rows.get(row_id)
-            if known is not None:
-                return known
+            existing: E | None = rows.get(row_id)
+            if existing is not None:
+                return existing
         row = await self.get(kind, row_id)
         if row is None:
             try:
                 row = kind(id=row_id, **fields)
             except TypeError as error:
-                raise InvalidInput(f"{kind.__name__} can't be made of {', '.join(['id', *fields])}: {error}") from error
+                raise InvalidInput(
+                    f"{kind.__name__} can't be created from {', '.join(['id', *fields])}: {error}"
+                ) from error
             self.set(row)
         return row
 
     async def get_many(self, kind: type[E], row_ids: Sequence[Any]) -> list[E | None]:
-        """Rows by id, None for those there are not, in the order asked; one query at most."""
+        """Return rows by id, None for missing ones, in the order of `row_ids`; at most one query."""
         self._check("get_many")
         table = self._table(kind)
         ids = [table.entity.checked_id(row_id) for row_id in row_ids]
-        rows = await self._shared.lookups.get_many(table, ids)
+        rows = await self._scope.reads.get_many(table, ids)
         return [table.entity.copied(row) for row in rows]
 
-    async def where(self, kind: type[E], **wanted: Any) -> list[E]:
-        """The rows that fulfil every condition, by id: `country="NZ"`, `any_of(…)`, `between(…)`, `at_least(…)`, …"""
+    async def where(self, kind: type[E], **conditions_by_field: Any) -> list[E]:
+        """Return the rows that match every condition, by id: `country="NZ"`, `any_of(…)`, `between(…)`, `at_least(…)`,
+        …
+        """
         self._check("where")
         table = self._table(kind)
-        conditions = conditions_of(table.entity, wanted)
-        rows: list[Any] | None = self._shared.ahead.get((kind, conditions)) if self.is_preload else None
+        conditions = conditions_of(table.entity, conditions_by_field)
+        rows: list[Any] | None = self._scope.ahead.get((kind, conditions)) if self.is_preload else None
         if rows is None:
-            rows = await self._shared.lookups.where(table, conditions)
-            if self.is_preload:  # many that run ahead ask the same
-                self._shared.ahead[kind, conditions] = rows
+            rows = await self._scope.reads.where(table, conditions)
+            if self.is_preload:  # many handlers that run ahead ask for the same
+                self._scope.ahead[kind, conditions] = rows
         return [table.entity.copied(row) for row in rows] if table.entity.is_changeable else rows
 
     # -- writing
 
     def set(self, row: Entity) -> None:
-        """Put a row, new or instead of the one of its id."""
+        """Store a row, new or in place of the one with its id."""
         if self.is_over:
-            self._late("set")
-        put = self._shared.puts.get(type(row)) or self._table_of_row(row).write
+            self._refuse_late_call("set")
+        put = self._scope.puts.get(type(row)) or self._table_of_row(row).write
         if not self.is_preload:
             put(row, self._no)
 
     def delete(self, kind: type[Entity], row_id: Any) -> None:
-        """Delete the row of this id, whether there is one or not."""
+        """Delete the row with this id, if there is one."""
         self._check("delete")
-        table = table_of(self._shared.tables, kind)
+        table = table_of(self._scope.tables, kind)
         if not self.is_preload:
             table.delete(row_id, self._no)
 
     def _table_of_row(self, row: object) -> StagedTable:
         if hasattr(row, "__await__"):
             row.close() if hasattr(row, "close") else None
-            raise InvalidInput("set takes a row, and this is one still to be awaited", hint="write await before it")
-        return table_of(self._shared.tables, type(row))
+            raise InvalidInput(
+                "set: expected a row, got a coroutine", hint="write await before the call that returns the row"
+            )
+        return table_of(self._scope.tables, type(row))
 
-    # -- beyond the tables
+    # -- effects and runs
 
     async def effect(self, effect: Any, *args: Any) -> Any:
-        """What a registered call answers: asked once for its arguments, then remembered."""
+        """Return the result of a registered effect: called once for its arguments, then stored."""
         self._check("effect")
-        return await self._shared.effects.call(effect, args, is_preload=self.is_preload)
+        return await self._scope.effects.call(effect, args, is_preload=self.is_preload)
 
     def enqueue(self, task: Any, *args: Any, **kwargs: Any) -> None:
-        """Ask for a run of a task, or of `task.options(…)`: appended with the commit, so never lost or doubled."""
+        """Enqueue a run of a task, or of `task.options(…)`. It is appended with the commit, so it is neither lost nor
+        doubled.
+        """
         self._check("enqueue")
         request: Callable[..., tuple[TaskSpec, Options, bytes]] | None = getattr(task, "request", None)
         if request is None:
-            raise InvalidInput(f"{task!r} is no task", hint="@app.task makes one of a function")
+            raise InvalidInput(f"enqueue: expected a task, got {task!r}", hint="decorate the function with @app.task")
         spec, options, payload = request(*args, **kwargs)
         if options.idempotency_key:
-            raise InvalidInput("what an event enqueues is known by its position", hint="leave the idempotency key out")
-        shared = self._shared
-        limits, now_us = shared.limits, shared.clock.now_us()
+            raise InvalidInput(
+                "enqueue: a run of an event is keyed by its position, got an idempotency key too",
+                hint="omit idempotency_key",
+            )
+        scope = self._scope
+        limits, now_us = scope.limits, scope.clock.now_us()
         if self._ordinal >= limits.index_enqueues_max:
             raise InvalidInput(
-                f"one event enqueues at most {limits.index_enqueues_max} runs", hint="raise index_enqueues_max",
+                f"enqueue: expected at most {limits.index_enqueues_max} runs per event",
+                hint="raise index_enqueues_max",
                 position=self.position,
-            )  # fmt: skip
+            )
         key, extra = key_of(spec, options, now_us), extra_of(options, limits, now_us)
         if not self.is_preload:
-            shared.asked.append(EnqueueRequest(self.source, self.position, self._ordinal, key, payload, extra))
+            scope.enqueued.append(EnqueueRequest(self.source, self.position, self._ordinal, key, payload, extra))
         self._ordinal += 1
 
     def _check(self, what: str) -> None:
         if self.is_over:
-            self._late(what)
+            self._refuse_late_call(what)
 
     def _table(self, kind: type[Entity]) -> StagedTable:
-        """The table of a class, whose rows are read from here on."""
-        table = table_of(self._shared.tables, kind)
+        """Return the table of a class, and mark it as read."""
+        table = table_of(self._scope.tables, kind)
         if not table.is_read:
             table.begin_reading()
             if not table.entity.is_changeable:
-                self._shared.ready[kind] = table.rows
+                self._scope.ready[kind] = table.rows
         return table
 
-    def _late(self, what: str) -> None:
+    def _refuse_late_call(self, what: str) -> None:
         error = ContextEnded(
             f"{what} was called after the handler of the event at {self.position!r} had ended",
-            hint="await everything that a handler starts",
-            indexer=self._shared.indexer,
+            hint="await every call that a handler makes",
+            indexer=self._scope.indexer,
             source=self.source,
             position=self.position,
         )
         if not self.is_preload:
-            self._shared.fault = self._shared.fault or error
+            self._scope.fault = self._scope.fault or error
         raise error
 
 
 class _Silent:
-    """A logger that says nothing."""
+    """A logger that writes nothing."""
 
     def __getattr__(self, _: str) -> Callable[..., None]:
         return _nothing

@@ -1,7 +1,7 @@
-"""Which handler an event goes to, and what it looks like when it gets there.
+"""The handlers of an indexer by kind of event, and the decoding of events for them.
 
-An event's kind is one of its fields (`type`, unless the events' own classes say otherwise). What comes as bytes is
-decoded once, in one step where every kind has a tagged class of its own, else by kind.
+The kind of an event is one of its fields (`type`, unless the events' own classes say otherwise). Bytes are decoded
+once: in one step if every kind has a tagged class of its own, otherwise by kind.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Unknown: TypeAlias = Literal["refuse", "skip"]
 
 KIND_FIELD: Final = "type"
 SHOWN_CHARS: Final = 200
-NOBODY: Final = "\0nobody"
-"""A kind that no event has."""
+UNUSED_TAG: Final = "\0nobody"
+"""A tag that no event has."""
 
 
 class HandlerFailed(ClientFault):
-    """A handler raised, hung, or was given what it can't take; nothing after the last checkpoint was written.
+    """A handler raised, hung, or got an event that it can't take; nothing after the last checkpoint was written.
 
     `__cause__` is the handler's own error.
     """
@@ -37,7 +37,7 @@ class HandlerFailed(ClientFault):
 
 
 class EventKind:
-    """One kind of event: its handler and the type it is given."""
+    """One kind of event: its handler and the type that the handler takes."""
 
     __slots__ = ("convert", "decode", "handler", "name", "type")
 
@@ -54,7 +54,7 @@ class HandlerRegistry:
 
     def __init__(self, *, unknown: Unknown = "refuse") -> None:
         if unknown not in ("refuse", "skip"):
-            raise InvalidSetting(f"unknown events are refused or skipped, not {unknown!r}", hint='unknown="skip"')
+            raise InvalidSetting(f"unknown: expected 'refuse' or 'skip', got {unknown!r}", hint='unknown="skip"')
         self._unknown = unknown
         self.kinds: dict[str, EventKind] = {}
         self.by_type: dict[type, Handler] = {}
@@ -66,13 +66,13 @@ class HandlerRegistry:
         """Register a handler. Raises `InvalidSetting`."""
         check_name("kind of event", name)
         if name in self.kinds:
-            raise InvalidSetting(f"there are two handlers for {name!r}", hint="one kind, one handler")
+            raise InvalidSetting(f"two handlers are registered for {name!r}", hint="register one handler per kind")
         if not inspect.iscoroutinefunction(function):
-            raise InvalidSetting(f"the handler of {name!r} is no async function", hint="write async def")
+            raise InvalidSetting(f"the handler of {name!r} must be an async function", hint="write async def")
         parameters = list(inspect.signature(function).parameters.values())
         if len(parameters) != 2:
             raise InvalidSetting(
-                f"the handler of {name!r} takes {len(parameters)} parameters", hint="write (event, ctx)"
+                f"the handler of {name!r}: expected 2 parameters, got {len(parameters)}", hint="write (event, ctx)"
             )
         hints = _hints(function)
         event_type = hints.get(parameters[0].name, dict)
@@ -81,7 +81,7 @@ class HandlerRegistry:
         try:
             kind = EventKind(name, function, event_type)
         except TypeError as error:
-            raise InvalidSetting(f"the event of the handler of {name!r} can't be decoded: {error}") from error
+            raise InvalidSetting(f"the event type of the handler of {name!r} can't be decoded: {error}") from error
         config = getattr(event_type, "__struct_config__", None)
         if config is not None and config.tag is not None:
             if config.tag != name:
@@ -89,63 +89,67 @@ class HandlerRegistry:
                     f"the handler of {name!r} takes {event_type.__name__}, whose tag is {config.tag!r}",
                     hint=f"write @….on({config.tag!r})",
                 )
-            tagged = [own for own in self.kinds.values() if _tag_of(own.type) is not None]
+            tagged = [other for other in self.kinds.values() if _tag_of(other.type) is not None]
             if tagged and config.tag_field != self._field:
                 raise InvalidSetting(
-                    f"events have their kind in {self._field!r}, those of {name!r} in {config.tag_field!r}"
+                    f"the kind is in the field {self._field!r} for other events, in {config.tag_field!r} for {name!r}"
                 )
             self._field = config.tag_field
         if isinstance(event_type, type) and event_type is not dict:
             if event_type in self.by_type:
                 raise InvalidSetting(
-                    f"two kinds of event are {event_type.__name__}", hint="give each a class of its own"
+                    f"two kinds of event have the class {event_type.__name__}", hint="give each kind a class of its own"
                 )
             self.by_type[event_type] = function
         self.kinds[name] = kind
         self._decode_union = self._decode_kind = None
 
-    def ready(self) -> None:
-        """Make the decoders. Raises `InvalidSetting` when there is no handler."""
+    def build_decoders(self) -> None:
+        """Create the decoders. Raises `InvalidSetting` if no handler is registered."""
         if not self.kinds:
             raise InvalidSetting("the indexer has no handlers", hint='write @….on("kind") above an async function')
         types = [kind.type for kind in self.kinds.values()]
-        if all(_tag_of(own) == name for own, name in zip(types, self.kinds, strict=True)):
-            # One more, so that there are two: of a single class the decoder would not want to see the tag.
-            types.append(msgspec.defstruct("_Nobody", [], tag_field=self._field, tag=NOBODY))
+        if all(_tag_of(event_type) == name for event_type, name in zip(types, self.kinds, strict=True)):
+            # One more type, so that there are two: for a single class the decoder would not check the tag.
+            types.append(msgspec.defstruct("_Nobody", [], tag_field=self._field, tag=UNUSED_TAG))
             self._decode_union = msgspec.json.Decoder(Union[tuple(types)]).decode  # noqa: UP007 - made of a list
         named = msgspec.defstruct("_Kind", [("kind", str, msgspec.field(name=self._field))])
         self._decode_kind = msgspec.json.Decoder(named).decode
 
-    def decoded(self, events: Sequence[Any], positions: Sequence[Position], sources: str | Sequence[str]) -> list[Any]:
-        """Events as their handlers take them; None for those that are skipped. Raises `InvalidInput` at a bad one."""
+    def decode_all(
+        self, events: Sequence[Any], positions: Sequence[Position], sources: str | Sequence[str]
+    ) -> list[Any]:
+        """Decode events for their handlers; None for those that are skipped. Raises `InvalidInput` at an invalid
+        one.
+        """
         union = self._decode_union
         if union is not None:
             try:
                 if type(events[0]) is bytes:
                     return [union(event) for event in events]
             except (msgspec.MsgspecError, UnicodeDecodeError, TypeError):
-                pass  # one of them is not as the others: found below, by name
-        named = repeat(sources, len(events)) if isinstance(sources, str) else sources
-        return [self._decoded(*own) for own in zip(events, positions, named, strict=True)]
+                pass  # one of them is invalid or of another type: it is found below, one by one
+        source_names = repeat(sources, len(events)) if isinstance(sources, str) else sources
+        return [self._decode(*event) for event in zip(events, positions, source_names, strict=True)]
 
     def handler_of(self, event: Any) -> Handler | None:
-        """The handler that a decoded event goes to; None for None: where unknown kinds are skipped."""
-        found = self.by_type.get(type(event))
-        if found is None and isinstance(event, dict):
-            found = self.kinds[event[self._field]].handler
-        return found
+        """Return the handler of a decoded event; None for a skipped one."""
+        handler = self.by_type.get(type(event))
+        if handler is None and isinstance(event, dict):
+            handler = self.kinds[event[self._field]].handler
+        return handler
 
-    def _decoded(self, event: Any, position: Position, source: str) -> Any:
+    def _decode(self, event: Any, position: Position, source: str) -> Any:
         ids = {"source": source, "position": position}
         if type(event) in self.by_type:
             return event
         if isinstance(event, bytes | bytearray | memoryview):
-            return self._decoded_bytes(bytes(event), ids)
+            return self._decode_bytes(bytes(event), ids)
         if not isinstance(event, dict):
-            known = ", ".join(sorted(kind.__name__ for kind in self.by_type)) or "dict"
+            class_names = ", ".join(sorted(kind.__name__ for kind in self.by_type)) or "dict"
             raise InvalidInput(
                 f"the event at {position!r} is {_shown(event)}, which no handler takes",
-                hint=f"an event is JSON, a dict, or one of: {known}",
+                hint=f"expected JSON, a dict, or one of: {class_names}",
                 **ids,
             )
         name = event.get(self._field)
@@ -157,7 +161,7 @@ class HandlerRegistry:
         except msgspec.ValidationError as error:
             raise self._malformed(event, error, ids) from error
 
-    def _decoded_bytes(self, event: bytes, ids: dict[str, Any]) -> Any:
+    def _decode_bytes(self, event: bytes, ids: dict[str, Any]) -> Any:
         assert self._decode_kind is not None
         try:
             name = self._decode_kind(event).kind
@@ -171,15 +175,17 @@ class HandlerRegistry:
     def _unknown_kind(self, name: object, event: object, ids: dict[str, Any]) -> None:
         if self._unknown == "skip":
             return
-        said = f"of the kind {name!r:.{SHOWN_CHARS}}" if isinstance(name, str) else f"without a {self._field!r}"
+        description = (
+            f"of the kind {name!r:.{SHOWN_CHARS}}" if isinstance(name, str) else f"without the field {self._field!r}"
+        )
         raise InvalidInput(
-            f"the event at {ids['position']!r} is {said}, which no handler takes: {_shown(event)}",
-            hint=f'handled are: {", ".join(self.kinds)}; unknown="skip" passes over others',
+            f"the event at {ids['position']!r} is {description}, which no handler takes: {_shown(event)}",
+            hint=f'registered kinds: {", ".join(self.kinds)}; unknown="skip" skips others',
             **ids,
         )
 
     def _malformed(self, event: object, error: Exception, ids: dict[str, Any]) -> InvalidInput:
-        return InvalidInput(f"the event at {ids['position']!r} can't be read: {error}: {_shown(event)}", **ids)
+        return InvalidInput(f"the event at {ids['position']!r} is invalid: {error}: {_shown(event)}", **ids)
 
 
 def _hints(function: Any) -> dict[str, Any]:
@@ -187,8 +193,8 @@ def _hints(function: Any) -> dict[str, Any]:
         return typing.get_type_hints(function)
     except NameError as error:
         raise InvalidSetting(
-            f"an annotation of {function.__name__} is not known when it is registered: {error}",
-            hint="define the event's class at the top of the module",
+            f"an annotation of {function.__name__} is undefined when the handler is registered: {error}",
+            hint="define the event's class at the top level of the module",
         ) from error
 
 

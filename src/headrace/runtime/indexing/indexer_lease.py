@@ -1,8 +1,8 @@
-"""One process an indexer: taking the lease, and judging whether who holds it is alive.
+"""The lease of an indexer: one process per indexer, and the decision whether its holder is alive.
 
-No clock is compared with another machine's. A holder beats; whoever wants the lease looks whether it has beaten within
-`session_timeout_ms` of its own time. One on this machine whose process is gone need not be waited for. A mistake costs
-nothing but an interruption: the token of the lease fences every commit.
+Clocks of different machines are never compared. A holder sends heartbeats. A process that wants the lease checks
+whether one came within `session_timeout_ms` of its own time. It does not wait for a holder on the same machine whose
+process has ended. A wrong decision only interrupts the holder: the lease's token fences every commit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from headrace.store.entities.protocol import EntityStore, IndexerState
 
 
 class LeaseHolder(msgspec.Struct, kw_only=True):
-    """Who holds a lease, for people and for their neighbours."""
+    """The holder of a lease, for people and for processes of the same machine."""
 
     host: str
     pid: int
@@ -31,66 +31,66 @@ class LeaseHolder(msgspec.Struct, kw_only=True):
 
 
 class IndexerBusy(Conflict):
-    """Another process works on the indexer."""
+    """Another process runs the indexer."""
 
     code = "INDEXER_HELD"
 
 
 async def lease(
-    store: EntityStore, engine: Engine, standing: IndexerState, *, wait: bool, on_waiting: Callable[[str], None] | None
+    store: EntityStore, engine: Engine, state: IndexerState, *, wait: bool, on_waiting: Callable[[str], None] | None
 ) -> tuple[IndexerState, int]:
-    """Take the lease: when it is free, its holder is dead, or it lapses. Raises `IndexerBusy` unless `wait`."""
+    """Take the lease when it is free, its holder has ended, or it lapses. Raises `IndexerBusy` unless `wait`."""
     holder = msgspec.json.encode(LeaseHolder.here()).decode()
     timeout_us = engine.limits.session_timeout_ms * 1_000
     seen_us = engine.clock.now_us()
-    told = False
+    was_reported = False
     while True:
         lapsed = engine.clock.now_us() - seen_us >= timeout_us
-        if not standing.holder or _is_dead(standing.holder) or lapsed:
-            token = await store.take(standing, holder)
+        if not state.holder or _has_ended(state.holder) or lapsed:
+            token = await store.take(state, holder)
             if token is not None:
-                return await _seen(store, standing), token
+                return await _current_state(store, state), token
         elif not wait:
             raise IndexerBusy(
-                f"the indexer {standing.name!r} is worked on by {describe_holder(standing.holder)}",
-                hint="one process an indexer: stop it there, or wait",
-                indexer=standing.name,
+                f"the indexer {state.name!r} is run by {describe_holder(state.holder)}",
+                hint="an indexer runs in one process: stop the other one, or wait for it",
+                indexer=state.name,
             )
-        elif not told and on_waiting is not None:
-            on_waiting(describe_holder(standing.holder))
-            told = True
+        elif not was_reported and on_waiting is not None:
+            on_waiting(describe_holder(state.holder))
+            was_reported = True
         await engine.clock.sleep(min(engine.limits.poll_interval_ms, engine.limits.session_timeout_ms / 4) / 1_000)
-        fresh = await _seen(store, standing)
-        if (fresh.token, fresh.beats) != (standing.token, standing.beats):
-            standing, seen_us = fresh, engine.clock.now_us()
+        current = await _current_state(store, state)
+        if (current.token, current.beats) != (state.token, state.beats):
+            state, seen_us = current, engine.clock.now_us()
 
 
-async def _seen(store: EntityStore, standing: IndexerState) -> IndexerState:
-    found = [own for own in await store.standings(standing.environment) if own.name == standing.name]
-    return found[0] if found else standing
+async def _current_state(store: EntityStore, state: IndexerState) -> IndexerState:
+    states = [stored for stored in await store.standings(state.environment) if stored.name == state.name]
+    return states[0] if states else state
 
 
 def describe_holder(holder: str) -> str:
-    """A holder in words."""
+    """Describe a holder for people."""
     try:
-        own = msgspec.json.decode(holder, type=LeaseHolder)
+        decoded = msgspec.json.decode(holder, type=LeaseHolder)
     except msgspec.MsgspecError:
         return repr(holder)
-    return f"process {own.pid} on {own.host}"
+    return f"process {decoded.pid} on {decoded.host}"
 
 
-def _is_dead(holder: str) -> bool:
-    """Whether a holder on this machine is gone for certain."""
+def _has_ended(holder: str) -> bool:
+    """True if the process of a holder on this machine has certainly ended."""
     try:
-        own = msgspec.json.decode(holder, type=LeaseHolder)
+        decoded = msgspec.json.decode(holder, type=LeaseHolder)
     except msgspec.MsgspecError:
         return False
-    if own.host != socket.gethostname():
+    if decoded.host != socket.gethostname():
         return False
-    if own.pid == os.getpid():
+    if decoded.pid == os.getpid():
         return False
     try:
-        os.kill(own.pid, 0)
+        os.kill(decoded.pid, 0)
     except ProcessLookupError:
         return True
     except OSError:

@@ -1,7 +1,7 @@
-"""Reads of an indexer that memory can't answer, coalesced: what is asked in one turn of the loop is one query a table.
+"""Coalesced reads of an indexer: all reads of one turn of the event loop that miss memory become one query per table.
 
-Rule 1: whoever waits is always answered: with rows, or with the error that ended the query or the indexer.
-Rule 2: between the SELECT and the moment its rows are taken nothing leaves memory (`Staging.begin_read`).
+Rule 1: a waiting caller always gets an answer: rows, or the error that ended the query or the indexer. Rule 2: no row
+leaves memory between a SELECT and the moment its rows are adopted (`Staging.begin_read`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from headrace.store.entities.protocol import EntityStore
 T = TypeVar("T")
 
 IDS_MAX: Final = 10_000
-"""Ids or values in one query."""
+"""Largest number of ids or values in one query."""
 
 PendingReads = dict[Any, list[asyncio.Future[Any]]]
 
 
 class ReadCoalescer:
-    """The reads of one indexer. `before_query`: called once a turn, before anything is asked of the store."""
+    """The reads of one indexer. `before_query` is called once per turn, before the store is queried."""
 
     def __init__(self, staging: Staging, store: EntityStore, clock: Clock, *, retries_max: int) -> None:
         self._staging = staging
@@ -46,27 +46,27 @@ class ReadCoalescer:
         self.query_s = 0.0
 
     def get(self, table: StagedTable, row_id: Any) -> asyncio.Future[Any]:
-        """A row that is not in memory, or None."""
-        asked = self._ids.get(table)
-        if asked is None:
-            asked = self._ids[table] = {}
-        return self._asked(asked, row_id)
+        """Return a future of a row that is not in memory, or of None."""
+        pending = self._ids.get(table)
+        if pending is None:
+            pending = self._ids[table] = {}
+        return self._add_pending(pending, row_id)
 
     async def get_many(self, table: StagedTable, row_ids: Sequence[Any]) -> list[Any]:
-        """Rows by id, None for those there are not, in the order asked."""
+        """Return rows by id, None for missing ones, in the order of `row_ids`."""
         rows = table.rows
-        asked = self._ids.setdefault(table, {})
-        waiting = [self._asked(asked, row_id) for row_id in row_ids if row_id not in rows]
+        pending = self._ids.setdefault(table, {})
+        waiting = [self._add_pending(pending, row_id) for row_id in row_ids if row_id not in rows]
         if waiting:
             await asyncio.gather(*waiting)
-        found = []
+        rows_found = []
         for row_id in row_ids:
             row = rows.get(row_id, MISSING)
-            found.append(await self.get(table, row_id) if row is MISSING else row)
-        return found
+            rows_found.append(await self.get(table, row_id) if row is MISSING else row)
+        return rows_found
 
     async def where(self, table: StagedTable, conditions: Sequence[Condition]) -> list[Any]:
-        """The rows that fulfil all conditions, by id."""
+        """Return the rows that match all conditions, by id."""
         first = conditions[0]
         if self.before_where is not None:
             for condition in conditions:
@@ -75,8 +75,8 @@ class ReadCoalescer:
             await self.settle_first()
         elif len(conditions) == 1 and first.values is not None:
             complete = table.index(first.field).complete
-            asked = self._values.setdefault((table, first.field), {})
-            waiting = [self._asked(asked, value) for value in first.values if value not in complete]
+            pending = self._values.setdefault((table, first.field), {})
+            waiting = [self._add_pending(pending, value) for value in first.values if value not in complete]
             if waiting:
                 await asyncio.gather(*waiting)
             return self._staging.staged(table, conditions)
@@ -87,68 +87,68 @@ class ReadCoalescer:
         return self._staging.found(table, conditions, rows)
 
     @property
-    def asked_count(self) -> int:
-        """Rows and values that wait for the next query."""
+    def pending_count(self) -> int:
+        """Number of rows and values that wait for the next query."""
         return sum(map(len, self._ids.values())) + sum(map(len, self._values.values()))
 
     def fail(self, error: BaseException) -> None:
-        """The indexer has failed: whoever waits hears of it now, and whoever asks from here on."""
+        """Fail the indexer's reads: waiting callers get the error now, later ones at their call."""
         self._failure = error
-        for asked in (*self._ids.values(), *self._values.values()):
-            _refuse(asked, error)
+        for pending in (*self._ids.values(), *self._values.values()):
+            _fail_pending(pending, error)
         self._ids.clear()
         self._values.clear()
         for task in self._tasks:
             task.cancel()
 
     async def close(self) -> None:
-        """Leave what is under way."""
+        """Cancel the reads in flight."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _asked(self, asked: PendingReads, key: Any) -> asyncio.Future[Any]:
+    def _add_pending(self, pending: PendingReads, key: Any) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
         if self._failure is not None:
             answer.set_exception(self._failure)
             return answer
-        waiting = asked.get(key)
+        waiting = pending.get(key)
         if waiting is None:
-            asked[key] = [answer]
+            pending[key] = [answer]
         else:
             waiting.append(answer)
         if not self._is_scheduled:
             self._is_scheduled = True
-            loop.call_soon(self._ask)
+            loop.call_soon(self._send_queries)
         return answer
 
-    def _ask(self) -> None:
-        """What was asked in this turn, as one query a table."""
+    def _send_queries(self) -> None:
+        """Send the reads of this turn, as one query per table."""
         self.before_query()
         self._is_scheduled = False
         ids, self._ids = self._ids, {}
         values, self._values = self._values, {}
-        for table, asked in ids.items():
-            for piece in _pieces(asked):
+        for table, pending in ids.items():
+            for piece in _split(pending):
                 self._start(partial(self._load, table, piece), piece)
-        for (table, field), asked in values.items():
-            for piece in _pieces(asked):
-                self._start(partial(self._match, table, field, piece), piece)
+        for (table, field), pending in values.items():
+            for piece in _split(pending):
+                self._start(partial(self._load_matching, table, field, piece), piece)
 
-    def _start(self, work: Callable[[], Awaitable[None]], asked: PendingReads) -> None:
-        task = asyncio.ensure_future(self._answered(work, asked))
+    def _start(self, work: Callable[[], Awaitable[None]], pending: PendingReads) -> None:
+        task = asyncio.ensure_future(self._run_query(work, pending))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answered(self, work: Callable[[], Awaitable[None]], asked: PendingReads) -> None:
+    async def _run_query(self, work: Callable[[], Awaitable[None]], pending: PendingReads) -> None:
         try:
             await self._within_read(work)
         except asyncio.CancelledError:
-            _refuse(asked, self._failure or asyncio.CancelledError())
+            _fail_pending(pending, self._failure or asyncio.CancelledError())
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait are told
-            _refuse(asked, error)
+            _fail_pending(pending, error)
 
     async def _within_read(self, work: Callable[[], Awaitable[T]]) -> T:
         self._staging.begin_read()
@@ -157,23 +157,23 @@ class ReadCoalescer:
         finally:
             self._staging.end_read()
 
-    async def _load(self, table: StagedTable, asked: PendingReads) -> None:
-        ids = [row_id for row_id in asked if row_id not in table.rows]
-        found = (
+    async def _load(self, table: StagedTable, pending: PendingReads) -> None:
+        ids = [row_id for row_id in pending if row_id not in table.rows]
+        rows_by_id = (
             {row.id: row for row in await self._query(lambda: self._store.load(table.entity, ids), table)}
             if ids
             else {}
         )
-        for row_id, answers in asked.items():
-            row = self._staging.adopt(table, row_id, found.get(row_id))
+        for row_id, answers in pending.items():
+            row = self._staging.adopt(table, row_id, rows_by_id.get(row_id))
             for answer in answers:
                 if not answer.done():
                     answer.set_result(row)
 
-    async def _match(self, table: StagedTable, field: str, asked: PendingReads) -> None:
-        conditions = (Condition(field, tuple(asked), None),)
+    async def _load_matching(self, table: StagedTable, field: str, pending: PendingReads) -> None:
+        conditions = (Condition(field, tuple(pending), None),)
         await self._select(table, conditions)
-        for answers in asked.values():
+        for answers in pending.values():
             for answer in answers:
                 if not answer.done():
                     answer.set_result(None)
@@ -189,15 +189,15 @@ class ReadCoalescer:
             self.query_s += perf_counter() - started
 
 
-def _pieces(asked: PendingReads) -> list[PendingReads]:
-    if len(asked) <= IDS_MAX:
-        return [asked] if asked else []
-    keys = list(asked)
-    return [{key: asked[key] for key in keys[start : start + IDS_MAX]} for start in range(0, len(keys), IDS_MAX)]
+def _split(pending: PendingReads) -> list[PendingReads]:
+    if len(pending) <= IDS_MAX:
+        return [pending] if pending else []
+    keys = list(pending)
+    return [{key: pending[key] for key in keys[start : start + IDS_MAX]} for start in range(0, len(keys), IDS_MAX)]
 
 
-def _refuse(asked: PendingReads, error: BaseException) -> None:
-    for answers in asked.values():
+def _fail_pending(pending: PendingReads, error: BaseException) -> None:
+    for answers in pending.values():
         for answer in answers:
             if answer.done():
                 continue
@@ -205,7 +205,7 @@ def _refuse(asked: PendingReads, error: BaseException) -> None:
                 answer.cancel()
             else:
                 answer.set_exception(error)
-                answer.exception()  # who stopped waiting need not hear of it
+                answer.exception()  # retrieved, so that a caller that stopped waiting causes no warning
 
 
 def _nothing() -> None:

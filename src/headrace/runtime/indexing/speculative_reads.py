@@ -1,8 +1,9 @@
-"""Loading ahead: when the first handler of a batch asks for a row that is not in memory, the others say what they need.
+"""Speculative reads: when a handler misses a row in memory, the handlers of the next events run ahead to state what
+they need.
 
-Their handlers run ahead, all at once, with contexts that write nothing; what they ask for joins the query that the
-first one waits for, so a batch costs a query a table and a turn, not one an event. While everything needed is in memory
-nothing runs ahead. What a handler raises there is not looked at: it says so again when its turn comes.
+They run all at once, with contexts that write nothing. Their reads join the query that the first handler waits for, so
+a batch costs one query per table and turn, not one per event. While everything needed is in memory, no handler runs
+ahead. Errors raised there are ignored: the handler raises them again in its turn.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class SpeculativeReads:
         self._contexts: list[HandlerContext] = []
 
     def begin(self, handler: Callable[[Any, Any], Any], event: Any, context: HandlerContext) -> None:
-        """Run a handler up to where it waits, and on from there when that has come."""
+        """Run a handler up to its first wait, and on from there when that has ended."""
         running: Coroutine[Any, Any, Any] = handler(event, context)
         self._contexts.append(context)
         try:
@@ -33,12 +34,12 @@ class SpeculativeReads:
             return
         except Exception:  # noqa: BLE001 - told when its turn comes
             return
-        task = asyncio.ensure_future(_rest(running, waits_for))
+        task = asyncio.ensure_future(_run_rest(running, waits_for))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def end(self) -> None:
-        """The batch is over: nobody needs the rest."""
+        """Cancel the handlers: the batch has ended."""
         for context in self._contexts:
             context.is_over = True
         for task in list(self._tasks):
@@ -47,14 +48,14 @@ class SpeculativeReads:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def _rest(running: Coroutine[Any, Any, Any], waits_for: Any) -> None:
+async def _run_rest(running: Coroutine[Any, Any, Any], waits_for: Any) -> None:
     with suppress(Exception):
-        await _driven(running, waits_for)
+        await _continue(running, waits_for)
 
 
 @coroutine
-def _driven(running: Coroutine[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, Any]:
-    """Go on with a coroutine that has begun."""
+def _continue(running: Coroutine[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, Any]:
+    """Continue a coroutine that has begun."""
     while True:
         try:
             sent = yield waits_for

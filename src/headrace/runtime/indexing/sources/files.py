@@ -1,6 +1,6 @@
-"""Events from files: a JSON object or a row of CSV a line, also from .gz and .zst; the position is the line.
+"""Events from files: one JSON object or CSV row per line, also from .gz and .zst; the position is the line number.
 
-The file must only grow at its end: what was read by line is not looked at again.
+The file may only grow at its end: lines that were read are not read again.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 class _Reader(Protocol):
     def read(self, size: int, /) -> bytes:
-        """At most about so many bytes, and none at the end."""
+        """Return at most about `size` bytes, none at the end."""
         ...
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the reader."""
 
 
 class _File:
-    """A file of lines. Lines count from 1, blank ones too, but those are no events."""
+    """A file of lines. Lines count from 1, including blank ones, which are not events."""
 
     def __init__(self, path: str | Path, time: str | None) -> None:
         self.path = Path(path)
@@ -46,13 +46,13 @@ class _File:
         self._times = None if time is None else _Times(time)
 
     async def head(self) -> Position | None:
-        """Nobody knows how many lines there are before they are read."""
+        """Return None: the number of lines is unknown before they are read."""
         return None
 
     async def arrivals(self, after: Position | None) -> AsyncIterator[Arrival]:
-        """The events after a line, to the end of the file."""
+        """Yield the events after a line, to the end of the file."""
         if after is not None and not isinstance(after, int):
-            raise InvalidInput(f"a file's positions are line numbers, not {after!r}", path=str(self.path))
+            raise InvalidInput(f"expected a line number as position, got {after!r}", path=str(self.path))
         try:
             file = self.path.open("rb")
         except OSError as error:
@@ -68,11 +68,11 @@ class _File:
             if start >= len(piece):
                 continue
             numbers: Sequence[int] = range(first + start, first + len(piece))
-            own = piece[start:]
-            if not all(own):
-                numbers = [number for number, line in zip(numbers, own, strict=True) if line.strip()]
-                own = [line for line in own if line.strip()]
-            arrived = self._events(numbers, own)
+            selected = piece[start:]
+            if not all(selected):
+                numbers = [number for number, line in zip(numbers, selected, strict=True) if line.strip()]
+                selected = [line for line in selected if line.strip()]
+            arrived = self._events(numbers, selected)
             if arrived.positions:
                 yield arrived
 
@@ -83,14 +83,14 @@ class _File:
         return Arrived(numbers, lines, times)
 
     def _lines(self, reader: _Reader) -> Iterator[tuple[int, list[bytes]]]:
-        """`(number of the first, lines)`, a piece of the file at a time."""
+        """Yield `(number of the first line, lines)`, one piece of the file at a time."""
         rest, number = b"", 1
         while True:
             try:
                 piece = reader.read(PIECE_BYTES)
             except (EOFError, OSError, zlib.error, Truncated, ValueError) as error:
-                how = "it ends in the middle" if isinstance(error, EOFError | Truncated) else str(error)
-                raise InvalidInput(f"{self.path} can't be read any further: {how}", line=number) from error
+                reason = "the file is truncated" if isinstance(error, EOFError | Truncated) else str(error)
+                raise InvalidInput(f"{self.path} can't be read after line {number}: {reason}", line=number) from error
             if number == 1 and not rest and piece.startswith(_BYTE_ORDER_MARK):
                 piece = piece[len(_BYTE_ORDER_MARK) :]
             lines = (rest + piece).split(b"\n")
@@ -99,8 +99,8 @@ class _File:
                 lines.pop()
             if len(rest) > LINE_BYTES_MAX:
                 raise InvalidInput(
-                    f"line {number + len(lines)} of {self.path} has more than {LINE_BYTES_MAX:,} bytes",
-                    hint="is it one event a line?",
+                    f"line {number + len(lines)} of {self.path}: expected at most {LINE_BYTES_MAX:,} bytes",
+                    hint="check that the file has one event per line",
                 )
             if lines:
                 yield number, lines
@@ -110,13 +110,13 @@ class _File:
 
 
 class Ndjson(_File):
-    """One JSON object a line. `time`: the field that several sources are merged by."""
+    """A file with one JSON object per line. `time`: the field by which several sources are merged."""
 
 
 class Csv(_File):
-    """One row a line under a head of names, each an event of one kind, its cells texts or what its class says.
+    """A CSV file with a header row. Each row is an event of one kind; its cells are strings, or as its class says.
 
-    A cell holds no line break: the position is the line.
+    A cell can't contain a line break, because the position is the line number.
     """
 
     def __init__(self, path: str | Path, *, kind: str, event: Any, time: str | None, delimiter: str) -> None:
@@ -127,7 +127,7 @@ class Csv(_File):
         self._names: list[str] = []
 
     async def arrivals(self, after: Position | None) -> AsyncIterator[Arrival]:
-        """The rows after a line; the head is read again each time."""
+        """Yield the rows after a line; the header is read again each time."""
         self._names = []
         async for arrived in super().arrivals(after):
             yield arrived
@@ -146,7 +146,8 @@ class Csv(_File):
             cells = self._cells(line, number)
             if len(cells) != len(self._names):
                 raise InvalidInput(
-                    f"line {number} of {self.path} has {len(cells)} cells, its head {len(self._names)}", line=number
+                    f"line {number} of {self.path}: expected {len(self._names)} cells, got {len(cells)}",
+                    line=number,
                 )
             row: dict[str, Any] = dict(zip(self._names, cells, strict=True))
             if self._event is None:
@@ -154,11 +155,13 @@ class Csv(_File):
                 continue
             try:
                 events.append(
-                    msgspec.convert({key: own for key, own in row.items() if own != ""}, self._event, strict=False)
+                    msgspec.convert(
+                        {key: value for key, value in row.items() if value != ""}, self._event, strict=False
+                    )
                 )
             except msgspec.ValidationError as error:
                 raise InvalidInput(
-                    f"line {number} of {self.path} is no {self._event.__name__}: {error}", line=number
+                    f"line {number} of {self.path} is not a valid {self._event.__name__}: {error}", line=number
                 ) from error
         times = None
         if self._time is not None:
@@ -174,12 +177,12 @@ class Csv(_File):
         try:
             (cells,) = csv.reader([line.decode().rstrip("\r")], delimiter=self._delimiter, strict=True)
         except (UnicodeDecodeError, csv.Error, ValueError) as error:
-            raise InvalidInput(f"line {number} of {self.path} is not CSV: {error}", line=number) from error
+            raise InvalidInput(f"line {number} of {self.path} is not valid CSV: {error}", line=number) from error
         return cells
 
 
 class _Times:
-    """Takes the moment out of a line."""
+    """Reads the time field of a line."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -187,16 +190,18 @@ class _Times:
         self._decode: Any = msgspec.json.Decoder(shape).decode
 
     def of(self, line: bytes, number: int) -> int:
-        """Microseconds since 1970."""
+        """Return the time in microseconds since 1970."""
         try:
-            found = self._decode(line).at
+            value = self._decode(line).at
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise InvalidInput(f"the event at line {number} can't be read: {error}", line=number) from error
-        return microseconds(found, self._name, number)
+            raise InvalidInput(f"the event at line {number} is invalid: {error}", line=number) from error
+        return microseconds(value, self._name, number)
 
 
 def microseconds(value: Any, name: str, position: object) -> int:
-    """A moment as microseconds since 1970: a whole number is that already, a text is a date and time with its zone."""
+    """Return a time as microseconds since 1970: an integer is one already, a string is a date and time with time
+    zone.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -210,8 +215,8 @@ def microseconds(value: Any, name: str, position: object) -> int:
         since = value - datetime(1970, 1, 1, tzinfo=UTC)
         return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
     raise InvalidInput(
-        f"the event at {position!r} has no moment in {name!r}",
-        hint="a moment is microseconds since 1970, or a date and time with its zone",
+        f"the event at {position!r} has no valid time in the field {name!r}",
+        hint="write microseconds since 1970, or a date and time with time zone",
         position=position,
     )
 

@@ -1,7 +1,7 @@
 """Events from a NATS JetStream stream, in the order of its sequence numbers, which are the positions.
 
-Nothing is acknowledged to the server: where the indexer stands is in its own database. So the stream needs no consumer
-of its own, and reading it again after a rollback is reading from a number.
+No message is acknowledged to the server, because the indexer's position is in its own database. The stream therefore
+needs no durable consumer, and reading again after a rollback starts at a number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ IDLE_S: Final = 30.0
 
 
 class Nats:
-    """Messages of a stream, each one JSON event. `subject` narrows it; with `follow` its end is waited at."""
+    """The messages of a stream, each one JSON event. `subject` selects messages; with `follow` the source waits for
+    more at the end.
+    """
 
     def __init__(self, url: str, stream: str, *, subject: str, follow: bool) -> None:
         self._url = url
@@ -33,17 +35,17 @@ class Nats:
         self._follow = follow
 
     async def head(self) -> Position | None:
-        """The stream's last number."""
+        """Return the stream's last sequence number."""
         client = await self._connected()
         try:
-            found = await client.jetstream().stream_info(self._stream)
+            info = await client.jetstream().stream_info(self._stream)
         finally:
             await client.close()
-        last: int = found.state.last_seq
+        last: int = info.state.last_seq
         return last
 
     async def arrivals(self, after: Position | None) -> AsyncIterator[Arrival]:
-        """The messages after a number. Raises `InvalidInput` when the server has thrown some of them away."""
+        """Yield the messages after a number. Raises `InvalidInput` if the server has deleted some of them."""
         from nats.errors import Error
         from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
@@ -54,8 +56,8 @@ class Nats:
             first = 1 if after is None else int(after) + 1
             if after is not None and state.first_seq > first:
                 raise InvalidInput(
-                    f"the stream {self._stream!r} begins at {state.first_seq}, and {first} was next",
-                    hint="the server keeps too little: raise its limits, or begin anew with `headrace index reset`",
+                    f"the stream {self._stream!r} starts at {state.first_seq}, expected {first}",
+                    hint="the server deleted messages: raise its limits, or start over with `headrace index reset`",
                 )
             config = ConsumerConfig(
                 deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
@@ -93,14 +95,16 @@ class Nats:
         try:
             import nats
         except ModuleNotFoundError:
-            raise InvalidSetting("a NATS source needs nats-py", hint="pip install 'headrace[nats]'") from None
+            raise InvalidSetting(
+                "a NATS source requires the package nats-py", hint="pip install 'headrace[nats]'"
+            ) from None
         try:
             return await nats.connect(
                 self._url, connect_timeout=int(CONNECT_S), max_reconnect_attempts=3, error_cb=_quiet
             )
         except Exception as error:
-            raise StoreUnavailable(f"the NATS server does not answer: {error}") from error
+            raise StoreUnavailable(f"the NATS server {self._url} can't be reached: {error}") from error
 
 
 async def _quiet(_: Exception) -> None:
-    """What goes wrong is raised where it matters."""
+    """Ignore errors of the connection; calls raise them."""

@@ -1,4 +1,4 @@
-"""What a source is: ordered events with positions that it can go on after."""
+"""The interface of sources: ordered events, with positions after which reading can continue."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Arrival: TypeAlias = Arrived | Rewind
 
 
 class Source(Protocol):
-    """Ordered events. One that is asked twice to go on after the same position says the same, or `Rewind`."""
+    """Ordered events. Reading twice after the same position yields the same events, or `Rewind`."""
 
     def arrivals(self, after: Position | None) -> AsyncIterator[Arrival]:
-        """The events after a position, from the beginning for None; ends when no more will ever come."""
+        """Yield the events after a position, from the beginning for None; end when no more events can come."""
         ...
 
     async def head(self) -> Position | None:
-        """The newest position there is, for progress; None when nobody can say."""
+        """Return the newest position, to show progress; None if it is unknown."""
         ...

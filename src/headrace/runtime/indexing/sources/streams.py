@@ -1,4 +1,4 @@
-"""Events from any iterator, plain or async, and from a finished batch's results."""
+"""Events from any iterator, plain or async, and from the results of a finished batch."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ Entries = Iterable[Any] | AsyncIterable[Any]
 
 
 class Stream:
-    """What `begin(after)` iterates over: `(position, event)`, `(position, event, time)`, or `Rewind(to)`.
+    """The items of `begin(after)`: `(position, event)`, `(position, event, time)`, or `Rewind(to)`.
 
-    It is given the last committed position, None at the very beginning, and gives what follows. A plain iterator is
-    drained in pieces; an async one is passed on as it comes.
+    `begin` gets the last committed position, None at the very beginning, and returns the events after it. A plain
+    iterator is read in pieces, an async one item by item.
     """
 
     def __init__(self, begin: Callable[[Position | None], Any]) -> None:
         self._begin = begin
 
     async def head(self) -> Position | None:
-        """An iterator does not say where it ends."""
+        """Return None: the end of an iterator is unknown."""
         return None
 
     async def arrivals(self, after: Position | None) -> AsyncIterator[Arrival]:
-        """What the iterator gives."""
-        made = self._begin(after)
-        if inspect.isawaitable(made):
-            made = await made
-        if isinstance(made, AsyncIterable):
-            async for entry in made:
+        """Yield the iterator's events."""
+        entries = self._begin(after)
+        if inspect.isawaitable(entries):
+            entries = await entries
+        if isinstance(entries, AsyncIterable):
+            async for entry in entries:
                 yield _arrival([entry])
             return
-        if not isinstance(made, Iterable):
-            raise InvalidInput(f"a stream's function answers an iterator, not {type(made).__name__}")
+        if not isinstance(entries, Iterable):
+            raise InvalidInput(f"stream: expected a function that returns an iterator, got {type(entries).__name__}")
         piece: list[Any] = []
-        for entry in made:
+        for entry in entries:
             if isinstance(entry, Rewind):
                 if piece:
                     yield _arrival(piece)
@@ -67,7 +67,7 @@ def _arrival(entries: list[Any]) -> Arrival:
     for entry in entries:
         if not isinstance(entry, tuple) or len(entry) not in (2, 3):
             raise InvalidInput(
-                f"a stream gives (position, event) or (position, event, time), not {type(entry).__name__}",
+                f"stream: expected (position, event) or (position, event, time), got {type(entry).__name__}",
                 hint="or Rewind(to)",
             )
     timed = all(len(entry) == 3 for entry in entries)
@@ -83,30 +83,34 @@ class Results:
         self._batch = batch
 
     async def head(self) -> Position | None:
-        """The last index."""
+        """Return the last index."""
         engine: Engine = await self._open_engine()
         batch, _ = await engine.store.batch(self._batch)
         return batch.received_count - 1
 
     async def arrivals(self, after: Position | None) -> AsyncIterator[Arrival]:
-        """The outcomes after an index. Raises `Conflict` while the batch is not finished."""
+        """Yield the outcomes after an index. Raises `Conflict` if the batch is not finished."""
         engine: Engine = await self._open_engine()
         batch, _ = await engine.store.batch(self._batch)
         if not batch.is_finished:
-            raise Conflict(f"the batch is {batch.state}; its results are not all there", batch_id=self._batch)
+            raise Conflict(f"expected a finished batch, its state is {batch.state}", batch_id=self._batch)
         index = 0 if after is None else int(after) + 1
         while True:
             outcomes = [
-                own for own in await engine.store.outcomes(self._batch, index, PIECE_EVENTS) if own.state in FINAL
+                outcome
+                for outcome in await engine.store.outcomes(self._batch, index, PIECE_EVENTS)
+                if outcome.state in FINAL
             ]
             if not outcomes:
                 return
             events = []
-            for own in outcomes:
-                result, kind = own.result, own.kind
+            for outcome in outcomes:
+                result, kind = outcome.result, outcome.kind
                 if kind == REFERENCE:
                     result, kind = await engine.fetch(result)
                 output: Any = result.decode() if kind == TEXT else msgspec.json.decode(result) if result else None
-                events.append({"type": "result", "index": own.index, "state": NAMES[own.state], "output": output})
-            yield Arrived([own.index for own in outcomes], events)
+                events.append(
+                    {"type": "result", "index": outcome.index, "state": NAMES[outcome.state], "output": output}
+                )
+            yield Arrived([outcome.index for outcome in outcomes], events)
             index = outcomes[-1].index + 1

@@ -1,7 +1,8 @@
 """Events from a table of PostgreSQL, in the order of a key that only grows.
 
-Rows become visible in the order their transactions commit, not in the order of their keys: a key taken from a sequence
-may show up after a larger one. So rows are read up to the first that is not older than every transaction that runs.
+Rows become visible in the order in which their transactions commit, not in the order of their keys: a row with a
+smaller key from a sequence may appear after one with a larger key. Rows are therefore read up to the first one that is
+younger than the oldest running transaction.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from headrace.foundation.errors import InvalidInput, StoreUnavailable
 from headrace.runtime.indexing.sources.source import Arrival
 
 PIECE_ROWS: Final = 5_000
-YOUNG_S: Final = 0.05
-"""Between two looks at rows that an older transaction may still precede."""
+RECHECK_S: Final = 0.05
+"""Between two checks of rows that an older transaction may still precede."""
 
 
 class Table:
-    """`key`: a column of whole numbers or texts, unique, that grows from row to row. Each row is an event of one kind.
+    """The rows of a table. `key`: a unique column of integers or strings that grows from row to row. Each row is an
+    event of one kind.
 
-    With `follow_s` the table is asked again that often when its end is reached; else its end is the end.
+    With `follow_s` the table is queried again at that interval when its end is reached; otherwise the source ends
+    there.
     """
 
     def __init__(self, dsn: str, table: str, *, key: str, kind: str, follow_s: float | None) -> None:
@@ -35,16 +38,16 @@ class Table:
         self._is_waiting = False
 
     async def head(self) -> Position | None:
-        """The largest key."""
+        """Return the largest key."""
         connection = await self._connected()
         try:
-            found: Position | None = await connection.fetchval(f"SELECT max({self._key}) FROM {self._from}")  # noqa: S608 - quoted
+            largest: Position | None = await connection.fetchval(f"SELECT max({self._key}) FROM {self._from}")  # noqa: S608 - quoted
         finally:
             await connection.close()
-        return found
+        return largest
 
     async def arrivals(self, after: Position | None) -> AsyncIterator[Arrival]:
-        """The rows after a key, in pieces."""
+        """Yield the rows after a key, in pieces."""
         connection = await self._connected()
         try:
             while True:
@@ -53,11 +56,11 @@ class Table:
                     after = rows[-1][self._name]
                     if type(after) not in (int, str):
                         raise InvalidInput(
-                            f"the key {self._name!r} is {type(after).__name__}; a position is a whole number or a text"
+                            f"the key {self._name!r}: expected integers or strings, got {type(after).__name__}"
                         )
                     yield Arrived([row[self._name] for row in rows], [{**row, "type": self._kind} for row in rows])
                 elif self._is_waiting:
-                    await asyncio.sleep(YOUNG_S)
+                    await asyncio.sleep(RECHECK_S)
                 elif self._follow_s is None:
                     return
                 else:
@@ -85,11 +88,11 @@ class Table:
         try:
             return await asyncpg.connect(self._dsn)
         except (OSError, asyncpg.PostgresError) as error:
-            raise StoreUnavailable(f"the source's database does not answer: {error}") from error
+            raise StoreUnavailable(f"the database of the source can't be reached: {error}") from error
 
 
 def _quoted(name: str) -> str:
-    """A name of somebody else's table in SQL, whatever it is: quoted, with quotes inside doubled. Never a value."""
+    """Quote the name of a table or column for SQL, with quotes inside doubled. Never used for a value."""
     if not name or "\0" in name or len(name) > 63:
-        raise InvalidInput(f"{name!r} can't name a table or column")
+        raise InvalidInput(f"{name!r} is not a valid name of a table or column")
     return '"' + name.replace('"', '""') + '"'

@@ -1,4 +1,4 @@
-"""An indexer over tables in memory, with events, faults and time in a test's hand.
+"""Tests of an indexer over tables in memory, with events, faults and commits under the test's control.
 
     simulation = await transfers.simulate([Transfer("ann", "ben", 5)])
     assert simulation.rows(Account) == [Account("ann", -5), Account("ben", 5)]
@@ -8,8 +8,8 @@
         simulation.feed(…)
         …
 
-The same loops run as in production; only the house is the one in memory. `drain`, `flush` and every read that waits
-raise the commit's own error when one failed.
+The loops are those of production; only the store is in memory. `drain`, `flush` and every waiting read raise the error
+of a failed commit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
-from headrace.runtime.indexing.pipeline import IndexerDefinition, IndexerPipeline, IndexerProgress
+from headrace.runtime.indexing.definition import IndexerDefinition, IndexerProgress
+from headrace.runtime.indexing.pipeline import IndexerPipeline
 from headrace.runtime.indexing.sources.source import Arrival
 from headrace.store.entities.protocol import Commit, EntityStore, IndexerState
 
@@ -37,7 +38,7 @@ ALL_RUNS = 1_000_000
 
 
 class EnqueuedRun(NamedTuple):
-    """A run that a handler enqueued: its task, queue, and payload as JSON would decode it."""
+    """A run that a handler enqueued: its task, queue, and payload decoded from JSON."""
 
     task: str
     queue: str
@@ -45,132 +46,135 @@ class EnqueuedRun(NamedTuple):
     key: str
 
 
-class Fed:
-    """A source of what a test feeds, in the order fed; it ends where that ends, and may be read again."""
+class FedEvents:
+    """A source of the events that a test feeds, in that order; it ends after the last one, and may be read again."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
         self.positions: list[Position] = []
 
     async def arrivals(self, after: Position | None) -> AsyncIterator[Arrival]:
-        """What was fed after a position."""
+        """Yield the events after a position."""
         start = 0 if after is None else self.positions.index(after) + 1
         if start < len(self.events):
             yield Arrived(self.positions[start:], self.events[start:])
 
     async def head(self) -> Position | None:
-        """The last one fed."""
+        """Return the position of the last event."""
         return self.positions[-1] if self.positions else None
 
 
 class Simulation:
-    """One simulated indexer. Made by `indexer.simulate(events)` and `indexer.simulation()`."""
+    """A simulated indexer, made by `indexer.simulate(events)` and `indexer.simulation()`."""
 
     def __init__(self, definition: IndexerDefinition, engine: Engine) -> None:
         self.engine = engine
-        self.source = Fed()
+        self.source = FedEvents()
         self._open = asyncio.Event()
         self._open.set()
         self._faults: list[BaseException] = []
-        self._tables = _Watched(engine.tables, self)
+        self._tables = _InterceptedTables(engine.tables, self)
         (name, *others) = definition.sources
         if others:
-            raise InvalidSetting("several sources can't be simulated as one", hint="simulate each, or run on sqlite")
+            raise InvalidSetting(
+                f"expected an indexer with one source, got {len(definition.sources)}",
+                hint="simulate each source, or test on SQLite",
+            )
         self._name = definition.name
         self.indexing = IndexerPipeline(replace(definition, sources={name: self.source}), engine, self._tables)
 
     @classmethod
-    async def made(
+    async def start(
         cls, definition: IndexerDefinition, limits: Mapping[str, int], clock: Clock | None = None
     ) -> Simulation:
-        """One that has begun, before its first event."""
+        """Start a simulation, before its first event."""
         engine = await memory_engine(Limits().replaced(**limits), clock or SystemClock())
         simulation = cls(definition, engine)
         await simulation.indexing.start()
         return simulation
 
     async def close(self) -> None:
-        """End it; what it made can still be looked at."""
+        """End the simulation; its rows can still be read."""
         self.release_commits()
         await self.indexing.close()
 
-    # -- what a test does
+    # -- actions
 
     def feed(self, *events: Any) -> None:
-        """Events that come next."""
+        """Add events to the source."""
         first = len(self.source.events) + 1
         self.source.events += events
         self.source.positions += range(first, first + len(events))
 
     async def drain(self) -> IndexerProgress:
-        """Handle everything that was fed and commit it. Raises what a handler or a commit raised."""
+        """Handle and commit everything that was fed. Raises the error of a handler or a commit."""
         return await self.indexing.run()
 
     async def flush(self) -> None:
-        """Return when what was handled is committed. Raises what a commit raised."""
+        """Return when everything handled is committed. Raises the error of a commit."""
         await self.indexing.flush()
 
     async def rewind(self, to: Position | None) -> IndexerState:
-        """Go back; what was fed after that position is forgotten, and other events may be fed."""
-        standing = await self.indexing.rollback(to)
+        """Roll back; events after the position are forgotten, and other events may be fed."""
+        state = await self.indexing.rollback(to)
         count = 0 if to is None else self.source.positions.index(to) + 1
         del self.source.events[count:], self.source.positions[count:]
-        return standing
+        return state
 
     def fail_commits(self, *errors: BaseException) -> None:
-        """The next commits fail with these, one after the other, and change nothing."""
+        """Make the next commits fail with these errors, one after the other, without effect."""
         self._faults += errors
 
     def hold_commits(self) -> None:
-        """Let commits wait until `release_commits`."""
+        """Hold commits until `release_commits`."""
         self._open.clear()
 
     def release_commits(self) -> None:
-        """Let held commits go on."""
+        """Continue the held commits."""
         self._open.set()
 
-    # -- what became of it
+    # -- results
 
     def rows(self, kind: type[E]) -> list[E]:
-        """The committed rows of a type, by id."""
+        """Return the committed rows of a type, by id."""
         rows: list[E] = self._tables.rows(self._type(kind))
         return rows
 
     def row(self, kind: type[E], row_id: Any) -> E | None:
-        """The committed row of an id, or None."""
-        return next((own for own in self.rows(kind) if own.id == row_id), None)  # type: ignore[attr-defined]  # every entity has one
+        """Return the committed row with an id, or None."""
+        return next((row for row in self.rows(kind) if row.id == row_id), None)  # type: ignore[attr-defined]  # every entity has one
 
     async def history(self, kind: type[E]) -> list[tuple[Any, int, E | None]]:
-        """The changes that are kept, `(id, event number, row)`, by id."""
-        found: list[tuple[Any, int, E | None]] = await self._tables.history(self._type(kind))
-        return found
+        """Return the stored changes, `(id, event number, row)`, by id."""
+        changes: list[tuple[Any, int, E | None]] = await self._tables.history(self._type(kind))
+        return changes
 
     async def enqueued(self) -> list[EnqueuedRun]:
-        """The runs that handlers enqueued and that are committed, in order."""
+        """Return the committed runs that handlers enqueued, in order."""
         store, environment = self.engine.store, self.engine.environment
-        found = []
+        runs = []
         for batch, _ in reversed(await store.batches(environment, limit=ALL_RUNS)):
             for run in await store.runs(environment, batch_id=batch.id, limit=ALL_RUNS):
                 view = await store.run(batch.id, run.index)
                 payload = msgspec.json.decode(view.payload)
-                found.append(EnqueuedRun(view.task, view.queue, payload, view.idempotency_key))
-        return found
+                runs.append(EnqueuedRun(view.task, view.queue, payload, view.idempotency_key))
+        return runs
 
     def _type(self, kind: type[Entity]) -> EntityType:
         table = self.indexing.staging.by_class.get(kind)
         if table is None:
-            raise InvalidInput(f"{kind.__name__} is no entity of the indexer {self._name!r}")
+            raise InvalidInput(f"{kind.__name__} is not an entity of the indexer {self._name!r}")
         return table.entity
 
     async def before_commit(self) -> None:
-        """Where commits are held and failed."""
+        """Hold or fail a commit, as the test asked."""
         await self._open.wait()
         if self._faults:
             raise self._faults.pop(0)
 
 
-class _Watched:
-    """Tables whose commits pass by a simulation first."""
+class _InterceptedTables:
+    """Tables whose commits pass through a simulation."""
 
     def __init__(self, tables: EntityStore, simulation: Simulation) -> None:
         self._tables = tables

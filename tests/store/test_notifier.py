@@ -202,7 +202,7 @@ async def two_engines(url: str, tmp_path: Path) -> AsyncIterator[tuple[Engine, E
         await second.close()
 
 
-@pytest.mark.parametrize("news", ["doorbell", "recorded"])
+@pytest.mark.parametrize("news", ["wakeup", "recorded"])
 async def test_r11_a_waiting_process_is_woken_by_the_commit_of_another(url: str, news: str, tmp_path: Path) -> None:
     async with two_engines(url, tmp_path) as (first, second):
         bell = getattr(second, news)

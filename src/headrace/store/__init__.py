@@ -1,1 +1,1 @@
-"""The seam between deciding and keeping: the `Store` protocol and the houses that implement it."""
+"""Storage of batches: the protocols of a store, and stores in memory, on SQLite and on PostgreSQL."""

@@ -189,7 +189,7 @@ def with_ledger(tables: Tables, batch: BatchRecord) -> tuple[BatchRecord, Ledger
     return batch, batches.ledger(batch, leased_count=sum(span.unsettled_count for span in leased))
 
 
-class _RunLocation(NamedTuple):
+class _RunInSpan(NamedTuple):
     """The span that has the state of one run."""
 
     run_index: int
@@ -199,11 +199,11 @@ class _RunLocation(NamedTuple):
     state: int
 
 
-def run_locations(tables: Tables, batch_id: str) -> list[_RunLocation]:
+def run_locations(tables: Tables, batch_id: str) -> list[_RunInSpan]:
     """Return every run of a batch, by index, with the span that has its state."""
     own = {block.id: indexes_of(block.chunk) for block in tables.blocks.values() if block.batch_id == batch_id}
     found = [
-        _RunLocation(own[span.block_id][block_offset], span.block_id, block_offset, span, state)
+        _RunInSpan(own[span.block_id][block_offset], span.block_id, block_offset, span, state)
         for span in spans_of_batch(tables, batch_id)
         for block_offset, state in zip(block_offsets_of(span), span.states, strict=True)
         if state != runs_core.MOVED

@@ -475,7 +475,7 @@ class MemoryStore:
         known = self._now().schedules
         return [known[name] for name in sorted(known) if name[0] == environment]
 
-    # # API keys and rate limits
+    # API keys and rate limits
 
     async def add_key(self, key: ApiKey, *, now_us: int) -> None:
         """Add an API key."""

@@ -68,15 +68,15 @@ class PostgresEntities:
         self, connection: PostgresConnection, run: Callable[[Script[Any]], Awaitable[Any]], plan: EntityPlan
     ) -> IndexerState:
         await run(fetch("migration_lock", lock=LOCK))
-        standing: IndexerState = await run(indexer.found_or_made(plan.environment, plan.indexer))
-        kept = await run(indexer.kept_tables())
+        standing: IndexerState = await run(indexer.find_or_create(plan.environment, plan.indexer))
+        kept = await run(indexer.stored_tables())
         existing = set(await run(fetch_column("existing_tables", schema=self._store.schema)))
         changes = changes_of(plan, kept, existing)
         if any(change.creates_history for change in changes):
             await run(indexer.start_history(plan, standing))
         for change in changes:
             await self._change(connection, plan, change, has_indexes=standing.is_caught_up or not plan.defer_indexes)
-            await run(indexer.keep_table(plan, change.entity))
+            await run(indexer.store_table(plan, change.entity))
         found: IndexerState = await run(indexer.find(plan.environment, plan.indexer))
         return found
 
@@ -154,7 +154,7 @@ class PostgresEntities:
                     await self._keep(connection, write)
                 await self._write(connection, write)
             if commit.floor_no is not None:
-                await run(indexer.raise_floor(commit, commit.floor_no))
+                await run(indexer.move_floor(commit, commit.floor_no))
                 for entity in commit.plan.entities:
                     if commit.plan.keeps_history(entity):
                         await connection.raw.execute(
@@ -242,7 +242,7 @@ class PostgresEntities:
         """Roll back to the last checkpoint at or before a position."""
 
         async def work(connection: PostgresConnection, run: Callable[[Script[Any]], Awaitable[Any]]) -> IndexerState:
-            standing: IndexerState = await run(indexer.go_back(plan, token, old_no, source, to))
+            standing: IndexerState = await run(indexer.roll_back(plan, token, old_no, source, to))
             for entity in plan.entities:
                 if plan.keeps_history(entity):
                     for sql in self._dialect.restore(entity):

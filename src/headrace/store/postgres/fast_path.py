@@ -117,11 +117,11 @@ def in_order(chunks: Sequence[Chunk], cursor: bytes | None) -> dict[str, Any] | 
     for number, chunk in enumerate(chunks):
         blocks.append((number, chunk.first_index, chunk.runs_count, *blob.put(chunk.items)))
         for key, block_offsets in chunk.spans.items():
-            span_slots = range(chunk.runs_count) if block_offsets is None else decode_uint16s(block_offsets)
+            offsets = range(chunk.runs_count) if block_offsets is None else decode_uint16s(block_offsets)
             spans.append(
                 (
                     len(spans), number, key.queue, key.task, key.priority, key.due_us, key.expires_us,
-                    int(key.at_most_once), chunk.first_index + span_slots[0], chunk.first_index, len(span_slots),
+                    int(key.at_most_once), chunk.first_index + offsets[0], chunk.first_index, len(offsets),
                     *blob.put(block_offsets), int(key.dead_letter),
                 )
             )  # fmt: skip

@@ -107,15 +107,15 @@ class SqliteEntities:
         return self._within(lambda connection: self._prepare(connection, plan))
 
     def _prepare(self, connection: sqlite3.Connection, plan: EntityPlan) -> IndexerState:
-        standing = run_script(connection, indexer.found_or_made(plan.environment, plan.indexer))
-        kept = run_script(connection, indexer.kept_tables())
+        standing = run_script(connection, indexer.find_or_create(plan.environment, plan.indexer))
+        kept = run_script(connection, indexer.stored_tables())
         existing = set(run_script(connection, fetch_column("existing_tables")))
         changes = changes_of(plan, kept, existing)
         if any(change.creates_history for change in changes):
             run_script(connection, indexer.start_history(plan, standing))
         for change in changes:
             self._change(connection, plan, change, has_indexes=standing.is_caught_up or not plan.defer_indexes)
-            run_script(connection, indexer.keep_table(plan, change.entity))
+            run_script(connection, indexer.store_table(plan, change.entity))
         return run_script(connection, indexer.find(plan.environment, plan.indexer))
 
     def _change(self, connection: sqlite3.Connection, plan: EntityPlan, change: Change, *, has_indexes: bool) -> None:
@@ -186,7 +186,7 @@ class SqliteEntities:
             for write in commit.writes:
                 self._write(connection, write, keeps_history=commit.plan.keeps_history(write.entity))
             if commit.floor_no is not None:
-                run_script(connection, indexer.raise_floor(commit, commit.floor_no))
+                run_script(connection, indexer.move_floor(commit, commit.floor_no))
                 for entity in commit.plan.entities:
                     if commit.plan.keeps_history(entity):
                         connection.execute(self._dialect.prune(entity), (commit.floor_no,))
@@ -225,7 +225,7 @@ class SqliteEntities:
         """Roll back to the last checkpoint at or before a position."""
 
         def work(connection: sqlite3.Connection) -> IndexerState:
-            standing = run_script(connection, indexer.go_back(plan, token, old_no, source, to))
+            standing = run_script(connection, indexer.roll_back(plan, token, old_no, source, to))
             for entity in plan.entities:
                 if plan.keeps_history(entity):
                     for sql in self._dialect.restore(entity):

@@ -1,6 +1,6 @@
-"""What each verb of the seam does, once for every database.
+"""The operations of a store as scripts, written once for both databases.
 
-A verb is a *script*: a generator that yields named statements with their values and is sent the rows. It knows the
-statements' names and no driver, so SQLite's writer thread runs it step by step and Postgres awaits each step. What a
-dialect can do in one statement it may do without the script; the conformance suite holds both to the same.
+A script is a generator that yields named statements with their values, and is sent the rows. It knows the names of
+statements and no driver: SQLite's writer thread runs it step by step, and PostgreSQL awaits each step. A database may
+do in one statement what the script does in several; the conformance tests hold both to the same results.
 """

@@ -1,4 +1,4 @@
-"""Who may come in: API keys, what tokens are signed with, token buckets."""
+"""API keys, signing keys, and token buckets of rate limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headrace.store.transactions.sql_script import Script, fetch, fetch_first, f
 
 
 def add_key(key: ApiKey, now_us: int) -> Script[None]:
-    """A new key."""
+    """Insert an API key."""
     added = yield from fetch(
         "insert_api_key",
         id=key.id,
@@ -27,38 +27,42 @@ def add_key(key: ApiKey, now_us: int) -> Script[None]:
         created_us=now_us,
     )
     if not added:
-        raise Conflict("there is such a key already", key_id=key.id)
+        raise Conflict("an API key with this id or digest exists already", key_id=key.id)
 
 
 def find_key(digest: str) -> Script[ApiKey | None]:
-    """The key of a digest."""
+    """Return the API key with a digest."""
     row = yield from fetch_one("api_key_by_digest", digest=digest)
     return None if row is None else _to_key(row)
 
 
 def keys(environment: str) -> Script[list[ApiKey]]:
-    """All keys of an environment."""
+    """List the API keys of an environment."""
     return [_to_key(row) for row in (yield from fetch("api_keys", environment=environment))]
 
 
 def revoke_key(environment: str, key_id: str, now_us: int) -> Script[bool]:
-    """End a key, once."""
+    """Revoke an API key, once."""
     if (yield from fetch("revoke_api_key", environment=environment, id=key_id, now_us=now_us)):
         return True
     if all(key.id != key_id for key in (yield from keys(environment))):
-        raise NotFound("there is no such key", hint="`headrace key list` shows those there are", key_id=key_id)
+        raise NotFound(
+            f"no API key has the id {key_id!r}",
+            hint="`headrace key list` shows the keys of an environment",
+            key_id=key_id,
+        )
     return False
 
 
 def signing_key(environment: str, offered: bytes) -> Script[bytes]:
-    """The first that was offered stays."""
+    """Return the signing key; the first one that was offered is kept."""
     yield from fetch("offer_signing_key", environment=environment, value=offered)
     (value,) = yield from fetch_first("signing_key", environment=environment)
     return bytes(value)
 
 
 def spend(environment: str, name: str, bucket: Bucket, cost: int, now_us: int) -> Script[Spent]:
-    """Decide under the bucket's lock."""
+    """Take tokens from a bucket, under its lock."""
     yield from fetch("know_bucket", environment=environment, name=name)
     (full_us,) = yield from fetch_first("lock_bucket", environment=environment, name=name)
     spent = admission.spend(bucket, cost, full_us=int(full_us), now_us=now_us)

@@ -1,4 +1,4 @@
-"""How a batch fills and closes: create, append, seal. Each function is one transaction's work."""
+"""Create batches, append runs, and seal. Each public function is one transaction."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _extras_encoder = msgspec.msgpack.Encoder()
 
 
 def create(new: NewBatch, now_us: int) -> Script[tuple[BatchRecord, bool]]:
-    """A new batch, or the one its key names."""
+    """Create a batch, or return the one that its key names."""
     if new.key is not None:
         row = yield from fetch_one("batch_by_key", environment=new.environment, key=new.key)
         if row is not None:
@@ -86,13 +86,13 @@ def create(new: NewBatch, now_us: int) -> Script[tuple[BatchRecord, bool]]:
 
 
 def enqueue(new: NewBatch, chunk: Chunk, now_us: int) -> Script[tuple[str, int]]:
-    """One run as a batch of its own, created, filled and sealed at once; an older run when its key names one."""
+    """Create a batch of one run, filled and sealed. Returns an older run if its idempotency key names one."""
     ((task, extra),) = [(key.task, chunk.extras.get(0)) for key in chunk.spans]
     if extra is not None and extra.idempotency_key:
         name = task, extra.idempotency_key
-        known = yield from _named(new.environment, [name], now_us)
-        if name in known:
-            return known[name]
+        run_by_key = yield from _named(new.environment, [name], now_us)
+        if name in run_by_key:
+            return run_by_key[name]
     yield from create(new, now_us)
     yield from append(new.id, [chunk], None, 1, now_us)
     yield from seal(new.id, 1, now_us)
@@ -100,7 +100,7 @@ def enqueue(new: NewBatch, chunk: Chunk, now_us: int) -> Script[tuple[str, int]]
 
 
 class _Fresh(NamedTuple):
-    """What of an append is new."""
+    """The new part of an append."""
 
     chunks: list[Chunk]
     duplicates_count: int
@@ -117,20 +117,20 @@ def append(
     *,
     seals: bool = False,
 ) -> Script[Appended]:
-    """Make the runs of `chunks` durable that are not yet, and keep `cursor` with them; close a batch that is whole."""
+    """Make those runs of `chunks` durable that are new, and store `cursor`; with `seals`, seal a complete batch."""
     batch = yield from lock(batch_id)
     for chunk in chunks:
         check_names(chunk)
         batches.check_append(batch, first_index=chunk.first_index, last_index=chunk.last_index, runs_max=runs_max)
     received = yield from received_of(batch_id)
-    fresh = yield from _fresh(batch, received, chunks, now_us)
+    fresh = yield from _new_runs(batch, received, chunks, now_us)
     accepted_count = sum(chunk.runs_count for chunk in fresh.chunks)
     born_counts = Counts()
     if fresh.chunks:
         yield from _keep_lanes(batch, fresh.chunks)
         born_counts = yield from _insert(batch, fresh.chunks, now_us)
         for chunk in fresh.chunks:
-            _note(received, chunk)
+            _add_indexes(received, chunk)
         width = max(chunk.last_index - chunk.first_index + 1 for chunk in fresh.chunks)
         yield from fetch("update_received", id=batch_id, received=received.to_bytes(), block_width=width)
     after = batches.appended(batch, accepted_count=accepted_count, born=born_counts, cursor=cursor, now_us=now_us)
@@ -147,7 +147,7 @@ def append(
     )
 
 
-def _fresh(batch: BatchRecord, received: IndexSet, chunks: Sequence[Chunk], now_us: int) -> Script[_Fresh]:
+def _new_runs(batch: BatchRecord, received: IndexSet, chunks: Sequence[Chunk], now_us: int) -> Script[_Fresh]:
     fresh = _Fresh([], 0, [], {})
     duplicates_count = 0
     seen = IndexSet()
@@ -158,18 +158,18 @@ def _fresh(batch: BatchRecord, received: IndexSet, chunks: Sequence[Chunk], now_
         if repeated:
             duplicates_count += len(repeated)
             repeats.append((chunk, repeated))
-        own = chunk
+        linked_chunk = chunk
         if any(extra.idempotency_key for extra in chunk.extras.values()):
-            keep, own = yield from _known_keys(batch, chunk, keep, known, fresh.existing, now_us)
-        kept = narrowed(own, keep)
+            keep, linked_chunk = yield from _known_keys(batch, chunk, keep, known, fresh.existing, now_us)
+        kept = narrowed(linked_chunk, keep)
         if kept is not None:
             fresh.chunks.append(kept)
-            _note(seen, kept)
+            _add_indexes(seen, kept)
     conflicts = (yield from _conflicts(batch.id, repeats, fresh.chunks)) if repeats else []
     return fresh._replace(duplicates_count=duplicates_count, conflicts=conflicts)
 
 
-def _note(indexes: IndexSet, chunk: Chunk) -> None:
+def _add_indexes(indexes: IndexSet, chunk: Chunk) -> None:
     """Add a chunk's indexes to a set."""
     if chunk.gaps is None:
         indexes.add_range(chunk.first_index, chunk.last_index + 1)
@@ -192,9 +192,9 @@ def _new_block_offsets(chunk: Chunk, received: IndexSet, seen: IndexSet) -> tupl
 
 
 def _conflicts(batch_id: str, repeats: Sequence[tuple[Chunk, list[int]]], kept: Sequence[Chunk]) -> Script[list[int]]:
-    """Indexes among the repeated ones whose content differs from what is stored, or from `kept` in this append.
+    """Return the repeated indexes whose content differs from the stored one, or from `kept` in this append.
 
-    A block that is sent again as it was, the usual case, is compared as one value.
+    A block that is sent again unchanged, the usual case, is compared as one value.
     """
     sent = [
         (index, content) for chunk, block_offsets in repeats for index, content in _contents_at(chunk, block_offsets)
@@ -203,30 +203,30 @@ def _conflicts(batch_id: str, repeats: Sequence[tuple[Chunk, list[int]]], kept: 
     as_sent = {(chunk.first_index, chunk.gaps): chunk.items for chunk, _ in repeats}
     stored: dict[int, tuple[bytes, int]] = {}
     for first_index, gaps, items in (yield from _contents(batch_id, repeats, kept)):
-        own = indexes_of(first_index, count(items), gaps)
+        indexes = indexes_of(first_index, count(items), gaps)
         if as_sent.get((first_index, gaps)) == items and len(sent) == len(wanted):
-            wanted.difference_update(own)
+            wanted.difference_update(indexes)
             continue
-        block_offsets = [block_offset for block_offset, index in enumerate(own) if index in wanted]
+        block_offsets = [block_offset for block_offset, index in enumerate(indexes) if index in wanted]
         payloads, kinds = unpack_some(items, block_offsets)
         for number, block_offset in enumerate(block_offsets):
-            stored[own[block_offset]] = (payloads[number], kinds[number] if kinds else 0)
+            stored[indexes[block_offset]] = (payloads[number], kinds[number] if kinds else 0)
     return [index for index, content in sent if index in stored and stored[index] != content]
 
 
 def _contents_at(chunk: Chunk, block_offsets: list[int]) -> Iterator[tuple[int, tuple[bytes, int]]]:
-    """`(index, (payload, kind))` of some runs of a chunk."""
-    own = indexes_of(chunk.first_index, chunk.runs_count, chunk.gaps)
+    """Yield `(index, (payload, kind))` for some runs of a chunk."""
+    indexes = indexes_of(chunk.first_index, chunk.runs_count, chunk.gaps)
     payloads, kinds = unpack_some(chunk.items, block_offsets)
     for number, block_offset in enumerate(block_offsets):
-        yield own[block_offset], (payloads[number], kinds[number] if kinds else 0)
+        yield indexes[block_offset], (payloads[number], kinds[number] if kinds else 0)
 
 
 def _contents(
     batch_id: str, repeats: Sequence[tuple[Chunk, list[int]]], kept: Sequence[Chunk]
 ) -> Script[list[tuple[int, bytes | None, bytes]]]:
-    """`(first index, gaps, items)` of all that may hold repeated indexes."""
-    found = [(other.first_index, other.gaps, other.items) for other in kept]
+    """Return `(first index, gaps, items)` of all blocks that may hold repeated indexes."""
+    kept_contents = [(other.first_index, other.gaps, other.items) for other in kept]
     _, width = yield from find_with_width(batch_id)
     first_index = min(chunk.first_index for chunk, _ in repeats)
     rows = yield from fetch(
@@ -237,10 +237,10 @@ def _contents(
         before_index=max(chunk.last_index for chunk, _ in repeats) + 1,
         rows_max=BLOCKS_MAX,
     )
-    met = IndexSet.from_ranges((chunk.first_index, chunk.last_index + 1) for chunk, _ in repeats)
-    near = [block_id for block_id, first, last, *_ in rows if met.overlaps_range(first, last + 1)]
+    repeated = IndexSet.from_ranges((chunk.first_index, chunk.last_index + 1) for chunk, _ in repeats)
+    near = [block_id for block_id, first, last, *_ in rows if repeated.overlaps_range(first, last + 1)]
     blocks = yield from fetch_as(BlockRow, "blocks", ids=as_json(near))
-    return found + [(block.first_index, block.gaps, block.items) for block in blocks]
+    return kept_contents + [(block.first_index, block.gaps, block.items) for block in blocks]
 
 
 def _known_keys(
@@ -251,10 +251,10 @@ def _known_keys(
     existing: dict[int, tuple[str, int]],
     now_us: int,
 ) -> Script[tuple[list[int], Chunk]]:
-    """Runs whose key already names a run, in the store or in `known`: linked to it, or in a stream left out.
+    """Link runs whose key already names a run, in the store or in `known`; in a stream leave them out.
 
-    Answers the positions to keep, of which chunk, and remembers which run each key names. A key whose run ended
-    badly is free again, unless that run must not run twice.
+    Returns the block offsets to keep, and the chunk they belong to, and adds the new keys to `known`. A key is free
+    again when its run failed, was cancelled or expired, unless that run must not run twice.
     """
     tasks = {
         block_offset: key.task
@@ -283,28 +283,28 @@ def _known_keys(
 def _named(
     environment: str, wanted: Sequence[tuple[str, str]], now_us: int
 ) -> Script[dict[tuple[str, str], tuple[str, int]]]:
-    """The runs that keys name, by `(task, key)`; keys that are free again are let go."""
+    """Return the runs that keys name, by `(task, key)`; delete the keys that are free again."""
     rows = yield from fetch("known_keys", environment=environment, rows=as_json(list(wanted)), now_us=now_us)
-    found: dict[tuple[str, str], tuple[str, int]] = {}
+    runs: dict[tuple[str, str], tuple[str, int]] = {}
     free: list[tuple[str, str]] = []
     for task, key, batch_id, index in rows:
         if (yield from _is_free(batch_id, index)):
             free.append((task, key))
         else:
-            found[task, key] = batch_id, index
+            runs[task, key] = batch_id, index
     if free:
         yield from fetch("free_keys", environment=environment, rows=as_json(free))
-    return found
+    return runs
 
 
 def _is_free(batch_id: str, index: int) -> Script[bool]:
-    """Whether the key of a run names nothing any more: it ended badly, and may run once more."""
-    span_slot = yield from locate(batch_id, index)
-    if span_slot is None:
+    """True if the key of a run is free: its run failed, was cancelled or expired, and may run again."""
+    location = yield from locate(batch_id, index)
+    if location is None:
         return True
-    for span in (yield from spans_of_block(span_slot[0])):
+    for span in (yield from spans_of_block(location.block_id)):
         for block_offset, state in zip(block_offsets_of(span), span.states, strict=True):
-            if block_offset == span_slot[1] and state in ENDED_BADLY:
+            if block_offset == location.block_offset and state in ENDED_BADLY:
                 return not span.at_most_once
     return False
 
@@ -314,7 +314,7 @@ def _block_offsets(chunk: Chunk, block_offsets: bytes | None) -> Sequence[int]:
 
 
 def _keep_lanes(batch: BatchRecord, chunks: Sequence[Chunk]) -> Script[None]:
-    """Make queues and lanes known, and note what time it is when the batch first meets each queue."""
+    """Create the queues and lanes of chunks, and store the clock at which the batch first uses each queue."""
     lanes = sorted({(key.queue, key.task) for chunk in chunks for key in chunk.spans})
     new_queues = {queue for queue, _ in lanes} - batch.order_bases.keys()
     for queue in sorted(new_queues):
@@ -326,7 +326,9 @@ def _keep_lanes(batch: BatchRecord, chunks: Sequence[Chunk]) -> Script[None]:
 
 
 def _insert(batch: BatchRecord, chunks: Sequence[Chunk], now_us: int) -> Script[Counts]:
-    """Insert blocks, their spans, and rows for what only some runs have; answers the runs that ended at birth."""
+    """Insert blocks, their spans, and rows for what only some runs have. Returns the counts of runs that ended at
+    creation.
+    """
     (clock,) = yield from fetch_first("environment_clock", environment=batch.environment)
     spans: list[Span] = []
     ended: list[tuple[Span, dict[int, EndedAtCreation]]] = []
@@ -369,19 +371,19 @@ def _new_spans(
     clock: int,
     now_us: int,
 ) -> Iterator[Span]:
-    """The span of the runs that can run, and those of the runs that ended at birth, a state each."""
+    """Yield the span of the runs that can run, and a span for each state in which runs ended at creation."""
     every = _block_offsets(chunk, block_offsets)
     by_state: dict[int, Sequence[int]] = {run.WAITING: every}
     if at_birth:
-        found: dict[int, list[int]] = {}
+        offsets_by_state: dict[int, list[int]] = {}
         for block_offset in every:
-            found.setdefault(at_birth[block_offset].state if block_offset in at_birth else run.WAITING, []).append(
-                block_offset
-            )
-        by_state = dict(found)
-    for state, own in by_state.items():
-        stands = DONE if state != run.WAITING else DELAYED if key.due_us > now_us else WAITING
-        is_whole = block_offsets is None and len(own) == chunk.runs_count and stands != DONE
+            offsets_by_state.setdefault(
+                at_birth[block_offset].state if block_offset in at_birth else run.WAITING, []
+            ).append(block_offset)
+        by_state = dict(offsets_by_state)
+    for state, offsets in by_state.items():
+        span_state = DONE if state != run.WAITING else DELAYED if key.due_us > now_us else WAITING
+        is_whole = block_offsets is None and len(offsets) == chunk.runs_count and span_state != DONE
         yield Span(
             block_id=block_id,
             batch_id=batch.id,
@@ -394,12 +396,12 @@ def _new_spans(
             at_most_once=key.at_most_once,
             dead_letter=key.dead_letter,
             since_us=now_us,
-            order_no=first_order_no(clock=clock, base=batch.order_bases[key.queue], index=chunk.index_at(own[0])),
+            order_no=first_order_no(clock=clock, base=batch.order_bases[key.queue], index=chunk.index_at(offsets[0])),
             first_index=chunk.first_index,
-            block_offsets=None if is_whole else encode_uint16s(own),
-            states=bytes((state,)) * len(own),
-            unsettled_count=0 if stands == DONE else len(own),
-            state=stands,
+            block_offsets=None if is_whole else encode_uint16s(offsets),
+            states=bytes((state,)) * len(offsets),
+            unsettled_count=0 if span_state == DONE else len(offsets),
+            state=span_state,
         )
 
 
@@ -431,13 +433,13 @@ def _insert_extras(batch: BatchRecord, chunks: Sequence[Chunk], now_us: int) -> 
 
 
 def seal_whole(batch_id: str, now_us: int) -> Script[BatchRecord | None]:
-    """Close a batch that has received all that it announced, and no other."""
+    """Seal a batch if it has received all that it announced."""
     batch = yield from lock(batch_id)
     return (yield from seal(batch_id, None, now_us)) if batches.is_whole(batch) else None
 
 
 def seal(batch_id: str, expected_count: int | None, now_us: int) -> Script[BatchRecord]:
-    """Close a batch; the decision that completes it is in the same transaction."""
+    """Seal a batch. The decision that completes it is in the same transaction."""
     batch = yield from lock(batch_id)
     after = batches.sealed(batch, (yield from received_of(batch_id)), expected_count=expected_count, now_us=now_us)
     yield from put_batch(after)

@@ -1,4 +1,4 @@
-"""Runs that failed for good and wait for a person: they come onto a list, and go off it by redrive or purge."""
+"""Dead letters: runs that failed finally are listed until an operator redrives or purges them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from headrace.store.transactions.row_mapping import as_json
 from headrace.store.transactions.sql_script import Script, fetch
 
 
-def add_dead(found: Sequence[tuple[Span, Sequence[int]]], now_us: int) -> Script[None]:
-    """Runs at some block positions of some spans have failed for good."""
-    shapes = yield from shapes_of(span.block_id for span, _ in found)
+def add_dead(failed: Sequence[tuple[Span, Sequence[int]]], now_us: int) -> Script[None]:
+    """Add runs at some block offsets of some spans to the dead letters."""
+    shapes = yield from shapes_of(span.block_id for span, _ in failed)
     rows = sorted(
         (span.batch_id, shapes[span.block_id][block_offset], span.environment, span.queue, span.task)
-        for span, block_offsets in found
+        for span, block_offsets in failed
         for block_offset in block_offsets
     )
     yield from fetch("insert_dead", rows=as_json(rows), now_us=now_us)
@@ -27,7 +27,7 @@ def add_dead(found: Sequence[tuple[Span, Sequence[int]]], now_us: int) -> Script
 def dead_letters(
     environment: str, queue: str, before_us: int, after: DeadLetter | None, limit: int
 ) -> Script[list[DeadLetter]]:
-    """Dead letters, oldest first."""
+    """List dead letters, oldest first."""
     rows = yield from fetch(
         "list_dead",
         environment=environment,
@@ -45,24 +45,26 @@ def dead_letters(
 
 
 def purge_dead(environment: str, runs: Sequence[tuple[str, int]]) -> Script[int]:
-    """Take runs off the list, whatever else becomes of them."""
+    """Remove runs from the dead letters."""
     return len((yield from fetch("purge_dead", environment=environment, rows=as_json(sorted(set(runs))))))
 
 
 def named_leases(environment: str, task: str, keys: Sequence[str]) -> Script[list[NamedLease]]:
-    """Where the runs that keys name are under way."""
+    """Return the leases of the runs that keys name."""
     names = as_json([(task, key) for key in sorted(set(keys))])
-    found = []
+    leases = []
     for _, key, batch_id, index in (yield from fetch("known_keys", environment=environment, rows=names, now_us=0)):
-        span_slot = yield from locate(batch_id, index)
-        if span_slot is None:
+        location = yield from locate(batch_id, index)
+        if location is None:
             continue
-        ((_, extras),) = yield from fetch("extras_of_blocks", ids=as_json([span_slot[0]]))
-        extra = decode_extras(extras)[span_slot[1]]
-        for span in (yield from spans_of_block(span_slot[0])):
-            found += [
-                named_lease(span, key, own, extra)
-                for own, block_offset in enumerate(block_offsets_of(span))
-                if block_offset == span_slot[1] and span.state == LEASED and span.states[own] in UNSETTLED
+        ((_, extras),) = yield from fetch("extras_of_blocks", ids=as_json([location.block_id]))
+        extra = decode_extras(extras)[location.block_offset]
+        for span in (yield from spans_of_block(location.block_id)):
+            leases += [
+                named_lease(span, key, span_slot, extra)
+                for span_slot, block_offset in enumerate(block_offsets_of(span))
+                if block_offset == location.block_offset
+                and span.state == LEASED
+                and span.states[span_slot] in UNSETTLED
             ]
-    return found
+    return leases

@@ -1,6 +1,6 @@
-"""What an indexer's commit shares with every database: its row, its lease, its guard, and the runs it enqueues.
+"""An indexer's own rows, for both databases: its state, its lease, the guard of its commits, and the runs it enqueues.
 
-The user's own tables are written beside these scripts, in the same transaction (see `headrace.store.entities`).
+The user's tables are written beside these scripts, in the same transaction (see `headrace.store.entities`).
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from headrace.store.transactions.row_mapping import as_json
 from headrace.store.transactions.sql_script import Script, fetch, fetch_column, fetch_first, fetch_one
 
 LOG_ROWS: Final = 5_000
-"""Checkpoints in one statement."""
+"""Checkpoints that one statement inserts."""
 
 _decode: Final = msgspec.json.decode
 
 
 def find(environment: str, name: str) -> Script[IndexerState]:
-    """An indexer's row. Raises `NotFound`."""
+    """Return the state of an indexer. Raises `NotFound`."""
     row = yield from fetch_one("indexer", environment=environment, name=name)
     if row is None:
         raise NotFound(
-            f"there is no indexer {name!r}", hint="`headrace index status` lists them", environment=environment
+            f"no indexer is called {name!r}", hint="`headrace index status` lists the indexers", environment=environment
         )
     return _standing(row)
 
 
-def found_or_made(environment: str, name: str) -> Script[IndexerState]:
-    """An indexer's row; a new one stands before its first event."""
+def find_or_create(environment: str, name: str) -> Script[IndexerState]:
+    """Return the state of an indexer, created before its first event if it is new."""
     yield from fetch("insert_indexer", environment=environment, name=name)
     return (yield from find(environment, name))
 
 
 def standings(environment: str) -> Script[list[IndexerState]]:
-    """Every indexer of an environment."""
+    """List the indexers of an environment."""
     return [_standing(row) for row in (yield from fetch("indexers", environment=environment))]
 
 
@@ -81,8 +81,8 @@ def _standing(columns: Sequence[Any]) -> IndexerState:
     )
 
 
-def kept_tables() -> Script[dict[str, StoredTable]]:
-    """Every table that an indexer made, by name."""
+def stored_tables() -> Script[dict[str, StoredTable]]:
+    """Return every table that an indexer created, by name."""
     rows = yield from fetch("indexer_tables")
     return {
         name: StoredTable(environment, indexer, _decode(columns), bool(has_history))
@@ -90,8 +90,8 @@ def kept_tables() -> Script[dict[str, StoredTable]]:
     }
 
 
-def keep_table(plan: EntityPlan, entity: EntityType) -> Script[None]:
-    """Remember what a table was made for."""
+def store_table(plan: EntityPlan, entity: EntityType) -> Script[None]:
+    """Store for which entity a table was created."""
     yield from fetch(
         "put_indexer_table",
         name=entity.table,
@@ -102,20 +102,20 @@ def keep_table(plan: EntityPlan, entity: EntityType) -> Script[None]:
     )
 
 
-def start_history(plan: EntityPlan, standing: IndexerState) -> Script[None]:
-    """History begins here: to before this nobody can go back."""
+def start_history(plan: EntityPlan, state: IndexerState) -> Script[None]:
+    """Begin the history here: a rollback can't go back further."""
     yield from fetch("delete_checkpoints", environment=plan.environment, indexer=plan.indexer, from_no=-1, to_no=2**62)
     yield from fetch(
         "move_floor",
         environment=plan.environment,
         name=plan.indexer,
-        floor_no=standing.no,
-        floor_positions=as_json(standing.positions),
+        floor_no=state.no,
+        floor_positions=as_json(state.positions),
     )
 
 
 def take(seen: IndexerState, holder: str) -> Script[int | None]:
-    """Lease an indexer that nobody has moved or renewed since it was seen."""
+    """Lease an indexer, unless it was leased or renewed since it was seen."""
     tokens = yield from fetch_column(
         "take_indexer",
         environment=seen.environment,
@@ -128,17 +128,19 @@ def take(seen: IndexerState, holder: str) -> Script[int | None]:
 
 
 def beat(environment: str, name: str, token: int) -> Script[bool]:
-    """A sign of life of the holder."""
+    """Renew the holder's lease."""
     return bool((yield from fetch("beat_indexer", environment=environment, name=name, token=token)))
 
 
 def leave(environment: str, name: str, token: int) -> Script[None]:
-    """The holder goes."""
+    """Release the holder's lease."""
     yield from fetch("leave_indexer", environment=environment, name=name, token=token)
 
 
 def move(commit: Commit, now_us: int) -> Script[bool]:
-    """The guard of a commit, first of all: False when it has landed already. Raises `LeaseLost`."""
+    """Advance the checkpoint, as the guard of a commit. Returns False if this commit is durable already. Raises
+    `LeaseLost`.
+    """
     plan = commit.plan
     moved = yield from fetch(
         "move_checkpoint",
@@ -153,28 +155,28 @@ def move(commit: Commit, now_us: int) -> Script[bool]:
     )
     if moved:
         return True
-    standing = yield from find(plan.environment, plan.indexer)
-    _check_token(standing, commit.token)
-    if (standing.no, standing.positions) == (commit.no, commit.positions):
+    state = yield from find(plan.environment, plan.indexer)
+    _check_token(state, commit.token)
+    if (state.no, state.positions) == (commit.no, commit.positions):
         return False
     raise StoreBroken(
-        f"the indexer {plan.indexer!r} stands at {standing.no}, where {commit.old_no} was left",
-        hint="somebody changed its row by hand",
+        f"the indexer {plan.indexer!r} is at checkpoint {state.no}, expected {commit.old_no}",
+        hint="its row was changed by something else than an indexer",
         indexer=plan.indexer,
     )
 
 
-def _check_token(standing: IndexerState, token: int) -> None:
-    if standing.token != token:
+def _check_token(state: IndexerState, token: int) -> None:
+    if state.token != token:
         raise LeaseLost(
-            f"the indexer {standing.name!r} is worked on by {standing.holder or 'another process'} now",
-            hint="one process an indexer; what this one had not committed is done again there",
-            indexer=standing.name,
+            f"the indexer {state.name!r} is leased by {state.holder or 'another process'} now",
+            hint="run one process for each indexer; the other process repeats what this one had not committed",
+            indexer=state.name,
         )
 
 
 def note(commit: Commit) -> Script[None]:
-    """What else of Headrace's own a commit writes: its checkpoints, and the runs it enqueues."""
+    """Write the checkpoints of a commit."""
     plan = commit.plan
     for start in range(0, len(commit.checkpoints), LOG_ROWS):
         rows = [(no, source, *_columns_of(own)) for no, source, own in commit.checkpoints[start : start + LOG_ROWS]]
@@ -182,10 +184,10 @@ def note(commit: Commit) -> Script[None]:
 
 
 def enqueue(plan: EntityPlan, batch_id: str, chunks: Sequence[Chunk], runs_max: int, now_us: int) -> Script[None]:
-    """Runs as one whole batch: created, filled and sealed in this transaction.
+    """Enqueue runs as one complete batch: created, filled and sealed in this transaction.
 
-    A run whose key (position and ordinal) is known was enqueued before a rewind, and is that run. When all are, there
-    is no batch: nobody would know what an empty one is for.
+    A run whose key (position and ordinal) exists was enqueued before a rewind, and is that run. If all runs exist, no
+    batch is created.
     """
     new = NewBatch(id=batch_id, environment=plan.environment, kind="stream", metadata={"indexer": plan.indexer})
     yield from append.create(new, now_us)
@@ -196,11 +198,11 @@ def enqueue(plan: EntityPlan, batch_id: str, chunks: Sequence[Chunk], runs_max: 
         yield from fetch("delete_batch", batch_id=batch_id)
 
 
-def raise_floor(commit: Commit, floor_no: int) -> Script[None]:
-    """Of checkpoints before this one nothing is kept any more."""
+def move_floor(commit: Commit, floor_no: int) -> Script[None]:
+    """Delete what is stored about checkpoints before this one."""
     plan = commit.plan
-    standing = yield from find(plan.environment, plan.indexer)
-    positions = yield from _positions_at(standing, floor_no)
+    state = yield from find(plan.environment, plan.indexer)
+    positions = yield from _positions_at(state, floor_no)
     yield from fetch(
         "move_floor",
         environment=plan.environment,
@@ -213,20 +215,22 @@ def raise_floor(commit: Commit, floor_no: int) -> Script[None]:
     )
 
 
-def go_back(plan: EntityPlan, token: int, old_no: int, source: str, to: Position | None) -> Script[IndexerState]:
-    """Put the row where it stood after the last event at or before a position; the tables follow."""
+def roll_back(plan: EntityPlan, token: int, old_no: int, source: str, to: Position | None) -> Script[IndexerState]:
+    """Set the state back to the last event at or before a position; the caller restores the tables."""
     if not plan.history:
         raise HistoryGone(
-            "nothing is kept of what a rollback would need",
-            hint="keep it: history=… of the indexer; `headrace index reset` begins anew",
+            "a rollback needs the history, and this indexer keeps none",
+            hint="give the indexer history=…; `headrace index reset` starts it from the beginning",
             indexer=plan.indexer,
         )
-    standing = yield from find(plan.environment, plan.indexer)
-    _check_token(standing, token)
-    if standing.no != old_no:
-        raise StoreBroken(f"the indexer stands at {standing.no}, where {old_no} was left", indexer=plan.indexer)
-    no = yield from _no_at(standing, source, to)
-    positions = yield from _positions_at(standing, no)
+    state = yield from find(plan.environment, plan.indexer)
+    _check_token(state, token)
+    if state.no != old_no:
+        raise StoreBroken(
+            f"the indexer {plan.indexer!r} is at checkpoint {state.no}, expected {old_no}", indexer=plan.indexer
+        )
+    no = yield from _no_at(state, source, to)
+    positions = yield from _positions_at(state, no)
     yield from fetch(
         "move_checkpoint",
         environment=plan.environment,
@@ -236,60 +240,62 @@ def go_back(plan: EntityPlan, token: int, old_no: int, source: str, to: Position
         no=no,
         positions=as_json(positions),
         is_caught_up=False,
-        now_us=standing.moved_us,
+        now_us=state.moved_us,
     )
     yield from fetch("delete_checkpoints", environment=plan.environment, indexer=plan.indexer, from_no=no, to_no=2**62)
     return (yield from find(plan.environment, plan.indexer))
 
 
-def _no_at(standing: IndexerState, source: str, to: Position | None) -> Script[int]:
-    """The checkpoint before the first event of `source` after `to`: that event and all after it must go."""
+def _no_at(state: IndexerState, source: str, to: Position | None) -> Script[int]:
+    """Return the checkpoint before the first event of `source` after `to`; that event and all later ones are taken
+    back.
+    """
     number, text = _columns_of(to) if to is not None else (-(2**63), "")
     (first_no,) = yield from fetch_first(
         "first_checkpoint_after",
-        environment=standing.environment,
-        indexer=standing.name,
+        environment=state.environment,
+        indexer=state.name,
         source=source,
         number=number,
         text=text,
     )
-    last = standing.positions.get(source)
+    last = state.positions.get(source)
     if to is not None and last is not None and type(to) is not type(last):
-        raise Conflict(f"positions of {source} are like {last!r}, not like {to!r}", indexer=standing.name)
-    floor = standing.floor_positions.get(source)
+        raise Conflict(f"expected a position of {source} like {last!r}, got {to!r}", indexer=state.name)
+    floor = state.floor_positions.get(source)
     if floor is not None and (to is None or is_after(floor, to)):
         where = "before the first event" if to is None else f"to {to!r}"
         raise HistoryGone(
-            f"can't go back {where}: history is kept back to {floor!r}",
-            hint="keep more: history=… of the indexer; `headrace index reset` begins anew",
-            indexer=standing.name,
+            f"can't roll back {where}: the history of {source} begins at {floor!r}",
+            hint="keep a longer history=…; `headrace index reset` starts the indexer from the beginning",
+            indexer=state.name,
             source=source,
         )
-    return standing.no if first_no is None else int(first_no) - 1
+    return state.no if first_no is None else int(first_no) - 1
 
 
-def _positions_at(standing: IndexerState, no: int) -> Script[dict[str, Position]]:
-    """Where each source stood at a checkpoint."""
-    if no == standing.no:
-        return standing.positions
-    rows = yield from fetch("last_checkpoints", environment=standing.environment, indexer=standing.name, no=no)
-    found = dict(standing.floor_positions)
-    found.update({source: _position(number, text) for source, number, text in rows})
-    return found
+def _positions_at(state: IndexerState, no: int) -> Script[dict[str, Position]]:
+    """Return the position of each source at a checkpoint."""
+    if no == state.no:
+        return state.positions
+    rows = yield from fetch("last_checkpoints", environment=state.environment, indexer=state.name, no=no)
+    positions = dict(state.floor_positions)
+    positions.update({source: _position(number, text) for source, number, text in rows})
+    return positions
 
 
 def checkpoints(environment: str, name: str) -> Script[list[tuple[int, str, Position]]]:
-    """The events that are kept."""
+    """Return the events that are kept."""
     rows = yield from fetch("checkpoints", environment=environment, indexer=name)
     return [(no, source, _position(number, text)) for no, source, number, text in rows]
 
 
 def forget(environment: str, name: str) -> Script[dict[str, StoredTable]]:
-    """Forget an indexer; answers the tables that are to be dropped."""
+    """Delete the state of an indexer, and return its tables, which are to be dropped."""
     yield from find(environment, name)
     tables = {
         table: kept
-        for table, kept in (yield from kept_tables()).items()
+        for table, kept in (yield from stored_tables()).items()
         if (kept.environment, kept.indexer) == (environment, name)
     }
     yield from fetch("delete_checkpoints", environment=environment, indexer=name, from_no=-1, to_no=2**62)
@@ -299,7 +305,7 @@ def forget(environment: str, name: str) -> Script[dict[str, StoredTable]]:
 
 
 def _columns_of(position: Position) -> tuple[int, str]:
-    """A position as two columns that compare as it does."""
+    """Split a position into two columns that sort as it does."""
     return (position, "") if isinstance(position, int) else (0, position)
 
 

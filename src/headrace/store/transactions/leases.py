@@ -1,4 +1,4 @@
-"""How runs are handed out and taken back: sessions, claim, settle, release, recover."""
+"""Sessions and leases: claim, settle, release and recover."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ CANCELLATIONS_MAX: Final = 10_000
 
 
 class ClaimedSpans(NamedTuple):
-    """What a claim took: spans under their new lease and the rows of their blocks by id."""
+    """The result of a claim: spans under their new lease, and the rows of their blocks by id."""
 
     spans: list[Span]
     blocks: dict[int, BlockRow]
 
 
 def start_session(session: Session, now_us: int) -> Script[None]:
-    """Make a process known."""
+    """Register a process."""
     yield from fetch(
         "insert_session",
         id=session.id,
@@ -73,10 +73,14 @@ def start_session(session: Session, now_us: int) -> Script[None]:
 
 
 def heartbeat(session_id: str, now_us: int) -> Script[Heartbeat]:
-    """A sign of life, answered with what the store thinks this session holds (rule R1)."""
+    """Renew a session, and return its leases (R1, claims are repeatable by number)."""
     beat = yield from fetch_one("beat", id=session_id, now_us=now_us)
     if beat is None:
-        raise SessionEnded("the session was taken for dead and ended", hint="start a new one", session_id=session_id)
+        raise SessionEnded(
+            "another process recovered this session, since its heartbeats came too late",
+            hint="start a new session",
+            session_id=session_id,
+        )
     rows = yield from fetch("leases_of_session", session_id=session_id)
     ids = as_json(sorted({batch_id for *_, batch_id in rows}))
     cancelled = yield from fetch("cancellations", ids=ids, rows_max=CANCELLATIONS_MAX)
@@ -90,10 +94,10 @@ def heartbeat(session_id: str, now_us: int) -> Script[Heartbeat]:
 
 
 def end_session(session_id: str, now_us: int) -> Script[None]:
-    """Leave in good order: leases go back as they were and the session's stream is sealed."""
+    """End a session in good order: release its leases unchanged, and seal its stream."""
     yield from fetch("end_session", id=session_id, now_us=now_us)
-    spans = yield from _held(session_id)
-    yield from give_back(spans, Suspects(span_slots={}, evidence=""), 1, now_us)
+    spans = yield from _locked_spans_of_session(session_id)
+    yield from release_spans(spans, Suspects(span_slots={}, evidence=""), 1, now_us)
     yield from _leave_batches(session_id, now_us)
 
 
@@ -104,18 +108,20 @@ def recover(
     crashes_max: int,
     now_us: int,
 ) -> Script[int]:
-    """End a silent session, once (rule R3: it is ended before anything of it is touched), and free its leases."""
+    """End a silent session, once, and release its leases. It is ended first (R3, a lapsed session is ended before
+    recovery).
+    """
     ended = yield from fetch("end_silent_session", id=session_id, silent_since_us=silent_since_us, now_us=now_us)
     if not ended:
         return 0
-    spans = yield from _held(session_id)
-    count = yield from give_back(spans, suspects, crashes_max, now_us)
+    spans = yield from _locked_spans_of_session(session_id)
+    count = yield from release_spans(spans, suspects, crashes_max, now_us)
     yield from _leave_batches(session_id, now_us)
     return count
 
 
-def give_back(spans: Sequence[Span], suspects: Suspects, crashes_max: int, now_us: int) -> Script[int]:
-    """Free leases that their session can't free itself; answers how many."""
+def release_spans(spans: Sequence[Span], suspects: Suspects, crashes_max: int, now_us: int) -> Script[int]:
+    """Release leases that their session can't release itself. Returns how many."""
     releases = []
     for span in spans:
         if suspects.span_slots is None:
@@ -127,8 +133,10 @@ def give_back(spans: Sequence[Span], suspects: Suspects, crashes_max: int, now_u
     return len(spans)
 
 
-def _held(session_id: str) -> Script[list[Span]]:
-    """What an ended session has leased, locked, and then all batches that this will change (rule R8)."""
+def _locked_spans_of_session(session_id: str) -> Script[list[Span]]:
+    """Lock the spans that an ended session has leased, then all batches that will change (R8, rows are locked in id
+    order).
+    """
     rows = yield from fetch("lock_spans_of_session", session_id=session_id)
     yield from fetch("lock_streams_of_session", session_id=session_id)
     return [to_span(row) for row in rows]
@@ -137,85 +145,90 @@ def _held(session_id: str) -> Script[list[Span]]:
 def _leave_batches(session_id: str, now_us: int) -> Script[None]:
     for row in (yield from fetch("lock_streams_of_session", session_id=session_id)):
         batch = to_batch(row)
-        if batch.session_id == session_id and batch.state == batches.OPEN:  # else a batch of its leases, locked too
+        # the others are batches of its leases, locked too
+        if batch.session_id == session_id and batch.state == batches.OPEN:
             yield from put_batch(batches.left(batch, now_us))
 
 
-def claim(wish: Claim, now_us: int) -> Script[ClaimedSpans]:
-    """Lease the best spans to a live session; a claim asked for again answers the same spans (rule R1)."""
-    yield from require_live(wish.session_id)
-    rows = yield from fetch("claimed_before", session_id=wish.session_id, claim_no=wish.claim_no)
+def claim(claim_request: Claim, now_us: int) -> Script[ClaimedSpans]:
+    """Lease the first spans in claim order to a live session. A repeat returns the same spans (R1, claims are
+    repeatable by number).
+    """
+    yield from require_live(claim_request.session_id)
+    rows = yield from fetch("claimed_before", session_id=claim_request.session_id, claim_no=claim_request.claim_no)
     if rows:
         spans = [to_span(row) for row in rows]
     else:
         yield from promote(now_us)
-        spans = yield from _take(wish, now_us)
+        spans = yield from _take(claim_request, now_us)
     ids = as_json([span.block_id for span in spans])
     blocks = (yield from fetch_as(BlockRow, "blocks", ids=ids)) if spans else []
     return ClaimedSpans(spans, {block.id: block for block in blocks})
 
 
 def promote(now_us: int) -> Script[None]:
-    """Delayed spans whose time has come join the line where it stands now."""
+    """Make delayed spans claimable whose time has come, at the current clock of their queue."""
     due = yield from fetch("due_spans", now_us=now_us, rows_max=PROMOTE_MAX)
     if due:
         rows = [(span_id, returned_order_no(clock=clock)) for span_id, clock in due]
         yield from fetch("promote_spans", rows=as_json(rows))
 
 
-def _take(wish: Claim, now_us: int) -> Script[list[Span]]:
+def _take(claim_request: Claim, now_us: int) -> Script[list[Span]]:
     lanes = yield from fetch(
         "open_lanes",
-        environment=wish.environment,
-        tasks=as_json(list(wish.tasks)),
-        queues=None if wish.queues is None else as_json(list(wish.queues)),
-        queue_prefix=wish.queue_prefix,
+        environment=claim_request.environment,
+        tasks=as_json(list(claim_request.tasks)),
+        queues=None if claim_request.queues is None else as_json(list(claim_request.queues)),
+        queue_prefix=claim_request.queue_prefix,
     )
-    locked: set[str] = set()
+    locked_batches: set[str] = set()
     for _ in range(SWEEPS_MAX):
-        spans = yield from _candidates(wish, lanes, now_us)
+        spans = yield from _candidates(claim_request, lanes, now_us)
         stopped = yield from _stopped(spans)
         if not stopped:
-            return (yield from _lease(spans, wish, now_us))
-        if not locked:  # rule R8: once for all rounds, in one order
-            locked = set((yield from fetch_column("stopping_batches")))
-            yield from fetch("lock_batches", ids=as_json(sorted(locked)))
-        if not locked.issuperset(stopped):
+            return (yield from _lease(spans, claim_request, now_us))
+        if not locked_batches:  # once for all rounds (R8, rows are locked in id order)
+            locked_batches = set((yield from fetch_column("stopping_batches")))
+            yield from fetch("lock_batches", ids=as_json(sorted(locked_batches)))
+        if not locked_batches.issuperset(stopped):
             raise TransactionConflict
-        for batch_id in stopped:  # rule R9: a claim that meets a cancelled batch sweeps its spans, bounded
+        for batch_id in stopped:  # a bounded number of spans (R9, a claim sweeps spans of a cancelled batch)
             yield from sweep_stopped(batch_id, CANDIDATES_MAX, now_us)
     return []
 
 
-def _candidates(wish: Claim, lanes: Sequence[tuple[str, str]], now_us: int) -> Script[list[Span]]:
-    """The best spans over all lanes, each lane read from its own end of the index, until they hold enough runs."""
+def _candidates(claim_request: Claim, lanes: Sequence[tuple[str, str]], now_us: int) -> Script[list[Span]]:
+    """Return the first spans over all lanes in claim order, as many as the claim needs. Each lane is read by its own
+    index range.
+    """
     best: list[Span] = []
     for queue, task in lanes:
-        best += yield from _best_of_lane(wish, queue, task, now_us)
+        best += yield from _best_of_lane(claim_request, queue, task, now_us)
     if len(lanes) > 1:
         best.sort(key=lambda span: (-span.priority, span.order_no, span.batch_id, span.first_index, span.id))
-    wanted = wish.runs_max
-    for number, span in enumerate(best):
-        wanted -= span.unsettled_count
-        if wanted <= 0:
-            return best[: number + 1]
+    runs_left = claim_request.runs_max
+    for spans_count, span in enumerate(best, 1):
+        runs_left -= span.unsettled_count
+        if runs_left <= 0:
+            return best[:spans_count]
     return best
 
 
-def _best_of_lane(wish: Claim, queue: str, task: str, now_us: int) -> Script[list[Span]]:
-    """The first spans of a lane: as many as whole chunks would need, and more while those hold too few runs."""
-    rows_max = wish.runs_max // USUAL_RUNS + 8
+def _best_of_lane(claim_request: Claim, queue: str, task: str, now_us: int) -> Script[list[Span]]:
+    """Return the first spans of a lane: as many as whole chunks would need, then more while they hold too few runs."""
+    rows_max = claim_request.runs_max // USUAL_RUNS + 8
     while True:
         rows = yield from fetch(
             "claim_candidates",
-            environment=wish.environment,
+            environment=claim_request.environment,
             queue=queue,
             task=task,
             now_us=now_us,
             rows_max=min(rows_max, CANDIDATES_MAX),
         )
         spans = [to_span(row) for row in rows]
-        enough = sum(span.unsettled_count for span in spans) >= wish.runs_max
+        enough = sum(span.unsettled_count for span in spans) >= claim_request.runs_max
         if enough or len(rows) < rows_max or rows_max >= CANDIDATES_MAX:
             return spans
         rows_max *= 4
@@ -226,25 +239,25 @@ def _stopped(spans: Sequence[Span]) -> Script[list[str]]:
     return (yield from fetch_column("stopped_batches", ids=ids)) if spans else []
 
 
-def _lease(found: list[Span], wish: Claim, now_us: int) -> Script[list[Span]]:
-    """Put the found spans under a lease; the last one is split when it holds more runs than are wanted."""
-    if not found:
+def _lease(candidates: list[Span], claim_request: Claim, now_us: int) -> Script[list[Span]]:
+    """Lease the spans. The last one is split if it holds more runs than requested."""
+    if not candidates:
         return []
-    over = sum(span.unsettled_count for span in found) - wish.runs_max
+    surplus = sum(span.unsettled_count for span in candidates) - claim_request.runs_max
     kept: Span | None = None
-    spans = found
-    if over > 0:
-        last = found[-1]
-        kept, part = take_first(last, last.unsettled_count - over)
-        spans = [*found[:-1], part]
-    taken = [leased(span, session_id=wish.session_id, claim_no=wish.claim_no, now_us=now_us) for span in spans]
+    spans = candidates
+    if surplus > 0:
+        last = candidates[-1]
+        kept, part = take_first(last, last.unsettled_count - surplus)
+        spans = [*candidates[:-1], part]
+    session_id, claim_no = claim_request.session_id, claim_request.claim_no
+    taken = [leased(span, session_id=session_id, claim_no=claim_no, now_us=now_us) for span in spans]
     changed = [kept] if kept is not None else []
-    changed += [span for span in taken if span.at_most_once and span.id]  # rule R5: `started` is durable first
+    # R5, at-most-once runs are recorded as started before delivery
+    changed += [span for span in taken if span.at_most_once and span.id]
     yield from put_spans(changed)
     plain = [span.id for span in taken if span.id and not span.at_most_once]
-    yield from fetch(
-        "lease_spans", session_id=wish.session_id, claim_no=wish.claim_no, ids=as_json(plain), now_us=now_us
-    )
+    yield from fetch("lease_spans", session_id=session_id, claim_no=claim_no, ids=as_json(plain), now_us=now_us)
     fresh = [span for span in taken if not span.id]
     if fresh:
         yield from add_spans(fresh, first_id=(yield from take_ids(spans_count=len(fresh)))[1])
@@ -252,18 +265,18 @@ def _lease(found: list[Span], wish: Claim, now_us: int) -> Script[list[Span]]:
     for span in taken:
         highest[span.queue] = max(highest.get(span.queue, 0), span.order_no)
     for queue, order_no in sorted(highest.items()):
-        yield from fetch("advance_clock", environment=wish.environment, name=queue, order_no=order_no)
+        yield from fetch("advance_clock", environment=claim_request.environment, name=queue, order_no=order_no)
     return taken
 
 
 def pause_queue(environment: str, name: str, *, paused: bool) -> Script[None]:
-    """Stop or go on handing out a queue's runs."""
+    """Stop or resume claims from a queue."""
     yield from fetch("know_queue", environment=environment, name=name)
     yield from fetch("pause_queue", environment=environment, name=name, paused=int(paused))
 
 
 def move_waiting(environment: str, task: str, source: str, target: str, spans_max: int) -> Script[int]:
-    """Let what waits in one queue wait in another; what is held by somebody stays for the next step."""
+    """Move waiting spans to another queue. Spans that are locked are left to the next step."""
     span_ids = yield from fetch_column(
         "lock_waiting", environment=environment, task=task, queue=source, rows_max=spans_max
     )
@@ -275,28 +288,28 @@ def move_waiting(environment: str, task: str, source: str, target: str, spans_ma
 
 
 def settle(settlements: Sequence[Settlement], now_us: int) -> Script[list[str]]:
-    """Record outcomes of many leases; counters and completion are in the same transaction."""
+    """Record outcomes of leases, with counters and completion in the same transaction."""
     spans = yield from _spans_by_id([settlement.span_id for settlement in settlements])
     policies = _Policies(list(spans.values()))
-    gathered = _Gathered()
+    decisions = _Decisions()
     for settlement in settlements:
-        span = gathered.spans.get(settlement.span_id, spans.get(settlement.span_id))
-        again = (settlement.span_id, settlement.token, settlement.part_no) in gathered.part_names
-        recorded = again or (span is not None and (yield from _is_recorded(span, settlement)))
-        comes_back = RETRY in settlement.codes or OVERDUE in settlement.codes
-        policy = (yield from policies.of(span)) if span is not None and comes_back else Policy()
-        clock = (yield from policies.clock(span)) if span is not None and comes_back else 0
-        gathered.add(settle_span(span, settlement, recorded=recorded, policy=policy, clock=clock, now_us=now_us))
+        span = decisions.spans.get(settlement.span_id, spans.get(settlement.span_id))
+        is_repeat_here = (settlement.span_id, settlement.token, settlement.part_no) in decisions.part_names
+        recorded = is_repeat_here or (span is not None and (yield from _is_recorded(span, settlement)))
+        returns = RETRY in settlement.codes or OVERDUE in settlement.codes
+        policy = (yield from policies.of(span)) if span is not None and returns else Policy()
+        clock = (yield from policies.clock(span)) if span is not None and returns else 0
+        decisions.add(settle_span(span, settlement, recorded=recorded, policy=policy, clock=clock, now_us=now_us))
     objects = [
         (key, spans[settlement.span_id].batch_id)
-        for settlement, word in zip(settlements, gathered.words, strict=True)
+        for settlement, word in zip(settlements, decisions.words, strict=True)
         for key in settlement.object_keys
         if word != LOST
     ]
-    yield from gathered.write(now_us)
-    if objects:  # after the batches, as an append does it (rule R8)
+    yield from decisions.write(now_us)
+    if objects:  # after the batches, as an append does it (R8, rows are locked in id order)
         yield from fetch("insert_objects", rows=as_json(objects))
-    return gathered.words
+    return decisions.words
 
 
 def _spans_by_id(ids: Sequence[int]) -> Script[dict[int, Span]]:
@@ -305,7 +318,10 @@ def _spans_by_id(ids: Sequence[int]) -> Script[dict[int, Span]]:
 
 
 def _is_recorded(span: Span, settlement: Settlement) -> Script[bool]:
-    """Rule R2. The usual case, a first part under a fresh lease, is told from the states alone."""
+    """True if a settlement was recorded before (R2, settlements are recognised when repeated).
+
+    The usual case, a first part under a fresh lease, is decided from the states alone.
+    """
     if span.token == settlement.token and settlement.part_no == 0 and span.unsettled_count == len(span.states):
         return False
     part = yield from fetch_one(
@@ -319,8 +335,8 @@ def _is_recorded(span: Span, settlement: Settlement) -> Script[bool]:
 
 
 def release(releases: Sequence[Release], crashes_max: int, now_us: int) -> Script[list[str]]:
-    """Give leases back before their runs ended."""
-    spans = yield from _spans_by_id([given.span_id for given in releases])
+    """Release leases before their runs have ended."""
+    spans = yield from _spans_by_id([released.span_id for released in releases])
     return (yield from _release_all(spans, releases, crashes_max, now_us))
 
 
@@ -331,32 +347,32 @@ def _release_all(
     now_us: int,
 ) -> Script[list[str]]:
     policies = _Policies(list(spans.values()), crashes_max=crashes_max)
-    gathered = _Gathered()
-    for given in releases:
-        span = gathered.spans.get(given.span_id, spans.get(given.span_id))
+    decisions = _Decisions()
+    for released in releases:
+        span = decisions.spans.get(released.span_id, spans.get(released.span_id))
         verdict = release_span(
             span,
-            given.token,
-            span_slots=given.span_slots,
-            suspects=frozenset(given.suspects),
-            evidence=given.evidence,
+            released.token,
+            span_slots=released.span_slots,
+            suspects=frozenset(released.suspects),
+            evidence=released.evidence,
             policy=(yield from policies.of(span)) if span is not None else Policy(),
             clock=(yield from policies.clock(span)) if span is not None else 0,
             now_us=now_us,
         )
-        gathered.add(verdict)
-    yield from gathered.write(now_us)
-    return gathered.words
+        decisions.add(verdict)
+    yield from decisions.write(now_us)
+    return decisions.words
 
 
-class _Gathered:
-    """The verdicts of one transaction, written together."""
+class _Decisions:
+    """The decisions of one transaction, written together."""
 
     def __init__(self) -> None:
         self.words: list[str] = []
         self.spans: dict[int, Span] = {}
         self.part_names: set[tuple[int, int, int]] = set()
-        self._fresh: list[Span] = []
+        self._new_runs: list[Span] = []
         self._parts: list[Part] = []
         self._counts: dict[str, Counts] = {}
         self._dead: list[tuple[Span, list[int]]] = []
@@ -367,7 +383,7 @@ class _Gathered:
             return
         span = verdict.span
         self.spans[span.id] = span
-        self._fresh += verdict.spans
+        self._new_runs += verdict.spans
         if verdict.part is not None:
             part = verdict.part
             self._parts.append(part)
@@ -378,19 +394,22 @@ class _Gathered:
 
     def write(self, now_us: int) -> Script[None]:
         spans = self.spans.values()
-        yield from put_states(span for span in spans if span.state == LEASED)  # still under the lease it was under
+        # its lease goes on: no indexed column changes
+        yield from put_states(span for span in spans if span.state == LEASED)
         yield from put_spans(span for span in spans if span.state != LEASED)
-        if self._fresh:
-            yield from add_spans(self._fresh, first_id=(yield from take_ids(spans_count=len(self._fresh)))[1])
+        if self._new_runs:
+            yield from add_spans(self._new_runs, first_id=(yield from take_ids(spans_count=len(self._new_runs)))[1])
         yield from add_parts(self._parts)
         if self._counts:
             yield from count_in(self._counts, now_us)
-        if self._dead:  # after the batches, as objects are (rule R8)
+        if self._dead:  # after the batches, as objects are (R8, rows are locked in id order)
             yield from add_dead(self._dead, now_us)
 
 
 class _Policies:
-    """What batches say of runs that would come back, and the clocks of their queues; read once, when first asked."""
+    """The batches' policies for runs that would run again, and the clocks of their queues; read once, when first
+    needed.
+    """
 
     def __init__(self, spans: Sequence[Span], *, crashes_max: int = 1) -> None:
         self._spans = spans
@@ -419,8 +438,8 @@ class _Policies:
         self._stopped = set((yield from fetch_column("stopped_batches", ids=ids)))
         asked = yield from fetch("cancellations", ids=ids, rows_max=CANCELLATIONS_MAX)
         for batch_id, index in asked:
-            if span_slot := (yield from locate(batch_id, index)):
-                self._cancelled.setdefault(span_slot[0], set()).add(span_slot[1])
+            if location := (yield from locate(batch_id, index)):
+                self._cancelled.setdefault(location.block_id, set()).add(location.block_offset)
         environments: dict[str, set[str]] = {}
         for span in self._spans:
             environments.setdefault(span.environment, set()).add(span.queue)

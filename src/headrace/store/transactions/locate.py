@@ -1,10 +1,10 @@
-"""Where things are: batches, runs and their spans, by id, key or index."""
+"""Lookups of batches, runs and spans, by id, key or index."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -17,55 +17,66 @@ from headrace.store.transactions.row_mapping import BatchRow, SpanRow, as_json, 
 from headrace.store.transactions.sql_script import Script, TransactionConflict, fetch, fetch_as, fetch_first, fetch_one
 
 BLOCKS_MAX: Final = 1_000_000
-"""Blocks that may hold one index: few, unless a batch came in random order."""
+"""Blocks that may hold one index: few, unless a batch was received in random order."""
 _extras_decoder = msgspec.msgpack.Decoder(dict[int, Extra])
 
 
 def decode_extras(data: bytes | None) -> dict[int, Extra]:
-    """What only some runs of a block have, by position."""
+    """Return what only some runs of a block have, by block offset."""
     return {} if data is None else _extras_decoder.decode(data)
 
 
 def find(batch_id: str) -> Script[BatchRecord]:
-    """The batch, or `NotFound`."""
+    """Return the batch. Raises `NotFound`."""
     batch, _ = yield from find_with_width(batch_id)
     return batch
 
 
 def find_with_width(batch_id: str) -> Script[tuple[BatchRecord, int]]:
-    """The batch and the distance that the indexes of its widest block span, or `NotFound`."""
-    return _known((yield from fetch_one("batch", id=batch_id)), batch_id)
+    """Return the batch, and how many indexes its widest block spans. Raises `NotFound`."""
+    return _require_batch((yield from fetch_one("batch", id=batch_id)), batch_id)
 
 
 def lock(batch_id: str) -> Script[BatchRecord]:
-    """The batch, not to be changed by others before this transaction ends. After the spans it locks (rule R8)."""
-    batch, _ = _known((yield from fetch_one("lock_batch", id=batch_id)), batch_id)
+    """Lock the batch until the transaction ends. Spans are locked before it (R8, rows are locked in id order)."""
+    batch, _ = _require_batch((yield from fetch_one("lock_batch", id=batch_id)), batch_id)
     return batch
 
 
-def _known(row: tuple[Any, ...] | None, batch_id: str) -> tuple[BatchRecord, int]:
+def _require_batch(row: tuple[Any, ...] | None, batch_id: str) -> tuple[BatchRecord, int]:
     if row is None:
-        raise NotFound("there is no such batch", hint="`headrace batch list` shows those there are", batch_id=batch_id)
+        raise NotFound("no batch has this id", hint="`headrace batch list` shows the batches", batch_id=batch_id)
     return to_batch(row), BatchRow._make(row).block_width
 
 
 def require_live(session_id: str) -> Script[None]:
-    """Rule R3: an ended session can't come back, under its old id least of all. Raises `SessionEnded`."""
+    """Raise `SessionEnded` unless a session is live (R3, a lapsed session is ended before it is recovered)."""
     if (yield from fetch_one("live_session", id=session_id)) is None:
-        raise SessionEnded("the session has ended", hint="start a new one", session_id=session_id)
+        raise SessionEnded(
+            "the session has ended: another process recovered it, or it was closed",
+            hint="start a new session",
+            session_id=session_id,
+        )
 
 
 def received_of(batch_id: str) -> Script[IndexSet]:
-    """The set of indexes a batch has received."""
+    """Return the set of indexes that a batch has received."""
     (data,) = yield from fetch_first("received", id=batch_id)
     try:
         return IndexSet.from_bytes(data) if data else IndexSet()
     except InvalidInput as error:
-        raise StoreBroken("the set of received indexes can't be read", batch_id=batch_id) from error
+        raise StoreBroken("the stored set of received indexes can't be decoded", batch_id=batch_id) from error
 
 
-def locate(batch_id: str, index: int) -> Script[tuple[int, int] | None]:
-    """`(block id, position)` of a run, or None when no such index was received."""
+class RunLocation(NamedTuple):
+    """The block that holds the input of a run, and the run's offset in it."""
+
+    block_id: int
+    block_offset: int
+
+
+def locate(batch_id: str, index: int) -> Script[RunLocation | None]:
+    """Return the location of a run, or None if the index was not received."""
     row = yield from fetch_one("batch", id=batch_id)
     if row is None:
         return None
@@ -82,36 +93,37 @@ def locate(batch_id: str, index: int) -> Script[tuple[int, int] | None]:
         if not first_index <= index <= last_index:
             continue
         if gaps is None:
-            return block_id, index - first_index
-        span_slots = array("I", gaps)
-        if index - first_index in span_slots:
-            return block_id, span_slots.index(index - first_index)
-        assert runs_count == len(span_slots)
+            return RunLocation(block_id, index - first_index)
+        distances = array("I", gaps)
+        if index - first_index in distances:
+            return RunLocation(block_id, distances.index(index - first_index))
+        assert runs_count == len(distances)
     return None
 
 
 def indexes_of(first_index: int, runs_count: int, gaps: bytes | None) -> Sequence[int]:
-    """The batch index of each position of a block."""
+    """Return the batch index at each offset of a block."""
     if gaps is None:
         return range(first_index, first_index + runs_count)
     return [first_index + gap for gap in array("I", gaps)]
 
 
 def shapes_of(block_ids: Iterable[int]) -> Script[dict[int, Sequence[int]]]:
-    """The batch index of each position of some blocks, by block."""
+    """Return the batch index at each offset of some blocks, by block id."""
     rows = yield from fetch("shapes_of_blocks", ids=as_json(sorted(set(block_ids))))
     return {block_id: indexes_of(first_index, runs_count, gaps) for block_id, first_index, runs_count, gaps in rows}
 
 
 def spans_of_block(block_id: int) -> Script[list[Span]]:
-    """All spans over one block."""
+    """Return all spans over one block."""
     return [to_span(row) for row in (yield from fetch("spans_of_block", block_id=block_id))]
 
 
 def lock_spans_of_blocks(block_ids: Iterable[int]) -> Script[dict[int, list[Span]]]:
-    """All spans over some blocks, by block, not to be changed by others before this transaction ends.
+    """Lock all spans over some blocks until the transaction ends, and return them by block id.
 
-    They are locked in one order (rule R8), and looked at again: who held one may have split it meanwhile.
+    They are locked in id order (R8, rows are locked in id order), and read again after that: a concurrent transaction
+    may have split one.
     """
     ids = sorted(block_ids)
     if len(ids) == 1:
@@ -130,7 +142,7 @@ def lock_spans_of_blocks(block_ids: Iterable[int]) -> Script[dict[int, list[Span
 
 
 def clocks(environment: str, queues: set[str]) -> Script[dict[str, int]]:
-    """The clocks of some queues; a queue nobody knows stands at 0."""
+    """Return the clocks of some queues; 0 for a queue that does not exist."""
     rows = yield from fetch("clocks", environment=environment, names=as_json(sorted(queues)))
-    found = {name: int(clock) for name, clock in rows}
-    return {queue: found.get(queue, 0) for queue in queues}
+    clock_by_queue = {name: int(clock) for name, clock in rows}
+    return {queue: clock_by_queue.get(queue, 0) for queue in queues}

@@ -1,4 +1,4 @@
-"""What people and results readers ask for: nothing here writes, and it runs beside the writer."""
+"""Queries of operators and of result readers. Nothing here writes; it runs beside the writer."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ NOWHERE: Final = ("", -1)
 
 
 def with_ledger(batch: BatchRecord) -> Script[tuple[BatchRecord, Ledger]]:
-    """A batch and where its runs are."""
+    """Return a batch with its ledger."""
     (leased_count,) = yield from fetch_first("leased_count", batch_id=batch.id)
     return batch, ledger(batch, leased_count=leased_count)
 
 
 def found(batch_id: str) -> Script[tuple[BatchRecord, Ledger]]:
-    """One batch and where its runs are, or `NotFound`."""
+    """Return a batch with its ledger. Raises `NotFound`."""
     return (yield from with_ledger((yield from find(batch_id))))
 
 
-def found_by_key(environment: str, key: str) -> Script[BatchRecord | None]:
-    """The batch that a key names."""
+def find_by_key(environment: str, key: str) -> Script[BatchRecord | None]:
+    """Return the batch that a key names."""
     row = yield from fetch_one("batch_by_key", environment=environment, key=key)
     return None if row is None else to_batch(row)
 
@@ -55,7 +55,7 @@ def found_by_key(environment: str, key: str) -> Script[BatchRecord | None]:
 def list_batches(
     environment: str, states: Sequence[str] | None, before_id: str, limit: int
 ) -> Script[list[tuple[BatchRecord, Ledger]]]:
-    """Batches of an environment, newest first."""
+    """List batches of an environment, newest first."""
     rows = yield from fetch(
         "list_batches",
         environment=environment,
@@ -70,7 +70,7 @@ def list_batches(
 
 
 def missing(batch_id: str, ranges_max: int) -> Script[list[tuple[int, int]]]:
-    """Announced indexes that are not durable yet."""
+    """Return ranges of announced indexes that are not durable yet."""
     batch = yield from find(batch_id)
     received = yield from received_of(batch_id)
     expected = received.end if batch.expected_count is None else batch.expected_count
@@ -78,9 +78,9 @@ def missing(batch_id: str, ranges_max: int) -> Script[list[tuple[int, int]]]:
 
 
 def outcomes(batch_id: str, from_index: int, runs_max: int, *, passing: bool = False) -> Script[list[RunOutcome]]:
-    """Final outcomes from `from_index` on, consecutive ones unless `passing` over the others."""
+    """Return final outcomes from `from_index` on: consecutive ones, or with `passing` all of them."""
     batch, width = yield from find_with_width(batch_id)
-    blocks_max = width + runs_max  # as many could begin before the first run that is asked for, and with each after it
+    blocks_max = width + runs_max  # as many may begin before the first requested run, and one with each run after it
     blocks = yield from fetch(
         "blocks_from",
         batch_id=batch_id,
@@ -105,18 +105,20 @@ def outcomes(batch_id: str, from_index: int, runs_max: int, *, passing: bool = F
     results = yield from _results(sorted({block_id for _, block_id, _, _ in final}))
     nothing = (b"", 0)
     return [
-        RunOutcome(index=index, state=state, result=found[0], kind=found[1])
+        RunOutcome(index=index, state=state, result=result[0], kind=result[1])
         for index, block_id, block_offset, state in final
-        for found in (results.get((block_id, block_offset), nothing) if state in WITH_RESULT else nothing,)
+        for result in (results.get((block_id, block_offset), nothing) if state in WITH_RESULT else nothing,)
     ]
 
 
 def _nearest(
     blocks: Sequence[tuple[int, int, int, int, bytes | None]], from_index: int, runs_max: int, blocks_max: int
 ) -> tuple[list[tuple[int, int, int]], dict[int, int]]:
-    """The first `runs_max` runs from an index on, as `(index, block id, position)`, and their blocks' sizes.
+    """Return the first `runs_max` runs from an index on, as `(index, block id, block offset)`, and the sizes of their
+    blocks.
 
-    Blocks come by first index and rarely overlap, so that is a walk; where they do, what is held stays bounded.
+    Blocks are sorted by first index and rarely overlap, so one pass finds them. Where they do overlap, memory stays
+    bounded.
     """
     found: list[tuple[int, int, int]] = []
     sizes: dict[int, int] = {}
@@ -131,32 +133,32 @@ def _nearest(
             found.sort()
         del found[runs_max:]
         sizes[block_id] = runs_count
-    if len(blocks) > blocks_max:  # the list was cut: what comes after it may hold indexes between those further on
+    # the list was cut: blocks behind the cut may hold indexes that come before the last ones found
+    if len(blocks) > blocks_max:
         reach = blocks[-1][1]
-        found = [span_slot for span_slot in found if span_slot[0] <= reach]
+        found = [nearby for nearby in found if nearby[0] <= reach]
     return found, {block_id: sizes[block_id] for _, block_id, _ in found}
 
 
 def _states(sizes: dict[int, int]) -> Script[dict[int, bytearray]]:
-    """The state of each position of some blocks, from the spans in which they live."""
+    """Return the state at each offset of some blocks, from the spans that have the states."""
     states = {block_id: bytearray((runs_core.MOVED,)) * runs_count for block_id, runs_count in sizes.items()}
-    for block_id, block_offsets, own in (yield from fetch("states_of_blocks", ids=as_json(list(states)))):
-        if block_offsets is None:
-            whole = states[block_id]
-            if runs_core.MOVED not in own:
-                states[block_id] = bytearray(own)
+    for block_id, encoded_offsets, span_states in (yield from fetch("states_of_blocks", ids=as_json(list(states)))):
+        if encoded_offsets is None:
+            if runs_core.MOVED not in span_states:
+                states[block_id] = bytearray(span_states)
                 continue
-            span_slots: Sequence[int] = range(len(whole))
+            block_offsets: Sequence[int] = range(len(states[block_id]))
         else:
-            span_slots = array("H", block_offsets)
-        for block_offset, state in zip(span_slots, own, strict=True):
+            block_offsets = array("H", encoded_offsets)
+        for block_offset, state in zip(block_offsets, span_states, strict=True):
             if state != runs_core.MOVED:
                 states[block_id][block_offset] = state
     return states
 
 
 def _results(block_ids: Sequence[int]) -> Script[dict[tuple[int, int], tuple[bytes, int]]]:
-    """The last recorded result of each position of some blocks."""
+    """Return the last recorded result at each offset of some blocks."""
     found: dict[tuple[int, int], tuple[bytes, int]] = {}
     for row in (yield from fetch("parts_of_blocks", ids=as_json(block_ids))):
         part = to_part(row)
@@ -167,12 +169,12 @@ def _results(block_ids: Sequence[int]) -> Script[dict[tuple[int, int], tuple[byt
 
 
 def run(batch_id: str, index: int) -> Script[RunRecord]:
-    """One run with its input, its result and its attempts."""
+    """Return a run with its input, its result and its attempts."""
     batch = yield from find(batch_id)
-    span_slot = yield from locate(batch_id, index)
-    if span_slot is None:
-        raise NotFound("the batch has no such run", batch_id=batch_id, index=index)
-    block_id, block_offset = span_slot
+    location = yield from locate(batch_id, index)
+    if location is None:
+        raise NotFound("the batch has no run with this index", batch_id=batch_id, index=index)
+    block_id, block_offset = location
     _, _, _, extras, items = yield from fetch_first("blocks", ids=as_json([block_id]))
     payloads, kinds = unpack_some(items, [block_offset])
     extra = decode_extras(extras).get(block_offset, Extra())
@@ -182,8 +184,8 @@ def run(batch_id: str, index: int) -> Script[RunRecord]:
     result, result_kind = b"", 0
     for row in (yield from fetch("parts_of_blocks", ids=as_json([block_id]))):
         part = to_part(row)
-        for at, code, data, kind in results_of(part):
-            if at != block_offset:
+        for block_offset_of_part, code, data, kind in results_of(part):
+            if block_offset_of_part != block_offset:
                 continue
             attempts.append(attempt_of(code, data, part.settled_us))
             if code in WITH_RESULT and state in WITH_RESULT:
@@ -200,12 +202,14 @@ def run(batch_id: str, index: int) -> Script[RunRecord]:
 
 
 def _home(spans: Sequence[Span], block_offset: int) -> tuple[Span, int]:
-    """The one span in which a run's state lives."""
+    """Return the one span that has a run's state, and the state."""
     for span in spans:
         for own, state in zip(block_offsets_of(span), span.states, strict=True):
             if own == block_offset and state != runs_core.MOVED:
                 return span, state
-    raise NotFound("the run's state is nowhere", hint="run `headrace verify`", block_offset=block_offset)
+    raise NotFound(
+        "no span has the state of this run", hint="run `headrace verify` on the batch", block_offset=block_offset
+    )
 
 
 def list_runs(
@@ -217,7 +221,7 @@ def list_runs(
     after: tuple[str, int] | None,
     limit: int,
 ) -> Script[list[RunRecord]]:
-    """Runs that match, newest batch first, by index inside a batch."""
+    """List runs that match, newest batch first and by index inside it."""
     check_state(state)
     if tag:
         return (yield from _tagged_runs(environment, batch_id, state, task, tag, after, limit))
@@ -236,7 +240,7 @@ def list_runs(
         rows_max=limit + SPANS_A_BLOCK,
     )
     block_id, newest = 0, ""
-    pending: list[RunRecord] = []  # a block's runs live in several spans, and blocks may overlap: put in order here
+    pending: list[RunRecord] = []  # several spans share a block, and blocks may overlap: sort by index here
     for row in rows:
         *columns, first_index, gaps = row
         span = to_span(columns)
@@ -248,11 +252,11 @@ def list_runs(
             block_id, newest = span.block_id, span.batch_id
             if len(found) >= limit:
                 break
-        span_slots = array("I", gaps) if gaps is not None else None
+        distances = array("I", gaps) if gaps is not None else None
         for block_offset, own in zip(block_offsets_of(span), span.states, strict=True):
             if own == runs_core.MOVED or (byte is not None and own != byte):
                 continue
-            view = view_of(span, first_index + (block_offset if span_slots is None else span_slots[block_offset]), own)
+            view = view_of(span, first_index + (block_offset if distances is None else distances[block_offset]), own)
             is_behind = span.batch_id != after_batch or view.index > after_index
             if is_behind and (not state or view.state == state):
                 pending.append(view)
@@ -275,10 +279,10 @@ def _tagged_runs(
             rows_max=TAGGED_MAX,
         )
     ):
-        span_slot = yield from locate(name, index)
-        if span_slot is None or len(found) >= limit:
+        location = yield from locate(name, index)
+        if location is None or len(found) >= limit:
             break
-        span, own = _home((yield from spans_of_block(span_slot[0])), span_slot[1])
+        span, own = _home((yield from spans_of_block(location.block_id)), location.block_offset)
         view = view_of(span, index, own)
         if state in ("", view.state) and task in ("", view.task):
             found.append(view)
@@ -286,7 +290,7 @@ def _tagged_runs(
 
 
 def queues(environment: str) -> Script[list[QueueView]]:
-    """Queues with what stands in them."""
+    """List queues with the numbers of their runs."""
     return [
         QueueView(
             name=name,
@@ -302,7 +306,7 @@ def queues(environment: str) -> Script[list[QueueView]]:
 
 
 def sessions() -> Script[list[Session]]:
-    """The sessions that have not ended."""
+    """List the sessions that have not ended."""
     return [
         Session(id=id_, kind=kind, host=host, pid=pid, started_us=started_us, heartbeat_us=heartbeat_us)
         for id_, kind, host, pid, started_us, heartbeat_us, _ in (yield from fetch("sessions"))
@@ -310,12 +314,12 @@ def sessions() -> Script[list[Session]]:
 
 
 def duties() -> Script[dict[str, int]]:
-    """When each duty of upkeep is free to be taken."""
+    """Return when each duty of upkeep can be taken again."""
     return {name: int(free_us) for name, free_us in (yield from fetch("duties"))}
 
 
 def verify(batch_id: str) -> Script[Verification]:
-    """Count a batch from its blocks, spans and parts. The driver gives it one snapshot to look at."""
+    """Count a batch from its blocks, spans and parts. The driver runs this on one snapshot."""
     batch = yield from find(batch_id)
     received = yield from received_of(batch_id)
     counted = dict.fromkeys((*runs_core.NAMES, ord("l")), 0)
@@ -394,12 +398,12 @@ def _count_blocks(
 
 
 def next_due_us(environment: str, tasks: Sequence[str]) -> Script[int | None]:
-    """When the next delayed span of some tasks becomes claimable."""
+    """Return when the next delayed span of some tasks becomes claimable."""
     (due_us,) = yield from fetch_first("next_due", environment=environment, tasks=as_json(list(tasks)))
     return None if due_us is None else int(due_us)
 
 
 def size_bytes() -> Script[int]:
-    """How much room the database takes."""
+    """Return the size of the database."""
     (size,) = yield from fetch_first("size_bytes")
     return int(size)

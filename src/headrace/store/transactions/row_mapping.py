@@ -1,7 +1,7 @@
-"""Between rows and values: how spans, batches and parts go into a statement and come out of one.
+"""Conversion between rows and values: spans, batches and parts as parameters of a statement and as its result.
 
-Bulk writes are one statement with two parameters, rows as JSON and one blob that all byte columns are cut from
-(rule R13: a statement a row lets a CPU-bound thread in between each two of them).
+A bulk write is one statement with two parameters: rows as JSON, and one blob that all byte columns are cut from (R13,
+bulk writes are one statement with one blob: between two statements, a CPU-bound thread may take the interpreter).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _decode: Final = msgspec.json.Decoder().decode
 
 
 class Blob:
-    """Collects byte columns; `put` answers the 1-based start and the length that `substr` takes (-1 for NULL)."""
+    """Collector of byte columns. `put` returns the 1-based start and the length that `substr` takes; -1 is NULL."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
         self._next = 1
 
     def put(self, piece: bytes | None) -> tuple[int, int]:
-        """Add one column's bytes."""
+        """Add the bytes of one column."""
         if piece is None:
             return 0, -1
         start = self._next
@@ -36,12 +36,12 @@ class Blob:
         return start, len(piece)
 
     def bytes(self) -> bytes:
-        """All of it, end to end."""
+        """Return all bytes, end to end."""
         return b"".join(self._pieces)
 
 
 def as_json(value: object) -> str:
-    """A list or mapping as a JSON parameter."""
+    """Encode a list or mapping as a JSON parameter."""
     return _encode(value).decode()
 
 
@@ -210,7 +210,7 @@ def put_batch(batch: BatchRecord) -> Script[None]:
 
 
 def add_spans(spans: Sequence[Span], *, first_id: int) -> Script[None]:
-    """Insert new spans, numbering them from `first_id` in their order."""
+    """Insert new spans, numbered from `first_id` in their order."""
     if not spans:
         return
     blob, rows = Blob(), []
@@ -244,7 +244,7 @@ def put_spans(spans: Iterable[Span]) -> Script[None]:
 
 
 def put_states(spans: Iterable[Span]) -> Script[None]:
-    """Write spans of which nothing changed but the states of their runs."""
+    """Write spans of which only the states of runs changed."""
     blob = Blob()
     rows = [(span.id, span.unsettled_count, *blob.put(span.states)) for span in spans]
     if rows:
@@ -266,6 +266,6 @@ def add_parts(parts: Iterable[Part]) -> Script[None]:
 
 
 def take_ids(*, blocks_count: int = 0, spans_count: int = 0) -> Script[tuple[int, int]]:
-    """Reserve ids: the first of the blocks' and the first of the spans'."""
+    """Reserve ids, and return the first for blocks and the first for spans."""
     first_block, first_span = yield from fetch_first("take_ids", blocks_count=blocks_count, spans_count=spans_count)
     return int(first_block), int(first_span)

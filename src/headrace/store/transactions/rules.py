@@ -6,11 +6,11 @@ from headrace.store.transactions.sql_script import Script, fetch
 
 
 def rules(environment: str) -> Script[dict[str, bytes]]:
-    """What people decided, by name."""
+    """Return the rules by name."""
     return {name: bytes(value) for name, value in (yield from fetch("rules", environment=environment))}
 
 
 def keep_rules(environment: str, name: str, value: bytes, before: bytes | None) -> Script[bool]:
-    """Decide anew, unless others did meanwhile."""
+    """Store a rule, unless it changed since `before` was read."""
     rows = yield from fetch("keep_rules", environment=environment, name=name, value=value, before=before)
     return bool(rows)

@@ -1,4 +1,4 @@
-"""Schedules: which there are, and their ticks, each a run once."""
+"""Schedules and their ticks; each tick becomes a run once."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ class ScheduleRow(NamedTuple):
     gone_us: int
 
 
-def keep(environment: str, app: str, own: Sequence[Schedule], now_us: int) -> Script[list[Schedule]]:
-    """All schedules of an app, in one order, so that two processes that begin together don't wait for each other."""
-    for one in sorted(own, key=lambda schedule: schedule.name):
+def keep(environment: str, app: str, declared: Sequence[Schedule], now_us: int) -> Script[list[Schedule]]:
+    """Store all schedules of an app, sorted, so that two processes that start together don't deadlock."""
+    for schedule in sorted(declared, key=lambda schedule: schedule.name):
         yield from fetch(
             "keep_schedule",
             environment=environment,
-            name=one.name,
+            name=schedule.name,
             app=app,
-            task=one.task,
-            expression=one.expression,
-            zone=one.zone,
+            task=schedule.task,
+            expression=schedule.expression,
+            zone=schedule.zone,
             now_us=now_us,
         )
-    names = {one.name for one in own}
+    names = {schedule.name for schedule in declared}
     yield from fetch("leave_schedules", environment=environment, app=app, names=as_json(sorted(names)), now_us=now_us)
-    return [one for one in (yield from schedules(environment)) if one.name in names]
+    return [schedule for schedule in (yield from schedules(environment)) if schedule.name in names]
 
 
 def tick(environment: str, wanted: Tick, now_us: int) -> Script[Ticked]:
-    """The guard comes first: whoever moves the schedule on enqueues, in the same transaction."""
+    """Advance a schedule, and enqueue the runs of its ticks in the same transaction. The advance is the guard."""
     moved = yield from fetch(
         "move_schedule",
         environment=environment,
@@ -59,14 +59,14 @@ def tick(environment: str, wanted: Tick, now_us: int) -> Script[Ticked]:
     if moved:
         for new, chunk in wanted.runs:
             if (yield from fetch_one("batch", id=new.id)) is not None:
-                raise Conflict("a batch has this id already", batch_id=new.id)
+                raise Conflict(f"a batch with the id {new.id!r} exists already", batch_id=new.id)
             yield from enqueue(new, chunk, now_us)
     row = yield from fetch_one("schedule", environment=environment, name=wanted.name)
     return Ticked(bool(moved), None if row is None else _to_schedule(row))
 
 
 def schedules(environment: str) -> Script[list[Schedule]]:
-    """Every schedule of an environment, by name."""
+    """List the schedules of an environment, by name."""
     return [_to_schedule(row) for row in (yield from fetch("schedules", environment=environment))]
 
 

@@ -1,4 +1,4 @@
-"""The verbs of the seam over scripts: what is left to a database is how a script is run."""
+"""Operations of a store, run as scripts: a database only adds how a script is run."""
 
 from __future__ import annotations
 
@@ -54,21 +54,23 @@ T = TypeVar("T")
 
 
 class ScriptedStore(ABC):
-    """A store whose verbs are scripts. A house says how to run one that writes and one that only reads."""
+    """A store whose operations are scripts. A subclass runs scripts that write, and scripts that only read."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
 
     @abstractmethod
     async def _write(self, script: Callable[[], Script[T]]) -> T:
-        """Run a script in one transaction and answer after its commit. It may be made and run more than once."""
+        """Run a script in one transaction, and return after its commit. The script may be made and run more than
+        once.
+        """
 
     @abstractmethod
     async def _read(self, script: Callable[[], Script[T]]) -> T:
-        """Run a script that changes nothing against one snapshot."""
+        """Run a script that changes nothing, on one snapshot."""
 
     async def perform(self, script: Callable[[], Script[T]]) -> T:
-        """Run a script of another room (a move's) in one transaction."""
+        """Run a script that is no operation of the store (those of a store copy) in one transaction."""
         return await self._write(script)
 
     # -- batches
@@ -130,7 +132,7 @@ class ScriptedStore(ABC):
     async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
         """Lease spans to a live session. Their inputs are unpacked here, outside the transaction."""
         if claim.runs_max < 1:
-            raise InvalidInput(f"a claim is for one run or more, not for {claim.runs_max}")
+            raise InvalidInput(f"a claim requests at least one run, got runs_max={claim.runs_max}")
         taken = await self._write(lambda: leases.claim(claim, now_us))
         return [lease_of_row(span, taken.blocks[span.block_id]) for span in taken.spans]
 
@@ -150,7 +152,7 @@ class ScriptedStore(ABC):
 
     async def find_batch(self, environment: str, key: str) -> BatchRecord | None:
         """Return the batch that a key names."""
-        return await self._read(lambda: queries.found_by_key(environment, key))
+        return await self._read(lambda: queries.find_by_key(environment, key))
 
     async def batches(
         self, environment: str, *, states: Sequence[str] | None = None, before_id: str = "", limit: int = 50
@@ -275,7 +277,7 @@ class ScriptedStore(ABC):
         """List all schedules by name."""
         return await self._read(lambda: schedule_scripts.schedules(environment))
 
-    # -- who may come in
+    # -- API keys and rate limits
 
     async def add_key(self, key: ApiKey, *, now_us: int) -> None:
         """Add an API key."""

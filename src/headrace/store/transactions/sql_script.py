@@ -1,4 +1,4 @@
-"""How a script asks: `rows = yield from fetch("lock_spans", ids=…)`."""
+"""Scripts of SQL statements: `rows = yield from fetch("lock_spans", ids=…)`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RowT = TypeVar("RowT")
 
 
 class TransactionConflict(Exception):
-    """Another transaction changed what this one had looked at: undo it and run the script again."""
+    """A concurrent transaction changed rows that this one had read: roll back, and run the script again."""
 
 
 class Query(NamedTuple):
@@ -25,29 +25,29 @@ Script: TypeAlias = Generator[Query, Rows, T]
 
 
 def fetch(name: str, /, **values: Any) -> Script[Rows]:
-    """All rows of a statement; a changing one answers a row for each row it changed, where it says RETURNING."""
+    """Return all rows of a statement. A statement with RETURNING returns a row for each row that it changed."""
     return (yield Query(name, values))
 
 
 def fetch_as(row_type: Callable[..., RowT], name: str, /, **values: Any) -> Script[list[RowT]]:
-    """All rows of a statement, each as a NamedTuple whose fields are the statement's columns in order."""
+    """Return all rows of a statement as NamedTuples, whose fields are the statement's columns in order."""
     rows = yield Query(name, values)
     return [row_type(*row) for row in rows]
 
 
 def fetch_column(name: str, /, **values: Any) -> Script[list[Any]]:
-    """The values of a statement that has one column."""
+    """Return the values of a statement that has one column."""
     rows = yield Query(name, values)
     return [value for (value,) in rows]
 
 
 def fetch_one(name: str, /, **values: Any) -> Script[tuple[Any, ...] | None]:
-    """The first row, or None."""
+    """Return the first row, or None."""
     rows = yield Query(name, values)
     return rows[0] if rows else None
 
 
 def fetch_first(name: str, /, **values: Any) -> Script[tuple[Any, ...]]:
-    """The row of a statement that always has one."""
+    """Return the row of a statement that always has one."""
     rows = yield Query(name, values)
     return rows[0]

@@ -63,6 +63,8 @@ async def test_malformed_lines_are_judged_as_by_every_other_reader(tmp_path: Pat
         ({"index": 0, "task": "t" * 201}, 422, "task"),
         ({"index": 0, "task": "a\0b"}, 422, "task"),
         ({"index": 0, "task": "task", "options": []}, 422, "options"),
+        ({"index": 0, "task": "task", "option": {"delay": "1h"}}, 422, "unknown field 'option'"),
+        ({"index": 0, "task": "task", "opts": None}, 422, "unknown field 'opts'"),
         ([0, "task"], 422, "object"),
         ("task", 422, "object"),
         (7, 422, "object"),
@@ -77,6 +79,31 @@ async def test_an_invalid_item_is_refused_and_changes_nothing(
         assert answer.status == status, answer
         assert error_text in answer.json["error"], answer
         assert await untouched(server, batch_id, 3)
+
+
+@pytest.mark.parametrize("size", [7, 100, 100_000])
+@pytest.mark.parametrize("last", [b"\n", b""], ids=["with a newline", "without a newline"])
+@pytest.mark.parametrize(
+    ("before", "number", "stored"),
+    [
+        ([], 1, 0),
+        ([line(0)], 2, 1),
+        ([line(0), b"\n", b"  \r\n", line(1)], 5, 2),
+        ([line(0), line(1, "x" * 5_000), b"\n"], 4, 2),
+    ],
+    ids=["first", "second", "after blank lines", "after an oversized item"],
+)
+async def test_an_invalid_item_is_reported_with_its_line_number(
+    tmp_path: Path, before: list[bytes], number: int, stored: int, last: bytes, size: int
+) -> None:
+    body = b"".join(before) + b'{"index":"2","task":"task"}' + last
+    async with running_server(tmp_path, limits=SMALL) as server:
+        batch_id = await server.create(3)
+        answer = await server.stream(batch_id, [body[start : start + size] for start in range(0, len(body), size)])
+        assert answer.status == 422, answer
+        assert answer.json["error"].startswith(f"Line {number}: Invalid item: "), answer
+        assert "$.index" in answer.json["error"]
+        assert await server.engine.store.missing(batch_id, 9) == [(stored, 3)]
 
 
 async def test_unknown_fields_of_an_item_are_ignored(tmp_path: Path) -> None:

@@ -128,13 +128,22 @@ class ItemOptions(msgspec.Struct, forbid_unknown_fields=True, rename=_camel_case
     concurrency: Any = UNSET
 
 
+_Misspelt = Literal["this field is an error"]
+
+
 class ItemLine(msgspec.Struct):
-    """One item as sent. Unknown top-level fields are ignored."""
+    """One item as sent. Unknown top-level fields are ignored, as trigger.dev ignores them.
+
+    `option` and `opts` are refused: they are misspelt `options`, which would be ignored silently. They are fields of a
+    type that no value has, so that a correct item costs nothing more.
+    """
 
     index: Annotated[int, Meta(ge=0, le=INDEX_MAX)]
     task: Annotated[str, Meta(min_length=1, max_length=200)]
     payload: msgspec.Raw | UnsetType = UNSET
     options: ItemOptions | None = None
+    option: _Misspelt | UnsetType = UNSET
+    opts: _Misspelt | UnsetType = UNSET
 
 
 assert set(ItemOptions.__struct_encode_fields__) == set(OPTIONS), "OPTIONS and ItemOptions must have the same names"
@@ -225,6 +234,11 @@ class HttpItemDecoder:
         try:
             return self._entry(_decoder.decode(line))
         except msgspec.ValidationError as error:
+            for field in ("option", "opts"):
+                if f"`$.{field}`" in str(error):
+                    raise InvalidItem(
+                        f"Invalid item: unknown field {field!r}", hint="did you mean 'options'?"
+                    ) from None
             raise InvalidItem(
                 f"Invalid item: {_without_object(error)}", hint="docs/http.md lists the fields and options of an item"
             ) from None

@@ -109,6 +109,25 @@ class FeedCounts:
         self.sealed = appended.sealed or self.sealed
 
 
+class _Place(NamedTuple):
+    """Bytes fed at once, their offset in the stream, and the number of lines that ended before them."""
+
+    data: bytes
+    offset: int
+    lines_before: int
+
+    def line_of(self, end: int) -> int:
+        """Return the number of the line that ends at an offset of the stream, from 1; blank lines count too."""
+        size = end - self.offset
+        newlines_count = self.data.count(b"\n", 0, size)
+        return self.lines_before + max(newlines_count, 1)
+
+
+def _at_line(error: ClientFault, line: int) -> ClientFault:
+    """Return the error of an item with the number of its line."""
+    return type(error)(f"Line {line}: {error.message}", hint=error.hint, **{**error.ids, "line": line})
+
+
 class IndexedFeed:
     """One stream of items into one batch."""
 
@@ -154,28 +173,36 @@ class IndexedFeed:
 
     async def _groups(self, pieces: AsyncIterable[bytes], meter: Callable[[int], None]) -> AsyncIterator[EntryGroup]:
         machine = NdjsonMachine(item_bytes_max=self._engine.limits.item_bytes_max)
+        fed_bytes = 0
         async for piece in pieces:
             meter(len(piece))
             for start in range(0, len(piece), SLICE_BYTES):
-                for group in self._cut(machine.feed(piece[start : start + SLICE_BYTES])):
+                part = piece[start : start + SLICE_BYTES]
+                place = _Place(part, fed_bytes, machine.line_no)
+                fed_bytes += len(part)
+                for group in self._cut(machine.feed(part), machine, place):
                     yield group
-        for group in self._cut(machine.close()):
+        place = _Place(b"", fed_bytes, machine.line_no)
+        for group in self._cut(machine.close(), machine, place):
             yield group
 
-    def _cut(self, items: list[Item]) -> Iterator[EntryGroup]:
+    def _cut(self, items: list[Item], machine: NdjsonMachine, place: _Place) -> Iterator[EntryGroup]:
         """Yield items in groups: one that goes to the object store is alone. A line that is refused comes last."""
         lines: list[bytes] = []
+        oversized: list[int] = []
         refused: HeadraceError | None = None
         entries: list[IndexedItem | ItemRange] = []
         for item in items:
             if type(item) is bytes:
                 lines.append(item)
             elif isinstance(item, Oversized):
+                oversized.append(len(lines))
                 entries.append(self._failed(item))
             elif isinstance(item, Unreadable):
                 refused = UnreadableItem(item.reason, hint="correct the line and send the remaining lines")
                 break
         items.clear()  # so that a large line is held once, by its item
+        lines_count = len(lines)
         try:
             for entry in self._decoded(lines):
                 if self._is_small((entry,)):
@@ -185,6 +212,10 @@ class IndexedFeed:
                     yield entries
                     entries = []
                 yield (entry,)
+        except ClientFault as error:
+            number = lines_count - len(lines) - 1  # -1 if the lines were not decoded one by one
+            position = number + sum(before <= number for before in oversized)
+            refused = error if number < 0 else _at_line(error, place.line_of(machine.last_ends[position]))
         except HeadraceError as error:
             refused = error
         if entries:

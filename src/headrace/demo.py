@@ -1,4 +1,4 @@
-"""The material of `headrace demo`: the machine's own standard library in, a summary that a person enjoys out."""
+"""Input and summary of `headrace demo`: the modules of this machine's standard library, and figures about them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 INLINE_BYTES_MAX: Final = 64 * 1024
-"""Low enough that the larger sources travel through the object store."""
+"""A low limit, so that large modules go through the object store."""
 
 LARGEST: Final = 5
 COMMONEST: Final = 8
@@ -21,7 +21,7 @@ SKIPPED: Final = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 class Items(NamedTuple):
-    """What was written as input."""
+    """Figures of the input that was written."""
 
     path: Path
     modules_count: int
@@ -30,7 +30,7 @@ class Items(NamedTuple):
 
 
 class Digest(NamedTuple):
-    """All outlines in a few numbers."""
+    """Figures of all outlines."""
 
     modules: int
     lines: int
@@ -42,7 +42,7 @@ class Digest(NamedTuple):
 
 
 def write_items(path: Path, root: Path | None = None) -> Items:
-    """One line for each module of the standard library, `{"path": …, "source": …}`, in an order that stays."""
+    """Write one line for each module of the standard library, `{"path": …, "source": …}`, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     count = bytes_count = large_count = 0
     with path.open("wb") as file:
@@ -56,7 +56,7 @@ def write_items(path: Path, root: Path | None = None) -> Items:
 
 
 def digest(results: Iterable[bytes], paths: Iterable[str]) -> Digest:
-    """The results of the map, beside the paths they came from, in the same order."""
+    """Sum up the results of the map; `paths` are those of its input, in the same order."""
     modules = lines = functions = classes = 0
     sizes: list[tuple[int, str]] = []
     names: Counter[str] = Counter()
@@ -73,12 +73,12 @@ def digest(results: Iterable[bytes], paths: Iterable[str]) -> Digest:
         classes += output["classes"]
         sizes.append((output["lines"], output["path"]))
         names.update(set(output["names"]))
-    largest = [(path, count) for count, path in sorted(sizes, key=lambda known: (-known[0], known[1]))[:LARGEST]]
+    largest = [(path, count) for count, path in sorted(sizes, key=lambda entry: (-entry[0], entry[1]))[:LARGEST]]
     return Digest(modules, lines, functions, classes, largest, names.most_common(COMMONEST), failed)
 
 
 def paths_of(items: Path) -> Iterator[str]:
-    """The paths in an input that `write_items` wrote, in order."""
+    """Return the paths in an input that `write_items` wrote, in order."""
     with items.open("rb") as file:
         for line in file:
             yield str(msgspec.json.decode(line)["path"])
@@ -91,7 +91,7 @@ def _modules(root: Path) -> list[Path]:
 
 
 def _source(path: Path) -> str:
-    """A module's text, by the encoding it declares; what declares none that is known is read byte by byte."""
+    """Return a module's text in the encoding that it declares, else in Latin-1."""
     data = path.read_bytes()
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)

@@ -1,4 +1,4 @@
-"""Testing code that uses Headrace: a store in memory, runs drained inline, time moved by hand.
+"""Test mode: a store in memory, runs executed by `drain`, time moved by `advance`.
 
     async def test_outlines_are_made() -> None:
         async with in_memory(app) as world:
@@ -6,7 +6,7 @@
             await world.drain()
             assert [outcome.output async for outcome in batch.results()] == [...]
 
-Nothing waits for wall time: a run delayed by an hour runs when `world.advance(3600)` was called.
+Nothing waits for real time: a run delayed by an hour runs after `world.advance(3600)`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from headrace.runtime.clock import ManualClock, SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.worker.worker import Worker
 
-PATIENCE_S: Final = 10
-"""Seconds that `drain` lets a run wait for a thread, a file or a socket before it says that the run hangs."""
-TURN_S: Final = 0.02
+DRAIN_TIMEOUT_S: Final = 10
+"""Seconds that `drain` waits for a run in a thread, on a file or on a socket before it reports that the run hangs."""
+POLL_S: Final = 0.02
 
 
 class World:
-    """One app on a store in memory and a clock that only moves when told."""
+    """One app on a store in memory, with a clock that moves only when a test moves it."""
 
     def __init__(self, app: Headrace, engine: Engine, clock: ManualClock) -> None:
         self.app = app
@@ -36,33 +36,33 @@ class World:
         self.clock = clock
 
     async def drain(self) -> int:
-        """Run everything that is due now, and what that makes due; answers how many runs ended.
+        """Run everything that is due, and the runs that these enqueue. Return how many runs ended.
 
-        Raises `AssertionError` when a run waits for something that does not come by itself (a longer sleep:
+        Raises `AssertionError` when a run waits for something that will not come, such as a longer sleep (use
         `advance`).
         """
         before = await self._unsettled()
         worker = Worker(self.engine, self.app.registry, concurrency=100, kind="testing", inline_sync=True)
         await worker.start()
         try:
-            for _ in range(int(PATIENCE_S / TURN_S)):
+            for _ in range(int(DRAIN_TIMEOUT_S / POLL_S)):
                 await self.clock.settle()
                 if not await self._due():
                     break
-                await self.engine.recorded.wait(SystemClock(), TURN_S)
+                await self.engine.recorded.wait(SystemClock(), POLL_S)
             else:
-                raise AssertionError("runs are under way that do not end: do they wait for time? world.advance(…)")
+                raise AssertionError("expected all runs to end, but some still wait: for time? call world.advance(…)")
         finally:
             await worker.stop(now=True)
         return before - await self._unsettled()
 
     async def advance(self, seconds: float) -> None:
-        """Move time on; what becomes due runs at the next `drain`."""
+        """Move the clock; runs that become due run at the next `drain`."""
         self.clock.advance(seconds)
         await self.clock.settle()
 
     async def _due(self) -> int:
-        """Runs that wait and are due, or are being run."""
+        """Count the runs that are due or running."""
         queues = await self.engine.store.queues(self.engine.environment)
         return sum(queue.waiting_count + queue.leased_count for queue in queues if not queue.paused)
 
@@ -73,7 +73,7 @@ class World:
 
 @asynccontextmanager
 async def in_memory(app: Headrace, **limits: int) -> AsyncGenerator[World, None]:
-    """Put `app` on a fresh store in memory while the block lasts; `limits` by name, as in `Headrace(...)`."""
+    """Put `app` on a fresh store in memory while the block lasts; `limits` by name, as in `Headrace(…)`."""
     clock = ManualClock()
     engine = await memory_engine(Limits(**limits), clock)
     app.use_engine(engine)

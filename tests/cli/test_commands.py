@@ -349,7 +349,7 @@ def test_the_store_comes_from_where_config_says(shell: Shell, monkeypatch: pytes
 
 def checks(shell: Shell, *arguments: str) -> dict[str, tuple[bool, str]]:
     ran = shell("doctor", "--json", *arguments)
-    found = {check["check"]: (check["ok"], check["said"]) for check in ran.json["checks"]}
+    found = {check["check"]: (check["ok"], check["detail"]) for check in ran.json["checks"]}
     assert ran.json["ok"] is all(ok for ok, _ in found.values())
     assert ran.code == (0 if ran.json["ok"] else 1)
     return found

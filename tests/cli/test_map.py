@@ -141,7 +141,7 @@ def test_an_input_that_changed_is_refused_until_it_is_fresh(shell: Shell) -> Non
     ran = shell.map()
     assert ran.code == 2
     assert "the input changed" in ran.err
-    assert "--fresh starts over" in ran.err
+    assert "--fresh" in ran.err
     assert shell.map("--fresh").code == 0
     assert {line["output"] for line in shell.lines()} == {14}
     assert shell.map("--json").json["done_before"] == 30
@@ -189,7 +189,7 @@ def test_a_cancelled_map_says_how_to_start_over(shell: Shell) -> None:
     connection.close()
     ran = shell.map()
     assert ran.code == 2
-    assert "--fresh starts over" in ran.err
+    assert "--fresh" in ran.err
 
 
 # -- the output
@@ -277,7 +277,7 @@ def test_bad_lines_fail_alone_with_their_reason_and_line(shell: Shell, monkeypat
         (b'{"n":NaN}', "Invalid JSON at line 6"),
         (b'"a\x00b"', "Invalid JSON at line 7"),
         (rb'"\ud800"', "half a surrogate pair"),
-        (b'"' + b"x" * 2_000 + b'"', "more than the 1,024"),
+        (b'"' + b"x" * 2_000 + b'"', "expected at most 1,024 bytes"),
         (b"[" * 500 + b"]" * 500, ""),
         (b"9" * 100, ""),
         (b'{"n":1,"n":3}', ""),

@@ -87,10 +87,10 @@ class Chain:
         """Read what a concurrent command did: seals, and batches that follow."""
         await self.refresh()
         while self.is_resumable:
-            found = await self.engine.store.find_batch(self.engine.environment, self._key(len(self.parts) + 1))
-            if found is None:
+            batch = await self.engine.store.find_batch(self.engine.environment, self._key(len(self.parts) + 1))
+            if batch is None:
                 return
-            self.parts.append(part_of(found))
+            self.parts.append(part_of(batch))
 
     def _key(self, number: int) -> str:
         base = f"map:{self.source.identity}:{self.generation}"
@@ -145,7 +145,7 @@ async def open_chain(engine: Engine, source: Source, *, fresh: bool, is_resumabl
     for part in chain.parts:
         if part.batch.is_stopped:
             raise Conflict(
-                f"the batch of this map was {part.batch.state}", hint="--fresh starts over", batch_id=part.batch.id
+                f"the batch of this map was {part.batch.state}", hint="pass --fresh to start over", batch_id=part.batch.id
             )
     return chain
 
@@ -153,10 +153,10 @@ async def open_chain(engine: Engine, source: Source, *, fresh: bool, is_resumabl
 async def _load(chain: Chain) -> None:
     while True:
         number = len(chain.parts) + 1
-        found = await chain.engine.store.find_batch(chain.engine.environment, chain._key(number))  # noqa: SLF001
-        if found is None:
+        batch = await chain.engine.store.find_batch(chain.engine.environment, chain._key(number))  # noqa: SLF001
+        if batch is None:
             return
-        chain.parts.append(part_of(found))
+        chain.parts.append(part_of(batch))
 
 
 async def _newest(engine: Engine, source: Source) -> BatchRecord | None:

@@ -69,12 +69,14 @@ def command(
         raise typer.Exit(INTERRUPTED)
     verifications = run_async(_verified(settings, summary.batches))
     with output.open("rb") as results:
-        found = digest(results, paths_of(items.path))
+        summary_digest = digest(results, paths_of(items.path))
     is_balanced = all(not verification.differences and verification.ledger.balances for verification in verifications)
     if json:
-        say_json({"summary": summary, "digest": found._asdict(), "balances": is_balanced, "directory": str(place)})
+        say_json(
+            {"summary": summary, "digest": summary_digest._asdict(), "balances": is_balanced, "directory": str(place)}
+        )
     else:
-        _report(items, summary, found, place, is_balanced=is_balanced)
+        _report(items, summary, summary_digest, place, is_balanced=is_balanced)
     if not is_balanced:
         raise typer.Exit(OUT_OF_BALANCE)
 
@@ -84,23 +86,25 @@ async def _verified(settings: Settings, batch_ids: list[str]) -> list[Verificati
         return [await engine.store.verify(batch_id) for batch_id in batch_ids]
 
 
-def _report(items: Items, summary: Summary, found: Digest, place: Path, *, is_balanced: bool) -> None:
+def _report(items: Items, summary: Summary, summary_digest: Digest, place: Path, *, is_balanced: bool) -> None:
     say("")
-    say(f"  {counted(found.modules, 'module')}, {found.lines:,} lines")
-    say(f"  {counted(found.functions, 'function')}, {counted(found.classes, 'class')}")
+    say(f"  {counted(summary_digest.modules, 'module')}, {summary_digest.lines:,} lines")
+    say(f"  {counted(summary_digest.functions, 'function')}, {counted(summary_digest.classes, 'class')}")
     say("")
-    width = max((len(path) for path, _ in found.largest), default=0)
-    for heading, (path, count) in zip(("largest", *[""] * len(found.largest)), found.largest, strict=False):
+    width = max((len(path) for path, _ in summary_digest.largest), default=0)
+    for heading, (path, count) in zip(
+        ("largest", *[""] * len(summary_digest.largest)), summary_digest.largest, strict=False
+    ):
         say(f"  {heading:<9}{path:<{width}}  {count:>7,} lines")
     say("")
-    say(f"  {'names':<9}" + ", ".join(f"{name} ({count})" for name, count in found.commonest))
+    say(f"  {'names':<9}" + ", ".join(f"{name} ({count})" for name, count in summary_digest.commonest))
     say("")
-    if found.failed:
-        say(f"  {len(found.failed)} could not be outlined:")
-        for path, why in found.failed[:FAILED_SHOWN]:
+    if summary_digest.failed:
+        say(f"  {len(summary_digest.failed)} could not be outlined:")
+        for path, why in summary_digest.failed[:FAILED_SHOWN]:
             say(f"    {path}: {why if len(why) <= 90 else why[:89] + '…'}")
-        if len(found.failed) > FAILED_SHOWN:
-            say(f"    and {len(found.failed) - FAILED_SHOWN} more: see the results")
+        if len(summary_digest.failed) > FAILED_SHOWN:
+            say(f"    and {len(summary_digest.failed) - FAILED_SHOWN} more: see the results")
         say("")
     ran_count = summary.completed + summary.failed - summary.done_before
     if ran_count:

@@ -45,7 +45,7 @@ class Finding(NamedTuple):
 
     check: str
     ok: bool
-    said: str
+    detail: str
     hint: str = ""
 
 
@@ -62,7 +62,7 @@ def command(store: StoreOption = None, json: JsonOption = False) -> None:
     else:
         width = max(len(finding.check) for finding in findings)
         for finding in findings:
-            say(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.check:<{width}}  {finding.said}")
+            say(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.check:<{width}}  {finding.detail}")
             if finding.hint:
                 say(f"{'':<6}{'':<{width}}  hint: {finding.hint}")
     if not all_ok:
@@ -75,7 +75,7 @@ async def examine(settings: Settings) -> list[Finding]:
     findings: list[Finding] = []
     try:
         async with opened(settings, must_exist=True) as engine:
-            findings.append(Finding("store", ok=True, said=f"{shown_store(settings)} answers"))
+            findings.append(Finding("store", ok=True, detail=f"{shown_store(settings)} answers"))
             checks: list[tuple[str, Callable[[], Awaitable[str]]]] = [
                 ("version", lambda: version(engine)),
                 ("durability", lambda: durability(engine)),
@@ -89,7 +89,7 @@ async def examine(settings: Settings) -> list[Finding]:
                 findings.append(await _run_check(name, check))
     except HeadraceError as error:
         is_version = isinstance(error, StoreBroken) and "schema version" in error.message
-        findings.append(Finding("version" if is_version else "store", ok=False, said=error.message, hint=error.hint))
+        findings.append(Finding("version" if is_version else "store", ok=False, detail=error.message, hint=error.hint))
         if directory is not None and directory.is_dir():
             findings.append(await _run_check("disk", lambda: disk(directory)))
     return findings
@@ -97,11 +97,11 @@ async def examine(settings: Settings) -> list[Finding]:
 
 async def _run_check(name: str, check: Callable[[], Awaitable[str]]) -> Finding:
     try:
-        return Finding(name, ok=True, said=await check())
+        return Finding(name, ok=True, detail=await check())
     except CheckFailed as failure:
-        return Finding(name, ok=False, said=str(failure), hint=failure.hint)
+        return Finding(name, ok=False, detail=str(failure), hint=failure.hint)
     except HeadraceError as error:
-        return Finding(name, ok=False, said=error.message, hint=error.hint)
+        return Finding(name, ok=False, detail=error.message, hint=error.hint)
 
 
 async def version(engine: Engine) -> str:

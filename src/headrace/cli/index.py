@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from headrace.core.sequencer import Position
     from headrace.indexer import Indexer
     from headrace.runtime.indexing.definition import IndexerProgress
-from headrace.runtime.indexing.pipeline import IndexerPipeline
+    from headrace.runtime.indexing.pipeline import IndexerPipeline
 
-TELL_S: Final = 0.5
+SHOW_S: Final = 0.5
 GC_THRESHOLDS: Final = (300_000, 20, 100)
 """A batch whose rows are all read ahead holds some 100,000 live objects, which a collection would only traverse."""
 
@@ -84,76 +84,80 @@ async def _run(indexer: Indexer, until: Position | None, *, wait: bool, shows: b
     try:
         async with indexer.open(
             wait=wait, on_waiting=lambda who: note(f"waiting for {who}, which holds the indexer")
-        ) as own:
+        ) as pipeline:
             with stopping("", "handled events are committed") as stop:
-                beside = [
-                    asyncio.ensure_future(_tell(indexer.name, own, shows=shows)),
-                    asyncio.ensure_future(_stop_when(stop, own)),
+                background_tasks = [
+                    asyncio.ensure_future(_show_progress(indexer.name, pipeline, shows=shows)),
+                    asyncio.ensure_future(_stop_when(stop, pipeline)),
                 ]
                 try:
-                    told = await own.run(until=until)
+                    progress = await pipeline.run(until=until)
                 finally:
-                    for task in beside:
+                    for task in background_tasks:
                         task.cancel()
-                    await asyncio.gather(*beside, return_exceptions=True)
-            note(summary(indexer.name, told))
+                    await asyncio.gather(*background_tasks, return_exceptions=True)
+            note(summary(indexer.name, progress))
     finally:
         await owner.close()
 
 
-async def _stop_when(stop: asyncio.Event, own: IndexerPipeline) -> None:
+async def _stop_when(stop: asyncio.Event, pipeline: IndexerPipeline) -> None:
     await stop.wait()
-    own.stop()
+    pipeline.stop()
 
 
-async def _tell(name: str, own: IndexerPipeline, *, shows: bool) -> None:
+async def _show_progress(name: str, pipeline: IndexerPipeline, *, shows: bool) -> None:
     """Show a progress bar on a terminal, or a line now and then elsewhere."""
     from headrace.cli.progress import Standing, display
 
     shown = display(is_wanted=shows, label=name)
-    first = own.progress.no
+    first = pipeline.progress.no
     try:
-        await own.look_ahead()
+        await pipeline.look_ahead()
         while True:
-            told = own.progress_now()
+            progress = pipeline.progress_now()
             shown.update(
-                Standing(done=told.no - first, failed=0, total=_total(told, first), note=where_time_goes(told))
+                Standing(
+                    done=progress.no - first, failed=0, total=_total(progress, first), note=where_time_goes(progress)
+                )
             )
-            await asyncio.sleep(TELL_S)
+            await asyncio.sleep(SHOW_S)
     finally:
         shown.close()
 
 
-def _total(told: IndexerProgress, first: int) -> int | None:
+def _total(progress: IndexerProgress, first: int) -> int | None:
     """Return the number of events, where positions count them."""
-    if len(told.heads) != 1 or len(told.positions) != 1:
+    if len(progress.heads) != 1 or len(progress.positions) != 1:
         return None
-    (name, head), (own, position) = *told.heads.items(), *told.positions.items()
-    if name != own or not isinstance(head, int) or not isinstance(position, int):
+    (name, head), (source, position) = *progress.heads.items(), *progress.positions.items()
+    if name != source or not isinstance(head, int) or not isinstance(position, int):
         return None
-    return max(head - position, 0) + told.no - first
+    return max(head - position, 0) + progress.no - first
 
 
-def where_time_goes(told: IndexerProgress) -> str:
+def where_time_goes(progress: IndexerProgress) -> str:
     """Return where the time went: `compute 61 %, waiting for sources 2 %, for commits 37 %; 0 not committed yet`."""
-    whole_s = told.compute_s + told.fetch_wait_s + told.commit_wait_s
+    whole_s = progress.compute_s + progress.fetch_wait_s + progress.commit_wait_s
     if not whole_s:
         return ""
-    shares = [f"{100 * part / whole_s:.0f} %" for part in (told.compute_s, told.fetch_wait_s, told.commit_wait_s)]
-    lag = told.no - told.committed_no
+    shares = [
+        f"{100 * part / whole_s:.0f} %" for part in (progress.compute_s, progress.fetch_wait_s, progress.commit_wait_s)
+    ]
+    lag = progress.no - progress.committed_no
     return f"compute {shares[0]}, waiting for sources {shares[1]}, for commits {shares[2]}; {lag:,} not committed yet"
 
 
-def summary(name: str, told: IndexerProgress) -> str:
+def summary(name: str, progress: IndexerProgress) -> str:
     """Return a summary of a run."""
     from headrace.cli.printing import counted
 
-    seconds = told.compute_s + told.fetch_wait_s + told.commit_wait_s
-    rate = f", {told.events_count / seconds:,.0f}/s" if seconds > 0 else ""
-    at = ", ".join(f"{source} at {position}" for source, position in sorted(told.positions.items())) or "no events"
+    seconds = progress.compute_s + progress.fetch_wait_s + progress.commit_wait_s
+    rate = f", {progress.events_count / seconds:,.0f}/s" if seconds > 0 else ""
+    at = ", ".join(f"{source} at {position}" for source, position in sorted(progress.positions.items())) or "no events"
     return (
-        f"{name}: {counted(told.events_count, 'event')}{rate}, {counted(told.rows_count, 'row')} in "
-        f"{counted(told.commits_count, 'commit')}; {at}; {where_time_goes(told)}"
+        f"{name}: {counted(progress.events_count, 'event')}{rate}, {counted(progress.rows_count, 'row')} in "
+        f"{counted(progress.commits_count, 'commit')}; {at}; {where_time_goes(progress)}"
     )
 
 
@@ -172,14 +176,14 @@ def status(store: StoreOption = None, as_json: JsonOption = False) -> None:
         if as_json:
             shown = [
                 {
-                    "name": own.name,
-                    "checkpoint": own.no,
-                    "positions": own.positions,
-                    "caught_up": own.is_caught_up,
-                    "history_from": own.floor_no,
-                    "holder": describe_holder(own.holder) if own.holder else "",
+                    "name": standing.name,
+                    "checkpoint": standing.no,
+                    "positions": standing.positions,
+                    "caught_up": standing.is_caught_up,
+                    "history_from": standing.floor_no,
+                    "holder": describe_holder(standing.holder) if standing.holder else "",
                 }
-                for own in standings
+                for standing in standings
             ]
             say_json({"indexers": shown})
             return
@@ -190,12 +194,12 @@ def status(store: StoreOption = None, as_json: JsonOption = False) -> None:
             ("indexer", "checkpoint", "positions", "caught up", "last commit", "held by"),
             [
                 (
-                    own.name, own.no,
-                    ", ".join(f"{key} {value}" for key, value in sorted(own.positions.items())) or "-",
-                    "yes" if own.is_caught_up else "no", moment(own.moved_us),
-                    describe_holder(own.holder) if own.holder else "-",
+                    standing.name, standing.no,
+                    ", ".join(f"{key} {value}" for key, value in sorted(standing.positions.items())) or "-",
+                    "yes" if standing.is_caught_up else "no", moment(standing.moved_us),
+                    describe_holder(standing.holder) if standing.holder else "-",
                 )
-                for own in standings
+                for standing in standings
             ],
             numbers=("checkpoint",),
         )  # fmt: skip

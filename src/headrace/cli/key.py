@@ -51,8 +51,8 @@ def create(
     async def made() -> tuple[str, str]:
         async with opened(settings) as engine:
             now_us = engine.clock.now_us()
-            wanted = tuple(dict.fromkeys(scope.strip() for scope in scopes.split(",") if scope.strip()))
-            secret, key = new_key(settings.environment, wanted, name, now_us)
+            scope_names = tuple(dict.fromkeys(scope.strip() for scope in scopes.split(",") if scope.strip()))
+            secret, key = new_key(settings.environment, scope_names, name, now_us)
             await engine.administration.add_key(key, now_us=now_us)
             return secret, key.id
 

@@ -14,8 +14,8 @@ def command(store: StoreOption = None, json: JsonOption = False) -> None:
         async with opened(settings) as engine:
             return await engine.store.check()
 
-    found = run_async(migrate())
+    report = run_async(migrate())
     if json:
-        say_json(found)
+        say_json(report)
     else:
-        say(f"{shown_store(settings)} is at schema version {found.get('schema_version', '-')}")
+        say(f"{shown_store(settings)} is at schema version {report.get('schema_version', '-')}")

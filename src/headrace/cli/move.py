@@ -35,13 +35,13 @@ def command(
     The file is closed to writers first, and stays closed. After an interruption, repeat the command to resume. At the
     end, the runs of each batch are counted on both sides. Nothing is deleted.
     """
-    here = _settings(source, source_objects)
-    there = _settings(target, objects)
+    source_settings = _settings(source, source_objects)
+    target_settings = _settings(target, objects)
     if undo:
-        run_async(_undone(here, there))
+        run_async(_undone(source_settings, target_settings))
         say(f"{source} accepts writes again")
         return
-    moved = run_async(_moved(here, there, shows_progress=progress and not json))
+    moved = run_async(_moved(source_settings, target_settings, shows_progress=progress and not json))
     for key in moved.objects_missing:
         note(f"warning: the payload {key} was missing in the source; its run will fail")
     if json:
@@ -50,34 +50,36 @@ def command(
         say(
             f"{counted(moved.batches, 'batch')} with {counted(moved.runs, 'run')} copied"
             f"{' by this command' if moved.resumed else ''}, {counted(moved.objects, 'object')}; both ledgers agree\n"
-            f"the file is closed to writers and may be deleted; use --store {there_shown(there)} from now on"
+            f"the file is closed to writers and may be deleted; use --store {shown_target(target_settings)} from now on"
         )
 
 
-def there_shown(settings: Settings) -> str:
+def shown_target(settings: Settings) -> str:
     """Return the target's URL without its password."""
     from headrace.cli.opening import shown_store
 
     return shown_store(settings)
 
 
-async def _moved(here: Settings, there: Settings, *, shows_progress: bool) -> CopyReport:
+async def _moved(source_settings: Settings, target_settings: Settings, *, shows_progress: bool) -> CopyReport:
     from headrace.cli.progress import Standing, display
     from headrace.compose import mover
 
-    async with opened(here, must_exist=True) as source, opened(there) as target:
+    async with opened(source_settings, must_exist=True) as source, opened(target_settings) as target:
         move = mover(source, target)
         shown = display(is_wanted=shows_progress, label="moving")
         try:
-            return await move.run(there_shown(there), lambda runs, total: shown.update(Standing(runs, 0, total)))
+            return await move.run(
+                shown_target(target_settings), lambda runs, total: shown.update(Standing(runs, 0, total))
+            )
         finally:
             shown.close()
 
 
-async def _undone(here: Settings, there: Settings) -> None:
+async def _undone(source_settings: Settings, target_settings: Settings) -> None:
     from headrace.compose import mover
 
-    async with opened(here, must_exist=True) as source, opened(there) as target:
+    async with opened(source_settings, must_exist=True) as source, opened(target_settings) as target:
         await mover(source, target).undo()
 
 

@@ -96,12 +96,12 @@ async def find_batch(engine: Engine, text: str) -> BatchRecord:
     try:
         batch_id = check_batch_id(text)
     except InvalidInput:
-        found = await engine.store.find_batch(engine.environment, text)
-        if found is None:
+        batch = await engine.store.find_batch(engine.environment, text)
+        if batch is None:
             raise NotFound(
                 f"no batch has the id or key {text!r}", hint="`headrace batch list` shows all batches"
             ) from None
-        return found
+        return batch
     batch, _ = await engine.store.batch(batch_id)
     return batch
 

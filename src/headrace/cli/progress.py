@@ -98,16 +98,16 @@ class Bar:
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[text]}"),
         )
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._progress.add_task(label, total=None, said="")
+        self._task = self._progress.add_task(label, total=None, text="")
         self._progress.start()
 
     def update(self, standing: Standing) -> None:
         """Redraw the bar."""
         rate = self._rate.add(standing.done)
-        self._progress.update(self._task, completed=standing.done, total=standing.total, said=line_of(standing, rate))
+        self._progress.update(self._task, completed=standing.done, total=standing.total, text=line_of(standing, rate))
 
     def close(self) -> None:
         """Remove the bar, so that the summary stands alone."""

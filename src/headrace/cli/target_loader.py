@@ -34,24 +34,25 @@ class Loaded(NamedTuple):
 
 def load_target(target: str) -> Loaded:
     """Import the task that `target` names. Raises `InvalidInput`, also when the import fails."""
-    found = _attribute(target, _TASK_FORM, tasks_of, "tasks")
-    if isinstance(getattr(found, "spec", None), TaskSpec):
-        return Loaded(found, found.spec.function)
-    if isinstance(found, type) or not callable(found):
+    target_object = _attribute(target, _TASK_FORM, tasks_of, "tasks")
+    if isinstance(getattr(target_object, "spec", None), TaskSpec):
+        return Loaded(target_object, target_object.spec.function)
+    if isinstance(target_object, type) or not callable(target_object):
         raise InvalidInput(
-            f"expected a task at {target}, got {_kind_of(found)}", hint="name a function, with or without @app.task"
+            f"expected a task at {target}, got {_kind_of(target_object)}",
+            hint="name a function, with or without @app.task",
         )
-    return Loaded(None, found)
+    return Loaded(None, target_object)
 
 
 def load_app(target: str) -> Any:
     """Import the app that `target` names. Raises `InvalidInput`."""
-    found = _attribute(target, _APP_FORM, _apps_of, "apps")
-    if not isinstance(getattr(found, "registry", None), Registry):
+    target_object = _attribute(target, _APP_FORM, _apps_of, "apps")
+    if not isinstance(getattr(target_object, "registry", None), Registry):
         raise InvalidInput(
-            f"expected an app at {target}, got {_kind_of(found)}", hint="name a Headrace(…) of the module"
+            f"expected an app at {target}, got {_kind_of(target_object)}", hint="name a Headrace(…) of the module"
         )
-    return found
+    return target_object
 
 
 def load_indexer(target: str) -> Any:
@@ -60,12 +61,13 @@ def load_indexer(target: str) -> Any:
         IndexerDefinition,  # only here: child processes of workers need none of it
     )
 
-    found = _attribute(target, _INDEXER_FORM, _indexers_of, "indexers")
-    if not isinstance(getattr(found, "definition", None), IndexerDefinition):
+    target_object = _attribute(target, _INDEXER_FORM, _indexers_of, "indexers")
+    if not isinstance(getattr(target_object, "definition", None), IndexerDefinition):
         raise InvalidInput(
-            f"expected an indexer at {target}, got {_kind_of(found)}", hint="name an app.indexer(…) of the module"
+            f"expected an indexer at {target}, got {_kind_of(target_object)}",
+            hint="name an app.indexer(…) of the module",
         )
-    return found
+    return target_object
 
 
 def _attribute(target: str, form: str, names_of: Callable[[ModuleType], list[str]], plural: str) -> Any:
@@ -75,20 +77,20 @@ def _attribute(target: str, form: str, names_of: Callable[[ModuleType], list[str
         raise InvalidInput(f"expected {form}, got {target!r}")
     is_file = place.endswith(".py") or "/" in place or os.sep in place
     module = _from_file(place) if is_file else _from_name(place)
-    found: Any = module
+    target_object: Any = module
     for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if found is None:
+        target_object = getattr(target_object, part, None)
+    if target_object is None:
         raise InvalidInput(f"{place} has no {attribute!r}", hint=_hint(module, names_of(module), plural))
-    return found
+    return target_object
 
 
 def tasks_of(module: ModuleType) -> list[str]:
     """Return the names under which a module holds tasks."""
     return [
         name
-        for name, found in vars(module).items()
-        if isinstance(getattr(found, "spec", None), TaskSpec) and not isinstance(found, type)
+        for name, target_object in vars(module).items()
+        if isinstance(getattr(target_object, "spec", None), TaskSpec) and not isinstance(target_object, type)
     ]
 
 
@@ -204,12 +206,14 @@ def _hint(module: ModuleType, names: list[str], plural: str) -> str:
         return f"it has no {plural}"
     functions = [
         name
-        for name, found in vars(module).items()
-        if callable(found) and getattr(found, "__module__", None) == module.__name__ and not name.startswith("_")
+        for name, target_object in vars(module).items()
+        if callable(target_object)
+        and getattr(target_object, "__module__", None) == module.__name__
+        and not name.startswith("_")
     ]
     return f"its functions: {', '.join(functions[:10])}" if functions else "it has no task and no function"
 
 
-def _kind_of(found: object) -> str:
-    article = "an" if type(found).__name__[0].lower() in "aeiou" else "a"
-    return "a class" if isinstance(found, type) else f"{article} {type(found).__name__}"
+def _kind_of(target_object: object) -> str:
+    article = "an" if type(target_object).__name__[0].lower() in "aeiou" else "a"
+    return "a class" if isinstance(target_object, type) else f"{article} {type(target_object).__name__}"

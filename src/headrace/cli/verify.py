@@ -72,13 +72,13 @@ def command(
 
 async def verify_all(engine: Engine) -> list[Verification]:
     """Verify every batch of the environment."""
-    found: list[Verification] = []
+    verifications: list[Verification] = []
     before_id = ""
     while True:
         page = await engine.store.batches(engine.environment, before_id=before_id, limit=PAGE_BATCHES)
-        found += [await engine.store.verify(batch.id) for batch, _ in page]
+        verifications += [await engine.store.verify(batch.id) for batch, _ in page]
         if len(page) < PAGE_BATCHES:
-            return found
+            return verifications
         before_id = page[-1][0].id
 
 

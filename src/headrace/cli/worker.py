@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from headrace.app import Headrace
     from headrace.foundation.settings import Settings
 
-TELL_S: Final = 10
+REPORT_S: Final = 10
 LEAVE_S: Final = 10.0
 """Seconds that a worker may need beyond its two grace periods before its supervisor kills it."""
 
@@ -44,9 +44,9 @@ def command(
     settings = settings_of(store=store, concurrency=concurrency, processes=processes)
     loaded = load_app(app)
     loaded.use(settings)
-    wanted = [queue for queue in queues.split(",") if queue] or None
+    queue_names = [queue for queue in queues.split(",") if queue] or None
     if not settings.processes:
-        run_async(_work(loaded, settings, wanted, number, lifeline))
+        run_async(_work(loaded, settings, queue_names, number, lifeline))
         return
     flags = [app, "--processes", "0", "--queues", queues]
     flags += [] if store is None else ["--store", store]
@@ -80,8 +80,8 @@ async def _work(app: Headrace, settings: Settings, queues: list[str] | None, num
             note(f"{who}working on {shown_store(settings)}, queues: {', '.join(queues or ['all'])}, tasks: {tasks}")
             stats = worker.stats
             while not stop.is_set():
-                with_news = asyncio.wait_for(stop.wait(), TELL_S)
-                await asyncio.gather(with_news, return_exceptions=True)
+                next_report = asyncio.wait_for(stop.wait(), REPORT_S)
+                await asyncio.gather(next_report, return_exceptions=True)
                 if worker.stats != stats:
                     stats = worker.stats
                     note(f"{who}{stats.completed:,} completed, {stats.failed:,} failed, {stats.in_flight:,} running")

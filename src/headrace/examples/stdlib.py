@@ -1,4 +1,4 @@
-"""Outlines of Python modules: what `headrace demo` runs over the standard library.
+"""Example of `headrace demo`: outlines of the modules of the standard library.
 
 headrace map examples/stdlib.py:outline modules.ndjson -o outlines.ndjson
 """
@@ -16,7 +16,7 @@ app = Headrace("stdlib")
 
 
 class Outline(msgspec.Struct):
-    """A module in numbers, and what it offers."""
+    """Figures of a module, and its public names."""
 
     path: str
     lines: int
@@ -27,9 +27,9 @@ class Outline(msgspec.Struct):
 
 @app.task(pool="process")
 def outline(path: str, source: str) -> Outline:
-    """Parse a module, count what is in it and list its public names."""
+    """Parse a module, count its lines, functions and classes, and list its public names."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old modules hold escapes that newer compilers warn of
+        warnings.simplefilter("ignore")  # old modules have escapes that newer compilers warn about
         tree = ast.parse(source, filename=path)
     functions = classes = 0
     for node in ast.walk(tree):

@@ -141,7 +141,7 @@ def test_an_input_that_changed_is_refused_until_it_is_fresh(shell: Shell) -> Non
     ran = shell.map()
     assert ran.code == 2
     assert "the input changed" in ran.err
-    assert "--fresh" in ran.err
+    assert "--fresh to start over" in ran.err
     assert shell.map("--fresh").code == 0
     assert {line["output"] for line in shell.lines()} == {14}
     assert shell.map("--json").json["done_before"] == 30
@@ -189,7 +189,7 @@ def test_a_cancelled_map_says_how_to_start_over(shell: Shell) -> None:
     connection.close()
     ran = shell.map()
     assert ran.code == 2
-    assert "--fresh" in ran.err
+    assert "--fresh to start over" in ran.err
 
 
 # -- the output

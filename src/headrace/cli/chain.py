@@ -145,7 +145,9 @@ async def open_chain(engine: Engine, source: Source, *, fresh: bool, is_resumabl
     for part in chain.parts:
         if part.batch.is_stopped:
             raise Conflict(
-                f"the batch of this map was {part.batch.state}", hint="pass --fresh to start over", batch_id=part.batch.id
+                f"the batch of this map was {part.batch.state}",
+                hint="pass --fresh to start over",
+                batch_id=part.batch.id,
             )
     return chain
 

@@ -31,7 +31,10 @@ class Spent(NamedTuple):
 def spend(bucket: Bucket, cost: int, *, full_us: int, now_us: int) -> Spent:
     """Take `cost` tokens, or nothing. A wish for more than the bucket ever holds is granted by a full one."""
     if cost < 0 or bucket.capacity < 1 or bucket.refill_us < 1:
-        raise InvalidInput("a bucket holds at least one token, and nobody takes less than none", cost=cost)
+        raise InvalidInput(
+            "expected a capacity and a refill time of at least 1 and a cost of at least 0, "
+            f"got {bucket.capacity}, {bucket.refill_us} and {cost}"
+        )
     owed_us = max(0, full_us - now_us)
     span_us = bucket.capacity * bucket.refill_us
     price_us = min(cost, bucket.capacity) * bucket.refill_us

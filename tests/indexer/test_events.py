@@ -105,8 +105,8 @@ def test_an_indexer_that_makes_no_sense_is_refused_when_it_is_made() -> None:
         (lambda: app.indexer("Bad Name", source=Listed(), entities=[Account]), "is not a valid name of an indexer"),
         (lambda: app.indexer("x", source=5, entities=[Account]), "expected a source with a valid name"),  # type: ignore[arg-type]  # that is the fault
         (lambda: app.indexer("x", source={}, entities=[Account]), "has no source"),
-        (lambda: app.indexer("x", source=Listed(), entities=[Account], history=-1), "history is"),
-        (lambda: app.indexer("x", source=Listed(), entities=[Account], where="now"), "where is"),  # type: ignore[arg-type]  # that is the fault
+        (lambda: app.indexer("x", source=Listed(), entities=[Account], history=-1), "history: expected"),
+        (lambda: app.indexer("x", source=Listed(), entities=[Account], where="now"), "where: expected"),  # type: ignore[arg-type]  # that is the fault
         (lambda: app.indexer("x", source=Listed(), entities=[Account], unknown="hm"), "refused or skipped"),  # type: ignore[arg-type]  # that is the fault
         (lambda: handled(plain), "no async function"),
         (lambda: handled(alone), "takes 1 parameters"),

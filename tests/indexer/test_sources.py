@@ -97,7 +97,7 @@ async def test_rows_of_csv_are_texts_or_what_their_class_says(tmp_path: Path) ->
     for text, words in (
         ("name,n\nann\n", "expected 2 cells, got 1"),
         ("name,n\nann,x\n", "line 2 of .* is not a valid Row"),
-        ('name,n\n"ann,1\n', "is not CSV"),
+        ('name,n\n"ann,1\n', "is not valid CSV"),
     ):
         path.write_text(text)
         with pytest.raises(InvalidInput, match=words):

@@ -1,9 +1,9 @@
 """The task broker over real gRPC on loopback, beside bare calls of the same bytes.
 
 `python -m bench.grpc [echo pull push many] [--store URL] [--tasks N]`: a server for each in another process, and a load
-generator that is nothing but a socket and frames. Every figure stands beside its base of the same run: `echo` beside a
-server that finds frames and answers fixed bytes (`bench.floors.echo_floor`), `pull` beside two bare calls of the same
-sizes on our own transport, `push` beside the same pushes and reports without a store.
+generator that is nothing but a socket and frames. Every figure has a baseline of the same run: for `echo` a server that
+finds frames and answers fixed bytes (`headrace.benchmarks.baselines.echo`), for `pull` two bare calls of the same sizes
+on our own transport, for `push` the same pushes and reports without a store.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def echo(_options: argparse.Namespace) -> None:
     message = field(2, b"x" * 197)
     found = {}
     own = ("-m", "bench.grpc", "serve-echo", "200")
-    floor = ("-m", "bench.floors.echo_floor", "200")
+    floor = ("-m", "headrace.benchmarks.baselines.echo", "200")
     for name, command in (("headrace", own), ("floor", floor), ("grpcio", ("-m", "bench.grpc", "serve-grpcio"))):
         with process(*command, said=r"^(\d+)$") as server:
             found[name] = best(partial(_echoes, server, message))

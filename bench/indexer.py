@@ -25,8 +25,8 @@ import msgspec
 import uvloop
 from msgspec.structs import replace
 
-from bench.floors import transfers_floor
 from headrace import Headrace
+from headrace.benchmarks.baselines import transfers as baseline
 from headrace.cli.index import GC_THRESHOLDS
 from headrace.foundation import interpreter
 from headrace.foundation.settings import load
@@ -133,15 +133,11 @@ def run(
 
 def transfers(store: str) -> None:
     """Events a second of the reference's shape, beside the floor, taking turns."""
-    lines = transfers_floor.lines_of(200_000)
+    lines = baseline.lines_of(200_000)
     ours, floors, busy = [], [], []
     for _ in range(RUNS):
         with tempfile.TemporaryDirectory() as folder:
-            floor = (
-                transfers_floor.postgres_floor(lines, store)
-                if store
-                else transfers_floor.sqlite_floor(lines, Path(folder))
-            )
+            floor = baseline.measure_postgres(lines, store) if store else baseline.measure_sqlite(lines, Path(folder))
         cpu_s = time.process_time()
         elapsed_s, told = run(lambda app: transfers_of(app, Lines(lines)), store)
         busy.append((time.process_time() - cpu_s) / len(lines) * 1e6)
@@ -162,7 +158,7 @@ def overlap(store: str) -> None:
     and commits at the end, no overlap could help. Of the turns whose ratio came near the one that is wanted the best
     is told.
     """
-    lines = transfers_floor.lines_of(OVERLAP_EVENTS, OVERLAP_ACCOUNTS)
+    lines = baseline.lines_of(OVERLAP_EVENTS, OVERLAP_ACCOUNTS)
     _, alone = run(lambda app: transfers_of(app, Lines(lines)), store, index_depth_max=0)
     own_us = alone.compute_s / len(lines) * 1e6
     spin = Spin()

@@ -1,7 +1,7 @@
-"""What `headrace bench` measures: each scenario beside its floor, in one process, taking turns.
+"""The scenarios of `headrace bench`, each measured in turns with its baseline, in one process.
 
-A floor is the same work without the framework. Floors live in the repository (`bench/floors`) and import nothing of
-headrace; an installed package without them measures all the same and says that it has no floor.
+A baseline is the same work without the framework (`headrace.benchmarks.baselines`); it imports nothing of Headrace. The
+ratio of the two is what the framework costs on this machine.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ import os
 import platform
 import sqlite3
 import statistics
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TypedDict
 from urllib.parse import urlsplit
 
 from headrace import __version__
-from headrace.benchmarks.places import OnDisk, OnServer, Place
 from headrace.benchmarks.scenarios import SCENARIOS, Scenario
+from headrace.benchmarks.targets import BenchmarkTarget, PostgresTarget, SqliteTarget
 from headrace.compose import POSTGRES, SQLITE, sqlite_path
 from headrace.foundation.errors import InvalidInput
 
-REPOSITORY: Final = Path(__file__).parents[3]
 RUNS: Final = 5
 QUICK_RUNS: Final = 2
 CHECK_SIZE: Final = 100_000
@@ -31,81 +29,84 @@ QUICK_SHARE: Final = 10
 
 
 class Figure(TypedDict):
-    """One scenario's result: medians over `runs` turns; `ratio` is value over floor."""
+    """The result of one scenario: medians over `runs` turns; `ratio` is value divided by baseline."""
 
     name: str
     store: str
     unit: str
     value: float
-    floor: float | None
+    baseline: float | None
     ratio: float | None
     runs: int
 
 
-class Report(TypedDict):
-    """What `headrace bench --json` prints."""
+class BenchReport(TypedDict):
+    """The output of `headrace bench --json`."""
 
     machine: dict[str, object]
     versions: dict[str, str]
     scenarios: list[Figure]
 
 
-def place_of(store: str | None) -> Place:
-    """Where to measure: the disk or the server that a store's URL names; without one, the disk of temporary files."""
+def target_of(store: str | None) -> BenchmarkTarget:
+    """Return the disk or server that a store's URL names; without a URL, the disk of temporary files."""
     scheme = "sqlite" if store is None else urlsplit(store).scheme
     if scheme in POSTGRES:
         assert store is not None
-        return OnServer(store)
+        return PostgresTarget(store)
     if scheme != SQLITE:
         raise InvalidInput(
-            "bench measures SQLite and PostgreSQL", hint="--store sqlite:///directory/any.db says on which disk"
+            f"expected a SQLite or PostgreSQL URL, got {store!r}",
+            hint="--store sqlite:///folder/any.db selects a disk, --store postgresql://… a server",
         )
-    return OnDisk(Path(tempfile.gettempdir()) if store is None else sqlite_path(store).parent)
+    return SqliteTarget(Path(tempfile.gettempdir()) if store is None else sqlite_path(store).parent)
 
 
-def chosen(names: list[str], kind: str = "sqlite") -> list[Scenario]:
-    """The scenarios of these names, all that fit the store when there are none. Raises `InvalidInput`."""
+def select(names: list[str], kind: str = "sqlite") -> list[Scenario]:
+    """Return the scenarios with these names; without names, all that fit the store. Raises `InvalidInput`."""
     unknown = [name for name in names if name not in SCENARIOS]
     if unknown:
-        raise InvalidInput(f"no scenario is called {unknown[0]!r}", hint=f"there are: {', '.join(SCENARIOS)}")
+        raise InvalidInput(f"no scenario has the name {unknown[0]!r}", hint=f"scenarios: {', '.join(SCENARIOS)}")
     unfit = [name for name in names if kind not in SCENARIOS[name].kinds]
     if unfit:
-        raise InvalidInput(f"{unfit[0]} is not for {kind}", hint=f"it is for {', '.join(SCENARIOS[unfit[0]].kinds)}")
+        raise InvalidInput(
+            f"the scenario {unfit[0]} does not run on {kind}", hint=f"it runs on {', '.join(SCENARIOS[unfit[0]].kinds)}"
+        )
     return [scenario for name, scenario in SCENARIOS.items() if (name in names if names else kind in scenario.kinds)]
 
 
-def measured(scenarios: list[Scenario], place: Place, *, quick: bool) -> Iterator[Figure]:
-    """Figures as they come, each scenario and its floor in turns; `quick` measures a tenth, twice."""
-    floors = _floors(place)
-    if "check" in floors and any(scenario.name in ("append", "drain") for scenario in scenarios):
-        floors["check"](CHECK_SIZE)
+def measure_all(scenarios: list[Scenario], target: BenchmarkTarget, *, quick: bool) -> Iterator[Figure]:
+    """Yield the figures one by one, each scenario in turns with its baseline; `quick` measures a tenth, twice."""
+    baselines = target.baselines()
+    if "check" in baselines and any(scenario.name in ("append", "drain") for scenario in scenarios):
+        baselines["check"](CHECK_SIZE)
     for scenario in scenarios:
         runs = 1 if scenario.is_slow else QUICK_RUNS if quick else RUNS
         size = scenario.size // (QUICK_SHARE if quick else 1)
         values: list[float] = []
-        bases: list[float] = []
+        baseline_values: list[float] = []
         for _ in range(runs):
-            value, own_base = scenario.measure(size, place)
+            value, own_baseline = scenario.measure(size, target)
             values.append(value)
-            if own_base is not None:
-                bases.append(own_base)
-            elif scenario.name in floors:
-                bases.append(floors[scenario.name](size))
+            if own_baseline is not None:
+                baseline_values.append(own_baseline)
+            elif scenario.name in baselines:
+                baseline_values.append(baselines[scenario.name](size))
         value = statistics.median(values)
-        floor = statistics.median(bases) if bases else None
+        baseline = statistics.median(baseline_values) if baseline_values else None
         yield Figure(
             name=scenario.name,
-            store=place.kind,
+            store=target.kind,
             unit=scenario.unit,
             value=round(value, 1),
-            floor=None if floor is None else round(floor, 1),
-            ratio=None if not floor else round(value / floor, 3),
+            baseline=None if baseline is None else round(baseline, 1),
+            ratio=None if not baseline else round(value / baseline, 3),
             runs=runs,
         )
 
 
 def machine() -> dict[str, object]:
-    """Where the figures were measured."""
+    """Describe the machine."""
     return {
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
@@ -115,7 +116,7 @@ def machine() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """What was measured."""
+    """Return the versions of Headrace, Python and SQLite."""
     return {"headrace": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
 
 
@@ -125,14 +126,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _floors(place: Place) -> dict[str, Callable[[int], float]]:
-    """The floors of the repository this package lies in; none when it was installed without one."""
-    if not (REPOSITORY / "bench" / "floors").is_dir():
-        return {}
-    sys.path.insert(0, str(REPOSITORY))
-    try:
-        return place.floors()
-    finally:
-        sys.path.remove(str(REPOSITORY))

@@ -1,4 +1,4 @@
-"""The scenarios, each a function from a size and a place to a figure (and a base of its own, where it has one)."""
+"""The scenarios, each a function from a size and a target to a figure, and a baseline of its own if it has one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from headrace.benchmarks.places import OnServer, Place, run
+from headrace.benchmarks.targets import BenchmarkTarget, PostgresTarget, run
 from headrace.benchmarks.tasks import app, held, nap, nothing, stamp
 from headrace.core.block import Coalescer
 from headrace.core.run import COMPLETED
@@ -34,31 +34,33 @@ from headrace.task import Task
 PAD: Final = "x" * 79
 NAP_CONCURRENCY: Final = 1_000
 MIB: Final = 2**20
-LOOK_S: Final = 0.05
+POLL_S: Final = 0.05
 TIMEOUT_MS: Final = 5_000
-APART_S: Final = (0.01, 0.03)
+GAP_S: Final = (0.01, 0.03)
 CLAIMS: Final = 1_000
 SORTED_ITEMS: Final = 16_384
 STRIDE: Final = 7_919_239
-"""A prime, so that its multiples modulo a size that it does not divide are every index once."""
-ANYWHERE: Final = ("sqlite", "postgres")
-ON_SERVER: Final = ("postgres",)
+"""A prime: its multiples modulo a size that it does not divide are all indexes, once each."""
+ALL_STORES: Final = ("sqlite", "postgres")
+POSTGRES_ONLY: Final = ("postgres",)
 Measured = tuple[float, float | None]
 
 
 class Scenario(NamedTuple):
-    """What is measured, in which unit, over how many runs; `is_slow` is measured once; `kinds` of stores it is for."""
+    """A scenario: its unit, its number of runs, and the function; `is_slow` is measured once; `kinds` of stores it runs
+    on.
+    """
 
     name: str
     unit: str
     size: int
     measure: Callable[[int, Any], Measured]
-    kinds: tuple[str, ...] = ANYWHERE
+    kinds: tuple[str, ...] = ALL_STORES
     is_slow: bool = False
 
 
-def append(size: int, place: Place) -> Measured:
-    """Items a second from Python objects to durable runs."""
+def append(size: int, target: BenchmarkTarget) -> Measured:
+    """Items per second from Python objects to durable runs."""
 
     async def timed() -> float:
         async with app:
@@ -66,80 +68,82 @@ def append(size: int, place: Place) -> Measured:
             await nothing.map(_items(size))
             return size / (perf_counter() - started)
 
-    with place.fresh():
+    with target.fresh():
         return run(timed()), None
 
 
-def drain(size: int, place: Place) -> Measured:
-    """Runs a second from claim to durable outcome, one process, tasks that do nothing."""
-    with place.fresh():
-        return run(_drained(nothing, size, concurrency=100)), None
+def drain(size: int, target: BenchmarkTarget) -> Measured:
+    """Runs per second from claim to durable outcome, in one process, with tasks that do nothing."""
+    with target.fresh():
+        return run(_drain(nothing, size, concurrency=100)), None
 
 
-def sleep100ms(size: int, place: Place) -> Measured:
-    """Runs a second of tasks that wait 100 ms, 1,000 at a time: the limit is 10,000."""
-    with place.fresh():
-        return run(_drained(nap, size, concurrency=NAP_CONCURRENCY)), None
+def sleep100ms(size: int, target: BenchmarkTarget) -> Measured:
+    """Runs per second of tasks that wait 100 ms, 1,000 at a time: the limit is 10,000."""
+    with target.fresh():
+        return run(_drain(nap, size, concurrency=NAP_CONCURRENCY)), None
 
 
-def drain4(size: int, place: Place) -> Measured:
-    """The same with four worker processes; the base is one worker process."""
-    return _by_processes(size, place, 4), _by_processes(size, place, 1)
+def drain4(size: int, target: BenchmarkTarget) -> Measured:
+    """Runs per second of no-op tasks with four worker processes; the baseline is one worker process."""
+    return _by_processes(size, target, 4), _by_processes(size, target, 1)
 
 
-def snapshot(size: int, place: OnServer) -> Measured:
-    """`drain` while a reader holds a snapshot open throughout; the base is without."""
+def snapshot(size: int, target: PostgresTarget) -> Measured:
+    """`drain` while a reader holds a snapshot open; the baseline is without the reader."""
 
     async def held() -> float:
-        connection = await place.connect()
+        connection = await target.connect()
         try:
             await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
             await connection.fetchval("SELECT count(*) FROM pg_class")
-            return await _drained(nothing, size, concurrency=100)
+            return await _drain(nothing, size, concurrency=100)
         finally:
             await connection.close()
 
-    with place.fresh():
+    with target.fresh():
         value = run(held())
-    return value, drain(size, place)[0]
+    return value, drain(size, target)[0]
 
 
-def dead_rows(size: int, place: OnServer) -> Measured:
-    """Row versions that `size` runs left behind, from append to outcome; the base is the bound, one per 50 runs."""
-    with place.fresh():
-        return run(_footprint(size, place, 0))[1], size / 50
+def dead_rows(size: int, target: PostgresTarget) -> Measured:
+    """Row versions that `size` runs leave behind, from append to outcome; the baseline is the bound, one per 50
+    runs.
+    """
+    with target.fresh():
+        return run(_footprint(size, target, 0))[1], size / 50
 
 
-def wal(size: int, place: OnServer) -> Measured:
-    """Bytes of WAL a run of 100 bytes, from append to outcome; the base is the bound."""
-    with place.fresh():
-        return run(_footprint(size, place, 0))[0], 250
+def wal(size: int, target: PostgresTarget) -> Measured:
+    """Bytes of WAL per run of 100 bytes, from append to outcome; the baseline is the bound."""
+    with target.fresh():
+        return run(_footprint(size, target, 0))[0], 250
 
 
-def wal_small_claims(size: int, place: OnServer) -> Measured:
-    """The same when every claim is for 8 runs; the base is the bound."""
-    with place.fresh():
-        return run(_footprint(size, place, 8))[0], 800
+def wal_small_claims(size: int, target: PostgresTarget) -> Measured:
+    """Bytes of WAL per run if every claim is for 8 runs; the baseline is the bound."""
+    with target.fresh():
+        return run(_footprint(size, target, 8))[0], 800
 
 
-def large_batch(size: int, place: Place) -> Measured:
-    """Items a second of the last tenth of one batch; the base is its first tenth."""
-    return _growth(size, place).rates
+def large_batch(size: int, target: BenchmarkTarget) -> Measured:
+    """Items per second in the last tenth of one batch; the baseline is its first tenth."""
+    return _growth(size, target).rates
 
 
-def large_batch_memory(size: int, place: Place) -> Measured:
-    """Memory in MiB of the process after the last item of one batch; the base is after its first tenth."""
-    return _growth(size, place).memory
+def large_batch_memory(size: int, target: BenchmarkTarget) -> Measured:
+    """Memory in MiB of the process after the last item of one batch; the baseline is after its first tenth."""
+    return _growth(size, target).memory
 
 
-def shuffled_batch(size: int, place: Place) -> Measured:
-    """Items a second of the last tenth of one batch whose items come in random order; the base is its first tenth."""
-    with place.fresh():
+def shuffled_batch(size: int, target: BenchmarkTarget) -> Measured:
+    """Items per second in the last tenth of one batch with items in random order; the baseline is its first tenth."""
+    with target.fresh():
         return run(_shuffled(size))
 
 
-def claim_latency(size: int, place: Place) -> Measured:
-    """The 99th percentile in ms of claims of 8 runs with `size` waiting; the base is with a tenth of them."""
+def claim_latency(size: int, target: BenchmarkTarget) -> Measured:
+    """The 99th percentile in ms of claims of 8 runs with `size` waiting; the baseline is with a tenth of them."""
 
     async def measured() -> Measured:
         async with app:
@@ -148,32 +152,32 @@ def claim_latency(size: int, place: Place) -> Measured:
             await nothing.map(_items(size - size // 10))
             return await _claim_p99(), base
 
-    with place.fresh():
+    with target.fresh():
         return run(measured())
 
 
-def start_latency(size: int, place: Place) -> Measured:
+def start_latency(size: int, target: BenchmarkTarget) -> Measured:
     """The median in ms from the call of `enqueue` to the start of the run in another process; the goal is 5."""
-    return _started_after_ms(size, place)[size // 2], 5.0
+    return _started_after_ms(size, target)[size // 2], 5.0
 
 
-def start_latency_p99(size: int, place: Place) -> Measured:
-    """The 99th percentile of the same; the goal is 20."""
-    return _started_after_ms(size, place)[size * 99 // 100], 20.0
+def start_latency_p99(size: int, target: BenchmarkTarget) -> Measured:
+    """The 99th percentile from the call of `enqueue` to the start in another process, in ms; the goal is 20."""
+    return _started_after_ms(size, target)[size * 99 // 100], 20.0
 
 
-def recovery(size: int, place: Place) -> Measured:
+def recovery(size: int, target: BenchmarkTarget) -> Measured:
     """Seconds from the kill -9 of a worker until all it had begun has begun in another that can't see it die.
 
     The base is the bound: the time after which a silent session counts as dead, and a second.
     """
-    with place.fresh() as url, tempfile.TemporaryDirectory(prefix="bench-") as folder:
+    with target.fresh() as url, tempfile.TemporaryDirectory(prefix="bench-") as folder:
         return run(_recovered(size, url, Path(folder)))
 
 
-def map_memory(size: int, place: Place) -> Measured:
-    """Peak memory in MiB of `headrace map` over `size` items; the base is the peak over a tenth of them."""
-    return _map_peak(size, place), _map_peak(size // 10, place)
+def map_memory(size: int, target: BenchmarkTarget) -> Measured:
+    """Peak memory in MiB of `headrace map` over `size` items; the baseline is the peak over a tenth of them."""
+    return _map_peak(size, target), _map_peak(size // 10, target)
 
 
 SCENARIOS: Final = {
@@ -189,12 +193,12 @@ SCENARIOS: Final = {
         Scenario("claim_latency", "ms", 10_000_000, claim_latency, is_slow=True),
         Scenario("start_latency", "ms", 500, start_latency),
         Scenario("start_latency_p99", "ms", 500, start_latency_p99),
-        Scenario("recovery", "s", 100, recovery, ON_SERVER),
-        Scenario("drain4", "runs/s", 1_000_000, drain4, ON_SERVER),
-        Scenario("snapshot", "runs/s", 500_000, snapshot, ON_SERVER),
-        Scenario("dead_rows", "rows", 1_000_000, dead_rows, ON_SERVER, is_slow=True),
-        Scenario("wal", "B/run", 1_000_000, wal, ON_SERVER, is_slow=True),
-        Scenario("wal_small_claims", "B/run", 100_000, wal_small_claims, ON_SERVER, is_slow=True),
+        Scenario("recovery", "s", 100, recovery, POSTGRES_ONLY),
+        Scenario("drain4", "runs/s", 1_000_000, drain4, POSTGRES_ONLY),
+        Scenario("snapshot", "runs/s", 500_000, snapshot, POSTGRES_ONLY),
+        Scenario("dead_rows", "rows", 1_000_000, dead_rows, POSTGRES_ONLY, is_slow=True),
+        Scenario("wal", "B/run", 1_000_000, wal, POSTGRES_ONLY, is_slow=True),
+        Scenario("wal_small_claims", "B/run", 100_000, wal_small_claims, POSTGRES_ONLY, is_slow=True),
     )
 }
 
@@ -203,7 +207,7 @@ def _items(size: int) -> Iterator[dict[str, object]]:
     return ({"n": number, "pad": PAD} for number in range(size))
 
 
-async def _drained(task: Task[Any, Any], size: int, *, concurrency: int) -> float:
+async def _drain(task: Task[Any, Any], size: int, *, concurrency: int) -> float:
     async with app:
         batch = await task.map(_items(size))
         started = perf_counter()
@@ -218,30 +222,32 @@ async def _completed(batch: Batch[Any], size: int) -> None:
         raise EngineFault(f"{summary.ledger.completed} of {size} runs completed")
 
 
-async def _footprint(size: int, place: OnServer, claim_runs: int) -> tuple[float, int]:
-    """Bytes of WAL a run, and row versions left behind. `claim_runs`: so many a claim, instead of the usual many."""
+async def _footprint(size: int, target: PostgresTarget, claim_runs: int) -> tuple[float, int]:
+    """Return the bytes of WAL per run and the row versions left behind; `claim_runs`: runs per claim, instead of
+    many.
+    """
     async with app:
         await app.open()
-        before = await place.footprint()
+        before = await target.footprint()
         batch = await nothing.map(_items(size))
         if claim_runs:
             await _settled_by(claim_runs)
         else:
             async with app.worker(tasks=[nothing.name], concurrency=100):
                 await _completed(batch, size)
-    after = await place.footprint()
+    after = await target.footprint()
     return (after.wal_bytes - before.wal_bytes) / size, after.dead_rows - before.dead_rows
 
 
 class _Growth(NamedTuple):
-    """What the last tenth of a batch looked like, and the first."""
+    """Rate and memory in the last tenth of a batch, and in the first."""
 
     rates: tuple[float, float]
     memory: tuple[float, float]
 
 
-def _growth(size: int, place: Place) -> _Growth:
-    """One batch of `size` items, watched at each tenth."""
+def _growth(size: int, target: BenchmarkTarget) -> _Growth:
+    """Map one batch of `size` items, measured at each tenth."""
     marks: list[tuple[float, float]] = []
 
     def watched() -> Iterator[dict[str, object]]:
@@ -254,7 +260,7 @@ def _growth(size: int, place: Place) -> _Growth:
         async with app:
             await nothing.map(watched())
 
-    with place.fresh():
+    with target.fresh():
         run(mapped())
     marks.append((perf_counter(), _memory_mib()))
     seconds = [after[0] - before[0] for before, after in pairwise(marks)]
@@ -267,7 +273,7 @@ def _memory_mib() -> float:
 
 
 async def _shuffled(size: int) -> Measured:
-    """Sorted by 16,384 at a time, as an ingest does it; each index comes once, in an order that looks random."""
+    """Append items sorted by 16,384 at a time, as an ingest does; each index comes once, in pseudo-random order."""
     async with app:
         engine = await app.open()
         now_us = engine.clock.now_us()
@@ -290,72 +296,72 @@ async def _shuffled(size: int) -> Measured:
 
 
 async def _claim_p99() -> float:
-    broker = StoreSession(await app.open(), kind="worker")
-    await broker.start()
+    session = StoreSession(await app.open(), kind="worker")
+    await session.start()
     taken_s = []
     for _ in range(CLAIMS):
         started = perf_counter()
-        works = await broker.claim([nothing.name], None, 8)
+        leases = await session.claim([nothing.name], None, 8)
         taken_s.append(perf_counter() - started)
-        for work in works:
-            await broker.end_lease(work, [Release(span_id=work.lease.span_id, token=work.lease.token)])
-    await broker.stop()
+        for work in leases:
+            await session.end_lease(work, [Release(span_id=work.lease.span_id, token=work.lease.token)])
+    await session.stop()
     return sorted(taken_s)[CLAIMS * 99 // 100] * 1_000
 
 
-def _started_after_ms(size: int, place: Place) -> list[float]:
-    """Sorted, of runs that are enqueued one at a time while another process waits for them."""
+def _started_after_ms(size: int, target: BenchmarkTarget) -> list[float]:
+    """Return the sorted start latencies of runs that are enqueued one by one while another process waits for them."""
 
     async def measured() -> list[float]:
         async with app:
             engine = await app.open()
-            await _met(engine, 1)
+            await _wait_for_workers(engine, 1)
             await (await stamp.enqueue(time.monotonic_ns())).result()
             runs = []
             for _ in range(size):
-                await engine.clock.sleep(random.uniform(*APART_S))  # noqa: S311 - so that no two clocks keep step
+                await engine.clock.sleep(random.uniform(*GAP_S))  # noqa: S311 - so that no two clocks keep step
                 runs.append(await stamp.enqueue(time.monotonic_ns()))
             return sorted([await one.result() / 1_000_000 for one in runs])
 
-    with place.fresh() as url, _workers(url, 1):
+    with target.fresh() as url, _workers(url, 1):
         return run(measured())
 
 
 async def _settled_by(claim_runs: int) -> None:
-    """Claim so many runs at a time and settle them, until there are none."""
-    broker = StoreSession(await app.open(), kind="worker")
-    await broker.start()
-    while works := await broker.claim([nothing.name], None, claim_runs):
-        for work in works:
+    """Claim and settle `claim_runs` at a time, until no run is left."""
+    session = StoreSession(await app.open(), kind="worker")
+    await session.start()
+    while leases := await session.claim([nothing.name], None, claim_runs):
+        for work in leases:
             for _ in range(work.count):
                 work.end(work.begin(), COMPLETED, b"null")
             settlement = work.take_settlement()
             assert settlement is not None
-            await broker.end_lease(work, [settlement])
-    await broker.stop()
+            await session.end_lease(work, [settlement])
+    await session.stop()
 
 
-def _by_processes(size: int, place: Place, processes: int) -> float:
-    """Runs a second of worker processes that are there and idle when the work is let in."""
+def _by_processes(size: int, target: BenchmarkTarget, processes: int) -> float:
+    """Runs per second of worker processes that are idle when the runs are published."""
 
     async def timed() -> float:
         async with app:
             engine = await app.open()
             await engine.store.pause_queue("default", "default", paused=True)
             batch = await nothing.map(_items(size))
-            await _met(engine, processes)
+            await _wait_for_workers(engine, processes)
             started = perf_counter()
             await engine.store.pause_queue("default", "default", paused=False)
             engine.wakeup.notify()
             await _completed(batch, size)
             return size / (perf_counter() - started)
 
-    with place.fresh() as url, _workers(url, processes):
+    with target.fresh() as url, _workers(url, processes):
         return run(timed())
 
 
 async def _recovered(size: int, url: str, folder: Path) -> Measured:
-    """Two workers whose marks lie in places of their own, as on two machines."""
+    """Kill one of two workers whose in-flight marks are in separate folders, as on two machines."""
     log = folder / "held.log"
     log.touch()
 
@@ -372,7 +378,7 @@ async def _recovered(size: int, url: str, folder: Path) -> Measured:
 
     async def begun(engine: Engine, pid: int) -> None:
         while len({line for line in log.read_text(encoding="ascii").splitlines() if line.endswith(f" {pid}")}) < size:
-            await engine.clock.sleep(LOOK_S / 5)
+            await engine.clock.sleep(POLL_S / 5)
 
     workers: list[subprocess.Popen[bytes]] = []
     async with app:
@@ -381,7 +387,7 @@ async def _recovered(size: int, url: str, folder: Path) -> Measured:
             await held.map(range(size))
             for name in ("first", "second"):
                 workers.append(worker(name))
-                await _met(engine, len(workers))
+                await _wait_for_workers(engine, len(workers))
                 await begun(engine, workers[0].pid)
             started = perf_counter()
             workers[0].kill()
@@ -393,10 +399,10 @@ async def _recovered(size: int, url: str, folder: Path) -> Measured:
                 process.wait()
 
 
-async def _met(engine: Engine, workers_count: int) -> None:
-    """Return when so many workers are there."""
+async def _wait_for_workers(engine: Engine, workers_count: int) -> None:
+    """Return when this many workers have a session."""
     while len([one for one in await engine.maintenance.sessions() if one.kind == "worker"]) < workers_count:
-        await engine.clock.sleep(LOOK_S)
+        await engine.clock.sleep(POLL_S)
 
 
 @contextmanager
@@ -414,21 +420,21 @@ def _workers(url: str, processes: int) -> Iterator[None]:
         process.wait()
 
 
-def _map_peak(size: int, place: Place) -> float:
-    """Run the command on its own and ask the kernel for the most memory it or a child of it ever held."""
-    with place.fresh() as url, tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        source, target = Path(folder) / "items.ndjson", Path(folder) / "results.ndjson"
+def _map_peak(size: int, target: BenchmarkTarget) -> float:
+    """Run the command alone and return the peak memory of it and its children, from the kernel."""
+    with target.fresh() as url, tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        source, output = Path(folder) / "items.ndjson", Path(folder) / "results.ndjson"
         with source.open("w") as file:
             for number in range(size):
                 file.write(f'{{"n":{number},"pad":"{PAD}"}}\n')
         command = [sys.executable, "-m", "headrace", "map", "headrace.benchmarks.tasks:nothing", str(source)]
-        command += ["-o", str(target), "--store", url, "--no-progress"]
+        command += ["-o", str(output), "--store", url, "--no-progress"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)  # noqa: S603 - our own command
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        lines_count = sum(piece.count(b"\n") for piece in _pieces(target))
+        lines_count = sum(piece.count(b"\n") for piece in _pieces(output))
         if process.returncode or lines_count != size:
-            raise EngineFault(f"map ended with {process.returncode} after {lines_count} of {size} results")
+            raise EngineFault(f"map exited with code {process.returncode} after {lines_count} of {size} results")
         return usage.ru_maxrss * 1024 / MIB
 
 

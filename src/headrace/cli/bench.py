@@ -29,21 +29,21 @@ def command(
 
     from headrace import benchmarks
 
-    place = benchmarks.place_of(store)
-    scenarios = benchmarks.chosen(names or [], place.kind)
+    target = benchmarks.target_of(store)
+    scenarios = benchmarks.select(names or [], target.kind)
     interpreter.tune()
     figures = []
-    for figure in benchmarks.measured(scenarios, place, quick=quick):
+    for figure in benchmarks.measure_all(scenarios, target, quick=quick):
         figures.append(figure)
         if not json:
             typer.echo(_line(figure))
     if json:
-        report = benchmarks.Report(machine=benchmarks.machine(), versions=benchmarks.versions(), scenarios=figures)
+        report = benchmarks.BenchReport(machine=benchmarks.machine(), versions=benchmarks.versions(), scenarios=figures)
         typer.echo(msgspec.json.encode(report).decode())
 
 
 def _line(figure: Figure) -> str:
     text = f"{figure['name']:16} {figure['value']:>12,.0f} {figure['unit']:8}"
-    if figure["floor"] is None:
-        return f"{text} (no floor: it is in the repository, not in the package)"
-    return f"{text} floor {figure['floor']:>12,.0f}   ratio {figure['ratio']:.2f}   median of {figure['runs']}"
+    if figure["baseline"] is None:
+        return text
+    return f"{text} baseline {figure['baseline']:>10,.0f}   ratio {figure['ratio']:.2f}   median of {figure['runs']}"

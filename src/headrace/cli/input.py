@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
 from headrace.foundation.errors import InvalidInput
-from headrace.runtime.indexing.compressed_files import Truncated, Zstandard
+from headrace.runtime.indexing.sources.compressed_files import Truncated, Zstandard
 
 PIECE_BYTES: Final = 256 * 1024
 STDIN: Final = "-"

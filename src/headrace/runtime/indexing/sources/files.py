@@ -20,7 +20,7 @@ import msgspec
 from headrace.core.sequencer import Arrived, Position
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import MIB
-from headrace.runtime.indexing.compressed_files import Truncated, Zstandard
+from headrace.runtime.indexing.sources.compressed_files import Truncated, Zstandard
 from headrace.runtime.indexing.sources.source import Arrival
 
 PIECE_BYTES: Final = MIB

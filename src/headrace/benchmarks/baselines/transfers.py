@@ -1,18 +1,14 @@
-"""The floor under the indexer's transfers: the same rows by a straight line of the same statements, and no framework.
+"""The baseline of the indexer's transfers: the same rows by the same statements, without the framework.
 
-Nothing of headrace is imported. JSON lines are decoded, two balances change and one row is added for each, and every
-5,000 events are one transaction: of each account the last state, every transfer, and where it stands. No staging to
-share with a commit that runs meanwhile, no checks, no history, no lease, no retries: each commit is waited for.
-
-    python -m bench.floors.transfers_floor [postgresql://user@host/database]
+JSON lines are decoded, two balances change and one row is added for each, and every 5,000 events are one transaction:
+the last state of each account, every transfer, and the checkpoint. There is no staging beside a running commit, no
+check, no history, no lease and no retry: each commit is waited for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -36,7 +32,7 @@ class Transfer(msgspec.Struct):
 
 
 def run(lines: Sequence[bytes], commit: Callable[[list[tuple[Any, ...]], list[tuple[Any, ...]], int], None]) -> float:
-    """Events a second, from JSON lines to durable rows."""
+    """Return the events per second, from JSON lines to durable rows."""
     decode = msgspec.json.Decoder(Transfer).decode
     balances: dict[str, int] = {}
     started = time.perf_counter()
@@ -53,9 +49,9 @@ def run(lines: Sequence[bytes], commit: Callable[[list[tuple[Any, ...]], list[tu
     return len(lines) / (time.perf_counter() - started)
 
 
-def sqlite_floor(lines: Sequence[bytes], folder: Path) -> float:
-    """Into one SQLite file, WAL, synchronous=FULL."""
-    db = sqlite3.connect(folder / "floor.db", isolation_level=None)
+def measure_sqlite(lines: Sequence[bytes], folder: Path) -> float:
+    """Measure one SQLite file, WAL, synchronous=FULL."""
+    db = sqlite3.connect(folder / "baseline.db", isolation_level=None)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
     db.execute("CREATE TABLE account (id TEXT NOT NULL PRIMARY KEY, balance, country TEXT) WITHOUT ROWID")
@@ -84,14 +80,14 @@ def sqlite_floor(lines: Sequence[bytes], folder: Path) -> float:
         db.close()
 
 
-def postgres_floor(lines: Sequence[bytes], dsn: str) -> float:
-    """Into one schema of a PostgreSQL, by COPY and merge."""
+def measure_postgres(lines: Sequence[bytes], dsn: str) -> float:
+    """Measure one schema of PostgreSQL, by COPY and merge."""
     with asyncio.Runner() as runner:
         db = runner.run(asyncpg.connect(dsn))
         runner.run(
             db.execute(
-                """DROP SCHEMA IF EXISTS headrace_floor CASCADE; CREATE SCHEMA headrace_floor;
-                SET search_path = headrace_floor;
+                """DROP SCHEMA IF EXISTS headrace_baseline CASCADE; CREATE SCHEMA headrace_baseline;
+                SET search_path = headrace_baseline;
                 SET enable_seqscan = off; SET jit = off;
                 CREATE TABLE account (id text COLLATE "C" PRIMARY KEY, balance numeric, country text)
                 WITH (fillfactor = 80);
@@ -120,12 +116,12 @@ def postgres_floor(lines: Sequence[bytes], dsn: str) -> float:
         try:
             return run(lines, lambda *own: runner.run(work(*own)))
         finally:
-            runner.run(db.execute("DROP SCHEMA headrace_floor CASCADE"))
+            runner.run(db.execute("DROP SCHEMA headrace_baseline CASCADE"))
             runner.run(db.close())
 
 
 def lines_of(count: int, accounts: int = 20_000) -> list[bytes]:
-    """Transfers between accounts, the same in every run."""
+    """Return transfers between accounts, the same in every run."""
     state, lines = 12_345, []
     for number in range(count):
         state = (state * 1_103_515_245 + 12_345) & 0x7FFFFFFF
@@ -135,11 +131,3 @@ def lines_of(count: int, accounts: int = 20_000) -> list[bytes]:
             % (sender, receiver, number % 100)
         )
     return lines
-
-
-if __name__ == "__main__":
-    events = lines_of(200_000)
-    with tempfile.TemporaryDirectory() as place:
-        print(f"sqlite: {sqlite_floor(events, Path(place)):,.0f} events/s")
-    if len(sys.argv) > 1:
-        print(f"postgres: {postgres_floor(events, sys.argv[1]):,.0f} events/s")

@@ -1,4 +1,4 @@
-"""Where a scenario is measured: a fresh store each time, on a disk or on a server, and the floor of its kind."""
+"""Targets of measurements: an empty store for each, on a disk or on a server, and the baselines of its kind."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ T = TypeVar("T")
 TABLES: Final = ("block", "span", "part", "batch", "queue", "session")
 
 
-class Place(Protocol):
-    """A kind of store, somewhere."""
+class BenchmarkTarget(Protocol):
+    """A kind of store to measure."""
 
     kind: str
 
     def fresh(self) -> Any:
-        """A context with the URL of an empty store, which is gone after it; the scenarios' app is on it."""
+        """Return a context manager for the URL of an empty store, which is deleted after it; the scenarios' app uses
+        it.
+        """
 
-    def floors(self) -> dict[str, Callable[[int], float]]:
-        """The same work without Headrace, by scenario, from the repository. Raises `ImportError` outside it."""
+    def baselines(self) -> dict[str, Callable[[int], float]]:
+        """Return the baselines by scenario: functions from a size to a rate."""
 
 
-class OnDisk:
-    """SQLite files in a directory."""
+class SqliteTarget:
+    """SQLite files in a folder."""
 
     kind = "sqlite"
 
@@ -43,38 +45,38 @@ class OnDisk:
 
     @contextmanager
     def fresh(self) -> Iterator[str]:
-        """A file in a directory of its own."""
+        """Create a file in a folder of its own."""
         with tempfile.TemporaryDirectory(dir=self.directory, prefix="bench-") as folder:
             url = f"sqlite:///{Path(folder).resolve()}/bench.db"
             app.use(load({"store": url}, os.environ, Path(folder)))
             yield url
 
-    def floors(self) -> dict[str, Callable[[int], float]]:
-        """Checked first: a slow floor would flatter."""
-        from bench.floors import dispatch_floor, sqlite_floor
+    def baselines(self) -> dict[str, Callable[[int], float]]:
+        """Return the baselines of SQLite, with a check of them: a slow baseline would flatter the product."""
+        from headrace.benchmarks.baselines import dispatch, sqlite
 
         def check(size: int) -> float:
-            raw = sqlite_floor.raw_insert_rate(directory=self.directory)
-            append = sqlite_floor.append_floor(size, self.directory)
-            sqlite_floor.check_floor(raw, append, sqlite_floor.drain_floor(size, self.directory))
+            raw = sqlite.raw_insert_rate(directory=self.directory)
+            append = sqlite.measure_append(size, self.directory)
+            sqlite.check_baseline(raw, append, sqlite.measure_drain(size, self.directory))
             return raw
 
         return {
-            "append": lambda size: sqlite_floor.append_floor(size, self.directory),
-            "drain": lambda size: sqlite_floor.drain_floor(size, self.directory),
-            "sleep100ms": dispatch_floor.sleep_floor,
+            "append": lambda size: sqlite.measure_append(size, self.directory),
+            "drain": lambda size: sqlite.measure_drain(size, self.directory),
+            "sleep100ms": dispatch.measure_sleep,
             "check": check,
         }
 
 
 class Footprint(NamedTuple):
-    """What the work of a schema has cost its server so far."""
+    """Costs of a schema's work on its server so far."""
 
     wal_bytes: int
     dead_rows: int
 
 
-class OnServer:
+class PostgresTarget:
     """Schemas of a PostgreSQL database."""
 
     kind = "postgres"
@@ -88,7 +90,7 @@ class OnServer:
 
     @contextmanager
     def fresh(self) -> Iterator[str]:
-        """A schema of its own."""
+        """Create a schema of its own."""
         self.schema = f"bench_{secrets.token_hex(6)}"
         parts = urlsplit(self.dsn)
         url = urlunsplit(parts._replace(query=urlencode([*parse_qsl(parts.query), ("schema", self.schema)])))
@@ -97,35 +99,37 @@ class OnServer:
             try:
                 yield url
             finally:
-                run(self._ask(f'DROP SCHEMA IF EXISTS "{self.schema}" CASCADE'))
+                run(self._fetch(f'DROP SCHEMA IF EXISTS "{self.schema}" CASCADE'))
 
-    def floors(self) -> dict[str, Callable[[int], float]]:
-        """On the same server."""
-        from bench.floors import dispatch_floor, postgres_floor
+    def baselines(self) -> dict[str, Callable[[int], float]]:
+        """Return the baselines of PostgreSQL, on the same server."""
+        from headrace.benchmarks.baselines import dispatch, postgres
 
         return {
-            "append": lambda size: asyncio.run(postgres_floor.append_floor(self.dsn, size)),
-            "drain": lambda size: asyncio.run(postgres_floor.drain_floor(self.dsn, size)),
-            "sleep100ms": dispatch_floor.sleep_floor,
+            "append": lambda size: asyncio.run(postgres.measure_append(self.dsn, size)),
+            "drain": lambda size: asyncio.run(postgres.measure_drain(self.dsn, size)),
+            "sleep100ms": dispatch.measure_sleep,
         }
 
     async def footprint(self) -> Footprint:
-        """Bytes of WAL the server has written, and row versions of this schema that updates and deletes left behind."""
-        await self._ask("SELECT pg_stat_clear_snapshot()")
-        ((wal_bytes,),) = await self._ask("SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint")
-        ((dead_rows,),) = await self._ask(
+        """Return the bytes of WAL that the server has written, and the row versions that updates and deletes left in
+        this schema.
+        """
+        await self._fetch("SELECT pg_stat_clear_snapshot()")
+        ((wal_bytes,),) = await self._fetch("SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint")
+        ((dead_rows,),) = await self._fetch(
             "SELECT coalesce(sum(n_tup_upd + n_tup_del), 0)::bigint FROM pg_stat_all_tables WHERE schemaname = $1",
             self.schema,
         )
         return Footprint(wal_bytes, dead_rows)
 
     async def connect(self) -> Any:
-        """A connection of one's own."""
+        """Open a connection."""
         import asyncpg
 
         return await asyncpg.connect(self.dsn)
 
-    async def _ask(self, sql: str, *values: object) -> list[Any]:
+    async def _fetch(self, sql: str, *values: object) -> list[Any]:
         connection = await self.connect()
         try:
             rows: list[Any] = await connection.fetch(sql, *values)
@@ -135,6 +139,6 @@ class OnServer:
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run on a loop as commands have it."""
+    """Run a coroutine on the event loop that commands use."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(coroutine)

@@ -1,8 +1,7 @@
-"""The floor under `sleep100ms`: the same coroutines on the same number of runners, and nothing else.
+"""The baseline of `sleep100ms`: the same coroutines on the same number of runners, and nothing else.
 
-Nothing of headrace is imported. A fixed set of long-lived tasks pulls indexes from one iterator and awaits
-a sleep: no task a run, no queue, no store. The limit is concurrency / 0.1 s; what is missing to it is the
-cost of the loop.
+A fixed set of long-lived tasks takes indexes from one iterator and awaits a sleep: no task per run, no queue, no store.
+The limit is concurrency / 0.1 s; the difference to it is the cost of the event loop.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Final
 SLEEP_S: Final = 0.1
 
 
-def sleep_floor(runs_count: int, concurrency: int = 1_000) -> float:
-    """Runs a second of `runs_count` coroutines that sleep 100 ms, `concurrency` at a time."""
+def measure_sleep(runs_count: int, concurrency: int = 1_000) -> float:
+    """Return the runs per second of `runs_count` coroutines that sleep 100 ms, `concurrency` at a time."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         started = time.perf_counter()
         runner.run(_all(iter(range(runs_count)), concurrency))
@@ -24,7 +23,7 @@ def sleep_floor(runs_count: int, concurrency: int = 1_000) -> float:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """The loop that Headrace takes: uvloop where there is one."""
+    """Return the factory of the event loop that Headrace uses: uvloop if it is installed."""
     try:
         import uvloop
     except ImportError:
@@ -41,8 +40,3 @@ async def _all(indexes: Iterator[int], concurrency: int) -> None:
 async def _runner(indexes: Iterator[int]) -> None:
     for _ in indexes:
         await asyncio.sleep(SLEEP_S)
-
-
-if __name__ == "__main__":
-    rate = sleep_floor(50_000)
-    print(f"sleep100ms {rate:,.0f} runs/s of 10,000 at concurrency 1,000")

@@ -1,12 +1,12 @@
-"""The floor under `append` and `drain` on SQLite: the same statements, without the framework.
+"""The baseline of `append` and `drain` on SQLite: the same statements, without the framework.
 
-Nothing of headrace is imported. The schema, the SQL text, the chunk size (256 runs), the encoding of a chunk and the
-number of chunks a transaction are the product's; every commit is durable (WAL, `synchronous=FULL`). One thread, a
-straight line, no loop, no limits, no error paths and no decisions: what is fetched to decide something is fetched
-and not looked at. What Headrace adds to this is its own cost.
+The schema, the SQL text, the chunk size (256 runs), the encoding of a chunk and the number of chunks per transaction
+are the product's; every commit is durable (WAL, `synchronous=FULL`). One thread and one straight line of code: no loop,
+no limits, no error handling and no decisions; rows that decisions would need are fetched and ignored. The difference to
+Headrace is the cost of the framework.
 
-A floor can be made slow, and then flatters what stands on it. So `check_floor` compares the floors with the
-figures of a prototype, measured on a machine whose row-a-job insert rate is known, scaled by this machine's.
+A slow baseline would flatter the product. `check_baseline` therefore compares the baselines with a prototype that was
+measured on a machine whose rate of single-row inserts is known, scaled by this machine's rate.
 """
 
 from __future__ import annotations
@@ -21,16 +21,25 @@ from typing import Final
 
 import msgspec
 
-from bench.floors.work import CHUNK_RUNS, CHUNKS_A_COMMIT, ITEM_BYTES, PAD, Item, pack, run, statements
+from headrace.benchmarks.baselines.workload import (
+    CHUNK_RUNS,
+    CHUNKS_A_COMMIT,
+    ITEM_BYTES,
+    PAD,
+    Item,
+    pack,
+    run,
+    statements,
+)
 
 PEER_RAW_ROWS_S: Final = 255_000
-"""Row-a-job inserts a second, sqlite3 FULL, of the machine the peers were measured on."""
+"""Rows per second of single-row inserts (sqlite3, FULL) on the machine on which the peers were measured."""
 PEER_APPEND_ITEMS_S: Final = 420_000
 PEER_DRAIN_RUNS_S: Final = 340_000
-"""The upper ends of what the prototype of this shape reached there: 240-420 k and 250-340 k."""
+"""Best rates of the prototype with this schema on that machine: 240-420 k and 250-340 k."""
 FLOOR_RATIO_MIN: Final = 0.5
 
-STORE: Final = Path(__file__).parents[2] / "src" / "headrace" / "store" / "sqlite"
+STORE: Final = Path(__file__).parents[2] / "store" / "sqlite"
 
 
 SQL: Final = statements(STORE / "sql")
@@ -39,11 +48,11 @@ BATCH: Final = "batch_00000000000000000000000000"
 SESSION: Final = "session_00000000000000000000000000"
 LANE: Final = {"environment": "default", "queue": "default", "task": "nothing"}
 TOKEN_AT: Final = 21
-"""Of a row of a claim."""
+"""Column of the token in a row of a claim."""
 
 
 def raw_insert_rate(rows_count: int = 100_000, directory: Path | None = None) -> float:
-    """Rows a second of a queue that keeps a row a job: 100 bytes each, 1,000 a transaction."""
+    """Return the rows per second of a queue with one row per job: 100 bytes each, 1,000 per transaction."""
     with _database(directory) as db:
         db.execute("CREATE TABLE job (id INTEGER PRIMARY KEY, state INTEGER NOT NULL, payload BLOB NOT NULL)")
         payload = b"x" * ITEM_BYTES
@@ -56,8 +65,8 @@ def raw_insert_rate(rows_count: int = 100_000, directory: Path | None = None) ->
         return rows_count / (time.perf_counter() - started)
 
 
-def append_floor(items_count: int, directory: Path | None = None) -> float:
-    """Items a second, from Python objects to durable chunks."""
+def measure_append(items_count: int, directory: Path | None = None) -> float:
+    """Return the items per second from Python objects to durable chunks."""
     with _database(directory) as db:
         db.executescript(SCHEMA)
         started = time.perf_counter()
@@ -65,8 +74,8 @@ def append_floor(items_count: int, directory: Path | None = None) -> float:
         return items_count / (time.perf_counter() - started)
 
 
-def drain_floor(runs_count: int, directory: Path | None = None) -> float:
-    """Runs a second, from claim to durable result, of a coroutine that does nothing."""
+def measure_drain(runs_count: int, directory: Path | None = None) -> float:
+    """Return the runs per second of a no-op coroutine, from claim to durable result."""
     with _database(directory) as db:
         db.executescript(SCHEMA)
         _append(db, runs_count)
@@ -78,23 +87,23 @@ def drain_floor(runs_count: int, directory: Path | None = None) -> float:
         return runs_count / elapsed_s
 
 
-def check_floor(raw_rate: float, append_rate: float, drain_rate: float) -> None:
-    """Raise `AssertionError` when a floor is slow for a machine that inserts `raw_rate` rows a second."""
+def check_baseline(raw_rate: float, append_rate: float, drain_rate: float) -> None:
+    """Raise `AssertionError` if a baseline is slow for a machine that inserts `raw_rate` rows per second."""
     scale = FLOOR_RATIO_MIN * raw_rate / PEER_RAW_ROWS_S
     for name, rate, peer in (
         ("append", append_rate, PEER_APPEND_ITEMS_S),
         ("drain", drain_rate, PEER_DRAIN_RUNS_S),
     ):
         assert rate >= scale * peer, (
-            f"the {name} floor is slow: {rate:,.0f}/s, at least {scale * peer:,.0f}/s expected of a machine "
+            f"the {name} baseline is slow: {rate:,.0f}/s, at least {scale * peer:,.0f}/s expected of a machine "
             f"that inserts {raw_rate:,.0f} rows/s"
         )
 
 
 @contextmanager
 def _database(directory: Path | None) -> Iterator[sqlite3.Connection]:
-    with tempfile.TemporaryDirectory(dir=directory, prefix="floor-") as folder:
-        path = Path(folder) / "floor.db"
+    with tempfile.TemporaryDirectory(dir=directory, prefix="baseline-") as folder:
+        path = Path(folder) / "baseline.db"
         with closing(sqlite3.connect(path, isolation_level=None, cached_statements=64)) as db:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
@@ -152,7 +161,7 @@ def _insert_chunks(db: sqlite3.Connection, chunks: list[tuple[int, int, bytes]],
             (
                 span_id + number, block_id + number, BATCH, "default", "default", "nothing", 0, 0, 0, 0, start, start,
                 1,
-                0, 0, count, "waiting", "", 0, 0, 0, -1, states_at, count, 0, "", 1,
+                0, 0, count, "waiting", "", 0, 0, 0, -1, states_at, count, 0, "", 1, 0,
             )
         )  # fmt: skip
         items_at += len(items)
@@ -163,7 +172,7 @@ def _insert_chunks(db: sqlite3.Connection, chunks: list[tuple[int, int, bytes]],
 
 
 def _drain(db: sqlite3.Connection) -> int:
-    session = {"id": SESSION, "kind": "floor", "host": "", "pid": 0, "started_us": 0, "heartbeat_us": 0}
+    session = {"id": SESSION, "kind": "baseline", "host": "", "pid": 0, "started_us": 0, "heartbeat_us": 0}
     db.execute(SQL["insert_session"], session)
     settled_count, claim_no = 0, 0
     while True:
@@ -177,7 +186,7 @@ def _drain(db: sqlite3.Connection) -> int:
 
 
 def _claim(db: sqlite3.Connection, claim_no: int) -> tuple[list[tuple[int, int, int]], dict[int, bytes]]:
-    """`(span id, block id, token)` of the next spans, and their blocks' items."""
+    """Claim spans; return `(span id, block id, token)` of each, and the items of their blocks."""
     tasks = {"environment": "default", "tasks": '["nothing"]', "queues": None, "queue_prefix": ""}
     db.execute("BEGIN IMMEDIATE")
     db.execute(SQL["live_session"], {"id": SESSION}).fetchone()
@@ -187,7 +196,7 @@ def _claim(db: sqlite3.Connection, claim_no: int) -> tuple[list[tuple[int, int, 
     rows = db.execute(SQL["claim_candidates"], LANE | {"now_us": 1, "rows_max": CHUNKS_A_COMMIT}).fetchall()
     db.execute(SQL["stopped_batches"], {"ids": _json([BATCH])}).fetchall()
     ids = _json([row[0] for row in rows])
-    db.execute(SQL["lease_spans"], {"session_id": SESSION, "claim_no": claim_no, "ids": ids})
+    db.execute(SQL["lease_spans"], {"session_id": SESSION, "claim_no": claim_no, "ids": ids, "now_us": 1})
     if rows:
         db.execute(SQL["advance_clock"], {"environment": "default", "name": "default", "order_no": rows[-1][10]})
     found = db.execute(SQL["blocks"], {"ids": _json([row[1] for row in rows])}).fetchall()
@@ -200,7 +209,7 @@ def _settle(db: sqlite3.Connection, spans: list[tuple[int, int, int]], results: 
     pieces = []
     for (span_id, block_id, token), encoded in zip(spans, results, strict=True):
         count, packed = len(encoded), pack(encoded)
-        updates.append((span_id, 0, 0, 0, 0, "done", "", 0, token, states_at, count))
+        updates.append((span_id, 0, 0, 0, 0, "done", "", 0, token, states_at, count, 1))
         parts.append((block_id, span_id, token, 0, 1, 0, -1, parts_at, count, parts_at + count, len(packed)))
         pieces += [b"c" * count, packed]
         states_at += count
@@ -212,9 +221,3 @@ def _settle(db: sqlite3.Connection, spans: list[tuple[int, int, int]], results: 
     counts = {"completed": states_at - 1, "failed": 0, "cancelled": 0, "expired": 0}
     db.execute(SQL["count_outcomes"], {"id": BATCH} | counts).fetchall()
     db.execute("COMMIT")
-
-
-if __name__ == "__main__":
-    raw, append, drain = raw_insert_rate(), append_floor(500_000), drain_floor(500_000)
-    print(f"raw insert {raw:,.0f} rows/s, append {append:,.0f} items/s, drain {drain:,.0f} runs/s")
-    check_floor(raw, append, drain)

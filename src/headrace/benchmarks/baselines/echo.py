@@ -1,7 +1,7 @@
-"""The least that a unary call costs in Python: frames are found, and one answer of fixed bytes is written for each.
+"""The baseline of unary gRPC calls in Python: it finds frames, and writes one fixed response for each call.
 
-`python -m bench.floors.echo_floor SIZE` listens and says its port. It imports nothing of Headrace, decodes no header,
-looks at no message, keeps no window and has no bound: what a call costs above it is what a real server does.
+`python -m headrace.benchmarks.baselines.echo SIZE` listens and prints its port. It decodes no header, reads no message,
+keeps no flow-control window and has no bounds. The cost of a call above this is what a real server does.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ PREFACE_BYTES = 24
 
 
 def literal(name: bytes, value: bytes) -> bytes:
-    """A header field as it is."""
+    """Encode a header field without compression."""
     return b"\x00" + bytes((len(name),)) + name + bytes((len(value),)) + value
 
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
-    """A whole frame."""
+    """Encode a frame."""
     return HEAD.pack(len(payload) >> 8, len(payload) & 255, kind, flags, stream_id) + payload
 
 
 class Echo(asyncio.Protocol):
-    """Answers every stream that ends."""
+    """Responds to every stream that ends."""
 
     size = 200
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Say that a peer may send what it likes."""
+        """Send SETTINGS and a large window, so that the peer never waits."""
         self.transport = cast("asyncio.Transport", transport)
-        self.left = b""
+        self.unparsed = b""
         self.skip = PREFACE_BYTES
         self.head = b"\x88" + literal(b"content-type", b"application/grpc")
         self.message = b"\x00" + struct.pack(">I", self.size) + b"\x12" + varint(self.size - 3) + b"x" * (self.size - 3)
@@ -41,17 +41,17 @@ class Echo(asyncio.Protocol):
         self.transport.write(frame(4, 0, 0, b"") + frame(8, 0, 0, struct.pack(">I", 2**30)))
 
     def data_received(self, data: bytes) -> None:
-        """Frames."""
-        data = self.left + data
+        """Find frames and respond."""
+        data = self.unparsed + data
         if self.skip:
             data, self.skip = data[self.skip :], 0
-        place, end, out = 0, len(data), []
-        while end - place >= 9:
-            high, low, kind, flags, stream_id = HEAD.unpack_from(data, place)
-            stop = place + 9 + (high << 8 | low)
+        target, end, out = 0, len(data), []
+        while end - target >= 9:
+            high, low, kind, flags, stream_id = HEAD.unpack_from(data, target)
+            stop = target + 9 + (high << 8 | low)
             if stop > end:
                 break
-            place = stop
+            target = stop
             if kind == 0 and flags & 1:
                 parts = (
                     frame(1, 4, stream_id, self.head),
@@ -61,13 +61,13 @@ class Echo(asyncio.Protocol):
                 out.append(b"".join(parts))
             elif kind == 4 and not flags & 1:
                 out.append(frame(4, 1, 0, b""))
-        self.left = data[place:]
+        self.unparsed = data[target:]
         if out:
             self.transport.write(b"".join(out))
 
 
 def varint(number: int) -> bytes:
-    """A length of two bytes."""
+    """Encode a length as a varint of two bytes."""
     return bytes((number & 127 | 128, number >> 7))
 
 
@@ -75,7 +75,8 @@ async def main() -> None:
     """Listen until stopped."""
     Echo.size = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     server = await asyncio.get_running_loop().create_server(Echo, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
+    sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
+    sys.stdout.flush()
     await server.serve_forever()
 
 

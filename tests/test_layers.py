@@ -1,4 +1,4 @@
-"""The floors of the house: a room imports only from below, and the contracts that say so bite."""
+"""Layers: a package imports only from layers below it, and each contract that says so catches a planted import."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from typing import Final
 import pytest
 
 ROOT: Final = Path(__file__).parents[1]
-LINT: Final = "from importlinter.cli import lint_imports as lint; raise SystemExit(lint(no_cache=True, no_logo=True))"
+LINT: Final = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True, no_logo=True))"
 
-FLOORS: Final = "A room imports only from floors below it"
-CORE: Final = "The core is deaf, blind and timeless"
+LAYERS: Final = "A package imports only from layers below it"
+CORE: Final = "core has no I/O, no clock and no event loop"
 RUNTIME: Final = "Inside runtime, a package imports only from layers below it"
-STORES: Final = "Only compose knows a concrete store"
+STORES: Final = "Only compose imports a concrete store"
 IN_STORE: Final = "Inside store, a database store builds on transactions"
 NO_SQL: Final = "The memory store uses no SQL"
+BASELINES: Final = "Baselines of benchmarks import nothing of Headrace"
 GRPC: Final = "Inside grpc, the task broker builds on the transport"
 HTTP: Final = "Inside http, the server mounts APIs that share the handling of requests"
-TRANSPORT: Final = "The gRPC transport knows nothing of Headrace but foundation"
+TRANSPORT: Final = "The gRPC transport imports only foundation of Headrace"
 CONTRACTS: Final = [
     contract["name"]
     for contract in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
 ]
 
 
-def linted(house: Path) -> subprocess.CompletedProcess[str]:
-    """What import-linter says of the copy of the package in `house`."""
+def lint(copy: Path) -> subprocess.CompletedProcess[str]:
+    """Run import-linter on the copy of the package in `copy`."""
     return subprocess.run(
         [sys.executable, "-c", LINT],
-        cwd=house,
-        env={"PYTHONPATH": str(house), "PYTHONUTF8": "1", "COLUMNS": "200"},
+        cwd=copy,
+        env={"PYTHONPATH": str(copy), "PYTHONUTF8": "1", "COLUMNS": "200"},
         capture_output=True,
         check=False,
         encoding="utf-8",
@@ -44,32 +45,33 @@ def linted(house: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Path:
-    """A copy of the package and its contracts, to break."""
+def copy(tmp_path: Path) -> Path:
+    """Copy the package and its contracts, so that a test can break them."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "src" / "headrace", tmp_path / "headrace", ignore=ignored)
     return tmp_path
 
 
-def test_every_room_stands_on_its_floor(house: Path) -> None:
-    done = linted(house)
+def test_the_source_keeps_every_contract(copy: Path) -> None:
+    done = lint(copy)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"{contract} KEPT" in done.stdout for contract in CONTRACTS), done.stdout
 
 
 @pytest.mark.parametrize(
-    ("room", "code", "contract"),
+    ("package", "code", "contract"),
     [
-        ("foundation", "import headrace.core", FLOORS),
-        ("core", "from headrace import store", FLOORS),
-        ("store", "import headrace.runtime", FLOORS),
-        ("runtime", "def late() -> None:\n    import headrace.compose", FLOORS),
-        ("runtime", "import headrace.app", FLOORS),
+        ("foundation", "import headrace.core", LAYERS),
+        ("core", "from headrace import store", LAYERS),
+        ("store", "import headrace.runtime", LAYERS),
+        ("runtime", "def late() -> None:\n    import headrace.compose", LAYERS),
+        ("runtime", "import headrace.app", LAYERS),
         ("runtime/maintenance", "import headrace.runtime.worker.worker", RUNTIME),
         ("runtime/producing", "import headrace.runtime.dispatch.dispatcher", RUNTIME),
         ("runtime/tasks", "import headrace.runtime.sessions.session", RUNTIME),
         ("runtime/sessions", "def late() -> None:\n    import headrace.runtime.producing.producer", RUNTIME),
+        ("benchmarks/baselines", "import headrace.core.run", BASELINES),
         ("core", "import asyncio", CORE),
         ("core", "from time import monotonic", CORE),
         ("core", "import sqlite3", CORE),
@@ -93,9 +95,9 @@ def test_every_room_stands_on_its_floor(house: Path) -> None:
         ("grpc/transport", "from headrace.grpc.messages import taskbroker_pb2", TRANSPORT),
     ],
 )
-def test_a_forbidden_import_is_caught(house: Path, room: str, code: str, contract: str) -> None:
-    (house / "headrace" / room / "intruder.py").write_text(code + "\n", encoding="utf-8")
-    done = linted(house)
+def test_a_forbidden_import_is_caught(copy: Path, package: str, code: str, contract: str) -> None:
+    (copy / "headrace" / package / "planted.py").write_text(code + "\n", encoding="utf-8")
+    done = lint(copy)
     assert done.returncode != 0
     assert f"{contract} BROKEN" in done.stdout, done.stdout + done.stderr
-    assert "intruder" in done.stdout
+    assert "planted" in done.stdout

@@ -1,4 +1,4 @@
-"""What both floors run: the items, their packing, and a coroutine that does nothing, called the straight way."""
+"""The workload of the baselines: the items, their packing, and a no-op coroutine."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def run(items: bytes) -> list[bytes]:
 
 
 def pack(strings: list[bytes]) -> bytes:
-    """Lengths of one byte, then the strings, as the product packs short ones."""
+    """Pack strings: lengths of one byte, then the strings, as the product packs short ones."""
     return b"".join((b"\x01", len(strings).to_bytes(4, "little"), bytes(map(len, strings)), *strings))
 
 
 def unpack(packed: bytes) -> list[bytes]:
-    """The strings that `pack` was given."""
+    """Return the strings that `pack` was given."""
     count = int.from_bytes(packed[1:5], "little")
     return [packed[start:end] for start, end in pairwise(accumulate(packed[5 : 5 + count], initial=5 + count))]
 
@@ -53,7 +53,7 @@ async def _nothing(_item: Item) -> None:
 
 
 def statements(folder: Path) -> dict[str, str]:
-    """Read the product's statements by name, with the fragments that they share in place."""
+    """Read the product's statements by name, with the shared fragments expanded."""
     texts: dict[str, str] = {}
     fragments: dict[str, tuple[list[str], str]] = {}
     head = re.compile(r"^-- (fragment )?([a-z_0-9]+)(?:\(([a-z_, ]*)\))?: .+$", re.MULTILINE)

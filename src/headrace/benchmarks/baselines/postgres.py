@@ -1,20 +1,15 @@
-"""The floor under `append` and `drain` on PostgreSQL: the same statements, without the framework.
+"""The baseline of `append` and `drain` on PostgreSQL: the same statements, without the framework.
 
-Nothing of headrace is imported. The schema, the SQL text, the chunk size (256 runs), the encoding of a chunk and the
-number of chunks a transaction are the product's; the server is the one that is named, with its own settings of
-`fsync` and `synchronous_commit`. One connection, a straight line: no pool, no limits, no error paths and no decisions;
-what is fetched to decide something is fetched and not looked at. What Headrace adds to this is its own cost; what it
-may win back is that it runs, claims and settles at the same time, while here the server waits for the client and the
-client for the server.
-
-    python -m bench.floors.postgres_floor postgresql://user@host/database
+The schema, the SQL text, the chunk size (256 runs), the encoding of a chunk and the number of chunks per transaction
+are the product's. The server keeps its own settings of `fsync` and `synchronous_commit`. One connection, one straight
+line of code: no pool, no limits, no error handling and no decisions; rows that decisions would need are fetched and
+ignored. The difference to Headrace is the cost of the framework. Headrace can win some of it back because it runs,
+claims and settles concurrently, while here client and server wait for each other.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
-import sys
 import time
 from array import array
 from collections.abc import AsyncIterator
@@ -25,19 +20,28 @@ from typing import Any, Final
 import asyncpg
 import msgspec
 
-from bench.floors.work import CHUNK_RUNS, CHUNKS_A_COMMIT, ITEM_BYTES, PAD, Item, pack, run, statements
+from headrace.benchmarks.baselines.workload import (
+    CHUNK_RUNS,
+    CHUNKS_A_COMMIT,
+    ITEM_BYTES,
+    PAD,
+    Item,
+    pack,
+    run,
+    statements,
+)
 
 PLACES: Final = array("H", range(4_096)).tobytes()
 
-STORE: Final = Path(__file__).parents[2] / "src" / "headrace" / "store" / "postgres"
-SCHEMA: Final = "headrace_floor"
+STORE: Final = Path(__file__).parents[2] / "store" / "postgres"
+SCHEMA: Final = "headrace_baseline"
 BATCH: Final = "batch_00000000000000000000000000"
 SESSION: Final = "session_00000000000000000000000000"
 SETTINGS: Final = {"enable_seqscan": "off", "jit": "off"}
 
 
 def _statements() -> dict[str, tuple[str, list[str]]]:
-    """The product's statements by name: `(sql with numbered values, names in that order)`."""
+    """Return the product's statements by name: `(sql with numbered values, names in that order)`."""
     found: dict[str, tuple[str, list[str]]] = {}
     for name, text in statements(STORE / "sql").items():
         names = list(dict.fromkeys(re.findall(r"(?<![:\w]):([a-z_]+)", text)))
@@ -56,7 +60,7 @@ MIGRATIONS: Final = [
 
 
 async def raw_insert_rate(dsn: str, rows_count: int = 100_000) -> float:
-    """Rows a second of a queue that keeps a row a job: 100 bytes each, 1,000 a transaction."""
+    """Return the rows per second of a queue with one row per job: 100 bytes each, 1,000 per transaction."""
     async with _database(dsn) as db:
         await db.execute(
             f'CREATE TABLE "{SCHEMA}".job (id bigint PRIMARY KEY, state int NOT NULL, payload bytea NOT NULL)'
@@ -69,16 +73,16 @@ async def raw_insert_rate(dsn: str, rows_count: int = 100_000) -> float:
         return rows_count / (time.perf_counter() - started)
 
 
-async def append_floor(dsn: str, items_count: int) -> float:
-    """Items a second, from Python objects to durable chunks."""
+async def measure_append(dsn: str, items_count: int) -> float:
+    """Return the items per second from Python objects to durable chunks."""
     async with _database(dsn) as db:
         started = time.perf_counter()
         await _append(db, items_count)
         return items_count / (time.perf_counter() - started)
 
 
-async def drain_floor(dsn: str, runs_count: int) -> float:
-    """Runs a second, from claim to durable result, of a coroutine that does nothing."""
+async def measure_drain(dsn: str, runs_count: int) -> float:
+    """Return the runs per second of a no-op coroutine, from claim to durable result."""
     async with _database(dsn) as db:
         await _append(db, runs_count)
         started = time.perf_counter()
@@ -162,7 +166,7 @@ async def _append_chunks(db: Any, chunks: list[tuple[int, int, bytes]]) -> None:
 
 
 def _received(index: int) -> bytes:
-    """A set of indexes from 0 on, as the product writes it: its form, and two bounds as varints."""
+    """Encode the set of indexes from 0 on as the product does: its form, and two bounds as varints."""
     encoded = bytearray((1, 0))
     distance = index
     while distance > 127:
@@ -173,7 +177,7 @@ def _received(index: int) -> bytes:
 
 
 async def _drain(db: Any) -> int:
-    session = {"id": SESSION, "kind": "floor", "host": "", "pid": 0, "started_us": 0, "heartbeat_us": 0}
+    session = {"id": SESSION, "kind": "baseline", "host": "", "pid": 0, "started_us": 0, "heartbeat_us": 0}
     await _fetch(db, "insert_session", **session)
     settled_count, claim_no = 0, 0
     while True:
@@ -195,7 +199,7 @@ async def _drain(db: Any) -> int:
             span_slots=PLACES,
             span_id=0,
         )
-        leases = [(row[1], row[22], run(row[30])) for row in rows if row[1] is not None]
+        leases = [(row[1], row[22], run(row[31])) for row in rows if row[1] is not None]
         if not leases:
             return settled_count
         settled_count += await _settle(db, leases)
@@ -214,14 +218,3 @@ async def _settle(db: Any, leases: list[tuple[int, int, list[bytes]]]) -> int:
     )
     assert spans_count == len(leases)
     return runs_count
-
-
-async def main(dsn: str) -> None:
-    """The three figures of one server."""
-    raw = await raw_insert_rate(dsn)
-    append, drain = await append_floor(dsn, 500_000), await drain_floor(dsn, 500_000)
-    print(f"raw insert {raw:,.0f} rows/s, append {append:,.0f} items/s, drain {drain:,.0f} runs/s")
-
-
-if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))

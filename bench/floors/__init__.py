@@ -1,1 +1,0 @@
-"""What the machine can do without Headrace; nothing here imports it."""

@@ -86,7 +86,7 @@ class Peer:
         return self.transport.frames()
 
     async def wait(self, seconds: float) -> list[tuple[int, int, int, bytes]]:
-        """Let time pass in silence and return the frames that were written."""
+        """Advance the clock in silence and return the frames that were written."""
         self.now_s += seconds
         self.connection._check_idle()
         return await self.read()

@@ -37,7 +37,7 @@ ZSTD_WINDOW_BYTES: Final = 8 * MIB
 
 
 class ActivationEntry(NamedTuple):
-    """What the store keeps beside the bytes of an activation."""
+    """Fields that the store keeps beside the bytes of an activation."""
 
     key: Key
     extra: Extra

@@ -104,7 +104,7 @@ class PushEndpoint:
 
 
 class Pusher:
-    """Used by one event loop. `start` and `stop` may be called more than once."""
+    """Pushes the activations of a source to endpoints, on one event loop. `start` and `stop` may be repeated."""
 
     def __init__(
         self,

@@ -219,7 +219,7 @@ class Channel:
         return await protocol.call(head, message, timeout_s)
 
     def close(self) -> None:
-        """Let open calls finish, and make no new ones."""
+        """Make no new calls; open ones may finish."""
         self._backoff_until_s = float("inf")
         if self._opening is not None:
             self._opening.cancel()

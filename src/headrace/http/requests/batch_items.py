@@ -13,10 +13,10 @@ from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.producing.indexed_feed import FeedCounts, IndexedFeed, IndexOutside, UnreadableItem
 
 
-async def ingest_items(service: Service, call: RequestContext, request: Request, batch: BatchRecord) -> FeedCounts:
+async def ingest_items(service: Service, context: RequestContext, request: Request, batch: BatchRecord) -> FeedCounts:
     """Read the items of a request into a batch. Raises errors of reading and of storing."""
-    engine = call.engine
-    token_only = not call.principal.may("batches:write")
+    engine = context.engine
+    token_only = not context.principal.may("batches:write")
 
     def may_run(task: str) -> None:
         if token_only and batch.task and task != batch.task:
@@ -27,7 +27,9 @@ async def ingest_items(service: Service, call: RequestContext, request: Request,
         limits=service.limits,
         now_us=engine.clock.now_us(),
         may_run=may_run,
-        fetched=lambda name: service.packets.fetched(call.environment, name, bytes_max=service.limits.packet_bytes_max),
+        fetched=lambda name: service.packets.fetched(
+            context.environment, name, bytes_max=service.limits.packet_bytes_max
+        ),
     )
     intake = IndexedFeed(engine, batch, decoder)
     try:
@@ -44,27 +46,27 @@ async def ingest_items(service: Service, call: RequestContext, request: Request,
     return taken
 
 
-async def seal_if_complete(call: RequestContext, batch: BatchRecord, taken: FeedCounts) -> BatchRecord:
+async def seal_if_complete(context: RequestContext, batch: BatchRecord, taken: FeedCounts) -> BatchRecord:
     """Seal a batch if none of its items is missing; otherwise return it unsealed.
 
     Raises `Unprocessable` if the batch was cancelled or abandoned.
     """
     if taken.sealed is not None:
-        call.engine.recorded.notify()
+        context.engine.recorded.notify()
         return taken.sealed
     if batch.expected_count is None:
-        return (await call.engine.store.batch(batch.id))[0]
+        return (await context.engine.store.batch(batch.id))[0]
     try:
-        after = await call.engine.store.seal(batch.id, None, now_us=call.engine.clock.now_us())
+        after = await context.engine.store.seal(batch.id, None, now_us=context.engine.clock.now_us())
     except Conflict:
-        after = (await call.engine.store.batch(batch.id))[0]
+        after = (await context.engine.store.batch(batch.id))[0]
         if after.is_stopped:
             raise Unprocessable(
                 f"Batch {batch.id} is in unexpected state (status: ABORTED, sealed: {bool(after.sealed_us)}). "
                 "Cannot seal batch.",
                 batch_id=batch.id,
             ) from None
-    call.engine.recorded.notify()
+    context.engine.recorded.notify()
     return after
 
 

@@ -17,9 +17,9 @@ class LeaseTokens:
     def __init__(self, service: Service) -> None:
         self._doorkeeper = service.authenticator
 
-    async def signing_key(self, call: Caller) -> bytes:
+    async def signing_key(self, context: Caller) -> bytes:
         """Return the key that signs the tokens of the client's environment."""
-        return await self._doorkeeper.signing_key(call.environment)
+        return await self._doorkeeper.signing_key(context.environment)
 
     @staticmethod
     def sign(key: bytes, span_id: int, token: int) -> bytes:

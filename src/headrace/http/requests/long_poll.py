@@ -25,14 +25,14 @@ class RemoteWork:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def claim(self, call: Caller, claim: Claim, wait_s: float) -> AsyncIterator[list[Lease] | None]:
+    async def claim(self, context: Caller, claim: Claim, wait_s: float) -> AsyncIterator[list[Lease] | None]:
         """Claim leases, waiting up to `wait_s` for some.
 
         Yields None every `KEEPALIVE_S` seconds while there are none, then the leases, or an empty list after
         `wait_s`.
         """
-        request = self._checked(call, claim)
-        engine = call.engine
+        request = self._checked(context, claim)
+        engine = context.engine
         clock = engine.clock
         until_us = clock.now_us() + int(wait_s * 1_000_000)
         keepalive_us = clock.now_us() + int(KEEPALIVE_S * 1_000_000)
@@ -50,7 +50,7 @@ class RemoteWork:
                 keepalive_us = clock.now_us() + int(KEEPALIVE_S * 1_000_000)
                 yield None
 
-    def _checked(self, call: Caller, claim: Claim) -> Claim:
+    def _checked(self, context: Caller, claim: Claim) -> Claim:
         if not 0 < claim.runs_max <= RUNS_MAX or not 0 <= claim.claim_no < 2**62:
             raise InvalidInput(
                 f"expected runs_max from 1 to {RUNS_MAX} and claim_no from 0, got {claim.runs_max} and {claim.claim_no}"
@@ -64,29 +64,29 @@ class RemoteWork:
         return Claim(
             session_id=claim.session_id,
             claim_no=claim.claim_no,
-            environment=call.environment,
+            environment=context.environment,
             tasks=claim.tasks,
             queues=claim.queues,
             runs_max=claim.runs_max,
         )
 
-    async def settle(self, call: Caller, settlements: Sequence[Settlement]) -> list[str]:
+    async def settle(self, context: Caller, settlements: Sequence[Settlement]) -> list[str]:
         """Record outcomes. Returns after the commit."""
         if not settlements:
             return []
-        words = await call.engine.store.settle(settlements, now_us=call.engine.clock.now_us())
+        words = await context.engine.store.settle(settlements, now_us=context.engine.clock.now_us())
         runs_count = sum(
             len(settlement.codes) for settlement, word in zip(settlements, words, strict=True) if word != LOST
         )
         self._service.metrics.settled.inc(runs_count)
-        call.engine.recorded.notify()
+        context.engine.recorded.notify()
         return words
 
-    async def release(self, call: Caller, releases: Sequence[Release]) -> list[str]:
+    async def release(self, context: Caller, releases: Sequence[Release]) -> list[str]:
         """Release leases."""
         if not releases:
             return []
-        engine = call.engine
+        engine = context.engine
         words = await engine.store.release(
             releases, crashes_max=engine.limits.crashes_max, now_us=engine.clock.now_us()
         )

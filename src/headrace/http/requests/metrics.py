@@ -79,8 +79,8 @@ class PushMetrics(Collector):
 class GrpcCallMetrics(Collector):
     """gRPC calls by path and status, and their durations.
 
-    Counted by plain additions on one event loop: the counters of prometheus_client take two locks, ten times the time
-    that a whole call may cost.
+    Counted by plain additions on one event loop. The counters of prometheus_client take two locks a call, a tenth of
+    the time that a whole call may take.
     """
 
     def __init__(self) -> None:

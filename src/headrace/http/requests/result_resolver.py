@@ -17,8 +17,8 @@ _GONE = b'{"type":"RunGone","message":"the run with this idempotency key was del
 class ResultResolver:
     """Resolves results of one environment."""
 
-    def __init__(self, call: RequestContext) -> None:
-        self._call = call
+    def __init__(self, context: RequestContext) -> None:
+        self._call = context
 
     async def resolve(self, outcome: RunOutcome) -> RunOutcome | None:
         """Return the outcome, or that of the run it links to; None if that run has not ended."""

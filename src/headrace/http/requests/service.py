@@ -252,11 +252,11 @@ class Service:
             with suppress(HeadraceError):
                 await producer.close()
 
-    def producer(self, call: RequestContext) -> Producer:
+    def producer(self, context: RequestContext) -> Producer:
         """Return the producer of single runs for an environment."""
-        producer = self._producers.get(call.environment)
+        producer = self._producers.get(context.environment)
         if producer is None:
-            producer = self._producers[call.environment] = Producer(call.engine)
+            producer = self._producers[context.environment] = Producer(context.engine)
         return producer
 
     def default_key(self, task: str) -> Key:

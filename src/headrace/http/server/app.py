@@ -167,7 +167,7 @@ def _worker_endpoints(service: Service) -> list[ApiEndpoint]:
         ApiEndpoint("POST", "/v1/claims", work.claim, "work", body=ClaimBody, response=ClaimResponse),
         ApiEndpoint("POST", "/v1/settlements", work.settle, "work", body=SettlementsBody, response=WordsResponse),
         ApiEndpoint("POST", "/v1/releases", work.release, "work", body=ReleasesBody, response=WordsResponse),
-        ApiEndpoint("POST", "/v1/store/{verb}", stores.call),
+        ApiEndpoint("POST", "/v1/store/{verb}", stores.perform),
         ApiEndpoint("PUT", "/v1/objects/{key:path}", stores.put_object),
         ApiEndpoint("GET", "/v1/objects/{key:path}", stores.get_object),
     ]

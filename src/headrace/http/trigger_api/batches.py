@@ -53,7 +53,7 @@ class TriggerBatches:
     async def create(self, request: Request) -> Response:
         """`POST /api/v3/batches`: create a batch. The same idempotency key returns the same batch."""
         service = self._service
-        call = await service.authorize(request, "batches:write")
+        context = await service.authorize(request, "batches:write")
         params = await decode_body(request, service.limits, TriggerBatchBody)
         runs_max = service.limits.batch_runs_max
         if params.run_count > runs_max:
@@ -63,10 +63,10 @@ class TriggerBatches:
                 "Runs that wait for a batch are not supported yet.", hint="trigger the batch without waiting for it"
             )
         key = _key_of(request, params)
-        existing = None if key is None else await call.engine.store.find_batch(call.environment, key)
+        existing = None if key is None else await context.engine.store.find_batch(context.environment, key)
         if existing is None:
-            await service.spend_runs(request, call.environment, params.run_count)
-        batch, is_new = await self._create(call, params, key)
+            await service.spend_runs(request, context.environment, params.run_count)
+        batch, is_new = await self._create(context, params, key)
         is_cached = not is_new and batch.state in (SEALED, COMPLETED)
         if not is_new and not is_cached:
             if batch.is_stopped:
@@ -84,56 +84,56 @@ class TriggerBatches:
         scopes = [f"read:batch:{batch.id}"]
         if request.headers.get("x-trigger-client") == "browser":
             scopes.append(f"write:batch:{batch.id}")
-        token, claims = await service.authenticator.issue_token(call.environment, scopes)
+        token, claims = await service.authenticator.issue_token(context.environment, scopes)
         headers = {"x-trigger-jwt": token, "x-trigger-jwt-claims": claims}
         return json_response(body, 202 if is_new else 200, headers)
 
     async def _create(
-        self, call: RequestContext, params: TriggerBatchBody, key: str | None
+        self, context: RequestContext, params: TriggerBatchBody, key: str | None
     ) -> tuple[BatchRecord, bool]:
-        now_us = call.engine.clock.now_us()
+        now_us = context.engine.clock.now_us()
         tasks = sorted(set(params.task_identifiers or ()))
         new = NewBatch(
             id=new_batch_id(now_us),
-            environment=call.environment,
+            environment=context.environment,
             key=key,
             task=tasks[0] if len(tasks) == 1 else "",
             expected_count=params.run_count,
             metadata={} if params.idempotency_key is None else {"idempotencyKey": params.idempotency_key},
             seal_timeout_ms=self._service.limits.seal_timeout_ms,
         )
-        return await call.engine.store.create_batch(new, now_us=now_us)
+        return await context.engine.store.create_batch(new, now_us=now_us)
 
     async def stream(self, request: Request) -> Response:
         """`POST /api/v3/batches/{id}/items`: send items as NDJSON, in any order, in one request or several."""
         batch_id = request.path_params["batch_id"]
         service = self._service
-        call = await service.authorize(request, "batches:write", batch_id=batch_id, is_free=True)
+        context = await service.authorize(request, "batches:write", batch_id=batch_id, is_free=True)
         content_type = request.headers.get("content-type", "")
         if "application/x-ndjson" not in content_type and "application/ndjson" not in content_type:
             raise UnsupportedType("Content-Type must be application/x-ndjson or application/ndjson")
         if request.headers.get("content-length") == "0" or not _has_body(request):
             raise InvalidInput("Request body is required")
         try:
-            batch, _ = await call.get_batch(batch_id)
+            batch, _ = await context.get_batch(batch_id)
         except NotFound:
-            await service.spend_request(request, call.principal)
+            await service.spend_request(request, context.principal)
             raise Unprocessable(f"Batch {batch_id} not found") from None
-        if not await service.is_exempt_from_limit(call.environment, batch):
-            await service.spend_request(request, call.principal)
+        if not await service.is_exempt_from_limit(context.environment, batch):
+            await service.spend_request(request, context.principal)
         if batch.state in (SEALED, COMPLETED):
             return _streamed(batch, FeedCounts())
         _check_open(batch)
         check_accepts_items(batch)
         async with service.stream():
-            taken = await ingest_items(service, call, request, batch)
-        return _streamed(await seal_if_complete(call, batch, taken), taken)
+            taken = await ingest_items(service, context, request, batch)
+        return _streamed(await seal_if_complete(context, batch, taken), taken)
 
     async def retrieve(self, request: Request) -> Response:
         """`GET /api/v1/batches/{id}` and `/api/v2/…`: return the batch and the ids of its runs."""
         batch_id = request.path_params["batch_id"]
-        call = await self._service.authorize(request, "batches:read", batch_id=batch_id)
-        batch = await _get_batch(call, batch_id)
+        context = await self._service.authorize(request, "batches:read", batch_id=batch_id)
+        batch = await _get_batch(context, batch_id)
         fields = trigger_batch(batch)
         is_filled = batch.state != OPEN and batch.received_count <= RUNS_SHOWN_MAX
         fields["runs"] = [run_id(batch.id, index) for index in range(batch.received_count)] if is_filled else []
@@ -149,19 +149,21 @@ class TriggerBatches:
     async def results(self, request: Request) -> Response:
         """`GET /api/v1/batches/{id}/results`: return the results of finished runs, in index order."""
         batch_id = request.path_params["batch_id"]
-        call = await self._service.authorize(request, "batches:read", batch_id=batch_id)
-        batch = await _get_batch(call, batch_id, "Batch not found")
-        return StreamingResponse(self._results(call, batch), media_type="application/json")
+        context = await self._service.authorize(request, "batches:read", batch_id=batch_id)
+        batch = await _get_batch(context, batch_id, "Batch not found")
+        return StreamingResponse(self._results(context, batch), media_type="application/json")
 
-    async def _results(self, call: RequestContext, batch: BatchRecord) -> AsyncIterator[bytes]:
-        outputs = ResultResolver(call)
+    async def _results(self, context: RequestContext, batch: BatchRecord) -> AsyncIterator[bytes]:
+        outputs = ResultResolver(context)
         yield b'{"id":"%s","items":[' % batch.id.encode()
         between = b""
         bound = batch.received_count if batch.expected_count is None else batch.expected_count
         after: tuple[str, int] | None = None
         for start in range(0, bound, PAGE_RUNS):
-            outcomes = await call.engine.store.outcomes(batch.id, start, PAGE_RUNS, passing=True)
-            views = await call.engine.store.runs(call.environment, batch_id=batch.id, after=after, limit=PAGE_RUNS)
+            outcomes = await context.engine.store.outcomes(batch.id, start, PAGE_RUNS, passing=True)
+            views = await context.engine.store.runs(
+                context.environment, batch_id=batch.id, after=after, limit=PAGE_RUNS
+            )
             tasks = {view.index: view.task for view in views}
             after = (batch.id, start + PAGE_RUNS - 1)
             items = []
@@ -217,8 +219,8 @@ def _key_of(request: Request, params: TriggerBatchBody) -> str | None:
     return f"request:{request_key[:200]}" if request_key else None
 
 
-async def _get_batch(call: RequestContext, batch_id: str, message: str = "Not found") -> BatchRecord:
+async def _get_batch(context: RequestContext, batch_id: str, message: str = "Not found") -> BatchRecord:
     try:
-        return (await call.get_batch(batch_id))[0]
+        return (await context.get_batch(batch_id))[0]
     except NotFound:
         raise NotFound(message, batch_id=batch_id) from None

@@ -39,66 +39,66 @@ class TriggerRuns:
 
     async def retrieve(self, request: Request) -> Response:
         """`GET /api/v3/runs/{id}`: return a run with its payload and output."""
-        call, record, batch = await self._get_run(request, "runs:read")
+        context, record, batch = await self._get_run(request, "runs:read")
         fields = trigger_run(record, batch)
         if record.payload or record.kind == pack.TEXT:
-            data, kind = await self._content(call, record.payload, record.kind)
+            data, kind = await self._content(context, record.payload, record.kind)
             fields["payload"] = json_value(data, kind)
         if record.state == "completed":
-            data, kind = await self._content(call, record.result, record.result_kind)
+            data, kind = await self._content(context, record.result, record.result_kind)
             fields["output"] = json_value(data, kind)
         return json_response(fields)
 
     async def result(self, request: Request) -> Response:
         """`GET /api/v1/runs/{id}/result`: return the result of a finished run."""
-        call, record, _ = await self._get_run(request, "runs:read")
+        context, record, _ = await self._get_run(request, "runs:read")
         state = run.BY_NAME.get(record.state, run.WAITING)
         if state not in run.FINAL:
             raise NotFound("Run either doesn't exist or is not finished")
         fields: dict[str, Any] = {"id": run_id(record.batch_id, record.index), "taskIdentifier": record.task}
         if state == run.COMPLETED:
             outcome = RunOutcome(index=record.index, state=state, result=record.result, kind=record.result_kind)
-            text, kind = await ResultResolver(call).output_text(outcome)
+            text, kind = await ResultResolver(context).output_text(outcome)
             return json_response(fields | {"ok": True, "output": text, "outputType": kind})
         failure = decode(record.result) if record.result else None
         return json_response(fields | {"ok": False, "error": trigger_error(failure, record.state)})
 
     async def cancel(self, request: Request) -> Response:
         """`POST /api/v2/runs/{id}/cancel`: cancel a run."""
-        call, record, _ = await self._get_run(request, "runs:write")
-        engine = call.engine
+        context, record, _ = await self._get_run(request, "runs:write")
+        engine = context.engine
         await engine.store.cancel_runs(record.batch_id, [record.index], now_us=engine.clock.now_us())
         engine.recorded.notify()
         return json_response({"id": run_id(record.batch_id, record.index)})
 
     async def replay(self, request: Request) -> Response:
         """`POST /api/v1/runs/{id}/replay`: start a new run of the same task with the same payload."""
-        call, record, _ = await self._get_run(request, "runs:write")
+        context, record, _ = await self._get_run(request, "runs:write")
         if record.state == "failed" and record.payload == b"{}" and record.attempt == 1 and not record.attempts[1:]:
             failure = decode(record.result)
             if failure.type in ("PAYLOAD_TOO_LARGE", "InvalidJSON", "InvalidUTF8"):
                 raise InvalidInput("can't replay: the run never had a readable payload", hint="send the item again")
-        payload, kind = await self._content(call, record.payload, record.kind)
+        payload, kind = await self._content(context, record.payload, record.kind)
         key = self._service.default_key(record.task)._replace(queue=record.queue, priority=record.priority)
         extra = Extra(tags=tuple(record.tags), headers=record.headers, kept=record.kept)
-        batch_id, index = await self._service.producer(call).put(key, payload, kind, extra)
+        batch_id, index = await self._service.producer(context).put(key, payload, kind, extra)
         return json_response({"id": run_id(batch_id, index)})
 
     async def index(self, request: Request) -> Response:
         """`GET /api/v1/runs`: list runs by pages, newest batch first."""
-        call = await self._service.authorize(
+        context = await self._service.authorize(
             request, "runs:read", batch_id=request.query_params.get("filter[batch]", "")
         )
         run_filter = _RunFilter(request)
-        records, has_more = await self._page(call, run_filter)
+        records, has_more = await self._page(context, run_filter)
         batches: dict[str, BatchRecord] = {}
         data = []
         for record in records:
             if record.batch_id not in batches:
-                batches[record.batch_id] = (await call.engine.store.batch(record.batch_id))[0]
+                batches[record.batch_id] = (await context.engine.store.batch(record.batch_id))[0]
             if record.state == "failed":  # its status depends on the result, which listings do not carry
-                record = await call.engine.store.run(record.batch_id, record.index)
-            env = {"id": call.environment, "name": call.environment}
+                record = await context.engine.store.run(record.batch_id, record.index)
+            env = {"id": context.environment, "name": context.environment}
             data.append(trigger_run(record, batches[record.batch_id]) | {"env": env})
         pagination: dict[str, str] = {}
         if has_more and records:
@@ -107,7 +107,7 @@ class TriggerRuns:
             pagination["previous"] = run_id(records[0].batch_id, records[0].index)
         return json_response({"data": data, "pagination": pagination})
 
-    async def _page(self, call: RequestContext, run_filter: _RunFilter) -> tuple[list[RunRecord], bool]:
+    async def _page(self, context: RequestContext, run_filter: _RunFilter) -> tuple[list[RunRecord], bool]:
         """Return one page, and True if there are more. Queries once for each combination of filters and merges the
         results.
         """
@@ -115,20 +115,20 @@ class TriggerRuns:
         for state in run_filter.states or ("",):
             for task in run_filter.tasks or ("",):
                 for tag in run_filter.tags or ("",):
-                    records += await self._matching(call, run_filter, state, task, tag)
+                    records += await self._matching(context, run_filter, state, task, tag)
         unique = {(record.batch_id, record.index): record for record in records}
         ordered = sorted(unique.values(), key=lambda record: record.index)
         ordered.sort(key=lambda record: record.batch_id, reverse=True)
         return ordered[: run_filter.size], len(ordered) > run_filter.size
 
     async def _matching(
-        self, call: RequestContext, run_filter: _RunFilter, state: str, task: str, tag: str
+        self, context: RequestContext, run_filter: _RunFilter, state: str, task: str, tag: str
     ) -> list[RunRecord]:
         records: list[RunRecord] = []
         after = run_filter.after
         for _ in range(SCANNED_PAGES_MAX):
-            page = await call.engine.store.runs(
-                call.environment,
+            page = await context.engine.store.runs(
+                context.environment,
                 batch_id=run_filter.batch_id,
                 state=state,
                 task=task,
@@ -140,7 +140,7 @@ class TriggerRuns:
                 if record.batch_id < run_filter.oldest_id:
                     return records
                 if (not run_filter.queues or record.queue in run_filter.queues) and await self._matches_failure(
-                    call, run_filter, record
+                    context, run_filter, record
                 ):
                     records.append(record)
             if len(page) <= run_filter.size or len(records) > run_filter.size:
@@ -148,11 +148,11 @@ class TriggerRuns:
             after = (page[-1].batch_id, page[-1].index)
         return records
 
-    async def _matches_failure(self, call: RequestContext, run_filter: _RunFilter, record: RunRecord) -> bool:
+    async def _matches_failure(self, context: RequestContext, run_filter: _RunFilter, record: RunRecord) -> bool:
         """True unless the run failed in a way that the status filter excludes. That depends on its result."""
         if record.state != "failed" or run_filter.failures in (set(), FAILURES):
             return True
-        record = await call.engine.store.run(record.batch_id, record.index)
+        record = await context.engine.store.run(record.batch_id, record.index)
         return run_status(record.state, decode(record.result) if record.result else None) in run_filter.failures
 
     async def _get_run(self, request: Request, scope: str) -> tuple[RequestContext, RunRecord, BatchRecord]:
@@ -163,23 +163,23 @@ class TriggerRuns:
         except InvalidInput:
             await self._service.authorize(request, scope)
             raise NotFound("Run not found") from None
-        call = await self._service.authorize(request, scope, batch_id=batch_id)
+        context = await self._service.authorize(request, scope, batch_id=batch_id)
         try:
-            record = await call.engine.store.run(batch_id, index)
+            record = await context.engine.store.run(batch_id, index)
         except NotFound:
             raise NotFound("Run not found") from None
-        if record.environment != call.environment:
+        if record.environment != context.environment:
             raise NotFound("Run not found")
         if record.state == "completed" and record.result_kind == pack.LINK:
-            target = await ResultResolver(call).linked_run(record.result)
+            target = await ResultResolver(context).linked_run(record.result)
             if target is None:
                 raise NotFound("Run not found")
             record = target
-        batch, _ = await call.engine.store.batch(record.batch_id)
-        return call, record, batch
+        batch, _ = await context.engine.store.batch(record.batch_id)
+        return context, record, batch
 
-    async def _content(self, call: RequestContext, data: bytes, kind: int) -> tuple[bytes, int]:
-        return await call.engine.fetch(data) if kind == pack.REFERENCE else (data, kind)
+    async def _content(self, context: RequestContext, data: bytes, kind: int) -> tuple[bytes, int]:
+        return await context.engine.fetch(data) if kind == pack.REFERENCE else (data, kind)
 
 
 class _RunFilter:

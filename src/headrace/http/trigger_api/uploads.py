@@ -30,18 +30,18 @@ class Uploads:
 
     async def presign_upload(self, request: Request) -> Response:
         """`PUT /api/v2/packets/{path}` and `/api/v1/…`: return a URL to upload a packet to, and the packet's name."""
-        call = await self._service.authorize(request, "batches:write", is_free=True)
+        context = await self._service.authorize(request, "batches:write", is_free=True)
         path = check_path(request.path_params["path"])
-        body = {"presignedUrl": await self._signed_url(request, call, "PUT", path)}
+        body = {"presignedUrl": await self._signed_url(request, context, "PUT", path)}
         if request.url.path.startswith("/api/v2"):
             body["storagePath"] = path
         return json_response(body)
 
     async def presign_download(self, request: Request) -> Response:
         """`GET /api/v1/packets/{path}`: return a URL to download a packet from."""
-        call = await self._service.authorize(request, "batches:read", is_free=True)
+        context = await self._service.authorize(request, "batches:read", is_free=True)
         path = check_path(request.path_params["path"])
-        return json_response({"presignedUrl": await self._signed_url(request, call, "GET", path)})
+        return json_response({"presignedUrl": await self._signed_url(request, context, "GET", path)})
 
     async def upload(self, request: Request) -> Response:
         """`PUT` of a URL signed by this server."""
@@ -64,14 +64,14 @@ class Uploads:
             raise NotFound("packet not found: it was never uploaded, or its batch was deleted") from None
         return Response(data, media_type=content_type)
 
-    async def _signed_url(self, request: Request, call: RequestContext, method: str, path: str) -> str:
+    async def _signed_url(self, request: Request, context: RequestContext, method: str, path: str) -> str:
         packets = self._service.packets
         if packets.can_sign:
-            return await packets.signed_url(method, call.environment, path)
-        until_s = call.engine.clock.now_us() // 1_000_000 + SIGNED_S
-        signature = await self._signature(method, call.environment, path, until_s)
+            return await packets.signed_url(method, context.environment, path)
+        until_s = context.engine.clock.now_us() // 1_000_000 + SIGNED_S
+        signature = await self._signature(method, context.environment, path, until_s)
         base = f"{request.url.scheme}://{request.url.netloc}{UPLOAD}"
-        return f"{base}/{call.environment.encode().hex()}/{quote(path)}?until={until_s}&signature={signature}"
+        return f"{base}/{context.environment.encode().hex()}/{quote(path)}?until={until_s}&signature={signature}"
 
     async def _check(self, request: Request, method: str) -> tuple[str, str]:
         """Verify a signed URL and return its environment and path. Raises `Forbidden`."""

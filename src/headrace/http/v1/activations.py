@@ -28,14 +28,14 @@ class ActivationEndpoint:
     async def stream(self, request: Request) -> Response:
         """`POST /v1/activations`: store `TaskActivation` messages, each after its length as a varint, each id once."""
         service = self._service
-        call = await service.authorize(request, "runs:write")
+        context = await service.authorize(request, "runs:write")
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in CONTENT_TYPES:
             raise UnsupportedType(
                 f"expected activations as {CONTENT_TYPES[0]}, got {content_type or 'no content type'}",
                 hint=f"set Content-Type: {CONTENT_TYPES[0]}",
             )
-        intake = self._intake(call)
+        intake = self._intake(context)
         async with service.stream():
             result = await intake.take(body_pieces(request, service.limits))
         for label, count in (
@@ -47,8 +47,8 @@ class ActivationEndpoint:
             service.metrics.items.labels(label).inc(count)
         return json_response(result)
 
-    def _intake(self, call: RequestContext) -> ActivationIntake:
-        intake = self._intakes.get(call.environment)
+    def _intake(self, context: RequestContext) -> ActivationIntake:
+        intake = self._intakes.get(context.environment)
         if intake is None:
             try:
                 from headrace.grpc.taskbroker.activation_intake import ActivationIntake
@@ -56,5 +56,7 @@ class ActivationEndpoint:
                 raise InvalidSetting(
                     f"activations require {error.name}, which is not installed", hint="pip install 'headrace[grpc]'"
                 ) from None
-            intake = self._intakes[call.environment] = ActivationIntake(call.engine, self._service.producer(call))
+            intake = self._intakes[context.environment] = ActivationIntake(
+                context.engine, self._service.producer(context)
+            )
         return intake

@@ -101,7 +101,7 @@ class V1Batches:
     async def create(self, request: Request) -> Response:
         """`POST /v1/batches`: create a batch, with or without a known number of runs."""
         service = self._service
-        call = await service.authorize(request, "batches:write")
+        context = await service.authorize(request, "batches:write")
         params = await decode_body(request, service.limits, BatchBody)
         if params.key is not None:
             check_name("key", params.key)
@@ -109,57 +109,59 @@ class V1Batches:
             check_name("task", params.task)
         if len(msgspec.json.encode(params.metadata)) > service.limits.metadata_bytes_max:
             raise InvalidInput(f"expected metadata of at most {service.limits.metadata_bytes_max} bytes")
-        existing = None if params.key is None else await call.engine.store.find_batch(call.environment, params.key)
+        existing = (
+            None if params.key is None else await context.engine.store.find_batch(context.environment, params.key)
+        )
         if existing is None and params.run_count:
-            await service.spend_runs(request, call.environment, params.run_count)
-        now_us = call.engine.clock.now_us()
+            await service.spend_runs(request, context.environment, params.run_count)
+        now_us = context.engine.clock.now_us()
         timeout_ms = service.limits.seal_timeout_ms if params.seal_timeout_ms is None else params.seal_timeout_ms
         new = NewBatch(
             id=new_batch_id(now_us),
-            environment=call.environment,
+            environment=context.environment,
             key=params.key,
             task=params.task,
             expected_count=params.run_count,
             metadata=params.metadata,
             seal_timeout_ms=timeout_ms,
         )
-        batch, is_new = await call.engine.store.create_batch(new, now_us=now_us)
+        batch, is_new = await context.engine.store.create_batch(new, now_us=now_us)
         if is_new:
             service.metrics.batches.inc()
-        return await self._batch_response(call, batch.id, 201 if is_new else 200)
+        return await self._batch_response(context, batch.id, 201 if is_new else 200)
 
     async def index(self, request: Request) -> Response:
         """`GET /v1/batches`: list batches by pages, newest first."""
-        call = await self._service.authorize(request, "batches:read")
+        context = await self._service.authorize(request, "batches:read")
         query = request.query_params
         limit = parse_int(query.get("limit"), 50, "limit", 1, 200)
         before = check_batch_id(query["before"]) if query.get("before") else ""
         states = [state for state in query.get("state", "").split(",") if state] or None
         if states and (unknown := set(states) - set(STATES)):
             raise InvalidInput(f"unknown batch state {', '.join(map(repr, sorted(unknown)))}", hint=", ".join(STATES))
-        rows = await call.engine.store.batches(call.environment, states=states, before_id=before, limit=limit)
+        rows = await context.engine.store.batches(context.environment, states=states, before_id=before, limit=limit)
         batches = [batch_view(batch, ledger) for batch, ledger in rows]
         return json_response(BatchListResponse(batches, batches[-1].id if len(batches) == limit else None))
 
     async def retrieve(self, request: Request) -> Response:
         """`GET /v1/batches/{id}`: return a batch and the number of its runs in each state."""
-        call = await self._call(request, "batches:read")
-        return await self._batch_response(call, request.path_params["batch_id"])
+        context = await self._call(request, "batches:read")
+        return await self._batch_response(context, request.path_params["batch_id"])
 
     async def stream(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/items`: send items as NDJSON. A batch without `run_count` stays open."""
-        call = await self._call(request, "batches:write", is_free=True)
+        context = await self._call(request, "batches:write", is_free=True)
         if "ndjson" not in request.headers.get("content-type", ""):
             raise UnsupportedType(
                 "expected items as application/x-ndjson", hint="set Content-Type: application/x-ndjson"
             )
-        batch, _ = await call.get_batch(request.path_params["batch_id"])
+        batch, _ = await context.get_batch(request.path_params["batch_id"])
         check_accepts_items(batch)
-        if not await self._service.is_exempt_from_limit(call.environment, batch):
-            await self._service.spend_request(request, call.principal)
+        if not await self._service.is_exempt_from_limit(context.environment, batch):
+            await self._service.spend_request(request, context.principal)
         async with self._service.stream():
-            taken = await ingest_items(self._service, call, request, batch)
-        after = await seal_if_complete(call, batch, taken)
+            taken = await ingest_items(self._service, context, request, batch)
+        after = await seal_if_complete(context, batch, taken)
         response = ItemsResponse(
             id=batch.id,
             accepted=taken.accepted_count,
@@ -172,10 +174,10 @@ class V1Batches:
 
     async def missing(self, request: Request) -> Response:
         """`GET /v1/batches/{id}/missing`: return the index ranges not yet stored, each as `[first, last]`."""
-        call = await self._call(request, "batches:read")
-        batch, _ = await call.get_batch(request.path_params["batch_id"])
+        context = await self._call(request, "batches:read")
+        batch, _ = await context.get_batch(request.path_params["batch_id"])
         ranges_max = parse_int(request.query_params.get("ranges"), RANGES_MAX, "ranges", 1, RANGES_MAX)
-        ranges = await call.engine.store.missing(batch.id, ranges_max + 1)
+        ranges = await context.engine.store.missing(batch.id, ranges_max + 1)
         response = MissingResponse(
             id=batch.id,
             received=batch.received_count,
@@ -187,28 +189,28 @@ class V1Batches:
 
     async def seal(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/seal`: seal a batch, so that it accepts no more items. 409 while items are missing."""
-        call = await self._call(request, "batches:write")
-        batch, _ = await call.get_batch(request.path_params["batch_id"])
+        context = await self._call(request, "batches:write")
+        batch, _ = await context.get_batch(request.path_params["batch_id"])
         params = await _optional_body(request, self._service, SealBody)
-        await call.engine.store.seal(batch.id, params.run_count, now_us=call.engine.clock.now_us())
-        call.engine.recorded.notify()
-        return await self._batch_response(call, batch.id)
+        await context.engine.store.seal(batch.id, params.run_count, now_us=context.engine.clock.now_us())
+        context.engine.recorded.notify()
+        return await self._batch_response(context, batch.id)
 
     async def cancel(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/cancel`: cancel waiting runs and notify the workers of running ones."""
-        call = await self._call(request, "batches:write")
-        batch, _ = await call.get_batch(request.path_params["batch_id"])
-        await call.engine.store.stop_batch(batch.id, CANCELLED, now_us=call.engine.clock.now_us())
-        call.engine.recorded.notify()
-        return await self._batch_response(call, batch.id)
+        context = await self._call(request, "batches:write")
+        batch, _ = await context.get_batch(request.path_params["batch_id"])
+        await context.engine.store.stop_batch(batch.id, CANCELLED, now_us=context.engine.clock.now_us())
+        context.engine.recorded.notify()
+        return await self._batch_response(context, batch.id)
 
     async def redrive(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/redrive`: run failed runs, or those at given indexes, again from attempt 1."""
-        call = await self._call(request, "batches:write")
-        batch, _ = await call.get_batch(request.path_params["batch_id"])
+        context = await self._call(request, "batches:write")
+        batch, _ = await context.get_batch(request.path_params["batch_id"])
         params = await _optional_body(request, self._service, RedriveBody)
-        count = await call.engine.store.redrive(batch.id, params.indexes)
-        call.engine.wakeup.notify()
+        count = await context.engine.store.redrive(batch.id, params.indexes)
+        context.engine.wakeup.notify()
         return json_response(RedriveResponse(batch.id, count))
 
     async def results(self, request: Request) -> Response:
@@ -217,19 +219,19 @@ class V1Batches:
         The stream ends with the batch, or after `limit` lines; with `wait=0` it ends at the first run that has not
         ended. Blank lines keep the connection alive.
         """
-        call = await self._call(request, "batches:read")
-        batch, _ = await call.get_batch(request.path_params["batch_id"])
+        context = await self._call(request, "batches:read")
+        batch, _ = await context.get_batch(request.path_params["batch_id"])
         query = request.query_params
         first = parse_int(query.get("from"), 0, "from", 0, INDEX_MAX)
         limit = parse_int(query.get("limit"), INDEX_MAX, "limit", 1, INDEX_MAX)
         waits = parse_int(query.get("wait"), 1, "wait", 0, 1) == 1
-        return StreamingResponse(self._lines(call, batch.id, first, limit, waits=waits), media_type=NDJSON)
+        return StreamingResponse(self._lines(context, batch.id, first, limit, waits=waits), media_type=NDJSON)
 
     async def _lines(
-        self, call: RequestContext, batch_id: str, first: int, left: int, *, waits: bool
+        self, context: RequestContext, batch_id: str, first: int, left: int, *, waits: bool
     ) -> AsyncIterator[bytes]:
-        store, outputs = call.engine.store, ResultResolver(call)
-        watch = OutcomeWatch(call.engine, self._service)
+        store, outputs = context.engine.store, ResultResolver(context)
+        watch = OutcomeWatch(context.engine, self._service)
         while left:
             watch.mark()
             # read before the outcomes: if the batch is finished then, the outcomes are complete
@@ -257,17 +259,17 @@ class V1Batches:
 
     async def events(self, request: Request) -> Response:
         """`GET /v1/batches/{id}/events`: stream the progress as server-sent events, until the batch has ended."""
-        call = await self._call(request, "batches:read")
-        batch, _ = await call.get_batch(request.path_params["batch_id"])
+        context = await self._call(request, "batches:read")
+        batch, _ = await context.get_batch(request.path_params["batch_id"])
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(self._events(call, batch.id), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(self._events(context, batch.id), media_type="text/event-stream", headers=headers)
 
-    async def _events(self, call: RequestContext, batch_id: str) -> AsyncIterator[bytes]:
-        watch = OutcomeWatch(call.engine, self._service)
+    async def _events(self, context: RequestContext, batch_id: str) -> AsyncIterator[bytes]:
+        watch = OutcomeWatch(context.engine, self._service)
         sent = b""
         while True:
             watch.mark()
-            batch, ledger = await call.engine.store.batch(batch_id)
+            batch, ledger = await context.engine.store.batch(batch_id)
             state = msgspec.json.encode(batch_view(batch, ledger))
             if state != sent:
                 sent = state
@@ -284,8 +286,8 @@ class V1Batches:
         batch_id = request.path_params["batch_id"]
         return await self._service.authorize(request, scope, batch_id=batch_id, is_free=is_free)
 
-    async def _batch_response(self, call: RequestContext, batch_id: str, status: int = 200) -> Response:
-        return json_response(batch_view(*await call.get_batch(batch_id)), status)
+    async def _batch_response(self, context: RequestContext, batch_id: str, status: int = 200) -> Response:
+        return json_response(batch_view(*await context.get_batch(batch_id)), status)
 
 
 class OutcomeWatch:

@@ -23,10 +23,10 @@ from headrace.store.protocol import NewBatch, Schedule, Tick
 
 RUNS_MAX = TABLE["chunk_runs_max"].most
 AHEAD_US = 60 * 60 * 1_000_000
-"""How far a client's clock may be ahead of the server's."""
+"""Time by which a client's clock may be ahead of the server's."""
 
 
-def validated_batch(call: RequestContext, limits: Limits, new: NewBatch) -> NewBatch:
+def validated_batch(context: RequestContext, limits: Limits, new: NewBatch) -> NewBatch:
     """Return a valid batch in the client's environment. Raises `InvalidInput`."""
     if new.key is not None:
         check_name("key", new.key)
@@ -41,10 +41,10 @@ def validated_batch(call: RequestContext, limits: Limits, new: NewBatch) -> NewB
         raise InvalidInput(
             f"expected seal_timeout_ms from 0 to {TABLE['seal_timeout_ms'].most}, got {new.seal_timeout_ms}"
         )
-    return msgspec.structs.replace(new, environment=call.environment)
+    return msgspec.structs.replace(new, environment=context.environment)
 
 
-def check_chunk(call: RequestContext, limits: Limits, batch_id: str, chunk: Chunk) -> None:
+def check_chunk(context: RequestContext, limits: Limits, batch_id: str, chunk: Chunk) -> None:
     """Raise `InvalidInput` for a chunk that is inconsistent, too large, or refers to payloads of another batch."""
     runs_count = chunk.runs_count
     try:
@@ -65,11 +65,11 @@ def check_chunk(call: RequestContext, limits: Limits, batch_id: str, chunk: Chun
                 f"got kind {kind} and {len(payload)} bytes"
             )
         if kind == REFERENCE:
-            check_object_key(call, batch_id, Reference.decode(payload).key)
+            check_object_key(context, batch_id, Reference.decode(payload).key)
     if not chunk.extras.keys() <= set(range(runs_count)):
         raise InvalidInput(f"expected extras of the chunk's {runs_count} runs only")
     for extra in chunk.extras.values():
-        _check_extra(call, limits, batch_id, extra)
+        _check_extra(context, limits, batch_id, extra)
 
 
 def check_schedules(schedules: Sequence[Schedule]) -> None:
@@ -82,30 +82,30 @@ def check_schedules(schedules: Sequence[Schedule]) -> None:
         stored_rule(schedule)
 
 
-def validated_tick(call: RequestContext, limits: Limits, tick: Tick) -> Tick:
+def validated_tick(context: RequestContext, limits: Limits, tick: Tick) -> Tick:
     """Return a valid tick in the client's environment. Its runs are batches of one run. Raises `InvalidInput`."""
     if len(tick.runs) > TABLE["schedule_ticks_max"].most:
         raise InvalidInput(f"expected a tick of at most {TABLE['schedule_ticks_max'].most} runs, got {len(tick.runs)}")
-    if not 0 <= tick.last_us < tick.until_us <= call.engine.clock.now_us() + AHEAD_US:
+    if not 0 <= tick.last_us < tick.until_us <= context.engine.clock.now_us() + AHEAD_US:
         raise InvalidInput("expected a tick after the previous one and not in the future", schedule=tick.name[:200])
     runs = []
     for new, chunk in tick.runs:
         check_batch_id(new.id)
         check_name("task", new.task)
-        check_chunk(call, limits, new.id, chunk)
+        check_chunk(context, limits, new.id, chunk)
         is_keyed = any(extra.idempotency_key for extra in chunk.extras.values())
         if chunk.runs_count != 1 or len(chunk.spans) != 1 or is_keyed:
             raise InvalidInput("expected one run for each batch of a tick, without an idempotency key")
         runs.append(
-            (NewBatch(id=new.id, environment=call.environment, kind=SINGLE, task=new.task, expected_count=1), chunk)
+            (NewBatch(id=new.id, environment=context.environment, kind=SINGLE, task=new.task, expected_count=1), chunk)
         )
     return msgspec.structs.replace(tick, runs=runs)
 
 
-def check_object_key(call: RequestContext, batch_id: str, key: str) -> str:
+def check_object_key(context: RequestContext, batch_id: str, key: str) -> str:
     """Return an object key of this environment, and of this batch if one is given. Raises `NotFound`."""
     environment, batch, _ = check_key(key).split("/")
-    if environment != call.environment or batch_id not in ("", batch):
+    if environment != context.environment or batch_id not in ("", batch):
         raise NotFound("object not found", key=key)
     return key
 
@@ -123,7 +123,7 @@ def _check_spans(chunk: Chunk) -> None:
         raise InvalidInput("expected the spans of a chunk to cover each of its runs exactly once")
 
 
-def _check_extra(call: RequestContext, limits: Limits, batch_id: str, extra: Extra) -> None:
+def _check_extra(context: RequestContext, limits: Limits, batch_id: str, extra: Extra) -> None:
     if extra.link or len(extra.tags) > limits.tags_max or len(extra.kept) > 2 * limits.metadata_bytes_max:
         raise InvalidInput("expected an extra without a link, within the limits on tags and metadata")
     if len(msgspec.json.encode(extra.headers)) > limits.headers_bytes_max:
@@ -136,7 +136,7 @@ def _check_extra(call: RequestContext, limits: Limits, batch_id: str, extra: Ext
         if name:
             check_name("key or tag", name)
     if extra.object_key:
-        check_object_key(call, batch_id, extra.object_key)
+        check_object_key(context, batch_id, extra.object_key)
 
 
 def _check_indexes(chunk: Chunk) -> None:

@@ -26,8 +26,8 @@ class V1Runs:
         except InvalidInput:
             await self._service.authorize(request, "runs:read")
             raise NotFound(f"run {name[:60]!r} not found") from None
-        call = await self._service.authorize(request, "runs:read", batch_id=batch_id)
-        record = await call.engine.store.run(batch_id, index)
-        if record.environment != call.environment:
+        context = await self._service.authorize(request, "runs:read", batch_id=batch_id)
+        record = await context.engine.store.run(batch_id, index)
+        if record.environment != context.environment:
             raise NotFound(f"run {name[:60]!r} not found")
-        return json_response(await run_view(call.engine, record))
+        return json_response(await run_view(context.engine, record))

@@ -79,17 +79,19 @@ class StoreRpc:
 
     async def about(self, request: Request) -> Response:
         """`GET /v1/about`: return the environment of the API key, the server's version and its time."""
-        call = await self._service.authorize_any(request, ("work", "batches:write", "batches:read", "runs:read"))
-        about = ServerInfo(environment=call.environment, now_us=call.engine.clock.now_us(), version=version("headrace"))
+        context = await self._service.authorize_any(request, ("work", "batches:write", "batches:read", "runs:read"))
+        about = ServerInfo(
+            environment=context.environment, now_us=context.engine.clock.now_us(), version=version("headrace")
+        )
         return Response(msgspec.json.encode(about), media_type="application/json")
 
-    async def call(self, request: Request) -> Response:
+    async def perform(self, request: Request) -> Response:
         """`POST /v1/store/{verb}`: perform a store operation."""
         verb = OPERATIONS.get(request.path_params["verb"])
         if verb is None:
             raise NotFound(f"unknown store operation {request.path_params['verb'][:60]!r}")
         scopes = tuple(verb.scope.split("|"))
-        call = await self._service.authorize_any(request, scopes, is_free="work" in scopes or verb.name == "append")
+        context = await self._service.authorize_any(request, scopes, is_free="work" in scopes or verb.name == "append")
         if CONTENT_TYPE not in request.headers.get("content-type", ""):
             raise UnsupportedType(f"expected a message of type {CONTENT_TYPE}")
         body = await read_body(request, self._service.limits, bytes_max=BYTES_MAX)
@@ -100,47 +102,47 @@ class StoreRpc:
         if verb.name == "claim":
             wait_s = parse_int(request.query_params.get("wait"), 0, "wait", 0, 30)
             check_session(message.claim.session_id)
-            leases = self._remote_work.claim(call, message.claim, wait_s)
+            leases = self._remote_work.claim(context, message.claim, wait_s)
             first = await anext(leases)  # an invalid claim fails here, before the status line is sent
-            return StreamingResponse(self._claim(call, first, leases), media_type=CONTENT_TYPE)
+            return StreamingResponse(self._claim(context, first, leases), media_type=CONTENT_TYPE)
         if verb.name in self._special:
-            answer = await self._special[verb.name](call, message)
+            answer = await self._special[verb.name](context, message)
         else:
-            answer = await self._call_store(call, verb.name, message)
+            answer = await self._call_store(context, verb.name, message)
         return Response(encode(answer), media_type=CONTENT_TYPE)
 
     # -- operations passed on to the store, restricted to one environment
 
-    async def _call_store(self, call: RequestContext, name: str, message: Any) -> Any:
+    async def _call_store(self, context: RequestContext, name: str, message: Any) -> Any:
         values = {field: getattr(message, field) for field in message.__struct_fields__}
-        await self._restrict(call, name, values)
+        await self._restrict(context, name, values)
         if name == "append":
             await self._service.spend_runs(
-                call.request, call.environment, sum(chunk.runs_count for chunk in message.chunks)
+                context.request, context.environment, sum(chunk.runs_count for chunk in message.chunks)
             )
         if name == "tick":
-            await self._service.spend_runs(call.request, call.environment, len(message.tick.runs))
+            await self._service.spend_runs(context.request, context.environment, len(message.tick.runs))
         if name in _TIMED:
-            values["now_us"] = call.engine.clock.now_us()
-        answer = await getattr(call.engine.store, name)(**values)
-        if name == "create_batch" and answer[0].environment != call.environment:
+            values["now_us"] = context.engine.clock.now_us()
+        answer = await getattr(context.engine.store, name)(**values)
+        if name == "create_batch" and answer[0].environment != context.environment:
             raise Conflict("a batch of another environment has this id", batch_id=answer[0].id)
         if name in ("append", "redrive") or (name == "tick" and answer.is_ours):
-            call.engine.wakeup.notify()
+            context.engine.wakeup.notify()
         elif name in ("seal", "stop_batch", "cancel_runs"):
-            call.engine.recorded.notify()
+            context.engine.recorded.notify()
         return answer
 
-    async def _restrict(self, call: RequestContext, name: str, values: dict[str, Any]) -> None:
+    async def _restrict(self, context: RequestContext, name: str, values: dict[str, Any]) -> None:
         """Restrict an operation to the client's environment and to the store's bounds. Raises `NotFound`,
         `InvalidInput`.
         """
         if values.get("batch_id"):
-            await call.get_batch(values["batch_id"])
+            await context.get_batch(values["batch_id"])
         elif "batch_id" in values and name != "runs":
             raise NotFound("expected a batch id, got none")
         if "environment" in values:
-            values["environment"] = call.environment
+            values["environment"] = context.environment
         if "session_id" in values:
             check_session(values["session_id"])
         for field in ("limit", "runs_max", "ranges_max"):
@@ -148,21 +150,21 @@ class StoreRpc:
                 raise InvalidInput(f"expected {field} from 1 to {LIST_MAX}, got {values[field]}")
         if len(values.get("runs", ())) > LIST_MAX or len(values.get("value", b"")) > RULES_BYTES_MAX:
             raise InvalidInput(f"expected at most {LIST_MAX} runs and {RULES_BYTES_MAX} bytes of rules")
-        self._validate_new_data(call, name, values)
+        self._validate_new_data(context, name, values)
 
-    def _validate_new_data(self, call: RequestContext, name: str, values: dict[str, Any]) -> None:
+    def _validate_new_data(self, context: RequestContext, name: str, values: dict[str, Any]) -> None:
         """Validate the new data of an operation: complete, bounded, of this environment. Raises `InvalidInput`."""
         limits = self._service.limits
         if name == "create_batch":
-            values["new"] = validated_batch(call, limits, values["new"])
+            values["new"] = validated_batch(context, limits, values["new"])
         elif name == "append":
             for chunk in values["chunks"]:
-                check_chunk(call, limits, values["batch_id"], chunk)
+                check_chunk(context, limits, values["batch_id"], chunk)
         elif name == "keep_schedules":
             check_name("app", values["app"])
             check_schedules(values["schedules"])
         elif name == "tick":
-            values["tick"] = validated_tick(call, limits, values["tick"])
+            values["tick"] = validated_tick(context, limits, values["tick"])
         elif name == "start_session":
             session = values["session"]
             check_session(session.id)
@@ -171,9 +173,9 @@ class StoreRpc:
     # -- leases
 
     async def _claim(
-        self, call: RequestContext, first: list[Lease] | None, rest: AsyncIterator[list[Lease] | None]
+        self, context: RequestContext, first: list[Lease] | None, rest: AsyncIterator[list[Lease] | None]
     ) -> AsyncIterator[bytes]:
-        key = await self._lease_tokens.signing_key(call)
+        key = await self._lease_tokens.signing_key(context)
         leases = first
         while leases is None:
             yield BEAT
@@ -182,44 +184,44 @@ class StoreRpc:
             [LeaseWithToken(lease, self._lease_tokens.sign(key, lease.span_id, lease.token)) for lease in leases]
         )
 
-    async def _heartbeat(self, call: RequestContext, message: Any) -> HeartbeatWithTokens:
+    async def _heartbeat(self, context: RequestContext, message: Any) -> HeartbeatWithTokens:
         check_session(message.session_id)
-        reply = await call.engine.store.heartbeat(message.session_id, now_us=call.engine.clock.now_us())
-        key = await self._lease_tokens.signing_key(call)
+        reply = await context.engine.store.heartbeat(message.session_id, now_us=context.engine.clock.now_us())
+        key = await self._lease_tokens.signing_key(context)
         return HeartbeatWithTokens(
             reply, [self._lease_tokens.sign(key, held.span_id, held.token) for held in reply.leases]
         )
 
-    async def _settle(self, call: RequestContext, message: SettleRequest) -> list[str]:
+    async def _settle(self, context: RequestContext, message: SettleRequest) -> list[str]:
         if len(message.settlements) != len(message.tickets):
             raise InvalidInput(
                 f"expected a token for each of {len(message.settlements)} settlements, got {len(message.tickets)}"
             )
         for settlement in message.settlements:
             for object_key in settlement.object_keys:
-                check_object_key(call, "", object_key)
+                check_object_key(context, "", object_key)
         return await self._with_valid_tokens(
-            call, message.settlements, message.tickets, lambda leases: self._remote_work.settle(call, leases)
+            context, message.settlements, message.tickets, lambda leases: self._remote_work.settle(context, leases)
         )
 
-    async def _release(self, call: RequestContext, message: ReleaseRequest) -> list[str]:
+    async def _release(self, context: RequestContext, message: ReleaseRequest) -> list[str]:
         if len(message.releases) != len(message.tickets):
             raise InvalidInput(
                 f"expected a token for each of {len(message.releases)} releases, got {len(message.tickets)}"
             )
         return await self._with_valid_tokens(
-            call, message.releases, message.tickets, lambda leases: self._remote_work.release(call, leases)
+            context, message.releases, message.tickets, lambda leases: self._remote_work.release(context, leases)
         )
 
     async def _with_valid_tokens(
         self,
-        call: RequestContext,
+        context: RequestContext,
         items: Sequence[Any],
         tokens: Sequence[bytes],
         operation: Callable[[list[Any]], Awaitable[list[str]]],
     ) -> list[str]:
         """Apply `operation` to the items whose tokens are valid. The others are answered with `lost`."""
-        key = await self._lease_tokens.signing_key(call)
+        key = await self._lease_tokens.signing_key(context)
         valid = [
             self._lease_tokens.verify(key, item.span_id, item.token, token)
             for item, token in zip(items, tokens, strict=True)
@@ -231,14 +233,14 @@ class StoreRpc:
 
     async def put_object(self, request: Request) -> Response:
         """`PUT /v1/objects/{key}`: store a payload or result that exceeds the inline limit."""
-        call = await self._service.authorize_any(request, ("work", "batches:write"), is_free=True)
-        key = check_object_key(call, "", request.path_params["key"])
+        context = await self._service.authorize_any(request, ("work", "batches:write"), is_free=True)
+        key = check_object_key(context, "", request.path_params["key"])
         bytes_max = self._service.limits.item_bytes_max + self._service.limits.packet_bytes_max
-        await call.engine.payloads.put(key, await read_body(request, self._service.limits, bytes_max=bytes_max))
+        await context.engine.payloads.put(key, await read_body(request, self._service.limits, bytes_max=bytes_max))
         return Response(status_code=204)
 
     async def get_object(self, request: Request) -> Response:
         """`GET /v1/objects/{key}`: return a stored payload or result."""
-        call = await self._service.authorize_any(request, ("work", "batches:read"), is_free=True)
-        key = check_object_key(call, "", request.path_params["key"])
-        return Response(await call.engine.payloads.get(key), media_type="application/octet-stream")
+        context = await self._service.authorize_any(request, ("work", "batches:read"), is_free=True)
+        key = check_object_key(context, "", request.path_params["key"])
+        return Response(await context.engine.payloads.get(key), media_type="application/octet-stream")

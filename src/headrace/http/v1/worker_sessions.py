@@ -173,39 +173,39 @@ class WorkerSessions:
     async def enqueue(self, request: Request) -> Response:
         """`POST /v1/tasks/{task}/runs`: enqueue one run. If its idempotency key names a run, that run is returned."""
         service = self._service
-        call = await service.authorize(request, "runs:write")
+        context = await service.authorize(request, "runs:write")
         params = await decode_body(request, service.limits, RunBody, bytes_max=service.limits.item_bytes_max)
         decoder = HttpItemDecoder(
             defaults=service.default_key,
             limits=service.limits,
-            now_us=call.engine.clock.now_us(),
+            now_us=context.engine.clock.now_us(),
             may_run=lambda _task: None,
             fetched=lambda name: service.packets.fetched(
-                call.environment, name, bytes_max=service.limits.packet_bytes_max
+                context.environment, name, bytes_max=service.limits.packet_bytes_max
             ),
         )
         entry = decoder.entry(request.path_params["task"], params.payload, params.options)
         payload, kind = entry.payload, entry.kind
         if kind == pack.REFERENCE:
             payload, kind = await decoder.fetched(payload)
-        batch_id, index = await service.producer(call).put(entry.key, payload, kind, entry.extra)
+        batch_id, index = await service.producer(context).put(entry.key, payload, kind, entry.extra)
         return json_response(RunIdResponse(run_id(batch_id, index)), 201)
 
     async def start(self, request: Request) -> Response:
         """`POST /v1/sessions`: start a worker's session. It must send heartbeats from now on."""
-        call = await self._service.authorize(request, "work")
+        context = await self._service.authorize(request, "work")
         params = await decode_body(request, self._service.limits, SessionBody)
-        now_us, limits = call.engine.clock.now_us(), self._service.limits
+        now_us, limits = context.engine.clock.now_us(), self._service.limits
         session = Session(id=new_session_id(now_us), kind="remote", host=params.host, pid=params.pid, started_us=now_us)
-        await call.engine.store.start_session(session, now_us=now_us)
+        await context.engine.store.start_session(session, now_us=now_us)
         return json_response(SessionResponse(session.id, limits.heartbeat_ms, limits.session_timeout_ms), 201)
 
     async def heartbeat(self, request: Request) -> Response:
         """`POST /v1/sessions/{id}/heartbeat`: keep a session alive. Returns its leases and cancelled runs."""
-        call = await self._service.authorize(request, "work")
+        context = await self._service.authorize(request, "work")
         session_id = check_session(request.path_params["session_id"])
-        reply = await call.engine.store.heartbeat(session_id, now_us=call.engine.clock.now_us())
-        key = await self._lease_tokens.signing_key(call)
+        reply = await context.engine.store.heartbeat(session_id, now_us=context.engine.clock.now_us())
+        key = await self._lease_tokens.signing_key(context)
         response = HeartbeatResponse(
             leases=[
                 SessionLease(self._lease_tokens.encode(key, held.span_id, held.token), held.claim_no)
@@ -218,10 +218,10 @@ class WorkerSessions:
 
     async def end(self, request: Request) -> Response:
         """`DELETE /v1/sessions/{id}`: end a session and release its leases."""
-        call = await self._service.authorize(request, "work")
+        context = await self._service.authorize(request, "work")
         session_id = check_session(request.path_params["session_id"])
-        await call.engine.store.end_session(session_id, now_us=call.engine.clock.now_us())
-        call.engine.wakeup.notify()
+        await context.engine.store.end_session(session_id, now_us=context.engine.clock.now_us())
+        context.engine.wakeup.notify()
         return Response(status_code=204)
 
     async def claim(self, request: Request) -> Response:
@@ -229,37 +229,37 @@ class WorkerSessions:
 
         Blanks before the response keep the connection alive.
         """
-        call = await self._service.authorize(request, "work")
+        context = await self._service.authorize(request, "work")
         params = await decode_body(request, self._service.limits, ClaimBody)
         claim = Claim(
             session_id=check_session(params.session),
             claim_no=params.claim_no,
-            environment=call.environment,
+            environment=context.environment,
             tasks=params.tasks,
             queues=params.queues,
             runs_max=params.runs_max,
         )
-        leases = self._remote_work.claim(call, claim, params.wait_s)
+        leases = self._remote_work.claim(context, claim, params.wait_s)
         first = await anext(leases)  # an invalid claim fails here, before the status line is sent
-        return StreamingResponse(self._leases(call, first, leases), media_type="application/json")
+        return StreamingResponse(self._leases(context, first, leases), media_type="application/json")
 
     async def _leases(
-        self, call: RequestContext, first: list[Lease] | None, rest: AsyncIterator[list[Lease] | None]
+        self, context: RequestContext, first: list[Lease] | None, rest: AsyncIterator[list[Lease] | None]
     ) -> AsyncIterator[bytes]:
-        key = await self._lease_tokens.signing_key(call)
+        key = await self._lease_tokens.signing_key(context)
         leases = first
         while leases is None:
             yield b" "
             leases = await anext(rest)
-        yield msgspec.json.encode(ClaimResponse([await self._lease(call, key, lease) for lease in leases]))
+        yield msgspec.json.encode(ClaimResponse([await self._lease(context, key, lease) for lease in leases]))
 
-    async def _lease(self, call: RequestContext, key: bytes, lease: Lease) -> ClaimedLease:
+    async def _lease(self, context: RequestContext, key: bytes, lease: Lease) -> ClaimedLease:
         runs = []
         for lease_offset, place in enumerate(lease.span_slots):
             payload = lease.payloads[lease_offset]
             kind = lease.kinds[lease_offset] if lease.kinds is not None else pack.JSON
             if kind == pack.REFERENCE:
-                payload, kind = await call.engine.fetch(payload)
+                payload, kind = await context.engine.fetch(payload)
             extra = lease.extras.get(place)
             index = lease.indexes[lease_offset]
             headers = extra.headers if extra is not None and extra.headers else UNSET
@@ -277,25 +277,25 @@ class WorkerSessions:
 
     async def settle(self, request: Request) -> Response:
         """`POST /v1/settlements`: record outcomes. Returns `settled`, `recorded` (a repeat) or `lost` for each."""
-        call = await self._service.authorize(request, "work")
+        context = await self._service.authorize(request, "work")
         params = await decode_body(request, self._service.limits, SettlementsBody, bytes_max=BYTES_MAX)
-        key = await self._lease_tokens.signing_key(call)
+        key = await self._lease_tokens.signing_key(context)
         valid: list[Settlement] = []
         is_valid: list[bool] = []
         for settlement in params.settlements:
             lease = self._lease_tokens.decode(key, settlement.lease)
             is_valid.append(lease is not None)
             if lease is not None:
-                valid.append(await self._settlement(call, lease, settlement))
-        words = iter(await self._remote_work.settle(call, valid))
+                valid.append(await self._settlement(context, lease, settlement))
+        words = iter(await self._remote_work.settle(context, valid))
         return json_response(WordsResponse([next(words) if is_valid_lease else LOST for is_valid_lease in is_valid]))
 
-    async def _settlement(self, call: RequestContext, lease: tuple[int, int], body: SettlementBody) -> Settlement:
+    async def _settlement(self, context: RequestContext, lease: tuple[int, int], body: SettlementBody) -> Settlement:
         outcomes = sorted(body.outcomes, key=lambda outcome: outcome.place)
         if len({outcome.place for outcome in outcomes}) != len(outcomes):
             raise InvalidInput("expected each run of a settlement once", lease=body.lease)
         codes, results, dues = bytearray(), [], []
-        now_us = call.engine.clock.now_us()
+        now_us = context.engine.clock.now_us()
         for outcome in outcomes:
             codes.append(run.BY_NAME[outcome.state])
             output = bytes(outcome.output) if isinstance(outcome.output, Raw) else b"null"
@@ -326,12 +326,12 @@ class WorkerSessions:
 
     async def release(self, request: Request) -> Response:
         """`POST /v1/releases`: release leases, whose runs then wait again."""
-        call = await self._service.authorize(request, "work")
+        context = await self._service.authorize(request, "work")
         params = await decode_body(request, self._service.limits, ReleasesBody)
-        key = await self._lease_tokens.signing_key(call)
+        key = await self._lease_tokens.signing_key(context)
         leases = [self._lease_tokens.decode(key, lease) for lease in params.leases]
         valid = [Release(span_id=lease[0], token=lease[1]) for lease in leases if lease is not None]
-        words = iter(await self._remote_work.release(call, valid))
+        words = iter(await self._remote_work.release(context, valid))
         return json_response(WordsResponse([LOST if lease is None else next(words) for lease in leases]))
 
 

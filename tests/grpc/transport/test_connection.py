@@ -173,7 +173,7 @@ def test_arbitrary_frames_fail_at_most_their_own_connection(pieces: list[bytes],
 # -- protocol violations
 
 BROKEN: dict[str, tuple[bytes, ErrorCode]] = {
-    "a frame over the limit": (frames.head(16_385, frames.DATA, 0, 1), ErrorCode.FRAME_SIZE_ERROR),
+    "a frame over the limit": (frames.frame_header(16_385, frames.DATA, 0, 1), ErrorCode.FRAME_SIZE_ERROR),
     "DATA on an idle stream": (frame(frames.DATA, 0, 1, b"x"), ErrorCode.PROTOCOL_ERROR),
     "DATA on stream 0": (frame(frames.DATA, 0, 0, b"x"), ErrorCode.PROTOCOL_ERROR),
     "HEADERS on stream 0": (headers(0), ErrorCode.PROTOCOL_ERROR),

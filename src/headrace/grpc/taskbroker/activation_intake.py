@@ -72,31 +72,31 @@ class ActivationIntake:
         Activations before the error may have been stored; they are recognised when the stream is sent again.
         """
         decoder = DelimitedDecoder(self._engine.limits.activation_bytes_max)
-        return await self._taken(_grouped(_messages(decoder, pieces)))
+        return await self._store_groups(_grouped(_messages(decoder, pieces)))
 
     async def take_all(self, messages: Iterable[bytes]) -> IntakeResult:
         """Store activations that are in memory."""
 
-        async def given() -> AsyncIterator[bytes | OversizedMessage]:
+        async def in_memory() -> AsyncIterator[bytes | OversizedMessage]:
             for message in messages:
                 yield message
 
-        return await self._taken(_grouped(given()))
+        return await self._store_groups(_grouped(in_memory()))
 
-    async def _taken(self, groups: AsyncIterator[list[tuple[int, bytes | OversizedMessage]]]) -> IntakeResult:
-        taken = IntakeResult()
+    async def _store_groups(self, groups: AsyncIterator[list[tuple[int, bytes | OversizedMessage]]]) -> IntakeResult:
+        result = IntakeResult()
 
         async def step(group: list[tuple[int, bytes | OversizedMessage]]) -> None:
-            await self._store(group, taken)
+            await self._store(group, result)
 
         async with aclosing(
             map_concurrently(groups, step, concurrency=self._engine.limits.ingest_concurrency)
         ) as steps:
             async for _ in steps:
                 pass
-        return taken
+        return result
 
-    async def _store(self, group: list[tuple[int, bytes | OversizedMessage]], taken: IntakeResult) -> None:
+    async def _store(self, group: list[tuple[int, bytes | OversizedMessage]], result: IntakeResult) -> None:
         rules = await self._rules.refresh()
         now_us, limits = self._engine.clock.now_us(), self._engine.limits
         valid: list[_ValidActivation] = []
@@ -105,23 +105,23 @@ class ActivationIntake:
                 reason = (
                     f"expected an activation of at most {limits.activation_bytes_max} bytes, got {data.actual_bytes}"
                 )
-                taken.refuse(number, "", reason)
+                result.refuse(number, "", reason)
                 continue
             try:
                 entry = decode_entry(data, limits, now_us)
             except InvalidInput as error:
-                taken.refuse(number, str(error.ids.get("id", "")), error.message)
+                result.refuse(number, str(error.ids.get("id", "")), error.message)
                 continue
             if is_killed(rules, entry.extra.name, data):
-                taken.dropped += 1
+                result.dropped += 1
                 continue
             key = entry.key._replace(queue=rules.queue_for(entry.key.queue))
             valid.append(_ValidActivation(data, entry._replace(key=key)))
         await self._pressure.admit([activation.entry.key for activation in valid])
         runs = [(activation.entry.key, activation.data, ACTIVATION, activation.entry.extra) for activation in valid]
         for is_new in await self._producer.put_all(runs):
-            taken.accepted += is_new
-            taken.duplicates += not is_new
+            result.accepted += is_new
+            result.duplicates += not is_new
 
 
 async def _messages(decoder: DelimitedDecoder, pieces: AsyncIterable[bytes]) -> AsyncIterator[bytes | OversizedMessage]:

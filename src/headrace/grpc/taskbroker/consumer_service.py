@@ -68,7 +68,7 @@ class ConsumerService:
     def set_task_status(self, request: wire.SetTaskStatusRequest, call: CallContext) -> bytes | DeferredResponse | None:
         """Record the outcome of one attempt, and return the next activation if the worker requests one."""
         del call
-        written = self._dispatcher.report_nowait([_report(request)], is_awaited=self._is_awaited)
+        written = self._dispatcher.report_nowait([_report_of(request)], is_awaited=self._is_awaited)
         if self._delivery == "push" or not request.HasField("fetch_next_task"):
             return written
         get_next = partial(self._get_next, _queue_filter_of(request.fetch_next_task))
@@ -90,7 +90,7 @@ class ConsumerService:
     ) -> asyncio.Future[None] | None:
         """Record the outcomes of several attempts. If one of them is invalid, none is recorded."""
         del call
-        reports = [_report(update) for update in request.updates]
+        reports = [_report_of(update) for update in request.updates]
         return self._dispatcher.report_nowait(reports, is_awaited=self._is_awaited)
 
     def _take_buffered(self, queue_filter: QueueFilter) -> bytes | None:
@@ -124,13 +124,13 @@ def queue_filter_of(application: str | None, namespace: str | None) -> QueueFilt
     return QueueFilter(application, None if namespace is None else (namespace,))
 
 
-def _report(request: wire.SetTaskStatusRequest) -> ActivationReport:
+def _report_of(request: wire.SetTaskStatusRequest) -> ActivationReport:
     """Convert a status update. Raises `GrpcError` for a status that ends no attempt."""
     state = STATES.get(request.status)
     if state is None:
         raise GrpcError(
             Code.INVALID_ARGUMENT,
-            f"Invalid status, expects 3 (Failure), 4 (Retry), or 5 (Complete), but got: {_name(request.status)}",
+            f"Invalid status, expects 3 (Failure), 4 (Retry), or 5 (Complete), but got: {_status_name(request.status)}",
         )
     return ActivationReport(
         request.id,
@@ -140,7 +140,7 @@ def _report(request: wire.SetTaskStatusRequest) -> ActivationReport:
     )
 
 
-def _name(status: int) -> str:
+def _status_name(status: int) -> str:
     descriptor = wire.TaskActivationStatus.DESCRIPTOR.values_by_number.get(status)
     return str(status) if descriptor is None else descriptor.name.removeprefix(_PREFIX).capitalize()
 

@@ -14,8 +14,8 @@ class Http2Protocol(asyncio.Protocol):
 
     _transport: asyncio.Transport
 
-    def __init__(self, machine: Http2Connection) -> None:
-        self._http2 = machine
+    def __init__(self, http2: Http2Connection) -> None:
+        self._http2 = http2
         self._loop = asyncio.get_running_loop()
         self._is_paused = False
         self._is_flush_scheduled = False

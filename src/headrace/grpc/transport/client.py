@@ -51,7 +51,7 @@ class CallNotSent(GrpcError):
 class PendingCall(NamedTuple):
     """A call that waits for its response."""
 
-    answered: asyncio.Future[bytes]
+    future: asyncio.Future[bytes]
     timer: asyncio.TimerHandle
     began_s: float
     timeout_s: float
@@ -118,15 +118,15 @@ class ClientProtocol(Http2Protocol):
 
     async def call(self, head: bytes, message: bytes, timeout_s: float) -> bytes:
         """Make a call. Raises `GrpcError`."""
-        answered: asyncio.Future[bytes] = self._loop.create_future()
+        future: asyncio.Future[bytes] = self._loop.create_future()
         stream_id = self._http2.start_call(head, message)
         if self._http2.is_out_of_stream_ids:
             self.close()
         timer = self._loop.call_later(timeout_s, self._expire, stream_id)
-        self._calls[stream_id] = PendingCall(answered, timer, self._loop.time(), timeout_s)
+        self._calls[stream_id] = PendingCall(future, timer, self._loop.time(), timeout_s)
         self._schedule_flush()
         try:
-            return await answered
+            return await future
         finally:
             if self._calls.pop(stream_id, None) is not None:  # the caller was cancelled
                 timer.cancel()
@@ -154,15 +154,15 @@ class ClientProtocol(Http2Protocol):
         if call is None:
             return
         call.timer.cancel()
-        if not call.answered.done():
+        if not call.future.done():
             if error is not None:
-                call.answered.set_exception(error)
+                call.future.set_exception(error)
             else:
-                call.answered.set_result(message or b"")
+                call.future.set_result(message or b"")
 
-    def _fail_all(self, why: str) -> None:
+    def _fail_all(self, reason: str) -> None:
         for stream_id in tuple(self._calls):
-            self._finish_call(stream_id, None, GrpcError(Code.UNAVAILABLE, why))
+            self._finish_call(stream_id, None, GrpcError(Code.UNAVAILABLE, reason))
 
     def _flush(self) -> None:
         super()._flush()
@@ -270,8 +270,8 @@ class Channel:
                     lambda: ClientProtocol(self._bounds, self._budget), target.host, target.port, ssl=self._tls
                 )
         except (OSError, TimeoutError) as error:
-            why = str(error) or "no answer"
-            raise CallNotSent(Code.UNAVAILABLE, f"can't connect to {target.authority}: {why}") from None
+            reason = str(error) or "no answer"
+            raise CallNotSent(Code.UNAVAILABLE, f"can't connect to {target.authority}: {reason}") from None
         tls = made.get_extra_info("ssl_object")
         if tls is not None and tls.selected_alpn_protocol() != "h2":
             made.abort()
@@ -294,11 +294,11 @@ class Channel:
         self._backoff_until_s = asyncio.get_running_loop().time() + rest_s
 
 
-def _result_of(answer: ResponseReceived) -> tuple[bytes | None, GrpcError | None]:
+def _result_of(response: ResponseReceived) -> tuple[bytes | None, GrpcError | None]:
     """Convert a response to its message or its error."""
-    text = answer.trailers.get("grpc-status", answer.headers.get("grpc-status", ""))
+    text = response.trailers.get("grpc-status", response.headers.get("grpc-status", ""))
     if not text:
-        status = answer.headers.get(":status", "")
+        status = response.headers.get(":status", "")
         return None, GrpcError(
             _CODE_OF_HTTP_STATUS.get(status, Code.UNKNOWN), f"expected a gRPC response, got HTTP status {status[:10]}"
         )
@@ -307,7 +307,7 @@ def _result_of(answer: ResponseReceived) -> tuple[bytes | None, GrpcError | None
     except ValueError:
         code = Code.UNKNOWN
     if code is not Code.OK:
-        return None, GrpcError(code, decode_status_message(answer.trailers.get("grpc-message", "")))
-    if answer.message is None or answer.is_packed:
+        return None, GrpcError(code, decode_status_message(response.trailers.get("grpc-message", "")))
+    if response.message is None or response.is_compressed:
         return None, GrpcError(Code.INTERNAL, "expected an uncompressed message in the response, got none")
-    return answer.message, None
+    return response.message, None

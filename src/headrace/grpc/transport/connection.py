@@ -65,7 +65,7 @@ class RequestReceived(NamedTuple):
     stream_id: int
     headers: Headers
     message: bytes
-    is_packed: bool
+    is_compressed: bool
 
 
 class ResponseReceived(NamedTuple):
@@ -75,7 +75,7 @@ class ResponseReceived(NamedTuple):
     headers: Headers
     trailers: Headers
     message: bytes | None
-    is_packed: bool
+    is_compressed: bool
 
 
 class StreamReset(NamedTuple):
@@ -231,7 +231,7 @@ class Http2Connection(Sender):
             return
         stream.receive_window -= size
         if flags & frames.PADDED:
-            payload = frames.unpadded(payload, flags)
+            payload = frames.strip_padding(payload, flags)
         if len(payload) < TINY_BYTES and not flags & frames.END_STREAM:
             self._spend_allowance(1)
         if self._add_to_message(stream, payload):
@@ -271,7 +271,7 @@ class Http2Connection(Sender):
         """End a stream from this side. A server sends the status; a client reports it to its caller."""
         if self.is_client:
             trailers = {"grpc-status": str(int(code)), "grpc-message": encode_status_message(reason)}
-            self._events.append(ResponseReceived(stream.id, stream.headers or {}, trailers, None, is_packed=False))
+            self._events.append(ResponseReceived(stream.id, stream.headers or {}, trailers, None, is_compressed=False))
             self.reset_stream(stream.id, ErrorCode.CANCEL)
         else:
             self.end_call(stream.id, code, reason)
@@ -280,7 +280,7 @@ class Http2Connection(Sender):
     def _on_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
         if not stream_id:
             raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "expected HEADERS on a stream, got stream 0")
-        block = frames.unpadded(payload, flags)
+        block = frames.strip_padding(payload, flags)
         if flags & frames.WITH_PRIORITY:
             if len(block) < 5:
                 raise ProtocolError(
@@ -289,7 +289,7 @@ class Http2Connection(Sender):
                 )
             block = block[5:]
         if flags & frames.END_HEADERS:
-            self._on_block(flags, stream_id, block)
+            self._on_header_block(flags, stream_id, block)
         else:
             self._open_block, self._continuations_count = (flags, stream_id, bytearray(block)), 0
 
@@ -313,9 +313,9 @@ class Http2Connection(Sender):
             )
         if flags & frames.END_HEADERS:
             self._open_block = None
-            self._on_block(first_flags, stream_id, bytes(block))
+            self._on_header_block(first_flags, stream_id, bytes(block))
 
-    def _on_block(self, flags: int, stream_id: int, block: bytes) -> None:
+    def _on_header_block(self, flags: int, stream_id: int, block: bytes) -> None:
         headers = self._reader.read(block)
         stream = self._streams.get(stream_id)
         if stream is None:
@@ -328,12 +328,12 @@ class Http2Connection(Sender):
                 return
         elif stream.is_received:
             raise ProtocolError(ErrorCode.STREAM_CLOSED, f"expected no HEADERS after the end of stream {stream_id}")
-        elif not self._more_headers(stream, headers, is_end=bool(flags & frames.END_STREAM)):
+        elif not self._on_further_headers(stream, headers, is_end=bool(flags & frames.END_STREAM)):
             return
         if flags & frames.END_STREAM:
             self._on_stream_received(stream)
 
-    def _more_headers(self, stream: CallStream, headers: Headers | None, *, is_end: bool) -> bool:
+    def _on_further_headers(self, stream: CallStream, headers: Headers | None, *, is_end: bool) -> bool:
         """Process the headers of a response, or trailers. Returns False if that ended the stream."""
         if headers is None:
             self._end_violating_stream(stream, "the headers of the response are invalid")
@@ -454,10 +454,10 @@ class Http2Connection(Sender):
             )
         self._has_peer_settings = True
         for name, value in frames.SETTING.iter_unpack(payload):
-            self._set(name, value)
+            self._apply_setting(name, value)
         self._out.append(frames.frame(frames.SETTINGS, frames.ACK, 0))
 
-    def _set(self, name: int, value: int) -> None:
+    def _apply_setting(self, name: int, value: int) -> None:
         if name == frames.INITIAL_WINDOW_SIZE:
             if value > frames.WINDOW_MAX:
                 raise ProtocolError(
@@ -485,7 +485,7 @@ class Http2Connection(Sender):
         elif name == frames.MAX_CONCURRENT_STREAMS:
             self.peer_calls_max = value
 
-    def _on_push(self, _flags: int, _stream_id: int, _payload: bytes) -> None:
+    def _on_push_promise(self, _flags: int, _stream_id: int, _payload: bytes) -> None:
         raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "expected no PUSH_PROMISE: push is disabled")
 
     def _on_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
@@ -510,7 +510,7 @@ class Http2Connection(Sender):
         self.is_peer_leaving = True
         self._events.append(GoAwayReceived(last_id & 0x7FFFFFFF, error_code))
 
-    def _on_window(self, _flags: int, stream_id: int, payload: bytes) -> None:
+    def _on_window_update(self, _flags: int, stream_id: int, payload: bytes) -> None:
         if len(payload) != 4:
             raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, f"expected 4 bytes in WINDOW_UPDATE, got {len(payload)}")
         self._spend_allowance(1)
@@ -560,9 +560,9 @@ class Http2Connection(Sender):
         _on_priority,
         _on_reset,
         _on_settings,
-        _on_push,
+        _on_push_promise,
         _on_ping,
         _on_goaway,
-        _on_window,
+        _on_window_update,
         _on_continuation,
     )

@@ -74,14 +74,14 @@ class ProtocolError(Exception):
         self.reason = reason
 
 
-def head(length: int, kind: int, flags: int, stream_id: int) -> bytes:
+def frame_header(length: int, kind: int, flags: int, stream_id: int) -> bytes:
     """Encode the nine bytes of a frame header."""
     return HEAD.pack(length >> 8, length & 0xFF, kind, flags, stream_id)
 
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
     """Encode a whole frame."""
-    return head(len(payload), kind, flags, stream_id) + payload
+    return frame_header(len(payload), kind, flags, stream_id) + payload
 
 
 def settings(values: dict[int, int]) -> bytes:
@@ -104,7 +104,7 @@ def goaway(last_id: int, error_code: ErrorCode, reason: str = "") -> bytes:
     return frame(GOAWAY, 0, 0, WORD.pack(last_id) + WORD.pack(error_code) + reason.encode()[:200])
 
 
-def unpadded(payload: bytes, flags: int) -> bytes:
+def strip_padding(payload: bytes, flags: int) -> bytes:
     """Strip the padding of a payload. Raises `ProtocolError`."""
     if not flags & PADDED:
         return payload

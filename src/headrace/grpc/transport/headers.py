@@ -88,7 +88,7 @@ class HeaderReader:
         before = self._table.changes_count
         try:
             fields: Iterable[tuple[bytes, bytes]] = self._decoder.decode(block, raw=True)
-            headers = _checked(fields)
+            headers = _headers_of(fields)
         except (HPACKError, ValueError, IndexError) as error:
             raise ProtocolError(
                 ErrorCode.COMPRESSION_ERROR,
@@ -103,7 +103,7 @@ class HeaderReader:
         return headers
 
 
-def _checked(fields: Iterable[tuple[bytes, bytes]]) -> Headers | None:
+def _headers_of(fields: Iterable[tuple[bytes, bytes]]) -> Headers | None:
     headers: dict[str, str] = {}
     is_past_pseudo = False
     for name, value in fields:
@@ -124,7 +124,9 @@ def encode_field(name: str, value: str, *, is_secret: bool = False) -> bytes:
     either.
     """
     field = value.encode("latin-1", "replace")
-    return b"".join((b"\x10" if is_secret else b"\x00", _length(len(name)), name.encode(), _length(len(field)), field))
+    return b"".join(
+        (b"\x10" if is_secret else b"\x00", _encode_length(len(name)), name.encode(), _encode_length(len(field)), field)
+    )
 
 
 def encode_block(fields: Mapping[str, str]) -> bytes:
@@ -132,7 +134,7 @@ def encode_block(fields: Mapping[str, str]) -> bytes:
     return b"".join(encode_field(name, value) for name, value in fields.items())
 
 
-def _length(size: int) -> bytes:
+def _encode_length(size: int) -> bytes:
     if size < 127:
         return bytes((size,))
     headers, size = bytearray((127,)), size - 127

@@ -180,7 +180,7 @@ class Sender:
         stream_id = self._next_id
         self._next_id += 2
         stream = self._streams[stream_id] = CallStream(stream_id, self._stream_window)
-        opening = frames.head(len(block), frames.HEADERS, frames.END_HEADERS, stream_id)
+        opening = frames.frame_header(len(block), frames.HEADERS, frames.END_HEADERS, stream_id)
         size = PREFIX_BYTES + len(message)
         if self._queued or size > min(self._window, stream.window, self._frame_max):
             self._out.append(opening + block)
@@ -190,7 +190,7 @@ class Sender:
         self._window -= size
         self.sent_bytes += size
         stream.is_sent = True
-        data = frames.head(size, frames.DATA, frames.END_STREAM, stream_id)
+        data = frames.frame_header(size, frames.DATA, frames.END_STREAM, stream_id)
         self._out.append(b"".join((opening, block, data, b"\x00", len(message).to_bytes(4, "big"), message)))
         return stream_id
 
@@ -258,7 +258,7 @@ class Sender:
             stream.queue.popleft()
         is_last = not stream.queue and stream.last_frames is not None
         flags = frames.END_STREAM if is_last and self.is_client else 0
-        self._out.append(b"".join((frames.head(size, frames.DATA, flags, stream.id), piece)))
+        self._out.append(b"".join((frames.frame_header(size, frames.DATA, flags, stream.id), piece)))
         if not stream.queue:
             del self._queued[stream.id]
             if is_last:

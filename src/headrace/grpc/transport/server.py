@@ -79,15 +79,15 @@ def _unobserved(_path: str, _code: Code, _seconds: float) -> None:
 class RunningCall:
     """One call whose handler is running."""
 
-    __slots__ = ("answered", "began_s", "code", "future", "held_bytes", "is_stopped", "path", "timer")
+    __slots__ = ("began_s", "code", "future", "held_bytes", "is_cancelled", "path", "result", "timer")
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.held_bytes = 0
-        self.is_stopped = False
+        self.is_cancelled = False
         self.began_s = perf_counter()
         self.code: Code | None = None
-        self.answered: Any = None
+        self.result: Any = None
         self.future: asyncio.Future[Any] | None = None
         self.timer: asyncio.TimerHandle | None = None
 
@@ -129,7 +129,7 @@ class ServerProtocol(Http2Protocol):
             self._timer.cancel()
         self._http2.close()
         self._waiting_calls.clear()
-        self._stop_all()
+        self._cancel_all()
 
     def data_received(self, data: bytes) -> None:
         """Process received frames."""
@@ -140,13 +140,13 @@ class ServerProtocol(Http2Protocol):
                 if self._is_full:
                     self._waiting_calls.append((event, now_s))
                 else:
-                    self._begin(event, now_s)
+                    self._start_call(event, now_s)
             elif type(event) is StreamReset:
                 self._cancel_reset_call(event.stream_id)
             elif type(event) is ConnectionFailed:
                 LOG.info("grpc.protocol_error", peer=self._peer, error_code=event.error_code.name, reason=event.reason)
                 self._waiting_calls.clear()
-                self._stop_all()
+                self._cancel_all()
         self._schedule_flush()
 
     def eof_received(self) -> None:
@@ -158,33 +158,35 @@ class ServerProtocol(Http2Protocol):
     def _is_full(self) -> bool:
         return self._is_paused or self._http2.pending_bytes > PENDING_BYTES_MAX
 
-    def _begin(self, request: RequestReceived, arrived_s: float) -> None:
+    def _start_call(self, request: RequestReceived, arrived_s: float) -> None:
         path = request.headers[":path"]
         method = self._server.methods.get(path)
         running = RunningCall("none" if method is None else path)
         stream_id = request.stream_id
         try:
-            method, request_message, call, deadline_s = self._read(method, request, running, arrived_s)
-            answered = method.handler(request_message, call)
+            method, request_message, call, deadline_s = self._read_call(method, request, running, arrived_s)
+            result = method.handler(request_message, call)
         except Exception as error:  # noqa: BLE001 - each is an answer
-            self._finish_call(stream_id, running, self._failed(stream_id, method, error))
+            self._finish_call(stream_id, running, self._end_failed(stream_id, method, error))
             return
-        if answered is None or isinstance(answered, (bytes, Message)):
-            self._http2.send_response(stream_id, _encoded(answered))
+        if result is None or isinstance(result, (bytes, Message)):
+            self._http2.send_response(stream_id, _encode(result))
             self._finish_call(stream_id, running, Code.OK)
             return
         self._running[stream_id] = running
         if deadline_s is not None:
             running.timer = self._loop.call_at(deadline_s, self._expire, stream_id)
-        if isinstance(answered, asyncio.Future):
-            answered = ResponseAfter(answered, answered.result)
-        if isinstance(answered, ResponseAfter):
-            running.future = answered.future
-            running.future.add_done_callback(partial(self._on_done, stream_id, running, method, answered.make_response))
+        if isinstance(result, asyncio.Future):
+            result = ResponseAfter(result, result.result)
+        if isinstance(result, ResponseAfter):
+            running.future = result.future
+            running.future.add_done_callback(
+                partial(self._on_future_done, stream_id, running, method, result.make_response)
+            )
         else:
-            self._start_task(stream_id, running, method, answered)
+            self._start_task(stream_id, running, method, result)
 
-    def _read(
+    def _read_call(
         self, method: Method | None, request: RequestReceived, running: RunningCall, arrived_s: float
     ) -> tuple[Method, Message, CallContext, float | None]:
         """Decode a request and check its signature, before any handler sees it."""
@@ -193,17 +195,17 @@ class ServerProtocol(Http2Protocol):
         if method is None:
             raise GrpcError(Code.UNIMPLEMENTED, f"unknown method {path}")
         deadline_s = _deadline_s(headers, arrived_s)
-        message = self._unpacked(request, running)
+        message = self._decompressed(request, running)
         signature = headers.get(HEADER)
         is_signed = signature is not None and secrets.verifies(path, message, signature)
         if secrets and not (method.is_open or is_signed):
             raise GrpcError(Code.UNAUTHENTICATED, "Authentication failed")
         deadline_us = None if deadline_s is None else int(deadline_s * 1e6)
         call = CallContext(path, headers, peer=self._peer, is_signed=is_signed, deadline_us=deadline_us)
-        return method, _decoded(method, message), call, deadline_s
+        return method, _decode(method, message), call, deadline_s
 
-    def _unpacked(self, request: RequestReceived, running: RunningCall) -> bytes:
-        if not request.is_packed:
+    def _decompressed(self, request: RequestReceived, running: RunningCall) -> bytes:
+        if not request.is_compressed:
             return request.message
         encoding = request.headers.get("grpc-encoding", "identity")
         if encoding != "gzip":
@@ -230,28 +232,28 @@ class ServerProtocol(Http2Protocol):
         budget.held_bytes += len(message)
         return message
 
-    def _start_task(self, stream_id: int, running: RunningCall, method: Method, answered: Any) -> None:
-        running.answered = answered
-        running.future = self._loop.create_task(self._run(stream_id, running, method))
+    def _start_task(self, stream_id: int, running: RunningCall, method: Method, result: Any) -> None:
+        running.result = result
+        running.future = self._loop.create_task(self._run_task(stream_id, running, method))
 
-    async def _run(self, stream_id: int, running: RunningCall, method: Method) -> None:
+    async def _run_task(self, stream_id: int, running: RunningCall, method: Method) -> None:
         """Run a call whose handler is a coroutine or an iterator of messages."""
-        code, answered = Code.OK, running.answered
+        code, result = Code.OK, running.result
         try:
             if method.is_stream:
-                async for message in answered:
+                async for message in result:
                     self._http2.send_message(stream_id, message.SerializeToString())
                     self._schedule_flush()
                 self._http2.end_call(stream_id, Code.OK, "")
             else:
-                self._http2.send_response(stream_id, _encoded(await answered))
+                self._http2.send_response(stream_id, _encode(await result))
         except asyncio.CancelledError:
-            code = self._cancelled(stream_id, running)
+            code = self._end_cancelled(stream_id, running)
         except Exception as error:  # noqa: BLE001 - each is an answer
-            code = self._failed(stream_id, method, error)
+            code = self._end_failed(stream_id, method, error)
         self._finish_call(stream_id, running, code)
 
-    def _on_done(
+    def _on_future_done(
         self,
         stream_id: int,
         running: RunningCall,
@@ -261,30 +263,30 @@ class ServerProtocol(Http2Protocol):
     ) -> None:
         """Finish a call that waited for a future, or run the coroutine that makes its response."""
         code = Code.OK
-        if future.cancelled() or running.is_stopped:
-            code = self._cancelled(stream_id, running)
+        if future.cancelled() or running.is_cancelled:
+            code = self._end_cancelled(stream_id, running)
         elif (error := future.exception()) is not None:
-            code = self._failed(stream_id, method, error)
+            code = self._end_failed(stream_id, method, error)
         else:
             try:
-                answered = make_response()
+                result = make_response()
             except Exception as refusal:  # noqa: BLE001 - each is an answer
-                code = self._failed(stream_id, method, refusal)
+                code = self._end_failed(stream_id, method, refusal)
             else:
-                if isinstance(answered, Coroutine):
-                    self._start_task(stream_id, running, method, answered)
+                if isinstance(result, Coroutine):
+                    self._start_task(stream_id, running, method, result)
                     return
-                self._http2.send_response(stream_id, _encoded(answered))
+                self._http2.send_response(stream_id, _encode(result))
         self._finish_call(stream_id, running, code)
 
-    def _cancelled(self, stream_id: int, running: RunningCall) -> Code:
+    def _end_cancelled(self, stream_id: int, running: RunningCall) -> Code:
         """End a call that was cancelled by its caller, by the server, or within its own handler."""
         self._http2.end_call(stream_id, Code.UNAVAILABLE, STOPPING)  # does nothing if the call was answered already
-        if not running.is_stopped:
+        if not running.is_cancelled:
             LOG.error("grpc.handler_cancelled", path=running.path)
         return Code.CANCELLED
 
-    def _failed(self, stream_id: int, method: Method | None, error: BaseException) -> Code:
+    def _end_failed(self, stream_id: int, method: Method | None, error: BaseException) -> Code:
         """End a call with the status of its error. Returns the status code."""
         if isinstance(error, HeadraceError):
             error = to_grpc_error(error) if method is None else method.to_grpc_error(error)
@@ -310,7 +312,7 @@ class ServerProtocol(Http2Protocol):
         self._http2.abandon_call(
             stream_id, Code.DEADLINE_EXCEEDED, "the call exceeded the deadline that its caller set"
         )
-        self._stop(stream_id, running)
+        self._cancel(stream_id, running)
         self._schedule_flush()
 
     def _cancel_reset_call(self, stream_id: int) -> None:
@@ -318,17 +320,17 @@ class ServerProtocol(Http2Protocol):
         running = self._running.get(stream_id)
         if running is not None:
             running.code = Code.CANCELLED
-            self._stop(stream_id, running)
+            self._cancel(stream_id, running)
             return
         self._waiting_calls = deque(pair for pair in self._waiting_calls if pair[0].stream_id != stream_id)
         self._http2.handler_ended(stream_id)
 
-    def _stop_all(self) -> None:
+    def _cancel_all(self) -> None:
         for stream_id, running in self._running.items():
-            self._stop(stream_id, running)
+            self._cancel(stream_id, running)
 
-    def _stop(self, stream_id: int, running: RunningCall) -> None:
-        running.is_stopped = True
+    def _cancel(self, stream_id: int, running: RunningCall) -> None:
+        running.is_cancelled = True
         if running.future is not None:
             running.future.cancel()
             running.future.add_done_callback(partial(self._on_cancelled_before_start, stream_id, running))
@@ -338,9 +340,9 @@ class ServerProtocol(Http2Protocol):
         call.
         """
         if self._running.get(stream_id) is running:
-            if isinstance(running.answered, Coroutine):
-                running.answered.close()
-            self._finish_call(stream_id, running, self._cancelled(stream_id, running))
+            if isinstance(running.result, Coroutine):
+                running.result.close()
+            self._finish_call(stream_id, running, self._end_cancelled(stream_id, running))
 
     # -- shutdown and idle connections
 
@@ -351,34 +353,34 @@ class ServerProtocol(Http2Protocol):
 
     def cut(self) -> None:
         """Abort the running calls and those that wait for a handler."""
-        self._stop_all()
+        self._cancel_all()
         while self._waiting_calls:
             self._http2.end_call(self._waiting_calls.popleft()[0].stream_id, Code.UNAVAILABLE, STOPPING)
         self.shutdown()
 
     def _flush(self) -> None:
         super()._flush()
-        machine = self._http2
+        http2 = self._http2
         while self._waiting_calls and not self._is_full:
-            self._begin(*self._waiting_calls.popleft())
-        if machine.is_broken or (machine.is_leaving and not machine.streams_count):
+            self._start_call(*self._waiting_calls.popleft())
+        if http2.is_broken or (http2.is_leaving and not http2.streams_count):
             close_gracefully(self._transport)
 
     def _check_idle(self) -> None:
         """Check, twice in `idle_s`, that the peer is alive, reads responses, and completes the messages it began."""
         self._timer = self._loop.call_later(self._idle_s / 2, self._check_idle)
-        now_s, machine = self._loop.time(), self._http2
-        if machine.sent_bytes != self._sent_bytes or not (machine.pending_bytes or self._is_paused):
-            self._sent_bytes, self._progress_s = machine.sent_bytes, now_s
+        now_s, http2 = self._loop.time(), self._http2
+        if http2.sent_bytes != self._sent_bytes or not (http2.pending_bytes or self._is_paused):
+            self._sent_bytes, self._progress_s = http2.sent_bytes, now_s
         silent_s, stuck_s = now_s - self._received_s, now_s - self._progress_s
         if stuck_s >= self._idle_s or silent_s >= 2 * self._idle_s or self._transport.is_closing():
             self._transport.abort()
             return
         if silent_s >= self._idle_s and not self._is_ping_sent:
             self._is_ping_sent = True
-            machine.ping()
-        for stream_id in machine.stalled_calls(int((now_s - self._idle_s) * 1e6)):
-            machine.reset_stream(stream_id, ErrorCode.CANCEL)
+            http2.ping()
+        for stream_id in http2.stalled_calls(int((now_s - self._idle_s) * 1e6)):
+            http2.reset_stream(stream_id, ErrorCode.CANCEL)
         self._schedule_flush()
 
 
@@ -386,11 +388,11 @@ def _deadline_s(headers: Headers, arrived_s: float) -> float | None:
     text = headers.get("grpc-timeout")
     if text is None:
         return None
-    return arrived_s + _seconds(text)
+    return arrived_s + _parse_timeout_s(text)
 
 
 @lru_cache(256)
-def _seconds(text: str) -> float:
+def _parse_timeout_s(text: str) -> float:
     """Parse a `grpc-timeout`. Raises `GrpcError`."""
     match = _TIMEOUT.fullmatch(text)
     if match is None:
@@ -401,13 +403,13 @@ def _seconds(text: str) -> float:
     return int(match[1]) * _UNIT_US[match[2]] / 1e6
 
 
-def _encoded(response: Response) -> bytes:
+def _encode(response: Response) -> bytes:
     if response is None:
         return b""
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
-def _decoded(method: Method, message: bytes) -> Message:
+def _decode(method: Method, message: bytes) -> Message:
     try:
         return method.request.FromString(message)
     except DecodeError:

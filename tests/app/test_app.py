@@ -1,4 +1,4 @@
-"""The public face: opened and closed, moved between loops, and used from scripts."""
+"""The public API: apps opened and closed, moved between event loops, and used from scripts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def script(tmp_path: Path) -> Iterator[tuple[Headrace, Any]]:
     app.close_sync()
 
 
-def test_a_task_is_still_a_function() -> None:
+def test_a_task_can_be_called_as_a_function() -> None:
     app = Headrace()
 
     @app.task(name="other")
@@ -64,7 +64,7 @@ async def test_an_app_is_closed_twice_and_opened_again(tmp_path: Path) -> None:
     assert list(tmp_path.glob("headrace.db.live/*")) == []
 
 
-async def test_what_is_not_there_is_not_found(tmp_path: Path) -> None:
+async def test_unknown_ids_are_not_found(tmp_path: Path) -> None:
     app, _ = made(tmp_path)
     async with app:
         with pytest.raises(NotFound):
@@ -96,7 +96,7 @@ def test_a_script_enqueues_maps_works_and_iterates(script: tuple[Headrace, Any])
     assert app.run_sync(app.run_sync(double.map([1])).view()).ledger.waiting == 1
 
 
-def test_a_script_that_leaves_an_iteration_early_closes_it(script: tuple[Headrace, Any]) -> None:
+def test_leaving_iter_sync_early_closes_the_iterator(script: tuple[Headrace, Any]) -> None:
     app, _ = script
     closed: list[bool] = []
 
@@ -115,7 +115,7 @@ def test_a_script_that_leaves_an_iteration_early_closes_it(script: tuple[Headrac
     assert closed == [True]
 
 
-def test_an_error_inside_a_script_s_block_ends_the_worker_and_goes_out(script: tuple[Headrace, Any]) -> None:
+def test_an_error_inside_within_sync_ends_the_worker_and_is_raised(script: tuple[Headrace, Any]) -> None:
     app, double = script
     app.run_sync(double.enqueue(1))
     with pytest.raises(ZeroDivisionError), app.within_sync(app.worker()):
@@ -149,11 +149,11 @@ def test_one_app_on_two_loops_at_once_is_refused(tmp_path: Path) -> None:
             errors.append(error)
         refused.set()
 
-    one = threading.Thread(target=asyncio.run, args=(first(),))
-    one.start()
+    thread = threading.Thread(target=asyncio.run, args=(first(),))
+    thread.start()
     opened.wait()
     asyncio.run(second())
-    one.join()
+    thread.join()
     assert len(errors) == 1
     assert "another event loop" in str(errors[0])
 
@@ -168,16 +168,16 @@ def test_two_apps_on_two_loops_share_one_file(tmp_path: Path) -> None:
 
         asyncio.run(main())
 
-    kept: list[list[int]] = [[], []]
-    threads = [threading.Thread(target=work, args=(100 * number, kept[number])) for number in range(2)]
+    results_by_thread: list[list[int]] = [[], []]
+    threads = [threading.Thread(target=work, args=(100 * number, results_by_thread[number])) for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert kept == [[2 * item for item in range(20)], [2 * (100 + item) for item in range(20)]]
+    assert results_by_thread == [[2 * item for item in range(20)], [2 * (100 + item) for item in range(20)]]
 
 
-def test_an_app_goes_on_after_a_loop_that_ended_without_closing_it(tmp_path: Path) -> None:
+def test_an_app_works_on_a_new_loop_after_one_that_ended_without_close(tmp_path: Path) -> None:
     app, double = made(tmp_path)
     first = asyncio.run(double.enqueue(1))
 
@@ -186,24 +186,24 @@ def test_an_app_goes_on_after_a_loop_that_ended_without_closing_it(tmp_path: Pat
         assert second.batch_id != first.batch_id
         async with app.worker():
             assert await second.result() == 4
-            found = await app.get_run(first.id)
-            assert await found.result() == 2
+            handle = await app.get_run(first.id)
+            assert await handle.result() == 2
             engine = await app.open()
             while (await engine.store.batch(first.batch_id))[0].state != "completed":
-                await SystemClock().sleep(0.005)  # its stream is sealed by whoever finds its process gone
+                await SystemClock().sleep(0.005)  # its stream is sealed by the process that finds the loop gone
         await app.close()
 
     asyncio.run(rest())
 
 
 class Point(msgspec.Struct):
-    """What a task may return."""
+    """A result of a task."""
 
     x: int
     seen: datetime
 
 
-async def test_a_result_comes_back_as_what_the_task_is_annotated_to_return(tmp_path: Path) -> None:
+async def test_a_result_is_decoded_as_the_task_s_return_annotation(tmp_path: Path) -> None:
     app = Headrace("app", store=f"sqlite:///{tmp_path}/typed.db")
     moment = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -213,7 +213,7 @@ async def test_a_result_comes_back_as_what_the_task_is_annotated_to_return(tmp_p
 
     @app.task
     async def changed(_x: int) -> int:
-        older: Any = "not an integer"  # what another version of the task left
+        older: Any = "not an integer"  # as another version of the task may have stored it
         return older  # type: ignore[no-any-return]
 
     async with app, app.worker():
@@ -221,7 +221,7 @@ async def test_a_result_comes_back_as_what_the_task_is_annotated_to_return(tmp_p
         assert await run.result() == Point(1, moment)
         batch = await point.map([2, 3])
         await batch.wait()
-        found = await app.get_batch(batch.id)
-        assert [outcome.output async for outcome in found.results()] == [Point(2, moment), Point(3, moment)]
+        handle = await app.get_batch(batch.id)
+        assert [outcome.output async for outcome in handle.results()] == [Point(2, moment), Point(3, moment)]
         assert await (await app.get_run(run.id)).result() == Point(1, moment)
         assert str(await (await changed.enqueue(1)).result()) == "not an integer"

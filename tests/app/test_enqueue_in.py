@@ -1,4 +1,4 @@
-"""A run in the caller's own transaction, by every driver whose transaction it may be."""
+"""A run in the caller's own transaction, with every driver."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TABLE = "CREATE TABLE IF NOT EXISTS orders (n bigint)"
 ORDER = "INSERT INTO orders (n) VALUES (1)"
 COUNT = "SELECT count(*) FROM orders"
 Opened = tuple[Any, Callable[[str], Any]]
-"""What a caller holds: something with a transaction, and how it runs a statement of its own there."""
+"""An open transaction of the caller, and a function that runs a statement in it."""
 
 
 class GivenUp(Exception):
@@ -163,7 +163,7 @@ SYNC = ("psycopg-sync", "sqlalchemy-psycopg", "session", "sqlite3", "sqlite3-by-
 
 
 class Shop:
-    """An app on a store, and a table of its own in the same database."""
+    """An app on a store, and the caller's table in the same database."""
 
     def __init__(self, driver: str, folder: Path) -> None:
         self.enter = (POSTGRES | SQLITE)[driver]
@@ -179,7 +179,7 @@ class Shop:
         self.ship = ship
 
     async def orders(self) -> int:
-        """The rows of the caller's own table."""
+        """Return the number of rows in the caller's table."""
         if self.is_sqlite:
             with sqlite3.connect(self.dsn) as connection:
                 connection.execute(TABLE)
@@ -192,7 +192,7 @@ class Shop:
             await connection.close()
 
     async def give_up(self) -> None:
-        """An order and its run, and then a mistake."""
+        """Insert an order and its run, then fail."""
         async with self.enter(self.dsn) as (connection, execute):
             await self.ship.enqueue_in(connection, 8)
             await _maybe(execute(ORDER))
@@ -213,14 +213,14 @@ async def _maybe(answer: Any) -> None:
         await answer
 
 
-async def test_a_run_is_there_with_its_transaction_and_gone_with_it(shop: Shop) -> None:
+async def test_a_run_commits_or_rolls_back_with_its_transaction(shop: Shop) -> None:
     async with shop.app:
         await shop.app.open()
         before = await shop.orders()
         async with shop.enter(shop.dsn) as (connection, execute):
             await _maybe(execute(ORDER))
             run = await shop.ship.enqueue_in(connection, 7, note="abc")
-            assert await shop.runs() == 0, "nobody sees it before the commit"
+            assert await shop.runs() == 0, "no other connection sees it before the commit"
         assert (await shop.orders(), await shop.runs()) == (before + 1, 1)
         with pytest.raises(GivenUp):
             await shop.give_up()
@@ -233,7 +233,7 @@ async def test_a_run_is_there_with_its_transaction_and_gone_with_it(shop: Shop) 
         assert await invariants.faults(engine.store, "default") == []
 
 
-async def test_a_key_names_one_run_whoever_asks(shop: Shop) -> None:
+async def test_an_idempotency_key_names_one_run_across_enqueue_and_enqueue_in(shop: Shop) -> None:
     async with shop.app:
         call = shop.ship.options(idempotency_key="order-1", tags=["red"], priority=3, queue="express")
         async with shop.enter(shop.dsn) as (connection, _):
@@ -247,7 +247,7 @@ async def test_a_key_names_one_run_whoever_asks(shop: Shop) -> None:
         assert (view.queue, view.priority, view.batch_id) == ("express", 3, first.batch_id)
 
 
-async def test_a_key_whose_run_was_cancelled_names_a_new_run(shop: Shop) -> None:
+async def test_an_idempotency_key_of_a_cancelled_run_starts_a_new_run(shop: Shop) -> None:
     async with shop.app:
         call = shop.ship.options(idempotency_key="order-1")
         async with shop.enter(shop.dsn) as (connection, _):
@@ -270,7 +270,7 @@ async def test_a_large_payload_goes_to_the_object_store(shop: Shop) -> None:
             assert await run.result(timeout_s=30) == "1 5000"
 
 
-async def test_arguments_that_do_not_fit_leave_the_transaction_as_it_was(shop: Shop) -> None:
+async def test_invalid_arguments_leave_the_transaction_usable(shop: Shop) -> None:
     async with shop.app:
         before = await shop.orders()
         async with shop.enter(shop.dsn) as (connection, execute):
@@ -281,15 +281,15 @@ async def test_arguments_that_do_not_fit_leave_the_transaction_as_it_was(shop: S
 
 
 @pytest.mark.parametrize("driver", SYNC)
-def test_code_that_is_not_async_does_the_same(driver: str, tmp_path: Path) -> None:
+def test_enqueue_in_sync_stores_a_run_in_the_transaction(driver: str, tmp_path: Path) -> None:
     shop = Shop(driver, tmp_path)
     app = shop.app
     app.run_sync(shop.app.open())
-    with asyncio.Runner() as here:  # the caller's thread: not every driver lets another have its connection
+    with asyncio.Runner() as runner:  # in the caller's thread: some drivers bind a connection to its thread
         entered = shop.enter(shop.dsn)
-        connection, _ = here.run(entered.__aenter__())
+        connection, _ = runner.run(entered.__aenter__())
         run = shop.ship.enqueue_in_sync(connection, 3, note="xy")
-        here.run(entered.__aexit__(None, None, None))
+        runner.run(entered.__aexit__(None, None, None))
     with app.within_sync(app.worker()):
         assert app.run_sync(run.result(timeout_s=30)) == "3 2"
     app.close_sync()
@@ -317,7 +317,7 @@ async def test_a_connection_without_a_transaction_is_refused(tmp_path: Path) -> 
             assert await shop.runs() == 0
 
 
-async def test_the_other_database_and_what_is_none_are_refused(tmp_path: Path) -> None:
+async def test_a_connection_to_another_kind_of_database_is_refused(tmp_path: Path) -> None:
     shop, other = Shop("asyncpg", tmp_path), Shop("sqlite3", tmp_path)
     async with shop.app, other.app:
         async with other.enter(other.dsn) as (connection, _):

@@ -1,4 +1,4 @@
-"""How calls become durable runs."""
+"""Calls become durable runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def test_an_enqueued_run_is_durable_when_its_call_returns(kind: str, tmp_p
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
         run = await with_task(app).enqueue(5)
         if kind == "sqlite":
-            with sqlite3.connect(tmp_path / "headrace.db") as other:  # as any other process would see it
+            with sqlite3.connect(tmp_path / "headrace.db") as other:  # another process would see the same
                 assert other.execute("SELECT count(*) FROM span").fetchone() == (1,)
             other.close()
         view = await run.view()
@@ -67,13 +67,13 @@ async def test_many_enqueues_at_once_share_few_commits(kind: str, tmp_path: Path
                 assert [await run.result() for run in runs] == list(range(1_000))
 
 
-async def test_a_lone_enqueue_waits_for_no_other(kind: str, tmp_path: Path) -> None:
+async def test_a_single_enqueue_does_not_wait_for_others(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()  # no time passes at all
     async with opened(kind, tmp_path, clock=clock) as engine, app_on(engine) as app:
         await with_task(app).enqueue(1)
 
 
-async def test_an_idempotency_key_answers_the_older_run_until_it_expires(kind: str, tmp_path: Path) -> None:
+async def test_an_idempotency_key_returns_the_older_run_until_it_expires(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock) as engine, app_on(engine) as app, app_on(engine) as other:
         task = with_task(app)
@@ -140,12 +140,12 @@ async def test_a_delayed_run_waits_for_its_time(kind: str, tmp_path: Path) -> No
 
 
 async def until(clock: ManualClock, run: Any, state: str) -> None:
-    """Until a run is in a state; the clock goes on slowly, since a file takes its own time."""
+    """Advance the clock slowly until a run is in a state, since a file takes its own time."""
     while (await run.view()).state != state:
         await clock.advance_async(0.01)
 
 
-async def test_a_result_tells_failed_from_cancelled_and_waits_no_longer_than_told(kind: str, tmp_path: Path) -> None:
+async def test_result_distinguishes_failed_from_cancelled_and_respects_its_timeout(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock) as engine, app_on(engine) as app:
         task = with_task(app)
@@ -186,7 +186,7 @@ async def test_a_large_argument_goes_to_the_object_store(kind: str, tmp_path: Pa
             assert [await run.result() for run in runs] == [10, 5_000, 7_000]
 
 
-async def test_a_stream_that_was_ended_by_others_is_followed_by_another(kind: str, tmp_path: Path) -> None:
+async def test_a_stream_sealed_by_another_process_is_followed_by_a_new_one(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
         task = with_task(app)
         first = await task.enqueue(1)
@@ -201,12 +201,14 @@ async def test_a_stream_that_was_ended_by_others_is_followed_by_another(kind: st
         await engine.store.stop_batch(runs[0].batch_id, "cancelled", now_us=now_us)
         last = await task.enqueue(50)
         assert last.batch_id not in {first.batch_id, runs[0].batch_id}
-        assert [one.id for one in await engine.maintenance.sessions()] == [again.id]
+        assert [session_row.id for session_row in await engine.maintenance.sessions()] == [again.id]
         async with app.worker():
             assert (await first.result(), await last.result()) == (1, 50)
 
 
-async def test_a_full_stream_is_followed_by_another(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_stream_is_followed_by_a_new_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(room, "STREAM_RUNS_MAX", 10)
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
         task = with_task(app)
@@ -247,7 +249,7 @@ async def test_an_enqueue_whose_answer_was_lost_makes_one_run(kind: str, tmp_pat
             assert (batch.received_count, run.index, store.calls.count("append")) == (1, 0, 2)
 
 
-async def test_a_close_that_can_not_write_tells_those_who_wait(kind: str, tmp_path: Path) -> None:
+async def test_a_close_that_can_not_write_fails_the_waiting_enqueues(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock) as engine:
         store = Faulty(engine.store)
@@ -286,7 +288,7 @@ async def test_a_map_takes_any_iterable_and_pulls_it_lazily(kind: str, tmp_path:
                 assert (summary.state, summary.ledger.expected, summary.ledger.completed) == ("completed", count, count)
 
 
-async def test_a_map_again_under_its_key_adds_what_is_missing_and_nothing_twice(kind: str, tmp_path: Path) -> None:
+async def test_a_repeated_map_with_its_batch_key_adds_only_missing_items(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
         task = with_task(app)
 
@@ -306,7 +308,7 @@ async def test_a_map_again_under_its_key_adds_what_is_missing_and_nothing_twice(
         assert (await batch.view()).ledger.expected == 1_000
 
 
-async def test_a_map_whose_source_raises_is_cancelled_when_nobody_can_go_on_with_it(kind: str, tmp_path: Path) -> None:
+async def test_a_map_whose_source_raises_is_cancelled_unless_it_has_a_batch_key(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
         task = with_task(app)
 
@@ -330,8 +332,8 @@ async def test_a_batch_can_be_found_cancelled_and_redriven(kind: str, tmp_path: 
             assert await batch.redrive() == 2
             summary = await batch.wait()
         assert (summary.ledger.completed, summary.ledger.failed) == (1, 2)
-        found = await app.get_batch(batch.id)
-        assert [outcome.state async for outcome in found.results(from_index=1)] == ["failed", "failed"]
+        handle = await app.get_batch(batch.id)
+        assert [outcome.state async for outcome in handle.results(from_index=1)] == ["failed", "failed"]
         other = await task.map([1, 2])
         assert (await other.cancel()).ledger.cancelled == 2
         assert [outcome.state async for outcome in other.results()] == ["cancelled"] * 2

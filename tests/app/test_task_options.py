@@ -1,4 +1,4 @@
-"""What a task says of all its runs, and a call of its own: delays, expiry, what becomes of failures, traces."""
+"""Options of tasks and of calls: delays, expiry, dead letters, traces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 @on_each_store
-async def test_a_task_s_delay_and_expiry_hold_unless_a_call_says_otherwise(kind: str, tmp_path: Path) -> None:
+async def test_a_task_s_delay_and_expiry_apply_unless_a_call_overrides_them(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock) as engine, app_on(engine) as app:
 
@@ -34,41 +34,43 @@ async def test_a_task_s_delay_and_expiry_hold_unless_a_call_says_otherwise(kind:
             return n
 
         usual = await (await late.enqueue(1)).view()
-        own = await (await late.options(delay_s=5, expires_s=50).enqueue(2)).view()
+        overridden = await (await late.options(delay_s=5, expires_s=50).enqueue(2)).view()
         now = moment_of(clock.now_us())
         assert (usual.due_at, usual.expires_at) == (now + timedelta(seconds=60), now + timedelta(seconds=600))
-        assert (own.due_at, own.expires_at) == (now + timedelta(seconds=5), now + timedelta(seconds=50))
+        assert (overridden.due_at, overridden.expires_at) == (now + timedelta(seconds=5), now + timedelta(seconds=50))
         mapped = await late.map([3])
         (view,) = await app.runs(batch=mapped.id)
         assert view.due_at == usual.due_at
 
 
 @on_each_store
-async def test_a_run_that_failed_for_good_is_a_dead_letter_where_its_task_says_so(kind: str, tmp_path: Path) -> None:
+async def test_a_run_that_failed_for_good_becomes_a_dead_letter_if_its_task_asks_for_it(
+    kind: str, tmp_path: Path
+) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
         ran: list[str] = []
 
         @app.task(on_exhausted="dead_letter", retry=Retry(attempts=2, delay_s=0, jitter=0))
-        async def kept(n: int) -> int:
-            ran.append("kept")
+        async def buried(n: int) -> int:
+            ran.append("buried")
             raise ValueError(n)
 
         @app.task
         async def plain(n: int) -> int:
             raise ValueError(n)
 
-        runs = [await kept.enqueue(1), await plain.enqueue(2)]
+        runs = [await buried.enqueue(1), await plain.enqueue(2)]
         async with app.worker():
             for run in runs:
                 with pytest.raises(RunFailed):
                     await run.result()
         (dead,) = await engine.store.dead_letters("default")
-        assert (dead.task, dead.batch_id, dead.index) == ("kept", runs[0].batch_id, runs[0].index)
-        assert ran == ["kept", "kept"], "when its attempts were exhausted, and not before"
+        assert (dead.task, dead.batch_id, dead.index) == ("buried", runs[0].batch_id, runs[0].index)
+        assert ran == ["buried", "buried"], "it is a dead letter only when its attempts are exhausted"
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"on_exhausted": "bury"}, "on_exhausted: expected one of discard, dead_letter"),
         ({"delay_s": -1}, "delay_s: expected 0 to"),
@@ -77,11 +79,11 @@ async def test_a_run_that_failed_for_good_is_a_dead_letter_where_its_task_says_s
         ({"name": "headrace.activation"}, "is reserved for activations"),
     ],
 )
-async def test_an_option_that_can_not_be_is_refused_where_it_is_written(
-    options: dict[str, Any], said: str, tmp_path: Path
+async def test_an_invalid_task_option_is_refused_at_declaration(
+    options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     async with opened("memory", tmp_path) as engine, app_on(engine) as app:
-        with pytest.raises(InvalidSetting, match=said):
+        with pytest.raises(InvalidSetting, match=message):
             app.task(**options)(lambda: None)
 
 
@@ -103,7 +105,7 @@ async def test_the_trace_of_a_call_reaches_the_context_of_its_run(kind: str, tmp
         assert seen == {"traced": {"traceparent": PARENT}, "own": {"traceparent": "x"}, "plain": {"h": "1"}}
 
 
-def test_opentelemetry_is_not_imported_for_it() -> None:
+def test_trace_headers_do_not_import_opentelemetry() -> None:
     code = "import sys, headrace.app, headrace.runtime.tasks.tracing as t; assert t.trace_headers() == {}; "
     code += "assert not any(name.startswith('opentelemetry') for name in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The testing mode: a store in memory, runs drained inline, time moved by hand."""
+"""The test mode: a store in memory, runs executed by `drain`, time moved by `advance`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def test_nothing_runs_before_it_is_drained() -> None:
         assert ran == [0, 1, 2]
 
 
-async def test_time_passes_when_the_test_says_so() -> None:
+async def test_time_passes_only_by_advance() -> None:
     app = Headrace("app")
 
     @app.task(retry=Retry(attempts=2, delay_s=100, jitter=0))
@@ -61,7 +61,7 @@ async def test_plain_functions_run_in_the_test_s_own_thread() -> None:
         assert [await run.result() for run in runs] == [threading.get_ident()] * 2
 
 
-async def test_what_runs_enqueue_is_drained_too() -> None:
+async def test_runs_enqueued_by_runs_are_drained_too() -> None:
     app = Headrace("app")
 
     @app.task
@@ -72,7 +72,7 @@ async def test_what_runs_enqueue_is_drained_too() -> None:
 
     async with in_memory(app) as world:
         await countdown.enqueue(5)
-        assert await world.drain() == 1, "one was there before"
+        assert await world.drain() == 1, "only one run existed before"
         batches = await world.engine.store.batches("default")
         assert sum(ledger.completed for _, ledger in batches) == 6
 
@@ -96,13 +96,13 @@ async def test_limits_are_set_by_name_and_the_app_is_free_afterwards() -> None:
     app = Headrace("app")
 
     @app.task
-    async def one(_item: int) -> int:
+    async def first_task(_item: int) -> int:
         return 1
 
     for chunk_runs_max in (1, 2):
         async with in_memory(app, chunk_runs_max=chunk_runs_max) as world:
             assert world.engine.limits.chunk_runs_max == chunk_runs_max
-            batch = await one.map(range(5))
+            batch = await first_task.map(range(5))
             await world.drain()
             assert (await batch.view()).ledger.completed == 5
     with pytest.raises(TypeError):

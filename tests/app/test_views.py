@@ -28,7 +28,7 @@ def with_tasks(app: Headrace) -> Any:
 
 
 @on_each_store
-async def test_a_run_s_view_tells_its_whole_life(kind: str, tmp_path: Path) -> None:
+async def test_a_run_s_view_has_its_times_input_output_and_attempts(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
         picky = with_tasks(app)
         earliest = moment_of(engine.clock.now_us())
@@ -109,7 +109,7 @@ async def test_runs_and_batches_are_listed_with_the_filters_of_the_command_line(
             await app.get_batch(f"batch_{'0' * 26}")
 
 
-def test_each_async_method_has_a_blocking_twin(tmp_path: Path) -> None:
+def test_each_async_method_has_a_blocking_form(tmp_path: Path) -> None:
     app = Headrace("script", store=f"sqlite:///{tmp_path / 'headrace.db'}")
     picky = with_tasks(app)
     run = picky.enqueue_sync(1)
@@ -132,7 +132,7 @@ def test_each_async_method_has_a_blocking_twin(tmp_path: Path) -> None:
     app.close_sync()
 
 
-async def test_a_blocking_twin_inside_a_loop_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
+async def test_a_blocking_call_inside_an_event_loop_is_refused(tmp_path: Path) -> None:
     app = Headrace("script", store=f"sqlite:///{tmp_path / 'headrace.db'}")
     picky = with_tasks(app)
     with pytest.raises(InvalidInput, match="enqueue_sync\\(\\) can't be called inside a running event loop") as raised:

@@ -1,1 +1,1 @@
-"""Every command as a person meets it."""
+"""Tests of every command, run as a user runs it."""

@@ -61,7 +61,7 @@ def plain(item):
 
 
 class Ran(NamedTuple):
-    """What a command left."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -69,12 +69,12 @@ class Ran(NamedTuple):
 
     @property
     def json(self) -> Any:
-        """The one JSON object on standard output."""
+        """Return the one JSON object on standard output."""
         return json.loads(self.out)
 
 
 class Shell:
-    """A working directory in which commands are run."""
+    """A working directory in which commands run."""
 
     def __init__(self, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
         self.place = place
@@ -103,20 +103,20 @@ class Shell:
 
 @pytest.fixture
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Shell]:
-    """A fresh directory with `tasks.py`; nothing of a test's modules, settings or logs outlives it."""
+    """Provide a fresh directory with `tasks.py`; modules, settings and logs of a test are removed after it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in [name for name in os.environ if name.startswith("HEADRACE_")]:
         monkeypatch.delenv(name)
     (tmp_path / "tasks.py").write_text(TASKS)
-    known = set(sys.modules)
+    modules_before = set(sys.modules)
     interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     yield Shell(tmp_path, capfd)
     sys.setswitchinterval(interval)
     gc.set_threshold(*thresholds)
     gc.unfreeze()
     structlog.reset_defaults()
-    for name in set(sys.modules) - known:
+    for name in set(sys.modules) - modules_before:
         file = getattr(sys.modules[name], "__file__", None) or ""
         if file.startswith(str(tmp_path)):
             del sys.modules[name]

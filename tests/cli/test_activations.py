@@ -1,4 +1,4 @@
-"""Activations at the shell: brought in from a file, looked at when they died, dropped, sent to other queues."""
+"""Activations on the command line: loaded from a file, dead letters, the killswitch, rerouted queues."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.broker import DEADLETTER, FAILURE, BrokerRig, activation, eng
 
 
 async def fail_all(folder: Path, count: int) -> None:
-    """Activations whose worker reports that they failed."""
+    """Load activations whose worker reports that they failed."""
     engine = await engine_on("sqlite", folder)
     broker = BrokerRig(engine)
     await broker.dispatcher.start()
@@ -36,7 +36,7 @@ def test_a_file_is_loaded_and_loaded_again(shell: Shell) -> None:
     assert (listed["name"], listed["waiting_count"]) == ("app:mail", 31)
 
 
-def test_a_file_that_is_none_or_is_broken_is_told(shell: Shell) -> None:
+def test_a_missing_or_corrupt_file_is_reported(shell: Shell) -> None:
     missing = shell("activations", "load", "none.bin")
     assert (missing.code, "can't be read" in missing.err) == (2, True)
     shell.write("broken.bin", b"\xff\xff\xff\xff\xff")
@@ -61,7 +61,7 @@ def test_dead_letters_are_listed_redriven_and_purged(shell: Shell) -> None:
     assert listed["waiting_count"] == 3
 
 
-def test_which_dead_letters_are_meant_must_be_said(shell: Shell) -> None:
+def test_dead_letter_commands_require_run_ids_or_all(shell: Shell) -> None:
     asyncio.run(fail_all(shell.place, 1))
     for command in ("redrive", "purge"):
         nothing = shell("dead", command)
@@ -70,7 +70,7 @@ def test_which_dead_letters_are_meant_must_be_said(shell: Shell) -> None:
         assert both.code == 2
 
 
-def test_the_killswitch_is_set_looked_at_and_let_go(shell: Shell) -> None:
+def test_killswitch_rules_are_added_listed_and_removed(shell: Shell) -> None:
     asyncio.run(fail_all(shell.place, 1))
     assert shell("killswitch", "list").out == "no killswitch rules\n"
     assert shell("killswitch", "add", "send").out == "activations of send are dropped\n"

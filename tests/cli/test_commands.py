@@ -1,4 +1,4 @@
-"""Every command but map: what it says, what it answers as JSON, what it ends with."""
+"""Every command but map: its output, its JSON, its exit code."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.cli.conftest import Shell
 
 @pytest.fixture
 def done(shell: Shell) -> str:
-    """A finished batch of ten runs of which two failed."""
+    """A finished batch of ten runs, two of them failed."""
     shell.items(10)
     batch: str = shell.map("--json", task="picky").json["batches"][0]
     return batch
 
 
 def open_batch(shell: Shell, *, waiting: int = 5, queue: str = "default", delay_s: float = 0) -> str:
-    """A batch with runs that wait, made by the library and not worked on."""
+    """Create a batch of waiting runs with the library, without running them."""
     command = (
         "import asyncio, sys; sys.path.insert(0, '.')\n"
         "from tasks import echo, app\n"
@@ -42,16 +42,16 @@ def open_batch(shell: Shell, *, waiting: int = 5, queue: str = "default", delay_
 
 
 def change(statement: str, *values: object) -> None:
-    """Change the database behind everybody's back."""
+    """Change the database outside Headrace."""
     with closing(sqlite3.connect("headrace.db")) as connection:
         connection.execute(statement, values)
         connection.commit()
 
 
-# -- the whole
+# -- all commands
 
 
-def test_the_version_is_told_without_loading_what_commands_need(shell: Shell) -> None:
+def test_the_version_is_shown_without_importing_heavy_packages(shell: Shell) -> None:
     code = (
         "import sys; sys.argv = ['headrace', '--version']\n"
         "from headrace.cli import main; main()\n"
@@ -89,7 +89,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_explains_itself_and_takes_a_store(shell: Shell, command: tuple[str, ...]) -> None:
+def test_every_command_has_help_and_takes_a_store(shell: Shell, command: tuple[str, ...]) -> None:
     ran = shell(*command, "--help")
     assert ran.code == 0
     assert "--store" in ran.out
@@ -116,14 +116,14 @@ def test_bad_usage_is_exit_2(shell: Shell, arguments: tuple[str, ...]) -> None:
         ("queue", "pause", "q"),
     ],
 )
-def test_looking_makes_no_database(shell: Shell, command: tuple[str, ...]) -> None:
+def test_read_commands_create_no_database(shell: Shell, command: tuple[str, ...]) -> None:
     ran = shell(*command)
     assert ran.code == 2
     assert "there is no database at headrace.db" in ran.err
     assert list(shell.place.glob("headrace.db*")) == []
 
 
-def test_a_wrong_setting_is_named_with_its_place(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_setting_is_named_with_its_source(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_FLUSH_SIZE", "0")
     ran = shell("batch", "list")
     assert ran.code == 2
@@ -135,10 +135,10 @@ def test_a_wrong_setting_is_named_with_its_place(shell: Shell, monkeypatch: pyte
 
 def test_batches_are_listed_newest_first(shell: Shell, done: str) -> None:
     second = open_batch(shell)
-    found = shell("batch", "list", "--json").json["batches"]
-    assert [batch["id"] for batch in found] == [second, done]
-    assert found[1]["failed"] == 2
-    assert found[0]["waiting"] == 5
+    listed = shell("batch", "list", "--json").json["batches"]
+    assert [batch["id"] for batch in listed] == [second, done]
+    assert listed[1]["failed"] == 2
+    assert listed[0]["waiting"] == 5
     text = shell("batch", "list").out
     assert text.index(second) < text.index(done)
     only = shell("batch", "list", "--state", "completed", "--json").json["batches"]
@@ -169,7 +169,7 @@ def test_a_batch_is_shown_by_its_id_or_its_key(shell: Shell, done: str) -> None:
 
 @pytest.mark.parametrize("verb", ["show", "results", "cancel", "redrive"])
 @pytest.mark.parametrize("name", ["nothing", "batch_", "batch_" + "0" * 26, "run_x_1"])
-def test_a_batch_that_is_not_there_is_said(shell: Shell, done: str, verb: str, name: str) -> None:
+def test_an_unknown_batch_is_named(shell: Shell, done: str, verb: str, name: str) -> None:
     ran = shell("batch", verb, name)
     assert ran.code == 2
     assert name in ran.err
@@ -184,7 +184,7 @@ def test_results_are_as_the_map_wrote_them(shell: Shell, done: str) -> None:
     assert (shell.place / "again.ndjson").read_text() == right
 
 
-def test_results_of_an_unfinished_batch_say_where_they_end(shell: Shell) -> None:
+def test_results_of_an_unfinished_batch_end_at_the_first_running_one(shell: Shell) -> None:
     ran = shell("batch", "results", open_batch(shell))
     assert (ran.code, ran.out) == (0, "")
     assert "run 0 has not ended yet" in ran.err
@@ -202,7 +202,7 @@ def test_a_batch_is_cancelled_once(shell: Shell) -> None:
     assert shell("verify").code == 0
 
 
-def test_what_failed_runs_again_and_the_output_is_made_right(shell: Shell, done: str) -> None:
+def test_a_redriven_batch_corrects_its_output(shell: Shell, done: str) -> None:
     shell.write("tasks.py", (shell.place / "tasks.py").read_text().replace("% 5 == 3", "% 5 == 9"))
     sys.modules.pop("tasks")
     assert "2 failed runs" in shell("batch", "redrive", done).out
@@ -249,12 +249,12 @@ def test_a_run_is_shown_with_its_input_and_its_error(shell: Shell, done: str) ->
 
 @pytest.mark.parametrize("verb", ["show", "cancel", "redrive"])
 @pytest.mark.parametrize("name", ["nothing", "run_x_1", "run_00000000000000000000000000_1"])
-def test_a_run_that_is_not_there_is_said(shell: Shell, done: str, verb: str, name: str) -> None:
+def test_an_unknown_run_is_named(shell: Shell, done: str, verb: str, name: str) -> None:
     assert shell("run", verb, name).code == 2
     assert shell("run", verb, run_of(done, 99)).code == 2
 
 
-def test_a_run_is_cancelled_and_run_again(shell: Shell) -> None:
+def test_a_run_is_cancelled_and_redriven(shell: Shell) -> None:
     batch = open_batch(shell)
     run = run_of(batch, 2)
     assert shell("run", "cancel", run).out == f"{run} is cancelled\n"
@@ -270,7 +270,7 @@ def test_a_run_is_cancelled_and_run_again(shell: Shell) -> None:
 # -- queues
 
 
-def test_a_paused_queue_hands_out_nothing_until_it_is_resumed(shell: Shell) -> None:
+def test_a_queue_is_paused_and_resumed(shell: Shell) -> None:
     open_batch(shell, queue="slow")
     listed = {queue["name"]: queue for queue in shell("queue", "list", "--json").json["queues"]}
     assert listed["slow"]["waiting_count"] == 5
@@ -281,7 +281,7 @@ def test_a_paused_queue_hands_out_nothing_until_it_is_resumed(shell: Shell) -> N
     assert shell("queue", "pause", "x" * 300).code == 2
 
 
-# -- the ledger, the house
+# -- the ledger, maintenance
 
 
 def test_a_ledger_that_balances_is_exit_0_and_one_that_does_not_is_4(shell: Shell, done: str) -> None:
@@ -298,14 +298,14 @@ def test_a_ledger_that_balances_is_exit_0_and_one_that_does_not_is_4(shell: Shel
     assert answer.json["batches"][0]["differences"]
 
 
-def test_pruning_takes_what_is_past_its_retention(shell: Shell, done: str) -> None:
+def test_prune_deletes_batches_past_their_retention(shell: Shell, done: str) -> None:
     assert shell("prune", "--json").json == {"batches": 0, "objects": 0}
     assert shell("prune", "--retention-ms", "0", "--json").json["batches"] == 1
     assert shell("batch", "list").out == "no batches\n"
     assert shell("prune", "--retention-ms", "-1").code == 2
 
 
-def test_migrating_makes_a_database_ready(shell: Shell) -> None:
+def test_migrate_creates_a_database(shell: Shell) -> None:
     ran = shell("migrate", "--store", "sqlite:///other.db")
     assert ran.code == 0
     assert "is at schema version" in ran.out
@@ -316,7 +316,7 @@ def test_migrating_makes_a_database_ready(shell: Shell) -> None:
 # -- settings
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_override_the_environment_which_overrides_the_file(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     def shown() -> dict[str, Any]:
         answer = shell("config", "show", "--json", *flags).json["settings"]
         return {line["name"]: (line["value"], line["source"]) for line in answer}
@@ -336,7 +336,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(shell: Shell, mon
     assert "swordfish" not in shell("config", "show", *flags).out
 
 
-def test_the_store_comes_from_where_config_says(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_store_setting_of_the_environment_is_used(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     shell.items(3)
     monkeypatch.setenv("HEADRACE_STORE", "sqlite:///elsewhere.db")
     assert shell.map().code == 0
@@ -349,35 +349,35 @@ def test_the_store_comes_from_where_config_says(shell: Shell, monkeypatch: pytes
 
 def checks(shell: Shell, *arguments: str) -> dict[str, tuple[bool, str]]:
     ran = shell("doctor", "--json", *arguments)
-    found = {check["check"]: (check["ok"], check["detail"]) for check in ran.json["checks"]}
-    assert ran.json["ok"] is all(ok for ok, _ in found.values())
+    by_name = {check["check"]: (check["ok"], check["detail"]) for check in ran.json["checks"]}
+    assert ran.json["ok"] is all(ok for ok, _ in by_name.values())
     assert ran.code == (0 if ran.json["ok"] else 1)
-    return found
+    return by_name
 
 
-def test_all_is_well_with_a_store_in_use(shell: Shell, done: str) -> None:
-    found = checks(shell)
-    assert list(found) == ["store", "version", "durability", "clock", "disk", "objects", "sessions", "batches"]
-    assert all(ok for ok, _ in found.values()), found
+def test_doctor_passes_with_a_store_in_use(shell: Shell, done: str) -> None:
+    checked = checks(shell)
+    assert list(checked) == ["store", "version", "durability", "clock", "disk", "objects", "sessions", "batches"]
+    assert all(ok for ok, _ in checked.values()), checked
     text = shell("doctor").out
     assert text.count("ok  ") == 8
 
 
-def test_a_store_that_does_not_answer_is_seen(shell: Shell) -> None:
+def test_doctor_reports_a_store_that_can_not_be_opened(shell: Shell) -> None:
     shell.write("headrace.db", b"no database at all, just words " * 100)
-    found = checks(shell)
-    assert found["store"][0] is False
-    assert "not an SQLite database" in found["store"][1]
+    checked = checks(shell)
+    assert checked["store"][0] is False
+    assert "not an SQLite database" in checked["store"][1]
     assert checks(shell, "--store", "sqlite:///nowhere/x.db")["store"][0] is False
     assert "hint:" in shell("doctor").out
 
 
-def test_a_newer_schema_is_seen(shell: Shell, done: str) -> None:
+def test_doctor_reports_a_newer_schema(shell: Shell, done: str) -> None:
     change("PRAGMA user_version = 999")
     assert checks(shell)["version"][0] is False
 
 
-def test_settings_that_risk_what_was_acknowledged_are_seen(
+def test_doctor_reports_settings_that_may_lose_acknowledged_runs(
     shell: Shell, done: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from headrace.store.sqlite import SqliteStore
@@ -386,31 +386,31 @@ def test_settings_that_risk_what_was_acknowledged_are_seen(
         return {"store": "sqlite", "schema_version": 1, "journal_mode": "delete", "synchronous": "off"}
 
     monkeypatch.setattr(SqliteStore, "check", check)
-    ok, said = checks(shell)["durability"]
+    ok, detail = checks(shell)["durability"]
     assert not ok
-    assert "power failure" in said
+    assert "power failure" in detail
 
 
-def test_a_clock_that_is_off_is_seen(shell: Shell, done: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_a_wrong_clock(shell: Shell, done: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from headrace.runtime.clock import SystemClock
 
     right = SystemClock.now_us
     monkeypatch.setattr(SystemClock, "now_us", lambda self: right(self) - 90_000_000)
-    ok, said = checks(shell)["clock"]
+    ok, detail = checks(shell)["clock"]
     assert not ok
-    assert "differ by 90.0 s" in said
+    assert "differ by 90.0 s" in detail
 
 
-def test_a_disk_that_is_nearly_full_is_seen(shell: Shell, done: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_a_nearly_full_disk(shell: Shell, done: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from headrace.cli import doctor
 
     monkeypatch.setattr(doctor, "FREE_BYTES_MIN", 1 << 60)
-    ok, said = checks(shell)["disk"]
+    ok, detail = checks(shell)["disk"]
     assert not ok
-    assert "only" in said
+    assert "only" in detail
 
 
-def test_an_object_store_that_loses_what_it_is_given_is_seen(
+def test_doctor_reports_an_object_store_that_loses_objects(
     shell: Shell, done: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from headrace.foundation.errors import ObjectMissing
@@ -420,19 +420,19 @@ def test_an_object_store_that_loses_what_it_is_given_is_seen(
         raise ObjectMissing("the payload is not in the object store", hint="look for it", key=key)
 
     monkeypatch.setattr(PayloadStore, "get", get)
-    ok, said = checks(shell)["objects"]
+    ok, detail = checks(shell)["objects"]
     assert not ok
-    assert "not in the object store" in said
+    assert "not in the object store" in detail
 
 
-def test_a_session_that_fell_silent_is_seen(shell: Shell, done: str) -> None:
+def test_doctor_reports_a_session_without_heartbeats(shell: Shell, done: str) -> None:
     change(
         "INSERT INTO session (id, kind, host, pid, started_us, heartbeat_us, ended_us)"
         " VALUES ('session_x', 'worker', 'mill', 4711, 1, 1, 0)"
     )
-    ok, said = checks(shell)["sessions"]
+    ok, detail = checks(shell)["sessions"]
     assert not ok
-    assert "worker 4711 on mill" in said
+    assert "worker 4711 on mill" in detail
 
 
 @pytest.mark.parametrize(
@@ -442,23 +442,23 @@ def test_a_session_that_fell_silent_is_seen(shell: Shell, done: str) -> None:
         (lambda batch: change("UPDATE batch SET appended_us = 1, created_us = 1"), "no worker is alive"),
     ],
 )
-def test_a_batch_that_nothing_moves_on_is_seen(shell: Shell, spoil: Callable[[str], None], why: str) -> None:
+def test_doctor_reports_a_stuck_batch(shell: Shell, spoil: Callable[[str], None], why: str) -> None:
     spoil(open_batch(shell))
-    ok, said = checks(shell)["batches"]
+    ok, detail = checks(shell)["batches"]
     assert not ok
-    assert why in said
+    assert why in detail
 
 
-def test_a_paused_queue_with_work_and_a_far_delay_are_seen(shell: Shell) -> None:
+def test_doctor_reports_a_paused_queue_with_runs_and_a_far_delay(shell: Shell) -> None:
     open_batch(shell, queue="slow")
     shell("queue", "pause", "slow")
     assert "the queue slow is paused" in checks(shell)["batches"][1]
     shell("queue", "resume", "slow")
     assert checks(shell)["batches"][0] is True
     open_batch(shell, delay_s=30 * 86_400)
-    ok, said = checks(shell)["batches"]
+    ok, detail = checks(shell)["batches"]
     assert not ok
-    assert "the next delayed run is due in " in said
+    assert "the next delayed run is due in " in detail
 
 
 # -- the demo
@@ -495,7 +495,7 @@ def test_the_demo_outlines_a_library_and_ends_well(shell: Shell, library: Path) 
     assert "were done by an earlier command" in shell("demo", "--dir", "there", "--no-progress").out
 
 
-def test_the_demo_without_a_place_works_in_a_temporary_one(
+def test_the_demo_works_in_a_temporary_directory_by_default(
     shell: Shell, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(shell.place))
@@ -505,7 +505,7 @@ def test_the_demo_without_a_place_works_in_a_temporary_one(
     assert shell("demo", "--dir", "tasks.py").code == 2
 
 
-def test_the_example_of_the_repository_is_the_one_that_ships() -> None:
+def test_the_repository_s_example_is_the_packaged_one() -> None:
     root = Path(__file__).parents[2]
     code = "import examples.stdlib as a, headrace.examples.stdlib as b; assert a.outline is b.outline"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, env={**os.environ, "PYTHONPATH": str(root)})

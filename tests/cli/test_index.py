@@ -1,4 +1,4 @@
-"""`headrace index`: run, status, rollback, reset, as a person types them."""
+"""`headrace index`: run, status, rollback, reset, as a user types them."""
 
 from __future__ import annotations
 
@@ -46,29 +46,29 @@ def folder(tmp_path: Path) -> Path:
 
 
 def headrace(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """One command in a folder."""
+    """Run one command in a folder."""
     command = [sys.executable, "-m", "headrace", "index", *arguments, "--store", "sqlite:///bank.db"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
 
 
 def balances(folder: Path) -> dict[str, int]:
-    """The table, as anybody reads it."""
+    """Read the indexer's table with SQL."""
     with sqlite3.connect(folder / "bank.db") as db:
         return dict(db.execute("SELECT id, balance FROM account"))
 
 
-def wanted(count: int) -> dict[str, int]:
-    found: dict[str, int] = {}
+def expected_balances(count: int) -> dict[str, int]:
+    by_account: dict[str, int] = {}
     for n in range(1, count + 1):
-        found[f"a{n % 3}"] = found.get(f"a{n % 3}", 0) + n
-    return found
+        by_account[f"a{n % 3}"] = by_account.get(f"a{n % 3}", 0) + n
+    return by_account
 
 
-def test_an_indexer_runs_stops_goes_on_goes_back_and_is_forgotten(folder: Path) -> None:
+def test_an_indexer_runs_resumes_rolls_back_and_is_reset(folder: Path) -> None:
     done = headrace(folder, "job.py:bank", "--until", "40", "--depth", "2", "--batch-size", "7", "--no-progress")
     assert done.returncode == 0, done.stderr
     assert re.search(r"bank: 40 events, [\d,]+/s, \d+ rows in \d+ commits; main at 40; compute \d+ %", done.stderr)
-    assert balances(folder) == wanted(40)
+    assert balances(folder) == expected_balances(40)
     status = headrace(folder, "status", "--json")
     (shown,) = json.loads(status.stdout)["indexers"]
     assert (shown["name"], shown["checkpoint"], shown["positions"], shown["caught_up"]) == (
@@ -78,11 +78,11 @@ def test_an_indexer_runs_stops_goes_on_goes_back_and_is_forgotten(folder: Path) 
         False,
     )
     assert headrace(folder, "job.py:bank").returncode == 0
-    assert balances(folder) == wanted(100)
+    assert balances(folder) == expected_balances(100)
     assert re.search(r"bank +100 +main 100 +yes", headrace(folder, "status").stdout)
     back = headrace(folder, "rollback", "job.py:bank", "25")
     assert "checkpoint 25" in back.stderr
-    assert balances(folder) == wanted(25)
+    assert balances(folder) == expected_balances(25)
     assert "checkpoint 0" in headrace(folder, "rollback", "job.py:bank", "begin").stderr
     assert balances(folder) == {}
     assert "dropped account, account_history" in headrace(folder, "reset", "bank", "--yes").stderr
@@ -103,14 +103,16 @@ def test_an_indexer_runs_stops_goes_on_goes_back_and_is_forgotten(folder: Path) 
     ],
     ids=str,
 )
-def test_what_can_t_be_done_is_said_and_changes_nothing(folder: Path, arguments: tuple[str, ...], words: str) -> None:
+def test_an_invalid_index_command_is_explained_and_changes_nothing(
+    folder: Path, arguments: tuple[str, ...], words: str
+) -> None:
     headrace(folder, "job.py:bank", "--until", "10")
     done = headrace(folder, *arguments)
     assert (done.returncode, words in done.stderr) == (2, True), done.stderr
-    assert balances(folder) == wanted(10)
+    assert balances(folder) == expected_balances(10)
 
 
-def test_a_bad_event_stops_with_its_line_and_the_next_start_goes_on(folder: Path) -> None:
+def test_an_invalid_event_stops_the_indexer_and_the_next_start_resumes(folder: Path) -> None:
     lines = (folder / "pays.ndjson").read_text().splitlines()
     bad = [*lines[:50], '{"type":"pay","to":5}', *lines[51:]]
     (folder / "pays.ndjson").write_text("\n".join(bad) + "\n")
@@ -119,10 +121,10 @@ def test_a_bad_event_stops_with_its_line_and_the_next_start_goes_on(folder: Path
     assert "event at 51 is invalid" in done.stderr
     (folder / "pays.ndjson").write_text("\n".join(lines) + "\n")
     assert headrace(folder, "job.py:bank").returncode == 0
-    assert balances(folder) == wanted(100)
+    assert balances(folder) == expected_balances(100)
 
 
-def test_a_signal_commits_what_was_handled(folder: Path) -> None:
+def test_a_signal_commits_the_handled_events(folder: Path) -> None:
     slow = JOB.replace(
         "    account = await",
         "    import asyncio; await asyncio.sleep(0.01 if event.amount > 20 else 0)\n    account = await",
@@ -143,12 +145,12 @@ def test_a_signal_commits_what_was_handled(folder: Path) -> None:
     while not (folder / "bank.db").exists() or not _has_rows(folder):
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 0, told
-    assert "stopping: handled events are committed" in told
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "stopping: handled events are committed" in stderr
     with sqlite3.connect(folder / "bank.db") as db:
         ((no, holder),) = db.execute("SELECT no, holder FROM indexer")
-    assert (balances(folder), holder) == (wanted(no), "")
+    assert (balances(folder), holder) == (expected_balances(no), "")
 
 
 def _has_rows(folder: Path) -> bool:

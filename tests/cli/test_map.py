@@ -29,7 +29,7 @@ def test_every_item_has_its_line_in_order(shell: Shell) -> None:
     assert "1,000 runs: 1,000 completed" in ran.err
 
 
-def test_failed_runs_have_their_lines_too_and_the_code_says_so(shell: Shell) -> None:
+def test_failed_runs_have_error_lines_and_exit_code_3(shell: Shell) -> None:
     shell.items(10)
     ran = shell.map(task="picky")
     assert ran.code == 3
@@ -49,7 +49,7 @@ def test_results_go_to_standard_output_by_default(shell: Shell) -> None:
     assert [json.loads(line)["output"] for line in ran.out.splitlines()] == [0, 2, 4]
 
 
-def test_a_tasks_own_delay_and_expiry_hold_for_a_map_too(shell: Shell) -> None:
+def test_a_task_s_delay_and_expiry_apply_to_a_map(shell: Shell) -> None:
     shell.write(
         "late.py",
         """
@@ -84,7 +84,7 @@ def test_the_summary_is_one_json_object(shell: Shell) -> None:
     assert len(summary["batches"]) == 1
 
 
-def test_a_map_that_is_done_runs_nothing_again(shell: Shell) -> None:
+def test_a_finished_map_runs_nothing_again(shell: Shell) -> None:
     shell.items(50)
     first = shell.map("--json").json
     before = (shell.place / "out.ndjson").read_bytes()
@@ -96,19 +96,19 @@ def test_a_map_that_is_done_runs_nothing_again(shell: Shell) -> None:
 
 def test_another_key_is_another_batch(shell: Shell) -> None:
     shell.items(5)
-    one = shell.map("--json").json["batches"]
-    two = shell.map("--json", "--batch-key", "second").json["batches"]
-    assert one != two
-    assert shell.map("--json", "--batch-key", "second").json["batches"] == two
+    first = shell.map("--json").json["batches"]
+    second = shell.map("--json", "--batch-key", "second").json["batches"]
+    assert first != second
+    assert shell.map("--json", "--batch-key", "second").json["batches"] == second
 
 
 def test_the_same_file_by_another_path_is_the_same_input(shell: Shell) -> None:
     shell.items(5)
-    one = shell.map("--json").json["batches"]
-    assert shell.map("--json", input_=str(shell.place / "in.ndjson")).json["batches"] == one
+    first = shell.map("--json").json["batches"]
+    assert shell.map("--json", input_=str(shell.place / "in.ndjson")).json["batches"] == first
 
 
-def test_an_input_that_grew_is_gone_on_with(shell: Shell) -> None:
+def test_a_map_resumes_after_its_input_has_grown(shell: Shell) -> None:
     shell.items(30)
     shell.map()
     for more in (45, 60):
@@ -134,7 +134,7 @@ def test_an_input_of_more_items_than_a_batch_holds_is_several_batches(
     assert shell.map("--json").json["done_before"] == 1_000
 
 
-def test_an_input_that_changed_is_refused_until_it_is_fresh(shell: Shell) -> None:
+def test_a_changed_input_is_refused_without_fresh(shell: Shell) -> None:
     shell.items(30)
     shell.map()
     shell.write("in.ndjson", '{"n":7}\n' * 30)
@@ -147,21 +147,21 @@ def test_an_input_that_changed_is_refused_until_it_is_fresh(shell: Shell) -> Non
     assert shell.map("--json").json["done_before"] == 30
 
 
-def test_fresh_starts_over_as_often_as_it_is_said(shell: Shell) -> None:
+def test_each_fresh_starts_over(shell: Shell) -> None:
     shell.items(5)
     seen = {shell.map("--json", *flags).json["batches"][0] for flags in ([], ["--fresh"], ["--fresh"], [])}
     assert len(seen) == 3
 
 
-def test_a_fresh_start_survives_that_the_old_batches_were_pruned(shell: Shell) -> None:
+def test_a_fresh_start_works_after_the_old_batches_were_pruned(shell: Shell) -> None:
     shell.items(5)
     shell.map()
     shell("prune", "--retention-ms", "0")
-    one = shell.map("--json").json
-    assert one["done_before"] == 0
-    two = shell.map("--json", "--fresh").json
-    assert two["batches"] != one["batches"]
-    assert shell.map("--json").json["batches"] == two["batches"]
+    first = shell.map("--json").json
+    assert first["done_before"] == 0
+    second = shell.map("--json", "--fresh").json
+    assert second["batches"] != first["batches"]
+    assert shell.map("--json").json["batches"] == second["batches"]
 
 
 def test_a_chain_whose_beginning_was_pruned_starts_over(shell: Shell) -> None:
@@ -210,7 +210,7 @@ def test_a_cancelled_map_says_how_to_start_over(shell: Shell) -> None:
         lambda right: b"no newline at all",
     ],
 )
-def test_an_output_is_made_right_whatever_stood_in_it(shell: Shell, damage: Callable[[bytes], bytes]) -> None:
+def test_an_output_with_other_content_is_corrected(shell: Shell, damage: Callable[[bytes], bytes]) -> None:
     shell.items(200)
     shell.map()
     right = (shell.place / "out.ndjson").read_bytes()
@@ -258,7 +258,7 @@ def test_large_results_are_fetched_into_the_output(shell: Shell, monkeypatch: py
 # -- the input
 
 
-def test_no_item_at_all_is_a_batch_of_none(shell: Shell) -> None:
+def test_an_empty_input_is_an_empty_batch(shell: Shell) -> None:
     for name, data in (("empty", b""), ("blank", b"\n \r\n"), ("mark", b"\xef\xbb\xbf")):
         shell.write(name, data)
         ran = shell.map("--json", input_=name)
@@ -316,7 +316,7 @@ def packed_zstandard(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("suffix", "packed"), [(".gz", packed_gzip), (".zst", packed_zstandard)])
-def test_archives_are_read_and_broken_ones_are_said_to_be(
+def test_compressed_inputs_are_read_and_corrupt_ones_reported(
     shell: Shell, suffix: str, packed: Callable[[bytes], bytes]
 ) -> None:
     data = "".join(f'{{"n":{n}}}\n' for n in range(5_000)).encode()
@@ -347,21 +347,21 @@ def test_an_input_that_cannot_be_read_is_refused(shell: Shell, name: str, why: s
     assert not (shell.place / "headrace.db").exists()
 
 
-def headrace(shell: Shell, *arguments: str, said: bytes = b"", **environ: str) -> subprocess.CompletedProcess[bytes]:
-    """The command as a process of its own."""
+def headrace(shell: Shell, *arguments: str, stdin: bytes = b"", **environ: str) -> subprocess.CompletedProcess[bytes]:
+    """Start the command as a separate process."""
     return subprocess.run(
         [sys.executable, "-m", "headrace", *arguments],
         cwd=shell.place,
         env={**{name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}, **environ},
-        input=said,
+        input=stdin,
         capture_output=True,
         timeout=60,
         check=False,
     )
 
 
-def test_standard_input_says_first_that_it_resumes_only_with_a_key(shell: Shell) -> None:
-    ran = headrace(shell, "map", "tasks.py:double", "-", said=b'{"n":1}\n{"n":2}')
+def test_a_map_of_standard_input_says_that_resuming_requires_a_key(shell: Shell) -> None:
+    ran = headrace(shell, "map", "tasks.py:double", "-", stdin=b'{"n":1}\n{"n":2}')
     assert ran.returncode == 0
     assert ran.stdout == b'{"index":0,"ok":true,"output":2}\n{"index":1,"ok":true,"output":4}\n'
     assert ran.stderr.splitlines()[0] == b"reading standard input, which can be resumed only with --batch-key KEY"
@@ -369,17 +369,17 @@ def test_standard_input_says_first_that_it_resumes_only_with_a_key(shell: Shell)
 
 def test_standard_input_with_a_key_resumes(shell: Shell) -> None:
     command = ("map", "tasks.py:double", "-", "--batch-key", "k", "--json", "-o", "out.ndjson")
-    first = json.loads(headrace(shell, *command, said=b'{"n":1}\n').stdout)
-    again = json.loads(headrace(shell, *command, said=b'{"n":1}\n').stdout)
+    first = json.loads(headrace(shell, *command, stdin=b'{"n":1}\n').stdout)
+    again = json.loads(headrace(shell, *command, stdin=b'{"n":1}\n').stdout)
     assert (again["batches"], again["done_before"]) == (first["batches"], 1)
-    more = json.loads(headrace(shell, *command, said=b'{"n":1}\n{"n":5}\n').stdout)
+    more = json.loads(headrace(shell, *command, stdin=b'{"n":1}\n{"n":5}\n').stdout)
     assert (more["runs"], more["done_before"]) == (2, 1)
-    changed = headrace(shell, *command, said=b'{"n":2}\n')
+    changed = headrace(shell, *command, stdin=b'{"n":2}\n')
     assert changed.returncode == 2
     assert b"--fresh" in changed.stderr
 
 
-def test_a_reader_that_goes_away_is_an_interruption(shell: Shell) -> None:
+def test_a_map_is_interrupted_when_the_reader_of_its_output_goes_away(shell: Shell) -> None:
     shell.items(50_000)
     process = subprocess.Popen(
         [sys.executable, "-m", "headrace", "map", "tasks.py:double", "in.ndjson"],
@@ -391,15 +391,15 @@ def test_a_reader_that_goes_away_is_an_interruption(shell: Shell) -> None:
     assert process.stderr is not None
     assert process.stdout.readline() == b'{"index":0,"ok":true,"output":0}\n'
     process.stdout.close()
-    said = process.stderr.read().decode()
+    stderr = process.stderr.read().decode()
     process.stderr.close()
-    assert process.wait(60) == 130, said
-    assert "To resume" in said
-    assert "Traceback" not in said
+    assert process.wait(60) == 130, stderr
+    assert "To resume" in stderr
+    assert "Traceback" not in stderr
     assert shell.map("--json").json["runs"] == 50_000
 
 
-def test_two_maps_of_one_batch_at_once_both_end_right(shell: Shell) -> None:
+def test_two_concurrent_maps_of_one_batch_both_complete(shell: Shell) -> None:
     shell.items(20_000)
     processes = [
         subprocess.Popen(
@@ -422,14 +422,14 @@ def test_two_maps_of_one_batch_at_once_both_end_right(shell: Shell) -> None:
     assert shell("verify").code == 0
 
 
-def test_two_maps_of_an_input_that_grows_all_the_while_both_end_right(shell: Shell) -> None:
-    """Each of them may seal a batch that the other still feeds, or find the next one made already."""
+def test_two_concurrent_maps_of_a_growing_input_both_complete(shell: Shell) -> None:
+    """Two maps of one input: each may seal a batch that the other still feeds, or find the next batch created."""
     command = [sys.executable, "-m", "headrace", "map", "tasks.py:double", "in.ndjson"]
     count = 0
     running: list[subprocess.Popen[bytes]] = []
     for number in range(8):
         count += 2_000
-        shell.items(count, "longer").replace("in.ndjson")  # whole, so that nobody ever reads half a line
+        shell.items(count, "longer").replace("in.ndjson")  # replaced as a whole, so that no reader sees half a line
         running.append(
             subprocess.Popen([*command, "-o", f"{number % 2}.ndjson"], cwd=shell.place, stderr=subprocess.PIPE)
         )
@@ -459,7 +459,7 @@ def test_two_maps_of_an_input_that_grows_all_the_while_both_end_right(shell: She
         ("broken.py:f", "ZeroDivisionError: division by zero (line 1 of"),
     ],
 )
-def test_a_task_that_is_not_there_is_one_clear_error(shell: Shell, target: str, why: str) -> None:
+def test_a_missing_task_is_one_clear_error(shell: Shell, target: str, why: str) -> None:
     shell.items(3)
     shell.write("broken.py", "1 / 0\n")
     ran = shell("map", target, "in.ndjson")
@@ -483,7 +483,7 @@ def test_child_processes_run_the_task(shell: Shell) -> None:
     assert os.getpid() not in {line["output"] for line in shell.lines()}
 
 
-def test_a_database_that_is_none_is_one_clear_error(shell: Shell) -> None:
+def test_a_file_that_is_not_a_database_is_one_clear_error(shell: Shell) -> None:
     shell.items(3)
     shell.write("headrace.db", b"this is a letter to my grandmother, not a database " * 100)
     ran = shell.map()
@@ -506,7 +506,7 @@ def test_a_database_of_a_newer_version_is_refused(shell: Shell) -> None:
     assert "upgrade" in ran.err
 
 
-def test_a_database_in_a_directory_that_is_not_there_is_refused(shell: Shell) -> None:
+def test_a_database_in_a_missing_directory_is_refused(shell: Shell) -> None:
     shell.items(3)
     ran = shell.map("--store", "sqlite:///nowhere/x.db")
     assert ran.code == 1
@@ -514,7 +514,7 @@ def test_a_database_in_a_directory_that_is_not_there_is_refused(shell: Shell) ->
 
 
 @pytest.mark.parametrize("store", ["mysql://x/y", "sqlite://", "what", "sqlite:///"])
-def test_a_store_nobody_knows_is_refused(shell: Shell, store: str) -> None:
+def test_an_unknown_kind_of_store_is_refused(shell: Shell, store: str) -> None:
     shell.items(3)
     assert shell.map("--store", store).code == 2
 
@@ -530,14 +530,14 @@ def test_a_flag_out_of_its_bounds_is_bad_usage(shell: Shell, flags: tuple[str, .
     assert not (shell.place / "headrace.db").exists()
 
 
-def test_a_traceback_is_for_those_who_ask(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_traceback_is_shown_at_log_level_debug(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = shell("map", "nowhere:f", "in.ndjson")
     assert "Traceback" not in ran.err
     monkeypatch.setenv("HEADRACE_LOG_LEVEL", "debug")
     assert "Traceback" in shell("map", "nowhere:f", "in.ndjson").err
 
 
-def test_memory_is_a_store_too(shell: Shell) -> None:
+def test_a_map_works_on_a_store_in_memory(shell: Shell) -> None:
     shell.items(30)
     assert shell.map("--store", "memory://", "--json").json["completed"] == 30
 
@@ -554,7 +554,7 @@ def test_a_zstandard_stream_that_was_written_in_blocks_is_read(shell: Shell) -> 
 
 
 @pytest.mark.parametrize("pool", ["auto", "process"])
-def test_what_a_task_prints_does_not_mix_into_the_results(shell: Shell, pool: str) -> None:
+def test_output_printed_by_a_task_does_not_mix_with_results(shell: Shell, pool: str) -> None:
     (shell.place / "noisy.py").write_text(
         f"""
 from headrace import Headrace

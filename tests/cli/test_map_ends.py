@@ -1,4 +1,4 @@
-"""How a map ends when it can't end well, as a process of its own: signals, a full disk, a locked database."""
+"""Maps that are interrupted, as separate processes: signals, a full disk, a locked database."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def stubborn(item):
 
 @contextmanager
 def started(shell: Shell, *arguments: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """`headrace map` as a process; whatever happens, it does not outlive the test."""
+    """Start `headrace map` as a process that does not outlive the test."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
     process = subprocess.Popen(
         [sys.executable, "-m", "headrace", "map", *arguments],
@@ -69,7 +69,7 @@ def wait_until_begun(shell: Shell, process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_map_in_good_order_with_the_way_on(shell: Shell, number: signal.Signals) -> None:
+def test_a_signal_stops_a_map_gracefully_and_shows_how_to_resume(shell: Shell, number: signal.Signals) -> None:
     shell.write("waiting.py", WAITING)
     shell.write("in.ndjson", "0\n1\n2\n")
     with started(
@@ -77,16 +77,16 @@ def test_a_signal_ends_a_map_in_good_order_with_the_way_on(shell: Shell, number:
     ) as process:
         wait_until_begun(shell, process)
         process.send_signal(number)
-        _, said = process.communicate(timeout=30)
-        assert process.returncode == 130, said.decode()
-    assert b"stopping: running items may finish" in said
-    assert said.decode().splitlines()[-1].startswith("interrupted. To resume: headrace ")
+        _, stderr = process.communicate(timeout=30)
+        assert process.returncode == 130, stderr.decode()
+    assert b"stopping: running items may finish" in stderr
+    assert stderr.decode().splitlines()[-1].startswith("interrupted. To resume: headrace ")
     ledger = shell("batch", "list", "--json").json["batches"][0]
     assert ledger["leased"] == 0
     assert shell("verify").code == 0
 
 
-def test_a_second_signal_ends_a_map_now(shell: Shell) -> None:
+def test_a_second_signal_stops_a_map_at_once(shell: Shell) -> None:
     shell.write("waiting.py", WAITING)
     shell.write("in.ndjson", "1\n2\n")
     with started(shell, "waiting.py:stubborn", "in.ndjson", "-o", "out.ndjson") as process:
@@ -95,9 +95,9 @@ def test_a_second_signal_ends_a_map_now(shell: Shell) -> None:
         assert process.stderr is not None
         assert process.stderr.readline().startswith(b"stopping")
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=10)
+        _, stderr = process.communicate(timeout=10)
         assert process.returncode == 130
-        assert b"To resume" in said
+        assert b"To resume" in stderr
     assert shell("verify").code == 0
 
 
@@ -107,11 +107,11 @@ def test_a_stream_that_cannot_be_read_again_is_cancelled_when_it_is_interrupted(
         assert process.stdout is not None
         process.stdin.write(b'{"n":1}\n')
         process.stdin.flush()
-        assert process.stdout.readline() == b'{"index":0,"ok":true,"output":2}\n', "written as it becomes final"
+        assert process.stdout.readline() == b'{"index":0,"ok":true,"output":2}\n', "written as soon as it is final"
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=30)
         assert process.returncode == 130
-        assert b"--batch-key" in said.splitlines()[-1]
+        assert b"--batch-key" in stderr.splitlines()[-1]
     assert [batch["state"] for batch in shell("batch", "list", "--json").json["batches"]] == ["cancelled"]
 
 
@@ -122,11 +122,11 @@ def test_a_full_disk_is_one_clear_error_and_nothing_acknowledged_is_lost(shell: 
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     with started(shell, "tasks.py:double", "in.ndjson", "-o", "out.ndjson", preexec_fn=limit) as process:
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 1, said.decode()
-    assert b"Traceback" not in said
-    assert b"error: " in said
-    assert b"hint: " in said
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 1, stderr.decode()
+    assert b"Traceback" not in stderr
+    assert b"error: " in stderr
+    assert b"hint: " in stderr
     ran = shell.map("--json")
     assert (ran.code, ran.json["completed"]) == (0, 20_000)
     assert [line["output"] for line in shell.lines()] == [2 * n for n in range(20_000)]
@@ -147,7 +147,7 @@ def test_a_locked_database_is_one_clear_error(shell: Shell, monkeypatch: pytest.
     assert shell.map().code == 0
 
 
-def test_the_summary_makes_way_for_results_on_standard_output(shell: Shell) -> None:
+def test_the_summary_goes_to_standard_error_when_results_use_standard_output(shell: Shell) -> None:
     shell.items(2)
     ran = shell("map", "tasks.py:double", "in.ndjson", "--json")
     assert [json.loads(line)["output"] for line in ran.out.splitlines()] == [0, 2]
@@ -159,9 +159,9 @@ def test_a_named_pipe_is_a_stream(shell: Shell) -> None:
     with started(shell, "tasks.py:double", "pipe", "-o", "out.ndjson") as process:
         with (shell.place / "pipe").open("wb") as pipe:
             pipe.write(b'{"n":4}\n{"n":5}\n')
-        _, said = process.communicate(timeout=30)
-        assert process.returncode == 0, said.decode()
-    assert b"can be resumed only with --batch-key" in said.splitlines()[0]
+        _, stderr = process.communicate(timeout=30)
+        assert process.returncode == 0, stderr.decode()
+    assert b"can be resumed only with --batch-key" in stderr.splitlines()[0]
     assert [line["output"] for line in shell.lines()] == [8, 10]
 
 
@@ -169,7 +169,7 @@ def test_a_named_pipe_is_a_stream(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    ("standing", "rate", "said"),
+    ("standing", "rate", "line"),
     [
         (Standing(1_200, 3, 50_000), 800.0, "1,200 of 50,000 done, 800/s, 3 failed, 61.0 s left"),
         (Standing(5, 0, 1_000, is_estimate=True), 0.5, "5 of about 1,000 done, 0.5/s, 0 failed, 33 min 10 s left"),
@@ -177,22 +177,22 @@ def test_a_named_pipe_is_a_stream(shell: Shell) -> None:
         (Standing(20, 0, 10), 10.0, "20 of 10 done, 10/s, 0 failed, 0 ms left"),
     ],
 )
-def test_progress_is_said_in_one_line(standing: Standing, rate: float, said: str) -> None:
-    assert line_of(standing, rate) == said
+def test_progress_is_one_line(standing: Standing, rate: float, line: str) -> None:
+    assert line_of(standing, rate) == line
 
 
-def test_the_pace_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
     monkeypatch.setattr(progress, "monotonic", lambda: now_s)
     pace = Rate()
-    assert pace.add(1_000_000) == 0.0, "what an earlier start had done is not this one's speed"
+    assert pace.add(1_000_000) == 0.0, "runs of an earlier command do not count for the rate"
     for second in range(1, 30):
         now_s = float(second)
         rate = pace.add(1_000_000 + 50 * second)
     assert rate == 50.0
 
 
-def test_without_a_terminal_there_is_a_line_now_and_then(
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     now_s = 0.0
@@ -207,7 +207,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(
     ]
 
 
-def test_on_a_terminal_there_is_a_bar(shell: Shell, tmp_path: Path) -> None:
+def test_on_a_terminal_progress_is_a_bar(shell: Shell, tmp_path: Path) -> None:
     import pty
 
     shell.items(2_000)
@@ -232,7 +232,7 @@ def test_on_a_terminal_there_is_a_bar(shell: Shell, tmp_path: Path) -> None:
 
 
 def read_pty(descriptor: int) -> bytes:
-    """What the other side wrote; nothing once it is closed."""
+    """Return what the other side wrote; empty once it is closed."""
     try:
         return os.read(descriptor, 65_536)
     except OSError:

@@ -1,4 +1,4 @@
-"""`headrace move`: a SQLite file becomes a schema of PostgreSQL."""
+"""`headrace move`: copy a SQLite file to a schema of PostgreSQL."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RUNS = 100_000
 
 
 def app_on(store: str, folder: Path, name: str, *, stop_at: int = 0) -> tuple[Headrace, Any, asyncio.Event]:
-    """An app with one task that fails now and then; after `stop_at` runs it tells so and begins no more."""
+    """Make an app with one task that fails sometimes; after `stop_at` runs it signals this and starts no more."""
     app = Headrace(
         "moving", store=store, objects=str(folder / f"{name}.objects"), inline_bytes_max=2_000, shutdown_grace_s=1
     )
@@ -54,7 +54,7 @@ def app_on(store: str, folder: Path, name: str, *, stop_at: int = 0) -> tuple[He
 
 
 async def half_finished(url: str, folder: Path, runs_count: int) -> str:
-    """A batch of which about half has run, with its worker gone."""
+    """Create a batch of which about half has run, and whose worker is gone."""
     app, work, reached = app_on(url, folder, "source", stop_at=runs_count // 2)
     async with app:
         batch = await work.map(range(runs_count), batch_key="the-batch")
@@ -64,7 +64,7 @@ async def half_finished(url: str, folder: Path, runs_count: int) -> str:
 
 
 async def finished(url: str, folder: Path, name: str, batch_id: str) -> list[Any]:
-    """Run what is left, and all outcomes in order."""
+    """Run the remaining runs, and return all outcomes in order."""
     app, _, _ = app_on(url, folder, name)
     async with app, app.worker():
         batch = await app.get_batch(batch_id)
@@ -77,7 +77,7 @@ async def finished(url: str, folder: Path, name: str, batch_id: str) -> list[Any
         ]
 
 
-def test_a_batch_that_was_moved_half_way_ends_as_one_that_stayed(shell: Shell) -> None:
+def test_a_batch_moved_while_it_ran_completes_like_one_that_was_not_moved(shell: Shell) -> None:
     place = shell.place
     source, target = f"sqlite:///{place}/source.db", fresh_schema(place)
     batch_id = asyncio.run(half_finished(source, place, RUNS))
@@ -98,7 +98,7 @@ def test_a_batch_that_was_moved_half_way_ends_as_one_that_stayed(shell: Shell) -
     assert (again.code, "was moved to" in again.err) == (2, True)
 
 
-def test_the_file_takes_no_writes_any_more_whoever_has_it_open(shell: Shell) -> None:
+def test_the_moved_file_accepts_no_writes_from_any_process(shell: Shell) -> None:
     source, target = f"sqlite:///{shell.place}/a.db", fresh_schema(shell.place)
 
     async def story() -> None:
@@ -118,13 +118,13 @@ def test_the_file_takes_no_writes_any_more_whoever_has_it_open(shell: Shell) -> 
 
 
 async def _ended(app: Headrace) -> None:
-    """End the session of an app's producer, as an idle one is ended that others took for dead."""
+    """End the session of an app's producer, as if other processes had taken it for crashed."""
     producer, app._producer = app._producer, None
     assert producer is not None
     await producer.close()
 
 
-def test_nothing_is_moved_while_somebody_works_on_it(shell: Shell) -> None:
+def test_a_move_is_refused_while_a_process_uses_the_file(shell: Shell) -> None:
     source, target = f"sqlite:///{shell.place}/a.db", fresh_schema(shell.place)
 
     async def story() -> None:
@@ -148,7 +148,7 @@ class Cut(Exception):
 
 
 class Cutting:
-    """An arrival whose n-th answer never comes."""
+    """A copy target whose n-th answer is lost."""
 
     def __init__(self, arrival: Any, steps: int) -> None:
         self._arrival = arrival
@@ -168,7 +168,7 @@ class Cutting:
 
 
 @pytest.mark.parametrize("steps", range(1, 11))
-async def test_a_move_that_was_cut_goes_on_where_it_was(steps: int, tmp_path: Path) -> None:
+async def test_an_interrupted_move_resumes(steps: int, tmp_path: Path) -> None:
     source_url, target_url = f"sqlite:///{tmp_path}/a.db", fresh_schema(tmp_path)
     app, work, _ = app_on(source_url, tmp_path, "a")
     async with app:
@@ -202,7 +202,7 @@ async def test_a_move_that_was_cut_goes_on_where_it_was(steps: int, tmp_path: Pa
 
 
 async def test_lists_of_different_lengths_are_each_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch may have many tags and few keys: whichever list ends first must not begin again."""
+    """A batch may have many tags and few keys: the list that ends first must not start again."""
     monkeypatch.setattr(copy_source, "PAGE_ROWS", 2)
     source = await opened(f"sqlite:///{tmp_path}/a.db", tmp_path)
     try:
@@ -214,20 +214,20 @@ async def test_lists_of_different_lengths_are_each_read_once(tmp_path: Path, mon
         batch_id = await world.batch(9)
         await source.store.append(batch_id, chunks_of(range(9), extras=extras), now_us=world.now_us)
         departure = copy_source.SqliteCopySource(cast("SqliteStore", source.store))
-        found: list[Belongings] = []
+        pages: list[Belongings] = []
         page: Belongings | None = None
         while (page := await departure.belongings(batch_id, page)) != NOTHING:
-            found.append(page)
-            assert len(found) <= 7, "there is no end to it"
-        assert sorted(key for page in found for _, key, *_ in page.keys) == [f"key {index}" for index in range(3)]
-        tags = sorted(tag for page in found for tag in page.tags)
+            pages.append(page)
+            assert len(pages) <= 7, "the lists never end"
+        assert sorted(key for page in pages for _, key, *_ in page.keys) == [f"key {index}" for index in range(3)]
+        tags = sorted(tag for page in pages for tag in page.tags)
         assert tags == sorted([("red", index) for index in range(9)] + [("blue", index) for index in range(1, 9, 2)])
     finally:
         await source.close()
 
 
 async def _died(engine: Engine) -> list[DeadLetter]:
-    """A dead letter in the store."""
+    """Create a dead letter in the store."""
     world = World(engine.store)
     session_id = await world.session()
     await world.filled(1, key=Key("old", dead_letter=True))
@@ -237,7 +237,7 @@ async def _died(engine: Engine) -> list[DeadLetter]:
     return await engine.store.dead_letters("default")
 
 
-async def test_a_move_that_is_given_up_leaves_both_as_they_were(tmp_path: Path) -> None:
+async def test_an_undone_move_leaves_both_stores_unchanged(tmp_path: Path) -> None:
     source_url, target_url = f"sqlite:///{tmp_path}/a.db", fresh_schema(tmp_path)
     app, work, _ = app_on(source_url, tmp_path, "a")
     async with app:
@@ -273,7 +273,7 @@ async def test_a_move_that_is_given_up_leaves_both_as_they_were(tmp_path: Path) 
         await target.close()
 
 
-def test_a_key_that_is_taken_in_the_target_stops_the_move_before_anything_is_copied(shell: Shell) -> None:
+def test_a_batch_key_in_both_stores_stops_the_move_before_copying(shell: Shell) -> None:
     source, target = f"sqlite:///{shell.place}/a.db", fresh_schema(shell.place)
 
     async def filled(url: str, name: str) -> None:
@@ -289,7 +289,7 @@ def test_a_key_that_is_taken_in_the_target_stops_the_move_before_anything_is_cop
     assert shell("move", source, target, "--undo").code == 0
 
 
-def test_a_move_that_is_killed_is_run_again(shell: Shell) -> None:
+def test_a_killed_move_is_completed_by_repeating_the_command(shell: Shell) -> None:
     source, target = f"sqlite:///{shell.place}/a.db", fresh_schema(shell.place)
     batch_id = asyncio.run(half_finished(source, shell.place, 60_000))
     command = [sys.executable, "-m", "headrace", "move", source, target, "--no-progress"]
@@ -307,7 +307,7 @@ def test_a_move_that_is_killed_is_run_again(shell: Shell) -> None:
 
 
 async def _pages(target: str) -> int:
-    """How many of the source's blocks a move has copied, once it has made the schema."""
+    """Count the source's blocks that a move has copied, once it has created the schema."""
     dsn, _, schema = target.partition("?schema=")
     connection = await asyncpg.connect(dsn)
     try:
@@ -319,16 +319,16 @@ async def _pages(target: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "said"),
+    ("source", "target", "message"),
     [
         ("postgresql://nobody@127.0.0.1:1/x", "sqlite:///b.db", "can't be reached|connect|refused"),
         ("sqlite:///nothing.db", "sqlite:///b.db", "there is no database"),
     ],
 )
-def test_what_can_not_be_moved_is_refused(shell: Shell, source: str, target: str, said: str) -> None:
+def test_an_impossible_move_is_refused(shell: Shell, source: str, target: str, message: str) -> None:
     ran = shell("move", source, target)
     assert ran.code != 0
-    assert re.search(said, ran.err), ran.err
+    assert re.search(message, ran.err), ran.err
 
 
 async def test_only_sqlite_into_postgres(tmp_path: Path) -> None:

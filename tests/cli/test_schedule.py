@@ -1,4 +1,4 @@
-"""What runs by the clock, as a person sees it."""
+"""Schedules as the command line shows them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HOUR_US = 3_600_000_000
 
 
 def scheduled(*expressions: str) -> Headrace:
-    """An app with an hourly schedule, and others."""
+    """Make an app with an hourly schedule, and others."""
     app = Headrace("tests")
 
     @app.schedule(every_s=3_600)
@@ -29,13 +29,13 @@ def scheduled(*expressions: str) -> Headrace:
 
 
 def make_known(app: Headrace) -> None:
-    """As a worker that starts does."""
+    """Register the app's schedules, as a starting worker does."""
 
-    async def known() -> None:
+    async def register() -> None:
         async with app:
             await Scheduler(await app.open(), app.registry).round()
 
-    asyncio.run(known())
+    asyncio.run(register())
 
 
 def test_a_store_without_schedules_says_so(shell: Shell) -> None:
@@ -70,13 +70,13 @@ def test_a_schedule_that_no_worker_runs_is_overdue(shell: Shell, tmp_path: Path)
     change_last_us(tmp_path / "headrace.db")
     (hourly,) = shell("schedule", "list", "--json").json["schedules"]
     assert (hourly["state"], hourly["last_us"]) == ("overdue", None)
-    make_known(scheduled())  # a worker comes, and catches up
+    make_known(scheduled())  # a worker starts, and catches up
     (hourly,) = shell("schedule", "list", "--json").json["schedules"]
     assert (hourly["state"], hourly["last_us"]) == ("on", hourly["next_us"] - HOUR_US)
 
 
 def change_last_us(path: Path) -> None:
-    """As if nobody had run for a day."""
+    """Move the schedule back, as if no worker had run for a day."""
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("UPDATE schedule SET last_us = last_us - 24 * 3600000000")
         connection.commit()

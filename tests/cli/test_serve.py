@@ -1,4 +1,4 @@
-"""What `headrace serve` refuses before anything listens."""
+"""Invalid settings of `headrace serve` are refused before anything listens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.cli.conftest import Shell
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (("--delivery", "pull", "--host", "0.0.0.0"), "grpc_secrets is not set"),
         (("--delivery", "push"), "--delivery push requires push"),
@@ -20,20 +20,20 @@ from tests.cli.conftest import Shell
         (("--no-auth", "--host", "0.0.0.0"), "--no-auth"),
     ],
 )
-def test_what_can_t_be_served_is_refused_by_name(shell: Shell, flags: tuple[str, ...], said: str) -> None:
+def test_invalid_server_settings_are_refused_by_name(shell: Shell, flags: tuple[str, ...], message: str) -> None:
     ran = shell("serve", *flags)
     assert ran.code == 2
-    assert said in ran.err
+    assert message in ran.err
 
 
-def test_secrets_let_a_server_be_reached_from_elsewhere(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_secrets_a_server_may_listen_on_other_addresses(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_GRPC_SECRETS", "a secret of many bytes")
     ran = shell("serve", "--delivery", "pull", "--host", "0.0.0.0", "--tls-cert", "no.pem", "--tls-key", "no.pem")
     assert "grpc_secrets" not in ran.err
     assert "can't load tls_cert" in ran.err
 
 
-def test_endpoints_that_nothing_is_pushed_to_are_told_of(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unused_push_endpoints_are_reported(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_PUSH", "app=http://localhost:50052")
     store = "sqlite:///no/such/directory/x.db"
     for flags, is_told in (((), True), (("--delivery", "pull"), True), (("--delivery", "both"), False)):

@@ -1,4 +1,4 @@
-"""What a command line names is found, or one clear error says what is missing."""
+"""The task, app or indexer that a command line names is loaded, or one clear error says what is missing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from headrace.runtime.tasks.task_spec import TaskSpec
 
 @pytest.fixture(autouse=True)
 def clean_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a test imports is forgotten, the path too."""
-    known = dict(sys.modules)
+    """Remove the modules and paths that a test has imported."""
+    modules_before = dict(sys.modules)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for name in set(sys.modules) - set(known):
+    for name in set(sys.modules) - set(modules_before):
         del sys.modules[name]
 
 
@@ -48,7 +48,7 @@ def test_a_plain_function_of_a_file_is_found(tmp_path: Path) -> None:
     assert load_target(f"{place}:double").function is loaded.function
 
 
-def test_what_lies_beside_a_file_can_be_imported(tmp_path: Path) -> None:
+def test_modules_beside_a_file_can_be_imported(tmp_path: Path) -> None:
     write(tmp_path / "beside_it.py", "FACTOR = 3\n")
     place = write(tmp_path / "triple_tasks.py", "from beside_it import FACTOR\ndef triple(x):\n    return FACTOR * x\n")
     assert load_target(f"{place}:triple").function(2) == 6
@@ -61,7 +61,7 @@ def test_a_task_of_an_app_is_found_with_its_handle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["json.py", "not-a-name.py", "tasks.v2.py"])
-def test_a_file_whose_name_no_module_can_have_is_found_all_the_same(tmp_path: Path, name: str) -> None:
+def test_a_file_with_a_name_that_is_no_identifier_is_loaded(tmp_path: Path, name: str) -> None:
     assert load_target(write(tmp_path / name, "def f(x): return x\n") + ":f").function(1) == 1
 
 
@@ -85,14 +85,14 @@ def test_a_module_on_the_path_is_found_by_its_name() -> None:
         ("json:__all__", "expected a task at json:__all__, got a list", "name a function"),
     ],
 )
-def test_what_is_not_there_is_said(target: str, message: str, hint: str) -> None:
+def test_an_invalid_target_is_explained(target: str, message: str, hint: str) -> None:
     with pytest.raises(InvalidInput) as raised:
         load_target(target)
     assert message in raised.value.message
     assert hint in raised.value.hint
 
 
-def test_a_module_that_lies_here_as_a_file_is_hinted_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hint_for_a_module_names_a_file_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "lies_here.txt", "")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidInput, match="is a directory"):

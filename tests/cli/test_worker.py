@@ -1,4 +1,4 @@
-"""`headrace worker`: a process of its own that runs what others enqueue."""
+"""`headrace worker`: a separate process that runs what others enqueue."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def stuck(path: str) -> None:
 
 @contextmanager
 def worker(shell: Shell, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A worker that has said that it works."""
+    """Start a worker and wait until it reports that it works."""
     (shell.place / "app.py").write_text(APP, encoding="utf-8")
     process = subprocess.Popen(
         [sys.executable, "-m", "headrace", "worker", "app.py:app", *arguments],
@@ -65,16 +65,16 @@ def worker(shell: Shell, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     )
     try:
         assert process.stderr is not None
-        said = next(line for line in process.stderr if "recovered" not in line)
-        assert said.startswith(("working on", "keeping"))
+        first_line = next(line for line in process.stderr if "recovered" not in line)
+        assert first_line.startswith(("working on", "keeping"))
         yield process
     finally:
-        process.kill()  # a supervisor's workers end by themselves when it is gone
+        process.kill()  # the workers of a supervisor end by themselves when it is gone
         process.communicate()
 
 
 def enqueue(shell: Shell, call: str) -> str:
-    """Ask for a run in a process of its own, and what came of it if that is awaited there."""
+    """Enqueue in a separate process, and return what the call printed."""
     code = (
         "import asyncio; from app import *\n"
         "async def _all(batch):\n    return ' '.join([str(outcome.output) async for outcome in batch.results()])\n"
@@ -86,17 +86,17 @@ def enqueue(shell: Shell, call: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_worker_runs_what_another_process_enqueues_and_stops_in_good_order(shell: Shell) -> None:
+def test_a_worker_runs_what_another_process_enqueues_and_stops_gracefully(shell: Shell) -> None:
     with worker(shell) as process:
         assert enqueue(shell, "await (await double.enqueue(21)).result(timeout_s=30)") == "42"
         process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=30)
         assert process.returncode == 0
-        assert "1 completed, 0 failed" in told
+        assert "1 completed, 0 failed" in stderr
     assert shell("verify").code == 0
 
 
-def test_a_worker_may_be_for_some_queues_only(shell: Shell) -> None:
+def test_a_worker_can_be_limited_to_some_queues(shell: Shell) -> None:
     with worker(shell, "--queues", "other,third"):
         left = enqueue(shell, "(await double.enqueue(1)).id")
         assert enqueue(shell, "await (await elsewhere.enqueue(5)).result(timeout_s=30)") == "5"
@@ -115,11 +115,11 @@ def test_a_second_signal_stops_now_and_the_run_is_recovered(shell: Shell) -> Non
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 130
     with worker(shell, "--queues", "none"):
-        assert shell("run", "show", run_id, "--json").json["state"] == "waiting", "it went back to be run again"
+        assert shell("run", "show", run_id, "--json").json["state"] == "waiting", "it was requeued"
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "message"),
     [
         ("nowhere.py:app", "nowhere.py is missing"),
         ("tasks.py:double", "expected an app at tasks.py:double"),
@@ -127,10 +127,10 @@ def test_a_second_signal_stops_now_and_the_run_is_recovered(shell: Shell) -> Non
         ("tasks.py", "expected MODULE:APP or"),
     ],
 )
-def test_what_is_no_app_is_refused(shell: Shell, target: str, said: str) -> None:
+def test_a_target_that_is_not_an_app_is_refused(shell: Shell, target: str, message: str) -> None:
     ran = shell("worker", target)
     assert ran.code == 2
-    assert said in ran.err
+    assert message in ran.err
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -142,28 +142,28 @@ def stored(request: pytest.FixtureRequest, shell: Shell, monkeypatch: pytest.Mon
     return shell
 
 
-def test_four_workers_all_have_work_from_one_chunk_of_slow_runs(stored: Shell) -> None:
+def test_four_workers_share_one_chunk_of_slow_runs(stored: Shell) -> None:
     with worker(stored, "--processes", "4", "--concurrency", "4") as process:
         call = "await _all(await gathered.map([{'n': n, 'wanted': 4} for n in range(256)]))"
         pids = enqueue(stored, call).split()
         assert len(pids) == 256
         assert len(set(pids)) == 4
         process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=60)
-        assert process.returncode == 0, told
-        ended = [line for line in told.splitlines() if line.endswith("completed, 0 failed")]
-        assert sum(int(line.split()[2]) for line in ended) == 256, told
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0, stderr
+        ended = [line for line in stderr.splitlines() if line.endswith("completed, 0 failed")]
+        assert sum(int(line.split()[2]) for line in ended) == 256, stderr
     assert stored("verify").code == 0
 
 
-def test_of_a_worker_that_is_killed_only_what_it_had_begun_is_suspect(stored: Shell) -> None:
+def test_only_started_runs_of_a_killed_worker_are_suspected(stored: Shell) -> None:
     with worker(stored, "--processes", "2", "--concurrency", "3"):
         batch_id = enqueue(stored, "(await held.map(range(40))).id")
-        begun = _begun(stored, lambda found: len(found) >= 6 and len({pid for _, pid in found}) == 2)
+        begun = _begun(stored, lambda started: len(started) >= 6 and len({pid for _, pid in started}) == 2)
         victim = begun[0][1]
         os.kill(int(victim), signal.SIGKILL)
         suspects = {int(n) for n, pid in begun if pid == victim}
-        _begun(stored, lambda found: len({pid for _, pid in found}) == 3)  # another has taken its place
+        _begun(stored, lambda started: len({pid for _, pid in started}) == 3)  # another worker has replaced it
         (stored.place / "open").touch()
         assert enqueue(stored, f"(await (await app.get_batch('{batch_id}')).wait()).ledger.completed") == "40"
     views = [stored("run", "show", f"run_{batch_id.removeprefix('batch_')}_{n}", "--json").json for n in range(40)]
@@ -172,10 +172,10 @@ def test_of_a_worker_that_is_killed_only_what_it_had_begun_is_suspect(stored: Sh
 
 
 def _begun(shell: Shell, enough: Callable[[list[tuple[str, str]]], bool]) -> list[tuple[str, str]]:
-    """`(n, pid)` of the runs that have begun, once they are enough."""
+    """Wait for enough started runs, and return `(n, pid)` of each."""
     while True:
         names = [path.name.split("-") for path in shell.place.glob("begun-*")]
-        found = sorted((n, pid) for _, n, pid in names)
-        if enough(found):
-            return found
+        started = sorted((n, pid) for _, n, pid in names)
+        if enough(started):
+            return started
         os.sched_yield()

@@ -169,7 +169,7 @@ class TestHostileLines:
     @pytest.mark.parametrize("terminator", [b"", b"\n"], ids=["unfinished", "finished"])
     @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
     def test_whole(self, hostile: HostileLine, terminator: bytes) -> None:
-        assert_verdict(hostile, items_of(hostile.line + terminator, item_bytes_max=ITEM_BYTES_MAX))
+        assert_expected(hostile, items_of(hostile.line + terminator, item_bytes_max=ITEM_BYTES_MAX))
 
     @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
     def test_byte_by_byte(self, hostile: HostileLine) -> None:
@@ -181,14 +181,14 @@ class TestHostileLines:
     def test_with_records_after(self, hostile: HostileLine) -> None:
         items = items_of(hostile.line + b"\n1\n2", item_bytes_max=ITEM_BYTES_MAX)
         assert items[-2:] == [b"1", b"2"]
-        assert_verdict(hostile, items[:-2])
+        assert_expected(hostile, items[:-2])
 
     @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
     def test_between_records(self, hostile: HostileLine) -> None:
         before, *middle, after = items_of(b"1\n" + hostile.line + b"\n2\n", item_bytes_max=ITEM_BYTES_MAX)
         assert (before, after) == (b"1", b"2")
         if not hostile.line.startswith(b"\xef\xbb\xbf"):
-            assert_verdict(hostile, middle, position=1)
+            assert_expected(hostile, middle, position=1)
         elif middle:
             assert only_unreadable(middle).line == 2, "a byte order mark is only one at the very beginning"
 
@@ -200,7 +200,7 @@ class TestHostileLines:
             "ok": [True],
             "unreadable": [True],
             "oversized": [False],
-        }[hostile.verdict]
+        }[hostile.expected]
 
     def test_a_lone_surrogate_is_called_by_its_name(self) -> None:
         for line in (rb'"\ud800"', rb'"\ud800 and more"', rb'{"\\\ud800":1}'):
@@ -220,12 +220,12 @@ class TestHostileLines:
         assert reason == "Invalid JSON at line 1: it is nested too deeply"
 
 
-def assert_verdict(hostile: HostileLine, items: list[Item], *, position: int = 0) -> None:
-    if hostile.verdict == "blank":
+def assert_expected(hostile: HostileLine, items: list[Item], *, position: int = 0) -> None:
+    if hostile.expected == "blank":
         assert items == []
-    elif hostile.verdict == "ok":
+    elif hostile.expected == "ok":
         assert items == [hostile.line.removeprefix(b"\xef\xbb\xbf").strip()]
-    elif hostile.verdict == "unreadable":
+    elif hostile.expected == "unreadable":
         marker = only_unreadable(items)
         assert (marker.index, marker.line) == (position, position + 1)
     else:

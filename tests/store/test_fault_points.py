@@ -16,11 +16,11 @@ import pytest
 from headrace.core.index_set import IndexSet
 from headrace.foundation.errors import StoreUnavailable
 from tests.support.failing_stores import Harmed, harmed_store, harmed_story, read_log
+from tests.support.faulty_proxy import LATE, MODES, FaultyProxy
 from tests.support.fork_server import Forks, forks_of
 from tests.support.postgres_server import Server, server
 from tests.support.store_rig import SECOND_US, START_US, fresh_schema
 from tests.support.store_scenario import REDRIVEN, Told
-from tests.support.wire import LATE, MODES, FaultyProxy
 
 ROOMS = ("fast_path", "queries", "leases", "writes", "api_keys")
 """The files whose statements the story must come to."""

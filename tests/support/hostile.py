@@ -11,12 +11,12 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 ITEM_BYTES_MAX: Final = 256 * 1024
 
-Verdict: TypeAlias = Literal["ok", "blank", "unreadable", "oversized"]
+ExpectedResult: TypeAlias = Literal["ok", "blank", "unreadable", "oversized"]
 
 
 class HostileLine(NamedTuple):
     line: bytes
-    verdict: Verdict
+    expected: ExpectedResult
 
 
 def _padded(prefix: bytes, suffix: bytes, size: int) -> bytes:

@@ -25,19 +25,19 @@ async def untouched(server: ServerUnderTest, batch_id: str, count: int) -> bool:
 
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_malformed_lines_are_judged_as_by_every_other_reader(tmp_path: Path, name: str) -> None:
-    sent, verdict = HOSTILE[name]
+    sent, expected = HOSTILE[name]
     async with running_server(tmp_path, limits=LIMITS.replaced(item_bytes_max=ITEM_BYTES_MAX)) as server:
         batch_id = await server.create(100)
         answer = await server.stream(
             batch_id, [sent[: len(sent) // 2] or b" ", sent[len(sent) // 2 :] + b"\n" + line(99)]
         )
         runs = await server.engine.store.runs("default", batch_id=batch_id, limit=9)
-        if verdict == "unreadable":
+        if expected == "unreadable":
             assert (answer.status, runs) == (400, []), answer
             assert answer.json["error"].startswith(("Invalid JSON at line 1:", "Invalid UTF-8 at line 1:"))
-        elif verdict == "blank":
+        elif expected == "blank":
             assert (answer.status, [view.index for view in runs]) == (200, [99])
-        elif verdict == "oversized":
+        elif expected == "oversized":
             assert answer.status in (200, 422), answer
             assert [view.state for view in runs] == (["failed", "waiting"] if answer.status == 200 else [])
         else:

@@ -168,12 +168,12 @@ async def test_a_hostile_line_fails_alone_and_at_its_own_index(tmp_path: Path, s
             data = case.line + b"\n" + b'{"after":1}' + last
             assert await bench.fed(data, size=size if size > 1 or len(data) < 5_000 else 4_096)
             batch, _ = await bench.store.batch((await bench.batch()).id)
-            if case.verdict == "blank":
+            if case.expected == "blank":
                 assert batch.received_count == 1
                 continue
             assert batch.received_count == 2
             outcomes = await bench.store.outcomes(batch.id, 0, 10)
-            if case.verdict == "ok":
+            if case.expected == "ok":
                 assert outcomes == []
                 assert len((await bench.inputs())[0]) <= len(case.line)
                 continue
@@ -181,7 +181,7 @@ async def test_a_hostile_line_fails_alone_and_at_its_own_index(tmp_path: Path, s
             failure = decode(outcomes[0].result)
             assert failure.attempts == 0
             assert "ine 1" in failure.message
-            kinds = {"PAYLOAD_TOO_LARGE"} if case.verdict == "oversized" else {"InvalidJSON", "InvalidUTF8"}
+            kinds = {"PAYLOAD_TOO_LARGE"} if case.expected == "oversized" else {"InvalidJSON", "InvalidUTF8"}
             assert failure.type in kinds
             assert batch.counts.failed == 1
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,11 @@ async def test_pydantic_and_so_fastapi_serialise_and_document_a_view(kind: str, 
 async def test_runs_and_batches_are_listed_with_the_filters_of_the_command_line(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
         picky = with_tasks(app)
-        old, new = await picky.options(tags=["red"]).map([1, 2]), await picky.map([3])
+        old = await picky.options(tags=["red"]).map([1, 2])
+        created_ms = moment_of(engine.clock.now_us())
+        while moment_of(engine.clock.now_us()) - created_ms < timedelta(milliseconds=2):  # ids are in order of ms
+            await asyncio.sleep(0)
+        new = await picky.map([3])
         assert [view.id for view in await app.batches()] == [new.id, old.id]
         assert [view.id for view in await app.batches(limit=1)] == [new.id]
         assert await app.batches(state="completed") == []

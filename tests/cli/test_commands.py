@@ -69,6 +69,7 @@ COMMANDS = [
     ("batch", "list"),
     ("batch", "show"),
     ("batch", "results"),
+    ("batch", "missing"),
     ("batch", "cancel"),
     ("batch", "redrive"),
     ("run", "list"),
@@ -167,7 +168,7 @@ def test_a_batch_is_shown_by_its_id_or_its_key(shell: Shell, done: str) -> None:
     assert "balances" in text
 
 
-@pytest.mark.parametrize("verb", ["show", "results", "cancel", "redrive"])
+@pytest.mark.parametrize("verb", ["show", "results", "missing", "cancel", "redrive"])
 @pytest.mark.parametrize("name", ["nothing", "batch_", "batch_" + "0" * 26, "run_x_1"])
 def test_an_unknown_batch_is_named(shell: Shell, done: str, verb: str, name: str) -> None:
     ran = shell("batch", verb, name)
@@ -188,6 +189,14 @@ def test_results_of_an_unfinished_batch_end_at_the_first_running_one(shell: Shel
     ran = shell("batch", "results", open_batch(shell))
     assert (ran.code, ran.out) == (0, "")
     assert "run 0 has not ended yet" in ran.err
+
+
+def test_missing_items_of_an_announced_batch_are_listed_as_ranges(shell: Shell) -> None:
+    batch = open_batch(shell)
+    assert shell("batch", "missing", batch).out == f"no item of {batch} is missing\n"
+    change("UPDATE batch SET state = 'open', expected_count = 9 WHERE id = ?", batch)
+    assert shell("batch", "missing", batch, "--json").json == {"batch": batch, "ranges": [[5, 8]]}
+    assert shell("batch", "missing", batch).out.splitlines()[-1].split() == ["5", "8", "4"]
 
 
 def test_a_batch_is_cancelled_once(shell: Shell) -> None:

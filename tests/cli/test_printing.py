@@ -59,6 +59,7 @@ def used(shell: Shell) -> str:
 COMMANDS = [
     ("batch", "list"),
     ("batch", "show", "BATCH"),
+    ("batch", "missing", "BATCH"),
     ("run", "list", "--batch", "BATCH"),
     ("run", "show", "RUN"),
     ("queue", "list"),

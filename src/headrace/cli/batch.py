@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True, help="List and show batches, write their results, cancel them, redrive their failed runs."
 )
 
+RANGES_MAX: Final = 1_000
 BatchArgument = Annotated[str, typer.Argument(metavar="BATCH", help="The batch's id, or its key.")]
 
 
@@ -160,6 +161,28 @@ async def _write_all(engine: Engine, batch_id: str, target: Any) -> int:
         index = outcomes[-1].index + 1
     await target.finish()
     return index
+
+
+@app.command("missing")
+def missing(
+    batch: BatchArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False
+) -> None:
+    """List the index ranges whose items are announced but not stored yet."""
+    settings = settings_of(store=place_of(store, server))
+
+    async def read() -> tuple[str, list[tuple[int, int]]]:
+        async with opened(settings, must_exist=True) as engine:
+            batch_id = (await find_batch(engine, batch)).id
+            return batch_id, await engine.store.missing(batch_id, RANGES_MAX)
+
+    batch_id, ranges = run_async(read())
+    if json:
+        say_json({"batch": batch_id, "ranges": [[start, end - 1] for start, end in ranges]})
+    elif not ranges:
+        say(f"no item of {batch_id} is missing")
+    else:
+        rows = [(start, end - 1, end - start) for start, end in ranges]
+        table(("first", "last", "items"), rows, numbers=("first", "last", "items"))
 
 
 @app.command("cancel")

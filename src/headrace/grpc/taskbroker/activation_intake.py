@@ -68,7 +68,7 @@ class ActivationIntake:
     async def take(self, pieces: AsyncIterable[bytes]) -> IntakeResult:
         """Store a stream of activations, each preceded by its length as a varint.
 
-        Raises `NoRoom` if the backlog stays full, and `InvalidInput` if the framing of the stream is broken.
+        Raises `QueueFull` if the backlog stays full, and `InvalidInput` if the framing of the stream is broken.
         Activations before the error may have been stored; they are recognised when the stream is sent again.
         """
         decoder = DelimitedDecoder(self._engine.limits.activation_bytes_max)

@@ -37,7 +37,13 @@ class Life:
         accepted_count = new.add_range(start, stop)
         self.now_us += 1
         self.keep(
-            batches.appended(self.batch, accepted_count=accepted_count, born=Counts(), cursor=None, now_us=self.now_us)
+            batches.appended(
+                self.batch,
+                accepted_count=accepted_count,
+                created_with_outcome=Counts(),
+                cursor=None,
+                now_us=self.now_us,
+            )
         )
         self.received = new
         self.due_count += accepted_count
@@ -114,7 +120,7 @@ def test_a_stopped_batch_ends_with_its_last_run_and_takes_nothing(state: str, un
     for refused in (
         lambda: batches.check_append(ended, first_index=0, last_index=0, runs_max=9),
         lambda: batches.sealed(ended, IndexSet(), expected_count=None, now_us=12),
-        lambda: batches.appended(ended, accepted_count=1, born=Counts(), cursor=None, now_us=12),
+        lambda: batches.appended(ended, accepted_count=1, created_with_outcome=Counts(), cursor=None, now_us=12),
     ):
         with pytest.raises(Conflict):
             refused()
@@ -146,16 +152,16 @@ def test_a_batch_is_stopped_by_two_words_only(state: str) -> None:
 def test_a_sealed_stream_with_gaps_takes_what_it_has_and_no_more() -> None:
     stream = BatchRecord(id="batch", kind="stream", state="sealed", expected_count=2, received_count=2)
     batches.check_append(stream, first_index=7, last_index=7, runs_max=10)
-    again = batches.appended(stream, accepted_count=0, born=Counts(), cursor=None, now_us=1)
+    again = batches.appended(stream, accepted_count=0, created_with_outcome=Counts(), cursor=None, now_us=1)
     assert again.received_count == 2
     with pytest.raises(Conflict):
-        batches.appended(stream, accepted_count=1, born=Counts(), cursor=None, now_us=1)
+        batches.appended(stream, accepted_count=1, created_with_outcome=Counts(), cursor=None, now_us=1)
 
 
 def test_the_seal_deadline_counts_from_the_last_append() -> None:
     batch = BatchRecord(id="batch", created_us=5, seal_timeout_ms=10)
     assert batches.seal_due_us(batch) == 10_005
-    later = batches.appended(batch, accepted_count=1, born=Counts(), cursor=None, now_us=70)
+    later = batches.appended(batch, accepted_count=1, created_with_outcome=Counts(), cursor=None, now_us=70)
     assert batches.seal_due_us(later) == 10_070
     assert batches.seal_due_us(batches.stopped(batch, "cancelled", 6)) is None
     assert batches.seal_due_us(BatchRecord(id="batch")) is None

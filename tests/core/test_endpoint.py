@@ -23,7 +23,7 @@ from headrace.core.endpoint import (
     is_allowed,
     judge,
     networks_of,
-    place_of,
+    parse_url,
     secrets_of,
     signature,
 )
@@ -41,7 +41,7 @@ NOW_US = 1_700_000_000_000_000
     ],
 )
 def test_a_url_names_a_place(url: str, place: tuple[str, str, int, str]) -> None:
-    assert place_of(url) == place
+    assert parse_url(url) == place
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_url_names_a_place(url: str, place: tuple[str, str, int, str]) -> None
 )  # fmt: skip
 def test_what_is_no_such_url_is_refused(url: object) -> None:
     with pytest.raises(InvalidSetting):
-        place_of(url)
+        parse_url(url)
 
 
 @pytest.mark.parametrize(

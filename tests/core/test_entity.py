@@ -97,7 +97,7 @@ def test_what_a_glance_lets_through_an_examination_keeps_as_it_is(changes: dict[
     row = Plain(**({"id": "a"} | changes))
     if not PLAIN.is_usual(row):
         return
-    kept, extra = PLAIN._examined(row)
+    kept, extra = PLAIN._examine(row)
     assert kept is row
     assert extra == 0
 
@@ -129,7 +129,7 @@ def test_a_usual_row_passes_at_a_glance_and_one_that_needs_a_look_does_not() -> 
     ],
     ids=str,
 )
-def test_a_type_that_is_more_than_its_fields_types_is_always_examined(
+def test_a_type_that_is_more_than_its_fields_types_is_always_examine(
     entity: EntityType, row: Any, change: dict[str, Any]
 ) -> None:
     assert not entity.is_usual(row)

@@ -205,7 +205,7 @@ class TestHostileLines:
     def test_a_lone_surrogate_is_called_by_its_name(self) -> None:
         for line in (rb'"\ud800"', rb'"\ud800 and more"', rb'{"\\\ud800":1}'):
             reason = only_unreadable(items_of(line)).reason
-            assert reason == "Invalid JSON at line 1: an escape holds half a surrogate pair"
+            assert reason == "Invalid JSON at line 1: an escape contains half a surrogate pair"
         assert "surrogate pair" in only_unreadable(items_of(rb'"\udc00"')).reason
 
     def test_a_cut_line_is_not_blamed_on_a_surrogate(self) -> None:

@@ -144,11 +144,11 @@ def test_retry_after_refuses_what_is_no_delay(seconds: Any) -> None:
 def test_retry_after_survives_a_process_boundary(seconds: float) -> None:
     copy = pickle.loads(pickle.dumps(RetryAfter(seconds)))
     assert copy.seconds == seconds
-    assert str(copy) == f"the task asks to be tried again in {seconds} s"
+    assert str(copy) == f"the task asked for a retry in {seconds} s"
 
 
 def test_attempts_are_counted_from_one() -> None:
-    with pytest.raises(InvalidInput, match="from 1"):
+    with pytest.raises(InvalidInput, match="at least 1"):
         retry_at_us(Retry(attempts=3), attempt=0, error=ValueError(), now_us=NOW_US, random=no_chance)
 
 
@@ -166,12 +166,12 @@ def test_attempts_are_counted_from_one() -> None:
     ],
 )
 def test_an_impossible_setting_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(InvalidSetting, match=f"^{name} must be"):
+    with pytest.raises(InvalidSetting, match=f"^{name}: expected"):
         Retry(**{name: value})
 
 
 def test_a_delay_over_its_own_cap_is_refused() -> None:
-    with pytest.raises(InvalidSetting, match="more than delay_max_s"):
+    with pytest.raises(InvalidSetting, match="exceeds delay_max_s"):
         Retry(attempts=2, delay_s=7_200)
     assert delays_s(Retry(attempts=2, delay_s=7_200, delay_max_s=7_200), [1]) == [7_200]
 

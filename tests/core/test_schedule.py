@@ -186,13 +186,13 @@ REFUSED: list[Any] = [
 
 @pytest.mark.parametrize("expression", REFUSED)
 def test_what_is_no_cron_expression_is_refused_by_name(expression: Any) -> None:
-    with pytest.raises(InvalidSetting, match=r"cron expression|never comes"):
+    with pytest.raises(InvalidSetting, match=r"^cron: "):
         Cron(expression, "UTC", UTC)
 
 
 @pytest.mark.parametrize("every_s", [0, -1, 0.5, EVERY_S_MAX + 1, float("nan"), float("inf"), True, "60", None])
 def test_an_interval_out_of_bounds_is_refused(every_s: Any) -> None:
-    with pytest.raises(InvalidSetting, match="every_s is from 1 to"):
+    with pytest.raises(InvalidSetting, match="every_s: expected 1 to"):
         Every(every_s)
 
 

@@ -470,14 +470,14 @@ def test_what_is_no_plain_name_never_gets_into_sql(name: str) -> None:
     [
         (Account("a\0b"), "NUL"),
         (Account("\ud800"), "not text that can be stored"),
-        (Account(3), "a text is wanted"),  # type: ignore[arg-type]  # that is the fault
-        (Account("a", True), "a whole number is wanted"),
+        (Account(3), "expected a string"),  # type: ignore[arg-type]  # that is the fault
+        (Account("a", True), "expected an integer"),
         (Account("a", 10**4_000), "digits"),
         (Account("a", country=None), "has no country"),  # type: ignore[arg-type]  # that is the fault
         (Account("x" * 2_001), "2,001 bytes of id"),
         (Account("a", country="é" * 1_001), "2,002 bytes of country"),
-        ("a", "Account is wanted"),
-        (Wide(1), "Account is wanted"),
+        ("a", "Account was expected"),
+        (Wide(1), "Account was expected"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -493,10 +493,10 @@ def test_a_row_that_no_database_could_keep_is_refused_by_name(row: Any, words: s
         ({"price": Decimal("NaN")}, "finite"), ({"price": Decimal("1e2000")}, "digits"), ({"price": 1.5}, "Decimal"),
         ({"at": datetime(2026, 1, 1)}, "time zone"),  # noqa: DTZ001 - that is the fault
         ({"at": datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=2)))}, "years 1 to 9999"),
-        ({"day": datetime(2026, 1, 1, tzinfo=UTC)}, "a date is wanted"), ({"raw": "text"}, "bytes are wanted"),
-        ({"key": "text"}, "UUID"), ({"colour": "red"}, "Colour is wanted"), ({"names": [1]}, "Expected"),
+        ({"day": datetime(2026, 1, 1, tzinfo=UTC)}, "expected a date"), ({"raw": "text"}, "expected bytes"),
+        ({"key": "text"}, "UUID"), ({"colour": "red"}, "expected a Colour"), ({"names": [1]}, "Expected"),
         ({"names": ["\0"]}, "NUL"), ({"inner": {"x": "y"}}, "Expected"), ({"anything": object()}, "Encoding"),
-        ({"flag": 1}, "True or False"), ({"anything": "x" * BYTES_MAX}, "a row at most"), ({"text": 5}, "a text is wanted"),
+        ({"flag": 1}, "True or False"), ({"anything": "x" * BYTES_MAX}, "bytes, expected at most"), ({"text": 5}, "expected a string"),
     ],
     ids=lambda value: str(value).partition(" at 0x")[0][:60],
 )  # fmt: skip
@@ -519,9 +519,9 @@ def test_a_value_is_brought_into_the_one_form_that_comes_back() -> None:
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        ({}, "asks for nothing"), ({"nope": 1}, "has no field"), ({"balance": 1}, "not indexed"), ({"id": "a"}, "get_many"),
-        ({"country": 3}, "a text is wanted"), ({"country": None}, "has no country"), ({"country": between(None, None)}, "no bound"),
-        ({"country": any_of(*map(str, range(10_001)))}, "at most 10000"), ({"country": below(3)}, "a text is wanted"),
+        ({}, "expected at least one condition"), ({"nope": 1}, "has no field"), ({"balance": 1}, "not indexed"), ({"id": "a"}, "get_many"),
+        ({"country": 3}, "expected a string"), ({"country": None}, "has no country"), ({"country": between(None, None)}, "no bound"),
+        ({"country": any_of(*map(str, range(10_001)))}, "at most 10000"), ({"country": below(3)}, "expected a string"),
     ],
     ids=lambda value: str(value).partition(" at 0x")[0][:60],
 )  # fmt: skip
@@ -549,12 +549,12 @@ def test_a_class_that_can_t_be_a_table_is_refused_by_name() -> None:
 
     for cls, words in (
         (NoId, "has no id"),
-        (FloatId, "can't be"),
+        (FloatId, "expected a str, int or UUID"),
         (ListIndex, "can't be indexed"),
-        (Bad, "can't name a table"),
+        (Bad, "is not a valid name of a table"),
         (Long, "at most 48"),
     ):
         with pytest.raises(InvalidSetting, match=words):
             EntityType(cls, row_bytes_max=BYTES_MAX)
-    with pytest.raises(InvalidSetting, match="is no entity"):
+    with pytest.raises(InvalidSetting, match="expected an entity class"):
         EntityType(Inner, row_bytes_max=BYTES_MAX)  # type: ignore[arg-type]  # that is the fault

@@ -71,8 +71,8 @@ async def test_unknown_kinds_can_be_passed_over_and_still_count() -> None:
 
 @pytest.mark.parametrize(
     ("positions", "words"),
-    [([1, 2, 2], "comes twice"), ([1, 3, 2], "comes after the one at 3"), ([1, "2"], "one of them in one source"),
-     ([1, 2.5], "whole number or a text"), ([2**63], "64 bits"), (["a" * 501], "1 to 500 characters"), ([""], "1 to 500")],
+    [([1, 2, 2], "occurs twice"), ([1, 3, 2], "comes after the event at 3"), ([1, "2"], "one type per source"),
+     ([1, 2.5], "expected integers or strings"), ([2**63], "64 bits"), (["a" * 501], "1 to 500 characters"), ([""], "1 to 500")],
     ids=str,
 )  # fmt: skip
 async def test_positions_that_do_not_rise_are_refused_by_name(positions: list[Any], words: str) -> None:
@@ -107,12 +107,12 @@ def test_an_indexer_that_makes_no_sense_is_refused_when_it_is_made() -> None:
         (lambda: app.indexer("x", source={}, entities=[Account]), "has no source"),
         (lambda: app.indexer("x", source=Listed(), entities=[Account], history=-1), "history: expected"),
         (lambda: app.indexer("x", source=Listed(), entities=[Account], where="now"), "where: expected"),  # type: ignore[arg-type]  # that is the fault
-        (lambda: app.indexer("x", source=Listed(), entities=[Account], unknown="hm"), "refused or skipped"),  # type: ignore[arg-type]  # that is the fault
-        (lambda: handled(plain), "no async function"),
-        (lambda: handled(alone), "takes 1 parameters"),
+        (lambda: app.indexer("x", source=Listed(), entities=[Account], unknown="hm"), "expected 'refuse' or 'skip'"),  # type: ignore[arg-type]  # that is the fault
+        (lambda: handled(plain), "must be an async function"),
+        (lambda: handled(alone), "expected 2 parameters, got 1"),
         (lambda: handled(handler).on("pay")(handler), "two handlers"),
         (lambda: handled(handler).on("other")(handler), "whose tag is 'pay'"),
-        (lambda: handled(handler).effect(calls=0)(handler), "at least one"),
+        (lambda: handled(handler).effect(calls=0)(handler), "at least 1 call"),
     ):
         with pytest.raises(InvalidSetting, match=words):
             make_wrong()

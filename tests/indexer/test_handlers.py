@@ -174,12 +174,12 @@ async def test_what_a_handler_got_can_t_be_changed_under_the_others() -> None:
 @pytest.mark.parametrize(
     ("do", "words"),
     [
-        (lambda ctx: ctx.set(Account(FIVE)), "a text is wanted"),
+        (lambda ctx: ctx.set(Account(FIVE)), "expected a string"),
         (lambda ctx: ctx.set(Account("a\0")), "NUL"),
-        (lambda ctx: ctx.set("a"), "no entity of this indexer"),
-        (lambda ctx: ctx.delete(Account, 5), "a text is wanted"),
-        (lambda ctx: ctx.get(Account, 5), "a text is wanted"),
-        (lambda ctx: ctx.get(Account, []), "a text is wanted"),
+        (lambda ctx: ctx.set("a"), "not an entity of this indexer"),
+        (lambda ctx: ctx.delete(Account, 5), "expected a string"),
+        (lambda ctx: ctx.get(Account, 5), "expected a string"),
+        (lambda ctx: ctx.get(Account, []), "expected a string"),
         (lambda ctx: ctx.get(Pay, "a"), "its entities are: Account"),
         (lambda ctx: ctx.get_many(Account, ["a", None]), "has no id"),
         (lambda ctx: ctx.get_or_create(Account, "a", colour=1), "can't be created from"),

@@ -274,9 +274,9 @@ def test_the_sequencer_waits_for_who_may_still_be_earlier() -> None:
     assert taken is not None
     assert taken.events == ["a2"]
     assert not merged.is_over
-    with pytest.raises(InvalidInput, match="have none"):
+    with pytest.raises(InvalidInput, match="have no time"):
         merged.feed(0, Arrived([3], ["a3"]))
-    with pytest.raises(InvalidInput, match="older than the one before"):
+    with pytest.raises(InvalidInput, match="older than the event before"):
         merged.feed(0, Arrived([3], ["a3"], [1]))
     merged.close(0)
     assert merged.is_over

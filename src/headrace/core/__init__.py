@@ -1,1 +1,1 @@
-"""Pure decisions: no I/O, no clock, no loop. A room here imports errors and limits only."""
+"""Pure decisions: no I/O, no clock, no event loop. Modules here import only errors, ids and limits of foundation."""

@@ -1,8 +1,8 @@
-"""Who may come in now: token buckets, as one number each.
+"""Token buckets for rate limits, as one number each.
 
-A bucket is the moment at which it will be full again. Taking tokens moves that moment on by their price in time, and
-what it would owe beyond its capacity is refused, so nothing has to be refilled by anyone, and a bucket whose moment
-has passed is full and need not be kept (the generic cell rate algorithm, ITU-T I.371, seen from the bucket's side).
+A bucket is stored as the time at which it will be full again. Taking tokens moves that time on by their price in time;
+what would exceed the capacity is refused. Nothing has to be refilled, and a bucket whose time has passed is full and
+need not be stored (the generic cell rate algorithm, ITU-T I.371, seen from the bucket's side).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from headrace.foundation.errors import InvalidInput
 
 
 class Bucket(NamedTuple):
-    """At most `capacity` tokens; a spent one is back `refill_us` after the one spent before it."""
+    """At most `capacity` tokens; a spent token is back `refill_us` after the one spent before it."""
 
     capacity: int
     refill_us: int
 
 
 class Spent(NamedTuple):
-    """The answer to a wish for tokens. `wait_us`: until it could be granted; `full_us`: when the bucket is full."""
+    """The answer to a request for tokens. `wait_us`: until it could be granted; `full_us`: when the bucket is full."""
 
     is_granted: bool
     remaining: int
@@ -29,7 +29,7 @@ class Spent(NamedTuple):
 
 
 def spend(bucket: Bucket, cost: int, *, full_us: int, now_us: int) -> Spent:
-    """Take `cost` tokens, or nothing. A wish for more than the bucket ever holds is granted by a full one."""
+    """Take `cost` tokens, or nothing. A request for more than the capacity is granted by a full bucket."""
     if cost < 0 or bucket.capacity < 1 or bucket.refill_us < 1:
         raise InvalidInput(
             "expected a capacity and a refill time of at least 1 and a cost of at least 0, "

@@ -1,8 +1,8 @@
-"""What a stream of new runs becomes: chunks, each a block of inputs and the spans over it.
+"""Blocks and chunks: a stream of new runs becomes chunks, each a block of inputs and the spans over it.
 
-A block is written once and never changed. The coalescer is a machine: `add` runs, `take` the chunks that closed
-(by count or by bytes), `flush` what is left when nothing is in flight (natural batching: no timer adds latency
-to a lone item).
+A block is written once and never changed. The coalescer is a state machine: `add` runs, `take` the chunks that are
+closed (by count or by bytes), `flush` the rest when no append is in flight. With this natural batching no timer delays
+a lone item.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ EMPTY: Final = b""
 
 
 class Extra(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What only some runs have, and only those pay for.
+    """Properties that only some runs have; only those pay for them.
 
-    `failure`: an encoded failure; the run is born failed (an oversized or unreadable item). `link`: the id of the run
-    that its idempotency key named already; it is born completed, and has that run's outcome. `object_key` and
-    `object_bytes`: the payload is a reference to that object. `attempts_max` and `timeout_ms`: instead of the task's
-    own, 0 for those. `kept`: options that are echoed and mean nothing here, as JSON. `name` and `retry_delay_ms`: what
-    an activation's task is called, and how long it rests between attempts.
+    `failure`: an encoded failure; the run is created as failed (an oversized or unreadable item). `link`: the id of the
+    run that its idempotency key named before; the run is created as completed and has that run's outcome. `object_key`
+    and `object_bytes`: the payload is a reference to that object. `attempts_max` and `timeout_ms`: instead of the
+    task's own, 0 for those. `kept`: client options without a meaning here, returned as JSON. `name` and
+    `retry_delay_ms`: the task name of an activation, and its delay between attempts.
     """
 
     idempotency_key: str = ""
@@ -50,8 +50,8 @@ class Extra(msgspec.Struct, kw_only=True, omit_defaults=True):
 class Chunk(msgspec.Struct, kw_only=True):
     """A block with its spans, not yet stored.
 
-    `gaps` is None when the indexes are consecutive, else 32-bit distances from `first_index`. `spans` maps each
-    key to the positions of its runs, or to None when all runs have that key. `extras` is by position.
+    `gaps` is None for consecutive indexes, otherwise 32-bit distances from `first_index`. `spans` maps each key to the
+    block offsets of its runs, or to None if all runs have that key. `extras` is by block offset.
     """
 
     first_index: int
@@ -63,15 +63,15 @@ class Chunk(msgspec.Struct, kw_only=True):
     extras: dict[int, Extra]
 
     def index_at(self, block_offset: int) -> int:
-        """The batch index of the run at a block position."""
+        """Return the batch index of the run at a block offset."""
         return self.first_index + (block_offset if self.gaps is None else array("I", self.gaps)[block_offset])
 
 
 class Coalescer:
-    """Runs in, chunks out. Owned by one task; never waits.
+    """Collects runs into chunks. Owned by one task; never waits.
 
-    A chunk closes at `runs_max` runs, before it would exceed `bytes_max` of payload, and where indexes jump
-    further than 32 bits reach. `open_bytes` is what is held.
+    A chunk closes at `runs_max` runs, before it would exceed `bytes_max` of payload, and where indexes are more than 32
+    bits apart. `open_bytes`: the payload bytes of the open chunk.
     """
 
     def __init__(self, *, runs_max: int, bytes_max: int) -> None:
@@ -92,11 +92,11 @@ class Coalescer:
 
     @property
     def open_count(self) -> int:
-        """Runs in the chunk that has not closed yet."""
+        """Number of runs in the open chunk."""
         return len(self._payloads)
 
     def add(self, index: int, payload: bytes, key: Key, *, kind: int = JSON, extra: Extra | None = None) -> None:
-        """Take one run. Indexes may come in any order; each at most once."""
+        """Add one run. Indexes may come in any order, each at most once."""
         size = len(payload)
         if self._payloads and self.open_bytes + size > self.bytes_max:
             self._close()
@@ -117,7 +117,7 @@ class Coalescer:
             self._close()
 
     def extend(self, first_index: int, payloads: Sequence[bytes], key: Key) -> None:
-        """Take many runs of one key with consecutive indexes and JSON payloads: `add` in a few calls for all."""
+        """Add many runs of one key with consecutive indexes and JSON payloads; the same as `add`, in a few calls."""
         start = 0
         while start < len(payloads):
             piece = payloads[start : start + self.runs_max - len(self._payloads)]
@@ -139,7 +139,7 @@ class Coalescer:
                 self._close()
 
     def holds(self, first_index: int, count: int) -> bool:
-        """Whether the open chunk has one of `count` consecutive indexes already."""
+        """True if the open chunk already has one of `count` consecutive indexes."""
         if first_index > self._highest:
             return False
         if count == 1:
@@ -147,12 +147,12 @@ class Coalescer:
         return any(first_index <= index < first_index + count for index in self._indexes)
 
     def take(self) -> list[Chunk]:
-        """The chunks that have closed, oldest first."""
+        """Return the closed chunks, oldest first."""
         closed, self._closed = self._closed, []
         return closed
 
     def flush(self) -> list[Chunk]:
-        """Everything, the open chunk too."""
+        """Close the open chunk and return all chunks."""
         if self._payloads:
             self._close()
         return self.take()
@@ -183,11 +183,11 @@ class Coalescer:
         self._begin()
 
     def _close_sorted(self) -> None:
-        """Re-feed a chunk that came out of order, sorted, cutting where 32 bits don't reach."""
+        """Add the runs of an unordered chunk again, sorted, and close chunks where 32 bits don't suffice."""
         kinds = self._kinds or bytearray(len(self._payloads))
         runs = sorted(
             zip(self._indexes, self._payloads, self._keys, kinds, range(len(kinds)), strict=True),
-            key=lambda known: known[0],
+            key=lambda run: run[0],
         )
         extras = self._extras
         self._begin()
@@ -210,7 +210,7 @@ def _spans(keys: list[Key]) -> dict[Key, bytes | None]:
 
 
 class EndedAtCreation(NamedTuple):
-    """How a run ends that has nothing to run."""
+    """The outcome of a run that has nothing to execute."""
 
     state: int
     result: bytes
@@ -218,18 +218,18 @@ class EndedAtCreation(NamedTuple):
 
 
 def ended_at_creation(chunk: Chunk) -> dict[int, EndedAtCreation]:
-    """By position, the runs that end as they begin: unreadable, or linked to another run."""
-    found = {}
+    """Return the runs that are created with an outcome, by block offset: unreadable, or linked to another run."""
+    outcomes = {}
     for block_offset, extra in chunk.extras.items():
         if extra.failure:
-            found[block_offset] = EndedAtCreation(FAILED, extra.failure, JSON)
+            outcomes[block_offset] = EndedAtCreation(FAILED, extra.failure, JSON)
         elif extra.link:
-            found[block_offset] = EndedAtCreation(COMPLETED, extra.link.encode(), LINK)
-    return found
+            outcomes[block_offset] = EndedAtCreation(COMPLETED, extra.link.encode(), LINK)
+    return outcomes
 
 
 def linked(chunk: Chunk, links: Mapping[int, str]) -> Chunk:
-    """The chunk with the runs at some positions linked to others: `links` is the id of a run by position."""
+    """Return the chunk with the runs at some block offsets linked to other runs, given by id."""
     extras = dict(chunk.extras)
     for block_offset, run_id in links.items():
         extras[block_offset] = msgspec.structs.replace(
@@ -239,9 +239,9 @@ def linked(chunk: Chunk, links: Mapping[int, str]) -> Chunk:
 
 
 def check_names(chunk: Chunk) -> None:
-    """Raise unless every database can keep the names in a chunk: text that is UTF-8, without a NUL.
+    """Raise `InvalidInput` unless every database can store the names in a chunk: UTF-8 text without NUL.
 
-    SQLite's JSON cuts a string at a NUL, which would make two idempotency keys one; Postgres takes none at all.
+    SQLite's JSON cuts a string at a NUL, which would merge two idempotency keys; PostgreSQL rejects NUL.
     """
     for key in chunk.spans:
         _check_name(key.task)
@@ -260,13 +260,13 @@ def _check_name(name: str) -> None:
         except UnicodeEncodeError as error:
             raise InvalidInput(f"{name!r} is not text that can be stored: {error.reason}") from error
     if "\0" in name:
-        raise InvalidInput(f"{name!r} holds a NUL character", hint="name it without")
+        raise InvalidInput(f"{name!r} contains a NUL character", hint="remove the NUL character")
 
 
 def narrowed(chunk: Chunk, keep: list[int]) -> Chunk | None:
-    """The chunk with only the runs at the positions `keep`, ascending; None when that is none of them.
+    """Return the chunk with only the runs at the offsets `keep`, ascending; None if there are none.
 
-    What a store does when some indexes of a chunk are durable already: the others go in alone.
+    A store uses it when some indexes of a chunk are durable already: the others are appended without them.
     """
     if len(keep) == chunk.runs_count:
         return chunk
@@ -274,13 +274,15 @@ def narrowed(chunk: Chunk, keep: list[int]) -> Chunk | None:
         return None
     payloads, kinds = unpack_some(chunk.items, keep)
     indexes = [chunk.index_at(block_offset) for block_offset in keep]
-    now_at = {old: new for new, old in enumerate(keep)}
+    new_offsets = {old: new for new, old in enumerate(keep)}
     spans: dict[Key, bytes | None] = {}
     for key, block_offsets in chunk.spans.items():
         if block_offsets is None:
             spans[key] = None
-        elif kept := [now_at[block_offset] for block_offset in decode_uint16s(block_offsets) if block_offset in now_at]:
-            spans[key] = encode_uint16s(kept)
+        elif kept_offsets := [
+            new_offsets[block_offset] for block_offset in decode_uint16s(block_offsets) if block_offset in new_offsets
+        ]:
+            spans[key] = encode_uint16s(kept_offsets)
     first, last = indexes[0], indexes[-1]
     return Chunk(
         first_index=first,
@@ -289,5 +291,9 @@ def narrowed(chunk: Chunk, keep: list[int]) -> Chunk | None:
         gaps=None if last - first + 1 == len(keep) else array("I", [index - first for index in indexes]).tobytes(),
         items=pack(payloads, kinds),
         spans=spans,
-        extras={now_at[block_offset]: extra for block_offset, extra in chunk.extras.items() if block_offset in now_at},
+        extras={
+            new_offsets[block_offset]: extra
+            for block_offset, extra in chunk.extras.items()
+            if block_offset in new_offsets
+        },
     )

@@ -1,4 +1,4 @@
-"""What `where` asks for: equality, membership, a range; several fields are all wanted at once."""
+"""Conditions of `where`: equality, membership, a range; conditions on several fields must all hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AnyOf:
 
 
 class Range(NamedTuple):
-    """From `least` to `most`, both included unless said otherwise; None is unbounded."""
+    """From `least` to `most`, both included unless stated otherwise; None is unbounded."""
 
     least: Any = None
     most: Any = None
@@ -29,7 +29,7 @@ class Range(NamedTuple):
     is_below_most: bool = False
 
     def holds(self, value: Any) -> bool:
-        """Whether a value lies in it; None lies in no range."""
+        """True if a value is in the range; None is in no range."""
         if value is None:
             return False
         if self.least is not None and (value < self.least or (self.is_above_least and value == self.least)):
@@ -38,14 +38,14 @@ class Range(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """One field's part of a question: `values` for equality and membership, else `range`."""
+    """The condition on one field: `values` for equality and membership, otherwise `range`."""
 
     field: str
     values: tuple[Any, ...] | None
     range: Range | None
 
     def holds(self, row: Any) -> bool:
-        """Whether a row fulfils it."""
+        """True if a row matches."""
         value = getattr(row, self.field)
         if self.range is not None:
             return self.range.holds(value)
@@ -53,34 +53,41 @@ class Condition(NamedTuple):
         return value in self.values
 
 
-def conditions_of(entity: EntityType, wanted: dict[str, Any]) -> tuple[Condition, ...]:
-    """What the arguments of `where` ask for. Raises `InvalidInput` that says how to ask."""
+def conditions_of(entity: EntityType, conditions: dict[str, Any]) -> tuple[Condition, ...]:
+    """Build the conditions from the arguments of `where`. Raises `InvalidInput` with a hint."""
     name = entity.cls.__name__
-    if not wanted:
-        raise InvalidInput(f"where({name}) asks for nothing", hint='say which: where(Account, country="NZ")')
-    found = tuple(_condition(entity, field, value) for field, value in wanted.items())
-    if sum(len(condition.values or ()) for condition in found) > VALUES_MAX:
-        raise InvalidInput(f"where takes at most {VALUES_MAX} values", hint="ask several times")
-    return found
+    if not conditions:
+        raise InvalidInput(
+            f"where({name}): expected at least one condition", hint='name a field: where(Account, country="NZ")'
+        )
+    built = tuple(_condition(entity, field, value) for field, value in conditions.items())
+    if sum(len(condition.values or ()) for condition in built) > VALUES_MAX:
+        raise InvalidInput(f"where: expected at most {VALUES_MAX} values", hint="split the query")
+    return built
 
 
-def _condition(entity: EntityType, field: str, wanted: Any) -> Condition:
+def _condition(entity: EntityType, field: str, wanted_value: Any) -> Condition:
     column = entity.column(field)
     if not column.is_indexed:
         hint = "use get or get_many" if field == "id" else f"declare it {field}: Indexed[…]"
-        raise InvalidInput(f"{entity.cls.__name__}.{field} is not indexed, so where can't ask for it", hint=hint)
-    if isinstance(wanted, Range):
+        raise InvalidInput(f"where: {entity.cls.__name__}.{field} is not indexed", hint=hint)
+    if isinstance(wanted_value, Range):
         if column.enum is not None or column.kind == BOOL:
-            raise InvalidInput(f"{entity.cls.__name__}.{field} has no order to take a range of", hint="ask any_of(…)")
+            raise InvalidInput(
+                f"where: {entity.cls.__name__}.{field} has no order, so a range is not possible", hint="use any_of(…)"
+            )
         bounds = [
-            None if value is None else entity.checked_value(field, value) for value in (wanted.least, wanted.most)
+            None if value is None else entity.checked_value(field, value)
+            for value in (wanted_value.least, wanted_value.most)
         ]
         if bounds == [None, None]:
-            raise InvalidInput(f"a range of {field} has no bound", hint="say between(least, most), at_least, below, …")
-        return Condition(field, None, wanted._replace(least=bounds[0], most=bounds[1]))
-    if isinstance(wanted, AnyOf):
-        return Condition(field, tuple(_checked(entity, field, value) for value in wanted.values), None)
-    return Condition(field, (_checked(entity, field, wanted),), None)
+            raise InvalidInput(
+                f"where: the range of {field} has no bound", hint="use between(least, most), at_least, below, …"
+            )
+        return Condition(field, None, wanted_value._replace(least=bounds[0], most=bounds[1]))
+    if isinstance(wanted_value, AnyOf):
+        return Condition(field, tuple(_checked(entity, field, value) for value in wanted_value.values), None)
+    return Condition(field, (_checked(entity, field, wanted_value),), None)
 
 
 def _checked(entity: EntityType, field: str, value: Any) -> Any:
@@ -90,35 +97,35 @@ def _checked(entity: EntityType, field: str, value: Any) -> Any:
 
 
 def all_hold(conditions: Sequence[Condition], row: Any) -> bool:
-    """Whether a row fulfils every condition."""
+    """True if a row matches every condition."""
     return all(condition.holds(row) for condition in conditions)
 
 
 def any_of(*values: Any) -> Any:
-    """One of these values."""
+    """Match one of these values."""
     return AnyOf(values)
 
 
 def between(least: Any, most: Any) -> Any:
-    """From `least` to `most`, both included."""
+    """Match from `least` to `most`, both included."""
     return Range(least, most)
 
 
 def at_least(least: Any) -> Any:
-    """This or more."""
+    """Match `least` or more."""
     return Range(least)
 
 
 def at_most(most: Any) -> Any:
-    """This or less."""
+    """Match `most` or less."""
     return Range(None, most)
 
 
 def above(least: Any) -> Any:
-    """More than this."""
+    """Match more than `least`."""
     return Range(least, is_above_least=True)
 
 
 def below(most: Any) -> Any:
-    """Less than this."""
+    """Match less than `most`."""
     return Range(None, most, is_below_most=True)

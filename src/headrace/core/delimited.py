@@ -1,8 +1,8 @@
-"""Messages one after the other, each after its length as a varint: bytes in, messages out.
+"""Decoder of a stream of messages, each prefixed by its length as a varint.
 
-Rule 1: a message over the limit fails alone: it becomes a marker at its own place and is dropped as it arrives.
-Rule 2: memory is bounded by one message, and how the input was cut into pieces changes nothing.
-Rule 3: a length that is none ends it all: where the next message begins can't be known.
+Rule 1: a message over the limit fails alone: it becomes a marker in its position, and its bytes are dropped as they
+arrive. Rule 2: memory is bounded by one message, and the pieces in which the input arrives have no effect. Rule 3: an
+invalid length ends the stream, because the start of the next message is unknown.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from headrace.core import varint
 from headrace.foundation.errors import InvalidInput
 
 LENGTH_BYTES_MAX: Final = 5
-"""A varint of 32 bits."""
+"""Bytes of a 32-bit varint."""
 
 
-def headed(message: bytes) -> bytes:
-    """A message after its length."""
+def with_length(message: bytes) -> bytes:
+    """Prefix a message with its length."""
     length = bytearray()
     varint.put(length, len(message))
     return bytes(length) + message
 
 
 class OversizedMessage(NamedTuple):
-    """A message of more bytes than one may have."""
+    """A message over the size limit."""
 
     actual_bytes: int
 
 
 class DelimitedDecoder:
-    """Owned by one task; never waits."""
+    """Decodes messages from pieces of a stream. Owned by one task; never waits."""
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
@@ -39,8 +39,8 @@ class DelimitedDecoder:
         self._count = 0
 
     def feed(self, data: bytes) -> list[bytes | OversizedMessage]:
-        """The messages that end in this piece. Raises `InvalidInput` where there is no length."""
-        found: list[bytes | OversizedMessage] = []
+        """Return the messages that end in this piece. Raises `InvalidInput` for an invalid length."""
+        messages: list[bytes | OversizedMessage] = []
         if self._left_to_drop:
             dropped = min(self._left_to_drop, len(data))
             self._left_to_drop -= dropped
@@ -51,26 +51,26 @@ class DelimitedDecoder:
             length, begin = head
             if length > self._bytes_max:
                 self._count += 1
-                found.append(OversizedMessage(length))
-                there = min(length, len(self._buffer) - begin)
-                self._left_to_drop = length - there
-                start = begin + there
+                messages.append(OversizedMessage(length))
+                available = min(length, len(self._buffer) - begin)
+                self._left_to_drop = length - available
+                start = begin + available
                 continue
             if len(self._buffer) - begin < length:
                 break
             self._count += 1
-            found.append(bytes(self._buffer[begin : begin + length]))
+            messages.append(bytes(self._buffer[begin : begin + length]))
             start = begin + length
         del self._buffer[:start]
-        return found
+        return messages
 
     def end(self) -> None:
-        """No more comes. Raises `InvalidInput` when that is in the middle of a message."""
+        """Check that the stream has ended between two messages. Raises `InvalidInput` otherwise."""
         if self._buffer or self._left_to_drop:
-            raise InvalidInput(f"the stream ends in the middle of message {self._count}", hint="send it again")
+            raise InvalidInput(f"the stream ended inside message {self._count}", hint="send the stream again")
 
     def _length_at(self, start: int) -> tuple[int, int] | None:
-        """`(length, where the message begins)`; None when more bytes are needed to tell."""
+        """Return `(length, start of the message)`; None if more bytes are needed."""
         length = 0
         for number, byte in enumerate(self._buffer[start : start + LENGTH_BYTES_MAX]):
             length |= (byte & 0x7F) << (7 * number)
@@ -78,6 +78,6 @@ class DelimitedDecoder:
                 return length, start + number + 1
         if len(self._buffer) - start >= LENGTH_BYTES_MAX:
             raise InvalidInput(
-                f"message {self._count} has no length", hint="each message comes after its length, as a varint"
+                f"message {self._count} has no valid length", hint="prefix each message with its length as a varint"
             )
         return None

@@ -1,10 +1,9 @@
-"""What an entity is: a frozen struct with an id that becomes a table with typed columns.
+"""Entities: frozen structs with an id that become tables with typed columns.
 
-Rule 1: a row that was staged is a row that every store can keep, and that comes back as it was. So what a database
-would change (a moment's zone, a decimal's exponent) is brought into its one form when the row is set, and what it
-can't keep (NUL, a number that is none) is refused there, beside the event that made it.
-Rule 2: rows are handed out as they are, without a copy. They are frozen, and of those with lists or other changeable
-values inside each reader gets its own.
+Rule 1: a staged row is one that every store can keep, and that is read back unchanged. What a database would change
+(the zone of a time, the exponent of a decimal) is normalised when the row is set. What it can't store (NUL, a number
+that is not finite) is refused there, beside the event that made it. Rule 2: rows are returned as they are, without a
+copy. They are frozen, and of rows with lists or other mutable values each reader gets a copy.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ T = TypeVar("T")
 
 ID: Final = "id"
 INTEGER: Final = "integer"
-"""A whole number of any size."""
+"""An integer of any size."""
 BIGINT: Final = "bigint"
-"""A whole number that its annotation holds to 64 bits."""
+"""An integer whose annotation limits it to 64 bits."""
 FLOAT: Final = "float"
 BOOL: Final = "bool"
 TEXT: Final = "text"
@@ -46,19 +45,19 @@ JSON: Final = "json"
 ID_KINDS: Final = (TEXT, INTEGER, BIGINT, IDENTIFIER)
 INDEX_KINDS: Final = (TEXT, INTEGER, BIGINT, FLOAT, BOOL, DECIMAL, MOMENT, DATE, IDENTIFIER)
 KEY_BYTES_MAX: Final = 2_000
-"""Ids and indexed texts: an index of PostgreSQL takes no entry over a third of a page."""
+"""Limit for ids and indexed strings: an index of PostgreSQL takes no entry over a third of a page."""
 COLUMNS_MAX: Final = 200
 INT64: Final = range(-(2**63), 2**63)
 _LEAST, _MOST = INT64[0], INT64[-1]
 DIGITS_MAX: Final = 1_000
-"""Digits of a whole number or decimal, before and after the point."""
+"""Digits of an integer or decimal, before and after the point."""
 ROW_BYTES: Final = 250
-"""What a row costs in memory beside its texts: the struct, its entry in a dict, its numbers."""
+"""Memory of a row beside its strings: the struct, its entry in a dict, its numbers."""
 VALUE_BYTES: Final = 40
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,47}\Z")
 _SMALL: Final = 256
-"""Bytes of text that a usual row has."""
+"""Bytes of text of a usual row."""
 _NUL: Final = b"\\u0000"
 
 
@@ -69,36 +68,36 @@ class _Index:
 
 INDEX: Final = _Index()
 Indexed: TypeAlias = Annotated[T, INDEX]
-"""A field that `where` may ask for: `country: Indexed[str] = ""`."""
+"""A field that `where` may query: `country: Indexed[str] = ""`."""
 
 Int64: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""A whole number of 64 bits: `bigint` in PostgreSQL, where a plain `int` is `numeric`."""
+"""An integer of 64 bits: `bigint` in PostgreSQL, where a plain `int` is `numeric`."""
 
 
 def snake_case(name: str) -> str:
-    """`DayTotal` is `day_total`."""
+    """Convert `DayTotal` to `day_total`."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
 class _EntityMeta(msgspec.StructMeta):
-    """Takes `table=` beside what a struct takes."""
+    """Accepts `table=` beside the options of a struct."""
 
     __table__: str
 
     def __new__(
         mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], *, table: str | None = None, **options: Any
     ) -> Any:
-        made = super().__new__(mcls, name, bases, namespace, **options)
-        made.__table__ = snake_case(name) if table is None else table
-        return made
+        cls = super().__new__(mcls, name, bases, namespace, **options)
+        cls.__table__ = snake_case(name) if table is None else table
+        return cls
 
 
 class Entity(msgspec.Struct, metaclass=_EntityMeta, frozen=True, gc=False):
     """A row of a table of its own: `class Account(Entity): id: str; balance: int = 0`.
 
-    The table is called by the class in snake case, or `class Account(Entity, table="accounts")`. Rows are frozen:
-    `msgspec.structs.replace(account, balance=1)` makes the next one.
+    The table has the class name in snake case, or a name of its own: `class Account(Entity, table="accounts")`. Rows
+    are frozen: `msgspec.structs.replace(account, balance=1)` makes the next one.
     """
 
     if TYPE_CHECKING:
@@ -107,7 +106,7 @@ class Entity(msgspec.Struct, metaclass=_EntityMeta, frozen=True, gc=False):
 
 
 class Column(NamedTuple):
-    """One column. `type` is what the annotation says, without None; `enum` the enumeration its values come from."""
+    """One column. `type` is the annotation without None; `enum` the enumeration of its values."""
 
     name: str
     kind: str
@@ -119,39 +118,42 @@ class Column(NamedTuple):
 
     @property
     def is_narrowed(self) -> bool:
-        """Whether its annotation takes less than its kind holds: a `Literal`, or the bounds of a `msgspec.Meta`."""
+        """True if its annotation allows less than its kind: a `Literal`, or the bounds of a `msgspec.Meta`."""
         return self.enum is None and self.kind != JSON and self.type not in (*_SCALARS, Int64)
 
     @property
     def form(self) -> str:
-        """What the schema remembers of it."""
+        """The form of the column in the stored schema."""
         return f"{self.kind}{'?' if self.is_optional else ''}"
 
 
 class EntityType:
-    """An entity class as the machinery sees it. Raises `InvalidSetting` for one that can't be a table."""
+    """The table of an entity class. Raises `InvalidSetting` for a class that can't be a table."""
 
     def __init__(self, cls: type[Entity], *, row_bytes_max: int, name: str = "") -> None:
         if not _is_entity(cls):
-            raise InvalidSetting(f"{cls!r} is no entity", hint="write class Account(Entity): id: str; …")
+            raise InvalidSetting(
+                f"expected an entity class, got {cls!r}", hint="write class Account(Entity): id: str; …"
+            )
         self.cls = cls
         self.table = name or cls.__table__
         if not _NAME.match(self.table):
             raise InvalidSetting(
-                f"{self.table!r} can't name a table", hint="lower-case letters, digits and underscores, at most 48"
+                f"{self.table!r} is not a valid name of a table",
+                hint="use lower-case letters, digits and underscores, at most 48",
             )
         self.columns = _columns(cls)
         self.names = tuple(column.name for column in self.columns)
         self.row_bytes_max = row_bytes_max
         self.is_changeable = any(column.kind == JSON for column in self.columns)
         self.row_bytes = ROW_BYTES + VALUE_BYTES * len(self.columns)
-        """What a usual row takes in memory."""
-        self.is_usual = _usual(cls, self.columns)
-        """Whether a row can be kept as it is, at a glance; what it does not let through is examined."""
+        """Memory of a usual row."""
+        self.is_usual = _quick_check(cls, self.columns)
+        """A quick check of whether a row can be stored unchanged; rows that it rejects are examined."""
         self.has_large = False
-        """Whether a whole number of more than 64 bits was ever set."""
+        """True once an integer of more than 64 bits was set."""
         self._id_at = self.names.index(ID)
-        self._is_usual_id = _fitting(self.id_column, _SMALL) or _never
+        self._is_usual_id = _quick_check_of(self.id_column, _SMALL) or _never
         self._narrowed = {column.name for column in self.columns if column.is_narrowed}
         self._decoders = {
             column.name: msgspec.json.Decoder(column.type) for column in self.columns if column.kind == JSON
@@ -162,11 +164,11 @@ class EntityType:
 
     @property
     def id_column(self) -> Column:
-        """The column that rows are known by."""
+        """The column of the row's id."""
         return self.columns[self._id_at]
 
     def column(self, name: str) -> Column:
-        """A column by its name. Raises `InvalidInput`."""
+        """Return a column by name. Raises `InvalidInput`."""
         if name not in self.names:
             raise InvalidInput(
                 f"{self.cls.__name__} has no field {name!r}", hint=f"its fields are: {', '.join(self.names)}"
@@ -174,28 +176,28 @@ class EntityType:
         return self.columns[self.names.index(name)]
 
     def checked(self, row: Any) -> tuple[Any, int]:
-        """The row as every store keeps it, and the bytes it takes beyond `row_bytes`. Raises `InvalidInput`."""
-        return (row, 0) if self.is_usual(row) else self._examined(row)
+        """Return the row as every store keeps it, and its bytes beyond `row_bytes`. Raises `InvalidInput`."""
+        return (row, 0) if self.is_usual(row) else self._examine(row)
 
     def checked_id(self, value: Any) -> Any:
-        """An id of the right type and size. Raises `InvalidInput`."""
+        """Return an id of the right type and size. Raises `InvalidInput`."""
         if self._is_usual_id(value):
             return value
         checked, _ = self._value(self.id_column, value, value)
         return checked
 
     def checked_value(self, name: str, value: Any) -> Any:
-        """A value that a row could have in a column. Raises `InvalidInput`."""
+        """Return a value that a row may have in a column. Raises `InvalidInput`."""
         checked, _ = self._value(self.column(name), value, None)
         return checked
 
     def extra_bytes(self, row: Any) -> int:
-        """Bytes that a row from the store takes beyond `row_bytes`."""
+        """Return the bytes of a row from the store beyond `row_bytes`."""
         extra = sum(map(_size, astuple(row)))
         return extra if extra >= _SMALL else 0
 
     def copied(self, row: Any) -> Any:
-        """A row that its reader may do with what it likes."""
+        """Return a row that its reader may change."""
         if row is None or not self.is_changeable:
             return row
         changes = {
@@ -206,13 +208,13 @@ class EntityType:
         return msgspec.structs.replace(row, **changes)
 
     def decoded(self, name: str, text: str | bytes) -> Any:
-        """A value of a JSON column."""
+        """Decode a value of a JSON column."""
         return self._decoders[name].decode(text)
 
-    def _examined(self, row: Any) -> tuple[Any, int]:
+    def _examine(self, row: Any) -> tuple[Any, int]:
         cls: Any = self.cls
         if type(row) is not cls:
-            raise self._fault(None, f"is wanted, not {_said(row)}", hint=_forgotten(row))
+            raise self._fault(None, f"was expected, got {_description(row)}", hint=_await_hint(row))
         changes: dict[str, Any] = {}
         extra = 0
         for column, value in zip(self.columns, astuple(row), strict=True):
@@ -222,8 +224,8 @@ class EntityType:
                 changes[column.name] = checked
         if extra > self.row_bytes_max:
             raise self._fault(
-                row.id, f"would take {extra:,} bytes, and a row at most {self.row_bytes_max:,}",
-                hint="keep what is large elsewhere, or raise index_row_bytes_max",
+                row.id, f"has {extra:,} bytes, expected at most {self.row_bytes_max:,}",
+                hint="store large values elsewhere, or raise index_row_bytes_max",
             )  # fmt: skip
         if changes:
             row = msgspec.structs.replace(row, **changes)
@@ -233,17 +235,17 @@ class EntityType:
         if value is None:
             if column.is_optional:
                 return None, 0
-            raise self._fault(row_id, f"has no {column.name}", hint=f"annotate it as optional, or give a {column.kind}")
+            raise self._fault(row_id, f"has no {column.name}", hint=f"annotate it as optional, or pass a {column.kind}")
         try:
             checked, size = _CHECKS[column.kind](self, column, value)
             if column.name in self._narrowed:
                 _check_narrowed(column, checked)
         except _Refused as refused:
-            raise self._fault(row_id, f"can't have {column.name} = {_said(value)}: {refused}") from None
+            raise self._fault(row_id, f"can't have {column.name} = {_description(value)}: {refused}") from None
         if (column.name == ID or column.is_indexed) and size > KEY_BYTES_MAX:
             raise self._fault(
                 row_id if column.name != ID else None,
-                f"has {size:,} bytes of {column.name}, and an id or indexed text at most {KEY_BYTES_MAX:,}",
+                f"has {size:,} bytes of {column.name}, expected at most {KEY_BYTES_MAX:,} for an id or indexed string",
             )
         return checked, size
 
@@ -252,11 +254,11 @@ class EntityType:
         return InvalidInput(f"{self.cls.__name__} {what}", hint=hint, entity=self.cls.__name__, **ids)
 
 
-def _usual(cls: type[Entity], columns: Sequence[Column]) -> Callable[[Any], bool]:
-    """The glance for one type, made once: exact types, few bytes, plain characters, no number that needs a look.
+def _quick_check(cls: type[Entity], columns: Sequence[Column]) -> Callable[[Any], bool]:
+    """Return the quick check for one type: exact types, few bytes, plain characters, no number that needs a conversion.
 
-    Most rows are so, and every row that is set pays for this: what is required of texts and whole numbers stands in
-    loops of its own instead of behind a call a field.
+    Most rows pass, and every row that is set pays for this check. Strings and integers are therefore checked in loops
+    of their own instead of by a call per field.
     """
     texts_count = sum(column.kind in (TEXT, BYTES) and column.enum is None for column in columns)
     identifiers_count = sum(column.kind == IDENTIFIER for column in columns)
@@ -265,7 +267,7 @@ def _usual(cls: type[Entity], columns: Sequence[Column]) -> Callable[[Any], bool
     numbers: list[int] = []
     others: list[tuple[int, Callable[[Any], bool]]] = []
     for at, column in enumerate(columns):
-        fits = _fitting(column, share)
+        fits = _quick_check_of(column, share)
         if fits is None or share < 1:
             return _never
         if column.is_optional or column.enum is not None or column.type not in (str, int, Int64):
@@ -293,19 +295,19 @@ def _usual(cls: type[Entity], columns: Sequence[Column]) -> Callable[[Any], bool
     return is_usual
 
 
-def _fitting(column: Column, share: int) -> Callable[[Any], bool] | None:
-    """What a usual value of a column is like; None where each needs a look."""
+def _quick_check_of(column: Column, share: int) -> Callable[[Any], bool] | None:
+    """Return the quick check of a column's values; None if each must be examined."""
     if column.enum is not None:
         return partial(_is_a, column.enum)
     if column.is_narrowed:
         return None
     if column.kind in (BOOL, DATE, IDENTIFIER):
         return partial(_is_a, column.type)
-    found: dict[str, Callable[[Any], bool]] = {
+    checks: dict[str, Callable[[Any], bool]] = {
         TEXT: partial(_is_small_text, share), BYTES: partial(_are_few_bytes, share), FLOAT: _is_usual_float,
         INTEGER: _is_small_number, BIGINT: _is_small_number, MOMENT: _is_moment,
     }  # fmt: skip
-    return found.get(column.kind)
+    return checks.get(column.kind)
 
 
 def _never(_: Any) -> bool:
@@ -333,7 +335,7 @@ def _is_small_number(value: Any) -> bool:
 
 
 def _is_usual_float(value: Any) -> bool:
-    """Not 0.0, which may be -0.0; neither large nor no number."""
+    """False for 0.0, which may be -0.0, for large numbers and for NaN."""
     return type(value) is float and bool(value) and _LEAST <= value <= _MOST
 
 
@@ -346,14 +348,14 @@ def _is_entity(cls: object) -> bool:
 
 
 class _Refused(Exception):
-    """Why a value can't be kept."""
+    """The reason why a value can't be stored."""
 
 
 def _check_enum(column: Column, value: Any) -> Any:
     assert column.enum is not None
     if type(value) is column.enum:
         return value
-    raise _Refused(f"a {column.enum.__name__} is wanted")
+    raise _Refused(f"expected a {column.enum.__name__}")
 
 
 def _check_narrowed(column: Column, value: Any) -> None:
@@ -367,9 +369,9 @@ def _check_text(_: EntityType, column: Column, value: Any) -> tuple[Any, int]:
     if column.enum is not None:
         return _check_enum(column, value), 0
     if type(value) is not str:
-        raise _Refused("a text is wanted")
+        raise _Refused("expected a string")
     if "\0" in value:
-        raise _Refused("it holds a NUL character, which no database keeps in a text")
+        raise _Refused("it contains a NUL character, which no database stores in text")
     try:
         size = len(value) if value.isascii() else len(value.encode())
     except UnicodeEncodeError as error:
@@ -381,7 +383,7 @@ def _check_integer(entity: EntityType, column: Column, value: Any) -> tuple[Any,
     if column.enum is not None:
         return _check_enum(column, value), 0
     if type(value) is not int:
-        raise _Refused("a whole number is wanted")
+        raise _Refused("expected an integer")
     if column.kind == BIGINT and value not in INT64:
         raise _Refused("it needs more than 64 bits")
     bits = value.bit_length()
@@ -398,23 +400,23 @@ def _check_float(_: EntityType, column: Column, value: Any) -> tuple[Any, int]:
         try:
             value = float(value)
         except OverflowError:
-            raise _Refused("it is larger than a float holds") from None
+            raise _Refused("it exceeds the range of a float") from None
     if type(value) is not float:
-        raise _Refused("a number is wanted")
+        raise _Refused("expected a number")
     if not math.isfinite(value):
-        raise _Refused("it is not a finite number, which can't be compared with others")
+        raise _Refused("it is not a finite number")
     return (value or 0.0), 0
 
 
 def _check_bool(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
     if type(value) is not bool:
-        raise _Refused("True or False is wanted")
+        raise _Refused("expected True or False")
     return value, 0
 
 
 def _check_bytes(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
     if type(value) is not bytes:
-        raise _Refused("bytes are wanted")
+        raise _Refused("expected bytes")
     return value, len(value)
 
 
@@ -422,7 +424,7 @@ def _check_decimal(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
     if type(value) is int:
         value = Decimal(value)
     if type(value) is not Decimal:
-        raise _Refused("a Decimal is wanted")
+        raise _Refused("expected a Decimal")
     if not value.is_finite():
         raise _Refused("it is not a finite number")
     sign, digits, exponent = value.as_tuple()
@@ -438,11 +440,11 @@ def _check_decimal(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
 
 def _check_moment(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
     if type(value) is not datetime:
-        raise _Refused("a datetime is wanted")
+        raise _Refused("expected a datetime")
     if value.tzinfo is UTC:
         return value, 0
     if value.utcoffset() is None:
-        raise _Refused("it has no time zone: say datetime(…, tzinfo=UTC)")
+        raise _Refused("it has no time zone: write datetime(…, tzinfo=UTC)")
     try:
         return value.astimezone(UTC), 0
     except OverflowError:
@@ -451,25 +453,25 @@ def _check_moment(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
 
 def _check_date(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
     if type(value) is not date:
-        raise _Refused("a date is wanted")
+        raise _Refused("expected a date")
     return value, 0
 
 
 def _check_uuid(_: EntityType, __: Column, value: Any) -> tuple[Any, int]:
     if type(value) is not UUID:
-        raise _Refused("a UUID is wanted")
+        raise _Refused("expected a UUID")
     return value, 16
 
 
 def _check_json(entity: EntityType, column: Column, value: Any) -> tuple[Any, int]:
-    """A copy of its own, in the types that its annotation says."""
+    """Return a copy in the types of the column's annotation."""
     try:
         text = msgspec.json.encode(value)
         copy = entity.decoded(column.name, text)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _Refused(str(error)) from None
     if _NUL in text:
-        raise _Refused("it holds a NUL character, which no database keeps in a text")
+        raise _Refused("it contains a NUL character, which no database stores in text")
     return copy, len(text)
 
 
@@ -496,16 +498,17 @@ def _columns(cls: type[Entity]) -> tuple[Column, ...]:
         columns.append(_column(cls, field.name, hints[field.name], default))
     names = [column.name for column in columns]
     if ID not in names:
-        raise InvalidSetting(f"{cls.__name__} has no id", hint="its first field is id: str, int or UUID")
+        raise InvalidSetting(f"{cls.__name__} has no id", hint="declare id: str, int or UUID as its first field")
     if len(columns) > COLUMNS_MAX:
-        raise InvalidSetting(f"{cls.__name__} has {len(columns)} fields, and a table at most {COLUMNS_MAX} columns")
+        raise InvalidSetting(f"{cls.__name__} has {len(columns)} fields, expected at most {COLUMNS_MAX}")
     return tuple(columns)
 
 
 def _column(cls: type[Entity], name: str, hint: Any, default: Any) -> Column:
     if not _NAME.match(name):
         raise InvalidSetting(
-            f"{cls.__name__}.{name} can't name a column", hint="lower-case letters, digits and underscores, at most 48"
+            f"{cls.__name__}.{name} is not a valid name of a column",
+            hint="use lower-case letters, digits and underscores, at most 48",
         )
     is_indexed, is_optional, metas = False, False, []
     while True:
@@ -514,25 +517,27 @@ def _column(cls: type[Entity], name: str, hint: Any, default: Any) -> Column:
             is_indexed = is_indexed or any(mark is INDEX for mark in marks)
             metas += [mark for mark in marks if isinstance(mark, msgspec.Meta)]
         elif typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint):
-            rest = [own for own in typing.get_args(hint) if own is not type(None)]
+            rest = [option for option in typing.get_args(hint) if option is not type(None)]
             is_optional, hint = True, rest[0] if len(rest) == 1 else typing.Union[tuple(rest)]  # noqa: UP007 - made of a list
         else:
             break
     is_optional = is_optional or hint is Any
-    kind, own_enum = _kind(hint, metas)
-    if name == ID and (kind not in ID_KINDS or is_optional or own_enum):
-        raise InvalidSetting(f"{cls.__name__}.id can't be {hint}", hint="an id is a str, int or UUID")
+    kind, enum_type = _column_kind(hint, metas)
+    if name == ID and (kind not in ID_KINDS or is_optional or enum_type):
+        raise InvalidSetting(
+            f"{cls.__name__}.id: expected a str, int or UUID, got {hint}", hint="declare id: str, id: int or id: UUID"
+        )
     if is_indexed and kind not in INDEX_KINDS:
         raise InvalidSetting(
-            f"{cls.__name__}.{name} can't be indexed", hint=f"an index is over {', '.join(INDEX_KINDS)}"
+            f"{cls.__name__}.{name} can't be indexed", hint=f"indexes are possible for {', '.join(INDEX_KINDS)}"
         )
     annotated = hint
     for meta in metas:
         annotated = Annotated[annotated, meta]
-    return Column(name, kind, is_optional, is_indexed and name != ID, annotated, own_enum, default)
+    return Column(name, kind, is_optional, is_indexed and name != ID, annotated, enum_type, default)
 
 
-def _kind(hint: Any, metas: list[msgspec.Meta]) -> tuple[str, type[enum.Enum] | None]:
+def _column_kind(hint: Any, metas: list[msgspec.Meta]) -> tuple[str, type[enum.Enum] | None]:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         values = [member.value for member in hint]
         if all(type(value) is str for value in values):
@@ -551,7 +556,7 @@ def _kind(hint: Any, metas: list[msgspec.Meta]) -> tuple[str, type[enum.Enum] | 
 
 
 def _is_near(bound: float | None) -> bool:
-    return bound is not None and _LEAST <= bound <= _MOST  # asking a range would count up to it, if it is no int
+    return bound is not None and _LEAST <= bound <= _MOST  # a range would count up to a bound that is not an int
 
 
 def _size(value: Any) -> int:
@@ -562,11 +567,11 @@ def _size(value: Any) -> int:
     return 0
 
 
-def _forgotten(value: object) -> str:
+def _await_hint(value: object) -> str:
     return "was an await forgotten?" if hasattr(value, "__await__") else ""
 
 
-def _said(value: object) -> str:
+def _description(value: object) -> str:
     return f"{_short(value)} ({type(value).__name__})"
 
 

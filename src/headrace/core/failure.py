@@ -1,6 +1,6 @@
-"""Why a run failed, as it is kept and shown.
+"""Failures of runs, as stored and shown.
 
-A failure is JSON wherever it goes (part, wire, output file), so one encoder serves all of them.
+A failure is JSON everywhere (part, wire, output file), so one encoder serves all uses.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from headrace.foundation.errors import StoreBroken
 
 
 class Failure(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One failed attempt: `type` is a class or code, `attempts` counts this one and those before it.
+    """One failed attempt: `type` is a class or code, `attempts` counts this attempt and those before it.
 
-    `crashes` counts deaths of the worker that the run shared; `trace` is the task's own frames, shortened.
+    `crashes` counts the crashes of workers in which the run was a suspect; `trace` has the task's own frames,
+    shortened.
     """
 
     type: str
@@ -25,7 +26,7 @@ class Failure(msgspec.Struct, kw_only=True, omit_defaults=True):
     trace: str = ""
 
     def encode(self) -> bytes:
-        """The failure as JSON. Text that can't be UTF-8 (lone surrogates) is escaped, never refused."""
+        """Encode the failure as JSON. Text that is not valid UTF-8 (lone surrogates) is escaped."""
         try:
             return _ENCODER.encode(self)
         except UnicodeEncodeError:
@@ -36,28 +37,28 @@ class Failure(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 def decode(data: bytes) -> Failure:
-    """The failure that `encode` wrote."""
+    """Decode what `encode` wrote. Raises `StoreBroken`."""
     try:
         return _DECODER.decode(data)
     except msgspec.DecodeError as error:
-        raise StoreBroken("a stored failure is not one") from error
+        raise StoreBroken("a stored failure is invalid") from error
 
 
 def crashed(*, crashes: int, attempts: int, evidence: str) -> Failure:
-    """A run that was alone in its worker each of the last times the worker died."""
+    """Return the failure of a run that executed alone in its worker in each of the last crashes."""
     return Failure(
         type="WorkerCrashed",
-        message=f"the worker died {crashes} times while it ran this run{' alone' if crashes > 1 else ''}: {evidence}",
+        message=f"the worker crashed {crashes} times during this run{' alone' if crashes > 1 else ''}: {evidence}",
         attempts=attempts,
         crashes=crashes,
     )
 
 
 def lost_once(*, attempts: int, evidence: str) -> Failure:
-    """An at-most-once run whose worker died: whether it ran can't be known, so it is not run again."""
+    """Return the failure of an at-most-once run whose worker ended: it may have run, so it is not run again."""
     return Failure(
         type="WorkerLost",
-        message=f"the worker was lost after this at-most-once run was handed out: {evidence}",
+        message=f"the worker was lost after this at-most-once run was delivered: {evidence}",
         attempts=attempts,
         crashes=1,
     )

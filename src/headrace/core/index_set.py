@@ -1,12 +1,12 @@
 """The set of received indexes of a batch, as ranges.
 
-What comes in order is one range however long it is, so adding to its end costs nothing. What comes in any
-order is merged a sorted batch at a time, in one pass over the ranges that the batch spans; when there are so many
-ranges that a bit for each index costs less, the set is bits from then on (`headrace.core.bitmap`).
+Indexes that arrive in order are one range, so adding at its end costs nothing. Indexes in any order are merged one
+sorted group at a time, in one pass over the ranges that the group spans. When there are so many ranges that one bit per
+index is cheaper, the set becomes a bitmap (`headrace.core.bitmap`).
 
-The ranges are half-open and lie in one flat array of bounds, `[start, stop, start, stop, …]`, strictly
-increasing. So the number of bounds at or before an index is odd just when the index is in the set, and ranges
-that touch are one.
+The ranges are half-open and stored in one flat array of bounds, `[start, stop, start, stop, …]`, strictly increasing.
+The number of bounds at or before an index is therefore odd exactly if the index is in the set, and ranges that touch
+are one.
 """
 
 from __future__ import annotations
@@ -25,26 +25,28 @@ from headrace.foundation.ids import INDEX_MAX
 
 _RANGES: Final = 1
 _BITS: Final = 2
-"""The first byte of an encoded set says its form."""
+"""The first byte of an encoded set names its form."""
 
 RANGES_MAX: Final = 4_096
-"""A set of fewer ranges is never turned into bits: merging them costs less than carrying the bits to and fro."""
+"""A set of fewer ranges never becomes a bitmap: merging them costs less than reading and writing the bits."""
 
 RANGE_BYTES: Final = 64
-"""Bytes of bits that cost about as much time as one range does, read, merged and written."""
+"""Bytes of a bitmap that cost about as much time as one range to read, merge and write."""
 
-STRETCH: Final = 4
-"""Bits grow at most so many times over by one call."""
+GROWTH_MAX: Final = 4
+"""One call may grow a bitmap by at most this factor."""
 
 _BOUND_MAX: Final = INDEX_MAX + 1
 _SHIFT_MAX: Final = 56
-assert _BOUND_MAX < 2 ** (_SHIFT_MAX + 7), "nine groups of seven bits hold any bound, and so does a signed 64"
+assert _BOUND_MAX < 2 ** (_SHIFT_MAX + 7), (
+    "nine groups of seven bits hold any bound, and so does a signed 64-bit integer"
+)
 
 
 class IndexSet:
-    """Indexes from 0 to `INDEX_MAX`, each in it or not.
+    """A set of indexes from 0 to `INDEX_MAX`.
 
-    Raises `InvalidInput`, and changes nothing, for what is no index.
+    Raises `InvalidInput`, without a change, for an invalid index.
     """
 
     __slots__ = ("_bits", "_bounds", "_count")
@@ -57,7 +59,7 @@ class IndexSet:
 
     @classmethod
     def from_ranges(cls, ranges: Iterable[tuple[int, int]]) -> Self:
-        """The union of half-open ranges in any order."""
+        """Return the union of half-open ranges in any order."""
         received = cls()
         for start, stop in ranges:
             received.add_range(start, stop)
@@ -87,35 +89,35 @@ class IndexSet:
 
     @property
     def end(self) -> int:
-        """One past the highest index; 0 when there is none."""
+        """One past the highest index; 0 for an empty set."""
         if self._bits is not None:
             return self._bits.end
         return self._bounds[-1] if self._bounds else 0
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """The half-open ranges, ascending; no two touch."""
+        """Yield the half-open ranges, ascending; no two touch."""
         if self._bits is not None:
             return self._bits.ranges()
         bounds = iter(self._bounds)
         return zip(bounds, bounds, strict=True)
 
     def add_range(self, start: int, stop: int) -> int:
-        """Adds `start` to `stop - 1`; answers how many of them are new."""
+        """Add `start` to `stop - 1`; return how many of them are new."""
         if not 0 <= start <= stop <= _BOUND_MAX:
-            raise InvalidInput(f"{start}..{stop} is not a range of indexes", hint=f"indexes go from 0 to {INDEX_MAX}")
+            raise InvalidInput(f"invalid range of indexes: {start}..{stop}", hint=f"indexes run from 0 to {INDEX_MAX}")
         if (bits := self._bits_for(stop)) is not None:
             return bits.add_range(start, stop)
         return self._merge(array("q", (start, stop))) if start < stop else 0
 
     def add(self, indexes: Iterable[int]) -> int:
-        """Adds indexes, in any order and repeated or not; answers how many of them are new."""
+        """Add indexes, in any order, repeated or not; return how many of them are new."""
         distinct = set(indexes)
         if not distinct:
             return 0
         least, most = min(distinct), max(distinct)
         if least < 0 or most > INDEX_MAX:
             raise InvalidInput(
-                f"{least if least < 0 else most} is not an index", hint=f"indexes go from 0 to {INDEX_MAX}"
+                f"invalid index: {least if least < 0 else most}", hint=f"indexes run from 0 to {INDEX_MAX}"
             )
         if (bits := self._bits_for(most + 1)) is not None:
             return bits.add(distinct, most)
@@ -124,13 +126,13 @@ class IndexSet:
         return self._merge(_bounds_of(sorted(distinct)))
 
     def update(self, other: IndexSet) -> int:
-        """Adds all of another set; answers how many are new."""
+        """Add all indexes of another set; return how many are new."""
         if self._bits is None and other._bits is None:
             return self._merge(other._bounds) if other._bounds else 0
         return sum(self.add_range(start, stop) for start, stop in list(other.ranges()))
 
     def union(self, other: IndexSet) -> IndexSet:
-        """A third set, of what is in either."""
+        """Return a new set with the indexes of both."""
         both = IndexSet()
         both._bounds, both._count = self._bounds[:], self._count
         both._bits = None if self._bits is None else self._bits.copy()
@@ -138,31 +140,33 @@ class IndexSet:
         return both
 
     def difference(self, indexes: Iterable[int]) -> list[int]:
-        """Those of `indexes` that are not in the set, in the order given, repeats included."""
-        given = list(indexes)
+        """Return those of `indexes` that are not in the set, in the given order, with repetitions."""
+        asked_indexes = list(indexes)
         if self._bits is not None:
             held = self._bits
-            return [index for index in given if index not in held]
-        shared = self._shared_verdict(given)
+            return [index for index in asked_indexes if index not in held]
+        shared = self._common_membership(asked_indexes)
         if shared is not None:
-            return [] if shared else given
+            return [] if shared else asked_indexes
         bounds = self._bounds
-        return [index for index in given if bisect_right(bounds, index) % 2 == 0]
+        return [index for index in asked_indexes if bisect_right(bounds, index) % 2 == 0]
 
     def overlap(self, indexes: Iterable[int]) -> list[int]:
-        """Those of `indexes` that are in the set, in the order given, repeats included."""
-        given = list(indexes)
+        """Return those of `indexes` that are in the set, in the given order, with repetitions."""
+        asked_indexes = list(indexes)
         if self._bits is not None:
             held = self._bits
-            return [index for index in given if index in held]
-        shared = self._shared_verdict(given)
+            return [index for index in asked_indexes if index in held]
+        shared = self._common_membership(asked_indexes)
         if shared is not None:
-            return given if shared else []
+            return asked_indexes if shared else []
         bounds = self._bounds
-        return [index for index in given if bisect_right(bounds, index) % 2 == 1]
+        return [index for index in asked_indexes if bisect_right(bounds, index) % 2 == 1]
 
     def overlaps_range(self, start: int, stop: int) -> bool:
-        """Whether any index from `start` to `stop - 1` is in the set. Costs two looks, however long the range."""
+        """True if any index from `start` to `stop - 1` is in the set. Costs two searches, whatever the length of the
+        range.
+        """
         if self._bits is not None:
             return self._bits.overlaps_range(start, stop)
         if start >= stop:
@@ -171,12 +175,12 @@ class IndexSet:
         return place % 2 == 1 or place != bisect_left(self._bounds, stop)
 
     def missing(self, expected_count: int, ranges_max: int) -> list[tuple[int, int]]:
-        """The first `ranges_max` half-open ranges below `expected_count` that are not in the set.
+        """Return the first `ranges_max` half-open ranges below `expected_count` that are not in the set.
 
-        Costs what it answers with, not what the set holds.
+        The cost depends on the size of the answer, not of the set.
         """
         if expected_count < 0 or ranges_max < 0:
-            raise InvalidInput("a count can't be negative", expected_count=expected_count, ranges_max=ranges_max)
+            raise InvalidInput("expected counts of at least 0", expected_count=expected_count, ranges_max=ranges_max)
         gaps: list[tuple[int, int]] = []
         position = 0
         for start, stop in self.ranges():
@@ -190,9 +194,10 @@ class IndexSet:
         return gaps
 
     def to_bytes(self) -> bytes:
-        """The set as one byte that names the form, then each bound's distance from the one before, or the bits.
+        """Encode the set: one byte for the form, then the distance of each bound from the one before as varint, or the
+        bits.
 
-        Distances are varints. Bits that have no gap left are one range again.
+        A bitmap without a gap is encoded as one range.
         """
         if self._bits is not None:
             if self._bits.count < self._bits.end:
@@ -205,14 +210,14 @@ class IndexSet:
 
     @classmethod
     def from_bytes(cls, encoded: bytes) -> Self:
-        """The set that `to_bytes` wrote; `InvalidInput` for anything it would not write.
+        """Decode what `to_bytes` wrote. Raises `InvalidInput` for anything else.
 
-        Memory is at most eight bytes for one of `encoded`.
+        Memory is at most eight bytes per byte of `encoded`.
         """
         if encoded[:1] == bytes((_BITS,)):
             return cls._of_bits(encoded[1:])
         if not encoded or encoded[0] != _RANGES:
-            raise _not_a_set("it does not begin with a known form")
+            raise _not_a_set("unknown form")
         distances = _varints(memoryview(encoded)[1:])
         if len(distances) % 2:
             raise _not_a_set("a range has no end")
@@ -228,35 +233,39 @@ class IndexSet:
     @classmethod
     def _of_bits(cls, bits: bytes) -> Self:
         if not bits or not bits[-1]:
-            raise _not_a_set("its last bits are of no index")
+            raise _not_a_set("the last byte has no bit set")
         decoded = cls()
         decoded._bits = Bitmap(bits)
         if decoded._bits.count == decoded._bits.end:
-            raise _not_a_set("bits without a gap are one range")
+            raise _not_a_set("bits without a gap must be encoded as one range")
         if decoded._bits.end > _BOUND_MAX:
             raise _not_a_set("an index is too large")
         return decoded
 
     def _bits_for(self, stop: int) -> Bitmap | None:
-        """The bits, when the set is bits and stays so with indexes below `stop`; far ones make it ranges again."""
+        """Return the bitmap if the set is one and stays one with indexes below `stop`; distant indexes turn it into
+        ranges.
+        """
         bits = self._bits
-        if bits is not None and stop > STRETCH * (bits.end + 8 * RANGES_MAX * RANGE_BYTES):
+        if bits is not None and stop > GROWTH_MAX * (bits.end + 8 * RANGES_MAX * RANGE_BYTES):
             self._bounds, self._count = array("q", chain.from_iterable(bits.ranges())), bits.count
             bits = self._bits = None
         return bits
 
-    def _shared_verdict(self, given: list[int]) -> bool | None:
-        """Whether all of `given` are in the set, where one look tells because no bound lies between them."""
-        if not given:
+    def _common_membership(self, indexes: list[int]) -> bool | None:
+        """True or False if all or none of `indexes` are in the set because no bound is between them; None if it must be
+        searched.
+        """
+        if not indexes:
             return True
-        place = bisect_right(self._bounds, min(given))
-        return place % 2 == 1 if place == bisect_right(self._bounds, max(given)) else None
+        place = bisect_right(self._bounds, min(indexes))
+        return place % 2 == 1 if place == bisect_right(self._bounds, max(indexes)) else None
 
     def _merge(self, added: array[int]) -> int:
-        """Adds ranges, given as bounds; answers how many indexes are new.
+        """Add ranges, given as bounds; return how many indexes are new.
 
-        One pass over the bounds between the first and the last of `added`; whole stretches of bounds that it
-        leaves alone are copied at once. Nothing of the set changes until all is decided.
+        One pass over the bounds between the first and the last of `added`; runs of unchanged bounds are copied at once.
+        The set changes only when the result is complete.
         """
         bounds = self._bounds
         first = bisect_left(bounds, added[0])
@@ -269,11 +278,11 @@ class IndexSet:
             here = bisect_left(bounds, start, place, last)
             if here > place:
                 merged.extend(bounds[place:here])
-            if here % 2 == 0:  # start lies in a gap and begins a range; else it continues one
+            if here % 2 == 0:  # start is in a gap and begins a range; otherwise it continues one
                 merged.append(start)
                 gained -= start
             place = here
-            while place < last and bounds[place] <= stop:  # bounds within [start, stop] vanish
+            while place < last and bounds[place] <= stop:  # bounds within [start, stop] are removed
                 gained += bounds[place] if place % 2 == 0 else -bounds[place]
                 place += 1
             if place % 2 == 0:
@@ -290,7 +299,7 @@ class IndexSet:
 
 
 def _bounds_of(ascending: list[int]) -> array[int]:
-    """The bounds of the ranges that distinct ascending indexes make."""
+    """Return the bounds of the ranges of distinct ascending indexes."""
     bounds = array("q", (ascending[0],))
     for before, index in pairwise(ascending):
         if index - before > 1:
@@ -311,13 +320,13 @@ def _varints(encoded: memoryview) -> list[int]:
                 raise _not_a_set("a number is too long")
         else:
             if shift and not byte:
-                raise _not_a_set("a number is longer than it needs to be")
+                raise _not_a_set("a number is longer than necessary")
             values.append(value)
             value = shift = 0
     if shift:
-        raise _not_a_set("it ends within a number")
+        raise _not_a_set("it ends inside a number")
     return values
 
 
 def _not_a_set(reason: str) -> InvalidInput:
-    return InvalidInput(f"these bytes are not a set of indexes: {reason}")
+    return InvalidInput(f"invalid encoded set of indexes: {reason}")

@@ -1,13 +1,13 @@
-"""The NDJSON machine: bytes in, items out, one a line, in order.
+"""The NDJSON machine: bytes in, one item per line out, in order.
 
-Rule 1: a bad line fails alone. It becomes a marker at its own place (`Oversized`, `Unreadable`), never an
-exception, so one line can't take its batch with it.
-Rule 2: memory is bounded by one line. A line over the limit is dropped as it arrives; 512 bytes of it stay.
-Rule 3: how the input was cut into pieces changes nothing, neither the items nor the order of the work.
+Rule 1: a bad line fails alone. It becomes a marker in its position (`Oversized`, `Unreadable`), never an exception, so
+one line can't fail its batch. Rule 2: memory is bounded by one line. A line over the limit is dropped as it arrives;
+512 bytes of it are kept. Rule 3: the pieces in which the input arrives have no effect, neither on the items nor on the
+order of the work.
 
-A line ends at 0x0A and nowhere else. Its size is its raw bytes before that, judged before anything is
-decoded. Then the first line loses its byte order mark and each line the white space around it, 0x0D too. What
-is blank by then is no item, yet it counts as a line. Lines are numbered from 1, items from 0.
+A line ends at 0x0A and nowhere else. Its size is the number of its raw bytes before that, checked before anything is
+decoded. Then the first line loses its byte order mark, and each line the white space around it, including 0x0D. A line
+that is blank by then is not an item, but it counts as a line. Lines are numbered from 1, items from 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from headrace.foundation.errors import IllegalTransition, InvalidInput
 from headrace.foundation.ids import INDEX_MAX
 
 PREFIX_BYTES: Final = 512
-"""What is kept of a line over the limit: enough to find an index and a task near its beginning."""
+"""Bytes kept of a line over the limit: enough to find an index and a task near its beginning."""
 
 NO_INDEX: Final = -1
 UNKNOWN_TASK: Final = "unknown"
@@ -37,14 +37,14 @@ _LONE_HIGH_SURROGATE: Final = re.compile(
     rb"(?<!\\)(?:\\\\)*+\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
 )
 
-assert INDEX_MAX == 10**18 - 1, "the pattern of an index repeats that it has at most 18 digits"
+assert INDEX_MAX == 10**18 - 1, "the pattern of an index allows at most 18 digits, as INDEX_MAX does"
 
 
 class Oversized(msgspec.Struct, frozen=True):
-    """A line of more bytes than an item may have.
+    """A line over the size limit of an item.
 
-    `index` and `task` are what the line itself says, where its first 512 bytes tell; else its position among
-    the items and "unknown".
+    `index` and `task` are those of the line if its first 512 bytes contain them; otherwise its position among the items
+    and "unknown".
     """
 
     index: int
@@ -55,7 +55,7 @@ class Oversized(msgspec.Struct, frozen=True):
 
 
 class Unreadable(msgspec.Struct, frozen=True):
-    """A line that is not UTF-8 or not JSON; `index` is its position among the items, `reason` names it."""
+    """A line that is not UTF-8 or not JSON; `index` is its position among the items, `reason` the error."""
 
     index: int
     line: int
@@ -66,14 +66,13 @@ Item: TypeAlias = bytes | Oversized | Unreadable
 
 
 class NdjsonMachine:
-    """Cuts a stream of bytes into items, whatever pieces it comes in.
+    """Splits a stream of bytes into items, in pieces of any size.
 
-    `validate=False` leaves UTF-8 and JSON to whoever decodes the items next; sizes are judged all the same. A
-    stream that is taken up in the middle names where: the bytes, items and lines before it.
+    `validate=False` leaves UTF-8 and JSON to the decoder of the items; sizes are checked all the same. For a stream
+    that is resumed in the middle, the arguments give the bytes, items and lines before it.
 
-    Linear: each byte is looked at and copied a fixed number of times, whatever the pieces. An unfinished line
-    waits in one bytearray rather than in a list of its pieces: 3 MiB that trickle in by twos would be 60 MiB
-    of small objects.
+    Linear: each byte is read and copied a fixed number of times, whatever the pieces. An unfinished line is kept in one
+    bytearray instead of a list of its pieces: 3 MiB in pieces of two bytes would be 60 MiB of small objects.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class NdjsonMachine:
     ) -> None:
         if item_bytes_max < 1 or min(bytes_before, items_before, lines_before) < 0:
             raise InvalidInput(
-                "an NDJSON machine needs a limit of at least one byte and a start that is not negative",
+                "expected a limit of at least one byte and a start of at least 0",
                 item_bytes_max=item_bytes_max,
                 bytes_before=bytes_before,
                 items_before=items_before,
@@ -97,7 +96,7 @@ class NdjsonMachine:
         self._validate = validate
         self._decoder = msgspec.json.Decoder(msgspec.Raw)
         self._held = bytearray()  # the unfinished line, or the prefix of one that is over the limit
-        self._held_bytes = 0  # how long the unfinished line is so far, dropped bytes included
+        self._held_bytes = 0  # length of the unfinished line so far, including dropped bytes
         self._line_start = bytes_before
         self._resume_at = bytes_before
         self._items_count = items_before
@@ -107,30 +106,30 @@ class NdjsonMachine:
 
     @property
     def line_no(self) -> int:
-        """The number of the last line that ended, so 0 before the first."""
+        """Number of the last line that ended; 0 before the first."""
         return self._lines_count
 
     @property
     def items_count(self) -> int:
-        """Items handed out so far, markers included: the position of the next one."""
+        """Number of items returned so far, markers included: the position of the next one."""
         return self._items_count
 
     @property
     def consumed_bytes(self) -> int:
-        """The offset after the last item's line: a reader that resumes there misses and repeats nothing."""
+        """Offset after the last item's line: a reader that resumes there misses and repeats nothing."""
         return self._resume_at
 
     @property
     def last_ends(self) -> list[int]:
-        """For each item handed out last, the offset after its line: where to resume once it is durable."""
+        """For each item returned last, the offset after its line: where to resume once the item is durable."""
         return self._ends
 
     def feed(self, data: bytes) -> list[Item]:
-        """The items whose lines end in `data`."""
+        """Return the items whose lines end in `data`."""
         if self._closed:
             raise IllegalTransition(
-                "bytes after the end of a stream",
-                hint="start a new machine for a new stream",
+                "got bytes after the end of the stream",
+                hint="create a new machine for a new stream",
                 line=self._lines_count,
             )
         self._ends = []
@@ -138,7 +137,7 @@ class NdjsonMachine:
         lines = data.split(b"\n")
         unfinished = lines.pop()
         if lines:
-            # A line begun in earlier pieces, and the first of all, are judged alone; the rest goes in bulk.
+            # A line that began in earlier pieces, and the very first line, are handled alone; the rest together.
             skipped_bytes = 0
             if self._held_bytes or not self._line_start:
                 first = lines.pop(0)
@@ -152,7 +151,7 @@ class NdjsonMachine:
         return items
 
     def close(self) -> list[Item]:
-        """The item of a last line without a newline, if there is one. Closing twice is harmless."""
+        """Return the item of a last line without a newline, if there is one. May be called twice."""
         self._ends = []
         items: list[Item] = []
         if self._held_bytes:
@@ -161,7 +160,7 @@ class NdjsonMachine:
         return items
 
     def _hold(self, piece: bytes) -> None:
-        """Keeps a piece of the unfinished line; once that is over the limit, its first bytes only."""
+        """Keep a piece of the unfinished line; once the line is over the limit, only its first bytes."""
         over_before = self._held_bytes > self._item_bytes_max
         self._held_bytes += len(piece)
         if over_before:
@@ -180,10 +179,10 @@ class NdjsonMachine:
         self._take_line(line, actual_bytes, newline_bytes, items)
 
     def _take_lines(self, lines: list[bytes], block: memoryview, items: list[Item]) -> None:
-        """Many whole lines at once; `block` is where they lie, newlines included.
+        """Handle many whole lines at once; `block` holds them, newlines included.
 
-        The common case, in which every line is good, is decided with a few calls for all of them: a loop that
-        calls a method a line costs four times as much. When anything is wrong, each line is judged alone.
+        The usual case, in which every line is valid, takes a few calls for all of them: a method call per line costs
+        four times as much. If any line is invalid, each line is handled alone.
         """
         stripped = list(map(bytes.strip, lines))
         is_small = len(block) <= self._item_bytes_max or max(map(len, lines)) <= self._item_bytes_max
@@ -191,7 +190,7 @@ class NdjsonMachine:
             for line in lines:
                 self._take_line(line, len(line), 1, items)
             return
-        handed_before = len(items)
+        items_before = len(items)
         end = self._line_start
         ends = self._ends
         for line, item in zip(lines, stripped, strict=True):
@@ -199,14 +198,14 @@ class NdjsonMachine:
             if item:
                 items.append(item)
                 ends.append(end)
-        self._items_count += len(items) - handed_before
+        self._items_count += len(items) - items_before
         self._lines_count += len(lines)
         self._line_start = end
         if ends:
             self._resume_at = ends[-1]
 
     def _are_readable(self, stripped: list[bytes], block: memoryview) -> bool:
-        """Whether every line is UTF-8, and JSON or blank. No character holds a newline: one look will do."""
+        """True if every line is UTF-8, and JSON or blank. No character contains a newline, so one check is enough."""
         try:
             str(block, "utf-8")
             deque(map(self._decoder.decode, filter(None, stripped)), maxlen=0)
@@ -215,20 +214,20 @@ class NdjsonMachine:
         return True
 
     def _take_line(self, line: bytes, actual_bytes: int, newline_bytes: int, items: list[Item]) -> None:
-        """One line, judged alone. Of a line over the limit, `line` may be the first bytes only."""
+        """Handle one line alone. Of a line over the limit, `line` may have only the first bytes."""
         if not self._line_start:
             line = line.removeprefix(_BYTE_ORDER_MARK)
         self._lines_count += 1
         self._line_start += actual_bytes + newline_bytes
-        item = self._judged(line, actual_bytes)
+        item = self._item_of(line, actual_bytes)
         if item:
             items.append(item)
             self._ends.append(self._line_start)
             self._resume_at = self._line_start
             self._items_count += 1
 
-    def _judged(self, line: bytes, actual_bytes: int) -> Item | None:
-        """The item or marker that a line is, or `None` for a blank one."""
+    def _item_of(self, line: bytes, actual_bytes: int) -> Item | None:
+        """Return the item or marker of a line, or None for a blank line."""
         if actual_bytes > self._item_bytes_max:
             index, task = extract_index_and_task(line[:PREFIX_BYTES])
             if index == NO_INDEX:
@@ -244,7 +243,7 @@ class NdjsonMachine:
         return Unreadable(self._items_count, self._lines_count, f"Invalid {kind} at line {self._lines_count}: {detail}")
 
     def _fault(self, item: bytes) -> tuple[str, str] | None:
-        """What is wrong with an item: the form it breaks, and how. Its bytes are counted from 0."""
+        """Return the format that an item violates, and the error; bytes are counted from 0. None for a valid item."""
         try:
             if not item.isascii():
                 item.decode()
@@ -259,20 +258,21 @@ class NdjsonMachine:
 
 
 def extract_index_and_task(prefix: bytes) -> tuple[int, str]:
-    """Index and task of an item of which only the beginning is known; -1 and "unknown" where it doesn't tell.
+    """Return index and task of an item of which only the beginning is known; -1 and "unknown" if it does not contain
+    them.
 
-    Only keys of the outermost object count, in any order; as in decoding, the last of two equal keys wins. A
-    value that the prefix cuts off is not told: the 12 of a cut 1234 would be another item's index. Nor is an
-    index that is no index: negative, a fraction, or of more digits than any index has.
+    Only keys of the outermost object count, in any order; as in decoding, the last of two equal keys wins. A value that
+    the prefix cuts off is ignored: the 12 of a cut 1234 would be another item's index. An invalid index is ignored too:
+    negative, a fraction, or with more digits than any index has.
     """
     index, task = NO_INDEX, UNKNOWN_TASK
     depth = 0
     key = ""
     is_key_next = False
     position = 0
-    while found := _TOKEN.match(prefix, position):
-        position = found.end()
-        token = found["token"]
+    while match := _TOKEN.match(prefix, position):
+        position = match.end()
+        token = match["token"]
         if depth == 0 and token != b"{":
             break
         if token in b"{}[]:,":
@@ -290,7 +290,7 @@ def extract_index_and_task(prefix: bytes) -> tuple[int, str]:
 
 
 def _decoded_text(token: bytes) -> str:
-    """The string that a JSON token is, or an empty one if it is none."""
+    """Return the string of a JSON token; empty if it is not a string."""
     try:
         return msgspec.json.decode(token, type=str)
     except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -298,14 +298,14 @@ def _decoded_text(token: bytes) -> str:
 
 
 def _plain_reason(reason: str, item: bytes) -> str:
-    """The decoder's reason in plain words.
+    """Return the decoder's reason in plain words.
 
-    msgspec 0.22 calls an escape of half a surrogate pair truncated input, or the unexpected end of an escape,
-    because it looks for the other half where the string may have ended.
+    msgspec 0.22 reports an escape of half a surrogate pair as truncated input, or as the unexpected end of an escape,
+    because it looks for the other half after the end of the string.
     """
     is_about_the_end = "truncated" in reason or "hex escape" in reason
     if is_about_the_end and _LONE_HIGH_SURROGATE.search(item):
-        return "an escape holds half a surrogate pair"
+        return "an escape contains half a surrogate pair"
     if "truncated" in reason:
         return "the line ends before its value does"
     return reason.removeprefix("JSON is malformed: ")

@@ -1,6 +1,6 @@
-"""Many small byte strings in one value, cheap to write and to take apart.
+"""Packing of many small byte strings into one value that is cheap to write and to read.
 
-Inputs of a block and results of a part are both such a list. Layout, little-endian:
+The inputs of a block and the results of a part are such lists. Layout, little-endian:
 
     byte 0        width of a length (1, 2 or 4), plus 8 when kinds follow
     bytes 1..4    count
@@ -8,7 +8,7 @@ Inputs of a block and results of a part are both such a list. Layout, little-end
     count         kinds, one byte each; absent when every kind is JSON, the usual case
     rest          the strings, end to end
 
-A row of 256 hundred-byte items carries 261 bytes of overhead: about one byte a run.
+A row of 256 hundred-byte items carries 261 bytes of overhead: about one byte per run.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ TEXT: Final = 2
 REFERENCE: Final = 3
 MSGPACK: Final = 4
 ACTIVATION: Final = 6
-"""A `TaskActivation` as it came over the wire, in protobuf."""
+"""A `TaskActivation` as received, in protobuf."""
 LINK: Final = 5
-"""The id of another run, whose outcome this one has: only a result is ever one."""
+"""The id of another run, whose outcome this run has; only results have this kind."""
 
 CONTENT_TYPES: Final[dict[int, str]] = {
     JSON: "application/json",
@@ -48,7 +48,7 @@ _SWAPPED: Final = sys.byteorder == "big"
 
 
 def pack(strings: Sequence[bytes], kinds: bytes | None = None) -> bytes:
-    """`strings` as one value; `kinds` has one byte a string, or is None when all are JSON."""
+    """Pack strings into one value; `kinds` has one byte per string, or is None if all are JSON."""
     if kinds is not None and not any(kinds):
         kinds = None
     longest = max(map(len, strings), default=0)
@@ -61,32 +61,32 @@ def pack(strings: Sequence[bytes], kinds: bytes | None = None) -> bytes:
 
 
 def unpack(packed: bytes) -> tuple[list[bytes], bytes | None]:
-    """The strings and their kinds. Raises `StoreBroken` when the value is not one that `pack` wrote."""
+    """Return the strings and their kinds. Raises `StoreBroken` for a value that `pack` did not write."""
     offsets, kinds = _layout(packed)
     return [packed[start:end] for start, end in pairwise(offsets)], kinds
 
 
 def unpack_some(packed: bytes, positions: Sequence[int]) -> tuple[list[bytes], bytes | None]:
-    """The strings at `positions`, in that order, with their kinds."""
+    """Return the strings at `positions`, in that order, with their kinds."""
     offsets, kinds = _layout(packed)
     strings = [packed[offsets[position] : offsets[position + 1]] for position in positions]
     return strings, None if kinds is None else bytes(kinds[position] for position in positions)
 
 
 def count(packed: bytes) -> int:
-    """How many strings the value holds."""
+    """Return the number of strings in the value."""
     return int.from_bytes(packed[1:_HEAD], "little")
 
 
 def _layout(packed: bytes) -> tuple[list[int], bytes | None]:
     width = packed[0] & 7 if packed else 0
     if width not in _TYPECODES or len(packed) < _HEAD:
-        raise StoreBroken("a stored block or part does not begin as one")
+        raise StoreBroken("a stored block or part is damaged: unknown head")
     strings_count = count(packed)
     lengths = array(_TYPECODES[width])
     start = _HEAD + strings_count * width
     if start > len(packed):
-        raise StoreBroken("a stored block or part ends before its lengths")
+        raise StoreBroken("a stored block or part is damaged: it ends before its lengths")
     lengths.frombytes(packed[_HEAD:start])
     if _SWAPPED:
         lengths.byteswap()
@@ -96,5 +96,5 @@ def _layout(packed: bytes) -> tuple[list[int], bytes | None]:
         start += strings_count
     offsets = list(accumulate(lengths, initial=start))
     if offsets[-1] != len(packed) or len(lengths) != strings_count:
-        raise StoreBroken("a stored block or part ends before its last run, or after it")
+        raise StoreBroken("a stored block or part is damaged: its length does not match")
     return offsets, kinds

@@ -1,6 +1,6 @@
-"""Whether a failed attempt is followed by another, and when.
+"""Retry policies: whether a failed attempt is followed by another, and when.
 
-Pure: the time and the dice are arguments. A policy is checked when it is made, so a decision never fails.
+Pure: time and random numbers are arguments. A policy is checked when it is created, so a decision never fails.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ Backoff: TypeAlias = Literal["exponential", "linear", "constant"]
 ATTEMPTS_MAX: Final = 1_000_000
 FACTOR_MAX: Final = 1_000.0
 DELAY_S_MAX: Final = 365 * 86_400.0
-"""No retry is put off for longer than a year."""
+"""Longest delay of a retry: one year."""
 
 SECOND_US: Final = 1_000_000
 STEP_US_MIN: Final = 10_000
 STEPS_IN_DELAY_MIN: Final = 20
-"""A due time moves by at most a twentieth, 5 %, of its delay."""
+"""Quantising moves a due time by at most one twentieth, 5 %, of its delay."""
 
 
 def is_number_within(value: object, least: float, most: float) -> bool:
-    """False for what is no number, for NaN, since it compares with nothing, and for a bool."""
+    """True if `value` is a number in the range; False for NaN, which compares with nothing, and for a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 class RetryAfter(Exception):
-    """Raised by a task to be tried again in `seconds`, whatever its policy's delays; it uses up an attempt.
+    """Raised by a task to be retried in `seconds`, whatever its policy's delays; it uses an attempt.
 
-    `seconds` is from 0 to 365 days. A task on its last attempt fails with this error as with any other.
+    `seconds` is from 0 to 365 days. On its last attempt the run fails with this error.
     """
 
     def __init__(self, seconds: float) -> None:
         if not is_number_within(seconds, 0, DELAY_S_MAX):
             raise InvalidInput(
-                f"RetryAfter takes 0 to {DELAY_S_MAX:.0f} seconds, not {seconds!r}",
-                hint="a retry can be put off for at most 365 days",
+                f"RetryAfter: expected 0 to {DELAY_S_MAX:.0f} seconds, got {seconds!r}",
+                hint="a retry can be delayed by at most 365 days",
             )
         super().__init__(seconds)
         self.seconds = seconds
 
     def __str__(self) -> str:
-        return f"the task asks to be tried again in {self.seconds} s"
+        return f"the task asked for a retry in {self.seconds} s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """How often a task is attempted and how long it rests in between. One attempt, the default, is no retry.
+    """The number of attempts of a task and the delays between them. One attempt, the default, is no retry.
 
     After attempt n (from 1) the delay is, before jitter and at most `delay_max_s`:
 
@@ -59,10 +59,9 @@ class Retry:
         linear        delay_s * n
         constant      delay_s
 
-    `jitter` is the fraction of a delay that chance may take off, so `delay_max_s` holds with it: 1 is the
-    "full jitter" and 0.5 the "equal jitter" of M. Brooker, "Exponential Backoff And Jitter", AWS Architecture
-    Blog, 2015. An error is retried when it is one of `retry_on` and none of `give_up_on`. Raises
-    `InvalidSetting`.
+    `jitter` is the fraction of a delay that is randomly subtracted, so `delay_max_s` holds with it. 1 is the "full
+    jitter" and 0.5 the "equal jitter" of M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015. An
+    error is retried if it is one of `retry_on` and none of `give_up_on`. Raises `InvalidSetting`.
     """
 
     attempts: int = 1
@@ -78,11 +77,11 @@ class Retry:
         attempts: object = self.attempts
         if not isinstance(attempts, int) or isinstance(attempts, bool) or not 1 <= attempts <= ATTEMPTS_MAX:
             raise InvalidSetting(
-                f"attempts must be a whole number from 1 to {ATTEMPTS_MAX}, not {attempts!r}",
+                f"attempts: expected an integer from 1 to {ATTEMPTS_MAX}, got {attempts!r}",
                 hint="attempts counts the first one too: 1 is no retry",
             )
         if self.backoff not in get_args(Backoff):
-            raise InvalidSetting(f"backoff must be one of {', '.join(get_args(Backoff))}, not {self.backoff!r}")
+            raise InvalidSetting(f"backoff: expected one of {', '.join(get_args(Backoff))}, got {self.backoff!r}")
         for name, least, most in (
             ("delay_s", 0.0, DELAY_S_MAX),
             ("factor", 1.0, FACTOR_MAX),
@@ -91,19 +90,19 @@ class Retry:
         ):
             value = getattr(self, name)
             if not is_number_within(value, least, most):
-                raise InvalidSetting(f"{name} must be a number from {least} to {most}, not {value!r}")
+                raise InvalidSetting(f"{name}: expected a number from {least} to {most}, got {value!r}")
         if self.delay_s > self.delay_max_s:
             raise InvalidSetting(
-                f"delay_s ({self.delay_s}) is more than delay_max_s ({self.delay_max_s})",
-                hint="raise delay_max_s, which caps every delay",
+                f"delay_s ({self.delay_s}) exceeds delay_max_s ({self.delay_max_s})",
+                hint="raise delay_max_s, which limits every delay",
             )
         for name in ("retry_on", "give_up_on"):
             classes = getattr(self, name)
             if not isinstance(classes, tuple) or not all(
-                isinstance(one, type) and issubclass(one, BaseException) for one in classes
+                isinstance(error_class, type) and issubclass(error_class, BaseException) for error_class in classes
             ):
                 raise InvalidSetting(
-                    f"{name} must be a tuple of exception classes, not {classes!r}",
+                    f"{name}: expected a tuple of exception classes, got {classes!r}",
                     hint=f"write {name}=(TimeoutError,), with the comma",
                 )
 
@@ -114,12 +113,12 @@ NO_RETRY: Final = Retry(attempts=1)
 def retry_at_us(
     policy: Retry, *, attempt: int, error: BaseException, now_us: int, random: Callable[[], float]
 ) -> int | None:
-    """When the next attempt is due after `attempt` (from 1) failed with `error`; `None` to give up.
+    """Return when the next attempt is due after `attempt` (from 1) failed with `error`; None to give up.
 
-    `random` returns a number from 0 up to 1, as `random.random` does; it is called only when there is jitter.
+    `random` returns a number from 0 up to 1, as `random.random` does; it is called only if there is jitter.
     """
     if attempt < 1:
-        raise InvalidInput("attempts are counted from 1", attempt=attempt)
+        raise InvalidInput("expected an attempt of at least 1", attempt=attempt)
     if attempt >= policy.attempts:
         return None
     if isinstance(error, RetryAfter):
@@ -133,11 +132,11 @@ def retry_at_us(
 
 
 def quantised_due_us(due_us: int, now_us: int) -> int:
-    """A due time at or soon after `due_us` that many others share, so that they wait in one row.
+    """Return a due time at or soon after `due_us` that many runs share, so that they wait in one row.
 
-    Later by less than 5 % of the delay, or 10 ms if that is more. The grid is absolute and its step is 10 ms
-    doubled as often as 5 % of the delay allows, so retries of about the same delay meet on it even when they
-    failed at different moments. What is due already stays as it is.
+    Later by less than 5 % of the delay, or 10 ms if that is more. The grid is absolute, and its step is 10 ms doubled
+    as often as 5 % of the delay allows. Retries of similar delays therefore meet on it even if they failed at different
+    times. A due time that has passed is unchanged.
     """
     delay_us = due_us - now_us
     if delay_us <= 0:
@@ -154,6 +153,6 @@ def _delay_s(policy: Retry, attempt: int) -> float:
         return min(policy.delay_s * attempt, policy.delay_max_s)
     try:
         grown = policy.delay_s * float(policy.factor) ** (attempt - 1)
-    except OverflowError:  # a power beyond floats is beyond any cap, unless it multiplies nothing
+    except OverflowError:  # a power beyond the range of floats exceeds any limit, unless it multiplies zero
         grown = policy.delay_max_s if policy.delay_s else 0.0
     return min(grown, policy.delay_max_s)

@@ -1,7 +1,7 @@
-"""What people decided about an environment's activations while it runs: which are dropped, which go to another queue.
+"""Rules of an environment that operators set while it runs: which activations are dropped, which go to another queue.
 
-Rules are kept in the store as JSON, one value for each of `KILLSWITCH` and `DEMOTIONS`. A rule that can't be applied
-drops nothing: who is in doubt lets an activation run.
+Rules are stored as JSON, one value for each of `KILLSWITCH` and `DEMOTIONS`. A rule that can't be evaluated drops
+nothing: in doubt an activation runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Arguments = tuple[Sequence[Any], Mapping[str, Any]]
 
 
 class Kill(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """Activations of a task to drop: all of them, or those of which one of these arguments is just this value."""
+    """Activations of a task to drop: all of them, or those in which one of these arguments has this value."""
 
     name: str
     args: dict[str, Any] = {}
@@ -31,18 +31,20 @@ class Kill(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
     @property
     def is_selective(self) -> bool:
-        """Whether arguments are looked at."""
+        """True if arguments are compared."""
         return bool(self.args or self.kwargs)
 
 
 class Rules(msgspec.Struct, kw_only=True):
-    """The rules of one environment. `demotions`: the queue that takes the place of another, by that one's name."""
+    """The rules of one environment. `demotions`: the queue that replaces another, by the other's name."""
 
     kills: list[Kill] = []
     demotions: dict[str, str] = {}
 
     def is_killed(self, name: str, arguments: Callable[[], Arguments | None]) -> bool:
-        """Whether an activation of a task is dropped. `arguments` answers what it is called with, None when unknown."""
+        """True if an activation of a task is dropped. `arguments` returns the arguments of its call, None if
+        unknown.
+        """
         for kill in self.kills:
             if kill.name != name:
                 continue
@@ -51,40 +53,40 @@ class Rules(msgspec.Struct, kw_only=True):
         return False
 
     def queue_for(self, queue: str) -> str:
-        """Where a queue's activations go; a demotion is followed once, so a circle is none."""
+        """Return the queue of a queue's activations; a demotion is followed once, so a cycle has no effect."""
         return self.demotions.get(queue, queue)
 
 
 NO_RULES: Final = Rules()
 
 
-def rules_of(kept: Mapping[str, bytes]) -> Rules:
-    """The rules as they are kept. Raises `StoreBroken` for what is none."""
+def rules_of(stored: Mapping[str, bytes]) -> Rules:
+    """Decode stored rules. Raises `StoreBroken`."""
     try:
         return Rules(
-            kills=msgspec.json.decode(kept.get(KILLSWITCH, b"[]"), type=list[Kill]),
-            demotions=msgspec.json.decode(kept.get(DEMOTIONS, b"{}"), type=dict[str, str]),
+            kills=msgspec.json.decode(stored.get(KILLSWITCH, b"[]"), type=list[Kill]),
+            demotions=msgspec.json.decode(stored.get(DEMOTIONS, b"{}"), type=dict[str, str]),
         )
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise StoreBroken(f"the rules of this environment can't be read: {error}") from None
+        raise StoreBroken(f"the stored rules of this environment are invalid: {error}") from None
 
 
 def kills_encoded(kills: Sequence[Kill]) -> bytes:
-    """A killswitch as it is kept. Raises `InvalidInput` when it is more than is looked at for each activation."""
+    """Encode a killswitch. Raises `InvalidInput` if it has more rules than may be compared with each activation."""
     if len(kills) > KILLS_MAX or any(len(kill.args) + len(kill.kwargs) > SELECTORS_MAX for kill in kills):
-        raise InvalidInput(f"a killswitch is at most {KILLS_MAX} rules of {SELECTORS_MAX} arguments")
+        raise InvalidInput(f"killswitch: expected at most {KILLS_MAX} rules of {SELECTORS_MAX} arguments")
     for kill in kills:
         if any(not place.isascii() or not place.isdigit() for place in kill.args):
-            raise InvalidInput("arguments by place are named by numbers from 0", task=kill.name)
+            raise InvalidInput("killswitch: expected numbers from 0 as names of positional arguments", task=kill.name)
     return msgspec.json.encode(kills)
 
 
 def demotions_encoded(demotions: Mapping[str, str]) -> bytes:
-    """Demotions as they are kept. Raises `InvalidInput` for too many, and for one that changes nothing."""
+    """Encode demotions. Raises `InvalidInput` for too many, and for one without effect."""
     if len(demotions) > DEMOTIONS_MAX:
-        raise InvalidInput(f"at most {DEMOTIONS_MAX} queues are demoted")
+        raise InvalidInput(f"demotions: expected at most {DEMOTIONS_MAX} queues, got {len(demotions)}")
     if any(queue == target for queue, target in demotions.items()):
-        raise InvalidInput("a queue is demoted to another one")
+        raise InvalidInput("demotions: expected another queue as target, got the same one")
     return msgspec.json.encode(demotions)
 
 
@@ -97,10 +99,10 @@ def _matches(kill: Kill, arguments: Arguments | None) -> bool:
     return any(name in named and is_same(named[name], value) for name, value in kill.kwargs.items())
 
 
-def is_same(one: Any, other: Any) -> bool:
-    """Equal and of one type, all the way down: 1 is neither True nor 1.0."""
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(is_same, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(is_same(one[name], other[name]) for name in one)
-    return type(one) is type(other) and bool(one == other)
+def is_same(first: Any, second: Any) -> bool:
+    """True if both are equal and of the same type, recursively: 1 is neither True nor 1.0."""
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(is_same, first, second))
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(is_same(first[name], second[name]) for name in first)
+    return type(first) is type(second) and bool(first == second)

@@ -1,9 +1,8 @@
-"""The life of a run: one table.
+"""The states of a run: one table.
 
-Rule 1: a state is one byte, so the states of hundreds of runs are one small value that the database rewrites at
-once and that a person can read in a shell: `cccwwwf`.
-Rule 2: every change of state is a pair in `TRANSITIONS`. A pair that is not listed is an error and changes nothing.
-The diagram in ARCHITECTURE.md is drawn from the same table.
+Rule 1: a state is one byte. The states of hundreds of runs are one small value that the database rewrites at once and
+that a person can read in a shell: `cccwwwf`. Rule 2: every change of state is a pair in `TRANSITIONS`. A pair that is
+not listed is an error and changes nothing. The diagram in ARCHITECTURE.md is drawn from the same table.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ UNSETTLED: Final = bytes((WAITING, STARTED))
 FINAL: Final = bytes((COMPLETED, FAILED, CANCELLED, EXPIRED))
 
 ENDED_BADLY: Final = bytes((FAILED, CANCELLED, EXPIRED))
-"""Ends that a person may want to try again; what an idempotency key named is then named no more."""
+"""Outcomes that a person may want to redrive; the run's idempotency key is free again after one of them."""
 
 TRANSITIONS: Final[dict[tuple[int, int], str]] = {
-    (WAITING, STARTED): "handed out, recorded first (at-most-once)",
+    (WAITING, STARTED): "delivered, recorded before (at-most-once)",
     (WAITING, COMPLETED): "settled, or linked to another run at ingest",
     (WAITING, FAILED): "settled, or refused at ingest",
     (WAITING, CANCELLED): "cancelled",
@@ -50,7 +49,7 @@ TRANSITIONS: Final[dict[tuple[int, int], str]] = {
     (STARTED, COMPLETED): "settled",
     (STARTED, FAILED): "settled, or lost with its worker",
     (STARTED, CANCELLED): "cancelled",
-    (STARTED, EXPIRED): "handed out too late to run",
+    (STARTED, EXPIRED): "delivered too late to run",
     (STARTED, MOVED): "split off",
     (FAILED, MOVED): "redriven",
     (CANCELLED, MOVED): "redriven",
@@ -63,12 +62,12 @@ def check_transition(old: int, new: int) -> None:
     if (old, new) not in TRANSITIONS:
         raise IllegalTransition(
             f"a {NAMES.get(old, old)} run can't become {NAMES.get(new, new)}",
-            hint="the table in headrace.core.run lists what can",
+            hint="headrace.core.run.TRANSITIONS lists the allowed changes",
         )
 
 
 def changed(states: bytes, changes: Iterable[tuple[int, int]]) -> bytes:
-    """`states` after `(place, new state)` changes, each checked against the table; all or none."""
+    """Return `states` after `(slot, new state)` changes, each checked against the table; all or none."""
     after = bytearray(states)
     for slot, new in changes:
         check_transition(after[slot], new)
@@ -77,14 +76,14 @@ def changed(states: bytes, changes: Iterable[tuple[int, int]]) -> bytes:
 
 
 def at(states: bytes, slots: Sequence[int]) -> bytes:
-    """The states at some places."""
+    """Return the states at some slots."""
     if len(slots) < 2:
         return bytes(states[slot] for slot in slots)
     return bytes(itemgetter(*slots)(states))
 
 
 def ended(states: bytes, slots: Sequence[int], codes: bytes) -> bytes:
-    """What `changed` answers where none of these places has an outcome and each is named once, without its look at
+    """Return what `changed` returns if none of these slots has an outcome and each is named once, without checking
     every pair.
     """
     after = bytearray(states)
@@ -94,17 +93,17 @@ def ended(states: bytes, slots: Sequence[int], codes: bytes) -> bytes:
 
 
 def unsettled_count(states: bytes) -> int:
-    """How many of these runs have no final outcome and live here."""
+    """Return the number of runs that have no outcome and have not moved."""
     return states.count(WAITING) + states.count(STARTED)
 
 
-def slots_of(states: bytes, *wanted: int) -> list[int]:
-    """The places whose state is one of `wanted`, ascending."""
-    return [slot for slot, state in enumerate(states) if state in wanted]
+def slots_of(states: bytes, *selected_states: int) -> list[int]:
+    """Return the slots whose state is one of `wanted`, ascending."""
+    return [slot for slot, state in enumerate(states) if state in selected_states]
 
 
 def diagram() -> str:
-    """The table as a Mermaid state diagram."""
+    """Return the table as a Mermaid state diagram."""
     lines = ["stateDiagram-v2", "    [*] --> waiting"]
     lines += [f"    {NAMES[old]} --> {NAMES[new]}: {why}" for (old, new), why in TRANSITIONS.items()]
     lines += [f"    {NAMES[state]} --> [*]" for state in FINAL]

@@ -1,12 +1,12 @@
-"""When a schedule ticks, and what becomes of ticks that came while nobody ran.
+"""The ticks of schedules, and the handling of ticks that came while no process ran.
 
-A rule answers one question, the first tick after a moment, and its ticks hang on nothing else: every process that
-knows the rule names the same ones. What a time zone is, is told from outside (`tzinfo`); nothing here reads a clock.
+A rule answers one question: the first tick after a time. Its ticks depend on nothing else, so every process that knows
+the rule computes the same ones. Time zones are passed in (`tzinfo`), and nothing here reads a clock.
 
-Where clocks are put forward or back, cron's own two rules hold (Debian's; `cronsim` keeps them). A rule of fixed times
-(neither its minute nor its hour begins with `*`) ticks once for each time it names: one that does not exist is moved to
-the first moment that does, one that exists twice comes at its first. Any other rule goes with the time that passes:
-what does not exist is not there, and what exists twice comes twice.
+At changes of daylight saving time cron's own two rules hold (Debian's; `cronsim` implements them). A rule of fixed
+times (neither its minute nor its hour begins with `*`) ticks once for each time that it names: a time that does not
+exist is moved to the next one that does, and a time that exists twice ticks at its first. Any other rule follows the
+elapsed time: a time that does not exist has no tick, and one that exists twice has two.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ CatchUp = Literal["skip", "once", "all"]
 
 
 class Rule(Protocol):
-    """When a schedule ticks. `expression` and `zone` name it, in the store and to people."""
+    """The times at which a schedule ticks. `expression` and `zone` name it, in the store and to people."""
 
     @property
     def expression(self) -> str:
-        """As it was written, or `every … s`."""
+        """The expression as written, or `every … s`."""
         ...
 
     @property
@@ -46,36 +46,36 @@ class Rule(Protocol):
         ...
 
     def after(self, moment_us: int) -> int | None:
-        """The first tick strictly after a moment; None when there is none in fifty years."""
+        """Return the first tick strictly after a time; None if there is none in fifty years."""
         ...
 
 
 class Cron:
-    """Five fields: minute, hour, day of month, month, day of week. Raises `InvalidSetting` for what is none."""
+    """A cron expression of five fields: minute, hour, day of month, month, day of week. Raises `InvalidSetting`."""
 
-    def __init__(self, expression: object, zone: str, place: tzinfo) -> None:
-        """`place` is what the time zone called `zone` is."""
+    def __init__(self, expression: object, zone: str, zone_info: tzinfo) -> None:
+        """`place` is the time zone with the name `zone`."""
         if not isinstance(expression, str) or len(expression) > EXPRESSION_CHARS_MAX:
             raise InvalidSetting(
-                f"a cron expression has at most {EXPRESSION_CHARS_MAX} characters, not {expression!r:.60}", hint=_FORM
+                f"cron: expected at most {EXPRESSION_CHARS_MAX} characters, got {expression!r:.60}", hint=_FORM
             )
         fields = expression.split()
         if len(fields) != 5:
-            raise InvalidSetting(f"a cron expression has five fields, {expression!r} has {len(fields)}", hint=_FORM)
+            raise InvalidSetting(f"cron: expected five fields, got {len(fields)} in {expression!r}", hint=_FORM)
         self.expression = " ".join(fields)
         self.zone = zone
-        self._place = place
+        self._zone_info = zone_info
         try:
             first_us = self.after(FIRST_US)
         except CronSimError as error:
-            raise InvalidSetting(f"{expression!r} is no cron expression: {error}", hint=_FORM) from None
+            raise InvalidSetting(f"cron: invalid expression {expression!r}: {error}", hint=_FORM) from None
         if first_us is None:
-            raise InvalidSetting(f"{expression!r} never comes: no day is such a day", hint=_FORM)
+            raise InvalidSetting(f"cron: {expression!r} never occurs: no day matches", hint=_FORM)
 
     def after(self, moment_us: int) -> int | None:
-        """The first tick strictly after a moment."""
-        # A time that was moved out of a gap may be one with the next, and one that comes twice may lie behind.
-        for tick in CronSim(self.expression, moment_of(moment_us, self._place)):
+        """Return the first tick strictly after a time."""
+        # A time that was moved out of a gap may equal the next one, and one that exists twice may be in the past.
+        for tick in CronSim(self.expression, moment_of(moment_us, self._zone_info)):
             if (tick_us := _us_of(tick)) > moment_us:
                 return tick_us
         return None
@@ -85,7 +85,7 @@ _FORM: Final = "write minute hour day month weekday, as in '*/5 * * * *' or '30 
 
 
 class Every:
-    """Each `every_s` seconds since 1970: whoever asks, and whenever it began, names the same moments."""
+    """Ticks every `every_s` seconds since 1970: every process computes the same times."""
 
     zone = "UTC"
 
@@ -95,61 +95,60 @@ class Every:
             or isinstance(every_s, bool)
             or not EVERY_S_MIN <= every_s <= EVERY_S_MAX
         ):
-            raise InvalidSetting(f"every_s is from {EVERY_S_MIN} to {EVERY_S_MAX} seconds, not {every_s!r}")
+            raise InvalidSetting(f"every_s: expected {EVERY_S_MIN} to {EVERY_S_MAX} seconds, got {every_s!r}")
         self._every_us = round(every_s * SECOND_US)
         self.expression = f"{_EVERY}{self._every_us / SECOND_US:.15g} s"
 
     def after(self, moment_us: int) -> int:
-        """The first tick strictly after a moment."""
+        """Return the first tick strictly after a time."""
         return (moment_us // self._every_us + 1) * self._every_us
 
 
-def rule_of(expression: str, zone: str, place: tzinfo) -> Rule:
-    """The rule that a store knows by these names. Raises `InvalidSetting`."""
+def rule_of(expression: str, zone: str, zone_info: tzinfo) -> Rule:
+    """Return the rule with this stored expression and zone. Raises `InvalidSetting`."""
     if expression.startswith(_EVERY):
         try:
             return Every(float(expression.removeprefix(_EVERY).removesuffix(" s")))
         except ValueError:
-            raise InvalidSetting(f"{expression!r:.60} is no interval") from None
-    return Cron(expression, zone, place)
+            raise InvalidSetting(f"invalid interval: {expression!r:.60}") from None
+    return Cron(expression, zone, zone_info)
 
 
-def moment_of(moment_us: int, place: tzinfo) -> datetime:
-    """A moment as people there write it."""
-    return (_EPOCH + timedelta(microseconds=moment_us)).astimezone(place)
+def moment_of(moment_us: int, zone_info: tzinfo) -> datetime:
+    """Return a time in a time zone."""
+    return (_EPOCH + timedelta(microseconds=moment_us)).astimezone(zone_info)
 
 
 class Due(NamedTuple):
-    """What is to be run now, oldest first, and up to where ticks are dealt with, the newest one that is due."""
+    """Ticks to run now, oldest first, and `until_us`, the newest due tick, up to which ticks are handled."""
 
     ticks_us: list[int]
     until_us: int
     missed_count: int
-    """Ticks among those looked at that came while nobody ran and are not run."""
+    """Number of checked ticks that came while no process ran and are not run."""
 
 
 def due(rule: Rule, *, after_us: int, now_us: int, catch_up: CatchUp, grace_us: int, ticks_max: int) -> Due | None:
-    """What to do about the ticks after one moment up to now; None when there are none.
+    """Decide about the ticks after `after_us` up to now; None if there are none.
 
-    A tick is missed when it is `grace_us` old. `skip` runs none of the missed ones, `all` each of them, `once` the
-    newest in the stead of all, unless a later tick runs anyway. At most `ticks_max` are run, the newest; what lies
-    before those is passed over.
+    A tick is missed if it is `grace_us` old. `skip` runs none of the missed ones, `all` each of them, `once` the newest
+    in place of all, unless a later tick runs anyway. At most `ticks_max` are run, the newest; earlier ones are skipped.
     """
     newest = _newest(rule, after_us, now_us, ticks_max)
     if not newest:
         return None
     fresh = [tick_us for tick_us in newest if tick_us > now_us - grace_us]
-    wanted = newest if catch_up == "all" else fresh
+    selected = newest if catch_up == "all" else fresh
     if catch_up == "once" and not fresh:
-        wanted = newest[-1:]
-    return Due(wanted, newest[-1], len(newest) - len(wanted))
+        selected = newest[-1:]
+    return Due(selected, newest[-1], len(newest) - len(selected))
 
 
 def _newest(rule: Rule, after_us: int, now_us: int, ticks_max: int) -> list[int]:
-    """The newest ticks of a stretch, at most `ticks_max`.
+    """Return the newest ticks of an interval, at most `ticks_max`.
 
-    A rule only goes forward. So it is asked from ever longer ago until there are enough, which costs about as many
-    steps as there are answers, however long ago the stretch began.
+    A rule only goes forward. It is therefore evaluated from ever earlier times until there are enough ticks, which
+    costs about as many steps as there are answers, however long the interval is.
     """
     window_us = SECOND_US * ticks_max
     while True:

@@ -1,11 +1,11 @@
-"""Several ordered sources as one order: by time, then by the sources' order, then by position.
+"""Merging of several ordered sources: by time, then by the sources' order, then by position.
 
-A machine: `feed` what a source has, `close` one that ended, `take` what can be said to come next. An event comes
-next only when every other source that has not ended shows a later one, so the order is the same however the sources
-race each other. With one source nothing waits for anything.
+A state machine: `feed` the events of a source, `close` a source that ended, `take` the events that are known to come
+next. An event comes next only if every other source that has not ended has a later one, so the order is the same
+whatever the speed of the sources. With one source nothing waits.
 
-Rule 1: inside a source positions only rise. One that is repeated or goes back is refused, by name: a source that has
-changed its mind says `Rewind`.
+Rule 1: positions of a source only rise. A position that is repeated or lower is refused, naming the source; a source
+that goes back yields `Rewind`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from headrace.foundation.errors import InvalidInput
 
 Position: TypeAlias = int | str
-"""Where an event stands in its source: whole numbers or texts, one of them in one source."""
+"""The position of an event in its source: integers or strings, one type per source."""
 
 POSITION_CHARS_MAX: Final = 500
 POSITION_MAX: Final = 2**63 - 1
 
 
 class Arrived(NamedTuple):
-    """Consecutive events of one source: `times` in microseconds, None where only one source is read."""
+    """Consecutive events of one source: `times` in microseconds, None if only one source is read."""
 
     positions: Sequence[Position]
     events: Sequence[Any]
@@ -33,13 +33,15 @@ class Arrived(NamedTuple):
 
 
 class Rewind(NamedTuple):
-    """A source goes back: what came after `to` is no longer so, and other events follow. None: nothing was so."""
+    """A rewind of a source: its events after `to` are invalid, and other events follow. None: all are invalid."""
 
     to: Position | None
 
 
 class Sequenced(NamedTuple):
-    """Consecutive events in their one order. `sources` is the index of each event's source, or None: all are of 0."""
+    """Consecutive events in their one order. `sources` is the index of each event's source, or None if all are of
+    source 0.
+    """
 
     positions: Sequence[Position]
     events: Sequence[Any]
@@ -48,12 +50,12 @@ class Sequenced(NamedTuple):
 
     @property
     def events_count(self) -> int:
-        """How many events these are."""
+        """Number of these events."""
         return len(self.positions)
 
 
 class Sequencer:
-    """Merges sources, known by their index in `names`. `after` is where each begins, None for its very beginning."""
+    """Merges sources, known by their index in `names`. `after`: where each begins, None for its beginning."""
 
     def __init__(self, names: Sequence[str], after: Sequence[Position | None]) -> None:
         self._names = names
@@ -67,22 +69,22 @@ class Sequencer:
 
     @property
     def is_over(self) -> bool:
-        """Every source has ended and everything was taken."""
+        """True if every source has ended and every event was taken."""
         return not self._open and not self.waiting_count
 
     @property
     def left(self) -> int | None:
-        """How many events there are still, once every source has ended."""
+        """Number of remaining events, once every source has ended; None before."""
         return None if self._open else self.waiting_count
 
     def wants(self, source: int, count_max: int) -> bool:
-        """Whether a source should go on: what waits of it is less than `count_max`."""
+        """True if a source should continue: fewer than `count_max` of its events wait."""
         if len(self._names) == 1:
             return self.waiting_count < count_max
         return len(self._waiting[source]) < count_max
 
     def feed(self, source: int, arrived: Arrived) -> None:
-        """Take events of a source. Raises `InvalidInput`, taking none, when their positions do not rise."""
+        """Add events of a source. Raises `InvalidInput`, adding none, if their positions do not rise."""
         positions = arrived.positions
         if not positions:
             return
@@ -96,33 +98,35 @@ class Sequencer:
         self.waiting_count += len(positions)
 
     def close(self, source: int) -> None:
-        """A source has ended."""
+        """Note that a source has ended."""
         self._open.discard(source)
 
     def rewind(self, source: int, to: Position | None) -> None:
-        """A source takes back what came after `to` and was not taken yet."""
+        """Remove the events of a source after `to` that were not taken yet."""
         if len(self._names) == 1:
-            kept: deque[tuple[Sequence[Position], Sequence[Any], Sequence[int] | None]] = deque()
+            remaining_pieces: deque[tuple[Sequence[Position], Sequence[Any], Sequence[int] | None]] = deque()
             for positions, events, times in self._plain:
-                count = sum(1 for own in positions if to is not None and not is_after(own, to))
+                count = sum(1 for remaining in positions if to is not None and not is_after(remaining, to))
                 if count:
-                    kept.append((positions[:count], events[:count], None if times is None else times[:count]))
-            self._plain = kept
-            self.waiting_count = sum(len(own[0]) for own in kept)
+                    remaining_pieces.append(
+                        (positions[:count], events[:count], None if times is None else times[:count])
+                    )
+            self._plain = remaining_pieces
+            self.waiting_count = sum(len(remaining[0]) for remaining in remaining_pieces)
         else:
-            own = [one for one in self._waiting[source] if to is not None and not is_after(one[1], to)]
-            self.waiting_count -= len(self._waiting[source]) - len(own)
-            self._waiting[source] = deque(own)
-            self._last_time[source] = own[-1][0] if own else None
+            remaining = [entry for entry in self._waiting[source] if to is not None and not is_after(entry[1], to)]
+            self.waiting_count -= len(self._waiting[source]) - len(remaining)
+            self._waiting[source] = deque(remaining)
+            self._last_time[source] = remaining[-1][0] if remaining else None
         self._last[source] = to
 
     def take(self, count_max: int) -> Sequenced | None:
-        """The next events, at most so many; None when nothing can be said yet."""
-        found = self._take_plain(count_max) if len(self._names) == 1 else self._take_merged(count_max)
-        if found is not None:
-            self.waiting_count -= found.events_count
-            self.last_taken = found.positions[-1]
-        return found
+        """Return the next events, at most `count_max`; None if none is known to come next."""
+        taken = self._take_plain(count_max) if len(self._names) == 1 else self._take_merged(count_max)
+        if taken is not None:
+            self.waiting_count -= taken.events_count
+            self.last_taken = taken.positions[-1]
+        return taken
 
     def _take_plain(self, count_max: int) -> Sequenced | None:
         if not self._plain:
@@ -171,14 +175,14 @@ class Sequencer:
             kinds = set(map(type, positions))
             if kinds - {int} and kinds - {str}:
                 raise InvalidInput(
-                    "a position is a whole number or a text, one of them in one source",
-                    hint=f"these are {', '.join(sorted(kind.__name__ for kind in kinds))}",
+                    "expected integers or strings as positions, one type per source",
+                    hint=f"got {', '.join(sorted(kind.__name__ for kind in kinds))}",
                     source=name,
                 )
         if before is not None and type(before) is not type(positions[0]):
             raise InvalidInput(
-                f"the source was read up to {before!r}, and now its positions are {type(positions[0]).__name__}",
-                hint="is it the same source? `headrace index reset` begins anew",
+                f"the source was read up to {before!r}, but its positions are {type(positions[0]).__name__} now",
+                hint="check that it is the same source; `headrace index reset` starts over",
                 source=name,
             )
         previous = before
@@ -189,27 +193,28 @@ class Sequencer:
                 previous = position
         for position in (positions[0], positions[-1]):
             if isinstance(position, int) and not -POSITION_MAX <= position <= POSITION_MAX:
-                raise InvalidInput(f"position {position} needs more than 64 bits", source=name)
+                raise InvalidInput(f"position {position} needs more than 64 bits, expected at most 64", source=name)
         if isinstance(positions[0], str):
-            for own in positions:
-                if not 0 < len(str(own)) <= POSITION_CHARS_MAX or "\0" in str(own):
+            for text_position in positions:
+                if not 0 < len(str(text_position)) <= POSITION_CHARS_MAX or "\0" in str(text_position):
                     raise InvalidInput(
-                        f"a position is 1 to {POSITION_CHARS_MAX} characters without NUL, not {own!r:.80}", source=name
+                        f"position: expected 1 to {POSITION_CHARS_MAX} characters, no NUL, got {text_position!r:.80}",
+                        source=name,
                     )
 
     def _checked_times(self, source: int, arrived: Arrived) -> Sequence[int]:
         name = self._names[source]
         if arrived.times is None:
             raise InvalidInput(
-                "several sources are merged by time, and this one's events have none",
-                hint='say where it is: ndjson(path, time="at")',
+                "several sources are merged by time, but the events of this one have no time",
+                hint='name the field of the time: ndjson(path, time="at")',
                 source=name,
             )
         last = self._last_time[source]
         for time_us, position in zip(arrived.times, arrived.positions, strict=True):
             if last is not None and time_us < last:
                 raise InvalidInput(
-                    f"the event at {position!r} is older than the one before it", hint="order the source by time",
+                    f"the event at {position!r} is older than the event before it", hint="sort the source by time",
                     source=name, position=position,
                 )  # fmt: skip
             last = time_us
@@ -217,20 +222,20 @@ class Sequencer:
         return arrived.times
 
 
-def is_after(one: Position, other: Position) -> bool:
-    """Whether a position comes after another one of its source. Raises `InvalidInput` when they are not of one type."""
-    if isinstance(one, int) and isinstance(other, int):
-        return one > other
-    if isinstance(one, str) and isinstance(other, str):
-        return one > other
-    raise InvalidInput(f"positions of this source are like {one!r}, not like {other!r}")
+def is_after(position: Position, reference: Position) -> bool:
+    """True if a position comes after another one of its source. Raises `InvalidInput` if their types differ."""
+    if isinstance(position, int) and isinstance(reference, int):
+        return position > reference
+    if isinstance(position, str) and isinstance(reference, str):
+        return position > reference
+    raise InvalidInput(f"expected a position like {position!r}, got {reference!r}")
 
 
 def _disordered(name: str, position: Position, previous: Position) -> InvalidInput:
     again = position == previous
     return InvalidInput(
-        f"the event at {position!r} {'comes twice' if again else f'comes after the one at {previous!r}'}",
-        hint="positions rise from event to event; a source that goes back says Rewind(to)",
+        f"the event at {position!r} {'occurs twice' if again else f'comes after the event at {previous!r}'}",
+        hint="positions must rise from event to event; a source that goes back yields Rewind(to)",
         source=name,
         position=position,
     )

@@ -1,8 +1,8 @@
-"""How many events a batch of an indexer gets.
+"""The sizes of an indexer's batches.
 
-Commits run under the handlers of the next batch, so the first batch has no commit beside it and the last commit no
-handlers. Few events in both make these ends short: batches grow to what they may hold, and once it is known how many
-events there are still, half of them are taken at a time (guided self-scheduling; Polychronopoulos and Kuck, 1987).
+Commits run beside the handlers of the next batch. The first batch has no commit beside it, and the last commit no
+handlers. Few events in both make these ends short. Batches grow to the allowed size, and once the number of remaining
+events is known, half of them are taken at a time (guided self-scheduling; Polychronopoulos and Kuck, 1987).
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 from typing import Final
 
 LEAST: Final = 500
-"""Fewer events are not worth a commit of their own."""
+"""Fewer events are not worth a commit."""
 
 FIRST_SHARE: Final = 8
-"""The first batch is so small a part of the largest."""
+"""The first batch is the largest size divided by this."""
 
 
 class Sizes:
-    """Of one run. `most`: what a batch may hold; `is_even`: each gets that much, since nothing runs beside a commit."""
+    """Sizes of one run. `most`: the allowed size; `is_even`: each batch has that size, since no commit runs beside
+    handlers.
+    """
 
     def __init__(self, most: int, *, is_even: bool = False) -> None:
         self._most = most
@@ -25,9 +27,9 @@ class Sizes:
         self._size = max(self._least, most // FIRST_SHARE)
 
     def size(self, left: int | None) -> int:
-        """Of the next batch. `left`: how many events there are still, None when that is not known."""
+        """Return the size of the next batch. `left`: number of remaining events, None if unknown."""
         return self._size if left is None else min(self._size, max(self._least, (left + 1) // 2))
 
     def grow(self) -> None:
-        """A batch was taken."""
+        """Note that a batch was taken."""
         self._size = min(2 * self._size, self._most)

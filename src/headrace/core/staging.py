@@ -1,14 +1,13 @@
-"""The staged store: rows as the handlers see them, while what they wrote is on its way into SQL.
+"""The staged entity store: rows as the handlers see them, while their writes are on the way into SQL.
 
     table.write / delete … -> cut() -> (the committer) -> committed()
 
-Rule 1: memory wins. A row that is here, as it is or as known to be absent, is the newest there is; what a SELECT says
-of it is older, whether the commit in flight has landed or not. So every uncommitted change is here, and only committed
-rows may leave.
-Rule 2: a row may leave only after every read that began before its commit has ended: that read's SELECT may have seen
-the database without it. While a read is under way nothing leaves.
-Rule 3: what one batch wrote is one dict a table, last change wins: the committer merges some of them with `update`.
-Superseded changes are kept only where history is.
+Rule 1: memory takes precedence. A row in memory, present or known to be absent, is the newest version. A SELECT returns
+an older one, whether the commit in flight was written or not. Every uncommitted change is therefore in memory, and only
+committed rows may be evicted. Rule 2: a row may be evicted only after every read that began before its commit has
+ended, because the SELECT of that read may not have seen the row. During a read nothing is evicted. Rule 3: the writes
+of one batch are one dict per table, with the last change of each row. The committer merges several with `update`.
+Superseded changes are kept only for history.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from headrace.core.entity import Entity, EntityType
 from headrace.foundation.errors import InvalidInput
 
 MISSING: Final = object()
-"""Nothing is known of this id; None is: it is known to be absent."""
+"""Marks an unknown row; None means that the row is known to be absent."""
 STEP_ROWS: Final = 4_096
-"""Rows looked at before it is asked again whether enough have left."""
+"""Rows checked between two checks of whether enough were evicted."""
 
 Rows: TypeAlias = dict[Any, Any]
 
 
 class Index:
-    """Which of the rows in memory have which value in one field. `complete`: values all of whose rows are here."""
+    """An index over one field of the rows in memory. `complete`: the values whose rows are all in memory."""
 
     __slots__ = ("_ordered", "by_value", "complete", "field")
 
@@ -46,7 +45,7 @@ class Index:
                 self._add(row_id, getattr(row, field))
 
     def move(self, row_id: Any, old: Any, new: Any) -> None:
-        """A row took the place of another one; either may be None."""
+        """Note that a row replaced another one; either may be None."""
         before = MISSING if old is None else getattr(old, self.field)
         after = MISSING if new is None else getattr(new, self.field)
         if before is after or (before == after and old is not None and new is not None):
@@ -57,14 +56,14 @@ class Index:
             self._add(row_id, after)
 
     def forget(self, row_id: Any, row: Any) -> None:
-        """A row left memory: of its value no longer all rows are here."""
+        """Note that a row was evicted: the rows of its value are not complete any more."""
         value = getattr(row, self.field)
         self._remove(row_id, value)
         self.complete.discard(value)
 
     def ids(self, condition: Condition) -> Iterator[Any]:
-        """Ids of the rows in memory that fulfil a condition on this field."""
-        values = self._within(condition.range) if condition.range is not None else condition.values or ()
+        """Yield the ids of rows in memory that match a condition on this field."""
+        values = self._values_in(condition.range) if condition.range is not None else condition.values or ()
         for value in values:
             yield from self.by_value.get(value, ())
 
@@ -85,22 +84,22 @@ class Index:
             if self._ordered is not None and value is not None:
                 del self._ordered[bisect_left(self._ordered, value)]
 
-    def _within(self, wanted: Range) -> Sequence[Any]:
+    def _values_in(self, value_range: Range) -> Sequence[Any]:
         if self._ordered is None:
             self._ordered = sorted(value for value in self.by_value if value is not None)
         first, end = 0, len(self._ordered)
-        if wanted.least is not None:
-            first = (bisect_right if wanted.is_above_least else bisect_left)(self._ordered, wanted.least)
-        if wanted.most is not None:
-            end = (bisect_left if wanted.is_below_most else bisect_right)(self._ordered, wanted.most)
+        if value_range.least is not None:
+            first = (bisect_right if value_range.is_above_least else bisect_left)(self._ordered, value_range.least)
+        if value_range.most is not None:
+            end = (bisect_left if value_range.is_below_most else bisect_right)(self._ordered, value_range.most)
         return self._ordered[first:end]
 
 
 class StagedTable:
-    """The rows of one entity type that are in memory. `rows` is the newest of each, None where it is known absent.
+    """The rows of one entity type in memory. `rows` has the newest version of each, None if it is known to be absent.
 
-    `is_read`: somebody has asked for rows of this type. What is only written is not in `rows` but among the changes
-    alone, and nothing of it is kept past its commit.
+    `is_read`: rows of this type have been requested. Rows of a type that is only written are not in `rows` but only
+    among the changes, and none is kept after its commit.
     """
 
     __slots__ = (
@@ -113,7 +112,7 @@ class StagedTable:
         self.is_usual = entity.is_usual
         self.keeps_history = keeps_history
         self.is_plain = not keeps_history
-        """Nothing but two dicts knows of a row that is set; see `write`."""
+        """True if a written row is known only to two dicts; see `write`."""
         self.rows: Rows = {}
         self.delta: Rows = {}
         self.changes: dict[tuple[Any, int], Any] = {}
@@ -125,12 +124,12 @@ class StagedTable:
 
     @property
     def bytes(self) -> int:
-        """About what is held, staged changes counted again."""
+        """Approximate bytes in memory, with staged changes counted again."""
         entries = len(self.rows) + len(self.delta) + 2 * len(self.changes) + sum(map(len, self.pending))
         return entries * self.entity.row_bytes + 2 * self.extra_bytes
 
     def write(self, row: Any, no: int) -> None:
-        """The event of checkpoint `no` wrote a row. Raises `InvalidInput` for one that can't be kept."""
+        """Stage a row written by the event of checkpoint `no`. Raises `InvalidInput` for a row that can't be stored."""
         if self.is_plain and self.is_usual(row):
             row_id = row.id
             self.delta[row_id] = row
@@ -141,7 +140,7 @@ class StagedTable:
         self._change(row.id, row, extra, no)
 
     def delete(self, row_id: Any, no: int) -> None:
-        """The event of checkpoint `no` deleted a row, whether there was one or not."""
+        """Stage the deletion of a row by the event of checkpoint `no`, whether the row exists or not."""
         self._change(self.entity.checked_id(row_id), None, 0, no)
 
     def _change(self, row_id: Any, row: Any, extra: int, no: int) -> None:
@@ -154,13 +153,13 @@ class StagedTable:
             self.changes[row_id, no] = row
 
     def begin_reading(self) -> None:
-        """Somebody asks for rows: what was written and is not committed yet is the newest of them."""
+        """Start to keep rows for reads: uncommitted writes are their newest versions."""
         self.is_read = True
         for delta in (*self.pending, self.delta):
             self.rows.update(delta)
 
     def put(self, row_id: Any, row: Any, extra: int) -> None:
-        """Take a row as the newest."""
+        """Store a row as the newest version."""
         rows = self.rows
         if self.indexes:
             old = rows.get(row_id)
@@ -171,7 +170,7 @@ class StagedTable:
             self._weigh(row_id, extra)
 
     def index(self, field: str) -> Index:
-        """The index over a field, made when it is first asked for."""
+        """Return the index over a field; created at its first use."""
         index = self.indexes.get(field)
         if index is None:
             if not self.is_read:
@@ -181,18 +180,18 @@ class StagedTable:
         return index
 
     def clean(self, row_ids: Iterable[Any]) -> set[Any]:
-        """Those of which every change is committed."""
+        """Return the ids whose every change is committed."""
         return set(row_ids).difference(self.delta, *self.pending)
 
-    def landed(self, batches_count: int) -> None:
-        """The oldest cut batches are durable; of a type that nobody reads nothing of them stays."""
-        landed = [self.pending.popleft() for _ in range(batches_count)]
+    def committed(self, batches_count: int) -> None:
+        """Note that the oldest cut batches are durable; rows of a type that is not read are dropped."""
+        committed = [self.pending.popleft() for _ in range(batches_count)]
         if self.extra and not self.is_read:
-            for row_id in self.clean(row_id for delta in landed for row_id in delta):
+            for row_id in self.clean(row_id for delta in committed for row_id in delta):
                 self._weigh(row_id, 0)
 
     def drop(self, row_ids: Iterable[Any]) -> None:
-        """Let rows leave memory."""
+        """Evict rows."""
         if not self.extra and not self.indexes:
             rows = self.rows
             for row_id in row_ids:
@@ -214,9 +213,9 @@ class StagedTable:
 
 
 class Staged(NamedTuple):
-    """What the handlers of some consecutive events wrote: `deltas` and `changes` by table, in the order of the types.
+    """The writes of some consecutive events: `deltas` and `changes` by table, in the order of the types.
 
-    `changes` are the rows of history, `(id, checkpoint) -> row or None`; empty where none is kept.
+    `changes` are the rows of history, `(id, checkpoint) -> row or None`; empty without history.
     """
 
     deltas: list[Rows]
@@ -224,21 +223,21 @@ class Staged(NamedTuple):
 
     @property
     def rows_count(self) -> int:
-        """Rows that a commit of this writes."""
+        """Number of rows that a commit of this writes."""
         return sum(map(len, self.deltas)) + sum(map(len, self.changes))
 
 
 def merged(parts: Sequence[Staged]) -> Staged:
-    """Consecutive batches as one: of each row the last change, of history all."""
+    """Merge consecutive batches: the last change of each row, and all changes of history."""
     if len(parts) == 1:
         return parts[0]
     deltas: list[Rows] = [{} for _ in parts[0].deltas]
     changes: list[dict[tuple[Any, int], Any]] = [{} for _ in parts[0].changes]
     for part in parts:
-        for own, delta in zip(deltas, part.deltas, strict=True):
-            own.update(delta)
-        for kept, changed in zip(changes, part.changes, strict=True):
-            kept.update(changed)
+        for delta_of_table, delta in zip(deltas, part.deltas, strict=True):
+            delta_of_table.update(delta)
+        for changes_of_table, changed in zip(changes, part.changes, strict=True):
+            changes_of_table.update(changed)
     return Staged(deltas, changes)
 
 
@@ -246,7 +245,7 @@ class Staging:
     """All tables of one indexer. Owned by one event loop."""
 
     def __init__(self, entities: Sequence[EntityType], *, keeps_history: Collection[str] = ()) -> None:
-        """`keeps_history`: names of the tables whose every change is kept."""
+        """`keeps_history`: names of the tables with history."""
         self.tables = [StagedTable(entity, keeps_history=entity.table in keeps_history) for entity in entities]
         self.by_class: dict[type[Entity], StagedTable] = {table.entity.cls: table for table in self.tables}
         self._reads_count = 0
@@ -254,36 +253,38 @@ class Staging:
 
     @property
     def bytes(self) -> int:
-        """About how much memory everything here takes."""
+        """Approximate memory of all tables."""
         return sum(table.bytes for table in self.tables)
 
     @property
     def pending_count(self) -> int:
-        """Batches that were cut and are not committed."""
+        """Number of batches that were cut and are not committed."""
         return len(self.tables[0].pending) if self.tables else 0
 
-    # -- what the store says
+    # -- rows from the store
 
     def begin_read(self) -> None:
-        """A SELECT begins; until `end_read` nothing leaves memory (rule 2)."""
+        """Begin a SELECT; until `end_read` nothing is evicted (rule 2)."""
         self._reads_count += 1
 
     def end_read(self) -> None:
-        """A SELECT and what is made of it has ended."""
+        """End a SELECT and the use of its rows."""
         self._reads_count -= 1
 
     def adopt(self, table: StagedTable, row_id: Any, row: Any) -> Any:
-        """A SELECT says how a row stands; answers how it stands really (rule 1)."""
+        """Take over a row from a SELECT; return its newest version (rule 1)."""
         if not table.is_read:
             table.begin_reading()
-        known = table.rows.get(row_id, MISSING)
-        if known is not MISSING:
-            return known
+        newest = table.rows.get(row_id, MISSING)
+        if newest is not MISSING:
+            return newest
         table.put(row_id, row, 0 if row is None else table.entity.extra_bytes(row))
         return row
 
     def found(self, table: StagedTable, conditions: Sequence[Condition], rows: Iterable[Any]) -> list[Any]:
-        """Those of a SELECT as memory has them, and those only memory has, that fulfil the conditions, by id."""
+        """Return the rows that match the conditions, by id: those of a SELECT in their newest version, and those only
+        in memory.
+        """
         first = conditions[0]
         index = table.index(first.field)
         for row in rows:
@@ -293,17 +294,17 @@ class Staging:
         return self.staged(table, conditions)
 
     def staged(self, table: StagedTable, conditions: Sequence[Condition]) -> list[Any]:
-        """The rows in memory that fulfil the conditions, by id."""
-        known = table.rows
+        """Return the rows in memory that match the conditions, by id."""
+        rows = table.rows
         first, rest = conditions[0], conditions[1:]
         ids = sorted(table.index(first.field).ids(first))
-        found = [known[row_id] for row_id in ids]
-        return [row for row in found if all_hold(rest, row)] if rest else found
+        matching = [rows[row_id] for row_id in ids]
+        return [row for row in matching if all_hold(rest, row)] if rest else matching
 
-    # -- what becomes of it
+    # -- batches
 
     def cut(self) -> Staged:
-        """Close the batch: what it wrote, for the committer."""
+        """Close the batch and return its writes, for the committer."""
         staged = Staged([table.delta for table in self.tables], [table.changes for table in self.tables])
         for table in self.tables:
             table.pending.append(table.delta)
@@ -311,12 +312,12 @@ class Staging:
         return staged
 
     def committed(self, batches_count: int) -> None:
-        """The oldest cut batches are durable."""
+        """Note that the oldest cut batches are durable."""
         for table in self.tables:
-            table.landed(batches_count)
+            table.committed(batches_count)
 
     def evict(self, bytes_max: int) -> bool:
-        """Let committed rows leave, oldest first, until no more than `bytes_max` are held; False when that can't be."""
+        """Evict committed rows, oldest first, until at most `bytes_max` are held; False if that is not possible."""
         if self._reads_count:
             return self.bytes <= bytes_max
         for _ in range(len(self.tables)):
@@ -330,7 +331,7 @@ class Staging:
         return self.bytes <= bytes_max
 
     def _evict_some(self, table: StagedTable) -> bool:
-        """One step; False when this table has nothing more to give."""
+        """Evict one step; False if this table has no row to evict."""
         for start in range(0, len(table.rows), STEP_ROWS):
             clean = table.clean(islice(table.rows, start, start + STEP_ROWS))
             if clean:
@@ -339,7 +340,7 @@ class Staging:
         return False
 
     def clear(self) -> None:
-        """Forget everything: the database has been rolled back."""
+        """Forget everything: the database was rolled back."""
         for table in self.tables:
             table.rows.clear()
             table.delta, table.changes = {}, {}
@@ -350,10 +351,10 @@ class Staging:
 
 
 def table_of(tables: dict[type[Entity], StagedTable], kind: Any) -> StagedTable:
-    """The table of a class. Raises `InvalidInput`."""
+    """Return the table of a class. Raises `InvalidInput`."""
     table = tables.get(kind)
     if table is None:
-        known = ", ".join(sorted(cls.__name__ for cls in tables))
+        names = ", ".join(sorted(cls.__name__ for cls in tables))
         name = getattr(kind, "__name__", repr(kind))
-        raise InvalidInput(f"{name} is no entity of this indexer", hint=f"its entities are: {known}")
+        raise InvalidInput(f"{name} is not an entity of this indexer", hint=f"its entities are: {names}")
     return table

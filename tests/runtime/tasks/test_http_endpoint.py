@@ -161,7 +161,7 @@ async def test_what_fails_for_a_while_is_tried_again_under_the_same_key(tmp_path
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (Answer(404), "answered 404"),
+        (Answer(404), "responded 404"),
         (Answer(302, b"", {"location": "http://169.254.169.254/"}), "redirects are not followed"),
         (Answer(200, b"{", JSON), "invalid JSON"),
         (Answer(200, b"x" * (ANSWER_BYTES_MAX + 1)), "got more"),
@@ -185,7 +185,7 @@ async def test_the_last_attempt_says_what_the_endpoint_said(tmp_path: Path) -> N
             task = app.endpoint("task", url, secret=SECRET, allow=LOOPBACK, retry=Retry(attempts=1))
             async with app.worker():
                 failure = await failure_of(await task.enqueue(1))
-    assert "answered 503 and asks to be tried again in 3600 s" in failure.message
+    assert "responded 503 and asked for a retry in 3600 s" in failure.message
 
 
 async def test_an_answer_that_does_not_come_is_a_timeout(tmp_path: Path) -> None:

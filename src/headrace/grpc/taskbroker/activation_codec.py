@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from headrace.core.activation import LANE, delivery_of, queue_of
 from headrace.core.block import Extra
-from headrace.core.delimited import headed
+from headrace.core.delimited import with_length
 from headrace.core.pack import ACTIVATION
 from headrace.core.retry import SECOND_US, quantised_due_us
 from headrace.core.rules import Arguments, Rules
@@ -119,7 +119,7 @@ def decode_arguments(data: bytes) -> Arguments | None:
 
 def as_first_field(activation: bytes) -> bytes:
     """Encode a message whose first field is an activation: `GetTaskResponse` or `PushTaskRequest`."""
-    return _FIRST_FIELD + headed(activation)
+    return _FIRST_FIELD + with_length(activation)
 
 
 class _Parameters(msgspec.Struct):

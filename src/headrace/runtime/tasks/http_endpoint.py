@@ -25,7 +25,7 @@ from headrace.core.endpoint import (
     is_allowed,
     judge,
     networks_of,
-    place_of,
+    parse_url,
     secrets_of,
     signature,
 )
@@ -73,7 +73,7 @@ class Endpoint:
                 f"an endpoint requires the package {error.name}", hint="pip install 'headrace[endpoints]'"
             ) from None
         self._httpcore: Any = httpcore
-        self.place: EndpointAddress = place_of(url)
+        self.place: EndpointAddress = parse_url(url)
         self._keys = secrets_of(secret)
         self._headers = _checked(headers or {})
         self._allowed = networks_of(allow)

@@ -68,7 +68,7 @@ def append(
             born_counts = born_counts.plus(insert(tables, batch, fresh, now_us))
             answer.accepted_count += fresh.runs_count
     after = tables.batches[batch_id] = batches.appended(
-        batch, accepted_count=answer.accepted_count, born=born_counts, cursor=cursor, now_us=now_us
+        batch, accepted_count=answer.accepted_count, created_with_outcome=born_counts, cursor=cursor, now_us=now_us
     )
     if seals and batches.is_whole(after):
         answer.sealed = seal(tables, batch_id, None, now_us)
@@ -351,7 +351,7 @@ def end(tables: Tables, session: Session, suspects: Suspects, crashes_max: int, 
         release(tables, release_of_session(span, suspects), crashes_max, now_us)
     for batch in list(tables.batches.values()):
         if batch.session_id == session.id:
-            tables.batches[batch.id] = batches.left(batch, now_us)
+            tables.batches[batch.id] = batches.owner_ended(batch, now_us)
     return len(held)
 
 

@@ -133,7 +133,9 @@ def append(
             _add_indexes(received, chunk)
         width = max(chunk.last_index - chunk.first_index + 1 for chunk in fresh.chunks)
         yield from fetch("update_received", id=batch_id, received=received.to_bytes(), block_width=width)
-    after = batches.appended(batch, accepted_count=accepted_count, born=born_counts, cursor=cursor, now_us=now_us)
+    after = batches.appended(
+        batch, accepted_count=accepted_count, created_with_outcome=born_counts, cursor=cursor, now_us=now_us
+    )
     is_last = seals and batches.is_whole(after)
     if is_last:
         after = batches.sealed(after, received, expected_count=None, now_us=now_us)

@@ -147,7 +147,7 @@ def _leave_batches(session_id: str, now_us: int) -> Script[None]:
         batch = to_batch(row)
         # the others are batches of its leases, locked too
         if batch.session_id == session_id and batch.state == batches.OPEN:
-            yield from put_batch(batches.left(batch, now_us))
+            yield from put_batch(batches.owner_ended(batch, now_us))
 
 
 def claim(claim_request: Claim, now_us: int) -> Script[ClaimedSpans]:

@@ -11,6 +11,7 @@ from headrace.core import run, span
 from headrace.core.failure import decode
 from headrace.core.pack import pack
 from headrace.core.span import LEASED, LOST, RECORDED, SETTLED, WAITING, Counts, Policy, Settlement, Span
+from headrace.core.span_release import release
 from headrace.foundation.errors import IllegalTransition
 
 NOW = 1_700_000_000_000_000
@@ -97,7 +98,7 @@ def test_a_repeat_is_recorded_and_a_lost_lease_changes_nothing() -> None:
     one = leased()
     assert settle(one, report(one, "c" * 8), recorded=True) == span.SpanDecision(RECORDED)
     assert settle(None, report(one, "c" * 8)) == span.SpanDecision(LOST)
-    released = span.release(one, one.token, suspects=(), evidence="", policy=Policy(), clock=0, now_us=NOW).span
+    released = release(one, one.token, suspects=(), evidence="", policy=Policy(), clock=0, now_us=NOW).span
     assert settle(released, report(one, "c" * 8)) == span.SpanDecision(LOST)
 
 
@@ -164,7 +165,7 @@ def test_nothing_is_retried_in_a_stopped_batch_or_against_a_cancel() -> None:
 def crash(of: Span, suspects: list[int], crashes_max: int = 3) -> span.SpanDecision:
     """The worker died."""
     policy = Policy(crashes_max=crashes_max)
-    return span.release(of, of.token, suspects=suspects, evidence="signal 9", policy=policy, clock=9, now_us=NOW)
+    return release(of, of.token, suspects=suspects, evidence="signal 9", policy=policy, clock=9, now_us=NOW)
 
 
 def test_a_crash_is_charged_to_what_had_begun_and_to_nothing_else() -> None:
@@ -239,7 +240,7 @@ def test_an_at_most_once_run_that_was_handed_out_is_not_run_again() -> None:
 
 def test_what_is_given_back_to_a_stopped_batch_is_cancelled() -> None:
     one = leased(3)
-    verdict = span.release(one, one.token, suspects=[0], evidence="", policy=Policy(stopped=True), clock=0, now_us=NOW)
+    verdict = release(one, one.token, suspects=[0], evidence="", policy=Policy(stopped=True), clock=0, now_us=NOW)
     assert verdict.counts == Counts(cancelled=3)
     assert verdict.span is not None
     assert set(living([verdict.span, *verdict.spans]).values()) == {run.CANCELLED}

@@ -16,6 +16,7 @@ from headrace.core.order import clock_after, first_order_no, returned_order_no
 from headrace.core.pack import unpack
 from headrace.core.run import COMPLETED, ENDED_BADLY, WAITING
 from headrace.core.span import Counts, Key, Part, Policy, Span, SpanDecision, block_offsets_of, encode_uint16s
+from headrace.core.span_release import release as release_span
 from headrace.foundation.errors import Conflict, SessionEnded
 from headrace.foundation.ids import run_id
 from headrace.store.memory import reads
@@ -367,7 +368,7 @@ def release_of_session(span: Span, suspects: Suspects) -> Release:
 def release(tables: Tables, given: Release, crashes_max: int, now_us: int) -> str:
     """Release one lease. Returns `settled` or `lost`."""
     span = tables.spans.get(given.span_id)
-    verdict = spans.release(
+    verdict = release_span(
         span,
         given.token,
         span_slots=given.span_slots,

@@ -23,8 +23,8 @@ from headrace.core.span import (
     take_first,
     unsettled_slots,
 )
-from headrace.core.span import release as release_span
 from headrace.core.span import settle as settle_span
+from headrace.core.span_release import release as release_span
 from headrace.foundation.errors import SessionEnded
 from headrace.store.protocol import Claim, Heartbeat, HeldLease, Release, Session, Suspects
 from headrace.store.transactions.cancel_redrive import count_in, sweep_stopped

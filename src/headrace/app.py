@@ -241,7 +241,7 @@ class Headrace:
         """Run a task at set times: `@app.schedule("30 6 * * MON-FRI", tz="Europe/Berlin")` above `@app.task`.
 
         - `every_s` instead of a cron expression is an interval in seconds.
-        - Each tick is enqueued once, whatever the number of workers. `catch_up` decides about ticks that were missed
+        - Each tick is enqueued once, for any number of workers. `catch_up` decides about ticks that were missed
           while no worker ran: `once` runs the newest, `all` each of them (at most `schedule_ticks_max`), `skip` none.
         - `name`: default the task's name.
 

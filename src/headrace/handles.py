@@ -44,7 +44,7 @@ class WaitTimeout(ClientFault, TimeoutError):
 
 
 class Outcome(msgspec.Struct, Generic[R], frozen=True):
-    """How one run of a batch ended.
+    """The outcome of one run of a batch.
 
     When `ok` is true, `output` is its result, else `failure` says why. Cancelled and expired runs have neither.
     """
@@ -57,7 +57,7 @@ class Outcome(msgspec.Struct, Generic[R], frozen=True):
 
 
 class _Handle:
-    """What the handles of runs and batches share: the engine, and the app's way to block."""
+    """Base of the handles: the engine, the decoder of results, and the app's way to block."""
 
     def __init__(self, engine: Engine, result_of: ResultOf, block_on: BlockOn | None) -> None:
         self._engine = engine

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class TaskOwner(Protocol):
-    """What a task needs of the app that it belongs to."""
+    """The part of an app that its tasks use."""
 
     async def open(self) -> Engine:
         """Return the engine, opened when needed."""

@@ -37,7 +37,7 @@ def tick() -> None: ...
 
 
 async def typed() -> None:
-    """Nothing but what mypy infers of calls, handles and views."""
+    """Assert the types that mypy infers for calls, handles and views; never called."""
     coroutine = fetch("a")
     _ = assert_type(coroutine, Coroutine[Any, Any, bytes])
     await coroutine

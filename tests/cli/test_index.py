@@ -158,3 +158,10 @@ def _has_rows(folder: Path) -> bool:
         return bool(balances(folder))
     except sqlite3.OperationalError:
         return False
+
+
+def test_the_help_of_index_lists_its_run_command(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "headrace", "index", "--help"], capture_output=True, text=True, check=True
+    )
+    assert re.search(r"run +Run an indexer until its sources end", done.stdout)

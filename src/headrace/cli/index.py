@@ -42,7 +42,7 @@ Target = Annotated[
 ]
 
 
-@app.command("run", hidden=True)
+@app.command("run")
 def run(
     indexer: Target,
     store: StoreOption = None,

@@ -1,9 +1,8 @@
-"""What `headrace map` writes: a line for each run, in index order, whole lines only.
+"""Output of `headrace map`: a line for each run, in index order, whole lines only.
 
-Rule 1: a file is never shorter than right. What stands in it already is compared with what belongs there, and
-kept as far as it is the same.
-Rule 2: every line has one place, and bytes go to their place. So two commands that write one file write the same
-bytes to the same places.
+Rule 1: a correct file is never truncated. Existing lines are compared with the results, and kept as far as they agree.
+Rule 2: each line has one position in the file and is written there. So two commands that write one file write the same
+bytes to the same positions.
 """
 
 from __future__ import annotations

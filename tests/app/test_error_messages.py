@@ -39,9 +39,9 @@ MISTAKES: list[tuple[Callable[[], Any], str, str]] = [
     (two_functions, "expected one function or options by name, got 2 positional arguments", "@app.task(timeout_s=30)"),
     (lambda: Headrace("app", flush_sise=5), "Headrace() has no setting 'flush_sise'", "did you mean flush_size?"),
     (lambda: Headrace("app", xyz=5), "Headrace() has no setting 'xyz'", "store, direct_dsn, objects"),
-    (lambda: Headrace("app", flush_size=0), "Headrace(): flush_size must be a whole number from 1", ""),
-    (lambda: Headrace("app", store="nonsense"), "store must be a URL, not 'nonsense'", "sqlite:///relative/file.db"),
-    (lambda: Headrace("app", store=f"ada:{PASSWORD}@host"), "store must be a URL", "postgresql://user@host/database"),
+    (lambda: Headrace("app", flush_size=0), "Headrace(): flush_size: expected an integer from 1", ""),
+    (lambda: Headrace("app", store="nonsense"), "store: expected a URL, got 'nonsense'", "sqlite:///relative/file.db"),
+    (lambda: Headrace("app", store=f"ada:{PASSWORD}@host"), "store: expected a URL", "postgresql://user@host/database"),
 ]
 
 

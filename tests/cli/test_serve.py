@@ -12,8 +12,8 @@ from tests.cli.conftest import Shell
     [
         (("--delivery", "pull", "--host", "0.0.0.0"), "grpc_secrets is not set"),
         (("--delivery", "push"), "--delivery push requires push"),
-        (("--delivery", "sideways"), "delivery must be one of"),
-        (("--ack", "never"), "ack must be one of"),
+        (("--delivery", "sideways"), "delivery: expected one of"),
+        (("--ack", "never"), "ack: expected one of"),
         (("--tls-cert", "cert.pem"), "tls_key is not set"),
         (("--tls-key", "key.pem"), "tls_cert is not set"),
         (("--tls-cert", "tasks.py", "--tls-key", "tasks.py", "--port", "0"), "can't load tls_cert"),

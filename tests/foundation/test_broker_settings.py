@@ -105,7 +105,7 @@ def test_choices_are_checked(tmp_path: Path) -> None:
     assert (settings.delivery, settings.ack) == ("both", "received")
     assert (load({}, {}, tmp_path).delivery, load({}, {}, tmp_path).ack) == (None, "committed")
     for name in ("delivery", "ack"):
-        with pytest.raises(InvalidSetting, match=f"{name} must be one of"):
+        with pytest.raises(InvalidSetting, match=f"{name}: expected one of"):
             load({name: "sometimes"}, {}, tmp_path)
 
 

@@ -133,9 +133,9 @@ async def test_credentials_that_are_not_known_say_so(prefix: str, monkeypatch: p
     [
         ("s3:///prefix", "name a bucket"),
         ("s3://bucket/prefix?endpont=x", "nothing is called endpont"),
-        ("s3://bucket/prefix?retries=101", "retries must be a whole number from 0 to 100"),
-        ("s3://bucket/prefix?retries=many", "retries must be a whole number"),
-        ("s3://bucket/prefix?timeout_s=0", "timeout_s must be a whole number from 1"),
+        ("s3://bucket/prefix?retries=101", "retries: expected an integer from 0 to 100"),
+        ("s3://bucket/prefix?retries=many", "retries: expected an integer"),
+        ("s3://bucket/prefix?timeout_s=0", "timeout_s: expected an integer from 1"),
         ("gs://bucket/prefix?endpoint=http://x", "not an object store"),
         ("ftp://bucket/prefix", "payloads go to"),
     ],

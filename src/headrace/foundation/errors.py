@@ -1,9 +1,8 @@
-"""What can go wrong, as types.
+"""Errors of Headrace, as types.
 
-Rule 1: whose fault it is *is* the type. `ClientFault`: the caller must change something before the same call
-can work. `EngineFault`: the call was fine, the machine room was not.
-Rule 2: an error says what was tried, which ids it was about, whether trying again can help, and what a person
-can do next.
+Rule 1: the type says who is at fault. `ClientFault`: the caller must change something before the same call can work.
+`EngineFault`: the call was correct; the store, the disk or the network failed. Rule 2: an error says what was
+attempted, with which ids, whether a retry can help, and what a person can do.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from typing import ClassVar
 
 
 class HeadraceError(Exception):
-    """Base of every error Headrace raises on purpose.
+    """Base of every error that Headrace raises on purpose.
 
-    `retryable`: the same call may succeed later without any change. `code`: a stable word for machines.
-    `status`: the HTTP status that fits. `exit_code`: what the CLI ends with.
+    `retryable`: the same call may succeed later without a change. `code`: a stable word for programs. `status`: the
+    HTTP status that fits. `exit_code`: the exit code of the command line.
     """
 
     code: ClassVar[str] = "INTERNAL"
@@ -36,7 +35,7 @@ class HeadraceError(Exception):
 
 
 class ClientFault(HeadraceError):
-    """The caller asked for something that can't be; the same call will fail again."""
+    """The request is invalid; the same call will fail again."""
 
     code = "INVALID"
     status = 400
@@ -44,45 +43,45 @@ class ClientFault(HeadraceError):
 
 
 class EngineFault(HeadraceError):
-    """The call was fine; the store, the disk or the network was not."""
+    """The call was correct; the store, the disk or the network failed."""
 
     retryable = True
     status = 503
 
 
 class InvalidInput(ClientFault):
-    """An argument, item or file breaks a stated bound or form."""
+    """An argument, item or file is outside a stated bound or form."""
 
 
 class InvalidSetting(ClientFault):
-    """A setting is named wrongly or holds a value outside its bounds."""
+    """A setting has an unknown name or a value outside its bounds."""
 
     code = "INVALID_SETTING"
 
 
 class NotFound(ClientFault):
-    """Nothing of that id is in this environment."""
+    """This environment has no object with that id."""
 
     code = "NOT_FOUND"
     status = 404
 
 
 class Conflict(ClientFault):
-    """The request contradicts what is already durable."""
+    """The request contradicts what is stored."""
 
     code = "CONFLICT"
     status = 409
 
 
 class IllegalTransition(ClientFault):
-    """A state change that the table of states does not list; nothing was changed."""
+    """A state change that the table of states does not allow; nothing was changed."""
 
     code = "ILLEGAL_TRANSITION"
     status = 409
 
 
 class SessionEnded(EngineFault):
-    """The session lapsed or ended: its leases belong to others now, and it must start anew."""
+    """The session lapsed or ended: its leases belong to other sessions now, and a new session is required."""
 
     code = "SESSION_ENDED"
     status = 409
@@ -90,20 +89,20 @@ class SessionEnded(EngineFault):
 
 
 class StoreUnavailable(EngineFault):
-    """The store did not take the request; nothing of it is durable. Trying again can help."""
+    """The store could not take the request, and nothing of it is durable. A retry can help."""
 
     code = "STORE_UNAVAILABLE"
 
 
 class StoreBroken(EngineFault):
-    """The store can't be used as it is: corrupt, or written by a newer version. Trying again can't help."""
+    """The store is unusable: corrupt, or written by a newer version. A retry can't help."""
 
     code = "STORE_BROKEN"
     retryable = False
 
 
 class ObjectMissing(EngineFault):
-    """A payload's object is not in the object store, or is not what was written there."""
+    """An object is missing in the object store, or is not the one that was written there."""
 
     code = "OBJECT_MISSING"
     retryable = False

@@ -1,8 +1,8 @@
 """Ids: short, sortable by time, and never reused.
 
-An id is a prefix that names its kind and 26 lower-case base-32 characters: 48 bits of milliseconds and 80 random
-bits, so ids of one kind sort by creation and two processes never need to agree on one. A run needs no id of its
-own: it is `(batch_id, index)`, written `run_<batch's characters>_<index>`.
+An id is a prefix that names its kind, and 26 lower-case base-32 characters: 48 bits of milliseconds and 80 random bits.
+So ids of one kind sort by creation, and processes need not coordinate. A run has no id of its own: it is `(batch_id,
+index)`, written `run_<characters of the batch>_<index>`.
 """
 
 from __future__ import annotations
@@ -20,39 +20,45 @@ INDEX_MAX: Final = 10**18 - 1
 
 
 def new_batch_id(now_us: int) -> str:
-    """A fresh batch id; `now_us` is microseconds since 1970, UTC."""
+    """Return a new batch id; `now_us` is microseconds since 1970, UTC."""
     return f"batch_{_body(now_us)}"
 
 
 def new_session_id(now_us: int) -> str:
-    """A fresh session id; a process that starts anew takes a new one, so none is ever reused."""
+    """Return a new session id; a process that starts again takes another one, so none is ever reused."""
     return f"session_{_body(now_us)}"
 
 
 def new_move_id(now_us: int) -> str:
-    """A fresh id for one move of a store into another."""
+    """Return a new id for one move of a store into another."""
     return f"move_{_body(now_us)}"
 
 
 def run_id(batch_id: str, index: int) -> str:
-    """The name of one run outside the store."""
+    """Return the id of a run as users see it."""
     return f"run_{batch_id.removeprefix('batch_')}_{index}"
 
 
 def parse_run_id(text: str) -> tuple[str, int]:
-    """`(batch_id, index)` of a run id. Raises `InvalidInput` for anything that `run_id` would not write."""
+    """Return `(batch_id, index)` of a run id. Raises `InvalidInput` for any text that `run_id` would not write."""
     kind, _, rest = text.partition("_")
     body, _, index = rest.partition("_")
     if kind != "run" or not _BODY.match(body) or not _INDEX.fullmatch(index):
-        raise InvalidInput(f"{text!r} is not a run id", hint="a run id looks like run_<26 characters>_<index>")
+        raise InvalidInput(
+            f"expected a run id, got {text!r}: it is not a run id",
+            hint="a run id looks like run_<26 characters>_<index>",
+        )
     return f"batch_{body}", int(index)
 
 
 def check_batch_id(text: str) -> str:
-    """`text` when it has the form of a batch id, else `InvalidInput`."""
+    """Return `text` if it has the form of a batch id. Raises `InvalidInput`."""
     kind, _, body = text.partition("_")
     if kind != "batch" or not _BODY.match(body):
-        raise InvalidInput(f"{text!r} is not a batch id", hint="a batch id looks like batch_<26 characters>")
+        raise InvalidInput(
+            f"expected a batch id, got {text!r}: it is not a batch id",
+            hint="a batch id looks like batch_<26 characters>",
+        )
     return text
 
 

@@ -1,4 +1,4 @@
-"""How the interpreter is set in a process that is ours alone: one of a command, or a child that runs tasks."""
+"""Interpreter settings of processes that belong to Headrace: commands, and child processes that run tasks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from typing import Final
 
 SWITCH_INTERVAL_S: Final = 0.0005
-"""A thread that waits for a database, and then for the interpreter, gets it after so long at the most."""
+"""Longest time after which a thread that waits for the interpreter gets it, in seconds."""
 
 GC_THRESHOLDS: Final = (10_000, 20, 100)
-"""A hundred calls or runs under way are some thousand objects: looking through them each time finds nothing."""
+"""A hundred running calls hold some thousand live objects, which frequent collections would only traverse."""
 
 
 def tune() -> None:
-    """Set it; what is there by now is never looked through again."""
+    """Apply the settings, and exclude the objects that exist by now from garbage collection."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)

@@ -1,8 +1,8 @@
 """A bound on everything, in one place.
 
-Each limit has a name that ends in its unit, a default, the least and the most it may be set to, and a sentence.
-The settings page and `headrace config show` are made from `TABLE`; relations between limits are asserted when a
-`Limits` is made, so a process with impossible bounds never starts.
+Each limit has a name that ends in its unit, a default, a least and a greatest value, and a description. The settings
+page and `headrace config show` are made from `TABLE`. Relations between limits are checked when `Limits` are made, so a
+process with contradictory limits never starts.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ TABLE: Final[Mapping[str, Limit]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The bounds one process works with. Units are in the names; `TABLE` says what each means.
+    """Limits of one process. Units are in the names; `TABLE` describes each.
 
-    Raises `InvalidSetting` by name when a value is not an integer within its bounds, or when two contradict
-    each other.
+    Raises `InvalidSetting` by name when a value is not an integer within its bounds, or when two limits contradict each
+    other.
     """
 
     chunk_runs_max: int = TABLE["chunk_runs_max"].default
@@ -200,23 +200,23 @@ class Limits:
             )
 
     def replaced(self, **changes: int) -> Self:
-        """The same limits with some of them changed and all checked again."""
+        """Return the limits with some of them changed, all checked again."""
         current: dict[str, int] = {field.name: getattr(self, field.name) for field in fields(self)}
         unknown = changes.keys() - current.keys()
         if unknown:
-            raise InvalidSetting(f"no limit is called {', '.join(sorted(unknown))}", hint="see `headrace config show`")
+            raise InvalidSetting(f"unknown limit {', '.join(sorted(unknown))}", hint="see `headrace config show`")
         return type(self)(**(current | changes))
 
 
 def check(limit: Limit, value: object) -> int:
-    """`value` when it is an integer within the limit's bounds, else `InvalidSetting` that names it."""
+    """Return `value` if it is an integer within the limit's bounds. Raises `InvalidSetting` that names the limit."""
     if not isinstance(value, int) or isinstance(value, bool) or not limit.least <= value <= limit.most:
         raise InvalidSetting(
-            f"{limit.name} must be a whole number from {limit.least} to {limit.most} ({limit.unit}), not {value!r}",
+            f"{limit.name}: expected an integer from {limit.least} to {limit.most} ({limit.unit}), got {value!r}",
             hint=limit.meaning,
         )
     return value
 
 
-assert set(TABLE) == {field.name for field in fields(Limits)}, "a limit is in the table and in Limits, or in neither"
+assert set(TABLE) == {field.name for field in fields(Limits)}, "a limit is in both the table and Limits, or in neither"
 DEFAULT: Final = Limits()

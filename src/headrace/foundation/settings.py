@@ -1,11 +1,11 @@
-"""Effective settings, each with the place it came from.
+"""Effective settings, each with its source.
 
-Flags win over the environment, the environment over `headrace.toml`, the file over defaults. Every value is
-checked wherever it stands, also one that another overrides: a setting that can't be right is never silently
-passed over. An unknown name is refused with the name that was probably meant.
+Flags override environment variables, which override `headrace.toml`, which overrides the defaults. Every value is
+checked, also one that another overrides: an invalid setting is never ignored. An unknown name is refused with the name
+that was probably meant.
 
-Rule 1: secrets do not leave through `shown`, `repr` or an error.
-Rule 2: nothing here knows which stores exist; a store URL is only checked for its form.
+Rule 1: secrets never appear in `shown`, in `repr` or in an error. Rule 2: this module does not know which stores exist;
+of a store URL only the form is checked.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ STORE_URLS: Final = (
 )
 
 LATER_VARIABLES: Final = frozenset({"HEADRACE_LISTEN"})
-"""Names that a later version reads: set for a whole fleet, they must not stop an older process."""
+"""Names that a later version reads: when they are set for many processes, older ones must still start."""
 
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://")
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,20}")
-_SECRETS_HINT: Final = 'write a,b or ["a","b"]; `openssl rand -hex 32` makes one'
+_SECRETS_HINT: Final = 'write a,b or ["a","b"]; `openssl rand -hex 32` makes a secret'
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
-# Greedy up to the last @: a password that holds one itself is hidden whole.
+# Greedy up to the last @: a password that contains an @ is hidden whole.
 _URL_PASSWORD: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^:@/?#]*):.*@")
 _QUERY_SECRET: Final = re.compile(r"(?i)([?&][^=&#]*(?:pass|secret|key|token|credential)[^=&#]*=)[^&#]*")
 _SECRET_NAME: Final = re.compile(r"(?i)(?:^|_)(?:secrets?|key|password|token)$")
@@ -51,7 +51,7 @@ D = TypeVar("D", bound=str)
 
 
 class Option(NamedTuple):
-    """One setting that is not a limit; `checked` returns the value to use or raises `InvalidSetting`."""
+    """One setting that is not a limit; `checked` returns the value to use, or raises `InvalidSetting`."""
 
     name: str
     default: str | int | None
@@ -70,7 +70,7 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What one process works with. `sources` says where each setting, limits included, came from."""
+    """Effective settings of one process. `sources` names the source of each setting, limits included."""
 
     store: str = field(repr=False)
     direct_dsn: str | None = field(repr=False)
@@ -93,7 +93,7 @@ class Settings:
     sources: Mapping[str, str]
 
     def value(self, name: str) -> str | int | None:
-        """The value of a setting or limit by its name."""
+        """Return the value of a setting or limit by its name."""
         if name in ("grpc_secrets", "push"):
             return ", ".join(self._words(name)) or None
         found: str | int | None = getattr(self.limits if name in TABLE else self, name)
@@ -105,7 +105,7 @@ class Settings:
         return [f"{one.application}=http{'s' if one.is_tls else ''}://{one.authority}" for one in self.push]
 
     def shown(self) -> list[Shown]:
-        """Every setting in the order of the settings page, with secrets hidden."""
+        """Return every setting in the order of the settings page, with secrets hidden."""
         return [
             Shown(name, "" if value is None else hidden(name, str(value)), source)
             for name, source in self.sources.items()
@@ -114,10 +114,10 @@ class Settings:
 
 
 def load(flags: Mapping[str, object | None], environ: Mapping[str, str], directory: Path) -> Settings:
-    """The effective settings of a process started in `directory`.
+    """Load the effective settings of a process started in `directory`.
 
-    `flags` are by setting name (`flush_size`, not `--flush-size`); `None` means the flag was not given.
-    Raises `InvalidSetting` that names the setting, where it stood, and its bounds.
+    `flags` are by setting name (`flush_size`, not `--flush-size`); `None` means that the flag was not given. Raises
+    `InvalidSetting` that names the setting, its source and its bounds.
     """
     found: dict[str, tuple[str | int, str]] = {}
     for layer in (_from_file(environ, directory), _from_environment(environ), _from_flags(flags)):
@@ -163,7 +163,7 @@ def check_overrides(call: str, overrides: Mapping[str, object | None]) -> None:
 
 
 def hidden(name: str, value: str) -> str:
-    """`value` as it may be shown: nothing of a secret, and no password or key inside a URL."""
+    """Return `value` without secrets: nothing of a secret setting, no password or key inside a URL."""
     if _SECRET_NAME.search(name):
         return HIDDEN
     return _QUERY_SECRET.sub(rf"\1{HIDDEN}", _URL_PASSWORD.sub(rf"\1:{HIDDEN}@", value))
@@ -194,20 +194,25 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, object,
 def _from_file(environ: Mapping[str, str], directory: Path) -> Iterator[tuple[str, object, str]]:
     named = environ.get(CONFIG_VARIABLE)
     if named == "":
-        raise InvalidSetting(f"{CONFIG_VARIABLE} is empty", hint="unset it, or set it to the path of a file")
+        raise InvalidSetting(
+            f"{CONFIG_VARIABLE}: expected the path of a file, got an empty text",
+            hint="unset it, or set it to the path of a file",
+        )
     path, source = directory / (named or FILE_NAME), named or FILE_NAME
     if named is None and not path.exists():
         return
     for name, value in _parsed(path, source).items():
         if name == "limits":
             if not isinstance(value, dict):
-                raise InvalidSetting(f"{source}: limits must be a table, not {value!r}", hint="write [limits]")
+                raise InvalidSetting(f"{source}: expected limits to be a table, got {value!r}", hint="write [limits]")
             for limit_name, limit_value in value.items():
                 if limit_name not in TABLE:
                     raise _unknown(f"{source} [limits]", limit_name, TABLE, str)
                 yield limit_name, limit_value, source
         elif name in TABLE:
-            raise InvalidSetting(f"{source}: {name} is a limit", hint=f"write it under [limits] in {source}")
+            raise InvalidSetting(
+                f"{source}: {name} is a limit, expected under [limits]", hint=f"write it under [limits] in {source}"
+            )
         elif name not in OPTIONS:
             raise _unknown(source, name, (*OPTIONS, "limits"), str)
         else:
@@ -215,7 +220,7 @@ def _from_file(environ: Mapping[str, str], directory: Path) -> Iterator[tuple[st
 
 
 def _parsed(path: Path, source: str) -> dict[str, object]:
-    import tomllib  # only here: most starts have no file, and a start is counted in milliseconds
+    import tomllib  # only here: most processes have no file, and a start is measured in milliseconds
 
     try:
         with path.open("rb") as file:
@@ -226,17 +231,19 @@ def _parsed(path: Path, source: str) -> dict[str, object]:
             hint=f"make it a readable file, or unset {CONFIG_VARIABLE}",
         ) from error
     if len(data) > FILE_BYTES_MAX:
-        raise InvalidSetting(f"{source} is larger than {FILE_BYTES_MAX} bytes", hint="is it the right file?")
+        raise InvalidSetting(f"{source}: expected at most {FILE_BYTES_MAX} bytes", hint="is it the right file?")
     try:
         return tomllib.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise InvalidSetting(f"{source} is not UTF-8 at byte {error.start}", hint="save it as UTF-8") from error
+        raise InvalidSetting(
+            f"{source}: expected UTF-8, got another byte at {error.start}", hint="save it as UTF-8"
+        ) from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InvalidSetting(f"{source} is not TOML: {error}", hint='write lines like store = "…"') from error
+        raise InvalidSetting(f"{source}: expected TOML: {error}", hint='write lines like store = "…"') from error
 
 
 def _read(name: str, value: object) -> object:
-    """What a flag or variable says: text that is a whole number becomes one where a number is wanted."""
+    """Return a flag or variable as its setting's type: digits become an integer where one is expected."""
     if name in NUMBERS and isinstance(value, str) and _INTEGER.fullmatch(value):
         return int(value)
     return value
@@ -258,13 +265,13 @@ def _unknown(
 ) -> InvalidSetting:
     near = near_name(name, known)
     hint = f"did you mean {spelled(near)}?" if near else f"{remedy}, or see `headrace config show`"
-    return InvalidSetting(f"{source}: no setting is called {name}", hint=hint)
+    return InvalidSetting(f"{source}: unknown setting {name}", hint=hint)
 
 
 def _text(name: str, value: object, form: str) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > TEXT_CHARS_MAX or _CONTROL.search(value):
-        said = repr(hidden(name, value[:80])) if isinstance(value, str) else repr(value)
-        raise InvalidSetting(f"{name} must be {form}, not {said}")
+        shown = repr(hidden(name, value[:80])) if isinstance(value, str) else repr(value)
+        raise InvalidSetting(f"{name}: expected {form}, got {shown}")
     return value
 
 
@@ -273,8 +280,8 @@ def _url(name: str, hint: str) -> Callable[[object], str]:
         text = _text(name, value, "a URL")
         if not _URL.match(text):
             # Text with an @ or a colon is not repeated: it may be a mistyped URL with a password in it.
-            got = "" if re.search("[@:]", text) else f", not {text[:SHOWN_CHARS]!r}"
-            raise InvalidSetting(f"{name} must be a URL{got}", hint=hint)
+            got = "" if re.search("[@:]", text) else f", got {text[:SHOWN_CHARS]!r}"
+            raise InvalidSetting(f"{name}: expected a URL{got}", hint=hint)
         return text
 
     return checked
@@ -290,15 +297,15 @@ def _host(value: object) -> str:
 
 def _api_key(value: object) -> str:
     if not isinstance(value, str) or not KEY_CHARS_MIN <= len(value) <= TEXT_CHARS_MAX or not value.isprintable():
-        # What was given is not repeated: it may be a key with a slip in it.
-        raise InvalidSetting(f"api_key must have {KEY_CHARS_MIN} printable characters or more")
+        # The value is not repeated: it may be a mistyped key.
+        raise InvalidSetting(f"api_key: expected at least {KEY_CHARS_MIN} printable characters")
     return value
 
 
 def _environment(value: object) -> str:
     text = _text("environment", value, "a name")
     if len(text) > ENVIRONMENT_CHARS_MAX:
-        raise InvalidSetting(f"environment must be at most {ENVIRONMENT_CHARS_MAX} characters, not {len(text)}")
+        raise InvalidSetting(f"environment: expected at most {ENVIRONMENT_CHARS_MAX} characters, got {len(text)}")
     return text
 
 
@@ -318,15 +325,15 @@ def _grpc_secrets(value: object) -> str:
 
         value = dumps(value)
     if not isinstance(value, str):
-        raise InvalidSetting("grpc_secrets must be a list of secrets", hint=_SECRETS_HINT)
+        raise InvalidSetting("grpc_secrets: expected a list of secrets", hint=_SECRETS_HINT)
     secrets_of(value)
     return value
 
 
 def secrets_of(text: str) -> tuple[str, ...]:
-    """The secrets of a text, which has commas between them or is a JSON list. Raises `InvalidSetting`.
+    """Return the secrets of a text: separated by commas, or a JSON list. Raises `InvalidSetting`.
 
-    No error repeats what was given: it may be a secret with a slip in it.
+    No error repeats the text: it may be a mistyped secret.
     """
     if text.lstrip().startswith("["):
         from json import loads
@@ -334,11 +341,11 @@ def secrets_of(text: str) -> tuple[str, ...]:
         try:
             words = loads(text)
         except (ValueError, RecursionError):
-            raise InvalidSetting("grpc_secrets is no JSON list", hint=_SECRETS_HINT) from None
+            raise InvalidSetting("grpc_secrets: expected a JSON list", hint=_SECRETS_HINT) from None
     else:
         words = [word.strip() for word in text.split(",")]
     if not words or len(words) > SECRETS_MAX:
-        raise InvalidSetting(f"grpc_secrets must be 1 to {SECRETS_MAX} secrets", hint=_SECRETS_HINT)
+        raise InvalidSetting(f"grpc_secrets: expected 1 to {SECRETS_MAX} secrets", hint=_SECRETS_HINT)
     for number, word in enumerate(words, 1):
         if (
             not isinstance(word, str)
@@ -346,7 +353,7 @@ def secrets_of(text: str) -> tuple[str, ...]:
             or not SECRET_BYTES_MIN <= len(word.encode()) <= TEXT_CHARS_MAX
         ):
             raise InvalidSetting(
-                f"secret {number} of grpc_secrets must have {SECRET_BYTES_MIN} to {TEXT_CHARS_MAX} printable bytes",
+                f"grpc_secrets: expected {SECRET_BYTES_MIN} to {TEXT_CHARS_MAX} printable bytes in secret {number}",
                 hint=_SECRETS_HINT,
             )
     return tuple(words)
@@ -369,7 +376,7 @@ def _of_choice(text: str | None, choices: tuple[D, ...]) -> D | None:
 def _choice(name: str, default: str | None, choices: tuple[str, ...], meaning: str) -> Option:
     def checked(value: object) -> str:
         if not isinstance(value, str) or value.lower() not in choices:
-            raise InvalidSetting(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+            raise InvalidSetting(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
         return value.lower()
 
     return Option(name, default, ", ".join(choices), meaning, checked)

@@ -1,4 +1,4 @@
-"""Where activations are pushed: `application=http://host:port`, several with commas between them."""
+"""Push endpoints of activations: `application=http://host:port`, several separated by commas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headrace.foundation.errors import InvalidSetting
 
 TARGETS_MAX: Final = 256
 _APPLICATION: Final = re.compile(r"[^\x00-\x20=,\x7f]{1,200}\Z")
-_HINT: Final = "write application=http://host:port, with commas between several"
+_HINT: Final = "write application=http://host:port, several separated by commas"
 
 
 class PushTarget(NamedTuple):
@@ -23,25 +23,27 @@ class PushTarget(NamedTuple):
 
     @property
     def authority(self) -> str:
-        """Host and port, as a request names them."""
+        """Return host and port as a request names them."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def push_targets(text: str) -> tuple[PushTarget, ...]:
-    """The endpoints of a text, in its order. An application may have several. Raises `InvalidSetting`."""
+    """Return the endpoints of a text, in order; an application may have several. Raises `InvalidSetting`."""
     words = [word.strip() for word in text.split(",")]
     if len(words) > TARGETS_MAX:
-        raise InvalidSetting(f"push names {len(words)} endpoints; at most {TARGETS_MAX}")
-    found = tuple(_target(word) for word in words)
-    if len(set(found)) != len(found):
-        raise InvalidSetting("push names an endpoint twice for one application", hint="name each once")
-    return found
+        raise InvalidSetting(f"push: expected at most {TARGETS_MAX} endpoints, got {len(words)}")
+    targets = tuple(_target(word) for word in words)
+    if len(set(targets)) != len(targets):
+        raise InvalidSetting(
+            "push: expected different endpoints, got one twice for one application", hint="name each endpoint once"
+        )
+    return targets
 
 
 def _target(word: str) -> PushTarget:
     application, _, url = word.partition("=")
     if not _APPLICATION.match(application) or not url:
-        raise InvalidSetting("push must name an application and its endpoint", hint=_HINT)
+        raise InvalidSetting("push: expected an application and its endpoint", hint=_HINT)
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -54,6 +56,6 @@ def _target(word: str) -> PushTarget:
             host = None
     if not host or not host.isprintable() or " " in host or port == 0:
         # The URL is not repeated: it may hold a password.
-        raise InvalidSetting(f"push has no endpoint for {application!r} that can be called", hint=_HINT)
+        raise InvalidSetting(f"push: expected an http or https endpoint for {application!r}", hint=_HINT)
     is_tls = parts.scheme == "https"
     return PushTarget(application, host, port or (443 if is_tls else 80), is_tls)

@@ -169,11 +169,14 @@ def test_a_wrong_file_is_refused_with_a_hint(tmp_path: Path, text: str, said: st
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     assert "nowhere.toml can't be read" in refused(tmp_path, environ={"HEADRACE_CONFIG": "nowhere.toml"}).message
-    assert "HEADRACE_CONFIG: expected the path of a file, got an empty text" in refused(tmp_path, environ={"HEADRACE_CONFIG": ""}).message
+    assert (
+        "HEADRACE_CONFIG: expected the path of a file, got an empty text"
+        in refused(tmp_path, environ={"HEADRACE_CONFIG": ""}).message
+    )
     (tmp_path / "headrace.toml").write_bytes(b'store = "\xff"')
-    assert "not UTF-8 at byte 9" in refused(tmp_path).message
+    assert "expected UTF-8, got an invalid byte at 9" in refused(tmp_path).message
     (tmp_path / "headrace.toml").write_bytes(b"#" * (FILE_BYTES_MAX + 1))
-    assert "larger than" in refused(tmp_path).message
+    assert "expected at most" in refused(tmp_path).message
     (tmp_path / "headrace.toml").unlink()
     (tmp_path / "headrace.toml").mkdir()
     assert "headrace.toml can't be read" in refused(tmp_path).message

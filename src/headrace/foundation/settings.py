@@ -231,12 +231,12 @@ def _parsed(path: Path, source: str) -> dict[str, object]:
             hint=f"make it a readable file, or unset {CONFIG_VARIABLE}",
         ) from error
     if len(data) > FILE_BYTES_MAX:
-        raise InvalidSetting(f"{source}: expected at most {FILE_BYTES_MAX} bytes", hint="is it the right file?")
+        raise InvalidSetting(f"{source}: expected at most {FILE_BYTES_MAX} bytes, got more", hint="is it the right file?")
     try:
         return tomllib.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InvalidSetting(
-            f"{source}: expected UTF-8, got another byte at {error.start}", hint="save it as UTF-8"
+            f"{source}: expected UTF-8, got an invalid byte at {error.start}", hint="save it as UTF-8"
         ) from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidSetting(f"{source}: expected TOML: {error}", hint='write lines like store = "…"') from error

@@ -231,7 +231,9 @@ def _parsed(path: Path, source: str) -> dict[str, object]:
             hint=f"make it a readable file, or unset {CONFIG_VARIABLE}",
         ) from error
     if len(data) > FILE_BYTES_MAX:
-        raise InvalidSetting(f"{source}: expected at most {FILE_BYTES_MAX} bytes, got more", hint="is it the right file?")
+        raise InvalidSetting(
+            f"{source}: expected at most {FILE_BYTES_MAX} bytes, got more", hint="is it the right file?"
+        )
     try:
         return tomllib.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -101,9 +101,9 @@ class Deafened(PostgresNotifier):
         self.begun_count += 1
         await super()._serve(connection)
 
-    def _heard(self, connection: Any, pid: int, channel: str, words: str) -> None:
+    def _on_notification(self, connection: Any, pid: int, channel: str, words: str) -> None:
         if not self.is_deaf:
-            super()._heard(connection, pid, channel, words)
+            super()._on_notification(connection, pid, channel, words)
 
 
 async def test_r11_news_that_came_in_just_before_its_connection_ended_is_news(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ async def test_r11_news_that_came_in_just_before_its_connection_ended_is_news(tm
         pid = connection.get_server_pid()
         connection.terminate()  # the driver hands over what it took in with the next turn of the loop
         await asyncio.sleep(0)
-        ear.notifier._heard(connection, pid, "", WORK)
+        ear.notifier._on_notification(connection, pid, "", WORK)
         assert ear.heard == [WORK]
 
 
@@ -225,16 +225,16 @@ async def test_r11_nobody_looks_at_a_file_while_nobody_waits(tmp_path: Path) -> 
         assert await bell.wait(SystemClock(), LONG_S)  # what came between two waits is news of the second
         waiting = asyncio.create_task(bell.wait(SystemClock(), LONG_S))
         await asyncio.sleep(0)
-        looks_count = watcher.looks_count
+        polls_count = watcher.polls_count
         writer.execute("INSERT INTO t VALUES (1)")
         writer.commit()
         assert await waiting
-        assert watcher.looks_count > looks_count
-        while watcher._looking is not None:  # the last look finds that nobody waits
+        assert watcher.polls_count > polls_count
+        while watcher._scheduled is not None:  # the last look finds that nobody waits
             await asyncio.sleep(0)
-        looks_count = watcher.looks_count
+        polls_count = watcher.polls_count
         await asyncio.sleep(2 * LOOK_MAX_S)
-        assert watcher.looks_count == looks_count
+        assert watcher.polls_count == polls_count
         await watcher.close()
 
 

@@ -80,7 +80,7 @@ async def test_a_pooler_may_be_named(tmp_path: Path) -> None:
     async with World(PostgresStore(f"{fresh_schema(tmp_path)}&pooler=transaction", DEFAULT)) as world:
         await world.filled(10)
         assert (await world.store.check())["pooled"]
-    with pytest.raises(InvalidSetting, match="pooler must be one of auto, none, transaction"):
+    with pytest.raises(InvalidSetting, match=r"expected pooler=auto.none.transaction"):
         PostgresStore("postgresql://host/db?pooler=session", DEFAULT)
 
 

@@ -488,7 +488,7 @@ async def test_r9_a_claim_merges_lanes_by_priority_and_order(world: World) -> No
 
 def marks_of(world: World) -> list[tuple[int, int]]:
     """Where the store would begin to look."""
-    return [mark for _, marks in house(world)._watermarks._marks.values() for mark in marks.values()]
+    return [mark for _, marks in house(world)._claim_cursors._cursors.values() for mark in marks.values()]
 
 
 async def test_r10_what_stands_before_the_mark_is_found_each_poll_interval(world: World) -> None:

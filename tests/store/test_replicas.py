@@ -87,5 +87,5 @@ async def test_a_replica_of_another_version_says_what_to_do(tmp_path: Path) -> N
     with pytest.raises(StoreBroken, match="schema version 0") as refused:
         await store.open()
     assert "headrace migrate" in refused.value.hint
-    with pytest.raises(InvalidSetting, match="read_only must be true or false"):
+    with pytest.raises(InvalidSetting, match=r"expected read_only=true.false in the URL"):
         PostgresStore(f"{fresh_schema(tmp_path)}&read_only=yes", DEFAULT)

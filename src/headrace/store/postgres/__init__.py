@@ -1,4 +1,4 @@
-"""A store on PostgreSQL: many machines, and the engine that users already run, replicate and back up."""
+"""A store on PostgreSQL: for many machines, on a server that is replicated and backed up already."""
 
 from headrace.store.postgres.copy_target import PostgresCopyTarget
 from headrace.store.postgres.notifier import PostgresNotifier

@@ -1,4 +1,4 @@
-"""Runs put into somebody else's PostgreSQL transaction."""
+"""Runs in the caller's own PostgreSQL transaction."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from headrace.store.protocol import WORK
 from headrace.store.transactions.sql_script import Query, Rows
 
 
-class PostgresJoined(CallerTransaction):
-    """Ids come from the ranges of this process; one that is fetched here stays, whatever becomes of the transaction.
+class PostgresCallerTransaction(CallerTransaction):
+    """Scripts in a caller's transaction. Ids come from the ranges of this process; a fetched range stays if the caller
+    rolls back.
 
-    Whoever listens is told with the caller's commit. That makes commits of such transactions wait for each other a
-    little (rule R11), which the engine's own never do: here nobody of Headrace's is there after the commit.
+    Listeners are notified with the caller's commit, which makes commits of such transactions wait for each other a
+    little. The engine's own transactions notify after their commit (R11, notifications follow the commit); here
+    Headrace does not run after the commit.
     """
 
     def __init__(
@@ -35,10 +37,10 @@ class PostgresJoined(CallerTransaction):
         return [(first_block, first_span)]
 
     def _first(self, name: str, count: int) -> Steps[int]:
-        own = self._ids[name]
-        while (first := own.take(count)) is None:
+        id_range = self._ids[name]
+        while (first := id_range.take(count)) is None:
             ((start,),) = yield from super()._rows(Query(name, {}))
-            own.start(start)
+            id_range.start(start)
         return first
 
     def _told(self) -> Steps[None]:

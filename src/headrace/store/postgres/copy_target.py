@@ -1,4 +1,4 @@
-"""A PostgreSQL schema that another store moves into, page by page."""
+"""A PostgreSQL schema as the target of a store copy, page by page."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from headrace.store.transactions.sql_script import Script, fetch, fetch_column, 
 
 
 class PostgresCopyTarget:
-    """A schema as the side of a move that takes in (see `headrace.store.store_copy.Arrival`)."""
+    """A schema as the target of a copy (see `headrace.store.store_copy.CopyTarget`)."""
 
     def __init__(self, store: PostgresStore) -> None:
         self._perform = store.perform
 
     async def moved_until(self, move_id: str) -> int:
-        """The last of the source's blocks that is here."""
+        """Return the last block of the source that was copied."""
         return await self._perform(lambda: _moved_until(move_id))
 
     async def check_keys(self, named: Sequence[tuple[str, str, str]]) -> None:
-        """Raise `Conflict` when keys of batches name other batches here."""
+        """Raise `Conflict` if keys of batches name other batches here."""
         if named:
             await self._perform(lambda: _check_keys(named))
 
     async def take_in(self, move_id: str, after_id: int, came: Page) -> None:
-        """Keep a page, once."""
+        """Insert a page, once."""
         await self._perform(lambda: _take_in(move_id, after_id, came))
 
     async def know(
         self, environment: str, own: Sequence[tuple[str, int, bool]], lanes: Sequence[tuple[str, str]]
     ) -> int:
-        """Make the queues of an environment known; answers what order numbers go up by."""
+        """Create the queues of an environment, and return by how much order numbers grow."""
         return await self._perform(lambda: _know(environment, own, lanes))
 
     async def own(self, batch_id: str, environment: str, came: Belongings, *, now_us: int) -> None:
-        """Keep what belongs to a batch."""
+        """Insert what belongs to a batch."""
         await self._perform(lambda: _own(batch_id, environment, came, now_us))
 
     async def let_in(self, batch: dict[str, Any], cancelled: Sequence[int], offset: int, *, now_us: int) -> None:
-        """Let a batch be seen and run, all of which is here."""
+        """Make a batch that was copied completely visible and runnable."""
         bases = {name: base + offset for name, base in msgspec.json.decode(batch["order_bases"]).items()}
         row = batch | {"order_bases": as_json(bases)}
         await self._perform(lambda: _let_in(row, cancelled, offset, now_us))
 
     async def take_back(self, batch_ids: Sequence[str]) -> bool:
-        """Delete what came of batches that were not let in, a bounded step; False when nothing is left of them."""
+        """Delete a bounded part of batches that are not visible yet. Returns False when nothing is left of them."""
         return await self._perform(lambda: _take_back(batch_ids))
 
     async def keep_rules(self, rules: Sequence[tuple[str, str, bytes]]) -> None:
-        """Keep rules that there are none of that name of here."""
+        """Insert the rules whose names do not exist here."""
         await self._perform(lambda: _keep_rules(rules))
 
     async def forget(self, move_id: str) -> None:
-        """Everything is here, or gone again."""
+        """Delete the progress of a copy, which is complete or was undone."""
         await self._perform(lambda: _forget(move_id))
 
 
@@ -75,13 +75,13 @@ def _check_keys(named: Sequence[tuple[str, str, str]]) -> Script[None]:
         keys = ", ".join(repr(key) for _, key in taken[:5])
         raise Conflict(
             f"{len(taken)} keys of batches name other batches in the target: {keys}",
-            hint="move into another schema, or delete those batches there",
+            hint="copy into another schema, or delete those batches there",
         )
 
 
 def _take_in(move_id: str, after_id: int, came: Page) -> Script[None]:
     if (yield from _moved_until(move_id)) != after_id:
-        return  # it is here already
+        return  # this page was copied before
     first_block, first_span = yield from take_ids(blocks_count=len(came.blocks), spans_count=len(came.spans))
     block_ids = {block.id: first_block + number for number, block in enumerate(came.blocks)}
     span_ids = {span.id: first_span + number for number, span in enumerate(came.spans)}
@@ -137,7 +137,7 @@ def _keep_rules(rules: Sequence[tuple[str, str, bytes]]) -> Script[None]:
 
 def _let_in(row: dict[str, Any], cancelled: Sequence[int], offset: int, now_us: int) -> Script[None]:
     if not (yield from fetch("insert_moved_batch", **row)):
-        return  # it was let in before
+        return  # the batch was made visible before
     if cancelled:
         yield from fetch("ask_to_cancel", batch_id=row["id"], indexes=as_json(list(cancelled)))
     yield from fetch("free_moved_spans", batch_id=row["id"], offset=offset, now_us=now_us)
@@ -147,7 +147,7 @@ def _take_back(batch_ids: Sequence[str]) -> Script[bool]:
     for batch_id in batch_ids:
         if (yield from fetch_one("batch", id=batch_id)) is not None:
             raise Conflict(
-                "batches of this move run in the target already", hint="go on with the move", batch_id=batch_id
+                "batches of this copy run in the target already", hint="continue the copy", batch_id=batch_id
             )
     is_more = False
     for batch_id in batch_ids:

@@ -1,4 +1,4 @@
-"""What a database's URL says: where it is, and how Headrace is to use it."""
+"""The URL of a database: where it is, and how Headrace uses it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _YES: Final = {"true": True, "false": False}
 
 
 class DatabaseAddress(NamedTuple):
-    """One database. `dsn` is what the driver takes; the rest are Headrace's own words in the query.
+    """One database. `dsn` is passed to the driver; the other fields are Headrace's own options in the URL.
 
-    `pooler`: `transaction` when each transaction may meet another server connection, `none` when a connection is one,
-    `auto` to find out on connecting. `is_read_only`: answers reads and refuses the rest, as a replica does.
+    `pooler`: `transaction` if each transaction may use another server connection, `none` if a connection is always the
+    same, `auto` to find out when connecting. `is_read_only`: only reads are allowed, as on a replica.
     """
 
     dsn: str
@@ -39,26 +39,28 @@ class DatabaseAddress(NamedTuple):
 
 
 def address(url: str) -> DatabaseAddress:
-    """The parts of `postgresql://…?schema=&pooler=&read_only=`. Raises `InvalidSetting`."""
+    """Parse `postgresql://…?schema=&pooler=&read_only=`. Raises `InvalidSetting`."""
     try:
         parts = urlsplit(url)
-        _ = parts.port  # a port that is no number is found out by asking
+        _ = parts.port  # the port is parsed when it is read
     except ValueError as error:
         raise InvalidSetting(
-            f"this can't be the URL of a database: {error}", hint="postgresql://user:password@host:port/database"
+            f"expected the URL of a database, got one that can't be parsed: {error}",
+            hint="postgresql://user:password@host:port/database",
         ) from error
     query = dict(parse_qsl(parts.query))
     schema = query.pop("schema", "headrace")
     if not _SCHEMA.match(schema):
         raise InvalidSetting(
-            f"{schema!r} can't name a schema", hint="lower-case letters, digits and underscores, at most 63"
+            f"expected the name of a schema in the URL, got schema={schema!r}",
+            hint="write lower-case letters, digits and underscores, at most 63",
         )
     pooler = query.pop("pooler", "auto")
     if pooler not in POOLERS:
-        raise InvalidSetting(f"pooler must be one of {', '.join(POOLERS)}, not {pooler!r}")
+        raise InvalidSetting(f"expected pooler={'|'.join(POOLERS)} in the URL, got pooler={pooler!r}")
     read_only = query.pop("read_only", "false")
     if read_only not in _YES:
-        raise InvalidSetting(f"read_only must be true or false, not {read_only!r}")
+        raise InvalidSetting(f"expected read_only=true|false in the URL, got read_only={read_only!r}")
     return DatabaseAddress(
         dsn=urlunsplit(parts._replace(query=urlencode(query))),
         schema=schema,

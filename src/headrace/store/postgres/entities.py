@@ -1,8 +1,8 @@
-"""`PostgresEntities`: the tables of indexers in the schema where batches are.
+"""`PostgresEntities`: the tables of indexers, in the schema of the batches.
 
-Rows go in by COPY. Those of a type of which no row was ever written twice go straight into their table; when one is
-there already after all, the piece is undone and merged, and so is every later one. All others go by COPY into a
-temporary table that empties itself at COMMIT, and from there in one statement into their own.
+Rows are inserted by COPY. As long as no row of a type was written twice, they are copied into their table directly. If
+a row exists already, the piece is rolled back and merged, and so is every later one. All other rows are copied into a
+temporary table, which is emptied at COMMIT, and inserted from there in one statement.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BULK_TIMEOUT_S: Final = 600
 
 
 class PostgresEntities:
-    """Tables of indexers in one schema; the connections are those of a `PostgresStore`."""
+    """Tables of indexers in one schema, on the connections of a `PostgresStore`."""
 
     works_beside = True
 
@@ -174,7 +174,7 @@ class PostgresEntities:
             await connection.raw.execute(sql, list(write.deleted), timeout=BULK_TIMEOUT_S)
 
     async def _inserted(self, connection: PostgresConnection, write: Write) -> bool:
-        """Whether all rows were new; nothing has happened when one was not."""
+        """Copy rows, and return True if all of them were new; else nothing has changed."""
         entity = write.entity
         if entity.table in self._rewritten:
             return False
@@ -213,7 +213,7 @@ class PostgresEntities:
             )
 
     async def _keep(self, connection: PostgresConnection, write: Write) -> None:
-        """Changes into the history, with how the rows stood before the first of them."""
+        """Insert changes into the history, after the state of their rows before the first of them."""
         entity, dialect = write.entity, self._dialect
         ids = list(dict.fromkeys(row_id for row_id, _, _ in write.changes))
         await connection.raw.execute(dialect.anchor(entity, len(ids)), ids, timeout=BULK_TIMEOUT_S)
@@ -284,7 +284,7 @@ class PostgresEntities:
 
 
 def _bound(column: Column, value: Any) -> Any:
-    """One value as the driver binds it."""
+    """Return a value as the driver binds it."""
     if value is None:
         return None
     if column.enum is not None:

@@ -1,4 +1,4 @@
-"""What the hot statements are given, and what their rows mean."""
+"""Parameters and results of the statements that carry out a whole operation (R7, a hot operation is one statement)."""
 
 from __future__ import annotations
 
@@ -17,40 +17,43 @@ from headrace.store.transactions.scripted_store import lease_of_row
 from headrace.store.transactions.sql_script import Rows
 
 SHORT: Final = "short"
-"""More rows of some lane are needed to make up the wanted runs."""
+"""More rows of some lane are needed to reach the requested runs."""
 BELOW: Final = "below"
-"""From the marks on there is not enough: everything is looked at."""
+"""Too few runs are waiting behind the cursors: scan everything."""
 DUE: Final = "due"
-"""Delayed spans join the line first."""
+"""Delayed spans have become due: promote them first."""
 ANSWERED: Final = ("claimed", "again")
 NEVER: Final = -1
 WHOLE_SPAN_SLOTS: Final = encode_uint16s(range(4_096))
-"""The places of a whole span; a shorter one's are its beginning."""
+"""The slots of a whole span; those of a shorter span are its beginning."""
 SPARE_ROWS: Final = 2
 _SPAN_COLUMNS: Final = len(SpanRow._fields)
 
 
-def lease_ended(told: Settlement) -> tuple[str, dict[str, Any]] | None:
-    """The statement for one lease and its values, or None when it is not of runs in order that all ended for good."""
-    codes = told.codes
-    if told.object_keys or not ends_all(told):
+def lease_ended(settlement: Settlement) -> tuple[str, dict[str, Any]] | None:
+    """Return the statement for one lease and its values; None unless its runs are sorted and all ended finally."""
+    codes = settlement.codes
+    if settlement.object_keys or not ends_all(settlement):
         return None
-    span_slots = range(len(codes)) if told.span_slots is None else decode_uint16s(told.span_slots)
+    span_slots = range(len(codes)) if settlement.span_slots is None else decode_uint16s(settlement.span_slots)
     if len(span_slots) != len(codes):
         return None
     values = {
-        "span_id": told.span_id,
-        "token": told.token,
-        "part_no": told.part_no,
-        "span_slots": told.span_slots,
+        "span_id": settlement.span_id,
+        "token": settlement.token,
+        "part_no": settlement.part_no,
+        "span_slots": settlement.span_slots,
         "codes": codes,
-        "results": told.results,
+        "results": settlement.results,
         "runs_count": len(codes),
         **counts_of(codes)._asdict(),
     }
     span_slot = span_slots[0]
-    if told.span_slots is None or told.span_slots == WHOLE_SPAN_SLOTS[2 * span_slot : 2 * (span_slot + len(codes))]:
-        return "settle_stretch", values | {"span_slot": span_slot, "is_whole": int(told.span_slots is None)}
+    if (
+        settlement.span_slots is None
+        or settlement.span_slots == WHOLE_SPAN_SLOTS[2 * span_slot : 2 * (span_slot + len(codes))]
+    ):
+        return "settle_stretch", values | {"span_slot": span_slot, "is_whole": int(settlement.span_slots is None)}
     kept_from, kept_count, codes_from, next_slot = [], [], [], 0
     for number, span_slot in enumerate(span_slots):
         if span_slot < next_slot:
@@ -70,38 +73,41 @@ def lease_ended(told: Settlement) -> tuple[str, dict[str, Any]] | None:
 
 
 def ended(settlements: Sequence[Settlement]) -> dict[str, Any] | None:
-    """The values of `settle_ended`, or None when a settlement is not of runs in order that all ended for good."""
+    """Return the values of `settle_ended`; None unless all runs of each settlement are sorted and ended finally."""
     blob, rows, objects = Blob(), [], []
-    for told in settlements:
-        codes = told.codes
-        if not ends_all(told):
+    for settlement in settlements:
+        codes = settlement.codes
+        if not ends_all(settlement):
             return None
         span_slot, mask = 0, b""
-        if told.span_slots is not None:
-            if len(told.span_slots) != 2 * len(codes):
+        if settlement.span_slots is not None:
+            if len(settlement.span_slots) != 2 * len(codes):
                 return None
-            span_slots = decode_uint16s(told.span_slots)
+            span_slots = decode_uint16s(settlement.span_slots)
             span_slot = span_slots[0]
-            if told.span_slots != WHOLE_SPAN_SLOTS[2 * span_slot : 2 * (span_slot + len(codes))]:
-                if any(one >= other for one, other in pairwise(span_slots)):
+            if settlement.span_slots != WHOLE_SPAN_SLOTS[2 * span_slot : 2 * (span_slot + len(codes))]:
+                if any(slot >= next_slot for slot, next_slot in pairwise(span_slots)):
                     return None
-                mask = run.ended(bytes(span_slots[-1] - span_slot + 1), [one - span_slot for one in span_slots], codes)
+                mask = run.ended(
+                    bytes(span_slots[-1] - span_slot + 1), [slot - span_slot for slot in span_slots], codes
+                )
         codes_at, _ = blob.put(codes)
         mask_at, width = blob.put(mask) if mask else (0, len(codes))
         rows.append(
             (
-                told.span_id, told.token, len(codes), told.part_no, span_slot, int(told.span_slots is None), codes_at,
-                *blob.put(told.results), *counts_of(codes), mask_at, width,
+                settlement.span_id, settlement.token, len(codes), settlement.part_no, span_slot,
+                int(settlement.span_slots is None), codes_at, *blob.put(settlement.results), *counts_of(codes), mask_at,
+                width,
             )
         )  # fmt: skip
-        objects += [(told.span_id, key) for key in told.object_keys]
+        objects += [(settlement.span_id, key) for key in settlement.object_keys]
     if not rows or len({settlement.span_id for settlement in settlements}) < len(rows):
         return None
     return {"rows": as_json(rows), "blob": blob.bytes(), "objects": as_json(objects), "span_slots": WHOLE_SPAN_SLOTS}
 
 
 def in_order(chunks: Sequence[Chunk], cursor: bytes | None) -> dict[str, Any] | None:
-    """The values of `append_in_order`, or None when these are not consecutive runs without anything of their own."""
+    """Return the values of `append_in_order`; None unless the runs are consecutive and have no extras."""
     if not chunks:
         return None
     first_index = next_index = chunks[0].first_index
@@ -114,13 +120,13 @@ def in_order(chunks: Sequence[Chunk], cursor: bytes | None) -> dict[str, Any] | 
         return None
     blob, blocks = Blob(), []
     spans: list[tuple[object, ...]] = []
-    for number, chunk in enumerate(chunks):
-        blocks.append((number, chunk.first_index, chunk.runs_count, *blob.put(chunk.items)))
+    for block_no, chunk in enumerate(chunks):
+        blocks.append((block_no, chunk.first_index, chunk.runs_count, *blob.put(chunk.items)))
         for key, block_offsets in chunk.spans.items():
             offsets = range(chunk.runs_count) if block_offsets is None else decode_uint16s(block_offsets)
             spans.append(
                 (
-                    len(spans), number, key.queue, key.task, key.priority, key.due_us, key.expires_us,
+                    len(spans), block_no, key.queue, key.task, key.priority, key.due_us, key.expires_us,
                     int(key.at_most_once), chunk.first_index + offsets[0], chunk.first_index, len(offsets),
                     *blob.put(block_offsets), int(key.dead_letter),
                 )
@@ -146,14 +152,14 @@ def _received_up_to(index: int) -> bytes:
 
 
 def rows_wanted(runs_max: int, runs_a_span: int) -> int:
-    """How many spans of a lane to look at: those that would do if they were as large as the last ones."""
+    """Return how many spans of a lane to read: enough if they hold as many runs as the last ones."""
     return min(runs_max // runs_a_span + SPARE_ROWS, CANDIDATES_MAX)
 
 
 def wish(
     claim: Claim, *, rows_max: int, due_us: int, now_us: int, marks: Mapping[tuple[str, str], tuple[int, int]]
 ) -> dict[str, Any]:
-    """The values of `claim_whole`; `marks` by queue and task."""
+    """Return the values of `claim_whole`; `marks` are the cursors, by queue and task."""
     by_queue: dict[str, dict[str, tuple[int, int]]] = {}
     for (queue, task), mark in marks.items():
         by_queue.setdefault(queue, {})[task] = mark
@@ -174,7 +180,7 @@ def wish(
 
 
 class ClaimAnswer(NamedTuple):
-    """The answer of `claim_whole`: its verdict, and the spans it leased with their blocks, best first."""
+    """The answer of `claim_whole`: its verdict, and the leased spans with their blocks, in claim order."""
 
     verdict: str
     spans: list[Span]
@@ -198,6 +204,8 @@ def claim_answer(rows: Rows) -> ClaimAnswer:
 
 
 def runs_a_span(leases: Sequence[Lease]) -> int:
-    """How many runs these leases hold on average, the last one left out, which may be split; 0 when it is alone."""
+    """Return how many runs these leases hold on average, without the last one, which may be split; 0 if it is the only
+    one.
+    """
     sizes = [len(lease.span_slots) for lease in leases[:-1]]
     return max(sum(sizes) // len(sizes), 1) if sizes else 0

@@ -1,4 +1,4 @@
-"""Ids of new rows: a process takes 65,536 of them at once and numbers its rows itself."""
+"""Ids of new rows: a process takes a range of 65,536 of them at once, and numbers its rows itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ID_RANGE: Final = 65_536
 
 
 class IdRange:
-    """Ids of one range that are still free; the loops of several threads may share it."""
+    """The free ids of one range. Event loops of several threads may share it."""
 
     __slots__ = ("_left", "_lock", "_next")
 
@@ -19,12 +19,12 @@ class IdRange:
         self._lock = threading.Lock()
 
     def start(self, first: int) -> None:
-        """Go on in a new range."""
+        """Continue in a new range."""
         with self._lock:
             self._next, self._left = first, ID_RANGE
 
     def take(self, count: int) -> int | None:
-        """The first of `count` consecutive ids, or None when the range holds fewer."""
+        """Return the first of `count` consecutive ids, or None if the range holds fewer."""
         with self._lock:
             if self._left < count:
                 return None

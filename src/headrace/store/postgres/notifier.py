@@ -1,9 +1,11 @@
-"""News between the processes on one database, by `LISTEN` and `NOTIFY` (rule R11).
+"""Notifications between the processes on one database, by `LISTEN` and `NOTIFY` (R11, notifications follow the commit).
 
-It goes out after the commit it is about, from a connection of its own: inside the transaction it would make commits
-wait for each other. What is told while a notification is on its way, or within its gap, goes out together. Behind a
-pooler nobody can listen: what a session heard it tells itself on connecting, and where it does not hear that, news is
-only told, for those who have a direct way. The connection is made when somebody first waits or tells.
+A notification is sent after the commit that it is about, on its own connection: inside the transaction it would make
+commits wait for each other. Notifications that are requested while one is being sent, or within its gap, are sent
+together.
+
+Behind a pooler a process can't listen. It finds out by sending itself a notification when it connects. If that does not
+arrive, it only sends, for processes with a direct connection. The connection is opened at the first wait or send.
 """
 
 from __future__ import annotations
@@ -24,51 +26,51 @@ from headrace.store.protocol import WORK
 LOG: Any = structlog.get_logger("headrace.notifier")
 GAPS_S: Final = {WORK: 0.002}
 GAP_S: Final = 0.02
-"""Between two notifications of one kind of a process: workers are woken at once, watchers of a batch now and then."""
+"""Seconds between two notifications of one kind from one process: workers are woken at once, watchers less often."""
 AGAIN_S: Final = (0.1, 0.5, 1.0, 5.0, 15.0)
-"""Between two tries to connect; the last one from then on."""
+"""Seconds between attempts to connect; the last one is repeated."""
 STEADY_S: Final = 5.0
-"""A connection that lasted longer is no reason to wait before the next."""
+"""After a connection that lasted longer, the next attempt is immediate."""
 PROBE_S: Final = 30.0
-"""A quiet listener asks itself so often whether it still hears: a connection can be gone and nobody told it."""
+"""Seconds after which a quiet listener sends itself a notification: a connection can be lost without any error."""
 CLOSE_S: Final = 0.5
 CHANNEL_MAX: Final = 63
 PROBE: Final = "probe"
 
 
 class PostgresNotifier:
-    """One process's ear and voice on a schema. `address` should lead past any pooler."""
+    """Sender and receiver of one process's notifications on a schema. `address` should bypass any pooler."""
 
     def __init__(self, address: DatabaseAddress, schema: str) -> None:
         self._address = address
         self._channel = channel_of(schema)
         self._notify = compiled(schema)["notify"]
-        self._hears: dict[str, Callable[[], None]] = {}
-        self._told: set[str] = set()
+        self._callbacks: dict[str, Callable[[], None]] = {}
+        self._pending: set[str] = set()
         self._sent_s: dict[str, float] = {}
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
         self._is_sent = asyncio.Event()
-        self._has_heard_itself = False
+        self._received_own = False
         self._own_pid = 0
         self.is_listening = False
 
     def listen(self, news: str, notify_local: Callable[[], None]) -> None:
-        """Call `notify_local` when another process told `news`, or may have."""
-        self._hears[news] = notify_local
+        """Call `notify_local` when another process sent the notification `news`, or may have."""
+        self._callbacks[news] = notify_local
 
     def tell(self, news: str) -> None:
-        """Let the others know with the next notification."""
-        if news not in self._told or not self._is_at_work:
-            self._told.add(news)
-            self._attend()
+        """Send a notification with the next group."""
+        if news not in self._pending or not self._is_at_work:
+            self._pending.add(news)
+            self._ensure_task()
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """Somebody waits: have a connection that listens."""
+        """Keep a connection that listens."""
         if not self._is_at_work:
-            self._attend()
+            self._ensure_task()
         yield
 
     @property
@@ -76,7 +78,7 @@ class PostgresNotifier:
         task = self._task
         return task is not None and not task.done() and self._loop is asyncio.get_running_loop()
 
-    def _attend(self) -> None:
+    def _ensure_task(self) -> None:
         if not self._is_at_work:
             loop = asyncio.get_running_loop()
             self._wake, self._is_sent, self._loop = asyncio.Event(), asyncio.Event(), loop
@@ -85,12 +87,12 @@ class PostgresNotifier:
         self._wake.set()
 
     async def close(self) -> None:
-        """Send what is still to be told, if that is quick, and let go."""
+        """Send pending notifications if that is quick, then disconnect."""
         is_at_work = self._is_at_work
         task, self._task = self._task, None
         if task is None or not is_at_work:
             return
-        if self._told:
+        if self._pending:
             self._sent_s.clear()
             self._wake.set()
             self._is_sent.clear()
@@ -99,7 +101,7 @@ class PostgresNotifier:
         task.cancel()
         await asyncio.wait((task,))
 
-    # -- the one task
+    # -- the task of the connection
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -114,24 +116,25 @@ class PostgresNotifier:
                     self.is_listening = False
                     connection.raw.terminate()
             except DRIVER as error:
-                LOG.debug(
-                    "no connection for news; polling goes on", error=store_error(error, self._address.database).message
-                )
+                LOG.debug("notifier.unavailable", error=store_error(error, self._address.database).message)
             tries_count = 0 if loop.time() > began_s + STEADY_S else min(tries_count + 1, len(AGAIN_S) - 1)
             await asyncio.sleep(AGAIN_S[tries_count])
 
     async def _serve(self, connection: PostgresConnection) -> None:
-        """Listen and tell until the connection ends."""
+        """Listen and send until the connection ends."""
         connection.raw.add_termination_listener(lambda _: self._wake.set())
         if not connection.is_pooled:
             self._own_pid = connection.raw.get_server_pid()
-            await connection.raw.add_listener(self._channel, self._heard)
-            self.is_listening = await self._hears_itself(connection)
+            await connection.raw.add_listener(self._channel, self._on_notification)
+            self.is_listening = await self._receives_own(connection)
             if not self.is_listening:
-                LOG.info("news can't be heard through a pooler; polling goes on", hint="set HEADRACE_DIRECT_DSN")
+                LOG.info(
+                    "notifier.cannot_listen",
+                    hint="a pooler is between this process and the server, so it polls; set HEADRACE_DIRECT_DSN",
+                )
                 self._address = self._address._replace(pooler="transaction")
                 return
-            for notify_local in self._hears.values():  # what was missed until now is news
+            for notify_local in self._callbacks.values():  # notifications may have been missed until now
                 notify_local()
         while not connection.raw.is_closed():
             self._wake.clear()
@@ -142,43 +145,45 @@ class PostgresNotifier:
             try:
                 await asyncio.wait_for(self._wake.wait(), wait_s)
             except TimeoutError:
-                if self.is_listening and not self._told and not await self._hears_itself(connection):
+                if self.is_listening and not self._pending and not await self._receives_own(connection):
                     return
 
-    async def _hears_itself(self, connection: PostgresConnection) -> bool:
-        self._has_heard_itself = False
+    async def _receives_own(self, connection: PostgresConnection) -> bool:
+        self._received_own = False
         await connection.fetch(self._notify, {"channel": self._channel, "words": PROBE})
-        return self._has_heard_itself  # a session hands over what it heard before it says that it is done
+        # a server session delivers pending notifications before it reports that a statement is done
+        return self._received_own
 
     def _ready(self) -> tuple[list[str], float]:
-        """The words whose gap is over, and how long to wait for the next."""
+        """Return the notifications whose gap is over, and the seconds until the next one."""
         now_s = asyncio.get_running_loop().time()
-        waits_s = {word: self._sent_s.get(word, 0.0) + GAPS_S.get(word, GAP_S) - now_s for word in self._told}
+        waits_s = {word: self._sent_s.get(word, 0.0) + GAPS_S.get(word, GAP_S) - now_s for word in self._pending}
         return [word for word, wait_s in waits_s.items() if wait_s <= 0], min(waits_s.values(), default=PROBE_S)
 
     async def _send(self, connection: PostgresConnection, words: list[str]) -> None:
         now_s = asyncio.get_running_loop().time()
-        self._told.difference_update(words)
+        self._pending.difference_update(words)
         self._sent_s.update(dict.fromkeys(words, now_s))
         try:
             await connection.fetch(self._notify, {"channel": self._channel, "words": " ".join(words)})
         except BaseException:
-            self._told.update(words)  # again, on the next connection: twice is better than not at all
+            # send them again on the next connection: a doubled notification is better than a lost one
+            self._pending.update(words)
             raise
-        if not self._told:
+        if not self._pending:
             self._is_sent.set()
 
-    def _heard(self, _connection: Any, pid: int, _channel: str, words: str) -> None:
-        if pid == self._own_pid:  # the connection may have ended since the driver took it in
-            self._has_heard_itself = True
+    def _on_notification(self, _connection: Any, pid: int, _channel: str, words: str) -> None:
+        if pid == self._own_pid:  # the driver may deliver a notification of a connection that has ended
+            self._received_own = True
             return
         for word in words.split():
-            if word in self._hears:
-                self._hears[word]()
+            if word in self._callbacks:
+                self._callbacks[word]()
 
 
 def channel_of(schema: str) -> str:
-    """The channel of a schema; a name too long for one is cut, and told from others by its hash."""
+    """Return the channel of a schema. A name that is too long is cut and made unique by a hash."""
     name = f"headrace_{schema}"
     if len(name) <= CHANNEL_MAX:
         return name

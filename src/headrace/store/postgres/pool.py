@@ -1,11 +1,12 @@
-"""Connections of one event loop: few, long-lived, and with nothing hanging on them that a pooler could mix up.
+"""Connections of one event loop: few, long-lived, and without session state that a pooler could mix up.
 
-A connection is a server session, or it leads to a pooler that may pick another session for each transaction. The
-server tells its process id twice, when a connection begins and when asked; a pooler keeps the true one to itself,
-which is how it is noticed. On a session of our own, statements are prepared once, and planned for tables that will
-grow. Behind a pooler each statement travels whole, in one message that the server commits by itself, and is planned
-for the tables as they are; settings come with each transaction. Either way the name of a prepared statement is made
-from its text, so that no mistake about what is behind a connection can run another statement than the one meant.
+A connection is a server session, or it leads to a pooler that may use another session for each transaction. The server
+reports its process id when a connection begins and when asked; a pooler hides the true one, and is detected by that.
+
+On a session of its own, a connection prepares each statement once, planned for tables that will grow. Behind a pooler,
+each statement is sent whole, in one message that the server commits, and is planned for the tables as they are;
+settings are sent with each transaction. The name of a prepared statement is made from its text, so a mistake about the
+pooler can never run another statement.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ CONNECT_TIMEOUT_S: Final = 15
 CLOSE_TIMEOUT_S: Final = 10
 IDLE_S: Final = 300
 PARAMETERS: Final = {"application_name": "headrace"}
-"""All that is said on connecting: stock poolers refuse what they don't know."""
+"""All parameters at connection start: stock poolers refuse parameters that they don't know."""
 SETTINGS: Final = {
     "idle_in_transaction_session_timeout": "10000",
-    # A plan made while the tables were small is kept: it must not be one that reads them whole when they are large.
+    # A plan that was made while the tables were small is kept, so it must not scan whole tables.
     "enable_seqscan": "off",
-    # What a statement is asked for never changes how it is best answered, and to plan a large one takes milliseconds.
+    # The values never change which plan is best, and planning a large statement takes milliseconds.
     "plan_cache_mode": "force_generic_plan",
     "jit": "off",
 }
@@ -49,7 +50,7 @@ _FOR_TRANSACTION: Final = "".join(f"; SET LOCAL {name} = {value}" for name, valu
 
 
 class Prepared(NamedTuple):
-    """A statement as it is sent: its values are numbered, `names` in that order; no other text has its `title`."""
+    """A statement as it is sent: values are numbered in the order of `names`. `title` is unique to its text."""
 
     sql: str
     names: list[str]
@@ -57,7 +58,7 @@ class Prepared(NamedTuple):
 
 
 def compiled(schema: str) -> dict[str, Prepared]:
-    """Each statement with its schema filled in and its values numbered."""
+    """Return all statements with the schema filled in and the values numbered."""
     found: dict[str, Prepared] = {}
     for statement in statements(PACKAGE).values():
         sql, names = numbered(statement.sql.replace("{schema}", f'"{schema}"'))
@@ -66,12 +67,12 @@ def compiled(schema: str) -> dict[str, Prepared]:
 
 
 def prepared(sql: str, names: list[str]) -> Prepared:
-    """A statement whose values are numbered, in the order of `names`."""
+    """Make a statement whose values are numbered, in the order of `names`."""
     return Prepared(sql, names, f"headrace_{hashlib.sha256(sql.encode()).hexdigest()[:32]}")
 
 
 class PostgresConnection:
-    """One connection. `is_pooled`: the session behind it may change with each transaction."""
+    """One connection. `is_pooled`: each transaction may use another server session."""
 
     __slots__ = ("_statements", "idle_since_s", "is_pooled", "raw")
 
@@ -82,7 +83,7 @@ class PostgresConnection:
         self._statements: dict[str, Any] = {}
 
     async def fetch(self, statement: Prepared, values: Mapping[str, Any], *, timeout_s: float | None = None) -> Rows:
-        """All rows of a statement, within `COMMAND_TIMEOUT_S` or what is said."""
+        """Return all rows of a statement, within `timeout_s` or `COMMAND_TIMEOUT_S`."""
         known = self._statements.get(statement.title)
         if known is None:
             title = None if self.is_pooled else statement.title
@@ -95,12 +96,12 @@ class PostgresConnection:
         await self.raw.execute(how + _FOR_TRANSACTION if self.is_pooled else how)
 
     async def commit(self) -> None:
-        """Commit it. A transaction that an error ended does not commit quietly: that is an error too."""
+        """Commit. Raises an error if the server rolls back instead, after an error in the transaction."""
         if await self.raw.execute("COMMIT") != "COMMIT":
             raise StoreUnavailable("the server rolled the transaction back at its commit", hint="repeat the call")
 
     async def undo(self) -> None:
-        """Leave whatever transaction there is; a connection that can't is ended."""
+        """Roll back any open transaction; close the connection if that fails."""
         if self.raw.is_closed() or not self.raw.is_in_transaction():
             return
         try:
@@ -112,12 +113,12 @@ class PostgresConnection:
 
     @property
     def is_usable(self) -> bool:
-        """Whether another verb may have it."""
+        """True if another operation may use the connection."""
         return not self.raw.is_closed() and not self.raw.is_in_transaction()
 
 
 async def connect(address: DatabaseAddress) -> PostgresConnection:
-    """A new connection, and what is behind it."""
+    """Connect, and detect a pooler."""
     raw = await asyncpg.connect(
         address.dsn,
         timeout=CONNECT_TIMEOUT_S,
@@ -138,7 +139,7 @@ async def connect(address: DatabaseAddress) -> PostgresConnection:
 
 
 class Pool:
-    """The connections of one loop, made when they are needed, the one used last first."""
+    """The connections of one event loop, opened when needed; the most recently used one is taken first."""
 
     def __init__(self, address: DatabaseAddress, size: int) -> None:
         self.address = address
@@ -150,21 +151,21 @@ class Pool:
 
     @asynccontextmanager
     async def borrowed(self) -> AsyncIterator[PostgresConnection]:
-        """A connection for a block, which leaves no transaction on it."""
+        """Lend a connection to a block, and leave no transaction open on it."""
         connection = await self._take()
         try:
             yield connection
         except (asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError):
-            connection.raw.terminate()  # the driver lost its way in the protocol, or an answer is still to come
+            connection.raw.terminate()  # the protocol state is unknown, or an answer is still pending
             raise
         except Exception:
             await connection.undo()
             raise
         except BaseException:
-            connection.raw.terminate()  # interrupted: nobody knows whether a BEGIN that was sent is still to be done
+            connection.raw.terminate()  # cancelled: a BEGIN may have been sent or not
             raise
         finally:
-            self._give_back(connection)
+            self._put_back(connection)
 
     async def _take(self) -> PostgresConnection:
         await self._slots.acquire()
@@ -172,7 +173,7 @@ class Pool:
             self._check_open()
             while self._idle:
                 connection = self._idle.pop()
-                if self._is_of_use(connection):
+                if self._is_reusable(connection):
                     return connection
                 self._end(connection)
             connection = await connect(self.address)
@@ -186,9 +187,9 @@ class Pool:
         if self._is_closed:
             raise StoreUnavailable("the store is closed")
 
-    def _give_back(self, connection: PostgresConnection) -> None:
+    def _put_back(self, connection: PostgresConnection) -> None:
         now_s = asyncio.get_running_loop().time()
-        if self._is_of_use(connection) and not self._is_closed:
+        if self._is_reusable(connection) and not self._is_closed:
             connection.idle_since_s = now_s
             self._idle.append(connection)
         else:
@@ -197,8 +198,8 @@ class Pool:
             self._end(self._idle.pop(0))
         self._slots.release()
 
-    def _is_of_use(self, connection: PostgresConnection) -> bool:
-        """Whether another verb may have it: not if it was made before a pooler was noticed."""
+    def _is_reusable(self, connection: PostgresConnection) -> bool:
+        """True if another operation may use the connection: not if it was opened before a pooler was detected."""
         return connection.is_usable and (connection.is_pooled or self.address.pooler != "transaction")
 
     def _end(self, connection: PostgresConnection) -> None:
@@ -206,13 +207,13 @@ class Pool:
         connection.raw.terminate()
 
     def forget(self) -> None:
-        """None of the connections there are is used again."""
+        """Close all idle connections."""
         for connection in self._idle:
             self._end(connection)
         self._idle.clear()
 
     async def close(self) -> None:
-        """Wait for what is under way, for a while, and end every connection."""
+        """Wait for running operations, for a limited time, and close every connection."""
         self._is_closed = True
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
@@ -224,11 +225,11 @@ class Pool:
                     with suppress(Exception):
                         await connection.raw.close(timeout=CLOSE_TIMEOUT_S)
         self.terminate()
-        for _ in range(self._size):  # whoever still waits is told
+        for _ in range(self._size):  # waiting operations find the pool closed
             self._slots.release()
 
     def terminate(self) -> None:
-        """End every connection at once."""
+        """Close every connection at once."""
         self._is_closed = True
         for connection in list(self._open):
             self._end(connection)

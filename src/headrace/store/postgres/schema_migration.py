@@ -1,4 +1,4 @@
-"""Bringing a schema to the version that this code knows, while older processes may be at work on it."""
+"""Migration of a schema to the version of this code, while processes of an older version may be running."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIGRATION_S: Final = 3_600
 
 
 class SchemaMigration:
-    """One process at a time migrates a schema; the others wait for it, and find the work done."""
+    """Migration of one schema. One process migrates at a time; the others wait, and find the migrations applied."""
 
     def __init__(self, statements: Mapping[str, Prepared], schema: str) -> None:
         self._statements = statements
@@ -31,13 +31,13 @@ class SchemaMigration:
         self._newest = self._scripts[-1][0]
 
     async def run(self, connection: PostgresConnection) -> None:
-        """Apply what is missing, all of it or nothing.
+        """Apply the missing migrations, all of them or none.
 
-        A migration waits for the locks it needs for a moment only, since whatever comes after it has to wait too, and
-        then stands back and tries again.
+        A migration waits only a short time for its locks, since all later transactions wait behind it. If it does not
+        get them, it releases what it has and tries again.
         """
         if connection.raw.get_server_version() < OLDEST_POSTGRES:
-            raise StoreBroken("the server is older than PostgreSQL 14", hint="upgrade it")
+            raise StoreBroken("expected PostgreSQL 14 or newer, got an older server", hint="upgrade the server")
         if await self._version(connection) == self._newest:
             return
         for tries_left in range(TRIES - 1, -1, -1):
@@ -52,7 +52,7 @@ class SchemaMigration:
                 return
 
     async def check(self, connection: PostgresConnection) -> None:
-        """Raise `StoreBroken` unless the schema has the version that this code knows."""
+        """Raise `StoreBroken` unless the schema has the version of this code."""
         self._known(await self._version(connection), is_read_only=True)
 
     async def _apply(self, connection: PostgresConnection) -> None:
@@ -70,12 +70,12 @@ class SchemaMigration:
     def _known(self, version: int, *, is_read_only: bool) -> None:
         if version > self._newest:
             raise StoreBroken(
-                f"the database has schema version {version}, this Headrace knows up to {self._newest}",
+                f"the database has schema version {version}, this Headrace expects {self._newest}",
                 hint="upgrade Headrace, or name another schema",
             )
         if is_read_only and version < self._newest:
             raise StoreBroken(
-                f"the database has schema version {version}, this Headrace needs {self._newest}",
+                f"the database has schema version {version}, this Headrace expects {self._newest}",
                 hint="run `headrace migrate` on the primary",
             )
 

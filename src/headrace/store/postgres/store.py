@@ -1,8 +1,8 @@
-"""`PostgresStore`: the verbs of the seam on a PostgreSQL database.
+"""`PostgresStore`: the operations of a store on a PostgreSQL database.
 
-A script runs in one transaction, READ COMMITTED, with the rows it changes locked in one order (spans by id, then
-batches by id), so two transactions never wait for each other in a circle. Nothing hangs on a connection: table names
-carry their schema, and ids are numbered by the process from ranges it takes.
+A script runs in one transaction, READ COMMITTED, and locks the rows it changes in one order (spans by id, then batches
+by id), so transactions never deadlock. No state is kept on a connection: table names contain the schema, and ids come
+from ranges that the process takes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from headrace.foundation.errors import HeadraceError, InvalidInput, InvalidSetti
 from headrace.foundation.limits import Limits
 from headrace.store.caller_transaction import CallerTransaction
 from headrace.store.postgres import fast_path
-from headrace.store.postgres.caller_transaction import PostgresJoined
+from headrace.store.postgres.caller_transaction import PostgresCallerTransaction
 from headrace.store.postgres.claim_cursors import ClaimCursors
 from headrace.store.postgres.dsn import address
 from headrace.store.postgres.errors import (
@@ -56,16 +56,17 @@ T = TypeVar("T")
 CONNECTIONS: Final = 8
 TRIES: Final = 5
 OUT_OF_ORDER: Final = 1_024
-"""Batches remembered for coming in another order than their indexes."""
+"""Batches that are remembered for arriving in another order than their indexes."""
 MISSES_MAX: Final = 3
-"""Appends out of order, one after the other, after which a batch is no more expected to come in order."""
+"""Consecutive appends out of order after which a batch is expected to arrive out of order."""
 
 
 class PostgresStore(ScriptedStore):
     """Batches in one schema of a PostgreSQL database.
 
-    `url` is a DSN that may say more: `?schema=headrace&pooler=auto&read_only=false`. `direct_url` leads to the same
-    database past any pooler, for what needs a session of its own: migrations, and news by `LISTEN`.
+    `url` is a DSN with options of Headrace: `?schema=headrace&pooler=auto&read_only=false`. `direct_url` leads to the
+    same database without a pooler. It is used for what needs its own session: migrations, and notifications by
+    `LISTEN`.
     """
 
     def __init__(self, url: str, limits: Limits, *, direct_url: str | None = None) -> None:
@@ -77,17 +78,17 @@ class PostgresStore(ScriptedStore):
         self._pools: dict[asyncio.AbstractEventLoop, tuple[Pool, AsyncGenerator[None, None]]] = {}
         self._block_ids, self._span_ids = IdRange(), IdRange()
         self._runs_a_span = USUAL_RUNS
-        self._watermarks = ClaimCursors(everything_each_us=limits.poll_interval_ms * 1_000)
+        self._claim_cursors = ClaimCursors(everything_each_us=limits.poll_interval_ms * 1_000)
         self._out_of_order = _Misses(OUT_OF_ORDER)
         self._is_open = False
 
     @property
     def schema(self) -> str:
-        """Where all tables are."""
+        """The schema of all tables."""
         return self._schema
 
     async def open(self) -> None:
-        """Connect, and bring the schema to the current version; one that is only read must have it already."""
+        """Connect, and migrate the schema. A schema that is opened read-only must be migrated already."""
         self._is_open = True
         try:
             if self.address.is_read_only:
@@ -116,7 +117,7 @@ class PostgresStore(ScriptedStore):
             connection.raw.terminate()
 
     async def close(self) -> None:
-        """Close every connection; a second close does nothing."""
+        """Close every connection. A second close does nothing."""
         self._is_open = False
         here = asyncio.get_running_loop()
         for loop, (pool, end) in list(self._pools.items()):
@@ -125,22 +126,22 @@ class PostgresStore(ScriptedStore):
                 await pool.close()
                 await end.aclose()
             else:
-                with suppress(RuntimeError):  # it ended this moment, and its connections with it
+                with suppress(RuntimeError):  # the loop ended at this moment, and its connections with it
                     loop.call_soon_threadsafe(pool.terminate)
 
     @property
     def identity(self) -> str:
-        """Which database and schema this is, without who asks."""
+        """The host, database and schema, without the user."""
         parts = urlsplit(self.address.dsn)
         return f"{parts.hostname}:{parts.port}{parts.path}/{self._schema}"
 
     async def clock_us(self) -> int:
-        """The time of the database's machine, which all hosts follow."""
+        """Return the time of the database's machine, which all hosts follow."""
         ((now_us,),) = await self._tried(lambda connection: self._fetch(connection, "clock"))
         return int(now_us)
 
     async def check(self) -> dict[str, object]:
-        """A round trip, and the settings that durability hangs on."""
+        """Make a round trip, and return the settings that durability depends on."""
 
         async def work(connection: PostgresConnection) -> dict[str, object]:
             ((server, fsync, synchronous_commit, is_standby),) = await self._fetch(connection, "durability")
@@ -159,17 +160,19 @@ class PostgresStore(ScriptedStore):
         return await self._tried(work)
 
     def joined(self, connection: Any) -> CallerTransaction:
-        """This schema's statements on a connection that somebody else owns, in the transaction open there."""
-        return PostgresJoined(connection, self._sql, self._schema, block_ids=self._block_ids, span_ids=self._span_ids)
+        """Return the scripts of this schema on a caller's connection, in the transaction that is open there."""
+        return PostgresCallerTransaction(
+            connection, self._sql, self._schema, block_ids=self._block_ids, span_ids=self._span_ids
+        )
 
-    # -- hot verbs, one statement each (rule R7); the scripts do what is not usual, and say what is meant
+    # -- hot operations, one statement each (R7, a hot operation is one statement); scripts do the unusual cases
 
     async def append(
         self, batch_id: str, chunks: Sequence[Chunk], *, now_us: int, cursor: bytes | None = None, seals: bool = False
     ) -> Appended:
-        """Make runs durable: in one statement what follows all that was received before, by the script the rest.
+        """Make runs durable: in one statement if they follow all received runs, else by the script.
 
-        The statement does not seal: it would have to look for the end with each append of a large batch.
+        The statement does not seal: it would have to check for the end with each append of a large batch.
         """
         runs_max = self._limits.batch_runs_max
         is_expected = self._out_of_order.of(batch_id) < MISSES_MAX
@@ -195,9 +198,9 @@ class PostgresStore(ScriptedStore):
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
         """Record outcomes: in one statement if all runs ended finally, else by the script."""
-        asked = fast_path.lease_ended(settlements[0]) if len(settlements) == 1 else None
-        if asked is not None:
-            if await self._alone(asked[0], **asked[1], now_us=now_us):
+        statement = fast_path.lease_ended(settlements[0]) if len(settlements) == 1 else None
+        if statement is not None:
+            if await self._alone(statement[0], **statement[1], now_us=now_us):
                 return [SETTLED]
         elif (values := fast_path.ended(settlements)) is not None:
             ((count,),) = await self._alone("settle_ended", **values, now_us=now_us)
@@ -210,7 +213,7 @@ class PostgresStore(ScriptedStore):
         if claim.runs_max < 1:
             return await super().claim(claim, now_us=now_us)
         rows_max, due_us = fast_path.rows_wanted(claim.runs_max, self._runs_a_span), now_us
-        marks = self._watermarks.of(claim, now_us)
+        marks = self._claim_cursors.of(claim, now_us)
         while True:
             values = fast_path.wish(claim, rows_max=rows_max, due_us=due_us, now_us=now_us, marks=marks)
             answer = fast_path.claim_answer(await self._claim_whole(values))
@@ -225,7 +228,7 @@ class PostgresStore(ScriptedStore):
                 leases = answer.leases
                 self._runs_a_span = fast_path.runs_a_span(leases) or self._runs_a_span
                 is_enough = sum(len(lease.span_slots) for lease in leases) >= claim.runs_max
-                self._watermarks.claimed(
+                self._claim_cursors.claimed(
                     claim, answer.spans, is_enough=is_enough, was_everything=not marks, now_us=now_us
                 )
                 return leases
@@ -239,7 +242,7 @@ class PostgresStore(ScriptedStore):
 
         return await self._changed(work)
 
-    # -- what a process with nothing to do asks for: one statement, which needs no transaction to see one snapshot
+    # -- queries of an idle process: one statement each, which needs no transaction for one snapshot
 
     async def next_due_us(self, environment: str, tasks: Sequence[str]) -> int | None:
         """Return when the next delayed span becomes claimable."""
@@ -256,7 +259,7 @@ class PostgresStore(ScriptedStore):
     # -- running scripts
 
     async def _write(self, script: Callable[[], Script[T]]) -> T:
-        """In one transaction."""
+        """Run a script in one transaction."""
 
         async def work(connection: PostgresConnection) -> T:
             await self._begin(connection, BEGIN_WRITING)
@@ -267,7 +270,7 @@ class PostgresStore(ScriptedStore):
         return await self._changed(work)
 
     async def _read(self, script: Callable[[], Script[T]]) -> T:
-        """Against one snapshot."""
+        """Run a script on one snapshot."""
 
         async def work(connection: PostgresConnection) -> T:
             await self._begin(connection, BEGIN_READING)
@@ -280,7 +283,7 @@ class PostgresStore(ScriptedStore):
     async def within(
         self, work: Callable[[PostgresConnection, Callable[[Script[Any]], Awaitable[Any]]], Awaitable[T]]
     ) -> T:
-        """Work in one transaction on a connection of this loop: `work(connection, run)`, where `run` runs a script."""
+        """Run `work(connection, run)` in one transaction on a connection of this loop; `run` runs a script."""
 
         async def whole(connection: PostgresConnection) -> T:
             await self._begin(connection, BEGIN_WRITING)
@@ -291,24 +294,24 @@ class PostgresStore(ScriptedStore):
         return await self._changed(whole)
 
     async def fetched(self, statement: Prepared, values: Mapping[str, Any]) -> Rows:
-        """The rows of one statement that only reads."""
+        """Return the rows of one statement that only reads."""
         return await self._tried(lambda connection: connection.fetch(statement, values))
 
     async def _alone(self, name: str, /, **values: Any) -> Rows:
-        """One statement that the server commits by itself (rule R7)."""
+        """Run one statement that the server commits by itself (R7, a hot operation is one statement)."""
         return await self._changed(lambda connection: self._fetch(connection, name, **values))
 
     async def _changed(self, work: Callable[[PostgresConnection], Awaitable[T]]) -> T:
-        """`_tried`, for what changes something."""
+        """Do the same as `_tried`, for work that changes something."""
         if self.address.is_read_only:
             raise InvalidSetting(
-                "this store was opened to be read only",
-                hint="leave read_only=true out of its URL, and name the primary",
+                "refused a write: the store was opened with read_only=true",
+                hint="remove read_only=true from its URL, and name the primary server",
             )
         return await self._tried(work)
 
     async def _tried(self, work: Callable[[PostgresConnection], Awaitable[T]]) -> T:
-        """What the server undid to keep transactions apart is done again; other errors are told as what they mean."""
+        """Run work again that the server rolled back because of a concurrent transaction; translate other errors."""
         for tries_left in range(TRIES - 1, -1, -1):
             pool, connection = await self._pool(), None
             try:
@@ -318,7 +321,7 @@ class PostgresStore(ScriptedStore):
                 if not tries_left:
                     raise self._store_error(error) from error
                 await asyncio.sleep(0)
-            except ANOTHER_SESSION as error:  # nothing was done: a statement that isn't there does nothing
+            except ANOTHER_SESSION as error:  # nothing was done: the prepared statement does not exist
                 if not tries_left or connection is None or connection.is_pooled:
                     raise self._store_error(error) from error
                 self._notice_pooler()
@@ -327,7 +330,7 @@ class PostgresStore(ScriptedStore):
                     raise self._store_error(error) from error
                 pool.forget()
             except SCHEMA_CHANGED as error:
-                raise await self._told_of_version(pool, error) from error
+                raise await self._version_error(pool, error) from error
             except DRIVER as error:
                 raise await self._translated(error) from error
         raise AssertionError
@@ -346,8 +349,8 @@ class PostgresStore(ScriptedStore):
     def _store_error(self, error: BaseException) -> HeadraceError:
         return store_error(error, self.address.database)
 
-    async def _told_of_version(self, pool: Pool, error: BaseException) -> HeadraceError:
-        """A statement that doesn't fit the schema any more: was it migrated while this process ran?"""
+    async def _version_error(self, pool: Pool, error: BaseException) -> HeadraceError:
+        """Explain a statement that does not fit the schema: was it migrated while this process ran?"""
         try:
             async with pool.borrowed() as connection:
                 await SchemaMigration(self._sql, self._schema).check(connection)
@@ -373,7 +376,7 @@ class PostgresStore(ScriptedStore):
             return [(first_block, first_span)]
         return await self._fetch(connection, ask.name, **ask.values)
 
-    # -- what goes over the wire: every statement passes here by its name
+    # -- sending: every statement passes here by its name
 
     async def _fetch(self, connection: PostgresConnection, name: str, /, **values: Any) -> Rows:
         return await connection.fetch(self._sql[name], values)
@@ -385,9 +388,9 @@ class PostgresStore(ScriptedStore):
         await connection.commit()
 
     async def _take(self, connection: PostgresConnection, own: IdRange, name: str, count: int) -> int:
-        """The first of `count` consecutive ids; a fresh range is fetched when the one at hand is too short."""
+        """Return the first of `count` consecutive ids; fetch a new range if this one is too short."""
         if count > ID_RANGE:
-            raise InvalidInput(f"one transaction makes at most {ID_RANGE} new rows of a kind, not {count}")
+            raise InvalidInput(f"expected at most {ID_RANGE} new rows of a kind in one transaction, got {count}")
         while (first := own.take(count)) is None:
             ((start,),) = await self._fetch(connection, name)
             own.start(start)
@@ -396,7 +399,7 @@ class PostgresStore(ScriptedStore):
     # -- connections
 
     async def _pool(self) -> Pool:
-        """The connections of the loop that asks: a connection belongs to the loop it was made on."""
+        """Return the connections of the running loop: a connection belongs to the loop that opened it."""
         if not self._is_open:
             raise StoreUnavailable("the store is closed")
         loop = asyncio.get_running_loop()
@@ -409,13 +412,13 @@ class PostgresStore(ScriptedStore):
         return pool
 
     def _notice_pooler(self) -> None:
-        """What is behind the connections is not what was thought: from now on each is one to a pooler."""
+        """Treat every connection as one to a pooler from now on."""
         self.address = self.address._replace(pooler="transaction")
         for pool, _ in list(self._pools.values()):
             pool.address = self.address
 
     async def _ended_with(self, loop: asyncio.AbstractEventLoop, pool: Pool) -> AsyncGenerator[None, None]:
-        """A loop closes its generators before it ends: the only notice there is that its connections end too."""
+        """Close the pool when its loop ends: closing its generators is the only notice that a loop gives."""
         try:
             yield
         finally:
@@ -425,22 +428,22 @@ class PostgresStore(ScriptedStore):
 
 
 class _Misses:
-    """How often in a row something did not work out, by name; the names seen last are remembered."""
+    """Counts of consecutive misses by name; the most recent names are remembered."""
 
     def __init__(self, names_max: int) -> None:
         self._names_max = names_max
         self._counts: dict[str, int] = {}
 
     def of(self, name: str) -> int:
-        """Misses since the last hit."""
+        """Return the misses since the last hit."""
         return self._counts.get(name, 0)
 
     def hit(self, name: str) -> None:
-        """It worked."""
+        """Reset the misses of a name."""
         self._counts.pop(name, None)
 
     def miss(self, name: str) -> None:
-        """It did not."""
+        """Count a miss."""
         self._counts[name] = self._counts.pop(name, 0) + 1
         if len(self._counts) > self._names_max:
             del self._counts[next(iter(self._counts))]

@@ -1,4 +1,4 @@
-"""A store in one SQLite file: no set-up, one machine, every commit on disk before it is answered."""
+"""A store in one SQLite file: no setup, one machine, every commit on disk before it is acknowledged."""
 
 from headrace.store.sqlite.commit_watcher import CommitWatcher
 from headrace.store.sqlite.copy_source import SqliteCopySource

@@ -1,8 +1,8 @@
-"""News between the processes on one file: SQLite counts the commits of others, and a look at the count is cheap.
+"""Notifications between the processes on one file, by polling SQLite's counter of commits.
 
-`PRAGMA data_version` reads a few bytes of shared memory, so whoever waits for news looks every few milliseconds, and
-less and less often the longer there is none; while nobody waits, nobody looks. A commit says nothing of what it
-changed: it is news of every kind.
+`PRAGMA data_version` reads a few bytes of shared memory. A waiting process polls it every few milliseconds, and less
+often the longer nothing changes; without a waiting process there is no polling. The counter does not say what a commit
+changed, so each commit counts as every kind of notification.
 """
 
 from __future__ import annotations
@@ -20,69 +20,69 @@ SLOWER: Final = 1.05
 
 
 class CommitWatcher:
-    """Looks at one file while somebody waits. `path` is the database file, which must exist."""
+    """Poller of one file while a process waits. `path` is the database file, which must exist."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._hears: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], None]] = []
         self._waiting_count = 0
         self._seen: int | None = None
-        self._next_look_s = LOOK_S
+        self._next_poll_s = LOOK_S
         self._connection: sqlite3.Connection | None = None
-        self._looking: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
-        self.looks_count = 0
+        self._scheduled: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
+        self.polls_count = 0
 
     def listen(self, news: str, notify_local: Callable[[], None]) -> None:  # noqa: ARG002 - a commit is news of every kind
-        """Call `notify_local` when a commit may have been news."""
-        self._hears.append(notify_local)
+        """Call `notify_local` when a commit may have been of interest."""
+        self._callbacks.append(notify_local)
 
     def tell(self, news: str) -> None:
-        """Nothing: the commit it is about was told by SQLite."""
+        """Do nothing: SQLite counts the commit itself."""
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """Look while the block lasts. What was committed since the last look is news at once."""
+        """Poll while the block lasts. A commit since the last poll notifies at once."""
         self._waiting_count += 1
         try:
-            self._look()
+            self._poll()
             yield
         finally:
             self._waiting_count -= 1
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         loop = asyncio.get_running_loop()
-        if self._looking is not None:
-            if self._looking[0] is not loop:  # that loop ended while somebody waited on it
+        if self._scheduled is not None:
+            if self._scheduled[0] is not loop:  # that loop ended during a wait
                 self._waiting_count = 1
-            self._looking[1].cancel()
+            self._scheduled[1].cancel()
         version = self._version()
-        self._next_look_s = LOOK_S if version != self._seen else min(self._next_look_s * SLOWER, LOOK_MAX_S)
-        self._looking = loop, loop.call_later(self._next_look_s, self._look_again)
+        self._next_poll_s = LOOK_S if version != self._seen else min(self._next_poll_s * SLOWER, LOOK_MAX_S)
+        self._scheduled = loop, loop.call_later(self._next_poll_s, self._poll_again)
         if version != self._seen:
             self._seen = version
-            for notify_local in self._hears:
+            for notify_local in self._callbacks:
                 notify_local()
 
-    def _look_again(self) -> None:
+    def _poll_again(self) -> None:
         if self._waiting_count > 0:
-            self._look()
+            self._poll()
         else:
-            self._looking = None
+            self._scheduled = None
 
     def _version(self) -> int | None:
-        self.looks_count += 1
+        self.polls_count += 1
         try:
             if self._connection is None:
                 self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=0)
             return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
-        except sqlite3.Error:  # locked this moment, or gone: whoever uses the store will say so
+        except sqlite3.Error:  # the file is locked or gone: the next operation on the store reports it
             return self._seen
 
     async def close(self) -> None:
-        """Let go of the file."""
-        if self._looking is not None:
-            self._looking[1].cancel()
-            self._looking = None
+        """Close the file."""
+        if self._scheduled is not None:
+            self._scheduled[1].cancel()
+            self._scheduled = None
         if self._connection is not None:
             with suppress(sqlite3.Error):
                 self._connection.close()

@@ -1,4 +1,4 @@
-"""A SQLite file that moves elsewhere, page by page."""
+"""A SQLite file as the source of a store copy, page by page."""
 
 from __future__ import annotations
 
@@ -21,56 +21,56 @@ BATCH_COLUMNS: Final = (
 
 
 class SqliteCopySource:
-    """A file as the side of a move that is left (see `headrace.store.store_copy.Departure`)."""
+    """A file as the source of a copy (see `headrace.store.store_copy.CopySource`)."""
 
     def __init__(self, store: SqliteStore) -> None:
         self._store = store
 
     async def fence(self, move_id: str, target: str, *, now_us: int) -> tuple[str, bool]:
-        """Take no writes any more: `(id of the move, whether it had begun before)`."""
+        """Block all writes. Returns `(id of the copy, True if it had begun before)`."""
         return await self._store.change(lambda connection: write_fence.fence(connection, move_id, target, now_us))
 
     async def finish(self, *, now_us: int) -> None:
-        """Everything is elsewhere; the fence stays."""
+        """Mark the copy as complete; writes stay blocked."""
         await self._store.change(lambda connection: write_fence.finish(connection, now_us))
 
     async def unfence(self) -> str:
-        """Take writes again; answers the id of the move."""
+        """Allow writes again, and return the id of the copy."""
         return await self._store.change(write_fence.unfence)
 
     async def runs_count(self) -> int:
-        """How many runs there are to move."""
-        return await self._asked(_runs_count)
+        """Return the number of runs to copy."""
+        return await self._read(_runs_count)
 
     async def page(self, after_id: int) -> Page:
-        """The blocks after one, with their spans and parts."""
-        return await self._asked(lambda: _page(after_id))
+        """Return the blocks after an id, with their spans and parts."""
+        return await self._read(lambda: _page(after_id))
 
     async def batches(self, after_id: str) -> list[dict[str, Any]]:
-        """The batches after one, by column."""
-        return await self._asked(lambda: _batches(after_id))
+        """Return the batches after an id, by column."""
+        return await self._read(lambda: _batches(after_id))
 
     async def belongings(self, batch_id: str, after: Belongings | None) -> Belongings:
-        """The keys, tags, objects and dead letters of a batch that come after the last of those given, or the first."""
-        return await self._asked(lambda: _belongings(batch_id, after))
+        """Return the next page of a batch's keys, tags, objects and dead letters, or the first one."""
+        return await self._read(lambda: _belongings(batch_id, after))
 
     async def cancellations(self, batch_id: str) -> list[int]:
-        """The runs of a batch that somebody asked to cancel."""
-        return await self._asked(lambda: _cancellations(batch_id))
+        """Return the runs of a batch that are to be cancelled."""
+        return await self._read(lambda: _cancellations(batch_id))
 
     async def queues(self) -> list[tuple[str, str, int, bool]]:
-        """`(environment, name, clock, paused)` of every queue."""
-        return await self._asked(_queues)
+        """Return `(environment, name, clock, paused)` of every queue."""
+        return await self._read(_queues)
 
     async def lanes(self, environment: str) -> list[tuple[str, str]]:
-        """`(queue, task)` of every lane."""
-        return await self._asked(lambda: _lanes(environment))
+        """Return `(queue, task)` of every lane."""
+        return await self._read(lambda: _lanes(environment))
 
     async def rules(self) -> list[tuple[str, str, bytes]]:
-        """`(environment, name, value)` of every rule."""
-        return await self._asked(_rules)
+        """Return `(environment, name, value)` of every rule."""
+        return await self._read(_rules)
 
-    async def _asked(self, script: Callable[[], Script[T]]) -> T:
+    async def _read(self, script: Callable[[], Script[T]]) -> T:
         return await self._store.read(script)
 
 
@@ -88,7 +88,7 @@ def _batches(after_id: str) -> Script[list[dict[str, Any]]]:
 
 
 def _belongings(batch_id: str, after: Belongings | None) -> Script[Belongings]:
-    """A list that has come to its end stays there, however many pages of the others are left."""
+    """Read the next page of each list. A list that has ended stays ended, however many pages the others have."""
     first = after is None
     came = NOTHING if after is None else after
     keys = tags = objects = dead = []

@@ -1,8 +1,9 @@
-"""`SqliteEntities`: the tables of indexers in the file where batches are.
+"""`SqliteEntities`: the tables of indexers, in the file of the batches.
 
-It writes on a connection of its own, in whatever thread the committer lives: between it and the writer of batches
-stands SQLite's own lock, waited for as long as a busy file is. Many rows are one statement of many VALUES (rule R13):
-executing one a row would let a CPU-bound handler in between each two, and unlike JSON a bound value is exact.
+It writes on its own connection, in the committer's thread. SQLite's lock separates it from the writer of batches, and
+is waited for as for any busy file. Many rows are one statement with many VALUES (R13, bulk writes are one statement
+with one blob): with a statement a row, a CPU-bound handler would run between each two of them. Unlike JSON, a bound
+value is exact.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ T = TypeVar("T")
 
 VALUES_MAX: Final = 32_766
 STATEMENT_ROWS: Final = tuple(2**power for power in range(12, -1, -1))
-"""Rows in one statement: few sizes, so that each is compiled once, and any number of rows is few of them.
+"""Rows of one statement: few sizes, so that each is compiled once, and any number of rows takes few statements.
 
-Between two statements the handlers have their turn: 28 statements for 7,777 rows (of 1,000, 100, 10 and 1) cost a
-sixth more than these 8.
+Between two statements the handlers run. 28 statements for 7,777 rows (of 1,000, 100, 10 and 1) take a sixth longer than
+these 8.
 """
 CACHE_KIB: Final = 32 * 1024
 
 
 class SqliteEntities:
-    """Tables of indexers in one SQLite file; shares the file, and nothing else, with `SqliteStore`."""
+    """Tables of indexers in one SQLite file. It shares nothing but the file with `SqliteStore`."""
 
     works_beside = True
 
@@ -56,7 +57,7 @@ class SqliteEntities:
     # -- connections
 
     def _connection(self) -> sqlite3.Connection:
-        """This thread's connection."""
+        """Return this thread's connection."""
         if not self._is_open:
             raise StoreUnavailable("the store is closed")
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
@@ -75,7 +76,7 @@ class SqliteEntities:
         self._opened.clear()
 
     def _within(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """One transaction that writes."""
+        """Run work in one transaction that writes."""
         try:
             connection = self._connection()
             connection.execute("BEGIN IMMEDIATE")
@@ -83,7 +84,8 @@ class SqliteEntities:
                 answer = work(connection)
                 connection.execute("COMMIT")
             except BaseException:
-                if connection.in_transaction:  # a full disk has ended it already (rule R12)
+                # a full disk has ended it already (R12, a failed group is replayed one request at a time)
+                if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
@@ -257,7 +259,7 @@ class SqliteEntities:
         else:
             found = self._rows(self._dialect.select(entity))
         rows = self._reader(entity).rows(found)
-        if entity.id_column.kind == INTEGER:  # those over 64 bits are texts there, which sort elsewhere
+        if entity.id_column.kind == INTEGER:  # numbers over 64 bits are stored as text, which sorts differently
             rows.sort(key=lambda row: row.id)
         return rows
 
@@ -272,7 +274,7 @@ class SqliteEntities:
 
 
 def _pieces(rows: Sequence[tuple[Any, ...]], width: int) -> Iterator[Sequence[tuple[Any, ...]]]:
-    """Rows in the few sizes that statements are made for."""
+    """Split rows into the few sizes of statements."""
     start = 0
     for size in STATEMENT_ROWS:
         if size * width > VALUES_MAX:

@@ -1,9 +1,9 @@
-"""Outcomes of runs that ended for good, a few leases at a time: each recorded where it stands.
+"""Settlement of a few leases whose runs all ended finally, each updated directly.
 
 The task broker settles parts of a lease or two, again and again. The script for any number of leases takes as many
-statements for hundreds as for one (rule R13), with values in JSON and whole spans on their way to and fro, and that
-costs more than a few rows are worth. Here it is some statements a lease, so it is for `FEW` of them. What is not as
-usual is left to that script, which says what is meant.
+statements for hundreds as for one (R13, bulk writes are one statement with one blob). It passes values as JSON and
+reads whole spans, which costs more than a few rows are worth. Here it takes some statements a lease, so it is used for
+up to `FEW` leases. Unusual cases are left to the script.
 """
 
 from __future__ import annotations
@@ -21,31 +21,38 @@ FEW: Final = 2
 
 
 def settle(settlements: Sequence[Settlement], now_us: int) -> Script[list[str]]:
-    """What each settlement came to, in order."""
+    """Settle each settlement. Returns their results, in order."""
     counts: dict[str, Counts] = {}
     words = []
-    for told in settlements:
-        batch_id = yield from _recorded(told, now_us)
+    for settlement in settlements:
+        batch_id = yield from _recorded(settlement, now_us)
         if batch_id is None:
-            words += yield from leases.settle([told], now_us)
+            words += yield from leases.settle([settlement], now_us)
         else:
-            counts[batch_id] = counts.get(batch_id, Counts()).plus(counts_of(told.codes))
+            counts[batch_id] = counts.get(batch_id, Counts()).plus(counts_of(settlement.codes))
             words.append(SETTLED)
     yield from count_in(counts, now_us)
     return words
 
 
 def _at(block_offsets: bytes, span_slots: Sequence[int]) -> list[int]:
-    own = decode_uint16s(block_offsets)
-    return [own[span_slot] for span_slot in span_slots]
+    offsets = decode_uint16s(block_offsets)
+    return [offsets[span_slot] for span_slot in span_slots]
 
 
-def _recorded(told: Settlement, now_us: int) -> Script[str | None]:
-    """The batch whose counters are still to be changed, or None, and nothing changed."""
-    codes, span_slots = told.codes, None if told.span_slots is None else decode_uint16s(told.span_slots)
-    if told.object_keys or not ends_all(told):
+def _recorded(settlement: Settlement, now_us: int) -> Script[str | None]:
+    """Record one settlement. Returns the batch whose counters are still to be changed, or None if nothing was
+    changed.
+    """
+    codes, span_slots = (
+        settlement.codes,
+        None if settlement.span_slots is None else decode_uint16s(settlement.span_slots),
+    )
+    if settlement.object_keys or not ends_all(settlement):
         return None
-    row = yield from fetch_one("ending_span", id=told.span_id, token=told.token, has_failures=int(run.FAILED in codes))
+    row = yield from fetch_one(
+        "ending_span", id=settlement.span_id, token=settlement.token, has_failures=int(run.FAILED in codes)
+    )
     if row is None:
         return None
     block_id, batch_id, block_offsets, states, unsettled_count = row
@@ -53,24 +60,26 @@ def _recorded(told: Settlement, now_us: int) -> Script[str | None]:
         before, after = states, codes
     elif len(set(span_slots)) == len(codes) and max(span_slots) < len(states):
         before, after = run.at(states, span_slots), run.ended(states, span_slots, codes)
-        block_offsets = told.span_slots if block_offsets is None else encode_uint16s(_at(block_offsets, span_slots))
+        block_offsets = (
+            settlement.span_slots if block_offsets is None else encode_uint16s(_at(block_offsets, span_slots))
+        )
     else:
         return None
     if len(after) != len(states) or before.strip(run.UNSETTLED):
         return None
     left_count = unsettled_count - len(codes)
     yield from fetch(
-        "end_states" if left_count else "end_span", id=told.span_id, unsettled_count=left_count, states=after
+        "end_states" if left_count else "end_span", id=settlement.span_id, unsettled_count=left_count, states=after
     )
     yield from fetch(
         "insert_part",
         block_id=block_id,
-        span_id=told.span_id,
-        token=told.token,
-        part_no=told.part_no,
+        span_id=settlement.span_id,
+        token=settlement.token,
+        part_no=settlement.part_no,
         settled_us=now_us,
         block_offsets=block_offsets,
         codes=codes,
-        results=told.results,
+        results=settlement.results,
     )
     return str(batch_id)

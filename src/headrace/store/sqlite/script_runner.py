@@ -1,4 +1,4 @@
-"""Statements, scripts and files of SQL on one SQLite connection."""
+"""Runner of statements, scripts and SQL files on one SQLite connection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SQL: Final = {name: statement.sql for name, statement in statements("headrace.st
 
 
 def run_script(connection: sqlite3.Connection, script: Script[T]) -> T:
-    """Run a script step by step. An error of the database goes to the caller, not into the script."""
+    """Run a script step by step. A database error is raised to the caller, not inside the script."""
     rows: Rows = []
     try:
         ask = next(script)
@@ -27,11 +27,11 @@ def run_script(connection: sqlite3.Connection, script: Script[T]) -> T:
 
 
 def statements_of(script: str) -> list[str]:
-    """The statements of a file, one by one."""
-    found, pending = [], ""
+    """Split a file into its statements."""
+    complete, pending = [], ""
     for line in script.splitlines(keepends=True):
         pending += line
         if sqlite3.complete_statement(pending):
-            found.append(pending)
+            complete.append(pending)
             pending = ""
-    return found
+    return complete

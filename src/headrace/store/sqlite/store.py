@@ -1,8 +1,8 @@
-"""`SqliteStore`: the verbs of the seam on one file.
+"""`SqliteStore`: the operations of a store on one file.
 
-WAL and `synchronous=FULL`: a commit that was answered survives a power cut. One thread writes (group commit), a
-few read beside it. The standard library's driver was chosen over apsw although apsw lets go of the interpreter
-less often: two SQLite libraries on one file in one process lose each other's locks, and users open the file with
+With WAL and `synchronous=FULL`, an acknowledged commit survives a power cut. One thread writes (group commit), a few
+threads read beside it. The standard library's driver is used instead of apsw, although apsw releases the interpreter
+lock more often: two SQLite libraries on one file in one process lose each other's locks, and users open the file with
 the standard one.
 """
 
@@ -56,10 +56,10 @@ class SqliteStore(ScriptedStore):
     # -- opening and closing
 
     async def open(self) -> None:
-        """Connect and bring the file to the current schema."""
+        """Connect, and migrate the file to the current schema."""
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             raise StoreBroken(
-                f"SQLite {sqlite3.sqlite_version} is too old, {'.'.join(map(str, OLDEST_SQLITE))} is needed",
+                f"expected SQLite {'.'.join(map(str, OLDEST_SQLITE))} or newer, got {sqlite3.sqlite_version}",
                 hint="use a Python with a newer SQLite",
             )
         self._closing.clear()
@@ -72,7 +72,7 @@ class SqliteStore(ScriptedStore):
             raise
 
     async def close(self) -> None:
-        """Finish what was asked for and close every connection."""
+        """Finish the requests that were accepted, and close every connection."""
         self._closing.set()
         await asyncio.to_thread(self._writer.close)
         if self._readers is not None:
@@ -83,7 +83,7 @@ class SqliteStore(ScriptedStore):
             self._reading.clear()
 
     def connect(self) -> sqlite3.Connection:
-        """A new connection that writes, to a file of the current schema."""
+        """Open a connection that writes, to a file of the current schema."""
         connection = self._plain()
         try:
             self._enter_wal(connection)
@@ -96,8 +96,8 @@ class SqliteStore(ScriptedStore):
         return connection
 
     def _enter_wal(self, connection: sqlite3.Connection) -> None:
-        """Write-ahead logging, once for the file. The one lock that SQLite does not wait for: two processes that make
-        the same file at the same moment both switch it over, so here is the waiting.
+        """Switch the file to write-ahead logging, once. SQLite does not wait for this lock: two processes that create
+        the same file at the same moment both switch it, so the waiting is done here.
         """
         deadline = monotonic() + self._busy_timeout_ms / 1_000
         while True:
@@ -146,20 +146,20 @@ class SqliteStore(ScriptedStore):
             raise store_error(error, self.path) from error
 
     def joined(self, connection: Any) -> CallerTransaction:
-        """This file's statements on a connection that somebody else owns, in the transaction open there."""
+        """Return the scripts of this file on a caller's connection, in the transaction that is open there."""
         return CallerTransaction(connection, lambda name: numbered(SQL[name]), is_sqlite=True)
 
     async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do something else than a verb in a transaction of the writer."""
+        """Run other work than an operation of the store, in a transaction of the writer."""
         answer: T = await self._writer.run(work)
         return answer
 
     async def read(self, script: Callable[[], Script[T]]) -> T:
-        """Run a script of another room that changes nothing."""
+        """Run a script that changes nothing and is no operation of the store."""
         return await self._read(script)
 
     async def check(self) -> dict[str, object]:
-        """A round trip through the writer, and what durability hangs on."""
+        """Make a round trip through the writer, and return the settings that durability depends on."""
 
         def work(connection: sqlite3.Connection) -> dict[str, object]:
             return {
@@ -176,7 +176,7 @@ class SqliteStore(ScriptedStore):
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    """Bring the schema to the newest version this code knows; a newer one is not touched."""
+    """Migrate to the newest version of this code; a newer schema is left unchanged."""
     scripts = migrations("headrace.store.sqlite")
     newest = scripts[-1][0]
     if _version(connection) == newest:
@@ -220,7 +220,7 @@ def _known_version(connection: sqlite3.Connection, newest: int) -> int:
     version = _version(connection)
     if version > newest:
         raise StoreBroken(
-            f"the database has schema version {version}, this Headrace knows up to {newest}",
+            f"the database has schema version {version}, this Headrace expects {newest}",
             hint="upgrade Headrace, or name another file with --store",
         )
     return version

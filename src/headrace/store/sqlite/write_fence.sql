@@ -1,5 +1,5 @@
--- A file that is being moved takes no writes any more, whoever has it open: nothing could change that was copied already.
--- Applied in one transaction with the look that nobody works on the file, and taken away by `write_unfence.sql`.
+-- Block all writes to a file that is being copied to another store, also by processes that have it open.
+-- Applied in the transaction that checks for live sessions, and removed by `write_unfence.sql`.
 
 CREATE TRIGGER fence_batch_insert BEFORE INSERT ON batch BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;
 CREATE TRIGGER fence_batch_update BEFORE UPDATE ON batch BEGIN SELECT RAISE(ABORT, 'headrace: fenced'); END;

@@ -1,4 +1,4 @@
--- A file that was fenced takes writes again.
+-- Allow writes to a file again that was fenced.
 
 DROP TRIGGER fence_batch_insert;
 DROP TRIGGER fence_batch_update;

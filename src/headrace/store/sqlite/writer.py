@@ -1,9 +1,9 @@
-"""One thread that writes, with group commit: what waits joins the next transaction.
+"""One thread that writes, with group commit: waiting requests join the next transaction.
 
-A file has one writer at a time anyway; giving it one thread turns a hundred callers into one fsync. Rule R12 of the
-design: nothing is acknowledged before the outer COMMIT, and when anything in a group goes wrong the group is
-rolled back and each request is replayed alone, so one failure fails alone. (A full disk ends the whole
-transaction, savepoints or not, which is why the group has none.)
+A file has one writer at a time anyway; one thread turns a hundred callers into one fsync. Nothing is acknowledged
+before the outer COMMIT. If anything in a group fails, the group is rolled back, and each request is replayed alone, so
+that one failure fails alone (R12, a failed group is replayed one request at a time). There are no savepoints, since a
+full disk ends the whole transaction with them or without.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from headrace.foundation.errors import HeadraceError, StoreBroken, StoreUnavaila
 from headrace.store.sqlite.write_fence import FENCED
 
 GROUP_MAX: Final = 128
-"""Requests in one transaction; more wait for the next."""
+"""Requests in one transaction; others wait for the next."""
 
 Work = Callable[[sqlite3.Connection], Any]
 
@@ -39,7 +39,7 @@ class _Request:
 
 
 class Writer:
-    """Runs requests against one connection, in order, in its own thread, from any event loop."""
+    """Runner of requests on one connection, in order, in its own thread, called from any event loop."""
 
     def __init__(self, path: Path, connect: Callable[[], sqlite3.Connection]) -> None:
         self._path = path
@@ -52,17 +52,17 @@ class Writer:
         self.requests_count = 0
 
     def start(self) -> None:
-        """Open the connection in its thread. Safe to call twice."""
+        """Start the thread, which opens the connection. A second start does nothing."""
         if self._thread is None:
             self._closing = False
             self._thread = threading.Thread(target=self._run, name="headrace-sqlite-writer", daemon=True)
             self._thread.start()
 
     async def run(self, work: Work) -> Any:
-        """Run `work` in a transaction and answer after its commit.
+        """Run `work` in a transaction, and return after its commit.
 
-        `work` may run more than once (a replay) and must touch nothing but the connection. A cancelled caller
-        does not undo what is in flight: verbs are safe to repeat.
+        `work` may run more than once (a replay) and must use nothing but the connection. Cancelling the caller does not
+        undo what is in flight: operations are safe to repeat.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
@@ -74,7 +74,7 @@ class Writer:
         return await future
 
     def close(self) -> None:
-        """Finish what waits, then end the thread. Blocks; a second close does nothing."""
+        """Finish the waiting requests, then end the thread. Blocks. A second close does nothing."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -108,7 +108,8 @@ class Writer:
         self.requests_count += len(group)
         try:
             connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:  # another process holds the file: each in turn would wait as long again
+        # another process has locked the file: each request alone would wait as long again
+        except sqlite3.Error as error:
             _fail(group, store_error(error, self._path))
             return
         try:
@@ -132,7 +133,7 @@ def _transact(connection: sqlite3.Connection, group: list[_Request]) -> None:
         except HeadraceError as error:
             if connection.total_changes != changes_before or not connection.in_transaction:
                 raise
-            request.error = error  # refused before it wrote anything: the rest of the group need not care
+            request.error = error  # refused before it wrote anything: the other requests of the group are not affected
     connection.execute("COMMIT")
 
 
@@ -148,7 +149,7 @@ def _deliver(group: list[_Request]) -> None:
     for loop, requests in by_loop.items():
         try:
             loop.call_soon_threadsafe(_resolve, requests)
-        except RuntimeError:  # the loop that asked is closed: nobody is left to tell
+        except RuntimeError:  # the loop of these callers is closed: no caller is waiting
             continue
 
 
@@ -186,7 +187,7 @@ def store_error(error: sqlite3.Error, path: Path) -> HeadraceError:
     elif FENCED in text:
         translated = StoreBroken(
             f"{path} takes no writes: it was moved to another store, or is being moved",
-            hint="`headrace move` shows where to; `headrace move --undo` gives up a move that is not finished",
+            hint="`headrace move` shows where to; `headrace move --undo` undoes a move that is not complete",
         )
     else:
         translated = StoreBroken(

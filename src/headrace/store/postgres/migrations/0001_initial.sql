@@ -1,16 +1,16 @@
--- The three tables of the engine (block, span, part), what they belong to, and what only some runs pay for.
--- Numbers are integers, moments are microseconds UTC, 0 means "not yet" or "never". States of spans and batches
--- are words; states of runs are one byte each (see headrace.core.run).
+-- The tables of the engine: block, span and part, the batches they belong to, and rows for what only some runs have.
+-- Times are microseconds UTC; 0 means "not yet" or "never". States of spans and batches are words; states of runs are
+-- one byte each (see headrace.core.run). A column `positions` holds block offsets, 16 bits each.
 
--- Only where it is missing: to say IF NOT EXISTS takes rights on the database that a schema's owner need not have.
+-- CREATE SCHEMA IF NOT EXISTS would need a right on the database that the owner of the schema may not have.
 DO $$ BEGIN
     IF NOT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE '"' || nspname || '"' = '{schema}') THEN
         CREATE SCHEMA {schema};
     END IF;
 END $$;
 
--- Every table name is written with its schema: nothing hangs on the connection, so a pooler may hand out another
--- one after each transaction.
+-- Every table name contains its schema. No state is kept on a connection, so a pooler may use another one for each
+-- transaction.
 
 -- Ids come in ranges: a process takes 65,536 of them at once and numbers its rows itself.
 CREATE SEQUENCE {schema}.block_ids INCREMENT BY 65536;
@@ -114,7 +114,8 @@ CREATE TABLE {schema}.part (
 );
 CREATE UNIQUE INDEX part_once ON {schema}.part (block_id, span_id, token, part_no);
 
--- A lane is a (queue, task) pair that was ever used: claims walk lanes, so one lane's backlog never slows another.
+-- A lane is a (queue, task) pair that was used at least once. Claims read lane by lane, so the backlog of one lane never
+-- slows another.
 CREATE TABLE {schema}.lane (
     environment text COLLATE "C" NOT NULL,
     queue text COLLATE "C" NOT NULL,
@@ -140,20 +141,20 @@ CREATE TABLE {schema}.session (
     ended_us bigint NOT NULL
 );
 
--- How far a move of another store into this one has come: the last of its blocks that is here.
+-- The progress of a copy of another store into this one: the last block of the source that was copied.
 CREATE TABLE {schema}.move (
     id text COLLATE "C" PRIMARY KEY,
     block_id bigint NOT NULL
 );
 
--- A duty of upkeep is one process's at a time, until it is free.
+-- A duty of upkeep is held by one process at a time, until `free_us`.
 CREATE TABLE {schema}.duty (
     name text COLLATE "C" PRIMARY KEY,
     holder text COLLATE "C" NOT NULL,
     free_us bigint NOT NULL
 );
 
--- A schedule's ticks up to `last_us` are dealt with: whoever moves it on enqueues the run, in one transaction.
+-- The ticks of a schedule up to `last_us` are processed. The process that advances it enqueues the runs, in one transaction.
 CREATE TABLE {schema}.schedule (
     environment text COLLATE "C" NOT NULL,
     name text COLLATE "C" NOT NULL,
@@ -167,7 +168,7 @@ CREATE TABLE {schema}.schedule (
     PRIMARY KEY (environment, name)
 );
 
--- From here on: a row only for the runs that use it.
+-- The tables from here on have a row only for the runs that use them.
 CREATE TABLE {schema}.idempotency (
     environment text COLLATE "C" NOT NULL,
     task text COLLATE "C" NOT NULL,
@@ -200,7 +201,7 @@ CREATE TABLE {schema}.cancellation (
     PRIMARY KEY (batch_id, run_index)
 );
 
--- A run that failed for good and waits for a person; until it is redriven or purged its batch is kept.
+-- A run that failed finally and is kept for an operator. Its batch is kept until the run is redriven or purged.
 CREATE TABLE {schema}.dead_letter (
     batch_id text COLLATE "C" NOT NULL,
     run_index bigint NOT NULL,
@@ -212,7 +213,7 @@ CREATE TABLE {schema}.dead_letter (
 );
 CREATE INDEX dead_letter_listed ON {schema}.dead_letter (environment, died_us, batch_id, run_index);
 
--- What people decided about an environment's work: what is dropped, what goes to another queue.
+-- Rules of an environment, set by operators: which activations are dropped, and which go to another queue.
 CREATE TABLE {schema}.rule (
     environment text COLLATE "C" NOT NULL,
     name text COLLATE "C" NOT NULL,
@@ -220,8 +221,8 @@ CREATE TABLE {schema}.rule (
     PRIMARY KEY (environment, name)
 );
 
--- Who may come in over the network. A key itself is never kept, only its digest. A bucket is the moment at which it
--- is full again; without a row it is.
+-- Authentication and rate limits. An API key itself is never stored, only its digest. A bucket is stored as the time at
+-- which it is full again; a bucket without a row is full.
 CREATE TABLE {schema}.api_key (
     id text COLLATE "C" PRIMARY KEY,
     environment text COLLATE "C" NOT NULL,
@@ -245,21 +246,21 @@ CREATE TABLE {schema}.bucket (
     PRIMARY KEY (environment, name)
 );
 
--- Blocks and parts are written once, so they need no room to grow and no compression that costs more than it saves.
+-- Blocks and parts are written once. They need no room to grow, and compressing them costs more than it saves.
 ALTER TABLE {schema}.block ALTER COLUMN items SET STORAGE EXTERNAL;
 ALTER TABLE {schema}.part ALTER COLUMN results SET STORAGE EXTERNAL;
--- What a batch that comes in random order has received is 1.25 MB of bits with each append: trying to make that smaller
--- took longer than writing it.
+-- The received set of a batch in random order is 1.25 MB of bits, rewritten with each append. Compressing it took longer than
+-- writing it.
 ALTER TABLE {schema}.batch ALTER COLUMN received SET STORAGE EXTERNAL;
--- A span is rewritten two or three times in its life; a batch and a queue for ever: room in the page keeps those
--- updates inside it (HOT), and an eager vacuum keeps the claim's index short.
+-- A span is updated two or three times, a batch and a queue again and again. Room in the page keeps these updates inside it
+-- (HOT), and an eager vacuum keeps the index of claims short.
 ALTER TABLE {schema}.span SET (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
     autovacuum_vacuum_cost_delay = 0);
 ALTER TABLE {schema}.batch SET (fillfactor = 20, autovacuum_vacuum_scale_factor = 0.02);
 ALTER TABLE {schema}.queue SET (fillfactor = 20, autovacuum_vacuum_scale_factor = 0.02);
 ALTER TABLE {schema}.session SET (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02);
 
--- An indexer stands at one checkpoint; its tables (named by the user's entities) are what the events up to it made them.
+-- The state of an indexer. Its tables, named by the user's entities, contain the events up to its checkpoint.
 CREATE TABLE {schema}.indexer (
     environment text COLLATE "C" NOT NULL,
     name text COLLATE "C" NOT NULL,
@@ -283,7 +284,7 @@ CREATE TABLE {schema}.indexer_table (
     has_history boolean NOT NULL
 );
 
--- Only where history is kept. A position is a number or a text; the other column is 0 or empty.
+-- The events of indexers that keep a history. A position is a number or a text; the other column is 0 or empty.
 CREATE TABLE {schema}.checkpoint (
     environment text COLLATE "C" NOT NULL,
     indexer text COLLATE "C" NOT NULL,

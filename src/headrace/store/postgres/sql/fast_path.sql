@@ -1,5 +1,5 @@
--- settle_stretch: outcomes of consecutive runs of one lease that ended for good, their counters and completion
--- What a row holds is looked at as it is locked: span first, then batch (rule R8).
+-- settle_stretch: settle consecutive runs of one lease that ended finally, with counters and completion
+-- A row is read as it is locked: first the span, then the batch (R8, rows are locked in id order).
 WITH ended AS (
     UPDATE {schema}.span SET unsettled_count = unsettled_count - :runs_count::bigint,
         state = CASE unsettled_count WHEN :runs_count::bigint THEN 'done' ELSE state END,
@@ -25,7 +25,7 @@ SELECT block_id, :span_id::bigint, :token::bigint, :part_no::bigint, :now_us::bi
     :codes::bytea, :results::bytea
 FROM ended RETURNING 1;
 
--- settle_stretches: the same of runs that are not consecutive, each stretch of them after runs that stay as they are
+-- settle_stretches: settle runs of one lease that are not consecutive; each stretch follows runs that stay unchanged
 WITH ended AS (
     UPDATE {schema}.span SET unsettled_count = unsettled_count - :runs_count::bigint,
         state = CASE unsettled_count WHEN :runs_count::bigint THEN 'done' ELSE state END,
@@ -62,7 +62,7 @@ SELECT block_id, :span_id::bigint, :token::bigint, :part_no::bigint, :now_us::bi
     :codes::bytea, :results::bytea
 FROM ended RETURNING 1;
 
--- settle_ended: outcomes of leased runs that ended for good, their counters and completion, all of them or none
+-- settle_ended: settle runs of several leases that ended finally, with counters and completion: all of them or none
 WITH given AS MATERIALIZED (
     SELECT (value->>0)::bigint AS id, (value->>1)::bigint AS token, (value->>2)::int AS runs_count,
         (value->>3)::int AS part_no, (value->>4)::int AS span_slot, (value->>5)::int AS is_whole,
@@ -75,8 +75,8 @@ locked AS MATERIALIZED (
     SELECT id, token, state, states, positions, dead_letter FROM {schema}.span
     WHERE id = ANY (ARRAY(SELECT id FROM given)) ORDER BY id FOR UPDATE
 ),
--- Rule R2: a repeat finds its runs settled, and is left to the script with all that came with it.
--- The states of consecutive runs are one piece. Of others a mask says which of a piece they are, by what they become.
+-- A repeat finds its runs settled. The script handles that call (R2, settlements are recognised when repeated).
+-- States of consecutive runs are one piece. For other runs a mask holds the new states, and 0 for runs in between.
 fenced AS MATERIALIZED (
     SELECT given.*, picked.after, picked.positions
     FROM given JOIN locked ON locked.id = given.id AND locked.token = given.token
@@ -95,7 +95,7 @@ fenced AS MATERIALIZED (
         AND (is_whole = 0 OR runs_count = octet_length(states))
         AND btrim(coalesce(picked.before, substring(states FROM span_slot + 1 FOR runs_count)), 'ws'::bytea) = ''::bytea
 ),
--- Rule R4: what is written and counted comes from the rows as they were locked, never from the snapshot before.
+-- Written and counted values come from the locked rows (R4, other tables are read after the lock).
 ended AS (
     UPDATE {schema}.span SET unsettled_count = unsettled_count - fenced.runs_count,
         state = CASE unsettled_count WHEN fenced.runs_count THEN 'done' ELSE state END,
@@ -141,11 +141,11 @@ named AS (
 )
 SELECT count(*) FROM ended;
 
--- claim_whole: the best spans of some lanes under a new lease of a live session, with their inputs, or why it can't
+-- claim_whole: lease the first spans of some lanes to a live session, with their inputs, or report why it can't
 WITH session AS MATERIALIZED (
     SELECT id FROM {schema}.session WHERE id = :session_id AND ended_us = 0 FOR KEY SHARE
 ),
--- Rule R1: a claim that is asked for again answers the same spans.
+-- A repeated claim returns the same spans (R1, claims are repeatable by number).
 before AS MATERIALIZED (
     SELECT span.* FROM session JOIN {schema}.span ON span.session_id = session.id
     WHERE span.state = 'leased' AND span.session_id = :session_id AND span.claim_no = :claim_no
@@ -153,7 +153,8 @@ before AS MATERIALIZED (
 due AS MATERIALIZED (
     SELECT 1 FROM {schema}.span WHERE state = 'delayed' AND due_us <= :due_us::bigint LIMIT 1
 ),
--- Rule R9: each lane is read from its own end of the index, or (R10) from where the last claim left off.
+-- Each lane is read from the head of its index range, or from where the last claim stopped (R10, claims start at the
+-- watermark of the queue).
 lanes AS MATERIALIZED (
     SELECT lane.queue, lane.task, (:marks::jsonb->lane.queue->lane.task->>0)::bigint AS priority,
         (:marks::jsonb->lane.queue->lane.task->>1)::bigint AS mark
@@ -199,7 +200,7 @@ chosen AS MATERIALIZED (
         position('w'::bytea IN states) + unsettled_count = octet_length(states) + 1 AS is_tail
     FROM ranked WHERE reached - unsettled_count < :runs_max::bigint
 ),
--- Of a higher priority than that of the mark only whether there is any.
+-- Of spans with a higher priority than the cursor it only matters whether there is one.
 higher AS MATERIALIZED (
     SELECT (SELECT true FROM {schema}.span WHERE state = 'waiting' AND environment = :environment AND queue = lanes.queue
         AND task = lanes.task AND priority > lanes.priority LIMIT 1) AS waits
@@ -215,7 +216,7 @@ verdict AS MATERIALIZED (
         WHEN EXISTS (SELECT 1 FROM chosen WHERE at_most_once <> 0 OR is_split AND NOT is_tail) THEN 'special'
         WHEN EXISTS (SELECT 1 FROM {schema}.batch WHERE id = ANY (ARRAY(SELECT batch_id FROM chosen))
             AND state IN ('cancelled', 'abandoned')) THEN 'stopped'
-        -- Behind the last row that was looked at of a lane may wait a better one than what another lane offers.
+        -- Behind the last row that was read of a lane, a span may wait that comes before those of another lane.
         WHEN :rows_max::bigint < 1000 AND EXISTS (SELECT 1 FROM ranked GROUP BY queue, task
             HAVING count(*) >= :rows_max::bigint AND max(reached) < :runs_max::bigint) THEN 'short'
         ELSE 'claimed' END AS word
@@ -228,7 +229,7 @@ leased AS (
         AND (SELECT word FROM verdict) = 'claimed'
     RETURNING span.*
 ),
--- A small claim: the first waiting runs leave their span, the rest stays claimable.
+-- A small claim: the first waiting runs leave their span, and the others stay claimable.
 kept AS (
     UPDATE {schema}.span SET unsettled_count = span.unsettled_count - chosen.taken_count,
         states = overlay(span.states PLACING convert_to(repeat('m', chosen.taken_count::int), 'UTF8') FROM chosen.waiting_at)
@@ -247,7 +248,7 @@ taken AS (
     FROM kept
     RETURNING span.*
 ),
--- The clock follows what was claimed. A claimer that finds it held by another leaves it to the next.
+-- The clock advances to the claimed order number. A claim that finds it locked leaves it to the next claim.
 reached_clocks AS MATERIALIZED (
     SELECT queue, max(order_no) AS order_no FROM chosen WHERE (SELECT word FROM verdict) = 'claimed' GROUP BY queue
 ),
@@ -269,14 +270,14 @@ SELECT verdict.word, {span_columns(held.)}, block.id, block.first_index, block.g
 FROM verdict LEFT JOIN (held JOIN {schema}.block ON block.id = held.block_id) ON true
 ORDER BY {claim_order(held.)};
 
--- append_in_order: consecutive runs that follow all that a batch has received, with its cursor, or nothing
+-- append_in_order: append consecutive runs that follow all received runs of a batch, with its cursor, or nothing
 WITH open_batch AS MATERIALIZED (
     SELECT id, environment, order_bases::jsonb AS order_bases FROM {schema}.batch
     WHERE id = :batch_id AND state = 'open' AND received = :received_before::bytea
         AND :last_index::bigint < CASE WHEN expected_count IS NULL OR kind = 'stream' THEN :runs_max::bigint ELSE expected_count END
     FOR UPDATE
 ),
--- A queue that the batch has not met, or a lane that nobody has used, is left to the script.
+-- A queue that the batch has not used, or a lane that was never used, is left to the script.
 lanes AS MATERIALIZED (
     SELECT lane.queue, lane.task, (order_bases->>lane.queue)::bigint AS base
     FROM open_batch CROSS JOIN jsonb_array_elements(:lanes::jsonb) AS given (value)

@@ -1,25 +1,25 @@
--- live_session: whether a session is known and has not ended
+-- live_session: check that a session exists and has not ended
 SELECT 1 FROM {schema}.session WHERE id = :id AND ended_us = 0
 FOR KEY SHARE;
 
--- claimed_before: the spans of a claim that is asked for again, in claim order
+-- claimed_before: read the spans of a claim that is repeated, in claim order
 SELECT {span_columns()}
 FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id AND claim_no = :claim_no
 ORDER BY {claim_order()};
 
--- due_spans: delayed spans whose time has come, with their queue's clock
+-- due_spans: read delayed spans that are due, with the clock of their queue
 SELECT span.id, queue.clock
 FROM {schema}.span JOIN {schema}.queue ON queue.environment = span.environment AND queue.name = span.queue
 WHERE span.state = 'delayed' AND span.due_us <= :now_us ORDER BY span.due_us LIMIT :rows_max
 FOR UPDATE OF span SKIP LOCKED;
 
--- promote_spans: delayed spans join the line at the clock of this moment
+-- promote_spans: make delayed spans claimable, at the current clock of their queue
 UPDATE {schema}.span SET state = 'waiting', order_no = (value->>1)::bigint
 FROM jsonb_array_elements(:rows::jsonb) AS given (value)
 WHERE span.id = (value->>0)::bigint
     AND span.id = ANY (ARRAY(SELECT (value->>0)::bigint FROM jsonb_array_elements(:rows::jsonb) AS given (value)));
 
--- open_lanes: the lanes of the wanted tasks and queues that are not paused
+-- open_lanes: list the lanes of the requested tasks and queues that are not paused
 SELECT lane.queue, lane.task
 FROM {schema}.lane JOIN {schema}.queue ON queue.environment = lane.environment AND queue.name = lane.queue
 WHERE lane.environment = :environment AND queue.paused = 0
@@ -27,7 +27,7 @@ WHERE lane.environment = :environment AND queue.paused = 0
     AND (:queues::jsonb IS NULL OR lane.queue = ANY ({text_array(:queues)}))
     AND starts_with(lane.queue, :queue_prefix);
 
--- claim_candidates: the best waiting spans of one lane, in claim order
+-- claim_candidates: read the first waiting spans of one lane, in claim order
 SELECT {span_columns()}
 FROM {schema}.span
 WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND task = :task
@@ -35,64 +35,64 @@ WHERE state = 'waiting' AND environment = :environment AND queue = :queue AND ta
 ORDER BY {claim_order()} LIMIT :rows_max
 FOR UPDATE SKIP LOCKED;
 
--- blocks: the inputs of some blocks
+-- blocks: read the inputs of some blocks
 SELECT id, first_index, gaps, extras, items FROM {schema}.block WHERE id = ANY ({bigint_array(:ids)});
 
--- lock_spans: some spans that this transaction is about to change, in one order
+-- lock_spans: lock some spans, in id order
 SELECT {span_columns()}
 FROM {schema}.span WHERE id = ANY ({bigint_array(:ids)})
 ORDER BY id FOR UPDATE;
 
--- recorded_part: whether a settlement was recorded before
+-- recorded_part: check whether a settlement was recorded before
 SELECT 1 FROM {schema}.part WHERE block_id = :block_id AND span_id = :span_id AND token = :token AND part_no = :part_no;
 
--- lock_spans_of_session: what a session has leased, about to be changed
+-- lock_spans_of_session: lock the spans that a session has leased
 SELECT {span_columns()}
 FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id ORDER BY id
 FOR UPDATE;
 
--- leases_of_session: what a session has leased, for it to compare with its memory
+-- leases_of_session: list the leases of a session, for it to compare with its memory
 SELECT id, token, claim_no, batch_id FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id;
 
--- stopped_batches: those of some batches of which nothing may start
+-- stopped_batches: read which of some batches are cancelled or abandoned
 SELECT id FROM {schema}.batch WHERE id = ANY ({text_array(:ids)}) AND state IN ('cancelled', 'abandoned');
 
--- cancellations: the single runs of some batches that someone asked to cancel
+-- cancellations: list the single runs of some batches that are to be cancelled
 SELECT batch_id, run_index FROM {schema}.cancellation WHERE batch_id = ANY ({text_array(:ids)}) LIMIT :rows_max;
 
--- clocks: the clocks of an environment's queues
+-- clocks: read the clocks of some queues
 SELECT name, clock FROM {schema}.queue WHERE environment = :environment AND name = ANY ({text_array(:names)});
 
--- environment_clock: the furthest clock of an environment's queues: what time it is for new runs
+-- environment_clock: read the highest clock of an environment's queues: the virtual time of new runs
 SELECT coalesce(max(clock), 0) FROM {schema}.queue WHERE environment = :environment;
 
--- unsettled_spans_of_batch: spans of a batch in one state, bounded
+-- unsettled_spans_of_batch: read a bounded number of waiting or delayed spans of a batch
 SELECT {span_columns()}
 FROM {schema}.span WHERE batch_id = :batch_id AND state IN ('waiting', 'delayed') LIMIT :rows_max
 FOR UPDATE SKIP LOCKED;
 
--- expired_spans: spans that did not start in time, bounded
+-- expired_spans: read a bounded number of spans that were not started before their expiry
 SELECT {span_columns()}
 FROM {schema}.span WHERE expires_us > 0 AND state IN ('waiting', 'delayed') AND expires_us <= :now_us LIMIT :rows_max
 FOR UPDATE SKIP LOCKED;
 
--- leases_without_session: leased spans whose session ended or is gone
+-- leases_without_session: read leased spans whose session has ended or does not exist
 SELECT {span_columns()}
 FROM {schema}.span
 WHERE span.state = 'leased' AND NOT EXISTS (SELECT 1 FROM {schema}.session WHERE session.id = span.session_id AND session.ended_us = 0)
 LIMIT :rows_max
 FOR UPDATE SKIP LOCKED;
 
--- spans_of_block: all spans over one block
+-- spans_of_block: read all spans over one block
 SELECT {span_columns()}
 FROM {schema}.span WHERE block_id = :block_id ORDER BY id;
 
--- lock_spans_of_block: all spans over one block, about to be changed
+-- lock_spans_of_block: lock all spans over one block
 SELECT {span_columns()}
 FROM {schema}.span WHERE block_id = :block_id ORDER BY id
 FOR UPDATE;
 
--- spans_with_state: spans of a batch of which some run ended in a state
+-- spans_with_state: read spans of a batch that have a run in a state
 SELECT {span_columns()}
 FROM {schema}.span
 WHERE id = ANY (ARRAY(

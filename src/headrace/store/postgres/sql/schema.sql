@@ -1,20 +1,20 @@
--- migration_lock: one process at a time changes the schema; freed with the transaction
+-- migration_lock: lock migrations of the schema for this transaction: one process migrates at a time
 SELECT pg_advisory_xact_lock(:lock);
 
--- patience_of_migration: a migration takes as long as it takes, but stands in nobody's way while it waits for a table
+-- patience_of_migration: allow a migration to take long, but only a short wait for locks
 SELECT set_config('statement_timeout', '0', true), set_config('lock_timeout', :lock_timeout, true);
 
--- version_table: whether there is a table that holds the schema's version, from the catalog: names are cached, and stale
+-- version_table: check in the catalog whether the table of the schema's version exists; cached names may be stale
 SELECT 1 FROM pg_catalog.pg_class AS class JOIN pg_catalog.pg_namespace AS space ON space.oid = class.relnamespace
 WHERE space.nspname = :schema AND class.relname = 'version';
 
--- version: the number of the newest migration that was applied
+-- version: read the number of the newest applied migration
 SELECT number FROM {schema}.version;
 
--- set_version: a migration was applied
+-- set_version: store the number of an applied migration
 UPDATE {schema}.version SET number = :number;
 
--- missing_rights: the rights on the schema that a worker needs and this role lacks, as role, right and object
+-- missing_rights: list the rights that a worker needs on the schema and this role lacks, as role, right and object
 SELECT current_user, needed.right_name, needed.object_name
 FROM (
     SELECT 1 AS rank, 'USAGE' AS right_name, 'schema ' || nspname AS object_name
@@ -32,21 +32,21 @@ FROM (
 ) AS needed
 ORDER BY needed.rank, needed.object_name, needed.right_name;
 
--- durability: the server, and the settings that durability hangs on
+-- durability: read the server's version, and the settings that durability depends on
 SELECT current_setting('server_version'), current_setting('fsync'), current_setting('synchronous_commit'),
     pg_is_in_recovery();
 
--- next_block_ids: the first of a range of ids for blocks
+-- next_block_ids: reserve a range of ids for blocks, and return its first
 SELECT nextval('{schema}.block_ids');
 
--- next_span_ids: the first of a range of ids for spans
+-- next_span_ids: reserve a range of ids for spans, and return its first
 SELECT nextval('{schema}.span_ids');
 
--- session_behind: the session that answers; a pooler keeps from its clients which one that is
+-- session_behind: read the process id of the session that answers; a pooler hides it from its clients
 SELECT pg_backend_pid();
 
--- tell: news that goes out with the commit of somebody else's transaction, which is left as durable as it is
+-- tell: notify with the commit of the caller's transaction, whose durability stays unchanged
 SELECT pg_notify(:channel, :words);
 
--- notify: news for whoever listens (rule R11), without a flush to disk: what a crash loses is found by polling
+-- notify: notify listeners without a flush to disk; polling finds what a crash loses (R11, after the commit)
 SELECT set_config('synchronous_commit', 'off', true), pg_notify(:channel, :words);

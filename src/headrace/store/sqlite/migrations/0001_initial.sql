@@ -1,9 +1,9 @@
--- The three tables of the engine (block, span, part), what they belong to, and what only some runs pay for.
--- Numbers are integers, moments are microseconds UTC, 0 means "not yet" or "never". States of spans and batches
--- are words; states of runs are one byte each (see headrace.core.run).
+-- The tables of the engine: block, span and part, the batches they belong to, and rows for what only some runs have.
+-- Times are microseconds UTC; 0 means "not yet" or "never". States of spans and batches are words; states of runs are
+-- one byte each (see headrace.core.run). A column `positions` holds block offsets, 16 bits each.
 
--- Ids are handed out here, not by rowid, so that a deleted span's id never comes again and no fence can be passed
--- by a stranger; one row, changed in the same transaction as what it numbers.
+-- Ids come from this row and not from rowid, so that the id of a deleted span is never used again: an old lease can't match
+-- another span. The row changes in the transaction of the rows that it numbers.
 CREATE TABLE sequence (
     only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
     next_block_id INTEGER NOT NULL,
@@ -103,7 +103,8 @@ CREATE TABLE part (
 );
 CREATE UNIQUE INDEX part_once ON part (block_id, span_id, token, part_no);
 
--- A lane is a (queue, task) pair that was ever used: claims walk lanes, so one lane's backlog never slows another.
+-- A lane is a (queue, task) pair that was used at least once. Claims read lane by lane, so the backlog of one lane never
+-- slows another.
 CREATE TABLE lane (
     environment TEXT NOT NULL,
     queue TEXT NOT NULL,
@@ -129,7 +130,7 @@ CREATE TABLE session (
     ended_us INTEGER NOT NULL
 ) WITHOUT ROWID;
 
--- The move that fenced this file, where there was one (see write_fence.sql).
+-- The store copy that fenced this file, if any (see write_fence.sql).
 CREATE TABLE move (
     only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
     id TEXT NOT NULL,
@@ -138,14 +139,14 @@ CREATE TABLE move (
     finished_us INTEGER NOT NULL
 );
 
--- A duty of upkeep is one process's at a time, until it is free.
+-- A duty of upkeep is held by one process at a time, until `free_us`.
 CREATE TABLE duty (
     name TEXT PRIMARY KEY,
     holder TEXT NOT NULL,
     free_us INTEGER NOT NULL
 ) WITHOUT ROWID;
 
--- A schedule's ticks up to `last_us` are dealt with: whoever moves it on enqueues the run, in one transaction.
+-- The ticks of a schedule up to `last_us` are processed. The process that advances it enqueues the runs, in one transaction.
 CREATE TABLE schedule (
     environment TEXT NOT NULL,
     name TEXT NOT NULL,
@@ -159,7 +160,7 @@ CREATE TABLE schedule (
     PRIMARY KEY (environment, name)
 ) WITHOUT ROWID;
 
--- From here on: a row only for the runs that use it.
+-- The tables from here on have a row only for the runs that use them.
 CREATE TABLE idempotency (
     environment TEXT NOT NULL,
     task TEXT NOT NULL,
@@ -192,7 +193,7 @@ CREATE TABLE cancellation (
     PRIMARY KEY (batch_id, run_index)
 ) WITHOUT ROWID;
 
--- A run that failed for good and waits for a person; until it is redriven or purged its batch is kept.
+-- A run that failed finally and is kept for an operator. Its batch is kept until the run is redriven or purged.
 CREATE TABLE dead_letter (
     batch_id TEXT NOT NULL,
     run_index INTEGER NOT NULL,
@@ -204,7 +205,7 @@ CREATE TABLE dead_letter (
 ) WITHOUT ROWID;
 CREATE INDEX dead_letter_listed ON dead_letter (environment, died_us, batch_id, run_index);
 
--- What people decided about an environment's work: what is dropped, what goes to another queue.
+-- Rules of an environment, set by operators: which activations are dropped, and which go to another queue.
 CREATE TABLE rule (
     environment TEXT NOT NULL,
     name TEXT NOT NULL,
@@ -212,8 +213,8 @@ CREATE TABLE rule (
     PRIMARY KEY (environment, name)
 ) WITHOUT ROWID;
 
--- Who may come in over the network. A key itself is never kept, only its digest. A bucket is the moment at which it
--- is full again; without a row it is.
+-- Authentication and rate limits. An API key itself is never stored, only its digest. A bucket is stored as the time at
+-- which it is full again; a bucket without a row is full.
 CREATE TABLE api_key (
     id TEXT PRIMARY KEY,
     environment TEXT NOT NULL,
@@ -237,7 +238,7 @@ CREATE TABLE bucket (
     PRIMARY KEY (environment, name)
 ) WITHOUT ROWID;
 
--- An indexer stands at one checkpoint; its tables (named by the user's entities) are what the events up to it made them.
+-- The state of an indexer. Its tables, named by the user's entities, contain the events up to its checkpoint.
 CREATE TABLE indexer (
     environment TEXT NOT NULL,
     name TEXT NOT NULL,
@@ -261,7 +262,7 @@ CREATE TABLE indexer_table (
     has_history INTEGER NOT NULL
 ) WITHOUT ROWID;
 
--- Only where history is kept. A position is a number or a text; the other column is 0 or empty.
+-- The events of indexers that keep a history. A position is a number or a text; the other column is 0 or empty.
 CREATE TABLE checkpoint (
     environment TEXT NOT NULL,
     indexer TEXT NOT NULL,

@@ -1,33 +1,33 @@
--- insert_api_key: a key that is let in from now on
+-- insert_api_key: add an API key
 INSERT INTO api_key ({api_key_columns})
 VALUES (:id, :environment, :digest, :scopes, :name, :created_us, 0)
 ON CONFLICT DO NOTHING RETURNING 1;
 
--- api_key_by_digest: the key that hashes to a digest
+-- api_key_by_digest: read the API key with a digest
 SELECT {api_key_columns} FROM api_key WHERE digest = :digest;
 
--- api_keys: the keys of an environment, oldest first
+-- api_keys: list the API keys of an environment, oldest first
 SELECT {api_key_columns} FROM api_key
 WHERE environment = :environment ORDER BY id;
 
--- revoke_api_key: a key is let in no more
+-- revoke_api_key: revoke an API key, once
 UPDATE api_key SET revoked_us = :now_us WHERE environment = :environment AND id = :id AND revoked_us = 0
 RETURNING 1;
 
--- offer_signing_key: what an environment signs with, for the first who asks
+-- offer_signing_key: store the signing key of an environment, unless it has one
 INSERT INTO signing_key (environment, value) VALUES (:environment, :value) ON CONFLICT DO NOTHING;
 
--- signing_key: what an environment signs its tokens with
+-- signing_key: read the signing key of an environment
 SELECT value FROM signing_key WHERE environment = :environment;
 
--- know_bucket: a bucket begins full
+-- know_bucket: create a token bucket, which is full at first
 INSERT INTO bucket (environment, name, full_us) VALUES (:environment, :name, 0) ON CONFLICT DO NOTHING;
 
--- lock_bucket: a bucket that this transaction is about to change
+-- lock_bucket: lock a token bucket, and read when it is full again
 SELECT full_us FROM bucket WHERE environment = :environment AND name = :name;
 
--- put_bucket: when a bucket will be full again
+-- put_bucket: store when a token bucket is full again
 UPDATE bucket SET full_us = :full_us WHERE environment = :environment AND name = :name;
 
--- delete_buckets: buckets that were full long ago, which is what they are without a row
+-- delete_buckets: delete token buckets that are full for long, as they are without a row
 DELETE FROM bucket WHERE full_us < :before_us;

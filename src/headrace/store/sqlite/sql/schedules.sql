@@ -1,4 +1,4 @@
--- keep_schedule: a schedule of an app; one that is new, another by now, or back begins now
+-- keep_schedule: store a schedule; it begins now if it is new, was gone, or has another expression or zone
 INSERT INTO schedule AS known ({schedule_columns})
 VALUES (:environment, :name, :app, :task, :expression, :zone, :now_us, 0, 0)
 ON CONFLICT (environment, name) DO UPDATE SET app = excluded.app, task = excluded.task, expression = excluded.expression,
@@ -6,21 +6,21 @@ ON CONFLICT (environment, name) DO UPDATE SET app = excluded.app, task = exclude
     last_us = CASE WHEN known.gone_us = 0 AND known.expression = excluded.expression AND known.zone = excluded.zone
         THEN known.last_us ELSE max(known.last_us, excluded.last_us) END;
 
--- leave_schedules: those of an app that its code has no more
+-- leave_schedules: mark those schedules of an app as gone that its code does not declare
 UPDATE schedule SET gone_us = :now_us
 WHERE environment = :environment AND app = :app AND gone_us = 0 AND name NOT IN (SELECT value FROM json_each(:names));
 
--- move_schedule: the guard of a tick; no row when the schedule stands elsewhere or is another by now
+-- move_schedule: advance a schedule, as the guard of a tick; returns no row if it has advanced or changed already
 UPDATE schedule SET last_us = :until_us, gone_us = 0,
     ticked_us = CASE WHEN :runs_count > 0 THEN :until_us ELSE ticked_us END
 WHERE environment = :environment AND name = :name AND expression = :expression AND zone = :zone
     AND last_us = :last_us AND last_us < :until_us
 RETURNING 1;
 
--- schedule: one schedule as it stands
+-- schedule: read one schedule
 SELECT {schedule_columns} FROM schedule
 WHERE environment = :environment AND name = :name;
 
--- schedules: all schedules of an environment, by name
+-- schedules: list all schedules of an environment, by name
 SELECT {schedule_columns} FROM schedule
 WHERE environment = :environment ORDER BY name;

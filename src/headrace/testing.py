@@ -1,12 +1,12 @@
 """Test mode: a store in memory, runs executed by `drain`, time moved by `advance`.
 
     async def test_outlines_are_made() -> None:
-        async with in_memory(app) as world:
+        async with in_memory(app) as harness:
             batch = await outline.map(["a.py", "b.py"])
-            await world.drain()
+            await harness.drain()
             assert [outcome.output async for outcome in batch.results()] == [...]
 
-Nothing waits for real time: a run delayed by an hour runs after `world.advance(3600)`.
+Nothing waits for real time: a run delayed by an hour runs after `harness.advance(3600)`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DRAIN_TIMEOUT_S: Final = 10
 POLL_S: Final = 0.02
 
 
-class World:
+class Harness:
     """One app on a store in memory, with a clock that moves only when a test moves it."""
 
     def __init__(self, app: Headrace, engine: Engine, clock: ManualClock) -> None:
@@ -51,7 +51,7 @@ class World:
                     break
                 await self.engine.recorded.wait(SystemClock(), POLL_S)
             else:
-                raise AssertionError("expected all runs to end, but some still wait: for time? call world.advance(…)")
+                raise AssertionError("expected all runs to end, but some still wait: for time? call harness.advance(…)")
         finally:
             await worker.stop(now=True)
         return before - await self._unsettled()
@@ -72,12 +72,12 @@ class World:
 
 
 @asynccontextmanager
-async def in_memory(app: Headrace, **limits: int) -> AsyncGenerator[World, None]:
+async def in_memory(app: Headrace, **limits: int) -> AsyncGenerator[Harness, None]:
     """Put `app` on a fresh store in memory while the block lasts; `limits` by name, as in `Headrace(…)`."""
     clock = ManualClock()
     engine = await memory_engine(Limits(**limits), clock)
     app.use_engine(engine)
     try:
-        yield World(app, engine, clock)
+        yield Harness(app, engine, clock)
     finally:
         await app.close()

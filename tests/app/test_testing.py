@@ -18,10 +18,10 @@ async def test_nothing_runs_before_it_is_drained() -> None:
     async def note(item: int) -> None:
         ran.append(item)
 
-    async with in_memory(app) as world:
+    async with in_memory(app) as harness:
         await note.map(range(3))
         assert ran == []
-        assert await world.drain() == 3
+        assert await harness.drain() == 3
         assert ran == [0, 1, 2]
 
 
@@ -34,13 +34,13 @@ async def test_time_passes_only_by_advance() -> None:
             raise ConnectionError
         return context.attempt
 
-    async with in_memory(app) as world:
+    async with in_memory(app) as harness:
         run = await second_time_lucky.options(delay_s=3_600).enqueue()
-        assert await world.drain() == 0
-        await world.advance(3_600)
-        assert await world.drain() == 0, "it failed, and is delayed again"
-        await world.advance(110)
-        assert await world.drain() == 1
+        assert await harness.drain() == 0
+        await harness.advance(3_600)
+        assert await harness.drain() == 0, "it failed, and is delayed again"
+        await harness.advance(110)
+        assert await harness.drain() == 1
         assert await run.result() == 2
 
 
@@ -55,9 +55,9 @@ async def test_plain_functions_run_in_the_test_s_own_thread() -> None:
     def where_too(_item: int) -> int:
         return threading.get_ident()
 
-    async with in_memory(app) as world:
+    async with in_memory(app) as harness:
         runs = [await where.enqueue(1), await where_too.enqueue(1)]
-        await world.drain()
+        await harness.drain()
         assert [await run.result() for run in runs] == [threading.get_ident()] * 2
 
 
@@ -70,10 +70,10 @@ async def test_runs_enqueued_by_runs_are_drained_too() -> None:
             await countdown.enqueue(left - 1)
         return left
 
-    async with in_memory(app) as world:
+    async with in_memory(app) as harness:
         await countdown.enqueue(5)
-        assert await world.drain() == 1, "only one run existed before"
-        batches = await world.engine.store.batches("default")
+        assert await harness.drain() == 1, "only one run existed before"
+        batches = await harness.engine.store.batches("default")
         assert sum(ledger.completed for _, ledger in batches) == 6
 
 
@@ -86,9 +86,9 @@ async def test_a_run_that_waits_for_a_thread_is_waited_for() -> None:
         threading.Timer(0.05, released.set).start()
         return await asyncio.to_thread(released.wait, 5)
 
-    async with in_memory(app) as world:
+    async with in_memory(app) as harness:
         run = await threaded.enqueue(1)
-        await world.drain()
+        await harness.drain()
         assert await run.result() is True
 
 
@@ -100,10 +100,10 @@ async def test_limits_are_set_by_name_and_the_app_is_free_afterwards() -> None:
         return 1
 
     for chunk_runs_max in (1, 2):
-        async with in_memory(app, chunk_runs_max=chunk_runs_max) as world:
-            assert world.engine.limits.chunk_runs_max == chunk_runs_max
+        async with in_memory(app, chunk_runs_max=chunk_runs_max) as harness:
+            assert harness.engine.limits.chunk_runs_max == chunk_runs_max
             batch = await first_task.map(range(5))
-            await world.drain()
+            await harness.drain()
             assert (await batch.view()).ledger.completed == 5
     with pytest.raises(TypeError):
         async with in_memory(app, no_such_limit=1):

@@ -386,7 +386,7 @@ async def test_a_new_field_is_added_with_its_default_to_rows_and_history(name: s
         ({"balance": (str, "")}, "balance was integer and is text"),
         ({"balance": (int | None, None)}, "balance was integer and is an optional integer"),
         ({"id": (int,)}, "id was text and is integer"),
-        ({"country": None}, "the field country (text) is gone"),
+        ({"country": None}, "the field country (text) is missing"),
         ({"needed": (str,)}, "needed is new and has no default"),
     ],
     ids=lambda value: str(value)[:20],
@@ -424,7 +424,7 @@ async def test_a_table_belongs_to_one_indexer_and_no_name_is_taken_twice(name: s
         with pytest.raises(Conflict, match="belongs to the indexer 'book'"):
             await house.entities.prepare(EntityPlan("default", "other", (ACCOUNT,), True))
         for more, words in (
-            (Span, "Headrace's own"),
+            (Span, "belongs to Headrace"),
             (AccountHistory, "would share"),
             (Checked, "a column of the history"),
         ):
@@ -445,7 +445,7 @@ async def test_a_table_that_somebody_else_made_is_left_alone(name: str, tmp_path
         else:
             schema = house.store.schema  # type: ignore[attr-defined]  # of the house
             await house.store.within(lambda db, _: db.raw.execute(f'CREATE TABLE "{schema}".account (mine int)'))  # type: ignore[attr-defined]  # of the house
-        with pytest.raises(Conflict, match="no indexer made"):
+        with pytest.raises(Conflict, match="no indexer created"):
             await house.entities.prepare(EntityPlan("default", "book", (ACCOUNT,), True))
         assert await house.entities.standings("default") == []
 

@@ -226,7 +226,7 @@ async def test_odd_words_are_refused(world: World) -> None:
     batch_id, session_id = await world.filled(1), await world.session()
     with pytest.raises(InvalidInput, match="as the state of a stopped batch"):
         await world.store.stop_batch(batch_id, "completed", now_us=world.now_us)
-    with pytest.raises(InvalidInput, match="not a state"):
+    with pytest.raises(InvalidInput, match="expected a state of a run"):
         await world.store.runs("default", state="running")
     for runs_max in (0, -3):
         with pytest.raises(ClientFault):

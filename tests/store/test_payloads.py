@@ -64,7 +64,7 @@ async def test_putting_the_same_payload_again_changes_nothing(payloads: PayloadS
 
 @on_a_loop
 async def test_bytes_are_not_stored_under_the_key_of_others(payloads: PayloadStore) -> None:
-    with pytest.raises(InvalidInput, match="not that of these bytes"):
+    with pytest.raises(InvalidInput, match="does not match the hash of these bytes"):
         await payloads.put(key_of(b"these"), b"others")
     assert await listed(payloads) == []
 
@@ -238,7 +238,7 @@ async def test_a_file_where_a_directory_should_be_is_said_so(local: PayloadStore
 
 @pytest.mark.parametrize("url", ["/proc/headrace", "file:///proc/headrace", "/dev/null/payloads"])
 def test_a_directory_that_can_not_be_made_is_refused_when_it_is_opened(url: str) -> None:
-    with pytest.raises(StoreUnavailable, match="can't be used") as refused:
+    with pytest.raises(StoreUnavailable, match="can't use the directory for payloads") as refused:
         open_payloads(url)
     assert refused.value.hint
 
@@ -409,7 +409,7 @@ def test_the_stores_of_three_clouds_can_be_named(monkeypatch: pytest.MonkeyPatch
     "url", ["", "/", "file:///", "file://host/path", "ftp://host/x", "http://host/x", "s3://", "file:///a?b=c"]
 )
 def test_a_url_nobody_understands_is_refused(url: str) -> None:
-    with pytest.raises(InvalidSetting, match="is not an object store"):
+    with pytest.raises(InvalidSetting, match="expected the URL of an object store"):
         open_payloads(url)
 
 

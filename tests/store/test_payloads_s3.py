@@ -112,7 +112,7 @@ async def test_an_answer_that_breaks_off_is_not_taken_for_the_payload(prefix: st
 
 async def test_a_bucket_that_is_not_there_is_no_missing_payload(prefix: str) -> None:
     payloads = open_payloads(s3().url(prefix, bucket=f"none-{secrets.token_hex(6)}", **QUICK))
-    with pytest.raises(StoreUnavailable, match="the server says NoSuchBucket") as caught:
+    with pytest.raises(StoreUnavailable, match="the server answered NoSuchBucket") as caught:
         await payloads.get(key_of(b"x"))
     assert "create it" in caught.value.hint
 

@@ -1,8 +1,9 @@
-"""Scripts on a connection that somebody else owns, inside the transaction that is open there.
+"""Scripts in a caller's own transaction, on the caller's connection.
 
-What is written commits with the caller's own rows, and is gone with them. A driver is told by its module, none is
-imported here: asyncpg, psycopg 3, the standard library's sqlite3, aiosqlite, and SQLAlchemy's connections and sessions
-over any of them, async or not. A script runs behind a savepoint, so one that has to be run again leaves nothing.
+What they write is committed with the caller's rows, and rolled back with them. The driver is recognised by its module;
+none is imported here. Supported are asyncpg, psycopg 3, the standard library's sqlite3, aiosqlite, and SQLAlchemy's
+connections and sessions over any of them, async or not. A script runs behind a savepoint, so a script that has to be
+repeated leaves nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from headrace.store.transactions.sql_script import Query, Rows, Script, Transact
 
 T = TypeVar("T")
 Steps = Generator[Any, Any, T]
-"""A conversation with a connection: yields what it answered (an awaitable, where it is async), is sent the outcome."""
+"""Steps on a connection: a generator that yields each result of the driver (an awaitable if it is async), and is sent
+the outcome.
+"""
 
 TRIES: Final = 5
 MISSING_TABLE: Final = ("42P01", "3F000")
@@ -26,11 +29,11 @@ _SAVEPOINT: Final = "SAVEPOINT headrace"
 _ROLL_BACK: Final = "ROLLBACK TO SAVEPOINT headrace"
 _RELEASE: Final = "RELEASE SAVEPOINT headrace"
 _NUMBER: Final = re.compile(r"\$(\d+)")
-_KNOWN: Final = "an asyncpg, psycopg 3, sqlite3, aiosqlite or SQLAlchemy connection, or a SQLAlchemy session"
+_SUPPORTED: Final = "an asyncpg, psycopg 3, sqlite3, aiosqlite or SQLAlchemy connection, or a SQLAlchemy session"
 
 
 class NumberedStatement(Protocol):
-    """A statement whose values are written `$1`, `$2`, …, and their names in that order."""
+    """A statement whose values are written `$1`, `$2`, …"""
 
     @property
     def sql(self) -> str:
@@ -39,12 +42,12 @@ class NumberedStatement(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """The names of its values."""
+        """The names of its values, in the order of their numbers."""
         ...
 
 
 class CallerTransaction:
-    """A dialect's statements on somebody's connection. `is_sqlite` says which database it must lead to."""
+    """The scripts of a store on a caller's connection. `is_sqlite`: the database that the connection must lead to."""
 
     def __init__(self, connection: Any, statement: Callable[[str], NumberedStatement], *, is_sqlite: bool) -> None:
         self._connection = connection
@@ -53,7 +56,7 @@ class CallerTransaction:
         self._execute: Callable[[str, Sequence[Any]], Any] = self._refuse
 
     async def run(self, script: Callable[[], Script[T]]) -> T:
-        """Run a script in the open transaction; a connection that is not async is used as it is, on this loop."""
+        """Run a script in the open transaction. A connection that is not async is used directly on this loop."""
         steps = self._steps(script)
         try:
             answer = next(steps)
@@ -68,11 +71,11 @@ class CallerTransaction:
                     outcome = answer
                 answer = steps.send(outcome)
         except StopIteration as done:
-            found: T = done.value
-            return found
+            result: T = done.value
+            return result
 
     def run_sync(self, script: Callable[[], Script[T]]) -> T:
-        """Run a script on a connection that is not async. Raises `InvalidInput` when it is."""
+        """Run a script on a connection that is not async. Raises `InvalidInput` for an async connection."""
         steps = self._steps(script)
         try:
             answer = next(steps)
@@ -80,14 +83,17 @@ class CallerTransaction:
                 if isawaitable(answer):
                     if hasattr(answer, "close"):
                         answer.close()
-                    raise InvalidInput("this connection is async", hint="await task.enqueue_in(connection, …)")
+                    raise InvalidInput(
+                        "expected a connection that is not async, got an async one",
+                        hint="await task.enqueue_in(connection, …)",
+                    )
                 answer = steps.send(answer)
         except StopIteration as done:
-            found: T = done.value
-            return found
+            result: T = done.value
+            return result
 
     def _steps(self, script: Callable[[], Script[T]]) -> Steps[T]:
-        self._execute = yield from self._entered()
+        self._execute = yield from self._execute_function()
         for _ in range(TRIES):
             yield from self._bare(_SAVEPOINT)
             try:
@@ -105,9 +111,11 @@ class CallerTransaction:
                 ) from error
             else:
                 yield from self._bare(_RELEASE)
-                yield from self._told()
+                yield from self._notify()
                 return answer
-        raise StoreUnavailable("other transactions were faster each time", hint="try again")
+        raise StoreUnavailable(
+            f"concurrent transactions changed the same rows in each of {TRIES} attempts", hint="repeat the call"
+        )
 
     def _answered(self, script: Script[T]) -> Steps[T]:
         try:
@@ -119,13 +127,13 @@ class CallerTransaction:
             return answer
 
     def _rows(self, ask: Query) -> Steps[Rows]:
-        """What the database answers to one statement."""
+        """Send one statement, and return its rows."""
         numbered = self._statement(ask.name)
         values = [ask.values[name] for name in numbered.names]
         return [tuple(row) for row in (yield self._execute(numbered.sql, values))]
 
-    def _told(self) -> Steps[None]:
-        """Let whoever waits for work know with the commit, where a database can do that."""
+    def _notify(self) -> Steps[None]:
+        """Notify waiting workers with the commit, if the database can."""
         yield from ()
 
     def _bare(self, sql: str) -> Steps[Any]:
@@ -133,8 +141,8 @@ class CallerTransaction:
 
     # -- drivers
 
-    def _entered(self) -> Steps[Callable[[str, Sequence[Any]], Any]]:
-        """How this connection is asked, once it is sure that a transaction is open on it."""
+    def _execute_function(self) -> Steps[Callable[[str, Sequence[Any]], Any]]:
+        """Return a function that sends statements on this connection, after a check that a transaction is open."""
         connection = self._connection
         root = type(connection).__module__.partition(".")[0]
         names = {base.__name__ for base in type(connection).__mro__}
@@ -148,7 +156,7 @@ class CallerTransaction:
             return lambda sql, values: _psycopg(connection, sql, values)
         if root == "sqlite3" or "sqlite3" in {base.__module__ for base in type(connection).__mro__}:
             self._check(is_sqlite=True, is_open=connection.in_transaction or connection.isolation_level is not None)
-            if not connection.in_transaction:  # where the driver would begin one at the first change
+            if not connection.in_transaction:  # the driver would begin one only at the first change
                 connection.execute("BEGIN")
             return lambda sql, values: connection.execute(*_questioned(sql, values)).fetchall()
         if root == "aiosqlite":
@@ -156,13 +164,19 @@ class CallerTransaction:
             if not connection.in_transaction:
                 yield connection.execute("BEGIN")
             return lambda sql, values: connection.execute_fetchall(*_questioned(sql, values))
-        raise InvalidInput(f"a run can't be put into the transaction of {type(connection)!r}", hint=f"give {_KNOWN}")
+        raise InvalidInput(
+            f"expected {_SUPPORTED}, got {type(connection)!r}",
+            hint="enqueue_in puts a run into the transaction of that connection",
+        )
 
     def _sqlalchemy(self, given: Any, names: set[str]) -> Steps[Callable[[str, Sequence[Any]], Any]]:
-        """A session's connection, or the connection itself; SQLAlchemy begins its transaction by itself."""
+        """Return SQLAlchemy's connection of a session, or the connection itself. SQLAlchemy begins the transaction."""
         connection = (yield given.connection()) if names & {"AsyncSession", "Session"} else given
         if not hasattr(connection, "exec_driver_sql"):
-            raise InvalidInput(f"a run can't be put into {type(given)!r}", hint=f"give {_KNOWN}")
+            raise InvalidInput(
+                f"expected {_SUPPORTED}, got {type(given)!r}",
+                hint="enqueue_in puts a run into the transaction of that connection",
+            )
         dialect = connection.dialect
         of_engine = getattr(dialect, "_on_connect_isolation_level", None)
         isolation = _sync(connection).get_execution_options().get("isolation_level", of_engine)
@@ -170,9 +184,9 @@ class CallerTransaction:
         spell = _SPELLINGS.get(dialect.paramstyle)
         if spell is None:
             raise InvalidInput(
-                f"SQLAlchemy's driver {dialect.driver} writes values as {dialect.paramstyle}, unknown here"
+                f"SQLAlchemy's driver {dialect.driver} has the unsupported paramstyle {dialect.paramstyle}"
             )
-        if dialect.name == "sqlite":  # pysqlite begins a transaction at the first change only, and not at a savepoint
+        if dialect.name == "sqlite":  # pysqlite begins a transaction only at the first change, and not at a savepoint
             yield connection.exec_driver_sql("BEGIN") if not _has_begun(connection) else None
 
         def execute(sql: str, values: Sequence[Any]) -> Any:
@@ -184,15 +198,15 @@ class CallerTransaction:
 
     def _check(self, *, is_sqlite: bool, is_open: bool) -> None:
         if is_sqlite != self._is_sqlite:
-            there, here = ("SQLite", "PostgreSQL") if is_sqlite else ("PostgreSQL", "SQLite")
+            actual, expected = ("SQLite", "PostgreSQL") if is_sqlite else ("PostgreSQL", "SQLite")
             raise InvalidInput(
-                f"the connection leads to {there}, the app's store is on {here}",
+                f"the connection leads to {actual}, the app's store is on {expected}",
                 hint="give a connection to the database that HEADRACE_STORE names",
             )
         if not is_open:
             raise InvalidInput(
-                "no transaction is open on this connection, so there is none to put the run into",
-                hint="begin one first, or call task.enqueue(…), which has its own",
+                "expected a connection with an open transaction, got one without",
+                hint="begin a transaction first, or call task.enqueue(…), which commits by itself",
             )
 
     @staticmethod
@@ -202,10 +216,12 @@ class CallerTransaction:
 
 @runtime_checkable
 class JoinsTransactions(Protocol):
-    """A store whose verbs may be part of somebody else's transaction."""
+    """A store whose operations can be part of a caller's transaction."""
 
     def joined(self, connection: Any) -> CallerTransaction:
-        """Its statements on a connection that somebody else owns. Raises `InvalidInput` for one of another database."""
+        """Return the store's scripts on a caller's connection. Raises `InvalidInput` for a connection to another
+        database.
+        """
         ...
 
 
@@ -220,7 +236,7 @@ def _is_missing_table(error: BaseException | None) -> bool:
 
 
 def _psycopg(connection: Any, sql: str, values: Sequence[Any]) -> Any:
-    """psycopg asks by `execute`, whose cursor has the rows, where there are any."""
+    """Execute on psycopg, whose cursor has the rows, if there are any."""
     text, parameters = _percent(sql, values)
     asked = connection.execute(text, parameters or None)
     if not isawaitable(asked):
@@ -242,12 +258,12 @@ async def _rows_later(asked: Awaitable[Any]) -> Any:
 
 
 def _has_begun(connection: Any) -> bool:
-    """Whether the SQLite driver under a SQLAlchemy connection is within a transaction."""
+    """True if the SQLite driver under a SQLAlchemy connection has begun a transaction."""
     return bool(_sync(connection).connection.driver_connection.in_transaction)
 
 
 def _sync(connection: Any) -> Any:
-    """What is inside an async connection of SQLAlchemy."""
+    """Return the connection inside an async connection of SQLAlchemy."""
     return getattr(connection, "sync_connection", connection)
 
 
@@ -264,7 +280,7 @@ def _percent(sql: str, values: Sequence[Any]) -> tuple[str, Mapping[str, Any]]:
 
 def _questioned(sql: str, values: Sequence[Any]) -> tuple[str, Any]:
     order = [int(number) - 1 for number in _NUMBER.findall(sql)]
-    return _NUMBER.sub("?", sql), tuple(values[place] for place in order)
+    return _NUMBER.sub("?", sql), tuple(values[number] for number in order)
 
 
 _SPELLINGS: Final[Mapping[str, Callable[[str, Sequence[Any]], tuple[str, Any]]]] = {
@@ -272,4 +288,4 @@ _SPELLINGS: Final[Mapping[str, Callable[[str, Sequence[Any]], tuple[str, Any]]]]
     "pyformat": _percent,
     "qmark": _questioned,
 }
-"""How the drivers that SQLAlchemy knows write values."""
+"""Conversion of statements to the parameter styles of SQLAlchemy's drivers."""

@@ -1,9 +1,9 @@
-"""Payloads that a client uploads before it sends the item that names them.
+"""Payloads that a client uploads before it sends the item that names them ("packets" in trigger.dev's API).
 
-Rule 1: a packet is named by its client, inside its environment, so nothing is known of its bytes; when an item names
-it, the item takes them over as a payload of its own batch. A packet that nobody named for long is removed.
-Rule 2: where the object store can sign, a client talks to it alone; else it uploads through the server, and the object
-begins with a line that says what it is.
+Rule 1: the client chooses the path of a packet in its environment, so the path says nothing about the bytes. When an
+item names it, its bytes become a payload of the item's batch. A packet that no item names for long is deleted. Rule 2:
+where the object store can sign URLs, a client uploads to it directly. Otherwise it uploads through the server, and the
+object begins with a line that holds the content type.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TYPE_BYTES_MAX: Final = 128
 
 
 def check_path(path: str) -> str:
-    """`path` when it names a packet and nothing else, by any decoding. Raises `InvalidInput`."""
+    """Return `path` if it names a packet and nothing else, however it is decoded. Raises `InvalidInput`."""
     segments = path.split("/")
     if (
         not path
@@ -38,25 +38,26 @@ def check_path(path: str) -> str:
         or any(segment in ("", ".", "..") or segment.startswith("~") for segment in segments)
     ):
         raise InvalidInput(
-            "Invalid packet storage path", hint="segments of letters and digits, joined by slashes, as it was given"
+            "Invalid packet storage path",
+            hint="expected segments of letters and digits, joined by slashes, as the server returned it",
         )
     return path
 
 
 class ClientUploads:
-    """Packets of all environments, in the object store of their payloads."""
+    """Uploads of all environments, in the object store of their payloads."""
 
     def __init__(self, payloads: PayloadStore) -> None:
         self._store: Any = payloads.objects
         self.can_sign = isinstance(self._store, S3Store | GCSStore | AzureStore)
 
     def key(self, environment: str, path: str) -> str:
-        """Where a packet lies."""
+        """Return the key of a packet's object."""
         segments = environment.encode().hex() if not environment.isalnum() else environment
         return f"{FOLDER}/{segments}/{check_path(path)}"
 
     async def signed_url(self, method: str, environment: str, path: str) -> str:
-        """A URL at the object store itself, good for five minutes."""
+        """Return a URL of the object store, valid for five minutes."""
         url: str = await obstore.sign_async(
             self._store, "PUT" if method == "PUT" else "GET", self.key(environment, path), timedelta(seconds=SIGNED_S)
         )
@@ -65,7 +66,7 @@ class ClientUploads:
     async def put(
         self, environment: str, path: str, content_type: str, pieces: AsyncIterator[bytes], *, bytes_max: int
     ) -> None:
-        """Store a packet that comes through the server. Raises `InvalidInput` when it is too large."""
+        """Store a packet that is uploaded through the server. Raises `InvalidInput` if it is too large."""
 
         async def body() -> AsyncIterator[bytes]:
             count = 0
@@ -73,7 +74,10 @@ class ClientUploads:
             async for piece in pieces:
                 count += len(piece)
                 if count > bytes_max:
-                    raise InvalidInput(f"a packet has at most {bytes_max} bytes", hint="packet_bytes_max is the bound")
+                    raise InvalidInput(
+                        f"expected a packet of at most {bytes_max} bytes, got a larger one",
+                        hint="the setting packet_bytes_max is this bound",
+                    )
                 yield piece
 
         try:
@@ -82,15 +86,17 @@ class ClientUploads:
             raise _unavailable(error) from error
 
     async def get(self, environment: str, path: str, *, bytes_max: int) -> tuple[bytes, str]:
-        """A packet and its content type. Raises `ObjectMissing`, `InvalidInput`, `StoreUnavailable`."""
+        """Return a packet and its content type. Raises `ObjectMissing`, `InvalidInput`, `StoreUnavailable`."""
         try:
             found = await obstore.get_async(self._store, self.key(environment, path))
             if found.meta["size"] > bytes_max + TYPE_BYTES_MAX + 1:
-                raise InvalidInput(f"a packet has at most {bytes_max} bytes, not {found.meta['size']}")
+                raise InvalidInput(f"expected a packet of at most {bytes_max} bytes, got {found.meta['size']}")
             data = (await found.bytes_async()).to_bytes()
             content_type = str(found.attributes.get("Content-Type", "application/json"))
         except FileNotFoundError:
-            raise ObjectMissing("no such packet was uploaded", hint="upload it, then send the item again") from None
+            raise ObjectMissing(
+                f"no packet was uploaded at {path!r}", hint="upload it, then send the item again"
+            ) from None
         except (BaseError, OSError) as error:
             raise _unavailable(error) from error
         if self.can_sign:
@@ -99,12 +105,12 @@ class ClientUploads:
         return data, head.decode("ascii")
 
     async def fetched(self, environment: str, path: bytes, *, bytes_max: int) -> tuple[bytes, int]:
-        """A packet as the payload it is: its bytes and their kind."""
+        """Return a packet as a payload: its bytes and their kind."""
         name = path.decode("utf-8", "replace")
         data, content_type = await self.get(environment, name, bytes_max=bytes_max)
         kind = KINDS.get(content_type.partition(";")[0].strip().lower(), JSON)
         if kind in (REFERENCE, MSGPACK):
-            raise InvalidInput(f"a packet can't be {content_type}")
+            raise InvalidInput(f"a packet can't have the content type {content_type}")
         _check_readable(data, kind)
         return data, kind
 
@@ -118,9 +124,11 @@ def _check_readable(data: bytes, kind: int) -> None:
         elif kind in (JSON, SUPER_JSON):
             msgspec.json.decode(data, type=msgspec.Raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidInput(f"the packet is not what its content type says: {error}") from None
+        raise InvalidInput(f"the packet can't be decoded as its content type: {error}") from None
 
 
 def _unavailable(error: Exception) -> StoreUnavailable:
     text = str(error).partition("\n")[0] or type(error).__name__
-    return StoreUnavailable(f"the object store did not answer: {text}", hint="is it reachable? `headrace doctor` says")
+    return StoreUnavailable(
+        f"the object store did not answer: {text}", hint="`headrace doctor` checks the object store"
+    )

@@ -1,11 +1,11 @@
 """Payloads and results that are too large for a row: one object each, named by its content.
 
-Rule 1: a key is `{environment}/{batch_id}/{sha256}`, so the same bytes of one batch are one object, a second
-write changes nothing, and what is read back can be checked without asking anyone.
-Rule 2: when `put` returns, the object outlives a power cut. Object stores promise that; a directory does only
-after the file and the directories that name it were synced, which obstore leaves to us.
-Rule 3: an object is written before the row that names it and removed after it, so a row never points at
-nothing; what a crash leaves between the two is an orphan, found by `list` and old enough to go.
+Rule 1: a key is `{environment}/{batch_id}/{sha256}`. The same bytes of one batch are one object, a second write changes
+nothing, and what is read can be checked against its key. Rule 2: when `put` returns, the object survives a power cut.
+Object stores promise that. A directory does so only after the file and the directories above it were synced, which
+obstore leaves to its caller. Rule 3: an object is written before the row that names it, and deleted after that row, so
+a row never names a missing object. After a crash in between, the object is an orphan; upkeep finds it by `list` and
+deletes it when it is old.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ _PAGE_OBJECTS: Final = 1_000
 _DIRECTORIES_KNOWN_MAX: Final = 4_096
 _HASH_IN_THREAD_BYTES: Final = 256 * 1024
 _CONCURRENCY: Final = Limit(
-    "payload_concurrency", "requests", 16, 1, 10_000, "Requests to the object store at the same time."
+    "payload_concurrency", "requests", 16, 1, 10_000, "Concurrent requests to the object store."
 )
 _OBJECT_BYTES_MAX: Final = TABLE["item_bytes_max"].most + MIB
 _REMOTE: Final = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 _PARAMETERS: Final = {
     limit.name: limit
     for limit in (
-        Limit("retries", "requests", 8, 0, 100, "Times a failed request is tried again, with growing waits."),
-        Limit("retry_s", "s", 60, 1, 86_400, "Longest that one request is tried for, waits included."),
-        Limit("timeout_s", "s", 30, 1, 86_400, "Longest that one try of a request may take."),
+        Limit("retries", "requests", 8, 0, 100, "Attempts after a failed request, with growing waits."),
+        Limit("retry_s", "s", 60, 1, 86_400, "Time limit of a request with its retries and waits."),
+        Limit("timeout_s", "s", 30, 1, 86_400, "Time limit of one attempt of a request."),
     )
 }
-"""What the URL of a remote store may say beside `endpoint` and `region`."""
+"""Options of the URL of a remote store, beside `endpoint` and `region`."""
 
 _NO_BUCKET: Final = "NoSuchBucket"
 _ANSWER: Final = re.compile(r"<Code>([^<]{1,100})</Code>\s*<Message>([^<]{1,300})</Message>")
@@ -66,7 +66,7 @@ _BACKOFF: Final[BackoffConfig] = {
 
 
 class Reference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a row keeps in place of a payload that went to the object store."""
+    """The value in a row that stands for a payload in the object store."""
 
     key: str
     bytes_count: int
@@ -77,22 +77,24 @@ class Reference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def decode(cls, data: bytes) -> Reference:
-        """Raises `InvalidInput` for anything `encode` would not write; who may read the key is not judged here."""
+        """Decode a reference. Raises `InvalidInput` for anything that `encode` does not write; access rights are not
+        checked here.
+        """
         try:
             reference = msgspec.json.decode(data, type=cls)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InvalidInput(
-                f"this is not a reference to a stored payload: {error}",
+                f"expected a reference to a stored payload, got bytes that can't be decoded: {error}",
                 hint='a reference looks like {"key": "…", "bytes_count": 0, "content_type": "…"}',
             ) from error
         check_key(reference.key)
         if reference.bytes_count < 0:
-            raise InvalidInput("a payload can't have fewer than zero bytes", key=reference.key)
+            raise InvalidInput(f"expected bytes_count >= 0, got {reference.bytes_count}", key=reference.key)
         return reference
 
 
 class StoredObject(NamedTuple):
-    """One line of a listing."""
+    """An entry of a listing."""
 
     key: str
     modified_us: int
@@ -100,17 +102,17 @@ class StoredObject(NamedTuple):
 
 
 def payload_key(environment: str, batch_id: str, sha256_hex: str) -> str:
-    """Where the bytes with this hash live. Raises `InvalidInput` for parts that can't be part of a key."""
+    """Return the key of a payload with this hash. Raises `InvalidInput` for parts that can't be part of a key."""
     for part in (environment, batch_id, sha256_hex):
         if "/" in part:
-            raise _bad_key(part, "a part of a key holds no slash")
+            raise _bad_key(part, "a part of a key has no slash")
     return check_key(f"{environment}/{batch_id}/{sha256_hex}")
 
 
 def check_key(key: str) -> str:
-    """`key` when it names an object of ours and nothing else, wherever it came from; else `InvalidInput`.
+    """Return `key` if it names a payload and nothing else; raises `InvalidInput` otherwise.
 
-    Only plain segments pass, so no key leaves the store's own directory or bucket prefix, by any decoding.
+    Only plain segments pass, so no key leaves the directory or bucket prefix of the store, however it is decoded.
     """
     _check_segments(key)
     if key.count("/") != 2 or not _SHA256.match(key.rpartition("/")[2]):
@@ -119,32 +121,32 @@ def check_key(key: str) -> str:
 
 
 def open_payloads(url: str, *, concurrency: int = _CONCURRENCY.default) -> PayloadStore:
-    """The object store behind `url`: a directory, `file:///directory`, `memory://`, `s3://bucket/prefix`, `gs://` or
+    """Open the object store at `url`: a directory, `file:///directory`, `memory://`, `s3://bucket/prefix`, `gs://` or
     `az://`.
 
-    A directory is made when it is not there, a bucket is not. Credentials come from the usual environment variables
-    (`AWS_ACCESS_KEY_ID`, …), and so do region and endpoint where the URL does not say `?endpoint=…&region=…`. Requests
-    to them are tried again with growing waits: `retries`, `retry_s` and `timeout_s` in the URL bound that. Raises
-    `InvalidSetting` for a url nobody understands and `StoreUnavailable` for a directory that can't be used.
+    A directory is created if it is missing, a bucket is not. Credentials come from the usual environment variables
+    (`AWS_ACCESS_KEY_ID`, …), and so do region and endpoint unless the URL has `?endpoint=…&region=…`. Failed requests
+    are repeated with growing waits, bounded by `retries`, `retry_s` and `timeout_s` in the URL. Raises `InvalidSetting`
+    for an unknown URL, and `StoreUnavailable` for a directory that can't be used.
     """
     check(_CONCURRENCY, concurrency)
     parts = urlsplit(url)
     if parts.scheme in ("", "file"):
         if not url or parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
-            raise _bad_url(url, "a directory is written as a path or as file:///path")
+            raise _bad_url(url, "write a directory as a path or as file:///path")
         path = Path(unquote(parts.path) if parts.scheme else url).expanduser().absolute()
         if not parts.path.strip("/"):
-            raise _bad_url(url, "name a directory for payloads, not the root of the disk")
+            raise _bad_url(url, "name a directory for payloads, not the root of the file system")
         return PayloadStore(_open_directory(path), url=url, concurrency=concurrency)
     if parts.scheme == "memory":
         return PayloadStore(MemoryStore(), url=url, concurrency=concurrency)
     if parts.scheme not in _REMOTE:
-        raise _bad_url(url, "payloads go to a directory, memory://, s3://, gs:// or az://")
+        raise _bad_url(url, "payloads are stored in a directory, memory://, s3://, gs:// or az://")
     return PayloadStore(_open_remote(url), url=url, concurrency=concurrency)
 
 
 def _open_remote(url: str) -> ObjectStore:
-    """A bucket with its bounds; nothing is asked of it yet."""
+    """Make the client of a bucket, without any request."""
     parts = urlsplit(url)
     if not parts.netloc:
         raise _bad_url(url, "name a bucket: s3://bucket/prefix")
@@ -160,7 +162,7 @@ def _open_remote(url: str) -> ObjectStore:
             continue
         if name not in bounds:
             known = ", ".join(("endpoint", "region", *_PARAMETERS))
-            raise _bad_url(url, f"nothing is called {name} there; a URL may say {known}")
+            raise _bad_url(url, f"unknown option {name}; the options are {known}")
         bounds[name] = check(_PARAMETERS[name], int(value) if value.isdigit() else value)
     bare = urlunsplit(parts._replace(query="", fragment=""))
     retries: RetryConfig = {
@@ -180,7 +182,7 @@ def _open_remote(url: str) -> ObjectStore:
 
 
 class PayloadStore:
-    """Reads and writes payload objects; every request is bounded in number, none blocks the event loop."""
+    """Reader and writer of payload objects. Requests are bounded in number, and none blocks the event loop."""
 
     def __init__(self, store: ObjectStore, *, url: str, concurrency: int = _CONCURRENCY.default) -> None:
         self.url = url
@@ -191,18 +193,20 @@ class PayloadStore:
 
     @property
     def objects(self) -> ObjectStore:
-        """What lies beneath, for objects that are not payloads."""
+        """The object store itself, for objects that are not payloads."""
         return self._store
 
     async def put(self, key: str, data: bytes) -> None:
-        """Store `data` durably under its `key`; storing it again changes nothing but its age.
+        """Store `data` durably under its `key`. Storing it again changes nothing but its age.
 
-        Raises `InvalidInput` when the key is not that of these bytes, `StoreUnavailable` when they could
-        not be written: then nothing half-written is there to be read.
+        Raises `InvalidInput` if the key is not that of these bytes, and `StoreUnavailable` if they could not be
+        written; then no partial object can be read.
         """
         check_key(key)
         if await _sha256(data) != key.rpartition("/")[2]:
-            raise InvalidInput("the key is not that of these bytes", hint="make it with payload_key", key=key)
+            raise InvalidInput(
+                "the key does not match the hash of these bytes", hint="make the key with payload_key", key=key
+            )
         async with self._requests:
             try:
                 if self._root is None:
@@ -213,10 +217,10 @@ class PayloadStore:
                 raise self._unavailable("written", error, key=key) from error
 
     async def get(self, key: str) -> bytes:
-        """The bytes under `key`, checked against it.
+        """Return the bytes under `key`, checked against the key.
 
-        Raises `ObjectMissing` when nothing is there or something else is, `StoreUnavailable` when nobody
-        can say.
+        Raises `ObjectMissing` if the object is missing or has other bytes, and `StoreUnavailable` if the store does not
+        answer.
         """
         check_key(key)
         async with self._requests:
@@ -224,30 +228,30 @@ class PayloadStore:
         if data is None:
             raise ObjectMissing(
                 "the payload is not in the object store",
-                hint="it was removed from outside, or this process looks at another object store than the writer",
+                hint="it was deleted by another program, or its writer uses another object store than this process",
                 key=key,
                 url=shown_url(self.url),
             )
         if await _sha256(data) != key.rpartition("/")[2]:
             raise ObjectMissing(
-                f"the object holds other bytes than were written ({len(data)} of them)",
-                hint="it was damaged or replaced from outside; restore it, or send the item again",
+                f"the object has other bytes than were written ({len(data)} of them)",
+                hint="it was damaged or replaced by another program; restore it, or send the item again",
                 key=key,
                 url=shown_url(self.url),
             )
         return data
 
     async def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects, in bounded requests; those that are gone already are no error."""
+        """Delete objects, in bounded requests. Missing objects are no error."""
         pending = iter(keys)
         while page := [check_key(key) for key in islice(pending, _PAGE_OBJECTS)]:
             async with self._requests:
                 await self._delete_page(page)
 
     async def list(self, prefix: str = "", *, page_objects: int = _PAGE_OBJECTS) -> AsyncIterator[StoredObject]:
-        """Every object under `prefix` (whole segments), in no order, holding one page at a time.
+        """List every object under `prefix` (whole segments), unsorted, one page at a time.
 
-        What is not named as ours is passed over: a stray file is nobody's orphan.
+        Objects whose names are no keys are skipped: Headrace did not write them.
         """
         if prefix:
             _check_segments(prefix)
@@ -261,7 +265,7 @@ class PayloadStore:
             raise self._unavailable("listed", error, prefix=prefix) from error
 
     async def delete_older(self, folder: str, before_us: int) -> int:
-        """Remove what lies in a folder beside the payloads and was written before then; answers how many."""
+        """Delete the objects of a folder beside the payloads that were written before a time. Returns how many."""
         _check_segments(folder)
         count = 0
         try:
@@ -276,7 +280,7 @@ class PayloadStore:
         return count
 
     async def delete_batch(self, environment: str, batch_id: str) -> int:
-        """Remove every payload of a batch, page by page, and say how many there were. May be repeated."""
+        """Delete every payload of a batch, page by page. Returns how many there were. May be repeated."""
         prefix = payload_key(environment, batch_id, "0" * 64).rpartition("/")[0]
         page: list[str] = []
         count = 0
@@ -294,7 +298,9 @@ class PayloadStore:
         return count + len(page)
 
     async def check(self) -> None:
-        """Write, read, list and remove one small object, as `doctor` does. Raises what went wrong."""
+        """Write, read, list and delete one small object, as `headrace doctor` does. Raises the error of the step that
+        failed.
+        """
         data = b"headrace checks its object store " + secrets.token_bytes(16)
         batch = f"check-{secrets.token_hex(8)}"
         key = payload_key("headrace-check", batch, hashlib.sha256(data).hexdigest())
@@ -302,7 +308,7 @@ class PayloadStore:
         await self.get(key)
         if await self.delete_batch("headrace-check", batch) != 1:
             raise StoreUnavailable(
-                "the object store does not list what was just written",
+                "the object store does not list an object that was just written",
                 hint="check that its credentials allow listing",
                 url=shown_url(self.url),
             )
@@ -318,16 +324,16 @@ class PayloadStore:
                 )
             return (await found.bytes_async()).to_bytes()
         except FileNotFoundError as error:
-            if _NO_BUCKET in str(error):  # then nothing is known of any object in it
+            if _NO_BUCKET in str(error):  # without a bucket, nothing is known about any object
                 raise self._unavailable("read", error, key=key) from error
             return None
         except (BaseError, OSError) as error:
             raise self._unavailable("read", error, key=key) from error
 
     async def _put_file(self, path: Path, key: str, data: bytes) -> None:
-        """Write-once, since replacing a good object by an unsynced copy would lose it in a power cut.
+        """Write a file once: replacing a good object by an unsynced copy would lose it in a power cut.
 
-        What is there already is either the same or was torn before it was synced, and only then replaced.
+        An existing file either has the same bytes, or was only partly synced; only then is it replaced.
         """
         is_fresh = True
         try:
@@ -339,15 +345,14 @@ class PayloadStore:
         try:
             await asyncio.to_thread(self._sync_file, path)
         except OSError:
-            # After a failed sync the kernel may call the same pages clean: only a new write is to be believed.
-            # What was there before is another put's, accepted perhaps, and stays.
+            # After a failed sync the kernel may report the same pages as clean, so only a new write is trusted.
             if is_fresh:
                 await asyncio.to_thread(path.unlink, missing_ok=True)
             raise
 
     def _sync_file(self, path: Path) -> None:
         assert self._root is not None
-        os.utime(path)  # a payload that is sent again is young again, so its orphan's grace starts anew
+        os.utime(path)  # a payload that is sent again counts as new, so the grace period of orphans begins again
         _sync(path)
         _sync(path.parent)
         for directory in path.relative_to(self._root).parents[:-1]:
@@ -362,7 +367,7 @@ class PayloadStore:
         try:
             await obstore.delete_async(self._store, page)
         except FileNotFoundError:
-            for key in page:  # a directory stops at the first that is gone; the others are still to go
+            for key in page:  # a directory stops at the first missing file, and the others still have to be deleted
                 try:
                     await obstore.delete_async(self._store, key)
                 except FileNotFoundError:
@@ -387,7 +392,7 @@ def _open_directory(path: Path) -> LocalStore:
         return LocalStore(path)
     except (BaseError, OSError) as error:
         raise StoreUnavailable(
-            f"the directory for payloads can't be used: {_first_line(error)}", hint=_hint(error), url=str(path)
+            f"can't use the directory for payloads: {_first_line(error)}", hint=_hint(error), url=str(path)
         ) from error
 
 
@@ -407,10 +412,12 @@ async def _sha256(data: bytes) -> str:
 
 def _check_segments(path: str) -> None:
     if len(path) > _KEY_CHARS_MAX:
-        raise _bad_key(path[:40] + "…", f"a key has {_KEY_CHARS_MAX} characters at most")
+        raise _bad_key(path[:40] + "…", f"a key has at most {_KEY_CHARS_MAX} characters")
     for segment in path.split("/"):
         if not _SEGMENT.match(segment) or segment in (".", "..") or len(segment) > TABLE["name_chars_max"].default:
-            raise _bad_key(path, "segments hold letters, digits, dots, dashes and underscores, and are not . or ..")
+            raise _bad_key(
+                path, "segments consist of letters, digits, dots, dashes and underscores, and are not . or .."
+            )
 
 
 def _is_ours(path: str) -> bool:
@@ -422,41 +429,41 @@ def _is_ours(path: str) -> bool:
 
 
 def _bad_key(key: str, hint: str) -> InvalidInput:
-    return InvalidInput(f"{key!r} is not a key of a payload", hint=hint)
+    return InvalidInput(f"expected the key of a payload, got {key!r}", hint=hint)
 
 
 def _bad_url(url: str, hint: str) -> InvalidSetting:
-    return InvalidSetting(f"{shown_url(url)!r} is not an object store", hint=hint)
+    return InvalidSetting(f"expected the URL of an object store, got {shown_url(url)!r}", hint=hint)
 
 
 def shown_url(url: str) -> str:
-    """The URL as it may be shown."""
+    """Return the URL without its secrets."""
     return re.sub(r"//[^/@]*@", "//…@", url)
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, in one line: the server's own words where there are any."""
+    """Return an error in one line, in the server's own words if it has any."""
     said = _ANSWER.search(str(error))
     if said:
-        return f"the server says {said[1]}: {said[2]}"
+        return f"the server answered {said[1]}: {said[2]}"
     return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _hint(error: Exception) -> str:
-    """What a person can do; obstore keeps the system's error number in its text only."""
+    """Return what an operator can do; obstore has the system's error number only in its text."""
     text = str(error)
     number = getattr(error, "errno", None)
     named = re.search(r"os error (\d+)", text)
     if named:
         number = int(named.group(1))
     if number in (27, 28, 122):
-        return "the disk or the quota is full: free space, then try again"
+        return "the disk is full, or a quota is reached: free space, then try again"
     if number == 30:
-        return "the file system is mounted read-only: remount it or choose another directory"
+        return "the file system is read-only: remount it, or choose another directory"
     if number in (1, 13) or isinstance(error, PermissionDeniedError):
-        return "this process may not do that there: check the permissions of its user or its credentials"
+        return "permission denied: check the permissions of this process's user or its credentials"
     if isinstance(error, UnauthenticatedError):
-        return "the object store does not know these credentials: check them and the clock of this machine"
+        return "the object store does not know these credentials: check them, and the clock of this machine"
     if number in (2, 20) or isinstance(error, FileNotFoundError):
-        return "the directory or bucket is not there: create it, or correct the url"
-    return "check that the object store can be reached, with `headrace doctor`"
+        return "the directory or bucket does not exist: create it, or correct the URL"
+    return "check that the object store is reachable, with `headrace doctor`"

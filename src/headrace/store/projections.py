@@ -1,4 +1,4 @@
-"""What a store shows of what it keeps, the same in every house: a run to a person, a lease to a worker."""
+"""Views of stored rows, the same for every store: a run for an operator, a lease for a worker."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from headrace.foundation.errors import InvalidInput
 from headrace.store.protocol import Lease, NamedLease, RunRecord
 
 WITH_RESULT: Final = bytes((run.COMPLETED, run.FAILED))
-"""The states that a recorded outcome has a result for."""
+"""The states for which a recorded outcome has a result."""
 
 STATES_SHOWN: Final = (*run.BY_NAME, LEASED, DELAYED)
 
 
 def check_state(state: str) -> str:
-    """`state` when a run can be shown in it, or nothing. Raises `InvalidInput`."""
+    """Return `state` if it is a state of a run, or empty. Raises `InvalidInput`."""
     if state and state not in STATES_SHOWN:
-        raise InvalidInput(f"{state!r} is not a state of a run", hint=f"one of {', '.join(STATES_SHOWN)}")
+        raise InvalidInput(
+            f"expected a state of a run, got {state!r}", hint=f"a state is one of {', '.join(STATES_SHOWN)}"
+        )
     return state
 
 
@@ -76,13 +78,13 @@ def birth_part(span: Span, at_birth: Mapping[int, EndedAtCreation], now_us: int)
 def attempt_of(code: int, data: bytes, settled_us: int) -> dict[str, object]:
     """One recorded attempt: how it ended, when, and why if it failed."""
     ended = "retried" if code == run.MOVED else run.NAMES[code]
-    told: dict[str, object] = {"ended": ended, "settled_us": settled_us}
+    attempt: dict[str, object] = {"ended": ended, "settled_us": settled_us}
     if code != run.COMPLETED and data:
         error = decode(data)
-        told |= {"type": error.type, "message": error.message}
+        attempt |= {"type": error.type, "message": error.message}
         if error.trace:
-            told["trace"] = error.trace
-    return told
+            attempt["trace"] = error.trace
+    return attempt
 
 
 def lease_of(span: Span, first_index: int, gaps: bytes | None, extras: Mapping[int, Extra], items: bytes) -> Lease:

@@ -1,9 +1,9 @@
-"""Verbs of the seam as messages, in MessagePack: what a store far away says to the server that keeps it.
+"""Messages of the store's operations, in MessagePack, between a remote process and the server of the store.
 
-Rule 1: the messages are made from the seam's own signatures, so a verb can't mean two things on its two ends.
-Rule 2: time and bounds stay with the server: no message carries `now_us` or `crashes_max`.
-Rule 3: a lease is named by a ticket that the server signed, since span numbers can be guessed and tickets can't.
-Verbs that belong to whoever keeps the store (upkeep, recovery, keys) have no message.
+Rule 1: messages are made from the signatures of the protocols, so an operation means the same on both ends. Rule 2:
+time and bounds belong to the server: no message contains `now_us` or `crashes_max`. Rule 3: a lease is named by a lease
+token (`ticket`) that the server signed: span ids can be guessed, tokens can't. Operations of maintenance and
+administration have no message.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ from headrace.store.protocol import Heartbeat, Lease, Release, Store
 
 CONTENT_TYPE: Final = "application/msgpack"
 BEAT: Final = b"\xc0"
-"""A sign of life before an answer that takes long: MessagePack's nil, which no answer begins with."""
+"""A keep-alive byte before a slow answer: MessagePack's nil, with which no answer begins."""
 
 BYTES_MAX: Final = 64 * 1024 * 1024
 PART_BYTES: Final = 16 * 1024 * 1024
-"""What one message holds; more goes in several."""
+"""The size of one message; more is sent in several."""
 
-_OWN: Final = {"self", "now_us", "crashes_max"}
+_SERVER_ARGUMENTS: Final = {"self", "now_us", "crashes_max"}
 
 
 class LeaseWithToken(msgspec.Struct, array_like=True):
-    """A lease and the ticket that names it."""
+    """A lease and its lease token."""
 
     lease: Lease
     ticket: bytes
 
 
 class HeartbeatWithTokens(msgspec.Struct, array_like=True):
-    """A heartbeat's answer, with a ticket for each of its leases."""
+    """The answer to a heartbeat, with the lease token of each lease."""
 
     heartbeat: Heartbeat
     tickets: list[bytes]
 
 
 class SettleRequest(msgspec.Struct):
-    """Outcomes, each under its ticket."""
+    """Outcomes, each with its lease token."""
 
     settlements: list[Settlement]
     tickets: list[bytes]
 
 
 class ReleaseRequest(msgspec.Struct):
-    """Leases given back, each under its ticket."""
+    """Leases to release, each with its lease token."""
 
     releases: list[Release]
     tickets: list[bytes]
 
 
 class Operation(NamedTuple):
-    """One verb's messages. `scope`: what a key must be allowed."""
+    """The messages of one operation. `scope`: what the API key must be allowed to do."""
 
     name: str
     request: type[msgspec.Struct]
@@ -68,23 +68,23 @@ class Operation(NamedTuple):
 
 
 class ServerInfo(msgspec.Struct):
-    """What a remote process must know of a server: its time, and whose it is."""
+    """The facts that a remote process needs about a server: its time, and the environment of the API key."""
 
     environment: str
     now_us: int
     version: str
 
 
-def _verb(name: str, scope: str, request: Any = None, answer: Any = None) -> Operation:
-    verb = getattr(Store, name)
-    hints = get_type_hints(verb)
+def _operation(name: str, scope: str, request: Any = None, answer: Any = None) -> Operation:
+    method = getattr(Store, name)
+    hints = get_type_hints(method)
     if request is None:
         fields = [
             (parameter.name, hints[parameter.name])
             if parameter.default is inspect.Parameter.empty
             else (parameter.name, hints[parameter.name], parameter.default)
-            for parameter in inspect.signature(verb).parameters.values()
-            if parameter.name not in _OWN
+            for parameter in inspect.signature(method).parameters.values()
+            if parameter.name not in _SERVER_ARGUMENTS
         ]
         request = msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
     return Operation(name, request, hints["return"] if answer is None else answer, scope)
@@ -93,36 +93,36 @@ def _verb(name: str, scope: str, request: Any = None, answer: Any = None) -> Ope
 OPERATIONS: Final[Mapping[str, Operation]] = {
     verb.name: verb
     for verb in (
-        _verb("create_batch", "batches:write"),
-        _verb("append", "batches:write"),
-        _verb("seal", "batches:write"),
-        _verb("stop_batch", "batches:write"),
-        _verb("redrive", "batches:write"),
-        _verb("cancel_runs", "runs:write"),
-        _verb("batch", "batches:read"),
-        _verb("find_batch", "batches:read"),
-        _verb("batches", "batches:read"),
-        _verb("missing", "batches:read"),
-        _verb("outcomes", "batches:read"),
-        _verb("verify", "batches:read"),
-        _verb("run", "runs:read"),
-        _verb("runs", "runs:read"),
-        _verb("queues", "runs:read"),
-        _verb("pause_queue", "runs:write"),
-        _verb("dead_letters", "runs:read"),
-        _verb("purge_dead", "runs:write"),
-        _verb("rules", "runs:read"),
-        _verb("keep_rules", "runs:write"),
-        _verb("start_session", "work|batches:write"),
-        _verb("heartbeat", "work|batches:write", answer=HeartbeatWithTokens),
-        _verb("end_session", "work|batches:write"),
-        _verb("claim", "work", answer=list[LeaseWithToken]),
-        _verb("settle", "work", request=SettleRequest),
-        _verb("release", "work", request=ReleaseRequest),
-        _verb("next_due_us", "work"),
-        _verb("keep_schedules", "work"),
-        _verb("tick", "work"),
-        _verb("schedules", "runs:read|work"),
+        _operation("create_batch", "batches:write"),
+        _operation("append", "batches:write"),
+        _operation("seal", "batches:write"),
+        _operation("stop_batch", "batches:write"),
+        _operation("redrive", "batches:write"),
+        _operation("cancel_runs", "runs:write"),
+        _operation("batch", "batches:read"),
+        _operation("find_batch", "batches:read"),
+        _operation("batches", "batches:read"),
+        _operation("missing", "batches:read"),
+        _operation("outcomes", "batches:read"),
+        _operation("verify", "batches:read"),
+        _operation("run", "runs:read"),
+        _operation("runs", "runs:read"),
+        _operation("queues", "runs:read"),
+        _operation("pause_queue", "runs:write"),
+        _operation("dead_letters", "runs:read"),
+        _operation("purge_dead", "runs:write"),
+        _operation("rules", "runs:read"),
+        _operation("keep_rules", "runs:write"),
+        _operation("start_session", "work|batches:write"),
+        _operation("heartbeat", "work|batches:write", answer=HeartbeatWithTokens),
+        _operation("end_session", "work|batches:write"),
+        _operation("claim", "work", answer=list[LeaseWithToken]),
+        _operation("settle", "work", request=SettleRequest),
+        _operation("release", "work", request=ReleaseRequest),
+        _operation("next_due_us", "work"),
+        _operation("keep_schedules", "work"),
+        _operation("tick", "work"),
+        _operation("schedules", "runs:read|work"),
     )
 }
 
@@ -131,44 +131,44 @@ ERRORS: Final[Mapping[str, type[HeadraceError]]] = {
     for found in vars(errors).values()
     if isinstance(found, type) and issubclass(found, HeadraceError) and found is not HeadraceError
 }
-"""Errors by their codes; where a class has no code of its own, its parent's stands for it."""
+"""Errors by their codes. A class without a code of its own has the code of its base class."""
 
 _encoder: Final = msgspec.msgpack.Encoder(enc_hook=list)
 
 
 def encode(message: Any) -> bytes:
-    """A message as bytes; a range is written as the list that it is."""
+    """Encode a message; a range is encoded as a list."""
     return _encoder.encode(message)
 
 
 def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
-    """What reads messages of a kind."""
+    """Make a decoder of a type of messages."""
     return msgspec.msgpack.Decoder(kind)
 
 
 def error_of(status: int, body: bytes) -> HeadraceError:
-    """The error that an answer is, as the store itself would have raised it."""
+    """Return the error of an HTTP answer, as the store itself would have raised it."""
     try:
-        told = msgspec.json.decode(body, type=dict[str, Any])
+        problem = msgspec.json.decode(body, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError):
-        told = {}
-    kind = ERRORS.get(str(told.get("code", "")))
-    detail = str(told.get("detail") or told.get("error") or f"the server answered {status}")
+        problem = {}
+    kind = ERRORS.get(str(problem.get("code", "")))
+    detail = str(problem.get("detail") or problem.get("error") or f"the server answered {status}")
     if kind is None:
         kind = StoreUnavailable if status in (408, 425, 429) or status >= 500 else errors.ClientFault
     if kind is StoreBroken and status >= 500:
-        return StoreBroken(detail, hint="the server's own store is broken: ask whoever runs it")
-    return kind(detail, hint=str(told.get("hint", "")))
+        return StoreBroken(detail, hint="the store of the server is broken: ask its operator")
+    return kind(detail, hint=str(problem.get("hint", "")))
 
 
 def parts_of(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
-    """A list in pieces of at most `PART_BYTES`, one item at the least."""
+    """Split a list into pieces of at most `PART_BYTES`, with at least one item each."""
     parts: list[list[Any]] = [[]]
-    held = 0
+    piece_bytes = 0
     for item, size in zip(items, sizes, strict=True):
-        if parts[-1] and held + size > PART_BYTES:
+        if parts[-1] and piece_bytes + size > PART_BYTES:
             parts.append([])
-            held = 0
+            piece_bytes = 0
         parts[-1].append(item)
-        held += size
+        piece_bytes += size
     return parts

@@ -1,7 +1,8 @@
-"""What travels when all of one store moves into another, and what the two sides of a move can do.
+"""Interfaces of a store copy: what is copied from one store into another, and the operations of source and target.
 
-Until its batch's own row comes, nothing of it can be seen or claimed where it goes: its spans are in a state that no
-statement looks for. A page and how far it reaches are one transaction, so a move that was killed goes on where it was.
+Until the row of its batch is copied, nothing of the batch is visible or claimable in the target: its spans have a state
+that no statement reads. A page and the progress after it are one transaction, so a copy that was killed continues where
+it was.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any, Final, NamedTuple, Protocol
 from headrace.core.span import Part, Span
 
 MOVING: Final = "moving"
-"""The state of a span on its way; what it was is told from what is left to settle and when that is due."""
+"""The state of a copied span before its batch is visible. Its real state follows from its unsettled runs and its due
+time.
+"""
 
 PAGE_BLOCKS: Final = 64
 PAGE_ROWS: Final = 2_000
@@ -40,12 +43,12 @@ class Page(NamedTuple):
 
     @property
     def runs_count(self) -> int:
-        """The runs of these blocks."""
+        """The number of runs in these blocks."""
         return sum(block.runs_count for block in self.blocks)
 
 
 class Belongings(NamedTuple):
-    """What only some runs of a batch have, a page of each; all empty when there is no more."""
+    """A page of what only some runs of a batch have; all lists are empty after the last page."""
 
     keys: list[tuple[str, str, int, int]]
     tags: list[tuple[str, int]]
@@ -57,100 +60,104 @@ NOTHING: Final = Belongings([], [], [], [])
 
 
 class CopySource(Protocol):
-    """The side that is left. Every method is one transaction."""
+    """The source of a copy. Every method is one transaction."""
 
     async def fence(self, move_id: str, target: str, *, now_us: int) -> tuple[str, bool]:
-        """Take no writes any more: `(id of the move, whether it had begun before)`.
+        """Block all writes. Returns `(id of the copy, True if it had begun before)`.
 
-        Raises `Conflict` when somebody works here, or the store was moved or is being moved elsewhere.
+        Raises `Conflict` if processes use the store, or if it was moved or is being moved to another target.
         """
         ...
 
     async def finish(self, *, now_us: int) -> None:
-        """Everything is elsewhere; the fence stays."""
+        """Mark the copy as complete; writes stay blocked."""
         ...
 
     async def unfence(self) -> str:
-        """Take writes again; answers the id of the move. Raises `Conflict` when it is over, or there was none."""
+        """Allow writes again, and return the id of the copy. Raises `Conflict` if it is complete, or if there was
+        none.
+        """
         ...
 
     async def runs_count(self) -> int:
-        """How many runs there are to move."""
+        """Return the number of runs to copy."""
         ...
 
     async def page(self, after_id: int) -> Page:
-        """The blocks after one, with their spans and parts."""
+        """Return the blocks after an id, with their spans and parts."""
         ...
 
     async def batches(self, after_id: str) -> list[dict[str, Any]]:
-        """The batches after one, by column."""
+        """Return the batches after an id, by column."""
         ...
 
     async def belongings(self, batch_id: str, after: Belongings | None) -> Belongings:
-        """The keys, tags, objects and dead letters of a batch that come after the last of those given, or the first."""
+        """Return the keys, tags, objects and dead letters of a batch that follow those of `after`, or the first
+        ones.
+        """
         ...
 
     async def cancellations(self, batch_id: str) -> list[int]:
-        """The runs of a batch that somebody asked to cancel."""
+        """Return the runs of a batch that are to be cancelled."""
         ...
 
     async def queues(self) -> list[tuple[str, str, int, bool]]:
-        """`(environment, name, clock, paused)` of every queue."""
+        """Return `(environment, name, clock, paused)` of every queue."""
         ...
 
     async def lanes(self, environment: str) -> list[tuple[str, str]]:
-        """`(queue, task)` of every lane."""
+        """Return `(queue, task)` of every lane."""
         ...
 
     async def rules(self) -> list[tuple[str, str, bytes]]:
-        """`(environment, name, value)` of every rule."""
+        """Return `(environment, name, value)` of every rule."""
         ...
 
 
 class CopyTarget(Protocol):
-    """The side that takes in. Every method is one transaction, and a repeat changes nothing."""
+    """The target of a copy. Every method is one transaction, and a repeat changes nothing."""
 
     async def moved_until(self, move_id: str) -> int:
-        """The last of the source's blocks that is here."""
+        """Return the last block of the source that was copied."""
         ...
 
     async def check_keys(self, named: Sequence[tuple[str, str, str]]) -> None:
-        """Raise `Conflict` when keys of batches `(environment, key, batch id)` name other batches here."""
+        """Raise `Conflict` if keys of batches `(environment, key, batch id)` name other batches here."""
         ...
 
     async def take_in(self, move_id: str, after_id: int, came: Page) -> None:
-        """Keep a page, once. Ids are this side's own."""
+        """Insert a page, once. Ids are the target's own."""
         ...
 
     async def know(
         self, environment: str, own: Sequence[tuple[str, int, bool]], lanes: Sequence[tuple[str, str]]
     ) -> int:
-        """Make the queues `(name, clock, paused)` of an environment known; answers what order numbers go up by.
+        """Create the queues `(name, clock, paused)` of an environment, and return by how much order numbers grow.
 
-        In an environment that was never used clocks are as they were, and so is the order; else everything that comes
-        stands where the environment is now.
+        In an environment that was never used, clocks and order numbers stay as they were. Otherwise everything that is
+        copied gets the environment's current virtual time.
         """
         ...
 
     async def own(self, batch_id: str, environment: str, came: Belongings, *, now_us: int) -> None:
-        """Keep what belongs to a batch; a key that names another run here goes on naming that."""
+        """Insert what belongs to a batch. A key that names another run here keeps naming that run."""
         ...
 
     async def let_in(self, batch: dict[str, Any], cancelled: Sequence[int], offset: int, *, now_us: int) -> None:
-        """Let a batch be seen and run, all of which is here."""
+        """Make a batch that was copied completely visible and runnable."""
         ...
 
     async def take_back(self, batch_ids: Sequence[str]) -> bool:
-        """Delete what came of batches that were not let in, a bounded step; False when nothing is left of them.
+        """Delete a bounded part of batches that are not visible yet. Returns False when nothing is left of them.
 
-        Raises `Conflict` when one of them was let in: its runs may have gone on here.
+        Raises `Conflict` if one of them is visible: its runs may have continued here.
         """
         ...
 
     async def keep_rules(self, rules: Sequence[tuple[str, str, bytes]]) -> None:
-        """Keep rules that there are none of that name of here."""
+        """Insert the rules whose names do not exist here."""
         ...
 
     async def forget(self, move_id: str) -> None:
-        """Everything is here, or gone again."""
+        """Delete the progress of a copy, which is complete or was undone."""
         ...

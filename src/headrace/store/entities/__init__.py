@@ -1,1 +1,1 @@
-"""Where an indexer's rows live: the seam, and what its houses share."""
+"""Tables of indexers: the protocol, and what its implementations share."""

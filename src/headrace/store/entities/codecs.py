@@ -1,4 +1,4 @@
-"""Between rows and what a driver binds or answers, a column at a time: the loops run inside map, join and zip."""
+"""Conversion between rows and the values of a driver, a column at a time: the loops run inside map, join and zip."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Encode = Callable[[Any], Any]
 
 
 def json_text(value: Any) -> str:
-    """A value of a JSON column as its text."""
+    """Encode a value of a JSON column as text."""
     return _encode(value).decode()
 
 
@@ -52,27 +52,29 @@ _SQLITE: Final[dict[str, Encode]] = {
 
 
 def sqlite_encoder(column: Column) -> Encode | None:
-    """What turns a value into one that SQLite binds; None where it is that already. None stays None."""
+    """Return the function that converts values of a column for SQLite, or None if they need no conversion. None stays
+    None.
+    """
     return _value_of if column.enum is not None else _SQLITE.get(column.kind)
 
 
 def sqlite_value(column: Column, value: Any) -> Any:
-    """One value as SQLite binds it."""
+    """Convert one value for SQLite."""
     encode = sqlite_encoder(column)
     return value if encode is None or value is None else encode(value)
 
 
 def sqlite_ids(entity: EntityType, ids: Iterable[Any]) -> list[tuple[Any]]:
-    """Ids as SQLite binds them, each as a row of one."""
+    """Convert ids for SQLite, each as a row with one column."""
     encode = sqlite_encoder(entity.id_column)
     return list(zip(ids if encode is None else map(encode, ids), strict=True))
 
 
 def sqlite_rows(entity: EntityType, rows: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Rows as SQLite binds them."""
+    """Convert rows for SQLite."""
     found = list(map(astuple, rows))
     encoders = [sqlite_encoder(column) for column in entity.columns]
-    if not entity.has_large:  # then whole numbers are bound as they are
+    if not entity.has_large:  # then whole numbers need no conversion
         encoders = [None if encode is _small_or_text else encode for encode in encoders]
     if not found or not any(encoders):
         return found
@@ -101,7 +103,7 @@ def _decoders(entity: EntityType, by_kind: dict[str, Callable[[Any], Any]]) -> l
 
 
 class RowReader:
-    """Makes rows of what a driver answers, columns in the order of the struct's fields."""
+    """Converter of a driver's rows, whose columns are in the order of the struct's fields."""
 
     def __init__(self, entity: EntityType, *, is_postgres: bool) -> None:
         self._decoders = _decoders(entity, _FROM_POSTGRES if is_postgres else _FROM_SQLITE)
@@ -113,11 +115,11 @@ class RowReader:
         self._is_by_place = order == list(entity.names)
 
     def rows(self, found: Iterable[Sequence[Any]]) -> list[Any]:
-        """All of them."""
+        """Convert all rows."""
         return [self.row(values) for values in found]
 
     def history(self, found: Iterable[Sequence[Any]]) -> list[tuple[Any, int, Any]]:
-        """Changes: rows with their checkpoint and whether it was a deletion at the end."""
+        """Convert rows of the history; their last columns are the checkpoint, and True for a deletion."""
         return [
             (self._id(values[self._id_at]), values[-2], None) if values[-1]
             else ((row := self.row(values[:-2])).id, values[-2], row)
@@ -131,7 +133,7 @@ class RowReader:
         return value
 
     def row(self, values: Sequence[Any]) -> Any:
-        """One row."""
+        """Convert one row."""
         if self._decoders:
             own = list(values)
             for at, decode in self._decoders:
@@ -172,7 +174,7 @@ _COPIED: Final[dict[str, Callable[[Any], str]]] = {
 
 
 def copy_column(column: Column, values: Sequence[Any]) -> Iterable[str]:
-    """A column as COPY reads it, escaped."""
+    """Encode a column for COPY, escaped."""
     if column.enum is not None:
         values = [None if own is None else own.value for own in values]
     if None in values:
@@ -188,7 +190,7 @@ def copy_column(column: Column, values: Sequence[Any]) -> Iterable[str]:
 
 
 def copy_rows(entity: EntityType, rows: Sequence[Any], *more: Sequence[str]) -> bytes:
-    """Rows as COPY reads them, with more columns at the end."""
+    """Encode rows for COPY, with more columns at the end."""
     columns = zip(*map(astuple, rows), strict=True)
     texts = [copy_column(column, values) for column, values in zip(entity.columns, columns, strict=True)]
     return ("\n".join(map("\t".join, zip(*texts, *more, strict=True))) + "\n").encode()

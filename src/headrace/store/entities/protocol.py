@@ -1,8 +1,8 @@
-"""The seam between an indexer and the database that keeps its tables.
+"""The interface between an indexer and the database that holds its tables.
 
-Every changing verb is one transaction. `commit` and `rollback` name the checkpoint they start from and the token of
-the lease they work under: when the row says otherwise nothing happens, so neither a late process nor a repeat after
-a lost answer can do anything twice.
+Every operation that changes something is one transaction. `commit` and `rollback` name the checkpoint they start from,
+and the token of their lease. If the indexer's row has other values, nothing changes: neither a late process nor a
+repeat after a lost answer can do anything twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from headrace.foundation.errors import Conflict, EngineFault
 
 
 class LeaseLost(EngineFault):
-    """Another process works on this indexer now; what this one had not committed is dropped."""
+    """Another process has leased the indexer; what this one had not committed is dropped."""
 
     code = "LEASE_LOST"
     status = 409
@@ -28,19 +28,19 @@ class LeaseLost(EngineFault):
 
 
 class SchemaChanged(Conflict):
-    """The entities are not what the tables were made for; nothing was changed."""
+    """The entities do not fit the existing tables; nothing was changed."""
 
     code = "SCHEMA_CHANGED"
 
 
 class HistoryGone(Conflict):
-    """Nothing is kept of what that rollback would need; nothing was changed."""
+    """The history does not go back far enough for this rollback; nothing was changed."""
 
     code = "HISTORY_GONE"
 
 
 class EntityPlan(NamedTuple):
-    """What an indexer keeps. `history`: every change is kept, so that it can be taken back."""
+    """The tables of an indexer. `history`: every change is kept, so that a rollback can take it back."""
 
     environment: str
     indexer: str
@@ -49,7 +49,7 @@ class EntityPlan(NamedTuple):
     defer_indexes: bool = False
 
     def keeps_history(self, entity: EntityType) -> bool:
-        """Whether changes of a type can be taken back; what an effect answered stays true."""
+        """True if changes of an entity can be taken back. Cached results of effects stay valid after a rollback."""
         return self.history and not entity.table.endswith(EFFECT_SUFFIX)
 
 
@@ -57,10 +57,10 @@ EFFECT_SUFFIX = "_effect"
 
 
 class IndexerState(msgspec.Struct, kw_only=True):
-    """An indexer's row. `no` counts its events since the beginning; the tables are what they made them.
+    """The state of an indexer. `no` counts its events since the beginning; its tables contain exactly these events.
 
-    `positions` are of each source's last event. `floor_no` is the oldest checkpoint that can be gone back to.
-    `token` fences its holder; `beats` grows while the holder lives.
+    `positions`: the last event of each source. `floor_no`: the oldest checkpoint that a rollback can reach. `token`:
+    the fencing token of the holder's lease; `beats` grows as long as the holder renews it.
     """
 
     environment: str
@@ -77,7 +77,9 @@ class IndexerState(msgspec.Struct, kw_only=True):
 
 
 class Write(NamedTuple):
-    """What a commit does to one table: rows to put, ids to delete, and rows of history `(id, checkpoint, row)`."""
+    """The changes of a commit to one table: rows to upsert, ids to delete, and rows of history `(id, checkpoint,
+    row)`.
+    """
 
     entity: EntityType
     rows: Sequence[Any]
@@ -86,14 +88,16 @@ class Write(NamedTuple):
 
 
 class Enqueued(NamedTuple):
-    """Runs that handlers asked for, as one batch that is whole: created, filled and sealed with the commit."""
+    """Runs that handlers enqueued, as one complete batch that is created, filled and sealed by the commit."""
 
     batch_id: str
     chunks: Sequence[Chunk]
 
 
 class Commit(NamedTuple):
-    """From checkpoint `old_no` to `no`. `checkpoints` are `(no, source, position)` of each event, where history is."""
+    """A commit from checkpoint `old_no` to `no`. `checkpoints`: `(no, source, position)` of each event, if a history is
+    kept.
+    """
 
     plan: EntityPlan
     token: int
@@ -108,53 +112,59 @@ class Commit(NamedTuple):
 
 
 class EntityStore(Protocol):
-    """The tables of indexers. `works_beside`: its verbs may be called from several threads, each with its loop."""
+    """The tables of indexers. `works_beside`: operations may be called from several threads, each with its own event
+    loop.
+    """
 
     works_beside: bool
 
     async def prepare(self, plan: EntityPlan) -> IndexerState:
-        """Make or extend the tables and answer where the indexer stands. Raises `SchemaChanged`, changing nothing."""
+        """Create or extend the tables, and return the indexer's state. Raises `SchemaChanged`, changing nothing."""
 
     async def standings(self, environment: str) -> list[IndexerState]:
-        """Every indexer of an environment, by name."""
+        """List the indexers of an environment, by name."""
 
     async def take(self, seen: IndexerState, holder: str) -> int | None:
-        """Lease an indexer as it was `seen`, whoever held it; answers the token, None when it has moved since."""
+        """Lease an indexer as it was `seen`, whatever its holder. Returns the token, or None if it has changed
+        since.
+        """
 
     async def beat(self, environment: str, name: str, token: int) -> bool:
-        """A sign of life; False when another holds it now."""
+        """Renew the lease. Returns False if another process has it now."""
 
     async def leave(self, environment: str, name: str, token: int) -> None:
-        """Give the lease back."""
+        """Release the lease."""
 
     async def commit(self, commit: Commit, *, now_us: int) -> None:
-        """Make a commit durable. A repeat of the one that landed last does nothing. Raises `LeaseLost`."""
+        """Make a commit durable. A repeat of the last commit does nothing. Raises `LeaseLost`."""
 
     async def rollback(
         self, plan: EntityPlan, token: int, *, old_no: int, source: str, to: Position | None
     ) -> IndexerState:
-        """Go back to the last checkpoint at or before a position of a source, None to before the first event.
+        """Roll back to the last checkpoint at or before a position of a source; None is before the first event.
 
-        Raises `HistoryGone` where nothing is kept of it, `LeaseLost` when another process holds the indexer.
+        Raises `HistoryGone` if the history does not go back far enough, `LeaseLost` if another process has the lease.
         """
 
     async def load(self, entity: EntityType, ids: Sequence[Any]) -> list[Any]:
-        """The rows of these ids, those that exist, in any order."""
+        """Return the rows with these ids, those that exist, in any order."""
 
     async def find(self, entity: EntityType, conditions: Sequence[Condition]) -> list[Any]:
-        """At least the rows that fulfil the conditions (all rows for none), by id; the caller looks at them again."""
+        """Return at least the rows that fulfil the conditions (all rows for none), by id; the caller checks them
+        again.
+        """
 
     async def history(self, entity: EntityType) -> list[tuple[Any, int, Any]]:
-        """All rows of history `(id, checkpoint, row)`, in that order; the row is None for a deletion."""
+        """Return all rows of the history `(id, checkpoint, row)`, in that order; the row is None for a deletion."""
 
     async def checkpoints(self, environment: str, name: str) -> list[tuple[int, str, Position]]:
-        """`(no, source, position)` of the events that are kept."""
+        """Return `(no, source, position)` of the events that are kept."""
 
     async def build_index(self, entity: EntityType, field: str) -> None:
-        """Make the index over a field now, if it is not there."""
+        """Create the index over a field, unless it exists."""
 
     async def reset(self, environment: str, name: str) -> list[str]:
-        """Drop all tables of an indexer and forget it; answers their names."""
+        """Drop all tables of an indexer and delete its state. Returns the names of the tables."""
 
     async def close(self) -> None:
-        """Let go of the connections; a second close does nothing."""
+        """Close the connections. A second close does nothing."""

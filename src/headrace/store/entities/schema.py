@@ -1,4 +1,4 @@
-"""What must be done so that tables fit the entities: nothing, something added, or a refusal that says what differs."""
+"""Changes that make tables fit the entities: none, additions, or an error that names the differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace.store.entities.sql import HISTORY_SUFFIX, RESERVED, RESERVED_COLUM
 
 
 class StoredTable(NamedTuple):
-    """A table as the database remembers it: whose it is, and the form of each column."""
+    """A table as the database has it: its owner, and the form of each column."""
 
     environment: str
     indexer: str
@@ -23,7 +23,7 @@ class StoredTable(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What to do to one table."""
+    """The changes to one table."""
 
     entity: EntityType
     creates: bool
@@ -33,39 +33,41 @@ class Change(NamedTuple):
 
     @property
     def form(self) -> str:
-        """What the database is to remember of it."""
+        """The columns of the entity as they are stored."""
         return form_of(self.entity)
 
 
 def form_of(entity: EntityType) -> str:
-    """The columns of an entity, as they are remembered."""
+    """Encode the columns of an entity as they are stored."""
     return msgspec.json.encode({column.name: column.form for column in entity.columns}).decode()
 
 
 def check_names(entities: Sequence[EntityType]) -> None:
-    """Raise `InvalidSetting` for names that two tables would share, or that are Headrace's own."""
+    """Raise `InvalidSetting` for a name that two tables would share, or that belongs to Headrace."""
     taken: dict[str, str] = {}
     for entity in entities:
         name = entity.cls.__name__
         if entity.table in RESERVED:
             raise InvalidSetting(
-                f"the table {entity.table!r} of {name} is Headrace's own",
-                hint=f'name another: class {name}(Entity, table="…")',
+                f"the table name {entity.table!r} of {name} belongs to Headrace",
+                hint=f'give it another name: class {name}(Entity, table="…")',
             )
         for table in (entity.table, entity.table + HISTORY_SUFFIX):
             if table in taken:
                 raise InvalidSetting(
-                    f"{name} and {taken[table]} would share the table {table!r}", hint='give one table="…"'
+                    f"{name} and {taken[table]} would share the table {table!r}", hint='give one of them table="…"'
                 )
             taken[table] = name
         if clash := RESERVED_COLUMNS & set(entity.names):
-            raise InvalidSetting(f"{name}.{min(clash)} is a column of the history", hint="call it something else")
+            raise InvalidSetting(
+                f"{name}.{min(clash)} has the name of a column of the history", hint="rename the field"
+            )
 
 
 def changes_of(plan: EntityPlan, kept: Mapping[str, StoredTable], existing: set[str]) -> list[Change]:
-    """What fits the tables to the plan. Raises `SchemaChanged` or `Conflict`; then nothing must be changed.
+    """Return the changes that make the tables fit the plan. Raises `SchemaChanged` or `Conflict`, changing nothing.
 
-    `existing`: names of all tables there are, of whomever.
+    `existing`: the names of all tables, of any owner.
     """
     return [_change(plan, entity, kept.get(entity.table), existing) for entity in plan.entities]
 
@@ -77,21 +79,21 @@ def _change(plan: EntityPlan, entity: EntityType, kept: StoredTable | None, exis
         for table in (entity.table, *([entity.table + HISTORY_SUFFIX] if keeps else [])):
             if table in existing:
                 raise Conflict(
-                    f"there is a table {table!r} that no indexer made", table=table,
-                    hint=f'rename it, or name another: class {name}(Entity, table="…")',
+                    f"the table {table!r} exists, and no indexer created it", table=table,
+                    hint=f'rename the table, or give the entity another: class {name}(Entity, table="…")',
                 )  # fmt: skip
         return Change(entity, creates=True, creates_history=keeps, drops_history=False, adds=())
     if (kept.environment, kept.indexer) != (plan.environment, plan.indexer):
         raise Conflict(
             f"the table {entity.table!r} belongs to the indexer {kept.indexer!r} of environment {kept.environment!r}",
-            hint=f'name another: class {name}(Entity, table="…")',
+            hint=f'give it another name: class {name}(Entity, table="…")',
             table=entity.table,
         )
     differences = _differences(entity, kept.columns)
     if differences:
         raise SchemaChanged(
-            f"{name} is not what its table was made for: {'; '.join(differences)}",
-            hint="change it back, or `headrace index reset` to begin anew; only new fields with a default are added",
+            f"{name} does not fit its existing table: {'; '.join(differences)}",
+            hint="undo the change, or run `headrace index reset`; only new fields with a default are added",
             indexer=plan.indexer,
         )
     adds = [column for column in entity.columns if column.name not in kept.columns]
@@ -109,12 +111,12 @@ def _differences(entity: EntityType, known: Mapping[str, str]) -> list[str]:
     now = {column.name: column for column in entity.columns}
     for name, form in known.items():
         if name not in now:
-            found.append(f"the field {name} ({_said(form)}) is gone")
+            found.append(f"the field {name} ({_said(form)}) is missing")
         elif now[name].form != form:
             found.append(f"{name} was {_said(form)} and is {_said(now[name].form)}")
     for name, column in now.items():
         if name not in known and column.default is msgspec.NODEFAULT and not column.is_optional:
-            found.append(f"{name} is new and has no default for the rows there are")
+            found.append(f"{name} is new and has no default for the existing rows")
     return found
 
 
@@ -123,7 +125,7 @@ def _said(form: str) -> str:
 
 
 def tables_of(kept: Mapping[str, StoredTable]) -> list[str]:
-    """The names of all tables that were made, histories too."""
+    """Return the names of all tables that were created, also of histories."""
     return [
         name
         for table, own in kept.items()

@@ -1,4 +1,4 @@
-"""`MemoryEntities`: the tables of indexers as plain dicts, the specification that the other two are compared with."""
+"""`MemoryEntities`: the tables of indexers as plain dicts, as the specification of the tables on databases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Checkpoint(NamedTuple):
 
 
 class MemoryEntities:
-    """Tables of indexers in this process, beside the batches of a `MemoryStore`, on its loop."""
+    """Tables of indexers in this process, beside the batches of a `MemoryStore`, on its event loop."""
 
     works_beside = False
 
@@ -96,7 +96,7 @@ class MemoryEntities:
         if standing.no != commit.old_no:
             if (standing.no, standing.positions) == (commit.no, commit.positions):
                 return
-            raise StoreBroken(f"the indexer stands at {standing.no}, where {commit.old_no} was left")
+            raise StoreBroken(f"the indexer {plan.indexer!r} is at checkpoint {standing.no}, expected {commit.old_no}")
         if commit.enqueued is not None:
             await self._enqueue(plan, commit.enqueued, now_us)
         standing.no, standing.positions = commit.no, dict(commit.positions)
@@ -155,16 +155,22 @@ class MemoryEntities:
         """Roll back to the last checkpoint at or before a position."""
         standing = self._held(plan, token)
         if standing.no != old_no:
-            raise StoreBroken(f"the indexer stands at {standing.no}, where {old_no} was left", indexer=plan.indexer)
+            raise StoreBroken(
+                f"the indexer {plan.indexer!r} is at checkpoint {standing.no}, expected {old_no}", indexer=plan.indexer
+            )
         if not plan.history:
             raise HistoryGone(
-                "nothing is kept of what a rollback would need", hint="keep it: history=…", indexer=plan.indexer
+                "a rollback needs the history, and this indexer keeps none",
+                hint="give the indexer history=…",
+                indexer=plan.indexer,
             )
         floor, last = standing.floor_positions.get(source), standing.positions.get(source)
         if to is not None and last is not None and type(to) is not type(last):
-            raise Conflict(f"positions of {source} are like {last!r}, not like {to!r}", indexer=plan.indexer)
+            raise Conflict(f"expected a position of {source} like {last!r}, got {to!r}", indexer=plan.indexer)
         if floor is not None and (to is None or is_after(floor, to)):
-            raise HistoryGone(f"can't go back to {to!r}: history is kept back to {floor!r}", indexer=plan.indexer)
+            raise HistoryGone(
+                f"can't roll back to {to!r}: the history of {source} begins at {floor!r}", indexer=plan.indexer
+            )
         log = self._checkpoints[plan.environment, plan.indexer]
         after = [own.no for own in log if own.source == source and (to is None or is_after(own.position, to))]
         no = min(after) - 1 if after else standing.no
@@ -206,7 +212,7 @@ class MemoryEntities:
         return [row for row in self.rows(entity) if all_hold(conditions, row)]
 
     def rows(self, entity: EntityType) -> list[Any]:
-        """All rows, by id."""
+        """Return all rows, by id."""
         return [row for _, row in sorted(self._rows[entity.table].items())]
 
     async def history(self, entity: EntityType) -> list[tuple[Any, int, Any]]:
@@ -236,11 +242,11 @@ class MemoryEntities:
     def _find(self, environment: str, name: str) -> IndexerState:
         standing = self._standings.get((environment, name))
         if standing is None:
-            raise NotFound(f"there is no indexer {name!r}", environment=environment)
+            raise NotFound(f"no indexer is called {name!r}", environment=environment)
         return standing
 
     def _held(self, plan: EntityPlan, token: int) -> IndexerState:
         standing = self._find(plan.environment, plan.indexer)
         if standing.token != token:
-            raise LeaseLost(f"the indexer {plan.indexer!r} is worked on by {standing.holder}", indexer=plan.indexer)
+            raise LeaseLost(f"the indexer {plan.indexer!r} is leased by {standing.holder} now", indexer=plan.indexer)
         return standing

@@ -43,5 +43,5 @@ class PostgresCallerTransaction(CallerTransaction):
             id_range.start(start)
         return first
 
-    def _told(self) -> Steps[None]:
+    def _notify(self) -> Steps[None]:
         yield from super()._rows(Query("tell", self._news))

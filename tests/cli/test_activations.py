@@ -41,7 +41,7 @@ def test_a_missing_or_corrupt_file_is_reported(shell: Shell) -> None:
     assert (missing.code, "can't be read" in missing.err) == (2, True)
     shell.write("broken.bin", b"\xff\xff\xff\xff\xff")
     broken = shell("activations", "load", "broken.bin")
-    assert (broken.code, "no length" in broken.err) == (2, True)
+    assert (broken.code, "has no valid length" in broken.err) == (2, True)
 
 
 def test_dead_letters_are_listed_redriven_and_purged(shell: Shell) -> None:

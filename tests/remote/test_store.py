@@ -184,7 +184,7 @@ async def test_store_errors_keep_their_class_over_the_network(tmp_path: Path) ->
             batch_id = await remote_store.batch(2)
             with pytest.raises(Conflict, match="missing"):
                 await remote_store.store.seal(batch_id, None, now_us=1)
-            with pytest.raises(ClientFault, match="outside"):
+            with pytest.raises(ClientFault, match="is not in the batch"):
                 await remote_store.append(batch_id, [7])
             with pytest.raises(NotFound):
                 await remote_store.store.batch("batch_00000000000000000000000000")

@@ -71,27 +71,27 @@ def load(
                 await producer.close()
 
     with source:
-        taken = run_async(load_all())
+        intake = run_async(load_all())
     if json:
         say_json(
             {
-                "accepted": taken.accepted,
-                "duplicates": taken.duplicates,
-                "dropped": taken.dropped,
-                "refused": taken.refused_count,
+                "accepted": intake.accepted,
+                "duplicates": intake.duplicates,
+                "dropped": intake.dropped,
+                "refused": intake.refused_count,
                 "refusals": [
-                    {"number": refusal.number, "id": refusal.id, "reason": refusal.reason} for refusal in taken.refused
+                    {"number": refusal.number, "id": refusal.id, "reason": refusal.reason} for refusal in intake.refused
                 ],
             }
         )
     else:
-        for refusal in taken.refused:
+        for refusal in intake.refused:
             note(f"activation {refusal.number} ({refusal.id}) refused: {refusal.reason}")
-        counts = [counted(taken.accepted, "activation"), f"{taken.duplicates} stored before"]
-        counts += [f"{taken.dropped} dropped by the killswitch"] if taken.dropped else []
-        counts += [f"{taken.refused_count} refused"] if taken.refused_count else []
+        counts = [counted(intake.accepted, "activation"), f"{intake.duplicates} stored before"]
+        counts += [f"{intake.dropped} dropped by the killswitch"] if intake.dropped else []
+        counts += [f"{intake.refused_count} refused"] if intake.refused_count else []
         say(", ".join(counts))
-    if taken.refused_count:
+    if intake.refused_count:
         raise typer.Exit(SOME_REFUSED)
 
 

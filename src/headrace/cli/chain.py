@@ -24,7 +24,7 @@ from headrace.store.protocol import NewBatch
 PAGE_BATCHES: Final = 200
 
 
-class Source(NamedTuple):
+class MapIdentity(NamedTuple):
     """Identity of a map: commands with the same source continue the same map. `key` is empty without --batch-key."""
 
     task: str
@@ -38,7 +38,7 @@ class Source(NamedTuple):
 
 
 @dataclass(slots=True)
-class Part:
+class ChainBatch:
     """One batch of a chain."""
 
     batch: BatchRecord
@@ -56,14 +56,14 @@ class Chain:
     """Batches of one generation, in the order of the input. `is_new`: this command created it."""
 
     engine: Engine
-    source: Source
+    source: MapIdentity
     is_resumable: bool
     generation: int = 1
-    parts: list[Part] = field(default_factory=list)
+    parts: list[ChainBatch] = field(default_factory=list)
     is_new: bool = False
 
     @property
-    def last(self) -> Part:
+    def last(self) -> ChainBatch:
         """Return the batch that takes the next items."""
         return self.parts[-1]
 
@@ -77,7 +77,7 @@ class Chain:
         for part in self.parts:
             part.batch, _ = await self.engine.store.batch(part.batch.id)
 
-    async def extend(self, start: InputPosition) -> Part:
+    async def extend(self, start: InputPosition) -> ChainBatch:
         """Return the batch for the input after `start`, created here or by a concurrent command."""
         part = await self._open(len(self.parts) + 1, start)
         self.parts.append(part)
@@ -96,7 +96,7 @@ class Chain:
         base = f"map:{self.source.identity}:{self.generation}"
         return base if number == 1 else f"{base}#{number}"
 
-    async def _open(self, number: int, start: InputPosition) -> Part:
+    async def _open(self, number: int, start: InputPosition) -> ChainBatch:
         now_us = self.engine.clock.now_us()
         metadata: dict[str, object] = {
             "map": self.source.identity,
@@ -120,13 +120,13 @@ class Chain:
         return part_of(batch)
 
 
-def part_of(batch: BatchRecord) -> Part:
+def part_of(batch: BatchRecord) -> ChainBatch:
     """Return a batch of a chain, from its metadata."""
     metadata: dict[str, Any] = batch.metadata
-    return Part(batch, int(metadata["base_index"]), InputPosition.decode(bytes.fromhex(metadata["start"])))
+    return ChainBatch(batch, int(metadata["base_index"]), InputPosition.decode(bytes.fromhex(metadata["start"])))
 
 
-async def open_chain(engine: Engine, source: Source, *, fresh: bool, is_resumable: bool) -> Chain:
+async def open_chain(engine: Engine, source: MapIdentity, *, fresh: bool, is_resumable: bool) -> Chain:
     """Return the newest generation of this map, or a new one. `fresh` cancels the newest and begins a new one."""
     chain = Chain(engine, source, is_resumable)
     newest = await _newest(engine, source) if is_resumable else None
@@ -161,7 +161,7 @@ async def _load(chain: Chain) -> None:
         chain.parts.append(part_of(batch))
 
 
-async def _newest(engine: Engine, source: Source) -> BatchRecord | None:
+async def _newest(engine: Engine, source: MapIdentity) -> BatchRecord | None:
     """Return the newest batch of this identity. Batches are listed newest first, and retention deletes the oldest."""
     before_id = ""
     while True:

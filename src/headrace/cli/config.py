@@ -30,8 +30,8 @@ def show(
 ) -> None:
     """Show every setting with its value and its source; secrets are hidden."""
     settings = settings_of(store=store, concurrency=concurrency, processes=processes)
-    shown = settings.shown()
+    lines = settings.shown()
     if json:
-        say_json({"settings": [line._asdict() for line in shown]})
+        say_json({"settings": [line._asdict() for line in lines]})
     else:
-        table(("setting", "value", "from"), shown)
+        table(("setting", "value", "from"), lines)

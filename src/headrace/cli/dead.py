@@ -160,9 +160,11 @@ async def _check_dead(engine: Engine, runs: list[RunKey]) -> None:
     """Raise `NotFound` unless all of these runs are dead letters."""
     from headrace.foundation.errors import NotFound
 
-    others, after = set(runs), None
-    while others and (page := await engine.store.dead_letters(engine.environment, after=after, limit=PAGE)):
-        others -= {(letter.batch_id, letter.index) for letter in page}
+    unmatched, after = set(runs), None
+    while unmatched and (page := await engine.store.dead_letters(engine.environment, after=after, limit=PAGE)):
+        unmatched -= {(letter.batch_id, letter.index) for letter in page}
         after = page[-1]
-    if others:
-        raise NotFound(f"{len(others)} of these runs are not on the dead-letter list", hint="see `headrace dead list`")
+    if unmatched:
+        raise NotFound(
+            f"{len(unmatched)} of these runs are not on the dead-letter list", hint="see `headrace dead list`"
+        )

@@ -110,20 +110,20 @@ async def _show_progress(name: str, pipeline: IndexerPipeline, *, shows: bool) -
     """Show a progress bar on a terminal, or a line now and then elsewhere."""
     from headrace.cli.progress import Standing, display
 
-    shown = display(is_wanted=shows, label=name)
+    progress_display = display(is_wanted=shows, label=name)
     first = pipeline.progress.no
     try:
         await pipeline.look_ahead()
         while True:
             progress = pipeline.progress_now()
-            shown.update(
+            progress_display.update(
                 Standing(
                     done=progress.no - first, failed=0, total=_total(progress, first), note=where_time_goes(progress)
                 )
             )
             await asyncio.sleep(SHOW_S)
     finally:
-        shown.close()
+        progress_display.close()
 
 
 def _total(progress: IndexerProgress, first: int) -> int | None:

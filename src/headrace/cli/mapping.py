@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from headrace.app import Headrace
-from headrace.cli.chain import Chain, Part, Source, open_chain
+from headrace.cli.chain import Chain, ChainBatch, MapIdentity, open_chain
 from headrace.cli.input import Input
 from headrace.cli.opening import shown_store
 from headrace.cli.output import FileOutput, Output, lines_of, open_output
@@ -166,7 +166,7 @@ class Mapping:
         started_s = monotonic()
         async with self.app as app:
             engine = await app.open()
-            source = Source(self.task.name, self.input.identity, self.batch_key)
+            source = MapIdentity(self.task.name, self.input.identity, self.batch_key)
             self.chain = chain = await open_chain(engine, source, fresh=self.fresh, is_resumable=self.is_resumable)
             self._done_before = (await self._ledger(engine)).settled
             with Signals(self._stopped):
@@ -257,7 +257,7 @@ class Mapping:
             self._stop.set()
             await engine.clock.wait_for(asyncio.Event(), None)
 
-    async def _write_part(self, engine: Engine, part: Part) -> None:
+    async def _write_part(self, engine: Engine, part: ChainBatch) -> None:
         index = 0
         while True:
             outcomes = await engine.store.outcomes(part.batch.id, index, PAGE_RUNS)
@@ -279,18 +279,18 @@ class Mapping:
                 await engine.recorded.wait(engine.clock, LOOK_S)
 
     async def _show(self, engine: Engine) -> None:
-        shown = display(is_wanted=self.shows_progress, label=self.task.name)
+        progress_display = display(is_wanted=self.shows_progress, label=self.task.name)
         alive_s = monotonic()
         try:
             while True:
                 ledger = await self._ledger(engine)
-                shown.update(self._standing(ledger))
+                progress_display.update(self._standing(ledger))
                 if not self.is_resumable and monotonic() - alive_s > engine.limits.seal_timeout_ms / 4_000:
                     await self._keep_open(engine)
                     alive_s = monotonic()
                 await engine.clock.sleep(SHOW_S)
         finally:
-            shown.close()
+            progress_display.close()
 
     async def _keep_open(self, engine: Engine) -> None:
         """Keep a batch open while its stream is silent; else it would be abandoned after `seal_timeout_ms`."""

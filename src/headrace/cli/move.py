@@ -67,13 +67,13 @@ async def _moved(source_settings: Settings, target_settings: Settings, *, shows_
 
     async with opened(source_settings, must_exist=True) as source, opened(target_settings) as target:
         move = mover(source, target)
-        shown = display(is_wanted=shows_progress, label="moving")
+        progress_display = display(is_wanted=shows_progress, label="moving")
         try:
             return await move.run(
-                shown_target(target_settings), lambda runs, total: shown.update(Standing(runs, 0, total))
+                shown_target(target_settings), lambda runs, total: progress_display.update(Standing(runs, 0, total))
             )
         finally:
-            shown.close()
+            progress_display.close()
 
 
 async def _undone(source_settings: Settings, target_settings: Settings) -> None:

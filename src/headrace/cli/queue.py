@@ -104,8 +104,8 @@ def _set_demotion(queue: str, target: str | None, place: str | None, *, json: bo
     settings = settings_of(store=place)
 
     def changed(rules: Rules) -> bytes:
-        others = {name: to for name, to in rules.demotions.items() if name != queue}
-        return demotions_encoded(others if target is None else others | {queue: target})
+        kept_demotions = {name: to for name, to in rules.demotions.items() if name != queue}
+        return demotions_encoded(kept_demotions if target is None else kept_demotions | {queue: target})
 
     async def change() -> dict[str, str]:
         async with opened(settings, must_exist=True) as engine:

@@ -217,8 +217,10 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
         if delivery is not None:
             is_timed = settings.sources["flush_interval_ms"] != "default"
             interval_ms = settings.limits.flush_interval_ms if is_timed else None
-            made = dispatching(service.engine, delivery=delivery, ack=settings.ack, flush_interval_ms=interval_ms)
-            broker = await stack.enter_async_context(made)
+            dispatching_broker = dispatching(
+                service.engine, delivery=delivery, ack=settings.ack, flush_interval_ms=interval_ms
+            )
+            broker = await stack.enter_async_context(dispatching_broker)
             consumer = broker.consumer.methods
             if delivery != "pull":
                 deliveries = DispatcherDeliveries(broker.dispatcher)

@@ -333,8 +333,7 @@ class Headrace:
         if self._loop is not None and not self._loop.is_closed() and self._engine is not None:
             is_background = self._background is not None and self._loop is self._background.loop
             raise InvalidSetting(
-                f"the app is open on {'its background loop' if is_background else 'another event loop'}, "
-                "and was used from this one",
+                f"the app is already open on {'its background loop' if is_background else 'another event loop'}",
                 hint="use the _sync methods for all calls, or call close_sync() first"
                 if is_background
                 else "make one Headrace(…) for each event loop, or pass the call to that loop with "

@@ -117,7 +117,7 @@ def test_what_a_select_says_never_replaces_what_memory_knows() -> None:
     table.write(Cell(1, 5), 1)
     table.delete(2, 1)
     conditions = conditions_of(CELL, {"value": any_of(1, 5)})
-    found = staging.found(table, conditions, [Cell(1, 1), Cell(2, 1), Cell(3, 1)])
+    found = staging.merged(table, conditions, [Cell(1, 1), Cell(2, 1), Cell(3, 1)])
     assert found == [Cell(1, 5), Cell(3, 1)]
     assert staging.adopt(table, 1, None) == Cell(1, 5)
     assert staging.adopt(table, 4, None) is None

@@ -71,7 +71,7 @@ async def test_unknown_kinds_can_be_passed_over_and_still_count() -> None:
 
 @pytest.mark.parametrize(
     ("positions", "words"),
-    [([1, 2, 2], "occurs twice"), ([1, 3, 2], "comes after the event at 3"), ([1, "2"], "one type per source"),
+    [([1, 2, 2], "expected a position after 2, got 2"), ([1, 3, 2], "expected a position after 3, got 2"), ([1, "2"], "one type per source"),
      ([1, 2.5], "expected integers or strings"), ([2**63], "64 bits"), (["a" * 501], "1 to 500 characters"), ([""], "1 to 500")],
     ids=str,
 )  # fmt: skip
@@ -111,7 +111,7 @@ def test_an_indexer_that_makes_no_sense_is_refused_when_it_is_made() -> None:
         (lambda: handled(plain), "must be an async function"),
         (lambda: handled(alone), "expected 2 parameters, got 1"),
         (lambda: handled(handler).on("pay")(handler), "two handlers"),
-        (lambda: handled(handler).on("other")(handler), "whose tag is 'pay'"),
+        (lambda: handled(handler).on("other")(handler), "expected an event type with the tag 'other', got"),
         (lambda: handled(handler).effect(calls=0)(handler), "at least 1 call"),
     ):
         with pytest.raises(InvalidSetting, match=words):

@@ -219,7 +219,7 @@ async def _drain(task: Task[Any, Any], size: int, *, concurrency: int) -> float:
 async def _completed(batch: Batch[Any], size: int) -> None:
     summary = await batch.wait()
     if summary.ledger.completed != size:
-        raise EngineFault(f"{summary.ledger.completed} of {size} runs completed")
+        raise EngineFault(f"expected {size} completed runs, got {summary.ledger.completed}")
 
 
 async def _footprint(size: int, target: PostgresTarget, claim_runs: int) -> tuple[float, int]:
@@ -321,7 +321,7 @@ def _started_after_ms(size: int, target: BenchmarkTarget) -> list[float]:
             for _ in range(size):
                 await engine.clock.sleep(random.uniform(*GAP_S))  # noqa: S311 - so that no two clocks keep step
                 runs.append(await stamp.enqueue(time.monotonic_ns()))
-            return sorted([await one.result() / 1_000_000 for one in runs])
+            return sorted([await handle.result() / 1_000_000 for handle in runs])
 
     with target.fresh() as url, _workers(url, 1):
         return run(measured())
@@ -401,7 +401,7 @@ async def _recovered(size: int, url: str, folder: Path) -> Measured:
 
 async def _wait_for_workers(engine: Engine, workers_count: int) -> None:
     """Return when this many workers have a session."""
-    while len([one for one in await engine.maintenance.sessions() if one.kind == "worker"]) < workers_count:
+    while len([session for session in await engine.maintenance.sessions() if session.kind == "worker"]) < workers_count:
         await engine.clock.sleep(POLL_S)
 
 

@@ -69,7 +69,7 @@ def index(environment: EnvironmentOption = None, store: StoreOption = None, json
     """List the keys of an environment, without their secrets."""
     settings = settings_of(store=store, environment=environment)
 
-    async def found() -> list[dict[str, object]]:
+    async def listed() -> list[dict[str, object]]:
         async with opened(settings, must_exist=True) as engine:
             return [
                 {
@@ -82,7 +82,7 @@ def index(environment: EnvironmentOption = None, store: StoreOption = None, json
                 for key in await engine.administration.keys(settings.environment)
             ]
 
-    keys = run_async(found())
+    keys = run_async(listed())
     if json:
         say_json({"keys": keys})
     else:

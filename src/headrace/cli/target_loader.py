@@ -103,10 +103,10 @@ def _from_file(place: str) -> ModuleType:
     if directory not in sys.path:
         sys.path.insert(0, directory)
     name = path.stem
-    known = sys.modules.get(name)
-    if known is not None and _is_at(known, path):
-        return known
-    if known is None and name.isidentifier() and path.suffix == ".py":
+    loaded = sys.modules.get(name)
+    if loaded is not None and _is_at(loaded, path):
+        return loaded
+    if loaded is None and name.isidentifier() and path.suffix == ".py":
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None and Path(spec.origin) == path:
             return _imported(place, lambda: importlib.import_module(name))

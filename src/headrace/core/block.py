@@ -206,7 +206,7 @@ def _spans(keys: list[Key]) -> dict[Key, bytes | None]:
     block_offsets: dict[Key, list[int]] = {}
     for block_offset, key in enumerate(keys):
         block_offsets.setdefault(key, []).append(block_offset)
-    return {key: encode_uint16s(found) for key, found in block_offsets.items()}
+    return {key: encode_uint16s(offsets) for key, offsets in block_offsets.items()}
 
 
 class EndedAtCreation(NamedTuple):

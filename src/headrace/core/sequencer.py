@@ -181,7 +181,7 @@ class Sequencer:
                 )
         if before is not None and type(before) is not type(positions[0]):
             raise InvalidInput(
-                f"the source was read up to {before!r}, but its positions are {type(positions[0]).__name__} now",
+                f"expected positions like {before!r}, where the source was left, got {type(positions[0]).__name__}",
                 hint="check that it is the same source; `headrace index reset` starts over",
                 source=name,
             )
@@ -232,9 +232,8 @@ def is_after(position: Position, reference: Position) -> bool:
 
 
 def _disordered(name: str, position: Position, previous: Position) -> InvalidInput:
-    again = position == previous
     return InvalidInput(
-        f"the event at {position!r} {'occurs twice' if again else f'comes after the event at {previous!r}'}",
+        f"expected a position after {previous!r}, got {position!r}",
         hint="positions must rise from event to event; a source that goes back yields Rewind(to)",
         source=name,
         position=position,

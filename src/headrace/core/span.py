@@ -249,7 +249,7 @@ def settle(
     )
     if len(span_slots) != len(codes) or (len(span_slots) and max(span_slots) >= len(span.states)):
         raise IllegalTransition(
-            f"a settlement of {len(codes)} outcomes names {len(span_slots)} of {len(span.states)} runs",
+            f"expected one run per outcome, got {len(codes)} outcomes for {len(span_slots)} of {len(span.states)} runs",
             span_id=span.id,
         )
     if codes.strip(_REPORTED) or count(settlement.results) != len(codes):
@@ -443,7 +443,9 @@ def redrive(
 
 
 def started(span: Span) -> Span:
-    """Return an at-most-once span as recorded before delivery: every waiting run counts as started (R5)."""
+    """Return an at-most-once span with every waiting run recorded as started (R5, at-most-once runs are recorded
+    first).
+    """
     return msgspec.structs.replace(span, states=span.states.replace(bytes((run.WAITING,)), bytes((run.STARTED,))))
 
 

@@ -281,7 +281,7 @@ class Staging:
         table.put(row_id, row, 0 if row is None else table.entity.extra_bytes(row))
         return row
 
-    def found(self, table: StagedTable, conditions: Sequence[Condition], rows: Iterable[Any]) -> list[Any]:
+    def merged(self, table: StagedTable, conditions: Sequence[Condition], rows: Iterable[Any]) -> list[Any]:
         """Return the rows that match the conditions, by id: those of a SELECT in their newest version, and those only
         in memory.
         """

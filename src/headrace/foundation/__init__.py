@@ -1,1 +1,1 @@
-"""Words and bounds that every floor above shares: errors, ids, limits, settings."""
+"""Errors, ids, limits and settings, which every other package uses."""

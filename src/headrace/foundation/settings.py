@@ -96,13 +96,13 @@ class Settings:
         """Return the value of a setting or limit by its name."""
         if name in ("grpc_secrets", "push"):
             return ", ".join(self._words(name)) or None
-        found: str | int | None = getattr(self.limits if name in TABLE else self, name)
-        return found
+        value: str | int | None = getattr(self.limits if name in TABLE else self, name)
+        return value
 
     def _words(self, name: str) -> list[str]:
         if name == "grpc_secrets":
             return list(self.grpc_secrets)
-        return [f"{one.application}=http{'s' if one.is_tls else ''}://{one.authority}" for one in self.push]
+        return [f"{target.application}=http{'s' if target.is_tls else ''}://{target.authority}" for target in self.push]
 
     def shown(self) -> list[Shown]:
         """Return every setting in the order of the settings page, with secrets hidden."""
@@ -119,14 +119,14 @@ def load(flags: Mapping[str, object | None], environ: Mapping[str, str], directo
     `flags` are by setting name (`flush_size`, not `--flush-size`); `None` means that the flag was not given. Raises
     `InvalidSetting` that names the setting, its source and its bounds.
     """
-    found: dict[str, tuple[str | int, str]] = {}
+    given: dict[str, tuple[str | int, str]] = {}
     for layer in (_from_file(environ, directory), _from_environment(environ), _from_flags(flags)):
         for name, value, source in layer:
-            found[name] = (_checked(name, value, source), source)
+            given[name] = (_checked(name, value, source), source)
     numbers: dict[str, int] = {}
     texts: dict[str, str] = {}
     for name in NAMES:
-        effective = found[name][0] if name in found else _default(name)
+        effective = given[name][0] if name in given else _default(name)
         if isinstance(effective, int):
             numbers[name] = effective
         elif effective is not None:
@@ -150,7 +150,7 @@ def load(flags: Mapping[str, object | None], environ: Mapping[str, str], directo
         ack="received" if texts["ack"] == "received" else "committed",
         push=push_targets(texts["push"]) if "push" in texts else (),
         limits=Limits(**{name: numbers[name] for name in TABLE}),
-        sources={name: found[name][1] if name in found else "default" for name in NAMES},
+        sources={name: given[name][1] if name in given else "default" for name in NAMES},
     )
 
 
@@ -263,9 +263,9 @@ def _default(name: str) -> str | int | None:
 
 
 def _unknown(
-    source: str, name: str, known: Iterable[str], spelled: Callable[[str], str], remedy: str = "remove it"
+    source: str, name: str, names: Iterable[str], spelled: Callable[[str], str], remedy: str = "remove it"
 ) -> InvalidSetting:
-    near = near_name(name, known)
+    near = near_name(name, names)
     hint = f"did you mean {spelled(near)}?" if near else f"{remedy}, or see `headrace config show`"
     return InvalidSetting(f"{source}: unknown setting {name}", hint=hint)
 

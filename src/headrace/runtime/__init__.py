@@ -1,1 +1,1 @@
-"""Where loops and tasks live: everything that waits, retries or runs user code."""
+"""Loops and tasks: everything that waits, retries or runs user code."""

@@ -28,7 +28,7 @@ class DutyStats:
 
 @dataclass(slots=True, kw_only=True)
 class Engine:
-    """What the loops of a process share. Made by `headrace.compose`; closed by the code that opened it.
+    """Shared state of the loops of a process. Made by `headrace.compose`; closed by the code that opened it.
 
     `live_directory`: folder of the in-flight marks of live processes; None if no other process shares the store.
     `beats_beside`: True if heartbeats may be sent from another thread. `wakeup` is notified when runs were appended,

@@ -20,7 +20,7 @@ class Wakeup:
         self.notified_count = 0
         self._waiting: set[asyncio.Event] = set()
         self._notifier = notifier
-        self._news = channel
+        self._channel = channel
         if notifier is not None:
             notifier.listen(channel, self.notify_local)
 
@@ -28,7 +28,7 @@ class Wakeup:
         """Wake the tasks that wait, here and in other processes. Call it on the event loop of the waiting tasks."""
         self.notify_local()
         if self._notifier is not None:
-            self._notifier.tell(self._news)
+            self._notifier.tell(self._channel)
 
     def notify_local(self) -> None:
         """Wake the tasks of this process only; the other processes were notified already."""

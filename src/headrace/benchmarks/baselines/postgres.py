@@ -42,14 +42,14 @@ SETTINGS: Final = {"enable_seqscan": "off", "jit": "off"}
 
 def _statements() -> dict[str, tuple[str, list[str]]]:
     """Return the product's statements by name: `(sql with numbered values, names in that order)`."""
-    found: dict[str, tuple[str, list[str]]] = {}
+    by_name: dict[str, tuple[str, list[str]]] = {}
     for name, text in statements(STORE / "sql").items():
         names = list(dict.fromkeys(re.findall(r"(?<![:\w]):([a-z_]+)", text)))
         sql = text
         for number, word in enumerate(names, 1):
             sql = re.sub(rf"(?<![:\w]):{word}\b", f"${number}", sql)
-        found[name] = sql.replace("{schema}", f'"{SCHEMA}"'), names
-    return found
+        by_name[name] = sql.replace("{schema}", f'"{SCHEMA}"'), names
+    return by_name
 
 
 SQL: Final = _statements()
@@ -142,7 +142,7 @@ async def _append_chunks(db: Any, chunks: list[tuple[int, int, bytes]]) -> None:
         spans.append((number, number, "default", "nothing", 0, 0, 0, 0, start, start, count, 0, -1, 0))
         at += len(items)
     first, runs_count = chunks[0][0], sum(count for _, count, _ in chunks)
-    own = first // CHUNK_RUNS + 1
+    first_id = first // CHUNK_RUNS + 1
     ((accepted_count,),) = await _fetch(
         db,
         "append_in_order",
@@ -152,8 +152,8 @@ async def _append_chunks(db: Any, chunks: list[tuple[int, int, bytes]]) -> None:
         last_index=first + runs_count - 1,
         runs_max=10_000_000,
         lanes='[["default","nothing"]]',
-        block_id=own,
-        span_id=own,
+        block_id=first_id,
+        span_id=first_id,
         blocks=_json(blocks),
         spans=_json(spans),
         blob=b"".join(items for _, _, items in chunks),

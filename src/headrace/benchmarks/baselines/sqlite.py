@@ -199,9 +199,9 @@ def _claim(db: sqlite3.Connection, claim_no: int) -> tuple[list[tuple[int, int, 
     db.execute(SQL["lease_spans"], {"session_id": SESSION, "claim_no": claim_no, "ids": ids, "now_us": 1})
     if rows:
         db.execute(SQL["advance_clock"], {"environment": "default", "name": "default", "order_no": rows[-1][10]})
-    found = db.execute(SQL["blocks"], {"ids": _json([row[1] for row in rows])}).fetchall()
+    block_rows = db.execute(SQL["blocks"], {"ids": _json([row[1] for row in rows])}).fetchall()
     db.execute("COMMIT")
-    return [(row[0], row[1], row[TOKEN_AT] + 1) for row in rows], {row[0]: row[4] for row in found}
+    return [(row[0], row[1], row[TOKEN_AT] + 1) for row in rows], {row[0]: row[4] for row in block_rows}
 
 
 def _settle(db: sqlite3.Connection, spans: list[tuple[int, int, int]], results: list[list[bytes]]) -> None:

@@ -114,7 +114,7 @@ def measure_postgres(lines: Sequence[bytes], dsn: str) -> float:
                 await db.copy_to_table("transfer", source=BytesIO(text.encode()))
 
         try:
-            return run(lines, lambda *own: runner.run(work(*own)))
+            return run(lines, lambda *numbered: runner.run(work(*numbered)))
         finally:
             runner.run(db.execute("DROP SCHEMA headrace_baseline CASCADE"))
             runner.run(db.close())

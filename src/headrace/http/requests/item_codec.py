@@ -229,7 +229,7 @@ class HttpItemDecoder:
             group += map(self._entry, lines)
         return group
 
-    def one(self, line: bytes) -> IndexedItem:
+    def decode_line(self, line: bytes) -> IndexedItem:
         """Decode one line. Raises `InvalidInput` with the reason if it is invalid."""
         try:
             return self._entry(_decoder.decode(line))

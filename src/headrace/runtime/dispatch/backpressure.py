@@ -1,5 +1,5 @@
-"""Backpressure: bounds on the waiting runs. At a bound, ingest waits a short time, then its sender is told when to
-retry.
+"""Backpressure: bounds on the waiting runs. At a bound, ingest waits a short time, then the response says when
+to retry.
 
 The store counts the runs of its queues, rarely: at most a twentieth of the time is spent on counting. Between two
 counts a server adds the runs that it accepts itself.

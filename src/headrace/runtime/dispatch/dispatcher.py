@@ -3,7 +3,7 @@
 One claim leases hundreds of runs to this server's session, and each `fetch` takes one of them from memory. Several
 servers share a database without knowing each other. Leases that no worker requests are released, so that other servers
 get them. A run that its worker does not report by its deadline waits again, without using an attempt. An at-most-once
-run fails instead, and is recorded as started before delivery (R5).
+run fails instead, and is recorded as started before delivery (R5, at-most-once runs are recorded first).
 
 When this server ends, its leases stand until its session lapses (`delivery_recovery_ms`). Until then, reports of its
 workers to another server, or to this one after a restart, are settled by id.

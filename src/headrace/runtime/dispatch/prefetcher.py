@@ -122,7 +122,7 @@ class Prefetcher:
         rate = self._rates.get(queue_filter)
         if rate is None:
             if len(self._rates) >= FILTERS_MAX:  # workers use few filters; a peer that uses more resets the rates
-                self._rates = {known: known_rate for known, known_rate in self._rates.items() if known_rate.is_claiming}
+                self._rates = {key: rate for key, rate in self._rates.items() if rate.is_claiming}
             rate = self._rates[queue_filter] = RequestRate(queue_filter, AHEAD_MIN)
         return rate
 

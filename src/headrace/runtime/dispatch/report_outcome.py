@@ -19,7 +19,7 @@ DELAY_S_MAX: Final = 365 * 86_400
 
 
 class ActivationReport(msgspec.Struct, frozen=True):
-    """How an attempt ended: `state` is completed, failed or retry. The other fields change the next attempt of a
+    """The end of an attempt: `state` is completed, failed or retry. The other fields change the next attempt of a
     retry.
     """
 

@@ -42,8 +42,8 @@ class ForeignReport(NamedTuple):
     waiter: ReportWaiter | None
 
 
-class FoundLease(NamedTuple):
-    """The outcome of a foreign report, with the lease it was found under."""
+class ForeignLease(NamedTuple):
+    """The outcome of a foreign report, with its current lease."""
 
     span_id: int
     token: int
@@ -83,10 +83,11 @@ class ReportWriter:
                 foreign_reports.append(update)
             else:
                 by_lease.setdefault(update.buffered, []).append(update)
-        found = await self._find_leases(foreign_reports) if foreign_reports else []
+        foreign_leases = await self._find_leases(foreign_reports) if foreign_reports else []
         settlements = [_settlement(buffered.active.lease, runs[0].part_no, runs) for buffered, runs in by_lease.items()]
         settlements += [
-            _settlement(found_lease, FOREIGN_PART_NO + found_lease.span_slot, [found_lease]) for found_lease in found
+            _settlement(foreign_lease, FOREIGN_PART_NO + foreign_lease.span_slot, [foreign_lease])
+            for foreign_lease in foreign_leases
         ]
         if settlements:
             store, now_us = self._engine.store, self._engine.clock.now_us()
@@ -97,8 +98,8 @@ class ReportWriter:
                 self._engine.wakeup.notify()
         for buffered, runs in by_lease.items():
             self._on_written(buffered, len(runs))
-        for found_lease in found:
-            self._on_foreign_settled(found_lease.span_id, found_lease.token, found_lease.span_slot)
+        for foreign_lease in foreign_leases:
+            self._on_foreign_settled(foreign_lease.span_id, foreign_lease.token, foreign_lease.span_slot)
         for update in updates:
             if update.waiter is not None:
                 update.waiter.ended()
@@ -109,14 +110,14 @@ class ReportWriter:
                 self.late_count += len(settlement.codes)
                 LOG.info("report.late", runs=len(settlement.codes))
 
-    async def _find_leases(self, foreign_reports: Sequence[ForeignReport]) -> list[FoundLease]:
+    async def _find_leases(self, foreign_reports: Sequence[ForeignReport]) -> list[ForeignLease]:
         """Return the foreign reports whose delivery is in flight on some server, with its current lease."""
         engine = self._engine
         by_delivery: dict[Delivery, ForeignReport] = {}
         for sent in foreign_reports:
             by_delivery.setdefault(delivery_of(sent.report.name), sent)
         keys = [delivery.id for delivery in by_delivery]
-        found = []
+        foreign_leases = []
         for lease in await engine.maintenance.named_leases(engine.environment, LANE, keys):
             note = note_of(lease.note)
             foreign = by_delivery.get(Delivery(lease.key, lease.attempt, note.overdue_count))
@@ -132,10 +133,10 @@ class ReportWriter:
                     delay_ms=lease.extra.retry_delay_ms,
                     clock=engine.clock,
                 )
-            found.append(FoundLease(lease.span_id, lease.token, lease.span_slot, outcome))
-        self.foreign_count += len(found)
-        self.late_count += len(foreign_reports) - len(found)
-        return found
+            foreign_leases.append(ForeignLease(lease.span_id, lease.token, lease.span_slot, outcome))
+        self.foreign_count += len(foreign_leases)
+        self.late_count += len(foreign_reports) - len(foreign_leases)
+        return foreign_leases
 
     @staticmethod
     def refused(update: ReportUpdate, error: HeadraceError) -> None:
@@ -145,7 +146,7 @@ class ReportWriter:
             update.waiter.ended(error)
 
 
-def _settlement(lease: Lease | FoundLease, part_no: int, runs: Sequence[DeliveredRun | FoundLease]) -> Settlement:
+def _settlement(lease: Lease | ForeignLease, part_no: int, runs: Sequence[DeliveredRun | ForeignLease]) -> Settlement:
     """Return the settlement of runs of one lease, in the order of their slots."""
     ordered_runs = sorted(runs, key=_SPAN_SLOT)
     outcomes = [run.outcome for run in ordered_runs]

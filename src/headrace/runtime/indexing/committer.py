@@ -187,7 +187,7 @@ class Committer:
             await self._work()
         except asyncio.CancelledError:
             pass
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the owner is told at once
+        except BaseException as error:  # noqa: BLE001 - any failure stops the indexer at once
             self._fail(error)
         finally:
             if heartbeat_task is not None:

@@ -147,8 +147,8 @@ class HandlerContext(msgspec.Struct, eq=False):
         if rows is not None and type(row_id) in _IDS:
             row: Any = rows.get(row_id, MISSING)
             if row is not MISSING:
-                found: E | None = row
-                return found
+                staged_row: E | None = row
+                return staged_row
         table = self._table(kind)
         row_id = table.entity.checked_id(row_id)
         row = table.rows.get(row_id, MISSING)

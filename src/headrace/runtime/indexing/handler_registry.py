@@ -86,7 +86,7 @@ class HandlerRegistry:
         if config is not None and config.tag is not None:
             if config.tag != name:
                 raise InvalidSetting(
-                    f"the handler of {name!r} takes {event_type.__name__}, whose tag is {config.tag!r}",
+                    f"expected an event type with the tag {name!r}, got {event_type.__name__} with {config.tag!r}",
                     hint=f"write @….on({config.tag!r})",
                 )
             tagged = [other for other in self.kinds.values() if _tag_of(other.type) is not None]

@@ -52,7 +52,7 @@ async def lease(
                 return await _current_state(store, state), token
         elif not wait:
             raise IndexerBusy(
-                f"the indexer {state.name!r} is run by {describe_holder(state.holder)}",
+                f"the indexer {state.name!r} already runs: it is held by {describe_holder(state.holder)}",
                 hint="an indexer runs in one process: stop the other one, or wait for it",
                 indexer=state.name,
             )

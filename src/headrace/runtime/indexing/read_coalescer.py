@@ -84,7 +84,7 @@ class ReadCoalescer:
 
     async def _select(self, table: StagedTable, conditions: Sequence[Condition]) -> list[Any]:
         rows = await self._query(lambda: self._store.find(table.entity, conditions), table)
-        return self._staging.found(table, conditions, rows)
+        return self._staging.merged(table, conditions, rows)
 
     @property
     def pending_count(self) -> int:
@@ -147,7 +147,7 @@ class ReadCoalescer:
         except asyncio.CancelledError:
             _fail_pending(pending, self._failure or asyncio.CancelledError())
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait are told
+        except Exception as error:  # noqa: BLE001 - every handler that waits gets the error
             _fail_pending(pending, error)
 
     async def _within_read(self, work: Callable[[], Awaitable[T]]) -> T:

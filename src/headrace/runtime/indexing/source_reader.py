@@ -20,7 +20,7 @@ class SourceRewind(NamedTuple):
 
 
 class SourceReader:
-    """Reads the sources of one running indexer. `news` is called when events, an end or an error are available."""
+    """Reads the sources of one running indexer. `on_change` is called when events, an end or an error are available."""
 
     def __init__(self, sources: Mapping[str, Source], *, waiting_max: int, on_change: Callable[[], None]) -> None:
         self.names = list(sources)
@@ -87,7 +87,7 @@ class SourceReader:
             raise
         except HeadraceError as error:
             self.failure = error
-        except Exception as error:  # noqa: BLE001 - a source is anybody's code
+        except Exception as error:  # noqa: BLE001 - a source is user code
             self.failure = _source_error(self.names[number], error)
         self._on_change()
 

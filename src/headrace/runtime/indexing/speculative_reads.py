@@ -32,7 +32,7 @@ class SpeculativeReads:
             waits_for = running.send(None)
         except StopIteration:
             return
-        except Exception:  # noqa: BLE001 - told when its turn comes
+        except Exception:  # noqa: BLE001 - raised again in the handler's own turn
             return
         task = asyncio.ensure_future(_run_rest(running, waits_for))
         self._tasks.add(task)

@@ -105,9 +105,9 @@ class BatchAppender:
         self._seals = False
         self._full = asyncio.Event()
         self._wake = asyncio.Event()
-        self._room = asyncio.Event()
+        self._has_capacity = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run(), name="feed append")
-        self._task.add_done_callback(lambda _: self._room.set())
+        self._task.add_done_callback(lambda _: self._has_capacity.set())
 
     async def push(self, next_item: int, mark: InputPosition | None) -> None:
         """Announce runs that were added to the coalescer; waits while too many runs wait to be appended."""
@@ -118,9 +118,9 @@ class BatchAppender:
         if self._waiting or self.coalescer.open_count:
             self._wake.set()
         while self._waiting_bytes > WAITING_BYTES_MAX or len(self._waiting) > WAITING_CHUNKS_MAX:
-            self._room.clear()
+            self._has_capacity.clear()
             self._check()
-            await self._room.wait()
+            await self._has_capacity.wait()
         self._check()
 
     def cut(self) -> None:
@@ -181,7 +181,7 @@ class BatchAppender:
         position = self.position
         while self._marks and self._marks[0].items_count <= durable_items:
             position = self._marks.popleft()
-        self._room.set()
+        self._has_capacity.set()
         if not chunks and position.bytes_count == self.position.bytes_count:
             return
         cursor = position.encode() if position.bytes_count > self.position.bytes_count else None

@@ -79,7 +79,7 @@ EntryGroup = Sequence["IndexedItem | ItemRange"]
 class ItemDecoder(Protocol):
     """Decodes lines into items, and finds payloads that were uploaded before."""
 
-    def one(self, line: bytes) -> IndexedItem:
+    def decode_line(self, line: bytes) -> IndexedItem:
         """Decode one line. Raises `InvalidInput`."""
 
     def many(self, lines: Sequence[bytes]) -> EntryGroup | None:
@@ -239,7 +239,7 @@ class IndexedFeed:
             return
         lines.reverse()
         while lines:
-            yield self._decoder.one(lines.pop())
+            yield self._decoder.decode_line(lines.pop())
 
     def _is_small(self, group: EntryGroup) -> bool:
         most = self._engine.limits.inline_bytes_max
@@ -288,8 +288,8 @@ class IndexedFeed:
             failure = Failure(type=error.code, message=error.message).encode()
             extra = msgspec.structs.replace(entry.extra or Extra(), failure=failure, idempotency_key="")
             return (entry._replace(payload=_BORN_FAILED, kind=JSON, extra=extra),)
-        own = entry._replace(payload=payload, kind=kind)
-        return (own,) if self._is_small((own,)) else await self._offloaded(own)
+        resolved = entry._replace(payload=payload, kind=kind)
+        return (resolved,) if self._is_small((resolved,)) else await self._offloaded(resolved)
 
     async def _offloaded(self, entry: IndexedItem) -> EntryGroup:
         engine, batch_id = self._engine, self._batch.id

@@ -130,7 +130,7 @@ class TaskSpec:
         """The options that a child process must find with the task too, as text that two processes write the same
         way.
         """
-        classes = [[one.__qualname__ for one in found] for found in (self.retry.retry_on, self.retry.give_up_on)]
+        classes = [[error.__qualname__ for error in errors] for errors in (self.retry.retry_on, self.retry.give_up_on)]
         retry = dataclasses.replace(self.retry, retry_on=(), give_up_on=())
         return (
             f"timeout_s={self.timeout_s}, at_most_once={self.at_most_once}, {retry}, on={classes[0]}, not={classes[1]}"

@@ -330,10 +330,10 @@ class Executor:
     # -- many direct calls
 
     def _burst(self, active: ActiveLease, plan: DirectCall, runner: RunnerState) -> Awaitable[None] | None:
-        """Run the next runs of `work` one after the other, for 2 ms at most, until one of them waits.
+        """Execute the next runs of a lease one after the other, for 2 ms at most, until one of them waits.
 
-        None: the slice is over or the lease's runs have all begun. Else what is left to await of the last one
-        begun. This is the hot path: nothing per run but what the run itself needs (rule R15).
+        Returns None when the slice is over or all runs of the lease have begun; otherwise the rest of the last run.
+        This is the hot path: nothing per run except what the run needs (R15, long-lived runners).
         """
         function, decode = plan
         encode, inline_max = self._outcomes.encode, self._inline_bytes_max

@@ -267,7 +267,7 @@ def _listen(wire: socket.socket, loop: asyncio.AbstractEventLoop, child: _ChildE
     while True:
         message = _receive(wire)
         if message is None:
-            os._exit(1)  # the parent has ended; nobody will settle these outcomes
+            os._exit(1)  # the parent has ended; no process will settle these outcomes
         match message:
             case LeaseSlice():
                 loop.call_soon_threadsafe(child.take, message)

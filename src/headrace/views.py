@@ -84,8 +84,7 @@ class RunView(View, kw_only=True, frozen=True):
 
     `created_at`: when the run was stored. `due_at`: the earliest start of a delayed run. `started_at`: when a worker
     took the run for its last attempt. `ended_at`: when its last outcome was stored. `duration_s`: from start to end.
-    `worker`: `host:pid` of the worker that has or had it. Each is None where it has no value or the store does not
-    know it.
+    `worker`: `host:pid` of the worker that has the run now. Each is None where it has no value.
 
     `activation`: the task name that the worker of an activation knows.
 

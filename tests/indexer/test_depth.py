@@ -1,4 +1,4 @@
-"""Depth k equals serial: whatever stalls, fails and crashes, what is left is what one event after the other leaves."""
+"""Depth k equals serial: under stalls, failures and crashes, the contents equal those of serial processing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.indexer.houses import HOUSES, opened
-from tests.indexer.programs import OPERATIONS, Op, Ops, make
-from tests.indexer.rig import FAULTS, STEADY, Left, Listed, Rig, Unsteady, rig
+from tests.indexer.indexer_rig import FAULTS, NO_FAULT, FailingTables, IndexerContents, IndexerRig, ListSource, open_rig
+from tests.indexer.indexer_stores import STORES, stores_in
+from tests.indexer.scripted_handlers import OPERATIONS, Op, Ops, scripted_indexer
 
 EXAMPLES = {"memory": 150, "sqlite": 40, "postgres": 5}
 
@@ -22,7 +22,7 @@ operations = st.builds(Op, st.sampled_from(OPERATIONS), small, small, small)
 events = st.lists(
     st.builds(Ops, st.lists(operations, min_size=1, max_size=4), st.integers(0, 2)), min_size=1, max_size=25
 )
-schedules = st.fixed_dictionaries(
+plans = st.fixed_dictionaries(
     {
         "depth": st.integers(0, 4),
         "batch": st.integers(1, 8),
@@ -30,56 +30,56 @@ schedules = st.fixed_dictionaries(
         "memory": st.booleans(),
         "where": st.sampled_from(["overlay", "overlay", "overlay", "drain"]),
         "preload": st.booleans(),
-        "faults": st.lists(st.sampled_from((*FAULTS, STEADY, STEADY)), max_size=8),
+        "faults": st.lists(st.sampled_from((*FAULTS, NO_FAULT, NO_FAULT)), max_size=8),
         "turns": st.lists(st.integers(0, 6), max_size=8),
     }
 )
 
 
-async def serial(log: list[Any]) -> Left:
-    """One event, one commit, one after the other, in memory."""
+async def serial(log: list[Any]) -> IndexerContents:
+    """Process the events serially, a commit for each event, in memory."""
     with tempfile.TemporaryDirectory() as folder:
-        async with rig("memory", Path(folder), make) as own:
-            indexing = await own.run(Listed(enumerate(log, 1)), index_depth_max=0, index_batch_events_max=1)
-            return await own.left(indexing)
+        async with open_rig("memory", Path(folder), scripted_indexer) as rig:
+            indexing = await rig.run(ListSource(enumerate(log, 1)), index_depth_max=0, index_batch_events_max=1)
+            return await rig.contents(indexing)
 
 
-async def scheduled(own: Rig, log: list[Any], plan: dict[str, Any]) -> Left:
-    """The same events under a schedule; memory so small that everything committed leaves it."""
-    own._make = lambda app, source: make(app, source, where=plan["where"], preload=plan["preload"])
-    own.tables = Unsteady(own.house.entities, plan["faults"], plan["turns"])
-    source = Listed(enumerate(log, 1), piece=plan["piece"])
+async def scheduled(rig: IndexerRig, log: list[Any], plan: dict[str, Any]) -> IndexerContents:
+    """Process the same events under a schedule, with so little memory that all committed rows leave it."""
+    rig._make = lambda app, source: scripted_indexer(app, source, where=plan["where"], preload=plan["preload"])
+    rig.tables = FailingTables(rig.stores.entities, plan["faults"], plan["turns"])
+    source = ListSource(enumerate(log, 1), piece=plan["piece"])
     indexing = None
     while indexing is None or indexing.progress.committed_no < len(log):
-        indexing = await own.run(
+        indexing = await rig.run(
             source,
             index_depth_max=plan["depth"],
             index_batch_events_max=plan["batch"],
             index_memory_mib=1 if plan["memory"] else 64,
         )
-    return await own.left(indexing)
+    return await rig.contents(indexing)
 
 
-@pytest.mark.parametrize("name", list(HOUSES))
-def test_depth_k_equals_serial_whatever_stalls_fails_and_crashes(name: str, tmp_path: Path) -> None:
-    async def one(log: list[Any], plan: dict[str, Any]) -> None:
-        async with opened(name, tmp_path) as house:
-            own = Rig(house, make)
-            await own.forget()
-            assert await scheduled(own, log, plan) == await serial(log)
+@pytest.mark.parametrize("name", list(STORES))
+def test_any_depth_equals_serial_processing_under_stalls_failures_and_crashes(name: str, tmp_path: Path) -> None:
+    async def check_fresh_stores(log: list[Any], plan: dict[str, Any]) -> None:
+        async with stores_in(name, tmp_path) as stores:
+            rig = IndexerRig(stores, scripted_indexer)
+            await rig.forget()
+            assert await scheduled(rig, log, plan) == await serial(log)
 
     @settings(max_examples=EXAMPLES[name], suppress_health_check=list(HealthCheck))
-    @given(events, schedules)
-    def holds(log: list[Any], plan: dict[str, Any]) -> None:
+    @given(events, plans)
+    def equals_serial(log: list[Any], plan: dict[str, Any]) -> None:
         if name == "memory":
             with tempfile.TemporaryDirectory() as folder:
-                asyncio.run(_fresh(Path(folder), log, plan))
+                asyncio.run(_check_memory(Path(folder), log, plan))
         else:
-            asyncio.run(one(log, plan))
+            asyncio.run(check_fresh_stores(log, plan))
 
-    holds()
+    equals_serial()
 
 
-async def _fresh(folder: Path, log: list[Any], plan: dict[str, Any]) -> None:
-    async with rig("memory", folder, make) as own:
-        assert await scheduled(own, log, plan) == await serial(log)
+async def _check_memory(folder: Path, log: list[Any], plan: dict[str, Any]) -> None:
+    async with open_rig("memory", folder, scripted_indexer) as rig:
+        assert await scheduled(rig, log, plan) == await serial(log)

@@ -1,4 +1,4 @@
-"""What every house of entity tables must do, one suite over all of them."""
+"""Conformance suite of the implementations of entity tables."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from headrace.store.entities.protocol import (
 )
 from headrace.store.entities.sql import RESERVED, index_name, quoted
 from headrace.store.statements import migrations
-from tests.indexer.houses import HOUSES, House, opened
+from tests.indexer.indexer_stores import STORES, IndexerStores, stores_in
 
 BYTES_MAX = 1_000_000
-EVERY = pytest.mark.parametrize("name", list(HOUSES))
+EACH_STORE = pytest.mark.parametrize("name", list(STORES))
 
 
 class Colour(enum.Enum):
@@ -110,25 +110,25 @@ WIDES = [
 ]
 
 
-class Book:
-    """One indexer over a house: commits numbered by hand."""
+class NumberedCommits:
+    """An indexer over entity tables whose commits a test numbers by hand."""
 
-    def __init__(self, house: House, entities: Sequence[EntityType], *, history: bool = True) -> None:
-        self.house = house
+    def __init__(self, stores: IndexerStores, entities: Sequence[EntityType], *, history: bool = True) -> None:
+        self.stores = stores
         self.plan = EntityPlan("default", "book", tuple(entities), history)
         self.token = 0
         self.no = 0
         self.positions: dict[str, Position] = {}
 
     async def begin(self) -> IndexerState:
-        standing = await self.house.entities.prepare(self.plan)
-        token = await self.house.entities.take(standing, "tester")
+        state = await self.stores.entities.prepare(self.plan)
+        token = await self.stores.entities.take(state, "tester")
         assert token is not None
-        self.token, self.no, self.positions = token, standing.no, dict(standing.positions)
-        return standing
+        self.token, self.no, self.positions = token, state.no, dict(state.positions)
+        return state
 
     async def commit(self, changes: Sequence[dict[Any, Any]], *, entity: EntityType = ACCOUNT, **more: Any) -> None:
-        """One event for each dict of `id: row or None`."""
+        """Commit an event for each `{id: row or None}`."""
         old_no, latest, history = self.no, {}, []
         log = []
         for change in changes:
@@ -138,51 +138,49 @@ class Book:
             log.append((self.no, "main", self.no * 10))
             self.positions = {"main": self.no * 10}
         rows = [row for row in latest.values() if row is not None]
-        write = Write(entity, rows, [own for own, row in latest.items() if row is None], history)
+        write = Write(entity, rows, [row_id for row_id, row in latest.items() if row is None], history)
         commit = Commit(
             self.plan, self.token, old_no, self.no, self.positions, [write], log if self.plan.history else (), **more
         )
         self.last = commit
-        await self.house.entities.commit(commit, now_us=1)
+        await self.stores.entities.commit(commit, now_us=1)
 
     async def rows(self, entity: EntityType = ACCOUNT) -> list[Any]:
-        return await self.house.entities.find(entity, ())
+        return await self.stores.entities.find(entity, ())
 
     async def back(self, to: Position | None) -> IndexerState:
-        standing = await self.house.entities.rollback(self.plan, self.token, old_no=self.no, source="main", to=to)
-        self.no, self.positions = standing.no, dict(standing.positions)
-        return standing
+        state = await self.stores.entities.rollback(self.plan, self.token, old_no=self.no, source="main", to=to)
+        self.no, self.positions = state.no, dict(state.positions)
+        return state
 
 
 def account(name: str, balance: int = 0, country: str = "NZ") -> Account:
     return Account(name, balance, country)
 
 
-@EVERY
-async def test_every_type_of_value_comes_back_as_it_was_set(name: str, tmp_path: Path) -> None:
-    async with opened(name, tmp_path) as house:
-        book = Book(house, [WIDE, KEYED])
-        await book.begin()
+@EACH_STORE
+async def test_each_value_type_is_returned_as_it_was_set(name: str, tmp_path: Path) -> None:
+    async with stores_in(name, tmp_path) as stores:
+        commits = NumberedCommits(stores, [WIDE, KEYED])
+        await commits.begin()
         checked = {row.id: WIDE.checked(row)[0] for row in WIDES}
-        await book.commit([checked], entity=WIDE)
+        await commits.commit([checked], entity=WIDE)
         key = ByKey(id=UUID(int=7), note="by key")
-        await book.commit([{key.id: key}, {UUID(int=8): None}], entity=KEYED)
-        wanted = [checked[own] for own in sorted(checked)]
-        for found in (
-            await book.rows(WIDE),
-            sorted(await house.entities.load(WIDE, list(checked)), key=lambda row: row.id),
+        await commits.commit([{key.id: key}, {UUID(int=8): None}], entity=KEYED)
+        expected = [checked[row_id] for row_id in sorted(checked)]
+        for rows in (
+            await commits.rows(WIDE),
+            sorted(await stores.entities.load(WIDE, list(checked)), key=lambda row: row.id),
         ):
-            assert list(map(repr, found)) == list(map(repr, wanted))
-            assert [type(own.key) for own in found] == [type(own.key) for own in wanted]
-        assert [row for _, _, row in await house.entities.history(WIDE)] == wanted
-        assert await book.rows(KEYED) == [key]
-        assert await house.entities.history(KEYED) == [(key.id, 2, key), (UUID(int=8), 3, None)]
+            assert list(map(repr, rows)) == list(map(repr, expected))
+            assert [type(row.key) for row in rows] == [type(row.key) for row in expected]
+        assert [row for _, _, row in await stores.entities.history(WIDE)] == expected
+        assert await commits.rows(KEYED) == [key]
+        assert await stores.entities.history(KEYED) == [(key.id, 2, key), (UUID(int=8), 3, None)]
 
 
-@EVERY
-async def test_names_as_long_as_can_be_have_tables_histories_and_indexes_of_their_own(
-    name: str, tmp_path: Path
-) -> None:
+@EACH_STORE
+async def test_names_of_maximum_length_get_distinct_tables_histories_and_indexes(name: str, tmp_path: Path) -> None:
     class First(Entity, table="x" * 47 + "1"):
         id: str
         a_name_of_forty_eight_characters_that_is_alike_1: Indexed[str] = ""
@@ -192,28 +190,28 @@ async def test_names_as_long_as_can_be_have_tables_histories_and_indexes_of_thei
         id: str
 
     first, second = (EntityType(cls, row_bytes_max=BYTES_MAX) for cls in (First, Second))
-    async with opened(name, tmp_path) as house:
-        book = Book(house, [first, second])
-        await book.begin()
-        await book.commit([{"a": First("a", "x", "y")}], entity=first)
-        await book.commit([{"a": Second("a")}, {"b": Second("b")}], entity=second)
-        for asked in ({first.names[1]: "x"}, {first.names[2]: "y"}):
-            assert await house.entities.find(first, conditions_of(first, asked)) == [First("a", "x", "y")]
-        assert [no for _, no, _ in await house.entities.history(first)] == [1]
-        assert [no for _, no, _ in await house.entities.history(second)] == [2, 3]
-        if name != "memory":  # both indexes are there, under names that were cut and are not the same
-            named = {index_name(first, column) for column in first.columns if column.is_indexed}
-            assert len({own[:63] for own in named}) == 2
+    async with stores_in(name, tmp_path) as stores:
+        commits = NumberedCommits(stores, [first, second])
+        await commits.begin()
+        await commits.commit([{"a": First("a", "x", "y")}], entity=first)
+        await commits.commit([{"a": Second("a")}, {"b": Second("b")}], entity=second)
+        for filters in ({first.names[1]: "x"}, {first.names[2]: "y"}):
+            assert await stores.entities.find(first, conditions_of(first, filters)) == [First("a", "x", "y")]
+        assert [no for _, no, _ in await stores.entities.history(first)] == [1]
+        assert [no for _, no, _ in await stores.entities.history(second)] == [2, 3]
+        if name != "memory":  # both indexes exist, under shortened names that differ
+            index_names = {index_name(first, column) for column in first.columns if column.is_indexed}
+            assert len({index[:63] for index in index_names}) == 2
 
 
-@EVERY
-async def test_where_finds_what_a_walk_over_all_rows_finds(name: str, tmp_path: Path) -> None:
-    async with opened(name, tmp_path) as house:
-        book = Book(house, [WIDE])
-        await book.begin()
+@EACH_STORE
+async def test_where_returns_the_same_rows_as_a_scan_of_all_rows(name: str, tmp_path: Path) -> None:
+    async with stores_in(name, tmp_path) as stores:
+        commits = NumberedCommits(stores, [WIDE])
+        await commits.begin()
         rows = [WIDE.checked(row)[0] for row in WIDES]
-        await book.commit([{row.id: row for row in rows}], entity=WIDE)
-        questions: list[dict[str, Any]] = [
+        await commits.commit([{row.id: row for row in rows}], entity=WIDE)
+        cases: list[dict[str, Any]] = [
             {"huge": 10**40}, {"huge": any_of(0, -(10**30), 2**63)}, {"huge": at_least(2**63)}, {"huge": below(0)},
             {"huge": between(-(10**31), 5)}, {"ratio": 0.1 + 0.2}, {"ratio": above(0.1)}, {"flag": True}, {"text": None},
             {"text": any_of(None, "\\N")}, {"text": at_most("a")}, {"price": Decimal("1.000")}, {"price": above(Decimal(1))},
@@ -221,165 +219,175 @@ async def test_where_finds_what_a_walk_over_all_rows_finds(name: str, tmp_path: 
             {"at": below(datetime(9000, 1, 1, tzinfo=UTC))}, {"day": at_least(date(1, 1, 1))}, {"key": UUID(int=5)},
             {"colour": Colour.BLUE}, {"colour": any_of(Colour.RED, Colour.BLUE), "flag": False}, {"flag": any_of()},
         ]  # fmt: skip
-        for asked in questions:
-            conditions = conditions_of(WIDE, asked)
-            wanted = [row for row in sorted(rows, key=lambda row: row.id) if all(own.holds(row) for own in conditions)]
-            found = await house.entities.find(WIDE, conditions)
-            assert [row for row in found if all(own.holds(row) for own in conditions)] == wanted, asked
+        for filters in cases:
+            conditions = conditions_of(WIDE, filters)
+            expected = [
+                row
+                for row in sorted(rows, key=lambda row: row.id)
+                if all(condition.holds(row) for condition in conditions)
+            ]
+            candidates = await stores.entities.find(WIDE, conditions)
+            assert [row for row in candidates if all(condition.holds(row) for condition in conditions)] == expected, (
+                filters
+            )
 
 
-@EVERY
-async def test_the_last_change_of_an_id_stands_and_history_keeps_each(name: str, tmp_path: Path) -> None:
-    async with opened(name, tmp_path) as house:
-        book = Book(house, [ACCOUNT])
-        await book.begin()
-        await book.commit([{"a": account("a", 1)}, {"a": account("a", 2), "b": account("b")}, {"b": None}])
-        await book.commit([{"a": account("a", 3)}, {"c": account("c"), "gone": None}])
-        assert await book.rows() == [account("a", 3), account("c")]
-        assert await house.entities.history(ACCOUNT) == [
+@EACH_STORE
+async def test_the_last_change_of_an_id_is_stored_and_history_has_each_change(name: str, tmp_path: Path) -> None:
+    async with stores_in(name, tmp_path) as stores:
+        commits = NumberedCommits(stores, [ACCOUNT])
+        await commits.begin()
+        await commits.commit([{"a": account("a", 1)}, {"a": account("a", 2), "b": account("b")}, {"b": None}])
+        await commits.commit([{"a": account("a", 3)}, {"c": account("c"), "gone": None}])
+        assert await commits.rows() == [account("a", 3), account("c")]
+        assert await stores.entities.history(ACCOUNT) == [
             ("a", 1, account("a", 1)), ("a", 2, account("a", 2)), ("a", 4, account("a", 3)), ("b", 2, account("b")),
             ("b", 3, None), ("c", 5, account("c")), ("gone", 5, None),
         ]  # fmt: skip
 
 
-@EVERY
-async def test_a_commit_lands_once_however_often_it_is_repeated(name: str, tmp_path: Path) -> None:
-    async with opened(name, tmp_path) as house:
-        book = Book(house, [ACCOUNT])
-        await book.begin()
-        await book.commit([{"a": account("a", 1)}])
-        await house.entities.commit(book.last, now_us=2)
-        await book.commit([{"a": account("a", 2)}])
+@EACH_STORE
+async def test_a_repeated_commit_is_applied_once(name: str, tmp_path: Path) -> None:
+    async with stores_in(name, tmp_path) as stores:
+        commits = NumberedCommits(stores, [ACCOUNT])
+        await commits.begin()
+        await commits.commit([{"a": account("a", 1)}])
+        await stores.entities.commit(commits.last, now_us=2)
+        await commits.commit([{"a": account("a", 2)}])
         with pytest.raises(StoreBroken):
-            await house.entities.commit(book.last._replace(no=9), now_us=3)
-        assert await book.rows() == [account("a", 2)]
-        assert len(await house.entities.history(ACCOUNT)) == 2
+            await stores.entities.commit(commits.last._replace(no=9), now_us=3)
+        assert await commits.rows() == [account("a", 2)]
+        assert len(await stores.entities.history(ACCOUNT)) == 2
 
 
-@EVERY
-async def test_a_lease_that_another_took_commits_nothing(name: str, tmp_path: Path) -> None:
-    async with opened(name, tmp_path) as house:
-        old, new = Book(house, [ACCOUNT]), Book(house, [ACCOUNT])
+@EACH_STORE
+async def test_a_lost_lease_commits_nothing(name: str, tmp_path: Path) -> None:
+    async with stores_in(name, tmp_path) as stores:
+        old, new = NumberedCommits(stores, [ACCOUNT]), NumberedCommits(stores, [ACCOUNT])
         await old.begin()
-        assert await house.entities.beat("default", "book", old.token)
-        seen = await house.entities.prepare(old.plan)
+        assert await stores.entities.beat("default", "book", old.token)
+        seen = await stores.entities.prepare(old.plan)
         assert seen.holder == "tester"
-        assert await house.entities.beat("default", "book", old.token)
-        assert await house.entities.take(seen, "late") is None, "it lives: it has beaten since it was seen"
+        assert await stores.entities.beat("default", "book", old.token)
+        assert await stores.entities.take(seen, "late") is None, (
+            "expected the lease to be refused: its holder has sent a heartbeat since it was read"
+        )
         await new.begin()
-        assert not await house.entities.beat("default", "book", old.token)
+        assert not await stores.entities.beat("default", "book", old.token)
         with pytest.raises(LeaseLost):
             await old.commit([{"a": account("a")}])
         with pytest.raises(LeaseLost):
             await old.back(None)
-        await house.entities.leave("default", "book", old.token)
-        (standing,) = await house.entities.standings("default")
-        assert (standing.holder, standing.no) == ("tester", 0)
-        await house.entities.leave("default", "book", new.token)
-        (standing,) = await house.entities.standings("default")
-        assert standing.holder == ""
+        await stores.entities.leave("default", "book", old.token)
+        (state,) = await stores.entities.standings("default")
+        assert (state.holder, state.no) == ("tester", 0)
+        await stores.entities.leave("default", "book", new.token)
+        (state,) = await stores.entities.standings("default")
+        assert state.holder == ""
         assert await new.rows() == []
 
 
-@EVERY
-async def test_a_rollback_restores_what_stood_and_may_be_followed_by_another(name: str, tmp_path: Path) -> None:
-    async with opened(name, tmp_path) as house:
-        book = Book(house, [ACCOUNT])
-        await book.begin()
+@EACH_STORE
+async def test_repeated_rollbacks_restore_the_earlier_rows(name: str, tmp_path: Path) -> None:
+    async with stores_in(name, tmp_path) as stores:
+        commits = NumberedCommits(stores, [ACCOUNT])
+        await commits.begin()
         states: list[list[Any]] = [[]]
         for event in (
             {"a": account("a", 1)}, {"a": None, "b": account("b", 1)}, {"a": account("a", 3)}, {"c": account("c"), "b": None},
             {"b": account("b", 5)}, {"c": None, "a": account("a", 6)},
         ):  # fmt: skip
-            await book.commit([event])
-            states.append(await book.rows())
-        history = await house.entities.history(ACCOUNT)
+            await commits.commit([event])
+            states.append(await commits.rows())
+        history = await stores.entities.history(ACCOUNT)
         for to, no in ((55, 5), (50, 5), (31, 3), (20, 2), (None, 0)):
-            standing = await book.back(to)
-            assert (standing.no, standing.positions) == (no, {"main": no * 10} if no else {})
-            assert await book.rows() == states[no]
-            assert await house.entities.history(ACCOUNT) == [own for own in history if own[1] <= no]
-            assert [own for own, _, _ in await house.entities.checkpoints("default", "book")] == list(range(1, no + 1))
-        await book.commit([{"a": account("a", 9)}])
-        assert await house.entities.history(ACCOUNT) == [("a", 1, account("a", 9))]
+            state = await commits.back(to)
+            assert (state.no, state.positions) == (no, {"main": no * 10} if no else {})
+            assert await commits.rows() == states[no]
+            assert await stores.entities.history(ACCOUNT) == [change for change in history if change[1] <= no]
+            assert [no for no, _, _ in await stores.entities.checkpoints("default", "book")] == list(range(1, no + 1))
+        await commits.commit([{"a": account("a", 9)}])
+        assert await stores.entities.history(ACCOUNT) == [("a", 1, account("a", 9))]
 
 
-@EVERY
-async def test_pruned_history_still_goes_back_to_its_floor_and_not_before(name: str, tmp_path: Path) -> None:
-    async with opened(name, tmp_path) as house:
-        book = Book(house, [ACCOUNT])
-        await book.begin()
+@EACH_STORE
+async def test_pruned_history_allows_rollback_to_its_oldest_checkpoint_only(name: str, tmp_path: Path) -> None:
+    async with stores_in(name, tmp_path) as stores:
+        commits = NumberedCommits(stores, [ACCOUNT])
+        await commits.begin()
         for number in range(1, 9):
-            await book.commit([{"hot": account("hot", number), f"once{number}": account(f"once{number}")}])
-        await book.commit([{"once1": None, "hot": None}], floor_no=5)
-        kept = await house.entities.history(ACCOUNT)
-        assert [(own, no) for own, no, _ in kept if own == "hot"] == [
+            await commits.commit([{"hot": account("hot", number), f"once{number}": account(f"once{number}")}])
+        await commits.commit([{"once1": None, "hot": None}], floor_no=5)
+        history = await stores.entities.history(ACCOUNT)
+        assert [(row_id, no) for row_id, no, _ in history if row_id == "hot"] == [
             ("hot", 5),
             ("hot", 6),
             ("hot", 7),
             ("hot", 8),
             ("hot", 9),
         ]
-        assert {own for own, no, _ in kept if no <= 5} == {"hot", "once1"}, (
-            "rows that no later change builds on need none"
+        assert {row_id for row_id, no, _ in history if no <= 5} == {"hot", "once1"}, (
+            "expected no history of rows that no later change builds on"
         )
-        await book.commit([{"once2": None}])
-        assert ("once2", 0, account("once2")) in await house.entities.history(ACCOUNT), "how it stood before is kept"
+        await commits.commit([{"once2": None}])
+        assert ("once2", 0, account("once2")) in await stores.entities.history(ACCOUNT), (
+            "expected the row before the change in the history"
+        )
         with pytest.raises(HistoryGone):
-            await book.back(40)
+            await commits.back(40)
         with pytest.raises(HistoryGone):
-            await book.back(None)
-        standing = await book.back(50)
-        assert (standing.no, standing.positions) == (5, {"main": 50})
+            await commits.back(None)
+        state = await commits.back(50)
+        assert (state.no, state.positions) == (5, {"main": 50})
         names = [f"once{number}" for number in range(1, 6)]
-        assert await book.rows() == [account("hot", 5), *map(account, names)]
+        assert await commits.rows() == [account("hot", 5), *map(account, names)]
 
 
-@EVERY
-async def test_without_history_nothing_is_kept_and_nothing_goes_back(name: str, tmp_path: Path) -> None:
-    async with opened(name, tmp_path) as house:
-        book = Book(house, [ACCOUNT], history=False)
-        await book.begin()
-        await book.commit([{"a": account("a", 1)}, {"a": account("a", 2)}])
+@EACH_STORE
+async def test_without_history_no_change_is_recorded_and_rollback_fails(name: str, tmp_path: Path) -> None:
+    async with stores_in(name, tmp_path) as stores:
+        commits = NumberedCommits(stores, [ACCOUNT], history=False)
+        await commits.begin()
+        await commits.commit([{"a": account("a", 1)}, {"a": account("a", 2)}])
         with pytest.raises(HistoryGone):
-            await book.back(10)
-        kept = Book(house, [ACCOUNT], history=True)
-        assert (await kept.begin()).floor_no == 2
-        await kept.commit([{"a": account("a", 3)}])
-        await kept.back(20)
-        assert await kept.rows() == [account("a", 2)]
+            await commits.back(10)
+        with_history = NumberedCommits(stores, [ACCOUNT], history=True)
+        assert (await with_history.begin()).floor_no == 2
+        await with_history.commit([{"a": account("a", 3)}])
+        await with_history.back(20)
+        assert await with_history.rows() == [account("a", 2)]
         with pytest.raises(HistoryGone):
-            await kept.back(10)
+            await with_history.back(10)
 
 
 def variant(**fields: Any) -> EntityType:
-    """`Account` as another version of the program has it: `name=(type, default)`."""
-    namespace: dict[str, Any] = {"__annotations__": {name: own[0] for name, own in fields.items()}}
-    namespace |= {name: own[1] for name, own in fields.items() if len(own) > 1}
+    """Return `Account` as another version of the program defines it: `name=(type, default)`."""
+    namespace: dict[str, Any] = {"__annotations__": {name: field[0] for name, field in fields.items()}}
+    namespace |= {name: field[1] for name, field in fields.items() if len(field) > 1}
     make: Any = type(Entity)
     return EntityType(make("Account", (Entity,), namespace), row_bytes_max=BYTES_MAX)
 
 
-@EVERY
+@EACH_STORE
 async def test_a_new_field_is_added_with_its_default_to_rows_and_history(name: str, tmp_path: Path) -> None:
     later = variant(
         id=(str,), balance=(int, 0), country=(Indexed[str], ""), tier=(Indexed[str], "free"), note=(str | None, None)
     )
-    async with opened(name, tmp_path) as house:
-        first = Book(house, [ACCOUNT])
+    async with stores_in(name, tmp_path) as stores:
+        first = NumberedCommits(stores, [ACCOUNT])
         await first.begin()
         await first.commit([{"a": account("a", 1)}])
-        book = Book(house, [later])
-        assert (await book.begin()).no == 1
+        commits = NumberedCommits(stores, [later])
+        assert (await commits.begin()).no == 1
         old = later.cls("a", 1, "NZ", "free", None)
-        assert await book.rows(later) == [old]
-        assert await house.entities.find(later, conditions_of(later, {"tier": "free"})) == [old]
-        await book.commit([{"b": later.cls("b", tier="gold")}], entity=later)
-        await book.back(10)
-        assert [row for _, _, row in await house.entities.history(later)] == [old]
+        assert await commits.rows(later) == [old]
+        assert await stores.entities.find(later, conditions_of(later, {"tier": "free"})) == [old]
+        await commits.commit([{"b": later.cls("b", tier="gold")}], entity=later)
+        await commits.back(10)
+        assert [row for _, _, row in await stores.entities.history(later)] == [old]
 
 
-@EVERY
+@EACH_STORE
 @pytest.mark.parametrize(
     ("fields", "difference"),
     [
@@ -394,21 +402,21 @@ async def test_a_new_field_is_added_with_its_default_to_rows_and_history(name: s
 async def test_a_changed_type_is_refused_with_the_difference(
     name: str, tmp_path: Path, fields: dict[str, Any], difference: str
 ) -> None:
-    whole = {"id": (str,), "balance": (int, 0), "country": (Indexed[str], "")} | fields
-    ordered = sorted(((n, d) for n, d in whole.items() if d is not None), key=lambda own: len(own[1]))
+    all_fields = {"id": (str,), "balance": (int, 0), "country": (Indexed[str], "")} | fields
+    ordered = sorted(((n, d) for n, d in all_fields.items() if d is not None), key=lambda field: len(field[1]))
     later = variant(**dict(ordered))
-    async with opened(name, tmp_path) as house:
-        book = Book(house, [ACCOUNT])
-        await book.begin()
-        await book.commit([{"a": account("a", 1)}])
+    async with stores_in(name, tmp_path) as stores:
+        commits = NumberedCommits(stores, [ACCOUNT])
+        await commits.begin()
+        await commits.commit([{"a": account("a", 1)}])
         with pytest.raises(SchemaChanged, match=difference.replace("(", r"\(").replace(")", r"\)")):
-            await house.entities.prepare(EntityPlan("default", "book", (later,), True))
-        await book.commit([{"a": account("a", 2)}])
-        assert await book.rows() == [account("a", 2)]
+            await stores.entities.prepare(EntityPlan("default", "book", (later,), True))
+        await commits.commit([{"a": account("a", 2)}])
+        assert await commits.rows() == [account("a", 2)]
 
 
-@EVERY
-async def test_a_table_belongs_to_one_indexer_and_no_name_is_taken_twice(name: str, tmp_path: Path) -> None:
+@EACH_STORE
+async def test_a_table_belongs_to_a_single_indexer_and_names_are_unique(name: str, tmp_path: Path) -> None:
     class Span(Entity):
         id: str
 
@@ -419,48 +427,48 @@ async def test_a_table_belongs_to_one_indexer_and_no_name_is_taken_twice(name: s
         id: str
         checkpoint: int = 0
 
-    async with opened(name, tmp_path) as house:
-        await house.entities.prepare(EntityPlan("default", "book", (ACCOUNT,), True))
+    async with stores_in(name, tmp_path) as stores:
+        await stores.entities.prepare(EntityPlan("default", "book", (ACCOUNT,), True))
         with pytest.raises(Conflict, match="belongs to the indexer 'book'"):
-            await house.entities.prepare(EntityPlan("default", "other", (ACCOUNT,), True))
-        for more, words in (
+            await stores.entities.prepare(EntityPlan("default", "other", (ACCOUNT,), True))
+        for cls, words in (
             (Span, "belongs to Headrace"),
             (AccountHistory, "would share"),
             (Checked, "a column of the history"),
         ):
-            entity = EntityType(more, row_bytes_max=BYTES_MAX)
+            entity = EntityType(cls, row_bytes_max=BYTES_MAX)
             with pytest.raises(InvalidSetting, match=words):
-                await house.entities.prepare(EntityPlan("default", "book", (ACCOUNT, entity), True))
-        assert await house.entities.reset("default", "book") == ["account", "account_history"]
+                await stores.entities.prepare(EntityPlan("default", "book", (ACCOUNT, entity), True))
+        assert await stores.entities.reset("default", "book") == ["account", "account_history"]
         with pytest.raises(NotFound):
-            await house.entities.reset("default", "book")
-        assert (await house.entities.prepare(EntityPlan("default", "other", (ACCOUNT,), False))).no == 0
+            await stores.entities.reset("default", "book")
+        assert (await stores.entities.prepare(EntityPlan("default", "other", (ACCOUNT,), False))).no == 0
 
 
 @pytest.mark.parametrize("name", ["sqlite", "postgres"])
-async def test_a_table_that_somebody_else_made_is_left_alone(name: str, tmp_path: Path) -> None:
-    async with opened(name, tmp_path) as house:
+async def test_a_table_that_headrace_did_not_create_is_left_unchanged(name: str, tmp_path: Path) -> None:
+    async with stores_in(name, tmp_path) as stores:
         if name == "sqlite":
-            house.entities._connection().execute("CREATE TABLE account (mine)")  # type: ignore[attr-defined]  # of the house
+            stores.entities._connection().execute("CREATE TABLE account (other)")  # type: ignore[attr-defined]  # not in the protocol
         else:
-            schema = house.store.schema  # type: ignore[attr-defined]  # of the house
-            await house.store.within(lambda db, _: db.raw.execute(f'CREATE TABLE "{schema}".account (mine int)'))  # type: ignore[attr-defined]  # of the house
+            schema = stores.store.schema  # type: ignore[attr-defined]  # not in the protocol
+            await stores.store.within(lambda db, _: db.raw.execute(f'CREATE TABLE "{schema}".account (other int)'))  # type: ignore[attr-defined]  # not in the protocol
         with pytest.raises(Conflict, match="no indexer created"):
-            await house.entities.prepare(EntityPlan("default", "book", (ACCOUNT,), True))
-        assert await house.entities.standings("default") == []
+            await stores.entities.prepare(EntityPlan("default", "book", (ACCOUNT,), True))
+        assert await stores.entities.standings("default") == []
 
 
 @pytest.mark.parametrize("package", ["headrace.store.sqlite", "headrace.store.postgres"])
-def test_no_entity_can_take_the_name_of_a_table_of_headrace_itself(package: str) -> None:
+def test_an_entity_cannot_use_the_name_of_a_headrace_table(package: str) -> None:
     import re
 
     scripts = "\n".join(script for _, script in migrations(package))
-    made = re.findall(r"CREATE (?:TABLE|SEQUENCE) (?:\{schema\}\.)?(\w+)", scripts)
-    assert set(made) <= RESERVED
+    created = re.findall(r"CREATE (?:TABLE|SEQUENCE) (?:\{schema\}\.)?(\w+)", scripts)
+    assert set(created) <= RESERVED
 
 
 @pytest.mark.parametrize("name", ['a"b', "a b", "A", "", "é", "a;drop", "a" * 64, "1a"])
-def test_what_is_no_plain_name_never_gets_into_sql(name: str) -> None:
+def test_an_invalid_identifier_is_never_put_into_sql(name: str) -> None:
     with pytest.raises(InvalidInput):
         quoted(name)
 
@@ -500,12 +508,12 @@ def test_a_row_that_no_database_could_keep_is_refused_by_name(row: Any, words: s
     ],
     ids=lambda value: str(value).partition(" at 0x")[0][:60],
 )  # fmt: skip
-def test_a_value_that_no_database_could_keep_is_refused_by_name(change: dict[str, Any], words: str) -> None:
+def test_a_value_that_no_database_can_store_is_refused_with_its_field(change: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
         WIDE.checked(msgspec.structs.replace(Wide(1), **change))
 
 
-def test_a_value_is_brought_into_the_one_form_that_comes_back() -> None:
+def test_a_value_is_normalised_to_the_form_that_is_returned() -> None:
     row, _ = WIDE.checked(
         Wide(1, ratio=-0.0, price=Decimal("1e3"), at=datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=2))))
     )
@@ -517,7 +525,7 @@ def test_a_value_is_brought_into_the_one_form_that_comes_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "words"),
+    ("filters", "words"),
     [
         ({}, "expected at least one condition"), ({"nope": 1}, "has no field"), ({"balance": 1}, "not indexed"), ({"id": "a"}, "get_many"),
         ({"country": 3}, "expected a string"), ({"country": None}, "has no country"), ({"country": between(None, None)}, "no bound"),
@@ -525,12 +533,12 @@ def test_a_value_is_brought_into_the_one_form_that_comes_back() -> None:
     ],
     ids=lambda value: str(value).partition(" at 0x")[0][:60],
 )  # fmt: skip
-def test_a_question_that_can_t_be_answered_says_how_to_ask(wanted: dict[str, Any], words: str) -> None:
+def test_an_invalid_condition_is_refused_with_a_hint(filters: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
-        conditions_of(ACCOUNT, wanted)
+        conditions_of(ACCOUNT, filters)
 
 
-def test_a_class_that_can_t_be_a_table_is_refused_by_name() -> None:
+def test_an_invalid_entity_class_is_refused_with_the_reason() -> None:
     class NoId(Entity):
         name: str
 

@@ -1,4 +1,4 @@
-"""Events: malformed, unknown and out of order, from several sources, and the runs that handlers enqueue."""
+"""Events: invalid, of unknown kinds, out of order, and from several sources; and the runs that handlers enqueue."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from headrace.indexer import (
     any_of,
     at_least,
 )
-from tests.indexer.bank import (
-    DATABASES,
-    EVERY,
+from tests.indexer.bank_example import (
+    EACH_DATABASE,
+    EACH_STORE,
     Account,
     Pay,
-    bank,
-    found,
-    handled,
-    pays,
+    account_indexer,
+    bank_indexer,
+    payments,
+    stored_balances,
 )
-from tests.indexer.rig import AFTER, BEFORE, Crash, Listed, Rig, Unsteady, rig
+from tests.indexer.indexer_rig import AFTER, BEFORE, Crash, FailingTables, IndexerRig, ListSource, open_rig
 
-# -- events that are not as they should be
+# -- invalid events
 
 
 @pytest.mark.parametrize(
@@ -50,19 +50,19 @@ from tests.indexer.rig import AFTER, BEFORE, Crash, Listed, Rig, Unsteady, rig
     ],
     ids=[str(number) for number in range(9)],
 )
-async def test_an_event_that_can_t_be_handled_is_named_by_its_position(events: list[Any], words: str) -> None:
+async def test_an_invalid_event_is_reported_with_its_position(events: list[Any], words: str) -> None:
     async def handler(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to))
 
     with pytest.raises(InvalidInput, match=words):
-        await handled(handler).simulate(events)
+        await account_indexer(handler).simulate(events)
 
 
-async def test_unknown_kinds_can_be_passed_over_and_still_count() -> None:
+async def test_skipped_events_of_unknown_kinds_still_count() -> None:
     async def handler(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to, int(ctx.position)))
 
-    simulation = await handled(handler, unknown="skip").simulate(
+    simulation = await account_indexer(handler, unknown="skip").simulate(
         [b'{"type":"fly"}', Pay("a"), {"type": "swim"}, {"x": 1}]
     )
     assert simulation.rows(Account) == [Account("a", 2)]
@@ -75,24 +75,24 @@ async def test_unknown_kinds_can_be_passed_over_and_still_count() -> None:
      ([1, 2.5], "expected integers or strings"), ([2**63], "64 bits"), (["a" * 501], "1 to 500 characters"), ([""], "1 to 500")],
     ids=str,
 )  # fmt: skip
-async def test_positions_that_do_not_rise_are_refused_by_name(positions: list[Any], words: str) -> None:
-    async with rig("memory", Path(), bank) as own:
+async def test_positions_that_do_not_increase_are_refused(positions: list[Any], words: str) -> None:
+    async with open_rig("memory", Path(), bank_indexer) as rig:
         with pytest.raises(InvalidInput, match=words):
-            await own.run(Listed([(position, Pay("a")) for position in positions]))
+            await rig.run(ListSource([(position, Pay("a")) for position in positions]))
 
 
-async def test_a_source_that_breaks_says_which_it_was() -> None:
-    class Breaking(Listed):
+async def test_a_failing_source_is_reported_by_name() -> None:
+    class Breaking(ListSource):
         async def arrivals(self, after: Any) -> Any:
             yield (await anext(super().arrivals(after)))
             raise OSError("cable cut")
 
-    async with rig("memory", Path(), bank) as own:
+    async with open_rig("memory", Path(), bank_indexer) as rig:
         with pytest.raises(InvalidInput, match="source 'main' failed: OSError: cable cut"):
-            await own.run(Breaking(pays(3)))
+            await rig.run(Breaking(payments(3)))
 
 
-def test_an_indexer_that_makes_no_sense_is_refused_when_it_is_made() -> None:
+def test_an_invalid_indexer_definition_is_refused() -> None:
     app = Headrace("tests")
 
     async def handler(event: Pay, ctx: HandlerContext) -> None: ...
@@ -102,70 +102,73 @@ def test_an_indexer_that_makes_no_sense_is_refused_when_it_is_made() -> None:
     async def alone(event: Pay) -> None: ...
 
     for make_wrong, words in (
-        (lambda: app.indexer("Bad Name", source=Listed(), entities=[Account]), "is not a valid name of an indexer"),
+        (lambda: app.indexer("Bad Name", source=ListSource(), entities=[Account]), "is not a valid name of an indexer"),
         (lambda: app.indexer("x", source=5, entities=[Account]), "expected a source with a valid name"),  # type: ignore[arg-type]  # that is the fault
         (lambda: app.indexer("x", source={}, entities=[Account]), "has no source"),
-        (lambda: app.indexer("x", source=Listed(), entities=[Account], history=-1), "history: expected"),
-        (lambda: app.indexer("x", source=Listed(), entities=[Account], where="now"), "where: expected"),  # type: ignore[arg-type]  # that is the fault
-        (lambda: app.indexer("x", source=Listed(), entities=[Account], unknown="hm"), "expected 'refuse' or 'skip'"),  # type: ignore[arg-type]  # that is the fault
-        (lambda: handled(plain), "must be an async function"),
-        (lambda: handled(alone), "expected 2 parameters, got 1"),
-        (lambda: handled(handler).on("pay")(handler), "two handlers"),
-        (lambda: handled(handler).on("other")(handler), "expected an event type with the tag 'other', got"),
-        (lambda: handled(handler).effect(calls=0)(handler), "at least 1 call"),
+        (lambda: app.indexer("x", source=ListSource(), entities=[Account], history=-1), "history: expected"),
+        (lambda: app.indexer("x", source=ListSource(), entities=[Account], where="now"), "where: expected"),  # type: ignore[arg-type]  # that is the fault
+        (
+            lambda: app.indexer("x", source=ListSource(), entities=[Account], unknown="hm"),  # type: ignore[arg-type]  # that is the fault
+            "expected 'refuse' or 'skip'",
+        ),
+        (lambda: account_indexer(plain), "must be an async function"),
+        (lambda: account_indexer(alone), "expected 2 parameters, got 1"),
+        (lambda: account_indexer(handler).on("pay")(handler), "two handlers"),
+        (lambda: account_indexer(handler).on("other")(handler), "expected an event type with the tag 'other', got"),
+        (lambda: account_indexer(handler).effect(calls=0)(handler), "at least 1 call"),
     ):
         with pytest.raises(InvalidSetting, match=words):
             make_wrong()
 
 
-# -- deferred indexes, several sources, what context tells
+# -- deferred indexes, several sources, the origin of an event
 
 
-async def is_built(own: Rig) -> bool:
-    """Whether the index over countries is there."""
-    entities: Any = own.house.entities
-    if own.house.name == "sqlite":
+async def is_built(rig: IndexerRig) -> bool:
+    """Return True if the index over countries exists."""
+    entities: Any = rig.stores.entities
+    if rig.stores.name == "sqlite":
         return bool(entities._rows("SELECT 1 FROM sqlite_master WHERE name = 'account_by_country'"))
-    asked = "SELECT 1 FROM pg_indexes WHERE indexname = 'account_by_country' AND schemaname = $1"
-    return bool(await entities._rows(asked, entities._store.schema))
+    query = "SELECT 1 FROM pg_indexes WHERE indexname = 'account_by_country' AND schemaname = $1"
+    return bool(await entities._rows(query, entities._store.schema))
 
 
-@DATABASES
-async def test_what_died_between_its_last_event_and_its_indexes_builds_them_at_the_next_start(
+@EACH_DATABASE
+async def test_an_indexer_that_crashes_before_building_its_indexes_builds_them_at_the_next_start(
     name: str, tmp_path: Path
 ) -> None:
-    async with rig(name, tmp_path, lambda app, source: bank(app, source, defer_indexes=True)) as own:
-        entities: Any = own.house.entities
-        build, died = entities.build_index, []
+    async with open_rig(name, tmp_path, lambda app, source: bank_indexer(app, source, defer_indexes=True)) as rig:
+        entities: Any = rig.stores.entities
+        build, crashes = entities.build_index, []
 
-        async def dying(*_: Any) -> None:
-            died.append(True)
+        async def crash_in_build(*_: Any) -> None:
+            crashes.append(True)
             raise Crash
 
-        entities.build_index = dying
+        entities.build_index = crash_in_build
         with pytest.raises(Crash):
-            async with own.running(Listed(pays(5))) as indexing:
+            async with rig.running(ListSource(payments(5))) as indexing:
                 await indexing.run()
-        (standing,) = await own.house.entities.standings("default")
-        assert (standing.no, standing.is_caught_up, await is_built(own)) == (5, False, False)
+        (state,) = await rig.stores.entities.standings("default")
+        assert (state.no, state.is_caught_up, await is_built(rig)) == (5, False, False)
         entities.build_index = build
-        await own.run(Listed(pays(5)))
-        (standing,) = await own.house.entities.standings("default")
-        assert (standing.no, standing.is_caught_up, await is_built(own)) == (5, True, True)
-        assert len(died) == 1
-        if name == "sqlite":  # and one that somebody dropped is made again
+        await rig.run(ListSource(payments(5)))
+        (state,) = await rig.stores.entities.standings("default")
+        assert (state.no, state.is_caught_up, await is_built(rig)) == (5, True, True)
+        assert len(crashes) == 1
+        if name == "sqlite":  # an index that was dropped is created again
             entities._within(lambda connection: connection.execute("DROP INDEX account_by_country"))
         else:
             drop = f'DROP INDEX "{entities._store.schema}".account_by_country'
             await entities._store.within(lambda connection, _: connection.raw.execute(drop))
-        assert not await is_built(own)
-        await own.run(Listed(pays(5)))
-        assert await is_built(own)
+        assert not await is_built(rig)
+        await rig.run(ListSource(payments(5)))
+        assert await is_built(rig)
 
 
-@DATABASES
-async def test_deferred_indexes_are_built_when_first_asked_for_or_at_the_end(name: str, tmp_path: Path) -> None:
-    def asking(app: Headrace, source: Any) -> Indexer:
+@EACH_DATABASE
+async def test_deferred_indexes_are_built_at_first_use_or_at_the_end(name: str, tmp_path: Path) -> None:
+    def indexer_with_task(app: Headrace, source: Any) -> Indexer:
         indexer = app.indexer("bank", source=source, entities=[Account], defer_indexes=True)
 
         @indexer.on("pay")
@@ -177,26 +180,26 @@ async def test_deferred_indexes_are_built_when_first_asked_for_or_at_the_end(nam
 
         return indexer
 
-    async with rig(name, tmp_path, asking) as own:
-        async with own.running(Listed([(1, Pay("a")), (2, Pay("b")), (3, Pay("ask")), (4, Pay("c"))])) as indexing:
+    async with open_rig(name, tmp_path, indexer_with_task) as rig:
+        async with rig.running(ListSource([(1, Pay("a")), (2, Pay("b")), (3, Pay("ask")), (4, Pay("c"))])) as indexing:
             await indexing.run(until=2)
-            assert not await is_built(own)
+            assert not await is_built(rig)
             await indexing.run(until=3)
-            assert await is_built(own)
-            assert (await found(own, indexing))["ask"] == 2
-        await own.forget()
-        async with own.running(Listed(pays(5))) as indexing:
+            assert await is_built(rig)
+            assert (await stored_balances(rig, indexing))["ask"] == 2
+        await rig.forget()
+        async with rig.running(ListSource(payments(5))) as indexing:
             await indexing.run(until=4)
-            (standing,) = await own.house.entities.standings("default")
-            assert (await is_built(own), standing.is_caught_up) == (False, False)
+            (state,) = await rig.stores.entities.standings("default")
+            assert (await is_built(rig), state.is_caught_up) == (False, False)
             await indexing.run()
-            (standing,) = await own.house.entities.standings("default")
-            assert (await is_built(own), standing.is_caught_up) == (True, True)
+            (state,) = await rig.stores.entities.standings("default")
+            assert (await is_built(rig), state.is_caught_up) == (True, True)
 
 
-@EVERY
-async def test_several_sources_merge_by_time_however_they_race(name: str, tmp_path: Path) -> None:
-    class Timed(Listed):
+@EACH_STORE
+async def test_several_sources_merge_by_time_in_any_arrival_order(name: str, tmp_path: Path) -> None:
+    class Timed(ListSource):
         def __init__(self, times: list[int], label: str) -> None:
             super().__init__([(n, Pay(label, time)) for n, time in enumerate(times, 1)], piece=2)
             self.times = dict(enumerate(times, 1))
@@ -206,7 +209,7 @@ async def test_several_sources_merge_by_time_however_they_race(name: str, tmp_pa
             async for arrived in super().arrivals(after):
                 for _ in range(random.randrange(4)):
                     await asyncio.sleep(0)
-                yield arrived._replace(times=[self.times[own] for own in arrived.positions])
+                yield arrived._replace(times=[self.times[position] for position in arrived.positions])
 
     order: list[Any] = []
 
@@ -224,7 +227,7 @@ async def test_several_sources_merge_by_time_however_they_race(name: str, tmp_pa
 
         return indexer
 
-    wanted = [
+    expected = [
         ("b", 1, 1),
         ("a", 1, 2),
         ("b", 2, 4),
@@ -235,49 +238,49 @@ async def test_several_sources_merge_by_time_however_they_race(name: str, tmp_pa
         ("a", 5, 7),
         ("b", 4, 9),
     ]
-    async with rig(name, tmp_path, merging) as own, own.running(None, index_batch_events_max=2) as indexing:
+    async with open_rig(name, tmp_path, merging) as rig, rig.running(None, index_batch_events_max=2) as indexing:
         await indexing.run()
-        assert order == wanted
-        assert await found(own, indexing) == {"a": 24567, "b": 1449}
-        standing = await indexing.rollback(2, source="b")
-        assert (standing.no, standing.positions) == (3, {"a": 1, "b": 2})
+        assert order == expected
+        assert await stored_balances(rig, indexing) == {"a": 24567, "b": 1449}
+        state = await indexing.rollback(2, source="b")
+        assert (state.no, state.positions) == (3, {"a": 1, "b": 2})
         order.clear()
         await indexing.run()
-        assert order == wanted[3:]
-        assert await found(own, indexing) == {"a": 24567, "b": 1449}
+        assert order == expected[3:]
+        assert await stored_balances(rig, indexing) == {"a": 24567, "b": 1449}
         with pytest.raises(InvalidInput, match="expected the name of a source"):
             await indexing.rollback(1)
         with pytest.raises(InvalidInput, match="got 2 sources"):
             await indexing.run(until=3)
 
 
-async def test_any_of_and_ranges_overlay_what_is_staged() -> None:
+async def test_any_of_and_ranges_include_staged_rows() -> None:
     async def handler(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to, event.amount, event.country))
         ctx.delete(Account, "a1")
-        found = await ctx.where(Account, country=any_of("NZ", "AU"))
+        listed = await ctx.where(Account, country=any_of("NZ", "AU"))
         later = await ctx.where(Account, country=at_least("B"))
-        ctx.set(Account("told", len(found) * 100 + len(later), "zz"))
+        ctx.set(Account("counts", len(listed) * 100 + len(later), "zz"))
 
-    simulation = await handled(handler).simulate([Pay("a1"), Pay("b", 1, "AU"), Pay("c", 1, "CH")])
-    assert simulation.row(Account, "told") == Account("told", 102, "zz")
+    simulation = await account_indexer(handler).simulate([Pay("a1"), Pay("b", 1, "AU"), Pay("c", 1, "CH")])
+    assert simulation.row(Account, "counts") == Account("counts", 102, "zz")
 
 
 # -- runs
 
 
-@EVERY
+@EACH_STORE
 async def test_runs_are_enqueued_with_the_commit_and_a_rewind_enqueues_nothing_twice(name: str, tmp_path: Path) -> None:
-    def asking(app: Headrace, source: Any) -> Indexer:
+    def indexer_with_task(app: Headrace, source: Any) -> Indexer:
         indexer = app.indexer("bank", source=source, entities=[Account], history="all")
         if "notify" not in app.registry:
 
             @app.task(queue="mail")
             async def notify(to: str, amount: int) -> None: ...
 
-            asking.task = notify  # type: ignore[attr-defined]  # kept for the second start
+            indexer_with_task.task = notify  # type: ignore[attr-defined]  # for the second start
 
-        task: Any = asking.task  # type: ignore[attr-defined]  # kept by the first start
+        task: Any = indexer_with_task.task  # type: ignore[attr-defined]  # set by the first start
 
         @indexer.on("pay")
         async def on_pay(event: Pay, ctx: HandlerContext) -> None:
@@ -288,22 +291,23 @@ async def test_runs_are_enqueued_with_the_commit_and_a_rewind_enqueues_nothing_t
 
         return indexer
 
-    async with rig(name, tmp_path, asking) as own:
-        own.tables = Unsteady(own.house.entities, [AFTER, "crash after", BEFORE, "crash before"])
-        indexing = await own.run(
-            Listed([*pays(9), Rewind(4), *[(n, Pay("other", n * 2)) for n in range(5, 8)]]), index_batch_events_max=2
+    async with open_rig(name, tmp_path, indexer_with_task) as rig:
+        rig.tables = FailingTables(rig.stores.entities, [AFTER, "crash after", BEFORE, "crash before"])
+        indexing = await rig.run(
+            ListSource([*payments(9), Rewind(4), *[(n, Pay("other", n * 2)) for n in range(5, 8)]]),
+            index_batch_events_max=2,
         )
-        runs = await own.runs()
+        runs = await rig.runs()
         keys = [msgspec.json.decode(key) for key, _, _ in runs]
         assert keys == [["bank", "main", n, ordinal] for n in range(1, 10) for ordinal in range(1 + n % 2)]
         assert {task for _, task, _ in runs} == {"notify"}
         assert runs[0][2] == {"to": "a1", "amount": 1}
-        assert (await own.left(indexing)).positions == {"main": 7}
+        assert (await rig.contents(indexing)).positions == {"main": 7}
 
 
-async def test_more_runs_than_one_event_may_enqueue_are_refused() -> None:
+async def test_an_event_that_enqueues_too_many_runs_is_refused() -> None:
     app = Headrace("tests")
-    indexer = app.indexer("bank", source=Listed(), entities=[Account])
+    indexer = app.indexer("bank", source=ListSource(), entities=[Account])
 
     @app.task
     async def notify(to: str) -> None: ...
@@ -322,10 +326,10 @@ async def test_more_runs_than_one_event_may_enqueue_are_refused() -> None:
 
 
 def _keyed(app: Headrace, task: Any) -> Indexer:
-    indexer = app.indexer("keyed", source=Listed(), entities=[Account])
+    indexer = app.indexer("keyed", source=ListSource(), entities=[Account])
 
     @indexer.on("pay")
     async def on_pay(event: Pay, ctx: HandlerContext) -> None:
-        ctx.enqueue(task.options(idempotency_key="mine"), event.to)
+        ctx.enqueue(task.options(idempotency_key="key"), event.to)
 
     return indexer

@@ -1,4 +1,4 @@
-"""Handlers: what they may ask, what becomes of it when they misbehave, effects, and loading ahead."""
+"""Handlers: their calls of the context, their failures and timeouts, effects, and preloading."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ from headrace.indexer import (
 )
 from headrace.runtime.clock import ManualClock, SystemClock
 from headrace.runtime.indexing.handler_context import ContextEnded
-from tests.indexer.bank import (
-    EVERY,
-    FIVE,
+from tests.indexer.bank_example import (
+    EACH_STORE,
+    NOT_A_STRING,
     Account,
     Pay,
-    bank,
-    found,
-    handled,
-    pays,
+    account_indexer,
+    bank_indexer,
+    payments,
+    stored_balances,
 )
-from tests.indexer.rig import Listed, rig
+from tests.indexer.indexer_rig import ListSource, open_rig
 
-# -- handlers that misbehave
+# -- handlers that fail
 
 
-async def test_a_handler_that_raises_stops_the_indexer_and_says_where() -> None:
+async def test_a_handler_that_raises_stops_the_indexer_and_reports_its_position() -> None:
     async def failing(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to))
         if event.to == "bad":
             raise ValueError("no such account")
 
-    indexer = handled(failing)
+    indexer = account_indexer(failing)
     with pytest.raises(HandlerFailed, match="event at 3.*no such account") as raised:
         await indexer.simulate([Pay("a"), Pay("b"), Pay("bad"), Pay("c")])
     assert isinstance(raised.value.__cause__, ValueError)
     assert raised.value.ids["position"] == 3
 
 
-async def test_a_handler_that_hangs_is_ended_by_its_bound() -> None:
+async def test_a_handler_that_hangs_is_ended_by_its_timeout() -> None:
     async def hanging(event: Pay, ctx: HandlerContext) -> None:
         await asyncio.Event().wait()
 
     clock = ManualClock()
     from headrace.indexer_testing import Simulation
 
-    simulation = await Simulation.start(handled(hanging).definition, {"index_handler_timeout_s": 5}, clock)
+    simulation = await Simulation.start(account_indexer(hanging).definition, {"index_handler_timeout_s": 5}, clock)
     simulation.feed(Pay("a"))
     draining = asyncio.ensure_future(simulation.drain())
     await clock.advance_async(11)
@@ -65,8 +65,8 @@ async def test_a_handler_that_hangs_is_ended_by_its_bound() -> None:
     await simulation.close()
 
 
-async def test_a_handler_that_never_gives_the_loop_back_loses_the_lease_and_is_named(tmp_path: Path) -> None:
-    left = threading.Event()
+async def test_a_handler_that_blocks_the_loop_loses_the_lease_and_is_reported(tmp_path: Path) -> None:
+    released = threading.Event()
 
     def blocking(app: Headrace, source: Any) -> Indexer:
         indexer = app.indexer("bank", source=source, entities=[Account])
@@ -74,30 +74,30 @@ async def test_a_handler_that_never_gives_the_loop_back_loses_the_lease_and_is_n
         @indexer.on("pay")
         async def on_pay(event: Pay, ctx: HandlerContext) -> None:
             if event.to == "stuck":
-                assert left.wait(60), "the lease is given back while the loop stands still"
+                assert released.wait(60), "expected the lease to be released while the loop is blocked"
             ctx.set(Account(event.to))
 
         return indexer
 
     log = [(1, Pay("a")), (2, Pay("stuck")), (3, Pay("b"))]
-    async with rig("sqlite", tmp_path, blocking, SystemClock()) as own:
-        leave = own.house.entities.leave
+    async with open_rig("sqlite", tmp_path, blocking, SystemClock()) as rig:
+        leave = rig.stores.entities.leave
 
         async def leaving(*names: Any) -> None:
             await leave(*names)
-            left.set()
+            released.set()
 
-        own.tables.leave = leaving
+        rig.tables.leave = leaving
         with pytest.raises(HandlerFailed, match="event at 2 has not ended in 1 s"):
-            async with own.running(
-                Listed(log), index_batch_events_max=1, index_handler_timeout_s=1, heartbeat_ms=100
+            async with rig.running(
+                ListSource(log), index_batch_events_max=1, index_handler_timeout_s=1, heartbeat_ms=100
             ) as indexing:
                 await indexing.run()
-        (standing,) = await own.house.entities.standings("default")
-        assert (standing.no, standing.holder) == (1, "")
+        (state,) = await rig.stores.entities.standings("default")
+        assert (state.no, state.holder) == (1, "")
 
 
-async def test_handlers_that_keep_the_loop_one_after_the_other_are_not_one_that_is_stuck(tmp_path: Path) -> None:
+async def test_a_series_of_slow_handlers_is_not_taken_for_a_stuck_handler(tmp_path: Path) -> None:
     beats = threading.Semaphore(0)
 
     def slow(app: Headrace, source: Any) -> Indexer:
@@ -111,26 +111,26 @@ async def test_handlers_that_keep_the_loop_one_after_the_other_are_not_one_that_
 
         return indexer
 
-    async with rig("sqlite", tmp_path, slow, SystemClock()) as own:
-        beat = own.house.entities.beat
+    async with open_rig("sqlite", tmp_path, slow, SystemClock()) as rig:
+        beat = rig.stores.entities.beat
 
         async def beating(*names: Any) -> bool:
             beats.release()
             return await beat(*names)
 
-        own.tables.beat = beating
-        log = [(n, Pay(f"a{n}", 40)) for n in range(1, 4)]  # 40 of 50 beats each
-        async with own.running(Listed(log), index_handler_timeout_s=1, heartbeat_ms=20) as indexing:
+        rig.tables.beat = beating
+        log = [(n, Pay(f"a{n}", 40)) for n in range(1, 4)]  # 40 of the 50 heartbeats that the timeout allows
+        async with rig.running(ListSource(log), index_handler_timeout_s=1, heartbeat_ms=20) as indexing:
             await indexing.run()
-        (standing,) = await own.house.entities.standings("default")
-        assert standing.no == 3
+        (state,) = await rig.stores.entities.standings("default")
+        assert state.no == 3
 
 
-async def test_a_context_refuses_what_comes_after_its_handler_and_the_indexer_stops() -> None:
+async def test_a_context_refuses_calls_after_its_handler_ended_and_the_indexer_stops() -> None:
     late: list[asyncio.Task[None]] = []
     refused: list[BaseException] = []
 
-    async def forgetful(event: Pay, ctx: HandlerContext) -> None:
+    async def faulty(event: Pay, ctx: HandlerContext) -> None:
         async def later() -> None:
             await asyncio.sleep(0)
             await asyncio.sleep(0)
@@ -146,7 +146,7 @@ async def test_a_context_refuses_what_comes_after_its_handler_and_the_indexer_st
                 await asyncio.sleep(0)
             ctx.set(Account(event.to, 1))
 
-    async with handled(forgetful).simulation(index_batch_events_max=1) as simulation:
+    async with account_indexer(faulty).simulation(index_batch_events_max=1) as simulation:
         simulation.feed(Pay("late"), Pay("late2"), Pay("a"))
         with pytest.raises(ContextEnded, match="event at 1"):
             await simulation.drain()
@@ -154,27 +154,27 @@ async def test_a_context_refuses_what_comes_after_its_handler_and_the_indexer_st
         assert simulation.row(Account, "late") is None
 
 
-async def test_a_forgotten_await_is_named() -> None:
-    async def forgetful(event: Pay, ctx: HandlerContext) -> None:
+async def test_a_missing_await_is_reported() -> None:
+    async def faulty(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(ctx.get(Account, event.to))  # type: ignore[arg-type]  # that is the fault
 
     with pytest.raises(HandlerFailed, match="got a coroutine"):
-        await handled(forgetful).simulate([Pay("a")])
+        await account_indexer(faulty).simulate([Pay("a")])
 
 
-async def test_what_a_handler_got_can_t_be_changed_under_the_others() -> None:
+async def test_an_entity_passed_to_a_handler_is_immutable() -> None:
     async def changing(event: Pay, ctx: HandlerContext) -> None:
         account = await ctx.get_or_create(Account, event.to)
         account.balance = 5
 
     with pytest.raises(HandlerFailed, match="immutable"):
-        await handled(changing).simulate([Pay("a")])
+        await account_indexer(changing).simulate([Pay("a")])
 
 
 @pytest.mark.parametrize(
     ("do", "words"),
     [
-        (lambda ctx: ctx.set(Account(FIVE)), "expected a string"),
+        (lambda ctx: ctx.set(Account(NOT_A_STRING)), "expected a string"),
         (lambda ctx: ctx.set(Account("a\0")), "NUL"),
         (lambda ctx: ctx.set("a"), "not an entity of this indexer"),
         (lambda ctx: ctx.delete(Account, 5), "expected a string"),
@@ -183,36 +183,36 @@ async def test_what_a_handler_got_can_t_be_changed_under_the_others() -> None:
         (lambda ctx: ctx.get(Pay, "a"), "its entities are: Account"),
         (lambda ctx: ctx.get_many(Account, ["a", None]), "has no id"),
         (lambda ctx: ctx.get_or_create(Account, "a", colour=1), "can't be created from"),
-        (lambda ctx: ctx.require(Account, "a", "who is that?"), "who is that?"),
+        (lambda ctx: ctx.require(Account, "a", "no such account"), "no such account"),
         (lambda ctx: ctx.where(Account, balance=1), "not indexed"),
         (lambda ctx: ctx.effect(len, "a"), "expected an effect of this indexer"),
         (lambda ctx: ctx.enqueue(len, "a"), "expected a task"),
     ],
     ids=[str(number) for number in range(13)],
 )
-async def test_what_a_handler_asks_wrongly_is_answered_with_how_to_ask(do: Any, words: str) -> None:
-    async def asking(event: Pay, ctx: HandlerContext) -> None:
-        made = do(ctx)
-        if made is not None:
-            await made
+async def test_an_invalid_call_of_a_handler_is_refused_with_a_hint(do: Any, words: str) -> None:
+    async def invalid_call(event: Pay, ctx: HandlerContext) -> None:
+        awaitable = do(ctx)
+        if awaitable is not None:
+            await awaitable
 
     with pytest.raises(HandlerFailed, match=words):
-        await handled(asking).simulate([Pay("a")])
+        await account_indexer(invalid_call).simulate([Pay("a")])
 
 
-async def test_require_answers_what_is_there() -> None:
+async def test_require_returns_an_existing_row() -> None:
     async def requiring(event: Pay, ctx: HandlerContext) -> None:
         ctx.set(Account(event.to, 3))
         assert (await ctx.require(Account, event.to)).balance == 3
 
-    await handled(requiring).simulate([Pay("a")])
+    await account_indexer(requiring).simulate([Pay("a")])
     assert issubclass(NotFound, Exception)
 
 
 # -- effects
 
 
-async def test_a_call_is_made_once_for_its_arguments_and_its_answer_outlives_the_process(tmp_path: Path) -> None:
+async def test_an_effect_is_called_once_per_arguments_and_its_result_survives_a_restart(tmp_path: Path) -> None:
     calls: list[int] = []
 
     def priced(app: Headrace, source: Any) -> Indexer:
@@ -229,26 +229,26 @@ async def test_a_call_is_made_once_for_its_arguments_and_its_answer_outlives_the
 
         return indexer
 
-    async with rig("sqlite", tmp_path, priced) as own:
-        indexing = await own.run(Listed(pays(30)), index_batch_events_max=4)
+    async with open_rig("sqlite", tmp_path, priced) as rig:
+        indexing = await rig.run(ListSource(payments(30)), index_batch_events_max=4)
         assert sorted(calls) == [0, 1, 2]
-        assert await found(own, indexing) == {f"a{n % 7}": n % 3 * 10 for n in range(1, 31)}
-        await own.run(Listed([*pays(30), (31, Pay("again", 2))]))
+        assert await stored_balances(rig, indexing) == {f"a{n % 7}": n % 3 * 10 for n in range(1, 31)}
+        await rig.run(ListSource([*payments(30), (31, Pay("again", 2))]))
         assert sorted(calls) == [0, 1, 2]
 
 
-async def test_calls_keep_to_their_limit_and_an_error_reaches_only_its_caller() -> None:
+async def test_effect_calls_respect_their_limit_and_an_error_reaches_only_its_caller() -> None:
     clock = ManualClock()
-    asked: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     started = clock.now_us()
     app = Headrace("tests")
-    indexer = app.indexer("bank", source=Listed(), entities=[Account])
+    indexer = app.indexer("bank", source=ListSource(), entities=[Account])
 
     @indexer.effect(calls=2, per_s=1)
     async def rate(n: int) -> int:
-        asked.append((n, (clock.now_us() - started) // 1_000_000))
+        calls.append((n, (clock.now_us() - started) // 1_000_000))
         if n == 3:
-            raise ConnectionError("not this one")
+            raise ConnectionError("refused call")
         return n
 
     @indexer.on("pay")
@@ -266,15 +266,15 @@ async def test_calls_keep_to_their_limit_and_an_error_reaches_only_its_caller() 
     await clock.advance_async(10)
     await draining
     assert [row.balance for row in simulation.rows(Account)] == [1, 2, -1, 4, 5, 6]
-    seconds = [second for _, second in sorted(asked)[:6]]
-    assert max(seconds.count(second) for second in seconds) <= 2, "two a window, and the others in later ones"
-    assert len({n for n, _ in asked}) == 6
+    seconds = [second for _, second in sorted(calls)[:6]]
+    assert max(seconds.count(second) for second in seconds) <= 2, "expected two calls a window"
+    assert len({n for n, _ in calls}) == 6
     await simulation.close()
 
 
-async def test_without_cache_a_call_is_made_again_in_each_batch() -> None:
+async def test_an_uncached_effect_is_called_again_in_each_batch() -> None:
     calls: list[int] = []
-    indexer = Headrace("tests").indexer("bank", source=Listed(), entities=[Account])
+    indexer = Headrace("tests").indexer("bank", source=ListSource(), entities=[Account])
 
     @indexer.effect(cache=False)
     async def now(n: int) -> int:
@@ -292,42 +292,42 @@ async def test_without_cache_a_call_is_made_again_in_each_batch() -> None:
 # -- preload and lookups
 
 
-async def test_a_batch_of_unknown_rows_is_one_query_and_a_known_one_none() -> None:
-    asked: list[int] = []
-    indexer = bank(Headrace("tests"), Listed(), history=0)
+async def test_a_batch_of_uncached_rows_takes_a_single_query_and_a_cached_batch_takes_none() -> None:
+    queries: list[int] = []
+    indexer = bank_indexer(Headrace("tests"), ListSource(), history=0)
     async with indexer.simulation() as simulation:
         load = simulation._tables.load
 
         async def counted(entity: Any, ids: Any) -> Any:
-            asked.append(len(ids))
+            queries.append(len(ids))
             return await load(entity, ids)
 
         simulation._tables.load = counted  # type: ignore[attr-defined]  # counts the queries
-        simulation.feed(*[event for _, event in pays(1_000, accounts=400)])
+        simulation.feed(*[event for _, event in payments(1_000, accounts=400)])
         await simulation.drain()
-        assert asked == [400]
-        simulation.feed(*[event for _, event in pays(1_000, accounts=400)])
+        assert queries == [400]
+        simulation.feed(*[event for _, event in payments(1_000, accounts=400)])
         await simulation.drain()
-        assert asked == [400], "rows that are known, and rows known to be absent, are not asked for again"
+        assert queries == [400], "expected no query for rows cached as present or absent"
 
 
-async def test_running_ahead_writes_nothing_and_its_errors_are_not_looked_at() -> None:
-    ahead: list[Any] = []
+async def test_preloading_writes_nothing_and_its_errors_are_ignored() -> None:
+    preloaded: list[Any] = []
 
     async def handler(event: Pay, ctx: HandlerContext) -> None:
         account = await ctx.get(Account, event.to)
         for _ in range(0 if ctx.is_preload else 3):
             await asyncio.sleep(0)
         if ctx.is_preload:
-            ahead.append(ctx.position)
-            ctx.set(Account("from ahead"))
+            preloaded.append(ctx.position)
+            ctx.set(Account("preloaded"))
             ctx.delete(Account, "a1")
-            ctx.log.info("nobody hears this")
-            raise ValueError("only ahead")
+            ctx.log.info("log line of a preload")
+            raise ValueError("only in the preload")
         ctx.set(Account(event.to, 1 if account is None else account.balance + 1))
 
-    simulation = await handled(handler).simulate([event for _, event in pays(20)])
-    assert sorted(ahead) == list(range(2, 21))
+    simulation = await account_indexer(handler).simulate([event for _, event in payments(20)])
+    assert sorted(preloaded) == list(range(2, 21))
     assert {row.id: row.balance for row in simulation.rows(Account)} == {
         f"a{n}": 3 if n and n < 7 else 2 for n in range(7)
     }
@@ -335,44 +335,44 @@ async def test_running_ahead_writes_nothing_and_its_errors_are_not_looked_at() -
 
 async def test_a_row_that_is_only_read_stays_in_memory_and_gets_no_history() -> None:
     async def reading(event: Pay, ctx: HandlerContext) -> None:
-        await ctx.get(Account, "kept")
+        await ctx.get(Account, "cached")
         if event.amount:
             ctx.set(Account(event.to, event.amount))
 
-    async with handled(reading, history="all").simulation(index_batch_events_max=1) as simulation:
-        simulation.feed(Pay("kept", 1), Pay("other", 1), Pay("kept", 0), Pay("other", 2))
+    async with account_indexer(reading, history="all").simulation(index_batch_events_max=1) as simulation:
+        simulation.feed(Pay("cached", 1), Pay("other", 1), Pay("cached", 0), Pay("other", 2))
         await simulation.drain()
-        assert simulation.indexing._reads.queries_count == 1, "before it was there, and never again"
+        assert simulation.indexing._reads.queries_count == 1, "expected a single query, before the row existed"
         assert [(row_id, no) for row_id, no, _ in await simulation.history(Account)] == [
-            ("kept", 1),
+            ("cached", 1),
             ("other", 2),
             ("other", 4),
         ]
 
 
-async def test_get_or_create_sets_what_it_makes_and_leaves_what_is_there() -> None:
+async def test_get_or_create_stores_a_new_row_and_leaves_an_existing_row_unchanged() -> None:
     async def making(event: Pay, ctx: HandlerContext) -> None:
         first = await ctx.get_or_create(Account, event.to, balance=event.amount, country="NZ")
         assert await ctx.get(Account, event.to) == first
 
-    async with handled(making).simulation() as simulation:
+    async with account_indexer(making).simulation() as simulation:
         simulation.feed(Pay("a", 1), Pay("a", 2), Pay("b", 3))
         await simulation.drain()
         assert simulation.rows(Account) == [Account("a", 1, "NZ"), Account("b", 3, "NZ")]
 
 
-async def test_questions_of_one_field_at_once_are_one_query_and_ranges_each_their_own() -> None:
-    asked: list[Any] = []
+async def test_concurrent_equality_conditions_share_a_query_and_ranges_do_not() -> None:
+    queries: list[Any] = []
 
     async def handler(event: Pay, ctx: HandlerContext) -> None:
-        found = await asyncio.gather(
+        results = await asyncio.gather(
             ctx.where(Account, country="NZ"),
             ctx.where(Account, country=any_of("AU", "NZ")),
             ctx.where(Account, country=any_of("FJ")),
             ctx.where(Account, country=at_least("V")),
             ctx.where(Account, country=at_least("W")),
         )
-        assert [[row.id for row in rows] for rows in found] == [["n"], ["a", "n"], ["f"], ["v", "w"], ["w"]]
+        assert [[row.id for row in rows] for rows in results] == [["n"], ["a", "n"], ["f"], ["v", "w"], ["w"]]
         assert [row.id for row in await ctx.where(Account, country=any_of("NZ", "FJ"))] == ["f", "n"]
         ctx.set(Account("n", 0, "FJ"))
         ctx.set(Account("late", 0, "NZ"))
@@ -386,21 +386,21 @@ async def test_questions_of_one_field_at_once_are_one_query_and_ranges_each_thei
         Account("w", 0, "WS"),
     ]
 
-    async with handled(handler, preload=False).simulation() as simulation:
+    async with account_indexer(handler, preload=False).simulation() as simulation:
 
         async def find(entity: Any, conditions: Any) -> Any:
             (condition,) = conditions
-            asked.append(sorted(condition.values) if condition.values else condition.range.least)
+            queries.append(sorted(condition.values) if condition.values else condition.range.least)
             return [row for row in stored if condition.holds(row)]
 
         simulation._tables.find = find  # type: ignore[attr-defined]  # counts the queries
         simulation.feed(Pay("x"))
         await simulation.drain()
-    assert sorted(map(str, asked)) == ["V", "W", "['AU', 'FJ', 'NZ']"], "what is known is not asked for again"
+    assert sorted(map(str, queries)) == ["V", "W", "['AU', 'FJ', 'NZ']"], "expected no query for values in memory"
 
 
-async def test_gets_of_one_handler_at_once_are_one_query() -> None:
-    asked: list[Any] = []
+async def test_concurrent_gets_of_a_handler_share_a_query() -> None:
+    queries: list[Any] = []
 
     async def handler(event: Pay, ctx: HandlerContext) -> None:
         await asyncio.gather(*[ctx.get(Account, f"x{n}") for n in range(5)], ctx.get(Account, "x1"))
@@ -413,20 +413,20 @@ async def test_gets_of_one_handler_at_once_are_one_query() -> None:
             await asyncio.sleep(0)
         await ctx.get(Account, "then")
 
-    async with handled(handler, preload=False).simulation() as simulation:
+    async with account_indexer(handler, preload=False).simulation() as simulation:
 
         async def load(entity: Any, ids: Any) -> Any:
-            asked.append(sorted(ids))
+            queries.append(sorted(ids))
             return []
 
         simulation._tables.load = load  # type: ignore[attr-defined]  # counts the queries
         simulation.feed(Pay("a"))
         await simulation.drain()
-    assert asked == [["x0", "x1", "x2", "x3", "x4"], ["y"], ["z1"], ["z2"], ["now"], ["then"]]
+    assert queries == [["x0", "x1", "x2", "x3", "x4"], ["y"], ["z1"], ["z2"], ["now"], ["then"]]
 
 
-@EVERY
-async def test_where_with_ten_thousand_values_asks_for_them_together(name: str, tmp_path: Path) -> None:
+@EACH_STORE
+async def test_where_with_thousands_of_values_queries_them_together(name: str, tmp_path: Path) -> None:
     def spread(app: Headrace, source: Any) -> Indexer:
         indexer = app.indexer("bank", source=source, entities=[Account])
 
@@ -439,22 +439,22 @@ async def test_where_with_ten_thousand_values_asks_for_them_together(name: str, 
 
     count = 3_000
     log = [(n, Pay(f"a{n}", 0, f"c{n % count}")) for n in range(2 * count)]
-    async with rig(name, tmp_path, spread) as own:
-        await own.run(Listed(log[:count], piece=count), index_batch_events_max=count)
-        async with own.running(Listed(log, piece=count), index_batch_events_max=count) as indexing:
+    async with open_rig(name, tmp_path, spread) as rig:
+        await rig.run(ListSource(log[:count], piece=count), index_batch_events_max=count)
+        async with rig.running(ListSource(log, piece=count), index_batch_events_max=count) as indexing:
             await indexing.run()
-            assert indexing._reads.queries_count <= 6, "not one a value"
-            rows = await own.house.entities.find(indexing.plan.entities[0], ())
+            assert indexing._reads.queries_count <= 6, "expected no query per value"
+            rows = await rig.stores.entities.find(indexing.plan.entities[0], ())
             assert sorted(row.balance for row in rows) == [1] * count + [2] * count
 
 
 # -- simulate
 
 
-async def test_simulate_holds_and_fails_commits_and_goes_back() -> None:
-    indexer = bank(Headrace("tests"), Listed())
+async def test_a_simulation_can_hold_and_fail_commits_and_roll_back() -> None:
+    indexer = bank_indexer(Headrace("tests"), ListSource())
     async with indexer.simulation(index_batch_events_max=2) as simulation:
-        simulation.feed(*[event for _, event in pays(6)])
+        simulation.feed(*[event for _, event in payments(6)])
         simulation.hold_commits()
         draining = asyncio.ensure_future(simulation.drain())
         for _ in range(50):
@@ -483,9 +483,9 @@ async def test_simulate_holds_and_fails_commits_and_goes_back() -> None:
             simulation.rows(Entity)
 
 
-async def test_an_answer_of_none_is_an_answer() -> None:
+async def test_an_effect_result_of_none_is_cached() -> None:
     calls: list[int] = []
-    indexer = Headrace("tests").indexer("bank", source=Listed(), entities=[Account])
+    indexer = Headrace("tests").indexer("bank", source=ListSource(), entities=[Account])
 
     @indexer.effect()
     async def nothing(n: int) -> None:
@@ -500,16 +500,16 @@ async def test_an_answer_of_none_is_an_answer() -> None:
     assert calls == [1]
 
 
-async def test_an_answer_that_no_longer_fits_is_asked_for_again(tmp_path: Path) -> None:
+async def test_an_effect_whose_return_type_changed_is_called_again(tmp_path: Path) -> None:
     def numbered(kind: type[Any]) -> Any:
-        def made(app: Headrace, source: Any) -> Indexer:
+        def awaitable(app: Headrace, source: Any) -> Indexer:
             indexer = app.indexer("bank", source=source, entities=[Account])
 
-            async def asked(n: int) -> Any:
+            async def convert(n: int) -> Any:
                 return kind(n)
 
-            asked.__annotations__["return"] = kind
-            effect = indexer.effect()(asked)
+            convert.__annotations__["return"] = kind
+            effect = indexer.effect()(convert)
 
             @indexer.on("pay")
             async def on_pay(event: Pay, ctx: HandlerContext) -> None:
@@ -517,10 +517,10 @@ async def test_an_answer_that_no_longer_fits_is_asked_for_again(tmp_path: Path) 
 
             return indexer
 
-        return made
+        return awaitable
 
-    async with rig("sqlite", tmp_path, numbered(int)) as own:
-        await own.run(Listed([(1, Pay("number"))]))
-        own._make = numbered(str)
-        indexing = await own.run(Listed([(1, Pay("number")), (2, Pay("text"))]))
-        assert await found(own, indexing) == {"number": 1, "text": 3}
+    async with open_rig("sqlite", tmp_path, numbered(int)) as rig:
+        await rig.run(ListSource([(1, Pay("number"))]))
+        rig._make = numbered(str)
+        indexing = await rig.run(ListSource([(1, Pay("number")), (2, Pay("text"))]))
+        assert await stored_balances(rig, indexing) == {"number": 1, "text": 3}

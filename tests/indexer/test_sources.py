@@ -1,4 +1,6 @@
-"""Sources: files, iterators, a table, NATS, a batch's results; each goes on after a position and says what is wrong."""
+"""Sources: files, iterators, a table, NATS, the results of a batch; each resumes after a position and reports
+errors.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,12 @@ from tests.support.postgres_server import server
 
 
 async def read(source: Any, after: Position | None = None) -> list[tuple[Position, Any]]:
-    """Everything a source gives after a position."""
-    found: list[tuple[Position, Any]] = []
+    """Return all events of a source after a position."""
+    events: list[tuple[Position, Any]] = []
     async for arrived in source.arrivals(after):
         assert isinstance(arrived, Arrived)
-        found += zip(arrived.positions, arrived.events, strict=True)
-    return found
+        events += zip(arrived.positions, arrived.events, strict=True)
+    return events
 
 
 LINES = b'{"n":1}\n\n  \n{"n":4}\r\n{"n":5}'
@@ -52,7 +54,7 @@ async def test_a_file_of_json_lines_is_read_by_line(suffix: str, tmp_path: Path)
             await read(ndjson(path))
 
 
-async def test_a_long_file_is_read_in_pieces_whatever_they_cut(tmp_path: Path) -> None:
+async def test_a_long_file_is_read_in_pieces_that_may_split_lines(tmp_path: Path) -> None:
     path = tmp_path / "long.ndjson"
     random.seed(3)
     lines = [b'{"n":%d,"pad":"%s"}' % (n, b"x" * random.randrange(200)) for n in range(30_000)]
@@ -71,9 +73,9 @@ async def test_a_long_file_is_read_in_pieces_whatever_they_cut(tmp_path: Path) -
 async def test_times_come_from_a_field(tmp_path: Path) -> None:
     path = tmp_path / "timed.ndjson"
     path.write_bytes(b'{"at":"2026-01-01T00:00:00.000001Z"}\n{"at":7}\n')
-    arrived = [own async for own in ndjson(path, time="at").arrivals(None)]
-    assert isinstance(arrived[0], Arrived)
-    assert arrived[0].times == [1767225600000001, 7]
+    arrivals = [arrival async for arrival in ndjson(path, time="at").arrivals(None)]
+    assert isinstance(arrivals[0], Arrived)
+    assert arrivals[0].times == [1767225600000001, 7]
     for line in (b'{"at":"2026-01-01T00:00:00"}', b'{"at":true}', b"{}", b'{"at":'):
         path.write_bytes(line)
         with pytest.raises(InvalidInput, match="has no valid time|is invalid"):
@@ -86,7 +88,7 @@ class Row(msgspec.Struct, tag_field="type", tag="row"):
     price: float | None = None
 
 
-async def test_rows_of_csv_are_texts_or_what_their_class_says(tmp_path: Path) -> None:
+async def test_csv_rows_are_strings_or_instances_of_their_class(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('name,n,price\n"Ann, the first",1,2.5\nben,2,\n')
     assert await read(csv(path, kind="row")) == [
@@ -104,7 +106,7 @@ async def test_rows_of_csv_are_texts_or_what_their_class_says(tmp_path: Path) ->
             await read(csv(path, kind="row", event=Row))
 
 
-async def test_an_iterator_is_a_source_plain_async_or_awaited() -> None:
+async def test_plain_async_and_awaited_iterators_are_sources() -> None:
     def plain(after: Position | None) -> Iterator[Any]:
         yield from ((n, f"e{n}") for n in range(int(after or 0) + 1, 2_501))
 
@@ -118,8 +120,11 @@ async def test_an_iterator_is_a_source_plain_async_or_awaited() -> None:
     for begin in (plain, eventually, later):
         assert await read(stream(begin)) == [(n, f"e{n}") for n in range(1, 2_501)]
         assert await read(stream(begin), 2_499) == [(2_500, "e2500")]
-    told = [own async for own in stream(lambda _: [(1, "a", 10), (2, "b", 11), Rewind(1), (2, "c", 12)]).arrivals(None)]
-    assert told == [Arrived([1, 2], ["a", "b"], [10, 11]), Rewind(1), Arrived([2], ["c"], [12])]
+    arrivals = [
+        arrival
+        async for arrival in stream(lambda _: [(1, "a", 10), (2, "b", 11), Rewind(1), (2, "c", 12)]).arrivals(None)
+    ]
+    assert arrivals == [Arrived([1, 2], ["a", "b"], [10, 11]), Rewind(1), Arrived([2], ["c"], [12])]
     for wrong in ([5], [(1, 2, 3, 4)]):
         with pytest.raises(InvalidInput, match="stream: expected"):
             await read(stream(dict[Any, Any]({None: wrong}).get))
@@ -127,16 +132,16 @@ async def test_an_iterator_is_a_source_plain_async_or_awaited() -> None:
         await read(stream(lambda _: 5))
 
 
-async def test_a_table_is_read_by_key_and_never_past_a_row_that_is_still_to_come() -> None:
+async def test_a_table_is_read_by_key_and_never_past_an_uncommitted_row() -> None:
     dsn = server().dsn
     db, other = await asyncpg.connect(dsn), await asyncpg.connect(dsn)
     try:
         await db.execute('DROP TABLE IF EXISTS "Log"; CREATE TABLE "Log" ("No" bigint PRIMARY KEY, what text)')
         await db.execute("INSERT INTO \"Log\" SELECT n, 'w' || n FROM generate_series(1, 12000) AS n")
         source = table(dsn, "public.Log", key="No", kind="row")
-        found = await read(source)
-        assert found[-1] == (12_000, {"No": 12_000, "what": "w12000", "type": "row"})
-        assert [position for position, _ in found] == list(range(1, 12_001))
+        events = await read(source)
+        assert events[-1] == (12_000, {"No": 12_000, "what": "w12000", "type": "row"})
+        assert [position for position, _ in events] == list(range(1, 12_001))
         assert await source.head() == 12_000
         late = other.transaction()
         await late.start()
@@ -144,7 +149,7 @@ async def test_a_table_is_read_by_key_and_never_past_a_row_that_is_still_to_come
         await db.execute('INSERT INTO "Log" VALUES (12002, $1)', "early")
         reading = asyncio.ensure_future(read(source, 12_000))
         done, _ = await asyncio.wait([reading], timeout=0.3)
-        assert not done, "12001 may still come, so 12002 is not told yet"
+        assert not done, "expected the read to stop before 12002 until 12001 is committed"
         await late.commit()
         assert [position for position, _ in await reading] == [12_001, 12_002]
         with pytest.raises(InvalidInput, match="can't be read by"):
@@ -159,7 +164,7 @@ async def test_a_table_is_read_by_key_and_never_past_a_row_that_is_still_to_come
         await other.close()
 
 
-async def test_a_batch_that_has_finished_is_a_source(tmp_path: Path) -> None:
+async def test_a_finished_batch_is_a_source(tmp_path: Path) -> None:
     class Total(Entity):
         id: str
         outcomes: int = 0
@@ -179,10 +184,10 @@ async def test_a_batch_that_has_finished_is_a_source(tmp_path: Path) -> None:
             await read(results(app, batch.id))
         async with app.worker():
             await batch.wait()
-        found = await read(results(app, batch.id))
-        assert [(position, event["state"]) for position, event in found][2:4] == [(2, "completed"), (3, "failed")]
-        assert (found[2][1]["output"], found[4][1]["output"]) == (4, "x" * 100)
-        assert "not three" in str(found[3][1]["output"])
+        events = await read(results(app, batch.id))
+        assert [(position, event["state"]) for position, event in events][2:4] == [(2, "completed"), (3, "failed")]
+        assert (events[2][1]["output"], events[4][1]["output"]) == (4, "x" * 100)
+        assert "not three" in str(events[3][1]["output"])
         assert [position for position, _ in await read(results(app, batch.id), 3)] == [4, 5]
         assert await results(app, batch.id).head() == 5
 
@@ -199,7 +204,7 @@ async def test_a_batch_that_has_finished_is_a_source(tmp_path: Path) -> None:
 
 
 class NatsServer:
-    """A real server with JetStream, from the wheel."""
+    """A NATS server with JetStream, from its wheel."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as taken:
@@ -226,7 +231,7 @@ class NatsServer:
         self._process.communicate()
 
 
-async def test_a_jetstream_stream_is_read_by_its_numbers(tmp_path: Path) -> None:
+async def test_a_jetstream_stream_is_read_by_its_sequence_numbers(tmp_path: Path) -> None:
     import nats as client
 
     running = NatsServer(tmp_path)
@@ -237,9 +242,9 @@ async def test_a_jetstream_stream_is_read_by_its_numbers(tmp_path: Path) -> None
         for n in range(1, 1_201):
             await js.publish("events.a" if n % 2 else "events.b", b'{"n":%d}' % n)
         source = nats(running.url, "events", follow=False)
-        found = await read(source)
-        assert found == [(n, b'{"n":%d}' % n) for n in range(1, 1_201)]
-        assert await read(source, 1_198) == found[1_198:]
+        events = await read(source)
+        assert events == [(n, b'{"n":%d}' % n) for n in range(1, 1_201)]
+        assert await read(source, 1_198) == events[1_198:]
         assert await source.head() == 1_200
         assert [n for n, _ in await read(nats(running.url, "events", subject="events.b", follow=False), 1_190)] == list(
             range(1_192, 1_201, 2)
@@ -250,25 +255,27 @@ async def test_a_jetstream_stream_is_read_by_its_numbers(tmp_path: Path) -> None
         assert await anext(following) == Arrived([1_201], [b"{}"])
         await following.aclose()  # type: ignore[attr-defined]  # an async generator
         await js.purge_stream("events", seq=100)
-        with pytest.raises(InvalidInput, match="begins at 100, and 51 was next"):
+        with pytest.raises(InvalidInput, match="starts at 100, expected 51"):
             await read(source, 50)
         with pytest.raises(StoreUnavailable, match="can't be read"):
             await read(nats(running.url, "nothing", follow=False))
         await connection.close()
     finally:
         running.stop()
-    with pytest.raises(StoreUnavailable, match="does not answer"):
+    with pytest.raises(StoreUnavailable, match="can.t be reached"):
         await read(source)
 
 
-def test_the_sequencer_waits_for_who_may_still_be_earlier() -> None:
+def test_the_sequencer_waits_for_a_source_that_may_have_an_earlier_event() -> None:
     merged = Sequencer(["a", "b"], [None, None])
     merged.feed(0, Arrived([1, 2], ["a1", "a2"], [10, 30]))
-    assert merged.take(10) is None, "b may have something before 10"
+    assert merged.take(10) is None, "expected nothing: b may have an event before 10"
     merged.feed(1, Arrived([1], ["b1"], [20]))
     taken = merged.take(10)
     assert taken is not None
-    assert (taken.events, taken.sources) == (["a1", "b1"], [0, 1]), "what follows b1 is not known"
+    assert (taken.events, taken.sources) == (["a1", "b1"], [0, 1]), (
+        "expected to stop at b1: the next event of b is not known"
+    )
     merged.close(1)
     taken = merged.take(10)
     assert taken is not None

@@ -1,4 +1,4 @@
-"""An indexer over any house, with faults in its commits and everything it left behind as one value."""
+"""Rig that runs an indexer over each kind of store, with faults in its commits, and compares what it has stored."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from headrace.runtime.indexing.sources.source import Arrival
 from headrace.runtime.wakeup import Wakeup
 from headrace.store.entities.protocol import Commit, EntityStore
 from headrace.store.payloads import open_payloads
-from tests.indexer.houses import House, opened
+from tests.indexer.indexer_stores import IndexerStores, stores_in
 
 ALL = 1_000_000
-STEADY = "steady"
+NO_FAULT = "none"
 BEFORE = "before"
 AFTER = "after"
 CRASH_BEFORE = "crash before"
 CRASH_AFTER = "crash after"
-FAULTS = (STEADY, BEFORE, AFTER, CRASH_BEFORE, CRASH_AFTER)
+FAULTS = (NO_FAULT, BEFORE, AFTER, CRASH_BEFORE, CRASH_AFTER)
 
 
 class Crash(Exception):
-    """The process died here."""
+    """Stands for the end of the process at this point."""
 
 
 class QuickClock(SystemClock):
-    """A clock on which waiting for the next try takes no time; signs of life come as seldom as ever."""
+    """A clock whose waits before a retry take no time; waits as long as a heartbeat interval stay as they are."""
 
     async def sleep(self, seconds: float) -> None:
         await super().sleep(seconds if seconds >= DEFAULT.heartbeat_ms / 1_000 else 0)
 
 
-class Listed:
-    """A source of what a test lists: events at rising positions, in pieces of `piece`, and now and then a `Rewind`.
+class ListSource:
+    """A source over a list: events at increasing positions, in pieces of `piece`, and `Rewind` entries between them.
 
-    With `waits` it goes back only when everything before was handled.
+    With `waits`, a rewind is sent only after all events before it were handled.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Listed:
         self.opened: list[Position | None] = []
 
     async def arrivals(self, after: Position | None) -> AsyncIterator[Arrival]:
-        """What follows the newest rewind that was followed, then more; each rewind is told once."""
+        """Yield the events after the last rewind that was sent, then the rest of the list; each rewind is sent once."""
         self.opened.append(after)
         waiting: list[tuple[Position, Any]] = []
         rewinds = 0
@@ -71,36 +71,42 @@ class Listed:
             if isinstance(entry, Rewind):
                 rewinds += 1
                 if rewinds <= self.rewound:
-                    done = [own for own in done + waiting if entry.to is not None and not is_after(own[0], entry.to)]
+                    done = self._up_to(done + waiting, entry.to)
                     waiting = []
                     continue
-                for arrived in self._pieces(
-                    [own for own in done + waiting if after is None or is_after(own[0], after)]
-                ):
+                for arrived in self._pieces(self._following(done + waiting, after)):
                     yield arrived
-                told = [own for own in done + waiting if after is None or is_after(own[0], after)]
-                while self.waits and told and self.indexing._positions.get("main") != told[-1][0]:
+                sent = self._following(done + waiting, after)
+                while self.waits and sent and self.indexing._positions.get("main") != sent[-1][0]:
                     await asyncio.sleep(0)
-                done = [own for own in done + waiting if entry.to is not None and not is_after(own[0], entry.to)]
+                done = self._up_to(done + waiting, entry.to)
                 waiting, after = [], entry.to
                 yield entry
                 self.rewound = rewinds
             else:
                 waiting.append(entry)
-        for arrived in self._pieces([own for own in done + waiting if after is None or is_after(own[0], after)]):
+        for arrived in self._pieces(self._following(done + waiting, after)):
             yield arrived
+
+    @staticmethod
+    def _up_to(entries: Sequence[tuple[Position, Any]], last: Position | None) -> list[tuple[Position, Any]]:
+        return [entry for entry in entries if last is not None and not is_after(entry[0], last)]
+
+    @staticmethod
+    def _following(entries: Sequence[tuple[Position, Any]], after: Position | None) -> list[tuple[Position, Any]]:
+        return [entry for entry in entries if after is None or is_after(entry[0], after)]
 
     def _pieces(self, entries: Sequence[tuple[Position, Any]]) -> Iterable[Arrived]:
         for start in range(0, len(entries), self.piece):
-            some = entries[start : start + self.piece]
-            yield Arrived([own[0] for own in some], [own[1] for own in some])
+            piece = entries[start : start + self.piece]
+            yield Arrived([position for position, _ in piece], [event for _, event in piece])
 
     async def head(self) -> Position | None:
         return None
 
 
-class Unsteady:
-    """Tables whose commits fail as `faults` says, one word a try; after the last word all is steady."""
+class FailingTables:
+    """Entity tables whose commits fail as `faults` lists, an entry a try; after the last entry no commit fails."""
 
     def __init__(self, tables: EntityStore, faults: Sequence[str] = (), turns: Sequence[int] = ()) -> None:
         self.tables = tables
@@ -114,7 +120,7 @@ class Unsteady:
         return getattr(self.tables, name)
 
     async def commit(self, commit: Commit, *, now_us: int) -> None:
-        fault = self.faults.pop(0) if self.faults else STEADY
+        fault = self.faults.pop(0) if self.faults else NO_FAULT
         for _ in range(self.turns.pop(0) if self.turns else 0):
             await asyncio.sleep(0)
         if self.gate is not None:
@@ -132,8 +138,8 @@ class Unsteady:
             raise Crash
 
 
-class Left(NamedTuple):
-    """Everything an indexer left: rows and history by table, checkpoints, runs, and where it stands."""
+class IndexerContents(NamedTuple):
+    """Everything an indexer has stored: rows and history by table, checkpoints, runs, number and positions."""
 
     rows: dict[str, list[str]]
     history: dict[str, list[str]]
@@ -143,19 +149,21 @@ class Left(NamedTuple):
     positions: dict[str, Position]
 
 
-class Rig:
-    """One indexer of `make(app, source)` over one house."""
+class IndexerRig:
+    """Runs of an indexer of `make(app, source)` over the stores of a test."""
 
-    def __init__(self, house: House, make: Callable[[Headrace, Any], Indexer], clock: Clock | None = None) -> None:
-        self.house = house
+    def __init__(
+        self, stores: IndexerStores, make: Callable[[Headrace, Any], Indexer], clock: Clock | None = None
+    ) -> None:
+        self.stores = stores
         self.clock = clock or QuickClock()
         self.app = Headrace("tests")
         self._make = make
-        self.tables: Any = Unsteady(house.entities)
+        self.tables: Any = FailingTables(stores.entities)
 
     def engine(self, **limits: int) -> Engine:
         return Engine(
-            store=self.house.store,
+            store=self.stores.store,
             payloads=open_payloads("memory://"),
             clock=self.clock,
             limits=DEFAULT.replaced(**limits),
@@ -163,12 +171,12 @@ class Rig:
             live_directory=None,
             beats_beside=False,
             wakeup=Wakeup(),
-            entities=self.house.entities,
+            entities=self.stores.entities,
         )
 
     def indexing(self, source: Any, **limits: int) -> IndexerPipeline:
         indexing = IndexerPipeline(self._make(self.app, source).definition, self.engine(**limits), self.tables)
-        if isinstance(source, Listed):
+        if isinstance(source, ListSource):
             source.indexing = indexing
         return indexing
 
@@ -182,7 +190,7 @@ class Rig:
             await indexing.close()
 
     async def run(self, source: Any, **limits: int) -> IndexerPipeline:
-        """Run to the end of the source, starting anew after each crash."""
+        """Run to the end of the source; start again after each crash."""
         while True:
             try:
                 async with self.running(source, **limits) as indexing:
@@ -191,45 +199,47 @@ class Rig:
                 continue
             return indexing
 
-    async def left(self, indexing: IndexerPipeline) -> Left:
-        """Everything it left behind."""
+    async def contents(self, indexing: IndexerPipeline) -> IndexerContents:
+        """Return everything the indexer has stored."""
         types: Sequence[EntityType] = indexing.plan.entities
-        keeping = [own for own in types if indexing.plan.keeps_history(own)]
-        (standing,) = await self.house.entities.standings("default")
-        return Left(
-            rows={own.table: list(map(repr, await self.house.entities.find(own, ()))) for own in types},
-            history={own.table: list(map(repr, await self.house.entities.history(own))) for own in keeping},
-            checkpoints=await self.house.entities.checkpoints("default", standing.name),
+        with_history = [entity for entity in types if indexing.plan.keeps_history(entity)]
+        (state,) = await self.stores.entities.standings("default")
+        return IndexerContents(
+            rows={entity.table: list(map(repr, await self.stores.entities.find(entity, ()))) for entity in types},
+            history={
+                entity.table: list(map(repr, await self.stores.entities.history(entity))) for entity in with_history
+            },
+            checkpoints=await self.stores.entities.checkpoints("default", state.name),
             runs=await self.runs(),
-            no=standing.no,
-            positions=standing.positions,
+            no=state.no,
+            positions=state.positions,
         )
 
     async def runs(self) -> list[tuple[str, str, Any]]:
-        found = []
-        store = self.house.store
+        runs = []
+        store = self.stores.store
         for batch, ledger in await store.batches("default", limit=ALL):
-            assert batch.state == "sealed", "an empty one would be completed, and nobody's"
+            assert batch.state == "sealed", "a batch without runs would be completed"
             assert ledger.balances
             for run in await store.runs("default", batch_id=batch.id, limit=ALL):
                 view = await store.run(batch.id, run.index)
-                found.append((view.idempotency_key, view.task, msgspec.json.decode(view.payload)))
-        return sorted(found, key=lambda own: msgspec.json.decode(own[0])[1:])
+                runs.append((view.idempotency_key, view.task, msgspec.json.decode(view.payload)))
+        return sorted(runs, key=lambda run: msgspec.json.decode(run[0])[1:])
 
     async def forget(self) -> None:
-        """Drop the tables, and the runs with them: as if nothing had been."""
-        for standing in await self.house.entities.standings("default"):
-            await self.house.entities.reset("default", standing.name)
-        for batch, _ in await self.house.store.batches("default", limit=ALL):
-            await self.house.store.stop_batch(batch.id, "cancelled", now_us=1)
-        while (await self.house.store.prune(2**62, batches_max=1_000, rows_max=100_000)).more:
+        """Drop the tables and the runs of earlier tests."""
+        for state in await self.stores.entities.standings("default"):
+            await self.stores.entities.reset("default", state.name)
+        for batch, _ in await self.stores.store.batches("default", limit=ALL):
+            await self.stores.store.stop_batch(batch.id, "cancelled", now_us=1)
+        while (await self.stores.store.prune(2**62, batches_max=1_000, rows_max=100_000)).more:
             pass
 
 
 @asynccontextmanager
-async def rig(
+async def open_rig(
     name: str, folder: Path, make: Callable[[Headrace, Any], Indexer], clock: Clock | None = None
-) -> AsyncIterator[Rig]:
-    """A rig on a fresh house."""
-    async with opened(name, folder) as house:
-        yield Rig(house, make, clock)
+) -> AsyncIterator[IndexerRig]:
+    """Open a rig on stores in a folder."""
+    async with stores_in(name, folder) as stores:
+        yield IndexerRig(stores, make, clock)

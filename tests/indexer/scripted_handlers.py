@@ -1,4 +1,4 @@
-"""Handlers that do what their events say: any sequence of operations on two entities, effects and runs."""
+"""An indexer whose events list the operations that its handler performs: changes of two entities, effects and runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Note(Entity):
 
 
 class Op(msgspec.Struct):
-    """One operation: its name and up to three small numbers."""
+    """An operation: its name and up to three small numbers."""
 
     do: str
     a: int = 0
@@ -34,7 +34,7 @@ class Op(msgspec.Struct):
 
 
 class Ops(msgspec.Struct, tag_field="type", tag="ops"):
-    """An event: operations, and how many turns of the loop the handler waits before each."""
+    """An event: operations, and the turns of the event loop that the handler waits before each of them."""
 
     ops: list[Op]
     turns: int = 0
@@ -47,15 +47,18 @@ OPERATIONS = (
 )  # fmt: skip
 
 
-def make(app: Headrace, source: Any, **options: Any) -> Indexer:
-    """An indexer whose handler does what events say. Everything it reads ends up in a row, so nothing is read in vain."""
+def scripted_indexer(app: Headrace, source: Any, **options: Any) -> Indexer:
+    """Return an indexer whose handler performs the operations of its events.
+
+    Each value it reads is stored in a row, so that a wrong read shows in the tables.
+    """
     indexer = app.indexer(
         "programs", source=source, entities=[Cell, Note], history=options.pop("history", "all"), **options
     )
 
     async def job(n: int, why: str) -> None: ...
 
-    task: Any = app.task(job) if "job" not in app.registry else _Known(app)
+    task: Any = app.task(job) if "job" not in app.registry else _RegisteredTask(app)
 
     @indexer.effect()
     async def double(n: int) -> int:
@@ -71,7 +74,9 @@ def make(app: Headrace, source: Any, **options: Any) -> Indexer:
     return indexer
 
 
-class _Known:
+class _RegisteredTask:
+    """The task `job` of an app that has registered it already."""
+
     def __init__(self, app: Headrace) -> None:
         self._spec = app.registry.get("job")
 
@@ -81,15 +86,25 @@ class _Known:
         return self._spec, Options(), self._spec.codec.encode(args, kwargs)
 
 
-def busy(count: int) -> list[tuple[int, Ops]]:
-    """Events of which each writes both tables and calls an effect, and every fourth deletes a row and enqueues a run."""
+def mixed_events(count: int) -> list[tuple[int, Ops]]:
+    """Return events that each write both tables and call an effect; every fourth also deletes a row and enqueues a run."""
     return [
-        (n, Ops([Op("add", n % 5, n), Op("note", n % 2, n, n), Op("effect", n % 3), *([] if n % 4 else _FOURTH)]))
+        (
+            n,
+            Ops(
+                [
+                    Op("add", n % 5, n),
+                    Op("note", n % 2, n, n),
+                    Op("effect", n % 3),
+                    *([] if n % 4 else _EXTRA_OPERATIONS),
+                ]
+            ),
+        )
         for n in range(1, count + 1)
     ]
 
 
-_FOURTH = [Op("delete", 4), Op("enqueue", 1)]
+_EXTRA_OPERATIONS = [Op("delete", 4), Op("enqueue", 1)]
 
 
 async def _do(op: Op, ctx: HandlerContext, double: Any, task: Any) -> None:
@@ -106,13 +121,13 @@ async def _do(op: Op, ctx: HandlerContext, double: Any, task: Any) -> None:
         assert await ctx.get(Cell, op.a) is None
         ctx.set(Cell(op.a, op.b, COLOURS[op.c % 4]))
     elif op.do.startswith("where"):
-        found = await {
+        rows = await {
             "where": lambda: ctx.where(Cell, colour=COLOURS[op.a % 4]),
             "where_in": lambda: ctx.where(Cell, colour=any_of(COLOURS[op.a % 4], COLOURS[op.b % 4])),
             "where_range": lambda: ctx.where(Cell, level=between(min(op.a, op.b), max(op.a, op.b))),
             "where_both": lambda: ctx.where(Cell, colour=COLOURS[op.a % 4], level=op.b),
         }[op.do]()
-        ctx.set(Note(f"{op.do}{op.c % 3}", repr(found)))
+        ctx.set(Note(f"{op.do}{op.c % 3}", repr(rows)))
     elif op.do == "many":
         ctx.set(Note(f"many{op.c % 3}", repr(await ctx.get_many(Cell, [op.a, op.b, op.a]))))
     elif op.do == "effect":
@@ -124,4 +139,4 @@ async def _do(op: Op, ctx: HandlerContext, double: Any, task: Any) -> None:
         ctx.set(Note(note.id, note.text + str(op.b)[:1], [*note.seen[-3:], op.c]))
     else:
         note = await ctx.get_or_create(Note, f"n{op.a}")
-        note.seen.append(op.b)  # its own copy: nobody else may see it
+        note.seen.append(op.b)  # changes only the copy that this handler got

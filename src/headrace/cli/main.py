@@ -46,6 +46,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # so that paragraphs of help texts wrap
     help="Durable batches: stream a million items in, run every one, know when it is done.",
 )
 

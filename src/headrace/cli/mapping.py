@@ -384,7 +384,10 @@ class Mapping:
             f"{summary.runs_per_s:,.0f} runs/s; results in {summary.output}"
         )
         if summary.failed:
-            words += f"\nsee why: headrace run list --state failed --batch {summary.batches[-1]}"
+            words += (
+                f"\nsee why: headrace run list --state failed --batch {summary.batches[-1]}"
+                f"\nrun them again: headrace batch redrive {summary.batches[-1]}, then repeat this command"
+            )
         return words
 
 

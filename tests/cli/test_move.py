@@ -28,7 +28,7 @@ from headrace.store.sqlite import SqliteStore, copy_source
 from headrace.store.store_copy import NOTHING, Belongings
 from tests.cli.conftest import Shell
 from tests.support import invariants
-from tests.support.store_rig import World, chunks_of, fresh_schema
+from tests.support.store_rig import StoreRig, chunks_of, fresh_schema
 
 RUNS = 100_000
 
@@ -206,13 +206,13 @@ async def test_lists_of_different_lengths_are_each_read_once(tmp_path: Path, mon
     monkeypatch.setattr(copy_source, "PAGE_ROWS", 2)
     source = await opened(f"sqlite:///{tmp_path}/a.db", tmp_path)
     try:
-        world = World(source.store)
+        rig = StoreRig(source.store)
         extras = {
             index: Extra(idempotency_key=f"key {index}" if index < 3 else "", tags=("red", "blue")[: 1 + index % 2])
             for index in range(9)
         }
-        batch_id = await world.batch(9)
-        await source.store.append(batch_id, chunks_of(range(9), extras=extras), now_us=world.now_us)
+        batch_id = await rig.batch(9)
+        await source.store.append(batch_id, chunks_of(range(9), extras=extras), now_us=rig.now_us)
         departure = copy_source.SqliteCopySource(cast("SqliteStore", source.store))
         pages: list[Belongings] = []
         page: Belongings | None = None
@@ -228,12 +228,12 @@ async def test_lists_of_different_lengths_are_each_read_once(tmp_path: Path, mon
 
 async def _died(engine: Engine) -> list[DeadLetter]:
     """Create a dead letter in the store."""
-    world = World(engine.store)
-    session_id = await world.session()
-    await world.filled(1, key=Key("old", dead_letter=True))
-    (lease,) = await world.claim(session_id, tasks=["old"])
-    await world.settle(lease, "f")
-    await engine.store.end_session(session_id, now_us=world.now_us)
+    rig = StoreRig(engine.store)
+    session_id = await rig.session()
+    await rig.filled(1, key=Key("old", dead_letter=True))
+    (lease,) = await rig.claim(session_id, tasks=["old"])
+    await rig.settle(lease, "f")
+    await engine.store.end_session(session_id, now_us=rig.now_us)
     return await engine.store.dead_letters("default")
 
 

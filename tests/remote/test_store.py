@@ -23,7 +23,7 @@ from headrace.runtime.maintenance.scheduler import Scheduler
 from headrace.store.protocol import NewBatch, Schedule, Store, Tick
 from headrace.store.rpc import OPERATIONS
 from tests.support.http_server import KEY, LIMITS, ServerUnderTest, StoreHook, running_server
-from tests.support.store_rig import World, chunks_of, settlement_of
+from tests.support.store_rig import StoreRig, chunks_of, settlement_of
 
 SMALL = LIMITS.replaced(inline_bytes_max=256)
 
@@ -82,7 +82,7 @@ async def test_every_remote_operation_is_a_store_operation_with_the_same_result(
     async with running_server(tmp_path, "sqlite") as server:
         remote = remote_of(server)
         assert set(OPERATIONS) <= {name for name in dir(Store) if not name.startswith("_")}
-        async with World(remote) as remote_store:
+        async with StoreRig(remote) as remote_store:
             remote_store.was_tampered_with = True  # its clock is not the server's
             batch_id = await remote_store.batch(4, key="k", metadata={"a": 1})
             extras = {1: Extra(tags=("t",), headers={"h": "v"}, idempotency_key="i")}
@@ -137,7 +137,7 @@ async def test_schedules_tick_once_over_the_network_in_the_key_s_environment(tmp
 
 
 async def test_a_client_cannot_tick_beyond_the_store_s_limits(tmp_path: Path) -> None:
-    async with running_server(tmp_path, "sqlite") as server, World(remote_of(server)) as remote_store:
+    async with running_server(tmp_path, "sqlite") as server, StoreRig(remote_of(server)) as remote_store:
         remote_store.was_tampered_with = True  # its clock is not the server's
         now_us = server.engine.clock.now_us()
         hourly = Schedule(environment="", name="s", app="app", task="task", expression="0 * * * *", zone="UTC")
@@ -179,7 +179,7 @@ async def test_a_client_cannot_tick_beyond_the_store_s_limits(tmp_path: Path) ->
 
 async def test_store_errors_keep_their_class_over_the_network(tmp_path: Path) -> None:
     async with running_server(tmp_path, "sqlite") as server:
-        async with World(remote_of(server)) as remote_store:
+        async with StoreRig(remote_of(server)) as remote_store:
             remote_store.was_tampered_with = True
             batch_id = await remote_store.batch(2)
             with pytest.raises(Conflict, match="missing"):
@@ -197,7 +197,7 @@ async def test_store_errors_keep_their_class_over_the_network(tmp_path: Path) ->
 async def test_a_lease_is_settled_only_with_its_token(tmp_path: Path) -> None:
     async with running_server(tmp_path, "sqlite") as server:
         batch_id = await server.filled(3)
-        async with World(remote_of(server)) as thief, World(remote_of(server)) as remote_store:
+        async with StoreRig(remote_of(server)) as thief, StoreRig(remote_of(server)) as remote_store:
             thief.was_tampered_with = remote_store.was_tampered_with = True
             (lease,) = await remote_store.claim(await remote_store.session())
             assert await thief.store.settle([settlement_of(lease)], now_us=1) == ["lost"]
@@ -229,7 +229,7 @@ async def test_an_invalid_chunk_is_refused_and_changes_nothing(tmp_path: Path) -
         broken(extras={0: Extra(object_key=f"other/batch/{'0' * 64}")}),
         broken(extras={0: Extra(tags=tuple("abcdefghijklmn"))}),
     ]
-    async with running_server(tmp_path, "sqlite") as server, World(remote_of(server)) as remote_store:
+    async with running_server(tmp_path, "sqlite") as server, StoreRig(remote_of(server)) as remote_store:
         remote_store.was_tampered_with = True
         batch_id = await remote_store.batch(3)
         for chunk in bad:
@@ -245,7 +245,7 @@ async def test_another_environment_sees_none_of_the_data(tmp_path: Path) -> None
         batch_id = await server.filled(1)
         secret, stored_key = new_key("elsewhere", ("*",), "", 1)
         await server.engine.administration.add_key(stored_key, now_us=1)
-        async with World(remote_of(server, secret)) as other:
+        async with StoreRig(remote_of(server, secret)) as other:
             other.was_tampered_with = True
             assert await other.claim(await other.session(), environment="default") == []
             assert await other.store.batches("default") == []
@@ -274,7 +274,7 @@ async def test_a_claim_waits_at_the_server_until_work_comes(tmp_path: Path) -> N
 
     async with (
         running_server(tmp_path, "sqlite", wrap=lambda store: StoreHook(store, "claim", note)) as server,
-        World(remote_of(server, wait_s=10)) as remote_store,
+        StoreRig(remote_of(server, wait_s=10)) as remote_store,
     ):
         remote_store.was_tampered_with = True
         claiming = asyncio.create_task(remote_store.claim(await remote_store.session()))

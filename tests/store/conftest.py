@@ -1,4 +1,4 @@
-"""Every store, one at a time, open around a coroutine test that then ends with the invariants."""
+"""Fixtures of the store tests: each coroutine test runs on an open store of each kind, and ends with the invariants."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 
 from headrace.foundation.limits import DEFAULT
-from tests.support.store_rig import FACTORIES, World
+from tests.support.store_rig import FACTORIES, StoreRig
 
 
 @pytest.fixture(params=list(FACTORIES))
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
-    """A world around each store there is."""
-    return World(FACTORIES[request.param](tmp_path, DEFAULT))
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> StoreRig:
+    """Return a rig around each kind of store."""
+    return StoreRig(FACTORIES[request.param](tmp_path, DEFAULT))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run `async def` tests on a loop of their own, inside the worlds they ask for."""
+    """Run `async def` tests on an event loop of their own, inside the rigs that they use."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     wanted = inspect.signature(pyfuncitem.obj).parameters
@@ -34,6 +34,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 async def _within(test: Callable[..., Coroutine[Any, Any, None]], arguments: dict[str, Any]) -> None:
     async with AsyncExitStack() as stack:
         for argument in arguments.values():
-            if isinstance(argument, World):
+            if isinstance(argument, StoreRig):
                 await stack.enter_async_context(argument)
         await test(**arguments)

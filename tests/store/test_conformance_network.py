@@ -14,7 +14,7 @@ from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, NotFound
 from headrace.foundation.ids import new_batch_id, run_id
 from headrace.store.protocol import ApiKey
-from tests.support.store_rig import BOOM, SECOND_US, World
+from tests.support.store_rig import BOOM, SECOND_US, StoreRig
 
 SAME = Extra(idempotency_key="same")
 
@@ -22,88 +22,88 @@ SAME = Extra(idempotency_key="same")
 # -- idempotency keys of items
 
 
-async def test_an_item_whose_key_names_a_run_is_received_as_a_link_to_it_and_its_batch_completes(world: World) -> None:
-    first = await world.filled(1, extras={0: SAME})
-    second = await world.batch(3)
-    appended = await world.append(second, range(3), extras={1: SAME})
+async def test_an_item_whose_key_names_a_run_is_received_as_a_link_to_it_and_its_batch_completes(rig: StoreRig) -> None:
+    first = await rig.filled(1, extras={0: SAME})
+    second = await rig.batch(3)
+    appended = await rig.append(second, range(3), extras={1: SAME})
     assert (appended.accepted_count, appended.existing) == (3, {1: (first, 0)})
-    assert await world.store.missing(second, 10) == []
-    sealed = await world.store.seal(second, None, now_us=world.later(1))
+    assert await rig.store.missing(second, 10) == []
+    sealed = await rig.store.seal(second, None, now_us=rig.later(1))
     assert (sealed.state, sealed.received_count, sealed.counts.completed) == ("sealed", 3, 1)
-    await world.run_all(await world.session())
-    batch, ledger = await world.store.batch(second)
+    await rig.run_all(await rig.session())
+    batch, ledger = await rig.store.batch(second)
     assert (batch.state, ledger.completed) == ("completed", 3)
-    outcomes = await world.store.outcomes(second, 0, 10)
+    outcomes = await rig.store.outcomes(second, 0, 10)
     assert [(one.state, one.kind) for one in outcomes] == [(COMPLETED, JSON), (COMPLETED, LINK), (COMPLETED, JSON)]
     assert outcomes[1].result == run_id(first, 0).encode()
-    assert (await world.store.run(second, 1)).result_kind == LINK
+    assert (await rig.store.run(second, 1)).result_kind == LINK
 
 
-async def test_two_items_of_a_batch_with_one_key_are_one_run_and_the_batch_completes(world: World) -> None:
-    batch_id = await world.batch(4)
-    await world.append(batch_id, range(4), extras=dict.fromkeys(range(4), SAME), runs_max=2)
-    await world.store.seal(batch_id, None, now_us=world.later(1))
-    assert await world.run_all(await world.session()) == [0]
-    assert (await world.store.batch(batch_id))[0].state == "completed"
-    links = [one.result for one in await world.store.outcomes(batch_id, 0, 10) if one.kind == LINK]
+async def test_two_items_of_a_batch_with_one_key_are_one_run_and_the_batch_completes(rig: StoreRig) -> None:
+    batch_id = await rig.batch(4)
+    await rig.append(batch_id, range(4), extras=dict.fromkeys(range(4), SAME), runs_max=2)
+    await rig.store.seal(batch_id, None, now_us=rig.later(1))
+    assert await rig.run_all(await rig.session()) == [0]
+    assert (await rig.store.batch(batch_id))[0].state == "completed"
+    links = [one.result for one in await rig.store.outcomes(batch_id, 0, 10) if one.kind == LINK]
     assert links == [run_id(batch_id, 0).encode()] * 3
 
 
-async def test_a_batch_of_links_alone_completes_with_its_seal(world: World) -> None:
-    await world.filled(1, extras={0: SAME})
-    batch_id = await world.batch(2)
-    await world.append(batch_id, range(2), extras=dict.fromkeys(range(2), SAME))
-    sealed = await world.store.seal(batch_id, None, now_us=world.later(1))
+async def test_a_batch_of_links_alone_completes_with_its_seal(rig: StoreRig) -> None:
+    await rig.filled(1, extras={0: SAME})
+    batch_id = await rig.batch(2)
+    await rig.append(batch_id, range(2), extras=dict.fromkeys(range(2), SAME))
+    sealed = await rig.store.seal(batch_id, None, now_us=rig.later(1))
     assert (sealed.state, sealed.is_finished) == ("completed", True)
 
 
-async def test_a_link_sent_again_is_a_duplicate_and_no_conflict(world: World) -> None:
-    await world.filled(1, extras={0: SAME})
-    batch_id = await world.batch(2)
+async def test_a_link_sent_again_is_a_duplicate_and_no_conflict(rig: StoreRig) -> None:
+    await rig.filled(1, extras={0: SAME})
+    batch_id = await rig.batch(2)
     for expected in ((2, 0), (0, 2)):
-        appended = await world.append(batch_id, range(2), extras={1: SAME})
+        appended = await rig.append(batch_id, range(2), extras={1: SAME})
         assert (appended.accepted_count, appended.duplicates_count, appended.conflicts) == (*expected, [])
 
 
-async def test_links_unreadable_items_and_runs_share_a_chunk(world: World) -> None:
-    await world.filled(1, extras={0: SAME})
-    batch_id = await world.batch(6)
+async def test_links_unreadable_items_and_runs_share_a_chunk(rig: StoreRig) -> None:
+    await rig.filled(1, extras={0: SAME})
+    batch_id = await rig.batch(6)
     extras = {1: SAME, 2: Extra(failure=BOOM), 4: Extra(idempotency_key="other"), 5: Extra(idempotency_key="other")}
-    await world.append(batch_id, range(6), extras=extras)
-    await world.store.seal(batch_id, None, now_us=world.later(1))
-    await world.run_all(await world.session())
-    _, ledger = await world.store.batch(batch_id)
+    await rig.append(batch_id, range(6), extras=extras)
+    await rig.store.seal(batch_id, None, now_us=rig.later(1))
+    await rig.run_all(await rig.session())
+    _, ledger = await rig.store.batch(batch_id)
     assert (ledger.completed, ledger.failed) == (5, 1)
-    assert [one.state for one in await world.store.outcomes(batch_id, 0, 10)][2] == FAILED
-    assert await world.store.redrive(batch_id, None) == 0, "neither a link nor an unreadable item can run again"
+    assert [one.state for one in await rig.store.outcomes(batch_id, 0, 10)][2] == FAILED
+    assert await rig.store.redrive(batch_id, None) == 0, "neither a link nor an unreadable item can run again"
 
 
 @pytest.mark.parametrize("how", ["failed", "cancelled"])
-async def test_a_key_whose_run_ended_badly_is_free_again(world: World, how: str) -> None:
-    first = await world.filled(1, extras={0: SAME})
+async def test_a_key_is_free_again_after_its_run_failed_was_cancelled_or_expired(rig: StoreRig, how: str) -> None:
+    first = await rig.filled(1, extras={0: SAME})
     if how == "failed":
-        (lease,) = await world.claim(await world.session())
-        await world.settle(lease, "f")
+        (lease,) = await rig.claim(await rig.session())
+        await rig.settle(lease, "f")
     else:
-        await world.store.cancel_runs(first, [0], now_us=world.later(1))
-    second = await world.batch(1)
-    assert (await world.append(second, [0], extras={0: SAME})).existing == {}
-    third = await world.batch(1)
-    assert (await world.append(third, [0], extras={0: SAME})).existing == {0: (second, 0)}
+        await rig.store.cancel_runs(first, [0], now_us=rig.later(1))
+    second = await rig.batch(1)
+    assert (await rig.append(second, [0], extras={0: SAME})).existing == {}
+    third = await rig.batch(1)
+    assert (await rig.append(third, [0], extras={0: SAME})).existing == {0: (second, 0)}
 
 
-async def test_a_key_of_a_run_that_must_not_run_twice_stays_taken_however_it_ended(world: World) -> None:
+async def test_a_key_of_a_run_that_must_not_run_twice_stays_taken_however_it_ended(rig: StoreRig) -> None:
     once = Key("task", at_most_once=True)
-    first = await world.filled(1, key=once, extras={0: SAME})
-    (lease,) = await world.claim(await world.session())
-    await world.settle(lease, "f")
-    second = await world.batch(1)
-    assert (await world.append(second, [0], key=once, extras={0: SAME})).existing == {0: (first, 0)}
+    first = await rig.filled(1, key=once, extras={0: SAME})
+    (lease,) = await rig.claim(await rig.session())
+    await rig.settle(lease, "f")
+    second = await rig.batch(1)
+    assert (await rig.append(second, [0], key=once, extras={0: SAME})).existing == {0: (first, 0)}
 
 
-async def test_two_batches_that_bring_one_key_at_once_make_one_run(world: World) -> None:
-    ids = [await world.batch(1) for _ in range(4)]
-    told = await asyncio.gather(*(world.append(batch_id, [0], extras={0: SAME}) for batch_id in ids))
+async def test_two_batches_with_one_key_at_once_create_one_run(rig: StoreRig) -> None:
+    ids = [await rig.batch(1) for _ in range(4)]
+    told = await asyncio.gather(*(rig.append(batch_id, [0], extras={0: SAME}) for batch_id in ids))
     first = [batch_id for batch_id, one in zip(ids, told, strict=True) if not one.existing]
     assert len(first) == 1
     assert all(one.existing in ({}, {0: (first[0], 0)}) for one in told)
@@ -112,25 +112,25 @@ async def test_two_batches_that_bring_one_key_at_once_make_one_run(world: World)
 # -- lists that go on
 
 
-async def test_a_list_of_runs_goes_on_behind_any_run(world: World) -> None:
-    ids = [await world.filled(3), await world.filled(5), await world.batch(4)]
-    await world.append(ids[2], [3, 0, 2, 1], runs_max=2)
-    await world.append(await world.batch(1), [0], key=Key("another"))
-    every = [(view.batch_id, view.index) for view in await world.store.runs("default", task="task", limit=100)]
+async def test_a_list_of_runs_continues_behind_any_run(rig: StoreRig) -> None:
+    ids = [await rig.filled(3), await rig.filled(5), await rig.batch(4)]
+    await rig.append(ids[2], [3, 0, 2, 1], runs_max=2)
+    await rig.append(await rig.batch(1), [0], key=Key("another"))
+    every = [(view.batch_id, view.index) for view in await rig.store.runs("default", task="task", limit=100)]
     assert every == [
         (batch_id, index) for batch_id in reversed(ids) for index in range({0: 3, 1: 5, 2: 4}[ids.index(batch_id)])
     ]
     for at, after in enumerate(every):
-        page = await world.store.runs("default", task="task", after=after, limit=2)
+        page = await rig.store.runs("default", task="task", after=after, limit=2)
         assert [(view.batch_id, view.index) for view in page] == every[at + 1 : at + 3]
-    assert len(await world.store.runs("default", after=(new_batch_id(world.now_us + SECOND_US), 0), limit=100)) == 13
+    assert len(await rig.store.runs("default", after=(new_batch_id(rig.now_us + SECOND_US), 0), limit=100)) == 13
 
 
-async def test_a_list_of_tagged_runs_goes_on_too(world: World) -> None:
-    ids = [await world.filled(3, extras=dict.fromkeys(range(3), Extra(tags=("t",)))) for _ in range(2)]
+async def test_a_list_of_tagged_runs_continues_too(rig: StoreRig) -> None:
+    ids = [await rig.filled(3, extras=dict.fromkeys(range(3), Extra(tags=("t",)))) for _ in range(2)]
     every = [(ids[1], 0), (ids[1], 1), (ids[1], 2), (ids[0], 0), (ids[0], 1), (ids[0], 2)]
     for at, after in enumerate(every):
-        page = await world.store.runs("default", tag="t", after=after, limit=2)
+        page = await rig.store.runs("default", tag="t", after=after, limit=2)
         assert [(view.batch_id, view.index) for view in page] == every[at + 1 : at + 3]
 
 
@@ -141,41 +141,41 @@ def key_of(number: int, environment: str = "default") -> ApiKey:
     return ApiKey(id=f"key_{number}", environment=environment, digest=f"{number:064x}", scopes=("a", "b"), name="é")
 
 
-async def test_a_key_is_found_by_its_digest_listed_and_revoked_once(world: World) -> None:
+async def test_a_key_is_found_by_its_digest_listed_and_revoked_once(rig: StoreRig) -> None:
     for number in (1, 2):
-        await world.store.add_key(key_of(number), now_us=world.now_us)
-    await world.store.add_key(key_of(3, "other"), now_us=world.now_us)
-    found = await world.store.find_key(key_of(1).digest)
+        await rig.store.add_key(key_of(number), now_us=rig.now_us)
+    await rig.store.add_key(key_of(3, "other"), now_us=rig.now_us)
+    found = await rig.store.find_key(key_of(1).digest)
     assert found is not None
-    assert (found.environment, found.scopes, found.name, found.created_us) == ("default", ("a", "b"), "é", world.now_us)
-    assert await world.store.find_key("nothing") is None
-    assert [key.id for key in await world.store.keys("default")] == ["key_1", "key_2"]
-    assert await world.store.revoke_key("default", "key_1", now_us=world.later(1))
-    assert not await world.store.revoke_key("default", "key_1", now_us=world.later(1))
-    revoked = await world.store.find_key(key_of(1).digest)
+    assert (found.environment, found.scopes, found.name, found.created_us) == ("default", ("a", "b"), "é", rig.now_us)
+    assert await rig.store.find_key("nothing") is None
+    assert [key.id for key in await rig.store.keys("default")] == ["key_1", "key_2"]
+    assert await rig.store.revoke_key("default", "key_1", now_us=rig.later(1))
+    assert not await rig.store.revoke_key("default", "key_1", now_us=rig.later(1))
+    revoked = await rig.store.find_key(key_of(1).digest)
     assert revoked is not None
-    assert revoked.revoked_us == world.now_us - SECOND_US
+    assert revoked.revoked_us == rig.now_us - SECOND_US
 
 
-async def test_a_key_of_another_environment_is_not_there_and_none_is_taken_twice(world: World) -> None:
-    await world.store.add_key(key_of(1), now_us=world.now_us)
+async def test_a_key_belongs_to_one_environment_and_no_key_is_added_twice(rig: StoreRig) -> None:
+    await rig.store.add_key(key_of(1), now_us=rig.now_us)
     with pytest.raises(NotFound):
-        await world.store.revoke_key("other", "key_1", now_us=world.now_us)
+        await rig.store.revoke_key("other", "key_1", now_us=rig.now_us)
     with pytest.raises(Conflict):
-        await world.store.add_key(key_of(1), now_us=world.now_us)
+        await rig.store.add_key(key_of(1), now_us=rig.now_us)
 
 
-async def test_the_first_signing_key_that_is_offered_stays(world: World) -> None:
-    offered = await asyncio.gather(*(world.store.signing_key("default", bytes([n]) * 32) for n in range(4)))
+async def test_the_first_signing_key_that_is_offered_is_kept(rig: StoreRig) -> None:
+    offered = await asyncio.gather(*(rig.store.signing_key("default", bytes([n]) * 32) for n in range(4)))
     assert len(set(offered)) == 1
-    assert await world.store.signing_key("other", b"x" * 32) == b"x" * 32
+    assert await rig.store.signing_key("other", b"x" * 32) == b"x" * 32
 
 
-async def test_a_bucket_grants_what_it_holds_and_fills_again(world: World) -> None:
+async def test_a_bucket_grants_what_it_holds_and_fills_again(rig: StoreRig) -> None:
     bucket = Bucket(capacity=10, refill_us=SECOND_US)
 
     async def spend(cost: int, name: str = "b", environment: str = "default") -> Spent:
-        return await world.store.spend(environment, name, bucket, cost, now_us=world.now_us)
+        return await rig.store.spend(environment, name, bucket, cost, now_us=rig.now_us)
 
     assert (await spend(4)).remaining == 6
     assert not (await spend(7)).is_granted
@@ -183,18 +183,18 @@ async def test_a_bucket_grants_what_it_holds_and_fills_again(world: World) -> No
     assert (refused.is_granted, refused.remaining, refused.wait_us) == (False, 6, 2 * SECOND_US)
     assert (await spend(10, "another")).is_granted
     assert (await spend(10, "b", "another")).is_granted
-    world.later(2)
+    rig.later(2)
     assert (await spend(8)).remaining == 0
 
 
-async def test_a_bucket_never_grants_more_than_it_holds_to_many_at_once(world: World) -> None:
+async def test_a_bucket_never_grants_more_than_it_holds_to_many_at_once(rig: StoreRig) -> None:
     bucket = Bucket(capacity=5, refill_us=1_000 * SECOND_US)
-    told = await asyncio.gather(*(world.store.spend("default", "b", bucket, 1, now_us=world.now_us) for _ in range(12)))
+    told = await asyncio.gather(*(rig.store.spend("default", "b", bucket, 1, now_us=rig.now_us) for _ in range(12)))
     assert sum(one.is_granted for one in told) == 5
 
 
-async def test_prune_forgets_buckets_that_are_full(world: World) -> None:
+async def test_prune_forgets_buckets_that_are_full(rig: StoreRig) -> None:
     bucket = Bucket(capacity=1, refill_us=SECOND_US)
-    await world.store.spend("default", "b", bucket, 1, now_us=world.now_us)
-    await world.store.prune(world.later(10), batches_max=1, rows_max=10)
-    assert (await world.store.spend("default", "b", bucket, 1, now_us=world.now_us - 10 * SECOND_US)).is_granted
+    await rig.store.spend("default", "b", bucket, 1, now_us=rig.now_us)
+    await rig.store.prune(rig.later(10), batches_max=1, rows_max=10)
+    assert (await rig.store.spend("default", "b", bucket, 1, now_us=rig.now_us - 10 * SECOND_US)).is_granted

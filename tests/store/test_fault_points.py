@@ -1,4 +1,6 @@
-"""Every named place of every verb: a process dies there, or its connection does, and nothing is lost or doubled."""
+"""Faults at every statement of every operation: a process is killed there, or its connection is lost, and no run is
+lost or doubled.
+"""
 
 from __future__ import annotations
 
@@ -15,36 +17,38 @@ import pytest
 
 from headrace.core.index_set import IndexSet
 from headrace.foundation.errors import StoreUnavailable
-from tests.support.failing_stores import Harmed, harmed_store, harmed_story, read_log
+from tests.support.failing_stores import FaultyStore, faulty_scenario, faulty_store, read_log
 from tests.support.faulty_proxy import LATE, MODES, FaultyProxy
 from tests.support.fork_server import Forks, forks_of
 from tests.support.postgres_server import Server, server
 from tests.support.store_rig import SECOND_US, START_US, fresh_schema
-from tests.support.store_scenario import REDRIVEN, Told
+from tests.support.store_scenario import REDRIVEN, Acknowledged
 
-ROOMS = ("fast_path", "queries", "leases", "writes", "api_keys")
-"""The files whose statements the story must come to."""
+SQL_FILES = ("fast_path", "queries", "leases", "writes", "api_keys")
+"""SQL files whose statements the scenario must use."""
 READS = {
     "batch", "find_batch", "batches", "missing", "outcomes", "run", "runs", "queues", "verify", "unnamed", "sessions",
     "duties", "next_due_us", "find_key", "keys",
 }  # fmt: skip
-"""Verbs that change nothing: who dies in one has died after the verb before it."""
+"""Operations that change nothing: a process killed in one is as if killed after the operation before."""
 EVERYWHERE = "HEADRACE_TEST_EVERYWHERE"
-"""Set, a process is killed at each place on PostgreSQL too; else at each statement once, and at each verb's ends."""
+"""If set, a process is killed at each fault point on PostgreSQL too; else at each statement once, and at each
+operation's ends.
+"""
 LIFE_US = 20 * SECOND_US
-STORY_US = 7_200 * SECOND_US
+SCENARIO_US = 7_200 * SECOND_US
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A store that a process can be killed on."""
+    """Return the URL of a store on which a process can be killed."""
     return fresh_schema(tmp_path) if request.param == "postgres" else f"sqlite:///{tmp_path}/story.db"
 
 
 @asynccontextmanager
-async def opened(url: str) -> AsyncIterator[Harmed]:
-    """A store for a block."""
-    store = harmed_store(url)
+async def opened(url: str) -> AsyncIterator[FaultyStore]:
+    """Open a store for a block."""
+    store = faulty_store(url)
     await store.open()
     try:
         yield store
@@ -53,19 +57,19 @@ async def opened(url: str) -> AsyncIterator[Harmed]:
 
 
 async def fault_points_of(url: str) -> list[str]:
-    """All places of the story, in the order it comes to them."""
+    """Return all fault points of the scenario, in their order."""
     places: list[str] = []
     async with opened(url) as store:
-        for number in range(2):  # the second prunes what the first left
+        for number in range(2):  # the second run prunes what the first left
             places = []
-            story = harmed_story(store, f"dry{number}", START_US + number * STORY_US, places.append)
-            await story.tell()
-            assert await story.faults() == []
+            scenario = faulty_scenario(store, f"dry{number}", START_US + number * SCENARIO_US, places.append)
+            await scenario.run_all()
+            assert await scenario.faults() == []
     return places
 
 
-async def broken_promises(store: Harmed, environment: str, told: list[Told]) -> list[str]:
-    """What was acknowledged and is not there."""
+async def lost_promises(store: FaultyStore, environment: str, told: list[Acknowledged]) -> list[str]:
+    """Return what was acknowledged and is not stored."""
     found: list[str] = []
     is_redriven = any(one.state == REDRIVEN for one in told)
     for batch_id in {one.batch_id for one in told if one.state != REDRIVEN}:
@@ -85,7 +89,7 @@ async def broken_promises(store: Harmed, environment: str, told: list[Told]) -> 
 
 
 def deadly(places: list[str], url: str) -> list[str]:
-    """Where a process is killed."""
+    """The points at which a process is killed."""
     found = [place for place in places if place.partition(":")[0] not in READS]
     if url.startswith("sqlite") or os.environ.get(EVERYWHERE):
         return found
@@ -95,7 +99,7 @@ def deadly(places: list[str], url: str) -> list[str]:
 
 
 class Lives:
-    """Processes that live one after the other in one environment, each killed at a place of its own."""
+    """Processes that run one after the other in one environment, each killed at its own fault point."""
 
     def __init__(self, url: str, folder: Path, forks: Forks) -> None:
         self._url = url
@@ -105,20 +109,20 @@ class Lives:
         self.begin()
 
     def begin(self) -> None:
-        """From now on in a fresh environment."""
+        """Continue in a new environment."""
         self._environments_count += 1
         self.environment = f"lives{self._environments_count}"
-        self.now_us = START_US + (10 + self._environments_count) * STORY_US
+        self.now_us = START_US + (10 + self._environments_count) * SCENARIO_US
         self.log = self._folder / self.environment
         self.log.touch()
 
     @property
-    def told(self) -> list[Told]:
-        """What the lives so far were told."""
+    def told(self) -> list[Acknowledged]:
+        """Return what was acknowledged to the processes so far."""
         return list(read_log(self.log))
 
     async def live(self, place: str) -> str:
-        """One more life; answers how it ended."""
+        """Run one more process, and return how it ended."""
         self.now_us += LIFE_US
         return await self._forks.live(
             url=self._url,
@@ -132,41 +136,43 @@ class Lives:
 
 @pytest.mark.journey
 @pytest.mark.timeout(300)
-async def test_a_process_killed_at_any_statement_of_any_verb_loses_and_doubles_nothing(
+async def test_a_process_killed_at_any_statement_of_any_operation_loses_and_doubles_nothing(
     url: str, tmp_path: Path
 ) -> None:
     places = deadly(await fault_points_of(url), url)
     async with forks_of("tests.support.killed_process") as forks:
         lives = Lives(url, tmp_path, forks)
         for place in places:
-            if await lives.live(place) == "told":  # in what earlier lives left, the story takes another way
+            if await lives.live(place) == "told":  # after what earlier processes left, the scenario takes another way
                 lives.begin()
                 assert await lives.live(place) == "killed", place
             async with opened(url) as store:
-                if place.endswith((":commit", ":answered")):  # what is out of balance stays so
-                    story = harmed_story(store, lives.environment, lives.now_us, lambda place: None)
-                    assert await story.faults() == [], place
-                assert await broken_promises(store, lives.environment, lives.told) == [], place
+                if place.endswith((":commit", ":answered")):  # a wrong balance stays wrong, so it is checked seldom
+                    scenario = faulty_scenario(store, lives.environment, lives.now_us, lambda place: None)
+                    assert await scenario.faults() == [], place
+                assert await lost_promises(store, lives.environment, lives.told) == [], place
         assert await lives.live("") == "told"
         async with opened(url) as store:
-            assert await harmed_story(store, lives.environment, lives.now_us, lambda place: None).faults() == []
+            assert await faulty_scenario(store, lives.environment, lives.now_us, lambda place: None).faults() == []
             main = await store.find_batch(lives.environment, "main")
             assert main is not None
             assert main.state == "completed"
 
 
-async def test_the_story_comes_to_every_statement(url: str) -> None:
+async def test_the_scenario_reaches_every_statement(url: str) -> None:
     package = "headrace.store.postgres" if url.startswith("postgresql") else "headrace.store.sqlite"
     met = {place.partition(":")[2] for place in await fault_points_of(url)}
     folder = files(package).joinpath("sql")
-    texts = [file.read_text() for file in folder.iterdir() if file.name.removesuffix(".sql") in ROOMS]
+    texts = [file.read_text() for file in folder.iterdir() if file.name.removesuffix(".sql") in SQL_FILES]
     wanted = {name for text in texts for name in re.findall(r"^-- (\w+):", text, re.MULTILINE)}
-    beside = {"take_ids", "clock"}
-    assert wanted - met - beside == set(), "tests/support/store_scenario.py should use them, or they die untested"
+    answered_by_the_driver = {"take_ids", "clock"}
+    assert wanted - met - answered_by_the_driver == set(), (
+        "tests/support/store_scenario.py should use them, or they die untested"
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_connection_lost_at_any_statement_of_any_verb_is_an_error_that_repeating_mends(
+async def test_a_connection_lost_at_any_statement_of_any_operation_is_an_error_that_a_repeat_resolves(
     mode: str, tmp_path: Path
 ) -> None:
     async with FaultyProxy(server().dsn) as wire:
@@ -174,24 +180,24 @@ async def test_a_connection_lost_at_any_statement_of_any_verb_is_an_error_that_r
         places = [place for place in await fault_points_of(url) if not place.endswith(":answered")]
         wire.injected_count = 0
         async with opened(url) as store:
-            told: list[Told] = []
-            harmed: list[str] = []
+            told: list[Acknowledged] = []
+            injected: list[str] = []
 
             def inject(place: str) -> None:
                 if not place.endswith(":answered"):
-                    harmed.append(place)
+                    injected.append(place)
                     wire.inject(mode)
 
-            story = harmed_story(store, "cut", START_US + 10 * STORY_US, inject, note=told.append)
-            await story.tell()
-            assert wire.injected_count == len(harmed) >= len(places) - 20
+            scenario = faulty_scenario(store, "cut", START_US + 10 * SCENARIO_US, inject, note=told.append)
+            await scenario.run_all()
+            assert wire.injected_count == len(injected) >= len(places) - 20
             if mode == LATE:
-                assert story.failures == []
+                assert scenario.failures == []
             else:
-                assert len(story.failures) >= len(harmed) * 0.95
-                assert all("did not answer" in error.message and error.retryable for error in story.failures)
-            assert await story.faults() == []
-            assert await broken_promises(store, "cut", told) == []
+                assert len(scenario.failures) >= len(injected) * 0.95
+                assert all("did not answer" in error.message and error.retryable for error in scenario.failures)
+            assert await scenario.faults() == []
+            assert await lost_promises(store, "cut", told) == []
             batch = await store.find_batch("cut", "main")
             assert batch is not None
             assert batch.state == "completed"
@@ -213,34 +219,34 @@ ERRORS: list[tuple[type[asyncpg.PostgresError], str, bool]] = [
 
 
 @pytest.mark.parametrize(("error", "said", "is_silent"), ERRORS, ids=lambda value: getattr(value, "__name__", ""))
-async def test_an_error_of_the_server_at_any_statement_undoes_the_verb(
+async def test_a_server_error_at_any_statement_rolls_the_operation_back(
     error: type[asyncpg.PostgresError], said: str, is_silent: bool, tmp_path: Path
 ) -> None:
     async with opened(fresh_schema(tmp_path)) as store:
-        told: list[Told] = []
+        told: list[Acknowledged] = []
 
         def inject(place: str) -> None:
             if not place.endswith((":answered", ":begin")):
                 raise error(f"injected at {place}")
 
-        story = harmed_story(store, "errors", START_US, inject, note=told.append)
-        await story.tell()
-        if is_silent:  # done again at once, and nobody hears of it; one after the other it is too much
-            assert all("several times" in str(failure) for failure in story.failures)
+        scenario = faulty_scenario(store, "errors", START_US, inject, note=told.append)
+        await scenario.run_all()
+        if is_silent:  # repeated at once and not reported, unless all attempts fail
+            assert all("several times" in str(failure) for failure in scenario.failures)
         else:
-            assert len(story.failures) > 150
-            assert all(said in str(failure) for failure in story.failures)
-        assert all(isinstance(failure, StoreUnavailable) for failure in story.failures)
-        assert await story.faults() == []
-        assert await broken_promises(store, "errors", told) == []
+            assert len(scenario.failures) > 150
+            assert all(said in str(failure) for failure in scenario.failures)
+        assert all(isinstance(failure, StoreUnavailable) for failure in scenario.failures)
+        assert await scenario.faults() == []
+        assert await lost_promises(store, "errors", told) == []
 
 
-async def test_stories_told_at_once_end_well_though_the_server_is_pulled_out_twice(tmp_path: Path) -> None:
+async def test_concurrent_scenarios_succeed_though_the_server_crashes_twice(tmp_path: Path) -> None:
     own = Server()
     try:
         async with opened(fresh_schema(tmp_path, own.dsn)) as store:
             names = [f"many{number}" for number in range(4)]
-            told: dict[str, list[Told]] = {name: [] for name in names}
+            told: dict[str, list[Acknowledged]] = {name: [] for name in names}
             restarts = [asyncio.Event(), asyncio.Event()]
             up = [asyncio.Event(), asyncio.Event()]
             places_count = 0
@@ -265,13 +271,13 @@ async def test_stories_told_at_once_end_well_though_the_server_is_pulled_out_twi
                         await back.wait()
 
             stories = [
-                harmed_story(store, name, START_US, at, note=told[name].append, patience=until_up) for name in names
+                faulty_scenario(store, name, START_US, at, note=told[name].append, pause=until_up) for name in names
             ]
             restarting = asyncio.create_task(restart())
-            await asyncio.gather(*(story.tell() for story in stories), restarting)
-            assert sum(len(story.failures) for story in stories) >= 2
-            for story in stories:
-                assert await story.faults() == []
-                assert await broken_promises(store, story.environment, told[story.environment]) == []
+            await asyncio.gather(*(scenario.run_all() for scenario in stories), restarting)
+            assert sum(len(scenario.failures) for scenario in stories) >= 2
+            for scenario in stories:
+                assert await scenario.faults() == []
+                assert await lost_promises(store, scenario.environment, told[scenario.environment]) == []
     finally:
         own.remove()

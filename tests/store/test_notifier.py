@@ -22,39 +22,39 @@ from headrace.store.postgres.dsn import address
 from headrace.store.protocol import RECORDED, WORK
 from headrace.store.sqlite import CommitWatcher
 from headrace.store.sqlite.commit_watcher import LOOK_MAX_S
-from tests.support.notification_listener import Ear
+from tests.support.notification_listener import NotificationListener
 from tests.support.postgres_server import server
-from tests.support.store_rig import World, fresh_schema
+from tests.support.store_rig import StoreRig, fresh_schema
 
 LONG_S = 60.0
 """Longer than any test: who waits so long was woken by news."""
 
 
 @asynccontextmanager
-async def ears(tmp_path: Path, count: int = 2) -> AsyncIterator[list[Ear]]:
+async def listeners(tmp_path: Path, count: int = 2) -> AsyncIterator[list[NotificationListener]]:
     """Processes on one schema, which all listen."""
     url = fresh_schema(tmp_path)
-    found = [Ear(url, address(url).schema) for _ in range(count)]
+    found = [NotificationListener(url, address(url).schema) for _ in range(count)]
     try:
-        for ear in found:
-            await ear.listening()
+        for listener in found:
+            await listener.listening()
         yield found
     finally:
-        for ear in found:
-            await ear.notifier.close()
+        for listener in found:
+            await listener.notifier.close()
 
 
-async def test_r11_news_reaches_the_others_and_not_its_teller(tmp_path: Path) -> None:
-    async with ears(tmp_path, 3) as (teller, *others):
+async def test_r11_a_notification_reaches_the_other_processes_and_not_its_sender(tmp_path: Path) -> None:
+    async with listeners(tmp_path, 3) as (teller, *others):
         teller.notifier.tell(WORK)
-        for ear in others:
-            await ear.until(lambda ear=ear: ear.heard == [WORK])  # type: ignore[misc]  # bound to the loop's value
+        for listener in others:
+            await listener.until(lambda listener=listener: listener.received == [WORK])  # type: ignore[misc]  # bound to the loop's value
         others[0].notifier.tell(RECORDED)
-        await teller.until(lambda: teller.heard == [RECORDED])
+        await teller.until(lambda: teller.received == [RECORDED])
 
 
-async def test_r11_what_is_told_while_news_is_on_its_way_goes_out_together(tmp_path: Path) -> None:
-    async with ears(tmp_path) as (teller, other):
+async def test_r11_notifications_during_a_send_are_sent_together(tmp_path: Path) -> None:
+    async with listeners(tmp_path) as (teller, other):
         sent: list[str] = []
         send = teller.notifier._send
 
@@ -70,12 +70,12 @@ async def test_r11_what_is_told_while_news_is_on_its_way_goes_out_together(tmp_p
         for _ in range(1_000):
             teller.notifier.tell(WORK)
             teller.notifier.tell(RECORDED)
-        await other.until(lambda: len(other.heard) == 3)
+        await other.until(lambda: len(other.received) == 3)
         assert sent == [f"{RECORDED} {WORK}", WORK]
 
 
-async def test_r11_a_lost_connection_is_made_again_and_what_was_missed_is_news(tmp_path: Path) -> None:
-    async with ears(tmp_path) as (teller, other):
+async def test_r11_a_lost_connection_is_reopened_and_notifies_of_what_was_missed(tmp_path: Path) -> None:
+    async with listeners(tmp_path) as (teller, other):
         connection = await asyncpg.connect(server().dsn)
         pids = await connection.fetch(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_notify%' "
@@ -83,11 +83,11 @@ async def test_r11_a_lost_connection_is_made_again_and_what_was_missed_is_news(t
         )
         await connection.close()
         assert len(pids) >= 2
-        await other.until(lambda: {WORK, RECORDED} <= set(other.heard))  # all of it: nobody knows what was missed
-        await teller.until(lambda: {WORK, RECORDED} <= set(teller.heard))
-        other.heard.clear()
+        await other.until(lambda: {WORK, RECORDED} <= set(other.received))  # all of it: nobody knows what was missed
+        await teller.until(lambda: {WORK, RECORDED} <= set(teller.received))
+        other.received.clear()
         teller.notifier.tell(WORK)
-        await other.until(lambda: other.heard == [WORK])
+        await other.until(lambda: other.received == [WORK])
 
 
 class Deafened(PostgresNotifier):
@@ -106,30 +106,30 @@ class Deafened(PostgresNotifier):
             super()._on_notification(connection, pid, channel, words)
 
 
-async def test_r11_news_that_came_in_just_before_its_connection_ended_is_news(tmp_path: Path) -> None:
-    async with ears(tmp_path, 1) as (ear,):
+async def test_r11_a_notification_just_before_the_end_of_its_connection_is_delivered(tmp_path: Path) -> None:
+    async with listeners(tmp_path, 1) as (listener,):
         connection = await asyncpg.connect(server().dsn)
         pid = connection.get_server_pid()
         connection.terminate()  # the driver hands over what it took in with the next turn of the loop
         await asyncio.sleep(0)
-        ear.notifier._on_notification(connection, pid, "", WORK)
-        assert ear.heard == [WORK]
+        listener.notifier._on_notification(connection, pid, "", WORK)
+        assert listener.received == [WORK]
 
 
-async def test_r11_a_quiet_listener_that_hears_nothing_any_more_connects_anew(
+async def test_r11_a_listener_that_receives_nothing_any_more_reconnects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifier, "PROBE_S", 0.01)
     url = fresh_schema(tmp_path)
     deafened = Deafened(address(url), address(url).schema)
-    ear = Ear(url, address(url).schema, deafened)
-    await ear.listening()
+    listener = NotificationListener(url, address(url).schema, deafened)
+    await listener.listening()
     deafened.is_deaf = True
-    await ear.until(lambda: deafened.is_listening and deafened.begun_count == 2)
+    await listener.until(lambda: deafened.is_listening and deafened.begun_count == 2)
     await deafened.close()
 
 
-async def test_r11_news_waits_for_nobody_when_there_is_no_server(tmp_path: Path) -> None:
+async def test_r11_a_notification_without_a_server_blocks_no_caller(tmp_path: Path) -> None:
     deaf = PostgresNotifier(address("postgresql://nobody@127.0.0.1:1/none"), "none")
     bell = Wakeup(deaf, WORK)
     for _ in range(100):
@@ -140,7 +140,7 @@ async def test_r11_news_waits_for_nobody_when_there_is_no_server(tmp_path: Path)
     await deaf.close()
 
 
-def test_r11_a_loop_that_ended_is_left_for_the_next(tmp_path: Path) -> None:
+def test_r11_a_notifier_continues_on_the_next_event_loop(tmp_path: Path) -> None:
     url = fresh_schema(tmp_path)
     teller = PostgresNotifier(address(url), address(url).schema)
 
@@ -148,34 +148,34 @@ def test_r11_a_loop_that_ended_is_left_for_the_next(tmp_path: Path) -> None:
         teller.tell(WORK)
 
     async def tell_and_be_heard() -> None:
-        ear = Ear(url, address(url).schema)
-        await ear.listening()
+        listener = NotificationListener(url, address(url).schema)
+        await listener.listening()
         teller.tell(WORK)
-        await ear.until(lambda: WORK in ear.heard)
-        await ear.notifier.close()
+        await listener.until(lambda: WORK in listener.received)
+        await listener.notifier.close()
         await teller.close()
 
     asyncio.run(tell_and_leave())
     asyncio.run(tell_and_be_heard())
 
 
-async def test_r11_what_was_told_last_still_goes_out_when_the_process_ends(tmp_path: Path) -> None:
-    async with ears(tmp_path) as (ear, _):
-        brief = PostgresNotifier(ear.notifier._address, address(fresh_schema(tmp_path)).schema)
+async def test_r11_pending_notifications_are_sent_when_the_process_ends(tmp_path: Path) -> None:
+    async with listeners(tmp_path) as (listener, _):
+        brief = PostgresNotifier(listener.notifier._address, address(fresh_schema(tmp_path)).schema)
         brief.tell(WORK)
         await brief.close()
-        await ear.until(lambda: ear.heard == [WORK])
+        await listener.until(lambda: listener.received == [WORK])
 
 
-async def test_r11_two_schemas_of_one_database_hear_nothing_of_each_other(tmp_path: Path) -> None:
+async def test_r11_schemas_of_one_database_do_not_receive_each_others_notifications(tmp_path: Path) -> None:
     url = fresh_schema(tmp_path)
-    async with ears(tmp_path) as (ear, other):
-        stranger = Ear(url, "x" * 63)
+    async with listeners(tmp_path) as (listener, other):
+        stranger = NotificationListener(url, "x" * 63)
         await stranger.listening()
         stranger.notifier.tell(WORK)
-        ear.notifier.tell(RECORDED)
-        await other.until(lambda: other.heard == [RECORDED])
-        assert ear.heard == stranger.heard == []
+        listener.notifier.tell(RECORDED)
+        await other.until(lambda: other.received == [RECORDED])
+        assert listener.received == stranger.received == []
         await stranger.notifier.close()
 
 
@@ -208,13 +208,13 @@ async def test_r11_a_waiting_process_is_woken_by_the_commit_of_another(url: str,
         bell = getattr(second, news)
         waiting = asyncio.create_task(bell.wait(SystemClock(), LONG_S))
         await asyncio.sleep(0)
-        world = World(first.store)
-        await world.filled(3)
+        rig = StoreRig(first.store)
+        await rig.filled(3)
         getattr(first, news).notify()
         assert await waiting
 
 
-async def test_r11_nobody_looks_at_a_file_while_nobody_waits(tmp_path: Path) -> None:
+async def test_r11_a_file_is_not_polled_while_no_process_waits(tmp_path: Path) -> None:
     path = tmp_path / "file.db"
     with closing(sqlite3.connect(path)) as writer:
         writer.execute("PRAGMA journal_mode = WAL")
@@ -238,7 +238,7 @@ async def test_r11_nobody_looks_at_a_file_while_nobody_waits(tmp_path: Path) -> 
         await watcher.close()
 
 
-def test_r11_a_watcher_outlives_its_loop(tmp_path: Path) -> None:
+def test_r11_a_commit_watcher_continues_on_the_next_event_loop(tmp_path: Path) -> None:
     path = tmp_path / "file.db"
     with closing(sqlite3.connect(path)) as writer:
         writer.execute("PRAGMA journal_mode = WAL")

@@ -1,4 +1,4 @@
-"""What a server can do to a store: no connection left, no disk left, no server of the version that was thought of."""
+"""Outages of a PostgreSQL server: no free connection, a full disk, a crash."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from headrace.foundation.settings import load
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.dsn import address
 from tests.support import invariants
-from tests.support.postgres_observer import beside
+from tests.support.postgres_observer import other_connection
 from tests.support.postgres_server import Server
-from tests.support.store_rig import World, fresh_schema
+from tests.support.store_rig import StoreRig, fresh_schema
 
 DISK_MIB = 96
 FILL = b"x" * 200_000
@@ -30,7 +30,7 @@ FILL = b"x" * 200_000
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk that is soon full."""
+    """Mount a small disk, which is soon full."""
     place = Path("/var/tmp") / f"headrace-disk-{tmp_path.name}-{os.getpid()}"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m,mode=755", "tmpfs", str(place)]
@@ -44,41 +44,42 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place.rmdir()
 
 
-async def test_a_full_disk_is_told_and_nothing_that_was_acknowledged_is_lost(small_disk: Path, tmp_path: Path) -> None:
+async def test_a_full_disk_is_reported_and_no_acknowledged_write_is_lost(small_disk: Path, tmp_path: Path) -> None:
     own = Server(place=small_disk)
     own.stop("fast")
     own.start(max_wal_size="32MB", min_wal_size="32MB", wal_recycle="off")
     try:
-        async with World(PostgresStore(fresh_schema(tmp_path, own.dsn), DEFAULT)) as world:
-            batch_id = await world.batch()
+        async with StoreRig(PostgresStore(fresh_schema(tmp_path, own.dsn), DEFAULT)) as rig:
+            batch_id = await rig.batch()
             acknowledged_count, failure = 0, None
             while failure is None:
                 assert acknowledged_count < 10 * DISK_MIB, "the disk is never full"
                 try:
-                    await world.append(batch_id, [acknowledged_count], payload=lambda index: FILL)
+                    await rig.append(batch_id, [acknowledged_count], payload=lambda index: FILL)
                     acknowledged_count += 1
                 except StoreUnavailable as error:
                     failure = error
             assert failure.retryable
             assert "disk" in str(failure) or "the server is running" in str(failure), failure
-            # Without room for its log the server ends; with more room it is what it was.
+            # Without room for its log the server ends; with more room it recovers.
             subprocess.run(["mount", "-o", f"remount,size={3 * DISK_MIB}m", str(small_disk)], check=True)
             await running(own)
-            batch, ledger = await world.store.batch(batch_id)
+            batch, ledger = await rig.store.batch(batch_id)
             assert ledger.waiting == batch.received_count >= acknowledged_count
-            assert batch.received_count <= acknowledged_count + 1  # the last one may have been done, unanswered
-            await world.append(batch_id, range(acknowledged_count, acknowledged_count + 5))
-            await world.store.seal(batch_id, None, now_us=world.now_us)
-            assert len(await world.run_all(await world.session())) == acknowledged_count + 5
-            await world.check()
+            # the last append may be stored without an acknowledgement
+            assert batch.received_count <= acknowledged_count + 1
+            await rig.append(batch_id, range(acknowledged_count, acknowledged_count + 5))
+            await rig.store.seal(batch_id, None, now_us=rig.now_us)
+            assert len(await rig.run_all(await rig.session())) == acknowledged_count + 5
+            await rig.check()
     finally:
         own.remove()
 
 
 async def running(own: Server) -> None:
-    """Return when the server answers; start it when it has ended."""
+    """Return when the server answers; start it if it has ended."""
     try:
-        async with beside(own.dsn) as connection:
+        async with other_connection(own.dsn) as connection:
             await connection.fetchval("SELECT 1")
     except Exception:  # noqa: BLE001 - whatever it is, it is not up
         await asyncio.to_thread(own.stop_if_running)
@@ -101,7 +102,7 @@ async def test_backends_terminated_in_a_stream_lose_and_double_nothing(tmp_path:
 
     async def items() -> AsyncIterator[int]:
         nonlocal killed_count
-        async with beside() as killer:
+        async with other_connection() as killer:
             for number in range(20_000):
                 if number % 1_000 == 999:
                     killed_count += await killer.fetchval(
@@ -122,19 +123,19 @@ async def test_backends_terminated_in_a_stream_lose_and_double_nothing(tmp_path:
     assert set(ran) == set(range(20_000))
 
 
-async def test_a_store_that_finds_no_connection_left_says_so_and_goes_on_when_there_is(tmp_path: Path) -> None:
+async def test_a_store_without_a_free_connection_reports_it_and_recovers(tmp_path: Path) -> None:
     own = Server()
     own.stop("fast")
     own.start(superuser_reserved_connections=0, autovacuum="off", max_connections=6)
     try:
-        async with World(PostgresStore(fresh_schema(tmp_path, own.dsn), DEFAULT)) as world:
-            batch_id = await world.batch()
+        async with StoreRig(PostgresStore(fresh_schema(tmp_path, own.dsn), DEFAULT)) as rig:
+            batch_id = await rig.batch()
             async with AsyncExitStack() as others:
                 for _ in range(5):
-                    await others.enter_async_context(beside(own.dsn))
-                # The one connection it has serves one verb at a time; a second at the same time needs one more.
+                    await others.enter_async_context(other_connection(own.dsn))
+                # The one connection serves one operation at a time; two at once need a second connection.
                 told = await asyncio.gather(
-                    *(world.append(batch_id, [index]) for index in range(4)), return_exceptions=True
+                    *(rig.append(batch_id, [index]) for index in range(4)), return_exceptions=True
                 )
                 failures = [error for error in told if isinstance(error, HeadraceError)]
                 assert failures
@@ -142,14 +143,14 @@ async def test_a_store_that_finds_no_connection_left_says_so_and_goes_on_when_th
                 assert all(isinstance(error, StoreUnavailable) and error.retryable for error in failures)
                 assert all("max_connections" in error.hint for error in failures)
             for index in range(4):
-                await world.append(batch_id, [index])
-            _, ledger = await world.store.batch(batch_id)
+                await rig.append(batch_id, [index])
+            _, ledger = await rig.store.batch(batch_id)
             assert ledger.waiting == 4
     finally:
         own.remove()
 
 
-async def test_the_doctor_says_what_an_acknowledgement_hangs_on(tmp_path: Path) -> None:
+async def test_doctor_reports_the_settings_that_durability_depends_on(tmp_path: Path) -> None:
     url = fresh_schema(tmp_path)
     for word, is_well in (("", True), ("&synchronous_commit=off", False)):
         engine = await open_engine(load({"store": url + word, "objects": str(tmp_path / "objects")}, {}, tmp_path))

@@ -48,7 +48,7 @@ async def listed(payloads: PayloadStore, prefix: str = "", page_objects: int = 1
 
 
 @on_a_loop
-async def test_what_is_put_can_be_read_back(payloads: PayloadStore) -> None:
+async def test_a_stored_payload_can_be_read(payloads: PayloadStore) -> None:
     for data in (b"", b"x", bytes(range(256)) * 4_096):
         await payloads.put(key_of(data), data)
         assert await payloads.get(key_of(data)) == data
@@ -63,14 +63,14 @@ async def test_putting_the_same_payload_again_changes_nothing(payloads: PayloadS
 
 
 @on_a_loop
-async def test_bytes_are_not_stored_under_the_key_of_others(payloads: PayloadStore) -> None:
+async def test_bytes_are_not_stored_under_the_key_of_other_bytes(payloads: PayloadStore) -> None:
     with pytest.raises(InvalidInput, match="does not match the hash of these bytes"):
         await payloads.put(key_of(b"these"), b"others")
     assert await listed(payloads) == []
 
 
 @on_a_loop
-async def test_an_object_that_is_not_there_is_said_to_be_missing(payloads: PayloadStore) -> None:
+async def test_a_missing_object_is_reported_as_missing(payloads: PayloadStore) -> None:
     with pytest.raises(ObjectMissing, match="not in the object store") as missing:
         await payloads.get(key_of(b"never written"))
     assert missing.value.ids["key"] == key_of(b"never written")
@@ -79,7 +79,7 @@ async def test_an_object_that_is_not_there_is_said_to_be_missing(payloads: Paylo
 
 @pytest.mark.parametrize("damage", [b"", b"payloa", b"Payload", b"payload and more"])
 @on_a_loop
-async def test_a_damaged_object_is_never_handed_out(payloads: PayloadStore, damage: bytes) -> None:
+async def test_a_damaged_object_is_never_returned(payloads: PayloadStore, damage: bytes) -> None:
     data = b"payload"
     await payloads.put(key_of(data), data)
     await obstore.put_async(payloads._store, key_of(data), damage)
@@ -99,7 +99,7 @@ async def test_an_object_larger_than_any_payload_is_not_loaded(
 
 
 @on_a_loop
-async def test_an_object_torn_by_a_power_cut_is_mended_by_the_next_put(payloads: PayloadStore) -> None:
+async def test_an_object_that_was_truncated_by_a_power_cut_is_replaced_by_the_next_put(payloads: PayloadStore) -> None:
     data = b"payload"
     await obstore.put_async(payloads._store, key_of(data), b"pay")
     await payloads.put(key_of(data), data)
@@ -134,7 +134,7 @@ async def test_a_put_returns_after_the_file_and_the_directories_that_name_it_are
 
 
 @on_a_loop
-async def test_a_put_that_could_not_be_synced_is_not_accepted_and_not_believed_later(
+async def test_a_put_that_could_not_be_synced_is_not_accepted_and_not_trusted_later(
     local: PayloadStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(handle: int) -> None:
@@ -165,7 +165,7 @@ async def test_a_repeat_that_could_not_be_synced_does_not_remove_what_was_accept
 
 
 @on_a_loop
-async def test_a_directory_that_is_made_anew_is_synced_anew(
+async def test_a_directory_that_is_created_again_is_synced_again(
     local: PayloadStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
@@ -178,7 +178,7 @@ async def test_a_directory_that_is_made_anew_is_synced_anew(
 
 
 @on_a_loop
-async def test_a_payload_that_is_sent_again_is_young_again(local: PayloadStore, tmp_path: Path) -> None:
+async def test_a_payload_that_is_sent_again_gets_a_new_age(local: PayloadStore, tmp_path: Path) -> None:
     data = b"payload"
     await local.put(key_of(data), data)
     os.utime(tmp_path / "payloads" / key_of(data), (1_000_000, 1_000_000))
@@ -188,7 +188,7 @@ async def test_a_payload_that_is_sent_again_is_young_again(local: PayloadStore, 
 
 
 @on_a_loop
-async def test_a_full_disk_leaves_nothing_half_written_and_says_what_to_do(local: PayloadStore, tmp_path: Path) -> None:
+async def test_a_full_disk_leaves_no_partial_object_and_gives_a_hint(local: PayloadStore, tmp_path: Path) -> None:
     data = os.urandom(8 * 1024 * 1024)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4 * 1024 * 1024, hard))
@@ -215,7 +215,7 @@ async def test_a_full_disk_leaves_nothing_half_written_and_says_what_to_do(local
     ],
 )
 @on_a_loop
-async def test_every_failure_to_write_says_what_to_do(
+async def test_every_failed_write_gives_a_hint(
     payloads: PayloadStore, monkeypatch: pytest.MonkeyPatch, error: Exception, hint: str
 ) -> None:
     async def fail(*args: object, **options: object) -> None:
@@ -229,7 +229,7 @@ async def test_every_failure_to_write_says_what_to_do(
 
 
 @on_a_loop
-async def test_a_file_where_a_directory_should_be_is_said_so(local: PayloadStore, tmp_path: Path) -> None:
+async def test_a_file_in_place_of_a_directory_is_reported(local: PayloadStore, tmp_path: Path) -> None:
     (tmp_path / "payloads" / "default").write_text("in the way")
     for attempt in (local.put(key_of(b"data"), b"data"), local.get(key_of(b"data"))):
         with pytest.raises(StoreUnavailable, match="Not a directory"):
@@ -271,7 +271,7 @@ def test_a_directory_that_can_not_be_made_is_refused_when_it_is_opened(url: str)
     ],
 )
 @on_a_loop
-async def test_a_key_that_could_lead_elsewhere_is_refused_by_every_verb(payloads: PayloadStore, key: str) -> None:
+async def test_a_key_outside_the_store_is_refused_by_every_operation(payloads: PayloadStore, key: str) -> None:
     attempts: list[Awaitable[Any]] = [payloads.put(key, b""), payloads.get(key), payloads.delete([key])]
     for attempt in attempts:
         with pytest.raises(InvalidInput):
@@ -301,7 +301,7 @@ async def test_a_link_out_of_the_directory_is_not_listed_as_ours(local: PayloadS
 
 @pytest.mark.parametrize("prefix", ["..", "a/../b", "/etc", "default/", "a%2e"])
 @on_a_loop
-async def test_a_prefix_that_could_lead_elsewhere_is_refused(payloads: PayloadStore, prefix: str) -> None:
+async def test_a_prefix_outside_the_store_is_refused(payloads: PayloadStore, prefix: str) -> None:
     with pytest.raises(InvalidInput):
         await listed(payloads, prefix)
 
@@ -323,7 +323,7 @@ async def test_a_listing_names_every_object_with_its_age_and_size_page_by_page(
 
 
 @on_a_loop
-async def test_deleting_removes_what_is_there_and_minds_nothing_that_is_not(payloads: PayloadStore) -> None:
+async def test_deleting_removes_existing_objects_and_ignores_missing_ones(payloads: PayloadStore) -> None:
     bodies = [bytes([number]) for number in range(20)]
     for body in bodies[::2]:
         await payloads.put(key_of(body), body)
@@ -379,7 +379,7 @@ async def test_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @on_a_loop
-async def test_a_check_goes_there_and_back_and_leaves_nothing(payloads: PayloadStore) -> None:
+async def test_a_check_makes_a_round_trip_and_leaves_no_object(payloads: PayloadStore) -> None:
     await payloads.check()
     assert await listed(payloads) == []
 
@@ -408,7 +408,7 @@ def test_the_stores_of_three_clouds_can_be_named(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "url", ["", "/", "file:///", "file://host/path", "ftp://host/x", "http://host/x", "s3://", "file:///a?b=c"]
 )
-def test_a_url_nobody_understands_is_refused(url: str) -> None:
+def test_an_unknown_url_is_refused(url: str) -> None:
     with pytest.raises(InvalidSetting, match="expected the URL of an object store"):
         open_payloads(url)
 
@@ -425,7 +425,7 @@ def test_a_concurrency_outside_its_bounds_is_refused_by_name(concurrency: Any) -
         open_payloads("memory://", concurrency=concurrency)
 
 
-def test_a_reference_survives_the_way_into_a_row_and_back() -> None:
+def test_a_reference_is_encoded_and_decoded() -> None:
     reference = Reference(key=key_of(b"data"), bytes_count=4, content_type="text/plain")
     assert Reference.decode(reference.encode()) == reference
     assert check_key(reference.key) == reference.key
@@ -443,6 +443,6 @@ def test_a_reference_survives_the_way_into_a_row_and_back() -> None:
         b'{"key": "default/b/' + b"0" * 64 + b'", "bytes_count": 1, "url": "file:///etc"}',
     ],
 )
-def test_what_is_not_a_reference_is_refused(data: bytes) -> None:
+def test_bytes_that_are_no_reference_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidInput):
         Reference.decode(data)

@@ -17,7 +17,7 @@ from headrace.app import Headrace
 from headrace.foundation.errors import InvalidSetting, ObjectMissing, StoreUnavailable
 from headrace.store.payloads import PayloadStore, open_payloads, payload_key
 from tests.support import invariants
-from tests.support.s3_server import CREDENTIALS, Weather, s3, weather
+from tests.support.s3_server import CREDENTIALS, ObjectStoreProxy, object_store_proxy, s3
 
 BATCH = "batch_0000000000000000000000000a"
 QUICK: dict[str, Any] = {"retries": 2, "retry_s": 5, "timeout_s": 1}
@@ -38,12 +38,12 @@ def payloads(prefix: str) -> PayloadStore:
 
 
 @asynccontextmanager
-async def behind_weather(prefix: str, **bounds: int) -> AsyncIterator[tuple[PayloadStore, Weather]]:
-    async with weather() as before:
+async def behind_weather(prefix: str, **bounds: int) -> AsyncIterator[tuple[PayloadStore, ObjectStoreProxy]]:
+    async with object_store_proxy() as before:
         yield open_payloads(s3().url(prefix, endpoint=before.endpoint, **(QUICK | bounds))), before
 
 
-async def test_what_is_put_is_read_listed_and_deleted(payloads: PayloadStore) -> None:
+async def test_a_stored_payload_is_read_listed_and_deleted(payloads: PayloadStore) -> None:
     bodies = [b"", b"x", bytes(range(256)) * 8_192]
     for data in bodies:
         await payloads.put(key_of(data), data)
@@ -56,7 +56,7 @@ async def test_what_is_put_is_read_listed_and_deleted(payloads: PayloadStore) ->
     await payloads.check()
 
 
-async def test_a_body_that_was_changed_outside_is_no_payload(payloads: PayloadStore) -> None:
+async def test_a_changed_object_is_not_returned_as_the_payload(payloads: PayloadStore) -> None:
     data = b"as it was written"
     await payloads.put(key_of(data), data)
     await obstore.put_async(payloads._store, key_of(data), b"as somebody else left it")
@@ -75,7 +75,7 @@ async def test_a_request_that_fails_is_tried_again(fault: str, prefix: str) -> N
         assert [request.split()[0] for request in before.requests] == ["PUT"] * 3 + ["GET"] * 3
 
 
-async def test_a_server_that_stays_away_is_said_to_be_away_and_nothing_is_half_there(prefix: str) -> None:
+async def test_a_server_that_does_not_answer_is_reported_and_no_partial_object_is_left(prefix: str) -> None:
     data = b"in bad weather"
     async with behind_weather(prefix) as (payloads, before):
         before.faults = ["503"] * 100
@@ -91,7 +91,7 @@ async def test_a_server_that_stays_away_is_said_to_be_away_and_nothing_is_half_t
             await payloads.get(key_of(data))
 
 
-async def test_a_server_that_never_answers_is_given_up_in_time(prefix: str) -> None:
+async def test_a_request_to_a_hanging_server_ends_at_its_time_limit(prefix: str) -> None:
     async with behind_weather(prefix, retries=0) as (payloads, before):
         before.faults = ["hang"]
         with pytest.raises(StoreUnavailable, match="could not be read"):
@@ -99,7 +99,7 @@ async def test_a_server_that_never_answers_is_given_up_in_time(prefix: str) -> N
         assert len(before.requests) == 1
 
 
-async def test_an_answer_that_breaks_off_is_not_taken_for_the_payload(prefix: str) -> None:
+async def test_a_truncated_response_is_not_returned_as_the_payload(prefix: str) -> None:
     data = bytes(100_000)
     async with behind_weather(prefix, retries=0) as (payloads, before):
         await payloads.put(key_of(data), data)
@@ -110,14 +110,14 @@ async def test_an_answer_that_breaks_off_is_not_taken_for_the_payload(prefix: st
         assert await payloads.get(key_of(data)) == data
 
 
-async def test_a_bucket_that_is_not_there_is_no_missing_payload(prefix: str) -> None:
+async def test_a_missing_bucket_is_not_reported_as_a_missing_payload(prefix: str) -> None:
     payloads = open_payloads(s3().url(prefix, bucket=f"none-{secrets.token_hex(6)}", **QUICK))
     with pytest.raises(StoreUnavailable, match="the server answered NoSuchBucket") as caught:
         await payloads.get(key_of(b"x"))
     assert "create it" in caught.value.hint
 
 
-async def test_credentials_that_are_not_known_say_so(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unknown_credentials_are_reported(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     url = s3().url(prefix)
     for name in CREDENTIALS:
         monkeypatch.setenv(name, "us-east-1" if name == "AWS_REGION" else "wrong")
@@ -145,9 +145,7 @@ def test_a_url_with_a_mistake_is_refused_by_name(url: str, said: str) -> None:
         open_payloads(url)
 
 
-async def test_a_run_whose_payload_is_gone_fails_with_the_reason_and_the_others_run(
-    prefix: str, tmp_path: Path
-) -> None:
+async def test_a_run_without_its_payload_fails_with_the_reason_and_the_others_run(prefix: str, tmp_path: Path) -> None:
     app = Headrace("s3", store=f"sqlite:///{tmp_path}/a.db", objects=s3().url(prefix), inline_bytes_max=64)
 
     @app.task
@@ -169,7 +167,7 @@ async def test_a_run_whose_payload_is_gone_fails_with_the_reason_and_the_others_
 
 
 async def test_a_batch_goes_on_through_an_outage_of_the_object_store(prefix: str, tmp_path: Path) -> None:
-    async with weather() as before:
+    async with object_store_proxy() as before:
         url = s3().url(prefix, endpoint=before.endpoint, retries=0, timeout_s=5)
         app = Headrace("s3", store=f"sqlite:///{tmp_path}/a.db", objects=url, inline_bytes_max=64)
 
@@ -187,7 +185,7 @@ async def test_a_batch_goes_on_through_an_outage_of_the_object_store(prefix: str
 
 
 async def test_requests_are_bounded(prefix: str) -> None:
-    async with weather() as before:
+    async with object_store_proxy() as before:
         payloads = open_payloads(s3().url(prefix, endpoint=before.endpoint, **QUICK), concurrency=3)
         before.faults = ["hang"] * 10
         waiting = [asyncio.create_task(payloads.get(key_of(b"%d" % n))) for n in range(10)]

@@ -1,8 +1,8 @@
-"""How a database answers each statement while it knows next to nothing about the tables.
+"""Query plans of each statement, on tables about which the database has almost no statistics.
 
-On PostgreSQL that is the plan it keeps: made when a statement is first used, on tables that are all but empty, and good
-until somebody analyses them. What it reads must not grow with what lies in them, so each table that grows is read by an
-index that names what is looked for, and not by all of an environment.
+On PostgreSQL that is the generic plan that is kept: made at the first use of a statement, on almost empty tables, and
+used until the tables are analysed. What it reads must not grow with the tables, so each growing table is read by an
+index on what the statement looks for, and not by an index on the environment alone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.pool import SETTINGS, compiled
 from headrace.store.sqlite import SqliteStore
 from headrace.store.statements import statements
-from tests.support.postgres_observer import beside, schema_of
-from tests.support.store_rig import World, fresh_schema
+from tests.support.postgres_observer import other_connection, schema_of
+from tests.support.store_rig import StoreRig, fresh_schema
 
 GROWING: Final = frozenset(
     {
@@ -39,8 +39,8 @@ GROWING: Final = frozenset(
         "checkpoint",
     }
 )
-ALIVE: Final = "as many as are under way: an index of those alone"
-PAGED: Final = "read in order and from where the last page ended, no further than its limit"
+ALIVE: Final = "as many as there are running ones: an index on those alone"
+PAGED: Final = "read in order from the end of the last page, at most up to the limit"
 NOT_NAMED: Final = {
     ("delete_sessions", "session_pkey"): "as many as there were processes in the last hour",
     ("delete_sessions", "span_leased"): ALIVE,
@@ -64,17 +64,17 @@ SCANNED: Final = {
     ("moving_total", "SCAN batch"),
     ("sessions", "SCAN session"),
 }
-"""The same on SQLite, and what moves a whole file to another store."""
+"""The same on SQLite, and the statements of a store copy."""
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    """A world on a schema of its own, with nothing in it."""
-    return World(PostgresStore(fresh_schema(tmp_path), DEFAULT))
+def rig(tmp_path: Path) -> StoreRig:
+    """Return a rig on an empty schema of its own."""
+    return StoreRig(PostgresStore(fresh_schema(tmp_path), DEFAULT))
 
 
 def scans(plan: dict[str, Any], table: str = "") -> Iterator[tuple[str, str, str]]:
-    """`(table, index, condition)` of each read of a table; no index where it is read as it lies."""
+    """Yield `(table, index, condition)` for each read of a table; the index is empty for a sequential scan."""
     table = plan.get("Relation Name", table)
     kind = plan["Node Type"]
     if table in GROWING and ("Index Name" in plan or kind == "Seq Scan"):
@@ -84,7 +84,7 @@ def scans(plan: dict[str, Any], table: str = "") -> Iterator[tuple[str, str, str
 
 
 async def first_columns(connection: Any, schema: str) -> dict[str, str]:
-    """Of each index the column that what is looked for is found by: the first that is not the environment."""
+    """Return for each index the first column that is not the environment."""
     rows = await connection.fetch(
         "SELECT relname, attname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
         "JOIN pg_attribute ON attrelid = indexrelid WHERE relnamespace = $1::regnamespace AND attname <> 'environment' "
@@ -94,10 +94,10 @@ async def first_columns(connection: Any, schema: str) -> dict[str, str]:
     return {row["relname"]: row["attname"] for row in rows}
 
 
-async def test_no_statement_reads_all_of_a_table_that_grows_on_postgres(world: World) -> None:
-    await world.filled(10)
-    schema, found = schema_of(world), set()
-    async with beside(server_settings=SETTINGS | {"plan_cache_mode": "force_generic_plan"}) as connection:
+async def test_no_statement_reads_all_of_a_table_that_grows_on_postgres(rig: StoreRig) -> None:
+    await rig.filled(10)
+    schema, found = schema_of(rig), set()
+    async with other_connection(server_settings=SETTINGS | {"plan_cache_mode": "force_generic_plan"}) as connection:
         columns = await first_columns(connection, schema)
         for name, statement in compiled(schema).items():
             if not re.match(r"\s*(WITH|SELECT|INSERT|UPDATE|DELETE)\b", statement.sql):
@@ -113,7 +113,7 @@ async def test_no_statement_reads_all_of_a_table_that_grows_on_postgres(world: W
 
 
 async def test_no_statement_reads_all_of_a_table_that_grows_on_sqlite(tmp_path: Path) -> None:
-    async with World(SqliteStore(tmp_path / "db", DEFAULT)):
+    async with StoreRig(SqliteStore(tmp_path / "db", DEFAULT)):
         connection = sqlite3.connect(tmp_path / "db")
         found = set()
         for name, statement in statements("headrace.store.sqlite").items():

@@ -26,9 +26,9 @@ from headrace.foundation.errors import (
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
 from headrace.store.protocol import Lease, Release
-from tests.support.postgres_observer import beside, schema_of, waiting_for_a_lock
+from tests.support.postgres_observer import other_connection, pid_waiting_for_a_lock, schema_of
 from tests.support.postgres_server import Server, server
-from tests.support.store_rig import NOBODY, START_US, World, chunks_of, fresh_schema, settlement_of
+from tests.support.store_rig import NO_SUSPECTS, START_US, StoreRig, chunks_of, fresh_schema, settlement_of
 
 T = TypeVar("T")
 PACKAGE = "headrace.store.postgres"
@@ -51,9 +51,9 @@ class Watched(PostgresStore):
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
+def rig(tmp_path: Path) -> StoreRig:
     """A world on a schema of its own."""
-    return World(PostgresStore(fresh_schema(tmp_path), DEFAULT))
+    return StoreRig(PostgresStore(fresh_schema(tmp_path), DEFAULT))
 
 
 @pytest.fixture(scope="module")
@@ -71,64 +71,64 @@ def own() -> Iterator[Server]:
 # -- R3, R4: what is decided is decided on locked rows
 
 
-async def test_r3_a_session_ends_after_the_claims_that_found_it_alive(world: World) -> None:
-    session = await world.session()
-    async with beside() as claimer, beside() as watcher:
+async def test_r3_a_session_ends_after_the_claims_that_found_it_alive(rig: StoreRig) -> None:
+    session = await rig.session()
+    async with other_connection() as claimer, other_connection() as watcher:
         claim = claimer.transaction()
         await claim.start()
-        await claimer.execute(f'SELECT id FROM "{schema_of(world)}".session WHERE id = $1 FOR KEY SHARE', session)
-        recovery = asyncio.create_task(world.recover(session))
-        await waiting_for_a_lock(world, watcher)
+        await claimer.execute(f'SELECT id FROM "{schema_of(rig)}".session WHERE id = $1 FOR KEY SHARE', session)
+        recovery = asyncio.create_task(rig.recover(session))
+        await pid_waiting_for_a_lock(rig, watcher)
         assert not recovery.done()
-        await world.store.heartbeat(session, now_us=world.now_us)  # a sign of life does not wait
+        await rig.store.heartbeat(session, now_us=rig.now_us)  # a sign of life does not wait
         await claim.rollback()
         assert await recovery == 0
     with pytest.raises(SessionEnded):
-        await world.claim(session)
+        await rig.claim(session)
 
 
-async def test_r4_a_lease_that_was_lost_while_its_settlement_waited_changes_nothing(world: World) -> None:
-    batch_id, session = await world.filled(512), await world.session()
-    first, second = await world.claim(session)
-    async with beside() as other, beside() as watcher:
+async def test_r4_a_lease_that_was_lost_while_its_settlement_waited_changes_nothing(rig: StoreRig) -> None:
+    batch_id, session = await rig.filled(512), await rig.session()
+    first, second = await rig.claim(session)
+    async with other_connection() as other, other_connection() as watcher:
         change = other.transaction()
         await change.start()
-        await other.execute(f'UPDATE "{schema_of(world)}".span SET token = token + 1 WHERE id = $1', second.span_id)
+        await other.execute(f'UPDATE "{schema_of(rig)}".span SET token = token + 1 WHERE id = $1', second.span_id)
         settling = asyncio.create_task(
-            world.store.settle([settlement_of(first), settlement_of(second)], now_us=world.now_us)
+            rig.store.settle([settlement_of(first), settlement_of(second)], now_us=rig.now_us)
         )
-        await waiting_for_a_lock(world, watcher)
+        await pid_waiting_for_a_lock(rig, watcher)
         await change.commit()
         assert await settling == ["settled", "lost"]
-    _, ledger = await world.store.batch(batch_id)
+    _, ledger = await rig.store.batch(batch_id)
     assert (ledger.completed, ledger.leased) == (256, 256)
 
 
-async def test_r4_counters_are_those_of_the_locked_row_and_a_batch_completes_once(world: World) -> None:
-    batch_id, session = await world.filled(256 * 12), await world.session()
-    leases = await world.claim(session)
-    async with beside() as other, beside() as watcher:
+async def test_r4_counters_are_those_of_the_locked_row_and_a_batch_completes_once(rig: StoreRig) -> None:
+    batch_id, session = await rig.filled(256 * 12), await rig.session()
+    leases = await rig.claim(session)
+    async with other_connection() as other, other_connection() as watcher:
         held = other.transaction()
         await held.start()
-        await other.execute(f'SELECT 1 FROM "{schema_of(world)}".batch WHERE id = $1 FOR UPDATE', batch_id)
-        settling = [asyncio.create_task(world.settle(lease)) for lease in leases]
-        await waiting_for_a_lock(world, watcher)
+        await other.execute(f'SELECT 1 FROM "{schema_of(rig)}".batch WHERE id = $1 FOR UPDATE', batch_id)
+        settling = [asyncio.create_task(rig.settle(lease)) for lease in leases]
+        await pid_waiting_for_a_lock(rig, watcher)
         await held.rollback()
         assert set(await asyncio.gather(*settling)) == {"settled"}
-    batch, ledger = await world.store.batch(batch_id)
+    batch, ledger = await rig.store.batch(batch_id)
     assert (batch.state, ledger.completed) == ("completed", 256 * 12)
 
 
-async def test_r4_a_batch_sealed_while_the_sweep_waits_for_it_is_not_abandoned(world: World) -> None:
-    batch_id = await world.batch(3, seal_timeout_ms=1_000)
-    await world.append(batch_id, range(3))
-    world.later(10)
-    async with beside() as other, beside() as watcher:
+async def test_r4_a_batch_sealed_while_the_sweep_waits_for_it_is_not_abandoned(rig: StoreRig) -> None:
+    batch_id = await rig.batch(3, seal_timeout_ms=1_000)
+    await rig.append(batch_id, range(3))
+    rig.later(10)
+    async with other_connection() as other, other_connection() as watcher:
         sealing = other.transaction()
         await sealing.start()
-        await other.execute(f"UPDATE \"{schema_of(world)}\".batch SET state = 'sealed' WHERE id = $1", batch_id)
-        sweeping = asyncio.create_task(world.store.sweep(now_us=world.now_us, rows_max=100))
-        await waiting_for_a_lock(world, watcher)
+        await other.execute(f"UPDATE \"{schema_of(rig)}\".batch SET state = 'sealed' WHERE id = $1", batch_id)
+        sweeping = asyncio.create_task(rig.store.sweep(now_us=rig.now_us, rows_max=100))
+        await pid_waiting_for_a_lock(rig, watcher)
         await sealing.commit()
         assert (await sweeping).abandoned == []
 
@@ -139,19 +139,19 @@ async def test_r4_a_batch_sealed_while_the_sweep_waits_for_it_is_not_abandoned(w
 class Crowd:
     """Someone who does whatever may lock rows, over and over, to the same few batches."""
 
-    def __init__(self, world: World, batch_ids: list[str], seed: int) -> None:
-        self.world, self.batch_ids, self.random = world, batch_ids, random.Random(seed)
+    def __init__(self, rig: StoreRig, batch_ids: list[str], seed: int) -> None:
+        self.rig, self.batch_ids, self.random = rig, batch_ids, random.Random(seed)
         self.session, self.leases = "", list[Lease]()
 
     async def run(self, rounds: int) -> None:
-        self.session = await self.world.session()
+        self.session = await self.rig.session()
         steps = (self.claim, self.settle, self.settle, self.give_back, self.cancel, self.append, self.end, self.sweep)
         for _ in range(rounds):
             with suppress(Conflict):
                 await self.random.choice(steps)()
 
     async def claim(self) -> None:
-        self.leases += await self.world.claim(self.session, self.random.choice((3, 40, 200)))
+        self.leases += await self.rig.claim(self.session, self.random.choice((3, 40, 200)))
 
     def some(self) -> list[Lease]:
         self.random.shuffle(self.leases)
@@ -160,47 +160,47 @@ class Crowd:
 
     async def settle(self) -> None:
         told: list[Settlement] = [settlement_of(lease, self.random.choice("cccfr")) for lease in self.some()]
-        await self.world.store.settle(told, now_us=self.world.now_us)
+        await self.rig.store.settle(told, now_us=self.rig.now_us)
 
     async def give_back(self) -> None:
         releases = [Release(span_id=lease.span_id, token=lease.token) for lease in self.some()]
-        await self.world.store.release(releases, crashes_max=3, now_us=self.world.now_us)
+        await self.rig.store.release(releases, crashes_max=3, now_us=self.rig.now_us)
 
     async def cancel(self) -> None:
         indexes = self.random.sample(range(0, 640, 7), 5)
-        await self.world.store.cancel_runs(self.random.choice(self.batch_ids), indexes, now_us=self.world.now_us)
+        await self.rig.store.cancel_runs(self.random.choice(self.batch_ids), indexes, now_us=self.rig.now_us)
 
     async def append(self) -> None:
         first = self.random.randrange(0, 900, 20)
-        await self.world.append(self.random.choice(self.batch_ids), range(first, first + 60), runs_max=20)
+        await self.rig.append(self.random.choice(self.batch_ids), range(first, first + 60), runs_max=20)
 
     async def end(self) -> None:
         if self.random.random() < 0.3:
             self.leases.clear()
-            await self.world.store.recover(
-                self.session, NOBODY, silent_since_us=self.world.now_us, crashes_max=3, now_us=self.world.now_us
+            await self.rig.store.recover(
+                self.session, NO_SUSPECTS, silent_since_us=self.rig.now_us, crashes_max=3, now_us=self.rig.now_us
             )
-            self.session = await self.world.session()
+            self.session = await self.rig.session()
         elif self.random.random() < 0.2:
-            await self.world.store.redrive(self.random.choice(self.batch_ids), None)
+            await self.rig.store.redrive(self.random.choice(self.batch_ids), None)
         elif self.random.random() < 0.1:
-            await self.world.store.stop_batch(self.batch_ids[-1], "cancelled", now_us=self.world.now_us)
+            await self.rig.store.stop_batch(self.batch_ids[-1], "cancelled", now_us=self.rig.now_us)
 
     async def sweep(self) -> None:
-        self.world.now_us += 1_000
-        await self.world.store.sweep(now_us=self.world.now_us, rows_max=50)
+        self.rig.now_us += 1_000
+        await self.rig.store.sweep(now_us=self.rig.now_us, rows_max=50)
 
 
-async def test_r8_no_two_transactions_wait_for_each_other(tmp_path: Path) -> None:
+async def test_r8_transactions_never_deadlock(tmp_path: Path) -> None:
     url = fresh_schema(tmp_path)
     stores = [Watched(url, DEFAULT), Watched(url, DEFAULT)]
-    async with World(stores[0]) as world:
-        beyond = World(stores[1])
+    async with StoreRig(stores[0]) as rig:
+        beyond = StoreRig(stores[1])
         await stores[1].open()
-        batch_ids = [await world.batch(seal_timeout_ms=60_000) for _ in range(4)]
+        batch_ids = [await rig.batch(seal_timeout_ms=60_000) for _ in range(4)]
         for batch_id in batch_ids:
-            await world.append(batch_id, range(640), runs_max=20)
-        crowds = [Crowd((world, beyond)[number % 2], batch_ids, number) for number in range(12)]
+            await rig.append(batch_id, range(640), runs_max=20)
+        crowds = [Crowd((rig, beyond)[number % 2], batch_ids, number) for number in range(12)]
         beyond._claims_count = 1_000_000
         await asyncio.gather(*(crowd.run(40) for crowd in crowds))
         await stores[1].close()
@@ -210,14 +210,14 @@ async def test_r8_no_two_transactions_wait_for_each_other(tmp_path: Path) -> Non
 # -- rights
 
 
-async def test_an_ordinary_user_keeps_to_its_own_schema(tmp_path: Path) -> None:
+async def test_a_role_without_other_rights_works_in_its_own_schema(tmp_path: Path) -> None:
     name = fresh_schema(tmp_path).rpartition("=")[2]
-    async with beside() as connection:
+    async with other_connection() as connection:
         await connection.execute(f"CREATE ROLE {name} LOGIN; CREATE SCHEMA {name} AUTHORIZATION {name}")
         url = f"{server().dsn.replace('postgres@', f'{name}@')}?schema={name}"
-        async with World(PostgresStore(url, DEFAULT)) as world:
-            await world.filled(300)
-            assert await world.run_all(await world.session()) == list(range(300))
+        async with StoreRig(PostgresStore(url, DEFAULT)) as rig:
+            await rig.filled(300)
+            assert await rig.run_all(await rig.session()) == list(range(300))
 
 
 # -- errors that say what to do
@@ -233,12 +233,12 @@ async def error_of(url: str) -> HeadraceError:
 
 
 @pytest.mark.parametrize("url", ["postgresql://host:port/x", "postgresql://[::1/x", "postgresql://h/x?schema=A;B"])
-async def test_an_url_that_is_none_is_a_wrong_setting(url: str) -> None:
+async def test_an_invalid_url_is_an_invalid_setting(url: str) -> None:
     assert isinstance(await error_of(url), InvalidSetting)
 
 
-async def test_whoever_is_not_let_in_is_told_why(own: Server) -> None:
-    async with beside(own.dsn) as connection:
+async def test_a_failed_connection_names_the_database_and_the_cause(own: Server) -> None:
+    async with other_connection(own.dsn) as connection:
         await connection.execute("CREATE ROLE locked LOGIN PASSWORD 'right'; CREATE ROLE poor LOGIN")
         await connection.execute("CREATE ROLE reader LOGIN; ALTER ROLE reader SET default_transaction_read_only = on")
         await connection.execute("GRANT CREATE ON DATABASE postgres TO reader, locked")
@@ -269,7 +269,7 @@ async def test_whoever_is_not_let_in_is_told_why(own: Server) -> None:
         assert hint in error.hint, (url, error.hint)
         assert "secret" not in str(error)
         assert "CREATE" not in error.hint
-    async with World(PostgresStore(f"{own.dsn.replace('postgres@', 'locked:right@')}?schema=mine", DEFAULT)) as _:
+    async with StoreRig(PostgresStore(f"{own.dsn.replace('postgres@', 'locked:right@')}?schema=mine", DEFAULT)) as _:
         pass
 
 
@@ -297,9 +297,9 @@ async def test_a_right_that_a_role_lacks_is_named_and_the_hint_grants_no_more_th
     own: Server, tmp_path: Path, taken: str, lacks: str
 ) -> None:
     url = fresh_schema(tmp_path, own.dsn)
-    async with World(PostgresStore(url, DEFAULT)) as world:
-        schema = schema_of(world)
-        async with beside(own.dsn) as connection:
+    async with StoreRig(PostgresStore(url, DEFAULT)) as rig:
+        schema = schema_of(rig)
+        async with other_connection(own.dsn) as connection:
             await connection.execute(
                 "DO $$ BEGIN CREATE ROLE worker LOGIN; EXCEPTION WHEN duplicate_object THEN END $$"
             )
@@ -307,7 +307,7 @@ async def test_a_right_that_a_role_lacks_is_named_and_the_hint_grants_no_more_th
             worker_url = url.replace("postgres@", "worker@")
 
             async def works() -> None:
-                async with World(PostgresStore(worker_url, DEFAULT)) as other:
+                async with StoreRig(PostgresStore(worker_url, DEFAULT)) as other:
                     batch_id = await other.filled(3)
                     assert set(await other.run_all(await other.session())) == {0, 1, 2}
                     await other.store.end_session(await other.session(), now_us=other.now_us)
@@ -325,8 +325,8 @@ async def test_a_right_that_a_role_lacks_is_named_and_the_hint_grants_no_more_th
             await works()
 
 
-async def test_a_server_without_a_free_connection_says_so(own: Server) -> None:
-    async with beside(own.dsn) as connection:
+async def test_a_server_without_a_free_connection_is_reported(own: Server) -> None:
+    async with other_connection(own.dsn) as connection:
         await connection.execute(
             "CREATE ROLE single LOGIN CONNECTION LIMIT 0; GRANT CREATE ON DATABASE postgres TO single"
         )
@@ -338,43 +338,43 @@ async def test_a_server_without_a_free_connection_says_so(own: Server) -> None:
 # -- connections that end
 
 
-async def test_a_connection_killed_in_a_verb_is_an_error_and_the_next_verb_works(world: World) -> None:
-    batch_id = await world.filled(256)
-    session = await world.session()
-    (lease,) = await world.claim(session)
-    async with beside() as other, beside() as watcher:
+async def test_a_connection_that_is_killed_fails_its_operation_and_the_next_one_works(rig: StoreRig) -> None:
+    batch_id = await rig.filled(256)
+    session = await rig.session()
+    (lease,) = await rig.claim(session)
+    async with other_connection() as other, other_connection() as watcher:
         held = other.transaction()
         await held.start()
-        await other.execute(f'SELECT 1 FROM "{schema_of(world)}".batch WHERE id = $1 FOR UPDATE', batch_id)
-        settling = asyncio.create_task(world.settle(lease))
-        await watcher.execute("SELECT pg_terminate_backend($1)", await waiting_for_a_lock(world, watcher))
+        await other.execute(f'SELECT 1 FROM "{schema_of(rig)}".batch WHERE id = $1 FOR UPDATE', batch_id)
+        settling = asyncio.create_task(rig.settle(lease))
+        await watcher.execute("SELECT pg_terminate_backend($1)", await pid_waiting_for_a_lock(rig, watcher))
         with pytest.raises(StoreUnavailable):
             await settling
         await held.rollback()
-    assert await world.settle(lease) == "settled"
+    assert await rig.settle(lease) == "settled"
 
 
-async def test_a_verb_that_is_interrupted_leaves_no_transaction_to_the_next(world: World) -> None:
-    batch_id, session = await world.filled(2_000, runs_max=10), await world.session()
+async def test_a_cancelled_operation_leaves_no_open_transaction(rig: StoreRig) -> None:
+    batch_id, session = await rig.filled(2_000, runs_max=10), await rig.session()
     for turns in range(60):
-        verb = asyncio.create_task(world.store.stop_batch(await world.batch(), "cancelled", now_us=world.now_us))
+        verb = asyncio.create_task(rig.store.stop_batch(await rig.batch(), "cancelled", now_us=rig.now_us))
         for _ in range(turns):
             await asyncio.sleep(0)
         verb.cancel()
         await asyncio.gather(verb, return_exceptions=True)
-        for lease in await world.claim(session, 20):
-            assert await world.settle(lease) == "settled"
-    async with beside() as other:
+        for lease in await rig.claim(session, 20):
+            assert await rig.settle(lease) == "settled"
+    async with other_connection() as other:
         completed_count = await other.fetchval(
-            f'SELECT completed_count FROM "{schema_of(world)}".batch WHERE id = $1', batch_id
+            f'SELECT completed_count FROM "{schema_of(rig)}".batch WHERE id = $1', batch_id
         )
     assert completed_count == 60 * 20
 
 
 async def test_a_server_that_ends_under_load_is_used_again_when_it_is_back(own: Server, tmp_path: Path) -> None:
     url = fresh_schema(tmp_path).replace(server().dsn, own.dsn)
-    async with World(PostgresStore(url, DEFAULT)) as world:
-        batch_id = await world.filled(20_000, runs_max=32)
+    async with StoreRig(PostgresStore(url, DEFAULT)) as rig:
+        batch_id = await rig.filled(20_000, runs_max=32)
         failures: list[HeadraceError] = []
         halfway, failed = asyncio.Event(), asyncio.Event()
 
@@ -388,14 +388,14 @@ async def test_a_server_that_ends_under_load_is_used_again_when_it_is_back(own: 
                     await back.wait()
 
         async def work() -> list[str]:
-            session, claim_no, words = await until_it_works(world.session), 0, list[str]()
+            session, claim_no, words = await until_it_works(rig.session), 0, list[str]()
             while True:
                 claim_no += 1
-                leases = await until_it_works(partial(world.claim, session, 100, claim_no=claim_no))
+                leases = await until_it_works(partial(rig.claim, session, 100, claim_no=claim_no))
                 if not leases:
                     return words
                 told = [settlement_of(lease) for lease in leases]
-                words += await until_it_works(partial(world.store.settle, told, now_us=world.now_us))
+                words += await until_it_works(partial(rig.store.settle, told, now_us=rig.now_us))
                 if len(words) > 40:
                     halfway.set()
 
@@ -409,43 +409,43 @@ async def test_a_server_that_ends_under_load_is_used_again_when_it_is_back(own: 
         words = [word for done in await asyncio.gather(*workers) for word in done]
         assert set(words) <= {"settled", "recorded"}
         assert failures
-        _, ledger = await world.store.batch(batch_id)
+        _, ledger = await rig.store.batch(batch_id)
         assert (ledger.completed, ledger.waiting + ledger.leased) == (20_000, 0)
 
 
 # -- loops and closing
 
 
-async def test_a_second_loop_has_connections_of_its_own(world: World) -> None:
-    session = await world.session()
+async def test_a_second_loop_has_connections_of_its_own(rig: StoreRig) -> None:
+    session = await rig.session()
     answers: list[object] = []
 
     def beat() -> None:
         async def beats() -> None:
             for _ in range(20):
-                answers.append(await world.store.heartbeat(session, now_us=START_US))
+                answers.append(await rig.store.heartbeat(session, now_us=START_US))
 
         asyncio.run(beats())
 
     thread = threading.Thread(target=beat)
     thread.start()
-    batch_id = await world.batch()
+    batch_id = await rig.batch()
     for number in range(20):
-        await world.append(batch_id, [number])
+        await rig.append(batch_id, [number])
     await asyncio.to_thread(thread.join)
     assert len(answers) == 20
-    await world.store.close()
-    await world.store.open()
+    await rig.store.close()
+    await rig.store.open()
 
 
-async def test_a_store_may_be_closed_twice_and_before_it_was_opened(world: World) -> None:
+async def test_a_store_may_be_closed_twice_and_before_it_was_opened(rig: StoreRig) -> None:
     unopened = PostgresStore(f"{server().dsn}?schema=never", DEFAULT)
     await unopened.close()
     with pytest.raises(StoreUnavailable, match="closed"):
         await unopened.sessions()
-    batch_id = await world.batch()
-    await world.store.close()
-    await world.store.close()
+    batch_id = await rig.batch()
+    await rig.store.close()
+    await rig.store.close()
     with pytest.raises(StoreUnavailable, match="closed"):
-        await world.store.append(batch_id, chunks_of(range(3)), now_us=world.now_us)
-    await world.store.open()
+        await rig.store.append(batch_id, chunks_of(range(3)), now_us=rig.now_us)
+    await rig.store.open()

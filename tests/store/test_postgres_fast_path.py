@@ -21,73 +21,75 @@ from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.fast_path import WHOLE_SPAN_SLOTS
 from headrace.store.postgres.pool import SETTINGS, compiled
-from tests.support.postgres_observer import beside, house, schema_of, statements_of
-from tests.support.store_rig import START_US, World, fresh_schema, indexes_of, settlement_of
+from tests.support.postgres_observer import other_connection, postgres_store, schema_of, sent_statements
+from tests.support.store_rig import START_US, StoreRig, fresh_schema, indexes_of, settlement_of
 
 T = TypeVar("T")
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
+def rig(tmp_path: Path) -> StoreRig:
     """A world on a schema of its own."""
-    return World(PostgresStore(fresh_schema(tmp_path), DEFAULT))
+    return StoreRig(PostgresStore(fresh_schema(tmp_path), DEFAULT))
 
 
 # -- R7: a hot verb is one statement
 
 
-async def test_r7_a_claim_and_a_settlement_are_one_statement_each(world: World) -> None:
-    await world.filled(256 * 20)
-    session = await world.session()
-    for lease in await world.claim(session, 256):  # connects, and takes a range of ids
-        await world.settle(lease)
-    leases, sent = await statements_of(world, lambda: world.claim(session, 256 * 8))
+async def test_r7_a_claim_and_a_settlement_are_one_statement_each(rig: StoreRig) -> None:
+    await rig.filled(256 * 20)
+    session = await rig.session()
+    for lease in await rig.claim(session, 256):  # connects, and takes a range of ids
+        await rig.settle(lease)
+    leases, sent = await sent_statements(rig, lambda: rig.claim(session, 256 * 8))
     assert (len(leases), len(sent)) == (8, 1)
     told = [settlement_of(lease, object_keys=[f"default/b/{lease.span_id:064x}"]) for lease in leases]
-    words, sent = await statements_of(world, lambda: world.store.settle(told, now_us=world.now_us))
+    words, sent = await sent_statements(rig, lambda: rig.store.settle(told, now_us=rig.now_us))
     assert (set(words), len(sent)) == ({"settled"}, 1)
 
 
-async def test_r7_one_lease_with_results_in_the_object_store_is_settled_in_one_statement_too(world: World) -> None:
-    await world.filled(256 * 2)
-    session = await world.session()
-    first, second = await world.claim(session, 256 * 2)
-    await world.settle(first)  # connects
+async def test_r7_one_lease_with_results_in_the_object_store_is_settled_in_one_statement_too(rig: StoreRig) -> None:
+    await rig.filled(256 * 2)
+    session = await rig.session()
+    first, second = await rig.claim(session, 256 * 2)
+    await rig.settle(first)  # connects
     told = [settlement_of(second, object_keys=[f"default/b/{second.span_id:064x}"])]
-    words, sent = await statements_of(world, lambda: world.store.settle(told, now_us=world.now_us))
+    words, sent = await sent_statements(rig, lambda: rig.store.settle(told, now_us=rig.now_us))
     assert (words, sent) == (["settled"], ["settle_ended"])
 
 
-async def test_r7_parts_of_a_span_are_settled_in_one_statement_too(world: World) -> None:
-    batch_id, session = await world.filled(256), await world.session()
-    (lease,) = await world.claim(session)
+async def test_r7_parts_of_a_span_are_settled_in_one_statement_too(rig: StoreRig) -> None:
+    batch_id, session = await rig.filled(256), await rig.session()
+    (lease,) = await rig.claim(session)
     parts = [list(range(100)), list(range(100, 256))]
     for part_no, span_slots in enumerate(parts):
-        word, sent = await statements_of(world, partial(world.settle, lease, span_slots=span_slots, part_no=part_no))
+        word, sent = await sent_statements(rig, partial(rig.settle, lease, span_slots=span_slots, part_no=part_no))
         assert (word, len(sent)) == ("settled", 1)
-        assert await world.settle(lease, span_slots=span_slots, part_no=part_no) == "recorded"
-    assert [outcome.result for outcome in await world.outcomes(batch_id)] == [b"%d" % index for index in range(256)]
+        assert await rig.settle(lease, span_slots=span_slots, part_no=part_no) == "recorded"
+    assert [outcome.result for outcome in await rig.outcomes(batch_id)] == [b"%d" % index for index in range(256)]
 
 
-async def test_r7_consecutive_runs_of_a_split_span_keep_their_positions(world: World) -> None:
-    batch_id, session = await world.filled(100), await world.session()
-    first, second, rest = [(await world.claim(session, runs_max))[0] for runs_max in (30, 40, 100)]
-    assert await world.settle(second, "cf" * 5, span_slots=range(10), part_no=0) == "settled"
-    assert await world.settle(second, "x", span_slots=range(10, 40), part_no=1) == "settled"
-    assert await world.settle(rest, "c") == await world.settle(first, "f") == "settled"
-    states = await world.states(batch_id)
+async def test_r7_consecutive_runs_of_a_split_span_keep_their_block_offsets(rig: StoreRig) -> None:
+    batch_id, session = await rig.filled(100), await rig.session()
+    first, second, rest = [(await rig.claim(session, runs_max))[0] for runs_max in (30, 40, 100)]
+    assert await rig.settle(second, "cf" * 5, span_slots=range(10), part_no=0) == "settled"
+    assert await rig.settle(second, "x", span_slots=range(10, 40), part_no=1) == "settled"
+    assert await rig.settle(rest, "c") == await rig.settle(first, "f") == "settled"
+    states = await rig.states(batch_id)
     assert states[:30] == ["failed"] * 30
     assert states[30:40] == ["completed", "failed"] * 5
     assert states[40:] == ["cancelled"] * 30 + ["completed"] * 30
-    assert await world.settle(rest, "c", span_slots=[0, 1], part_no=7) == "lost"
+    assert await rig.settle(rest, "c", span_slots=[0, 1], part_no=7) == "lost"
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_r7_runs_that_end_in_no_order_are_settled_in_one_statement_each_time(world: World, seed: int) -> None:
+async def test_r7_runs_that_end_in_random_order_are_settled_in_one_statement_each_time(
+    rig: StoreRig, seed: int
+) -> None:
     dice = Random(seed)
-    batch_id, session = await world.filled(300), await world.session()
-    await world.claim(session, 37)  # what follows is split off, and has positions of its own
-    leases = await world.claim(session, 263)
+    batch_id, session = await rig.filled(300), await rig.session()
+    await rig.claim(session, 37)  # what follows is split off, and has positions of its own
+    leases = await rig.claim(session, 263)
     wanted: dict[int, str] = {}
     left = [(lease, span_slot) for lease in leases for span_slot in lease.span_slots]
     dice.shuffle(left)
@@ -102,27 +104,27 @@ async def test_r7_runs_that_end_in_no_order_are_settled_in_one_statement_each_ti
                 wanted |= {
                     index_at[span_slot]: run.NAMES[ord(code)] for span_slot, code in zip(span_slots, codes, strict=True)
                 }
-        words, sent = await statements_of(world, partial(world.store.settle, told, now_us=world.now_us))
+        words, sent = await sent_statements(rig, partial(rig.store.settle, told, now_us=rig.now_us))
         assert (set(words), sent) == ({"settled"}, ["settle_ended"])
-        assert set(await world.store.settle(told, now_us=world.now_us)) == {"recorded"}
-    states = await world.states(batch_id)
+        assert set(await rig.store.settle(told, now_us=rig.now_us)) == {"recorded"}
+    states = await rig.states(batch_id)
     assert {index: states[index] for index in wanted} == wanted
-    found = await world.store.outcomes(batch_id, 0, 300, passing=True)
+    found = await rig.store.outcomes(batch_id, 0, 300, passing=True)
     results = {outcome.index: outcome.result for outcome in found}
     assert all(results[index] == b"%d" % index for index, state in wanted.items() if state == "completed")
-    batch, _ = await world.store.batch(batch_id)
+    batch, _ = await rig.store.batch(batch_id)
     assert batch.counts.settled == len(wanted) == 263
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_r7_runs_of_one_lease_are_settled_in_one_statement_in_stretches_as_they_lie(
-    world: World, seed: int
+async def test_r7_runs_of_one_lease_are_settled_in_one_statement_in_consecutive_stretches(
+    rig: StoreRig, seed: int
 ) -> None:
     dice = Random(seed)
-    batch_id, session = await world.filled(60), await world.session()
+    batch_id, session = await rig.filled(60), await rig.session()
     if seed % 2:
-        await world.claim(session, 7)  # what follows is split off, and has positions of its own
-    (lease,) = await world.claim(session, 60)
+        await rig.claim(session, 7)  # what follows is split off, and has positions of its own
+    (lease,) = await rig.claim(session, 60)
     index_at = dict(zip(lease.span_slots, lease.indexes, strict=True))
     wanted: dict[int, str] = {}
     left, part_no = list(lease.span_slots), 0
@@ -138,26 +140,26 @@ async def test_r7_runs_of_one_lease_are_settled_in_one_statement_in_stretches_as
         left = [span_slot for span_slot in left if span_slot not in span_slots]
         codes = "".join(dice.choice("cfxe") for _ in span_slots)
         told = [settlement_of(lease, codes, span_slots=span_slots, part_no=part_no)]
-        words, sent = await statements_of(world, partial(world.store.settle, told, now_us=world.now_us))
+        words, sent = await sent_statements(rig, partial(rig.store.settle, told, now_us=rig.now_us))
         is_stretch = span_slots[-1] - span_slots[0] == len(span_slots) - 1
         assert (words, sent) == (["settled"], ["settle_stretch" if is_stretch else "settle_stretches"])
-        assert await world.store.settle(told, now_us=world.now_us) == ["recorded"]
+        assert await rig.store.settle(told, now_us=rig.now_us) == ["recorded"]
         wanted |= {index_at[span_slot]: run.NAMES[ord(code)] for span_slot, code in zip(span_slots, codes, strict=True)}
-        states = await world.states(batch_id)
+        states = await rig.states(batch_id)
         assert {index: states[index] for index in wanted} == wanted
         part_no += 1
-    found = await world.store.outcomes(batch_id, 0, 60, passing=True)
+    found = await rig.store.outcomes(batch_id, 0, 60, passing=True)
     results = {outcome.index: outcome.result for outcome in found}
     assert all(results[index] == b"%d" % index for index, state in wanted.items() if state == "completed")
-    batch, _ = await world.store.batch(batch_id)
+    batch, _ = await rig.store.batch(batch_id)
     assert batch.counts.settled == len(wanted) == len(lease.span_slots)
 
 
-async def test_r8_parts_of_one_lease_that_are_settled_at_once_are_all_recorded(world: World) -> None:
-    batch_id, session = await world.filled(256), await world.session()
-    (lease,) = await world.claim(session)
+async def test_r8_parts_of_one_lease_that_are_settled_at_once_are_all_recorded(rig: StoreRig) -> None:
+    batch_id, session = await rig.filled(256), await rig.session()
+    (lease,) = await rig.claim(session)
     for span_slots in [range(number, 256, 8) for number in range(4)]:  # scattered ones beside stretches
-        assert await world.settle(lease, span_slots=span_slots, part_no=span_slots[0]) == "settled"
+        assert await rig.settle(lease, span_slots=span_slots, part_no=span_slots[0]) == "settled"
     parts = [
         settlement_of(lease, span_slots=[*range(4 + 8 * number, 8 + 8 * number)], part_no=9 + number)
         for number in range(31)
@@ -166,71 +168,71 @@ async def test_r8_parts_of_one_lease_that_are_settled_at_once_are_all_recorded(w
         settlement_of(lease, span_slots=[252, 254], part_no=90),
         settlement_of(lease, span_slots=[253, 255], part_no=91),
     ]
-    words = await asyncio.gather(*(world.store.settle([part], now_us=world.now_us) for part in parts))
+    words = await asyncio.gather(*(rig.store.settle([part], now_us=rig.now_us) for part in parts))
     assert words == [["settled"]] * 33
-    assert await world.states(batch_id) == ["completed"] * 256
-    batch, _ = await world.store.batch(batch_id)
+    assert await rig.states(batch_id) == ["completed"] * 256
+    batch, _ = await rig.store.batch(batch_id)
     assert (batch.counts.completed, batch.state) == (256, "completed")
 
 
-async def test_r7_a_run_among_others_that_has_an_outcome_leaves_all_of_them_to_the_script(world: World) -> None:
-    batch_id, session = await world.filled(10), await world.session()
-    (lease,) = await world.claim(session)
-    assert await world.settle(lease, "f", span_slots=[4], part_no=0) == "settled"
+async def test_r7_a_run_among_others_that_has_an_outcome_leaves_all_of_them_to_the_script(rig: StoreRig) -> None:
+    batch_id, session = await rig.filled(10), await rig.session()
+    (lease,) = await rig.claim(session)
+    assert await rig.settle(lease, "f", span_slots=[4], part_no=0) == "settled"
     told = [settlement_of(lease, "c", span_slots=[1, 4, 7], part_no=1)]
     with pytest.raises(IllegalTransition):
-        await world.store.settle(told, now_us=world.now_us)
-    assert (await world.states(batch_id)).count("failed") == 1
-    assert await world.settle(lease, "c", span_slots=[1, 7], part_no=1) == "settled"
-    assert [state for state in await world.states(batch_id) if state == "completed"] == ["completed"] * 2
+        await rig.store.settle(told, now_us=rig.now_us)
+    assert (await rig.states(batch_id)).count("failed") == 1
+    assert await rig.settle(lease, "c", span_slots=[1, 7], part_no=1) == "settled"
+    assert [state for state in await rig.states(batch_id) if state == "completed"] == ["completed"] * 2
 
 
-async def test_r7_small_claims_are_one_statement_each_too(world: World) -> None:
-    await world.filled(300)
-    session = await world.session()
-    order = indexes_of(await world.claim(session, 8))
-    while leases := (await statements_of(world, lambda: world.claim(session, 8)))[0]:
+async def test_r7_small_claims_are_one_statement_each_too(rig: StoreRig) -> None:
+    await rig.filled(300)
+    session = await rig.session()
+    order = indexes_of(await rig.claim(session, 8))
+    while leases := (await sent_statements(rig, lambda: rig.claim(session, 8)))[0]:
         order += indexes_of(leases)
     assert order == list(range(300))
-    await world.recover(session)
-    again = await world.session()
-    leases, sent = await statements_of(world, lambda: world.claim(again, 5))
+    await rig.recover(session)
+    again = await rig.session()
+    leases, sent = await sent_statements(rig, lambda: rig.claim(again, 5))
     assert (len(indexes_of(leases)), len(sent)) == (5, 1)
 
 
-async def test_r7_a_claim_of_single_runs_learns_how_many_rows_it_needs(world: World) -> None:
-    batch_id, session = await world.batch(), await world.session()
+async def test_r7_a_claim_of_single_runs_learns_how_many_rows_it_needs(rig: StoreRig) -> None:
+    batch_id, session = await rig.batch(), await rig.session()
     for index in range(200):
-        await world.append(batch_id, [index])
-    assert len(await world.claim(session, 60)) == 60
-    leases, sent = await statements_of(world, lambda: world.claim(session, 60))
+        await rig.append(batch_id, [index])
+    assert len(await rig.claim(session, 60)) == 60
+    leases, sent = await sent_statements(rig, lambda: rig.claim(session, 60))
     assert (indexes_of(leases), len(sent)) == (list(range(60, 120)), 1)
 
 
-async def test_r7_a_settlement_with_a_stale_one_in_it_is_still_one_transaction(world: World) -> None:
-    batch_id, session = await world.filled(256 * 3), await world.session()
-    stale, *rest = await world.claim(session)
-    assert await world.release(stale) == "settled"
+async def test_r7_a_settlement_with_a_stale_one_in_it_is_still_one_transaction(rig: StoreRig) -> None:
+    batch_id, session = await rig.filled(256 * 3), await rig.session()
+    stale, *rest = await rig.claim(session)
+    assert await rig.release(stale) == "settled"
     told = [settlement_of(lease) for lease in (rest[0], stale, rest[1])]
-    assert await world.store.settle(told, now_us=world.now_us) == ["settled", "lost", "settled"]
-    assert await world.store.settle(told, now_us=world.now_us) == ["recorded", "lost", "recorded"]
-    _, ledger = await world.store.batch(batch_id)
+    assert await rig.store.settle(told, now_us=rig.now_us) == ["settled", "lost", "settled"]
+    assert await rig.store.settle(told, now_us=rig.now_us) == ["recorded", "lost", "recorded"]
+    _, ledger = await rig.store.batch(batch_id)
     assert (ledger.completed, ledger.waiting) == (512, 256)
 
 
-async def test_r7_an_append_that_follows_is_one_statement(world: World) -> None:
-    batch_id = await world.batch(1_000)
-    await world.append(batch_id, range(10), runs_max=4)  # the queue is met, and ids are taken
-    appended, sent = await statements_of(world, lambda: world.append(batch_id, range(10, 300), b"cursor", runs_max=100))
+async def test_r7_an_append_that_follows_is_one_statement(rig: StoreRig) -> None:
+    batch_id = await rig.batch(1_000)
+    await rig.append(batch_id, range(10), runs_max=4)  # the queue is met, and ids are taken
+    appended, sent = await sent_statements(rig, lambda: rig.append(batch_id, range(10, 300), b"cursor", runs_max=100))
     assert (appended.accepted_count, appended.duplicates_count, sent) == (290, 0, ["append_in_order"])
-    batch, ledger = await world.store.batch(batch_id)
+    batch, ledger = await rig.store.batch(batch_id)
     assert (batch.cursor, ledger.missing, ledger.waiting) == (b"cursor", 700, 300)
-    assert await world.run_all(await world.session()) == list(range(300))
+    assert await rig.run_all(await rig.session()) == list(range(300))
 
 
-async def test_r7_what_does_not_follow_is_left_to_the_script(world: World) -> None:
-    batch_id = await world.batch(100)
-    assert (await world.append(batch_id, range(10))).accepted_count == 10
+async def test_r7_an_append_out_of_order_is_left_to_the_script(rig: StoreRig) -> None:
+    batch_id = await rig.batch(100)
+    assert (await rig.append(batch_id, range(10))).accepted_count == 10
     cases: list[tuple[dict[str, Any], list[int], int]] = [
         ({}, list(range(5, 15)), 5),  # some of it was received
         ({}, [20, 21], 2),  # a gap
@@ -239,57 +241,57 @@ async def test_r7_what_does_not_follow_is_left_to_the_script(world: World) -> No
         ({"extras": {22: Extra(tags=("t",))}}, [22], 1),
     ]
     for more, indexes, count in cases:
-        appended, sent = await statements_of(world, partial(world.append, batch_id, indexes, **more))
+        appended, sent = await sent_statements(rig, partial(rig.append, batch_id, indexes, **more))
         assert appended.accepted_count == count
         assert "begin" in sent
-    house(world)._out_of_order.hit(batch_id)
-    _, sent = await statements_of(world, lambda: world.append(batch_id, range(23, 30), key=Key("new", queue="unmet")))
+    postgres_store(rig)._out_of_order.hit(batch_id)
+    _, sent = await sent_statements(rig, lambda: rig.append(batch_id, range(23, 30), key=Key("new", queue="unmet")))
     assert sent == ["append_in_order"]
-    await world.store.stop_batch(batch_id, "cancelled", now_us=world.now_us)
+    await rig.store.stop_batch(batch_id, "cancelled", now_us=rig.now_us)
     with pytest.raises(Conflict):
-        await world.append(batch_id, range(30, 31))
+        await rig.append(batch_id, range(30, 31))
 
 
-async def test_r7_a_batch_that_comes_in_no_order_is_not_asked_whether_it_does(world: World) -> None:
-    batch_id = await world.batch()
+async def test_r7_a_batch_in_random_order_skips_the_statement_for_appends_in_order(rig: StoreRig) -> None:
+    batch_id = await rig.batch()
     for index in (9, 7, 5):
-        _, sent = await statements_of(world, partial(world.append, batch_id, [index]))
+        _, sent = await sent_statements(rig, partial(rig.append, batch_id, [index]))
         assert "append_in_order" in sent
-    _, sent = await statements_of(world, lambda: world.append(batch_id, [3]))
+    _, sent = await sent_statements(rig, lambda: rig.append(batch_id, [3]))
     assert "append_in_order" not in sent
 
 
-async def test_r7_one_statement_writes_what_the_script_writes(world: World) -> None:
+async def test_r7_one_statement_writes_what_the_script_writes(rig: StoreRig) -> None:
     keys = [Key("task"), Key("task", priority=3), Key("other", queue="b", expires_us=START_US * 2, at_most_once=True)]
     keys.append(Key("task", due_us=START_US * 2))
-    batch_ids = [await world.batch() for _ in range(2)]
+    batch_ids = [await rig.batch() for _ in range(2)]
     for batch_id in batch_ids:
-        await world.append(batch_id, range(4), key=lambda index: keys[index])
-    house(world)._out_of_order.miss(batch_ids[1])
-    house(world)._out_of_order._counts[batch_ids[1]] = 100
+        await rig.append(batch_id, range(4), key=lambda index: keys[index])
+    postgres_store(rig)._out_of_order.miss(batch_ids[1])
+    postgres_store(rig)._out_of_order._counts[batch_ids[1]] = 100
     written = []
     for batch_id in batch_ids:
-        _, sent = await statements_of(
-            world, partial(world.append, batch_id, range(4, 90), key=lambda index: keys[index % 4], runs_max=16)
+        _, sent = await sent_statements(
+            rig, partial(rig.append, batch_id, range(4, 90), key=lambda index: keys[index % 4], runs_max=16)
         )
         assert (sent == ["append_in_order"]) == (batch_id == batch_ids[0])
-        async with beside() as connection:
+        async with other_connection() as connection:
             rows = await connection.fetch(
-                f'SELECT span.*, block.* FROM "{schema_of(world)}".block JOIN "{schema_of(world)}".span '
+                f'SELECT span.*, block.* FROM "{schema_of(rig)}".block JOIN "{schema_of(rig)}".span '
                 "ON span.block_id = block.id WHERE block.batch_id = $1 ORDER BY block.first_index, span.id",
                 batch_id,
             )
-            batch = await connection.fetchrow(f'SELECT * FROM "{schema_of(world)}".batch WHERE id = $1', batch_id)
+            batch = await connection.fetchrow(f'SELECT * FROM "{schema_of(rig)}".batch WHERE id = $1', batch_id)
         own = {"id", "block_id", "batch_id", "created_us"}
         written.append([{name: row[name] for name in set(row.keys()) - own} for row in (*rows, batch)])
     assert written[0] == written[1]
     assert len(written[0]) > 20
 
 
-async def test_r7_many_that_append_the_same_at_once_add_it_once(world: World) -> None:
-    batch_id = await world.batch()
-    await world.append(batch_id, range(10))
-    appended = await asyncio.gather(*(world.append(batch_id, range(10, 200), runs_max=50) for _ in range(6)))
+async def test_r7_concurrent_appends_of_the_same_runs_add_them_once(rig: StoreRig) -> None:
+    batch_id = await rig.batch()
+    await rig.append(batch_id, range(10))
+    appended = await asyncio.gather(*(rig.append(batch_id, range(10, 200), runs_max=50) for _ in range(6)))
     assert sorted(one.accepted_count for one in appended) == [0] * 5 + [190]
     assert sum(one.duplicates_count for one in appended) == 5 * 190
 
@@ -404,11 +406,11 @@ PLANS = {
 
 
 @asynccontextmanager
-async def with_history(world: World, count: int = 20_000) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
+async def with_history(rig: StoreRig, count: int = 20_000) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
     """The plan of a statement over so many chunks, most of them history, as a server without our settings makes it."""
-    schema = f'"{schema_of(world)}"'
-    world.was_tampered_with = True
-    async with beside() as connection:
+    schema = f'"{schema_of(rig)}"'
+    rig.was_tampered_with = True
+    async with other_connection() as connection:
         # Indexes are made after the rows, and nothing is logged: a million chunks in seconds.
         indexes = await connection.fetch(
             "SELECT indexrelid::regclass::text AS name, pg_get_indexdef(indexrelid) AS made FROM pg_index "
@@ -424,7 +426,7 @@ async def with_history(world: World, count: int = 20_000) -> AsyncIterator[Calla
         await connection.execute("; ".join(index["made"] for index in indexes))
         for name in TABLES:
             await connection.execute(f"VACUUM ANALYZE {schema}.{name}")
-        yield lambda name: plan_of(connection, schema_of(world), name)
+        yield lambda name: plan_of(connection, schema_of(rig), name)
 
 
 async def plan_of(connection: Any, schema: str, name: str) -> str:
@@ -435,8 +437,8 @@ async def plan_of(connection: Any, schema: str, name: str) -> str:
 
 
 @pytest.mark.parametrize("count", [20_000, 1_000_000])
-async def test_r9_hot_statements_are_answered_from_indexes_whatever_lies_behind_them(world: World, count: int) -> None:
-    async with with_history(world, count) as plan:
+async def test_r9_hot_statements_use_indexes_whatever_the_tables_hold(rig: StoreRig, count: int) -> None:
+    async with with_history(rig, count) as plan:
         for name, indexes in PLANS.items():
             text = await plan(name)
             for index in indexes:
@@ -444,14 +446,14 @@ async def test_r9_hot_statements_are_answered_from_indexes_whatever_lies_behind_
             for table in TABLES:
                 assert f"Seq Scan on {table}" not in text, f"{name}\n{text}"
         for name, values in DONE.items():  # not only planned: a few pages, whatever lies behind them
-            pages = await pages_touched(world, name, values(count))
+            pages = await pages_touched(rig, name, values(count))
             assert 0 < pages < PAGES_MAX, (name, pages)
 
 
-async def pages_touched(world: World, name: str, values: dict[str, Any]) -> int:
+async def pages_touched(rig: StoreRig, name: str, values: dict[str, Any]) -> int:
     """Pages that a statement looks at when it is done; it is undone."""
-    sql, words, _ = compiled(schema_of(world))[name]
-    async with beside() as connection:
+    sql, words, _ = compiled(schema_of(rig))[name]
+    async with other_connection() as connection:
         await connection.execute("BEGIN")
         rows = await connection.fetch(
             f"EXPLAIN (ANALYZE, BUFFERS) {sql}", *((VALUES | values).get(word, 1) for word in words)
@@ -463,19 +465,19 @@ async def pages_touched(world: World, name: str, values: dict[str, Any]) -> int:
     return int(found[1]) + int(found[2] or 0)
 
 
-async def test_r9_a_plan_made_for_empty_tables_is_the_same(world: World) -> None:
-    async with beside(server_settings=SETTINGS) as connection:
+async def test_r9_a_plan_made_for_empty_tables_is_the_same(rig: StoreRig) -> None:
+    async with other_connection(server_settings=SETTINGS) as connection:
         for name in ("claim_whole", "settle_ended"):
-            assert "Seq Scan" not in await plan_of(connection, schema_of(world), name)
+            assert "Seq Scan" not in await plan_of(connection, schema_of(rig), name)
 
 
-async def test_r9_a_claim_merges_lanes_by_priority_and_order(world: World) -> None:
-    session = await world.session()
-    first, second = await world.batch(), await world.batch()
-    await world.append(first, range(40), runs_max=10, key=Key("task", queue="a"))
-    await world.append(second, range(40), runs_max=10, key=Key("other", queue="b"))
-    await world.append(second, [40, 41], key=Key("task", queue="b", priority=5))
-    (leases, sent) = await statements_of(world, lambda: world.claim(session, 40, tasks=("task", "other")))
+async def test_r9_a_claim_merges_lanes_by_priority_and_order(rig: StoreRig) -> None:
+    session = await rig.session()
+    first, second = await rig.batch(), await rig.batch()
+    await rig.append(first, range(40), runs_max=10, key=Key("task", queue="a"))
+    await rig.append(second, range(40), runs_max=10, key=Key("other", queue="b"))
+    await rig.append(second, [40, 41], key=Key("task", queue="b", priority=5))
+    (leases, sent) = await sent_statements(rig, lambda: rig.claim(session, 40, tasks=("task", "other")))
     assert [(lease.batch_id == second, lease.indexes[0]) for lease in leases] == [
         (True, 40), (False, 0), (True, 0), (False, 10), (True, 10)
     ]  # fmt: skip
@@ -486,60 +488,60 @@ async def test_r9_a_claim_merges_lanes_by_priority_and_order(world: World) -> No
 # -- R10: a claim begins where the last one left off
 
 
-def marks_of(world: World) -> list[tuple[int, int]]:
+def marks_of(rig: StoreRig) -> list[tuple[int, int]]:
     """Where the store would begin to look."""
-    return [mark for _, marks in house(world)._claim_cursors._cursors.values() for mark in marks.values()]
+    return [mark for _, marks in postgres_store(rig)._claim_cursors._cursors.values() for mark in marks.values()]
 
 
-async def test_r10_what_stands_before_the_mark_is_found_each_poll_interval(world: World) -> None:
-    await world.filled(100, runs_max=5)
-    session = await world.session()
-    async with beside() as other:
+async def test_r10_spans_before_the_cursor_are_found_each_poll_interval(rig: StoreRig) -> None:
+    await rig.filled(100, runs_max=5)
+    session = await rig.session()
+    async with other_connection() as other:
         held = other.transaction()
         await held.start()
-        schema = schema_of(world)
+        schema = schema_of(rig)
         await other.execute(f'SELECT 1 FROM "{schema}".span ORDER BY order_no LIMIT 1 FOR UPDATE')
-        assert indexes_of(await world.claim(session, 10)) == list(range(5, 15))
+        assert indexes_of(await rig.claim(session, 10)) == list(range(5, 15))
         await held.rollback()
-    assert [order_no for _, order_no in marks_of(world)] == [10]
-    assert indexes_of(await world.claim(session, 10)) == list(range(15, 25))
-    world.later(DEFAULT.poll_interval_ms / 1_000)
-    assert indexes_of(await world.claim(session, 10)) == [*range(5), *range(25, 30)]
+    assert [order_no for _, order_no in marks_of(rig)] == [10]
+    assert indexes_of(await rig.claim(session, 10)) == list(range(15, 25))
+    rig.later(DEFAULT.poll_interval_ms / 1_000)
+    assert indexes_of(await rig.claim(session, 10)) == [*range(5), *range(25, 30)]
 
 
-async def test_r10_a_claim_that_does_not_find_enough_from_the_mark_looks_at_everything(world: World) -> None:
-    await world.filled(30, runs_max=5)
-    session = await world.session()
-    async with beside() as other:
+async def test_r10_a_claim_that_finds_too_little_from_the_cursor_scans_everything(rig: StoreRig) -> None:
+    await rig.filled(30, runs_max=5)
+    session = await rig.session()
+    async with other_connection() as other:
         held = other.transaction()
         await held.start()
-        await other.execute(f'SELECT 1 FROM "{schema_of(world)}".span ORDER BY order_no LIMIT 1 FOR UPDATE')
-        assert indexes_of(await world.claim(session, 10)) == list(range(5, 15))
+        await other.execute(f'SELECT 1 FROM "{schema_of(rig)}".span ORDER BY order_no LIMIT 1 FOR UPDATE')
+        assert indexes_of(await rig.claim(session, 10)) == list(range(5, 15))
         await held.rollback()
-    leases, sent = await statements_of(world, lambda: world.claim(session, 20))
+    leases, sent = await sent_statements(rig, lambda: rig.claim(session, 20))
     assert sorted(indexes_of(leases)) == [*range(5), *range(15, 30)]
     assert sent == ["claim_whole"] * 2
     assert indexes_of(leases)[:5] == list(range(5))
-    assert await world.claim(session, 20) == []
-    assert marks_of(world) == []
-    _, sent = await statements_of(world, lambda: world.claim(session, 20))
+    assert await rig.claim(session, 20) == []
+    assert marks_of(rig) == []
+    _, sent = await sent_statements(rig, lambda: rig.claim(session, 20))
     assert sent == ["claim_whole"]
 
 
-async def test_r10_a_higher_priority_is_not_behind_the_mark(world: World) -> None:
-    batch_id = await world.batch()
-    await world.append(batch_id, range(100), runs_max=5)
-    session = await world.session()
-    assert indexes_of(await world.claim(session, 10)) == list(range(10))
-    await world.append(batch_id, range(100, 105), key=Key("task", priority=7))
-    assert indexes_of(await world.claim(session, 10)) == [*range(100, 105), *range(10, 15)]
-    assert marks_of(world) == [(0, 10)]
-    assert indexes_of(await world.claim(session, 10)) == list(range(15, 25))
+async def test_r10_runs_of_a_higher_priority_are_not_hidden_by_the_cursor(rig: StoreRig) -> None:
+    batch_id = await rig.batch()
+    await rig.append(batch_id, range(100), runs_max=5)
+    session = await rig.session()
+    assert indexes_of(await rig.claim(session, 10)) == list(range(10))
+    await rig.append(batch_id, range(100, 105), key=Key("task", priority=7))
+    assert indexes_of(await rig.claim(session, 10)) == [*range(100, 105), *range(10, 15)]
+    assert marks_of(rig) == [(0, 10)]
+    assert indexes_of(await rig.claim(session, 10)) == list(range(15, 25))
 
 
-async def test_r10_a_claim_from_a_mark_goes_down_the_index_to_it(world: World) -> None:
-    async with with_history(world), beside() as connection:
-        sql, words, _ = compiled(schema_of(world))["claim_whole"]
+async def test_r10_a_claim_from_a_cursor_starts_inside_the_index(rig: StoreRig) -> None:
+    async with with_history(rig), other_connection() as connection:
+        sql, words, _ = compiled(schema_of(rig))["claim_whole"]
         values = [(VALUES | {"marks": '{"default": {"task": [0, 19000]}}'}).get(word, 1) for word in words]
         plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {sql}", *values))
     assert "(priority = lanes_1.priority) AND (order_no >= lanes_1.mark)" in plan, plan
@@ -549,23 +551,23 @@ async def test_r10_a_claim_from_a_mark_goes_down_the_index_to_it(world: World) -
 # -- R13, R14
 
 
-async def test_r13_the_statements_of_an_append_do_not_grow_with_its_chunks(world: World) -> None:
+async def test_r13_the_statements_of_an_append_do_not_grow_with_its_chunks(rig: StoreRig) -> None:
     sizes = []
     for number, runs_max in enumerate((500, 10)):
-        batch_id = await world.batch()
+        batch_id = await rig.batch()
         extras = {0: Extra(tags=("one",)), 7: Extra(tags=("two",))}
-        _, sent = await statements_of(
-            world, partial(world.append, batch_id, range(500), runs_max=runs_max, extras=extras)
+        _, sent = await sent_statements(
+            rig, partial(rig.append, batch_id, range(500), runs_max=runs_max, extras=extras)
         )
         sizes.append(len([name for name in sent if not name.startswith("next_")]))
         assert number or sent
     assert sizes[0] == sizes[1]
 
 
-async def test_r14_a_claim_leaves_the_row_of_its_batch_alone(world: World) -> None:
-    batch_id, session = await world.filled(300), await world.session()
-    async with beside() as connection:
-        row = f'SELECT xmin::text, xmax::text FROM "{schema_of(world)}".batch WHERE id = $1'
+async def test_r14_a_claim_does_not_write_the_row_of_its_batch(rig: StoreRig) -> None:
+    batch_id, session = await rig.filled(300), await rig.session()
+    async with other_connection() as connection:
+        row = f'SELECT xmin::text, xmax::text FROM "{schema_of(rig)}".batch WHERE id = $1'
         before = await connection.fetchrow(row, batch_id)
-        assert len(indexes_of(await world.claim(session, 5)) + indexes_of(await world.claim(session))) == 300
+        assert len(indexes_of(await rig.claim(session, 5)) + indexes_of(await rig.claim(session))) == 300
         assert await connection.fetchrow(row, batch_id) == before

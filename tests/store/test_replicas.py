@@ -12,9 +12,9 @@ from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresNotifier, PostgresStore
 from headrace.store.postgres.dsn import address
 from headrace.store.protocol import NewBatch
-from tests.support.postgres_observer import beside
+from tests.support.postgres_observer import other_connection
 from tests.support.postgres_server import Server
-from tests.support.store_rig import START_US, World, fresh_schema
+from tests.support.store_rig import START_US, StoreRig, fresh_schema
 
 
 @pytest.fixture
@@ -29,20 +29,20 @@ def pair(tmp_path: Path) -> Iterator[tuple[Server, Server]]:
 
 async def caught_up(primary: Server, standby: Server) -> None:
     """Return when the standby has all that the primary has now."""
-    async with beside(primary.dsn) as there, beside(standby.dsn) as here:
+    async with other_connection(primary.dsn) as there, other_connection(standby.dsn) as here:
         position = await there.fetchval("SELECT pg_current_wal_flush_lsn()::text")
         while not await here.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", position):
             pass
 
 
-async def test_a_standby_answers_reads_refuses_the_rest_and_is_promoted(
+async def test_a_standby_serves_reads_refuses_writes_and_can_be_promoted(
     pair: tuple[Server, Server], tmp_path: Path
 ) -> None:
     primary, standby = pair
-    async with World(PostgresStore(fresh_schema(tmp_path, primary.dsn), DEFAULT)) as world:
-        batch_id, session = await world.filled(600), await world.session()
-        first, *rest = await world.claim(session)
-        await world.settle(first)
+    async with StoreRig(PostgresStore(fresh_schema(tmp_path, primary.dsn), DEFAULT)) as rig:
+        batch_id, session = await rig.filled(600), await rig.session()
+        first, *rest = await rig.claim(session)
+        await rig.settle(first)
         await caught_up(primary, standby)
 
         for word in ("", "&read_only=true"):
@@ -72,17 +72,17 @@ async def test_a_standby_answers_reads_refuses_the_rest_and_is_promoted(
 
         primary.stop("immediate")
         with pytest.raises(StoreUnavailable):
-            await world.settle(rest[0])
+            await rig.settle(rest[0])
         standby.promote()
-        async with World(PostgresStore(fresh_schema(tmp_path, standby.dsn), DEFAULT)) as after:
+        async with StoreRig(PostgresStore(fresh_schema(tmp_path, standby.dsn), DEFAULT)) as after:
             for lease in rest:
                 assert await after.settle(lease) == "settled"
             batch, ledger = await after.store.batch(batch_id)
             assert (batch.state, ledger.completed) == ("completed", 600)
-        world.was_tampered_with = True  # its server is gone
+        rig.was_tampered_with = True  # its server is gone
 
 
-async def test_a_replica_of_another_version_says_what_to_do(tmp_path: Path) -> None:
+async def test_a_replica_with_another_schema_version_is_refused_with_a_hint(tmp_path: Path) -> None:
     store = PostgresStore(f"{fresh_schema(tmp_path)}&read_only=true", DEFAULT)
     with pytest.raises(StoreBroken, match="schema version 0") as refused:
         await store.open()

@@ -14,9 +14,9 @@ from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore, schema_migration
 from headrace.store.statements import migrations
-from tests.support.postgres_observer import beside, house, schema_of
+from tests.support.postgres_observer import other_connection, postgres_store, schema_of
 from tests.support.postgres_server import server
-from tests.support.store_rig import World, fresh_schema
+from tests.support.store_rig import StoreRig, fresh_schema
 
 PACKAGE = "headrace.store.postgres"
 GENTLE = """
@@ -29,19 +29,19 @@ SLOW = "SELECT pg_sleep(0.3);"
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
+def rig(tmp_path: Path) -> StoreRig:
     """A world of an older version."""
-    return World(PostgresStore(fresh_schema(tmp_path), DEFAULT))
+    return StoreRig(PostgresStore(fresh_schema(tmp_path), DEFAULT))
 
 
 Opening = Callable[[], Awaitable[PostgresStore]]
 
 
 @asynccontextmanager
-async def newer(world: World, script: str, **query: str) -> AsyncIterator[Opening]:
+async def newer(rig: StoreRig, script: str, **query: str) -> AsyncIterator[Opening]:
     """A process of a version that has one migration more, opened when it is called."""
     words = "".join(f"&{name}={value}" for name, value in query.items())
-    store = PostgresStore(f"{server().dsn}?schema={schema_of(world)}{words}", DEFAULT)
+    store = PostgresStore(f"{server().dsn}?schema={schema_of(rig)}{words}", DEFAULT)
     known = migrations(PACKAGE)
 
     async def opened() -> PostgresStore:
@@ -77,78 +77,78 @@ async def test_many_processes_may_migrate_at_once(tmp_path: Path) -> None:
     for process in processes:
         _, said = await process.communicate()
         assert process.returncode == 0, said.decode()
-    async with World(PostgresStore(url, DEFAULT)) as world:
-        assert (await world.store.check())["schema_version"] == migrations(PACKAGE)[-1][0]
+    async with StoreRig(PostgresStore(url, DEFAULT)) as rig:
+        assert (await rig.store.check())["schema_version"] == migrations(PACKAGE)[-1][0]
 
 
-async def test_a_newer_schema_is_not_touched(world: World) -> None:
-    async with beside() as connection:
-        await connection.execute(f'UPDATE "{schema_of(world)}".version SET number = 999')
-        late = PostgresStore(f"{server().dsn}?schema={schema_of(world)}", DEFAULT)
+async def test_a_newer_schema_is_refused_and_left_unchanged(rig: StoreRig) -> None:
+    async with other_connection() as connection:
+        await connection.execute(f'UPDATE "{schema_of(rig)}".version SET number = 999')
+        late = PostgresStore(f"{server().dsn}?schema={schema_of(rig)}", DEFAULT)
         with pytest.raises(StoreBroken, match="999") as refused:
             await late.open()
         assert "upgrade" in refused.value.hint
         await late.close()
 
 
-async def test_older_processes_work_on_while_a_newer_one_migrates(world: World) -> None:
-    batch_id = await world.filled(6_000, runs_max=20)
+async def test_older_processes_continue_while_a_newer_one_migrates(rig: StoreRig) -> None:
+    batch_id = await rig.filled(6_000, runs_max=20)
 
     async def work() -> int:
-        return len(await world.run_all(await world.session(), runs_max=40))
+        return len(await rig.run_all(await rig.session(), runs_max=40))
 
     working = [asyncio.create_task(work()) for _ in range(4)]
-    async with newer(world, GENTLE) as opened:
+    async with newer(rig, GENTLE) as opened:
         store = await opened()
         assert (await store.check())["schema_version"] == migrations(PACKAGE)[-1][0] + 1
         assert sum(await asyncio.gather(*working)) == 6_000
-        _, ledger = await world.store.batch(batch_id)
+        _, ledger = await rig.store.batch(batch_id)
         assert ledger.completed == 6_000
-        later = World(store)
+        later = StoreRig(store)
         await later.filled(100)
-        assert len(await world.run_all(await world.session())) == 100
+        assert len(await rig.run_all(await rig.session())) == 100
 
 
-async def test_a_process_that_a_migration_overtook_says_so(world: World) -> None:
-    world.was_tampered_with = True
-    await world.filled(300)
-    session = await world.session()
-    async with newer(world, BREAKING) as opened:
+async def test_a_process_that_is_older_than_the_schema_reports_it(rig: StoreRig) -> None:
+    rig.was_tampered_with = True
+    await rig.filled(300)
+    session = await rig.session()
+    async with newer(rig, BREAKING) as opened:
         await opened()
         with pytest.raises(StoreBroken, match="has schema version") as overtaken:
-            await world.claim(session)
+            await rig.claim(session)
         assert "upgrade Headrace" in overtaken.value.hint
         assert not overtaken.value.retryable
 
 
-async def test_a_migration_that_has_to_wait_for_a_table_keeps_nobody_waiting(
-    world: World, monkeypatch: pytest.MonkeyPatch
+async def test_a_migration_that_waits_for_a_table_blocks_no_other_transaction(
+    rig: StoreRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schema_migration, "LOCK_TIMEOUT_MS", "30")
     monkeypatch.setattr(schema_migration, "AGAIN_S", 0.01)
-    await world.filled(300)
-    async with newer(world, GENTLE) as opened, beside() as reader:
+    await rig.filled(300)
+    async with newer(rig, GENTLE) as opened, other_connection() as reader:
         reading = reader.transaction()
         await reading.start()
-        await reader.execute(f'LOCK TABLE "{schema_of(world)}".span IN ACCESS SHARE MODE')
+        await reader.execute(f'LOCK TABLE "{schema_of(rig)}".span IN ACCESS SHARE MODE')
         with pytest.raises(StoreUnavailable, match="another transaction holds"):
             await opened()
-        assert await world.run_all(await world.session()) == list(range(300))
+        assert await rig.run_all(await rig.session()) == list(range(300))
         await reading.rollback()
         store = await opened()
         assert (await store.check())["schema_version"] == migrations(PACKAGE)[-1][0] + 1
 
 
-async def test_statement_timeout_does_not_end_a_migration(world: World) -> None:
-    async with newer(world, SLOW, statement_timeout="100") as opened:
+async def test_statement_timeout_does_not_end_a_migration(rig: StoreRig) -> None:
+    async with newer(rig, SLOW, statement_timeout="100") as opened:
         store = await opened()
         assert (await store.check())["schema_version"] == migrations(PACKAGE)[-1][0] + 1
 
 
-async def test_a_migration_that_fails_leaves_nothing(world: World) -> None:
-    async with newer(world, GENTLE + "SELECT 1 / 0;") as opened:
+async def test_a_failed_migration_changes_nothing(rig: StoreRig) -> None:
+    async with newer(rig, GENTLE + "SELECT 1 / 0;") as opened:
         with pytest.raises(StoreBroken, match="division by zero"):
             await opened()
-    assert (await house(world).check())["schema_version"] == migrations(PACKAGE)[-1][0]
-    await world.filled(10)
-    assert len(await world.run_all(await world.session())) == 10
+    assert (await postgres_store(rig).check())["schema_version"] == migrations(PACKAGE)[-1][0]
+    await rig.filled(10)
+    assert len(await rig.run_all(await rig.session())) == 10

@@ -23,25 +23,25 @@ from headrace.store.sqlite import SqliteStore
 from headrace.store.sqlite.script_runner import SQL, run_script
 from headrace.store.statements import migrations
 from headrace.store.transactions.row_mapping import add_parts
-from tests.support.store_rig import World, indexes_of, settlement_of
+from tests.support.store_rig import StoreRig, indexes_of, settlement_of
 
 PACKAGE = "headrace.store.sqlite"
 
 
 @asynccontextmanager
-async def opened(path: Path, *, busy_timeout_ms: int = 200) -> AsyncIterator[World]:
+async def opened(path: Path, *, busy_timeout_ms: int = 200) -> AsyncIterator[StoreRig]:
     """A world around one file, with all invariants at its end."""
-    async with World(SqliteStore(path, DEFAULT, busy_timeout_ms=busy_timeout_ms)) as world:
-        yield world
+    async with StoreRig(SqliteStore(path, DEFAULT, busy_timeout_ms=busy_timeout_ms)) as rig:
+        yield rig
 
 
-def house(world: World) -> SqliteStore:
+def sqlite_store(rig: StoreRig) -> SqliteStore:
     """The store as what it is."""
-    assert isinstance(world.store, SqliteStore)
-    return world.store
+    assert isinstance(rig.store, SqliteStore)
+    return rig.store
 
 
-async def held_up(world: World, work: Callable[[], Any]) -> None:
+async def held_up(rig: StoreRig, work: Callable[[], Any]) -> None:
     """Run `work` while the writer is busy, so that what it asks for is one group."""
     loop = asyncio.get_running_loop()
     entered, go_on = asyncio.Event(), threading.Event()
@@ -50,7 +50,7 @@ async def held_up(world: World, work: Callable[[], Any]) -> None:
         loop.call_soon_threadsafe(entered.set)
         go_on.wait()
 
-    busy = asyncio.ensure_future(house(world)._writer.run(hold))
+    busy = asyncio.ensure_future(sqlite_store(rig)._writer.run(hold))
     await entered.wait()
     try:
         work()
@@ -63,12 +63,12 @@ async def held_up(world: World, work: Callable[[], Any]) -> None:
 # -- 1: accepted means durable
 
 
-async def test_what_was_answered_is_in_the_file(tmp_path: Path) -> None:
-    async with opened(tmp_path / "db") as world:
-        batch_id = await world.filled(300)
-        (lease, _) = await world.claim(await world.session())
-        await world.settle(lease)
-        checked = await world.store.check()
+async def test_an_acknowledged_write_is_in_the_file(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as rig:
+        batch_id = await rig.filled(300)
+        (lease, _) = await rig.claim(await rig.session())
+        await rig.settle(lease)
+        checked = await rig.store.check()
         assert (checked["journal_mode"], checked["synchronous"]) == ("wal", "full")
     async with opened(tmp_path / "db") as again:
         _, ledger = await again.store.batch(batch_id)
@@ -76,48 +76,48 @@ async def test_what_was_answered_is_in_the_file(tmp_path: Path) -> None:
         assert len(await again.outcomes(batch_id)) == 256
 
 
-async def test_an_answer_comes_after_the_commit(tmp_path: Path) -> None:
-    async with opened(tmp_path / "db") as world:
-        batch_id = await world.batch()
+async def test_a_request_is_answered_after_its_commit(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as rig:
+        batch_id = await rig.batch()
         statements: list[str] = []
-        await traced(world, statements.append)
-        await world.append(batch_id, range(3))
+        await traced(rig, statements.append)
+        await rig.append(batch_id, range(3))
         assert statements[-1] == "COMMIT"
         assert statements.count("BEGIN IMMEDIATE") == 1
-        with closing(sqlite3.connect(tmp_path / "db")) as beside:
-            assert beside.execute("SELECT received_count FROM batch").fetchone() == (3,)
+        with closing(sqlite3.connect(tmp_path / "db")) as other_connection:
+            assert other_connection.execute("SELECT received_count FROM batch").fetchone() == (3,)
 
 
-async def traced(world: World, callback: Callable[[str], object] | None) -> None:
+async def traced(rig: StoreRig, callback: Callable[[str], object] | None) -> None:
     """Let the writer's connection tell each statement it runs; a statement run for a trigger or a row is none."""
 
     def told(statement: str) -> None:
         if callback is not None and not statement.startswith("--"):
             callback(statement)
 
-    await house(world)._writer.run(lambda c: c.set_trace_callback(told))
+    await sqlite_store(rig)._writer.run(lambda c: c.set_trace_callback(told))
 
 
 # -- R12: group commit
 
 
-async def test_r12_requests_that_wait_share_one_commit(tmp_path: Path) -> None:
-    async with opened(tmp_path / "db") as world:
-        batch_id = await world.batch()
-        groups_before = house(world)._writer.groups_count
+async def test_r12_waiting_requests_share_one_commit(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as rig:
+        batch_id = await rig.batch()
+        groups_before = sqlite_store(rig)._writer.groups_count
         appends: list[asyncio.Future[Any]] = []
 
         def work() -> None:
-            appends.extend(asyncio.ensure_future(world.append(batch_id, [index])) for index in range(50))
+            appends.extend(asyncio.ensure_future(rig.append(batch_id, [index])) for index in range(50))
 
-        await held_up(world, work)
+        await held_up(rig, work)
         assert sum(one.accepted_count for one in await asyncio.gather(*appends)) == 50
-        assert house(world)._writer.groups_count - groups_before == 2, "one that held it up, one for all"
+        assert sqlite_store(rig)._writer.groups_count - groups_before == 2, "one that held it up, one for all"
 
 
 async def test_r12_a_failing_request_in_a_group_fails_alone(tmp_path: Path) -> None:
-    async with opened(tmp_path / "db") as world:
-        batch_id = await world.batch()
+    async with opened(tmp_path / "db") as rig:
+        batch_id = await rig.batch()
         asked: list[asyncio.Future[Any]] = []
 
         def late_refusal(connection: sqlite3.Connection) -> None:
@@ -134,60 +134,62 @@ async def test_r12_a_failing_request_in_a_group_fails_alone(tmp_path: Path) -> N
 
         def work() -> None:
             for index in range(5):
-                asked.append(asyncio.ensure_future(world.append(batch_id, [index])))
-                asked.append(asyncio.ensure_future(world.store.batch("batch_of_nobody")))
-                asked.append(asyncio.ensure_future(world.append("batch_of_nobody", [0])))
-            asked.extend(asyncio.ensure_future(house(world)._writer.run(one)) for one in (late_refusal, broken, bug))
-            asked.append(asyncio.ensure_future(world.append(batch_id, [5])))
+                asked.append(asyncio.ensure_future(rig.append(batch_id, [index])))
+                asked.append(asyncio.ensure_future(rig.store.batch("batch_of_nobody")))
+                asked.append(asyncio.ensure_future(rig.append("batch_of_nobody", [0])))
+            asked.extend(
+                asyncio.ensure_future(sqlite_store(rig)._writer.run(one)) for one in (late_refusal, broken, bug)
+            )
+            asked.append(asyncio.ensure_future(rig.append(batch_id, [5])))
 
-        await held_up(world, work)
+        await held_up(rig, work)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         failures = [type(answer) for answer in answers if isinstance(answer, BaseException)]
         assert failures == [NotFound] * 11 + [StoreBroken, ZeroDivisionError]
-        batch, _ = await world.store.batch(batch_id)
+        batch, _ = await rig.store.batch(batch_id)
         assert (batch.received_count, batch.task) == (6, "")
 
 
-async def test_r12_a_full_disk_fails_each_that_does_not_fit_and_loses_nothing_acknowledged(tmp_path: Path) -> None:
-    async with opened(tmp_path / "db") as world:
-        batch_id = await world.batch()
-        await world.append(batch_id, range(10))
-        used = (await house(world)._writer.run(lambda c: c.execute("PRAGMA page_count").fetchone()))[0]
-        await house(world)._writer.run(lambda c: c.execute(f"PRAGMA max_page_count = {used + 12}").fetchone())
+async def test_r12_a_full_disk_fails_requests_that_do_not_fit_and_loses_no_acknowledged_write(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as rig:
+        batch_id = await rig.batch()
+        await rig.append(batch_id, range(10))
+        used = (await sqlite_store(rig)._writer.run(lambda c: c.execute("PRAGMA page_count").fetchone()))[0]
+        await sqlite_store(rig)._writer.run(lambda c: c.execute(f"PRAGMA max_page_count = {used + 12}").fetchone())
         asked: list[asyncio.Future[Any]] = []
 
         def work() -> None:
             for index in range(10, 20):
                 size = 200_000 if index % 2 else 10
                 asked.append(
-                    asyncio.ensure_future(world.append(batch_id, [index], payload=lambda _, size=size: b"x" * size))
+                    asyncio.ensure_future(rig.append(batch_id, [index], payload=lambda _, size=size: b"x" * size))
                 )
 
-        await held_up(world, work)
+        await held_up(rig, work)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         full = [answer for answer in answers if isinstance(answer, StoreUnavailable)]
         assert len(full) == 5
         assert all("disk" in str(one) and one.retryable for one in full)
-        batch, _ = await world.store.batch(batch_id)
+        batch, _ = await rig.store.batch(batch_id)
         assert batch.received_count == 15
-        await world.check()
-        await house(world)._writer.run(lambda c: c.execute("PRAGMA max_page_count = 1000000").fetchone())
-        again = await world.append(batch_id, [11], payload=lambda _: b"x" * 200_000)
+        await rig.check()
+        await sqlite_store(rig)._writer.run(lambda c: c.execute("PRAGMA max_page_count = 1000000").fetchone())
+        again = await rig.append(batch_id, [11], payload=lambda _: b"x" * 200_000)
         assert again.accepted_count == 1, "the same call works when there is room"
 
 
-async def test_a_caller_that_went_away_harms_nobody(tmp_path: Path) -> None:
-    async with opened(tmp_path / "db") as world:
-        batch_id = await world.batch()
+async def test_a_cancelled_caller_does_not_affect_other_requests(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as rig:
+        batch_id = await rig.batch()
         asked: list[asyncio.Future[Any]] = []
 
         def work() -> None:
-            asked.extend(asyncio.ensure_future(world.append(batch_id, [index])) for index in range(2))
+            asked.extend(asyncio.ensure_future(rig.append(batch_id, [index])) for index in range(2))
 
-        await held_up(world, work)
+        await held_up(rig, work)
         asked[0].cancel()
         assert (await asked[1]).accepted_count == 1
-        assert (await world.append(batch_id, [0, 1])).duplicates_count == 2
+        assert (await rig.append(batch_id, [0, 1])).duplicates_count == 2
 
 
 # -- R13: bulk writes
@@ -197,33 +199,33 @@ async def test_a_caller_that_went_away_harms_nobody(tmp_path: Path) -> None:
 async def test_r13_the_number_of_statements_does_not_grow_with_the_spans(tmp_path: Path, verb: str) -> None:
     counts = []
     for spans_count in (4, 40):
-        async with opened(tmp_path / f"{spans_count}.db") as world:
-            counts.append(await statements_of(world, verb, spans_count))
+        async with opened(tmp_path / f"{spans_count}.db") as rig:
+            counts.append(await sent_statements(rig, verb, spans_count))
     assert counts[1] == counts[0]
     assert counts[0] < 25
 
 
-async def statements_of(world: World, verb: str, spans_count: int) -> int:
+async def sent_statements(rig: StoreRig, verb: str, spans_count: int) -> int:
     """How many statements one verb over so many spans runs on the writer's connection."""
-    batch_id, session_id = await world.batch(), await world.session()
+    batch_id, session_id = await rig.batch(), await rig.session()
     runs_count = spans_count * 8
     statements: list[str] = []
     if verb != "append":
-        await world.append(batch_id, range(runs_count), runs_max=8)
-    leases = await world.claim(session_id) if verb in ("settle", "retry", "release") else []
-    await traced(world, statements.append)
+        await rig.append(batch_id, range(runs_count), runs_max=8)
+    leases = await rig.claim(session_id) if verb in ("settle", "retry", "release") else []
+    await traced(rig, statements.append)
     if verb in ("append", "restream"):
-        await world.append(batch_id, range(runs_count), runs_max=8)
+        await rig.append(batch_id, range(runs_count), runs_max=8)
     elif verb == "claim":
-        assert len(await world.claim(session_id)) == spans_count
+        assert len(await rig.claim(session_id)) == spans_count
     elif verb == "release":
-        await world.store.end_session(session_id, now_us=world.now_us)
+        await rig.store.end_session(session_id, now_us=rig.now_us)
     else:
         codes = "r" if verb == "retry" else "c"
-        settlements = [settlement_of(lease, codes, dues_us=[world.now_us] * (codes == "r") * 8) for lease in leases]
-        words = await world.store.settle(settlements, now_us=world.now_us)
+        settlements = [settlement_of(lease, codes, dues_us=[rig.now_us] * (codes == "r") * 8) for lease in leases]
+        words = await rig.store.settle(settlements, now_us=rig.now_us)
         assert words == ["settled"] * spans_count
-    await traced(world, None)
+    await traced(rig, None)
     return len(statements)
 
 
@@ -231,7 +233,7 @@ async def test_r13_a_bulk_write_keeps_any_bytes(tmp_path: Path) -> None:
     chance = random.Random(11)
     pieces = [b"", b"\x00", b"\x00\x00x\x00", "é".encode(), b"\xff" * 300, b"'\"\\u0000"]
     pieces += [chance.randbytes(chance.randrange(400)) for _ in range(60)]
-    async with opened(tmp_path / "db") as world:
+    async with opened(tmp_path / "db") as rig:
 
         def work(connection: sqlite3.Connection) -> list[tuple[bytes | None, bytes, bytes]]:
             parts = [
@@ -252,7 +254,7 @@ async def test_r13_a_bulk_write_keeps_any_bytes(tmp_path: Path) -> None:
             connection.execute("DELETE FROM part")
             return found
 
-        kept = await house(world)._writer.run(work)
+        kept = await sqlite_store(rig)._writer.run(work)
     assert kept == [
         (None if number % 3 == 0 else piece, piece[::-1], pack([piece])) for number, piece in enumerate(pieces)
     ]
@@ -262,18 +264,18 @@ async def test_r13_a_bulk_write_keeps_any_bytes(tmp_path: Path) -> None:
 
 
 async def test_a_file_locked_by_another_process_fails_the_call_and_works_later(tmp_path: Path) -> None:
-    async with opened(tmp_path / "db", busy_timeout_ms=20) as world:
-        batch_id = await world.batch()
+    async with opened(tmp_path / "db", busy_timeout_ms=20) as rig:
+        batch_id = await rig.batch()
         with closing(sqlite3.connect(tmp_path / "db", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             answers = await asyncio.gather(
-                *(world.append(batch_id, [index]) for index in range(5)), return_exceptions=True
+                *(rig.append(batch_id, [index]) for index in range(5)), return_exceptions=True
             )
             assert [type(answer) for answer in answers] == [StoreUnavailable] * 5
             assert "another process" in str(answers[0])
-            assert (await world.store.batch(batch_id))[0].received_count == 0, "reading goes on"
+            assert (await rig.store.batch(batch_id))[0].received_count == 0, "reading goes on"
             other.execute("ROLLBACK")
-        assert (await world.append(batch_id, range(5))).accepted_count == 5
+        assert (await rig.append(batch_id, range(5))).accepted_count == 5
 
 
 async def test_two_stores_on_one_file_see_each_other_s_commits(tmp_path: Path) -> None:
@@ -282,7 +284,7 @@ async def test_two_stores_on_one_file_see_each_other_s_commits(tmp_path: Path) -
         opened(tmp_path / "db", busy_timeout_ms=5_000) as two,
     ):
         batch_id = await one.batch(200)
-        appended = await asyncio.gather(*(world.append(batch_id, range(200)) for world in (one, two, one, two)))
+        appended = await asyncio.gather(*(rig.append(batch_id, range(200)) for rig in (one, two, one, two)))
         assert sum(answer.accepted_count for answer in appended) == 200
         here, there = await one.session(), await two.session()
         claimed = await asyncio.gather(one.claim(here, 100), two.claim(there, 100))
@@ -290,7 +292,7 @@ async def test_two_stores_on_one_file_see_each_other_s_commits(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("content", [b"not a database at all" * 100, b"SQLite format 3\x00" + b"\x00\xff" * 3_000])
-async def test_a_corrupt_file_is_said_to_be_one(tmp_path: Path, content: bytes) -> None:
+async def test_a_corrupt_file_is_reported_as_damaged(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "db").write_bytes(content)
     with pytest.raises(StoreBroken, match="damaged"):
         async with opened(tmp_path / "db"):
@@ -298,19 +300,19 @@ async def test_a_corrupt_file_is_said_to_be_one(tmp_path: Path, content: bytes) 
     assert (tmp_path / "db").read_bytes() == content
 
 
-async def test_a_file_damaged_under_way_is_said_to_be_so(tmp_path: Path) -> None:
-    async with opened(tmp_path / "db") as world:
-        await world.filled(5_000)
+async def test_a_file_that_is_damaged_after_its_creation_is_reported(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db") as rig:
+        await rig.filled(5_000)
     with (tmp_path / "db").open("r+b") as file:
         file.seek(4_096)
         file.write(b"\xa5" * 40_960)
     with pytest.raises(HeadraceError) as refused:
-        async with opened(tmp_path / "db") as world:
-            await world.batch()
+        async with opened(tmp_path / "db") as rig:
+            await rig.batch()
     assert isinstance(refused.value, StoreBroken)
 
 
-async def test_a_newer_schema_is_not_touched(tmp_path: Path) -> None:
+async def test_a_newer_schema_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     async with opened(tmp_path / "db"):
         pass
     with closing(sqlite3.connect(tmp_path / "db")) as connection:
@@ -321,7 +323,7 @@ async def test_a_newer_schema_is_not_touched(tmp_path: Path) -> None:
     assert "upgrade" in refused.value.hint
 
 
-async def test_a_directory_that_takes_no_files_is_said_to_be_one(tmp_path: Path) -> None:
+async def test_a_path_that_can_not_be_written_is_named_with_its_problem(tmp_path: Path) -> None:
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o555)
     if os.access(folder, os.W_OK):
@@ -376,14 +378,14 @@ async def test_a_file_of_another_program_is_refused_and_left_as_it_was(tmp_path:
         assert schema(connection) == before
 
 
-async def test_a_file_with_tables_of_other_names_takes_headrace_too(tmp_path: Path) -> None:
+async def test_headrace_can_share_a_file_with_tables_of_other_names(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "db")) as connection:
         connection.execute("CREATE TABLE orders (id INTEGER)")
-    async with opened(tmp_path / "db") as world:
-        await world.filled(3)
+    async with opened(tmp_path / "db") as rig:
+        await rig.filled(3)
 
 
-async def test_a_path_that_no_system_takes_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
+async def test_an_impossible_path_raises_instead_of_hanging(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="null"):
         async with opened(Path(f"{tmp_path}/a\0b")):
             pass
@@ -394,15 +396,15 @@ def schema(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
     return connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name").fetchall()
 
 
-async def test_a_fresh_schema_is_the_migrated_one(tmp_path: Path) -> None:
+async def test_a_fresh_schema_equals_a_migrated_one(tmp_path: Path) -> None:
     async with opened(tmp_path / "fresh"):
         pass
     scripts = migrations(PACKAGE)
     with closing(sqlite3.connect(tmp_path / "old")) as connection:
         connection.executescript(scripts[0][1])
         connection.execute("PRAGMA user_version = 1")
-    async with opened(tmp_path / "old") as world:
-        await world.filled(3)
+    async with opened(tmp_path / "old") as rig:
+        await rig.filled(3)
     with closing(sqlite3.connect(tmp_path / "fresh")) as fresh, closing(sqlite3.connect(tmp_path / "old")) as old:
         assert schema(fresh) == schema(old)
         versions = [connection.execute("PRAGMA user_version").fetchone()[0] for connection in (fresh, old)]
@@ -443,12 +445,12 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-async def test_a_hot_statement_is_answered_from_its_index(tmp_path: Path, name: str) -> None:
-    async with opened(tmp_path / "db") as world:
+async def test_a_hot_statement_uses_its_index(tmp_path: Path, name: str) -> None:
+    async with opened(tmp_path / "db") as rig:
         sql = SQL[name]
         words = set(re.findall(r":([a-z_]+)", sql))
         values = {word: "[]" if word in ("ids", "rows", "names") else b"" if word == "blob" else 1 for word in words}
-        rows = await house(world)._writer.run(lambda c: c.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall())
+        rows = await sqlite_store(rig)._writer.run(lambda c: c.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall())
     plan = "\n".join(row[3] for row in rows)
     for step in PLANS[name]:
         assert step in plan, plan
@@ -458,7 +460,7 @@ async def test_a_hot_statement_is_answered_from_its_index(tmp_path: Path, name: 
         assert "TEMP B-TREE" not in plan, plan
 
 
-async def test_processes_that_make_the_same_file_at_once_all_get_it(tmp_path: Path) -> None:
+async def test_processes_that_create_one_file_at_once_all_open_it(tmp_path: Path) -> None:
     for round_no in range(20):
         stores = [SqliteStore(tmp_path / f"{round_no}.db", DEFAULT) for _ in range(4)]
         await asyncio.gather(*(store.open() for store in stores))

@@ -1,9 +1,11 @@
-"""A pooler as poolers are at their worst: another server session for each transaction, and nothing left on it.
+"""A pooler that behaves like the strictest ones: each transaction uses another server session, without its former
+state.
 
-It speaks PostgreSQL's protocol 3.0 on both sides. A client is told a process id that no server has, start-up parameters
-that stock PgBouncer does not know are refused in its words, and a session is given back at `ReadyForQuery` outside a
-transaction and taken by the next transaction of anybody, oldest first. `forgets`: `DISCARD ALL` is said to a session
-before it is given to the next, so whatever a client left there is gone; without it, it is there for another.
+It speaks version 3.0 of PostgreSQL's protocol on both sides. A client gets a process id that no server session has.
+Startup parameters that stock PgBouncer does not know are refused with its message. A session is put back at
+`ReadyForQuery` outside a transaction, and the next transaction of any client takes the oldest free session. With
+`forgets`, `DISCARD ALL` is sent to a session before the next client gets it; otherwise a client finds what another
+left.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class Session:
 
 
 class Pooler:
-    """Listens on `port` of the loopback once `start` has returned; all of it lives on the loop that started it."""
+    """A pooler on `port` of the loopback, after `start`. All of it belongs to the event loop that started it."""
 
     def __init__(self, host: str, port: int, *, sessions_count: int = 4, forgets: bool = True) -> None:
         self._server_at = host, port
@@ -53,13 +55,13 @@ class Pooler:
         self.port = 0
 
     async def start(self) -> None:
-        """Begin to listen; sessions are made for the first client, as the user it names."""
+        """Begin to listen. Sessions are opened for the first client, as the user that it names."""
         listening = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.port = listening.sockets[0].getsockname()[1]
 
     @property
     def most_shared(self) -> int:
-        """How many clients the most shared session has served."""
+        """Return how many clients the most shared session has served."""
         return max(len(session.clients) for session in self._all)
 
     # -- the client's side
@@ -72,7 +74,7 @@ class Pooler:
         writer.close()
 
     async def _greeted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> dict[str, str] | None:
-        """The start-up parameters of a client that stays."""
+        """Read the startup parameters of a client that stays connected."""
         while True:
             (length,) = struct.unpack("!I", await reader.readexactly(4))
             body = await reader.readexactly(length - 4)
@@ -95,7 +97,7 @@ class Pooler:
             return parameters
 
     async def _welcome(self, writer: asyncio.StreamWriter, parameters: dict[str, str]) -> bytes:
-        """What a server says to a client it lets in; answers the key the client was told."""
+        """Send what a server sends after a login, and return the cancellation key of the client."""
         if not self._all:
             sessions = [await self._connect(parameters) for _ in range(self._sessions_count)]
             if not self._all:
@@ -105,7 +107,7 @@ class Pooler:
         return key
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes) -> None:
-        """Each transaction on the session that is free the longest."""
+        """Run each transaction on the session that has been free longest."""
         session: Session | None = None
         answering: asyncio.Task[bytes] | None = None
         try:
@@ -127,7 +129,7 @@ class Pooler:
         finally:
             if answering is not None:
                 answering.cancel()
-            if session is not None:  # the client went away inside a transaction
+            if session is not None:  # the client disconnected inside a transaction
                 self._all.remove(session)
                 self._working.pop(key, None)
                 session.writer.close()
@@ -191,7 +193,7 @@ async def _message(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
 
 
 async def _answer(session: Session, writer: asyncio.StreamWriter) -> bytes:
-    """Hand over what a session says, but for its `ReadyForQuery`, which is the answer here."""
+    """Forward what a session sends except its `ReadyForQuery`, which is returned."""
     while True:
         kind, message = await _message(session.reader)
         if kind == b"Z":
@@ -202,7 +204,7 @@ async def _answer(session: Session, writer: asyncio.StreamWriter) -> bytes:
 
 @cache
 def pooler(*, forgets: bool = True) -> Pooler:
-    """The one pooler of this test run before its server, on a thread and a loop of its own."""
+    """Return the one pooler of this test run, on a thread and an event loop of its own."""
     parts = urlsplit(server().dsn)
     assert parts.hostname is not None
     assert parts.port is not None
@@ -221,5 +223,5 @@ def pooler(*, forgets: bool = True) -> Pooler:
 
 
 def pooled_dsn(*, forgets: bool = True) -> str:
-    """The test server's DSN by way of the pooler."""
+    """Return the test server's DSN through the pooler."""
     return server().dsn.replace(f":{urlsplit(server().dsn).port}", f":{pooler(forgets=forgets).port}")

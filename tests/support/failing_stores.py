@@ -1,7 +1,7 @@
-"""Stores that say which statement they are about to send, so that harm can be done just there.
+"""Stores that report each statement before it is sent, so that a fault can be injected at that point.
 
-A place is a verb and a statement, `settle:lock_spans`; `begin` and `commit` are the ends of a transaction, `answered`
-is when the answer is back and nobody has acted on it.
+A fault point is an operation and a statement: `settle:lock_spans`. `begin` and `commit` are the ends of a transaction;
+`answered` is after the answer and before the caller uses it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.pool import PostgresConnection
 from headrace.store.sqlite import SqliteStore
 from headrace.store.transactions.sql_script import Rows, Script
-from tests.support.store_scenario import Story, Told
+from tests.support.store_scenario import Acknowledged, StoreScenario
 
 T = TypeVar("T")
 At = Callable[[str], None]
 
 
-class HarmedPostgres(PostgresStore):
-    """Tells `at` of each statement before it is sent."""
+class FaultyPostgres(PostgresStore):
+    """A store that reports each statement to `at` before it is sent."""
 
     at: At = staticmethod(lambda statement: None)
 
@@ -39,8 +39,8 @@ class HarmedPostgres(PostgresStore):
         await super()._commit(connection)
 
 
-class HarmedSqlite(SqliteStore):
-    """Tells `at` of each statement before it is run, in the thread that runs it."""
+class FaultySqlite(SqliteStore):
+    """A store that reports each statement to `at` before it is run, in the thread that runs it."""
 
     at: At = staticmethod(lambda statement: None)
 
@@ -64,34 +64,34 @@ class HarmedSqlite(SqliteStore):
             return answer
 
 
-Harmed = HarmedPostgres | HarmedSqlite
+FaultyStore = FaultyPostgres | FaultySqlite
 
 
-def harmed_store(url: str) -> Harmed:
-    """A store that can be harmed."""
+def faulty_store(url: str) -> FaultyStore:
+    """Make a store for fault injection."""
     if url.startswith("postgresql:"):
-        return HarmedPostgres(url, DEFAULT)
-    return HarmedSqlite(Path(url.removeprefix("sqlite:///")), DEFAULT)
+        return FaultyPostgres(url, DEFAULT)
+    return FaultySqlite(Path(url.removeprefix("sqlite:///")), DEFAULT)
 
 
-def harmed_story(store: Harmed, environment: str, now_us: int, at: At, **more: Any) -> Story:
-    """A story that says `verb:statement` to `at`, each place the first time it comes there."""
+def faulty_scenario(store: FaultyStore, environment: str, now_us: int, at: At, **more: Any) -> StoreScenario:
+    """Make a scenario that reports each fault point `operation:statement` to `at`, once."""
     seen: set[str] = set()
 
     def first(statement: str) -> None:
-        place = f"{story.verb}:{statement}"
-        if story.verb and place not in seen:
+        place = f"{scenario.verb}:{statement}"
+        if scenario.verb and place not in seen:
             seen.add(place)
             at(place)
 
-    story = Story(store, environment, now_us, harm=lambda verb: first("answered"), **more)
+    scenario = StoreScenario(store, environment, now_us, inject=lambda verb: first("answered"), **more)
     store.at = first
-    return story
+    return scenario
 
 
-def read_log(path: Path) -> Iterator[Told]:
-    """What a story was told before it ended; a last line that is cut was never acknowledged."""
+def read_log(path: Path) -> Iterator[Acknowledged]:
+    """Read what was acknowledged to a scenario before it ended. A cut last line was never acknowledged."""
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n"):
             batch_id, run_index, state = line.rstrip("\n").split(" ")
-            yield Told(batch_id, int(run_index), state)
+            yield Acknowledged(batch_id, int(run_index), state)

@@ -1,6 +1,6 @@
-"""What is true of every store after every verb, spoken once.
+"""Invariants of every store after every operation.
 
-Tests of stores, simulations and journeys ask here; each answer is a list of sentences, empty when all is well.
+Tests of stores, simulations and journeys use them. Each function returns a list of sentences, empty if all hold.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FINAL_NAMES = {NAMES[state] for state in FINAL}
 
 
 async def faults(store: QueryStore, environment: str = "default") -> list[str]:
-    """Everything that is wrong with an environment, as far as its verbs can tell."""
+    """Return everything that is wrong in an environment, as far as operations of the store can show."""
     found = []
     for batch, ledger in await store.batches(environment, limit=ALL):
         found += [f"{batch.id}: {fault}" for fault in await batch_faults(store, batch, ledger)]
@@ -22,7 +22,7 @@ async def faults(store: QueryStore, environment: str = "default") -> list[str]:
 
 
 async def batch_faults(store: QueryStore, batch: BatchRecord, ledger: Ledger) -> list[str]:
-    """The ledger law, completion, and counters, chunks, runs and outcomes that tell one story."""
+    """Check that the ledger balances, that completion is right, and that counters, chunks, runs and outcomes agree."""
     found = []
     if not ledger.balances or min(ledger) < 0:
         found.append(f"the ledger does not balance: {ledger}")
@@ -50,7 +50,7 @@ async def batch_faults(store: QueryStore, batch: BatchRecord, ledger: Ledger) ->
 
 
 def completion_faults(batch: BatchRecord, ledger: Ledger) -> list[str]:
-    """A batch is finished just when nothing is unsettled and nothing more can come."""
+    """Check that a batch is finished exactly when nothing is unsettled and no run can be added."""
     unsettled_count = ledger.waiting + ledger.leased
     found = []
     if batch.is_finished and (unsettled_count or batch.state in (OPEN, SEALED)):
@@ -63,13 +63,15 @@ def completion_faults(batch: BatchRecord, ledger: Ledger) -> list[str]:
 
 
 class Record:
-    """What was seen to be final, so that a change is seen too. Only `redrive` may take an outcome back."""
+    """Record of runs that were seen to be final, so that a later change is found. Only `redrive` may change an
+    outcome.
+    """
 
     def __init__(self) -> None:
         self._final: dict[tuple[str, int], tuple[int, bytes]] = {}
 
     def note(self, batch_id: str, outcomes: list[RunOutcome]) -> list[str]:
-        """Compare with what was seen before, and remember."""
+        """Compare with what was seen before, and store it."""
         found = []
         for outcome in outcomes:
             name, now = (batch_id, outcome.index), (outcome.state, outcome.result)
@@ -78,11 +80,11 @@ class Record:
         return found
 
     def forget(self, batch_id: str, index: int) -> None:
-        """A person sent this run round again."""
+        """Forget the outcome of a run that was redriven."""
         self._final.pop((batch_id, index), None)
 
     def lost(self, batch_id: str, final_indexes: set[int]) -> list[str]:
-        """Runs that were final and are not any more."""
+        """Return the runs that were final and are not final any more."""
         return [
             f"run {index} was final and is not"
             for owner, index in self._final

@@ -1,6 +1,6 @@
-"""Two stores driven by the same commands, whose answers must be the same.
+"""Two stores that get the same calls and must return the same results.
 
-Ids of spans are each store's own, so they are matched when a claim hands them out and translated from then on.
+Each store has span ids of its own. They are matched when a claim returns them, and translated from then on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from headrace.store.protocol import Heartbeat, Lease, Release, Store, Suspects
 
 
 class LockStep:
-    """A `Store` by behaviour: every verb goes to both, the first one's answer is returned."""
+    """A `Store` by its methods: every call goes to both stores, and the result of the first is returned."""
 
     def __init__(self, first: Store, second: Store) -> None:
         self._first = first
@@ -49,7 +49,7 @@ class LockStep:
         return argument
 
     def _plain(self, answer: Any, ids: Mapping[int, int] | None) -> Any:
-        """An answer as plain values; `ids` translates ids of the first store."""
+        """Convert a result to plain values; `ids` translates span ids of the first store."""
         if isinstance(answer, HeadraceError):
             return type(answer).__name__
         if isinstance(answer, Heartbeat):
@@ -68,7 +68,7 @@ class LockStep:
 
 
 async def answer_of(store: Store, verb: str, arguments: Sequence[Any], more: Mapping[str, Any]) -> Any:
-    """What a verb answers; what it refuses is an answer too."""
+    """Return the result of an operation; an error is a result too."""
     try:
         return await getattr(store, verb)(*arguments, **more)
     except HeadraceError as error:

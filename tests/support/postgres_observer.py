@@ -1,4 +1,4 @@
-"""Behind a Postgres store's back: other connections, the statements it sends, who waits for whom."""
+"""Observation of a PostgreSQL store from outside: other connections, the statements it sends, and lock waits."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.pool import PostgresConnection
 from headrace.store.transactions.sql_script import Rows
 from tests.support.postgres_server import server
-from tests.support.store_rig import World
+from tests.support.store_rig import StoreRig
 
 T = TypeVar("T")
 
 
-def house(world: World) -> PostgresStore:
-    """The store of a world, as what it is."""
-    assert isinstance(world.store, PostgresStore)
-    return world.store
+def postgres_store(rig: StoreRig) -> PostgresStore:
+    """Return the store of a rig as a PostgresStore."""
+    assert isinstance(rig.store, PostgresStore)
+    return rig.store
 
 
 @asynccontextmanager
-async def beside(dsn: str | None = None, **more: Any) -> AsyncIterator[Any]:
-    """A connection that is not the store's."""
+async def other_connection(dsn: str | None = None, **more: Any) -> AsyncIterator[Any]:
+    """Open a connection that does not belong to the store."""
     connection = await asyncpg.connect(dsn or server().dsn, **more)
     try:
         yield connection
@@ -34,26 +34,26 @@ async def beside(dsn: str | None = None, **more: Any) -> AsyncIterator[Any]:
         await connection.close()
 
 
-def schema_of(world: World) -> str:
-    """The schema's name."""
-    return house(world)._schema
+def schema_of(rig: StoreRig) -> str:
+    """Return the name of the schema."""
+    return postgres_store(rig)._schema
 
 
-async def waiting_for_a_lock(world: World, watcher: Any) -> int:
-    """The backend of the store that waits for a lock, as soon as there is one."""
+async def pid_waiting_for_a_lock(rig: StoreRig, watcher: Any) -> int:
+    """Return the process id of the store's session that waits for a lock, as soon as there is one."""
     while True:
         pid = await watcher.fetchval(
             "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1",
-            f'%"{schema_of(world)}"%',
+            f'%"{schema_of(rig)}"%',
         )
         if pid is not None:
             return int(pid)
 
 
-async def statements_of(world: World, work: Callable[[], Awaitable[T]]) -> tuple[T, list[str]]:
-    """What some work answers, and the names of the statements it sent, transactions included."""
+async def sent_statements(rig: StoreRig, work: Callable[[], Awaitable[T]]) -> tuple[T, list[str]]:
+    """Return the result of some work, and the names of the statements it sent, with `begin` for each transaction."""
     sent: list[str] = []
-    store = house(world)
+    store = postgres_store(rig)
 
     async def fetch(connection: PostgresConnection, name: str, /, **values: Any) -> Rows:
         sent.append(name)

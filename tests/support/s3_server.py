@@ -1,4 +1,6 @@
-"""A real S3 server for the tests, from the wheel, started once and ended with the tests; and bad weather before it."""
+"""A real S3 server for the tests, from a wheel, started once and stopped with the tests; and a proxy that injects
+faults.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ IDENTITIES = {
         {
             "name": "tests",
             "credentials": [{"accessKey": "key", "secretKey": "secret"}],
-            "actions": ["Read", "Write", "List", f"Admin:{BUCKET}"],  # it may make that bucket and no other
+            "actions": ["Read", "Write", "List", f"Admin:{BUCKET}"],  # it may create that bucket and no other
         }
     ]
 }
@@ -63,16 +65,16 @@ class S3:
 
     @property
     def endpoint(self) -> str:
-        """Where it listens."""
+        """The URL of the server."""
         return f"http://127.0.0.1:{self.port}"
 
     def url(self, prefix: str, *, bucket: str = BUCKET, endpoint: str = "", **more: Any) -> str:
-        """The URL of an object store on it, or behind `endpoint`."""
+        """Return the URL of an object store on the server, or behind `endpoint`."""
         parameters = "".join(f"&{name}={value}" for name, value in more.items())
         return f"s3://{bucket}/{prefix}?endpoint={endpoint or self.endpoint}{parameters}"
 
     def remove(self) -> None:
-        """End it for good: it outlives a SIGTERM."""
+        """Kill the server: it survives a SIGTERM."""
         self._process.kill()
         self._process.wait()
         self._log.close()
@@ -90,8 +92,8 @@ class S3:
 
 
 def s3() -> S3:
-    """The one server of this test run, which this process's environment may use from now on."""
-    os.environ.update(CREDENTIALS)  # each time: another test may have put them back
+    """Return the one server of this test run, and set its credentials in the environment of this process."""
+    os.environ.update(CREDENTIALS)  # each time, since another test may have reset them
     return _server()
 
 
@@ -100,8 +102,8 @@ def _server() -> S3:
     return S3()
 
 
-class Weather:
-    """A proxy that does to each request what is next in `faults`: a status, `cut`, `hang`, or passes it on."""
+class ObjectStoreProxy:
+    """A proxy that applies the next of `faults` to each request: a status, `cut`, `hang`, or none."""
 
     def __init__(self, port: int) -> None:
         self.faults: list[str] = []
@@ -135,9 +137,9 @@ class Weather:
 
 
 @asynccontextmanager
-async def weather() -> AsyncIterator[Weather]:
-    """Bad weather before the server, for a block."""
-    made = Weather(s3().port)
+async def object_store_proxy() -> AsyncIterator[ObjectStoreProxy]:
+    """Run the proxy before the server, for a block."""
+    made = ObjectStoreProxy(s3().port)
     server = await asyncio.start_server(made.handle, "127.0.0.1", 0)
     made.endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:

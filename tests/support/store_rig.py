@@ -1,6 +1,6 @@
-"""A store under test with a clock that the test holds, and short words for long arguments.
+"""A store under test, with a clock that the test advances, and short methods with defaults for long arguments.
 
-Nothing here knows a concrete store: every word ends in verbs of the seam.
+It uses only operations of the protocols, and knows no concrete store.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ SECOND_US = 1_000_000
 START_US = 1_700_000_000 * SECOND_US
 BOOM = Failure(type="Boom", message="it broke").encode()
 PLAIN = Key("task")
-UNKNOWN = Suspects(span_slots=None, evidence="killed by signal 9")
-NOBODY = Suspects(span_slots={}, evidence="")
+UNKNOWN_SUSPECTS = Suspects(span_slots=None, evidence="killed by signal 9")
+NO_SUSPECTS = Suspects(span_slots={}, evidence="")
 
 
 def fresh_schema(folder: Path, dsn: str | None = None) -> str:
-    """The URL of a schema that no other test has."""
+    """Return the URL of a schema that no other test uses."""
     return f"{dsn or server().dsn}?schema=test_{hashlib.sha256(str(folder).encode()).hexdigest()[:24]}"
 
 
 def pooled_store(folder: Path, limits: Limits) -> PostgresStore:
-    """A store behind a pooler that gives each transaction another session; migrations go past it."""
+    """Make a store behind a pooler that gives each transaction another session; migrations bypass the pooler."""
     return PostgresStore(fresh_schema(folder, pooled_dsn()), limits, direct_url=fresh_schema(folder))
 
 
@@ -62,7 +62,7 @@ FACTORIES: Mapping[str, Callable[[Path, Limits], Store]] = {
 
 
 def payload_of(index: int) -> bytes:
-    """What a run of this index gets, unless a test says otherwise."""
+    """Return the default payload of the run at an index."""
     return f"[{index}]".encode()
 
 
@@ -75,7 +75,7 @@ def chunks_of(
     extras: Mapping[int, Extra] | None = None,
     runs_max: int = 256,
 ) -> list[Chunk]:
-    """Runs as chunks of at most `runs_max`, in the order given."""
+    """Return runs as chunks of at most `runs_max`, in the given order."""
     coalescer = Coalescer(runs_max=runs_max, bytes_max=DEFAULT.chunk_bytes_max)
     for index in indexes:
         own = key if isinstance(key, Key) else key(index)
@@ -93,7 +93,7 @@ def settlement_of(
     dues_us: Sequence[int] = (),
     object_keys: Sequence[str] = (),
 ) -> Settlement:
-    """What a worker reports: `codes` for the lease's runs, or for those at `places`."""
+    """Return a worker's settlement: `codes` for the runs of a lease, or for those at `span_slots`."""
     named = list(lease.span_slots if span_slots is None else span_slots)
     words = "c" * len(named) if codes is None else codes * (len(named) if len(codes) == 1 else 1)
     index_at = dict(zip(lease.span_slots, lease.indexes, strict=True))
@@ -112,8 +112,8 @@ def settlement_of(
     )
 
 
-class World:
-    """One store, one clock. As a context it opens the store, and ends with every invariant."""
+class StoreRig:
+    """One store and one clock. As a context manager, it opens the store, and checks every invariant at the end."""
 
     def __init__(self, store: ClientStore) -> None:
         self.store = cast("Store", store)  # a test of a remote store calls no operation that it lacks
@@ -134,17 +134,17 @@ class World:
             await self.store.close()
 
     async def check(self) -> None:
-        """Every invariant of every batch."""
+        """Check every invariant of every batch."""
         for environment in sorted(self.environments):
             assert await invariants.faults(self.store, environment) == []
 
     def later(self, seconds: float) -> int:
-        """Let time pass."""
+        """Advance the clock."""
         self.now_us += int(seconds * SECOND_US)
         return self.now_us
 
     async def batch(self, expected_count: int | None = None, *, kind: str = "batch", **more: Any) -> str:
-        """A new batch's id."""
+        """Create a batch, and return its id."""
         self.now_us += 1_000  # ids sort by creation to the millisecond
         self.environments.add(str(more.get("environment", "default")))
         new = NewBatch(id=new_batch_id(self.now_us), kind=kind, expected_count=expected_count, **more)
@@ -159,14 +159,14 @@ class World:
         return await self.store.append(batch_id, chunks, now_us=self.now_us, cursor=cursor, seals=seals)
 
     async def filled(self, count: int, **more: Any) -> str:
-        """A sealed batch of `count` runs."""
+        """Create a sealed batch of `count` runs."""
         batch_id = await self.batch(count)
         await self.append(batch_id, range(count), **more)
         await self.store.seal(batch_id, None, now_us=self.now_us)
         return batch_id
 
     async def session(self, kind: str = "worker") -> str:
-        """A live session's id."""
+        """Start a session, and return its id."""
         session_id = new_session_id(self.now_us)
         session = Session(id=session_id, kind=kind, host="host", pid=1, started_us=self.now_us)
         await self.store.start_session(session, now_us=self.now_us)
@@ -183,7 +183,7 @@ class World:
         queue_prefix: str = "",
         environment: str = "default",
     ) -> list[Lease]:
-        """Leases; without a `claim_no` a fresh claim."""
+        """Claim leases; without a `claim_no` this is a new claim."""
         self._claims_count += 1
         wish = Claim(
             session_id=session_id,
@@ -205,27 +205,27 @@ class World:
     async def release(
         self, lease: Lease, suspects: Sequence[int] = (), *, evidence: str = "killed", crashes_max: int = 3
     ) -> str:
-        """Give one lease back."""
+        """Release one lease."""
         given = Release(span_id=lease.span_id, token=lease.token, suspects=tuple(suspects), evidence=evidence)
         (word,) = await self.store.release([given], crashes_max=crashes_max, now_us=self.now_us)
         return word
 
-    async def recover(self, session_id: str, suspects: Suspects = UNKNOWN, *, crashes_max: int = 3) -> int:
+    async def recover(self, session_id: str, suspects: Suspects = UNKNOWN_SUSPECTS, *, crashes_max: int = 3) -> int:
         """End a session that is silent now."""
         return await self.store.recover(
             session_id, suspects, silent_since_us=self.now_us, crashes_max=crashes_max, now_us=self.now_us
         )
 
     async def states(self, batch_id: str) -> list[str]:
-        """The state of each run, by index."""
+        """Return the state of each run, by index."""
         return [run.state for run in await self.store.runs("default", batch_id=batch_id, limit=invariants.ALL)]
 
     async def outcomes(self, batch_id: str, from_index: int = 0, runs_max: int = 10_000) -> list[RunOutcome]:
-        """Final outcomes from an index on."""
+        """Return final outcomes from an index on."""
         return await self.store.outcomes(batch_id, from_index, runs_max)
 
     async def run_all(self, session_id: str, **more: Any) -> list[int]:
-        """Claim and complete until nothing is left; answers the indexes in the order they were handed out."""
+        """Claim and complete until nothing is left. Returns the indexes in the order of delivery."""
         order: list[int] = []
         while leases := await self.claim(session_id, **more):
             for lease in leases:
@@ -235,5 +235,5 @@ class World:
 
 
 def indexes_of(leases: Iterable[Lease]) -> list[int]:
-    """The batch indexes of some leases, in the order they are handed out."""
+    """Return the batch indexes of some leases, in the order of delivery."""
     return [index for lease in leases for index in lease.indexes]

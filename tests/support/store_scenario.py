@@ -1,7 +1,8 @@
-"""A story that uses every verb of a store, can be told again from its beginning after any crash, and ends the same.
+"""A scenario that uses every operation of a store. It can be repeated from its beginning after any crash, with the same
+end.
 
-`ask` is how it speaks to the store: each verb is named before it is asked, so that a listener can do harm at a place,
-and what was answered is noted, since that is what has to be there after the harm.
+All calls go through `ask`. It sets the name of the operation first, so that a fault can be injected at any point, and
+it notes what was acknowledged, since that must be stored after the fault.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ BAD_ITEM = 35
 CANCELLED_ITEM = 55
 TRIES = 50
 REDRIVEN = "redriven"
-"""Noted before runs that failed are sent round again: their last outcome is no more what was acknowledged."""
+"""Noted before failed runs are redriven: their last outcome is not what was acknowledged any more."""
 NAMES = {"c": "completed", "f": "failed"}
 
 
-class Told(NamedTuple):
+class Acknowledged(NamedTuple):
     """Something that was acknowledged: a run that was appended, or its last outcome."""
 
     batch_id: str
@@ -40,10 +41,10 @@ class Told(NamedTuple):
     state: str = ""
 
 
-class Story:
-    """One process's life in an environment of its own.
+class StoreScenario:
+    """One process in an environment of its own.
 
-    `harm(verb)` is called when an answer is back, before it is noted; `patience` between two tries.
+    `inject(operation)` is called after an answer and before it is noted; `pause` is awaited between two attempts.
     """
 
     def __init__(
@@ -52,25 +53,27 @@ class Story:
         environment: str,
         now_us: int,
         *,
-        note: Callable[[Told], None] = lambda told: None,
-        harm: Callable[[str], None] = lambda verb: None,
+        note: Callable[[Acknowledged], None] = lambda told: None,
+        inject: Callable[[str], None] = lambda verb: None,
         completed: Iterable[tuple[str, int]] = (),
-        patience: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0),
+        pause: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0),
     ) -> None:
         self.store = store
         self.environment = environment
         self.now_us = now_us
         self.verb = ""
         self.note = note
-        self.harm = harm
-        self.patience = patience
+        self.inject = inject
+        self.pause = pause
         self.failures: list[HeadraceError] = []
         self.completed = set(completed)
         self._session = ""
         self._claims_count = 0
 
     async def ask(self, verb: str, *args: Any, **more: Any) -> Any:
-        """One verb, asked again while the store can't answer. What happened between two tries is not known here."""
+        """Call one operation, again while the store is unavailable. The state between two attempts is not known
+        here.
+        """
         self.now_us += 1_000
         for tries_left in range(TRIES, -1, -1):
             self.verb = verb
@@ -80,14 +83,14 @@ class Story:
                 self.failures.append(error)
                 if not tries_left:
                     raise
-                await self.patience()
+                await self.pause()
             else:
-                self.harm(verb)
+                self.inject(verb)
                 return answer
         raise AssertionError
 
-    async def tell(self) -> None:
-        """The whole story."""
+    async def run_all(self) -> None:
+        """Run the whole scenario."""
         await self._arrive()
         main = await self._produce()
         await self._work(main)
@@ -98,14 +101,14 @@ class Story:
         await self.ask("end_session", self._session, now_us=self.now_us)
 
     async def faults(self) -> list[str]:
-        """What is wrong in this environment; looked at without harm."""
+        """Return the faults in this environment, read without fault injection."""
         self.verb = ""
         return await invariants.faults(self.store, self.environment)
 
-    # -- chapters
+    # -- parts of the scenario
 
     async def _arrive(self) -> None:
-        """A new session; one that died, and one that falls silent now, are recovered."""
+        """Start a session; recover one that crashed, and one that falls silent now."""
         self._session = await self._start_session()
         silent = await self._start_session()
         await self._append(await self._batch("early", expected_count=4), range(4), runs_max=2)
@@ -148,7 +151,7 @@ class Story:
         return main
 
     async def _work(self, main: str) -> None:
-        """Small claims, one of them asked twice, until nothing is left."""
+        """Make small claims, one of them repeated, until nothing is left."""
         await self.ask("heartbeat", self._session, now_us=self.now_us)
         leases = await self._claim(3)
         assert await self._claim(3, again=True) == leases
@@ -166,7 +169,8 @@ class Story:
             await self.ask("cancel_runs", main, [CANCELLED_ITEM], now_us=self.now_us)
         await self.ask("heartbeat", self._session, now_us=self.now_us)
         fives = [lease for lease in held if len(lease.span_slots) == 5]
-        for lease in fives:  # two that are no neighbours, the one between them, and the rest of two leases together
+        # two runs that are not adjacent, the run between them, then the rest of two leases together
+        for lease in fives:
             await self._settle([lease], [0, 2], part_no=0)
             await self._settle([lease], [1], part_no=1)
         for start in range(0, len(fives), 2):
@@ -205,14 +209,14 @@ class Story:
         await self._settle_all(leases)
         for paused in (True, False):
             await self.ask("pause_queue", self.environment, "b", paused=paused)
-        self.note(Told(main, 0, REDRIVEN))
+        self.note(Acknowledged(main, 0, REDRIVEN))
         await self.ask("redrive", main, [3])
         await self.ask("cancel_runs", main, [3], now_us=self.now_us)
         await self.ask("redrive", main, None)
         await self._drain()
 
     async def _keep_up(self) -> None:
-        """What is overdue moves on, and what is old goes."""
+        """Move on what is overdue, and delete what is old."""
         brief, late = await self._batch("brief"), await self._batch("late", seal_timeout_ms=1_000)
         for batch_id, key in ((brief, Key("nobody", expires_us=self.now_us + SECOND_US)), (late, Key("nobody"))):
             with suppress(Conflict):
@@ -227,7 +231,7 @@ class Story:
         await self.ask("prune", self.now_us - 3_600 * SECOND_US, batches_max=100, rows_max=1_000)
 
     async def _let_in(self) -> None:
-        """Who may come in: nothing to do with batches, and harmed all the same."""
+        """Use API keys and rate limits, which have nothing to do with batches and get faults too."""
         name = self.environment
         digest = hashlib.sha256(name.encode()).hexdigest()
         key = ApiKey(id=f"key_{name}", environment=name, digest=digest, scopes=("read",), created_us=self.now_us)
@@ -240,7 +244,7 @@ class Story:
         assert await self.ask("signing_key", name, b"other" * 8) == b"first" * 8
         await self.ask("spend", name, "bucket", Bucket(capacity=10, refill_us=SECOND_US), 1, now_us=self.now_us)
 
-    # -- words
+    # -- short calls
 
     async def _start_session(self) -> str:
         session = Session(
@@ -260,7 +264,7 @@ class Story:
         appended = await self.ask("append", batch_id, chunks, now_us=self.now_us, cursor=cursor)
         for index in named:
             if index not in appended.existing:
-                self.note(Told(batch_id, index))
+                self.note(Acknowledged(batch_id, index))
 
     async def _claim(self, runs_max: int, *, session: str = "", again: bool = False) -> list[Lease]:
         self._claims_count += not again
@@ -274,7 +278,7 @@ class Story:
         )
         leases: list[Lease] = await self.ask("claim", wish, now_us=self.now_us)
         handed = {(lease.batch_id, index) for lease in leases for index in lease.indexes}
-        assert not handed & self.completed, "a run that was completed is handed out again"
+        assert not handed & self.completed, "a completed run was delivered again"
         return leases
 
     async def _settle_all(self, leases: list[Lease]) -> None:
@@ -282,7 +286,7 @@ class Story:
             await self._settle([lease])
 
     async def _settle(self, leases: list[Lease], numbers: Sequence[int] | None = None, part_no: int = 0) -> None:
-        """Some runs of each lease, by their numbers in it, or all of them; together."""
+        """Settle some runs of each lease, by their offsets in it, or all of them; together."""
         told, ends = [], []
         for lease in leases:
             own = range(len(lease.span_slots)) if numbers is None else numbers
@@ -298,7 +302,7 @@ class Story:
         assert set(words) <= {"settled", "recorded"}, words
         for batch_id, index, code in ends:
             if code in NAMES:
-                self.note(Told(batch_id, index, NAMES[code]))
+                self.note(Acknowledged(batch_id, index, NAMES[code]))
             if code == "c":
                 self.completed.add((batch_id, index))
 

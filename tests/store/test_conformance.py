@@ -1,8 +1,8 @@
-"""What every store promises, in the verbs of the seam: how batches fill and complete.
+"""Conformance of every store, part 1: how batches are filled and completed.
 
-The same tests run on every store. A promise or rule of the design stands in the name of its test. How runs are handed
-out and taken back is in `test_conformance_working.py`, what is read, tidied and counted in
-`test_conformance_reading.py`. Each test ends with all invariants.
+The same tests run on every store. A test names the promise or the rule of the design that it checks. Claims and
+settlements are in `test_conformance_leases.py`; queries, upkeep and verification are in `test_conformance_queries.py`.
+Each test ends with a check of all invariants.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from headrace.store.protocol import NewBatch, Store
 from headrace.store.sqlite import SqliteStore
 from tests.support.store_rig import BOOM, StoreRig, chunks_of, settlement_of
 
-HOUSES: list[type[Store]] = [MemoryStore, SqliteStore, PostgresStore]  # mypy checks here that each is a Store
+STORES: list[type[Store]] = [MemoryStore, SqliteStore, PostgresStore]  # mypy checks here that each is a Store
 
 
-# -- 1 and 2: accepted means durable, exactly once into the batch
+# -- promises 1 and 2: accepted means durable, exactly once into the batch
 
 
 async def test_accepted_runs_are_stored(rig: StoreRig) -> None:
@@ -144,7 +144,7 @@ async def test_creating_a_batch_again_returns_the_first(rig: StoreRig) -> None:
     assert again[0].metadata == {"who": ["é", None, 1.5]}
 
 
-# -- 10: bad input gets a clear error and changes nothing
+# -- promise 10: bad input gets a clear error and changes nothing
 
 
 async def test_an_unreadable_item_fails_at_its_own_index_and_the_others_run(rig: StoreRig) -> None:
@@ -273,7 +273,7 @@ async def test_a_name_that_no_database_can_keep_is_refused(rig: StoreRig, bad: s
             await rig.append(batch_id, [0], **more)
 
 
-# -- 4: a batch completes exactly once
+# -- promise 4: a batch completes exactly once
 
 
 async def test_a_batch_that_finishes_before_its_seal_is_completed_by_the_seal(rig: StoreRig) -> None:
@@ -317,7 +317,9 @@ async def test_an_append_seals_only_if_a_count_was_announced_and_sealing_was_req
     assert (await rig.append(open_ended, [0, 1], seals=True)).sealed is None
     assert (await rig.append(whole, [0, 1])).sealed is None
     assert {(await rig.store.batch(batch_id))[0].state for batch_id in (open_ended, whole)} == {"open"}
-    assert (await rig.append(whole, [0, 1], seals=True)).sealed is not None, "a repeat closes what the first left"
+    assert (await rig.append(whole, [0, 1], seals=True)).sealed is not None, (
+        "a repeat seals what the first append left open"
+    )
 
 
 async def test_a_batch_that_finished_before_its_sealing_append_is_completed_by_it(rig: StoreRig) -> None:

@@ -1,4 +1,6 @@
-"""What every store promises of runs that are handed out one by one: notes, shared leases, dead letters, rules."""
+"""Conformance of every store: activations, which are delivered one by one, with notes, shared leases, dead letters and
+rules.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ DEAD = Key("task", dead_letter=True)
 
 
 def shared(lease: Lease, codes: str, **more: object) -> object:
-    """A settlement of a lease that others settle too."""
+    """Return a settlement of a shared lease."""
     notes = more.pop("notes", ())
     made = settlement_of(lease, codes, **more)  # type: ignore[arg-type]  # the words of `settlement_of`
     return msgspec.structs.replace(made, is_shared=True, notes=notes)
@@ -25,7 +27,7 @@ async def settled(rig: StoreRig, *settlements: object) -> list[str]:
     return await rig.store.settle(settlements, now_us=rig.now_us)  # type: ignore[arg-type]  # made by `shared`
 
 
-# -- what was not heard of in time, and notes
+# -- overdue runs, and notes
 
 
 async def test_an_overdue_run_waits_again_at_once_and_uses_up_no_attempt(rig: StoreRig) -> None:
@@ -69,7 +71,7 @@ async def test_an_overdue_run_of_a_stopped_batch_is_cancelled(rig: StoreRig) -> 
     assert await rig.states(batch_id) == ["cancelled"]
 
 
-# -- several who settle one lease
+# -- several workers settle one lease
 
 
 async def test_in_a_shared_lease_the_first_outcome_of_each_run_is_kept(rig: StoreRig) -> None:
@@ -105,7 +107,7 @@ async def test_two_shared_settlements_in_one_transaction_add_up(rig: StoreRig) -
     assert await rig.states(batch_id) == ["completed", "failed", "leased"]
 
 
-# -- whose death is nobody's doing
+# -- crashes of the dispatcher
 
 
 async def test_a_crash_of_the_dispatcher_is_charged_to_no_activation(rig: StoreRig) -> None:
@@ -129,7 +131,7 @@ async def test_an_at_most_once_activation_fails_if_its_dispatcher_crashed(rig: S
     assert decode((await rig.store.run(batch_id, 0)).result).type == "WorkerLost"
 
 
-# -- whose queues begin alike
+# -- claims by a prefix of the queue
 
 
 async def test_a_claim_by_prefix_takes_from_the_queues_with_that_prefix(rig: StoreRig) -> None:
@@ -144,7 +146,7 @@ async def test_a_claim_by_prefix_takes_from_the_queues_with_that_prefix(rig: Sto
     assert [lease.queue for lease in await rig.claim(session_id)] == ["apple:a"]
 
 
-# -- where a key's run is under way
+# -- the lease of a run that a key names
 
 
 async def test_a_key_leads_to_the_lease_of_its_run_until_that_has_ended(rig: StoreRig) -> None:
@@ -255,7 +257,7 @@ async def test_a_rule_that_changed_since_it_was_read_is_not_replaced(rig: StoreR
     assert await rig.store.rules("default") == {"killswitch": b"[1]"}
 
 
-# -- what waits elsewhere
+# -- waiting spans in other queues
 
 
 async def test_waiting_spans_of_a_lane_are_moved_to_another_queue_in_bounded_steps(rig: StoreRig) -> None:
@@ -301,7 +303,7 @@ async def test_the_oldest_wait_counts_from_the_arrival_of_the_run_and_not_of_its
     assert await oldest_us() == came_us[1]
     (second,) = await rig.claim(await rig.session(), 1, claim_no=77)
     again_us = rig.now_us
-    assert await oldest_us() in (again_us, came_us[1]), "what came back waits since it came back"
+    assert await oldest_us() in (again_us, came_us[1]), "a run that was released waits since its release"
     rig.later(20)
     leases = await rig.claim(await rig.session())
     assert await oldest_us() == 0

@@ -1,7 +1,4 @@
-"""What every store promises of runs: how they are handed out and settled, in which order, tried again and cancelled.
-
-It goes on where `test_conformance.py` ends, and is held in the same way.
-"""
+"""Conformance of every store, part 2: claims, settlements, order, retries and cancellation."""
 
 from __future__ import annotations
 
@@ -20,7 +17,8 @@ from headrace.foundation.errors import (
 from headrace.store.protocol import NewBatch, Release, Session
 from tests.support.store_rig import BOOM, NO_SUSPECTS, SECOND_US, UNKNOWN_SUSPECTS, StoreRig, indexes_of, settlement_of
 
-# -- 3: at least once to run, at most once to record (rules R1, R2, R3, R5)
+# -- promise 3: at least once to run, at most once to record (R1, R2, R3 and R5: claims, settlements, sessions, at most
+# once)
 
 
 async def test_r1_a_claim_repeated_after_a_lost_answer_returns_the_same_spans(rig: StoreRig) -> None:
@@ -64,8 +62,8 @@ async def test_r2_a_repeated_settlement_returns_recorded_and_a_stale_token_lost(
     (newer,) = await rig.claim(session_id)
     assert (newer.span_id, newer.span_slots, newer.token > lease.token) == (lease.span_id, [1], True)
     assert await rig.settle(lease, "f", span_slots=[1], part_no=1) == "lost"
-    assert await rig.release(lease) == "lost", "nor does it take the newer lease away"
-    assert await rig.settle(lease, "f", span_slots=[0]) == "recorded", "what was recorded stays so"
+    assert await rig.release(lease) == "lost", "it does not end the newer lease either"
+    assert await rig.settle(lease, "f", span_slots=[0]) == "recorded", "what was recorded stays recorded"
     assert await rig.settle(newer) == "settled"
     assert await rig.settle(newer) == "recorded"
     assert await rig.states(batch_id) == ["failed", "completed"]
@@ -90,7 +88,7 @@ async def test_r19_part_of_a_lease_is_released_and_the_rest_continues(rig: Store
     (lease,) = await rig.claim(slow)
     some = Release(span_id=lease.span_id, token=lease.token, span_slots=(4, 5, 6, 7, 8, 9))
     assert await rig.settle(lease, "c", span_slots=[0]) == "settled"
-    for _ in range(2):  # its answer may get lost
+    for _ in range(2):  # its answer may be lost
         assert await rig.store.release([some], crashes_max=1, now_us=rig.now_us) == ["settled"]
     assert indexes_of(await rig.claim(idle, 4)) == [4, 5, 6, 7]
     assert await rig.states(batch_id) == ["completed", *["leased"] * 7, "waiting", "waiting"]
@@ -167,7 +165,7 @@ async def test_r3_a_heartbeat_keeps_a_session_alive(rig: StoreRig) -> None:
         == 0
     )
     await rig.store.heartbeat(session_id, now_us=before_us)
-    assert (await rig.store.sessions())[0].heartbeat_us > before_us, "a late sign of life takes nothing back"
+    assert (await rig.store.sessions())[0].heartbeat_us > before_us, "a late heartbeat does not set the time back"
 
 
 async def test_r3_session_ids_are_never_reused(rig: StoreRig) -> None:
@@ -198,7 +196,7 @@ async def test_r5_an_at_most_once_run_that_was_delivered_never_runs_again(rig: S
     dead, heir = await rig.session(), await rig.session()
     (lease,) = await rig.claim(dead, 2)
     assert (lease.at_most_once, indexes_of([lease])) == (True, [0, 1])
-    assert await rig.states(batch_id) == ["started", "started", "waiting"], "durable in the claim"
+    assert await rig.states(batch_id) == ["started", "started", "waiting"], "recorded as started by the claim"
     assert await rig.claim(dead, 2, claim_no=1) == [lease]
     assert await rig.recover(dead) == 1
     assert indexes_of(await rig.claim(heir)) == [2]
@@ -217,7 +215,7 @@ async def test_r5_an_at_most_once_run_that_did_not_start_is_claimable_again(rig:
     assert await rig.states(batch_id) == ["expired", "failed"]
 
 
-# -- 6 and R9: order is virtual time
+# -- promise 6 and R9 (a claim sweeps spans of a cancelled batch): order is virtual time
 
 
 async def test_order_inside_a_batch_is_by_index_though_chunks_arrived_reversed(rig: StoreRig) -> None:
@@ -346,7 +344,7 @@ async def test_a_retry_waits_for_its_time_and_is_then_the_first_to_be_claimed(ri
     assert indexes_of(await rig.claim(session_id, 100)) == list(range(200, 300))
     rig.now_us = due_us
     again, *_ = await rig.claim(session_id, 100)
-    assert (again.indexes, again.attempt) == ([0, 1, 2], 2), "those due together wait in one span"
+    assert (again.indexes, again.attempt) == ([0, 1, 2], 2), "runs that are due together wait in one span"
     assert await rig.store.next_due_us("default", ["task"]) is None
     await rig.settle(again)
     assert (await rig.store.run(batch_id, 0)).attempts[0]["ended"] == "retried"
@@ -379,7 +377,7 @@ async def test_a_delayed_run_waits_and_an_expired_one_never_starts(rig: StoreRig
     session_id = await rig.session()
     rig.now_us = late
     leases = await rig.claim(session_id, 2)
-    assert indexes_of(leases) == [0, 1], "an expired span at the head of the line hides nobody"
+    assert indexes_of(leases) == [0, 1], "an expired span at the head of the queue hides no other span"
     swept = await rig.store.sweep(now_us=rig.now_us, rows_max=100)
     assert swept.expired_count == 1
     assert (await rig.states(batch_id))[2] == "expired"
@@ -482,7 +480,7 @@ async def test_r3_an_ended_session_can_own_no_new_batch(rig: StoreRig) -> None:
     found, created = await rig.store.create_batch(
         NewBatch(id=stream, kind="stream", session_id=session_id), now_us=rig.now_us
     )
-    assert (found.id, created) == (stream, False), "a creation whose answer was lost may be asked for again"
+    assert (found.id, created) == (stream, False), "a creation may be repeated after a lost answer"
 
 
 async def test_a_batch_is_abandoned_with_the_session_that_fed_it(rig: StoreRig) -> None:
@@ -500,9 +498,9 @@ async def test_a_batch_is_abandoned_with_the_session_that_fed_it(rig: StoreRig) 
     assert [(await rig.store.batch(batch_id))[0].state for batch_id in (stream, fed)] == ["sealed", "abandoned"]
     await rig.settle(lease)
     await rig.store.sweep(now_us=rig.now_us, rows_max=100)
-    assert await rig.states(fed) == ["cancelled"] * 3, "nobody else could send the rest"
+    assert await rig.states(fed) == ["cancelled"] * 3, "no other process can send the rest"
     assert (await rig.store.batch(fed))[0].is_finished
-    assert "cancelled" not in await rig.states(stream), "all of it was asked for"
+    assert "cancelled" not in await rig.states(stream), "all of its runs were enqueued"
 
 
 async def test_a_run_without_a_readable_input_is_not_redriven(rig: StoreRig) -> None:
@@ -512,7 +510,7 @@ async def test_a_run_without_a_readable_input_is_not_redriven(rig: StoreRig) -> 
     (lease,) = await rig.claim(await rig.session())
     await rig.settle(lease, "f")
     assert await rig.states(batch_id) == ["failed"] * 4
-    assert await rig.store.redrive(batch_id, [1]) == 0, "there is nothing to run"
+    assert await rig.store.redrive(batch_id, [1]) == 0, "no run of it can run"
     assert await rig.store.redrive(batch_id, None) == 3
     assert await rig.states(batch_id) == ["waiting", "failed", "waiting", "waiting"]
 

@@ -1,4 +1,4 @@
-"""What a store promises to a server: keyed runs in batches, API keys, token buckets, lists that go on."""
+"""Conformance of every store, for servers: idempotency keys in batches, API keys, token buckets, and lists in pages."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def test_two_batches_with_one_key_at_once_create_one_run(rig: StoreRig) ->
     assert all(one.existing in ({}, {0: (first[0], 0)}) for one in told)
 
 
-# -- lists that go on
+# -- lists in pages
 
 
 async def test_a_list_of_runs_continues_behind_any_run(rig: StoreRig) -> None:

@@ -1,7 +1,4 @@
-"""What every store promises, in the verbs of the seam: poison, redrive, reading, upkeep, keys.
-
-A part of the suite that begins in `test_conformance.py`.
-"""
+"""Conformance of every store, part 3: crashing runs, redrive, queries, upkeep, idempotency keys, verification."""
 
 from __future__ import annotations
 
@@ -21,11 +18,13 @@ from tests.support.store_rig import BOOM, NO_SUSPECTS, SECOND_US, StoreRig, inde
 POISON = 137
 
 
-# -- poison
+# -- runs that crash their worker
 
 
 async def crash_or_finish(rig: StoreRig, session_id: str, leases: list[Lease], *, started_max: int) -> bool:
-    """A worker that starts `started_max` runs of each lease at once; POISON kills it. Answers whether it died."""
+    """Run a worker that starts `started_max` runs of each lease at once; POISON kills it. Returns True if it was
+    killed.
+    """
     for lease in leases:
         for start in range(0, len(lease.span_slots), started_max):
             started = list(lease.span_slots[start : start + started_max])
@@ -55,9 +54,9 @@ async def test_a_run_that_kills_its_worker_is_isolated_and_the_others_complete(r
     assert (batch.state, ledger.completed, ledger.failed) == ("completed", 255, 1)
     told = json.loads((await rig.outcomes(batch_id))[POISON].result)
     assert (told["type"], told["crashes"], "signal 9" in told["message"]) == ("WorkerCrashed", deaths, True)
-    assert deaths <= 3 + 9, "halved each time from the second crash on, then three times alone"
+    assert deaths <= 3 + 9, "halved at each crash from the second on, then three crashes alone"
     for run in await rig.store.runs("default", batch_id=batch_id, limit=256):
-        assert run.attempt == 1, "a crash is no attempt"
+        assert run.attempt == 1, "a crash does not use up an attempt"
 
 
 async def test_what_had_not_started_is_not_charged_a_crash(rig: StoreRig) -> None:
@@ -118,7 +117,7 @@ async def test_redrive_by_index_runs_failed_cancelled_and_expired_runs_again(rig
     await rig.settle(lease, "cfxe", span_slots=[0, 1, 2, 3])
     assert await rig.store.redrive(batch_id, [0, 2, 3, 4]) == 2
     assert await rig.states(batch_id) == ["completed", "failed", "waiting", "waiting", "leased"]
-    assert await rig.settle(lease, "c", span_slots=[4], part_no=1) == "settled", "the lease goes on"
+    assert await rig.settle(lease, "c", span_slots=[4], part_no=1) == "settled", "the lease continues"
     assert await rig.run_all(session_id) == [2, 3]
 
 
@@ -365,12 +364,12 @@ async def test_r3_sweep_releases_leases_without_a_session(rig: StoreRig) -> None
     await lose_session(rig, session_id)
     assert (await rig.store.sweep(now_us=rig.now_us, rows_max=100)).more is False
     assert await rig.settle(leases[0]) == "lost"
-    assert await rig.states(batch_id) == ["waiting", "waiting", "failed", "failed"], "at most once, so it is lost"
+    assert await rig.states(batch_id) == ["waiting", "waiting", "failed", "failed"], "at most once, so it failed"
     assert indexes_of(await rig.claim(await rig.session())) == [0, 1]
 
 
 async def lose_session(rig: StoreRig, session_id: str) -> None:
-    """No verb leaves leases behind; a database restored by hand may."""
+    """Check leases without a session: no operation leaves them, but a restored database may have them."""
     if isinstance(rig.store, MemoryStore):
         del rig.store._tables.sessions[session_id]
     elif isinstance(rig.store, SqliteStore):
@@ -428,7 +427,7 @@ async def test_objects_of_payloads_and_results_are_named_until_their_batch_is_de
     assert await rig.store.unnamed(["in", "out", "x", "x"]) == ["x", "x"]
 
 
-# -- 5: verify counts from the chunks
+# -- promise 5: verify counts from the chunks
 
 
 async def test_verify_finds_a_planted_difference(rig: StoreRig) -> None:
@@ -444,7 +443,7 @@ async def test_verify_finds_a_planted_difference(rig: StoreRig) -> None:
 
 
 async def plant(rig: StoreRig, batch_id: str) -> None:
-    """A counter, a received set and a part that are not what the verbs wrote."""
+    """Plant a wrong counter, a wrong received set and a missing part."""
     rig.was_tampered_with = True
     if isinstance(rig.store, MemoryStore):
         tables = rig.store._tables
@@ -469,7 +468,7 @@ async def plant(rig: StoreRig, batch_id: str) -> None:
 
 
 async def tampered(rig: StoreRig, *statements: str) -> None:
-    """Change a Postgres store behind its back."""
+    """Change a PostgreSQL store from outside."""
     assert isinstance(rig.store, PostgresStore)
     async with (await rig.store._pool()).borrowed() as connection:
         for statement in statements:

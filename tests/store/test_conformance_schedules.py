@@ -1,4 +1,4 @@
-"""What a store promises to schedules: each tick becomes its runs once, whoever and however many ask."""
+"""Conformance of every store: schedules. Each tick becomes its runs once, however many processes enqueue it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ HOURLY = Schedule(environment="default", name="report", app="app", task="task", 
 
 
 def run(now_us: int, environment: str = "default") -> tuple[NewBatch, Chunk]:
-    """One run as a batch of its own."""
+    """Return one run as a batch of its own."""
     (chunk,) = chunks_of([0])
     new = NewBatch(id=new_batch_id(now_us), environment=environment, kind="single", task="task", expected_count=1)
     return new, chunk
 
 
 def tick_of(known: Schedule, rig: StoreRig, *, runs: int = 1, after_us: int = SECOND_US) -> Tick:
-    """A tick of a schedule as it stands."""
+    """Return a tick of a schedule from its current state."""
     return Tick(
         name=known.name,
         expression=known.expression,
@@ -67,7 +67,7 @@ async def test_a_repeated_tick_enqueues_nothing_and_returns_the_schedule(rig: St
     (known,) = await kept(rig, HOURLY)
     wanted = tick_of(known, rig)
     first = await rig.store.tick("default", wanted, now_us=rig.now_us)
-    late = tick_of(known, rig, runs=2, after_us=2 * SECOND_US)  # looked later, and knows no better where it stood
+    late = tick_of(known, rig, runs=2, after_us=2 * SECOND_US)  # a process that read the schedule before
     for again in (wanted, tick_of(known, rig), late):
         told = await rig.store.tick("default", again, now_us=rig.now_us)
         assert (told.is_ours, told.schedule) == (False, first.schedule)

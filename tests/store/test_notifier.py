@@ -1,4 +1,6 @@
-"""Rule R11: news between processes is told after the commit, together, on its own connection, and never relied on."""
+"""Notifications between processes (R11, notifications follow the commit): sent together, on a connection of their own,
+and never relied on.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,12 @@ from tests.support.postgres_server import server
 from tests.support.store_rig import StoreRig, fresh_schema
 
 LONG_S = 60.0
-"""Longer than any test: who waits so long was woken by news."""
+"""Longer than any test: a wait of this length ends by a notification."""
 
 
 @asynccontextmanager
 async def listeners(tmp_path: Path, count: int = 2) -> AsyncIterator[list[NotificationListener]]:
-    """Processes on one schema, which all listen."""
+    """Open notifiers of several processes on one schema, which all listen."""
     url = fresh_schema(tmp_path)
     found = [NotificationListener(url, address(url).schema) for _ in range(count)]
     try:
@@ -62,7 +64,7 @@ async def test_r11_notifications_during_a_send_are_sent_together(tmp_path: Path)
             sent.append(" ".join(sorted(words)))
             sending = asyncio.create_task(send(connection, words))
             await asyncio.sleep(0)
-            for _ in range(1_000 if len(sent) == 1 else 0):  # while it is on its way
+            for _ in range(1_000 if len(sent) == 1 else 0):  # until the other notifications are sent
                 teller.notifier.tell(WORK)
             await sending
 
@@ -83,7 +85,8 @@ async def test_r11_a_lost_connection_is_reopened_and_notifies_of_what_was_missed
         )
         await connection.close()
         assert len(pids) >= 2
-        await other.until(lambda: {WORK, RECORDED} <= set(other.received))  # all of it: nobody knows what was missed
+        # both kinds, since it is unknown what was missed
+        await other.until(lambda: {WORK, RECORDED} <= set(other.received))
         await teller.until(lambda: {WORK, RECORDED} <= set(teller.received))
         other.received.clear()
         teller.notifier.tell(WORK)
@@ -91,7 +94,7 @@ async def test_r11_a_lost_connection_is_reopened_and_notifies_of_what_was_missed
 
 
 class Deafened(PostgresNotifier):
-    """A notifier whose connection is there and lets nothing through, until it is made anew."""
+    """A notifier whose connection stays open and delivers nothing, until it is reopened."""
 
     is_deaf = False
     begun_count = 0
@@ -110,7 +113,7 @@ async def test_r11_a_notification_just_before_the_end_of_its_connection_is_deliv
     async with listeners(tmp_path, 1) as (listener,):
         connection = await asyncpg.connect(server().dsn)
         pid = connection.get_server_pid()
-        connection.terminate()  # the driver hands over what it took in with the next turn of the loop
+        connection.terminate()  # the driver delivers what it has received with the next turn of the loop
         await asyncio.sleep(0)
         listener.notifier._on_notification(connection, pid, "", WORK)
         assert listener.received == [WORK]
@@ -179,22 +182,22 @@ async def test_r11_schemas_of_one_database_do_not_receive_each_others_notificati
         await stranger.notifier.close()
 
 
-# -- engines: what rings here rings in the other process
+# -- engines: a wake-up here reaches the other process
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A store that processes share."""
+    """Return the URL of a store that processes share."""
     return fresh_schema(tmp_path) if request.param == "postgres" else f"sqlite:///{tmp_path}/news.db"
 
 
 @asynccontextmanager
 async def two_engines(url: str, tmp_path: Path) -> AsyncIterator[tuple[Engine, Engine]]:
-    """Two processes' engines on one store, the second one waiting for both kinds of news already."""
+    """Open the engines of two processes on one store; the second one waits for both kinds of notifications already."""
     settings = load({"store": url, "objects": str(tmp_path / "objects")}, {}, tmp_path)
     first, second = await open_engine(settings), await open_engine(settings)
     try:
-        for bell in (second.wakeup, second.recorded):  # the first news is whatever was missed before
+        for bell in (second.wakeup, second.recorded):  # the first notification covers whatever was missed before
             await bell.wait(SystemClock(), LONG_S, since=0)
         yield first, second
     finally:
@@ -220,9 +223,9 @@ async def test_r11_a_file_is_not_polled_while_no_process_waits(tmp_path: Path) -
         writer.execute("PRAGMA journal_mode = WAL")
         watcher = CommitWatcher(path)
         bell = Wakeup(watcher, WORK)
-        await bell.wait(SystemClock(), LONG_S)  # the first look finds everything new
+        await bell.wait(SystemClock(), LONG_S)  # the first poll notifies, since everything is new
         writer.execute("CREATE TABLE t (x)")
-        assert await bell.wait(SystemClock(), LONG_S)  # what came between two waits is news of the second
+        assert await bell.wait(SystemClock(), LONG_S)  # a commit between two waits notifies the second wait
         waiting = asyncio.create_task(bell.wait(SystemClock(), LONG_S))
         await asyncio.sleep(0)
         polls_count = watcher.polls_count
@@ -230,7 +233,7 @@ async def test_r11_a_file_is_not_polled_while_no_process_waits(tmp_path: Path) -
         writer.commit()
         assert await waiting
         assert watcher.polls_count > polls_count
-        while watcher._scheduled is not None:  # the last look finds that nobody waits
+        while watcher._scheduled is not None:  # the last poll finds that no process waits
             await asyncio.sleep(0)
         polls_count = watcher.polls_count
         await asyncio.sleep(2 * LOOK_MAX_S)

@@ -1,4 +1,4 @@
-"""Payloads in a real S3 server, and what a user sees when it is not well."""
+"""Payloads in a real S3 server, and the errors of a server that fails."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def test_a_changed_object_is_not_returned_as_the_payload(payloads: Payload
     data = b"as it was written"
     await payloads.put(key_of(data), data)
     await obstore.put_async(payloads._store, key_of(data), b"as somebody else left it")
-    with pytest.raises(ObjectMissing, match="holds other bytes"):
+    with pytest.raises(ObjectMissing, match="has other bytes"):
         await payloads.get(key_of(data))
 
 
@@ -132,12 +132,12 @@ async def test_unknown_credentials_are_reported(prefix: str, monkeypatch: pytest
     ("url", "said"),
     [
         ("s3:///prefix", "name a bucket"),
-        ("s3://bucket/prefix?endpont=x", "nothing is called endpont"),
+        ("s3://bucket/prefix?endpont=x", "unknown option endpont"),
         ("s3://bucket/prefix?retries=101", "retries: expected an integer from 0 to 100"),
         ("s3://bucket/prefix?retries=many", "retries: expected an integer"),
         ("s3://bucket/prefix?timeout_s=0", "timeout_s: expected an integer from 1"),
-        ("gs://bucket/prefix?endpoint=http://x", "not an object store"),
-        ("ftp://bucket/prefix", "payloads go to"),
+        ("gs://bucket/prefix?endpoint=http://x", "expected the URL of an object store"),
+        ("ftp://bucket/prefix", "payloads are stored in"),
     ],
 )
 def test_a_url_with_a_mistake_is_refused_by_name(url: str, said: str) -> None:
@@ -156,7 +156,7 @@ async def test_a_run_without_its_payload_fails_with_the_reason_and_the_others_ru
         batch = await size.map(["x" * 100, "y" * 200, "z"])
         engine = await app.open()
         stored = {found.bytes_count: found.key async for found in engine.payloads.list()}
-        assert sorted(stored) == [102, 202], "what is small stays in the row"
+        assert sorted(stored) == [102, 202], "small results stay in the row"
         await engine.payloads.delete([stored[102]])
         async with app.worker():
             outcomes = [outcome async for outcome in batch.results()]

@@ -1,4 +1,4 @@
-"""What only the PostgreSQL house can get wrong: locks, plans, connections, servers, rights, loops."""
+"""Tests of the PostgreSQL store alone: locks, plans, connections, servers, rights, event loops."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PACKAGE = "headrace.store.postgres"
 
 
 class Watched(PostgresStore):
-    """A store that counts the deadlocks the server had to break."""
+    """A store that counts the deadlocks that the server resolved."""
 
     deadlocks_count = 0
 
@@ -52,13 +52,13 @@ class Watched(PostgresStore):
 
 @pytest.fixture
 def rig(tmp_path: Path) -> StoreRig:
-    """A world on a schema of its own."""
+    """Return a rig on a schema of its own."""
     return StoreRig(PostgresStore(fresh_schema(tmp_path), DEFAULT))
 
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[Server]:
-    """A server that a test may stop, and that asks one user for a password."""
+    """Start a server that a test may stop, and that requires a password of one user."""
     started = Server()
     rules = started.data / "pg_hba.conf"
     rules.write_text(f"host all locked 127.0.0.1/32 scram-sha-256\n{rules.read_text()}")
@@ -68,7 +68,7 @@ def own() -> Iterator[Server]:
     started.remove()
 
 
-# -- R3, R4: what is decided is decided on locked rows
+# -- R3 (a lapsed session is ended before it is recovered) and R4 (other tables are read after the lock)
 
 
 async def test_r3_a_session_ends_after_the_claims_that_found_it_alive(rig: StoreRig) -> None:
@@ -80,7 +80,7 @@ async def test_r3_a_session_ends_after_the_claims_that_found_it_alive(rig: Store
         recovery = asyncio.create_task(rig.recover(session))
         await pid_waiting_for_a_lock(rig, watcher)
         assert not recovery.done()
-        await rig.store.heartbeat(session, now_us=rig.now_us)  # a sign of life does not wait
+        await rig.store.heartbeat(session, now_us=rig.now_us)  # a heartbeat does not wait
         await claim.rollback()
         assert await recovery == 0
     with pytest.raises(SessionEnded):
@@ -133,11 +133,11 @@ async def test_r4_a_batch_sealed_while_the_sweep_waits_for_it_is_not_abandoned(r
         assert (await sweeping).abandoned == []
 
 
-# -- R8: one order
+# -- R8: rows are locked in id order
 
 
 class Crowd:
-    """Someone who does whatever may lock rows, over and over, to the same few batches."""
+    """A client that runs every operation that locks rows, again and again, on the same few batches."""
 
     def __init__(self, rig: StoreRig, batch_ids: list[str], seed: int) -> None:
         self.rig, self.batch_ids, self.random = rig, batch_ids, random.Random(seed)
@@ -220,11 +220,11 @@ async def test_a_role_without_other_rights_works_in_its_own_schema(tmp_path: Pat
             assert await rig.run_all(await rig.session()) == list(range(300))
 
 
-# -- errors that say what to do
+# -- errors and their hints
 
 
 async def error_of(url: str) -> HeadraceError:
-    """What opening a store at this URL comes to."""
+    """Return the error of opening a store at this URL."""
     try:
         await PostgresStore(url, DEFAULT).open()
     except HeadraceError as error:
@@ -413,7 +413,7 @@ async def test_a_server_that_ends_under_load_is_used_again_when_it_is_back(own: 
         assert (ledger.completed, ledger.waiting + ledger.leased) == (20_000, 0)
 
 
-# -- loops and closing
+# -- event loops and closing
 
 
 async def test_a_second_loop_has_connections_of_its_own(rig: StoreRig) -> None:

@@ -1,4 +1,4 @@
-"""The hot verbs on PostgreSQL: one statement each (rule R7), answered from indexes whatever lies behind them (R9)."""
+"""The hot operations on PostgreSQL: one statement each (R7), answered from indexes whatever the tables hold (R9)."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ T = TypeVar("T")
 
 @pytest.fixture
 def rig(tmp_path: Path) -> StoreRig:
-    """A world on a schema of its own."""
+    """Return a rig on a schema of its own."""
     return StoreRig(PostgresStore(fresh_schema(tmp_path), DEFAULT))
 
 
-# -- R7: a hot verb is one statement
+# -- R7: a hot operation is one statement
 
 
 async def test_r7_a_claim_and_a_settlement_are_one_statement_each(rig: StoreRig) -> None:
     await rig.filled(256 * 20)
     session = await rig.session()
-    for lease in await rig.claim(session, 256):  # connects, and takes a range of ids
+    for lease in await rig.claim(session, 256):  # this connects, and takes a range of ids
         await rig.settle(lease)
     leases, sent = await sent_statements(rig, lambda: rig.claim(session, 256 * 8))
     assert (len(leases), len(sent)) == (8, 1)
@@ -52,7 +52,7 @@ async def test_r7_one_lease_with_results_in_the_object_store_is_settled_in_one_s
     await rig.filled(256 * 2)
     session = await rig.session()
     first, second = await rig.claim(session, 256 * 2)
-    await rig.settle(first)  # connects
+    await rig.settle(first)  # this connects
     told = [settlement_of(second, object_keys=[f"default/b/{second.span_id:064x}"])]
     words, sent = await sent_statements(rig, lambda: rig.store.settle(told, now_us=rig.now_us))
     assert (words, sent) == (["settled"], ["settle_ended"])
@@ -88,7 +88,7 @@ async def test_r7_runs_that_end_in_random_order_are_settled_in_one_statement_eac
 ) -> None:
     dice = Random(seed)
     batch_id, session = await rig.filled(300), await rig.session()
-    await rig.claim(session, 37)  # what follows is split off, and has positions of its own
+    await rig.claim(session, 37)  # the rest is split off, and has block offsets of its own
     leases = await rig.claim(session, 263)
     wanted: dict[int, str] = {}
     left = [(lease, span_slot) for lease in leases for span_slot in lease.span_slots]
@@ -123,14 +123,14 @@ async def test_r7_runs_of_one_lease_are_settled_in_one_statement_in_consecutive_
     dice = Random(seed)
     batch_id, session = await rig.filled(60), await rig.session()
     if seed % 2:
-        await rig.claim(session, 7)  # what follows is split off, and has positions of its own
+        await rig.claim(session, 7)  # the rest is split off, and has block offsets of its own
     (lease,) = await rig.claim(session, 60)
     index_at = dict(zip(lease.span_slots, lease.indexes, strict=True))
     wanted: dict[int, str] = {}
     left, part_no = list(lease.span_slots), 0
     while left:
         span_slots = sorted(dice.sample(left, dice.randint(1, min(9, len(left)))))
-        if dice.random() < 0.3:  # neighbours
+        if dice.random() < 0.3:  # adjacent runs
             start = dice.randrange(len(left))
             span_slots = [
                 span_slot
@@ -158,7 +158,7 @@ async def test_r7_runs_of_one_lease_are_settled_in_one_statement_in_consecutive_
 async def test_r8_parts_of_one_lease_that_are_settled_at_once_are_all_recorded(rig: StoreRig) -> None:
     batch_id, session = await rig.filled(256), await rig.session()
     (lease,) = await rig.claim(session)
-    for span_slots in [range(number, 256, 8) for number in range(4)]:  # scattered ones beside stretches
+    for span_slots in [range(number, 256, 8) for number in range(4)]:  # scattered runs beside consecutive ones
         assert await rig.settle(lease, span_slots=span_slots, part_no=span_slots[0]) == "settled"
     parts = [
         settlement_of(lease, span_slots=[*range(4 + 8 * number, 8 + 8 * number)], part_no=9 + number)
@@ -222,7 +222,7 @@ async def test_r7_a_settlement_with_a_stale_one_in_it_is_still_one_transaction(r
 
 async def test_r7_an_append_that_follows_is_one_statement(rig: StoreRig) -> None:
     batch_id = await rig.batch(1_000)
-    await rig.append(batch_id, range(10), runs_max=4)  # the queue is met, and ids are taken
+    await rig.append(batch_id, range(10), runs_max=4)  # the batch has used the queue now, and ids are taken
     appended, sent = await sent_statements(rig, lambda: rig.append(batch_id, range(10, 300), b"cursor", runs_max=100))
     assert (appended.accepted_count, appended.duplicates_count, sent) == (290, 0, ["append_in_order"])
     batch, ledger = await rig.store.batch(batch_id)
@@ -237,7 +237,7 @@ async def test_r7_an_append_out_of_order_is_left_to_the_script(rig: StoreRig) ->
         ({}, list(range(5, 15)), 5),  # some of it was received
         ({}, [20, 21], 2),  # a gap
         ({}, list(range(15, 18)), 3),  # in the gap
-        ({"key": Key("new", queue="unmet")}, [18, 19], 2),  # fills the gap, in a queue of its own
+        ({"key": Key("new", queue="unmet")}, [18, 19], 2),  # fills the gap, in a queue that the batch has not used
         ({"extras": {22: Extra(tags=("t",))}}, [22], 1),
     ]
     for more, indexes, count in cases:
@@ -296,7 +296,7 @@ async def test_r7_concurrent_appends_of_the_same_runs_add_them_once(rig: StoreRi
     assert sum(one.duplicates_count for one in appended) == 5 * 190
 
 
-# -- R9: lanes, and plans over history
+# -- R9: claims read lane by lane, and plans over a long history
 
 HISTORY = """
 INSERT INTO {schema}.batch SELECT 'b' || g, 'default', NULL, 'batch', 'task', 'completed', 2560, 2560, 2560, 0, 0, 0,
@@ -353,7 +353,7 @@ PAGES_MAX = 400
 
 
 def _part(count: int) -> dict[str, Any]:
-    """Of a lease all runs, or the first and the last one."""
+    """Return all runs of a lease, or the first and the last one."""
     return {
         "span_id": count - 150, "token": 1, "part_no": 9, "span_slots": None, "codes": b"ccc", "results": b"x",
         "runs_count": 3, "completed": 0, "failed": 0, "cancelled": 0, "expired": 0, "span_slot": 0, "is_whole": 1,
@@ -407,7 +407,7 @@ PLANS = {
 
 @asynccontextmanager
 async def with_history(rig: StoreRig, count: int = 20_000) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
-    """The plan of a statement over so many chunks, most of them history, as a server without our settings makes it."""
+    """Return the plan of a statement over so many chunks, most of them history, on a server without our settings."""
     schema = f'"{schema_of(rig)}"'
     rig.was_tampered_with = True
     async with other_connection() as connection:
@@ -445,13 +445,13 @@ async def test_r9_hot_statements_use_indexes_whatever_the_tables_hold(rig: Store
                 assert index in text, f"{name}\n{text}"
             for table in TABLES:
                 assert f"Seq Scan on {table}" not in text, f"{name}\n{text}"
-        for name, values in DONE.items():  # not only planned: a few pages, whatever lies behind them
+        for name, values in DONE.items():  # not only planned: it reads a few pages, whatever the tables hold
             pages = await pages_touched(rig, name, values(count))
             assert 0 < pages < PAGES_MAX, (name, pages)
 
 
 async def pages_touched(rig: StoreRig, name: str, values: dict[str, Any]) -> int:
-    """Pages that a statement looks at when it is done; it is undone."""
+    """Return how many pages a statement reads when it is run; it is rolled back."""
     sql, words, _ = compiled(schema_of(rig))[name]
     async with other_connection() as connection:
         await connection.execute("BEGIN")
@@ -485,11 +485,11 @@ async def test_r9_a_claim_merges_lanes_by_priority_and_order(rig: StoreRig) -> N
     assert sent[-1] == "claim_whole"
 
 
-# -- R10: a claim begins where the last one left off
+# -- R10: claims start at the queue's watermark
 
 
 def marks_of(rig: StoreRig) -> list[tuple[int, int]]:
-    """Where the store would begin to look."""
+    """Return where the store would begin to scan."""
     return [mark for _, marks in postgres_store(rig)._claim_cursors._cursors.values() for mark in marks.values()]
 
 
@@ -548,7 +548,7 @@ async def test_r10_a_claim_from_a_cursor_starts_inside_the_index(rig: StoreRig) 
     assert "(priority > lanes" in plan, plan
 
 
-# -- R13, R14
+# -- R13 (bulk writes are one statement with one blob) and R14 (a claim changes no counters)
 
 
 async def test_r13_the_statements_of_an_append_do_not_grow_with_its_chunks(rig: StoreRig) -> None:

@@ -1,4 +1,4 @@
-"""A standby answers reads, refuses the rest in clear words, and takes over when it is promoted."""
+"""A standby: it serves reads, refuses writes with a clear error, and takes over when it is promoted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.store_rig import START_US, StoreRig, fresh_schema
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[tuple[Server, Server]]:
-    """A primary and its standby."""
+    """Start a primary and its standby."""
     primary = Server()
     standby = Server(primary=primary)
     yield primary, standby
@@ -28,7 +28,7 @@ def pair(tmp_path: Path) -> Iterator[tuple[Server, Server]]:
 
 
 async def caught_up(primary: Server, standby: Server) -> None:
-    """Return when the standby has all that the primary has now."""
+    """Return when the standby has everything that the primary has now."""
     async with other_connection(primary.dsn) as there, other_connection(standby.dsn) as here:
         position = await there.fetchval("SELECT pg_current_wal_flush_lsn()::text")
         while not await here.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", position):
@@ -67,7 +67,7 @@ async def test_a_standby_serves_reads_refuses_writes_and_can_be_promoted(
 
         notifier = PostgresNotifier(address(standby.dsn), "any")
         with notifier.awaited():
-            pass  # it can't listen there, and leaves it at polling
+            pass  # it can't listen on a standby, and polls
         await notifier.close()
 
         primary.stop("immediate")
@@ -79,7 +79,7 @@ async def test_a_standby_serves_reads_refuses_writes_and_can_be_promoted(
                 assert await after.settle(lease) == "settled"
             batch, ledger = await after.store.batch(batch_id)
             assert (batch.state, ledger.completed) == ("completed", 600)
-        rig.was_tampered_with = True  # its server is gone
+        rig.was_tampered_with = True  # its server is stopped
 
 
 async def test_a_replica_with_another_schema_version_is_refused_with_a_hint(tmp_path: Path) -> None:

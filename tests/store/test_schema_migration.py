@@ -1,4 +1,4 @@
-"""Migrations of a Postgres schema while older processes are at work on it."""
+"""Migrations of a PostgreSQL schema while older processes are running."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SLOW = "SELECT pg_sleep(0.3);"
 
 @pytest.fixture
 def rig(tmp_path: Path) -> StoreRig:
-    """A world of an older version."""
+    """Return a rig of an older version."""
     return StoreRig(PostgresStore(fresh_schema(tmp_path), DEFAULT))
 
 
@@ -39,7 +39,7 @@ Opening = Callable[[], Awaitable[PostgresStore]]
 
 @asynccontextmanager
 async def newer(rig: StoreRig, script: str, **query: str) -> AsyncIterator[Opening]:
-    """A process of a version that has one migration more, opened when it is called."""
+    """Return a process of a version with one more migration, opened when it is called."""
     words = "".join(f"&{name}={value}" for name, value in query.items())
     store = PostgresStore(f"{server().dsn}?schema={schema_of(rig)}{words}", DEFAULT)
     known = migrations(PACKAGE)
@@ -48,7 +48,7 @@ async def newer(rig: StoreRig, script: str, **query: str) -> AsyncIterator[Openi
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(schema_migration, "migrations", lambda package: [*known, (len(known) + 1, script)])
             opening = asyncio.create_task(store.open())
-            await asyncio.sleep(0)  # it has read which migrations there are
+            await asyncio.sleep(0)  # it has read the list of migrations now
         await opening
         return store
 

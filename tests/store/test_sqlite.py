@@ -1,4 +1,4 @@
-"""What only the SQLite house can get wrong: groups, disks, locks, files, indexes, bytes."""
+"""Tests of the SQLite store alone: groups, disks, locks, files, indexes, bytes."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ PACKAGE = "headrace.store.sqlite"
 
 @asynccontextmanager
 async def opened(path: Path, *, busy_timeout_ms: int = 200) -> AsyncIterator[StoreRig]:
-    """A world around one file, with all invariants at its end."""
+    """Open a rig on one file, with all invariants at its end."""
     async with StoreRig(SqliteStore(path, DEFAULT, busy_timeout_ms=busy_timeout_ms)) as rig:
         yield rig
 
 
 def sqlite_store(rig: StoreRig) -> SqliteStore:
-    """The store as what it is."""
+    """Return the store of a rig as a SqliteStore."""
     assert isinstance(rig.store, SqliteStore)
     return rig.store
 
 
 async def held_up(rig: StoreRig, work: Callable[[], Any]) -> None:
-    """Run `work` while the writer is busy, so that what it asks for is one group."""
+    """Run `work` while the writer is busy, so that its requests are one group."""
     loop = asyncio.get_running_loop()
     entered, go_on = asyncio.Event(), threading.Event()
 
@@ -60,7 +60,7 @@ async def held_up(rig: StoreRig, work: Callable[[], Any]) -> None:
     await busy
 
 
-# -- 1: accepted means durable
+# -- promise 1: accepted means durable
 
 
 async def test_an_acknowledged_write_is_in_the_file(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ async def test_a_request_is_answered_after_its_commit(tmp_path: Path) -> None:
 
 
 async def traced(rig: StoreRig, callback: Callable[[str], object] | None) -> None:
-    """Let the writer's connection tell each statement it runs; a statement run for a trigger or a row is none."""
+    """Record each statement that the writer's connection runs; statements of a trigger do not count."""
 
     def told(statement: str) -> None:
         if callback is not None and not statement.startswith("--"):
@@ -98,7 +98,7 @@ async def traced(rig: StoreRig, callback: Callable[[str], object] | None) -> Non
     await sqlite_store(rig)._writer.run(lambda c: c.set_trace_callback(told))
 
 
-# -- R12: group commit
+# -- R12: a failed group is replayed one request at a time
 
 
 async def test_r12_waiting_requests_share_one_commit(tmp_path: Path) -> None:
@@ -112,7 +112,9 @@ async def test_r12_waiting_requests_share_one_commit(tmp_path: Path) -> None:
 
         await held_up(rig, work)
         assert sum(one.accepted_count for one in await asyncio.gather(*appends)) == 50
-        assert sqlite_store(rig)._writer.groups_count - groups_before == 2, "one that held it up, one for all"
+        assert sqlite_store(rig)._writer.groups_count - groups_before == 2, (
+            "one group that kept the writer busy, and one for all requests"
+        )
 
 
 async def test_r12_a_failing_request_in_a_group_fails_alone(tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ async def test_r12_a_full_disk_fails_requests_that_do_not_fit_and_loses_no_ackno
         await rig.check()
         await sqlite_store(rig)._writer.run(lambda c: c.execute("PRAGMA max_page_count = 1000000").fetchone())
         again = await rig.append(batch_id, [11], payload=lambda _: b"x" * 200_000)
-        assert again.accepted_count == 1, "the same call works when there is room"
+        assert again.accepted_count == 1, "the same call works when there is space"
 
 
 async def test_a_cancelled_caller_does_not_affect_other_requests(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ async def test_a_cancelled_caller_does_not_affect_other_requests(tmp_path: Path)
         assert (await rig.append(batch_id, [0, 1])).duplicates_count == 2
 
 
-# -- R13: bulk writes
+# -- R13: bulk writes are one statement with one blob
 
 
 @pytest.mark.parametrize("verb", ["append", "settle", "retry", "restream", "claim", "release"])
@@ -206,7 +208,7 @@ async def test_r13_the_number_of_statements_does_not_grow_with_the_spans(tmp_pat
 
 
 async def sent_statements(rig: StoreRig, verb: str, spans_count: int) -> int:
-    """How many statements one verb over so many spans runs on the writer's connection."""
+    """Return how many statements one operation over so many spans runs on the writer's connection."""
     batch_id, session_id = await rig.batch(), await rig.session()
     runs_count = spans_count * 8
     statements: list[str] = []
@@ -273,7 +275,7 @@ async def test_a_file_locked_by_another_process_fails_the_call_and_works_later(t
             )
             assert [type(answer) for answer in answers] == [StoreUnavailable] * 5
             assert "another process" in str(answers[0])
-            assert (await rig.store.batch(batch_id))[0].received_count == 0, "reading goes on"
+            assert (await rig.store.batch(batch_id))[0].received_count == 0, "reads continue"
             other.execute("ROLLBACK")
         assert (await rig.append(batch_id, range(5))).accepted_count == 5
 
@@ -327,7 +329,7 @@ async def test_a_path_that_can_not_be_written_is_named_with_its_problem(tmp_path
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o555)
     if os.access(folder, os.W_OK):
-        folder = Path("/proc")  # whoever may write anywhere still can't write there
+        folder = Path("/proc")  # a user who may write anywhere still can't write there
     for path, problem in (
         (folder / "db", str(folder)),
         (tmp_path / "missing" / "db", f"the directory {tmp_path}/missing does not exist"),
@@ -392,7 +394,7 @@ async def test_an_impossible_path_raises_instead_of_hanging(tmp_path: Path) -> N
 
 
 def schema(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
-    """Every table and index as it was written."""
+    """Return every table and index with its SQL."""
     return connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name").fetchall()
 
 

@@ -1,8 +1,8 @@
-"""Any order of verbs, from any number of workers, alive or dead: the invariants hold after every step.
+"""Any order of operations, from any number of workers, alive or crashed: the invariants hold after every step.
 
-The machine keeps what a client may rely on: which runs were acknowledged, which leases are held and which are
-stale, and which outcome was recorded for which run. It runs on each store alone, and on both in lock-step with
-every answer compared. A failure prints the steps as a program; put them in a test of their own.
+The machine stores what a client may rely on: which runs were acknowledged, which leases are held and which are stale,
+and which outcome was recorded for which run. It runs on each store alone, and on two stores in lockstep, where every
+result is compared. A failure prints the steps as a program, to be put in a test of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.support import invariants
 from tests.support.lockstep import LockStep
 from tests.support.store_rig import SECOND_US, START_US, chunks_of, fresh_schema, settlement_of
 
-pytestmark = pytest.mark.timeout(600)  # a failure is made small before it is told, which takes its time
+pytestmark = pytest.mark.timeout(600)  # a failure is reduced before it is reported, which takes time
 
 Answer = TypeVar("Answer")
 INDEXES_MAX = 14
@@ -64,10 +64,10 @@ class Held:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Clients, workers and upkeep that know only what the store answered them."""
+    """Clients, workers and upkeep that know only what the store returned to them."""
 
     def open_store(self, folder: Path) -> Store:
-        """The store under test."""
+        """Return the store under test."""
         raise NotImplementedError
 
     def __init__(self) -> None:
@@ -88,13 +88,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.claims_count = 0
 
     def teardown(self) -> None:
-        """Leave nothing behind."""
+        """Delete everything."""
         self.wait(self.store.close())
         self.loop.close()
         shutil.rmtree(self.folder)
 
     def wait(self, verb: Coroutine[Any, Any, Answer]) -> Answer:
-        """Run one verb to its end."""
+        """Run one operation to its end."""
         return self.loop.run_until_complete(verb)
 
     def batch_at(self, number: int) -> str:
@@ -103,7 +103,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize(runs_max=st.integers(1, 6))
     def begin(self, runs_max: int) -> None:
-        """A program begins with work and with two who could do it, so that few steps are spent on nothing."""
+        """Begin a program with runs and with two workers, so that few steps do nothing."""
         self.start_session()
         self.start_session()
         self.create(None, LISTED, owned=False)
@@ -117,7 +117,7 @@ class StoreMachine(RuleBasedStateMachine):
         owned=st.booleans(),
     )
     def create(self, expected: int | None, kind: str, owned: bool) -> None:
-        """A new batch; a stream may belong to a session."""
+        """Create a batch; a stream may belong to a session."""
         self.now_us += 1_000
         owner = self.live[-1] if owned and kind == STREAM and self.live else ""
         wanted = None if kind == STREAM else expected
@@ -144,18 +144,18 @@ class StoreMachine(RuleBasedStateMachine):
         seals=st.booleans(),
     )
     def append(self, number: int, start: int, count: int, key: Key, runs_max: int, seals: bool) -> None:
-        """Some runs, new or sent before, in order."""
+        """Append some runs in order, new or sent before."""
         indexes = list(range(start, min(start + count, INDEXES_MAX)))
         self.offer(self.batch_at(number), indexes, key, runs_max, seals=seals)
 
     @precondition(lambda self: self.batches)
     @rule(number=numbers, indexes=few_indexes, key=keys)
     def append_in_any_order(self, number: int, indexes: list[int], key: Key) -> None:
-        """Some runs with gaps between them."""
+        """Append some runs with gaps between them."""
         self.offer(self.batch_at(number), indexes, key, 3)
 
     def offer(self, batch_id: str, indexes: list[int], key: Key, runs_max: int, *, seals: bool = False) -> None:
-        """Append, and hold the store to its answer."""
+        """Append, and check the result."""
         known = self.acknowledged[batch_id]
         chunks = chunks_of(indexes, key=key, runs_max=runs_max)
         try:
@@ -173,7 +173,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.batches)
     @rule(number=numbers, again=st.booleans())
     def seal(self, number: int, again: bool) -> None:
-        """Seal at what was announced or sent."""
+        """Seal at the announced or the sent count."""
         batch_id = self.batch_at(number)
         for _ in range(1 + again):
             try:
@@ -199,7 +199,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.batches)
     @rule(number=numbers, indexes=st.none() | few_indexes)
     def redrive(self, number: int, indexes: list[int] | None) -> None:
-        """Send what ended badly round again: the one thing that may take an outcome back."""
+        """Redrive failed, cancelled and expired runs: the only operation that may take an outcome back."""
         batch_id = self.batch_at(number)
         there = None if indexes is None else [index for index in indexes if index in self.acknowledged[batch_id]]
         before = self.states(batch_id)
@@ -218,7 +218,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def start_session(self) -> None:
-        """A new worker."""
+        """Start a worker."""
         session_id = new_session_id(self.now_us)
         session = Session(id=session_id, kind="worker", host="h", pid=1, started_us=self.now_us)
         for _ in range(2):
@@ -228,7 +228,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(number=numbers, runs_max=st.sampled_from([1, 2, 3, 5, 50]), answer_lost=st.booleans())
     def claim(self, number: int, runs_max: int, answer_lost: bool) -> None:
-        """A claim, and the same again when its answer was lost."""
+        """Claim, and repeat the claim as after a lost answer."""
         session_id = self.live[number % len(self.live)]
         self.claims_count += 1
         wish = Claim(
@@ -246,10 +246,10 @@ class StoreMachine(RuleBasedStateMachine):
         for lease in leases:
             for index in lease.indexes:
                 assert index in self.acknowledged[lease.batch_id]
-                assert (lease.batch_id, index) not in self.outcomes, "handed out after its outcome was recorded"
+                assert (lease.batch_id, index) not in self.outcomes, "delivered after its outcome was recorded"
             states = self.states(lease.batch_id)
             handed_out = "started" if lease.at_most_once else "leased"
-            assert {states[index] for index in lease.indexes} == {handed_out}, "durable before it is handed out"
+            assert {states[index] for index in lease.indexes} == {handed_out}, "recorded as started before delivery"
             self.held.append(Held(session_id, lease))
 
     @precondition(lambda self: self.held)
@@ -260,7 +260,7 @@ class StoreMachine(RuleBasedStateMachine):
         answer_lost=st.booleans(),
     )
     def settle(self, number: int, codes: list[str], delay: int, answer_lost: bool) -> None:
-        """Outcomes of some or all of a lease's open runs, under a token that may be stale."""
+        """Settle some or all of a lease's open runs, under a token that may be stale."""
         held = self.held[-1 - number % len(self.held)]
         span_slots = held.open_slots[: len(codes)]
         if not span_slots:
@@ -294,14 +294,14 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.wait(self.store.settle([settlement], now_us=self.now_us)) == ["recorded"]
 
     def overtaken(self) -> list[Held]:
-        """Stale leases whose spans somebody else holds now."""
+        """Return stale leases whose spans are leased by another session now."""
         now = {held.lease.span_id for held in self.held if not held.is_stale}
         return [held for held in self.held if held.is_stale and held.open_slots and held.lease.span_id in now]
 
     @precondition(lambda self: self.overtaken())
     @rule(number=numbers, code=st.sampled_from("cfrx"), gives_back=st.booleans())
     def a_late_worker_tells_of_a_lease_that_is_another_s(self, number: int, code: str, gives_back: bool) -> None:
-        """An old token changes nothing, though the span is leased and its runs are open."""
+        """Settle under an old token: nothing changes, though the span is leased and its runs are open."""
         late = self.overtaken()
         held = late[number % len(late)]
         if gives_back:
@@ -314,7 +314,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(number=numbers, kept=st.integers(0, 3), answer_lost=st.booleans())
     def give_part_back(self, number: int, kept: int, answer_lost: bool) -> None:
-        """The last runs of a lease go back before they began; the lease goes on with the first."""
+        """Release the last runs of a lease before they started; the lease continues with the first ones."""
         held = self.held[number % len(self.held)]
         given = Release(span_id=held.lease.span_id, token=held.lease.token, span_slots=tuple(held.open_slots[kept:]))
         for _ in range(1 + answer_lost):
@@ -328,21 +328,21 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held and self.live)
     @rule(number=numbers)
     def hand_over(self, number: int) -> None:
-        """A lease is given back and what waits is claimed at once."""
+        """Release a lease, and claim waiting runs at once."""
         self.release(number, guilty=0, crashes_max=3)
         self.claim(number, 50, answer_lost=False)
 
     @precondition(lambda self: self.past)
     @rule(number=numbers)
     def settle_again_much_later(self, number: int) -> None:
-        """A settlement that was recorded long ago is told so, whatever happened since."""
+        """Repeat a settlement that was recorded long ago: it is recognised, whatever happened since."""
         settlement = self.past[number % len(self.past)]
         assert self.wait(self.store.settle([settlement], now_us=self.now_us)) == ["recorded"]
 
     @precondition(lambda self: self.held)
     @rule(number=numbers, guilty=st.integers(0, 3), crashes_max=st.integers(1, 3))
     def release(self, number: int, guilty: int, crashes_max: int) -> None:
-        """A lease given back, with or without suspects."""
+        """Release a lease, with or without suspects."""
         held = self.held[-1 - number % len(self.held)]
         given = Release(
             span_id=held.lease.span_id,
@@ -357,7 +357,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(number=numbers, known=st.booleans(), guilty=st.integers(0, 2))
     def recover(self, number: int, known: bool, guilty: int) -> None:
-        """A worker died; who was its heir finds out, once."""
+        """Crash a worker; another process recovers its session, once."""
         session_id = self.live.pop(number % len(self.live))
         own = [held for held in self.held if held.session_id == session_id and not held.is_stale]
         span_slots = {(held.lease.span_id, held.lease.token): tuple(held.open_slots[:guilty]) for held in own}
@@ -371,13 +371,13 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(number=numbers)
     def end_session(self, number: int) -> None:
-        """A worker leaves in good order."""
+        """End a worker's session in good order."""
         session_id = self.live.pop(number % len(self.live))
         self.wait(self.store.end_session(session_id, now_us=self.now_us))
         self.leave(session_id)
 
     def leave(self, session_id: str) -> None:
-        """What a session held is stale from now on."""
+        """Treat the leases of a session as stale from now on."""
         self.ended.append(session_id)
         for held in self.held:
             held.is_stale |= held.session_id == session_id
@@ -385,7 +385,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.ended)
     @rule(number=numbers)
     def a_thawed_session_is_told_that_it_ended(self, number: int) -> None:
-        """After SIGSTOP: its sign of life and its claim are refused. (Its settlements are in `settle`.)"""
+        """Continue after SIGSTOP: the heartbeat and the claim are refused. (Settlements are in `settle`.)"""
         session_id = self.ended[number % len(self.ended)]
         wish = Claim(session_id=session_id, claim_no=1, environment="default", tasks=TASKS, queues=None, runs_max=9)
         for verb in (
@@ -396,15 +396,17 @@ class StoreMachine(RuleBasedStateMachine):
                 self.wait(cast("Coroutine[Any, Any, object]", verb))
             except SessionEnded:
                 continue
-            raise AssertionError("an ended session lives")
+            raise AssertionError("an ended session is alive")
 
     @precondition(lambda self: self.live)
     @rule(number=numbers)
     def heartbeat(self, number: int) -> None:
-        """The store's leases of a session are those that it knows of; nobody recovers one that just spoke."""
+        """Check that the store's leases of a session are those that it knows, and that no process recovers a live
+        session.
+        """
         session_id = self.live[number % len(self.live)]
         beat = self.wait(self.store.heartbeat(session_id, now_us=self.now_us))
-        suspects = Suspects(span_slots=None, evidence="a slow judge")
+        suspects = Suspects(span_slots=None, evidence="a slow supervisor")
         recovered = self.store.recover(
             session_id, suspects, silent_since_us=self.now_us - 1, crashes_max=1, now_us=self.now_us
         )
@@ -421,34 +423,34 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1, 10, 30]))
     def later(self, seconds: int) -> None:
-        """Time passes."""
+        """Advance the clock."""
         self.now_us += seconds * SECOND_US
 
     @rule()
     def sweep(self) -> None:
-        """Upkeep's round."""
+        """Run upkeep."""
         self.wait(self.store.sweep(now_us=self.now_us, rows_max=100))
 
     @rule()
     def crash(self) -> None:
-        """The store's process ends and another takes its place; what was answered is there."""
+        """Restart the store's process; what was acknowledged is stored."""
         self.wait(self.store.close())
         self.wait(self.store.open())
 
     # -- after every step
 
     def states(self, batch_id: str) -> dict[int, str]:
-        """The state of each run by index."""
+        """Return the state of each run by index."""
         return {run.index: run.state for run in self.wait(self.store.runs("default", batch_id=batch_id, limit=999))}
 
     @invariant()
     def all_is_well(self) -> None:
-        """The ledger law, verify, completion, one story from all readers."""
+        """Check the ledger, verification and completion, and that all queries agree."""
         assert self.wait(invariants.faults(self.store)) == []
 
     @invariant()
     def what_was_acknowledged_is_there_and_what_was_recorded_stands(self) -> None:
-        """Accepted runs exist once; a recorded outcome is what the store tells, and no final one changes."""
+        """Check that accepted runs exist once, that recorded outcomes are returned, and that no final one changes."""
         for batch_id, indexes in self.acknowledged.items():
             states = self.states(batch_id)
             assert set(states) == indexes
@@ -460,45 +462,45 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.record.lost(batch_id, final) == []
             batch, _ = self.wait(self.store.batch(batch_id))
             if batch.is_stopped:
-                assert not {"waiting", "delayed"} & set(states.values()), "nothing of it may start any more"
+                assert not {"waiting", "delayed"} & set(states.values()), "no run of a stopped batch may start"
             if batch.state == COMPLETED:
                 assert len(final) == batch.expected_count
 
 
 class MemoryMachine(StoreMachine):
-    """The specification alone."""
+    """The memory store alone."""
 
     def open_store(self, folder: Path) -> Store:
         return MemoryStore(DEFAULT)
 
 
 class SqliteMachine(StoreMachine):
-    """The file alone."""
+    """The SQLite store alone."""
 
     def open_store(self, folder: Path) -> Store:
         return SqliteStore(folder / "headrace.db", DEFAULT)
 
 
 class LockStepMachine(StoreMachine):
-    """Both, with every answer compared."""
+    """Memory and SQLite, with every result compared."""
 
     def open_store(self, folder: Path) -> Store:
         return cast("Store", LockStep(MemoryStore(DEFAULT), SqliteStore(folder / "headrace.db", DEFAULT)))
 
 
 class PostgresMachine(StoreMachine):
-    """The server, beside the specification, with every answer compared."""
+    """PostgreSQL and memory, with every result compared."""
 
     def open_store(self, folder: Path) -> Store:
         return cast("Store", LockStep(MemoryStore(DEFAULT), PostgresStore(fresh_schema(folder), DEFAULT)))
 
 
 EFFORT = int(os.environ.get("HEADRACE_TEST_EFFORT", "1"))
-"""How many times the usual number of programs is tried; the usual takes about twenty seconds."""
+"""Multiple of the usual number of programs; the usual number takes about twenty seconds."""
 
 
 def profile(programs_max: int, steps_max: int) -> settings:
-    """How long a machine is driven."""
+    """Bounds of one run of a machine."""
     return settings(
         max_examples=programs_max * EFFORT,
         stateful_step_count=steps_max,

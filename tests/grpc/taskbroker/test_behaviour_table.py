@@ -125,7 +125,7 @@ TABLE: Final[dict[str, tuple[str, str] | str]] = {
     "test_vacuum_db_incremental": NO_VACUUM,
     "test_db_size": (
         "tests.store.test_conformance_activations",
-        "test_a_store_says_how_much_room_it_takes_and_more_takes_more",
+        "test_the_size_of_a_store_grows_with_its_content",
     ),
     "test_pending_activation_max_lag_no_pending": AGE,
     "test_pending_activation_max_lag_use_oldest": AGE,
@@ -133,7 +133,10 @@ TABLE: Final[dict[str, tuple[str, str] | str]] = {
     "test_pending_activation_max_lag_ignore_processing_attempts": AGE,
     "test_pending_activation_max_lag_account_for_delayed": AGE,
     "test_db_status_calls_ok": PROBES,
-    "test_migrations": ("tests.store.test_schema_migration", "test_older_processes_work_on_while_a_newer_one_migrates"),
+    "test_migrations": (
+        "tests.store.test_schema_migration",
+        "test_older_processes_continue_while_a_newer_one_migrates",
+    ),
     "retry: until success": PATIENCE,
     "retry: exhaustion surfaces": counterpart_in(
         "dispatching", "a_claim_waits_for_an_unavailable_store_only_for_a_bounded_time"

@@ -12,7 +12,7 @@ START_US = 1_700_000_000_000_000
 
 
 class Dials:
-    """The two clocks of a machine, turned by hand."""
+    """Wall clock and monotonic clock of a machine, set by the test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.wall_us = START_US
@@ -106,7 +106,7 @@ async def test_sleepers_wake_in_the_order_they_are_due() -> None:
     await asyncio.gather(*tasks)
 
 
-async def test_who_sleeps_again_within_one_step_wakes_at_each_due_moment() -> None:
+async def test_a_task_that_sleeps_repeatedly_within_a_step_wakes_at_each_due_time() -> None:
     clock = ManualClock(START_US)
     moments_us: list[int] = []
 
@@ -142,7 +142,7 @@ async def test_a_manual_clock_waits_for_an_event_or_for_its_time() -> None:
     assert clock.sleepers_count == 0
 
 
-async def test_a_cancelled_sleeper_is_forgotten() -> None:
+async def test_a_cancelled_sleeper_is_removed() -> None:
     clock = ManualClock(START_US)
     sleeping = asyncio.create_task(clock.sleep(1.0))
     waiting = asyncio.create_task(clock.wait_for(asyncio.Event(), 1.0))

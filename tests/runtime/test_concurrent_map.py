@@ -14,7 +14,7 @@ from headrace.runtime.concurrent_map import map_concurrently
 
 
 class Source:
-    """Counts what is pulled from it and sees whether it was closed."""
+    """A source that counts its pulled items and records whether it was closed."""
 
     def __init__(self, count: int, fails_at: int | None = None) -> None:
         self.count = count
@@ -26,7 +26,7 @@ class Source:
         try:
             for number in range(self.count):
                 if number == self.fails_at:
-                    raise OSError("the source broke")
+                    raise OSError("the source failed")
                 self.pulled += 1
                 yield number
         finally:
@@ -42,7 +42,7 @@ class Source:
 
 
 class Steps:
-    """Steps of 10 ms on a held clock."""
+    """Steps of 10 ms on a manual clock."""
 
     def __init__(self, clock: ManualClock) -> None:
         self.clock = clock
@@ -74,10 +74,10 @@ def clock() -> ManualClock:
     return ManualClock()
 
 
-@pytest.fixture(params=[True, False], ids=["in order", "as they finish"])
+@pytest.fixture(params=[True, False], ids=["in order", "as completed"])
 def ordered(request: pytest.FixtureRequest) -> bool:
-    found: bool = request.param
-    return found
+    is_ordered: bool = request.param
+    return is_ordered
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ async def collect(results: AsyncIterator[int], into: list[int]) -> None:
 
 
 async def until_done(task: asyncio.Future[Any], clock: ManualClock) -> int:
-    """How many waves of 10 ms the task takes."""
+    """Return the number of 10 ms advances until the task is done."""
     waves = 0
     await clock.settle()
     while not task.done():
@@ -106,17 +106,19 @@ async def test_a_stream_takes_as_many_waves_as_its_concurrency_allows(
     clock: ManualClock, steps: Steps, concurrency: int, waves: int, kind: str, ordered: bool
 ) -> None:
     source = Source(150)
-    got: list[int] = []
+    collected: list[int] = []
     items = source.stream() if kind == "stream" else source.plain()
-    task = asyncio.create_task(collect(map_concurrently(items, steps, concurrency=concurrency, ordered=ordered), got))
+    task = asyncio.create_task(
+        collect(map_concurrently(items, steps, concurrency=concurrency, ordered=ordered), collected)
+    )
     assert await until_done(task, clock) == waves
-    assert got == [number * 10 for number in range(150)]
+    assert collected == [number * 10 for number in range(150)]
     assert steps.running_most == min(concurrency, 150)
     assert source.is_closed
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 7])
-async def test_no_more_is_pulled_than_may_be_in_flight(clock: ManualClock, steps: Steps, concurrency: int) -> None:
+async def test_items_pulled_are_bounded_by_the_concurrency(clock: ManualClock, steps: Steps, concurrency: int) -> None:
     source = Source(10_000)
     taken = 0
     async with aclosing(map_concurrently(source.stream(), steps, concurrency=concurrency)) as results:
@@ -130,7 +132,7 @@ async def test_no_more_is_pulled_than_may_be_in_flight(clock: ManualClock, steps
     assert source.is_closed
 
 
-async def test_nothing_is_pulled_before_the_first_result_is_asked_for(steps: Steps, ordered: bool) -> None:
+async def test_no_item_is_pulled_before_the_first_result_is_requested(steps: Steps, ordered: bool) -> None:
     source = Source(5)
     results = map_concurrently(source.stream(), steps, concurrency=3, ordered=ordered)
     await asyncio.sleep(0)
@@ -139,19 +141,17 @@ async def test_nothing_is_pulled_before_the_first_result_is_asked_for(steps: Ste
 
 
 @pytest.mark.parametrize("seed", range(10))
-async def test_results_come_in_the_order_of_the_source_whatever_finishes_first(
-    clock: ManualClock, steps: Steps, seed: int
-) -> None:
+async def test_results_come_in_the_order_of_the_source(clock: ManualClock, steps: Steps, seed: int) -> None:
     dice = random.Random(seed)
     steps.seconds = {number: dice.choice([0, 0.01, 0.05, 0.2]) for number in range(200)}
-    got: list[int] = []
-    task = asyncio.create_task(collect(map_concurrently(range(200), steps, concurrency=dice.randint(2, 20)), got))
+    collected: list[int] = []
+    task = asyncio.create_task(collect(map_concurrently(range(200), steps, concurrency=dice.randint(2, 20)), collected))
     await until_done(task, clock)
-    assert got == [number * 10 for number in range(200)]
+    assert collected == [number * 10 for number in range(200)]
 
 
 @pytest.mark.parametrize("concurrency", [2, 7])
-async def test_without_order_the_next_step_begins_though_nobody_takes_what_is_finished(
+async def test_without_order_steps_begin_while_finished_results_wait(
     clock: ManualClock, steps: Steps, concurrency: int
 ) -> None:
     source = Source(10_000)
@@ -164,15 +164,15 @@ async def test_without_order_the_next_step_begins_though_nobody_takes_what_is_fi
     assert source.is_closed
 
 
-async def test_without_order_a_slow_step_holds_nobody_up(clock: ManualClock, steps: Steps) -> None:
+async def test_without_order_a_slow_step_delays_no_other_result(clock: ManualClock, steps: Steps) -> None:
     steps.seconds = {0: 1.0}
-    got: list[int] = []
-    task = asyncio.create_task(collect(map_concurrently(range(10), steps, concurrency=2, ordered=False), got))
+    collected: list[int] = []
+    task = asyncio.create_task(collect(map_concurrently(range(10), steps, concurrency=2, ordered=False), collected))
     await clock.advance_async(0.5)
-    assert got == [number * 10 for number in range(1, 10)]
+    assert collected == [number * 10 for number in range(1, 10)]
     await clock.advance_async(0.5)
     await task
-    assert got[-1] == 0
+    assert collected[-1] == 0
 
 
 async def test_a_finished_result_does_not_wait_for_a_slow_source(
@@ -183,17 +183,17 @@ async def test_a_finished_result_does_not_wait_for_a_slow_source(
         await clock.sleep(60)
         yield 1
 
-    got: list[int] = []
-    task = asyncio.create_task(collect(map_concurrently(slow(), steps, concurrency=5, ordered=ordered), got))
+    collected: list[int] = []
+    task = asyncio.create_task(collect(map_concurrently(slow(), steps, concurrency=5, ordered=ordered), collected))
     await clock.advance_async(0.01)
-    assert got == [0]
+    assert collected == [0]
     await clock.advance_async(60.01)
     await task
-    assert got == [0, 10]
+    assert collected == [0, 10]
 
 
 @pytest.mark.parametrize("concurrency", [1, 10])
-async def test_a_step_that_answers_at_once_costs_no_task(concurrency: int, ordered: bool) -> None:
+async def test_a_synchronous_step_creates_no_task(concurrency: int, ordered: bool) -> None:
     tasks_most = 0
 
     def step(number: int) -> int:
@@ -207,45 +207,45 @@ async def test_a_step_that_answers_at_once_costs_no_task(concurrency: int, order
     assert tasks_most == (1 if concurrency == 1 else 2)
 
 
-async def test_one_at_a_time_costs_no_task_even_when_steps_wait(clock: ManualClock, steps: Steps) -> None:
-    got: list[int] = []
-    task = asyncio.create_task(collect(map_concurrently(range(3), steps, concurrency=1), got))
+async def test_a_concurrency_of_1_creates_no_task_for_steps_that_wait(clock: ManualClock, steps: Steps) -> None:
+    collected: list[int] = []
+    task = asyncio.create_task(collect(map_concurrently(range(3), steps, concurrency=1), collected))
     await clock.settle()
     assert len(asyncio.all_tasks()) == 2
     await until_done(task, clock)
 
 
-async def test_steps_that_answer_at_once_and_steps_that_wait_may_mix(clock: ManualClock, ordered: bool) -> None:
+async def test_synchronous_and_asynchronous_steps_may_mix(clock: ManualClock, ordered: bool) -> None:
     async def later(number: int) -> int:
         await clock.sleep(0.01)
         return number
 
-    got: list[int] = []
+    collected: list[int] = []
     results = map_concurrently(
         range(50), lambda number: later(number) if number % 3 else number, concurrency=4, ordered=ordered
     )
-    task = asyncio.create_task(collect(results, got))
+    task = asyncio.create_task(collect(results, collected))
     await until_done(task, clock)
-    assert (got if ordered else sorted(got)) == list(range(50))
+    assert (collected if ordered else sorted(collected)) == list(range(50))
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-async def test_the_first_error_stops_everything_and_is_raised_as_it_is(
+async def test_the_first_error_stops_all_steps_and_is_raised_unchanged(
     clock: ManualClock, steps: Steps, concurrency: int, ordered: bool
 ) -> None:
     source = Source(1_000)
     error = ValueError("item 6")
     steps.fails_at = {6: error}
     steps.seconds = dict.fromkeys((7, 8, 9), 5.0)
-    got: list[int] = []
+    collected: list[int] = []
     task = asyncio.create_task(
-        collect(map_concurrently(source.stream(), steps, concurrency=concurrency, ordered=ordered), got)
+        collect(map_concurrently(source.stream(), steps, concurrency=concurrency, ordered=ordered), collected)
     )
     await clock.advance_async(0.1)
     with pytest.raises(ValueError, match="item 6") as raised:
         await task
     assert raised.value is error
-    assert got == [0, 10, 20, 30, 40, 50]
+    assert collected == [0, 10, 20, 30, 40, 50]
     assert source.is_closed
     assert steps.running == 0
     assert steps.cancelled_count == source.pulled - 7
@@ -253,7 +253,7 @@ async def test_the_first_error_stops_everything_and_is_raised_as_it_is(
     assert clock.sleepers_count == 0
 
 
-async def test_an_error_stops_what_runs_while_the_consumer_is_still_busy(
+async def test_an_error_stops_running_steps_while_the_consumer_is_busy(
     clock: ManualClock, steps: Steps, ordered: bool
 ) -> None:
     error = ValueError("item 2")
@@ -284,41 +284,41 @@ async def test_an_error_does_not_wait_for_a_slow_step_before_it(
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-async def test_an_error_of_a_step_that_answers_at_once_comes_after_the_results_before_it(
+async def test_an_error_of_a_synchronous_step_comes_after_the_earlier_results(
     concurrency: int,
     ordered: bool,
 ) -> None:
     source = Source(100)
-    got: list[int] = []
+    collected: list[int] = []
     with pytest.raises(ZeroDivisionError):
         await collect(
             map_concurrently(
                 source.plain(), lambda number: 6 // (3 - number), concurrency=concurrency, ordered=ordered
             ),
-            got,
+            collected,
         )
-    assert got == [2, 3, 6]
+    assert collected == [2, 3, 6]
     assert source.is_closed
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-async def test_a_source_that_breaks_stops_everything(
+async def test_a_source_that_fails_stops_all_steps(
     clock: ManualClock, steps: Steps, concurrency: int, ordered: bool
 ) -> None:
     source = Source(100, fails_at=5)
-    got: list[int] = []
+    collected: list[int] = []
     task = asyncio.create_task(
-        collect(map_concurrently(source.stream(), steps, concurrency=concurrency, ordered=ordered), got)
+        collect(map_concurrently(source.stream(), steps, concurrency=concurrency, ordered=ordered), collected)
     )
     await clock.advance_async(1)
-    with pytest.raises(OSError, match="the source broke"):
+    with pytest.raises(OSError, match="the source failed"):
         await task
-    assert got == [number * 10 for number in range(len(got))]
+    assert collected == [number * 10 for number in range(len(collected))]
     assert steps.running == 0
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-async def test_a_consumer_that_stops_cancels_what_runs_and_closes_the_source(
+async def test_a_consumer_that_stops_cancels_running_steps_and_closes_the_source(
     clock: ManualClock, steps: Steps, concurrency: int, ordered: bool
 ) -> None:
     source = Source(100)
@@ -350,7 +350,7 @@ async def test_a_consumer_that_is_cancelled_leaves_nothing_running(
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_a_step_cancelled_before_it_began_warns_of_nothing(
+async def test_a_step_cancelled_before_it_began_emits_no_warning(
     clock: ManualClock, steps: Steps, ordered: bool
 ) -> None:
     def step(number: int) -> Any:
@@ -366,7 +366,7 @@ async def test_a_step_cancelled_before_it_began_warns_of_nothing(
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-async def test_an_error_while_closing_does_not_hide_the_first_one(concurrency: int, ordered: bool) -> None:
+async def test_an_error_during_close_does_not_hide_the_first_error(concurrency: int, ordered: bool) -> None:
     async def stubborn() -> AsyncIterator[int]:
         try:
             yield 0
@@ -383,6 +383,6 @@ async def test_an_error_while_closing_does_not_hide_the_first_one(concurrency: i
 
 
 @pytest.mark.parametrize("concurrency", [0, -1, 1.5, "ten", True, None])
-def test_a_concurrency_that_is_not_a_whole_number_of_one_or_more_is_refused_by_name(concurrency: Any) -> None:
+def test_a_concurrency_that_is_not_a_positive_integer_is_refused_by_name(concurrency: Any) -> None:
     with pytest.raises(InvalidSetting, match="ingest_concurrency"):
         map_concurrently([1], lambda number: number, concurrency=concurrency)

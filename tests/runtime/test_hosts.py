@@ -24,27 +24,27 @@ from tests.support.store_rig import fresh_schema
 MINUTE_US = 60_000_000
 
 
-async def engine_on(url: str, folder: Path, off_us: int, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """An engine of a host whose clock is off."""
+async def engine_on(url: str, folder: Path, offset_us: int, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Open an engine of a host whose clock is off by `offset_us`."""
 
-    wrong = SimpleNamespace(time_ns=lambda: time.time_ns() + 1_000 * off_us, monotonic_ns=time.monotonic_ns)
-    monkeypatch.setattr(clock, "time", wrong)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder / str(off_us)))  # hosts do not see each other's processes
-    (folder / str(off_us)).mkdir()
+    shifted_time = SimpleNamespace(time_ns=lambda: time.time_ns() + 1_000 * offset_us, monotonic_ns=time.monotonic_ns)
+    monkeypatch.setattr(clock, "time", shifted_time)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder / str(offset_us)))  # hosts do not see each other's processes
+    (folder / str(offset_us)).mkdir()
     settings = load({"store": url, "objects": str(folder / "objects"), "heartbeat_ms": 20}, {}, folder)
     return await open_engine(settings)
 
 
-async def test_hosts_whose_clocks_are_minutes_apart_agree_on_who_lives_and_what_is_due(
+async def test_hosts_whose_clocks_are_minutes_apart_agree_on_live_sessions_and_due_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = fresh_schema(tmp_path)
     late = await engine_on(url, tmp_path, -10 * MINUTE_US, monkeypatch)
     early = await engine_on(url, tmp_path, 10 * MINUTE_US, monkeypatch)
-    brokers = [StoreSession(late, kind="worker"), StoreSession(early, kind="worker")]
+    sessions = [StoreSession(late, kind="worker"), StoreSession(early, kind="worker")]
     try:
-        for broker in brokers:
-            await broker.start()
+        for session in sessions:
+            await session.start()
         assert abs(late.clock.now_us() - early.clock.now_us()) < MINUTE_US
         now_us = late.clock.now_us()
         batch, _ = await late.store.create_batch(NewBatch(id=new_batch_id(now_us)), now_us=now_us)
@@ -53,35 +53,39 @@ async def test_hosts_whose_clocks_are_minutes_apart_agree_on_who_lives_and_what_
             coalescer.add(index, b"0", Key("task", due_us=now_us + 5 * MINUTE_US if index == 9 else 0))
         await late.store.append(batch.id, coalescer.flush(), now_us=now_us)
         await late.store.seal(batch.id, 10, now_us=now_us)
-        (work,) = await brokers[0].claim(["task"], None, 100)
-        assert await brokers[1].claim(["task"], None, 100) == [], "what is due in five minutes is not due here either"
-        assert work.count == 9
-        for broker in brokers:
-            assert await broker.recover() == 0, "a live session is not silent, whatever clock it began with"
+        (lease,) = await sessions[0].claim(["task"], None, 100)
+        assert await sessions[1].claim(["task"], None, 100) == [], (
+            "expected the run that is due in five minutes to stay unclaimed on this host too"
+        )
+        assert lease.count == 9
+        for session in sessions:
+            assert await session.recover() == 0, (
+                "expected the live session to stay, although the clocks of its host differed"
+            )
     finally:
-        for broker in brokers:
-            await broker.stop()
+        for session in sessions:
+            await session.stop()
         assert await invariants.faults(late.store, "default") == []
         await late.close()
         await early.close()
 
 
-async def test_every_heartbeat_brings_a_clock_that_was_moved_back_to_the_database_s(
+async def test_each_heartbeat_sets_a_clock_that_was_moved_back_to_the_time_of_the_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = await engine_on(fresh_schema(tmp_path), tmp_path, 0, monkeypatch)
-    broker = StoreSession(engine, kind="worker")
-    beaten = asyncio.Event()
-    broker.on_unwanted = lambda _: beaten.set()
-    await broker.start()
+    session = StoreSession(engine, kind="worker")
+    heartbeat_received = asyncio.Event()
+    session.on_unwanted = lambda _: heartbeat_received.set()
+    await session.start()
     try:
         true_us = engine.clock.now_us()
-        engine.clock.anchor(true_us - 30 * MINUTE_US)  # a suspended machine: its clock stood
+        engine.clock.anchor(true_us - 30 * MINUTE_US)  # a suspended machine: its clock stopped
         engine.clock._anchor = engine.clock._anchor._replace(floor_us=0)  # type: ignore[attr-defined]
         assert engine.clock.now_us() < true_us
-        beaten.clear()
-        await beaten.wait()
+        heartbeat_received.clear()
+        await heartbeat_received.wait()
         assert engine.clock.now_us() >= true_us
     finally:
-        await broker.stop()
+        await session.stop()
         await engine.close()

@@ -1,4 +1,4 @@
-"""Where a flusher under test writes."""
+"""Flush target for the tests of the flusher."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from headrace.foundation.errors import ClientFault, HeadraceError
 
 
-class Sink:
-    """A store that keeps what is flushed, and fails, refuses or stalls when it is told to."""
+class FlushTarget:
+    """A store that records flushed updates, and fails, refuses or stalls as a test sets it."""
 
     def __init__(self) -> None:
         self.flushes: list[tuple[Any, ...]] = []

@@ -1,4 +1,4 @@
-"""Ticks become runs, each once, however many workers there are and whatever happens to them."""
+"""Scheduler: each tick becomes a run once, with any number of workers, crashes and failures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ START_US = round(datetime(2024, 3, 30, 12, tzinfo=ZoneInfo("Europe/Berlin")).tim
 
 
 def app_with(*crons: str, every_s: float | None = None, catch_up: CatchUp = "once", tz: str = "UTC") -> Headrace:
-    """An app whose task has these schedules, each called as it is written."""
+    """Return an app whose task has these schedules, each named as it is written."""
     app = Headrace("test")
 
     @app.task
@@ -53,27 +53,29 @@ def app_with(*crons: str, every_s: float | None = None, catch_up: CatchUp = "onc
 async def engines(
     kind: str, folder: Path, clock: ManualClock, count: int, limits: Limits = DEFAULT
 ) -> AsyncGenerator[list[Engine], None]:
-    """Engines of processes on one store, which ends with every invariant."""
+    """Open an engine for each process on a store, and check all invariants at the end."""
     async with AsyncExitStack() as stack:
-        found = [await memory_engine(limits, clock)]
-        stack.push_async_callback(found[0].close)
-        found += [dataclasses.replace(found[0]) for _ in range(count - 1)]
+        processes = [await memory_engine(limits, clock)]
+        stack.push_async_callback(processes[0].close)
+        processes += [dataclasses.replace(processes[0]) for _ in range(count - 1)]
         if kind != "memory":
             stores = [FACTORIES[kind](folder, limits) for _ in range(count)]
             for store in stores:
                 await store.open()
                 stack.push_async_callback(store.close)
-            found = [dataclasses.replace(one, store=store) for one, store in zip(found, stores, strict=True)]
-        yield found
-        assert await invariants.faults(found[0].store, "default") == []
+            processes = [
+                dataclasses.replace(engine, store=store) for engine, store in zip(processes, stores, strict=True)
+            ]
+        yield processes
+        assert await invariants.faults(processes[0].store, "default") == []
 
 
 @asynccontextmanager
 async def scheduling(clock: ManualClock, *schedulers: Scheduler) -> AsyncGenerator[None, None]:
-    """Schedulers that tick while the block lasts."""
-    tasks = [asyncio.create_task(one.run()) for one in schedulers]
+    """Run schedulers for the duration of the block."""
+    tasks = [asyncio.create_task(scheduler.run()) for scheduler in schedulers]
     try:
-        await asleep(clock, len(tasks))
+        await wait_until_asleep(clock, len(tasks))
         yield
         assert not [task for task in tasks if task.done()]
     finally:
@@ -82,19 +84,19 @@ async def scheduling(clock: ManualClock, *schedulers: Scheduler) -> AsyncGenerat
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def asleep(clock: ManualClock, count: int) -> None:
-    """Until all of them wait for time."""
+async def wait_until_asleep(clock: ManualClock, count: int) -> None:
+    """Wait until `count` tasks sleep on the clock."""
     while clock.sleepers_count < count:
         await asyncio.sleep(0)
 
 
 async def ticked(engine: Engine) -> Counter[tuple[str, int]]:
-    """The runs there are, by schedule and time of the tick."""
-    found: Counter[tuple[str, int]] = Counter()
+    """Return the number of runs for each schedule and tick time."""
+    ticks: Counter[tuple[str, int]] = Counter()
     for batch, _ in await engine.store.batches("default", limit=10_000):
         headers = (await engine.store.run(batch.id, 0)).headers
-        found[headers[SCHEDULE], int(headers[SCHEDULED_US])] += 1
-    return found
+        ticks[headers[SCHEDULE], int(headers[SCHEDULED_US])] += 1
+    return ticks
 
 
 def every(step_s: int, from_us: int, until_us: int) -> list[int]:
@@ -106,70 +108,70 @@ def every(step_s: int, from_us: int, until_us: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite", "postgres"])
-async def test_a_day_of_ticks_on_three_workers_is_each_tick_once(kind: str, tmp_path: Path) -> None:
+async def test_three_workers_enqueue_each_tick_of_a_day_once(kind: str, tmp_path: Path) -> None:
     clock = ManualClock(START_US)
     registry = app_with("*/30 * * * *", "30 2 * * *", every_s=3_600, tz="Europe/Berlin").registry
-    async with engines(kind, tmp_path, clock, 3) as found:
-        async with scheduling(clock, *(Scheduler(one, registry) for one in found)):
+    async with engines(kind, tmp_path, clock, 3) as processes:
+        async with scheduling(clock, *(Scheduler(process, registry) for process in processes)):
             for _ in range(DAY_S // 60):
                 clock.advance(60)
-                await asleep(clock, 3)
+                await wait_until_asleep(clock, 3)
         until_us = START_US + DAY_S * SECOND_US
         moved_us = round(datetime(2024, 3, 31, 3, tzinfo=ZoneInfo("Europe/Berlin")).timestamp()) * SECOND_US
         expected = {("*/30 * * * *", tick_us): 1 for tick_us in every(1_800, START_US, until_us)}
         expected |= {("every 3600", tick_us): 1 for tick_us in every(3_600, START_US, until_us)}
         expected[("30 2 * * *", moved_us)] = 1
-        assert await ticked(found[0]) == expected
+        assert await ticked(processes[0]) == expected
 
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite", "postgres"])
-async def test_a_worker_that_looks_late_is_told_what_others_did_and_does_the_rest(kind: str, tmp_path: Path) -> None:
+async def test_a_late_worker_enqueues_only_the_remaining_ticks(kind: str, tmp_path: Path) -> None:
     clock = ManualClock(START_US)
     registry = app_with(every_s=60, catch_up="all").registry
-    async with engines(kind, tmp_path, clock, 2) as found:
-        prompt, late = (Scheduler(one, registry) for one in found)
+    async with engines(kind, tmp_path, clock, 2) as processes:
+        prompt, late = (Scheduler(process, registry) for process in processes)
         await prompt.round()
         await late.round()
         clock.advance(60)
         await prompt.round()
         clock.advance(60)
         await late.round()
-        assert await ticked(found[0]) == {("every 60", at_us): 1 for at_us in every(60, START_US, clock.now_us())}
+        assert await ticked(processes[0]) == {("every 60", at_us): 1 for at_us in every(60, START_US, clock.now_us())}
 
 
-async def test_a_tick_whose_answer_was_lost_is_enqueued_once(tmp_path: Path) -> None:
+async def test_a_tick_whose_response_was_lost_is_enqueued_once(tmp_path: Path) -> None:
     clock = ManualClock(START_US)
     for kind in ("memory", "sqlite"):
         async with engines(kind, tmp_path, clock, 1) as (engine,):
             start_us, faulty = clock.now_us(), Faulty(engine.store)
-            faulty.after["tick"] = [StoreUnavailable("the answer was lost") for _ in range(3)]
+            faulty.after["tick"] = [StoreUnavailable("the response was lost") for _ in range(3)]
             engine.store = faulty
             async with scheduling(clock, Scheduler(engine, app_with(every_s=60).registry)):
                 for _ in range(600):
                     clock.advance(1)
-                    await asleep(clock, 1)
+                    await wait_until_asleep(clock, 1)
             assert faulty.after["tick"] == []
             expected = {("every 60", tick_us): 1 for tick_us in every(60, start_us, clock.now_us())}
             assert await ticked(engine) == expected
 
 
-async def test_a_worker_that_dies_over_a_tick_leaves_it_to_the_others_or_has_done_it(tmp_path: Path) -> None:
+async def test_a_tick_of_a_crashed_worker_is_enqueued_once(tmp_path: Path) -> None:
     clock = ManualClock(START_US)
     for faults in ("before", "after"):
         async with engines("memory", tmp_path, clock, 2) as (engine, other):
             registry, start_us, faulty = app_with(every_s=60).registry, clock.now_us(), Faulty(engine.store)
             getattr(faulty, faults)["tick"] = [asyncio.CancelledError()]
             engine.store = faulty
-            dies, lives = Scheduler(engine, registry), Scheduler(other, registry)
-            await asyncio.gather(dies.round(), lives.round())
+            crashing, live = Scheduler(engine, registry), Scheduler(other, registry)
+            await asyncio.gather(crashing.round(), live.round())
             clock.advance(60)
             with pytest.raises(asyncio.CancelledError):
-                await dies.round()
-            await lives.round()
+                await crashing.round()
+            await live.round()
             assert await ticked(other) == {("every 60", start_us + 60 * SECOND_US): 1}
 
 
-async def test_a_store_that_is_away_makes_ticks_late_and_loses_none(tmp_path: Path) -> None:
+async def test_an_unavailable_store_delays_ticks_and_loses_none(tmp_path: Path) -> None:
     clock = ManualClock(START_US)
     async with engines("memory", tmp_path, clock, 1) as (engine,):
         faulty = Faulty(engine.store)
@@ -180,12 +182,12 @@ async def test_a_store_that_is_away_makes_ticks_late_and_loses_none(tmp_path: Pa
             assert faulty.before["keep_schedules"] == []
             faulty.before["tick"] = [StoreUnavailable("away") for _ in range(45)]
             await clock.advance_async(45)
-            assert not await ticked(engine), "it is still away"
+            assert not await ticked(engine), "expected no tick while the store is unavailable"
             await clock.advance_async(10)
         assert await ticked(engine) == {("every 10", at_us): 1 for at_us in every(10, START_US, clock.now_us())}
 
 
-async def test_a_schedule_whose_row_was_deleted_begins_again(tmp_path: Path) -> None:
+async def test_a_schedule_whose_row_was_deleted_is_recreated(tmp_path: Path) -> None:
     clock = ManualClock(START_US)
     async with engines("memory", tmp_path, clock, 1) as (engine,):
         async with scheduling(clock, Scheduler(engine, app_with(every_s=60).registry)):
@@ -195,28 +197,28 @@ async def test_a_schedule_whose_row_was_deleted_begins_again(tmp_path: Path) -> 
         assert max(at_us for _, at_us in await ticked(engine)) == START_US + 240 * SECOND_US
 
 
-# -- ticks that nobody ran
+# -- missed ticks
 
 
 @pytest.mark.parametrize(
     ("catch_up", "ticks_max", "count"), [("skip", 100, 1), ("once", 100, 1), ("all", 100, 96), ("all", 10, 10)]
 )
-async def test_after_a_day_that_nobody_ran_the_policy_says_what_runs(
+async def test_after_a_day_of_suspension_the_policy_decides_on_the_missed_ticks(
     catch_up: CatchUp, ticks_max: int, count: int, tmp_path: Path
 ) -> None:
     clock = ManualClock(START_US)
     limits = Limits(schedule_ticks_max=ticks_max)
     registry = app_with("*/15 * * * *", catch_up=catch_up).registry
-    async with engines("memory", tmp_path, clock, 2, limits) as found:
-        async with scheduling(clock, *(Scheduler(one, registry) for one in found)):
-            clock.advance(DAY_S)  # a machine that slept
-            await asleep(clock, 2)
-        wanted = every(900, START_US, clock.now_us())[-count:]
-        assert await ticked(found[0]) == {("*/15 * * * *", tick_us): 1 for tick_us in wanted}
+    async with engines("memory", tmp_path, clock, 2, limits) as processes:
+        async with scheduling(clock, *(Scheduler(process, registry) for process in processes)):
+            clock.advance(DAY_S)  # a machine that was suspended
+            await wait_until_asleep(clock, 2)
+        expected_us = every(900, START_US, clock.now_us())[-count:]
+        assert await ticked(processes[0]) == {("*/15 * * * *", tick_us): 1 for tick_us in expected_us}
 
 
 @pytest.mark.parametrize(("catch_up", "count"), [("skip", 0), ("once", 1), ("all", 96)])
-async def test_a_worker_that_starts_long_after_the_last_tick_catches_up_as_the_policy_says(
+async def test_a_worker_that_starts_long_after_the_last_tick_catches_up_by_the_policy(
     catch_up: CatchUp, count: int, tmp_path: Path
 ) -> None:
     clock = ManualClock(START_US)
@@ -225,83 +227,83 @@ async def test_a_worker_that_starts_long_after_the_last_tick_catches_up_as_the_p
         await Scheduler(engine, registry).round()
         clock.advance(DAY_S + 300)
         await Scheduler(engine, registry).round()
-        wanted = every(900, START_US, clock.now_us())[-count:] if count else []
-        assert await ticked(engine) == {("*/15 * * * *", tick_us): 1 for tick_us in wanted}
+        expected_us = every(900, START_US, clock.now_us())[-count:] if count else []
+        assert await ticked(engine) == {("*/15 * * * *", tick_us): 1 for tick_us in expected_us}
         clock.advance(600)
         await Scheduler(engine, registry).round()
-        assert len(await ticked(engine)) == count + 1, "and the next one comes as always"
+        assert len(await ticked(engine)) == count + 1, "expected the next tick as usual"
 
 
 # -- versions of the code
 
 
-async def test_the_version_that_started_last_is_in_force_and_the_other_goes_on_when_that_is_taken_back(
+async def test_the_version_started_last_is_in_force_and_a_rollback_restores_the_earlier_version(
     tmp_path: Path,
 ) -> None:
     clock = ManualClock(START_US)
     old, new = app_with("*/15 * * * *").registry, app_with("*/20 * * * *").registry
     (spec,) = new.schedules.values()
-    new.schedules = {"*/15 * * * *": dataclasses.replace(spec, name="*/15 * * * *")}  # the same name, another rule
+    new.schedules = {"*/15 * * * *": dataclasses.replace(spec, name="*/15 * * * *")}  # the same name with another rule
     async with engines("memory", tmp_path, clock, 2) as (engine, other):
         async with scheduling(clock, Scheduler(engine, old)):
             async with scheduling(clock, Scheduler(other, new)):
-                await asleep(clock, 2)
+                await wait_until_asleep(clock, 2)
                 await clock.advance_async(3_600)
             times = sorted(at_us for _, at_us in await ticked(engine))
             assert times == every(1_200, START_US, START_US + 3_600 * SECOND_US)
-            await Scheduler(other, old).round()  # the old version is started again, somewhere
+            await Scheduler(other, old).round()  # the old version is started again in another process
             await clock.advance_async(3_600)
         later = sorted(at_us for _, at_us in await ticked(engine))[len(times) :]
         assert later == every(900, START_US + 3_600 * SECOND_US, START_US + 7_200 * SECOND_US)
 
 
-async def test_a_schedule_that_left_the_code_does_nothing_and_is_known_as_gone(tmp_path: Path) -> None:
+async def test_a_schedule_removed_from_the_code_enqueues_nothing_and_is_marked_as_gone(tmp_path: Path) -> None:
     clock = ManualClock(START_US)
     async with engines("memory", tmp_path, clock, 1) as (engine,):
         await Scheduler(engine, app_with("*/15 * * * *", "0 * * * *").registry).round()
         async with scheduling(clock, Scheduler(engine, app_with("0 * * * *").registry)):
             await clock.advance_async(3_600)
-        gone = {one.name: one.gone_us for one in await engine.store.schedules("default")}
+        gone = {row.name: row.gone_us for row in await engine.store.schedules("default")}
         assert gone == {"0 * * * *": 0, "*/15 * * * *": START_US}
         assert {name for name, _ in await ticked(engine)} == {"0 * * * *"}
 
 
-# -- what a run is given
+# -- arguments of a scheduled run
 
 
-async def test_a_worker_runs_what_ticks_with_the_time_of_the_tick_in_its_zone(tmp_path: Path) -> None:
+async def test_a_worker_runs_scheduled_tasks_with_the_tick_time_in_its_zone(tmp_path: Path) -> None:
     clock = ManualClock(START_US)
-    told: list[Any] = []
+    calls: list[Any] = []
     limits = {"heartbeat_ms": 60_000, "session_timeout_ms": 600_000, "poll_interval_ms": 60_000}
     async with opened("memory", tmp_path, clock=clock, **limits) as engine, app_on(engine) as app:
 
         @app.schedule("0 13 * * *", tz="Europe/Berlin")
         @app.task
         async def report(at: datetime, context: Context = DETACHED) -> None:
-            told.append((at.isoformat(), context.scheduled_us))
+            calls.append((at.isoformat(), context.scheduled_us))
 
         @app.schedule(every_s=1_800)
         @app.task(queue="slow")
         async def poll(context: Context, most: int = 5) -> None:
-            told.append((most, context.scheduled_us))
+            calls.append((most, context.scheduled_us))
 
         async with app.worker(concurrency=1):
             await clock.advance_async(3_600)
-        assert sorted(told, key=str) == [
+        assert sorted(calls, key=str) == [
             ("2024-03-30T13:00:00+01:00", START_US + 3_600 * SECOND_US),
             (5, START_US + 1_800 * SECOND_US),
             (5, START_US + 3_600 * SECOND_US),
         ]
         async with app.worker(tasks=["report", "poll"]):
             await clock.advance_async(3_600)
-        assert len(told) == 3, "a worker for some tasks only does not tick"
+        assert len(calls) == 3, "expected no tick from a worker of selected tasks"
         await report.enqueue(datetime.fromisoformat("2024-01-01T00:00:00"))
         async with app.worker():
             await clock.settle()
-        assert ("2024-01-01T00:00:00", None) in told, "a run that somebody asked for has no tick"
+        assert ("2024-01-01T00:00:00", None) in calls, "expected no tick time for a run that was enqueued by a call"
 
 
-# -- what is refused, at once
+# -- refused definitions
 
 
 def refuse_arguments(app: Headrace) -> None:
@@ -348,7 +350,7 @@ REFUSED: Sequence[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize("number", range(len(REFUSED)))
-def test_what_can_t_be_scheduled_is_refused_by_name_where_it_is_written(number: int) -> None:
+def test_an_invalid_schedule_is_refused_by_name_where_it_is_defined(number: int) -> None:
     app = Headrace("test")
 
     @app.schedule(every_s=60)
@@ -362,8 +364,8 @@ def test_what_can_t_be_scheduled_is_refused_by_name_where_it_is_written(number: 
     assert not raised.value.retryable
 
 
-def test_headers_that_are_no_tick_are_none() -> None:
-    for told in ("", "x", "-5", "٣", "9" * 19, "1.5"):
-        context = Context(batch_id="b", index=0, attempt=1, task="t", queue="q", headers={SCHEDULED_US: told})
+def test_invalid_tick_headers_are_ignored() -> None:
+    for header in ("", "x", "-5", "٣", "9" * 19, "1.5"):
+        context = Context(batch_id="b", index=0, attempt=1, task="t", queue="q", headers={SCHEDULED_US: header})
         assert context.scheduled_us is None
     assert Registry().schedules == {}

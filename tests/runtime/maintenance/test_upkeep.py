@@ -1,4 +1,4 @@
-"""What must happen though nobody asks for it."""
+"""Upkeep: periodic duties that no request triggers."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_a_batch_that_was_not_sealed_in_time_is_abandoned(kind: str, tmp_p
 
 
 @on_each_store
-async def test_finished_batches_go_after_their_retention_with_their_objects(kind: str, tmp_path: Path) -> None:
+async def test_finished_batches_are_deleted_after_their_retention_with_their_objects(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock, inline_bytes_max=100) as engine, app_on(engine) as app:
 
@@ -81,7 +81,7 @@ async def test_finished_batches_go_after_their_retention_with_their_objects(kind
             batches = [await echo.map(["x" * 1_000, "y"]) for _ in range(15)]
             for batch in batches:
                 await batch.wait()
-        kept = await echo.map(["z" * 1_000])
+        unfinished = await echo.map(["z" * 1_000])
         upkeep = Upkeep(engine)
         clock.advance(7 * DAY_S - 1)
         assert await upkeep.prune() == 0
@@ -91,11 +91,11 @@ async def test_finished_batches_go_after_their_retention_with_their_objects(kind
             await batches[0].view()
         objects = [stored.key async for stored in engine.payloads.list()]
         assert len(objects) == 1
-        assert kept.id in objects[0]
+        assert unfinished.id in objects[0]
         assert await upkeep.prune(finished_before_us=clock.now_us()) == 0
 
 
-async def test_orphans_are_removed_after_the_grace_and_named_objects_kept(tmp_path: Path) -> None:
+async def test_orphans_are_removed_after_the_grace_and_referenced_objects_stay(tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened("sqlite", tmp_path, clock=clock, inline_bytes_max=100) as engine, app_on(engine) as app:
 
@@ -117,17 +117,17 @@ async def test_orphans_are_removed_after_the_grace_and_named_objects_kept(tmp_pa
 
 
 @on_each_store
-async def test_a_lease_whose_session_lapsed_goes_back(kind: str, tmp_path: Path) -> None:
+async def test_a_lease_whose_session_lapsed_is_released(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock) as engine:
         batch_id = await filled(engine, 10)
         await engine.store.start_session(
-            Session(id="session_gone", kind="worker", host="far", pid=1, started_us=0), now_us=clock.now_us()
+            Session(id="session_lapsed", kind="worker", host="far", pid=1, started_us=0), now_us=clock.now_us()
         )
-        wish = Claim(
-            session_id="session_gone", claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=10
+        claim = Claim(
+            session_id="session_lapsed", claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=10
         )
-        await engine.store.claim(wish, now_us=clock.now_us())
+        await engine.store.claim(claim, now_us=clock.now_us())
         upkeep = Upkeep(engine)
         await upkeep.round()
         assert (await engine.store.batch(batch_id))[1].leased == 10
@@ -136,13 +136,13 @@ async def test_a_lease_whose_session_lapsed_goes_back(kind: str, tmp_path: Path)
         assert (await engine.store.batch(batch_id))[1].waiting == 10
 
 
-async def test_a_duty_that_fails_keeps_no_other_from_its_own(tmp_path: Path) -> None:
+async def test_a_failing_duty_does_not_stop_the_other_duties(tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened("sqlite", tmp_path, clock=clock) as engine:
         store = Faulty(engine.store)
         store.before = {"sessions": [StoreUnavailable("away")], "sweep": [RuntimeError("odd")]}
-        here = dataclasses.replace(engine, store=store)
-        upkeep = Upkeep(here)
+        failing_engine = dataclasses.replace(engine, store=store)
+        upkeep = Upkeep(failing_engine)
         await upkeep.round()
         duties = ("sessions", "sweep", "prune")
         assert tuple(call for call in store.calls if call in duties) == duties
@@ -152,33 +152,35 @@ async def test_a_duty_that_fails_keeps_no_other_from_its_own(tmp_path: Path) -> 
 
 
 @on_each_store
-async def test_a_duty_is_done_by_one_at_a_time_and_once_an_interval(kind: str, tmp_path: Path) -> None:
+async def test_a_duty_is_done_by_a_single_process_and_once_an_interval(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock, upkeep_interval_ms=5_000) as engine:
-        several = [Upkeep(dataclasses.replace(engine, duties={})) for _ in range(3)]  # three processes
+        processes = [Upkeep(dataclasses.replace(engine, duties={})) for _ in range(3)]  # three processes
 
         def done() -> list[dict[str, int]]:
-            return [{name: stats.done_count for name, stats in one.stats.items()} for one in several]
+            return [{name: stats.done_count for name, stats in upkeep.stats.items()} for upkeep in processes]
 
-        await asyncio.gather(*(one.round() for one in several))
+        await asyncio.gather(*(upkeep.round() for upkeep in processes))
         for name in ("recover_silent", "sweep", "prune", "remove_orphans"):
             assert sorted(counts[name] for counts in done()) == [0, 0, 1], name
-        assert [counts["recover_here"] for counts in done()] == [1, 1, 1], "each machine looks after its own dead"
+        assert [counts["recover_here"] for counts in done()] == [1, 1, 1], (
+            "expected each process to recover the ended processes of its machine"
+        )
         clock.advance(4.9)
-        await several[0].round()
+        await processes[0].round()
         assert sum(counts["sweep"] for counts in done()) == 1
         clock.advance(0.1)
-        for one in several:
-            await one.round()
+        for upkeep in processes:
+            await upkeep.round()
         assert sum(counts["sweep"] for counts in done()) == 2
-        assert sum(counts["remove_orphans"] for counts in done()) == 1, "that one is due more seldom"
+        assert sum(counts["remove_orphans"] for counts in done()) == 1, "expected a longer interval for this duty"
 
 
-async def test_who_dies_over_a_duty_loses_it_at_the_deadline(tmp_path: Path) -> None:
+async def test_a_duty_of_a_crashed_process_is_free_at_its_deadline(tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened("sqlite", tmp_path, clock=clock, upkeep_interval_ms=5_000) as engine:
         assert await engine.maintenance.take_duty(
-            "sweep", "dead", free_us=clock.now_us() + 60_000_000, now_us=clock.now_us()
+            "sweep", "crashed", free_us=clock.now_us() + 60_000_000, now_us=clock.now_us()
         )
         upkeep = Upkeep(engine)
         clock.advance(59.999)
@@ -187,11 +189,13 @@ async def test_who_dies_over_a_duty_loses_it_at_the_deadline(tmp_path: Path) -> 
         clock.advance(0.001)
         await upkeep.round()
         assert upkeep.stats["sweep"].done_count == 1
-        await engine.maintenance.end_duty("sweep", "dead", free_us=0)
-        assert (await engine.maintenance.duties())["sweep"] > clock.now_us(), "it is not the dead one's any more"
+        await engine.maintenance.end_duty("sweep", "crashed", free_us=0)
+        assert (await engine.maintenance.duties())["sweep"] > clock.now_us(), (
+            "expected the duty not to be freed by its former holder"
+        )
 
 
-async def test_a_duty_that_hangs_is_given_up_at_its_deadline(tmp_path: Path) -> None:
+async def test_a_hanging_duty_is_abandoned_at_its_deadline(tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened("memory", tmp_path, clock=clock) as engine:
         never = asyncio.Event()
@@ -201,24 +205,24 @@ async def test_a_duty_that_hangs_is_given_up_at_its_deadline(tmp_path: Path) -> 
 
         store = Faulty(engine.store)
         upkeep = Upkeep(dataclasses.replace(engine, store=store))
-        store.sweep = hang  # type: ignore[attr-defined]  # shadows the verb
+        store.sweep = hang  # type: ignore[attr-defined]  # shadows the operation
         round_ = asyncio.create_task(upkeep.round())
         await clock.advance_async(60)
-        while not round_.done():  # the next duty lists objects, which takes a thread's time
+        while not round_.done():  # the next duty lists objects in a thread
             await asyncio.sleep(0)
         assert upkeep.stats["sweep"].failed_count == 1
-        assert upkeep.stats["remove_orphans"].done_count == 1, "the others are done all the same"
+        assert upkeep.stats["remove_orphans"].done_count == 1, "expected the other duties to be done"
 
 
-async def test_a_session_that_lapses_between_two_rounds_is_recovered_when_it_lapses(tmp_path: Path) -> None:
+async def test_a_session_that_lapses_between_two_rounds_is_recovered_on_time(tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened("memory", tmp_path, clock=clock, upkeep_interval_ms=5_000) as engine:
         await _without_objects(engine)
         batch_id = await filled(engine, 10)
         far = Session(id="session_far", kind="worker", host="far", pid=1, started_us=0)
         await engine.store.start_session(far, now_us=clock.now_us())
-        wish = Claim(session_id=far.id, claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=10)
-        await engine.store.claim(wish, now_us=clock.now_us())
+        claim = Claim(session_id=far.id, claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=10)
+        await engine.store.claim(claim, now_us=clock.now_us())
         clock.advance(2.5)
         await engine.store.heartbeat(far.id, now_us=clock.now_us())
         running = asyncio.create_task(Upkeep(engine).run())
@@ -226,12 +230,14 @@ async def test_a_session_that_lapses_between_two_rounds_is_recovered_when_it_lap
         await clock.advance_async(14.999)
         assert (await engine.store.batch(batch_id))[1].leased == 10
         await clock.advance_async(0.001)
-        assert (await engine.store.batch(batch_id))[1].waiting == 10, "not up to an interval later"
+        assert (await engine.store.batch(batch_id))[1].waiting == 10, (
+            "expected the recovery when the session lapses, not an interval later"
+        )
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_rounds_come_at_their_interval_until_they_are_cancelled(tmp_path: Path) -> None:
+async def test_rounds_run_at_their_interval_until_they_are_cancelled(tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened("memory", tmp_path, clock=clock, upkeep_interval_ms=5_000) as engine:
         await _without_objects(engine)
@@ -248,6 +254,6 @@ async def test_rounds_come_at_their_interval_until_they_are_cancelled(tmp_path: 
 
 
 async def _without_objects(engine: Engine) -> None:
-    """Listing objects takes a thread's time, which a test's clock does not wait for: that duty is another's."""
+    """Take the duty that lists objects: it runs in a thread, which a manual clock does not wait for."""
     far_us = engine.clock.now_us() + DAY_S * 1_000_000
     assert await engine.maintenance.take_duty("remove_orphans", "another", free_us=far_us, now_us=engine.clock.now_us())

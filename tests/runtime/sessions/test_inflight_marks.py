@@ -1,4 +1,4 @@
-"""Evidence that outlives its process."""
+"""In-flight marks: the record of started runs that survives a crash of its process."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ sys.stdin.read()
 """
 
 
-def test_marks_tell_what_had_begun_and_not_ended(tmp_path: Path) -> None:
-    marks = InflightMarks(tmp_path / "own", slot_runs=8)
+def test_marks_record_the_runs_that_had_begun_and_not_ended(tmp_path: Path) -> None:
+    marks = InflightMarks(tmp_path / "marks", slot_runs=8)
     _, first = marks.take(1, 10, 4)
     _, second = marks.take(2, 20, 8)
     first[0], first[2], first[3] = BEGUN, ENDED, BEGUN
@@ -49,16 +49,16 @@ def test_marks_tell_what_had_begun_and_not_ended(tmp_path: Path) -> None:
     assert not marks.path.exists()
 
 
-def test_the_room_of_a_file_is_taken_before_anything_is_marked(tmp_path: Path) -> None:
-    """A store into a mapped hole of a full disk would end the process by a bus error."""
-    marks = InflightMarks(tmp_path / "own", slot_runs=256)
-    found = marks.path.stat()
-    assert found.st_blocks * 512 >= found.st_size > 256 * marks.free_count
+def test_the_space_of_a_file_is_allocated_before_a_run_is_marked(tmp_path: Path) -> None:
+    """Allocate the file: a write into a hole of a mapped file on a full disk would end the process by SIGBUS."""
+    marks = InflightMarks(tmp_path / "marks", slot_runs=256)
+    status = marks.path.stat()
+    assert status.st_blocks * 512 >= status.st_size > 256 * marks.free_count
     marks.close()
 
 
-def test_a_slot_is_used_again_and_starts_clean(tmp_path: Path) -> None:
-    marks = InflightMarks(tmp_path / "own", slot_runs=8, slots=2)
+def test_a_reused_slot_starts_empty(tmp_path: Path) -> None:
+    marks = InflightMarks(tmp_path / "marks", slot_runs=8, slots=2)
     slot, body = marks.take(1, 1, 8)
     body[5] = BEGUN
     assert marks.free_count == 1
@@ -72,7 +72,7 @@ def test_a_slot_is_used_again_and_starts_clean(tmp_path: Path) -> None:
 
 
 def test_a_span_too_long_for_a_slot_is_suspect_as_a_whole(tmp_path: Path) -> None:
-    marks = InflightMarks(tmp_path / "own", slot_runs=8)
+    marks = InflightMarks(tmp_path / "marks", slot_runs=8)
     slot, body = marks.take(1, 1, 9)
     assert len(body) == 9
     assert read(marks.path) == {(1, 1): ALL_SLOTS}
@@ -81,47 +81,47 @@ def test_a_span_too_long_for_a_slot_is_suspect_as_a_whole(tmp_path: Path) -> Non
     marks.close()
 
 
-def test_two_slots_of_one_lease_are_one_suspicion(tmp_path: Path) -> None:
-    marks = InflightMarks(tmp_path / "own", slot_runs=8)
-    for place in (1, 4):
+def test_two_slots_of_a_lease_are_merged(tmp_path: Path) -> None:
+    marks = InflightMarks(tmp_path / "marks", slot_runs=8)
+    for span_slot in (1, 4):
         _, body = marks.take(1, 1, 8)
-        body[place] = BEGUN
+        body[span_slot] = BEGUN
     assert read(marks.path) == {(1, 1): (1, 4)}
     marks.close()
 
 
-def test_locked_is_alive_and_unlocked_is_dead(tmp_path: Path) -> None:
-    marks = InflightMarks(tmp_path / "own", slot_runs=8)
+def test_a_locked_file_has_a_live_owner_and_an_unlocked_file_an_ended_owner(tmp_path: Path) -> None:
+    marks = InflightMarks(tmp_path / "marks", slot_runs=8)
     assert owner_has_ended(marks.path) is False
     with pytest.raises(StoreUnavailable):
         InflightMarks(marks.path, slot_runs=8)
     _, body = marks.take(1, 1, 1)
     body[0] = BEGUN
-    marks.close(keep=True)  # though a run still holds its part of the map
+    marks.close(keep=True)  # although a run still holds its part of the map
     assert owner_has_ended(marks.path) is True
     assert read(marks.path) == {(1, 1): (0,)}
     remove([marks.path])
     assert owner_has_ended(marks.path) is None
 
 
-def test_evidence_survives_a_kill(tmp_path: Path) -> None:
+def test_marks_survive_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "live" / "session_1"
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as it:
-        assert it.stdout is not None
-        assert it.stdout.readline() == b"marked\n"
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"marked\n"
         assert owner_has_ended(path) is False
-        it.send_signal(signal.SIGKILL)
-        it.wait()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert owner_has_ended(path) is True
     assert read(path) == {(7, 3): (1, 4)}
     assert read_deadline(path) == 99
 
 
 @pytest.mark.parametrize("content", [b"", b"HR", b"x" * 100, b"HRMARK01" + b"\xff" * 16, b"HRMARK01" + b"\0" * 60])
-def test_an_unreadable_file_suspects_nobody(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "own"
+def test_an_unreadable_file_marks_no_run(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "marks"
     path.write_bytes(content)
     assert read(path) == {}
     assert read(tmp_path / "none") == {}
@@ -129,19 +129,19 @@ def test_an_unreadable_file_suspects_nobody(tmp_path: Path, content: bytes) -> N
 
 
 def test_children_are_merged_into_their_session(tmp_path: Path) -> None:
-    made = []
-    for name, place in (("session_a", 0), ("session_a.0-1", 2), ("session_a.1-2", 5), ("session_ab", 7)):
+    all_marks = []
+    for name, span_slot in (("session_a", 0), ("session_a.0-1", 2), ("session_a.1-2", 5), ("session_ab", 7)):
         marks = InflightMarks(tmp_path / name, slot_runs=8)
         _, body = marks.take(1, 1, 8)
-        body[place] = BEGUN
-        made.append(marks)
+        body[span_slot] = BEGUN
+        all_marks.append(marks)
     assert merged(of_session(tmp_path, "session_a")) == {(1, 1): (0, 2, 5)}
-    for marks in made:
+    for marks in all_marks:
         marks.close()
     assert merged(of_session(tmp_path, "session_a")) == {}
 
 
-def test_a_directory_that_can_not_be_written_is_said_so(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreUnavailable, match="can't be created"):
-        InflightMarks(tmp_path / "file" / "own", slot_runs=8)
+        InflightMarks(tmp_path / "file" / "marks", slot_runs=8)

@@ -1,4 +1,4 @@
-"""One process's dealings with the store, with answers lost and stores away."""
+"""Store sessions: repeated calls after lost responses, and stores that are unavailable."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ AWAY = StoreUnavailable("away")
 SECOND_US = 1_000_000
 
 
-class Desk:
-    """A broker on a store that can be made to fail, on a clock that stands."""
+class SessionRig:
+    """A session on a store that can fail, with a manual clock."""
 
     def __init__(self, engine: Engine) -> None:
         self.store = Faulty(engine.store)
         self.clock = ManualClock()
         self.engine = dataclasses.replace(engine, store=self.store, clock=self.clock, beats_beside=False)
-        self.broker = StoreSession(self.engine, kind="worker")
+        self.session = StoreSession(self.engine, kind="worker")
 
     async def batch(self, count: int, **key: Any) -> str:
-        """A sealed batch of `count` runs of `task`."""
+        """Append and seal a batch of `count` runs of `task`."""
         now_us = self.clock.now_us()
         batch, _ = await self.store.create_batch(NewBatch(id=new_batch_id(now_us)), now_us=now_us)
         coalescer = Coalescer(runs_max=256, bytes_max=1 << 20)
@@ -54,241 +54,241 @@ class Desk:
         return str(batch.id)
 
     async def claim(self, runs_max: int = 1_000) -> list[ActiveLease]:
-        return await self.broker.claim(["task"], None, runs_max)
+        return await self.session.claim(["task"], None, runs_max)
 
     async def end(self, work: ActiveLease, code: int = run.COMPLETED) -> None:
-        """Every run of a lease ends so, and the lease with them."""
+        """End each run of a lease with the given outcome, and then the lease."""
         while work.cursor < work.count:
             work.end(work.begin(), code, b"0")
         settlement = work.take_settlement()
         assert settlement is not None
-        await self.broker.end_lease(work, [settlement])
+        await self.session.end_lease(work, [settlement])
 
     async def settled(self) -> None:
-        """Until the flusher has nothing left."""
-        flusher = self.broker._flusher
+        """Wait until the flusher has no update left."""
+        flusher = self.session._flusher
         assert flusher is not None
         while flusher.depth:
             await asyncio.sleep(0)
 
     async def beat(self) -> None:
-        await self.broker._heartbeat_once(lambda news, *values: news(*values))
+        await self.session._heartbeat_once(lambda callback, *values: callback(*values))
 
     async def states(self, batch_id: str) -> list[str]:
         return [view.state for view in await self.store.runs("default", batch_id=batch_id, limit=10_000)]
 
 
 @asynccontextmanager
-async def desk_on(folder: Path, **limits: Any) -> AsyncGenerator[Desk, None]:
+async def open_rig(folder: Path, **limits: Any) -> AsyncGenerator[SessionRig, None]:
     engine = await engine_of("sqlite", folder, **limits)
-    desk = Desk(engine)
-    await desk.broker.start()
+    rig = SessionRig(engine)
+    await rig.session.start()
     try:
-        yield desk
-        await desk.broker.stop()
+        yield rig
+        await rig.session.stop()
         assert await invariants.faults(engine.store, "default") == []
     finally:
         await engine.close()
 
 
-async def test_r1_a_claim_whose_answer_was_lost_is_repeated_and_answers_the_same_spans(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(300)
-        desk.store.after["claim"] = [AWAY, AWAY]
-        claiming = asyncio.create_task(desk.claim(100))
-        while desk.store.calls.count("claim") < 3:
-            await desk.clock.advance_async(1)
+async def test_r1_a_claim_whose_response_was_lost_is_repeated_and_returns_the_same_spans(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(300)
+        rig.store.after["claim"] = [AWAY, AWAY]
+        claiming = asyncio.create_task(rig.claim(100))
+        while rig.store.calls.count("claim") < 3:
+            await rig.clock.advance_async(1)
             await asyncio.sleep(0)
         works = await claiming
         assert sum(work.count for work in works) == 100
-        _, ledger = await desk.store.batch(batch_id)
+        _, ledger = await rig.store.batch(batch_id)
         assert (ledger.leased, ledger.waiting) == (100, 200)
         for work in works:
-            await desk.end(work)
+            await rig.end(work)
 
 
-async def test_r1_leases_that_nobody_here_holds_go_back_after_a_heartbeat(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(10)
-        desk.store.after["claim"] = [asyncio.CancelledError()]  # a stop came while the answer was on its way
+async def test_r1_leases_that_the_process_does_not_hold_are_released_after_a_heartbeat(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        rig.store.after["claim"] = [asyncio.CancelledError()]  # the worker was stopped before the response arrived
         with pytest.raises(asyncio.CancelledError):
-            await desk.claim()
-        assert (await desk.store.batch(batch_id))[1].leased == 10
-        await desk.beat()
-        await desk.settled()
-        assert (await desk.store.batch(batch_id))[1].leased == 0
+            await rig.claim()
+        assert (await rig.store.batch(batch_id))[1].leased == 10
+        await rig.beat()
+        await rig.settled()
+        assert (await rig.store.batch(batch_id))[1].leased == 0
 
 
-async def test_r1_a_heartbeat_leaves_claims_alone_that_are_not_answered_yet(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(10)
-        desk.store.after["claim"] = [AWAY]
-        claiming = asyncio.create_task(desk.claim(4))
-        while not desk.clock.sleepers_count > 1:
+async def test_r1_a_heartbeat_keeps_the_leases_of_pending_claims(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        rig.store.after["claim"] = [AWAY]
+        claiming = asyncio.create_task(rig.claim(4))
+        while not rig.clock.sleepers_count > 1:
             await asyncio.sleep(0)
-        (second,) = await desk.claim(3)  # claimed and answered later than the first, which waits to ask again
-        await desk.beat()
-        await desk.settled()
-        assert (await desk.store.batch(batch_id))[1].leased == 7
-        await desk.clock.advance_async(1)
+        (second,) = await rig.claim(3)  # claimed and returned after the first claim, which waits for its retry
+        await rig.beat()
+        await rig.settled()
+        assert (await rig.store.batch(batch_id))[1].leased == 7
+        await rig.clock.advance_async(1)
         (first,) = await claiming
         for work in (first, second):
-            await desk.end(work)
-        await desk.settled()
-        assert (await desk.states(batch_id)).count("completed") == 7
+            await rig.end(work)
+        await rig.settled()
+        assert (await rig.states(batch_id)).count("completed") == 7
 
 
-async def test_r1_a_heartbeat_leaves_leases_alone_whose_outcomes_are_on_their_way(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(10)
-        (work,) = await desk.claim()
-        desk.store.before["settle"] = [AWAY]
-        await desk.end(work)
-        while desk.broker._flusher is None or desk.broker._flusher.last_error is None:
+async def test_r1_a_heartbeat_keeps_leases_whose_outcomes_are_pending(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        (work,) = await rig.claim()
+        rig.store.before["settle"] = [AWAY]
+        await rig.end(work)
+        while rig.session._flusher is None or rig.session._flusher.last_error is None:
             await asyncio.sleep(0)
-        await desk.beat()
-        await desk.clock.advance_async(1)
-        await desk.settled()
-        assert "release" not in desk.store.calls
-        assert await desk.states(batch_id) == ["completed"] * 10
+        await rig.beat()
+        await rig.clock.advance_async(1)
+        await rig.settled()
+        assert "release" not in rig.store.calls
+        assert await rig.states(batch_id) == ["completed"] * 10
 
 
-async def test_r2_a_settlement_whose_answer_was_lost_is_repeated_and_counts_once(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(10)
-        (work,) = await desk.claim()
-        desk.store.after["settle"] = [AWAY]
-        await desk.end(work)
-        while desk.store.calls.count("settle") < 2:
-            await desk.clock.advance_async(1)
+async def test_r2_a_settlement_whose_response_was_lost_is_repeated_and_counts_once(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        (work,) = await rig.claim()
+        rig.store.after["settle"] = [AWAY]
+        await rig.end(work)
+        while rig.store.calls.count("settle") < 2:
+            await rig.clock.advance_async(1)
             await asyncio.sleep(0)
-        await desk.broker.stop()
-        assert desk.broker.lost_count == 0
-        batch, ledger = await desk.store.batch(batch_id)
+        await rig.session.stop()
+        assert rig.session.lost_count == 0
+        batch, ledger = await rig.store.batch(batch_id)
         assert (batch.state, ledger.completed) == ("completed", 10)
 
 
-async def test_r3_a_thawed_session_drops_its_leases_and_starts_anew(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(10)
-        (work,) = await desk.claim()
+async def test_r3_a_thawed_session_drops_its_leases_and_restarts(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        (work,) = await rig.claim()
         ended: list[str] = []
-        desk.broker.on_ended = lambda: ended.append(desk.broker.session_id)
-        first = desk.broker.session_id
-        await end_by_others(desk, first)
-        await desk.beat()
-        assert (ended, desk.broker.held, work.slot) == ([first], [], -1)
+        rig.session.on_ended = lambda: ended.append(rig.session.session_id)
+        first = rig.session.session_id
+        await end_elsewhere(rig, first)
+        await rig.beat()
+        assert (ended, rig.session.held, work.slot) == ([first], [], -1)
         with pytest.raises(SessionEnded):
-            await desk.claim()
-        await desk.broker.restart()
-        assert desk.broker.session_id != first
-        (again,) = await desk.claim()
+            await rig.claim()
+        await rig.session.restart()
+        assert rig.session.session_id != first
+        (again,) = await rig.claim()
         assert again.lease.token > work.lease.token
-        await desk.end(work)  # late, under the old token
-        await desk.settled()
-        assert desk.broker.lost_count == 10
-        assert (await desk.store.batch(batch_id))[1].leased == 10
-        await desk.end(again)
-        await desk.settled()
-        assert await desk.states(batch_id) == ["completed"] * 10
+        await rig.end(work)  # late, with the old token
+        await rig.settled()
+        assert rig.session.lost_count == 10
+        assert (await rig.store.batch(batch_id))[1].leased == 10
+        await rig.end(again)
+        await rig.settled()
+        assert await rig.states(batch_id) == ["completed"] * 10
 
 
-async def end_by_others(desk: Desk, session_id: str) -> None:
-    now_us = desk.clock.now_us()
-    nobody = Suspects(span_slots={}, evidence="")
-    await desk.store.recover(session_id, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
+async def end_elsewhere(rig: SessionRig, session_id: str) -> None:
+    now_us = rig.clock.now_us()
+    no_suspects = Suspects(span_slots={}, evidence="")
+    await rig.store.recover(session_id, no_suspects, silent_since_us=now_us, crashes_max=3, now_us=now_us)
 
 
-async def test_a_restart_uses_no_slot_of_the_old_file_again(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        await desk.batch(2)
-        old = await desk.claim(1)
-        await end_by_others(desk, desk.broker.session_id)
-        await desk.broker.restart()
-        marks = desk.broker.marks
+async def test_a_restart_reuses_no_slot_of_the_old_file(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        await rig.batch(2)
+        old = await rig.claim(1)
+        await end_elsewhere(rig, rig.session.session_id)
+        await rig.session.restart()
+        marks = rig.session.marks
         assert marks is not None
         free = marks.free_count
         for work in old:
-            await desk.end(work)
-        await desk.settled()
+            await rig.end(work)
+        await rig.settled()
         assert marks.free_count == free
-        old[0].marks[0] = 1  # a run that outlived its session may still write its marks
+        old[0].marks[0] = 1  # a run that survived its session may still write its marks
         assert read(marks.path) == {}
 
 
-async def test_the_flusher_keeps_everything_while_the_store_fails(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(600)
-        works = await desk.claim()
-        desk.store.before["settle"] = [AWAY] * 5
+async def test_the_flusher_keeps_all_updates_while_the_store_fails(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(600)
+        works = await rig.claim()
+        rig.store.before["settle"] = [AWAY] * 5
         for work in works:
-            await desk.end(work)
-        while desk.store.before["settle"]:
-            await desk.clock.advance_async(10)
+            await rig.end(work)
+        while rig.store.before["settle"]:
+            await rig.clock.advance_async(10)
             await asyncio.sleep(0)
-        await desk.clock.advance_async(10)
-        await desk.settled()
-        batch, ledger = await desk.store.batch(batch_id)
+        await rig.clock.advance_async(10)
+        await rig.settled()
+        batch, ledger = await rig.store.batch(batch_id)
         assert (batch.state, ledger.completed) == ("completed", 600)
 
 
-async def test_a_lease_whose_settlement_is_refused_for_good_goes_back(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(10)
-        (work,) = await desk.claim()
-        desk.store.before["settle"] = [InvalidInput("never")]
-        await desk.end(work)
-        await desk.settled()
-        assert (await desk.store.batch(batch_id))[1].leased == 10
-        await desk.beat()
-        await desk.settled()
-        assert (await desk.store.batch(batch_id))[1].leased == 0
+async def test_a_lease_whose_settlement_is_permanently_refused_is_released(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        (work,) = await rig.claim()
+        rig.store.before["settle"] = [InvalidInput("never")]
+        await rig.end(work)
+        await rig.settled()
+        assert (await rig.store.batch(batch_id))[1].leased == 10
+        await rig.beat()
+        await rig.settled()
+        assert (await rig.store.batch(batch_id))[1].leased == 0
 
 
-async def test_a_lease_is_evidence_until_its_last_update_is_durable(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        await desk.batch(3, at_most_once=True)
-        (work,) = await desk.claim()
-        marks = desk.broker.marks
+async def test_a_lease_stays_marked_until_its_last_update_is_durable(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        await rig.batch(3, at_most_once=True)
+        (work,) = await rig.claim()
+        marks = rig.session.marks
         assert marks is not None
-        desk.store.before["settle"] = [AWAY]
-        await desk.end(work)
-        while desk.broker._flusher is None or desk.broker._flusher.last_error is None:
+        rig.store.before["settle"] = [AWAY]
+        await rig.end(work)
+        while rig.session._flusher is None or rig.session._flusher.last_error is None:
             await asyncio.sleep(0)
         assert read(marks.path) == {(work.lease.span_id, work.lease.token): (0, 1, 2)}
-        await desk.clock.advance_async(1)
-        await desk.settled()
+        await rig.clock.advance_async(1)
+        await rig.settled()
         assert read(marks.path) == {}
 
 
-async def test_an_earlier_part_that_became_durable_ends_no_evidence(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        await desk.batch(3, at_most_once=True)
-        (work,) = await desk.claim()
-        marks = desk.broker.marks
+async def test_a_lease_stays_marked_after_an_earlier_part_became_durable(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        await rig.batch(3, at_most_once=True)
+        (work,) = await rig.claim()
+        marks = rig.session.marks
         assert marks is not None
         seen: list[Any] = []
-        desk.store.watch["settle"] = lambda: seen.append(read(marks.path))
-        desk.store.before["settle"] = [AWAY]
+        rig.store.watch["settle"] = lambda: seen.append(read(marks.path))
+        rig.store.before["settle"] = [AWAY]
         work.end(work.begin(), run.COMPLETED, b"0")
         part = work.take_settlement()
         assert part is not None
-        await desk.broker.put(part)
-        while desk.broker._flusher is None or desk.broker._flusher.last_error is None:
+        await rig.session.put(part)
+        while rig.session._flusher is None or rig.session._flusher.last_error is None:
             await asyncio.sleep(0)
-        await desk.end(work)  # waits behind the first part, which is tried again alone
-        await desk.clock.advance_async(1)
-        await desk.settled()
+        await rig.end(work)  # waits behind the first part, which is retried alone
+        await rig.clock.advance_async(1)
+        await rig.settled()
         name = (work.lease.span_id, work.lease.token)
         assert seen == [{name: (0, 1, 2)}, {name: (0, 1, 2)}]
         assert read(marks.path) == {}
 
 
-async def test_claims_keep_to_the_leases_that_can_be_marked(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        small = StoreSession(desk.engine, kind="worker", slots=5)
+async def test_claims_are_bounded_by_the_free_mark_slots(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        small = StoreSession(rig.engine, kind="worker", slots=5)
         await small.start()
-        await desk.batch(100)
+        await rig.batch(100)
         works = [work for _ in range(7) for work in await small.claim(["task"], None, 1)]
         assert (len(works), small.free_count) == (5, 0)
         assert await small.claim(["task"], None, 10) == []
@@ -301,149 +301,149 @@ async def test_claims_keep_to_the_leases_that_can_be_marked(tmp_path: Path) -> N
         await small.stop()
 
 
-async def test_a_broker_that_can_not_write_leaves_its_evidence(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(10)
-        other = StoreSession(desk.engine, kind="worker")
+async def test_a_session_that_cannot_settle_leaves_its_marks(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        other = StoreSession(rig.engine, kind="worker")
         await other.start()
         (work,) = await other.claim(["task"], None, 10)
         assert other.marks is not None
         path = other.marks.path
         work.begin()
-        desk.store.before["settle"] = [AWAY] * 1_000
+        rig.store.before["settle"] = [AWAY] * 1_000
         work.end(work.begin(), run.COMPLETED, b"1")
         settlement = work.take_settlement()
         assert settlement is not None
         await other.put(settlement)
         stopping = asyncio.create_task(other.stop(deadline_s=5))
         while not stopping.done():
-            await desk.clock.advance_async(1)
+            await rig.clock.advance_async(1)
             await asyncio.sleep(0)
         with pytest.raises(UpdatesUnflushed):
             await stopping
-        desk.store.before.clear()
+        rig.store.before.clear()
         assert owner_has_ended(path) is True
-        assert await desk.broker.recover() == 1
+        assert await rig.session.recover() == 1
         assert not path.exists()
-        views = [await desk.store.run(batch_id, index) for index in range(10)]
+        views = [await rig.store.run(batch_id, index) for index in range(10)]
         assert [view.crashes_count for view in views] == [1] + [0] * 9
 
 
-async def lost(desk: Desk, *, marks: bool) -> tuple[str, InflightMarks | None, ActiveLease]:
-    """A worker of another process that leased ten runs and began two of them."""
-    now_us = desk.clock.now_us()
+async def lost_worker(rig: SessionRig, *, marks: bool) -> tuple[str, InflightMarks | None, ActiveLease]:
+    """Simulate a worker of another process that leased ten runs and began two of them."""
+    now_us = rig.clock.now_us()
     session_id = new_session_id(now_us)
-    assert desk.engine.live_directory is not None
-    own = InflightMarks(desk.engine.live_directory / session_id, slot_runs=256) if marks else None
-    session = Session(id=session_id, kind="worker", host="elsewhere", pid=7, started_us=now_us)
-    await desk.store.start_session(session, now_us=now_us)
-    wish = Claim(session_id=session_id, claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=10)
-    (lease,) = await desk.store.claim(wish, now_us=now_us)
-    slot, body = own.take(lease.span_id, lease.token, lease.runs_count) if own is not None else (-1, None)
+    assert rig.engine.live_directory is not None
+    marks_file = InflightMarks(rig.engine.live_directory / session_id, slot_runs=256) if marks else None
+    record = Session(id=session_id, kind="worker", host="elsewhere", pid=7, started_us=now_us)
+    await rig.store.start_session(record, now_us=now_us)
+    claim = Claim(session_id=session_id, claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=10)
+    (lease,) = await rig.store.claim(claim, now_us=now_us)
+    slot, body = marks_file.take(lease.span_id, lease.token, lease.runs_count) if marks_file is not None else (-1, None)
     work = ActiveLease(lease, body, slot)
     work.begin()
     work.begin()
-    return session_id, own, work
+    return session_id, marks_file, work
 
 
-async def crashes(desk: Desk, batch_id: str) -> list[int]:
-    return [(await desk.store.run(batch_id, index)).crashes_count for index in range(10)]
+async def crashes(rig: SessionRig, batch_id: str) -> list[int]:
+    return [(await rig.store.run(batch_id, index)).crashes_count for index in range(10)]
 
 
-async def test_a_dead_process_of_this_machine_is_recovered_at_once(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(10)
-        _, marks, _ = await lost(desk, marks=True)
+async def test_an_ended_process_of_this_machine_is_recovered_at_once(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        _, marks, _ = await lost_worker(rig, marks=True)
         assert marks is not None
-        assert await desk.broker.recover() == 0  # it lives
+        assert await rig.session.recover() == 0  # its owner is alive
         marks.close(keep=True)
-        assert await desk.broker.recover() == 1
-        assert await crashes(desk, batch_id) == [1, 1] + [0] * 8
-        assert await desk.broker.recover() == 0
+        assert await rig.session.recover() == 1
+        assert await crashes(rig, batch_id) == [1, 1] + [0] * 8
+        assert await rig.session.recover() == 0
 
 
-async def test_a_process_elsewhere_is_recovered_when_it_was_silent_too_long(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(10)
-        await lost(desk, marks=False)
-        desk.clock.advance(desk.engine.limits.session_timeout_ms / 1_000 - 0.001)
-        assert await desk.broker.recover() == 0
-        desk.clock.advance(0.001)
-        assert await desk.broker.recover() == 1
-        assert await crashes(desk, batch_id) == [1] * 10  # nothing is known of it, so all are suspect
+async def test_a_process_of_another_machine_is_recovered_when_its_session_lapsed(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        await lost_worker(rig, marks=False)
+        rig.clock.advance(rig.engine.limits.session_timeout_ms / 1_000 - 0.001)
+        assert await rig.session.recover() == 0
+        rig.clock.advance(0.001)
+        assert await rig.session.recover() == 1
+        assert await crashes(rig, batch_id) == [1] * 10  # no marks are available, so all runs are suspect
 
 
-async def test_a_process_that_lives_but_hangs_is_recovered_in_the_end(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(10)
-        _, marks, _ = await lost(desk, marks=True)
-        timeout_s = desk.engine.limits.session_timeout_ms / 1_000
-        desk.clock.advance(STUCK_TIMEOUTS * timeout_s - 1)
-        assert await desk.broker.recover() == 0
-        desk.clock.advance(1)
-        assert await desk.broker.recover() == 1
-        assert await crashes(desk, batch_id) == [1, 1] + [0] * 8
+async def test_a_live_process_that_hangs_is_recovered_after_several_timeouts(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        _, marks, _ = await lost_worker(rig, marks=True)
+        timeout_s = rig.engine.limits.session_timeout_ms / 1_000
+        rig.clock.advance(STUCK_TIMEOUTS * timeout_s - 1)
+        assert await rig.session.recover() == 0
+        rig.clock.advance(1)
+        assert await rig.session.recover() == 1
+        assert await crashes(rig, batch_id) == [1, 1] + [0] * 8
         assert marks is not None
         marks.close()
 
 
-async def test_a_heartbeat_that_fails_is_tried_again_and_says_what_nobody_wants(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        batch_id = await desk.batch(10)
-        await desk.claim()
-        told: list[Any] = []
-        desk.broker.on_unwanted = told.append
-        desk.store.before["heartbeat"] = [AWAY]
-        await desk.beat()
-        await desk.store.stop_batch(batch_id, "cancelled", now_us=desk.clock.now_us())
-        await desk.beat()
-        assert [reply.stopped for reply in told] == [[batch_id]]
+async def test_a_failed_heartbeat_is_retried_and_reports_stopped_batches(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        await rig.claim()
+        replies: list[Any] = []
+        rig.session.on_unwanted = replies.append
+        rig.store.before["heartbeat"] = [AWAY]
+        await rig.beat()
+        await rig.store.stop_batch(batch_id, "cancelled", now_us=rig.clock.now_us())
+        await rig.beat()
+        assert [reply.stopped for reply in replies] == [[batch_id]]
 
 
-async def test_r18_heartbeats_go_on_while_a_run_blocks_the_loop(tmp_path: Path) -> None:
+async def test_r18_heartbeats_continue_while_a_run_blocks_the_loop(tmp_path: Path) -> None:
     engine = await engine_of("sqlite", tmp_path, heartbeat_ms=10, session_timeout_ms=30)
     store = Faulty(engine.store)
     beats = threading.Semaphore(0)
     store.watch["heartbeat"] = lambda: beats.release()
-    broker = StoreSession(dataclasses.replace(engine, store=store), kind="worker")
-    await broker.start()
+    session = StoreSession(dataclasses.replace(engine, store=store), kind="worker")
+    await session.start()
     for _ in range(3):
         assert beats.acquire(timeout=60)
-    await broker.stop()
+    await session.stop()
     await engine.close()
 
 
-def test_a_heartbeat_ends_with_the_loop_of_its_owner_though_the_store_is_closed_too(tmp_path: Path) -> None:
-    async def die() -> StoreSession:
+def test_heartbeats_end_with_the_loop_of_their_owner_when_the_store_is_closed(tmp_path: Path) -> None:
+    async def start_without_stop() -> StoreSession:
         engine = await engine_of("sqlite", tmp_path, heartbeat_ms=10)
-        broker = StoreSession(engine, kind="worker")
-        await broker.start()
+        session = StoreSession(engine, kind="worker")
+        await session.start()
         await engine.close()
-        return broker  # nobody stops it
+        return session  # without stopping the session
 
-    broker = asyncio.run(die())
-    beating = broker._heartbeats
+    session = asyncio.run(start_without_stop())
+    beating = session._heartbeats
     assert isinstance(beating, threading.Thread)
     beating.join(timeout=60)
     assert not beating.is_alive()
-    broker.abandon()
+    session.abandon()
 
 
-async def test_starting_and_stopping_twice_does_nothing_more(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        session_id = desk.broker.session_id
-        await desk.broker.start()
-        assert desk.broker.session_id == session_id
-        await desk.broker.stop()
-        await desk.broker.stop()
-        assert await desk.store.sessions() == []
+async def test_starting_and_stopping_are_idempotent(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        session_id = rig.session.session_id
+        await rig.session.start()
+        assert rig.session.session_id == session_id
+        await rig.session.stop()
+        await rig.session.stop()
+        assert await rig.store.sessions() == []
         assert list(tmp_path.glob("headrace.db.live/*")) == []
 
 
-async def test_a_broker_that_can_not_start_leaves_nothing_behind(tmp_path: Path) -> None:
-    async with desk_on(tmp_path) as desk:
-        other = StoreSession(desk.engine, kind="worker")
-        desk.store.before["start_session"] = [AWAY]
+async def test_a_session_that_fails_to_start_leaves_no_file(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        other = StoreSession(rig.engine, kind="worker")
+        rig.store.before["start_session"] = [AWAY]
         with pytest.raises(StoreUnavailable):
             await other.start()
         assert len(list(tmp_path.glob("headrace.db.live/*"))) == 1

@@ -1,4 +1,4 @@
-"""Tasks behind a URL, on real sockets: a server that answers what a test says, with and without TLS."""
+"""HTTP endpoints over real sockets: a server that sends the responses of a test, with and without TLS."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ QUICK = Retry(attempts=4, delay_s=0.0)
 
 
 class Request(NamedTuple):
-    """What the server was asked."""
+    """A request that the server received."""
 
     path: str
     headers: dict[str, str]
     body: bytes
 
 
-class Answer(NamedTuple):
-    """What it says."""
+class Response(NamedTuple):
+    """A response that the server sends."""
 
     status: int = 200
     body: bytes = b""
@@ -49,49 +49,51 @@ class Answer(NamedTuple):
 
 
 class Server:
-    """Answers in the order given, then the last one for ever; None hangs up without a word."""
+    """A server that sends the given responses in order, then repeats the last; `None` closes the connection without a
+    response.
+    """
 
-    def __init__(self, answers: list[Answer | None]) -> None:
+    def __init__(self, responses: list[Response | None]) -> None:
         self.requests: list[Request] = []
         self.port = 0
-        self._answers = answers
+        self._responses = responses
         self._lock = threading.Lock()
 
-    def answer(self, request: Request) -> Answer | None:
+    def respond(self, request: Request) -> Response | None:
         with self._lock:
             self.requests.append(request)
-            return self._answers[min(len(self.requests), len(self._answers)) - 1]
+            return self._responses[min(len(self.requests), len(self._responses)) - 1]
 
 
 @contextmanager
-def serving(*answers: Answer | None, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
-    server = Server(list(answers))
+def serving(*responses: Response | None, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
+    server = Server(list(responses))
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
-            told = server.answer(Request(self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-            if told is None:
+            response = server.respond(Request(self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+            if response is None:
                 self.close_connection = True
                 return
-            self.send_response(told.status)
-            for name, value in {"content-length": str(len(told.body)), **told.headers}.items():
+            self.send_response(response.status)
+            for name, value in {"content-length": str(len(response.body)), **response.headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(told.body)
+            self.wfile.write(response.body)
 
         def log_message(self, *args: Any) -> None:
             pass
 
-    class Quiet(ThreadingHTTPServer):
+    class QuietServer(ThreadingHTTPServer):
         daemon_threads = True
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             pass
 
-    http = Quiet(("127.0.0.1", 0), Handler)
+    http = QuietServer(("127.0.0.1", 0), Handler)
     if tls is not None:
         http.socket = tls.wrap_socket(http.socket, server_side=True)
     server.port = http.server_address[1]
@@ -123,8 +125,8 @@ async def failure_of(run: Run[Any]) -> Failure:
 JSON = {"content-type": "application/json; charset=utf-8"}
 
 
-async def test_a_request_is_signed_and_its_answer_is_the_result(tmp_path: Path) -> None:
-    with serving(Answer(200, b'{"done": 1}', JSON)) as server:
+async def test_a_request_is_signed_and_its_response_is_the_result(tmp_path: Path) -> None:
+    with serving(Response(200, b'{"done": 1}', JSON)) as server:
         async with working(tmp_path) as app:
             url = f"http://127.0.0.1:{server.port}/hooks/resize?v=2"
             resize = app.endpoint("resize", url, secret=SECRET, allow=LOOPBACK, headers={"authorization": "Bearer t"})
@@ -139,15 +141,15 @@ async def test_a_request_is_signed_and_its_answer_is_the_result(tmp_path: Path) 
     assert headers["idempotency-key"] == headers["webhook-id"] == run.id
     assert (headers["headrace-task"], headers["headrace-attempt"]) == ("resize", "1")
     assert (headers["traceparent"], headers["authorization"]) == ("00-1-2-01", "Bearer t")
-    assert "private" not in headers, "headers of a run are its worker's; only the trace goes on"
+    assert "private" not in headers, "expected only the trace header to be forwarded"
     signed = f"{run.id}.{headers['webhook-timestamp']}.".encode() + request.body
     digest = hmac.new(b"k" * 32, signed, hashlib.sha256).digest()
     assert headers["webhook-signature"] == "v1," + base64.b64encode(digest).decode()
 
 
-async def test_what_fails_for_a_while_is_tried_again_under_the_same_key(tmp_path: Path) -> None:
-    late = Answer(429, b"", {"retry-after": "0"})
-    with serving(Answer(503), None, late, Answer(200, b"fine", {"content-type": "text/plain"})) as server:
+async def test_a_temporary_failure_is_retried_under_the_same_key(tmp_path: Path) -> None:
+    late = Response(429, b"", {"retry-after": "0"})
+    with serving(Response(503), None, late, Response(200, b"fine", {"content-type": "text/plain"})) as server:
         async with working(tmp_path) as app:
             url = f"http://127.0.0.1:{server.port}"
             task = app.endpoint("task", url, secret=SECRET, allow=LOOPBACK, retry=QUICK)
@@ -159,27 +161,27 @@ async def test_what_fails_for_a_while_is_tried_again_under_the_same_key(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("response", "words"),
     [
-        (Answer(404), "responded 404"),
-        (Answer(302, b"", {"location": "http://169.254.169.254/"}), "redirects are not followed"),
-        (Answer(200, b"{", JSON), "invalid JSON"),
-        (Answer(200, b"x" * (ANSWER_BYTES_MAX + 1)), "got more"),
+        (Response(404), "responded 404"),
+        (Response(302, b"", {"location": "http://169.254.169.254/"}), "redirects are not followed"),
+        (Response(200, b"{", JSON), "invalid JSON"),
+        (Response(200, b"x" * (ANSWER_BYTES_MAX + 1)), "got more"),
     ],
 )
-async def test_what_is_final_is_asked_once(tmp_path: Path, answer: Answer, said: str) -> None:
-    with serving(answer) as server:
+async def test_a_permanent_failure_is_requested_once(tmp_path: Path, response: Response, words: str) -> None:
+    with serving(response) as server:
         async with working(tmp_path) as app:
             url = f"http://127.0.0.1:{server.port}"
             task = app.endpoint("task", url, secret=SECRET, allow=LOOPBACK, retry=QUICK)
             async with app.worker():
                 failure = await failure_of(await task.enqueue(1))
     assert (failure.type, len(server.requests)) == ("EndpointRefused", 1)
-    assert said in failure.message
+    assert words in failure.message
 
 
-async def test_the_last_attempt_says_what_the_endpoint_said(tmp_path: Path) -> None:
-    with serving(Answer(503, b"", {"retry-after": "3600"})) as server:
+async def test_the_last_attempt_reports_the_response_of_the_endpoint(tmp_path: Path) -> None:
+    with serving(Response(503, b"", {"retry-after": "3600"})) as server:
         async with working(tmp_path) as app:
             url = f"http://127.0.0.1:{server.port}"
             task = app.endpoint("task", url, secret=SECRET, allow=LOOPBACK, retry=Retry(attempts=1))
@@ -188,7 +190,7 @@ async def test_the_last_attempt_says_what_the_endpoint_said(tmp_path: Path) -> N
     assert "responded 503 and asked for a retry in 3600 s" in failure.message
 
 
-async def test_an_answer_that_does_not_come_is_a_timeout(tmp_path: Path) -> None:
+async def test_a_missing_response_is_a_timeout(tmp_path: Path) -> None:
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
@@ -206,8 +208,8 @@ async def test_an_answer_that_does_not_come_is_a_timeout(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "169.254.169.254", "2130706433"]
 )
-async def test_nothing_private_is_reached_unless_it_is_allowed(host: str) -> None:
-    with serving(Answer()) as server:
+async def test_a_private_address_is_refused_unless_it_is_allowed(host: str) -> None:
+    with serving(Response()) as server:
         for scheme in ("http", "https"):
             endpoint = Endpoint(f"{scheme}://{host}:{server.port}/", SECRET, allow=["10.0.0.0/8"])
             with pytest.raises(EndpointRefused, match="which may not be reached"):
@@ -216,15 +218,15 @@ async def test_nothing_private_is_reached_unless_it_is_allowed(host: str) -> Non
     assert server.requests == []
 
 
-async def test_a_name_is_looked_at_again_for_each_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that answers a public address first and a private one later leads nowhere the second time."""
-    with serving(Answer(200, b"", {"connection": "close"})) as server:
+async def test_a_host_name_is_resolved_and_checked_for_each_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse a name that resolves to an allowed address first and to a private address later."""
+    with serving(Response(200, b"", {"connection": "close"})) as server:
         endpoint = Endpoint(f"http://rebound.example:{server.port}/", SECRET, allow=["127.0.0.1/32"])
         loop = asyncio.get_running_loop()
-        answers = iter(["127.0.0.1", "127.0.0.2"])
+        addresses = iter(["127.0.0.1", "127.0.0.2"])
 
-        async def resolved(host: str, port: int, **more: Any) -> list[Any]:
-            return [(2, 1, 6, "", (next(answers), port))]
+        async def resolved(host: str, port: int, **options: Any) -> list[Any]:
+            return [(2, 1, 6, "", (next(addresses), port))]
 
         monkeypatch.setattr(loop, "getaddrinfo", resolved)
         assert await endpoint.deliver(1) is None
@@ -235,12 +237,12 @@ async def test_a_name_is_looked_at_again_for_each_connection(monkeypatch: pytest
     assert server.requests[0].headers["host"] == f"rebound.example:{server.port}"
 
 
-async def test_a_certificate_is_checked_for_the_name_that_was_asked(tmp_path: Path) -> None:
+async def test_a_certificate_is_checked_for_the_requested_name(tmp_path: Path) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(tls)
-    with serving(Answer(200, b'"safe"', JSON), tls=tls) as server:
+    with serving(Response(200, b'"safe"', JSON), tls=tls) as server:
         for host, trusted, result in (
             ("localhost", str(tmp_path / "ca.pem"), "safe"),
             ("127.0.0.1", str(tmp_path / "ca.pem"), None),
@@ -257,8 +259,8 @@ async def test_a_certificate_is_checked_for_the_name_that_was_asked(tmp_path: Pa
     assert len(server.requests) == 1
 
 
-async def test_a_call_that_is_no_run_has_a_key_of_its_own() -> None:
-    with serving(Answer()) as server:
+async def test_a_call_outside_a_run_has_a_unique_key() -> None:
+    with serving(Response()) as server:
         endpoint = Endpoint(f"http://127.0.0.1:{server.port}/", SECRET, allow=LOOPBACK)
         await endpoint.deliver(1)
         await endpoint.deliver(1)
@@ -266,16 +268,16 @@ async def test_a_call_that_is_no_run_has_a_key_of_its_own() -> None:
     assert len({request.headers["idempotency-key"] for request in server.requests}) == 2
 
 
-def test_what_an_endpoint_can_t_be_is_refused_when_it_is_made(tmp_path: Path) -> None:
+def test_an_invalid_endpoint_is_refused_when_it_is_created(tmp_path: Path) -> None:
     app = Headrace()
-    many = {f"x{number}": "" for number in range(HEADERS_MAX + 1)}
+    too_many_headers = {f"x{number}": "" for number in range(HEADERS_MAX + 1)}
     makers: list[Callable[[], object]] = [
         lambda: app.endpoint("a", "https://example.com", secret="too short"),
         lambda: app.endpoint("a", "gopher://example.com", secret=SECRET),
         lambda: app.endpoint("a", "https://example.com", secret=SECRET, headers={"Host": "else"}),
         lambda: app.endpoint("a", "https://example.com", secret=SECRET, headers={"x": "a\r\nb: c"}),
         lambda: app.endpoint("a", "https://example.com", secret=SECRET, headers={"x y": "a"}),
-        lambda: app.endpoint("a", "https://example.com", secret=SECRET, headers=many),
+        lambda: app.endpoint("a", "https://example.com", secret=SECRET, headers=too_many_headers),
         lambda: app.endpoint("a", "https://example.com", secret=SECRET, allow=["10.0.0.1/8"]),
         lambda: app.endpoint("a", "https://example.com", secret=SECRET, ca_file=str(tmp_path / "none.pem")),
         lambda: app.endpoint("a", "https://example.com", secret=SECRET, retry=3),  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The one table by which payloads decode, and what may be a task at all."""
+"""Decoding of payloads for each signature, and the functions that may be a task."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def late_default(a: int, b: int = 2, *, c: int = 3) -> None: ...
 
 
 def called(function: Callable[..., Any], payload: bytes, kind: int = pack.JSON) -> dict[str, Any]:
-    """The arguments as the function itself would see them, by name."""
+    """Return the arguments by name, as the function receives them."""
     import inspect
 
     codec = Codec(function.__name__, function)
@@ -99,14 +99,14 @@ def refused(function: Callable[..., Any], payload: bytes, kind: int = pack.JSON)
         (late_default, b"[1,5]", {"a": 1, "b": 5}),
     ],
 )
-def test_json_takes_one_parameter_whole_and_several_by_name_or_place(
+def test_json_fills_a_single_parameter_whole_and_several_by_name_or_position(
     function: Callable[..., Any], payload: bytes, arguments: dict[str, Any]
 ) -> None:
     assert called(function, payload) == arguments
 
 
 @pytest.mark.parametrize(
-    ("function", "payload", "said"),
+    ("function", "payload", "words"),
     [
         (number, b'"x"', "Expected `int`, got `str`"),
         (point, b'{"x":"1"}', "at `$.x`"),
@@ -131,20 +131,20 @@ def test_json_takes_one_parameter_whole_and_several_by_name_or_place(
         (whole, rb'"\ud800"', "truncated"),
     ],
 )
-def test_a_payload_that_does_not_fit_is_refused_and_says_where(
-    function: Callable[..., Any], payload: bytes, said: str
+def test_an_invalid_payload_is_refused_with_the_position(
+    function: Callable[..., Any], payload: bytes, words: str
 ) -> None:
-    assert said.lower() in refused(function, payload).lower()
+    assert words.lower() in refused(function, payload).lower()
 
 
-def test_a_type_that_raises_while_it_is_made_refuses_the_payload() -> None:
+def test_a_type_that_raises_at_construction_refuses_the_payload() -> None:
     def grumpy(item: Grumpy) -> None: ...
 
     grumpy.__annotations__["item"] = Grumpy
     assert "KeyError" in refused(grumpy, b'{"x":1}')
 
 
-def test_integers_of_a_hundred_digits_pass_whole() -> None:
+def test_integers_of_a_hundred_digits_stay_exact() -> None:
     assert called(number, b"9" * 100) == {"item": int("9" * 100)}
     assert Codec("number", number).encode((10**99,), {}) == str(10**99).encode()
 
@@ -183,7 +183,7 @@ def test_messagepack_holds_args_and_kwargs(
 
 
 @pytest.mark.parametrize(
-    ("function", "call", "said"),
+    ("function", "call", "words"),
     [
         (whole, {"args": [1, 2]}, "expected at most 1 positional arguments, got 2"),
         (number, {}, "missing argument: item"),
@@ -193,13 +193,13 @@ def test_messagepack_holds_args_and_kwargs(
         (nothing, {"args": [1]}, "expected at most 0 positional arguments, got 1"),
     ],
 )
-def test_messagepack_that_does_not_fit_is_refused(
-    function: Callable[..., Any], call: dict[str, Any], said: str
+def test_invalid_messagepack_arguments_are_refused(
+    function: Callable[..., Any], call: dict[str, Any], words: str
 ) -> None:
-    assert said in refused(function, msgpack(**call), pack.MSGPACK)
+    assert words in refused(function, msgpack(**call), pack.MSGPACK)
 
 
-def test_bytes_that_are_no_messagepack_are_refused() -> None:
+def test_invalid_messagepack_bytes_are_refused() -> None:
     assert "malformed" in refused(whole, b"\xc1", pack.MSGPACK)
     assert "unknown payload kind 9" in refused(whole, b"", 9)
 
@@ -229,11 +229,11 @@ def superjson(value: Any, values: Any = None, **meta: Any) -> bytes:
         ([{"a": 1}], ["set"], [{"a": 1}]),
     ],
 )
-def test_superjson_revives_what_python_has(value: Any, values: Any, item: Any) -> None:
+def test_superjson_values_are_decoded_to_python_types(value: Any, values: Any, item: Any) -> None:
     assert called(whole, superjson(value, values), pack.SUPER_JSON) == {"item": item}
 
 
-def test_superjson_revives_a_number_that_is_none() -> None:
+def test_superjson_decodes_not_a_number() -> None:
     (item,) = called(whole, superjson("NaN", ["number"]), pack.SUPER_JSON).values()
     assert math.isnan(item)
 
@@ -262,7 +262,7 @@ def test_superjson_fills_several_parameters_as_json_does() -> None:
         b"nonsense",
     ],
 )
-def test_superjson_whose_meta_does_not_fit_is_refused(payload: bytes) -> None:
+def test_superjson_with_invalid_meta_is_refused(payload: bytes) -> None:
     assert refused(whole, payload, pack.SUPER_JSON)
 
 
@@ -290,7 +290,7 @@ def test_a_call_becomes_json_that_decodes_to_the_same_call(
 
 
 @pytest.mark.parametrize(
-    ("function", "args", "kwargs", "said"),
+    ("function", "args", "kwargs", "words"),
     [
         (number, ("5",), {}, "Expected `int`, got `str`"),
         (number, (), {}, "missing a required argument"),
@@ -306,23 +306,23 @@ def test_a_call_becomes_json_that_decodes_to_the_same_call(
         (number, (math.nan,), {}, "got `null`"),
     ],
 )
-def test_a_call_that_does_not_fit_is_refused_where_it_is_made(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], said: str
+def test_an_invalid_call_is_refused_where_it_is_made(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InvalidInput) as caught:
         Codec("task", function).encode(args, kwargs)
-    assert said in str(caught.value)
+    assert words in str(caught.value)
     assert "its signature is (" in caught.value.hint or "plain values" in caught.value.hint
 
 
-def test_a_value_that_holds_itself_is_refused_at_the_call() -> None:
+def test_a_recursive_value_is_refused_at_the_call() -> None:
     endless: list[Any] = []
     endless.append(endless)
     with pytest.raises(InvalidInput, match="recursion"):
         Codec("whole", whole).encode((endless,), {})
 
 
-def test_items_checked_together_are_checked_as_each_alone() -> None:
+def test_items_checked_together_and_alone_give_the_same_result() -> None:
     cases: list[tuple[Callable[..., Any], list[Any], Any]] = [
         (number, [1, 2], "x"),
         (two, [{"a": 1}, [1, "b"]], {"z": 1}),
@@ -351,7 +351,7 @@ async def async_generator() -> AsyncIterator[int]:
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "words"),
     [
         (star_args, r"\*items"),
         (star_kwargs, r"\*items"),
@@ -365,8 +365,8 @@ async def async_generator() -> AsyncIterator[int]:
         (5, "expected a function"),
     ],
 )
-def test_a_function_that_no_payload_can_call_is_refused_at_registration(function: Any, said: str) -> None:
-    with pytest.raises(InvalidSetting, match=said):
+def test_a_function_that_a_payload_cannot_call_is_refused_at_registration(function: Any, words: str) -> None:
+    with pytest.raises(InvalidSetting, match=words):
         TaskSpec("task", function)
 
 
@@ -405,14 +405,14 @@ def test_a_task_out_of_bounds_is_refused_at_registration(options: dict[str, Any]
         TaskSpec(**{"name": "task", "function": async_task, **options})
 
 
-def test_names_and_priorities_at_their_bounds_are_taken() -> None:
+def test_names_and_priorities_at_their_bounds_are_accepted() -> None:
     spec = TaskSpec("x" * 200, async_task, priority=-1_000_000, queue="ü n", retry=Retry(attempts=2), timeout_s=0.001)
     assert (spec.is_async, spec.priority, spec.codec.name) == (True, -1_000_000, "x" * 200)
     assert check_name("tag", "a b") == "a b"
     assert check_priority(1_000_000) == 1_000_000
 
 
-def test_a_name_names_one_task() -> None:
+def test_a_task_name_is_unique() -> None:
     registry = Registry()
     registry.add(TaskSpec("b", number))
     registry.add(TaskSpec("a", two))

@@ -1,4 +1,4 @@
-"""Runs that are interrupted: timeouts, cancellations, a worker that stops."""
+"""Interrupted runs: timeouts, cancellations, and a worker that stops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from headrace.core.retry import Retry
 from headrace.runtime.sessions.active_lease import BEGUN, NOT_BEGUN
 from headrace.runtime.tasks.context import Context
-from headrace.runtime.worker import executor as room
+from headrace.runtime.worker import executor as executor_module
 from tests.support.executor_rig import failure, numbers, rig, states
 
 SECOND_US = 1_000_000
@@ -21,22 +21,22 @@ async def double(item: int) -> int:
     return item * 2
 
 
-async def test_r17_a_timeout_is_armed_only_when_a_run_first_waits() -> None:
+async def test_r17_a_timeout_is_armed_when_a_run_first_suspends() -> None:
     gate = asyncio.Event()
 
     async def sometimes(item: int) -> None:
         if item:
             await gate.wait()
 
-    async with rig(sometimes, timeout_s=5) as made:
-        await made.ran(*[b"0"] * 50)
-        assert made.clock.sleepers_count == 0
-        work = made.submit(b"0", b"1", b"0")
-        await made.clock.settle()
-        assert made.clock.sleepers_count == 1
+    async with rig(sometimes, timeout_s=5) as harness:
+        await harness.ran(*[b"0"] * 50)
+        assert harness.clock.sleepers_count == 0
+        work = harness.submit(b"0", b"1", b"0")
+        await harness.clock.settle()
+        assert harness.clock.sleepers_count == 1
         gate.set()
-        await made.until_over(work)
-        assert made.clock.sleepers_count == 0
+        await harness.until_over(work)
+        assert harness.clock.sleepers_count == 0
 
 
 async def test_a_run_that_waits_too_long_times_out() -> None:
@@ -48,20 +48,20 @@ async def test_a_run_that_waits_too_long_times_out() -> None:
         finally:
             cleaned.append(item)
 
-    async with rig(waits, timeout_s=5, retry=Retry(attempts=2, delay_s=0)) as made:
-        work = made.submit(b"0")
-        await made.clock.advance_async(4.9)
+    async with rig(waits, timeout_s=5, retry=Retry(attempts=2, delay_s=0)) as harness:
+        work = harness.submit(b"0")
+        await harness.clock.advance_async(4.9)
         assert states(work) == ["open"]
-        await made.clock.advance_async(0.1)
+        await harness.clock.advance_async(0.1)
         assert states(work) == ["retry"]
         assert (failure(work).type, failure(work).message) == ("TimeoutError", "timed out after 5 s")
         assert cleaned == [0]
-        last = made.submit(b"1", attempt=2)
-        await made.clock.advance_async(5)
+        last = harness.submit(b"1", attempt=2)
+        await harness.clock.advance_async(5)
         assert states(last) == ["failed"]
 
 
-async def test_a_run_that_swallows_its_interruption_and_returns_has_returned() -> None:
+async def test_a_run_that_swallows_its_interruption_and_returns_is_completed() -> None:
     async def swallows(item: int) -> str:
         try:
             await asyncio.Event().wait()
@@ -69,34 +69,34 @@ async def test_a_run_that_swallows_its_interruption_and_returns_has_returned() -
             return "so far"
         return "never"
 
-    async with rig(swallows, timeout_s=5) as made:
-        work = made.submit(b"0")
-        await made.clock.advance_async(5)
+    async with rig(swallows, timeout_s=5) as harness:
+        work = harness.submit(b"0")
+        await harness.clock.advance_async(5)
         assert (states(work), work.results) == (["completed"], [b'"so far"'])
 
 
-async def test_a_run_that_swallows_and_goes_on_is_told_again() -> None:
-    told = 0
+async def test_a_run_that_swallows_its_interruption_and_continues_is_interrupted_again() -> None:
+    interruptions_count = 0
 
     async def stubborn(item: int) -> None:
-        nonlocal told
-        while told < 3:
+        nonlocal interruptions_count
+        while interruptions_count < 3:
             try:
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
-                told += 1
+                interruptions_count += 1
         raise RuntimeError("at last")
 
-    async with rig(stubborn, timeout_s=5) as made:
-        work = made.submit(b"0")
-        await made.clock.advance_async(5)
-        assert (told, states(work)) == (1, ["open"])
-        await made.clock.advance_async(2 * room.INSIST_S)
-        assert (told, states(work)) == (3, ["failed"])
+    async with rig(stubborn, timeout_s=5) as harness:
+        work = harness.submit(b"0")
+        await harness.clock.advance_async(5)
+        assert (interruptions_count, states(work)) == (1, ["open"])
+        await harness.clock.advance_async(2 * executor_module.INSIST_S)
+        assert (interruptions_count, states(work)) == (3, ["failed"])
         assert failure(work).type == "TimeoutError"
 
 
-async def test_a_threaded_run_past_its_timeout_is_told_and_its_outcome_dropped() -> None:
+async def test_a_threaded_run_past_its_timeout_is_notified_and_its_outcome_dropped() -> None:
     release, ended, seen = threading.Event(), threading.Event(), []
 
     def blocks(item: int, context: Context) -> str:
@@ -105,9 +105,9 @@ async def test_a_threaded_run_past_its_timeout_is_told_and_its_outcome_dropped()
         ended.set()
         return "too late"
 
-    async with rig(blocks, timeout_s=5) as made:
-        work = made.submit(b"0")
-        await made.clock.advance_async(5)
+    async with rig(blocks, timeout_s=5) as harness:
+        work = harness.submit(b"0")
+        await harness.clock.advance_async(5)
         assert states(work) == ["failed"]
         assert failure(work).type == "TimeoutError"
         release.set()
@@ -122,33 +122,33 @@ async def test_an_inline_run_past_its_timeout_is_interrupted_by_the_alarm(monkey
 
     def slow(item: int) -> None:
         assert armed[-1] == 5
-        raise TimeoutError("timed out")  # what the handler of the alarm raises in it
+        raise TimeoutError("timed out")  # raised in the run by the signal handler of the alarm
 
-    async with rig(slow, timeout_s=5, inline=True) as made:
-        work = await made.ran(b"0")
+    async with rig(slow, timeout_s=5, inline=True) as harness:
+        work = await harness.ran(b"0")
         assert failure(work).type == "TimeoutError"
         assert armed == [5, 0]
-        assert made.deadlines[0] > 0
-        assert made.deadlines[-1] == 0
+        assert harness.deadlines[0] > 0
+        assert harness.deadlines[-1] == 0
 
 
-async def test_a_cancelled_run_hears_of_it_and_others_go_on() -> None:
+async def test_a_cancelled_run_is_interrupted_and_other_runs_continue() -> None:
     contexts: dict[int, Context] = {}
 
     async def waits(item: int, context: Context) -> None:
         contexts[item] = context
         await asyncio.Event().wait()
 
-    async with rig(waits) as made:
-        work = made.submit(*numbers(3))
-        await made.clock.settle()
-        made.executor.interrupt(lambda _work, number: number == 1, "cancelled")
-        await made.clock.settle()
+    async with rig(waits) as harness:
+        work = harness.submit(*numbers(3))
+        await harness.clock.settle()
+        harness.executor.interrupt(lambda _work, number: number == 1, "cancelled")
+        await harness.clock.settle()
         assert states(work) == ["open", "cancelled", "open"]
         assert [contexts[item].cancelled for item in range(3)] == [False, True, False]
 
 
-async def test_what_was_cancelled_before_it_began_does_not_begin() -> None:
+async def test_a_run_cancelled_before_it_began_does_not_begin() -> None:
     begun: list[int] = []
     gate = asyncio.Event()
 
@@ -156,12 +156,12 @@ async def test_what_was_cancelled_before_it_began_does_not_begin() -> None:
         begun.append(item)
         await gate.wait()
 
-    async with rig(waits, concurrency=2) as made:
-        work = made.submit(*numbers(6))
-        await made.clock.settle()
-        made.executor.interrupt(lambda _work, number: number in (1, 3, 4), "cancelled")
+    async with rig(waits, concurrency=2) as harness:
+        work = harness.submit(*numbers(6))
+        await harness.clock.settle()
+        harness.executor.interrupt(lambda _work, number: number in (1, 3, 4), "cancelled")
         gate.set()
-        await made.until_over(work)
+        await harness.until_over(work)
         assert begun == [0, 1, 2, 5]
         assert states(work) == ["completed", "cancelled", "completed", "cancelled", "cancelled", "completed"]
 
@@ -169,26 +169,26 @@ async def test_what_was_cancelled_before_it_began_does_not_begin() -> None:
 # -- stopping
 
 
-async def test_a_stop_lets_what_is_under_way_end_and_begins_nothing() -> None:
+async def test_a_stop_lets_running_runs_end_and_begins_no_other_run() -> None:
     gate, begun = asyncio.Event(), []
 
     async def waits(item: int) -> None:
         begun.append(item)
         await gate.wait()
 
-    async with rig(waits, concurrency=2) as made:
-        work = made.submit(*numbers(5))
-        await made.clock.settle()
-        stopping = asyncio.create_task(made.executor.stop(grace_s=30))
-        await made.clock.settle()
+    async with rig(waits, concurrency=2) as harness:
+        work = harness.submit(*numbers(5))
+        await harness.clock.settle()
+        stopping = asyncio.create_task(harness.executor.stop(grace_s=30))
+        await harness.clock.settle()
         assert not stopping.done()
         gate.set()
         await stopping
         assert (begun, states(work)) == ([0, 1], ["completed"] * 2 + ["open"] * 3)
-        assert made.clock.now_us() == 1_700_000_000 * SECOND_US
+        assert harness.clock.now_us() == 1_700_000_000 * SECOND_US
 
 
-async def test_past_the_grace_runs_are_interrupted_and_given_back_uncharged() -> None:
+async def test_past_the_grace_runs_are_interrupted_and_released_uncharged() -> None:
     cleaned: list[int] = []
 
     async def waits(item: int) -> None:
@@ -199,12 +199,12 @@ async def test_past_the_grace_runs_are_interrupted_and_given_back_uncharged() ->
             if item:
                 raise OSError("while cleaning up")
 
-    async with rig(waits) as made:
-        work = made.submit(*numbers(2))
-        await made.clock.settle()
+    async with rig(waits) as harness:
+        work = harness.submit(*numbers(2))
+        await harness.clock.settle()
         assert set(work.marks) == {BEGUN}
-        stopping = asyncio.create_task(made.executor.stop(grace_s=30))
-        await made.clock.advance_async(30)
+        stopping = asyncio.create_task(harness.executor.stop(grace_s=30))
+        await harness.clock.advance_async(30)
         await stopping
         assert (cleaned, states(work), set(work.marks)) == ([0, 1], ["open"] * 2, {NOT_BEGUN})
 
@@ -213,17 +213,17 @@ async def test_a_second_stop_cuts_the_grace_short() -> None:
     async def waits(item: int) -> None:
         await asyncio.Event().wait()
 
-    async with rig(waits) as made:
-        work = made.submit(b"0")
-        await made.clock.settle()
-        first = asyncio.create_task(made.executor.stop(grace_s=30))
-        await made.clock.settle()
-        await made.executor.stop(grace_s=0)
+    async with rig(waits) as harness:
+        work = harness.submit(b"0")
+        await harness.clock.settle()
+        first = asyncio.create_task(harness.executor.stop(grace_s=30))
+        await harness.clock.settle()
+        await harness.executor.stop(grace_s=0)
         await first
         assert states(work) == ["open"]
 
 
-async def test_a_stop_leaves_a_run_behind_that_does_not_hear() -> None:
+async def test_a_stop_does_not_wait_for_a_run_that_ignores_its_interruption() -> None:
     released = asyncio.Event()
 
     async def deaf(item: int) -> None:
@@ -233,31 +233,31 @@ async def test_a_stop_leaves_a_run_behind_that_does_not_hear() -> None:
             except asyncio.CancelledError:
                 continue
 
-    async with rig(deaf) as made:
-        work = made.submit(b"0")
-        await made.clock.settle()
-        await made.executor.stop(grace_s=0)
+    async with rig(deaf) as harness:
+        work = harness.submit(b"0")
+        await harness.clock.settle()
+        await harness.executor.stop(grace_s=0)
         assert states(work) == ["open"]
         released.set()
-        await made.clock.settle()
+        await harness.clock.settle()
 
 
-async def test_an_at_most_once_run_that_was_interrupted_is_never_given_back() -> None:
+async def test_an_interrupted_at_most_once_run_is_never_released() -> None:
     async def waits(item: int) -> None:
         await asyncio.Event().wait()
 
-    async with rig(waits) as made:
-        work = made.submit(*numbers(2), at_most_once=True)
-        await made.clock.settle()
-        await made.executor.stop(grace_s=0)
+    async with rig(waits) as harness:
+        work = harness.submit(*numbers(2), at_most_once=True)
+        await harness.clock.settle()
+        await harness.executor.stop(grace_s=0)
         assert states(work) == ["failed"] * 2
         assert failure(work).type == "WorkerStopped"
         assert set(work.marks) == {BEGUN}
 
 
 async def test_an_at_most_once_run_that_ended_stays_marked_until_its_outcome_is_durable() -> None:
-    async with rig(double) as made:
-        work = await made.ran(*numbers(2), at_most_once=True)
+    async with rig(double) as harness:
+        work = await harness.ran(*numbers(2), at_most_once=True)
         assert states(work) == ["completed"] * 2
         assert set(work.marks) == {BEGUN}
 
@@ -266,11 +266,11 @@ async def test_an_at_most_once_run_is_not_retried() -> None:
     async def fails(item: int) -> None:
         raise ValueError
 
-    async with rig(fails, retry=Retry(attempts=5)) as made:
-        assert states(await made.ran(b"0", at_most_once=True)) == ["failed"]
+    async with rig(fails, retry=Retry(attempts=5)) as harness:
+        assert states(await harness.ran(b"0", at_most_once=True)) == ["failed"]
 
 
-async def test_outcomes_are_told_of_while_the_rest_runs() -> None:
+async def test_outcomes_are_reported_while_the_rest_runs() -> None:
     gate = asyncio.Event()
 
     async def last_waits(item: int) -> int:
@@ -278,16 +278,16 @@ async def test_outcomes_are_told_of_while_the_rest_runs() -> None:
             await gate.wait()
         return item
 
-    async with rig(last_waits) as made:
-        work = made.submit(*numbers(4))
-        await made.clock.settle()
-        assert made.dirty == [work]
+    async with rig(last_waits) as harness:
+        work = harness.submit(*numbers(4))
+        await harness.clock.settle()
+        assert harness.dirty == [work]
         part = work.take_settlement()
         assert part is not None
         assert (part.part_no, part.codes) == (0, b"ccc")
         assert work.take_settlement() is None
         gate.set()
-        await made.until_over(work)
+        await harness.until_over(work)
         rest = work.take_settlement()
         assert rest is not None
         assert (rest.part_no, rest.codes) == (1, b"c")

@@ -1,4 +1,4 @@
-"""Child processes: what they run, and what is left of it when they die."""
+"""Process pool: the runs of child processes, and their state after a child was killed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ ROOT = Path(__file__).parents[3]
 
 
 @asynccontextmanager
-async def crew(engine: Engine, **options: Any):  # type: ignore[no-untyped-def]  # the decorator's own
-    """The app of `pool_tasks` on an engine, with a worker that is stopped at once in the end."""
+async def running_worker(engine: Engine, **options: Any):  # type: ignore[no-untyped-def]  # the decorator's own
+    """Attach the app of `pool_tasks` to an engine and run a worker, which is stopped at once at the end of the
+    block.
+    """
     app = pool_tasks.app
     app.use_engine(engine)
-    known: dict[str, Any] = {"processes": 0, "concurrency": 4, "tasks": options.pop("tasks", None)}
-    worker = Worker(engine, app.registry, **(known | options))
+    defaults: dict[str, Any] = {"processes": 0, "concurrency": 4, "tasks": options.pop("tasks", None)}
+    worker = Worker(engine, app.registry, **(defaults | options))
     await worker.start()
     try:
         yield worker
@@ -49,8 +51,8 @@ async def outputs(batch: Any) -> list[Any]:
     return [outcome.output if outcome.ok else outcome.failure.type async for outcome in batch.results()]
 
 
-async def until_noted(path: Path, count: int) -> list[str]:
-    """Until a file has that many lines."""
+async def wait_for_lines(path: Path, count: int) -> list[str]:
+    """Wait until a file has `count` lines, and return its lines."""
     clock = SystemClock()
     while not path.exists() or path.read_text().count("\n") < count:
         await clock.sleep(0.005)
@@ -65,8 +67,8 @@ def is_alive(pid: int) -> bool:
 
 
 @on_each_store
-async def test_runs_are_spread_over_children_and_come_back_in_order(kind: str, tmp_path: Path) -> None:
-    async with opened(kind, tmp_path, inline_bytes_max=100_000) as engine, crew(engine):
+async def test_runs_are_spread_over_children_and_their_results_come_in_order(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path, inline_bytes_max=100_000) as engine, running_worker(engine):
         assert await outputs(await pool_tasks.double.map(range(2_000))) == [2 * item for item in range(2_000)]
         assert await outputs(await pool_tasks.async_double.map(range(300))) == [2 * item for item in range(300)]
         pids = set(await outputs(await pool_tasks.pid.map(range(500))))
@@ -81,10 +83,10 @@ async def test_runs_are_spread_over_children_and_come_back_in_order(kind: str, t
         assert await outputs(await pool_tasks.renamed.map([0, 1])) == ["ValueError", 1]
 
 
-async def test_a_result_of_3_mb_comes_back_by_the_object_store(tmp_path: Path) -> None:
-    async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=["large"]):
-        (found,) = await outputs(await pool_tasks.large.map([3_000_000]))
-        assert len(found) == 3_000_000
+async def test_a_result_of_3_mb_is_returned_through_the_object_store(tmp_path: Path) -> None:
+    async with opened("sqlite", tmp_path) as engine, running_worker(engine, tasks=["large"]):
+        (result,) = await outputs(await pool_tasks.large.map([3_000_000]))
+        assert len(result) == 3_000_000
         assert await outputs(await pool_tasks.large.map([DEFAULT.inline_bytes_max - 3])) == [
             "x" * (DEFAULT.inline_bytes_max - 3)
         ]
@@ -94,34 +96,37 @@ async def test_a_result_of_3_mb_comes_back_by_the_object_store(tmp_path: Path) -
 async def test_every_task_may_run_in_children(tmp_path: Path) -> None:
     async with (
         opened("sqlite", tmp_path) as engine,
-        crew(engine, processes=2, tasks=["in_a_thread_of_a_child", "renamed", "double"]),
+        running_worker(engine, processes=2, tasks=["in_a_thread_of_a_child", "renamed", "double"]),
     ):
-        found = await outputs(await pool_tasks.in_a_thread_of_a_child.map(range(20)))
-        assert {attempt for _, attempt in found} == {2}
-        assert os.getpid() not in {pid for pid, _ in found}
+        results = await outputs(await pool_tasks.in_a_thread_of_a_child.map(range(20)))
+        assert {attempt for _, attempt in results} == {2}
+        assert os.getpid() not in {pid for pid, _ in results}
         batch = await pool_tasks.renamed.map([0, 1, 2])
         assert await outputs(batch) == ["ValueError", 1, 2]
         assert (await engine.store.run(batch.id, 0)).attempt == 3
 
 
-async def test_a_crash_charges_only_what_had_begun(tmp_path: Path) -> None:
+async def test_a_crash_charges_only_begun_runs(tmp_path: Path) -> None:
     side = tmp_path / "side"
-    async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=["killed_once", "double"], processes=1):
+    async with (
+        opened("sqlite", tmp_path) as engine,
+        running_worker(engine, tasks=["killed_once", "double"], processes=1),
+    ):
         run = await pool_tasks.killed_once.enqueue(str(side))
-        others = await pool_tasks.double.map(range(256))
-        assert await outputs(others) == [2 * item for item in range(256)]
+        doubled = await pool_tasks.double.map(range(256))
+        assert await outputs(doubled) == [2 * item for item in range(256)]
         assert await run.result() == 1
         view = await run.view()
         assert (view.attempt, view.crashes) == (1, 1)
-        assert {(await engine.store.run(others.id, index)).crashes_count for index in range(256)} == {0}
+        assert {(await engine.store.run(doubled.id, index)).crashes_count for index in range(256)} == {0}
 
 
-async def test_the_one_run_that_kills_is_found_and_the_others_complete(tmp_path: Path) -> None:
+async def test_a_run_that_kills_its_process_is_isolated_and_the_other_runs_complete(tmp_path: Path) -> None:
     side = tmp_path / "side"
-    async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=["noted"], processes=2):
+    async with opened("sqlite", tmp_path) as engine, running_worker(engine, tasks=["noted"], processes=2):
         batch = await pool_tasks.noted.map([{"path": str(side), "item": item, "poison": 100} for item in range(256)])
-        found = await outputs(batch)
-        assert found == [item if item != 100 else "WorkerCrashed" for item in range(256)]
+        results = await outputs(batch)
+        assert results == [item if item != 100 else "WorkerCrashed" for item in range(256)]
         views = [await engine.store.run(batch.id, index) for index in range(256)]
         assert {view.attempt for view in views} == {1}
         ran = Counter(int(line) for line in side.read_text().split())
@@ -138,18 +143,18 @@ async def test_the_one_run_that_kills_is_found_and_the_others_complete(tmp_path:
 
 async def test_an_at_most_once_run_that_kills_its_process_fails_and_no_other_runs_twice(tmp_path: Path) -> None:
     side = tmp_path / "side"
-    async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=["noted_once"], processes=2):
+    async with opened("sqlite", tmp_path) as engine, running_worker(engine, tasks=["noted_once"], processes=2):
         items = [{"path": str(side), "item": item, "poison": 10} for item in range(40)]
-        found = await outputs(await pool_tasks.noted_once.map(items))
+        results = await outputs(await pool_tasks.noted_once.map(items))
         ran = Counter(int(line) for line in side.read_text().split())
         assert set(ran.values()) == {1}
-        assert found[10] == "WorkerLost"
-        assert {one for one in found if isinstance(one, str)} == {"WorkerLost"}
+        assert results[10] == "WorkerLost"
+        assert {output for output in results if isinstance(output, str)} == {"WorkerLost"}
 
 
 @pytest.mark.parametrize("task", ["stuck_in_c", "stuck_in_python", "stuck_in_a_coroutine"])
-async def test_a_run_that_does_not_hear_its_timeout_is_ended(task: str, tmp_path: Path) -> None:
-    async with opened("sqlite", tmp_path) as engine, crew(engine, tasks=[task]):
+async def test_a_run_that_ignores_its_timeout_is_ended(task: str, tmp_path: Path) -> None:
+    async with opened("sqlite", tmp_path) as engine, running_worker(engine, tasks=[task]):
         batch = await getattr(pool_tasks, task).map([0, 1, 0])
         assert await outputs(batch) == [0, "TimeoutError", 0]
         views = [await engine.store.run(batch.id, index) for index in range(3)]
@@ -161,10 +166,10 @@ async def test_a_cancelled_batch_stops_in_children(kind: str, tmp_path: Path) ->
     side = tmp_path / "side"
     async with (
         opened(kind, tmp_path, heartbeat_ms=10, session_timeout_ms=60_000) as engine,
-        crew(engine, tasks=["waits"]),
+        running_worker(engine, tasks=["waits"]),
     ):
         batch = await pool_tasks.waits.map([{"path": str(side), "item": item} for item in range(50)])
-        await until_noted(side, 1)
+        await wait_for_lines(side, 1)
         await batch.cancel()
         summary = await batch.wait()
         assert summary.ledger.cancelled == 50
@@ -173,14 +178,14 @@ async def test_a_cancelled_batch_stops_in_children(kind: str, tmp_path: Path) ->
     assert {line for line in lines if line.startswith("heard")} == {f"heard {item} True" for item in began}
 
 
-async def test_a_stop_interrupts_children_and_gives_back_uncharged(tmp_path: Path) -> None:
+async def test_a_stop_interrupts_children_and_releases_their_runs_uncharged(tmp_path: Path) -> None:
     side = tmp_path / "side"
     async with opened("sqlite", tmp_path) as engine:
-        async with crew(engine, tasks=["blocks", "waits"]):
+        async with running_worker(engine, tasks=["blocks", "waits"]):
             batches = [
                 await task.map([{"path": str(side), "item": 1}]) for task in (pool_tasks.blocks, pool_tasks.waits)
             ]
-            lines = await until_noted(side, 2)
+            lines = await wait_for_lines(side, 2)
         for batch in batches:
             view = await engine.store.run(batch.id, 0)
             assert (view.state, view.attempt, view.crashes_count) == ("waiting", 1, 0)
@@ -189,7 +194,7 @@ async def test_a_stop_interrupts_children_and_gives_back_uncharged(tmp_path: Pat
         assert list(tmp_path.glob("headrace.db.live/*")) == []
 
 
-async def test_a_task_that_a_child_can_not_find_is_refused_at_the_start(tmp_path: Path) -> None:
+async def test_a_task_that_a_child_cannot_import_is_refused_at_the_start(tmp_path: Path) -> None:
     def local(item: int) -> int:
         return item
 
@@ -241,11 +246,11 @@ if __name__ == "__main__":
 """
 
 
-def started(folder: Path, mode: str = "", *, code: str = SCRIPT, module: bool = False) -> subprocess.Popen[str]:
+def start_script(folder: Path, mode: str = "", *, code: str = SCRIPT, module: bool = False) -> subprocess.Popen[str]:
     (folder / "script.py").write_text(textwrap.dedent(code))
-    how = ["-m", "script"] if module else ["script.py"]
+    command = ["-m", "script"] if module else ["script.py"]
     return subprocess.Popen(
-        [sys.executable, *how],
+        [sys.executable, *command],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "MODE": mode},
         stdout=subprocess.PIPE,
@@ -256,16 +261,16 @@ def started(folder: Path, mode: str = "", *, code: str = SCRIPT, module: bool = 
 
 @pytest.mark.parametrize("module", [False, True])
 async def test_tasks_of_a_script_run_in_children(module: bool, tmp_path: Path) -> None:
-    with started(tmp_path, module=module) as script:
+    with start_script(tmp_path, module=module) as script:
         out, _ = await asyncio.to_thread(script.communicate)
     assert out == "mapped\n[0, 2, 4, 6]\n"
     assert script.returncode == 0
 
 
-async def test_children_of_a_killed_parent_die_and_the_next_worker_goes_on_at_once(tmp_path: Path) -> None:
+async def test_children_of_a_killed_parent_end_and_the_next_worker_continues_at_once(tmp_path: Path) -> None:
     side = tmp_path / "side"
-    with started(tmp_path, "pause") as first:
-        lines = await until_noted(side, 2)
+    with start_script(tmp_path, "pause") as first:
+        lines = await wait_for_lines(side, 2)
         first.send_signal(signal.SIGKILL)
         first.wait()
         if first.stdout is not None:
@@ -274,20 +279,20 @@ async def test_children_of_a_killed_parent_die_and_the_next_worker_goes_on_at_on
     clock = SystemClock()
     while any(is_alive(pid) for pid in children):
         await clock.sleep(0.005)
-    with started(tmp_path) as second:
+    with start_script(tmp_path) as second:
         out, _ = await asyncio.to_thread(second.communicate)
     assert out.endswith("[0, 2, 4, 6]\n")
     begun = {int(line.split()[0]) for line in lines}
     async with opened("sqlite", tmp_path) as engine:
-        ((batch, _),) = [found for found in await engine.store.batches("default") if found[0].key == "once"]
+        ((batch, _),) = [entry for entry in await engine.store.batches("default") if entry[0].key == "once"]
         views = [await engine.store.run(batch.id, index) for index in range(4)]
         assert {view.index for view in views if view.crashes_count} == begun
         assert {view.attempt for view in views} == {1}
 
 
-async def test_a_ctrl_c_to_the_group_is_heard_by_the_parent_only(tmp_path: Path) -> None:
-    with started(tmp_path, "pause") as script:
-        lines = await until_noted(tmp_path / "side", 2)
+async def test_a_ctrl_c_to_the_process_group_reaches_the_parent_only(tmp_path: Path) -> None:
+    with start_script(tmp_path, "pause") as script:
+        lines = await wait_for_lines(tmp_path / "side", 2)
         pids = {int(line.split()[1]) for line in lines}
         os.killpg(script.pid, signal.SIGINT)
         assert script.stdout is not None
@@ -296,7 +301,7 @@ async def test_a_ctrl_c_to_the_group_is_heard_by_the_parent_only(tmp_path: Path)
         script.communicate()
 
 
-async def test_results_of_children_stay_inline_when_objects_live_in_memory(tmp_path: Path) -> None:
-    async with opened("memory", tmp_path) as engine, crew(engine, tasks=["large"]):
-        (found,) = await outputs(await pool_tasks.large.map([3_000_000]))
-        assert len(found) == 3_000_000
+async def test_results_of_children_stay_inline_with_an_object_store_in_memory(tmp_path: Path) -> None:
+    async with opened("memory", tmp_path) as engine, running_worker(engine, tasks=["large"]):
+        (result,) = await outputs(await pool_tasks.large.map([3_000_000]))
+        assert len(result) == 3_000_000

@@ -1,4 +1,4 @@
-"""Claim, run, settle: a worker from end to end, on each store."""
+"""Worker: claim, run and settle, end to end on each store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def states(app: Any, batch: Any) -> list[str]:
     return [view.state for view in await engine.store.runs("default", batch_id=batch.id, limit=10_000)]
 
 
-async def test_a_batch_runs_to_its_end_and_its_results_come_in_order(kind: str, tmp_path: Path) -> None:
+async def test_a_batch_completes_and_its_results_come_in_order(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
 
         @app.task
@@ -52,10 +52,10 @@ async def test_a_batch_runs_to_its_end_and_its_results_come_in_order(kind: str, 
             summary = await numbers.wait()
             assert (summary.state, summary.ledger.completed, summary.is_finished) == ("completed", 1_000, True)
         assert worker.stats == (1_003, 0, 0, 0)
-        assert not [one for one in await engine.maintenance.sessions() if one.kind == "worker"]
+        assert not [session for session in await engine.maintenance.sessions() if session.kind == "worker"]
 
 
-async def test_bad_items_fail_alone_and_failures_are_kept(kind: str, tmp_path: Path) -> None:
+async def test_invalid_items_fail_alone_and_failures_are_stored(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
 
         @app.task
@@ -89,7 +89,7 @@ async def test_results_are_read_while_the_batch_runs(kind: str, tmp_path: Path) 
             async for outcome in batch.results():
                 seen.append(outcome.index)
                 if outcome.index == 8:
-                    gate.set()  # only now: nine outcomes of one lease came before its tenth
+                    gate.set()  # only now: nine outcomes of a lease came before its tenth
             assert seen == list(range(10))
 
 
@@ -108,7 +108,7 @@ async def test_several_workers_share_a_batch_and_nothing_runs_twice(kind: str, t
         assert sorted(ran) == list(range(500))
 
 
-async def test_options_of_a_call_are_kept_to(kind: str, tmp_path: Path) -> None:
+async def test_options_of_a_call_are_applied(kind: str, tmp_path: Path) -> None:
     order: list[int] = []
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
 
@@ -136,15 +136,15 @@ async def test_a_worker_takes_only_its_tasks_and_queues(kind: str, tmp_path: Pat
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
 
         @app.task
-        async def mine(item: int) -> int:
+        async def selected(item: int) -> int:
             return item
 
         @app.task
         async def other(item: int) -> int:
             return item
 
-        batches = [await mine.map([1]), await other.map([2]), await mine.options(queue="slow").map([3])]
-        async with app.worker(tasks=["mine"], queues=["default"]):
+        batches = [await selected.map([1]), await other.map([2]), await selected.options(queue="slow").map([3])]
+        async with app.worker(tasks=["selected"], queues=["default"]):
             await batches[0].wait()
         assert [(await batch.view()).ledger.completed for batch in batches] == [1, 0, 0]
         async with app.worker():
@@ -152,7 +152,7 @@ async def test_a_worker_takes_only_its_tasks_and_queues(kind: str, tmp_path: Pat
                 await batch.wait()
 
 
-async def test_a_paused_queue_hands_nothing_out(kind: str, tmp_path: Path) -> None:
+async def test_a_paused_queue_delivers_no_run(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path, poll_interval_ms=5) as engine, app_on(engine) as app:
 
         @app.task
@@ -160,15 +160,15 @@ async def test_a_paused_queue_hands_nothing_out(kind: str, tmp_path: Path) -> No
             return item
 
         await engine.store.pause_queue("default", "paused", paused=True)
-        held, free = await task.options(queue="paused").map([1]), await task.map([2])
+        paused, active = await task.options(queue="paused").map([1]), await task.map([2])
         async with app.worker():
-            await free.wait()
-            assert await states(app, held) == ["waiting"]
+            await active.wait()
+            assert await states(app, paused) == ["waiting"]
             await engine.store.pause_queue("default", "paused", paused=False)
-            await held.wait()
+            await paused.wait()
 
 
-async def test_a_failed_attempt_is_tried_again(kind: str, tmp_path: Path) -> None:
+async def test_a_failed_attempt_is_retried(kind: str, tmp_path: Path) -> None:
     attempts: dict[int, list[int]] = {}
     async with opened(kind, tmp_path, poll_interval_ms=5) as engine, app_on(engine) as app:
 
@@ -200,12 +200,12 @@ async def test_large_payloads_and_results_pass_through_the_object_store(kind: st
             batch = await echo.map(items)
             assert await outputs(batch) == items
             assert await (await echo.enqueue("y" * 5_000)).result() == "y" * 5_000
-        kept = [stored async for stored in engine.payloads.list()]
-        assert len(kept) == 4
-        assert await engine.maintenance.unnamed([stored.key for stored in kept]) == []
+        stored_objects = [stored async for stored in engine.payloads.list()]
+        assert len(stored_objects) == 4
+        assert await engine.maintenance.unnamed([stored.key for stored in stored_objects]) == []
 
 
-async def test_a_run_whose_payload_is_gone_fails_with_a_reason(kind: str, tmp_path: Path) -> None:
+async def test_a_run_with_a_missing_payload_fails_with_a_reason(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path, inline_bytes_max=1_000) as engine, app_on(engine) as app:
 
         @app.task
@@ -215,15 +215,15 @@ async def test_a_run_whose_payload_is_gone_fails_with_a_reason(kind: str, tmp_pa
         batch = await size.map(["x" * 2_000, "short"])
         await engine.payloads.delete([stored.key async for stored in engine.payloads.list()])
         async with app.worker():
-            found = [outcome async for outcome in batch.results()]
-        assert [outcome.ok for outcome in found] == [False, True]
-        assert found[0].failure is not None
-        assert found[0].failure.type == "OBJECT_MISSING"
+            outcomes = [outcome async for outcome in batch.results()]
+        assert [outcome.ok for outcome in outcomes] == [False, True]
+        assert outcomes[0].failure is not None
+        assert outcomes[0].failure.type == "OBJECT_MISSING"
 
 
-async def test_a_cancelled_batch_stops_what_runs_and_starts_no_more(kind: str, tmp_path: Path) -> None:
+async def test_a_cancelled_batch_stops_its_running_runs_and_starts_no_other(kind: str, tmp_path: Path) -> None:
     begun: list[int] = []
-    heard: list[int] = []
+    interrupted: list[int] = []
     all_begun = asyncio.Event()
     async with opened(kind, tmp_path, heartbeat_ms=10, session_timeout_ms=60_000) as engine, app_on(engine) as app:
 
@@ -236,19 +236,19 @@ async def test_a_cancelled_batch_stops_what_runs_and_starts_no_more(kind: str, t
                 await asyncio.Event().wait()
             finally:
                 assert context.cancelled
-                heard.append(item)
+                interrupted.append(item)
 
         batch = await waits.map(range(20))
         async with app.worker(concurrency=4):
             await all_begun.wait()
             await batch.cancel()
             summary = await batch.wait()
-        assert sorted(heard) == sorted(begun)
+        assert sorted(interrupted) == sorted(begun)
         assert len(begun) == 4
         assert (summary.state, summary.ledger.cancelled) == ("cancelled", 20)
 
 
-async def test_a_cancelled_run_stops_and_its_batch_goes_on(kind: str, tmp_path: Path) -> None:
+async def test_a_cancelled_run_stops_and_its_batch_continues(kind: str, tmp_path: Path) -> None:
     gate, begun = asyncio.Event(), asyncio.Event()
     async with opened(kind, tmp_path, heartbeat_ms=10, session_timeout_ms=60_000) as engine, app_on(engine) as app:
 
@@ -274,7 +274,7 @@ async def test_a_cancelled_run_stops_and_its_batch_goes_on(kind: str, tmp_path: 
 # -- stopping
 
 
-async def test_a_graceful_stop_gives_back_what_had_not_begun_and_settles_the_rest(kind: str, tmp_path: Path) -> None:
+async def test_a_graceful_stop_releases_unbegun_runs_and_settles_the_rest(kind: str, tmp_path: Path) -> None:
     gate, begun = asyncio.Event(), asyncio.Event()
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
 
@@ -291,15 +291,15 @@ async def test_a_graceful_stop_gives_back_what_had_not_begun_and_settles_the_res
         stopping = asyncio.create_task(worker.stop())
         gate.set()
         await stopping
-        found = await states(app, batch)
-        assert (found.count("completed"), found.count("waiting")) == (3, 97)
+        run_states = await states(app, batch)
+        assert (run_states.count("completed"), run_states.count("waiting")) == (3, 97)
         views = [await engine.store.run(batch.id, index) for index in range(100)]
         assert {(view.attempt, view.crashes_count) for view in views} == {(1, 0)}
-        assert not [one for one in await engine.maintenance.sessions() if one.kind == "worker"]
+        assert not [session for session in await engine.maintenance.sessions() if session.kind == "worker"]
         await worker.stop()
 
 
-async def test_r19_what_turned_slow_after_a_large_claim_is_run_by_who_is_idle(kind: str, tmp_path: Path) -> None:
+async def test_r19_runs_that_turn_slow_after_a_large_claim_move_to_an_idle_worker(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as slow, app_on(engine) as quick:
         gate, began = asyncio.Event(), []
 
@@ -318,16 +318,16 @@ async def test_r19_what_turned_slow_after_a_large_claim_is_run_by_who_is_idle(ki
         async with slow.worker(concurrency=4) as first:
             while len(began) < 4:
                 await asyncio.sleep(0)
-            assert first._executor.unbegun_count > 100, "it claimed ahead, as fast as it was"
+            assert first._executor.unbegun_count > 100, "expected the worker to have claimed ahead while runs were fast"
             async with quick.worker(concurrency=4):
                 while (await batch.view()).ledger.completed < 23_996:
                     await asyncio.sleep(0)
-            assert len(began) == 4, "all the others were run elsewhere"
+            assert len(began) == 4, "expected the other worker to have run the rest"
             gate.set()
             assert (await batch.wait()).ledger.completed == 24_000
 
 
-async def test_what_nobody_began_is_free_for_others_before_the_grace_is_over(kind: str, tmp_path: Path) -> None:
+async def test_unbegun_runs_are_claimable_before_the_grace_of_a_stop_ends(kind: str, tmp_path: Path) -> None:
     gate, begun = asyncio.Event(), asyncio.Event()
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
 
@@ -354,7 +354,7 @@ async def test_what_nobody_began_is_free_for_others_before_the_grace_is_over(kin
         assert (await states(app, first), await states(app, second)) == (["completed"], ["waiting"] * 5)
 
 
-async def test_a_second_stop_interrupts_and_gives_back_uncharged(kind: str, tmp_path: Path) -> None:
+async def test_a_second_stop_interrupts_runs_and_releases_them_uncharged(kind: str, tmp_path: Path) -> None:
     begun = asyncio.Event()
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
 
@@ -377,7 +377,7 @@ async def test_a_second_stop_interrupts_and_gives_back_uncharged(kind: str, tmp_
         assert {(view.attempt, view.crashes_count) for view in views} == {(1, 0)}
 
 
-async def test_a_stop_during_a_claim_gives_the_claim_back(kind: str, tmp_path: Path) -> None:
+async def test_a_stop_during_a_claim_releases_the_claim(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
 
         @app.task
@@ -386,7 +386,7 @@ async def test_a_stop_during_a_claim_gives_the_claim_back(kind: str, tmp_path: P
 
         batch = await task.map(range(10))
         store = Faulty(engine.store)
-        store.after["claim"] = [StoreUnavailable("the answer is lost")] * 100
+        store.after["claim"] = [StoreUnavailable("the response is lost")] * 100
         worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
         claimed = asyncio.Event()
         store.watch["claim"] = claimed.set
@@ -396,7 +396,7 @@ async def test_a_stop_during_a_claim_gives_the_claim_back(kind: str, tmp_path: P
         assert await states(app, batch) == ["waiting"] * 10
 
 
-async def test_a_stop_while_the_store_is_away_says_what_stayed(kind: str, tmp_path: Path) -> None:
+async def test_a_stop_while_the_store_is_unavailable_reports_unflushed_updates(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path, shutdown_grace_s=0) as engine, app_on(engine) as app:
 
         @app.task
@@ -415,8 +415,10 @@ async def test_a_stop_while_the_store_is_away_says_what_stayed(kind: str, tmp_pa
         sessions = [session for session in await engine.maintenance.sessions() if session.kind == "worker"]
         now_us = engine.clock.now_us()
         for session in sessions:
-            nobody = Suspects(span_slots={}, evidence="")
-            await engine.maintenance.recover(session.id, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
+            no_suspects = Suspects(span_slots={}, evidence="")
+            await engine.maintenance.recover(
+                session.id, no_suspects, silent_since_us=now_us, crashes_max=3, now_us=now_us
+            )
         async with app.worker():
             assert await outputs(batch) == list(range(10))
 
@@ -430,7 +432,7 @@ async def test_an_at_most_once_run_never_runs_twice(kind: str, tmp_path: Path) -
         async def once(item: int) -> int:
             ran.append(item)
             if item == 1:
-                raise ValueError("no second try")
+                raise ValueError("no second attempt")
             if item == 2:
                 begun.set()
                 await asyncio.Event().wait()
@@ -450,7 +452,7 @@ async def test_an_at_most_once_run_never_runs_twice(kind: str, tmp_path: Path) -
 # -- sessions and faults
 
 
-async def test_r3_a_worker_whose_session_was_ended_goes_on_under_a_new_one(kind: str, tmp_path: Path) -> None:
+async def test_r3_a_worker_whose_session_was_ended_continues_under_a_new_session(kind: str, tmp_path: Path) -> None:
     begun: list[int] = []
     first_begun, gate = asyncio.Event(), asyncio.Event()
     async with opened(kind, tmp_path, heartbeat_ms=10, session_timeout_ms=60_000) as engine, app_on(engine) as app:
@@ -466,15 +468,15 @@ async def test_r3_a_worker_whose_session_was_ended_goes_on_under_a_new_one(kind:
             batch = await waits.map(range(6))
             await first_begun.wait()
             old = worker.session.session_id
-            nobody, now_us = Suspects(span_slots={}, evidence=""), engine.clock.now_us() + 1_000_000
-            await engine.maintenance.recover(old, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
+            no_suspects, now_us = Suspects(span_slots={}, evidence=""), engine.clock.now_us() + 1_000_000
+            await engine.maintenance.recover(old, no_suspects, silent_since_us=now_us, crashes_max=3, now_us=now_us)
             gate.set()
             assert await outputs(batch) == list(range(6))
             assert worker.session.session_id != old
         assert len({view.attempt for view in [await engine.store.run(batch.id, index) for index in range(6)]}) == 1
 
 
-async def test_two_loops_that_meet_an_ended_session_make_one_new_one(kind: str, tmp_path: Path) -> None:
+async def test_two_loops_that_meet_an_ended_session_start_a_single_new_session(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
 
         @app.task
@@ -493,7 +495,7 @@ async def test_two_loops_that_meet_an_ended_session_make_one_new_one(kind: str, 
         await worker.stop()
 
 
-async def test_a_worker_outlives_a_store_that_is_away(kind: str, tmp_path: Path) -> None:
+async def test_a_worker_survives_an_unavailable_store(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path, poll_interval_ms=5) as engine, app_on(engine) as app:
 
         @app.task
@@ -502,9 +504,9 @@ async def test_a_worker_outlives_a_store_that_is_away(kind: str, tmp_path: Path)
 
         store = Faulty(engine.store)
         away = StoreUnavailable("away")
-        for verb in ("claim", "settle", "release", "heartbeat", "next_due_us", "sweep"):
-            store.before[verb] = [away, away]
-            store.after[verb] = [away]
+        for operation in ("claim", "settle", "release", "heartbeat", "next_due_us", "sweep"):
+            store.before[operation] = [away, away]
+            store.after[operation] = [away]
         worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
         await worker.start()
         batch = await task.map(range(100))
@@ -512,7 +514,7 @@ async def test_a_worker_outlives_a_store_that_is_away(kind: str, tmp_path: Path)
         await worker.stop()
 
 
-async def test_a_claim_loop_outlives_an_error_nobody_foresaw(kind: str, tmp_path: Path) -> None:
+async def test_a_claim_loop_survives_an_unexpected_error(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
     async with opened(kind, tmp_path, clock=clock) as engine, app_on(engine) as app:
 
@@ -530,14 +532,14 @@ async def test_a_claim_loop_outlives_an_error_nobody_foresaw(kind: str, tmp_path
         await worker.stop()
 
 
-async def test_a_worker_on_a_store_that_is_away_does_not_start(kind: str, tmp_path: Path) -> None:
+async def test_a_worker_on_an_unavailable_store_does_not_start(kind: str, tmp_path: Path) -> None:
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
         store = Faulty(engine.store)
         store.before["sessions"] = [StoreUnavailable("away")]
         worker = Worker(dataclasses.replace(engine, store=store), app.registry, concurrency=3)
         with pytest.raises(StoreUnavailable):
             await worker.start()
-        assert not [one for one in await engine.maintenance.sessions() if one.kind == "worker"]
+        assert not [session for session in await engine.maintenance.sessions() if session.kind == "worker"]
         await worker.stop()
 
 

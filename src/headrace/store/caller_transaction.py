@@ -169,12 +169,12 @@ class CallerTransaction:
             hint="enqueue_in puts a run into the transaction of that connection",
         )
 
-    def _sqlalchemy(self, given: Any, names: set[str]) -> Steps[Callable[[str, Sequence[Any]], Any]]:
+    def _sqlalchemy(self, target: Any, names: set[str]) -> Steps[Callable[[str, Sequence[Any]], Any]]:
         """Return SQLAlchemy's connection of a session, or the connection itself. SQLAlchemy begins the transaction."""
-        connection = (yield given.connection()) if names & {"AsyncSession", "Session"} else given
+        connection = (yield target.connection()) if names & {"AsyncSession", "Session"} else target
         if not hasattr(connection, "exec_driver_sql"):
             raise InvalidInput(
-                f"expected {_SUPPORTED}, got {type(given)!r}",
+                f"expected {_SUPPORTED}, got {type(target)!r}",
                 hint="enqueue_in puts a run into the transaction of that connection",
             )
         dialect = connection.dialect
@@ -191,8 +191,8 @@ class CallerTransaction:
 
         def execute(sql: str, values: Sequence[Any]) -> Any:
             text, parameters = spell(sql, values)
-            asked = connection.exec_driver_sql(text, parameters or None)
-            return _rows_later(asked) if isawaitable(asked) else _rows_of(asked)
+            result = connection.exec_driver_sql(text, parameters or None)
+            return _rows_later(result) if isawaitable(result) else _rows_of(result)
 
         return execute
 
@@ -238,12 +238,12 @@ def _is_missing_table(error: BaseException | None) -> bool:
 def _psycopg(connection: Any, sql: str, values: Sequence[Any]) -> Any:
     """Execute on psycopg, whose cursor has the rows, if there are any."""
     text, parameters = _percent(sql, values)
-    asked = connection.execute(text, parameters or None)
-    if not isawaitable(asked):
-        return asked.fetchall() if asked.description else []
+    result = connection.execute(text, parameters or None)
+    if not isawaitable(result):
+        return result.fetchall() if result.description else []
 
     async def rows() -> Any:
-        cursor = await asked
+        cursor = await result
         return await cursor.fetchall() if cursor.description else []
 
     return rows()
@@ -253,8 +253,8 @@ def _rows_of(result: Any) -> Any:
     return result.fetchall() if result.returns_rows else []
 
 
-async def _rows_later(asked: Awaitable[Any]) -> Any:
-    return _rows_of(await asked)
+async def _rows_later(result: Awaitable[Any]) -> Any:
+    return _rows_of(await result)
 
 
 def _has_begun(connection: Any) -> bool:

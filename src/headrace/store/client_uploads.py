@@ -88,11 +88,11 @@ class ClientUploads:
     async def get(self, environment: str, path: str, *, bytes_max: int) -> tuple[bytes, str]:
         """Return a packet and its content type. Raises `ObjectMissing`, `InvalidInput`, `StoreUnavailable`."""
         try:
-            found = await obstore.get_async(self._store, self.key(environment, path))
-            if found.meta["size"] > bytes_max + TYPE_BYTES_MAX + 1:
-                raise InvalidInput(f"expected a packet of at most {bytes_max} bytes, got {found.meta['size']}")
-            data = (await found.bytes_async()).to_bytes()
-            content_type = str(found.attributes.get("Content-Type", "application/json"))
+            response = await obstore.get_async(self._store, self.key(environment, path))
+            if response.meta["size"] > bytes_max + TYPE_BYTES_MAX + 1:
+                raise InvalidInput(f"expected a packet of at most {bytes_max} bytes, got {response.meta['size']}")
+            data = (await response.bytes_async()).to_bytes()
+            content_type = str(response.attributes.get("Content-Type", "application/json"))
         except FileNotFoundError:
             raise ObjectMissing(
                 f"no packet was uploaded at {path!r}", hint="upload it, then send the item again"

@@ -150,14 +150,14 @@ def _open_remote(url: str) -> ObjectStore:
     parts = urlsplit(url)
     if not parts.netloc:
         raise _bad_url(url, "name a bucket: s3://bucket/prefix")
-    said = dict(parse_qsl(parts.query, keep_blank_values=True))
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
     config: S3Config = {}
-    if "endpoint" in said:
-        config["endpoint"] = said["endpoint"]
-    if "region" in said:
-        config["region"] = said["region"]
+    if "endpoint" in options:
+        config["endpoint"] = options["endpoint"]
+    if "region" in options:
+        config["region"] = options["region"]
     bounds = {name: limit.default for name, limit in _PARAMETERS.items()}
-    for name, value in said.items():
+    for name, value in options.items():
         if name in config:
             continue
         if name not in bounds:
@@ -173,7 +173,7 @@ def _open_remote(url: str) -> ObjectStore:
     client: ClientConfig = {
         "timeout": timedelta(seconds=bounds["timeout_s"]),
         "connect_timeout": timedelta(seconds=min(_CONNECT_S, bounds["timeout_s"])),
-        "allow_http": said.get("endpoint", "").startswith("http://"),
+        "allow_http": options.get("endpoint", "").startswith("http://"),
     }
     try:
         return from_url(bare, config=config, retry_config=retries, client_options=client)
@@ -257,10 +257,10 @@ class PayloadStore:
             _check_segments(prefix)
         try:
             async for page in obstore.list(self._store, prefix=prefix or None, chunk_size=page_objects):
-                for found in page:
-                    if _is_ours(found["path"]):
-                        modified_us = int(found["last_modified"].timestamp() * 1_000_000)
-                        yield StoredObject(found["path"], modified_us, found["size"])
+                for entry in page:
+                    if _is_ours(entry["path"]):
+                        modified_us = int(entry["last_modified"].timestamp() * 1_000_000)
+                        yield StoredObject(entry["path"], modified_us, entry["size"])
         except (BaseError, OSError) as error:
             raise self._unavailable("listed", error, prefix=prefix) from error
 
@@ -284,8 +284,8 @@ class PayloadStore:
         prefix = payload_key(environment, batch_id, "0" * 64).rpartition("/")[0]
         page: list[str] = []
         count = 0
-        async for found in self.list(prefix):
-            page.append(found.key)
+        async for stored in self.list(prefix):
+            page.append(stored.key)
             if len(page) == _PAGE_OBJECTS:
                 await self.delete(page)
                 count += len(page)
@@ -443,9 +443,9 @@ def shown_url(url: str) -> str:
 
 def _first_line(error: Exception) -> str:
     """Return an error in one line, in the server's own words if it has any."""
-    said = _ANSWER.search(str(error))
-    if said:
-        return f"the server answered {said[1]}: {said[2]}"
+    answer = _ANSWER.search(str(error))
+    if answer:
+        return f"the server answered {answer[1]}: {answer[2]}"
     return str(error).partition("\n")[0] or type(error).__name__
 
 

@@ -96,8 +96,8 @@ def lease_of(span: Span, first_index: int, gaps: bytes | None, extras: Mapping[i
         payloads, kinds = unpack(items)
     else:
         span_slots = unsettled_slots(span)
-        own = block_offsets_of(span)
-        block_offsets = [own[span_slot] for span_slot in span_slots]
+        offsets = block_offsets_of(span)
+        block_offsets = [offsets[span_slot] for span_slot in span_slots]
         payloads, kinds = unpack_some(items, block_offsets)
     if gaps is not None:
         distances = array("I", gaps)

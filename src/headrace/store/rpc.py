@@ -127,9 +127,9 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
 }
 
 ERRORS: Final[Mapping[str, type[HeadraceError]]] = {
-    found.code: found
-    for found in vars(errors).values()
-    if isinstance(found, type) and issubclass(found, HeadraceError) and found is not HeadraceError
+    error_class.code: error_class
+    for error_class in vars(errors).values()
+    if isinstance(error_class, type) and issubclass(error_class, HeadraceError) and error_class is not HeadraceError
 }
 """Errors by their codes. A class without a code of its own has the code of its base class."""
 

@@ -101,19 +101,19 @@ def parsed(texts: Sequence[str]) -> tuple[list[Statement], dict[str, Fragment]]:
 
     Raises `ValueError` when a name is used twice.
     """
-    found: dict[str, Statement] = {}
+    by_name: dict[str, Statement] = {}
     fragments: dict[str, Fragment] = {}
     for text in texts:
         pieces = _HEAD.split(text)
         for kind, name, parameters, meaning, sql in zip(*(pieces[start::5] for start in range(1, 6)), strict=True):
-            if name in found or name in fragments:
+            if name in by_name or name in fragments:
                 raise ValueError(f"the SQL name {name} is used twice")
             if kind:
-                names = [own.strip() for own in parameters.split(",")] if parameters else []
+                names = [parameter.strip() for parameter in parameters.split(",")] if parameters else []
                 fragments[name] = Fragment(name, names, _COMMENT.sub("", sql).strip())
             else:
-                found[name] = Statement(name, meaning, sql.strip())
-    return list(found.values()), fragments
+                by_name[name] = Statement(name, meaning, sql.strip())
+    return list(by_name.values()), fragments
 
 
 @cache
@@ -126,10 +126,12 @@ def statements(package: str) -> dict[str, Statement]:
     texts = [file.read_text(encoding="utf-8") for file in sorted(folder.iterdir(), key=lambda path: path.name)]
     written, fragments = parsed(texts)
     used: set[str] = set()
-    found = {statement.name: statement._replace(sql=expanded(statement.sql, fragments, used)) for statement in written}
+    by_name = {
+        statement.name: statement._replace(sql=expanded(statement.sql, fragments, used)) for statement in written
+    }
     if unused := fragments.keys() - used:
         raise ValueError(f"unused SQL fragments: {', '.join(sorted(unused))}")
-    return found
+    return by_name
 
 
 @cache

@@ -72,17 +72,17 @@ def sqlite_ids(entity: EntityType, ids: Iterable[Any]) -> list[tuple[Any]]:
 
 def sqlite_rows(entity: EntityType, rows: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Convert rows for SQLite."""
-    found = list(map(astuple, rows))
+    tuples = list(map(astuple, rows))
     encoders = [sqlite_encoder(column) for column in entity.columns]
     if not entity.has_large:  # then whole numbers need no conversion
         encoders = [None if encode is _small_or_text else encode for encode in encoders]
-    if not found or not any(encoders):
-        return found
-    columns = zip(*found, strict=True)
+    if not tuples or not any(encoders):
+        return tuples
+    columns = zip(*tuples, strict=True)
     return list(
         zip(
             *(
-                values if encode is None else [None if own is None else encode(own) for own in values]
+                values if encode is None else [None if value is None else encode(value) for value in values]
                 for encode, values in zip(encoders, columns, strict=True)
             ),
             strict=True,
@@ -91,15 +91,15 @@ def sqlite_rows(entity: EntityType, rows: Sequence[Any]) -> list[tuple[Any, ...]
 
 
 def _decoders(entity: EntityType, by_kind: dict[str, Callable[[Any], Any]]) -> list[tuple[int, Callable[[Any], Any]]]:
-    found: list[tuple[int, Callable[[Any], Any]]] = []
+    decoders: list[tuple[int, Callable[[Any], Any]]] = []
     for at, column in enumerate(entity.columns):
         if column.enum is not None:
-            found.append((at, column.enum))
+            decoders.append((at, column.enum))
         elif column.kind == kinds.JSON:
-            found.append((at, partial(entity.decoded, column.name)))
+            decoders.append((at, partial(entity.decoded, column.name)))
         elif column.kind in by_kind:
-            found.append((at, by_kind[column.kind]))
-    return found
+            decoders.append((at, by_kind[column.kind]))
+    return decoders
 
 
 class RowReader:
@@ -114,16 +114,16 @@ class RowReader:
         order = [own.name for own in parameters if own.kind is not inspect.Parameter.KEYWORD_ONLY]
         self._is_by_place = order == list(entity.names)
 
-    def rows(self, found: Iterable[Sequence[Any]]) -> list[Any]:
+    def rows(self, driver_rows: Iterable[Sequence[Any]]) -> list[Any]:
         """Convert all rows."""
-        return [self.row(values) for values in found]
+        return [self.row(values) for values in driver_rows]
 
-    def history(self, found: Iterable[Sequence[Any]]) -> list[tuple[Any, int, Any]]:
+    def history(self, driver_rows: Iterable[Sequence[Any]]) -> list[tuple[Any, int, Any]]:
         """Convert rows of the history; their last columns are the checkpoint, and True for a deletion."""
         return [
             (self._id(values[self._id_at]), values[-2], None) if values[-1]
             else ((row := self.row(values[:-2])).id, values[-2], row)
-            for values in found
+            for values in driver_rows
         ]  # fmt: skip
 
     def _id(self, value: Any) -> Any:
@@ -135,11 +135,11 @@ class RowReader:
     def row(self, values: Sequence[Any]) -> Any:
         """Convert one row."""
         if self._decoders:
-            own = list(values)
+            decoded = list(values)
             for at, decode in self._decoders:
-                if own[at] is not None:
-                    own[at] = decode(own[at])
-            values = own
+                if decoded[at] is not None:
+                    decoded[at] = decode(decoded[at])
+            values = decoded
         if self._is_by_place:
             return self._cls(*values)
         return self._cls(**dict(zip(self._names, values, strict=True)))
@@ -176,10 +176,10 @@ _COPIED: Final[dict[str, Callable[[Any], str]]] = {
 def copy_column(column: Column, values: Sequence[Any]) -> Iterable[str]:
     """Encode a column for COPY, escaped."""
     if column.enum is not None:
-        values = [None if own is None else own.value for own in values]
+        values = [None if value is None else value.value for value in values]
     if None in values:
-        rest = iter(copy_column(column._replace(enum=None), [own for own in values if own is not None]))
-        return [NULL if own is None else next(rest) for own in values]
+        rest = iter(copy_column(column._replace(enum=None), [value for value in values if value is not None]))
+        return [NULL if value is None else next(rest) for value in values]
     encode = _COPIED.get(column.kind)
     texts: Sequence[str] = values if encode is None else list(map(encode, values))
     if column.kind in (kinds.TEXT, kinds.JSON):

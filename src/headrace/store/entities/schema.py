@@ -64,18 +64,18 @@ def check_names(entities: Sequence[EntityType]) -> None:
             )
 
 
-def changes_of(plan: EntityPlan, kept: Mapping[str, StoredTable], existing: set[str]) -> list[Change]:
+def changes_of(plan: EntityPlan, stored_tables: Mapping[str, StoredTable], existing: set[str]) -> list[Change]:
     """Return the changes that make the tables fit the plan. Raises `SchemaChanged` or `Conflict`, changing nothing.
 
     `existing`: the names of all tables, of any owner.
     """
-    return [_change(plan, entity, kept.get(entity.table), existing) for entity in plan.entities]
+    return [_change(plan, entity, stored_tables.get(entity.table), existing) for entity in plan.entities]
 
 
-def _change(plan: EntityPlan, entity: EntityType, kept: StoredTable | None, existing: set[str]) -> Change:
+def _change(plan: EntityPlan, entity: EntityType, stored: StoredTable | None, existing: set[str]) -> Change:
     name = entity.cls.__name__
     keeps = plan.keeps_history(entity)
-    if kept is None:
+    if stored is None:
         for table in (entity.table, *([entity.table + HISTORY_SUFFIX] if keeps else [])):
             if table in existing:
                 raise Conflict(
@@ -83,53 +83,53 @@ def _change(plan: EntityPlan, entity: EntityType, kept: StoredTable | None, exis
                     hint=f'rename the table, or give the entity another: class {name}(Entity, table="…")',
                 )  # fmt: skip
         return Change(entity, creates=True, creates_history=keeps, drops_history=False, adds=())
-    if (kept.environment, kept.indexer) != (plan.environment, plan.indexer):
+    if (stored.environment, stored.indexer) != (plan.environment, plan.indexer):
         raise Conflict(
-            f"the table {entity.table!r} belongs to the indexer {kept.indexer!r} of environment {kept.environment!r}",
+            f"the table {entity.table!r} belongs to the indexer {stored.indexer!r} of {stored.environment!r}",
             hint=f'give it another name: class {name}(Entity, table="…")',
             table=entity.table,
         )
-    differences = _differences(entity, kept.columns)
+    differences = _differences(entity, stored.columns)
     if differences:
         raise SchemaChanged(
             f"{name} does not fit its existing table: {'; '.join(differences)}",
             hint="undo the change, or run `headrace index reset`; only new fields with a default are added",
             indexer=plan.indexer,
         )
-    adds = [column for column in entity.columns if column.name not in kept.columns]
+    adds = [column for column in entity.columns if column.name not in stored.columns]
     return Change(
         entity,
         creates=False,
-        creates_history=keeps and not kept.has_history,
-        drops_history=kept.has_history and not keeps,
+        creates_history=keeps and not stored.has_history,
+        drops_history=stored.has_history and not keeps,
         adds=adds,
     )
 
 
-def _differences(entity: EntityType, known: Mapping[str, str]) -> list[str]:
-    found = []
-    now = {column.name: column for column in entity.columns}
-    for name, form in known.items():
-        if name not in now:
-            found.append(f"the field {name} ({_said(form)}) is missing")
-        elif now[name].form != form:
-            found.append(f"{name} was {_said(form)} and is {_said(now[name].form)}")
-    for name, column in now.items():
-        if name not in known and column.default is msgspec.NODEFAULT and not column.is_optional:
-            found.append(f"{name} is new and has no default for the existing rows")
-    return found
+def _differences(entity: EntityType, stored_columns: Mapping[str, str]) -> list[str]:
+    differences = []
+    columns = {column.name: column for column in entity.columns}
+    for name, form in stored_columns.items():
+        if name not in columns:
+            differences.append(f"the field {name} ({_described(form)}) is missing")
+        elif columns[name].form != form:
+            differences.append(f"{name} was {_described(form)} and is {_described(columns[name].form)}")
+    for name, column in columns.items():
+        if name not in stored_columns and column.default is msgspec.NODEFAULT and not column.is_optional:
+            differences.append(f"{name} is new and has no default for the existing rows")
+    return differences
 
 
-def _said(form: str) -> str:
+def _described(form: str) -> str:
     return f"an optional {form[:-1]}" if form.endswith("?") else form
 
 
-def tables_of(kept: Mapping[str, StoredTable]) -> list[str]:
+def tables_of(stored_tables: Mapping[str, StoredTable]) -> list[str]:
     """Return the names of all tables that were created, also of histories."""
     return [
         name
-        for table, own in kept.items()
-        for name in ([table, table + HISTORY_SUFFIX] if own.has_history else [table])
+        for table, stored in stored_tables.items()
+        for name in ([table, table + HISTORY_SUFFIX] if stored.has_history else [table])
     ]
 
 

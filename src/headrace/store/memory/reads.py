@@ -85,7 +85,7 @@ class Tables:
 
     def copied(self) -> Self:
         """Return a copy with the same values."""
-        return type(self)(**{one.name: copy(getattr(self, one.name)) for one in fields(self)})
+        return type(self)(**{table.name: copy(getattr(self, table.name)) for table in fields(self)})
 
     def add_block(self, batch_id: str, chunk: Chunk) -> int:
         """Store a chunk's inputs under a new id."""
@@ -102,12 +102,12 @@ class Tables:
 
     def forget(self, batch_id: str) -> None:
         """Delete a batch with all its rows."""
-        gone = {block.id for block in self.blocks.values() if block.batch_id == batch_id}
+        block_ids = {block.id for block in self.blocks.values() if block.batch_id == batch_id}
         del self.batches[batch_id], self.received[batch_id]
-        self.blocks = {name: block for name, block in self.blocks.items() if name not in gone}
-        self.spans = {name: span for name, span in self.spans.items() if span.block_id not in gone}
-        self.parts = {name: part for name, part in self.parts.items() if part.block_id not in gone}
-        self.keys = {name: known for name, known in self.keys.items() if known.batch_id != batch_id}
+        self.blocks = {name: block for name, block in self.blocks.items() if name not in block_ids}
+        self.spans = {name: span for name, span in self.spans.items() if span.block_id not in block_ids}
+        self.parts = {name: part for name, part in self.parts.items() if part.block_id not in block_ids}
+        self.keys = {name: named_run for name, named_run in self.keys.items() if named_run.batch_id != batch_id}
         self.tags = {row for row in self.tags if row[2] != batch_id}
         self.objects = {key: owner for key, owner in self.objects.items() if owner != batch_id}
         self.cancellations = {row for row in self.cancellations if row[0] != batch_id}
@@ -137,17 +137,17 @@ def indexes_of(chunk: Chunk) -> Sequence[int]:
 
 def indexes_of_span(tables: Tables, span: Span) -> list[int]:
     """Return the batch index at each slot of a span."""
-    own = indexes_of(tables.blocks[span.block_id].chunk)
-    return [own[block_offset] for block_offset in block_offsets_of(span)]
+    indexes = indexes_of(tables.blocks[span.block_id].chunk)
+    return [indexes[block_offset] for block_offset in block_offsets_of(span)]
 
 
 def locate(tables: Tables, batch: BatchRecord, index: int) -> tuple[int, int]:
     """Return the `(block id, block offset)` of a run. Raises `NotFound`."""
     for block in tables.blocks.values():
         if block.batch_id == batch.id and block.chunk.first_index <= index <= block.chunk.last_index:
-            own = indexes_of(block.chunk)
-            if index in own:
-                return block.id, own.index(index)
+            indexes = indexes_of(block.chunk)
+            if index in indexes:
+                return block.id, indexes.index(index)
     raise NotFound("the batch has no run with this index", batch_id=batch.id, index=index)
 
 
@@ -201,14 +201,16 @@ class _RunInSpan(NamedTuple):
 
 def run_locations(tables: Tables, batch_id: str) -> list[_RunInSpan]:
     """Return every run of a batch, by index, with the span that has its state."""
-    own = {block.id: indexes_of(block.chunk) for block in tables.blocks.values() if block.batch_id == batch_id}
-    found = [
-        _RunInSpan(own[span.block_id][block_offset], span.block_id, block_offset, span, state)
+    indexes_by_block = {
+        block.id: indexes_of(block.chunk) for block in tables.blocks.values() if block.batch_id == batch_id
+    }
+    locations = [
+        _RunInSpan(indexes_by_block[span.block_id][block_offset], span.block_id, block_offset, span, state)
         for span in spans_of_batch(tables, batch_id)
         for block_offset, state in zip(block_offsets_of(span), span.states, strict=True)
         if state != runs_core.MOVED
     ]
-    return sorted(found, key=lambda home: home.run_index)
+    return sorted(locations, key=lambda location: location.run_index)
 
 
 def _results(tables: Tables, batch_id: str) -> dict[tuple[int, int], tuple[bytes, int]]:
@@ -228,7 +230,7 @@ def outcomes(
     """Return final outcomes from `from_index` on. Gaps are skipped in a stream, and everywhere with `passing`."""
     batch = find(tables, batch_id)
     results = _results(tables, batch_id)
-    told: list[RunOutcome] = []
+    final: list[RunOutcome] = []
     expected = from_index
     for index, block_id, block_offset, _, state in run_locations(tables, batch_id):
         if index < from_index:
@@ -238,12 +240,12 @@ def outcomes(
             break
         if passing and state not in runs_core.FINAL:
             continue
-        if (is_gap and not passing) or state not in runs_core.FINAL or len(told) == runs_max:
+        if (is_gap and not passing) or state not in runs_core.FINAL or len(final) == runs_max:
             break
         result, kind = results.get((block_id, block_offset), NOTHING) if state in WITH_RESULT else NOTHING
-        told.append(RunOutcome(index=index, state=state, result=result, kind=kind))
+        final.append(RunOutcome(index=index, state=state, result=result, kind=kind))
         expected = index + 1
-    return told
+    return final
 
 
 def lease(tables: Tables, span: Span) -> Lease:
@@ -326,32 +328,34 @@ def _queue(tables: Tables, environment: str, name: str) -> QueueView:
 
 def named_leases(tables: Tables, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
     """Return the leases of the runs that keys name."""
-    found = []
+    leases = []
     for key in sorted(set(keys)):
-        known = tables.keys.get((environment, task, key))
-        if known is None:
+        named_run = tables.keys.get((environment, task, key))
+        if named_run is None:
             continue
-        block_id, block_offset = locate(tables, tables.batches[known.batch_id], known.run_index)
+        block_id, block_offset = locate(tables, tables.batches[named_run.batch_id], named_run.run_index)
         for span in spans_of_block(tables, block_id):
-            found += [
+            leases += [
                 named_lease(span, key, span_slot, tables.blocks[block_id].chunk.extras[block_offset])
-                for span_slot, own in enumerate(block_offsets_of(span))
-                if own == block_offset and span.state == spans.LEASED and span.states[span_slot] in runs_core.UNSETTLED
+                for span_slot, offset in enumerate(block_offsets_of(span))
+                if offset == block_offset
+                and span.state == spans.LEASED
+                and span.states[span_slot] in runs_core.UNSETTLED
             ]
-    return found
+    return leases
 
 
 def dead_letters(
     tables: Tables, environment: str, queue: str, before_us: int, after: DeadLetter | None
 ) -> list[DeadLetter]:
     """List dead letters, oldest first."""
-    found = [
+    letters = [
         dead
         for owner, dead in tables.dead.values()
         if owner == environment and queue in ("", dead.queue) and (not before_us or dead.died_us < before_us)
         if after is None or _age(dead) > _age(after)
     ]
-    return sorted(found, key=_age)
+    return sorted(letters, key=_age)
 
 
 def _age(dead: DeadLetter) -> tuple[int, str, int]:
@@ -367,24 +371,24 @@ def verify(tables: Tables, batch_id: str) -> Verification:
         if block.batch_id == batch_id
         for block_offset, index in enumerate(indexes_of(block.chunk))
     ]
-    told = _counted(tables, batch, len(stored))
-    _, kept = with_ledger(tables, batch)
+    counted_ledger = _counted(tables, batch, len(stored))
+    _, stored_ledger = with_ledger(tables, batch)
     differences = [
-        f"{name}: the counters say {getattr(kept, name)}, the chunks {getattr(told, name)}"
+        f"{name}: the counters say {getattr(stored_ledger, name)}, the chunks {getattr(counted_ledger, name)}"
         for name in Ledger._fields
-        if getattr(kept, name) != getattr(told, name)
+        if getattr(stored_ledger, name) != getattr(counted_ledger, name)
     ]
     if received != IndexSet(index for _, _, index in stored) or len(received) != len(stored):
         differences.append(f"the received set names {len(received)} indexes, the blocks hold {len(stored)}")
     differences += _unhomed(tables, batch_id, stored)
-    is_done = not told.waiting + told.leased
-    if not told.balances:
-        differences.append(f"expected {told.expected} runs, found {sum(told[1:])}")
+    is_done = not counted_ledger.waiting + counted_ledger.leased
+    if not counted_ledger.balances:
+        differences.append(f"expected {counted_ledger.expected} runs, found {sum(counted_ledger[1:])}")
     if batch.is_finished and not is_done:
         differences.append(f"the batch is {batch.state}, yet some of its runs are not final")
     if batch.state != batches.OPEN and not batch.is_finished and is_done:
         differences.append(f"every run is final, yet the batch has not ended ({batch.state})")
-    return Verification(batch_id=batch_id, ledger=told, differences=differences)
+    return Verification(batch_id=batch_id, ledger=counted_ledger, differences=differences)
 
 
 def _counted(tables: Tables, batch: BatchRecord, stored_count: int) -> Ledger:

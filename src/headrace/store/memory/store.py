@@ -88,8 +88,8 @@ class MemoryStore:
         """Create a batch, or return the one that its key names."""
         batches.check_created(expected_count=new.expected_count, runs_max=self._limits.batch_runs_max)
         with self._changing() as tables:
-            if new.key is not None and (known := reads.named(tables, new.environment, new.key)):
-                return known, False
+            if new.key is not None and (batch := reads.named(tables, new.environment, new.key)):
+                return batch, False
             if new.id in tables.batches:
                 return tables.batches[new.id], False
             if new.session_id:
@@ -251,7 +251,7 @@ class MemoryStore:
     async def release(self, releases: Sequence[Release], *, crashes_max: int, now_us: int) -> list[str]:
         """Release leases before their runs have ended."""
         with self._changing() as tables:
-            return [writes.release(tables, given, crashes_max, now_us) for given in releases]
+            return [writes.release(tables, released, crashes_max, now_us) for released in releases]
 
     # reading
 
@@ -269,14 +269,14 @@ class MemoryStore:
     ) -> list[tuple[BatchRecord, Ledger]]:
         """List batches, newest first."""
         tables = self._now()
-        found = [
+        matching = [
             batch
             for batch_id, batch in sorted(tables.batches.items(), reverse=True)
             if batch.environment == environment
             and (states is None or batch.state in states)
             and (not before_id or batch_id < before_id)
         ]
-        return [reads.with_ledger(tables, batch) for batch in found[:limit]]
+        return [reads.with_ledger(tables, batch) for batch in matching[:limit]]
 
     async def missing(self, batch_id: str, ranges_max: int) -> list[tuple[int, int]]:
         """Return ranges of announced indexes that are not durable yet."""
@@ -332,15 +332,15 @@ class MemoryStore:
     async def purge_dead(self, environment: str, runs: Sequence[tuple[str, int]]) -> int:
         """Remove runs from the dead letters."""
         with self._changing() as tables:
-            gone = [run for run in set(runs) if run in tables.dead and tables.dead[run][0] == environment]
-            for run in gone:
+            purged = [run for run in set(runs) if run in tables.dead and tables.dead[run][0] == environment]
+            for run in purged:
                 del tables.dead[run]
-        return len(gone)
+        return len(purged)
 
     async def rules(self, environment: str) -> dict[str, bytes]:
         """Return the rules of an environment by name."""
-        known = self._now().rules
-        return {name: known[environment, name] for owner, name in sorted(known) if owner == environment}
+        stored = self._now().rules
+        return {name: stored[environment, name] for owner, name in sorted(stored) if owner == environment}
 
     async def keep_rules(self, environment: str, name: str, value: bytes, *, before: bytes | None) -> bool:
         """Store a rule, unless another process changed it since it was read."""
@@ -419,8 +419,8 @@ class MemoryStore:
                 if 0 < session.ended_us < finished_before_us and session.id not in owners:
                     del tables.sessions[session.id]
             tables.buckets = {name: at for name, at in tables.buckets.items() if at >= finished_before_us}
-        gone = [(environment, batch_id) for _, batch_id, environment in due[:batches_max]]
-        return Pruned(batches=gone, more=len(due) > batches_max)
+        pruned = [(environment, batch_id) for _, batch_id, environment in due[:batches_max]]
+        return Pruned(batches=pruned, more=len(due) > batches_max)
 
     async def unnamed(self, keys: Sequence[str]) -> list[str]:
         """Return those of these object keys that no row names."""
@@ -472,8 +472,8 @@ class MemoryStore:
 
     async def schedules(self, environment: str) -> list[Schedule]:
         """List all schedules by name."""
-        known = self._now().schedules
-        return [known[name] for name in sorted(known) if name[0] == environment]
+        stored = self._now().schedules
+        return [stored[name] for name in sorted(stored) if name[0] == environment]
 
     # API keys and rate limits
 
@@ -490,8 +490,8 @@ class MemoryStore:
 
     async def keys(self, environment: str) -> list[ApiKey]:
         """List the API keys of an environment, oldest first."""
-        known = self._now().api_keys
-        return [known[name] for name in sorted(known) if known[name].environment == environment]
+        stored = self._now().api_keys
+        return [stored[name] for name in sorted(stored) if stored[name].environment == environment]
 
     async def revoke_key(self, environment: str, key_id: str, *, now_us: int) -> bool:
         """Revoke an API key."""

@@ -83,37 +83,43 @@ def seal(tables: Tables, batch_id: str, expected_count: int | None, now_us: int)
     return after
 
 
-def keep_schedules(tables: Tables, environment: str, app: str, own: Sequence[Schedule], now_us: int) -> list[Schedule]:
+def keep_schedules(
+    tables: Tables, environment: str, app: str, declared: Sequence[Schedule], now_us: int
+) -> list[Schedule]:
     """Store all schedules of an app. One that is new, was gone, or has another expression or time zone begins now."""
-    names = {one.name for one in own}
-    for (owner, name), known in tables.schedules.items():
-        if owner == environment and known.app == app and name not in names and not known.gone_us:
-            tables.schedules[owner, name] = msgspec.structs.replace(known, gone_us=now_us)
-    for one in own:
-        before = tables.schedules.get((environment, one.name))
+    names = {schedule.name for schedule in declared}
+    for (owner, name), stored in tables.schedules.items():
+        if owner == environment and stored.app == app and name not in names and not stored.gone_us:
+            tables.schedules[owner, name] = msgspec.structs.replace(stored, gone_us=now_us)
+    for schedule in declared:
+        before = tables.schedules.get((environment, schedule.name))
         last_us, ticked_us = now_us, 0
         if before is not None:
             ticked_us = before.ticked_us
-            is_same = not before.gone_us and (before.expression, before.zone) == (one.expression, one.zone)
+            is_same = not before.gone_us and (before.expression, before.zone) == (schedule.expression, schedule.zone)
             last_us = before.last_us if is_same else max(before.last_us, now_us)
-        tables.schedules[environment, one.name] = msgspec.structs.replace(
-            one, environment=environment, app=app, last_us=last_us, ticked_us=ticked_us, gone_us=0
+        tables.schedules[environment, schedule.name] = msgspec.structs.replace(
+            schedule, environment=environment, app=app, last_us=last_us, ticked_us=ticked_us, gone_us=0
         )
     return [tables.schedules[environment, name] for name in sorted(names)]
 
 
-def tick(tables: Tables, environment: str, wanted: Tick, now_us: int) -> Ticked:
+def tick(tables: Tables, environment: str, ticks: Tick, now_us: int) -> Ticked:
     """Advance a schedule and enqueue the runs of its ticks."""
-    known = tables.schedules.get((environment, wanted.name))
-    if known is None:
+    schedule = tables.schedules.get((environment, ticks.name))
+    if schedule is None:
         return Ticked(False, None)
-    stands = (known.expression, known.zone, known.last_us) == (wanted.expression, wanted.zone, wanted.last_us)
-    if not stands or wanted.until_us <= known.last_us:
-        return Ticked(False, known)
-    ticked_us = wanted.until_us if wanted.runs else known.ticked_us
-    after = msgspec.structs.replace(known, last_us=wanted.until_us, ticked_us=ticked_us, gone_us=0)
-    tables.schedules[environment, wanted.name] = after
-    for new, chunk in wanted.runs:
+    is_unchanged = (schedule.expression, schedule.zone, schedule.last_us) == (
+        ticks.expression,
+        ticks.zone,
+        ticks.last_us,
+    )
+    if not is_unchanged or ticks.until_us <= schedule.last_us:
+        return Ticked(False, schedule)
+    ticked_us = ticks.until_us if ticks.runs else schedule.ticked_us
+    after = msgspec.structs.replace(schedule, last_us=ticks.until_us, ticked_us=ticked_us, gone_us=0)
+    tables.schedules[environment, ticks.name] = after
+    for new, chunk in ticks.runs:
         if new.id in tables.batches:
             raise Conflict(f"a batch with the id {new.id!r} exists already", batch_id=new.id)
         create(tables, new, now_us)
@@ -141,12 +147,12 @@ def fresh_part(tables: Tables, batch: BatchRecord, chunk: Chunk, answer: Appende
             continue
         if extra is not None and extra.idempotency_key:
             name = (batch.environment, tasks[block_offset], extra.idempotency_key)
-            known = tables.keys.get(name)
-            if known is not None and not _is_free(tables, known, now_us):
-                answer.existing[index] = (known.batch_id, known.run_index)
+            named_run = tables.keys.get(name)
+            if named_run is not None and not _is_free(tables, named_run, now_us):
+                answer.existing[index] = (named_run.batch_id, named_run.run_index)
                 if batch.kind == batches.STREAM:
                     continue
-                links[block_offset] = run_id(known.batch_id, known.run_index)
+                links[block_offset] = run_id(named_run.batch_id, named_run.run_index)
             else:
                 tables.keys[name] = Known(batch.id, index, extra.idempotency_expires_us)
         received.add_range(index, index + 1)
@@ -154,15 +160,15 @@ def fresh_part(tables: Tables, batch: BatchRecord, chunk: Chunk, answer: Appende
     return narrowed(linked(chunk, links), keep)
 
 
-def _is_free(tables: Tables, known: Known, now_us: int) -> bool:
+def _is_free(tables: Tables, named_run: Known, now_us: int) -> bool:
     """True if a key names no run any more: it expired, or its run failed, was cancelled or expired and may run
     again.
     """
-    if 0 < known.expires_us <= now_us:
+    if 0 < named_run.expires_us <= now_us:
         return True
     return any(
-        home.run_index == known.run_index and home.state in ENDED_BADLY and not home.span.at_most_once
-        for home in reads.run_locations(tables, known.batch_id)
+        location.run_index == named_run.run_index and location.state in ENDED_BADLY and not location.span.at_most_once
+        for location in reads.run_locations(tables, named_run.batch_id)
     )
 
 
@@ -192,18 +198,20 @@ def insert(tables: Tables, batch: BatchRecord, chunk: Chunk, now_us: int) -> Cou
             by_state.setdefault(at_birth[block_offset].state if block_offset in at_birth else WAITING, []).append(
                 block_offset
             )
-        for state, own in by_state.items():
+        for state, offsets in by_state.items():
             stands = spans.DELAYED if key.due_us > now_us else spans.WAITING
             span = _new_span(
-                tables, batch, block_id, chunk, key, own, state, stands if state == WAITING else spans.DONE
+                tables, batch, block_id, chunk, key, offsets, state, stands if state == WAITING else spans.DONE
             )
             span.since_us = now_us
-            if state == WAITING and len(own) == chunk.runs_count:
+            if state == WAITING and len(offsets) == chunk.runs_count:
                 span = msgspec.structs.replace(span, block_offsets=None)
             add_span(tables, span)
             if state != WAITING:
                 tables.add_part(birth_part(span, at_birth, now_us))
-                ended = ended.plus(Counts(completed=len(own)) if state == COMPLETED else Counts(failed=len(own)))
+                ended = ended.plus(
+                    Counts(completed=len(offsets)) if state == COMPLETED else Counts(failed=len(offsets))
+                )
     for block_offset, extra in chunk.extras.items():
         index = chunk.index_at(block_offset)
         tables.tags |= {(batch.environment, tag, batch.id, index) for tag in extra.tags}
@@ -213,7 +221,14 @@ def insert(tables: Tables, batch: BatchRecord, chunk: Chunk, now_us: int) -> Cou
 
 
 def _new_span(
-    tables: Tables, batch: BatchRecord, block_id: int, chunk: Chunk, key: Key, own: list[int], state: int, stands: str
+    tables: Tables,
+    batch: BatchRecord,
+    block_id: int,
+    chunk: Chunk,
+    key: Key,
+    offsets: list[int],
+    state: int,
+    span_state: str,
 ) -> Span:
     clock = environment_clock(tables, batch.environment)
     return Span(
@@ -221,12 +236,12 @@ def _new_span(
         block_id=block_id,
         batch_id=batch.id,
         environment=batch.environment,
-        order_no=first_order_no(clock=clock, base=batch.order_bases[key.queue], index=chunk.index_at(own[0])),
+        order_no=first_order_no(clock=clock, base=batch.order_bases[key.queue], index=chunk.index_at(offsets[0])),
         first_index=chunk.first_index,
-        block_offsets=encode_uint16s(own),
-        states=bytes((state,)) * len(own),
-        unsettled_count=len(own) if state == WAITING else 0,
-        state=stands,
+        block_offsets=encode_uint16s(offsets),
+        states=bytes((state,)) * len(offsets),
+        unsettled_count=len(offsets) if state == WAITING else 0,
+        state=span_state,
     )
 
 
@@ -253,7 +268,10 @@ def by_block(tables: Tables, batch: BatchRecord, indexes: Collection[int]) -> di
 
 def environment_clock(tables: Tables, environment: str) -> int:
     """Return the highest clock of an environment's queues: the virtual time of new runs."""
-    return max((queue.clock for (own, _), queue in tables.queues.items() if own == environment), default=0)
+    return max(
+        (queue.clock for (queue_environment, _), queue in tables.queues.items() if queue_environment == environment),
+        default=0,
+    )
 
 
 def clock(tables: Tables, span: Span) -> int:
@@ -312,13 +330,13 @@ def stop(tables: Tables, batch_id: str, state: str, now_us: int) -> None:
 
 def sweep_stopped(tables: Tables, batch_id: str, spans_max: int, now_us: int) -> tuple[int, int]:
     """Cancel waiting runs of a stopped batch. Returns the numbers of spans and of runs."""
-    found = [span for span in reads.waiting(tables) if span.batch_id == batch_id][:spans_max]
+    waiting = [span for span in reads.waiting(tables) if span.batch_id == batch_id][:spans_max]
     change = Counts()
-    for span in found:
+    for span in waiting:
         tables.spans[span.id], counts = spans.cancel(span)
         change = change.plus(counts)
     count_in(tables, batch_id, change, now_us)
-    return len(found), change.settled
+    return len(waiting), change.settled
 
 
 def is_overdue(batch: BatchRecord, now_us: int) -> bool:
@@ -347,13 +365,13 @@ def ended(session_id: str) -> SessionEnded:
 def end(tables: Tables, session: Session, suspects: Suspects, crashes_max: int, now_us: int) -> int:
     """End a session, release its leases and leave its batches. Returns how many leases there were."""
     tables.sessions[session.id] = msgspec.structs.replace(session, ended_us=now_us)
-    held = reads.spans_of_session(tables, session.id)
-    for span in held:
+    leased = reads.spans_of_session(tables, session.id)
+    for span in leased:
         release(tables, release_of_session(span, suspects), crashes_max, now_us)
     for batch in list(tables.batches.values()):
         if batch.session_id == session.id:
             tables.batches[batch.id] = batches.owner_ended(batch, now_us)
-    return len(held)
+    return len(leased)
 
 
 def release_of_session(span: Span, suspects: Suspects) -> Release:
@@ -365,15 +383,15 @@ def release_of_session(span: Span, suspects: Suspects) -> Release:
     return Release(span_id=span.id, token=span.token, suspects=span_slots, evidence=suspects.evidence)
 
 
-def release(tables: Tables, given: Release, crashes_max: int, now_us: int) -> str:
+def release(tables: Tables, released: Release, crashes_max: int, now_us: int) -> str:
     """Release one lease. Returns `settled` or `lost`."""
-    span = tables.spans.get(given.span_id)
+    span = tables.spans.get(released.span_id)
     verdict = release_span(
         span,
-        given.token,
-        span_slots=given.span_slots,
-        suspects=frozenset(given.suspects),
-        evidence=given.evidence,
+        released.token,
+        span_slots=released.span_slots,
+        suspects=frozenset(released.suspects),
+        evidence=released.evidence,
         policy=Policy() if span is None else policy(tables, span, crashes_max),
         clock=0 if span is None else clock(tables, span),
         now_us=now_us,

@@ -52,10 +52,10 @@ class PostgresEntities:
         return await self._store.within(lambda _, run: run(script()))
 
     async def _rows(self, sql: str, *values: Any) -> list[Any]:
-        known = self._prepared.get(sql)
-        if known is None:
-            known = self._prepared[sql] = prepared(sql, [str(number) for number in range(len(values))])
-        return await self._store.fetched(known, {str(number): value for number, value in enumerate(values)})
+        statement = self._prepared.get(sql)
+        if statement is None:
+            statement = self._prepared[sql] = prepared(sql, [str(number) for number in range(len(values))])
+        return await self._store.fetched(statement, {str(number): value for number, value in enumerate(values)})
 
     # -- tables
 
@@ -69,16 +69,16 @@ class PostgresEntities:
     ) -> IndexerState:
         await run(fetch("migration_lock", lock=LOCK))
         standing: IndexerState = await run(indexer.find_or_create(plan.environment, plan.indexer))
-        kept = await run(indexer.stored_tables())
+        stored = await run(indexer.stored_tables())
         existing = set(await run(fetch_column("existing_tables", schema=self._store.schema)))
-        changes = changes_of(plan, kept, existing)
+        changes = changes_of(plan, stored, existing)
         if any(change.creates_history for change in changes):
             await run(indexer.start_history(plan, standing))
         for change in changes:
             await self._change(connection, plan, change, has_indexes=standing.is_caught_up or not plan.defer_indexes)
             await run(indexer.store_table(plan, change.entity))
-        found: IndexerState = await run(indexer.find(plan.environment, plan.indexer))
-        return found
+        state: IndexerState = await run(indexer.find(plan.environment, plan.indexer))
+        return state
 
     async def _change(
         self, connection: PostgresConnection, plan: EntityPlan, change: Change, *, has_indexes: bool

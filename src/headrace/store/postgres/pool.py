@@ -59,11 +59,11 @@ class Prepared(NamedTuple):
 
 def compiled(schema: str) -> dict[str, Prepared]:
     """Return all statements with the schema filled in and the values numbered."""
-    found: dict[str, Prepared] = {}
+    statements_by_name: dict[str, Prepared] = {}
     for statement in statements(PACKAGE).values():
         sql, names = numbered(statement.sql.replace("{schema}", f'"{schema}"'))
-        found[statement.name] = prepared(sql, names)
-    return found
+        statements_by_name[statement.name] = prepared(sql, names)
+    return statements_by_name
 
 
 def prepared(sql: str, names: list[str]) -> Prepared:
@@ -84,12 +84,12 @@ class PostgresConnection:
 
     async def fetch(self, statement: Prepared, values: Mapping[str, Any], *, timeout_s: float | None = None) -> Rows:
         """Return all rows of a statement, within `timeout_s` or `COMMAND_TIMEOUT_S`."""
-        known = self._statements.get(statement.title)
-        if known is None:
+        handle = self._statements.get(statement.title)
+        if handle is None:
             title = None if self.is_pooled else statement.title
-            known = self._statements[statement.title] = await self.raw.prepare(statement.sql, name=title)
+            handle = self._statements[statement.title] = await self.raw.prepare(statement.sql, name=title)
         arguments = (values[name] for name in statement.names)
-        return [tuple(row) for row in await known.fetch(*arguments, timeout=timeout_s)]
+        return [tuple(row) for row in await handle.fetch(*arguments, timeout=timeout_s)]
 
     async def begin(self, how: str) -> None:
         """Begin a transaction."""

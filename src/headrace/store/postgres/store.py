@@ -387,13 +387,13 @@ class PostgresStore(ScriptedStore):
     async def _commit(self, connection: PostgresConnection) -> None:
         await connection.commit()
 
-    async def _take(self, connection: PostgresConnection, own: IdRange, name: str, count: int) -> int:
+    async def _take(self, connection: PostgresConnection, id_range: IdRange, name: str, count: int) -> int:
         """Return the first of `count` consecutive ids; fetch a new range if this one is too short."""
         if count > ID_RANGE:
             raise InvalidInput(f"expected at most {ID_RANGE} new rows of a kind in one transaction, got {count}")
-        while (first := own.take(count)) is None:
+        while (first := id_range.take(count)) is None:
             ((start,),) = await self._fetch(connection, name)
-            own.start(start)
+            id_range.start(start)
         return first
 
     # -- connections

@@ -153,7 +153,7 @@ def _new_runs(batch: BatchRecord, received: IndexSet, chunks: Sequence[Chunk], n
     fresh = _Fresh([], 0, [], {})
     duplicates_count = 0
     seen = IndexSet()
-    known: dict[tuple[str, str], tuple[str, int]] = {}
+    run_by_key: dict[tuple[str, str], tuple[str, int]] = {}
     repeats: list[tuple[Chunk, list[int]]] = []
     for chunk in chunks:
         keep, repeated = _new_block_offsets(chunk, received, seen)
@@ -162,11 +162,11 @@ def _new_runs(batch: BatchRecord, received: IndexSet, chunks: Sequence[Chunk], n
             repeats.append((chunk, repeated))
         linked_chunk = chunk
         if any(extra.idempotency_key for extra in chunk.extras.values()):
-            keep, linked_chunk = yield from _known_keys(batch, chunk, keep, known, fresh.existing, now_us)
-        kept = narrowed(linked_chunk, keep)
-        if kept is not None:
-            fresh.chunks.append(kept)
-            _add_indexes(seen, kept)
+            keep, linked_chunk = yield from _known_keys(batch, chunk, keep, run_by_key, fresh.existing, now_us)
+        new_chunk = narrowed(linked_chunk, keep)
+        if new_chunk is not None:
+            fresh.chunks.append(new_chunk)
+            _add_indexes(seen, new_chunk)
     conflicts = (yield from _conflicts(batch.id, repeats, fresh.chunks)) if repeats else []
     return fresh._replace(duplicates_count=duplicates_count, conflicts=conflicts)
 
@@ -201,15 +201,15 @@ def _conflicts(batch_id: str, repeats: Sequence[tuple[Chunk, list[int]]], kept: 
     sent = [
         (index, content) for chunk, block_offsets in repeats for index, content in _contents_at(chunk, block_offsets)
     ]
-    wanted = {index for index, _ in sent}
+    open_indexes = {index for index, _ in sent}
     as_sent = {(chunk.first_index, chunk.gaps): chunk.items for chunk, _ in repeats}
     stored: dict[int, tuple[bytes, int]] = {}
     for first_index, gaps, items in (yield from _contents(batch_id, repeats, kept)):
         indexes = indexes_of(first_index, count(items), gaps)
-        if as_sent.get((first_index, gaps)) == items and len(sent) == len(wanted):
-            wanted.difference_update(indexes)
+        if as_sent.get((first_index, gaps)) == items and len(sent) == len(open_indexes):
+            open_indexes.difference_update(indexes)
             continue
-        block_offsets = [block_offset for block_offset, index in enumerate(indexes) if index in wanted]
+        block_offsets = [block_offset for block_offset, index in enumerate(indexes) if index in open_indexes]
         payloads, kinds = unpack_some(items, block_offsets)
         for number, block_offset in enumerate(block_offsets):
             stored[indexes[block_offset]] = (payloads[number], kinds[number] if kinds else 0)
@@ -249,7 +249,7 @@ def _known_keys(
     batch: BatchRecord,
     chunk: Chunk,
     keep: list[int],
-    known: dict[tuple[str, str], tuple[str, int]],
+    run_by_key: dict[tuple[str, str], tuple[str, int]],
     existing: dict[int, tuple[str, int]],
     now_us: int,
 ) -> Script[tuple[list[int], Chunk]]:
@@ -268,25 +268,25 @@ def _known_keys(
         for block_offset in keep
         if block_offset in chunk.extras and chunk.extras[block_offset].idempotency_key
     ]
-    wanted = sorted({name for _, name in named} - known.keys())
-    known |= yield from _named(batch.environment, wanted, now_us)
+    unknown_keys = sorted({name for _, name in named} - run_by_key.keys())
+    run_by_key |= yield from _named(batch.environment, unknown_keys, now_us)
     links: dict[int, str] = {}
     for block_offset, name in named:
-        if name in known:
-            existing[chunk.index_at(block_offset)] = known[name]
-            links[block_offset] = run_id(*known[name])
+        if name in run_by_key:
+            existing[chunk.index_at(block_offset)] = run_by_key[name]
+            links[block_offset] = run_id(*run_by_key[name])
         else:
-            known[name] = (batch.id, chunk.index_at(block_offset))
+            run_by_key[name] = (batch.id, chunk.index_at(block_offset))
     if batch.kind == STREAM:
         return [block_offset for block_offset in keep if block_offset not in links], chunk
     return keep, linked(chunk, links)
 
 
 def _named(
-    environment: str, wanted: Sequence[tuple[str, str]], now_us: int
+    environment: str, keys: Sequence[tuple[str, str]], now_us: int
 ) -> Script[dict[tuple[str, str], tuple[str, int]]]:
     """Return the runs that keys name, by `(task, key)`; delete the keys that are free again."""
-    rows = yield from fetch("known_keys", environment=environment, rows=as_json(list(wanted)), now_us=now_us)
+    rows = yield from fetch("known_keys", environment=environment, rows=as_json(list(keys)), now_us=now_us)
     runs: dict[tuple[str, str], tuple[str, int]] = {}
     free: list[tuple[str, str]] = []
     for task, key, batch_id, index in rows:
@@ -423,10 +423,10 @@ def _insert_extras(batch: BatchRecord, chunks: Sequence[Chunk], now_us: int) -> 
             if extra.object_key:
                 objects.append((extra.object_key, batch.id))
     if keys:
-        kept = yield from fetch(
+        inserted = yield from fetch(
             "insert_keys", environment=batch.environment, batch_id=batch.id, rows=as_json(keys), now_us=now_us
         )
-        if len(kept) < len(keys):
+        if len(inserted) < len(keys):
             raise TransactionConflict
     if tags:
         yield from fetch("insert_tags", environment=batch.environment, batch_id=batch.id, rows=as_json(tags))

@@ -120,24 +120,24 @@ def _nearest(
     Blocks are sorted by first index and rarely overlap, so one pass finds them. Where they do overlap, memory stays
     bounded.
     """
-    found: list[tuple[int, int, int]] = []
+    nearest: list[tuple[int, int, int]] = []
     sizes: dict[int, int] = {}
     for block_id, first_index, _, runs_count, gaps in blocks:
-        if len(found) >= runs_max and first_index > found[-1][0]:
+        if len(nearest) >= runs_max and first_index > nearest[-1][0]:
             break
-        own = indexes_of(first_index, runs_count, gaps)
-        start = bisect_left(own, from_index)
-        last = found[-1][0] if found else -1
-        found += [(own[at], block_id, at) for at in range(start, min(runs_count, start + runs_max))]
-        if own[start] <= last:
-            found.sort()
-        del found[runs_max:]
+        indexes = indexes_of(first_index, runs_count, gaps)
+        start = bisect_left(indexes, from_index)
+        last = nearest[-1][0] if nearest else -1
+        nearest += [(indexes[at], block_id, at) for at in range(start, min(runs_count, start + runs_max))]
+        if indexes[start] <= last:
+            nearest.sort()
+        del nearest[runs_max:]
         sizes[block_id] = runs_count
     # the list was cut: blocks behind the cut may hold indexes that come before the last ones found
     if len(blocks) > blocks_max:
         reach = blocks[-1][1]
-        found = [nearby for nearby in found if nearby[0] <= reach]
-    return found, {block_id: sizes[block_id] for _, block_id, _ in found}
+        nearest = [nearby for nearby in nearest if nearby[0] <= reach]
+    return nearest, {block_id: sizes[block_id] for _, block_id, _ in nearest}
 
 
 def _states(sizes: dict[int, int]) -> Script[dict[int, bytearray]]:
@@ -159,13 +159,13 @@ def _states(sizes: dict[int, int]) -> Script[dict[int, bytearray]]:
 
 def _results(block_ids: Sequence[int]) -> Script[dict[tuple[int, int], tuple[bytes, int]]]:
     """Return the last recorded result at each offset of some blocks."""
-    found: dict[tuple[int, int], tuple[bytes, int]] = {}
+    results: dict[tuple[int, int], tuple[bytes, int]] = {}
     for row in (yield from fetch("parts_of_blocks", ids=as_json(block_ids))):
         part = to_part(row)
         for block_offset, code, result, kind in results_of(part):
             if code in WITH_RESULT:
-                found[part.block_id, block_offset] = (result, kind)
-    return found
+                results[part.block_id, block_offset] = (result, kind)
+    return results
 
 
 def run(batch_id: str, index: int) -> Script[RunRecord]:
@@ -204,8 +204,8 @@ def run(batch_id: str, index: int) -> Script[RunRecord]:
 def _home(spans: Sequence[Span], block_offset: int) -> tuple[Span, int]:
     """Return the one span that has a run's state, and the state."""
     for span in spans:
-        for own, state in zip(block_offsets_of(span), span.states, strict=True):
-            if own == block_offset and state != runs_core.MOVED:
+        for offset, state in zip(block_offsets_of(span), span.states, strict=True):
+            if offset == block_offset and state != runs_core.MOVED:
                 return span, state
     raise NotFound(
         "no span has the state of this run", hint="run `headrace verify` on the batch", block_offset=block_offset
@@ -227,7 +227,7 @@ def list_runs(
         return (yield from _tagged_runs(environment, batch_id, state, task, tag, after, limit))
     after_batch, after_index = after or NOWHERE
     byte = runs_core.BY_NAME["waiting" if state in (LEASED, DELAYED) else state] if state else None
-    found: list[RunRecord] = []
+    runs: list[RunRecord] = []
     rows = yield from fetch(
         "list_spans",
         environment=environment,
@@ -247,26 +247,28 @@ def list_runs(
         if span.block_id != block_id:
             reach = first_index if span.batch_id == newest else INDEX_MAX + 1
             pending.sort(key=lambda view: view.index)
-            found += [view for view in pending if view.index < reach]
+            runs += [view for view in pending if view.index < reach]
             pending = [view for view in pending if view.index >= reach]
             block_id, newest = span.block_id, span.batch_id
-            if len(found) >= limit:
+            if len(runs) >= limit:
                 break
         distances = array("I", gaps) if gaps is not None else None
-        for block_offset, own in zip(block_offsets_of(span), span.states, strict=True):
-            if own == runs_core.MOVED or (byte is not None and own != byte):
+        for block_offset, run_state in zip(block_offsets_of(span), span.states, strict=True):
+            if run_state == runs_core.MOVED or (byte is not None and run_state != byte):
                 continue
-            view = view_of(span, first_index + (block_offset if distances is None else distances[block_offset]), own)
+            view = view_of(
+                span, first_index + (block_offset if distances is None else distances[block_offset]), run_state
+            )
             is_behind = span.batch_id != after_batch or view.index > after_index
             if is_behind and (not state or view.state == state):
                 pending.append(view)
-    return (found + sorted(pending, key=lambda view: view.index))[:limit]
+    return (runs + sorted(pending, key=lambda view: view.index))[:limit]
 
 
 def _tagged_runs(
     environment: str, batch_id: str, state: str, task: str, tag: str, after: tuple[str, int] | None, limit: int
 ) -> Script[list[RunRecord]]:
-    found: list[RunRecord] = []
+    runs: list[RunRecord] = []
     after_batch, after_index = after or NOWHERE
     for name, index in (
         yield from fetch(
@@ -280,13 +282,13 @@ def _tagged_runs(
         )
     ):
         location = yield from locate(name, index)
-        if location is None or len(found) >= limit:
+        if location is None or len(runs) >= limit:
             break
-        span, own = _home((yield from spans_of_block(location.block_id)), location.block_offset)
-        view = view_of(span, index, own)
+        span, run_state = _home((yield from spans_of_block(location.block_id)), location.block_offset)
+        view = view_of(span, index, run_state)
         if state in ("", view.state) and task in ("", view.task):
-            found.append(view)
-    return found
+            runs.append(view)
+    return runs
 
 
 def queues(environment: str) -> Script[list[QueueView]]:
@@ -332,17 +334,17 @@ def verify(batch_id: str) -> Script[Verification]:
             break
         after_id = blocks[-1][0]
         for block_id, first_index, runs_count, gaps in blocks:
-            own = indexes_of(first_index, runs_count, gaps)
-            if any(index in seen for index in own):
+            indexes = indexes_of(first_index, runs_count, gaps)
+            if any(index in seen for index in indexes):
                 differences.append(f"block {block_id} holds an index that another block holds too")
-            seen.add(own)
+            seen.add(indexes)
         yield from _count_blocks(
             [(block_id, runs_count) for block_id, _, runs_count, _ in blocks], counted, differences
         )
     if seen != received:
         differences.append(f"the received set names {len(received)} indexes, the blocks hold {len(seen)}")
     expected = batch.received_count if batch.expected_count is None else batch.expected_count
-    told = Ledger(
+    counted_now = Ledger(
         expected=expected,
         missing=expected - len(seen),
         waiting=counted[runs_core.WAITING] + counted[runs_core.STARTED],
@@ -352,19 +354,21 @@ def verify(batch_id: str) -> Script[Verification]:
         cancelled=counted[runs_core.CANCELLED],
         expired=counted[runs_core.EXPIRED],
     )
-    _, kept = yield from with_ledger(batch)
+    _, stored_ledger = yield from with_ledger(batch)
     differences += [
-        f"{name}: the counters say {getattr(kept, name)}, the chunks {getattr(told, name)}"
+        f"{name}: the counters say {getattr(stored_ledger, name)}, the chunks {getattr(counted_now, name)}"
         for name in Ledger._fields
-        if getattr(kept, name) != getattr(told, name)
+        if getattr(stored_ledger, name) != getattr(counted_now, name)
     ]
-    if not told.balances:
-        differences.append(f"expected {told.expected} runs, found {sum(told[1:])}")
-    if batch.is_finished and told.waiting + told.leased:
-        differences.append(f"the batch is {batch.state}, yet {told.waiting + told.leased} of its runs are not final")
-    if batch.state != "open" and not batch.is_finished and not told.waiting + told.leased:
+    if not counted_now.balances:
+        differences.append(f"expected {counted_now.expected} runs, found {sum(counted_now[1:])}")
+    if batch.is_finished and counted_now.waiting + counted_now.leased:
+        differences.append(
+            f"the batch is {batch.state}, yet {counted_now.waiting + counted_now.leased} of its runs are not final"
+        )
+    if batch.state != "open" and not batch.is_finished and not counted_now.waiting + counted_now.leased:
         differences.append(f"every run is final, yet the batch has not ended ({batch.state})")
-    return Verification(batch_id=batch_id, ledger=told, differences=differences)
+    return Verification(batch_id=batch_id, ledger=counted_now, differences=differences)
 
 
 def _count_blocks(

@@ -44,24 +44,24 @@ def keep(environment: str, app: str, declared: Sequence[Schedule], now_us: int) 
     return [schedule for schedule in (yield from schedules(environment)) if schedule.name in names]
 
 
-def tick(environment: str, wanted: Tick, now_us: int) -> Script[Ticked]:
+def tick(environment: str, ticks: Tick, now_us: int) -> Script[Ticked]:
     """Advance a schedule, and enqueue the runs of its ticks in the same transaction. The advance is the guard."""
     moved = yield from fetch(
         "move_schedule",
         environment=environment,
-        name=wanted.name,
-        expression=wanted.expression,
-        zone=wanted.zone,
-        last_us=wanted.last_us,
-        until_us=wanted.until_us,
-        runs_count=len(wanted.runs),
+        name=ticks.name,
+        expression=ticks.expression,
+        zone=ticks.zone,
+        last_us=ticks.last_us,
+        until_us=ticks.until_us,
+        runs_count=len(ticks.runs),
     )
     if moved:
-        for new, chunk in wanted.runs:
+        for new, chunk in ticks.runs:
             if (yield from fetch_one("batch", id=new.id)) is not None:
                 raise Conflict(f"a batch with the id {new.id!r} exists already", batch_id=new.id)
             yield from enqueue(new, chunk, now_us)
-    row = yield from fetch_one("schedule", environment=environment, name=wanted.name)
+    row = yield from fetch_one("schedule", environment=environment, name=ticks.name)
     return Ticked(bool(moved), None if row is None else _to_schedule(row))
 
 

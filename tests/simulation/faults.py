@@ -1,9 +1,11 @@
-"""The way between a simulated process and the shared store: late, lost, doubled, or the last thing it did.
+"""Simulated network between a process and the shared store: requests are delayed, lost or duplicated, or crash the
+process.
 
-Fault points are named `<verb>.asked` (before the request leaves), `<verb>.done` (the store has done it, the answer
-is on its way) and `<verb>.answered` (the answer is back, nobody has acted on it); the loop adds `await:<place>` for
-every other await. A request is delivered in one piece: the verbs of `MemoryStore` never wait inside, so each delivery
-is one transaction. A request that left is delivered though its process dies meanwhile, as on a real network.
+Fault points are named `<operation>.requested` (before the request leaves), `<operation>.done` (the store has done it,
+and the response is in flight) and `<operation>.returned` (the response is back and not yet used). The loop adds
+`await:<place>` for every other await. A request is delivered as a whole: the operations of `MemoryStore` never wait, so
+each delivery is a transaction. A request that was sent is delivered even if its process crashes in the meantime, as in
+a real network.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from typing import Any, Final
 
 from headrace.foundation.errors import ObjectMissing, StoreUnavailable
 from headrace.store.payloads import StoredObject
-from tests.simulation.loop import BURIED, RUNNING, Process, SimulatedLoop
+from tests.simulation.loop import DISCARDED, RUNNING, Process, SimulatedLoop
 
-VERBS: Final = (
+OPERATIONS: Final = (
     "create_batch", "append", "seal", "stop_batch", "cancel_runs", "redrive", "start_session", "heartbeat",
     "end_session", "sessions", "recover", "claim", "settle", "release", "batch", "find_batch", "batches", "missing",
     "outcomes", "run", "runs", "queues", "pause_queue", "verify", "sweep", "prune", "unnamed", "next_due_us",
@@ -28,41 +30,43 @@ VERBS: Final = (
     "keep_schedules", "tick", "schedules", "named_leases", "dead_letters", "purge_dead", "rules", "keep_rules",
     "move_waiting", "size_bytes", "forget",
 )  # fmt: skip
-STAGES: Final = ("asked", "done", "answered")
-READS: Final = frozenset({
+STAGES: Final = ("requested", "done", "returned")
+UNUSED_OPERATIONS: Final = frozenset({
     "batch", "find_batch", "batches", "missing", "outcomes", "run", "runs", "queues", "verify", "unnamed",
     "add_key", "find_key", "keys", "revoke_key", "signing_key", "spend",
     "keep_schedules", "tick", "schedules", "named_leases", "dead_letters", "purge_dead", "rules", "keep_rules",
     "move_waiting", "size_bytes", "forget",
 })  # fmt: skip
-"""What no simulated process asks for: it changes nothing, and who dies of it has died at an await; or a server's."""
+"""Operations that no simulated process requests, or that only servers request. They need no fault point: a crash in one
+of the reads is a crash at an await.
+"""
 
-POINTS: Final = tuple(f"{verb}.{stage}" for verb in VERBS for stage in STAGES)
+POINTS: Final = tuple(f"{operation}.{stage}" for operation in OPERATIONS for stage in STAGES)
 
 
 @dataclass(slots=True)
-class Weather:
-    """How the network is, each a chance for a request; `delay_s` is the usual longest way of a request."""
+class Conditions:
+    """Probabilities of network faults for a request; `delay_s` is the usual longest delay."""
 
     lost: float = 0.0
-    unanswered: float = 0.0
-    doubled: float = 0.0
+    unacknowledged: float = 0.0
+    duplicated: float = 0.0
     stalled: float = 0.0
     delay_s: float = 0.0
 
 
-CALM: Final = Weather(delay_s=0.002)
+NO_FAULTS: Final = Conditions(delay_s=0.002)
 
 
 @dataclass(slots=True)
-class Doom:
-    """A process dies when it comes to a fault point for the n-th time."""
+class PlannedCrash:
+    """A crash of a process when it reaches a fault point for the n-th time."""
 
     point: str = ""
     times: int = 0
 
-    def strikes(self, point: str) -> bool:
-        """Whether this is the moment."""
+    def triggers(self, point: str) -> bool:
+        """Return True if the process crashes now."""
         if point != self.point:
             return False
         self.times -= 1
@@ -70,10 +74,10 @@ class Doom:
 
 
 class Network:
-    """Requests on their way to one store. `deliver` does one and answers what it came to, an error raised."""
+    """Requests in flight to a store. `deliver` performs a request and returns its result or raises its error."""
 
     def __init__(self, loop: SimulatedLoop, random: Random, deliver: Callable[[Process, str, Any, Any], Any]) -> None:
-        self.weather = CALM
+        self.conditions = NO_FAULTS
         self.lost: list[asyncio.Future[Any]] = []
         self.points_passed: set[str] = set()
         self.busy_until_s = 0.0
@@ -81,138 +85,140 @@ class Network:
         self._random = random
         self._deliver = deliver
 
-    async def ask(self, process: Process, doom: Doom, verb: str, args: Any, kwargs: Any) -> Any:
-        """One request of a process."""
-        if process.state == BURIED:
+    async def request(
+        self, process: Process, planned_crash: PlannedCrash, operation: str, args: Any, kwargs: Any
+    ) -> Any:
+        """Send a request of a process and return the response."""
+        if process.state == DISCARDED:
             raise asyncio.CancelledError
-        await self._pass(process, doom, f"{verb}.asked")
-        answer: asyncio.Future[Any] = self._loop.create_future()
-        weather, random = self.weather, self._random
+        await self._pass(process, planned_crash, f"{operation}.requested")
+        response: asyncio.Future[Any] = self._loop.create_future()
+        conditions, random = self.conditions, self._random
         delay_s = self._delay_s()
-        if random.random() < weather.lost:
-            self._later(delay_s, lambda: self._end(answer, None, StoreUnavailable("simulated: the request was lost")))
-            return await answer
+        if random.random() < conditions.lost:
+            self._later(delay_s, lambda: self._end(response, None, StoreUnavailable("simulated: the request was lost")))
+            return await response
 
         def arrive() -> None:
             try:
-                done, error = self._deliver(process, verb, args, kwargs), None
-            except Exception as raised:  # noqa: BLE001 - it travels back as the answer
-                done, error = None, raised
-            if process.state == RUNNING and self._strikes(process, doom, f"{verb}.done"):
+                result, error = self._deliver(process, operation, args, kwargs), None
+            except Exception as raised:  # noqa: BLE001 - it travels back as the response
+                result, error = None, raised
+            if process.state == RUNNING and self._crashes_at(process, planned_crash, f"{operation}.done"):
                 return
-            if random.random() < weather.unanswered:
-                done, error = None, StoreUnavailable("simulated: the answer was lost")
-            self._later(self._delay_s(), lambda: self._end(answer, done, error))
+            if random.random() < conditions.unacknowledged:
+                result, error = None, StoreUnavailable("simulated: the response was lost")
+            self._later(self._delay_s(), lambda: self._end(response, result, error))
 
         def arrive_again() -> None:
-            with suppress(Exception):  # nobody waits for this answer
-                self._deliver(process, verb, args, kwargs)
+            with suppress(Exception):  # the first response was returned already
+                self._deliver(process, operation, args, kwargs)
 
         self._later(delay_s, arrive)
-        if random.random() < weather.doubled:
+        if random.random() < conditions.duplicated:
             self._later(delay_s + random.expovariate(0.5), arrive_again)
         try:
-            done = await answer
+            result = await response
         except Exception:
-            await self._pass(process, doom, f"{verb}.answered")
+            await self._pass(process, planned_crash, f"{operation}.returned")
             raise
-        await self._pass(process, doom, f"{verb}.answered")
-        return done
+        await self._pass(process, planned_crash, f"{operation}.returned")
+        return result
 
-    async def _pass(self, process: Process, doom: Doom, point: str) -> None:
+    async def _pass(self, process: Process, planned_crash: PlannedCrash, point: str) -> None:
         self.points_passed.add(point)
-        if self._strikes(process, doom, point):
+        if self._crashes_at(process, planned_crash, point):
             await self.never()
 
-    def _strikes(self, process: Process, doom: Doom, point: str) -> bool:
+    def _crashes_at(self, process: Process, planned_crash: PlannedCrash, point: str) -> bool:
         self.points_passed.add(point)
-        if doom.strikes(point):
-            process.die(point)
+        if planned_crash.triggers(point):
+            process.crash(point)
         return not process.is_alive
 
     async def never(self) -> None:
-        """What a dead process waits for."""
-        answer: asyncio.Future[Any] = self._loop.create_future()
-        self.lost.append(answer)
-        await answer
+        """Wait for ever, as a crashed process does."""
+        response: asyncio.Future[Any] = self._loop.create_future()
+        self.lost.append(response)
+        await response
 
     def _delay_s(self) -> float:
-        weather, random = self.weather, self._random
-        if random.random() < weather.stalled:
+        conditions, random = self.conditions, self._random
+        if random.random() < conditions.stalled:
             return random.uniform(5, 40)
-        return random.random() ** 3 * weather.delay_s
+        return random.random() ** 3 * conditions.delay_s
 
     def _later(self, delay_s: float, call: Callable[[], None]) -> None:
-        if delay_s > CALM.delay_s:
+        if delay_s > NO_FAULTS.delay_s:
             self.busy_until_s = max(self.busy_until_s, self._loop.time() + delay_s)
         self._loop.call_later(delay_s, call, context=Context())
 
-    def _end(self, answer: asyncio.Future[Any], done: Any, error: Exception | None) -> None:
-        if answer.done():
+    def _end(self, response: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+        if response.done():
             return
         if error is None:
-            answer.set_result(done)
+            response.set_result(result)
         else:
-            answer.set_exception(error)
+            response.set_exception(error)
 
 
 class SimulatedStore:
-    """A process's store: every verb goes over the network."""
+    """The store of a process: each operation goes over the simulated network."""
 
-    def __init__(self, network: Network, process: Process, doom: Doom) -> None:
+    def __init__(self, network: Network, process: Process, planned_crash: PlannedCrash) -> None:
         self._network = network
         self._process = process
-        self._doom = doom
+        self._doom = planned_crash
 
-    def __getattr__(self, verb: str) -> Any:
-        if verb not in VERBS:
-            raise AttributeError(verb)
+    def __getattr__(self, operation: str) -> Any:
+        if operation not in OPERATIONS:
+            raise AttributeError(operation)
 
-        async def ask(*args: Any, **kwargs: Any) -> Any:
-            return await self._network.ask(self._process, self._doom, verb, args, kwargs)
+        async def request(*args: Any, **kwargs: Any) -> Any:
+            return await self._network.request(self._process, self._doom, operation, args, kwargs)
 
-        return ask
+        return request
 
 
 class SimulatedObjects:
-    """The object store: reachable or not, and otherwise a dict."""
+    """Object store in a dict, sometimes unreachable."""
 
-    def __init__(self, loop: SimulatedLoop, random: Random, network: Network, kept: dict[str, bytes]) -> None:
+    def __init__(self, loop: SimulatedLoop, random: Random, network: Network, objects: dict[str, bytes]) -> None:
         self._loop = loop
         self._random = random
         self._network = network
-        self._kept = kept
+        self._objects = objects
 
-    async def _way(self) -> None:
-        await asyncio.sleep(self._random.random() * self._network.weather.delay_s)
-        if self._random.random() < self._network.weather.lost:
-            raise StoreUnavailable("simulated: the object store did not answer")
+    async def _travel(self) -> None:
+        await asyncio.sleep(self._random.random() * self._network.conditions.delay_s)
+        if self._random.random() < self._network.conditions.lost:
+            raise StoreUnavailable("simulated: the object store did not respond")
 
     async def put(self, key: str, data: bytes) -> None:
-        """Keep an object."""
-        await self._way()
-        self._kept[key] = data
+        """Store an object."""
+        await self._travel()
+        self._objects[key] = data
 
     async def get(self, key: str) -> bytes:
-        """An object, or `ObjectMissing`."""
-        await self._way()
-        if key not in self._kept:
+        """Return an object, or raise `ObjectMissing`."""
+        await self._travel()
+        if key not in self._objects:
             raise ObjectMissing("the object is gone", key=key)
-        return self._kept[key]
+        return self._objects[key]
 
     async def list(self) -> AsyncIterator[StoredObject]:
-        """Nothing: simulated objects have no age."""
-        await self._way()
+        """Yield nothing: simulated objects have no age."""
+        await self._travel()
         for _ in ():
             yield _
 
     async def delete_older(self, _folder: str, _before_us: int) -> int:
-        """Nothing: nobody uploads packets here."""
-        await self._way()
+        """Delete nothing: the simulation uploads no packets."""
+        await self._travel()
         return 0
 
     async def delete(self, keys: Iterable[str]) -> None:
-        """Let objects go."""
-        await self._way()
+        """Delete objects."""
+        await self._travel()
         for key in keys:
-            self._kept.pop(key, None)
+            self._objects.pop(key, None)

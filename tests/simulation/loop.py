@@ -1,10 +1,11 @@
-"""An event loop that owns time, order and the life of processes; everything it does follows from a seed.
+"""An event loop that controls time, order and the lifetime of processes, all derived from a seed.
 
-Rule 1: time moves only when nothing can run, and then at once to the next timer. A run of hours takes milliseconds.
-Rule 2: what is ready runs in an order that the seed picks. Code that needs another order than it asked for is found.
-Rule 3: each callback belongs to the simulated process in whose context it was made, or to none (the network, the
-supervisor). What belongs to a frozen process is laid aside until it thaws, to a dead one for ever: no `finally` and
-no `except` of it runs, just as after kill -9. Between two awaits of any task the seed may let its process die.
+Rule 1: time moves only when no callback is ready, and then at once to the next timer. Hours of virtual time take
+milliseconds. Rule 2: ready callbacks run in an order that the seed picks. This reveals code that depends on another
+order. Rule 3: each callback belongs to the simulated process in whose context it was created, or to none (the network,
+the supervisor). Callbacks of a frozen process are deferred until it thaws; callbacks of a crashed process never run: no
+`finally` and no `except` of it runs, just as after kill -9. The seed may crash a process between two awaits of any
+task.
 """
 
 from __future__ import annotations
@@ -21,37 +22,37 @@ from headrace.runtime.clock import SECOND_US, SystemClock
 
 T = TypeVar("T")
 START_US: Final = 1_700_000_000 * SECOND_US
-STEPS_IN_ONE_MOMENT_MAX: Final = 200_000
+STEPS_AT_A_TIME_MAX: Final = 200_000
 
 RUNNING: Final = "running"
 FROZEN: Final = "frozen"
-DEAD: Final = "dead"
-BURIED: Final = "buried"
-"""A dead process after the verdict: its tasks may end, so that nothing of it is left behind in the interpreter."""
+CRASHED: Final = "dead"
+DISCARDED: Final = "buried"
+"""A crashed process after the simulation: its tasks may end, so that none of them stays in the interpreter."""
 
 
 class Stuck(Exception):
-    """Nothing can ever happen again, or one moment never ends."""
+    """No callback can ever run again, or the time never moves on."""
 
 
 class Process:
-    """What the loop knows of a simulated process: whether it runs, and what was laid aside while it did not."""
+    """State of a simulated process, and the callbacks that were deferred while it did not run."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.state = RUNNING
         self.steps_count = 0
-        self.dies_at_step = 0
-        self.aside: list[asyncio.Handle] = []
+        self.crashes_at_step = 0
+        self.deferred: list[asyncio.Handle] = []
 
-    def die(self, where: str) -> None:
-        """End at once, without a word to anybody."""
+    def crash(self, where: str) -> None:
+        """End at once, without notifying other processes."""
         del where
-        self.state = DEAD
+        self.state = CRASHED
 
     @property
     def is_alive(self) -> bool:
-        """Whether it has not died, frozen or not."""
+        """Return True if the process has not crashed; it may be frozen."""
         return self.state in (RUNNING, FROZEN)
 
 
@@ -59,7 +60,9 @@ PROCESS: ContextVar[Process | None] = ContextVar("process", default=None)
 
 
 class SimulatedLoop(asyncio.BaseEventLoop):
-    """`shuffle` is how often the seed picks what runs next, from 0 (first come, first served) to 1."""
+    """Deterministic loop. `shuffle` is the probability that the seed picks the next callback, from 0 (first come, first
+    served) to 1.
+    """
 
     _ready: deque[asyncio.Handle]
     _scheduled: list[asyncio.TimerHandle]
@@ -72,32 +75,32 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._random = random
         self._shuffle = shuffle
         self._now_s = 0.0
-        self._steps_now = 0
+        self._steps_at_this_time = 0
         self.set_task_factory(self._task_of)
 
     def time(self) -> float:
-        """Seconds since the simulation began."""
+        """Return the seconds since the simulation began."""
         return self._now_s
 
     def run_as(self, process: Process, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start a task of a process; whatever it starts belongs to the process too."""
+        """Start a task of a process; all tasks that it starts belong to the process too."""
         context = Context()
         context.run(PROCESS.set, process)
         return self.create_task(coroutine, context=context)
 
-    def put_back(self, process: Process) -> None:
-        """What was laid aside while the process did not run can run now."""
-        aside, process.aside = process.aside, []
-        self._ready.extend(aside)
+    def resume(self, process: Process) -> None:
+        """Make the deferred callbacks of a process ready."""
+        deferred, process.deferred = process.deferred, []
+        self._ready.extend(deferred)
 
     def _task_of(
         self,
         _loop: asyncio.AbstractEventLoop,
         coroutine: Coroutine[Any, Any, T] | Generator[Any, None, T],
-        **more: Any,
+        **options: Any,
     ) -> asyncio.Task[T]:
-        """Tasks of dead processes are kept, or the garbage collector would run their `finally` blocks."""
-        task: asyncio.Task[T] = asyncio.Task(coroutine, loop=self, **more)
+        """Keep the tasks of crashed processes: the garbage collector would run their `finally` blocks."""
+        task: asyncio.Task[T] = asyncio.Task(coroutine, loop=self, **options)
         self.pending[task] = None
         task.add_done_callback(lambda done: self.pending.pop(done, None), context=Context())
         return task
@@ -114,19 +117,19 @@ class SimulatedLoop(asyncio.BaseEventLoop):
                 raise broken
 
     def _wake_due(self) -> None:
-        """Move due timers to what is ready; when nothing is, go to the next timer first."""
+        """Make due timers ready; if no callback is ready, move the time to the next timer first."""
         scheduled = self._scheduled
         while scheduled and scheduled[0].cancelled():
             heapq.heappop(scheduled)._scheduled = False  # type: ignore[attr-defined]  # as the stdlib's loop does
         if self._ready:
-            self._steps_now += len(self._ready)
-            if self._steps_now > STEPS_IN_ONE_MOMENT_MAX:
-                raise Stuck(f"the moment {self._now_s} never ends: {self._ready[0]!r}")
+            self._steps_at_this_time += len(self._ready)
+            if self._steps_at_this_time > STEPS_AT_A_TIME_MAX:
+                raise Stuck(f"the time {self._now_s} never moves on: {self._ready[0]!r}")
         elif scheduled:
             self._now_s = max(self._now_s, scheduled[0].when())
-            self._steps_now = 0
+            self._steps_at_this_time = 0
         elif not self._stopping:  # type: ignore[attr-defined]  # of the stdlib's loop
-            raise Stuck("nothing can ever happen again")
+            raise Stuck("no callback is ready and no timer is set")
         while scheduled and scheduled[0].when() <= self._now_s:
             timer = heapq.heappop(scheduled)
             timer._scheduled = False  # type: ignore[attr-defined]  # as the stdlib's loop does
@@ -136,55 +139,67 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         if handle.cancelled():
             return
         process: Process | None = handle._context.get(PROCESS)  # type: ignore[attr-defined]  # of every handle
-        if process is None or process.state == BURIED:
+        if process is None or process.state == DISCARDED:
             handle._run()
             return
         if process.state == RUNNING:
             process.steps_count += 1
-            if process.steps_count != process.dies_at_step:
+            if process.steps_count != process.crashes_at_step:
                 self.steps_count += 1
                 handle._run()
                 return
-            process.die(f"await:{place_of(handle)}")
-        process.aside.append(handle)
+            process.crash(f"await:{await_point_of(handle)}")
+        process.deferred.append(handle)
 
     def _write_to_self(self) -> None:
-        """No other thread ever wakes this loop."""
+        """Do nothing: no other thread wakes this loop."""
 
     def _process_events(self, event_list: list[Any]) -> None:
-        """There is no network but the simulated one."""
+        """Do nothing: the only network is the simulated network."""
         del event_list
 
 
-def place_of(handle: asyncio.Handle) -> str:
-    """The await of Headrace's own code at which a task stands: a fault point by name."""
+def await_point_of(handle: asyncio.Handle) -> str:
+    """Return the await in Headrace's code at which a task is suspended, as the name of a fault point."""
     task = getattr(handle._callback, "__self__", None)  # type: ignore[attr-defined]  # of every handle
     if not isinstance(task, asyncio.Task):
         return "callback"
-    at: Any = task.get_coro()
+    awaited: Any = task.get_coro()
     place = "begin"
-    while at is not None:
-        frame = getattr(at, "cr_frame", None) or getattr(at, "ag_frame", None) or getattr(at, "gi_frame", None)
+    while awaited is not None:
+        frame = (
+            getattr(awaited, "cr_frame", None)
+            or getattr(awaited, "ag_frame", None)
+            or getattr(awaited, "gi_frame", None)
+        )
         if frame is not None and "headrace" in frame.f_code.co_filename and frame.f_lasti > 0:
             place = f"{frame.f_code.co_qualname}:{frame.f_lineno}"
-        at = getattr(at, "cr_await", None) or getattr(at, "ag_await", None) or getattr(at, "gi_yieldfrom", None)
+        awaited = (
+            getattr(awaited, "cr_await", None)
+            or getattr(awaited, "ag_await", None)
+            or getattr(awaited, "gi_yieldfrom", None)
+        )
     return place
 
 
 class SimulatedClock(SystemClock):
-    """A process's clock: the loop's time and an offset, since hosts disagree by seconds and sometimes by minutes."""
+    """Clock of a process: the time of the loop plus an offset, since the clocks of hosts differ by seconds and
+    sometimes by minutes.
+    """
 
     def __init__(self, loop: SimulatedLoop, offset_s: float) -> None:
         self._loop = loop
         self._offset_us = int(offset_s * SECOND_US)
-        self._floor_us = 0
+        self._latest_us = 0
 
     def now_us(self) -> int:
-        """This moment, as this host sees it; it never goes back, so after a jump back it stands for a while."""
+        """Return the time of this host. It never goes back: after a jump back it stays the same until it has caught
+        up.
+        """
         now_us = START_US + int(self._loop.time() * SECOND_US) + self._offset_us
-        self._floor_us = max(self._floor_us, now_us)
-        return self._floor_us
+        self._latest_us = max(self._latest_us, now_us)
+        return self._latest_us
 
     def jump(self, offset_s: float) -> None:
-        """Somebody sets the clock of the host."""
+        """Set the offset of the host's clock."""
         self._offset_us = int(offset_s * SECOND_US)

@@ -17,7 +17,7 @@ from headrace.runtime.wakeup import Wakeup
 from headrace.runtime.worker.worker import Worker
 from headrace.store.payloads import PayloadStore
 from headrace.store.protocol import Store
-from tests.simulation.faults import Doom, SimulatedObjects, SimulatedStore
+from tests.simulation.faults import PlannedCrash, SimulatedObjects, SimulatedStore
 from tests.simulation.loop import FROZEN, RUNNING, Process, SimulatedClock
 from tests.simulation.tasks import ONCE, Behaviour, Hooks, registry_of
 
@@ -33,11 +33,11 @@ LIMITS: Final = Limits(
     flush_size=4,
     shutdown_grace_s=5,
 )
-AGAIN_S: Final = 3.0
+RETRY_S: Final = 3.0
 
 
-class OrderedDoorbell(Wakeup):
-    """A doorbell that wakes in the order of waiting: the order of a set of objects is another in each run."""
+class OrderedWakeup(Wakeup):
+    """A wake-up in the order of waiting: the order of a set of objects differs between runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,21 +46,21 @@ class OrderedDoorbell(Wakeup):
 
 class _OrderedSet:
     def __init__(self) -> None:
-        self._kept: dict[Any, None] = {}
+        self._items: dict[Any, None] = {}
 
-    def add(self, one: Any) -> None:
-        self._kept[one] = None
+    def add(self, item: Any) -> None:
+        self._items[item] = None
 
-    def discard(self, one: Any) -> None:
-        self._kept.pop(one, None)
+    def discard(self, item: Any) -> None:
+        self._items.pop(item, None)
 
     def __iter__(self) -> Any:
-        return iter(list(self._kept))
+        return iter(list(self._items))
 
 
 @dataclass(slots=True)
-class Wish:
-    """What a client wants to be durable, kept by the client: it asks again until it is told, also after a crash."""
+class ClientRequest:
+    """A request of a client, which repeats it until it is acknowledged, also after a crash."""
 
     task: str
     values: list[int]
@@ -71,178 +71,180 @@ class Wish:
 
 
 class SimulatedProcess(Process):
-    """A process with a clock of its own and a store far away. `gone` is told once when it has ended, however."""
+    """A process with its own clock and a remote store; the simulation records its crash."""
 
-    def __init__(self, simulation: Simulation, name: str, *, doom: Doom, dies_at_step: int, offset_s: float) -> None:
+    def __init__(
+        self, simulation: Simulation, name: str, *, planned_crash: PlannedCrash, crashes_at_step: int, offset_s: float
+    ) -> None:
         super().__init__(name)
         self.simulation = simulation
-        self.doom = doom
-        self.dies_at_step = dies_at_step
+        self.planned_crash = planned_crash
+        self.crashes_at_step = crashes_at_step
         self.random: Random = Random(simulation.random.getrandbits(32))
         self.clock = SimulatedClock(simulation.loop, offset_s)
         network = simulation.network
         self.engine = Engine(
-            store=cast("Store", SimulatedStore(network, self, doom)),
+            store=cast("Store", SimulatedStore(network, self, planned_crash)),
             payloads=cast("PayloadStore", SimulatedObjects(simulation.loop, self.random, network, simulation.objects)),
             clock=self.clock,
             limits=LIMITS,
             environment="default",
             live_directory=None,
             beats_beside=False,
-            wakeup=OrderedDoorbell(),
-            recorded=OrderedDoorbell(),
+            wakeup=OrderedWakeup(),
+            recorded=OrderedWakeup(),
         )
 
     @property
     def session_id(self) -> str:
-        """The session this process believes to have."""
+        """Session that this process uses."""
         return ""
 
     async def live(self) -> None:
-        """What the process does, from its start to its end."""
+        """Run the process from its start to its end."""
         raise NotImplementedError
 
-    async def leave(self) -> None:
-        """End in good order."""
+    async def shut_down(self) -> None:
+        """Shut down gracefully."""
         raise NotImplementedError
 
-    def die(self, where: str) -> None:
-        """End at once; nothing of this process runs any more."""
+    def crash(self, where: str) -> None:
+        """End at once; no callback of this process runs any more."""
         if self.is_alive:
-            super().die(where)
-            self.simulation.died(self, where)
+            super().crash(where)
+            self.simulation.record_crash(self, where)
 
     def freeze(self) -> None:
-        """SIGSTOP."""
+        """Freeze, as SIGSTOP does."""
         if self.state == RUNNING:
             self.state = FROZEN
             self.simulation.trace(self.name, "freezes")
 
     def thaw(self) -> None:
-        """SIGCONT."""
+        """Thaw, as SIGCONT does."""
         if self.state == FROZEN:
             self.state = RUNNING
             self.simulation.trace(self.name, "thaws")
-            self.simulation.loop.put_back(self)
+            self.simulation.loop.resume(self)
 
 
 class WorkerProcess(SimulatedProcess):
-    """A worker. Several of its incarnations follow each other under one name."""
+    """A worker; a restarted worker keeps the name."""
 
-    def __init__(self, simulation: Simulation, name: str, *, concurrency: int, **more: Any) -> None:
-        super().__init__(simulation, name, **more)
-        hooks = Hooks(self._begin, self.die, simulation.loop.create_future)
+    def __init__(self, simulation: Simulation, name: str, *, concurrency: int, **options: Any) -> None:
+        super().__init__(simulation, name, **options)
+        hooks = Hooks(self._begin, self.crash, simulation.loop.create_future)
         self.worker = Worker(self.engine, registry_of(hooks), concurrency=concurrency, inline_sync=True)
 
     @property
     def session_id(self) -> str:
-        """The session this process believes to have."""
+        """Session that this worker uses."""
         return self.worker.session.session_id
 
     def _begin(self, value: int, task: str) -> tuple[Behaviour, int]:
-        watch, plan = self.simulation.watch, self.simulation.plan
-        before_count = watch.executions[value]
+        monitor, plan = self.simulation.monitor, self.simulation.plan
+        before_count = monitor.executions[value]
         self.simulation.trace(self.name, "runs", value)
-        watch.started(value, self.session_id, at_most_once=task == ONCE)
+        monitor.started(value, self.session_id, at_most_once=task == ONCE)
         return plan[value], before_count
 
     async def live(self) -> None:
-        """Start; what follows is the worker's own loops."""
+        """Start the worker, whose loops then run on their own."""
         await self.worker.start()
 
-    async def leave(self) -> None:
-        """End in good order, or say that the store took no more."""
+    async def shut_down(self) -> None:
+        """Shut down gracefully, or fail because the store accepts no more updates."""
         await self.worker.stop()
 
 
 class ProducerProcess(SimulatedProcess):
-    """A producer that works off wishes, several at a time."""
+    """A producer that sends requests, several at a time."""
 
-    def __init__(self, simulation: Simulation, name: str, *, wishes: list[Wish], **more: Any) -> None:
-        super().__init__(simulation, name, **more)
-        hooks = Hooks(lambda _value, _task: (Behaviour(), 0), self.die, simulation.loop.create_future)
+    def __init__(self, simulation: Simulation, name: str, *, requests: list[ClientRequest], **options: Any) -> None:
+        super().__init__(simulation, name, **options)
+        hooks = Hooks(lambda _value, _task: (Behaviour(), 0), self.crash, simulation.loop.create_future)
         self._registry = registry_of(hooks)
         self._producer = Producer(self.engine)
-        self._wishes = wishes
+        self._requests = requests
 
     @property
     def session_id(self) -> str:
-        """The session this process believes to have, if it needed one."""
-        broker = self._producer._broker
-        return "" if broker is None else broker.session_id
+        """Session that this producer uses, if it needed one."""
+        session = self._producer._broker
+        return "" if session is None else session.session_id
 
     async def live(self) -> None:
-        """Ask for everything that is not known to be done, a few at a time."""
-        waiting = [wish for wish in self._wishes if not wish.is_done]
-        await asyncio.gather(*(self._work_off(waiting) for _ in range(3)))
+        """Send all requests that are not acknowledged, a few at a time."""
+        waiting = [request for request in self._requests if not request.is_done]
+        await asyncio.gather(*(self._send_all(waiting) for _ in range(3)))
 
-    async def _work_off(self, waiting: list[Wish]) -> None:
+    async def _send_all(self, waiting: list[ClientRequest]) -> None:
         while waiting:
-            wish = waiting.pop(0)
-            while not wish.is_done:
+            request = waiting.pop(0)
+            while not request.is_done:
                 await self.clock.sleep(self.random.random() * 2)
                 try:
-                    await self._ask(wish)
-                    wish.is_done = True
-                except ClientFault as error:  # the batch was cancelled meanwhile
-                    self.simulation.trace(self.name, "is refused", wish.key, error.code)
-                    wish.is_done = True
+                    await self._send(request)
+                    request.is_done = True
+                except ClientFault as error:  # the batch was cancelled in the meantime
+                    self.simulation.trace(self.name, "is refused", request.key, error.code)
+                    request.is_done = True
                 except HeadraceError as error:
-                    self.simulation.trace(self.name, "asks again", wish.key, error.code)
-                    await self.clock.sleep(AGAIN_S)
+                    self.simulation.trace(self.name, "retries", request.key, error.code)
+                    await self.clock.sleep(RETRY_S)
 
-    async def _ask(self, wish: Wish) -> None:
-        spec = self._registry.get(wish.task)
-        if wish.is_map:
-            await self._producer.map(spec, self._items(wish), wish.options, key=wish.key, metadata={})
+    async def _send(self, request: ClientRequest) -> None:
+        spec = self._registry.get(request.task)
+        if request.is_map:
+            await self._producer.map(spec, self._items(request), request.options, key=request.key, metadata={})
             return
-        batch_id, index = await self._producer.enqueue(spec, b"%d" % wish.values[0], wish.options)
-        self.simulation.promised(wish.key, batch_id, index)
+        batch_id, index = await self._producer.enqueue(spec, b"%d" % request.values[0], request.options)
+        self.simulation.record_promise(request.key, batch_id, index)
 
-    async def _items(self, wish: Wish) -> AsyncIterator[int]:
-        for value in wish.values:
+    async def _items(self, request: ClientRequest) -> AsyncIterator[int]:
+        for value in request.values:
             if self.random.random() < 0.05:
                 await self.clock.sleep(self.random.random())
             yield value
 
-    async def leave(self) -> None:
-        """Write what waits, and seal the stream."""
+    async def shut_down(self) -> None:
+        """Flush what is buffered, and seal the stream."""
         await self._producer.close()
 
 
 class ConsoleProcess(SimulatedProcess):
-    """A person who cancels, redrives and pauses. Each request is tried once; what came of it is not always known."""
+    """A person who cancels, redrives and pauses. Each request is tried once; its outcome may stay unknown."""
 
     async def live(self) -> None:
-        """Requests now and then, for as long as there is bad weather."""
+        """Send requests at intervals for as long as faults are injected."""
         simulation, random = self.simulation, self.random
-        doings: list[Callable[[], Any]] = [
+        actions: list[Callable[[], Any]] = [
             self._cancel_runs, self._cancel_runs, self._redrive, self._redrive, self._pause, self._cancel_batch
         ]  # fmt: skip
-        while simulation.is_stormy:
+        while simulation.has_faults:
             await self.clock.sleep(random.expovariate(0.25))
             try:
-                await random.choice(doings)()
+                await random.choice(actions)()
             except HeadraceError as error:
-                simulation.trace(self.name, "is told", error.code)
+                simulation.trace(self.name, "request-failed", error.code)
 
-    async def leave(self) -> None:
-        """There is nothing to leave."""
+    async def shut_down(self) -> None:
+        """Do nothing: a console has no state to flush."""
 
-    def _some_batch(self) -> str:
-        known = [batch.id for batch in self.simulation.watch.batches()]
-        return self.random.choice(known) if known else "batch_none"
+    def _random_batch(self) -> str:
+        batch_ids = [batch.id for batch in self.simulation.monitor.batches()]
+        return self.random.choice(batch_ids) if batch_ids else "batch_none"
 
     async def _cancel_batch(self) -> None:
         if self.random.random() < 0.3:
-            await self.engine.store.stop_batch(self._some_batch(), "cancelled", now_us=self.clock.now_us())
+            await self.engine.store.stop_batch(self._random_batch(), "cancelled", now_us=self.clock.now_us())
 
     async def _cancel_runs(self) -> None:
         indexes = sorted({self.random.randrange(20) for _ in range(3)})
-        await self.engine.store.cancel_runs(self._some_batch(), indexes, now_us=self.clock.now_us())
+        await self.engine.store.cancel_runs(self._random_batch(), indexes, now_us=self.clock.now_us())
 
     async def _redrive(self) -> None:
-        await self.engine.store.redrive(self._some_batch(), None)
+        await self.engine.store.redrive(self._random_batch(), None)
 
     async def _pause(self) -> None:
         queue, paused = self.random.choice(("default", "side")), self.random.random() < 0.5

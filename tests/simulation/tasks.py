@@ -1,4 +1,4 @@
-"""What simulated runs do: each item is a number, and the plan says how it behaves."""
+"""Tasks of simulated runs: each item is a number, and the plan of the simulation holds its behaviour."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ ONCE: Final = "once"
 TASKS: Final = (WORK, PLAIN, SYNC, ONCE)
 
 
-class Broke(Exception):
+class ItemFailed(Exception):
     """An item that fails."""
 
 
 @dataclass(slots=True, frozen=True)
 class Behaviour:
-    """How an item behaves: `failures_count` executions fail before one succeeds; `kills` end their process."""
+    """Behaviour of an item: `failures_count` executions fail before one succeeds; `kills_count` executions crash their
+    process.
+    """
 
     sleep_s: float = 0.0
     failures_count: int = 0
@@ -40,24 +42,24 @@ QUICK: Final = Behaviour()
 
 
 class Hooks:
-    """What tasks need of the process that runs them."""
+    """Functions of the process that its tasks call."""
 
     def __init__(
         self,
         begin: Callable[[int, str], tuple[Behaviour, int]],
-        die: Callable[[str], None],
+        crash: Callable[[str], None],
         never: Callable[[], asyncio.Future[None]],
     ) -> None:
-        """`begin(value, task)` answers how an item behaves and how often it had been begun before."""
+        """`begin(value, task)` returns the behaviour of an item and the number of its earlier executions."""
         self.begin = begin
-        self.die = die
+        self.crash = crash
         self.never = never
 
     async def run(self, value: int, task: str) -> str:
-        """One execution of one item."""
+        """Execute an item once."""
         behaviour, executions_count = self.begin(value, task)
         if executions_count < behaviour.kills_count:
-            self.die("run:poison")
+            self.crash("run:poison")
             await self.never()
         if behaviour.sleep_s:
             await asyncio.sleep(behaviour.sleep_s)
@@ -66,12 +68,12 @@ class Hooks:
         if executions_count < behaviour.failures_count:
             if behaviour.retry_after_s:
                 raise RetryAfter(behaviour.retry_after_s)
-            raise Broke(value)
+            raise ItemFailed(value)
         return f"{value}:{'x' * behaviour.result_chars}"
 
 
 def registry_of(hooks: Hooks) -> Registry:
-    """The tasks of one process."""
+    """Return the registry of the tasks of a process."""
 
     async def work(value: int, context: Context) -> str:
         assert context.attempt >= 1
@@ -83,16 +85,16 @@ def registry_of(hooks: Hooks) -> Registry:
     def sync(value: int) -> int:
         behaviour, executions_count = hooks.begin(value, SYNC)
         if executions_count < behaviour.failures_count:
-            raise Broke(value)
+            raise ItemFailed(value)
         return value
 
     async def once(value: int) -> str:
         return await hooks.run(value, ONCE)
 
     registry = Registry()
-    patient = Retry(attempts=4, delay_s=0.5, delay_max_s=10)
-    registry.add(TaskSpec(WORK, work, retry=patient, timeout_s=8))
+    retry = Retry(attempts=4, delay_s=0.5, delay_max_s=10)
+    registry.add(TaskSpec(WORK, work, retry=retry, timeout_s=8))
     registry.add(TaskSpec(PLAIN, plain, retry=Retry(attempts=2, delay_s=3, backoff="constant"), timeout_s=30))
-    registry.add(TaskSpec(SYNC, sync, retry=patient, queue="side"))
+    registry.add(TaskSpec(SYNC, sync, retry=retry, queue="side"))
     registry.add(TaskSpec(ONCE, once, at_most_once=True, timeout_s=30))
     return registry

@@ -1,7 +1,7 @@
-"""Many seeds, each a world of its own: nothing is lost, nothing is doubled, nothing waits for ever.
+"""Simulations of many seeds: no run is lost, duplicated or left pending.
 
-`HEADRACE_TEST_SEED=7` runs just that seed, `HEADRACE_TEST_COUNT=2000` so many, from `HEADRACE_TEST_SEED` on if both
-are given; without either it is the same many each time, so that a red build is red for what was changed.
+`HEADRACE_TEST_SEED=7` runs only that seed, and `HEADRACE_TEST_COUNT=2000` that many seeds, from `HEADRACE_TEST_SEED` on
+if both are set. Without either, the same seeds run each time, so that a red build is caused by the change under test.
 """
 
 from __future__ import annotations
@@ -27,78 +27,81 @@ from headrace.runtime.worker.worker import Worker
 from headrace.store.memory import MemoryStore, writes
 from headrace.store.memory.reads import Tables
 from headrace.store.protocol import Appended, Session
-from tests.simulation.faults import POINTS, READS, STAGES, VERBS
+from tests.simulation.faults import OPERATIONS, POINTS, STAGES, UNUSED_OPERATIONS
 from tests.simulation.loop import Stuck
 from tests.simulation.simulation import Simulation, Violation, simulate
 
 ROOT: Final = Path(__file__).parents[2]
-USUAL_COUNT: Final = 120
-SEEDS_A_PIECE: Final = 25
-FOUND: Final = (1097, 4227, 1117)
-"""Seeds that found a bug: a stream without an owner, an at-most-once run given back after it began, and one that ran
-again because its key was free."""
+DEFAULT_COUNT: Final = 120
+SEEDS_PER_PROCESS: Final = 25
+REGRESSION_SEEDS: Final = (1097, 4227, 1117)
+"""Seeds that found a bug: a stream without an owner, an at-most-once run that was released after it began, and one that
+ran again because its key was free.
+"""
 
 SEEDS_TO_A_FAILURE_MAX: Final = 400
 SEEDS_TO_A_POINT_MAX: Final = 20
 
 
-def seeds() -> list[int]:
-    """The seeds to run."""
+def selected_seeds() -> list[int]:
+    """Return the seeds to run."""
     seed, count = os.environ.get("HEADRACE_TEST_SEED"), os.environ.get("HEADRACE_TEST_COUNT")
     if not seed and not count:
-        return [*FOUND, *range(USUAL_COUNT)]
+        return [*REGRESSION_SEEDS, *range(DEFAULT_COUNT)]
     first = int(seed or 0)
     return list(range(first, first + int(count or 1)))
 
 
-class Told(NamedTuple):
-    """What the stories of some seeds were about."""
+class Totals(NamedTuple):
+    """Totals over the simulations of some seeds."""
 
-    deaths: Counter[str]
+    crashes: Counter[str]
     requests_count: int
     runs_count: int
     late_count: int
 
-    def plus(self, other: Told) -> Told:
-        """Of both."""
-        return Told(self.deaths + other.deaths, *map(int.__add__, self[1:], other[1:]))
+    def plus(self, other: Totals) -> Totals:
+        """Return the sum of both."""
+        return Totals(self.crashes + other.crashes, *map(int.__add__, self[1:], other[1:]))
 
 
-def told(some: Sequence[int]) -> Told:
-    """The stories of some seeds; the first that breaks a promise is raised."""
-    found = Told(Counter(), 0, 0, 0)
-    for seed in some:
+def simulate_all(seeds: Sequence[int]) -> Totals:
+    """Simulate some seeds; raise the first violation."""
+    totals = Totals(Counter(), 0, 0, 0)
+    for seed in seeds:
         simulation = simulate(seed)
-        watch = simulation.watch
-        deaths = Counter(where.partition(":")[0] for where in simulation.deaths)
-        found = found.plus(Told(deaths, watch.requests_count, watch.executions.total(), watch.late_executions_count))
-    return found
+        monitor = simulation.monitor
+        crashes = Counter(where.partition(":")[0] for where in simulation.crashes)
+        totals = totals.plus(
+            Totals(crashes, monitor.requests_count, monitor.executions.total(), monitor.late_executions_count)
+        )
+    return totals
 
 
 @pytest.mark.timeout(0 if "HEADRACE_TEST_COUNT" in os.environ else 900)
-def test_nothing_is_lost_or_doubled_whatever_happens() -> None:
-    own = seeds()
-    pieces = [own[first : first + SEEDS_A_PIECE] for first in range(0, len(own), SEEDS_A_PIECE)]
+def test_nothing_is_lost_or_duplicated_under_any_fault() -> None:
+    seeds = selected_seeds()
+    pieces = [seeds[first : first + SEEDS_PER_PROCESS] for first in range(0, len(seeds), SEEDS_PER_PROCESS)]
     if len(pieces) == 1:
-        found = told(own)
+        totals = simulate_all(seeds)
     else:
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            found = reduce(Told.plus, pool.map(told, pieces))
+            totals = reduce(Totals.plus, pool.map(simulate_all, pieces))
     print(
-        f"{len(own)} seeds, {found.requests_count:,} requests, {found.runs_count:,} runs begun, {found.late_count:,} "
-        f"of them in vain by processes taken for dead; deaths: {dict(found.deaths.most_common())}"
+        f"{len(seeds)} seeds, {totals.requests_count:,} requests, {totals.runs_count:,} runs begun, "
+        f"{totals.late_count:,} of them by processes whose session had lapsed; crashes: {dict(totals.crashes.most_common())}"
     )
 
 
-def test_a_seed_tells_the_same_story_every_time() -> None:
+def test_a_seed_gives_the_same_trace_every_time() -> None:
     first, again = simulate(3), simulate(3)
     assert len(first.lines) > 100
     assert first.lines == again.lines
 
 
-def test_a_seed_tells_the_same_story_in_every_process() -> None:
-    code = "from tests.simulation.simulation import simulate; print(simulate(11).story_hash)"
-    told = {
+def test_a_seed_gives_the_same_trace_in_every_process() -> None:
+    code = "from tests.simulation.simulation import simulate; print(simulate(11).trace_hash)"
+    hashes = {
         subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
@@ -111,14 +114,14 @@ def test_a_seed_tells_the_same_story_in_every_process() -> None:
         ).stdout.strip()
         for hash_seed in ("1", "2")
     }
-    assert told == {simulate(11).story_hash}
+    assert hashes == {simulate(11).trace_hash}
 
 
-def test_two_seeds_tell_two_stories() -> None:
-    assert simulate(1).story_hash != simulate(2).story_hash
+def test_two_seeds_give_different_traces() -> None:
+    assert simulate(1).trace_hash != simulate(2).trace_hash
 
 
-def test_a_failure_says_how_to_see_it_again() -> None:
+def test_a_failure_reports_how_to_replay_it() -> None:
     def broken(_simulation: Simulation) -> None:
         raise Violation("something")
 
@@ -127,67 +130,69 @@ def test_a_failure_says_how_to_see_it_again() -> None:
     assert "HEADRACE_TEST_SEED=42" in caught.value.__notes__[0]
 
 
-def test_every_verb_of_the_store_has_its_fault_points() -> None:
-    verbs = {name for name, value in vars(MemoryStore).items() if callable(value) and not name.startswith("_")}
-    assert set(VERBS) == verbs - {"open", "close", "check"}
-    assert len(POINTS) == len(VERBS) * len(STAGES) == len(set(POINTS))
+def test_every_store_operation_has_its_fault_points() -> None:
+    operations = {name for name, value in vars(MemoryStore).items() if callable(value) and not name.startswith("_")}
+    assert set(OPERATIONS) == operations - {"open", "close", "check"}
+    assert len(POINTS) == len(OPERATIONS) * len(STAGES) == len(set(POINTS))
 
 
-@pytest.mark.parametrize("point", [point for point in POINTS if point.partition(".")[0] not in READS])
-def test_a_process_may_die_at_any_fault_point(point: str) -> None:
+@pytest.mark.parametrize("point", [point for point in POINTS if point.partition(".")[0] not in UNUSED_OPERATIONS])
+def test_a_process_may_crash_at_any_fault_point(point: str) -> None:
     for seed in range(SEEDS_TO_A_POINT_MAX):
-        if point in simulate(seed, point=point).deaths:
+        if point in simulate(seed, point=point).crashes:
             return
-    pytest.fail(f"in {SEEDS_TO_A_POINT_MAX} seeds nobody came to {point}")
+    pytest.fail(f"no process reached {point} in {SEEDS_TO_A_POINT_MAX} seeds")
 
 
-# -- a simulation that can't fail shows nothing
+# -- the simulation detects broken rules
 
 
 settle_now, end_now, append_now = spans.settle, writes.end, MemoryStore.append
 
 
-def settle_without_a_fence(span: Span | None, settlement: Settlement, **more: Any) -> spans.SpanDecision:
-    """Rule R2 broken: any token will do."""
+def settle_without_fence(span: Span | None, settlement: Settlement, **options: Any) -> spans.SpanDecision:
+    """Break rule R2 (settlements are recognised when repeated): accept any token."""
     if span is not None and span.state == spans.LEASED:
         settlement = msgspec.structs.replace(settlement, token=span.token)
-    return settle_now(span, settlement, **more)
+    return settle_now(span, settlement, **options)
 
 
-def end_without_an_end(tables: Tables, session: Session, *more: Any) -> int:
-    """Rule R3 broken: recovering a session leaves it alive."""
-    leases_count = end_now(tables, session, *more)
+def recover_without_ending(tables: Tables, session: Session, *options: Any) -> int:
+    """Break rule R3 (a lapsed session is ended before it is recovered): leave the recovered session live."""
+    leases_count = end_now(tables, session, *options)
     tables.sessions[session.id] = session
     return leases_count
 
 
-def session_lost_without_care(_worker: Worker) -> None:
-    """Rule R3 broken on the other side: a thawed worker goes on with what it held."""
+def ignore_lost_session(_worker: Worker) -> None:
+    """Break rule R3 (a lapsed session is ended before it is recovered) in the worker: keep its leases after a thaw."""
 
 
-async def append_into_nothing(store: MemoryStore, batch_id: str, chunks: Any, **more: Any) -> Appended:
-    """Promise 1 broken: one append in ten is acknowledged and not kept."""
+async def acknowledge_without_append(store: MemoryStore, batch_id: str, chunks: Any, **options: Any) -> Appended:
+    """Break promise 1 (accepted means durable): acknowledge an append in ten without storing it."""
     if len(chunks) and chunks[0].first_index % 10 == 7:
         return Appended(accepted_count=sum(chunk.runs_count for chunk in chunks), duplicates_count=0)
-    return await append_now(store, batch_id, chunks, **more)
+    return await append_now(store, batch_id, chunks, **options)
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "broken", "first"),
     [
-        pytest.param(spans, "settle", settle_without_a_fence, 0, id="no fence"),
-        pytest.param(writes, "end", end_without_an_end, 0, id="recovered but alive"),
-        pytest.param(Worker, "_session_lost", session_lost_without_care, 605, id="goes on after its end"),
-        pytest.param(MemoryStore, "append", append_into_nothing, 0, id="acknowledged and lost"),
+        pytest.param(spans, "settle", settle_without_fence, 0, id="no fence"),
+        pytest.param(writes, "end", recover_without_ending, 0, id="recovered but alive"),
+        pytest.param(Worker, "_session_lost", ignore_lost_session, 605, id="continues after its session ended"),
+        pytest.param(MemoryStore, "append", acknowledge_without_append, 0, id="acknowledged and lost"),
     ],
 )
 @pytest.mark.timeout(300)
-def test_a_broken_rule_turns_some_seed_red(owner: Any, name: str, broken: Callable[..., Any], first: int) -> None:
-    """`first`: where to begin; the rarest takes some hundred seeds, and where it was found before is quick to look."""
+def test_a_broken_rule_is_detected_by_some_seed(owner: Any, name: str, broken: Callable[..., Any], first: int) -> None:
+    """Simulate from seed `first` on: the rarest bug takes some hundred seeds, so the search starts near a seed that
+    finds it.
+    """
     with patch.object(owner, name, broken):
         for seed in range(first, first + SEEDS_TO_A_FAILURE_MAX):
             try:
                 simulate(seed)
             except (Violation, Stuck):
                 return
-    pytest.fail(f"{SEEDS_TO_A_FAILURE_MAX} seeds did not see it")
+    pytest.fail(f"no violation in {SEEDS_TO_A_FAILURE_MAX} seeds")

@@ -1,8 +1,8 @@
-"""A worker of the task broker that knows its contract and nothing else: `contract_worker.py TARGET SECRET LOG [PORT]`.
+"""A task broker worker written from the contract alone: `contract_worker.py TARGET SECRET LOG [PORT]`.
 
-It pulls or, with a port, is pushed to there; it writes down what it did before it reports, signs every call, and takes
-none that is not signed. Its messages are written here from the contract's own field numbers. It goes on over a server
-that is away, as the field's client does.
+It pulls tasks or, with a port, receives pushed tasks there. It logs each task before it reports it, signs every call,
+and refuses unsigned calls. Its messages are built here from the field numbers of the contract. It keeps retrying while
+the server is unavailable, as Sentry's client does.
 """
 
 from __future__ import annotations
@@ -23,21 +23,26 @@ import grpc
 PACKAGE = "sentry_protos.taskbroker.v1"
 FIELD = descriptor_pb2.FieldDescriptorProto
 COMPLETE = 5
-AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED)
+RETRIED_CODES = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+)
 
 
 def messages() -> dict[str, Any]:
-    """The messages that a worker which pulls needs, by name."""
+    """Return the message classes of the contract that the worker uses, by name."""
     file = descriptor_pb2.FileDescriptorProto(name="contract.proto", package=PACKAGE, syntax="proto3")
 
     def message(name: str, *fields: tuple[str, int, Any]) -> None:
-        made = file.message_type.add(name=name)
+        descriptor = file.message_type.add(name=name)
         for field, number, kind in fields:
-            own = made.field.add(name=field, number=number, label=FIELD.LABEL_OPTIONAL)
+            field_descriptor = descriptor.field.add(name=field, number=number, label=FIELD.LABEL_OPTIONAL)
             if isinstance(kind, str):
-                own.type, own.type_name = FIELD.TYPE_MESSAGE, f".{PACKAGE}.{kind}"
+                field_descriptor.type, field_descriptor.type_name = FIELD.TYPE_MESSAGE, f".{PACKAGE}.{kind}"
             else:
-                own.type = kind
+                field_descriptor.type = kind
 
     text, count = FIELD.TYPE_STRING, FIELD.TYPE_UINT64
     message("TaskActivation", ("id", 1, text), ("taskname", 3, text), ("processing_deadline_duration", 8, count),
@@ -59,12 +64,12 @@ def messages() -> dict[str, Any]:
     message("PushTaskResponse")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    names = [one.name for one in file.message_type]
+    names = [descriptor.name for descriptor in file.message_type]
     return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{name}")) for name in names}
 
 
 class Client:
-    """The consumer service, each call signed."""
+    """Client of the consumer service that signs each call."""
 
     def __init__(self, target: str, secret: str) -> None:
         self._secret = secret.encode()
@@ -72,90 +77,90 @@ class Client:
         self.messages = messages()
 
     def call(self, method: str, request: Any) -> Any:
-        """One call, again until the server is there; None when it has nothing."""
+        """Send a call, with retries until the server responds. Return None if the server has no task."""
         path = f"/{PACKAGE}.ConsumerService/{method}"
         data = request.SerializeToString()
         signature = hmac.new(self._secret, path.encode() + b":" + data, hashlib.sha256).hexdigest()
-        asked = self._channel.unary_unary(
+        unary_call = self._channel.unary_unary(
             path, request_serializer=lambda _: data, response_deserializer=self.messages[f"{method}Response"].FromString
         )
         while True:
             try:
-                return asked(request, metadata=(("sentry-signature", signature),), timeout=20)
+                return unary_call(request, metadata=(("sentry-signature", signature),), timeout=20)
             except grpc.RpcError as error:
                 if error.code() == grpc.StatusCode.NOT_FOUND:
                     return None
-                if error.code() not in (*AWAY, grpc.StatusCode.DEADLINE_EXCEEDED):
+                if error.code() not in (*RETRIED_CODES, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise
-                rest(0.1)
+                wait(0.1)
 
 
-rest = threading.Event().wait
+wait = threading.Event().wait
 
 
-class Pushed(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio ships no types
-    """The worker service: what is signed and finds room is taken, and done later."""
+class WorkerService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio ships no types
+    """The worker service: accepts signed pushes while its queue has space."""
 
-    def __init__(self, secret: str, made: dict[str, Any]) -> None:
-        self._secret, self._made = secret.encode(), made
+    def __init__(self, secret: str, messages: dict[str, Any]) -> None:
+        self._secret, self._messages = secret.encode(), messages
         self.tasks: queue.Queue[Any] = queue.Queue(maxsize=32)
 
     def service(self, details: Any) -> Any:
-        """One method there is."""
+        """Handle every method as a push."""
         return grpc.unary_unary_rpc_method_handler(lambda data, context: self._push(details.method, data, context))
 
     def _push(self, path: str, data: bytes, context: Any) -> bytes:
-        wanted = hmac.new(self._secret, path.encode() + b":" + data, hashlib.sha256).hexdigest()
-        if not hmac.compare_digest(dict(context.invocation_metadata()).get("sentry-signature", ""), wanted):
+        expected = hmac.new(self._secret, path.encode() + b":" + data, hashlib.sha256).hexdigest()
+        if not hmac.compare_digest(dict(context.invocation_metadata()).get("sentry-signature", ""), expected):
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "Authentication failed")
         try:
-            self.tasks.put_nowait(self._made["PushTaskRequest"].FromString(data).task)
+            self.tasks.put_nowait(self._messages["PushTaskRequest"].FromString(data).task)
         except queue.Full:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "worker busy")
-        return bytes(self._made["PushTaskResponse"]().SerializeToString())
+        return bytes(self._messages["PushTaskResponse"]().SerializeToString())
 
 
-def be_pushed_to(client: Client, secret: str, file: int, port: int) -> None:
-    """Do what is pushed, and report on some at a time."""
-    made = client.messages
-    pushed = Pushed(secret, made)
+def serve_pushes(client: Client, secret: str, file: int, port: int) -> None:
+    """Execute pushed tasks, and report several at a time."""
+    messages = client.messages
+    service = WorkerService(secret, messages)
     server = grpc.server(futures.ThreadPoolExecutor(8), options=(("grpc.so_reuseport", 0),))
-    server.add_generic_rpc_handlers((pushed,))
+    server.add_generic_rpc_handlers((service,))
     server.add_insecure_port(f"127.0.0.1:{port}")
     server.start()
     while True:
-        tasks = [pushed.tasks.get()]
-        while len(tasks) < 16 and not pushed.tasks.empty():
-            tasks.append(pushed.tasks.get())
+        tasks = [service.tasks.get()]
+        while len(tasks) < 16 and not service.tasks.empty():
+            tasks.append(service.tasks.get())
         for task in tasks:
             os.write(file, task.parameters_bytes + b"\n")
-        told = [made["SetTaskStatusRequest"](id=task.id, status=COMPLETE) for task in tasks]
-        client.call("SetBatchActivationStatus", made["SetBatchActivationStatusRequest"](updates=told))
+        updates = [messages["SetTaskStatusRequest"](id=task.id, status=COMPLETE) for task in tasks]
+        client.call("SetBatchActivationStatus", messages["SetBatchActivationStatusRequest"](updates=updates))
 
 
 def pull(client: Client, file: int) -> None:
-    """Fetch, do, report and be answered with the next."""
-    made = client.messages
+    """Fetch a task, execute it, and report it; the response has the next task."""
+    messages = client.messages
     task = None
     while True:
         if task is None:
-            answer = client.call("GetTask", made["GetTaskRequest"](application="app"))
-            if answer is None:
-                rest(0.05)
+            response = client.call("GetTask", messages["GetTaskRequest"](application="app"))
+            if response is None:
+                wait(0.05)
                 continue
-            task = answer.task
+            task = response.task
         os.write(file, task.parameters_bytes + b"\n")
-        told = made["SetTaskStatusRequest"](id=task.id, status=COMPLETE)
-        told.fetch_next_task.application = "app"
-        answer = client.call("SetTaskStatus", told)
-        task = answer.task if answer is not None and answer.HasField("task") else None
+        report = messages["SetTaskStatusRequest"](id=task.id, status=COMPLETE)
+        report.fetch_next_task.application = "app"
+        response = client.call("SetTaskStatus", report)
+        task = response.task if response is not None and response.HasField("task") else None
 
 
 def main(target: str, secret: str, log: str, port: str = "") -> None:
     client = Client(target, secret)
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     if port:
-        be_pushed_to(client, secret, file, int(port))
+        serve_pushes(client, secret, file, int(port))
     pull(client, file)
 
 

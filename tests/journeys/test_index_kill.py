@@ -1,4 +1,4 @@
-"""The flights of 2013 indexed by a process that is killed again and again, against plain SQL over the raw log."""
+"""The flights of 2013, indexed by a process that is killed repeatedly, compared with plain SQL over the raw log."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ KILLS: Final = int(os.environ.get("HEADRACE_TEST_COUNT", "20"))
 SEED: Final = int(os.environ.get("HEADRACE_TEST_SEED", "2013"))
 EVENTS: Final = 336_776
 
-# What the handlers should have made, as plain SQL over the rows of the log.
-PLAIN: Final = {
+# Expected rows of each entity, as plain SQL over the rows of the log.
+EXPECTED_SQL: Final = {
     "airport": """
         SELECT code, sum(departures), sum(arrivals), sum(cancelled), sum(delay), max(worst) FROM (
             SELECT origin AS code, dep_delay IS NOT NULL AS departures, 0 AS arrivals, dep_delay IS NULL AS cancelled,
@@ -33,14 +33,14 @@ PLAIN: Final = {
     "carrier": """
         SELECT carrier, count(*), sum(dep_delay IS NULL), sum(distance), (
             SELECT json_group_array(dest) FROM (
-                SELECT DISTINCT dest FROM log AS own WHERE own.carrier = log.carrier ORDER BY dest)
+                SELECT DISTINCT dest FROM log AS other WHERE other.carrier = log.carrier ORDER BY dest)
         ) FROM log GROUP BY carrier ORDER BY carrier""",
     "plane": """
         SELECT plane, count(*), sum(distance),
-            (SELECT dest FROM log AS own WHERE own.plane = log.plane ORDER BY own.no DESC LIMIT 1),
+            (SELECT dest FROM log AS other WHERE other.plane = log.plane ORDER BY other.no DESC LIMIT 1),
             coalesce((
-                SELECT CASE WHEN arr_delay > 15 THEN 'late' ELSE 'on time' END FROM log AS own
-                WHERE own.plane = log.plane AND arr_delay IS NOT NULL ORDER BY own.no DESC LIMIT 1), 'unknown')
+                SELECT CASE WHEN arr_delay > 15 THEN 'late' ELSE 'on time' END FROM log AS other
+                WHERE other.plane = log.plane AND arr_delay IS NOT NULL ORDER BY other.no DESC LIMIT 1), 'unknown')
         FROM log WHERE plane <> '' GROUP BY plane ORDER BY plane""",
     "route": """
         SELECT origin || '-' || dest AS route, count(*), count(air_time), coalesce(sum(air_time), 0),
@@ -56,8 +56,8 @@ PLAIN: Final = {
 }
 
 
-def raw(path: Path) -> sqlite3.Connection:
-    """The log as a table, put there without Headrace."""
+def load_log(path: Path) -> sqlite3.Connection:
+    """Load the log into a table, without Headrace."""
     db = sqlite3.connect(path)
     db.execute(
         "CREATE TABLE log (no INTEGER PRIMARY KEY, day, carrier, plane, origin, dest, distance, dep_delay, arr_delay, "
@@ -68,7 +68,7 @@ def raw(path: Path) -> sqlite3.Connection:
         ((no, *_cells(row)) for no, row in enumerate(example.rows(), 1)),
     )
     db.execute("CREATE INDEX by_plane ON log (plane, no)")
-    # From which flight up to which other one an aircraft counted as late.
+    # The flights from which, and up to which, an aircraft counted as late.
     db.execute(
         "CREATE TABLE late AS SELECT no, until FROM (SELECT no, arr_delay, lead(no, 1, 1000000) OVER "
         "(PARTITION BY plane ORDER BY no) AS until FROM log WHERE arr_delay IS NOT NULL AND plane <> '') "
@@ -82,13 +82,13 @@ def raw(path: Path) -> sqlite3.Connection:
 
 def _cells(row: list[str]) -> list[Any]:
     year, month, day = row[:3]
-    known = [None if cell in ("", "NA") else cell for cell in row]
-    numbers = [None if known[at] is None else int(float(row[at])) for at in (15, 5, 8, 14)]
-    return [f"{year}-{int(month):02}-{int(day):02}", row[9], known[11] or "", row[12], row[13], *numbers]
+    cells = [None if cell in ("", "NA") else cell for cell in row]
+    numbers = [None if cells[column] is None else int(float(row[column])) for column in (15, 5, 8, 14)]
+    return [f"{year}-{int(month):02}-{int(day):02}", row[9], cells[11] or "", row[12], row[13], *numbers]
 
 
-def made(database: Path, table: str) -> list[tuple[Any, ...]]:
-    """The rows that the indexer left."""
+def indexed_rows(database: Path, table: str) -> list[tuple[Any, ...]]:
+    """Return the rows that the indexer stored."""
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as db:
         rows = db.execute(f'SELECT * FROM "{table}" ORDER BY id').fetchall()
     if table == "carrier":
@@ -96,8 +96,8 @@ def made(database: Path, table: str) -> list[tuple[Any, ...]]:
     return rows
 
 
-def standing(database: Path) -> tuple[int, int]:
-    """The checkpoint, and how many flights the tables say there were, in one snapshot."""
+def checkpoint_and_flights(database: Path) -> tuple[int, int]:
+    """Return the checkpoint and the number of flights in the tables, in one snapshot."""
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as db:
         db.execute("BEGIN")
         (no,) = db.execute("SELECT no FROM indexer").fetchone()
@@ -107,7 +107,7 @@ def standing(database: Path) -> tuple[int, int]:
 
 @pytest.mark.journey
 @pytest.mark.timeout(600)
-def test_flights_indexed_by_a_process_that_dies_again_and_again_equal_plain_sql(tmp_path: Path) -> None:
+def test_flights_indexed_by_a_process_that_is_killed_repeatedly_equal_plain_sql(tmp_path: Path) -> None:
     database = tmp_path / "flights.db"
     command = [sys.executable, "-m", "headrace", "index", str(ROOT / "examples" / "flights.py:flights")]
     command += ["--store", f"sqlite:///{database}", "--no-progress", "--batch-size", "2000"]
@@ -115,7 +115,7 @@ def test_flights_indexed_by_a_process_that_dies_again_and_again_equal_plain_sql(
     targets = sorted(choose.randrange(EVENTS) for _ in range(KILLS))
     for number, target in enumerate(targets):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        while process.poll() is None and (not database.exists() or _no(database) < target):
+        while process.poll() is None and (not database.exists() or _checkpoint(database) < target):
             try:
                 process.wait(timeout=0.005)
             except subprocess.TimeoutExpired:
@@ -124,25 +124,25 @@ def test_flights_indexed_by_a_process_that_dies_again_and_again_equal_plain_sql(
             process.wait(timeout=choose.random() / 20)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-        _, told = process.communicate()
-        assert process.returncode in (-signal.SIGKILL, 0), f"seed {SEED}, kill {number}: {told}"
-        no, flights = standing(database)
-        assert flights == no, f"seed {SEED}, kill {number}: the tables are those of another checkpoint"
+        _, error_output = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), f"seed {SEED}, kill {number}: {error_output}"
+        no, flights = checkpoint_and_flights(database)
+        assert flights == no, f"seed {SEED}, kill {number}: the tables belong to another checkpoint"
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert standing(database) == (EVENTS, EVENTS)
-    db = raw(tmp_path / "raw.db")
+    assert checkpoint_and_flights(database) == (EVENTS, EVENTS)
+    db = load_log(tmp_path / "raw.db")
     try:
-        for table, sql in PLAIN.items():
-            assert made(database, table) == db.execute(sql).fetchall(), f"{table}, seed {SEED}"
+        for table, sql in EXPECTED_SQL.items():
+            assert indexed_rows(database, table) == db.execute(sql).fetchall(), f"{table}, seed {SEED}"
     finally:
         db.close()
 
 
-def _no(database: Path) -> int:
+def _checkpoint(database: Path) -> int:
     try:
         with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as db:
             row = db.execute("SELECT no FROM indexer").fetchone()
-    except sqlite3.OperationalError:  # not made yet
+    except sqlite3.OperationalError:  # not created yet
         return -1
     return -1 if row is None else int(row[0])

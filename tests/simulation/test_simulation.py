@@ -89,7 +89,8 @@ def test_nothing_is_lost_or_duplicated_under_any_fault() -> None:
             totals = reduce(Totals.plus, pool.map(simulate_all, pieces))
     print(
         f"{len(seeds)} seeds, {totals.requests_count:,} requests, {totals.runs_count:,} runs begun, "
-        f"{totals.late_count:,} of them by processes whose session had lapsed; crashes: {dict(totals.crashes.most_common())}"
+        f"{totals.late_count:,} of them by processes whose session had lapsed; "
+        f"crashes: {dict(totals.crashes.most_common())}"
     )
 
 

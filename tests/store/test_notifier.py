@@ -48,10 +48,10 @@ async def listeners(tmp_path: Path, count: int = 2) -> AsyncIterator[list[Notifi
 
 async def test_r11_a_notification_reaches_the_other_processes_and_not_its_sender(tmp_path: Path) -> None:
     async with listeners(tmp_path, 3) as (teller, *others):
-        teller.notifier.tell(WORK)
+        teller.notifier.notify(WORK)
         for listener in others:
             await listener.until(lambda listener=listener: listener.received == [WORK])  # type: ignore[misc]  # bound to the loop's value
-        others[0].notifier.tell(RECORDED)
+        others[0].notifier.notify(RECORDED)
         await teller.until(lambda: teller.received == [RECORDED])
 
 
@@ -65,13 +65,13 @@ async def test_r11_notifications_during_a_send_are_sent_together(tmp_path: Path)
             sending = asyncio.create_task(send(connection, words))
             await asyncio.sleep(0)
             for _ in range(1_000 if len(sent) == 1 else 0):  # until the other notifications are sent
-                teller.notifier.tell(WORK)
+                teller.notifier.notify(WORK)
             await sending
 
         teller.notifier._send = counted  # type: ignore[method-assign]  # counts what is sent
         for _ in range(1_000):
-            teller.notifier.tell(WORK)
-            teller.notifier.tell(RECORDED)
+            teller.notifier.notify(WORK)
+            teller.notifier.notify(RECORDED)
         await other.until(lambda: len(other.received) == 3)
         assert sent == [f"{RECORDED} {WORK}", WORK]
 
@@ -89,7 +89,7 @@ async def test_r11_a_lost_connection_is_reopened_and_notifies_of_what_was_missed
         await other.until(lambda: {WORK, RECORDED} <= set(other.received))
         await teller.until(lambda: {WORK, RECORDED} <= set(teller.received))
         other.received.clear()
-        teller.notifier.tell(WORK)
+        teller.notifier.notify(WORK)
         await other.until(lambda: other.received == [WORK])
 
 
@@ -148,12 +148,12 @@ def test_r11_a_notifier_continues_on_the_next_event_loop(tmp_path: Path) -> None
     teller = PostgresNotifier(address(url), address(url).schema)
 
     async def tell_and_leave() -> None:
-        teller.tell(WORK)
+        teller.notify(WORK)
 
     async def tell_and_be_heard() -> None:
         listener = NotificationListener(url, address(url).schema)
         await listener.listening()
-        teller.tell(WORK)
+        teller.notify(WORK)
         await listener.until(lambda: WORK in listener.received)
         await listener.notifier.close()
         await teller.close()
@@ -165,7 +165,7 @@ def test_r11_a_notifier_continues_on_the_next_event_loop(tmp_path: Path) -> None
 async def test_r11_pending_notifications_are_sent_when_the_process_ends(tmp_path: Path) -> None:
     async with listeners(tmp_path) as (listener, _):
         brief = PostgresNotifier(listener.notifier._address, address(fresh_schema(tmp_path)).schema)
-        brief.tell(WORK)
+        brief.notify(WORK)
         await brief.close()
         await listener.until(lambda: listener.received == [WORK])
 
@@ -175,8 +175,8 @@ async def test_r11_schemas_of_one_database_do_not_receive_each_others_notificati
     async with listeners(tmp_path) as (listener, other):
         stranger = NotificationListener(url, "x" * 63)
         await stranger.listening()
-        stranger.notifier.tell(WORK)
-        listener.notifier.tell(RECORDED)
+        stranger.notifier.notify(WORK)
+        listener.notifier.notify(RECORDED)
         await other.until(lambda: other.received == [RECORDED])
         assert listener.received == stranger.received == []
         await stranger.notifier.close()

@@ -104,11 +104,11 @@ async def test_r11_notifications_are_sent_through_a_pooler_and_received_on_a_dir
     listener = NotificationListener(fresh_schema(tmp_path), schema)
     await listener.listening()
     with behind.awaited():
-        behind.tell(WORK)
+        behind.notify(WORK)
         await listener.until(lambda: listener.received == [WORK])
         assert not behind.is_listening
     unnoticed = PostgresNotifier(address(f"{pooled_dsn()}?pooler=none"), schema)
-    unnoticed.tell(WORK)  # its session is reset, it receives nothing from itself, and it only sends from then on
+    unnoticed.notify(WORK)  # its session is reset, it receives nothing from itself, and it only sends from then on
     await listener.until(lambda: listener.received == [WORK, WORK])
     assert not unnoticed.is_listening
     for notifier in (behind, unnoticed, listener.notifier):

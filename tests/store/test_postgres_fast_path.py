@@ -1,4 +1,6 @@
-"""The hot operations on PostgreSQL: one statement each (R7), answered from indexes whatever the tables hold (R9)."""
+"""The hot operations on PostgreSQL: one statement each (R7, a hot operation is one statement), answered from indexes
+whatever the tables hold (R9, claims read lane by lane).
+"""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ class NotificationListener:
         self.notifier = own or PostgresNotifier(address(url), schema)
         self.received: list[str] = []
         self.arrived = asyncio.Condition()
-        for news in (WORK, RECORDED):
-            self.notifier.listen(news, lambda news=news: self._hear(news))  # type: ignore[misc]  # bound to the loop's value
+        for kind in (WORK, RECORDED):
+            self.notifier.listen(kind, lambda kind=kind: self._hear(kind))  # type: ignore[misc]  # bound to the loop's value
 
-    def _hear(self, news: str) -> None:
-        self.received.append(news)
+    def _hear(self, kind: str) -> None:
+        self.received.append(kind)
         self._note = asyncio.create_task(self._notify())
 
     async def _notify(self) -> None:

@@ -28,7 +28,7 @@ class Wakeup:
         """Wake the tasks that wait, here and in other processes. Call it on the event loop of the waiting tasks."""
         self.notify_local()
         if self._notifier is not None:
-            self._notifier.tell(self._channel)
+            self._notifier.notify(self._channel)
 
     def notify_local(self) -> None:
         """Wake the tasks of this process only; the other processes were notified already."""

@@ -560,10 +560,10 @@ class Notifier(Protocol):
     Every method is called on the event loop that waits.
     """
 
-    def listen(self, news: str, notify_local: Callable[[], None]) -> None:
-        """Call `notify_local` when another process sent the notification `news`, or may have."""
+    def listen(self, kind: str, notify_local: Callable[[], None]) -> None:
+        """Call `notify_local` when another process sent the notification `kind`, or may have."""
 
-    def tell(self, news: str) -> None:
+    def notify(self, kind: str) -> None:
         """Send a notification to the other processes, soon."""
 
     def awaited(self) -> AbstractContextManager[object]:

@@ -125,12 +125,12 @@ class CopyTarget(Protocol):
         """Raise `Conflict` if keys of batches `(environment, key, batch id)` name other batches here."""
         ...
 
-    async def take_in(self, move_id: str, after_id: int, came: Page) -> None:
+    async def insert_page(self, move_id: str, after_id: int, page: Page) -> None:
         """Insert a page, once. Ids are the target's own."""
         ...
 
-    async def know(
-        self, environment: str, own: Sequence[tuple[str, int, bool]], lanes: Sequence[tuple[str, str]]
+    async def create_queues(
+        self, environment: str, queues: Sequence[tuple[str, int, bool]], lanes: Sequence[tuple[str, str]]
     ) -> int:
         """Create the queues `(name, clock, paused)` of an environment, and return by how much order numbers grow.
 
@@ -139,15 +139,15 @@ class CopyTarget(Protocol):
         """
         ...
 
-    async def own(self, batch_id: str, environment: str, came: Belongings, *, now_us: int) -> None:
+    async def insert_belongings(self, batch_id: str, environment: str, belongings: Belongings, *, now_us: int) -> None:
         """Insert what belongs to a batch. A key that names another run here keeps naming that run."""
         ...
 
-    async def let_in(self, batch: dict[str, Any], cancelled: Sequence[int], offset: int, *, now_us: int) -> None:
+    async def publish_batch(self, batch: dict[str, Any], cancelled: Sequence[int], offset: int, *, now_us: int) -> None:
         """Make a batch that was copied completely visible and runnable."""
         ...
 
-    async def take_back(self, batch_ids: Sequence[str]) -> bool:
+    async def delete_unpublished(self, batch_ids: Sequence[str]) -> bool:
         """Delete a bounded part of batches that are not visible yet. Returns False when nothing is left of them.
 
         Raises `Conflict` if one of them is visible: its runs may have continued here.

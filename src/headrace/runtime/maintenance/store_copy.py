@@ -70,7 +70,7 @@ class StoreCopy:
         Raises `Conflict` if batches were published: they run in the target, so the copy can't be undone.
         """
         async for batches in self._batches():
-            while await self.copy_target.take_back([batch["id"] for batch in batches]):
+            while await self.copy_target.delete_unpublished([batch["id"] for batch in batches]):
                 continue
         await self.copy_target.forget(await self.copy_source.unfence())
 
@@ -94,7 +94,7 @@ class StoreCopy:
         while (page := await self.copy_source.page(after_id)).blocks:
             self._report.blocks += len(page.blocks)
             self._report.runs += page.runs_count
-            await self.copy_target.take_in(move_id, after_id, page)
+            await self.copy_target.insert_page(move_id, after_id, page)
             after_id = page.blocks[-1][0]
             report_progress(self._report.runs)
 
@@ -106,7 +106,7 @@ class StoreCopy:
                 await self._copy_belongings(batch["id"], batch["environment"])
                 cancelled = await self.copy_source.cancellations(batch["id"])
                 offset, now_us = offsets.get(batch["environment"], 0), self._target.clock.now_us()
-                await self.copy_target.let_in(batch, cancelled, offset, now_us=now_us)
+                await self.copy_target.publish_batch(batch, cancelled, offset, now_us=now_us)
                 self._report.batches += 1
 
     async def _copy_queues(self) -> dict[str, int]:
@@ -117,7 +117,7 @@ class StoreCopy:
                 (name, clock, paused) for where, name, clock, paused in queues if where == environment
             ]
             lanes = await self.copy_source.lanes(environment)
-            offsets[environment] = await self.copy_target.know(environment, environment_queues, lanes)
+            offsets[environment] = await self.copy_target.create_queues(environment, environment_queues, lanes)
         await self.copy_target.keep_rules(await self.copy_source.rules())
         return offsets
 
@@ -126,7 +126,7 @@ class StoreCopy:
         while (page := await self.copy_source.belongings(batch_id, page)) != NOTHING:
             for key, _ in page.objects:
                 await self._copy_object(key)
-            await self.copy_target.own(batch_id, environment, page, now_us=self._target.clock.now_us())
+            await self.copy_target.insert_belongings(batch_id, environment, page, now_us=self._target.clock.now_us())
 
     async def _copy_object(self, key: str) -> None:
         if self._source.payloads.url == self._target.payloads.url:

@@ -27,7 +27,7 @@ class PostgresCallerTransaction(CallerTransaction):
     ) -> None:
         super().__init__(connection, sql.__getitem__, is_sqlite=False)
         self._ids = {"next_block_ids": block_ids, "next_span_ids": span_ids}
-        self._news = {"channel": channel_of(schema), "words": WORK}
+        self._notification = {"channel": channel_of(schema), "words": WORK}
 
     def _rows(self, ask: Query) -> Steps[Rows]:
         if ask.name != "take_ids":
@@ -44,4 +44,4 @@ class PostgresCallerTransaction(CallerTransaction):
         return first
 
     def _notify(self) -> Steps[None]:
-        yield from super()._rows(Query("tell", self._news))
+        yield from super()._rows(Query("tell", self._notification))

@@ -56,14 +56,14 @@ class PostgresNotifier:
         self._own_pid = 0
         self.is_listening = False
 
-    def listen(self, news: str, notify_local: Callable[[], None]) -> None:
-        """Call `notify_local` when another process sent the notification `news`, or may have."""
-        self._callbacks[news] = notify_local
+    def listen(self, kind: str, notify_local: Callable[[], None]) -> None:
+        """Call `notify_local` when another process sent the notification `kind`, or may have."""
+        self._callbacks[kind] = notify_local
 
-    def tell(self, news: str) -> None:
+    def notify(self, kind: str) -> None:
         """Send a notification with the next group."""
-        if news not in self._pending or not self._is_at_work:
-            self._pending.add(news)
+        if kind not in self._pending or not self._is_at_work:
+            self._pending.add(kind)
             self._ensure_task()
 
     @contextmanager

@@ -32,11 +32,11 @@ class CommitWatcher:
         self._scheduled: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
         self.polls_count = 0
 
-    def listen(self, news: str, notify_local: Callable[[], None]) -> None:  # noqa: ARG002 - a commit is news of every kind
+    def listen(self, kind: str, notify_local: Callable[[], None]) -> None:  # noqa: ARG002 - a commit is kind of every kind
         """Call `notify_local` when a commit may have been of interest."""
         self._callbacks.append(notify_local)
 
-    def tell(self, news: str) -> None:
+    def notify(self, kind: str) -> None:
         """Do nothing: SQLite counts the commit itself."""
 
     @contextmanager

@@ -1,9 +1,10 @@
-"""The task broker without its wire: `python -m bench.activations [sqlite|postgres …]`.
+"""Throughput of the task broker without gRPC: `python -m bench.activations [sqlite|postgres …]`.
 
-The field's own store bench, in its shape (contract, section 8): 4,096 activations wait; 64 claimers fetch them one by
-one until there are none, then 64 reporters report on them one by one. Reports are written (a) singly, (b) by the
-flusher and answered at once, (c) as they are by default, answered after the commit that holds them. The floor is the
-database alone: one connection that updates a row and commits, again and again. Transactions and rows are counted.
+The benchmark has the shape of the store benchmark of Sentry's taskbroker (contract, section 8). 4,096 activations wait;
+64 claimers fetch them one by one until none is left; then 64 reporters report on them one by one. Reports are written
+(a) one by one, (b) by the flusher and acknowledged at once, (c) by default: acknowledged after the commit that holds
+them. The baseline is the database alone: one connection that updates a row and commits repeatedly. Transactions and
+rows are counted.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ from headrace.runtime.producing.producer import Producer
 COUNT: Final = 4_096
 WORKERS: Final = 64
 ROUNDS: Final = 5
-WISH: Final = QueueFilter("sentry", ("benchmark",))
+FILTER: Final = QueueFilter("sentry", ("benchmark",))
 
 
-class Counted:
-    """A store that counts settlements: transactions, and rows written in them (a span and a part for each)."""
+class CountingStore:
+    """A store that counts settlements: transactions, and the rows written in them (a span and a part for each
+    settlement).
+    """
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -46,15 +49,17 @@ class Counted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    async def settle(self, settlements: Any, **more: Any) -> Any:
-        """One transaction: a span updated and a part inserted for each settlement, and each batch's counters."""
+    async def settle(self, settlements: Any, **options: Any) -> Any:
+        """Count a transaction: a span updated and a part inserted for each settlement, and the counters of the
+        batch.
+        """
         self.transactions += 1
         self.rows += 2 * len(settlements) + 1
-        return await self._store.settle(settlements, **more)
+        return await self._store.settle(settlements, **options)
 
 
-async def filled(engine: Engine, count: int, **fields: Any) -> None:
-    """What waits: so many activations, with these fields and an id each."""
+async def append_activations(engine: Engine, count: int, **fields: Any) -> None:
+    """Append `count` activations with these fields and unique ids."""
     producer = Producer(engine)
     began_us, runs = engine.clock.now_us(), []
     for number in range(count):
@@ -73,45 +78,45 @@ async def filled(engine: Engine, count: int, **fields: Any) -> None:
     await producer.close()
 
 
-async def side_by_side(work: Callable[[int], Awaitable[None]]) -> float:
-    """Calls a second of 64 who each do a share of them."""
+async def calls_per_second(work: Callable[[int], Awaitable[None]]) -> float:
+    """Return the calls a second of 64 callers that share the calls between them."""
     began = perf_counter()
     await asyncio.gather(*(work(number) for number in range(WORKERS)))
     return COUNT / (perf_counter() - began)
 
 
-async def once(engine: Engine, way: str) -> tuple[float, float, float, float]:
-    """`(claims/s, reports/s, transactions and rows a report)`."""
-    counted = Counted(engine.store)
-    engine.store = counted
-    limits = engine.limits.replaced(flush_size=1) if way == "a" else engine.limits
+async def measure_once(engine: Engine, mode: str) -> tuple[float, float, float, float]:
+    """Return `(claims/s, reports/s, transactions a report, rows a report)`."""
+    store = CountingStore(engine.store)
+    engine.store = store
+    limits = engine.limits.replaced(flush_size=1) if mode == "a" else engine.limits
     dispatcher = Dispatcher(engine.with_limits(limits))
-    await filled(engine, COUNT, application="sentry")
+    await append_activations(engine, COUNT, application="sentry")
     await dispatcher.start()
     names: list[str] = []
 
     async def claim(_number: int) -> None:
-        while (handout := await dispatcher.fetch(WISH)) is not None:
-            names.append(handout.name)
+        while (delivered := await dispatcher.fetch(FILTER)) is not None:
+            names.append(delivered.name)
 
-    claims = await side_by_side(claim)
+    claims = await calls_per_second(claim)
     assert len(set(names)) == COUNT, len(names)
 
     async def report(number: int) -> None:
         for name in names[number::WORKERS]:
-            await dispatcher.report([ActivationReport(name, "completed")], is_awaited=way != "b")
+            await dispatcher.report([ActivationReport(name, "completed")], is_awaited=mode != "b")
 
     began = perf_counter()
-    await side_by_side(report)
-    await dispatcher.report([ActivationReport("nothing", "completed")])  # what was answered before is durable now
+    await calls_per_second(report)
+    await dispatcher.report([ActivationReport("nothing", "completed")])  # returns when the earlier reports are durable
     reports = COUNT / (perf_counter() - began)
     await dispatcher.stop()
-    return claims, reports, counted.transactions / COUNT, counted.rows / COUNT
+    return claims, reports, store.transactions / COUNT, store.rows / COUNT
 
 
-def floor_sqlite(folder: Path) -> float:
-    """Commits a second of one updated row."""
-    connection = sqlite3.connect(folder / "floor.db", isolation_level=None)
+def baseline_sqlite(folder: Path) -> float:
+    """Return the commits a second that update one row."""
+    connection = sqlite3.connect(folder / "baseline.db", isolation_level=None)
     connection.executescript(
         "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; CREATE TABLE t (id INTEGER PRIMARY KEY, s)"
     )
@@ -124,59 +129,63 @@ def floor_sqlite(folder: Path) -> float:
     return rate
 
 
-async def floor_postgres(dsn: str) -> float:
-    """Commits a second of one updated row."""
+async def baseline_postgres(dsn: str) -> float:
+    """Return the commits a second that update one row."""
     import asyncpg
 
     connection = await asyncpg.connect(dsn)
-    await connection.execute("DROP TABLE IF EXISTS bench_floor; CREATE TABLE bench_floor (id int PRIMARY KEY, s int)")
-    await connection.execute("INSERT INTO bench_floor VALUES (1, 0)")
+    await connection.execute(
+        "DROP TABLE IF EXISTS bench_baseline; CREATE TABLE bench_baseline (id int PRIMARY KEY, s int)"
+    )
+    await connection.execute("INSERT INTO bench_baseline VALUES (1, 0)")
     began = perf_counter()
     for number in range(500):
-        await connection.execute("UPDATE bench_floor SET s = $1 WHERE id = 1", number)
+        await connection.execute("UPDATE bench_baseline SET s = $1 WHERE id = 1", number)
     rate = 500 / (perf_counter() - began)
-    await connection.execute("DROP TABLE bench_floor")
+    await connection.execute("DROP TABLE bench_baseline")
     await connection.close()
     return rate
 
 
-async def measured(kind: str) -> None:
-    """All ways on one kind of database."""
+async def measure(kind: str) -> None:
+    """Print the figures of all modes on a kind of database."""
     from tests.support.postgres_server import server
     from tests.support.store_rig import fresh_schema
 
-    floors: list[float] = []
-    found: dict[str, list[tuple[float, float, float, float]]] = {}
+    baselines: list[float] = []
+    results: dict[str, list[tuple[float, float, float, float]]] = {}
     for _ in range(ROUNDS):
-        for way in "abc":
+        for mode in "abc":
             with tempfile.TemporaryDirectory(dir=".") as name:
                 folder = Path(name).resolve()
-                store = fresh_schema(folder) if kind == "postgres" else f"sqlite:///{folder / 'bench.db'}"
-                floors.append(await floor_postgres(server().dsn) if kind == "postgres" else floor_sqlite(folder))
-                engine = await open_engine(load({"store": store, "objects": str(folder / "objects")}, {}, folder))
+                url = fresh_schema(folder) if kind == "postgres" else f"sqlite:///{folder / 'bench.db'}"
+                baselines.append(
+                    await baseline_postgres(server().dsn) if kind == "postgres" else baseline_sqlite(folder)
+                )
+                engine = await open_engine(load({"store": url, "objects": str(folder / "objects")}, {}, folder))
                 try:
-                    found.setdefault(way, []).append(await once(engine, way))
+                    results.setdefault(mode, []).append(await measure_once(engine, mode))
                 finally:
                     await engine.close()
-    floor = statistics.median(floors)
-    print(f"{kind}: {floor:,.0f} commits/s of one row alone")
-    for way, rounds in found.items():
+    baseline = statistics.median(baselines)
+    print(f"{kind}: {baseline:,.0f} commits/s of one row alone")
+    for mode, rounds in results.items():
         claims, reports, transactions, rows = (statistics.median(column) for column in zip(*rounds, strict=True))
         print(
-            f"  ({way}) {claims:>9,.0f} claims/s  {reports:>9,.0f} reports/s = {reports / floor:5.1f} x floor  "
+            f"  ({mode}) {claims:>9,.0f} claims/s  {reports:>9,.0f} reports/s = {reports / baseline:5.1f} x baseline  "
             f"{transactions:.4f} transactions and {rows:.3f} rows a report"
         )
 
 
 def main() -> None:
-    """Measure what was named, or both."""
+    """Measure the databases given as arguments, or both."""
     import uvloop
 
     interpreter.tune()
     for kind in sys.argv[1:] or ("sqlite", "postgres"):
         if kind not in ("sqlite", "postgres"):
-            sys.exit(f"{kind}: sqlite or postgres")
-        uvloop.run(measured(kind))
+            sys.exit(f"{kind}: expected sqlite or postgres")
+        uvloop.run(measure(kind))
 
 
 if __name__ == "__main__":

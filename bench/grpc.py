@@ -1,9 +1,9 @@
-"""The task broker over real gRPC on loopback, beside bare calls of the same bytes.
+"""The task broker over gRPC on loopback, beside bare calls of the same size.
 
-`python -m bench.grpc [echo pull push many] [--store URL] [--tasks N]`: a server for each in another process, and a load
-generator that is nothing but a socket and frames. Every figure has a baseline of the same run: for `echo` a server that
-finds frames and answers fixed bytes (`headrace.benchmarks.baselines.echo`), for `pull` two bare calls of the same sizes
-on our own transport, for `push` the same pushes and reports without a store.
+`python -m bench.grpc [echo pull push many] [--store URL] [--tasks N]`: each scenario has a server in another process,
+and a load generator that is only a socket and frames. Each figure has a baseline from the same run. For `echo` it is a
+server that finds frames and sends a fixed response (`headrace.benchmarks.baselines.echo`), for `pull` two bare calls of
+the same sizes on the same transport, for `push` the same pushes and reports without a store.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, Final, NamedTuple
 import psutil
 
 ROUNDS: Final = 3
-TURNS: Final = 5
+PAIRS: Final = 5
 IN_FLIGHT: Final = 64
 SECRET: Final = "a secret of many bytes"
 GET: Final = "/sentry_protos.taskbroker.v1.ConsumerService/GetTask"
@@ -40,12 +40,12 @@ Next = Callable[[bytes], "tuple[bytes, bytes] | None"]
 
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
-    """A whole frame."""
+    """Return a whole frame."""
     return HEAD.pack(len(payload) >> 8, len(payload) & 255, kind, flags, stream_id) + payload
 
 
 def field(number: int, value: bytes) -> bytes:
-    """A field of bytes of a message."""
+    """Encode a bytes field of a message."""
     size, head = len(value), bytearray((number << 3 | 2,))
     while size > 127:
         head.append(size & 127 | 128)
@@ -54,14 +54,16 @@ def field(number: int, value: bytes) -> bytes:
 
 
 def headers(path: str) -> bytes:
-    """The block of a call: fields as they are, for no table."""
+    """Return the header block of a call, with literal fields that are not indexed."""
     fields = {":path": path, ":authority": "x", "content-type": "application/grpc", "te": "trailers"}
     text = ((name.encode(), value.encode()) for name, value in fields.items())
     return b"\x83\x86" + b"".join(b"\0" + bytes((len(n),)) + n + bytes((len(v),)) + v for n, v in text)
 
 
 class Load:
-    """Calls over one connection, as cheap as Python makes them: chains, each call made of the answer before it."""
+    """Load generator over one connection, as cheap as Python allows: chains of calls, each made from the response
+    before it.
+    """
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port))
@@ -75,7 +77,9 @@ class Load:
         self.errors_count = 0
 
     def run(self, chains: Sequence[Next]) -> int:
-        """A chain is told an answer's message (b"" at first, and for an error) and says the next call; counts them."""
+        """Run chains, and return the number of calls. A chain takes the message of a response (b"" at first and for an
+        error) and returns the next call.
+        """
         calls_count = 0
         waiting: dict[int, Next] = {}
         messages: dict[int, bytes] = {}
@@ -96,29 +100,29 @@ class Load:
                 self._socket.sendall(b"".join(out))
                 out.clear()
             data = self._left + self._socket.recv(1 << 18)
-            place, end = 0, len(data)
-            while end - place >= 9:
-                high, low, kind, flags, stream_id = HEAD.unpack_from(data, place)
-                stop = place + 9 + (high << 8 | low)
+            offset, end = 0, len(data)
+            while end - offset >= 9:
+                high, low, kind, flags, stream_id = HEAD.unpack_from(data, offset)
+                stop = offset + 9 + (high << 8 | low)
                 if stop > end:
                     break
                 if kind == 0:
-                    messages[stream_id] = data[place + 14 : stop]
+                    messages[stream_id] = data[offset + 14 : stop]
                 elif kind == 4 and not flags & 1:
                     out.append(frame(4, 1, 0, b""))
                 elif kind in (3, 7):
-                    raise SystemExit(f"the server gave up: {data[place:stop]!r}")
+                    raise SystemExit(f"the server closed the connection: {data[offset:stop]!r}")
                 if flags & 1 and kind in (0, 1):
                     calls_count += 1
-                    self.errors_count += stream_id not in messages and DONE not in data[place + 9 : stop]
+                    self.errors_count += stream_id not in messages and DONE not in data[offset + 9 : stop]
                     go(waiting.pop(stream_id), messages.pop(stream_id, b""))
-                place = stop
-            self._left = data[place:]
+                offset = stop
+            self._left = data[offset:]
         return calls_count
 
 
 def repeated(path: str, message: bytes, count: int) -> list[Next]:
-    """Chains that make one call again and again, so many in all."""
+    """Return chains that make `count` equal calls in all."""
     block, left = headers(path), [count]
 
     def chain(_message: bytes) -> tuple[bytes, bytes] | None:
@@ -132,33 +136,33 @@ def repeated(path: str, message: bytes, count: int) -> list[Next]:
 
 
 class Figure(NamedTuple):
-    """So many a second, and the processor time of the server that each took, in microseconds."""
+    """Rate per second, and processor time of the server for each, in microseconds."""
 
     rate: float
     cpu_us: float
 
 
 class Peer(NamedTuple):
-    """A server: what it said (its port), and its process."""
+    """A server: its output (the port), and its process id."""
 
-    said: str
+    output: str
     pid: int
 
     @property
     def port(self) -> int:
-        """Where it listens."""
-        return int(self.said)
+        """Port of the server."""
+        return int(self.output)
 
     def cpu_s(self) -> float:
-        """The processor time that it took so far."""
+        """Return the processor time of the server so far."""
         times = psutil.Process(self.pid).cpu_times()
         return float(times.user + times.system)
 
 
 @contextmanager
-def process(*arguments: str, said: str, **environ: str) -> Iterator[Peer]:
-    """A program of Python, and the group of the first line it says that matches."""
-    made = subprocess.Popen(
+def process(*arguments: str, pattern: str, **environ: str) -> Iterator[Peer]:
+    """Run a Python program, and yield the group of the first output line that matches `pattern`."""
+    child = subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -166,32 +170,32 @@ def process(*arguments: str, said: str, **environ: str) -> Iterator[Peer]:
         env={**os.environ, **environ},
     )
     try:
-        assert made.stdout is not None
-        while (found := re.search(said, line := made.stdout.readline())) is None:
-            assert line, f"{arguments} ended before it said {said}"
-        yield Peer(found[1], made.pid)
+        assert child.stdout is not None
+        while (match := re.search(pattern, line := child.stdout.readline())) is None:
+            assert line, f"{arguments} ended before it printed {pattern}"
+        yield Peer(match[1], child.pid)
     finally:
-        made.send_signal(signal.SIGTERM)
-        assert made.stdout is not None
-        for line in made.stdout:
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout is not None
+        for line in child.stdout:
             if os.environ.get("SHOW"):
                 sys.stderr.write(line)
-        made.wait()
+        child.wait()
 
 
 @contextmanager
-def served(store: str, *flags: str, **environ: str) -> Iterator[Peer]:
-    """`headrace serve` on an empty store."""
+def serve_store(store: str, *flags: str, **environ: str) -> Iterator[Peer]:
+    """Run `headrace serve` on an empty store."""
     with tempfile.TemporaryDirectory() as folder:
-        place = store or f"sqlite:///{folder}/bench.db"
-        environ = {"HEADRACE_STORE": place, "HEADRACE_OBJECTS": f"{folder}/objects", **environ}
+        url = store or f"sqlite:///{folder}/bench.db"
+        environ = {"HEADRACE_STORE": url, "HEADRACE_OBJECTS": f"{folder}/objects", **environ}
         command = ("-m", "headrace", "serve", "--port", "0", "--no-auth", *flags)
-        with process(*command, said=r"serving .* on http://127\.0\.0\.1:(\d+)", **environ) as peer:
+        with process(*command, pattern=r"serving .* on http://127\.0\.0\.1:(\d+)", **environ) as peer:
             yield peer
 
 
 def fill(port: int, count: int, label: str) -> None:
-    """So many activations of about 200 bytes."""
+    """Append `count` activations of about 200 bytes."""
     arguments = field(13, b"\x82\xa4args\x91\xd9\x60" + b"x" * 96 + b"\xa6kwargs\x80")
     fixed = field(2, b"bench") + field(3, b"bench.task") + arguments + field(12, b"app") + b"\x40\x0a"
     with socket.create_connection(("127.0.0.1", port)) as peer:
@@ -212,19 +216,21 @@ def fill(port: int, count: int, label: str) -> None:
 
 
 def best(measure: Callable[[], Figure]) -> Figure:
-    """The best of some measurements: on a machine that others use, what they disturbed says little."""
-    found = [measure() for _ in range(ROUNDS)]
-    return Figure(max(one.rate for one in found), min(one.cpu_us for one in found))
+    """Return the best of some measurements: disturbances by other users of the machine only make a figure worse."""
+    figures = [measure() for _ in range(ROUNDS)]
+    return Figure(max(figure.rate for figure in figures), min(figure.cpu_us for figure in figures))
 
 
-def turns(one: Callable[[], Figure], base: Callable[[], Figure]) -> tuple[Figure, Figure]:
-    """Both in turns, so that a machine that is slow for a while is slow for both; the pair with the middle ratio."""
-    pairs = [(one(), base()) for _ in range(TURNS)]
-    return sorted(pairs, key=lambda pair: pair[0].rate / pair[1].rate)[TURNS // 2]
+def in_turns(measured: Callable[[], Figure], base: Callable[[], Figure]) -> tuple[Figure, Figure]:
+    """Measure both alternately, so that a slow phase of the machine affects both; return the pair with the median
+    ratio.
+    """
+    pairs = [(measured(), base()) for _ in range(PAIRS)]
+    return sorted(pairs, key=lambda pair: pair[0].rate / pair[1].rate)[PAIRS // 2]
 
 
 def timed(count: int, work: Callable[[], object], server: Peer) -> Figure:
-    """So many of something that a server does."""
+    """Time `count` operations of a server."""
     cpu_s, began = server.cpu_s(), time.perf_counter()
     work()
     seconds = time.perf_counter() - began
@@ -235,35 +241,45 @@ def timed(count: int, work: Callable[[], object], server: Peer) -> Figure:
 
 
 def echo(_options: argparse.Namespace) -> None:
-    """Bare calls: what the transport costs."""
+    """Measure bare calls: the cost of the transport."""
     message = field(2, b"x" * 197)
-    found = {}
-    own = ("-m", "bench.grpc", "serve-echo", "200")
-    floor = ("-m", "headrace.benchmarks.baselines.echo", "200")
-    for name, command in (("headrace", own), ("floor", floor), ("grpcio", ("-m", "bench.grpc", "serve-grpcio"))):
-        with process(*command, said=r"^(\d+)$") as server:
-            found[name] = best(partial(_echoes, server, message))
-    show("echo, 200 bytes both ways", found["headrace"], "calls/s", found["floor"], "fixed answers, nothing decoded")
-    show("the same", found["headrace"], "calls/s", found["grpcio"], "grpcio's server on a loop")
+    results = {}
+    headrace = ("-m", "bench.grpc", "serve-echo", "200")
+    baseline = ("-m", "headrace.benchmarks.baselines.echo", "200")
+    for name, command in (
+        ("headrace", headrace),
+        ("baseline", baseline),
+        ("grpcio", ("-m", "bench.grpc", "serve-grpcio")),
+    ):
+        with process(*command, pattern=r"^(\d+)$") as server:
+            results[name] = best(partial(_echoes, server, message))
+    show(
+        "echo, 200 bytes both ways",
+        results["headrace"],
+        "calls/s",
+        results["baseline"],
+        "fixed answers, nothing decoded",
+    )
+    show("the same", results["headrace"], "calls/s", results["grpcio"], "grpcio's server on a loop")
 
 
 def _echoes(server: Peer, message: bytes) -> Figure:
     load = Load(server.port)
-    found = timed(20_000, lambda: load.run(repeated("/e/Echo", message, 20_000)), server)
+    figure = timed(20_000, lambda: load.run(repeated("/e/Echo", message, 20_000)), server)
     assert not load.errors_count
-    return found
+    return figure
 
 
 def pull(options: argparse.Namespace) -> None:
-    """One GetTask and one SetTaskStatus a task, no-op."""
+    """Measure a GetTask and a SetTaskStatus for each no-op task."""
     get, put = headers(GET), headers(SET)
-    asked = field(2, b"app")
+    request = field(2, b"app")
     done: list[bytes] = []
 
-    def chain(message: bytes, is_asking: list[bool]) -> tuple[bytes, bytes] | None:
-        is_asking[0] = not is_asking[0]
-        if is_asking[0]:
-            return get, asked
+    def chain(message: bytes, is_fetching: list[bool]) -> tuple[bytes, bytes] | None:
+        is_fetching[0] = not is_fetching[0]
+        if is_fetching[0]:
+            return get, request
         if not message:
             return None
         name = id_of(message)
@@ -274,43 +290,43 @@ def pull(options: argparse.Namespace) -> None:
         fill(server.port, options.tasks, f"pull{time.time_ns()}")
         done.clear()
         state = [[False] for _ in range(IN_FLIGHT)]
-        chains = [lambda message, own=own: chain(message, own) for own in state]
-        found = timed(options.tasks, lambda: Load(server.port).run(chains), server)
+        chains = [lambda message, flag=flag: chain(message, flag) for flag in state]
+        figure = timed(options.tasks, lambda: Load(server.port).run(chains), server)
         assert len(set(done)) == options.tasks, (len(done), len(set(done)))
-        return found
+        return figure
 
-    echoes = process("-m", "bench.grpc", "serve-echo", "230", said=r"^(\d+)$")
-    with served(options.store) as server, echoes as plain:
-        bare_calls = partial(two_bare, plain.port, options.tasks)
-        own, bare = turns(lambda: drain(server), lambda: timed(options.tasks, bare_calls, plain))
-    show("pull and report, a call each", own, "tasks/s", bare, "the same two calls, bare")
+    echoes = process("-m", "bench.grpc", "serve-echo", "230", pattern=r"^(\d+)$")
+    with serve_store(options.store) as server, echoes as plain:
+        send_bare = partial(bare_calls, plain.port, options.tasks)
+        measured, bare = in_turns(lambda: drain(server), lambda: timed(options.tasks, send_bare, plain))
+    show("pull and report, a call each", measured, "tasks/s", bare, "the same two calls, bare")
 
 
-def two_bare(port: int, tasks: int) -> None:
-    """As many calls of the same sizes, answered by nobody."""
+def bare_calls(port: int, tasks: int) -> None:
+    """Send as many calls of the same sizes to handlers that do nothing."""
     Load(port).run(
         repeated("/e/Fixed", field(2, b"app"), tasks) + repeated("/e/Empty", field(1, b"x" * 30) + b"\x10\x05", tasks)
     )
 
 
 def id_of(message: bytes) -> bytes:
-    """The id of the activation in a `GetTaskResponse`: the first field of its first field."""
-    place = 1
-    while message[place] & 128:
-        place += 1
-    size = message[place + 2]
-    return message[place + 3 : place + 3 + size]
+    """Return the id of the activation in a `GetTaskResponse`: the first field of its first field."""
+    offset = 1
+    while message[offset] & 128:
+        offset += 1
+    size = message[offset + 2]
+    return message[offset + 3 : offset + 3 + size]
 
 
 def push(options: argparse.Namespace) -> None:
-    """Pushed to a worker that does nothing and reports in batches."""
-    found = {}
+    """Measure pushes to a worker that does nothing and reports in batches."""
+    results = {}
     for name, store in (("headrace", options.store), ("transport alone", "none")):
         command = [sys.executable, "-m", "bench.grpc", "serve-worker", str(options.tasks), store or "sqlite"]
-        found[name] = best(partial(_pushed, command))
-    own, bare = found["headrace"], found["transport alone"]
-    show("push, reports in batches", own, "tasks/s", bare, "without a store")
-    print(f"    transport: {bare.cpu_us / own.cpu_us:.0%} of the server's processor time")
+        results[name] = best(partial(_pushed, command))
+    measured, bare = results["headrace"], results["transport alone"]
+    show("push, reports in batches", measured, "tasks/s", bare, "without a store")
+    print(f"    transport: {bare.cpu_us / measured.cpu_us:.0%} of the server's processor time")
 
 
 def _pushed(command: Sequence[str]) -> Figure:
@@ -318,10 +334,10 @@ def _pushed(command: Sequence[str]) -> Figure:
 
 
 def many(options: argparse.Namespace) -> None:
-    """ClaimMany and SettleMany of no-op runs."""
-    with served(options.store, HEADRACE_GRPC_SECRETS=SECRET) as server:
-        found = best(lambda: asyncio.run(_many(server, 10 * options.tasks)))
-    show("ClaimMany and SettleMany", found, "runs/s", Figure(60_000, 0), "the goal")
+    """Measure ClaimMany and SettleMany of no-op runs."""
+    with serve_store(options.store, HEADRACE_GRPC_SECRETS=SECRET) as server:
+        results = best(lambda: asyncio.run(_many(server, 10 * options.tasks)))
+    show("ClaimMany and SettleMany", results, "runs/s", Figure(60_000, 0), "the goal")
 
 
 async def _many(server: Peer, count: int) -> Figure:
@@ -337,9 +353,9 @@ async def _many(server: Peer, count: int) -> Figure:
     target = PushTarget("bench", "127.0.0.1", port, is_tls=False)
     channel = Channel(target, Bounds(1 << 26, 100), Budget(1 << 28), secrets=Secrets((SECRET,)))
 
-    async def call(method: str, request: Any, answer: Any) -> Any:
-        found = await channel.call(f"/headrace.v1.Broker/{method}", request.SerializeToString(), timeout_s=60)
-        return answer.FromString(found)
+    async def call(method: str, request: Any, response_class: Any) -> Any:
+        body = await channel.call(f"/headrace.v1.Broker/{method}", request.SerializeToString(), timeout_s=60)
+        return response_class.FromString(body)
 
     session = (await call("StartSession", wire.StartSessionRequest(host="bench"), wire.StartSessionResponse)).session
     numbers = iter(range(1, 1 << 30))
@@ -348,14 +364,16 @@ async def _many(server: Peer, count: int) -> Figure:
     async def work() -> None:
         nonlocal settled_count
         while True:
-            wish = wire.ClaimManyRequest(session=session, claim_no=next(numbers), tasks=["task"], runs_max=2_048)
-            leases = (await call("ClaimMany", wish, wire.ClaimManyResponse)).leases
+            claim = wire.ClaimManyRequest(session=session, claim_no=next(numbers), tasks=["task"], runs_max=2_048)
+            leases = (await call("ClaimMany", claim, wire.ClaimManyResponse)).leases
             if not leases:
                 return
-            told = [wire.Settlement(lease=one.lease, places=one.places) for one in leases]
-            words = (await call("SettleMany", wire.SettleManyRequest(settlements=told), wire.SettleManyResponse)).words
+            settlements = [wire.Settlement(lease=claimed.lease, places=claimed.places) for claimed in leases]
+            words = (
+                await call("SettleMany", wire.SettleManyRequest(settlements=settlements), wire.SettleManyResponse)
+            ).words
             assert not any(words)
-            settled_count += sum(len(one.places) for one in leases)
+            settled_count += sum(len(claimed.places) for claimed in leases)
 
     cpu_s, began = server.cpu_s(), time.perf_counter()
     await asyncio.gather(*(work() for _ in range(3)))
@@ -366,13 +384,13 @@ async def _many(server: Peer, count: int) -> Figure:
 
 
 def _batch(port: int, count: int) -> None:
-    """A batch of so many runs of a task."""
+    """Create a batch of `count` runs of a task."""
     import json
 
     with socket.create_connection(("127.0.0.1", port)) as peer:
         file = peer.makefile("rb")
 
-        def ask(path: str, body: bytes, kind: str) -> Any:
+        def request(path: str, body: bytes, kind: str) -> Any:
             head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
             peer.sendall(head.encode() + body)
             size = 0
@@ -381,25 +399,25 @@ def _batch(port: int, count: int) -> None:
                     size = int(line.split(b":")[1])
             return json.loads(file.read(size))
 
-        batch = ask("/api/v3/batches", json.dumps({"runCount": count}).encode(), "application/json")["id"]
+        batch = request("/api/v3/batches", json.dumps({"runCount": count}).encode(), "application/json")["id"]
         items = (b'{"index":%d,"task":"task","payload":{"text":"%s"}}\n' % (n, b"x" * 60) for n in range(count))
-        answer = ask(f"/api/v3/batches/{batch}/items", b"".join(items), "application/x-ndjson")
+        answer = request(f"/api/v3/batches/{batch}/items", b"".join(items), "application/x-ndjson")
         assert answer["sealed"], answer
 
 
-def show(what: str, found: Figure, unit: str, base: Figure, beside: str) -> None:
-    """A line of the table: rates, and processor time of the server each."""
-    print(f"{what:30} {found.rate:>9,.0f} {unit:8} {found.cpu_us:6.1f} us   {beside}: {base.rate:,.0f}", end="")
+def show(what: str, figure: Figure, unit: str, base: Figure, baseline: str) -> None:
+    """Print a line of the table: both rates, and the processor time of each server."""
+    print(f"{what:30} {figure.rate:>9,.0f} {unit:8} {figure.cpu_us:6.1f} us   {baseline}: {base.rate:,.0f}", end="")
     print(f", {base.cpu_us:.1f} us" if base.cpu_us else "", end="")
-    by_cpu = f", by processor time {base.cpu_us / found.cpu_us:.2f}" if base.cpu_us else ""
-    print(f"; ratio {found.rate / base.rate:.2f}{by_cpu}", flush=True)
+    by_cpu = f", by processor time {base.cpu_us / figure.cpu_us:.2f}" if base.cpu_us else ""
+    print(f"; ratio {figure.rate / base.rate:.2f}{by_cpu}", flush=True)
 
 
-# -- what runs in processes of its own
+# -- programs of the other processes
 
 
 async def serve_echo(size: int) -> None:
-    """Bare calls on our own transport: an echo, a fixed answer of some size, an empty one."""
+    """Serve bare calls on Headrace's transport: an echo, a fixed response of a given size, and an empty response."""
     from headrace.foundation.limits import Limits
     from headrace.grpc.messages import taskbroker_pb2 as wire
     from headrace.grpc.transport.server import GrpcServer, ServerProtocol
@@ -416,10 +434,10 @@ async def serve_echo(size: int) -> None:
     async def nothing(_message: Any, _call: Any) -> Any:
         return empty
 
-    asked = wire.PushTaskRequest
+    request_class = wire.PushTaskRequest
     methods = {
-        "/e/Echo": Method(asked, same),
-        "/e/Fixed": Method(asked, answer),
+        "/e/Echo": Method(request_class, same),
+        "/e/Fixed": Method(request_class, answer),
         "/e/Empty": Method(wire.SetTaskStatusRequest, nothing),
     }
     server = GrpcServer(methods, limits=Limits())
@@ -429,7 +447,7 @@ async def serve_echo(size: int) -> None:
 
 
 async def serve_grpcio() -> None:
-    """The same echo on grpcio's own server."""
+    """Serve the same echo on grpcio's server."""
     import grpc.aio
 
     import grpc
@@ -446,7 +464,9 @@ async def serve_grpcio() -> None:
 
 
 async def serve_worker(tasks: int, store: str) -> None:
-    """A worker that reports `REPORTED_AT_ONCE` at a time, and the server that pushes to it; says the rate."""
+    """Run a worker that reports `REPORTED_AT_ONCE` tasks at a time, and the server that pushes to it; print the
+    rate.
+    """
     from headrace.foundation.limits import Limits
     from headrace.foundation.targets import PushTarget
     from headrace.grpc.messages import taskbroker_pb2 as wire
@@ -478,20 +498,20 @@ async def serve_worker(tasks: int, store: str) -> None:
         updates, waiting[:] = waiting[:], []
         body = wire.SetBatchActivationStatusRequest(updates=updates).SerializeToString()
         async with at_once:
-            found = await channel.call(SET_MANY, body, timeout_s=60)
+            response = await channel.call(SET_MANY, body, timeout_s=60)
         if len(done) == tasks and not waiting:
             over.set()
-        return found
+        return response
 
     service = wire.DESCRIPTOR.services_by_name["WorkerService"]
     worker = GrpcServer(methods_of(service, Worker()), limits=Limits())
     listener = await asyncio.get_running_loop().create_server(lambda: ServerProtocol(worker), "127.0.0.1", 0)
-    own = listener.sockets[0].getsockname()[1]
-    environ = {"HEADRACE_PUSH": f"app=http://127.0.0.1:{own}", "HEADRACE_DELIVERY": "push"}
+    worker_port = listener.sockets[0].getsockname()[1]
+    environ = {"HEADRACE_PUSH": f"app=http://127.0.0.1:{worker_port}", "HEADRACE_DELIVERY": "push"}
     with (
-        process("-m", "bench.grpc", "serve-pusher", str(tasks), str(own), said=r"^(\d+)$")
+        process("-m", "bench.grpc", "serve-pusher", str(tasks), str(worker_port), pattern=r"^(\d+)$")
         if store == "none"
-        else served("" if store == "sqlite" else store, **environ)
+        else serve_store("" if store == "sqlite" else store, **environ)
     ) as server:
         target = PushTarget("app", "127.0.0.1", server.port, is_tls=False)
         channel = Channel(target, Bounds(1 << 26, 100), Budget(1 << 28))
@@ -506,7 +526,7 @@ async def serve_worker(tasks: int, store: str) -> None:
 
 
 async def serve_pusher(tasks: int, worker_port: int) -> None:
-    """The pusher over activations that lie in memory, and reports that nobody writes down."""
+    """Run the pusher over activations in memory, with reports that are not stored."""
     from headrace.foundation.limits import Limits
     from headrace.foundation.targets import PushTarget
     from headrace.grpc.messages import taskbroker_pb2 as wire
@@ -517,34 +537,34 @@ async def serve_pusher(tasks: int, worker_port: int) -> None:
     from headrace.runtime.clock import SystemClock
     from headrace.runtime.wakeup import Wakeup
 
-    class Shelf:
+    class MemoryDeliveries:
         def __init__(self) -> None:
             body = wire.TaskActivation(id="", application="app", taskname="bench.task", parameters_bytes=b"x" * 120)
-            rest = body.SerializeToString()
+            fields = body.SerializeToString()
             names = (f"push-{number}" for number in range(tasks))
-            self.left = [PushDelivery(name, "app", field(1, name.encode()) + rest) for name in names]
+            self.left = [PushDelivery(name, "app", field(1, name.encode()) + fields) for name in names]
 
         async def take(self, application: str, count_max: int, *, lease_ms: int) -> list[PushDelivery]:  # noqa: ARG002
-            found, self.left = self.left[:count_max], self.left[count_max:]
-            return found
+            deliveries, self.left = self.left[:count_max], self.left[count_max:]
+            return deliveries
 
         async def mark(self, _names: Sequence[str]) -> None:
             return None
 
         async def release(self, _names: Sequence[str]) -> None:
-            raise AssertionError("nothing is refused here")
+            raise AssertionError("expected the worker to refuse no push")
 
         async def parked(self, _applications: Sequence[str]) -> dict[str, int]:
             return {}
 
-    async def told(_message: Any, _call: Any) -> Any:
+    async def acknowledge(_message: Any, _call: Any) -> Any:
         return wire.SetBatchActivationStatusResponse()
 
-    server = GrpcServer({SET_MANY: Method(wire.SetBatchActivationStatusRequest, told)}, limits=Limits())
+    server = GrpcServer({SET_MANY: Method(wire.SetBatchActivationStatusRequest, acknowledge)}, limits=Limits())
     listener = await asyncio.get_running_loop().create_server(lambda: ServerProtocol(server), "127.0.0.1", 0)
     print(listener.sockets[0].getsockname()[1], flush=True)
     target = PushTarget("app", "127.0.0.1", worker_port, is_tls=False)
-    pusher = Pusher(Shelf(), [target], limits=Limits(), clock=SystemClock(), wakeup=Wakeup())
+    pusher = Pusher(MemoryDeliveries(), [target], limits=Limits(), clock=SystemClock(), wakeup=Wakeup())
     await pusher.start()
     await listener.serve_forever()
 
@@ -553,7 +573,7 @@ SCENARIOS: Final = {"echo": echo, "pull": pull, "push": push, "many": many}
 
 
 def main() -> None:
-    """What was asked for, in order."""
+    """Run the scenarios given as arguments, in order."""
     words = sys.argv[1:]
     if words and words[0].startswith("serve-"):
         import uvloop
@@ -571,7 +591,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scenarios", nargs="*", default=[*SCENARIOS])
-    parser.add_argument("--store", default="", help="an empty database; without it, a SQLite file")
+    parser.add_argument("--store", default="", help="URL of an empty database (default: a SQLite file)")
     parser.add_argument("--tasks", type=int, default=20_000)
     options = parser.parse_args()
     for name in options.scenarios:

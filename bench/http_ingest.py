@@ -1,8 +1,8 @@
-"""Batches over real HTTP on loopback: how fast they come in, how much memory that takes, how fast results go out.
+"""Batches over HTTP on loopback: rate of ingest, memory of the server, and rate of streamed results.
 
-`python -m bench.http_ingest SCENARIO…`; a server of its own for each, in another process with uvloop, and a client that
-is nothing but a socket. Floors are measured in the same run: an empty batch for what a request costs, a server that
-reads and parses and stores nothing, the object store's own delay.
+`python -m bench.http_ingest SCENARIO…`: each scenario has a server in another process with uvloop, and a client that is
+only a socket. Baselines are measured in the same run: an empty batch for the cost of a request, a server that reads and
+parses but stores nothing, and the delay of the object store alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ ROUNDS: Final = 5
 
 
 def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: bool) -> None:
-    """A server process. `delay_s`: of each write to the object store; without `stores` items are parsed and dropped."""
+    """Run a server process. Each write to the object store takes `delay_s`; without `stores`, items are parsed and
+    dropped.
+    """
     import uvloop
     from tests.support.store_rig import FACTORIES
 
@@ -45,7 +47,7 @@ def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: 
 
     interpreter.tune()
 
-    class Slow(PayloadStore):
+    class DelayedPayloads(PayloadStore):
         async def put(self, key: str, data: bytes) -> None:
             if delay_s:
                 await asyncio.sleep(delay_s)
@@ -63,11 +65,11 @@ def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: 
                 async def drop(_batch_id: str, chunks: Any, **_: Any) -> Appended:
                     return Appended(accepted_count=sum(chunk.runs_count for chunk in chunks), duplicates_count=0)
 
-                floor: Any = store  # everything but the store
-                floor.append = drop
+                baseline: Any = store
+                baseline.append = drop
             engine = Engine(
                 store=store,
-                payloads=Slow(inner.objects, url=inner.url, concurrency=1_000),
+                payloads=DelayedPayloads(inner.objects, url=inner.url, concurrency=1_000),
                 clock=SystemClock(),
                 limits=bounds,
                 environment="default",
@@ -85,7 +87,7 @@ def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: 
 
 
 async def complete(engine: Any) -> int:
-    """Settle every run that waits with a small result, straight at the store."""
+    """Settle every waiting run with a small result, directly at the store."""
     from tests.support.store_rig import settlement_of
 
     from headrace.foundation.ids import new_session_id
@@ -97,10 +99,10 @@ async def complete(engine: Any) -> int:
     count = number = 0
     while True:
         number += 1
-        wish = Claim(
+        claim = Claim(
             session_id=session, claim_no=number, environment="default", tasks=["task"], queues=None, runs_max=8_192
         )
-        leases = await store.claim(wish, now_us=now_us)
+        leases = await store.claim(claim, now_us=now_us)
         if not leases:
             return count
         await store.settle([settlement_of(lease) for lease in leases], now_us=now_us)
@@ -108,7 +110,7 @@ async def complete(engine: Any) -> int:
 
 
 class Client:
-    """One connection to a server under measurement, and a look at its memory."""
+    """A connection to the measured server, with access to its memory figures."""
 
     def __init__(self, host: str, port: int, pid: int, wire: Any) -> None:
         self.host, self.port, self.pid, self.wire = host, port, pid, wire
@@ -116,10 +118,10 @@ class Client:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.file = self.socket.makefile("rb", buffering=1 << 20)
 
-    def ask(
+    def request(
         self, method: str, path: str, pieces: Iterable[bytes] | bytes = b"", *, kind: str = "application/json"
     ) -> Any:
-        """One request; answers its JSON."""
+        """Send a request and return the JSON of its response."""
         head = f"{method} {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-type: {kind}\r\n"
         if isinstance(pieces, bytes):
             self.socket.sendall(f"{head}content-length: {len(pieces)}\r\n\r\n".encode() + pieces)
@@ -128,10 +130,10 @@ class Client:
             for piece in pieces:
                 self.socket.sendall(b"%x\r\n" % len(piece) + piece + b"\r\n")
             self.socket.sendall(b"0\r\n\r\n")
-        return json.loads(b"".join(self.answer()))
+        return json.loads(b"".join(self.response()))
 
-    def answer(self) -> Iterator[bytes]:
-        """The body of the answer, in pieces."""
+    def response(self) -> Iterator[bytes]:
+        """Yield the body of the response in pieces."""
         status = int(self.file.readline().split()[1])
         headers = {}
         while (line := self.file.readline().strip()) != b"":
@@ -147,43 +149,45 @@ class Client:
         assert status < 300, status
 
     def batch(self, count: int) -> str:
-        """A new batch."""
-        return str(self.ask("POST", "/api/v3/batches", json.dumps({"runCount": count}).encode())["id"])
+        """Create a batch."""
+        return str(self.request("POST", "/api/v3/batches", json.dumps({"runCount": count}).encode())["id"])
 
     def stream(self, batch_id: str, pieces: Iterable[bytes]) -> Any:
-        """Items into it."""
-        return self.ask("POST", f"/api/v3/batches/{batch_id}/items", pieces, kind="application/x-ndjson")
+        """Stream items into a batch."""
+        return self.request("POST", f"/api/v3/batches/{batch_id}/items", pieces, kind="application/x-ndjson")
 
     def cpu(self) -> float:
-        """Seconds of a processor that the server took so far."""
+        """Return the processor seconds that the server has used so far."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def rss(self) -> int:
-        """The server's resident memory now."""
+        """Return the resident memory of the server."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * 4096
 
 
 @contextmanager
 def server(kind: str = "sqlite", *, delay_s: float = 0.0, stores: bool = True, **limits: int) -> Iterator[Client]:
-    """A server in its own process, and a client of it."""
-    here, there = multiprocessing.Pipe()
+    """Start a server in another process, and yield a client of it."""
+    pipe, server_pipe = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=serve, args=(there, kind, {"batch_runs_max": 10**8, **limits}, delay_s, stores))
+    process = context.Process(
+        target=serve, args=(server_pipe, kind, {"batch_runs_max": 10**8, **limits}, delay_s, stores)
+    )
     process.start()
-    host, port, pid = here.recv()
-    client = Client(host, port, pid, here)
+    host, port, pid = pipe.recv()
+    client = Client(host, port, pid, pipe)
     try:
         yield client
     finally:
         client.socket.close()
-        here.send("stop")
+        pipe.send("stop")
         process.join(60)
 
 
 @contextmanager
-def watched(client: Client) -> Iterator[list[int]]:
-    """Samples of the server's memory while the block lasts, every 20 ms."""
+def sampled_memory(client: Client) -> Iterator[list[int]]:
+    """Sample the server's memory every 20 ms for the duration of the block."""
     samples = [client.rss()]
     over = threading.Event()
 
@@ -201,7 +205,7 @@ def watched(client: Client) -> Iterator[list[int]]:
 
 
 def items(count: int, payload: bytes, per_piece: int = 1) -> Iterator[bytes]:
-    """Lines of `count` items, some to a chunk."""
+    """Yield the lines of `count` items, `per_piece` to a chunk."""
     lines: list[bytes] = []
     for index in range(count):
         lines.append(b'{"index":%d,"task":"task","payload":%s}\n' % (index, payload))
@@ -213,14 +217,14 @@ def items(count: int, payload: bytes, per_piece: int = 1) -> Iterator[bytes]:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and the answer."""
+    """Return the seconds that a call took, and its result."""
     began = time.perf_counter()
-    answer = work()
-    return time.perf_counter() - began, answer
+    response = work()
+    return time.perf_counter() - began, response
 
 
 def waves(concurrency: int, delay_s: float) -> float:
-    """The floor of an ingest with that delay: the bare waits of its waves, on the same kind of loop."""
+    """Return the baseline of an ingest with that delay: the bare waits of its waves, on the same kind of loop."""
     import uvloop
 
     async def run() -> None:
@@ -230,29 +234,29 @@ def waves(concurrency: int, delay_s: float) -> float:
     return timed(lambda: uvloop.run(run()))[0]
 
 
-def reference() -> None:
-    """The reference's own table: 150 items, 10 ms of offload each or none, at concurrency 1, 10 and 50."""
+def trigger_dev() -> None:
+    """Print trigger.dev's table: 150 items, 10 ms of offload each or none, at concurrency 1, 10 and 50."""
     large = b'"' + b"x" * 1_024 + b'"'
     print("| offload | concurrency | wall ms | waits alone ms | empty batch ms | wall / (waits + empty) |")
     print("|---|--:|--:|--:|--:|--:|")
     for delay_s, inline in ((0.010, 512), (0.0, 512 * 1024)):
         for concurrency in (1, 10, 50):
-            walls, empties, floors = [], [], [0.0]
+            walls, empties, waits = [], [], [0.0]
             with server(delay_s=delay_s, ingest_concurrency=concurrency, inline_bytes_max=inline) as client:
                 for _ in range(ROUNDS + 1):
                     empties.append(timed(partial(client.stream, client.batch(1), [b"\n"]))[0] * 1_000)
                     if delay_s:
-                        floors.append(waves(concurrency, delay_s) * 1_000)
-                    wall, answer = timed(partial(client.stream, client.batch(150), list(items(150, large))))
-                    assert (answer["itemsAccepted"], answer["sealed"]) == (150, True), answer
+                        waits.append(waves(concurrency, delay_s) * 1_000)
+                    wall, response = timed(partial(client.stream, client.batch(150), list(items(150, large))))
+                    assert (response["itemsAccepted"], response["sealed"]) == (150, True), response
                     walls.append(wall * 1_000)
-            wall_ms, empty_ms, floor_ms = (statistics.median(found[1:] or [0.0]) for found in (walls, empties, floors))
-            ratio = f"{wall_ms / (floor_ms + empty_ms):.2f}" if delay_s else "-"
+            wall_ms, empty_ms, waits_ms = (statistics.median(values[1:] or [0.0]) for values in (walls, empties, waits))
+            ratio = f"{wall_ms / (waits_ms + empty_ms):.2f}" if delay_s else "-"
             row = (
                 f"{delay_s * 1_000:.0f} ms",
                 concurrency,
                 f"{wall_ms:.1f}",
-                f"{floor_ms:.1f}",
+                f"{waits_ms:.1f}",
                 f"{empty_ms:.1f}",
                 ratio,
             )
@@ -260,7 +264,7 @@ def reference() -> None:
 
 
 def small(kind: str = "postgres", count: int = 1_000_000) -> None:
-    """One stream of small items, beside the same body read and parsed and not stored."""
+    """Measure a stream of small items, beside the same body read and parsed and not stored."""
     payload = b'{"n":12345,"text":"an item of about a hundred bytes, as they come"}'
     rates: dict[bool, list[float]] = {True: [], False: []}
     for stores in (False, True, False, True, False, True):
@@ -268,18 +272,18 @@ def small(kind: str = "postgres", count: int = 1_000_000) -> None:
             client.stream(client.batch(2_000), items(2_000, payload, 100))
             batch_id = client.batch(count)
             body = list(items(count, payload, 400))
-            with watched(client) as samples:
-                wall, answer = timed(partial(client.stream, batch_id, body))
-            assert answer["itemsAccepted"] == count, answer
+            with sampled_memory(client) as samples:
+                wall, response = timed(partial(client.stream, batch_id, body))
+            assert response["itemsAccepted"] == count, response
             rates[stores].append(count / wall)
             peak = max(samples) / MIB
-    stored, parsed = (statistics.median(rates[one]) for one in (True, False))
+    stored, parsed = (statistics.median(rates[is_stored]) for is_stored in (True, False))
     ratio = f"ratio {stored / parsed:.2f}, RSS {peak:.0f} MiB"
     print(f"{kind}: {stored:,.0f} items/s stored, {parsed:,.0f} parsed only, {ratio}")
 
 
 def medium() -> None:
-    """Items of 4 KiB: megabytes a second that are parsed, and that are stored."""
+    """Measure items of 4 KiB: megabytes a second parsed only, and stored."""
     payload = b'"' + b"y" * 4_000 + b'"'
     count = 100_000
     for stores in (False, True):
@@ -287,16 +291,16 @@ def medium() -> None:
             batch_id = client.batch(count)
             body = list(items(count, payload, 16))
             size, before = sum(map(len, body)) / 1e6, client.cpu()
-            wall, answer = timed(partial(client.stream, batch_id, body))
-            assert answer["itemsAccepted"] == count
-            took = client.cpu() - before
+            wall, response = timed(partial(client.stream, batch_id, body))
+            assert response["itemsAccepted"] == count
+            cpu_s = client.cpu() - before
             what = "stored" if stores else "parsed only"
-            rates = f"{size / wall:,.0f} MB/s, {size / took:,.0f} MB a second of the server's processor"
+            rates = f"{size / wall:,.0f} MB/s, {size / cpu_s:,.0f} MB a second of the server's processor"
             print(f"4 KiB items, {what}: {rates}")
 
 
 def large() -> None:
-    """20 MB of items of 1 MB, offloaded ten at a time to a directory."""
+    """Measure 20 MB of items of 1 MB, offloaded ten at a time to a directory."""
     with server("sqlite") as client:
         walls = []
         for _ in range(ROUNDS):
@@ -307,7 +311,9 @@ def large() -> None:
 
 
 def memory() -> None:
-    """Peak memory above idle with items of 3 MiB and writes that take a second, at concurrency 1, 10 and 50."""
+    """Measure peak memory above idle, with items of 3 MiB and writes that take a second, at concurrency 1, 10 and
+    50.
+    """
     size = 3 * MIB - 200
     print("| concurrency | peak above idle MiB | bound MiB |")
     print("|--:|--:|--:|")
@@ -317,38 +323,38 @@ def memory() -> None:
             idle = client.rss()
             payload = b'"' + b"m" * size + b'"'
             count = max(6, 3 * concurrency)
-            with watched(client) as samples:
-                answer = client.stream(client.batch(count), items(count, payload))
-            assert answer["sealed"], answer
+            with sampled_memory(client) as samples:
+                response = client.stream(client.batch(count), items(count, payload))
+            assert response["sealed"], response
             bound = 1.5 * concurrency * 3 + 8 + 32
             print(f"| {concurrency} | {(max(samples) - idle) / MIB:.0f} | {bound:.0f} |")
 
 
 def slow() -> None:
-    """A slow object store and a fast client: the client is held back, the server's memory stays flat."""
+    """Measure a slow object store and a fast client: the client is slowed down, and the server's memory stays flat."""
     with server("sqlite", delay_s=0.1, ingest_concurrency=10) as client:
         payload = b'"' + b"s" * MIB + b'"'
         client.stream(client.batch(1), items(1, b"1"))
-        with watched(client) as samples:
+        with sampled_memory(client) as samples:
             wall, _ = timed(lambda: client.stream(client.batch(400), items(400, payload)))
         curve = [f"{samples[len(samples) * part // 10] / MIB:.0f}" for part in range(10)]
         print(f"400 MB in {wall:.1f} s (limit 4.0 s), RSS MiB in tenths: {' '.join(curve)}")
 
 
 def huge(gigabytes: int = 10) -> None:
-    """A body of 10 GB, of items of 64 KiB that are parsed and stored nowhere, and the server's memory meanwhile."""
+    """Measure the server's memory during a body of 10 GB, of items of 64 KiB that are parsed and not stored."""
     payload = b'"' + b"h" * 65_000 + b'"'
     count = gigabytes * 1_000_000_000 // 65_040
     with server("sqlite", stores=False) as client:
-        with watched(client) as samples:
-            wall, answer = timed(lambda: client.stream(client.batch(count), items(count, payload)))
-        assert answer["itemsAccepted"] == count
+        with sampled_memory(client) as samples:
+            wall, response = timed(lambda: client.stream(client.batch(count), items(count, payload)))
+        assert response["itemsAccepted"] == count
         curve = [f"{samples[len(samples) * part // 10] / MIB:.0f}" for part in range(10)]
         print(f"{gigabytes} GB in {wall:.0f} s, RSS MiB in tenths: {' '.join(curve)}, peak {max(samples) / MIB:.0f}")
 
 
 def results(count: int = 1_000_000) -> None:
-    """Results of a million runs streamed out."""
+    """Measure the streamed results of a million runs."""
     for kind in ("sqlite", "postgres"):
         with server(kind) as client:
             batch_id = client.batch(count)
@@ -359,13 +365,15 @@ def results(count: int = 1_000_000) -> None:
             head = f"GET /v1/batches/{batch_id}/results HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n\r\n"
             for _ in range(3):
                 client.socket.sendall(head.encode())
-                wall, lines = timed(lambda: sum(piece.count(b"\n") for piece in client.answer()))
+                wall, lines = timed(lambda: sum(piece.count(b"\n") for piece in client.response()))
                 assert lines == count
                 walls.append(wall)
             print(f"{kind}: {count / statistics.median(walls):,.0f} lines/s of results")
 
 
-SCENARIOS: Final = {one.__name__: one for one in (reference, small, medium, large, memory, slow, huge, results)}
+SCENARIOS: Final = {
+    scenario.__name__: scenario for scenario in (trigger_dev, small, medium, large, memory, slow, huge, results)
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or SCENARIOS:

@@ -1,10 +1,11 @@
-"""The indexer's figures, each beside its floor in one run.
+"""Figures of the indexer, each beside its baseline in the same run.
 
     python -m bench.indexer transfers overlap where [--store postgresql://user@host/database]
     python -m bench.indexer memory [--events 10000000]
 
-`transfers`: 200,000 events over 20,000 accounts; `overlap`: wall beside compute and commit, over ratios of the two;
-`where`: cost of one as their number in a batch grows; `memory`: 10 M events with 5 M entities, fails over its bound.
+`transfers`: 200,000 events over 20,000 accounts. `overlap`: wall time beside compute and commit time, at several ratios
+of the two. `where`: cost of a condition as their number in a batch grows. `memory`: 10 M events with 5 M entities;
+fails if memory exceeds its bound.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ RUNS: Final = 3
 OVERLAP_EVENTS: Final = 200_000
 OVERLAP_ACCOUNTS: Final = 2_000
 OVERLAP_TURNS: Final = 3
-NEAR: Final = 0.15
+RATIO_TOLERANCE: Final = 0.15
 UNIT_US: Final = 40
 MEMORY_MIB: Final = 256
 TURN_EVENTS: Final = 500_000
@@ -45,7 +46,7 @@ ALLOWED_MIB: Final = 150
 
 
 class Transfer(msgspec.Struct, tag_field="type", tag="transfer"):
-    """One event."""
+    """An event of a transfer."""
 
     sender: str
     receiver: str
@@ -53,7 +54,7 @@ class Transfer(msgspec.Struct, tag_field="type", tag="transfer"):
 
 
 class Account(Entity):
-    """Read and written twice an event."""
+    """An entity that is read and written twice in each event."""
 
     id: str
     balance: int = 0
@@ -61,7 +62,7 @@ class Account(Entity):
 
 
 class Moved(Entity):
-    """Inserted once an event."""
+    """An entity that is inserted once in each event."""
 
     id: int
     sender: str
@@ -69,25 +70,25 @@ class Moved(Entity):
     amount: int
 
 
-class Lines:
+class LineSource:
     """A source of JSON lines in memory."""
 
     def __init__(self, lines: Sequence[Any]) -> None:
         self._lines = lines
 
     async def arrivals(self, after: Position | None) -> Any:
-        """All of them, in pieces."""
+        """Yield all lines in pieces."""
         for start in range(int(after or 0), len(self._lines), 5_000):
             piece = self._lines[start : start + 5_000]
             yield Arrived(range(start + 1, start + len(piece) + 1), piece)
 
     async def head(self) -> Position | None:
-        """How many there are."""
+        """Return the number of lines."""
         return len(self._lines)
 
 
-def transfers_of(app: Headrace, source: Any, more: Callable[[], None] | None = None) -> Indexer:
-    """The reference's shape, and more to compute for each event."""
+def transfers_of(app: Headrace, source: Any, extra: Callable[[], None] | None = None) -> Indexer:
+    """Return an indexer of the shape of HyperIndex's benchmark, with `extra` computation for each event."""
     indexer = app.indexer("transfers", source=source, entities=[Account, Moved])
 
     @indexer.on("transfer")
@@ -97,16 +98,21 @@ def transfers_of(app: Headrace, source: Any, more: Callable[[], None] | None = N
         receiver = await ctx.get_or_create(Account, event.receiver)
         ctx.set(replace(receiver, balance=receiver.balance + event.amount))
         ctx.set(Moved(int(ctx.position), event.sender, event.receiver, event.amount))
-        if more is not None:
-            more()
+        if extra is not None:
+            extra()
 
     return indexer
 
 
 def run(
-    make: Callable[[Headrace], Indexer], store: str, *, commit_us: float = 0.0, keeps: bool = False, **limits: int
+    make: Callable[[Headrace], Indexer],
+    store: str,
+    *,
+    commit_us: float = 0.0,
+    keeps_tables: bool = False,
+    **limits: int,
 ) -> tuple[float, IndexerProgress]:
-    """Seconds of one run, and what it says of itself; what it made is dropped again, unless it `keeps` it."""
+    """Return the seconds of a run and its progress. The tables are dropped afterwards, unless `keeps_tables` is set."""
 
     async def main(url: str) -> tuple[float, IndexerProgress]:
         app = Headrace("bench")
@@ -114,15 +120,15 @@ def run(
         indexer = make(app)
         engine = await app.open()
         if commit_us:
-            engine.entities = Far(engine.entities, commit_us)
-        async with app, indexer.open(wait=True, on_waiting=None, **limits) as own:
+            engine.entities = DelayedCommits(engine.entities, commit_us)
+        async with app, indexer.open(wait=True, on_waiting=None, **limits) as pipeline:
             started = time.perf_counter()
-            told = await own.run()
+            progress = await pipeline.run()
             elapsed_s = time.perf_counter() - started
-        if not keeps:
+        if not keeps_tables:
             async with app:
                 await indexer.reset()
-        return elapsed_s, told
+        return elapsed_s, progress
 
     gc.collect()
     interpreter.tune()
@@ -132,79 +138,86 @@ def run(
 
 
 def transfers(store: str) -> None:
-    """Events a second of the reference's shape, beside the floor, taking turns."""
+    """Measure events a second in the shape of HyperIndex's benchmark and of the baseline, alternately."""
     lines = baseline.lines_of(200_000)
-    ours, floors, busy = [], [], []
+    headrace_rates, baselines, busy = [], [], []
     for _ in range(RUNS):
         with tempfile.TemporaryDirectory() as folder:
-            floor = baseline.measure_postgres(lines, store) if store else baseline.measure_sqlite(lines, Path(folder))
+            baseline_rate = (
+                baseline.measure_postgres(lines, store) if store else baseline.measure_sqlite(lines, Path(folder))
+            )
         cpu_s = time.process_time()
-        elapsed_s, told = run(lambda app: transfers_of(app, Lines(lines)), store)
+        elapsed_s, progress = run(lambda app: transfers_of(app, LineSource(lines)), store)
         busy.append((time.process_time() - cpu_s) / len(lines) * 1e6)
-        ours.append(len(lines) / elapsed_s)
-        floors.append(floor)
-        print(f"  {ours[-1]:,.0f} events/s, floor {floor:,.0f}, {busy[-1]:.1f} us of CPU an event; {_said(told)}")
-    value, base = statistics.median(ours), statistics.median(floors)
-    print(f"transfers on {_name(store)}: {value:,.0f} events/s, floor {base:,.0f}, ratio {value / base:.2f}")
+        headrace_rates.append(len(lines) / elapsed_s)
+        baselines.append(baseline_rate)
+        print(
+            f"  {headrace_rates[-1]:,.0f} events/s, baseline {baseline_rate:,.0f}, "
+            f"{busy[-1]:.1f} us of CPU an event; {_summary_of(progress)}"
+        )
+    value, base = statistics.median(headrace_rates), statistics.median(baselines)
+    print(f"transfers on {_name(store)}: {value:,.0f} events/s, baseline {base:,.0f}, ratio {value / base:.2f}")
 
 
 def overlap(store: str) -> None:
-    """Wall beside the larger of compute and commit, over ratios of the two, and how much faster than one by one.
+    """Measure wall time beside the larger of compute and commit time at several ratios, and the gain over serial
+    processing.
 
-    Each handler keeps the interpreter for as long, and each commit waits for as long (a database far away), as makes
-    the larger of the two `UNIT_US` an event: what is measured is how well they hide each other, not what they cost.
-    A wait is what is left of its time when the commit itself is done, and follows what handlers took in the turn
-    before. There are few accounts, so that all are known after the first batches: were handlers slow at the beginning
-    and commits at the end, no overlap could help. Of the turns whose ratio came near the one that is wanted the best
-    is told.
+    Each handler keeps the interpreter busy, and each commit waits (like a remote database), so that the larger of the
+    two takes `UNIT_US` an event. This measures how well they overlap, not what they cost. A commit waits for the rest
+    of its time after its own work; the time follows the compute time of the turn before. There are few accounts, so
+    that all are in memory after the first batches: with slow handlers at the beginning and slow commits at the end, no
+    overlap could help. Of the turns whose ratio is close to the intended ratio, the best is printed.
     """
     lines = baseline.lines_of(OVERLAP_EVENTS, OVERLAP_ACCOUNTS)
-    _, alone = run(lambda app: transfers_of(app, Lines(lines)), store, index_depth_max=0)
-    own_us = alone.compute_s / len(lines) * 1e6
+    _, alone = run(lambda app: transfers_of(app, LineSource(lines)), store, index_depth_max=0)
+    handler_us = alone.compute_s / len(lines) * 1e6
     spin = Spin()
     print(
-        f"overlap on {_name(store)}: a handler takes {own_us:.1f} us itself, commits "
-        f"{alone.commit_s / len(lines) * 1e6:.1f} us an event, the larger is made {UNIT_US} us"
+        f"overlap on {_name(store)}: a handler takes {handler_us:.1f} us itself, commits "
+        f"{alone.commit_s / len(lines) * 1e6:.1f} us an event, the larger is extended to {UNIT_US} us"
     )
     print("  commit/compute  compute  commit  serial   wall  wall/max  faster  stalled on commit, fetch")
     for ratio in (0.5, 1.0, 2.0):
         compute_us, commit_us = UNIT_US / max(ratio, 1.0), UNIT_US * min(ratio, 1.0)
-        make = partial(_spinning, lines, spin, compute_us - own_us)
+        make = partial(_spinning, lines, spin, compute_us - handler_us)
         turns = []
         for _ in range(OVERLAP_TURNS):
             serial_s, _ = run(make, store, commit_us=commit_us, index_depth_max=0)
-            wall_s, told = run(make, store, commit_us=commit_us)
-            turns.append(Turn(serial_s, wall_s, told))
-            commit_us = ratio * told.compute_s / len(lines) * 1e6  # of what handlers take here and now
-        turn = max(turns, key=lambda turn: (abs(turn.ratio / ratio - 1) < NEAR, turn.faster))
-        told = turn.told
+            wall_s, progress = run(make, store, commit_us=commit_us)
+            turns.append(Turn(serial_s, wall_s, progress))
+            # relative to the present compute time of handlers
+            commit_us = ratio * progress.compute_s / len(lines) * 1e6
+        turn = max(turns, key=lambda turn: (abs(turn.ratio / ratio - 1) < RATIO_TOLERANCE, turn.faster))
+        progress = turn.progress
         print(
-            f"  {turn.ratio:14.2f} {told.compute_s:8.2f} {told.commit_s:7.2f} {turn.serial_s:7.2f} {turn.wall_s:6.2f} "
-            f"{turn.wall_s / max(told.compute_s, told.commit_s):9.2f} {turn.faster:7.2f} "
-            f"{told.commit_wait_s:10.2f} s, {told.fetch_wait_s:.2f} s"
+            f"  {turn.ratio:14.2f} {progress.compute_s:8.2f} {progress.commit_s:7.2f} "
+            f"{turn.serial_s:7.2f} {turn.wall_s:6.2f} "
+            f"{turn.wall_s / max(progress.compute_s, progress.commit_s):9.2f} {turn.faster:7.2f} "
+            f"{progress.commit_wait_s:10.2f} s, {progress.fetch_wait_s:.2f} s"
         )
 
 
 class Turn(NamedTuple):
-    """The same events one by one and at the default depth, right after one another."""
+    """The same events processed serially and at the default depth, one run right after the other."""
 
     serial_s: float
     wall_s: float
-    told: IndexerProgress
+    progress: IndexerProgress
 
     @property
     def ratio(self) -> float:
-        """What commits took beside what handlers did."""
-        return self.told.commit_s / self.told.compute_s
+        """Commit time divided by compute time."""
+        return self.progress.commit_s / self.progress.compute_s
 
     @property
     def faster(self) -> float:
-        """How many times."""
+        """Factor by which the default depth is faster than serial processing."""
         return self.serial_s / self.wall_s
 
 
 class Spin:
-    """Keeps the interpreter busy for some microseconds: a count of steps, measured once."""
+    """Busy loop for a number of microseconds; its speed is measured once."""
 
     def __init__(self) -> None:
         self._steps_a_us = 1 / min(self._timed(100_000) / 100_000 * 1e6 for _ in range(20))
@@ -219,16 +232,16 @@ class Spin:
             pass
 
     def steps(self, us: float) -> int:
-        """How many steps that is."""
+        """Return the number of steps that take `us` microseconds."""
         return max(0, int(us * self._steps_a_us))
 
 
 def _spinning(lines: Sequence[bytes], spin: Spin, us: float, app: Headrace) -> Indexer:
-    return transfers_of(app, Lines(lines), partial(spin, spin.steps(us)))
+    return transfers_of(app, LineSource(lines), partial(spin, spin.steps(us)))
 
 
-class Far:
-    """Tables whose commits take so many microseconds an event: their own, and the rest of it waiting."""
+class DelayedCommits:
+    """Entity tables whose commits take `us` microseconds an event: their own time, then a wait for the rest."""
 
     def __init__(self, tables: Any, us: float) -> None:
         self._tables = tables
@@ -238,14 +251,14 @@ class Far:
         return getattr(self._tables, name)
 
     async def commit(self, commit: Any, *, now_us: int) -> None:
-        """Commit, and wait."""
+        """Commit, then wait for the rest of the time."""
         until = time.perf_counter() + self._us / 1e6 * (commit.no - commit.old_no)
         await self._tables.commit(commit, now_us=now_us)
         await asyncio.sleep(max(0.0, until - time.perf_counter()))
 
 
 def where(store: str) -> None:
-    """One `where` an event, each for another value: its cost must not grow with their number in a batch."""
+    """Measure a `where` in each event, each for another value: its cost must not grow with their number in a batch."""
     costs = []
     for count in (2_500, 5_000, 10_000):
         lines = [
@@ -258,7 +271,7 @@ def where(store: str) -> None:
 
 
 def _asking(lines: Sequence[bytes], app: Headrace) -> Indexer:
-    indexer = app.indexer("asking", source=Lines(lines), entities=[Account])
+    indexer = app.indexer("asking", source=LineSource(lines), entities=[Account])
 
     @indexer.on("transfer")
     async def on_transfer(event: Transfer, ctx: HandlerContext) -> None:
@@ -268,15 +281,15 @@ def _asking(lines: Sequence[bytes], app: Headrace) -> Indexer:
     return indexer
 
 
-class Numbers:
-    """A source of events made as they are asked for: number n touches entity n // 2, both times soon after another."""
+class NumberSource:
+    """A source that generates its events: number n touches entity n // 2, both times soon after another event did."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self.marks: list[float] = []
 
     async def arrivals(self, after: Position | None) -> Any:
-        """Events in pieces, with a mark at each million."""
+        """Yield events in pieces, and record the processor time at each million."""
         for start in range(int(after or 0), self._count, 5_000):
             if not start % 1_000_000:
                 self.marks.append(time.process_time())
@@ -284,7 +297,7 @@ class Numbers:
         self.marks.append(time.process_time())
 
     async def head(self) -> Position | None:
-        """How many there will be."""
+        """Return the number of events."""
         return self._count
 
 
@@ -294,45 +307,49 @@ def _numbered(start: int) -> Iterator[Transfer]:
 
 
 def memory(store: str, events: int) -> int:
-    """Peak memory over many entities; answers 1 over the bound. Then what an event costs at the end, and at the start.
+    """Measure peak memory over many entities, then the cost of an event at the end and at the start. Return 1 if memory
+    exceeds its bound.
 
-    Those take turns on the grown tables and on empty ones, and the best of each counts: what the machine does beside
-    this changes more over the minutes of a long run than an event's cost does.
+    The cost is measured alternately on the grown tables and on empty tables, and the best of each counts: over the
+    minutes of a long run, other load on the machine changes more than the cost of an event does.
     """
-    source = Numbers(events)
+    source = NumberSource(events)
     with tempfile.TemporaryDirectory() as folder:
-        grown = _place(store, folder, "grown")
-        elapsed_s, told = run(lambda app: _counting(app, source), grown, keeps=True, index_memory_mib=MEMORY_MIB)
+        grown = _store_url(store, folder, "grown")
+        elapsed_s, progress = run(
+            lambda app: _counting(app, source), grown, keeps_tables=True, index_memory_mib=MEMORY_MIB
+        )
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         costs = [later - before for before, later in zip(source.marks, source.marks[1:], strict=False)]
         print(
-            f"memory on {_name(store)}: {events:,} events, {events // 2:,} entities in {elapsed_s:.0f} s; {_said(told)}"
+            f"memory on {_name(store)}: {events:,} events, {events // 2:,} entities in {elapsed_s:.0f} s; "
+            f"{_summary_of(progress)}"
         )
         print(f"  peak {peak_mib:.0f} MiB, allowed {MEMORY_MIB + ALLOWED_MIB} MiB")
         print(f"  CPU of each million: {', '.join(f'{cost:.1f}' for cost in costs)} s")
         firsts, lasts = [], []
         for turn in range(RUNS):
-            firsts.append(_cost(_place(store, folder, f"first{turn}"), 0))
-            lasts.append(_cost(grown, events + turn * TURN_EVENTS, keeps=turn < RUNS - 1))
+            firsts.append(_cost(_store_url(store, folder, f"first{turn}"), 0))
+            lasts.append(_cost(grown, events + turn * TURN_EVENTS, keeps_tables=turn < RUNS - 1))
     told_us = f"{min(lasts):.1f} us of CPU, on empty ones {min(firsts):.1f} us"
     print(f"  an event on the grown tables takes {told_us}: {min(lasts) / min(firsts):.2f} times as much")
     return int(peak_mib > MEMORY_MIB + ALLOWED_MIB)
 
 
-def _place(store: str, folder: str, name: str) -> str:
-    """A store of its own for a part of a scenario."""
+def _store_url(store: str, folder: str, name: str) -> str:
+    """Return the URL of a separate store for a part of a scenario."""
     return f"{store}?schema=bench_{name}" if store else f"sqlite:///{folder}/{name}.db"
 
 
-def _cost(place: str, first: int, *, keeps: bool = False) -> float:
-    """CPU of an event after the first so many, in microseconds."""
+def _cost(url: str, first: int, *, keeps_tables: bool = False) -> float:
+    """Return the processor time of an event after `first` events, in microseconds."""
     started = time.process_time()
-    source = Numbers(first + TURN_EVENTS)
-    run(lambda app: _counting(app, source), place, keeps=keeps, index_memory_mib=MEMORY_MIB)
+    source = NumberSource(first + TURN_EVENTS)
+    run(lambda app: _counting(app, source), url, keeps_tables=keeps_tables, index_memory_mib=MEMORY_MIB)
     return (time.process_time() - started) / TURN_EVENTS * 1e6
 
 
-def _counting(app: Headrace, source: Numbers) -> Indexer:
+def _counting(app: Headrace, source: NumberSource) -> Indexer:
     indexer = app.indexer("counting", source=source, entities=[Account])
 
     @indexer.on("transfer")
@@ -345,10 +362,10 @@ def _counting(app: Headrace, source: Numbers) -> Indexer:
     return indexer
 
 
-def _said(told: IndexerProgress) -> str:
+def _summary_of(progress: IndexerProgress) -> str:
     return (
-        f"compute {told.compute_s:.2f} s, commit {told.commit_s:.2f} s in {told.commits_count}, stalled on commit "
-        f"{told.commit_wait_s:.2f} s, on fetch {told.fetch_wait_s:.2f} s"
+        f"compute {progress.compute_s:.2f} s, commit {progress.commit_s:.2f} s in {progress.commits_count}, "
+        f"stalled on commit {progress.commit_wait_s:.2f} s, on fetch {progress.fetch_wait_s:.2f} s"
     )
 
 
@@ -357,18 +374,18 @@ def _name(store: str) -> str:
 
 
 def main() -> int:
-    """What was asked for, one after the other."""
+    """Run the scenarios given as arguments, in order."""
     parser = argparse.ArgumentParser(prog="python -m bench.indexer")
     parser.add_argument("scenarios", nargs="+", choices=["transfers", "overlap", "where", "memory"])
-    parser.add_argument("--store", default="", help="a PostgreSQL URL; a fresh SQLite file without")
-    parser.add_argument("--events", type=int, default=10_000_000, help="of the memory scenario")
-    asked = parser.parse_args()
+    parser.add_argument("--store", default="", help="URL of a PostgreSQL database (default: a new SQLite file)")
+    parser.add_argument("--events", type=int, default=10_000_000, help="number of events of the memory scenario")
+    options = parser.parse_args()
     failed = 0
-    for scenario in asked.scenarios:
+    for scenario in options.scenarios:
         if scenario == "memory":
-            failed |= memory(asked.store, asked.events)
+            failed |= memory(options.store, options.events)
         else:
-            {"transfers": transfers, "overlap": overlap, "where": where}[scenario](asked.store)
+            {"transfers": transfers, "overlap": overlap, "where": where}[scenario](options.store)
     return failed
 
 

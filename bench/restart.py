@@ -1,9 +1,9 @@
-"""How soon throughput is back after the database was shut down at once and started again, without a process restart.
+"""Recovery of the throughput after an immediate shutdown and restart of the database, without a restart of the worker.
 
     python -m bench.restart
 
-One worker process drains tasks that wait 10 ms, 100 at a time; completed runs are counted every 100 ms. Printed: the
-rate before, and how long after the server answers again a whole second is at 95 % of it.
+A worker process drains tasks that wait 10 ms, 100 at a time; completed runs are counted every 100 ms. The script prints
+the rate before the shutdown, and how long after the server responds again a whole second reaches 95 % of that rate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ITEMS = 200_000
 
 
 async def main() -> None:
-    """Print the figures of one restart."""
+    """Print the figures of a restart."""
     server = Server()
     with tempfile.TemporaryDirectory() as folder:
         app = Headrace("restart", store=f"{server.dsn}?schema=restart", objects=folder)
@@ -50,12 +50,17 @@ async def main() -> None:
                 await asyncio.to_thread(server.start)
                 up_s = perf_counter()
                 await count(up_s + AFTER_S)
-        back_s = next((at for at, _ in ended if at >= up_s and _rate(ended, at, at + 1) >= 0.95 * before), None)
-        print(f"before: {before:,.0f} runs/s")
-        said = (
-            "never within the time" if back_s is None else f"{max(0.0, back_s - up_s):.1f} s after the server answered"
+        recovered_s = next(
+            (time_s for time_s, _ in ended if time_s >= up_s and _rate(ended, time_s, time_s + 1) >= 0.95 * before),
+            None,
         )
-        print(f"a whole second at 95 % of that: {said}")
+        print(f"before: {before:,.0f} runs/s")
+        recovery = (
+            "never within the time"
+            if recovered_s is None
+            else f"{max(0.0, recovered_s - up_s):.1f} s after the server answered"
+        )
+        print(f"a whole second at 95 % of that: {recovery}")
     server.remove()
 
 

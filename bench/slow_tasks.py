@@ -1,10 +1,10 @@
-"""Tasks of 100 ms through the task broker, over real gRPC: `python -m bench.slow_tasks [sqlite|postgresql://… …]`.
+"""Tasks of 100 ms through the task broker over gRPC: `python -m bench.slow_tasks [sqlite|postgresql://… …]`.
 
-A server in another process, and workers that fetch, wait 100 ms and report, each report answered with the next task.
-Reports are written (a) singly, each in a transaction of its own; (b) by the flusher, 500 at a time or every 100 ms, and
-answered at once; (c) as they are by default, answered after the commit that holds them. Medians of three rounds, in
-turns. The floor is arithmetic: that many workers do `workers / 0.1 s` without any server. Transactions and rows are
-those of claims and reports.
+A server runs in another process. Workers fetch a task, wait 100 ms and report; each response has the next task. Reports
+are written (a) one by one, each in its own transaction; (b) by the flusher, 500 at a time or every 100 ms, and
+acknowledged at once; (c) by default: acknowledged after the commit that holds them. The figures are medians of three
+alternating rounds. The baseline is arithmetic: without any server, the workers complete `workers / 0.1 s`. Transactions
+and rows are those of claims and reports.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from bench.activations import Counted, filled
+from bench.activations import CountingStore, append_activations
 from bench.grpc import GET, SET, process
 from headrace.foundation import interpreter
 
@@ -27,27 +27,27 @@ CHANNELS: Final = 8
 TASK_S: Final = 0.1
 ROUNDS: Final = 3
 TASKS: Final = {"a": 5_000, "b": 25_000, "c": 25_000}
-WAYS: Final = {
+MODES: Final = {
     "a": "(a) singly",
-    "b": "(b) batched, answered at once",
-    "c": "(c) default: answered after the commit",
+    "b": "(b) batched, acknowledged at once",
+    "c": "(c) default: acknowledged after the commit",
 }
 
 
-class Told(Counted):
-    """Counts claims too: a row for each span that is leased."""
+class ClaimCountingStore(CountingStore):
+    """A store that counts claims too: a row for each leased span."""
 
-    async def claim(self, claim: Any, **more: Any) -> Any:
-        """One transaction."""
-        leases = await self._store.claim(claim, **more)
+    async def claim(self, claim: Any, **options: Any) -> Any:
+        """Count a transaction, and a row for each lease."""
+        leases = await self._store.claim(claim, **options)
         if leases:
             self.transactions += 1
             self.rows += len(leases)
         return leases
 
 
-async def serve(way: str, store: str, count: int) -> None:
-    """The task broker over a store with so many activations."""
+async def serve(mode: str, store: str, count: int) -> None:
+    """Serve the task broker over a store with `count` activations."""
     from headrace.compose import open_engine
     from headrace.foundation.settings import load
     from headrace.grpc.messages import taskbroker_pb2 as wire
@@ -56,20 +56,20 @@ async def serve(way: str, store: str, count: int) -> None:
     from headrace.grpc.transport.service_methods import Method
 
     with tempfile.TemporaryDirectory() as folder:
-        place = store or f"sqlite:///{folder}/bench.db"
-        engine = await open_engine(load({"store": place, "objects": f"{folder}/objects"}, {}, Path(folder)))
-        await filled(engine, count, application="app", parameters_bytes=b"x" * 96)
-        told = Told(engine.store)
-        engine.store = told
-        limits = engine.limits.replaced(flush_size=1) if way == "a" else engine.limits
+        url = store or f"sqlite:///{folder}/bench.db"
+        engine = await open_engine(load({"store": url, "objects": f"{folder}/objects"}, {}, Path(folder)))
+        await append_activations(engine, count, application="app", parameters_bytes=b"x" * 96)
+        store_counts = ClaimCountingStore(engine.store)
+        engine.store = store_counts
+        limits = engine.limits.replaced(flush_size=1) if mode == "a" else engine.limits
 
         async def counts(_message: Any, _call: Any) -> Any:
-            return wire.PushTaskRequest(callback_url=f"{told.transactions / count} {told.rows / count}")
+            return wire.PushTaskRequest(callback_url=f"{store_counts.transactions / count} {store_counts.rows / count}")
 
         async with dispatching(
             engine.with_limits(limits),
-            ack="received" if way == "b" else "committed",
-            flush_interval_ms=limits.flush_interval_ms if way == "b" else None,
+            ack="received" if mode == "b" else "committed",
+            flush_interval_ms=limits.flush_interval_ms if mode == "b" else None,
         ) as broker:
             methods = broker.consumer.methods | {"/e/Counts": Method(wire.PushTaskRequest, counts)}
             server = GrpcServer(methods, limits=engine.limits)
@@ -82,8 +82,8 @@ async def serve(way: str, store: str, count: int) -> None:
         await engine.close()
 
 
-async def drained(port: int, count: int) -> tuple[float, str]:
-    """Tasks a second of all workers together, and what the server counted."""
+async def drain(port: int, count: int) -> tuple[float, str]:
+    """Return the tasks a second of all workers together, and the counts of the server."""
     from headrace.foundation.targets import PushTarget
     from headrace.grpc.messages import taskbroker_pb2 as wire
     from headrace.grpc.transport.client import Channel
@@ -106,23 +106,23 @@ async def drained(port: int, count: int) -> tuple[float, str]:
                 id=task.id, status=wire.TASK_ACTIVATION_STATUS_COMPLETE, fetch_next_task=filters
             )
             body = await channel.call(SET, report.SerializeToString(), timeout_s=60)
-            answer = wire.SetTaskStatusResponse.FromString(body)
-            if not answer.HasField("task"):
+            response = wire.SetTaskStatusResponse.FromString(body)
+            if not response.HasField("task"):
                 return
-            task = answer.task
+            task = response.task
 
     began = time.perf_counter()
     await asyncio.gather(*(work(number) for number in range(WORKERS)))
     seconds = time.perf_counter() - began
     assert len(done) == count, (len(done), count)
-    said = wire.PushTaskRequest.FromString(await channels[0].call("/e/Counts", b"", timeout_s=60)).callback_url
+    counts = wire.PushTaskRequest.FromString(await channels[0].call("/e/Counts", b"", timeout_s=60)).callback_url
     for channel in channels:
         channel.close()
-    return count / seconds, said
+    return count / seconds, counts
 
 
 def main() -> None:
-    """A table for each store."""
+    """Print a table for each store."""
     import uvloop
 
     words = sys.argv[1:]
@@ -133,19 +133,21 @@ def main() -> None:
     print("| store | reports written | tasks/s | of workers / 0.1 s | transactions a task | rows a task |")
     print("|---|---|--:|--:|--:|--:|")
     for store in words or ["sqlite"]:
-        place = "" if store == "sqlite" else store
-        found: dict[str, list[tuple[float, ...]]] = {way: [] for way in WAYS}
-        for _ in range(ROUNDS):  # in turns: a machine that is slow for a while is slow for all
-            for way, rounds in found.items():
-                command = ("-m", "bench.slow_tasks", "serve", way, place, str(TASKS[way]))
-                with process(*command, said=r"^(\d+)$") as server:
-                    rate, said = uvloop.run(drained(server.port, TASKS[way]))
-                rounds.append((rate, *map(float, said.split())))
+        url = "" if store == "sqlite" else store
+        results: dict[str, list[tuple[float, ...]]] = {mode: [] for mode in MODES}
+        for _ in range(ROUNDS):  # alternating: a slow phase of the machine affects all modes
+            for mode, rounds in results.items():
+                command = ("-m", "bench.slow_tasks", "serve", mode, url, str(TASKS[mode]))
+                with process(*command, pattern=r"^(\d+)$") as server:
+                    rate, counts = uvloop.run(drain(server.port, TASKS[mode]))
+                rounds.append((rate, *map(float, counts.split())))
         kind = store.partition(":")[0]
-        for way, rounds in found.items():
+        for mode, rounds in results.items():
             rate, transactions, rows = (statistics.median(column) for column in zip(*rounds, strict=True))
             share = rate / (WORKERS / TASK_S)
-            print(f"| {kind} | {WAYS[way]} | {rate:,.0f} | {share:.2f} | {transactions:.4f} | {rows:.3f} |", flush=True)
+            print(
+                f"| {kind} | {MODES[mode]} | {rate:,.0f} | {share:.2f} | {transactions:.4f} | {rows:.3f} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Sequenced(NamedTuple):
 
     @property
     def events_count(self) -> int:
-        """Number of these events."""
+        """Return how many events there are."""
         return len(self.positions)
 
 

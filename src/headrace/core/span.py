@@ -142,7 +142,7 @@ class Counts(NamedTuple):
         return self.completed + self.failed + self.cancelled + self.expired
 
     def plus(self, other: Counts) -> Counts:
-        """Return the sum, field by field."""
+        """Add the counts of two objects, field by field."""
         return Counts(
             self.completed + other.completed,
             self.failed + other.failed,

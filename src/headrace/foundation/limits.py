@@ -1,4 +1,4 @@
-"""A bound on everything, in one place.
+"""Limits: every bound of Headrace, in one table.
 
 Each limit has a name that ends in its unit, a default, a least and a greatest value, and a description. The settings
 page and `headrace config show` are made from `TABLE`. Relations between limits are checked when `Limits` are made, so a

@@ -62,7 +62,7 @@ class Prefetcher:
         self._is_ended = True
 
     async def close(self) -> None:
-        """Claim no more, and wait for the claims in flight, at most as long as a request would."""
+        """Stop claiming. Wait for the claims in flight, but not longer than a request would."""
         self._is_closed = True
         await asyncio.gather(*map(self._wait_for_claim, self._rates.values()), return_exceptions=True)
 

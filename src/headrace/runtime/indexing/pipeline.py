@@ -271,7 +271,7 @@ class IndexerPipeline:
 
     @property
     def _is_between_batches(self) -> bool:
-        """True between two batches."""
+        """True if no event is staged since the last commit began."""
         return self._batch is None
 
     def _check(self) -> None:

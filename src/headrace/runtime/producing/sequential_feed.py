@@ -283,7 +283,7 @@ class _InputReader:
         return next(self._plain, None)
 
     async def skip(self, start: InputPosition) -> int:
-        """Hash the bytes before `start` and compare them; return how many bytes were skipped."""
+        """Skip the bytes before `start` and check that they did not change; return how many bytes were skipped."""
         left = start.bytes_count
         while left:
             piece = await self.next()

@@ -21,7 +21,7 @@ GENERAL_CALL: Final = DirectCall(_never_called, bytes)
 
 
 def choose_call(work: ActiveLease, registry: Registry, *, has_deadline: bool) -> DirectCall:
-    """Choose how the runs of a lease are called, and keep the choice in `work.plan`.
+    """Choose how the runs of a lease are called, and keep the choice in the lease's `plan`.
 
     `has_deadline`: this process is killed when a run passes its timeout, so each run must announce its deadline.
     """

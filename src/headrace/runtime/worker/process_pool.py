@@ -245,7 +245,7 @@ class ProcessPool:
             self._dispatch(child)
 
     def _dispatch(self, child: _ChildProcess) -> None:
-        """Give a child enough runs for a slice's time. Suspects go alone, to a child that has no other runs."""
+        """Send a child as many runs as it can execute in a slice; a suspect alone, to a child without runs."""
         while child.is_ready and not self._is_stopping and not child.is_alone:
             if self._suspects:
                 if child.outstanding_count:

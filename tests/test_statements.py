@@ -36,7 +36,7 @@ def code_of(package: str) -> str:
 
 @pytest.mark.parametrize(("package", "statement"), STATEMENTS, ids=lambda value: getattr(value, "name", ""))
 def test_a_statement_is_used_and_says_what_it_means(package: str, statement: Statement) -> None:
-    assert f'"{statement.name}"' in code_of(package), "nobody runs it"
+    assert f'"{statement.name}"' in code_of(package), "no code runs it"
     assert len(statement.meaning.split()) >= 3
     assert statement.sql.count(";") == 1
     assert statement.sql.endswith(";")

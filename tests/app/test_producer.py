@@ -192,8 +192,8 @@ async def test_a_stream_sealed_by_another_process_is_followed_by_a_new_one(kind:
         first = await task.enqueue(1)
         (session,) = await engine.maintenance.sessions()
         now_us = engine.clock.now_us() + 1
-        nobody = Suspects(span_slots={}, evidence="")
-        await engine.maintenance.recover(session.id, nobody, silent_since_us=now_us, crashes_max=3, now_us=now_us)
+        no_suspects = Suspects(span_slots={}, evidence="")
+        await engine.maintenance.recover(session.id, no_suspects, silent_since_us=now_us, crashes_max=3, now_us=now_us)
         runs = await asyncio.gather(*(task.enqueue(item) for item in range(2, 50)))
         assert {run.batch_id for run in runs}.isdisjoint({first.batch_id})
         (again,) = await engine.maintenance.sessions()

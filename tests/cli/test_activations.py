@@ -47,8 +47,8 @@ def test_a_missing_or_corrupt_file_is_reported(shell: Shell) -> None:
 def test_dead_letters_are_listed_redriven_and_purged(shell: Shell) -> None:
     asyncio.run(fail_all(shell.place, 5))
     dead = shell("dead", "list", "--json").json["dead"]
-    assert [one["activation"] for one in dead] == [f"id_{number}" for number in range(5)]
-    assert {(one["task"], one["queue"], one["attempt"]) for one in dead} == {("send", "app:mail", 1)}
+    assert [letter["activation"] for letter in dead] == [f"id_{number}" for number in range(5)]
+    assert {(letter["task"], letter["queue"], letter["attempt"]) for letter in dead} == {("send", "app:mail", 1)}
     assert "send" in shell("dead", "list").out
     assert shell("dead", "redrive", dead[0]["id"], "--json").json == {"redriven": 1}
     assert shell("dead", "purge", dead[1]["id"], dead[2]["id"]).out == "2 dead letters purged\n"
@@ -87,7 +87,7 @@ def test_killswitch_rules_are_added_listed_and_removed(shell: Shell) -> None:
         "1 activation, 0 stored before, 1 dropped by the killswitch\n"
     )
     assert shell("killswitch", "remove", "send").out == "activations of send run\n"
-    assert [one["task"] for one in shell("killswitch", "list", "--json").json["killswitch"]] == ["other"]
+    assert [rule["task"] for rule in shell("killswitch", "list", "--json").json["killswitch"]] == ["other"]
     for wrong in ("to", "=1", "to=x"):
         assert shell("killswitch", "add", "other", "--kwarg", wrong).code == 2
     assert shell("killswitch", "add", "other", "--arg", "first=1").code == 2

@@ -311,8 +311,8 @@ def packed_gzip(data: bytes) -> bytes:
 
 
 def packed_zstandard(data: bytes) -> bytes:
-    one = zstandard.ZstdCompressor(write_checksum=True)
-    return one.compress(data[:500]) + one.compress(data[500:])
+    compressor = zstandard.ZstdCompressor(write_checksum=True)
+    return compressor.compress(data[:500]) + compressor.compress(data[500:])
 
 
 @pytest.mark.parametrize(("suffix", "packed"), [(".gz", packed_gzip), (".zst", packed_zstandard)])

@@ -36,7 +36,7 @@ def test_with_secrets_a_server_may_listen_on_other_addresses(shell: Shell, monke
 def test_unused_push_endpoints_are_reported(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_PUSH", "app=http://localhost:50052")
     store = "sqlite:///no/such/directory/x.db"
-    for flags, is_told in (((), True), (("--delivery", "pull"), True), (("--delivery", "both"), False)):
+    for flags, is_reported in (((), True), (("--delivery", "pull"), True), (("--delivery", "both"), False)):
         ran = shell("serve", *flags, "--port", "0", "--store", store)
-        assert ("HEADRACE_PUSH is set but not used" in ran.err) is is_told, ran.err
+        assert ("HEADRACE_PUSH is set but not used" in ran.err) is is_reported, ran.err
         assert ran.code != 0

@@ -1,4 +1,4 @@
-"""The life of a batch: whatever comes in whatever order, it ends the same way and once."""
+"""States of a batch: in every order of events it completes in the same state, exactly once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headrace.foundation.errors import ClientFault, Conflict, InvalidInput
 
 
 class Life:
-    """One batch with its received set, as a store keeps the two; counts how often it was seen to finish."""
+    """A batch with its received set, as a store keeps them; counts how often it completed."""
 
     def __init__(self, expected_count: int | None) -> None:
         self.batch = BatchRecord(id="batch", expected_count=expected_count)
@@ -56,7 +56,7 @@ class Life:
             assert len(self.received) < 4
 
     def settle(self) -> None:
-        """Some runs that are there come to an end; a worker has nothing to settle that is not there."""
+        """Settle some received runs; a worker can't settle others."""
         count = min(self.due_count, 2)
         self.due_count -= count
         self.now_us += 1
@@ -81,7 +81,7 @@ def test_every_interleaving_of_retry_seal_and_settlement_ends_the_same_and_once(
         life = Life(expected_count)
         for name in order:
             EVENTS[name](life)
-        # What the events left undone, their senders repeat: the client its seal, the workers what is there.
+        # The senders repeat what is not done: the client its seal, the workers their settlements.
         for _ in range(3):
             life.seal()
             life.settle()

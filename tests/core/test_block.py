@@ -1,4 +1,4 @@
-"""Runs in, chunks out."""
+"""Coalescing of runs into chunks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ RUNS = st.lists(
     max_size=60,
     unique_by=lambda run: run[0],
 )
-Told = dict[int, tuple[bytes, Key, int, Extra | None]]
+Content = dict[int, tuple[bytes, Key, int, Extra | None]]
 
 
-def told(chunks: list[Chunk]) -> Told:
-    """What chunks hold, by index."""
-    found: Told = {}
+def content_of(chunks: list[Chunk]) -> Content:
+    """Return the content of chunks, by index."""
+    content: Content = {}
     for chunk in chunks:
         payloads, kinds = unpack(chunk.items)
         keys = {
@@ -32,10 +32,10 @@ def told(chunks: list[Chunk]) -> Told:
         for block_offset, payload in enumerate(payloads):
             index = chunk.index_at(block_offset)
             assert chunk.first_index <= index <= chunk.last_index
-            assert index not in found
+            assert index not in content
             kind = kinds[block_offset] if kinds else JSON
-            found[index] = (payload, keys[block_offset], kind, chunk.extras.get(block_offset))
-    return found
+            content[index] = (payload, keys[block_offset], kind, chunk.extras.get(block_offset))
+    return content
 
 
 @given(RUNS, st.integers(1, 20), st.integers(1, 200))
@@ -47,7 +47,7 @@ def test_every_run_comes_out_once_as_it_went_in(
     for index, payload, key, kind in runs:
         coalescer.add(index, payload, key, kind=kind, extra=extras.get(index))
     chunks = coalescer.flush()
-    assert told(chunks) == {index: (payload, key, kind, extras.get(index)) for index, payload, key, kind in runs}
+    assert content_of(chunks) == {index: (payload, key, kind, extras.get(index)) for index, payload, key, kind in runs}
     assert all(chunk.runs_count <= runs_max for chunk in chunks)
     assert coalescer.flush() == []
 
@@ -95,7 +95,7 @@ def test_indexes_further_apart_than_32_bits_are_in_two_chunks() -> None:
     for index in (2**40, 0, 1):
         coalescer.add(index, b"%d" % index, KEYS[0])
     chunks = coalescer.flush()
-    assert sorted(told(chunks)) == [0, 1, 2**40]
+    assert sorted(content_of(chunks)) == [0, 1, 2**40]
     assert len(chunks) == 2
 
 
@@ -109,6 +109,6 @@ def test_a_narrowed_chunk_holds_the_runs_that_were_kept_and_no_others(
     (chunk,) = coalescer.flush()
     keep = sorted(data.draw(st.sets(st.integers(0, chunk.runs_count - 1))))
     kept = narrowed(chunk, keep)
-    whole = told([chunk])
+    whole = content_of([chunk])
     wanted = {chunk.index_at(block_offset) for block_offset in keep}
-    assert (told([kept]) if kept is not None else {}) == {i: run for i, run in whole.items() if i in wanted}
+    assert (content_of([kept]) if kept is not None else {}) == {i: run for i, run in whole.items() if i in wanted}

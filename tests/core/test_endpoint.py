@@ -1,4 +1,4 @@
-"""Where a request may lead, how it is signed, what an answer decides."""
+"""Endpoints: allowed addresses, signatures, and the outcome of each response."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_address_is_reached_only_if_it_is_global(address: object) -> None:
 
 
 def test_networks_have_a_form_and_a_bound() -> None:
-    assert networks_of([f"10.0.{one}.0/24" for one in range(NETWORKS_MAX)])
+    assert networks_of([f"10.0.{number}.0/24" for number in range(NETWORKS_MAX)])
     for names in (["10.0.0.1/8"], ["everything"], "10.0.0.0/8", ["10.0.0.0/8"] * (NETWORKS_MAX + 1)):
         with pytest.raises(InvalidSetting):
             networks_of(names)
@@ -105,10 +105,10 @@ def test_a_signature_is_that_of_standard_webhooks_one_for_each_secret() -> None:
     first, second = b"k" * 24, b"another secret of ours"
     secrets = secrets_of(["whsec_" + base64.b64encode(first).decode(), second.decode()])
     assert secrets == (first, second)
-    told = signature(secrets, "run_1", 1_700_000_000, b'{"a":1}')
-    for key, one in zip(secrets, told.split(" "), strict=True):
+    signatures = signature(secrets, "run_1", 1_700_000_000, b'{"a":1}')
+    for key, signed in zip(secrets, signatures.split(" "), strict=True):
         digest = hmac.new(key, b'run_1.1700000000.{"a":1}', hashlib.sha256).digest()
-        assert one == "v1," + base64.b64encode(digest).decode()
+        assert signed == "v1," + base64.b64encode(digest).decode()
 
 
 def test_a_secret_that_is_none_is_refused_and_not_repeated() -> None:

@@ -1,4 +1,4 @@
-"""A row at a glance and a row examined: what the glance lets through, an examination would have kept as it is."""
+"""The fast and the full check of a row: a row that passes the fast check is not changed by the full check."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Colour(enum.Enum):
 
 
 class Text(str):
-    """A text that is none: whoever reads the row back would get another type."""
+    """A subclass of str: a row that is read back would have another type."""
 
 
 class Number(int):
-    """A whole number that is none."""
+    """A subclass of int."""
 
 
 class Plain(Entity):

@@ -18,7 +18,7 @@ from headrace.foundation.ids import INDEX_MAX
 
 @pytest.fixture(autouse=True, scope="module", params=["ranges", "bits"])
 def _form(request: pytest.FixtureRequest) -> Iterator[None]:
-    """All of it again with sets that are bits from their first range on, where their indexes are not too far apart."""
+    """Repeat each test with sets that are stored as bits, where their indexes are close enough."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "bits":
             patch.setattr(index_set, "RANGES_MAX", 0)
@@ -51,12 +51,12 @@ def test_ranges_are_added_as_a_set_would(ranges: list[tuple[int, int]]) -> None:
 
 @given(batches, batches)
 def test_a_union_holds_both_and_changes_neither(left: list[int], right: list[int]) -> None:
-    one, other = IndexSet(left), IndexSet(right)
-    assert_same(one.union(other), set(left) | set(right))
-    assert_same(one, set(left))
-    assert_same(other, set(right))
-    assert one.update(other) == len(set(right) - set(left))
-    assert_same(one, set(left) | set(right))
+    left_set, right_set = IndexSet(left), IndexSet(right)
+    assert_same(left_set.union(right_set), set(left) | set(right))
+    assert_same(left_set, set(left))
+    assert_same(right_set, set(right))
+    assert left_set.update(right_set) == len(set(right) - set(left))
+    assert_same(left_set, set(left) | set(right))
 
 
 def test_a_set_may_be_updated_with_itself() -> None:

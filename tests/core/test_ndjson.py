@@ -1,4 +1,4 @@
-"""The NDJSON machine: whole, byte by byte, with a record after. Each rule at its head has tests."""
+"""The NDJSON parser, fed whole input and single bytes, and with a record after. Each rule of the module has tests."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def only_unreadable(items: list[Item]) -> Unreadable:
     return item
 
 
-class TestTheReferencesBehaviours:
-    """What the reference's own tests assert of its parser (numbers 21 to 44 of the contract)."""
+class TestBehavioursOfTriggerDev:
+    """The assertions of trigger.dev's tests of its parser (numbers 21 to 44 of the contract)."""
 
     def test_21_basic_ndjson_is_parsed(self) -> None:
         assert values_of(b'{"index":0}\n{"index":1}\n{"index":2}\n') == [
@@ -164,7 +164,7 @@ class TestTheReferencesBehaviours:
 
 
 class TestHostileLines:
-    """Every line of the corpus, in every way it can arrive."""
+    """Every malformed line, in every way it can arrive."""
 
     @pytest.mark.parametrize("terminator", [b"", b"\n"], ids=["unfinished", "finished"])
     @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
@@ -244,13 +244,13 @@ class TestTheIndexOfALineOverTheLimit:
         "value",
         [b"9" * 100, b"9" * 19, b"-1", b"-0", b"1.5", b"1e3", b"007", b'"3"', b"true", b"[1]", b"null"],
     )
-    def test_an_index_that_is_none_is_not_told(self, value: bytes) -> None:
+    def test_an_invalid_index_is_not_returned(self, value: bytes) -> None:
         assert extract_index_and_task(b'{"index":' + value + b',"task":"t"}') == (-1, "t")
 
-    def test_the_largest_index_is_told(self) -> None:
+    def test_the_largest_index_is_returned(self) -> None:
         assert extract_index_and_task(b'{"index":999999999999999999,"') == (10**18 - 1, "unknown")
 
-    def test_a_number_at_the_edge_is_not_told(self) -> None:
+    def test_a_number_at_the_edge_is_not_returned(self) -> None:
         assert extract_index_and_task(b'{"index":12') == (-1, "unknown")
 
     def test_a_number_cut_by_the_prefix_is_not_mistaken_for_a_shorter_one(self) -> None:
@@ -259,14 +259,14 @@ class TestTheIndexOfALineOverTheLimit:
         marker = only_oversized(items_of(head + b'1234,"q":"' + b"x" * 600 + b'"}', item_bytes_max=600))
         assert marker.index == 0
 
-    def test_an_index_beyond_the_prefix_is_not_told_even_when_the_line_came_whole(self) -> None:
+    def test_an_index_beyond_the_prefix_is_not_returned_even_when_the_line_came_whole(self) -> None:
         line = b'{"p":"' + b"x" * 600 + b'","index":7,"task":"t"}'
         for pieces in ([b"1\n" + line + b"\n"], [b"1\n", *single_bytes(line), b"\n"]):
             _, marker = items_of(*pieces, item_bytes_max=100)
             assert isinstance(marker, Oversized)
             assert (marker.index, marker.task) == (1, "unknown")
 
-    def test_a_text_cut_by_the_prefix_is_not_told(self) -> None:
+    def test_a_text_cut_by_the_prefix_is_not_returned(self) -> None:
         assert extract_index_and_task(b'{"index":1,"task":"half a na') == (1, "unknown")
         assert extract_index_and_task(b'{"index":1,"task":"escaped \\') == (1, "unknown")
 
@@ -382,13 +382,13 @@ class TestMemoryAndWork:
 
 
 class Work:
-    """Bytes looked at or copied by the counted types below."""
+    """Number of bytes that the counting types below read or copied."""
 
     bytes_handled: ClassVar[int] = 0
 
 
 class CountedBytes(bytes):
-    """Bytes that count what is done with them."""
+    """Bytes that count reads and copies."""
 
     def split(self, *arguments: Any) -> list[bytes]:
         Work.bytes_handled += len(self)
@@ -409,7 +409,7 @@ class CountedBytes(bytes):
 
 
 class CountedBytearray(bytearray):
-    """A bytearray that counts what is done with it."""
+    """A bytearray that counts reads and copies."""
 
     def __iadd__(self, other: Any) -> Self:
         Work.bytes_handled += len(other)

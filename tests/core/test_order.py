@@ -1,4 +1,4 @@
-"""Virtual time."""
+"""Order numbers: virtual time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ TIMES = st.integers(0, 10**12)
 
 
 @given(TIMES, TIMES, TIMES, TIMES)
-def test_inside_a_batch_order_is_by_index_whatever_time_it_is(clock: int, base: int, one: int, other: int) -> None:
-    low, high = sorted((one, other))
+def test_inside_a_batch_order_is_by_index_whatever_time_it_is(clock: int, base: int, index: int, other: int) -> None:
+    low, high = sorted((index, other))
     assert first_order_no(clock=clock, base=base, index=low) <= first_order_no(clock=clock, base=base, index=high)
 
 

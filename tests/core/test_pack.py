@@ -23,9 +23,9 @@ def test_kinds_come_back_beside_their_strings(strings: list[bytes], data: st.Dat
     kinds = bytes(
         data.draw(st.lists(st.sampled_from(list(pack.CONTENT_TYPES)), min_size=len(strings), max_size=len(strings)))
     )
-    unpacked, found = pack.unpack(pack.pack(strings, kinds))
+    unpacked, unpacked_kinds = pack.unpack(pack.pack(strings, kinds))
     assert unpacked == strings
-    assert (found or bytes(len(strings))) == kinds
+    assert (unpacked_kinds or bytes(len(strings))) == kinds
 
 
 @given(STRINGS.filter(bool), st.data())
@@ -49,7 +49,7 @@ def test_kinds_that_are_all_json_cost_nothing() -> None:
 
 
 @given(st.binary(max_size=60))
-def test_rubbish_is_said_to_be_rubbish_or_read_as_what_it_says(data: bytes) -> None:
+def test_random_bytes_are_refused_or_decoded(data: bytes) -> None:
     try:
         strings, kinds = pack.unpack(data)
     except StoreBroken:

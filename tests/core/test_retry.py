@@ -1,4 +1,4 @@
-"""Retry policies: what is refused, who gives up when, how delays grow, and how due times meet."""
+"""Retry policies: their bounds, when they give up, how delays grow, and how due times are quantised."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def no_chance() -> float:
 
 
 def never_called() -> float:
-    raise AssertionError("there is nothing to leave to chance")
+    raise AssertionError("a policy without jitter draws no random number")
 
 
 def test_one_attempt_is_no_retry() -> None:
@@ -75,11 +75,11 @@ def test_delays_grow_as_their_backoff_says_up_to_the_cap(backoff: Backoff, expec
 @pytest.mark.parametrize("factor", [1, 1.0000001, 2, 1_000.0])
 def test_no_attempt_number_overflows(backoff: Backoff, delay_s: float, factor: float) -> None:
     policy = Retry(attempts=ATTEMPTS_MAX, backoff=backoff, delay_s=delay_s, factor=factor)
-    found = delays_s(policy, [1, 2, 400, 1_100, 50_000, ATTEMPTS_MAX - 1])
-    assert all(0 <= delay <= policy.delay_max_s for delay in found)
-    assert found == sorted(found)
+    delays = delays_s(policy, [1, 2, 400, 1_100, 50_000, ATTEMPTS_MAX - 1])
+    assert all(0 <= delay <= policy.delay_max_s for delay in delays)
+    assert delays == sorted(delays)
     if delay_s == 0.0 or (backoff == "exponential" and factor >= 2):
-        assert found[-1] == (policy.delay_max_s if delay_s else 0.0)
+        assert delays[-1] == (policy.delay_max_s if delay_s else 0.0)
 
 
 @given(st.floats(0, 1), st.floats(0, 1, exclude_max=True), st.integers(1, 60))
@@ -190,9 +190,7 @@ def test_a_quantised_time_is_never_early_and_hardly_late(now_us: int, delay_us: 
 @given(st.integers(1, 10**15), st.integers(0, 10**9))
 def test_a_quantised_time_stays_where_it_is_when_quantised_again(delay_us: int, waited_us: int) -> None:
     quantised = quantised_due_us(NOW_US + delay_us, NOW_US)
-    no_more_left_us = (
-        quantised - delay_us
-    )  # before that moment more is left than was asked for, on a coarser grid perhaps
+    no_more_left_us = quantised - delay_us  # an earlier time has more of the delay left, perhaps with a coarser quantum
     later_us = min(no_more_left_us + waited_us, quantised)
     assert quantised_due_us(quantised, later_us) == quantised
 

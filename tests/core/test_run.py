@@ -1,4 +1,4 @@
-"""The table of a run's life, and what is drawn from it."""
+"""The table of a run's transitions, and the diagram made from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a schedule ticks, where clocks are put forward and back, and what becomes of missed ticks."""
+"""Ticks of schedules, also when clocks change for daylight saving, and missed ticks."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def cron(expression: str, zone: str = "UTC") -> Cron:
 
 
 def us(text: str, zone: str = "UTC") -> int:
-    """A moment as people there write it."""
+    """Return a local time in microseconds since 1970."""
     return round(datetime.fromisoformat(text).replace(tzinfo=ZoneInfo(zone)).timestamp()) * SECOND_US
 
 
 def ticks(rule: Rule, after_us: int, count: int, zone: str = "UTC") -> list[str]:
-    """Some ticks, as people there write them."""
-    found = []
+    """Return the next ticks as local times."""
+    texts = []
     for _ in range(count):
         tick_us = rule.after(after_us)
         assert tick_us is not None
         after_us = tick_us
-        found.append(datetime.fromtimestamp(tick_us // SECOND_US, ZoneInfo(zone)).isoformat(timespec="minutes"))
-    return found
+        texts.append(datetime.fromtimestamp(tick_us // SECOND_US, ZoneInfo(zone)).isoformat(timespec="minutes"))
+    return texts
 
 
 # -- clocks put forward and back
@@ -108,7 +108,7 @@ MOMENTS = st.one_of(NEAR_CHANGES, st.integers(us("2001-01-01"), us("2060-01-01")
 
 @settings(max_examples=150, deadline=None)
 @given(rule=st.one_of(CRONS, EVERY), moment_us=MOMENTS, share=st.floats(0, 1, exclude_max=True))
-def test_the_next_tick_is_strictly_later_and_the_same_whoever_asks_from_wherever_before_it(
+def test_the_next_tick_is_strictly_later_and_the_same_for_every_time_before_it(
     rule: Rule, moment_us: int, share: float
 ) -> None:
     first_us = rule.after(moment_us)
@@ -146,11 +146,11 @@ def test_of_missed_ticks_are_run_as_many_as_the_policy_says_and_always_the_newes
     fresh = [tick_us for tick_us in newest if tick_us > NOW_US - grace * MINUTE_US]
     expected = {"all": newest, "once": fresh or newest[-1:], "skip": fresh}
     for policy in ("skip", "once", "all"):
-        found = asked(rule, after_us, policy, grace_us=grace * MINUTE_US, ticks_max=ticks_max)
+        decided = asked(rule, after_us, policy, grace_us=grace * MINUTE_US, ticks_max=ticks_max)
         if not every:
-            assert found is None
+            assert decided is None
         else:
-            assert found == Due(expected[policy], every[-1], len(newest) - len(expected[policy]))
+            assert decided == Due(expected[policy], every[-1], len(newest) - len(expected[policy]))
 
 
 def asked(rule: Rule, after_us: int, policy: str, **bounds: int) -> Due | None:
@@ -169,9 +169,9 @@ def test_a_rule_that_ticks_each_minute_and_was_away_for_years_is_asked_about_its
             asked_count += 1
             return Every(60).after(moment_us)
 
-    found = asked(Counting(), 0, "all", grace_us=MINUTE_US, ticks_max=100)
-    assert found is not None
-    assert len(found.ticks_us) == 100
+    decided = asked(Counting(), 0, "all", grace_us=MINUTE_US, ticks_max=100)
+    assert decided is not None
+    assert len(decided.ticks_us) == 100
     assert asked_count < 1_000
 
 

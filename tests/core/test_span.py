@@ -1,4 +1,4 @@
-"""What is claimed, fenced and split: decisions over spans, without a store."""
+"""Decisions over spans: claims, fencing and splits, without a store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOW = 1_700_000_000_000_000
 
 
 def leased(count: int = 8, **changes: object) -> Span:
-    """A span under its first lease."""
+    """Return a span under its first lease."""
     fresh = Span(
         id=1,
         block_id=7,
@@ -37,7 +37,7 @@ def leased(count: int = 8, **changes: object) -> Span:
 def report(
     of: Span, codes: str, span_slots: list[int] | None = None, dues_us: tuple[int, ...] = (), part_no: int = 0
 ) -> Settlement:
-    """A settlement with a result for each code."""
+    """Return a settlement with a result for each code."""
     return Settlement(
         span_id=of.id,
         token=of.token,
@@ -57,15 +57,15 @@ def settle(
 
 
 def living(spans: list[Span]) -> dict[int, int]:
-    """The state of each block position, from the one span in which it lives."""
-    found: dict[int, int] = {}
-    for one in spans:
-        assert one.unsettled_count == run.unsettled_count(one.states)
-        for block_offset, state in zip(span.block_offsets_of(one), one.states, strict=True):
+    """Return the state of each block offset, from the one span that holds its run."""
+    states: dict[int, int] = {}
+    for living_span in spans:
+        assert living_span.unsettled_count == run.unsettled_count(living_span.states)
+        for block_offset, state in zip(span.block_offsets_of(living_span), living_span.states, strict=True):
             if state != run.MOVED:
-                assert block_offset not in found, "a run lives in one span"
-                found[block_offset] = state
-    return found
+                assert block_offset not in states, "a run lives in one span"
+                states[block_offset] = state
+    return states
 
 
 @given(st.integers(1, 40), st.data())
@@ -95,11 +95,13 @@ def test_a_lease_raises_the_fence() -> None:
 
 
 def test_a_repeat_is_recorded_and_a_lost_lease_changes_nothing() -> None:
-    one = leased()
-    assert settle(one, report(one, "c" * 8), recorded=True) == span.SpanDecision(RECORDED)
-    assert settle(None, report(one, "c" * 8)) == span.SpanDecision(LOST)
-    released = release(one, one.token, suspects=(), evidence="", policy=Policy(), clock=0, now_us=NOW).span
-    assert settle(released, report(one, "c" * 8)) == span.SpanDecision(LOST)
+    leased_span = leased()
+    assert settle(leased_span, report(leased_span, "c" * 8), recorded=True) == span.SpanDecision(RECORDED)
+    assert settle(None, report(leased_span, "c" * 8)) == span.SpanDecision(LOST)
+    released = release(
+        leased_span, leased_span.token, suspects=(), evidence="", policy=Policy(), clock=0, now_us=NOW
+    ).span
+    assert settle(released, report(leased_span, "c" * 8)) == span.SpanDecision(LOST)
 
 
 @given(st.integers(1, 30), st.data())
@@ -121,26 +123,26 @@ def test_settling_in_parts_comes_to_what_settling_at_once_does(count: int, data:
 
 
 def test_a_run_can_not_end_twice_under_one_lease() -> None:
-    one = leased(3)
-    after = settle(one, report(one, "c", [1])).span
+    leased_span = leased(3)
+    after = settle(leased_span, report(leased_span, "c", [1])).span
     assert after is not None
     for codes, span_slots in (("c", [1]), ("ccc", None)):
         with pytest.raises(IllegalTransition):
-            settle(after, report(one, codes, span_slots, part_no=1))
+            settle(after, report(leased_span, codes, span_slots, part_no=1))
     assert after.states == b"wcw", "the error changed nothing"
 
 
 @pytest.mark.parametrize("codes", ["m", "w", "s", "?"])
 def test_an_outcome_is_one_of_five(codes: str) -> None:
-    one = leased(1)
+    leased_span = leased(1)
     with pytest.raises(IllegalTransition):
-        settle(one, report(one, codes))
+        settle(leased_span, report(leased_span, codes))
 
 
 def test_retries_due_together_are_one_span_of_the_next_attempt() -> None:
-    one = leased(6, attempt=2)
+    leased_span = leased(6, attempt=2)
     soon, late = NOW + 10_000_000, NOW + 100_000_000
-    verdict = settle(one, report(one, "crrcrr", None, (soon, soon + 1_000, late, soon)))
+    verdict = settle(leased_span, report(leased_span, "crrcrr", None, (soon, soon + 1_000, late, soon)))
     assert verdict.span is not None
     assert verdict.span.states == b"cmmcmm"
     assert [list(span.block_offsets_of(fresh)) for fresh in verdict.spans] == [[1, 2, 5], [4]]
@@ -154,34 +156,34 @@ def test_retries_due_together_are_one_span_of_the_next_attempt() -> None:
 
 
 def test_nothing_is_retried_in_a_stopped_batch_or_against_a_cancel() -> None:
-    one = leased(2)
-    stopped = settle(one, report(one, "rr", None, (NOW, NOW)), policy=Policy(stopped=True))
+    leased_span = leased(2)
+    stopped = settle(leased_span, report(leased_span, "rr", None, (NOW, NOW)), policy=Policy(stopped=True))
     assert (stopped.counts, stopped.spans) == (Counts(cancelled=2), ())
-    single = settle(one, report(one, "rr", None, (NOW, NOW)), policy=Policy(cancelled=frozenset({1})))
+    single = settle(leased_span, report(leased_span, "rr", None, (NOW, NOW)), policy=Policy(cancelled=frozenset({1})))
     assert single.span is not None
     assert (single.span.states, len(single.spans)) == (b"mx", 1)
 
 
 def crash(of: Span, suspects: list[int], crashes_max: int = 3) -> span.SpanDecision:
-    """The worker died."""
+    """Release the span of a worker that crashed."""
     policy = Policy(crashes_max=crashes_max)
     return release(of, of.token, suspects=suspects, evidence="signal 9", policy=policy, clock=9, now_us=NOW)
 
 
 def test_a_crash_is_charged_to_what_had_begun_and_to_nothing_else() -> None:
-    one = leased(6)
-    verdict = crash(one, [1, 4])
+    leased_span = leased(6)
+    verdict = crash(leased_span, [1, 4])
     assert verdict.span is not None
     (guilty,) = verdict.spans
     assert (list(span.block_offsets_of(guilty)), guilty.crashes_count, guilty.attempt) == ([1, 4], 1, 1)
     assert (verdict.span.crashes_count, verdict.span.states, verdict.span.state) == (0, b"wmwwmw", WAITING)
 
 
-def test_a_release_in_good_order_charges_nobody() -> None:
+def test_a_graceful_release_counts_no_crash() -> None:
     verdict = crash(leased(4), [])
     assert verdict.span is not None
     assert (verdict.span.states, verdict.span.crashes_count, verdict.spans) == (b"wwww", 0, ())
-    assert verdict.span.order_no == 9, "the head of the line"
+    assert verdict.span.order_no == 9, "recovered runs come first in their queue"
 
 
 def test_from_the_second_crash_on_suspects_are_bisected() -> None:
@@ -231,7 +233,7 @@ def test_the_killer_fails_with_its_evidence() -> None:
 
 def test_an_at_most_once_run_that_was_handed_out_is_not_run_again() -> None:
     once = leased(3, at_most_once=True)
-    assert once.states == b"sss", "recorded before hand-out"
+    assert once.states == b"sss", "recorded before delivery"
     verdict = crash(once, [1])
     assert verdict.span is not None
     assert verdict.span.states == b"wfw"
@@ -239,15 +241,17 @@ def test_an_at_most_once_run_that_was_handed_out_is_not_run_again() -> None:
 
 
 def test_what_is_given_back_to_a_stopped_batch_is_cancelled() -> None:
-    one = leased(3)
-    verdict = release(one, one.token, suspects=[0], evidence="", policy=Policy(stopped=True), clock=0, now_us=NOW)
+    leased_span = leased(3)
+    verdict = release(
+        leased_span, leased_span.token, suspects=[0], evidence="", policy=Policy(stopped=True), clock=0, now_us=NOW
+    )
     assert verdict.counts == Counts(cancelled=3)
     assert verdict.span is not None
     assert set(living([verdict.span, *verdict.spans]).values()) == {run.CANCELLED}
 
 
 def test_a_redrive_starts_over_and_counts_back() -> None:
-    ended = settle(one := leased(4, crashes_count=2, expires_us=1), report(one, "cffx")).span
+    ended = settle(leased_span := leased(4, crashes_count=2, expires_us=1), report(leased_span, "cffx")).span
     assert ended is not None
     kept, fresh, change = span.redrive(ended, None, clock=3)
     assert fresh is not None
@@ -261,7 +265,7 @@ def test_a_redrive_starts_over_and_counts_back() -> None:
     _, named, change = span.redrive(ended, {0, 3}, clock=3)
     assert named is not None
     assert (list(span.block_offsets_of(named)), change) == ([3], Counts(cancelled=-1)), (
-        "success is not sent round again"
+        "completed runs are not redriven"
     )
 
 

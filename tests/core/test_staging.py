@@ -1,4 +1,4 @@
-"""The staged store and the merge of sources: pure machines, against plain lists and dicts."""
+"""Staging of rows, and merging of sources, compared with plain lists and dicts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ bounds = st.one_of(st.none(), st.integers(-4, 4))
 
 
 def filled(count: int, *, history: bool = False) -> Staging:
-    """Rows 0 to `count`, cut and not committed."""
+    """Stage the rows 0 to `count`, in a cut batch that is not committed."""
     staging = Staging([CELL], keeps_history=["cell"] if history else ())
     staging.tables[0].begin_reading()
     for n in range(count):
@@ -49,7 +49,7 @@ def test_an_index_follows_every_change_of_its_rows(
     staging = Staging([CELL])
     table = staging.tables[0]
     table.index("value")
-    staging.staged(table, conditions_of(CELL, {"value": Range(0)}))  # from here on the values are kept in order too
+    staging.staged(table, conditions_of(CELL, {"value": Range(0)}))  # now the values are also kept in order
     plain: dict[int, Cell] = {}
     for row_id, step in steps:
         if step == "drop":
@@ -82,7 +82,7 @@ def test_what_is_not_committed_never_leaves_memory() -> None:
     assert len(table.rows) == 100
     staging.end_read()
     assert not staging.evict(0)
-    assert table.rows == {7: Cell(7, 70)}, "and what was changed since stays"
+    assert table.rows == {7: Cell(7, 70)}, "rows changed since then stay"
 
 
 def test_eviction_takes_the_oldest_committed_rows_and_no_more_than_it_must() -> None:
@@ -117,11 +117,11 @@ def test_what_a_select_says_never_replaces_what_memory_knows() -> None:
     table.write(Cell(1, 5), 1)
     table.delete(2, 1)
     conditions = conditions_of(CELL, {"value": any_of(1, 5)})
-    found = staging.merged(table, conditions, [Cell(1, 1), Cell(2, 1), Cell(3, 1)])
-    assert found == [Cell(1, 5), Cell(3, 1)]
+    merged = staging.merged(table, conditions, [Cell(1, 1), Cell(2, 1), Cell(3, 1)])
+    assert merged == [Cell(1, 5), Cell(3, 1)]
     assert staging.adopt(table, 1, None) == Cell(1, 5)
     assert staging.adopt(table, 4, None) is None
-    assert table.rows.get(4, MISSING) is None, "and that it is absent is known from here on"
+    assert table.rows.get(4, MISSING) is None, "its absence is known now"
 
 
 def test_a_row_set_twice_by_one_event_is_one_row_of_history() -> None:
@@ -140,9 +140,11 @@ def test_a_row_set_twice_by_one_event_is_one_row_of_history() -> None:
 def test_sources_in_any_pieces_merge_into_the_one_order(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 3))
     times = [sorted(data.draw(st.lists(st.integers(0, 9), max_size=12))) for _ in range(count)]
-    wanted = sorted((time, source, at) for source, own in enumerate(times) for at, time in enumerate(own, 1))
+    wanted = sorted(
+        (time, source, at) for source, source_times in enumerate(times) for at, time in enumerate(source_times, 1)
+    )
     machine = Sequencer([f"s{n}" for n in range(count)], [None] * count)
-    left = [list(enumerate(own, 1)) for own in times]
+    left = [list(enumerate(source_times, 1)) for source_times in times]
     is_open = [True] * count
     got: list[tuple[int, int, int]] = []
     while not machine.is_over:
@@ -163,7 +165,7 @@ def test_sources_in_any_pieces_merge_into_the_one_order(data: st.DataObject) -> 
     assert isinstance(msgspec.json.encode(got), bytes)
 
 
-def test_of_a_type_that_nobody_reads_only_what_is_not_committed_is_held_and_the_first_read_sees_it() -> None:
+def test_rows_of_a_type_that_is_never_read_are_held_until_their_commit_and_the_first_read_sees_them() -> None:
     staging = Staging([CELL])
     table = staging.tables[0]
     table.write(Cell(1, 1), 1)
@@ -174,12 +176,12 @@ def test_of_a_type_that_nobody_reads_only_what_is_not_committed_is_held_and_the_
     table.delete(1, 2)
     staging.cut()
     staging.committed(1)
-    assert not table.rows, "nobody has asked for one"
+    assert not table.rows, "no row was requested"
     table.write(Cell(4, 4), 3)
     table.begin_reading()
     assert table.rows == {1: None, 2: Cell(2, 3), 3: Cell(3, 3), 4: Cell(4, 4)}
     staging.committed(1)
-    assert table.rows[3] == Cell(3, 3), "and from then on it stays as long as there is room"
+    assert table.rows[3] == Cell(3, 3), "once read, rows stay while memory allows"
     unread = Staging([CELL])
     unread.tables[0].write(Cell(1, 1, "x" * 10_000), 1)
     unread.cut()

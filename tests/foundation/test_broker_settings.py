@@ -1,4 +1,4 @@
-"""Settings of the task broker: secrets that are never shown, endpoints that can be called."""
+"""Settings of the task broker: secrets are never shown, endpoints are valid addresses."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ def test_what_is_no_secret_is_refused_by_name_and_not_repeated(tmp_path: Path, t
 
 def test_secrets_are_shown_nowhere(tmp_path: Path) -> None:
     settings = load({}, {"HEADRACE_GRPC_SECRETS": ONE}, tmp_path)
-    shown = {one.name: one.value for one in settings.shown()}
+    shown = {setting.name: setting.value for setting in settings.shown()}
     assert shown["grpc_secrets"] == HIDDEN
     assert ONE not in repr(settings)
 
 
 def test_endpoints_are_read_in_order(tmp_path: Path) -> None:
     text = "a=http://localhost:50052, b=https://hands.example,a=http://[::1]:7"
-    found = (
+    targets = (
         PushTarget("a", "localhost", 50_052, is_tls=False),
         PushTarget("b", "hands.example", 443, is_tls=True),
         PushTarget("a", "::1", 7, is_tls=False),
     )
-    assert push_targets(text) == found
+    assert push_targets(text) == targets
     settings = load({}, {"HEADRACE_PUSH": text}, tmp_path)
-    assert settings.push == found
-    shown = {one.name: one.value for one in settings.shown()}
+    assert settings.push == targets
+    shown = {setting.name: setting.value for setting in settings.shown()}
     assert shown["push"] == "a=http://localhost:50052, b=https://hands.example:443, a=http://[::1]:7"
 
 

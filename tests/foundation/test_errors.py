@@ -1,4 +1,4 @@
-"""Errors: whose fault it is, whether trying again can help, and what to do."""
+"""Errors: who can correct them, whether a retry can help, and their hints."""
 
 from __future__ import annotations
 

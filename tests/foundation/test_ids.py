@@ -1,4 +1,4 @@
-"""Ids: sortable by time, never the same twice, and read back only as they were written."""
+"""Ids: sortable by time, unique, and parsed only in the form in which they are written."""
 
 from __future__ import annotations
 

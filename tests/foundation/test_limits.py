@@ -1,4 +1,4 @@
-"""Limits: every bound is a bound, and bounds that contradict each other never start a process."""
+"""Limits: every bound is enforced, and contradictory limits are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: who wins, what is refused and how, what is never shown."""
+"""Settings: precedence of sources, errors, and hidden secrets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def source(settings: Settings, name: str) -> tuple[object, str]:
     return settings.value(name), settings.sources[name]
 
 
-def test_defaults_hold_when_nobody_says_otherwise(tmp_path: Path) -> None:
+def test_defaults_apply_when_nothing_is_set(tmp_path: Path) -> None:
     settings = load({}, {}, tmp_path)
     assert settings.store == "sqlite:///headrace.db"
     assert settings.objects is None
@@ -93,7 +93,7 @@ def test_a_number_in_the_file_is_a_number(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("store", "", "store: expected a URL"),
         ("store", "headrace.db", "store: expected a URL"),
@@ -109,8 +109,8 @@ def test_a_number_in_the_file_is_a_number(tmp_path: Path, text: str) -> None:
         ("processes", "-1", "processes: expected an integer from 0 to 1024 (processes), got -1"),
     ],
 )
-def test_a_bad_value_is_refused_by_name(tmp_path: Path, name: str, value: object, said: str) -> None:
-    assert said in refused(tmp_path, flags={name: value}).message
+def test_a_bad_value_is_refused_by_name(tmp_path: Path, name: str, value: object, message: str) -> None:
+    assert message in refused(tmp_path, flags={name: value}).message
 
 
 def test_choices_are_read_in_any_case(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_variables_of_others_and_of_later_versions_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said", "hint"),
+    ("text", "message", "hint"),
     [
         ("stoer = 1", "headrace.toml: unknown setting stoer", "did you mean store?"),
         ("[limit]\nx = 1", "headrace.toml: unknown setting limit", "did you mean limits?"),
@@ -160,10 +160,10 @@ def test_variables_of_others_and_of_later_versions_pass(tmp_path: Path) -> None:
         ("x = " + "[" * 50_000, "headrace.toml: expected TOML", 'write lines like store = "…"'),
     ],
 )  # fmt: skip
-def test_a_wrong_file_is_refused_with_a_hint(tmp_path: Path, text: str, said: str, hint: str) -> None:
+def test_a_wrong_file_is_refused_with_a_hint(tmp_path: Path, text: str, message: str, hint: str) -> None:
     write(tmp_path, text)
     error = refused(tmp_path)
-    assert error.message.startswith(said)
+    assert error.message.startswith(message)
     assert error.hint == hint
 
 

@@ -1,6 +1,6 @@
-"""The settings page is made from the tables of the code.
+"""The settings page is generated from the tables in the code.
 
-`python tests/foundation/test_settings_page.py` writes it anew.
+`python tests/foundation/test_settings_page.py` writes it again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ flush_size = 500
 
 
 def page() -> str:
-    """The whole page, as it must stand in `docs/settings.md`."""
+    """Return the content of `docs/settings.md`."""
     lines = [HEAD, "## General\n", "| name | variable | default | values | |", "|---|---|---|---|---|"]
     lines += [
         row(option.name, f"`{option.default}`" if option.default is not None else "unset", option.form)
@@ -51,7 +51,7 @@ def page() -> str:
 
 
 def row(name: str, *cells: str) -> str:
-    """The start of a table's row: the name, its variable and some cells."""
+    """Return the start of a table row: the name, its variable and more cells."""
     return " | ".join([f"| `{name}`", f"`{PREFIX}{name.upper()}`", *cells]) + " |"
 
 

@@ -93,7 +93,7 @@ async def test_every_remote_operation_is_a_store_operation_with_the_same_result(
             (lease,) = await remote_store.claim(session_id)
             assert lease.extras[1].headers == {"h": "v"}
             held = (await remote.heartbeat(session_id, now_us=1)).leases
-            assert [(one.span_id, one.token) for one in held] == [(lease.span_id, lease.token)]
+            assert [(held_lease.span_id, held_lease.token) for held_lease in held] == [(lease.span_id, lease.token)]
             assert await remote_store.settle(lease, "cfcc") == "settled"
             near = await server.engine.store.outcomes(batch_id, 0, 10)
             assert await remote.outcomes(batch_id, 0, 10) == near
@@ -124,11 +124,11 @@ async def test_schedules_tick_once_over_the_network_in_the_key_s_environment(tmp
             await remote.open()
         now_us = server.engine.clock.now_us()
         engines = [replace(server.engine, store=remote, clock=ManualClock(now_us)) for remote in remotes]
-        schedulers = [Scheduler(replace(one, environment="elsewhere"), app.registry) for one in engines]
-        await asyncio.gather(*(one.round() for one in schedulers))
-        for one in engines:
-            one.clock.advance(5)  # type: ignore[attr-defined]  # a clock that a test holds
-        await asyncio.gather(*(one.round() for one in schedulers))
+        schedulers = [Scheduler(replace(engine, environment="elsewhere"), app.registry) for engine in engines]
+        await asyncio.gather(*(scheduler.round() for scheduler in schedulers))
+        for engine in engines:
+            engine.clock.advance(5)  # type: ignore[attr-defined]  # a clock that a test holds
+        await asyncio.gather(*(scheduler.round() for scheduler in schedulers))
         batches = [batch for batch, _ in await server.engine.store.batches("default")]
         assert [(batch.kind, batch.task, batch.state) for batch in batches] == [("single", "echo", "sealed")] * 5
         (stored,) = await remotes[0].schedules("elsewhere")
@@ -155,7 +155,7 @@ async def test_a_client_cannot_tick_beyond_the_store_s_limits(tmp_path: Path) ->
         with pytest.raises(ClientFault, match="at most 1000 schedules"):
             await remote_store.store.keep_schedules("", "app", [hourly] * 1_001, now_us=1)
         (two,) = chunks_of(range(2))
-        (one,) = chunks_of([0])
+        (single,) = chunks_of([0])
         (keyed,) = chunks_of([0], extras={0: Extra(idempotency_key="k")})
         new = NewBatch(id=new_batch_id(now_us), task="task")
         fine = Tick(
@@ -164,8 +164,8 @@ async def test_a_client_cannot_tick_beyond_the_store_s_limits(tmp_path: Path) ->
         for changed in (
             {"runs": [(new, two)]},
             {"runs": [(new, keyed)]},
-            {"runs": [(msgspec.structs.replace(new, id="batch_x"), one)]},
-            {"runs": [(new, one)] * 1_001},
+            {"runs": [(msgspec.structs.replace(new, id="batch_x"), single)]},
+            {"runs": [(new, single)] * 1_001},
             {"until_us": now_us + 2 * 3_600_000_000},
             {"until_us": stored.last_us},
             {"last_us": -1},
@@ -173,7 +173,7 @@ async def test_a_client_cannot_tick_beyond_the_store_s_limits(tmp_path: Path) ->
             with pytest.raises(ClientFault):
                 await remote_store.store.tick("", msgspec.structs.replace(fine, **changed), now_us=1)
         assert await server.engine.store.schedules("default") == [stored]
-        result = await remote_store.store.tick("", msgspec.structs.replace(fine, runs=[(new, one)]), now_us=1)
+        result = await remote_store.store.tick("", msgspec.structs.replace(fine, runs=[(new, single)]), now_us=1)
         assert result.is_ours
 
 
@@ -292,7 +292,9 @@ async def test_heartbeats_have_a_thread_of_their_own_over_a_server_too(tmp_path:
             heartbeats: set[int] = set()
             while len(heartbeats) < 4:
                 heartbeats |= {
-                    one.heartbeat_us for one in await server.engine.maintenance.sessions() if one.id == session_id
+                    session.heartbeat_us
+                    for session in await server.engine.maintenance.sessions()
+                    if session.id == session_id
                 }
 
 

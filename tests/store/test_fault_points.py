@@ -143,7 +143,7 @@ async def test_a_process_killed_at_any_statement_of_any_operation_loses_and_doub
     async with forks_of("tests.support.killed_process") as forks:
         lives = Lives(url, tmp_path, forks)
         for place in places:
-            if await lives.live(place) == "told":  # after what earlier processes left, the scenario takes another way
+            if await lives.live(place) == "ended":  # after what earlier processes left, the scenario takes another way
                 lives.begin()
                 assert await lives.live(place) == "killed", place
             async with opened(url) as store:
@@ -151,7 +151,7 @@ async def test_a_process_killed_at_any_statement_of_any_operation_loses_and_doub
                     scenario = faulty_scenario(store, lives.environment, lives.now_us, lambda place: None)
                     assert await scenario.faults() == [], place
                 assert await lost_promises(store, lives.environment, lives.told) == [], place
-        assert await lives.live("") == "told"
+        assert await lives.live("") == "ended"
         async with opened(url) as store:
             assert await faulty_scenario(store, lives.environment, lives.now_us, lambda place: None).faults() == []
             main = await store.find_batch(lives.environment, "main")

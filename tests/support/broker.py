@@ -75,7 +75,7 @@ def varint(number: int) -> bytes:
 
 def stream(*messages: wire.TaskActivation | bytes) -> bytes:
     """Encode a stream of messages, each after its length."""
-    parts = [one if isinstance(one, bytes) else one.SerializeToString() for one in messages]
+    parts = [message if isinstance(message, bytes) else message.SerializeToString() for message in messages]
     return b"".join(varint(len(part)) + part for part in parts)
 
 
@@ -141,7 +141,7 @@ class BrokerRig:
         )
 
     async def runs(self) -> list[RunRecord]:
-        """All activations in order of arrival."""
+        """Return all activations in order of arrival."""
         result = await self.engine.store.runs(self.engine.environment, task=LANE, limit=invariants.ALL)
         return sorted(result, key=lambda view: (view.batch_id, view.index))
 
@@ -153,7 +153,7 @@ class BrokerRig:
         return {state: count for state, count in result.items() if count}
 
     async def drain(self, workers_count: int, status: int = COMPLETE) -> list[str]:
-        """Let workers fetch and report until nothing is left. Returns the delivered ids in order."""
+        """Run workers that fetch and report until nothing is left. Returns the delivered ids in order."""
         delivered: list[str] = []
 
         async def work() -> None:
@@ -217,7 +217,7 @@ async def running_broker(
 
 
 def ids(tasks: Iterable[wire.TaskActivation]) -> list[str]:
-    """The ids of some tasks."""
+    """Return the ids of tasks."""
     return [task.id for task in tasks]
 
 

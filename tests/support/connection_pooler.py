@@ -90,8 +90,8 @@ class Pooler:
             unknown = sorted(set(parameters) - KNOWN_PARAMETERS)
             if unknown:
                 self.refused += unknown
-                said = f"SFATAL\0C08P01\0Munsupported startup parameter: {unknown[0]}\0\0".encode()
-                writer.write(b"E" + struct.pack("!I", len(said) + 4) + said)
+                error = f"SFATAL\0C08P01\0Munsupported startup parameter: {unknown[0]}\0\0".encode()
+                writer.write(b"E" + struct.pack("!I", len(error) + 4) + error)
                 await writer.drain()
                 return None
             return parameters
@@ -149,8 +149,8 @@ class Pooler:
     async def _give_back(self, session: Session, key: bytes) -> None:
         self._working.pop(key, None)
         if self._forgets:
-            said = b"DISCARD ALL\0"
-            session.writer.write(b"Q" + struct.pack("!I", len(said) + 4) + said)
+            discard = b"DISCARD ALL\0"
+            session.writer.write(b"Q" + struct.pack("!I", len(discard) + 4) + discard)
             while (await _message(session.reader))[0] != b"Z":
                 pass
         async with self._given_back:

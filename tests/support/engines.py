@@ -1,4 +1,4 @@
-"""Engines under test: a real SQLite file or memory, with a real clock or one that a test holds; and a faulty store."""
+"""Engines under test: on a SQLite file or in memory, with a real or a manual clock; and a faulty store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ on_each_store = pytest.mark.parametrize("kind", KINDS)
 
 
 async def engine_of(kind: str, folder: Path, *, clock: Clock | None = None, **limits: int) -> Engine:
-    """An open engine; whoever asked closes it."""
+    """Open an engine; the caller closes it."""
     if kind == "memory":
         return await memory_engine(Limits(**limits), clock or SystemClock())
     flags = {"store": f"sqlite:///{folder / 'headrace.db'}", **limits}
@@ -33,7 +33,7 @@ async def engine_of(kind: str, folder: Path, *, clock: Clock | None = None, **li
 
 @asynccontextmanager
 async def opened(kind: str, folder: Path, **more: Any) -> AsyncGenerator[Engine, None]:
-    """An engine for a block, which ends with every invariant."""
+    """Open an engine while the block lasts; every invariant must hold at its end."""
     engine = await engine_of(kind, folder, **more)
     try:
         yield engine
@@ -44,7 +44,7 @@ async def opened(kind: str, folder: Path, **more: Any) -> AsyncGenerator[Engine,
 
 @asynccontextmanager
 async def app_on(engine: Engine) -> AsyncGenerator[Headrace, None]:
-    """An app that works on this engine and leaves it open."""
+    """Return an app on this engine; closing the app leaves the engine open."""
     app = Headrace("test")
     app.use_engine(engine)
     try:
@@ -55,7 +55,7 @@ async def app_on(engine: Engine) -> AsyncGenerator[Headrace, None]:
 
 
 class Faulty:
-    """A store whose verbs fail when told: `before` does nothing and raises, `after` does it and loses the answer."""
+    """A store whose operations fail: `before` raises without effect, `after` performs it and loses the answer."""
 
     def __init__(self, store: Any) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""An executor under test: leases made by hand, a clock that stands, an object store that is a dict."""
+"""An executor under test: hand-made leases, a manual clock, an object store that is a dict."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = {**run.NAMES, RETRY: "retry", 0: "open"}
 
 
 class Objects:
-    """Where large payloads live; `faults` are raised one a request before any is answered."""
+    """An object store as a dict. `faults` are raised first, one per request."""
 
     def __init__(self) -> None:
         self.kept: dict[bytes, tuple[bytes, int]] = {}
@@ -50,7 +50,7 @@ class Objects:
 
 
 class Rig:
-    """An executor with one task, `task`, and what became of its runs."""
+    """An executor with one task, `task`, and the outcomes of its runs."""
 
     def __init__(
         self, function: Callable[..., Any], *, concurrency: int = 8, limits: Limits | None = None, **options: Any
@@ -74,20 +74,20 @@ class Rig:
             deadline=self.deadlines.append if self.inline else None,
         )
         self._tokens = 0
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
 
     def _over(self, work: ActiveLease) -> None:
         self.over.append(work)
-        self._news.set()
+        self._changed.set()
 
     def _dirty(self, work: ActiveLease) -> None:
         work.dirty_since_us = self.clock.now_us()
         self.dirty.append(work)
 
     def work(self, payloads: Sequence[bytes], *, kinds: bytes | None = None, **more: Any) -> ActiveLease:
-        """A lease over runs with these payloads, not yet submitted."""
+        """Make a lease of runs with these payloads, without submitting it."""
         self._tokens += 1
-        known: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "attempt": 1, "crashes_count": 0, "at_most_once": False, "expires_us": 0, "extras": {}, "task": "task"
         }  # fmt: skip
         lease = Lease(
@@ -102,24 +102,24 @@ class Rig:
             payloads=list(payloads),
             kinds=kinds,
             runs_count=len(payloads),
-            **(known | more),
+            **(defaults | more),
         )
         return ActiveLease(lease)
 
     def submit(self, *payloads: bytes, **more: Any) -> ActiveLease:
-        """Hand a lease to the executor."""
+        """Submit a lease to the executor."""
         work = self.work(payloads, **more)
         self.executor.submit(work)
         return work
 
     async def until_over(self, *works: ActiveLease) -> None:
-        """Until the executor is done with these leases; for runs that need threads as well."""
+        """Wait until the executor has ended all runs of these leases, also runs in threads."""
         while any(work not in self.over for work in works):
-            self._news.clear()
-            await self._news.wait()
+            self._changed.clear()
+            await self._changed.wait()
 
     async def ran(self, *payloads: bytes, **more: Any) -> ActiveLease:
-        """A lease run to its end."""
+        """Execute a lease to its end."""
         work = self.submit(*payloads, **more)
         await self.until_over(work)
         return work
@@ -127,7 +127,7 @@ class Rig:
 
 @asynccontextmanager
 async def rig(function: Callable[..., Any], **options: Any):  # type: ignore[no-untyped-def]  # the decorator's own
-    """A rig that is stopped at the end, whatever the test left running."""
+    """Yield a rig, and stop it at the end, also if runs are in flight."""
     made = Rig(function, **options)
     try:
         yield made
@@ -136,16 +136,16 @@ async def rig(function: Callable[..., Any], **options: Any):  # type: ignore[no-
 
 
 def numbers(count: int) -> list[bytes]:
-    """The payloads 0, 1, 2, …"""
+    """Return the payloads 0, 1, 2, …"""
     return [b"%d" % number for number in range(count)]
 
 
 def states(work: ActiveLease) -> list[str]:
-    """How each run ended, in words."""
+    """Return the outcome of each run by name."""
     return [NAMES[code] for code in work.codes]
 
 
 def failure(work: ActiveLease, number: int = 0) -> Failure:
-    """Why a run failed."""
+    """Return the failure of a run."""
     assert work.codes[number] in (run.FAILED, RETRY), states(work)
     return decode(work.results[number])

@@ -1,7 +1,7 @@
-"""Processes that live until they are killed: a server of forks on one side, who asks for them on the other.
+"""Processes that run until they are killed: a server that forks, and the client that requests forks.
 
-Each line of the server's input is a life, as JSON. A life is a fork of it, which has everything loaded and nothing
-open; the answer is `killed` when it ended by SIGKILL, `told` when it came to its end, or `failed`.
+Each line of the server's input is a life: the arguments of one fork, as JSON. A fork has all modules loaded and nothing
+open. The answer is `killed` if SIGKILL ended it, `ended` if it reached its end, or `failed`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def serve(live: Callable[[dict[str, Any]], None]) -> None:
-    """One life after the other, until the input ends."""
+    """Run one life after the other, until the input ends."""
     for line in sys.stdin:
         child = os.fork()
         if not child:
@@ -31,17 +31,17 @@ def serve(live: Callable[[dict[str, Any]], None]) -> None:
             os._exit(0)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
-        print({0: "told", -signal.SIGKILL: "killed"}.get(code, "failed"), flush=True)
+        print({0: "ended", -signal.SIGKILL: "killed"}.get(code, "failed"), flush=True)
 
 
 class Forks:
-    """Asks a server for lives, one after the other."""
+    """Client of a server of forks."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
     async def live(self, **life: Any) -> str:
-        """One more life; answers how it ended."""
+        """Run one life; return how it ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(life).encode() + b"\n")
@@ -50,7 +50,7 @@ class Forks:
 
 @asynccontextmanager
 async def forks_of(module: str) -> AsyncIterator[Forks]:
-    """The server of a module of the tests."""
+    """Start the server of forks for a module of tests."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", module),

@@ -15,51 +15,53 @@ FINAL_NAMES = {NAMES[state] for state in FINAL}
 
 async def faults(store: QueryStore, environment: str = "default") -> list[str]:
     """Return everything that is wrong in an environment, as far as operations of the store can show."""
-    found = []
+    faulty = []
     for batch, ledger in await store.batches(environment, limit=ALL):
-        found += [f"{batch.id}: {fault}" for fault in await batch_faults(store, batch, ledger)]
-    return found
+        faulty += [f"{batch.id}: {fault}" for fault in await batch_faults(store, batch, ledger)]
+    return faulty
 
 
 async def batch_faults(store: QueryStore, batch: BatchRecord, ledger: Ledger) -> list[str]:
     """Check that the ledger balances, that completion is right, and that counters, chunks, runs and outcomes agree."""
-    found = []
+    faulty = []
     if not ledger.balances or min(ledger) < 0:
-        found.append(f"the ledger does not balance: {ledger}")
+        faulty.append(f"the ledger does not balance: {ledger}")
     verification = await store.verify(batch.id)
-    found += verification.differences
+    faulty += verification.differences
     if verification.ledger != ledger:
-        found.append(f"the chunks tell {verification.ledger}, the counters {ledger}")
-    found += completion_faults(batch, ledger)
+        faulty.append(f"the chunks tell {verification.ledger}, the counters {ledger}")
+    faulty += completion_faults(batch, ledger)
     runs = await store.runs(batch.environment, batch_id=batch.id, limit=ALL)
     if [run.index for run in runs] != sorted({run.index for run in runs}):
-        found.append("runs are listed twice or out of order")
+        faulty.append("runs are listed twice or out of order")
     states = [run.state for run in runs]
     counted = {name: states.count(name) for name in FINAL_NAMES}
     if any(counted[name] != getattr(ledger, name) for name in FINAL_NAMES):
-        found.append(f"the runs tell {counted}, the ledger {ledger}")
-    told = await store.outcomes(batch.id, 0, ALL)
+        faulty.append(f"the runs tell {counted}, the ledger {ledger}")
+    outcomes = await store.outcomes(batch.id, 0, ALL)
     wanted: list[tuple[int, str]] = []
     for run in runs:
         if run.state not in FINAL_NAMES or (batch.kind == LISTED and run.index != len(wanted)):
             break
         wanted.append((run.index, run.state))
-    if [(outcome.index, NAMES[outcome.state]) for outcome in told] != wanted:
-        found.append(f"outcomes begin with {told[:3]} of {len(told)}, the runs with {wanted[:3]} of {len(wanted)}")
-    return found
+    if [(outcome.index, NAMES[outcome.state]) for outcome in outcomes] != wanted:
+        faulty.append(
+            f"outcomes begin with {outcomes[:3]} of {len(outcomes)}, the runs with {wanted[:3]} of {len(wanted)}"
+        )
+    return faulty
 
 
 def completion_faults(batch: BatchRecord, ledger: Ledger) -> list[str]:
     """Check that a batch is finished exactly when nothing is unsettled and no run can be added."""
     unsettled_count = ledger.waiting + ledger.leased
-    found = []
+    faulty = []
     if batch.is_finished and (unsettled_count or batch.state in (OPEN, SEALED)):
-        found.append(f"finished while {batch.state} with {unsettled_count} runs to go")
+        faulty.append(f"finished while {batch.state} with {unsettled_count} runs to go")
     if not batch.is_finished and not unsettled_count and batch.state != OPEN:
-        found.append(f"nothing is left to do, yet it is {batch.state} and not finished")
+        faulty.append(f"nothing is left to do, yet it is {batch.state} and not finished")
     if batch.state == COMPLETED and ledger.missing:
-        found.append(f"completed with {ledger.missing} runs missing")
-    return found
+        faulty.append(f"completed with {ledger.missing} runs missing")
+    return faulty
 
 
 class Record:
@@ -72,12 +74,12 @@ class Record:
 
     def note(self, batch_id: str, outcomes: list[RunOutcome]) -> list[str]:
         """Compare with what was seen before, and store it."""
-        found = []
+        faulty = []
         for outcome in outcomes:
             name, now = (batch_id, outcome.index), (outcome.state, outcome.result)
             if self._final.setdefault(name, now) != now:
-                found.append(f"run {name} was {self._final[name]} and is {now}")
-        return found
+                faulty.append(f"run {name} was {self._final[name]} and is {now}")
+        return faulty
 
     def forget(self, batch_id: str, index: int) -> None:
         """Forget the outcome of a run that was redriven."""

@@ -20,8 +20,8 @@ def live(life: dict[str, Any]) -> None:
     """Run the scenario up to the fault point."""
     log = os.open(life["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def note(told: Acknowledged) -> None:
-        os.write(log, f"{told.batch_id} {told.run_index} {told.state}\n".encode())
+    def note(acknowledged: Acknowledged) -> None:
+        os.write(log, f"{acknowledged.batch_id} {acknowledged.run_index} {acknowledged.state}\n".encode())
 
     def at(place: str) -> None:
         if place == life["place"]:

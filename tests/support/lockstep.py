@@ -26,11 +26,11 @@ class LockStep:
     def __getattr__(self, verb: str) -> Any:
         async def both(*arguments: Any, **more: Any) -> Any:
             mine = await answer_of(self._first, verb, arguments, more)
-            theirs = await answer_of(self._second, verb, [self._translated(one) for one in arguments], more)
+            theirs = await answer_of(self._second, verb, [self._translated(argument) for argument in arguments], more)
             if isinstance(mine, list) and isinstance(theirs, list):
-                for here, there in zip(mine, theirs, strict=False):
-                    if isinstance(here, Lease) and isinstance(there, Lease):
-                        self._ids[here.span_id] = there.span_id
+                for first_lease, second_lease in zip(mine, theirs, strict=False):
+                    if isinstance(first_lease, Lease) and isinstance(second_lease, Lease):
+                        self._ids[first_lease.span_id] = second_lease.span_id
             assert self._plain(mine, self._ids) == self._plain(theirs, None), (verb, arguments, more)
             if isinstance(mine, HeadraceError):
                 raise mine
@@ -42,10 +42,10 @@ class LockStep:
         if isinstance(argument, Settlement | Release):
             return msgspec.structs.replace(argument, span_id=self._ids[argument.span_id])
         if isinstance(argument, Suspects) and argument.span_slots is not None:
-            span_slots = {(self._ids[span_id], token): own for (span_id, token), own in argument.span_slots.items()}
+            span_slots = {(self._ids[span_id], token): slots for (span_id, token), slots in argument.span_slots.items()}
             return Suspects(span_slots=span_slots, evidence=argument.evidence)
         if isinstance(argument, list):
-            return [self._translated(one) for one in argument]
+            return [self._translated(argument_part) for argument_part in argument]
         return argument
 
     def _plain(self, answer: Any, ids: Mapping[int, int] | None) -> Any:
@@ -63,7 +63,7 @@ class LockStep:
         if isinstance(answer, Mapping):
             return {name: self._plain(value, ids) for name, value in answer.items()}
         if isinstance(answer, Sequence) and not isinstance(answer, str | bytes):
-            return [self._plain(one, ids) for one in answer]
+            return [self._plain(part, ids) for part in answer]
         return answer
 
 

@@ -13,8 +13,8 @@ from headrace.store.protocol import RECORDED, WORK
 class NotificationListener:
     """The notifier of one process, and the notifications that it received."""
 
-    def __init__(self, url: str, schema: str, own: PostgresNotifier | None = None) -> None:
-        self.notifier = own or PostgresNotifier(address(url), schema)
+    def __init__(self, url: str, schema: str, notifier: PostgresNotifier | None = None) -> None:
+        self.notifier = notifier or PostgresNotifier(address(url), schema)
         self.received: list[str] = []
         self.arrived = asyncio.Condition()
         for kind in (WORK, RECORDED):

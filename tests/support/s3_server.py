@@ -129,10 +129,10 @@ class ObjectStoreProxy:
         elif fault.isdigit():
             writer.write(f"HTTP/1.1 {fault} Weather\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
         elif fault != "cut":
-            there, back = await asyncio.open_connection("127.0.0.1", self._port)
-            back.write(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1) + body)
-            writer.write((await there.read())[: -1 if fault == "truncate" else None])
-            back.close()
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
+            server_writer.write(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1) + body)
+            writer.write((await server_reader.read())[: -1 if fault == "truncate" else None])
+            server_writer.close()
         await writer.drain()
 
 

@@ -78,8 +78,8 @@ def chunks_of(
     """Return runs as chunks of at most `runs_max`, in the given order."""
     coalescer = Coalescer(runs_max=runs_max, bytes_max=DEFAULT.chunk_bytes_max)
     for index in indexes:
-        own = key if isinstance(key, Key) else key(index)
-        coalescer.add(index, payload(index), own, kind=kind, extra=(extras or {}).get(index))
+        run_key = key if isinstance(key, Key) else key(index)
+        coalescer.add(index, payload(index), run_key, kind=kind, extra=(extras or {}).get(index))
     return coalescer.flush()
 
 
@@ -185,7 +185,7 @@ class StoreRig:
     ) -> list[Lease]:
         """Claim leases; without a `claim_no` this is a new claim."""
         self._claims_count += 1
-        wish = Claim(
+        request = Claim(
             session_id=session_id,
             claim_no=self._claims_count if claim_no is None else claim_no,
             environment=environment,
@@ -194,7 +194,7 @@ class StoreRig:
             queue_prefix=queue_prefix,
             runs_max=runs_max,
         )
-        return await self.store.claim(wish, now_us=self.now_us)
+        return await self.store.claim(request, now_us=self.now_us)
 
     async def settle(self, lease: Lease, codes: str | None = None, **more: Any) -> str:
         """Settle one lease; `more` as for `settlement_of`."""

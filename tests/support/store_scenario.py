@@ -53,7 +53,7 @@ class StoreScenario:
         environment: str,
         now_us: int,
         *,
-        note: Callable[[Acknowledged], None] = lambda told: None,
+        note: Callable[[Acknowledged], None] = lambda acknowledged: None,
         inject: Callable[[str], None] = lambda verb: None,
         completed: Iterable[tuple[str, int]] = (),
         pause: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0),
@@ -113,12 +113,12 @@ class StoreScenario:
         silent = await self._start_session()
         await self._append(await self._batch("early", expected_count=4), range(4), runs_max=2)
         await self._claim(2, session=silent)
-        for found in await self.ask("sessions"):
-            if found.id != self._session and found.host == self.environment:
+        for session in await self.ask("sessions"):
+            if session.id != self._session and session.host == self.environment:
                 self.now_us += 1
                 await self.ask(
                     "recover",
-                    found.id,
+                    session.id,
                     Suspects(span_slots=None, evidence="killed"),
                     silent_since_us=self.now_us,
                     crashes_max=3,
@@ -157,12 +157,15 @@ class StoreScenario:
         assert await self._claim(3, again=True) == leases
         if leases:
             numbers = range(len(leases[0].span_slots))
-            for part_no, own in enumerate([numbers[::2][::-1], numbers[1::2]]):
-                if own:
-                    await self._settle(leases[:1], own, part_no=part_no)
+            for part_no, half in enumerate([numbers[::2][::-1], numbers[1::2]]):
+                if half:
+                    await self._settle(leases[:1], half, part_no=part_no)
         back = await self._claim(4)
         if back:
-            given = [Release(span_id=one.span_id, token=one.token, suspects=tuple(one.span_slots[:1])) for one in back]
+            given = [
+                Release(span_id=lease.span_id, token=lease.token, suspects=tuple(lease.span_slots[:1]))
+                for lease in back
+            ]
             await self.ask("release", given, crashes_max=3, now_us=self.now_us)
         held = await self._claim(1_000)
         if any(lease.batch_id == main and CANCELLED_ITEM in lease.indexes for lease in held):
@@ -201,11 +204,11 @@ class StoreScenario:
 
     async def _intervene(self, main: str) -> None:
         await self._append(await self._batch("after"), [0], extras={0: Extra(idempotency_key="fails")})
-        doomed = await self._batch("doomed")
+        stopped = await self._batch("doomed")
         with suppress(Conflict):
-            await self._append(doomed, range(20), runs_max=5)
+            await self._append(stopped, range(20), runs_max=5)
         leases = await self._claim(5)
-        await self.ask("stop_batch", doomed, CANCELLED, now_us=self.now_us)
+        await self.ask("stop_batch", stopped, CANCELLED, now_us=self.now_us)
         await self._settle_all(leases)
         for paused in (True, False):
             await self.ask("pause_queue", self.environment, "b", paused=paused)
@@ -268,7 +271,7 @@ class StoreScenario:
 
     async def _claim(self, runs_max: int, *, session: str = "", again: bool = False) -> list[Lease]:
         self._claims_count += not again
-        wish = Claim(
+        request = Claim(
             session_id=session or self._session,
             claim_no=self._claims_count,
             environment=self.environment,
@@ -276,7 +279,7 @@ class StoreScenario:
             queues=None,
             runs_max=runs_max,
         )
-        leases: list[Lease] = await self.ask("claim", wish, now_us=self.now_us)
+        leases: list[Lease] = await self.ask("claim", request, now_us=self.now_us)
         handed = {(lease.batch_id, index) for lease in leases for index in lease.indexes}
         assert not handed & self.completed, "a completed run was delivered again"
         return leases
@@ -287,18 +290,18 @@ class StoreScenario:
 
     async def _settle(self, leases: list[Lease], numbers: Sequence[int] | None = None, part_no: int = 0) -> None:
         """Settle some runs of each lease, by their offsets in it, or all of them; together."""
-        told, ends = [], []
+        settlements, ends = [], []
         for lease in leases:
-            own = range(len(lease.span_slots)) if numbers is None else numbers
-            codes = "".join(_code(lease.indexes[number], lease) for number in own)
+            chosen = range(len(lease.span_slots)) if numbers is None else numbers
+            codes = "".join(_code(lease.indexes[number], lease) for number in chosen)
             dues = [self.now_us + SECOND_US for code in codes if code == "r"]
-            keys = [f"{self.environment}/x/{lease.span_id}"] if lease.indexes[own[0]] % 4 == 0 else []
-            span_slots = None if numbers is None else [lease.span_slots[number] for number in own]
-            told.append(
+            keys = [f"{self.environment}/x/{lease.span_id}"] if lease.indexes[chosen[0]] % 4 == 0 else []
+            span_slots = None if numbers is None else [lease.span_slots[number] for number in chosen]
+            settlements.append(
                 settlement_of(lease, codes, span_slots=span_slots, part_no=part_no, dues_us=dues, object_keys=keys)
             )
-            ends += [(lease.batch_id, lease.indexes[number], code) for number, code in zip(own, codes, strict=True)]
-        words = await self.ask("settle", told, now_us=self.now_us)
+            ends += [(lease.batch_id, lease.indexes[number], code) for number, code in zip(chosen, codes, strict=True)]
+        words = await self.ask("settle", settlements, now_us=self.now_us)
         assert set(words) <= {"settled", "recorded"}, words
         for batch_id, index, code in ends:
             if code in NAMES:

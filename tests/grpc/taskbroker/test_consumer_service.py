@@ -475,8 +475,8 @@ async def test_a_large_activation_is_fetched_from_the_object_store_for_a_push(ki
         sent = [activation(number, parameters_bytes=b"x" * 5_000 * number) for number in range(4)]
         await broker.add(*sent)
         taken = await DispatcherDeliveries(broker.dispatcher).take("app", 9, lease_ms=5_000)
-        activations = [wire.TaskActivation.FromString(one.activation) for one in taken]
-        assert sorted(activations, key=lambda one: one.id) == sent, (
+        activations = [wire.TaskActivation.FromString(activation.activation) for activation in taken]
+        assert sorted(activations, key=lambda activation: activation.id) == sent, (
             "the order of arrival may differ: each is stored as soon as it is offloaded"
         )
 
@@ -491,10 +491,14 @@ async def test_activations_taken_before_an_object_store_failure_are_still_delive
         await broker.add(activation(0), activation(1, parameters_bytes=b"x" * 5_000))
         with monkeypatch.context() as patched:
             patched.setattr(broker.engine.payloads, "get", away)
-            assert [one.name for one in await broker.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)] == ["id_0"]
+            assert [
+                delivery.name for delivery in await broker.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)
+            ] == ["id_0"]
             with pytest.raises(StoreUnavailable):
                 await broker.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)
-        assert [one.name for one in await broker.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)] == ["id_1"]
+        assert [delivery.name for delivery in await broker.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)] == [
+            "id_1"
+        ]
 
 
 async def test_a_run_of_the_activation_task_without_a_valid_payload_fails_alone(tmp_path: Path) -> None:

@@ -233,8 +233,8 @@ async def test_servers_on_one_database_share_the_activations(kind: str, tmp_path
         others = [BrokerRig(broker.engine) for _ in range(2)]
         for other in others:
             await other.dispatcher.start()
-        delivered = await asyncio.gather(*(one.drain(4) for one in (broker, *others)))
-        assert sorted(name for one in delivered for name in one) == sorted(names)
+        delivered = await asyncio.gather(*(rig.drain(4) for rig in (broker, *others)))
+        assert sorted(name for delivered_names in delivered for name in delivered_names) == sorted(names)
         for other in others:
             await other.dispatcher.stop()
         assert await broker.counts() == {"completed": 1_000}

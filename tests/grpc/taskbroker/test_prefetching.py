@@ -161,9 +161,9 @@ async def test_a_fetch_that_finds_the_buffer_empty_waits_for_a_claim_in_flight(t
         await settled()
         state = (len(store.requested), first.done(), second.done(), third.done())
         shut.set()
-        handouts = await asyncio.gather(first, second, third)
+        fetched = await asyncio.gather(first, second, third)
         assert state == (3, False, False, True)
-        assert [delivery is not None for delivery in handouts] == [True, True, False]
+        assert [delivery is not None for delivery in fetched] == [True, True, False]
 
 
 async def test_leases_claimed_while_the_server_stops_are_released(tmp_path: Path) -> None:
@@ -199,9 +199,9 @@ async def test_a_stop_waits_once_for_all_claims_in_flight(tmp_path: Path) -> Non
         await settled()
         assert len(store.requested) == 3
         await clock.advance_async(CLAIM_WAIT_S)
-        for one in asking:
+        for task in asking:
             with pytest.raises(StoreUnavailable):
-                await one
+                await task
         stopping = asyncio.create_task(broker.dispatcher.stop())
         await settled()
         assert not stopping.done()

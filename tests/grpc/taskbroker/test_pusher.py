@@ -51,10 +51,10 @@ class FakeSource:
             self.fails -= 1
             raise StoreUnavailable("the store is unavailable")
         self.leases_ms.add(lease_ms)
-        taken = [one for one in self.waiting if one.application == application][:count_max]
-        for one in taken:
-            self.waiting.remove(one)
-            self.claimed[one.id] = one
+        taken = [delivery for delivery in self.waiting if delivery.application == application][:count_max]
+        for delivery in taken:
+            self.waiting.remove(delivery)
+            self.claimed[delivery.id] = delivery
         self.taken_count += len(taken)
         return taken
 
@@ -207,12 +207,12 @@ async def test_pushes_in_flight_are_bounded_by_the_endpoint_and_no_claimed_activ
 
 
 async def test_two_endpoints_of_an_application_share_its_activations() -> None:
-    source, one, two = FakeSource(200), Worker(), Worker()
-    one.opened.clear()
-    async with pushing(source, one, two, push_concurrency=8):
+    source, first, second = FakeSource(200), Worker(), Worker()
+    first.opened.clear()
+    async with pushing(source, first, second, push_concurrency=8):
         await source.until(lambda: len(source.marked) == 192)
-        assert (len(one.received), len(two.received), one.in_flight_count) == (0, 192, 8)
-        one.opened.set()
+        assert (len(first.received), len(second.received), first.in_flight_count) == (0, 192, 8)
+        first.opened.set()
         await source.until(lambda: len(source.marked) == 200)
 
 

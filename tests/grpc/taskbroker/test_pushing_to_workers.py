@@ -79,11 +79,11 @@ async def test_each_activation_is_pushed_and_recorded_once(tmp_path: Path, kind:
     ):
         workers = [Worker(port), Worker(port)]
         async with (
-            listening(methods_of(WORKER, workers[0])) as (_, one),
-            listening(methods_of(WORKER, workers[1])) as (_, two),
+            listening(methods_of(WORKER, workers[0])) as (_, first_port),
+            listening(methods_of(WORKER, workers[1])) as (_, second_port),
         ):
             names = await rig.add_many(500)
-            pusher = pusher_of(rig, one, two)
+            pusher = pusher_of(rig, first_port, second_port)
             await pusher.start()
             working = [asyncio.create_task(worker.work()) for worker in workers]
             while (await rig.counts()).get("completed") != 500:

@@ -152,7 +152,7 @@ class Scenario:
     async def beat(self) -> None:
         """Send heartbeats of running servers; the session of a frozen one may end."""
         for server in self.servers:
-            await server.dispatcher._session._heartbeat_once(lambda news, *values: news(*values))
+            await server.dispatcher._session._heartbeat_once(lambda call, *values: call(*values))
 
     async def stop(self) -> None:
         await self.servers.pop(self.random.randrange(len(self.servers))).dispatcher.stop()

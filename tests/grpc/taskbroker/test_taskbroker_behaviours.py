@@ -88,7 +88,7 @@ async def test_two_thousand_claims_at_once_get_two_thousand_ids(kind: str, tmp_p
     async with running_broker(kind, tmp_path) as broker:
         names = await broker.add_many(2_000)
         fetched = await asyncio.gather(*(broker.dispatcher.fetch(QueueFilter("app")) for _ in range(2_000)))
-        assert sorted(one.name for one in fetched if one is not None) == sorted(names)
+        assert sorted(delivery.name for delivery in fetched if delivery is not None) == sorted(names)
 
 
 @on_databases

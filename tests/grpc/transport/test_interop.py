@@ -68,16 +68,16 @@ async def test_the_bytes_held_by_all_calls_together_are_bounded() -> None:
     echo = Echo()
     limits: dict[str, Any] = {"grpc_message_bytes_max": MIB, "grpc_buffer_bytes_max": 2 * MIB}
     async with listening(echo.methods, **limits) as (server, port), channel(port) as client:
-        one = asyncio.create_task(_call(client, WAIT))
+        first = asyncio.create_task(_call(client, WAIT))
         await echo.arrived.wait()
         echo.arrived.clear()
-        two = asyncio.create_task(_call(client, WAIT))
+        second = asyncio.create_task(_call(client, WAIT))
         await echo.arrived.wait()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await unary(client, WAIT)(echo_request("x" * (MIB - 100)))
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         echo.released.set()
-        await asyncio.gather(one, two)
+        await asyncio.gather(first, second)
         assert server.budget.held_bytes == 0
 
 
@@ -186,7 +186,11 @@ async def test_a_response_may_be_a_stream() -> None:
             request_serializer=wire.PushTaskRequest.SerializeToString,
             response_deserializer=wire.PushTaskRequest.FromString,
         )
-        assert [one.callback_url async for one in count(wire.PushTaskRequest(callback_url="abc"))] == ["a", "b", "c"]
+        assert [response.callback_url async for response in count(wire.PushTaskRequest(callback_url="abc"))] == [
+            "a",
+            "b",
+            "c",
+        ]
 
 
 async def test_calls_beyond_the_stream_limit_wait_for_their_turn() -> None:

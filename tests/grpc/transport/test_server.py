@@ -214,7 +214,7 @@ async def test_calls_reset_in_the_same_read_leave_nothing_behind(recwarn: Any) -
     written = await peer.send(call(ECHO, 101))
     assert (frames.HEADERS, 101) in [each[:3:2] for each in written]
     gc.collect()
-    assert not [str(one.message) for one in recwarn if "never awaited" in str(one.message)]
+    assert not [str(warning.message) for warning in recwarn if "never awaited" in str(warning.message)]
 
 
 async def test_a_deferred_response_is_made_when_its_future_is_done_unless_the_call_was_cancelled() -> None:

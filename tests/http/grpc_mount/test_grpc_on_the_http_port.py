@@ -164,7 +164,7 @@ async def test_a_claim_waits_for_work_up_to_wait_ms(tmp_path: Path) -> None:
     async with far(tmp_path) as (rig, stub):
         session = await stub.session()
         waiting = asyncio.create_task(stub.claim(session, wait_ms=30_000))
-        while not rig.server._grpc or not any(one._running for one in rig.server._grpc.connections):
+        while not rig.server._grpc or not any(connection._running for connection in rig.server._grpc.connections):
             await asyncio.sleep(0)
         await rig.filled(3)
         rig.engine.wakeup.notify()
@@ -271,7 +271,7 @@ async def test_health_follows_the_store_and_the_server_s_shutdown(tmp_path: Path
         strange = aiter(watching(client)(health.HealthCheckRequest(service="no.such")))
         assert (await anext(strange)).status == health.HealthCheckResponse.SERVICE_UNKNOWN
         stopping = asyncio.create_task(rig.server.stop())
-        assert [one.status async for one in statuses] == [health.HealthCheckResponse.NOT_SERVING]
+        assert [response.status async for response in statuses] == [health.HealthCheckResponse.NOT_SERVING]
         await stopping
 
 
@@ -378,8 +378,8 @@ async def test_connections_beyond_the_limit_get_goaway(tmp_path: Path) -> None:
         writer.write(GREETING)
         kinds = [kind for kind, _, _, _ in parsed(await reader.read())]
         assert kinds == [frames.SETTINGS, frames.GOAWAY]
-        for one in (*writers, writer):
-            one.close()
+        for opened_writer in (*writers, writer):
+            opened_writer.close()
 
 
 async def test_one_certificate_serves_both_protocols(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ async def test_a_shutdown_completes_a_call_that_started_before(tmp_path: Path) -
     async with far(tmp_path) as (rig, stub):
         session = await stub.session()
         waiting = asyncio.create_task(stub.claim(session, wait_ms=30_000))
-        while not rig.server._grpc or not any(one._running for one in rig.server._grpc.connections):
+        while not rig.server._grpc or not any(connection._running for connection in rig.server._grpc.connections):
             await asyncio.sleep(0)
         await asyncio.gather(rig.server.stop(), waiting)
         assert waiting.result() == []

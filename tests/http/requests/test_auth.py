@@ -170,8 +170,8 @@ async def test_requests_are_limited_by_environment_with_rate_limit_headers(tmp_p
     limits = LIMITS.replaced(requests_per_minute_max=1, requests_burst_max=3)
     async with running_server(tmp_path, "sqlite", limits=limits) as server:
         answers = [await server.ask("GET", "/api/v1/runs") for _ in range(4)]
-        assert [one.status for one in answers] == [200, 200, 200, 429]
-        assert [one.headers["x-ratelimit-remaining"] for one in answers] == ["2", "1", "0", "0"]
+        assert [answer.status for answer in answers] == [200, 200, 200, 429]
+        assert [answer.headers["x-ratelimit-remaining"] for answer in answers] == ["2", "1", "0", "0"]
         refused = answers[3]
         assert refused.headers["x-ratelimit-limit"] == "3"
         assert int(refused.headers["x-ratelimit-reset"]) > 1_600_000_000_000, (

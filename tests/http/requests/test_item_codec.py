@@ -214,7 +214,7 @@ async def test_a_linked_run_s_result_is_that_of_the_run_it_links_to(tmp_path: Pa
         assert len(partial) == 1, "the second waits for the run it links to"
         await server.engine.store.cancel_runs(first, [0], now_us=server.engine.clock.now_us())
         lines = (await server.ask("GET", f"/v1/batches/{second}/results?wait=0")).body.splitlines()
-        assert [b'"state":"cancelled"' in one for one in lines] == [False, True, False]
+        assert [b'"state":"cancelled"' in line for line in lines] == [False, True, False]
 
 
 def test_the_docs_list_the_options_as_in_the_table() -> None:

@@ -262,8 +262,8 @@ async def test_two_concurrent_streams_of_one_batch_add_each_run_once(tmp_path: P
             server.stream(batch_id, lines[::-1]),
             server.stream(batch_id, lines[300:] + lines[:300]),
         )
-        assert [one.status for one in answers] == [200] * 3
-        assert any(one.json["sealed"] for one in answers)
+        assert [answer.status for answer in answers] == [200] * 3
+        assert any(answer.json["sealed"] for answer in answers)
         assert await server.work() == 600
         assert (await server.engine.store.verify(batch_id)).differences == []
 
@@ -327,7 +327,7 @@ async def test_a_signed_packet_url_is_valid_only_for_what_was_signed(tmp_path: P
             for index in range(3)
         ]
         assert runs[0]["payload"] == {"a": 1}
-        assert [one["status"] for one in runs[1:]] == ["SYSTEM_FAILURE", "FAILED"]
+        assert [run["status"] for run in runs[1:]] == ["SYSTEM_FAILURE", "FAILED"]
         read = (await server.ask("GET", "/api/v1/packets/trigger%2Fa%2Fpayload.json")).json["presignedUrl"]
         download = await server.ask("GET", read.removeprefix(server.server.url), auth=False)
         assert (download.body, download.headers["content-type"]) == (b'{"json":{"a":1}}', "application/super+json")

@@ -96,7 +96,9 @@ def test_no_documented_request_is_answered_with_500(document: Any) -> None:
 
 def test_random_sequences_of_batch_operations_keep_states_consistent(document: Any) -> None:
     """Random sequences of creating, streaming, sealing, cancelling and redriving batches."""
-    operations = {(one.ok().method.upper(), one.ok().path): one.ok() for one in document.get_all_operations()}
+    operations = {
+        (result.ok().method.upper(), result.ok().path): result.ok() for result in document.get_all_operations()
+    }
     steps = [
         ("POST", "/v1/batches/{batch_id}/items"),
         ("POST", "/v1/batches/{batch_id}/seal"),

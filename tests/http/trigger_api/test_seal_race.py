@@ -50,8 +50,8 @@ async def one_round(peer: HttpPeer, dice: random.Random, seed: int) -> None:
     sealed, accepted = False, 0
     for portion in (repeated[:cut], repeated[cut:], lines):
         await peer.head("POST", f"/api/v3/batches/{batch_id}/items", {**AUTH, **NDJSON, "transfer-encoding": "chunked"})
-        for one in portion:
-            await peer.chunk(one)
+        for item in portion:
+            await peer.chunk(item)
             for _ in range(dice.choice((0, 0, 1, 5, 20))):
                 await asyncio.sleep(0)
         await peer.end()

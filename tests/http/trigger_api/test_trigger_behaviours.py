@@ -71,8 +71,8 @@ class Waves(PayloadStore):
         if len(self._waiting) == min(self._size, self._left):
             self.waves += 1
             self._left -= len(self._waiting)
-            for one in self._waiting:
-                one.set()
+            for event in self._waiting:
+                event.set()
             self._waiting = []
         await gate.wait()
         await super().put(key, data)
@@ -480,7 +480,7 @@ async def test_items_with_same_index_are_deduplicated(tmp_path: Path, kind: str)
     async with running_server(tmp_path, kind) as server:
         batch_id = await server.create(2)
         answers = [(await server.stream(batch_id, [line(index)])).json for index in (0, 0, 1, 1)]
-        assert [one["itemsAccepted"] for one in answers] == [1, 0, 1, 0]
+        assert [answer["itemsAccepted"] for answer in answers] == [1, 0, 1, 0]
         assert await server.work() == 2
 
 

@@ -154,10 +154,10 @@ async def test_runs_are_listed_filtered_and_paged(tmp_path: Path, kind: str) -> 
                     return ids
                 cursor = f"&page[after]={page['pagination']['next']}"
 
-        one, two = first.removeprefix("batch_"), second.removeprefix("batch_")
-        assert await listed("") == [f"{two}_{n}" for n in range(6)] + [f"{one}_{n}" for n in range(5)]
-        assert await listed(f"filter[batch]={first}") == [f"{one}_{n}" for n in range(5)]
-        assert await listed("filter[status]=COMPLETED") == [f"{one}_{n}" for n in range(5)]
+        first_id, second_id = first.removeprefix("batch_"), second.removeprefix("batch_")
+        assert await listed("") == [f"{second_id}_{n}" for n in range(6)] + [f"{first_id}_{n}" for n in range(5)]
+        assert await listed(f"filter[batch]={first}") == [f"{first_id}_{n}" for n in range(5)]
+        assert await listed("filter[status]=COMPLETED") == [f"{first_id}_{n}" for n in range(5)]
         assert await listed("filter[status]=QUEUED,COMPLETED") == await listed("")
         await server.stream(await server.create(2), [line(0, "x", idempotencyKey="f"), b" " * 10 + line(1)])
         third = await server.filled(1)
@@ -167,8 +167,8 @@ async def test_runs_are_listed_filtered_and_paged(tmp_path: Path, kind: str) -> 
         await server.work("f")
         assert len(await listed("filter[status]=FAILED")) == 2
         assert await listed("filter[status]=TIMED_OUT,CRASHED") == []
-        assert await listed("filter[tag]=odd") == [f"{two}_{n}" for n in (1, 3, 5)]
-        assert await listed("filter[queue]=q1,task/q2") == [f"{two}_{n}" for n in (1, 2, 4, 5)]
+        assert await listed("filter[tag]=odd") == [f"{second_id}_{n}" for n in (1, 3, 5)]
+        assert await listed("filter[queue]=q1,task/q2") == [f"{second_id}_{n}" for n in (1, 2, 4, 5)]
         assert await listed("filter[taskIdentifier]=nobody") == []
         now_ms = server.engine.clock.now_us() // 1_000
         assert await listed(f"filter[createdAt][from]={now_ms + 60_000}") == []
@@ -194,10 +194,10 @@ async def test_an_open_ended_batch_is_streamed_sealed_and_read_in_pieces(tmp_pat
         assert (await server.ask("POST", f"{path}/seal", {"run_count": 10})).json["state"] == "sealed"
         await server.work()
         whole = (await server.ask("GET", f"{path}/results")).body.splitlines()
-        assert [json.loads(one)["index"] for one in whole] == list(range(10))
+        assert [json.loads(line)["index"] for line in whole] == list(range(10))
         assert (await server.ask("GET", f"{path}/results?from=4&limit=3")).body.splitlines() == whole[4:7]
         batches = (await server.ask("GET", "/v1/batches?state=completed")).json["batches"]
-        assert [(one["id"], one["completed"]) for one in batches] == [(batch_id, 10)]
+        assert [(batch["id"], batch["completed"]) for batch in batches] == [(batch_id, 10)]
 
 
 async def test_failed_runs_are_redriven_and_a_cancelled_batch_ends(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_truncated_or_unframed_stream_raises_an_error_with_the_message_number(
     decoder.feed(stream(b"one") + b"\x05ab")
     with pytest.raises(InvalidInput, match="inside message 1"):
         decoder.end()
-    with pytest.raises(InvalidInput, match="message 0 has no length"):
+    with pytest.raises(InvalidInput, match="message 0 has no valid length"):
         DelimitedDecoder(100).feed(b"\xff\xff\xff\xff\xff")
 
 

@@ -331,8 +331,8 @@ def memory(store: str, events: int) -> int:
         for turn in range(RUNS):
             firsts.append(_cost(_store_url(store, folder, f"first{turn}"), 0))
             lasts.append(_cost(grown, events + turn * TURN_EVENTS, keeps_tables=turn < RUNS - 1))
-    told_us = f"{min(lasts):.1f} us of CPU, on empty ones {min(firsts):.1f} us"
-    print(f"  an event on the grown tables takes {told_us}: {min(lasts) / min(firsts):.2f} times as much")
+    event_costs = f"{min(lasts):.1f} us of CPU, on empty tables {min(firsts):.1f} us"
+    print(f"  an event on the grown tables takes {event_costs}: {min(lasts) / min(firsts):.2f} times as much")
     return int(peak_mib > MEMORY_MIB + ALLOWED_MIB)
 
 

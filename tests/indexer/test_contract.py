@@ -16,7 +16,7 @@ HERE: Final = Path(__file__).parent
 FOLDERS: Final = (HERE, HERE.parent / "core", HERE.parent / "journeys", HERE.parent / "cli")
 
 CHAINS: Final = "sources are not chains: they are merged into a single order, and a rollback takes all of them back"
-NO_SEARCH: Final = "nothing searches for how deep a source went back: the source says Rewind(to)"
+NO_SEARCH: Final = "the indexer does not search for the depth of a rewind: the source sends Rewind(to)"
 NO_TARGET: Final = "an indexer stores no addresses, contracts or partitions that a rollback would have to find again"
 NO_CLICKHOUSE: Final = "rows go into the database of the store and nowhere else"
 NO_METADATA: Final = "no chain metadata is stored beside the checkpoint: is_caught_up is written by the commit"

@@ -270,8 +270,8 @@ async def test_a_lease_of_an_ended_process_is_taken_over_at_once(name: str, tmp_
         state = await rig.stores.entities.prepare(first.plan)
         ended = await asyncio.create_subprocess_exec("true")
         await ended.wait()
-        gone = LeaseHolder(host=LeaseHolder.here().host, pid=ended.pid)
-        await rig.stores.entities.take(state, msgspec.json.encode(gone).decode())
+        ended_holder = LeaseHolder(host=LeaseHolder.here().host, pid=ended.pid)
+        await rig.stores.entities.take(state, msgspec.json.encode(ended_holder).decode())
         await first.start(wait=False)
         await first.close()
 

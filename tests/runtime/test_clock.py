@@ -11,7 +11,7 @@ from headrace.runtime.clock import Clock, ManualClock, SystemClock
 START_US = 1_700_000_000_000_000
 
 
-class Dials:
+class MachineClocks:
     """Wall clock and monotonic clock of a machine, set by the test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,45 +22,45 @@ class Dials:
 
 
 @pytest.fixture
-def dials(monkeypatch: pytest.MonkeyPatch) -> Dials:
-    return Dials(monkeypatch)
+def machine(monkeypatch: pytest.MonkeyPatch) -> MachineClocks:
+    return MachineClocks(monkeypatch)
 
 
-def test_a_system_clock_starts_at_the_wall_time_and_goes_on_with_the_monotonic_clock(dials: Dials) -> None:
+def test_a_system_clock_starts_at_the_wall_time_and_follows_the_monotonic_clock(machine: MachineClocks) -> None:
     clock = SystemClock()
     assert clock.now_us() == START_US
-    dials.monotonic_us += 1_500
+    machine.monotonic_us += 1_500
     assert clock.now_us() == START_US + 1_500
 
 
 @pytest.mark.parametrize("jump_us", [-3_600_000_000, 3_600_000_000])
-def test_a_wall_clock_that_jumps_does_not_move_a_system_clock(dials: Dials, jump_us: int) -> None:
+def test_a_wall_clock_that_jumps_does_not_move_a_system_clock(machine: MachineClocks, jump_us: int) -> None:
     clock = SystemClock()
-    dials.wall_us += jump_us
-    dials.monotonic_us += 10
+    machine.wall_us += jump_us
+    machine.monotonic_us += 10
     assert clock.now_us() == START_US + 10
 
 
-def test_a_heartbeat_sets_the_clock_to_the_time_of_the_database(dials: Dials) -> None:
+def test_a_heartbeat_sets_the_clock_to_the_time_of_the_database(machine: MachineClocks) -> None:
     clock = SystemClock()
     clock.anchor(START_US + 60_000_000)
-    dials.monotonic_us += 7
+    machine.monotonic_us += 7
     assert clock.now_us() == START_US + 60_000_007
 
 
-def test_a_database_that_is_behind_holds_the_clock_still_until_it_has_caught_up(dials: Dials) -> None:
+def test_a_database_that_is_behind_stops_the_clock_until_it_has_caught_up(machine: MachineClocks) -> None:
     clock = SystemClock()
-    dials.monotonic_us += 1_000
+    machine.monotonic_us += 1_000
     before_us = clock.now_us()
     clock.anchor(before_us - 500)
     assert clock.now_us() == before_us
-    dials.monotonic_us += 499
+    machine.monotonic_us += 499
     assert clock.now_us() == before_us
-    dials.monotonic_us += 2
+    machine.monotonic_us += 2
     assert clock.now_us() == before_us + 1
 
 
-def test_a_clock_held_back_twice_still_never_goes_back(dials: Dials) -> None:
+def test_a_clock_set_back_twice_never_goes_back(machine: MachineClocks) -> None:
     clock = SystemClock()
     before_us = clock.now_us()
     clock.anchor(before_us - 500)

@@ -168,14 +168,14 @@ class SimulatedStore:
     def __init__(self, network: Network, process: Process, planned_crash: PlannedCrash) -> None:
         self._network = network
         self._process = process
-        self._doom = planned_crash
+        self._planned_crash = planned_crash
 
     def __getattr__(self, operation: str) -> Any:
         if operation not in OPERATIONS:
             raise AttributeError(operation)
 
         async def request(*args: Any, **kwargs: Any) -> Any:
-            return await self._network.request(self._process, self._doom, operation, args, kwargs)
+            return await self._network.request(self._process, self._planned_crash, operation, args, kwargs)
 
         return request
 
@@ -203,7 +203,7 @@ class SimulatedObjects:
         """Return an object, or raise `ObjectMissing`."""
         await self._travel()
         if key not in self._objects:
-            raise ObjectMissing("the object is gone", key=key)
+            raise ObjectMissing("the object is missing", key=key)
         return self._objects[key]
 
     async def list(self) -> AsyncIterator[StoredObject]:

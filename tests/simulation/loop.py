@@ -165,7 +165,7 @@ def await_point_of(handle: asyncio.Handle) -> str:
     if not isinstance(task, asyncio.Task):
         return "callback"
     awaited: Any = task.get_coro()
-    place = "begin"
+    point = "begin"
     while awaited is not None:
         frame = (
             getattr(awaited, "cr_frame", None)
@@ -173,13 +173,13 @@ def await_point_of(handle: asyncio.Handle) -> str:
             or getattr(awaited, "gi_frame", None)
         )
         if frame is not None and "headrace" in frame.f_code.co_filename and frame.f_lasti > 0:
-            place = f"{frame.f_code.co_qualname}:{frame.f_lineno}"
+            point = f"{frame.f_code.co_qualname}:{frame.f_lineno}"
         awaited = (
             getattr(awaited, "cr_await", None)
             or getattr(awaited, "ag_await", None)
             or getattr(awaited, "gi_yieldfrom", None)
         )
-    return place
+    return point
 
 
 class SimulatedClock(SystemClock):

@@ -191,7 +191,7 @@ async def test_a_schedule_whose_row_was_deleted_is_recreated(tmp_path: Path) -> 
     clock = ManualClock(START_US)
     async with engines("memory", tmp_path, clock, 1) as (engine,):
         async with scheduling(clock, Scheduler(engine, app_with(every_s=60).registry)):
-            engine.store._tables.schedules.clear()  # type: ignore[attr-defined]  # behind everybody's back
+            engine.store._tables.schedules.clear()  # type: ignore[attr-defined]  # without notifying the scheduler
             await clock.advance_async(240)
         assert set((await ticked(engine)).values()) == {1}
         assert max(at_us for _, at_us in await ticked(engine)) == START_US + 240 * SECOND_US
@@ -257,14 +257,14 @@ async def test_the_version_started_last_is_in_force_and_a_rollback_restores_the_
         assert later == every(900, START_US + 3_600 * SECOND_US, START_US + 7_200 * SECOND_US)
 
 
-async def test_a_schedule_removed_from_the_code_enqueues_nothing_and_is_marked_as_gone(tmp_path: Path) -> None:
+async def test_a_schedule_removed_from_the_code_enqueues_nothing_and_is_marked_as_removed(tmp_path: Path) -> None:
     clock = ManualClock(START_US)
     async with engines("memory", tmp_path, clock, 1) as (engine,):
         await Scheduler(engine, app_with("*/15 * * * *", "0 * * * *").registry).round()
         async with scheduling(clock, Scheduler(engine, app_with("0 * * * *").registry)):
             await clock.advance_async(3_600)
-        gone = {row.name: row.gone_us for row in await engine.store.schedules("default")}
-        assert gone == {"0 * * * *": 0, "*/15 * * * *": START_US}
+        removed_us = {row.name: row.gone_us for row in await engine.store.schedules("default")}
+        assert removed_us == {"0 * * * *": 0, "*/15 * * * *": START_US}
         assert {name for name, _ in await ticked(engine)} == {"0 * * * *"}
 
 

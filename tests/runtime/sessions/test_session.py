@@ -56,13 +56,13 @@ class SessionRig:
     async def claim(self, runs_max: int = 1_000) -> list[ActiveLease]:
         return await self.session.claim(["task"], None, runs_max)
 
-    async def end(self, work: ActiveLease, code: int = run.COMPLETED) -> None:
+    async def end(self, active: ActiveLease, code: int = run.COMPLETED) -> None:
         """End each run of a lease with the given outcome, and then the lease."""
-        while work.cursor < work.count:
-            work.end(work.begin(), code, b"0")
-        settlement = work.take_settlement()
+        while active.cursor < active.count:
+            active.end(active.begin(), code, b"0")
+        settlement = active.take_settlement()
         assert settlement is not None
-        await self.session.end_lease(work, [settlement])
+        await self.session.end_lease(active, [settlement])
 
     async def settled(self) -> None:
         """Wait until the flusher has no update left."""
@@ -99,12 +99,12 @@ async def test_r1_a_claim_whose_response_was_lost_is_repeated_and_returns_the_sa
         while rig.store.calls.count("claim") < 3:
             await rig.clock.advance_async(1)
             await asyncio.sleep(0)
-        works = await claiming
-        assert sum(work.count for work in works) == 100
+        leases = await claiming
+        assert sum(active.count for active in leases) == 100
         _, ledger = await rig.store.batch(batch_id)
         assert (ledger.leased, ledger.waiting) == (100, 200)
-        for work in works:
-            await rig.end(work)
+        for active in leases:
+            await rig.end(active)
 
 
 async def test_r1_leases_that_the_process_does_not_hold_are_released_after_a_heartbeat(tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ async def test_r1_a_heartbeat_keeps_the_leases_of_pending_claims(tmp_path: Path)
         assert (await rig.store.batch(batch_id))[1].leased == 7
         await rig.clock.advance_async(1)
         (first,) = await claiming
-        for work in (first, second):
-            await rig.end(work)
+        for active in (first, second):
+            await rig.end(active)
         await rig.settled()
         assert (await rig.states(batch_id)).count("completed") == 7
 
@@ -141,9 +141,9 @@ async def test_r1_a_heartbeat_keeps_the_leases_of_pending_claims(tmp_path: Path)
 async def test_r1_a_heartbeat_keeps_leases_whose_outcomes_are_pending(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         batch_id = await rig.batch(10)
-        (work,) = await rig.claim()
+        (active,) = await rig.claim()
         rig.store.before["settle"] = [AWAY]
-        await rig.end(work)
+        await rig.end(active)
         while rig.session._flusher is None or rig.session._flusher.last_error is None:
             await asyncio.sleep(0)
         await rig.beat()
@@ -156,9 +156,9 @@ async def test_r1_a_heartbeat_keeps_leases_whose_outcomes_are_pending(tmp_path: 
 async def test_r2_a_settlement_whose_response_was_lost_is_repeated_and_counts_once(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         batch_id = await rig.batch(10)
-        (work,) = await rig.claim()
+        (active,) = await rig.claim()
         rig.store.after["settle"] = [AWAY]
-        await rig.end(work)
+        await rig.end(active)
         while rig.store.calls.count("settle") < 2:
             await rig.clock.advance_async(1)
             await asyncio.sleep(0)
@@ -171,20 +171,20 @@ async def test_r2_a_settlement_whose_response_was_lost_is_repeated_and_counts_on
 async def test_r3_a_thawed_session_drops_its_leases_and_restarts(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         batch_id = await rig.batch(10)
-        (work,) = await rig.claim()
+        (active,) = await rig.claim()
         ended: list[str] = []
         rig.session.on_ended = lambda: ended.append(rig.session.session_id)
         first = rig.session.session_id
         await end_elsewhere(rig, first)
         await rig.beat()
-        assert (ended, rig.session.held, work.slot) == ([first], [], -1)
+        assert (ended, rig.session.held, active.slot) == ([first], [], -1)
         with pytest.raises(SessionEnded):
             await rig.claim()
         await rig.session.restart()
         assert rig.session.session_id != first
         (again,) = await rig.claim()
-        assert again.lease.token > work.lease.token
-        await rig.end(work)  # late, with the old token
+        assert again.lease.token > active.lease.token
+        await rig.end(active)  # late, with the old token
         await rig.settled()
         assert rig.session.lost_count == 10
         assert (await rig.store.batch(batch_id))[1].leased == 10
@@ -208,8 +208,8 @@ async def test_a_restart_reuses_no_slot_of_the_old_file(tmp_path: Path) -> None:
         marks = rig.session.marks
         assert marks is not None
         free = marks.free_count
-        for work in old:
-            await rig.end(work)
+        for active in old:
+            await rig.end(active)
         await rig.settled()
         assert marks.free_count == free
         old[0].marks[0] = 1  # a run that survived its session may still write its marks
@@ -219,10 +219,10 @@ async def test_a_restart_reuses_no_slot_of_the_old_file(tmp_path: Path) -> None:
 async def test_the_flusher_keeps_all_updates_while_the_store_fails(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         batch_id = await rig.batch(600)
-        works = await rig.claim()
+        leases = await rig.claim()
         rig.store.before["settle"] = [AWAY] * 5
-        for work in works:
-            await rig.end(work)
+        for active in leases:
+            await rig.end(active)
         while rig.store.before["settle"]:
             await rig.clock.advance_async(10)
             await asyncio.sleep(0)
@@ -235,9 +235,9 @@ async def test_the_flusher_keeps_all_updates_while_the_store_fails(tmp_path: Pat
 async def test_a_lease_whose_settlement_is_permanently_refused_is_released(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         batch_id = await rig.batch(10)
-        (work,) = await rig.claim()
+        (active,) = await rig.claim()
         rig.store.before["settle"] = [InvalidInput("never")]
-        await rig.end(work)
+        await rig.end(active)
         await rig.settled()
         assert (await rig.store.batch(batch_id))[1].leased == 10
         await rig.beat()
@@ -248,14 +248,14 @@ async def test_a_lease_whose_settlement_is_permanently_refused_is_released(tmp_p
 async def test_a_lease_stays_marked_until_its_last_update_is_durable(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         await rig.batch(3, at_most_once=True)
-        (work,) = await rig.claim()
+        (active,) = await rig.claim()
         marks = rig.session.marks
         assert marks is not None
         rig.store.before["settle"] = [AWAY]
-        await rig.end(work)
+        await rig.end(active)
         while rig.session._flusher is None or rig.session._flusher.last_error is None:
             await asyncio.sleep(0)
-        assert read(marks.path) == {(work.lease.span_id, work.lease.token): (0, 1, 2)}
+        assert read(marks.path) == {(active.lease.span_id, active.lease.token): (0, 1, 2)}
         await rig.clock.advance_async(1)
         await rig.settled()
         assert read(marks.path) == {}
@@ -264,22 +264,22 @@ async def test_a_lease_stays_marked_until_its_last_update_is_durable(tmp_path: P
 async def test_a_lease_stays_marked_after_an_earlier_part_became_durable(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         await rig.batch(3, at_most_once=True)
-        (work,) = await rig.claim()
+        (active,) = await rig.claim()
         marks = rig.session.marks
         assert marks is not None
         seen: list[Any] = []
         rig.store.watch["settle"] = lambda: seen.append(read(marks.path))
         rig.store.before["settle"] = [AWAY]
-        work.end(work.begin(), run.COMPLETED, b"0")
-        part = work.take_settlement()
+        active.end(active.begin(), run.COMPLETED, b"0")
+        part = active.take_settlement()
         assert part is not None
         await rig.session.put(part)
         while rig.session._flusher is None or rig.session._flusher.last_error is None:
             await asyncio.sleep(0)
-        await rig.end(work)  # waits behind the first part, which is retried alone
+        await rig.end(active)  # waits behind the first part, which is retried alone
         await rig.clock.advance_async(1)
         await rig.settled()
-        name = (work.lease.span_id, work.lease.token)
+        name = (active.lease.span_id, active.lease.token)
         assert seen == [{name: (0, 1, 2)}, {name: (0, 1, 2)}]
         assert read(marks.path) == {}
 
@@ -289,11 +289,11 @@ async def test_claims_are_bounded_by_the_free_mark_slots(tmp_path: Path) -> None
         small = StoreSession(rig.engine, kind="worker", slots=5)
         await small.start()
         await rig.batch(100)
-        works = [work for _ in range(7) for work in await small.claim(["task"], None, 1)]
-        assert (len(works), small.free_count) == (5, 0)
+        leases = [active for _ in range(7) for active in await small.claim(["task"], None, 1)]
+        assert (len(leases), small.free_count) == (5, 0)
         assert await small.claim(["task"], None, 10) == []
-        release = Release(span_id=works[0].lease.span_id, token=works[0].lease.token)
-        await small.end_lease(works[0], [release])
+        release = Release(span_id=leases[0].lease.span_id, token=leases[0].lease.token)
+        await small.end_lease(leases[0], [release])
         assert small._flusher is not None
         while small._flusher.depth:
             await asyncio.sleep(0)
@@ -306,13 +306,13 @@ async def test_a_session_that_cannot_settle_leaves_its_marks(tmp_path: Path) -> 
         batch_id = await rig.batch(10)
         other = StoreSession(rig.engine, kind="worker")
         await other.start()
-        (work,) = await other.claim(["task"], None, 10)
+        (active,) = await other.claim(["task"], None, 10)
         assert other.marks is not None
         path = other.marks.path
-        work.begin()
+        active.begin()
         rig.store.before["settle"] = [AWAY] * 1_000
-        work.end(work.begin(), run.COMPLETED, b"1")
-        settlement = work.take_settlement()
+        active.end(active.begin(), run.COMPLETED, b"1")
+        settlement = active.take_settlement()
         assert settlement is not None
         await other.put(settlement)
         stopping = asyncio.create_task(other.stop(deadline_s=5))
@@ -340,10 +340,10 @@ async def lost_worker(rig: SessionRig, *, marks: bool) -> tuple[str, InflightMar
     claim = Claim(session_id=session_id, claim_no=1, environment="default", tasks=["task"], queues=None, runs_max=10)
     (lease,) = await rig.store.claim(claim, now_us=now_us)
     slot, body = marks_file.take(lease.span_id, lease.token, lease.runs_count) if marks_file is not None else (-1, None)
-    work = ActiveLease(lease, body, slot)
-    work.begin()
-    work.begin()
-    return session_id, marks_file, work
+    active = ActiveLease(lease, body, slot)
+    active.begin()
+    active.begin()
+    return session_id, marks_file, active
 
 
 async def crashes(rig: SessionRig, batch_id: str) -> list[int]:

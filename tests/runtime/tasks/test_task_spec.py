@@ -43,13 +43,13 @@ def number(item: int) -> None: ...
 def point(item: Point) -> None: ...
 def two(a: int, b: str = "b") -> None: ...
 def nothing() -> None: ...
-def one_default(item: int = 7) -> None: ...
+def single_default(item: int = 7) -> None: ...
 def with_context(item: int, context: Context) -> None: ...
 def maybe_context(a: int, b: int, context: Context | None = None) -> None: ...
-def by_place(a: int, b: int = 2, /, c: int = 3) -> None: ...
-def one_by_place(a: int, /) -> None: ...
-def by_name(a: int, b: int = 2, *, c: int) -> None: ...
-def one_by_name(*, a: int) -> None: ...
+def positional(a: int, b: int = 2, /, c: int = 3) -> None: ...
+def single_positional(a: int, /) -> None: ...
+def with_keyword(a: int, b: int = 2, *, c: int) -> None: ...
+def single_keyword(*, a: int) -> None: ...
 def late_default(a: int, b: int = 2, *, c: int = 3) -> None: ...
 
 
@@ -89,13 +89,13 @@ def refused(function: Callable[..., Any], payload: bytes, kind: int = pack.JSON)
         (nothing, b"{}", {}),
         (nothing, b"[]", {}),
         (nothing, b"", {}),
-        (one_default, b"", {}),
-        (one_default, b"8", {"item": 8}),
-        (by_place, b'{"a":1,"c":9}', {"a": 1, "b": 2, "c": 9}),
-        (by_place, b"[1,5,9]", {"a": 1, "b": 5, "c": 9}),
-        (one_by_place, b"4", {"a": 4}),
-        (by_name, b'{"a":1,"c":3}', {"a": 1, "c": 3}),
-        (one_by_name, b"4", {"a": 4}),
+        (single_default, b"", {}),
+        (single_default, b"8", {"item": 8}),
+        (positional, b'{"a":1,"c":9}', {"a": 1, "b": 2, "c": 9}),
+        (positional, b"[1,5,9]", {"a": 1, "b": 5, "c": 9}),
+        (single_positional, b"4", {"a": 4}),
+        (with_keyword, b'{"a":1,"c":3}', {"a": 1, "c": 3}),
+        (single_keyword, b"4", {"a": 4}),
         (late_default, b"[1,5]", {"a": 1, "b": 5}),
     ],
 )
@@ -122,8 +122,8 @@ def test_json_fills_a_single_parameter_whole_and_several_by_name_or_position(
         (number, b"-", "invalid number"),
         (nothing, b"5", "expected no arguments"),
         (nothing, b"nonsense", "malformed"),
-        (by_name, b"[1,2,3]", "at most length 2"),
-        (by_name, b"[1,2]", "keyword-only arguments need an object: c"),
+        (with_keyword, b"[1,2,3]", "at most length 2"),
+        (with_keyword, b"[1,2]", "keyword-only arguments need an object: c"),
         (number, b"9" * 5_000, "out of range"),
         (whole, b"[" * 100_000, "nested too deeply"),
         (two, b'{"a":' + b"[" * 100_000, "Expected `int`"),
@@ -170,10 +170,10 @@ def msgpack(**call: Any) -> bytes:
         (number, {"kwargs": {"item": 1}}, {"item": 1}),
         (whole, {"args": [[1, 2]]}, {"item": [1, 2]}),
         (whole, {"args": [{"item": 1}]}, {"item": {"item": 1}}),
-        (one_default, {}, {}),
+        (single_default, {}, {}),
         (nothing, {}, {}),
-        (by_place, {"args": [1], "kwargs": {"c": 4}}, {"a": 1, "b": 2, "c": 4}),
-        (by_name, {"args": [1, 2], "kwargs": {"c": 4}}, {"a": 1, "b": 2, "c": 4}),
+        (positional, {"args": [1], "kwargs": {"c": 4}}, {"a": 1, "b": 2, "c": 4}),
+        (with_keyword, {"args": [1, 2], "kwargs": {"c": 4}}, {"a": 1, "b": 2, "c": 4}),
     ],
 )
 def test_messagepack_holds_args_and_kwargs(
@@ -271,11 +271,11 @@ def test_superjson_with_invalid_meta_is_refused(payload: bytes) -> None:
     [
         (number, (5,), {}, b"5"),
         (number, (), {"item": 5}, b"5"),
-        (one_default, (), {}, b""),
+        (single_default, (), {}, b""),
         (two, (1,), {}, b'{"a":1}'),
         (two, (1, "x"), {}, b'{"a":1,"b":"x"}'),
         (with_context, (5,), {}, b"5"),
-        (by_place, (1, 4), {"c": 2}, b'{"a":1,"b":4,"c":2}'),
+        (positional, (1, 4), {"c": 2}, b'{"a":1,"b":4,"c":2}'),
         (nothing, (), {}, b"{}"),
         (point, (Point(1, 2),), {}, b'{"x":1,"y":2}'),
         (whole, (Colour.RED,), {}, b'"red"'),
@@ -297,7 +297,7 @@ def test_a_call_becomes_json_that_decodes_to_the_same_call(
         (number, (1, 2), {}, "too many positional"),
         (two, (1,), {"z": 1}, "unexpected keyword"),
         (two, (1, 5), {}, "at `$.b`"),
-        (by_place, (), {"a": 1}, "positional only"),
+        (positional, (), {"a": 1}, "positional only"),
         (with_context, (5, None), {}, "too many positional"),
         (whole, (object(),), {}, "can't be encoded as JSON"),
         (whole, ("\ud800",), {}, "surrogates"),

@@ -38,15 +38,15 @@ def double_in_a_thread(item: int) -> int:
 @pytest.mark.parametrize("inline", [False, True])
 async def test_results_are_stored_in_the_order_of_the_runs(function: Any, inline: bool) -> None:
     async with rig(function, inline=inline) as harness:
-        works = [harness.submit(*numbers(300)) for _ in range(3)]
-        await harness.until_over(*works)
-        for work in works:
-            assert work.results == [b"%d" % (2 * number) for number in range(300)]
-            assert states(work) == ["completed"] * 300
-            assert set(work.marks) == {ENDED}
+        leases = [harness.submit(*numbers(300)) for _ in range(3)]
+        await harness.until_over(*leases)
+        for active in leases:
+            assert active.results == [b"%d" % (2 * number) for number in range(300)]
+            assert states(active) == ["completed"] * 300
+            assert set(active.marks) == {ENDED}
         assert (harness.executor.unbegun_count, harness.executor.in_flight_count) == (0, 0)
         assert harness.executor.ended_count == 900
-        assert harness.over == works
+        assert harness.over == leases
 
 
 async def test_running_runs_are_bounded_by_the_concurrency() -> None:
@@ -60,11 +60,11 @@ async def test_running_runs_are_bounded_by_the_concurrency() -> None:
         now -= 1
 
     async with rig(counts, concurrency=5) as harness:
-        work = harness.submit(*numbers(40))
+        active = harness.submit(*numbers(40))
         await harness.clock.settle()
         assert (now, harness.executor.in_flight_count, harness.executor.unbegun_count) == (5, 5, 35)
         gate.set()
-        await harness.until_over(work)
+        await harness.until_over(active)
         assert most == 5
 
 
@@ -142,20 +142,20 @@ async def test_any_exception_of_a_task_fails_that_run_alone(error: BaseException
 
     function: Any = {"at once": at_once, "after a turn": after_a_turn}.get(kind, plain)
     async with rig(function, concurrency=1, inline=kind == "inline") as harness:
-        work = await harness.ran(*numbers(3))
-        assert states(work) == ["completed", "failed", "completed"]
-        error_record = failure(work, 1)
+        active = await harness.ran(*numbers(3))
+        assert states(active) == ["completed", "failed", "completed"]
+        error_record = failure(active, 1)
         assert error_record.type in (type(error).__name__, "RuntimeError"), error_record
         assert states(await harness.ran(b"5")) == ["completed"]
 
 
 async def test_an_invalid_payload_fails_its_run_with_the_position() -> None:
     async with rig(double) as harness:
-        work = await harness.ran(b"1", b'"x"', b"3", b"nonsense", b"5")
-        assert states(work) == ["completed", "failed", "completed", "failed", "completed"]
-        assert failure(work, 1).type == "InvalidPayload"
-        assert "Expected `int`, got `str`" in failure(work, 1).message
-        assert "malformed" in failure(work, 3).message
+        active = await harness.ran(b"1", b'"x"', b"3", b"nonsense", b"5")
+        assert states(active) == ["completed", "failed", "completed", "failed", "completed"]
+        assert failure(active, 1).type == "InvalidPayload"
+        assert "Expected `int`, got `str`" in failure(active, 1).message
+        assert "malformed" in failure(active, 3).message
 
 
 async def test_a_decoding_error_raised_by_a_task_is_not_taken_for_an_invalid_payload() -> None:
@@ -163,9 +163,9 @@ async def test_a_decoding_error_raised_by_a_task_is_not_taken_for_an_invalid_pay
         b"\xff".decode()
 
     async with rig(decodes, retry=Retry(attempts=2)) as harness:
-        work = await harness.ran(b"1")
-        assert states(work) == ["retry"]
-        assert failure(work).type == "UnicodeDecodeError"
+        active = await harness.ran(b"1")
+        assert states(active) == ["retry"]
+        assert failure(active).type == "UnicodeDecodeError"
 
 
 async def test_a_run_called_without_its_argument_uses_the_default() -> None:
@@ -184,10 +184,10 @@ async def test_a_result_that_cannot_be_encoded_fails_its_run_permanently(value: 
         return value if item == 1 else item
 
     async with rig(returns, retry=Retry(attempts=5)) as harness:
-        work = await harness.ran(*numbers(3))
-        assert states(work) == ["completed", "failed", "completed"]
-        assert failure(work, 1).type == "InvalidResult"
-        assert "can't be encoded as JSON" in failure(work, 1).message
+        active = await harness.ran(*numbers(3))
+        assert states(active) == ["completed", "failed", "completed"]
+        assert failure(active, 1).type == "InvalidResult"
+        assert "can't be encoded as JSON" in failure(active, 1).message
 
 
 async def test_a_result_over_the_inline_limit_goes_to_the_object_store() -> None:
@@ -195,11 +195,11 @@ async def test_a_result_over_the_inline_limit_goes_to_the_object_store() -> None
         return "x" * item
 
     async with rig(long, limits=Limits(inline_bytes_max=64)) as harness:
-        work = await harness.ran(b"61", b"62", b"1000")
-        assert states(work) == ["completed"] * 3
-        assert [work.kinds.get(number, 0) for number in range(3)] == [pack.JSON, pack.REFERENCE, pack.REFERENCE]
-        assert harness.objects.kept[work.results[2]][0] == b'"' + b"x" * 1_000 + b'"'
-        settlement = work.take_settlement()
+        active = await harness.ran(b"61", b"62", b"1000")
+        assert states(active) == ["completed"] * 3
+        assert [active.kinds.get(number, 0) for number in range(3)] == [pack.JSON, pack.REFERENCE, pack.REFERENCE]
+        assert harness.objects.kept[active.results[2]][0] == b'"' + b"x" * 1_000 + b'"'
+        settlement = active.take_settlement()
         assert settlement is not None
         assert len(settlement.object_keys) == 2
 
@@ -211,28 +211,28 @@ async def test_an_unavailable_object_store_uses_up_no_attempt() -> None:
     async with rig(echo, limits=Limits(inline_bytes_max=64)) as harness:
         harness.objects.kept[b"reference"] = (b'"' + b"y" * 100 + b'"', pack.JSON)
         harness.objects.faults = [StoreUnavailable("away")] * 3
-        work = harness.submit(b"reference", kinds=bytes((pack.REFERENCE,)))
+        active = harness.submit(b"reference", kinds=bytes((pack.REFERENCE,)))
         for _ in range(3):
             await harness.clock.advance_async(10)
-        await harness.until_over(work)
-        assert states(work) == ["completed"]
+        await harness.until_over(active)
+        assert states(active) == ["completed"]
         assert harness.objects.requests_count == 5
 
 
 async def test_a_missing_object_fails_its_run_with_a_reason() -> None:
     async with rig(double, retry=Retry(attempts=5)) as harness:
-        work = await harness.ran(b"gone", b"4", kinds=bytes((pack.REFERENCE, pack.JSON)))
-        assert states(work) == ["failed", "completed"]
-        assert failure(work).type == "OBJECT_MISSING"
-        assert "not in the object store" in failure(work).message
+        active = await harness.ran(b"gone", b"4", kinds=bytes((pack.REFERENCE, pack.JSON)))
+        assert states(active) == ["failed", "completed"]
+        assert failure(active).type == "OBJECT_MISSING"
+        assert "not in the object store" in failure(active).message
 
 
 async def test_an_unexpected_error_of_the_object_store_fails_its_run_alone() -> None:
     async with rig(double) as harness:
         harness.objects.faults = [RuntimeError("odd")]
-        work = await harness.ran(b"x", b"4", kinds=bytes((pack.REFERENCE, pack.JSON)))
-        assert states(work) == ["failed", "completed"]
-        assert failure(work).type == "RuntimeError"
+        active = await harness.ran(b"x", b"4", kinds=bytes((pack.REFERENCE, pack.JSON)))
+        assert states(active) == ["failed", "completed"]
+        assert failure(active).type == "RuntimeError"
 
 
 # -- retries
@@ -244,11 +244,11 @@ async def test_a_failed_attempt_with_attempts_left_is_retried_later() -> None:
 
     async with rig(fails, retry=Retry(attempts=3, backoff="constant", delay_s=10, jitter=0)) as harness:
         for attempt, state in ((1, "retry"), (2, "retry"), (3, "failed")):
-            work = await harness.ran(b"1", attempt=attempt)
-            assert states(work) == [state]
-            assert failure(work).attempts == attempt
+            active = await harness.ran(b"1", attempt=attempt)
+            assert states(active) == [state]
+            assert failure(active).attempts == attempt
             if state == "retry":
-                assert work.dues[0] == harness.clock.now_us() + 10 * SECOND_US
+                assert active.dues[0] == harness.clock.now_us() + 10 * SECOND_US
 
 
 async def test_retry_after_sets_the_time_and_the_exception_class_decides_on_a_retry() -> None:
@@ -257,10 +257,10 @@ async def test_retry_after_sets_the_time_and_the_exception_class_decides_on_a_re
 
     policy = Retry(attempts=2, delay_s=1, jitter=0, retry_on=(LookupError,), give_up_on=(KeyError,))
     async with rig(fails, retry=policy) as harness:
-        work = await harness.ran(*numbers(5))
-        assert states(work) == ["retry", "failed", "retry", "failed", "failed"]
+        active = await harness.ran(*numbers(5))
+        assert states(active) == ["retry", "failed", "retry", "failed", "failed"]
         now_us = harness.clock.now_us()
-        assert work.dues == {0: now_us + 90 * SECOND_US, 2: now_us + SECOND_US}
+        assert active.dues == {0: now_us + 90 * SECOND_US, 2: now_us + SECOND_US}
 
 
 async def test_a_run_that_expired_before_it_began_does_not_begin() -> None:
@@ -287,12 +287,12 @@ async def test_a_context_identifies_its_run() -> None:
         return context.run_id
 
     async with rig(asks, timeout_s=30) as harness:
-        work = await harness.ran(b"5", attempt=4)
+        active = await harness.ran(b"5", attempt=4)
         (context,) = contexts
         assert (context.batch_id, context.index, context.attempt, context.task) == ("batch_0", 0, 4, "task")
         assert context.deadline_us == harness.clock.now_us() + 30 * SECOND_US
         assert (context.cancelled, dict(context.headers), context.queue) == (False, {}, "default")
-        assert work.results == [b'"run_0_0"']
+        assert active.results == [b'"run_0_0"']
 
 
 # -- suspects
@@ -376,8 +376,8 @@ async def test_r15_a_run_that_never_suspends_creates_no_task_and_no_future() -> 
     async with rig(double) as harness:
         loop.set_task_factory(counted_task)
         loop.create_future = counted_future  # type: ignore[method-assign]  # to count
-        works = [harness.submit(*numbers(256)) for _ in range(16)]
-        await harness.until_over(*works)
+        leases = [harness.submit(*numbers(256)) for _ in range(16)]
+        await harness.until_over(*leases)
         assert harness.executor.ended_count == 4_096
         assert made_tasks <= harness.executor.concurrency + 1
         assert made_futures <= 50
@@ -407,8 +407,8 @@ async def test_r16_context_variables_do_not_leak_from_run_to_run() -> None:
 
     for function in (sets, sets_in_a_thread):
         async with rig(function, concurrency=3) as harness:
-            work = await harness.ran(*numbers(20))
-            assert work.results == [b"[-1,%d,%d]" % (item, item) for item in range(20)]
+            active = await harness.ran(*numbers(20))
+            assert active.results == [b"[-1,%d,%d]" % (item, item) for item in range(20)]
     assert variable.get() == -1
 
 
@@ -501,11 +501,11 @@ async def test_user_code_may_use_timeouts_groups_and_tasks_inside_runs(concurren
 
     async with rig(uses, concurrency=concurrency) as harness:
         for number in (*range(6), *reversed(range(6)), 5, 5, 4, 1, 0):
-            work = await harness.ran(b"%d" % number)
+            active = await harness.ran(b"%d" % number)
             error = USES[number][1]
-            assert states(work) == (["failed"] if error else ["completed"]), USES[number]
+            assert states(active) == (["failed"] if error else ["completed"]), USES[number]
             if error:
-                assert failure(work).type == error
+                assert failure(active).type == error
         assert [runner.task.done() for runner in harness.executor._runners] == [False] * len(harness.executor._runners)
 
 
@@ -533,14 +533,14 @@ async def test_runners_end_when_their_loop_ends() -> None:
     async def waits(item: int) -> None:
         await asyncio.Event().wait()
 
-    works: list[Any] = []
+    leases: list[Any] = []
 
     async def main() -> None:
         harness = Rig(waits)
-        works.append(harness.submit(*numbers(3)))
+        leases.append(harness.submit(*numbers(3)))
         await harness.clock.settle()
 
     await asyncio.to_thread(asyncio.run, main())
-    (work,) = works
-    assert states(work) == ["open"] * 3
-    assert set(work.marks) == {NOT_BEGUN}
+    (active,) = leases
+    assert states(active) == ["open"] * 3
+    assert set(active.marks) == {NOT_BEGUN}

@@ -31,11 +31,11 @@ async def test_r17_a_timeout_is_armed_when_a_run_first_suspends() -> None:
     async with rig(sometimes, timeout_s=5) as harness:
         await harness.ran(*[b"0"] * 50)
         assert harness.clock.sleepers_count == 0
-        work = harness.submit(b"0", b"1", b"0")
+        active = harness.submit(b"0", b"1", b"0")
         await harness.clock.settle()
         assert harness.clock.sleepers_count == 1
         gate.set()
-        await harness.until_over(work)
+        await harness.until_over(active)
         assert harness.clock.sleepers_count == 0
 
 
@@ -49,12 +49,12 @@ async def test_a_run_that_waits_too_long_times_out() -> None:
             cleaned.append(item)
 
     async with rig(waits, timeout_s=5, retry=Retry(attempts=2, delay_s=0)) as harness:
-        work = harness.submit(b"0")
+        active = harness.submit(b"0")
         await harness.clock.advance_async(4.9)
-        assert states(work) == ["open"]
+        assert states(active) == ["open"]
         await harness.clock.advance_async(0.1)
-        assert states(work) == ["retry"]
-        assert (failure(work).type, failure(work).message) == ("TimeoutError", "timed out after 5 s")
+        assert states(active) == ["retry"]
+        assert (failure(active).type, failure(active).message) == ("TimeoutError", "timed out after 5 s")
         assert cleaned == [0]
         last = harness.submit(b"1", attempt=2)
         await harness.clock.advance_async(5)
@@ -70,9 +70,9 @@ async def test_a_run_that_swallows_its_interruption_and_returns_is_completed() -
         return "never"
 
     async with rig(swallows, timeout_s=5) as harness:
-        work = harness.submit(b"0")
+        active = harness.submit(b"0")
         await harness.clock.advance_async(5)
-        assert (states(work), work.results) == (["completed"], [b'"so far"'])
+        assert (states(active), active.results) == (["completed"], [b'"so far"'])
 
 
 async def test_a_run_that_swallows_its_interruption_and_continues_is_interrupted_again() -> None:
@@ -88,12 +88,12 @@ async def test_a_run_that_swallows_its_interruption_and_continues_is_interrupted
         raise RuntimeError("at last")
 
     async with rig(stubborn, timeout_s=5) as harness:
-        work = harness.submit(b"0")
+        active = harness.submit(b"0")
         await harness.clock.advance_async(5)
-        assert (interruptions_count, states(work)) == (1, ["open"])
+        assert (interruptions_count, states(active)) == (1, ["open"])
         await harness.clock.advance_async(2 * executor_module.INSIST_S)
-        assert (interruptions_count, states(work)) == (3, ["failed"])
-        assert failure(work).type == "TimeoutError"
+        assert (interruptions_count, states(active)) == (3, ["failed"])
+        assert failure(active).type == "TimeoutError"
 
 
 async def test_a_threaded_run_past_its_timeout_is_notified_and_its_outcome_dropped() -> None:
@@ -106,14 +106,14 @@ async def test_a_threaded_run_past_its_timeout_is_notified_and_its_outcome_dropp
         return "too late"
 
     async with rig(blocks, timeout_s=5) as harness:
-        work = harness.submit(b"0")
+        active = harness.submit(b"0")
         await harness.clock.advance_async(5)
-        assert states(work) == ["failed"]
-        assert failure(work).type == "TimeoutError"
+        assert states(active) == ["failed"]
+        assert failure(active).type == "TimeoutError"
         release.set()
         await asyncio.to_thread(ended.wait)
         assert seen == [True]
-        assert work.results[0].startswith(b'{"type":"TimeoutError"')
+        assert active.results[0].startswith(b'{"type":"TimeoutError"')
 
 
 async def test_an_inline_run_past_its_timeout_is_interrupted_by_the_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +125,8 @@ async def test_an_inline_run_past_its_timeout_is_interrupted_by_the_alarm(monkey
         raise TimeoutError("timed out")  # raised in the run by the signal handler of the alarm
 
     async with rig(slow, timeout_s=5, inline=True) as harness:
-        work = await harness.ran(b"0")
-        assert failure(work).type == "TimeoutError"
+        active = await harness.ran(b"0")
+        assert failure(active).type == "TimeoutError"
         assert armed == [5, 0]
         assert harness.deadlines[0] > 0
         assert harness.deadlines[-1] == 0
@@ -140,11 +140,11 @@ async def test_a_cancelled_run_is_interrupted_and_other_runs_continue() -> None:
         await asyncio.Event().wait()
 
     async with rig(waits) as harness:
-        work = harness.submit(*numbers(3))
+        active = harness.submit(*numbers(3))
         await harness.clock.settle()
-        harness.executor.interrupt(lambda _work, number: number == 1, "cancelled")
+        harness.executor.interrupt(lambda _active, number: number == 1, "cancelled")
         await harness.clock.settle()
-        assert states(work) == ["open", "cancelled", "open"]
+        assert states(active) == ["open", "cancelled", "open"]
         assert [contexts[item].cancelled for item in range(3)] == [False, True, False]
 
 
@@ -157,13 +157,13 @@ async def test_a_run_cancelled_before_it_began_does_not_begin() -> None:
         await gate.wait()
 
     async with rig(waits, concurrency=2) as harness:
-        work = harness.submit(*numbers(6))
+        active = harness.submit(*numbers(6))
         await harness.clock.settle()
-        harness.executor.interrupt(lambda _work, number: number in (1, 3, 4), "cancelled")
+        harness.executor.interrupt(lambda _active, number: number in (1, 3, 4), "cancelled")
         gate.set()
-        await harness.until_over(work)
+        await harness.until_over(active)
         assert begun == [0, 1, 2, 5]
-        assert states(work) == ["completed", "cancelled", "completed", "cancelled", "cancelled", "completed"]
+        assert states(active) == ["completed", "cancelled", "completed", "cancelled", "cancelled", "completed"]
 
 
 # -- stopping
@@ -177,14 +177,14 @@ async def test_a_stop_lets_running_runs_end_and_begins_no_other_run() -> None:
         await gate.wait()
 
     async with rig(waits, concurrency=2) as harness:
-        work = harness.submit(*numbers(5))
+        active = harness.submit(*numbers(5))
         await harness.clock.settle()
         stopping = asyncio.create_task(harness.executor.stop(grace_s=30))
         await harness.clock.settle()
         assert not stopping.done()
         gate.set()
         await stopping
-        assert (begun, states(work)) == ([0, 1], ["completed"] * 2 + ["open"] * 3)
+        assert (begun, states(active)) == ([0, 1], ["completed"] * 2 + ["open"] * 3)
         assert harness.clock.now_us() == 1_700_000_000 * SECOND_US
 
 
@@ -200,13 +200,13 @@ async def test_past_the_grace_runs_are_interrupted_and_released_uncharged() -> N
                 raise OSError("while cleaning up")
 
     async with rig(waits) as harness:
-        work = harness.submit(*numbers(2))
+        active = harness.submit(*numbers(2))
         await harness.clock.settle()
-        assert set(work.marks) == {BEGUN}
+        assert set(active.marks) == {BEGUN}
         stopping = asyncio.create_task(harness.executor.stop(grace_s=30))
         await harness.clock.advance_async(30)
         await stopping
-        assert (cleaned, states(work), set(work.marks)) == ([0, 1], ["open"] * 2, {NOT_BEGUN})
+        assert (cleaned, states(active), set(active.marks)) == ([0, 1], ["open"] * 2, {NOT_BEGUN})
 
 
 async def test_a_second_stop_cuts_the_grace_short() -> None:
@@ -214,13 +214,13 @@ async def test_a_second_stop_cuts_the_grace_short() -> None:
         await asyncio.Event().wait()
 
     async with rig(waits) as harness:
-        work = harness.submit(b"0")
+        active = harness.submit(b"0")
         await harness.clock.settle()
         first = asyncio.create_task(harness.executor.stop(grace_s=30))
         await harness.clock.settle()
         await harness.executor.stop(grace_s=0)
         await first
-        assert states(work) == ["open"]
+        assert states(active) == ["open"]
 
 
 async def test_a_stop_does_not_wait_for_a_run_that_ignores_its_interruption() -> None:
@@ -234,10 +234,10 @@ async def test_a_stop_does_not_wait_for_a_run_that_ignores_its_interruption() ->
                 continue
 
     async with rig(deaf) as harness:
-        work = harness.submit(b"0")
+        active = harness.submit(b"0")
         await harness.clock.settle()
         await harness.executor.stop(grace_s=0)
-        assert states(work) == ["open"]
+        assert states(active) == ["open"]
         released.set()
         await harness.clock.settle()
 
@@ -247,19 +247,19 @@ async def test_an_interrupted_at_most_once_run_is_never_released() -> None:
         await asyncio.Event().wait()
 
     async with rig(waits) as harness:
-        work = harness.submit(*numbers(2), at_most_once=True)
+        active = harness.submit(*numbers(2), at_most_once=True)
         await harness.clock.settle()
         await harness.executor.stop(grace_s=0)
-        assert states(work) == ["failed"] * 2
-        assert failure(work).type == "WorkerStopped"
-        assert set(work.marks) == {BEGUN}
+        assert states(active) == ["failed"] * 2
+        assert failure(active).type == "WorkerStopped"
+        assert set(active.marks) == {BEGUN}
 
 
 async def test_an_at_most_once_run_that_ended_stays_marked_until_its_outcome_is_durable() -> None:
     async with rig(double) as harness:
-        work = await harness.ran(*numbers(2), at_most_once=True)
-        assert states(work) == ["completed"] * 2
-        assert set(work.marks) == {BEGUN}
+        active = await harness.ran(*numbers(2), at_most_once=True)
+        assert states(active) == ["completed"] * 2
+        assert set(active.marks) == {BEGUN}
 
 
 async def test_an_at_most_once_run_is_not_retried() -> None:
@@ -279,15 +279,15 @@ async def test_outcomes_are_reported_while_the_rest_runs() -> None:
         return item
 
     async with rig(last_waits) as harness:
-        work = harness.submit(*numbers(4))
+        active = harness.submit(*numbers(4))
         await harness.clock.settle()
-        assert harness.dirty == [work]
-        part = work.take_settlement()
+        assert harness.dirty == [active]
+        part = active.take_settlement()
         assert part is not None
         assert (part.part_no, part.codes) == (0, b"ccc")
-        assert work.take_settlement() is None
+        assert active.take_settlement() is None
         gate.set()
-        await harness.until_over(work)
-        rest = work.take_settlement()
+        await harness.until_over(active)
+        rest = active.take_settlement()
         assert rest is not None
         assert (rest.part_no, rest.codes) == (1, b"c")

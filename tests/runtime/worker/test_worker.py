@@ -342,8 +342,8 @@ async def test_unbegun_runs_are_claimable_before_the_grace_of_a_stop_ends(kind: 
         await worker.start()
         await begun.wait()
         second = await waits.map(range(5))
-        for work in await worker.session.claim(["waits"], None, 5):
-            worker._executor.submit(work)
+        for active in await worker.session.claim(["waits"], None, 5):
+            worker._executor.submit(active)
         assert (await second.view()).ledger.leased == 5
         stopping = asyncio.create_task(worker.stop())
         while (await second.view()).ledger.leased:

@@ -1,1 +1,1 @@
-"""Measurements: scenarios of Headrace beside the floors they stand on."""
+"""Research scripts for measurements that `headrace bench` does not ship."""

@@ -251,7 +251,7 @@ class Indexer:
     async def state(self) -> IndexerState | None:
         """Return the indexer's state in the store; None before its first start."""
         engine = await self.app.open()
-        for state in await engine.tables.standings(engine.environment):
+        for state in await engine.tables.indexer_states(engine.environment):
             if state.name == self.name:
                 return state
         return None

@@ -15,7 +15,7 @@ from headrace.foundation.errors import Conflict, InvalidInput, StoreUnavailable
 from headrace.handles import RunFailed, WaitTimeout
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.flusher import UpdatesUnflushed
-from headrace.runtime.producing import producer as room
+from headrace.runtime.producing import producer as producer_module
 from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.call_options import Options
 from headrace.store.protocol import Suspects
@@ -209,7 +209,7 @@ async def test_a_stream_sealed_by_another_process_is_followed_by_a_new_one(kind:
 async def test_a_full_stream_is_followed_by_a_new_one(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "STREAM_RUNS_MAX", 10)
+    monkeypatch.setattr(producer_module, "STREAM_RUNS_MAX", 10)
     async with opened(kind, tmp_path) as engine, app_on(engine) as app:
         task = with_task(app)
         runs = await asyncio.gather(*(task.enqueue(item) for item in range(35)))

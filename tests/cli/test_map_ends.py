@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from headrace.cli import progress
-from headrace.cli.progress import Lines, Rate, Standing, line_of
+from headrace.cli.progress import Lines, ProgressState, Rate, line_of
 from headrace.store.sqlite import SqliteStore
 from tests.cli.conftest import Shell
 
@@ -169,16 +169,16 @@ def test_a_named_pipe_is_a_stream(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    ("standing", "rate", "line"),
+    ("state", "rate", "line"),
     [
-        (Standing(1_200, 3, 50_000), 800.0, "1,200 of 50,000 done, 800/s, 3 failed, 61.0 s left"),
-        (Standing(5, 0, 1_000, is_estimate=True), 0.5, "5 of about 1,000 done, 0.5/s, 0 failed, 33 min 10 s left"),
-        (Standing(7, 1, None), 0.0, "7 done, 0/s, 1 failed"),
-        (Standing(20, 0, 10), 10.0, "20 of 10 done, 10/s, 0 failed, 0 ms left"),
+        (ProgressState(1_200, 3, 50_000), 800.0, "1,200 of 50,000 done, 800/s, 3 failed, 61.0 s left"),
+        (ProgressState(5, 0, 1_000, is_estimate=True), 0.5, "5 of about 1,000 done, 0.5/s, 0 failed, 33 min 10 s left"),
+        (ProgressState(7, 1, None), 0.0, "7 done, 0/s, 1 failed"),
+        (ProgressState(20, 0, 10), 10.0, "20 of 10 done, 10/s, 0 failed, 0 ms left"),
     ],
 )
-def test_progress_is_one_line(standing: Standing, rate: float, line: str) -> None:
-    assert line_of(standing, rate) == line
+def test_progress_is_one_line(state: ProgressState, rate: float, line: str) -> None:
+    assert line_of(state, rate) == line
 
 
 def test_the_rate_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
     lines = Lines("double")
     for second in range(25):
         now_s = float(second)
-        lines.update(Standing(second * 10, 0, 1_000))
+        lines.update(ProgressState(second * 10, 0, 1_000))
     assert capfd.readouterr().err.splitlines() == [
         "double: 100 of 1,000 done, 10/s, 0 failed, 90.0 s left",
         "double: 200 of 1,000 done, 10/s, 0 failed, 80.0 s left",

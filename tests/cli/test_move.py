@@ -133,7 +133,7 @@ def test_a_move_is_refused_while_a_process_uses_the_file(shell: Shell) -> None:
             await (await work.map(range(10))).wait()
             ran = await asyncio.to_thread(shell, "move", source, target)
             assert ran.code == 2
-            assert "use this file" in ran.err
+            assert "expected no other process on this file" in ran.err
             await (await work.map(range(10))).wait()
 
     asyncio.run(story())

@@ -203,7 +203,7 @@ class IndexerRig:
         """Return everything the indexer has stored."""
         types: Sequence[EntityType] = indexing.plan.entities
         with_history = [entity for entity in types if indexing.plan.keeps_history(entity)]
-        (state,) = await self.stores.entities.standings("default")
+        (state,) = await self.stores.entities.indexer_states("default")
         return IndexerContents(
             rows={entity.table: list(map(repr, await self.stores.entities.find(entity, ()))) for entity in types},
             history={
@@ -228,7 +228,7 @@ class IndexerRig:
 
     async def forget(self) -> None:
         """Drop the tables and the runs of earlier tests."""
-        for state in await self.stores.entities.standings("default"):
+        for state in await self.stores.entities.indexer_states("default"):
             await self.stores.entities.reset("default", state.name)
         for batch, _ in await self.stores.store.batches("default", limit=ALL):
             await self.stores.store.stop_batch(batch.id, "cancelled", now_us=1)

@@ -279,10 +279,10 @@ async def test_a_lost_lease_commits_nothing(name: str, tmp_path: Path) -> None:
         with pytest.raises(LeaseLost):
             await old.back(None)
         await stores.entities.leave("default", "book", old.token)
-        (state,) = await stores.entities.standings("default")
+        (state,) = await stores.entities.indexer_states("default")
         assert (state.holder, state.no) == ("tester", 0)
         await stores.entities.leave("default", "book", new.token)
-        (state,) = await stores.entities.standings("default")
+        (state,) = await stores.entities.indexer_states("default")
         assert state.holder == ""
         assert await new.rows() == []
 
@@ -434,7 +434,7 @@ async def test_a_table_belongs_to_a_single_indexer_and_names_are_unique(name: st
         for cls, words in (
             (Span, "belongs to Headrace"),
             (AccountHistory, "would share"),
-            (Checked, "a column of the history"),
+            (Checked, "reserved for the history"),
         ):
             entity = EntityType(cls, row_bytes_max=BYTES_MAX)
             with pytest.raises(InvalidSetting, match=words):
@@ -455,7 +455,7 @@ async def test_a_table_that_headrace_did_not_create_is_left_unchanged(name: str,
             await stores.store.within(lambda db, _: db.raw.execute(f'CREATE TABLE "{schema}".account (other int)'))  # type: ignore[attr-defined]  # not in the protocol
         with pytest.raises(Conflict, match="no indexer created"):
             await stores.entities.prepare(EntityPlan("default", "book", (ACCOUNT,), True))
-        assert await stores.entities.standings("default") == []
+        assert await stores.entities.indexer_states("default") == []
 
 
 @pytest.mark.parametrize("package", ["headrace.store.sqlite", "headrace.store.postgres"])

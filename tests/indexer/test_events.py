@@ -149,11 +149,11 @@ async def test_an_indexer_that_crashes_before_building_its_indexes_builds_them_a
         with pytest.raises(Crash):
             async with rig.running(ListSource(payments(5))) as indexing:
                 await indexing.run()
-        (state,) = await rig.stores.entities.standings("default")
+        (state,) = await rig.stores.entities.indexer_states("default")
         assert (state.no, state.is_caught_up, await is_built(rig)) == (5, False, False)
         entities.build_index = build
         await rig.run(ListSource(payments(5)))
-        (state,) = await rig.stores.entities.standings("default")
+        (state,) = await rig.stores.entities.indexer_states("default")
         assert (state.no, state.is_caught_up, await is_built(rig)) == (5, True, True)
         assert len(crashes) == 1
         if name == "sqlite":  # an index that was dropped is created again
@@ -190,10 +190,10 @@ async def test_deferred_indexes_are_built_at_first_use_or_at_the_end(name: str, 
         await rig.forget()
         async with rig.running(ListSource(payments(5))) as indexing:
             await indexing.run(until=4)
-            (state,) = await rig.stores.entities.standings("default")
+            (state,) = await rig.stores.entities.indexer_states("default")
             assert (await is_built(rig), state.is_caught_up) == (False, False)
             await indexing.run()
-            (state,) = await rig.stores.entities.standings("default")
+            (state,) = await rig.stores.entities.indexer_states("default")
             assert (await is_built(rig), state.is_caught_up) == (True, True)
 
 

@@ -93,7 +93,7 @@ async def test_a_handler_that_blocks_the_loop_loses_the_lease_and_is_reported(tm
                 ListSource(log), index_batch_events_max=1, index_handler_timeout_s=1, heartbeat_ms=100
             ) as indexing:
                 await indexing.run()
-        (state,) = await rig.stores.entities.standings("default")
+        (state,) = await rig.stores.entities.indexer_states("default")
         assert (state.no, state.holder) == (1, "")
 
 
@@ -122,7 +122,7 @@ async def test_a_series_of_slow_handlers_is_not_taken_for_a_stuck_handler(tmp_pa
         log = [(n, Pay(f"a{n}", 40)) for n in range(1, 4)]  # 40 of the 50 heartbeats that the timeout allows
         async with rig.running(ListSource(log), index_handler_timeout_s=1, heartbeat_ms=20) as indexing:
             await indexing.run()
-        (state,) = await rig.stores.entities.standings("default")
+        (state,) = await rig.stores.entities.indexer_states("default")
         assert state.no == 3
 
 

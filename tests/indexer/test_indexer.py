@@ -301,7 +301,7 @@ async def test_a_second_concurrent_run_is_refused(tmp_path: Path) -> None:
 async def test_a_source_without_events_is_caught_up_at_once(name: str, tmp_path: Path) -> None:
     async with open_rig(name, tmp_path, bank_indexer) as rig:
         await rig.run(ListSource())
-        (state,) = await rig.stores.entities.standings("default")
+        (state,) = await rig.stores.entities.indexer_states("default")
         assert (state.no, state.positions, state.is_caught_up) == (0, {}, True)
 
 
@@ -310,6 +310,6 @@ async def test_a_caught_up_indexer_continues_with_new_events(name: str, tmp_path
     async with open_rig(name, tmp_path, bank_indexer) as rig:
         await rig.run(ListSource(payments(5)))
         indexing = await rig.run(ListSource(payments(9)))
-        (state,) = await rig.stores.entities.standings("default")
+        (state,) = await rig.stores.entities.indexer_states("default")
         assert (state.no, state.is_caught_up) == (9, True)
         assert await stored_balances(rig, indexing) == balances(9)

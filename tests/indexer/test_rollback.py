@@ -122,7 +122,7 @@ async def test_history_is_pruned_continuously_and_covers_the_configured_range(na
     async with open_rig(name, tmp_path, lambda app, source: bank_indexer(app, source, history=50)) as rig:
         async with rig.running(ListSource(payments(400)), index_batch_events_max=20) as indexing:
             await indexing.run()
-            (state,) = await rig.stores.entities.standings("default")
+            (state,) = await rig.stores.entities.indexer_states("default")
             assert 400 - 50 - 50 // 2 - 20 <= state.floor_no <= 350
             assert len(await rig.stores.entities.checkpoints("default", "bank")) == 400 - state.floor_no
             await indexing.rollback(350)

@@ -113,8 +113,8 @@ async def test_two_concurrent_streams_of_one_batch_add_each_run_once(rig: StoreR
     starts = [*range(0, 400, 25), *range(0, 400, 40)]
     random.Random(3).shuffle(starts)
     appended = await asyncio.gather(*(rig.append(batch_id, range(start, min(start + 50, 400))) for start in starts))
-    assert sum(one.accepted_count for one in appended) == 400
-    assert not any(one.conflicts for one in appended)
+    assert sum(answer.accepted_count for answer in appended) == 400
+    assert not any(answer.conflicts for answer in appended)
     assert (await rig.store.seal(batch_id, None, now_us=rig.now_us)).state == "sealed"
 
 
@@ -131,8 +131,8 @@ async def test_a_batch_key_names_one_batch_in_its_environment(rig: StoreRig) -> 
     assert await rig.batch(key="nightly") == first
     elsewhere = await rig.batch(key="nightly", environment="staging")
     assert elsewhere != first
-    assert (found := await rig.store.find_batch("default", "nightly")) is not None
-    assert found.id == first
+    assert (batch := await rig.store.find_batch("default", "nightly")) is not None
+    assert batch.id == first
     assert await rig.store.find_batch("default", "weekly") is None
 
 
@@ -327,9 +327,9 @@ async def test_a_batch_that_finished_before_its_sealing_append_is_completed_by_i
     await rig.append(batch_id, [0, 1, 2])
     for lease in await rig.claim(session_id):
         await rig.settle(lease)
-    told = await rig.append(batch_id, [2], seals=True)
-    assert told.sealed is not None
-    assert (told.sealed.state, told.sealed.finished_us) == ("completed", rig.now_us)
+    appended = await rig.append(batch_id, [2], seals=True)
+    assert appended.sealed is not None
+    assert (appended.sealed.state, appended.sealed.finished_us) == ("completed", rig.now_us)
 
 
 async def test_a_refused_seal_names_the_missing_indexes_and_changes_nothing(rig: StoreRig) -> None:

@@ -33,8 +33,8 @@ async def settled(rig: StoreRig, *settlements: object) -> list[str]:
 async def test_an_overdue_run_waits_again_at_once_and_uses_up_no_attempt(rig: StoreRig) -> None:
     batch_id = await rig.filled(3)
     (lease,) = await rig.claim(await rig.session())
-    told = shared(lease, "cdc", results=[b"0", b"", b"2"], notes=("late",))
-    assert await settled(rig, told) == ["settled"]
+    settlement = shared(lease, "cdc", results=[b"0", b"", b"2"], notes=("late",))
+    assert await settled(rig, settlement) == ["settled"]
     (again,) = await rig.claim(await rig.session())
     assert (again.indexes, again.attempt, again.note, again.due_us) == ([1], 1, "late", 0)
     assert await rig.settle(again) == "settled"
@@ -44,11 +44,11 @@ async def test_an_overdue_run_waits_again_at_once_and_uses_up_no_attempt(rig: St
 async def test_a_note_comes_with_the_next_lease_and_runs_with_other_notes_are_split(rig: StoreRig) -> None:
     await rig.filled(4)
     (lease,) = await rig.claim(await rig.session())
-    told = shared(lease, "rrdr", results=[BOOM, BOOM, b"", BOOM], dues_us=[0, 0, 0], notes=("a", "b", "a", "a"))
-    assert await settled(rig, told) == ["settled"]
+    settlement = shared(lease, "rrdr", results=[BOOM, BOOM, b"", BOOM], dues_us=[0, 0, 0], notes=("a", "b", "a", "a"))
+    assert await settled(rig, settlement) == ["settled"]
     leases = await rig.claim(await rig.session())
-    found = sorted((lease.note, lease.attempt, list(lease.indexes)) for lease in leases)
-    assert found == [("a", 1, [2]), ("a", 2, [0, 3]), ("b", 2, [1])]
+    retried = sorted((lease.note, lease.attempt, list(lease.indexes)) for lease in leases)
+    assert retried == [("a", 1, [2]), ("a", 2, [0, 3]), ("b", 2, [1])]
 
 
 async def test_a_note_stays_with_the_part_of_a_small_claim_and_after_a_release(rig: StoreRig) -> None:
@@ -79,9 +79,9 @@ async def test_in_a_shared_lease_the_first_outcome_of_each_run_is_kept(rig: Stor
     (lease,) = await rig.claim(await rig.session())
     first = shared(lease, "c", span_slots=[1], part_no=9_001, results=[b"7"])
     assert await settled(rig, first) == ["settled"]
-    told = shared(lease, "frrc", part_no=0, results=[BOOM, BOOM, BOOM, b"3"], dues_us=[0, 0], notes=("x", "y"))
-    assert await settled(rig, told) == ["settled"]
-    assert await settled(rig, told) == ["recorded"]
+    settlement = shared(lease, "frrc", part_no=0, results=[BOOM, BOOM, BOOM, b"3"], dues_us=[0, 0], notes=("x", "y"))
+    assert await settled(rig, settlement) == ["settled"]
+    assert await settled(rig, settlement) == ["recorded"]
     assert await rig.states(batch_id) == ["failed", "completed", "waiting", "completed"]
     (again,) = await rig.claim(await rig.session())
     assert (again.indexes, again.note) == ([2], "y")
@@ -101,9 +101,9 @@ async def test_a_settlement_of_a_shared_lease_whose_runs_all_ended_changes_nothi
 async def test_two_shared_settlements_in_one_transaction_add_up(rig: StoreRig) -> None:
     batch_id = await rig.filled(3)
     (lease,) = await rig.claim(await rig.session())
-    one = shared(lease, "c", span_slots=[0], part_no=1)
+    settlement = shared(lease, "c", span_slots=[0], part_no=1)
     two = shared(lease, "ff", span_slots=[0, 1], part_no=2, results=[BOOM, BOOM])
-    assert await settled(rig, one, two) == ["settled", "settled"]
+    assert await settled(rig, settlement, two) == ["settled", "settled"]
     assert await rig.states(batch_id) == ["completed", "failed", "leased"]
 
 
@@ -138,11 +138,11 @@ async def test_a_claim_by_prefix_takes_from_the_queues_with_that_prefix(rig: Sto
     queues = ["app:a", "app:b", "apple:a", "a%:_", ":none"]
     await rig.filled(5, key=lambda index: Key("task", queue=queues[index]))
     session_id = await rig.session()
-    found = {}
+    by_prefix = {}
     for prefix in ("app:", "a%:", ":", "nobody:"):
         leases = await rig.claim(session_id, queue_prefix=prefix)
-        found[prefix] = sorted(lease.queue for lease in leases)
-    assert found == {"app:": ["app:a", "app:b"], "a%:": ["a%:_"], ":": [":none"], "nobody:": []}
+        by_prefix[prefix] = sorted(lease.queue for lease in leases)
+    assert by_prefix == {"app:": ["app:a", "app:b"], "a%:": ["a%:_"], ":": [":none"], "nobody:": []}
     assert [lease.queue for lease in await rig.claim(session_id)] == ["apple:a"]
 
 
@@ -155,16 +155,20 @@ async def test_a_key_leads_to_the_lease_of_its_run_until_that_has_ended(rig: Sto
     names = ["id-0", "id-1", "id-2", "unknown"]
     assert await rig.store.named_leases("default", "task", names) == []
     (lease,) = await rig.claim(await rig.session())
-    found = await rig.store.named_leases("default", "task", names)
-    assert [(one.key, one.span_slot, one.attempt) for one in found] == [("id-0", 0, 1), ("id-1", 1, 1), ("id-2", 2, 1)]
-    assert {(one.span_id, one.token) for one in found} == {(lease.span_id, lease.token)}
-    told = shared(lease, "crd", results=[b"1", BOOM, b""], dues_us=[0], notes=("n", "m"))
-    await settled(rig, told)
+    leases = await rig.store.named_leases("default", "task", names)
+    assert [(lease.key, lease.span_slot, lease.attempt) for lease in leases] == [
+        ("id-0", 0, 1),
+        ("id-1", 1, 1),
+        ("id-2", 2, 1),
+    ]
+    assert {(lease.span_id, lease.token) for lease in leases} == {(lease.span_id, lease.token)}
+    settlement = shared(lease, "crd", results=[b"1", BOOM, b""], dues_us=[0], notes=("n", "m"))
+    await settled(rig, settlement)
     assert await rig.store.named_leases("default", "task", names) == []
     again = await rig.claim(await rig.session())
-    found = await rig.store.named_leases("default", "task", names)
-    assert [(one.key, one.attempt, one.note) for one in found] == [("id-1", 2, "n"), ("id-2", 1, "m")]
-    assert {(one.span_id, one.token) for one in found} == {(one.span_id, one.token) for one in again}
+    leases = await rig.store.named_leases("default", "task", names)
+    assert [(lease.key, lease.attempt, lease.note) for lease in leases] == [("id-1", 2, "n"), ("id-2", 1, "m")]
+    assert {(lease.span_id, lease.token) for lease in leases} == {(lease.span_id, lease.token) for lease in again}
     assert await rig.store.named_leases("other", "task", names) == []
 
 
@@ -177,9 +181,9 @@ async def test_a_run_that_fails_finally_is_a_dead_letter_if_requested(rig: Store
     for lease in leases:
         codes = {2: "ff", 3: "fcf"}[len(lease.span_slots)]
         assert await rig.settle(lease, codes) == "settled"
-    found = await rig.store.dead_letters("default")
-    assert [(dead.batch_id, dead.index) for dead in found] == [(kept, 0), (kept, 2)]
-    assert plain not in {dead.batch_id for dead in found}
+    dead_letters = await rig.store.dead_letters("default")
+    assert [(dead.batch_id, dead.index) for dead in dead_letters] == [(kept, 0), (kept, 2)]
+    assert plain not in {dead.batch_id for dead in dead_letters}
     assert await rig.store.dead_letters("other") == []
 
 
@@ -191,10 +195,10 @@ async def test_dead_letters_are_listed_oldest_first_a_page_at_a_time(rig: StoreR
         rig.later(1)
         await rig.settle(lease, "f")
     wanted = [(batch_ids[number], index) for number in (2, 0, 1) for index in (0, 1)]
-    found: list[DeadLetter] = []
-    while page := await rig.store.dead_letters("default", after=found[-1] if found else None, limit=4):
-        found += page
-    assert [(dead.batch_id, dead.index) for dead in found] == wanted
+    dead_letters: list[DeadLetter] = []
+    while page := await rig.store.dead_letters("default", after=dead_letters[-1] if dead_letters else None, limit=4):
+        dead_letters += page
+    assert [(dead.batch_id, dead.index) for dead in dead_letters] == wanted
     in_q0 = await rig.store.dead_letters("default", queue="q0")
     assert [dead.batch_id for dead in in_q0] == [batch_ids[0]] * 2
     old = await rig.store.dead_letters("default", before_us=in_q0[0].died_us)

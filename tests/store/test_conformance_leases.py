@@ -17,8 +17,7 @@ from headrace.foundation.errors import (
 from headrace.store.protocol import NewBatch, Release, Session
 from tests.support.store_rig import BOOM, NO_SUSPECTS, SECOND_US, UNKNOWN_SUSPECTS, StoreRig, indexes_of, settlement_of
 
-# -- promise 3: at least once to run, at most once to record (R1, R2, R3 and R5: claims, settlements, sessions, at most
-# once)
+# -- promise 3: a run is executed at least once and recorded at most once
 
 
 async def test_r1_a_claim_repeated_after_a_lost_answer_returns_the_same_spans(rig: StoreRig) -> None:
@@ -172,7 +171,7 @@ async def test_r3_session_ids_are_never_reused(rig: StoreRig) -> None:
     session = Session(id="session_one", kind="cli", host="h", pid=2, started_us=5)
     await rig.store.start_session(session, now_us=rig.now_us)
     await rig.store.start_session(session, now_us=rig.now_us)  # after a lost answer
-    assert [known.id for known in await rig.store.sessions()] == ["session_one"]
+    assert [session.id for session in await rig.store.sessions()] == ["session_one"]
     await rig.store.end_session(session.id, now_us=rig.now_us)
     with pytest.raises(SessionEnded):
         await rig.store.start_session(session, now_us=rig.later(1))
@@ -477,10 +476,10 @@ async def test_r3_an_ended_session_can_own_no_new_batch(rig: StoreRig) -> None:
         await rig.batch(kind="stream", session_id=session_id)
     with pytest.raises(SessionEnded):
         await rig.batch(session_id="session_of_nobody")
-    found, created = await rig.store.create_batch(
+    batch, created = await rig.store.create_batch(
         NewBatch(id=stream, kind="stream", session_id=session_id), now_us=rig.now_us
     )
-    assert (found.id, created) == (stream, False), "a creation may be repeated after a lost answer"
+    assert (batch.id, created) == (stream, False), "a creation may be repeated after a lost answer"
 
 
 async def test_a_batch_is_abandoned_with_the_session_that_fed_it(rig: StoreRig) -> None:

@@ -34,7 +34,11 @@ async def test_an_item_whose_key_names_a_run_is_received_as_a_link_to_it_and_its
     batch, ledger = await rig.store.batch(second)
     assert (batch.state, ledger.completed) == ("completed", 3)
     outcomes = await rig.store.outcomes(second, 0, 10)
-    assert [(one.state, one.kind) for one in outcomes] == [(COMPLETED, JSON), (COMPLETED, LINK), (COMPLETED, JSON)]
+    assert [(outcome.state, outcome.kind) for outcome in outcomes] == [
+        (COMPLETED, JSON),
+        (COMPLETED, LINK),
+        (COMPLETED, JSON),
+    ]
     assert outcomes[1].result == run_id(first, 0).encode()
     assert (await rig.store.run(second, 1)).result_kind == LINK
 
@@ -45,7 +49,7 @@ async def test_two_items_of_a_batch_with_one_key_are_one_run_and_the_batch_compl
     await rig.store.seal(batch_id, None, now_us=rig.later(1))
     assert await rig.run_all(await rig.session()) == [0]
     assert (await rig.store.batch(batch_id))[0].state == "completed"
-    links = [one.result for one in await rig.store.outcomes(batch_id, 0, 10) if one.kind == LINK]
+    links = [outcome.result for outcome in await rig.store.outcomes(batch_id, 0, 10) if outcome.kind == LINK]
     assert links == [run_id(batch_id, 0).encode()] * 3
 
 
@@ -74,7 +78,7 @@ async def test_links_unreadable_items_and_runs_share_a_chunk(rig: StoreRig) -> N
     await rig.run_all(await rig.session())
     _, ledger = await rig.store.batch(batch_id)
     assert (ledger.completed, ledger.failed) == (5, 1)
-    assert [one.state for one in await rig.store.outcomes(batch_id, 0, 10)][2] == FAILED
+    assert [outcome.state for outcome in await rig.store.outcomes(batch_id, 0, 10)][2] == FAILED
     assert await rig.store.redrive(batch_id, None) == 0, "neither a link nor an unreadable item can run again"
 
 
@@ -103,10 +107,10 @@ async def test_a_key_of_a_run_that_must_not_run_twice_stays_taken_however_it_end
 
 async def test_two_batches_with_one_key_at_once_create_one_run(rig: StoreRig) -> None:
     ids = [await rig.batch(1) for _ in range(4)]
-    told = await asyncio.gather(*(rig.append(batch_id, [0], extras={0: SAME}) for batch_id in ids))
-    first = [batch_id for batch_id, one in zip(ids, told, strict=True) if not one.existing]
+    answers = await asyncio.gather(*(rig.append(batch_id, [0], extras={0: SAME}) for batch_id in ids))
+    first = [batch_id for batch_id, appended in zip(ids, answers, strict=True) if not appended.existing]
     assert len(first) == 1
-    assert all(one.existing in ({}, {0: (first[0], 0)}) for one in told)
+    assert all(appended.existing in ({}, {0: (first[0], 0)}) for appended in answers)
 
 
 # -- lists in pages
@@ -145,9 +149,9 @@ async def test_a_key_is_found_by_its_digest_listed_and_revoked_once(rig: StoreRi
     for number in (1, 2):
         await rig.store.add_key(key_of(number), now_us=rig.now_us)
     await rig.store.add_key(key_of(3, "other"), now_us=rig.now_us)
-    found = await rig.store.find_key(key_of(1).digest)
-    assert found is not None
-    assert (found.environment, found.scopes, found.name, found.created_us) == ("default", ("a", "b"), "é", rig.now_us)
+    key = await rig.store.find_key(key_of(1).digest)
+    assert key is not None
+    assert (key.environment, key.scopes, key.name, key.created_us) == ("default", ("a", "b"), "é", rig.now_us)
     assert await rig.store.find_key("nothing") is None
     assert [key.id for key in await rig.store.keys("default")] == ["key_1", "key_2"]
     assert await rig.store.revoke_key("default", "key_1", now_us=rig.later(1))
@@ -189,8 +193,8 @@ async def test_a_bucket_grants_what_it_holds_and_fills_again(rig: StoreRig) -> N
 
 async def test_a_bucket_never_grants_more_than_it_holds_to_many_at_once(rig: StoreRig) -> None:
     bucket = Bucket(capacity=5, refill_us=1_000 * SECOND_US)
-    told = await asyncio.gather(*(rig.store.spend("default", "b", bucket, 1, now_us=rig.now_us) for _ in range(12)))
-    assert sum(one.is_granted for one in told) == 5
+    grants = await asyncio.gather(*(rig.store.spend("default", "b", bucket, 1, now_us=rig.now_us) for _ in range(12)))
+    assert sum(grant.is_granted for grant in grants) == 5
 
 
 async def test_prune_forgets_buckets_that_are_full(rig: StoreRig) -> None:

@@ -52,8 +52,8 @@ async def test_a_run_that_kills_its_worker_is_isolated_and_the_others_complete(r
         rig.later(1)
     batch, ledger = await rig.store.batch(batch_id)
     assert (batch.state, ledger.completed, ledger.failed) == ("completed", 255, 1)
-    told = json.loads((await rig.outcomes(batch_id))[POISON].result)
-    assert (told["type"], told["crashes"], "signal 9" in told["message"]) == ("WorkerCrashed", deaths, True)
+    failure = json.loads((await rig.outcomes(batch_id))[POISON].result)
+    assert (failure["type"], failure["crashes"], "signal 9" in failure["message"]) == ("WorkerCrashed", deaths, True)
     assert deaths <= 3 + 9, "halved at each crash from the second on, then three crashes alone"
     for run in await rig.store.runs("default", batch_id=batch_id, limit=256):
         assert run.attempt == 1, "a crash does not use up an attempt"
@@ -108,7 +108,11 @@ async def test_redrive_opens_a_finished_batch_until_its_runs_end_again(rig: Stor
     batch, ledger = await rig.store.batch(batch_id)
     assert (batch.state, batch.finished_us, ledger.completed) == ("completed", rig.now_us, 300)
     run = await rig.store.run(batch_id, 0)
-    assert ([one["ended"] for one in run.attempts], run.result, run.attempt) == (["failed", "completed"], b"0", 1)
+    assert ([attempt["ended"] for attempt in run.attempts], run.result, run.attempt) == (
+        ["failed", "completed"],
+        b"0",
+        1,
+    )
 
 
 async def test_redrive_by_index_runs_failed_cancelled_and_expired_runs_again(rig: StoreRig) -> None:
@@ -189,10 +193,10 @@ async def test_every_final_state_is_returned_with_its_result(rig: StoreRig) -> N
     (again,) = await rig.claim(session_id)
     assert again.indexes == [4]
     await rig.settle(again, "c", results=[b"at last"])
-    told = [(chr(outcome.state), outcome.result) for outcome in await rig.outcomes(batch_id)]
-    assert told == [("c", b"0"), ("f", BOOM), ("x", b""), ("e", b""), ("c", b"at last"), ("c", b"5")]
+    outcomes = [(chr(outcome.state), outcome.result) for outcome in await rig.outcomes(batch_id)]
+    assert outcomes == [("c", b"0"), ("f", BOOM), ("x", b""), ("e", b""), ("c", b"at last"), ("c", b"5")]
     run = await rig.store.run(batch_id, 4)
-    assert [one["ended"] for one in run.attempts] == ["retried", "completed"]
+    assert [attempt["ended"] for attempt in run.attempts] == ["retried", "completed"]
     assert (run.attempts[0]["type"], run.result, run.attempt) == ("Boom", b"at last", 2)
 
 
@@ -223,20 +227,20 @@ async def test_runs_are_found_by_state_task_and_tag(rig: StoreRig) -> None:
     await rig.settle(lease)
     await rig.claim(session_id, tasks=["c"])
 
-    async def found(**wanted: object) -> list[int]:
+    async def matching(**wanted: object) -> list[int]:
         return [run.index for run in await rig.store.runs("default", **wanted)]  # type: ignore[arg-type]  # by name
 
-    assert await found(state="completed") == [0]
-    assert await found(state="waiting") == [1, 2]
-    assert await found(state="delayed") == [3]
-    assert await found(state="leased") == [4, 5]
-    assert await found(state="failed") == []
-    assert await found(task="b") == [2, 3]
-    assert await found(tag="red") == [1, 2, 5]
-    assert await found(tag="red", state="leased") == [5]
-    assert await found(tag="red", task="c", limit=1) == [5], "the limit counts what matches"
-    assert await found(tag="big", batch_id=batch_id) == [1]
-    assert await found(tag="big", batch_id="batch_other") == []
+    assert await matching(state="completed") == [0]
+    assert await matching(state="waiting") == [1, 2]
+    assert await matching(state="delayed") == [3]
+    assert await matching(state="leased") == [4, 5]
+    assert await matching(state="failed") == []
+    assert await matching(task="b") == [2, 3]
+    assert await matching(tag="red") == [1, 2, 5]
+    assert await matching(tag="red", state="leased") == [5]
+    assert await matching(tag="red", task="c", limit=1) == [5], "the limit counts what matches"
+    assert await matching(tag="big", batch_id=batch_id) == [1]
+    assert await matching(tag="big", batch_id="batch_other") == []
 
 
 async def test_a_run_is_returned_with_all_its_details(rig: StoreRig) -> None:

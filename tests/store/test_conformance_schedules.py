@@ -22,15 +22,15 @@ def run(now_us: int, environment: str = "default") -> tuple[NewBatch, Chunk]:
     return new, chunk
 
 
-def tick_of(known: Schedule, rig: StoreRig, *, runs: int = 1, after_us: int = SECOND_US) -> Tick:
+def tick_of(schedule: Schedule, rig: StoreRig, *, runs: int = 1, after_us: int = SECOND_US) -> Tick:
     """Return a tick of a schedule from its current state."""
     return Tick(
-        name=known.name,
-        expression=known.expression,
-        zone=known.zone,
-        last_us=known.last_us,
-        until_us=known.last_us + after_us,
-        runs=[run(rig.now_us, known.environment) for _ in range(runs)],
+        name=schedule.name,
+        expression=schedule.expression,
+        zone=schedule.zone,
+        last_us=schedule.last_us,
+        until_us=schedule.last_us + after_us,
+        runs=[run(rig.now_us, schedule.environment) for _ in range(runs)],
     )
 
 
@@ -43,86 +43,88 @@ async def runs_count(rig: StoreRig) -> int:
 
 
 async def test_a_schedule_begins_when_it_is_first_stored_and_continues_at_its_last_tick(rig: StoreRig) -> None:
-    (known,) = await kept(rig, HOURLY)
-    assert (known.last_us, known.ticked_us, known.gone_us) == (rig.now_us, 0, 0)
+    (schedule,) = await kept(rig, HOURLY)
+    assert (schedule.last_us, schedule.ticked_us, schedule.gone_us) == (rig.now_us, 0, 0)
     rig.later(3_600)
-    assert await kept(rig, HOURLY) == [known]
-    assert await rig.store.schedules("default") == [known]
+    assert await kept(rig, HOURLY) == [schedule]
+    assert await rig.store.schedules("default") == [schedule]
 
 
 async def test_a_tick_enqueues_its_runs_and_advances_the_schedule(rig: StoreRig) -> None:
-    (known,) = await kept(rig, HOURLY)
-    wanted = tick_of(known, rig, runs=2)
-    told = await rig.store.tick("default", wanted, now_us=rig.later(1))
-    assert told.is_ours
-    assert told.schedule is not None
-    assert (told.schedule.last_us, told.schedule.ticked_us) == (wanted.until_us, wanted.until_us)
-    assert await rig.store.schedules("default") == [told.schedule]
+    (schedule,) = await kept(rig, HOURLY)
+    wanted = tick_of(schedule, rig, runs=2)
+    ticked = await rig.store.tick("default", wanted, now_us=rig.later(1))
+    assert ticked.is_ours
+    assert ticked.schedule is not None
+    assert (ticked.schedule.last_us, ticked.schedule.ticked_us) == (wanted.until_us, wanted.until_us)
+    assert await rig.store.schedules("default") == [ticked.schedule]
     assert {batch.id for batch, _ in await rig.store.batches("default")} == {new.id for new, _ in wanted.runs}
     assert await rig.run_all(await rig.session()) == [0, 0]
     assert {batch.state for batch, _ in await rig.store.batches("default")} == {"completed"}
 
 
 async def test_a_repeated_tick_enqueues_nothing_and_returns_the_schedule(rig: StoreRig) -> None:
-    (known,) = await kept(rig, HOURLY)
-    wanted = tick_of(known, rig)
+    (schedule,) = await kept(rig, HOURLY)
+    wanted = tick_of(schedule, rig)
     first = await rig.store.tick("default", wanted, now_us=rig.now_us)
-    late = tick_of(known, rig, runs=2, after_us=2 * SECOND_US)  # a process that read the schedule before
-    for again in (wanted, tick_of(known, rig), late):
-        told = await rig.store.tick("default", again, now_us=rig.now_us)
-        assert (told.is_ours, told.schedule) == (False, first.schedule)
+    late = tick_of(schedule, rig, runs=2, after_us=2 * SECOND_US)  # a process that read the schedule before
+    for again in (wanted, tick_of(schedule, rig), late):
+        ticked = await rig.store.tick("default", again, now_us=rig.now_us)
+        assert (ticked.is_ours, ticked.schedule) == (False, first.schedule)
     assert await runs_count(rig) == 1
 
 
 async def test_of_concurrent_ticks_one_enqueues_the_run(rig: StoreRig) -> None:
-    (known,) = await kept(rig, HOURLY)
-    told = await asyncio.gather(*(rig.store.tick("default", tick_of(known, rig), now_us=rig.now_us) for _ in range(8)))
-    assert [one.is_ours for one in told].count(True) == 1
-    assert len({one.schedule and one.schedule.last_us for one in told}) == 1
+    (schedule,) = await kept(rig, HOURLY)
+    ticks = await asyncio.gather(
+        *(rig.store.tick("default", tick_of(schedule, rig), now_us=rig.now_us) for _ in range(8))
+    )
+    assert [tick.is_ours for tick in ticks].count(True) == 1
+    assert len({tick.schedule and tick.schedule.last_us for tick in ticks}) == 1
     assert await runs_count(rig) == 1
 
 
 async def test_skipped_ticks_enqueue_nothing_and_do_not_count_as_the_last_tick(rig: StoreRig) -> None:
-    (known,) = await kept(rig, HOURLY)
-    told = await rig.store.tick("default", tick_of(known, rig, runs=0), now_us=rig.now_us)
-    assert told.schedule is not None
-    assert (told.is_ours, told.schedule.ticked_us) == (True, 0)
-    assert told.schedule.last_us > known.last_us
+    (schedule,) = await kept(rig, HOURLY)
+    ticked = await rig.store.tick("default", tick_of(schedule, rig, runs=0), now_us=rig.now_us)
+    assert ticked.schedule is not None
+    assert (ticked.is_ours, ticked.schedule.ticked_us) == (True, 0)
+    assert ticked.schedule.last_us > schedule.last_us
     assert await runs_count(rig) == 0
 
 
 async def test_a_schedule_never_goes_back(rig: StoreRig) -> None:
-    (known,) = await kept(rig, HOURLY)
+    (schedule,) = await kept(rig, HOURLY)
     for after_us in (0, -SECOND_US):
-        told = await rig.store.tick("default", tick_of(known, rig, after_us=after_us), now_us=rig.now_us)
-        assert (told.is_ours, told.schedule) == (False, known)
+        ticked = await rig.store.tick("default", tick_of(schedule, rig, after_us=after_us), now_us=rig.now_us)
+        assert (ticked.is_ours, ticked.schedule) == (False, schedule)
     assert await runs_count(rig) == 0
 
 
 async def test_a_run_that_can_t_be_enqueued_does_not_advance_the_schedule(rig: StoreRig) -> None:
-    (known,) = await kept(rig, HOURLY)
-    wanted = tick_of(known, rig, runs=2)
+    (schedule,) = await kept(rig, HOURLY)
+    wanted = tick_of(schedule, rig, runs=2)
     taken = wanted.runs[1][0].id
     await rig.store.create_batch(NewBatch(id=taken), now_us=rig.now_us)
     with pytest.raises(Conflict):
         await rig.store.tick("default", wanted, now_us=rig.now_us)
-    assert await rig.store.schedules("default") == [known]
+    assert await rig.store.schedules("default") == [schedule]
     assert await runs_count(rig) == 0
 
 
 async def test_another_expression_or_zone_begins_now_and_the_old_one_stops(rig: StoreRig) -> None:
     for changed in ({"expression": "30 * * * *"}, {"zone": "Europe/Berlin"}):
-        (known,) = await kept(rig, HOURLY)
-        await rig.store.tick("default", tick_of(known, rig), now_us=rig.later(60))
+        (schedule,) = await kept(rig, HOURLY)
+        await rig.store.tick("default", tick_of(schedule, rig), now_us=rig.later(60))
         before_count = await runs_count(rig)
         values = {name: getattr(HOURLY, name) for name in HOURLY.__struct_fields__}
         (other,) = await kept(rig, Schedule(**(values | changed)))
         assert other.last_us == rig.now_us
-        assert other.ticked_us == known.last_us + SECOND_US
-        stale = tick_of(known, rig)
+        assert other.ticked_us == schedule.last_us + SECOND_US
+        stale = tick_of(schedule, rig)
         stale.last_us, stale.until_us = other.last_us, other.last_us + SECOND_US
-        told = await rig.store.tick("default", stale, now_us=rig.later(60))
-        assert (told.is_ours, told.schedule) == (False, other)
+        ticked = await rig.store.tick("default", stale, now_us=rig.later(60))
+        assert (ticked.is_ours, ticked.schedule) == (False, other)
         assert await runs_count(rig) == before_count
 
 
@@ -134,35 +136,35 @@ async def test_a_schedule_that_its_app_stops_declaring_is_gone_and_begins_now_wh
     await kept(rig, HOURLY, other)
     await kept(rig, Schedule(**(values | {"name": "of another app"})), app="another")
     left_us = rig.later(60)
-    assert [one.name for one in await kept(rig, other)] == ["other"]
+    assert [schedule.name for schedule in await kept(rig, other)] == ["other"]
     rig.later(60)
     await kept(rig, other)
-    gone = {one.name: one.gone_us for one in await rig.store.schedules("default")}
+    gone = {schedule.name: schedule.gone_us for schedule in await rig.store.schedules("default")}
     assert gone == {"of another app": 0, "other": 0, "report": left_us}
     rig.later(60)
-    back, _ = sorted(await kept(rig, HOURLY, other), key=lambda one: one.name, reverse=True)
+    back, _ = sorted(await kept(rig, HOURLY, other), key=lambda schedule: schedule.name, reverse=True)
     assert (back.name, back.gone_us, back.last_us) == ("report", 0, rig.now_us)
 
 
 async def test_a_schedule_that_ticks_is_not_gone(rig: StoreRig) -> None:
-    (known,) = await kept(rig, HOURLY)
+    (schedule,) = await kept(rig, HOURLY)
     await kept(rig)
-    told = await rig.store.tick("default", tick_of(known, rig), now_us=rig.now_us)
-    assert told.schedule is not None
-    assert (told.is_ours, told.schedule.gone_us) == (True, 0)
+    ticked = await rig.store.tick("default", tick_of(schedule, rig), now_us=rig.now_us)
+    assert ticked.schedule is not None
+    assert (ticked.is_ours, ticked.schedule.gone_us) == (True, 0)
 
 
 async def test_schedules_of_environments_are_separate(rig: StoreRig) -> None:
     rig.environments.add("other")
-    (known,) = await kept(rig, HOURLY)
+    (schedule,) = await kept(rig, HOURLY)
     rig.later(60)
-    (own,) = await kept(rig, HOURLY, environment="other")
-    assert (own.environment, own.last_us) == ("other", rig.now_us)
-    assert (await rig.store.tick("other", tick_of(own, rig), now_us=rig.now_us)).is_ours
-    assert await rig.store.schedules("default") == [known]
+    (other_schedule,) = await kept(rig, HOURLY, environment="other")
+    assert (other_schedule.environment, other_schedule.last_us) == ("other", rig.now_us)
+    assert (await rig.store.tick("other", tick_of(other_schedule, rig), now_us=rig.now_us)).is_ours
+    assert await rig.store.schedules("default") == [schedule]
     assert await runs_count(rig) == 0
 
 
 async def test_a_tick_of_an_unknown_schedule_is_reported(rig: StoreRig) -> None:
-    told = await rig.store.tick("default", tick_of(HOURLY, rig), now_us=rig.now_us)
-    assert (told.is_ours, told.schedule) == (False, None)
+    ticked = await rig.store.tick("default", tick_of(HOURLY, rig), now_us=rig.now_us)
+    assert (ticked.is_ours, ticked.schedule) == (False, None)

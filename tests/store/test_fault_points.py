@@ -68,34 +68,34 @@ async def fault_points_of(url: str) -> list[str]:
     return places
 
 
-async def lost_promises(store: FaultyStore, environment: str, told: list[Acknowledged]) -> list[str]:
+async def lost_promises(store: FaultyStore, environment: str, acknowledged: list[Acknowledged]) -> list[str]:
     """Return what was acknowledged and is not stored."""
-    found: list[str] = []
-    is_redriven = any(one.state == REDRIVEN for one in told)
-    for batch_id in {one.batch_id for one in told if one.state != REDRIVEN}:
-        own = [one for one in told if one.batch_id == batch_id]
+    losses: list[str] = []
+    is_redriven = any(fact.state == REDRIVEN for fact in acknowledged)
+    for batch_id in {fact.batch_id for fact in acknowledged if fact.state != REDRIVEN}:
+        facts = [fact for fact in acknowledged if fact.batch_id == batch_id]
         states = {run.index: run.state for run in await store.runs(environment, batch_id=batch_id, limit=1_000)}
         received = IndexSet(states)
-        for one in own:
-            if one.state == REDRIVEN:
+        for fact in facts:
+            if fact.state == REDRIVEN:
                 continue
-            if one.run_index not in received:
-                found.append(f"run {one.run_index} of {batch_id} was appended and is gone")
-            elif one.state == "completed" and states[one.run_index] != "completed":
-                found.append(f"run {one.run_index} of {batch_id} was completed and is {states[one.run_index]}")
-            elif one.state == "failed" and states[one.run_index] != "failed" and not is_redriven:
-                found.append(f"run {one.run_index} of {batch_id} was failed and is {states[one.run_index]}")
-    return found
+            if fact.run_index not in received:
+                losses.append(f"run {fact.run_index} of {batch_id} was appended and is gone")
+            elif fact.state == "completed" and states[fact.run_index] != "completed":
+                losses.append(f"run {fact.run_index} of {batch_id} was completed and is {states[fact.run_index]}")
+            elif fact.state == "failed" and states[fact.run_index] != "failed" and not is_redriven:
+                losses.append(f"run {fact.run_index} of {batch_id} was failed and is {states[fact.run_index]}")
+    return losses
 
 
 def deadly(places: list[str], url: str) -> list[str]:
     """The points at which a process is killed."""
-    found = [place for place in places if place.partition(":")[0] not in READS]
+    deadly_places = [place for place in places if place.partition(":")[0] not in READS]
     if url.startswith("sqlite") or os.environ.get(EVERYWHERE):
-        return found
-    by_statement = {place.partition(":")[2]: place for place in reversed(found)}
-    ends = {place for place in found if place.endswith((":commit", ":answered"))}
-    return [place for place in found if place in ends or place in by_statement.values()]
+        return deadly_places
+    by_statement = {place.partition(":")[2]: place for place in reversed(deadly_places)}
+    ends = {place for place in deadly_places if place.endswith((":commit", ":answered"))}
+    return [place for place in deadly_places if place in ends or place in by_statement.values()]
 
 
 class Lives:
@@ -117,7 +117,7 @@ class Lives:
         self.log.touch()
 
     @property
-    def told(self) -> list[Acknowledged]:
+    def acknowledged(self) -> list[Acknowledged]:
         """Return what was acknowledged to the processes so far."""
         return list(read_log(self.log))
 
@@ -130,7 +130,7 @@ class Lives:
             now_us=self.now_us,
             place=place,
             log=str(self.log),
-            completed=[(one.batch_id, one.run_index) for one in self.told if one.state == "completed"],
+            completed=[(fact.batch_id, fact.run_index) for fact in self.acknowledged if fact.state == "completed"],
         )
 
 
@@ -150,7 +150,7 @@ async def test_a_process_killed_at_any_statement_of_any_operation_loses_and_doub
                 if place.endswith((":commit", ":answered")):  # a wrong balance stays wrong, so it is checked seldom
                     scenario = faulty_scenario(store, lives.environment, lives.now_us, lambda place: None)
                     assert await scenario.faults() == [], place
-                assert await lost_promises(store, lives.environment, lives.told) == [], place
+                assert await lost_promises(store, lives.environment, lives.acknowledged) == [], place
         assert await lives.live("") == "ended"
         async with opened(url) as store:
             assert await faulty_scenario(store, lives.environment, lives.now_us, lambda place: None).faults() == []
@@ -180,7 +180,7 @@ async def test_a_connection_lost_at_any_statement_of_any_operation_is_an_error_t
         places = [place for place in await fault_points_of(url) if not place.endswith(":answered")]
         wire.injected_count = 0
         async with opened(url) as store:
-            told: list[Acknowledged] = []
+            acknowledged: list[Acknowledged] = []
             injected: list[str] = []
 
             def inject(place: str) -> None:
@@ -188,7 +188,7 @@ async def test_a_connection_lost_at_any_statement_of_any_operation_is_an_error_t
                     injected.append(place)
                     wire.inject(mode)
 
-            scenario = faulty_scenario(store, "cut", START_US + 10 * SCENARIO_US, inject, note=told.append)
+            scenario = faulty_scenario(store, "cut", START_US + 10 * SCENARIO_US, inject, note=acknowledged.append)
             await scenario.run_all()
             assert wire.injected_count == len(injected) >= len(places) - 20
             if mode == LATE:
@@ -197,7 +197,7 @@ async def test_a_connection_lost_at_any_statement_of_any_operation_is_an_error_t
                 assert len(scenario.failures) >= len(injected) * 0.95
                 assert all("did not answer" in error.message and error.retryable for error in scenario.failures)
             assert await scenario.faults() == []
-            assert await lost_promises(store, "cut", told) == []
+            assert await lost_promises(store, "cut", acknowledged) == []
             batch = await store.find_batch("cut", "main")
             assert batch is not None
             assert batch.state == "completed"
@@ -218,35 +218,35 @@ ERRORS: list[tuple[type[asyncpg.PostgresError], str, bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "said", "is_silent"), ERRORS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(("error", "message", "is_silent"), ERRORS, ids=lambda value: getattr(value, "__name__", ""))
 async def test_a_server_error_at_any_statement_rolls_the_operation_back(
-    error: type[asyncpg.PostgresError], said: str, is_silent: bool, tmp_path: Path
+    error: type[asyncpg.PostgresError], message: str, is_silent: bool, tmp_path: Path
 ) -> None:
     async with opened(fresh_schema(tmp_path)) as store:
-        told: list[Acknowledged] = []
+        acknowledged: list[Acknowledged] = []
 
         def inject(place: str) -> None:
             if not place.endswith((":answered", ":begin")):
                 raise error(f"injected at {place}")
 
-        scenario = faulty_scenario(store, "errors", START_US, inject, note=told.append)
+        scenario = faulty_scenario(store, "errors", START_US, inject, note=acknowledged.append)
         await scenario.run_all()
         if is_silent:  # repeated at once and not reported, unless all attempts fail
             assert all("several times" in str(failure) for failure in scenario.failures)
         else:
             assert len(scenario.failures) > 150
-            assert all(said in str(failure) for failure in scenario.failures)
+            assert all(message in str(failure) for failure in scenario.failures)
         assert all(isinstance(failure, StoreUnavailable) for failure in scenario.failures)
         assert await scenario.faults() == []
-        assert await lost_promises(store, "errors", told) == []
+        assert await lost_promises(store, "errors", acknowledged) == []
 
 
 async def test_concurrent_scenarios_succeed_though_the_server_crashes_twice(tmp_path: Path) -> None:
-    own = Server()
+    own_server = Server()
     try:
-        async with opened(fresh_schema(tmp_path, own.dsn)) as store:
+        async with opened(fresh_schema(tmp_path, own_server.dsn)) as store:
             names = [f"many{number}" for number in range(4)]
-            told: dict[str, list[Acknowledged]] = {name: [] for name in names}
+            acknowledged: dict[str, list[Acknowledged]] = {name: [] for name in names}
             restarts = [asyncio.Event(), asyncio.Event()]
             up = [asyncio.Event(), asyncio.Event()]
             places_count = 0
@@ -261,8 +261,8 @@ async def test_concurrent_scenarios_succeed_though_the_server_crashes_twice(tmp_
             async def restart() -> None:
                 for down, back in zip(restarts, up, strict=True):
                     await down.wait()
-                    await asyncio.to_thread(own.stop, "immediate")
-                    await asyncio.to_thread(own.start)
+                    await asyncio.to_thread(own_server.stop, "immediate")
+                    await asyncio.to_thread(own_server.start)
                     back.set()
 
             async def until_up() -> None:
@@ -271,13 +271,14 @@ async def test_concurrent_scenarios_succeed_though_the_server_crashes_twice(tmp_
                         await back.wait()
 
             stories = [
-                faulty_scenario(store, name, START_US, at, note=told[name].append, pause=until_up) for name in names
+                faulty_scenario(store, name, START_US, at, note=acknowledged[name].append, pause=until_up)
+                for name in names
             ]
             restarting = asyncio.create_task(restart())
             await asyncio.gather(*(scenario.run_all() for scenario in stories), restarting)
             assert sum(len(scenario.failures) for scenario in stories) >= 2
             for scenario in stories:
                 assert await scenario.faults() == []
-                assert await lost_promises(store, scenario.environment, told[scenario.environment]) == []
+                assert await lost_promises(store, scenario.environment, acknowledged[scenario.environment]) == []
     finally:
-        own.remove()
+        own_server.remove()

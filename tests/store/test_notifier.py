@@ -36,13 +36,13 @@ LONG_S = 60.0
 async def listeners(tmp_path: Path, count: int = 2) -> AsyncIterator[list[NotificationListener]]:
     """Open notifiers of several processes on one schema, which all listen."""
     url = fresh_schema(tmp_path)
-    found = [NotificationListener(url, address(url).schema) for _ in range(count)]
+    listeners = [NotificationListener(url, address(url).schema) for _ in range(count)]
     try:
-        for listener in found:
+        for listener in listeners:
             await listener.listening()
-        yield found
+        yield listeners
     finally:
-        for listener in found:
+        for listener in listeners:
             await listener.notifier.close()
 
 
@@ -205,15 +205,15 @@ async def two_engines(url: str, tmp_path: Path) -> AsyncIterator[tuple[Engine, E
         await second.close()
 
 
-@pytest.mark.parametrize("news", ["wakeup", "recorded"])
-async def test_r11_a_waiting_process_is_woken_by_the_commit_of_another(url: str, news: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("channel", ["wakeup", "recorded"])
+async def test_r11_a_waiting_process_is_woken_by_the_commit_of_another(url: str, channel: str, tmp_path: Path) -> None:
     async with two_engines(url, tmp_path) as (first, second):
-        bell = getattr(second, news)
+        bell = getattr(second, channel)
         waiting = asyncio.create_task(bell.wait(SystemClock(), LONG_S))
         await asyncio.sleep(0)
         rig = StoreRig(first.store)
         await rig.filled(3)
-        getattr(first, news).notify()
+        getattr(first, channel).notify()
         assert await waiting
 
 

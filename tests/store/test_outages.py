@@ -45,11 +45,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 async def test_a_full_disk_is_reported_and_no_acknowledged_write_is_lost(small_disk: Path, tmp_path: Path) -> None:
-    own = Server(place=small_disk)
-    own.stop("fast")
-    own.start(max_wal_size="32MB", min_wal_size="32MB", wal_recycle="off")
+    busy_server = Server(place=small_disk)
+    busy_server.stop("fast")
+    busy_server.start(max_wal_size="32MB", min_wal_size="32MB", wal_recycle="off")
     try:
-        async with StoreRig(PostgresStore(fresh_schema(tmp_path, own.dsn), DEFAULT)) as rig:
+        async with StoreRig(PostgresStore(fresh_schema(tmp_path, busy_server.dsn), DEFAULT)) as rig:
             batch_id = await rig.batch()
             acknowledged_count, failure = 0, None
             while failure is None:
@@ -61,9 +61,9 @@ async def test_a_full_disk_is_reported_and_no_acknowledged_write_is_lost(small_d
                     failure = error
             assert failure.retryable
             assert "disk" in str(failure) or "the server is running" in str(failure), failure
-            # Without room for its log the server ends; with more room it recovers.
+            # Without space for its log the server ends; with more space it recovers.
             subprocess.run(["mount", "-o", f"remount,size={3 * DISK_MIB}m", str(small_disk)], check=True)
-            await running(own)
+            await running(busy_server)
             batch, ledger = await rig.store.batch(batch_id)
             assert ledger.waiting == batch.received_count >= acknowledged_count
             # the last append may be stored without an acknowledgement
@@ -73,17 +73,17 @@ async def test_a_full_disk_is_reported_and_no_acknowledged_write_is_lost(small_d
             assert len(await rig.run_all(await rig.session())) == acknowledged_count + 5
             await rig.check()
     finally:
-        own.remove()
+        busy_server.remove()
 
 
-async def running(own: Server) -> None:
+async def running(stopped_server: Server) -> None:
     """Return when the server answers; start it if it has ended."""
     try:
-        async with other_connection(own.dsn) as connection:
+        async with other_connection(stopped_server.dsn) as connection:
             await connection.fetchval("SELECT 1")
     except Exception:  # noqa: BLE001 - whatever it is, it is not up
-        await asyncio.to_thread(own.stop_if_running)
-        await asyncio.to_thread(own.start)
+        await asyncio.to_thread(stopped_server.stop_if_running)
+        await asyncio.to_thread(stopped_server.start)
 
 
 async def test_backends_terminated_in_a_stream_lose_and_double_nothing(tmp_path: Path) -> None:
@@ -124,20 +124,20 @@ async def test_backends_terminated_in_a_stream_lose_and_double_nothing(tmp_path:
 
 
 async def test_a_store_without_a_free_connection_reports_it_and_recovers(tmp_path: Path) -> None:
-    own = Server()
-    own.stop("fast")
-    own.start(superuser_reserved_connections=0, autovacuum="off", max_connections=6)
+    full_server = Server()
+    full_server.stop("fast")
+    full_server.start(superuser_reserved_connections=0, autovacuum="off", max_connections=6)
     try:
-        async with StoreRig(PostgresStore(fresh_schema(tmp_path, own.dsn), DEFAULT)) as rig:
+        async with StoreRig(PostgresStore(fresh_schema(tmp_path, full_server.dsn), DEFAULT)) as rig:
             batch_id = await rig.batch()
             async with AsyncExitStack() as others:
                 for _ in range(5):
-                    await others.enter_async_context(other_connection(own.dsn))
+                    await others.enter_async_context(other_connection(full_server.dsn))
                 # The one connection serves one operation at a time; two at once need a second connection.
-                told = await asyncio.gather(
+                results = await asyncio.gather(
                     *(rig.append(batch_id, [index]) for index in range(4)), return_exceptions=True
                 )
-                failures = [error for error in told if isinstance(error, HeadraceError)]
+                failures = [error for error in results if isinstance(error, HeadraceError)]
                 assert failures
                 assert len(failures) < 4
                 assert all(isinstance(error, StoreUnavailable) and error.retryable for error in failures)
@@ -147,7 +147,7 @@ async def test_a_store_without_a_free_connection_reports_it_and_recovers(tmp_pat
             _, ledger = await rig.store.batch(batch_id)
             assert ledger.waiting == 4
     finally:
-        own.remove()
+        full_server.remove()
 
 
 async def test_doctor_reports_the_settings_that_durability_depends_on(tmp_path: Path) -> None:

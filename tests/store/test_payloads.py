@@ -43,8 +43,8 @@ def key_of(data: bytes, batch_id: str = BATCH) -> str:
     return payload_key("default", batch_id, hashlib.sha256(data).hexdigest())
 
 
-async def listed(payloads: PayloadStore, prefix: str = "", page_objects: int = 1_000) -> list[str]:
-    return sorted([found.key async for found in payloads.list(prefix, page_objects=page_objects)])
+async def keys_of(payloads: PayloadStore, prefix: str = "", page_objects: int = 1_000) -> list[str]:
+    return sorted([listed.key async for listed in payloads.list(prefix, page_objects=page_objects)])
 
 
 @on_a_loop
@@ -58,7 +58,7 @@ async def test_a_stored_payload_can_be_read(payloads: PayloadStore) -> None:
 async def test_putting_the_same_payload_again_changes_nothing(payloads: PayloadStore) -> None:
     data = b"payload"
     await asyncio.gather(*(payloads.put(key_of(data), data) for _ in range(20)))
-    assert await listed(payloads) == [key_of(data)]
+    assert await keys_of(payloads) == [key_of(data)]
     assert await payloads.get(key_of(data)) == data
 
 
@@ -66,7 +66,7 @@ async def test_putting_the_same_payload_again_changes_nothing(payloads: PayloadS
 async def test_bytes_are_not_stored_under_the_key_of_other_bytes(payloads: PayloadStore) -> None:
     with pytest.raises(InvalidInput, match="does not match the hash of these bytes"):
         await payloads.put(key_of(b"these"), b"others")
-    assert await listed(payloads) == []
+    assert await keys_of(payloads) == []
 
 
 @on_a_loop
@@ -144,7 +144,7 @@ async def test_a_put_that_could_not_be_synced_is_not_accepted_and_not_trusted_la
         broken.setattr(os, "fsync", fail)
         with pytest.raises(StoreUnavailable, match="Input/output error"):
             await local.put(key_of(b"data"), b"data")
-    assert await listed(local) == []
+    assert await keys_of(local) == []
     await local.put(key_of(b"data"), b"data")
     assert await local.get(key_of(b"data")) == b"data"
 
@@ -182,9 +182,9 @@ async def test_a_payload_that_is_sent_again_gets_a_new_age(local: PayloadStore, 
     data = b"payload"
     await local.put(key_of(data), data)
     os.utime(tmp_path / "payloads" / key_of(data), (1_000_000, 1_000_000))
-    assert [found.modified_us async for found in local.list()] == [1_000_000_000_000]
+    assert [listed.modified_us async for listed in local.list()] == [1_000_000_000_000]
     await local.put(key_of(data), data)
-    assert [found.modified_us > 1_600_000_000_000_000 async for found in local.list()] == [True]
+    assert [listed.modified_us > 1_600_000_000_000_000 async for listed in local.list()] == [True]
 
 
 @on_a_loop
@@ -296,14 +296,14 @@ async def test_a_link_out_of_the_directory_is_not_listed_as_ours(local: PayloadS
     (tmp_path / "payloads" / "link").symlink_to(outside)
     (tmp_path / "payloads" / ".stray").write_text("stray")
     await local.put(key_of(b"ours"), b"ours")
-    assert await listed(local) == [key_of(b"ours")]
+    assert await keys_of(local) == [key_of(b"ours")]
 
 
 @pytest.mark.parametrize("prefix", ["..", "a/../b", "/etc", "default/", "a%2e"])
 @on_a_loop
 async def test_a_prefix_outside_the_store_is_refused(payloads: PayloadStore, prefix: str) -> None:
     with pytest.raises(InvalidInput):
-        await listed(payloads, prefix)
+        await keys_of(payloads, prefix)
 
 
 @on_a_loop
@@ -314,12 +314,12 @@ async def test_a_listing_names_every_object_with_its_age_and_size_page_by_page(
     bodies = [b"x" * count for count in range(25)]
     for body in bodies:
         await payloads.put(key_of(body), body)
-    found = {each.key: each async for each in payloads.list("default", page_objects=10)}
-    assert {key: each.bytes_count for key, each in found.items()} == {key_of(body): len(body) for body in bodies}
-    assert all(abs(each.modified_us - before_us) < 60_000_000 for each in found.values())
-    assert await listed(payloads, f"default/{BATCH}") == sorted(found)
-    assert await listed(payloads, "default/another") == []
-    assert await listed(payloads, "def") == []
+    listed = {each.key: each async for each in payloads.list("default", page_objects=10)}
+    assert {key: each.bytes_count for key, each in listed.items()} == {key_of(body): len(body) for body in bodies}
+    assert all(abs(each.modified_us - before_us) < 60_000_000 for each in listed.values())
+    assert await keys_of(payloads, f"default/{BATCH}") == sorted(listed)
+    assert await keys_of(payloads, "default/another") == []
+    assert await keys_of(payloads, "def") == []
 
 
 @on_a_loop
@@ -328,7 +328,7 @@ async def test_deleting_removes_existing_objects_and_ignores_missing_ones(payloa
     for body in bodies[::2]:
         await payloads.put(key_of(body), body)
     await payloads.delete(key_of(body) for body in bodies)
-    assert await listed(payloads) == []
+    assert await keys_of(payloads) == []
     await payloads.delete([])
 
 
@@ -342,7 +342,7 @@ async def test_deleting_a_batch_removes_its_payloads_and_no_others(
         await payloads.put(key_of(body), body)
     await payloads.put(key_of(b"kept", "batch_other"), b"kept")
     assert await payloads.delete_batch("default", BATCH) == 10
-    assert await listed(payloads) == [key_of(b"kept", "batch_other")]
+    assert await keys_of(payloads) == [key_of(b"kept", "batch_other")]
     assert await payloads.delete_batch("default", BATCH) == 0
     await payloads.put(key_of(b"again"), b"again")
     assert await payloads.get(key_of(b"again")) == b"again"
@@ -381,7 +381,7 @@ async def test_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @on_a_loop
 async def test_a_check_makes_a_round_trip_and_leaves_no_object(payloads: PayloadStore) -> None:
     await payloads.check()
-    assert await listed(payloads) == []
+    assert await keys_of(payloads) == []
 
 
 @on_a_loop

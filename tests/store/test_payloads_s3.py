@@ -49,17 +49,17 @@ async def test_a_stored_payload_is_read_listed_and_deleted(payloads: PayloadStor
         await payloads.put(key_of(data), data)
         await payloads.put(key_of(data), data)
         assert await payloads.get(key_of(data)) == data
-    assert {found.key async for found in payloads.list()} == {key_of(data) for data in bodies}
+    assert {listed.key async for listed in payloads.list()} == {key_of(data) for data in bodies}
     await payloads.delete([key_of(b"x"), key_of(b"x")])
     assert await payloads.delete_batch("default", BATCH) == 2
-    assert [found async for found in payloads.list()] == []
+    assert [listed async for listed in payloads.list()] == []
     await payloads.check()
 
 
 async def test_a_changed_object_is_not_returned_as_the_payload(payloads: PayloadStore) -> None:
     data = b"as it was written"
     await payloads.put(key_of(data), data)
-    await obstore.put_async(payloads._store, key_of(data), b"as somebody else left it")
+    await obstore.put_async(payloads._store, key_of(data), b"as another program left it")
     with pytest.raises(ObjectMissing, match="has other bytes"):
         await payloads.get(key_of(data))
 
@@ -85,7 +85,7 @@ async def test_a_server_that_does_not_answer_is_reported_and_no_partial_object_i
         with pytest.raises(StoreUnavailable, match="could not be read"):
             await payloads.get(key_of(data))
         with pytest.raises(StoreUnavailable, match="could not be listed"):
-            [found async for found in payloads.list()]
+            [listed async for listed in payloads.list()]
         before.faults.clear()
         with pytest.raises(ObjectMissing):
             await payloads.get(key_of(data))
@@ -129,7 +129,7 @@ async def test_unknown_credentials_are_reported(prefix: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("s3:///prefix", "name a bucket"),
         ("s3://bucket/prefix?endpont=x", "unknown option endpont"),
@@ -140,8 +140,8 @@ async def test_unknown_credentials_are_reported(prefix: str, monkeypatch: pytest
         ("ftp://bucket/prefix", "payloads are stored in"),
     ],
 )
-def test_a_url_with_a_mistake_is_refused_by_name(url: str, said: str) -> None:
-    with pytest.raises(InvalidSetting, match="(?s)" + said):
+def test_a_url_with_a_mistake_is_refused_by_name(url: str, message: str) -> None:
+    with pytest.raises(InvalidSetting, match="(?s)" + message):
         open_payloads(url)
 
 
@@ -155,7 +155,7 @@ async def test_a_run_without_its_payload_fails_with_the_reason_and_the_others_ru
     async with app:
         batch = await size.map(["x" * 100, "y" * 200, "z"])
         engine = await app.open()
-        stored = {found.bytes_count: found.key async for found in engine.payloads.list()}
+        stored = {listed.bytes_count: listed.key async for listed in engine.payloads.list()}
         assert sorted(stored) == [102, 202], "small results stay in the row"
         await engine.payloads.delete([stored[102]])
         async with app.worker():

@@ -96,7 +96,7 @@ async def first_columns(connection: Any, schema: str) -> dict[str, str]:
 
 async def test_no_statement_reads_all_of_a_table_that_grows_on_postgres(rig: StoreRig) -> None:
     await rig.filled(10)
-    schema, found = schema_of(rig), set()
+    schema, plans = schema_of(rig), set()
     async with other_connection(server_settings=SETTINGS | {"plan_cache_mode": "force_generic_plan"}) as connection:
         columns = await first_columns(connection, schema)
         for name, statement in compiled(schema).items():
@@ -108,20 +108,20 @@ async def test_no_statement_reads_all_of_a_table_that_grows_on_postgres(rig: Sto
             await connection.execute("DEALLOCATE asked")
             for table, index, condition in scans(json.loads(answer)[0]["Plan"]):
                 if not re.search(rf"\b{columns.get(index, '')}\b", condition) or not index:
-                    found.add((name, index or table))
-    assert found == set(NOT_NAMED)
+                    plans.add((name, index or table))
+    assert plans == set(NOT_NAMED)
 
 
 async def test_no_statement_reads_all_of_a_table_that_grows_on_sqlite(tmp_path: Path) -> None:
     async with StoreRig(SqliteStore(tmp_path / "db", DEFAULT)):
         connection = sqlite3.connect(tmp_path / "db")
-        found = set()
+        names = set()
         for name, statement in statements("headrace.store.sqlite").items():
             if re.match(r"\s*(WITH|SELECT|INSERT|UPDATE|DELETE)\b", statement.sql):
                 values = dict.fromkeys(re.findall(r":([a-z_]+)", statement.sql), "[]")
                 for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {statement.sql}", values):
                     words = re.match(r"(SCAN|SEARCH) (\w+)( USING .*\((environment=\?|rowid>\?)\))?", step)
                     if words and words[2] in GROWING and (words[1] == "SCAN" or words[3]):
-                        found.add((name, step))
+                        names.add((name, step))
         connection.close()
-    assert found == SCANNED
+    assert names == SCANNED

@@ -42,8 +42,8 @@ async def test_r7_a_hot_verb_is_one_transaction_behind_a_pooler_too(rig: StoreRi
     before = pooler(forgets=True).transactions_count
     leases, sent = await sent_statements(rig, lambda: rig.claim(session, 256 * 8))
     assert (len(leases), sent, pooler(forgets=True).transactions_count - before) == (8, ["claim_whole"], 1)
-    told = [settlement_of(lease) for lease in leases]
-    words, sent = await sent_statements(rig, lambda: rig.store.settle(told, now_us=rig.now_us))
+    settlements = [settlement_of(lease) for lease in leases]
+    words, sent = await sent_statements(rig, lambda: rig.store.settle(settlements, now_us=rig.now_us))
     assert (set(words), sent, pooler(forgets=True).transactions_count - before) == ({"settled"}, ["settle_ended"], 2)
 
 

@@ -57,7 +57,7 @@ def rig(tmp_path: Path) -> StoreRig:
 
 
 @pytest.fixture(scope="module")
-def own() -> Iterator[Server]:
+def private_server() -> Iterator[Server]:
     """Start a server that a test may stop, and that requires a password of one user."""
     started = Server()
     rules = started.data / "pg_hba.conf"
@@ -159,8 +159,8 @@ class Crowd:
         return taken
 
     async def settle(self) -> None:
-        told: list[Settlement] = [settlement_of(lease, self.random.choice("cccfr")) for lease in self.some()]
-        await self.rig.store.settle(told, now_us=self.rig.now_us)
+        settlements: list[Settlement] = [settlement_of(lease, self.random.choice("cccfr")) for lease in self.some()]
+        await self.rig.store.settle(settlements, now_us=self.rig.now_us)
 
     async def give_back(self) -> None:
         releases = [Release(span_id=lease.span_id, token=lease.token) for lease in self.some()]
@@ -237,12 +237,12 @@ async def test_an_invalid_url_is_an_invalid_setting(url: str) -> None:
     assert isinstance(await error_of(url), InvalidSetting)
 
 
-async def test_a_failed_connection_names_the_database_and_the_cause(own: Server) -> None:
-    async with other_connection(own.dsn) as connection:
+async def test_a_failed_connection_names_the_database_and_the_cause(private_server: Server) -> None:
+    async with other_connection(private_server.dsn) as connection:
         await connection.execute("CREATE ROLE locked LOGIN PASSWORD 'right'; CREATE ROLE poor LOGIN")
         await connection.execute("CREATE ROLE reader LOGIN; ALTER ROLE reader SET default_transaction_read_only = on")
         await connection.execute("GRANT CREATE ON DATABASE postgres TO reader, locked")
-    at = f"127.0.0.1:{own.port}"
+    at = f"127.0.0.1:{private_server.port}"
     expected = [
         (f"postgresql://locked:wrong@{at}/postgres", StoreBroken, f"at {at}/postgres refused the login", "password"),
         (f"postgresql://nobody_knows@{at}/postgres", StoreBroken, "refused the login", "user"),
@@ -262,14 +262,16 @@ async def test_a_failed_connection_names_the_database_and_the_cause(own: Server)
             "reachable at that host",
         ),
     ]
-    for url, kind, said, hint in expected:
+    for url, kind, message, hint in expected:
         error = await error_of(url)
         assert type(error) is kind, (url, error)
-        assert said in str(error), (url, error)
+        assert message in str(error), (url, error)
         assert hint in error.hint, (url, error.hint)
         assert "secret" not in str(error)
         assert "CREATE" not in error.hint
-    async with StoreRig(PostgresStore(f"{own.dsn.replace('postgres@', 'locked:right@')}?schema=mine", DEFAULT)) as _:
+    async with StoreRig(
+        PostgresStore(f"{private_server.dsn.replace('postgres@', 'locked:right@')}?schema=mine", DEFAULT)
+    ) as _:
         pass
 
 
@@ -294,12 +296,12 @@ GRANTS: Final = (
     ],
 )
 async def test_a_right_that_a_role_lacks_is_named_and_the_hint_grants_no_more_than_a_worker_needs(
-    own: Server, tmp_path: Path, taken: str, lacks: str
+    private_server: Server, tmp_path: Path, taken: str, lacks: str
 ) -> None:
-    url = fresh_schema(tmp_path, own.dsn)
+    url = fresh_schema(tmp_path, private_server.dsn)
     async with StoreRig(PostgresStore(url, DEFAULT)) as rig:
         schema = schema_of(rig)
-        async with other_connection(own.dsn) as connection:
+        async with other_connection(private_server.dsn) as connection:
             await connection.execute(
                 "DO $$ BEGIN CREATE ROLE worker LOGIN; EXCEPTION WHEN duplicate_object THEN END $$"
             )
@@ -325,12 +327,12 @@ async def test_a_right_that_a_role_lacks_is_named_and_the_hint_grants_no_more_th
             await works()
 
 
-async def test_a_server_without_a_free_connection_is_reported(own: Server) -> None:
-    async with other_connection(own.dsn) as connection:
+async def test_a_server_without_a_free_connection_is_reported(private_server: Server) -> None:
+    async with other_connection(private_server.dsn) as connection:
         await connection.execute(
             "CREATE ROLE single LOGIN CONNECTION LIMIT 0; GRANT CREATE ON DATABASE postgres TO single"
         )
-    error = await error_of(own.dsn.replace("postgres@", "single@"))
+    error = await error_of(private_server.dsn.replace("postgres@", "single@"))
     assert isinstance(error, StoreUnavailable)
     assert "max_connections" in error.hint
 
@@ -371,8 +373,10 @@ async def test_a_cancelled_operation_leaves_no_open_transaction(rig: StoreRig) -
     assert completed_count == 60 * 20
 
 
-async def test_a_server_that_ends_under_load_is_used_again_when_it_is_back(own: Server, tmp_path: Path) -> None:
-    url = fresh_schema(tmp_path).replace(server().dsn, own.dsn)
+async def test_a_server_that_ends_under_load_is_used_again_when_it_is_back(
+    private_server: Server, tmp_path: Path
+) -> None:
+    url = fresh_schema(tmp_path).replace(server().dsn, private_server.dsn)
     async with StoreRig(PostgresStore(url, DEFAULT)) as rig:
         batch_id = await rig.filled(20_000, runs_max=32)
         failures: list[HeadraceError] = []
@@ -394,17 +398,17 @@ async def test_a_server_that_ends_under_load_is_used_again_when_it_is_back(own: 
                 leases = await until_it_works(partial(rig.claim, session, 100, claim_no=claim_no))
                 if not leases:
                     return words
-                told = [settlement_of(lease) for lease in leases]
-                words += await until_it_works(partial(rig.store.settle, told, now_us=rig.now_us))
+                settlements = [settlement_of(lease) for lease in leases]
+                words += await until_it_works(partial(rig.store.settle, settlements, now_us=rig.now_us))
                 if len(words) > 40:
                     halfway.set()
 
         back = asyncio.Event()
         workers = [asyncio.create_task(work()) for _ in range(4)]
         await halfway.wait()
-        await asyncio.to_thread(own.stop, "immediate")
+        await asyncio.to_thread(private_server.stop, "immediate")
         await failed.wait()
-        await asyncio.to_thread(own.start)
+        await asyncio.to_thread(private_server.start)
         back.set()
         words = [word for done in await asyncio.gather(*workers) for word in done]
         assert set(words) <= {"settled", "recorded"}

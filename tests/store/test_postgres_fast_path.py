@@ -45,8 +45,8 @@ async def test_r7_a_claim_and_a_settlement_are_one_statement_each(rig: StoreRig)
         await rig.settle(lease)
     leases, sent = await sent_statements(rig, lambda: rig.claim(session, 256 * 8))
     assert (len(leases), len(sent)) == (8, 1)
-    told = [settlement_of(lease, object_keys=[f"default/b/{lease.span_id:064x}"]) for lease in leases]
-    words, sent = await sent_statements(rig, lambda: rig.store.settle(told, now_us=rig.now_us))
+    settlements = [settlement_of(lease, object_keys=[f"default/b/{lease.span_id:064x}"]) for lease in leases]
+    words, sent = await sent_statements(rig, lambda: rig.store.settle(settlements, now_us=rig.now_us))
     assert (set(words), len(sent)) == ({"settled"}, 1)
 
 
@@ -55,8 +55,8 @@ async def test_r7_one_lease_with_results_in_the_object_store_is_settled_in_one_s
     session = await rig.session()
     first, second = await rig.claim(session, 256 * 2)
     await rig.settle(first)  # this connects
-    told = [settlement_of(second, object_keys=[f"default/b/{second.span_id:064x}"])]
-    words, sent = await sent_statements(rig, lambda: rig.store.settle(told, now_us=rig.now_us))
+    settlements = [settlement_of(second, object_keys=[f"default/b/{second.span_id:064x}"])]
+    words, sent = await sent_statements(rig, lambda: rig.store.settle(settlements, now_us=rig.now_us))
     assert (words, sent) == (["settled"], ["settle_ended"])
 
 
@@ -96,23 +96,23 @@ async def test_r7_runs_that_end_in_random_order_are_settled_in_one_statement_eac
     left = [(lease, span_slot) for lease in leases for span_slot in lease.span_slots]
     dice.shuffle(left)
     for part_no, start in enumerate(range(0, len(left), 40)):
-        told = []
+        settlements = []
         for lease in leases:
-            span_slots = sorted(span_slot for own, span_slot in left[start : start + 40] if own is lease)
+            span_slots = sorted(span_slot for leased, span_slot in left[start : start + 40] if leased is lease)
             codes = "".join(dice.choice("cfxe") for _ in span_slots)
             if span_slots:
-                told.append(settlement_of(lease, codes, span_slots=span_slots, part_no=part_no))
+                settlements.append(settlement_of(lease, codes, span_slots=span_slots, part_no=part_no))
                 index_at = dict(zip(lease.span_slots, lease.indexes, strict=True))
                 wanted |= {
                     index_at[span_slot]: run.NAMES[ord(code)] for span_slot, code in zip(span_slots, codes, strict=True)
                 }
-        words, sent = await sent_statements(rig, partial(rig.store.settle, told, now_us=rig.now_us))
+        words, sent = await sent_statements(rig, partial(rig.store.settle, settlements, now_us=rig.now_us))
         assert (set(words), sent) == ({"settled"}, ["settle_ended"])
-        assert set(await rig.store.settle(told, now_us=rig.now_us)) == {"recorded"}
+        assert set(await rig.store.settle(settlements, now_us=rig.now_us)) == {"recorded"}
     states = await rig.states(batch_id)
     assert {index: states[index] for index in wanted} == wanted
-    found = await rig.store.outcomes(batch_id, 0, 300, passing=True)
-    results = {outcome.index: outcome.result for outcome in found}
+    outcomes = await rig.store.outcomes(batch_id, 0, 300, passing=True)
+    results = {outcome.index: outcome.result for outcome in outcomes}
     assert all(results[index] == b"%d" % index for index, state in wanted.items() if state == "completed")
     batch, _ = await rig.store.batch(batch_id)
     assert batch.counts.settled == len(wanted) == 263
@@ -141,17 +141,17 @@ async def test_r7_runs_of_one_lease_are_settled_in_one_statement_in_consecutive_
             ]
         left = [span_slot for span_slot in left if span_slot not in span_slots]
         codes = "".join(dice.choice("cfxe") for _ in span_slots)
-        told = [settlement_of(lease, codes, span_slots=span_slots, part_no=part_no)]
-        words, sent = await sent_statements(rig, partial(rig.store.settle, told, now_us=rig.now_us))
+        settlements = [settlement_of(lease, codes, span_slots=span_slots, part_no=part_no)]
+        words, sent = await sent_statements(rig, partial(rig.store.settle, settlements, now_us=rig.now_us))
         is_stretch = span_slots[-1] - span_slots[0] == len(span_slots) - 1
         assert (words, sent) == (["settled"], ["settle_stretch" if is_stretch else "settle_stretches"])
-        assert await rig.store.settle(told, now_us=rig.now_us) == ["recorded"]
+        assert await rig.store.settle(settlements, now_us=rig.now_us) == ["recorded"]
         wanted |= {index_at[span_slot]: run.NAMES[ord(code)] for span_slot, code in zip(span_slots, codes, strict=True)}
         states = await rig.states(batch_id)
         assert {index: states[index] for index in wanted} == wanted
         part_no += 1
-    found = await rig.store.outcomes(batch_id, 0, 60, passing=True)
-    results = {outcome.index: outcome.result for outcome in found}
+    outcomes = await rig.store.outcomes(batch_id, 0, 60, passing=True)
+    results = {outcome.index: outcome.result for outcome in outcomes}
     assert all(results[index] == b"%d" % index for index, state in wanted.items() if state == "completed")
     batch, _ = await rig.store.batch(batch_id)
     assert batch.counts.settled == len(wanted) == len(lease.span_slots)
@@ -181,9 +181,9 @@ async def test_r7_a_run_among_others_that_has_an_outcome_leaves_all_of_them_to_t
     batch_id, session = await rig.filled(10), await rig.session()
     (lease,) = await rig.claim(session)
     assert await rig.settle(lease, "f", span_slots=[4], part_no=0) == "settled"
-    told = [settlement_of(lease, "c", span_slots=[1, 4, 7], part_no=1)]
+    settlements = [settlement_of(lease, "c", span_slots=[1, 4, 7], part_no=1)]
     with pytest.raises(IllegalTransition):
-        await rig.store.settle(told, now_us=rig.now_us)
+        await rig.store.settle(settlements, now_us=rig.now_us)
     assert (await rig.states(batch_id)).count("failed") == 1
     assert await rig.settle(lease, "c", span_slots=[1, 7], part_no=1) == "settled"
     assert [state for state in await rig.states(batch_id) if state == "completed"] == ["completed"] * 2
@@ -215,9 +215,9 @@ async def test_r7_a_settlement_with_a_stale_one_in_it_is_still_one_transaction(r
     batch_id, session = await rig.filled(256 * 3), await rig.session()
     stale, *rest = await rig.claim(session)
     assert await rig.release(stale) == "settled"
-    told = [settlement_of(lease) for lease in (rest[0], stale, rest[1])]
-    assert await rig.store.settle(told, now_us=rig.now_us) == ["settled", "lost", "settled"]
-    assert await rig.store.settle(told, now_us=rig.now_us) == ["recorded", "lost", "recorded"]
+    settlements = [settlement_of(lease) for lease in (rest[0], stale, rest[1])]
+    assert await rig.store.settle(settlements, now_us=rig.now_us) == ["settled", "lost", "settled"]
+    assert await rig.store.settle(settlements, now_us=rig.now_us) == ["recorded", "lost", "recorded"]
     _, ledger = await rig.store.batch(batch_id)
     assert (ledger.completed, ledger.waiting) == (512, 256)
 
@@ -284,8 +284,8 @@ async def test_r7_one_statement_writes_what_the_script_writes(rig: StoreRig) -> 
                 batch_id,
             )
             batch = await connection.fetchrow(f'SELECT * FROM "{schema_of(rig)}".batch WHERE id = $1', batch_id)
-        own = {"id", "block_id", "batch_id", "created_us"}
-        written.append([{name: row[name] for name in set(row.keys()) - own} for row in (*rows, batch)])
+        span_columns = {"id", "block_id", "batch_id", "created_us"}
+        written.append([{name: row[name] for name in set(row.keys()) - span_columns} for row in (*rows, batch)])
     assert written[0] == written[1]
     assert len(written[0]) > 20
 
@@ -294,8 +294,8 @@ async def test_r7_concurrent_appends_of_the_same_runs_add_them_once(rig: StoreRi
     batch_id = await rig.batch()
     await rig.append(batch_id, range(10))
     appended = await asyncio.gather(*(rig.append(batch_id, range(10, 200), runs_max=50) for _ in range(6)))
-    assert sorted(one.accepted_count for one in appended) == [0] * 5 + [190]
-    assert sum(one.duplicates_count for one in appended) == 5 * 190
+    assert sorted(answer.accepted_count for answer in appended) == [0] * 5 + [190]
+    assert sum(answer.duplicates_count for answer in appended) == 5 * 190
 
 
 # -- R9: claims read lane by lane, and plans over a long history
@@ -462,9 +462,9 @@ async def pages_touched(rig: StoreRig, name: str, values: dict[str, Any]) -> int
         )
         await connection.execute("ROLLBACK")
     plan = "\n".join(row[0] for row in rows)
-    found = re.search(r"Buffers: shared hit=(\d+)(?: read=(\d+))?", plan)
-    assert found is not None, plan
-    return int(found[1]) + int(found[2] or 0)
+    match = re.search(r"Buffers: shared hit=(\d+)(?: read=(\d+))?", plan)
+    assert match is not None, plan
+    return int(match[1]) + int(match[2] or 0)
 
 
 async def test_r9_a_plan_made_for_empty_tables_is_the_same(rig: StoreRig) -> None:

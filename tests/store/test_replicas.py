@@ -29,9 +29,9 @@ def pair(tmp_path: Path) -> Iterator[tuple[Server, Server]]:
 
 async def caught_up(primary: Server, standby: Server) -> None:
     """Return when the standby has everything that the primary has now."""
-    async with other_connection(primary.dsn) as there, other_connection(standby.dsn) as here:
-        position = await there.fetchval("SELECT pg_current_wal_flush_lsn()::text")
-        while not await here.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", position):
+    async with other_connection(primary.dsn) as primary_connection, other_connection(standby.dsn) as standby_connection:
+        position = await primary_connection.fetchval("SELECT pg_current_wal_flush_lsn()::text")
+        while not await standby_connection.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", position):
             pass
 
 
@@ -51,12 +51,12 @@ async def test_a_standby_serves_reads_refuses_writes_and_can_be_promoted(
             assert (await store.check())["standby"] is True
             batch, ledger = await store.batch(batch_id)
             assert (batch.state, ledger.completed, ledger.leased) == ("sealed", 256, 344)
-            assert [one.index for one in await store.outcomes(batch_id, 0, 10_000)] == list(range(256))
+            assert [outcome.index for outcome in await store.outcomes(batch_id, 0, 10_000)] == list(range(256))
             assert len(await store.runs("default", batch_id=batch_id, limit=1_000)) == 600
             assert (await store.verify(batch_id)).differences == []
             assert await store.queues("default")
             assert await store.next_due_us("default", ["task"]) is None
-            assert [found.id for found in await store.sessions()] == [session]
+            assert [session_row.id for session_row in await store.sessions()] == [session]
             kind = InvalidSetting if word else StoreUnavailable
             with pytest.raises(kind, match="read") as refused:
                 await store.create_batch(NewBatch(id="b" * 32), now_us=START_US)
@@ -84,7 +84,7 @@ async def test_a_standby_serves_reads_refuses_writes_and_can_be_promoted(
 
 async def test_a_replica_with_another_schema_version_is_refused_with_a_hint(tmp_path: Path) -> None:
     store = PostgresStore(f"{fresh_schema(tmp_path)}&read_only=true", DEFAULT)
-    with pytest.raises(StoreBroken, match="schema version 0") as refused:
+    with pytest.raises(StoreBroken, match="got 0 in the database") as refused:
         await store.open()
     assert "headrace migrate" in refused.value.hint
     with pytest.raises(InvalidSetting, match=r"expected read_only=true.false in the URL"):

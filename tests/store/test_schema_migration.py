@@ -42,11 +42,11 @@ async def newer(rig: StoreRig, script: str, **query: str) -> AsyncIterator[Openi
     """Return a process of a version with one more migration, opened when it is called."""
     words = "".join(f"&{name}={value}" for name, value in query.items())
     store = PostgresStore(f"{server().dsn}?schema={schema_of(rig)}{words}", DEFAULT)
-    known = migrations(PACKAGE)
+    numbered = migrations(PACKAGE)
 
     async def opened() -> PostgresStore:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(schema_migration, "migrations", lambda package: [*known, (len(known) + 1, script)])
+            patched.setattr(schema_migration, "migrations", lambda package: [*numbered, (len(numbered) + 1, script)])
             opening = asyncio.create_task(store.open())
             await asyncio.sleep(0)  # it has read the list of migrations now
         await opening
@@ -75,8 +75,8 @@ async def test_many_processes_may_migrate_at_once(tmp_path: Path) -> None:
         for _ in range(5)
     ]
     for process in processes:
-        _, said = await process.communicate()
-        assert process.returncode == 0, said.decode()
+        _, errors = await process.communicate()
+        assert process.returncode == 0, errors.decode()
     async with StoreRig(PostgresStore(url, DEFAULT)) as rig:
         assert (await rig.store.check())["schema_version"] == migrations(PACKAGE)[-1][0]
 
@@ -115,7 +115,7 @@ async def test_a_process_that_is_older_than_the_schema_reports_it(rig: StoreRig)
     session = await rig.session()
     async with newer(rig, BREAKING) as opened:
         await opened()
-        with pytest.raises(StoreBroken, match="has schema version") as overtaken:
+        with pytest.raises(StoreBroken, match="expected schema version") as overtaken:
             await rig.claim(session)
         assert "upgrade Headrace" in overtaken.value.hint
         assert not overtaken.value.retryable

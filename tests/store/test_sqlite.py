@@ -91,11 +91,11 @@ async def test_a_request_is_answered_after_its_commit(tmp_path: Path) -> None:
 async def traced(rig: StoreRig, callback: Callable[[str], object] | None) -> None:
     """Record each statement that the writer's connection runs; statements of a trigger do not count."""
 
-    def told(statement: str) -> None:
+    def record(statement: str) -> None:
         if callback is not None and not statement.startswith("--"):
             callback(statement)
 
-    await sqlite_store(rig)._writer.run(lambda c: c.set_trace_callback(told))
+    await sqlite_store(rig)._writer.run(lambda c: c.set_trace_callback(record))
 
 
 # -- R12: a failed group is replayed one request at a time
@@ -111,7 +111,7 @@ async def test_r12_waiting_requests_share_one_commit(tmp_path: Path) -> None:
             appends.extend(asyncio.ensure_future(rig.append(batch_id, [index])) for index in range(50))
 
         await held_up(rig, work)
-        assert sum(one.accepted_count for one in await asyncio.gather(*appends)) == 50
+        assert sum(answer.accepted_count for answer in await asyncio.gather(*appends)) == 50
         assert sqlite_store(rig)._writer.groups_count - groups_before == 2, (
             "one group that kept the writer busy, and one for all requests"
         )
@@ -140,7 +140,7 @@ async def test_r12_a_failing_request_in_a_group_fails_alone(tmp_path: Path) -> N
                 asked.append(asyncio.ensure_future(rig.store.batch("batch_of_nobody")))
                 asked.append(asyncio.ensure_future(rig.append("batch_of_nobody", [0])))
             asked.extend(
-                asyncio.ensure_future(sqlite_store(rig)._writer.run(one)) for one in (late_refusal, broken, bug)
+                asyncio.ensure_future(sqlite_store(rig)._writer.run(request)) for request in (late_refusal, broken, bug)
             )
             asked.append(asyncio.ensure_future(rig.append(batch_id, [5])))
 
@@ -171,7 +171,7 @@ async def test_r12_a_full_disk_fails_requests_that_do_not_fit_and_loses_no_ackno
         answers = await asyncio.gather(*asked, return_exceptions=True)
         full = [answer for answer in answers if isinstance(answer, StoreUnavailable)]
         assert len(full) == 5
-        assert all("disk" in str(one) and one.retryable for one in full)
+        assert all("disk" in str(error) and error.retryable for error in full)
         batch, _ = await rig.store.batch(batch_id)
         assert batch.received_count == 15
         await rig.check()
@@ -252,9 +252,9 @@ async def test_r13_a_bulk_write_keeps_any_bytes(tmp_path: Path) -> None:
                 for number, piece in enumerate(pieces)
             ]
             run_script(connection, add_parts(parts))
-            found = connection.execute("SELECT positions, codes, results FROM part ORDER BY span_id").fetchall()
+            rows = connection.execute("SELECT positions, codes, results FROM part ORDER BY span_id").fetchall()
             connection.execute("DELETE FROM part")
-            return found
+            return rows
 
         kept = await sqlite_store(rig)._writer.run(work)
     assert kept == [
@@ -282,14 +282,14 @@ async def test_a_file_locked_by_another_process_fails_the_call_and_works_later(t
 
 async def test_two_stores_on_one_file_see_each_other_s_commits(tmp_path: Path) -> None:
     async with (
-        opened(tmp_path / "db", busy_timeout_ms=5_000) as one,
-        opened(tmp_path / "db", busy_timeout_ms=5_000) as two,
+        opened(tmp_path / "db", busy_timeout_ms=5_000) as first,
+        opened(tmp_path / "db", busy_timeout_ms=5_000) as second,
     ):
-        batch_id = await one.batch(200)
-        appended = await asyncio.gather(*(rig.append(batch_id, range(200)) for rig in (one, two, one, two)))
+        batch_id = await first.batch(200)
+        appended = await asyncio.gather(*(rig.append(batch_id, range(200)) for rig in (first, second, first, second)))
         assert sum(answer.accepted_count for answer in appended) == 200
-        here, there = await one.session(), await two.session()
-        claimed = await asyncio.gather(one.claim(here, 100), two.claim(there, 100))
+        first_session, second_session = await first.session(), await second.session()
+        claimed = await asyncio.gather(first.claim(first_session, 100), second.claim(second_session, 100))
         assert sorted(indexes_of([*claimed[0], *claimed[1]])) == list(range(200))
 
 
@@ -359,7 +359,7 @@ async def test_a_file_that_this_user_can_not_write_is_named_with_what_to_change(
 
 
 @pytest.mark.parametrize(
-    ("script", "found"),
+    ("script", "message"),
     [
         ("CREATE TABLE batch (id INTEGER)", "got the tables batch"),
         ("CREATE TABLE batch (id INTEGER); CREATE VIEW tag AS SELECT 1; PRAGMA user_version = 7", "tables batch, tag"),
@@ -367,12 +367,14 @@ async def test_a_file_that_this_user_can_not_write_is_named_with_what_to_change(
         ("CREATE TABLE own (id INTEGER); PRAGMA user_version = 999", "got user_version 999"),
     ],
 )
-async def test_a_file_of_another_program_is_refused_and_left_as_it_was(tmp_path: Path, script: str, found: str) -> None:
+async def test_a_file_of_another_program_is_refused_and_left_as_it_was(
+    tmp_path: Path, script: str, message: str
+) -> None:
     path = tmp_path / "db"
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript(script)
         before = schema(connection)
-    with pytest.raises(StoreBroken, match=f"{re.escape(str(path))} is not a Headrace database.*{found}") as refused:
+    with pytest.raises(StoreBroken, match=f"{re.escape(str(path))} is not a Headrace database.*{message}") as refused:
         async with opened(path):
             pass
     assert "--store" in refused.value.hint

@@ -156,19 +156,19 @@ class StoreMachine(RuleBasedStateMachine):
 
     def offer(self, batch_id: str, indexes: list[int], key: Key, runs_max: int, *, seals: bool = False) -> None:
         """Append, and check the result."""
-        known = self.acknowledged[batch_id]
+        acknowledged = self.acknowledged[batch_id]
         chunks = chunks_of(indexes, key=key, runs_max=runs_max)
         try:
             appended = self.wait(self.store.append(batch_id, chunks, now_us=self.now_us, seals=seals))
         except (Conflict, InvalidInput):
             return
-        assert appended.accepted_count == len(set(indexes) - known)
-        assert appended.duplicates_count == len(set(indexes) & known)
+        assert appended.accepted_count == len(set(indexes) - acknowledged)
+        assert appended.duplicates_count == len(set(indexes) & acknowledged)
         assert appended.conflicts == []
-        known |= set(indexes)
+        acknowledged |= set(indexes)
         if appended.sealed is not None:
             assert seals
-            assert appended.sealed.expected_count == len(known)
+            assert appended.sealed.expected_count == len(acknowledged)
 
     @precondition(lambda self: self.batches)
     @rule(number=numbers, again=st.booleans())
@@ -193,22 +193,22 @@ class StoreMachine(RuleBasedStateMachine):
     def cancel_runs(self, number: int, indexes: list[int]) -> None:
         """Cancel single runs."""
         batch_id = self.batch_at(number)
-        there = [index for index in indexes if index in self.acknowledged[batch_id]]
-        self.wait(self.store.cancel_runs(batch_id, there, now_us=self.now_us))
+        existing = [index for index in indexes if index in self.acknowledged[batch_id]]
+        self.wait(self.store.cancel_runs(batch_id, existing, now_us=self.now_us))
 
     @precondition(lambda self: self.batches)
     @rule(number=numbers, indexes=st.none() | few_indexes)
     def redrive(self, number: int, indexes: list[int] | None) -> None:
         """Redrive failed, cancelled and expired runs: the only operation that may take an outcome back."""
         batch_id = self.batch_at(number)
-        there = None if indexes is None else [index for index in indexes if index in self.acknowledged[batch_id]]
+        existing = None if indexes is None else [index for index in indexes if index in self.acknowledged[batch_id]]
         before = self.states(batch_id)
         try:
-            count = self.wait(self.store.redrive(batch_id, there))
+            count = self.wait(self.store.redrive(batch_id, existing))
         except Conflict:
             return
-        bad = {"failed"} if there is None else {"failed", "cancelled", "expired"}
-        again = [index for index, state in before.items() if state in bad and (there is None or index in there)]
+        bad = {"failed"} if existing is None else {"failed", "cancelled", "expired"}
+        again = [index for index, state in before.items() if state in bad and (existing is None or index in existing)]
         assert count == len(again)
         for index in again:
             self.outcomes.pop((batch_id, index), None)
@@ -231,7 +231,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Claim, and repeat the claim as after a lost answer."""
         session_id = self.live[number % len(self.live)]
         self.claims_count += 1
-        wish = Claim(
+        claim = Claim(
             session_id=session_id,
             claim_no=self.claims_count,
             environment="default",
@@ -239,9 +239,9 @@ class StoreMachine(RuleBasedStateMachine):
             queues=None,
             runs_max=runs_max,
         )
-        leases = self.wait(self.store.claim(wish, now_us=self.now_us))
+        leases = self.wait(self.store.claim(claim, now_us=self.now_us))
         if answer_lost:
-            assert self.wait(self.store.claim(wish, now_us=self.now_us)) == leases
+            assert self.wait(self.store.claim(claim, now_us=self.now_us)) == leases
         assert sum(len(lease.span_slots) for lease in leases) <= runs_max
         for lease in leases:
             for index in lease.indexes:
@@ -265,13 +265,13 @@ class StoreMachine(RuleBasedStateMachine):
         span_slots = held.open_slots[: len(codes)]
         if not span_slots:
             return
-        told = "".join(codes[: len(span_slots)])
+        codes_text = "".join(codes[: len(span_slots)])
         settlement = settlement_of(
             held.lease,
-            told,
+            codes_text,
             span_slots=span_slots,
             part_no=held.part_no,
-            dues_us=[self.now_us + delay * SECOND_US] * told.count("r"),
+            dues_us=[self.now_us + delay * SECOND_US] * codes_text.count("r"),
         )
         before = {batch_id: self.states(batch_id) for batch_id in self.batches}
         (word,) = self.wait(self.store.settle([settlement], now_us=self.now_us))
@@ -287,7 +287,7 @@ class StoreMachine(RuleBasedStateMachine):
         held.open_slots = held.open_slots[len(span_slots) :]
         held.is_stale = not held.open_slots
         index_at = dict(zip(held.lease.span_slots, held.lease.indexes, strict=True))
-        for span_slot, code in zip(span_slots, told, strict=True):
+        for span_slot, code in zip(span_slots, codes_text, strict=True):
             if code != "r":
                 self.outcomes[held.lease.batch_id, index_at[span_slot]] = NAMES[ord(code)]
         if answer_lost:
@@ -308,8 +308,8 @@ class StoreMachine(RuleBasedStateMachine):
             given = Release(span_id=held.lease.span_id, token=held.lease.token, suspects=tuple(held.open_slots))
             assert self.wait(self.store.release([given], crashes_max=1, now_us=self.now_us)) == ["lost"]
         else:
-            told = settlement_of(held.lease, code, span_slots=held.open_slots, part_no=held.part_no + 7)
-            assert self.wait(self.store.settle([told], now_us=self.now_us)) == ["lost"]
+            settlement = settlement_of(held.lease, code, span_slots=held.open_slots, part_no=held.part_no + 7)
+            assert self.wait(self.store.settle([settlement], now_us=self.now_us)) == ["lost"]
 
     @precondition(lambda self: self.held)
     @rule(number=numbers, kept=st.integers(0, 3), answer_lost=st.booleans())
@@ -355,14 +355,14 @@ class StoreMachine(RuleBasedStateMachine):
         held.is_stale = True
 
     @precondition(lambda self: self.live)
-    @rule(number=numbers, known=st.booleans(), guilty=st.integers(0, 2))
-    def recover(self, number: int, known: bool, guilty: int) -> None:
+    @rule(number=numbers, has_marks=st.booleans(), guilty=st.integers(0, 2))
+    def recover(self, number: int, has_marks: bool, guilty: int) -> None:
         """Crash a worker; another process recovers its session, once."""
         session_id = self.live.pop(number % len(self.live))
-        own = [held for held in self.held if held.session_id == session_id and not held.is_stale]
-        span_slots = {(held.lease.span_id, held.lease.token): tuple(held.open_slots[:guilty]) for held in own}
-        suspects = Suspects(span_slots=span_slots if known else None, evidence="signal 9")
-        for count in (len(own), 0):
+        held_leases = [held for held in self.held if held.session_id == session_id and not held.is_stale]
+        span_slots = {(held.lease.span_id, held.lease.token): tuple(held.open_slots[:guilty]) for held in held_leases}
+        suspects = Suspects(span_slots=span_slots if has_marks else None, evidence="signal 9")
+        for count in (len(held_leases), 0):
             assert count == self.wait(
                 self.store.recover(session_id, suspects, silent_since_us=self.now_us, crashes_max=2, now_us=self.now_us)
             )
@@ -384,13 +384,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.ended)
     @rule(number=numbers)
-    def a_thawed_session_is_told_that_it_ended(self, number: int) -> None:
+    def a_thawed_session_is_refused(self, number: int) -> None:
         """Continue after SIGSTOP: the heartbeat and the claim are refused. (Settlements are in `settle`.)"""
         session_id = self.ended[number % len(self.ended)]
-        wish = Claim(session_id=session_id, claim_no=1, environment="default", tasks=TASKS, queues=None, runs_max=9)
+        claim = Claim(session_id=session_id, claim_no=1, environment="default", tasks=TASKS, queues=None, runs_max=9)
         for verb in (
             self.store.heartbeat(session_id, now_us=self.now_us),
-            self.store.claim(wish, now_us=self.now_us),
+            self.store.claim(claim, now_us=self.now_us),
         ):
             try:
                 self.wait(cast("Coroutine[Any, Any, object]", verb))
@@ -457,8 +457,8 @@ class StoreMachine(RuleBasedStateMachine):
             final = {index for index, state in states.items() if state in invariants.FINAL_NAMES}
             for (owner, index), state in self.outcomes.items():
                 assert owner != batch_id or states[index] == state, (owner, index)
-            told = self.wait(self.store.outcomes(batch_id, 0, 999))
-            assert self.record.note(batch_id, told) == []
+            outcomes = self.wait(self.store.outcomes(batch_id, 0, 999))
+            assert self.record.note(batch_id, outcomes) == []
             assert self.record.lost(batch_id, final) == []
             batch, _ = self.wait(self.store.batch(batch_id))
             if batch.is_stopped:

@@ -1,6 +1,6 @@
 """Processes that run a scenario and are killed by SIGKILL at a fault point: `python -m tests.support.killed_process`.
 
-The input of a process is `{"url", "environment", "now_us", "place", "log", "completed"}`. Its answer is `told` if the
+The input of a process is `{"url", "environment", "now_us", "place", "log", "completed"}`. Its answer is `ended` if the
 scenario did not reach that fault point. What was acknowledged is written to its log, a line each, before it continues.
 """
 

@@ -145,7 +145,7 @@ async def open_chain(engine: Engine, source: MapIdentity, *, fresh: bool, is_res
     for part in chain.parts:
         if part.batch.is_stopped:
             raise Conflict(
-                f"the batch of this map was {part.batch.state}",
+                f"the batch of this map was already {part.batch.state}",
                 hint="pass --fresh to start over",
                 batch_id=part.batch.id,
             )

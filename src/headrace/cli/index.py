@@ -108,7 +108,7 @@ async def _stop_when(stop: asyncio.Event, pipeline: IndexerPipeline) -> None:
 
 async def _show_progress(name: str, pipeline: IndexerPipeline, *, shows: bool) -> None:
     """Show a progress bar on a terminal, or a line now and then elsewhere."""
-    from headrace.cli.progress import Standing, display
+    from headrace.cli.progress import ProgressState, display
 
     progress_display = display(is_wanted=shows, label=name)
     first = pipeline.progress.no
@@ -117,7 +117,7 @@ async def _show_progress(name: str, pipeline: IndexerPipeline, *, shows: bool) -
         while True:
             progress = pipeline.progress_now()
             progress_display.update(
-                Standing(
+                ProgressState(
                     done=progress.no - first, failed=0, total=_total(progress, first), note=where_time_goes(progress)
                 )
             )
@@ -172,34 +172,34 @@ def status(store: StoreOption = None, as_json: JsonOption = False) -> None:
 
     async def work() -> None:
         async with opened(settings, must_exist=True) as engine:
-            standings = await engine.tables.standings(engine.environment)
+            indexer_states = await engine.tables.indexer_states(engine.environment)
         if as_json:
             shown = [
                 {
-                    "name": standing.name,
-                    "checkpoint": standing.no,
-                    "positions": standing.positions,
-                    "caught_up": standing.is_caught_up,
-                    "history_from": standing.floor_no,
-                    "holder": describe_holder(standing.holder) if standing.holder else "",
+                    "name": state.name,
+                    "checkpoint": state.no,
+                    "positions": state.positions,
+                    "caught_up": state.is_caught_up,
+                    "history_from": state.floor_no,
+                    "holder": describe_holder(state.holder) if state.holder else "",
                 }
-                for standing in standings
+                for state in indexer_states
             ]
             say_json({"indexers": shown})
             return
-        if not standings:
+        if not indexer_states:
             say("no indexers")
             return
         table(
             ("indexer", "checkpoint", "positions", "caught up", "last commit", "held by"),
             [
                 (
-                    standing.name, standing.no,
-                    ", ".join(f"{key} {value}" for key, value in sorted(standing.positions.items())) or "-",
-                    "yes" if standing.is_caught_up else "no", moment(standing.moved_us),
-                    describe_holder(standing.holder) if standing.holder else "-",
+                    state.name, state.no,
+                    ", ".join(f"{key} {value}" for key, value in sorted(state.positions.items())) or "-",
+                    "yes" if state.is_caught_up else "no", moment(state.moved_us),
+                    describe_holder(state.holder) if state.holder else "-",
                 )
-                for standing in standings
+                for state in indexer_states
             ],
             numbers=("checkpoint",),
         )  # fmt: skip
@@ -228,10 +228,10 @@ def rollback(
     async def work() -> None:
         owner: Any = loaded.app
         try:
-            standing = await loaded.rollback(None if to == "begin" else position_of(to), source=source)
+            state = await loaded.rollback(None if to == "begin" else position_of(to), source=source)
         finally:
             await owner.close()
-        note(f"{loaded.name} is at checkpoint {standing.no:,}, positions {standing.positions or 'none'}")
+        note(f"{loaded.name} is at checkpoint {state.no:,}, positions {state.positions or 'none'}")
 
     run_async(work())
 
@@ -256,7 +256,7 @@ def reset(
 
     async def work() -> None:
         async with opened(settings, must_exist=True) as engine:
-            names = [standing.name for standing in await engine.tables.standings(engine.environment)]
+            names = [state.name for state in await engine.tables.indexer_states(engine.environment)]
             if name not in names:
                 raise NotFound(f"no indexer is named {name!r}", hint=hint_of(name, names, "indexers"))
             tables = await engine.tables.reset(engine.environment, name)

@@ -23,7 +23,7 @@ from headrace.cli.input import Input
 from headrace.cli.opening import shown_store
 from headrace.cli.output import FileOutput, Output, lines_of, open_output
 from headrace.cli.printing import counted, duration, note, say_json
-from headrace.cli.progress import Standing, display
+from headrace.cli.progress import ProgressState, display
 from headrace.cli.signals import Signals
 from headrace.cli.target_loader import load_target
 from headrace.core.batch import CANCELLED, Ledger
@@ -284,7 +284,7 @@ class Mapping:
         try:
             while True:
                 ledger = await self._ledger(engine)
-                progress_display.update(self._standing(ledger))
+                progress_display.update(self._state_of(ledger))
                 if not self.is_resumable and monotonic() - alive_s > engine.limits.seal_timeout_ms / 4_000:
                     await self._keep_open(engine)
                     alive_s = monotonic()
@@ -298,13 +298,13 @@ class Mapping:
         if not self._is_fed:
             await engine.store.append(self.chain.last.batch.id, [], now_us=engine.clock.now_us())
 
-    def _standing(self, ledger: Totals) -> Standing:
+    def _state_of(self, ledger: Totals) -> ProgressState:
         if self._is_fed:
-            return Standing(ledger.settled, ledger.bad, ledger.received)
+            return ProgressState(ledger.settled, ledger.bad, ledger.received)
         if self.input.size_bytes and self.input.read_bytes:
             total = ledger.received * self.input.size_bytes // min(self.input.read_bytes, self.input.size_bytes)
-            return Standing(ledger.settled, ledger.bad, max(total, ledger.received), is_estimate=True)
-        return Standing(ledger.settled, ledger.bad, None)
+            return ProgressState(ledger.settled, ledger.bad, max(total, ledger.received), is_estimate=True)
+        return ProgressState(ledger.settled, ledger.bad, None)
 
     # -- ending
 

@@ -62,7 +62,7 @@ def shown_target(settings: Settings) -> str:
 
 
 async def _moved(source_settings: Settings, target_settings: Settings, *, shows_progress: bool) -> CopyReport:
-    from headrace.cli.progress import Standing, display
+    from headrace.cli.progress import ProgressState, display
     from headrace.compose import mover
 
     async with opened(source_settings, must_exist=True) as source, opened(target_settings) as target:
@@ -70,7 +70,8 @@ async def _moved(source_settings: Settings, target_settings: Settings, *, shows_
         progress_display = display(is_wanted=shows_progress, label="moving")
         try:
             return await move.run(
-                shown_target(target_settings), lambda runs, total: progress_display.update(Standing(runs, 0, total))
+                shown_target(target_settings),
+                lambda runs, total: progress_display.update(ProgressState(runs, 0, total)),
             )
         finally:
             progress_display.close()

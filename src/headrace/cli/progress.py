@@ -13,7 +13,7 @@ LINE_EVERY_S: Final = 10.0
 RATE_WINDOW_S: Final = 10.0
 
 
-class Standing(NamedTuple):
+class ProgressState(NamedTuple):
     """Progress in numbers. `total` is None while the input is still read; `is_estimate`: it is extrapolated."""
 
     done: int
@@ -27,7 +27,7 @@ class Standing(NamedTuple):
 class Display(Protocol):
     """Shows the progress."""
 
-    def update(self, standing: Standing) -> None:
+    def update(self, state: ProgressState) -> None:
         """Show new numbers."""
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class Rate:
 class Silent:
     """No display."""
 
-    def update(self, standing: Standing) -> None:
+    def update(self, state: ProgressState) -> None:
         """Do nothing."""
 
     def close(self) -> None:
@@ -75,12 +75,12 @@ class Lines:
         self._rate = Rate()
         self._next_s = monotonic() + LINE_EVERY_S
 
-    def update(self, standing: Standing) -> None:
+    def update(self, state: ProgressState) -> None:
         """Write a line when ten seconds have passed."""
-        rate = self._rate.add(standing.done)
+        rate = self._rate.add(state.done)
         if monotonic() >= self._next_s:
             self._next_s = monotonic() + LINE_EVERY_S
-            note(f"{self._label}: {line_of(standing, rate)}")
+            note(f"{self._label}: {line_of(state, rate)}")
 
     def close(self) -> None:
         """Do nothing: the summary follows."""
@@ -104,23 +104,23 @@ class Bar:
         self._task = self._progress.add_task(label, total=None, text="")
         self._progress.start()
 
-    def update(self, standing: Standing) -> None:
+    def update(self, state: ProgressState) -> None:
         """Redraw the bar."""
-        rate = self._rate.add(standing.done)
-        self._progress.update(self._task, completed=standing.done, total=standing.total, text=line_of(standing, rate))
+        rate = self._rate.add(state.done)
+        self._progress.update(self._task, completed=state.done, total=state.total, text=line_of(state, rate))
 
     def close(self) -> None:
         """Remove the bar, so that the summary stands alone."""
         self._progress.stop()
 
 
-def line_of(standing: Standing, rate: float) -> str:
+def line_of(state: ProgressState, rate: float) -> str:
     """Return `1,200 of 50,000 done, 800/s, 3 failed, 61.0 s left`."""
-    parts = [f"{standing.done:,} done"]
-    if standing.total is not None:
-        parts = [f"{standing.done:,} of {'about ' if standing.is_estimate else ''}{standing.total:,} done"]
+    parts = [f"{state.done:,} done"]
+    if state.total is not None:
+        parts = [f"{state.done:,} of {'about ' if state.is_estimate else ''}{state.total:,} done"]
     parts.append(f"{rate:,.0f}/s" if rate >= 10 or not rate else f"{rate:.1f}/s")
-    parts.append(f"{standing.failed:,} failed" if standing.note is None else standing.note)
-    if standing.total is not None and rate:
-        parts.append(f"{duration(max(0, standing.total - standing.done) / rate)} left")
+    parts.append(f"{state.failed:,} failed" if state.note is None else state.note)
+    if state.total is not None and rate:
+        parts.append(f"{duration(max(0, state.total - state.done) / rate)} left")
     return ", ".join(parts)

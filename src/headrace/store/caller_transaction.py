@@ -200,7 +200,7 @@ class CallerTransaction:
         if is_sqlite != self._is_sqlite:
             actual, expected = ("SQLite", "PostgreSQL") if is_sqlite else ("PostgreSQL", "SQLite")
             raise InvalidInput(
-                f"the connection leads to {actual}, the app's store is on {expected}",
+                f"expected a connection to {expected}, where the app's store is, got one to {actual}",
                 hint="give a connection to the database that HEADRACE_STORE names",
             )
         if not is_open:

@@ -161,8 +161,8 @@ def _open_remote(url: str) -> ObjectStore:
         if name in config:
             continue
         if name not in bounds:
-            known = ", ".join(("endpoint", "region", *_PARAMETERS))
-            raise _bad_url(url, f"unknown option {name}; the options are {known}")
+            spelled = ", ".join(("endpoint", "region", *_PARAMETERS))
+            raise _bad_url(url, f"unknown option {name}; the options are {spelled}")
         bounds[name] = check(_PARAMETERS[name], int(value) if value.isdigit() else value)
     bare = urlunsplit(parts._replace(query="", fragment=""))
     retries: RetryConfig = {
@@ -270,7 +270,7 @@ class PayloadStore:
         count = 0
         try:
             async for page in obstore.list(self._store, prefix=folder, chunk_size=_PAGE_OBJECTS):
-                old = [one["path"] for one in page if one["last_modified"].timestamp() * 1_000_000 < before_us]
+                old = [entry["path"] for entry in page if entry["last_modified"].timestamp() * 1_000_000 < before_us]
                 if old:
                     async with self._requests:
                         await self._delete_page(old)
@@ -315,14 +315,14 @@ class PayloadStore:
 
     async def _read(self, key: str) -> bytes | None:
         try:
-            found = await obstore.get_async(self._store, key)
-            if found.meta["size"] > _OBJECT_BYTES_MAX:
+            response = await obstore.get_async(self._store, key)
+            if response.meta["size"] > _OBJECT_BYTES_MAX:
                 raise ObjectMissing(
-                    f"the object is larger than any payload ({found.meta['size']} bytes)",
+                    f"the object is larger than any payload ({response.meta['size']} bytes)",
                     key=key,
                     url=shown_url(self.url),
                 )
-            return (await found.bytes_async()).to_bytes()
+            return (await response.bytes_async()).to_bytes()
         except FileNotFoundError as error:
             if _NO_BUCKET in str(error):  # without a bucket, nothing is known about any object
                 raise self._unavailable("read", error, key=key) from error
@@ -356,12 +356,12 @@ class PayloadStore:
         _sync(path)
         _sync(path.parent)
         for directory in path.relative_to(self._root).parents[:-1]:
-            known = self._root / directory
-            if known not in self._synced_directories:
-                _sync(known.parent)
+            directory_path = self._root / directory
+            if directory_path not in self._synced_directories:
+                _sync(directory_path.parent)
                 if len(self._synced_directories) >= _DIRECTORIES_KNOWN_MAX:
                     self._synced_directories.clear()
-                self._synced_directories[known] = None
+                self._synced_directories[directory_path] = None
 
     async def _delete_page(self, page: Sequence[str]) -> None:
         try:

@@ -61,7 +61,7 @@ def view_of(span: Span, index: int, state: int) -> RunRecord:
 
 
 def birth_part(span: Span, at_birth: Mapping[int, EndedAtCreation], now_us: int) -> Part:
-    """What is recorded of the runs of a span that ended at birth."""
+    """Return the part for the runs of a span that ended at creation."""
     ends = [at_birth[block_offset] for block_offset in block_offsets_of(span)]
     return Part(
         block_id=span.block_id,
@@ -88,7 +88,7 @@ def attempt_of(code: int, data: bytes, settled_us: int) -> dict[str, object]:
 
 
 def lease_of(span: Span, first_index: int, gaps: bytes | None, extras: Mapping[int, Extra], items: bytes) -> Lease:
-    """What a worker needs of a claimed span; the rest is its block's, `extras` by position."""
+    """Make the lease of a claimed span from its block; `extras` is by block offset."""
     whole = span.block_offsets is None and span.unsettled_count == len(span.states)
     if whole:
         span_slots: Sequence[int] = range(len(span.states))

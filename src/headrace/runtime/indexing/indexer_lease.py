@@ -66,7 +66,7 @@ async def lease(
 
 
 async def _current_state(store: EntityStore, state: IndexerState) -> IndexerState:
-    states = [stored for stored in await store.standings(state.environment) if stored.name == state.name]
+    states = [stored for stored in await store.indexer_states(state.environment) if stored.name == state.name]
     return states[0] if states else state
 
 

@@ -111,7 +111,7 @@ class RowReader:
         self._names = entity.names
         self._id_at = entity.names.index(kinds.ID)
         parameters = inspect.signature(entity.cls).parameters.values()
-        order = [own.name for own in parameters if own.kind is not inspect.Parameter.KEYWORD_ONLY]
+        order = [parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
         self._is_by_place = order == list(entity.names)
 
     def rows(self, driver_rows: Iterable[Sequence[Any]]) -> list[Any]:
@@ -151,7 +151,7 @@ _FROM_SQLITE: Final[dict[str, Callable[[Any], Any]]] = {
 }  # fmt: skip
 
 _FROM_POSTGRES: Final[dict[str, Callable[[Any], Any]]] = {
-    kinds.INTEGER: int, kinds.IDENTIFIER: lambda found: UUID(int=found.int),
+    kinds.INTEGER: int, kinds.IDENTIFIER: lambda value: UUID(int=value.int),
 }  # fmt: skip
 
 

@@ -121,7 +121,7 @@ class EntityStore(Protocol):
     async def prepare(self, plan: EntityPlan) -> IndexerState:
         """Create or extend the tables, and return the indexer's state. Raises `SchemaChanged`, changing nothing."""
 
-    async def standings(self, environment: str) -> list[IndexerState]:
+    async def indexer_states(self, environment: str) -> list[IndexerState]:
         """List the indexers of an environment, by name."""
 
     async def take(self, seen: IndexerState, holder: str) -> int | None:

@@ -59,9 +59,7 @@ def check_names(entities: Sequence[EntityType]) -> None:
                 )
             taken[table] = name
         if clash := RESERVED_COLUMNS & set(entity.names):
-            raise InvalidSetting(
-                f"{name}.{min(clash)} has the name of a column of the history", hint="rename the field"
-            )
+            raise InvalidSetting(f"{name}.{min(clash)}: the name is reserved for the history", hint="rename the field")
 
 
 def changes_of(plan: EntityPlan, stored_tables: Mapping[str, StoredTable], existing: set[str]) -> list[Change]:

@@ -113,7 +113,9 @@ class Dialect:
 
     def create(self, entity: EntityType) -> str:
         """Create the table of an entity."""
-        columns = [f"{quoted(own.name)} {self.type_of(own)}" for own in entity.columns if own.name != kinds.ID]
+        columns = [
+            f"{quoted(column.name)} {self.type_of(column)}" for column in entity.columns if column.name != kinds.ID
+        ]
         key = f"{quoted(kinds.ID)} {self.type_of(entity.id_column)} NOT NULL PRIMARY KEY"
         return f"CREATE TABLE {self.table(entity)} ({', '.join([key, *columns])}){self._end()}"
 
@@ -121,7 +123,7 @@ class Dialect:
         """Create the history: the row after each change, at its checkpoint; checkpoint 0 is the row before the first
         change.
         """
-        columns = [f"{quoted(own.name)} {self.type_of(own)}" for own in entity.columns]
+        columns = [f"{quoted(column.name)} {self.type_of(column)}" for column in entity.columns]
         more = [f"{quoted(CHECKPOINT)} bigint NOT NULL", f"{quoted(IS_DELETED)} {self._types[kinds.BOOL]} NOT NULL"]
         key = f"PRIMARY KEY ({quoted(kinds.ID)}, {quoted(CHECKPOINT)})"
         index = quoted(f"{entity.table}_changed")
@@ -132,7 +134,7 @@ class Dialect:
         ]
 
     def _end(self) -> str:
-        # Rows are updated in place: with room on its page, an update changes no index.
+        # With free space on its page, an updated row stays there and no index changes.
         return " WITH (fillfactor = 80)" if self.is_postgres else " WITHOUT ROWID"
 
     def add_column(self, table: str, column: Column) -> str:
@@ -240,12 +242,12 @@ class Dialect:
         The name contains a hash of the columns: a pooler's connection may still have a table from before columns were
         added.
         """
-        told = f"{self.table(entity)} {[(own.name, own.kind) for own in entity.columns]}"
-        return f"incoming_{hashlib.sha256(told.encode()).hexdigest()[:24]}"
+        definition = f"{self.table(entity)} {[(column.name, column.kind) for column in entity.columns]}"
+        return f"incoming_{hashlib.sha256(definition.encode()).hexdigest()[:24]}"
 
     def create_incoming(self, entity: EntityType) -> str:
         """Create that table; it is emptied at the end of the transaction."""
-        columns = ", ".join(f"{quoted(own.name)} {self.type_of(own)}" for own in entity.columns)
+        columns = ", ".join(f"{quoted(column.name)} {self.type_of(column)}" for column in entity.columns)
         name = quoted(self.incoming(entity))
         return f"CREATE TEMPORARY TABLE IF NOT EXISTS {name} ({columns}) ON COMMIT DELETE ROWS"
 
@@ -261,13 +263,13 @@ class Dialect:
 
     def anchor(self, entity: EntityType, count: int) -> str:
         """Store rows in the history before their first change."""
-        own, past = self.table(entity), self.history(entity)
+        current, past = self.table(entity), self.history(entity)
         false = "false" if self.is_postgres else "0"
         return (
             f"INSERT INTO {past} ({columns_of(entity)}, {quoted(CHECKPOINT)}, {quoted(IS_DELETED)}) "  # noqa: S608 - quoted
-            f"SELECT {columns_of(entity)}, 0, {false} FROM {own} AS own "
+            f"SELECT {columns_of(entity)}, 0, {false} FROM {current} AS kept "
             f"WHERE {quoted(kinds.ID)} {self._among(entity.id_column, count, 1)} "
-            f"AND NOT EXISTS (SELECT 1 FROM {past} AS past WHERE past.{quoted(kinds.ID)} = own.{quoted(kinds.ID)})"
+            f"AND NOT EXISTS (SELECT 1 FROM {past} AS past WHERE past.{quoted(kinds.ID)} = kept.{quoted(kinds.ID)})"
         )
 
     def insert_history(self, entity: EntityType, source: str) -> str:
@@ -277,7 +279,7 @@ class Dialect:
 
     def restore(self, entity: EntityType) -> list[str]:
         """Roll back to a checkpoint, in three statements with one value each."""
-        own, past = self.table(entity), self.history(entity)
+        current, past = self.table(entity), self.history(entity)
         key, no, mark = quoted(kinds.ID), quoted(CHECKPOINT), "$1" if self.is_postgres else "?1"
         later = f"SELECT {key} FROM {past} WHERE {no} > {mark}"  # noqa: S608 - quoted
         newest = f"SELECT {key}, max({no}) FROM {past} WHERE {no} <= {mark} AND {key} IN ({later}) GROUP BY {key}"  # noqa: S608 - quoted
@@ -287,18 +289,18 @@ class Dialect:
             before = f"SELECT * FROM {past} AS past WHERE past.{key} = later.{key} AND past.{no} <= {mark}"  # noqa: S608 - quoted
             named = ", ".join(f"newest.{quoted(name)}" for name in entity.names)
             return [
-                f"DELETE FROM {own} WHERE {key} = ANY(ARRAY({each}))",  # noqa: S608 - quoted
+                f"DELETE FROM {current} WHERE {key} = ANY(ARRAY({each}))",  # noqa: S608 - quoted
                 (
-                    f"INSERT INTO {own} ({columns}) SELECT {named} FROM ({each}) AS later "  # noqa: S608 - quoted
+                    f"INSERT INTO {current} ({columns}) SELECT {named} FROM ({each}) AS later "  # noqa: S608 - quoted
                     f"CROSS JOIN LATERAL ({before} ORDER BY past.{no} DESC LIMIT 1) AS newest "
                     f"WHERE NOT newest.{quoted(IS_DELETED)}"
                 ),
                 f"DELETE FROM {past} WHERE {no} > {mark}",  # noqa: S608 - quoted
             ]
         return [
-            f"DELETE FROM {own} WHERE {key} IN ({later})",  # noqa: S608 - quoted
+            f"DELETE FROM {current} WHERE {key} IN ({later})",  # noqa: S608 - quoted
             (
-                f"INSERT INTO {own} ({columns}) SELECT {columns} FROM {past} "  # noqa: S608 - quoted
+                f"INSERT INTO {current} ({columns}) SELECT {columns} FROM {past} "  # noqa: S608 - quoted
                 f"WHERE ({key}, {no}) IN ({newest}) AND NOT {quoted(IS_DELETED)}"
             ),
             f"DELETE FROM {past} WHERE {no} > {mark}",  # noqa: S608 - quoted
@@ -310,10 +312,10 @@ class Dialect:
         """
         past, key, no = self.history(entity), quoted(kinds.ID), quoted(CHECKPOINT)
         mark = "$1" if self.is_postgres else "?1"
-        same = f"SELECT 1 FROM {past} AS other WHERE other.{key} = own.{key}"  # noqa: S608 - quoted
+        same = f"SELECT 1 FROM {past} AS other WHERE other.{key} = kept.{key}"  # noqa: S608 - quoted
         return (
-            f"DELETE FROM {past} AS own WHERE own.{no} <= {mark} AND ("  # noqa: S608 - quoted
-            f"EXISTS ({same} AND other.{no} > own.{no} AND other.{no} <= {mark}) "
+            f"DELETE FROM {past} AS kept WHERE kept.{no} <= {mark} AND ("  # noqa: S608 - quoted
+            f"EXISTS ({same} AND other.{no} > kept.{no} AND other.{no} <= {mark}) "
             f"OR NOT EXISTS ({same} AND other.{no} > {mark}))"
         )
 

@@ -30,7 +30,7 @@ class MemoryEntities:
 
     def __init__(self, store: MemoryStore) -> None:
         self._store = store
-        self._standings: dict[tuple[str, str], IndexerState] = {}
+        self._states: dict[tuple[str, str], IndexerState] = {}
         self._kept: dict[str, StoredTable] = {}
         self._rows: dict[str, dict[Any, Any]] = {}
         self._history: dict[str, dict[tuple[Any, int], Any]] = {}
@@ -44,11 +44,11 @@ class MemoryEntities:
         check_names(plan.entities)
         changes = changes_of(plan, self._kept, set(tables_of(self._kept)))
         key = (plan.environment, plan.indexer)
-        standing = self._standings.setdefault(key, IndexerState(environment=plan.environment, name=plan.indexer))
+        state = self._states.setdefault(key, IndexerState(environment=plan.environment, name=plan.indexer))
         log = self._checkpoints.setdefault(key, [])
         if any(change.creates_history for change in changes):
             log.clear()
-            standing.floor_no, standing.floor_positions = standing.no, standing.positions
+            state.floor_no, state.floor_positions = state.no, state.positions
         for change in changes:
             entity, keeps = change.entity, plan.keeps_history(change.entity)
             rows = self._rows.setdefault(entity.table, {})
@@ -60,54 +60,54 @@ class MemoryEntities:
                     kept[row_key] = row and entity.cls(**{name: getattr(row, name) for name in row.__struct_fields__})
             columns = {column.name: column.form for column in entity.columns}
             self._kept[entity.table] = StoredTable(plan.environment, plan.indexer, columns, keeps)
-        return msgspec.structs.replace(standing)
+        return msgspec.structs.replace(state)
 
-    async def standings(self, environment: str) -> list[IndexerState]:
+    async def indexer_states(self, environment: str) -> list[IndexerState]:
         """List the indexers of an environment, by name."""
-        return [msgspec.structs.replace(own) for key, own in sorted(self._standings.items()) if key[0] == environment]
+        return [msgspec.structs.replace(state) for key, state in sorted(self._states.items()) if key[0] == environment]
 
     async def take(self, seen: IndexerState, holder: str) -> int | None:
         """Lease an indexer as it was seen."""
-        standing = self._find(seen.environment, seen.name)
-        if (standing.token, standing.beats) != (seen.token, seen.beats):
+        state = self._find(seen.environment, seen.name)
+        if (state.token, state.beats) != (seen.token, seen.beats):
             return None
-        standing.token += 1
-        standing.beats += 1
-        standing.holder = holder
-        return standing.token
+        state.token += 1
+        state.beats += 1
+        state.holder = holder
+        return state.token
 
     async def beat(self, environment: str, name: str, token: int) -> bool:
         """Renew the lease."""
-        standing = self._find(environment, name)
-        standing.beats += standing.token == token
-        return standing.token == token
+        state = self._find(environment, name)
+        state.beats += state.token == token
+        return state.token == token
 
     async def leave(self, environment: str, name: str, token: int) -> None:
         """Release the lease."""
-        standing = self._find(environment, name)
-        if standing.token == token:
-            standing.holder = ""
-            standing.beats += 1
+        state = self._find(environment, name)
+        if state.token == token:
+            state.holder = ""
+            state.beats += 1
 
     async def commit(self, commit: Commit, *, now_us: int) -> None:
         """Commit: the guard first, then what may still be refused (the runs), then the rows."""
         plan = commit.plan
-        standing = self._held(plan, commit.token)
-        if standing.no != commit.old_no:
-            if (standing.no, standing.positions) == (commit.no, commit.positions):
+        state = self._held(plan, commit.token)
+        if state.no != commit.old_no:
+            if (state.no, state.positions) == (commit.no, commit.positions):
                 return
-            raise StoreBroken(f"the indexer {plan.indexer!r} is at checkpoint {standing.no}, expected {commit.old_no}")
+            raise StoreBroken(f"the indexer {plan.indexer!r} is at checkpoint {state.no}, expected {commit.old_no}")
         if commit.enqueued is not None:
             await self._enqueue(plan, commit.enqueued, now_us)
-        standing.no, standing.positions = commit.no, dict(commit.positions)
-        standing.is_caught_up, standing.moved_us = commit.is_caught_up, now_us
-        standing.beats += 1
+        state.no, state.positions = commit.no, dict(commit.positions)
+        state.is_caught_up, state.moved_us = commit.is_caught_up, now_us
+        state.beats += 1
         log = self._checkpoints[plan.environment, plan.indexer]
-        log += [_Checkpoint(*own) for own in commit.checkpoints]
+        log += [_Checkpoint(*checkpoint) for checkpoint in commit.checkpoints]
         for write in commit.writes:
             self._write(write, keeps_history=plan.keeps_history(write.entity))
         if commit.floor_no is not None:
-            self._prune(plan, standing, commit.floor_no)
+            self._prune(plan, state, commit.floor_no)
 
     async def _enqueue(self, plan: EntityPlan, enqueued: Enqueued, now_us: int) -> None:
         batch_id, chunks = enqueued
@@ -123,8 +123,8 @@ class MemoryEntities:
         rows = self._rows[write.entity.table]
         if keeps_history:
             past = self._history[write.entity.table]
-            known = {row_id for row_id, _ in past}
-            for row_id in {row_id for row_id, _, _ in write.changes} - known:
+            with_history = {row_id for row_id, _ in past}
+            for row_id in {row_id for row_id, _, _ in write.changes} - with_history:
                 if row_id in rows:
                     past[row_id, 0] = rows[row_id]
             past.update({(row_id, no): row for row_id, no, row in write.changes})
@@ -132,11 +132,11 @@ class MemoryEntities:
         for row_id in write.deleted:
             rows.pop(row_id, None)
 
-    def _prune(self, plan: EntityPlan, standing: IndexerState, floor_no: int) -> None:
-        standing.floor_positions = self._positions_at(standing, floor_no)
-        standing.floor_no = floor_no
+    def _prune(self, plan: EntityPlan, state: IndexerState, floor_no: int) -> None:
+        state.floor_positions = self._positions_at(state, floor_no)
+        state.floor_no = floor_no
         log = self._checkpoints[plan.environment, plan.indexer]
-        log[:] = [own for own in log if own.no > floor_no]
+        log[:] = [checkpoint for checkpoint in log if checkpoint.no > floor_no]
         for entity in plan.entities:
             if plan.keeps_history(entity):
                 past = self._history[entity.table]
@@ -153,10 +153,10 @@ class MemoryEntities:
         self, plan: EntityPlan, token: int, *, old_no: int, source: str, to: Position | None
     ) -> IndexerState:
         """Roll back to the last checkpoint at or before a position."""
-        standing = self._held(plan, token)
-        if standing.no != old_no:
+        state = self._held(plan, token)
+        if state.no != old_no:
             raise StoreBroken(
-                f"the indexer {plan.indexer!r} is at checkpoint {standing.no}, expected {old_no}", indexer=plan.indexer
+                f"the indexer {plan.indexer!r} is at checkpoint {state.no}, expected {old_no}", indexer=plan.indexer
             )
         if not plan.history:
             raise HistoryGone(
@@ -164,28 +164,32 @@ class MemoryEntities:
                 hint="give the indexer history=…",
                 indexer=plan.indexer,
             )
-        floor, last = standing.floor_positions.get(source), standing.positions.get(source)
+        oldest, last = state.floor_positions.get(source), state.positions.get(source)
         if to is not None and last is not None and type(to) is not type(last):
             raise Conflict(f"expected a position of {source} like {last!r}, got {to!r}", indexer=plan.indexer)
-        if floor is not None and (to is None or is_after(floor, to)):
+        if oldest is not None and (to is None or is_after(oldest, to)):
             raise HistoryGone(
-                f"can't roll back to {to!r}: the history of {source} begins at {floor!r}", indexer=plan.indexer
+                f"can't roll back to {to!r}: the history of {source} begins at {oldest!r}", indexer=plan.indexer
             )
         log = self._checkpoints[plan.environment, plan.indexer]
-        after = [own.no for own in log if own.source == source and (to is None or is_after(own.position, to))]
-        no = min(after) - 1 if after else standing.no
-        standing.positions = self._positions_at(standing, no)
-        standing.no, standing.is_caught_up = no, False
-        log[:] = [own for own in log if own.no <= no]
+        after = [
+            checkpoint.no
+            for checkpoint in log
+            if checkpoint.source == source and (to is None or is_after(checkpoint.position, to))
+        ]
+        no = min(after) - 1 if after else state.no
+        state.positions = self._positions_at(state, no)
+        state.no, state.is_caught_up = no, False
+        log[:] = [checkpoint for checkpoint in log if checkpoint.no <= no]
         for entity in plan.entities:
             if plan.keeps_history(entity):
                 self._restore(entity, no)
-        return msgspec.structs.replace(standing)
+        return msgspec.structs.replace(state)
 
     def _restore(self, entity: EntityType, no: int) -> None:
         rows, past = self._rows[entity.table], self._history[entity.table]
         for row_id in {row_id for row_id, at in past if at > no}:
-            before = max((at for own, at in past if own == row_id and at <= no), default=None)
+            before = max((at for changed_id, at in past if changed_id == row_id and at <= no), default=None)
             row = None if before is None else past[row_id, before]
             rows.pop(row_id, None)
             if row is not None:
@@ -193,14 +197,14 @@ class MemoryEntities:
         for key in [key for key in past if key[1] > no]:
             del past[key]
 
-    def _positions_at(self, standing: IndexerState, no: int) -> dict[str, Position]:
-        if no == standing.no:
-            return standing.positions
-        found = dict(standing.floor_positions)
-        for own in self._checkpoints[standing.environment, standing.name]:
-            if own.no <= no:
-                found[own.source] = own.position
-        return found
+    def _positions_at(self, state: IndexerState, no: int) -> dict[str, Position]:
+        if no == state.no:
+            return state.positions
+        positions = dict(state.floor_positions)
+        for checkpoint in self._checkpoints[state.environment, state.name]:
+            if checkpoint.no <= no:
+                positions[checkpoint.source] = checkpoint.position
+        return positions
 
     async def load(self, entity: EntityType, ids: Sequence[Any]) -> list[Any]:
         """Return the rows with these ids."""
@@ -222,7 +226,10 @@ class MemoryEntities:
 
     async def checkpoints(self, environment: str, name: str) -> list[tuple[int, str, Position]]:
         """Return the events that are kept."""
-        return [(own.no, own.source, own.position) for own in self._checkpoints[environment, name]]
+        return [
+            (checkpoint.no, checkpoint.source, checkpoint.position)
+            for checkpoint in self._checkpoints[environment, name]
+        ]
 
     async def build_index(self, entity: EntityType, field: str) -> None:
         """Do nothing: reads of dicts use no index."""
@@ -230,23 +237,25 @@ class MemoryEntities:
     async def reset(self, environment: str, name: str) -> list[str]:
         """Drop all tables of an indexer, and return their names."""
         self._find(environment, name)
-        own = {
+        tables = {
             table: kept for table, kept in self._kept.items() if (kept.environment, kept.indexer) == (environment, name)
         }
-        for table in own:
+        for table in tables:
             del self._kept[table], self._rows[table]
             self._history.pop(table, None)
-        del self._standings[environment, name], self._checkpoints[environment, name]
-        return tables_of(own)
+        del self._states[environment, name], self._checkpoints[environment, name]
+        return tables_of(tables)
 
     def _find(self, environment: str, name: str) -> IndexerState:
-        standing = self._standings.get((environment, name))
-        if standing is None:
+        state = self._states.get((environment, name))
+        if state is None:
             raise NotFound(f"no indexer is called {name!r}", environment=environment)
-        return standing
+        return state
 
     def _held(self, plan: EntityPlan, token: int) -> IndexerState:
-        standing = self._find(plan.environment, plan.indexer)
-        if standing.token != token:
-            raise LeaseLost(f"the indexer {plan.indexer!r} is leased by {standing.holder} now", indexer=plan.indexer)
-        return standing
+        state = self._find(plan.environment, plan.indexer)
+        if state.token != token:
+            raise LeaseLost(
+                f"the lease of the indexer {plan.indexer!r} was lost to {state.holder}", indexer=plan.indexer
+            )
+        return state

@@ -68,17 +68,17 @@ class PostgresEntities:
         self, connection: PostgresConnection, run: Callable[[Script[Any]], Awaitable[Any]], plan: EntityPlan
     ) -> IndexerState:
         await run(fetch("migration_lock", lock=LOCK))
-        standing: IndexerState = await run(indexer.find_or_create(plan.environment, plan.indexer))
+        state: IndexerState = await run(indexer.find_or_create(plan.environment, plan.indexer))
         stored = await run(indexer.stored_tables())
         existing = set(await run(fetch_column("existing_tables", schema=self._store.schema)))
         changes = changes_of(plan, stored, existing)
         if any(change.creates_history for change in changes):
-            await run(indexer.start_history(plan, standing))
+            await run(indexer.start_history(plan, state))
         for change in changes:
-            await self._change(connection, plan, change, has_indexes=standing.is_caught_up or not plan.defer_indexes)
+            await self._change(connection, plan, change, has_indexes=state.is_caught_up or not plan.defer_indexes)
             await run(indexer.store_table(plan, change.entity))
-        state: IndexerState = await run(indexer.find(plan.environment, plan.indexer))
-        return state
+        prepared: IndexerState = await run(indexer.find(plan.environment, plan.indexer))
+        return prepared
 
     async def _change(
         self, connection: PostgresConnection, plan: EntityPlan, change: Change, *, has_indexes: bool
@@ -121,9 +121,9 @@ class PostgresEntities:
 
     # -- the lease
 
-    async def standings(self, environment: str) -> list[IndexerState]:
+    async def indexer_states(self, environment: str) -> list[IndexerState]:
         """List the indexers of an environment, by name."""
-        return await self._script(lambda: indexer.standings(environment))
+        return await self._script(lambda: indexer.indexer_states(environment))
 
     async def take(self, seen: IndexerState, holder: str) -> int | None:
         """Lease an indexer as it was seen."""
@@ -217,15 +217,17 @@ class PostgresEntities:
         entity, dialect = write.entity, self._dialect
         ids = list(dict.fromkeys(row_id for row_id, _, _ in write.changes))
         await connection.raw.execute(dialect.anchor(entity, len(ids)), ids, timeout=BULK_TIMEOUT_S)
-        there = [(no, row) for _, no, row in write.changes if row is not None]
+        existing = [(no, row) for _, no, row in write.changes if row is not None]
         gone = [(row_id, no) for row_id, no, row in write.changes if row is None]
         pieces = []
-        if there:
-            nos = [str(no) for no, _ in there]
-            pieces.append((list(entity.names), copy_rows(entity, [row for _, row in there], nos, ["f"] * len(there))))
+        if existing:
+            nos = [str(no) for no, _ in existing]
+            pieces.append(
+                (list(entity.names), copy_rows(entity, [row for _, row in existing], nos, ["f"] * len(existing)))
+            )
         if gone:
             own_ids = copy_column(entity.id_column, [row_id for row_id, _ in gone])
-            lines = [f"{own}\t{no}\tt\n" for own, (_, no) in zip(own_ids, gone, strict=True)]
+            lines = [f"{row_id}\t{no}\tt\n" for row_id, (_, no) in zip(own_ids, gone, strict=True)]
             pieces.append(([ID], "".join(lines).encode()))
         for names, data in pieces:
             await connection.raw.copy_to_table(
@@ -242,12 +244,12 @@ class PostgresEntities:
         """Roll back to the last checkpoint at or before a position."""
 
         async def work(connection: PostgresConnection, run: Callable[[Script[Any]], Awaitable[Any]]) -> IndexerState:
-            standing: IndexerState = await run(indexer.roll_back(plan, token, old_no, source, to))
+            state: IndexerState = await run(indexer.roll_back(plan, token, old_no, source, to))
             for entity in plan.entities:
                 if plan.keeps_history(entity):
                     for sql in self._dialect.restore(entity):
-                        await connection.raw.execute(sql, standing.no, timeout=BULK_TIMEOUT_S)
-            return standing
+                        await connection.raw.execute(sql, state.no, timeout=BULK_TIMEOUT_S)
+            return state
 
         return await self._store.within(work)
 
@@ -269,7 +271,7 @@ class PostgresEntities:
             return self._reader(entity).rows(await self._rows(self._dialect.select(entity)))
         question = self._dialect.select_where(entity, conditions)
         values = [
-            [_bound(column, own) for own in value] if isinstance(value, list) else _bound(column, value)
+            [_bound(column, element) for element in value] if isinstance(value, list) else _bound(column, value)
             for column, value in question.values
         ]
         return self._reader(entity).rows(await self._rows(question.sql, *values))

@@ -156,7 +156,7 @@ def rows_wanted(runs_max: int, runs_a_span: int) -> int:
     return min(runs_max // runs_a_span + SPARE_ROWS, CANDIDATES_MAX)
 
 
-def wish(
+def claim_values(
     claim: Claim, *, rows_max: int, due_us: int, now_us: int, marks: Mapping[tuple[str, str], tuple[int, int]]
 ) -> dict[str, Any]:
     """Return the values of `claim_whole`; `marks` are the cursors, by queue and task."""

@@ -70,12 +70,12 @@ class SchemaMigration:
     def _known(self, version: int, *, is_read_only: bool) -> None:
         if version > self._newest:
             raise StoreBroken(
-                f"the database has schema version {version}, this Headrace expects {self._newest}",
+                f"expected schema version {self._newest}, got {version} in the database",
                 hint="upgrade Headrace, or name another schema",
             )
         if is_read_only and version < self._newest:
             raise StoreBroken(
-                f"the database has schema version {version}, this Headrace expects {self._newest}",
+                f"expected schema version {self._newest}, got {version} in the database",
                 hint="run `headrace migrate` on the primary",
             )
 

@@ -215,7 +215,7 @@ class PostgresStore(ScriptedStore):
         rows_max, due_us = fast_path.rows_wanted(claim.runs_max, self._runs_a_span), now_us
         marks = self._claim_cursors.of(claim, now_us)
         while True:
-            values = fast_path.wish(claim, rows_max=rows_max, due_us=due_us, now_us=now_us, marks=marks)
+            values = fast_path.claim_values(claim, rows_max=rows_max, due_us=due_us, now_us=now_us, marks=marks)
             answer = fast_path.claim_answer(await self._claim_whole(values))
             if answer.verdict == fast_path.SHORT:
                 rows_max = min(rows_max * 4, CANDIDATES_MAX)

@@ -109,14 +109,14 @@ class SqliteEntities:
         return self._within(lambda connection: self._prepare(connection, plan))
 
     def _prepare(self, connection: sqlite3.Connection, plan: EntityPlan) -> IndexerState:
-        standing = run_script(connection, indexer.find_or_create(plan.environment, plan.indexer))
+        state = run_script(connection, indexer.find_or_create(plan.environment, plan.indexer))
         kept = run_script(connection, indexer.stored_tables())
         existing = set(run_script(connection, fetch_column("existing_tables")))
         changes = changes_of(plan, kept, existing)
         if any(change.creates_history for change in changes):
-            run_script(connection, indexer.start_history(plan, standing))
+            run_script(connection, indexer.start_history(plan, state))
         for change in changes:
-            self._change(connection, plan, change, has_indexes=standing.is_caught_up or not plan.defer_indexes)
+            self._change(connection, plan, change, has_indexes=state.is_caught_up or not plan.defer_indexes)
             run_script(connection, indexer.store_table(plan, change.entity))
         return run_script(connection, indexer.find(plan.environment, plan.indexer))
 
@@ -157,9 +157,9 @@ class SqliteEntities:
 
     # -- the lease
 
-    async def standings(self, environment: str) -> list[IndexerState]:
+    async def indexer_states(self, environment: str) -> list[IndexerState]:
         """List the indexers of an environment, by name."""
-        return self._script(indexer.standings(environment))
+        return self._script(indexer.indexer_states(environment))
 
     async def take(self, seen: IndexerState, holder: str) -> int | None:
         """Lease an indexer as it was seen."""
@@ -211,13 +211,13 @@ class SqliteEntities:
         for piece in _pieces(ids, 1):
             connection.execute(dialect.anchor(entity, len(piece)), _flat(piece))
         width = len(entity.columns) + 2
-        there = [(no, row) for _, no, row in write.changes if row is not None]
-        rows = sqlite_rows(entity, [row for _, row in there]) if there else []
-        kept = [(*row, no, 0) for row, (no, _) in zip(rows, there, strict=True)]
+        existing = [(no, row) for _, no, row in write.changes if row is not None]
+        rows = sqlite_rows(entity, [row for _, row in existing]) if existing else []
+        kept = [(*row, no, 0) for row, (no, _) in zip(rows, existing, strict=True)]
         for row_id, no, row in write.changes:
             if row is None:
-                own = sqlite_value(entity.id_column, row_id)
-                kept.append((*(own if name == ID else None for name in entity.names), no, 1))
+                bound_id = sqlite_value(entity.id_column, row_id)
+                kept.append((*(bound_id if name == ID else None for name in entity.names), no, 1))
         for piece in _pieces(kept, width):
             connection.execute(dialect.insert_history(entity, _values(len(piece), width)), _flat(piece))
 
@@ -227,12 +227,12 @@ class SqliteEntities:
         """Roll back to the last checkpoint at or before a position."""
 
         def work(connection: sqlite3.Connection) -> IndexerState:
-            standing = run_script(connection, indexer.roll_back(plan, token, old_no, source, to))
+            state = run_script(connection, indexer.roll_back(plan, token, old_no, source, to))
             for entity in plan.entities:
                 if plan.keeps_history(entity):
                     for sql in self._dialect.restore(entity):
-                        connection.execute(sql, (standing.no,))
-            return standing
+                        connection.execute(sql, (state.no,))
+            return state
 
         return self._within(work)
 
@@ -246,19 +246,19 @@ class SqliteEntities:
 
     async def load(self, entity: EntityType, ids: Sequence[Any]) -> list[Any]:
         """Return the rows with these ids."""
-        found: list[Any] = []
+        rows: list[Any] = []
         for piece in _pieces(sqlite_ids(entity, ids), 1):
-            found += self._rows(self._dialect.select_ids(entity, len(piece)), _flat(piece))
-        return self._reader(entity).rows(found)
+            rows += self._rows(self._dialect.select_ids(entity, len(piece)), _flat(piece))
+        return self._reader(entity).rows(rows)
 
     async def find(self, entity: EntityType, conditions: Sequence[Condition]) -> list[Any]:
         """Return at least the rows that fulfil the conditions, by id."""
         if conditions:
             question = self._dialect.select_where(entity, conditions)
-            found = self._rows(question.sql, [sqlite_value(column, value) for column, value in question.values])
+            selected = self._rows(question.sql, [sqlite_value(column, value) for column, value in question.values])
         else:
-            found = self._rows(self._dialect.select(entity))
-        rows = self._reader(entity).rows(found)
+            selected = self._rows(self._dialect.select(entity))
+        rows = self._reader(entity).rows(selected)
         if entity.id_column.kind == INTEGER:  # numbers over 64 bits are stored as text, which sorts differently
             rows.sort(key=lambda row: row.id)
         return rows

@@ -171,8 +171,8 @@ class SqliteStore(ScriptedStore):
                 "synchronous": _SYNCHRONOUS[connection.execute("PRAGMA synchronous").fetchone()[0]],
             }
 
-        found: dict[str, object] = await self._writer.run(work)
-        return found
+        settings: dict[str, object] = await self._writer.run(work)
+        return settings
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
@@ -205,9 +205,9 @@ def _check_own(connection: sqlite3.Connection, path: Path) -> None:
         return
     taken = sorted(tables & RESERVED)
     if taken or version:
-        found = f"the tables {', '.join(taken)}" if taken else f"user_version {version}"
+        content = f"the tables {', '.join(taken)}" if taken else f"user_version {version}"
         raise StoreBroken(
-            f"{path} is not a Headrace database: expected an empty file or one that Headrace made, got {found}",
+            f"{path} is not a Headrace database: expected an empty file or one that Headrace made, got {content}",
             hint="name another file with --store; Headrace creates it",
         )
 
@@ -220,7 +220,7 @@ def _known_version(connection: sqlite3.Connection, newest: int) -> int:
     version = _version(connection)
     if version > newest:
         raise StoreBroken(
-            f"the database has schema version {version}, this Headrace expects {newest}",
+            f"expected schema version {newest}, got {version} in the database",
             hint="upgrade Headrace, or name another file with --store",
         )
     return version

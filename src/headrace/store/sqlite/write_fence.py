@@ -34,7 +34,9 @@ def fence(connection: sqlite3.Connection, move_id: str, target: str, now_us: int
     live = connection.execute(SQL["sessions"]).fetchall()
     if live:
         who = ", ".join(f"{kind} {pid} on {host}" for _, kind, host, pid, *_ in live[:5])
-        raise Conflict(f"{len(live)} processes use this file: {who}", hint="stop them, then move the file")
+        raise Conflict(
+            f"expected no other process on this file, got {len(live)}: {who}", hint="stop them, then move the file"
+        )
     connection.execute(SQL["begin_move"], {"id": move_id, "target": target, "now_us": now_us})
     _apply(connection, "write_fence.sql")
     return move_id, False
@@ -52,7 +54,8 @@ def unfence(connection: sqlite3.Connection) -> str:
         raise Conflict("this file is not being moved", hint="there is no move to undo")
     if copy_state[2]:
         raise Conflict(
-            f"this file was moved to {copy_state[1]}, where its runs may have continued", hint="use that store"
+            f"the move can't be undone: this file was moved to {copy_state[1]}, where its runs may have continued",
+            hint="use that store",
         )
     connection.execute(SQL["forget_move"])
     _apply(connection, "write_unfence.sql")

@@ -91,7 +91,7 @@ class Writer:
                 self._commit(connection, group)
             except sqlite3.Error as error:
                 _fail(group, store_error(error, self._path))
-            except Exception as error:  # noqa: BLE001 - whatever it is, those who wait are told, and the thread lives
+            except Exception as error:  # noqa: BLE001 - every waiting request gets the error, and the thread continues
                 _fail(group, error)
             _deliver(group)
         if connection is not None:

@@ -34,7 +34,7 @@ def find(environment: str, name: str) -> Script[IndexerState]:
         raise NotFound(
             f"no indexer is called {name!r}", hint="`headrace index status` lists the indexers", environment=environment
         )
-    return _standing(row)
+    return _state_of(row)
 
 
 def find_or_create(environment: str, name: str) -> Script[IndexerState]:
@@ -43,9 +43,9 @@ def find_or_create(environment: str, name: str) -> Script[IndexerState]:
     return (yield from find(environment, name))
 
 
-def standings(environment: str) -> Script[list[IndexerState]]:
+def indexer_states(environment: str) -> Script[list[IndexerState]]:
     """List the indexers of an environment."""
-    return [_standing(row) for row in (yield from fetch("indexers", environment=environment))]
+    return [_state_of(row) for row in (yield from fetch("indexers", environment=environment))]
 
 
 class IndexerRow(NamedTuple):
@@ -64,7 +64,7 @@ class IndexerRow(NamedTuple):
     moved_us: int
 
 
-def _standing(columns: Sequence[Any]) -> IndexerState:
+def _state_of(columns: Sequence[Any]) -> IndexerState:
     row = IndexerRow._make(columns)
     return IndexerState(
         environment=row.environment,
@@ -169,7 +169,7 @@ def move(commit: Commit, now_us: int) -> Script[bool]:
 def _check_token(state: IndexerState, token: int) -> None:
     if state.token != token:
         raise LeaseLost(
-            f"the indexer {state.name!r} is leased by {state.holder or 'another process'} now",
+            f"the lease of the indexer {state.name!r} was lost to {state.holder or 'another process'}",
             hint="run one process for each indexer; the other process repeats what this one had not committed",
             indexer=state.name,
         )
@@ -179,7 +179,10 @@ def note(commit: Commit) -> Script[None]:
     """Write the checkpoints of a commit."""
     plan = commit.plan
     for start in range(0, len(commit.checkpoints), LOG_ROWS):
-        rows = [(no, source, *_columns_of(own)) for no, source, own in commit.checkpoints[start : start + LOG_ROWS]]
+        rows = [
+            (no, source, *_columns_of(position))
+            for no, source, position in commit.checkpoints[start : start + LOG_ROWS]
+        ]
         yield from fetch("insert_checkpoints", environment=plan.environment, indexer=plan.indexer, rows=as_json(rows))
 
 
@@ -262,11 +265,11 @@ def _no_at(state: IndexerState, source: str, to: Position | None) -> Script[int]
     last = state.positions.get(source)
     if to is not None and last is not None and type(to) is not type(last):
         raise Conflict(f"expected a position of {source} like {last!r}, got {to!r}", indexer=state.name)
-    floor = state.floor_positions.get(source)
-    if floor is not None and (to is None or is_after(floor, to)):
+    oldest = state.floor_positions.get(source)
+    if oldest is not None and (to is None or is_after(oldest, to)):
         where = "before the first event" if to is None else f"to {to!r}"
         raise HistoryGone(
-            f"can't roll back {where}: the history of {source} begins at {floor!r}",
+            f"can't roll back {where}: the history of {source} begins at {oldest!r}",
             hint="keep a longer history=…; `headrace index reset` starts the indexer from the beginning",
             indexer=state.name,
             source=source,

@@ -41,7 +41,7 @@ def with_ledger(batch: BatchRecord) -> Script[tuple[BatchRecord, Ledger]]:
     return batch, ledger(batch, leased_count=leased_count)
 
 
-def found(batch_id: str) -> Script[tuple[BatchRecord, Ledger]]:
+def batch_and_ledger(batch_id: str) -> Script[tuple[BatchRecord, Ledger]]:
     """Return a batch with its ledger. Raises `NotFound`."""
     return (yield from with_ledger((yield from find(batch_id))))
 

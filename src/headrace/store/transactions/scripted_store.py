@@ -148,7 +148,7 @@ class ScriptedStore(ABC):
 
     async def batch(self, batch_id: str) -> tuple[BatchRecord, Ledger]:
         """Return a batch and its ledger."""
-        return await self._read(lambda: queries.found(batch_id))
+        return await self._read(lambda: queries.batch_and_ledger(batch_id))
 
     async def find_batch(self, environment: str, key: str) -> BatchRecord | None:
         """Return the batch that a key names."""

@@ -145,7 +145,7 @@ async def test_a_process_killed_at_any_statement_of_a_commit_leaves_a_checkpoint
     async with stores_in(name, tmp_path) as stores, forks_of("tests.indexer.killed_indexer") as forks:
         rig = IndexerRig(stores, pruning_indexer)
         for at in range(1, 100):
-            if await forks.live(url=stores.url, count=EVENTS, at=at) == "told":
+            if await forks.live(url=stores.url, count=EVENTS, at=at) == "ended":
                 break
             contents = await rig.contents(rig.indexing(ListSource()))
             assert contents == undisturbed[contents.no], f"killed before statement {at}"

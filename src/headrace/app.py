@@ -33,7 +33,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
 from headrace.compose import open_engine
-from headrace.core.batch import STATES as BATCH_STATES
 from headrace.core.retry import NO_RETRY, Retry
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.ids import check_batch_id, parse_run_id
@@ -46,9 +45,10 @@ from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import OnExhausted, Pool, TaskSpec
 from headrace.runtime.worker.worker import Worker
+from headrace.store.projections import check_batch_state, check_run_state
 from headrace.task import AsyncTask, Decorator, P, R, SyncTask, T, Task
 from headrace.twins import blocking, iterate, refuse_in_loop
-from headrace.views import BatchView, RunView, batch_view, listed_view
+from headrace.views import BatchView, RunView, batch_view, listed_views
 
 if TYPE_CHECKING:
     from headrace.core.entity import Entity
@@ -83,7 +83,7 @@ class Headrace:
         store: str | None = None,
         objects: str | None = None,
         environment: str | None = None,
-        **settings: int,
+        **settings: int | str,
     ) -> None:
         self.name = name
         self.registry = Registry(name)
@@ -442,8 +442,8 @@ class Headrace:
 
     async def batches(self, *, state: str | None = None, limit: int = 50) -> list[BatchView]:
         """List batches, newest first. `state`: open, sealed, completed, cancelled or abandoned."""
-        if state is not None and state not in BATCH_STATES:
-            raise InvalidInput(f"unknown batch state {state!r}", hint=f"states: {', '.join(BATCH_STATES)}")
+        if state is not None:
+            check_batch_state(state)
         engine = await self.open()
         states = None if state is None else [state]
         return [batch_view(*row) for row in await engine.store.batches(engine.environment, states=states, limit=limit)]
@@ -451,10 +451,12 @@ class Headrace:
     async def runs(
         self, *, batch: str = "", state: str = "", task: str = "", tag: str = "", limit: int = 50
     ) -> list[RunView]:
-        """List runs, of the newest batch first and by index inside a batch; without inputs and outputs.
+        """List runs, of the newest batch first and by index inside a batch; without inputs, outputs and attempts.
 
-        `batch` is a batch id. `state` is waiting, delayed, leased, completed, failed, cancelled or expired.
+        Failed runs have their error and the time of their end. `batch` is a batch id. `state` is waiting, delayed,
+        leased, started (runs of a task with `at_most_once`), completed, failed, cancelled or expired.
         """
+        check_run_state(state)
         engine = await self.open()
         records = await engine.store.runs(
             engine.environment,
@@ -464,7 +466,7 @@ class Headrace:
             tag=tag,
             limit=limit,
         )
-        return [listed_view(record) for record in records]
+        return await listed_views(engine, records)
 
     get_batch_sync = blocking(get_batch)
     get_run_sync = blocking(get_run)

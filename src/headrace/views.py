@@ -228,6 +228,16 @@ def listed_view(record: RunRecord, sessions: Sequence[Session] = ()) -> RunView:
     )
 
 
+async def listed_views(engine: Engine, records: Sequence[RunRecord]) -> list[RunView]:
+    """Return the views of listed runs. Of failed runs, the error and the times are read too: a statement each."""
+    return [
+        listed_view(
+            await engine.store.run(record.batch_id, record.index) if record.state == run.NAMES[run.FAILED] else record
+        )
+        for record in records
+    ]
+
+
 class Content(NamedTuple):
     """Stored bytes and their kind, as in `headrace.core.pack`."""
 

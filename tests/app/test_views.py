@@ -14,6 +14,7 @@ import pytest
 
 import headrace
 from headrace import BatchView, Headrace, InvalidInput, NotFound, Retry, RunView, WaitTimeout
+from headrace.foundation.ids import run_id
 from headrace.views import decoded, moment_of
 from tests.support.engines import app_on, on_each_store, opened
 
@@ -106,12 +107,39 @@ async def test_runs_and_batches_are_listed_with_the_filters_of_the_command_line(
         assert [view.batch_id for view in await app.runs()] == [new.id, old.id, old.id]
         assert [view.index for view in await app.runs(tag="red", state="waiting", task="picky")] == [0, 1]
         assert len(await app.runs(batch=new.id)) == 1
-        with pytest.raises(InvalidInput, match="unknown batch state 'gone'"):
+        with pytest.raises(InvalidInput, match="expected a state of a batch, got 'gone'"):
             await app.batches(state="gone")
+        with pytest.raises(InvalidInput, match="expected a state of a batch, got 'failed'") as raised:
+            await app.batches(state="failed")
+        assert "`headrace run list --state failed` lists runs" in raised.value.hint
         with pytest.raises(InvalidInput, match="asleep"):
             await app.runs(state="asleep")
+        with pytest.raises(InvalidInput, match="expected a state of a run, got 'faild'") as raised:
+            await app.runs(state="faild")
+        assert "did you mean failed?" in raised.value.hint
+        assert "moved" not in raised.value.hint
+        for index in (1, 7):
+            missing = run_id(f"batch_{'0' * 26}" if index == 7 else new.id, index)
+            with pytest.raises(NotFound, match=f"no run has the id '{missing}'") as unknown:
+                await app.get_run(missing)
+            assert "`headrace run list`" in unknown.value.hint
         with pytest.raises(NotFound):
             await app.get_batch(f"batch_{'0' * 26}")
+
+
+@on_each_store
+async def test_a_listed_failed_run_has_its_error_and_times(kind: str, tmp_path: Path) -> None:
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+        picky = with_tasks(app)
+        async with app.worker():
+            batch = await picky.map([1, -1])
+            await batch.wait(timeout_s=30)
+        (listed,) = await app.runs(state="failed")
+        view = await (await app.get_run(listed.id)).view()
+        assert listed == msgspec.structs.replace(view, input=None, attempts=[])
+        assert listed.error is not None
+        assert listed.error.message == "-1 is negative"
+        assert None not in (listed.created_at, listed.ended_at)
 
 
 def test_each_async_method_has_a_blocking_form(tmp_path: Path) -> None:

@@ -98,6 +98,19 @@ def test_every_command_has_help_and_takes_a_store(shell: Shell, command: tuple[s
         assert "--json" in ran.out
 
 
+def test_states_and_runs_that_do_not_exist_are_named(shell: Shell, done: str) -> None:
+    ran = shell("run", "list", "--state", "faild")
+    assert (ran.code, "expected a state of a run, got 'faild'" in ran.err) == (2, True)
+    assert "did you mean failed?" in ran.err
+    ran = shell("batch", "list", "--state", "failed")
+    assert (ran.code, "`headrace run list --state failed` lists runs" in " ".join(ran.err.split())) == (2, True)
+    assert shell("run", "list", "--state", "started").code == 0
+    missing = f"run_{done.removeprefix('batch_')}_99"
+    for verb in ("show", "cancel", "redrive"):
+        ran = shell("run", verb, missing)
+        assert (ran.code, f"no run has the id '{missing}'" in " ".join(ran.err.split())) == (2, True), ran.err
+
+
 @pytest.mark.parametrize(
     "arguments", [("nothing",), ("batch", "nothing"), ("batch", "show"), ("map",), ("verify", "--x")]
 )

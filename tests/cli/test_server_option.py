@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from headrace import Headrace, HeadraceError
 from tests.cli.conftest import Shell
 from tests.cli.test_printing import bury_one
 from tests.cli.test_schedule import make_known, scheduled
@@ -64,6 +65,23 @@ def test_each_read_command_prints_the_same_from_a_server_as_from_its_store(
         arguments = [{"BATCH": batch, "RUN": run}.get(word, word) for word in command]
         local, remote = shell(*arguments), shell(*arguments, "--server", url)
         assert (remote.code, remote.out) == (0, local.out), (command, remote.err)
+
+
+def test_a_server_that_requires_a_key_names_the_variable_and_the_argument(
+    shell: Shell, served: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = served
+    monkeypatch.delenv("HEADRACE_API_KEY")
+    ran = shell("batch", "list", "--server", url)
+    assert (ran.code, "set HEADRACE_API_KEY" in ran.err) == (2, True), ran.err
+    app = Headrace("app", store=url)
+    with pytest.raises(HeadraceError, match="expected an Authorization header, got none") as raised:
+        app.batches_sync()
+    app.close_sync()
+    assert "Headrace(api_key=…)" in raised.value.hint
+    app = Headrace("app", store=url, api_key=KEY)
+    assert app.batches_sync()
+    app.close_sync()
 
 
 def test_a_run_and_a_batch_are_cancelled_and_redriven_over_a_server(shell: Shell, served: tuple[str, str]) -> None:

@@ -42,12 +42,11 @@ def list_(
     json: JsonOption = False,
 ) -> None:
     """List batches, newest first."""
-    from headrace.core.batch import STATES
-    from headrace.foundation.errors import InvalidInput
+    from headrace.store.projections import check_batch_state
     from headrace.views import batch_view
 
-    if state is not None and state not in STATES:
-        raise InvalidInput(f"unknown batch state {state!r}", hint=f"states: {', '.join(STATES)}")
+    if state is not None:
+        check_batch_state(state)
     settings = settings_of(store=place_of(store, server))
 
     async def read() -> list[BatchView]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="List and show runs, cancel one, redrive one.")
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `headrace run list` shows it.")]
-STATES = ("waiting", "delayed", "leased", "completed", "failed", "cancelled", "expired")
 SHOWN_CHARS = 2_000
 REASON_CHARS = 80
 
@@ -42,11 +41,10 @@ def list_(
     json: JsonOption = False,
 ) -> None:
     """List runs, those of the newest batch first and by index inside a batch."""
-    from headrace.foundation.errors import InvalidInput
-    from headrace.views import listed_view
+    from headrace.store.projections import check_run_state
+    from headrace.views import listed_views
 
-    if state and state not in STATES:
-        raise InvalidInput(f"unknown run state {state!r}", hint=f"states: {', '.join(STATES)}")
+    check_run_state(state)
     settings = settings_of(store=place_of(store, server))
 
     async def read() -> list[RunView]:
@@ -55,13 +53,7 @@ def list_(
             records = await engine.store.runs(
                 engine.environment, batch_id=batch_id, state=state, task=task, tag=tag, limit=limit
             )
-            # A listing has no results; of failed runs the reason is read, which is what people look for.
-            return [
-                listed_view(
-                    await engine.store.run(record.batch_id, record.index) if record.state == "failed" else record
-                )
-                for record in records
-            ]
+            return await listed_views(engine, records)
 
     views = run_async(read())
     if json:
@@ -131,6 +123,7 @@ def cancel(run: RunArgument, store: StoreOption = None, server: ServerOption = N
 
     async def stop() -> tuple[bool, RunView]:
         async with opened(settings, must_exist=True) as engine:
+            await engine.store.run(batch_id, index)  # so that an unknown run is named as such
             count = await engine.store.cancel_runs(batch_id, [index], now_us=engine.clock.now_us())
             return count > 0, await _view(engine, run)
 

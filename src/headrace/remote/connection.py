@@ -24,6 +24,8 @@ ATTEMPTS: Final = 5
 BACKOFF_BASE_S: Final = 1.0
 BACKOFF_MAX_S: Final = 30.0
 RETRIED_STATUSES: Final = (408, 409, 425, 429)
+UNAUTHORIZED: Final = 401
+KEY_HINT: Final = "set HEADRACE_API_KEY to a key of the server, or pass it: Headrace(api_key=…), Client(url, key)"
 _WRONG_ENDPOINT: Final = (301, 302, 303, 307, 308, 404, 405)
 _URL_HINT: Final = "expected the server's own URL: http://host:port, or https://host behind a proxy"
 
@@ -53,7 +55,10 @@ class ServerResponse(NamedTuple):
             return ClientFault(
                 f"{self.url} is not an endpoint of a Headrace server: got HTTP status {self.status}", hint=_URL_HINT
             )
-        return error_of(self.status, self.body)
+        error = error_of(self.status, self.body)
+        if self.status == UNAUTHORIZED:
+            error.hint = KEY_HINT
+        return error
 
     @property
     def is_success(self) -> bool:

@@ -6,27 +6,58 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from headrace.core import batch as batches
 from headrace.core import run
 from headrace.core.block import EndedAtCreation, Extra
 from headrace.core.failure import decode
 from headrace.core.pack import pack, unpack, unpack_some
 from headrace.core.span import DELAYED, LEASED, Part, Span, block_offsets_of, unsettled_slots
-from headrace.foundation.errors import InvalidInput
+from headrace.foundation.errors import InvalidInput, NotFound
+from headrace.foundation.ids import run_id
+from headrace.foundation.suggestions import hint_of
 from headrace.store.protocol import Lease, NamedLease, RunRecord
 
 WITH_RESULT: Final = bytes((run.COMPLETED, run.FAILED))
 """The states for which a recorded outcome has a result."""
 
-STATES_SHOWN: Final = (*run.BY_NAME, LEASED, DELAYED)
+_ENDED_STATES: Final = tuple(run.NAMES[state] for state in run.FINAL)
+RUN_STATES: Final = (run.NAMES[run.WAITING], DELAYED, LEASED, run.NAMES[run.STARTED], *_ENDED_STATES)
+"""The states that a view of a run may have. A run that moved to another span is shown with its state there."""
 
 
-def check_state(state: str) -> str:
-    """Return `state` if it is a state of a run, or empty. Raises `InvalidInput`."""
-    if state and state not in STATES_SHOWN:
+def check_run_state(state: str) -> str:
+    """Return `state` if a view of a run may have it, or if it is empty. Raises `InvalidInput`."""
+    if state and state not in RUN_STATES:
         raise InvalidInput(
-            f"expected a state of a run, got {state!r}", hint=f"a state is one of {', '.join(STATES_SHOWN)}"
+            f"expected a state of a run, got {state!r}", hint=_hint_of_state(state, RUN_STATES, batches.STATES, "batch")
         )
     return state
+
+
+def check_batch_state(state: str) -> str:
+    """Return `state` if it is a state of a batch. Raises `InvalidInput`."""
+    if state not in batches.STATES:
+        raise InvalidInput(
+            f"expected a state of a batch, got {state!r}", hint=_hint_of_state(state, batches.STATES, RUN_STATES, "run")
+        )
+    return state
+
+
+def _hint_of_state(state: str, states: Sequence[str], other_states: Sequence[str], other_noun: str) -> str:
+    """Return the near state and all states, or the command that lists runs or batches in this state."""
+    if state in other_states:
+        noun = "batch" if other_noun == "run" else "run"
+        plural = "runs" if other_noun == "run" else "batches"
+        return (
+            f"a {noun} has no such state; `headrace {other_noun} list --state {state}` lists {plural}; "
+            f"states of a {noun}: {', '.join(states)}"
+        )
+    return hint_of(state, states, "its states")
+
+
+def no_run(batch_id: str, index: int) -> NotFound:
+    """Return the error for a run that does not exist."""
+    return NotFound(f"no run has the id {run_id(batch_id, index)!r}", hint="`headrace run list` shows the runs")
 
 
 def view_of(span: Span, index: int, state: int) -> RunRecord:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from headrace.core import pack, run
-from headrace.core.batch import CANCELLED, STATES
+from headrace.core.batch import CANCELLED
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import INDEX_MAX, check_batch_id, new_batch_id
 from headrace.http.requests.batch_items import check_accepts_items, ingest_items, seal_if_complete
@@ -23,6 +23,7 @@ from headrace.http.requests.serializers import result_line
 from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.engine import Engine
 from headrace.runtime.tasks.bounds import check_name
+from headrace.store.projections import check_batch_state
 from headrace.store.protocol import NewBatch, RunOutcome
 from headrace.views import BatchView, batch_view
 
@@ -137,8 +138,8 @@ class V1Batches:
         limit = parse_int(query.get("limit"), 50, "limit", 1, 200)
         before = check_batch_id(query["before"]) if query.get("before") else ""
         states = [state for state in query.get("state", "").split(",") if state] or None
-        if states and (unknown := set(states) - set(STATES)):
-            raise InvalidInput(f"unknown batch state {', '.join(map(repr, sorted(unknown)))}", hint=", ".join(STATES))
+        for state in states or ():
+            check_batch_state(state)
         rows = await context.engine.store.batches(context.environment, states=states, before_id=before, limit=limit)
         batches = [batch_view(batch, ledger) for batch, ledger in rows]
         return json_response(BatchListResponse(batches, batches[-1].id if len(batches) == limit else None))

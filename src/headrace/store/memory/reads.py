@@ -18,7 +18,7 @@ from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack
 from headrace.core.span import Part, Span, block_offsets_of, results_of
 from headrace.foundation.errors import NotFound
-from headrace.store.projections import WITH_RESULT, attempt_of, check_state, lease_of, named_lease, view_of
+from headrace.store.projections import WITH_RESULT, attempt_of, check_run_state, lease_of, named_lease, no_run, view_of
 from headrace.store.protocol import (
     ApiKey,
     DeadLetter,
@@ -148,7 +148,7 @@ def locate(tables: Tables, batch: BatchRecord, index: int) -> tuple[int, int]:
             indexes = indexes_of(block.chunk)
             if index in indexes:
                 return block.id, indexes.index(index)
-    raise NotFound("the batch has no run with this index", batch_id=batch.id, index=index)
+    raise no_run(batch.id, index)
 
 
 def payload(tables: Tables, batch: BatchRecord, index: int) -> tuple[bytes, int]:
@@ -256,7 +256,9 @@ def lease(tables: Tables, span: Span) -> Lease:
 
 def run(tables: Tables, batch_id: str, index: int) -> RunRecord:
     """Return a run with its input, its result and its attempts."""
-    batch = find(tables, batch_id)
+    batch = tables.batches.get(batch_id)
+    if batch is None:
+        raise no_run(batch_id, index)
     block_id, block_offset = locate(tables, batch, index)
     (home,) = (home for home in run_locations(tables, batch_id) if home.run_index == index)
     extra = tables.blocks[block_id].chunk.extras.get(block_offset, Extra())
@@ -289,7 +291,7 @@ def runs(
     limit: int,
 ) -> list[RunRecord]:
     """List runs that match, newest batch first and by index inside it, without payloads and attempts."""
-    check_state(state)
+    check_run_state(state)
     views = (
         view_of(home.span, home.run_index, home.state)
         for name in sorted(tables.batches, reverse=True)

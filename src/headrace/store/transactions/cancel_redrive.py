@@ -10,7 +10,8 @@ from headrace.core import run
 from headrace.core.batch import BatchRecord
 from headrace.core.span import DELAYED, WAITING, Counts, Span, block_offsets_of, cancel
 from headrace.core.span import redrive as redrive_span
-from headrace.foundation.errors import Conflict, InvalidInput, NotFound
+from headrace.foundation.errors import Conflict, InvalidInput
+from headrace.store.projections import no_run
 from headrace.store.transactions.locate import (
     clocks,
     decode_extras,
@@ -106,7 +107,7 @@ def _by_block(batch_id: str, indexes: Sequence[int]) -> Script[dict[int, dict[in
     for index in indexes:
         location = yield from locate(batch_id, index)
         if location is None:
-            raise NotFound("the batch has no run with this index", batch_id=batch_id, index=index)
+            raise no_run(batch_id, index)
         by_block_id.setdefault(location.block_id, {})[location.block_offset] = index
     return by_block_id
 

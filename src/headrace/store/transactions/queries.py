@@ -15,7 +15,7 @@ from headrace.core.pack import unpack_some
 from headrace.core.span import DELAYED, LEASED, WAITING, Span, block_offsets_of, results_of
 from headrace.foundation.errors import NotFound
 from headrace.foundation.ids import INDEX_MAX
-from headrace.store.projections import WITH_RESULT, attempt_of, check_state, view_of
+from headrace.store.projections import WITH_RESULT, attempt_of, check_run_state, no_run, view_of
 from headrace.store.protocol import QueueView, RunOutcome, RunRecord, Session, Verification
 from headrace.store.transactions.locate import (
     decode_extras,
@@ -170,10 +170,13 @@ def _results(block_ids: Sequence[int]) -> Script[dict[tuple[int, int], tuple[byt
 
 def run(batch_id: str, index: int) -> Script[RunRecord]:
     """Return a run with its input, its result and its attempts."""
-    batch = yield from find(batch_id)
+    try:
+        batch = yield from find(batch_id)
+    except NotFound:
+        raise no_run(batch_id, index) from None
     location = yield from locate(batch_id, index)
     if location is None:
-        raise NotFound("the batch has no run with this index", batch_id=batch_id, index=index)
+        raise no_run(batch_id, index)
     block_id, block_offset = location
     _, _, _, extras, items = yield from fetch_first("blocks", ids=as_json([block_id]))
     payloads, kinds = unpack_some(items, [block_offset])
@@ -222,7 +225,7 @@ def list_runs(
     limit: int,
 ) -> Script[list[RunRecord]]:
     """List runs that match, newest batch first and by index inside it."""
-    check_state(state)
+    check_run_state(state)
     if tag:
         return (yield from _tagged_runs(environment, batch_id, state, task, tag, after, limit))
     after_batch, after_index = after or NOWHERE

@@ -1,4 +1,4 @@
-"""The scenarios, each a function from a size and a target to a figure, and a baseline of its own if it has one."""
+"""The scenarios: each is a function from a size and a target to a figure, with its own baseline if there is one."""
 
 from __future__ import annotations
 

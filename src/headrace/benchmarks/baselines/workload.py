@@ -24,7 +24,7 @@ class Item(msgspec.Struct):
 
 
 def run(items: bytes) -> list[bytes]:
-    """Decode, call and encode every run of one block, each in a context of its own."""
+    """Decode, call and encode every run of one block, each in its own context."""
     decode = msgspec.json.Decoder(Item).decode
     encode = msgspec.json.Encoder().encode
     encoded: list[bytes] = []

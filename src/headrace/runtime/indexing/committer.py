@@ -195,7 +195,7 @@ class Committer:
             try:
                 if not isinstance(self.failure, LeaseLost):
                     await self._store.leave(self._plan.environment, self._plan.indexer, self._token)
-            except Exception as error:  # noqa: BLE001 - a lease that can't be given back lapses
+            except Exception as error:  # noqa: BLE001 - a lease that can't be released lapses
                 self.failure = self.failure or error
             finally:
                 self._call_owner(self._end)

@@ -28,7 +28,7 @@ elsewhere.
 """
 
 NEVER_US: Final = 2**62
-"""Later than any heartbeat: an ended process counts as silent, whenever its last heartbeat was."""
+"""Later than any heartbeat: the session of an ended process has lapsed, whenever its last heartbeat was."""
 
 
 class RecoveryCounts(NamedTuple):

@@ -34,5 +34,5 @@ def error_line(error: BaseException) -> str:
     kind = type(error).__qualname__
     try:
         return f"{kind}: {error}"
-    except Exception:  # noqa: BLE001 - an error that can't speak must not become another
+    except Exception:  # noqa: BLE001 - an error whose text can't be made must not raise another
         return kind

@@ -1,4 +1,4 @@
-"""Tasks by name, and the one table by which payloads decode, whatever door they came through.
+"""Tasks by name, and the one table by which payloads decode, however they were received.
 
 application/json         a task of one parameter takes the value whole; of several, an object as keyword
                          arguments or an array as positional ones; a `Context` parameter does not count

@@ -45,7 +45,9 @@ class OutcomeRecorder:
         self._random = random.Random().random  # noqa: S311 - jitter, not secrets
 
     def complete(self, active: ActiveLease, lease_offset: int, value: Any) -> Awaitable[None] | None:
-        """Complete a run with the value that its task returned. Returns what is left to await for a large result."""
+        """Complete a run with the value that its task returned. Returns an awaitable if a large result is still to be
+        stored.
+        """
         try:
             result = self.encode(value)
         except Exception as error:  # noqa: BLE001 - a result's own code may raise anything

@@ -413,7 +413,8 @@ def _unhomed(tables: Tables, batch_id: str, stored: list[tuple[int, int, int]]) 
     results = _results(tables, batch_id)
     for block_id, block_offset, _ in stored:
         if lives[block_id, block_offset] != 1:
-            yield f"block offset {block_offset} of block {block_id} lives in {lives[block_id, block_offset]} spans"
+            yield f"expected one span for block offset {block_offset} of block {block_id}, "
+                f"got {lives[block_id, block_offset]}"
     for span in spans_of_batch(tables, batch_id):
         if span.unsettled_count != runs_core.unsettled_count(span.states):
             yield f"span {span.id} counts {span.unsettled_count} unsettled runs wrongly"

@@ -205,7 +205,7 @@ class MemoryStore:
     async def recover(
         self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int
     ) -> int:
-        """End a silent session, once, and release its leases."""
+        """End a lapsed session, once, and release its leases."""
         with self._changing() as tables:
             session = tables.sessions.get(session_id)
             if session is None or session.ended_us or session.heartbeat_us > silent_since_us:

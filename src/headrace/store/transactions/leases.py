@@ -108,7 +108,7 @@ def recover(
     crashes_max: int,
     now_us: int,
 ) -> Script[int]:
-    """End a silent session, once, and release its leases. It is ended first (R3, a lapsed session is ended before
+    """End a lapsed session, once, and release its leases. It is ended first (R3, a lapsed session is ended before
     recovery).
     """
     ended = yield from fetch("end_silent_session", id=session_id, silent_since_us=silent_since_us, now_us=now_us)

@@ -401,7 +401,7 @@ def _count_blocks(
                         f"block offset {block_offset} of block {block_id} ended without a recorded outcome"
                     )
         if any(count != 1 for count in living):
-            differences.append(f"block {block_id} has runs that live in no span or in two")
+            differences.append(f"expected each run of block {block_id} in one span, got runs in none or in two")
 
 
 def next_due_us(environment: str, tasks: Sequence[str]) -> Script[int | None]:

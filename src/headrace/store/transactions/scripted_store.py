@@ -124,7 +124,7 @@ class ScriptedStore(ABC):
     async def recover(
         self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int
     ) -> int:
-        """End a silent session, once, and release its leases."""
+        """End a lapsed session, once, and release its leases."""
         return await self._write(lambda: leases.recover(session_id, suspects, silent_since_us, crashes_max, now_us))
 
     # -- work

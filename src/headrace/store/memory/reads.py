@@ -382,7 +382,7 @@ def verify(tables: Tables, batch_id: str) -> Verification:
     ]
     if received != IndexSet(index for _, _, index in stored) or len(received) != len(stored):
         differences.append(f"the received set names {len(received)} indexes, the blocks hold {len(stored)}")
-    differences += _unhomed(tables, batch_id, stored)
+    differences += _location_faults(tables, batch_id, stored)
     is_done = not counted_ledger.waiting + counted_ledger.leased
     if not counted_ledger.balances:
         differences.append(f"expected {counted_ledger.expected} runs, found {sum(counted_ledger[1:])}")
@@ -407,17 +407,17 @@ def _word(state: int) -> str:
     return runs_core.NAMES[runs_core.WAITING if state in runs_core.UNSETTLED else state]
 
 
-def _unhomed(tables: Tables, batch_id: str, stored: list[tuple[int, int, int]]) -> Iterator[str]:
+def _location_faults(tables: Tables, batch_id: str, stored: list[tuple[int, int, int]]) -> Iterator[str]:
     """Report runs without exactly one span, wrong counts of spans, and final runs without a recorded outcome."""
-    lives = Counter((home.block_id, home.block_offset) for home in run_locations(tables, batch_id))
+    span_counts = Counter((location.block_id, location.block_offset) for location in run_locations(tables, batch_id))
     results = _results(tables, batch_id)
     for block_id, block_offset, _ in stored:
-        if lives[block_id, block_offset] != 1:
-            yield f"expected one span for block offset {block_offset} of block {block_id}, "
-                f"got {lives[block_id, block_offset]}"
+        if span_counts[block_id, block_offset] != 1:
+            count = span_counts[block_id, block_offset]
+            yield f"expected one span for block offset {block_offset} of block {block_id}, got {count}"
     for span in spans_of_batch(tables, batch_id):
         if span.unsettled_count != runs_core.unsettled_count(span.states):
             yield f"span {span.id} counts {span.unsettled_count} unsettled runs wrongly"
-    for home in run_locations(tables, batch_id):
-        if home.state in WITH_RESULT and (home.block_id, home.block_offset) not in results:
-            yield f"block offset {home.block_offset} of block {home.block_id} ended without a recorded outcome"
+    for location in run_locations(tables, batch_id):
+        if location.state in WITH_RESULT and (location.block_id, location.block_offset) not in results:
+            yield f"block offset {location.block_offset} of block {location.block_id} ended without a recorded outcome"

@@ -260,15 +260,15 @@ def run(tables: Tables, batch_id: str, index: int) -> RunRecord:
     if batch is None:
         raise no_run(batch_id, index)
     block_id, block_offset = locate(tables, batch, index)
-    (home,) = (home for home in run_locations(tables, batch_id) if home.run_index == index)
+    (location,) = (location for location in run_locations(tables, batch_id) if location.run_index == index)
     extra = tables.blocks[block_id].chunk.extras.get(block_offset, Extra())
-    view = view_of(home.span, home.run_index, home.state)
+    view = view_of(location.span, location.run_index, location.state)
     view.payload, view.kind = payload(tables, batch, index)
     view.headers, view.tags, view.idempotency_key = extra.headers, list(extra.tags), extra.idempotency_key
     view.kept = extra.kept
     view.name = extra.name
     view.created_us = min(span.since_us for span in spans_of_block(tables, block_id))
-    if home.state in WITH_RESULT:
+    if location.state in WITH_RESULT:
         view.result, view.result_kind = _results(tables, batch_id).get((block_id, block_offset), NOTHING)
     view.attempts = [
         attempt_of(code, data, part.settled_us)
@@ -293,13 +293,13 @@ def runs(
     """List runs that match, newest batch first and by index inside it, without payloads and attempts."""
     check_run_state(state)
     views = (
-        view_of(home.span, home.run_index, home.state)
+        view_of(location.span, location.run_index, location.state)
         for name in sorted(tables.batches, reverse=True)
         if batch_id in ("", name) and tables.batches[name].environment == environment
         if after is None or name <= after[0]
-        for home in run_locations(tables, name)
-        if after is None or name < after[0] or home.run_index > after[1]
-        if not tag or (environment, tag, name, home.run_index) in tables.tags
+        for location in run_locations(tables, name)
+        if after is None or name < after[0] or location.run_index > after[1]
+        if not tag or (environment, tag, name, location.run_index) in tables.tags
     )
     return [view for view in views if state in ("", view.state) and task in ("", view.task)][:limit]
 
@@ -395,8 +395,10 @@ def verify(tables: Tables, batch_id: str) -> Verification:
 
 def _counted(tables: Tables, batch: BatchRecord, stored_count: int) -> Ledger:
     counts = Counter(
-        "leased" if home.span.state == spans.LEASED and home.state in runs_core.UNSETTLED else _word(home.state)
-        for home in run_locations(tables, batch.id)
+        "leased"
+        if location.span.state == spans.LEASED and location.state in runs_core.UNSETTLED
+        else _word(location.state)
+        for location in run_locations(tables, batch.id)
     )
     expected = batch.received_count if batch.expected_count is None else batch.expected_count
     words = ("waiting", "leased", "completed", "failed", "cancelled", "expired")

@@ -42,6 +42,7 @@ from headrace.handles import PLAIN, Batch, ResultOf, Run
 from headrace.runtime.background_loop import BackgroundLoop
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Producer
+from headrace.runtime.tasks.bounds import check_is_list, check_name
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import OnExhausted, Pool, TaskSpec
 from headrace.runtime.worker.worker import Worker
@@ -248,7 +249,6 @@ class Headrace:
         A task of one datetime parameter gets the time of the tick in that time zone; every task can read it from
         `Context.scheduled_us`. Raises `InvalidSetting`.
         """
-        from headrace.runtime.tasks.bounds import check_name
         from headrace.runtime.tasks.schedule_spec import make_schedule
 
         def register(task: Any, cron: str | None) -> Any:
@@ -406,8 +406,12 @@ class Headrace:
         """Run this app's tasks in this process while the block lasts; at its end, running tasks may finish.
 
         `tasks` and `queues` limit the worker to those; a worker with `tasks` does not run the app's schedules.
-        `concurrency` and `processes` override the settings.
+        `concurrency` and `processes` override the settings. Raises `InvalidInput` or `InvalidSetting` for a value that
+        does not fit.
         """
+        check_is_list("tasks", tasks)
+        check_is_list("queues", queues)
+        check_overrides("app.worker()", {"concurrency": concurrency, "processes": processes})
         engine = await self.open()
         settings = self.settings
         worker = Worker(

@@ -6,9 +6,11 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Itera
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from headrace.compose import joined
+from headrace.foundation.errors import InvalidInput
 from headrace.handles import Batch, Run
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.producer import Producer
+from headrace.runtime.tasks.bounds import check_is_list
 from headrace.runtime.tasks.call_options import Options
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.store.transactions.append import enqueue
@@ -90,6 +92,7 @@ class Task(Generic[P, R]):
         - `idempotency_ttl_s`: seconds for which the key is kept; 0 is as long as the run.
         - `tags` and `headers`: stored with the run; a task reads its headers from its `Context`.
         """
+        check_is_list("tags", tags)
         return TaskCall(
             self,
             Options(
@@ -179,6 +182,7 @@ class Task(Generic[P, R]):
         batch_key: str | None,
         metadata: Mapping[str, object] | None,
     ) -> Batch[R]:
+        _check_items(self.name, items)
         producer = await self.app.producer()
         batch_id = await producer.map(self.spec, items, options, key=batch_key, metadata=dict(metadata or {}))
         return Batch(producer.engine, batch_id, self.spec.codec.result_of, self.app.run_sync)
@@ -186,6 +190,18 @@ class Task(Generic[P, R]):
     def _run(self, producer: Producer, run: tuple[str, int]) -> Run[R]:
         batch_id, index = run
         return Run(producer.engine, batch_id, index, self.spec.codec.result_of, self.app.run_sync)
+
+
+def _check_items(task: str, items: object) -> None:
+    """Raise `InvalidInput` for one item where many are expected: a text or a mapping would be taken apart."""
+    is_iterable = any(hasattr(items, method) for method in ("__iter__", "__aiter__", "__getitem__"))
+    if isinstance(items, str | bytes | bytearray | Mapping) or not is_iterable:
+        kind = type(items).__name__
+        article = "an" if kind[0].lower() in "aeiou" else "a"
+        raise InvalidInput(
+            f"{task}.map() expected an iterable of items, got {article} {kind}",
+            hint=f"for one item write {task}.map([…])",
+        )
 
 
 class AsyncTask(Task[P, R]):

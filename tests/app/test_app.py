@@ -71,7 +71,7 @@ async def test_unknown_ids_are_not_found(tmp_path: Path) -> None:
             await app.get_batch("batch_00000000000000000000000000")
         with pytest.raises(NotFound):
             await app.get_run("run_00000000000000000000000000_5")
-        with pytest.raises(InvalidInput, match="not a run id"):
+        with pytest.raises(InvalidInput, match="expected a run id such as"):
             await app.get_run("run_1")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from headrace import Headrace, HeadraceError, InvalidInput, InvalidSetting, RunFailed, StoreUnavailable
+from headrace import Conflict, Headrace, HeadraceError, InvalidInput, InvalidSetting, RunFailed, StoreUnavailable
 from tests.cli.conftest import Shell
 from tests.cli.conftest import shell as shell
 
@@ -29,6 +29,10 @@ def two_functions() -> None:
     Headrace("app").task(print, print)  # type: ignore[call-overload]  # the mistake
 
 
+def timeout_as_text() -> None:
+    Headrace("app").task(timeout_s="30")(timeout_as_text)  # type: ignore[call-overload]  # the mistake
+
+
 MISTAKES: list[tuple[Callable[[], Any], str, str]] = [
     (
         misspelt_option,
@@ -37,6 +41,7 @@ MISTAKES: list[tuple[Callable[[], Any], str, str]] = [
     ),
     (positional_name, "app.task() expected a function, got 'my name'", "name='…'"),
     (two_functions, "expected one function or options by name, got 2 positional arguments", "@app.task(timeout_s=30)"),
+    (timeout_as_text, "timeout_s: expected a number of more than 0 and at most 31536000, got '30'", "timeout_s=30"),
     (lambda: Headrace("app", flush_sise=5), "Headrace() has no setting 'flush_sise'", "did you mean flush_size?"),
     (lambda: Headrace("app", xyz=5), "Headrace() has no setting 'xyz'", "store, direct_dsn, objects"),
     (lambda: Headrace("app", flush_size=0), "Headrace(): flush_size: expected an integer from 1", ""),
@@ -95,6 +100,68 @@ def test_wrong_arguments_are_refused_at_the_call_with_the_signature() -> None:
         anything.enqueue_sync(object())
     assert "dataclasses, msgspec structs" in raised.value.hint
     app.close_sync()
+
+
+async def test_a_text_in_place_of_a_list_is_refused() -> None:
+    app = Headrace("app", store="memory://")
+
+    @app.task
+    async def double(n: int) -> int:
+        return 2 * n
+
+    anything: Any = double
+    async with app:
+        with pytest.raises(InvalidInput, match="tags: expected a list of names, got 'urgent'") as raised:
+            double.options(tags="urgent")
+        assert "tags=['urgent']" in raised.value.hint
+        for option in ("tasks", "queues"):
+            with pytest.raises(InvalidInput, match=f"{option}: expected a list of names, got 'default'"):
+                async with app.worker(**{option: "default"}):  # type: ignore[arg-type]  # the mistake
+                    pass
+        with pytest.raises(InvalidSetting, match="concurrency: expected an integer from 1 to 100000"):
+            async with app.worker(concurrency=0):
+                pass
+        for items, kind in (("abc", "a str"), (b"abc", "a bytes"), ({"n": 1}, "a dict"), (5, "an int")):
+            for mapped in (anything, anything.options(priority=1)):
+                with pytest.raises(InvalidInput, match=f"expected an iterable of items, got {kind}") as raised:
+                    await mapped.map(items)
+                assert "[…]" in raised.value.hint
+        assert await app.batches() == []
+
+
+async def test_a_batch_key_of_another_map_is_named_with_both_tasks_and_both_counts() -> None:
+    app = Headrace("app", store="memory://")
+
+    @app.task
+    async def double(n: int) -> int:
+        return 2 * n
+
+    @app.task
+    async def slow(n: int) -> int:
+        return n
+
+    async with app:
+        batch = await double.map(range(1_000), batch_key="d1")
+        with pytest.raises(Conflict, match="batch_key 'd1' names a batch of the task 'double', got the task 'slow'"):
+            await slow.map(range(1_000), batch_key="d1")
+        for items, got in ((range(500), "500"), (range(1_001), "1,001"), (iter(range(2_000)), "more")):
+            with pytest.raises(Conflict, match=f"batch_key 'd1' names a batch of 1,000 items, got {got}") as raised:
+                await double.map(items, batch_key="d1")
+            assert "another batch_key" in raised.value.hint
+        assert (await double.map(range(1_000), batch_key="d1")).id == batch.id
+        assert (await batch.view()).expected == 1_000
+
+
+async def test_ids_of_another_form_or_type_are_refused() -> None:
+    app = Headrace("app", store="memory://")
+    anything: Any = app
+    async with app:
+        for wrong in ("d1", 5, None):
+            with pytest.raises(InvalidInput, match=f"expected a batch id such as batch_…, got {wrong!r}") as raised:
+                await anything.get_batch(wrong)
+            assert "`headrace batch show KEY`" in raised.value.hint
+            with pytest.raises(InvalidInput, match=f"expected a run id such as run_…_0, got {wrong!r}"):
+                await anything.get_run(wrong)
 
 
 async def test_a_result_that_can_t_be_stored_says_what_can(tmp_path: Path) -> None:

@@ -67,11 +67,11 @@ def test_a_run_id_reads_back_as_its_batch_and_index(now_us: int, index: int) -> 
     ],
 )
 def test_what_run_id_would_not_write_is_no_run_id(text: str) -> None:
-    with pytest.raises(InvalidInput, match="is not a run id"):
+    with pytest.raises(InvalidInput, match="expected a run id such as run_…_0, got"):
         parse_run_id(text)
 
 
 @pytest.mark.parametrize("text", ["", "batch_", BODY, f"run_{BODY}", f"batch_{BODY}\n", f"batch_{BODY[1:]}l"])
 def test_what_new_batch_id_would_not_write_is_no_batch_id(text: str) -> None:
-    with pytest.raises(InvalidInput, match="is not a batch id"):
+    with pytest.raises(InvalidInput, match="expected a batch id such as batch_…, got"):
         check_batch_id(text)

@@ -39,27 +39,27 @@ def run_id(batch_id: str, index: int) -> str:
     return f"run_{batch_id.removeprefix('batch_')}_{index}"
 
 
-def parse_run_id(text: str) -> tuple[str, int]:
+def parse_run_id(text: object) -> tuple[str, int]:
     """Return `(batch_id, index)` of a run id. Raises `InvalidInput` for any text that `run_id` would not write."""
-    kind, _, rest = text.partition("_")
+    kind, _, rest = text.partition("_") if isinstance(text, str) else ("", "", "")
     body, _, index = rest.partition("_")
     if kind != "run" or not _BODY.match(body) or not _INDEX.fullmatch(index):
         raise InvalidInput(
-            f"expected a run id, got {text!r}: it is not a run id",
-            hint="a run id looks like run_<26 characters>_<index>",
+            f"expected a run id such as run_…_0, got {text!r:.220}",
+            hint="a run id looks like run_<26 characters>_<index>; `headrace run list` shows them",
         )
     return f"batch_{body}", int(index)
 
 
-def check_batch_id(text: str) -> str:
+def check_batch_id(text: object) -> str:
     """Return `text` if it has the form of a batch id. Raises `InvalidInput`."""
-    kind, _, body = text.partition("_")
+    kind, _, body = text.partition("_") if isinstance(text, str) else ("", "", "")
     if kind != "batch" or not _BODY.match(body):
         raise InvalidInput(
-            f"expected a batch id, got {text!r}: it is not a batch id",
-            hint="a batch id looks like batch_<26 characters>",
+            f"expected a batch id such as batch_…, got {text!r:.220}",
+            hint="a batch id looks like batch_<26 characters>; `headrace batch show KEY` finds a batch by its key",
         )
-    return text
+    return f"batch_{body}"
 
 
 def _body(now_us: int) -> str:

@@ -8,7 +8,7 @@ batching).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Sequence, Sized
 from contextlib import aclosing, suppress
 from functools import partial
 from operator import attrgetter
@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from headrace.core.batch import CANCELLED, SINGLE, STREAM
+from headrace.core.batch import CANCELLED, COMPLETED, SEALED, SINGLE, STREAM
 from headrace.core.block import Chunk, Coalescer, Extra
 from headrace.core.failure import Failure
 from headrace.core.pack import JSON, REFERENCE
@@ -213,7 +213,7 @@ class Producer:
         clock, limits = self.engine.clock, self.engine.limits
         now_us = clock.now_us()
         span_key, shared = key_of(spec, options, now_us), extra_of(options, limits, now_us)
-        batch_id = await self._create_mapped(spec.name, key, metadata)
+        batch_id, sealed_count = await self._create_mapped(spec.name, key, metadata)
         appender = BatchAppender(self.engine, batch_id, waits_max=None)
         codec = spec.codec
 
@@ -229,6 +229,8 @@ class Producer:
                 map_concurrently(_grouped(items), step, concurrency=limits.ingest_concurrency)
             ) as steps:
                 async for encoded in steps:
+                    if sealed_count is not None:
+                        _check_count(key, sealed_count, index + len(encoded.payloads), items)
                     _add_encoded(appender, index, encoded, span_key)
                     index += len(encoded.payloads)
                     await appender.push(index, None)
@@ -241,21 +243,33 @@ class Producer:
             raise
         finally:
             await appender.stop()
+        if sealed_count is not None and index < sealed_count:
+            raise _other_count(key, sealed_count, f"{index:,}")
         await self.engine.store.seal(batch_id, index, now_us=clock.now_us())
         self.engine.recorded.notify()
         return batch_id
 
-    async def _create_mapped(self, task: str, key: str | None, metadata: dict[str, object]) -> str:
-        """Create the batch of a map: one that its key finds again, or one that ends with this session."""
+    async def _create_mapped(self, task: str, key: str | None, metadata: dict[str, object]) -> tuple[str, int | None]:
+        """Create the batch of a map: one that its key finds again, or one that ends with this session.
+
+        Return its id, and the count of its runs if an earlier call has sealed it. Raises `Conflict` if the key names a
+        batch of another task.
+        """
         if key is None:
             async with self._starting:
-                return await self._create_owned(task=task, metadata=metadata)
+                return await self._create_owned(task=task, metadata=metadata), None
         now_us = self.engine.clock.now_us()
         new = NewBatch(
             id=new_batch_id(now_us), environment=self.engine.environment, key=key, task=task, metadata=metadata
         )
         batch, _ = await self.engine.store.create_batch(new, now_us=now_us)
-        return batch.id
+        if batch.task and batch.task != task:
+            raise Conflict(
+                f"batch_key {key!r} names a batch of the task {batch.task!r}, got the task {task!r}",
+                hint="give the map of each task a batch_key of its own",
+                batch_id=batch.id,
+            )
+        return batch.id, batch.expected_count if batch.state in (SEALED, COMPLETED) else None
 
     async def _encode_each(self, spec: TaskSpec, batch_id: str, group: list[Any], shared: Extra | None) -> _Encoded:
         """Encode the items of a group one by one: some don't fit, are large, or have options."""
@@ -306,6 +320,19 @@ class Producer:
 def _refuse(enqueue: _Enqueue, error: HeadraceError) -> None:
     if not enqueue.answer.done():
         enqueue.answer.set_exception(error)
+
+
+def _check_count(key: str | None, sealed_count: int, count: int, items: object) -> None:
+    """Raise `Conflict` if a repeated map has more items than its sealed batch."""
+    if count > sealed_count:
+        raise _other_count(key, sealed_count, f"{len(items):,}" if isinstance(items, Sized) else "more")
+
+
+def _other_count(key: str | None, sealed_count: int, count: str) -> Conflict:
+    return Conflict(
+        f"batch_key {key!r} names a batch of {sealed_count:,} items, got {count}",
+        hint="repeat the call with the same items, or use another batch_key",
+    )
 
 
 class _Encoded(NamedTuple):

@@ -30,6 +30,14 @@ def check_name(what: str, name: object) -> str:
     return name
 
 
+def check_is_list(what: str, names: object) -> None:
+    """Raise `InvalidInput` for a text where a list of names is expected: it would be taken as its characters."""
+    if isinstance(names, str | bytes):
+        raise InvalidInput(
+            f"{what}: expected a list of names, got {names!r:.220}", hint=f"write {what}=[{names!r:.50}]"
+        )
+
+
 def check_priority(priority: object) -> int:
     """Return `priority` if it is an integer from -1,000,000 to 1,000,000; higher is claimed first. Raises
     `InvalidInput`.

@@ -65,7 +65,9 @@ class TaskSpec:
         timeout_s = self.timeout_s
         if timeout_s is not None and (not timeout_s or not is_number_within(timeout_s, 0, TIMEOUT_S_MAX)):
             raise InvalidSetting(
-                f"timeout_s: expected more than 0 and at most {TIMEOUT_S_MAX:.0f}, got {self.timeout_s!r}"
+                f"timeout_s: expected a number of more than 0 and at most {TIMEOUT_S_MAX:.0f}, got {self.timeout_s!r}",
+                hint="seconds, such as timeout_s=30",
+                task=self.name,
             )
         for option in ("delay_s", "expires_s"):
             if not is_number_within(getattr(self, option), 0, SECONDS_MAX):

@@ -86,7 +86,10 @@ class Headrace:
         environment: str | None = None,
         **settings: int | str,
     ) -> None:
-        self.name = name
+        try:
+            self.name = check_name("name", name)
+        except InvalidInput as error:
+            raise InvalidSetting(f"Headrace(): {error.message}", hint='write Headrace("my-app")') from None
         self.registry = Registry(name)
         self._overrides: dict[str, object | None] = {
             "store": store,

@@ -43,7 +43,16 @@ MISTAKES: list[tuple[Callable[[], Any], str, str]] = [
     (two_functions, "expected one function or options by name, got 2 positional arguments", "@app.task(timeout_s=30)"),
     (timeout_as_text, "timeout_s: expected a number of more than 0 and at most 31536000, got '30'", "timeout_s=30"),
     (lambda: Headrace("app", flush_sise=5), "Headrace() has no setting 'flush_sise'", "did you mean flush_size?"),
-    (lambda: Headrace("app", xyz=5), "Headrace() has no setting 'xyz'", "store, direct_dsn, objects"),
+    (lambda: Headrace("app", zebra=3), "Headrace() has no setting 'zebra'", "docs/settings.md describes all settings"),
+    (lambda: Headrace(""), "Headrace(): name: expected a name of 1 to 200 printable characters, got ''", "my-app"),
+    (lambda: Headrace(5), "Headrace(): name: expected a name of 1 to 200", "my-app"),  # type: ignore[arg-type]  # the mistake
+    (
+        lambda: Headrace("app", store=Path("x.db")),  # type: ignore[arg-type]  # the mistake
+        "store: expected a URL, got PosixPath('x.db')",
+        'store="sqlite:///x.db"',
+    ),
+    (lambda: Headrace("app", api_key="short"), "api_key: expected 8 to 4096 printable characters, got 5", ""),
+    (lambda: Headrace("app", api_key=PASSWORD + "\n"), "got 10, some of them not printable", ""),
     (lambda: Headrace("app", flush_size=0), "Headrace(): flush_size: expected an integer from 1", ""),
     (lambda: Headrace("app", store="nonsense"), "store: expected a URL, got 'nonsense'", "sqlite:///relative/file.db"),
     (lambda: Headrace("app", store=f"ada:{PASSWORD}@host"), "store: expected a URL", "postgresql://user@host/database"),
@@ -57,6 +66,7 @@ def test_a_mistake_in_a_declaration_is_refused_at_once(make: Callable[[], Any], 
     assert message in raised.value.message
     assert hint in raised.value.hint
     assert "TaskSpec" not in str(raised.value)
+    assert len(raised.value.hint) < 300
     assert PASSWORD not in str(raised.value)
 
 

@@ -98,6 +98,32 @@ def test_every_command_has_help_and_takes_a_store(shell: Shell, command: tuple[s
         assert "--json" in ran.out
 
 
+def test_a_flag_with_a_wrong_value_is_named_once(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = shell("worker", "tasks.py:app", "--concurrency", "0")
+    assert (ran.code, "flag --concurrency: expected an integer from 1" in ran.err) == (2, True), ran.err
+    monkeypatch.setenv("HEADRACE_API_KEY", "hunter2")
+    ran = shell("batch", "list")
+    assert "environment HEADRACE_API_KEY: expected 8 to 4096 printable characters, got 7" in " ".join(ran.err.split())
+    assert "hunter2" not in ran.err
+
+
+def test_a_target_of_the_wrong_kind_or_without_a_name_lists_what_the_file_has(shell: Shell) -> None:
+    ran = shell("worker", "tasks.py:double")
+    assert (ran.code, "expected an app at tasks.py:double, got the task double" in ran.err) == (2, True), ran.err
+    assert "write tasks.py:app" in ran.err
+    shell.items(1)
+    ran = shell("map", "tasks.py", "in.ndjson")
+    assert (ran.code, "its tasks: double, add, picky" in ran.err) == (2, True), ran.err
+
+
+def test_help_shows_no_type_of_flags_and_the_demo_s_own_default_store(shell: Shell) -> None:
+    ran = shell("demo", "--help")
+    assert (ran.code, "<bool>" in ran.out, "HEADRACE_STORE" in ran.out) == (0, False, False), ran.out
+    assert "a SQLite file in the directory" in " ".join(ran.out.replace("│", " ").split())
+    for command in (("batch", "list"), ("map",), ("index", "run"), ()):
+        assert "<bool>" not in shell(*command, "--help").out, command
+
+
 def test_states_and_runs_that_do_not_exist_are_named(shell: Shell, done: str) -> None:
     ran = shell("run", "list", "--state", "faild")
     assert (ran.code, "expected a state of a run, got 'faild'" in ran.err) == (2, True)

@@ -95,7 +95,7 @@ def test_an_indexer_runs_resumes_rolls_back_and_is_reset(folder: Path) -> None:
         (("job.py:nope",), "has no 'nope'"),
         (("job.py:bnk",), "its indexers: bank"),
         (("job.py:app",), "expected an indexer at job.py:app, got a Headrace"),
-        (("job.py:bank", "--depth", "-1"), "index_depth_max: expected"),
+        (("job.py:bank", "--depth", "-1"), "flag --index-depth-max: expected"),
         (("job.py:bank", "--until", "x"), "expected a position like"),
         (("rollback", "job.py:bank", "7", "--source", "other"), "expected the name of a source"),
         (("reset", "other", "--yes"), "no indexer is named 'other'"),

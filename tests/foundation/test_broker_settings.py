@@ -43,10 +43,9 @@ def test_several_secrets_keep_their_order(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_secret_is_refused_by_name_and_not_repeated(tmp_path: Path, text: str) -> None:
-    with pytest.raises(InvalidSetting, match="grpc_secrets") as refused:
+    with pytest.raises(InvalidSetting, match="environment HEADRACE_GRPC_SECRETS: expected") as refused:
         load({}, {"HEADRACE_GRPC_SECRETS": text}, tmp_path)
     assert "many bytes" not in str(refused.value)
-    assert "environment HEADRACE_GRPC_SECRETS" in refused.value.message
 
 
 def test_secrets_are_shown_nowhere(tmp_path: Path) -> None:
@@ -95,7 +94,7 @@ def test_endpoints_are_read_in_order(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_endpoint_is_refused_by_name(tmp_path: Path, text: str) -> None:
-    with pytest.raises(InvalidSetting, match="push") as refused:
+    with pytest.raises(InvalidSetting, match="environment HEADRACE_PUSH: expected") as refused:
         load({}, {"HEADRACE_PUSH": text}, tmp_path)
     assert "hidden" not in str(refused.value)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from headrace.cli.opening import JsonOption, StoreOption, opened, run_async, settings_of
+from headrace.cli.opening import JsonOption, opened, run_async, settings_of
 from headrace.cli.printing import counted, duration, note, say, say_json, size
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ def command(
         Path | None,
         typer.Option("--dir", metavar="DIRECTORY", help="The directory to work in. Default: a temporary one."),
     ] = None,
-    store: StoreOption = None,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The store of the batches. Default: a SQLite file in the directory."),
+    ] = None,
     no_progress: Annotated[bool, typer.Option("--no-progress", help="Hide the progress bar.")] = False,
     json: JsonOption = False,
 ) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import traceback
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
+from typer.main import get_command
 
 from headrace.cli import activations as activation_commands
 from headrace.cli import (
@@ -91,10 +92,22 @@ app.command("demo")(demo.command)
 app.command("bench")(bench.command)
 
 
+def _hide_types_of_flags(command: Any) -> None:
+    """Give every flag an empty type in help texts: `<bool>` reads as if it took a value."""
+    context = command.context_class(command)
+    for parameter in command.get_params(context):
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    for subcommand in getattr(command, "commands", {}).values():
+        _hide_types_of_flags(subcommand)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
     try:
-        app(args=arguments, prog_name="headrace")
+        command = get_command(app)
+        _hide_types_of_flags(command)
+        command(args=arguments, prog_name="headrace")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except HeadraceError as error:

@@ -49,8 +49,11 @@ def load_app(target: str) -> Any:
     """Import the app that `target` names. Raises `InvalidInput`."""
     target_object = _attribute(target, _APP_FORM, _apps_of, "apps")
     if not isinstance(getattr(target_object, "registry", None), Registry):
+        place = target.rpartition(":")[0]
+        apps = _apps_of(_module_at(place))
         raise InvalidInput(
-            f"expected an app at {target}, got {_kind_of(target_object)}", hint="name a Headrace(…) of the module"
+            f"expected an app at {target}, got {_kind_of(target_object)}",
+            hint=f"write {' or '.join(f'{place}:{name}' for name in apps)}" if apps else f"{place} has no Headrace(…)",
         )
     return target_object
 
@@ -74,15 +77,28 @@ def _attribute(target: str, form: str, names_of: Callable[[ModuleType], list[str
     """Import the module or file of a target and return the named attribute. `names_of` lists what it may be."""
     place, colon, attribute = target.rpartition(":")
     if not colon or not place or not attribute:
-        raise InvalidInput(f"expected {form}, got {target!r}")
-    is_file = place.endswith(".py") or "/" in place or os.sep in place
-    module = _from_file(place) if is_file else _from_name(place)
+        raise InvalidInput(f"expected {form}, got {target!r}", hint=_hint_at(place or attribute, names_of, plural))
+    module = _module_at(place)
     target_object: Any = module
     for part in attribute.split("."):
         target_object = getattr(target_object, part, None)
     if target_object is None:
         raise InvalidInput(f"{place} has no {attribute!r}", hint=_hint(module, names_of(module), plural))
     return target_object
+
+
+def _module_at(place: str) -> ModuleType:
+    is_file = place.endswith(".py") or "/" in place or os.sep in place
+    return _from_file(place) if is_file else _from_name(place)
+
+
+def _hint_at(place: str, names_of: Callable[[ModuleType], list[str]], plural: str) -> str:
+    """Return what the module or file of an incomplete target has, or nothing if it can't be imported."""
+    try:
+        module = _module_at(place)
+        return _hint(module, names_of(module), plural)
+    except InvalidInput:
+        return ""
 
 
 def tasks_of(module: ModuleType) -> list[str]:
@@ -215,5 +231,8 @@ def _hint(module: ModuleType, names: list[str], plural: str) -> str:
 
 
 def _kind_of(target_object: object) -> str:
+    spec = getattr(target_object, "spec", None)
+    if isinstance(spec, TaskSpec) and not isinstance(target_object, type):
+        return f"the task {spec.name}"
     article = "an" if type(target_object).__name__[0].lower() in "aeiou" else "a"
     return "a class" if isinstance(target_object, type) else f"{article} {type(target_object).__name__}"

@@ -29,6 +29,7 @@ CONFIG_VARIABLE: Final = f"{PREFIX}CONFIG"
 TEST_PREFIX: Final = f"{PREFIX}TEST_"
 HIDDEN: Final = "***"
 SHOWN_CHARS: Final = 80
+SETTINGS_PLACE: Final = "docs/settings.md describes all settings, `headrace config show` lists them"
 STORE_URLS: Final = (
     "sqlite:///relative/file.db, sqlite:////absolute/file.db, postgresql://user@host/database, "
     "https://server or memory://"
@@ -37,6 +38,7 @@ STORE_URLS: Final = (
 LATER_VARIABLES: Final = frozenset({"HEADRACE_LISTEN"})
 """Names that a later version reads: when they are set for many processes, older ones must still start."""
 
+_NAMED_SOURCES: Final = ("flag --", "environment ")
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://")
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,20}")
 _SECRETS_HINT: Final = 'write a,b or ["a","b"]; `openssl rand -hex 32` makes a secret'
@@ -156,7 +158,7 @@ def load(flags: Mapping[str, object | None], environ: Mapping[str, str], directo
 
 def check_overrides(call: str, overrides: Mapping[str, object | None]) -> None:
     """Check settings given in code, by name. Raises `InvalidSetting` that names the call and the setting."""
-    check_names(call, overrides, NAMES, "setting")
+    check_names(call, overrides, NAMES, "setting", SETTINGS_PLACE)
     for name, value in overrides.items():
         if value is not None:
             _checked(name, _read(name, value), call)
@@ -255,7 +257,9 @@ def _checked(name: str, value: object, source: str) -> str | int:
     try:
         return check(TABLE[name], value) if name in TABLE else OPTIONS[name].checked(value)
     except InvalidSetting as error:
-        raise InvalidSetting(f"{source}: {error.message}", hint=error.hint) from None
+        # A flag or variable is named after its setting: the name is not repeated.
+        message = error.message.removeprefix(f"{name}: ") if source.startswith(_NAMED_SOURCES) else error.message
+        raise InvalidSetting(f"{source}: {message}", hint=error.hint) from None
 
 
 def _default(name: str) -> str | int | None:
@@ -279,6 +283,8 @@ def _text(name: str, value: object, form: str) -> str:
 
 def _url(name: str, hint: str) -> Callable[[object], str]:
     def checked(value: object) -> str:
+        if isinstance(value, Path):
+            raise InvalidSetting(f"{name}: expected a URL, got {value!r}", hint=f'write {name}="sqlite:///{value}"')
         text = _text(name, value, "a URL")
         if not _URL.match(text):
             # Text with an @ or a colon is not repeated: it may be a mistyped URL with a password in it.
@@ -300,8 +306,17 @@ def _host(value: object) -> str:
 def _api_key(value: object) -> str:
     if not isinstance(value, str) or not KEY_CHARS_MIN <= len(value) <= TEXT_CHARS_MAX or not value.isprintable():
         # The value is not repeated: it may be a mistyped key.
-        raise InvalidSetting(f"api_key: expected at least {KEY_CHARS_MIN} printable characters")
+        raise InvalidSetting(
+            f"api_key: expected {KEY_CHARS_MIN} to {TEXT_CHARS_MAX} printable characters, got {_kind_of_secret(value)}"
+        )
     return value
+
+
+def _kind_of_secret(value: object) -> str:
+    """Describe a secret that is not accepted, without any part of it."""
+    if not isinstance(value, str):
+        return f"a value of type {type(value).__name__}"
+    return f"{len(value)}" if value.isprintable() else f"{len(value)}, some of them not printable"
 
 
 def _environment(value: object) -> str:

@@ -8,28 +8,37 @@ from typing import Final
 from headrace.foundation.errors import InvalidSetting
 
 NAMES_SHOWN: Final = 40
-"""Most names that are listed beside a near one."""
+"""Most names that are listed. Of more, only near ones are, and `place` says where all of them are described."""
+NEAR_NAMES_SHOWN: Final = 3
 
 
 def near_name(name: str, names: Iterable[str]) -> str | None:
     """Return the name that `name` was probably meant to be, or None."""
-    import difflib  # only here: most starts make no mistake
-
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), list(names), n=1, cutoff=0.6)
+    near = _near_names(name, names, cutoff=0.6)
     return near[0] if near else None
 
 
-def hint_of(name: str, names: Collection[str], plural: str) -> str:
-    """Return a hint for an unknown name: the near one, and the list of all of them."""
+def _near_names(name: str, names: Iterable[str], *, cutoff: float) -> list[str]:
+    import difflib  # only here: most starts make no mistake
+
+    return difflib.get_close_matches(name.lower().replace("-", "_"), list(names), n=NEAR_NAMES_SHOWN, cutoff=cutoff)
+
+
+def hint_of(name: str, names: Collection[str], plural: str, place: str = "") -> str:
+    """Return a hint for an unknown name: the near one, and all names, or of many `place`."""
     near = near_name(name, names)
-    if near and len(names) > NAMES_SHOWN:
-        return f"did you mean {near}?"
-    shown = ", ".join(list(names)) or "none"
-    return f"did you mean {near}? {plural}: {shown}" if near else f"{plural}: {shown}"
+    question = f"did you mean {near}? " if near else ""
+    if len(names) <= NAMES_SHOWN:
+        return f"{question}{plural}: {', '.join(names) or 'none'}"
+    if near:
+        return question.rstrip()
+    similar = _near_names(name, names, cutoff=0.4)
+    some = f"{plural} with a similar name: {', '.join(similar)}; " if similar else ""
+    return f"{some}{place or f'there are {len(names)}'}"
 
 
-def check_names(call: str, given: Iterable[str], names: Collection[str], noun: str) -> None:
+def check_names(call: str, given: Iterable[str], names: Collection[str], noun: str, place: str = "") -> None:
     """Raise `InvalidSetting` for the first name that is not one of `names`."""
     for name in given:
         if name not in names:
-            raise InvalidSetting(f"{call} has no {noun} {name!r}", hint=hint_of(name, names, f"its {noun}s"))
+            raise InvalidSetting(f"{call} has no {noun} {name!r}", hint=hint_of(name, names, f"its {noun}s", place))

@@ -17,8 +17,8 @@ HEAD = """\
 
 A command's flags override environment variables, which override `headrace.toml`, which overrides the defaults. The
 file is read from the current directory; `HEADRACE_CONFIG` names another. `headrace config show` prints the effective
-values and the source of each, with secrets hidden. An unknown name, or a value out of its bounds, is refused at the
-start.
+values and the source of each, with secrets hidden. With an unknown name, or a value out of its bounds, a
+process does not start.
 
 ```toml
 store = "sqlite:///headrace.db"
@@ -27,6 +27,10 @@ concurrency = 100
 [limits]
 flush_size = 500
 ```
+
+The URL of `store` is one of `sqlite:///relative/file.db`, `sqlite:////absolute/file.db`, `postgresql://user@host/database`
+([PostgreSQL](postgres.md)), `https://server` ([a Headrace server](http.md#the-python-client)) and `memory://`
+([for trials](testing.md#the-store-memory)).
 """
 
 

@@ -219,7 +219,7 @@ async def test_a_key_is_created_shown_once_used_for_a_map_and_revoked(tmp_path: 
         ([], {"HEADRACE_INGEST_CONCURRENCY": "-1"}, "HEADRACE_INGEST_CONCURRENCY"),
         ([], {"HEADRACE_INGEST_CONCURRENCY": "1.5"}, "HEADRACE_INGEST_CONCURRENCY"),
         ([], {"HEADRACE_INGEST_CONCURRENCY": "ten"}, "HEADRACE_INGEST_CONCURRENCY"),
-        ([], {"HEADRACE_API_KEY": "short"}, "api_key: expected at least"),
+        ([], {"HEADRACE_API_KEY": "short"}, "environment HEADRACE_API_KEY: expected 8 to"),
     ],
 )
 async def test_a_server_with_invalid_settings_is_refused_at_its_start(

@@ -321,10 +321,14 @@ async def test_a_connection_to_another_kind_of_database_is_refused(tmp_path: Pat
     shop, other = Shop("asyncpg", tmp_path), Shop("sqlite3", tmp_path)
     async with shop.app, other.app:
         async with other.enter(other.dsn) as (connection, _):
-            with pytest.raises(InvalidInput, match="leads to SQLite, the app's store is on PostgreSQL"):
+            with pytest.raises(
+                InvalidInput, match="expected a connection to PostgreSQL, where the app's store is, got one to SQLite"
+            ):
                 await shop.ship.enqueue_in(connection, 1)
         async with shop.enter(shop.dsn) as (connection, _):
-            with pytest.raises(InvalidInput, match="leads to PostgreSQL, the app's store is on SQLite"):
+            with pytest.raises(
+                InvalidInput, match="expected a connection to SQLite, where the app's store is, got one to PostgreSQL"
+            ):
                 await other.ship.enqueue_in(connection, 1)
         with pytest.raises(InvalidInput, match="expected an asyncpg, psycopg 3"):
             await shop.ship.enqueue_in("postgresql://", 1)

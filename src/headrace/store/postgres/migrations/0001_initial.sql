@@ -246,13 +246,13 @@ CREATE TABLE {schema}.bucket (
     PRIMARY KEY (environment, name)
 );
 
--- Blocks and parts are written once. They need no room to grow, and compressing them costs more than it saves.
+-- Blocks and parts are written once. They are never updated in place, and compressing them costs more than it saves.
 ALTER TABLE {schema}.block ALTER COLUMN items SET STORAGE EXTERNAL;
 ALTER TABLE {schema}.part ALTER COLUMN results SET STORAGE EXTERNAL;
 -- The received set of a batch in random order is 1.25 MB of bits, rewritten with each append. Compressing it took longer than
 -- writing it.
 ALTER TABLE {schema}.batch ALTER COLUMN received SET STORAGE EXTERNAL;
--- A span is updated two or three times, a batch and a queue again and again. Room in the page keeps these updates inside it
+-- A span is updated two or three times, a batch and a queue again and again. Free space in the page keeps these updates inside it
 -- (HOT), and an eager vacuum keeps the index of claims short.
 ALTER TABLE {schema}.span SET (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000,
     autovacuum_vacuum_cost_delay = 0);

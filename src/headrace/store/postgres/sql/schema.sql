@@ -48,5 +48,5 @@ SELECT pg_backend_pid();
 -- tell: notify with the commit of the caller's transaction, whose durability stays unchanged
 SELECT pg_notify(:channel, :words);
 
--- notify: notify listeners without a flush to disk; polling finds what a crash loses (R11, after the commit)
+-- notify: notify listeners without a flush to disk; polling finds what a crash loses (R11, notifications follow the commit)
 SELECT set_config('synchronous_commit', 'off', true), pg_notify(:channel, :words);

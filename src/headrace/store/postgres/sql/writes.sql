@@ -127,7 +127,7 @@ RETURNING 1;
 -- end_duty: end a duty, which can be taken again at a time
 UPDATE {schema}.duty SET free_us = :free_us WHERE name = :name AND holder = :holder;
 
--- end_session: end a session, once, after the claims that found it alive (R3, it is ended before it is recovered)
+-- end_session: end a session, once, after the claims that found it alive (R3, a lapsed session is ended before it is recovered)
 WITH live AS MATERIALIZED (
     SELECT id FROM {schema}.session WHERE id = :id AND ended_us = 0 FOR UPDATE
 )

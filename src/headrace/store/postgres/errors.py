@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 import asyncpg
 
 from headrace.foundation.errors import HeadraceError, StoreBroken, StoreUnavailable
+from headrace.store.transactions.sql_script import TransactionConflict
 
 DRIVER: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 """All errors that a connection raises."""
@@ -103,7 +104,7 @@ _TRANSLATIONS: Final = (
         "wait until the server is up",
     ),
     _Translation(
-        UNDONE,
+        (*UNDONE, TransactionConflict),
         StoreUnavailable,
         "rolled the transaction back several times because of concurrent ones",
         "nothing of it is durable; repeat the call",

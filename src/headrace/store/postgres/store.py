@@ -54,7 +54,7 @@ from headrace.store.transactions.sql_script import Query, Rows, Script, Transact
 T = TypeVar("T")
 
 CONNECTIONS: Final = 8
-TRIES: Final = 5
+TRIES: Final = 10
 OUT_OF_ORDER: Final = 1_024
 """Batches that are remembered for arriving in another order than their indexes."""
 MISSES_MAX: Final = 3

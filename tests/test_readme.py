@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import os
 import re
 import shlex
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import asyncpg
 import pytest
 import typer.main
 
@@ -96,6 +99,17 @@ def serving(folder: Path) -> Iterator[str]:
         process.communicate(timeout=30)
 
 
+async def new_database(folder: Path) -> str:
+    """Create a database for one example, so that tables of other tests don't exist in it. Returns its DSN."""
+    name = f"shown_{hashlib.sha256(str(folder).encode()).hexdigest()[:24]}"
+    connection = await asyncpg.connect(server().dsn)
+    try:
+        await connection.execute(f"CREATE DATABASE {name}")
+    finally:
+        await connection.close()
+    return server().dsn.removesuffix("postgres") + name
+
+
 @pytest.mark.parametrize(("page", "number"), PYTHON)
 def test_the_python_that_is_shown_runs(page: str, number: int, tmp_path: Path) -> None:
     code = blocks("python", page)[number]
@@ -103,7 +117,7 @@ def test_the_python_that_is_shown_runs(page: str, number: int, tmp_path: Path) -
     script.write_text(code, encoding="utf-8")
     settings = {"RESIZE_SECRET": "a secret of the example's own"}
     if "DATABASE_URL" in code:
-        settings["DATABASE_URL"] = server().dsn
+        settings["DATABASE_URL"] = asyncio.run(new_database(tmp_path))
 
     def run(**more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -68,9 +68,15 @@ def test_migrations_are_numbered_from_one(package: str) -> None:
     assert [number for number, _ in migrations(package)] == list(range(1, len(migrations(package)) + 1))
 
 
+def sql_of(package: str) -> list[str]:
+    """Return the texts of a package's SQL files, and of the fragments that all databases use."""
+    paths = [Path(str(files("headrace.store")), "fragments.sql"), *Path(str(files(package)), "sql").glob("*.sql")]
+    return [path.read_text(encoding="utf-8") for path in paths]
+
+
 def fragments_of(package: str) -> dict[str, Fragment]:
-    """The fragments of a package's SQL files."""
-    _, fragments = parsed([Path(str(files(package)), "sql", "fragments.sql").read_text(encoding="utf-8")])
+    """Return the fragments of a package's SQL files."""
+    _, fragments = parsed(sql_of(package))
     return fragments
 
 
@@ -92,9 +98,7 @@ def test_both_dialects_have_the_fragments_of_the_completion_rule_and_of_the_colu
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_completion_rule_is_written_once(package: str) -> None:
-    folder = Path(str(files(package)), "sql")
-    written = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.sql"))
-    assert len(re.findall(r"completed_count \+ failed_count", written)) == 1
+    assert len(re.findall(r"completed_count \+ failed_count", "".join(sql_of(package)))) == 1
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -120,10 +120,14 @@ def parsed(texts: Sequence[str]) -> tuple[list[Statement], dict[str, Fragment]]:
 def statements(package: str) -> dict[str, Statement]:
     """Load all statements in the `.sql` files of a package's `sql` folder, by name, with their fragments expanded.
 
-    Raises `ValueError` for a name that is used twice, and for a fragment that is unknown, unused or nested.
+    Fragments are those of these files, and of `fragments.sql` beside this module, which all databases use. Raises
+    `ValueError` for a name that is used twice, and for a fragment that is unknown, unused or nested.
     """
     folder = files(package).joinpath("sql")
-    texts = [file.read_text(encoding="utf-8") for file in sorted(folder.iterdir(), key=lambda path: path.name)]
+    shared = files(__package__).joinpath("fragments.sql")
+    texts = [
+        file.read_text(encoding="utf-8") for file in (shared, *sorted(folder.iterdir(), key=lambda path: path.name))
+    ]
     written, fragments = parsed(texts)
     used: set[str] = set()
     by_name = {

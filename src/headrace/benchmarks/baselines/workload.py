@@ -53,11 +53,11 @@ async def _nothing(_item: Item) -> None:
 
 
 def statements(folder: Path) -> dict[str, str]:
-    """Read the product's statements by name, with the shared fragments expanded."""
+    """Read the product's statements in `store/…/sql` by name, with the fragments expanded."""
     texts: dict[str, str] = {}
     fragments: dict[str, tuple[list[str], str]] = {}
     head = re.compile(r"^-- (fragment )?([a-z_0-9]+)(?:\(([a-z_, ]*)\))?: .+$", re.MULTILINE)
-    for file in sorted(folder.glob("*.sql")):
+    for file in (folder.parents[1] / "fragments.sql", *sorted(folder.glob("*.sql"))):
         pieces = head.split(file.read_text(encoding="utf-8"))
         for kind, name, parameters, text in zip(pieces[1::4], pieces[2::4], pieces[3::4], pieces[4::4], strict=True):
             if kind:

@@ -27,32 +27,30 @@ RUN_STATES: Final = (run.NAMES[run.WAITING], DELAYED, LEASED, run.NAMES[run.STAR
 
 def check_run_state(state: str) -> str:
     """Return `state` if a view of a run may have it, or if it is empty. Raises `InvalidInput`."""
-    if state and state not in RUN_STATES:
-        raise InvalidInput(
-            f"expected a state of a run, got {state!r}", hint=_hint_of_state(state, RUN_STATES, batches.STATES, "batch")
-        )
-    return state
+    return _checked_state(state, "run", "batch") if state else state
 
 
 def check_batch_state(state: str) -> str:
     """Return `state` if it is a state of a batch. Raises `InvalidInput`."""
-    if state not in batches.STATES:
-        raise InvalidInput(
-            f"expected a state of a batch, got {state!r}", hint=_hint_of_state(state, batches.STATES, RUN_STATES, "run")
-        )
-    return state
+    return _checked_state(state, "batch", "run")
 
 
-def _hint_of_state(state: str, states: Sequence[str], other_states: Sequence[str], other_noun: str) -> str:
-    """Return the near state and all states, or the command that lists runs or batches in this state."""
-    if state in other_states:
-        noun = "batch" if other_noun == "run" else "run"
-        plural = "runs" if other_noun == "run" else "batches"
-        return (
-            f"a {noun} has no such state; `headrace {other_noun} list --state {state}` lists {plural}; "
+_STATES: Final = {"run": RUN_STATES, "batch": batches.STATES}
+_PLURALS: Final = {"run": "runs", "batch": "batches"}
+
+
+def _checked_state(state: str, noun: str, other: str) -> str:
+    """Return a state of a run or batch. The error's hint names the command that lists what has this state."""
+    states = _STATES[noun]
+    if state in states:
+        return state
+    hint = hint_of(state, states, "its states")
+    if state in _STATES[other]:
+        hint = (
+            f"a {noun} has no such state; `headrace {other} list --state {state}` lists {_PLURALS[other]}; "
             f"states of a {noun}: {', '.join(states)}"
         )
-    return hint_of(state, states, "its states")
+    raise InvalidInput(f"expected a state of a {noun}, got {state!r}", hint=hint)
 
 
 def no_run(batch_id: str, index: int) -> NotFound:

@@ -170,7 +170,7 @@ class ProducerProcess(SimulatedProcess):
     @property
     def session_id(self) -> str:
         """Session that this producer uses, if it needed one."""
-        session = self._producer._broker
+        session = self._producer._session
         return "" if session is None else session.session_id
 
     async def live(self) -> None:

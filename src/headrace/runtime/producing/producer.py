@@ -56,7 +56,7 @@ class Producer:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._broker: StoreSession | None = None
+        self._session: StoreSession | None = None
         self._stream_id = ""
         self._next_index = 0
         self._starting = asyncio.Lock()
@@ -82,10 +82,10 @@ class Producer:
                 flusher = await self._ensure_stream()
                 stream_id, index = self._stream_id, self._next_index
                 self._next_index += 1
-            settled, kind_there, extra_there = await self._settled_payload(stream_id, payload, kind, extra)
+            settled, stored_kind, stored_extra = await self._settled_payload(stream_id, payload, kind, extra)
             answer: asyncio.Future[tuple[str, int, bool]] = asyncio.get_running_loop().create_future()
             try:
-                await flusher.put(_Enqueue(index, settled, kind_there, key, extra_there, answer))
+                await flusher.put(_Enqueue(index, settled, stored_kind, key, stored_extra, answer))
                 return await answer
             except (FlusherClosed, Conflict):  # the stream ended before it contained this run: use the next stream
                 await self._leave_stream(stream_id)
@@ -101,16 +101,16 @@ class Producer:
     async def _leave_stream(self, stream_id: str) -> None:
         """Leave a stream that was ended by another process, and the session too if it was taken for lapsed."""
         async with self._starting:
-            if self._stream_id != stream_id or self._broker is None:
+            if self._stream_id != stream_id or self._session is None:
                 return
             self._stream_id = ""
             try:
-                await self.engine.store.heartbeat(self._broker.session_id, now_us=self.engine.clock.now_us())
+                await self.engine.store.heartbeat(self._session.session_id, now_us=self.engine.clock.now_us())
             except SessionEnded:
                 self._session_lost()
 
     async def _ensure_stream(self) -> Flusher[_Enqueue]:
-        is_ours = self._stream_id and self._broker is not None and self._broker.session_id
+        is_ours = self._stream_id and self._session is not None and self._session.session_id
         if self._flusher is not None and is_ours and self._next_index < STREAM_RUNS_MAX:
             return self._flusher
         await self._end_stream()
@@ -138,19 +138,19 @@ class Producer:
 
     async def _create_owned(self, **more: Any) -> str:
         """Create a batch that is sealed when this process's session ends; return its id."""
-        if self._broker is None:
-            broker = StoreSession(self.engine, kind="producer")
-            broker.on_ended = self._session_lost
-            await broker.start()
-            self._broker = broker
+        if self._session is None:
+            session = StoreSession(self.engine, kind="producer")
+            session.on_ended = self._session_lost
+            await session.start()
+            self._session = session
         clock = self.engine.clock
         while True:
-            if not self._broker.session_id:
-                await self._broker.restart()
+            if not self._session.session_id:
+                await self._session.restart()
             new = NewBatch(
                 id=new_batch_id(clock.now_us()),
                 environment=self.engine.environment,
-                session_id=self._broker.session_id,
+                session_id=self._session.session_id,
                 **more,
             )
             try:
@@ -163,8 +163,8 @@ class Producer:
     def _session_lost(self) -> None:
         """Start a new stream at the next enqueue: another process ended this session and sealed its stream."""
         self._stream_id = ""
-        if self._broker is not None:
-            self._broker.session_id = ""
+        if self._session is not None:
+            self._session.session_id = ""
 
     async def _end_stream(self, *, deadline_s: float | None = None) -> None:
         flusher, self._flusher = self._flusher, None
@@ -292,17 +292,17 @@ class Producer:
         """
         grace_s = self.engine.limits.shutdown_grace_s
         async with self._starting:
-            broker, self._broker = self._broker, None
-            if broker is not None:
+            session, self._session = self._session, None
+            if session is not None:
                 try:
                     await self._end_stream(deadline_s=grace_s)
                 finally:
-                    await broker.stop(deadline_s=grace_s)
+                    await session.stop(deadline_s=grace_s)
 
     def abandon(self) -> None:
         """Leave the stream to recovery: this producer's event loop has ended."""
-        if self._broker is not None:
-            self._broker.abandon()
+        if self._session is not None:
+            self._session.abandon()
 
     # -- one run
 

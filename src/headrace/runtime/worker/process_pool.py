@@ -109,7 +109,7 @@ class ProcessPool:
         """`names`: the tasks that run in the pool; `processes`: number of children, 0 for one per core."""
         self._engine = engine
         self._registry = registry
-        self._broker = session
+        self._session = session
         self._hooks = hooks
         self._count = processes or os.cpu_count() or 1
         self._names = names
@@ -206,7 +206,7 @@ class ProcessPool:
 
     def _marks_name(self, child: _ChildProcess) -> str:
         self._launches_count += 1
-        return f"{self._broker.session_id}.{child.number}-{self._launches_count}"
+        return f"{self._session.session_id}.{child.number}-{self._launches_count}"
 
     async def stop(self, *, grace_s: float) -> None:
         """Begin no run, let children end those in flight within `grace_s`, then end the children."""

@@ -26,6 +26,8 @@ from typing import Any, Final, NamedTuple
 
 import psutil
 
+from bench.grpc_wire import HEAD, field, frame, headers
+
 ROUNDS: Final = 3
 PAIRS: Final = 5
 IN_FLIGHT: Final = 64
@@ -34,30 +36,8 @@ GET: Final = "/sentry_protos.taskbroker.v1.ConsumerService/GetTask"
 SET: Final = "/sentry_protos.taskbroker.v1.ConsumerService/SetTaskStatus"
 SET_MANY: Final = "/sentry_protos.taskbroker.v1.ConsumerService/SetBatchActivationStatus"
 REPORTED_AT_ONCE: Final = 32
-HEAD: Final = struct.Struct(">HBBBI")
 DONE: Final = b"grpc-status\x010"
 Next = Callable[[bytes], "tuple[bytes, bytes] | None"]
-
-
-def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
-    """Return a whole frame."""
-    return HEAD.pack(len(payload) >> 8, len(payload) & 255, kind, flags, stream_id) + payload
-
-
-def field(number: int, value: bytes) -> bytes:
-    """Encode a bytes field of a message."""
-    size, head = len(value), bytearray((number << 3 | 2,))
-    while size > 127:
-        head.append(size & 127 | 128)
-        size >>= 7
-    return bytes(head) + bytes((size,)) + value
-
-
-def headers(path: str) -> bytes:
-    """Return the header block of a call, with literal fields that are not indexed."""
-    fields = {":path": path, ":authority": "x", "content-type": "application/grpc", "te": "trailers"}
-    text = ((name.encode(), value.encode()) for name, value in fields.items())
-    return b"\x83\x86" + b"".join(b"\0" + bytes((len(n),)) + n + bytes((len(v),)) + v for n, v in text)
 
 
 class Load:

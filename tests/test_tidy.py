@@ -297,7 +297,7 @@ def bare_rules(file: File) -> Faults:
 
 DOC: Final = '"""A module."""\n'
 RULES: Final = [
-    Rule(in_src, long_files, DOC + "\n" * FILE_LINES_MAX),
+    Rule(in_src_or_tests, long_files, DOC + "\n" * FILE_LINES_MAX),
     Rule(in_src, long_functions, f"def long():\n{'    pass' + chr(10)}" + "    pass\n" * FUNCTION_LINES_MAX),
     Rule(in_src, empty_names, "", "src/headrace/core/helpers.py"),
     Rule(in_src, empty_names, "", "src/headrace/run_utils.py"),

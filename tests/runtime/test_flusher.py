@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from headrace.foundation.errors import ClientFault, HeadraceError, InvalidSetting, StoreUnavailable
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
-from tests.support.flush_target import FlushTarget
+from tests.support.flush_target import FlushTarget, SeededScenario
 
 
 @pytest.fixture
@@ -519,59 +518,22 @@ async def test_leaving_the_block_closes_the_flusher(new: New, target: FlushTarge
 # Randomised scenarios
 
 
-class Dice:
-    """Producers that are cancelled and a store that stalls, fails and refuses, all decided by a seed."""
-
-    def __init__(self, seed: int, clock: ManualClock) -> None:
-        self.random = random.Random(seed)
-        self.clock = clock
-        self.poison = {(producer, count) for producer in range(6) for count in range(60) if self.random.random() < 0.03}
-        self.accepted: list[tuple[int, int]] = []
-        self.landed: list[tuple[int, int]] = []
-        self.flush_most = 0
-
-    async def flush(self, updates: Sequence[tuple[int, int]]) -> None:
-        self.flush_most = max(self.flush_most, len(updates))
-        if self.random.random() < 0.5:
-            await self.clock.sleep(self.random.random() * 0.2)
-        if self.random.random() < 0.2:
-            raise self.random.choice([OSError("down"), StoreUnavailable("busy"), asyncio.CancelledError()])
-        if self.poison.intersection(updates):
-            raise ClientFault("refused")
-        self.landed.extend(updates)
-
-    async def produce(self, producer: int, flusher: Flusher[tuple[int, int]]) -> None:
-        for count in range(60):
-            if self.random.random() < 0.2:
-                await self.clock.sleep(self.random.random() * 0.1)
-            put = asyncio.ensure_future(flusher.put((producer, count)))
-            if self.random.random() < 0.1:
-                for _ in range(self.random.randint(0, 6)):
-                    await asyncio.sleep(0)
-                put.cancel()
-            try:
-                await put
-            except asyncio.CancelledError:
-                continue
-            self.accepted.append((producer, count))
-
-
 @pytest.mark.parametrize("seed", range(25))
 async def test_each_update_is_flushed_or_refused_once_under_failures_and_cancellation(
     seed: int, clock: ManualClock, target: FlushTarget
 ) -> None:
-    dice = Dice(seed, clock)
-    size, buffer_max = dice.random.randint(1, 9), dice.random.randint(9, 20)
+    scenario = SeededScenario(seed, clock)
+    size, buffer_max = scenario.random.randint(1, 9), scenario.random.randint(9, 20)
     flusher: Flusher[tuple[int, int]] = Flusher(
-        dice.flush,
-        name="dice",
+        scenario.flush,
+        name="scenario",
         clock=clock,
         on_refused=target.refuse,
         size=size,
-        interval_ms=dice.random.choice([None, 20, 200]),
+        interval_ms=scenario.random.choice([None, 20, 200]),
         buffer_max=buffer_max,
     )
-    producers = [asyncio.create_task(dice.produce(producer, flusher)) for producer in range(6)]
+    producers = [asyncio.create_task(scenario.produce(producer, flusher)) for producer in range(6)]
     while not all(task.done() for task in producers):
         await clock.advance_async(0.05)
         assert flusher.depth <= buffer_max
@@ -580,12 +542,12 @@ async def test_each_update_is_flushed_or_refused_once_under_failures_and_cancell
         await clock.advance_async(1)
     await closing
     refused = [update for update, _ in target.refused]
-    assert sorted(dice.landed + refused) == sorted(dice.accepted)
-    assert set(refused) == dice.poison.intersection(dice.accepted)
-    assert dice.flush_most <= size
+    assert sorted(scenario.landed + refused) == sorted(scenario.accepted)
+    assert set(refused) == scenario.poison.intersection(scenario.accepted)
+    assert scenario.flush_most <= size
     assert flusher.depth == flusher._held_count == 0
     for producer in range(6):
-        updates = [update for update in dice.landed if update[0] == producer]
+        updates = [update for update in scenario.landed if update[0] == producer]
         assert updates == sorted(updates)
 
 

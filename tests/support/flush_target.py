@@ -1,12 +1,15 @@
-"""Flush target for the tests of the flusher."""
+"""Flush target and random producers for the tests of the flusher."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
 from typing import Any
 
-from headrace.foundation.errors import ClientFault, HeadraceError
+from headrace.foundation.errors import ClientFault, HeadraceError, StoreUnavailable
+from headrace.runtime.clock import ManualClock
+from headrace.runtime.flusher import Flusher
 
 
 class FlushTarget:
@@ -43,3 +46,40 @@ class FlushTarget:
     @property
     def landed(self) -> list[Any]:
         return [update for flush in self.flushes for update in flush]
+
+
+class SeededScenario:
+    """Producers that are cancelled and a store that stalls, fails and refuses, all decided by a seed."""
+
+    def __init__(self, seed: int, clock: ManualClock) -> None:
+        self.random = random.Random(seed)
+        self.clock = clock
+        self.poison = {(producer, count) for producer in range(6) for count in range(60) if self.random.random() < 0.03}
+        self.accepted: list[tuple[int, int]] = []
+        self.landed: list[tuple[int, int]] = []
+        self.flush_most = 0
+
+    async def flush(self, updates: Sequence[tuple[int, int]]) -> None:
+        self.flush_most = max(self.flush_most, len(updates))
+        if self.random.random() < 0.5:
+            await self.clock.sleep(self.random.random() * 0.2)
+        if self.random.random() < 0.2:
+            raise self.random.choice([OSError("down"), StoreUnavailable("busy"), asyncio.CancelledError()])
+        if self.poison.intersection(updates):
+            raise ClientFault("refused")
+        self.landed.extend(updates)
+
+    async def produce(self, producer: int, flusher: Flusher[tuple[int, int]]) -> None:
+        for count in range(60):
+            if self.random.random() < 0.2:
+                await self.clock.sleep(self.random.random() * 0.1)
+            put = asyncio.ensure_future(flusher.put((producer, count)))
+            if self.random.random() < 0.1:
+                for _ in range(self.random.randint(0, 6)):
+                    await asyncio.sleep(0)
+                put.cancel()
+            try:
+                await put
+            except asyncio.CancelledError:
+                continue
+            self.accepted.append((producer, count))

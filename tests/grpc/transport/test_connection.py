@@ -30,7 +30,6 @@ from headrace.grpc.transport.headers import (
     decode_status_message,
     encode_block,
     encode_field,
-    encode_status_message,
 )
 from headrace.grpc.transport.sender import ALLOWANCE_MAX, STREAM_WINDOW, Budget
 from headrace.grpc.transport.status import Code
@@ -594,11 +593,3 @@ def test_a_client_refuses_a_response_over_its_limit() -> None:
     events = client.feed(output_of(other), now_us=0)
     assert [event.trailers["grpc-status"] for event in events if isinstance(event, ResponseReceived)] == ["8"]
     assert client.streams_count == 0
-
-
-@given(st.text(max_size=20))
-def test_a_status_message_survives_percent_encoding(text: str) -> None:
-    encoded = encode_status_message(text)
-    assert encoded.isascii()
-    assert not any(character in encoded for character in "\r\n\0")
-    assert decode_status_message(encoded) == text.encode("utf-8", "replace").decode()

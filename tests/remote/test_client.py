@@ -1,4 +1,4 @@
-"""The client over real sockets: it stores each item once, whatever the network loses."""
+"""The client over real sockets: it stores each item once, also when the network loses requests."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ async def two_engines(url: str, tmp_path: Path) -> AsyncIterator[tuple[Engine, E
     settings = load({"store": url, "objects": str(tmp_path / "objects")}, {}, tmp_path)
     first, second = await open_engine(settings), await open_engine(settings)
     try:
-        for bell in (second.wakeup, second.recorded):  # the first notification covers whatever was missed before
+        for bell in (second.wakeup, second.recorded):  # the first notification covers all that was missed before
             await bell.wait(SystemClock(), LONG_S, since=0)
         yield first, second
     finally:

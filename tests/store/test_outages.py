@@ -81,7 +81,7 @@ async def running(stopped_server: Server) -> None:
     try:
         async with other_connection(stopped_server.dsn) as connection:
             await connection.fetchval("SELECT 1")
-    except Exception:  # noqa: BLE001 - whatever it is, it is not up
+    except Exception:  # noqa: BLE001 - any error means that it is not up
         await asyncio.to_thread(stopped_server.stop_if_running)
         await asyncio.to_thread(stopped_server.start)
 

@@ -1,5 +1,5 @@
 """The hot operations on PostgreSQL: one statement each (R7, a hot operation is one statement), answered from indexes
-whatever the tables hold (R9, claims read lane by lane).
+for tables of any size (R9, claims read lane by lane and sweep cancelled batches).
 """
 
 from __future__ import annotations
@@ -447,7 +447,7 @@ async def test_r9_hot_statements_use_indexes_whatever_the_tables_hold(rig: Store
                 assert index in text, f"{name}\n{text}"
             for table in TABLES:
                 assert f"Seq Scan on {table}" not in text, f"{name}\n{text}"
-        for name, values in DONE.items():  # not only planned: it reads a few pages, whatever the tables hold
+        for name, values in DONE.items():  # not only planned: it reads a few pages of tables of any size
             pages = await pages_touched(rig, name, values(count))
             assert 0 < pages < PAGES_MAX, (name, pages)
 

@@ -335,7 +335,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.past)
     @rule(number=numbers)
     def settle_again_much_later(self, number: int) -> None:
-        """Repeat a settlement that was recorded long ago: it is recognised, whatever happened since."""
+        """Repeat a settlement that was recorded long ago: it is recognised, also after later changes."""
         settlement = self.past[number % len(self.past)]
         assert self.wait(self.store.settle([settlement], now_us=self.now_us)) == ["recorded"]
 

@@ -25,7 +25,7 @@ def serve(live: Callable[[dict[str, Any]], None]) -> None:
         if not child:
             try:
                 live(json.loads(line))
-            except BaseException:  # noqa: BLE001 - a fork must end here, whatever happened
+            except BaseException:  # noqa: BLE001 - a fork must end here after any error
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)

@@ -1,7 +1,7 @@
 """Activations: runs that workers in any language fetch one by one, knowing only an id.
 
-Rule 1: all activations of an environment are runs of one task, `LANE`. Their ids are therefore unique whatever their
-task names are, a claim reads one lane per queue, and one row holds activations of many task names. The task name of
+Rule 1: all activations of an environment are runs of one task, `LANE`. Their ids are therefore unique for all
+task names, a claim reads one lane per queue, and one row holds activations of many task names. The task name of
 each is in its `Extra`. Rule 2: the queue's name contains application and namespace. Rule 3: a report carries only an
 id, so the id names the attempt and how often that attempt was overdue. The report of an earlier holder thus names
 another delivery, and is recognised on every server.

@@ -164,7 +164,7 @@ class IndexSet:
         return [index for index in asked_indexes if bisect_right(bounds, index) % 2 == 1]
 
     def overlaps_range(self, start: int, stop: int) -> bool:
-        """True if any index from `start` to `stop - 1` is in the set. Costs two searches, whatever the length of the
+        """True if any index from `start` to `stop - 1` is in the set. Costs two searches for any length of the
         range.
         """
         if self._bits is not None:

@@ -71,7 +71,7 @@ class NdjsonMachine:
     `validate=False` leaves UTF-8 and JSON to the decoder of the items; sizes are checked all the same. For a stream
     that is resumed in the middle, the arguments give the bytes, items and lines before it.
 
-    Linear: each byte is read and copied a fixed number of times, whatever the pieces. An unfinished line is kept in one
+    Linear: each byte is read and copied a fixed number of times, for any pieces. An unfinished line is kept in one
     bytearray instead of a list of its pieces: 3 MiB in pieces of two bytes would be 60 MiB of small objects.
     """
 

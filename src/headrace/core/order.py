@@ -2,7 +2,7 @@
 
 The clock of a queue is the highest order number claimed so far in it. The time of an environment is the highest clock
 of its queues. The order number of a run is its index counted from the time at which its batch began, and never before
-the current time. Inside a batch the order is therefore by index, whatever arrives first. A small batch does not wait
+the current time. Inside a batch the order is therefore by index and not by arrival. A small batch does not wait
 behind ten million items. Batches that run together share evenly, also across queues, and a batch that feeds slowly gets
 neither credit nor penalty (start-time fair queueing, Goyal, Vin and Cheng 1996, with one unit of service per run).
 

@@ -31,7 +31,7 @@ def is_number_within(value: object, least: float, most: float) -> bool:
 
 
 class RetryAfter(Exception):
-    """Raised by a task to be retried in `seconds`, whatever its policy's delays; it uses an attempt.
+    """Raised by a task to be retried in `seconds` instead of its policy's delay; it uses an attempt.
 
     `seconds` is from 0 to 365 days. On its last attempt the run fails with this error.
     """

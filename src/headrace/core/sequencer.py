@@ -2,7 +2,7 @@
 
 A state machine: `feed` the events of a source, `close` a source that ended, `take` the events that are known to come
 next. An event comes next only if every other source that has not ended has a later one, so the order is the same
-whatever the speed of the sources. With one source nothing waits.
+at any speed of the sources. With one source nothing waits.
 
 Rule 1: positions of a source only rise. A position that is repeated or lower is refused, naming the source; a source
 that goes back yields `Rewind`.

@@ -359,7 +359,7 @@ class Flusher(Generic[T]):
         await self.close()
 
     def _end(self, task: asyncio.Task[None]) -> None:
-        """Release every waiting sender and closer, whatever ended the task."""
+        """Release every waiting sender and closer, for any end of the task."""
         self._is_closing = True
         self._ended.set()
         while self._senders:

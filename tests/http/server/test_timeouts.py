@@ -212,7 +212,7 @@ async def test_a_shutdown_completes_a_stream_and_accepts_no_new_one(tmp_path: Pa
         answer = await peer.answer()
         assert (answer.status, answer.json["sealed"], answer.headers["connection"]) == (200, True, "close")
         await stopping
-        with pytest.raises(OSError):  # noqa: PT011 - refused, whatever the system calls it
+        with pytest.raises(OSError):  # noqa: PT011 - refused; systems name it differently
             await server.peer().connect()
 
 

@@ -243,7 +243,7 @@ class Executor:
         return self._is_stopping or canary is None or canary.cancelling() > 0 or canary.done()
 
     async def _run(self, runner: RunnerState) -> None:
-        """Run until the executor ends, whatever the runs do."""
+        """Run until the executor ends; no run can end this loop."""
         while not self._is_stopping:
             try:
                 await self._take_runs(runner)
@@ -373,7 +373,7 @@ class Executor:
                         look_at = lease_offset + step
                     continue
                 remainder = self._outcomes.complete(active, lease_offset, done.value)
-            except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
+            except BaseException as error:  # noqa: BLE001 - every exception of a task is its outcome
                 self._outcomes.fail(active, lease_offset, self._spec(active, lease_offset), error)
             else:
                 spec = self.registry.get(active.lease.task)
@@ -441,7 +441,7 @@ class Executor:
             waits_for = variables.run(coro.send, None)
         except StopIteration as stop:
             return self._outcomes.complete(active, lease_offset, stop.value)
-        except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
+        except BaseException as error:  # noqa: BLE001 - every exception of a task is its outcome
             self._outcomes.fail(active, lease_offset, spec, error)
             return None
         return self._await_run(active, lease_offset, runner, spec, continue_coroutine(coro, variables, waits_for))
@@ -537,7 +537,7 @@ class Executor:
             finally:
                 if timed:
                     signal.setitimer(signal.ITIMER_REAL, 0)
-        except BaseException as error:  # noqa: BLE001 - whatever a task raises is its outcome
+        except BaseException as error:  # noqa: BLE001 - every exception of a task is its outcome
             self._outcomes.fail(active, lease_offset, spec, error)
             return None
         return self._outcomes.complete(active, lease_offset, value)

@@ -125,7 +125,7 @@ class EntityStore(Protocol):
         """List the indexers of an environment, by name."""
 
     async def take(self, seen: IndexerState, holder: str) -> int | None:
-        """Lease an indexer as it was `seen`, whatever its holder. Returns the token, or None if it has changed
+        """Lease an indexer as it was `seen`, from any holder. Returns the token, or None if it has changed
         since.
         """
 

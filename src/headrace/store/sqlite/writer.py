@@ -114,7 +114,7 @@ class Writer:
             return
         try:
             _transact(connection, group)
-        except Exception as error:  # noqa: BLE001 - whatever went wrong is answered to the request that caused it
+        except Exception as error:  # noqa: BLE001 - the request that caused an error gets it
             if connection.in_transaction:
                 connection.rollback()
             if len(group) == 1:

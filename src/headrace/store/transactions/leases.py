@@ -193,7 +193,7 @@ def _take(claim_request: Claim, now_us: int) -> Script[list[Span]]:
             yield from fetch("lock_batches", ids=as_json(sorted(locked_batches)))
         if not locked_batches.issuperset(stopped):
             raise TransactionConflict
-        for batch_id in stopped:  # a bounded number of spans (R9, a claim sweeps spans of a cancelled batch)
+        for batch_id in stopped:  # a bounded number of spans (R9, claims read lane by lane and sweep cancelled batches)
             yield from sweep_stopped(batch_id, CANDIDATES_MAX, now_us)
     return []
 

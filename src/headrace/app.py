@@ -70,9 +70,10 @@ TASK_OPTIONS: Final = tuple(
 class Headrace:
     """An app: tasks by name, and the store of their runs.
 
-    `store`, `objects`, `environment` and any setting by its name (`flush_size=…`) override environment variables
-    (`HEADRACE_STORE`, …) and `headrace.toml`. The store is opened at the first use. Use the app as an async context
-    manager, or call `close`. Raises `InvalidSetting` for an unknown setting or a value out of its bounds.
+    `store`, `objects`, `environment` and any setting by its name (`flush_size=…`) override `headrace.toml`;
+    environment variables (`HEADRACE_STORE`, …) override them, and flags of a command that names the app do too. The
+    store is opened at the first use. Use the app as an async context manager, or call `close`. Raises `InvalidSetting`
+    for an unknown setting or a value out of its bounds.
 
     Methods ending in `_sync` are the blocking forms of async methods, for code that is not async.
     """
@@ -91,13 +92,13 @@ class Headrace:
         except InvalidInput as error:
             raise InvalidSetting(f"Headrace(): {error.message}", hint='write Headrace("my-app")') from None
         self.registry = Registry(name)
-        self._overrides: dict[str, object | None] = {
+        self.declared: Final[Mapping[str, object | None]] = {
             "store": store,
             "objects": objects,
             "environment": environment,
             **settings,
         }
-        check_overrides("Headrace()", self._overrides)
+        check_overrides("Headrace()", self.declared)
         self._settings: Settings | None = None
         self._engine: Engine | None = None
         self._producer: Producer | None = None
@@ -317,7 +318,7 @@ class Headrace:
     def settings(self) -> Settings:
         """The effective settings."""
         if self._settings is None:
-            self._settings = load(self._overrides, os.environ, Path.cwd())
+            self._settings = load({}, os.environ, Path.cwd(), code=self.declared)
         return self._settings
 
     async def open(self) -> Engine:

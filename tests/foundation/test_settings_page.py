@@ -15,10 +15,16 @@ PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """\
 # Settings
 
-A command's flags override environment variables, which override `headrace.toml`, which overrides the defaults. The
-file is read from the current directory; `HEADRACE_CONFIG` names another. `headrace config show` prints the effective
-values and the source of each, with secrets hidden. With an unknown name, or a value out of its bounds, a
-process does not start.
+For each setting by itself, the first of these sources that has a value wins:
+
+1. a command's flag, such as `--store`;
+2. an environment variable, such as `HEADRACE_STORE`;
+3. the code: `Headrace("app", store=…, flush_size=…)`. Commands that name an app, a task or an indexer read it too;
+4. `headrace.toml` in the current directory; `HEADRACE_CONFIG` names another file;
+5. the default.
+
+`headrace config show` prints the effective values and the source of each, with secrets hidden; `headrace config show
+jobs.py:app` prints those of an app. With an unknown name, or a value out of its bounds, a process does not start.
 
 ```toml
 store = "sqlite:///headrace.db"

@@ -19,6 +19,10 @@ def root() -> None:
 
 @app.command("show")
 def show(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="[MODULE_OR_FILE:APP]", help="The app whose settings to show. Default: none."),
+    ] = "",
     store: StoreOption = None,
     concurrency: Annotated[
         int | None, typer.Option(metavar="N", help="Override the setting, as in `headrace map`.")
@@ -28,8 +32,16 @@ def show(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show every setting with its value and its source; secrets are hidden."""
-    settings = settings_of(store=store, concurrency=concurrency, processes=processes)
+    """Show every setting with its value and its source; secrets are hidden.
+
+    A flag overrides an environment variable, which overrides `Headrace(…)` in the app's code, which overrides
+    headrace.toml.
+    """
+    from headrace.cli.target_loader import load_app
+
+    settings = settings_of(
+        load_app(target) if target else None, store=store, concurrency=concurrency, processes=processes
+    )
     lines = settings.shown()
     if json:
         say_json({"settings": [line._asdict() for line in lines]})

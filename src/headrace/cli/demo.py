@@ -36,7 +36,7 @@ def command(
     """Outline every module of this machine's Python standard library, in child processes."""
     import tempfile
 
-    from headrace.cli.mapping import Mapping
+    from headrace.cli.mapping import Mapping, load_task
     from headrace.demo import INLINE_BYTES_MAX, digest, paths_of, write_items
     from headrace.foundation.errors import InvalidInput
 
@@ -49,7 +49,8 @@ def command(
             f"the demo can't write to {directory or tempfile.gettempdir()}: {error.strerror or error}",
             hint="name a writable directory with --dir",
         ) from error
-    settings = settings_of(store=store or f"sqlite:///{place / 'headrace.db'}", inline_bytes_max=INLINE_BYTES_MAX)
+    app, task = load_task("headrace.examples.stdlib:outline")
+    settings = settings_of(app, store=store or f"sqlite:///{place / 'headrace.db'}", inline_bytes_max=INLINE_BYTES_MAX)
     if not json:
         note(
             f"{counted(items.modules_count, 'module')} of the standard library, {size(items.bytes_count)}; "
@@ -58,7 +59,8 @@ def command(
     output = place / "outlines.ndjson"
     mapping = Mapping.prepare(
         settings,
-        target="headrace.examples.stdlib:outline",
+        app,
+        task,
         input_name=str(items.path),
         output_name=str(output),
         batch_key="",

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
 from urllib.parse import urlsplit
 
 import typer
@@ -49,12 +49,21 @@ class Finding(NamedTuple):
     hint: str = ""
 
 
-def command(store: StoreOption = None, json: JsonOption = False) -> None:
+def command(
+    app: Annotated[
+        str,
+        typer.Argument(metavar="[MODULE_OR_FILE:APP]", help="The app whose store to check. Default: none."),
+    ] = "",
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
     """Check the store, its durability, clock, disk, objects and sessions, and find stuck batches.
 
     Exit code 1 if any check fails.
     """
-    settings = settings_of(store=store)
+    from headrace.cli.target_loader import load_app
+
+    settings = settings_of(load_app(app) if app else None, store=store)
     findings = run_async(examine(settings))
     all_ok = all(finding.ok for finding in findings)
     if json:

@@ -68,9 +68,8 @@ def run(
     from headrace.cli.opening import run_async, settings_of
     from headrace.cli.target_loader import load_indexer
 
-    settings = settings_of(store=store, index_depth_max=depth, index_batch_events_max=batch_size)
     loaded = load_indexer(indexer)
-    loaded.app.use(settings)
+    settings_of(loaded.app, store=store, index_depth_max=depth, index_batch_events_max=batch_size)
     run_async(_run(loaded, position_of(until), wait=not no_wait, shows=progress))
 
 
@@ -221,9 +220,8 @@ def rollback(
     from headrace.cli.printing import note
     from headrace.cli.target_loader import load_indexer
 
-    settings = settings_of(store=store)
     loaded = load_indexer(indexer)
-    loaded.app.use(settings)
+    settings_of(loaded.app, store=store)
 
     async def work() -> None:
         owner: Any = loaded.app

@@ -39,13 +39,15 @@ def command(
     OUTPUT gets one line for each item, in order: {"index":0,"ok":true,"output":…} or {"index":0,"ok":false,"error":…}.
     Exit codes: 0 all runs completed, 3 some runs failed, 2 usage or input error, 130 interrupted.
     """
-    from headrace.cli.mapping import Mapping
+    from headrace.cli.mapping import Mapping, load_task
     from headrace.cli.opening import place_of, run_async, settings_of
 
-    settings = settings_of(store=place_of(store, server), concurrency=concurrency, processes=processes)
+    app, loaded_task = load_task(task)
+    settings = settings_of(app, store=place_of(store, server), concurrency=concurrency, processes=processes)
     mapping = Mapping.prepare(
         settings,
-        target=task,
+        app,
+        loaded_task,
         input_name=input_,
         output_name=output,
         batch_key=batch_key,

@@ -76,6 +76,15 @@ class Summary(msgspec.Struct, kw_only=True):
         return RUNS_FAILED if self.bad else 0
 
 
+def load_task(target: str) -> tuple[Headrace, Task[Any, Any]]:
+    """Import the task that `target` names, with its app; a plain function gets an app of its own."""
+    loaded = load_target(target)
+    if isinstance(loaded.handle, Task) and isinstance(loaded.handle.app, Headrace):
+        return loaded.handle.app, loaded.handle
+    app = Headrace("map")
+    return app, app.task(loaded.function)
+
+
 class Mapping:
     """A map whose arguments were checked, with its output opened."""
 
@@ -111,8 +120,9 @@ class Mapping:
     def prepare(
         cls,
         settings: Settings,
+        app: Headrace,
+        task: Task[Any, Any],
         *,
-        target: str,
         input_name: str,
         output_name: str | None,
         batch_key: str,
@@ -120,14 +130,6 @@ class Mapping:
         shows_progress: bool,
     ) -> Self:
         """Check all arguments before anything runs. Raises `InvalidInput`."""
-        loaded = load_target(target)
-        task: Task[Any, Any]
-        if isinstance(loaded.handle, Task) and isinstance(loaded.handle.app, Headrace):
-            app, task = loaded.handle.app, loaded.handle
-        else:
-            app = Headrace("map")
-            task = app.task(loaded.function)
-        app.use(settings)
         source = Input(input_name)
         if len(batch_key) > settings.limits.name_chars_max or (batch_key and not batch_key.isprintable()):
             raise InvalidInput(

@@ -18,6 +18,7 @@ from headrace.foundation.errors import InvalidInput, NotFound
 from headrace.foundation.settings import Settings, hidden, load
 
 if TYPE_CHECKING:
+    from headrace.app import Headrace
     from headrace.core.batch import BatchRecord
     from headrace.runtime.engine import Engine
 
@@ -29,7 +30,9 @@ LOG_LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "criti
 StoreOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--store", metavar="URL", help="The store of the batches. Default: HEADRACE_STORE, else sqlite:///headrace.db."
+        "--store",
+        metavar="URL",
+        help="The store of the batches. Default: HEADRACE_STORE, else that of the app, else sqlite:///headrace.db.",
     ),
 ]
 ServerOption: TypeAlias = Annotated[
@@ -39,10 +42,12 @@ ServerOption: TypeAlias = Annotated[
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def settings_of(**flags: object | None) -> Settings:
-    """Load the effective settings and configure logging."""
-    settings = load(flags, os.environ, Path.cwd())
+def settings_of(app: Headrace | None = None, /, **flags: object | None) -> Settings:
+    """Load the effective settings and configure logging. `app` is the app that the command names: it gets them too."""
+    settings = load(flags, os.environ, Path.cwd(), code=None if app is None else app.declared)
     _log_to_stderr(settings)
+    if app is not None:
+        app.use(settings)
     return settings
 
 
@@ -80,7 +85,8 @@ async def opened(settings: Settings, *, must_exist: bool = False) -> AsyncIterat
         if not path.exists():
             raise NotFound(
                 f"there is no database at {path}",
-                hint="name another with --store, or create it with `headrace map` or `headrace migrate`",
+                hint="name another with --store or HEADRACE_STORE (`headrace config show FILE:APP` prints that of an "
+                "app), or create it with `headrace map` or `headrace migrate`",
             )
     engine = await open_engine(settings)
     try:

@@ -71,7 +71,9 @@ def command(
     from headrace.cli.opening import run_async, settings_of
     from headrace.cli.target_loader import load_app
 
+    loaded = load_app(app) if app else None
     settings = settings_of(
+        loaded,
         store=store,
         host=host,
         port=port,
@@ -87,9 +89,6 @@ def command(
         if code:
             raise typer.Exit(code)
         return
-    loaded = load_app(app) if app else None
-    if loaded is not None:
-        loaded.use(settings)
     who = f"server {number}: " if number else ""
     run_async(_serve(settings, loaded, works=not no_worker, is_open=no_auth, who=who, lifeline=lifeline))
 

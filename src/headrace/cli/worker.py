@@ -41,9 +41,8 @@ def command(
     from headrace.cli.target_loader import load_app
 
     store = place_of(store, server)
-    settings = settings_of(store=store, concurrency=concurrency, processes=processes)
     loaded = load_app(app)
-    loaded.use(settings)
+    settings = settings_of(loaded, store=store, concurrency=concurrency, processes=processes)
     queue_names = [queue for queue in queues.split(",") if queue] or None
     if not settings.processes:
         run_async(_work(loaded, settings, queue_names, number, lifeline))

@@ -1,8 +1,8 @@
 """Effective settings, each with its source.
 
-Flags override environment variables, which override `headrace.toml`, which overrides the defaults. Every value is
-checked, also one that another overrides: an invalid setting is never ignored. An unknown name is refused with the name
-that was probably meant.
+For each setting by itself, flags override environment variables, which override `Headrace(…)` in code, which overrides
+`headrace.toml`, which overrides the defaults. Every value is checked, also one that another overrides: an invalid
+setting is never ignored. An unknown name is refused with the name that was probably meant.
 
 Rule 1: secrets never appear in `shown`, in `repr` or in an error. Rule 2: this module does not know which stores exist;
 of a store URL only the form is checked.
@@ -115,14 +115,26 @@ class Settings:
         ]
 
 
-def load(flags: Mapping[str, object | None], environ: Mapping[str, str], directory: Path) -> Settings:
+def load(
+    flags: Mapping[str, object | None],
+    environ: Mapping[str, str],
+    directory: Path,
+    *,
+    code: Mapping[str, object | None] | None = None,
+) -> Settings:
     """Load the effective settings of a process started in `directory`.
 
-    `flags` are by setting name (`flush_size`, not `--flush-size`); `None` means that the flag was not given. Raises
-    `InvalidSetting` that names the setting, its source and its bounds.
+    `flags` are by setting name (`flush_size`, not `--flush-size`), and so are the arguments of `Headrace(…)` in `code`;
+    `None` means that one was not given. Raises `InvalidSetting` that names the setting, its source and its bounds.
     """
     given: dict[str, tuple[str | int, str]] = {}
-    for layer in (_from_file(environ, directory), _from_environment(environ), _from_flags(flags)):
+    layers = (
+        _from_file(environ, directory),
+        _from_code(code or {}),
+        _from_environment(environ),
+        _from_flags(flags),
+    )
+    for layer in layers:
         for name, value, source in layer:
             given[name] = (_checked(name, value, source), source)
     numbers: dict[str, int] = {}
@@ -178,6 +190,12 @@ def _from_flags(flags: Mapping[str, object | None]) -> Iterator[tuple[str, objec
             raise _unknown(source, name, NAMES, lambda meant: f"--{meant.replace('_', '-')}")
         if value is not None:
             yield name, _read(name, value), source
+
+
+def _from_code(arguments: Mapping[str, object | None]) -> Iterator[tuple[str, object, str]]:
+    for name, value in arguments.items():
+        if value is not None:
+            yield name, _read(name, value), f"Headrace({name}=…)"
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:

@@ -1,6 +1,7 @@
 """Tasks by name, and the one table by which payloads decode, however they were received.
 
-application/json         a task of one parameter takes the value whole; of several, an object as keyword
+application/json         a task of one parameter takes the value whole; where that does not fit, an object whose
+                         only key is the parameter's name holds it; a task of several takes an object as keyword
                          arguments or an array as positional ones; a `Context` parameter does not count
 application/super+json   its `json` part, with its `meta` types where Python has them, then as JSON
 text/plain               a string
@@ -96,8 +97,11 @@ class Codec:
         if self._only is not None:
             annotation = self._only.annotation
             self._whole = msgspec.json.Decoder(annotation)
+            named = msgspec.defstruct("Arguments", [(self._only.name, annotation)], forbid_unknown_fields=True)
+            self._one_by_name = msgspec.json.Decoder(named)
+            self._is_name_first = _ignores_key(self._whole, annotation, self._only.name)
             if self._only.kind != inspect.Parameter.KEYWORD_ONLY:
-                self.decode_one = self._whole.decode
+                self.decode_one = self._one_from_json if self._is_name_first else self._whole.decode
             self._checks_nothing = annotation in (Any, object)
             self._many = msgspec.json.Decoder(list[annotation])  # type: ignore[valid-type]  # known only when it runs
             return
@@ -216,13 +220,27 @@ class Codec:
         if self._only is not None:
             if not payload and self._only.has_default:
                 return (), {}
-            return self._split_arguments({self._only.name: self._whole.decode(payload)})
+            return self._split_arguments({self._only.name: self._one_from_json(payload)})
         first = payload.lstrip()[:1]
         if not self.parameters:
             return self.from_value(msgspec.json.decode(payload) if payload else None)
         if first == b"[":
             return self._arguments_of(self._by_position.decode(payload), by_position=True)
         return self._arguments_of(self._by_name.decode(payload))
+
+    def _one_from_json(self, payload: bytes) -> Any:
+        """Return the argument of a task of one parameter: the value whole, or the value under the parameter's name."""
+        assert self._only is not None
+        name = self._only.name
+        if not self._is_name_first:
+            try:
+                return self._whole.decode(payload)
+            except msgspec.ValidationError:
+                if payload.lstrip()[:1] != b"{" or not _has_only_key(msgspec.json.decode(payload), name):
+                    raise
+        elif not _has_only_key(msgspec.json.decode(payload), name):
+            return self._whole.decode(payload)
+        return getattr(self._one_by_name.decode(payload), name)
 
     def _other(self, payload: bytes, kind: int) -> Arguments:
         if kind == pack.TEXT:
@@ -259,7 +277,7 @@ class Codec:
     def from_value(self, value: Any) -> Arguments:
         """Return the call that a decoded value describes: the one argument, or an object or array of several."""
         if self._only is not None:
-            return self._split_arguments({self._only.name: msgspec.convert(value, self._only.annotation)})
+            return self._split_arguments({self._only.name: self._one_from_value(value)})
         if not self.parameters:
             if value not in (None, {}, []):
                 raise PayloadRefused(f"expected no arguments for task {self.name}")
@@ -267,6 +285,17 @@ class Codec:
         if isinstance(value, list | tuple):
             return self._arguments_of(msgspec.convert(value, self._by_position_type), by_position=True)
         return self._arguments_of(msgspec.convert(value, self._by_name_type))
+
+    def _one_from_value(self, value: Any) -> Any:
+        assert self._only is not None
+        annotation, name = self._only.annotation, self._only.name
+        if not (self._is_name_first and _has_only_key(value, name)):
+            try:
+                return msgspec.convert(value, annotation)
+            except msgspec.ValidationError:
+                if not _has_only_key(value, name):
+                    raise
+        return getattr(msgspec.convert(value, self._one_by_name.type), name)
 
     def _arguments_of(self, arguments: Any, *, by_position: bool = False) -> Arguments:
         if by_position and self._needs_names:
@@ -287,6 +316,27 @@ _encode_json: Final = msgspec.json.Encoder().encode
 class _Call(msgspec.Struct):
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
+
+
+def _ignores_key(decoder: msgspec.json.Decoder[Any], annotation: Any, name: str) -> bool:
+    """True if a type accepts an object with the key `name`, but has no field for it: it would be dropped silently."""
+    if annotation in (Any, object):
+        return False
+    try:
+        decoder.decode(msgspec.json.encode({name: None}))
+    except Exception:  # noqa: BLE001 - the type's own code may raise anything
+        return False
+    from msgspec import inspect as types_of  # only here: few types accept such an object
+
+    info = types_of.type_info(annotation)
+    kinds = info.types if isinstance(info, types_of.UnionType) else (info,)
+    objects = [kind for kind in kinds if hasattr(kind, "fields")]
+    is_open = any(isinstance(kind, types_of.AnyType | types_of.DictType | types_of.CustomType) for kind in kinds)
+    return bool(objects) and not is_open and all(name != field.encode_name for kind in objects for field in kind.fields)
+
+
+def _has_only_key(value: Any, name: str) -> bool:
+    return isinstance(value, dict) and value.keys() == {name}
 
 
 def _is_context(hint: Any) -> bool:

@@ -28,16 +28,20 @@ POSTGRES: Final = ("postgresql", "postgres")
 SERVER: Final = ("http", "https")
 
 
-async def open_engine(settings: Settings) -> Engine:
-    """Open the store, the object store and the clock of the settings; the schema of an empty database is created.
+async def open_engine(settings: Settings, *, migrates: bool | None = None) -> Engine:
+    """Open the store, the object store and the clock of the settings.
 
-    Raises `InvalidSetting` for an unknown kind of store, and `StoreUnavailable` and `StoreBroken` as the store does.
+    `migrates`: True creates or upgrades the schema of the database. False creates and changes nothing, and raises
+    `SchemaOutdated` where the schema is not current. The default is what the setting `migrate` says. Raises
+    `InvalidSetting` for an unknown kind of store, and `StoreUnavailable` and `StoreBroken` as the store does.
     """
     url = urlsplit(settings.store)
+    if migrates is None:
+        migrates = settings.migrate == "auto"
     if url.scheme == MEMORY:
         return await memory_engine(settings.limits, SystemClock(), environment=settings.environment)
     if url.scheme in POSTGRES:
-        return await _postgres_engine(settings)
+        return await _postgres_engine(settings, migrates=migrates)
     if url.scheme in SERVER:
         return await _remote_engine(settings)
     if url.scheme != SQLITE:
@@ -54,7 +58,7 @@ async def open_engine(settings: Settings) -> Engine:
     from headrace.store.sqlite import CommitWatcher, SqliteStore
     from headrace.store.sqlite.entities import SqliteEntities
 
-    store = SqliteStore(path, settings.limits)
+    store = SqliteStore(path, settings.limits, migrates=migrates)
     await store.open()
     try:
         objects = settings.objects or str(path.with_name(path.name + ".objects").resolve())
@@ -73,7 +77,7 @@ async def open_engine(settings: Settings) -> Engine:
     )
 
 
-async def _postgres_engine(settings: Settings) -> Engine:
+async def _postgres_engine(settings: Settings, *, migrates: bool) -> Engine:
     try:
         from headrace.store.postgres import PostgresNotifier, PostgresStore
         from headrace.store.postgres.entities import PostgresEntities
@@ -82,7 +86,7 @@ async def _postgres_engine(settings: Settings) -> Engine:
             f"a PostgreSQL store requires the package {error.name}", hint="pip install 'headrace[postgres]'"
         ) from None
     payloads = open_payloads(settings.objects or "headrace.objects")
-    store = PostgresStore(settings.store, settings.limits, direct_url=settings.direct_dsn)
+    store = PostgresStore(settings.store, settings.limits, direct_url=settings.direct_dsn, migrates=migrates)
     await store.open()
     try:
         # clocks of machines may differ by minutes; each heartbeat corrects this one

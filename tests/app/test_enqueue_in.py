@@ -343,17 +343,42 @@ async def test_a_connection_to_another_kind_of_database_is_refused(tmp_path: Pat
             await task.enqueue_in(object(), 1)
 
 
+async def another_database(shop: Shop, name: str) -> str:
+    """Create an empty database beside that of the shop, and return its address."""
+    if shop.is_sqlite:
+        return str(Path(shop.dsn).with_name("bare.db"))
+    connection = await asyncpg.connect(shop.dsn)
+    await connection.execute(f"DROP DATABASE IF EXISTS {name}")
+    await connection.execute(f"CREATE DATABASE {name}")
+    await connection.close()
+    return shop.dsn.rpartition("/")[0] + f"/{name}"
+
+
+@pytest.mark.parametrize("driver", [*POSTGRES, *SQLITE])
+async def test_a_connection_to_another_headrace_database_is_refused_and_the_transaction_goes_on(
+    driver: str, tmp_path: Path
+) -> None:
+    shop = Shop(driver, tmp_path)
+    dsn = await another_database(shop, f"other_{driver.replace('-', '_')}")
+    store = shop.app.settings.store
+    other = Headrace("other", store=f"sqlite:///{dsn}" if shop.is_sqlite else store.replace(shop.dsn, dsn))
+    async with shop.app, other:
+        await shop.app.open()
+        engine = await other.open()
+        async with shop.enter(dsn) as (connection, execute):
+            await _maybe(execute(TABLE))
+            with pytest.raises(InvalidInput, match="expected a connection to the app's own store") as refused:
+                await shop.ship.enqueue_in(connection, 1)
+            assert "HEADRACE_STORE" in refused.value.hint
+            await _maybe(execute(ORDER))
+        assert await engine.store.runs("default") == []
+        assert await shop.runs() == 0
+
+
 @pytest.mark.parametrize("driver", [*POSTGRES, *SQLITE])
 async def test_a_database_without_headrace_is_named_and_the_transaction_goes_on(driver: str, tmp_path: Path) -> None:
     shop = Shop(driver, tmp_path)
-    bare = str(tmp_path / "bare.db")
-    if not shop.is_sqlite:
-        name = f"bare_{driver.replace('-', '_')}"
-        connection = await asyncpg.connect(shop.dsn)
-        await connection.execute(f"DROP DATABASE IF EXISTS {name}")
-        await connection.execute(f"CREATE DATABASE {name}")
-        await connection.close()
-        bare = shop.dsn.rpartition("/")[0] + f"/{name}"
+    bare = await another_database(shop, f"bare_{driver.replace('-', '_')}")
     async with shop.app:
         await shop.app.open()
         async with shop.enter(bare) as (connection, execute):

@@ -224,8 +224,8 @@ def test_a_sqlite_file_of_another_program_is_refused_by_name(shell: Shell) -> No
     connection.close()
     ran = shell("batch", "list", "--store", "sqlite:///foreign.db")
     assert ran.code != 0
-    assert "foreign.db is not a Headrace database" in ran.err
-    assert "name another file with --store" in ran.err
+    assert "expected the tables of Headrace in foreign.db, got none" in ran.err
+    assert "name another store with --store" in ran.err
 
 
 def test_enqueueing_into_a_database_without_headrace_is_refused(tmp_path: Path) -> None:

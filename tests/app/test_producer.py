@@ -39,7 +39,7 @@ async def test_an_enqueued_run_is_durable_when_its_call_returns(kind: str, tmp_p
         run = await with_task(app).enqueue(5)
         if kind == "sqlite":
             with sqlite3.connect(tmp_path / "headrace.db") as other:  # another process would see the same
-                assert other.execute("SELECT count(*) FROM span").fetchone() == (1,)
+                assert other.execute("SELECT count(*) FROM headrace_span").fetchone() == (1,)
             other.close()
         view = await run.view()
         assert (view.state, view.input, view.task, view.attempt) == ("waiting", 5, "task", 1)

@@ -233,7 +233,7 @@ def test_results_of_an_unfinished_batch_end_at_the_first_running_one(shell: Shel
 def test_missing_items_of_an_announced_batch_are_listed_as_ranges(shell: Shell) -> None:
     batch = open_batch(shell)
     assert shell("batch", "missing", batch).out == f"no item of {batch} is missing\n"
-    change("UPDATE batch SET state = 'open', expected_count = 9 WHERE id = ?", batch)
+    change("UPDATE headrace_batch SET state = 'open', expected_count = 9 WHERE id = ?", batch)
     assert shell("batch", "missing", batch, "--json").json == {"batch": batch, "ranges": [[5, 8]]}
     assert shell("batch", "missing", batch).out.splitlines()[-1].split() == ["5", "8", "4"]
 
@@ -336,7 +336,7 @@ def test_a_ledger_that_balances_is_exit_0_and_one_that_does_not_is_4(shell: Shel
     ran = shell("verify")
     assert (ran.code, ran.out) == (0, "1 batch, 10 runs: the ledger balances\n")
     assert shell("verify", done, "--json").json["balances"] is True
-    change("UPDATE batch SET completed_count = completed_count + 1 WHERE id = ?", done)
+    change("UPDATE headrace_batch SET completed_count = completed_count + 1 WHERE id = ?", done)
     wrong = shell("verify")
     assert wrong.code == 4
     assert f"{done} does not balance" in wrong.out
@@ -351,14 +351,6 @@ def test_prune_deletes_batches_past_their_retention(shell: Shell, done: str) -> 
     assert shell("prune", "--retention-ms", "0", "--json").json["batches"] == 1
     assert shell("batch", "list").out == "no batches\n"
     assert shell("prune", "--retention-ms", "-1").code == 2
-
-
-def test_migrate_creates_a_database(shell: Shell) -> None:
-    ran = shell("migrate", "--store", "sqlite:///other.db")
-    assert ran.code == 0
-    assert "is at schema version" in ran.out
-    assert (shell.place / "other.db").exists()
-    assert shell("batch", "list", "--store", "sqlite:///other.db").out == "no batches\n"
 
 
 # -- settings
@@ -421,7 +413,7 @@ def test_doctor_reports_a_store_that_can_not_be_opened(shell: Shell) -> None:
 
 
 def test_doctor_reports_a_newer_schema(shell: Shell, done: str) -> None:
-    change("PRAGMA user_version = 999")
+    change("UPDATE headrace_version SET number = 999")
     assert checks(shell)["version"][0] is False
 
 
@@ -475,7 +467,7 @@ def test_doctor_reports_an_object_store_that_loses_objects(
 
 def test_doctor_reports_a_session_without_heartbeats(shell: Shell, done: str) -> None:
     change(
-        "INSERT INTO session (id, kind, host, pid, started_us, heartbeat_us, ended_us)"
+        "INSERT INTO headrace_session (id, kind, host, pid, started_us, heartbeat_us, ended_us)"
         " VALUES ('session_x', 'worker', 'mill', 4711, 1, 1, 0)"
     )
     ok, detail = checks(shell)["sessions"]
@@ -486,8 +478,11 @@ def test_doctor_reports_a_session_without_heartbeats(shell: Shell, done: str) ->
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda batch: change("UPDATE batch SET state = 'open', appended_us = 1, created_us = 1"), "got no item for"),
-        (lambda batch: change("UPDATE batch SET appended_us = 1, created_us = 1"), "no worker is alive"),
+        (
+            lambda batch: change("UPDATE headrace_batch SET state = 'open', appended_us = 1, created_us = 1"),
+            "got no item for",
+        ),
+        (lambda batch: change("UPDATE headrace_batch SET appended_us = 1, created_us = 1"), "no worker is alive"),
     ],
 )
 def test_doctor_reports_a_stuck_batch(shell: Shell, spoil: Callable[[str], None], why: str) -> None:

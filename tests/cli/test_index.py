@@ -149,7 +149,7 @@ def test_a_signal_commits_the_handled_events(folder: Path) -> None:
     assert process.returncode == 0, stderr
     assert "stopping: handled events are committed" in stderr
     with sqlite3.connect(folder / "bank.db") as db:
-        ((no, holder),) = db.execute("SELECT no, holder FROM indexer")
+        ((no, holder),) = db.execute("SELECT no, holder FROM headrace_indexer")
     assert (balances(folder), holder) == (expected_balances(no), "")
 
 

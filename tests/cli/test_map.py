@@ -172,7 +172,7 @@ def test_a_chain_whose_beginning_was_pruned_starts_over(shell: Shell) -> None:
     import sqlite3
 
     with sqlite3.connect("headrace.db") as connection:
-        connection.execute("UPDATE batch SET finished_us = 1 WHERE id = ?", (first,))
+        connection.execute("UPDATE headrace_batch SET finished_us = 1 WHERE id = ?", (first,))
     connection.close()
     assert shell("prune", "--json").json["batches"] == 1
     assert shell.map("--json").json["done_before"] == 0
@@ -185,7 +185,7 @@ def test_a_cancelled_map_says_how_to_start_over(shell: Shell) -> None:
     import sqlite3
 
     with sqlite3.connect("headrace.db") as connection:
-        connection.execute("UPDATE batch SET state = 'cancelled' WHERE id = ?", (batch,))
+        connection.execute("UPDATE headrace_batch SET state = 'cancelled' WHERE id = ?", (batch,))
     connection.close()
     ran = shell.map()
     assert ran.code == 2
@@ -498,11 +498,11 @@ def test_a_database_of_a_newer_version_is_refused(shell: Shell) -> None:
     shell.items(3)
     shell("migrate")
     with sqlite3.connect("headrace.db") as connection:
-        connection.execute("PRAGMA user_version = 999")
+        connection.execute("UPDATE headrace_version SET number = 999")
     connection.close()
     ran = shell.map()
     assert ran.code == 1
-    assert "got 999 in the database" in ran.err
+    assert "got 999 in headrace.db" in ran.err
     assert "upgrade" in ran.err
 
 

@@ -78,5 +78,5 @@ def test_a_schedule_that_no_worker_runs_is_overdue(shell: Shell, tmp_path: Path)
 def change_last_us(path: Path) -> None:
     """Move the schedule back, as if no worker had run for a day."""
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("UPDATE schedule SET last_us = last_us - 24 * 3600000000")
+        connection.execute("UPDATE headrace_schedule SET last_us = last_us - 24 * 3600000000")
         connection.commit()

@@ -100,7 +100,7 @@ def checkpoint_and_flights(database: Path) -> tuple[int, int]:
     """Return the checkpoint and the number of flights in the tables, in one snapshot."""
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as db:
         db.execute("BEGIN")
-        (no,) = db.execute("SELECT no FROM indexer").fetchone()
+        (no,) = db.execute("SELECT no FROM headrace_indexer").fetchone()
         (flights,) = db.execute("SELECT coalesce(sum(flights), 0) FROM carrier").fetchone()
     return no, flights
 
@@ -142,7 +142,7 @@ def test_flights_indexed_by_a_process_that_is_killed_repeatedly_equal_plain_sql(
 def _checkpoint(database: Path) -> int:
     try:
         with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as db:
-            row = db.execute("SELECT no FROM indexer").fetchone()
+            row = db.execute("SELECT no FROM headrace_indexer").fetchone()
     except sqlite3.OperationalError:  # not created yet
         return -1
     return -1 if row is None else int(row[0])

@@ -78,10 +78,10 @@ class MapScenario:
             return set()
         indexes: set[int] = set()
         with closing(sqlite3.connect(path)) as connection:
-            if not connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'span'").fetchone()[0]:
+            if not connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'headrace_span'").fetchone()[0]:
                 return set()  # killed before the schema was created
-            firsts = dict(connection.execute("SELECT id, first_index FROM block WHERE gaps IS NULL"))
-            rows = connection.execute("SELECT block_id, positions, states FROM span")
+            firsts = dict(connection.execute("SELECT id, first_index FROM headrace_block WHERE gaps IS NULL"))
+            rows = connection.execute("SELECT block_id, positions, states FROM headrace_span")
             for block_id, positions, states in rows:
                 block_offsets = range(len(states)) if positions is None else decode_uint16s(positions)
                 ended = (offset for offset, state in zip(block_offsets, states, strict=True) if state in run.FINAL)

@@ -377,7 +377,7 @@ async def lose_session(rig: StoreRig, session_id: str) -> None:
     if isinstance(rig.store, MemoryStore):
         del rig.store._tables.sessions[session_id]
     elif isinstance(rig.store, SqliteStore):
-        await rig.store._writer.run(methodcaller("execute", "DELETE FROM session WHERE id = ?", (session_id,)))
+        await rig.store._writer.run(methodcaller("execute", "DELETE FROM headrace_session WHERE id = ?", (session_id,)))
     else:
         await tampered(rig, f"DELETE FROM {{}}.session WHERE id = '{session_id}'")
 

@@ -84,7 +84,7 @@ async def test_a_standby_serves_reads_refuses_writes_and_can_be_promoted(
 
 async def test_a_replica_with_another_schema_version_is_refused_with_a_hint(tmp_path: Path) -> None:
     store = PostgresStore(f"{fresh_schema(tmp_path)}&read_only=true", DEFAULT)
-    with pytest.raises(StoreBroken, match="got 0 in the database") as refused:
+    with pytest.raises(StoreBroken, match="expected the tables of Headrace in schema") as refused:
         await store.open()
     assert "headrace migrate" in refused.value.hint
     with pytest.raises(InvalidSetting, match=r"expected read_only=true.false in the URL"):

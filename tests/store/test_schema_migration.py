@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.foundation.errors import StoreBroken, StoreUnavailable
+from headrace.foundation.errors import SchemaOutdated, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore, schema_migration
 from headrace.store.statements import migrations
@@ -152,3 +152,22 @@ async def test_a_failed_migration_changes_nothing(rig: StoreRig) -> None:
     assert (await postgres_store(rig).check())["schema_version"] == migrations(PACKAGE)[-1][0]
     await rig.filled(10)
     assert len(await rig.run_all(await rig.session())) == 10
+
+
+async def test_a_store_that_must_not_migrate_creates_nothing_and_opens_a_current_schema(tmp_path: Path) -> None:
+    url = fresh_schema(tmp_path)
+    store = PostgresStore(url, DEFAULT, migrates=False)
+    with pytest.raises(
+        SchemaOutdated, match=r"expected the tables of Headrace in schema .* of PostgreSQL at"
+    ) as refused:
+        await store.open()
+    assert "headrace migrate" in refused.value.hint
+    async with other_connection() as connection:
+        schemas = "SELECT count(*) FROM pg_namespace WHERE nspname = $1"
+        assert await connection.fetchval(schemas, store.schema) == 0
+    migrating = PostgresStore(url, DEFAULT)
+    await migrating.open()
+    await migrating.close()
+    await store.open()
+    assert await store.queues("default") == []
+    await store.close()

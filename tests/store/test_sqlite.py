@@ -17,7 +17,7 @@ import pytest
 
 from headrace.core.pack import pack
 from headrace.core.span import Part
-from headrace.foundation.errors import HeadraceError, NotFound, StoreBroken, StoreUnavailable
+from headrace.foundation.errors import HeadraceError, NotFound, SchemaOutdated, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
 from headrace.store.sqlite import SqliteStore
 from headrace.store.sqlite.script_runner import SQL, run_script
@@ -85,7 +85,7 @@ async def test_a_request_is_answered_after_its_commit(tmp_path: Path) -> None:
         assert statements[-1] == "COMMIT"
         assert statements.count("BEGIN IMMEDIATE") == 1
         with closing(sqlite3.connect(tmp_path / "db")) as other_connection:
-            assert other_connection.execute("SELECT received_count FROM batch").fetchone() == (3,)
+            assert other_connection.execute("SELECT received_count FROM headrace_batch").fetchone() == (3,)
 
 
 async def traced(rig: StoreRig, callback: Callable[[str], object] | None) -> None:
@@ -123,15 +123,15 @@ async def test_r12_a_failing_request_in_a_group_fails_alone(tmp_path: Path) -> N
         asked: list[asyncio.Future[Any]] = []
 
         def late_refusal(connection: sqlite3.Connection) -> None:
-            connection.execute("UPDATE batch SET task = 'half done'")
+            connection.execute("UPDATE headrace_batch SET task = 'half done'")
             raise NotFound("refused after it wrote")
 
         def broken(connection: sqlite3.Connection) -> None:
-            connection.execute("UPDATE batch SET task = 'half done'")
+            connection.execute("UPDATE headrace_batch SET task = 'half done'")
             connection.execute("SELECT * FROM nowhere")
 
         def bug(connection: sqlite3.Connection) -> None:
-            connection.execute("UPDATE batch SET task = 'half done'")
+            connection.execute("UPDATE headrace_batch SET task = 'half done'")
             raise ZeroDivisionError
 
         def work() -> None:
@@ -252,8 +252,8 @@ async def test_r13_a_bulk_write_keeps_any_bytes(tmp_path: Path) -> None:
                 for number, piece in enumerate(pieces)
             ]
             run_script(connection, add_parts(parts))
-            rows = connection.execute("SELECT positions, codes, results FROM part ORDER BY span_id").fetchall()
-            connection.execute("DELETE FROM part")
+            rows = connection.execute("SELECT positions, codes, results FROM headrace_part ORDER BY span_id").fetchall()
+            connection.execute("DELETE FROM headrace_part")
             return rows
 
         kept = await sqlite_store(rig)._writer.run(work)
@@ -318,7 +318,8 @@ async def test_a_newer_schema_is_refused_and_left_unchanged(tmp_path: Path) -> N
     async with opened(tmp_path / "db"):
         pass
     with closing(sqlite3.connect(tmp_path / "db")) as connection:
-        connection.execute("PRAGMA user_version = 999")
+        connection.execute("UPDATE headrace_version SET number = 999")
+        connection.commit()
     with pytest.raises(StoreBroken, match="999") as refused:
         async with opened(tmp_path / "db"):
             pass
@@ -358,22 +359,12 @@ async def test_a_file_that_this_user_can_not_write_is_named_with_what_to_change(
     target.chmod(0o755)
 
 
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
-        ("CREATE TABLE batch (id INTEGER)", "got the tables batch"),
-        ("CREATE TABLE batch (id INTEGER); CREATE VIEW tag AS SELECT 1; PRAGMA user_version = 7", "tables batch, tag"),
-        ("CREATE TABLE own (id INTEGER); PRAGMA user_version = 1", "got user_version 1"),
-        ("CREATE TABLE own (id INTEGER); PRAGMA user_version = 999", "got user_version 999"),
-    ],
-)
-async def test_a_file_of_another_program_is_refused_and_left_as_it_was(
-    tmp_path: Path, script: str, message: str
-) -> None:
+async def test_a_file_with_foreign_tables_of_our_prefix_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "db"
     with closing(sqlite3.connect(path)) as connection:
-        connection.executescript(script)
+        connection.execute("CREATE TABLE headrace_batch (id INTEGER)")
         before = schema(connection)
+    message = "expected the table headrace_version, got only headrace_batch"
     with pytest.raises(StoreBroken, match=f"{re.escape(str(path))} is not a Headrace database.*{message}") as refused:
         async with opened(path):
             pass
@@ -382,11 +373,44 @@ async def test_a_file_of_another_program_is_refused_and_left_as_it_was(
         assert schema(connection) == before
 
 
-async def test_headrace_can_share_a_file_with_tables_of_other_names(tmp_path: Path) -> None:
+async def test_headrace_shares_a_file_with_an_application_of_any_table_names_and_version(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "db")) as connection:
-        connection.execute("CREATE TABLE orders (id INTEGER)")
+        connection.executescript(
+            "CREATE TABLE batch (id INTEGER); CREATE VIEW tag AS SELECT 1; CREATE TABLE orders (id INTEGER);"
+            "CREATE INDEX batch_listed ON batch (id); PRAGMA user_version = 7"
+        )
+        before = schema(connection)
     async with opened(tmp_path / "db") as rig:
         await rig.filled(3)
+    with closing(sqlite3.connect(tmp_path / "db")) as connection:
+        after = schema(connection)
+        assert connection.execute("PRAGMA user_version").fetchone() == (7,)
+    assert set(before) <= set(after)
+    made = {name for _, name, table, *_ in set(after) - set(before) if not name.startswith("sqlite_")}
+    assert made
+    assert {name for name in made if not name.startswith("headrace_")} == set()
+
+
+async def test_a_store_that_must_not_migrate_creates_nothing(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "own")) as connection:
+        connection.execute("CREATE TABLE batch (id INTEGER)")
+        connection.commit()
+    content = (tmp_path / "own").read_bytes()
+    for name in ("own", "missing"):
+        with pytest.raises(SchemaOutdated, match=r"expected the tables of Headrace in .*, got none") as refused:
+            await SqliteStore(tmp_path / name, DEFAULT, migrates=False).open()
+        assert "headrace migrate" in refused.value.hint
+    assert (tmp_path / "own").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+async def test_a_store_that_must_not_migrate_works_on_a_current_schema(tmp_path: Path) -> None:
+    async with opened(tmp_path / "db"):
+        pass
+    store = SqliteStore(tmp_path / "db", DEFAULT, migrates=False)
+    await store.open()
+    assert await store.queues("default") == []
+    await store.close()
 
 
 async def test_an_impossible_path_raises_instead_of_hanging(tmp_path: Path) -> None:
@@ -406,12 +430,15 @@ async def test_a_fresh_schema_equals_a_migrated_one(tmp_path: Path) -> None:
     scripts = migrations(PACKAGE)
     with closing(sqlite3.connect(tmp_path / "old")) as connection:
         connection.executescript(scripts[0][1])
-        connection.execute("PRAGMA user_version = 1")
+        connection.execute("UPDATE headrace_version SET number = 1")
+        connection.commit()
     async with opened(tmp_path / "old") as rig:
         await rig.filled(3)
     with closing(sqlite3.connect(tmp_path / "fresh")) as fresh, closing(sqlite3.connect(tmp_path / "old")) as old:
         assert schema(fresh) == schema(old)
-        versions = [connection.execute("PRAGMA user_version").fetchone()[0] for connection in (fresh, old)]
+        versions = [
+            connection.execute("SELECT number FROM headrace_version").fetchone()[0] for connection in (fresh, old)
+        ]
         assert versions == [scripts[-1][0]] * 2
 
 
@@ -455,7 +482,7 @@ async def test_a_hot_statement_uses_its_index(tmp_path: Path, name: str) -> None
         words = set(re.findall(r":([a-z_]+)", sql))
         values = {word: "[]" if word in ("ids", "rows", "names") else b"" if word == "blob" else 1 for word in words}
         rows = await sqlite_store(rig)._writer.run(lambda c: c.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall())
-    plan = "\n".join(row[3] for row in rows)
+    plan = "\n".join(row[3] for row in rows).replace("headrace_", "")
     for step in PLANS[name]:
         assert step in plan, plan
     for table in ("span", "block", "part", "batch"):

@@ -77,7 +77,10 @@ def run_async(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @asynccontextmanager
 async def opened(settings: Settings, *, must_exist: bool = False) -> AsyncIterator[Engine]:
-    """Open the engine that the settings name. With `must_exist`, a missing SQLite file is not created but an error."""
+    """Open the engine that the settings name.
+
+    With `must_exist`, nothing is created or migrated: a missing file and a schema that is not current are errors.
+    """
     from headrace.compose import open_engine, sqlite_path
 
     if must_exist and urlsplit(settings.store).scheme == "sqlite":
@@ -88,7 +91,7 @@ async def opened(settings: Settings, *, must_exist: bool = False) -> AsyncIterat
                 hint="name another with --store or HEADRACE_STORE (`headrace config show FILE:APP` prints that of an "
                 "app), or create it with `headrace map` or `headrace migrate`",
             )
-    engine = await open_engine(settings)
+    engine = await open_engine(settings, migrates=False if must_exist else None)
     try:
         yield engine
     finally:

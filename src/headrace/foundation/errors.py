@@ -101,6 +101,12 @@ class StoreBroken(EngineFault):
     retryable = False
 
 
+class SchemaOutdated(StoreBroken):
+    """The database has an older schema than this code needs, or none, and this process must not migrate it."""
+
+    code = "SCHEMA_OUTDATED"
+
+
 class ObjectMissing(EngineFault):
     """An object is missing in the object store, or is not the one that was written there."""
 

@@ -76,6 +76,7 @@ class Settings:
 
     store: str = field(repr=False)
     direct_dsn: str | None = field(repr=False)
+    migrate: Literal["auto", "never"]
     objects: str | None = field(repr=False)
     environment: str
     log_format: Literal["console", "json"]
@@ -148,6 +149,7 @@ def load(
     return Settings(
         store=texts["store"],
         direct_dsn=texts.get("direct_dsn"),
+        migrate="never" if texts["migrate"] == "never" else "auto",
         objects=texts.get("objects"),
         environment=texts["environment"],
         log_format="json" if texts["log_format"] == "json" else "console",
@@ -423,6 +425,7 @@ SECRETS_MAX: Final = 16
 SECRET_BYTES_MIN: Final = 12
 ENVIRONMENT_CHARS_MAX: Final = 200
 KEY_CHARS_MIN: Final = 8
+MIGRATE: Final = ("auto", "never")
 LOG_FORMATS: Final = ("console", "json")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 
@@ -442,6 +445,13 @@ OPTIONS: Final[Mapping[str, Option]] = {
             "a URL",
             "The same database without the pooler, for migrations and notifications; default: `store`.",
             _url("direct_dsn", "postgresql://user@host/database"),
+        ),
+        _choice(
+            "migrate",
+            "auto",
+            MIGRATE,
+            "Create or upgrade the schema when a worker, server or app opens the store, or never: then "
+            "`headrace migrate` does it.",
         ),
         Option(
             "objects",

@@ -32,6 +32,10 @@ _NUMBER: Final = re.compile(r"\$(\d+)")
 _SUPPORTED: Final = "an asyncpg, psycopg 3, sqlite3, aiosqlite or SQLAlchemy connection, or a SQLAlchemy session"
 
 
+class AnotherStore(InvalidInput):
+    """The connection of a caller leads to another store than that of the app."""
+
+
 class NumberedStatement(Protocol):
     """A statement whose values are written `$1`, `$2`, …"""
 
@@ -47,12 +51,19 @@ class NumberedStatement(Protocol):
 
 
 class CallerTransaction:
-    """The scripts of a store on a caller's connection. `is_sqlite`: the database that the connection must lead to."""
+    """The scripts of a store on a caller's connection.
 
-    def __init__(self, connection: Any, statement: Callable[[str], NumberedStatement], *, is_sqlite: bool) -> None:
+    `is_sqlite`: the kind of database that the connection must lead to. `store_id`: the identity of the store that it
+    must lead to.
+    """
+
+    def __init__(
+        self, connection: Any, statement: Callable[[str], NumberedStatement], *, is_sqlite: bool, store_id: str
+    ) -> None:
         self._connection = connection
         self._statement = statement
         self._is_sqlite = is_sqlite
+        self._store_id = store_id
         self._execute: Callable[[str, Sequence[Any]], Any] = self._refuse
 
     async def run(self, script: Callable[[], Script[T]]) -> T:
@@ -97,9 +108,13 @@ class CallerTransaction:
         for _ in range(TRIES):
             yield from self._bare(_SAVEPOINT)
             try:
+                yield from self._check_store()
                 answer = yield from self._answered(script())
             except TransactionConflict:
                 yield from self._bare(_ROLL_BACK)
+            except AnotherStore:
+                yield from self._bare(_ROLL_BACK)
+                raise
             except Exception as error:
                 if not _is_missing_table(error):
                     raise
@@ -111,7 +126,6 @@ class CallerTransaction:
                 ) from error
             else:
                 yield from self._bare(_RELEASE)
-                yield from self._notify()
                 return answer
         raise StoreUnavailable(
             f"concurrent transactions changed the same rows in each of {TRIES} attempts", hint="repeat the call"
@@ -132,9 +146,18 @@ class CallerTransaction:
         values = [ask.values[name] for name in numbered.names]
         return [tuple(row) for row in (yield self._execute(numbered.sql, values))]
 
-    def _notify(self) -> Steps[None]:
-        """Notify waiting workers with the commit, if the database can."""
-        yield from ()
+    def _check_store(self) -> Steps[None]:
+        """Raise `AnotherStore` if the connection leads to another store than that of the app."""
+        ((store_id,),) = yield from self._rows(Query("store_id", {}))
+        self._check_id(store_id)
+
+    def _check_id(self, store_id: str) -> None:
+        if store_id != self._store_id:
+            raise AnotherStore(
+                f"expected a connection to the app's own store {self._store_id[:8]}, got one to another store, "
+                f"{store_id[:8]}, where the app would never find the run",
+                hint="give a connection to the database that HEADRACE_STORE names",
+            )
 
     def _bare(self, sql: str) -> Steps[Any]:
         return (yield self._execute(sql, ()))

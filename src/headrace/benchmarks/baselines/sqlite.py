@@ -82,7 +82,7 @@ def measure_drain(runs_count: int, directory: Path | None = None) -> float:
         started = time.perf_counter()
         settled_count = _drain(db)
         elapsed_s = time.perf_counter() - started
-        (completed_count,) = db.execute("SELECT completed_count FROM batch").fetchone()
+        (completed_count,) = db.execute("SELECT completed_count FROM headrace_batch").fetchone()
         assert settled_count == completed_count == runs_count
         return runs_count / elapsed_s
 

@@ -10,7 +10,7 @@ import msgspec
 from headrace.core.entity import Column, EntityType
 from headrace.foundation.errors import Conflict, InvalidSetting
 from headrace.store.entities.protocol import EFFECT_SUFFIX, EntityPlan, SchemaChanged
-from headrace.store.entities.sql import HISTORY_SUFFIX, RESERVED, RESERVED_COLUMNS
+from headrace.store.entities.sql import HISTORY_SUFFIX, RESERVED, RESERVED_COLUMNS, RESERVED_PREFIX
 
 
 class StoredTable(NamedTuple):
@@ -47,7 +47,7 @@ def check_names(entities: Sequence[EntityType]) -> None:
     taken: dict[str, str] = {}
     for entity in entities:
         name = entity.cls.__name__
-        if entity.table in RESERVED:
+        if entity.table in RESERVED or entity.table.startswith(RESERVED_PREFIX):
             raise InvalidSetting(
                 f"the table name {entity.table!r} of {name} belongs to Headrace",
                 hint=f'give it another name: class {name}(Entity, table="…")',

@@ -51,6 +51,8 @@ RESERVED: Final = frozenset(
         "version",
     ]
 )
+RESERVED_PREFIX: Final = "headrace_"
+"""Names of tables on SQLite begin with it."""
 RESERVED_COLUMNS: Final = frozenset((CHECKPOINT, IS_DELETED))
 
 SQLITE_TYPES: Final = {

@@ -23,9 +23,16 @@ class PostgresCallerTransaction(CallerTransaction):
     """
 
     def __init__(
-        self, connection: Any, sql: Mapping[str, Prepared], schema: str, *, block_ids: IdRange, span_ids: IdRange
+        self,
+        connection: Any,
+        sql: Mapping[str, Prepared],
+        schema: str,
+        *,
+        store_id: str,
+        block_ids: IdRange,
+        span_ids: IdRange,
     ) -> None:
-        super().__init__(connection, sql.__getitem__, is_sqlite=False)
+        super().__init__(connection, sql.__getitem__, is_sqlite=False, store_id=store_id)
         self._ids = {"next_block_ids": block_ids, "next_span_ids": span_ids}
         self._notification = {"channel": channel_of(schema), "words": WORK}
 
@@ -43,5 +50,7 @@ class PostgresCallerTransaction(CallerTransaction):
             id_range.start(start)
         return first
 
-    def _notify(self) -> Steps[None]:
-        yield from super()._rows(Query("tell", self._notification))
+    def _check_store(self) -> Steps[None]:
+        """Check the store, and notify waiting workers with the caller's commit, in one statement."""
+        ((store_id, _),) = yield from super()._rows(Query("join_transaction", self._notification))
+        self._check_id(store_id)

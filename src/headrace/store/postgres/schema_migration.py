@@ -10,6 +10,7 @@ import asyncpg
 
 from headrace.foundation.errors import StoreBroken
 from headrace.store.postgres.pool import BEGIN_WRITING, PostgresConnection, Prepared
+from headrace.store.schema_version import check_current, check_known
 from headrace.store.statements import migrations
 
 PACKAGE: Final = "headrace.store.postgres"
@@ -24,8 +25,9 @@ MIGRATION_S: Final = 3_600
 class SchemaMigration:
     """Migration of one schema. One process migrates at a time; the others wait, and find the migrations applied."""
 
-    def __init__(self, statements: Mapping[str, Prepared], schema: str) -> None:
+    def __init__(self, statements: Mapping[str, Prepared], schema: str, *, database: str) -> None:
         self._statements = statements
+        self._place = f"schema {schema} of {database}"
         self._schema = schema
         self._scripts = migrations(PACKAGE)
         self._newest = self._scripts[-1][0]
@@ -52,8 +54,8 @@ class SchemaMigration:
                 return
 
     async def check(self, connection: PostgresConnection) -> None:
-        """Raise `StoreBroken` unless the schema has the version of this code."""
-        self._known(await self._version(connection), is_read_only=True)
+        """Raise `SchemaOutdated` or `StoreBroken` unless the schema has the version of this code."""
+        check_current(self._place, await self._version(connection), self._newest)
 
     async def _apply(self, connection: PostgresConnection) -> None:
         await connection.begin(BEGIN_WRITING)
@@ -61,23 +63,11 @@ class SchemaMigration:
         await connection.fetch(self._statements["migration_lock"], {"lock": LOCK}, timeout_s=MIGRATION_S)
         await self._fetch(connection, "patience_of_migration", lock_timeout=LOCK_TIMEOUT_MS)
         version = await self._version(connection)
-        self._known(version, is_read_only=False)
+        check_known(self._place, version, self._newest)
         for number, script in self._scripts[version:]:
             await connection.raw.execute(script.replace("{schema}", f'"{self._schema}"'), timeout=MIGRATION_S)
             await self._fetch(connection, "set_version", number=number)
         await connection.commit()
-
-    def _known(self, version: int, *, is_read_only: bool) -> None:
-        if version > self._newest:
-            raise StoreBroken(
-                f"expected schema version {self._newest}, got {version} in the database",
-                hint="upgrade Headrace, or name another schema",
-            )
-        if is_read_only and version < self._newest:
-            raise StoreBroken(
-                f"expected schema version {self._newest}, got {version} in the database",
-                hint="run `headrace migrate` on the primary",
-            )
 
     async def _version(self, connection: PostgresConnection) -> int:
         if not await self._fetch(connection, "version_table", schema=self._schema):

@@ -66,11 +66,13 @@ class PostgresStore(ScriptedStore):
 
     `url` is a DSN with options of Headrace: `?schema=headrace&pooler=auto&read_only=false`. `direct_url` leads to the
     same database without a pooler. It is used for what needs its own session: migrations, and notifications by
-    `LISTEN`.
+    `LISTEN`. Without `migrates`, opening creates and changes nothing: the schema must be that of this code.
     """
 
-    def __init__(self, url: str, limits: Limits, *, direct_url: str | None = None) -> None:
+    def __init__(self, url: str, limits: Limits, *, direct_url: str | None = None, migrates: bool = True) -> None:
         super().__init__(limits)
+        self._migrates = migrates
+        self._store_id = ""
         self.address = address(url)
         self.direct_address = None if direct_url is None else address(direct_url)
         self._schema = self.address.schema
@@ -88,14 +90,18 @@ class PostgresStore(ScriptedStore):
         return self._schema
 
     async def open(self) -> None:
-        """Connect, and migrate the schema. A schema that is opened read-only must be migrated already."""
+        """Connect, and migrate the schema.
+
+        A read-only store and one without `migrates` raise `SchemaOutdated` for an older schema, or none.
+        """
         self._is_open = True
         try:
-            if self.address.is_read_only:
+            if self.address.is_read_only or not self._migrates:
                 async with (await self._pool()).borrowed() as connection:
-                    await SchemaMigration(self._sql, self._schema).check(connection)
+                    await self._migration().check(connection)
             else:
                 await self._migrate()
+            ((self._store_id,),) = await self._tried(lambda connection: self._fetch(connection, "store_id"))
         except (HeadraceError, asyncio.CancelledError):
             await self.close()
             raise
@@ -104,8 +110,11 @@ class PostgresStore(ScriptedStore):
             await self.close()
             raise translated from error
 
+    def _migration(self) -> SchemaMigration:
+        return SchemaMigration(self._sql, self._schema, database=self.address.database)
+
     async def _migrate(self) -> None:
-        migrating = SchemaMigration(self._sql, self._schema)
+        migrating = self._migration()
         if self.direct_address is None:
             async with (await self._pool()).borrowed() as connection:
                 await migrating.run(connection)
@@ -162,7 +171,12 @@ class PostgresStore(ScriptedStore):
     def joined(self, connection: Any) -> CallerTransaction:
         """Return the scripts of this schema on a caller's connection, in the transaction that is open there."""
         return PostgresCallerTransaction(
-            connection, self._sql, self._schema, block_ids=self._block_ids, span_ids=self._span_ids
+            connection,
+            self._sql,
+            self._schema,
+            store_id=self._store_id,
+            block_ids=self._block_ids,
+            span_ids=self._span_ids,
         )
 
     # -- hot operations, one statement each (R7, a hot operation is one statement); scripts do the unusual cases
@@ -353,7 +367,7 @@ class PostgresStore(ScriptedStore):
         """Explain a statement that does not fit the schema: was it migrated while this process ran?"""
         try:
             async with pool.borrowed() as connection:
-                await SchemaMigration(self._sql, self._schema).check(connection)
+                await self._migration().check(connection)
         except StoreBroken as newer:
             return newer
         except (HeadraceError, *DRIVER):

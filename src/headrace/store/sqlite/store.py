@@ -21,7 +21,7 @@ from headrace.core.span import Settlement
 from headrace.foundation.errors import StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.store.caller_transaction import CallerTransaction
-from headrace.store.entities.sql import RESERVED
+from headrace.store.schema_version import check_current, check_known
 from headrace.store.sqlite import fast_path
 from headrace.store.sqlite.script_runner import SQL, run_script, statements_of
 from headrace.store.sqlite.writer import Writer, store_error
@@ -35,17 +35,26 @@ READERS: Final = 2
 BUSY_TIMEOUT_MS: Final = 10_000
 WAL_RETRY_S: Final = 0.01
 OLDEST_SQLITE: Final = (3, 35, 0)
-OWN_TABLE: Final = "span"
+MIGRATIONS: Final = migrations("headrace.store.sqlite")
+NEWEST: Final = MIGRATIONS[-1][0]
+VERSION_TABLE: Final = "headrace_version"
 """A table that every version of the schema has."""
 _SYNCHRONOUS: Final = {0: "off", 1: "normal", 2: "full", 3: "extra"}
 
 
 class SqliteStore(ScriptedStore):
-    """Batches in one SQLite file. `path` is the database file; its directory must exist."""
+    """Batches in one SQLite file. `path` is the database file; its directory must exist.
 
-    def __init__(self, path: Path, limits: Limits, *, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> None:
+    Without `migrates`, opening creates and changes nothing: the file must have the schema of this code.
+    """
+
+    def __init__(
+        self, path: Path, limits: Limits, *, migrates: bool = True, busy_timeout_ms: int = BUSY_TIMEOUT_MS
+    ) -> None:
         super().__init__(limits)
         self.path = path
+        self._migrates = migrates
+        self._store_id = ""
         self._busy_timeout_ms = busy_timeout_ms
         self._writer = Writer(path, self.connect)
         self._local = threading.local()
@@ -56,7 +65,10 @@ class SqliteStore(ScriptedStore):
     # -- opening and closing
 
     async def open(self) -> None:
-        """Connect, and migrate the file to the current schema."""
+        """Connect, and migrate the file to the current schema.
+
+        Without `migrates`, raises `SchemaOutdated` for a file that has an older schema, or none, or does not exist.
+        """
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             raise StoreBroken(
                 f"expected SQLite {'.'.join(map(str, OLDEST_SQLITE))} or newer, got {sqlite3.sqlite_version}",
@@ -66,7 +78,9 @@ class SqliteStore(ScriptedStore):
         self._writer.start()
         self._readers = self._readers or ThreadPoolExecutor(READERS, thread_name_prefix="headrace-sqlite-reader")
         try:
-            await self._writer.run(lambda connection: connection.execute("SELECT 1").fetchone())
+            (self._store_id,) = await self._writer.run(
+                lambda connection: connection.execute(SQL["store_id"]).fetchone()
+            )
         except BaseException:
             await self.close()
             raise
@@ -86,10 +100,13 @@ class SqliteStore(ScriptedStore):
         """Open a connection that writes, to a file of the current schema."""
         connection = self._plain()
         try:
+            if not self._migrates:
+                check_current(str(self.path), _version(connection, self.path), NEWEST)
             self._enter_wal(connection)
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA wal_autocheckpoint = 4000")
-            _migrate(connection, self.path)
+            if self._migrates:
+                _migrate(connection, self.path)
         except BaseException:
             connection.close()
             raise
@@ -111,6 +128,8 @@ class SqliteStore(ScriptedStore):
                 return
 
     def _plain(self) -> sqlite3.Connection:
+        if not self._migrates and not self.path.exists():  # connecting would create the file
+            check_current(str(self.path), 0, NEWEST)
         return sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, timeout=self._busy_timeout_ms / 1_000
         )
@@ -147,7 +166,7 @@ class SqliteStore(ScriptedStore):
 
     def joined(self, connection: Any) -> CallerTransaction:
         """Return the scripts of this file on a caller's connection, in the transaction that is open there."""
-        return CallerTransaction(connection, lambda name: numbered(SQL[name]), is_sqlite=True)
+        return CallerTransaction(connection, lambda name: numbered(SQL[name]), is_sqlite=True, store_id=self._store_id)
 
     async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run other work than an operation of the store, in a transaction of the writer."""
@@ -166,7 +185,7 @@ class SqliteStore(ScriptedStore):
                 "store": "sqlite",
                 "path": str(self.path),
                 "sqlite_version": sqlite3.sqlite_version,
-                "schema_version": _version(connection),
+                "schema_version": _version(connection, self.path),
                 "journal_mode": connection.execute("PRAGMA journal_mode").fetchone()[0],
                 "synchronous": _SYNCHRONOUS[connection.execute("PRAGMA synchronous").fetchone()[0]],
             }
@@ -177,19 +196,16 @@ class SqliteStore(ScriptedStore):
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     """Migrate to the newest version of this code; a newer schema is left unchanged."""
-    scripts = migrations("headrace.store.sqlite")
-    newest = scripts[-1][0]
-    if _version(connection) == newest:
-        _check_own(connection, path)
+    if _version(connection, path) == NEWEST:
         return
     connection.execute("BEGIN IMMEDIATE")
     try:
-        _check_own(connection, path)
-        version = _known_version(connection, newest)
-        for number, script in scripts[version:]:
+        version = _version(connection, path)
+        check_known(str(path), version, NEWEST)
+        for number, script in MIGRATIONS[version:]:
             for statement in statements_of(script):
                 connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {number:d}")
+            connection.execute(SQL["set_version"], {"number": number})
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
@@ -197,30 +213,18 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
         raise
 
 
-def _check_own(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise `StoreBroken` if another program made the file: it has our table names or a version, but no `span`."""
-    tables = {name for (name,) in connection.execute(SQL["existing_tables"])}
-    version = _version(connection)
-    if OWN_TABLE in tables and version:
-        return
-    taken = sorted(tables & RESERVED)
-    if taken or version:
-        content = f"the tables {', '.join(taken)}" if taken else f"user_version {version}"
+def _version(connection: sqlite3.Connection, path: Path) -> int:
+    """Return the version of the schema, 0 for a file without Headrace tables.
+
+    Raises `StoreBroken` for a file in which another program has made tables with our prefix.
+    """
+    tables = [name for (name,) in connection.execute(SQL["headrace_tables"])]
+    if VERSION_TABLE in tables:
+        (number,) = connection.execute(SQL["version"]).fetchone()
+        return int(number)
+    if tables:
         raise StoreBroken(
-            f"{path} is not a Headrace database: expected an empty file or one that Headrace made, got {content}",
+            f"{path} is not a Headrace database: expected the table {VERSION_TABLE}, got only {', '.join(tables)}",
             hint="name another file with --store; Headrace creates it",
         )
-
-
-def _version(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("PRAGMA user_version").fetchone()[0])
-
-
-def _known_version(connection: sqlite3.Connection, newest: int) -> int:
-    version = _version(connection)
-    if version > newest:
-        raise StoreBroken(
-            f"expected schema version {newest}, got {version} in the database",
-            hint="upgrade Headrace, or name another file with --store",
-        )
-    return version
+    return 0

@@ -18,9 +18,11 @@ CREATE SEQUENCE {schema}.span_ids INCREMENT BY 65536;
 
 CREATE TABLE {schema}.version (
     only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
-    number bigint NOT NULL
+    number bigint NOT NULL,
+    -- the identity of this store: a random name, given once
+    store_id text COLLATE "C" NOT NULL
 );
-INSERT INTO {schema}.version (number) VALUES (0);
+INSERT INTO {schema}.version (number, store_id) VALUES (0, gen_random_uuid());
 
 CREATE TABLE {schema}.batch (
     id text COLLATE "C" PRIMARY KEY,

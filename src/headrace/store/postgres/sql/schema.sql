@@ -11,6 +11,9 @@ WHERE space.nspname = :schema AND class.relname = 'version';
 -- version: read the number of the newest applied migration
 SELECT number FROM {schema}.version;
 
+-- store_id: read the identity of the store
+SELECT store_id FROM {schema}.version;
+
 -- set_version: store the number of an applied migration
 UPDATE {schema}.version SET number = :number;
 
@@ -45,8 +48,8 @@ SELECT nextval('{schema}.span_ids');
 -- session_behind: read the process id of the session that answers; a pooler hides it from its clients
 SELECT pg_backend_pid();
 
--- tell: notify with the commit of the caller's transaction, whose durability stays unchanged
-SELECT pg_notify(:channel, :words);
+-- join_transaction: read the identity of the store, and notify with the commit of the caller's transaction
+SELECT store_id, pg_notify(:channel, :words) FROM {schema}.version;
 
 -- notify: notify listeners without a flush to disk; polling finds what a crash loses (R11, notifications follow the commit)
 SELECT set_config('synchronous_commit', 'off', true), pg_notify(:channel, :words);

@@ -1,33 +1,33 @@
 -- insert_api_key: add an API key
-INSERT INTO api_key ({api_key_columns})
+INSERT INTO headrace_api_key ({api_key_columns})
 VALUES (:id, :environment, :digest, :scopes, :name, :created_us, 0)
 ON CONFLICT DO NOTHING RETURNING 1;
 
 -- api_key_by_digest: read the API key with a digest
-SELECT {api_key_columns} FROM api_key WHERE digest = :digest;
+SELECT {api_key_columns} FROM headrace_api_key WHERE digest = :digest;
 
 -- api_keys: list the API keys of an environment, oldest first
-SELECT {api_key_columns} FROM api_key
+SELECT {api_key_columns} FROM headrace_api_key
 WHERE environment = :environment ORDER BY id;
 
 -- revoke_api_key: revoke an API key, once
-UPDATE api_key SET revoked_us = :now_us WHERE environment = :environment AND id = :id AND revoked_us = 0
+UPDATE headrace_api_key SET revoked_us = :now_us WHERE environment = :environment AND id = :id AND revoked_us = 0
 RETURNING 1;
 
 -- offer_signing_key: store the signing key of an environment, unless it has one
-INSERT INTO signing_key (environment, value) VALUES (:environment, :value) ON CONFLICT DO NOTHING;
+INSERT INTO headrace_signing_key (environment, value) VALUES (:environment, :value) ON CONFLICT DO NOTHING;
 
 -- signing_key: read the signing key of an environment
-SELECT value FROM signing_key WHERE environment = :environment;
+SELECT value FROM headrace_signing_key WHERE environment = :environment;
 
 -- know_bucket: create a token bucket, which is full at first
-INSERT INTO bucket (environment, name, full_us) VALUES (:environment, :name, 0) ON CONFLICT DO NOTHING;
+INSERT INTO headrace_bucket (environment, name, full_us) VALUES (:environment, :name, 0) ON CONFLICT DO NOTHING;
 
 -- lock_bucket: lock a token bucket, and read when it is full again
-SELECT full_us FROM bucket WHERE environment = :environment AND name = :name;
+SELECT full_us FROM headrace_bucket WHERE environment = :environment AND name = :name;
 
 -- put_bucket: store when a token bucket is full again
-UPDATE bucket SET full_us = :full_us WHERE environment = :environment AND name = :name;
+UPDATE headrace_bucket SET full_us = :full_us WHERE environment = :environment AND name = :name;
 
 -- delete_buckets: delete token buckets that are full for long, as they are without a row
-DELETE FROM bucket WHERE full_us < :before_us;
+DELETE FROM headrace_bucket WHERE full_us < :before_us;

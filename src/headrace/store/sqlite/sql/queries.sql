@@ -1,80 +1,80 @@
 -- batch: read a batch by id
 SELECT {batch_columns}
-FROM batch WHERE id = :id;
+FROM headrace_batch WHERE id = :id;
 
 -- lock_batch: lock a batch
 SELECT {batch_columns}
-FROM batch WHERE id = :id;
+FROM headrace_batch WHERE id = :id;
 
 -- lock_batches: lock some batches, in id order
 SELECT {batch_columns}
-FROM batch WHERE id IN (SELECT value FROM json_each(:ids));
+FROM headrace_batch WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- batch_by_key: read the batch that a key names
 SELECT {batch_columns}
-FROM batch WHERE environment = :environment AND key = :key;
+FROM headrace_batch WHERE environment = :environment AND key = :key;
 
 -- lock_streams_of_session: lock the open streams of a session
 SELECT {batch_columns}
-FROM batch WHERE session_id = :session_id AND session_id <> '' AND state = 'open';
+FROM headrace_batch WHERE session_id = :session_id AND session_id <> '' AND state = 'open';
 
 -- list_batches: list batches of an environment, newest first
 SELECT {batch_columns}
-FROM batch
+FROM headrace_batch
 WHERE environment = :environment AND (:before_id = '' OR id < :before_id)
     AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
 ORDER BY id DESC LIMIT :rows_max;
 
 -- open_batches: read open batches that are past their seal deadline
 SELECT {batch_columns}
-FROM batch WHERE state = 'open' AND finished_us = 0 AND state IN ('open', 'cancelled', 'abandoned') AND seal_timeout_ms > 0
+FROM headrace_batch WHERE state = 'open' AND finished_us = 0 AND state IN ('open', 'cancelled', 'abandoned') AND seal_timeout_ms > 0
     AND max(created_us, appended_us) + seal_timeout_ms * 1000 <= :now_us LIMIT :rows_max;
 
 -- stopping_batches: list cancelled and abandoned batches that have not ended
-SELECT id FROM batch WHERE state IN ('cancelled', 'abandoned') AND finished_us = 0
+SELECT id FROM headrace_batch WHERE state IN ('cancelled', 'abandoned') AND finished_us = 0
     AND state IN ('open', 'cancelled', 'abandoned');
 
 -- finished_batches: list batches that ended before a time and have no dead letter
-SELECT id, environment FROM batch WHERE finished_us > 0 AND finished_us <= :before_us
-    AND NOT EXISTS (SELECT 1 FROM dead_letter WHERE dead_letter.batch_id = batch.id)
+SELECT id, environment FROM headrace_batch AS batch WHERE finished_us > 0 AND finished_us <= :before_us
+    AND NOT EXISTS (SELECT 1 FROM headrace_dead_letter AS dead_letter WHERE dead_letter.batch_id = batch.id)
 ORDER BY finished_us LIMIT :rows_max;
 
 -- received: read the set of indexes that a batch has received
-SELECT received FROM batch WHERE id = :id;
+SELECT received FROM headrace_batch WHERE id = :id;
 
 -- leased_count: count the leased runs of a batch
-SELECT coalesce(sum(unsettled_count), 0) FROM span
+SELECT coalesce(sum(unsettled_count), 0) FROM headrace_span
 WHERE batch_id = :batch_id AND state = 'leased' AND state <> 'done';
 
 -- blocks_from: read blocks that may hold an index or later ones, by first index
-SELECT id, first_index, last_index, runs_count, gaps FROM block
+SELECT id, first_index, last_index, runs_count, gaps FROM headrace_block
 WHERE batch_id = :batch_id AND first_index > :after_index AND first_index < :before_index
     AND last_index >= :from_index
 ORDER BY first_index, id LIMIT :rows_max;
 
 -- shapes_of_blocks: read which indexes some blocks hold
-SELECT id, first_index, runs_count, gaps FROM block WHERE id IN (SELECT value FROM json_each(:ids));
+SELECT id, first_index, runs_count, gaps FROM headrace_block WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- extras_of_blocks: read what only some runs of some blocks have
-SELECT id, extras FROM block WHERE extras IS NOT NULL AND id IN (SELECT value FROM json_each(:ids));
+SELECT id, extras FROM headrace_block WHERE extras IS NOT NULL AND id IN (SELECT value FROM json_each(:ids));
 
 -- states_of_blocks: read the states of the runs of some blocks
-SELECT block_id, positions, states FROM span WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
+SELECT block_id, positions, states FROM headrace_span WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
 
 -- parts_of_blocks: read the recorded outcomes of some blocks, oldest first
-SELECT {part_columns} FROM part
+SELECT {part_columns} FROM headrace_part
 WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
 
 -- sessions: list the sessions that have not ended
-SELECT id, kind, host, pid, started_us, heartbeat_us, ended_us FROM session WHERE ended_us = 0 ORDER BY id;
+SELECT id, kind, host, pid, started_us, heartbeat_us, ended_us FROM headrace_session WHERE ended_us = 0 ORDER BY id;
 
 -- duties: list when each duty of upkeep can be taken again
-SELECT name, free_us FROM duty;
+SELECT name, free_us FROM headrace_duty;
 
 -- known_keys: read the runs that some idempotency keys name, unless the key has expired
 SELECT idempotency.task, idempotency.key, idempotency.batch_id, idempotency.run_index
 FROM json_each(:rows) AS wanted
-CROSS JOIN idempotency ON idempotency.environment = :environment
+CROSS JOIN headrace_idempotency AS idempotency ON idempotency.environment = :environment
     AND idempotency.task = json_extract(wanted.value, '$[0]') AND idempotency.key = json_extract(wanted.value, '$[1]')
 WHERE idempotency.expires_us = 0 OR idempotency.expires_us > :now_us;
 
@@ -84,14 +84,14 @@ SELECT queue.name, queue.paused,
     coalesce(sum(CASE WHEN span.state = 'delayed' THEN span.unsettled_count END), 0),
     coalesce(sum(CASE WHEN span.state = 'leased' THEN span.unsettled_count END), 0),
     coalesce(min(CASE WHEN span.state = 'waiting' THEN max(span.since_us, span.due_us) END), 0)
-FROM queue
-LEFT JOIN span ON span.state <> 'done' AND span.environment = queue.environment AND span.queue = queue.name
+FROM headrace_queue AS queue
+LEFT JOIN headrace_span AS span ON span.state <> 'done' AND span.environment = queue.environment AND span.queue = queue.name
 WHERE queue.environment = :environment
 GROUP BY queue.name ORDER BY queue.name;
 
 -- list_spans: list spans that may have runs of a listing, newest batch first
 SELECT {span_columns(span.)}, block.first_index, block.gaps
-FROM batch CROSS JOIN block ON block.batch_id = batch.id CROSS JOIN span ON span.block_id = block.id
+FROM headrace_batch AS batch CROSS JOIN headrace_block AS block ON block.batch_id = batch.id CROSS JOIN headrace_span AS span ON span.block_id = block.id
 WHERE batch.environment = :environment AND (:batch_id = '' OR batch.id = :batch_id)
     AND (:task = '' OR span.task = :task) AND (:state IS NULL OR instr(span.states, :state) > 0)
     AND (:span_state = '' OR span.state = :span_state)
@@ -99,21 +99,21 @@ WHERE batch.environment = :environment AND (:batch_id = '' OR batch.id = :batch_
 ORDER BY batch.id DESC, block.first_index, span.id LIMIT :rows_max;
 
 -- tagged_runs: list the runs with a tag
-SELECT batch_id, run_index FROM tag
+SELECT batch_id, run_index FROM headrace_tag
 WHERE environment = :environment AND tag = :tag AND (:batch_id = '' OR batch_id = :batch_id)
     AND (:after_batch = '' OR batch_id < :after_batch OR batch_id = :after_batch AND run_index > :after_index)
 ORDER BY batch_id DESC, run_index LIMIT :rows_max;
 
 -- named_objects: read which of some object keys a row names
-SELECT key FROM object WHERE key IN (SELECT value FROM json_each(:keys));
+SELECT key FROM headrace_object WHERE key IN (SELECT value FROM json_each(:keys));
 
 -- next_due: read when the next delayed span of some tasks is due
-SELECT min(due_us) FROM span WHERE state = 'delayed' AND environment = :environment
+SELECT min(due_us) FROM headrace_span WHERE state = 'delayed' AND environment = :environment
     AND task IN (SELECT value FROM json_each(:tasks));
 
 -- blocks_of_batch: read which indexes the blocks of a batch hold, to count it
-SELECT id, first_index, runs_count, gaps FROM block WHERE batch_id = :batch_id AND id > :after_id ORDER BY id LIMIT :rows_max;
+SELECT id, first_index, runs_count, gaps FROM headrace_block WHERE batch_id = :batch_id AND id > :after_id ORDER BY id LIMIT :rows_max;
 
 -- spans_of_blocks: read all spans over some blocks
 SELECT {span_columns()}
-FROM span WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
+FROM headrace_span WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;

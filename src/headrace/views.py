@@ -69,8 +69,12 @@ class RunError(View, kw_only=True, frozen=True):
 
 
 class AttemptView(View, kw_only=True, frozen=True):
-    """One attempt of a run that has ended. `state` is `retried` when another attempt followed."""
+    """One attempt of a run that has ended. `state` is `retried` when another attempt followed.
 
+    `number` counts from 1, and again from 1 after a redrive.
+    """
+
+    number: int
     state: str
     ended_at: datetime
     error: RunError | None = None
@@ -188,7 +192,7 @@ async def run_view(engine: Engine, record: RunRecord) -> RunView:
         view,
         input=decoded(*payload),
         output=None if result is None else decoded(*result),
-        attempts=[_attempt(attempt) for attempt in record.attempts],
+        attempts=_attempts(record.attempts),
     )
 
 
@@ -291,13 +295,22 @@ def _seconds(start_us: int, end_us: int) -> float | None:
     return round((end_us - start_us) / 1_000_000, 6) if start_us and end_us else None
 
 
-def _attempt(attempt: dict[str, object]) -> AttemptView:
+def _attempts(attempts: Sequence[dict[str, object]]) -> list[AttemptView]:
+    views: list[AttemptView] = []
+    for attempt in attempts:
+        is_next = bool(views) and views[-1].state == "retried"  # an attempt that ended for good precedes a redrive
+        views.append(_attempt(attempt, views[-1].number + 1 if is_next else 1))
+    return views
+
+
+def _attempt(attempt: dict[str, object], number: int) -> AttemptView:
     error = None
     if "type" in attempt:
         error = RunError(
             type=str(attempt["type"]), message=str(attempt["message"]), trace=str(attempt.get("trace", ""))
         )
-    return AttemptView(state=str(attempt["ended"]), ended_at=moment_of(int(str(attempt["settled_us"]))), error=error)
+    ended_at = moment_of(int(str(attempt["settled_us"])))
+    return AttemptView(number=number, state=str(attempt["ended"]), ended_at=ended_at, error=error)
 
 
 def _inlined(schema: Any, components: dict[str, Any]) -> Any:

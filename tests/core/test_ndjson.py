@@ -80,7 +80,9 @@ class TestBehavioursOfTriggerDev:
     def test_28_a_line_over_the_limit_is_a_marker(self) -> None:
         line = b'{"index":3,"task":"my-task","payload":"' + b"x" * 200 + b'"}'
         marker = only_oversized(items_of(line + b"\n", item_bytes_max=100))
-        assert marker == Oversized(index=3, task="my-task", actual_bytes=len(line), max_bytes=100, line=1)
+        assert marker == Oversized(
+            index=3, task="my-task", actual_bytes=len(line), max_bytes=100, line=1, raw=line[:100]
+        )
 
     def test_29_a_line_that_never_ends_is_a_marker(self) -> None:
         pieces = [b'{"index":7,"task":"big-task","payload":"'] + [b"x" * 50] * 20
@@ -230,13 +232,16 @@ def assert_expected(hostile: HostileLine, items: list[Item], *, position: int = 
         assert (marker.index, marker.line) == (position, position + 1)
     else:
         expected_index, expected_task = extract_index_and_task(hostile.line[:512])
-        assert only_oversized(items) == Oversized(
+        marked = only_oversized(items)
+        assert marked == Oversized(
             index=position if expected_index < 0 else expected_index,
             task=expected_task,
             actual_bytes=len(hostile.line),
             max_bytes=ITEM_BYTES_MAX,
             line=position + 1,
+            raw=marked.raw,
         )
+        assert hostile.line.removeprefix(b"\xef\xbb\xbf").startswith(marked.raw)
 
 
 class TestTheIndexOfALineOverTheLimit:

@@ -100,10 +100,32 @@ async def test_csv_rows_are_strings_or_instances_of_their_class(tmp_path: Path) 
         ("name,n\nann\n", "expected 2 cells, got 1"),
         ("name,n\nann,x\n", "line 2 of .* is not a valid Row"),
         ('name,n\n"ann,1\n', "is not valid CSV"),
+        ("name;n\nann;1\n", "line 1 of .*: expected columns separated by ',', got 'name;n'"),
     ):
         path.write_text(text)
         with pytest.raises(InvalidInput, match=words):
             await read(csv(path, kind="row", event=Row))
+
+
+@pytest.mark.parametrize("source", [ndjson, lambda path: csv(path, kind="row")])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+async def test_a_file_that_is_not_utf_8_is_refused_before_its_first_line(
+    source: Any, encoding: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes("name,n\nann,1\n".encode(encoding))
+    with pytest.raises(InvalidInput, match=f"expected UTF-8, got {encoding[:6].upper()}") as caught:
+        await read(source(path))
+    assert "iconv" in caught.value.hint
+
+
+async def test_a_csv_file_written_by_a_spreadsheet_on_windows_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbfname;n\r\n\r\n\xc3\xa4nn;1\r\n")
+    assert await read(csv(path, kind="row", delimiter=";")) == [(3, {"type": "row", "name": "\u00e4nn", "n": "1"})]
+    path.write_bytes(b"\xef\xbb\xbfname,n\r\nann,1,2\r\n")
+    with pytest.raises(InvalidInput, match="line 2 of .*: expected 2 cells, got 3"):
+        await read(csv(path, kind="row"))
 
 
 async def test_plain_async_and_awaited_iterators_are_sources() -> None:

@@ -215,24 +215,34 @@ def cancel(
 def redrive(
     batch: BatchArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False
 ) -> None:
-    """Run the failed runs of a batch again, from their first attempt."""
+    """Run the failed runs of a batch again, from their first attempt.
+
+    Runs of items that are not valid, such as lines that are not JSON, can't run again.
+    """
     settings = settings_of(store=place_of(store, server))
 
-    async def again() -> tuple[int, BatchView]:
+    async def again() -> tuple[int, int, BatchView]:
         async with opened(settings, must_exist=True) as engine:
-            batch_id = (await find_batch(engine, batch)).id
-            count = await engine.store.redrive(batch_id, None)
+            before = await _view(engine, batch)
+            count = await engine.store.redrive(before.id, None)
             engine.wakeup.notify()
-            return count, await _view(engine, batch_id)
+            return count, before.failed - count, await _view(engine, before.id)
 
-    count, view = run_async(again())
+    count, invalid_count, view = run_async(again())
     if json:
-        say_json({"redriven": count, "batch": view})
-    elif count:
-        hint = "; repeat its `headrace map` command to run them" if "map" in view.metadata else ""
+        say_json({"redriven": count, "invalid": invalid_count, "batch": view})
+        return
+    is_map = "map" in view.metadata
+    if count:
+        hint = "; repeat its `headrace map` command to run them" if is_map else ""
         say(f"{counted(count, 'failed run')} of {view.id} will run again{hint}")
-    else:
+    elif not invalid_count:
         say(f"no run of {view.id} has failed; nothing was changed")
+    if invalid_count:
+        remedy = (
+            "correct the input, and repeat its `headrace map` command with --fresh" if is_map else "send them again"
+        )
+        say(f"{counted(invalid_count, 'failed run')} can't run again, because the items are not valid: {remedy}")
 
 
 async def _view(engine: Engine, batch: str) -> BatchView:

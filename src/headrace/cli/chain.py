@@ -9,6 +9,7 @@ before it ended.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -126,8 +127,19 @@ def part_of(batch: BatchRecord) -> ChainBatch:
     return ChainBatch(batch, int(metadata["base_index"]), InputPosition.decode(bytes.fromhex(metadata["start"])))
 
 
-async def open_chain(engine: Engine, source: MapIdentity, *, fresh: bool, is_resumable: bool) -> Chain:
-    """Return the newest generation of this map, or a new one. `fresh` cancels the newest and begins a new one."""
+async def open_chain(
+    engine: Engine,
+    source: MapIdentity,
+    *,
+    fresh: bool,
+    is_resumable: bool,
+    before_new: Callable[[], Awaitable[None]],
+) -> Chain:
+    """Return the newest generation of this map, or a new one. `fresh` cancels the newest and begins a new one.
+
+    `before_new` is awaited before anything is cancelled or created for a new generation; an error of it leaves all as
+    it was.
+    """
     chain = Chain(engine, source, is_resumable)
     newest = await _newest(engine, source) if is_resumable else None
     if newest is not None:
@@ -135,11 +147,14 @@ async def open_chain(engine: Engine, source: MapIdentity, *, fresh: bool, is_res
         await _load(chain)
         is_whole = len(chain.parts) >= int(str(newest.metadata["part"]))
         if fresh or not is_whole:  # retention deleted the beginning: the rest can't be the whole result
+            await before_new()
             for batch in {part.batch.id: part.batch for part in (*chain.parts, part_of(newest))}.values():
                 if not batch.is_finished:
                     await engine.store.stop_batch(batch.id, CANCELLED, now_us=engine.clock.now_us())
             chain = Chain(engine, source, is_resumable, chain.generation + 1)
     if not chain.parts:
+        if newest is None:
+            await before_new()
         chain.is_new = True
         await chain.extend(BEGINNING)
     for part in chain.parts:

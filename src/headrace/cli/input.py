@@ -8,16 +8,18 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import AsyncIterator
-from contextlib import closing
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, closing
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
+from headrace.core.ndjson import wide_encoding
 from headrace.foundation.errors import InvalidInput
 from headrace.runtime.indexing.sources.compressed_files import Truncated, Zstandard
 
 PIECE_BYTES: Final = 256 * 1024
 STDIN: Final = "-"
+_PREFIX_BYTES: Final = 4
 
 
 class _Source(Protocol):
@@ -45,6 +47,7 @@ class Input:
         self.is_stream = name == STDIN
         self.size_bytes: int | None = None
         self.path = None if self.is_stream else Path(name).expanduser().absolute()
+        self._ahead: tuple[list[bytes], AsyncGenerator[bytes, None]] | None = None
         if self.path is not None:
             try:
                 status = self.path.stat()
@@ -66,21 +69,70 @@ class Input:
         """Return the absolute path; of a stream only its name."""
         return STDIN if self.is_stream or self.path is None else str(self.path)
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """Read all bytes from the beginning. Raises `InvalidInput` where a compressed file is truncated or corrupt."""
+    @property
+    def shown_name(self) -> str:
+        """Return the name for messages."""
+        return "standard input" if self.path is None else self.name
+
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
+        """Read all bytes from the beginning; those that were looked at ahead are read once.
+
+        Raises `InvalidInput` where a compressed file is truncated or corrupt, and for UTF-16 and UTF-32.
+        """
+        read, rest = self._ahead or ([], self._checked_pieces())
+        self._ahead = None
+        async with aclosing(rest):
+            for piece in read:
+                yield piece
+            async for piece in rest:
+                yield piece
+
+    async def look_ahead(self) -> AsyncGenerator[bytes, None]:
+        """Read pieces from the beginning, which the next call of `pieces` yields again."""
+        read: list[bytes] = []
+        rest = self._checked_pieces()
+        self._ahead = (read, rest)
+        async for piece in rest:
+            read.append(piece)
+            yield piece
+
+    async def close(self) -> None:
+        """Stop reading, if only `look_ahead` was called."""
+        if self._ahead is not None:
+            await self._ahead[1].aclose()
+            self._ahead = None
+
+    async def _checked_pieces(self) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._pieces()) as pieces:
+            prefix: bytes | None = b""
+            async for piece in pieces:
+                if prefix is not None:
+                    prefix += piece[:_PREFIX_BYTES]
+                    if encoding := wide_encoding(prefix):
+                        raise InvalidInput(
+                            f"{self.shown_name}: expected UTF-8, got {encoding}",
+                            hint=f"convert it first: iconv -f {encoding} -t UTF-8 FILE > items.ndjson",
+                        )
+                    if len(prefix) >= _PREFIX_BYTES:
+                        prefix = None
+                yield piece
+
+    async def _pieces(self) -> AsyncGenerator[bytes, None]:
         if self.path is None:
             if sys.stdin is None or sys.stdin.closed:
                 return
             descriptor = sys.stdin.fileno()
             is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            async for piece in _from_file(descriptor) if is_file else _from_stream(descriptor):
-                yield piece
+            async with aclosing(_from_file(descriptor) if is_file else _from_stream(descriptor)) as pieces:
+                async for piece in pieces:
+                    yield piece
             return
         if self.is_stream:
             descriptor = await asyncio.to_thread(os.open, self.path, os.O_RDONLY)
             try:
-                async for piece in _from_stream(descriptor):
-                    yield piece
+                async with aclosing(_from_stream(descriptor)) as pieces:
+                    async for piece in pieces:
+                        yield piece
             finally:
                 os.close(descriptor)
             return
@@ -114,12 +166,12 @@ class Input:
         )
 
 
-async def _from_file(descriptor: int) -> AsyncIterator[bytes]:
+async def _from_file(descriptor: int) -> AsyncGenerator[bytes, None]:
     while piece := await asyncio.to_thread(os.read, descriptor, PIECE_BYTES):
         yield piece
 
 
-async def _from_stream(descriptor: int) -> AsyncIterator[bytes]:
+async def _from_stream(descriptor: int) -> AsyncGenerator[bytes, None]:
     """Read a pipe or terminal when the loop finds it readable: a thread that reads could not be stopped."""
     loop = asyncio.get_running_loop()
     while True:

@@ -19,6 +19,7 @@ import msgspec
 
 from headrace.app import Headrace
 from headrace.cli.chain import Chain, ChainBatch, MapIdentity, open_chain
+from headrace.cli.first_items import check_first_items
 from headrace.cli.input import Input
 from headrace.cli.opening import shown_store
 from headrace.cli.output import FileOutput, Output, lines_of, open_output
@@ -60,6 +61,7 @@ class Summary(msgspec.Struct, kw_only=True):
     expired: int
     resumed: bool
     done_before: int
+    failed_before: int
     seconds: float
     runs_per_s: float
 
@@ -114,7 +116,7 @@ class Mapping:
         self._is_fed = False
         self._stops_count = 0
         self._stop = asyncio.Event()
-        self._done_before = 0
+        self._before = Totals([])
 
     @classmethod
     def prepare(
@@ -169,12 +171,37 @@ class Mapping:
         async with self.app as app:
             engine = await app.open()
             source = MapIdentity(self.task.name, self.input.identity, self.batch_key)
-            self.chain = chain = await open_chain(engine, source, fresh=self.fresh, is_resumable=self.is_resumable)
-            self._done_before = (await self._ledger(engine)).settled
+            is_whole = False
             with Signals(self._stopped):
-                is_whole = await self._all_at_once(engine, chain)
-            await self._leave(engine, chain, is_whole=is_whole)
-            return await self._summary(engine, is_whole=is_whole, seconds=monotonic() - started_s)
+                self.chain = chain = await self._open(engine, source)
+                if chain is not None:
+                    self._before = await self._ledger()
+                    is_whole = await self._all_at_once(engine, chain)
+            if chain is not None:
+                await self._leave(engine, chain, is_whole=is_whole)
+            return await self._summary(is_whole=is_whole, seconds=monotonic() - started_s)
+
+    async def _open(self, engine: Engine, source: MapIdentity) -> Chain | None:
+        """Return the chain of this map; None if a signal came during the wait for the first items of a stream."""
+        opening = self._start(
+            open_chain(
+                engine,
+                source,
+                fresh=self.fresh,
+                is_resumable=self.is_resumable,
+                before_new=lambda: check_first_items(self.input, self.task.spec, engine.limits),
+            )
+        )
+        stop = self._start(self._stop.wait())
+        try:
+            await asyncio.wait({opening, stop}, return_when=asyncio.FIRST_COMPLETED)
+            return opening.result() if opening.done() else None
+        finally:
+            for task in (opening, stop):
+                task.cancel()
+            await asyncio.wait({opening, stop})
+            if opening.cancelled() or opening.exception() is not None:
+                await self.input.close()
 
     async def _all_at_once(self, engine: Engine, chain: Chain) -> bool:
         """Run the four tasks; True when every result was written, False when the map was stopped."""
@@ -285,7 +312,7 @@ class Mapping:
         alive_s = monotonic()
         try:
             while True:
-                ledger = await self._ledger(engine)
+                ledger = await self._ledger()
                 progress_display.update(self._state_of(ledger))
                 if not self.is_resumable and monotonic() - alive_s > engine.limits.seal_timeout_ms / 4_000:
                     await self._keep_open(engine)
@@ -332,29 +359,31 @@ class Mapping:
         command = self.command.replace(" --fresh", "")
         return f"To resume: {command}"
 
-    async def _ledger(self, engine: Engine) -> Totals:
-        assert self.chain is not None
-        return Totals([(await engine.store.batch(part.batch.id))[1] for part in self.chain.parts])
+    async def _ledger(self) -> Totals:
+        chain = self.chain
+        if chain is None:
+            return Totals([])
+        return Totals([(await chain.engine.store.batch(part.batch.id))[1] for part in chain.parts])
 
-    async def _summary(self, engine: Engine, *, is_whole: bool, seconds: float) -> Summary:
-        assert self.chain is not None
-        totals = await self._ledger(engine)
+    async def _summary(self, *, is_whole: bool, seconds: float) -> Summary:
+        totals = await self._ledger()
         return Summary(
             state="completed" if is_whole else "interrupted",
             task=self.task.name,
             input=self.input.name,
             output=self.output.name,
             store=shown_store(self.settings),
-            batches=[part.batch.id for part in self.chain.parts],
+            batches=[] if self.chain is None else [part.batch.id for part in self.chain.parts],
             runs=totals.received,
             completed=totals.completed,
             failed=totals.failed,
             cancelled=totals.cancelled,
             expired=totals.expired,
-            resumed=not self.chain.is_new,
-            done_before=self._done_before,
+            resumed=self.chain is not None and not self.chain.is_new,
+            done_before=self._before.settled,
+            failed_before=self._before.failed,
             seconds=round(seconds, 3),
-            runs_per_s=round((totals.settled - self._done_before) / seconds, 1) if seconds else 0.0,
+            runs_per_s=round((totals.settled - self._before.settled) / seconds, 1) if seconds else 0.0,
         )
 
     def report(self, summary: Summary, *, as_json: bool) -> None:
@@ -385,10 +414,13 @@ class Mapping:
             f"{counted(summary.runs, 'run')}: {', '.join(ends)}{before}; {duration(summary.seconds)}, "
             f"{summary.runs_per_s:,.0f} runs/s; results in {summary.output}"
         )
+        if summary.failed_before:
+            words += f"\n{counted(summary.failed_before, 'run')} failed in an earlier command and did not run again"
         if summary.failed:
             words += (
                 f"\nsee why: headrace run list --state failed --batch {summary.batches[-1]}"
                 f"\nrun them again: headrace batch redrive {summary.batches[-1]}, then repeat this command"
+                "\nafter a change of the input: repeat this command with --fresh, which starts over"
             )
         return words
 

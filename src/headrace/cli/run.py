@@ -109,7 +109,10 @@ def show(run: RunArgument, store: StoreOption = None, server: ServerOption = Non
         lines.append(("output", _shown(view.output)))
     if view.error is not None:
         lines.append(("error", f"{view.error.type}: {view.error.message}"[:SHOWN_CHARS]))
-    lines += [(f"attempt {number}", _attempt(attempt)) for number, attempt in enumerate(view.attempts, 1)]
+    for position, attempt in enumerate(view.attempts):
+        if position and attempt.number == 1:
+            lines.append(("redriven", "from the first attempt"))
+        lines.append((f"attempt {attempt.number}", _attempt(attempt)))
     pairs(f"{view.id}  {view.state}", lines)
 
 
@@ -151,6 +154,12 @@ def redrive(run: RunArgument, store: StoreOption = None, server: ServerOption = 
         async with opened(settings, must_exist=True) as engine:
             before = await engine.store.run(batch_id, index)
             if not await engine.store.redrive(batch_id, [index]):
+                if before.state == "failed":
+                    raise Conflict(
+                        "the run can't run again: its item is not valid",
+                        hint="`headrace run show` shows why; correct the item, and send or map it again (--fresh)",
+                        run=run,
+                    )
                 raise Conflict(
                     f"expected a run that failed, was cancelled or expired, got one that is {before.state}",
                     hint="`headrace run list --state failed` shows failed runs",

@@ -24,6 +24,9 @@ from headrace.foundation.ids import INDEX_MAX
 PREFIX_BYTES: Final = 512
 """Bytes kept of a line over the limit: enough to find an index and a task near its beginning."""
 
+RAW_BYTES: Final = 1_024
+"""Bytes kept of a line that is not JSON, to be shown with the failed run."""
+
 NO_INDEX: Final = -1
 UNKNOWN_TASK: Final = "unknown"
 
@@ -40,11 +43,22 @@ _LONE_HIGH_SURROGATE: Final = re.compile(
 assert INDEX_MAX == 10**18 - 1, "the pattern of an index allows at most 18 digits, as INDEX_MAX does"
 
 
+def wide_encoding(prefix: bytes) -> str | None:
+    """Return the encoding of a text that is UTF-16 or UTF-32, by its first bytes; None if it may be UTF-8."""
+    if prefix.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if prefix.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    if len(prefix) >= 4 and 0 in prefix[:4]:  # no text in UTF-8 has a NUL, and text in UTF-16 begins with ASCII
+        return "UTF-32" if prefix[:4].count(0) > 2 else "UTF-16"
+    return None
+
+
 class Oversized(msgspec.Struct, frozen=True):
     """A line over the size limit of an item.
 
     `index` and `task` are those of the line if its first 512 bytes contain them; otherwise its position among the items
-    and "unknown".
+    and "unknown". `raw`: these bytes.
     """
 
     index: int
@@ -52,14 +66,19 @@ class Oversized(msgspec.Struct, frozen=True):
     actual_bytes: int
     max_bytes: int
     line: int
+    raw: bytes = b""
 
 
 class Unreadable(msgspec.Struct, frozen=True):
-    """A line that is not UTF-8 or not JSON; `index` is its position among the items, `reason` the error."""
+    """A line that is not UTF-8 or not JSON; `index` is its position among the items, `reason` the error.
+
+    `raw`: its first `RAW_BYTES` bytes.
+    """
 
     index: int
     line: int
     reason: str
+    raw: bytes = b""
 
 
 Item: TypeAlias = bytes | Oversized | Unreadable
@@ -232,7 +251,8 @@ class NdjsonMachine:
             index, task = extract_index_and_task(line[:PREFIX_BYTES])
             if index == NO_INDEX:
                 index = self._items_count
-            return Oversized(index, task, actual_bytes, self._item_bytes_max, self._lines_count)
+            raw = line[: min(PREFIX_BYTES, self._item_bytes_max)]  # no more is kept of a line that arrives in pieces
+            return Oversized(index, task, actual_bytes, self._item_bytes_max, self._lines_count, raw)
         item = line.strip()
         if not item:
             return None
@@ -240,7 +260,8 @@ class NdjsonMachine:
         if fault is None:
             return item
         kind, detail = fault
-        return Unreadable(self._items_count, self._lines_count, f"Invalid {kind} at line {self._lines_count}: {detail}")
+        reason = f"Invalid {kind} at line {self._lines_count}: {detail}"
+        return Unreadable(self._items_count, self._lines_count, reason, item[:RAW_BYTES])
 
     def _fault(self, item: bytes) -> tuple[str, str] | None:
         """Return the format that an item violates, and the error; bytes are counted from 0. None for a valid item."""

@@ -20,7 +20,7 @@ from headrace.core.batch import BatchRecord
 from headrace.core.block import Extra
 from headrace.core.failure import Failure
 from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
-from headrace.core.pack import JSON, REFERENCE
+from headrace.core.pack import JSON, REFERENCE, TEXT
 from headrace.core.span import Key
 from headrace.foundation.errors import ClientFault, HeadraceError, InvalidInput, ObjectMissing
 from headrace.runtime.concurrent_map import map_concurrently
@@ -251,7 +251,7 @@ class IndexedFeed:
         )
 
     def _failed(self, item: Oversized) -> IndexedItem:
-        return IndexedItem(item.index, self._decoder.key_of(item.task), _BORN_FAILED, JSON, failed_item(item))
+        return IndexedItem(item.index, self._decoder.key_of(item.task), item.raw, TEXT, failed_item(item))
 
     # -- the object store
 

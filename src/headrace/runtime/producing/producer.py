@@ -20,7 +20,8 @@ import msgspec
 from headrace.core.batch import CANCELLED, COMPLETED, SEALED, SINGLE, STREAM
 from headrace.core.block import Chunk, Coalescer, Extra
 from headrace.core.failure import Failure
-from headrace.core.pack import JSON, REFERENCE
+from headrace.core.ndjson import RAW_BYTES
+from headrace.core.pack import JSON, REFERENCE, TEXT
 from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, HeadraceError, InvalidInput, SessionEnded, StoreUnavailable
 from headrace.foundation.ids import new_batch_id
@@ -276,10 +277,12 @@ class Producer:
         payloads: list[bytes] = []
         extras: list[tuple[int, Extra | None]] = []
         for item in group:
-            payload, failure = _encoded(spec, item)
             kind, extra = JSON, shared
-            if failure is not None:
-                extra = Extra(failure=failure)
+            try:
+                payload = spec.codec.encode_value(item)
+            except InvalidInput as error:
+                payload, kind = _raw_text(item), TEXT
+                extra = Extra(failure=Failure(type="InvalidPayload", message=error.message).encode())
             else:
                 payload, kind, extra = await self._settled_payload(batch_id, payload, JSON, shared)
             payloads.append(payload)
@@ -376,8 +379,13 @@ def _add_encoded(appender: BatchAppender, first_index: int, encoded: _Encoded, k
         appender.coalescer.add(index, payload, key, kind=kind, extra=extra)
 
 
-def _encoded(spec: TaskSpec, item: Any) -> tuple[bytes, bytes | None]:
+def _raw_text(item: Any) -> bytes:
+    """Return the beginning of an item that is not valid, to be shown with the failed run: as JSON where it can be."""
     try:
-        return spec.codec.encode_value(item), None
-    except InvalidInput as error:
-        return b"{}", Failure(type="InvalidPayload", message=error.message).encode()
+        text = msgspec.json.encode(item)
+    except Exception:  # noqa: BLE001 - a value's own code may raise anything
+        try:
+            text = repr(item).encode("utf-8", "backslashreplace")
+        except Exception:  # noqa: BLE001 - as above
+            text = type(item).__name__.encode()
+    return text[:RAW_BYTES]

@@ -19,7 +19,7 @@ from headrace.core.batch import BatchRecord
 from headrace.core.block import Extra
 from headrace.core.failure import Failure
 from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
-from headrace.core.pack import REFERENCE
+from headrace.core.pack import REFERENCE, TEXT
 from headrace.core.span import Key
 from headrace.foundation.errors import ClientFault, Conflict, InvalidInput
 from headrace.runtime.concurrent_map import map_concurrently
@@ -32,8 +32,6 @@ SLICE_LINES_MAX: Final = 4_096
 """Lines handled before yielding to the event loop: some milliseconds."""
 
 DIGEST_BYTES: Final = 32
-_BORN_FAILED: Final = b"{}"
-
 T = TypeVar("T")
 
 
@@ -110,7 +108,8 @@ class SequentialFeed:
                         if type(item) is bytes:
                             add(index, item, key)
                         else:
-                            add(index, _BORN_FAILED, key, extra=failed_item(item))
+                            assert not isinstance(item, bytes)
+                            add(index, item.raw, key, kind=TEXT, extra=failed_item(item))
                         index += 1
                 self._next_item += len(group.items)
                 await appender.push(self._next_item, group.mark)
@@ -319,9 +318,8 @@ class _InputReader:
                 await result
 
 
-def failed_item(marker: Oversized | Unreadable | bytes) -> Extra:
+def failed_item(marker: Oversized | Unreadable) -> Extra:
     """Return the extras of a run that is created as failed, because its line is not a valid item."""
-    assert not isinstance(marker, bytes)
     if isinstance(marker, Oversized):
         failure = Failure(
             type="PAYLOAD_TOO_LARGE",

@@ -148,6 +148,11 @@ class Codec:
             payload_parameters.append(_Parameter(parameter.name, annotation, parameter.default, parameter.kind))
         return payload_parameters
 
+    @property
+    def signature(self) -> inspect.Signature:
+        """The signature of the task without its `Context`."""
+        return self._signature
+
     # -- calls to payloads, results to values
 
     def encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:

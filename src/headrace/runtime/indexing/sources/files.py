@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Final, Protocol
 
 import msgspec
 
+from headrace.core.ndjson import wide_encoding
 from headrace.core.sequencer import Arrived, Position
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import MIB
@@ -25,6 +26,8 @@ from headrace.runtime.indexing.sources.source import Arrival
 
 PIECE_BYTES: Final = MIB
 LINE_BYTES_MAX: Final = 16 * MIB
+OTHER_DELIMITERS: Final = (";", "\t", "|", ",")
+"""Delimiters that a header of a single column is searched for."""
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
@@ -69,7 +72,7 @@ class _File:
                 continue
             numbers: Sequence[int] = range(first + start, first + len(piece))
             selected = piece[start:]
-            if not all(selected):
+            if not all(selected) or any(map(bytes.isspace, selected)):
                 numbers = [number for number, line in zip(numbers, selected, strict=True) if line.strip()]
                 selected = [line for line in selected if line.strip()]
             arrived = self._events(numbers, selected)
@@ -91,6 +94,11 @@ class _File:
             except (EOFError, OSError, zlib.error, Truncated, ValueError) as error:
                 reason = "the file is truncated" if isinstance(error, EOFError | Truncated) else str(error)
                 raise InvalidInput(f"{self.path} can't be read after line {number}: {reason}", line=number) from error
+            if number == 1 and not rest and (encoding := wide_encoding(piece)):
+                raise InvalidInput(
+                    f"{self.path}: expected UTF-8, got {encoding}",
+                    hint=f"convert it first: iconv -f {encoding} -t UTF-8 {self.path} > events.txt",
+                )
             if number == 1 and not rest and piece.startswith(_BYTE_ORDER_MARK):
                 piece = piece[len(_BYTE_ORDER_MARK) :]
             lines = (rest + piece).split(b"\n")
@@ -135,10 +143,22 @@ class Csv(_File):
     def _lines(self, reader: _Reader) -> Iterator[tuple[int, list[bytes]]]:
         for first, lines in super()._lines(reader):
             if first == 1 and lines:
-                self._names = self._cells(lines[0], 1)
+                self._names = self._header(lines[0])
                 yield 2, lines[1:]
             else:
                 yield first, lines
+
+    def _header(self, line: bytes) -> list[str]:
+        """Return the names of the columns. Raises `InvalidInput` if another delimiter separates them."""
+        names = self._cells(line, 1)
+        for delimiter in OTHER_DELIMITERS:
+            if len(names) == 1 and delimiter in names[0]:
+                raise InvalidInput(
+                    f"line 1 of {self.path}: expected columns separated by {self._delimiter!r}, got {names[0]!r}",
+                    hint=f"pass delimiter={delimiter!r} to csv(…)",
+                    line=1,
+                )
+        return names
 
     def _events(self, numbers: Sequence[int], lines: list[bytes]) -> Arrived:
         events: list[Any] = []

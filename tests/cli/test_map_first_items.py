@@ -211,10 +211,10 @@ def test_runs_of_lines_that_are_not_valid_can_not_be_redriven_and_the_answer_say
     typed.write("in.ndjson", '1\n{not json}\n"fits not"\n')
     batch = mapped(typed, "--json").json["batches"][0]
     invalid = f"{batch.replace('batch_', 'run_')}_1"
-    said = typed("batch", "redrive", batch).out.splitlines()
-    assert said[0] == f"1 failed run of {batch} will run again; repeat its `headrace map` command to run them"
-    assert said[1].startswith("1 failed run can't run again, because the items are not valid: correct the input")
-    assert "--fresh" in said[1]
+    printed = typed("batch", "redrive", batch).out.splitlines()
+    assert printed[0] == f"1 failed run of {batch} will run again; repeat its `headrace map` command to run them"
+    assert printed[1].startswith("1 failed run can't run again, because the items are not valid: correct the input")
+    assert "--fresh" in printed[1]
     refused = typed("run", "redrive", invalid)
     assert refused.code == 2
     assert "its item is not valid" in refused.err

@@ -42,7 +42,8 @@ def serve(wire: Any, kind: str, limits: dict[str, int], delay_s: float, stores: 
     from headrace.runtime.clock import SystemClock
     from headrace.runtime.engine import Engine
     from headrace.runtime.wakeup import Wakeup
-    from headrace.store.payloads import PayloadStore, open_payloads
+    from headrace.store.object_store import open_payloads
+    from headrace.store.payloads import PayloadStore
     from headrace.store.protocol import Appended
 
     interpreter.tune()

@@ -28,7 +28,7 @@ async def main() -> None:
     """Print the figures of a restart."""
     server = Server()
     with tempfile.TemporaryDirectory() as folder:
-        app = Headrace("restart", store=f"{server.dsn}?schema=restart", objects=folder)
+        app = Headrace("restart", store=f"{server.dsn}?schema=restart", objects=folder, objects_shared=True)
 
         @app.task
         async def nap(_item: int) -> None:

@@ -19,7 +19,8 @@ from headrace.runtime.maintenance.store_copy import StoreCopy
 from headrace.runtime.wakeup import Wakeup
 from headrace.store.caller_transaction import CallerTransaction, JoinsTransactions
 from headrace.store.entities.protocol import EntityStore
-from headrace.store.payloads import PayloadStore, open_payloads
+from headrace.store.object_store import is_of_one_machine, open_payloads
+from headrace.store.payloads import PayloadStore, shown_url
 from headrace.store.protocol import RECORDED, WORK, Notifier, Store
 
 SQLITE: Final = "sqlite"
@@ -81,11 +82,13 @@ async def _postgres_engine(settings: Settings, *, migrates: bool) -> Engine:
     try:
         from headrace.store.postgres import PostgresNotifier, PostgresStore
         from headrace.store.postgres.entities import PostgresEntities
+        from headrace.store.postgres.objects import CONCURRENCY as OBJECTS_CONCURRENCY
+        from headrace.store.postgres.objects import DatabaseObjects
     except ModuleNotFoundError as error:
         raise InvalidSetting(
             f"a PostgreSQL store requires the package {error.name}", hint="pip install 'headrace[postgres]'"
         ) from None
-    payloads = open_payloads(settings.objects or "headrace.objects")
+    _check_objects(settings)
     store = PostgresStore(settings.store, settings.limits, direct_url=settings.direct_dsn, migrates=migrates)
     await store.open()
     try:
@@ -94,10 +97,38 @@ async def _postgres_engine(settings: Settings, *, migrates: bool) -> Engine:
     except BaseException:
         await store.close()
         raise
+    payloads = (
+        PayloadStore(
+            DatabaseObjects(store, bytes_max=settings.limits.database_object_bytes_max),
+            url=hidden("store", settings.store),
+            concurrency=OBJECTS_CONCURRENCY,
+        )
+        if settings.objects is None
+        else open_payloads(settings.objects)
+    )
     notifier = PostgresNotifier(store.direct_address or store.address, store.address.schema)
     entities = PostgresEntities(store, settings.limits.batch_runs_max)
     place = _machine_directory(store.identity)
     return _shared_engine(settings, store, payloads, clock, notifier, entities, live_directory=place)
+
+
+def _check_objects(settings: Settings) -> None:
+    """Raise `InvalidSetting` for an object store that other machines of a PostgreSQL store would not see."""
+    limits = settings.limits
+    if settings.objects is None:
+        if limits.item_bytes_max > limits.database_object_bytes_max:
+            raise InvalidSetting(
+                f"item_bytes_max ({limits.item_bytes_max}) is more than the database takes, "
+                f"database_object_bytes_max ({limits.database_object_bytes_max})",
+                hint="lower the first, raise the second, or configure an object store: objects = s3://bucket/prefix",
+            )
+    elif is_of_one_machine(settings.objects) and not settings.objects_shared:
+        raise InvalidSetting(
+            f"objects: expected an object store that all machines of a PostgreSQL store reach, got "
+            f"{shown_url(settings.objects)!r}, which is of this machine",
+            hint="leave `objects` unset to keep large payloads in the database, name a bucket (s3://bucket/prefix), or "
+            "set objects_shared=true if all machines share the directory",
+        )
 
 
 def _shared_engine(

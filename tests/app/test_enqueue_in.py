@@ -170,7 +170,7 @@ class Shop:
         self.is_sqlite = driver in SQLITE
         self.dsn = str(folder / "shop.db") if self.is_sqlite else server().dsn
         store = f"sqlite:///{self.dsn}" if self.is_sqlite else fresh_schema(folder)
-        self.app = Headrace("shop", store=store, objects=str(folder / "objects"), inline_bytes_max=1_000)
+        self.app = Headrace("shop", store=store, inline_bytes_max=1_000)
 
         @self.app.task
         async def ship(order: int, note: str = "") -> str:
@@ -260,7 +260,7 @@ async def test_an_idempotency_key_of_a_cancelled_run_starts_a_new_run(shop: Shop
             assert await second.result(timeout_s=30) == "1 0"
 
 
-async def test_a_large_payload_goes_to_the_object_store(shop: Shop) -> None:
+async def test_a_large_payload_is_offloaded(shop: Shop) -> None:
     async with shop.app:
         async with shop.enter(shop.dsn) as (connection, _):
             run = await shop.ship.enqueue_in(connection, 1, note="x" * 5_000)

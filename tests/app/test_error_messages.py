@@ -84,7 +84,7 @@ def test_a_store_that_can_t_be_opened_is_named_without_its_password(
     store: str, message: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    app = Headrace("app", store=store, objects=str(tmp_path / "objects"))
+    app = Headrace("app", store=store, objects=str(tmp_path / "objects"), objects_shared=True)
     with pytest.raises(HeadraceError) as raised:
         app.batches_sync()
     app.close_sync()

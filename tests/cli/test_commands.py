@@ -450,21 +450,6 @@ def test_doctor_reports_a_nearly_full_disk(shell: Shell, done: str, monkeypatch:
     assert "only" in detail
 
 
-def test_doctor_reports_an_object_store_that_loses_objects(
-    shell: Shell, done: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from headrace.foundation.errors import ObjectMissing
-    from headrace.store.payloads import PayloadStore
-
-    async def get(self: PayloadStore, key: str) -> bytes:
-        raise ObjectMissing("the payload is not in the object store", hint="look for it", key=key)
-
-    monkeypatch.setattr(PayloadStore, "get", get)
-    ok, detail = checks(shell)["objects"]
-    assert not ok
-    assert "not in the object store" in detail
-
-
 def test_doctor_reports_a_session_without_heartbeats(shell: Shell, done: str) -> None:
     change(
         "INSERT INTO headrace_session (id, kind, host, pid, started_us, heartbeat_us, ended_us)"

@@ -36,7 +36,11 @@ RUNS = 100_000
 def app_on(store: str, folder: Path, name: str, *, stop_at: int = 0) -> tuple[Headrace, Any, asyncio.Event]:
     """Make an app with one task that fails sometimes; after `stop_at` runs it signals this and starts no more."""
     app = Headrace(
-        "moving", store=store, objects=str(folder / f"{name}.objects"), inline_bytes_max=2_000, shutdown_grace_s=1
+        "moving",
+        store=store,
+        objects=str(folder / f"{name}.objects") if store.startswith("sqlite") else None,
+        inline_bytes_max=2_000,
+        shutdown_grace_s=1,
     )
     reached, ran = asyncio.Event(), [0]
 
@@ -84,7 +88,7 @@ def test_a_batch_moved_while_it_ran_completes_like_one_that_was_not_moved(shell:
     (place / "stays").mkdir()
     stays = f"sqlite:///{place}/stays/source.db"
     stayed_id = asyncio.run(half_finished(stays, place / "stays", RUNS))
-    flags = ["--objects", str(place / "target.objects"), "--source-objects", str(place / "source.objects")]
+    flags = ["--source-objects", str(place / "source.objects")]
     ran = shell("move", source, target, *flags, "--json")
     assert ran.code == 0, ran.err
     assert ran.json | {"objects": 0} == {
@@ -140,7 +144,8 @@ def test_a_move_is_refused_while_a_process_uses_the_file(shell: Shell) -> None:
 
 
 async def opened(url: str, folder: Path) -> Engine:
-    return await compose.open_engine(load({"store": url, "objects": str(folder / "objects")}, {}, folder))
+    objects = str(folder / "objects") if url.startswith("sqlite") else None
+    return await compose.open_engine(load({"store": url, "objects": objects}, {}, folder))
 
 
 class Cut(Exception):
@@ -293,7 +298,7 @@ def test_a_killed_move_is_completed_by_repeating_the_command(shell: Shell) -> No
     source, target = f"sqlite:///{shell.place}/a.db", fresh_schema(shell.place)
     batch_id = asyncio.run(half_finished(source, shell.place, 60_000))
     command = [sys.executable, "-m", "headrace", "move", source, target, "--no-progress"]
-    command += ["--source-objects", str(shell.place / "source.objects"), "--objects", str(shell.place / "there")]
+    command += ["--source-objects", str(shell.place / "source.objects")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not asyncio.run(_pages(target)) and process.poll() is None:
             pass

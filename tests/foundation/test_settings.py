@@ -201,7 +201,7 @@ def test_secrets_are_not_shown(tmp_path: Path) -> None:
         "flag --store",
     )
     assert lines[1] == ("direct_dsn", "postgres://me:***@host:5433/db", "flag --direct-dsn")
-    assert lines[4] == ("environment", "default", "default")
+    assert lines[5] == ("environment", "default", "default")
 
 
 @pytest.mark.parametrize(

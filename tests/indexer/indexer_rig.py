@@ -22,7 +22,7 @@ from headrace.runtime.indexing.pipeline import IndexerPipeline
 from headrace.runtime.indexing.sources.source import Arrival
 from headrace.runtime.wakeup import Wakeup
 from headrace.store.entities.protocol import Commit, EntityStore
-from headrace.store.payloads import open_payloads
+from headrace.store.object_store import open_payloads
 from tests.indexer.indexer_stores import IndexerStores, stores_in
 
 ALL = 1_000_000

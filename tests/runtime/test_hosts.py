@@ -31,7 +31,7 @@ async def engine_on(url: str, folder: Path, offset_us: int, monkeypatch: pytest.
     monkeypatch.setattr(clock, "time", shifted_time)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder / str(offset_us)))  # hosts do not see each other's processes
     (folder / str(offset_us)).mkdir()
-    settings = load({"store": url, "objects": str(folder / "objects"), "heartbeat_ms": 20}, {}, folder)
+    settings = load({"store": url, "heartbeat_ms": 20}, {}, folder)
     return await open_engine(settings)
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import obstore
 import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError
+from obstore.store import ObjectStore
 
 from headrace.foundation.errors import InvalidInput, InvalidSetting, ObjectMissing, StoreUnavailable
 from headrace.store import payloads as payloads_module
-from headrace.store.payloads import PayloadStore, Reference, check_key, open_payloads, payload_key
+from headrace.store.object_store import ObjectStoreBackend, open_payloads
+from headrace.store.payloads import PayloadStore, Reference, check_key, payload_key
 
 BATCH = "batch_0000000000000000000000000a"
 
@@ -37,6 +39,12 @@ def payloads(request: pytest.FixtureRequest, tmp_path: Path) -> PayloadStore:
 @pytest.fixture
 def local(tmp_path: Path) -> PayloadStore:
     return open_payloads(str(tmp_path / "payloads"))
+
+
+def stored_in(payloads: PayloadStore) -> ObjectStore:
+    """Return the object store itself, to damage what is in it."""
+    assert isinstance(payloads.objects, ObjectStoreBackend)
+    return payloads.objects.store
 
 
 def key_of(data: bytes, batch_id: str = BATCH) -> str:
@@ -82,7 +90,7 @@ async def test_a_missing_object_is_reported_as_missing(payloads: PayloadStore) -
 async def test_a_damaged_object_is_never_returned(payloads: PayloadStore, damage: bytes) -> None:
     data = b"payload"
     await payloads.put(key_of(data), data)
-    await obstore.put_async(payloads._store, key_of(data), damage)
+    await obstore.put_async(stored_in(payloads), key_of(data), damage)
     with pytest.raises(ObjectMissing, match="other bytes than were written"):
         await payloads.get(key_of(data))
 
@@ -101,7 +109,7 @@ async def test_an_object_larger_than_any_payload_is_not_loaded(
 @on_a_loop
 async def test_an_object_that_was_truncated_by_a_power_cut_is_replaced_by_the_next_put(payloads: PayloadStore) -> None:
     data = b"payload"
-    await obstore.put_async(payloads._store, key_of(data), b"pay")
+    await obstore.put_async(stored_in(payloads), key_of(data), b"pay")
     await payloads.put(key_of(data), data)
     assert await payloads.get(key_of(data)) == data
 

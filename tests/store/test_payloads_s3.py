@@ -15,7 +15,8 @@ import pytest
 
 from headrace.app import Headrace
 from headrace.foundation.errors import InvalidSetting, ObjectMissing, StoreUnavailable
-from headrace.store.payloads import PayloadStore, open_payloads, payload_key
+from headrace.store.object_store import ObjectStoreBackend, open_payloads
+from headrace.store.payloads import PayloadStore, payload_key
 from tests.support import invariants
 from tests.support.s3_server import CREDENTIALS, ObjectStoreProxy, object_store_proxy, s3
 
@@ -59,7 +60,8 @@ async def test_a_stored_payload_is_read_listed_and_deleted(payloads: PayloadStor
 async def test_a_changed_object_is_not_returned_as_the_payload(payloads: PayloadStore) -> None:
     data = b"as it was written"
     await payloads.put(key_of(data), data)
-    await obstore.put_async(payloads._store, key_of(data), b"as another program left it")
+    assert isinstance(payloads.objects, ObjectStoreBackend)
+    await obstore.put_async(payloads.objects.store, key_of(data), b"as another program left it")
     with pytest.raises(ObjectMissing, match="has other bytes"):
         await payloads.get(key_of(data))
 

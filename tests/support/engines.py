@@ -1,4 +1,4 @@
-"""Engines under test: on a SQLite file or in memory, with a real or a manual clock; and a faulty store."""
+"""Engines under test: on a SQLite file, on PostgreSQL or in memory, with a real or a manual clock; a faulty store."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from headrace.foundation.settings import load
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
 from tests.support import invariants
+from tests.support.store_rig import fresh_schema
 
 KINDS = ("memory", "sqlite")
 on_each_store = pytest.mark.parametrize("kind", KINDS)
@@ -26,7 +27,8 @@ async def engine_of(kind: str, folder: Path, *, clock: Clock | None = None, **li
     """Open an engine; the caller closes it."""
     if kind == "memory":
         return await memory_engine(Limits(**limits), clock or SystemClock())
-    flags = {"store": f"sqlite:///{folder / 'headrace.db'}", **limits}
+    store = fresh_schema(folder) if kind == "postgres" else f"sqlite:///{folder / 'headrace.db'}"
+    flags = {"store": store, **limits}
     engine = await open_engine(load(flags, {}, folder))
     return engine if clock is None else dataclasses.replace(engine, clock=clock)
 

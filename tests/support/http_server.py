@@ -27,7 +27,7 @@ from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.wakeup import Wakeup
-from headrace.store.payloads import open_payloads
+from headrace.store.object_store import open_payloads
 from headrace.store.protocol import Claim, Lease, Session, Store
 from tests.support.store_rig import FACTORIES, settlement_of
 

@@ -125,6 +125,11 @@ def in_a_thread_of_a_child(item: int, context: Context | None = None) -> list[in
     return [os.getpid(), context.attempt]
 
 
+@app.task(pool="process")
+def size(text: str) -> int:
+    return len(text)
+
+
 def _plain(item: int) -> int:
     if item == 0:
         raise ValueError("again")

@@ -90,7 +90,7 @@ async def examine(settings: Settings) -> list[Finding]:
                 ("durability", lambda: durability(engine)),
                 ("clock", lambda: clock(engine, directory)),
                 ("disk", lambda: disk(directory)),
-                ("objects", lambda: objects(engine)),
+                ("objects", lambda: objects(engine, settings)),
                 ("sessions", lambda: sessions(engine)),
                 ("batches", lambda: batches(engine)),
             ]
@@ -178,12 +178,24 @@ async def disk(directory: Path | None) -> str:
     return f"{size(free_bytes)} free"
 
 
-async def objects(engine: Engine) -> str:
-    """Write, read, list and remove one object."""
+async def objects(engine: Engine, settings: Settings) -> str:
+    """Write one object, read it in another process, list and remove it."""
+    from headrace.cli.object_probe import read_elsewhere
     from headrace.store.payloads import shown_url
 
-    await engine.payloads.check()
-    return f"wrote, read, listed and removed one in {shown_url(engine.payloads.url)}"
+    place = shown_url(engine.payloads.url)
+    key = await engine.payloads.put_probe()
+    try:
+        await engine.payloads.get(key)
+        problem = await read_elsewhere(settings, key)
+    finally:
+        await engine.payloads.delete_probe(key)
+    if problem:
+        raise CheckFailed(
+            f"another process could not read an object that this one wrote in {place}: {problem}",
+            "name an object store that all processes reach: a bucket, or an absolute directory on a shared disk",
+        )
+    return f"wrote one in {place}, read it in another process, listed and removed it"
 
 
 async def sessions(engine: Engine) -> str:

@@ -39,6 +39,7 @@ TABLE: Final[Mapping[str, Limit]] = {
         Limit("chunk_bytes_max", "bytes", MIB, 4 * KIB, 16 * MIB, "Inline payload of one chunk."),
         Limit("item_bytes_max", "bytes", 3 * MIB, KIB, 256 * MIB, "One line of a batch, before decoding."),
         Limit("inline_bytes_max", "bytes", 512 * KIB, 64, 16 * MIB, "Payloads and results of this size or more go to the object store."),
+        Limit("database_object_bytes_max", "bytes", 64 * MIB, KIB, 256 * MIB, "One payload or result in a PostgreSQL store that has no object store."),
         Limit("batch_runs_max", "runs", 10_000_000, 1, 1_000_000_000, "Runs in one batch."),
         Limit("ingest_concurrency", "items", 10, 1, 10_000, "Large items of one batch that are written to the object store at a time."),
         Limit("flush_size", "updates", 500, 1, 100_000, "Updates that are flushed without waiting for the interval."),
@@ -115,6 +116,7 @@ class Limits:
     chunk_bytes_max: int = TABLE["chunk_bytes_max"].default
     item_bytes_max: int = TABLE["item_bytes_max"].default
     inline_bytes_max: int = TABLE["inline_bytes_max"].default
+    database_object_bytes_max: int = TABLE["database_object_bytes_max"].default
     batch_runs_max: int = TABLE["batch_runs_max"].default
     ingest_concurrency: int = TABLE["ingest_concurrency"].default
     flush_size: int = TABLE["flush_size"].default

@@ -78,6 +78,7 @@ class Settings:
     direct_dsn: str | None = field(repr=False)
     migrate: Literal["auto", "never"]
     objects: str | None = field(repr=False)
+    objects_shared: bool
     environment: str
     log_format: Literal["console", "json"]
     log_level: str
@@ -99,8 +100,8 @@ class Settings:
         """Return the value of a setting or limit by its name."""
         if name in ("grpc_secrets", "push"):
             return ", ".join(self._words(name)) or None
-        value: str | int | None = getattr(self.limits if name in TABLE else self, name)
-        return value
+        value: str | int | bool | None = getattr(self.limits if name in TABLE else self, name)
+        return str(value).lower() if isinstance(value, bool) else value
 
     def _words(self, name: str) -> list[str]:
         if name == "grpc_secrets":
@@ -151,6 +152,7 @@ def load(
         direct_dsn=texts.get("direct_dsn"),
         migrate="never" if texts["migrate"] == "never" else "auto",
         objects=texts.get("objects"),
+        objects_shared=texts["objects_shared"] == "true",
         environment=texts["environment"],
         log_format="json" if texts["log_format"] == "json" else "console",
         log_level=texts["log_level"],
@@ -319,6 +321,16 @@ def _objects(value: object) -> str:
     return _text("objects", value, "a URL or a directory")
 
 
+def _flag(name: str) -> Callable[[object], str]:
+    def checked(value: object) -> str:
+        text = str(value).lower() if isinstance(value, bool | str) else ""
+        if text not in ("true", "false"):
+            raise InvalidSetting(f"{name}: expected true or false, got {value!r}")
+        return text
+
+    return checked
+
+
 def _host(value: object) -> str:
     return _text("host", value, "an address")
 
@@ -457,8 +469,16 @@ OPTIONS: Final[Mapping[str, Option]] = {
             "objects",
             None,
             "a URL or a directory",
-            "The object store, for payloads of inline_bytes_max or more; default: beside the store.",
+            "The object store, for payloads of inline_bytes_max or more; default: beside a SQLite file, or in a "
+            "PostgreSQL database itself.",
             _objects,
+        ),
+        Option(
+            "objects_shared",
+            "false",
+            "true, false",
+            "The directory that `objects` names is one for all machines, as on a network share.",
+            _flag("objects_shared"),
         ),
         Option("environment", "default", "a name", "The tenant of batches, queues and keys.", _environment),
         _choice("log_format", "console", LOG_FORMATS, "The format of log lines."),

@@ -7,7 +7,7 @@ operations do nothing or are refused.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -16,10 +16,10 @@ import msgspec
 from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk
 from headrace.core.span import Settlement
-from headrace.foundation.errors import StoreBroken, StoreUnavailable
+from headrace.foundation.errors import ClientFault, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.remote.connection import REQUEST_S, ServerConnection
-from headrace.store.payloads import PayloadStore
+from headrace.store.payloads import PayloadStore, ReadObject, StoredObject
 from headrace.store.protocol import (
     Appended,
     Claim,
@@ -354,25 +354,55 @@ class RemoteStore:
         return result
 
 
-class RemotePayloads(PayloadStore):
-    """Payloads and results over the inline limit, kept by the server."""
+class RemoteObjects:
+    """Objects that a server keeps. Only payloads are read and written here; the server lists and deletes them."""
 
     def __init__(self, connection: ServerConnection) -> None:
-        from obstore.store import MemoryStore
-
-        super().__init__(MemoryStore(), url=connection.url)
         self._connection = connection
 
-    async def put(self, key: str, data: bytes) -> None:
+    async def write(self, key: str, data: bytes) -> None:
         """Store a payload under its key."""
         await self._connection.ask("PUT", f"/v1/objects/{key}", data, attempts=ATTEMPTS)
 
-    async def get(self, key: str) -> bytes:
-        """Return the payload under a key. The server verifies its content."""
+    async def read(self, key: str, _bytes_max: int) -> ReadObject | None:
+        """Return the payload under a key; the server has its own bound. Raises `NotFound` as the server does."""
         response = await self._connection.retry(
             lambda: self._connection.send_once("GET", f"/v1/objects/{key}"), attempts=ATTEMPTS
         )
-        return response.body
+        return ReadObject(response.body)
+
+    async def write_stream(self, _key: str, _pieces: AsyncIterator[bytes]) -> None:
+        """Refuse: clients upload packets to the server itself."""
+        raise _kept_by_the_server()
+
+    async def delete(self, _keys: Sequence[str]) -> None:
+        """Refuse: the server deletes objects."""
+        raise _kept_by_the_server()
+
+    def pages(self, _prefix: str, _page_objects: int) -> AsyncIterator[list[StoredObject]]:
+        """Refuse: the server lists objects."""
+        raise _kept_by_the_server()
+
+    async def delete_unfinished(self, _before_us: int) -> int:
+        """Refuse: the server deletes objects."""
+        raise _kept_by_the_server()
+
+    async def delete_folder(self, _prefix: str) -> None:
+        """Refuse: the server deletes objects."""
+        raise _kept_by_the_server()
+
+
+def _kept_by_the_server() -> ClientFault:
+    return ClientFault(
+        "objects of a remote store can only be listed and deleted by its server", hint="run the command there"
+    )
+
+
+class RemotePayloads(PayloadStore):
+    """Payloads and results over the inline limit, kept by a server."""
+
+    def __init__(self, connection: ServerConnection) -> None:
+        super().__init__(RemoteObjects(connection), url=connection.url)
 
     async def check(self) -> None:
         """Do nothing: the server checks its object store."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from headrace.core.pack import CONTENT_TYPES, JSON, KINDS
 from headrace.foundation.errors import ClientFault, InvalidSetting, ObjectMissing
@@ -24,6 +25,35 @@ class DutyStats:
     failed_count: int = 0
     moved_count: int = 0
     seconds: float = 0.0
+
+
+class Offload(NamedTuple):
+    """Payloads and results of one environment that are too large for a row."""
+
+    payloads: PayloadStore
+    environment: str
+
+    async def offloaded(self, batch_id: str, payload: bytes, kind: int = JSON) -> tuple[bytes, str]:
+        """Store a large payload or result as an object, before any row refers to it; return `(reference, key)`."""
+        key = payload_key(self.environment, batch_id, hashlib.sha256(payload).hexdigest())
+        await self.payloads.put(key, payload)
+        return Reference(key, len(payload), CONTENT_TYPES[kind]).encode(), key
+
+    async def fetch(self, reference: bytes) -> tuple[bytes, int]:
+        """Return the payload that a reference names, and its kind. Raises `ObjectMissing` if it is missing or has
+        changed.
+        """
+        named = Reference.decode(reference)
+        kind = KINDS.get(named.content_type)
+        if kind is None:
+            raise ObjectMissing(
+                f"expected a content type out of {', '.join(KINDS)}, got {named.content_type!r}", key=named.key
+            )
+        return await self.payloads.get(named.key), kind
+
+    async def put_result(self, batch_id: str, result: bytes) -> tuple[bytes, str]:
+        """Store a result over the inline limit; return `(reference, key)`."""
+        return await self.offloaded(batch_id, result)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,21 +128,13 @@ class Engine:
 
     async def offloaded(self, batch_id: str, payload: bytes, kind: int = JSON) -> tuple[bytes, str]:
         """Store a large payload or result as an object, before any row refers to it; return `(reference, key)`."""
-        key = payload_key(self.environment, batch_id, hashlib.sha256(payload).hexdigest())
-        await self.payloads.put(key, payload)
-        return Reference(key, len(payload), CONTENT_TYPES[kind]).encode(), key
+        return await Offload(self.payloads, self.environment).offloaded(batch_id, payload, kind)
 
     async def fetch(self, reference: bytes) -> tuple[bytes, int]:
         """Return the payload that a reference names, and its kind. Raises `ObjectMissing` if it is missing or has
         changed.
         """
-        named = Reference.decode(reference)
-        kind = KINDS.get(named.content_type)
-        if kind is None:
-            raise ObjectMissing(
-                f"expected a content type out of {', '.join(KINDS)}, got {named.content_type!r}", key=named.key
-            )
-        return await self.payloads.get(named.key), kind
+        return await Offload(self.payloads, self.environment).fetch(reference)
 
     async def put_result(self, batch_id: str, result: bytes) -> tuple[bytes, str]:
         """Store a result over the inline limit; return `(reference, key)`."""

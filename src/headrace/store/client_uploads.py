@@ -9,16 +9,11 @@ object begins with a line that holds the content type.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import timedelta
-from typing import Any, Final
-
-import obstore
-from obstore.exceptions import BaseError
-from obstore.store import AzureStore, GCSStore, S3Store
+from typing import Final
 
 from headrace.core.pack import JSON, KINDS, MSGPACK, REFERENCE, SUPER_JSON, TEXT
-from headrace.foundation.errors import InvalidInput, ObjectMissing, StoreUnavailable
-from headrace.store.payloads import PayloadStore
+from headrace.foundation.errors import InvalidInput, ObjectMissing
+from headrace.store.payloads import ObjectTooLarge, PayloadStore, SigningBackend
 
 FOLDER: Final = "packets"
 PATH_CHARS_MAX: Final = 1_024
@@ -48,8 +43,8 @@ class ClientUploads:
     """Uploads of all environments, in the object store of their payloads."""
 
     def __init__(self, payloads: PayloadStore) -> None:
-        self._store: Any = payloads.objects
-        self.can_sign = isinstance(self._store, S3Store | GCSStore | AzureStore)
+        self._objects = payloads.objects
+        self.can_sign = isinstance(payloads.objects, SigningBackend)
 
     def key(self, environment: str, path: str) -> str:
         """Return the key of a packet's object."""
@@ -58,10 +53,8 @@ class ClientUploads:
 
     async def signed_url(self, method: str, environment: str, path: str) -> str:
         """Return a URL of the object store, valid for five minutes."""
-        url: str = await obstore.sign_async(
-            self._store, "PUT" if method == "PUT" else "GET", self.key(environment, path), timedelta(seconds=SIGNED_S)
-        )
-        return url
+        assert isinstance(self._objects, SigningBackend)
+        return await self._objects.signed_url(method, self.key(environment, path), SIGNED_S)
 
     async def put(
         self, environment: str, path: str, content_type: str, pieces: AsyncIterator[bytes], *, bytes_max: int
@@ -80,28 +73,19 @@ class ClientUploads:
                     )
                 yield piece
 
-        try:
-            await obstore.put_async(self._store, self.key(environment, path), body())
-        except (BaseError, OSError) as error:
-            raise _unavailable(error) from error
+        await self._objects.write_stream(self.key(environment, path), body())
 
     async def get(self, environment: str, path: str, *, bytes_max: int) -> tuple[bytes, str]:
         """Return a packet and its content type. Raises `ObjectMissing`, `InvalidInput`, `StoreUnavailable`."""
         try:
-            response = await obstore.get_async(self._store, self.key(environment, path))
-            if response.meta["size"] > bytes_max + TYPE_BYTES_MAX + 1:
-                raise InvalidInput(f"expected a packet of at most {bytes_max} bytes, got {response.meta['size']}")
-            data = (await response.bytes_async()).to_bytes()
-            content_type = str(response.attributes.get("Content-Type", "application/json"))
-        except FileNotFoundError:
-            raise ObjectMissing(
-                f"no packet was uploaded at {path!r}", hint="upload it, then send the item again"
-            ) from None
-        except (BaseError, OSError) as error:
-            raise _unavailable(error) from error
+            stored = await self._objects.read(self.key(environment, path), bytes_max + TYPE_BYTES_MAX + 1)
+        except ObjectTooLarge as error:
+            raise InvalidInput(f"expected a packet of at most {bytes_max} bytes, got {error.bytes_count}") from None
+        if stored is None:
+            raise ObjectMissing(f"no packet was uploaded at {path!r}", hint="upload it, then send the item again")
         if self.can_sign:
-            return data, content_type
-        head, _, data = data.partition(b"\n")
+            return stored.data, stored.content_type or "application/json"
+        head, _, data = stored.data.partition(b"\n")
         return data, head.decode("ascii")
 
     async def fetched(self, environment: str, path: bytes, *, bytes_max: int) -> tuple[bytes, int]:
@@ -125,10 +109,3 @@ def _check_readable(data: bytes, kind: int) -> None:
             msgspec.json.decode(data, type=msgspec.Raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInput(f"the packet can't be decoded as its content type: {error}") from None
-
-
-def _unavailable(error: Exception) -> StoreUnavailable:
-    text = str(error).partition("\n")[0] or type(error).__name__
-    return StoreUnavailable(
-        f"the object store did not answer: {text}", hint="`headrace doctor` checks the object store"
-    )

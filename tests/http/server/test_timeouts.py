@@ -13,7 +13,8 @@ import pytest
 from headrace.foundation.errors import StoreUnavailable
 from headrace.foundation.limits import MIB
 from headrace.http.v1 import batches as v1_batches
-from headrace.store.payloads import PayloadStore, open_payloads
+from headrace.store.object_store import open_payloads
+from headrace.store.payloads import PayloadStore
 from headrace.store.protocol import Store
 from tests.support.http_server import AUTH, LIMITS, NDJSON, HttpPeer, ServerUnderTest, StoreHook, line, running_server
 

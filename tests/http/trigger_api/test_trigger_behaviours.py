@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from headrace.core.batch import CANCELLED
-from headrace.store.payloads import PayloadStore, open_payloads
+from headrace.store.object_store import open_payloads
+from headrace.store.payloads import PayloadStore
 from headrace.store.protocol import Store
 from tests.support.http_server import LIMITS, ServerUnderTest, StoreHook, line, running_server
 from tests.support.store_rig import chunks_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from headrace.store.client_uploads import FOLDER
-from headrace.store.payloads import open_payloads
+from headrace.store.object_store import open_payloads
 from tests.support.http_server import LIMITS, line, running_server
 from tests.support.s3_server import CREDENTIALS, s3
 

@@ -24,7 +24,8 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.producing.batch_appender import BEGINNING, WAITING_CHUNKS_MAX, InputPosition
 from headrace.runtime.producing.sequential_feed import SealedElsewhere, SequentialFeed
 from headrace.runtime.wakeup import Wakeup
-from headrace.store.payloads import PayloadStore, Reference, open_payloads
+from headrace.store.object_store import open_payloads
+from headrace.store.payloads import PayloadStore, Reference
 from headrace.store.protocol import Appended, NewBatch
 from headrace.store.sqlite import SqliteStore
 from tests.support.hostile import HOSTILE, ITEM_BYTES_MAX

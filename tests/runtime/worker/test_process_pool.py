@@ -17,7 +17,7 @@ import pytest
 
 from headrace.app import Headrace
 from headrace.foundation.errors import InvalidSetting
-from headrace.foundation.limits import DEFAULT
+from headrace.foundation.limits import DEFAULT, MIB
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.tasks.task_spec import TaskSpec
@@ -301,7 +301,24 @@ async def test_a_ctrl_c_to_the_process_group_reaches_the_parent_only(tmp_path: P
         script.communicate()
 
 
-async def test_results_of_children_stay_inline_with_an_object_store_in_memory(tmp_path: Path) -> None:
-    async with opened("memory", tmp_path) as engine, running_worker(engine, tasks=["large"]):
-        (result,) = await outputs(await pool_tasks.large.map([3_000_000]))
-        assert len(result) == 3_000_000
+@pytest.mark.parametrize("kind", ["memory", "postgres"])
+async def test_large_payloads_and_results_of_children_pass_their_parent_where_only_it_reaches_the_objects(
+    tmp_path: Path, kind: str
+) -> None:
+    async with (
+        opened(kind, tmp_path, item_bytes_max=32 * MIB) as engine,
+        running_worker(engine, tasks=["large", "size"]),
+    ):
+        (result,) = await outputs(await pool_tasks.large.map([20_000_000]))
+        assert len(result) == 20_000_000
+        assert await outputs(await pool_tasks.size.map(["x" * 3_000_000, "y"])) == [3_000_000, 1]
+        assert len([stored async for stored in engine.payloads.list()]) == 2
+
+
+async def test_a_child_gets_the_error_of_an_object_that_its_parent_misses(tmp_path: Path) -> None:
+    async with opened("memory", tmp_path) as engine:
+        pool_tasks.app.use_engine(engine)
+        batch = await pool_tasks.size.map(["x" * 600_000])
+        await engine.payloads.delete([stored.key async for stored in engine.payloads.list()])
+        async with running_worker(engine, tasks=["size"]):
+            assert await outputs(batch) == ["OBJECT_MISSING"]

@@ -68,7 +68,8 @@ class OutcomeRecorder:
             put = partial(self._offload.put_result, active.lease.batch_id, result)
             reference, key = await retry_transient(put, self._clock, what="the object store")
         except HeadraceError as error:
-            self.fail_for_good(active, lease_offset, error.code, error.message)
+            hint = f"; hint: {error.hint}" if error.hint else ""
+            self.fail_for_good(active, lease_offset, error.code, error.message + hint)
             return
         active.end(lease_offset, run.COMPLETED, reference, kind=pack.REFERENCE, object_key=key)
 

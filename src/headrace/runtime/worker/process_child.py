@@ -23,13 +23,13 @@ from headrace.foundation import interpreter
 from headrace.foundation.errors import HeadraceError, InvalidSetting
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import SystemClock
-from headrace.runtime.engine import Engine
+from headrace.runtime.engine import Offload
 from headrace.runtime.sessions.active_lease import ActiveLease
 from headrace.runtime.sessions.inflight_marks import InflightMarks
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
-from headrace.runtime.wakeup import Wakeup
 from headrace.runtime.worker.executor import Executor, ExecutorCallbacks
+from headrace.runtime.worker.parent_objects import ParentObjects
 from headrace.runtime.worker.process_ipc import (
     HEADER,
     ChildFailed,
@@ -38,12 +38,14 @@ from headrace.runtime.worker.process_ipc import (
     FromChild,
     InterruptRuns,
     LeaseSlice,
+    ObjectAnswer,
     SliceOutcomes,
     StopChild,
+    ToChild,
     framed,
     to_child,
 )
-from headrace.store.payloads import open_payloads
+from headrace.store.object_store import open_payloads
 from headrace.store.protocol import Lease
 
 DIRTY_S = 0.02
@@ -116,21 +118,14 @@ class _ChildExecutor:
         self._loop = asyncio.get_running_loop()
         self._finished = asyncio.Event()
         clock = SystemClock()
-        engine = Engine(
-            store=None,  # type: ignore[arg-type]  # a child settles nothing; only the payload half is used
-            payloads=open_payloads(begin.payloads_url),
-            clock=clock,
-            limits=self._limits,
-            environment=begin.environment,
-            live_directory=None,
-            beats_beside=False,
-            wakeup=Wakeup(),
-        )
+        self.objects = ParentObjects(self.send)
         self.executor = Executor(
             registry,
             concurrency=begin.concurrency,
             clock=clock,
-            offload=engine,
+            offload=self.objects
+            if begin.payloads_url is None
+            else Offload(open_payloads(begin.payloads_url), begin.environment),
             limits=self._limits,
             hooks=ExecutorCallbacks(over=self._work_over, dirty=self._work_dirty),
             inline_sync=begin.inline_sync,
@@ -271,13 +266,15 @@ def _listen(wire: socket.socket, loop: asyncio.AbstractEventLoop, child: _ChildE
         match message:
             case LeaseSlice():
                 loop.call_soon_threadsafe(child.take, message)
+            case ObjectAnswer():
+                loop.call_soon_threadsafe(child.objects.resolve, message)
             case InterruptRuns():
                 loop.call_soon_threadsafe(child.interrupt, message)
             case StopChild():
                 asyncio.run_coroutine_threadsafe(child.stop(message.grace_s), loop)
 
 
-def _receive(wire: socket.socket) -> ChildSetup | LeaseSlice | InterruptRuns | StopChild | None:
+def _receive(wire: socket.socket) -> ToChild | None:
     head = _receive_exactly(wire, HEADER.size)
     if head is None:
         return None

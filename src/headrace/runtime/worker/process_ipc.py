@@ -13,14 +13,17 @@ HEADER: Final = struct.Struct("<I")
 
 
 class ChildSetup(msgspec.Struct, tag="begin"):
-    """First message to a child: where its tasks are and how it runs them."""
+    """First message to a child: where its tasks are and how it runs them.
+
+    Without a `payloads_url`, it reads and writes objects by messages to its parent.
+    """
 
     tasks: list[tuple[str, str, str, str]]
     options: dict[str, str]
     paths: list[str]
     concurrency: int
     inline_sync: bool
-    payloads_url: str
+    payloads_url: str | None
     environment: str
     marks_path: str
     limits: dict[str, int]
@@ -60,6 +63,33 @@ class StopChild(msgspec.Struct, tag="stop"):
     grace_s: float
 
 
+class ObjectAnswer(msgspec.Struct, tag="object"):
+    """The parent's answer to `FetchObject` or `PutResult`: `data` with a kind or a key, or the error."""
+
+    request_no: int
+    data: bytes = b""
+    kind: int = 0
+    key: str = ""
+    error_code: str = ""
+    error: str = ""
+    hint: str = ""
+
+
+class FetchObject(msgspec.Struct, tag="fetch"):
+    """Ask the parent for the payload that a reference names: the child can't open the object store itself."""
+
+    request_no: int
+    reference: bytes
+
+
+class PutResult(msgspec.Struct, tag="put"):
+    """Ask the parent to store a result over the inline limit."""
+
+    request_no: int
+    batch_id: str
+    result: bytes
+
+
 class SliceOutcomes(msgspec.Struct, tag="ended"):
     """Outcomes of runs of a slice: `(number in the slice, code, result, kind, due_us, object_key)` each."""
 
@@ -78,8 +108,8 @@ class ChildFailed(msgspec.Struct, tag="broken"):
     reason: str
 
 
-ToChild = ChildSetup | LeaseSlice | InterruptRuns | StopChild
-FromChild = SliceOutcomes | ChildReady | ChildFailed
+ToChild = ChildSetup | LeaseSlice | InterruptRuns | ObjectAnswer | StopChild
+FromChild = SliceOutcomes | FetchObject | PutResult | ChildReady | ChildFailed
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 to_child: Final = msgspec.msgpack.Decoder(ToChild)

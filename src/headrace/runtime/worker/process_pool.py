@@ -28,22 +28,26 @@ from headrace.core.failure import Failure
 from headrace.core.retry import retry_at_us
 from headrace.core.span import RETRY
 from headrace.foundation.errors import HeadraceError, InvalidSetting
-from headrace.foundation.limits import TABLE
 from headrace.runtime.engine import Engine
 from headrace.runtime.sessions.active_lease import BEGUN, NOT_BEGUN, ActiveLease, RetractedRuns, retract
 from headrace.runtime.sessions.inflight_marks import SLOTS, read, read_deadline, remove
 from headrace.runtime.sessions.session import StoreSession
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.worker.executor import SUSPECT_CRASHES, ExecutorCallbacks
+from headrace.runtime.worker.parent_objects import answer_of
 from headrace.runtime.worker.process_ipc import (
     HEADER,
     ChildFailed,
     ChildReady,
     ChildSetup,
+    FetchObject,
+    FromChild,
     InterruptRuns,
     LeaseSlice,
+    PutResult,
     SliceOutcomes,
     StopChild,
+    ToChild,
     framed,
     from_child,
 )
@@ -128,6 +132,7 @@ class ProcessPool:
         self._launches_count = 0
         self._is_stopping = False
         self._keepers: list[asyncio.Task[None]] = []
+        self._answers: set[asyncio.Future[None]] = set()
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> None:
@@ -223,7 +228,9 @@ class ProcessPool:
             await asyncio.wait(keepers, timeout=KILL_AFTER_S)
         for keeper in self._keepers:
             keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        for answer in self._answers:
+            answer.cancel()
+        await asyncio.gather(*self._keepers, *self._answers, return_exceptions=True)
         await self._end_children()
 
     async def _end_children(self) -> None:
@@ -299,7 +306,11 @@ class ProcessPool:
             ),
         )
 
-    def _send(self, child: _ChildProcess, message: LeaseSlice | InterruptRuns | StopChild) -> None:
+    async def _answer(self, child: _ChildProcess, request: FetchObject | PutResult) -> None:
+        """Read or write an object for a child. A child that ended meanwhile gets no answer."""
+        self._send(child, await answer_of(self._engine, request))
+
+    def _send(self, child: _ChildProcess, message: ToChild) -> None:
         if child.writer is not None and not child.writer.is_closing():
             child.writer.write(framed(message))
 
@@ -378,14 +389,14 @@ class ProcessPool:
             paths=sys.path,
             concurrency=self._per_child,
             inline_sync=self._is_one_run_each,
-            payloads_url=self._engine.payloads.url,
+            payloads_url=self._engine.payloads.shared_url,
             environment=self._engine.environment,
             marks_path=str(child.marks_path),
-            limits=self._limits_of_child(),
+            limits=asdict(self._engine.limits),
         )
         child.writer.write(framed(begin))
         child.reader = reader
-        answer: SliceOutcomes | ChildReady | ChildFailed | None = None
+        answer: FromChild | None = None
         reason = "it ended while it started"
         try:
             answer = await asyncio.wait_for(_next_message(reader), START_TIMEOUT_S)
@@ -402,16 +413,6 @@ class ProcessPool:
             )
         child.is_ready, child.is_alone = True, False
 
-    def _limits_of_child(self) -> dict[str, int]:
-        """Return the limits of the children. They can't reach objects in this process's memory, so their results stay
-        inline.
-        """
-        limits = asdict(self._engine.limits)
-        if self._engine.payloads.url.startswith("memory:"):
-            most = TABLE["inline_bytes_max"].most
-            limits |= {"inline_bytes_max": most, "chunk_bytes_max": most}
-        return limits
-
     async def _supervise(self, child: _ChildProcess) -> None:
         """Handle the outcomes of a child; when it ends, recover its runs and start another in its place."""
         failures_count = 0
@@ -420,6 +421,10 @@ class ProcessPool:
                 if isinstance(message, SliceOutcomes):
                     failures_count = 0
                     self._on_outcomes(child, message)
+                elif isinstance(message, FetchObject | PutResult):
+                    answering = asyncio.ensure_future(self._answer(child, message))
+                    self._answers.add(answering)
+                    answering.add_done_callback(self._answers.discard)
             await self._recover_child(child)
             while not self._is_stopping:
                 await self._engine.clock.sleep(BACKOFF_S[min(failures_count, len(BACKOFF_S) - 1)])
@@ -502,10 +507,10 @@ class ProcessPool:
                 child.process.kill()
 
 
-async def _next_message(reader: asyncio.StreamReader) -> SliceOutcomes | ChildReady | ChildFailed | None:
+async def _next_message(reader: asyncio.StreamReader) -> FromChild | None:
     try:
         (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-        message: SliceOutcomes | ChildReady | ChildFailed = from_child.decode(await reader.readexactly(size))
+        message: FromChild = from_child.decode(await reader.readexactly(size))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
     return message

@@ -47,6 +47,8 @@ RESERVED: Final = frozenset(
         "signing_key",
         "span",
         "span_ids",
+        "stored_object",
+        "stored_piece",
         "tag",
         "version",
     ]

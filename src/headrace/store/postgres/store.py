@@ -214,10 +214,10 @@ class PostgresStore(ScriptedStore):
         """Record outcomes: in one statement if all runs ended finally, else by the script."""
         statement = fast_path.lease_ended(settlements[0]) if len(settlements) == 1 else None
         if statement is not None:
-            if await self._alone(statement[0], **statement[1], now_us=now_us):
+            if await self.alone(statement[0], **statement[1], now_us=now_us):
                 return [SETTLED]
         elif (values := fast_path.ended(settlements)) is not None:
-            ((count,),) = await self._alone("settle_ended", **values, now_us=now_us)
+            ((count,),) = await self.alone("settle_ended", **values, now_us=now_us)
             if count:
                 return [SETTLED] * count
         return await super().settle(settlements, now_us=now_us)
@@ -294,6 +294,14 @@ class PostgresStore(ScriptedStore):
 
         return await self._tried(work)
 
+    async def write(self, script: Callable[[], Script[T]]) -> T:
+        """Run a script in one transaction that is no operation of the store."""
+        return await self._write(script)
+
+    async def read(self, script: Callable[[], Script[T]]) -> T:
+        """Run a script that changes nothing and is no operation of the store, on one snapshot."""
+        return await self._read(script)
+
     async def within(
         self, work: Callable[[PostgresConnection, Callable[[Script[Any]], Awaitable[Any]]], Awaitable[T]]
     ) -> T:
@@ -311,7 +319,7 @@ class PostgresStore(ScriptedStore):
         """Return the rows of one statement that only reads."""
         return await self._tried(lambda connection: connection.fetch(statement, values))
 
-    async def _alone(self, name: str, /, **values: Any) -> Rows:
+    async def alone(self, name: str, /, **values: Any) -> Rows:
         """Run one statement that the server commits by itself (R7, a hot operation is one statement)."""
         return await self._changed(lambda connection: self._fetch(connection, name, **values))
 

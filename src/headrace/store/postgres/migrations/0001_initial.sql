@@ -197,6 +197,26 @@ CREATE TABLE {schema}.object (
 );
 CREATE INDEX object_of_batch ON {schema}.object (batch_id);
 
+-- Payloads and results over the inline limit, where no object store is configured. Their data is in pieces, so that no
+-- statement and no process holds a second copy. `bytes_count` is -1 while the pieces are being written.
+CREATE TABLE {schema}.stored_object (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    key text COLLATE "C" NOT NULL,
+    bytes_count bigint NOT NULL,
+    written_us bigint NOT NULL
+);
+CREATE UNIQUE INDEX stored_object_by_key ON {schema}.stored_object (key) WHERE bytes_count >= 0;
+CREATE INDEX stored_object_unfinished ON {schema}.stored_object (written_us) WHERE bytes_count < 0;
+
+CREATE TABLE {schema}.stored_piece (
+    object_id bigint NOT NULL REFERENCES {schema}.stored_object ON DELETE CASCADE,
+    piece_no integer NOT NULL,
+    data bytea NOT NULL,
+    PRIMARY KEY (object_id, piece_no)
+);
+-- Compressing takes longer than writing, and the sizes of most payloads are small beside their number.
+ALTER TABLE {schema}.stored_piece ALTER COLUMN data SET STORAGE EXTERNAL;
+
 CREATE TABLE {schema}.cancellation (
     batch_id text COLLATE "C" NOT NULL,
     run_index bigint NOT NULL,

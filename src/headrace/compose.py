@@ -16,12 +16,14 @@ from headrace.foundation.settings import STORE_URLS, Settings, hidden
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.store_copy import StoreCopy
+from headrace.runtime.outage import Outage
 from headrace.runtime.wakeup import Wakeup
 from headrace.store.caller_transaction import CallerTransaction, JoinsTransactions
 from headrace.store.entities.protocol import EntityStore
 from headrace.store.object_store import is_of_one_machine, open_payloads
 from headrace.store.payloads import PayloadStore, shown_url
 from headrace.store.protocol import RECORDED, WORK, Notifier, Store
+from headrace.store.reachability import Reachability
 
 SQLITE: Final = "sqlite"
 MEMORY: Final = "memory"
@@ -75,6 +77,7 @@ async def open_engine(settings: Settings, *, migrates: bool | None = None) -> En
         CommitWatcher(path),
         SqliteEntities(store, settings.limits.batch_runs_max),
         live_directory=path.with_name(path.name + ".live"),
+        reachability=store.reachability,
     )
 
 
@@ -106,10 +109,12 @@ async def _postgres_engine(settings: Settings, *, migrates: bool) -> Engine:
         if settings.objects is None
         else open_payloads(settings.objects)
     )
-    notifier = PostgresNotifier(store.direct_address or store.address, store.address.schema)
+    notifier = PostgresNotifier(store.direct_address or store.address, store.address.schema, store.reachability)
     entities = PostgresEntities(store, settings.limits.batch_runs_max)
     place = _machine_directory(store.identity)
-    return _shared_engine(settings, store, payloads, clock, notifier, entities, live_directory=place)
+    return _shared_engine(
+        settings, store, payloads, clock, notifier, entities, live_directory=place, reachability=store.reachability
+    )
 
 
 def _check_objects(settings: Settings) -> None:
@@ -140,6 +145,7 @@ def _shared_engine(
     entities: EntityStore,
     *,
     live_directory: Path | None,
+    reachability: Reachability,
 ) -> Engine:
     """Make an engine on a store that other processes use too."""
     return Engine(
@@ -154,6 +160,7 @@ def _shared_engine(
         recorded=Wakeup(notifier, RECORDED),
         notifier=notifier,
         entities=entities,
+        outage=Outage(reachability),
     )
 
 
@@ -230,6 +237,7 @@ async def _remote_engine(settings: Settings) -> Engine:
         live_directory=None,
         beats_beside=True,
         wakeup=Wakeup(),
+        outage=store.outage,
     )
 
 

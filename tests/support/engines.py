@@ -1,8 +1,9 @@
-"""Engines under test: on a SQLite file, on PostgreSQL or in memory, with a real or a manual clock; a faulty store."""
+"""Engines under test: on each kind of store, with a real or a manual clock; and stores that fail or are away."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 
 from headrace.app import Headrace
 from headrace.compose import memory_engine, open_engine
+from headrace.foundation.errors import StoreUnreachable
 from headrace.foundation.limits import Limits
 from headrace.foundation.settings import load
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
+from headrace.runtime.outage import Outage
+from headrace.store.reachability import Reachability
 from tests.support import invariants
 from tests.support.store_rig import fresh_schema
 
@@ -81,3 +85,49 @@ class Faulty:
             return answer
 
         return called
+
+
+class DetachableStore:
+    """The connection of one process to a store that other processes share. While `is_away` nothing gets through.
+
+    `sent` holds the time and name of each operation that the process sent, `probe` for probes.
+    """
+
+    def __init__(self, store: Any, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self.is_away = False
+        self.sent: list[tuple[int, str]] = []
+        self.reachability = Reachability(self._probe)
+
+    def sent_since(self, since_us: int) -> Counter[str]:
+        """Count the operations that were sent since a time, by name."""
+        return Counter(name for sent_us, name in self.sent if sent_us >= since_us)
+
+    def _send(self, name: str) -> None:
+        self.sent.append((self._clock.now_us(), name))
+        if self.is_away:
+            error = StoreUnreachable("away")
+            self.reachability.failed(error)
+            raise error
+
+    async def _probe(self) -> None:
+        self._send("probe")
+
+    def __getattr__(self, name: str) -> Any:
+        operation = getattr(self._store, name)
+
+        async def called(*args: Any, **kwargs: Any) -> Any:
+            self._send(name)
+            answer = await operation(*args, **kwargs)
+            self.reachability.succeeded()
+            return answer
+
+        return called
+
+
+def detachable_engine(engine: Engine, clock: Clock) -> tuple[Engine, DetachableStore]:
+    """Return the engine of another process on the same store, and its connection."""
+    store: Any = DetachableStore(engine.store, clock)
+    outage = Outage(store.reachability, jitter=lambda: 0.0)
+    return dataclasses.replace(engine, store=store, clock=clock, beats_beside=False, outage=outage), store

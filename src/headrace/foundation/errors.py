@@ -94,6 +94,10 @@ class StoreUnavailable(EngineFault):
     code = "STORE_UNAVAILABLE"
 
 
+class StoreUnreachable(StoreUnavailable):
+    """The store did not answer: it is down, the connection was lost, or another process locks it."""
+
+
 class StoreBroken(EngineFault):
     """The store is unusable: corrupt, or written by a newer version. A retry can't help."""
 

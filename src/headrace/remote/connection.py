@@ -11,8 +11,16 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from headrace.foundation.errors import ClientFault, HeadraceError, InvalidSetting, StoreBroken, StoreUnavailable
+from headrace.foundation.errors import (
+    ClientFault,
+    HeadraceError,
+    InvalidSetting,
+    StoreBroken,
+    StoreUnavailable,
+    StoreUnreachable,
+)
 from headrace.runtime.clock import Clock, SystemClock
+from headrace.runtime.outage import Outage
 from headrace.store.rpc import error_of
 
 REQUEST_S: Final = 60.0
@@ -105,6 +113,7 @@ class ServerConnection:
         self.url = f"{parts.scheme}://{host}{parts.path.rstrip('/')}"
         self.clock: Clock = clock or SystemClock()
         self.attempts = attempts
+        self.outage: Outage | None = None
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         transport = pyqwest.HTTPTransport(
             connect_timeout=CONNECT_S, pool_idle_timeout=POOL_S, enable_cookie_store=False
@@ -136,7 +145,7 @@ class ServerConnection:
                 response = await self._client.execute(method, target, headers=all_headers, content=content)
                 return ServerResponse(response.status, _lower_case(response.headers), bytes(response.content), target)
         except TimeoutError as error:
-            raise StoreUnavailable(f"no response from {self.url} within {timeout_s:g} s", url=self.url) from error
+            raise StoreUnreachable(f"no response from {self.url} within {timeout_s:g} s", url=self.url) from error
         except self._network_errors as error:
             raise self._unavailable(error) from error
 
@@ -185,20 +194,37 @@ class ServerConnection:
             wait_s: float | None = None
             try:
                 response = await call()
-            except StoreUnavailable:
+            except StoreUnavailable as error:
+                self._note(error)
                 if not left:
                     raise
             else:
+                self._note(None if response.is_success else response.error())
                 if response.is_success:
                     return response
                 if not left or not response.is_retryable:
                     raise response.error()
                 wait_s = response.wait_s(self.clock.now_us())
-            await self.clock.sleep(backoff_s(tries) if wait_s is None else wait_s + random.random())  # noqa: S311 - jitter
+            pause_s = backoff_s(tries) if wait_s is None else wait_s + random.random()  # noqa: S311 - jitter
+            if self.outage is not None and not self.outage.is_over:
+                await self.outage.until_over(self.clock, pause_s)
+            else:
+                await self.clock.sleep(pause_s)
+
+    def _note(self, error: HeadraceError | None) -> None:
+        """Note whether the server and the store behind it were reached, if the owner of the connection waits for
+        outages.
+        """
+        if self.outage is None:
+            return
+        if error is None:
+            self.outage.reachability.succeeded()
+        elif isinstance(error, StoreUnreachable):
+            self.outage.reachability.failed(error)
 
     def _unavailable(self, error: BaseException) -> HeadraceError:
         text = str(error) or type(error).__name__
-        return StoreUnavailable(
+        return StoreUnreachable(
             f"no response from {self.url}: {text}",
             hint="check that the server is running and that the URL is right",
             url=self.url,

@@ -16,9 +16,10 @@ import msgspec
 from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk
 from headrace.core.span import Settlement
-from headrace.foundation.errors import ClientFault, StoreBroken, StoreUnavailable
+from headrace.foundation.errors import ClientFault, StoreBroken, StoreUnavailable, StoreUnreachable
 from headrace.foundation.limits import Limits
 from headrace.remote.connection import REQUEST_S, ServerConnection
+from headrace.runtime.outage import Outage
 from headrace.store.payloads import PayloadStore, ReadObject, StoredObject
 from headrace.store.protocol import (
     Appended,
@@ -37,6 +38,7 @@ from headrace.store.protocol import (
     Ticked,
     Verification,
 )
+from headrace.store.reachability import Reachability
 from headrace.store.rpc import (
     BEAT,
     CONTENT_TYPE,
@@ -54,6 +56,7 @@ from headrace.store.rpc import (
 ATTEMPTS: Final = 3
 """Attempts of one operation whose response was lost. Callers that can wait longer retry by themselves."""
 
+PROBE_TIMEOUTS_S: Final = (2.0, 5.0, 15.0)
 WAIT_S: Final = 10
 LEASE_TOKENS_MAX: Final = 200_000
 _HEADERS: Final = {"content-type": CONTENT_TYPE}
@@ -75,6 +78,17 @@ class RemoteStore:
         self._wait_s = wait_s
         self._lease_tokens: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._is_open = False
+        self._probes_failed_count = 0
+        self.outage = connection.outage = Outage(Reachability(self._probe))
+
+    async def _probe(self) -> None:
+        """Ask the server whether it can reach its store. A proxy may hide that path: then any answer will do."""
+        timeout_s = PROBE_TIMEOUTS_S[self._probes_failed_count % len(PROBE_TIMEOUTS_S)]
+        self._probes_failed_count += 1
+        response = await self.connection.send_once("GET", "/readyz", timeout_s=timeout_s)
+        if response.status >= 500:
+            raise StoreUnreachable(f"{self.connection.url} is not ready", url=self.connection.url)
+        self._probes_failed_count = 0
 
     async def open(self) -> None:
         """Verify the API key. Raises `StoreUnavailable`, and `ClientFault` for an invalid key or a URL of another

@@ -11,6 +11,7 @@ from headrace.core.pack import CONTENT_TYPES, JSON, KINDS
 from headrace.foundation.errors import ClientFault, InvalidSetting, ObjectMissing
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import Clock
+from headrace.runtime.outage import Outage
 from headrace.runtime.wakeup import Wakeup
 from headrace.store.entities.protocol import EntityStore
 from headrace.store.payloads import PayloadStore, Reference, payload_key
@@ -63,7 +64,7 @@ class Engine:
     `live_directory`: folder of the in-flight marks of live processes; None if no other process shares the store.
     `beats_beside`: True if heartbeats may be sent from another thread. `wakeup` is notified when runs were appended,
     `recorded` when outcomes were recorded; `notifier` carries both to other processes. `entities`: the tables of
-    indexers. `duties`: counters of upkeep in this process.
+    indexers. `duties`: counters of upkeep in this process. `outage`: what tasks wait for while the store is away.
     """
 
     store: ClientStore
@@ -78,6 +79,7 @@ class Engine:
     duties: dict[str, DutyStats] = field(default_factory=dict)
     notifier: Notifier | None = None
     entities: EntityStore | None = None
+    outage: Outage = field(default_factory=Outage)
 
     @property
     def tables(self) -> EntityStore:
@@ -120,6 +122,7 @@ class Engine:
 
     async def close(self) -> None:
         """Close the notifier, the indexers' tables and the store."""
+        await self.outage.close()
         if self.notifier is not None:
             await self.notifier.close()
         if self.entities is not None:

@@ -19,6 +19,7 @@ import structlog
 from headrace.foundation.errors import EngineFault, HeadraceError, InvalidSetting
 from headrace.foundation.limits import HOUR_MS, TABLE, Limit, check
 from headrace.runtime.clock import SECOND_US, Clock
+from headrace.runtime.outage import Outage
 
 T = TypeVar("T")
 
@@ -76,6 +77,8 @@ class Flusher(Generic[T]):
     - it raises anything else, or is cancelled from inside: the same flush, with the same updates, is retried after a
       wait that doubles. A store with fences recognises the repetition.
 
+    With `outage`, the outages of the store, a flush is retried when the store is back, and not before.
+
     An unknown exception counts as retryable. Dropping an update because of a bug would lose it; waiting is visible in
     `last_error` and in the log.
     """
@@ -92,6 +95,7 @@ class Flusher(Generic[T]):
         buffer_max: int | None = None,
         backoff_initial_ms: int = _BACKOFF_INITIAL.default,
         backoff_max_ms: int = _BACKOFF_MAX.default,
+        outage: Outage | None = None,
     ) -> None:
         """`buffer_max` is two flushes by default: one in flight and one that fills."""
         self.name = name
@@ -103,6 +107,7 @@ class Flusher(Generic[T]):
         self._buffer_max = check(_BUFFER_MAX, 2 * size if buffer_max is None else buffer_max)
         self._backoff_initial_ms = check(_BACKOFF_INITIAL, backoff_initial_ms)
         self._backoff_max_ms = check(_BACKOFF_MAX, backoff_max_ms)
+        self._outage = outage
         if self._buffer_max < size:
             raise InvalidSetting(
                 f"buffer_max ({buffer_max}) must be at least one flush, flush_size ({size})",
@@ -310,7 +315,10 @@ class Flusher(Generic[T]):
             delay_ms=delay_ms,
             error=repr(error),
         )
-        if await self._clock.wait_for(self._skip_backoff, delay_ms / 1_000):
+        is_skipped = await self._clock.wait_for(self._skip_backoff, delay_ms / 1_000)
+        if not is_skipped and self._outage is not None and not self._outage.is_over:
+            await self._outage.until_over(self._clock, event=self._skip_backoff)
+        if self._skip_backoff.is_set():
             self._skip_backoff.clear()
             self._failures_count = 0
 

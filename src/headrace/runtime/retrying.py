@@ -9,6 +9,7 @@ import structlog
 
 from headrace.foundation.errors import HeadraceError
 from headrace.runtime.clock import Clock
+from headrace.runtime.outage import Outage
 
 T = TypeVar("T")
 
@@ -23,12 +24,20 @@ def backoff_s(failures_count: int, *, initial_s: float = BACKOFF_INITIAL_S, max_
 
 
 async def retry_transient(
-    call: Callable[[], Awaitable[T]], clock: Clock, *, what: str, waits_max: int | None = None
+    call: Callable[[], Awaitable[T]],
+    clock: Clock,
+    *,
+    what: str,
+    waits_max: int | None = None,
+    outage: Outage | None = None,
 ) -> T:
     """Call until the call succeeds, waiting `backoff_s` between attempts. The call must be safe to repeat.
 
     An error that is not retryable is raised at once, a retryable one after `waits_max` waits. With `waits_max=None` the
     call is repeated without end, and each wait is logged with `what`, the name of what did not answer.
+
+    `outage`: the outages of the store that is called. While it can't be reached nothing is sent, and the call is
+    repeated when it is back. With `waits_max` the error is raised after the time that all waits would have taken.
     """
     waits_count = 0
     while True:
@@ -37,8 +46,12 @@ async def retry_transient(
         except HeadraceError as error:
             if not error.retryable or waits_count == waits_max:
                 raise
-            wait_s = backoff_s(waits_count + 1)
+            failure, wait_s = error, backoff_s(waits_count + 1)
             if waits_max is None:
                 LOG.warning("call.retrying", of=what, error=error.message, wait_s=wait_s)
         waits_count += 1
         await clock.sleep(wait_s)
+        if outage is not None and not outage.is_over:
+            left_s = None if waits_max is None else sum(backoff_s(count + 1) for count in range(waits_count, waits_max))
+            if not await outage.until_over(clock, left_s):
+                raise failure

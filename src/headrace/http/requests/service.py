@@ -13,7 +13,7 @@ from starlette.requests import Request
 from headrace.core.admission import Bucket
 from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.span import Key
-from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound
+from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound, StoreUnreachable
 from headrace.foundation.ids import check_batch_id
 from headrace.http.requests.auth import Authenticator, Principal
 from headrace.http.requests.error_responses import Busy, Throttled
@@ -125,6 +125,9 @@ class Service:
         """Return an error code if the server can't work now, else an empty string."""
         if self.is_draining:
             return "stopping"
+        if not self.engine.outage.is_over:  # one task of this process probes, not each caller
+            self.engine.outage.ensure_probing(self.engine.clock)
+            return StoreUnreachable.code
         try:
             async with asyncio.timeout(CHECK_S):
                 await self.engine.store.check()

@@ -111,6 +111,7 @@ class Dispatcher:
             size=size if self._flush_interval_ms is not None else min(size, ANSWERED_MAX),
             interval_ms=self._flush_interval_ms,
             buffer_max=max(4 * size, 4_096),
+            outage=self.engine.outage,
         )
         self._tick_task = asyncio.create_task(self._tick(), name="headrace-dispatcher")
 

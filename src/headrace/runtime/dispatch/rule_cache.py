@@ -47,6 +47,9 @@ class RuleCache:
         engine = self._engine
         async with self._reading:
             now_us = engine.clock.now_us()
+            if not engine.outage.is_over:
+                engine.outage.ensure_probing(engine.clock)
+                return self.rules
             if self._read_us and now_us - self._read_us < engine.limits.poll_interval_ms * 1_000:
                 return self.rules
             self._read_us = now_us

@@ -232,6 +232,7 @@ class Committer:
             clock,
             what=f"the commit of indexer {self._plan.indexer}",
             waits_max=limits.index_retries_max,
+            outage=self._engine.outage,
         )
         rows_count = sum(len(write.rows) + len(write.deleted) + len(write.changes) for write in commit.writes)
         runs_count = 0 if commit.enqueued is None else sum(chunk.runs_count for chunk in commit.enqueued.chunks)
@@ -284,9 +285,12 @@ class Committer:
     async def _heartbeat(self) -> None:
         """Send heartbeats between commits and during long ones; a commit counts as a heartbeat too."""
         clock, limits = self._engine.clock, self._engine.limits
+        wake = asyncio.Event()
         while True:
-            await clock.sleep(limits.heartbeat_ms / 1_000)
-            if self._is_owner_blocked():
+            wake.clear()
+            with self._engine.outage.waking(wake):
+                is_woken = await clock.wait_for(wake, limits.heartbeat_ms / 1_000)
+            if not is_woken and self._is_owner_blocked():
                 self._cancel()
                 return
             with suppress(StoreUnavailable):

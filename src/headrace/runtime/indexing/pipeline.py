@@ -60,7 +60,9 @@ class IndexerPipeline:
         self.plan = definition.plan(engine.environment, engine.limits)
         keeps = [entity.table for entity in self.plan.entities if self.plan.keeps_history(entity)]
         self.staging = Staging(self.plan.entities, keeps_history=keeps)
-        self._reads = ReadCoalescer(self.staging, store, engine.clock, retries_max=self._limits.index_retries_max)
+        self._reads = ReadCoalescer(
+            self.staging, store, engine.clock, retries_max=self._limits.index_retries_max, outage=engine.outage
+        )
         self._reads.before_query = self._load_ahead
         if definition.where == "drain":
             self._reads.settle_first = self.flush
@@ -226,7 +228,11 @@ class IndexerPipeline:
 
     async def _retry(self, call: Callable[[], Any]) -> Any:
         return await retry_transient(
-            call, self.engine.clock, what=f"indexer {self.definition.name}", waits_max=self._limits.index_retries_max
+            call,
+            self.engine.clock,
+            what=f"indexer {self.definition.name}",
+            waits_max=self._limits.index_retries_max,
+            outage=self.engine.outage,
         )
 
     def _resume_from(self, state: IndexerState) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 from headrace.core.condition import Condition
 from headrace.core.staging import MISSING, StagedTable, Staging
 from headrace.runtime.clock import Clock
+from headrace.runtime.outage import Outage
 from headrace.runtime.retrying import retry_transient
 from headrace.store.entities.protocol import EntityStore
 
@@ -29,11 +30,14 @@ PendingReads = dict[Any, list[asyncio.Future[Any]]]
 class ReadCoalescer:
     """The reads of one indexer. `before_query` is called once per turn, before the store is queried."""
 
-    def __init__(self, staging: Staging, store: EntityStore, clock: Clock, *, retries_max: int) -> None:
+    def __init__(
+        self, staging: Staging, store: EntityStore, clock: Clock, *, retries_max: int, outage: Outage | None = None
+    ) -> None:
         self._staging = staging
         self._store = store
         self._clock = clock
         self._retries_max = retries_max
+        self._outage = outage
         self._ids: dict[StagedTable, PendingReads] = {}
         self._values: dict[tuple[StagedTable, str], PendingReads] = {}
         self._is_scheduled = False
@@ -183,7 +187,11 @@ class ReadCoalescer:
         started = perf_counter()
         try:
             return await retry_transient(
-                call, self._clock, what=f"a read of {table.entity.table}", waits_max=self._retries_max
+                call,
+                self._clock,
+                what=f"a read of {table.entity.table}",
+                waits_max=self._retries_max,
+                outage=self._outage,
             )
         finally:
             self.query_s += perf_counter() - started

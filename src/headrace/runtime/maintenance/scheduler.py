@@ -53,7 +53,10 @@ class Scheduler:
     async def run(self) -> None:
         """Run until cancelled."""
         while True:
-            await self._engine.clock.sleep(await self.round())
+            pause_s = await self.round()
+            if self._engine.outage.is_over:
+                await self._engine.clock.sleep(pause_s)
+            await self._engine.outage.until_over(self._engine.clock)
 
     async def round(self) -> float:
         """Enqueue the due ticks; return the seconds until the next round."""

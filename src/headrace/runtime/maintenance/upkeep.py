@@ -32,6 +32,8 @@ ORPHANS_EVERY_MS: Final = 5 * MINUTE_MS
 """Between two listings of the object store, which is slower to list than a table."""
 
 PAUSE_MIN_S: Final = 0.01
+HEARTBEATS_FIRST_S: Final = 2.5
+"""Pause after an outage of the store: other processes send their heartbeats, so that none counts as gone."""
 
 
 class Duty(NamedTuple):
@@ -77,6 +79,9 @@ class Upkeep:
         self._next_us = clock.now_us() + interval_ms * 1_000
         while True:
             await clock.sleep(max(PAUSE_MIN_S, (self._next_us - clock.now_us()) / 1_000_000))
+            if not self._engine.outage.is_over:
+                await self._engine.outage.until_over(clock)
+                await clock.sleep(HEARTBEATS_FIRST_S)
             await self.round()
 
     async def round(self) -> None:

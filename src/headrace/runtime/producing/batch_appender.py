@@ -191,6 +191,7 @@ class BatchAppender:
                 self._clock,
                 what="the store",
                 waits_max=self._waits_max,
+                outage=self._engine.outage,
             )
         except ClientFault as error:
             if self._on_refused is None:

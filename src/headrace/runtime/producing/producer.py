@@ -122,6 +122,7 @@ class Producer:
             clock=self.engine.clock,
             on_refused=_refuse,
             size=self.engine.limits.flush_size,
+            outage=self.engine.outage,
         )
         return self._flusher
 

@@ -21,6 +21,7 @@ import structlog
 from headrace.core.span import LOST, Settlement
 from headrace.foundation.errors import HeadraceError, SessionEnded
 from headrace.foundation.ids import new_session_id
+from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
 from headrace.runtime.retrying import retry_transient
@@ -68,6 +69,8 @@ class StoreSession:
         self._flusher: Flusher[Update] | None = None
         self._heartbeats: threading.Thread | asyncio.Task[None] | None = None
         self._stop_heartbeats = threading.Event()
+        self._beat_wake: asyncio.Event | None = None
+        self._beat_loop: asyncio.AbstractEventLoop | None = None
 
     # -- session
 
@@ -82,7 +85,12 @@ class StoreSession:
             raise
         limits = self.engine.limits
         self._flusher = Flusher(
-            self._flush, name="settlements", clock=self.engine.clock, on_refused=self._refused, size=limits.flush_size
+            self._flush,
+            name="settlements",
+            clock=self.engine.clock,
+            on_refused=self._refused,
+            size=limits.flush_size,
+            outage=self.engine.outage,
         )
         self._stop_heartbeats.clear()
         if self.engine.beats_beside:
@@ -156,12 +164,14 @@ class StoreSession:
     def abandon(self) -> None:
         """Leave the session to recovery, without awaiting anything: its event loop has ended."""
         self._stop_heartbeats.set()
+        self._wake_heartbeats()
         self._heartbeats, self._flusher, self.session_id = None, None, ""
         self._drop_leases()
         self._close_marks(keep=True)
 
     async def _end_heartbeats(self) -> None:
         self._stop_heartbeats.set()
+        self._wake_heartbeats()
         beating, self._heartbeats = self._heartbeats, None
         if isinstance(beating, threading.Thread):
             await asyncio.to_thread(beating.join)
@@ -183,9 +193,8 @@ class StoreSession:
 
     def _heartbeat_in_thread(self, loop: asyncio.AbstractEventLoop) -> None:
         async def beat() -> None:
-            await self._heartbeat_loop(
-                lambda callback, *values: loop.call_soon_threadsafe(callback, *values), asyncio.to_thread
-            )
+            self._beat_wake, self._beat_loop = asyncio.Event(), asyncio.get_running_loop()
+            await self._heartbeat_loop(self._beat_wake, loop.call_soon_threadsafe, SystemClock())
 
         try:
             asyncio.run(beat())
@@ -193,13 +202,24 @@ class StoreSession:
             return
 
     async def _heartbeat_on_loop(self) -> None:
-        while True:
-            await self.engine.clock.sleep(self.engine.limits.heartbeat_ms / 1_000)
-            await self._heartbeat_once(lambda callback, *values: callback(*values))
+        await self._heartbeat_loop(asyncio.Event(), lambda callback, *values: callback(*values), self.engine.clock)
 
-    async def _heartbeat_loop(self, call_owner: Callable[..., Any], in_thread: Callable[..., Any]) -> None:
-        while not await in_thread(self._stop_heartbeats.wait, self.engine.limits.heartbeat_ms / 1_000):
-            await self._heartbeat_once(call_owner)
+    async def _heartbeat_loop(self, wake: asyncio.Event, call_owner: Callable[..., Any], clock: Clock) -> None:
+        """Send a heartbeat every `heartbeat_ms`, and one as soon as the store is back after an outage."""
+        outage, interval_s = self.engine.outage, self.engine.limits.heartbeat_ms / 1_000
+        with outage.waking(wake):
+            while not self._stop_heartbeats.is_set():
+                await clock.wait_for(wake, interval_s)
+                wake.clear()
+                if not self._stop_heartbeats.is_set():
+                    await self._heartbeat_once(call_owner)
+                    outage.ensure_probing(clock)
+
+    def _wake_heartbeats(self) -> None:
+        """Wake the thread of the heartbeats, so that it ends."""
+        if self._beat_loop is not None and self._beat_wake is not None:
+            with suppress(RuntimeError):  # that loop has ended
+                self._beat_loop.call_soon_threadsafe(self._beat_wake.set)
 
     async def _heartbeat_once(self, call_owner: Callable[..., Any]) -> None:
         session_id = self.session_id
@@ -284,6 +304,7 @@ class StoreSession:
                 lambda: self.engine.store.claim(claim, now_us=self.engine.clock.now_us()),
                 self.engine.clock,
                 what="the store",
+                outage=self.engine.outage,
             )
             if claim.session_id != self.session_id:
                 raise SessionEnded("the session ended during its claim", session_id=claim.session_id)

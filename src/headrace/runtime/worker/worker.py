@@ -243,7 +243,9 @@ class Worker:
         async with self._renewing:
             if self.session.session_id == session_id:  # otherwise the other claim loop was first
                 self._session_lost()
-                await retry_transient(self.session.restart, self.engine.clock, what="the store")
+                await retry_transient(
+                    self.session.restart, self.engine.clock, what="the store", outage=self.engine.outage
+                )
                 if self._pool is not None:
                     self._pool.rename_marks()
 

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import asyncpg
 
-from headrace.foundation.errors import HeadraceError, StoreBroken, StoreUnavailable
+from headrace.foundation.errors import HeadraceError, StoreBroken, StoreUnavailable, StoreUnreachable
 from headrace.store.transactions.sql_script import TransactionConflict
 
 DRIVER: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
@@ -63,7 +63,7 @@ _TRANSLATIONS: Final = (
     ),
     _Translation(
         (asyncpg.TooManyConnectionsError,),
-        StoreUnavailable,
+        StoreUnreachable,
         "has no connection left",
         "raise max_connections of the server, or use a connection pooler",
     ),
@@ -99,7 +99,7 @@ _TRANSLATIONS: Final = (
     ),
     _Translation(
         (asyncpg.AdminShutdownError, asyncpg.CrashShutdownError, asyncpg.CannotConnectNowError),
-        StoreUnavailable,
+        StoreUnreachable,
         "is shutting down or starting up",
         "wait until the server is up",
     ),
@@ -138,7 +138,7 @@ def store_error(error: BaseException, database: str) -> HeadraceError:
                 hint="please report it, with the log of this process",
             )
         else:
-            translated = StoreUnavailable(
+            translated = StoreUnreachable(
                 f"{database} did not answer: {text}", hint="check that the server is running and reachable at that host"
             )
     translated.__cause__ = error

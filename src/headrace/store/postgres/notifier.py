@@ -22,6 +22,7 @@ from headrace.store.postgres.dsn import DatabaseAddress
 from headrace.store.postgres.errors import DRIVER, store_error
 from headrace.store.postgres.pool import PostgresConnection, compiled, connect
 from headrace.store.protocol import WORK
+from headrace.store.reachability import Reachability
 
 LOG: Any = structlog.get_logger("headrace.notifier")
 GAPS_S: Final = {WORK: 0.002}
@@ -41,7 +42,11 @@ PROBE: Final = "probe"
 class PostgresNotifier:
     """Sender and receiver of one process's notifications on a schema. `address` should bypass any pooler."""
 
-    def __init__(self, address: DatabaseAddress, schema: str) -> None:
+    def __init__(self, address: DatabaseAddress, schema: str, reachability: Reachability | None = None) -> None:
+        """`reachability` of the store on the same database: the notifier connects again when the store is back."""
+        self._reachability = reachability or Reachability()
+        self._retry: asyncio.Event | None = None
+        self._reachability.listen(self._retry_now)
         self._address = address
         self._channel = channel_of(schema)
         self._notify = compiled(schema)["notify"]
@@ -118,7 +123,24 @@ class PostgresNotifier:
             except DRIVER as error:
                 LOG.debug("notifier.unavailable", error=store_error(error, self._address.database).message)
             tries_count = 0 if loop.time() > began_s + STEADY_S else min(tries_count + 1, len(AGAIN_S) - 1)
-            await asyncio.sleep(AGAIN_S[tries_count])
+            await self._wait_to_retry(AGAIN_S[tries_count])
+
+    async def _wait_to_retry(self, wait_s: float) -> None:
+        """Wait for the return of the store, or for a time if the store is reachable and only this address is not."""
+        retry = self._retry = asyncio.Event()
+        try:
+            await asyncio.wait_for(retry.wait(), wait_s if self._reachability.is_reachable else AGAIN_S[-1])
+        except TimeoutError:
+            return
+        finally:
+            self._retry = None
+
+    def _retry_now(self) -> None:
+        """Connect again at once. Called from any thread."""
+        retry, loop = self._retry, self._loop
+        if retry is not None and loop is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(retry.set)
 
     async def _serve(self, connection: PostgresConnection) -> None:
         """Listen and send until the connection ends."""

@@ -17,7 +17,14 @@ import asyncpg
 
 from headrace.core.block import Chunk
 from headrace.core.span import SETTLED, Settlement
-from headrace.foundation.errors import HeadraceError, InvalidInput, InvalidSetting, StoreBroken, StoreUnavailable
+from headrace.foundation.errors import (
+    HeadraceError,
+    InvalidInput,
+    InvalidSetting,
+    StoreBroken,
+    StoreUnavailable,
+    StoreUnreachable,
+)
 from headrace.foundation.limits import Limits
 from headrace.store.caller_transaction import CallerTransaction
 from headrace.store.postgres import fast_path
@@ -45,6 +52,7 @@ from headrace.store.postgres.pool import (
 )
 from headrace.store.postgres.schema_migration import SchemaMigration
 from headrace.store.protocol import Appended, Claim, Lease, Session
+from headrace.store.reachability import Reachability
 from headrace.store.transactions import append, queries
 from headrace.store.transactions import leases as lease_scripts
 from headrace.store.transactions.leases import CANDIDATES_MAX, USUAL_RUNS
@@ -55,6 +63,7 @@ T = TypeVar("T")
 
 CONNECTIONS: Final = 8
 TRIES: Final = 10
+PROBE_TIMEOUTS_S: Final = (1, 2, 5, 15)
 OUT_OF_ORDER: Final = 1_024
 """Batches that are remembered for arriving in another order than their indexes."""
 MISSES_MAX: Final = 3
@@ -83,6 +92,8 @@ class PostgresStore(ScriptedStore):
         self._claim_cursors = ClaimCursors(everything_each_us=limits.poll_interval_ms * 1_000)
         self._out_of_order = _Misses(OUT_OF_ORDER)
         self._is_open = False
+        self._probes_failed_count = 0
+        self.reachability = Reachability(self._probe)
 
     @property
     def schema(self) -> str:
@@ -338,7 +349,7 @@ class PostgresStore(ScriptedStore):
             pool, connection = await self._pool(), None
             try:
                 async with pool.borrowed() as connection:
-                    return await work(connection)
+                    answer = await work(connection)
             except (TransactionConflict, *UNDONE) as error:
                 if not tries_left:
                     raise self._store_error(error) from error
@@ -354,8 +365,27 @@ class PostgresStore(ScriptedStore):
             except SCHEMA_CHANGED as error:
                 raise await self._version_error(pool, error) from error
             except DRIVER as error:
-                raise await self._translated(error) from error
+                translated = await self._translated(error)
+                if isinstance(translated, StoreUnreachable):
+                    self.reachability.failed(translated)
+                raise translated from error
+            else:
+                self.reachability.succeeded()
+                return answer
         raise AssertionError
+
+    async def _probe(self) -> None:
+        """Make the cheapest round trip. Each attempt waits longer than the last, and the first again not long: a host
+        that has just come back answers the next attempt, not the one that hangs.
+        """
+        timeout_s = PROBE_TIMEOUTS_S[self._probes_failed_count % len(PROBE_TIMEOUTS_S)]
+        self._probes_failed_count += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.clock_us()
+        except TimeoutError:
+            raise StoreUnreachable(f"{self.address.database} did not answer within {timeout_s} s") from None
+        self._probes_failed_count = 0
 
     async def _translated(self, error: BaseException) -> HeadraceError:
         """Translate a driver's error; if a right is missing, ask the server which."""

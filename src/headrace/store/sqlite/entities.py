@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 from headrace.core.condition import Condition
 from headrace.core.entity import ID, INTEGER, EntityType
 from headrace.core.sequencer import Position
-from headrace.foundation.errors import StoreUnavailable
+from headrace.foundation.errors import StoreUnavailable, StoreUnreachable
 from headrace.store.entities.codecs import RowReader, sqlite_ids, sqlite_rows, sqlite_value
 from headrace.store.entities.protocol import Commit, EntityPlan, IndexerState, Write
 from headrace.store.entities.schema import Change, changes_of, check_names, tables_of
@@ -89,7 +89,11 @@ class SqliteEntities:
                     connection.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            raise store_error(error, self._store.path) from error
+            translated = store_error(error, self._store.path)
+            if isinstance(translated, StoreUnreachable):
+                self._store.reachability.failed(translated)
+            raise translated from error
+        self._store.reachability.succeeded()
         return answer
 
     def _script(self, script: Script[T]) -> T:

@@ -18,9 +18,10 @@ from time import monotonic
 from typing import Any, Final, TypeVar
 
 from headrace.core.span import Settlement
-from headrace.foundation.errors import StoreBroken, StoreUnavailable
+from headrace.foundation.errors import StoreBroken, StoreUnavailable, StoreUnreachable
 from headrace.foundation.limits import Limits
 from headrace.store.caller_transaction import CallerTransaction
+from headrace.store.reachability import Reachability
 from headrace.store.schema_version import check_current, check_known
 from headrace.store.sqlite import fast_path
 from headrace.store.sqlite.script_runner import SQL, run_script, statements_of
@@ -57,6 +58,7 @@ class SqliteStore(ScriptedStore):
         self._store_id = ""
         self._busy_timeout_ms = busy_timeout_ms
         self._writer = Writer(path, self.connect)
+        self.reachability = Reachability(self._probe)
         self._local = threading.local()
         self._closing = threading.Event()
         self._readers: ThreadPoolExecutor | None = None
@@ -141,8 +143,25 @@ class SqliteStore(ScriptedStore):
         return await self._write(lambda: fast_path.settle(settlements, now_us))
 
     async def _write(self, script: Callable[[], Script[T]]) -> T:
-        answer: T = await self._writer.run(lambda connection: run_script(connection, script()))
+        return await self._written(lambda connection: run_script(connection, script()))
+
+    async def _written(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run work in a transaction of the writer. A file that others may read and nobody may write is unreachable."""
+        try:
+            answer: T = await self._writer.run(work)
+        except StoreUnreachable as error:
+            self.reachability.failed(error)
+            raise
+        self.reachability.succeeded()
         return answer
+
+    async def _probe(self) -> None:
+        """Write without a change: reading would work while another process locks the file or the disk is full."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute(f"PRAGMA user_version = {_version(connection):d}")
+
+        await self._written(work)
 
     async def _read(self, script: Callable[[], Script[T]]) -> T:
         if self._readers is None:
@@ -170,8 +189,7 @@ class SqliteStore(ScriptedStore):
 
     async def change(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run other work than an operation of the store, in a transaction of the writer."""
-        answer: T = await self._writer.run(work)
-        return answer
+        return await self._written(work)
 
     async def read(self, script: Callable[[], Script[T]]) -> T:
         """Run a script that changes nothing and is no operation of the store."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from headrace.foundation.errors import HeadraceError, StoreBroken, StoreUnavailable
+from headrace.foundation.errors import HeadraceError, StoreBroken, StoreUnavailable, StoreUnreachable
 from headrace.store.sqlite.write_fence import FENCED
 
 GROUP_MAX: Final = 128
@@ -174,16 +174,16 @@ def store_error(error: sqlite3.Error, path: Path) -> HeadraceError:
             hint="restore it from a backup, or name another file with --store",
         )
     elif name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        translated = StoreUnavailable(
+        translated = StoreUnreachable(
             f"another process holds a lock on {path}: {text}", hint="end that process, or wait and try again"
         )
     elif name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
-        translated = StoreUnavailable(
+        translated = StoreUnreachable(
             f"the disk did not take a write to {path}: {text}", hint="free disk space; nothing acknowledged was lost"
         )
     elif name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")):
         problem, hint = _not_writable(path)
-        translated = StoreUnavailable(f"can't write {path}: {problem} ({text})", hint=hint)
+        translated = StoreUnreachable(f"can't write {path}: {problem} ({text})", hint=hint)
     elif FENCED in text:
         translated = StoreBroken(
             f"{path} takes no writes: it was moved to another store, or is being moved",

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Final
 
-from headrace.foundation.errors import ObjectMissing, StoreUnavailable
+from headrace.foundation.errors import ObjectMissing, StoreUnavailable, StoreUnreachable
 from headrace.store.payloads import StoredObject
+from headrace.store.reachability import Reachability
 from tests.simulation.loop import DISCARDED, RUNNING, Process, SimulatedLoop
 
 OPERATIONS: Final = (
@@ -96,7 +97,7 @@ class Network:
         conditions, random = self.conditions, self._random
         delay_s = self._delay_s()
         if random.random() < conditions.lost:
-            self._later(delay_s, lambda: self._end(response, None, StoreUnavailable("simulated: the request was lost")))
+            self._later(delay_s, lambda: self._end(response, None, StoreUnreachable("simulated: the request was lost")))
             return await response
 
         def arrive() -> None:
@@ -107,7 +108,7 @@ class Network:
             if process.state == RUNNING and self._crashes_at(process, planned_crash, f"{operation}.done"):
                 return
             if random.random() < conditions.unacknowledged:
-                result, error = None, StoreUnavailable("simulated: the response was lost")
+                result, error = None, StoreUnreachable("simulated: the response was lost")
             self._later(self._delay_s(), lambda: self._end(response, result, error))
 
         def arrive_again() -> None:
@@ -169,13 +170,23 @@ class SimulatedStore:
         self._network = network
         self._process = process
         self._planned_crash = planned_crash
+        self.reachability = Reachability(self._probe)
+
+    async def _probe(self) -> None:
+        await self.duties()
 
     def __getattr__(self, operation: str) -> Any:
         if operation not in OPERATIONS:
             raise AttributeError(operation)
 
         async def request(*args: Any, **kwargs: Any) -> Any:
-            return await self._network.request(self._process, self._planned_crash, operation, args, kwargs)
+            try:
+                result = await self._network.request(self._process, self._planned_crash, operation, args, kwargs)
+            except StoreUnreachable as error:
+                self.reachability.failed(error)
+                raise
+            self.reachability.succeeded()
+            return result
 
         return request
 

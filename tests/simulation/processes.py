@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from headrace.foundation.errors import ClientFault, HeadraceError
 from headrace.foundation.limits import Limits
 from headrace.runtime.engine import Engine
+from headrace.runtime.outage import Outage
 from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.call_options import Options
 from headrace.runtime.wakeup import Wakeup
@@ -83,8 +84,9 @@ class SimulatedProcess(Process):
         self.random: Random = Random(simulation.random.getrandbits(32))
         self.clock = SimulatedClock(simulation.loop, offset_s)
         network = simulation.network
+        store = SimulatedStore(network, self, planned_crash)
         self.engine = Engine(
-            store=cast("Store", SimulatedStore(network, self, planned_crash)),
+            store=cast("Store", store),
             payloads=cast("PayloadStore", SimulatedObjects(simulation.loop, self.random, network, simulation.objects)),
             clock=self.clock,
             limits=LIMITS,
@@ -93,6 +95,7 @@ class SimulatedProcess(Process):
             beats_beside=False,
             wakeup=OrderedWakeup(),
             recorded=OrderedWakeup(),
+            outage=Outage(store.reachability, jitter=self.random.random),
         )
 
     @property

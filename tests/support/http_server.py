@@ -327,6 +327,7 @@ async def running_server(
     secrets: Sequence[str] = (),
     consumer: Methods | None = None,
     tls: ssl.SSLContext | None = None,
+    port: int = 0,
 ) -> AsyncGenerator[ServerUnderTest, None]:
     """Run a server over a store of the given kind, with gRPC on the same port. `wrap` may wrap the store."""
     store: Store = FACTORIES[kind](folder, limits)
@@ -348,7 +349,7 @@ async def running_server(
                 faults.app = make_app(service)
                 stack.enter_context(patch("headrace.http.server.server.make_app", lambda _service: faults))
             grpc = await stack.enter_async_context(grpc_server(service, secrets=secrets, consumer=consumer))
-            server = await stack.enter_async_context(serving(service, "127.0.0.1", 0, grpc=grpc, tls=tls))
+            server = await stack.enter_async_context(serving(service, "127.0.0.1", port, grpc=grpc, tls=tls))
             yield ServerUnderTest(engine, service, server, stack)
     finally:
         await store.close()

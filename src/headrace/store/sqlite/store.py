@@ -146,7 +146,7 @@ class SqliteStore(ScriptedStore):
         return await self._written(lambda connection: run_script(connection, script()))
 
     async def _written(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run work in a transaction of the writer. A file that others may read and nobody may write is unreachable."""
+        """Run work in a transaction of the writer. A file that can be read and not be written is unreachable."""
         try:
             answer: T = await self._writer.run(work)
         except StoreUnreachable as error:

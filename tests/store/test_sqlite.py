@@ -17,7 +17,14 @@ import pytest
 
 from headrace.core.pack import pack
 from headrace.core.span import Part
-from headrace.foundation.errors import HeadraceError, NotFound, SchemaOutdated, StoreBroken, StoreUnavailable
+from headrace.foundation.errors import (
+    HeadraceError,
+    NotFound,
+    SchemaOutdated,
+    StoreBroken,
+    StoreUnavailable,
+    StoreUnreachable,
+)
 from headrace.foundation.limits import DEFAULT
 from headrace.store.sqlite import SqliteStore
 from headrace.store.sqlite.script_runner import SQL, run_script
@@ -273,7 +280,7 @@ async def test_a_file_locked_by_another_process_fails_the_call_and_works_later(t
             answers = await asyncio.gather(
                 *(rig.append(batch_id, [index]) for index in range(5)), return_exceptions=True
             )
-            assert [type(answer) for answer in answers] == [StoreUnavailable] * 5
+            assert [type(answer) for answer in answers] == [StoreUnreachable] * 5
             assert "another process" in str(answers[0])
             assert (await rig.store.batch(batch_id))[0].received_count == 0, "reads continue"
             other.execute("ROLLBACK")

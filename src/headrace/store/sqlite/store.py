@@ -159,7 +159,8 @@ class SqliteStore(ScriptedStore):
         """Write without a change: reading would work while another process locks the file or the disk is full."""
 
         def work(connection: sqlite3.Connection) -> None:
-            connection.execute(f"PRAGMA user_version = {_version(connection):d}")
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            connection.execute(f"PRAGMA user_version = {version:d}")
 
         await self._written(work)
 

@@ -45,7 +45,7 @@ async def test_after_a_restart_of_postgres_the_worker_and_its_listener_continue_
         return 2 * number
 
     store = fresh_schema(tmp_path, database.dsn)
-    app.use(load({"store": store, "objects": str(tmp_path / "objects"), "poll_interval_ms": 60_000}, {}, tmp_path))
+    app.use(load({"store": store, "poll_interval_ms": 60_000}, {}, tmp_path))
     try:
         async with app, app.worker():
             engine = await app.open()

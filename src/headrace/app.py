@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import inspect
 import os
 from collections.abc import (
     AsyncGenerator,
@@ -39,16 +38,17 @@ from headrace.foundation.ids import check_batch_id, parse_run_id
 from headrace.foundation.settings import Settings, check_overrides, load
 from headrace.foundation.suggestions import check_names
 from headrace.handles import PLAIN, Batch, ResultOf, Run
-from headrace.runtime.background_loop import BackgroundLoop
+from headrace.runtime.background_loop import close_unused
 from headrace.runtime.engine import Engine
+from headrace.runtime.owner_loop import OwnerLoop
 from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.bounds import check_is_list, check_name
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import OnExhausted, Pool, TaskSpec
 from headrace.runtime.worker.worker import Worker
 from headrace.store.projections import check_batch_state, check_run_state
-from headrace.task import AsyncTask, Decorator, P, R, SyncTask, T, Task
-from headrace.twins import blocking, iterate, refuse_in_loop
+from headrace.task import AsyncTask, Decorator, P, R, SyncTask, Task
+from headrace.twins import blocking, iterate, on_owner_loop, refuse_in_loop
 from headrace.views import BatchView, RunView, batch_view, listed_views
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from headrace.runtime.indexing.sources.source import Source
     from headrace.runtime.tasks.http_endpoint import Endpoint
 
+T = TypeVar("T")
 AnyTask = TypeVar("AnyTask", bound=Task[..., Any])
 TASK_OPTIONS: Final = tuple(
     field.name for field in dataclasses.fields(TaskSpec) if field.init and field.name != "function"
@@ -75,7 +76,8 @@ class Headrace:
     store is opened at the first use. Use the app as an async context manager, or call `close`. Raises `InvalidSetting`
     for an unknown setting or a value out of its bounds.
 
-    Methods ending in `_sync` are the blocking forms of async methods, for code that is not async.
+    Methods ending in `_sync` are the blocking forms of async methods, for code that is not async. Every method works
+    from any thread and on any event loop: the first loop on which the app is used does the work of all of them.
     """
 
     def __init__(
@@ -104,8 +106,8 @@ class Headrace:
         self._producer: Producer | None = None
         self._opening: asyncio.Lock | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_lent = False
-        self._background: BackgroundLoop | None = None
+        self._was_lent_in_parent = False
+        self.owner_loop = OwnerLoop(is_open=lambda: self._engine is not None, on_forked=self._begin_anew)
         self._endpoints: list[Endpoint] = []
 
     # -- tasks
@@ -321,11 +323,21 @@ class Headrace:
             self._settings = load({}, os.environ, Path.cwd(), code=self.declared)
         return self._settings
 
+    @property
+    def _owner(self) -> OwnerLoop:
+        return self.owner_loop
+
+    @on_owner_loop
     async def open(self) -> Engine:
-        """Open the store, once; every other method does it when needed. An app works on one event loop at a time."""
+        """Open the store, once; every other method does it when needed."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             await self._move_to(loop)
+        if self._was_lent_in_parent:
+            raise InvalidSetting(
+                "the app is in testing mode in the parent process, and its store can't be used after a fork",
+                hint="start the process with the method 'spawn', or test its code in this process",
+            )
         assert self._opening is not None
         async with self._opening:
             if self._engine is None:
@@ -334,34 +346,40 @@ class Headrace:
 
     async def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
         """Continue on this loop, after `asyncio.run` ended another one without a `close`."""
-        if self._loop is not None and not self._loop.is_closed() and self._engine is not None:
-            is_background = self._background is not None and self._loop is self._background.loop
-            raise InvalidSetting(
-                f"the app is already open on {'its background loop' if is_background else 'another event loop'}",
-                hint="use the _sync methods for all calls, or call close_sync() first"
-                if is_background
-                else "make one Headrace(…) for each event loop, or pass the call to that loop with "
-                "asyncio.run_coroutine_threadsafe",
-            )
         self._loop, self._opening = loop, asyncio.Lock()
         producer, self._producer = self._producer, None
         if producer is not None:
             producer.abandon()
-        if not self._is_lent and self._engine is not None:
+        if self._engine is not None and not self._engine.is_lent:
             engine, self._engine = self._engine, None
             await engine.close()
 
-    def use_engine(self, engine: Engine) -> None:
-        """Use an engine that the caller opened and will close (the testing mode)."""
-        self._engine, self._is_lent = engine, True
+    def _begin_anew(self) -> object:
+        """Forget the engine in a forked child, and return what belongs to the parent."""
+        left = (self._engine, self._producer, self._loop, self._opening)
+        self._was_lent_in_parent = self._engine is not None and self._engine.is_lent
+        self._engine = self._producer = self._loop = self._opening = None
+        return left
 
+    def use_engine(self, engine: Engine) -> None:
+        """Use an engine that the caller opened on the running loop and will close (the testing mode).
+
+        Raises `InvalidSetting` if the app is open already.
+        """
+        if self._engine is not None or not self.owner_loop.claim():
+            raise InvalidSetting("the app is open already", hint="close the app before it is put in testing mode")
+        engine.is_lent = True
+        self._engine = engine
+
+    @on_owner_loop
     async def producer(self) -> Producer:
-        """Return the producer of this process, which enqueues and maps."""
+        """Return the producer of this process, which enqueues and maps. Use it on the loop of the app."""
         engine = await self.open()
         if self._producer is None:
             self._producer = Producer(engine)
         return self._producer
 
+    @on_owner_loop
     async def activate(self, *messages: bytes) -> IntakeResult:
         """Store activations for the task broker's workers, each a `TaskActivation` in protobuf, once by its id.
 
@@ -377,17 +395,26 @@ class Headrace:
 
     async def close(self) -> None:
         """Write pending runs and close the store. A second call does nothing."""
+        await self._close()
+        if self.owner_loop.has_background:
+            await asyncio.to_thread(self.owner_loop.stop_background)
+
+    @on_owner_loop
+    async def _close(self) -> None:
+        if self._loop is not None and self._loop is not asyncio.get_running_loop():
+            await self._move_to(asyncio.get_running_loop())
         producer, self._producer = self._producer, None
         try:
             if producer is not None:
                 await producer.close()
         finally:
-            engine, self._engine, self._is_lent = self._engine, None, False
+            engine, self._engine = self._engine, None
             self._loop = self._opening = None
             for endpoint in self._endpoints:
                 await endpoint.close()
             if engine is not None:
                 await engine.close()
+            self.owner_loop.release()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -416,6 +443,11 @@ class Headrace:
         check_is_list("tasks", tasks)
         check_is_list("queues", queues)
         check_overrides("app.worker()", {"concurrency": concurrency, "processes": processes})
+        if not self.owner_loop.claim():
+            raise InvalidSetting(
+                "app.worker() can't start on this event loop: the app is open on another event loop",
+                hint="start the worker before the first _sync call of the process, or call `await app.close()` before",
+            )
         engine = await self.open()
         settings = self.settings
         worker = Worker(
@@ -426,6 +458,7 @@ class Headrace:
             concurrency=settings.concurrency if concurrency is None else concurrency,
             processes=settings.processes if processes is None else processes,
             schedules=tasks is None,
+            settings=settings.given,
         )
         await worker.start()
         try:
@@ -435,19 +468,22 @@ class Headrace:
 
     # -- runs and batches
 
+    @on_owner_loop
     async def get_batch(self, batch_id: str) -> Batch[Any]:
         """Return a handle on a batch by its id. Raises `NotFound`."""
         engine = await self.open()
         batch, _ = await engine.store.batch(check_batch_id(batch_id))
-        return Batch(engine, batch_id, self._result_of(batch.task), self.run_sync)
+        return Batch(self, engine, batch_id, self._result_of(batch.task))
 
+    @on_owner_loop
     async def get_run(self, run_id: str) -> Run[Any]:
         """Return a handle on a run by its id. Raises `NotFound`."""
         engine = await self.open()
         batch_id, index = parse_run_id(run_id)
         record = await engine.store.run(batch_id, index)
-        return Run(engine, batch_id, index, self._result_of(record.task), self.run_sync)
+        return Run(self, engine, batch_id, index, self._result_of(record.task))
 
+    @on_owner_loop
     async def batches(self, *, state: str | None = None, limit: int = 50) -> list[BatchView]:
         """List batches, newest first. `state`: open, sealed, completed, cancelled or abandoned."""
         if state is not None:
@@ -456,6 +492,7 @@ class Headrace:
         states = None if state is None else [state]
         return [batch_view(*row) for row in await engine.store.batches(engine.environment, states=states, limit=limit)]
 
+    @on_owner_loop
     async def runs(
         self, *, batch: str = "", state: str = "", task: str = "", tag: str = "", limit: int = 50
     ) -> list[RunView]:
@@ -489,24 +526,19 @@ class Headrace:
     def run_sync(self, awaitable: Awaitable[T]) -> T:
         """Await something from code that is not async: `app.run_sync(outline.map(items))`.
 
-        One event loop in one background thread serves every such call of the app, so handles and workers keep
-        working between calls. Raises `InvalidInput` inside a running event loop.
+        It runs on the event loop of the app, in that loop's thread; an app that is not open gets a background loop.
+        Raises `InvalidInput` inside a running event loop.
         """
         try:
             refuse_in_loop("run_sync()", "await … instead of app.run_sync(…)")
         except InvalidInput:
-            if inspect.iscoroutine(awaitable):
-                awaitable.close()
+            close_unused(awaitable)
             raise
-        if self._background is None:
-            self._background = BackgroundLoop()
-        return self._background.run(awaitable)
-
-    _block_on = run_sync
+        return self.owner_loop.run(awaitable)
 
     def iter_sync(self, iterator: AsyncIterator[T]) -> Iterator[T]:
         """Iterate over an async iterator from code that is not async."""
-        return iterate(self, iterator)
+        return iterate(self.owner_loop, iterator)
 
     @contextmanager
     def within_sync(self, context: AbstractAsyncContextManager[T]) -> Iterator[T]:
@@ -521,10 +553,10 @@ class Headrace:
             self.run_sync(context.__aexit__(None, None, None))
 
     def close_sync(self) -> None:
-        """Close the app and end its background event loop."""
-        background, self._background = self._background, None
-        if background is not None:
-            try:
-                background.run(self.close())
-            finally:
-                background.stop()
+        """Close the app and end its background event loop. Raises `InvalidInput` inside a running event loop."""
+        refuse_in_loop("close_sync()", "await app.close()")
+        try:
+            if self._engine is not None:
+                self.owner_loop.run(self._close())
+        finally:
+            self.owner_loop.stop_background()

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final, Generic, TypeVar
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
 
 from headrace.core import batch as batches
 from headrace.core import pack, run
+from headrace.core.batch import BatchRecord
 from headrace.core.failure import Failure, decode
 from headrace.foundation.errors import ClientFault, HeadraceError
 from headrace.foundation.ids import run_id
 from headrace.runtime.engine import Engine
+from headrace.runtime.owner_loop import OwnerLoop
 from headrace.store.protocol import RunOutcome
-from headrace.twins import blocking, blocking_iterator
+from headrace.twins import blocking, blocking_iterator, on_owner_loop
 from headrace.views import BatchView, Content, RunView, batch_view, content, linked, run_view
 
 R = TypeVar("R")
-T = TypeVar("T")
 RESULTS_PAGE: Final = 2_048
 ResultOf = Callable[[bytes], Any]
 PLAIN: Final[ResultOf] = msgspec.json.Decoder().decode
-BlockOn = Callable[[Awaitable[Any]], Any]
 
 
 class RunFailed(HeadraceError):
@@ -56,31 +55,43 @@ class Outcome(msgspec.Struct, Generic[R], frozen=True):
     failure: Failure | None
 
 
+class HandleOwner(Protocol):
+    """The part of an app that its handles use."""
+
+    @property
+    def owner_loop(self) -> OwnerLoop:
+        """The event loop of the app."""
+        ...
+
+    async def open(self) -> Engine:
+        """Return the engine, opened when needed."""
+        ...
+
+
 class _Handle:
-    """Base of the handles: the engine, the decoder of results, and the app's way to block."""
+    """Base of the handles: the app, its engine when the handle was made, and the decoder of results."""
 
-    def __init__(self, engine: Engine, result_of: ResultOf, block_on: BlockOn | None) -> None:
-        self._engine = engine
+    def __init__(self, app: HandleOwner, engine: Engine, result_of: ResultOf) -> None:
+        self._app = app
+        self._made_with = engine
         self._result_of = result_of
-        self._blocker = asyncio.run if block_on is None else block_on
 
-    def _block_on(self, awaitable: Awaitable[T]) -> T:
-        value: T = self._blocker(awaitable)  # type: ignore[arg-type]  # asyncio.run wants a coroutine, and gets one
-        return value
+    @property
+    def _owner(self) -> OwnerLoop:
+        return self._app.owner_loop
+
+    async def _engine(self) -> Engine:
+        """Return the app's engine; a handle made in testing mode stays with the store of its test."""
+        return self._made_with if self._made_with.is_lent else await self._app.open()
 
 
 class Run(_Handle, Generic[R]):
     """One run. `id` is the same on every attempt."""
 
     def __init__(
-        self,
-        engine: Engine,
-        batch_id: str,
-        index: int,
-        result_of: ResultOf = PLAIN,
-        block_on: BlockOn | None = None,
+        self, app: HandleOwner, engine: Engine, batch_id: str, index: int, result_of: ResultOf = PLAIN
     ) -> None:
-        super().__init__(engine, result_of, block_on)
+        super().__init__(app, engine, result_of)
         self.batch_id = batch_id
         self.index = index
 
@@ -92,19 +103,23 @@ class Run(_Handle, Generic[R]):
         """The run's id, as the command line and the HTTP API show it."""
         return run_id(self.batch_id, self.index)
 
+    @on_owner_loop
     async def view(self) -> RunView:
         """Return the run as it is now: state, times, input, output and attempts."""
-        return await run_view(self._engine, await self._engine.store.run(self.batch_id, self.index))
+        engine = await self._engine()
+        return await run_view(engine, await engine.store.run(self.batch_id, self.index))
 
+    @on_owner_loop
     async def result(self, *, timeout_s: float | None = None) -> R:
         """Wait for the run and return what its task returned.
 
         Raises `RunFailed` when the run failed, was cancelled or expired, and `WaitTimeout` after `timeout_s`.
         """
-        waiting = _OutcomeWait(self._engine, timeout_s)
+        engine = await self._engine()
+        waiting = _OutcomeWait(engine, timeout_s)
         while True:
             waiting.begin_check()
-            record = await linked(self._engine, await self._engine.store.run(self.batch_id, self.index))
+            record = await linked(engine, await engine.store.run(self.batch_id, self.index))
             if run.BY_NAME.get(record.state, run.WAITING) in run.FINAL:
                 break
             await waiting.wait(f"run {self.id} has not ended ({record.state})")
@@ -112,20 +127,23 @@ class Run(_Handle, Generic[R]):
             failure = decode(record.result) if record.result else None
             reason = f"{failure.type}: {failure.message}" if failure is not None else f"the run was {record.state}"
             raise RunFailed(reason, failure=failure, run=self.id)
-        value: R = _value(await content(self._engine, record.result, record.result_kind), self._result_of)
+        value: R = _value(await content(engine, record.result, record.result_kind), self._result_of)
         return value
 
+    @on_owner_loop
     async def cancel(self) -> bool:
         """Cancel the run, or ask its worker to stop it. Return False when it had ended already."""
-        engine = self._engine
+        engine = await self._engine()
         count = await engine.store.cancel_runs(self.batch_id, [self.index], now_us=engine.clock.now_us())
         engine.recorded.notify()
         return count > 0
 
+    @on_owner_loop
     async def redrive(self) -> bool:
         """Run it again from its first attempt. Return False unless it had failed, been cancelled or expired."""
-        count = await self._engine.store.redrive(self.batch_id, [self.index])
-        self._engine.wakeup.notify()
+        engine = await self._engine()
+        count = await engine.store.redrive(self.batch_id, [self.index])
+        engine.wakeup.notify()
         return count > 0
 
     view_sync = blocking(view)
@@ -137,25 +155,27 @@ class Run(_Handle, Generic[R]):
 class Batch(_Handle, Generic[R]):
     """A batch of runs."""
 
-    def __init__(
-        self, engine: Engine, batch_id: str, result_of: ResultOf = PLAIN, block_on: BlockOn | None = None
-    ) -> None:
-        super().__init__(engine, result_of, block_on)
+    def __init__(self, app: HandleOwner, engine: Engine, batch_id: str, result_of: ResultOf = PLAIN) -> None:
+        super().__init__(app, engine, result_of)
         self.id = batch_id
 
     def __repr__(self) -> str:
         return f"Batch({self.id!r})"
 
+    @on_owner_loop
     async def view(self) -> BatchView:
         """Return the batch as it is now: its state and the counts of its runs."""
-        return batch_view(*await self._engine.store.batch(self.id))
+        engine = await self._engine()
+        return batch_view(*await engine.store.batch(self.id))
 
+    @on_owner_loop
     async def wait(self, *, timeout_s: float | None = None) -> BatchView:
         """Wait until every run has ended. Raises `WaitTimeout` after `timeout_s`."""
-        waiting = _OutcomeWait(self._engine, timeout_s)
+        engine = await self._engine()
+        waiting = _OutcomeWait(engine, timeout_s)
         while True:
             waiting.begin_check()
-            batch, ledger = await self._engine.store.batch(self.id)
+            batch, ledger = await engine.store.batch(self.id)
             if batch.is_finished:
                 return batch_view(batch, ledger)
             await waiting.wait(f"batch {self.id} has not ended ({batch.unsettled_count} runs left)")
@@ -167,11 +187,11 @@ class Batch(_Handle, Generic[R]):
         next outcome. Raises `WaitTimeout`.
         """
         next_index = from_index
-        waiting = _OutcomeWait(self._engine, timeout_s)
+        engine = await self._opened()
+        waiting = _OutcomeWait(engine, timeout_s)
         while True:
             waiting.begin_check()
-            batch, _ = await self._engine.store.batch(self.id)  # before the outcomes: a finished batch has them all
-            page = await self._engine.store.outcomes(self.id, next_index, RESULTS_PAGE)
+            batch, page = await self._page(next_index)
             first_index = next_index
             for stored in page:
                 outcome = await self._outcome(stored)
@@ -180,37 +200,64 @@ class Batch(_Handle, Generic[R]):
                 yield outcome
                 next_index = stored.index + 1
             if next_index > first_index:
-                waiting = _OutcomeWait(self._engine, timeout_s)
+                waiting = _OutcomeWait(engine, timeout_s)
             elif batch.is_finished and not page:
                 return
             else:
-                await waiting.wait(f"run {next_index} of batch {self.id} has not ended")
+                await self._wait_on(waiting, f"run {next_index} of batch {self.id} has not ended")
 
+    @on_owner_loop
+    async def _opened(self) -> Engine:
+        return await self._engine()
+
+    @on_owner_loop
+    async def _page(self, first_index: int) -> tuple[BatchRecord, list[RunOutcome]]:
+        store = (await self._engine()).store
+        batch, _ = await store.batch(self.id)  # before the outcomes: a finished batch has them all
+        return batch, await store.outcomes(self.id, first_index, RESULTS_PAGE)
+
+    @on_owner_loop
+    async def _wait_on(self, waiting: _OutcomeWait, unmet: str) -> None:
+        await waiting.wait(unmet)
+
+    @on_owner_loop
     async def cancel(self) -> BatchView:
         """Cancel every waiting run, and ask workers to stop the running ones."""
-        engine = self._engine
+        engine = await self._engine()
         await engine.store.stop_batch(self.id, batches.CANCELLED, now_us=engine.clock.now_us())
         engine.recorded.notify()
         return await self.view()
 
+    @on_owner_loop
     async def redrive(self) -> int:
         """Run the failed runs again from their first attempt. Return how many there are."""
-        count = await self._engine.store.redrive(self.id, None)
-        self._engine.wakeup.notify()
+        engine = await self._engine()
+        count = await engine.store.redrive(self.id, None)
+        engine.wakeup.notify()
         return count
 
     async def _outcome(self, stored: RunOutcome) -> Outcome[R] | None:
         """Return one outcome; None while it links to a run that has not ended."""
         state, data, kind = stored.state, stored.result, stored.kind
-        if state == run.COMPLETED and kind == pack.LINK:
-            record = await linked(self._engine, await self._engine.store.run(self.id, stored.index))
-            state, data, kind = run.BY_NAME.get(record.state, run.WAITING), record.result, record.result_kind
+        if kind in (pack.LINK, pack.REFERENCE) and state == run.COMPLETED:
+            state, data, kind = await self._resolved(stored)
             if state not in run.FINAL:
                 return None
         if state != run.COMPLETED:
             return Outcome(stored.index, False, run.NAMES[state], None, decode(data) if data else None)
-        value = _value(await content(self._engine, data, kind), self._result_of)
-        return Outcome(stored.index, True, run.NAMES[state], value, None)
+        return Outcome(stored.index, True, run.NAMES[state], _value(Content(data, kind), self._result_of), None)
+
+    @on_owner_loop
+    async def _resolved(self, stored: RunOutcome) -> tuple[int, bytes, int]:
+        """Return the state, result and kind of an outcome that links to another run or is stored as an object."""
+        engine = await self._engine()
+        state, data, kind = stored.state, stored.result, stored.kind
+        if kind == pack.LINK:
+            record = await linked(engine, await engine.store.run(self.id, stored.index))
+            state, data, kind = run.BY_NAME.get(record.state, run.WAITING), record.result, record.result_kind
+        if state == run.COMPLETED:
+            data, kind = await content(engine, data, kind)
+        return state, data, kind
 
     view_sync = blocking(view)
     wait_sync = blocking(wait)

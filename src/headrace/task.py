@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from headrace.compose import joined
 from headrace.foundation.errors import InvalidInput
-from headrace.handles import Batch, Run
-from headrace.runtime.engine import Engine
+from headrace.handles import Batch, HandleOwner, Run
+from headrace.runtime.owner_loop import OwnerLoop
+from headrace.runtime.producing.caller_items import CallerItems, LoopItems, ThreadItems
 from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.bounds import check_is_list
 from headrace.runtime.tasks.call_options import Options
 from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.store.transactions.append import enqueue
 from headrace.store.transactions.sql_script import Script
-from headrace.twins import blocking, refuse_in_loop
+from headrace.twins import blocking, on_owner_loop, refuse_in_loop
 
 P = ParamSpec("P")
 R = TypeVar("R")
-T = TypeVar("T")
 
 
-class TaskOwner(Protocol):
+class TaskOwner(HandleOwner, Protocol):
     """The part of an app that its tasks use."""
-
-    async def open(self) -> Engine:
-        """Return the engine, opened when needed."""
-        ...
 
     async def producer(self) -> Producer:
         """Return the producer of this process."""
-        ...
-
-    def run_sync(self, awaitable: Awaitable[T]) -> T:
-        """Await something from code that is not async."""
         ...
 
 
@@ -138,10 +130,20 @@ class Task(Generic[P, R]):
         return self._enqueue_in_sync(Options(), connection, args, kwargs)
 
     enqueue_sync = blocking(enqueue)
-    map_sync = blocking(map)  # noqa: A003 - the method above
 
-    def _block_on(self, awaitable: Awaitable[T]) -> T:
-        return self.app.run_sync(awaitable)
+    def map_sync(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        *,
+        batch_key: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+    ) -> Batch[R]:
+        """Blocking form of `map`, for code that is not async. The items are taken in the calling thread."""
+        return self._map_sync(Options(), items, batch_key, metadata)
+
+    @property
+    def _owner(self) -> OwnerLoop:
+        return self.app.owner_loop
 
     async def _enqueue_in(
         self, options: Options, connection: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -153,9 +155,10 @@ class Task(Generic[P, R]):
         self, options: Options, connection: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Run[R]:
         refuse_in_loop("enqueue_in_sync()", "await task.enqueue_in(connection, …), which takes such connections too")
-        script, run_of = self.app.run_sync(self._single(options, args, kwargs))
-        return run_of(joined(self.app.run_sync(self.app.open()), connection).run_sync(script))
+        script, run_of = self._owner.run(self._single(options, args, kwargs))
+        return run_of(joined(self._owner.run(self.app.open()), connection).run_sync(script))
 
+    @on_owner_loop
     async def _single(
         self, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Callable[[], Script[tuple[str, int]]], Callable[[tuple[str, int]], Run[R]]]:
@@ -170,6 +173,7 @@ class Task(Generic[P, R]):
         """Return one call as it is stored, for a caller that appends it in a transaction of its own."""
         return self.spec, Options(), self.spec.codec.encode(args, kwargs)
 
+    @on_owner_loop
     async def _enqueue(self, options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run[R]:
         payload = self.spec.codec.encode(args, kwargs)
         producer = await self.app.producer()
@@ -183,13 +187,39 @@ class Task(Generic[P, R]):
         metadata: Mapping[str, object] | None,
     ) -> Batch[R]:
         _check_items(self.name, items)
+        is_here = isinstance(items, Sequence) or self._owner.claim()
+        return await self._map_on_owner(options, items if is_here else LoopItems(items), batch_key, metadata)
+
+    def _map_sync(
+        self,
+        options: Options,
+        items: Iterable[Any] | AsyncIterable[Any],
+        batch_key: str | None,
+        metadata: Mapping[str, object] | None,
+    ) -> Batch[R]:
+        refuse_in_loop("map_sync()", "await map(…)")
+        _check_items(self.name, items)
+        if isinstance(items, Sequence | AsyncIterable):
+            return self._owner.run(self._map_on_owner(options, items, batch_key, metadata))
+        own_items = ThreadItems(items)
+        mapping = self._map_on_owner(options, own_items, batch_key, metadata)
+        return self._owner.run(mapping, beside=own_items.serve)
+
+    @on_owner_loop
+    async def _map_on_owner(
+        self,
+        options: Options,
+        items: Iterable[Any] | AsyncIterable[Any] | CallerItems,
+        batch_key: str | None,
+        metadata: Mapping[str, object] | None,
+    ) -> Batch[R]:
         producer = await self.app.producer()
         batch_id = await producer.map(self.spec, items, options, key=batch_key, metadata=dict(metadata or {}))
-        return Batch(producer.engine, batch_id, self.spec.codec.result_of, self.app.run_sync)
+        return Batch(self.app, producer.engine, batch_id, self.spec.codec.result_of)
 
     def _run(self, producer: Producer, run: tuple[str, int]) -> Run[R]:
         batch_id, index = run
-        return Run(producer.engine, batch_id, index, self.spec.codec.result_of, self.app.run_sync)
+        return Run(self.app, producer.engine, batch_id, index, self.spec.codec.result_of)
 
 
 def _check_items(task: str, items: object) -> None:
@@ -257,10 +287,20 @@ class TaskCall(Generic[P, R]):
         return await self._task._map(self._options, items, batch_key, metadata)  # noqa: SLF001 - as above
 
     enqueue_sync = blocking(enqueue)
-    map_sync = blocking(map)  # noqa: A003 - the method above
 
-    def _block_on(self, awaitable: Awaitable[T]) -> T:
-        return self._task.app.run_sync(awaitable)
+    def map_sync(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        *,
+        batch_key: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+    ) -> Batch[R]:
+        """Blocking form of `map`, for code that is not async. The items are taken in the calling thread."""
+        return self._task._map_sync(self._options, items, batch_key, metadata)  # noqa: SLF001 - as above
+
+    @property
+    def _owner(self) -> OwnerLoop:
+        return self._task.app.owner_loop
 
 
 class Decorator(Protocol):

@@ -20,6 +20,7 @@ from headrace.compose import memory_engine
 from headrace.foundation.limits import Limits
 from headrace.runtime.clock import ManualClock, SystemClock
 from headrace.runtime.engine import Engine
+from headrace.runtime.worker.sequential_threads import SequentialThreads
 from headrace.runtime.worker.worker import Worker
 
 DRAIN_TIMEOUT_S: Final = 10
@@ -42,7 +43,7 @@ class Harness:
         `advance`).
         """
         before = await self._unsettled()
-        worker = Worker(self.engine, self.app.registry, concurrency=100, kind="testing", inline_sync=True)
+        worker = Worker(self.engine, self.app.registry, concurrency=100, kind="testing", threads=SequentialThreads())
         await worker.start()
         try:
             for _ in range(int(DRAIN_TIMEOUT_S / POLL_S)):

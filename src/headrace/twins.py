@@ -1,36 +1,53 @@
-"""Blocking twins of async methods, for code that is not async.
+"""Async methods that work on every event loop, and their blocking twins for code that is not async.
 
     class Headrace:
+        @on_owner_loop
         async def get_run(self, run_id: str) -> Run[Any]: ...
 
         get_run_sync = blocking(get_run)
 
-A twin takes the same arguments, has the same types and raises the same errors. It runs the async method on the
-app's background event loop and waits for it.
+A twin takes the same arguments, has the same types and raises the same errors. The calling thread waits while the
+method runs on the event loop that the app belongs to.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from functools import update_wrapper
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from headrace.foundation.errors import InvalidInput
+from headrace.runtime.owner_loop import OwnerLoop
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Blocking(Protocol):
-    """An object whose async methods have blocking twins."""
+class Owned(Protocol):
+    """An object whose async methods run on the event loop of its app."""
 
-    def _block_on(self, awaitable: Awaitable[T]) -> T:
-        """Await something on the app's background event loop."""
+    @property
+    def _owner(self) -> OwnerLoop:
+        """The event loop of the app."""
         ...
 
 
-S = TypeVar("S", bound=Blocking)
+S = TypeVar("S", bound=Owned)
+
+
+def on_owner_loop(
+    method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """Run an async method on the event loop of its app, whichever loop it is awaited on."""
+
+    async def passed_on(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        owner = self._owner
+        if owner.claim():
+            return await method(self, *args, **kwargs)
+        return await owner.call(lambda: method(self, *args, **kwargs))
+
+    return update_wrapper(passed_on, method)
 
 
 def blocking(method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[S, P], T]:
@@ -38,7 +55,7 @@ def blocking(method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]]) -> Cal
 
     def twin(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
         refuse_in_loop(f"{method.__name__}_sync()", f"await {method.__name__}(…)")
-        return self._block_on(method(self, *args, **kwargs))
+        return self._owner.run(method(self, *args, **kwargs))
 
     _name_twin(twin, method)
     return twin
@@ -51,7 +68,7 @@ def blocking_iterator(
 
     def twin(self: S, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
         refuse_in_loop(f"{method.__name__}_sync()", f"async for … in {method.__name__}(…)")
-        return iterate(self, method(self, *args, **kwargs))
+        return iterate(self._owner, method(self, *args, **kwargs))
 
     _name_twin(twin, method)
     return twin
@@ -64,7 +81,7 @@ def _name_twin(twin: Callable[..., Any], method: Callable[..., Any]) -> None:
     twin.__doc__ = f"Blocking form of `{method.__name__}`, for code that is not async."
 
 
-def iterate(owner: Blocking, iterator: AsyncIterator[T]) -> Iterator[T]:
+def iterate(owner: OwnerLoop, iterator: AsyncIterator[T]) -> Iterator[T]:
     """Iterate over an async iterator from code that is not async."""
 
     async def advance() -> tuple[bool, Any]:
@@ -77,15 +94,14 @@ def iterate(owner: Blocking, iterator: AsyncIterator[T]) -> Iterator[T]:
         if isinstance(iterator, AsyncGenerator):
             await iterator.aclose()
 
-    block_on = owner._block_on  # noqa: SLF001 - the protocol of this module
     try:
         while True:
-            has_item, item = block_on(advance())
+            has_item, item = owner.run(advance())
             if not has_item:
                 return
             yield item
     finally:
-        block_on(close())
+        owner.run(close())
 
 
 def refuse_in_loop(call: str, instead: str) -> None:
@@ -95,5 +111,6 @@ def refuse_in_loop(call: str, instead: str) -> None:
     except RuntimeError:
         return
     raise InvalidInput(
-        f"{call} can't be called inside a running event loop: it would block it", hint=f"write: {instead}"
+        f"{call} can't be called inside a running event loop: it would block it",
+        hint=f"write: {instead}; code that can't await is called in a thread: await asyncio.to_thread(…)",
     )

@@ -130,34 +130,6 @@ async def test_run_sync_inside_a_loop_is_refused(tmp_path: Path) -> None:
         app.run_sync(double.enqueue(1))
 
 
-def test_one_app_on_two_loops_at_once_is_refused(tmp_path: Path) -> None:
-    app, double = made(tmp_path)
-    opened, refused = threading.Event(), threading.Event()
-    errors: list[Exception] = []
-
-    async def first() -> None:
-        await double.enqueue(1)
-        opened.set()
-        await asyncio.to_thread(refused.wait)
-        await double.enqueue(2)
-        await app.close()
-
-    async def second() -> None:
-        try:
-            await double.enqueue(3)
-        except InvalidSetting as error:
-            errors.append(error)
-        refused.set()
-
-    thread = threading.Thread(target=asyncio.run, args=(first(),))
-    thread.start()
-    opened.wait()
-    asyncio.run(second())
-    thread.join()
-    assert len(errors) == 1
-    assert "another event loop" in str(errors[0])
-
-
 def test_two_apps_on_two_loops_share_one_file(tmp_path: Path) -> None:
     def work(base: int, results: list[int]) -> None:
         async def main() -> None:

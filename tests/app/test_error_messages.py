@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -185,21 +184,6 @@ async def test_a_result_that_can_t_be_stored_says_what_can(tmp_path: Path) -> No
         run = await returns_an_object.enqueue()
         with pytest.raises(RunFailed, match=r"can't be encoded as JSON.*hint: return plain values, dataclasses"):
             await run.result(timeout_s=30)
-
-
-async def test_an_app_on_two_event_loops_says_how_to_use_it(tmp_path: Path) -> None:
-    app = Headrace("app", store=f"sqlite:///{tmp_path / 'headrace.db'}")
-    await asyncio.to_thread(app.batches_sync)
-    with pytest.raises(InvalidSetting, match="open on its background loop") as raised:
-        await app.batches()
-    assert "_sync" in raised.value.hint
-    await asyncio.to_thread(app.close_sync)
-    await app.batches()
-    with pytest.raises(InvalidSetting, match="open on another event loop") as raised:
-        await asyncio.to_thread(app.batches_sync)
-    assert "one Headrace(…) for each event loop" in raised.value.hint
-    await app.close()
-    await asyncio.to_thread(app.close_sync)
 
 
 def test_a_directory_that_takes_no_files_is_named(shell: Shell) -> None:

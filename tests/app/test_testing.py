@@ -44,21 +44,24 @@ async def test_time_passes_only_by_advance() -> None:
         assert await run.result() == 2
 
 
-async def test_plain_functions_run_in_the_test_s_own_thread() -> None:
-    app = Headrace("app")
+async def test_plain_functions_run_one_after_the_other_in_a_thread() -> None:
+    app, began = Headrace("app"), []
 
     @app.task
-    def where(_item: int) -> int:
-        return threading.get_ident()
+    def first_task(item: int) -> bool:
+        began.append(item)
+        return threading.current_thread() is not threading.main_thread()
 
     @app.task(pool="process")
-    def where_too(_item: int) -> int:
-        return threading.get_ident()
+    def second_task(item: int) -> bool:
+        return first_task(item)
 
     async with in_memory(app) as harness:
-        runs = [await where.enqueue(1), await where_too.enqueue(1)]
-        await harness.drain()
-        assert [await run.result() for run in runs] == [threading.get_ident()] * 2
+        batches = [await task.map(range(50)) for task in (first_task, second_task)]
+        assert await harness.drain() == 100
+        for batch in batches:
+            assert [outcome.output async for outcome in batch.results()] == [True] * 50
+    assert began == [*range(50), *range(50)]
 
 
 async def test_runs_enqueued_by_runs_are_drained_too() -> None:

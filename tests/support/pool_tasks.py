@@ -137,3 +137,14 @@ def _plain(item: int) -> int:
 
 
 renamed = app.task(name="renamed", retry=Retry(attempts=3, delay_s=0), pool="process")(_plain)
+
+
+@app.task(pool="process")
+def enqueues(count: int) -> int:
+    """A task of a child process that enqueues others with blocking calls, and runs an event loop of its own."""
+    runs = [pid.enqueue_sync(number) for number in range(count)]
+    return asyncio.run(_sum([run.result_sync(timeout_s=60) > 0 for run in runs]))
+
+
+async def _sum(numbers: list[bool]) -> int:
+    return sum(numbers)

@@ -96,6 +96,12 @@ class Settings:
     limits: Limits
     sources: Mapping[str, str]
 
+    @property
+    def given(self) -> dict[str, str | int]:
+        """The settings that have a value, by name, as `load` takes them."""
+        values = ((name, self.value(name)) for name in self.sources)
+        return {name: value for name, value in values if value is not None}
+
     def value(self, name: str) -> str | int | None:
         """Return the value of a setting or limit by its name."""
         if name in ("grpc_secrets", "push"):

@@ -65,6 +65,7 @@ class Engine:
     `beats_beside`: True if heartbeats may be sent from another thread. `wakeup` is notified when runs were appended,
     `recorded` when outcomes were recorded; `notifier` carries both to other processes. `entities`: the tables of
     indexers. `duties`: counters of upkeep in this process. `outage`: what tasks wait for while the store is away.
+    `is_lent`: True in testing mode, where the test closes it.
     """
 
     store: ClientStore
@@ -80,6 +81,7 @@ class Engine:
     notifier: Notifier | None = None
     entities: EntityStore | None = None
     outage: Outage = field(default_factory=Outage)
+    is_lent: bool = False
 
     @property
     def tables(self) -> EntityStore:

@@ -8,11 +8,10 @@ batching).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Sequence, Sized
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from operator import attrgetter
-from time import perf_counter
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -29,6 +28,7 @@ from headrace.runtime.concurrent_map import map_concurrently
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
 from headrace.runtime.producing.batch_appender import BatchAppender, append_chunks
+from headrace.runtime.producing.caller_items import CallerItems, items_count, take_group
 from headrace.runtime.sessions.session import StoreSession
 from headrace.runtime.tasks.bounds import check_name
 from headrace.runtime.tasks.call_options import Options, extra_of, key_of, with_trace
@@ -36,8 +36,6 @@ from headrace.runtime.tasks.task_spec import TaskSpec
 from headrace.store.protocol import NewBatch
 
 _RUN_INDEX: Final = attrgetter("run_index")
-GROUP_ITEMS: Final = 256
-GROUP_S: Final = 0.001
 STREAMS_TRIED: Final = 5
 STREAM_RUNS_MAX: Final = 1_000_000
 """After this many single enqueues a producer starts a new stream, so that old streams complete and can be pruned."""
@@ -201,7 +199,7 @@ class Producer:
     async def map(
         self,
         spec: TaskSpec,
-        items: Iterable[Any] | AsyncIterable[Any],
+        items: Iterable[Any] | AsyncIterable[Any] | CallerItems,
         options: Options,
         *,
         key: str | None,
@@ -329,7 +327,8 @@ def _refuse(enqueue: _Enqueue, error: HeadraceError) -> None:
 def _check_count(key: str | None, sealed_count: int, count: int, items: object) -> None:
     """Raise `Conflict` if a repeated map has more items than its sealed batch."""
     if count > sealed_count:
-        raise _other_count(key, sealed_count, f"{len(items):,}" if isinstance(items, Sized) else "more")
+        total_count = items_count(items)
+        raise _other_count(key, sealed_count, "more" if total_count is None else f"{total_count:,}")
 
 
 def _other_count(key: str | None, sealed_count: int, count: str) -> Conflict:
@@ -346,7 +345,9 @@ class _Encoded(NamedTuple):
     extras: list[tuple[int, Extra | None]] | None
 
 
-def _grouped(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[list[Any]]:
+def _grouped(items: Iterable[Any] | AsyncIterable[Any] | CallerItems) -> AsyncIterator[list[Any]]:
+    if isinstance(items, CallerItems):
+        return items.groups()
     return _groups_of_async(items) if isinstance(items, AsyncIterable) else _groups_of(items)
 
 
@@ -356,17 +357,8 @@ async def _groups_of_async(items: AsyncIterable[Any]) -> AsyncIterator[list[Any]
 
 
 async def _groups_of(items: Iterable[Any]) -> AsyncIterator[list[Any]]:
-    """Group items: as many as arrive within a millisecond, so that a slow source does not delay its items."""
     iterator = iter(items)
-    while True:
-        until = perf_counter() + GROUP_S
-        group: list[Any] = []
-        for item in iterator:
-            group.append(item)
-            if len(group) >= GROUP_ITEMS or perf_counter() > until:
-                break
-        if not group:
-            return
+    while group := take_group(iterator):
         yield group
         await asyncio.sleep(0)
 

@@ -21,6 +21,7 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
+from weakref import WeakSet
 
 from headrace.foundation.errors import StoreUnavailable
 from headrace.runtime.sessions.active_lease import BEGUN
@@ -37,7 +38,18 @@ ALL_SLOTS: Final = tuple(range(SLOTS_MAX))
 _DEADLINE: Final = struct.Struct("=Q")
 _DEADLINE_AT: Final = HEAD.size - _DEADLINE.size
 
+_MARKS: WeakSet[InflightMarks] = WeakSet()
+
 Suspected = dict[tuple[int, int], tuple[int, ...]]
+
+
+def _close_in_child() -> None:
+    for marks in list(_MARKS):
+        with suppress(OSError, ValueError):  # it is closed already
+            marks.close_in_child()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 class InflightMarks:
@@ -60,6 +72,9 @@ class InflightMarks:
                 self._file.close()
                 raise
             self._map = mmap.mmap(self._file.fileno(), 0)
+            if hasattr(mmap, "MADV_DONTFORK"):
+                self._map.madvise(mmap.MADV_DONTFORK)  # a forked child's map would keep the lock
+            _MARKS.add(self)
         except OSError as error:
             raise StoreUnavailable(
                 f"the file of in-flight marks {path} can't be created: {error}",
@@ -68,6 +83,20 @@ class InflightMarks:
         HEAD.pack_into(self._map, 0, MAGIC, slots, slot_runs, 0)
         self._view = memoryview(self._map)
         self._free = list(range(slots - 1, -1, -1))
+
+    def close_in_child(self) -> None:
+        """Close a forked child's handles on the file: its lock must end with the parent, although the child lives.
+
+        The map keeps a file handle of its own; handles are replaced, not closed, since the objects close them later.
+        """
+        file = os.fstat(self._file.fileno())
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for path in Path("/dev/fd").iterdir():
+            with suppress(OSError):  # the directory's own handle
+                other = os.fstat(int(path.name))
+                if (other.st_dev, other.st_ino) == (file.st_dev, file.st_ino):
+                    os.dup2(nothing, int(path.name), inheritable=False)
+        os.close(nothing)
 
     @property
     def free_count(self) -> int:

@@ -13,6 +13,7 @@ import asyncio
 import signal
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Executor as ThreadExecutor
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context as Variables
 from contextvars import copy_context
@@ -42,6 +43,7 @@ from headrace.runtime.worker.run_driver import (
     RunnerState,
     await_thread,
     call_shielded,
+    call_without_loop,
     continue_coroutine,
 )
 
@@ -79,8 +81,11 @@ class Executor:
         hooks: ExecutorCallbacks,
         inline_sync: bool = False,
         deadline: Callable[[int], None] | None = None,
+        threads: ThreadExecutor | None = None,
     ) -> None:
-        """`deadline` gets the time by which the current inline run must end, in microseconds of the monotonic clock."""
+        """`deadline` gets the time by which the current inline run must end, in microseconds of the monotonic clock.
+        `threads`: where plain functions run; by default in a pool of `concurrency` threads.
+        """
         self.registry = registry
         self.concurrency = concurrency
         self.unbegun_count = 0
@@ -102,7 +107,7 @@ class Executor:
         self._sentinel: asyncio.Task[bool] | None = None
         self._no_runs_in_flight = asyncio.Event()
         self._variables = copy_context()
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads = threads
 
     # -- leases in and out
 
@@ -533,7 +538,7 @@ class Executor:
             try:
                 if timed:
                     signal.setitimer(signal.ITIMER_REAL, spec.timeout_s or 0)  # raises TimeoutError inside the run
-                value = variables.run(spec.function, *arguments[0], **arguments[1])
+                value = variables.run(call_without_loop, spec.function, *arguments)
             finally:
                 if timed:
                     signal.setitimer(signal.ITIMER_REAL, 0)

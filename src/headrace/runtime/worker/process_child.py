@@ -22,6 +22,7 @@ from typing import Any
 from headrace.foundation import interpreter
 from headrace.foundation.errors import HeadraceError, InvalidSetting
 from headrace.foundation.limits import Limits
+from headrace.foundation.settings import load
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Offload
 from headrace.runtime.sessions.active_lease import ActiveLease
@@ -52,8 +53,10 @@ DIRTY_S = 0.02
 PR_SET_PDEATHSIG = 1
 
 
-def load_task(name: str, module_name: str, file: str, attribute: str) -> TaskSpec:
-    """Import a task in this process. Raises `InvalidSetting` if it can't be found by its name."""
+def load_task(name: str, module_name: str, file: str, attribute: str) -> tuple[TaskSpec, Any]:
+    """Import a task in this process; return it and its app, if it has one. Raises `InvalidSetting` if it can't be found
+    by its name.
+    """
     if "<locals>" in attribute or "<lambda>" in attribute:
         raise InvalidSetting(
             f"task {name} is defined inside a function, where a child process can't import it",
@@ -75,10 +78,10 @@ def load_task(name: str, module_name: str, file: str, attribute: str) -> TaskSpe
     for candidate in (target, *vars(module).values()):
         spec = getattr(candidate, "spec", None)
         if isinstance(spec, TaskSpec) and spec.name == name:
-            return spec
+            return spec, getattr(candidate, "app", None)
     if isinstance(getattr(target, "spec", None), TaskSpec):
         target = target.spec.function
-    return TaskSpec(name, target)
+    return TaskSpec(name, target), None
 
 
 def _from_file(name: str, file: str) -> Any:
@@ -102,14 +105,18 @@ class _ChildExecutor:
         self._lock = threading.Lock()
         self._limits = Limits(**begin.limits)
         registry = Registry()
+        settings = load(begin.settings, os.environ, Path.cwd())
         for task in begin.tasks:
-            spec = load_task(*task)
+            spec, app = load_task(*task)
             if spec.options != begin.options[spec.name]:
                 raise InvalidSetting(
                     f"task {spec.name} has other options in the child process than in its parent",
                     hint="decorate the task with @app.task where it is defined",
                 )
             registry.add(spec)
+            if app is not None:
+                with suppress(InvalidSetting):  # its module opened it when it was imported
+                    app.use(settings)
         self._marks = InflightMarks(Path(begin.marks_path), slot_runs=self._limits.chunk_runs_max)
         self._slices: dict[int, int] = {}
         self._leases: dict[int, ActiveLease] = {}

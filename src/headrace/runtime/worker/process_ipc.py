@@ -27,6 +27,7 @@ class ChildSetup(msgspec.Struct, tag="begin"):
     environment: str
     marks_path: str
     limits: dict[str, int]
+    settings: dict[str, str | int]
 
 
 class LeaseSlice(msgspec.Struct, tag="slice"):

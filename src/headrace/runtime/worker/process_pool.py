@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -109,8 +109,12 @@ class ProcessPool:
         processes: int,
         concurrency: int,
         hooks: ExecutorCallbacks,
+        settings: Mapping[str, str | int],
     ) -> None:
-        """`names`: the tasks that run in the pool; `processes`: number of children, 0 for one per core."""
+        """`names`: the tasks that run in the pool; `processes`: number of children, 0 for one per core; `settings`:
+        those of the app, which its tasks may use.
+        """
+        self._settings = dict(settings)
         self._engine = engine
         self._registry = registry
         self._session = session
@@ -393,6 +397,7 @@ class ProcessPool:
             environment=self._engine.environment,
             marks_path=str(child.marks_path),
             limits=asdict(self._engine.limits),
+            settings=self._settings,
         )
         child.writer.write(framed(begin))
         child.reader = reader

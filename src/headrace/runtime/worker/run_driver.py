@@ -96,6 +96,18 @@ def call_shielded(function: Callable[..., Any], args: tuple[Any, ...], kwargs: d
         raise RuntimeError(f"the task raised {type(error).__name__}") from error
 
 
+def call_without_loop(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a plain function on the thread of an event loop as if the thread had none: it may block, use blocking calls
+    of its app, and run an event loop of its own.
+    """
+    loop = asyncio.get_running_loop()
+    asyncio._set_running_loop(None)  # noqa: SLF001 - what asyncio has for code that runs loops
+    try:
+        return function(*args, **kwargs)
+    finally:
+        asyncio._set_running_loop(loop)  # noqa: SLF001 - as above
+
+
 async def await_thread(future: asyncio.Future[Any]) -> Any:
     """Await a function in a thread; the thread continues if this is cancelled."""
     return await asyncio.shield(future)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor as ThreadExecutor
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
@@ -47,7 +48,9 @@ class Worker:
     """Executes the tasks of a registry until `stop`. Start it once; a second stop has no effect.
 
     `processes`: with 0, only tasks with `pool="process"` run in child processes, one per core; with more, every task
-    runs in that many child processes. `schedules`: enqueue the runs of the registry's schedules too.
+    runs in that many child processes. `schedules`: enqueue the runs of the registry's schedules too. `settings`: those
+    of the app, for child processes. `inline_sync` and `threads` are for tests: every plain function runs on the event
+    loop's own thread, or in these threads.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class Worker:
         queues: Sequence[str] | None = None,
         kind: str = "worker",
         inline_sync: bool = False,
+        threads: ThreadExecutor | None = None,
         schedules: bool = False,
+        settings: Mapping[str, str | int] | None = None,
     ) -> None:
         self.engine = engine
         self.session = StoreSession(engine, kind=kind, slots=max(SLOTS, 2 * concurrency))
@@ -79,10 +84,11 @@ class Worker:
             limits=engine.limits,
             hooks=hooks,
             inline_sync=inline_sync,
+            threads=threads,
         )
         self._pooled_tasks = (
             set()
-            if inline_sync
+            if inline_sync or threads is not None
             else {name for name in self._tasks if processes or registry.get(name).pool == "process"}
         )
         self._pool: ProcessPool | None = None
@@ -95,6 +101,7 @@ class Worker:
                 processes=processes,
                 concurrency=concurrency,
                 hooks=hooks,
+                settings=settings or {},
             )
         self._finished: deque[ActiveLease] = deque()
         self._unsettled: dict[int, ActiveLease] = {}

@@ -366,7 +366,7 @@ class Headrace:
 
         Raises `InvalidSetting` if the app is open already.
         """
-        if self._engine is not None or not self.owner_loop.claim():
+        if self._engine not in (None, engine) or not self.owner_loop.claim():
             raise InvalidSetting("the app is open already", hint="close the app before it is put in testing mode")
         engine.is_lent = True
         self._engine = engine

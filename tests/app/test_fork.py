@@ -8,7 +8,6 @@ import fcntl
 import multiprocessing
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,11 +47,11 @@ def _forking_beside_threads_is_what_is_tested() -> Iterator[None]:
 
 
 def in_child(work: Callable[[], object]) -> object:
-    """Fork, call `work` in the child, and return what it returned, as text. A child that hangs ends, and prints where."""
+    """Fork, call `work` in the child, and return its value. A child that hangs ends, and prints where."""
     reader, writer = FORK.Pipe(duplex=False)
 
     def call() -> None:
-        faulthandler.dump_traceback_later(CHILD_S, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(CHILD_S, exit=True, file=2)
         try:
             writer.send(work())
         except BaseException as error:  # noqa: BLE001 - the parent fails with it
@@ -159,3 +158,24 @@ def test_the_parent_s_marks_are_unlocked_when_it_ends_although_a_child_lives(tmp
     with marks.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     ended[1].send(None)
+
+
+def test_a_large_payload_in_a_child_is_refused_after_its_parent_used_the_object_store(tmp_path: Path) -> None:
+    app = Headrace("forked", store=f"sqlite:///{tmp_path}/headrace.db", inline_bytes_max=1_024)
+
+    @app.task
+    def length(text: str) -> int:
+        return len(text)
+
+    length.enqueue_sync("x" * 2_000)
+
+    def work() -> object:
+        length.enqueue_sync("small")
+        try:
+            length.enqueue_sync("x" * 2_000)
+        except InvalidSetting as error:
+            return [error.message, error.hint]
+        return "no error"
+
+    assert "the object store can't be used" in str(in_child(work))
+    app.close_sync()

@@ -256,7 +256,7 @@ def test_an_import_error_after_a_blocking_call_ends_the_program_at_once(tmp_path
 
 
 async def test_a_task_in_a_child_process_enqueues_into_the_store_of_its_worker(store: str, tmp_path: Path) -> None:
-    settings = load({"store": store, "objects": str(tmp_path / "objects")}, {}, tmp_path)
+    settings = load({"store": store}, {}, tmp_path)
     pool_tasks.app.use(settings)
     try:
         async with pool_tasks.app as app, app.worker(tasks=["enqueues", "pid"]):

@@ -124,14 +124,44 @@ def is_of_one_machine(url: str) -> bool:
     return urlsplit(url).scheme in ("", "file", "memory")
 
 
+class _Threads:
+    """The threads of obstore. They start with its first request, and a forked child does not have them."""
+
+    def __init__(self) -> None:
+        self._pid = 0
+
+    def check(self) -> None:
+        """Raise `InvalidSetting` if the threads belong to the parent process."""
+        pid = os.getpid()
+        if not self._pid:
+            self._pid = pid
+        if self._pid != pid:
+            raise InvalidSetting(
+                f"the object store can't be used in process {pid}: it was forked from process {self._pid}, which had "
+                "used it before",
+                hint="start child processes with the method 'spawn', or before the first large payload",
+            )
+
+
+_THREADS: Final = _Threads()
+
+
 class ObjectStoreBackend:
     """Objects in one object store of obstore. `url` is for errors."""
 
     def __init__(self, store: ObjectStore, url: str) -> None:
-        self.store = store
+        self._store = store
         self._url = url
         self._root = store.prefix if isinstance(store, LocalStore) else None
         self._synced_directories: dict[Path, None] = {}
+
+    @property
+    def store(self) -> ObjectStore:
+        """The store of obstore. Raises `InvalidSetting` in a forked child of a process that has used one: obstore's
+        threads do not exist there, and a request would never end.
+        """
+        _THREADS.check()
+        return self._store
 
     async def write(self, key: str, data: bytes) -> None:
         """Store an object durably."""

@@ -10,7 +10,6 @@ import pytest
 
 from headrace import Headrace
 from headrace.core import pack
-from headrace.handles import Batch
 from headrace.runtime.tasks.payload_codec import Codec
 from headrace.runtime.tasks.superjson import PayloadRefused
 from headrace.runtime.worker.worker import Worker
@@ -124,7 +123,8 @@ async def test_the_rule_is_the_same_over_http(tmp_path: Path) -> None:
         worker = Worker(server.engine, app.registry, concurrency=1)
         await worker.start()
         try:
-            results = Batch[int](server.engine, batch_id).results(timeout_s=30)
+            app.use_engine(server.engine)
+            results = (await app.get_batch(batch_id)).results(timeout_s=30)
             assert [outcome.output async for outcome in results] == [1, 2]
         finally:
             await worker.stop()

@@ -66,7 +66,7 @@ class SequentialThreads(Executor):
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """Let other functions run while this thread waits for its app."""
+        """Allow other functions to run while this thread waits for its app."""
         with self._turn:
             self._is_busy = False
             self._turn.notify()

@@ -6,19 +6,22 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
+import structlog
 
 from headrace.core import batch as batches
 from headrace.core import pack, run
 from headrace.core.batch import BatchRecord
 from headrace.core.failure import Failure, decode
+from headrace.core.serving import STALLED_AFTER_S, StalledLane
 from headrace.foundation.errors import ClientFault, HeadraceError
 from headrace.foundation.ids import run_id
 from headrace.runtime.engine import Engine
 from headrace.runtime.owner_loop import OwnerLoop
 from headrace.store.protocol import RunOutcome
 from headrace.twins import blocking, blocking_iterator, on_owner_loop
-from headrace.views import BatchView, Content, RunView, batch_view, content, linked, run_view
+from headrace.views import BatchView, Content, RunView, batch_view, content, full_batch_view, linked, run_view
 
+LOG: Any = structlog.get_logger("headrace.handles")
 R = TypeVar("R")
 RESULTS_PAGE: Final = 2_048
 ResultOf = Callable[[bytes], Any]
@@ -122,7 +125,8 @@ class Run(_Handle, Generic[R]):
             record = await linked(engine, await engine.store.run(self.batch_id, self.index))
             if run.BY_NAME.get(record.state, run.WAITING) in run.FINAL:
                 break
-            await waiting.wait(f"run {self.id} has not ended ({record.state})")
+            lane = (record.queue, record.task) if record.state == run.NAMES[run.WAITING] else None
+            await waiting.wait(f"run {self.id} has not ended ({record.state})", lane=lane)
         if record.state != run.NAMES[run.COMPLETED]:
             failure = decode(record.result) if record.result else None
             reason = f"{failure.type}: {failure.message}" if failure is not None else f"the run was {record.state}"
@@ -166,7 +170,7 @@ class Batch(_Handle, Generic[R]):
     async def view(self) -> BatchView:
         """Return the batch as it is now: its state and the counts of its runs."""
         engine = await self._engine()
-        return batch_view(*await engine.store.batch(self.id))
+        return await full_batch_view(engine, *await engine.store.batch(self.id))
 
     @on_owner_loop
     async def wait(self, *, timeout_s: float | None = None) -> BatchView:
@@ -178,7 +182,7 @@ class Batch(_Handle, Generic[R]):
             batch, ledger = await engine.store.batch(self.id)
             if batch.is_finished:
                 return batch_view(batch, ledger)
-            await waiting.wait(f"batch {self.id} has not ended ({batch.unsettled_count} runs left)")
+            await waiting.wait(f"batch {self.id} has not ended ({batch.unsettled_count} runs left)", batch_id=self.id)
 
     async def results(self, *, from_index: int = 0, timeout_s: float | None = None) -> AsyncIterator[Outcome[R]]:
         """Iterate over the outcomes in index order while the batch runs.
@@ -218,7 +222,7 @@ class Batch(_Handle, Generic[R]):
 
     @on_owner_loop
     async def _wait_on(self, waiting: _OutcomeWait, unmet: str) -> None:
-        await waiting.wait(unmet)
+        await waiting.wait(unmet, batch_id=self.id)
 
     @on_owner_loop
     async def cancel(self) -> BatchView:
@@ -276,21 +280,47 @@ class _OutcomeWait:
         self._engine = engine
         self._deadline_us = None if timeout_s is None else engine.clock.now_us() + int(timeout_s * 1_000_000)
         self._notifications_count = 0
+        self._check_at_us = engine.clock.now_us() + STALLED_AFTER_S * 1_000_000
+        self._reported: set[StalledLane] = set()
 
     def begin_check(self) -> None:
         """Note the notifications so far, before the store is read: a later one ends the next `wait` at once."""
         self._notifications_count = self._engine.recorded.notified_count
 
-    async def wait(self, unmet: str) -> None:
-        """Wait for the next notification. Raises `WaitTimeout` with the text `unmet` at the deadline."""
+    async def wait(self, unmet: str, *, batch_id: str = "", lane: tuple[str, str] | None = None) -> None:
+        """Wait for the next notification. Raises `WaitTimeout` with the text `unmet` at the deadline.
+
+        After `STALLED_AFTER_S`, log the queues and tasks of the batch, or the one of a run, that no live worker takes.
+        """
         engine = self._engine
-        wait_s = engine.limits.poll_interval_ms / 1_000
+        check_s = (self._check_at_us - engine.clock.now_us()) / 1_000_000
+        if check_s <= 0:
+            check_s = STALLED_AFTER_S
+            self._check_at_us = engine.clock.now_us() + STALLED_AFTER_S * 1_000_000
+            if batch_id or lane is not None:
+                await self._report_stalled(batch_id, lane)
+        wait_s = min(engine.limits.poll_interval_ms / 1_000, check_s)
         if self._deadline_us is not None:
             left_s = (self._deadline_us - engine.clock.now_us()) / 1_000_000
             if left_s <= 0:
                 raise WaitTimeout(unmet, hint="is a worker running? `headrace queue list` shows what waits")
             wait_s = min(wait_s, left_s)
         await engine.recorded.wait(engine.clock, wait_s, since=self._notifications_count)
+
+    async def _report_stalled(self, batch_id: str, lane: tuple[str, str] | None) -> None:
+        engine = self._engine
+        lanes = await engine.store.stalled_lanes(engine.environment, batch_id=batch_id, now_us=engine.clock.now_us())
+        for stalled in lanes:
+            if stalled in self._reported or lane not in (None, (stalled.queue, stalled.task)):
+                continue
+            self._reported.add(stalled)
+            log_stalled(stalled, waited_s=STALLED_AFTER_S, batch=batch_id)
+
+
+def log_stalled(lane: StalledLane, **fields: object) -> None:
+    """Log that a caller waits for runs that no live worker takes."""
+    given = {name: value for name, value in fields.items() if value}
+    LOG.warning("wait.stalled", queue=lane.queue, task=lane.task, reason=lane.reason, hint=lane.hint, **given)
 
 
 def _value(stored: Content, result_of: ResultOf) -> Any:

@@ -123,12 +123,26 @@ class RunView(View, kw_only=True, frozen=True):
     attempts: list[AttemptView]
 
 
+class StalledView(View, kw_only=True, frozen=True):
+    """A queue and task with waiting runs that no live worker takes.
+
+    `reason`: `paused`, `no_worker`, `unknown_task` (no live worker has the task) or `other_queues` (those that have it
+    claim from other queues). `hint`: what to do.
+    """
+
+    queue: str
+    task: str
+    reason: str
+    hint: str
+
+
 class BatchView(View, kw_only=True, frozen=True):
     """One batch and the counts of its runs: `expected = missing + waiting + leased + completed + failed + …`.
 
     `state` is open, sealed, completed, cancelled or abandoned. `is_finished`: no run of it will change any more.
     `expected`: announced runs, or those received so far while it is not announced. `appended_at`: when the last item
-    was stored. `duration_s`: from creation to the last outcome.
+    was stored. `duration_s`: from creation to the last outcome. `stalled`: queues and tasks of waiting runs that no
+    live worker takes; filled by `batch.view()`, and left out of listings.
     """
 
     id: str
@@ -152,11 +166,22 @@ class BatchView(View, kw_only=True, frozen=True):
     finished_at: datetime | None
     duration_s: float | None
     metadata: dict[str, Any]
+    stalled: list[StalledView] = []
 
     @property
     def ledger(self) -> Ledger:
         """The counts alone."""
         return Ledger(*(getattr(self, name) for name in Ledger._fields))
+
+
+async def full_batch_view(engine: Engine, batch: BatchRecord, ledger: Ledger) -> BatchView:
+    """Return the view of a batch; where it waits and nothing of it runs, with the lanes that no live worker takes."""
+    view = batch_view(batch, ledger)
+    if not ledger.waiting or ledger.leased:
+        return view
+    lanes = await engine.store.stalled_lanes(batch.environment, batch_id=batch.id, now_us=engine.clock.now_us())
+    stalled = [StalledView(queue=lane.queue, task=lane.task, reason=lane.reason, hint=lane.hint) for lane in lanes]
+    return msgspec.structs.replace(view, stalled=stalled)
 
 
 def batch_view(batch: BatchRecord, ledger: Ledger) -> BatchView:

@@ -13,6 +13,7 @@ from typing import Any, Self, cast
 from headrace.core.block import Chunk, Coalescer, Extra
 from headrace.core.failure import Failure
 from headrace.core.pack import JSON, pack
+from headrace.core.serving import Serving
 from headrace.core.span import Key, Settlement, encode_uint16s
 from headrace.foundation.ids import new_batch_id, new_session_id
 from headrace.foundation.limits import DEFAULT, Limits
@@ -165,10 +166,10 @@ class StoreRig:
         await self.store.seal(batch_id, None, now_us=self.now_us)
         return batch_id
 
-    async def session(self, kind: str = "worker") -> str:
-        """Start a session, and return its id."""
+    async def session(self, kind: str = "worker", *, serves: Serving | None = None) -> str:
+        """Start a session, and return its id. `serves`: what it records that it claims."""
         session_id = new_session_id(self.now_us)
-        session = Session(id=session_id, kind=kind, host="host", pid=1, started_us=self.now_us)
+        session = Session(id=session_id, kind=kind, host="host", pid=1, started_us=self.now_us, serves=serves)
         await self.store.start_session(session, now_us=self.now_us)
         return session_id
 

@@ -19,15 +19,15 @@ from headrace.cli.opening import (
 from headrace.cli.printing import counted, duration, moment, note, pairs, say, say_json, table
 
 if TYPE_CHECKING:
-    from headrace.core.batch import BatchRecord
     from headrace.runtime.engine import Engine
-    from headrace.views import BatchView
+    from headrace.views import BatchView, StalledView
 
 app = typer.Typer(
     no_args_is_help=True, help="List and show batches, write their results, cancel them, redrive their failed runs."
 )
 
 RANGES_MAX: Final = 1_000
+RUNS_FAILED: Final = 3
 BatchArgument = Annotated[str, typer.Argument(metavar="BATCH", help="The batch's id, or its key.")]
 
 
@@ -114,6 +114,7 @@ def show(
             *((f"metadata {name}", value) for name, value in view.metadata.items() if name != "start"),
             *((name, f"{count:,}") for name, count in view.ledger._asdict().items()),
             ("ledger", "balances" if view.ledger.balances else "DOES NOT BALANCE: run headrace verify"),
+            *(("stalled", f"{stalled_words(lane)}; {lane.hint}") for lane in view.stalled),
         ],
     )
 
@@ -132,7 +133,7 @@ def results(
 
     settings = settings_of(store=place_of(store, server))
 
-    async def write() -> tuple[int, BatchRecord]:
+    async def write() -> tuple[int, BatchView]:
         async with opened(settings, must_exist=True) as engine:
             batch_id = (await find_batch(engine, batch)).id
             target = open_output(output, input_path=None)
@@ -140,14 +141,16 @@ def results(
                 count = await _write_all(engine, batch_id, target)
             finally:
                 target.close()
-            return count, (await engine.store.batch(batch_id))[0]
+            return count, await _view(engine, batch_id)
 
-    count, row = run_async(write())
+    count, view = run_async(write())
     written = f"{counted(count, 'result')} written to {output}" if output else counted(count, "result")
-    if row.is_finished and count == row.received_count:
+    if view.is_finished and count == view.received:
         note(written)
-    else:
-        note(f"{written}; run {count:,} has not ended yet, so the results after it are left out")
+        return
+    note(f"{written}; run {count:,} has not ended yet, so the results after it are left out")
+    for lane in view.stalled:
+        note(f"warning: {stalled_words(lane)}; {lane.hint}")
 
 
 async def _write_all(engine: Engine, batch_id: str, target: Any) -> int:
@@ -160,6 +163,40 @@ async def _write_all(engine: Engine, batch_id: str, target: Any) -> int:
         index = outcomes[-1].index + 1
     await target.finish()
     return index
+
+
+@app.command("wait")
+def wait(
+    batch: BatchArgument,
+    timeout_s: Annotated[
+        float | None, typer.Option("--timeout", metavar="S", min=0, help="Wait at most S seconds. Default: no limit.")
+    ] = None,
+    store: StoreOption = None,
+    server: ServerOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Wait until every run of a batch has ended. A warning names runs that no live worker takes.
+
+    Exit codes: 0 all runs completed, 3 some did not, 2 the time is over.
+    """
+    from headrace.handles import Batch
+
+    settings = settings_of(store=place_of(store, server))
+
+    async def until_finished() -> BatchView:
+        async with opened(settings, must_exist=True) as engine:
+            batch_id = (await find_batch(engine, batch)).id
+            handle: Batch[Any] = Batch(engine, batch_id)
+            return await handle.wait(timeout_s=timeout_s)
+
+    view = run_async(until_finished())
+    bad_count = view.failed + view.cancelled + view.expired
+    if json:
+        say_json(view)
+    else:
+        say(f"{view.id} is {view.state}: {counted(view.completed, 'run')} completed, {bad_count:,} did not")
+    if bad_count:
+        raise typer.Exit(RUNS_FAILED)
 
 
 @app.command("missing")
@@ -246,6 +283,13 @@ def redrive(
 
 
 async def _view(engine: Engine, batch: str) -> BatchView:
-    from headrace.views import batch_view
+    from headrace.views import full_batch_view
 
-    return batch_view(*await engine.store.batch((await find_batch(engine, batch)).id))
+    return await full_batch_view(engine, *await engine.store.batch((await find_batch(engine, batch)).id))
+
+
+def stalled_words(lane: StalledView) -> str:
+    """Return a queue and task that no live worker takes, with the reason, as a clause."""
+    from headrace.core.serving import REASONS
+
+    return f"runs of {lane.task} wait in the queue {lane.queue}, {REASONS[lane.reason]}"

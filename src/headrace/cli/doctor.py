@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
 from urllib.parse import urlsplit
@@ -18,15 +18,18 @@ import typer
 
 from headrace.cli.opening import JsonOption, StoreOption, opened, run_async, settings_of, shown_store
 from headrace.cli.printing import counted, duration, say, say_json, size
+from headrace.core.serving import REASONS
 from headrace.foundation.errors import HeadraceError, StoreBroken
 
 if TYPE_CHECKING:
     from headrace.foundation.settings import Settings
     from headrace.runtime.engine import Engine
+    from headrace.store.protocol import Session
 
 CHECK_FAILED: Final = 1
 CLOCK_OFFSET_MAX_S: Final = 2.0
 FREE_BYTES_MIN: Final = 512 * 1024 * 1024
+FULL_AFTER_S: Final = 60
 STUCK_AFTER_S: Final = 3_600
 DELAY_FAR_S: Final = 7 * 86_400
 PAGE_BATCHES: Final = 200
@@ -38,6 +41,10 @@ class CheckFailed(Exception):
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class CheckNoted(CheckFailed):
+    """A check found what may be a problem; it does not fail."""
 
 
 class Finding(NamedTuple):
@@ -92,6 +99,7 @@ async def examine(settings: Settings) -> list[Finding]:
                 ("disk", lambda: disk(directory)),
                 ("objects", lambda: objects(engine, settings)),
                 ("sessions", lambda: sessions(engine)),
+                ("workers", lambda: workers(engine)),
                 ("batches", lambda: batches(engine)),
             ]
             for name, check in checks:
@@ -108,7 +116,7 @@ async def _run_check(name: str, check: Callable[[], Awaitable[str]]) -> Finding:
     try:
         return Finding(name, ok=True, detail=await check())
     except CheckFailed as failure:
-        return Finding(name, ok=False, detail=str(failure), hint=failure.hint)
+        return Finding(name, ok=isinstance(failure, CheckNoted), detail=str(failure), hint=failure.hint)
     except HeadraceError as error:
         return Finding(name, ok=False, detail=error.message, hint=error.hint)
 
@@ -215,6 +223,45 @@ async def sessions(engine: Engine) -> str:
             "any worker or `headrace map` on this store recovers their leases",
         )
     return f"{counted(len(live_sessions), 'live session')}"
+
+
+async def workers(engine: Engine) -> str:
+    """Find waiting runs that no live worker takes, and workers whose runs take all slots and seem to wait."""
+    now_us = engine.clock.now_us()
+    lanes = await engine.store.stalled_lanes(engine.environment, now_us=now_us)
+    stalled = [lane for lane in lanes if lane.reason != "paused"]
+    if stalled:
+        named = "; ".join(
+            f"runs of {lane.task} wait in the queue {lane.queue}, {REASONS[lane.reason]}" for lane in stalled[:3]
+        )
+        more = f" (and {len(stalled) - 3} more)" if len(stalled) > 3 else ""
+        raise CheckFailed(named + more, stalled[0].hint)
+    live_sessions = [session for session in await engine.maintenance.sessions() if session.serves is not None]
+    if full := await _full_workers(engine, live_sessions, now_us):
+        raise CheckNoted(
+            f"{full}: tasks that take long, or that wait for runs of their own, which need a slot too",
+            "give the awaited tasks a queue with workers of their own (--queues), or raise --concurrency",
+        )
+    return f"{counted(len(live_sessions), 'live worker')}, all waiting runs have one"
+
+
+async def _full_workers(engine: Engine, sessions: Sequence[Session], now_us: int) -> str:
+    """Describe workers that began no run for a minute with all slots taken, while runs wait; empty for none."""
+    waiting_count = sum(view.waiting_count for view in await engine.store.queues(engine.environment) if not view.paused)
+    loads = await engine.maintenance.lease_loads()
+    slots_count = 0
+    for session in sessions:
+        load = loads.get(session.id)
+        concurrency = session.serves.concurrency if session.serves is not None else 0
+        if load is None or load.runs_count < concurrency or load.claimed_us > now_us - FULL_AFTER_S * 1_000_000:
+            return ""
+        slots_count += concurrency
+    if not waiting_count or not slots_count:
+        return ""
+    return (
+        f"all {slots_count:,} slots of {counted(len(sessions), 'worker')} have been taken for over a minute, "
+        f"and {counted(waiting_count, 'run')} wait"
+    )
 
 
 async def batches(engine: Engine) -> str:

@@ -26,8 +26,10 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 from urllib.parse import quote
 
 import msgspec
+import structlog
 
 from headrace.core.index_set import IndexSet
+from headrace.core.serving import STALLED_AFTER_S
 from headrace.foundation.errors import HeadraceError, InvalidInput, StoreUnavailable
 from headrace.foundation.limits import KIB, MIB
 from headrace.remote.connection import ATTEMPTS, ServerConnection, ServerResponse, backoff_s
@@ -37,6 +39,7 @@ from headrace.runtime.concurrent_map import map_concurrently
 
 T = TypeVar("T")
 
+LOG: Any = structlog.get_logger("headrace.client")
 OFFLOAD_BYTES: Final = 128 * KIB
 UPLOADS: Final = 10
 PORTION_BYTES: Final = 4 * MIB
@@ -84,6 +87,7 @@ class Client:
         self, url: str, key: str | None = None, *, attempts: int = ATTEMPTS, clock: Clock | None = None
     ) -> None:
         self.connection = ServerConnection(url, key, clock=clock, attempts=attempts)
+        self._stalled: set[tuple[str, str, str, str]] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -216,8 +220,15 @@ class Client:
                 body = b"".join([piece async for piece in pieces])
                 raise response._replace(body=body).error()
             rest = b""
+            last_us = self.connection.clock.now_us()
             async for piece in pieces:
                 *lines, rest = (rest + piece).split(b"\n")
+                now_us = self.connection.clock.now_us()
+                if any(lines):
+                    last_us = now_us
+                elif now_us - last_us >= STALLED_AFTER_S * 1_000_000:  # blank lines keep the connection alive
+                    last_us = now_us
+                    await self._report_stalled(batch_id)
                 for line in lines:
                     if line:
                         status = msgspec.json.decode(line)
@@ -229,6 +240,14 @@ class Client:
                             status.get("output"),
                             status.get("error"),
                         )
+
+    async def _report_stalled(self, batch_id: str) -> None:
+        """Log the queues and tasks of a batch that no live worker takes, once each."""
+        for lane in (await self.batch(batch_id)).get("stalled", ()):
+            name = (batch_id, lane["queue"], lane["task"], lane["reason"])
+            if name not in self._stalled:
+                self._stalled.add(name)
+                LOG.warning("wait.stalled", batch=batch_id, waited_s=STALLED_AFTER_S, **lane)
 
     async def missing(self, batch_id: str) -> list[tuple[int, int]]:
         """Return the index ranges that are not stored yet, as first and last index."""

@@ -15,6 +15,7 @@ import msgspec
 
 from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk
+from headrace.core.serving import StalledLane
 from headrace.core.span import Settlement
 from headrace.foundation.errors import ClientFault, StoreBroken, StoreUnavailable, StoreUnreachable
 from headrace.foundation.limits import Limits
@@ -307,6 +308,12 @@ class RemoteStore:
         """List the queues that were ever used or paused."""
         result: list[QueueView] = await self._ask("queues", environment=environment)
         return result
+
+    async def stalled_lanes(self, environment: str, *, batch_id: str = "", now_us: int) -> list[StalledLane]:
+        """Return the lanes with waiting runs that no live worker takes."""
+        del now_us
+        lanes: list[StalledLane] = await self._ask("stalled_lanes", environment=environment, batch_id=batch_id)
+        return lanes
 
     async def pause_queue(self, environment: str, name: str, *, paused: bool) -> None:
         """Pause or resume a queue."""

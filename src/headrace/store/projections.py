@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from headrace.core import batch as batches
@@ -11,11 +11,12 @@ from headrace.core import run
 from headrace.core.block import EndedAtCreation, Extra
 from headrace.core.failure import decode
 from headrace.core.pack import pack, unpack, unpack_some
+from headrace.core.serving import Serving
 from headrace.core.span import DELAYED, LEASED, Part, Span, block_offsets_of, unsettled_slots
 from headrace.foundation.errors import InvalidInput, NotFound
 from headrace.foundation.ids import run_id
 from headrace.foundation.suggestions import hint_of
-from headrace.store.protocol import Lease, NamedLease, RunRecord
+from headrace.store.protocol import Lease, NamedLease, RunRecord, Session
 
 WITH_RESULT: Final = bytes((run.COMPLETED, run.FAILED))
 """The states for which a recorded outcome has a result."""
@@ -87,6 +88,15 @@ def view_of(span: Span, index: int, state: int) -> RunRecord:
         started_us=0 if name in ("waiting", DELAYED) else span.leased_us,
         session_id=span.session_id,
     )
+
+
+def serving_since(sessions: Iterable[Session], silent_since_us: int) -> list[Serving]:
+    """Return what the sessions serve that sent a heartbeat after a time."""
+    return [
+        session.serves
+        for session in sessions
+        if session.serves is not None and max(session.heartbeat_us, session.started_us) > silent_since_us
+    ]
 
 
 def birth_part(span: Span, at_birth: Mapping[int, EndedAtCreation], now_us: int) -> Part:

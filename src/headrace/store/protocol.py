@@ -27,6 +27,7 @@ import msgspec
 from headrace.core.admission import Bucket, Spent
 from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk, Extra
+from headrace.core.serving import Serving, StalledLane
 from headrace.core.span import Settlement
 
 WORK: Final = "work"
@@ -64,7 +65,10 @@ class Appended(msgspec.Struct, kw_only=True):
 
 
 class Session(msgspec.Struct, kw_only=True):
-    """A live process. `kind` is worker, producer, dispatcher or cli; `host` and `pid` are shown to operators."""
+    """A live process. `kind` is worker, producer, dispatcher or cli; `host` and `pid` are shown to operators.
+
+    `serves`: the lanes that it claims from; None for a process that claims nothing.
+    """
 
     id: str
     kind: str
@@ -73,6 +77,7 @@ class Session(msgspec.Struct, kw_only=True):
     started_us: int
     heartbeat_us: int = 0
     ended_us: int = 0
+    serves: Serving | None = None
 
 
 class Claim(msgspec.Struct, kw_only=True):
@@ -201,6 +206,13 @@ class RunRecord(msgspec.Struct, kw_only=True):
     created_us: int = 0
     started_us: int = 0
     session_id: str = ""
+
+
+class LeaseLoad(NamedTuple):
+    """Runs that a session has leased and not settled, and the time of its last claim."""
+
+    runs_count: int
+    claimed_us: int
 
 
 class QueueView(msgspec.Struct, kw_only=True):
@@ -436,6 +448,12 @@ class QueryStore(Protocol):
     async def queues(self, environment: str) -> list[QueueView]:
         """List the queues that were ever used or paused."""
 
+    async def stalled_lanes(self, environment: str, *, batch_id: str = "", now_us: int) -> list[StalledLane]:
+        """Return the lanes with waiting runs that no live worker takes, of an environment or of one batch.
+
+        Of a batch, a bounded number of waiting spans is looked at.
+        """
+
     async def dead_letters(
         self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
     ) -> list[DeadLetter]:
@@ -485,6 +503,9 @@ class MaintainStore(Protocol):
 
     async def sessions(self) -> list[Session]:
         """List the sessions that have not ended."""
+
+    async def lease_loads(self) -> dict[str, LeaseLoad]:
+        """Return how many runs each session has leased and not settled."""
 
     async def recover(
         self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int

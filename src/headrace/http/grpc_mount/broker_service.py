@@ -14,6 +14,7 @@ import msgspec
 
 from headrace.core import pack, run
 from headrace.core.failure import Failure
+from headrace.core.serving import Serving
 from headrace.core.span import LOST, RECORDED, RETRY, SETTLED, Settlement, encode_uint16s
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import new_session_id, run_id
@@ -61,6 +62,7 @@ class BrokerService:
             host=request.host[:HOST_CHARS_MAX],
             pid=min(request.pid, 2**31),
             started_us=now_us,
+            serves=Serving(environment=caller.environment),  # its claims say which tasks
         )
         await caller.engine.store.start_session(session, now_us=now_us)
         return wire.StartSessionResponse(

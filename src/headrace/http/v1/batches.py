@@ -25,7 +25,7 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.tasks.bounds import check_name
 from headrace.store.projections import check_batch_state
 from headrace.store.protocol import NewBatch, RunOutcome
-from headrace.views import BatchView, batch_view
+from headrace.views import BatchView, batch_view, full_batch_view
 
 PAGE_RUNS: Final = 4_096
 RANGES_MAX: Final = 1_000
@@ -288,7 +288,8 @@ class V1Batches:
         return await self._service.authorize(request, scope, batch_id=batch_id, is_free=is_free)
 
     async def _batch_response(self, context: RequestContext, batch_id: str, status: int = 200) -> Response:
-        return json_response(batch_view(*await context.get_batch(batch_id)), status)
+        view = await full_batch_view(context.engine, *await context.get_batch(batch_id))
+        return json_response(view, status)
 
 
 class OutcomeWatch:

@@ -11,6 +11,7 @@ import msgspec
 from headrace.core.batch import SINGLE
 from headrace.core.block import Chunk, Extra
 from headrace.core.pack import KINDS, REFERENCE, count, unpack
+from headrace.core.serving import Serving
 from headrace.core.span import decode_uint16s
 from headrace.foundation.errors import InvalidInput, NotFound, StoreBroken
 from headrace.foundation.ids import check_batch_id
@@ -22,6 +23,7 @@ from headrace.store.payloads import Reference, check_key
 from headrace.store.protocol import NewBatch, Schedule, Tick
 
 RUNS_MAX = TABLE["chunk_runs_max"].most
+SERVING_BYTES_MAX = 256 * 1024
 AHEAD_US = 60 * 60 * 1_000_000
 """Time by which a client's clock may be ahead of the server's."""
 
@@ -42,6 +44,16 @@ def validated_batch(context: RequestContext, limits: Limits, new: NewBatch) -> N
             f"expected seal_timeout_ms from 0 to {TABLE['seal_timeout_ms'].most}, got {new.seal_timeout_ms}"
         )
     return msgspec.structs.replace(new, environment=context.environment)
+
+
+def validated_serving(context: RequestContext, serves: Serving | None) -> Serving | None:
+    """Return what a worker serves, in the client's environment. Raises `InvalidInput` if it is too large."""
+    if serves is None:
+        return None
+    size = len(msgspec.json.encode(serves))
+    if size > SERVING_BYTES_MAX:
+        raise InvalidInput(f"expected names of tasks and queues of at most {SERVING_BYTES_MAX} bytes, got {size}")
+    return msgspec.structs.replace(serves, environment=context.environment)
 
 
 def check_chunk(context: RequestContext, limits: Limits, batch_id: str, chunk: Chunk) -> None:

@@ -26,6 +26,7 @@ from headrace.http.v1.chunk_validation import (
     check_object_key,
     check_schedules,
     validated_batch,
+    validated_serving,
     validated_tick,
 )
 from headrace.runtime.tasks.bounds import check_name
@@ -53,6 +54,7 @@ _TIMED: Final = frozenset(
         "seal",
         "stop_batch",
         "cancel_runs",
+        "stalled_lanes",
         "start_session",
         "end_session",
         "keep_schedules",
@@ -139,7 +141,7 @@ class StoreRpc:
         """
         if values.get("batch_id"):
             await context.get_batch(values["batch_id"])
-        elif "batch_id" in values and name != "runs":
+        elif "batch_id" in values and name not in ("runs", "stalled_lanes"):
             raise NotFound("expected a batch id, got none")
         if "environment" in values:
             values["environment"] = context.environment
@@ -168,7 +170,12 @@ class StoreRpc:
         elif name == "start_session":
             session = values["session"]
             check_session(session.id)
-            values["session"] = msgspec.structs.replace(session, kind=session.kind[:20], host=session.host[:200])
+            values["session"] = msgspec.structs.replace(
+                session,
+                kind=session.kind[:20],
+                host=session.host[:200],
+                serves=validated_serving(context, session.serves),
+            )
 
     # -- leases
 

@@ -17,6 +17,7 @@ from starlette.responses import Response, StreamingResponse
 
 from headrace.core import pack, run
 from headrace.core.failure import Failure
+from headrace.core.serving import Serving
 from headrace.core.span import LOST, RETRY, Settlement, encode_uint16s
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import new_session_id, run_id
@@ -196,7 +197,14 @@ class WorkerSessions:
         context = await self._service.authorize(request, "work")
         params = await decode_body(request, self._service.limits, SessionBody)
         now_us, limits = context.engine.clock.now_us(), self._service.limits
-        session = Session(id=new_session_id(now_us), kind="remote", host=params.host, pid=params.pid, started_us=now_us)
+        session = Session(
+            id=new_session_id(now_us),
+            kind="remote",
+            host=params.host,
+            pid=params.pid,
+            started_us=now_us,
+            serves=Serving(environment=context.environment),  # its claims say which tasks
+        )
         await context.engine.store.start_session(session, now_us=now_us)
         return json_response(SessionResponse(session.id, limits.heartbeat_ms, limits.session_timeout_ms), 201)
 

@@ -17,11 +17,12 @@ from typing import Any, Final
 
 import structlog
 
-from headrace.core.activation import Note
+from headrace.core.activation import LANE, Note
 from headrace.core.failure import Failure
 from headrace.core.pack import REFERENCE
 from headrace.core.rules import Rules
 from headrace.core.run import CANCELLED, EXPIRED, FAILED
+from headrace.core.serving import Serving
 from headrace.core.span import OVERDUE
 from headrace.foundation.errors import EngineFault, HeadraceError, ObjectMissing, StoreUnavailable
 from headrace.runtime.dispatch.lease_buffer import (
@@ -78,7 +79,9 @@ class Dispatcher:
         self._rules = RuleCache(engine)
         self._is_killed = is_killed
         self.overdue_count = 0
-        self._session = StoreSession(engine, kind=DISPATCHER)
+        self._session = StoreSession(
+            engine, kind=DISPATCHER, serves=Serving(environment=engine.environment, tasks=(LANE,))
+        )
         self._session.on_ended = self._session_ended
         self._session.on_unwanted = self._on_cancelled
         self._report_writer = ReportWriter(

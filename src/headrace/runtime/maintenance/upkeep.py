@@ -17,6 +17,7 @@ import structlog
 
 from headrace.core.activation import LANE
 from headrace.core.rules import rules_of
+from headrace.core.serving import StalledLane
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import MINUTE_MS, SECOND_MS
@@ -67,8 +68,10 @@ class Upkeep:
             Duty("prune", self._prune, 5 * MINUTE_MS, interval_ms),
             Duty("demote", self._demote, MINUTE_MS, interval_ms),
             Duty("purge_dead", self._purge_dead, MINUTE_MS, max(interval_ms, MINUTE_MS)),
+            Duty("report_stalled", self._report_stalled, MINUTE_MS, max(interval_ms, MINUTE_MS)),
             Duty("remove_orphans", self._remove_orphans, 60 * MINUTE_MS, max(interval_ms, ORPHANS_EVERY_MS)),
         )
+        self._stalled: set[StalledLane] = set()
         self.stats = engine.duties
         for duty in self.duties:
             self.stats.setdefault(duty.name, DutyStats())
@@ -173,6 +176,9 @@ class Upkeep:
     async def _purge_dead(self) -> tuple[int, int]:
         return await self.purge_dead(), 0
 
+    async def _report_stalled(self) -> tuple[int, int]:
+        return await self.report_stalled(), 0
+
     async def _remove_orphans(self) -> tuple[int, int]:
         return await self.remove_orphans(), 0
 
@@ -229,6 +235,19 @@ class Upkeep:
         while page := await engine.store.dead_letters(engine.environment, before_us=before_us, limit=ROWS_MAX):
             count += await engine.store.purge_dead(engine.environment, [(dead.batch_id, dead.index) for dead in page])
         return count
+
+    async def report_stalled(self) -> int:
+        """Log each queue and task whose waiting runs no live worker takes, once as long as that lasts.
+
+        Return 0: nothing is changed.
+        """
+        engine = self._engine
+        lanes = await engine.store.stalled_lanes(engine.environment, now_us=engine.clock.now_us())
+        stalled = {lane for lane in lanes if lane.reason != "paused"}  # an operator paused it
+        for lane in sorted(stalled - self._stalled, key=lambda lane: (lane.queue, lane.task)):
+            LOG.warning("lane.stalled", queue=lane.queue, task=lane.task, reason=lane.reason, hint=lane.hint)
+        self._stalled = stalled
+        return 0
 
     async def remove_orphans(self) -> int:
         """Delete objects older than the grace period that no row refers to (their append never came); return their

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
+from headrace.core.serving import Serving
 from headrace.core.span import LOST, Settlement
 from headrace.foundation.errors import HeadraceError, SessionEnded
 from headrace.foundation.ids import new_session_id
@@ -51,8 +52,8 @@ def _began_once(active: ActiveLease) -> bool:
 class StoreSession:
     """A session. Owned by one event loop: `start`, then claim and settle, then `stop`; each may be called twice."""
 
-    def __init__(self, engine: Engine, *, kind: str, slots: int = SLOTS) -> None:
-        """`slots`: leases that the session can hold at a time."""
+    def __init__(self, engine: Engine, *, kind: str, slots: int = SLOTS, serves: Serving | None = None) -> None:
+        """`slots`: leases that the session can hold at a time. `serves`: what it claims, None for a producer."""
         self.engine = engine
         self.kind = kind
         self.session_id = ""
@@ -63,6 +64,7 @@ class StoreSession:
         self.on_recorded: Callable[[int], None] = lambda _runs_count: None
         self._claim_no = 0
         self._slots = slots
+        self._serves = serves
         self._claiming: dict[int, int] = {}
         self._held: dict[tuple[int, int], ActiveLease] = {}
         self._pending_ends: dict[tuple[int, int], _PendingEnd] = {}
@@ -109,7 +111,12 @@ class StoreSession:
             path, runs_max = self.engine.live_directory / session_id, self.engine.limits.chunk_runs_max
             self.marks = InflightMarks(path, slot_runs=runs_max, slots=self._slots)
         session = Session(
-            id=session_id, kind=self.kind, host=socket.gethostname(), pid=os.getpid(), started_us=clock.now_us()
+            id=session_id,
+            kind=self.kind,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started_us=clock.now_us(),
+            serves=self._serves,
         )
         await self.engine.store.start_session(session, now_us=clock.now_us())
         self.session_id = session_id

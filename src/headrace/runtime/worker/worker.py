@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 from headrace.core import run
+from headrace.core.serving import Serving
 from headrace.foundation.errors import HeadraceError, SessionEnded
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.scheduler import Scheduler
@@ -69,11 +70,17 @@ class Worker:
         settings: Mapping[str, str | int] | None = None,
     ) -> None:
         self.engine = engine
-        self.session = StoreSession(engine, kind=kind, slots=max(SLOTS, 2 * concurrency))
+        self._tasks = list(tasks) if tasks is not None else registry.names
+        serves = Serving(
+            environment=engine.environment,
+            tasks=tuple(self._tasks),
+            queues=None if queues is None else tuple(queues),
+            concurrency=concurrency,
+        )
+        self.session = StoreSession(engine, kind=kind, slots=max(SLOTS, 2 * concurrency), serves=serves)
         self.upkeep = Upkeep(engine, lambda: self.session.session_id)
         self._scheduler = Scheduler(engine, registry) if schedules and registry.schedules else None
         self._registry = registry
-        self._tasks = list(tasks) if tasks is not None else registry.names
         self._queues = queues
         hooks = ExecutorCallbacks(over=self._on_finished, dirty=self._on_unsettled)
         self._executor = Executor(

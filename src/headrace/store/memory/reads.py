@@ -16,6 +16,7 @@ from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk, Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack
+from headrace.core.serving import WaitingLane
 from headrace.core.span import Part, Span, block_offsets_of, results_of
 from headrace.foundation.errors import NotFound
 from headrace.store.projections import WITH_RESULT, attempt_of, check_run_state, lease_of, named_lease, no_run, view_of
@@ -23,6 +24,7 @@ from headrace.store.protocol import (
     ApiKey,
     DeadLetter,
     Lease,
+    LeaseLoad,
     NamedLease,
     QueueView,
     RunOutcome,
@@ -326,6 +328,28 @@ def _queue(tables: Tables, environment: str, name: str) -> QueueView:
         leased_count=counts[spans.LEASED],
         oldest_us=min(oldest_us, default=0),
     )
+
+
+def lease_loads(tables: Tables) -> dict[str, LeaseLoad]:
+    """Return how many runs each session has leased."""
+    loads: dict[str, LeaseLoad] = {}
+    for span in tables.spans.values():
+        if span.state == spans.LEASED:
+            before = loads.get(span.session_id, LeaseLoad(0, 0))
+            loads[span.session_id] = LeaseLoad(
+                before.runs_count + span.unsettled_count, max(before.claimed_us, span.leased_us)
+            )
+    return loads
+
+
+def waiting_lanes(tables: Tables, environment: str, batch_id: str) -> set[WaitingLane]:
+    """Return the lanes that have waiting runs."""
+    return {
+        WaitingLane(span.queue, span.task, tables.queues[span.environment, span.queue].paused)
+        for span in tables.spans.values()
+        if span.state == spans.WAITING
+        and (span.batch_id == batch_id or (not batch_id and span.environment == environment))
+    }
 
 
 def named_leases(tables: Tables, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:

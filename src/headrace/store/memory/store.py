@@ -20,11 +20,13 @@ from headrace.core.admission import Bucket, Spent
 from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk
 from headrace.core.run import UNSETTLED
+from headrace.core.serving import StalledLane, stalled_lanes
 from headrace.core.span import Counts, Policy, Settlement
 from headrace.foundation.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
 from headrace.foundation.limits import Limits
 from headrace.store.memory import reads, writes
 from headrace.store.memory.reads import Queue, Tables
+from headrace.store.projections import serving_since
 from headrace.store.protocol import (
     ApiKey,
     Appended,
@@ -33,6 +35,7 @@ from headrace.store.protocol import (
     Heartbeat,
     HeldLease,
     Lease,
+    LeaseLoad,
     NamedLease,
     NewBatch,
     Pruned,
@@ -201,6 +204,15 @@ class MemoryStore:
         """List the sessions that have not ended."""
         rows = self._now().sessions
         return [rows[name] for name in sorted(rows) if not rows[name].ended_us]
+
+    async def lease_loads(self) -> dict[str, LeaseLoad]:
+        """Return how many runs each session has leased and not settled."""
+        return reads.lease_loads(self._now())
+
+    async def stalled_lanes(self, environment: str, *, batch_id: str = "", now_us: int) -> list[StalledLane]:
+        """Return the lanes with waiting runs that no live worker takes."""
+        serving = serving_since(await self.sessions(), now_us - self._limits.session_timeout_ms * 1_000)
+        return stalled_lanes(reads.waiting_lanes(self._now(), environment, batch_id), serving, environment)
 
     async def recover(
         self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int

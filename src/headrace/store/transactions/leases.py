@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+import msgspec
+
 from headrace.core import batch as batches
 from headrace.core.order import returned_order_no
 from headrace.core.span import (
@@ -68,6 +70,7 @@ def start_session(session: Session, now_us: int) -> Script[None]:
         pid=session.pid,
         started_us=session.started_us,
         heartbeat_us=now_us,
+        serves="" if session.serves is None else msgspec.json.encode(session.serves).decode(),
     )
     yield from require_live(session.id)
 

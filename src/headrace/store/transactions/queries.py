@@ -7,16 +7,20 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
+
 from headrace.core import run as runs_core
 from headrace.core.batch import STREAM, BatchRecord, Ledger, ledger
 from headrace.core.block import Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack_some
+from headrace.core.serving import LANES_MAX, Serving, StalledLane, WaitingLane
+from headrace.core.serving import stalled_lanes as stalled
 from headrace.core.span import DELAYED, LEASED, WAITING, Span, block_offsets_of, results_of
 from headrace.foundation.errors import NotFound
 from headrace.foundation.ids import INDEX_MAX
-from headrace.store.projections import WITH_RESULT, attempt_of, check_run_state, no_run, view_of
-from headrace.store.protocol import QueueView, RunOutcome, RunRecord, Session, Verification
+from headrace.store.projections import WITH_RESULT, attempt_of, check_run_state, no_run, serving_since, view_of
+from headrace.store.protocol import LeaseLoad, QueueView, RunOutcome, RunRecord, Session, Verification
 from headrace.store.transactions.locate import (
     decode_extras,
     find,
@@ -33,6 +37,7 @@ VERIFY_BLOCKS: Final = 256
 SPANS_A_BLOCK: Final = 256
 TAGGED_MAX: Final = 10_000
 NOWHERE: Final = ("", -1)
+_decode_serving: Final = msgspec.json.Decoder(Serving).decode
 
 
 def with_ledger(batch: BatchRecord) -> Script[tuple[BatchRecord, Ledger]]:
@@ -313,9 +318,37 @@ def queues(environment: str) -> Script[list[QueueView]]:
 def sessions() -> Script[list[Session]]:
     """List the sessions that have not ended."""
     return [
-        Session(id=id_, kind=kind, host=host, pid=pid, started_us=started_us, heartbeat_us=heartbeat_us)
-        for id_, kind, host, pid, started_us, heartbeat_us, _ in (yield from fetch("sessions"))
+        Session(
+            id=id_,
+            kind=kind,
+            host=host,
+            pid=pid,
+            started_us=started_us,
+            heartbeat_us=heartbeat_us,
+            serves=_decode_serving(serves) if serves else None,
+        )
+        for id_, kind, host, pid, started_us, heartbeat_us, serves in (yield from fetch("sessions"))
     ]
+
+
+def lease_loads() -> Script[dict[str, LeaseLoad]]:
+    """Return how many runs each session has leased."""
+    return {
+        session_id: LeaseLoad(int(runs_count), int(claimed_us))
+        for session_id, runs_count, claimed_us in (yield from fetch("lease_loads"))
+    }
+
+
+def stalled_lanes(environment: str, batch_id: str, silent_since_us: int) -> Script[list[StalledLane]]:
+    """Return the lanes with waiting runs that no live worker takes, of an environment or of one batch."""
+    if batch_id:
+        rows = yield from fetch("waiting_lanes_of_batch", batch_id=batch_id, rows_max=LANES_MAX)
+    else:
+        rows = yield from fetch("waiting_lanes", environment=environment)
+    if not rows:
+        return []
+    serving = serving_since((yield from sessions()), silent_since_us)
+    return stalled((WaitingLane(queue, task, bool(paused)) for queue, task, paused in rows), serving, environment)
 
 
 def duties() -> Script[dict[str, int]]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from headrace.core.admission import Bucket, Spent
 from headrace.core.batch import BatchRecord, Ledger, check_created
 from headrace.core.block import Chunk
+from headrace.core.serving import StalledLane
 from headrace.core.span import Settlement, Span
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import Limits
@@ -20,6 +21,7 @@ from headrace.store.protocol import (
     DeadLetter,
     Heartbeat,
     Lease,
+    LeaseLoad,
     NamedLease,
     NewBatch,
     Pruned,
@@ -120,6 +122,15 @@ class ScriptedStore(ABC):
     async def sessions(self) -> list[Session]:
         """List the sessions that have not ended."""
         return await self._read(queries.sessions)
+
+    async def lease_loads(self) -> dict[str, LeaseLoad]:
+        """Return how many runs each session has leased and not settled."""
+        return await self._read(queries.lease_loads)
+
+    async def stalled_lanes(self, environment: str, *, batch_id: str = "", now_us: int) -> list[StalledLane]:
+        """Return the lanes with waiting runs that no live worker takes."""
+        silent_since_us = now_us - self._limits.session_timeout_ms * 1_000
+        return await self._read(lambda: queries.stalled_lanes(environment, batch_id, silent_since_us))
 
     async def recover(
         self, session_id: str, suspects: Suspects, *, silent_since_us: int, crashes_max: int, now_us: int

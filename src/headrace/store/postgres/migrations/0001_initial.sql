@@ -133,6 +133,7 @@ CREATE TABLE {schema}.queue (
     PRIMARY KEY (environment, name)
 );
 
+-- `serves`: the queues and tasks that a worker claims from, as JSON; empty for a process that claims nothing.
 CREATE TABLE {schema}.session (
     id text COLLATE "C" PRIMARY KEY,
     kind text COLLATE "C" NOT NULL,
@@ -140,7 +141,8 @@ CREATE TABLE {schema}.session (
     pid bigint NOT NULL,
     started_us bigint NOT NULL,
     heartbeat_us bigint NOT NULL,
-    ended_us bigint NOT NULL
+    ended_us bigint NOT NULL,
+    serves text COLLATE "C" NOT NULL DEFAULT ''
 );
 
 -- The progress of a copy of another store into this one: the last block of the source that was copied.

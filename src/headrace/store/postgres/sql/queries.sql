@@ -71,7 +71,24 @@ SELECT {part_columns} FROM {schema}.part
 WHERE block_id = ANY ({bigint_array(:ids)}) ORDER BY id;
 
 -- sessions: list the sessions that have not ended
-SELECT id, kind, host, pid, started_us, heartbeat_us, ended_us FROM {schema}.session WHERE ended_us = 0 ORDER BY id;
+SELECT id, kind, host, pid, started_us, heartbeat_us, serves FROM {schema}.session WHERE ended_us = 0 ORDER BY id;
+
+-- lease_loads: count the leased runs of each session, with its last claim
+SELECT session_id, sum(unsettled_count)::bigint, max(leased_us) FROM {schema}.span
+WHERE state = 'leased' GROUP BY session_id;
+
+-- waiting_lanes: list the lanes of an environment that have a waiting span
+SELECT lane.queue, lane.task, coalesce(queue.paused, 0)
+FROM {schema}.lane LEFT JOIN {schema}.queue ON queue.environment = lane.environment AND queue.name = lane.queue
+WHERE lane.environment = :environment AND EXISTS (SELECT 1 FROM {schema}.span
+    WHERE span.state = 'waiting' AND span.environment = lane.environment AND span.queue = lane.queue
+        AND span.task = lane.task);
+
+-- waiting_lanes_of_batch: list the lanes of some waiting spans of a batch
+SELECT DISTINCT waiting.queue, waiting.task, coalesce(queue.paused, 0)
+FROM (SELECT environment, queue, task FROM {schema}.span
+    WHERE batch_id = :batch_id AND state = 'waiting' AND state <> 'done' LIMIT :rows_max) AS waiting
+LEFT JOIN {schema}.queue ON queue.environment = waiting.environment AND queue.name = waiting.queue;
 
 -- duties: list when each duty of upkeep can be taken again
 SELECT name, free_us FROM {schema}.duty;

@@ -111,8 +111,8 @@ UPDATE {schema}.span SET state = 'leased', session_id = :session_id, claim_no = 
 WHERE id = ANY ({bigint_array(:ids)});
 
 -- insert_session: register a process, once
-INSERT INTO {schema}.session (id, kind, host, pid, started_us, heartbeat_us, ended_us)
-VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0)
+INSERT INTO {schema}.session (id, kind, host, pid, started_us, heartbeat_us, ended_us, serves)
+VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0, :serves)
 ON CONFLICT DO NOTHING;
 
 -- beat: renew a live session, and return the time of the database's machine, which all hosts follow

@@ -130,6 +130,7 @@ CREATE TABLE headrace_queue (
     PRIMARY KEY (environment, name)
 ) WITHOUT ROWID;
 
+-- `serves`: the queues and tasks that a worker claims from, as JSON; empty for a process that claims nothing.
 CREATE TABLE headrace_session (
     id TEXT PRIMARY KEY,
     kind TEXT NOT NULL,
@@ -137,7 +138,8 @@ CREATE TABLE headrace_session (
     pid INTEGER NOT NULL,
     started_us INTEGER NOT NULL,
     heartbeat_us INTEGER NOT NULL,
-    ended_us INTEGER NOT NULL
+    ended_us INTEGER NOT NULL,
+    serves TEXT NOT NULL DEFAULT ''
 ) WITHOUT ROWID;
 
 -- The store copy that fenced this file, if any (see write_fence.sql).

@@ -66,7 +66,24 @@ SELECT {part_columns} FROM headrace_part
 WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
 
 -- sessions: list the sessions that have not ended
-SELECT id, kind, host, pid, started_us, heartbeat_us, ended_us FROM headrace_session WHERE ended_us = 0 ORDER BY id;
+SELECT id, kind, host, pid, started_us, heartbeat_us, serves FROM headrace_session WHERE ended_us = 0 ORDER BY id;
+
+-- lease_loads: count the leased runs of each session, with its last claim
+SELECT session_id, sum(unsettled_count), max(leased_us) FROM headrace_span WHERE state = 'leased' GROUP BY session_id;
+
+-- waiting_lanes: list the lanes of an environment that have a waiting span
+SELECT lane.queue, lane.task, coalesce(queue.paused, 0)
+FROM headrace_lane AS lane
+LEFT JOIN headrace_queue AS queue ON queue.environment = lane.environment AND queue.name = lane.queue
+WHERE lane.environment = :environment AND EXISTS (SELECT 1 FROM headrace_span AS span
+    WHERE span.state = 'waiting' AND span.environment = lane.environment AND span.queue = lane.queue
+        AND span.task = lane.task);
+
+-- waiting_lanes_of_batch: list the lanes of some waiting spans of a batch
+SELECT DISTINCT span.queue, span.task, coalesce(queue.paused, 0)
+FROM (SELECT environment, queue, task FROM headrace_span
+    WHERE batch_id = :batch_id AND state = 'waiting' AND state <> 'done' LIMIT :rows_max) AS span
+LEFT JOIN headrace_queue AS queue ON queue.environment = span.environment AND queue.name = span.queue;
 
 -- duties: list when each duty of upkeep can be taken again
 SELECT name, free_us FROM headrace_duty;

@@ -126,8 +126,8 @@ UPDATE headrace_span SET state = 'leased', session_id = :session_id, claim_no = 
 WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- insert_session: register a process, once
-INSERT OR IGNORE INTO headrace_session (id, kind, host, pid, started_us, heartbeat_us, ended_us)
-VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0);
+INSERT OR IGNORE INTO headrace_session (id, kind, host, pid, started_us, heartbeat_us, ended_us, serves)
+VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0, :serves);
 
 -- beat: renew a live session
 UPDATE headrace_session SET heartbeat_us = max(heartbeat_us, :now_us) WHERE id = :id AND ended_us = 0

@@ -57,7 +57,7 @@ async def test_malformed_lines_are_judged_as_by_every_other_reader(tmp_path: Pat
         ({"index": None, "task": "task"}, 422, "index"),
         ({"index": True, "task": "task"}, 422, "index"),
         ({"task": "task"}, 422, "index"),
-        ({"index": 0}, 422, "task"),
+        ({"index": 0}, 422, "it has no task, and neither has its batch"),
         ({"index": 0, "task": ""}, 422, "task"),
         ({"index": 0, "task": 7}, 422, "task"),
         ({"index": 0, "task": "t" * 201}, 422, "task"),
@@ -65,6 +65,8 @@ async def test_malformed_lines_are_judged_as_by_every_other_reader(tmp_path: Pat
         ({"index": 0, "task": "task", "options": []}, 422, "options"),
         ({"index": 0, "task": "task", "option": {"delay": "1h"}}, 422, "unknown field 'option'"),
         ({"index": 0, "task": "task", "opts": None}, 422, "unknown field 'opts'"),
+        ({"idx": 0, "task": "task"}, 422, "unknown field 'idx'"),
+        ({"index": 0, "task": "task", "options": {"dealy": "1h"}}, 422, "unknown option 'dealy' in options"),
         ([0, "task"], 422, "object"),
         ("task", 422, "object"),
         (7, 422, "object"),
@@ -104,6 +106,41 @@ async def test_an_invalid_item_is_reported_with_its_line_number(
         assert answer.json["error"].startswith(f"Line {number}: Invalid item: "), answer
         assert "$.index" in answer.json["error"]
         assert await server.engine.store.missing(batch_id, 9) == [(stored, 3)]
+
+
+@pytest.mark.parametrize(
+    ("item", "error_text", "hint"),
+    [
+        ({"index": 1, "task": "task", "payLoad": 1}, "Line 2: Invalid item: unknown field 'payLoad'", "payload?"),
+        ({"index": 1, "task": "task", "zzz": 1}, "Line 2: Invalid item: unknown field 'zzz'", "fields of an item:"),
+        ({"index": 1, "options": {"idempotencykey": "k"}}, "Line 2: Invalid item: unknown option", "idempotencyKey?"),
+        ({"index": 1, "options": {"zzz": 1}}, "Line 2: Invalid item: unknown option 'zzz' in options", "options:"),
+    ],
+)
+async def test_v1_refuses_each_unknown_field_and_option_with_a_suggestion(
+    tmp_path: Path, item: Any, error_text: str, hint: str
+) -> None:
+    async with running_server(tmp_path) as server:
+        batch = (await server.ask("POST", "/v1/batches", {"task": "task", "run_count": 2})).json["id"]
+        body = line(0) + json.dumps(item).encode() + b"\n"
+        answer = await server.ask("POST", f"/v1/batches/{batch}/items", body, NDJSON)
+        assert answer.status == 422
+        assert answer.json["detail"].startswith(error_text), answer
+        assert hint in answer.json["hint"]
+
+
+async def test_items_without_a_task_have_that_of_their_batch(tmp_path: Path) -> None:
+    async with running_server(tmp_path, "sqlite", limits=SMALL) as server:
+        batch = (await server.ask("POST", "/v1/batches", {"task": "other", "run_count": 4})).json["id"]
+        lines = [b'{"index":0}\n{"index":1,"payload":1}\n', line(2), b'{"index":3,"payload":"%b"}\n' % (b"x" * 5_000)]
+        answer = await server.ask("POST", f"/v1/batches/{batch}/items", b"".join(lines), NDJSON)
+        assert answer.status == 200, answer
+        runs = await server.engine.store.runs("default", batch_id=batch)
+        assert [run.task for run in runs] == ["other", "other", "task", "other"]
+        bare = (await server.ask("POST", "/v1/batches", {"run_count": 1})).json["id"]
+        answer = await server.ask("POST", f"/v1/batches/{bare}/items", b'{"index":0}\n', NDJSON)
+        assert answer.status == 422
+        assert answer.json["detail"].startswith("Line 1: Invalid item: it has no task, and neither has its batch")
 
 
 async def test_unknown_fields_of_an_item_are_ignored(tmp_path: Path) -> None:

@@ -13,8 +13,13 @@ from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.producing.indexed_feed import FeedCounts, IndexedFeed, IndexOutside, UnreadableItem
 
 
-async def ingest_items(service: Service, context: RequestContext, request: Request, batch: BatchRecord) -> FeedCounts:
-    """Read the items of a request into a batch. Raises errors of reading and of storing."""
+async def ingest_items(
+    service: Service, context: RequestContext, request: Request, batch: BatchRecord, *, ignores_unknown: bool = False
+) -> FeedCounts:
+    """Read the items of a request into a batch. Raises errors of reading and of storing.
+
+    `ignores_unknown`: fields of an item that are unknown, and no misspelt known ones, are ignored.
+    """
     engine = context.engine
     token_only = not context.principal.may("batches:write")
 
@@ -30,6 +35,8 @@ async def ingest_items(service: Service, context: RequestContext, request: Reque
         fetched=lambda name: service.packets.fetched(
             context.environment, name, bytes_max=service.limits.packet_bytes_max
         ),
+        batch_task=batch.task,
+        ignores_unknown=ignores_unknown,
     )
     intake = IndexedFeed(engine, batch, decoder)
     try:

@@ -22,6 +22,7 @@ from headrace.core.span import Key
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import INDEX_MAX
 from headrace.foundation.limits import DAY_MS, Limits
+from headrace.foundation.suggestions import hint_of, near_name
 from headrace.runtime.producing.indexed_feed import EntryGroup, IndexedItem, ItemRange, UnreadableItem
 from headrace.runtime.tasks.bounds import PRIORITY_MAX, TIMEOUT_S_MAX, check_name
 
@@ -128,22 +129,22 @@ class ItemOptions(msgspec.Struct, forbid_unknown_fields=True, rename=_camel_case
     concurrency: Any = UNSET
 
 
-_Misspelt = Literal["this field is an error"]
-
-
-class ItemLine(msgspec.Struct):
-    """One item as sent. Unknown top-level fields are ignored, as trigger.dev ignores them.
-
-    `option` and `opts` are refused: they are misspelt `options`, which would be ignored silently. They are fields of a
-    type that no value has, so that a correct item costs nothing more.
-    """
+class ItemLine(msgspec.Struct, forbid_unknown_fields=True):
+    """One item as sent. An item without a task has that of its batch."""
 
     index: Annotated[int, Meta(ge=0, le=INDEX_MAX)]
-    task: Annotated[str, Meta(min_length=1, max_length=200)]
+    task: Annotated[str, Meta(min_length=1, max_length=200)] | UnsetType = UNSET
     payload: msgspec.Raw | UnsetType = UNSET
     options: ItemOptions | None = None
-    option: _Misspelt | UnsetType = UNSET
-    opts: _Misspelt | UnsetType = UNSET
+
+
+class LenientItemLine(msgspec.Struct):
+    """One item of a client of trigger.dev's API: unknown fields are ignored, unless they are misspelt known ones."""
+
+    index: Annotated[int, Meta(ge=0, le=INDEX_MAX)]
+    task: Annotated[str, Meta(min_length=1, max_length=200)] | UnsetType = UNSET
+    payload: msgspec.Raw | UnsetType = UNSET
+    options: ItemOptions | None = None
 
 
 assert set(ItemOptions.__struct_encode_fields__) == set(OPTIONS), "OPTIONS and ItemOptions must have the same names"
@@ -155,7 +156,9 @@ _REFUSED_OPTIONS: Final = [
     (name, _FIELD_OF_OPTION[name]) for name, fate in OPTIONS.items() if fate.disposition == "refused"
 ]
 
-_decoder: Final = msgspec.json.Decoder(ItemLine)
+_strict: Final = msgspec.json.Decoder(ItemLine)
+_lenient: Final = msgspec.json.Decoder(LenientItemLine)
+_UNKNOWN_FIELD: Final = re.compile(r"unknown field `(?P<name>.*?)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
 _text: Final = msgspec.json.Decoder(str)
 _encode: Final = msgspec.json.Encoder().encode
 _MAY_HOLD_JSON: Final = frozenset(b'"' + bytes((byte,)) for byte in b'{["-0123456789tfn\\ ')
@@ -185,19 +188,35 @@ class HttpItemDecoder:
         now_us: int,
         may_run: Callable[[str], None],
         fetched: Callable[[bytes], Awaitable[tuple[bytes, int]]],
+        batch_task: str = "",
+        ignores_unknown: bool = False,
     ) -> None:
-        """`may_run` raises if the client may not run a task."""
+        """`may_run` raises if the client may not run a task. `batch_task`: the task of items that name none.
+
+        `ignores_unknown`: an unknown field that resembles none of the known ones is ignored, as trigger.dev does.
+        """
         self.fetched = fetched
+        self._batch_task = batch_task
+        self._ignores_unknown = ignores_unknown
+        self._decoder: msgspec.json.Decoder[ItemLine] | msgspec.json.Decoder[LenientItemLine] = _strict
         self._defaults = defaults
         self._limits = limits
         self._now_us = now_us
         self._may_run = may_run
-        self._keys: dict[str, Key] = {}
+        self._keys: dict[str | UnsetType, Key] = {}
 
-    def key_of(self, task: str) -> Key:
-        """Return the key of a task's plain runs. Each task is looked up once."""
+    def key_of(self, task: str | UnsetType) -> Key:
+        """Return the key of a task's plain runs; UNSET is that of the batch. Each task is looked up once."""
         key = self._keys.get(task)
         if key is None:
+            if isinstance(task, UnsetType):
+                if not self._batch_task:
+                    raise InvalidItem(
+                        "Invalid item: it has no task, and neither has its batch",
+                        hint="give the item a task, or create the batch with one",
+                    )
+                self._keys[task] = self.key_of(self._batch_task)
+                return self._keys[task]
             self._may_run(task)
             if not task.isprintable():
                 raise InvalidItem(f"expected a task name of printable characters, got {task[:60]!r}")
@@ -209,14 +228,14 @@ class HttpItemDecoder:
     def many(self, lines: Sequence[bytes]) -> EntryGroup | None:
         """Decode many lines at once. Returns None if any of them is invalid; then `one` finds the error."""
         try:
-            items = _decoder.decode_lines(b"\n".join(lines))
+            items = self._decoder.decode_lines(b"\n".join(lines))
             if len(items) != len(lines):
                 return None
             return self._grouped(items)
         except (msgspec.DecodeError, InvalidInput, UnicodeDecodeError, RecursionError):
             return None
 
-    def _grouped(self, items: list[ItemLine]) -> EntryGroup:
+    def _grouped(self, items: Sequence[ItemLine | LenientItemLine]) -> EntryGroup:
         """Group consecutive plain items of the same task, which are then appended to a chunk in a few calls."""
         group: list[IndexedItem | ItemRange] = []
         for (_, task), numbered in groupby(enumerate(items), lambda pair: (pair[1].index - pair[0], pair[1].task)):
@@ -232,24 +251,28 @@ class HttpItemDecoder:
     def decode_line(self, line: bytes) -> IndexedItem:
         """Decode one line. Raises `InvalidInput` with the reason if it is invalid."""
         try:
-            return self._entry(_decoder.decode(line))
+            return self._entry(self._decoder.decode(line))
         except msgspec.ValidationError as error:
-            for field in ("option", "opts"):
-                if f"`$.{field}`" in str(error):
-                    raise InvalidItem(
-                        f"Invalid item: unknown field {field!r}", hint="did you mean 'options'?"
-                    ) from None
+            if unknown := _UNKNOWN_FIELD.search(str(error)):
+                if self._may_ignore(unknown):
+                    self._decoder = _lenient  # for the other lines too: this client sends such a field with each
+                    return self.decode_line(line)
+                raise _unknown_field(unknown) from None
             raise InvalidItem(
                 f"Invalid item: {_without_object(error)}", hint="docs/http.md lists the fields and options of an item"
             ) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UnreadableItem(f"Invalid JSON: {error}") from None
 
+    def _may_ignore(self, unknown: re.Match[str]) -> bool:
+        name, path = unknown["name"], unknown["path"] or ""
+        return self._ignores_unknown and not path and near_name(name, ItemLine.__struct_fields__) is None
+
     def entry(self, task: str, payload: msgspec.Raw | UnsetType, options: ItemOptions | None) -> IndexedItem:
         """Build a run that was requested by itself, without a batch. Raises `InvalidInput`."""
         return self._entry(ItemLine(index=0, task=check_name("task", task), payload=payload, options=options))
 
-    def _entry(self, line: ItemLine) -> IndexedItem:
+    def _entry(self, line: ItemLine | LenientItemLine) -> IndexedItem:
         key = self.key_of(line.task)
         options = line.options
         if options is None:
@@ -315,6 +338,17 @@ class InvalidItem(InvalidInput):
     status = 422
 
 
+def _unknown_field(unknown: re.Match[str]) -> InvalidItem:
+    """Return the error for a field that an item or its options do not have."""
+    name, path = unknown["name"], (unknown["path"] or "").removeprefix(".")
+    if not path:
+        hint = hint_of(name, ItemLine.__struct_fields__, "fields of an item")
+        return InvalidItem(f"Invalid item: unknown field {name[:60]!r}", hint=hint)
+    known = OPTIONS if path == "options" else ()
+    hint = hint_of(name, known, "options") if known else f"see the options of an item in docs/http.md: {path}"
+    return InvalidItem(f"Invalid item: unknown option {name[:60]!r} in {path}", hint=hint)
+
+
 def stored_idempotency_key(key: str) -> str:
     """Return the form in which an idempotency key is stored: the key itself, or the digest of a long one."""
     if len(key) <= KEY_CHARS_STORED:
@@ -361,7 +395,7 @@ def parse_time_us(field: str, text: str, now_us: int) -> int:
 _NOT_FOR_ITEMS: Final = (MSGPACK, ACTIVATION)
 
 
-def _is_plain(line: ItemLine) -> bool:
+def _is_plain(line: ItemLine | LenientItemLine) -> bool:
     return line.options is None and line.payload is not UNSET
 
 

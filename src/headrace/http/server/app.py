@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.foundation.errors import HeadraceError
 from headrace.http.requests.error_responses import error_response
+from headrace.http.requests.item_codec import ItemLine, LenientItemLine
 from headrace.http.requests.service import RATE_HEADERS, Service
 from headrace.http.server.health import ServerEndpoints
 from headrace.http.trigger_api.batches import TriggerBatchBody, TriggerBatches
@@ -64,8 +65,8 @@ EndpointFunction = Callable[[Request], Awaitable[Response]]
 class ApiEndpoint(NamedTuple):
     """One endpoint. `tag` groups it in the API documents; "" hides it there.
 
-    `body` and `response`: the structs of its JSON body and response, where they are documented. `content_type`: the
-    type of its body.
+    `body` and `response`: the structs of its JSON body and response, where they are documented. `line`: that of each
+    line of an NDJSON body. `content_type`: the type of its body.
     """
 
     method: str
@@ -76,6 +77,7 @@ class ApiEndpoint(NamedTuple):
     response: type[msgspec.Struct] | None = None
     content_type: str = "application/json"
     is_body_optional: bool = False
+    line: type[msgspec.Struct] | None = None
 
 
 def endpoints_of(service: Service) -> list[ApiEndpoint]:
@@ -98,7 +100,14 @@ def _trigger_endpoints(service: Service) -> list[ApiEndpoint]:
     batches, runs, uploads = TriggerBatches(service), TriggerRuns(service), Uploads(service)
     return [
         ApiEndpoint("POST", "/api/v3/batches", batches.create, "compatible", body=TriggerBatchBody),
-        ApiEndpoint("POST", "/api/v3/batches/{batch_id}/items", batches.stream, "compatible", content_type=NDJSON),
+        ApiEndpoint(
+            "POST",
+            "/api/v3/batches/{batch_id}/items",
+            batches.stream,
+            "compatible",
+            content_type=NDJSON,
+            line=LenientItemLine,
+        ),
         ApiEndpoint("GET", "/api/v1/batches/{batch_id}", batches.retrieve, "compatible"),
         ApiEndpoint("GET", "/api/v2/batches/{batch_id}", batches.retrieve, "compatible"),
         ApiEndpoint("GET", "/api/v1/batches/{batch_id}/results", batches.results, "compatible"),
@@ -129,6 +138,7 @@ def _v1_endpoints(service: Service) -> list[ApiEndpoint]:
             "batches",
             response=ItemsResponse,
             content_type=NDJSON,
+            line=ItemLine,
         ),
         ApiEndpoint("GET", "/v1/batches/{batch_id}/missing", batches.missing, "batches", response=MissingResponse),
         ApiEndpoint("GET", "/v1/batches/{batch_id}/results", batches.results, "batches"),

@@ -43,12 +43,13 @@ _QUERY: Final[dict[str, dict[str, Any]]] = {
         "page[after]": _TEXT,
     },
 }
+NDJSON: Final = "application/x-ndjson"
 _NO_KEY: Final = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"}
 
 
 def document(endpoints: Sequence[ApiEndpoint]) -> dict[str, Any]:
     """Build the OpenAPI document."""
-    structs = {struct: None for each in endpoints for struct in (each.body, each.response) if struct is not None}
+    structs = {struct: None for each in endpoints for struct in (each.body, each.line, each.response) if struct}
     _, schemas = msgspec.json.schema_components([Problem, *structs], ref_template=_REF)
     operations: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
@@ -96,6 +97,14 @@ def _body_schema(endpoint: ApiEndpoint) -> dict[str, Any] | None:
         return {"$ref": _REF.format(name=endpoint.body.__name__)}
     if endpoint.content_type == "application/json":
         return None
+    if endpoint.line is not None:
+        schema = {"$ref": _REF.format(name=endpoint.line.__name__)}
+        return {
+            **_TEXT,
+            "description": "One item a line.",
+            "contentMediaType": "application/json",
+            "contentSchema": schema,
+        }
     return _TEXT if "json" in endpoint.content_type else {"type": "string", "format": "binary"}
 
 

@@ -126,7 +126,7 @@ class TriggerBatches:
         _check_open(batch)
         check_accepts_items(batch)
         async with service.stream():
-            taken = await ingest_items(service, context, request, batch)
+            taken = await ingest_items(service, context, request, batch, ignores_unknown=True)
         return _streamed(await seal_if_complete(context, batch, taken), taken)
 
     async def retrieve(self, request: Request) -> Response:

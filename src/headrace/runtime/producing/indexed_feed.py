@@ -19,7 +19,7 @@ import msgspec
 from headrace.core.batch import BatchRecord
 from headrace.core.block import Extra
 from headrace.core.failure import Failure
-from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable
+from headrace.core.ndjson import UNKNOWN_TASK, Item, NdjsonMachine, Oversized, Unreadable
 from headrace.core.pack import JSON, REFERENCE, TEXT
 from headrace.core.span import Key
 from headrace.foundation.errors import ClientFault, HeadraceError, InvalidInput, ObjectMissing
@@ -251,7 +251,8 @@ class IndexedFeed:
         )
 
     def _failed(self, item: Oversized) -> IndexedItem:
-        return IndexedItem(item.index, self._decoder.key_of(item.task), item.raw, TEXT, failed_item(item))
+        task = self._batch.task if item.task == UNKNOWN_TASK and self._batch.task else item.task
+        return IndexedItem(item.index, self._decoder.key_of(task), item.raw, TEXT, failed_item(item))
 
     # -- the object store
 

@@ -397,10 +397,20 @@ def checks(shell: Shell, *arguments: str) -> dict[str, tuple[bool, str]]:
 
 def test_doctor_passes_with_a_store_in_use(shell: Shell, done: str) -> None:
     checked = checks(shell)
-    assert list(checked) == ["store", "version", "durability", "clock", "disk", "objects", "sessions", "batches"]
+    assert list(checked) == [
+        "store",
+        "version",
+        "durability",
+        "clock",
+        "disk",
+        "objects",
+        "sessions",
+        "workers",
+        "batches",
+    ]
     assert all(ok for ok, _ in checked.values()), checked
     text = shell("doctor").out
-    assert text.count("ok  ") == 8
+    assert text.count("ok  ") == 9
 
 
 def test_doctor_reports_a_store_that_can_not_be_opened(shell: Shell) -> None:

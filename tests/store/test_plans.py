@@ -44,6 +44,7 @@ PAGED: Final = "read in order from the end of the last page, at most up to the l
 NOT_NAMED: Final = {
     ("delete_sessions", "session_pkey"): "as many as there were processes in the last hour",
     ("delete_sessions", "span_leased"): ALIVE,
+    ("lease_loads", "span_leased"): ALIVE,
     ("leased_count", "span_leased"): ALIVE,
     ("leases_without_session", "span_leased"): ALIVE,
     ("list_batches", "batch_listed"): PAGED,
@@ -56,6 +57,7 @@ NOT_NAMED: Final = {
 
 SCANNED: Final = {
     ("delete_sessions", "SCAN session"),
+    ("lease_loads", "SCAN span USING INDEX span_leased"),
     ("leases_without_session", "SCAN span USING INDEX span_leased"),
     ("list_batches", "SEARCH batch USING INDEX batch_listed (environment=?)"),
     ("list_queues", "SCAN span USING INDEX span_unsettled LEFT-JOIN"),

@@ -141,6 +141,9 @@ class StoreScenario:
         await self.ask("missing", main, 10)
         await self._append(main, range(40, 50), key=Key("once", at_most_once=True))
         await self.ask("seal", main, None, now_us=self.now_us)
+        await self.ask("stalled_lanes", self.environment, batch_id=main, now_us=self.now_us)
+        await self.ask("stalled_lanes", self.environment, now_us=self.now_us)
+        await self.ask("lease_loads")
         stream = NewBatch(
             id=new_batch_id(self.now_us), environment=self.environment, kind=STREAM, session_id=self._session
         )

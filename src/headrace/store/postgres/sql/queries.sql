@@ -80,14 +80,16 @@ WHERE state = 'leased' GROUP BY session_id;
 -- waiting_lanes: list the lanes of an environment that have a waiting span
 SELECT lane.queue, lane.task, coalesce(queue.paused, 0)
 FROM {schema}.lane LEFT JOIN {schema}.queue ON queue.environment = lane.environment AND queue.name = lane.queue
-WHERE lane.environment = :environment AND EXISTS (SELECT 1 FROM {schema}.span
+CROSS JOIN LATERAL (SELECT 1 FROM {schema}.span
     WHERE span.state = 'waiting' AND span.environment = lane.environment AND span.queue = lane.queue
-        AND span.task = lane.task);
+        AND span.task = lane.task LIMIT 1) AS waiting
+WHERE lane.environment = :environment;
 
 -- waiting_lanes_of_batch: list the lanes of some waiting spans of a batch
+-- The state is written as a range, so that only the index of a batch's unsettled spans can serve the statement.
 SELECT DISTINCT waiting.queue, waiting.task, coalesce(queue.paused, 0)
 FROM (SELECT environment, queue, task FROM {schema}.span
-    WHERE batch_id = :batch_id AND state = 'waiting' AND state <> 'done' LIMIT :rows_max) AS waiting
+    WHERE batch_id = :batch_id AND state >= 'waiting' AND state <> 'done' LIMIT :rows_max) AS waiting
 LEFT JOIN {schema}.queue ON queue.environment = waiting.environment AND queue.name = waiting.queue;
 
 -- duties: list when each duty of upkeep can be taken again

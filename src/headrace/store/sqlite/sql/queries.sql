@@ -80,10 +80,10 @@ WHERE lane.environment = :environment AND EXISTS (SELECT 1 FROM headrace_span AS
         AND span.task = lane.task);
 
 -- waiting_lanes_of_batch: list the lanes of some waiting spans of a batch
-SELECT DISTINCT span.queue, span.task, coalesce(queue.paused, 0)
+SELECT DISTINCT waiting.queue, waiting.task, coalesce(queue.paused, 0)
 FROM (SELECT environment, queue, task FROM headrace_span
-    WHERE batch_id = :batch_id AND state = 'waiting' AND state <> 'done' LIMIT :rows_max) AS span
-LEFT JOIN headrace_queue AS queue ON queue.environment = span.environment AND queue.name = span.queue;
+    WHERE batch_id = :batch_id AND state = 'waiting' AND state <> 'done' LIMIT :rows_max) AS waiting
+LEFT JOIN headrace_queue AS queue ON queue.environment = waiting.environment AND queue.name = waiting.queue;
 
 -- duties: list when each duty of upkeep can be taken again
 SELECT name, free_us FROM headrace_duty;

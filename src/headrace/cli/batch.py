@@ -179,14 +179,15 @@ def wait(
 
     Exit codes: 0 all runs completed, 3 some did not, 2 the time is over.
     """
-    from headrace.handles import Batch
+    from headrace.app import Headrace
 
     settings = settings_of(store=place_of(store, server))
 
     async def until_finished() -> BatchView:
         async with opened(settings, must_exist=True) as engine:
-            batch_id = (await find_batch(engine, batch)).id
-            handle: Batch[Any] = Batch(engine, batch_id)
+            owner = Headrace("batch")
+            owner.use_engine(engine)
+            handle = await owner.get_batch((await find_batch(engine, batch)).id)
             return await handle.wait(timeout_s=timeout_s)
 
     view = run_async(until_finished())

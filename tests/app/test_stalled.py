@@ -42,18 +42,16 @@ def with_tasks(app: Headrace) -> Any:
     return send
 
 
-async def waited(clock: ManualClock, waiting: Any, *, until: Any = lambda: False) -> None:
+async def waited(clock: ManualClock, waiting: Any, *, until: Any) -> None:
     """Let a wait go on, with its store, for a little more than the time after which it is reported."""
     task = asyncio.ensure_future(waiting)
     try:
         for _ in range(STALLED_AFTER_S + 2):
             while clock.sleepers_count == 0 and not task.done():
-                await asyncio.sleep(0.001)  # the store answers in another thread
+                await asyncio.sleep(0)  # the store answers in another thread
             await clock.advance_async(1)
-        for _ in range(1_000):
-            if until() or task.done():
-                return
-            await asyncio.sleep(0.001)
+        while not until() and not task.done():
+            await asyncio.sleep(0)
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

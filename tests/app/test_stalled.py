@@ -43,7 +43,7 @@ def with_tasks(app: Headrace) -> Any:
 
 
 async def waited(clock: ManualClock, waiting: Any, *, until: Any) -> None:
-    """Let a wait go on, with its store, for a little more than the time after which it is reported."""
+    """Continue a wait for a little more than the time after which it is reported."""
     task = asyncio.ensure_future(waiting)
     try:
         for _ in range(STALLED_AFTER_S + 2):

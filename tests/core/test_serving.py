@@ -30,7 +30,7 @@ def test_a_lane_is_stalled_when_no_worker_of_its_environment_takes_it(
     assert stalled_lanes([LANE], serving, "here") == expected
 
 
-def test_a_paused_lane_is_stalled_whoever_serves_it() -> None:
+def test_a_paused_lane_is_stalled_although_a_worker_serves_it() -> None:
     lanes = [LANE._replace(is_paused=True), WaitingLane("default", "send", is_paused=False)]
     assert stalled_lanes(lanes, [Serving()], "default") == [StalledLane("mail", "send", "paused")]
 

@@ -70,7 +70,7 @@ class StalledLane(msgspec.Struct, frozen=True):
 
     @property
     def hint(self) -> str:
-        """What a person can do about it."""
+        """The remedy, for a person."""
         return {
             "paused": f"resume it: headrace queue resume {self.queue}",
             "no_worker": "start one: headrace worker FILE:APP",

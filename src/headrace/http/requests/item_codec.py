@@ -344,8 +344,8 @@ def _unknown_field(unknown: re.Match[str]) -> InvalidItem:
     if not path:
         hint = hint_of(name, ItemLine.__struct_fields__, "fields of an item")
         return InvalidItem(f"Invalid item: unknown field {name[:60]!r}", hint=hint)
-    known = OPTIONS if path == "options" else ()
-    hint = hint_of(name, known, "options") if known else f"see the options of an item in docs/http.md: {path}"
+    names = OPTIONS if path == "options" else ()
+    hint = hint_of(name, names, "options") if names else f"see the options of an item in docs/http.md: {path}"
     return InvalidItem(f"Invalid item: unknown option {name[:60]!r} in {path}", hint=hint)
 
 

@@ -1,6 +1,6 @@
 """Waits for the return of a store that can't be reached.
 
-One task of the process probes the store, at most `PROBE_MAX_S` apart. All other tasks wait for the first success of any
+One task of the process probes the store, `PROBE_MAX_S` apart. All other tasks wait for the first success of any
 operation: a probe, a heartbeat of another thread, a request that was already in flight. While the store is away they
 send nothing. When it is back, the first `AT_ONCE` continue at once, and as many more each `NEXT_S` seconds, so that a
 process with thousands of waiting requests does not send all of them in the same millisecond.
@@ -23,7 +23,7 @@ from headrace.store.reachability import Reachability
 
 LOG: Any = structlog.get_logger("headrace.outage")
 PROBE_FIRST_S: Final = 0.05
-PROBE_MAX_S: Final = 1.0
+PROBE_MAX_S: Final = 0.75
 JITTER: Final = 0.25
 """Largest part by which a pause between two probes is shortened: processes that lost the store at the same moment must
 not probe at the same moment.

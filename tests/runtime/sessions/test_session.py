@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,84 @@ async def test_r1_a_heartbeat_keeps_leases_whose_outcomes_are_pending(tmp_path: 
         await rig.settled()
         assert "release" not in rig.store.calls
         assert await rig.states(batch_id) == ["completed"] * 10
+
+
+async def answered_late(rig: SessionRig, change: Callable[[], Awaitable[None]]) -> None:
+    """Send a heartbeat, change something after the store has answered, and only then deliver the answer."""
+    answers: list[tuple[Any, ...]] = []
+    await rig.session._heartbeat_once(lambda *call: answers.append(call))
+    await change()
+    for callback, *values in answers:
+        callback(*values)
+
+
+async def test_r1_a_lease_that_ended_since_the_heartbeat_was_sent_is_not_released(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        (active,) = await rig.claim()
+
+        async def settle() -> None:
+            await rig.end(active)
+            await rig.settled()
+
+        await answered_late(rig, settle)
+        await rig.settled()
+        assert "release" not in rig.store.calls
+        assert await rig.states(batch_id) == ["completed"] * 10
+
+
+async def test_r1_a_lease_that_was_claimed_since_the_heartbeat_was_sent_is_not_released(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+
+        async def claim_and_settle() -> None:
+            (active,) = await rig.claim()
+            await rig.end(active)
+            await rig.settled()
+
+        await answered_late(rig, claim_and_settle)
+        await rig.settled()
+        assert "release" not in rig.store.calls
+        assert await rig.states(batch_id) == ["completed"] * 10
+
+
+async def test_r1_a_claim_in_flight_at_the_heartbeat_whose_runs_end_before_its_answer_is_not_released(
+    tmp_path: Path,
+) -> None:
+    async with open_rig(tmp_path) as rig:
+        batch_id = await rig.batch(10)
+        rig.store.after["claim"] = [AWAY]
+        claiming = asyncio.create_task(rig.claim())
+        while rig.clock.sleepers_count < 2:
+            await asyncio.sleep(0)
+
+        async def answer_and_settle() -> None:
+            await rig.clock.advance_async(1)
+            (active,) = await claiming
+            await rig.end(active)
+            await rig.settled()
+
+        await answered_late(rig, answer_and_settle)
+        await rig.settled()
+        assert "release" not in rig.store.calls
+        assert await rig.states(batch_id) == ["completed"] * 10
+
+
+async def test_r1_an_unknown_lease_is_released_once_however_many_heartbeats_name_it(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        await rig.batch(10)
+        rig.store.after["claim"] = [asyncio.CancelledError()]
+        with pytest.raises(asyncio.CancelledError):
+            await rig.claim()
+        rig.store.before["release"] = [AWAY] * 3
+        for _ in range(3):
+            await rig.beat()
+        await rig.clock.advance_async(10)
+        await rig.settled()
+        assert rig.store.calls.count("release") == 4
+        flusher = rig.session._flusher
+        assert flusher is not None
+        assert flusher.flushed_count == 1
 
 
 async def test_r2_a_settlement_whose_response_was_lost_is_repeated_and_counts_once(tmp_path: Path) -> None:

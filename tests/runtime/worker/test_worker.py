@@ -16,7 +16,7 @@ from headrace.runtime.clock import ManualClock
 from headrace.runtime.flusher import UpdatesUnflushed
 from headrace.runtime.tasks.context import Context
 from headrace.runtime.worker.worker import Worker
-from headrace.store.protocol import Suspects
+from headrace.store.protocol import Heartbeat, HeldLease, Suspects
 from tests.support.engines import Faulty, app_on, on_each_store, opened
 
 pytestmark = on_each_store
@@ -246,6 +246,26 @@ async def test_a_cancelled_batch_stops_its_running_runs_and_starts_no_other(kind
         assert sorted(interrupted) == sorted(begun)
         assert len(begun) == 4
         assert (summary.state, summary.ledger.cancelled) == ("cancelled", 20)
+
+
+async def test_an_answer_from_before_a_run_was_claimed_again_does_not_cancel_it(kind: str, tmp_path: Path) -> None:
+    gate, begun = asyncio.Event(), asyncio.Event()
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task
+        async def waits(item: int) -> int:
+            begun.set()
+            await gate.wait()
+            return item
+
+        batch = await waits.map([7])
+        async with app.worker() as worker:
+            await begun.wait()
+            (active,) = worker.session.held
+            earlier = HeldLease(active.lease.span_id, active.lease.token - 1, 1)
+            worker._on_cancelled(Heartbeat(leases=[earlier], stopped=[batch.id], cancelled=[(batch.id, 0)]))
+            gate.set()
+            assert (await batch.wait()).ledger.completed == 1
 
 
 async def test_a_cancelled_run_stops_and_its_batch_continues(kind: str, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from headrace.runtime.retrying import retry_transient
 from headrace.runtime.sessions.active_lease import ActiveLease
 from headrace.runtime.sessions.inflight_marks import SLOTS, InflightMarks
 from headrace.runtime.sessions.recovery import recover_here, recover_silent
-from headrace.store.protocol import Claim, Heartbeat, Lease, Release, Session
+from headrace.store.protocol import Claim, Heartbeat, HeldLease, Lease, Release, Session
 
 LOG: Any = structlog.get_logger("headrace.broker")
 Update = Settlement | Release
@@ -42,6 +42,22 @@ class _PendingEnd(NamedTuple):
     slot: int
     last: Update
     began_once: bool
+
+
+class _KnownLeases(NamedTuple):
+    """The leases that this process knew when it sent a heartbeat. The answer says what the store had at that moment.
+
+    `claim_no` is the number of the last claim; leases of later claims, and of those in `claiming`, were not known yet.
+    """
+
+    names: frozenset[tuple[int, int]]
+    claiming: frozenset[int]
+    claim_no: int
+
+    def has(self, stored: HeldLease) -> bool:
+        """True if the process knew this lease, or could not know it."""
+        is_known = (stored.span_id, stored.token) in self.names
+        return is_known or stored.claim_no in self.claiming or stored.claim_no > self.claim_no
 
 
 def _began_once(active: ActiveLease) -> bool:
@@ -68,6 +84,7 @@ class StoreSession:
         self._claiming: dict[int, int] = {}
         self._held: dict[tuple[int, int], ActiveLease] = {}
         self._pending_ends: dict[tuple[int, int], _PendingEnd] = {}
+        self._releasing: dict[tuple[int, int], Release] = {}
         self._flusher: Flusher[Update] | None = None
         self._heartbeats: threading.Thread | asyncio.Task[None] | None = None
         self._stop_heartbeats = threading.Event()
@@ -197,6 +214,7 @@ class StoreSession:
             active.slot = -1
         self._held.clear()
         self._pending_ends.clear()
+        self._releasing.clear()
 
     def _heartbeat_in_thread(self, loop: asyncio.AbstractEventLoop) -> None:
         async def beat() -> None:
@@ -232,6 +250,7 @@ class StoreSession:
         session_id = self.session_id
         if not session_id:
             return
+        known = self._known_leases()
         try:
             reply = await self.engine.store.heartbeat(session_id, now_us=self.engine.clock.now_us())
         except SessionEnded:
@@ -241,31 +260,41 @@ class StoreSession:
         else:
             if reply.database_us:
                 self.engine.clock.anchor(reply.database_us)
-            call_owner(self._reconcile, session_id, reply)
+            call_owner(self._reconcile, session_id, known, reply)
 
     def _on_missed(self, session_id: str, error: HeadraceError) -> None:
         LOG.warning("heartbeat.failed", error=str(error), session=session_id)
 
-    def _reconcile(self, session_id: str, reply: Heartbeat) -> None:
-        """Release leases that the store has and this process does not (R1, claims are repeatable by number).
+    def _known_leases(self) -> _KnownLeases:
+        """Return the leases that the process knows now. Called from the thread of the heartbeats.
 
-        Leases of a claim that is not yet answered, and leases whose last update is being written, are known.
+        The copies are taken in one step each, and in this order: a claim is in `_claiming` until its leases are held,
+        and a lease is pending or being released once it is not held any more.
+        """
+        claim_no, claiming = self._claim_no, frozenset(self._claiming)
+        names = frozenset(self._held) | frozenset(self._pending_ends) | frozenset(self._releasing)
+        return _KnownLeases(names, claiming, claim_no)
+
+    def _reconcile(self, session_id: str, known: _KnownLeases, reply: Heartbeat) -> None:
+        """Release leases that the store had at a heartbeat and this process did not know, neither then nor now
+        (R1, claims are repeatable by number).
+
+        Leases of a claim that was not answered, and leases whose last update was being written, were known.
         """
         if session_id != self.session_id:
             return
+        known_now = self._known_leases()
         unknown = [
             Release(span_id=stored.span_id, token=stored.token)
             for stored in reply.leases
-            if (stored.span_id, stored.token) not in self._held
-            and (stored.span_id, stored.token) not in self._pending_ends
-            and stored.claim_no not in self._claiming
-            and stored.claim_no <= self._claim_no
+            if not known.has(stored) and not known_now.has(stored)
         ]
         if unknown and self._flusher is not None:
             LOG.warning("lease.unknown_released", count=len(unknown))
             with suppress(FlusherClosed):  # then the session ends, and the leases are released with it
                 for release in unknown:
-                    self._flusher.put_nowait(release)
+                    if self._flusher.put_nowait(release):
+                        self._releasing[release.span_id, release.token] = release
         self.on_unwanted(reply)
 
     def _on_session_lost(self, session_id: str) -> None:
@@ -295,17 +324,18 @@ class StoreSession:
         runs_max = min(runs_max, self.free_count)
         if runs_max < 1:
             return []
-        self._claim_no += 1
+        claim_no = self._claim_no + 1
+        self._claiming[claim_no] = runs_max  # before the number is used: see `_known_leases`
+        self._claim_no = claim_no
         claim = Claim(
             session_id=self.session_id,
-            claim_no=self._claim_no,
+            claim_no=claim_no,
             environment=self.engine.environment,
             tasks=tasks,
             queues=queues,
             queue_prefix=queue_prefix,
             runs_max=runs_max,
         )
-        self._claiming[claim.claim_no] = runs_max
         try:
             leases = await retry_transient(
                 lambda: self.engine.store.claim(claim, now_us=self.engine.clock.now_us()),
@@ -356,8 +386,9 @@ class StoreSession:
     async def end_lease(self, active: ActiveLease, updates: Sequence[Update]) -> None:
         """End a lease: pass on its last outcomes and, if runs are left, its release."""
         name = (active.lease.span_id, active.lease.token)
-        if self._held.pop(name, None) is active:
+        if self._held.get(name) is active:
             self._keep_until_written(name, active, updates)
+            del self._held[name]
         for update in updates:
             await self.put(update)
 
@@ -371,6 +402,8 @@ class StoreSession:
     def _on_written(self, update: Update) -> None:
         """Free the slot of a lease whose last update is durable or was refused."""
         name = (update.span_id, update.token)
+        if self._releasing.get(name) is update:
+            del self._releasing[name]
         leaving = self._pending_ends.get(name)
         if leaving is not None and leaving.last is update:
             del self._pending_ends[name]

@@ -341,14 +341,19 @@ class Worker:
         )
 
     def _on_cancelled(self, reply: Heartbeat) -> None:
-        """Interrupt the runs that were cancelled."""
+        """Interrupt the runs that were cancelled, of the leases that the store had when it answered.
+
+        A run that was cancelled, redriven and claimed again since then is not meant.
+        """
         if not reply.stopped and not reply.cancelled:
             return
         stopped, single = set(reply.stopped), set(reply.cancelled)
+        names = {(stored.span_id, stored.token) for stored in reply.leases}
 
         def is_cancelled(active: ActiveLease, lease_offset: int) -> bool:
             lease = active.lease
-            return lease.batch_id in stopped or (lease.batch_id, lease.indexes[lease_offset]) in single
+            is_meant = lease.batch_id in stopped or (lease.batch_id, lease.indexes[lease_offset]) in single
+            return is_meant and (lease.span_id, lease.token) in names
 
         self._executor.interrupt(is_cancelled, CANCELLED)
         if self._pool is not None:

@@ -250,7 +250,7 @@ class StoreSession:
         session_id = self.session_id
         if not session_id:
             return
-        known = self._known_leases()
+        at_request = self._known_leases()
         try:
             reply = await self.engine.store.heartbeat(session_id, now_us=self.engine.clock.now_us())
         except SessionEnded:
@@ -260,7 +260,7 @@ class StoreSession:
         else:
             if reply.database_us:
                 self.engine.clock.anchor(reply.database_us)
-            call_owner(self._reconcile, session_id, known, reply)
+            call_owner(self._reconcile, session_id, at_request, reply)
 
     def _on_missed(self, session_id: str, error: HeadraceError) -> None:
         LOG.warning("heartbeat.failed", error=str(error), session=session_id)
@@ -275,7 +275,7 @@ class StoreSession:
         names = frozenset(self._held) | frozenset(self._pending_ends) | frozenset(self._releasing)
         return _KnownLeases(names, claiming, claim_no)
 
-    def _reconcile(self, session_id: str, known: _KnownLeases, reply: Heartbeat) -> None:
+    def _reconcile(self, session_id: str, at_request: _KnownLeases, reply: Heartbeat) -> None:
         """Release leases that the store had at a heartbeat and this process did not know, neither then nor now
         (R1, claims are repeatable by number).
 
@@ -283,11 +283,11 @@ class StoreSession:
         """
         if session_id != self.session_id:
             return
-        known_now = self._known_leases()
+        present = self._known_leases()
         unknown = [
             Release(span_id=stored.span_id, token=stored.token)
             for stored in reply.leases
-            if not known.has(stored) and not known_now.has(stored)
+            if not at_request.has(stored) and not present.has(stored)
         ]
         if unknown and self._flusher is not None:
             LOG.warning("lease.unknown_released", count=len(unknown))

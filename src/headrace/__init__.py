@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         NotFound,
         StoreUnavailable,
     )
+    from headrace.foundation.logs import RunIdFilter
     from headrace.handles import Batch, Outcome, Run, RunFailed, WaitTimeout
     from headrace.remote.client import Client
     from headrace.runtime.tasks.context import DETACHED, Context
@@ -45,6 +46,7 @@ __all__ = [
     "Run",
     "RunError",
     "RunFailed",
+    "RunIdFilter",
     "RunView",
     "StoreUnavailable",
     "SyncTask",
@@ -73,6 +75,7 @@ _MODULES = {
     "Run": "headrace.handles",
     "RunError": "headrace.views",
     "RunFailed": "headrace.handles",
+    "RunIdFilter": "headrace.foundation.logs",
     "RunView": "headrace.views",
     "StoreUnavailable": "headrace.foundation.errors",
     "SyncTask": "headrace.task",

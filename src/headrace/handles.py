@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
-import structlog
 
 from headrace.core import batch as batches
 from headrace.core import pack, run
@@ -15,13 +14,14 @@ from headrace.core.failure import Failure, decode
 from headrace.core.serving import STALLED_AFTER_S, StalledLane
 from headrace.foundation.errors import ClientFault, HeadraceError
 from headrace.foundation.ids import run_id
+from headrace.foundation.logs import get_logger
 from headrace.runtime.engine import Engine
 from headrace.runtime.owner_loop import OwnerLoop
 from headrace.store.protocol import RunOutcome
 from headrace.twins import blocking, blocking_iterator, on_owner_loop
 from headrace.views import BatchView, Content, RunView, batch_view, content, full_batch_view, linked, run_view
 
-LOG: Any = structlog.get_logger("headrace.handles")
+LOG: Any = get_logger("headrace.handles")
 R = TypeVar("R")
 RESULTS_PAGE: Final = 2_048
 ResultOf = Callable[[bytes], Any]

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import structlog
 
+from headrace.cli import printing
 from headrace.cli.main import run
+from headrace.foundation import logs
 
 TASKS = """
 import os
@@ -115,7 +116,8 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     sys.setswitchinterval(interval)
     gc.set_threshold(*thresholds)
     gc.unfreeze()
-    structlog.reset_defaults()
+    logs.reset()
+    printing.notes_are_logged(are_logged=False)
     for name in set(sys.modules) - modules_before:
         file = getattr(sys.modules[name], "__file__", None) or ""
         if file.startswith(str(tmp_path)):

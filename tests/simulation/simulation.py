@@ -11,18 +11,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from random import Random
 from types import SimpleNamespace
 from typing import Any, Final
 from unittest.mock import patch
 
-import structlog
-
 from headrace.foundation import ids
 from headrace.foundation.errors import Conflict
-from headrace.runtime.producing import producer as producer_module
+from headrace.runtime.producing import caller_items as caller_items_module
 from headrace.runtime.tasks.call_options import Options
 from headrace.runtime.worker import claim_sizing as claim_sizing_module
 from headrace.runtime.worker import executor as executor_module
@@ -395,24 +393,24 @@ def _summary_of(response: Any) -> str:
 def _seeded(simulation: Simulation) -> Iterator[None]:
     """Take random numbers, time and the log of the real classes from the simulation."""
     dice = Random(simulation._bits())
-    structlog_config = structlog.get_config()
+    logger = logging.getLogger("headrace")
 
-    def report_error(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
+    def report_error(record: logging.LogRecord) -> bool:
         """Report a logged error with a traceback: the code did not expect it."""
-        error = event.get("exc_info")
-        if error:
-            simulation._fault(f"unexpected error: {event}")
-        raise structlog.DropEvent
+        if record.exc_info:
+            simulation._fault(f"unexpected error: {record.getMessage()}")
+        return False
+
+    errors = logging.NullHandler(logging.ERROR)
+    errors.handle = report_error  # type: ignore[method-assign]  # the handler has nothing to write
 
     def report_uncaught(_loop: Any, context: dict[str, Any]) -> None:
         simulation._fault(f"uncaught error: {context.get('message')}: {context.get('exception')!r}")
 
     simulation.loop.set_exception_handler(report_uncaught)
-    structlog.configure(
-        processors=[report_error],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
-        cache_logger_on_first_use=False,
-    )
+    logger.addHandler(errors)
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
     clock = simulation.loop.time
     try:
         with (
@@ -421,11 +419,13 @@ def _seeded(simulation: Simulation) -> Iterator[None]:
             patch.object(executor_module, "perf_counter", clock),
             patch.object(executor_module, "monotonic", clock),
             patch.object(claim_sizing_module, "perf_counter", clock),
-            patch.object(producer_module, "perf_counter", clock),
+            patch.object(caller_items_module, "perf_counter", clock),
         ):
             yield
     finally:
-        structlog.configure(**structlog_config)
+        logger.removeHandler(errors)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
 
 
 def simulate(seed: int, *, point: str = "") -> Simulation:

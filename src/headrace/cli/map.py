@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -44,6 +45,8 @@ def command(
 
     app, loaded_task = load_task(task)
     settings = settings_of(app, store=place_of(store, server), concurrency=concurrency, processes=processes)
+    if settings.log_level != "debug":  # each failed item is in the output, and counted in the summary
+        logging.getLogger("headrace.attempts").setLevel(logging.CRITICAL)
     mapping = Mapping.prepare(
         settings,
         app,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import typer
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-
-LOG_LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 StoreOption: TypeAlias = Annotated[
     str | None,
@@ -45,7 +42,11 @@ JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one J
 def settings_of(app: Headrace | None = None, /, **flags: object | None) -> Settings:
     """Load the effective settings and configure logging. `app` is the app that the command names: it gets them too."""
     settings = load(flags, os.environ, Path.cwd(), code=None if app is None else app.declared)
-    _log_to_stderr(settings)
+    from headrace.cli import printing
+    from headrace.foundation import logs
+
+    logs.configure(is_json=settings.log_format == "json", level=settings.log_level)
+    printing.notes_are_logged(are_logged=settings.log_format == "json")
     if app is not None:
         app.use(settings)
     return settings
@@ -118,26 +119,3 @@ async def find_batch(engine: Engine, text: str) -> BatchRecord:
 def shown_store(settings: Settings) -> str:
     """Return the store's URL without its password."""
     return hidden("store", settings.store)
-
-
-def _log_to_stderr(settings: Settings) -> None:
-    """Write logs to standard error: standard output is for results."""
-    import structlog
-
-    renderer: Any = (
-        structlog.processors.JSONRenderer()
-        if settings.log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    )
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(LOG_LEVELS[settings.log_level]),
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
-        cache_logger_on_first_use=False,
-    )

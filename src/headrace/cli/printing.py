@@ -23,8 +23,26 @@ def say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
+class _Notes:
+    """The form of notes: lines for people, or lines of the log."""
+
+    are_logged = False
+
+
+def notes_are_logged(*, are_logged: bool) -> None:
+    """Write notes as lines of the log from now on, so that each line has the log's format."""
+    _Notes.are_logged = are_logged
+
+
 def note(text: str) -> None:
     """Write a line beside the answer to standard error."""
+    if _Notes.are_logged:
+        import logging
+
+        logging.getLogger("headrace.command").log(
+            logging.ERROR if text.startswith("error: ") else logging.INFO, "%s", text
+        )
+        return
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 

@@ -26,12 +26,12 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 from urllib.parse import quote
 
 import msgspec
-import structlog
 
 from headrace.core.index_set import IndexSet
 from headrace.core.serving import STALLED_AFTER_S
 from headrace.foundation.errors import HeadraceError, InvalidInput, StoreUnavailable
 from headrace.foundation.limits import KIB, MIB
+from headrace.foundation.logs import get_logger
 from headrace.remote.connection import ATTEMPTS, ServerConnection, ServerResponse, backoff_s
 from headrace.runtime.background_loop import BackgroundLoop
 from headrace.runtime.clock import Clock
@@ -39,7 +39,7 @@ from headrace.runtime.concurrent_map import map_concurrently
 
 T = TypeVar("T")
 
-LOG: Any = structlog.get_logger("headrace.client")
+LOG: Any = get_logger("headrace.client")
 OFFLOAD_BYTES: Final = 128 * KIB
 UPLOADS: Final = 10
 PORTION_BYTES: Final = 4 * MIB

@@ -14,16 +14,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 
-import structlog
-
 from headrace.foundation.errors import EngineFault, HeadraceError, InvalidSetting
 from headrace.foundation.limits import HOUR_MS, TABLE, Limit, check
+from headrace.foundation.logs import get_logger
 from headrace.runtime.clock import SECOND_US, Clock
 from headrace.runtime.outage import Outage
 
 T = TypeVar("T")
 
-LOG: Any = structlog.get_logger("headrace.flusher")
+LOG: Any = get_logger("headrace.flusher")
 _BUFFER_MAX: Final = Limit(
     "buffer_max",
     "updates",

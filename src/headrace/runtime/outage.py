@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-import structlog
-
 from headrace.foundation.errors import HeadraceError
+from headrace.foundation.logs import get_logger
 from headrace.runtime.clock import SECOND_US, Clock
 from headrace.store.reachability import Reachability
 
-LOG: Any = structlog.get_logger("headrace.outage")
+LOG: Any = get_logger("headrace.outage")
 PROBE_FIRST_S: Final = 0.05
 PROBE_MAX_S: Final = 0.75
 JITTER: Final = 0.25

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
-import structlog
-
 from headrace.foundation.errors import HeadraceError
+from headrace.foundation.logs import get_logger
 from headrace.runtime.clock import Clock
 from headrace.runtime.outage import Outage
 
 T = TypeVar("T")
 
-LOG: Any = structlog.get_logger("headrace.retrying")
+LOG: Any = get_logger("headrace.retrying")
 BACKOFF_INITIAL_S: Final = 0.05
 BACKOFF_MAX_S: Final = 5.0
 

@@ -11,9 +11,9 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import structlog
+from headrace.foundation.logs import get_logger
 
-LOG: Any = structlog.get_logger("headrace.store")
+LOG: Any = get_logger("headrace.store")
 
 
 class Reachability:

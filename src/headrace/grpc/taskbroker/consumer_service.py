@@ -11,9 +11,8 @@ from collections.abc import Coroutine
 from functools import lru_cache, partial
 from typing import Any, Final, Literal
 
-import structlog
-
 from headrace.foundation.errors import EngineFault, HeadraceError
+from headrace.foundation.logs import get_logger
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.taskbroker.activation_codec import as_first_field, delivery_message
 from headrace.grpc.transport import status
@@ -24,7 +23,7 @@ from headrace.runtime.dispatch.lease_buffer import DeliveredRun, QueueFilter
 from headrace.runtime.dispatch.prefetcher import FILTERS_MAX
 from headrace.runtime.dispatch.report_outcome import ActivationReport
 
-LOG = structlog.get_logger("headrace.grpc")
+LOG = get_logger("headrace.grpc")
 DeliveryMode = Literal["pull", "push", "both"]
 Ack = Literal["committed", "received"]
 

@@ -15,10 +15,9 @@ import ssl
 from collections.abc import Sequence
 from typing import Any, Final
 
-import structlog
-
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
+from headrace.foundation.logs import get_logger
 from headrace.foundation.targets import PushTarget
 from headrace.grpc.taskbroker.activation_codec import as_first_field
 from headrace.grpc.taskbroker.delivery_protocol import DeliverySource, PushDelivery
@@ -31,7 +30,7 @@ from headrace.runtime.clock import SECOND_US, Clock
 from headrace.runtime.flusher import Flusher, UpdatesUnflushed
 from headrace.runtime.wakeup import Wakeup
 
-LOG: Any = structlog.get_logger("headrace.push")
+LOG: Any = get_logger("headrace.push")
 PATH: Final = "/sentry_protos.taskbroker.v1.WorkerService/PushTask"
 QUERY_MS: Final = 1_000
 """Time allowed for one transaction of marks."""

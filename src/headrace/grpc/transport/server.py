@@ -18,11 +18,11 @@ from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any, Final, cast
 
-import structlog
 from google.protobuf.message import DecodeError, Message
 
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
+from headrace.foundation.logs import get_logger
 from headrace.grpc.transport.asyncio_protocol import Http2Protocol
 from headrace.grpc.transport.closing import close_gracefully
 from headrace.grpc.transport.connection import Bounds, ConnectionFailed, Http2Connection, RequestReceived, StreamReset
@@ -40,7 +40,7 @@ from headrace.grpc.transport.service_methods import (
 from headrace.grpc.transport.signing import HEADER, Secrets
 from headrace.grpc.transport.status import Code, GrpcError, to_grpc_error
 
-LOG: Any = structlog.get_logger("headrace.grpc")
+LOG: Any = get_logger("headrace.grpc")
 PENDING_BYTES_MAX: Final = 4 * 1024 * 1024
 """Bytes of responses that wait for the peer. Above it, further calls of the connection wait before their handlers."""
 

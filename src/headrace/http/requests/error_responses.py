@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Any, ClassVar, Final
 
 import msgspec
-import structlog
 from msgspec import UNSET, UnsetType
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.foundation.errors import ClientFault, EngineFault, HeadraceError, InvalidInput, NotFound
+from headrace.foundation.logs import get_logger
 
-LOG: Any = structlog.get_logger("headrace.http")
+LOG: Any = get_logger("headrace.http")
 PROBLEM: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 5
 _encode: Final = msgspec.json.Encoder(enc_hook=str).encode

@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any, Final, NamedTuple
 
 import msgspec
-import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -19,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.foundation.errors import HeadraceError
+from headrace.foundation.logs import get_logger
 from headrace.http.requests.error_responses import error_response
 from headrace.http.requests.item_codec import ItemLine, LenientItemLine
 from headrace.http.requests.service import RATE_HEADERS, Service
@@ -57,7 +57,7 @@ from headrace.http.v1.worker_sessions import (
 from headrace.store.rpc import ServerInfo
 from headrace.views import BatchView, RunView
 
-LOG: Any = structlog.get_logger("headrace.http")
+LOG: Any = get_logger("headrace.http")
 REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 EndpointFunction = Callable[[Request], Awaitable[Response]]
 

@@ -182,6 +182,7 @@ def uvicorn_settings(protocol: Any) -> dict[str, Any]:
         "ws": "none",
         "lifespan": "on",
         "log_config": None,
+        "log_level": "warning",
         "access_log": False,
         "server_header": False,
         "date_header": True,

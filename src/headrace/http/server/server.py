@@ -15,10 +15,10 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import structlog
 import uvicorn
 
 from headrace.foundation.errors import InvalidSetting
+from headrace.foundation.logs import get_logger
 from headrace.http.requests.service import Service
 from headrace.http.server.app import make_app
 from headrace.http.server.http1_protocol import BoundedProtocol, uvicorn_settings
@@ -26,7 +26,7 @@ from headrace.http.server.http1_protocol import BoundedProtocol, uvicorn_setting
 if TYPE_CHECKING:
     from headrace.grpc.transport.server import GrpcServer
 
-LOG: Any = structlog.get_logger("headrace.http")
+LOG: Any = get_logger("headrace.http")
 BACKLOG: Final = 2_048
 CUT_S: Final = 10
 """Seconds allowed for the responses of aborted streams: their items are flushed first."""

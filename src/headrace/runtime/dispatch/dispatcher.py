@@ -15,8 +15,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import structlog
-
 from headrace.core.activation import LANE, Note
 from headrace.core.failure import Failure
 from headrace.core.pack import REFERENCE
@@ -25,6 +23,7 @@ from headrace.core.run import CANCELLED, EXPIRED, FAILED
 from headrace.core.serving import Serving
 from headrace.core.span import OVERDUE
 from headrace.foundation.errors import EngineFault, HeadraceError, ObjectMissing, StoreUnavailable
+from headrace.foundation.logs import get_logger
 from headrace.runtime.dispatch.lease_buffer import (
     BufferedLease,
     DeliveredRun,
@@ -48,7 +47,7 @@ from headrace.runtime.sessions.recovery import DISPATCHER
 from headrace.runtime.sessions.session import StoreSession
 from headrace.store.protocol import Heartbeat, Release
 
-LOG: Any = structlog.get_logger("headrace.dispatcher")
+LOG: Any = get_logger("headrace.dispatcher")
 IDLE_S: Final = 1.0
 """A run that stays in the lease buffer for longer is released: another server may get a request for it."""
 TICK_S: Final = 0.25

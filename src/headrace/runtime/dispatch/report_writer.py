@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
-import structlog
-
 from headrace.core.activation import LANE, Delivery, delivery_of, note_of
 from headrace.core.pack import pack
 from headrace.core.span import LOST, RETRY, RETURNING, Settlement, encode_uint16s
 from headrace.foundation.errors import HeadraceError
+from headrace.foundation.logs import get_logger
 from headrace.runtime.dispatch.lease_buffer import BufferedLease, DeliveredRun
 from headrace.runtime.dispatch.report_outcome import (
     COMPLETE,
@@ -29,7 +28,7 @@ from headrace.runtime.dispatch.report_outcome import (
 from headrace.runtime.engine import Engine
 from headrace.store.protocol import Lease
 
-LOG: Any = structlog.get_logger("headrace.reports")
+LOG: Any = get_logger("headrace.reports")
 _SPAN_SLOT: Final = attrgetter("span_slot")
 FOREIGN_PART_NO: Final = 1 << 30
 """First part number of settlements by id; the holder of a lease numbers its own parts from 0."""

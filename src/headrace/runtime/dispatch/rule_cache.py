@@ -6,13 +6,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Final
 
-import structlog
-
 from headrace.core.rules import NO_RULES, Rules, rules_of
 from headrace.foundation.errors import Conflict, HeadraceError
+from headrace.foundation.logs import get_logger
 from headrace.runtime.engine import Engine
 
-LOG: Any = structlog.get_logger("headrace.rules")
+LOG: Any = get_logger("headrace.rules")
 TRIES_MAX: Final = 20
 
 

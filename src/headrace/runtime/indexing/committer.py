@@ -22,7 +22,6 @@ from time import perf_counter
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
-import structlog
 
 from headrace.core.block import Coalescer, Extra
 from headrace.core.entity import EntityType
@@ -31,6 +30,7 @@ from headrace.core.sequencer import Position
 from headrace.core.staging import Staged, merged
 from headrace.foundation.errors import StoreUnavailable
 from headrace.foundation.ids import new_batch_id
+from headrace.foundation.logs import get_logger
 from headrace.runtime.engine import Engine
 from headrace.runtime.indexing.handler_context import EnqueueRequest
 from headrace.runtime.retrying import retry_transient
@@ -38,7 +38,7 @@ from headrace.store.entities.protocol import Commit, Enqueued, EntityPlan, Entit
 
 T = TypeVar("T")
 
-LOG: Any = structlog.get_logger("headrace.indexer")
+LOG: Any = get_logger("headrace.indexer")
 KEY_CHARS_MAX: Final = 200
 CLOSE_S: Final = 30
 

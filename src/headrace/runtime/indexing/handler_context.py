@@ -11,7 +11,6 @@ from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
 import msgspec
-import structlog
 
 from headrace.core.block import Extra
 from headrace.core.condition import conditions_of
@@ -21,6 +20,7 @@ from headrace.core.span import Key
 from headrace.core.staging import MISSING, Rows, StagedTable, Staging, table_of
 from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound
 from headrace.foundation.limits import Limits
+from headrace.foundation.logs import get_logger
 from headrace.runtime.clock import Clock
 from headrace.runtime.indexing.effects import Effects
 from headrace.runtime.indexing.read_coalescer import ReadCoalescer
@@ -29,7 +29,7 @@ from headrace.runtime.tasks.task_spec import TaskSpec
 
 E = TypeVar("E", bound=Entity)
 
-LOG: Any = structlog.get_logger("headrace.indexer")
+LOG: Any = get_logger("headrace.indexer")
 
 
 _IDS: Final = (str, int, UUID)

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any, Final
 
-import structlog
-
 from headrace.core.sequencer import Position, Sequenced, is_after
 from headrace.core.sizes import Sizes
 from headrace.core.staging import StagedTable, Staging
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.limits import MIB
+from headrace.foundation.logs import get_logger
 from headrace.runtime.clock import Timer
 from headrace.runtime.engine import Engine
 from headrace.runtime.indexing.committer import CommittedBatch, Committer, StagedBatch
@@ -35,7 +34,7 @@ from headrace.runtime.retrying import retry_transient
 from headrace.runtime.tasks.exception_info import error_line
 from headrace.store.entities.protocol import EntityStore, IndexerState
 
-LOG: Any = structlog.get_logger("headrace.indexer")
+LOG: Any = get_logger("headrace.indexer")
 YIELD_S: Final = 0.002
 """R18 (the loop is yielded every 2 ms): how long handlers run before other tasks get a rewind."""
 CHECK_EVENTS: Final = 64

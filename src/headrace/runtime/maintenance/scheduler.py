@@ -11,16 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-import structlog
-
 from headrace.core.schedule import due
 from headrace.foundation.errors import HeadraceError
+from headrace.foundation.logs import get_logger
 from headrace.runtime.engine import Engine
 from headrace.runtime.tasks.schedule_spec import ScheduleSpec
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.store.protocol import Tick
 
-LOG: Any = structlog.get_logger("headrace.scheduler")
+LOG: Any = get_logger("headrace.scheduler")
 PAUSE_MIN_S: Final = 0.001
 PAUSE_MAX_S: Final = 30.0
 """Longest pause between two readings of the clock, which a heartbeat may have moved forward."""

@@ -13,19 +13,18 @@ from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Any, Final, NamedTuple
 
-import structlog
-
 from headrace.core.activation import LANE
 from headrace.core.rules import rules_of
 from headrace.core.serving import StalledLane
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import MINUTE_MS, SECOND_MS
+from headrace.foundation.logs import get_logger
 from headrace.runtime.engine import DutyStats, Engine
 from headrace.runtime.sessions.recovery import recover_here, recover_silent
 from headrace.store.client_uploads import FOLDER as UPLOADS_FOLDER
 
-LOG: Any = structlog.get_logger("headrace.upkeep")
+LOG: Any = get_logger("headrace.upkeep")
 ROWS_MAX: Final = 1_000
 BATCHES_MAX: Final = 10
 ORPHAN_PAGE: Final = 500

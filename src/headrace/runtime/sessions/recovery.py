@@ -12,13 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import structlog
-
+from headrace.foundation.logs import get_logger
 from headrace.runtime.engine import Engine
 from headrace.runtime.sessions.inflight_marks import ended_sessions, merged, of_session, owner_has_ended, remove
 from headrace.store.protocol import Session, Suspects
 
-LOG: Any = structlog.get_logger("headrace.recovery")
+LOG: Any = get_logger("headrace.recovery")
 STUCK_TIMEOUTS: Final = 20
 """Session timeouts after which a process that still lives counts as gone: it was stopped by a signal, or hangs."""
 

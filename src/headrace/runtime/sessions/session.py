@@ -16,12 +16,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import structlog
-
 from headrace.core.serving import Serving
 from headrace.core.span import LOST, Settlement
 from headrace.foundation.errors import HeadraceError, SessionEnded
 from headrace.foundation.ids import new_session_id
+from headrace.foundation.logs import get_logger
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
@@ -31,7 +30,7 @@ from headrace.runtime.sessions.inflight_marks import SLOTS, InflightMarks
 from headrace.runtime.sessions.recovery import recover_here, recover_silent
 from headrace.store.protocol import Claim, Heartbeat, HeldLease, Lease, Release, Session
 
-LOG: Any = structlog.get_logger("headrace.broker")
+LOG: Any = get_logger("headrace.broker")
 Update = Settlement | Release
 
 

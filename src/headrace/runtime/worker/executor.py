@@ -21,11 +21,10 @@ from functools import partial
 from time import monotonic, perf_counter
 from typing import Any, Final, NamedTuple
 
-import structlog
-
 from headrace.core import pack, run
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
+from headrace.foundation.logs import CURRENT_RUN, get_logger
 from headrace.runtime.clock import Clock
 from headrace.runtime.retrying import retry_transient
 from headrace.runtime.sessions.active_lease import BEGUN, ENDED, ActiveLease, DirectCall, RetractedRuns, retract
@@ -41,13 +40,14 @@ from headrace.runtime.worker.run_driver import (
     STOPPED,
     TIMEOUT,
     RunnerState,
+    ThreadRun,
     await_thread,
     call_shielded,
     call_without_loop,
     continue_coroutine,
 )
 
-LOG: Any = structlog.get_logger("headrace.executor")
+LOG: Any = get_logger("headrace.executor")
 SLICE_S: Final = 0.002
 BURST_RUNS: Final = 4_096
 LOOKS_MAX: Final = 16
@@ -206,7 +206,7 @@ class Executor:
                 future.set_result(None)
                 return
         if len(self._runners) < self.concurrency and not self._is_stopping:
-            runner = RunnerState()
+            runner = RunnerState(self._variables)
             self._runners.append(runner)
             runner.task = asyncio.create_task(self._run(runner), name=f"headrace-runner-{len(self._runners)}")
             runner.task.add_done_callback(lambda _: self._on_runner_end(runner))
@@ -279,6 +279,7 @@ class Executor:
                 lease_offset = active.begin()
                 self.unbegun_count -= 1
                 self.in_flight_count += 1
+                runner.active, runner.lease_offset = active, lease_offset
                 remainder = self._begin(active, lease_offset, runner)
             if remainder is not None:
                 runner.active, runner.lease_offset = active, lease_offset
@@ -291,6 +292,7 @@ class Executor:
                     self._ended(active)
                 began = perf_counter()
             else:
+                runner.clear()
                 self._ended(active)
             if runner.has_stale_cancellation or perf_counter() - began > SLICE_S:
                 await self._yield_to_loop(runner)
@@ -343,13 +345,14 @@ class Executor:
         function, decode = plan
         encode, inline_max = self._outcomes.encode, self._inline_bytes_max
         span_slots, marks, payloads = active.span_slots, active.marks, active.lease.payloads
-        copy_variables = self._variables.copy
+        copy_variables, runner.active = runner.variables.copy, active
         first = lease_offset = active.cursor
         stop = min(active.count, first + BURST_RUNS)
         remainder: Awaitable[None] | None = None
         until, look_at, step = perf_counter() + SLICE_S, lease_offset + 1, 1
         while lease_offset < stop:
             span_slot = span_slots[lease_offset]
+            runner.lease_offset = lease_offset
             marks[span_slot] = BEGUN
             try:
                 argument = decode(payloads[lease_offset])
@@ -387,6 +390,7 @@ class Executor:
                 )
             lease_offset += 1
             break
+        runner.active = None
         self._account(active, lease_offset - first, remainder is not None)
         return remainder
 
@@ -434,7 +438,7 @@ class Executor:
             return None
         if spec.codec.context_name:
             runner.context = arguments[1][spec.codec.context_name] = self._context(active, lease_offset, spec)
-        variables = self._variables.copy()
+        variables = runner.variables.copy()
         if self._deadline is not None and spec.timeout_s is not None:
             self._deadline(int((monotonic() + spec.timeout_s) * 1_000_000))
         if not spec.is_async:
@@ -523,6 +527,7 @@ class Executor:
         """Run a plain function in a thread. It can't be interrupted there: after its timeout its outcome is
         discarded.
         """
+        variables.run(CURRENT_RUN.set, ThreadRun(active, lease_offset))
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="headrace-run")
         future = asyncio.get_running_loop().run_in_executor(

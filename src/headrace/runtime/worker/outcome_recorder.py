@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,12 +16,16 @@ from headrace.core.retry import retry_at_us
 from headrace.core.span import RETRY
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
+from headrace.foundation.logs import get_logger, printable
 from headrace.runtime.clock import Clock
 from headrace.runtime.retrying import retry_transient
 from headrace.runtime.sessions.active_lease import ActiveLease
 from headrace.runtime.tasks.bounds import ENCODABLE
 from headrace.runtime.tasks.exception_info import describe, error_line
 from headrace.runtime.tasks.task_spec import TaskSpec
+from headrace.runtime.worker.run_driver import ids_of
+
+LOG: Any = get_logger("headrace.attempts")
 
 
 class PayloadAccess(Protocol):
@@ -78,6 +83,7 @@ class OutcomeRecorder:
         message = message[: self._error_chars_max]
         failure = Failure(type=kind, message=message, attempts=active.lease.attempt, crashes=active.lease.crashes_count)
         active.end(lease_offset, run.FAILED, failure.encode())
+        log_failure(active, lease_offset, failure)
 
     def fail(self, active: ActiveLease, lease_offset: int, spec: TaskSpec, error: BaseException) -> None:
         """Record a failed attempt; the task's policy decides whether there is another."""
@@ -89,5 +95,27 @@ class OutcomeRecorder:
         )
         if due_us is None or lease.at_most_once:
             active.end(lease_offset, run.FAILED, failure.encode())
+            log_failure(active, lease_offset, failure, error=error)
         else:
             active.end(lease_offset, RETRY, failure.encode(), due_us=due_us)
+            log_failure(active, lease_offset, failure, error=error, due_us=due_us)
+
+
+def log_failure(
+    active: ActiveLease,
+    lease_offset: int,
+    failure: Failure,
+    *,
+    error: BaseException | None = None,
+    due_us: int | None = None,
+) -> None:
+    """Log a failed attempt: one line with its ids and what follows; the traceback at the level debug."""
+    ids = ids_of(active, lease_offset)
+    next_step = {"next": "failed"} if due_us is None else {"next": "retry", "retry_at": _moment(due_us)}
+    LOG.warning("attempt.failed", **ids, error=failure.type, message=printable(failure.message), **next_step)
+    if error is not None:
+        LOG.debug("attempt.traceback", **ids, exc_info=error)
+
+
+def _moment(at_us: int) -> str:
+    return datetime.fromtimestamp(at_us / 1_000_000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from headrace.foundation import interpreter
+from headrace.foundation import interpreter, logs
 from headrace.foundation.errors import HeadraceError, InvalidSetting
 from headrace.foundation.limits import Limits
 from headrace.foundation.settings import load
@@ -251,6 +251,8 @@ async def _serve(wire: socket.socket) -> None:
     if not isinstance(begin, ChildSetup):
         return
     sys.path[:] = begin.paths
+    if begin.configures_logs:
+        logs.configure(is_json=begin.settings.get("log_format") == "json", level=str(begin.settings["log_level"]))
     try:
         child = _ChildExecutor(begin, wire)
     except Exception as error:  # noqa: BLE001 - a module that can't be imported may raise anything

@@ -28,6 +28,7 @@ class ChildSetup(msgspec.Struct, tag="begin"):
     marks_path: str
     limits: dict[str, int]
     settings: dict[str, str | int]
+    configures_logs: bool
 
 
 class LeaseSlice(msgspec.Struct, tag="slice"):

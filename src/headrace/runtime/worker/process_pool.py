@@ -21,19 +21,20 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
-import structlog
-
 from headrace.core import run
 from headrace.core.failure import Failure
 from headrace.core.retry import retry_at_us
 from headrace.core.span import RETRY
+from headrace.foundation import logs
 from headrace.foundation.errors import HeadraceError, InvalidSetting
+from headrace.foundation.logs import get_logger
 from headrace.runtime.engine import Engine
 from headrace.runtime.sessions.active_lease import BEGUN, NOT_BEGUN, ActiveLease, RetractedRuns, retract
 from headrace.runtime.sessions.inflight_marks import SLOTS, read, read_deadline, remove
 from headrace.runtime.sessions.session import StoreSession
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.worker.executor import SUSPECT_CRASHES, ExecutorCallbacks
+from headrace.runtime.worker.outcome_recorder import log_failure
 from headrace.runtime.worker.parent_objects import answer_of
 from headrace.runtime.worker.process_ipc import (
     HEADER,
@@ -53,7 +54,7 @@ from headrace.runtime.worker.process_ipc import (
 )
 from headrace.runtime.worker.run_driver import CANCELLED
 
-LOG: Any = structlog.get_logger("headrace.processes")
+LOG: Any = get_logger("headrace.processes")
 SLICE_S: Final = 0.05
 KILL_AFTER_S: Final = 2.0
 START_TIMEOUT_S: Final = 60.0
@@ -398,6 +399,7 @@ class ProcessPool:
             marks_path=str(child.marks_path),
             limits=asdict(self._engine.limits),
             settings=self._settings,
+            configures_logs=logs.is_configured() and bool(self._settings),
         )
         child.writer.write(framed(begin))
         child.reader = reader
@@ -494,8 +496,10 @@ class ProcessPool:
         due_us = retry_at_us(spec.retry, attempt=active.lease.attempt, error=error, now_us=now_us, random=lambda: 0.5)
         if due_us is None or active.lease.at_most_once:
             active.end(lease_offset, run.FAILED, failure.encode())
+            log_failure(active, lease_offset, failure)
         else:
             active.end(lease_offset, RETRY, failure.encode(), due_us=due_us)
+            log_failure(active, lease_offset, failure, due_us=due_us)
 
     async def _watch_deadlines(self) -> None:
         while True:

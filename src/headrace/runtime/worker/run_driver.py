@@ -7,11 +7,13 @@ runs share one task.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextvars import Context as Variables
 from types import coroutine
 from typing import Any
 
+from headrace.foundation.ids import run_id
+from headrace.foundation.logs import CURRENT_RUN
 from headrace.runtime.clock import Timer
 from headrace.runtime.sessions.active_lease import ActiveLease
 from headrace.runtime.tasks.context import Context
@@ -21,18 +23,50 @@ CANCELLED = "cancelled"
 STOPPED = "stopped"
 
 
+class ThreadRun:
+    """The run of a thread, for its log lines; the thread may outlast its runner's interest in it."""
+
+    __slots__ = ("active", "lease_offset")
+
+    def __init__(self, active: ActiveLease, lease_offset: int) -> None:
+        self.active = active
+        self.lease_offset = lease_offset
+
+    def run_ids(self) -> Mapping[str, object]:
+        """Return the ids of the run."""
+        return ids_of(self.active, self.lease_offset)
+
+
+def ids_of(active: ActiveLease, lease_offset: int) -> Mapping[str, object]:
+    """Return the ids of a run as log lines have them."""
+    lease = active.lease
+    return {
+        "run": run_id(lease.batch_id, lease.indexes[lease_offset]),
+        "batch": lease.batch_id,
+        "task": lease.task,
+        "attempt": lease.attempt,
+    }
+
+
 class RunnerState:
     """One runner coroutine and its current run. `reason`: why that run was interrupted, or empty."""
 
-    __slots__ = ("active", "context", "lease_offset", "reason", "task", "timer")
+    __slots__ = ("active", "context", "lease_offset", "reason", "task", "timer", "variables")
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Variables) -> None:
+        """`variables`: the context of which each run gets a copy."""
+        self.variables = variables.copy()
+        self.variables.run(CURRENT_RUN.set, self)
         self.task: asyncio.Task[None] | None = None
         self.active: ActiveLease | None = None
         self.lease_offset = 0
         self.reason = ""
         self.context: Context | None = None
         self.timer: Timer | None = None
+
+    def run_ids(self) -> Mapping[str, object]:
+        """Return the ids of the current run, for its log lines."""
+        return {} if self.active is None else ids_of(self.active, self.lease_offset)
 
     def interrupt(self, reason: str) -> bool:
         """Interrupt the current run for `reason`: `timeout`, `cancelled` or `stopped`. False if there is none, or it

@@ -13,11 +13,10 @@ from concurrent.futures import Executor as ThreadExecutor
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
-import structlog
-
 from headrace.core import run
 from headrace.core.serving import Serving
 from headrace.foundation.errors import HeadraceError, SessionEnded
+from headrace.foundation.logs import get_logger
 from headrace.runtime.engine import Engine
 from headrace.runtime.maintenance.scheduler import Scheduler
 from headrace.runtime.maintenance.upkeep import Upkeep
@@ -32,7 +31,7 @@ from headrace.runtime.worker.process_pool import ProcessPool
 from headrace.runtime.worker.run_driver import CANCELLED, STOPPED
 from headrace.store.protocol import Heartbeat, Release
 
-LOG: Any = structlog.get_logger("headrace.worker")
+LOG: Any = get_logger("headrace.worker")
 SETTLEMENTS: Final = "headrace-settlements"
 
 

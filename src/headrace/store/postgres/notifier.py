@@ -16,15 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-import structlog
-
+from headrace.foundation.logs import get_logger
 from headrace.store.postgres.dsn import DatabaseAddress
 from headrace.store.postgres.errors import DRIVER, store_error
 from headrace.store.postgres.pool import PostgresConnection, compiled, connect
 from headrace.store.protocol import WORK
 from headrace.store.reachability import Reachability
 
-LOG: Any = structlog.get_logger("headrace.notifier")
+LOG: Any = get_logger("headrace.notifier")
 GAPS_S: Final = {WORK: 0.002}
 GAP_S: Final = 0.02
 """Seconds between two notifications of one kind from one process: workers are woken at once, watchers less often."""

@@ -1,0 +1,176 @@
+"""Log lines of `headrace worker`: failed attempts, the user's lines with the ids of their run, JSON on every line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace import Headrace, Retry, RunIdFilter
+from headrace.foundation.logs import LineFormatter
+from tests.cli.conftest import Shell
+
+APP = """
+import asyncio, gc, logging, threading, warnings
+import structlog
+from headrace import Headrace, Retry
+
+app = Headrace("logs")
+LOG = logging.getLogger("shop.orders")
+
+
+@app.task(retry=Retry(attempts=2, delay_s=0.01))
+async def fails(n: int) -> None:
+    raise ValueError(f"no {n}")
+
+
+@app.task
+async def asynchronous(n: int) -> None:
+    LOG.info("first step of %s", n)
+    await asyncio.gather(*(step(n) for _ in range(2)))
+    LOG.info("last step of %s", n)
+
+
+async def step(n: int) -> None:
+    await asyncio.sleep(0)
+    LOG.info("inner step of %s", n)
+
+
+@app.task
+def threaded(n: int) -> None:
+    LOG.info("thread of %s", n)
+    structlog.get_logger().info("structured", n=n)
+
+
+@app.task(pool="process")
+def pooled(n: int) -> None:
+    LOG.warning("process of %s", n)
+
+
+class Broken:
+    def __del__(self):
+        raise OSError("ignored")
+
+
+@app.task
+def noisy() -> None:
+    warnings.warn("old")
+    Broken()
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    logging.getLogger("uvicorn.access").info("GET /")
+"""
+
+
+@contextmanager
+def worker(folder: Path, **settings: str) -> Iterator[subprocess.Popen[str]]:
+    (folder / "shop.py").write_text(APP)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "headrace", "worker", "shop.py:app", "--store", "sqlite:///logs.db"],
+        cwd=folder,
+        env={**os.environ, **settings},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def lines_after(folder: Path, calls: str, **settings: str) -> list[str]:
+    """Run some calls to their end under a worker, stop it, and return its lines on standard error."""
+    code = f"import shop; app = shop.app; runs = [shop.{calls}]\nfor run in runs:\n    run.wait_sync(timeout_s=60)\n"
+    with worker(folder, **settings) as process:
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            check=True,
+            env={**os.environ, "HEADRACE_STORE": "sqlite:///logs.db"},
+        )
+        process.send_signal(signal.SIGTERM)
+        return process.communicate(timeout=60)[1].splitlines()
+
+
+def test_a_failed_attempt_is_one_line_with_its_ids_and_what_follows(tmp_path: Path) -> None:
+    lines = lines_after(tmp_path, "fails.map_sync([7])", HEADRACE_LOG_FORMAT="json")
+    attempts = [line for line in map(json.loads, lines) if line["event"] == "attempt.failed"]
+    assert [(line["attempt"], line["next"], line["error"], line["message"]) for line in attempts] == [
+        (1, "retry", "ValueError", "no 7"),
+        (2, "failed", "ValueError", "no 7"),
+    ]
+    assert attempts[0]["retry_at"].endswith("Z")
+    assert {(line["task"], line["run"].rpartition("_")[2], line["batch"][:6]) for line in attempts} == {
+        ("fails", "0", "batch_")
+    }
+    assert "Traceback" not in "".join(lines)
+
+
+def test_the_traceback_of_a_failed_attempt_is_logged_at_debug(tmp_path: Path) -> None:
+    lines = lines_after(tmp_path, "fails.map_sync([7])", HEADRACE_LOG_LEVEL="debug")
+    assert sum("attempt.failed" in line for line in lines) == 2
+    assert sum("shop.py" in line and "in fails" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize(("task", "expected_count"), [("asynchronous", 4), ("threaded", 2), ("pooled", 1)])
+def test_lines_of_the_user_s_code_have_the_ids_of_their_run(task: str, expected_count: int, tmp_path: Path) -> None:
+    lines = lines_after(tmp_path, f"{task}.map_sync([0, 1, 2])", HEADRACE_LOG_FORMAT="json")
+    own = [line for line in map(json.loads, lines) if line.get("task") == task]
+    assert len(own) == 3 * expected_count
+    for line in own:
+        index = line["run"].rpartition("_")[2]
+        assert str(line.get("n", line["event"].rpartition(" ")[2])) == index
+        assert (line["attempt"], line["batch"].removeprefix("batch_")) == (1, line["run"].split("_")[1])
+
+
+def test_every_line_is_json_in_json_mode(tmp_path: Path) -> None:
+    lines = lines_after(tmp_path, "noisy.map_sync([{}])", HEADRACE_LOG_FORMAT="json")
+    text = "\n".join(line["event"] for line in map(json.loads, lines))
+    for part in (
+        "working on",
+        "UserWarning: old",
+        "GET /",
+        "error.uncaught in thread",
+        "error.ignored",
+        "1 completed",
+    ):
+        assert part in text, text
+
+
+def test_errors_of_commands_are_json_in_json_mode(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_LOG_FORMAT", "json")
+    ran = shell("batch", "list", "--store", "sqlite:///missing.db")
+    lines = [json.loads(line) for line in ran.err.splitlines()]
+    assert (ran.code != 0, lines[-1]["level"], "missing.db" in lines[-1]["event"]) == (True, "error", True)
+
+
+async def test_an_application_s_own_logging_gets_failures_and_ids(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = Headrace("own", store=f"sqlite:///{tmp_path}/headrace.db")
+
+    @app.task(retry=Retry(attempts=1))
+    def fails(n: int) -> None:
+        logging.getLogger("mine").warning("about to fail")
+        raise ValueError("no")
+
+    caplog.handler.addFilter(RunIdFilter())
+    async with app, app.worker():
+        run = await fails.enqueue(1)
+        await (await app.get_batch(run.batch_id)).results().__anext__()
+    records: dict[str, Any] = {record.getMessage().split()[0]: record for record in caplog.records}
+    assert (records["about"].run, records["about"].task) == (run.id, "fails")
+    assert f"run={run.id}" in records["attempt.failed"].getMessage()
+    assert "error=ValueError" in LineFormatter(is_json=False).format(records["attempt.failed"])
+    assert capsys.readouterr().out == "", "standard output is the application's"

@@ -126,9 +126,9 @@ def test_the_traceback_of_a_failed_attempt_is_logged_at_debug(tmp_path: Path) ->
 @pytest.mark.parametrize(("task", "expected_count"), [("asynchronous", 4), ("threaded", 2), ("pooled", 1)])
 def test_lines_of_the_user_s_code_have_the_ids_of_their_run(task: str, expected_count: int, tmp_path: Path) -> None:
     lines = lines_after(tmp_path, f"{task}.map_sync([0, 1, 2])", HEADRACE_LOG_FORMAT="json")
-    own = [line for line in map(json.loads, lines) if line.get("task") == task]
-    assert len(own) == 3 * expected_count
-    for line in own:
+    user_lines = [line for line in map(json.loads, lines) if line.get("task") == task]
+    assert len(user_lines) == 3 * expected_count
+    for line in user_lines:
         index = line["run"].rpartition("_")[2]
         assert str(line.get("n", line["event"].rpartition(" ")[2])) == index
         assert (line["attempt"], line["batch"].removeprefix("batch_")) == (1, line["run"].split("_")[1])

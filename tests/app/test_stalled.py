@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from headrace import Headrace
 from headrace.core.serving import STALLED_AFTER_S, Serving
@@ -19,6 +18,7 @@ from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.runtime.worker.worker import Worker
 from headrace.store.protocol import Session
 from tests.support.engines import app_on, on_each_store, opened
+from tests.support.logged_events import logged_events
 
 pytestmark = on_each_store
 
@@ -26,7 +26,7 @@ pytestmark = on_each_store
 @pytest.fixture
 def logs() -> Iterator[list[Any]]:
     """Collect log events."""
-    with capture_logs() as events:
+    with logged_events() as events:
         yield events
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from headrace import Client, Headrace
 from headrace.core.serving import STALLED_AFTER_S, Serving
@@ -17,6 +16,7 @@ from headrace.http.v1 import batches
 from headrace.store.protocol import Session
 from tests.cli.conftest import Shell
 from tests.support.http_server import KEY, LIMITS, RecordingClock, running_server
+from tests.support.logged_events import logged_events
 
 
 def enqueued(shell: Shell, count: int = 2) -> str:
@@ -111,7 +111,7 @@ async def test_the_http_client_logs_that_nothing_takes_the_runs_it_waits_for(
                 "hint": "start a worker of the app that has it, or check the task's name",
             }
         ]
-        with capture_logs() as logs:
+        with logged_events() as logs:
             reading = asyncio.ensure_future(anext(client.results(sent.id)))
             while not [entry for entry in logs if entry["event"] == "wait.stalled"]:
                 assert not reading.done()

@@ -494,11 +494,11 @@ class Headrace:
 
     @on_owner_loop
     async def runs(
-        self, *, batch: str = "", state: str = "", task: str = "", tag: str = "", limit: int = 50
+        self, *, batch: str = "", state: str = "", task: str = "", queue: str = "", tag: str = "", limit: int = 50
     ) -> list[RunView]:
-        """List runs, of the newest batch first and by index inside a batch; without inputs, outputs and attempts.
+        """List runs, of the newest batch first and by index inside a batch; without inputs and outputs.
 
-        Failed runs have their error and the time of their end. `batch` is a batch id. `state` is waiting, delayed,
+        `batch` is a batch id. `state` is waiting, delayed,
         leased, started (runs of a task with `at_most_once`), completed, failed, cancelled or expired.
         """
         check_run_state(state)
@@ -508,6 +508,7 @@ class Headrace:
             batch_id=check_batch_id(batch) if batch else "",
             state=state,
             task=task,
+            queue=queue,
             tag=tag,
             limit=limit,
         )

@@ -92,7 +92,7 @@ class RunView(View, kw_only=True, frozen=True):
 
     `activation`: the task name that the worker of an activation knows.
 
-    `input`, `output` and `attempts` are filled by `run.view()`, and left out of listings.
+    `input` and `output` are filled by `run.view()`, and left out of listings.
     """
 
     id: str
@@ -139,7 +139,9 @@ class StalledView(View, kw_only=True, frozen=True):
 class BatchView(View, kw_only=True, frozen=True):
     """One batch and the counts of its runs: `expected = missing + waiting + leased + completed + failed + …`.
 
-    `state` is open, sealed, completed, cancelled or abandoned. `is_finished`: no run of it will change any more.
+    `state` is open, sealed, completed, cancelled or abandoned. `is_finished`: no run of it will change any more; then
+    `outcome` is completed, partly_failed, failed, cancelled or abandoned, where runs without a result count as
+    failed.
     `expected`: announced runs, or those received so far while it is not announced. `appended_at`: when the last item
     was stored. `duration_s`: from creation to the last outcome. `stalled`: queues and tasks of waiting runs that no
     live worker takes; filled by `batch.view()`, and left out of listings.
@@ -150,6 +152,7 @@ class BatchView(View, kw_only=True, frozen=True):
     task: str
     environment: str
     state: str
+    outcome: str | None
     is_finished: bool
     expected: int
     received: int
@@ -192,6 +195,7 @@ def batch_view(batch: BatchRecord, ledger: Ledger) -> BatchView:
         task=batch.task,
         environment=batch.environment,
         state=batch.state,
+        outcome=_outcome(batch, ledger) if batch.is_finished else None,
         is_finished=batch.is_finished,
         received=batch.received_count,
         **ledger._asdict(),
@@ -202,6 +206,14 @@ def batch_view(batch: BatchRecord, ledger: Ledger) -> BatchView:
         duration_s=_seconds(batch.created_us, batch.finished_us),
         metadata=batch.metadata,
     )
+
+
+def _outcome(batch: BatchRecord, ledger: Ledger) -> str:
+    if batch.is_stopped:
+        return batch.state
+    if not ledger.failed + ledger.cancelled + ledger.expired:
+        return "completed"
+    return "partly_failed" if ledger.completed else "failed"
 
 
 async def run_view(engine: Engine, record: RunRecord) -> RunView:
@@ -217,12 +229,11 @@ async def run_view(engine: Engine, record: RunRecord) -> RunView:
         view,
         input=decoded(*payload),
         output=None if result is None else decoded(*result),
-        attempts=_attempts(record.attempts),
     )
 
 
 def listed_view(record: RunRecord, sessions: Sequence[Session] = ()) -> RunView:
-    """Return the view of a run without input, output and attempts. `sessions` names the workers that are alive."""
+    """Return the view of a run without input and output. `sessions` names the workers that are alive."""
     is_finished = run.BY_NAME.get(record.state, run.WAITING) in run.FINAL
     ended_us = int(str(record.attempts[-1]["settled_us"])) if record.attempts and is_finished else 0
     names = {session.id: f"{session.host}:{session.pid}" for session in sessions}
@@ -239,7 +250,7 @@ def listed_view(record: RunRecord, sessions: Sequence[Session] = ()) -> RunView:
         state=record.state,
         is_finished=is_finished,
         attempt=record.attempt,
-        crashes=record.crashes_count,
+        crashes=max(record.crashes_count, 0 if failure is None else failure.crashes),  # with the one it failed of
         created_at=moment(record.created_us),
         due_at=moment(record.due_us),
         expires_at=moment(record.expires_us),
@@ -253,18 +264,15 @@ def listed_view(record: RunRecord, sessions: Sequence[Session] = ()) -> RunView:
         input=None,
         output=None,
         error=None if failure is None else RunError(**msgspec.structs.asdict(failure)),
-        attempts=[],
+        attempts=_attempts(record.attempts),
     )
 
 
 async def listed_views(engine: Engine, records: Sequence[RunRecord]) -> list[RunView]:
-    """Return the views of listed runs. Of failed runs, the error and the times are read too: a statement each."""
-    return [
-        listed_view(
-            await engine.store.run(record.batch_id, record.index) if record.state == run.NAMES[run.FAILED] else record
-        )
-        for record in records
-    ]
+    """Return the views of listed runs, those that are running with their workers."""
+    has_leases = any(record.session_id for record in records)
+    sessions = await engine.maintenance.sessions() if has_leases and engine.is_maintained_here else ()
+    return [listed_view(record, sessions) for record in records]
 
 
 class Content(NamedTuple):

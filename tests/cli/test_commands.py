@@ -203,7 +203,7 @@ def test_a_batch_is_shown_by_its_id_or_its_key(shell: Shell, done: str) -> None:
     }
     assert shell("batch", "show", shown["key"], "--json").json == shown
     text = shell("batch", "show", done).out
-    assert text.startswith(f"{done}  completed\n")
+    assert text.startswith(f"{done}  partly failed\n")
     assert "balances" in text
 
 

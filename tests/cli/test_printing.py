@@ -105,7 +105,7 @@ def test_what_a_command_shows_fits_80_columns_without_breaking_a_word(
 ) -> None:
     run = f"run_{used.removeprefix('batch_')}_1"
     arguments = [{"BATCH": used, "RUN": run}.get(word, word) for word in command]
-    narrow, wide = on_terminal(arguments, WIDTH), shell(*arguments).out
+    narrow, wide = on_terminal(arguments, WIDTH), "".join(shell(*arguments)[1:])
     too_long = [line for line in narrow.splitlines() if len(line) > WIDTH and " " in line.strip()]
     if command != ("doctor",):
         assert too_long == []

@@ -93,3 +93,20 @@ def test_a_run_and_a_batch_are_cancelled_and_redriven_over_a_server(shell: Shell
     assert shell("batch", "cancel", batch, "--server", url, "--json").json["changed"] is True
     assert shell("queue", "pause", "default", "--server", url).out == "default is paused\n"
     assert shell("queue", "resume", "default", "--server", url).out == "default is running\n"
+
+
+def test_commands_that_need_the_database_itself_say_so_about_a_server(shell: Shell, served: tuple[str, str]) -> None:
+    url, _ = served
+    for command in (("prune",), ("key", "list"), ("key", "revoke", "key_x"), ("index", "status")):
+        ran = shell(*command, "--server", url)
+        assert ran.code == 2, (command, ran)
+        assert "--store" in ran.err
+        assert "No such option" not in ran.err
+    assert shell("config", "show", "--server", url, "--json").json["settings"][0]["value"] == url
+
+
+def test_doctor_checks_what_a_client_can_see_of_a_server(shell: Shell, served: tuple[str, str]) -> None:
+    url, _ = served
+    checks = shell("doctor", "--server", url, "--json").json["checks"]
+    assert [check["check"] for check in checks] == ["store", "version", "workers", "batches"]
+    assert all(check["ok"] for check in checks), checks

@@ -28,7 +28,9 @@ app = typer.Typer(
 
 RANGES_MAX: Final = 1_000
 RUNS_FAILED: Final = 3
-BatchArgument = Annotated[str, typer.Argument(metavar="BATCH", help="The batch's id, or its key.")]
+BatchArgument = Annotated[
+    str, typer.Argument(metavar="BATCH", help="The batch's id, its key, or the --batch-key of its map.")
+]
 
 
 @app.command("list")
@@ -36,53 +38,46 @@ def list_(
     state: Annotated[
         str | None, typer.Option(metavar="STATE", help="Only batches in this state, such as open or completed.")
     ] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="List streams and batches of single runs too, each in a row of its own.")
+    ] = False,
+    before: Annotated[str, typer.Option(metavar="BATCH", help="Continue a list with batches older than this id.")] = "",
     limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="Show at most N batches.")] = 50,
     store: StoreOption = None,
     server: ServerOption = None,
     json: JsonOption = False,
 ) -> None:
-    """List batches, newest first."""
+    """List batches, newest first. Runs that were enqueued one by one are summed up in the last row.
+
+    State `failed`: no run completed. State `partly failed`: some runs completed, and some did not.
+    """
+    from headrace.cli.batch_list import BatchPage, print_page, read_page
+    from headrace.foundation.ids import check_batch_id
     from headrace.store.projections import check_batch_state
-    from headrace.views import batch_view
 
     if state is not None:
         check_batch_state(state)
+    if before:
+        check_batch_id(before)
     settings = settings_of(store=place_of(store, server))
 
-    async def read() -> list[BatchView]:
+    async def read() -> BatchPage:
         async with opened(settings, must_exist=True) as engine:
             states = None if state is None else [state]
-            rows = await engine.store.batches(engine.environment, states=states, limit=limit)
-            return [batch_view(*row) for row in rows]
+            return await read_page(engine, states=states, before_id=before, limit=limit, folds=not all_)
 
-    views = run_async(read())
+    page = run_async(read())
     if json:
-        say_json({"batches": views})
+        say_json({"batches": page.views, "folded": page.folded, "next": page.next_id or None})
         return
-    if not views:
+    if not page.views and not page.folded:
         say("no batches")
         return
-    numbers = ("runs", "waiting", "leased", "completed", "failed", "cancelled", "expired")
-    table(
-        ("batch", "task", "state", "created (UTC)", *numbers),
-        [
-            (
-                view.id,
-                view.task or "-",
-                view.state,
-                moment(view.created_at),
-                view.expected,
-                view.waiting,
-                view.leased,
-                view.completed,
-                view.failed,
-                view.cancelled,
-                view.expired,
-            )
-            for view in views
-        ],
-        numbers=numbers,
-    )
+    print_page(page)
+    if page.next_id:
+        note(f"there are more than {counted(limit, 'batch')}: --before {page.next_id} continues, --limit N shows more")
+    if page.folded:
+        note(f"{counted(len(page.folded), 'batch')} of single runs in one row: --all lists each")
 
 
 @app.command("show")
@@ -90,21 +85,26 @@ def show(
     batch: BatchArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False
 ) -> None:
     """Show one batch: its state, its times and the counts of its runs."""
+    from headrace.cli.batch_list import shown_key, shown_state
+
     settings = settings_of(store=place_of(store, server))
 
-    async def read() -> BatchView:
+    async def read() -> tuple[BatchView, list[str]]:
         async with opened(settings, must_exist=True) as engine:
-            return await _view(engine, batch)
+            view = await _view(engine, batch)
+            if view.task:
+                return view, [view.task]
+            return view, (await engine.store.tasks_of_batches(engine.environment, [view.id])).get(view.id, [])
 
-    view = run_async(read())
+    view, tasks = run_async(read())
     if json:
         say_json(view)
         return
     pairs(
-        f"{view.id}  {view.state}",
+        f"{view.id}  {shown_state(view)}",
         [
-            ("task", view.task or "-"),
-            ("key", view.key or "-"),
+            ("task", ", ".join(tasks) or "-"),
+            ("key", shown_key(view) or "-"),
             ("environment", view.environment),
             ("created (UTC)", moment(view.created_at)),
             ("last item (UTC)", moment(view.appended_at)),

@@ -9,7 +9,7 @@ before it ended.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -177,13 +177,40 @@ async def _load(chain: Chain) -> None:
 
 
 async def _newest(engine: Engine, source: MapIdentity) -> BatchRecord | None:
-    """Return the newest batch of this identity. Batches are listed newest first, and retention deletes the oldest."""
+    """Return the newest batch of this identity. Batches are listed newest first, and retention deletes the oldest.
+
+    Raises `Conflict` if another map, of another task or input, has the same --batch-key.
+    """
+    other: BatchRecord | None = None
+    async for batch in _newest_first(engine):
+        if batch.metadata.get("map") == source.identity:
+            return batch
+        if source.key and other is None and batch.metadata.get("batch_key") == source.key:
+            other = batch
+    if other is not None:
+        raise Conflict(
+            f"--batch-key {source.key} names the map of {other.task} over {other.metadata['input']}, "
+            f"got {source.task} over {source.path}",
+            hint="give each map a key of its own",
+            batch_id=other.id,
+        )
+    return None
+
+
+async def batch_of_key(engine: Engine, key: str) -> BatchRecord | None:
+    """Return the newest batch of the map with a --batch-key."""
+    async for batch in _newest_first(engine):
+        if "map" in batch.metadata and batch.metadata.get("batch_key") == key:
+            return batch
+    return None
+
+
+async def _newest_first(engine: Engine) -> AsyncIterator[BatchRecord]:
     before_id = ""
     while True:
         page = await engine.store.batches(engine.environment, before_id=before_id, limit=PAGE_BATCHES)
         for batch, _ in page:
-            if batch.metadata.get("map") == source.identity:
-                return batch
+            yield batch
         if len(page) < PAGE_BATCHES:
-            return None
+            return
         before_id = page[-1][0].id

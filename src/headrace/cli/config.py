@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from headrace.cli.opening import JsonOption, StoreOption, settings_of
+from headrace.cli.opening import JsonOption, ServerOption, StoreOption, place_of, settings_of
 from headrace.cli.printing import say_json, table
 
 app = typer.Typer(no_args_is_help=True, help="Show the effective settings and their sources.")
@@ -24,6 +24,7 @@ def show(
         typer.Argument(metavar="[MODULE_OR_FILE:APP]", help="The app whose settings to show. Default: none."),
     ] = "",
     store: StoreOption = None,
+    server: ServerOption = None,
     concurrency: Annotated[
         int | None, typer.Option(metavar="N", help="Override the setting, as in `headrace map`.")
     ] = None,
@@ -39,9 +40,9 @@ def show(
     """
     from headrace.cli.target_loader import load_app
 
-    settings = settings_of(
-        load_app(target) if target else None, store=store, concurrency=concurrency, processes=processes
-    )
+    target_app = load_app(target) if target else None
+    place = place_of(store, server)
+    settings = settings_of(target_app, store=place, concurrency=concurrency, processes=processes)
     lines = settings.shown()
     if json:
         say_json({"settings": [line._asdict() for line in lines]})

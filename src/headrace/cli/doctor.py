@@ -16,7 +16,16 @@ from urllib.parse import urlsplit
 
 import typer
 
-from headrace.cli.opening import JsonOption, StoreOption, opened, run_async, settings_of, shown_store
+from headrace.cli.opening import (
+    JsonOption,
+    ServerOption,
+    StoreOption,
+    opened,
+    place_of,
+    run_async,
+    settings_of,
+    shown_store,
+)
 from headrace.cli.printing import counted, duration, say, say_json, size
 from headrace.core.serving import REASONS
 from headrace.foundation.errors import HeadraceError, StoreBroken
@@ -27,6 +36,7 @@ if TYPE_CHECKING:
     from headrace.store.protocol import Session
 
 CHECK_FAILED: Final = 1
+CLIENT_CHECKS: Final = ("version", "workers", "batches")
 CLOCK_OFFSET_MAX_S: Final = 2.0
 FREE_BYTES_MIN: Final = 512 * 1024 * 1024
 FULL_AFTER_S: Final = 60
@@ -62,15 +72,16 @@ def command(
         typer.Argument(metavar="[MODULE_OR_FILE:APP]", help="The app whose store to check. Default: none."),
     ] = "",
     store: StoreOption = None,
+    server: ServerOption = None,
     json: JsonOption = False,
 ) -> None:
     """Check the store, its durability, clock, disk, objects and sessions, and find stuck batches.
 
-    Exit code 1 if any check fails.
+    With --server, check what a client can see. Exit code 1 if any check fails.
     """
     from headrace.cli.target_loader import load_app
 
-    settings = settings_of(load_app(app) if app else None, store=store)
+    settings = settings_of(load_app(app) if app else None, store=place_of(store, server))
     findings = run_async(examine(settings))
     all_ok = all(finding.ok for finding in findings)
     if json:
@@ -102,6 +113,8 @@ async def examine(settings: Settings) -> list[Finding]:
                 ("workers", lambda: workers(engine)),
                 ("batches", lambda: batches(engine)),
             ]
+            if not engine.is_maintained_here:  # a server keeps the store: only its operator can check the others
+                checks = [(name, check) for name, check in checks if name in CLIENT_CHECKS]
             for name, check in checks:
                 findings.append(await _run_check(name, check))
     except HeadraceError as error:
@@ -236,6 +249,8 @@ async def workers(engine: Engine) -> str:
         )
         more = f" (and {len(stalled) - 3} more)" if len(stalled) > 3 else ""
         raise CheckFailed(named + more, stalled[0].hint)
+    if not engine.is_maintained_here:
+        return "all waiting runs have a live worker"
     live_sessions = [session for session in await engine.maintenance.sessions() if session.serves is not None]
     if full := await _full_workers(engine, live_sessions, now_us):
         raise CheckNoted(
@@ -267,7 +282,7 @@ async def _full_workers(engine: Engine, sessions: Sequence[Session], now_us: int
 async def batches(engine: Engine) -> str:
     """Find batches without progress: open without items, waiting without a worker, delayed for very long."""
     now_us = engine.clock.now_us()
-    live_count = len(await engine.maintenance.sessions())
+    live_count = len(await engine.maintenance.sessions()) if engine.is_maintained_here else 1
     paused = {view.name for view in await engine.store.queues(engine.environment) if view.paused and view.waiting_count}
     stuck: list[str] = []
     unfinished_count = 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from typer.core import TyperGroup
 
-from headrace.cli.opening import JsonOption, StoreOption
+from headrace.cli.opening import JsonOption, NoServerOption, StoreOption
 
 if TYPE_CHECKING:
     from headrace.core.sequencer import Position
@@ -46,6 +46,7 @@ Target = Annotated[
 def run(
     indexer: Target,
     store: StoreOption = None,
+    server: NoServerOption = None,
     until: Annotated[
         str,
         typer.Option(
@@ -65,11 +66,11 @@ def run(
     """Run an indexer until its sources end. SIGINT and SIGTERM commit the handled events first; a second signal stops
     now.
     """
-    from headrace.cli.opening import run_async, settings_of
+    from headrace.cli.opening import place_of, run_async, settings_of
     from headrace.cli.target_loader import load_indexer
 
     loaded = load_indexer(indexer)
-    settings_of(loaded.app, store=store, index_depth_max=depth, index_batch_events_max=batch_size)
+    settings_of(loaded.app, store=place_of(store, server), index_depth_max=depth, index_batch_events_max=batch_size)
     run_async(_run(loaded, position_of(until), wait=not no_wait, shows=progress))
 
 
@@ -161,13 +162,13 @@ def summary(name: str, progress: IndexerProgress) -> str:
 
 
 @app.command("status")
-def status(store: StoreOption = None, as_json: JsonOption = False) -> None:
+def status(store: StoreOption = None, server: NoServerOption = None, as_json: JsonOption = False) -> None:
     """Show the checkpoint and state of every indexer."""
-    from headrace.cli.opening import opened, run_async, settings_of
+    from headrace.cli.opening import opened, place_of, run_async, settings_of
     from headrace.cli.printing import moment, say, say_json, table
     from headrace.runtime.indexing.indexer_lease import describe_holder
 
-    settings = settings_of(store=store)
+    settings = settings_of(store=place_of(store, server))
 
     async def work() -> None:
         async with opened(settings, must_exist=True) as engine:
@@ -214,14 +215,15 @@ def rollback(
         str | None, typer.Option(metavar="NAME", help="The source of the position, where there are several.")
     ] = None,
     store: StoreOption = None,
+    server: NoServerOption = None,
 ) -> None:
     """Roll the tables back to the state after an event. Requires history: `app.indexer(…, history=…)`."""
-    from headrace.cli.opening import run_async, settings_of
+    from headrace.cli.opening import place_of, run_async, settings_of
     from headrace.cli.printing import note
     from headrace.cli.target_loader import load_indexer
 
     loaded = load_indexer(indexer)
-    settings_of(loaded.app, store=store)
+    settings_of(loaded.app, store=place_of(store, server))
 
     async def work() -> None:
         owner: Any = loaded.app
@@ -240,15 +242,16 @@ def reset(
         str, typer.Argument(metavar="NAME", help="The indexer's name, as `headrace index status` shows it.")
     ],
     store: StoreOption = None,
+    server: NoServerOption = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
     """Drop all tables of an indexer and forget its checkpoint."""
-    from headrace.cli.opening import opened, run_async, settings_of
+    from headrace.cli.opening import opened, place_of, run_async, settings_of
     from headrace.cli.printing import note
     from headrace.foundation.errors import NotFound
     from headrace.foundation.suggestions import hint_of
 
-    settings = settings_of(store=store)
+    settings = settings_of(store=place_of(store, server))
     if not yes:
         typer.confirm(f"Drop all tables of {name}?", abort=True)
 

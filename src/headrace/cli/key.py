@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from headrace.cli.opening import JsonOption, StoreOption, opened, run_async, settings_of
+from headrace.cli.opening import JsonOption, NoServerOption, StoreOption, opened, place_of, run_async, settings_of
 from headrace.cli.printing import moment, note, say, say_json, table
 
 app = typer.Typer(no_args_is_help=True, help="Manage the API keys of a server.")
@@ -33,6 +33,7 @@ def create(
     name: Annotated[str, typer.Option(metavar="TEXT", help="A label for people.")] = "",
     environment: EnvironmentOption = None,
     store: StoreOption = None,
+    server: NoServerOption = None,
     json: JsonOption = False,
 ) -> None:
     """Create a key and show it once; the store keeps only its digest."""
@@ -46,7 +47,7 @@ def create(
         ) from None
     if len(name) > 200 or not (name.isprintable() or not name):
         raise InvalidInput(f"expected a key name of at most 200 printable characters, got {name[:50]!r}")
-    settings = settings_of(store=store, environment=environment)
+    settings = settings_of(store=place_of(store, server), environment=environment)
 
     async def made() -> tuple[str, str]:
         async with opened(settings) as engine:
@@ -65,9 +66,14 @@ def create(
 
 
 @app.command("list")
-def index(environment: EnvironmentOption = None, store: StoreOption = None, json: JsonOption = False) -> None:
+def index(
+    environment: EnvironmentOption = None,
+    store: StoreOption = None,
+    server: NoServerOption = None,
+    json: JsonOption = False,
+) -> None:
     """List the keys of an environment, without their secrets."""
-    settings = settings_of(store=store, environment=environment)
+    settings = settings_of(store=place_of(store, server), environment=environment)
 
     async def listed() -> list[dict[str, object]]:
         async with opened(settings, must_exist=True) as engine:
@@ -94,9 +100,10 @@ def revoke(
     key_id: Annotated[str, typer.Argument(metavar="KEY_ID")],
     environment: EnvironmentOption = None,
     store: StoreOption = None,
+    server: NoServerOption = None,
 ) -> None:
     """Revoke a key; servers refuse it within two seconds."""
-    settings = settings_of(store=store, environment=environment)
+    settings = settings_of(store=place_of(store, server), environment=environment)
 
     async def revoked() -> bool:
         async with opened(settings, must_exist=True) as engine:

@@ -36,6 +36,9 @@ ServerOption: TypeAlias = Annotated[
     str | None,
     typer.Option("--server", metavar="URL", help="A Headrace server instead of a store; HEADRACE_API_KEY is its key."),
 ]
+NoServerOption: TypeAlias = Annotated[str | None, typer.Option("--server", metavar="URL", hidden=True)]
+"""A server for a command that needs the database itself: its engine refuses it with the reason."""
+
 JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -100,13 +103,14 @@ async def opened(settings: Settings, *, must_exist: bool = False) -> AsyncIterat
 
 
 async def find_batch(engine: Engine, text: str) -> BatchRecord:
-    """Find a batch by its id or its key. Raises `NotFound`."""
+    """Find a batch by its id, its key, or the --batch-key of its map (the newest batch of it). Raises `NotFound`."""
+    from headrace.cli.chain import batch_of_key
     from headrace.foundation.ids import check_batch_id
 
     try:
         batch_id = check_batch_id(text)
     except InvalidInput:
-        batch = await engine.store.find_batch(engine.environment, text)
+        batch = await engine.store.find_batch(engine.environment, text) or await batch_of_key(engine, text)
         if batch is None:
             raise NotFound(
                 f"no batch has the id or key {text!r}", hint="`headrace batch list` shows all batches"

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from headrace.cli.opening import JsonOption, StoreOption, opened, run_async, settings_of
+from headrace.cli.opening import JsonOption, NoServerOption, StoreOption, opened, place_of, run_async, settings_of
 from headrace.cli.printing import counted, duration, say, say_json
 
 
 def command(
     store: StoreOption = None,
+    server: NoServerOption = None,
     retention_ms: Annotated[
         int | None,
         typer.Option(
@@ -24,7 +25,7 @@ def command(
     """Delete batches that finished before the retention period, and orphaned objects."""
     from headrace.runtime.maintenance.upkeep import Upkeep
 
-    settings = settings_of(store=store, retention_ms=retention_ms)
+    settings = settings_of(store=place_of(store, server), retention_ms=retention_ms)
 
     async def delete() -> tuple[int, int]:
         async with opened(settings, must_exist=True) as engine:

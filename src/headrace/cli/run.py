@@ -16,7 +16,7 @@ from headrace.cli.opening import (
     run_async,
     settings_of,
 )
-from headrace.cli.printing import duration, moment, pairs, say, say_json, table
+from headrace.cli.printing import counted, duration, moment, note, pairs, say, say_json, table
 
 if TYPE_CHECKING:
     from headrace.runtime.engine import Engine
@@ -34,30 +34,42 @@ def list_(
     batch: Annotated[str, typer.Option(metavar="BATCH", help="Only runs of this batch (id or key).")] = "",
     state: Annotated[str, typer.Option(metavar="STATE", help="Only runs in this state, such as failed.")] = "",
     task: Annotated[str, typer.Option(metavar="TASK", help="Only runs of this task.")] = "",
+    queue: Annotated[str, typer.Option(metavar="QUEUE", help="Only runs in this queue.")] = "",
     tag: Annotated[str, typer.Option(metavar="TAG", help="Only runs with this tag.")] = "",
+    after: Annotated[str, typer.Option(metavar="RUN", help="Continue a list behind this run.")] = "",
     limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="Show at most N runs.")] = 50,
     store: StoreOption = None,
     server: ServerOption = None,
     json: JsonOption = False,
 ) -> None:
     """List runs, those of the newest batch first and by index inside a batch."""
+    from headrace.foundation.ids import parse_run_id
     from headrace.store.projections import check_run_state
     from headrace.views import listed_views
 
     check_run_state(state)
     settings = settings_of(store=place_of(store, server))
+    behind = parse_run_id(after) if after else None
 
     async def read() -> list[RunView]:
         async with opened(settings, must_exist=True) as engine:
             batch_id = (await find_batch(engine, batch)).id if batch else ""
             records = await engine.store.runs(
-                engine.environment, batch_id=batch_id, state=state, task=task, tag=tag, limit=limit
+                engine.environment,
+                batch_id=batch_id,
+                state=state,
+                task=task,
+                queue=queue,
+                tag=tag,
+                after=behind,
+                limit=limit + 1,  # so that the end of the list is known
             )
             return await listed_views(engine, records)
 
     views = run_async(read())
+    views, has_more = views[:limit], len(views) > limit
     if json:
-        say_json({"runs": views})
+        say_json({"runs": views, "next": views[-1].id if has_more else None})
         return
     if not views:
         say("no runs")
@@ -71,6 +83,8 @@ def list_(
         ],
         numbers=numbers,
     )
+    if has_more:
+        note(f"there are more than {counted(limit, 'run')}: --after {views[-1].id} continues, --limit N shows more")
 
 
 @app.command("show")

@@ -287,6 +287,7 @@ class RemoteStore:
         batch_id: str = "",
         state: str = "",
         task: str = "",
+        queue: str = "",
         tag: str = "",
         after: tuple[str, int] | None = None,
         limit: int = 50,
@@ -298,6 +299,7 @@ class RemoteStore:
             batch_id=batch_id,
             state=state,
             task=task,
+            queue=queue,
             tag=tag,
             after=after,
             limit=limit,
@@ -308,6 +310,11 @@ class RemoteStore:
         """List the queues that were ever used or paused."""
         result: list[QueueView] = await self._ask("queues", environment=environment)
         return result
+
+    async def tasks_of_batches(self, environment: str, batch_ids: Sequence[str]) -> dict[str, list[str]]:
+        """Return the tasks of the first and the last runs of some batches."""
+        tasks: dict[str, list[str]] = await self._ask("tasks_of_batches", environment=environment, batch_ids=batch_ids)
+        return tasks
 
     async def stalled_lanes(self, environment: str, *, batch_id: str = "", now_us: int) -> list[StalledLane]:
         """Return the lanes with waiting runs that no live worker takes."""

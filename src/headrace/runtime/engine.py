@@ -103,8 +103,8 @@ class Engine:
         """The operations of upkeep. Raises `ClientFault` if a server keeps the store."""
         if not isinstance(self.store, MaintainStore):
             raise ClientFault(
-                f"{type(self.store).__name__} has no maintenance operations: the server maintains its store",
-                hint="run the command where the store is",
+                "a client of a server can't maintain its store: the server does that itself",
+                hint="run the command where the database is, with --store",
             )
         return self.store
 
@@ -113,8 +113,8 @@ class Engine:
         """The operations on API keys and rate limits. Raises `ClientFault` if a server keeps the store."""
         if not isinstance(self.store, AdministerStore):
             raise ClientFault(
-                f"{type(self.store).__name__} has no administration operations: the server administers its store",
-                hint="run the command where the store is",
+                "a client of a server can't manage its API keys and limits",
+                hint="run the command where the database is, with --store",
             )
         return self.store
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from headrace.core import batch as batches
 from headrace.core import run
@@ -57,6 +57,32 @@ def _checked_state(state: str, noun: str, other: str) -> str:
 def no_run(batch_id: str, index: int) -> NotFound:
     """Return the error for a run that does not exist."""
     return NotFound(f"no run has the id {run_id(batch_id, index)!r}", hint="`headrace run list` shows the runs")
+
+
+class RunFilter(NamedTuple):
+    """Properties that listed runs must have; an empty one is any."""
+
+    state: str = ""
+    task: str = ""
+    queue: str = ""
+    tag: str = ""
+
+    def takes(self, record: RunRecord) -> bool:
+        """True if a run has them, apart from the tag."""
+        return self.state in ("", record.state) and self.task in ("", record.task) and self.queue in ("", record.queue)
+
+
+def add_details(record: RunRecord, extra: Extra, outcomes: Iterable[tuple[int, bytes, int, int]]) -> None:
+    """Complete a listed run: what only some runs have, its attempts, and its error if it failed.
+
+    `outcomes`: code, result, kind and time of each recorded outcome, oldest first.
+    """
+    record.headers, record.tags, record.idempotency_key = extra.headers, list(extra.tags), extra.idempotency_key
+    record.kept, record.name = extra.kept, extra.name
+    for code, data, kind, settled_us in outcomes:
+        record.attempts.append(attempt_of(code, data, settled_us))
+        if code == run.FAILED and record.state == run.NAMES[run.FAILED]:
+            record.result, record.result_kind = data, kind
 
 
 def view_of(span: Span, index: int, state: int) -> RunRecord:

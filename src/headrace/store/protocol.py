@@ -436,17 +436,21 @@ class QueryStore(Protocol):
         batch_id: str = "",
         state: str = "",
         task: str = "",
+        queue: str = "",
         tag: str = "",
         after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunRecord]:
-        """List runs that match, newest batch first and by index inside it, without payloads and attempts.
+        """List runs that match, newest batch first and by index inside it; without payloads, and results but errors.
 
         `after`, the batch and index of a run, continues a list behind that run.
         """
 
     async def queues(self, environment: str) -> list[QueueView]:
         """List the queues that were ever used or paused."""
+
+    async def tasks_of_batches(self, environment: str, batch_ids: Sequence[str]) -> dict[str, list[str]]:
+        """Return the tasks of the first and the last runs of some batches, by batch; a batch without runs has none."""
 
     async def stalled_lanes(self, environment: str, *, batch_id: str = "", now_us: int) -> list[StalledLane]:
         """Return the lanes with waiting runs that no live worker takes, of an environment or of one batch.

@@ -108,6 +108,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
         _operation("run", "runs:read"),
         _operation("runs", "runs:read"),
         _operation("queues", "runs:read"),
+        _operation("tasks_of_batches", "batches:read|runs:read"),
         _operation("stalled_lanes", "batches:read|runs:read"),
         _operation("pause_queue", "runs:write"),
         _operation("dead_letters", "runs:read"),

@@ -74,9 +74,9 @@ class TriggerRuns:
     async def replay(self, request: Request) -> Response:
         """`POST /api/v1/runs/{id}/replay`: start a new run of the same task with the same payload."""
         context, record, _ = await self._get_run(request, "runs:write")
-        if record.state == "failed" and record.payload == b"{}" and record.attempt == 1 and not record.attempts[1:]:
+        if record.state == "failed" and record.attempt == 1 and not record.attempts[1:]:
             failure = decode(record.result)
-            if failure.type in ("PAYLOAD_TOO_LARGE", "InvalidJSON", "InvalidUTF8"):
+            if failure.type in ("PAYLOAD_TOO_LARGE", "InvalidJSON", "InvalidUTF8") and not failure.attempts:
                 raise InvalidInput("can't replay: the run never had a readable payload", hint="send the item again")
         payload, kind = await self._content(context, record.payload, record.kind)
         key = self._service.default_key(record.task)._replace(queue=record.queue, priority=record.priority)
@@ -96,8 +96,6 @@ class TriggerRuns:
         for record in records:
             if record.batch_id not in batches:
                 batches[record.batch_id] = (await context.engine.store.batch(record.batch_id))[0]
-            if record.state == "failed":  # its status depends on the result, which listings do not carry
-                record = await context.engine.store.run(record.batch_id, record.index)
             env = {"id": context.environment, "name": context.environment}
             data.append(trigger_run(record, batches[record.batch_id]) | {"env": env})
         pagination: dict[str, str] = {}

@@ -150,6 +150,8 @@ class StoreRpc:
         for field in ("limit", "runs_max", "ranges_max"):
             if field in values and not 0 < values[field] <= LIST_MAX:
                 raise InvalidInput(f"expected {field} from 1 to {LIST_MAX}, got {values[field]}")
+        if len(values.get("batch_ids", ())) > LIST_MAX:
+            raise InvalidInput(f"expected at most {LIST_MAX} batch ids, got {len(values['batch_ids'])}")
         if len(values.get("runs", ())) > LIST_MAX or len(values.get("value", b"")) > RULES_BYTES_MAX:
             raise InvalidInput(f"expected at most {LIST_MAX} runs and {RULES_BYTES_MAX} bytes of rules")
         self._validate_new_data(context, name, values)

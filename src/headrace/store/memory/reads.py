@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from typing import Final, NamedTuple, Self
 
 from headrace.core import batch as batches
@@ -19,7 +20,17 @@ from headrace.core.pack import unpack
 from headrace.core.serving import WaitingLane
 from headrace.core.span import Part, Span, block_offsets_of, results_of
 from headrace.foundation.errors import NotFound
-from headrace.store.projections import WITH_RESULT, attempt_of, check_run_state, lease_of, named_lease, no_run, view_of
+from headrace.store.projections import (
+    WITH_RESULT,
+    RunFilter,
+    add_details,
+    attempt_of,
+    check_run_state,
+    lease_of,
+    named_lease,
+    no_run,
+    view_of,
+)
 from headrace.store.protocol import (
     ApiKey,
     DeadLetter,
@@ -286,24 +297,48 @@ def runs(
     tables: Tables,
     environment: str,
     batch_id: str,
-    state: str,
-    task: str,
-    tag: str,
+    run_filter: RunFilter,
     after: tuple[str, int] | None,
     limit: int,
 ) -> list[RunRecord]:
-    """List runs that match, newest batch first and by index inside it, without payloads and attempts."""
-    check_run_state(state)
-    views = (
-        view_of(location.span, location.run_index, location.state)
+    """List runs that match, newest batch first and by index inside it, without payloads."""
+    check_run_state(run_filter.state)
+    listed = (
+        (view_of(location.span, location.run_index, location.state), location)
         for name in sorted(tables.batches, reverse=True)
         if batch_id in ("", name) and tables.batches[name].environment == environment
         if after is None or name <= after[0]
         for location in run_locations(tables, name)
         if after is None or name < after[0] or location.run_index > after[1]
-        if not tag or (environment, tag, name, location.run_index) in tables.tags
+        if not run_filter.tag or (environment, run_filter.tag, name, location.run_index) in tables.tags
     )
-    return [view for view in views if state in ("", view.state) and task in ("", view.task)][:limit]
+    matching = list(islice(((record, location) for record, location in listed if run_filter.takes(record)), limit))
+    outcomes: dict[tuple[int, int], list[tuple[int, bytes, int, int]]] = {
+        (location.block_id, location.block_offset): [] for _, location in matching
+    }
+    for part in tables.parts.values():
+        for block_offset, code, data, kind in results_of(part):
+            recorded = outcomes.get((part.block_id, block_offset))
+            if recorded is not None:
+                recorded.append((code, data, kind, part.settled_us))
+    for record, location in matching:
+        extra = tables.blocks[location.block_id].chunk.extras.get(location.block_offset, Extra())
+        add_details(record, extra, outcomes[location.block_id, location.block_offset])
+    return [record for record, _ in matching]
+
+
+def tasks_of_batches(tables: Tables, environment: str, batch_ids: Sequence[str]) -> dict[str, list[str]]:
+    """Return the tasks of the first and the last runs of some batches."""
+    tasks: dict[str, list[str]] = {}
+    for batch_id in batch_ids:
+        batch = tables.batches.get(batch_id)
+        blocks = [block for block in tables.blocks.values() if block.batch_id == batch_id]
+        if batch is None or batch.environment != environment or not blocks:
+            continue
+        by_index = sorted(blocks, key=lambda block: (block.chunk.first_index, block.id))
+        outer = {by_index[0].id, by_index[-1].id}
+        tasks[batch_id] = sorted({span.task for span in tables.spans.values() if span.block_id in outer})
+    return tasks
 
 
 def queues(tables: Tables, environment: str) -> list[QueueView]:

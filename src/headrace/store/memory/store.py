@@ -26,7 +26,7 @@ from headrace.foundation.errors import Conflict, InvalidInput, NotFound, StoreUn
 from headrace.foundation.limits import Limits
 from headrace.store.memory import reads, writes
 from headrace.store.memory.reads import Queue, Tables
-from headrace.store.projections import serving_since
+from headrace.store.projections import RunFilter, serving_since
 from headrace.store.protocol import (
     ApiKey,
     Appended,
@@ -314,12 +314,17 @@ class MemoryStore:
         batch_id: str = "",
         state: str = "",
         task: str = "",
+        queue: str = "",
         tag: str = "",
         after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunRecord]:
         """List runs that match, newest batch first and by index inside it."""
-        return reads.runs(self._now(), environment, batch_id, state, task, tag, after, limit)
+        return reads.runs(self._now(), environment, batch_id, RunFilter(state, task, queue, tag), after, limit)
+
+    async def tasks_of_batches(self, environment: str, batch_ids: Sequence[str]) -> dict[str, list[str]]:
+        """Return the tasks of the first and the last runs of some batches."""
+        return reads.tasks_of_batches(self._now(), environment, batch_ids)
 
     async def queues(self, environment: str) -> list[QueueView]:
         """List the queues that were ever used or paused."""

@@ -16,10 +16,10 @@ from headrace.core.index_set import IndexSet
 from headrace.core.pack import unpack_some
 from headrace.core.serving import LANES_MAX, Serving, StalledLane, WaitingLane
 from headrace.core.serving import stalled_lanes as stalled
-from headrace.core.span import DELAYED, LEASED, WAITING, Span, block_offsets_of, results_of
+from headrace.core.span import LEASED, Span, block_offsets_of, results_of
 from headrace.foundation.errors import NotFound
 from headrace.foundation.ids import INDEX_MAX
-from headrace.store.projections import WITH_RESULT, attempt_of, check_run_state, no_run, serving_since, view_of
+from headrace.store.projections import WITH_RESULT, attempt_of, no_run, serving_since, view_of
 from headrace.store.protocol import LeaseLoad, QueueView, RunOutcome, RunRecord, Session, Verification
 from headrace.store.transactions.locate import (
     decode_extras,
@@ -34,9 +34,6 @@ from headrace.store.transactions.row_mapping import as_json, to_batch, to_part, 
 from headrace.store.transactions.sql_script import Script, fetch, fetch_first, fetch_one
 
 VERIFY_BLOCKS: Final = 256
-SPANS_A_BLOCK: Final = 256
-TAGGED_MAX: Final = 10_000
-NOWHERE: Final = ("", -1)
 _decode_serving: Final = msgspec.json.Decoder(Serving).decode
 
 
@@ -187,7 +184,7 @@ def run(batch_id: str, index: int) -> Script[RunRecord]:
     payloads, kinds = unpack_some(items, [block_offset])
     extra = decode_extras(extras).get(block_offset, Extra())
     spans = yield from spans_of_block(block_id)
-    span, state = _home(spans, block_offset)
+    span, state = home_of(spans, block_offset)
     attempts: list[dict[str, object]] = []
     result, result_kind = b"", 0
     for row in (yield from fetch("parts_of_blocks", ids=as_json([block_id]))):
@@ -209,7 +206,7 @@ def run(batch_id: str, index: int) -> Script[RunRecord]:
     return view
 
 
-def _home(spans: Sequence[Span], block_offset: int) -> tuple[Span, int]:
+def home_of(spans: Sequence[Span], block_offset: int) -> tuple[Span, int]:
     """Return the one span that has a run's state, and the state."""
     for span in spans:
         for offset, state in zip(block_offsets_of(span), span.states, strict=True):
@@ -218,85 +215,6 @@ def _home(spans: Sequence[Span], block_offset: int) -> tuple[Span, int]:
     raise NotFound(
         "no span has the state of this run", hint="run `headrace verify` on the batch", block_offset=block_offset
     )
-
-
-def list_runs(
-    environment: str,
-    batch_id: str,
-    state: str,
-    task: str,
-    tag: str,
-    after: tuple[str, int] | None,
-    limit: int,
-) -> Script[list[RunRecord]]:
-    """List runs that match, newest batch first and by index inside it."""
-    check_run_state(state)
-    if tag:
-        return (yield from _tagged_runs(environment, batch_id, state, task, tag, after, limit))
-    after_batch, after_index = after or NOWHERE
-    byte = runs_core.BY_NAME["waiting" if state in (LEASED, DELAYED) else state] if state else None
-    runs: list[RunRecord] = []
-    rows = yield from fetch(
-        "list_spans",
-        environment=environment,
-        batch_id=batch_id,
-        task=task,
-        state=None if byte is None else bytes((byte,)),
-        span_state=state if state in (WAITING, LEASED, DELAYED) else "",
-        after_batch=after_batch,
-        after_index=after_index,
-        rows_max=limit + SPANS_A_BLOCK,
-    )
-    block_id, newest = 0, ""
-    pending: list[RunRecord] = []  # several spans share a block, and blocks may overlap: sort by index here
-    for row in rows:
-        *columns, first_index, gaps = row
-        span = to_span(columns)
-        if span.block_id != block_id:
-            reach = first_index if span.batch_id == newest else INDEX_MAX + 1
-            pending.sort(key=lambda view: view.index)
-            runs += [view for view in pending if view.index < reach]
-            pending = [view for view in pending if view.index >= reach]
-            block_id, newest = span.block_id, span.batch_id
-            if len(runs) >= limit:
-                break
-        distances = array("I", gaps) if gaps is not None else None
-        for block_offset, run_state in zip(block_offsets_of(span), span.states, strict=True):
-            if run_state == runs_core.MOVED or (byte is not None and run_state != byte):
-                continue
-            view = view_of(
-                span, first_index + (block_offset if distances is None else distances[block_offset]), run_state
-            )
-            is_behind = span.batch_id != after_batch or view.index > after_index
-            if is_behind and (not state or view.state == state):
-                pending.append(view)
-    return (runs + sorted(pending, key=lambda view: view.index))[:limit]
-
-
-def _tagged_runs(
-    environment: str, batch_id: str, state: str, task: str, tag: str, after: tuple[str, int] | None, limit: int
-) -> Script[list[RunRecord]]:
-    runs: list[RunRecord] = []
-    after_batch, after_index = after or NOWHERE
-    for name, index in (
-        yield from fetch(
-            "tagged_runs",
-            environment=environment,
-            tag=tag,
-            batch_id=batch_id,
-            after_batch=after_batch,
-            after_index=after_index,
-            rows_max=TAGGED_MAX,
-        )
-    ):
-        location = yield from locate(name, index)
-        if location is None or len(runs) >= limit:
-            break
-        span, run_state = _home((yield from spans_of_block(location.block_id)), location.block_offset)
-        view = view_of(span, index, run_state)
-        if state in ("", view.state) and task in ("", view.task):
-            runs.append(view)
-    return runs
 
 
 def queues(environment: str) -> Script[list[QueueView]]:

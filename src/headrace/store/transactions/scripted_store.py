@@ -13,7 +13,7 @@ from headrace.core.serving import StalledLane
 from headrace.core.span import Settlement, Span
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.limits import Limits
-from headrace.store.projections import lease_of
+from headrace.store.projections import RunFilter, lease_of
 from headrace.store.protocol import (
     ApiKey,
     Appended,
@@ -43,6 +43,7 @@ from headrace.store.transactions import (
     cancel_redrive,
     dead_letters,
     leases,
+    listings,
     locate,
     maintenance,
     queries,
@@ -192,12 +193,19 @@ class ScriptedStore(ABC):
         batch_id: str = "",
         state: str = "",
         task: str = "",
+        queue: str = "",
         tag: str = "",
         after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunRecord]:
         """List runs that match, newest batch first and by index inside it."""
-        return await self._read(lambda: queries.list_runs(environment, batch_id, state, task, tag, after, limit))
+        return await self._read(
+            lambda: listings.list_runs(environment, batch_id, RunFilter(state, task, queue, tag), after, limit)
+        )
+
+    async def tasks_of_batches(self, environment: str, batch_ids: Sequence[str]) -> dict[str, list[str]]:
+        """Return the tasks of the first and the last runs of some batches."""
+        return await self._read(lambda: listings.tasks_of_batches(environment, batch_ids))
 
     async def queues(self, environment: str) -> list[QueueView]:
         """List the queues that were ever used or paused."""

@@ -122,10 +122,23 @@ GROUP BY queue.name, queue.paused ORDER BY queue.name;
 SELECT {span_columns(span.)}, block.first_index, block.gaps
 FROM {schema}.batch JOIN {schema}.block ON block.batch_id = batch.id JOIN {schema}.span ON span.block_id = block.id
 WHERE batch.environment = :environment AND (:batch_id::text = '' OR batch.id = :batch_id)
-    AND (:task::text = '' OR span.task = :task) AND (:state::bytea IS NULL OR position(:state::bytea IN span.states) > 0)
+    AND (:task::text = '' OR span.task = :task) AND (:queue::text = '' OR span.queue = :queue)
+    AND (:state::bytea IS NULL OR position(:state::bytea IN span.states) > 0)
     AND (:span_state::text = '' OR span.state = :span_state)
     AND (:after_batch::text = '' OR batch.id < :after_batch OR batch.id = :after_batch AND block.last_index > :after_index)
 ORDER BY batch.id DESC, block.first_index, span.id LIMIT :rows_max;
+
+-- tasks_of_batches: read the tasks in the first and in the last block of some batches
+SELECT DISTINCT batch.id, span.task
+FROM {schema}.batch
+CROSS JOIN LATERAL (
+    (SELECT block.id FROM {schema}.block WHERE block.batch_id = batch.id ORDER BY first_index LIMIT 1)
+    UNION ALL
+    (SELECT block.id FROM {schema}.block WHERE block.batch_id = batch.id ORDER BY first_index DESC LIMIT 1)
+) AS outer_block
+JOIN {schema}.span ON span.block_id = outer_block.id
+WHERE batch.id = ANY ({text_array(:ids)}) AND batch.environment = :environment
+ORDER BY batch.id, span.task;
 
 -- tagged_runs: list the runs with a tag
 SELECT batch_id, run_index FROM {schema}.tag

@@ -110,10 +110,22 @@ GROUP BY queue.name ORDER BY queue.name;
 SELECT {span_columns(span.)}, block.first_index, block.gaps
 FROM headrace_batch AS batch CROSS JOIN headrace_block AS block ON block.batch_id = batch.id CROSS JOIN headrace_span AS span ON span.block_id = block.id
 WHERE batch.environment = :environment AND (:batch_id = '' OR batch.id = :batch_id)
-    AND (:task = '' OR span.task = :task) AND (:state IS NULL OR instr(span.states, :state) > 0)
+    AND (:task = '' OR span.task = :task) AND (:queue = '' OR span.queue = :queue)
+    AND (:state IS NULL OR instr(span.states, :state) > 0)
     AND (:span_state = '' OR span.state = :span_state)
     AND (:after_batch = '' OR batch.id < :after_batch OR batch.id = :after_batch AND block.last_index > :after_index)
 ORDER BY batch.id DESC, block.first_index, span.id LIMIT :rows_max;
+
+-- tasks_of_batches: read the tasks in the first and in the last block of some batches
+SELECT DISTINCT batch.id, span.task
+FROM json_each(:ids) AS named
+CROSS JOIN headrace_batch AS batch ON batch.id = named.value
+CROSS JOIN headrace_block AS block ON block.id IN (
+    (SELECT id FROM headrace_block WHERE batch_id = batch.id ORDER BY first_index LIMIT 1),
+    (SELECT id FROM headrace_block WHERE batch_id = batch.id ORDER BY first_index DESC LIMIT 1))
+CROSS JOIN headrace_span AS span ON span.block_id = block.id
+WHERE batch.environment = :environment
+ORDER BY batch.id, span.task;
 
 -- tagged_runs: list the runs with a tag
 SELECT batch_id, run_index FROM headrace_tag

@@ -137,6 +137,40 @@ async def test_a_redriven_run_is_not_cancelled_by_an_earlier_request(rig: StoreR
     assert await rig.states(batch_id) == ["waiting"]
 
 
+# -- listings
+
+
+async def test_listed_runs_have_their_keys_attempts_and_errors(rig: StoreRig) -> None:
+    extra = Extra(tags=("t",), headers={"trace": "abc"}, idempotency_key="k")
+    batch_id, session_id = await rig.batch(3), await rig.session()
+    await rig.append(batch_id, range(3), extras={1: extra})
+    await rig.store.seal(batch_id, None, now_us=rig.now_us)
+    (lease,) = await rig.claim(session_id)
+    await rig.settle(lease, "cf", span_slots=[0, 1])
+    listed = await rig.store.runs("default", batch_id=batch_id)
+    for record in listed:
+        whole = await rig.store.run(batch_id, record.index)
+        assert (record.attempts, record.tags, record.headers) == (whole.attempts, whole.tags, whole.headers)
+        assert record.idempotency_key == whole.idempotency_key
+        assert (record.payload, record.result) == (b"", whole.result if record.state == "failed" else b"")
+    assert [record.idempotency_key for record in listed] == ["", "k", ""]
+    assert [len(record.attempts) for record in listed] == [1, 1, 0]
+    (tagged,) = await rig.store.runs("default", tag="t")
+    assert tagged == listed[1]
+
+
+async def test_runs_are_listed_by_queue_and_the_tasks_of_batches_by_batch(rig: StoreRig) -> None:
+    plain, empty = await rig.filled(300), await rig.batch(1)
+    mixed = await rig.batch(4)
+    await rig.append(mixed, [0, 1], key=Key("b", queue="slow"))
+    await rig.append(mixed, [2, 3], key=Key("a", queue="fast"))
+    assert [run.index for run in await rig.store.runs("default", queue="slow")] == [0, 1]
+    assert await rig.store.runs("default", queue="slow", task="a") == []
+    tasks = await rig.store.tasks_of_batches("default", [plain, empty, mixed, f"batch_{'0' * 26}"])
+    assert tasks == {plain: ["task"], mixed: ["a", "b"]}
+    assert await rig.store.tasks_of_batches("elsewhere", [plain]) == {}
+
+
 # -- outcomes
 
 
@@ -457,9 +491,9 @@ async def plant(rig: StoreRig, batch_id: str) -> None:
         tables.parts.clear()
     elif isinstance(rig.store, SqliteStore):
         for statement in (
-            "UPDATE batch SET completed_count = completed_count + 1",
-            "UPDATE batch SET received = x'010001'",
-            "DELETE FROM part",
+            "UPDATE headrace_batch SET completed_count = completed_count + 1",
+            "UPDATE headrace_batch SET received = x'010001'",
+            "DELETE FROM headrace_part",
         ):
             await rig.store._writer.run(methodcaller("execute", statement))
     else:

@@ -144,6 +144,7 @@ class StoreScenario:
         await self.ask("stalled_lanes", self.environment, batch_id=main, now_us=self.now_us)
         await self.ask("stalled_lanes", self.environment, now_us=self.now_us)
         await self.ask("lease_loads")
+        await self.ask("tasks_of_batches", self.environment, [main])
         stream = NewBatch(
             id=new_batch_id(self.now_us), environment=self.environment, kind=STREAM, session_id=self._session
         )

@@ -22,7 +22,7 @@ from headrace.store.caller_transaction import CallerTransaction, JoinsTransactio
 from headrace.store.entities.protocol import EntityStore
 from headrace.store.object_store import is_of_one_machine, open_payloads
 from headrace.store.payloads import PayloadStore, shown_url
-from headrace.store.protocol import RECORDED, WORK, Notifier, Store
+from headrace.store.protocol import CANCELLED, RECORDED, WORK, Notifier, Store
 from headrace.store.reachability import Reachability
 
 SQLITE: Final = "sqlite"
@@ -158,6 +158,7 @@ def _shared_engine(
         beats_beside=True,
         wakeup=Wakeup(notifier, WORK),
         recorded=Wakeup(notifier, RECORDED),
+        cancelled=Wakeup(notifier, CANCELLED),
         notifier=notifier,
         entities=entities,
         outage=Outage(reachability),

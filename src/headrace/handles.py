@@ -138,9 +138,7 @@ class Run(_Handle, Generic[R]):
     async def cancel(self) -> bool:
         """Cancel the run, or ask its worker to stop it. Return False when it had ended already."""
         engine = await self._engine()
-        count = await engine.store.cancel_runs(self.batch_id, [self.index], now_us=engine.clock.now_us())
-        engine.recorded.notify()
-        return count > 0
+        return await engine.cancel_runs(self.batch_id, [self.index]) > 0
 
     @on_owner_loop
     async def redrive(self) -> bool:
@@ -228,8 +226,7 @@ class Batch(_Handle, Generic[R]):
     async def cancel(self) -> BatchView:
         """Cancel every waiting run, and ask workers to stop the running ones."""
         engine = await self._engine()
-        await engine.store.stop_batch(self.id, batches.CANCELLED, now_us=engine.clock.now_us())
-        engine.recorded.notify()
+        await engine.stop_batch(self.id, batches.CANCELLED)
         return await self.view()
 
     @on_owner_loop

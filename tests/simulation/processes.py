@@ -95,6 +95,7 @@ class SimulatedProcess(Process):
             beats_beside=False,
             wakeup=OrderedWakeup(),
             recorded=OrderedWakeup(),
+            cancelled=OrderedWakeup(),
             outage=Outage(store.reachability, jitter=self.random.random),
         )
 
@@ -240,11 +241,13 @@ class ConsoleProcess(SimulatedProcess):
 
     async def _cancel_batch(self) -> None:
         if self.random.random() < 0.3:
-            await self.engine.store.stop_batch(self._random_batch(), "cancelled", now_us=self.clock.now_us())
+            await self.engine.stop_batch(self._random_batch(), "cancelled")
+            self.simulation.notify_cancelled()
 
     async def _cancel_runs(self) -> None:
         indexes = sorted({self.random.randrange(20) for _ in range(3)})
-        await self.engine.store.cancel_runs(self._random_batch(), indexes, now_us=self.clock.now_us())
+        await self.engine.cancel_runs(self._random_batch(), indexes)
+        self.simulation.notify_cancelled()
 
     async def _redrive(self) -> None:
         await self.engine.store.redrive(self._random_batch(), None)

@@ -161,6 +161,12 @@ class Simulation:
         self.monitor.delivered(operation, args, response)
         return response
 
+    def notify_cancelled(self) -> None:
+        """Notify some of the processes that runs were cancelled: notifications may be lost."""
+        for process in self._processes:
+            if process.is_alive and self.random.random() < 0.7:
+                process.engine.cancelled.notify_local()
+
     def _has_at_most_once_runs(self, batch_id: str) -> bool:
         return any(span.at_most_once for span in self.store._tables.spans.values() if span.batch_id == batch_id)
 

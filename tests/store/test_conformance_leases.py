@@ -14,6 +14,7 @@ from headrace.foundation.errors import (
     SessionEnded,
     StoreUnavailable,
 )
+from headrace.foundation.ids import new_session_id
 from headrace.store.protocol import NewBatch, Release, Session
 from tests.support.store_rig import BOOM, NO_SUSPECTS, SECOND_US, UNKNOWN_SUSPECTS, StoreRig, indexes_of, settlement_of
 
@@ -391,6 +392,7 @@ async def test_a_cancelled_batch_ends_when_its_last_lease_has_ended(rig: StoreRi
     cancelled = await rig.store.stop_batch(batch_id, "cancelled", now_us=rig.now_us)
     assert (cancelled.state, cancelled.is_finished) == ("cancelled", False)
     assert (await rig.store.heartbeat(session_id, now_us=rig.now_us)).stopped == [batch_id]
+    assert (await rig.store.unwanted_runs(session_id)).stopped == [batch_id]
     assert await rig.settle(lease, "c" * 100 + "r" * 100 + "x" * 56) == "settled"
     batch, ledger = await rig.store.batch(batch_id)
     assert (batch.is_finished, ledger.completed, ledger.cancelled) == (True, 100, 500)
@@ -435,6 +437,10 @@ async def test_single_runs_are_cancelled_at_once_or_with_the_heartbeat_of_their_
     assert await rig.states(batch_id) == ["leased"] * 4 + ["waiting", "cancelled", "cancelled"]
     beat = await rig.store.heartbeat(session_id, now_us=rig.now_us)
     assert sorted(beat.cancelled) == [(batch_id, 1), (batch_id, 2)]
+    unwanted = await rig.store.unwanted_runs(session_id)
+    assert (sorted(unwanted.cancelled), unwanted.leases) == (sorted(beat.cancelled), beat.leases)
+    nothing = await rig.store.unwanted_runs(new_session_id(rig.now_us))
+    assert (nothing.leases, nothing.stopped, nothing.cancelled) == ([], [], [])
     await rig.settle(lease, "xr", span_slots=[1, 2], dues_us=[rig.now_us])
     await rig.release(lease)
     assert await rig.states(batch_id) == [

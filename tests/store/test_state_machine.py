@@ -406,6 +406,7 @@ class StoreMachine(RuleBasedStateMachine):
         """
         session_id = self.live[number % len(self.live)]
         beat = self.wait(self.store.heartbeat(session_id, now_us=self.now_us))
+        self.wait(self.store.unwanted_runs(session_id))  # both stores return the same
         suspects = Suspects(span_slots=None, evidence="a slow supervisor")
         recovered = self.store.recover(
             session_id, suspects, silent_since_us=self.now_us - 1, crashes_max=1, now_us=self.now_us

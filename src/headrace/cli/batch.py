@@ -236,7 +236,7 @@ def cancel(
             row = await find_batch(engine, batch)
             is_over = row.is_finished or row.is_stopped
             if not is_over:
-                await engine.store.stop_batch(row.id, CANCELLED, now_us=engine.clock.now_us())
+                await engine.stop_batch(row.id, CANCELLED)
             return not is_over, await _view(engine, row.id)
 
     has_changed, view = run_async(stop())

@@ -150,7 +150,7 @@ async def open_chain(
             await before_new()
             for batch in {part.batch.id: part.batch for part in (*chain.parts, part_of(newest))}.values():
                 if not batch.is_finished:
-                    await engine.store.stop_batch(batch.id, CANCELLED, now_us=engine.clock.now_us())
+                    await engine.stop_batch(batch.id, CANCELLED)
             chain = Chain(engine, source, is_resumable, chain.generation + 1)
     if not chain.parts:
         if newest is None:

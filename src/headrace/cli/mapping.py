@@ -351,7 +351,7 @@ class Mapping:
         """Cancel a batch that no later command can find."""
         if not is_whole and not self.is_resumable:
             for part in chain.parts:
-                await engine.store.stop_batch(part.batch.id, CANCELLED, now_us=engine.clock.now_us())
+                await engine.stop_batch(part.batch.id, CANCELLED)
 
     def _hint(self) -> str:
         if not self.is_resumable:

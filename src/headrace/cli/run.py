@@ -141,7 +141,7 @@ def cancel(run: RunArgument, store: StoreOption = None, server: ServerOption = N
     async def stop() -> tuple[bool, RunView]:
         async with opened(settings, must_exist=True) as engine:
             await engine.store.run(batch_id, index)  # so that an unknown run is named as such
-            count = await engine.store.cancel_runs(batch_id, [index], now_us=engine.clock.now_us())
+            count = await engine.cancel_runs(batch_id, [index])
             return count > 0, await _view(engine, run)
 
     has_changed, view = run_async(stop())

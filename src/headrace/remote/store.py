@@ -59,6 +59,8 @@ ATTEMPTS: Final = 3
 
 PROBE_TIMEOUTS_S: Final = (2.0, 5.0, 15.0)
 WAIT_S: Final = 10
+CANCEL_WAIT_S: Final = 25
+"""How long the server holds a request for cancellations."""
 LEASE_TOKENS_MAX: Final = 200_000
 _HEADERS: Final = {"content-type": CONTENT_TYPE}
 
@@ -120,11 +122,11 @@ class RemoteStore:
             "version": about.version,
         }
 
-    async def _ask(self, verb: str, message: Any = None, /, *, wait_s: int = 0, **values: Any) -> Any:
+    async def _ask(self, verb: str, message: Any = None, /, *, wait_s: int = 0, query: str = "", **values: Any) -> Any:
         if not self._is_open:
             raise StoreUnavailable("the store is closed")
         body = encode(OPERATIONS[verb].request(**values) if message is None else message)
-        path = f"/v1/store/{verb}" + (f"?wait={wait_s}" if wait_s else "")
+        path = f"/v1/store/{verb}" + (f"?wait={wait_s}{query}" if wait_s else "")
         response = await self.connection.ask(
             "POST", path, body, _HEADERS, attempts=ATTEMPTS, timeout_s=REQUEST_S + wait_s
         )
@@ -203,6 +205,18 @@ class RemoteStore:
         for held, lease_token in zip(beaten.heartbeat.leases, beaten.tickets, strict=True):
             self._store_token(held.span_id, held.token, lease_token)
         return beaten.heartbeat
+
+    async def unwanted_runs(self, session_id: str) -> Heartbeat:
+        """Return the leases of a session, and which of its runs are cancelled."""
+        reply: Heartbeat = await self._ask("unwanted_runs", session_id=session_id)
+        return reply
+
+    async def next_unwanted_runs(self, session_id: str, *, seen: int) -> Heartbeat:
+        """Return the same when it is not what was `seen`; the server waits for that."""
+        reply: Heartbeat = await self._ask(
+            "unwanted_runs", wait_s=CANCEL_WAIT_S, query=f"&seen={seen}", session_id=session_id
+        )
+        return reply
 
     async def end_session(self, session_id: str, *, now_us: int) -> None:
         """End a session and release its leases."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from headrace.core.batch import BatchRecord
 from headrace.core.pack import CONTENT_TYPES, JSON, KINDS
 from headrace.foundation.errors import ClientFault, InvalidSetting, ObjectMissing
 from headrace.foundation.limits import Limits
@@ -63,9 +65,9 @@ class Engine:
 
     `live_directory`: folder of the in-flight marks of live processes; None if no other process shares the store.
     `beats_beside`: True if heartbeats may be sent from another thread. `wakeup` is notified when runs were appended,
-    `recorded` when outcomes were recorded; `notifier` carries both to other processes. `entities`: the tables of
-    indexers. `duties`: counters of upkeep in this process. `outage`: what tasks wait for while the store is away.
-    `is_lent`: True in testing mode, where the test closes it.
+    `recorded` when outcomes were recorded, `cancelled` when leased runs may have been cancelled; `notifier` carries
+    them to other processes. `entities`: the tables of indexers. `duties`: counters of upkeep in this process.
+    `outage`: what tasks wait for while the store is away. `is_lent`: True in testing mode, where the test closes it.
     """
 
     store: ClientStore
@@ -77,6 +79,7 @@ class Engine:
     beats_beside: bool
     wakeup: Wakeup
     recorded: Wakeup = field(default_factory=Wakeup)
+    cancelled: Wakeup = field(default_factory=Wakeup)
     duties: dict[str, DutyStats] = field(default_factory=dict)
     notifier: Notifier | None = None
     entities: EntityStore | None = None
@@ -121,6 +124,22 @@ class Engine:
     def with_limits(self, limits: Limits) -> Engine:
         """Return this engine with other limits; the code that opened the original closes it."""
         return replace(self, limits=limits)
+
+    async def stop_batch(self, batch_id: str, state: str) -> BatchRecord:
+        """Set a batch to `cancelled` or `abandoned`, and notify the workers that have its runs."""
+        batch = await self.store.stop_batch(batch_id, state, now_us=self.clock.now_us())
+        self._notify_cancelled()
+        return batch
+
+    async def cancel_runs(self, batch_id: str, indexes: Sequence[int]) -> int:
+        """Cancel single runs, and notify the workers that have them. Returns how many had not ended."""
+        count = await self.store.cancel_runs(batch_id, indexes, now_us=self.clock.now_us())
+        self._notify_cancelled()
+        return count
+
+    def _notify_cancelled(self) -> None:
+        self.cancelled.notify()
+        self.recorded.notify()
 
     async def close(self) -> None:
         """Close the notifier, the indexers' tables and the store."""

@@ -36,8 +36,10 @@ class Wakeup:
         for event in self._waiting:
             event.set()
 
-    async def wait(self, clock: Clock, timeout_s: float, *, since: int | None = None) -> bool:
-        """Wait for a wake-up. True if one came within `timeout_s`, or since `notified_count` was `since`."""
+    async def wait(self, clock: Clock, timeout_s: float | None, *, since: int | None = None) -> bool:
+        """Wait for a wake-up. True if one came within `timeout_s`, or since `notified_count` was `since`. None waits
+        without a limit.
+        """
         if since is not None and since != self.notified_count:
             return True
         event = asyncio.Event()

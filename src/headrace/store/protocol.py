@@ -34,6 +34,8 @@ WORK: Final = "work"
 """The notification that work was appended, became due or was released."""
 RECORDED: Final = "recorded"
 """The notification that outcomes were recorded, or that the state of a batch changed without one."""
+CANCELLED: Final = "cancelled"
+"""The notification that runs were cancelled which a session may have leased."""
 
 
 class NewBatch(msgspec.Struct, kw_only=True):
@@ -390,6 +392,9 @@ class WorkStore(SessionStore, Protocol):
     async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
         """Lease spans to a live session. Raises `SessionEnded`."""
 
+    async def unwanted_runs(self, session_id: str) -> Heartbeat:
+        """Return what a heartbeat returns, without renewing the session. An ended session has no leases."""
+
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
         """Record outcomes. Returns for each, in order: `settled`, `recorded` (a repeat) or `lost` (a stale token)."""
 
@@ -483,7 +488,7 @@ class OperateStore(Protocol):
         """Set a batch to `cancelled` or `abandoned`: waiting runs are cancelled, leased runs may still end."""
 
     async def cancel_runs(self, batch_id: str, indexes: Sequence[int], *, now_us: int) -> int:
-        """Cancel single runs: waiting runs at once, leased runs when their worker's heartbeat is answered."""
+        """Cancel single runs: waiting runs at once, leased runs when their worker learns of it."""
 
     async def redrive(self, batch_id: str, indexes: Sequence[int] | None) -> int:
         """Run all failed runs again, or at `indexes` those that failed, were cancelled or expired. Returns how many."""

@@ -117,6 +117,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
         _operation("keep_rules", "runs:write"),
         _operation("start_session", "work|batches:write"),
         _operation("heartbeat", "work|batches:write", answer=HeartbeatWithTokens),
+        _operation("unwanted_runs", "work"),
         _operation("end_session", "work|batches:write"),
         _operation("claim", "work", answer=list[LeaseWithToken]),
         _operation("settle", "work", request=SettleRequest),

@@ -9,8 +9,9 @@ from typing import Final
 from headrace.core.span import LOST, Settlement
 from headrace.foundation.errors import InvalidInput
 from headrace.http.requests.service import Caller, Service
+from headrace.runtime.sessions.cancel_watch import GAP_S, digest_of
 from headrace.runtime.tasks.bounds import check_name
-from headrace.store.protocol import Claim, Lease, Release
+from headrace.store.protocol import Claim, Heartbeat, Lease, Release
 
 RUNS_MAX: Final = 65_536
 TASKS_MAX: Final = 10_000
@@ -49,6 +50,24 @@ class RemoteWork:
             if clock.now_us() >= keepalive_us:
                 keepalive_us = clock.now_us() + int(KEEPALIVE_S * 1_000_000)
                 yield None
+
+    async def unwanted_runs(self, context: Caller, session_id: str, *, seen: int, wait_s: float) -> Heartbeat:
+        """Return the cancelled runs of a session, once their digest is not `seen`, at most `wait_s` later."""
+        engine = context.engine
+        clock = engine.clock
+        until_us = clock.now_us() + int(wait_s * 1_000_000)
+        while True:
+            notified_count = engine.cancelled.notified_count
+            reply = await engine.store.unwanted_runs(session_id)
+            if digest_of(reply) != seen:
+                return reply
+            is_notified = False
+            while not is_notified:
+                left_s = (until_us - clock.now_us()) / 1_000_000
+                if left_s <= 0 or self._service.is_draining:
+                    return reply
+                is_notified = await engine.cancelled.wait(clock, min(left_s, STEP_S), since=notified_count)
+            await clock.sleep(GAP_S)
 
     def _checked(self, context: Caller, claim: Claim) -> Claim:
         if not 0 < claim.runs_max <= RUNS_MAX or not 0 <= claim.claim_no < 2**62:

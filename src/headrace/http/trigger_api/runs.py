@@ -66,9 +66,7 @@ class TriggerRuns:
     async def cancel(self, request: Request) -> Response:
         """`POST /api/v2/runs/{id}/cancel`: cancel a run."""
         context, record, _ = await self._get_run(request, "runs:write")
-        engine = context.engine
-        await engine.store.cancel_runs(record.batch_id, [record.index], now_us=engine.clock.now_us())
-        engine.recorded.notify()
+        await context.engine.cancel_runs(record.batch_id, [record.index])
         return json_response({"id": run_id(record.batch_id, record.index)})
 
     async def replay(self, request: Request) -> Response:

@@ -201,8 +201,7 @@ class V1Batches:
         """`POST /v1/batches/{id}/cancel`: cancel waiting runs and notify the workers of running ones."""
         context = await self._call(request, "batches:write")
         batch, _ = await context.get_batch(request.path_params["batch_id"])
-        await context.engine.store.stop_batch(batch.id, CANCELLED, now_us=context.engine.clock.now_us())
-        context.engine.recorded.notify()
+        await context.engine.stop_batch(batch.id, CANCELLED)
         return await self._batch_response(context, batch.id)
 
     async def redrive(self, request: Request) -> Response:

@@ -30,7 +30,7 @@ from headrace.http.v1.chunk_validation import (
     validated_tick,
 )
 from headrace.runtime.tasks.bounds import check_name
-from headrace.store.protocol import Lease
+from headrace.store.protocol import Heartbeat, Lease
 from headrace.store.rpc import (
     BEAT,
     BYTES_MAX,
@@ -75,6 +75,7 @@ class StoreRpc:
         self._remote_work = RemoteWork(service)
         self._special: dict[str, Callable[[RequestContext, Any], Awaitable[Any]]] = {
             "heartbeat": self._heartbeat,
+            "unwanted_runs": self._unwanted_runs,
             "settle": self._settle,
             "release": self._release,
         }
@@ -133,6 +134,8 @@ class StoreRpc:
             context.engine.wakeup.notify()
         elif name in ("seal", "stop_batch", "cancel_runs"):
             context.engine.recorded.notify()
+            if name != "seal":
+                context.engine.cancelled.notify()
         return answer
 
     async def _restrict(self, context: RequestContext, name: str, values: dict[str, Any]) -> None:
@@ -199,6 +202,15 @@ class StoreRpc:
         key = await self._lease_tokens.signing_key(context)
         return HeartbeatWithTokens(
             reply, [self._lease_tokens.sign(key, held.span_id, held.token) for held in reply.leases]
+        )
+
+    async def _unwanted_runs(self, context: RequestContext, message: Any) -> Heartbeat:
+        params = context.request.query_params
+        return await self._remote_work.unwanted_runs(
+            context,
+            check_session(message.session_id),
+            seen=parse_int(params.get("seen"), 0, "seen", 0, 2**32),
+            wait_s=parse_int(params.get("wait"), 0, "wait", 0, 30),
         )
 
     async def _settle(self, context: RequestContext, message: SettleRequest) -> list[str]:

@@ -188,6 +188,7 @@ class Upkeep:
             swept = await engine.maintenance.sweep(now_us=engine.clock.now_us(), rows_max=ROWS_MAX)
             if swept.abandoned:
                 LOG.warning("batch.abandoned", batches=swept.abandoned)
+                engine.cancelled.notify()
             if swept.expired_count or swept.cancelled_count:
                 engine.recorded.notify()
             moved_count += swept.expired_count + swept.cancelled_count + len(swept.abandoned)

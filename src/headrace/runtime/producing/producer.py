@@ -239,7 +239,7 @@ class Producer:
             with suppress(HeadraceError):  # the first error is raised; the items read before it become durable too
                 await appender.finish()
             if key is None:  # without a key no caller can resume it
-                await self.engine.store.stop_batch(batch_id, CANCELLED, now_us=clock.now_us())
+                await self.engine.stop_batch(batch_id, CANCELLED)
             raise
         finally:
             await appender.stop()

@@ -26,6 +26,7 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import Flusher, FlusherClosed, UpdatesUnflushed
 from headrace.runtime.retrying import retry_transient
 from headrace.runtime.sessions.active_lease import ActiveLease
+from headrace.runtime.sessions.cancel_watch import CancelWatch
 from headrace.runtime.sessions.inflight_marks import SLOTS, InflightMarks
 from headrace.runtime.sessions.recovery import recover_here, recover_silent
 from headrace.store.protocol import Claim, Heartbeat, HeldLease, Lease, Release, Session
@@ -85,6 +86,13 @@ class StoreSession:
         self._pending_ends: dict[tuple[int, int], _PendingEnd] = {}
         self._releasing: dict[tuple[int, int], Release] = {}
         self._flusher: Flusher[Update] | None = None
+        self._cancel_watch = CancelWatch(
+            engine,
+            session_id=lambda: self.session_id,
+            has_leases=lambda: bool(self._held),
+            on_unwanted=self._on_unwanted,
+        )
+        self._last_unwanted: Heartbeat | None = None
         self._heartbeats: threading.Thread | asyncio.Task[None] | None = None
         self._stop_heartbeats = threading.Event()
         self._beat_wake: asyncio.Event | None = None
@@ -195,6 +203,7 @@ class StoreSession:
     async def _end_heartbeats(self) -> None:
         self._stop_heartbeats.set()
         self._wake_heartbeats()
+        await self._cancel_watch.close()
         beating, self._heartbeats = self._heartbeats, None
         if isinstance(beating, threading.Thread):
             await asyncio.to_thread(beating.join)
@@ -211,6 +220,7 @@ class StoreSession:
         """Forget the leases; their slots are removed with the file of marks."""
         for active in self._held.values():
             active.slot = -1
+        self._last_unwanted = None
         self._held.clear()
         self._pending_ends.clear()
         self._releasing.clear()
@@ -294,6 +304,13 @@ class StoreSession:
                 for release in unknown:
                     if self._flusher.put_nowait(release):
                         self._releasing[release.span_id, release.token] = release
+        self._on_unwanted(session_id, reply)
+
+    def _on_unwanted(self, session_id: str, reply: Heartbeat) -> None:
+        """Pass on which runs are cancelled, and keep it for leases of a claim whose answer is still on its way."""
+        if session_id != self.session_id:
+            return
+        self._last_unwanted = reply if reply.stopped or reply.cancelled else None
         self.on_unwanted(reply)
 
     def _on_session_lost(self, session_id: str) -> None:
@@ -344,6 +361,8 @@ class StoreSession:
             )
             if claim.session_id != self.session_id:
                 raise SessionEnded("the session ended during its claim", session_id=claim.session_id)
+            if leases and (unwanted := self._last_unwanted) is not None:  # once the caller has taken the leases
+                asyncio.get_running_loop().call_soon(self._on_unwanted, claim.session_id, unwanted)
             return [self._add_lease(lease) for lease in leases]
         finally:
             self._claiming.pop(claim.claim_no, None)
@@ -353,6 +372,7 @@ class StoreSession:
         if self.marks is not None:
             slot, marks = self.marks.take(lease.span_id, lease.token, lease.runs_count)
         active = self._held[lease.span_id, lease.token] = ActiveLease(lease, marks, slot)
+        self._cancel_watch.lease_added()
         return active
 
     def lease(self, span_id: int, token: int) -> ActiveLease | None:

@@ -185,8 +185,13 @@ class MemoryStore:
             session = writes.live(tables, session_id)
             seen_us = max(session.heartbeat_us, now_us)
             tables.sessions[session_id] = msgspec.structs.replace(session, heartbeat_us=seen_us)
-            leased = reads.spans_of_session(tables, session_id)
-            batch_ids = {span.batch_id for span in leased}
+        return await self.unwanted_runs(session_id)
+
+    async def unwanted_runs(self, session_id: str) -> Heartbeat:
+        """Return the leases of a session, and which of its runs are cancelled."""
+        tables = self._now()
+        leased = reads.spans_of_session(tables, session_id)
+        batch_ids = {span.batch_id for span in leased}
         return Heartbeat(
             leases=[HeldLease(span.id, span.token, span.claim_no) for span in leased],
             stopped=sorted(batch_id for batch_id in batch_ids if tables.batches[batch_id].is_stopped),

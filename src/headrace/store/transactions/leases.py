@@ -84,15 +84,21 @@ def heartbeat(session_id: str, now_us: int) -> Script[Heartbeat]:
             hint="start a new session",
             session_id=session_id,
         )
+    (database_us,) = beat
+    return msgspec.structs.replace((yield from unwanted_runs(session_id)), database_us=database_us)
+
+
+def unwanted_runs(session_id: str) -> Script[Heartbeat]:
+    """Return the leases of a session, and which of its runs are cancelled."""
     rows = yield from fetch("leases_of_session", session_id=session_id)
+    if not rows:
+        return Heartbeat(leases=[], stopped=[], cancelled=[])
     ids = as_json(sorted({batch_id for *_, batch_id in rows}))
     cancelled = yield from fetch("cancellations", ids=ids, rows_max=CANCELLATIONS_MAX)
-    (database_us,) = beat
     return Heartbeat(
         leases=[HeldLease(span_id, token, claim_no) for span_id, token, claim_no, _ in rows],
         stopped=(yield from fetch_column("stopped_batches", ids=ids)),
         cancelled=[(batch_id, index) for batch_id, index in cancelled],
-        database_us=database_us,
     )
 
 

@@ -116,6 +116,10 @@ class ScriptedStore(ABC):
         """Renew a session, and return the leases that the store has for it."""
         return await self._write(lambda: leases.heartbeat(session_id, now_us))
 
+    async def unwanted_runs(self, session_id: str) -> Heartbeat:
+        """Return the leases of a session, and which of its runs are cancelled."""
+        return await self._read(lambda: leases.unwanted_runs(session_id))
+
     async def end_session(self, session_id: str, *, now_us: int) -> None:
         """End a session in good order: release its leases and seal its stream."""
         await self._write(lambda: leases.end_session(session_id, now_us))

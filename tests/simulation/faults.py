@@ -26,10 +26,10 @@ from tests.simulation.loop import DISCARDED, RUNNING, Process, SimulatedLoop
 OPERATIONS: Final = (
     "create_batch", "append", "seal", "stop_batch", "cancel_runs", "redrive", "start_session", "heartbeat",
     "end_session", "sessions", "recover", "claim", "settle", "release", "unwanted_runs", "batch", "find_batch",
-    "batches", "missing", "outcomes", "run", "runs", "queues", "pause_queue", "verify", "sweep", "prune", "unnamed", "next_due_us",
-    "duties", "take_duty", "end_duty", "add_key", "find_key", "keys", "revoke_key", "signing_key", "spend",
-    "keep_schedules", "tick", "schedules", "named_leases", "dead_letters", "purge_dead", "rules", "keep_rules",
-    "move_waiting", "size_bytes", "forget", "stalled_lanes", "lease_loads",
+    "batches", "missing", "outcomes", "run", "runs", "queues", "pause_queue", "verify", "sweep", "prune",
+    "unnamed", "next_due_us", "duties", "take_duty", "end_duty", "add_key", "find_key", "keys", "revoke_key",
+    "signing_key", "spend", "keep_schedules", "tick", "schedules", "named_leases", "dead_letters", "purge_dead",
+    "rules", "keep_rules", "move_waiting", "size_bytes", "forget", "stalled_lanes", "lease_loads",
 )  # fmt: skip
 STAGES: Final = ("requested", "done", "returned")
 UNUSED_OPERATIONS: Final = frozenset({

@@ -20,9 +20,10 @@ from headrace.runtime.outage import Outage
 from headrace.runtime.wakeup import Wakeup
 from headrace.store.caller_transaction import CallerTransaction, JoinsTransactions
 from headrace.store.entities.protocol import EntityStore
+from headrace.store.notifications import CANCELLED, RECORDED, WORK, Notifier
 from headrace.store.object_store import is_of_one_machine, open_payloads
 from headrace.store.payloads import PayloadStore, shown_url
-from headrace.store.protocol import CANCELLED, RECORDED, WORK, Notifier, Store
+from headrace.store.protocol import Store
 from headrace.store.reachability import Reachability
 
 SQLITE: Final = "sqlite"

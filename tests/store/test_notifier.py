@@ -19,9 +19,9 @@ from headrace.foundation.settings import load
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.wakeup import Wakeup
+from headrace.store.notifications import RECORDED, WORK
 from headrace.store.postgres import PostgresNotifier, notifier
 from headrace.store.postgres.dsn import address
-from headrace.store.protocol import RECORDED, WORK
 from headrace.store.sqlite import CommitWatcher
 from headrace.store.sqlite.commit_watcher import LOOK_MAX_S
 from tests.support.notification_listener import NotificationListener

@@ -11,9 +11,9 @@ import pytest
 
 from headrace.foundation.errors import InvalidSetting, StoreBroken, StoreUnavailable
 from headrace.foundation.limits import DEFAULT
+from headrace.store.notifications import WORK
 from headrace.store.postgres import PostgresNotifier, PostgresStore
 from headrace.store.postgres.dsn import address
-from headrace.store.protocol import WORK
 from tests.support.connection_pooler import pooled_dsn, pooler
 from tests.support.notification_listener import NotificationListener
 from tests.support.postgres_observer import other_connection, pid_waiting_for_a_lock, schema_of, sent_statements

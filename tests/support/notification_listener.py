@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from headrace.store.notifications import RECORDED, WORK
 from headrace.store.postgres import PostgresNotifier
 from headrace.store.postgres.dsn import address
-from headrace.store.protocol import RECORDED, WORK
 
 
 class NotificationListener:

@@ -16,8 +16,9 @@ from headrace.runtime.clock import Clock
 from headrace.runtime.outage import Outage
 from headrace.runtime.wakeup import Wakeup
 from headrace.store.entities.protocol import EntityStore
+from headrace.store.notifications import Notifier
 from headrace.store.payloads import PayloadStore, Reference, payload_key
-from headrace.store.protocol import AdministerStore, ClientStore, MaintainStore, Notifier
+from headrace.store.protocol import AdministerStore, ClientStore, MaintainStore
 
 
 @dataclass(slots=True)

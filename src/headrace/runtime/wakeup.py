@@ -6,7 +6,7 @@ import asyncio
 from contextlib import nullcontext
 
 from headrace.runtime.clock import Clock
-from headrace.store.protocol import Notifier
+from headrace.store.notifications import Notifier
 
 
 class Wakeup:

@@ -18,9 +18,8 @@ has changed, and the call may succeed later. `SessionEnded` means that the proce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Final, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -29,13 +28,6 @@ from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.block import Chunk, Extra
 from headrace.core.serving import Serving, StalledLane
 from headrace.core.span import Settlement
-
-WORK: Final = "work"
-"""The notification that work was appended, became due or was released."""
-RECORDED: Final = "recorded"
-"""The notification that outcomes were recorded, or that the state of a batch changed without one."""
-CANCELLED: Final = "cancelled"
-"""The notification that runs were cancelled which a session may have leased."""
 
 
 class NewBatch(msgspec.Struct, kw_only=True):
@@ -581,23 +573,3 @@ class ClientStore(ConnectableStore, ProduceStore, WorkStore, QueryStore, Operate
 
 class Store(ClientStore, MaintainStore, AdministerStore, Protocol):
     """A whole store. `MemoryStore` is its specification; the stores on databases are compared with it."""
-
-
-class Notifier(Protocol):
-    """Notifications between the processes on one store: sent after a commit, coalesced, and never waited for.
-
-    Delivery is best effort: a notification may be late, doubled or lost, so a waiting process also polls the store.
-    Every method is called on the event loop that waits.
-    """
-
-    def listen(self, kind: str, notify_local: Callable[[], None]) -> None:
-        """Call `notify_local` when another process sent the notification `kind`, or may have."""
-
-    def notify(self, kind: str) -> None:
-        """Send a notification to the other processes, soon."""
-
-    def awaited(self) -> AbstractContextManager[object]:
-        """Receive notifications while the block lasts."""
-
-    async def close(self) -> None:
-        """Send pending notifications if that is quick, then disconnect. A second close does nothing."""

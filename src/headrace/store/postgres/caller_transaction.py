@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from headrace.store.caller_transaction import CallerTransaction, Steps
+from headrace.store.notifications import WORK
 from headrace.store.postgres.id_ranges import IdRange
 from headrace.store.postgres.notifier import channel_of
 from headrace.store.postgres.pool import Prepared
-from headrace.store.protocol import WORK
 from headrace.store.transactions.sql_script import Query, Rows
 
 

@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from headrace.foundation.logs import get_logger
+from headrace.store.notifications import WORK
 from headrace.store.postgres.dsn import DatabaseAddress
 from headrace.store.postgres.errors import DRIVER, store_error
 from headrace.store.postgres.pool import PostgresConnection, compiled, connect
-from headrace.store.protocol import WORK
 from headrace.store.reachability import Reachability
 
 LOG: Any = get_logger("headrace.notifier")

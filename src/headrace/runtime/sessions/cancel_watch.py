@@ -103,7 +103,7 @@ class CancelWatch:
         return reply
 
     async def _next_from_server(self, session_id: str) -> Heartbeat:
-        """Let the server wait until other runs are cancelled than at the last answer."""
+        """Ask the server, which waits until other runs are cancelled than at its last answer."""
         store = self._engine.store
         assert isinstance(store, CancellationFeed)
         reply = await store.next_unwanted_runs(session_id, seen=self._seen_digest)

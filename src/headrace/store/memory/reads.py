@@ -322,6 +322,8 @@ def runs(
             if recorded is not None:
                 recorded.append((code, data, kind, part.settled_us))
     for record, location in matching:
+        if not record.created_us:
+            record.created_us = min(span.since_us for span in spans_of_block(tables, location.block_id))
         extra = tables.blocks[location.block_id].chunk.extras.get(location.block_offset, Extra())
         add_details(record, extra, outcomes[location.block_id, location.block_offset])
     return [record for record, _ in matching]

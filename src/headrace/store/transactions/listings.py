@@ -118,7 +118,7 @@ def _tagged_runs(
 
 
 def _add_details(listed: Sequence[_Listed]) -> Script[None]:
-    """Complete listed runs from their blocks: two statements for all of them."""
+    """Complete listed runs from their blocks: three statements at most for all of them."""
     if not listed:
         return
     block_ids = as_json(sorted({run.block_id for run in listed}))
@@ -132,7 +132,13 @@ def _add_details(listed: Sequence[_Listed]) -> Script[None]:
             recorded = outcomes.get((part.block_id, block_offset))
             if recorded is not None:
                 recorded.append((code, data, kind, part.settled_us))
+    created_us: dict[int, int] = {}
+    if retried := sorted({run.block_id for run in listed if not run.record.created_us}):
+        for row in (yield from fetch("spans_of_blocks", ids=as_json(retried))):
+            span = to_span(row)
+            created_us[span.block_id] = min(span.since_us, created_us.get(span.block_id, span.since_us))
     for run in listed:
+        run.record.created_us = run.record.created_us or created_us[run.block_id]
         extra = extras.get(run.block_id, {}).get(run.block_offset, Extra())
         add_details(run.record, extra, outcomes[run.block_id, run.block_offset])
 

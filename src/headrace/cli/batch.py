@@ -85,7 +85,7 @@ def show(
     batch: BatchArgument, store: StoreOption = None, server: ServerOption = None, json: JsonOption = False
 ) -> None:
     """Show one batch: its state, its times and the counts of its runs."""
-    from headrace.cli.batch_list import shown_key, shown_state
+    from headrace.cli.batch_list import shown_key, shown_metadata, shown_state
 
     settings = settings_of(store=place_of(store, server))
 
@@ -111,7 +111,7 @@ def show(
             ("sealed (UTC)", moment(view.sealed_at)),
             ("finished (UTC)", moment(view.finished_at)),
             ("duration", "-" if view.duration_s is None else duration(view.duration_s)),
-            *((f"metadata {name}", value) for name, value in view.metadata.items() if name != "start"),
+            *((f"metadata {name}", value) for name, value in shown_metadata(view).items()),
             *((name, f"{count:,}") for name, count in view.ledger._asdict().items()),
             ("ledger", "balances" if view.ledger.balances else "DOES NOT BALANCE: run headrace verify"),
             *(("stalled", f"{stalled_words(lane)}; {lane.hint}") for lane in view.stalled),

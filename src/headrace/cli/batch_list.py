@@ -98,6 +98,13 @@ def shown_key(view: BatchView) -> str:
     return str(given or "")
 
 
+def shown_metadata(view: BatchView) -> dict[str, Any]:
+    """Return the metadata of a batch; of a map, what identifies it and not its position."""
+    if "map" not in view.metadata:
+        return view.metadata
+    return {name: view.metadata[name] for name in ("input", "batch_key") if view.metadata.get(name)}
+
+
 def shown_state(view: BatchView) -> str:
     """Return the outcome of a finished batch in words, the state of any other."""
     return (view.outcome or view.state).replace("_", " ")

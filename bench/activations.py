@@ -162,7 +162,7 @@ async def measure(kind: str) -> None:
                 baselines.append(
                     await baseline_postgres(server().dsn) if kind == "postgres" else baseline_sqlite(folder)
                 )
-                engine = await open_engine(load({"store": url, "objects": str(folder / "objects")}, {}, folder))
+                engine = await open_engine(load({"store": url}, {}, folder))
                 try:
                     results.setdefault(mode, []).append(await measure_once(engine, mode))
                 finally:

@@ -168,7 +168,12 @@ def serve_store(store: str, *flags: str, **environ: str) -> Iterator[Peer]:
     """Run `headrace serve` on an empty store."""
     with tempfile.TemporaryDirectory() as folder:
         url = store or f"sqlite:///{folder}/bench.db"
-        environ = {"HEADRACE_STORE": url, "HEADRACE_OBJECTS": f"{folder}/objects", **environ}
+        environ = {
+            "HEADRACE_STORE": url,
+            "HEADRACE_OBJECTS": f"{folder}/objects",
+            "HEADRACE_OBJECTS_SHARED": "true",
+            **environ,
+        }
         command = ("-m", "headrace", "serve", "--port", "0", "--no-auth", *flags)
         with process(*command, pattern=r"serving .* on http://127\.0\.0\.1:(\d+)", **environ) as peer:
             yield peer

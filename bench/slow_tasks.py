@@ -57,7 +57,7 @@ async def serve(mode: str, store: str, count: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         url = store or f"sqlite:///{folder}/bench.db"
-        engine = await open_engine(load({"store": url, "objects": f"{folder}/objects"}, {}, Path(folder)))
+        engine = await open_engine(load({"store": url}, {}, Path(folder)))
         await append_activations(engine, count, application="app", parameters_bytes=b"x" * 96)
         store_counts = ClaimCountingStore(engine.store)
         engine.store = store_counts

@@ -75,7 +75,7 @@ def test_a_split_moves_runs_and_loses_none(count: int, data: st.DataObject) -> N
     kept, taken = span.split(whole, span_slots)
     assert living([kept, taken]) == dict.fromkeys(range(count), run.WAITING)
     assert list(span.block_offsets_of(taken)) == span_slots
-    assert (taken.id, taken.token, taken.session_id) == (0, 0, "")
+    assert (taken.id, taken.token, taken.session_id) == (0, whole.token, "")
     assert (kept.state == span.DONE) == (len(span_slots) == count)
 
 
@@ -147,7 +147,7 @@ def test_retries_due_together_are_one_span_of_the_next_attempt() -> None:
     assert verdict.span.states == b"cmmcmm"
     assert [list(span.block_offsets_of(fresh)) for fresh in verdict.spans] == [[1, 2, 5], [4]]
     assert {(fresh.attempt, fresh.state, fresh.token, fresh.order_no) for fresh in verdict.spans} == {
-        (3, "delayed", 0, 5)
+        (3, "delayed", leased_span.token, 5)
     }
     assert verdict.counts == Counts(completed=2)
     assert living([verdict.span, *verdict.spans]) == {0: run.COMPLETED, 3: run.COMPLETED} | dict.fromkeys(

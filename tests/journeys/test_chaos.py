@@ -197,7 +197,7 @@ async def _fault_phase(scenario: ChaosScenario) -> None:
 
 async def _quiet_phase(scenario: ChaosScenario) -> Any:
     """Keep all processes running until all runs have ended."""
-    settings = load({"store": scenario.url, "objects": str(scenario.folder / "objects")}, {}, scenario.folder)
+    settings = load({"store": scenario.url}, {}, scenario.folder)
     engine = await compose.open_engine(settings)
     try:
         while True:

@@ -28,15 +28,17 @@ OPERATIONS: Final = (
     "end_session", "sessions", "recover", "claim", "settle", "release", "unwanted_runs", "batch", "find_batch",
     "batches", "missing", "outcomes", "run", "runs", "queues", "pause_queue", "verify", "sweep", "prune",
     "unnamed", "next_due_us", "duties", "take_duty", "end_duty", "add_key", "find_key", "keys", "revoke_key",
-    "signing_key", "spend", "keep_schedules", "tick", "schedules", "named_leases", "dead_letters", "purge_dead",
-    "rules", "keep_rules", "move_waiting", "size_bytes", "forget", "stalled_lanes", "lease_loads",
+    "signing_key", "spend", "keep_schedules", "tick", "schedules", "named_leases", "complete_waiting",
+    "dead_letters", "purge_dead", "rules", "keep_rules", "move_waiting", "size_bytes", "forget", "stalled_lanes",
+    "lease_loads",
 )  # fmt: skip
 STAGES: Final = ("requested", "done", "returned")
 UNUSED_OPERATIONS: Final = frozenset({
     "batch", "find_batch", "batches", "missing", "outcomes", "run", "runs", "queues", "verify", "unnamed",
     "add_key", "find_key", "keys", "revoke_key", "signing_key", "spend",
-    "keep_schedules", "tick", "schedules", "named_leases", "dead_letters", "purge_dead", "rules", "keep_rules",
-    "move_waiting", "size_bytes", "forget", "stalled_lanes", "lease_loads",
+    "keep_schedules", "tick", "schedules", "named_leases", "complete_waiting", "dead_letters", "purge_dead", "rules",
+    "keep_rules", "move_waiting", "size_bytes", "forget", "stalled_lanes",
+    "lease_loads",
 })  # fmt: skip
 """Operations that no simulated process requests, or that only servers request. They need no fault point: a crash in one
 of the reads is a crash at an await.

@@ -315,3 +315,36 @@ async def test_the_oldest_wait_counts_from_the_arrival_of_the_run_and_not_of_its
         await rig.release(lease)
     assert await oldest_us() == min(came_us[2] + 15 * SECOND_US, again_us if second.attempt == 1 else came_us[1])
     await rig.release(second)
+
+
+# -- completion of runs that wait
+
+
+async def test_waiting_runs_complete_by_their_keys_and_leased_ones_do_not(rig: StoreRig) -> None:
+    batch_id = await rig.batch(5)
+    await rig.append(batch_id, range(5), extras={index: Extra(idempotency_key=f"id-{index}") for index in range(5)})
+    session_id = await rig.session()
+    (lease,) = await rig.claim(session_id, runs_max=2)
+    names = ["id-0", "id-2", "id-3", "id-3", "unknown"]
+    for count in (2, 0):
+        assert await rig.store.complete_waiting("default", "task", names, b"1", now_us=rig.now_us) == count
+    assert await rig.store.complete_waiting("other", "task", ["id-4"], b"1", now_us=rig.now_us) == 0
+    assert await rig.store.complete_waiting("default", "task", ["id-4"], b"1", now_us=rig.now_us) == 1
+    assert [outcome.result for outcome in await rig.store.outcomes(batch_id, 2, 9)] == [b"1"] * 3
+    await rig.settle(lease)
+    batch, ledger = await rig.store.batch(batch_id)
+    assert (batch.finished_us, ledger.completed) == (0, 5), "it is not sealed"
+    await rig.store.seal(batch_id, None, now_us=rig.now_us)
+    assert (await rig.store.batch(batch_id))[0].state == "completed"
+
+
+async def test_a_delayed_run_and_one_of_a_later_attempt_complete_by_their_keys(rig: StoreRig) -> None:
+    batch_id = await rig.batch(2)
+    await rig.append(batch_id, range(2), extras={index: Extra(idempotency_key=f"id-{index}") for index in range(2)})
+    await rig.store.seal(batch_id, None, now_us=rig.now_us)
+    (lease,) = await rig.claim(await rig.session())
+    await settled(rig, shared(lease, "rd", results=[BOOM, b""], dues_us=[rig.now_us + 60_000_000], notes=("n", "m")))
+    assert await rig.store.complete_waiting("default", "task", ["id-0", "id-1"], b"1", now_us=rig.now_us) == 2
+    batch, ledger = await rig.store.batch(batch_id)
+    assert (batch.state, ledger.completed) == ("completed", 2)
+    assert (await rig.store.run(batch_id, 0)).attempt == 2

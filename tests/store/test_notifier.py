@@ -194,7 +194,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @asynccontextmanager
 async def two_engines(url: str, tmp_path: Path) -> AsyncIterator[tuple[Engine, Engine]]:
     """Open the engines of two processes on one store; the second one waits for both kinds of notifications already."""
-    settings = load({"store": url, "objects": str(tmp_path / "objects")}, {}, tmp_path)
+    settings = load({"store": url}, {}, tmp_path)
     first, second = await open_engine(settings), await open_engine(settings)
     try:
         for bell in (second.wakeup, second.recorded):  # the first notification covers all that was missed before

@@ -97,7 +97,7 @@ async def test_backends_terminated_in_a_stream_lose_and_double_nothing(tmp_path:
         ran.append(number)
         return number
 
-    app.use(load({"store": url, "objects": str(tmp_path / "objects")}, {}, tmp_path))
+    app.use(load({"store": url}, {}, tmp_path))
     killed_count = 0
 
     async def items() -> AsyncIterator[int]:
@@ -153,7 +153,7 @@ async def test_a_store_without_a_free_connection_reports_it_and_recovers(tmp_pat
 async def test_doctor_reports_the_settings_that_durability_depends_on(tmp_path: Path) -> None:
     url = fresh_schema(tmp_path)
     for word, is_well in (("", True), ("&synchronous_commit=off", False)):
-        engine = await open_engine(load({"store": url + word, "objects": str(tmp_path / "objects")}, {}, tmp_path))
+        engine = await open_engine(load({"store": url + word}, {}, tmp_path))
         try:
             if is_well:
                 assert await durability(engine) == "fsync on, synchronous_commit on"

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from headrace.core.batch import COMPLETED, LISTED, STREAM
+from headrace.core.block import Extra
 from headrace.core.run import NAMES
 from headrace.core.span import Key, Settlement
 from headrace.foundation.errors import Conflict, InvalidInput, SessionEnded
@@ -52,6 +53,9 @@ keys = st.builds(
 )
 
 
+KEYED = 2
+
+
 class Held:
     """A lease as its worker knows it."""
 
@@ -61,6 +65,11 @@ class Held:
         self.open_slots = list(lease.span_slots)
         self.part_no = 0
         self.is_stale = False
+
+
+def key_of(batch_id: str, index: int) -> str:
+    """Return the idempotency key of a run; one run in `KEYED` has it."""
+    return f"{batch_id}-{index}"
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -157,7 +166,8 @@ class StoreMachine(RuleBasedStateMachine):
     def offer(self, batch_id: str, indexes: list[int], key: Key, runs_max: int, *, seals: bool = False) -> None:
         """Append, and check the result."""
         acknowledged = self.acknowledged[batch_id]
-        chunks = chunks_of(indexes, key=key, runs_max=runs_max)
+        extras = {index: Extra(idempotency_key=key_of(batch_id, index)) for index in indexes if index % KEYED == 0}
+        chunks = chunks_of(indexes, key=key, runs_max=runs_max, extras=extras)
         try:
             appended = self.wait(self.store.append(batch_id, chunks, now_us=self.now_us, seals=seals))
         except (Conflict, InvalidInput):
@@ -195,6 +205,23 @@ class StoreMachine(RuleBasedStateMachine):
         batch_id = self.batch_at(number)
         existing = [index for index in indexes if index in self.acknowledged[batch_id]]
         self.wait(self.store.cancel_runs(batch_id, existing, now_us=self.now_us))
+
+    @precondition(lambda self: self.batches)
+    @rule(number=numbers, indexes=few_indexes)
+    def complete_waiting(self, number: int, indexes: list[int]) -> None:
+        """Complete runs by their keys: those that wait end, and no others."""
+        batch_id = self.batch_at(number)
+        before = self.states(batch_id)
+        names = [key_of(batch_id, index) for index in indexes]
+        count = sum(
+            self.wait(self.store.complete_waiting("default", task, names, b"null", now_us=self.now_us))
+            for task in TASKS
+        )
+        ended = [index for index in set(indexes) if index % KEYED == 0 and before.get(index) in ("waiting", "delayed")]
+        assert count == len(ended)
+        assert self.states(batch_id) == before | dict.fromkeys(ended, "completed")
+        for index in ended:
+            self.outcomes[batch_id, index] = "completed"
 
     @precondition(lambda self: self.batches)
     @rule(number=numbers, indexes=st.none() | few_indexes)

@@ -45,7 +45,6 @@ RETRY = wire.TASK_ACTIVATION_STATUS_RETRY
 PENDING = wire.TASK_ACTIVATION_STATUS_PENDING
 DISCARD = wire.ON_ATTEMPTS_EXCEEDED_DISCARD
 DEADLETTER = wire.ON_ATTEMPTS_EXCEEDED_DEADLETTER
-CALL = CallContext("/test")
 
 
 def activation(number: int | str, **fields: Any) -> wire.TaskActivation:
@@ -79,10 +78,18 @@ def stream(*messages: wire.TaskActivation | bytes) -> bytes:
     return b"".join(varint(len(part)) + part for part in parts)
 
 
-async def call_method(method: Callable[[Any, CallContext], Any], request: Message) -> bytes:
+class WorkerConnection:
+    """The connection of a worker, as the service sees it."""
+
+    is_connected = True
+
+
+async def call_method(
+    method: Callable[[Any, CallContext], Any], request: Message, connection: WorkerConnection | None = None
+) -> bytes:
     """Call a method of the service and return its encoded response, immediate or deferred."""
     try:
-        result = method(request, CALL)
+        result = method(request, CallContext("/test", connection=connection))
         if isinstance(result, ResponseAfter):
             await result.future
             result = result.make_response()
@@ -118,19 +125,27 @@ class BrokerRig:
         await self.add(*messages)
         return [message.id for message in messages]
 
-    async def get(self, **filters: Any) -> wire.TaskActivation:
-        """Call GetTask."""
-        answer = await call_method(self.service.get_task, wire.GetTaskRequest(**filters))
+    async def get(self, *, by: WorkerConnection | None = None, **filters: Any) -> wire.TaskActivation:
+        """Call GetTask on a connection."""
+        answer = await call_method(self.service.get_task, wire.GetTaskRequest(**filters), by)
         return wire.GetTaskResponse.FromString(answer).task
 
-    async def set(self, name: str, status: int, fetch: dict[str, Any] | None = None, **more: Any) -> Any:
-        """Call SetTaskStatus. Returns the next task, or None."""
+    async def set(
+        self,
+        name: str,
+        status: int,
+        fetch: dict[str, Any] | None = None,
+        *,
+        by: WorkerConnection | None = None,
+        **more: Any,
+    ) -> Any:
+        """Call SetTaskStatus on a connection. Returns the next task, or None."""
         request = wire.SetTaskStatusRequest(id=name, status=status, **more)  # type: ignore[arg-type]  # any number
         if fetch is not None:
             request.fetch_next_task.SetInParent()
             for field, value in fetch.items():
                 setattr(request.fetch_next_task, field, value)
-        answer = wire.SetTaskStatusResponse.FromString(await call_method(self.service.set_task_status, request))
+        answer = wire.SetTaskStatusResponse.FromString(await call_method(self.service.set_task_status, request, by))
         return answer.task if answer.HasField("task") else None
 
     async def set_batch(self, *updates: tuple[str, int]) -> None:
@@ -193,7 +208,7 @@ async def engine_on(kind: str, folder: Path, clock: Clock | None = None, **limit
     """Open an engine on a store of the given kind."""
     if kind != "postgres":
         return await engine_of(kind, folder, clock=clock, **limits)
-    flags = {"store": fresh_schema(folder), "objects": str(folder / "objects"), **limits}
+    flags = {"store": fresh_schema(folder), **limits}
     engine = await open_engine(load(flags, {}, folder))
     return engine if clock is None else dataclasses.replace(engine, clock=clock)
 

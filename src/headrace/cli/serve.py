@@ -217,7 +217,11 @@ async def _grpc(service: Service, settings: Settings) -> AsyncIterator[GrpcServe
             is_timed = settings.sources["flush_interval_ms"] != "default"
             interval_ms = settings.limits.flush_interval_ms if is_timed else None
             dispatching_broker = dispatching(
-                service.engine, delivery=delivery, ack=settings.ack, flush_interval_ms=interval_ms
+                service.engine,
+                delivery=delivery,
+                ack=settings.ack,
+                flush_interval_ms=interval_ms,
+                is_fenced=settings.delivery_ids == "fenced",
             )
             broker = await stack.enter_async_context(dispatching_broker)
             consumer = broker.consumer.methods

@@ -3,8 +3,9 @@
 Rule 1: all activations of an environment are runs of one task, `LANE`. Their ids are therefore unique for all
 task names, a claim reads one lane per queue, and one row holds activations of many task names. The task name of
 each is in its `Extra`. Rule 2: the queue's name contains application and namespace. Rule 3: a report carries only an
-id, so the id names the attempt and how often that attempt was overdue. The report of an earlier holder thus names
-another delivery, and is recognised on every server.
+id. By default that is the activation's own on every delivery, since workers use it as idempotency key. A fenced id also
+names the lease, whose token grows with every lease of the run: the report of an earlier holder then names another
+delivery, and is recognised on every server.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ _MARKED: Final = re.compile(r"(?s)(.+)~([1-9][0-9]{0,9})\.(0|[1-9][0-9]{0,9})\Z"
 
 
 class Delivery(NamedTuple):
-    """The delivery that an id on the wire names: `attempt` from 1, and how often that attempt was overdue before."""
+    """One delivery of an activation: its lease's `token`, from 1, and how often that lease put the run back before,
+    because it could not tell whether a worker had received it.
+    """
 
     id: str
-    attempt: int = 1
-    overdue_count: int = 0
+    token: int = 1
+    returns_count: int = 0
 
 
 class Note(msgspec.Struct, omit_defaults=True, frozen=True):
@@ -67,14 +70,19 @@ def queue_of(application: str, namespace: str) -> str:
     return f"{application}{SEPARATOR}{namespace}"
 
 
-def wire_id(delivery: Delivery) -> str:
-    """Return the id under which a run is delivered: its own at first, with a suffix for later deliveries."""
-    if delivery.attempt == 1 and not delivery.overdue_count:
+def fenced_id(delivery: Delivery) -> str:
+    """Return the id that names a delivery: the activation's own for the first one, with a suffix for later ones."""
+    if delivery.token == 1 and not delivery.returns_count:
         return delivery.id
-    return f"{delivery.id}{MARK}{delivery.attempt}.{delivery.overdue_count}"
+    return f"{delivery.id}{MARK}{delivery.token}.{delivery.returns_count}"
 
 
 def delivery_of(name: str) -> Delivery:
-    """Return the delivery from which `wire_id` made an id."""
+    """Return the delivery from which `fenced_id` made an id."""
     match = _MARKED.match(name)
     return Delivery(name) if match is None else Delivery(match[1], int(match[2]), int(match[3]))
+
+
+def is_fenced(name: str) -> bool:
+    """True if an id names a later delivery."""
+    return _MARKED.match(name) is not None

@@ -41,6 +41,8 @@ _REPORTED: Final = run.FINAL + RETURNING
 SETTLED: Final = "settled"
 RECORDED: Final = "recorded"
 LOST: Final = "lost"
+WAITING_PART_NO: Final = 1 << 29
+"""First part number of runs that complete while they wait; leases number their parts from 0, or from 1 << 30."""
 
 
 class Key(NamedTuple):
@@ -199,7 +201,7 @@ def split(span: Span, span_slots: Sequence[int], **changes: object) -> tuple[Spa
     """Move the runs at `span_slots` to a new, unstored span that differs by `changes`; return `(kept, taken)`.
 
     The one primitive behind small claims, retries and the isolation of runs that crash their worker. Both spans refer
-    to the same block.
+    to the same block. The new span keeps the token, so the tokens of the leases of one run only ever grow.
     """
     block_offsets = block_offsets_of(span)
     kept = msgspec.structs.replace(
@@ -216,7 +218,6 @@ def split(span: Span, span_slots: Sequence[int], **changes: object) -> tuple[Spa
         state=WAITING,
         session_id="",
         claim_no=0,
-        token=0,
     )
     for name, value in changes.items():
         setattr(taken, name, value)
@@ -369,11 +370,35 @@ def _moved(span: Span, block_offsets: list[int], conditions: _ReturnConditions, 
         attempt=span.attempt + conditions.attempts,
         session_id="",
         claim_no=0,
-        token=0,
         note=conditions.note,
         since_us=now_us,
         leased_us=0,
     )
+
+
+def complete_waiting(span: Span, block_offsets: Collection[int], result: bytes, *, now_us: int) -> SpanDecision:
+    """Complete runs of a waiting span, each with `result`: their worker reported after its delivery was overdue.
+
+    The part has a number that no lease uses: several waiting runs of one span may complete one after the other.
+    """
+    if span.state not in (WAITING, DELAYED):
+        return SpanDecision(LOST)
+    block_offset_at = block_offsets_of(span)
+    span_slots = [span_slot for span_slot in unsettled_slots(span) if block_offset_at[span_slot] in block_offsets]
+    if not span_slots:
+        return SpanDecision(LOST)
+    after, counts = _end(span, run.COMPLETED, block_offsets)
+    part = Part(
+        block_id=span.block_id,
+        span_id=span.id,
+        token=span.token,
+        part_no=WAITING_PART_NO + span_slots[0],
+        block_offsets=encode_uint16s(block_offset_at[span_slot] for span_slot in span_slots),
+        codes=bytes((run.COMPLETED,)) * len(span_slots),
+        results=pack([result] * len(span_slots)),
+        settled_us=now_us,
+    )
+    return SpanDecision(SETTLED, after, (), part, counts)
 
 
 def cancel(span: Span, block_offsets: Collection[int] | None = None) -> tuple[Span, Counts]:

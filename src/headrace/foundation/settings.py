@@ -92,6 +92,7 @@ class Settings:
     grpc_secrets: tuple[str, ...] = field(repr=False)
     delivery: Literal["pull", "push", "both"] | None
     ack: Literal["committed", "received"]
+    delivery_ids: Literal["same", "fenced"]
     push: tuple[PushTarget, ...]
     limits: Limits
     sources: Mapping[str, str]
@@ -172,6 +173,7 @@ def load(
         grpc_secrets=secrets_of(texts["grpc_secrets"]) if "grpc_secrets" in texts else (),
         delivery=_of_choice(texts.get("delivery"), DELIVERIES),
         ack="received" if texts["ack"] == "received" else "committed",
+        delivery_ids="fenced" if texts["delivery_ids"] == "fenced" else "same",
         push=push_targets(texts["push"]) if "push" in texts else (),
         limits=Limits(**{name: numbers[name] for name in TABLE}),
         sources={name: given[name][1] if name in given else "default" for name in NAMES},
@@ -439,6 +441,7 @@ def _choice(name: str, default: str | None, choices: tuple[str, ...], meaning: s
 
 DELIVERIES: Final[tuple[Literal["pull"], Literal["push"], Literal["both"]]] = ("pull", "push", "both")
 ACKS: Final = ("committed", "received")
+DELIVERY_IDS: Final = ("same", "fenced")
 SECRETS_MAX: Final = 16
 SECRET_BYTES_MIN: Final = 12
 ENVIRONMENT_CHARS_MAX: Final = 200
@@ -532,6 +535,12 @@ OPTIONS: Final[Mapping[str, Option]] = {
             "committed",
             ACKS,
             "Answer a gRPC report after its commit, or when it is received.",
+        ),
+        _choice(
+            "delivery_ids",
+            "same",
+            DELIVERY_IDS,
+            "The id that a gRPC worker sees: the activation's own on every delivery, or one that names the delivery.",
         ),
         Option(
             "push",

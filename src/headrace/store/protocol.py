@@ -519,6 +519,13 @@ class MaintainStore(Protocol):
     async def named_leases(self, environment: str, task: str, keys: Sequence[str]) -> list[NamedLease]:
         """Return the leases of the runs that these keys name; runs that are not leased are left out."""
 
+    async def complete_waiting(
+        self, environment: str, task: str, keys: Sequence[str], result: bytes, *, now_us: int
+    ) -> int:
+        """Complete the runs that keys name and that wait, each with `result`. Returns how many. Leased runs and runs
+        with an outcome are left unchanged.
+        """
+
     async def move_waiting(self, environment: str, task: str, source: str, target: str, *, spans_max: int) -> int:
         """Move waiting spans of a task to another queue, at most `spans_max`. Returns how many were moved."""
 

@@ -30,7 +30,7 @@ def counterpart_in(module: str, test: str) -> tuple[str, str]:
 
 
 STATUSES: Final = counterpart_in("consumer_service", "set_task_status_invalid")
-OVERDUE: Final = counterpart_in("dispatching", "r6_a_report_after_the_deadline_changes_nothing")
+OVERDUE: Final = counterpart_in("dispatching", "r6_a_fenced_report_after_the_deadline_changes_nothing")
 TOO_OFTEN: Final = counterpart_in(
     "dispatching", "a_run_past_its_deadline_too_often_fails_and_becomes_a_dead_letter_if_requested"
 )

@@ -278,7 +278,7 @@ async def test_set_batch_activation_status_retry(kind: str, tmp_path: Path) -> N
         await broker.set_batch(("id_0", RETRY))
         assert await broker.counts() == {"waiting": 1}
         task = await broker.get()
-        assert (task.id, task.retry_state.attempts) == ("id_0~2.0", 1)
+        assert (task.id, task.retry_state.attempts) == ("id_0", 1)
 
 
 @on_databases
@@ -318,7 +318,6 @@ async def test_a_retry_can_change_max_attempts_and_delay_for_all_later_attempts(
         await broker.set(third.id, RETRY, delay_on_retry=0)
         fourth = await broker.get()
         assert (fourth.retry_state.attempts, fourth.delay) == (4, 0)
-        assert len({first.id, second.id, third.id, fourth.id}) == 4
 
 
 @on_databases
@@ -331,11 +330,11 @@ async def test_a_retry_without_delay_is_claimable_at_once_and_one_with_delay_on_
         for _ in range(2):
             await broker.get()
         await broker.set_batch(("id_0", RETRY), ("id_1", RETRY))
-        assert (await broker.get()).id == "id_0~2.0"
+        assert (await broker.get()).id == "id_0"
         assert (await status_of_error(broker.get()))[0] == Code.NOT_FOUND
         clock.advance(6)
         task = await broker.get()
-        assert (task.id, task.delay) == ("id_1~2.0", 5)
+        assert (task.id, task.delay) == ("id_1", 5)
 
 
 async def test_an_at_most_once_activation_fails_when_its_worker_requests_a_retry(tmp_path: Path) -> None:
@@ -365,8 +364,8 @@ async def test_a_repeated_report_is_recorded_once(kind: str, tmp_path: Path) -> 
 
 
 @on_every_store
-async def test_a_report_of_an_earlier_attempt_changes_nothing(kind: str, tmp_path: Path) -> None:
-    async with running_broker(kind, tmp_path) as broker:
+async def test_a_fenced_report_of_an_earlier_attempt_changes_nothing(kind: str, tmp_path: Path) -> None:
+    async with running_broker(kind, tmp_path, is_fenced=True) as broker:
         await broker.add_many(1)
         await broker.get()
         await broker.set("id_0", RETRY)
@@ -397,7 +396,7 @@ async def test_a_report_to_another_server_is_settled_by_id(kind: str, tmp_path: 
         await broker.set(names[0], FAILURE)
         await broker.set_batch((names[1], COMPLETE), (names[2], COMPLETE))
         again = await other.get()
-        assert again.id == "id_2~2.0"
+        assert again.id == "id_2"
         await other.set(again.id, COMPLETE)
         await other.dispatcher.stop()
         assert [view.state for view in await broker.runs()][:3] == ["completed", "failed", "completed"]
@@ -412,7 +411,7 @@ async def test_a_report_to_another_server_is_settled_by_id(kind: str, tmp_path: 
         (activation("", id=""), "1 to 200 printable"),
         (activation("", id="x" * 201), "1 to 200 printable"),
         (activation("", id="a\x00b"), "printable"),
-        (activation("", id="id~2.0"), "~attempt.times"),
+        (activation("", id="id~2.0"), "~2.0"),
         (activation(0, taskname=""), "task"),
         (activation(0, application="a:b"), "application"),
         (activation(0, namespace="x" * 200), "queue"),
@@ -466,7 +465,7 @@ async def test_a_large_activation_is_stored_in_the_object_store(kind: str, tmp_p
         assert await broker.get() == large
         assert (await broker.set("id_0", RETRY, fetch={})).id == "id_1"
         again = await broker.get()
-        assert (again.id, again.parameters_bytes) == ("id_0~2.0", large.parameters_bytes)
+        assert (again.id, again.parameters_bytes) == ("id_0", large.parameters_bytes)
 
 
 @on_databases

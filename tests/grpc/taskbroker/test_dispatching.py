@@ -46,9 +46,9 @@ async def types_of_failures(broker: BrokerRig) -> list[str]:
 
 
 @on_every_store
-async def test_r6_a_report_after_the_deadline_changes_nothing(kind: str, tmp_path: Path) -> None:
+async def test_r6_a_fenced_report_after_the_deadline_changes_nothing(kind: str, tmp_path: Path) -> None:
     clock = ManualClock()
-    async with running_broker(kind, tmp_path, clock=clock) as broker:
+    async with running_broker(kind, tmp_path, clock=clock, is_fenced=True) as broker:
         await broker.add_many(2)
         late, in_time = await broker.get(), await broker.get()
         clock.advance(12.9)  # 10 s of deadline and 3 s of grace
@@ -58,7 +58,7 @@ async def test_r6_a_report_after_the_deadline_changes_nothing(kind: str, tmp_pat
         clock.advance(0.2)
         await broker.tick()
         again = await broker.get()
-        assert (again.id, again.retry_state.attempts) == ("id_0~1.1", 0), "no attempt is used up"
+        assert (again.id, again.retry_state.attempts) == ("id_0~2.0", 0), "no attempt is used up"
         await broker.set(late.id, COMPLETE)
         assert await broker.counts() == {"completed": 1, "processing": 1}
         await broker.set(again.id, COMPLETE)
@@ -70,12 +70,14 @@ async def test_a_run_past_its_deadline_too_often_fails_and_becomes_a_dead_letter
     kind: str, tmp_path: Path
 ) -> None:
     clock = ManualClock()
-    async with running_broker(kind, tmp_path, clock=clock, limits={"delivery_attempts_max": 3}) as broker:
+    async with running_broker(
+        kind, tmp_path, clock=clock, is_fenced=True, limits={"delivery_attempts_max": 3}
+    ) as broker:
         await broker.add(activation(0, retry={"on_attempts_exceeded": DEADLETTER}), activation(1))
         for overdue_count in range(3):
             tasks = [await broker.get(), await broker.get()]
             assert len({task.id for task in tasks}) == 2
-            assert all(task.id.endswith(f"~1.{overdue_count}") for task in tasks if overdue_count)
+            assert all(task.id.endswith(f"~{overdue_count + 1}.0") for task in tasks if overdue_count)
             clock.advance(14)
             await broker.tick()
         assert (await status_of_error(broker.get()))[0] == Code.NOT_FOUND
@@ -102,16 +104,16 @@ async def test_a_retry_resets_the_overdue_count_and_keeps_changes_of_earlier_rep
     tmp_path: Path,
 ) -> None:
     clock = ManualClock()
-    async with running_broker("memory", tmp_path, clock=clock) as broker:
+    async with running_broker("memory", tmp_path, clock=clock, is_fenced=True) as broker:
         await broker.add_many(1)
         await broker.set((await broker.get()).id, RETRY, max_attempts=9, delay_on_retry=0)
         assert (await broker.get()).id == "id_0~2.0"
         clock.advance(14)
         await broker.tick()
         again = await broker.get()
-        assert (again.id, again.retry_state.max_attempts, again.retry_state.attempts) == ("id_0~2.1", 9, 1)
+        assert (again.id, again.retry_state.max_attempts, again.retry_state.attempts) == ("id_0~3.0", 9, 1)
         await broker.set(again.id, RETRY)
-        assert (await broker.get()).id == "id_0~3.0"
+        assert (await broker.get()).id == "id_0~4.0"
 
 
 @pytest.mark.parametrize(("seconds", "is_over"), [(0, 4), (1, 5), (3_600, 3_604)])
@@ -141,7 +143,7 @@ async def test_the_dispatcher_enforces_deadlines_without_ticks(tmp_path: Path) -
 
 async def test_a_clock_jump_counts_a_run_as_overdue_once(tmp_path: Path) -> None:
     clock = ManualClock()
-    async with running_broker("memory", tmp_path, clock=clock) as broker:
+    async with running_broker("memory", tmp_path, clock=clock, is_fenced=True) as broker:
         await broker.add_many(3)
         names = [(await broker.get()).id for _ in range(3)]
         clock.advance(400 * 86_400)
@@ -349,8 +351,8 @@ async def test_r6_runs_of_a_stopped_server_are_settled_through_another_server(ki
         await broker.set("id_1", COMPLETE)
         await broker.set("id_2", RETRY)
         assert [view.state for view in await broker.runs()] == ["completed", "completed", "waiting"]
-        assert (await broker.get()).id == "id_2~2.0"
-        await broker.set("id_2~2.0", COMPLETE)
+        assert (await broker.get()).id == "id_2"
+        await broker.set("id_2", COMPLETE)
 
 
 @on_every_store
@@ -431,12 +433,15 @@ async def test_taken_activations_are_marked_or_released_with_attempts_unchanged(
         assert [delivery.name for delivery in again] == ["id_1", "id_2"], (
             "released activations are delivered first, under their own ids"
         )
-        broker.dispatcher.mark(["id_1"])
+        assert broker.dispatcher.mark(["id_1"]) == 0, "that delivery was released"
+        assert [delivery.key for delivery in again] == ["id_1~1.1", "id_2"]
+        broker.dispatcher.mark(["id_1~1.1"])
         clock.advance(6)
         await broker.tick()
         (back,) = await broker.dispatcher.take(QueueFilter("app"), 9, lease_ms=5_000)
         assert back.name == "id_2", "an activation that was neither marked nor released is claimable after its lease"
-        broker.dispatcher.mark(["id_2"])
+        assert broker.dispatcher.mark(["id_2"]) == 0, "the mark of a delivery that was given up comes too late"
+        broker.dispatcher.mark([back.key])
         await broker.set_batch(*((f"id_{number}", COMPLETE) for number in range(3)))
         assert await broker.counts() == {"completed": 3}
 

@@ -57,7 +57,7 @@ def decode_entry(data: bytes, limits: Limits, now_us: int) -> ActivationEntry:
     check_name("activation", message.id)
     if delivery_of(message.id).id != message.id:
         raise InvalidInput(
-            f"expected an activation id without a delivery suffix (~attempt.times), got {message.id[:200]!r}",
+            f"expected an activation id without a delivery suffix (~2.0), got {message.id[:200]!r}",
             hint="send the activation under its original id",
             id=message.id,
         )
@@ -149,9 +149,9 @@ def is_killed(rules: Rules, name: str, data: bytes) -> bool:
 def delivery_message(dispatcher: Dispatcher, delivered: DeliveredRun) -> bytes | None:
     """Encode the message that a worker receives. A run whose payload is no activation fails, and None is returned.
 
-    The first delivery of an activation that came in over this protocol is its original bytes.
+    The first attempt of an activation that came in over this protocol is its original bytes.
     """
-    if delivered.kind == ACTIVATION and not delivered.buffered.suffix:
+    if delivered.kind == ACTIVATION and delivered.is_unchanged:
         return delivered.payload
     try:
         return build_delivery(delivered, dispatcher.engine.clock.now_us()).SerializeToString()

@@ -26,12 +26,14 @@ async def dispatching(
     delivery: DeliveryMode = "pull",
     ack: Ack = "committed",
     flush_interval_ms: int | None = None,
+    is_fenced: bool = False,
 ) -> AsyncGenerator[TaskBroker, None]:
     """Run a task broker while the block lasts. All calls to it must have ended before the block does.
 
     `flush_interval_ms`: how long a report may wait for others to share its commit; None for natural batching.
+    `is_fenced`: the ids that workers see name the delivery; otherwise they are the activation's own.
     """
-    dispatcher = Dispatcher(engine, flush_interval_ms=flush_interval_ms, is_killed=is_killed)
+    dispatcher = Dispatcher(engine, flush_interval_ms=flush_interval_ms, is_fenced=is_fenced, is_killed=is_killed)
     await dispatcher.start()
     try:
         yield TaskBroker(dispatcher, ConsumerService(dispatcher, delivery=delivery, ack=ack))

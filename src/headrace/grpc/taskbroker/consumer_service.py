@@ -51,35 +51,35 @@ class ConsumerService:
 
     def get_task(self, request: wire.GetTaskRequest, call: CallContext) -> bytes | Coroutine[Any, Any, bytes]:
         """Return the next activation that matches the filters, as an encoded `GetTaskResponse`."""
-        del call
         if self._delivery == "push":
             raise GrpcError(Code.PERMISSION_DENIED, "Cannot call while broker is in PUSH mode")
         queue_filter = _queue_filter_of(request)
-        task = self._take_buffered(queue_filter)
-        return self._get_when_available(queue_filter) if task is None else task
+        task = self._take_buffered(queue_filter, call)
+        return self._get_when_available(queue_filter, call) if task is None else task
 
-    async def _get_when_available(self, queue_filter: QueueFilter) -> bytes:
-        task = await self._fetch(queue_filter)
+    async def _get_when_available(self, queue_filter: QueueFilter, call: CallContext) -> bytes:
+        task = await self._fetch(queue_filter, call)
         if task is None:
             raise GrpcError(Code.NOT_FOUND, "No pending activations")
         return task
 
     def set_task_status(self, request: wire.SetTaskStatusRequest, call: CallContext) -> bytes | DeferredResponse | None:
         """Record the outcome of one attempt, and return the next activation if the worker requests one."""
-        del call
-        written = self._dispatcher.report_nowait([_report_of(request)], is_awaited=self._is_awaited)
+        written = self._dispatcher.report_nowait(
+            [_report_of(request)], is_awaited=self._is_awaited, reporter=call.connection
+        )
         if self._delivery == "push" or not request.HasField("fetch_next_task"):
             return written
-        get_next = partial(self._get_next, _queue_filter_of(request.fetch_next_task))
+        get_next = partial(self._get_next, _queue_filter_of(request.fetch_next_task), call)
         return get_next() if written is None else ResponseAfter(written, get_next)
 
-    def _get_next(self, queue_filter: QueueFilter) -> bytes | Coroutine[Any, Any, bytes]:
-        task = self._take_buffered(queue_filter)
-        return self._get_next_when_available(queue_filter) if task is None else task
+    def _get_next(self, queue_filter: QueueFilter, call: CallContext) -> bytes | Coroutine[Any, Any, bytes]:
+        task = self._take_buffered(queue_filter, call)
+        return self._get_next_when_available(queue_filter, call) if task is None else task
 
-    async def _get_next_when_available(self, queue_filter: QueueFilter) -> bytes:
+    async def _get_next_when_available(self, queue_filter: QueueFilter, call: CallContext) -> bytes:
         try:
-            return await self._fetch(queue_filter) or b""
+            return await self._fetch(queue_filter, call) or b""
         except HeadraceError as error:  # an error would make the worker report the same outcome again
             LOG.warning("fetch.next_failed", error=error.message)
             return b""
@@ -88,17 +88,16 @@ class ConsumerService:
         self, request: wire.SetBatchActivationStatusRequest, call: CallContext
     ) -> asyncio.Future[None] | None:
         """Record the outcomes of several attempts. If one of them is invalid, none is recorded."""
-        del call
         reports = [_report_of(update) for update in request.updates]
-        return self._dispatcher.report_nowait(reports, is_awaited=self._is_awaited)
+        return self._dispatcher.report_nowait(reports, is_awaited=self._is_awaited, reporter=call.connection)
 
-    def _take_buffered(self, queue_filter: QueueFilter) -> bytes | None:
-        delivered = self._dispatcher.fetch_nowait(queue_filter)
+    def _take_buffered(self, queue_filter: QueueFilter, call: CallContext) -> bytes | None:
+        delivered = self._dispatcher.fetch_nowait(queue_filter, call.connection)
         return None if delivered is None else self._encode_response(delivered)
 
-    async def _fetch(self, queue_filter: QueueFilter) -> bytes | None:
+    async def _fetch(self, queue_filter: QueueFilter, call: CallContext) -> bytes | None:
         """Fetch and encode an activation; None if none is waiting."""
-        while (delivered := await self._dispatcher.fetch(queue_filter)) is not None:
+        while (delivered := await self._dispatcher.fetch(queue_filter, call.connection)) is not None:
             if (task := self._encode_response(delivered)) is not None:
                 return task
         return None

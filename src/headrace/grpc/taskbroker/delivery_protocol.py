@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 
 class PushDelivery(NamedTuple):
-    """One activation to push. `activation` is the encoded message that the worker receives.
+    """One activation to push. `id` names this delivery; `activation` is the encoded message that the worker receives.
 
     `at_most_once`: the activation must not be released once a worker may have started it.
     """

@@ -24,7 +24,7 @@ class DispatcherDeliveries:
             message = delivery_message(self._dispatcher, delivered)
             if message is not None:
                 at_most_once = delivered.buffered.active.lease.at_most_once
-                deliveries.append(PushDelivery(delivered.name, application, message, at_most_once))
+                deliveries.append(PushDelivery(delivered.key, application, message, at_most_once))
         return deliveries
 
     async def mark(self, ids: Sequence[str]) -> None:

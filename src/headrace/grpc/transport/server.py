@@ -108,6 +108,11 @@ class ServerProtocol(Http2Protocol):
         self._sent_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def is_connected(self) -> bool:
+        """True until the connection is closed or lost."""
+        return self in self._server.connections and not self._transport.is_closing()
+
     # -- asyncio callbacks
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -201,7 +206,9 @@ class ServerProtocol(Http2Protocol):
         if secrets and not (method.is_open or is_signed):
             raise GrpcError(Code.UNAUTHENTICATED, "Authentication failed")
         deadline_us = None if deadline_s is None else int(deadline_s * 1e6)
-        call = CallContext(path, headers, peer=self._peer, is_signed=is_signed, deadline_us=deadline_us)
+        call = CallContext(
+            path, headers, peer=self._peer, is_signed=is_signed, deadline_us=deadline_us, connection=self
+        )
         return method, _decode(method, message), call, deadline_s
 
     def _decompressed(self, request: RequestReceived, running: RunningCall) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
@@ -23,14 +23,23 @@ from headrace.grpc.transport.status import GrpcError, to_grpc_error
 _WORD: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
+class CallConnection(Protocol):
+    """The connection on which calls come."""
+
+    @property
+    def is_connected(self) -> bool:
+        """True until it is closed or lost."""
+        ...
+
+
 class CallContext:
     """A call as its handler sees it. `metadata` is by lower-case name; of repeated names it has the last value.
 
     `is_signed`: this very message was signed with one of the server's secrets. `deadline_us`: when the caller stops
-    waiting, on the event loop's clock; None for no deadline.
+    waiting, on the event loop's clock; None for no deadline. `connection`: on which it came; None outside a server.
     """
 
-    __slots__ = ("deadline_us", "is_signed", "metadata", "path", "peer")
+    __slots__ = ("connection", "deadline_us", "is_signed", "metadata", "path", "peer")
 
     def __init__(
         self,
@@ -40,12 +49,14 @@ class CallContext:
         peer: str = "",
         is_signed: bool = False,
         deadline_us: int | None = None,
+        connection: CallConnection | None = None,
     ) -> None:
         self.path = path
         self.metadata: Mapping[str, str] = metadata or {}
         self.peer = peer
         self.is_signed = is_signed
         self.deadline_us = deadline_us
+        self.connection = connection
 
 
 Response = Message | bytes | None

@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from headrace.core.activation import LANE, Note
+from headrace.core.activation import LANE, Note, delivery_of
 from headrace.core.failure import Failure
 from headrace.core.pack import REFERENCE
 from headrace.core.rules import Rules
@@ -28,6 +28,7 @@ from headrace.runtime.dispatch.lease_buffer import (
     BufferedLease,
     DeliveredRun,
     DeliveryDeadlines,
+    Holder,
     LeaseBuffer,
     QueueFilter,
 )
@@ -68,9 +69,12 @@ class Dispatcher:
         engine: Engine,
         *,
         flush_interval_ms: int | None = None,
+        is_fenced: bool = False,
         is_killed: Callable[[Rules, str, bytes], bool] = lambda _rules, _name, _payload: False,
     ) -> None:
         """`flush_interval_ms`: how long a report may wait for others; None for natural batching.
+
+        `is_fenced`: the ids that workers see name the delivery; otherwise they are the activation's own.
 
         `is_killed` decides by rules, task and payload which activations are dropped instead of delivered.
         """
@@ -84,11 +88,16 @@ class Dispatcher:
         self._session.on_ended = self._session_ended
         self._session.on_unwanted = self._on_cancelled
         self._report_writer = ReportWriter(
-            engine, on_written=self._on_written, on_foreign_settled=self._on_foreign_settled
+            engine,
+            is_fenced_here=is_fenced,
+            is_held_here=self._is_held_here,
+            on_written=self._on_written,
+            on_foreign_settled=self._on_foreign_settled,
         )
         self._flush_interval_ms = flush_interval_ms
         self._flusher: Flusher[ReportUpdate] | None = None
-        self._buffer = LeaseBuffer()
+        self._is_fenced = is_fenced
+        self._buffer = LeaseBuffer(is_fenced=is_fenced)
         self._prefetcher = Prefetcher(engine, self._session, self._buffer, on_ended=self._session_ended)
         self._delivered: dict[str, DeliveredRun] = {}
         self._deadlines = DeliveryDeadlines()
@@ -172,17 +181,18 @@ class Dispatcher:
 
     # -- delivering
 
-    async def fetch(self, queue_filter: QueueFilter) -> DeliveredRun | None:
-        """Deliver one activation that the filter selects; None if none waits.
+    async def fetch(self, queue_filter: QueueFilter, holder: Holder | None = None) -> DeliveredRun | None:
+        """Deliver one activation that the filter selects to a worker on `holder`; None if none waits.
 
         Raises `StoreUnavailable` if the store does not respond.
         """
-        delivered = self.fetch_nowait(queue_filter)
+        delivered = self.fetch_nowait(queue_filter, holder)
         if delivered is None and (delivered := await self._next(queue_filter)) is not None:
+            delivered.holder = holder
             self._set_deadline(delivered, self.engine.clock.now_us())
         return delivered
 
-    def fetch_nowait(self, queue_filter: QueueFilter) -> DeliveredRun | None:
+    def fetch_nowait(self, queue_filter: QueueFilter, holder: Holder | None = None) -> DeliveredRun | None:
         """Deliver an activation that is in memory; None if there is none, or its payload must be fetched first."""
         delivered = (
             self._next_nowait(queue_filter) if queue_filter.is_answerable and self._tick_task is not None else None
@@ -192,6 +202,7 @@ class Dispatcher:
         if delivered.kind == REFERENCE:
             self._put_back(delivered)
             return None
+        delivered.holder = holder
         self._set_deadline(delivered, delivered.buffered.since_us)  # the time at which it was taken, just now
         return delivered
 
@@ -212,25 +223,39 @@ class Dispatcher:
             claimed.append(delivered)
         return claimed
 
-    def mark(self, names: Sequence[str]) -> int:
-        """Mark activations as received by their workers, and start their deadlines; return how many were claimed."""
-        claimed, now_us = self._claimed(names), self.engine.clock.now_us()
+    def mark(self, keys: Sequence[str]) -> int:
+        """Mark deliveries as received by their workers, and start their deadlines; return how many were claimed."""
+        claimed, now_us = self._claimed(keys), self.engine.clock.now_us()
         for delivered in claimed:
             delivered.is_claimed = False
             delivered.payload = b""  # the worker has it
             self._set_deadline(delivered, now_us)
         return len(claimed)
 
-    def put_back(self, names: Sequence[str]) -> int:
-        """Put back activations that did not reach a worker, first in the buffer; return how many were claimed."""
-        claimed = self._claimed(names)
+    def put_back(self, keys: Sequence[str]) -> int:
+        """Put back deliveries that did not reach a worker, first in the buffer; return how many were claimed."""
+        claimed = self._claimed(keys)
         for delivered in claimed:
-            self._put_back(delivered)
+            self._return_sent(delivered)
         return len(claimed)
 
-    def _claimed(self, names: Sequence[str]) -> list[DeliveredRun]:
-        candidates = (self._delivered.get(name) for name in dict.fromkeys(names))
-        return [delivered for delivered in candidates if delivered is not None and delivered.is_claimed]
+    def _claimed(self, keys: Sequence[str]) -> list[DeliveredRun]:
+        """Return the deliveries with these keys that are being sent. A later delivery of the run has another key."""
+        candidates = (
+            (key, self._delivered.get(key if self._is_fenced else delivery_of(key).id)) for key in dict.fromkeys(keys)
+        )
+        return [
+            delivered
+            for key, delivered in candidates
+            if delivered is not None and delivered.is_claimed and delivered.key == key
+        ]
+
+    def _return_sent(self, delivered: DeliveredRun) -> None:
+        """Put back a run that was sent to a worker; the worker may have received it, so its next delivery has another
+        key.
+        """
+        self._put_back(delivered)
+        delivered.returns_count += 1
 
     def _put_back(self, delivered: DeliveredRun) -> None:
         delivered.is_claimed = False
@@ -328,19 +353,22 @@ class Dispatcher:
 
     # -- reports
 
-    async def report(self, reports: Sequence[ActivationReport], *, is_awaited: bool = True) -> None:
+    async def report(
+        self, reports: Sequence[ActivationReport], *, is_awaited: bool = True, reporter: Holder | None = None
+    ) -> None:
         """Record how attempts ended; return after the commit, or, with `is_awaited=False`, once the reports are
         accepted.
 
-        A repeated or late report, and one about an unknown activation, change nothing. Raises the error if the store
-        refuses a report.
+        `reporter`: the connection of the worker. A repeated or late report, and one about an unknown activation,
+        change nothing; but a late report of completion completes a run that waits again or was delivered again. Raises
+        the error if the store refuses a report.
         """
-        written = self.report_nowait(reports, is_awaited=is_awaited)
+        written = self.report_nowait(reports, is_awaited=is_awaited, reporter=reporter)
         if written is not None:
             await written
 
     def report_nowait(
-        self, reports: Sequence[ActivationReport], *, is_awaited: bool = True
+        self, reports: Sequence[ActivationReport], *, is_awaited: bool = True, reporter: Holder | None = None
     ) -> asyncio.Future[None] | None:
         """Like `report`, without a task of the caller's: return the future to wait for, or None."""
         if self._flusher is None:
@@ -349,45 +377,59 @@ class Dispatcher:
             )
         waiter = ReportWaiter(len(reports)) if is_awaited and reports else None
         for number, report in enumerate(reports):
-            update = self._accept_report(report, waiter)
+            update = self._accept_report(report, waiter, reporter)
+            if update is None:
+                continue
             try:
                 is_accepted = self._flusher.put_nowait(update)
             except FlusherClosed:
                 self._undo_report(update)
                 raise
             if not is_accepted:
-                return asyncio.create_task(self._accept_rest(update, reports[number + 1 :], waiter))
+                return asyncio.create_task(self._accept_rest(update, reports[number + 1 :], waiter, reporter))
         return None if waiter is None else waiter.future
 
     async def _accept_rest(
-        self, first: ReportUpdate, reports: Sequence[ActivationReport], waiter: ReportWaiter | None
+        self,
+        first: ReportUpdate,
+        reports: Sequence[ActivationReport],
+        waiter: ReportWaiter | None,
+        reporter: Holder | None,
     ) -> None:
         """Accept the reports that the full flusher could not take, one after the other."""
         assert self._flusher is not None
-        update = first
+        update: ReportUpdate | None = first
         try:
-            await self._flusher.put(update)
+            await self._flusher.put(first)
             for report in reports:
-                update = self._accept_report(report, waiter)
-                await self._flusher.put(update)
+                update = self._accept_report(report, waiter, reporter)
+                if update is not None:
+                    await self._flusher.put(update)
         except BaseException:
             self._undo_report(update)
             raise
         if waiter is not None:
             await waiter.future
 
-    def _undo_report(self, update: ReportUpdate) -> None:
+    def _undo_report(self, update: ReportUpdate | None) -> None:
         """Undo a report that was not accepted, so that it can be repeated."""
         if isinstance(update, DeliveredRun):
             self._restore(update)
 
-    def _accept_report(self, report: ActivationReport, waiter: ReportWaiter | None) -> ReportUpdate:
-        """Take a run from its worker and return the update that its report makes."""
-        delivered = self._delivered.pop(report.name, None)
+    def _accept_report(
+        self, report: ActivationReport, waiter: ReportWaiter | None, reporter: Holder | None
+    ) -> ReportUpdate | None:
+        """Take a run from its worker and return the update that its report makes; None for a late report, which makes
+        none.
+        """
+        delivered = self._delivered.get(report.name)
         if delivered is None:
             return ForeignReport(report, waiter)
         outcome = COMPLETE
         if report.state != "completed":
+            if not delivered.is_held_by(reporter):
+                self._report_writer.late(waiter)
+                return None
             lease = delivered.buffered.active.lease
             outcome = unsuccessful_outcome(
                 report,
@@ -397,6 +439,7 @@ class Dispatcher:
                 delay_ms=delivered.extra.retry_delay_ms,
                 clock=self.engine.clock,
             )
+        del self._delivered[report.name]
         delivered.end(outcome, waiter)
         self._deadlines.remove(delivered)
         return delivered
@@ -436,6 +479,10 @@ class Dispatcher:
             buffered.is_left = True
             self._session.forget(buffered.active)
 
+    def _is_held_here(self, span_id: int, token: int) -> bool:
+        """True if this server has a lease: then its workers have none of its runs that are not delivered."""
+        return self._session.lease(span_id, token) is not None
+
     def _on_foreign_settled(self, span_id: int, token: int, span_slot: int) -> None:
         """Note a run that was settled by its id under a lease that may be in this server's buffer."""
         active = self._session.lease(span_id, token)
@@ -465,7 +512,7 @@ class Dispatcher:
         now_us = self.engine.clock.now_us()
         for delivered in self._deadlines.overdue(now_us, OVERDUE_MAX):
             if delivered.is_claimed:
-                self._put_back(delivered)
+                self._return_sent(delivered)
             elif not delivered.is_ended:
                 self.overdue_count += 1
                 self._end(delivered, self._overdue_outcome(delivered))

@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
-from headrace.core.activation import SEPARATOR, Delivery, Note, note_of, queue_of, wire_id
+from headrace.core.activation import SEPARATOR, Delivery, Note, fenced_id, note_of, queue_of
 from headrace.core.block import Extra
 from headrace.core.pack import JSON
 from headrace.runtime.clock import Timer
@@ -113,8 +113,7 @@ class RequestRate:
 class BufferedLease:
     """A lease whose runs are delivered one by one. `claimed_no` numbers the leases in the order of their claims.
 
-    `rate`: the rate of the filter that it was claimed for. `suffix`: what is appended to the ids of its runs; empty for
-    a first delivery.
+    `rate`: the rate of the filter that it was claimed for.
     """
 
     __slots__ = (
@@ -128,7 +127,6 @@ class BufferedLease:
         "queue",
         "rate",
         "since_us",
-        "suffix",
     )
 
     def __init__(self, active: ActiveLease, claimed_no: int, now_us: int, rate: RequestRate) -> None:
@@ -137,7 +135,6 @@ class BufferedLease:
         self.queue = active.lease.queue
         self.claimed_no = claimed_no
         self.note: Note = note_of(active.lease.note)
-        self.suffix = wire_id(Delivery("", active.lease.attempt, self.note.overdue_count))
         self.open_count = 0
         self.part_no = 0
         self.since_us = now_us
@@ -150,9 +147,19 @@ class BufferedLease:
         return not self.open_count and not self.active.unbegun_count
 
 
+class Holder(Protocol):
+    """The connection of a worker."""
+
+    @property
+    def is_connected(self) -> bool:
+        """True while the worker may still send reports on it."""
+        ...
+
+
 class DeliveredRun:
-    """One delivered run. `name` is the id of the delivery, `span_slot` the slot in its span; `is_claimed`: it is still
-    being sent to a worker.
+    """One delivered run. `name` is the id that its worker sees, `key` names this very delivery, `span_slot` is the slot
+    in its span; `is_claimed`: it is still being sent to a worker. `holder`: the connection on which its worker fetched
+    it; None for one that was pushed.
 
     `extra` is what the activation was stored with. Once it has ended: `outcome`; `part_no`, the number of
     a settlement that begins with it; and `waiter`, its reporter.
@@ -162,25 +169,31 @@ class DeliveredRun:
         "buffered",
         "deadline_us",
         "extra",
+        "holder",
         "is_claimed",
         "is_ended",
+        "is_fenced",
         "kind",
         "lease_offset",
-        "name",
         "outcome",
         "part_no",
         "payload",
+        "returns_count",
         "span_slot",
         "waiter",
     )  # fmt: skip
 
-    def __init__(self, buffered: BufferedLease, lease_offset: int, span_slot: int, extra: Extra) -> None:
+    def __init__(
+        self, buffered: BufferedLease, lease_offset: int, span_slot: int, extra: Extra, *, is_fenced: bool
+    ) -> None:
         lease = buffered.active.lease
         self.buffered = buffered
         self.lease_offset = lease_offset
         self.span_slot = span_slot
         self.extra = extra
-        self.name = extra.idempotency_key + buffered.suffix
+        self.is_fenced = is_fenced
+        self.returns_count = 0
+        self.holder: Holder | None = None
         self.payload = lease.payloads[lease_offset]
         self.kind = JSON if lease.kinds is None else lease.kinds[lease_offset]
         self.deadline_us = 0
@@ -203,11 +216,38 @@ class DeliveredRun:
         """Number of the attempt, from 1."""
         return self.buffered.active.lease.attempt
 
+    @property
+    def key(self) -> str:
+        """The id of this very delivery."""
+        return fenced_id(Delivery(self.extra.idempotency_key, self.buffered.active.lease.token, self.returns_count))
+
+    @property
+    def name(self) -> str:
+        """The id that its worker sees."""
+        return self.key if self.is_fenced else self.extra.idempotency_key
+
+    @property
+    def is_unchanged(self) -> bool:
+        """True if its worker gets the activation as it was stored."""
+        return self.attempt == 1 and self.name == self.extra.idempotency_key
+
+    def is_held_by(self, reporter: Holder | None) -> bool:
+        """True if a report on `reporter`, None if unknown, may be of the current delivery.
+
+        After a missed deadline, an earlier worker may still report. Its connection tells them apart,
+        unless that of the current one has closed, or the run was pushed.
+        """
+        if self.is_fenced or not self.buffered.note.overdue_count or self.holder is None or reporter is None:
+            return True
+        return reporter is self.holder or not self.holder.is_connected
+
 
 class LeaseBuffer:
     """Leased runs that were not delivered: for each application its leases, in the order of their claims."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_fenced: bool) -> None:
+        """`is_fenced`: the ids that workers see name the delivery."""
+        self._is_fenced = is_fenced
         self._leases: dict[str, deque[BufferedLease]] = {}
         self._returned: dict[str, deque[DeliveredRun]] = {}
         self.bytes_count = 0
@@ -269,7 +309,8 @@ class LeaseBuffer:
         buffered.open_count += 1
         buffered.since_us = now_us
         span_slot = active.lease.span_slots[lease_offset]
-        delivered = DeliveredRun(buffered, lease_offset, span_slot, active.lease.extras.get(span_slot, NO_EXTRA))
+        extra = active.lease.extras.get(span_slot, NO_EXTRA)
+        delivered = DeliveredRun(buffered, lease_offset, span_slot, extra, is_fenced=self._is_fenced)
         active.lease.payloads[lease_offset] = b""
         self.bytes_count -= len(delivered.payload)
         if not active.unbegun_count:

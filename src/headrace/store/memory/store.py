@@ -345,6 +345,13 @@ class MemoryStore:
         """Return the leases of the runs that keys name."""
         return reads.named_leases(self._now(), environment, task, keys)
 
+    async def complete_waiting(
+        self, environment: str, task: str, keys: Sequence[str], result: bytes, *, now_us: int
+    ) -> int:
+        """Complete the runs that keys name and that wait."""
+        with self._changing() as tables:
+            return writes.complete_waiting(tables, environment, task, keys, result, now_us)
+
     async def dead_letters(
         self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
     ) -> list[DeadLetter]:

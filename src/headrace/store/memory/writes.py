@@ -310,6 +310,23 @@ def apply(tables: Tables, verdict: SpanDecision, now_us: int) -> None:
     count_in(tables, verdict.span.batch_id, verdict.counts, now_us)
 
 
+def complete_waiting(
+    tables: Tables, environment: str, task: str, keys: Sequence[str], result: bytes, now_us: int
+) -> int:
+    """Complete the runs that keys name and that wait. Returns how many."""
+    completed_count = 0
+    for key in sorted(set(keys)):
+        named_run = tables.keys.get((environment, task, key))
+        if named_run is None:
+            continue
+        block_id, block_offset = reads.locate(tables, tables.batches[named_run.batch_id], named_run.run_index)
+        for span in reads.spans_of_block(tables, block_id):
+            verdict = spans.complete_waiting(span, (block_offset,), result, now_us=now_us)
+            apply(tables, verdict, now_us)
+            completed_count += verdict.counts.settled
+    return completed_count
+
+
 def add_dead_letters(tables: Tables, span: Span, part: Part, now_us: int) -> None:
     """Add the runs that failed finally in a part to the dead letters."""
     indexes = reads.indexes_of(tables.blocks[span.block_id].chunk)

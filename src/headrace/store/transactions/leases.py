@@ -25,13 +25,14 @@ from headrace.core.span import (
     take_first,
     unsettled_slots,
 )
+from headrace.core.span import complete_waiting as complete_waiting_runs
 from headrace.core.span import settle as settle_span
 from headrace.core.span_release import release as release_span
 from headrace.foundation.errors import SessionEnded
 from headrace.store.protocol import Claim, Heartbeat, HeldLease, Release, Session, Suspects
 from headrace.store.transactions.cancel_redrive import count_in, sweep_stopped
 from headrace.store.transactions.dead_letters import add_dead
-from headrace.store.transactions.locate import clocks, locate, require_live
+from headrace.store.transactions.locate import clocks, locate, lock_spans_of_blocks, require_live
 from headrace.store.transactions.row_mapping import (
     BlockRow,
     add_parts,
@@ -374,6 +375,24 @@ def _release_all(
     return decisions.words
 
 
+def complete_waiting(environment: str, task: str, keys: Sequence[str], result: bytes, now_us: int) -> Script[int]:
+    """Complete the runs that keys name and that wait."""
+    names = as_json([(task, key) for key in sorted(set(keys))])
+    offsets: dict[int, set[int]] = {}
+    for _, _, batch_id, index in (yield from fetch("known_keys", environment=environment, rows=names, now_us=0)):
+        if location := (yield from locate(batch_id, index)):
+            offsets.setdefault(location.block_id, set()).add(location.block_offset)
+    if not offsets:
+        return 0
+    spans_by_block = yield from lock_spans_of_blocks(offsets)
+    decisions = _Decisions()
+    for block_id, block_offsets in offsets.items():
+        for span in spans_by_block[block_id]:
+            decisions.add(complete_waiting_runs(span, block_offsets, result, now_us=now_us))
+    yield from decisions.write(now_us)
+    return decisions.settled_count
+
+
 class _Decisions:
     """The decisions of one transaction, written together."""
 
@@ -385,6 +404,11 @@ class _Decisions:
         self._parts: list[Part] = []
         self._counts: dict[str, Counts] = {}
         self._dead: list[tuple[Span, list[int]]] = []
+
+    @property
+    def settled_count(self) -> int:
+        """Number of runs that ended."""
+        return sum(counts.settled for counts in self._counts.values())
 
     def add(self, verdict: SpanDecision) -> None:
         self.words.append(verdict.word)

@@ -223,6 +223,12 @@ class ScriptedStore(ABC):
         """Return the leases of the runs that keys name."""
         return await self._read(lambda: dead_letters.named_leases(environment, task, keys))
 
+    async def complete_waiting(
+        self, environment: str, task: str, keys: Sequence[str], result: bytes, *, now_us: int
+    ) -> int:
+        """Complete the runs that keys name and that wait."""
+        return await self._write(lambda: leases.complete_waiting(environment, task, keys, result, now_us))
+
     async def dead_letters(
         self, environment: str, *, queue: str = "", before_us: int = 0, after: DeadLetter | None = None, limit: int = 50
     ) -> list[DeadLetter]:

@@ -243,8 +243,8 @@ taken AS (
     SELECT :span_id::bigint, block_id, batch_id, environment, queue, task, priority, due_us, expires_us, at_most_once, order_no,
         first_index, attempt, crashes_count, crashes_alone_count,
         substring(coalesce(positions, :span_slots::bytea) FROM 2 * waiting_at - 1 FOR 2 * taken_count::int),
-        convert_to(repeat('w', taken_count::int), 'UTF8'), taken_count, 'leased', :session_id, :claim_no, 1,
-        dead_letter, note, since_us, :now_us::bigint
+        convert_to(repeat('w', taken_count::int), 'UTF8'), taken_count, 'leased', :session_id, :claim_no,
+        token + 1, dead_letter, note, since_us, :now_us::bigint
     FROM kept
     RETURNING span.*
 ),

@@ -9,19 +9,22 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from headrace.app import Headrace
 from headrace.cli.doctor import CheckFailed, durability
 from headrace.compose import open_engine
-from headrace.foundation.errors import HeadraceError, StoreUnavailable
+from headrace.foundation.errors import HeadraceError, StoreUnavailable, StoreUnreachable
 from headrace.foundation.limits import DEFAULT
 from headrace.foundation.settings import load
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.dsn import address
+from headrace.store.postgres.errors import store_error
 from tests.support import invariants
+from tests.support.faulty_proxy import FaultyProxy
 from tests.support.postgres_observer import other_connection
-from tests.support.postgres_server import Server
+from tests.support.postgres_server import Server, server
 from tests.support.store_rig import StoreRig, fresh_schema
 
 DISK_MIB = 96
@@ -163,3 +166,34 @@ async def test_doctor_reports_the_settings_that_durability_depends_on(tmp_path: 
                 assert "turn both on" in unwell.value.hint
         finally:
             await engine.close()
+
+
+async def test_an_idle_connection_whose_backend_was_terminated_is_replaced_without_an_error(tmp_path: Path) -> None:
+    async with (
+        FaultyProxy(server().dsn) as proxy,
+        StoreRig(PostgresStore(fresh_schema(tmp_path, proxy.dsn), DEFAULT)) as rig,
+    ):
+        batch_id = await rig.batch()
+        for index in range(3):
+            await proxy.terminate_backends()
+            await rig.append(batch_id, [index])
+            await proxy.terminate_backends()
+            await rig.store.batch(batch_id)
+        assert (await rig.store.batch(batch_id))[1].waiting == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress"),
+        asyncpg.InterfaceError("connection is closed"),
+        asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
+        ConnectionResetError(104, "Connection reset by peer"),
+    ],
+)
+def test_a_lost_connection_is_reported_as_a_lost_connection(error: Exception) -> None:
+    reported = store_error(error, "PostgreSQL at host:5432/jobs")
+    assert isinstance(reported, StoreUnreachable)
+    assert reported.message == "PostgreSQL at host:5432/jobs did not answer: the connection was lost"
+    assert reported.__cause__ is error
+    assert "tried again" not in str(reported)

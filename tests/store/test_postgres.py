@@ -22,6 +22,7 @@ from headrace.foundation.errors import (
     SessionEnded,
     StoreBroken,
     StoreUnavailable,
+    StoreUnreachable,
 )
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
@@ -251,13 +252,13 @@ async def test_a_failed_connection_names_the_database_and_the_cause(private_serv
         (f"postgresql://reader@{at}/postgres", StoreUnavailable, "it is read-only", "primary"),
         (
             "postgresql://postgres:secret@127.0.0.1:1/postgres",
-            StoreUnavailable,
+            StoreUnreachable,
             "PostgreSQL at 127.0.0.1:1/postgres did not answer",
             "check that the server is running",
         ),
         (
             "postgresql://postgres:secret@no.such.host.invalid/postgres",
-            StoreUnavailable,
+            StoreUnreachable,
             "PostgreSQL at no.such.host.invalid:5432/postgres did not answer",
             "reachable at that host",
         ),

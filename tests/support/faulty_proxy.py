@@ -13,6 +13,8 @@ MODES = (BEFORE, AFTER, TRUNCATED, LATE)
 FLUSH = b"H\0\0\0\4"
 READY = b"Z\0\0\0\5"
 TURNS = 50
+_FIELDS = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
+TERMINATED = b"E" + (4 + len(_FIELDS)).to_bytes(4, "big") + _FIELDS
 
 
 class FaultyProxy:
@@ -49,6 +51,16 @@ class FaultyProxy:
         """End every connection now."""
         for connection in list(self._connections):
             self._end(connection)
+
+    async def terminate_backends(self) -> None:
+        """Send what a backend sends when an administrator terminates it. The end of the connection is still on its
+        way.
+        """
+        for client, _ in self._connections:
+            client.write(TERMINATED)
+            await client.drain()
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
 
     def _end(self, connection: tuple[asyncio.StreamWriter, asyncio.StreamWriter]) -> None:
         self._connections.discard(connection)

@@ -18,6 +18,16 @@ ANOTHER_SESSION: Final = (asyncpg.InvalidSQLStatementNameError, asyncpg.Duplicat
 """Prepared statements are missing, or exist already: a pooler has changed the session behind the connection."""
 STALE: Final = (asyncpg.InvalidCachedStatementError, asyncpg.OutdatedSchemaCacheError)
 """A prepared statement is older than a change of the schema; it did nothing."""
+LOST: Final = (
+    asyncpg.InternalClientError,
+    asyncpg.InterfaceError,
+    asyncpg.ConnectionDoesNotExistError,
+    ConnectionError,
+)
+"""The connection ended, or the driver has read its last words and waits for the end.
+
+Not of these: `ConnectionRefusedError`, for which there was no connection.
+"""
 SCHEMA_CHANGED: Final = (
     asyncpg.UndefinedTableError,
     asyncpg.UndefinedColumnError,
@@ -119,6 +129,15 @@ _TRANSLATIONS: Final = (
 _UNEXPECTED: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.SyntaxOrAccessError)
 
 
+def changed_nothing(error: Exception) -> bool:
+    """True for a transaction that was rolled back, and for a driver that refused to send.
+
+    The driver does so when the backend of an idle connection was terminated and the end of the connection is still on
+    its way.
+    """
+    return not isinstance(error, asyncpg.InternalClientError) or str(error).startswith("cannot switch to state")
+
+
 RIGHTS_SHOWN: Final = 5
 """Missing rights that one message names."""
 
@@ -138,6 +157,8 @@ def store_error(error: BaseException, database: str) -> HeadraceError:
                 hint="please report it, with the log of this process",
             )
         else:
+            is_lost = isinstance(error, LOST) and not isinstance(error, ConnectionRefusedError)
+            text = "the connection was lost" if is_lost else text
             translated = StoreUnreachable(
                 f"{database} did not answer: {text}", hint="check that the server is running and reachable at that host"
             )

@@ -37,6 +37,7 @@ from headrace.store.postgres.errors import (
     SCHEMA_CHANGED,
     STALE,
     UNDONE,
+    changed_nothing,
     missing_rights_error,
     store_error,
 )
@@ -344,14 +345,16 @@ class PostgresStore(ScriptedStore):
         return await self._tried(work)
 
     async def _tried(self, work: Callable[[PostgresConnection], Awaitable[T]]) -> T:
-        """Run work again that the server rolled back because of a concurrent transaction; translate other errors."""
+        """Run work again of which nothing was done, as after a rollback because of a concurrent transaction; translate
+        other errors.
+        """
         for tries_left in range(TRIES - 1, -1, -1):
             pool, connection = await self._pool(), None
             try:
                 async with pool.borrowed() as connection:
                     answer = await work(connection)
-            except (TransactionConflict, *UNDONE) as error:
-                if not tries_left:
+            except (TransactionConflict, *UNDONE, asyncpg.InternalClientError) as error:
+                if not tries_left or not changed_nothing(error):
                     raise self._store_error(error) from error
                 await asyncio.sleep(0)
             except ANOTHER_SESSION as error:  # nothing was done: the prepared statement does not exist
@@ -365,10 +368,7 @@ class PostgresStore(ScriptedStore):
             except SCHEMA_CHANGED as error:
                 raise await self._version_error(pool, error) from error
             except DRIVER as error:
-                translated = await self._translated(error)
-                if isinstance(translated, StoreUnreachable):
-                    self.reachability.failed(translated)
-                raise translated from error
+                raise await self._translated(error) from error
             else:
                 self.reachability.succeeded()
                 return answer
@@ -399,7 +399,10 @@ class PostgresStore(ScriptedStore):
         return self._store_error(error)
 
     def _store_error(self, error: BaseException) -> HeadraceError:
-        return store_error(error, self.address.database)
+        translated = store_error(error, self.address.database)
+        if isinstance(translated, StoreUnreachable):
+            self.reachability.failed(translated)
+        return translated
 
     async def _version_error(self, pool: Pool, error: BaseException) -> HeadraceError:
         """Explain a statement that does not fit the schema: was it migrated while this process ran?"""

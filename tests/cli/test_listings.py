@@ -89,6 +89,15 @@ def test_listed_runs_have_keys_attempts_and_times(mixed: Shell) -> None:
     assert {run["task"] for run in mixed("run", "list", "--queue", "mail", "--json").json["runs"]} == {"send"}
 
 
+def test_runs_are_listed_by_the_time_since_they_arrived(mixed: Shell) -> None:
+    everything = mixed("run", "list", "--json").json["runs"]
+    assert mixed("run", "list", "--since", "2h", "--json").json["runs"] == everything
+    assert mixed("run", "list", "--since", "0s", "--json").json["runs"] == []
+    for wrong in ("2", "h", "2w", "-1h", "1234567d"):
+        ran = mixed("run", "list", f"--since={wrong}")
+        assert (ran.code, "write a number and s, m, h or d" in ran.err) == (2, True), wrong
+
+
 def test_a_batch_is_found_by_the_batch_key_of_its_map(mixed: Shell) -> None:
     shown = mixed("batch", "show", "key-bad")
     assert shown.code == 0

@@ -166,6 +166,10 @@ async def test_runs_are_listed_by_queue_and_the_tasks_of_batches_by_batch(rig: S
     await rig.append(mixed, [2, 3], key=Key("a", queue="fast"))
     assert [run.index for run in await rig.store.runs("default", queue="slow")] == [0, 1]
     assert await rig.store.runs("default", queue="slow", task="a") == []
+    since_us = rig.later(60)
+    assert await rig.store.runs("default", since_us=since_us) == []
+    later = await rig.filled(1)
+    assert [run.batch_id for run in await rig.store.runs("default", since_us=since_us)] == [later]
     tasks = await rig.store.tasks_of_batches("default", [plain, empty, mixed, f"batch_{'0' * 26}"])
     assert tasks == {plain: ["task"], mixed: ["a", "b"]}
     assert await rig.store.tasks_of_batches("elsewhere", [plain]) == {}

@@ -27,6 +27,8 @@ app = typer.Typer(no_args_is_help=True, help="List and show runs, cancel one, re
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `headrace run list` shows it.")]
 SHOWN_CHARS = 2_000
 REASON_CHARS = 80
+UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+UNIT_DIGITS_MAX = 6
 
 
 @app.command("list")
@@ -36,6 +38,9 @@ def list_(
     task: Annotated[str, typer.Option(metavar="TASK", help="Only runs of this task.")] = "",
     queue: Annotated[str, typer.Option(metavar="QUEUE", help="Only runs in this queue.")] = "",
     tag: Annotated[str, typer.Option(metavar="TAG", help="Only runs with this tag.")] = "",
+    since: Annotated[
+        str, typer.Option(metavar="2h", help="Only runs that arrived or were retried in this time: 90s, 15m, 2h, 3d.")
+    ] = "",
     after: Annotated[str, typer.Option(metavar="RUN", help="Continue a list behind this run.")] = "",
     limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="Show at most N runs.")] = 50,
     store: StoreOption = None,
@@ -50,6 +55,7 @@ def list_(
     check_run_state(state)
     settings = settings_of(store=place_of(store, server))
     behind = parse_run_id(after) if after else None
+    since_s = seconds_of(since) if since else None
 
     async def read() -> list[RunView]:
         async with opened(settings, must_exist=True) as engine:
@@ -61,6 +67,7 @@ def list_(
                 task=task,
                 queue=queue,
                 tag=tag,
+                since_us=0 if since_s is None else engine.clock.now_us() - since_s * 1_000_000,
                 after=behind,
                 limit=limit + 1,  # so that the end of the list is known
             )
@@ -187,6 +194,18 @@ def redrive(run: RunArgument, store: StoreOption = None, server: ServerOption = 
         say_json({"redriven": True, "run": view})
     else:
         say(f"{run} will run again")
+
+
+def seconds_of(text: str) -> int:
+    """Return a length of time such as 90s, 15m, 2h or 3d in seconds. Raises `InvalidInput`."""
+    from headrace.foundation.errors import InvalidInput
+
+    number, unit = text[:-1], text[-1:]
+    if not number.isdecimal() or unit not in UNITS or len(number) > UNIT_DIGITS_MAX:
+        raise InvalidInput(
+            f"expected a length of time for --since, got {text[:40]!r}", hint="write a number and s, m, h or d: 2h"
+        )
+    return int(number) * UNITS[unit]
 
 
 async def _view(engine: Engine, run: str) -> RunView:

@@ -303,6 +303,7 @@ class RemoteStore:
         task: str = "",
         queue: str = "",
         tag: str = "",
+        since_us: int = 0,
         after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunRecord]:
@@ -315,6 +316,7 @@ class RemoteStore:
             task=task,
             queue=queue,
             tag=tag,
+            since_us=since_us,
             after=after,
             limit=limit,
         )

@@ -60,16 +60,25 @@ def no_run(batch_id: str, index: int) -> NotFound:
 
 
 class RunFilter(NamedTuple):
-    """Properties that listed runs must have; an empty one is any."""
+    """Properties that listed runs must have; an empty one is any.
+
+    `since_us`: only runs that arrived, or returned for another attempt, at this time or later.
+    """
 
     state: str = ""
     task: str = ""
     queue: str = ""
     tag: str = ""
+    since_us: int = 0
 
-    def takes(self, record: RunRecord) -> bool:
-        """True if a run has them, apart from the tag."""
-        return self.state in ("", record.state) and self.task in ("", record.task) and self.queue in ("", record.queue)
+    def takes(self, record: RunRecord, span: Span) -> bool:
+        """True if a run of a span has them, apart from the tag."""
+        return (
+            self.state in ("", record.state)
+            and self.task in ("", record.task)
+            and self.queue in ("", record.queue)
+            and span.since_us >= self.since_us
+        )
 
 
 def add_details(record: RunRecord, extra: Extra, outcomes: Iterable[tuple[int, bytes, int, int]]) -> None:

@@ -435,12 +435,13 @@ class QueryStore(Protocol):
         task: str = "",
         queue: str = "",
         tag: str = "",
+        since_us: int = 0,
         after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunRecord]:
         """List runs that match, newest batch first and by index inside it; without payloads, and results but errors.
 
-        `after`, the batch and index of a run, continues a list behind that run.
+        `after`, the batch and index of a run, continues a list behind that run. `since_us`: see `RunFilter`.
         """
 
     async def queues(self, environment: str) -> list[QueueView]:

@@ -312,7 +312,9 @@ def runs(
         if after is None or name < after[0] or location.run_index > after[1]
         if not run_filter.tag or (environment, run_filter.tag, name, location.run_index) in tables.tags
     )
-    matching = list(islice(((record, location) for record, location in listed if run_filter.takes(record)), limit))
+    matching = list(
+        islice(((record, location) for record, location in listed if run_filter.takes(record, location.span)), limit)
+    )
     outcomes: dict[tuple[int, int], list[tuple[int, bytes, int, int]]] = {
         (location.block_id, location.block_offset): [] for _, location in matching
     }

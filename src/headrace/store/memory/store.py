@@ -321,11 +321,14 @@ class MemoryStore:
         task: str = "",
         queue: str = "",
         tag: str = "",
+        since_us: int = 0,
         after: tuple[str, int] | None = None,
         limit: int = 50,
     ) -> list[RunRecord]:
         """List runs that match, newest batch first and by index inside it."""
-        return reads.runs(self._now(), environment, batch_id, RunFilter(state, task, queue, tag), after, limit)
+        return reads.runs(
+            self._now(), environment, batch_id, RunFilter(state, task, queue, tag, since_us), after, limit
+        )
 
     async def tasks_of_batches(self, environment: str, batch_ids: Sequence[str]) -> dict[str, list[str]]:
         """Return the tasks of the first and the last runs of some batches."""

@@ -56,6 +56,7 @@ def _runs_of_spans(
         batch_id=batch_id,
         task=run_filter.task,
         queue=run_filter.queue,
+        since_us=run_filter.since_us,
         state=None if byte is None else bytes((byte,)),
         span_state=state if state in (WAITING, LEASED, DELAYED) else "",
         after_batch=after_batch,
@@ -112,7 +113,7 @@ def _tagged_runs(
             break
         span, run_state = home_of((yield from spans_of_block(location.block_id)), location.block_offset)
         record = view_of(span, index, run_state)
-        if run_filter.takes(record):
+        if run_filter.takes(record, span):
             runs.append(_Listed(record, location.block_id, location.block_offset))
     return runs
 

@@ -123,7 +123,7 @@ SELECT {span_columns(span.)}, block.first_index, block.gaps
 FROM {schema}.batch JOIN {schema}.block ON block.batch_id = batch.id JOIN {schema}.span ON span.block_id = block.id
 WHERE batch.environment = :environment AND (:batch_id::text = '' OR batch.id = :batch_id)
     AND (:task::text = '' OR span.task = :task) AND (:queue::text = '' OR span.queue = :queue)
-    AND (:state::bytea IS NULL OR position(:state::bytea IN span.states) > 0)
+    AND span.since_us >= :since_us AND (:state::bytea IS NULL OR position(:state::bytea IN span.states) > 0)
     AND (:span_state::text = '' OR span.state = :span_state)
     AND (:after_batch::text = '' OR batch.id < :after_batch OR batch.id = :after_batch AND block.last_index > :after_index)
 ORDER BY batch.id DESC, block.first_index, span.id LIMIT :rows_max;

@@ -111,7 +111,7 @@ SELECT {span_columns(span.)}, block.first_index, block.gaps
 FROM headrace_batch AS batch CROSS JOIN headrace_block AS block ON block.batch_id = batch.id CROSS JOIN headrace_span AS span ON span.block_id = block.id
 WHERE batch.environment = :environment AND (:batch_id = '' OR batch.id = :batch_id)
     AND (:task = '' OR span.task = :task) AND (:queue = '' OR span.queue = :queue)
-    AND (:state IS NULL OR instr(span.states, :state) > 0)
+    AND span.since_us >= :since_us AND (:state IS NULL OR instr(span.states, :state) > 0)
     AND (:span_state = '' OR span.state = :span_state)
     AND (:after_batch = '' OR batch.id < :after_batch OR batch.id = :after_batch AND block.last_index > :after_index)
 ORDER BY batch.id DESC, block.first_index, span.id LIMIT :rows_max;

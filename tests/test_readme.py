@@ -111,6 +111,11 @@ async def new_database(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("page", "number"), PYTHON)
+def test_the_python_that_is_shown_runs_nothing_when_it_is_imported(page: str, number: int) -> None:
+    assert re.findall(r"^(?:asyncio\.run|main)\(.*$", blocks("python", page)[number], re.MULTILINE) == []
+
+
+@pytest.mark.parametrize(("page", "number"), PYTHON)
 def test_the_python_that_is_shown_runs(page: str, number: int, tmp_path: Path) -> None:
     code = blocks("python", page)[number]
     script = tmp_path / "shown.py"

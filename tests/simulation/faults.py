@@ -30,7 +30,7 @@ OPERATIONS: Final = (
     "unnamed", "next_due_us", "duties", "take_duty", "end_duty", "add_key", "find_key", "keys", "revoke_key",
     "signing_key", "spend", "keep_schedules", "tick", "schedules", "named_leases", "complete_waiting",
     "dead_letters", "purge_dead", "rules", "keep_rules", "move_waiting", "size_bytes", "forget", "stalled_lanes",
-    "lease_loads",
+    "lease_loads", "tasks_of_batches",
 )  # fmt: skip
 STAGES: Final = ("requested", "done", "returned")
 UNUSED_OPERATIONS: Final = frozenset({
@@ -38,7 +38,7 @@ UNUSED_OPERATIONS: Final = frozenset({
     "add_key", "find_key", "keys", "revoke_key", "signing_key", "spend",
     "keep_schedules", "tick", "schedules", "named_leases", "complete_waiting", "dead_letters", "purge_dead", "rules",
     "keep_rules", "move_waiting", "size_bytes", "forget", "stalled_lanes",
-    "lease_loads",
+    "lease_loads", "tasks_of_batches",
 })  # fmt: skip
 """Operations that no simulated process requests, or that only servers request. They need no fault point: a crash in one
 of the reads is a crash at an await.

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headrace.cli.batch_lookup import find_batch
 from headrace.cli.opening import (
     JsonOption,
     ServerOption,
     StoreOption,
-    find_batch,
     opened,
     place_of,
     run_async,

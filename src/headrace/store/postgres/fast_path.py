@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 from headrace.core import run
 from headrace.core.block import Chunk, check_names
 from headrace.core.index_set import IndexSet
+from headrace.core.order import CLOCK_STEP
 from headrace.core.span import Settlement, Span, counts_of, decode_uint16s, encode_uint16s, ends_all
 from headrace.store.protocol import Claim, Lease
 from headrace.store.transactions.leases import CANDIDATES_MAX
@@ -176,6 +177,7 @@ def claim_values(
         "due_us": due_us,
         "now_us": now_us,
         "span_slots": WHOLE_SPAN_SLOTS,
+        "clock_step": CLOCK_STEP,
     }
 
 

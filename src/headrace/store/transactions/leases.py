@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from headrace.core import batch as batches
-from headrace.core.order import returned_order_no
+from headrace.core.order import clock_after, returned_order_no
 from headrace.core.span import (
     LEASED,
     LOST,
@@ -275,7 +275,8 @@ def _lease(candidates: list[Span], claim_request: Claim, now_us: int) -> Script[
     for span in taken:
         highest[span.queue] = max(highest.get(span.queue, 0), span.order_no)
     for queue, order_no in sorted(highest.items()):
-        yield from fetch("advance_clock", environment=claim_request.environment, name=queue, order_no=order_no)
+        clock = clock_after(clock=0, claimed_order_no=order_no)
+        yield from fetch("advance_clock", environment=claim_request.environment, name=queue, order_no=clock)
     return taken
 
 

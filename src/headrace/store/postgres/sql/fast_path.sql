@@ -248,9 +248,9 @@ taken AS (
     FROM kept
     RETURNING span.*
 ),
--- The clock advances to the claimed order number. A claim that finds it locked leaves it to the next claim.
+-- The clock advances to the claimed order number, in steps. A claim that finds it locked leaves it to the next claim.
 reached_clocks AS MATERIALIZED (
-    SELECT queue, max(order_no) AS order_no FROM chosen WHERE (SELECT word FROM verdict) = 'claimed' GROUP BY queue
+    SELECT queue, max(order_no) / :clock_step::bigint * :clock_step::bigint AS order_no FROM chosen WHERE (SELECT word FROM verdict) = 'claimed' GROUP BY queue
 ),
 free_queues AS MATERIALIZED (
     SELECT name, clock FROM {schema}.queue

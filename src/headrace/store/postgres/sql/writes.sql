@@ -76,8 +76,8 @@ ON CONFLICT DO NOTHING;
 -- pause_queue: pause or resume claims from a queue
 UPDATE {schema}.queue SET paused = :paused WHERE environment = :environment AND name = :name;
 
--- advance_clock: advance a queue's clock to the highest order number claimed in it
-UPDATE {schema}.queue SET clock = greatest(clock, :order_no) WHERE environment = :environment AND name = :name;
+-- advance_clock: advance a queue's clock, unless another claim has advanced it as far
+UPDATE {schema}.queue SET clock = :order_no WHERE environment = :environment AND name = :name AND clock < :order_no;
 
 -- insert_keys: insert idempotency keys of new runs, and replace expired keys
 INSERT INTO {schema}.idempotency (environment, task, key, batch_id, run_index, expires_us)

@@ -94,8 +94,8 @@ INSERT OR IGNORE INTO headrace_queue (environment, name, clock, paused) VALUES (
 -- pause_queue: pause or resume claims from a queue
 UPDATE headrace_queue SET paused = :paused WHERE environment = :environment AND name = :name;
 
--- advance_clock: advance a queue's clock to the highest order number claimed in it
-UPDATE headrace_queue SET clock = max(clock, :order_no) WHERE environment = :environment AND name = :name;
+-- advance_clock: advance a queue's clock, unless another claim has advanced it as far
+UPDATE headrace_queue SET clock = :order_no WHERE environment = :environment AND name = :name AND clock < :order_no;
 
 -- insert_keys: insert idempotency keys of new runs, and replace expired keys
 INSERT INTO headrace_idempotency AS idempotency (environment, task, key, batch_id, run_index, expires_us)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 
 from tests.support.http_server import AUTH, KEY, NDJSON, HttpAnswer, HttpPeer, line
-from tests.support.postgres_server import free_port
+from tests.support.postgres_server import Server, free_port
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(120)]
 
@@ -238,3 +238,40 @@ async def test_a_server_with_invalid_settings_is_refused_at_its_start(
     _, error_output = await process.communicate()
     assert process.returncode == 2
     assert words in error_output.decode()
+
+
+async def test_a_server_and_its_remote_worker_continue_when_the_database_is_back(tmp_path: Path) -> None:
+    (tmp_path / "tasks.py").write_text(TASKS)
+    port, database = free_port(), Server()
+    try:
+        async with AsyncExitStack() as stack:
+
+            async def program(until: str, *arguments: str) -> Program:
+                command = Program(tmp_path, *arguments)
+                stack.push_async_callback(command.end, signal.SIGKILL)
+                await command.start(until)
+                return command
+
+            async def outcome(answer: HttpAnswer) -> str:
+                """Return the state in which a run ends, whatever the server answers before."""
+                assert answer.status == 201, answer
+                while True:
+                    view = await request(port, "GET", f"/v1/runs/{answer.json['id']}")
+                    if view.status == 200 and view.json["state"] in ("completed", "failed"):
+                        return str(view.json["state"])
+                    await asyncio.sleep(0)
+
+            await program("serving", "serve", "--store", f"{database.dsn}?schema=away", "--port", str(port))
+            await program("working", "worker", "tasks.py:app", "--server", f"http://127.0.0.1:{port}")
+            body = json.dumps({"payload": {"i": 1}}).encode()
+            enqueue = (port, "POST", "/v1/tasks/task/runs", body, {"content-type": "application/json"})
+            assert await outcome(await request(*enqueue)) == "completed"
+            await asyncio.to_thread(database.stop)
+            enqueueing = asyncio.create_task(request(*enqueue))
+            while (await request(port, "GET", "/readyz")).status != 503:
+                await asyncio.sleep(0)
+            await asyncio.to_thread(database.start)
+            assert await outcome(await enqueueing) == "completed"
+            assert (await request(port, "GET", "/readyz")).status == 200
+    finally:
+        database.remove()

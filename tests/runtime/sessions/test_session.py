@@ -475,7 +475,7 @@ async def test_a_failed_heartbeat_is_retried_and_reports_stopped_batches(tmp_pat
         await rig.beat()
         await rig.store.stop_batch(batch_id, "cancelled", now_us=rig.clock.now_us())
         await rig.beat()
-        assert [reply.stopped for reply in replies if reply.stopped] == [[batch_id]]
+        assert replies[-1].stopped == [batch_id]
 
 
 async def test_r18_heartbeats_continue_while_a_run_blocks_the_loop(tmp_path: Path) -> None:

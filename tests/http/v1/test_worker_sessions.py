@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,24 @@ async def test_a_json_worker_claims_heartbeats_and_settles(tmp_path: Path, kind:
         assert (batch["completed"], batch["failed"], batch["waiting"]) == (1, 1, 2)
         assert (await server.ask("DELETE", f"/v1/sessions/{session}")).status == 204
         assert (await server.ask("POST", f"/v1/sessions/{session}/heartbeat")).json["code"] == "SESSION_ENDED"
+
+
+async def test_a_waiting_heartbeat_returns_as_soon_as_a_leased_run_is_cancelled(tmp_path: Path, kind: str) -> None:
+    async with running_server(tmp_path, kind) as server:
+        batch_id = await server.filled(2)
+        session = await session_of(server)
+        (lease,) = await claimed(server, session)
+        path = f"/v1/sessions/{session}/heartbeat"
+        assert (await server.ask("POST", f"{path}?wait_s=31")).status == 400
+        waiting = asyncio.create_task(server.ask("POST", f"{path}?wait_s=30"))
+        while not (await server.engine.maintenance.sessions())[-1].heartbeat_us:
+            await asyncio.sleep(0)
+        run = lease["runs"][1]["id"]
+        assert (await server.ask("POST", f"/api/v2/runs/{run}/cancel")).status == 200
+        assert (await waiting).json["cancelled"] == [run]
+        assert (await server.ask("POST", f"{path}?wait_s=30")).json["cancelled"] == [run], "known already: at once"
+        assert (await server.ask("POST", f"/v1/batches/{batch_id}/cancel")).status == 200
+        assert (await server.ask("POST", f"{path}?wait_s=30")).json["stopped"] == [batch_id]
 
 
 async def test_a_waiting_claim_sends_keep_alives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ _QUERY: Final[dict[str, dict[str, Any]]] = {
         "limit": {"type": "integer", "minimum": 1},
         "wait": {"type": "integer", "minimum": 0, "maximum": 1},
     },
+    "/v1/sessions/{session_id}/heartbeat": {"wait_s": {"type": "integer", "minimum": 0, "maximum": 30}},
     "/api/v1/runs": {
         "filter[batch]": _TEXT,
         "filter[status]": _TEXT,

@@ -25,9 +25,10 @@ from headrace.http.requests.error_responses import json_response
 from headrace.http.requests.item_codec import HttpItemDecoder, InvalidItem, ItemOptions, parse_time_us
 from headrace.http.requests.lease_tokens import LeaseTokens
 from headrace.http.requests.long_poll import RUNS_MAX, RemoteWork, check_session
-from headrace.http.requests.request_body import decode_body
+from headrace.http.requests.request_body import decode_body, parse_int
 from headrace.http.requests.serializers import iso_time, json_value
 from headrace.http.requests.service import RequestContext, Service
+from headrace.runtime.sessions.cancel_watch import digest_of
 from headrace.store.protocol import Claim, Lease, Release, Session
 from headrace.store.rpc import BYTES_MAX
 
@@ -209,10 +210,22 @@ class WorkerSessions:
         return json_response(SessionResponse(session.id, limits.heartbeat_ms, limits.session_timeout_ms), 201)
 
     async def heartbeat(self, request: Request) -> Response:
-        """`POST /v1/sessions/{id}/heartbeat`: keep a session alive. Returns its leases and cancelled runs."""
+        """`POST /v1/sessions/{id}/heartbeat`: keep a session alive. Returns its leases and cancelled runs.
+
+        With `wait_s` and no cancelled run, the response comes when a run is cancelled, or after that time, at most
+        `heartbeat_ms` later: then the next heartbeat is due.
+        """
         context = await self._service.authorize(request, "work")
         session_id = check_session(request.path_params["session_id"])
+        wait_s = parse_int(request.query_params.get("wait_s"), 0, "wait_s", 0, WAIT_S_MAX)
         reply = await context.engine.store.heartbeat(session_id, now_us=context.engine.clock.now_us())
+        if wait_s and not reply.stopped and not reply.cancelled:
+            reply = await self._remote_work.unwanted_runs(
+                context,
+                session_id,
+                seen=digest_of(reply),
+                wait_s=min(wait_s, self._service.limits.heartbeat_ms / 1_000),
+            )
         key = await self._lease_tokens.signing_key(context)
         response = HeartbeatResponse(
             leases=[

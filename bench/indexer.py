@@ -28,7 +28,7 @@ from msgspec.structs import replace
 
 from headrace import Headrace
 from headrace.benchmarks.baselines import transfers as baseline
-from headrace.cli.index import GC_THRESHOLDS
+from headrace.cli.processes.index import GC_THRESHOLDS
 from headrace.foundation import interpreter
 from headrace.foundation.settings import load
 from headrace.indexer import Arrived, Entity, HandlerContext, Indexed, Indexer, IndexerProgress, Position

@@ -17,6 +17,7 @@ LINT: Final = "from importlinter.cli import lint_imports; raise SystemExit(lint_
 LAYERS: Final = "A package imports only from layers below it"
 CORE: Final = "core has no I/O, no clock and no event loop"
 RUNTIME: Final = "Inside runtime, a package imports only from layers below it"
+IN_CLI: Final = "Inside cli, commands build on maps, and all on invocation"
 STORES: Final = "Only compose imports a concrete store"
 IN_STORE: Final = "Inside store, a database store builds on transactions"
 NO_SQL: Final = "The memory store uses no SQL"
@@ -77,6 +78,8 @@ def test_the_source_keeps_every_contract(copy: Path) -> None:
         ("core", "import sqlite3", CORE),
         ("runtime", "import headrace.store.sqlite", STORES),
         ("cli", "from headrace.store import memory", STORES),
+        ("cli/invocation", "import headrace.cli.maps.chain", IN_CLI),
+        ("cli/inspection", "def late() -> None:\n    import headrace.cli.administration.doctor", IN_CLI),
         ("store/memory", "import headrace.store.sqlite", IN_STORE),
         ("store/postgres", "from headrace.store.sqlite import writer", IN_STORE),
         ("store/sqlite", "import headrace.store.postgres.pool", IN_STORE),

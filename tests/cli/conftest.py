@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from headrace.cli import printing
+from headrace.cli.invocation import printing
 from headrace.cli.main import run
 from headrace.foundation import logs
 

@@ -452,7 +452,7 @@ def test_doctor_reports_a_wrong_clock(shell: Shell, done: str, monkeypatch: pyte
 
 
 def test_doctor_reports_a_nearly_full_disk(shell: Shell, done: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headrace.cli import doctor
+    from headrace.cli.administration import doctor
 
     monkeypatch.setattr(doctor, "FREE_BYTES_MIN", 1 << 60)
     ok, detail = checks(shell)["disk"]

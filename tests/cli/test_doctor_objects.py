@@ -53,7 +53,7 @@ def test_doctor_reports_a_directory_that_other_processes_do_not_find(
     monkeypatch.setenv("HEADRACE_OBJECTS", "share")
     monkeypatch.setenv("HEADRACE_OBJECTS_SHARED", "true")
     (tmp_path / "other").mkdir()
-    monkeypatch.setattr("headrace.cli.object_probe.OTHER_PLACE", str(tmp_path / "other"))
+    monkeypatch.setattr("headrace.cli.administration.object_probe.OTHER_PLACE", str(tmp_path / "other"))
     ok, detail = objects_check(shell, "--store", store)
     assert not ok
     assert "another process could not read an object" in detail

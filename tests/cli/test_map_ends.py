@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from headrace.cli import progress
-from headrace.cli.progress import Lines, ProgressState, Rate, line_of
+from headrace.cli.invocation import progress
+from headrace.cli.invocation.progress import Lines, ProgressState, Rate, line_of
 from headrace.store.sqlite import SqliteStore
 from tests.cli.conftest import Shell
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 import pytest
 
-from headrace.cli.first_items import CHECKED_ITEMS
+from headrace.cli.maps.first_items import CHECKED_ITEMS
 from headrace.runtime.tasks.payload_codec import Codec
 from headrace.runtime.tasks.payload_example import examples
 from tests.cli.conftest import Shell

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.cli.printing import counted, table
+from headrace.cli.invocation.printing import counted, table
 from tests.cli.conftest import Shell
 from tests.cli.test_schedule import make_known, scheduled
 from tests.support.broker import DEADLETTER, FAILURE, BrokerRig, engine_on

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.cli.target_loader import load_target
+from headrace.cli.invocation.target_loader import load_target
 from headrace.foundation.errors import InvalidInput
 from headrace.runtime.tasks.task_spec import TaskSpec
 

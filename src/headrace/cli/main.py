@@ -13,29 +13,16 @@ from typing import Annotated, Any, Final
 import typer
 from typer.main import get_command
 
-from headrace.cli import activations as activation_commands
-from headrace.cli import (
-    batch,
-    bench,
-    config,
-    dead,
-    demo,
-    doctor,
-    key,
-    killswitch,
-    map,  # noqa: A004 - a command's name
-    migrate,
-    prune,
-    queue,
-    serve,
-    verify,
-    worker,
-)
-from headrace.cli import index as index_command
-from headrace.cli import move as move_command
-from headrace.cli import run as run_commands
-from headrace.cli import schedule as schedule_commands
-from headrace.cli.printing import error_lines, note, silence_stdout
+from headrace.cli.administration import config, doctor, key, migrate, prune, verify
+from headrace.cli.administration import move as move_command
+from headrace.cli.inspection import activations as activation_commands
+from headrace.cli.inspection import batch, dead, killswitch, queue
+from headrace.cli.inspection import run as run_commands
+from headrace.cli.inspection import schedule as schedule_commands
+from headrace.cli.invocation.printing import error_lines, note, silence_stdout
+from headrace.cli.maps import map  # noqa: A004 - a command's name
+from headrace.cli.processes import bench, demo, serve, worker
+from headrace.cli.processes import index as index_command
 from headrace.foundation.errors import HeadraceError
 
 INTERRUPTED: Final = 130

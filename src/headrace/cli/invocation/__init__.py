@@ -1,0 +1,1 @@
+"""Settings, engine, event loop, signals and terminal of one command; every command uses it."""

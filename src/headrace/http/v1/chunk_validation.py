@@ -69,15 +69,22 @@ def check_chunk(context: RequestContext, limits: Limits, batch_id: str, chunk: C
         )
     _check_indexes(chunk)
     _check_spans(chunk)
+    bytes_max = min(limits.chunk_bytes_max, limits.item_bytes_max)
     for block_offset, payload in enumerate(payloads):
         kind = kinds[block_offset] if kinds is not None else 0
-        if kind not in KINDS.values() or len(payload) > limits.chunk_bytes_max:
+        if kind not in KINDS.values() or len(payload) > bytes_max:
             raise InvalidInput(
-                f"expected a payload of a known kind and at most {limits.chunk_bytes_max} bytes, "
+                f"expected a payload of a known kind and at most {bytes_max} bytes, "
                 f"got kind {kind} and {len(payload)} bytes"
             )
         if kind == REFERENCE:
-            check_object_key(context, batch_id, Reference.decode(payload).key)
+            reference = Reference.decode(payload)
+            check_object_key(context, batch_id, reference.key)
+            if reference.bytes_count > limits.item_bytes_max:
+                raise InvalidInput(
+                    f"expected a payload of at most {limits.item_bytes_max} bytes (item_bytes_max), "
+                    f"got {reference.bytes_count}"
+                )
     if not chunk.extras.keys() <= set(range(runs_count)):
         raise InvalidInput(f"expected extras of the chunk's {runs_count} runs only")
     for extra in chunk.extras.values():

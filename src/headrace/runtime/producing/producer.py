@@ -63,6 +63,7 @@ class Producer:
 
     async def enqueue(self, spec: TaskSpec, payload: bytes, options: Options) -> tuple[str, int]:
         """Make one run durable; return `(batch_id, index)`, of an existing run if its idempotency key names one."""
+        self._check_size(spec, payload)
         now_us = self.engine.clock.now_us()
         extra = extra_of(with_trace(options), self.engine.limits, now_us)
         return await self.put(key_of(spec, options, now_us), payload, JSON, extra)
@@ -186,6 +187,7 @@ class Producer:
 
         If the transaction never commits, the object is removed as an orphan.
         """
+        self._check_size(spec, payload)
         batch_id = new_batch_id(self.engine.clock.now_us())
         now_us = self.engine.clock.now_us()
         key, extra = key_of(spec, options, now_us), extra_of(with_trace(options), self.engine.limits, now_us)
@@ -216,10 +218,11 @@ class Producer:
         batch_id, sealed_count = await self._create_mapped(spec.name, key, metadata)
         appender = BatchAppender(self.engine, batch_id, waits_max=None)
         codec = spec.codec
+        plain_bytes_max = min(limits.inline_bytes_max - 1, limits.item_bytes_max)
 
         def step(group: list[Any]) -> _Encoded | Awaitable[_Encoded]:
             payloads = codec.encode_values(group)
-            if payloads is None or shared is not None or max(map(len, payloads)) >= limits.inline_bytes_max:
+            if payloads is None or shared is not None or max(map(len, payloads)) > plain_bytes_max:
                 return self._encode_each(spec, batch_id, group, shared)
             return _Encoded(payloads, None)
 
@@ -276,12 +279,15 @@ class Producer:
         payloads: list[bytes] = []
         extras: list[tuple[int, Extra | None]] = []
         for item in group:
-            kind, extra = JSON, shared
+            payload, kind, extra = b"", JSON, shared
             try:
                 payload = spec.codec.encode_value(item)
+                self._check_size(spec, payload)
             except InvalidInput as error:
+                is_large = len(payload) > self.engine.limits.item_bytes_max
+                failure = Failure(type="PAYLOAD_TOO_LARGE" if is_large else "InvalidPayload", message=error.message)
                 payload, kind = _raw_text(item), TEXT
-                extra = Extra(failure=Failure(type="InvalidPayload", message=error.message).encode())
+                extra = Extra(failure=failure.encode())
             else:
                 payload, kind, extra = await self._settled_payload(batch_id, payload, JSON, shared)
             payloads.append(payload)
@@ -307,6 +313,15 @@ class Producer:
             self._session.abandon()
 
     # -- one run
+
+    def _check_size(self, spec: TaskSpec, payload: bytes) -> None:
+        """Raise `InvalidInput` for a payload over `item_bytes_max`."""
+        if len(payload) > self.engine.limits.item_bytes_max:
+            raise InvalidInput(
+                f"the arguments of task {spec.name} are too large: "
+                f"expected at most {self.engine.limits.item_bytes_max:,} bytes (item_bytes_max), got {len(payload):,}",
+                hint="raise item_bytes_max for every process, or store the data elsewhere and pass its address",
+            )
 
     async def _settled_payload(
         self, batch_id: str, payload: bytes, kind: int, extra: Extra | None

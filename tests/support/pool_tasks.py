@@ -148,3 +148,8 @@ def enqueues(count: int) -> int:
 
 async def _sum(numbers: list[bool]) -> int:
     return sum(numbers)
+
+
+@app.task(pool="process", retry=Retry(attempts=5, delay_s=0))
+def wrong_result(item: int) -> int:
+    return str(item)  # type: ignore[return-value]  # what the test is about

@@ -172,7 +172,15 @@ def _insert_chunks(db: sqlite3.Connection, chunks: list[tuple[int, int, bytes]],
 
 
 def _drain(db: sqlite3.Connection) -> int:
-    session = {"id": SESSION, "kind": "baseline", "host": "", "pid": 0, "started_us": 0, "heartbeat_us": 0}
+    session = {
+        "id": SESSION,
+        "kind": "baseline",
+        "host": "",
+        "pid": 0,
+        "started_us": 0,
+        "heartbeat_us": 0,
+        "serves": None,
+    }
     db.execute(SQL["insert_session"], session)
     settled_count, claim_no = 0, 0
     while True:

@@ -20,10 +20,16 @@ ENDED: Final = 2
 
 
 class DirectCall(NamedTuple):
-    """A direct call of a task: an async function of one parameter, and the decoder of its argument."""
+    """A direct call of a task: an async function of one parameter, the decoder of its argument, and the check of its
+    result in parts, as `ResultCodec` has them.
+    """
 
     function: Callable[[Any], Coroutine[Any, Any, Any]]
     decode: Callable[[bytes], Any]
+    plain_types: frozenset[Any]
+    validate: Callable[[bytes], Any]
+    checks_values: int
+    check_values: Callable[[Any, bytes], None]
 
 
 class ActiveLease:

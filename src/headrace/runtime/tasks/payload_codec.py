@@ -25,29 +25,9 @@ from headrace.runtime.tasks.bounds import ENCODABLE
 from headrace.runtime.tasks.context import Context
 from headrace.runtime.tasks.exception_info import error_line
 from headrace.runtime.tasks.superjson import PayloadRefused, revive_types
+from headrace.runtime.tasks.value_checks import BytesCheck, ResultCodec, ValueRefused, check_finite
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def _result_decoder(annotation: Any) -> Callable[[bytes], Any]:
-    """Return the decoder of a stored result into the type that the task is annotated to return.
-
-    A result that does not fit (written by an older version of the task), or an annotation that nothing decodes, is
-    returned as plain JSON values.
-    """
-    plain = msgspec.json.Decoder().decode
-    try:
-        typed = msgspec.json.Decoder(annotation).decode
-    except (TypeError, RuntimeError):
-        return plain
-
-    def result_of(result: bytes) -> Any:
-        try:
-            return typed(result)
-        except msgspec.ValidationError:
-            return plain(result)
-
-    return plain if annotation in (Any, object, None, type(None)) else result_of
 
 
 class _Parameter(NamedTuple):
@@ -103,6 +83,7 @@ class Codec:
             if self._only.kind != inspect.Parameter.KEYWORD_ONLY:
                 self.decode_one = self._one_from_json if self._is_name_first else self._whole.decode
             self._checks_nothing = annotation in (Any, object)
+            self._bytes = BytesCheck(annotation)
             self._many = msgspec.json.Decoder(list[annotation])  # type: ignore[valid-type]  # known only when it runs
             return
         positional = [parameter for parameter in self.parameters if parameter.kind != inspect.Parameter.KEYWORD_ONLY]
@@ -116,6 +97,8 @@ class Codec:
         ]
         if self.parameters:
             self._many = msgspec.json.Decoder(list[self._by_name_type])  # type: ignore[name-defined]  # made here
+        self._bytes = BytesCheck(self._by_name_type)
+        self._bytes_by_position = BytesCheck(self._by_position_type)
         self._by_name = msgspec.json.Decoder(self._by_name_type)
         self._by_position = msgspec.json.Decoder(self._by_position_type)
 
@@ -128,7 +111,7 @@ class Codec:
                 f"the annotations of task {self.name} can't be resolved: {error}",
                 hint="import the names that the annotations use",
             ) from error
-        self.result_of = _result_decoder(hints.get("return", Any))
+        self.results = ResultCodec(hints.get("return", Any))
         payload_parameters = []
         for parameter in parameters:
             if _is_context(hints.get(parameter.name)):
@@ -147,6 +130,11 @@ class Codec:
             annotation = hints.get(parameter.name, Any)
             payload_parameters.append(_Parameter(parameter.name, annotation, parameter.default, parameter.kind))
         return payload_parameters
+
+    @property
+    def result_of(self) -> Callable[[bytes], Any]:
+        """The decoder of stored results."""
+        return self.results.decode
 
     @property
     def signature(self) -> inspect.Signature:
@@ -182,10 +170,14 @@ class Codec:
                 hint=f"use {ENCODABLE}",
             ) from None
         try:
+            check_finite(value, payload)
             self.decode(payload, pack.JSON)
-        except PayloadRefused as error:
+            is_by_position = self._only is None and payload[:1] == b"["
+            (self._bytes_by_position if is_by_position else self._bytes).check(value)
+        except (PayloadRefused, ValueRefused) as error:
+            place = "" if self._only is None else f"parameter {self._only.name}: "
             raise InvalidInput(
-                f"the arguments don't fit task {self.name}: {error}", hint=f"its signature is {self._signature}"
+                f"the arguments don't fit task {self.name}: {place}{error}", hint=f"its signature is {self._signature}"
             ) from None
         return payload
 
@@ -195,11 +187,14 @@ class Codec:
         """
         try:
             payloads = [_encode_json(value) for value in values]
+            joined = b"[" + b",".join(payloads) + b"]"
+            check_finite(values, joined)
             if self._checks_nothing:
                 return payloads
-            if self._many is None or any(payload[:1] == b"[" for payload in payloads if self._only is None):
+            is_by_position = self._only is None and any(payload[:1] == b"[" for payload in payloads)
+            if self._many is None or is_by_position or not self._bytes.are_plain(values):
                 return [self._checked(value) for value in values]
-            self._many.decode(b"[" + b",".join(payloads) + b"]")
+            self._many.decode(joined)
         except Exception:  # noqa: BLE001 - the one that is refused will say why
             return None
         return payloads

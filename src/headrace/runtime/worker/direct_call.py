@@ -16,7 +16,7 @@ async def _never_called(_value: Any) -> None:
     raise AssertionError
 
 
-GENERAL_CALL: Final = DirectCall(_never_called, bytes)
+GENERAL_CALL: Final = DirectCall(_never_called, bytes, frozenset(), len, 0, lambda _value, _result: None)
 """The mark of a lease whose runs take the general way."""
 
 
@@ -37,5 +37,8 @@ def choose_call(work: ActiveLease, registry: Registry, *, has_deadline: bool) ->
         return GENERAL_CALL
     if any(extra.attempts_max or extra.timeout_ms for extra in lease.extras.values()):
         return GENERAL_CALL
-    work.plan = DirectCall(spec.function, decode)
+    results = spec.codec.results
+    work.plan = DirectCall(
+        spec.function, decode, results.plain_types, results.validate or len, results.checks_values, results.check_values
+    )
     return work.plan

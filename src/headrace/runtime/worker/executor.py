@@ -342,7 +342,7 @@ class Executor:
         Returns None when the slice is over or all runs of the lease have begun; otherwise the rest of the last run.
         This is the hot path: nothing per run except what the run needs (R15, long-lived runners).
         """
-        function, decode = plan
+        function, decode, plain_types, validate, checks_values, check_values = plan
         encode, inline_max = self._outcomes.encode, self._inline_bytes_max
         span_slots, marks, payloads = active.span_slots, active.marks, active.lease.payloads
         copy_variables, runner.active = runner.variables.copy, active
@@ -365,8 +365,13 @@ class Executor:
                 coro = function(argument)
                 waits_for = variables.run(coro.send, None)
             except StopIteration as done:
+                value = done.value
                 try:
-                    result = encode(done.value)
+                    result = encode(value)
+                    if type(value) not in plain_types:
+                        validate(result)
+                        if checks_values and (checks_values > 1 or b"null" in result):
+                            check_values(value, result)
                 except Exception:  # noqa: BLE001 - encoded again, the slow way, it says why
                     result = b""
                 if result and len(result) < inline_max:
@@ -380,7 +385,9 @@ class Executor:
                         step = min(2 * step, LOOKS_MAX)
                         look_at = lease_offset + step
                     continue
-                remainder = self._outcomes.complete(active, lease_offset, done.value)
+                remainder = self._outcomes.complete(
+                    active, lease_offset, value, self.registry.get(active.lease.task).codec.results
+                )
             except BaseException as error:  # noqa: BLE001 - every exception of a task is its outcome
                 self._outcomes.fail(active, lease_offset, self._spec(active, lease_offset), error)
             else:
@@ -449,7 +456,7 @@ class Executor:
             coro = variables.run(spec.function, *arguments[0], **arguments[1])
             waits_for = variables.run(coro.send, None)
         except StopIteration as stop:
-            return self._outcomes.complete(active, lease_offset, stop.value)
+            return self._outcomes.complete(active, lease_offset, stop.value, spec.codec.results)
         except BaseException as error:  # noqa: BLE001 - every exception of a task is its outcome
             self._outcomes.fail(active, lease_offset, spec, error)
             return None
@@ -493,7 +500,7 @@ class Executor:
                 raise
             self._outcomes.fail(active, lease_offset, spec, error)
         else:
-            offloading = self._outcomes.complete(active, lease_offset, value)
+            offloading = self._outcomes.complete(active, lease_offset, value, spec.codec.results)
             if offloading is not None:
                 await offloading
         finally:
@@ -550,7 +557,7 @@ class Executor:
         except BaseException as error:  # noqa: BLE001 - every exception of a task is its outcome
             self._outcomes.fail(active, lease_offset, spec, error)
             return None
-        return self._outcomes.complete(active, lease_offset, value)
+        return self._outcomes.complete(active, lease_offset, value, spec.codec.results)
 
     async def _fetch_and_call(self, active: ActiveLease, lease_offset: int, runner: RunnerState) -> None:
         try:

@@ -23,6 +23,7 @@ from headrace.runtime.sessions.active_lease import ActiveLease
 from headrace.runtime.tasks.bounds import ENCODABLE
 from headrace.runtime.tasks.exception_info import describe, error_line
 from headrace.runtime.tasks.task_spec import TaskSpec
+from headrace.runtime.tasks.value_checks import ResultCodec, ValueRefused
 from headrace.runtime.worker.run_driver import ids_of
 
 LOG: Any = get_logger("headrace.attempts")
@@ -49,9 +50,11 @@ class OutcomeRecorder:
         self._error_chars_max = limits.error_chars_max
         self._random = random.Random().random  # noqa: S311 - jitter, not secrets
 
-    def complete(self, active: ActiveLease, lease_offset: int, value: Any) -> Awaitable[None] | None:
+    def complete(
+        self, active: ActiveLease, lease_offset: int, value: Any, results: ResultCodec
+    ) -> Awaitable[None] | None:
         """Complete a run with the value that its task returned. Returns an awaitable if a large result is still to be
-        stored.
+        stored. A value that is not what the task is annotated to return fails the run.
         """
         try:
             result = self.encode(value)
@@ -63,6 +66,18 @@ class OutcomeRecorder:
                 f"the result can't be encoded as JSON: {error_line(error)}; hint: return {ENCODABLE}",
             )
             return None
+        if type(value) not in results.plain_types:
+            try:
+                results.check(value, result)
+            except ValueRefused as error:
+                self.fail_for_good(
+                    active,
+                    lease_offset,
+                    "InvalidResult",
+                    f"the result does not fit the return annotation of task {active.lease.task}: {error}; "
+                    "hint: return what it says, or change it",
+                )
+                return None
         if len(result) >= self._inline_bytes_max:
             return self._store_result(active, lease_offset, result)
         active.end(lease_offset, run.COMPLETED, result)

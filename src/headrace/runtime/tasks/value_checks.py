@@ -35,9 +35,9 @@ def check_finite(value: Any, data: bytes) -> None:
     with suppress(Exception):  # MessagePack can't hold every value that JSON can
         if not _NOT_FINITE.search(_to_msgpack(value)):
             return
-    found = _not_finite(msgspec.to_builtins(value), "$")
-    if found is not None:
-        number, path = found
+    place = _not_finite(msgspec.to_builtins(value), "$")
+    if place is not None:
+        number, path = place
         raise ValueRefused(f"Expected a finite number, got {number}{'' if path == '$' else f' - at `{path}`'}")
 
 
@@ -49,7 +49,7 @@ def _not_finite(value: Any, path: str) -> tuple[float, str] | None:
         items = ((f"{path}.{name}", item) for name, item in value.items())
     elif isinstance(value, list | tuple):
         items = ((f"{path}[{index}]", item) for index, item in enumerate(value))
-    return next((found for item_path, item in items if (found := _not_finite(item, item_path)) is not None), None)
+    return next((place for item_path, item in items if (place := _not_finite(item, item_path)) is not None), None)
 
 
 class BytesCheck:
@@ -97,14 +97,14 @@ def _may_be_null(kind: Any) -> bool:
     return _contains(kind, msgspec.inspect.NoneType, msgspec.inspect.AnyType)
 
 
-def _contains(kind: Any, *wanted: type[msgspec.inspect.Type]) -> bool:
+def _contains(kind: Any, *kinds: type[msgspec.inspect.Type]) -> bool:
     """True if a type contains one of some types of values, or can't be inspected."""
     seen: set[Any] = set()
     try:
         waiting: list[Any] = [msgspec.inspect.type_info(kind)]
         while waiting:
             info = waiting.pop()
-            if isinstance(info, wanted):
+            if isinstance(info, kinds):
                 return True
             named_class = getattr(info, "cls", None)
             if not isinstance(info, msgspec.Struct) or (named_class is not None and named_class in seen):

@@ -11,7 +11,7 @@ from headrace.core import batch as batches
 from headrace.core import pack, run
 from headrace.core.batch import BatchRecord
 from headrace.core.failure import Failure, decode
-from headrace.core.serving import STALLED_AFTER_S, StalledLane
+from headrace.core.serving import STALLED_AFTER_S, StalledLane, stalled_clause
 from headrace.foundation.errors import ClientFault, HeadraceError
 from headrace.foundation.ids import run_id
 from headrace.foundation.logs import get_logger
@@ -287,6 +287,7 @@ class _OutcomeWait:
     async def wait(self, unmet: str, *, batch_id: str = "", lane: tuple[str, str] | None = None) -> None:
         """Wait for the next notification. Raises `WaitTimeout` with the text `unmet` at the deadline.
 
+        Its hint names runs that no live worker takes.
         After `STALLED_AFTER_S`, log the queues and tasks of the batch, or the one of a run, that no live worker takes.
         """
         engine = self._engine
@@ -300,18 +301,27 @@ class _OutcomeWait:
         if self._deadline_us is not None:
             left_s = (self._deadline_us - engine.clock.now_us()) / 1_000_000
             if left_s <= 0:
-                raise WaitTimeout(unmet, hint="is a worker running? `headrace queue list` shows what waits")
+                raise WaitTimeout(unmet, hint=await self._hint(batch_id, lane))
             wait_s = min(wait_s, left_s)
         await engine.recorded.wait(engine.clock, wait_s, since=self._notifications_count)
 
     async def _report_stalled(self, batch_id: str, lane: tuple[str, str] | None) -> None:
+        for stalled in await self._stalled(batch_id, lane):
+            if stalled not in self._reported:
+                self._reported.add(stalled)
+                log_stalled(stalled, waited_s=STALLED_AFTER_S, batch=batch_id)
+
+    async def _hint(self, batch_id: str, lane: tuple[str, str] | None) -> str:
+        if batch_id or lane is not None:
+            for stalled in await self._stalled(batch_id, lane):
+                return f"{stalled_clause(stalled.queue, stalled.task, stalled.reason)}; {stalled.hint}"
+        return "wait longer, or see `headrace run list` for what runs"
+
+    async def _stalled(self, batch_id: str, lane: tuple[str, str] | None) -> list[StalledLane]:
+        """Return the lanes of a batch, or the one of a run, that no live worker takes."""
         engine = self._engine
         lanes = await engine.store.stalled_lanes(engine.environment, batch_id=batch_id, now_us=engine.clock.now_us())
-        for stalled in lanes:
-            if stalled in self._reported or lane not in (None, (stalled.queue, stalled.task)):
-                continue
-            self._reported.add(stalled)
-            log_stalled(stalled, waited_s=STALLED_AFTER_S, batch=batch_id)
+        return [stalled for stalled in lanes if lane in (None, (stalled.queue, stalled.task))]
 
 
 def log_stalled(lane: StalledLane, **fields: object) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from headrace import Headrace
+from headrace import Headrace, WaitTimeout
 from headrace.core.serving import STALLED_AFTER_S, Serving
 from headrace.foundation.ids import new_session_id
 from headrace.runtime.clock import ManualClock
@@ -57,8 +57,8 @@ async def waited(clock: ManualClock, waiting: Any, *, until: Any) -> None:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def first_outcome(batch: Any) -> None:
-    async for _ in batch.results():
+async def first_outcome(batch: Any, timeout_s: float | None = None) -> None:
+    async for _ in batch.results(timeout_s=timeout_s):
         return
 
 
@@ -99,6 +99,20 @@ async def test_a_wait_for_a_task_that_no_live_worker_has_names_the_task(
         await waited(clock, batch.wait(), until=lambda: warnings(logs))
         await engine.store.end_session(session.id, now_us=clock.now_us())
     assert warnings(logs) == [("mail", "send", "unknown_task")]
+
+
+async def test_a_wait_that_times_out_names_the_runs_that_no_worker_takes(
+    kind: str, tmp_path: Path, logs: list[Any]
+) -> None:
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+        send = with_tasks(app)
+        batch, run = await send.map([1]), await send.enqueue(2)
+        for waiting in (batch.wait(timeout_s=0), run.result(timeout_s=0), first_outcome(batch, timeout_s=0)):
+            with pytest.raises(WaitTimeout) as caught:
+                await waiting
+            assert "runs of send wait in the queue mail, and no worker is alive" in caught.value.hint
+            assert "headrace worker" in caught.value.hint
+    assert warnings(logs) == []
 
 
 async def test_a_wait_with_a_worker_is_not_logged(kind: str, tmp_path: Path, logs: list[Any]) -> None:

@@ -79,6 +79,11 @@ class StalledLane(msgspec.Struct, frozen=True):
         }[self.reason]
 
 
+def stalled_clause(queue: str, task: str, reason: str) -> str:
+    """Return a stalled lane and the reason as a clause, for people."""
+    return f"runs of {task} wait in the queue {queue}, {REASONS[reason]}"
+
+
 def stalled_lanes(lanes: Iterable[WaitingLane], serving: Sequence[Serving], environment: str) -> list[StalledLane]:
     """Return the lanes that no worker serves. `serving`: what the live sessions serve, of any environment."""
     workers = [worker for worker in serving if worker.environment == environment]

@@ -27,7 +27,7 @@ from headrace.cli.invocation.opening import (
     shown_store,
 )
 from headrace.cli.invocation.printing import counted, duration, say, say_json, size
-from headrace.core.serving import REASONS
+from headrace.core.serving import stalled_clause
 from headrace.foundation.errors import HeadraceError, StoreBroken
 
 if TYPE_CHECKING:
@@ -244,9 +244,7 @@ async def workers(engine: Engine) -> str:
     lanes = await engine.store.stalled_lanes(engine.environment, now_us=now_us)
     stalled = [lane for lane in lanes if lane.reason != "paused"]
     if stalled:
-        named = "; ".join(
-            f"runs of {lane.task} wait in the queue {lane.queue}, {REASONS[lane.reason]}" for lane in stalled[:3]
-        )
+        named = "; ".join(stalled_clause(lane.queue, lane.task, lane.reason) for lane in stalled[:3])
         more = f" (and {len(stalled) - 3} more)" if len(stalled) > 3 else ""
         raise CheckFailed(named + more, stalled[0].hint)
     if not engine.is_maintained_here:

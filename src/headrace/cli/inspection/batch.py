@@ -291,6 +291,6 @@ async def _view(engine: Engine, batch: str) -> BatchView:
 
 def stalled_words(lane: StalledView) -> str:
     """Return a queue and task that no live worker takes, with the reason, as a clause."""
-    from headrace.core.serving import REASONS
+    from headrace.core.serving import stalled_clause
 
-    return f"runs of {lane.task} wait in the queue {lane.queue}, {REASONS[lane.reason]}"
+    return stalled_clause(lane.queue, lane.task, lane.reason)

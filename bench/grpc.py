@@ -328,9 +328,9 @@ def many(options: argparse.Namespace) -> None:
 async def _many(server: Peer, count: int) -> Figure:
     from headrace.foundation.targets import PushTarget
     from headrace.grpc.messages import broker_pb2 as wire
+    from headrace.grpc.transport.budget import Budget
     from headrace.grpc.transport.client import Channel
     from headrace.grpc.transport.connection import Bounds
-    from headrace.grpc.transport.sender import Budget
     from headrace.grpc.transport.signing import Secrets
 
     port = server.port
@@ -455,9 +455,9 @@ async def serve_worker(tasks: int, store: str) -> None:
     from headrace.foundation.limits import Limits
     from headrace.foundation.targets import PushTarget
     from headrace.grpc.messages import taskbroker_pb2 as wire
+    from headrace.grpc.transport.budget import Budget
     from headrace.grpc.transport.client import Channel
     from headrace.grpc.transport.connection import Bounds
-    from headrace.grpc.transport.sender import Budget
     from headrace.grpc.transport.server import GrpcServer, ServerProtocol
     from headrace.grpc.transport.service_methods import methods_of
 

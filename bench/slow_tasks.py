@@ -86,9 +86,9 @@ async def drain(port: int, count: int) -> tuple[float, str]:
     """Return the tasks a second of all workers together, and the counts of the server."""
     from headrace.foundation.targets import PushTarget
     from headrace.grpc.messages import taskbroker_pb2 as wire
+    from headrace.grpc.transport.budget import Budget
     from headrace.grpc.transport.client import Channel
     from headrace.grpc.transport.connection import Bounds
-    from headrace.grpc.transport.sender import Budget
 
     target = PushTarget("app", "127.0.0.1", port, is_tls=False)
     channels = [Channel(target, Bounds(1 << 26, 256), Budget(1 << 28)) for _ in range(CHANNELS)]

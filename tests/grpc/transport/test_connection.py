@@ -11,14 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.grpc.transport import frames
-from headrace.grpc.transport.connection import (
-    CONNECTION_WINDOW,
-    CONTINUATIONS_MAX,
-    Bounds,
+from headrace.grpc.transport.budget import Budget
+from headrace.grpc.transport.connection import CONNECTION_WINDOW, CONTINUATIONS_MAX, Bounds, Http2Connection
+from headrace.grpc.transport.events import (
     ConnectionFailed,
     Event,
     GoAwayReceived,
-    Http2Connection,
     RequestReceived,
     ResponseReceived,
     StreamReset,
@@ -31,7 +29,7 @@ from headrace.grpc.transport.headers import (
     encode_block,
     encode_field,
 )
-from headrace.grpc.transport.sender import ALLOWANCE_MAX, STREAM_WINDOW, Budget
+from headrace.grpc.transport.sender import ALLOWANCE_MAX, STREAM_WINDOW
 from headrace.grpc.transport.status import Code
 from tests.support.http2_frames import GREETING, framed, parsed
 
@@ -475,13 +473,14 @@ def test_after_goaway_no_new_call_is_accepted_and_open_ones_complete() -> None:
     assert written[0][3][:8] == struct.pack(">II", 1, 0)
 
 
-def test_a_call_with_an_incomplete_message_is_reported_as_stalled() -> None:
+def test_a_call_whose_message_arrives_slowly_is_reported() -> None:
     connection = connected()
-    connection.feed(headers(1) + call(3), now_us=1_000)
-    assert connection.stalled_calls(1_000) == []
-    assert connection.stalled_calls(1_001) == [1]
-    connection.feed(frame(frames.DATA, 0, 1, b"\0"), now_us=2_000)
-    assert connection.stalled_calls(1_001) == []
+    connection.feed(headers(1) + call(3) + headers(5), now_us=0)
+    assert connection.slow_calls(10) == [], "a call has one interval to begin"
+    connection.feed(
+        frame(frames.DATA, 0, 1, framed(b"x" * 99)[:9]) + frame(frames.DATA, 0, 5, framed(b"x" * 20)[:10]), now_us=0
+    )
+    assert connection.slow_calls(10) == [1], "nine bytes in an interval are less than ten"
 
 
 def test_a_response_waits_for_the_peer_s_window() -> None:

@@ -64,10 +64,13 @@ async def test_a_message_over_its_bound_is_refused_and_the_next_call_works() -> 
         assert server.budget.held_bytes == 0
 
 
-async def test_the_bytes_held_by_all_calls_together_are_bounded() -> None:
+async def test_the_bytes_held_by_the_calls_of_a_connection_are_bounded() -> None:
     echo = Echo()
-    limits: dict[str, Any] = {"grpc_message_bytes_max": MIB, "grpc_buffer_bytes_max": 2 * MIB}
-    async with listening(echo.methods, **limits) as (server, port), channel(port) as client:
+    limits: dict[str, Any] = {"grpc_message_bytes_max": MIB, "grpc_buffer_bytes_max": 8 * MIB}
+    async with (
+        listening(echo.methods, **limits) as (server, port),
+        channel(port) as client,
+    ):
         first = asyncio.create_task(_call(client, WAIT))
         await echo.arrived.wait()
         echo.arrived.clear()
@@ -76,6 +79,7 @@ async def test_the_bytes_held_by_all_calls_together_are_bounded() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await unary(client, WAIT)(echo_request("x" * (MIB - 100)))
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "this connection" in str(refused.value.details())
         echo.released.set()
         await asyncio.gather(first, second)
         assert server.budget.held_bytes == 0

@@ -13,18 +13,13 @@ from typing import Any, Final, NamedTuple, cast
 
 from headrace.foundation.targets import PushTarget
 from headrace.grpc.transport.asyncio_protocol import Http2Protocol
+from headrace.grpc.transport.budget import Budget
 from headrace.grpc.transport.closing import close_gracefully
-from headrace.grpc.transport.connection import (
-    Bounds,
-    ConnectionFailed,
-    GoAwayReceived,
-    Http2Connection,
-    ResponseReceived,
-    StreamReset,
-)
+from headrace.grpc.transport.connection import Bounds, Http2Connection
+from headrace.grpc.transport.events import ConnectionFailed, GoAwayReceived, ResponseReceived, StreamReset
 from headrace.grpc.transport.frames import ErrorCode
 from headrace.grpc.transport.headers import decode_status_message, encode_block, encode_field
-from headrace.grpc.transport.sender import CONTENT_TYPE, Budget
+from headrace.grpc.transport.sender import CONTENT_TYPE
 from headrace.grpc.transport.signing import HEADER, Secrets
 from headrace.grpc.transport.status import Code, GrpcError
 

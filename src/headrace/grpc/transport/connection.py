@@ -14,6 +14,15 @@ from __future__ import annotations
 from typing import ClassVar, Final, NamedTuple
 
 from headrace.grpc.transport import frames
+from headrace.grpc.transport.budget import Allotment, Budget
+from headrace.grpc.transport.events import (
+    ConnectionFailed,
+    Event,
+    GoAwayReceived,
+    RequestReceived,
+    ResponseReceived,
+    StreamReset,
+)
 from headrace.grpc.transport.frames import FRAME_BYTES, ErrorCode, ProtocolError
 from headrace.grpc.transport.headers import (
     BLOCK_BYTES_MAX,
@@ -29,7 +38,6 @@ from headrace.grpc.transport.sender import (
     PREFIX_BYTES,
     STREAM_WINDOW,
     TAKE_BYTES,
-    Budget,
     CallStream,
     Sender,
 )
@@ -42,9 +50,17 @@ CALLS_BEFORE_SETTINGS: Final = 100
 """Concurrent calls a client allows itself until the server's SETTINGS have arrived."""
 
 ALLOWANCE_PER_S: Final = 100
-ALLOWANCE_PER_CALL: Final = 10
 RESET_COST: Final = 4
 SETTINGS_COST: Final = 4
+CALL_COST: Final = 4
+"""Cost of a call that reaches no handler."""
+SETTINGS_A_UNIT: Final = 8
+STREAMS_A_UNIT: Final = 16
+HEADER_BYTES_A_UNIT: Final = 256
+HEADER_BYTES_FREE: Final = 512
+"""Header blocks of at most this size cost nothing beyond their call."""
+STEP_UNITS: Final = 64
+"""Work of one `step`: a frame is one unit, and a header block that must be decoded one for each 256 bytes."""
 CONTINUATIONS_MAX: Final = 32
 TINY_BYTES: Final = 64
 _NOT_GRPC: Final = (
@@ -59,54 +75,11 @@ class Bounds(NamedTuple):
     calls_max: int
 
 
-class RequestReceived(NamedTuple):
-    """A complete call has arrived."""
-
-    stream_id: int
-    headers: Headers
-    message: bytes
-    is_compressed: bool
-
-
-class ResponseReceived(NamedTuple):
-    """A call made here was answered. `message` is None for a response without one; the status is in `trailers`."""
-
-    stream_id: int
-    headers: Headers
-    trailers: Headers
-    message: bytes | None
-    is_compressed: bool
-
-
-class StreamReset(NamedTuple):
-    """The peer has reset a stream."""
-
-    stream_id: int
-    error_code: int
-
-
-class GoAwayReceived(NamedTuple):
-    """The peer accepts no streams after `last_id`."""
-
-    last_id: int
-    error_code: int
-
-
-class ConnectionFailed(NamedTuple):
-    """The peer broke the protocol. The connection is over, and GOAWAY carries the reason."""
-
-    error_code: ErrorCode
-    reason: str
-
-
-Event = RequestReceived | ResponseReceived | StreamReset | GoAwayReceived | ConnectionFailed
-
-
 class Http2Connection(Sender):
     """One end of a connection. `peer_calls_max` is the number of concurrent calls that the peer allows."""
 
     def __init__(self, bounds: Bounds, budget: Budget, *, is_client: bool = False) -> None:
-        super().__init__(budget, is_client=is_client)
+        super().__init__(Allotment(budget, bounds.message_bytes_max + PREFIX_BYTES), is_client=is_client)
         self.bounds = bounds
         self.is_broken = False
         self.is_peer_leaving = False
@@ -114,17 +87,19 @@ class Http2Connection(Sender):
         self.peer_calls_max = CALLS_BEFORE_SETTINGS
         self._reader = HeaderReader()
         self._events: list[Event] = []
+        self.has_more = False
         self._unparsed = b""
+        self._place = 0
+        self._units = 0
         self._preface_rest = b"" if is_client else frames.PREFACE
         self._has_peer_settings = False
         self._open_block: tuple[int, int, bytearray] | None = None
         self._continuations_count = 0
         self._receive_window = CONNECTION_WINDOW
         self._paid_us = 0
-        self._now_us = 0
         if is_client:
-            self._out.append(frames.PREFACE)
-        self._out.append(
+            self._write(frames.PREFACE)
+        self._write(
             frames.settings(
                 {
                     frames.ENABLE_PUSH: 0,
@@ -136,35 +111,53 @@ class Http2Connection(Sender):
                 else {frames.ENABLE_PUSH: 0, frames.INITIAL_WINDOW_SIZE: STREAM_WINDOW}
             )
         )
-        self._out.append(frames.window_update(0, CONNECTION_WINDOW - frames.WINDOW_FIRST))
+        self._write(frames.window_update(0, CONNECTION_WINDOW - frames.WINDOW_FIRST))
 
     # -- receiving bytes
 
     def feed(self, data: bytes, *, now_us: int) -> list[Event]:
-        """Process received bytes and return the events. After `ConnectionFailed` there are none."""
+        """Process received bytes to their end and return the events. After `ConnectionFailed` there are none."""
+        self.receive(data)
+        events = self.step(now_us=now_us)
+        while self.has_more:
+            events += self.step(now_us=now_us)
+        return events
+
+    def receive(self, data: bytes) -> None:
+        """Add received bytes to those that `step` has not processed."""
+        rest = self._unparsed[self._place :] if self._place else self._unparsed
+        self._unparsed, self._place, self.has_more = rest + data if rest else data, 0, True
+
+    def step(self, *, now_us: int) -> list[Event]:
+        """Process the next frames, about `STEP_UNITS` of work, and return their events.
+
+        `has_more` says if frames may be left. After `ConnectionFailed` there are no events.
+        """
         events: list[Event] = []
+        self.has_more = False
         if self.is_broken:
             return events
         self._events = events
-        self._now_us = now_us
         paid = (now_us - self._paid_us) * ALLOWANCE_PER_S // 1_000_000
         if paid > 0:
             self._allowance, self._paid_us = min(ALLOWANCE_MAX, self._allowance + paid), now_us
         try:
-            self._parse(data)
+            self._parse()
         except ProtocolError as broken:
             self.close()
-            self._out.append(frames.goaway(self.last_id, broken.error_code, broken.reason))
+            self.has_more = False
+            self._write(frames.goaway(self.last_id, broken.error_code, broken.reason))
             events.append(ConnectionFailed(broken.error_code, broken.reason))
         return events
 
-    def _parse(self, data: bytes) -> None:
-        if self._unparsed:
-            data = self._unparsed + data
+    def _parse(self) -> None:
         if self._preface_rest:
-            data = self._read_preface(data)
-        place, end = 0, len(data)
+            self._unparsed = self._read_preface(self._unparsed[self._place :])
+            self._place = 0
+        data, place, end = self._unparsed, self._place, len(self._unparsed)
         unpack, on_frame = frames.HEAD.unpack_from, self._FRAMES
+        self._units = STEP_UNITS
+        self._spend_allowance(0)  # calls may have been charged since the last step
         while end - place >= frames.HEAD_BYTES:
             high, low, kind, flags, stream_id = unpack(data, place)
             length = high << 8 | low
@@ -175,6 +168,10 @@ class Http2Connection(Sender):
             stop = place + frames.HEAD_BYTES + length
             if stop > end:
                 break
+            if self._units <= 0:
+                self.has_more = True
+                break
+            self._units -= 1
             payload = data[place + frames.HEAD_BYTES : stop]
             place = stop
             if self._open_block is not None and kind != frames.CONTINUATION:
@@ -190,7 +187,10 @@ class Http2Connection(Sender):
                 on_frame[kind](self, flags, stream_id & 0x7FFFFFFF, payload)
             else:
                 self._spend_allowance(1)
-        self._unparsed = data[place:]
+        if place == end:
+            self._unparsed, self._place = b"", 0
+        else:
+            self._place = place
 
     def _read_preface(self, data: bytes) -> bytes:
         expected_bytes = self._preface_rest
@@ -200,7 +200,6 @@ class Http2Connection(Sender):
                 ErrorCode.PROTOCOL_ERROR, f"expected the HTTP/2 connection preface, got {received_bytes[:24]!r}"
             )
         self._preface_rest = expected_bytes[len(received_bytes) :]
-        self._unparsed = b""
         return data[len(received_bytes) :]
 
     def _spend_allowance(self, cost: int) -> None:
@@ -217,7 +216,7 @@ class Http2Connection(Sender):
         size = len(payload)
         self._receive_window -= size
         if self._receive_window <= CONNECTION_WINDOW // 2:
-            self._out.append(frames.window_update(0, CONNECTION_WINDOW - self._receive_window))
+            self._write(frames.window_update(0, CONNECTION_WINDOW - self._receive_window))
             self._receive_window = CONNECTION_WINDOW
         stream = self._streams.get(stream_id)
         if stream is None or stream.is_received:
@@ -238,25 +237,20 @@ class Http2Connection(Sender):
             if flags & frames.END_STREAM:
                 self._on_stream_received(stream)
             elif stream.receive_window <= STREAM_WINDOW // 2:
-                self._out.append(frames.window_update(stream_id, STREAM_WINDOW - stream.receive_window))
+                self._write(frames.window_update(stream_id, STREAM_WINDOW - stream.receive_window))
                 stream.receive_window = STREAM_WINDOW
 
     def _add_to_message(self, stream: CallStream, payload: bytes) -> bool:
         """Add to a stream's message. Returns False if that ended the stream."""
-        self._budget.held_bytes += len(payload)
-        stream.fed_us = self._now_us
+        self.allotment.hold(len(payload))
         if not stream.body:
             stream.body = payload
         elif isinstance(stream.body, bytearray):
             stream.body += payload
         else:
             stream.body = bytearray(stream.body) + payload
-        if self._budget.held_bytes > self._budget.bytes_max:
-            return self._refuse(
-                stream,
-                Code.RESOURCE_EXHAUSTED,
-                f"all calls together hold more than {self._budget.bytes_max} bytes of messages; retry later",
-            )
+        if excess := self.allotment.excess:
+            return self._refuse(stream, Code.RESOURCE_EXHAUSTED, f"{excess}; retry later")
         held = len(stream.body)
         if stream.expected < 0 and held >= PREFIX_BYTES:
             stream.expected = int.from_bytes(stream.body[1:PREFIX_BYTES], "big")
@@ -274,8 +268,17 @@ class Http2Connection(Sender):
             self._events.append(ResponseReceived(stream.id, stream.headers or {}, trailers, None, is_compressed=False))
             self.reset_stream(stream.id, ErrorCode.CANCEL)
         else:
-            self.end_call(stream.id, code, reason)
+            self.refuse_call(stream.id, code, reason)
         return False
+
+    def charge_call(self) -> None:
+        """Charge the peer for a call that reached no handler. The next frames find out if that was too much."""
+        self._allowance -= CALL_COST
+
+    def refuse_call(self, stream_id: int, code: Code, reason: str) -> None:
+        """End a call that reaches no handler, and charge its peer."""
+        self.end_call(stream_id, code, reason)
+        self._spend_allowance(CALL_COST)
 
     def _on_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
         if not stream_id:
@@ -317,6 +320,10 @@ class Http2Connection(Sender):
 
     def _on_header_block(self, flags: int, stream_id: int, block: bytes) -> None:
         headers = self._reader.read(block)
+        if self._reader.decoded_bytes > HEADER_BYTES_FREE:
+            cost = self._reader.decoded_bytes // HEADER_BYTES_A_UNIT
+            self._units -= cost
+            self._spend_allowance(cost)
         stream = self._streams.get(stream_id)
         if stream is None:
             if self.is_client:
@@ -371,30 +378,29 @@ class Http2Connection(Sender):
         self.last_id = stream_id
         if headers is None or not {":method", ":path", ":scheme"} <= headers.keys() or ":status" in headers:
             self._spend_allowance(RESET_COST)
-            self._out.append(frames.rst_stream(stream_id, ErrorCode.PROTOCOL_ERROR))
+            self._write(frames.rst_stream(stream_id, ErrorCode.PROTOCOL_ERROR))
             return None
         if self.is_leaving or len(self._streams) + len(self._abandoned) >= self.bounds.calls_max:
             self._spend_allowance(1)
-            self._out.append(frames.rst_stream(stream_id, ErrorCode.REFUSED_STREAM))
+            self._write(frames.rst_stream(stream_id, ErrorCode.REFUSED_STREAM))
             return None
         stream = self._streams[stream_id] = CallStream(stream_id, self._stream_window)
-        stream.headers, stream.fed_us = headers, self._now_us
+        stream.headers = headers
         if headers[":method"] != "POST" or not headers.get("content-type", "").startswith(CONTENT_TYPE):
-            self._spend_allowance(1)
             self._end(stream, _NOT_GRPC)
+            self._spend_allowance(CALL_COST)
             return None
         return stream
 
     def _on_stream_received(self, stream: CallStream) -> None:
         stream.is_received = True
-        self._allowance = min(ALLOWANCE_MAX, self._allowance + ALLOWANCE_PER_CALL)
         is_whole = stream.expected >= 0 and len(stream.body) == PREFIX_BYTES + stream.expected
         if self.is_client:
             self._on_response_received(stream, is_whole=is_whole)
         elif not is_whole:
-            self.end_call(stream.id, Code.INTERNAL, "expected one complete message, got less")
+            self.refuse_call(stream.id, Code.INTERNAL, "expected one complete message, got less")
         elif stream.body[0] > 1:
-            self.end_call(
+            self.refuse_call(
                 stream.id,
                 Code.INTERNAL,
                 f"expected a compressed flag of 0 or 1 before the message, got {stream.body[0]}",
@@ -408,13 +414,14 @@ class Http2Connection(Sender):
         if stream.headers is None or (stream.body and not is_whole):
             self._refuse(stream, Code.INTERNAL, "the response ended in the middle of a message")
             return
+        self.credit_call()
         trailers = stream.trailers if stream.trailers is not None else {}
         message = bytes(stream.body[PREFIX_BYTES:]) if is_whole else None
         self._events.append(
             ResponseReceived(stream.id, stream.headers, trailers, message, bool(stream.body[:1] == b"\x01"))
         )
         if not stream.is_sent:
-            self._out.append(frames.rst_stream(stream.id, ErrorCode.CANCEL))
+            self._write(frames.rst_stream(stream.id, ErrorCode.CANCEL))
         self._remove_stream(stream)
 
     # -- frames of the connection
@@ -453,37 +460,51 @@ class Http2Connection(Sender):
                 f"expected SETTINGS of {frames.SETTING.size} bytes each, got {len(payload)} bytes together",
             )
         self._has_peer_settings = True
+        self._spend_allowance(
+            len(payload) // frames.SETTING.size // SETTINGS_A_UNIT + len(self._streams) // STREAMS_A_UNIT
+        )
+        window_max = 0
+        values: dict[int, int] = {}
         for name, value in frames.SETTING.iter_unpack(payload):
-            self._apply_setting(name, value)
-        self._out.append(frames.frame(frames.SETTINGS, frames.ACK, 0))
+            self._check_setting(name, value)
+            values[name] = value
+            if name == frames.INITIAL_WINDOW_SIZE:
+                window_max = max(window_max, value)
+        self._apply_settings(values, window_max)
+        self._write(frames.frame(frames.SETTINGS, frames.ACK, 0))
 
-    def _apply_setting(self, name: int, value: int) -> None:
-        if name == frames.INITIAL_WINDOW_SIZE:
-            if value > frames.WINDOW_MAX:
-                raise ProtocolError(
-                    ErrorCode.FLOW_CONTROL_ERROR, f"expected an initial window of at most 2^31-1 bytes, got {value}"
-                )
-            change, self._stream_window = value - self._stream_window, value
-            for stream in self._streams.values():
-                stream.window += change
-                if stream.window > frames.WINDOW_MAX:
-                    raise ProtocolError(
-                        ErrorCode.FLOW_CONTROL_ERROR,
-                        f"expected a window of at most 2^31-1 bytes, got {stream.window} on stream {stream.id}",
-                    )
-        elif name == frames.MAX_FRAME_SIZE:
-            if not FRAME_BYTES <= value < 1 << 24:
-                raise ProtocolError(
-                    ErrorCode.PROTOCOL_ERROR, f"expected a maximum frame size from {FRAME_BYTES} to 2^24-1, got {value}"
-                )
-            self._frame_max = min(value, TAKE_BYTES)
-        elif name == frames.ENABLE_PUSH:
-            if value > 1 or (self.is_client and value):
-                raise ProtocolError(
-                    ErrorCode.PROTOCOL_ERROR, f"expected ENABLE_PUSH of 0 or 1 (from a server: 0), got {value}"
-                )
-        elif name == frames.MAX_CONCURRENT_STREAMS:
-            self.peer_calls_max = value
+    def _check_setting(self, name: int, value: int) -> None:
+        if name == frames.INITIAL_WINDOW_SIZE and value > frames.WINDOW_MAX:
+            raise ProtocolError(
+                ErrorCode.FLOW_CONTROL_ERROR, f"expected an initial window of at most 2^31-1 bytes, got {value}"
+            )
+        if name == frames.MAX_FRAME_SIZE and not FRAME_BYTES <= value < 1 << 24:
+            raise ProtocolError(
+                ErrorCode.PROTOCOL_ERROR, f"expected a maximum frame size from {FRAME_BYTES} to 2^24-1, got {value}"
+            )
+        if name == frames.ENABLE_PUSH and (value > 1 or (self.is_client and value)):
+            raise ProtocolError(
+                ErrorCode.PROTOCOL_ERROR, f"expected ENABLE_PUSH of 0 or 1 (from a server: 0), got {value}"
+            )
+
+    def _apply_settings(self, values: dict[int, int], window_max: int) -> None:
+        """Apply the last value of each setting. `window_max`: the largest initial window among all values, which must
+        not overflow the window of any stream.
+        """
+        self._frame_max = min(values.get(frames.MAX_FRAME_SIZE, self._frame_max), TAKE_BYTES)
+        self.peer_calls_max = values.get(frames.MAX_CONCURRENT_STREAMS, self.peer_calls_max)
+        if frames.INITIAL_WINDOW_SIZE not in values:
+            return
+        largest = max((stream.window for stream in self._streams.values()), default=0)
+        if self._streams and largest + window_max - self._stream_window > frames.WINDOW_MAX:
+            raise ProtocolError(
+                ErrorCode.FLOW_CONTROL_ERROR,
+                f"expected a window of at most 2^31-1 bytes, got {largest + window_max - self._stream_window}",
+            )
+        change = values[frames.INITIAL_WINDOW_SIZE] - self._stream_window
+        self._stream_window += change
+        for stream in self._streams.values():
+            stream.window += change
 
     def _on_push_promise(self, _flags: int, _stream_id: int, _payload: bytes) -> None:
         raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "expected no PUSH_PROMISE: push is disabled")
@@ -497,7 +518,7 @@ class Http2Connection(Sender):
         if flags & frames.ACK:
             self.pings_acknowledged_count += 1
         else:
-            self._out.append(frames.frame(frames.PING, frames.ACK, 0, payload))
+            self._write(frames.frame(frames.PING, frames.ACK, 0, payload))
 
     def _on_goaway(self, _flags: int, stream_id: int, payload: bytes) -> None:
         self._spend_allowance(SETTINGS_COST)
@@ -542,9 +563,17 @@ class Http2Connection(Sender):
                 f"expected {received} on an opened stream, got stream {stream_id}, which was never opened",
             )
 
-    def stalled_calls(self, before_us: int) -> list[int]:
-        """Return the ids of calls whose message is incomplete and that received nothing since `before_us`."""
-        return [stream.id for stream in self._streams.values() if not stream.is_received and stream.fed_us < before_us]
+    def slow_calls(self, bytes_min: int) -> list[int]:
+        """Return the ids of calls whose message is incomplete and that received less than `bytes_min` since the last
+        call of this method.
+        """
+        slow_ids = []
+        for stream in self._streams.values():
+            if not stream.is_received:
+                if stream.checked_bytes >= 0 and len(stream.body) - stream.checked_bytes < bytes_min:
+                    slow_ids.append(stream.id)
+                stream.checked_bytes = len(stream.body)
+        return slow_ids
 
     def close(self) -> list[int]:
         """End the connection. Returns the ids of the calls that were open."""

@@ -62,12 +62,15 @@ class _Table(HeaderTable):
 
 
 class HeaderReader:
-    """Decoder of one peer's header blocks, in the order they were sent."""
+    """Decoder of one peer's header blocks, in the order they were sent. `decoded_bytes`: bytes of the last block that
+    were decoded, 0 if it was in the cache.
+    """
 
     def __init__(self) -> None:
         self._decoder = Decoder(max_header_list_size=LIST_BYTES_MAX)
         self._table = self._decoder.header_table = _Table()
         self._seen: dict[bytes, Headers | None] = {}
+        self.decoded_bytes = 0
 
     def read(self, block: bytes) -> Headers | None:
         """Decode a block. Returns None for headers that no request or response may have. Raises `ProtocolError`.
@@ -78,6 +81,7 @@ class HeaderReader:
         value may have).
         """
         seen = self._seen
+        self.decoded_bytes = 0
         if block in seen:
             return seen[block]
         if block[-_SIGNED_BYTES + 1 : -_SIGNATURE_CHARS] == _SIGNED and block[-_SIGNED_BYTES] in _UNINDEXED:
@@ -85,6 +89,7 @@ class HeaderReader:
             if signature.isalnum():
                 unsigned = self.read(block[:-_SIGNED_BYTES])
                 return None if unsigned is None else {**unsigned, HEADER: signature.decode("ascii")}
+        self.decoded_bytes = len(block)
         before = self._table.changes_count
         try:
             fields: Iterable[tuple[bytes, bytes]] = self._decoder.decode(block, raw=True)

@@ -10,6 +10,7 @@ from collections import deque
 from typing import Final
 
 from headrace.grpc.transport import frames
+from headrace.grpc.transport.budget import Allotment
 from headrace.grpc.transport.frames import FRAME_BYTES, ErrorCode
 from headrace.grpc.transport.headers import Headers, encode_field, encode_status_message
 from headrace.grpc.transport.status import Code
@@ -22,6 +23,7 @@ TAKE_BYTES: Final = 256 * 1024
 
 LAST_ID: Final = 2**31 - 1
 ALLOWANCE_MAX: Final = 2_000
+ALLOWANCE_PER_CALL: Final = 10
 PAYING_BYTES: Final = 1_024
 """A DATA frame of at least this size pays for the WINDOW_UPDATE frames that it causes."""
 
@@ -36,23 +38,13 @@ _ANSWER_HEAD: Final = len(_ANSWER).to_bytes(3, "big") + bytes((frames.HEADERS, f
 _DONE_HEAD: Final = len(_DONE).to_bytes(3, "big") + bytes((frames.HEADERS, frames.END_HEADERS | frames.END_STREAM))
 
 
-class Budget:
-    """Bytes of messages held by all connections of a process together."""
-
-    __slots__ = ("bytes_max", "held_bytes")
-
-    def __init__(self, bytes_max: int) -> None:
-        self.bytes_max = bytes_max
-        self.held_bytes = 0
-
-
 class CallStream:
     """One call on a connection. `is_received`: the peer has sent everything; `is_sent`: this end has."""
 
     __slots__ = (
         "body",
+        "checked_bytes",
         "expected",
-        "fed_us",
         "headers",
         "id",
         "is_begun",
@@ -71,7 +63,7 @@ class CallStream:
         self.trailers: Headers | None = None
         self.body: bytes | bytearray = b""
         self.expected = -1
-        self.fed_us = 0
+        self.checked_bytes = -1
         self.receive_window = STREAM_WINDOW
         self.window = window
         self.queue: deque[memoryview] = deque()
@@ -82,15 +74,18 @@ class CallStream:
 
 
 class Sender:
-    """Sending half of a connection. `sent_bytes` counts message bytes sent; `pending_bytes` wait for a window."""
+    """Sending half of a connection. `sent_bytes` counts message bytes sent; `pending_bytes` wait for a window, and
+    `out_bytes` for `take_output`.
+    """
 
-    def __init__(self, budget: Budget, *, is_client: bool) -> None:
+    def __init__(self, allotment: Allotment, *, is_client: bool) -> None:
         self.is_client = is_client
         self.is_leaving = False
         self.last_id = 0
         self.pending_bytes = 0
         self.sent_bytes = 0
-        self._budget = budget
+        self.allotment = allotment
+        self.out_bytes = 0
         self._streams: dict[int, CallStream] = {}
         self._abandoned: set[int] = set()
         self._queued: dict[int, CallStream] = {}
@@ -107,8 +102,16 @@ class Sender:
             self._send_queued()
         if not self._out:
             return b""
-        out, self._out = self._out, []
+        out, self._out, self.out_bytes = self._out, [], 0
         return out[0] if len(out) == 1 else b"".join(out)
+
+    def _write(self, data: bytes) -> None:
+        self._out.append(data)
+        self.out_bytes += len(data)
+
+    def credit_call(self) -> None:
+        """Pay for the control frames of a call that reached its handler."""
+        self._allowance = min(ALLOWANCE_MAX, self._allowance + ALLOWANCE_PER_CALL)
 
     @property
     def streams_count(self) -> int:
@@ -134,7 +137,7 @@ class Sender:
         self.sent_bytes += size
         word = stream_id.to_bytes(4, "big")
         parts = (_ANSWER_HEAD, word, _ANSWER, size.to_bytes(3, "big"), b"\x00\x00", word)
-        self._out.append(b"".join((*parts, b"\x00", len(message).to_bytes(4, "big"), message, _DONE_HEAD, word, _DONE)))
+        self._write(b"".join((*parts, b"\x00", len(message).to_bytes(4, "big"), message, _DONE_HEAD, word, _DONE)))
         self._remove_stream(stream)
 
     def send_message(self, stream_id: int, message: bytes) -> None:
@@ -144,7 +147,7 @@ class Sender:
             return
         if not stream.is_begun:
             stream.is_begun = True
-            self._out.append(frames.frame(frames.HEADERS, frames.END_HEADERS, stream_id, _ANSWER))
+            self._write(frames.frame(frames.HEADERS, frames.END_HEADERS, stream_id, _ANSWER))
         self._queue(stream, message)
 
     def end_call(self, stream_id: int, code: Code, reason: str) -> None:
@@ -172,7 +175,7 @@ class Sender:
         if stream.queue:
             stream.last_frames = last_frames
         else:
-            self._out.append(last_frames)
+            self._write(last_frames)
             self._remove_stream(stream)
 
     def start_call(self, block: bytes, message: bytes) -> int:
@@ -183,7 +186,7 @@ class Sender:
         opening = frames.frame_header(len(block), frames.HEADERS, frames.END_HEADERS, stream_id)
         size = PREFIX_BYTES + len(message)
         if self._queued or size > min(self._window, stream.window, self._frame_max):
-            self._out.append(opening + block)
+            self._write(opening + block)
             self._queue(stream, message)
             stream.last_frames = b""
             return stream_id
@@ -191,14 +194,14 @@ class Sender:
         self.sent_bytes += size
         stream.is_sent = True
         data = frames.frame_header(size, frames.DATA, frames.END_STREAM, stream_id)
-        self._out.append(b"".join((opening, block, data, b"\x00", len(message).to_bytes(4, "big"), message)))
+        self._write(b"".join((opening, block, data, b"\x00", len(message).to_bytes(4, "big"), message)))
         return stream_id
 
     def reset_stream(self, stream_id: int, error_code: ErrorCode) -> None:
         """Reset a stream."""
         stream = self._streams.get(stream_id)
         if stream is not None:
-            self._out.append(frames.rst_stream(stream_id, error_code))
+            self._write(frames.rst_stream(stream_id, error_code))
             self._remove_stream(stream)
 
     def abandon_call(self, stream_id: int, code: Code, reason: str) -> None:
@@ -212,19 +215,19 @@ class Sender:
 
     def ping(self) -> None:
         """Send a PING, which the peer must acknowledge."""
-        self._out.append(frames.frame(frames.PING, 0, 0, b"headrace"))
+        self._write(frames.frame(frames.PING, 0, 0, b"headrace"))
 
     def go_away(self) -> None:
         """Accept no new streams; open ones may finish."""
         if not self.is_leaving:
             self.is_leaving = True
-            self._out.append(frames.goaway(self.last_id, ErrorCode.NO_ERROR))
+            self._write(frames.goaway(self.last_id, ErrorCode.NO_ERROR))
 
     def _queue(self, stream: CallStream, message: bytes) -> None:
         framed = b"\x00" + len(message).to_bytes(4, "big") + message
         stream.queue.append(memoryview(framed))
         self.pending_bytes += len(framed)
-        self._budget.held_bytes += len(framed)
+        self.allotment.hold(len(framed))
         self._queued[stream.id] = stream
 
     def _send_queued(self) -> None:
@@ -248,7 +251,7 @@ class Sender:
         self._window -= size
         stream.window -= size
         self.pending_bytes -= size
-        self._budget.held_bytes -= size
+        self.allotment.hold(-size)
         self.sent_bytes += size
         if size >= PAYING_BYTES:
             self._allowance = min(ALLOWANCE_MAX, self._allowance + 2)
@@ -258,13 +261,13 @@ class Sender:
             stream.queue.popleft()
         is_last = not stream.queue and stream.last_frames is not None
         flags = frames.END_STREAM if is_last and self.is_client else 0
-        self._out.append(b"".join((frames.frame_header(size, frames.DATA, flags, stream.id), piece)))
+        self._write(b"".join((frames.frame_header(size, frames.DATA, flags, stream.id), piece)))
         if not stream.queue:
             del self._queued[stream.id]
             if is_last:
                 stream.is_sent = True
                 if not self.is_client:
-                    self._out.append(stream.last_frames or b"")
+                    self._write(stream.last_frames or b"")
                     self._remove_stream(stream)
         return size
 
@@ -273,4 +276,4 @@ class Sender:
         self._queued.pop(stream.id, None)
         unsent = sum(map(len, stream.queue))
         self.pending_bytes -= unsent
-        self._budget.held_bytes -= len(stream.body) + unsent
+        self.allotment.hold(-len(stream.body) - unsent)

@@ -24,11 +24,12 @@ from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
 from headrace.foundation.logs import get_logger
 from headrace.grpc.transport.asyncio_protocol import Http2Protocol
+from headrace.grpc.transport.budget import Budget
 from headrace.grpc.transport.closing import close_gracefully
-from headrace.grpc.transport.connection import Bounds, ConnectionFailed, Http2Connection, RequestReceived, StreamReset
+from headrace.grpc.transport.connection import Bounds, Http2Connection
+from headrace.grpc.transport.events import ConnectionFailed, Event, RequestReceived, StreamReset
 from headrace.grpc.transport.frames import ErrorCode
 from headrace.grpc.transport.headers import Headers
-from headrace.grpc.transport.sender import Budget
 from headrace.grpc.transport.service_methods import (
     CallContext,
     Method,
@@ -43,6 +44,13 @@ from headrace.grpc.transport.status import Code, GrpcError, to_grpc_error
 LOG: Any = get_logger("headrace.grpc")
 PENDING_BYTES_MAX: Final = 4 * 1024 * 1024
 """Bytes of responses that wait for the peer. Above it, further calls of the connection wait before their handlers."""
+
+OUT_BYTES_MAX: Final = 256 * 1024
+"""Bytes of answers and control frames for a peer that does not read. Above it, the connection is not read."""
+TURN_S: Final = 0.005
+"""Processor time that one connection may use before the event loop serves the others."""
+PROGRESS_BYTES_PER_S: Final = 1_024
+"""Rate at which an incomplete message must arrive."""
 
 STOPPING: Final = "the server is stopping; retry, on another server or in a moment"
 _TIMEOUT: Final = re.compile(r"([0-9]{1,8})([HMSmun])")
@@ -106,6 +114,8 @@ class ServerProtocol(Http2Protocol):
         self._is_ping_sent = False
         self._received_s = self._progress_s = self._loop.time()
         self._sent_bytes = 0
+        self._turn_s = 0.0
+        self._is_reading_paused = False
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -119,7 +129,9 @@ class ServerProtocol(Http2Protocol):
         """Start serving an HTTP/2 connection."""
         self._transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
-        self._peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else ""
+        if isinstance(peer, tuple):
+            self._peer = f"{peer[0]}:{peer[1]}"
+            self._http2.allotment.peer = peer[0]
         self._server.connections.add(self)
         self._siblings.add(self)
         self._timer = self._loop.call_later(self._idle_s / 2, self._check_idle)
@@ -137,22 +149,40 @@ class ServerProtocol(Http2Protocol):
         self._cancel_all()
 
     def data_received(self, data: bytes) -> None:
-        """Process received frames."""
-        now_s = self._loop.time()
-        self._received_s, self._is_ping_sent = now_s, False
-        for event in self._http2.feed(data, now_us=int(now_s * 1e6)):
-            if type(event) is RequestReceived:
-                if self._is_full:
-                    self._waiting_calls.append((event, now_s))
-                else:
-                    self._start_call(event, now_s)
-            elif type(event) is StreamReset:
-                self._cancel_reset_call(event.stream_id)
-            elif type(event) is ConnectionFailed:
-                LOG.info("grpc.protocol_error", peer=self._peer, error_code=event.error_code.name, reason=event.reason)
-                self._waiting_calls.clear()
-                self._cancel_all()
+        """Process received frames, until the turn of this connection is over."""
+        self._received_s, self._is_ping_sent = self._loop.time(), False
+        self._http2.receive(data)
+        self._process()
+
+    def _process(self) -> None:
+        """Process received frames. What is left after `TURN_S`, or while the peer does not read, is processed later,
+        and nothing more is read until then.
+        """
+        http2, now_s, began_s = self._http2, self._loop.time(), perf_counter()
+        now_us = int(now_s * 1e6)
+        while http2.has_more and self._turn_s < TURN_S and not self._is_blocked:
+            for event in http2.step(now_us=now_us):
+                self._on_event(event, now_s)
+            ended_s = perf_counter()
+            self._turn_s += ended_s - began_s
+            began_s = ended_s
+        if http2.has_more and not self._is_reading_paused:
+            self._is_reading_paused = True
+            self._transport.pause_reading()
         self._schedule_flush()
+
+    def _on_event(self, event: Event, now_s: float) -> None:
+        if type(event) is RequestReceived:
+            if self._is_full:
+                self._waiting_calls.append((event, now_s))
+            else:
+                self._start_call(event, now_s)
+        elif type(event) is StreamReset:
+            self._cancel_reset_call(event.stream_id)
+        elif type(event) is ConnectionFailed:
+            LOG.info("grpc.protocol_error", peer=self._peer, error_code=event.error_code.name, reason=event.reason)
+            self._waiting_calls.clear()
+            self._cancel_all()
 
     def eof_received(self) -> None:
         """Close the transport: a peer that half-closes reads no responses either."""
@@ -163,6 +193,11 @@ class ServerProtocol(Http2Protocol):
     def _is_full(self) -> bool:
         return self._is_paused or self._http2.pending_bytes > PENDING_BYTES_MAX
 
+    @property
+    def _is_blocked(self) -> bool:
+        """True while the peer does not read what was written for it."""
+        return self._is_paused and self._http2.out_bytes > OUT_BYTES_MAX
+
     def _start_call(self, request: RequestReceived, arrived_s: float) -> None:
         path = request.headers[":path"]
         method = self._server.methods.get(path)
@@ -170,6 +205,13 @@ class ServerProtocol(Http2Protocol):
         stream_id = request.stream_id
         try:
             method, request_message, call, deadline_s = self._read_call(method, request, running, arrived_s)
+        except Exception as error:  # noqa: BLE001 - each is an answer
+            code = self._end_failed(stream_id, method, error)
+            self._http2.charge_call()
+            self._finish_call(stream_id, running, code)
+            return
+        self._http2.credit_call()
+        try:
             result = method.handler(request_message, call)
         except Exception as error:  # noqa: BLE001 - each is an answer
             self._finish_call(stream_id, running, self._end_failed(stream_id, method, error))
@@ -218,9 +260,9 @@ class ServerProtocol(Http2Protocol):
         if encoding != "gzip":
             code = Code.INTERNAL if encoding == "identity" else Code.UNIMPLEMENTED
             raise GrpcError(code, f"expected a message compressed with gzip or not at all, got {encoding[:100]}")
-        budget, limits = self._server.budget, self._server.limits
+        allotment, limits = self._http2.allotment, self._server.limits
         bytes_max = max(_EXPANSION_BYTES_MIN, len(request.message) * limits.expansion_max)
-        bytes_max = min(bytes_max, limits.grpc_message_bytes_max, budget.bytes_max - budget.held_bytes)
+        bytes_max = min(bytes_max, limits.grpc_message_bytes_max, max(0, allotment.left_bytes))
         expander = zlib.decompressobj(_GZIP)
         try:
             message = expander.decompress(request.message, max(1, bytes_max + 1))
@@ -236,7 +278,7 @@ class ServerProtocol(Http2Protocol):
                 Code.INVALID_ARGUMENT, "expected one complete gzip stream, got an incomplete one or bytes after it"
             )
         running.held_bytes = len(message)
-        budget.held_bytes += len(message)
+        allotment.hold(len(message))
         return message
 
     def _start_task(self, stream_id: int, running: RunningCall, method: Method, result: Any) -> None:
@@ -307,7 +349,7 @@ class ServerProtocol(Http2Protocol):
         self._running.pop(stream_id, None)
         if running.timer is not None:
             running.timer.cancel()
-        self._server.budget.held_bytes -= running.held_bytes
+        self._http2.allotment.hold(-running.held_bytes)
         self._http2.handler_ended(stream_id)
         code = running.code if running.code is not None else code
         self._server.observe(running.path, code, perf_counter() - running.began_s)
@@ -372,6 +414,15 @@ class ServerProtocol(Http2Protocol):
             self._start_call(*self._waiting_calls.popleft())
         if http2.is_broken or (http2.is_leaving and not http2.streams_count):
             close_gracefully(self._transport)
+            return
+        self._turn_s = 0.0
+        if self._is_blocked:
+            return
+        if http2.has_more:
+            self._process()
+        elif self._is_reading_paused:
+            self._is_reading_paused = False
+            self._transport.resume_reading()
 
     def _check_idle(self) -> None:
         """Check, twice in `idle_s`, that the peer is alive, reads responses, and completes the messages it began."""
@@ -386,8 +437,9 @@ class ServerProtocol(Http2Protocol):
         if silent_s >= self._idle_s and not self._is_ping_sent:
             self._is_ping_sent = True
             http2.ping()
-        for stream_id in http2.stalled_calls(int((now_s - self._idle_s) * 1e6)):
-            http2.reset_stream(stream_id, ErrorCode.CANCEL)
+        if not self._is_reading_paused:
+            for stream_id in http2.slow_calls(int(PROGRESS_BYTES_PER_S * self._idle_s / 2)):
+                http2.reset_stream(stream_id, ErrorCode.CANCEL)
         self._schedule_flush()
 
 

@@ -95,7 +95,8 @@ class PostgresTarget:
         parts = urlsplit(self.dsn)
         url = urlunsplit(parts._replace(query=urlencode([*parse_qsl(parts.query), ("schema", self.schema)])))
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            app.use(load({"store": url, "objects": f"{folder}/objects"}, os.environ, Path(folder)))
+            objects = {"objects": f"{folder}/objects", "objects_shared": True}  # only this process uses the schema
+            app.use(load({"store": url, **objects}, os.environ, Path(folder)))
             try:
                 yield url
             finally:

@@ -177,7 +177,15 @@ def _received(index: int) -> bytes:
 
 
 async def _drain(db: Any) -> int:
-    session = {"id": SESSION, "kind": "baseline", "host": "", "pid": 0, "started_us": 0, "heartbeat_us": 0}
+    session = {
+        "id": SESSION,
+        "kind": "baseline",
+        "host": "",
+        "pid": 0,
+        "started_us": 0,
+        "heartbeat_us": 0,
+        "serves": "",
+    }
     await _fetch(db, "insert_session", **session)
     settled_count, claim_no = 0, 0
     while True:
@@ -198,6 +206,7 @@ async def _drain(db: Any) -> int:
             now_us=1,
             span_slots=PLACES,
             span_id=0,
+            clock_step=64,
         )
         leases = [(row[1], row[22], run(row[31])) for row in rows if row[1] is not None]
         if not leases:

@@ -179,7 +179,7 @@ def _drain(db: sqlite3.Connection) -> int:
         "pid": 0,
         "started_us": 0,
         "heartbeat_us": 0,
-        "serves": None,
+        "serves": "",
     }
     db.execute(SQL["insert_session"], session)
     settled_count, claim_no = 0, 0

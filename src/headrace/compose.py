@@ -175,7 +175,7 @@ def joined(engine: Engine, connection: Any) -> CallerTransaction:
     if not isinstance(store, JoinsTransactions):
         raise InvalidInput(
             f"expected a store with transactions, got {type(store).__name__}, which has no transactions",
-            hint="use a SQLite file or PostgreSQL; in a test, a SQLite file in a temporary directory",
+            hint="use a SQLite file or PostgreSQL; in a test, `headrace.testing.in_database`",
         )
     return store.joined(connection)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,27 @@ async def test_runs_and_batches_are_listed_with_the_filters_of_the_command_line(
             assert "`headrace run list`" in unknown.value.hint
         with pytest.raises(NotFound):
             await app.get_batch(f"batch_{'0' * 26}")
+
+
+@on_each_store
+async def test_a_listed_run_that_is_running_names_its_worker(kind: str, tmp_path: Path) -> None:
+    begun, may_end = asyncio.Event(), asyncio.Event()
+    async with opened(kind, tmp_path) as engine, app_on(engine) as app:
+
+        @app.task
+        async def held(n: int) -> int:
+            begun.set()
+            await may_end.wait()
+            return n
+
+        async with app.worker():
+            run = await held.enqueue(1)
+            await begun.wait()
+            (listed,) = await app.runs(state="leased")
+            assert listed.worker == f"{socket.gethostname()}:{os.getpid()}"
+            assert listed.worker == (await run.view()).worker
+            may_end.set()
+            assert await run.result(timeout_s=30) == 1
 
 
 @on_each_store

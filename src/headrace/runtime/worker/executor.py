@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Executor as ThreadExecutor
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context as Variables
@@ -196,6 +196,13 @@ class Executor:
             self._sentinel.cancel()
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def ids_of(self, task: asyncio.Task[Any]) -> Mapping[str, object]:
+        """Return the ids of the run that a runner's task executes; empty for other tasks. For any thread."""
+        for runner in list(self._runners):
+            if runner.task is task:
+                return runner.run_ids()
+        return {}
 
     # -- runners
 

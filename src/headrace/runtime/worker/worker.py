@@ -27,6 +27,7 @@ from headrace.runtime.sessions.session import StoreSession, Update
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.worker.claim_sizing import AHEAD_S, ClaimSizer, RunExecutor
 from headrace.runtime.worker.executor import Executor, ExecutorCallbacks
+from headrace.runtime.worker.loop_watch import LoopWatch
 from headrace.runtime.worker.process_pool import ProcessPool
 from headrace.runtime.worker.run_driver import CANCELLED, STOPPED
 from headrace.store.protocol import Heartbeat, Release
@@ -117,6 +118,7 @@ class Worker:
         self._loops: list[asyncio.Task[None]] = []
         self._counts = {run.COMPLETED: 0, run.FAILED: 0, ord("r"): 0}
         self._is_draining = False
+        self._loop_watch: LoopWatch | None = None
         self._ending: asyncio.Task[None] | None = None
         self._renewing = asyncio.Lock()
         self.session.on_unwanted = self._on_cancelled
@@ -139,6 +141,11 @@ class Worker:
             with suppress(HeadraceError):  # the first error is raised
                 await self.session.stop(deadline_s=0)
             raise
+        if self.engine.beats_beside:
+            executor = self._executor
+            self._loop_watch = LoopWatch(
+                is_busy=lambda: executor.in_flight_count + executor.unbegun_count > 0, ids_of=executor.ids_of
+            )
         groups: list[tuple[RunExecutor, list[str]]] = [
             (self._executor, [name for name in self._tasks if name not in self._pooled_tasks]),
         ]
@@ -184,6 +191,8 @@ class Worker:
                 if active.is_idle:
                     self._on_finished(active)
         await asyncio.gather(*(runs.stop(grace_s=grace_s) for runs in self._executors))
+        if self._loop_watch is not None:
+            self._loop_watch.stop()
         self._is_draining = True
         self._changed.set()
         drained = asyncio.Event()

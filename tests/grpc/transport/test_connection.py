@@ -220,14 +220,13 @@ BROKEN: dict[str, tuple[bytes, ErrorCode]] = {
     "PING of seven bytes": (frame(frames.PING, 0, 0, b"1234567"), ErrorCode.FRAME_SIZE_ERROR),
     "WINDOW_UPDATE by 0": (frames.window_update(0, 0), ErrorCode.PROTOCOL_ERROR),
     "a connection window that overflows": (frames.window_update(0, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
-    "a stream window that overflows": (call(1) + frames.window_update(1, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
     "a stream window that overflows by SETTINGS": (
         call(1) + frames.window_update(1, 2**31 - 1 - 65_535) + frames.settings({frames.INITIAL_WINDOW_SIZE: 65_536}),
         ErrorCode.FLOW_CONTROL_ERROR,
     ),
     "WINDOW_UPDATE of three bytes": (frame(frames.WINDOW_UPDATE, 0, 0, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
     "WINDOW_UPDATE on an idle stream": (frames.window_update(9, 1), ErrorCode.PROTOCOL_ERROR),
-    "truncated GOAWAY": (frame(frames.GOAWAY, 0, 0, b"abc"), ErrorCode.PROTOCOL_ERROR),
+    "truncated GOAWAY": (frame(frames.GOAWAY, 0, 0, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
 }
 
 

@@ -178,7 +178,7 @@ async def test_a_deferred_response_is_made_when_its_future_is_done_unless_the_ca
 
 async def test_an_invalid_grpc_timeout_is_refused() -> None:
     peer = Peer(Echo().methods)
-    for number, text in enumerate(("", "1", "S", "-1S", "123456789S", "1x", "1.5S", "1S ")):
+    for number, text in enumerate(("", "1", "S", "-1S", "123456789S", "1x", "1.5S")):
         written = await peer.send(
             GREETING if not number else b"", call(ECHO, 2 * number + 1, fields={"grpc-timeout": text})
         )

@@ -41,6 +41,7 @@ from headrace.grpc.transport.sender import (
     CallStream,
     Sender,
 )
+from headrace.grpc.transport.settings import decode_settings
 from headrace.grpc.transport.status import Code
 
 CONNECTION_WINDOW: Final = 1024 * 1024
@@ -63,6 +64,8 @@ STEP_UNITS: Final = 64
 """Work of one `step`: a frame is one unit, and a header block that must be decoded one for each 256 bytes."""
 CONTINUATIONS_MAX: Final = 32
 TINY_BYTES: Final = 64
+CONTENT_LENGTH_DIGITS: Final = 20
+PSEUDO: Final = frozenset((":method", ":scheme", ":path", ":authority", ":status"))
 _NOT_GRPC: Final = (
     encode_field(":status", "415") + encode_field("grpc-status", "12") + encode_field("accept", CONTENT_TYPE)
 )
@@ -221,7 +224,7 @@ class Http2Connection(Sender):
         stream = self._streams.get(stream_id)
         if stream is None or stream.is_received:
             self._check_opened(stream_id, "DATA")
-            if stream is not None:
+            if stream is not None or stream_id in self._ended_by_peer:
                 raise ProtocolError(
                     ErrorCode.STREAM_CLOSED,
                     f"expected no DATA after the end of stream {stream_id}, got a frame of {size} bytes",
@@ -328,6 +331,7 @@ class Http2Connection(Sender):
         if stream is None:
             if self.is_client:
                 self._check_opened(stream_id, "HEADERS")
+                self._check_not_ended(stream_id, "HEADERS")
                 self._spend_allowance(1)
                 return
             stream = self._open_stream(stream_id, headers)
@@ -353,26 +357,33 @@ class Http2Connection(Sender):
             if is_end:
                 stream.trailers = headers
             return True
-        if not is_end:
-            self._end_violating_stream(stream, "expected trailers to end their stream")
+        if not is_end or not headers.keys().isdisjoint(PSEUDO):
+            self._end_violating_stream(stream, "expected trailers without pseudo-headers, which end their stream")
             return False
         stream.trailers = headers
         return True
 
-    def _end_violating_stream(self, stream: CallStream, reason: str) -> None:
+    def _end_violating_stream(
+        self, stream: CallStream, reason: str, code: ErrorCode = ErrorCode.PROTOCOL_ERROR
+    ) -> None:
         """End a stream on which the peer broke the protocol."""
         self._spend_allowance(RESET_COST)
         if self.is_client:
             self._refuse(stream, Code.INTERNAL, reason)
         else:
-            self._events.append(StreamReset(stream.id, ErrorCode.PROTOCOL_ERROR))
+            self._events.append(StreamReset(stream.id, code))
             self._abandoned.add(stream.id)
-            self.reset_stream(stream.id, ErrorCode.PROTOCOL_ERROR)
+            self.reset_stream(stream.id, code)
 
     def _open_stream(self, stream_id: int, headers: Headers | None) -> CallStream | None:
         if not stream_id & 1:
             raise ProtocolError(ErrorCode.PROTOCOL_ERROR, f"expected an odd stream id from a client, got {stream_id}")
         if stream_id <= self.last_id:
+            self._check_not_ended(stream_id, "HEADERS")
+            if stream_id not in self._ended_here:
+                raise ProtocolError(
+                    ErrorCode.PROTOCOL_ERROR, f"expected a stream id above {self.last_id}, got HEADERS on {stream_id}"
+                )
             self._spend_allowance(1)  # the peer may have sent it before it learned that the stream ended
             return None
         self.last_id = stream_id
@@ -394,6 +405,11 @@ class Http2Connection(Sender):
 
     def _on_stream_received(self, stream: CallStream) -> None:
         stream.is_received = True
+        if not self.is_client and stream.headers is not None and "content-length" in stream.headers:
+            expected = int(stream.headers["content-length"][:CONTENT_LENGTH_DIGITS])
+            if expected != len(stream.body):
+                self._end_violating_stream(stream, "expected as many bytes as content-length says")
+                return
         is_whole = stream.expected >= 0 and len(stream.body) == PREFIX_BYTES + stream.expected
         if self.is_client:
             self._on_response_received(stream, is_whole=is_whole)
@@ -426,9 +442,15 @@ class Http2Connection(Sender):
 
     # -- frames of the connection
 
-    def _on_priority(self, _flags: int, _stream_id: int, payload: bytes) -> None:
+    def _on_priority(self, _flags: int, stream_id: int, payload: bytes) -> None:
         self._spend_allowance(1)
+        if not stream_id:
+            raise ProtocolError(ErrorCode.PROTOCOL_ERROR, "expected PRIORITY on a stream, got stream 0")
         if len(payload) != 5:
+            stream = self._streams.get(stream_id)
+            if stream is not None:
+                self._end_violating_stream(stream, "expected 5 bytes in PRIORITY", ErrorCode.FRAME_SIZE_ERROR)
+                return
             raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, f"expected 5 bytes in PRIORITY, got {len(payload)}")
 
     def _on_reset(self, _flags: int, stream_id: int, payload: bytes) -> None:
@@ -441,6 +463,7 @@ class Http2Connection(Sender):
             return
         if stream.is_received and not self.is_client:
             self._abandoned.add(stream_id)  # its handler still runs, and counts as open until it ends
+        stream.is_received = True
         self._remove_stream(stream)
         self._events.append(StreamReset(stream_id, frames.WORD.unpack(payload)[0]))
 
@@ -454,38 +477,13 @@ class Http2Connection(Sender):
                     ErrorCode.FRAME_SIZE_ERROR, f"expected an empty SETTINGS acknowledgement, got {len(payload)} bytes"
                 )
             return
-        if len(payload) % frames.SETTING.size:
-            raise ProtocolError(
-                ErrorCode.FRAME_SIZE_ERROR,
-                f"expected SETTINGS of {frames.SETTING.size} bytes each, got {len(payload)} bytes together",
-            )
         self._has_peer_settings = True
         self._spend_allowance(
             len(payload) // frames.SETTING.size // SETTINGS_A_UNIT + len(self._streams) // STREAMS_A_UNIT
         )
-        window_max = 0
-        values: dict[int, int] = {}
-        for name, value in frames.SETTING.iter_unpack(payload):
-            self._check_setting(name, value)
-            values[name] = value
-            if name == frames.INITIAL_WINDOW_SIZE:
-                window_max = max(window_max, value)
+        values, window_max = decode_settings(payload, is_from_server=self.is_client)
         self._apply_settings(values, window_max)
         self._write(frames.frame(frames.SETTINGS, frames.ACK, 0))
-
-    def _check_setting(self, name: int, value: int) -> None:
-        if name == frames.INITIAL_WINDOW_SIZE and value > frames.WINDOW_MAX:
-            raise ProtocolError(
-                ErrorCode.FLOW_CONTROL_ERROR, f"expected an initial window of at most 2^31-1 bytes, got {value}"
-            )
-        if name == frames.MAX_FRAME_SIZE and not FRAME_BYTES <= value < 1 << 24:
-            raise ProtocolError(
-                ErrorCode.PROTOCOL_ERROR, f"expected a maximum frame size from {FRAME_BYTES} to 2^24-1, got {value}"
-            )
-        if name == frames.ENABLE_PUSH and (value > 1 or (self.is_client and value)):
-            raise ProtocolError(
-                ErrorCode.PROTOCOL_ERROR, f"expected ENABLE_PUSH of 0 or 1 (from a server: 0), got {value}"
-            )
 
     def _apply_settings(self, values: dict[int, int], window_max: int) -> None:
         """Apply the last value of each setting. `window_max`: the largest initial window among all values, which must
@@ -524,7 +522,7 @@ class Http2Connection(Sender):
         self._spend_allowance(SETTINGS_COST)
         if stream_id or len(payload) < 8:
             raise ProtocolError(
-                ErrorCode.PROTOCOL_ERROR,
+                ErrorCode.PROTOCOL_ERROR if stream_id else ErrorCode.FRAME_SIZE_ERROR,
                 f"expected GOAWAY of at least 8 bytes on stream 0, got {len(payload)} bytes on stream {stream_id}",
             )
         last_id, error_code = (word for (word,) in frames.WORD.iter_unpack(payload[:8]))
@@ -549,10 +547,8 @@ class Http2Connection(Sender):
         if stream is not None:
             stream.window += increment
             if not increment or stream.window > frames.WINDOW_MAX:
-                raise ProtocolError(
-                    ErrorCode.FLOW_CONTROL_ERROR if increment else ErrorCode.PROTOCOL_ERROR,
-                    f"expected a window of 1 to 2^31-1 bytes, got {stream.window} on stream {stream_id}",
-                )
+                code = ErrorCode.FLOW_CONTROL_ERROR if increment else ErrorCode.PROTOCOL_ERROR
+                self._end_violating_stream(stream, f"expected a window of 1 to 2^31-1 bytes, got {stream.window}", code)
 
     def _check_opened(self, stream_id: int, received: str) -> None:
         """Raise `ProtocolError` for a stream that was never opened."""
@@ -561,6 +557,13 @@ class Http2Connection(Sender):
             raise ProtocolError(
                 ErrorCode.PROTOCOL_ERROR,
                 f"expected {received} on an opened stream, got stream {stream_id}, which was never opened",
+            )
+
+    def _check_not_ended(self, stream_id: int, received: str) -> None:
+        """Raise `ProtocolError` for a stream that the peer has ended itself."""
+        if stream_id in self._ended_by_peer:
+            raise ProtocolError(
+                ErrorCode.STREAM_CLOSED, f"expected no {received} after the end of stream {stream_id}, got some"
             )
 
     def slow_calls(self, bytes_min: int) -> list[int]:

@@ -38,8 +38,11 @@ _SIGNED_BYTES: Final = 1 + len(_SIGNED) + _SIGNATURE_CHARS
 _UNINDEXED: Final = b"\x00\x10"
 _RESIZE: Final = range(0x20, 0x40)
 _NAME: Final = re.compile(rb":?[!#$%&'*+\-.^_`|~0-9a-z]+\Z")
-_VALUE: Final = re.compile(rb"[^\x00\r\n]*\Z")
+_VALUE: Final = re.compile(rb"(?:[^\x00\r\n\t ](?:[^\x00\r\n]*[^\x00\r\n\t ])?)?\Z")
+_PSEUDO: Final = frozenset((":method", ":scheme", ":path", ":authority", ":status"))
 _HTTP_1_ONLY: Final = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"))
+_ONCE: Final = frozenset(("content-length", "host"))
+"""Fields that may be repeated only with the same value."""
 _UNESCAPED: Final = frozenset(range(0x20, 0x7F)) - {ord("%")}
 
 Headers = Mapping[str, str]
@@ -116,12 +119,28 @@ def _headers_of(fields: Iterable[tuple[bytes, bytes]]) -> Headers | None:
             return None
         text = name.decode("ascii")
         if text[0] == ":":
-            if is_past_pseudo or text in headers:
+            if is_past_pseudo or text in headers or text not in _PSEUDO:
                 return None
         else:
             is_past_pseudo = True
-        headers[text] = value.decode("latin-1")
-    return headers
+        words = value.decode("latin-1")
+        if text in _ONCE and headers.get(text, words) != words:
+            return None
+        headers[text] = words
+    return headers if _is_consistent(headers) else None
+
+
+def _is_consistent(headers: Mapping[str, str]) -> bool:
+    """Check the fields whose values HTTP/2 restricts (RFC 9113, sections 8.1.1, 8.2.2 and 8.3.1)."""
+    length = headers.get("content-length", "0")
+    host = headers.get("host")
+    return (
+        headers.get("te", "trailers") == "trailers"
+        and length.isascii()
+        and length.isdigit()
+        and headers.get(":path", "/")[:1] == "/"
+        and (host is None or headers.get(":authority", host) == host)
+    )
 
 
 def encode_field(name: str, value: str, *, is_secret: bool = False) -> bytes:

@@ -22,6 +22,8 @@ TAKE_BYTES: Final = 256 * 1024
 """Approximate bytes of queued messages that one `take_output` returns."""
 
 LAST_ID: Final = 2**31 - 1
+RECENT_IDS: Final = 512
+"""Ended streams that are remembered, to tell frames in flight from violations."""
 ALLOWANCE_MAX: Final = 2_000
 ALLOWANCE_PER_CALL: Final = 10
 PAYING_BYTES: Final = 1_024
@@ -73,6 +75,25 @@ class CallStream:
         self.is_sent = False
 
 
+class RecentIds:
+    """The most recent ids that were added, at most `RECENT_IDS` of them."""
+
+    __slots__ = ("_ids",)
+
+    def __init__(self) -> None:
+        self._ids: dict[int, None] = {}
+
+    def add(self, stream_id: int) -> None:
+        """Add an id, in place of the oldest one."""
+        ids = self._ids
+        ids[stream_id] = None
+        if len(ids) > RECENT_IDS:
+            del ids[next(iter(ids))]
+
+    def __contains__(self, stream_id: int) -> bool:
+        return stream_id in self._ids
+
+
 class Sender:
     """Sending half of a connection. `sent_bytes` counts message bytes sent; `pending_bytes` wait for a window, and
     `out_bytes` for `take_output`.
@@ -88,6 +109,8 @@ class Sender:
         self.out_bytes = 0
         self._streams: dict[int, CallStream] = {}
         self._abandoned: set[int] = set()
+        self._ended_by_peer = RecentIds()
+        self._ended_here = RecentIds()
         self._queued: dict[int, CallStream] = {}
         self._window = frames.WINDOW_FIRST
         self._stream_window = frames.WINDOW_FIRST
@@ -273,6 +296,7 @@ class Sender:
 
     def _remove_stream(self, stream: CallStream) -> None:
         self._streams.pop(stream.id, None)
+        (self._ended_by_peer if stream.is_received else self._ended_here).add(stream.id)
         self._queued.pop(stream.id, None)
         unsent = sum(map(len, stream.queue))
         self.pending_bytes -= unsent

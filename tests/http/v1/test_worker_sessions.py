@@ -64,6 +64,19 @@ async def test_a_json_worker_claims_heartbeats_and_settles(tmp_path: Path, kind:
         assert (await server.ask("POST", f"/v1/sessions/{session}/heartbeat")).json["code"] == "SESSION_ENDED"
 
 
+async def test_a_worker_that_names_its_tasks_is_known_by_them(tmp_path: Path, kind: str) -> None:
+    async with running_server(tmp_path, kind) as server:
+        batch_id = await server.filled(1)
+        path = f"/v1/batches/{batch_id}"
+        assert (await server.ask("GET", path)).json["stalled"][0]["reason"] == "no_worker"
+        body: dict[str, Any] = {"tasks": ["other"], "queues": ["default"]}
+        session = (await server.ask("POST", "/v1/sessions", body)).json["id"]
+        assert (await server.ask("GET", path)).json["stalled"][0]["reason"] == "unknown_task"
+        assert (await server.ask("DELETE", f"/v1/sessions/{session}")).status == 204
+        await session_of(server)
+        assert (await server.ask("GET", path)).json["stalled"] == [], "it may claim any task"
+
+
 async def test_a_waiting_heartbeat_returns_as_soon_as_a_leased_run_is_cancelled(tmp_path: Path, kind: str) -> None:
     async with running_server(tmp_path, kind) as server:
         batch_id = await server.filled(2)

@@ -38,10 +38,12 @@ _Lease = Annotated[str, Meta(min_length=1, max_length=128)]
 
 
 class SessionBody(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of `POST /v1/sessions`."""
+    """Body of `POST /v1/sessions`. `tasks` and `queues`: those that the worker will claim; by default any."""
 
     host: Annotated[str, Meta(max_length=200)] = ""
     pid: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    tasks: Annotated[list[_Name], Meta(max_length=1_000)] | None = None
+    queues: Annotated[list[_Name], Meta(max_length=1_000)] | None = None
 
 
 class ClaimBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -204,7 +206,11 @@ class WorkerSessions:
             host=params.host,
             pid=params.pid,
             started_us=now_us,
-            serves=Serving(environment=context.environment),  # its claims say which tasks
+            serves=Serving(
+                environment=context.environment,
+                tasks=None if params.tasks is None else tuple(params.tasks),
+                queues=None if params.queues is None else tuple(params.queues),
+            ),
         )
         await context.engine.store.start_session(session, now_us=now_us)
         return json_response(SessionResponse(session.id, limits.heartbeat_ms, limits.session_timeout_ms), 201)

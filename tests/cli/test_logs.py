@@ -30,7 +30,7 @@ LOG = logging.getLogger("shop.orders")
 
 @app.task(retry=Retry(attempts=2, delay_s=0.01))
 async def fails(n: int) -> None:
-    raise ValueError(f"no {n}")
+    raise ValueError(f"no {n}\\nat all")
 
 
 @app.task
@@ -107,8 +107,8 @@ def test_a_failed_attempt_is_one_line_with_its_ids_and_what_follows(tmp_path: Pa
     lines = lines_after(tmp_path, "fails.map_sync([7])", HEADRACE_LOG_FORMAT="json")
     attempts = [line for line in map(json.loads, lines) if line["event"] == "attempt.failed"]
     assert [(line["attempt"], line["next"], line["error"], line["message"]) for line in attempts] == [
-        (1, "retry", "ValueError", "no 7"),
-        (2, "failed", "ValueError", "no 7"),
+        (1, "retry", "ValueError", "no 7\nat all"),
+        (2, "failed", "ValueError", "no 7\nat all"),
     ]
     assert attempts[0]["retry_at"].endswith("Z")
     assert {(line["task"], line["run"].rpartition("_")[2], line["batch"][:6]) for line in attempts} == {
@@ -119,7 +119,7 @@ def test_a_failed_attempt_is_one_line_with_its_ids_and_what_follows(tmp_path: Pa
 
 def test_the_traceback_of_a_failed_attempt_is_logged_at_debug(tmp_path: Path) -> None:
     lines = lines_after(tmp_path, "fails.map_sync([7])", HEADRACE_LOG_LEVEL="debug")
-    assert sum("attempt.failed" in line for line in lines) == 2
+    assert sum("attempt.failed" in line and "no 7\\nat all" in line for line in lines) == 2
     assert sum("shop.py" in line and "in fails" in line for line in lines) == 2
 
 
@@ -153,6 +153,19 @@ def test_errors_of_commands_are_json_in_json_mode(shell: Shell, monkeypatch: pyt
     ran = shell("batch", "list", "--store", "sqlite:///missing.db")
     lines = [json.loads(line) for line in ran.err.splitlines()]
     assert (ran.code != 0, lines[-1]["level"], "missing.db" in lines[-1]["event"]) == (True, "error", True)
+
+
+@pytest.mark.parametrize("fault", ["module", "setting"])
+def test_errors_before_the_settings_are_loaded_are_json_too(
+    fault: str, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_LOG_FORMAT", "json")
+    if fault == "setting":
+        monkeypatch.setenv("HEADRACE_CONCURRENCY", "many")
+    shell.write("broken.py", "import no_such_module\n")
+    ran = shell("worker", "broken.py:app" if fault == "module" else "tasks.py:app")
+    lines = [json.loads(line) for line in ran.err.splitlines()]
+    assert (ran.code, lines[-1]["level"]) == (2, "error")
 
 
 async def test_an_application_s_own_logging_gets_failures_and_ids(

@@ -19,7 +19,7 @@ from headrace.cli.inspection import activations as activation_commands
 from headrace.cli.inspection import batch, dead, killswitch, queue
 from headrace.cli.inspection import run as run_commands
 from headrace.cli.inspection import schedule as schedule_commands
-from headrace.cli.invocation.printing import error_lines, note, silence_stdout
+from headrace.cli.invocation.printing import error_lines, note, notes_are_logged, silence_stdout
 from headrace.cli.maps import map  # noqa: A004 - a command's name
 from headrace.cli.processes import bench, demo, serve, worker
 from headrace.cli.processes import index as index_command
@@ -89,8 +89,18 @@ def _hide_types_of_flags(command: Any) -> None:
         _hide_types_of_flags(subcommand)
 
 
+def _log_json() -> None:
+    """Write notes and errors as JSON before the settings are loaded; then the settings decide."""
+    from headrace.foundation import logs
+
+    logs.configure(is_json=True, level="info")
+    notes_are_logged(are_logged=True)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
+    if os.environ.get("HEADRACE_LOG_FORMAT", "").lower() == "json":
+        _log_json()
     try:
         command = get_command(app)
         _hide_types_of_flags(command)

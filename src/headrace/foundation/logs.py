@@ -108,7 +108,7 @@ class LineFormatter(logging.Formatter):
         if record.stack_info:
             fields["stack"] = record.stack_info
         line: str = self._render(None, record.levelname.lower(), fields)
-        return line
+        return line.encode("utf-8", "backslashreplace").decode()
 
 
 def renderer_of(*, is_json: bool) -> Any:

@@ -16,7 +16,7 @@ from headrace.core.retry import retry_at_us
 from headrace.core.span import RETRY
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
-from headrace.foundation.logs import get_logger, printable
+from headrace.foundation.logs import get_logger
 from headrace.runtime.clock import Clock
 from headrace.runtime.retrying import retry_transient
 from headrace.runtime.sessions.active_lease import ActiveLease
@@ -127,7 +127,7 @@ def log_failure(
     """Log a failed attempt: one line with its ids and what follows; the traceback at the level debug."""
     ids = ids_of(active, lease_offset)
     next_step = {"next": "failed"} if due_us is None else {"next": "retry", "retry_at": _moment(due_us)}
-    LOG.warning("attempt.failed", **ids, error=failure.type, message=printable(failure.message), **next_step)
+    LOG.warning("attempt.failed", **ids, error=failure.type, message=failure.message, **next_step)
     if error is not None:
         LOG.debug("attempt.traceback", **ids, exc_info=error)
 

@@ -568,6 +568,9 @@ class AdministerStore(Protocol):
     async def revoke_key(self, environment: str, key_id: str, *, now_us: int) -> bool:
         """Revoke an API key. Returns False if it was revoked before. Raises `NotFound`."""
 
+    async def find_signing_key(self, environment: str) -> bytes | None:
+        """Return the key that an environment signs tokens with; None if it has none yet."""
+
     async def signing_key(self, environment: str, offered: bytes) -> bytes:
         """Return the key that an environment signs tokens with; the first `offered` key is kept for all."""
 

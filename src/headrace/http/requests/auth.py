@@ -103,7 +103,7 @@ class Authenticator:
         self._static_digest = None if static_key is None else digest_of(static_key)
         self._is_open = is_open
         self._key_cache: OrderedDict[str, tuple[int, ApiKey | None]] = OrderedDict()
-        self._signing_keys: dict[str, bytes] = {}
+        self._signing_keys: OrderedDict[str, bytes] = OrderedDict()
 
     async def authenticate(self, authorization: str | None) -> Principal:
         """Authenticate an Authorization header. Raises `Unauthorized`."""
@@ -164,7 +164,7 @@ class Authenticator:
                 raise Unauthorized("Invalid API Key")
             claims = jwt.decode(
                 token,
-                await self.signing_key(environment, make=False),
+                await self.verifying_key(environment),
                 algorithms=["HS256"],
                 audience=AUDIENCE,
                 issuer=ISSUER,
@@ -179,16 +179,31 @@ class Authenticator:
             raise Unauthorized("Invalid API Key", hint="the token has no scopes")
         return Principal(environment, frozenset(), "token", frozenset(str(scope) for scope in scopes))
 
-    async def signing_key(self, environment: str, *, make: bool = True) -> bytes:
-        """Return the signing key of an environment.
+    async def signing_key(self, environment: str) -> bytes:
+        """Return the signing key of an environment that a request was authenticated for; it is made at first."""
+        signing_key = await self._cached_key(environment)
+        if signing_key is None:
+            signing_key = await self._store.signing_key(environment, secrets.token_bytes(32))
+            self._remember_key(environment, signing_key)
+        return signing_key
 
-        With `make=False`, an environment that never issued a token gets a random key, so that no token verifies.
+    async def verifying_key(self, environment: str) -> bytes:
+        """Return the signing key of an environment that a client names, and write nothing.
+
+        An environment that never signed anything gets a random key, so that nothing verifies.
         """
+        signing_key = await self._cached_key(environment)
+        return secrets.token_bytes(32) if signing_key is None else signing_key
+
+    async def _cached_key(self, environment: str) -> bytes | None:
         signing_key = self._signing_keys.get(environment)
-        if signing_key is not None:
-            return signing_key
-        offered = secrets.token_bytes(32)
-        if not make and not await self._store.keys(environment) and environment != self._environment:
-            return offered
-        key = self._signing_keys[environment] = await self._store.signing_key(environment, offered)
-        return key
+        if signing_key is None:
+            signing_key = await self._store.find_signing_key(environment)
+            if signing_key is not None:
+                self._remember_key(environment, signing_key)
+        return signing_key
+
+    def _remember_key(self, environment: str, signing_key: bytes) -> None:
+        self._signing_keys[environment] = signing_key
+        while len(self._signing_keys) > CACHED_KEYS_MAX:
+            self._signing_keys.popitem(last=False)

@@ -69,7 +69,8 @@ class Uploads:
         if packets.can_sign:
             return await packets.signed_url(method, context.environment, path)
         until_s = context.engine.clock.now_us() // 1_000_000 + SIGNED_S
-        signature = await self._signature(method, context.environment, path, until_s)
+        key = await self._service.authenticator.signing_key(context.environment)
+        signature = _signature(key, method, context.environment, path, until_s)
         base = f"{request.url.scheme}://{request.url.netloc}{UPLOAD}"
         return f"{base}/{context.environment.encode().hex()}/{quote(path)}?until={until_s}&signature={signature}"
 
@@ -83,7 +84,8 @@ class Uploads:
         until = request.query_params.get("until", "")
         if not until.isascii() or not until.isdigit() or len(until) > 12:
             raise InvalidInput(f"expected a signed URL with `until` as seconds since 1970, got {until[:20]!r}")
-        expected = await self._signature(method, environment, path, int(until))
+        key = await self._service.authenticator.verifying_key(environment)
+        expected = _signature(key, method, environment, path, int(until))
         signature_param = request.query_params.get("signature", "")
         if not hmac.compare_digest(expected.encode(), signature_param.encode("utf-8", "replace")):
             raise Forbidden("the signature of the URL is invalid")
@@ -91,7 +93,7 @@ class Uploads:
             raise Forbidden("the URL has expired", hint="request another one")
         return environment, path
 
-    async def _signature(self, method: str, environment: str, path: str, until_s: int) -> str:
-        key = await self._service.authenticator.signing_key(environment)
-        text = "\n".join((method, environment, path, str(until_s)))
-        return hmac.new(key, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+def _signature(key: bytes, method: str, environment: str, path: str, until_s: int) -> str:
+    text = "\n".join((method, environment, path, str(until_s)))
+    return hmac.new(key, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()

@@ -539,6 +539,10 @@ class MemoryStore:
                 tables.api_keys[key_id] = msgspec.structs.replace(key, revoked_us=now_us)
         return not key.revoked_us
 
+    async def find_signing_key(self, environment: str) -> bytes | None:
+        """Return the signing key of an environment, if it has one."""
+        return self._now().signing_keys.get(environment)
+
     async def signing_key(self, environment: str, offered: bytes) -> bytes:
         """Return the signing key of an environment; the first one that was offered is kept."""
         with self._changing() as tables:

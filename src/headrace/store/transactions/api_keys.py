@@ -54,6 +54,12 @@ def revoke_key(environment: str, key_id: str, now_us: int) -> Script[bool]:
     return False
 
 
+def find_signing_key(environment: str) -> Script[bytes | None]:
+    """Return the signing key, if there is one."""
+    row = yield from fetch_one("signing_key", environment=environment)
+    return None if row is None else bytes(row[0])
+
+
 def signing_key(environment: str, offered: bytes) -> Script[bytes]:
     """Return the signing key; the first one that was offered is kept."""
     yield from fetch("offer_signing_key", environment=environment, value=offered)

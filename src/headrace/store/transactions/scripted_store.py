@@ -327,6 +327,10 @@ class ScriptedStore(ABC):
         """Revoke an API key."""
         return await self._write(lambda: api_keys.revoke_key(environment, key_id, now_us))
 
+    async def find_signing_key(self, environment: str) -> bytes | None:
+        """Return the signing key of an environment, if it has one."""
+        return await self._read(lambda: api_keys.find_signing_key(environment))
+
     async def signing_key(self, environment: str, offered: bytes) -> bytes:
         """Return the signing key of an environment; the first one that was offered is kept."""
         return await self._write(lambda: api_keys.signing_key(environment, offered))

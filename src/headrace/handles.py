@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
@@ -12,17 +14,19 @@ from headrace.core import pack, run
 from headrace.core.batch import BatchRecord
 from headrace.core.failure import Failure, decode
 from headrace.core.serving import STALLED_AFTER_S, StalledLane, stalled_clause
-from headrace.foundation.errors import ClientFault, HeadraceError
+from headrace.foundation.errors import ClientFault, HeadraceError, StoreUnreachable
 from headrace.foundation.ids import run_id
 from headrace.foundation.logs import get_logger
 from headrace.runtime.engine import Engine
 from headrace.runtime.owner_loop import OwnerLoop
-from headrace.store.protocol import RunOutcome
+from headrace.runtime.retrying import backoff_s
+from headrace.store.protocol import RunOutcome, RunRecord
 from headrace.twins import blocking, blocking_iterator, on_owner_loop
 from headrace.views import BatchView, Content, RunView, batch_view, content, full_batch_view, linked, run_view
 
 LOG: Any = get_logger("headrace.handles")
 R = TypeVar("R")
+T = TypeVar("T")
 RESULTS_PAGE: Final = 2_048
 ResultOf = Callable[[bytes], Any]
 PLAIN: Final[ResultOf] = msgspec.json.Decoder().decode
@@ -122,7 +126,7 @@ class Run(_Handle, Generic[R]):
         waiting = _OutcomeWait(engine, timeout_s)
         while True:
             waiting.begin_check()
-            record = await linked(engine, await engine.store.run(self.batch_id, self.index))
+            record = await waiting.read(self._record)
             if run.BY_NAME.get(record.state, run.WAITING) in run.FINAL:
                 break
             lane = (record.queue, record.task) if record.state == run.NAMES[run.WAITING] else None
@@ -133,6 +137,10 @@ class Run(_Handle, Generic[R]):
             raise RunFailed(reason, failure=failure, run=self.id)
         value: R = _value(await content(engine, record.result, record.result_kind), self._result_of)
         return value
+
+    async def _record(self) -> RunRecord:
+        engine = await self._engine()
+        return await linked(engine, await engine.store.run(self.batch_id, self.index))
 
     @on_owner_loop
     async def cancel(self) -> bool:
@@ -177,7 +185,7 @@ class Batch(_Handle, Generic[R]):
         waiting = _OutcomeWait(engine, timeout_s)
         while True:
             waiting.begin_check()
-            batch, ledger = await engine.store.batch(self.id)
+            batch, ledger = await waiting.read(partial(engine.store.batch, self.id))
             if batch.is_finished:
                 return batch_view(batch, ledger)
             await waiting.wait(f"batch {self.id} has not ended ({batch.unsettled_count} runs left)", batch_id=self.id)
@@ -193,7 +201,7 @@ class Batch(_Handle, Generic[R]):
         waiting = _OutcomeWait(engine, timeout_s)
         while True:
             waiting.begin_check()
-            batch, page = await self._page(next_index)
+            batch, page = await self._page(waiting, next_index)
             first_index = next_index
             for stored in page:
                 outcome = await self._outcome(stored)
@@ -202,7 +210,7 @@ class Batch(_Handle, Generic[R]):
                 yield outcome
                 next_index = stored.index + 1
             if next_index > first_index:
-                waiting = _OutcomeWait(engine, timeout_s)
+                waiting = _OutcomeWait(engine, timeout_s, has_read=True)
             elif batch.is_finished and not page:
                 return
             else:
@@ -213,10 +221,14 @@ class Batch(_Handle, Generic[R]):
         return await self._engine()
 
     @on_owner_loop
-    async def _page(self, first_index: int) -> tuple[BatchRecord, list[RunOutcome]]:
+    async def _page(self, waiting: _OutcomeWait, first_index: int) -> tuple[BatchRecord, list[RunOutcome]]:
         store = (await self._engine()).store
-        batch, _ = await store.batch(self.id)  # before the outcomes: a finished batch has them all
-        return batch, await store.outcomes(self.id, first_index, RESULTS_PAGE)
+
+        async def read() -> tuple[BatchRecord, list[RunOutcome]]:
+            batch, _ = await store.batch(self.id)  # before the outcomes: a finished batch has them all
+            return batch, await store.outcomes(self.id, first_index, RESULTS_PAGE)
+
+        return await waiting.read(read)
 
     @on_owner_loop
     async def _wait_on(self, waiting: _OutcomeWait, unmet: str) -> None:
@@ -273,8 +285,10 @@ class _OutcomeWait:
     Outcomes of this process notify at once; those of other processes are seen after a poll interval at the latest.
     """
 
-    def __init__(self, engine: Engine, timeout_s: float | None) -> None:
+    def __init__(self, engine: Engine, timeout_s: float | None, *, has_read: bool = False) -> None:
+        """`has_read`: the store has answered this caller before."""
         self._engine = engine
+        self._has_read = has_read
         self._deadline_us = None if timeout_s is None else engine.clock.now_us() + int(timeout_s * 1_000_000)
         self._notifications_count = 0
         self._check_at_us = engine.clock.now_us() + STALLED_AFTER_S * 1_000_000
@@ -283,6 +297,27 @@ class _OutcomeWait:
     def begin_check(self) -> None:
         """Note the notifications so far, before the store is read: a later one ends the next `wait` at once."""
         self._notifications_count = self._engine.recorded.notified_count
+
+    async def read(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Read the store. An outage that begins after the first read is waited for, until the deadline."""
+        engine, failures_count = self._engine, 0
+        while True:
+            try:
+                value = await call()
+            except StoreUnreachable:
+                if not self._has_read:
+                    raise
+                failures_count += 1
+                wait_s = backoff_s(failures_count)
+                if self._deadline_us is not None:
+                    left_s = (self._deadline_us - engine.clock.now_us()) / 1_000_000
+                    if left_s <= wait_s or not await engine.outage.until_over(engine.clock, left_s):
+                        raise
+                await engine.clock.sleep(wait_s)
+                await engine.outage.until_over(engine.clock)
+            else:
+                self._has_read = True
+                return value
 
     async def wait(self, unmet: str, *, batch_id: str = "", lane: tuple[str, str] | None = None) -> None:
         """Wait for the next notification. Raises `WaitTimeout` with the text `unmet` at the deadline.
@@ -296,7 +331,8 @@ class _OutcomeWait:
             check_s = STALLED_AFTER_S
             self._check_at_us = engine.clock.now_us() + STALLED_AFTER_S * 1_000_000
             if batch_id or lane is not None:
-                await self._report_stalled(batch_id, lane)
+                with suppress(StoreUnreachable):
+                    await self._report_stalled(batch_id, lane)
         wait_s = min(engine.limits.poll_interval_ms / 1_000, check_s)
         if self._deadline_us is not None:
             left_s = (self._deadline_us - engine.clock.now_us()) / 1_000_000

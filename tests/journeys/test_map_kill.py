@@ -23,6 +23,7 @@ import pytest
 
 from headrace.core import run
 from headrace.core.span import decode_uint16s
+from tests.support.postgres_server import Server
 
 pytestmark = [pytest.mark.journey, pytest.mark.timeout(300)]
 
@@ -190,3 +191,28 @@ def test_an_interrupted_map_prints_how_to_resume_and_resumes(tmp_path: Path) -> 
     assert not settled.intersection(scenario.ran()[ran_before:])
     assert scenario.output.read_bytes() == scenario.expected()
     assert sorted(scenario.ran()) == list(range(ITEMS))
+
+
+def test_a_map_continues_when_the_database_is_back(tmp_path: Path) -> None:
+    database = Server()
+    try:
+        (tmp_path / "tasks.py").write_text(
+            "import asyncio\n\n\nasync def work(n):\n    await asyncio.sleep(0.01)\n    return n\n"
+        )
+        (tmp_path / "in.ndjson").write_text("".join(f"{n}\n" for n in range(20_000)))
+        output = tmp_path / "out.ndjson"
+        output.touch()
+        command = [sys.executable, "-m", "headrace", "map", "tasks.py:work", "in.ndjson", "-o", "out.ndjson"]
+        command += ["--store", f"{database.dsn}?schema=map", "--no-progress"]
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=log)
+        while not output.stat().st_size:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+        database.stop()
+        while "store.unreachable" not in (tmp_path / "log").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+        database.start()
+        assert process.wait(120) == 0, (tmp_path / "log").read_text()
+        assert len(output.read_text().splitlines()) == 20_000
+    finally:
+        database.remove()

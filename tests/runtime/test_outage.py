@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import pairwise
 
@@ -12,6 +12,7 @@ import pytest
 from headrace.compose import memory_engine
 from headrace.foundation.errors import Conflict, HeadraceError, StoreBroken, StoreUnavailable, StoreUnreachable
 from headrace.foundation.limits import DEFAULT
+from headrace.handles import Outcome
 from headrace.runtime.clock import SECOND_US, ManualClock
 from headrace.runtime.flusher import Flusher
 from headrace.runtime.outage import AT_ONCE, NEXT_S, PROBE_MAX_S, Outage
@@ -250,3 +251,41 @@ async def test_a_success_in_another_thread_ends_the_waits_of_every_event_loop() 
     await asyncio.sleep(0)
     await asyncio.to_thread(store.reachability.succeeded)
     assert await waiting
+
+
+# -- callers that wait for runs
+
+
+async def test_a_caller_that_waits_for_a_result_waits_through_an_outage() -> None:
+    clock = ManualClock()
+    engine, store = detachable_engine(await memory_engine(DEFAULT, clock), clock)
+    async with app_on(engine) as app:
+        gate = asyncio.Event()
+
+        @app.task
+        async def double(number: int) -> int:
+            await gate.wait()
+            return 2 * number
+
+        async with app.worker():
+            run, batch = await double.enqueue(2), await double.map([3])
+            result, end = asyncio.create_task(run.result()), asyncio.create_task(batch.wait())
+            results = asyncio.create_task(collected(batch.results()))
+            impatient = asyncio.create_task(run.result(timeout_s=5))
+            await clock.advance_async(1)
+            store.is_away = True
+            await clock.advance_async(60)
+            with pytest.raises(HeadraceError):
+                await impatient
+            with pytest.raises(StoreUnreachable):
+                await run.result()  # the first read of this caller
+            gate.set()
+            store.is_away = False
+            await clock.advance_async(5)
+            assert (await result, (await end).completed) == (4, 1)
+            assert await results == [6]
+
+
+async def collected(outcomes: AsyncIterator[Outcome[int]]) -> list[int | None]:
+    """Return the outputs."""
+    return [outcome.output async for outcome in outcomes]

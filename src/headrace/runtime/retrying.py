@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.logs import get_logger
@@ -11,6 +11,14 @@ from headrace.runtime.clock import Clock
 from headrace.runtime.outage import Outage
 
 T = TypeVar("T")
+
+
+class HasStore(Protocol):
+    """The clock and the outages of a process, as its engine has them."""
+
+    clock: Clock
+    outage: Outage
+
 
 LOG: Any = get_logger("headrace.retrying")
 BACKOFF_INITIAL_S: Final = 0.05
@@ -20,6 +28,11 @@ BACKOFF_MAX_S: Final = 5.0
 def backoff_s(failures_count: int, *, initial_s: float = BACKOFF_INITIAL_S, max_s: float = BACKOFF_MAX_S) -> float:
     """Return the wait after `failures_count` consecutive failures (1 or more): doubled from `initial_s` to `max_s`."""
     return min(max_s, initial_s * 2.0 ** min(failures_count - 1, 32))
+
+
+async def through_outages(engine: HasStore, call: Callable[[], Awaitable[T]]) -> T:
+    """Read the store, and wait for its return while it can't be reached."""
+    return await retry_transient(call, engine.clock, what="the store", outage=engine.outage)
 
 
 async def retry_transient(

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Coroutine
+from functools import partial
 from time import monotonic
 from types import TracebackType
 from typing import Any, Final, Self
@@ -32,6 +33,7 @@ from headrace.foundation.errors import InvalidInput
 from headrace.foundation.settings import Settings
 from headrace.runtime.engine import Engine
 from headrace.runtime.producing.sequential_feed import SealedElsewhere, SequentialFeed
+from headrace.runtime.retrying import through_outages
 from headrace.runtime.tasks.call_options import Options, key_of
 from headrace.task import Task
 
@@ -289,13 +291,13 @@ class Mapping:
     async def _write_part(self, engine: Engine, part: ChainBatch) -> None:
         index = 0
         while True:
-            outcomes = await engine.store.outcomes(part.batch.id, index, PAGE_RUNS)
+            outcomes = await through_outages(engine, partial(engine.store.outcomes, part.batch.id, index, PAGE_RUNS))
             async for lines in lines_of(engine, outcomes, part.base_index):
                 await self.output.put(lines)
             index += len(outcomes)
             if len(outcomes) == PAGE_RUNS:
                 continue
-            batch, _ = await engine.store.batch(part.batch.id)
+            batch, _ = await through_outages(engine, partial(engine.store.batch, part.batch.id))
             if batch.expected_count is not None and index >= batch.expected_count:
                 part.batch = batch
                 return
@@ -325,7 +327,8 @@ class Mapping:
         """Keep a batch open while its stream is silent; else it would be abandoned after `seal_timeout_ms`."""
         assert self.chain is not None
         if not self._is_fed:
-            await engine.store.append(self.chain.last.batch.id, [], now_us=engine.clock.now_us())
+            batch_id = self.chain.last.batch.id
+            await through_outages(engine, lambda: engine.store.append(batch_id, [], now_us=engine.clock.now_us()))
 
     def _state_of(self, ledger: Totals) -> ProgressState:
         if self._is_fed:
@@ -363,7 +366,10 @@ class Mapping:
         chain = self.chain
         if chain is None:
             return Totals([])
-        return Totals([(await chain.engine.store.batch(part.batch.id))[1] for part in chain.parts])
+        engine = chain.engine
+        return Totals(
+            [(await through_outages(engine, partial(engine.store.batch, part.batch.id)))[1] for part in chain.parts]
+        )
 
     async def _summary(self, *, is_whole: bool, seconds: float) -> Summary:
         totals = await self._ledger()

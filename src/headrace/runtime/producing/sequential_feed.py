@@ -91,6 +91,7 @@ class SequentialFeed:
             start=self.position,
             on_appended=self._check_same,
             on_refused=self._refusal,
+            waits_max=None,
         )
         add, key = appender.coalescer.add, self._key
         try:
@@ -134,7 +135,10 @@ class SequentialFeed:
         store, clock = self._engine.store, self._engine.clock
         try:
             await retry_transient(
-                lambda: store.seal(batch.id, count, now_us=clock.now_us()), clock, what="the store", waits_max=WAITS_MAX
+                lambda: store.seal(batch.id, count, now_us=clock.now_us()),
+                clock,
+                what="the store",
+                outage=self._engine.outage,
             )
         except Conflict as error:
             after, _ = await store.batch(batch.id)

@@ -244,7 +244,7 @@ class Mapping:
         while True:
             part = chain.last
             key = key_of(self.task.spec, Options(), engine.clock.now_us())
-            feed = SequentialFeed(self.input.pieces(), engine=engine, key=key, start=part.position)
+            feed = SequentialFeed(self.input.pieces(), engine=engine, key=key, start=part.position, waits_max=None)
             try:
                 while not await feed.fill(part.batch, base_index=part.base_index):
                     part = await chain.extend(feed.position)

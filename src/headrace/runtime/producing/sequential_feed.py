@@ -61,8 +61,11 @@ class SequentialFeed:
         engine: Engine,
         key: Key,
         start: InputPosition = BEGINNING,
+        waits_max: int | None = WAITS_MAX,
     ) -> None:
+        """`waits_max`: retries of an operation of the store before the error is raised; None retries without end."""
         self.position = start
+        self._waits_max = waits_max
         self._pieces = pieces
         self._engine = engine
         self._limits = engine.limits
@@ -91,7 +94,7 @@ class SequentialFeed:
             start=self.position,
             on_appended=self._check_same,
             on_refused=self._refusal,
-            waits_max=None,
+            waits_max=self._waits_max,
         )
         add, key = appender.coalescer.add, self._key
         try:
@@ -138,6 +141,7 @@ class SequentialFeed:
                 lambda: store.seal(batch.id, count, now_us=clock.now_us()),
                 clock,
                 what="the store",
+                waits_max=self._waits_max,
                 outage=self._engine.outage,
             )
         except Conflict as error:

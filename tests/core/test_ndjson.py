@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from typing import Any, ClassVar, Self
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.core import ndjson
-from headrace.core.ndjson import Item, NdjsonMachine, Oversized, Unreadable, extract_index_and_task
+from headrace.core.ndjson import BLANK_LINES_MAX, Item, NdjsonMachine, Oversized, Unreadable, extract_index_and_task
 from headrace.foundation.errors import IllegalTransition, InvalidInput
 from tests.support.hostile import HOSTILE, ITEM_BYTES_MAX, HostileLine
 
@@ -469,3 +470,23 @@ class TestTheMachinesOwnLife:
         marker = items[1_234]
         assert isinstance(marker, Unreadable)
         assert (marker.index, marker.line) == (1_234, 1_235)
+
+
+# -- blank lines
+
+
+@pytest.mark.parametrize("blank", [b"\n", b"\r\n", b"  \n"])
+@pytest.mark.parametrize("piece_bytes", [1_000, 1_000_000])
+def test_an_input_of_blank_lines_is_refused_after_few_of_them(blank: bytes, piece_bytes: int) -> None:
+    machine = NdjsonMachine(item_bytes_max=1_000)
+    data = b'{"a":1}\n' + blank * 100_000
+    pieces = (data[start : start + piece_bytes] for start in range(0, len(data), piece_bytes))
+    with pytest.raises(InvalidInput, match="expected items, got more than 10000 blank lines"):
+        deque(map(machine.feed, pieces), maxlen=0)
+    assert machine.line_no <= max(BLANK_LINES_MAX + 2_000, piece_bytes // len(blank) + 1)
+
+
+def test_blank_lines_between_items_are_no_error() -> None:
+    machine = NdjsonMachine(item_bytes_max=1_000)
+    items = machine.feed(b"1" + b"\n" * 9_000 + (b"2\n" + b"\n" * 10) * 5_000)
+    assert len(items) == 5_001

@@ -1,9 +1,9 @@
 """The NDJSON machine: bytes in, one item per line out, in order.
 
 Rule 1: a bad line fails alone. It becomes a marker in its position (`Oversized`, `Unreadable`), never an exception, so
-one line can't fail its batch. Rule 2: memory is bounded by one line. A line over the limit is dropped as it arrives;
-512 bytes of it are kept. Rule 3: the pieces in which the input arrives have no effect, neither on the items nor on the
-order of the work.
+one line can't fail its batch; only an input of mostly blank lines is refused as a whole. Rule 2: memory is bounded by
+one line. A line over the limit is dropped as it arrives; 512 bytes of it are kept. Rule 3: the pieces in which the
+input arrives have no effect, neither on the items nor on the order of the work.
 
 A line ends at 0x0A and nowhere else. Its size is the number of its raw bytes before that, checked before anything is
 decoded. Then the first line loses its byte order mark, and each line the white space around it, including 0x0D. A line
@@ -26,6 +26,11 @@ PREFIX_BYTES: Final = 512
 
 RAW_BYTES: Final = 1_024
 """Bytes kept of a line that is not JSON, to be shown with the failed run."""
+
+BLANK_LINES_MAX: Final = 10_000
+BLANK_LINES_AN_ITEM: Final = 16
+"""Lines that an input may have, beside `BLANK_LINES_MAX`, for each item: blank lines cost time and bring nothing."""
+_BLANK_RUN: Final = b"\n" * (BLANK_LINES_MAX + 2)
 
 NO_INDEX: Final = -1
 UNKNOWN_TASK: Final = "unknown"
@@ -119,7 +124,7 @@ class NdjsonMachine:
         self._line_start = bytes_before
         self._resume_at = bytes_before
         self._items_count = items_before
-        self._lines_count = lines_before
+        self._lines_count = self._lines_before = lines_before
         self._ends: list[int] = []
         self._closed = False
 
@@ -144,7 +149,7 @@ class NdjsonMachine:
         return self._ends
 
     def feed(self, data: bytes) -> list[Item]:
-        """Return the items whose lines end in `data`."""
+        """Return the items whose lines end in `data`. Raises `InvalidInput` for an input of mostly blank lines."""
         if self._closed:
             raise IllegalTransition(
                 "got bytes after the end of the stream",
@@ -153,6 +158,8 @@ class NdjsonMachine:
             )
         self._ends = []
         items: list[Item] = []
+        if _BLANK_RUN in data:
+            raise self._too_blank()
         lines = data.split(b"\n")
         unfinished = lines.pop()
         if lines:
@@ -167,7 +174,15 @@ class NdjsonMachine:
                 self._take_lines(lines, memoryview(data)[skipped_bytes : len(data) - len(unfinished)], items)
         if unfinished:
             self._hold(unfinished)
+        if self._lines_count - self._lines_before > BLANK_LINES_MAX + BLANK_LINES_AN_ITEM * self._items_count:
+            raise self._too_blank()
         return items
+
+    def _too_blank(self) -> InvalidInput:
+        return InvalidInput(
+            f"expected items, got more than {BLANK_LINES_MAX} blank lines after line {self._lines_count}",
+            hint="remove the blank lines, or send the input in its own format",
+        )
 
     def close(self) -> list[Item]:
         """Return the item of a last line without a newline, if there is one. May be called twice."""

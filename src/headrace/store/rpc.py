@@ -27,6 +27,15 @@ BYTES_MAX: Final = 64 * 1024 * 1024
 PART_BYTES: Final = 16 * 1024 * 1024
 """The size of one message; more is sent in several."""
 
+SMALL_BYTES_MAX: Final = 512 * 1024
+"""Bound of a request that carries no payloads: decoded, it may take a hundred times as much memory."""
+_LARGE_REQUESTS: Final[Mapping[str, int]] = {
+    "append": BYTES_MAX,
+    "settle": BYTES_MAX,
+    "release": 4 * 1024 * 1024,
+    "tick": BYTES_MAX,
+}
+
 _SERVER_ARGUMENTS: Final = {"self", "now_us", "crashes_max"}
 
 
@@ -59,12 +68,15 @@ class ReleaseRequest(msgspec.Struct):
 
 
 class Operation(NamedTuple):
-    """The messages of one operation. `scope`: what the API key must be allowed to do."""
+    """The messages of one operation. `scope`: what the API key must be allowed to do; `bytes_max`: the bound of its
+    request. Small messages may decode to many times their size.
+    """
 
     name: str
     request: type[msgspec.Struct]
     answer: Any
     scope: str
+    bytes_max: int
 
 
 class ServerInfo(msgspec.Struct):
@@ -87,7 +99,8 @@ def _operation(name: str, scope: str, request: Any = None, answer: Any = None) -
             if parameter.name not in _SERVER_ARGUMENTS
         ]
         request = msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
-    return Operation(name, request, hints["return"] if answer is None else answer, scope)
+    bytes_max = _LARGE_REQUESTS.get(name, SMALL_BYTES_MAX)
+    return Operation(name, request, hints["return"] if answer is None else answer, scope, bytes_max)
 
 
 OPERATIONS: Final[Mapping[str, Operation]] = {

@@ -26,6 +26,8 @@ EXPANSION_FREE_BYTES: Final = MIB
 """Size up to which any compressed body may expand."""
 
 PIECE_BYTES: Final = 256 * KIB
+TURN_BYTES: Final = 256 * KIB
+"""Bytes of one body after which the event loop serves others, whatever the bytes were."""
 ZSTD_SLICE_BYTES: Final = 256
 """A zstd block has at least 4 bytes and expands to at most 128 KiB, so a slice expands to at most 8 MiB."""
 
@@ -39,8 +41,13 @@ async def body_pieces(request: Request, limits: Limits) -> AsyncIterator[bytes]:
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("identity", ""):
+        turn_bytes = 0
         async for piece in _received(request, limits.http_idle_s):
             yield piece
+            turn_bytes += len(piece)
+            if turn_bytes >= TURN_BYTES:
+                await asyncio.sleep(0)
+                turn_bytes = 0
         return
     if encoding not in ("gzip", "x-gzip", "zstd"):
         raise UnsupportedType(
@@ -52,13 +59,16 @@ async def body_pieces(request: Request, limits: Limits) -> AsyncIterator[bytes]:
     async for piece in _received(request, limits.http_idle_s):
         received_bytes += len(piece)
         for expanded in decoder.feed(piece):
+            await asyncio.sleep(0)
             expanded_bytes += len(expanded)
             if expanded_bytes > received_bytes * limits.expansion_max + EXPANSION_FREE_BYTES:
                 raise TooLarge(
                     f"the body expands by more than a factor of {limits.expansion_max}",
                     hint="compress it less, or raise expansion_max",
                 )
-            yield expanded
+            for start in range(0, len(expanded), PIECE_BYTES):
+                yield expanded[start : start + PIECE_BYTES]
+                await asyncio.sleep(0)
     if not decoder.is_whole:
         raise InvalidInput(f"the {encoding} body ended before its end marker", hint="send it again")
 

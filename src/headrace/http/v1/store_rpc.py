@@ -33,7 +33,6 @@ from headrace.runtime.tasks.bounds import check_name
 from headrace.store.protocol import Heartbeat, Lease
 from headrace.store.rpc import (
     BEAT,
-    BYTES_MAX,
     CONTENT_TYPE,
     OPERATIONS,
     HeartbeatWithTokens,
@@ -97,7 +96,9 @@ class StoreRpc:
         context = await self._service.authorize_any(request, scopes, is_free="work" in scopes or verb.name == "append")
         if CONTENT_TYPE not in request.headers.get("content-type", ""):
             raise UnsupportedType(f"expected a message of type {CONTENT_TYPE}")
-        body = await read_body(request, self._service.limits, bytes_max=BYTES_MAX)
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise UnsupportedType("expected an uncompressed message", hint="send it without content-encoding")
+        body = await read_body(request, self._service.limits, bytes_max=verb.bytes_max)
         try:
             message = _DECODERS[verb.name].decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -433,6 +433,8 @@ async def test_single_runs_are_cancelled_at_once_or_with_the_heartbeat_of_their_
     await rig.append(batch_id, range(7), key=lambda index: Key("task", due_us=(index == 6) * (rig.now_us + 9)))
     session_id = await rig.session()
     (lease,) = await rig.claim(session_id, 4)
+    nothing = await rig.store.unwanted_runs(session_id)
+    assert (nothing.leases, nothing.stopped, nothing.cancelled) == ([], [], [])
     assert await rig.store.cancel_runs(batch_id, [1, 2, 5, 6], now_us=rig.now_us) == 4
     assert await rig.states(batch_id) == ["leased"] * 4 + ["waiting", "cancelled", "cancelled"]
     beat = await rig.store.heartbeat(session_id, now_us=rig.now_us)

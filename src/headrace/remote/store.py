@@ -207,7 +207,7 @@ class RemoteStore:
         return beaten.heartbeat
 
     async def unwanted_runs(self, session_id: str) -> Heartbeat:
-        """Return the leases of a session, and which of its runs are cancelled."""
+        """Return which runs of a session are cancelled."""
         reply: Heartbeat = await self._ask("unwanted_runs", session_id=session_id)
         return reply
 

@@ -385,7 +385,7 @@ class WorkStore(SessionStore, Protocol):
         """Lease spans to a live session. Raises `SessionEnded`."""
 
     async def unwanted_runs(self, session_id: str) -> Heartbeat:
-        """Return what a heartbeat returns, without renewing the session. An ended session has no leases."""
+        """Return which of a session's runs are cancelled, as a heartbeat does; without its leases if none is."""
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
         """Record outcomes. Returns for each, in order: `settled`, `recorded` (a repeat) or `lost` (a stale token)."""

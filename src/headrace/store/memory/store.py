@@ -185,10 +185,14 @@ class MemoryStore:
             session = writes.live(tables, session_id)
             seen_us = max(session.heartbeat_us, now_us)
             tables.sessions[session_id] = msgspec.structs.replace(session, heartbeat_us=seen_us)
-        return await self.unwanted_runs(session_id)
+        return self._leases_of(session_id)
 
     async def unwanted_runs(self, session_id: str) -> Heartbeat:
-        """Return the leases of a session, and which of its runs are cancelled."""
+        """Return which runs of a session are cancelled."""
+        reply = self._leases_of(session_id)
+        return reply if reply.stopped or reply.cancelled else Heartbeat(leases=[], stopped=[], cancelled=[])
+
+    def _leases_of(self, session_id: str) -> Heartbeat:
         tables = self._now()
         leased = reads.spans_of_session(tables, session_id)
         batch_ids = {span.batch_id for span in leased}

@@ -86,11 +86,17 @@ def heartbeat(session_id: str, now_us: int) -> Script[Heartbeat]:
             session_id=session_id,
         )
     (database_us,) = beat
-    return msgspec.structs.replace((yield from unwanted_runs(session_id)), database_us=database_us)
+    return msgspec.structs.replace((yield from _leases_of(session_id)), database_us=database_us)
 
 
 def unwanted_runs(session_id: str) -> Script[Heartbeat]:
-    """Return the leases of a session, and which of its runs are cancelled."""
+    """Return which runs of a session are cancelled, with its leases if there are any."""
+    if (yield from fetch_one("has_unwanted_runs", session_id=session_id)) is None:
+        return Heartbeat(leases=[], stopped=[], cancelled=[])
+    return (yield from _leases_of(session_id))
+
+
+def _leases_of(session_id: str) -> Script[Heartbeat]:
     rows = yield from fetch("leases_of_session", session_id=session_id)
     if not rows:
         return Heartbeat(leases=[], stopped=[], cancelled=[])

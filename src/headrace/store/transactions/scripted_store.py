@@ -117,7 +117,7 @@ class ScriptedStore(ABC):
         return await self._write(lambda: leases.heartbeat(session_id, now_us))
 
     async def unwanted_runs(self, session_id: str) -> Heartbeat:
-        """Return the leases of a session, and which of its runs are cancelled."""
+        """Return which runs of a session are cancelled."""
         return await self._read(lambda: leases.unwanted_runs(session_id))
 
     async def end_session(self, session_id: str, *, now_us: int) -> None:

@@ -51,6 +51,14 @@ SELECT id, token, claim_no, batch_id FROM headrace_span WHERE state = 'leased' A
 -- stopped_batches: read which of some batches are cancelled or abandoned
 SELECT id FROM headrace_batch WHERE id IN (SELECT value FROM json_each(:ids)) AND state IN ('cancelled', 'abandoned');
 
+-- has_unwanted_runs: check whether a session has leased runs of a stopped batch, or of one with cancelled runs
+SELECT 1 FROM headrace_batch WHERE state IN ('cancelled', 'abandoned')
+    AND id IN (SELECT DISTINCT batch_id FROM headrace_span WHERE state = 'leased' AND session_id = :session_id)
+UNION ALL
+SELECT 1 FROM headrace_cancellation
+WHERE batch_id IN (SELECT DISTINCT batch_id FROM headrace_span WHERE state = 'leased' AND session_id = :session_id)
+LIMIT 1;
+
 -- cancellations: list the single runs of some batches that are to be cancelled
 SELECT batch_id, run_index FROM headrace_cancellation WHERE batch_id IN (SELECT value FROM json_each(:ids)) LIMIT :rows_max;
 

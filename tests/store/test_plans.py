@@ -11,15 +11,18 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
+from headrace.core.span import Key
 from headrace.foundation.limits import DEFAULT
 from headrace.store.postgres import PostgresStore
 from headrace.store.postgres.pool import SETTINGS, compiled
 from headrace.store.sqlite import SqliteStore
+from headrace.store.sqlite.script_runner import SQL
 from headrace.store.statements import statements
 from tests.support.postgres_observer import other_connection, schema_of
 from tests.support.store_rig import StoreRig, fresh_schema
@@ -60,7 +63,7 @@ SCANNED: Final = {
     ("lease_loads", "SCAN span USING INDEX span_leased"),
     ("leases_without_session", "SCAN span USING INDEX span_leased"),
     ("list_batches", "SEARCH batch USING INDEX batch_listed (environment=?)"),
-    ("list_queues", "SCAN span USING INDEX span_unsettled LEFT-JOIN"),
+    ("list_queues", "SCAN span USING INDEX span_unsettled"),
     ("list_spans", "SEARCH batch USING COVERING INDEX batch_listed (environment=?)"),
     ("moving_blocks", "SEARCH block USING INTEGER PRIMARY KEY (rowid>?)"),
     ("moving_total", "SCAN batch"),
@@ -128,3 +131,26 @@ async def test_no_statement_reads_all_of_a_table_that_grows_on_sqlite(tmp_path: 
                         names.add((name, step))
         connection.close()
     assert names == SCANNED
+
+
+async def steps_of_a_listing(folder: Path, queues_count: int) -> int:
+    """Return how many thousand steps SQLite takes to list queues with one waiting run each."""
+    async with StoreRig(SqliteStore(folder / f"{queues_count}.db", DEFAULT)) as rig:
+        batch_id = await rig.batch()
+        await rig.append(batch_id, range(queues_count), key=lambda index: Key("task", queue=f"q{index}"))
+        with closing(sqlite3.connect(folder / f"{queues_count}.db")) as connection:
+            steps = [0]
+
+            def count() -> int:
+                steps[0] += 1
+                return 0
+
+            connection.set_progress_handler(count, 1_000)
+            rows = connection.execute(SQL["list_queues"], {"environment": "default"}).fetchall()
+            assert len(rows) == queues_count
+            return steps[0]
+
+
+async def test_listing_queues_takes_steps_in_proportion_to_their_number(tmp_path: Path) -> None:
+    few, many = await steps_of_a_listing(tmp_path, 200), await steps_of_a_listing(tmp_path, 2_000)
+    assert many <= 15 * max(few, 1), "ten times as many queues, ten times the work"

@@ -95,16 +95,19 @@ CROSS JOIN headrace_idempotency AS idempotency ON idempotency.environment = :env
     AND idempotency.task = json_extract(wanted.value, '$[0]') AND idempotency.key = json_extract(wanted.value, '$[1]')
 WHERE idempotency.expires_us = 0 OR idempotency.expires_us > :now_us;
 
--- list_queues: list queues with the numbers of their unsettled runs
-SELECT queue.name, queue.paused,
-    coalesce(sum(CASE WHEN span.state = 'waiting' THEN span.unsettled_count END), 0),
-    coalesce(sum(CASE WHEN span.state = 'delayed' THEN span.unsettled_count END), 0),
-    coalesce(sum(CASE WHEN span.state = 'leased' THEN span.unsettled_count END), 0),
-    coalesce(min(CASE WHEN span.state = 'waiting' THEN max(span.since_us, span.due_us) END), 0)
-FROM headrace_queue AS queue
-LEFT JOIN headrace_span AS span ON span.state <> 'done' AND span.environment = queue.environment AND span.queue = queue.name
-WHERE queue.environment = :environment
-GROUP BY queue.name ORDER BY queue.name;
+-- list_queues: list queues with the numbers of their unsettled runs, which are counted once for all queues
+WITH counts AS (
+    SELECT queue,
+        sum(CASE WHEN state = 'waiting' THEN unsettled_count END) AS waiting_count,
+        sum(CASE WHEN state = 'delayed' THEN unsettled_count END) AS delayed_count,
+        sum(CASE WHEN state = 'leased' THEN unsettled_count END) AS leased_count,
+        min(CASE WHEN state = 'waiting' THEN max(since_us, due_us) END) AS oldest_us
+    FROM headrace_span WHERE state <> 'done' AND environment = :environment GROUP BY queue
+)
+SELECT queue.name, queue.paused, coalesce(waiting_count, 0), coalesce(delayed_count, 0), coalesce(leased_count, 0),
+    coalesce(oldest_us, 0)
+FROM headrace_queue AS queue LEFT JOIN counts ON counts.queue = queue.name
+WHERE queue.environment = :environment ORDER BY queue.name;
 
 -- list_spans: list spans that may have runs of a listing, newest batch first
 SELECT {span_columns(span.)}, block.first_index, block.gaps

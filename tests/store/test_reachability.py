@@ -19,7 +19,7 @@ from headrace.remote.store import RemoteStore
 from headrace.runtime.clock import SystemClock
 from headrace.store.postgres import PostgresNotifier, PostgresStore, notifier
 from headrace.store.sqlite import SqliteStore
-from tests.support.http_server import KEY, LIMITS, running_server
+from tests.support.http_server import KEY, LIMITS, RecordingClock, running_server
 from tests.support.postgres_server import Server
 from tests.support.store_rig import StoreRig, fresh_schema
 
@@ -138,3 +138,15 @@ async def test_a_server_whose_own_store_is_away_counts_as_away(tmp_path: Path) -
             other.execute("COMMIT")
         assert await server.engine.outage.until_over(server.engine.clock)
         await store.outage.reachability.probe()
+
+
+async def test_a_store_that_can_t_be_opened_is_an_error_and_no_outage(capsys: pytest.CaptureFixture[str]) -> None:
+    for store in (
+        PostgresStore("postgresql://nobody@127.0.0.1:1/none", DEFAULT),
+        RemoteStore(ServerConnection("http://127.0.0.1:1", KEY, clock=RecordingClock()), LIMITS),
+    ):
+        with pytest.raises(StoreUnreachable):
+            await store.open()
+        reachability = store.reachability if isinstance(store, PostgresStore) else store.outage.reachability
+        assert reachability.outages_count == 0
+    assert "store.unreachable" not in capsys.readouterr().out

@@ -355,7 +355,7 @@ class PostgresStore(ScriptedStore):
                     answer = await work(connection)
             except (TransactionConflict, *UNDONE, asyncpg.InternalClientError) as error:
                 if not tries_left or not changed_nothing(error):
-                    raise self._store_error(error) from error
+                    raise self._noted(self._store_error(error)) from error
                 await asyncio.sleep(0)
             except ANOTHER_SESSION as error:  # nothing was done: the prepared statement does not exist
                 if not tries_left or connection is None or connection.is_pooled:
@@ -368,7 +368,7 @@ class PostgresStore(ScriptedStore):
             except SCHEMA_CHANGED as error:
                 raise await self._version_error(pool, error) from error
             except DRIVER as error:
-                raise await self._translated(error) from error
+                raise self._noted(await self._translated(error)) from error
             else:
                 self.reachability.succeeded()
                 return answer
@@ -399,10 +399,13 @@ class PostgresStore(ScriptedStore):
         return self._store_error(error)
 
     def _store_error(self, error: BaseException) -> HeadraceError:
-        translated = store_error(error, self.address.database)
-        if isinstance(translated, StoreUnreachable):
-            self.reachability.failed(translated)
-        return translated
+        return store_error(error, self.address.database)
+
+    def _noted(self, error: HeadraceError) -> HeadraceError:
+        """Return an error of an operation, once it is noted if the database was not reached."""
+        if isinstance(error, StoreUnreachable):
+            self.reachability.failed(error)
+        return error
 
     async def _version_error(self, pool: Pool, error: BaseException) -> HeadraceError:
         """Explain a statement that does not fit the schema: was it migrated while this process ran?"""

@@ -39,7 +39,9 @@ from headrace.runtime.indexing.sources.nats import Nats
 from headrace.runtime.indexing.sources.source import Source
 from headrace.runtime.indexing.sources.streams import Results, Stream
 from headrace.runtime.indexing.sources.table import Table
+from headrace.runtime.owner_loop import OwnerLoop
 from headrace.store.entities.protocol import HistoryGone, IndexerState, LeaseLost, SchemaChanged
+from headrace.twins import on_owner_loop
 
 if TYPE_CHECKING:
     from headrace.indexer_testing import Simulation
@@ -80,6 +82,11 @@ __all__ = [
 
 class App(Protocol):
     """The part of an app that an indexer uses."""
+
+    @property
+    def owner_loop(self) -> OwnerLoop:
+        """The event loop of the app."""
+        ...
 
     async def open(self) -> Engine:
         """Open the store, once."""
@@ -228,6 +235,11 @@ class Indexer:
         `limits` by name (`index_depth_max=0`) override the app's. With `wait` a lease that another process holds is
         waited for; otherwise `IndexerBusy` is raised.
         """
+        if not self.app.owner_loop.claim():
+            raise InvalidSetting(
+                "an indexer can't start on this event loop: its app is open on another event loop",
+                hint="start it before the first _sync call of the process, or call `await app.close()` before",
+            )
         engine = await self.app.open()
         if limits:
             engine = engine.with_limits(engine.limits.replaced(**limits))
@@ -248,6 +260,11 @@ class Indexer:
         async with self.open() as pipeline:
             return await pipeline.rollback(to, source=source)
 
+    @property
+    def _owner(self) -> OwnerLoop:
+        return self.app.owner_loop
+
+    @on_owner_loop
     async def state(self) -> IndexerState | None:
         """Return the indexer's state in the store; None before its first start."""
         engine = await self.app.open()
@@ -256,6 +273,7 @@ class Indexer:
                 return state
         return None
 
+    @on_owner_loop
     async def reset(self) -> list[str]:
         """Drop its tables and its state; return the tables' names. Raises `NotFound`."""
         engine = await self.app.open()

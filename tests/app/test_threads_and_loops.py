@@ -17,11 +17,18 @@ import pytest
 from headrace import Headrace, Run
 from headrace.foundation.errors import InvalidInput, InvalidSetting, StoreUnavailable
 from headrace.foundation.settings import load
+from headrace.indexer import Entity, ndjson
 from headrace.testing import in_memory
 from tests.support import pool_tasks
 from tests.support.store_rig import fresh_schema
 
 T = TypeVar("T")
+
+
+class Book(Entity):
+    """A row of an indexer."""
+
+    id: str
 
 
 def made(store: str, **settings: Any) -> tuple[Headrace, Any, Any]:
@@ -264,3 +271,22 @@ async def test_a_task_in_a_child_process_enqueues_into_the_store_of_its_worker(s
             assert await run.result(timeout_s=60) == 3
     finally:
         pool_tasks.app._settings = None
+
+
+async def test_an_indexer_starts_only_on_the_event_loop_of_its_app(tmp_path: Path) -> None:
+    (tmp_path / "events.ndjson").write_text("")
+    app, child, _ = made(f"sqlite:///{tmp_path}/headrace.db")
+    indexer = app.indexer("books", source=ndjson(tmp_path / "events.ndjson"), entities=[Book])
+
+    @indexer.on("book")
+    async def on_book(_event: Any, _context: Any) -> None:
+        """Do nothing."""
+
+    await asyncio.to_thread(child.enqueue_sync, 1)
+    with pytest.raises(InvalidSetting, match="another event loop") as raised:
+        await indexer.run()
+    assert "close" in raised.value.hint
+    assert await indexer.state() is None, "a call that only reads is run on the app's own loop"
+    await app.close()
+    await indexer.run()
+    await app.close()

@@ -17,6 +17,7 @@ import pytest
 
 from headrace import Headrace
 from headrace.foundation.errors import InvalidSetting
+from headrace.runtime.background_loop import BackgroundLoop
 from headrace.testing import in_memory
 from tests.support.store_rig import fresh_schema
 
@@ -179,3 +180,17 @@ def test_a_large_payload_in_a_child_is_refused_after_its_parent_used_the_object_
 
     assert "the object store can't be used" in str(in_child(work))
     app.close_sync()
+
+
+def test_the_blocking_client_of_a_parent_is_refused_in_a_child() -> None:
+    background = BackgroundLoop()  # what `SyncClient` runs its calls on
+
+    def work() -> object:
+        try:
+            background.run(asyncio.sleep(0))
+        except InvalidSetting as error:
+            return error.message
+        return "no error"
+
+    assert f"belongs to process {os.getpid()}" in str(in_child(work))
+    background.stop()

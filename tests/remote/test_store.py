@@ -312,3 +312,13 @@ def test_a_missing_extra_is_named_with_its_install_command(tmp_path: Path) -> No
         assert (done.returncode, extra in done.stderr) == (2, True), (arguments, done.stderr)
     whole = f"{blocked}import headrace\nprint(headrace.Client, headrace.Headrace)"
     assert subprocess.run([sys.executable, "-c", whole], check=False, capture_output=True, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("batch_id", ["", "../../x", "batch_x", "x" * 100_000])
+async def test_a_batch_with_an_invalid_id_is_refused(batch_id: str, tmp_path: Path) -> None:
+    async with running_server(tmp_path, "memory") as server:
+        store = remote_of(server)
+        await store.open()
+        with pytest.raises(ClientFault, match="expected a batch id"):
+            await store.create_batch(NewBatch(id=batch_id, environment="default"), now_us=1)
+        assert await store.batches("default") == []

@@ -12,13 +12,16 @@ from typing import Any
 
 import obstore
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from obstore.exceptions import GenericError, PermissionDeniedError
 from obstore.store import ObjectStore
 
 from headrace.foundation.errors import InvalidInput, InvalidSetting, ObjectMissing, StoreUnavailable
 from headrace.store import payloads as payloads_module
+from headrace.store.client_uploads import FOLDER, ClientUploads
 from headrace.store.object_store import ObjectStoreBackend, open_payloads
-from headrace.store.payloads import PayloadStore, Reference, check_key, payload_key
+from headrace.store.payloads import PayloadStore, Reference, check_key, environment_segment, payload_key
 
 BATCH = "batch_0000000000000000000000000a"
 
@@ -289,7 +292,7 @@ async def test_a_key_outside_the_store_is_refused_by_every_operation(payloads: P
 
 
 @pytest.mark.parametrize(
-    "parts", [("..", BATCH, "0" * 64), ("a/b", BATCH, "0" * 64), ("default", "", "0" * 64), ("a", "b", "c")]
+    "parts", [("default", "..", "0" * 64), ("default", "a/b", "0" * 64), ("default", "", "0" * 64), ("a", "b", "c")]
 )
 def test_a_key_is_made_of_plain_parts_only(parts: tuple[str, str, str]) -> None:
     with pytest.raises(InvalidInput):
@@ -454,3 +457,32 @@ def test_a_reference_is_encoded_and_decoded() -> None:
 def test_bytes_that_are_no_reference_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidInput):
         Reference.decode(data)
+
+
+ENVIRONMENTS = (
+    "default", "packets", "_packets", "a-b", "612d62", "team a", "ümlaut", "..", "a/b", "", "x" * 200, "A", "_",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+@on_a_loop
+async def test_payloads_of_any_environment_are_stored_and_stay_apart_from_uploads(
+    payloads: PayloadStore, environment: str
+) -> None:
+    data = environment.encode()
+    key = payload_key(environment, BATCH, hashlib.sha256(data).hexdigest())
+    await payloads.put(key, data)
+    await payloads.delete_older(FOLDER, 2**62)
+    assert await payloads.get(key) == data
+    assert await payloads.delete_batch(environment, BATCH) == 1
+
+
+def test_different_environments_have_different_folders() -> None:
+    assert len({environment_segment(environment) for environment in ENVIRONMENTS}) == len(ENVIRONMENTS)
+    assert FOLDER not in {environment_segment(environment) for environment in ENVIRONMENTS}
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_the_uploads_of_two_environments_never_share_a_key(first: str, second: str) -> None:
+    uploads = ClientUploads(open_payloads("memory://"))
+    assert (uploads.key(first, "a") == uploads.key(second, "a")) == (first == second)

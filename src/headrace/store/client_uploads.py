@@ -13,9 +13,10 @@ from typing import Final
 
 from headrace.core.pack import JSON, KINDS, MSGPACK, REFERENCE, SUPER_JSON, TEXT
 from headrace.foundation.errors import InvalidInput, ObjectMissing
-from headrace.store.payloads import ObjectTooLarge, PayloadStore, SigningBackend
+from headrace.store.payloads import ObjectTooLarge, PayloadStore, SigningBackend, environment_segment
 
-FOLDER: Final = "packets"
+FOLDER: Final = "_packets"
+"""Folder beside those of the environments; `environment_segment` never returns it."""
 PATH_CHARS_MAX: Final = 1_024
 SIGNED_S: Final = 300
 TYPE_BYTES_MAX: Final = 128
@@ -48,8 +49,7 @@ class ClientUploads:
 
     def key(self, environment: str, path: str) -> str:
         """Return the key of a packet's object."""
-        segments = environment.encode().hex() if not environment.isalnum() else environment
-        return f"{FOLDER}/{segments}/{check_path(path)}"
+        return f"{FOLDER}/{environment_segment(environment)}/{check_path(path)}"
 
     async def signed_url(self, method: str, environment: str, path: str) -> str:
         """Return a URL of the object store, valid for five minutes."""

@@ -1,9 +1,10 @@
 """Payloads and results that are too large for a row: one object each, named by its content.
 
-Rule 1: a key is `{environment}/{batch_id}/{sha256}`. The same bytes of one batch are one object, a second write changes
-nothing, and what is read can be checked against its key. Rule 2: when `put` returns, the object survives a power cut.
-Rule 3: an object is written before the row that names it, and deleted after that row, so a row never names a missing
-object. After a crash in between, the object is an orphan; upkeep finds it by `list` and deletes it when it is old.
+Rule 1: a key is `{environment}/{batch_id}/{sha256}`, with the environment as `environment_segment` writes it. The same
+bytes of one batch are one object, a second write changes nothing, and what is read can be checked against its key.
+Rule 2: when `put` returns, the object survives a power cut. Rule 3: an object is written before the row that names it,
+and deleted after that row, so a row never names a missing object. After a crash in between, the object is an orphan;
+upkeep finds it by `list` and deletes it when it is old.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from headrace.foundation.errors import InvalidInput, ObjectMissing, StoreUnavail
 from headrace.foundation.limits import MIB, TABLE, Limit, check
 
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9._-]+\Z")
+_PLAIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}\Z")
 _KEY_CHARS_MAX: Final = 512
 _PAGE_OBJECTS: Final = 1_000
@@ -66,12 +68,25 @@ class StoredObject(NamedTuple):
     bytes_count: int
 
 
+def environment_segment(environment: str) -> str:
+    """Return the first segment of the keys of an environment: its name, or a hash of a name that may not be one.
+
+    Different environments have different segments, and none is that of another folder: a plain name does not begin with
+    an underscore.
+    """
+    if _PLAIN.match(environment):
+        return environment
+    return f"_{hashlib.sha256(environment.encode('utf-8', 'surrogatepass')).hexdigest()[:48]}"
+
+
 def payload_key(environment: str, batch_id: str, sha256_hex: str) -> str:
-    """Return the key of a payload with this hash. Raises `InvalidInput` for parts that can't be part of a key."""
-    for part in (environment, batch_id, sha256_hex):
+    """Return the key of a payload with this hash. Raises `InvalidInput` for a batch id or hash that can't be part of a
+    key.
+    """
+    for part in (batch_id, sha256_hex):
         if "/" in part:
             raise _bad_key(part, "a part of a key has no slash")
-    return check_key(f"{environment}/{batch_id}/{sha256_hex}")
+    return check_key(f"{environment_segment(environment)}/{batch_id}/{sha256_hex}")
 
 
 def check_key(key: str) -> str:
@@ -267,8 +282,8 @@ class PayloadStore:
 
     async def delete_probe(self, key: str) -> None:
         """List and delete an object of `put_probe`. Raises `StoreUnavailable` if it is not listed."""
-        environment, batch, _ = key.split("/")
-        if await self.delete_batch(environment, batch) != 1:
+        _, batch, _ = key.split("/")
+        if await self.delete_batch("headrace-check", batch) != 1:
             raise StoreUnavailable(
                 "the object store does not list an object that was just written",
                 hint="check that its credentials allow listing",

@@ -19,7 +19,7 @@ from headrace.foundation.limits import TABLE, Limits
 from headrace.http.requests.service import RequestContext
 from headrace.runtime.tasks.bounds import SCHEDULES_MAX, check_name, check_priority
 from headrace.runtime.tasks.schedule_spec import stored_rule
-from headrace.store.payloads import Reference, check_key
+from headrace.store.payloads import Reference, check_key, environment_segment
 from headrace.store.protocol import NewBatch, Schedule, Tick
 
 RUNS_MAX = TABLE["chunk_runs_max"].most
@@ -30,6 +30,7 @@ AHEAD_US = 60 * 60 * 1_000_000
 
 def validated_batch(context: RequestContext, limits: Limits, new: NewBatch) -> NewBatch:
     """Return a valid batch in the client's environment. Raises `InvalidInput`."""
+    check_batch_id(new.id)
     if new.key is not None:
         check_name("key", new.key)
     if new.kind not in ("batch", "stream") or len(new.task) > limits.name_chars_max:
@@ -123,8 +124,8 @@ def validated_tick(context: RequestContext, limits: Limits, tick: Tick) -> Tick:
 
 def check_object_key(context: RequestContext, batch_id: str, key: str) -> str:
     """Return an object key of this environment, and of this batch if one is given. Raises `NotFound`."""
-    environment, batch, _ = check_key(key).split("/")
-    if environment != context.environment or batch_id not in ("", batch):
+    segment, batch, _ = check_key(key).split("/")
+    if segment != environment_segment(context.environment) or batch_id not in ("", batch):
         raise NotFound("object not found", key=key)
     return key
 

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 from headrace.core.activation import LANE
 from headrace.core.rules import rules_of
 from headrace.core.serving import StalledLane
-from headrace.foundation.errors import HeadraceError
+from headrace.foundation.errors import HeadraceError, InvalidInput
 from headrace.foundation.ids import new_session_id
 from headrace.foundation.limits import MINUTE_MS, SECOND_MS
 from headrace.foundation.logs import get_logger
@@ -205,7 +205,10 @@ class Upkeep:
         while True:
             pruned = await engine.maintenance.prune(before_us, batches_max=BATCHES_MAX, rows_max=ROWS_MAX)
             for environment, batch_id in pruned.batches:
-                await engine.payloads.delete_batch(environment, batch_id)
+                try:
+                    await engine.payloads.delete_batch(environment, batch_id)
+                except InvalidInput as error:  # an id that another version accepted; its batch had no objects
+                    LOG.warning("upkeep.objects_kept", environment=environment, batch=batch_id, error=error.message)
             count += len(pruned.batches)
             if not pruned.more:
                 return count

@@ -16,7 +16,7 @@ from headrace.core import run
 from headrace.core.block import Coalescer
 from headrace.core.pack import JSON
 from headrace.core.span import Key
-from headrace.foundation.errors import InvalidInput, SessionEnded, StoreUnavailable
+from headrace.foundation.errors import InvalidInput, SessionEnded, StoreBroken, StoreUnavailable
 from headrace.foundation.ids import new_batch_id, new_session_id
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.engine import Engine
@@ -292,6 +292,17 @@ async def test_a_restart_reuses_no_slot_of_the_old_file(tmp_path: Path) -> None:
         assert marks.free_count == free
         old[0].marks[0] = 1  # a run that survived its session may still write its marks
         assert read(marks.path) == {}
+
+
+async def test_a_restart_that_the_store_refuses_closes_its_file_of_marks(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        await end_elsewhere(rig, rig.session.session_id)
+        await rig.beat()
+        rig.store.before["start_session"] = [StoreBroken("gone")]
+        with pytest.raises(StoreBroken):
+            await rig.session.restart()
+        assert rig.session.marks is None
+        assert not [path for path in (tmp_path / "headrace.db.live").iterdir() if path.suffix == ""]
 
 
 async def test_the_flusher_keeps_all_updates_while_the_store_fails(tmp_path: Path) -> None:

@@ -104,11 +104,7 @@ class StoreSession:
         """Start the session and its heartbeats."""
         if self.session_id:
             return
-        try:
-            await self._begin_session()
-        except BaseException:
-            self._close_marks()
-            raise
+        await self._begin_session()
         limits = self.engine.limits
         self._flusher = Flusher(
             self._flush,
@@ -142,7 +138,11 @@ class StoreSession:
             started_us=clock.now_us(),
             serves=self._serves,
         )
-        await self.engine.store.start_session(session, now_us=clock.now_us())
+        try:
+            await self.engine.store.start_session(session, now_us=clock.now_us())
+        except BaseException:
+            self._close_marks()
+            raise
         self.session_id = session_id
 
     async def stop(self, *, deadline_s: float | None = None) -> None:

@@ -403,6 +403,7 @@ def test_doctor_passes_with_a_store_in_use(shell: Shell, done: str) -> None:
         "durability",
         "clock",
         "disk",
+        "access",
         "objects",
         "sessions",
         "workers",
@@ -410,7 +411,7 @@ def test_doctor_passes_with_a_store_in_use(shell: Shell, done: str) -> None:
     ]
     assert all(ok for ok, _ in checked.values()), checked
     text = shell("doctor").out
-    assert text.count("ok  ") == 9
+    assert text.count("ok  ") == 10
 
 
 def test_doctor_reports_a_store_that_can_not_be_opened(shell: Shell) -> None:

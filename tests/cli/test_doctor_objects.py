@@ -58,3 +58,13 @@ def test_doctor_reports_a_directory_that_other_processes_do_not_find(
     assert not ok
     assert "another process could not read an object" in detail
     assert "not in the object store" in detail
+
+
+def test_the_files_of_a_store_are_private_and_doctor_notes_those_that_are_not(shell: Shell) -> None:
+    shell.items(3)
+    assert shell.map().code == 0
+    for name in ("headrace.db", "headrace.db.objects"):
+        assert (shell.place / name).stat().st_mode & 0o077 == 0, name
+    (shell.place / "headrace.db").chmod(0o644)
+    (check,) = [check for check in shell("doctor", "--json").json["checks"] if check["check"] == "access"]
+    assert (check["ok"], "headrace.db (0644)" in check["detail"], "chmod" in check["hint"]) == (True, True, True)

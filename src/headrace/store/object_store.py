@@ -288,7 +288,8 @@ class SigningBucket(ObjectStoreBackend):
 def _open_directory(path: Path) -> LocalStore:
     try:
         missing = [directory for directory in (path, *path.parents) if not directory.exists()]
-        path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)  # it holds payloads; one that exists keeps its mode
         for directory in missing:
             _sync(directory.parent)
         return LocalStore(path)

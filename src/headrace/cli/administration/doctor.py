@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ FULL_AFTER_S: Final = 60
 STUCK_AFTER_S: Final = 3_600
 DELAY_FAR_S: Final = 7 * 86_400
 PAGE_BATCHES: Final = 200
+OTHERS: Final = stat.S_IRWXO
+"""Mode bits of users who are neither the owner nor in the group of a file."""
 
 
 class CheckFailed(Exception):
@@ -108,6 +111,7 @@ async def examine(settings: Settings) -> list[Finding]:
                 ("durability", lambda: durability(engine)),
                 ("clock", lambda: clock(engine, directory)),
                 ("disk", lambda: disk(directory)),
+                ("access", lambda: access(settings)),
                 ("objects", lambda: objects(engine, settings)),
                 ("sessions", lambda: sessions(engine)),
                 ("workers", lambda: workers(engine)),
@@ -197,6 +201,26 @@ async def disk(directory: Path | None) -> str:
             "free some space, or run `headrace prune`; on a full disk nothing is lost, but everything stops",
         )
     return f"{size(free_bytes)} free"
+
+
+async def access(settings: Settings) -> str:
+    """Find files of the store that other users of this machine may read: they hold payloads and keys."""
+    if urlsplit(settings.store).scheme != "sqlite":
+        return "no file holds data"
+    from headrace.compose import sqlite_path
+
+    path = sqlite_path(settings.store)
+    wide = [
+        f"{part} ({part.stat().st_mode & 0o777:04o})"
+        for part in (path, path.with_name(path.name + ".objects"), path.with_name(path.name + ".live"))
+        if part.exists() and part.stat().st_mode & OTHERS
+    ]
+    if wide:
+        raise CheckNoted(
+            f"other users of this machine may read {', '.join(wide)}",
+            "chmod go-rwx, unless they should",
+        )
+    return "only this user may read the store's files"
 
 
 async def objects(engine: Engine, settings: Settings) -> str:

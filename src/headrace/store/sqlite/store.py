@@ -9,10 +9,12 @@ the standard one.
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final, TypeVar
@@ -33,6 +35,7 @@ from headrace.store.transactions.sql_script import Script
 T = TypeVar("T")
 
 READERS: Final = 2
+PRIVATE_MODE: Final = 0o600
 BUSY_TIMEOUT_MS: Final = 10_000
 WAL_RETRY_S: Final = 0.01
 OLDEST_SQLITE: Final = (3, 35, 0)
@@ -132,6 +135,8 @@ class SqliteStore(ScriptedStore):
     def _plain(self) -> sqlite3.Connection:
         if not self._migrates and not self.path.exists():  # connecting would create the file
             check_current(str(self.path), 0, NEWEST)
+        if self._migrates:
+            _create_private(self.path)
         return sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, timeout=self._busy_timeout_ms / 1_000
         )
@@ -211,6 +216,14 @@ class SqliteStore(ScriptedStore):
 
         settings: dict[str, object] = await self._writer.run(work)
         return settings
+
+
+def _create_private(path: Path) -> None:
+    """Create a missing file that only this user may read: it holds payloads and keys. SQLite gives its log the same
+    mode. A file that exists keeps its mode, and errors are left to SQLite.
+    """
+    with suppress(OSError, ValueError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, PRIVATE_MODE))
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:

@@ -65,7 +65,10 @@ def test_what_is_no_such_url_is_refused(url: object) -> None:
         "fe80::1", "fe80::1%eth0", "fd00:ec2::254", "ff02::1", "::ffff:127.0.0.1", "::ffff:169.254.169.254",
         "64:ff9b::a9fe:a9fe",
         "64:ff9b:1::a00:1", "2002:7f00:1::", "2002:a9fe:a9fe::", "2001:0:1::1", "2001:db8::1", "no address",
-        "", "1.2.3",
+        "", "1.2.3", "::10.0.0.1", "::8.8.8.8", "::ffff:0:127.0.0.1", "::ffff:0:8.8.8.8", "fec0::1",
+        "feff:ffff::1", "192.88.99.1", "192.0.0.8", "3fff::1", "3fff:fff::1", "5f00::1", "100::1", "100:0:0:1::1",
+        "64:ff9b::10.0.0.1", "64:ff9b:1::7f00:1", "2002:a00:1::1", "2001:2::1", "2001:10::1", "2001:20::1", "1::1",
+        "4000::1", "8000::1", "fc00::1",
     ],
 )  # fmt: skip
 def test_what_is_not_public_is_never_reached(address: str) -> None:
@@ -73,7 +76,7 @@ def test_what_is_not_public_is_never_reached(address: str) -> None:
     assert not is_allowed(address, "http", ())
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "2001:4860:4860::8888", "::ffff:8.8.8.8"])
 def test_what_is_public_is_reached_over_https_only(address: str) -> None:
     assert is_allowed(address, "https", ())
     assert not is_allowed(address, "http", ())

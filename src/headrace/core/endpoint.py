@@ -48,6 +48,20 @@ _EMBEDDING: Final = (
 )
 """Addresses that embed another address (NAT64, 6to4, Teredo): a gateway may forward them anywhere."""
 
+_GLOBAL_UNICAST: Final = ip_network("2000::/3")
+"""The IPv6 addresses that IANA has assigned to the internet. Any other one is local, reserved or obsolete."""
+
+_SPECIAL: Final = (
+    ip_network("2001::/23"),
+    ip_network("2001:db8::/32"),
+    ip_network("3fff::/20"),
+    ip_network("192.0.0.0/24"),
+    ip_network("192.88.99.0/24"),
+)
+"""Networks of IANA's special-purpose registries (protocols, documentation, the 6to4 relays) that `is_global` accepts
+in some versions of Python.
+"""
+
 
 class EndpointRefused(Exception):
     """The endpoint rejected the request, or may not be reached; another attempt would end the same way."""
@@ -115,7 +129,7 @@ def is_allowed(address: str, scheme: str, allowed: Sequence[Network]) -> bool:
 
     Public addresses over https are allowed, and all addresses of networks that are allowed by name. Private, loopback,
     link-local (where clouds serve credentials), multicast and reserved addresses are refused, and addresses that embed
-    one of these.
+    one of these. Of IPv6 only global unicast addresses are public.
     """
     try:
         parsed: Address = ip_address(address.partition("%")[0])
@@ -125,7 +139,9 @@ def is_allowed(address: str, scheme: str, allowed: Sequence[Network]) -> bool:
         parsed = parsed.ipv4_mapped
     if any(parsed in network for network in allowed if network.version == parsed.version):
         return True
-    if any(parsed in network for network in _EMBEDDING if network.version == parsed.version):
+    if isinstance(parsed, IPv6Address) and parsed not in _GLOBAL_UNICAST:
+        return False
+    if any(parsed in network for network in (*_EMBEDDING, *_SPECIAL) if network.version == parsed.version):
         return False
     return scheme == "https" and parsed.is_global and not parsed.is_multicast
 

@@ -92,6 +92,30 @@ async def test_a_failing_source_is_reported_by_name() -> None:
             await rig.run(Breaking(payments(3)))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"times": [1]}, "source 'main': expected 2 times, as many as positions, got 1"),
+        ({"times": [1, 2, 3]}, "source 'main': expected 2 times"),
+        ({"times": []}, "source 'main': expected 2 times"),
+        ({"events": [Pay("a", 1)]}, "source 'main': expected 2 events"),
+    ],
+)
+async def test_a_source_whose_sequences_differ_in_length_is_reported_by_name(
+    change: dict[str, Any], words: str
+) -> None:
+    class Uneven(ListSource):
+        async def arrivals(self, after: Any) -> Any:
+            arrived: Any
+            async for arrived in super().arrivals(after):
+                yield arrived._replace(**change)
+
+    async with open_rig("memory", Path(), bank_indexer) as rig:
+        with pytest.raises(InvalidInput, match=words):
+            async with asyncio.timeout(10):
+                await rig.run(Uneven(payments(2)))
+
+
 def test_an_invalid_indexer_definition_is_refused() -> None:
     app = Headrace("tests")
 

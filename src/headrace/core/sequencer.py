@@ -25,7 +25,10 @@ POSITION_MAX: Final = 2**63 - 1
 
 
 class Arrived(NamedTuple):
-    """Consecutive events of one source: `times` in microseconds, None if only one source is read."""
+    """Consecutive events of one source: `times` in microseconds, None if only one source is read.
+
+    All sequences have the same length.
+    """
 
     positions: Sequence[Position]
     events: Sequence[Any]
@@ -84,8 +87,11 @@ class Sequencer:
         return len(self._waiting[source]) < count_max
 
     def feed(self, source: int, arrived: Arrived) -> None:
-        """Add events of a source. Raises `InvalidInput`, adding none, if their positions do not rise."""
+        """Add events of a source. Raises `InvalidInput`, adding none, if their positions do not rise, or if positions,
+        events and times differ in number.
+        """
         positions = arrived.positions
+        self._check_counts(source, arrived)
         if not positions:
             return
         self._check(source, positions)
@@ -167,6 +173,17 @@ class Sequencer:
             else:
                 heapq.heappop(heads)
         return Sequenced(positions, events, times, sources) if positions else None
+
+    def _check_counts(self, source: int, arrived: Arrived) -> None:
+        count = len(arrived.positions)
+        for noun, values in (("events", arrived.events), ("times", arrived.times)):
+            if values is not None and len(values) != count:
+                raise InvalidInput(
+                    f"the source {self._names[source]!r}: expected {count} {noun}, as many as positions, "
+                    f"got {len(values)}",
+                    hint="Arrived needs one position and one event each; times may be None",
+                    source=self._names[source],
+                )
 
     def _check(self, source: int, positions: Sequence[Position]) -> None:
         before = self._last[source]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from headrace.runtime.sessions.active_lease import BEGUN, ENDED, NOT_BEGUN
 from headrace.runtime.sessions.inflight_marks import (
     ALL_SLOTS,
     InflightMarks,
+    ended_sessions,
     merged,
     of_session,
     owner_has_ended,
@@ -145,3 +147,17 @@ def test_a_directory_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreUnavailable, match="can't be created"):
         InflightMarks(tmp_path / "file" / "marks", slot_runs=8)
+
+
+def test_directories_and_pipes_among_the_marks_belong_to_no_session(tmp_path: Path) -> None:
+    ended = InflightMarks(tmp_path / "session_a", slot_runs=8)
+    ended.close(keep=True)
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "session_a.2").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    assert ended_sessions(tmp_path) == ["session_a"]
+    assert owner_has_ended(tmp_path / "lost+found") is None
+    files = of_session(tmp_path, "session_a")
+    assert merged(files) == {}
+    remove(files)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lost+found", "pipe", "session_a.2"]

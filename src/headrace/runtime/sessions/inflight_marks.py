@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import stat
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -176,15 +177,20 @@ def read_deadline(path: Path) -> int:
 
 
 def owner_has_ended(path: Path) -> bool | None:
-    """True if the owner of a file of marks has ended, False if it lives; None if there is no such file."""
+    """True if the owner of a file of marks has ended, False if it lives; None if there is no such file.
+
+    A directory, a pipe or a file that can't be read is no file of marks.
+    """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return None
         with path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
                 return False
             return True
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return None
 
 
@@ -198,9 +204,10 @@ def ended_sessions(directory: Path) -> list[str]:
 
 
 def remove(paths: list[Path]) -> None:
-    """Delete the files of a recovered session."""
+    """Delete the files of a recovered session. A directory or a file of another user is left."""
     for path in paths:
-        path.unlink(missing_ok=True)
+        with suppress(IsADirectoryError, PermissionError):
+            path.unlink(missing_ok=True)
 
 
 def of_session(directory: Path, session_id: str) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import pty
 import re
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from headrace.cli.invocation.printing import counted, table
+from headrace.cli.invocation.printing import counted, note, pairs, say, table
+from headrace.foundation.logs import FIELDS, LineFormatter, printable
 from tests.cli.conftest import Shell
 from tests.cli.test_schedule import make_known, scheduled
 from tests.support.broker import DEADLETTER, FAILURE, BrokerRig, engine_on
@@ -150,3 +152,58 @@ def test_views_are_json_with_times_in_utc(shell: Shell, used: str) -> None:
     shown = json.loads(shell("batch", "show", used, "--json").out)
     assert shown["created_at"].endswith("Z")
     assert shown["duration_s"] > 0
+
+
+HOSTILE = "a\x1b[2J\x1b]0;owned\x07\x00\x9b31m\u202eb\r"
+
+
+def test_control_characters_of_a_client_are_escaped_in_all_that_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for columns in (None, "30"):
+        if columns is not None:
+            monkeypatch.setenv("COLUMNS", columns)
+        say(HOSTILE)
+        note(HOSTILE)
+        table((HOSTILE, "state"), [("first", HOSTILE), (HOSTILE + "\nforged", 1)])
+        pairs(HOSTILE, [(HOSTILE, HOSTILE + "\n" + HOSTILE)])
+        shown = "".join(capsys.readouterr())
+        assert "\\x1b[2J" in shown
+        assert "\nforged" not in shown
+        assert all(line.isprintable() for line in shown.split("\n"))
+
+
+def test_control_characters_are_escaped_in_log_lines_for_people_only() -> None:
+    failure = (ValueError, ValueError(HOSTILE), None)
+    record = logging.LogRecord("shop", logging.ERROR, "", 1, "failed: %s", (HOSTILE,), failure)
+    setattr(record, FIELDS, {"event": record.getMessage(), "error": HOSTILE, "tags": Tags()})
+    line = LineFormatter(is_json=False).format(record)
+    assert "\\x1b[2J" in line
+    assert "ValueError: a\\x1b" in line
+    assert all(part.isprintable() for part in line.split("\n"))
+    assert json.loads(LineFormatter(is_json=True).format(record))["error"] == HOSTILE
+    assert printable(HOSTILE + "\n").isprintable()
+
+
+class Tags:
+    """A value of a log line whose representation has control characters."""
+
+    def __repr__(self) -> str:
+        return HOSTILE
+
+
+def test_a_run_whose_error_holds_an_escape_sequence_is_shown_escaped(shell: Shell) -> None:
+    shell.write(
+        "tasks.py",
+        "from headrace import Headrace\napp = Headrace('tests')\n@app.task\nasync def bad(item):\n"
+        "    raise ValueError(item['text'])\n",
+    )
+    shell.write("in.ndjson", json.dumps({"text": HOSTILE}) + "\n")
+    shell.map(task="bad")
+    batch = shell("batch", "list", "--json").json["batches"][0]["id"]
+    run = f"run_{batch.removeprefix('batch_')}_0"
+    for command in (("run", "show", run), ("run", "list"), ("batch", "show", batch), ("queue", "list"), ("doctor",)):
+        shown = shell(*command).out
+        assert all(line.isprintable() for line in shown.split("\n")), command
+    assert "\\x1b[2J" in shell("run", "show", run).out
+    assert HOSTILE in json.loads(shell("run", "show", run, "--json").out)["error"]["message"]

@@ -17,6 +17,8 @@ from typing import Any, Final, Protocol
 
 import structlog
 
+from headrace.foundation.escaping import escaped
+
 LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 FIELDS: Final = "headrace_fields"
 """Attribute of a log record that holds its event and its fields."""
@@ -51,8 +53,8 @@ def get_logger(name: str) -> Any:
 
 
 def printable(text: str) -> str:
-    """Return a text as one line that every encoding can hold."""
-    return text.encode("utf-8", "backslashreplace").decode().replace("\r", "\\r").replace("\n", "\\n")
+    """Return a text as one line that every encoding can hold, its control characters escaped."""
+    return escaped(text).replace("\n", "\\n")
 
 
 def _to_standard_library(
@@ -112,10 +114,27 @@ class LineFormatter(logging.Formatter):
 
 
 def renderer_of(*, is_json: bool) -> Any:
-    """Return structlog's renderer of log lines."""
+    """Return structlog's renderer of log lines. In lines for people control characters are escaped."""
     if is_json:
         return structlog.processors.JSONRenderer()
-    return structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+    )
+
+    def render(logger: Any, method: str, fields: MutableMapping[str, Any]) -> Any:
+        return renderer(logger, method, {escaped(k): _escaped_value(v) for k, v in fields.items()})
+
+    return render
+
+
+def _escaped_value(value: Any) -> Any:
+    """Return a field of a line; objects that are no numbers are shown by their `repr`, which may hold anything."""
+    if isinstance(value, str):
+        return escaped(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    shown = repr(value)
+    return value if shown.isprintable() else escaped(shown)
 
 
 class _StderrHandler(logging.StreamHandler[Any]):

@@ -13,14 +13,15 @@ from typing import Any, Final
 import msgspec
 
 from headrace.foundation.errors import HeadraceError
+from headrace.foundation.escaping import escaped, escaped_line
 
 GAP: Final = "  "
 WIDTH_MIN: Final = 20
 
 
 def say(text: str) -> None:
-    """Write a line of the answer to standard output."""
-    sys.stdout.write(text + "\n")
+    """Write a line of the answer to standard output, its control characters escaped."""
+    sys.stdout.write(escaped(text) + "\n")
 
 
 class _Notes:
@@ -35,7 +36,7 @@ def notes_are_logged(*, are_logged: bool) -> None:
 
 
 def note(text: str) -> None:
-    """Write a line beside the answer to standard error."""
+    """Write a line beside the answer to standard error, its control characters escaped."""
     if _Notes.are_logged:
         import logging
 
@@ -43,13 +44,19 @@ def note(text: str) -> None:
             logging.ERROR if text.startswith("error: ") else logging.INFO, "%s", text
         )
         return
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(escaped(text) + "\n")
     sys.stderr.flush()
 
 
 def say_json(value: Any) -> None:
     """Write the answer as one JSON object on one line."""
-    say(msgspec.json.encode(value).decode())
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+
+
+def note_json(value: Any) -> None:
+    """Write one JSON object beside the answer, unchanged: a JSON parser reads it."""
+    sys.stderr.write(msgspec.json.encode(value).decode() + "\n")
+    sys.stderr.flush()
 
 
 def error_lines(error: HeadraceError) -> str:
@@ -63,7 +70,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: 
     Where a row is wider than the terminal, its last columns continue on indented lines, and long text wraps between
     words. An id is never broken.
     """
-    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    cells = [[f"{cell:,}" if isinstance(cell, int) else escaped_line(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     bound = line_width()
     lines = _columns_by_line(widths, bound)
@@ -80,16 +87,17 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: 
 def pairs(heading: str, values: Sequence[tuple[str, object]]) -> None:
     """Write a heading and values by name below it; long values wrap, and long words get lines of their own."""
     say(heading)
-    width = max(len(name) for name, _ in values)
+    texts = [(escaped_line(name), escaped(str(value))) for name, value in values]
+    width = max(len(name) for name, _ in texts)
     bound = line_width()
-    for name, value in values:
+    for name, value in texts:
         left = None if bound is None else bound - width - 2 * len(GAP)
-        if left is not None and bound is not None and any(len(word) > left for word in str(value).split()):
+        if left is not None and bound is not None and any(len(word) > left for word in value.split()):
             say(f"{GAP}{name}")
-            for line in _wrapped(str(value), bound - 2 * len(GAP)):
+            for line in _wrapped(value, bound - 2 * len(GAP)):
                 say(f"{GAP}{GAP}{line}".rstrip())
             continue
-        first, *rest = _wrapped(str(value), left)
+        first, *rest = _wrapped(value, left)
         say(f"{GAP}{name:<{width}}{GAP}{first}".rstrip())
         for line in rest:
             say(f"{GAP}{'':<{width}}{GAP}{line}".rstrip())

@@ -20,7 +20,7 @@ import msgspec
 
 from headrace.app import Headrace
 from headrace.cli.invocation.opening import shown_store
-from headrace.cli.invocation.printing import counted, duration, note, say_json
+from headrace.cli.invocation.printing import counted, duration, note, note_json, say_json
 from headrace.cli.invocation.progress import ProgressState, display
 from headrace.cli.invocation.signals import Signals
 from headrace.cli.invocation.target_loader import load_target
@@ -398,7 +398,7 @@ class Mapping:
             if isinstance(self.output, FileOutput):
                 say_json(summary)
             else:
-                note(msgspec.json.encode(summary).decode())
+                note_json(summary)
         else:
             note(self._words(summary))
         if summary.state == "interrupted":

@@ -136,6 +136,27 @@ async def test_a_batch_s_token_reads_that_batch_and_no_other(tmp_path: Path) -> 
         assert (await ask(server, "POST", path, {**token, **NDJSON}, [line(0)])).json["sealed"]
 
 
+@pytest.mark.parametrize("tasks", [["a"], ["a", "b"]])
+async def test_a_batch_s_token_sends_only_the_tasks_that_the_batch_was_created_for(
+    tasks: list[str], tmp_path: Path
+) -> None:
+    async with running_server(tmp_path, "sqlite") as server:
+        body = {"runCount": 2, "taskIdentifiers": tasks, "idempotencyKey": "k"}
+        for _ in range(2):  # the second one finds the batch
+            created = await server.ask("POST", "/api/v3/batches", body, {"x-trigger-client": "browser"})
+        token, path = bearer(created.headers["x-trigger-jwt"]), f"/api/v3/batches/{created.json['id']}/items"
+        for items in (
+            [line(0, task="c")],
+            [line(0, task=tasks[0]), line(1, task="c")],
+            [line(0, task=tasks[0]), line(1, task="c", tags="x")],
+        ):
+            refused = await ask(server, "POST", path, {**token, **NDJSON}, items)
+            assert refused.status == 403, refused
+        ledger = (await server.engine.store.batch(created.json["id"]))[1]
+        sent = await ask(server, "POST", path, {**token, **NDJSON}, [line(0, task=tasks[0]), line(1, task=tasks[-1])])
+        assert sent.json["sealed"], (sent, ledger)
+
+
 async def test_forged_expired_and_foreign_tokens_are_refused(tmp_path: Path) -> None:
     async with running_server(tmp_path) as server:
         created = await server.ask("POST", "/api/v3/batches", BATCH)

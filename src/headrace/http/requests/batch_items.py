@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from starlette.requests import Request
 
 from headrace.core.batch import LISTED, BatchRecord
@@ -12,6 +14,18 @@ from headrace.http.requests.request_body import body_pieces
 from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.producing.indexed_feed import FeedCounts, IndexedFeed, IndexOutside, UnreadableItem
 
+TASKS_OF_BATCH: Final = "taskIdentifiers"
+"""Key in a batch's metadata for the tasks that it was created for, if a token may write to it and they are several."""
+TASKS_SHOWN: Final = 10
+
+
+def tasks_of_token(batch: BatchRecord) -> frozenset[str] | None:
+    """Return the tasks that a public token may send to a batch; None if the batch was created for no tasks by name."""
+    if batch.task:
+        return frozenset((batch.task,))
+    names = batch.metadata.get(TASKS_OF_BATCH)
+    return frozenset(map(str, names)) if isinstance(names, list) else None
+
 
 async def ingest_items(
     service: Service, context: RequestContext, request: Request, batch: BatchRecord, *, ignores_unknown: bool = False
@@ -21,11 +35,12 @@ async def ingest_items(
     `ignores_unknown`: fields of an item that are unknown, and no misspelt known ones, are ignored.
     """
     engine = context.engine
-    token_only = not context.principal.may("batches:write")
+    tasks = None if context.principal.may("batches:write") else tasks_of_token(batch)
 
     def may_run(task: str) -> None:
-        if token_only and batch.task and task != batch.task:
-            raise Forbidden(f"the token allows only the batch's task {batch.task!r}, not {task[:60]!r}")
+        if tasks is not None and task not in tasks:
+            names = ", ".join(map(repr, sorted(tasks)[:TASKS_SHOWN]))
+            raise Forbidden(f"the token allows only the batch's tasks ({names}), not {task[:60]!r}")
 
     decoder = HttpItemDecoder(
         defaults=service.default_key,

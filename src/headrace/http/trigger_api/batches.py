@@ -15,7 +15,7 @@ from headrace.core.batch import COMPLETED, OPEN, SEALED, BatchRecord
 from headrace.core.failure import decode
 from headrace.foundation.errors import InvalidInput, NotFound
 from headrace.foundation.ids import new_batch_id, run_id
-from headrace.http.requests.batch_items import check_accepts_items, ingest_items, seal_if_complete
+from headrace.http.requests.batch_items import TASKS_OF_BATCH, check_accepts_items, ingest_items, seal_if_complete
 from headrace.http.requests.error_responses import Unprocessable, UnsupportedType, json_response
 from headrace.http.requests.request_body import decode_body
 from headrace.http.requests.result_resolver import ResultResolver
@@ -66,7 +66,8 @@ class TriggerBatches:
         existing = None if key is None else await context.engine.store.find_batch(context.environment, key)
         if existing is None:
             await service.spend_runs(request, context.environment, params.run_count)
-        batch, is_new = await self._create(context, params, key)
+        is_browser = request.headers.get("x-trigger-client") == "browser"
+        batch, is_new = await self._create(context, params, key, has_write_token=is_browser)
         is_cached = not is_new and batch.state in (SEALED, COMPLETED)
         if not is_new and not is_cached:
             if batch.is_stopped:
@@ -82,24 +83,29 @@ class TriggerBatches:
         if params.idempotency_key is not None:
             body["idempotencyKey"] = params.idempotency_key
         scopes = [f"read:batch:{batch.id}"]
-        if request.headers.get("x-trigger-client") == "browser":
+        if is_browser:
             scopes.append(f"write:batch:{batch.id}")
         token, claims = await service.authenticator.issue_token(context.environment, scopes)
         headers = {"x-trigger-jwt": token, "x-trigger-jwt-claims": claims}
         return json_response(body, 202 if is_new else 200, headers)
 
     async def _create(
-        self, context: RequestContext, params: TriggerBatchBody, key: str | None
+        self, context: RequestContext, params: TriggerBatchBody, key: str | None, *, has_write_token: bool
     ) -> tuple[BatchRecord, bool]:
         now_us = context.engine.clock.now_us()
         tasks = sorted(set(params.task_identifiers or ()))
+        metadata: dict[str, object] = {}
+        if params.idempotency_key is not None:
+            metadata["idempotencyKey"] = params.idempotency_key
+        if has_write_token and len(tasks) > 1:
+            metadata[TASKS_OF_BATCH] = tasks
         new = NewBatch(
             id=new_batch_id(now_us),
             environment=context.environment,
             key=key,
             task=tasks[0] if len(tasks) == 1 else "",
             expected_count=params.run_count,
-            metadata={} if params.idempotency_key is None else {"idempotencyKey": params.idempotency_key},
+            metadata=metadata,
             seal_timeout_ms=self._service.limits.seal_timeout_ms,
         )
         return await context.engine.store.create_batch(new, now_us=now_us)

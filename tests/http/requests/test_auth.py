@@ -187,6 +187,39 @@ async def test_an_open_server_accepts_any_client(tmp_path: Path) -> None:
         assert (await ask(server, "POST", "/v1/batches", bearer("whatever"), {})).status == 201
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"origin": "https://evil.example", "content-type": "text/plain"}, 403),
+        ({"origin": "https://evil.example", "content-type": "application/json"}, 403),
+        ({"origin": "http://127.0.0.1:1", "content-type": "application/json"}, 403),
+        ({"origin": "null", "content-type": "application/json"}, 403),
+        ({"origin": "https://test", "content-type": "application/json"}, 403),
+        ({"origin": "http://test", "content-type": "text/plain;charset=UTF-8"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"content-type": "multipart/form-data; boundary=x"}, 415),
+        ({}, 415),
+        ({"origin": "http://test", "content-type": "application/json"}, 201),
+        ({"content-type": "application/json"}, 201),
+        ({"content-type": "application/json; charset=utf-8"}, 201),
+    ],
+)
+async def test_an_open_server_refuses_what_a_page_of_another_site_can_send(
+    headers: dict[str, str], status: int, tmp_path: Path
+) -> None:
+    async with running_server(tmp_path, is_open=True) as server:
+        for path, body in (("/v1/batches", b"{}"), ("/v1/tasks/task/runs", b'{"payload":{}}')):
+            answer = await ask(server, "POST", path, headers, body)
+            assert (answer.status, path) == (status, path), answer
+        if status == 403:
+            for method, path in (("POST", "/v1/batches"), ("GET", "/v1/batches")):
+                assert (await ask(server, method, path, headers)).status == 403
+        stored = await server.engine.store.batches("default")
+        assert bool(stored) is (status == 201)
+        keyed = await server.ask("POST", "/v1/batches", b"{}", {**headers, "content-type": "application/json"})
+        assert keyed.status == 201, "a key is proof enough"
+
+
 async def test_requests_are_limited_by_environment_with_rate_limit_headers(tmp_path: Path) -> None:
     limits = LIMITS.replaced(requests_per_minute_max=1, requests_burst_max=3)
     async with running_server(tmp_path, "sqlite", limits=limits) as server:

@@ -40,6 +40,9 @@ CACHED_KEYS_MAX: Final = 10_000
 KEY_CACHE_S: Final = 2
 """Seconds for which a key lookup is cached: a revoked key is accepted no longer than that."""
 
+ANONYMOUS: Final = "anonymous"
+"""Name of a client without a key, on a server without authentication."""
+
 ISSUER: Final = "https://id.trigger.dev"
 AUDIENCE: Final = "https://api.trigger.dev"
 
@@ -109,7 +112,7 @@ class Authenticator:
         """Authenticate an Authorization header. Raises `Unauthorized`."""
         if not authorization:
             if self._is_open:
-                return Principal(self._environment, frozenset("*"), "anonymous")
+                return Principal(self._environment, frozenset("*"), ANONYMOUS)
             raise Unauthorized("expected an Authorization header, got none", hint="send `Authorization: Bearer <key>`")
         scheme, _, credential = authorization.partition(" ")
         credential = credential.strip()
@@ -123,7 +126,7 @@ class Authenticator:
         key = await self._find_key(digest)
         if key is None or key.revoked_us or not hmac.compare_digest(key.digest, digest):
             if self._is_open:
-                return Principal(self._environment, frozenset("*"), "anonymous")
+                return Principal(self._environment, frozenset("*"), ANONYMOUS)
             raise Unauthorized("Invalid API Key", hint="create one with `headrace key create`")
         return Principal(key.environment, frozenset(key.scopes), key.id)
 

@@ -15,7 +15,8 @@ from headrace.core.batch import BatchRecord, Ledger
 from headrace.core.span import Key
 from headrace.foundation.errors import HeadraceError, InvalidInput, NotFound, StoreUnreachable
 from headrace.foundation.ids import check_batch_id
-from headrace.http.requests.auth import Authenticator, Principal
+from headrace.http.requests.auth import ANONYMOUS, Authenticator, Principal
+from headrace.http.requests.browser_guard import check_not_foreign
 from headrace.http.requests.error_responses import Busy, Throttled
 from headrace.http.requests.metrics import Metrics
 from headrace.runtime.engine import Engine
@@ -92,15 +93,21 @@ class Service:
         self, request: Request, scope: str, *, batch_id: str = "", is_free: bool = False
     ) -> RequestContext:
         """Authenticate a request. Raises `Unauthorized`, `Forbidden`, `Throttled`. `is_free`: exempt from limits."""
-        principal = await self.authenticator.authenticate(request.headers.get("authorization"))
+        principal = await self._authenticate(request)
         principal.check(scope, batch_id)
         if not is_free and scope != "work":
             await self.spend_request(request, principal)
         return RequestContext(principal, self._engine_of(principal), request)
 
+    async def _authenticate(self, request: Request) -> Principal:
+        principal = await self.authenticator.authenticate(request.headers.get("authorization"))
+        if principal.name == ANONYMOUS:
+            check_not_foreign(request)
+        return principal
+
     async def authorize_any(self, request: Request, scopes: Sequence[str], *, is_free: bool = False) -> RequestContext:
         """Authenticate a request for which any of several scopes is enough."""
-        principal = await self.authenticator.authenticate(request.headers.get("authorization"))
+        principal = await self._authenticate(request)
         if not any(principal.may(scope) for scope in scopes):
             principal.check(scopes[0])
         if not is_free:

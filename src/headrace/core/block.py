@@ -244,23 +244,23 @@ def check_names(chunk: Chunk) -> None:
     SQLite's JSON cuts a string at a NUL, which would merge two idempotency keys; PostgreSQL rejects NUL.
     """
     for key in chunk.spans:
-        _check_name(key.task)
-        _check_name(key.queue)
+        _check_name("task", key.task)
+        _check_name("queue", key.queue)
     for extra in chunk.extras.values():
-        _check_name(extra.idempotency_key)
-        _check_name(extra.object_key)
+        _check_name("idempotency key", extra.idempotency_key)
+        _check_name("object key", extra.object_key)
         for tag in extra.tags:
-            _check_name(tag)
+            _check_name("tag", tag)
 
 
-def _check_name(name: str) -> None:
+def _check_name(field: str, name: str) -> None:
     if not name.isascii():
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise InvalidInput(f"{name!r} is not text that can be stored: {error.reason}") from error
+            raise InvalidInput(f"{field}: {name!r} is not text that can be stored: {error.reason}") from error
     if "\0" in name:
-        raise InvalidInput(f"{name!r} contains a NUL character", hint="remove the NUL character")
+        raise InvalidInput(f"{field}: {name!r} contains a NUL character", hint="remove the NUL character")
 
 
 def narrowed(chunk: Chunk, keep: list[int]) -> Chunk | None:

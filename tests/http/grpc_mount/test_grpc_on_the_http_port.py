@@ -229,6 +229,15 @@ async def test_an_invalid_claim_is_refused(tmp_path: Path) -> None:
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT, claim
 
 
+async def test_a_nul_character_in_a_host_is_an_invalid_argument(tmp_path: Path) -> None:
+    request = wire.StartSessionRequest(host="a\0b", pid=7)
+    async with running_server(tmp_path, "postgres") as rig, channel(rig.server.address[1]) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await Stub(client)("StartSession", request)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "host: expected printable characters" in str(refused.value.details())
+
+
 async def test_a_call_without_a_key_is_unauthenticated(tmp_path: Path) -> None:
     async with running_server(tmp_path) as rig, channel(rig.server.address[1]) as client:
         for metadata in ((), (("authorization", "Bearer no_such_key"),), ((HEADER, "0" * 64),)):

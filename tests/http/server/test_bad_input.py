@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import zstandard
 
+from headrace.core.batch import Ledger
+from headrace.foundation.errors import InvalidInput
 from headrace.http.server.http1_protocol import HEAD_BYTES_MAX
 from tests.support.hostile import HOSTILE, ITEM_BYTES_MAX
 from tests.support.http_server import AUTH, LIMITS, NDJSON, HttpAnswer, HttpPeer, ServerUnderTest, line, running_server
@@ -391,3 +393,45 @@ async def test_invalid_filters_of_a_run_list_are_refused_by_name(tmp_path: Path,
         answer = await server.ask("GET", f"/api/v1/runs?{query}")
         assert answer.status in (400, 422), answer
         assert answer.json["error"]
+
+
+NUL = "a\0b"
+NUL_REQUESTS: list[tuple[str, str, Any, str]] = [
+    ("POST", "/v1/batches", {"key": NUL}, "key"),
+    ("POST", "/v1/batches", {"task": NUL}, "task"),
+    ("POST", CREATE, {"runCount": 1, "taskIdentifiers": [NUL]}, "taskIdentifiers"),
+    ("POST", CREATE, {"runCount": 1, "taskIdentifiers": ["b", NUL]}, "taskIdentifiers"),
+    ("POST", CREATE, {"runCount": 1, "idempotencyKey": NUL}, "idempotencyKey"),
+    ("POST", "/v1/tasks/a%00b/runs", {"payload": 1}, "task"),
+    ("POST", "/v1/tasks/task/runs", {"options": {"idempotencyKey": NUL}}, "idempotency key"),
+    ("POST", "/v1/sessions", {"host": NUL}, "host"),
+    ("POST", "/v1/sessions", {"tasks": [NUL]}, "tasks"),
+    ("POST", "/v1/sessions", {"queues": [NUL]}, "queues"),
+    ("GET", "/api/v1/runs?filter[taskIdentifier]=a%00b", None, "filter[taskIdentifier]"),
+    ("GET", "/api/v1/runs?filter[tag]=a%00b", None, "filter[tag]"),
+    ("GET", "/api/v1/runs?filter[queue]=a%00b", None, "filter[queue]"),
+]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+async def test_a_nul_character_in_a_name_is_refused_with_the_field(kind: str, tmp_path: Path) -> None:
+    async with running_server(tmp_path, kind) as server:
+        for method, path, body, field in NUL_REQUESTS:
+            answer = await server.ask(method, path, body)
+            text = answer.json.get("detail") or answer.json["error"]
+            assert (answer.status, field in text) == (400, True), (path, body, answer)
+        stored = await server.engine.store.batches("default")
+        assert [
+            batch.key for batch, ledger in stored if batch.kind == "batch" or ledger != Ledger(0, 0, 0, 0, 0, 0, 0, 0)
+        ] == []
+        payload = await server.ask("POST", "/v1/tasks/task/runs", {"payload": NUL, "options": {"metadata": {NUL: NUL}}})
+        assert payload.status == 201, "payloads and metadata are bytes: they may hold any character"
+
+
+async def test_a_nul_character_that_reaches_postgresql_is_the_caller_s_fault(tmp_path: Path) -> None:
+    async with running_server(tmp_path, "postgres") as server:
+        with pytest.raises(InvalidInput, match="NUL"):
+            await server.engine.store.find_batch("default", NUL)
+        with pytest.raises(InvalidInput, match="NUL"):
+            await server.engine.store.runs("default", task=NUL, limit=1)
+        assert await server.engine.store.find_batch("default", "a") is None

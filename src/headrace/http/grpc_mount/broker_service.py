@@ -23,6 +23,7 @@ from headrace.grpc.transport.service_methods import CallContext
 from headrace.http.requests.lease_tokens import LeaseTokens
 from headrace.http.requests.long_poll import RUNS_MAX, RemoteWork, check_session
 from headrace.http.requests.service import Caller, Service
+from headrace.runtime.tasks.bounds import check_text
 from headrace.store.protocol import Claim, Lease, Release, Session
 
 SERVICE: Final = wire.DESCRIPTOR.services_by_name["Broker"]
@@ -59,7 +60,7 @@ class BrokerService:
         session = Session(
             id=new_session_id(now_us),
             kind="remote",
-            host=request.host[:HOST_CHARS_MAX],
+            host=check_text("host", request.host[:HOST_CHARS_MAX]),
             pid=min(request.pid, 2**31),
             started_us=now_us,
             serves=Serving(environment=caller.environment),  # its claims say which tasks

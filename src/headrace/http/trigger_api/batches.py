@@ -22,6 +22,7 @@ from headrace.http.requests.result_resolver import ResultResolver
 from headrace.http.requests.serializers import trigger_batch, trigger_error
 from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.producing.indexed_feed import FeedCounts
+from headrace.runtime.tasks.bounds import check_text
 from headrace.store.protocol import NewBatch
 
 RUNS_SHOWN_MAX: Final = 10_000
@@ -58,6 +59,8 @@ class TriggerBatches:
         runs_max = service.limits.batch_runs_max
         if params.run_count > runs_max:
             raise InvalidInput(f"Batch runCount of {params.run_count} exceeds maximum allowed of {runs_max}.")
+        for task in params.task_identifiers or ():
+            check_text("taskIdentifiers", task)
         if params.resume_parent_on_completion or params.parent_run_id:
             raise Unprocessable(
                 "Runs that wait for a batch are not supported yet.", hint="trigger the batch without waiting for it"
@@ -219,7 +222,7 @@ def _key_of(request: Request, params: TriggerBatchBody) -> str | None:
     """Return the key that makes the request repeatable: the client's, or one for this request and its retries."""
     if params.idempotency_key is not None:
         if "\0" in params.idempotency_key:
-            raise InvalidInput("expected an idempotency key without NUL characters")
+            raise InvalidInput("idempotencyKey: expected a key without NUL characters")
         return params.idempotency_key
     request_key = request.headers.get("x-trigger-request-idempotency-key")
     return f"request:{request_key[:200]}" if request_key else None

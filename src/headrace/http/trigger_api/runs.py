@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -20,6 +19,7 @@ from headrace.http.requests.request_body import parse_int
 from headrace.http.requests.result_resolver import ResultResolver
 from headrace.http.requests.serializers import STATES_OF_STATUS, json_value, run_status, trigger_error, trigger_run
 from headrace.http.requests.service import RequestContext, Service
+from headrace.runtime.tasks.bounds import check_text
 from headrace.store.protocol import RunOutcome, RunRecord
 
 PAGE_MAX: Final = 100
@@ -195,9 +195,9 @@ class _RunFilter:
         self.batch_id = query.get("filter[batch]", "")
         if self.batch_id:
             check_batch_id(self.batch_id)
-        self.tasks = _values(query.get("filter[taskIdentifier]"))
-        self.tags = _values(query.get("filter[tag]"))
-        self.queues = {name.removeprefix("task/") for name in _values(query.get("filter[queue]"))}
+        self.tasks = _names(request, "filter[taskIdentifier]")
+        self.tags = _names(request, "filter[tag]")
+        self.queues = {name.removeprefix("task/") for name in _names(request, "filter[queue]")}
         self.states: list[str] = []
         self.failures: set[str] = set()
         for status in _values(query.get("filter[status]")):
@@ -222,6 +222,10 @@ class _RunFilter:
             self.after = bound if self.after is None else min(self.after, bound, key=lambda cursor: cursor[0])
 
 
+def _names(request: Request, parameter: str) -> list[str]:
+    return _values(check_text(parameter, request.query_params.get(parameter, "")))
+
+
 def _now_us(request: Request) -> int:
     return int(request.app.state.service.engine.clock.now_us())
 
@@ -233,7 +237,7 @@ def _id_at(us: int) -> str:
     return "batch_" + "".join(alphabet[(number >> shift) & 31] for shift in range(125, -5, -5))
 
 
-def _values(text: str | None) -> Sequence[str]:
+def _values(text: str | None) -> list[str]:
     values = [value.strip() for value in (text or "").split(",") if value.strip()]
     if len(values) > 20:
         raise InvalidInput(f"expected at most 20 values in a filter, got {len(values)}")

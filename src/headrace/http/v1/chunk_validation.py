@@ -17,7 +17,7 @@ from headrace.foundation.errors import InvalidInput, NotFound, StoreBroken
 from headrace.foundation.ids import check_batch_id
 from headrace.foundation.limits import TABLE, Limits
 from headrace.http.requests.service import RequestContext
-from headrace.runtime.tasks.bounds import SCHEDULES_MAX, check_name, check_priority
+from headrace.runtime.tasks.bounds import SCHEDULES_MAX, check_name, check_priority, check_text
 from headrace.runtime.tasks.schedule_spec import stored_rule
 from headrace.store.payloads import Reference, check_key, environment_segment
 from headrace.store.protocol import NewBatch, Schedule, Tick
@@ -38,6 +38,7 @@ def validated_batch(context: RequestContext, limits: Limits, new: NewBatch) -> N
             f"expected a batch of kind 'batch' or 'stream' with a task name, "
             f"got {new.kind[:20]!r} and {new.task[:60]!r}"
         )
+    check_text("task", new.task)
     if len(msgspec.json.encode(new.metadata)) > limits.metadata_bytes_max:
         raise InvalidInput(f"expected metadata of at most {limits.metadata_bytes_max} bytes")
     if not 0 <= new.seal_timeout_ms <= TABLE["seal_timeout_ms"].most:

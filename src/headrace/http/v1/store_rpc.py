@@ -29,7 +29,7 @@ from headrace.http.v1.chunk_validation import (
     validated_serving,
     validated_tick,
 )
-from headrace.runtime.tasks.bounds import check_name
+from headrace.runtime.tasks.bounds import check_name, check_text
 from headrace.store.protocol import Heartbeat, Lease
 from headrace.store.rpc import (
     BEAT,
@@ -178,8 +178,8 @@ class StoreRpc:
             check_session(session.id)
             values["session"] = msgspec.structs.replace(
                 session,
-                kind=session.kind[:20],
-                host=session.host[:200],
+                kind=check_text("kind", session.kind[:20]),
+                host=check_text("host", session.host[:200]),
                 serves=validated_serving(context, session.serves),
             )
 

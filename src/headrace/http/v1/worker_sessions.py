@@ -29,6 +29,7 @@ from headrace.http.requests.request_body import decode_body, parse_int
 from headrace.http.requests.serializers import iso_time, json_value
 from headrace.http.requests.service import RequestContext, Service
 from headrace.runtime.sessions.cancel_watch import digest_of
+from headrace.runtime.tasks.bounds import check_name, check_text
 from headrace.store.protocol import Claim, Lease, Release, Session
 from headrace.store.rpc import BYTES_MAX
 
@@ -199,6 +200,11 @@ class WorkerSessions:
         """`POST /v1/sessions`: start a worker's session. It must send heartbeats from now on."""
         context = await self._service.authorize(request, "work")
         params = await decode_body(request, self._service.limits, SessionBody)
+        check_text("host", params.host)
+        for task in params.tasks or ():
+            check_name("tasks", task)
+        for queue in params.queues or ():
+            check_name("queues", queue)
         now_us, limits = context.engine.clock.now_us(), self._service.limits
         session = Session(
             id=new_session_id(now_us),

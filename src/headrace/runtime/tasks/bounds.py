@@ -30,6 +30,13 @@ def check_name(what: str, name: object) -> str:
     return name
 
 
+def check_text(what: str, text: str) -> str:
+    """Return `text` if every database can store it: printable characters, no NUL. Raises `InvalidInput`."""
+    if not text.isprintable():
+        raise InvalidInput(f"{what}: expected printable characters, got {text!r:.220}")
+    return text
+
+
 def check_is_list(what: str, names: object) -> None:
     """Raise `InvalidInput` for a text where a list of names is expected: it would be taken as its characters."""
     if isinstance(names, str | bytes):

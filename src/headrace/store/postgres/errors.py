@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import asyncpg
 
-from headrace.foundation.errors import HeadraceError, StoreBroken, StoreUnavailable, StoreUnreachable
+from headrace.foundation.errors import HeadraceError, InvalidInput, StoreBroken, StoreUnavailable, StoreUnreachable
 from headrace.store.transactions.sql_script import TransactionConflict
 
 DRIVER: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
@@ -126,6 +126,8 @@ _TRANSLATIONS: Final = (
         "behind a pooler add pooler=transaction to the URL, and parameters it refuses to its ignore_startup_parameters",
     ),
 )
+_NOT_TEXT: Final = (asyncpg.CharacterNotInRepertoireError, asyncpg.UntranslatableCharacterError)
+"""A text holds NUL, which PostgreSQL can't store, or is outside the encoding of the database."""
 _UNEXPECTED: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.SyntaxOrAccessError)
 
 
@@ -146,6 +148,13 @@ def store_error(error: BaseException, database: str) -> HeadraceError:
     """Translate a driver's error, which becomes its cause. `database` names the server, without a password."""
     text = str(error) or type(error).__name__
     translated: HeadraceError
+    if isinstance(error, _NOT_TEXT):
+        translated = InvalidInput(
+            f"expected text that {database} can store, got a NUL character or another one that it refuses: {text}",
+            hint="remove the character from the name, key, tag or filter",
+        )
+        translated.__cause__ = error
+        return translated
     for translation in _TRANSLATIONS:
         if isinstance(error, translation.errors):
             translated = translation.error_type(f"{database} {translation.problem}: {text}", hint=translation.hint)

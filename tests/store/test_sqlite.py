@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from headrace.app import Headrace
 from headrace.core.pack import pack
 from headrace.core.span import Part
 from headrace.foundation.errors import (
@@ -30,6 +31,7 @@ from headrace.store.sqlite import SqliteStore
 from headrace.store.sqlite.script_runner import SQL, run_script
 from headrace.store.statements import migrations
 from headrace.store.transactions.row_mapping import add_parts
+from tests.support.logged_events import logged_events
 from tests.support.store_rig import StoreRig, indexes_of, settlement_of
 
 PACKAGE = "headrace.store.sqlite"
@@ -503,3 +505,43 @@ async def test_processes_that_create_one_file_at_once_all_open_it(tmp_path: Path
         stores = [SqliteStore(tmp_path / f"{round_no}.db", DEFAULT) for _ in range(4)]
         await asyncio.gather(*(store.open() for store in stores))
         await asyncio.gather(*(store.close() for store in stores))
+
+
+async def test_a_deleted_or_replaced_file_is_reported_and_one_that_is_put_back_is_used(tmp_path: Path) -> None:
+    path, away = tmp_path / "headrace.db", tmp_path / "away.db"
+    async with opened(path) as rig:
+        batch_id = await rig.batch()
+        path.rename(away)
+        for _ in range(2):
+            with pytest.raises(
+                StoreBroken, match=r"headrace.db that this process has open, but it was deleted or moved"
+            ):
+                await rig.append(batch_id, [0])
+            with pytest.raises(StoreBroken, match="was deleted"):
+                await rig.store.batch(batch_id)
+        assert not path.exists(), "no new file is created in its place"
+        path.touch()
+        with pytest.raises(StoreBroken, match="was replaced by another file"):
+            await rig.append(batch_id, [0])
+        away.rename(path)
+        await rig.append(batch_id, [0])
+        assert (await rig.store.batch(batch_id))[0].received_count == 1
+
+
+async def test_a_worker_without_work_reports_that_its_database_file_was_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "headrace.db"
+    app = Headrace("deleted", store=f"sqlite:///{path}", poll_interval_ms=20)
+
+    @app.task
+    async def double(number: int) -> int:
+        return 2 * number
+
+    with logged_events() as events:
+        async with app, app.worker():
+            assert await (await double.enqueue(1)).result(timeout_s=60) == 2
+            away = path.rename(tmp_path / "away.db")
+            async with asyncio.timeout(60):
+                while not (reports := [event for event in events if event["event"] == "claim.failed"]):
+                    await asyncio.sleep(0)
+            away.rename(path)
+    assert "that this process has open, but it was deleted or moved" in reports[0]["error"]

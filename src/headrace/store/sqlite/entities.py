@@ -79,6 +79,7 @@ class SqliteEntities:
         """Run work in one transaction that writes."""
         try:
             connection = self._connection()
+            self._store.check_file()
             connection.execute("BEGIN IMMEDIATE")
             try:
                 answer = work(connection)

@@ -26,6 +26,7 @@ from headrace.store.caller_transaction import CallerTransaction
 from headrace.store.reachability import Reachability
 from headrace.store.schema_version import check_current, check_known
 from headrace.store.sqlite import fast_path
+from headrace.store.sqlite.opened_file import OpenedFile
 from headrace.store.sqlite.script_runner import SQL, run_script, statements_of
 from headrace.store.sqlite.writer import Writer, store_error
 from headrace.store.statements import migrations, numbered
@@ -60,7 +61,8 @@ class SqliteStore(ScriptedStore):
         self._migrates = migrates
         self._store_id = ""
         self._busy_timeout_ms = busy_timeout_ms
-        self._writer = Writer(path, self.connect)
+        self._file = OpenedFile(path)
+        self._writer = Writer(path, self.connect, self._file.check)
         self.reachability = Reachability(self._probe)
         self._local = threading.local()
         self._closing = threading.Event()
@@ -80,6 +82,8 @@ class SqliteStore(ScriptedStore):
                 hint="use a Python with a newer SQLite",
             )
         self._closing.clear()
+        if self._readers is None:
+            self._file.forget()
         self._writer.start()
         self._readers = self._readers or ThreadPoolExecutor(READERS, thread_name_prefix="headrace-sqlite-reader")
         try:
@@ -132,14 +136,21 @@ class SqliteStore(ScriptedStore):
             else:
                 return
 
+    def check_file(self) -> None:
+        """Raise `StoreBroken` if the file was deleted or replaced since it was opened."""
+        self._file.check()
+
     def _plain(self) -> sqlite3.Connection:
+        self._file.check()  # connecting would create another file in its place
         if not self._migrates and not self.path.exists():  # connecting would create the file
             check_current(str(self.path), 0, NEWEST)
         if self._migrates:
             _create_private(self.path)
-        return sqlite3.connect(
+        connection = sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, timeout=self._busy_timeout_ms / 1_000
         )
+        self._file.opened()
+        return connection
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:
         """Record outcomes: of a few leases one by one, of many with one statement for all."""
@@ -181,6 +192,7 @@ class SqliteStore(ScriptedStore):
                 connection = self._local.connection = self._plain()
                 connection.execute("PRAGMA query_only = 1")
                 self._reading.append(connection)
+            self._file.check()
             connection.execute("BEGIN")
             try:
                 return run_script(connection, script())

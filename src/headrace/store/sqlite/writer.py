@@ -41,8 +41,12 @@ class _Request:
 class Writer:
     """Runner of requests on one connection, in order, in its own thread, called from any event loop."""
 
-    def __init__(self, path: Path, connect: Callable[[], sqlite3.Connection]) -> None:
+    def __init__(
+        self, path: Path, connect: Callable[[], sqlite3.Connection], check_file: Callable[[], None] = lambda: None
+    ) -> None:
+        """`check_file` raises if the file can't be written before a group; all requests of the group get the error."""
         self._path = path
+        self._check_file = check_file
         self._connect = connect
         self._waiting: deque[_Request] = deque()
         self._wake = threading.Condition()
@@ -88,6 +92,7 @@ class Writer:
             try:
                 if connection is None:
                     connection = self._connect()
+                self._check_file()
                 self._commit(connection, group)
             except sqlite3.Error as error:
                 _fail(group, store_error(error, self._path))

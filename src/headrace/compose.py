@@ -213,7 +213,7 @@ def _machine_directory(identity: str) -> Path | None:
         status = directory.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
             return None
-        (directory / name).mkdir(exist_ok=True)
+        (directory / name).mkdir(mode=0o700, exist_ok=True)
     except OSError:
         return None
     return directory / name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import msgspec
 import pytest
 
 from headrace.core.block import Extra
@@ -15,7 +16,7 @@ from headrace.foundation.errors import (
     StoreUnavailable,
 )
 from headrace.foundation.ids import new_session_id
-from headrace.store.protocol import NewBatch, Release, Session
+from headrace.store.protocol import Claim, NewBatch, Release, Session, SessionOwner
 from tests.support.store_rig import BOOM, NO_SUSPECTS, SECOND_US, UNKNOWN_SUSPECTS, StoreRig, indexes_of, settlement_of
 
 # -- promise 3: a run is executed at least once and recorded at most once
@@ -176,6 +177,41 @@ async def test_r3_session_ids_are_never_reused(rig: StoreRig) -> None:
     await rig.store.end_session(session.id, now_us=rig.now_us)
     with pytest.raises(SessionEnded):
         await rig.store.start_session(session, now_us=rig.later(1))
+    assert await rig.store.sessions() == []
+
+
+async def test_the_session_of_another_owner_is_answered_like_an_unknown_one(rig: StoreRig) -> None:
+    await rig.filled(3)
+    owner = SessionOwner("default", "key_a")
+    session = Session(id="session_one", kind="remote", host="h", pid=2, started_us=5, **owner._asdict())
+    await rig.store.start_session(session, now_us=rig.now_us)
+    claim = Claim(
+        session_id=session.id,
+        claim_no=1,
+        environment="default",
+        tasks=["task"],
+        queues=None,
+        runs_max=9,
+        key_id="key_a",
+    )
+    leases = await rig.store.claim(claim, now_us=rig.now_us)
+    (stored,) = await rig.store.sessions()
+    assert (stored.environment, stored.key_id) == owner
+    await rig.store.stop_batch(leases[0].batch_id, "cancelled", now_us=rig.now_us)
+    for other in (SessionOwner("default", "key_b"), SessionOwner("elsewhere", "key_a"), SessionOwner("default", "")):
+        for refused in (
+            rig.store.heartbeat(session.id, now_us=rig.now_us, owner=other),
+            rig.store.claim(msgspec.structs.replace(claim, **other._asdict()), now_us=rig.now_us),
+            rig.store.start_session(msgspec.structs.replace(session, **other._asdict()), now_us=rig.now_us),
+        ):
+            with pytest.raises(SessionEnded):
+                await refused
+        unwanted = await rig.store.unwanted_runs(session.id, owner=other)
+        assert (unwanted.leases, unwanted.stopped) == ([], [])
+        await rig.store.end_session(session.id, now_us=rig.now_us, owner=other)
+    assert (await rig.store.unwanted_runs(session.id, owner=owner)).stopped == [leases[0].batch_id]
+    assert len((await rig.store.heartbeat(session.id, now_us=rig.now_us, owner=owner)).leases) == len(leases)
+    await rig.store.end_session(session.id, now_us=rig.now_us, owner=owner)
     assert await rig.store.sessions() == []
 
 

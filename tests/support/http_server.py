@@ -199,7 +199,8 @@ class ServerUnderTest:
         store, clock = self.engine.store, self.engine.clock
         session = new_session_id(clock.now_us())
         await store.start_session(
-            Session(id=session, kind="worker", host="h", pid=1, started_us=clock.now_us()), now_us=clock.now_us()
+            Session(id=session, kind="worker", host="h", pid=1, started_us=clock.now_us(), environment=environment),
+            now_us=clock.now_us(),
         )
         count = number = 0
         while True:

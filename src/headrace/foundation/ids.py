@@ -7,6 +7,7 @@ index)`, written `run_<characters of the batch>_<index>`.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 from typing import Final
@@ -27,6 +28,11 @@ def new_batch_id(now_us: int) -> str:
 def new_session_id(now_us: int) -> str:
     """Return a new session id; a process that starts again takes another one, so none is ever reused."""
     return f"session_{_body(now_us)}"
+
+
+def session_name(session_id: str) -> str:
+    """Return the name of a session for log lines and errors: the id is a secret, and can't be read from the name."""
+    return hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def new_move_id(now_us: int) -> str:

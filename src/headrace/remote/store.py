@@ -35,6 +35,7 @@ from headrace.store.protocol import (
     RunRecord,
     Schedule,
     Session,
+    SessionOwner,
     Tick,
     Ticked,
     Verification,
@@ -199,16 +200,17 @@ class RemoteStore:
         del now_us
         await self._ask("start_session", session=session)
 
-    async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
-        """Keep a session alive. Returns its leases."""
-        del now_us
+    async def heartbeat(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> Heartbeat:
+        """Keep a session alive. Returns its leases. The server knows the owner by its API key."""
+        del now_us, owner
         beaten: HeartbeatWithTokens = await self._ask("heartbeat", session_id=session_id)
         for held, lease_token in zip(beaten.heartbeat.leases, beaten.tickets, strict=True):
             self._store_token(held.span_id, held.token, lease_token)
         return beaten.heartbeat
 
-    async def unwanted_runs(self, session_id: str) -> Heartbeat:
+    async def unwanted_runs(self, session_id: str, *, owner: SessionOwner | None = None) -> Heartbeat:
         """Return which runs of a session are cancelled."""
+        del owner
         reply: Heartbeat = await self._ask("unwanted_runs", session_id=session_id)
         return reply
 
@@ -219,9 +221,9 @@ class RemoteStore:
         )
         return reply
 
-    async def end_session(self, session_id: str, *, now_us: int) -> None:
+    async def end_session(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> None:
         """End a session and release its leases."""
-        del now_us
+        del now_us, owner
         await self._ask("end_session", session_id=session_id)
 
     async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:

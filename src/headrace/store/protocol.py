@@ -61,7 +61,8 @@ class Appended(msgspec.Struct, kw_only=True):
 class Session(msgspec.Struct, kw_only=True):
     """A live process. `kind` is worker, producer, dispatcher or cli; `host` and `pid` are shown to operators.
 
-    `serves`: the lanes that it claims from; None for a process that claims nothing.
+    `serves`: the lanes that it claims from; None for a process that claims nothing. `key_id`: the API key that started
+    it over the network; empty for a process that opens the store itself.
     """
 
     id: str
@@ -72,13 +73,23 @@ class Session(msgspec.Struct, kw_only=True):
     heartbeat_us: int = 0
     ended_us: int = 0
     serves: Serving | None = None
+    environment: str = "default"
+    key_id: str = ""
+
+
+class SessionOwner(NamedTuple):
+    """The environment and the API key of a network client. Sessions of other owners do not exist for it."""
+
+    environment: str
+    key_id: str
 
 
 class Claim(msgspec.Struct, kw_only=True):
     """A request for work: at most `runs_max` runs of these tasks, in claim order.
 
     `claim_no` counts the claims of the session: a repeat after a lost answer returns the same spans (R1, claims are
-    repeatable by number). `queues` is None for all queues whose names begin with `queue_prefix`.
+    repeatable by number). `queues` is None for all queues whose names begin with `queue_prefix`. The session must
+    belong to `environment` and `key_id`.
     """
 
     session_id: str
@@ -88,6 +99,7 @@ class Claim(msgspec.Struct, kw_only=True):
     queues: Sequence[str] | None
     runs_max: int
     queue_prefix: str = ""
+    key_id: str = ""
 
 
 class Lease(msgspec.Struct, kw_only=True):
@@ -330,15 +342,15 @@ class ConnectableStore(Protocol):
 
 
 class SessionStore(Protocol):
-    """The sessions of processes that produce or work."""
+    """The sessions of processes. A server names the `owner` for which it acts; others' sessions are unknown to it."""
 
     async def start_session(self, session: Session, *, now_us: int) -> None:
         """Register a process."""
 
-    async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
+    async def heartbeat(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> Heartbeat:
         """Renew a session. Raises `SessionEnded` if another process has recovered it."""
 
-    async def end_session(self, session_id: str, *, now_us: int) -> None:
+    async def end_session(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> None:
         """End a session in good order: release its leases and seal its stream. A repeat does nothing."""
 
 
@@ -384,7 +396,7 @@ class WorkStore(SessionStore, Protocol):
     async def claim(self, claim: Claim, *, now_us: int) -> list[Lease]:
         """Lease spans to a live session. Raises `SessionEnded`."""
 
-    async def unwanted_runs(self, session_id: str) -> Heartbeat:
+    async def unwanted_runs(self, session_id: str, *, owner: SessionOwner | None = None) -> Heartbeat:
         """Return which of a session's runs are cancelled, as a heartbeat does; without its leases if none is."""
 
     async def settle(self, settlements: Sequence[Settlement], *, now_us: int) -> list[str]:

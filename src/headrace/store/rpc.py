@@ -1,9 +1,9 @@
 """Messages of the store's operations, in MessagePack, between a remote process and the server of the store.
 
 Rule 1: messages are made from the signatures of the protocols, so an operation means the same on both ends. Rule 2:
-time and bounds belong to the server: no message contains `now_us` or `crashes_max`. Rule 3: a lease is named by a lease
-token (`ticket`) that the server signed: span ids can be guessed, tokens can't. Operations of maintenance and
-administration have no message.
+time, bounds and owners belong to the server: no message contains `now_us`, `crashes_max` or `owner`. Rule 3: a lease is
+named by a lease token (`ticket`) that the server signed: span ids can be guessed, tokens can't. Operations of
+maintenance and administration have no message.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LARGE_REQUESTS: Final[Mapping[str, int]] = {
     "tick": BYTES_MAX,
 }
 
-_SERVER_ARGUMENTS: Final = {"self", "now_us", "crashes_max"}
+_SERVER_ARGUMENTS: Final = {"self", "now_us", "crashes_max", "owner"}
 
 
 class LeaseWithToken(msgspec.Struct, array_like=True):

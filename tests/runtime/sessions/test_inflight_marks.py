@@ -161,3 +161,17 @@ def test_directories_and_pipes_among_the_marks_belong_to_no_session(tmp_path: Pa
     assert merged(files) == {}
     remove(files)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lost+found", "pipe", "session_a.2"]
+
+
+def test_other_users_can_neither_list_nor_read_the_marks(tmp_path: Path) -> None:
+    directory = tmp_path / "old" / "marks"
+    directory.mkdir(parents=True)
+    directory.chmod(0o755)
+    (directory / "session_old").touch(0o644)
+    for name in ("session_old", "session_new"):
+        marks = InflightMarks(directory / name, slot_runs=4, slots=2)
+        assert (marks.path.stat().st_mode & 0o777, directory.stat().st_mode & 0o777) == (0o600, 0o700)
+        marks.close()
+    fresh = InflightMarks(tmp_path / "new" / "session_new", slot_runs=4, slots=2)
+    assert fresh.path.parent.stat().st_mode & 0o777 == 0o700
+    fresh.close()

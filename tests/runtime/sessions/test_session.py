@@ -17,7 +17,7 @@ from headrace.core.block import Coalescer
 from headrace.core.pack import JSON
 from headrace.core.span import Key
 from headrace.foundation.errors import InvalidInput, SessionEnded, StoreBroken, StoreUnavailable
-from headrace.foundation.ids import new_batch_id, new_session_id
+from headrace.foundation.ids import new_batch_id, new_session_id, session_name
 from headrace.runtime.clock import ManualClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.flusher import UpdatesUnflushed
@@ -28,6 +28,7 @@ from headrace.runtime.sessions.session import StoreSession
 from headrace.store.protocol import Claim, NewBatch, Release, Session, Suspects
 from tests.support import invariants
 from tests.support.engines import Faulty, engine_of
+from tests.support.logged_events import logged_events
 
 AWAY = StoreUnavailable("away")
 SECOND_US = 1_000_000
@@ -388,6 +389,19 @@ async def test_claims_are_bounded_by_the_free_mark_slots(tmp_path: Path) -> None
             await asyncio.sleep(0)
         assert small.free_count == 1
         await small.stop()
+
+
+async def test_log_lines_about_a_session_do_not_contain_its_id(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        await rig.batch(10)
+        lost_id, marks, _ = await lost_worker(rig, marks=True)
+        assert marks is not None
+        marks.close(keep=True)
+        with logged_events() as events:
+            assert await rig.session.recover() == 1
+        assert [event["event"] for event in events] == ["session.recovered"]
+        assert events[0]["session"] == session_name(lost_id)
+        assert lost_id not in str(events)
 
 
 async def test_a_session_that_cannot_settle_leaves_its_marks(tmp_path: Path) -> None:

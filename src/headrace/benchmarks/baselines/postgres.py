@@ -185,6 +185,8 @@ async def _drain(db: Any) -> int:
         "started_us": 0,
         "heartbeat_us": 0,
         "serves": "",
+        "environment": "default",
+        "key_id": "",
     }
     await _fetch(db, "insert_session", **session)
     settled_count, claim_no = 0, 0
@@ -195,6 +197,7 @@ async def _drain(db: Any) -> int:
             "claim_whole",
             session_id=SESSION,
             claim_no=claim_no,
+            key_id="",
             environment="default",
             tasks='["nothing"]',
             queues=None,

@@ -180,6 +180,8 @@ def _drain(db: sqlite3.Connection) -> int:
         "started_us": 0,
         "heartbeat_us": 0,
         "serves": "",
+        "environment": "default",
+        "key_id": "",
     }
     db.execute(SQL["insert_session"], session)
     settled_count, claim_no = 0, 0
@@ -197,7 +199,7 @@ def _claim(db: sqlite3.Connection, claim_no: int) -> tuple[list[tuple[int, int, 
     """Claim spans; return `(span id, block id, token)` of each, and the items of their blocks."""
     tasks = {"environment": "default", "tasks": '["nothing"]', "queues": None, "queue_prefix": ""}
     db.execute("BEGIN IMMEDIATE")
-    db.execute(SQL["live_session"], {"id": SESSION}).fetchone()
+    db.execute(SQL["live_session"], {"id": SESSION, "environment": "default", "key_id": ""}).fetchone()
     db.execute(SQL["claimed_before"], {"session_id": SESSION, "claim_no": claim_no}).fetchall()
     db.execute(SQL["due_spans"], {"now_us": 1, "rows_max": 1_000}).fetchall()
     db.execute(SQL["open_lanes"], tasks).fetchall()

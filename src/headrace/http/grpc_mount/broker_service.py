@@ -64,6 +64,7 @@ class BrokerService:
             pid=min(request.pid, 2**31),
             started_us=now_us,
             serves=Serving(environment=caller.environment),  # its claims say which tasks
+            **caller.owner._asdict(),
         )
         await caller.engine.store.start_session(session, now_us=now_us)
         return wire.StartSessionResponse(
@@ -74,7 +75,7 @@ class BrokerService:
         """Keep a session alive. Returns its leases and the runs that were cancelled."""
         caller = await self._caller(call)
         store, now_us = caller.engine.store, caller.engine.clock.now_us()
-        reply = await store.heartbeat(check_session(request.session), now_us=now_us)
+        reply = await store.heartbeat(check_session(request.session), now_us=now_us, owner=caller.owner)
         key = await self._lease_tokens.signing_key(caller)
         return wire.HeartbeatResponse(
             leases=[self._lease_tokens.encode(key, held.span_id, held.token) for held in reply.leases],
@@ -86,7 +87,8 @@ class BrokerService:
     async def end_session(self, request: wire.EndSessionRequest, call: CallContext) -> wire.EndSessionResponse:
         """End a session and release its leases."""
         caller = await self._caller(call)
-        await caller.engine.store.end_session(check_session(request.session), now_us=caller.engine.clock.now_us())
+        session_id, now_us = check_session(request.session), caller.engine.clock.now_us()
+        await caller.engine.store.end_session(session_id, now_us=now_us, owner=caller.owner)
         caller.engine.wakeup.notify()
         return wire.EndSessionResponse()
 

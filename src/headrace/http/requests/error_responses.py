@@ -6,6 +6,7 @@ the problem.
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -15,11 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.foundation.errors import ClientFault, EngineFault, HeadraceError, InvalidInput, NotFound
+from headrace.foundation.ids import session_name
 from headrace.foundation.logs import get_logger
 
 LOG: Any = get_logger("headrace.http")
 PROBLEM: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 5
+_SESSION_ID: Final = re.compile(r"session_[0-9a-z]{26}")
 _encode: Final = msgspec.json.Encoder(enc_hook=str).encode
 
 
@@ -105,6 +108,11 @@ class Busy(EngineFault):
     code = "BUSY"
 
 
+def loggable_path(path: str) -> str:
+    """Return a path for a log line: a session id, which is a secret, is replaced with the session's name."""
+    return _SESSION_ID.sub(lambda match: session_name(match[0]), path)
+
+
 def json_response(
     value: object, status: int = 200, headers: dict[str, str] | None = None, *, kind: str = ""
 ) -> Response:
@@ -117,7 +125,7 @@ def error_response(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return _route_error_response(request, error)
     if not isinstance(error, HeadraceError):
-        LOG.error("http.request_failed", path=request.url.path, exc_info=error)
+        LOG.error("http.request_failed", path=loggable_path(request.url.path), exc_info=error)
         error = EngineFault("internal error", hint="see the server's log")
     headers = dict(error.headers) if isinstance(error, Throttled) else {}
     if isinstance(error, EngineFault) and error.retryable:

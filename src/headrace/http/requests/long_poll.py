@@ -58,7 +58,7 @@ class RemoteWork:
         until_us = clock.now_us() + int(wait_s * 1_000_000)
         while True:
             notified_count = engine.cancelled.notified_count
-            reply = await engine.store.unwanted_runs(session_id)
+            reply = await engine.store.unwanted_runs(session_id, owner=context.owner)
             if digest_of(reply) != seen:
                 return reply
             is_notified = False
@@ -87,6 +87,7 @@ class RemoteWork:
             tasks=claim.tasks,
             queues=claim.queues,
             runs_max=claim.runs_max,
+            key_id=context.owner.key_id,
         )
 
     async def settle(self, context: Caller, settlements: Sequence[Settlement]) -> list[str]:

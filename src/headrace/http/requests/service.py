@@ -24,6 +24,7 @@ from headrace.runtime.maintenance.upkeep import Upkeep
 from headrace.runtime.producing.producer import Producer
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.store.client_uploads import ClientUploads
+from headrace.store.protocol import SessionOwner
 
 CHECK_S: Final = 2.0
 MINUTE_US: Final = 60_000_000
@@ -44,6 +45,11 @@ class Caller:
     def environment(self) -> str:
         """The client's environment."""
         return self.principal.environment
+
+    @property
+    def owner(self) -> SessionOwner:
+        """The owner of the sessions that the client starts."""
+        return SessionOwner(self.principal.environment, self.principal.name)
 
 
 @dataclass(slots=True)

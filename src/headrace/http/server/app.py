@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.logs import get_logger
-from headrace.http.requests.error_responses import error_response
+from headrace.http.requests.error_responses import error_response, loggable_path
 from headrace.http.requests.item_codec import ItemLine, LenientItemLine
 from headrace.http.requests.service import RATE_HEADERS, Service
 from headrace.http.server.health import ServerEndpoints
@@ -243,7 +243,8 @@ class ResponseEnvelope:
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
             if status:  # the status line is out: close the connection early, so that the client notices
-                LOG.warning("http.response_aborted", request=request_id, path=scope["path"], error=str(error))
+                path = loggable_path(scope["path"])
+                LOG.warning("http.response_aborted", request=request_id, path=path, error=str(error))
                 raise
             await error_response(Request(scope), error)(scope, receive, send_with_headers)
 

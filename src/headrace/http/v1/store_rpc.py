@@ -128,6 +128,8 @@ class StoreRpc:
             await self._service.spend_runs(context.request, context.environment, len(message.tick.runs))
         if name in _TIMED:
             values["now_us"] = context.engine.clock.now_us()
+        if name == "end_session":
+            values["owner"] = context.owner
         answer = await getattr(context.engine.store, name)(**values)
         if name == "create_batch" and answer[0].environment != context.environment:
             raise Conflict("a batch of another environment has this id", batch_id=answer[0].id)
@@ -181,6 +183,7 @@ class StoreRpc:
                 kind=check_text("kind", session.kind[:20]),
                 host=check_text("host", session.host[:200]),
                 serves=validated_serving(context, session.serves),
+                **context.owner._asdict(),
             )
 
     # -- leases
@@ -199,7 +202,8 @@ class StoreRpc:
 
     async def _heartbeat(self, context: RequestContext, message: Any) -> HeartbeatWithTokens:
         check_session(message.session_id)
-        reply = await context.engine.store.heartbeat(message.session_id, now_us=context.engine.clock.now_us())
+        now_us = context.engine.clock.now_us()
+        reply = await context.engine.store.heartbeat(message.session_id, now_us=now_us, owner=context.owner)
         key = await self._lease_tokens.signing_key(context)
         return HeartbeatWithTokens(
             reply, [self._lease_tokens.sign(key, held.span_id, held.token) for held in reply.leases]

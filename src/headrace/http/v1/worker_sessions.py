@@ -217,6 +217,7 @@ class WorkerSessions:
                 tasks=None if params.tasks is None else tuple(params.tasks),
                 queues=None if params.queues is None else tuple(params.queues),
             ),
+            **context.owner._asdict(),
         )
         await context.engine.store.start_session(session, now_us=now_us)
         return json_response(SessionResponse(session.id, limits.heartbeat_ms, limits.session_timeout_ms), 201)
@@ -230,7 +231,8 @@ class WorkerSessions:
         context = await self._service.authorize(request, "work")
         session_id = check_session(request.path_params["session_id"])
         wait_s = parse_int(request.query_params.get("wait_s"), 0, "wait_s", 0, WAIT_S_MAX)
-        reply = await context.engine.store.heartbeat(session_id, now_us=context.engine.clock.now_us())
+        now_us = context.engine.clock.now_us()
+        reply = await context.engine.store.heartbeat(session_id, now_us=now_us, owner=context.owner)
         if wait_s and not reply.stopped and not reply.cancelled:
             reply = await self._remote_work.unwanted_runs(
                 context,
@@ -253,7 +255,8 @@ class WorkerSessions:
         """`DELETE /v1/sessions/{id}`: end a session and release its leases."""
         context = await self._service.authorize(request, "work")
         session_id = check_session(request.path_params["session_id"])
-        await context.engine.store.end_session(session_id, now_us=context.engine.clock.now_us())
+        now_us = context.engine.clock.now_us()
+        await context.engine.store.end_session(session_id, now_us=now_us, owner=context.owner)
         context.engine.wakeup.notify()
         return Response(status_code=204)
 

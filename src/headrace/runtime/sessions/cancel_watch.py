@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from headrace.foundation.errors import HeadraceError
+from headrace.foundation.ids import session_name
 from headrace.runtime.engine import Engine
 from headrace.store.protocol import Heartbeat
 
@@ -85,7 +86,7 @@ class CancelWatch:
             try:
                 reply = await check(session_id)
             except HeadraceError as error:
-                LOG.debug("cancellations.unreadable", session=session_id, error=error.message)
+                LOG.debug("cancellations.unreadable", session=session_name(session_id), error=error.message)
                 await clock.sleep(GAP_S)
                 await self._engine.outage.until_over(clock)
                 continue

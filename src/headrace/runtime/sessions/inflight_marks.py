@@ -61,9 +61,10 @@ class InflightMarks:
         self._slot_runs = slot_runs
         self._slot_bytes = SLOT.size + slot_runs
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
+            make_private_directory(path.parent)
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b")
             try:
+                os.fchmod(self._file.fileno(), 0o600)  # a file of an older version may be readable by others
                 fcntl.flock(
                     self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
                 )  # before any byte changes: the file may belong to another process
@@ -78,7 +79,7 @@ class InflightMarks:
             _MARKS.add(self)
         except OSError as error:
             raise StoreUnavailable(
-                f"the file of in-flight marks {path} can't be created: {error}",
+                f"a file of in-flight marks can't be created in {path.parent}: {error.strerror or error}",
                 hint="check that the folder is writable and the disk has free space",
             ) from error
         HEAD.pack_into(self._map, 0, MAGIC, slots, slot_runs, 0)
@@ -137,6 +138,14 @@ class InflightMarks:
         with suppress(BufferError):  # a run that outlived its worker still holds its marks; the map is closed with it
             self._map.close()
         self._file.close()
+
+
+def make_private_directory(directory: Path) -> None:
+    """Make a folder that only this user may list: the names of its files contain session ids, which are secrets."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = directory.stat()
+    if state.st_mode & 0o077 and state.st_uid == os.geteuid():
+        directory.chmod(0o700)
 
 
 def read(path: Path) -> Suspected:
@@ -198,7 +207,7 @@ def ended_sessions(directory: Path) -> list[str]:
     """Return the sessions that left marks in a folder and whose process has ended."""
     try:
         paths = sorted(directory.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # the folder may belong to another user
         return []
     return [path.name for path in paths if "." not in path.name and owner_has_ended(path)]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from headrace.foundation.ids import session_name
 from headrace.foundation.logs import get_logger
 from headrace.runtime.engine import Engine
 from headrace.runtime.sessions.inflight_marks import ended_sessions, merged, of_session, owner_has_ended, remove
@@ -96,7 +97,7 @@ async def _recover(engine: Engine, session_id: str, suspects: Suspects, silent_s
         now_us=engine.clock.now_us(),
     )
     if count:
-        LOG.info("session.recovered", session=session_id, spans=count)
+        LOG.info("session.recovered", session=session_name(session_id), spans=count)
         engine.wakeup.notify()
     return count
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from headrace.core.serving import Serving
 from headrace.core.span import LOST, Settlement
 from headrace.foundation.errors import HeadraceError, SessionEnded
-from headrace.foundation.ids import new_session_id
+from headrace.foundation.ids import new_session_id, session_name
 from headrace.foundation.logs import get_logger
 from headrace.runtime.clock import Clock, SystemClock
 from headrace.runtime.engine import Engine
@@ -137,6 +137,7 @@ class StoreSession:
             pid=os.getpid(),
             started_us=clock.now_us(),
             serves=self._serves,
+            environment=self.engine.environment,
         )
         try:
             await self.engine.store.start_session(session, now_us=clock.now_us())
@@ -179,7 +180,7 @@ class StoreSession:
                 f"{count} leases of at-most-once runs that have begun were not settled in time",
                 (),
                 hint="these runs fail when the session is recovered, since they may have done their work",
-                session=self.session_id,
+                session=session_name(self.session_id),
             )
 
     async def leave(self, *, deadline_s: float | None = None) -> None:
@@ -272,7 +273,7 @@ class StoreSession:
             call_owner(self._reconcile, session_id, at_request, reply)
 
     def _on_missed(self, session_id: str, error: HeadraceError) -> None:
-        LOG.warning("heartbeat.failed", error=str(error), session=session_id)
+        LOG.warning("heartbeat.failed", error=str(error), session=session_name(session_id))
 
     def _known_leases(self) -> _KnownLeases:
         """Return the leases that the process knows now. Called from the thread of the heartbeats.
@@ -318,7 +319,7 @@ class StoreSession:
         recovered).
         """
         if session_id == self.session_id:
-            LOG.warning("session.lost", session=session_id)
+            LOG.warning("session.lost", session=session_name(session_id))
             self._drop_leases()
             self.on_ended()
 

@@ -42,6 +42,7 @@ from headrace.store.protocol import (
     RunRecord,
     Schedule,
     Session,
+    SessionOwner,
     Verification,
 )
 
@@ -179,6 +180,12 @@ def spans_of_block(tables: Tables, block_id: int) -> list[Span]:
 def spans_of_batch(tables: Tables, batch_id: str) -> list[Span]:
     """Return all spans of a batch."""
     return [span for span in tables.spans.values() if span.batch_id == batch_id]
+
+
+def is_owned(tables: Tables, session_id: str, owner: SessionOwner) -> bool:
+    """True if a session is live and belongs to an owner."""
+    session = tables.sessions.get(session_id)
+    return session is not None and not session.ended_us and (session.environment, session.key_id) == owner
 
 
 def spans_of_session(tables: Tables, session_id: str) -> list[Span]:

@@ -45,6 +45,7 @@ from headrace.store.protocol import (
     RunRecord,
     Schedule,
     Session,
+    SessionOwner,
     Suspects,
     Swept,
     Tick,
@@ -96,7 +97,7 @@ class MemoryStore:
             if new.id in tables.batches:
                 return tables.batches[new.id], False
             if new.session_id:
-                writes.live(tables, new.session_id)
+                writes.live(tables, new.session_id, environment=new.environment)
             return writes.create(tables, new, now_us), True
 
     async def append(
@@ -173,22 +174,25 @@ class MemoryStore:
     async def start_session(self, session: Session, *, now_us: int) -> None:
         """Register a process."""
         with self._changing() as tables:
-            session_row = tables.sessions.get(session.id)
-            if session_row is not None and session_row.ended_us:
-                raise writes.ended(session.id)
-            if session_row is None:
+            if session.id in tables.sessions:
+                writes.live(tables, session.id, environment=session.environment, key_id=session.key_id)
+            else:
                 tables.sessions[session.id] = msgspec.structs.replace(session, heartbeat_us=now_us, ended_us=0)
 
-    async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
+    async def heartbeat(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> Heartbeat:
         """Renew a session, and return the leases that the store has for it."""
         with self._changing() as tables:
             session = writes.live(tables, session_id)
+            if owner is not None and not reads.is_owned(tables, session_id, owner):
+                raise writes.ended(session_id)
             seen_us = max(session.heartbeat_us, now_us)
             tables.sessions[session_id] = msgspec.structs.replace(session, heartbeat_us=seen_us)
         return self._leases_of(session_id)
 
-    async def unwanted_runs(self, session_id: str) -> Heartbeat:
+    async def unwanted_runs(self, session_id: str, *, owner: SessionOwner | None = None) -> Heartbeat:
         """Return which runs of a session are cancelled."""
+        if owner is not None and not reads.is_owned(self._now(), session_id, owner):
+            return Heartbeat(leases=[], stopped=[], cancelled=[])
         reply = self._leases_of(session_id)
         return reply if reply.stopped or reply.cancelled else Heartbeat(leases=[], stopped=[], cancelled=[])
 
@@ -202,11 +206,12 @@ class MemoryStore:
             cancelled=sorted(cancellation for cancellation in tables.cancellations if cancellation[0] in batch_ids),
         )
 
-    async def end_session(self, session_id: str, *, now_us: int) -> None:
+    async def end_session(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> None:
         """End a session in good order: release its leases and seal its stream."""
         with self._changing() as tables:
             session = tables.sessions.get(session_id)
-            if session is not None and not session.ended_us:
+            is_owned = owner is None or reads.is_owned(tables, session_id, owner)
+            if session is not None and not session.ended_us and is_owned:
                 writes.end(tables, session, Suspects(span_slots={}, evidence=""), self._limits.crashes_max, now_us)
 
     async def sessions(self) -> list[Session]:
@@ -240,7 +245,7 @@ class MemoryStore:
         if claim.runs_max < 1:
             raise InvalidInput(f"a claim requests at least one run, got runs_max={claim.runs_max}")
         with self._changing() as tables:
-            writes.live(tables, claim.session_id)
+            writes.live(tables, claim.session_id, environment=claim.environment, key_id=claim.key_id)
             leased = reads.spans_of_session(tables, claim.session_id)
             taken = [span for span in sorted(leased, key=reads.claim_order) if span.claim_no == claim.claim_no]
             if not taken:

@@ -18,7 +18,7 @@ from headrace.core.run import COMPLETED, ENDED_BADLY, WAITING
 from headrace.core.span import Counts, Key, Part, Policy, Span, SpanDecision, block_offsets_of, encode_uint16s
 from headrace.core.span_release import release as release_span
 from headrace.foundation.errors import Conflict, SessionEnded
-from headrace.foundation.ids import run_id
+from headrace.foundation.ids import run_id, session_name
 from headrace.store.memory import reads
 from headrace.store.memory.reads import Known, Queue, Tables
 from headrace.store.projections import birth_part
@@ -362,10 +362,15 @@ def is_overdue(batch: BatchRecord, now_us: int) -> bool:
     return due_us is not None and due_us <= now_us
 
 
-def live(tables: Tables, session_id: str) -> Session:
-    """Return the session. Raises `SessionEnded`."""
+def live(tables: Tables, session_id: str, *, environment: str | None = None, key_id: str | None = None) -> Session:
+    """Return the session. Raises `SessionEnded`, also for a session of another environment or key."""
     session = tables.sessions.get(session_id)
-    if session is None or session.ended_us:
+    if (
+        session is None
+        or session.ended_us
+        or environment not in (None, session.environment)
+        or key_id not in (None, session.key_id)
+    ):
         raise ended(session_id)
     return session
 
@@ -375,7 +380,7 @@ def ended(session_id: str) -> SessionEnded:
     return SessionEnded(
         "the session has ended: another process recovered it, or it was closed",
         hint="start a new session",
-        session_id=session_id,
+        session=session_name(session_id),
     )
 
 

@@ -167,6 +167,7 @@ def claim_values(
     return {
         "session_id": claim.session_id,
         "claim_no": claim.claim_no,
+        "key_id": claim.key_id,
         "environment": claim.environment,
         "tasks": as_json(list(claim.tasks)),
         "queues": None if claim.queues is None else as_json(list(claim.queues)),

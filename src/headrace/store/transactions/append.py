@@ -65,7 +65,7 @@ def create(new: NewBatch, now_us: int) -> Script[tuple[BatchRecord, bool]]:
     if (yield from fetch_one("batch", id=new.id)) is not None:
         return (yield from find(new.id)), False
     if new.session_id:
-        yield from require_live(new.session_id)
+        yield from require_live(new.session_id, environment=new.environment, key_id=None)
     made = yield from fetch(
         "insert_batch",
         id=new.id,

@@ -29,7 +29,8 @@ from headrace.core.span import complete_waiting as complete_waiting_runs
 from headrace.core.span import settle as settle_span
 from headrace.core.span_release import release as release_span
 from headrace.foundation.errors import SessionEnded
-from headrace.store.protocol import Claim, Heartbeat, HeldLease, Release, Session, Suspects
+from headrace.foundation.ids import session_name
+from headrace.store.protocol import Claim, Heartbeat, HeldLease, Release, Session, SessionOwner, Suspects
 from headrace.store.transactions.cancel_redrive import count_in, sweep_stopped
 from headrace.store.transactions.dead_letters import add_dead
 from headrace.store.transactions.locate import clocks, locate, lock_spans_of_blocks, require_live
@@ -72,25 +73,34 @@ def start_session(session: Session, now_us: int) -> Script[None]:
         started_us=session.started_us,
         heartbeat_us=now_us,
         serves="" if session.serves is None else msgspec.json.encode(session.serves).decode(),
+        environment=session.environment,
+        key_id=session.key_id,
     )
-    yield from require_live(session.id)
+    yield from require_live(session.id, environment=session.environment, key_id=session.key_id)
 
 
-def heartbeat(session_id: str, now_us: int) -> Script[Heartbeat]:
+def heartbeat(session_id: str, now_us: int, owner: SessionOwner | None) -> Script[Heartbeat]:
     """Renew a session, and return its leases (R1, claims are repeatable by number)."""
-    beat = yield from fetch_one("beat", id=session_id, now_us=now_us)
+    beat = yield from fetch_one("beat", id=session_id, now_us=now_us, **_named(owner))
     if beat is None:
         raise SessionEnded(
             "another process recovered this session, since its heartbeats came too late",
             hint="start a new session",
-            session_id=session_id,
+            session=session_name(session_id),
         )
     (database_us,) = beat
     return msgspec.structs.replace((yield from _leases_of(session_id)), database_us=database_us)
 
 
-def unwanted_runs(session_id: str) -> Script[Heartbeat]:
+def _named(owner: SessionOwner | None) -> dict[str, str | None]:
+    """Return the values of an owner for a statement; nulls, which stand for any, without one."""
+    return {"environment": None, "key_id": None} if owner is None else owner._asdict()
+
+
+def unwanted_runs(session_id: str, owner: SessionOwner | None) -> Script[Heartbeat]:
     """Return which runs of a session are cancelled, with its leases if there are any."""
+    if owner is not None and (yield from fetch_one("owned_session", id=session_id, **owner._asdict())) is None:
+        return Heartbeat(leases=[], stopped=[], cancelled=[])
     if (yield from fetch_one("has_unwanted_runs", session_id=session_id)) is None:
         return Heartbeat(leases=[], stopped=[], cancelled=[])
     return (yield from _leases_of(session_id))
@@ -109,9 +119,11 @@ def _leases_of(session_id: str) -> Script[Heartbeat]:
     )
 
 
-def end_session(session_id: str, now_us: int) -> Script[None]:
+def end_session(session_id: str, now_us: int, owner: SessionOwner | None) -> Script[None]:
     """End a session in good order: release its leases unchanged, and seal its stream."""
-    yield from fetch("end_session", id=session_id, now_us=now_us)
+    ended = yield from fetch("end_session", id=session_id, now_us=now_us, **_named(owner))
+    if not ended:  # the transaction that ended it has released its leases, or it is a session of another owner
+        return
     spans = yield from _locked_spans_of_session(session_id)
     yield from release_spans(spans, Suspects(span_slots={}, evidence=""), 1, now_us)
     yield from _leave_batches(session_id, now_us)
@@ -170,7 +182,9 @@ def claim(claim_request: Claim, now_us: int) -> Script[ClaimedSpans]:
     """Lease the first spans in claim order to a live session. A repeat returns the same spans (R1, claims are
     repeatable by number).
     """
-    yield from require_live(claim_request.session_id)
+    yield from require_live(
+        claim_request.session_id, environment=claim_request.environment, key_id=claim_request.key_id
+    )
     rows = yield from fetch("claimed_before", session_id=claim_request.session_id, claim_no=claim_request.claim_no)
     if rows:
         spans = [to_span(row) for row in rows]

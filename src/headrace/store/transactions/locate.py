@@ -13,6 +13,7 @@ from headrace.core.block import Extra
 from headrace.core.index_set import IndexSet
 from headrace.core.span import Span
 from headrace.foundation.errors import InvalidInput, NotFound, SessionEnded, StoreBroken
+from headrace.foundation.ids import session_name
 from headrace.store.transactions.row_mapping import BatchRow, SpanRow, as_json, to_batch, to_span
 from headrace.store.transactions.sql_script import Script, TransactionConflict, fetch, fetch_as, fetch_first, fetch_one
 
@@ -49,13 +50,16 @@ def _require_batch(row: tuple[Any, ...] | None, batch_id: str) -> tuple[BatchRec
     return to_batch(row), BatchRow._make(row).block_width
 
 
-def require_live(session_id: str) -> Script[None]:
-    """Raise `SessionEnded` unless a session is live (R3, a lapsed session is ended before it is recovered)."""
-    if (yield from fetch_one("live_session", id=session_id)) is None:
+def require_live(session_id: str, *, environment: str | None, key_id: str | None) -> Script[None]:
+    """Raise `SessionEnded` unless a session of an owner is live (R3, a lapsed session is ended before it is
+    recovered). None in place of an environment or a key stands for any.
+    """
+    row = yield from fetch_one("live_session", id=session_id, environment=environment, key_id=key_id)
+    if row is None:
         raise SessionEnded(
             "the session has ended: another process recovered it, or it was closed",
             hint="start a new session",
-            session_id=session_id,
+            session=session_name(session_id),
         )
 
 

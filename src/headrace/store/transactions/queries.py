@@ -244,8 +244,12 @@ def sessions() -> Script[list[Session]]:
             started_us=started_us,
             heartbeat_us=heartbeat_us,
             serves=_decode_serving(serves) if serves else None,
+            environment=environment,
+            key_id=key_id,
         )
-        for id_, kind, host, pid, started_us, heartbeat_us, serves in (yield from fetch("sessions"))
+        for id_, kind, host, pid, started_us, heartbeat_us, serves, environment, key_id in (
+            yield from fetch("sessions")
+        )
     ]
 
 

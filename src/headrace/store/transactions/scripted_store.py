@@ -31,6 +31,7 @@ from headrace.store.protocol import (
     RunRecord,
     Schedule,
     Session,
+    SessionOwner,
     Suspects,
     Swept,
     Tick,
@@ -112,17 +113,17 @@ class ScriptedStore(ABC):
         """Register a process."""
         await self._write(lambda: leases.start_session(session, now_us))
 
-    async def heartbeat(self, session_id: str, *, now_us: int) -> Heartbeat:
+    async def heartbeat(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> Heartbeat:
         """Renew a session, and return the leases that the store has for it."""
-        return await self._write(lambda: leases.heartbeat(session_id, now_us))
+        return await self._write(lambda: leases.heartbeat(session_id, now_us, owner))
 
-    async def unwanted_runs(self, session_id: str) -> Heartbeat:
+    async def unwanted_runs(self, session_id: str, *, owner: SessionOwner | None = None) -> Heartbeat:
         """Return which runs of a session are cancelled."""
-        return await self._read(lambda: leases.unwanted_runs(session_id))
+        return await self._read(lambda: leases.unwanted_runs(session_id, owner))
 
-    async def end_session(self, session_id: str, *, now_us: int) -> None:
+    async def end_session(self, session_id: str, *, now_us: int, owner: SessionOwner | None = None) -> None:
         """End a session in good order: release its leases and seal its stream."""
-        await self._write(lambda: leases.end_session(session_id, now_us))
+        await self._write(lambda: leases.end_session(session_id, now_us, owner))
 
     async def sessions(self) -> list[Session]:
         """List the sessions that have not ended."""

@@ -134,6 +134,7 @@ CREATE TABLE {schema}.queue (
 );
 
 -- `serves`: the queues and tasks that a worker claims from, as JSON; empty for a process that claims nothing.
+-- `key_id`: the API key that started the session over the network; empty for a process that opens the store itself.
 CREATE TABLE {schema}.session (
     id text COLLATE "C" PRIMARY KEY,
     kind text COLLATE "C" NOT NULL,
@@ -142,7 +143,9 @@ CREATE TABLE {schema}.session (
     started_us bigint NOT NULL,
     heartbeat_us bigint NOT NULL,
     ended_us bigint NOT NULL,
-    serves text COLLATE "C" NOT NULL DEFAULT ''
+    serves text COLLATE "C" NOT NULL DEFAULT '',
+    environment text COLLATE "C" NOT NULL,
+    key_id text COLLATE "C" NOT NULL
 );
 
 -- The progress of a copy of another store into this one: the last block of the source that was copied.

@@ -143,7 +143,9 @@ SELECT count(*) FROM ended;
 
 -- claim_whole: lease the first spans of some lanes to a live session, with their inputs, or report why it can't
 WITH session AS MATERIALIZED (
-    SELECT id FROM {schema}.session WHERE id = :session_id AND ended_us = 0 FOR KEY SHARE
+    SELECT id FROM {schema}.session
+    WHERE id = :session_id AND ended_us = 0 AND session.environment = :environment AND key_id = :key_id
+    FOR KEY SHARE
 ),
 -- A repeated claim returns the same spans (R1, claims are repeatable by number).
 before AS MATERIALIZED (

@@ -1,6 +1,10 @@
--- live_session: check that a session exists and has not ended
+-- live_session: check that a session of an owner exists and has not ended; a null owner is any
 SELECT 1 FROM {schema}.session WHERE id = :id AND ended_us = 0
+    AND environment = coalesce(:environment, environment) AND key_id = coalesce(:key_id, key_id)
 FOR KEY SHARE;
+
+-- owned_session: check that a session of an owner exists and has not ended, in a transaction that only reads
+SELECT 1 FROM {schema}.session WHERE id = :id AND ended_us = 0 AND environment = :environment AND key_id = :key_id;
 
 -- claimed_before: read the spans of a claim that is repeated, in claim order
 SELECT {span_columns()}

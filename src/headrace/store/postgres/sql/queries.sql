@@ -71,7 +71,7 @@ SELECT {part_columns} FROM {schema}.part
 WHERE block_id = ANY ({bigint_array(:ids)}) ORDER BY id;
 
 -- sessions: list the sessions that have not ended
-SELECT id, kind, host, pid, started_us, heartbeat_us, serves FROM {schema}.session WHERE ended_us = 0 ORDER BY id;
+SELECT id, kind, host, pid, started_us, heartbeat_us, serves, environment, key_id FROM {schema}.session WHERE ended_us = 0 ORDER BY id;
 
 -- lease_loads: count the leased runs of each session, with its last claim
 SELECT session_id, sum(unsettled_count)::bigint, max(leased_us) FROM {schema}.span

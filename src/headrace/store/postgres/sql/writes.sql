@@ -111,12 +111,13 @@ UPDATE {schema}.span SET state = 'leased', session_id = :session_id, claim_no = 
 WHERE id = ANY ({bigint_array(:ids)});
 
 -- insert_session: register a process, once
-INSERT INTO {schema}.session (id, kind, host, pid, started_us, heartbeat_us, ended_us, serves)
-VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0, :serves)
+INSERT INTO {schema}.session (id, kind, host, pid, started_us, heartbeat_us, ended_us, serves, environment, key_id)
+VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0, :serves, :environment, :key_id)
 ON CONFLICT DO NOTHING;
 
 -- beat: renew a live session, and return the time of the database's machine, which all hosts follow
 UPDATE {schema}.session SET heartbeat_us = greatest(heartbeat_us, :now_us) WHERE id = :id AND ended_us = 0
+    AND environment = coalesce(:environment, environment) AND key_id = coalesce(:key_id, key_id)
 RETURNING (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;
 
 -- take_duty: take a duty that no process holds, until a time
@@ -129,7 +130,9 @@ UPDATE {schema}.duty SET free_us = :free_us WHERE name = :name AND holder = :hol
 
 -- end_session: end a session, once, after the claims that found it alive (R3, a lapsed session is ended before it is recovered)
 WITH live AS MATERIALIZED (
-    SELECT id FROM {schema}.session WHERE id = :id AND ended_us = 0 FOR UPDATE
+    SELECT id FROM {schema}.session WHERE id = :id AND ended_us = 0
+        AND environment = coalesce(:environment, environment) AND key_id = coalesce(:key_id, key_id)
+    FOR UPDATE
 )
 UPDATE {schema}.session SET ended_us = :now_us FROM live WHERE session.id = live.id
 RETURNING 1;

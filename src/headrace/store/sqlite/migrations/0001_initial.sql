@@ -131,6 +131,7 @@ CREATE TABLE headrace_queue (
 ) WITHOUT ROWID;
 
 -- `serves`: the queues and tasks that a worker claims from, as JSON; empty for a process that claims nothing.
+-- `key_id`: the API key that started the session over the network; empty for a process that opens the store itself.
 CREATE TABLE headrace_session (
     id TEXT PRIMARY KEY,
     kind TEXT NOT NULL,
@@ -139,7 +140,9 @@ CREATE TABLE headrace_session (
     started_us INTEGER NOT NULL,
     heartbeat_us INTEGER NOT NULL,
     ended_us INTEGER NOT NULL,
-    serves TEXT NOT NULL DEFAULT ''
+    serves TEXT NOT NULL DEFAULT '',
+    environment TEXT NOT NULL,
+    key_id TEXT NOT NULL
 ) WITHOUT ROWID;
 
 -- The store copy that fenced this file, if any (see write_fence.sql).

@@ -66,7 +66,7 @@ SELECT {part_columns} FROM headrace_part
 WHERE block_id IN (SELECT value FROM json_each(:ids)) ORDER BY id;
 
 -- sessions: list the sessions that have not ended
-SELECT id, kind, host, pid, started_us, heartbeat_us, serves FROM headrace_session WHERE ended_us = 0 ORDER BY id;
+SELECT id, kind, host, pid, started_us, heartbeat_us, serves, environment, key_id FROM headrace_session WHERE ended_us = 0 ORDER BY id;
 
 -- lease_loads: count the leased runs of each session, with its last claim
 SELECT session_id, sum(unsettled_count), max(leased_us) FROM headrace_span WHERE state = 'leased' GROUP BY session_id;

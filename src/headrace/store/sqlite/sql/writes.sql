@@ -126,11 +126,12 @@ UPDATE headrace_span SET state = 'leased', session_id = :session_id, claim_no = 
 WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- insert_session: register a process, once
-INSERT OR IGNORE INTO headrace_session (id, kind, host, pid, started_us, heartbeat_us, ended_us, serves)
-VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0, :serves);
+INSERT OR IGNORE INTO headrace_session (id, kind, host, pid, started_us, heartbeat_us, ended_us, serves, environment, key_id)
+VALUES (:id, :kind, :host, :pid, :started_us, :heartbeat_us, 0, :serves, :environment, :key_id);
 
 -- beat: renew a live session
 UPDATE headrace_session SET heartbeat_us = max(heartbeat_us, :now_us) WHERE id = :id AND ended_us = 0
+    AND environment = coalesce(:environment, environment) AND key_id = coalesce(:key_id, key_id)
 RETURNING 0;
 
 -- take_duty: take a duty that no process holds, until a time
@@ -143,6 +144,7 @@ UPDATE headrace_duty SET free_us = :free_us WHERE name = :name AND holder = :hol
 
 -- end_session: end a session, once
 UPDATE headrace_session SET ended_us = :now_us WHERE id = :id AND ended_us = 0
+    AND environment = coalesce(:environment, environment) AND key_id = coalesce(:key_id, key_id)
 RETURNING 1;
 
 -- end_silent_session: end a session without a recent heartbeat, once

@@ -352,7 +352,9 @@ async def test_environments_are_separate(rig: StoreRig) -> None:
     assert await rig.claim(session_id) == []
     assert await rig.store.runs("default") == []
     assert await rig.store.queues("default") == []
-    assert indexes_of(await rig.claim(session_id, environment="staging")) == [0]
+    with pytest.raises(SessionEnded):
+        await rig.claim(session_id, environment="staging")
+    assert indexes_of(await rig.claim(await rig.session(environment="staging"), environment="staging")) == [0]
 
 
 async def test_a_paused_queue_gives_no_runs_to_claims(rig: StoreRig) -> None:

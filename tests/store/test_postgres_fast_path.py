@@ -317,7 +317,7 @@ INSERT INTO {schema}.batch SELECT 'new', 'default', NULL, 'batch', 'task', 'open
     '{{"default": 0}}', '', '{{}}', '', 1, 1, 0, 0, 0, 256, '';
 INSERT INTO {schema}.lane VALUES ('default', 'default', 'task');
 INSERT INTO {schema}.queue VALUES ('default', 'default', 0, 0);
-INSERT INTO {schema}.session SELECT 's' || g, 'worker', '', 1, 0, 0, 0 FROM generate_series(0, 5000) AS g;
+INSERT INTO {schema}.session SELECT 's' || g, 'worker', '', 1, 0, 0, 0, '', 'default', '' FROM generate_series(0, 5000) AS g;
 """
 TABLES = ("batch", "block", "span", "part", "session")
 VALUES: dict[str, Any] = {
@@ -341,6 +341,7 @@ VALUES: dict[str, Any] = {
     "queue": "default",
     "task": "task",
     "session_id": "s1",
+    "key_id": "",
     "batch_id": "b7",
     "id": "b7",
     "key": "key",

@@ -166,10 +166,20 @@ class StoreRig:
         await self.store.seal(batch_id, None, now_us=self.now_us)
         return batch_id
 
-    async def session(self, kind: str = "worker", *, serves: Serving | None = None) -> str:
+    async def session(
+        self, kind: str = "worker", *, serves: Serving | None = None, environment: str = "default"
+    ) -> str:
         """Start a session, and return its id. `serves`: what it records that it claims."""
         session_id = new_session_id(self.now_us)
-        session = Session(id=session_id, kind=kind, host="host", pid=1, started_us=self.now_us, serves=serves)
+        session = Session(
+            id=session_id,
+            kind=kind,
+            host="host",
+            pid=1,
+            started_us=self.now_us,
+            serves=serves,
+            environment=environment,
+        )
         await self.store.start_session(session, now_us=self.now_us)
         return session_id
 

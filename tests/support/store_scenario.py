@@ -255,7 +255,12 @@ class StoreScenario:
 
     async def _start_session(self) -> str:
         session = Session(
-            id=new_session_id(self.now_us), kind="worker", host=self.environment, pid=1, started_us=self.now_us
+            id=new_session_id(self.now_us),
+            kind="worker",
+            host=self.environment,
+            pid=1,
+            started_us=self.now_us,
+            environment=self.environment,
         )
         await self.ask("start_session", session, now_us=self.now_us)
         return session.id

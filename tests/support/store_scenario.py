@@ -20,7 +20,7 @@ from headrace.core.failure import Failure
 from headrace.core.span import Key
 from headrace.foundation.errors import Conflict, HeadraceError, StoreUnavailable
 from headrace.foundation.ids import new_batch_id, new_session_id
-from headrace.store.protocol import ApiKey, Claim, Lease, NewBatch, Release, Session, Store, Suspects
+from headrace.store.protocol import ApiKey, Claim, Lease, NewBatch, Release, Session, SessionOwner, Store, Suspects
 from tests.support import invariants
 from tests.support.store_rig import SECOND_US, chunks_of, settlement_of
 
@@ -174,7 +174,9 @@ class StoreScenario:
         held = await self._claim(1_000)
         if any(lease.batch_id == main and CANCELLED_ITEM in lease.indexes for lease in held):
             await self.ask("cancel_runs", main, [CANCELLED_ITEM], now_us=self.now_us)
-        await self.ask("heartbeat", self._session, now_us=self.now_us)
+        owner = SessionOwner(self.environment, "")
+        await self.ask("heartbeat", self._session, now_us=self.now_us, owner=owner)
+        await self.ask("unwanted_runs", self._session, owner=owner)
         fives = [lease for lease in held if len(lease.span_slots) == 5]
         # two runs that are not adjacent, the run between them, then the rest of two leases together
         for lease in fives:

@@ -317,7 +317,8 @@ INSERT INTO {schema}.batch SELECT 'new', 'default', NULL, 'batch', 'task', 'open
     '{{"default": 0}}', '', '{{}}', '', 1, 1, 0, 0, 0, 256, '';
 INSERT INTO {schema}.lane VALUES ('default', 'default', 'task');
 INSERT INTO {schema}.queue VALUES ('default', 'default', 0, 0);
-INSERT INTO {schema}.session SELECT 's' || g, 'worker', '', 1, 0, 0, 0, '', 'default', '' FROM generate_series(0, 5000) AS g;
+INSERT INTO {schema}.session SELECT 's' || g, 'worker', '', 1, 0, 0, 0, '', 'default', ''
+FROM generate_series(0, 5000) AS g;
 """
 TABLES = ("batch", "block", "span", "part", "session")
 VALUES: dict[str, Any] = {

@@ -59,7 +59,7 @@ async def perform(server: ServerUnderTest, headers: dict[str, str], operation: s
 
 
 async def leased(server: ServerUnderTest) -> tuple[str, dict[str, Any]]:
-    """Let a worker claim two runs; return its session and its lease."""
+    """Claim two runs as a worker; return its session and its lease."""
     await server.filled(2)
     session = str((await server.ask("POST", "/v1/sessions", {"host": "far"})).json["id"])
     body = {"session": session, "claim_no": 1, "tasks": ["task"], "runs_max": 9}

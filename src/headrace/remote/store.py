@@ -6,6 +6,7 @@ operations do nothing or are refused.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from functools import cache
@@ -19,7 +20,7 @@ from headrace.core.serving import StalledLane
 from headrace.core.span import Settlement
 from headrace.foundation.errors import ClientFault, StoreBroken, StoreUnavailable, StoreUnreachable
 from headrace.foundation.limits import Limits
-from headrace.remote.connection import REQUEST_S, ServerConnection
+from headrace.remote.connection import REQUEST_S, SETTLE_S, ServerConnection
 from headrace.runtime.outage import Outage
 from headrace.store.payloads import PayloadStore, ReadObject, StoredObject
 from headrace.store.protocol import (
@@ -112,6 +113,7 @@ class RemoteStore:
     async def close(self) -> None:
         """Close the store: later operations raise `StoreUnavailable`."""
         self._is_open = False
+        await asyncio.sleep(SETTLE_S)
 
     async def check(self) -> dict[str, object]:
         """Measure a round trip and return the server's description."""

@@ -171,3 +171,16 @@ async def test_a_store_that_must_not_migrate_creates_nothing_and_opens_a_current
     await store.open()
     assert await store.queues("default") == []
     await store.close()
+
+
+async def test_a_schema_with_tables_of_another_program_is_refused_and_unchanged(tmp_path: Path) -> None:
+    store = PostgresStore(fresh_schema(tmp_path), DEFAULT)
+    schema = store.schema
+    async with other_connection() as connection:
+        await connection.execute(f'CREATE SCHEMA "{schema}"; CREATE TABLE "{schema}".batch (title text)')
+        with pytest.raises(StoreBroken, match=rf"schema {schema} .*not Headrace's: .*\"batch\"") as error:
+            await store.open()
+        assert "?schema=NAME" in error.value.hint
+        tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = $1", schema)
+        assert [name for (name,) in tables] == ["batch"]
+        await connection.execute(f'DROP SCHEMA "{schema}" CASCADE')

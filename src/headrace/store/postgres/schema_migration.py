@@ -50,6 +50,12 @@ class SchemaMigration:
                 if not tries_left:
                     raise
                 await asyncio.sleep(AGAIN_S)
+            except (asyncpg.DuplicateTableError, asyncpg.DuplicateObjectError) as error:
+                await connection.undo()
+                raise StoreBroken(
+                    f"{self._place} already holds objects that are not Headrace's: {error}",
+                    hint="give Headrace a schema of its own: HEADRACE_STORE=postgresql://…?schema=NAME",
+                ) from error
             else:
                 return
 

@@ -360,6 +360,20 @@ def headrace(shell: Shell, *arguments: str, stdin: bytes = b"", **environ: str) 
     )
 
 
+def test_an_empty_device_is_an_empty_input(shell: Shell) -> None:
+    for source, stdin in (("/dev/null", subprocess.PIPE), ("-", subprocess.DEVNULL)):
+        ran = subprocess.run(
+            [sys.executable, "-m", "headrace", "map", "tasks.py:double", source],
+            cwd=shell.place,
+            stdin=stdin,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert (ran.returncode, ran.stdout) == (0, b""), ran.stderr
+        assert b"Traceback" not in ran.stderr
+
+
 def test_a_map_of_standard_input_says_that_resuming_requires_a_key(shell: Shell) -> None:
     ran = headrace(shell, "map", "tasks.py:double", "-", stdin=b'{"n":1}\n{"n":2}')
     assert ran.returncode == 0

@@ -122,15 +122,14 @@ class Input:
             if sys.stdin is None or sys.stdin.closed:
                 return
             descriptor = sys.stdin.fileno()
-            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            async with aclosing(_from_file(descriptor) if is_file else _from_stream(descriptor)) as pieces:
+            async with aclosing(_from_descriptor(descriptor)) as pieces:
                 async for piece in pieces:
                     yield piece
             return
         if self.is_stream:
             descriptor = await asyncio.to_thread(os.open, self.path, os.O_RDONLY)
             try:
-                async with aclosing(_from_stream(descriptor)) as pieces:
+                async with aclosing(_from_descriptor(descriptor)) as pieces:
                     async for piece in pieces:
                         yield piece
             finally:
@@ -164,6 +163,13 @@ class Input:
             f"{self.name} can't be decompressed: {how}",
             hint="the items before that place are stored; repair the file and repeat the command",
         )
+
+
+def _from_descriptor(descriptor: int) -> AsyncGenerator[bytes, None]:
+    mode = os.fstat(descriptor).st_mode
+    # The event loop can't wait for files and for devices like /dev/null, which never block; a terminal is a device too.
+    never_blocks = stat.S_ISREG(mode) or (stat.S_ISCHR(mode) and not os.isatty(descriptor))
+    return _from_file(descriptor) if never_blocks else _from_stream(descriptor)
 
 
 async def _from_file(descriptor: int) -> AsyncGenerator[bytes, None]:

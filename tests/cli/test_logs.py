@@ -73,8 +73,9 @@ def noisy() -> None:
 
 
 @contextmanager
-def worker(folder: Path, **settings: str) -> Iterator[subprocess.Popen[str]]:
-    (folder / "shop.py").write_text(APP)
+def worker(folder: Path, *, app: str | None = APP, **settings: str) -> Iterator[subprocess.Popen[str]]:
+    if app is not None:
+        (folder / "shop.py").write_text(app)
     process = subprocess.Popen(
         [sys.executable, "-m", "headrace", "worker", "shop.py:app", "--store", "sqlite:///logs.db"],
         cwd=folder,
@@ -166,6 +167,140 @@ def test_errors_before_the_settings_are_loaded_are_json_too(
     ran = shell("worker", "broken.py:app" if fault == "module" else "tasks.py:app")
     lines = [json.loads(line) for line in ran.err.splitlines()]
     assert (ran.code, lines[-1]["level"]) == (2, "error")
+
+
+IMPORTED = """
+import logging, warnings
+warnings.warn("old")
+logging.getLogger("x").info("first info")
+logging.warning("implicit basicConfig")
+logging.getLogger("x").info("second info")
+"""
+ENDS = {
+    "broken": "import no_such_module",
+    "whole": """
+from headrace import Headrace
+app = Headrace("late")
+
+@app.task
+def double(n: int) -> int:
+    logging.getLogger("x").info("at work")
+    return 2 * n
+
+@app.task(pool="process")
+def pooled(n: int) -> int:
+    return n
+""",
+}
+
+
+def stderr_of(folder: Path, *arguments: str, stdin: str = "", **settings: str) -> tuple[int, list[str]]:
+    """Run a command to its end; return its exit code and its lines on standard error."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "headrace", *arguments],
+        cwd=folder,
+        env={**os.environ, **settings},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return ran.returncode, ran.stderr.splitlines()
+
+
+@pytest.mark.parametrize("place", ["environment", "file"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["worker", "broken.py:app"],
+        ["serve", "broken.py:app"],
+        ["map", "broken.py:f", "-"],
+        ["index", "run", "broken.py:i"],
+        ["config", "show", "broken.py:app"],
+        ["doctor", "broken.py:app"],
+    ],
+)
+def test_lines_of_the_import_are_json_in_json_mode(command: list[str], place: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(IMPORTED + ENDS["broken"])
+    if place == "file":
+        (tmp_path / "headrace.toml").write_text('log_format = "json"')
+    settings = {"HEADRACE_LOG_FORMAT": "json"} if place == "environment" else {}
+    code, lines = stderr_of(tmp_path, *command, **settings)
+    events = [json.loads(line)["event"] for line in lines]
+    assert code == 2
+    assert "UserWarning: old" in events[0]
+    assert events[1:4] == ["first info", "implicit basicConfig", "second info"]
+    assert events[4].startswith("error: broken.py failed to import: ModuleNotFoundError")
+    assert len(events) == 5
+
+
+def test_the_traceback_of_a_failed_command_is_json_at_debug(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(ENDS["broken"])
+    (tmp_path / "headrace.toml").write_text('log_format = "json"\nlog_level = "debug"')
+    _, lines = stderr_of(tmp_path, "worker", "broken.py:app")
+    events = {line["event"].split()[0]: line for line in map(json.loads, lines)}
+    assert "no_such_module" in events["command.failed"]["exception"]
+    assert list(events)[-1] == "error:"
+
+
+@pytest.mark.parametrize("arguments", [["worker"], ["worker", "x.py:app", "--nope"], ["nope"]])
+def test_usage_errors_are_json_with_the_same_exit_code(arguments: list[str], tmp_path: Path) -> None:
+    code, lines = stderr_of(tmp_path, *arguments, HEADRACE_LOG_FORMAT="json")
+    (line,) = map(json.loads, lines)
+    assert (code, line["level"], line["event"][:7]) == (2, "error", "error: ")
+    assert stderr_of(tmp_path, *arguments, HEADRACE_LOG_FORMAT="console")[0] == 2
+
+
+def test_a_success_and_a_version_keep_exit_code_0_in_json_mode(tmp_path: Path) -> None:
+    for arguments in (["--version"], ["--help"], ["config", "show"]):
+        assert stderr_of(tmp_path, *arguments, HEADRACE_LOG_FORMAT="json") == (0, [])
+
+
+@pytest.mark.parametrize("clears", [False, True])
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_an_implicit_basic_config_of_the_import_does_not_hide_lines_of_a_map(
+    log_format: str, clears: bool, tmp_path: Path
+) -> None:
+    clear = "logging.getLogger().handlers.clear()\nlogging.warning('bare')\n" if clears else ""
+    (tmp_path / "late.py").write_text(IMPORTED + clear + ENDS["whole"])
+    (tmp_path / "headrace.toml").write_text(f'log_format = "{log_format}"')
+    code, lines = stderr_of(tmp_path, "map", "late.py:double", "-", "-o", "out.ndjson", stdin="1\n")
+    if clears:
+        lines.remove("WARNING:root:bare")  # the module removed the handler before this line
+    text = "\n".join(lines)
+    assert (code, text.count("first info"), text.count("second info"), text.count("at work")) == (0, 1, 1, 1)
+    assert "WARNING:root" not in text
+    if log_format == "json":
+        assert all(json.loads(line) for line in lines)
+
+
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_an_implicit_basic_config_of_the_import_does_not_hide_lines_of_a_worker(processes: str, tmp_path: Path) -> None:
+    (tmp_path / "headrace.toml").write_text('log_format = "json"')
+    (tmp_path / "shop.py").write_text(IMPORTED + ENDS["whole"])
+    code = "import shop; [task.map_sync([1]).wait_sync(timeout_s=60) for task in (shop.double, shop.pooled)]"
+    with worker(tmp_path, app=None, HEADRACE_PROCESSES=processes) as process:
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            check=True,
+            env={**os.environ, "HEADRACE_STORE": "sqlite:///logs.db"},
+        )
+        process.send_signal(signal.SIGTERM)
+        lines = process.communicate(timeout=60)[1].splitlines()
+    events = [json.loads(line)["event"] for line in lines]
+    assert events.count("at work") == 1
+    assert events.count("first info") == events.count("second info") >= 2, "of the worker and of its child process"
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_a_handler_that_the_module_chose_stays(log_format: str, tmp_path: Path) -> None:
+    config = "logging.basicConfig(force=True, level=logging.DEBUG, format='own %(message)s')\n"
+    (tmp_path / "late.py").write_text("import logging\n" + config + ENDS["whole"])
+    (tmp_path / "headrace.toml").write_text(f'log_format = "{log_format}"')
+    _, lines = stderr_of(tmp_path, "map", "late.py:double", "-", "-o", "out.ndjson", stdin="1\n")
+    assert "own at work" in lines
 
 
 async def test_an_application_s_own_logging_gets_failures_and_ids(

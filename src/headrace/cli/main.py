@@ -6,6 +6,7 @@ not balance, 130 interrupted.
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 from typing import Annotated, Any, Final
@@ -19,13 +20,15 @@ from headrace.cli.inspection import activations as activation_commands
 from headrace.cli.inspection import batch, dead, killswitch, queue
 from headrace.cli.inspection import run as run_commands
 from headrace.cli.inspection import schedule as schedule_commands
-from headrace.cli.invocation.printing import error_lines, note, notes_are_logged, silence_stdout
+from headrace.cli.invocation.printing import error_lines, note, notes_are_json, notes_are_logged, silence_stdout
 from headrace.cli.maps import map  # noqa: A004 - a command's name
 from headrace.cli.processes import bench, demo, serve, worker
 from headrace.cli.processes import index as index_command
 from headrace.foundation.errors import HeadraceError
 
 INTERRUPTED: Final = 130
+USAGE_ERROR: Final[Any] = typer.BadParameter.__base__
+"""The class of Typer's usage errors, such as an unknown option."""
 BROKEN_PIPE: Final = 141
 """Exit code by convention of a process whose reader closed the pipe: 128 and the signal's number."""
 
@@ -99,16 +102,25 @@ def _log_json() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
-    if os.environ.get("HEADRACE_LOG_FORMAT", "").lower() == "json":
+    is_json = os.environ.get("HEADRACE_LOG_FORMAT", "").lower() == "json"
+    if is_json:
         _log_json()
     try:
         command = get_command(app)
         _hide_types_of_flags(command)
-        command(args=arguments, prog_name="headrace")
+        code = command(args=arguments, prog_name="headrace", standalone_mode=not is_json)
+        return code if isinstance(code, int) else 0
+    except USAGE_ERROR as usage_error:  # only raised here in JSON mode; else Typer prints it and exits
+        return _usage_code(usage_error)
+    except typer.Abort:
+        note("error: aborted")
+        return 1
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except HeadraceError as error:
-        if os.environ.get("HEADRACE_LOG_LEVEL", "").lower() == "debug":
+        if notes_are_json():
+            logging.getLogger("headrace.command").debug("command.failed", exc_info=error)
+        elif os.environ.get("HEADRACE_LOG_LEVEL", "").lower() == "debug":
             traceback.print_exc()
         note(error_lines(error))
         return error.exit_code
@@ -118,4 +130,11 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         silence_stdout()
         return BROKEN_PIPE
-    return 0
+
+
+def _usage_code(error: Any) -> int:
+    """Write a usage error as one line, and return its exit code. An error without a text has printed the help."""
+    text = error.format_message()
+    if text:
+        note(f"error: {text}")
+    return int(error.exit_code)

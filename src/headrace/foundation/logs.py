@@ -140,6 +140,9 @@ def _escaped_value(value: Any) -> Any:
 class _StderrHandler(logging.StreamHandler[Any]):
     """A handler that writes to the present standard error, also after that was replaced."""
 
+    root_level: int = logging.WARNING
+    """The level of the root logger that `configure` set last."""
+
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
@@ -158,8 +161,10 @@ def configure(*, is_json: bool, level: str) -> None:
 
     Lines of `logging` and structlog have the same format; with `is_json`, warnings and unhandled errors too. An
     application that has configured the root logger keeps its handlers; then only Headrace's own lines get this format.
+    A handler that Python added by itself, at a `logging.warning(…)` without any configuration, is replaced.
     """
     reset()
+    _remove_implicit_handler()
     handler = _StderrHandler()
     handler.setFormatter(LineFormatter(is_json=is_json))
     root, ours = logging.getLogger(), logging.getLogger("headrace")
@@ -170,6 +175,7 @@ def configure(*, is_json: bool, level: str) -> None:
     else:
         root.addHandler(handler)
         root.setLevel(LEVELS[level])
+        _StderrHandler.root_level = root.level
     logging.captureWarnings(capture=is_json)
     structlog.configure(
         processors=[
@@ -188,6 +194,24 @@ def configure(*, is_json: bool, level: str) -> None:
         sys.excepthook = _uncaught
         sys.unraisablehook = _unraisable
         threading.excepthook = _uncaught_in_thread
+
+
+def _remove_implicit_handler() -> None:
+    """Remove the root logger's only handler if an implicit `logging.basicConfig()` added it."""
+    root = logging.getLogger()
+    if len(root.handlers) != 1 or root.level not in (logging.WARNING, _StderrHandler.root_level):
+        return
+    handler, formatter = root.handlers[0], root.handlers[0].formatter
+    if (
+        type(handler) is logging.StreamHandler
+        and handler.stream in (sys.stderr, sys.__stderr__)
+        and not handler.level
+        and not handler.filters
+        and type(formatter) is logging.Formatter
+        and vars(formatter).get("_fmt") == logging.BASIC_FORMAT
+        and formatter.datefmt is None
+    ):
+        root.removeHandler(handler)
 
 
 def is_configured() -> bool:

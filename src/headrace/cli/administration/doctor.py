@@ -82,8 +82,10 @@ def command(
 
     With --server, check what a client can see. Exit code 1 if any check fails.
     """
+    from headrace.cli.invocation.opening import log_before_import
     from headrace.cli.invocation.target_loader import load_app
 
+    log_before_import()
     settings = settings_of(load_app(app) if app else None, store=place_of(store, server))
     findings = run_async(examine(settings))
     all_ok = all(finding.ok for finding in findings)

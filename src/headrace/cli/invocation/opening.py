@@ -44,14 +44,26 @@ JsonOption: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one J
 def settings_of(app: Headrace | None = None, /, **flags: object | None) -> Settings:
     """Load the effective settings and configure logging. `app` is the app that the command names: it gets them too."""
     settings = load(flags, os.environ, Path.cwd(), code=None if app is None else app.declared)
+    _configure_logs(settings)
+    if app is not None:
+        app.use(settings)
+    return settings
+
+
+def log_before_import(**flags: object | None) -> None:
+    """Configure logging before a command imports the user's module, so that lines of the import have its format.
+
+    The arguments of the module's `Headrace(…)` are not known yet: `settings_of` configures again with them.
+    """
+    _configure_logs(load(flags, os.environ, Path.cwd()))
+
+
+def _configure_logs(settings: Settings) -> None:
     from headrace.cli.invocation import printing
     from headrace.foundation import logs
 
     logs.configure(is_json=settings.log_format == "json", level=settings.log_level)
     printing.notes_are_logged(are_logged=settings.log_format == "json")
-    if app is not None:
-        app.use(settings)
-    return settings
 
 
 def place_of(store: str | None, server: str | None) -> str | None:

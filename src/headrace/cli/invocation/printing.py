@@ -35,6 +35,11 @@ def notes_are_logged(*, are_logged: bool) -> None:
     _Notes.are_logged = are_logged
 
 
+def notes_are_json() -> bool:
+    """True if notes are lines of a JSON log."""
+    return _Notes.are_logged
+
+
 def note(text: str) -> None:
     """Write a line beside the answer to standard error, its control characters escaped."""
     if _Notes.are_logged:

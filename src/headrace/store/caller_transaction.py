@@ -121,8 +121,7 @@ class CallerTransaction:
                 yield from self._bare(_ROLL_BACK)
                 raise InvalidInput(
                     f"the database of this connection has no Headrace tables: {str(error).splitlines()[0]}",
-                    hint="give a connection to the database that HEADRACE_STORE names, or run `headrace migrate` on "
-                    "this one",
+                    hint="give a connection to the database of the app's store, or run `headrace migrate` on this one",
                 ) from error
             else:
                 yield from self._bare(_RELEASE)
@@ -156,7 +155,7 @@ class CallerTransaction:
             raise AnotherStore(
                 f"expected a connection to the app's own store {self._store_id[:8]}, got one to another store, "
                 f"{store_id[:8]}, where the app would never find the run",
-                hint="give a connection to the database that HEADRACE_STORE names",
+                hint="give a connection to the database of the app's store",
             )
 
     def _bare(self, sql: str) -> Steps[Any]:
@@ -224,7 +223,7 @@ class CallerTransaction:
             actual, expected = ("SQLite", "PostgreSQL") if is_sqlite else ("PostgreSQL", "SQLite")
             raise InvalidInput(
                 f"expected a connection to {expected}, where the app's store is, got one to {actual}",
-                hint="give a connection to the database that HEADRACE_STORE names",
+                hint="give a connection to the database of the app's store",
             )
         if not is_open:
             raise InvalidInput(

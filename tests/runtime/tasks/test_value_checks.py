@@ -198,6 +198,26 @@ async def test_a_wrong_result_fails_the_run_without_a_retry_wherever_the_task_ru
         pool_tasks.app._settings = None
 
 
+async def test_a_nan_of_a_task_without_a_return_annotation_is_refused_without_naming_one() -> None:
+    app = Headrace("values", store="memory://")
+
+    @app.task
+    async def bare(_n: int):  # type: ignore[no-untyped-def]  # the point
+        return {"a": math.nan}
+
+    @app.task
+    async def annotated(_n: int) -> dict[str, float]:
+        return {"a": math.nan}
+
+    async with app, app.worker():
+        for task in (bare, annotated):
+            outcomes = [outcome async for outcome in (await task.map([1])).results(timeout_s=30)]
+            assert outcomes[0].failure is not None
+            message = outcomes[0].failure.message
+            assert "Expected a finite number, got nan - at `$.a`" in message
+            assert ("annotation" in message) == (task is annotated)
+
+
 async def check_failures(batch: Any, path: str) -> None:
     async for outcome in batch.results(timeout_s=60):
         assert (outcome.failure.type, outcome.failure.attempts) == ("InvalidResult", 1)

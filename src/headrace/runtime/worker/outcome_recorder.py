@@ -70,13 +70,17 @@ class OutcomeRecorder:
             try:
                 results.check(value, result)
             except ValueRefused as error:
-                self.fail_for_good(
-                    active,
-                    lease_offset,
-                    "InvalidResult",
-                    f"the result does not fit the return annotation of task {active.lease.task}: {error}; "
-                    "hint: return what it says, or change it",
-                )
+                if results.validate is None:  # no annotation that could be checked
+                    message = (
+                        f"the result of task {active.lease.task} can't be stored as JSON: {error}; "
+                        "hint: return None or a text"
+                    )
+                else:
+                    message = (
+                        f"the result does not fit the return annotation of task {active.lease.task}: {error}; "
+                        "hint: return what it says, or change it"
+                    )
+                self.fail_for_good(active, lease_offset, "InvalidResult", message)
                 return None
         if len(result) >= self._inline_bytes_max:
             return self._store_result(active, lease_offset, result)

@@ -56,13 +56,13 @@ _TRANSLATIONS: Final = (
         (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidPasswordError),
         StoreBroken,
         "refused the login",
-        "check the user and the password in HEADRACE_STORE, and the server's pg_hba.conf",
+        "check the user and the password in the store's URL, and the server's pg_hba.conf",
     ),
     _Translation(
         (asyncpg.InvalidCatalogNameError,),
         StoreBroken,
         "does not exist",
-        "create the database, or name another in HEADRACE_STORE",
+        "create the database, or name another in the store's URL",
     ),
     _Translation((asyncpg.InsufficientPrivilegeError,), StoreBroken, "refused a statement", MIGRATE_HINT),
     _Translation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.foundation.errors import StoreUnavailable
+from headrace.foundation.errors import ClientFault, StoreUnavailable
 from headrace.runtime.sessions.active_lease import BEGUN, ENDED, NOT_BEGUN
 from headrace.runtime.sessions.inflight_marks import (
     ALL_SLOTS,
@@ -175,3 +176,15 @@ def test_other_users_can_neither_list_nor_read_the_marks(tmp_path: Path) -> None
     fresh = InflightMarks(tmp_path / "new" / "session_new", slot_runs=4, slots=2)
     assert fresh.path.parent.stat().st_mode & 0o777 == 0o700
     fresh.close()
+
+
+def test_marks_that_do_not_fit_on_the_disk_are_a_fault_of_the_machine_and_keep_no_file(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        with pytest.raises(StoreUnavailable, match="can't be created") as error:
+            InflightMarks(tmp_path / "session_a", slot_runs=4, slots=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.exit_code != ClientFault.exit_code  # the supervisor starts another child
+    assert list(tmp_path.iterdir()) == []

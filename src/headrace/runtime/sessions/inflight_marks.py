@@ -69,7 +69,11 @@ class InflightMarks:
                     self._file, fcntl.LOCK_EX | fcntl.LOCK_NB
                 )  # before any byte changes: the file may belong to another process
                 self._file.truncate(0)
-                os.posix_fallocate(self._file.fileno(), 0, HEAD.size + slots * self._slot_bytes)
+                try:
+                    os.posix_fallocate(self._file.fileno(), 0, HEAD.size + slots * self._slot_bytes)
+                except OSError:
+                    path.unlink()
+                    raise
             except OSError:
                 self._file.close()
                 raise

@@ -36,7 +36,7 @@ from headrace.core.retry import NO_RETRY, Retry
 from headrace.foundation.errors import InvalidInput, InvalidSetting
 from headrace.foundation.ids import check_batch_id, parse_run_id
 from headrace.foundation.settings import Settings, check_overrides, load
-from headrace.foundation.suggestions import check_names
+from headrace.foundation.suggestions import check_names, names_checked
 from headrace.handles import PLAIN, Batch, ResultOf, Run
 from headrace.runtime.background_loop import close_unused
 from headrace.runtime.engine import Engine
@@ -425,6 +425,7 @@ class Headrace:
     ) -> None:
         await self.close()
 
+    @names_checked("app.worker()")
     @asynccontextmanager
     async def worker(
         self,

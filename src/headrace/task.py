@@ -7,6 +7,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from headrace.compose import joined
 from headrace.foundation.errors import InvalidInput
+from headrace.foundation.suggestions import names_checked
 from headrace.handles import Batch, HandleOwner, Run
 from headrace.runtime.owner_loop import OwnerLoop
 from headrace.runtime.producing.caller_items import CallerItems, LoopItems, ThreadItems
@@ -62,6 +63,7 @@ class Task(Generic[P, R]):
         """
         return await self._enqueue(Options(), args, kwargs)
 
+    @names_checked("task.options()")
     def options(
         self,
         *,

@@ -19,8 +19,9 @@ from typing import Final
 
 from headrace.app import Headrace
 from headrace.compose import memory_engine, open_engine
-from headrace.foundation.limits import Limits
-from headrace.foundation.settings import load
+from headrace.foundation.limits import TABLE, Limits
+from headrace.foundation.settings import check_overrides, load
+from headrace.foundation.suggestions import check_names
 from headrace.runtime.clock import ManualClock, SystemClock
 from headrace.runtime.engine import Engine
 from headrace.runtime.owner_loop import OwnerLoop
@@ -106,6 +107,8 @@ async def in_memory(app: Headrace, **limits: int) -> AsyncGenerator[Harness, Non
 
     The store has no transactions: code that uses `enqueue_in` is tested with `in_database`.
     """
+    check_names("in_memory()", limits, TABLE, "limit")
+    check_overrides("in_memory()", limits)
     clock = ManualClock()
     engine = await memory_engine(Limits(**limits), clock)
     app.use_engine(engine)
@@ -123,6 +126,7 @@ async def in_database(app: Headrace, url: str | None = None, **limits: int) -> A
     `url` is the store of a database that belongs to the test; what is in it stays there. Settings of the environment
     and of `headrace.toml` are not used.
     """
+    check_overrides("in_database()", limits)
     with TemporaryDirectory(prefix="headrace-") as directory:
         folder = Path(directory)
         path = folder / "headrace.db" if url is None else None

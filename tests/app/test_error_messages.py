@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from headrace import Conflict, Headrace, HeadraceError, InvalidInput, InvalidSetting, RunFailed, StoreUnavailable
+from headrace import Conflict, Headrace, HeadraceError, InvalidInput, InvalidSetting, Retry, RunFailed, StoreUnavailable
+from headrace.testing import in_database_sync, in_memory_sync
 from tests.cli.conftest import Shell
 from tests.cli.conftest import shell as shell
 
@@ -32,6 +34,15 @@ def timeout_as_text() -> None:
     Headrace("app").task(timeout_s="30")(timeout_as_text)  # type: ignore[call-overload]  # the mistake
 
 
+def small_task() -> Any:
+    return Headrace("app").task(abs)
+
+
+def enter(context: AbstractContextManager[Any]) -> None:
+    with context:
+        pass
+
+
 MISTAKES: list[tuple[Callable[[], Any], str, str]] = [
     (
         misspelt_option,
@@ -49,6 +60,22 @@ MISTAKES: list[tuple[Callable[[], Any], str, str]] = [
         lambda: Headrace("app", store=Path("x.db")),  # type: ignore[arg-type]  # the mistake
         "store: expected a URL, got PosixPath('x.db')",
         'store="sqlite:///x.db"',
+    ),
+    (lambda: Retry(max=3), "Retry() has no option 'max'", "its options: attempts, backoff, delay_s"),  # type: ignore[call-arg]  # the mistake
+    (lambda: Retry(atempts=3), "Retry() has no option 'atempts'", "did you mean attempts?"),  # type: ignore[call-arg]  # the mistake
+    (lambda: Retry(3), "Retry(): too many positional arguments", "attempts=…"),  # type: ignore[call-arg]  # the mistake
+    (lambda: small_task().options(prio=3), "task.options() has no option 'prio'", "did you mean priority?"),
+    (lambda: Headrace("app").worker(queue=["a"]), "app.worker() has no option 'queue'", "did you mean queues?"),  # type: ignore[call-arg]  # the mistake
+    (
+        lambda: enter(in_memory_sync(Headrace("app"), crash_max=1)),
+        "in_memory() has no limit 'crash_max'",
+        "crashes_max",
+    ),
+    (lambda: enter(in_memory_sync(Headrace("app"), crashes_max=0)), "in_memory(): crashes_max: expected", ""),
+    (
+        lambda: enter(in_database_sync(Headrace("app"), crash_max=1)),
+        "in_database() has no setting 'crash_max'",
+        "crashes_max",
     ),
     (lambda: Headrace("app", api_key="short"), "api_key: expected 8 to 4096 printable characters, got 5", ""),
     (lambda: Headrace("app", api_key=PASSWORD + "\n"), "got 10, some of them not printable", ""),

@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from headrace import DETACHED, Context, Headrace, Retry
+from headrace import DETACHED, Context, Headrace, InvalidSetting, Retry
 from headrace.testing import Harness, in_database, in_database_sync, in_memory, in_memory_sync
 from tests.support.store_rig import fresh_schema
 
@@ -116,7 +116,7 @@ async def test_limits_are_set_by_name_and_the_app_is_free_afterwards() -> None:
             batch = await first_task.map(range(5))
             await harness.drain()
             assert (await batch.view()).ledger.completed == 5
-    with pytest.raises(TypeError):
+    with pytest.raises(InvalidSetting):
         async with in_memory(app, no_such_limit=1):
             pass
 

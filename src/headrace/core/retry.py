@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, get_args
 
 from headrace.foundation.errors import InvalidInput, InvalidSetting
+from headrace.foundation.suggestions import names_checked
 
 Backoff: TypeAlias = Literal["exponential", "linear", "constant"]
 
@@ -106,6 +107,9 @@ class Retry:
                     hint=f"write {name}=(TimeoutError,), with the comma",
                 )
 
+
+# The generated method would raise a `TypeError` for an unknown option.
+setattr(Retry, "__init__", names_checked("Retry()")(Retry.__init__))  # noqa: B010 - mypy refuses the assignment
 
 NO_RETRY: Final = Retry(attempts=1)
 

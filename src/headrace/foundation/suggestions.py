@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import Final
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable
+from typing import Final, ParamSpec, TypeVar
 
 from headrace.foundation.errors import InvalidSetting
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 NAMES_SHOWN: Final = 40
 """Most names that are listed. Of more, only near ones are, and `place` says where all of them are described."""
@@ -42,3 +47,39 @@ def check_names(call: str, given: Iterable[str], names: Collection[str], noun: s
     for name in given:
         if name not in names:
             raise InvalidSetting(f"{call} has no {noun} {name!r}", hint=hint_of(name, names, f"its {noun}s", place))
+
+
+def names_checked(call: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function raise `InvalidSetting` for an unknown option, with the near name, instead of a `TypeError`.
+
+    A correct call costs nothing more. `call` is the function as users write it: `task.options()`.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def checked(*arguments: P.args, **options: P.kwargs) -> R:
+            try:
+                return function(*arguments, **options)
+            except TypeError:
+                _check_call(call, inspect.signature(function), arguments, options)
+                raise
+
+        return checked
+
+    return decorate
+
+
+def _check_call(
+    call: str, signature: inspect.Signature, arguments: tuple[object, ...], options: dict[str, object]
+) -> None:
+    """Raise `InvalidSetting` if a call does not fit a signature whose options are all given by name."""
+    names = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    try:
+        check_names(call, options, names, "option")
+    except InvalidSetting as error:
+        raise error from None
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        hint = f"give options by name: {', '.join(f'{name}=…' for name in names)}"
+        raise InvalidSetting(f"{call}: {error}", hint=hint) from None

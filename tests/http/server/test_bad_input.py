@@ -256,6 +256,31 @@ async def test_invalid_or_oversized_request_heads_are_refused_early(tmp_path: Pa
         assert (await raw(server, b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")).status == 200
 
 
+@pytest.mark.parametrize(
+    ("head", "detail"),
+    [
+        (b"GET /healthz\r\n\r\n", ""),
+        (b"GET /healthz HTTP/0.9\r\nhost: x\r\n\r\n", ""),
+        (b"GET /healthz HTTP/1.2\r\nhost: x\r\n\r\n", ""),
+        (b"GET /healthz HTTP/1.1\r\n\r\n", "exactly one Host"),
+        (b"GET /healthz HTTP/1.1\r\nhost: x\r\nHost: x\r\n\r\n", "exactly one Host"),
+        (b"GET /healthz HTTP/1.0\r\nhost: x\r\nhost: y\r\n\r\n", "exactly one Host"),
+    ],
+)
+async def test_another_version_and_another_number_of_hosts_are_refused(
+    tmp_path: Path, head: bytes, detail: str
+) -> None:
+    """RFC 9112, sections 2.3 and 3.2."""
+    async with running_server(tmp_path) as server:
+        peer: HttpPeer = await server.peer().connect()
+        await peer.send(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await peer.answer()).status == 200
+        await peer.send(head)
+        answer = await peer.answer()
+        assert (answer.status, detail in answer.json["detail"]) == (400, True)
+        assert (await raw(server, b"GET /healthz HTTP/1.0\r\n\r\n")).status == 200
+
+
 async def test_a_body_cut_in_mid_line_keeps_complete_items_and_the_rest_can_be_sent(tmp_path: Path) -> None:
     async with running_server(tmp_path, "sqlite") as server:
         batch_id = await server.create(4)

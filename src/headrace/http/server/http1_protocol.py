@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final, cast
+from typing import Any, Final, NoReturn, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -24,9 +24,11 @@ Second = Callable[[set[Any]], asyncio.Protocol]
 """Creates the protocol of an HTTP/2 connection. Its argument is the set of connections to shut down with the server."""
 
 _INVALID: Final = (400, "Bad Request", "expected an HTTP/1.1 request")
+_OLD_VERSION: Final = (400, "Bad Request", "expected HTTP/1.0 or HTTP/1.1")
+_NOT_ONE_HOST: Final = (400, "Bad Request", "expected exactly one Host header")
 
 
-class HeadTooLarge(Exception):
+class HeadRefused(Exception):
     """Aborts the parsing of a request head."""
 
 
@@ -94,6 +96,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._is_in_head = True
         self._fields_bytes = 0
+        self._hosts_count = 0
         if self._head_timer is None:
             self._expect_head()
 
@@ -105,10 +108,17 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Count the bytes of a header field."""
         self._count(len(name) + len(value))
+        if name.lower() == b"host":
+            self._hosts_count += 1
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Stop the timer: the request head is complete."""
+        """Check the version and the Host header (RFC 9112, 2.3 and 3.2), and stop the timer: the head is complete."""
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            self._reject(_OLD_VERSION)
+        if self._hosts_count > 1 or (not self._hosts_count and version == "1.1"):
+            self._reject(_NOT_ONE_HOST)
         self._is_in_head, self._head_bytes = False, 0
         if self._head_timer is not None:
             self._head_timer.cancel()
@@ -150,8 +160,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         self._fields_bytes += size
         if self._fields_bytes > HEAD_BYTES_MAX:
-            self._rejection = _TOO_LARGE
-            raise HeadTooLarge
+            self._reject(_TOO_LARGE)
+
+    def _reject(self, rejection: tuple[int, str, str]) -> NoReturn:
+        """Abort the parser, which then calls `send_400_response`."""
+        self._rejection = rejection
+        raise HeadRefused
 
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(self._idle_s, self._too_slow)

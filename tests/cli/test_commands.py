@@ -463,8 +463,8 @@ def test_doctor_reports_a_nearly_full_disk(shell: Shell, done: str, monkeypatch:
 
 def test_doctor_reports_a_session_without_heartbeats(shell: Shell, done: str) -> None:
     change(
-        "INSERT INTO headrace_session (id, kind, host, pid, started_us, heartbeat_us, ended_us)"
-        " VALUES ('session_x', 'worker', 'mill', 4711, 1, 1, 0)"
+        "INSERT INTO headrace_session (id, environment, key_id, kind, host, pid, started_us, heartbeat_us, ended_us)"
+        " VALUES ('session_x', 'default', '', 'worker', 'mill', 4711, 1, 1, 0)"
     )
     ok, detail = checks(shell)["sessions"]
     assert not ok

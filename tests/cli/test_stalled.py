@@ -67,7 +67,7 @@ def test_doctor_names_workers_whose_slots_are_all_taken_while_runs_wait(shell: S
     session_id = "session_full"
     with sqlite3.connect("headrace.db") as db:
         db.execute(
-            "INSERT INTO headrace_session VALUES (?, 'worker', 'host', 1, ?, ?, 0, ?)",
+            "INSERT INTO headrace_session VALUES (?, 'worker', 'host', 1, ?, ?, 0, ?, 'default', '')",
             (session_id, 2**61, 2**61, '{"tasks":["send"],"concurrency":3}'),
         )
         db.execute(

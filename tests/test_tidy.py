@@ -35,6 +35,10 @@ REGISTRY_HOST: Final = re.compile(
 )
 
 
+LOG_OF_USERS: Final = "context.py"
+"""The module of `ctx.log`, whose lines are the user's: they go where the user's structlog sends them."""
+
+
 class File(NamedTuple):
     """A source file, read and parsed once."""
 
@@ -152,10 +156,14 @@ def silent_skips(file: File) -> Faults:
 
 
 def prints(file: File) -> Faults:
-    """Find prints: a library does not write to standard output."""
+    """Find prints, and loggers of structlog itself, which print: a library does not write to standard output."""
     for node in ast.walk(file.tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id == "print":
             yield node.lineno, "prints; return it, log it, or move it to cli"
+        if ast.unparse(node.func) == "structlog.get_logger" and file.path.name != LOG_OF_USERS:
+            yield node.lineno, "use get_logger of headrace.foundation.logs"
 
 
 def unsafe_code(file: File) -> Faults:
@@ -312,6 +320,7 @@ RULES: Final = [
     Rule(in_tests, silent_skips, "@pytest.mark.skipif(True)\ndef test_x(): pass\n", "tests/test_x.py"),
     Rule(in_tests, silent_skips, "def test_x(): pytest.skip('')\n", "tests/test_x.py"),
     Rule(in_src_outside_cli, prints, "print(1)\n"),
+    Rule(in_src_outside_cli, prints, "LOG = structlog.get_logger('headrace.x')\n"),
     Rule(in_src, unsafe_code, "import pickle\n"),
     Rule(in_src, unsafe_code, "def f():\n    from marshal import loads\n"),
     Rule(in_src, unsafe_code, "eval('1')\n"),

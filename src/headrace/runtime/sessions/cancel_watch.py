@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol, runtime_checkable
 
 import msgspec
-import structlog
 
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.ids import session_name
+from headrace.foundation.logs import get_logger
 from headrace.runtime.engine import Engine
 from headrace.store.protocol import Heartbeat
 
-LOG: Any = structlog.get_logger("headrace.cancellations")
+LOG: Any = get_logger("headrace.cancellations")
 GAP_S: Final = 0.2
 """Seconds between two questions of one session."""
 

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 
 from headrace.cli.invocation.target_loader import load_target
+from headrace.foundation import logs
 from headrace.foundation.errors import InvalidInput
 from headrace.runtime.tasks.task_spec import TaskSpec
 
 
 @pytest.fixture(autouse=True)
 def clean_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Remove the modules and paths that a test has imported."""
+    """Remove the modules and paths that a test has imported, and the configuration of logs."""
     modules_before = dict(sys.modules)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
+    logs.reset()
     for name in set(sys.modules) - set(modules_before):
         del sys.modules[name]
 

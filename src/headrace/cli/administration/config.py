@@ -38,10 +38,8 @@ def show(
     A flag overrides an environment variable, which overrides `Headrace(…)` in the app's code, which overrides
     headrace.toml.
     """
-    from headrace.cli.invocation.opening import log_before_import
     from headrace.cli.invocation.target_loader import load_app
 
-    log_before_import()
     target_app = load_app(target) if target else None
     place = place_of(store, server)
     settings = settings_of(target_app, store=place, concurrency=concurrency, processes=processes)

@@ -50,12 +50,12 @@ def settings_of(app: Headrace | None = None, /, **flags: object | None) -> Setti
     return settings
 
 
-def log_before_import(**flags: object | None) -> None:
-    """Configure logging before a command imports the user's module, so that lines of the import have its format.
+def log_before_import() -> None:
+    """Configure logging before the user's module is imported, so that lines of the import have the right format.
 
     The arguments of the module's `Headrace(…)` are not known yet: `settings_of` configures again with them.
     """
-    _configure_logs(load(flags, os.environ, Path.cwd()))
+    _configure_logs(load({}, os.environ, Path.cwd()))
 
 
 def _configure_logs(settings: Settings) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
+from headrace.cli.invocation.opening import log_before_import
 from headrace.foundation.errors import InvalidInput
 from headrace.runtime.tasks.task_registry import Registry
 from headrace.runtime.tasks.task_spec import TaskSpec
@@ -74,7 +75,11 @@ def load_indexer(target: str) -> Any:
 
 
 def _attribute(target: str, form: str, names_of: Callable[[ModuleType], list[str]], plural: str) -> Any:
-    """Import the module or file of a target and return the named attribute. `names_of` lists what it may be."""
+    """Import the module or file of a target and return the named attribute. `names_of` lists what it may be.
+
+    Raises `InvalidInput`, and `InvalidSetting` for settings of the environment or of headrace.toml.
+    """
+    log_before_import()
     place, colon, attribute = target.rpartition(":")
     if not colon or not place or not attribute:
         raise InvalidInput(f"expected {form}, got {target!r}", hint=_hint_at(place or attribute, names_of, plural))

@@ -40,10 +40,9 @@ def command(
     OUTPUT gets one line for each item, in order: {"index":0,"ok":true,"output":…} or {"index":0,"ok":false,"error":…}.
     Exit codes: 0 all runs completed, 3 some runs failed, 2 usage or input error, 130 interrupted.
     """
-    from headrace.cli.invocation.opening import log_before_import, place_of, run_async, settings_of
+    from headrace.cli.invocation.opening import place_of, run_async, settings_of
     from headrace.cli.maps.mapping import Mapping, load_task
 
-    log_before_import()
     app, loaded_task = load_task(task)
     settings = settings_of(app, store=place_of(store, server), concurrency=concurrency, processes=processes)
     if settings.log_level != "debug":  # each failed item is in the output, and counted in the summary

@@ -66,10 +66,9 @@ def run(
     """Run an indexer until its sources end. SIGINT and SIGTERM commit the handled events first; a second signal stops
     now.
     """
-    from headrace.cli.invocation.opening import log_before_import, place_of, run_async, settings_of
+    from headrace.cli.invocation.opening import place_of, run_async, settings_of
     from headrace.cli.invocation.target_loader import load_indexer
 
-    log_before_import()
     loaded = load_indexer(indexer)
     settings_of(loaded.app, store=place_of(store, server), index_depth_max=depth, index_batch_events_max=batch_size)
     run_async(_run(loaded, position_of(until), wait=not no_wait, shows=progress))
@@ -219,11 +218,10 @@ def rollback(
     server: NoServerOption = None,
 ) -> None:
     """Roll the tables back to the state after an event. Requires history: `app.indexer(…, history=…)`."""
-    from headrace.cli.invocation.opening import log_before_import, place_of, run_async, settings_of
+    from headrace.cli.invocation.opening import place_of, run_async, settings_of
     from headrace.cli.invocation.printing import note
     from headrace.cli.invocation.target_loader import load_indexer
 
-    log_before_import()
     loaded = load_indexer(indexer)
     settings_of(loaded.app, store=place_of(store, server))
 

@@ -68,10 +68,9 @@ def command(
 
     On a signal the server refuses new streams, finishes open ones and writes all outcomes. A second signal stops now.
     """
-    from headrace.cli.invocation.opening import log_before_import, run_async, settings_of
+    from headrace.cli.invocation.opening import run_async, settings_of
     from headrace.cli.invocation.target_loader import load_app
 
-    log_before_import()
     loaded = load_app(app) if app else None
     settings = settings_of(
         loaded,

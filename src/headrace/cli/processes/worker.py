@@ -37,11 +37,10 @@ def command(
     With --processes N there are N workers, each with its own session. A worker that crashes is replaced, and its runs
     are recovered.
     """
-    from headrace.cli.invocation.opening import log_before_import, place_of, run_async, settings_of
+    from headrace.cli.invocation.opening import place_of, run_async, settings_of
     from headrace.cli.invocation.target_loader import load_app
 
     store = place_of(store, server)
-    log_before_import()
     loaded = load_app(app)
     settings = settings_of(loaded, store=store, concurrency=concurrency, processes=processes)
     queue_names = [queue for queue in queues.split(",") if queue] or None

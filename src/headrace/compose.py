@@ -65,7 +65,7 @@ async def open_engine(settings: Settings, *, migrates: bool | None = None) -> En
     store = SqliteStore(path, settings.limits, migrates=migrates)
     await store.open()
     try:
-        objects = settings.objects or str(path.with_name(path.name + ".objects").resolve())
+        objects = settings.objects or str(objects_directory(path).resolve())
         payloads = open_payloads(objects)
     except BaseException:
         await store.close()
@@ -77,7 +77,7 @@ async def open_engine(settings: Settings, *, migrates: bool | None = None) -> En
         SystemClock(),
         CommitWatcher(path),
         SqliteEntities(store, settings.limits.batch_runs_max),
-        live_directory=path.with_name(path.name + ".live"),
+        live_directory=marks_directory(path),
         reachability=store.reachability,
     )
 
@@ -270,3 +270,13 @@ def sqlite_path(url: str) -> Path:
             f"{url!r} does not name a file", hint="write sqlite:///relative.db or sqlite:////absolute.db"
         )
     return Path(unquote(parts.path)[1:])
+
+
+def objects_directory(path: Path) -> Path:
+    """Return the directory of the payloads of a SQLite file, where no object store is configured."""
+    return path.with_name(path.name + ".objects")
+
+
+def marks_directory(path: Path) -> Path:
+    """Return the directory of the in-flight marks of the processes that have a SQLite file open."""
+    return path.with_name(path.name + ".live")

@@ -82,10 +82,8 @@ def command(
 
     With --server, check what a client can see. Exit code 1 if any check fails.
     """
-    from headrace.cli.invocation.opening import log_before_import
     from headrace.cli.invocation.target_loader import load_app
 
-    log_before_import()
     settings = settings_of(load_app(app) if app else None, store=place_of(store, server))
     findings = run_async(examine(settings))
     all_ok = all(finding.ok for finding in findings)
@@ -209,12 +207,12 @@ async def access(settings: Settings) -> str:
     """Find files of the store that other users of this machine may read: they hold payloads and keys."""
     if urlsplit(settings.store).scheme != "sqlite":
         return "no file holds data"
-    from headrace.compose import sqlite_path
+    from headrace.compose import marks_directory, objects_directory, sqlite_path
 
     path = sqlite_path(settings.store)
     wide = [
         f"{part} ({part.stat().st_mode & 0o777:04o})"
-        for part in (path, path.with_name(path.name + ".objects"), path.with_name(path.name + ".live"))
+        for part in (path, objects_directory(path), marks_directory(path))
         if part.exists() and part.stat().st_mode & OTHERS
     ]
     if wide:

@@ -25,6 +25,8 @@ from headrace.benchmarks.baselines.workload import (
     CHUNKS_A_COMMIT,
     ITEM_BYTES,
     PAD,
+    SESSION,
+    SESSION_ROW,
     Item,
     pack,
     run,
@@ -36,7 +38,6 @@ PLACES: Final = array("H", range(4_096)).tobytes()
 STORE: Final = Path(__file__).parents[2] / "store" / "postgres"
 SCHEMA: Final = "headrace_baseline"
 BATCH: Final = "batch_00000000000000000000000000"
-SESSION: Final = "session_00000000000000000000000000"
 SETTINGS: Final = {"enable_seqscan": "off", "jit": "off"}
 
 
@@ -177,18 +178,7 @@ def _received(index: int) -> bytes:
 
 
 async def _drain(db: Any) -> int:
-    session = {
-        "id": SESSION,
-        "kind": "baseline",
-        "host": "",
-        "pid": 0,
-        "started_us": 0,
-        "heartbeat_us": 0,
-        "serves": "",
-        "environment": "default",
-        "key_id": "",
-    }
-    await _fetch(db, "insert_session", **session)
+    await _fetch(db, "insert_session", **SESSION_ROW)
     settled_count, claim_no = 0, 0
     while True:
         claim_no += 1

@@ -26,6 +26,8 @@ from headrace.benchmarks.baselines.workload import (
     CHUNKS_A_COMMIT,
     ITEM_BYTES,
     PAD,
+    SESSION,
+    SESSION_ROW,
     Item,
     pack,
     run,
@@ -45,7 +47,6 @@ STORE: Final = Path(__file__).parents[2] / "store" / "sqlite"
 SQL: Final = statements(STORE / "sql")
 SCHEMA: Final = "".join(file.read_text(encoding="utf-8") for file in sorted((STORE / "migrations").glob("*.sql")))
 BATCH: Final = "batch_00000000000000000000000000"
-SESSION: Final = "session_00000000000000000000000000"
 LANE: Final = {"environment": "default", "queue": "default", "task": "nothing"}
 TOKEN_AT: Final = 21
 """Column of the token in a row of a claim."""
@@ -172,18 +173,7 @@ def _insert_chunks(db: sqlite3.Connection, chunks: list[tuple[int, int, bytes]],
 
 
 def _drain(db: sqlite3.Connection) -> int:
-    session = {
-        "id": SESSION,
-        "kind": "baseline",
-        "host": "",
-        "pid": 0,
-        "started_us": 0,
-        "heartbeat_us": 0,
-        "serves": "",
-        "environment": "default",
-        "key_id": "",
-    }
-    db.execute(SQL["insert_session"], session)
+    db.execute(SQL["insert_session"], SESSION_ROW)
     settled_count, claim_no = 0, 0
     while True:
         claim_no += 1

@@ -14,6 +14,19 @@ CHUNK_RUNS: Final = 256
 CHUNKS_A_COMMIT: Final = 32
 ITEM_BYTES: Final = 100
 PAD: Final = "x" * 79
+SESSION: Final = "session_00000000000000000000000000"
+SESSION_ROW: Final[dict[str, object]] = {
+    "id": SESSION,
+    "kind": "baseline",
+    "host": "",
+    "pid": 0,
+    "started_us": 0,
+    "heartbeat_us": 0,
+    "serves": "",
+    "environment": "default",
+    "key_id": "",
+}
+"""Values of `insert_session`."""
 
 
 class Item(msgspec.Struct):

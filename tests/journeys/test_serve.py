@@ -8,7 +8,8 @@ import os
 import re
 import signal
 import sys
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,6 +61,20 @@ class Program:
         return int(await self.process.wait())
 
 
+@asynccontextmanager
+async def programs(folder: Path) -> AsyncIterator[Callable[..., Awaitable[Program]]]:
+    """Yield a function `(until, *arguments)` that starts a program. All are killed when the block ends."""
+    async with AsyncExitStack() as stack:
+
+        async def program(until: str, *arguments: str) -> Program:
+            command = Program(folder, *arguments)
+            stack.push_async_callback(command.end, signal.SIGKILL)
+            await command.start(until)
+            return command
+
+        yield program
+
+
 async def request(port: int, method: str, path: str, body: Any = None, headers: Any = None) -> HttpAnswer:
     peer = HttpPeer("127.0.0.1", port)
     try:
@@ -76,14 +91,7 @@ async def test_a_server_killed_during_a_stream_loses_nothing_and_a_remote_worker
     (tmp_path / "tasks.py").write_text(TASKS)
     port = free_port()
     serve = ("serve", "--store", "sqlite:///headrace.db", "--port", str(port))
-    async with AsyncExitStack() as stack:
-
-        async def program(until: str, *arguments: str) -> Program:
-            command = Program(tmp_path, *arguments)
-            stack.push_async_callback(command.end, signal.SIGKILL)
-            await command.start(until)
-            return command
-
+    async with programs(tmp_path) as program:
         server = await program("serving", *serve)
 
         # Twenty items of 600 KB each seal the batch; streamed again, no item is accepted.
@@ -244,16 +252,10 @@ async def test_a_server_and_its_remote_worker_continue_when_the_database_is_back
     (tmp_path / "tasks.py").write_text(TASKS)
     port, database = free_port(), Server()
     try:
-        async with AsyncExitStack() as stack:
-
-            async def program(until: str, *arguments: str) -> Program:
-                command = Program(tmp_path, *arguments)
-                stack.push_async_callback(command.end, signal.SIGKILL)
-                await command.start(until)
-                return command
+        async with programs(tmp_path) as program:
 
             async def outcome(answer: HttpAnswer) -> str:
-                """Return the state in which a run ends, whatever the server answers before."""
+                """Return the state in which a run ends. Errors of the server before that are ignored."""
                 assert answer.status == 201, answer
                 while True:
                     view = await request(port, "GET", f"/v1/runs/{answer.json['id']}")

@@ -149,7 +149,7 @@ async def pickup(server: Server, folder: Path, outage_s: float) -> list[Figure]:
 
 
 async def produce(sent_s: list[float]) -> None:
-    """Enqueue single runs at a steady rate, whatever becomes of the earlier ones."""
+    """Enqueue single runs at a steady rate, without waiting for their results."""
     pending: set[asyncio.Task[object]] = set()
     began = time.monotonic()
     try:

@@ -27,7 +27,7 @@ EXPANSION_FREE_BYTES: Final = MIB
 
 PIECE_BYTES: Final = 256 * KIB
 TURN_BYTES: Final = 256 * KIB
-"""Bytes of one body after which the event loop serves others, whatever the bytes were."""
+"""Bytes of one body, of any content, after which the event loop serves other requests."""
 ZSTD_SLICE_BYTES: Final = 256
 """A zstd block has at least 4 bytes and expands to at most 128 KiB, so a slice expands to at most 8 MiB."""
 

@@ -168,7 +168,9 @@ class BrokerRig:
         return {state: count for state, count in result.items() if count}
 
     async def drain(self, workers_count: int, status: int = COMPLETE) -> list[str]:
-        """Run workers that fetch and report until nothing is left. Returns the delivered ids in order."""
+        """Run workers that fetch and report until nothing is left, and wait until all reports are written. Returns the
+        delivered ids in order.
+        """
         delivered: list[str] = []
 
         async def work() -> None:
@@ -178,6 +180,7 @@ class BrokerRig:
                 task = await self.set(task.id, status, fetch={})
 
         await asyncio.gather(*(work() for _ in range(workers_count)))
+        await self.reports_written()
         return delivered
 
     async def drain_by_push(self) -> list[str]:
@@ -201,6 +204,12 @@ class BrokerRig:
     async def tick(self) -> None:
         """Run the dispatcher's duties once, and wait until all their reports are written."""
         await self.dispatcher.tick()
+        await self.reports_written()
+
+    async def reports_written(self) -> None:
+        """Wait until every accepted report is written: also those that the dispatcher itself made, which have no
+        caller that waits for them.
+        """
         await self.dispatcher.report([ActivationReport("nothing", "completed")])
 
 
@@ -228,6 +237,7 @@ async def running_broker(
         assert await invariants.faults(engine.store, engine.environment) == []
     finally:
         await rig.dispatcher.stop()
+        await rig.producer.close()
         await engine.close()
 
 

@@ -46,9 +46,7 @@ ALIVE: Final = "as many as there are running ones: an index on those alone"
 PAGED: Final = "read in order from the end of the last page, at most up to the limit"
 NOT_NAMED: Final = {
     ("delete_sessions", "session_pkey"): "as many as there were processes in the last hour",
-    ("delete_sessions", "span_leased"): ALIVE,
     ("lease_loads", "span_leased"): ALIVE,
-    ("leased_count", "span_leased"): ALIVE,
     ("leases_without_session", "span_leased"): ALIVE,
     ("list_batches", "batch_listed"): PAGED,
     ("list_queues", "span_unsettled"): ALIVE,

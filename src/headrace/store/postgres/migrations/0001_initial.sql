@@ -98,7 +98,7 @@ CREATE TABLE {schema}.span (
 CREATE INDEX span_claimable ON {schema}.span (environment, queue, task, priority DESC, order_no, batch_id, first_index, id)
     WHERE state = 'waiting';
 CREATE INDEX span_delayed ON {schema}.span (due_us) WHERE state = 'delayed';
-CREATE INDEX span_leased ON {schema}.span (session_id, claim_no) WHERE state = 'leased';
+CREATE INDEX span_leased ON {schema}.span (session_id, claim_no) WHERE session_id <> '';
 CREATE INDEX span_expiring ON {schema}.span (expires_us) WHERE expires_us > 0 AND state IN ('waiting', 'delayed');
 CREATE INDEX span_unsettled ON {schema}.span (batch_id, state) WHERE state <> 'done';
 CREATE INDEX span_of_block ON {schema}.span (block_id);

@@ -150,7 +150,7 @@ WITH session AS MATERIALIZED (
 -- A repeated claim returns the same spans (R1, claims are repeatable by number).
 before AS MATERIALIZED (
     SELECT span.* FROM session JOIN {schema}.span ON span.session_id = session.id
-    WHERE span.state = 'leased' AND span.session_id = :session_id AND span.claim_no = :claim_no
+    WHERE {leased(span.)} AND span.session_id = :session_id AND span.claim_no = :claim_no
 ),
 due AS MATERIALIZED (
     SELECT 1 FROM {schema}.span WHERE state = 'delayed' AND due_us <= :due_us::bigint LIMIT 1

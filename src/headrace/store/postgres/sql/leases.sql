@@ -8,7 +8,7 @@ SELECT 1 FROM {schema}.session WHERE id = :id AND ended_us = 0 AND environment =
 
 -- claimed_before: read the spans of a claim that is repeated, in claim order
 SELECT {span_columns()}
-FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id AND claim_no = :claim_no
+FROM {schema}.span WHERE {leased()} AND session_id = :session_id AND claim_no = :claim_no
 ORDER BY {claim_order()};
 
 -- due_spans: read delayed spans that are due, with the clock of their queue
@@ -52,21 +52,21 @@ SELECT 1 FROM {schema}.part WHERE block_id = :block_id AND span_id = :span_id AN
 
 -- lock_spans_of_session: lock the spans that a session has leased
 SELECT {span_columns()}
-FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id ORDER BY id
+FROM {schema}.span WHERE {leased()} AND session_id = :session_id ORDER BY id
 FOR UPDATE;
 
 -- leases_of_session: list the leases of a session, for it to compare with its memory
-SELECT id, token, claim_no, batch_id FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id;
+SELECT id, token, claim_no, batch_id FROM {schema}.span WHERE {leased()} AND session_id = :session_id;
 
 -- stopped_batches: read which of some batches are cancelled or abandoned
 SELECT id FROM {schema}.batch WHERE id = ANY ({text_array(:ids)}) AND state IN ('cancelled', 'abandoned');
 
 -- has_unwanted_runs: check whether a session has leased runs of a stopped batch, or of one with cancelled runs
 SELECT 1 FROM {schema}.batch WHERE state IN ('cancelled', 'abandoned')
-    AND id = ANY (ARRAY(SELECT DISTINCT batch_id FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id))
+    AND id = ANY (ARRAY(SELECT DISTINCT batch_id FROM {schema}.span WHERE {leased()} AND session_id = :session_id))
 UNION ALL
 SELECT 1 FROM {schema}.cancellation
-WHERE batch_id = ANY (ARRAY(SELECT DISTINCT batch_id FROM {schema}.span WHERE state = 'leased' AND session_id = :session_id))
+WHERE batch_id = ANY (ARRAY(SELECT DISTINCT batch_id FROM {schema}.span WHERE {leased()} AND session_id = :session_id))
 LIMIT 1;
 
 -- cancellations: list the single runs of some batches that are to be cancelled
@@ -91,7 +91,7 @@ FOR UPDATE SKIP LOCKED;
 -- leases_without_session: read leased spans whose session has ended or does not exist
 SELECT {span_columns()}
 FROM {schema}.span
-WHERE span.state = 'leased' AND NOT EXISTS (SELECT 1 FROM {schema}.session WHERE session.id = span.session_id AND session.ended_us = 0)
+WHERE {leased(span.)} AND NOT EXISTS (SELECT 1 FROM {schema}.session WHERE session.id = span.session_id AND session.ended_us = 0)
 LIMIT :rows_max
 FOR UPDATE SKIP LOCKED;
 

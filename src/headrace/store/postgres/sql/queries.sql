@@ -19,7 +19,7 @@ FROM {schema}.batch WHERE environment = :environment AND key = :key;
 -- lock_streams_of_session: lock the open streams of a session, and the batches of its leases
 SELECT {batch_columns}
 FROM {schema}.batch WHERE session_id = :session_id AND session_id <> '' AND state = 'open'
-    OR id = ANY (ARRAY(SELECT batch_id FROM {schema}.span WHERE span.state = 'leased' AND span.session_id = :session_id))
+    OR id = ANY (ARRAY(SELECT batch_id FROM {schema}.span WHERE {leased(span.)} AND span.session_id = :session_id))
 ORDER BY id FOR UPDATE;
 
 -- list_batches: list batches of an environment, newest first
@@ -75,7 +75,7 @@ SELECT id, kind, host, pid, started_us, heartbeat_us, serves, environment, key_i
 
 -- lease_loads: count the leased runs of each session, with its last claim
 SELECT session_id, sum(unsettled_count)::bigint, max(leased_us) FROM {schema}.span
-WHERE state = 'leased' GROUP BY session_id;
+WHERE {leased()} GROUP BY session_id;
 
 -- waiting_lanes: list the lanes of an environment that have a waiting span
 SELECT lane.queue, lane.task, coalesce(queue.paused, 0)

@@ -188,6 +188,6 @@ DELETE FROM {schema}.batch WHERE id = :batch_id;
 
 -- delete_sessions: delete sessions that ended long ago and own no unfinished stream
 DELETE FROM {schema}.session WHERE ended_us > 0 AND ended_us < :before_us
-AND NOT EXISTS (SELECT 1 FROM {schema}.span WHERE span.session_id = session.id AND span.state = 'leased' LIMIT 1)
+AND NOT EXISTS (SELECT 1 FROM {schema}.span WHERE {leased(span.)} AND span.session_id = session.id LIMIT 1)
 AND (SELECT count(*) FROM {schema}.batch WHERE batch.session_id = session.id AND batch.session_id <> ''
     AND batch.finished_us = 0) = 0;

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from headrace.foundation.limits import MIB
-from headrace.grpc.transport import frames, server
+from headrace.grpc.transport import budget, frames, server
+from headrace.grpc.transport.connection import STEP_UNITS
 from headrace.grpc.transport.frames import ErrorCode, frame
 from headrace.grpc.transport.headers import encode_block
 from headrace.grpc.transport.sender import ALLOWANCE_MAX
@@ -20,7 +21,7 @@ from tests.support.http2_frames import GREETING, framed
 
 REQUEST = {":method": "POST", ":scheme": "http", ":path": ECHO, "content-type": "application/grpc"}
 BLOCK = encode_block(REQUEST)
-TURN_MAX = 64
+TURN_MAX = STEP_UNITS
 """Frames of one peer that may be processed before another peer's call is answered."""
 
 
@@ -47,7 +48,7 @@ def is_read(peer: Peer) -> bool:
 @pytest.fixture
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make each step of a connection take its whole turn."""
-    ticks = itertools.count(step=server.TURN_S)
+    ticks = itertools.count(step=budget.TURN_S)
     monkeypatch.setattr(server, "perf_counter", lambda: next(ticks))
 
 
@@ -157,6 +158,83 @@ async def test_another_peer_s_call_is_answered_between_the_turns_of_a_busy_one()
     await busy.read()
     assert taken_count(busy) == 1_000
     assert busy.transport.is_read
+
+
+@pytest.mark.usefixtures("short_turns")
+async def test_the_connections_of_one_address_share_a_turn_and_each_of_them_goes_on() -> None:
+    echo = Echo()
+    first = Peer(echo.methods)
+    busy = [first, *(Peer(echo.methods, server=first.server) for _ in range(9))]
+    other = Peer(echo.methods, server=first.server, address="10.0.0.2")
+    for peer in (*busy, other):
+        await peer.send(GREETING)
+    flood = b"".join(call(ECHO, 2 * number + 1) for number in range(1_000))
+    for peer in busy:
+        peer.connection.data_received(flood)
+    counts = [taken_count(peer) for peer in busy]
+    assert all(0 < count <= STEP_UNITS for count in counts), "one step each: the first has used the time of them all"
+    for peer in busy:
+        while peer.connection._http2.has_more:
+            await asyncio.sleep(0)
+        assert taken_count(peer) == 1_000
+
+
+@pytest.mark.usefixtures("short_turns")
+async def test_busy_addresses_leave_time_for_other_work_in_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "SERVER_TURN_S", 5 * budget.TURN_S)
+    monkeypatch.setattr(budget, "TURN_S", 3 * budget.TURN_S)
+    echo = Echo()
+    first = Peer(echo.methods)
+    busy = [first, *(Peer(echo.methods, server=first.server, address=f"10.0.1.{n}") for n in range(9))]
+    for peer in busy:
+        await peer.send(GREETING)
+    for peer in busy:
+        peer.connection.data_received(b"".join(call(ECHO, 2 * number + 1) for number in range(1_000)))
+    assert sum(map(taken_count, busy)) <= (5 + len(busy)) * STEP_UNITS
+    assert all(map(taken_count, busy))
+    for peer in busy:
+        while peer.connection._http2.has_more:
+            await asyncio.sleep(0)
+        await peer.read()
+    assert len(echo.calls) == 10_000
+
+
+async def test_an_address_that_used_up_an_allowance_starts_with_less_for_a_minute() -> None:
+    def attack(peer: Peer) -> bytes:
+        stream_id = 2 * taken_count(peer) + 1
+        return frame(frames.HEADERS, frames.END_HEADERS, stream_id, BLOCK) + frames.rst_stream(
+            stream_id, ErrorCode.CANCEL
+        )
+
+    async def calls_until_closed(peer: Peer) -> int:
+        await peer.send(GREETING)
+        while not peer.transport.end:
+            await peer.send(attack(peer))
+        return taken_count(peer)
+
+    echo = Echo()
+    first = Peer(echo.methods)
+    count = await calls_until_closed(first)
+    again = await calls_until_closed(Peer(echo.methods, server=first.server))
+    assert again <= count / 5
+    assert await calls_until_closed(Peer(echo.methods, server=first.server, address="10.0.0.2")) == count
+    later = Peer(echo.methods, server=first.server)
+    await later.send(GREETING)
+    for number in range(50):  # a client that makes calls earns its allowance again
+        await later.send(call(ECHO, 2 * number + 1))
+    assert (len(echo.calls), later.transport.end) == (50, "")
+    first.server.budget.distrust("10.0.0.1", first.now_s - budget.DISTRUST_S)
+    assert await calls_until_closed(Peer(echo.methods, server=first.server)) == count
+
+
+async def test_the_addresses_that_are_remembered_are_bounded() -> None:
+    peers = budget.Budget(1)
+    for number in range(budget.DISTRUSTED_MAX + 1):
+        peers.distrust(str(number), 0.0)
+    assert not peers.is_distrusted("0", 0.0)
+    assert peers.is_distrusted("1", 0.0)
+    assert peers.is_distrusted(str(budget.DISTRUSTED_MAX), budget.DISTRUST_S - 1)
+    assert not peers.is_distrusted(str(budget.DISTRUSTED_MAX), budget.DISTRUST_S)
 
 
 @pytest.mark.usefixtures("short_turns")

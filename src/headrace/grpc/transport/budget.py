@@ -1,7 +1,8 @@
-"""Memory for messages: one bound for the whole server, with a share for each peer address and each connection.
+"""What peers share: memory for messages and processor time, with a bound for the server and one for each peer address.
 
 A message counts from its first byte until its call has ended. A peer that fills its share gets RESOURCE_EXHAUSTED, and
-leaves the rest to the others.
+leaves the rest to the others. Processor time counts for one turn of the event loop. A peer that used up its own time
+continues in the next turn, after the others.
 """
 
 from __future__ import annotations
@@ -11,17 +12,57 @@ from typing import Final
 PEER_SHARE: Final = 2
 """All connections of one address may hold one in `PEER_SHARE` of the bytes."""
 CONNECTION_SHARE: Final = 4
+TURN_S: Final = 0.005
+"""Processor time that all connections of one address may use before the event loop serves the others."""
+SERVER_TURN_S: Final = 0.02
+"""Processor time that all connections together may use before the event loop does its other work. Each connection may
+always process one step.
+"""
+DISTRUST_S: Final = 60.0
+"""Time after which an address that used up the allowance of a connection is trusted again."""
+DISTRUSTED_MAX: Final = 4_096
 
 
 class Budget:
-    """Bytes of messages held by all connections of a process together."""
+    """Bytes of messages held by all connections of a process together, their processor time in the current turn of the
+    event loop, and the addresses that exceeded the allowance of a connection.
+    """
 
-    __slots__ = ("bytes_max", "held_bytes", "peers")
+    __slots__ = ("_distrusted_s", "_peer_turns_s", "_turn_s", "bytes_max", "held_bytes", "peers")
 
     def __init__(self, bytes_max: int) -> None:
         self.bytes_max = bytes_max
         self.held_bytes = 0
         self.peers: dict[str, int] = {}
+        self._turn_s = 0.0
+        self._peer_turns_s: dict[str, float] = {}
+        self._distrusted_s: dict[str, float] = {}
+
+    def begin_turn(self) -> None:
+        """Begin a turn of the event loop, in which no time was used."""
+        self._turn_s = 0.0
+        self._peer_turns_s.clear()
+
+    def use_time(self, peer: str, seconds: float) -> None:
+        """Count processor time of a peer in this turn."""
+        self._turn_s += seconds
+        self._peer_turns_s[peer] = self._peer_turns_s.get(peer, 0.0) + seconds
+
+    def has_time(self, peer: str) -> bool:
+        """True while a peer may process more in this turn."""
+        return self._turn_s < SERVER_TURN_S and self._peer_turns_s.get(peer, 0.0) < TURN_S
+
+    def distrust(self, peer: str, now_s: float) -> None:
+        """Remember that a connection of this address used up its allowance: its next ones start with less."""
+        self._distrusted_s.pop(peer, None)
+        self._distrusted_s[peer] = now_s
+        if len(self._distrusted_s) > DISTRUSTED_MAX:
+            del self._distrusted_s[next(iter(self._distrusted_s))]
+
+    def is_distrusted(self, peer: str, now_s: float) -> bool:
+        """True if a connection of this address used up its allowance in the last `DISTRUST_S`."""
+        distrusted_s = self._distrusted_s.get(peer)
+        return distrusted_s is not None and now_s - distrusted_s < DISTRUST_S
 
 
 class Allotment:

@@ -99,7 +99,6 @@ class Http2Connection(Sender):
         self._open_block: tuple[int, int, bytearray] | None = None
         self._continuations_count = 0
         self._receive_window = CONNECTION_WINDOW
-        self._paid_us = 0
         if is_client:
             self._write(frames.PREFACE)
         self._write(

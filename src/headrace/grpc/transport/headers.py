@@ -100,7 +100,7 @@ class HeaderReader:
         except (HPACKError, ValueError, IndexError) as error:
             raise ProtocolError(
                 ErrorCode.COMPRESSION_ERROR,
-                f"expected a valid HPACK header block, got one that can't be decoded: {error}"[:200][:200],
+                f"expected a valid HPACK header block, got one that can't be decoded: {error}"[:200],
             ) from None
         if self._table.changes_count != before or (block and block[0] in _RESIZE):
             seen.clear()

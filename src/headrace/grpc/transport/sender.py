@@ -26,6 +26,7 @@ RECENT_IDS: Final = 512
 """Ended streams that are remembered, to tell frames in flight from violations."""
 ALLOWANCE_MAX: Final = 2_000
 ALLOWANCE_PER_CALL: Final = 10
+DISTRUSTED_ALLOWANCE: Final = 200
 PAYING_BYTES: Final = 1_024
 """A DATA frame of at least this size pays for the WINDOW_UPDATE frames that it causes."""
 
@@ -115,7 +116,7 @@ class Sender:
         self._window = frames.WINDOW_FIRST
         self._stream_window = frames.WINDOW_FIRST
         self._frame_max = FRAME_BYTES
-        self._allowance = ALLOWANCE_MAX
+        self._allowance, self._paid_us = ALLOWANCE_MAX, 0
         self._next_id = 1
         self._out: list[bytes] = []
 
@@ -135,6 +136,10 @@ class Sender:
     def credit_call(self) -> None:
         """Pay for the control frames of a call that reached its handler."""
         self._allowance = min(ALLOWANCE_MAX, self._allowance + ALLOWANCE_PER_CALL)
+
+    def distrust(self, *, now_us: int) -> None:
+        """Start with a small allowance: an earlier connection of this address used up its own."""
+        self._allowance, self._paid_us = DISTRUSTED_ALLOWANCE, now_us
 
     @property
     def streams_count(self) -> int:

@@ -47,8 +47,6 @@ PENDING_BYTES_MAX: Final = 4 * 1024 * 1024
 
 OUT_BYTES_MAX: Final = 256 * 1024
 """Bytes of answers and control frames for a peer that does not read. Above it, the connection is not read."""
-TURN_S: Final = 0.005
-"""Processor time that one connection may use before the event loop serves the others."""
 PROGRESS_BYTES_PER_S: Final = 1_024
 """Rate at which an incomplete message must arrive."""
 
@@ -73,6 +71,18 @@ class GrpcServer:
         self.bounds = Bounds(limits.grpc_message_bytes_max, limits.grpc_calls_max)
         self.observe: Observe = observe or _unobserved
         self.connections: set[ServerProtocol] = set()
+        self._is_turn_timed = False
+
+    def use_time(self, peer: str, seconds: float, loop: asyncio.AbstractEventLoop) -> None:
+        """Count processor time of a peer until the next turn of the event loop."""
+        self.budget.use_time(peer, seconds)
+        if not self._is_turn_timed:
+            self._is_turn_timed = True
+            loop.call_soon(self._begin_turn)
+
+    def _begin_turn(self) -> None:
+        self._is_turn_timed = False
+        self.budget.begin_turn()
 
     def cut(self) -> None:
         """Abort the running calls with UNAVAILABLE, so that their callers retry."""
@@ -114,7 +124,7 @@ class ServerProtocol(Http2Protocol):
         self._is_ping_sent = False
         self._received_s = self._progress_s = self._loop.time()
         self._sent_bytes = 0
-        self._turn_s = 0.0
+        self._has_stepped = False
         self._is_reading_paused = False
         self._timer: asyncio.TimerHandle | None = None
 
@@ -132,6 +142,8 @@ class ServerProtocol(Http2Protocol):
         if isinstance(peer, tuple):
             self._peer = f"{peer[0]}:{peer[1]}"
             self._http2.allotment.peer = peer[0]
+            if self._server.budget.is_distrusted(peer[0], self._loop.time()):
+                self._http2.distrust(now_us=int(self._loop.time() * 1e6))
         self._server.connections.add(self)
         self._siblings.add(self)
         self._timer = self._loop.call_later(self._idle_s / 2, self._check_idle)
@@ -155,16 +167,18 @@ class ServerProtocol(Http2Protocol):
         self._process()
 
     def _process(self) -> None:
-        """Process received frames. What is left after `TURN_S`, or while the peer does not read, is processed later,
-        and nothing more is read until then.
+        """Process received frames: one step, and more while its address has time in this turn of the event loop.
+
+        What is left then, or while the peer does not read, is processed later, and nothing more is read until then.
         """
-        http2, now_s, began_s = self._http2, self._loop.time(), perf_counter()
-        now_us = int(now_s * 1e6)
-        while http2.has_more and self._turn_s < TURN_S and not self._is_blocked:
+        http2, server, now_s, began_s = self._http2, self._server, self._loop.time(), perf_counter()
+        now_us, peer = int(now_s * 1e6), http2.allotment.peer
+        while http2.has_more and not self._is_blocked and (not self._has_stepped or server.budget.has_time(peer)):
+            self._has_stepped = True
             for event in http2.step(now_us=now_us):
                 self._on_event(event, now_s)
             ended_s = perf_counter()
-            self._turn_s += ended_s - began_s
+            server.use_time(peer, ended_s - began_s, self._loop)
             began_s = ended_s
         if http2.has_more and not self._is_reading_paused:
             self._is_reading_paused = True
@@ -181,6 +195,8 @@ class ServerProtocol(Http2Protocol):
             self._cancel_reset_call(event.stream_id)
         elif type(event) is ConnectionFailed:
             LOG.info("grpc.protocol_error", peer=self._peer, error_code=event.error_code.name, reason=event.reason)
+            if event.error_code == ErrorCode.ENHANCE_YOUR_CALM:
+                self._server.budget.distrust(self._http2.allotment.peer, now_s)
             self._waiting_calls.clear()
             self._cancel_all()
 
@@ -415,7 +431,7 @@ class ServerProtocol(Http2Protocol):
         if http2.is_broken or (http2.is_leaving and not http2.streams_count):
             close_gracefully(self._transport)
             return
-        self._turn_s = 0.0
+        self._has_stepped = False
         if self._is_blocked:
             return
         if http2.has_more:

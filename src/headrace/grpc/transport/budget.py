@@ -1,4 +1,4 @@
-"""What peers share: memory for messages and processor time, with a bound for the server and one for each peer address.
+"""Memory for messages and processor time that peers share, with a bound for the server and one for each address.
 
 A message counts from its first byte until its call has ended. A peer that fills its share gets RESOURCE_EXHAUSTED, and
 leaves the rest to the others. Processor time counts for one turn of the event loop. A peer that used up its own time

@@ -27,6 +27,10 @@ from typing import Any, Final, NamedTuple
 import psutil
 
 from bench.grpc_wire import HEAD, field, frame, headers
+from headrace.foundation.access import open_to_all
+from headrace.foundation.limits import MIB
+
+OPEN: Final = open_to_all(64 * MIB)
 
 ROUNDS: Final = 3
 PAIRS: Final = 5
@@ -328,9 +332,9 @@ def many(options: argparse.Namespace) -> None:
 async def _many(server: Peer, count: int) -> Figure:
     from headrace.foundation.targets import PushTarget
     from headrace.grpc.messages import broker_pb2 as wire
+    from headrace.grpc.transport.bounds import Bounds
     from headrace.grpc.transport.budget import Budget
     from headrace.grpc.transport.client import Channel
-    from headrace.grpc.transport.connection import Bounds
     from headrace.grpc.transport.signing import Secrets
 
     port = server.port
@@ -421,9 +425,9 @@ async def serve_echo(size: int) -> None:
 
     request_class = wire.PushTaskRequest
     methods = {
-        "/e/Echo": Method(request_class, same),
-        "/e/Fixed": Method(request_class, answer),
-        "/e/Empty": Method(wire.SetTaskStatusRequest, nothing),
+        "/e/Echo": Method(request_class, same, OPEN),
+        "/e/Fixed": Method(request_class, answer, OPEN),
+        "/e/Empty": Method(wire.SetTaskStatusRequest, nothing, OPEN),
     }
     server = GrpcServer(methods, limits=Limits())
     listener = await asyncio.get_running_loop().create_server(lambda: ServerProtocol(server), "127.0.0.1", 0)
@@ -455,9 +459,9 @@ async def serve_worker(tasks: int, store: str) -> None:
     from headrace.foundation.limits import Limits
     from headrace.foundation.targets import PushTarget
     from headrace.grpc.messages import taskbroker_pb2 as wire
+    from headrace.grpc.transport.bounds import Bounds
     from headrace.grpc.transport.budget import Budget
     from headrace.grpc.transport.client import Channel
-    from headrace.grpc.transport.connection import Bounds
     from headrace.grpc.transport.server import GrpcServer, ServerProtocol
     from headrace.grpc.transport.service_methods import methods_of
 
@@ -489,7 +493,7 @@ async def serve_worker(tasks: int, store: str) -> None:
         return response
 
     service = wire.DESCRIPTOR.services_by_name["WorkerService"]
-    worker = GrpcServer(methods_of(service, Worker()), limits=Limits())
+    worker = GrpcServer(methods_of(service, Worker(), access={"PushTask": OPEN}), limits=Limits())
     listener = await asyncio.get_running_loop().create_server(lambda: ServerProtocol(worker), "127.0.0.1", 0)
     worker_port = listener.sockets[0].getsockname()[1]
     environ = {"HEADRACE_PUSH": f"app=http://127.0.0.1:{worker_port}", "HEADRACE_DELIVERY": "push"}
@@ -545,7 +549,7 @@ async def serve_pusher(tasks: int, worker_port: int) -> None:
     async def acknowledge(_message: Any, _call: Any) -> Any:
         return wire.SetBatchActivationStatusResponse()
 
-    server = GrpcServer({SET_MANY: Method(wire.SetBatchActivationStatusRequest, acknowledge)}, limits=Limits())
+    server = GrpcServer({SET_MANY: Method(wire.SetBatchActivationStatusRequest, acknowledge, OPEN)}, limits=Limits())
     listener = await asyncio.get_running_loop().create_server(lambda: ServerProtocol(server), "127.0.0.1", 0)
     print(listener.sockets[0].getsockname()[1], flush=True)
     target = PushTarget("app", "127.0.0.1", worker_port, is_tls=False)

@@ -21,6 +21,7 @@ from typing import Any, Final
 from bench.activations import CountingStore, append_activations
 from bench.grpc import GET, SET, process
 from headrace.foundation import interpreter
+from headrace.foundation.access import open_to_all
 
 WORKERS: Final = 500
 CHANNELS: Final = 8
@@ -71,7 +72,7 @@ async def serve(mode: str, store: str, count: int) -> None:
             ack="received" if mode == "b" else "committed",
             flush_interval_ms=limits.flush_interval_ms if mode == "b" else None,
         ) as broker:
-            methods = broker.consumer.methods | {"/e/Counts": Method(wire.PushTaskRequest, counts)}
+            methods = broker.consumer.methods | {"/e/Counts": Method(wire.PushTaskRequest, counts, open_to_all())}
             server = GrpcServer(methods, limits=engine.limits)
             listener = await asyncio.get_running_loop().create_server(lambda: ServerProtocol(server), "127.0.0.1", 0)
             print(listener.sockets[0].getsockname()[1], flush=True)
@@ -86,9 +87,9 @@ async def drain(port: int, count: int) -> tuple[float, str]:
     """Return the tasks a second of all workers together, and the counts of the server."""
     from headrace.foundation.targets import PushTarget
     from headrace.grpc.messages import taskbroker_pb2 as wire
+    from headrace.grpc.transport.bounds import Bounds
     from headrace.grpc.transport.budget import Budget
     from headrace.grpc.transport.client import Channel
-    from headrace.grpc.transport.connection import Bounds
 
     target = PushTarget("app", "127.0.0.1", port, is_tls=False)
     channels = [Channel(target, Bounds(1 << 26, 256), Budget(1 << 28)) for _ in range(CHANNELS)]

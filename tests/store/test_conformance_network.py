@@ -146,6 +146,7 @@ def key_of(number: int, environment: str = "default") -> ApiKey:
 
 
 async def test_a_key_is_found_by_its_digest_listed_and_revoked_once(rig: StoreRig) -> None:
+    assert not await rig.store.has_keys()
     for number in (1, 2):
         await rig.store.add_key(key_of(number), now_us=rig.now_us)
     await rig.store.add_key(key_of(3, "other"), now_us=rig.now_us)
@@ -159,6 +160,13 @@ async def test_a_key_is_found_by_its_digest_listed_and_revoked_once(rig: StoreRi
     revoked = await rig.store.find_key(key_of(1).digest)
     assert revoked is not None
     assert revoked.revoked_us == rig.now_us - SECOND_US
+
+
+async def test_a_key_of_any_environment_counts_also_after_it_is_revoked(rig: StoreRig) -> None:
+    await rig.store.add_key(key_of(1, "other"), now_us=rig.now_us)
+    assert await rig.store.has_keys()
+    await rig.store.revoke_key("other", "key_1", now_us=rig.now_us)
+    assert await rig.store.has_keys()
 
 
 async def test_a_key_belongs_to_one_environment_and_no_key_is_added_twice(rig: StoreRig) -> None:

@@ -28,7 +28,7 @@ SQL_FILES = ("fast_path", "queries", "leases", "writes", "api_keys")
 """SQL files whose statements the scenario must use."""
 READS = {
     "batch", "find_batch", "batches", "missing", "outcomes", "run", "runs", "queues", "verify", "unnamed", "sessions",
-    "duties", "next_due_us", "find_key", "keys",
+    "duties", "next_due_us", "find_key", "keys", "has_keys",
 }  # fmt: skip
 """Operations that change nothing: a process killed in one is as if killed after the operation before."""
 EVERYWHERE = "HEADRACE_TEST_EVERYWHERE"

@@ -11,7 +11,8 @@ from typing import Any
 
 import trustme
 
-from headrace.foundation.limits import Limits
+from headrace.foundation.access import Access, open_to_all
+from headrace.foundation.limits import KIB, MIB, Limits
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.transport.server import GrpcServer, ServerProtocol
 from headrace.grpc.transport.service_methods import CallContext, Method, Methods
@@ -25,6 +26,9 @@ ECHO = "/echo/Echo"
 COUNT = "/echo/Count"
 WAIT = "/echo/Wait"
 FAIL = "/echo/Fail"
+SIGNED = Access(credential="key", scopes=("work",), body_bytes_max=None, unauthenticated_bytes_max=64 * KIB)
+"""Access with a signature, where the server has secrets."""
+WORKER_ACCESS = {"PushTask": SIGNED}
 
 
 class Echo:
@@ -42,10 +46,10 @@ class Echo:
         """Method table for the tests. `WAIT` needs no signature."""
         request = wire.PushTaskRequest
         return {
-            ECHO: Method(request, self.echo),
-            COUNT: Method(request, self.count, is_stream=True),
-            WAIT: Method(request, self.wait, is_open=True),
-            FAIL: Method(request, self.fail),
+            ECHO: Method(request, self.echo, SIGNED),
+            COUNT: Method(request, self.count, SIGNED, is_stream=True),
+            WAIT: Method(request, self.wait, open_to_all(64 * MIB)),
+            FAIL: Method(request, self.fail, SIGNED),
         }
 
     async def echo(self, request: wire.PushTaskRequest, call: CallContext) -> wire.PushTaskRequest:

@@ -322,6 +322,7 @@ async def running_server(
     limits: Limits = LIMITS,
     registry: Registry | None = None,
     is_open: bool = False,
+    api_key: str | None = KEY,
     wrap: Any = lambda store: store,
     payloads: Any = None,
     faults: ResponseFaults | None = None,
@@ -343,7 +344,7 @@ async def running_server(
         beats_beside=False,
         wakeup=Wakeup(),
     )
-    service = Service(engine, registry=registry, api_key=KEY, is_open=is_open)
+    service = Service(engine, registry=registry, api_key=api_key, is_open=is_open)
     try:
         async with AsyncExitStack() as stack:
             if faults is not None:

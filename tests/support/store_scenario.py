@@ -247,6 +247,7 @@ class StoreScenario:
         with suppress(Conflict):
             await self.ask("add_key", key, now_us=self.now_us)
         assert (await self.ask("find_key", digest)).id == key.id
+        assert await self.ask("has_keys")
         assert len(await self.ask("keys", name)) == 1
         await self.ask("revoke_key", name, key.id, now_us=self.now_us)
         assert await self.ask("signing_key", name, b"first" * 8) == b"first" * 8

@@ -9,8 +9,7 @@
 
 A `ClientStore` is the first four: a server's client has these. A `Store` is all of them.
 
-Every operation is one transaction: it happens whole or not at all, and is answered after the commit. Each is safe to
-repeat after a lost answer. Time is an argument (`now_us`, microseconds UTC); no store reads a clock.
+Every operation is one transaction, answered after its commit, and safe to repeat. No store reads a clock (`now_us`).
 
 Errors: after a `ClientFault` nothing has changed, and the same call will fail again. After a `StoreUnavailable` nothing
 has changed, and the call may succeed later. `SessionEnded` means that the process must start a new session.
@@ -573,6 +572,9 @@ class AdministerStore(Protocol):
 
     async def find_key(self, digest: str) -> ApiKey | None:
         """Return the API key with this digest, also a revoked one."""
+
+    async def has_keys(self) -> bool:
+        """True if an API key was ever created, in any environment; revoked ones count."""
 
     async def keys(self, environment: str) -> list[ApiKey]:
         """List the API keys of an environment, oldest first, also revoked ones."""

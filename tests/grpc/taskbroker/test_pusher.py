@@ -24,7 +24,7 @@ from headrace.grpc.transport.signing import Secrets
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.runtime.clock import SystemClock
 from headrace.runtime.wakeup import Wakeup
-from tests.support.grpc_server import WORKER, listening
+from tests.support.grpc_server import WORKER, WORKER_ACCESS, listening
 
 SECRETS = ("a secret of many bytes",)
 
@@ -128,7 +128,9 @@ async def pushing(
     async with AsyncExitStack() as stack:
         targets = []
         for worker in workers:
-            _, port = await stack.enter_async_context(listening(methods_of(WORKER, worker), secrets=secrets))
+            _, port = await stack.enter_async_context(
+                listening(methods_of(WORKER, worker, access=WORKER_ACCESS), secrets=secrets)
+            )
             targets.append(PushTarget("app", "127.0.0.1", port, is_tls=False))
         pusher = Pusher(
             source,

@@ -18,7 +18,7 @@ from headrace.grpc.transport.service_methods import CallContext, methods_of
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.http.grpc_mount.mounting import pushing
 from tests.support.broker import COMPLETE, BrokerRig, on_databases, running_broker
-from tests.support.grpc_server import WORKER, listening
+from tests.support.grpc_server import WORKER, WORKER_ACCESS, listening
 from tests.support.grpcio_client import channel
 from tests.support.http_server import running_server
 
@@ -79,8 +79,8 @@ async def test_each_activation_is_pushed_and_recorded_once(tmp_path: Path, kind:
     ):
         workers = [Worker(port), Worker(port)]
         async with (
-            listening(methods_of(WORKER, workers[0])) as (_, first_port),
-            listening(methods_of(WORKER, workers[1])) as (_, second_port),
+            listening(methods_of(WORKER, workers[0], access=WORKER_ACCESS)) as (_, first_port),
+            listening(methods_of(WORKER, workers[1], access=WORKER_ACCESS)) as (_, second_port),
         ):
             names = await rig.add_many(500)
             pusher = pusher_of(rig, first_port, second_port)
@@ -100,7 +100,7 @@ async def test_a_server_counts_its_pushes_and_stops_them_with_itself(tmp_path: P
     worker = Worker(0)
     async with (
         running_server(tmp_path) as server,
-        listening(methods_of(WORKER, worker)) as (_, port),
+        listening(methods_of(WORKER, worker, access=WORKER_ACCESS)) as (_, port),
     ):
         shelf: Any = Shelf()
         async with pushing(server.service, shelf, [PushTarget("app", "127.0.0.1", port, is_tls=False)]) as pusher:
@@ -142,7 +142,7 @@ async def test_an_activation_that_a_worker_refuses_waits_unchanged(tmp_path: Pat
         worker = Worker(0)
         for _ in range(SIZE):
             worker.queue.put_nowait("full")
-        async with listening(methods_of(WORKER, worker)) as (_, port):
+        async with listening(methods_of(WORKER, worker, access=WORKER_ACCESS)) as (_, port):
             await rig.add_many(3, retry={"at_most_once": at_most_once})
             pusher = pusher_of(rig, port)
             await pusher.start()

@@ -14,9 +14,9 @@ import pytest
 import grpc
 from headrace.foundation.targets import PushTarget
 from headrace.grpc.transport import client as channels
+from headrace.grpc.transport.bounds import Bounds
 from headrace.grpc.transport.budget import Budget
 from headrace.grpc.transport.client import CallNotSent, Channel
-from headrace.grpc.transport.connection import Bounds
 from headrace.grpc.transport.frames import PREFACE, ErrorCode, goaway, settings
 from headrace.grpc.transport.signing import HEADER, Secrets
 from headrace.grpc.transport.status import Code, GrpcError

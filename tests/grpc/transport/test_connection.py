@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.grpc.transport import frames
+from headrace.grpc.transport.bounds import Bounds
 from headrace.grpc.transport.budget import Budget
-from headrace.grpc.transport.connection import CONNECTION_WINDOW, CONTINUATIONS_MAX, Bounds, Http2Connection
+from headrace.grpc.transport.connection import CONNECTION_WINDOW, CONTINUATIONS_MAX, Http2Connection
 from headrace.grpc.transport.events import (
     ConnectionFailed,
     Event,

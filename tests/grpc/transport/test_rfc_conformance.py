@@ -12,8 +12,9 @@ from typing import Final
 import pytest
 
 from headrace.grpc.transport import frames
+from headrace.grpc.transport.bounds import Bounds
 from headrace.grpc.transport.budget import Budget
-from headrace.grpc.transport.connection import Bounds, Http2Connection
+from headrace.grpc.transport.connection import Http2Connection
 from headrace.grpc.transport.events import ConnectionFailed, RequestReceived
 from headrace.grpc.transport.frames import PREFACE, ErrorCode, frame
 from headrace.grpc.transport.headers import encode_block, encode_field

@@ -17,7 +17,7 @@ from headrace.grpc.transport.server import PENDING_BYTES_MAX
 from headrace.grpc.transport.service_methods import CallContext, Method, ResponseAfter
 from headrace.grpc.transport.status import Code, GrpcError
 from tests.support.grpc_peer import IDLE_S, Peer, call
-from tests.support.grpc_server import ECHO, WAIT, Echo, listening
+from tests.support.grpc_server import ECHO, SIGNED, WAIT, Echo, listening
 from tests.support.http2_frames import GREETING, parsed
 
 
@@ -152,7 +152,7 @@ async def test_a_deferred_response_is_made_when_its_future_is_done_unless_the_ca
         raise GrpcError(Code.NOT_FOUND, "not found")
 
     answers: list[Callable[[int], Any]] = [at_once, wait, refused, at_once, at_once, at_once]
-    peer = Peer({"/e/After": Method(wire.GetTaskRequest, handler)})
+    peer = Peer({"/e/After": Method(wire.GetTaskRequest, handler, SIGNED)})
     await peer.send(GREETING, *(call("/e/After", 2 * number + 1) for number in range(6)))
     assert (len(futures), client) == (6, [])
     for future in futures[:3]:

@@ -16,6 +16,7 @@ from headrace.foundation.errors import (
     StoreUnavailable,
 )
 from headrace.grpc.messages import taskbroker_pb2 as wire
+from headrace.grpc.taskbroker.consumer_service import ACCESS
 from headrace.grpc.transport.service_methods import CallContext, methods_of
 from headrace.grpc.transport.status import MESSAGE_CHARS_MAX, Code, GrpcError, to_grpc_error
 
@@ -40,13 +41,13 @@ class Consumer:
 
 
 async def test_a_service_has_the_paths_of_its_descriptor() -> None:
-    methods = methods_of(CONSUMER, Consumer())
+    methods = methods_of(CONSUMER, Consumer(), access=ACCESS)
     path = "/sentry_protos.taskbroker.v1.ConsumerService/GetTask"
     assert set(methods) == {path, path.replace("GetTask", "SetTaskStatus")} | {
         path.replace("GetTask", "SetBatchActivationStatus")
     }
     method = methods[path]
-    assert not method.is_open
+    assert method.access is ACCESS["GetTask"]
     assert not method.is_stream
     answer = method.handler(method.request(namespace="n"), CallContext(path))
     assert isinstance(answer, Coroutine)
@@ -56,7 +57,7 @@ async def test_a_service_has_the_paths_of_its_descriptor() -> None:
 
 def test_a_service_without_one_of_its_methods_is_refused() -> None:
     with pytest.raises(AttributeError, match="get_task"):
-        methods_of(CONSUMER, object())
+        methods_of(CONSUMER, object(), access=ACCESS)
 
 
 @pytest.mark.parametrize(

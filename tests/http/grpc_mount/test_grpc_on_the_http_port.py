@@ -21,6 +21,7 @@ from headrace.foundation.errors import InvalidSetting
 from headrace.grpc.messages import broker_pb2 as wire
 from headrace.grpc.messages import health_pb2 as health
 from headrace.grpc.messages import taskbroker_pb2 as taskbroker
+from headrace.grpc.taskbroker.consumer_service import ACCESS
 from headrace.grpc.taskbroker.consumer_service import SERVICE as CONSUMER
 from headrace.grpc.transport import frames
 from headrace.grpc.transport.service_methods import methods_of
@@ -321,13 +322,13 @@ class Consumer:
 async def test_a_consumer_answers_signed_calls(tmp_path: Path) -> None:
     path = "/sentry_protos.taskbroker.v1.ConsumerService/GetTask"
     async with (
-        running_server(tmp_path, consumer=methods_of(CONSUMER, Consumer()), secrets=SECRETS) as rig,
+        running_server(tmp_path, consumer=methods_of(CONSUMER, Consumer(), access=ACCESS), secrets=SECRETS) as rig,
         channel(rig.server.address[1]) as client,
     ):
         call = client.unary_unary(path, response_deserializer=taskbroker.GetTaskResponse.FromString)
         assert (await call(b"", metadata=((HEADER, Secrets(SECRETS).sign(path, b"")),))).task.id == "one"
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await call(b"", metadata=METADATA)
+            await call(b"")
         assert refused.value.details() == "Authentication failed"
         text = (await rig.ask("GET", "/metrics")).body.decode()
         assert f'headrace_grpc_calls_total{{path="{path}",status="OK"}} 1.0' in text

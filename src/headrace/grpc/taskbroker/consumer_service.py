@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Final, Literal
 
+from headrace.foundation.access import SMALL_BYTES_MAX, Access
 from headrace.foundation.errors import EngineFault, HeadraceError
+from headrace.foundation.limits import MIB
 from headrace.foundation.logs import get_logger
 from headrace.grpc.messages import taskbroker_pb2 as wire
 from headrace.grpc.taskbroker.activation_codec import as_first_field, delivery_message
@@ -33,6 +36,19 @@ STATES: Final = {
     wire.TASK_ACTIVATION_STATUS_RETRY: "retry",
     wire.TASK_ACTIVATION_STATUS_COMPLETE: "completed",
 }
+_KEYED: Final = Access(
+    credential="key_once_one_exists",
+    scopes=("work",),
+    body_bytes_max=SMALL_BYTES_MAX,
+    unauthenticated_bytes_max=SMALL_BYTES_MAX,
+    is_of_server=True,
+)
+ACCESS: Final = {
+    "GetTask": _KEYED,
+    "SetTaskStatus": _KEYED,
+    "SetBatchActivationStatus": replace(_KEYED, body_bytes_max=4 * MIB, unauthenticated_bytes_max=MIB),
+}
+"""Access to each method."""
 _PREFIX: Final = "TASK_ACTIVATION_STATUS_"
 
 
@@ -47,7 +63,7 @@ class ConsumerService:
     @property
     def methods(self) -> dict[str, Method]:
         """Method table of the service."""
-        return methods_of(SERVICE, self, to_grpc_error=to_grpc_error)
+        return methods_of(SERVICE, self, access=ACCESS, to_grpc_error=to_grpc_error)
 
     def get_task(self, request: wire.GetTaskRequest, call: CallContext) -> bytes | Coroutine[Any, Any, bytes]:
         """Return the next activation that matches the filters, as an encoded `GetTaskResponse`."""

@@ -21,9 +21,9 @@ from headrace.foundation.logs import get_logger
 from headrace.foundation.targets import PushTarget
 from headrace.grpc.taskbroker.activation_codec import as_first_field
 from headrace.grpc.taskbroker.delivery_protocol import DeliverySource, PushDelivery
+from headrace.grpc.transport.bounds import Bounds
 from headrace.grpc.transport.budget import Budget
 from headrace.grpc.transport.client import CallNotSent, Channel
-from headrace.grpc.transport.connection import Bounds
 from headrace.grpc.transport.signing import Secrets
 from headrace.grpc.transport.status import Code, GrpcError
 from headrace.runtime.clock import SECOND_US, Clock

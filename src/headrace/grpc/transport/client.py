@@ -13,9 +13,10 @@ from typing import Any, Final, NamedTuple, cast
 
 from headrace.foundation.targets import PushTarget
 from headrace.grpc.transport.asyncio_protocol import Http2Protocol
+from headrace.grpc.transport.bounds import Bounds
 from headrace.grpc.transport.budget import Budget
 from headrace.grpc.transport.closing import close_gracefully
-from headrace.grpc.transport.connection import Bounds, Http2Connection
+from headrace.grpc.transport.connection import Http2Connection
 from headrace.grpc.transport.events import ConnectionFailed, GoAwayReceived, ResponseReceived, StreamReset
 from headrace.grpc.transport.frames import ErrorCode
 from headrace.grpc.transport.headers import decode_status_message, encode_block, encode_field

@@ -11,9 +11,10 @@ GOAWAY; an error of one stream ends that stream only.
 
 from __future__ import annotations
 
-from typing import ClassVar, Final, NamedTuple
+from typing import ClassVar, Final
 
 from headrace.grpc.transport import frames
+from headrace.grpc.transport.bounds import Bounds
 from headrace.grpc.transport.budget import Allotment, Budget
 from headrace.grpc.transport.events import (
     ConnectionFailed,
@@ -69,13 +70,6 @@ PSEUDO: Final = frozenset((":method", ":scheme", ":path", ":authority", ":status
 _NOT_GRPC: Final = (
     encode_field(":status", "415") + encode_field("grpc-status", "12") + encode_field("accept", CONTENT_TYPE)
 )
-
-
-class Bounds(NamedTuple):
-    """Bounds of one connection. `calls_max`: concurrent streams, with those ended while their handlers still run."""
-
-    message_bytes_max: int
-    calls_max: int
 
 
 class Http2Connection(Sender):
@@ -256,8 +250,9 @@ class Http2Connection(Sender):
         held = len(stream.body)
         if stream.expected < 0 and held >= PREFIX_BYTES:
             stream.expected = int.from_bytes(stream.body[1:PREFIX_BYTES], "big")
-            if stream.expected > self.bounds.message_bytes_max:
-                reason = f"expected a message of at most {self.bounds.message_bytes_max} bytes, got {stream.expected}"
+            bytes_max = self.bounds.of_message(stream.headers)
+            if stream.expected > bytes_max:
+                reason = f"expected a message of at most {bytes_max} bytes, got {stream.expected}"
                 return self._refuse(stream, Code.RESOURCE_EXHAUSTED, reason)
         if stream.expected >= 0 and held > PREFIX_BYTES + stream.expected:
             return self._refuse(stream, Code.UNIMPLEMENTED, "expected a single message, got more bytes after it")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection
+from typing import Final
 
+from headrace.foundation.access import open_to_all
 from headrace.grpc.messages import health_pb2 as wire
 from headrace.grpc.transport.service_methods import CallContext, Method, methods_of
 from headrace.grpc.transport.status import Code, GrpcError
 
+CHECK_BYTES_MAX: Final = 4_096
 SERVICE = wire.DESCRIPTOR.services_by_name["Health"]
 
 
@@ -27,7 +30,7 @@ class HealthService:
     @property
     def methods(self) -> dict[str, Method]:
         """Method table of the service. No signature is required."""
-        return methods_of(SERVICE, self, is_open=True)
+        return methods_of(SERVICE, self, access=dict.fromkeys(("Check", "Watch"), open_to_all(CHECK_BYTES_MAX)))
 
     def set_serving(self, *, is_serving: bool) -> None:
         """Set the status of all services and notify the watches."""

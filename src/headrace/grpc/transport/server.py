@@ -20,15 +20,18 @@ from typing import Any, Final, cast
 
 from google.protobuf.message import DecodeError, Message
 
+from headrace.foundation.access import SMALL_BYTES_MAX
 from headrace.foundation.errors import HeadraceError
 from headrace.foundation.limits import Limits
 from headrace.foundation.logs import get_logger
 from headrace.grpc.transport.asyncio_protocol import Http2Protocol
+from headrace.grpc.transport.bounds import Bounds
 from headrace.grpc.transport.budget import Budget
 from headrace.grpc.transport.closing import close_gracefully
-from headrace.grpc.transport.connection import Bounds, Http2Connection
+from headrace.grpc.transport.connection import Http2Connection
 from headrace.grpc.transport.events import ConnectionFailed, Event, RequestReceived, StreamReset
 from headrace.grpc.transport.frames import ErrorCode
+from headrace.grpc.transport.gate import Gate, SignatureGate, message_bytes_max
 from headrace.grpc.transport.headers import Headers
 from headrace.grpc.transport.service_methods import (
     CallContext,
@@ -62,13 +65,21 @@ class GrpcServer:
     """State shared by all connections of a process. `observe` is called after each call: path, status, seconds."""
 
     def __init__(
-        self, methods: Methods, *, limits: Limits, secrets: Secrets | None = None, observe: Observe | None = None
+        self,
+        methods: Methods,
+        *,
+        limits: Limits,
+        secrets: Secrets | None = None,
+        gate: Gate | None = None,
+        observe: Observe | None = None,
     ) -> None:
+        """`gate` admits calls; the default one demands a signature if there are secrets."""
         self.methods = methods
         self.limits = limits
         self.secrets = Secrets() if secrets is None else secrets
+        self.gate: Gate = SignatureGate(has_secrets=bool(self.secrets)) if gate is None else gate
         self.budget = Budget(limits.grpc_buffer_bytes_max)
-        self.bounds = Bounds(limits.grpc_message_bytes_max, limits.grpc_calls_max)
+        self.bounds = Bounds(limits.grpc_message_bytes_max, limits.grpc_calls_max, self.message_bytes_max)
         self.observe: Observe = observe or _unobserved
         self.connections: set[ServerProtocol] = set()
         self._is_turn_timed = False
@@ -83,6 +94,13 @@ class GrpcServer:
     def _begin_turn(self) -> None:
         self._is_turn_timed = False
         self.budget.begin_turn()
+
+    def message_bytes_max(self, headers: Headers) -> int:
+        """Return the bound of a message, before it is read."""
+        method, bytes_max = self.methods.get(headers[":path"]), self.limits.grpc_message_bytes_max
+        if method is None:
+            return min(SMALL_BYTES_MAX, bytes_max)
+        return message_bytes_max(method.access, headers, self.gate, bytes_max)
 
     def cut(self) -> None:
         """Abort the running calls with UNAVAILABLE, so that their callers retry."""
@@ -221,10 +239,16 @@ class ServerProtocol(Http2Protocol):
         stream_id = request.stream_id
         try:
             method, request_message, call, deadline_s = self._read_call(method, request, running, arrived_s)
+            admission = self._server.gate.admit(method.access, call)
         except Exception as error:  # noqa: BLE001 - each is an answer
-            code = self._end_failed(stream_id, method, error)
-            self._http2.charge_call()
-            self._finish_call(stream_id, running, code)
+            self._refuse_call(stream_id, running, method, error)
+            return
+        if admission is not None:
+            self._arm(stream_id, running, deadline_s)
+            running.result = admission
+            running.future = self._loop.create_task(
+                self._run_admitted(stream_id, running, method, request_message, call)
+            )
             return
         self._http2.credit_call()
         try:
@@ -236,9 +260,46 @@ class ServerProtocol(Http2Protocol):
             self._http2.send_response(stream_id, _encode(result))
             self._finish_call(stream_id, running, Code.OK)
             return
+        self._arm(stream_id, running, deadline_s)
+        self._await_result(stream_id, running, method, result)
+
+    def _refuse_call(self, stream_id: int, running: RunningCall, method: Method | None, error: Exception) -> None:
+        """End a call that reaches no handler, and charge its peer."""
+        code = self._end_failed(stream_id, method, error)
+        self._http2.charge_call()
+        self._finish_call(stream_id, running, code)
+
+    def _arm(self, stream_id: int, running: RunningCall, deadline_s: float | None) -> None:
         self._running[stream_id] = running
         if deadline_s is not None:
             running.timer = self._loop.call_at(deadline_s, self._expire, stream_id)
+
+    async def _run_admitted(
+        self, stream_id: int, running: RunningCall, method: Method, message: Message, call: CallContext
+    ) -> None:
+        """Await the gate's decision on a call, then run its handler."""
+        try:
+            await running.result
+        except asyncio.CancelledError:
+            self._finish_call(stream_id, running, self._end_cancelled(stream_id, running))
+            return
+        except Exception as error:  # noqa: BLE001 - each is an answer
+            self._refuse_call(stream_id, running, method, error)
+            return
+        self._http2.credit_call()
+        try:
+            result = method.handler(message, call)
+        except Exception as error:  # noqa: BLE001 - each is an answer
+            self._finish_call(stream_id, running, self._end_failed(stream_id, method, error))
+            return
+        if result is None or isinstance(result, (bytes, Message)):
+            self._http2.send_response(stream_id, _encode(result))
+            self._finish_call(stream_id, running, Code.OK)
+        else:
+            self._await_result(stream_id, running, method, result)
+
+    def _await_result(self, stream_id: int, running: RunningCall, method: Method, result: Any) -> None:
+        """Finish a call when the result of its handler is there."""
         if isinstance(result, asyncio.Future):
             result = ResponseAfter(result, result.result)
         if isinstance(result, ResponseAfter):
@@ -253,16 +314,14 @@ class ServerProtocol(Http2Protocol):
         self, method: Method | None, request: RequestReceived, running: RunningCall, arrived_s: float
     ) -> tuple[Method, Message, CallContext, float | None]:
         """Decode a request and check its signature, before any handler sees it."""
-        headers, secrets = request.headers, self._server.secrets
+        headers = request.headers
         path = headers[":path"]
         if method is None:
             raise GrpcError(Code.UNIMPLEMENTED, f"unknown method {path}")
         deadline_s = _deadline_s(headers, arrived_s)
         message = self._decompressed(request, running)
         signature = headers.get(HEADER)
-        is_signed = signature is not None and secrets.verifies(path, message, signature)
-        if secrets and not (method.is_open or is_signed):
-            raise GrpcError(Code.UNAUTHENTICATED, "Authentication failed")
+        is_signed = signature is not None and self._server.secrets.verifies(path, message, signature)
         deadline_us = None if deadline_s is None else int(deadline_s * 1e6)
         call = CallContext(
             path, headers, peer=self._peer, is_signed=is_signed, deadline_us=deadline_us, connection=self
@@ -278,7 +337,7 @@ class ServerProtocol(Http2Protocol):
             raise GrpcError(code, f"expected a message compressed with gzip or not at all, got {encoding[:100]}")
         allotment, limits = self._http2.allotment, self._server.limits
         bytes_max = max(_EXPANSION_BYTES_MIN, len(request.message) * limits.expansion_max)
-        bytes_max = min(bytes_max, limits.grpc_message_bytes_max, max(0, allotment.left_bytes))
+        bytes_max = min(bytes_max, self._server.message_bytes_max(request.headers), max(0, allotment.left_bytes))
         expander = zlib.decompressobj(_GZIP)
         try:
             message = expander.decompress(request.message, max(1, bytes_max + 1))

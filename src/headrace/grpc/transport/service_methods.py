@@ -17,6 +17,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from headrace.foundation.access import Access
 from headrace.foundation.errors import HeadraceError
 from headrace.grpc.transport.status import GrpcError, to_grpc_error
 
@@ -37,9 +38,10 @@ class CallContext:
 
     `is_signed`: this very message was signed with one of the server's secrets. `deadline_us`: when the caller stops
     waiting, on the event loop's clock; None for no deadline. `connection`: on which it came; None outside a server.
+    `caller`: the authenticated client, set by a gate that knows clients.
     """
 
-    __slots__ = ("connection", "deadline_us", "is_signed", "metadata", "path", "peer")
+    __slots__ = ("caller", "connection", "deadline_us", "is_signed", "metadata", "path", "peer")
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class CallContext:
         self.is_signed = is_signed
         self.deadline_us = deadline_us
         self.connection = connection
+        self.caller: Any = None
 
 
 Response = Message | bytes | None
@@ -76,15 +79,14 @@ Handler = Callable[[Any, CallContext], Response | DeferredResponse | Messages]
 
 
 class Method(NamedTuple):
-    """One method of a service. `is_open`: no signature required; `is_stream`: the handler is an async iterator of
-    messages.
+    """One method of a service. `access`: who may call it. `is_stream`: the handler is an async iterator of messages.
 
     `to_grpc_error` converts Headrace errors to the statuses that callers of this method expect.
     """
 
     request: type[Message]
     handler: Handler
-    is_open: bool = False
+    access: Access
     is_stream: bool = False
     to_grpc_error: Callable[[HeadraceError], GrpcError] = to_grpc_error
 
@@ -96,15 +98,15 @@ def methods_of(
     service: ServiceDescriptor,
     implementation: object,
     *,
-    is_open: bool = False,
+    access: Mapping[str, Access],
     to_grpc_error: Callable[[HeadraceError], GrpcError] = to_grpc_error,
 ) -> dict[str, Method]:
-    """Build the method table of a service. `is_open`: callers need no signature."""
+    """Build the method table of a service. `access`: the declaration of each method, by its name."""
     return {
         f"/{service.full_name}/{method.name}": Method(
             GetMessageClass(method.input_type),
             getattr(implementation, _WORD.sub("_", method.name).lower()),
-            is_open,
+            access[method.name],
             method.server_streaming,
             to_grpc_error,
         )

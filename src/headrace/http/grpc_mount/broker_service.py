@@ -8,6 +8,7 @@ calls with one of the server's secrets.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import msgspec
@@ -16,8 +17,10 @@ from headrace.core import pack, run
 from headrace.core.failure import Failure
 from headrace.core.serving import Serving
 from headrace.core.span import LOST, RECORDED, RETRY, SETTLED, Settlement, encode_uint16s
+from headrace.foundation.access import SMALL_BYTES_MAX, Access
 from headrace.foundation.errors import InvalidInput
 from headrace.foundation.ids import new_session_id, run_id
+from headrace.foundation.limits import MIB
 from headrace.grpc.messages import broker_pb2 as wire
 from headrace.grpc.transport.service_methods import CallContext
 from headrace.http.requests.lease_tokens import LeaseTokens
@@ -32,6 +35,18 @@ SETTLEMENTS_MAX: Final = 4_096
 RETRY_MS_MAX: Final = 365 * 24 * 3_600_000
 HOST_CHARS_MAX: Final = 200
 CAUSE_CHARS_MAX: Final = 200
+_KEYED: Final = Access(
+    credential="key", scopes=("work",), body_bytes_max=SMALL_BYTES_MAX, unauthenticated_bytes_max=SMALL_BYTES_MAX
+)
+ACCESS: Final = {
+    "StartSession": _KEYED,
+    "Heartbeat": _KEYED,
+    "EndSession": _KEYED,
+    "ClaimMany": replace(_KEYED, body_bytes_max=4 * MIB),
+    "SettleMany": replace(_KEYED, body_bytes_max=None),
+    "ReleaseMany": replace(_KEYED, body_bytes_max=MIB),
+}
+"""Access to each method. The message of an outcome is bounded by `grpc_message_bytes_max`."""
 _CODES: Final = bytes((run.COMPLETED, run.FAILED, run.CANCELLED, RETRY)).ljust(256, b"\0")
 """The store's state byte for each state number of the protocol."""
 
@@ -48,14 +63,15 @@ class BrokerService:
         self._remote_work = RemoteWork(service)
         self._lease_tokens = LeaseTokens(service)
 
-    async def _caller(self, call: CallContext) -> Caller:
-        if call.is_signed:
-            return self._service.signed_caller("work")
-        return await self._service.authorize_header(call.metadata.get("authorization"), "work")
+    @staticmethod
+    def _caller(call: CallContext) -> Caller:
+        """Return the client that the gate admitted."""
+        caller: Caller = call.caller
+        return caller
 
     async def start_session(self, request: wire.StartSessionRequest, call: CallContext) -> wire.StartSessionResponse:
         """Start a worker's session. It must send heartbeats from now on."""
-        caller = await self._caller(call)
+        caller = self._caller(call)
         now_us, limits = caller.engine.clock.now_us(), self._service.limits
         session = Session(
             id=new_session_id(now_us),
@@ -73,7 +89,7 @@ class BrokerService:
 
     async def heartbeat(self, request: wire.HeartbeatRequest, call: CallContext) -> wire.HeartbeatResponse:
         """Keep a session alive. Returns its leases and the runs that were cancelled."""
-        caller = await self._caller(call)
+        caller = self._caller(call)
         store, now_us = caller.engine.store, caller.engine.clock.now_us()
         reply = await store.heartbeat(check_session(request.session), now_us=now_us, owner=caller.owner)
         key = await self._lease_tokens.signing_key(caller)
@@ -86,7 +102,7 @@ class BrokerService:
 
     async def end_session(self, request: wire.EndSessionRequest, call: CallContext) -> wire.EndSessionResponse:
         """End a session and release its leases."""
-        caller = await self._caller(call)
+        caller = self._caller(call)
         session_id, now_us = check_session(request.session), caller.engine.clock.now_us()
         await caller.engine.store.end_session(session_id, now_us=now_us, owner=caller.owner)
         caller.engine.wakeup.notify()
@@ -96,7 +112,7 @@ class BrokerService:
 
     async def claim_many(self, request: wire.ClaimManyRequest, call: CallContext) -> wire.ClaimManyResponse:
         """Lease runs, waiting for some if requested."""
-        caller = await self._caller(call)
+        caller = self._caller(call)
         if not request.tasks:
             raise InvalidInput("expected the names of the worker's tasks in `tasks`, got none")
         if request.wait_ms > WAIT_MS_MAX or not 0 < request.runs_max <= RUNS_MAX:
@@ -154,7 +170,7 @@ class BrokerService:
 
     async def settle_many(self, request: wire.SettleManyRequest, call: CallContext) -> wire.SettleManyResponse:
         """Record outcomes. Returns after their commit."""
-        caller = await self._caller(call)
+        caller = self._caller(call)
         if len(request.settlements) > SETTLEMENTS_MAX:
             raise InvalidInput(
                 f"expected at most {SETTLEMENTS_MAX} settlements in a call, got {len(request.settlements)}"
@@ -240,7 +256,7 @@ class BrokerService:
 
     async def release_many(self, request: wire.ReleaseManyRequest, call: CallContext) -> wire.ReleaseManyResponse:
         """Release leases, whose runs then wait again."""
-        caller = await self._caller(call)
+        caller = self._caller(call)
         if len(request.leases) > SETTLEMENTS_MAX:
             raise InvalidInput(f"expected at most {SETTLEMENTS_MAX} leases in a call, got {len(request.leases)}")
         key = await self._lease_tokens.signing_key(caller)

@@ -14,7 +14,8 @@ from headrace.grpc.transport.health import HealthService
 from headrace.grpc.transport.server import GrpcServer
 from headrace.grpc.transport.service_methods import Methods, methods_of
 from headrace.grpc.transport.signing import Secrets
-from headrace.http.grpc_mount.broker_service import SERVICE, BrokerService
+from headrace.http.grpc_mount.broker_service import ACCESS, SERVICE, BrokerService
+from headrace.http.grpc_mount.call_gate import CallGate
 from headrace.http.requests.metrics import PushMetrics
 from headrace.http.requests.service import Service
 
@@ -26,12 +27,16 @@ async def grpc_server(
     """Create the gRPC server for an HTTP server's connections. `consumer`: the service of workers that fetch
     activations.
     """
-    methods = methods_of(SERVICE, BrokerService(service), is_open=True)
+    methods = methods_of(SERVICE, BrokerService(service), access=ACCESS)
     if consumer is not None:
         methods |= consumer
     health = HealthService((SERVICE.full_name, CONSUMER.full_name) if consumer is not None else (SERVICE.full_name,))
     server = GrpcServer(
-        methods | health.methods, limits=service.limits, secrets=Secrets(secrets), observe=service.metrics.calls.observe
+        methods | health.methods,
+        limits=service.limits,
+        secrets=Secrets(secrets),
+        gate=CallGate(service, has_secrets=bool(secrets)),
+        observe=service.metrics.calls.observe,
     )
     updates = asyncio.create_task(_update_health(service, health), name="headrace-grpc-health")
     try:

@@ -11,7 +11,7 @@ import hmac
 import json
 import secrets
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -63,6 +63,11 @@ class Principal:
         verb = "write" if scope == "batches:write" else "read" if scope in ("batches:read", "runs:read") else ""
         return bool(batch_id and verb) and f"{verb}:batch:{batch_id}" in self.batches
 
+    def check_any(self, scopes: Sequence[str], batch_id: str = "") -> None:
+        """Raise `Forbidden` unless one of the scopes is allowed."""
+        if not any(self.may(scope, batch_id) for scope in scopes):
+            self.check(scopes[0], batch_id)
+
     def check(self, scope: str, batch_id: str = "") -> None:
         """Raise `Forbidden` unless the operation is allowed."""
         if not self.may(scope, batch_id):
@@ -96,6 +101,14 @@ def digest_of(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def _credential_of(authorization: str) -> str:
+    scheme, _, credential = authorization.partition(" ")
+    credential = credential.strip()
+    if scheme.lower() != "bearer" or not credential or len(credential) > CREDENTIAL_CHARS_MAX:
+        raise Unauthorized("Invalid API Key", hint="send `Authorization: Bearer <key>`")
+    return credential
+
+
 class Authenticator:
     """Authenticates requests by API key or public token. With `is_open` any client is accepted."""
 
@@ -104,37 +117,63 @@ class Authenticator:
         self._clock: Clock = engine.clock
         self._environment = engine.environment
         self._static_digest = None if static_key is None else digest_of(static_key)
-        self._is_open = is_open
+        self.is_open = is_open
+        self._a_key_exists = static_key is not None
+        self._a_key_exists_until_us = 0
         self._key_cache: OrderedDict[str, tuple[int, ApiKey | None]] = OrderedDict()
         self._signing_keys: OrderedDict[str, bytes] = OrderedDict()
 
     async def authenticate(self, authorization: str | None) -> Principal:
         """Authenticate an Authorization header. Raises `Unauthorized`."""
+        principal = self.authenticate_nowait(authorization)
+        if principal is not None:
+            return principal
+        assert authorization is not None
+        credential = _credential_of(authorization)
+        if credential.count(".") == 2:
+            return await self._verify_token(credential)
+        digest = digest_of(credential)
+        return self._principal_of(digest, await self._find_key(digest))
+
+    def authenticate_nowait(self, authorization: str | None) -> Principal | None:
+        """Authenticate by the keys that are cached; None if only `authenticate` can tell. Raises `Unauthorized`."""
         if not authorization:
-            if self._is_open:
+            if self.is_open:
                 return Principal(self._environment, frozenset("*"), ANONYMOUS)
             raise Unauthorized("expected an Authorization header, got none", hint="send `Authorization: Bearer <key>`")
-        scheme, _, credential = authorization.partition(" ")
-        credential = credential.strip()
-        if scheme.lower() != "bearer" or not credential or len(credential) > CREDENTIAL_CHARS_MAX:
-            raise Unauthorized("Invalid API Key", hint="send `Authorization: Bearer <key>`")
+        credential = _credential_of(authorization)
         digest = digest_of(credential)
         if self._static_digest is not None and hmac.compare_digest(digest, self._static_digest):
             return Principal(self._environment, frozenset("*"), "static")
-        if credential.count(".") == 2:
-            return await self._verify_token(credential)
-        key = await self._find_key(digest)
+        cached = self._key_cache.get(digest)
+        if cached is None or cached[0] <= self._clock.now_us():
+            return None
+        return self._principal_of(digest, cached[1])
+
+    def _principal_of(self, digest: str, key: ApiKey | None) -> Principal:
         if key is None or key.revoked_us or not hmac.compare_digest(key.digest, digest):
-            if self._is_open:
+            if self.is_open:
                 return Principal(self._environment, frozenset("*"), ANONYMOUS)
             raise Unauthorized("Invalid API Key", hint="create one with `headrace key create`")
         return Principal(key.environment, frozenset(key.scopes), key.id)
 
+    async def a_key_exists(self) -> bool:
+        """True if the server has a key, or its store has one of any environment, also a revoked one."""
+        exists = self.a_key_exists_nowait()
+        if exists is None:
+            now_us = self._clock.now_us()
+            exists = self._a_key_exists = await self._store.has_keys()
+            self._a_key_exists_until_us = now_us + KEY_CACHE_S * 1_000_000
+        return exists
+
+    def a_key_exists_nowait(self) -> bool | None:
+        """Return the same as `a_key_exists`, as it was some seconds ago at most; None if that is not known."""
+        if self._a_key_exists:
+            return True
+        return None if self._a_key_exists_until_us <= self._clock.now_us() else False
+
     async def _find_key(self, digest: str) -> ApiKey | None:
         now_us = self._clock.now_us()
-        cached = self._key_cache.get(digest)
-        if cached is not None and cached[0] > now_us:
-            return cached[1]
         key = await self._store.find_key(digest)
         self._key_cache[digest] = (now_us + KEY_CACHE_S * 1_000_000, key)
         self._key_cache.move_to_end(digest)

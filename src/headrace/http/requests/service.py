@@ -120,10 +120,8 @@ class Service:
             await self.spend_request(request, principal)
         return RequestContext(principal, self._engine_of(principal), request)
 
-    async def authorize_header(self, authorization: str | None, scope: str) -> Caller:
-        """Authenticate a client that sent no HTTP request. Raises `Unauthorized`, `Forbidden`."""
-        principal = await self.authenticator.authenticate(authorization)
-        principal.check(scope)
+    def caller(self, principal: Principal) -> Caller:
+        """Return the caller of a client that sent no HTTP request."""
         return Caller(principal, self._engine_of(principal))
 
     def signed_caller(self, scope: str) -> Caller:

@@ -529,6 +529,10 @@ class MemoryStore:
         """Return the API key with this digest."""
         return next((key for key in self._now().api_keys.values() if key.digest == digest), None)
 
+    async def has_keys(self) -> bool:
+        """True if an API key was ever created, in any environment."""
+        return bool(self._now().api_keys)
+
     async def keys(self, environment: str) -> list[ApiKey]:
         """List the API keys of an environment, oldest first."""
         stored = self._now().api_keys

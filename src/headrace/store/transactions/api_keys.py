@@ -36,6 +36,11 @@ def find_key(digest: str) -> Script[ApiKey | None]:
     return None if row is None else _to_key(row)
 
 
+def has_keys() -> Script[bool]:
+    """True if an API key was ever created, in any environment."""
+    return (yield from fetch_one("any_api_key")) is not None
+
+
 def keys(environment: str) -> Script[list[ApiKey]]:
     """List the API keys of an environment."""
     return [_to_key(row) for row in (yield from fetch("api_keys", environment=environment))]

@@ -320,6 +320,10 @@ class ScriptedStore(ABC):
         """Return the API key with this digest."""
         return await self._read(lambda: api_keys.find_key(digest))
 
+    async def has_keys(self) -> bool:
+        """True if an API key was ever created, in any environment."""
+        return await self._read(api_keys.has_keys)
+
     async def keys(self, environment: str) -> list[ApiKey]:
         """List the API keys of an environment, oldest first."""
         return await self._read(lambda: api_keys.keys(environment))

@@ -6,6 +6,9 @@ ON CONFLICT DO NOTHING RETURNING 1;
 -- api_key_by_digest: read the API key with a digest
 SELECT {api_key_columns} FROM headrace_api_key WHERE digest = :digest;
 
+-- any_api_key: find out if there is an API key, of any environment
+SELECT 1 FROM headrace_api_key LIMIT 1;
+
 -- api_keys: list the API keys of an environment, oldest first
 SELECT {api_key_columns} FROM headrace_api_key
 WHERE environment = :environment ORDER BY id;
